@@ -1,0 +1,39 @@
+# make chat                              set everything up and chat with the default model
+# make chat PROMPT="Why is the sky blue?"   one answer
+# make test                              set everything up, lint, check types, run the tests
+# make setup                             only set everything up
+
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
+	if command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; \
+	then echo $$p; exit; fi; done; echo python3)
+BIN = .venv/bin
+export PROMPT
+
+.PHONY: chat setup setup-dev test lint format types picture clean
+.DEFAULT_GOAL = chat
+
+setup:
+	@$(PYTHON) tools/setup.py
+
+setup-dev:
+	@$(PYTHON) tools/setup.py --dev
+
+chat: setup
+	@if [ -n "$$PROMPT" ]; then printf '%s' "$$PROMPT" | $(BIN)/qwenlocal run; else $(BIN)/qwenlocal run; fi
+
+test: setup-dev lint types
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: setup-dev
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: setup-dev
+	@$(BIN)/mypy
+
+format: setup-dev
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv build dist

@@ -1,0 +1,6 @@
+"""``python -m qwenlocal`` is the same program as ``qwenlocal``."""
+
+from qwenlocal.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""What happens while a model answers. Terminal, one-shot command and server only show these."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Why(str, Enum):
+    """Why an answer ended; the values are words for people."""
+
+    END = "end of answer"
+    STOP = "stop string"
+    LENGTH = "token limit"
+    CONTEXT = "context full"
+    INTERRUPTED = "interrupted"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """`done` of `total` prompt tokens are read; `reused` of them were in the cache from the turn before."""
+
+    done: int
+    total: int
+    reused: int
+
+
+@dataclass(frozen=True)
+class Text:
+    """More of the answer: whole characters, no control tokens."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Counts in tokens, times in seconds. `first_token` runs from the question to the first token of the answer."""
+
+    prompt_tokens: int
+    reused_tokens: int
+    answer_tokens: int
+    first_token: float
+    answer: float
+
+    @property
+    def prompt_speed(self) -> float:
+        """Prompt tokens read per second (without the reused ones)."""
+        return (self.prompt_tokens - self.reused_tokens) / self.first_token if self.first_token else 0.0
+
+    @property
+    def answer_speed(self) -> float:
+        """Answer tokens per second, from the first to the last; 0 for answers of a single token."""
+        return (self.answer_tokens - 1) / self.answer if self.answer and self.answer_tokens > 1 else 0.0
+
+    def sentence(self, why: Why) -> str:
+        """All of it in one line."""
+        reused = f" ({self.reused_tokens:,} reused)" if self.reused_tokens else ""
+        return (
+            f"prompt {self.prompt_tokens:,} tokens{reused}, {self.prompt_speed:.1f} tokens/s | "
+            f"first token after {self.first_token:.2f} s | "
+            f"answer {self.answer_tokens:,} tokens, {self.answer_speed:.1f} tokens/s | {why.value}"
+        )
+
+
+@dataclass(frozen=True)
+class Done:
+    """The answer is over."""
+
+    why: Why
+    stats: Stats
+
+
+Event = Reading | Text | Done

@@ -1,0 +1,159 @@
+"""A model ready to answer: file, memory, engine, template and sampling brought together, once, for every face."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwenlocal.chat.conversation import Conversation, Manner
+from qwenlocal.chat.template import CHATML, ChatTemplate
+from qwenlocal.engine.llama import Aborted, Context, ContextOptions, Model
+from qwenlocal.engine.plan import Shape, choose_context
+from qwenlocal.engine.sampling import Sampling
+from qwenlocal.engine.sequence import TokenSequence
+from qwenlocal.errors import BadWeights, Interrupted, UsageProblem
+from qwenlocal.machine import Machine
+from qwenlocal.weights.header import Value, read_metadata
+
+# GGUF's names for what a model's makers recommend (gguf-py, constants.py: Keys.General.SAMPLING_*).
+_SAMPLING_KEYS = {
+    "temperature": "general.sampling.temp",
+    "top_k": "general.sampling.top_k",
+    "top_p": "general.sampling.top_p",
+    "min_p": "general.sampling.min_p",
+    "repeat_penalty": "general.sampling.penalty_repeat",
+}
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """
+    How to load: tokens of context and threads (None: what fits this machine), layers on a GPU, and whether the text is
+    continued as it stands, without a chat template (None: only for models that have none).
+    """
+
+    n_ctx: int | None = None
+    threads: int | None = None
+    gpu_layers: int = 0
+    raw: bool | None = None
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in memory with an empty context. `template` is None where text is continued as it stands."""
+
+    model: Model
+    context: Context
+    sequence: TokenSequence
+    template: ChatTemplate | None
+    sampling: Sampling
+    notes: tuple[str, ...] = ()
+
+    def conversation(self, manner: Manner, system: str = "") -> Conversation:
+        """
+        A new conversation.
+
+        Raises
+        ------
+        UsageProblem: the model has no chat template.
+        """
+        if self.template is None:
+            raise UsageProblem(
+                "This model has no chat template: it continues text, it does not answer.",
+                hint='Give it a beginning: qwenlocal run MODEL --raw "Once upon a time"',
+            )
+        return Conversation(self.sequence, self.model.vocabulary, self.template, manner, system)
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self.context.close()
+        self.model.close()
+
+
+class Loading:
+    """Loads in the calling thread; `stop` from another one ends it."""
+
+    def __init__(self) -> None:
+        self._stopped = threading.Event()
+
+    def stop(self) -> None:
+        """End loading, soon."""
+        self._stopped.set()
+
+    def load(
+        self,
+        path: Path,
+        options: LoadOptions,
+        machine: Machine,
+        *,
+        name: str,
+        size: int,
+        is_base: bool = False,
+        recommended: Mapping[str, float] = {},
+        report: Callable[[float], None] = lambda _: None,
+    ) -> Loaded:
+        """
+        Load the model in `path` of `size` bytes; `recommended` is the catalogue's sampling for it.
+
+        What the model's file itself recommends goes before the catalogue.
+
+        Raises
+        ------
+        BadWeights: the file cannot be used. NotEnoughMemory: it does not fit. Interrupted: `stop` was called.
+        """
+        metadata = _metadata(path)
+        n_ctx = choose_context(name, Shape.of(metadata), size, machine.memory().available, options.n_ctx)
+        threads = options.threads or machine.cores
+
+        def progress(fraction: float) -> bool:
+            report(fraction)
+            return not self._stopped.is_set()
+
+        warm = threading.Thread(target=_import_template_engine, daemon=True)
+        warm.start()
+        try:
+            model = Model(path, gpu_layers=options.gpu_layers, on_progress=progress)
+        except Aborted as reason:
+            raise Interrupted from reason
+        try:
+            context = Context(model, ContextOptions(n_ctx, threads=threads))
+        except BaseException:
+            model.close()
+            raise
+        warm.join()
+        template, notes = _template(model, raw=options.raw, is_base=is_base)
+        sampling = _sampling(metadata, recommended)
+        return Loaded(model, context, TokenSequence(context), template, sampling, notes)
+
+
+def _import_template_engine() -> None:
+    """Done while llama.cpp reads the weights: it takes 40 ms that nobody needs to wait for."""
+    import jinja2.sandbox  # noqa: F401
+
+
+def _metadata(path: Path) -> Mapping[str, Value]:
+    try:
+        return read_metadata(path)
+    except OSError as reason:
+        raise BadWeights(path, reason.strerror or str(reason)) from reason
+
+
+def _template(model: Model, *, raw: bool | None, is_base: bool) -> tuple[ChatTemplate | None, tuple[str, ...]]:
+    if raw or (raw is None and is_base):
+        return None, ()
+    source = model.metadata("tokenizer.chat_template")
+    vocabulary = model.vocabulary
+    if source:
+        return ChatTemplate(source, bos=vocabulary.bos, eos=vocabulary.eos), ()
+    ids = vocabulary.tokenize("<|im_start|>", special=True)
+    if len(ids) == 1 and vocabulary.is_control(ids[0]):
+        return ChatTemplate(CHATML), ("The file has no chat template; Qwen1.5's own is used.",)
+    return None, ()
+
+
+def _sampling(metadata: Mapping[str, Value], recommended: Mapping[str, float]) -> Sampling:
+    in_file = {name: metadata[key] for name, key in _SAMPLING_KEYS.items() if key in metadata}
+    known = {**recommended, **{name: value for name, value in in_file.items() if isinstance(value, (int, float))}}
+    return Sampling().with_known({name: int(value) if name == "top_k" else value for name, value in known.items()})

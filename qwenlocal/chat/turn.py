@@ -1,0 +1,67 @@
+"""One answer, from token ids to events. Written once; every face of the program shows these events."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+from qwenlocal.chat.events import Done, Event, Reading, Stats, Text, Why
+from qwenlocal.engine.sampling import Sampling
+from qwenlocal.engine.sequence import Generator, Prefill
+from qwenlocal.engine.text import TextStream
+
+
+class Pieces(Protocol):
+    """What is needed of a vocabulary."""
+
+    def piece(self, token: int, *, special: bool = False) -> bytes: ...
+    def is_end(self, token: int) -> bool: ...
+
+
+def answer(
+    generator: Generator,
+    vocabulary: Pieces,
+    ids: Sequence[int],
+    sampling: Sampling,
+    *,
+    limit: int | None = None,
+    stops: Sequence[str] = (),
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[Event]:
+    """
+    Continue `ids`: some `Reading`, then `Text` as it becomes certain, then one `Done`.
+
+    Ends at any token with which the model ends, at a stop string (which is not part of the text), after `limit`
+    tokens, where the context is full, or where the generator was stopped.
+
+    Raises
+    ------
+    ContextFull: before the first event, if `ids` leave no room for an answer.
+    """
+    text = TextStream(stops)
+    tokens, reused, why = 0, 0, None
+    started = first = last = clock()
+    for step in generator.generate(ids, sampling, limit=limit or 1 << 30):
+        if isinstance(step, Prefill):
+            reused = step.reused
+            yield Reading(step.done, step.total, step.reused)
+            continue
+        tokens, last = tokens + 1, clock()
+        if tokens == 1:
+            first = last
+        if vocabulary.is_end(step):
+            why = Why.END
+            break
+        if certain := text.feed(vocabulary.piece(step)):
+            yield Text(certain)
+        if text.stopped is not None:
+            why = Why.STOP
+            break
+    if rest := text.finish():
+        yield Text(rest)
+    if why is None:
+        why = Why.INTERRUPTED if generator.was_stopped else Why.CONTEXT if generator.is_full else Why.LENGTH
+    if not tokens:
+        first = clock()
+    yield Done(why, Stats(len(ids), reused, tokens, first - started, last - first if tokens else 0.0))

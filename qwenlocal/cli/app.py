@@ -1,0 +1,205 @@
+"""The commands and their options. What they do is in the modules they import when they are called."""
+
+from __future__ import annotations
+
+from typing import Annotated, Optional
+
+import typer
+
+from qwenlocal import __version__
+from qwenlocal.cli.boundary import Boundary
+from qwenlocal.cli.complete import all_models, models_here
+
+app = typer.Typer(
+    cls=Boundary,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    help="Qwen1.5 on your laptop: downloads a model once, then chats with it offline.\n\n"
+    "Start here:  qwenlocal run\n\n"
+    "A MODEL is a name (qwen1.5, qwen1.5:7b, codeqwen1.5, starter), a file (./x.gguf), a repository "
+    "(hf:owner/repo, hf:owner/repo:q4_0, ms:owner/repo) or an address (https://…/x.gguf).",
+    epilog="Exit codes: 0 done, 2 usage, 3 not found, 4 download, 5 bad weights, 6 memory or disk, 7 context full, "
+    "130 interrupted, 141 closed pipe.",
+)
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+RateOption = Annotated[
+    Optional[str],  # noqa: UP045 - typer on Python 3.10
+    typer.Option("--limit-rate", metavar="RATE", help="Download at most this fast, for example 2M (bytes a second)."),
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"qwenlocal {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """The program itself."""
+
+
+@app.command(rich_help_panel="Chat")
+def run(
+    words: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(
+            metavar="[MODEL] [PROMPT]",
+            help="What to run, and what to ask. Without a prompt: a chat.",
+            autocompletion=all_models,
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("-m", "--model", metavar="MODEL", help="What to run, as an option.", autocompletion=all_models),
+    ] = None,
+    file: Annotated[
+        str | None,
+        typer.Option("-f", "--file", metavar="FILE", help="Take the prompt from a file; with -i, the system prompt."),
+    ] = None,
+    interactive: Annotated[bool, typer.Option("-i", "--interactive", help="Chat, even with -f.")] = False,
+    system: Annotated[Optional[str], typer.Option("--system", metavar="TEXT", help="Who the model shall be.")] = None,  # noqa: UP045
+    limit: Annotated[
+        int | None, typer.Option("-n", "--max-tokens", metavar="N", help="At most N tokens an answer.")
+    ] = None,
+    n_ctx: Annotated[
+        int | None,
+        typer.Option("-c", "--context", metavar="N", help="Tokens of context. [default: what fits, up to 8192]"),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option("-t", "--threads", metavar="N", help="Threads. [default: one a fast core]")
+    ] = None,
+    gpu_layers: Annotated[int, typer.Option("-ngl", "--gpu-layers", metavar="N", help="Layers to put on a GPU.")] = 0,
+    temperature: Annotated[Optional[float], typer.Option("--temp", metavar="X", help="Randomness; 0 is none.")] = None,  # noqa: UP045
+    top_k: Annotated[
+        int | None, typer.Option("--top-k", metavar="N", help="Choose among the N likeliest tokens; 0 is all.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option("--top-p", metavar="X", help="Choose among tokens of this probability together.")
+    ] = None,
+    min_p: Annotated[
+        float | None, typer.Option("--min-p", metavar="X", help="Drop tokens below this share of the likeliest.")
+    ] = None,
+    repeat_penalty: Annotated[
+        float | None, typer.Option("--repeat-penalty", metavar="X", help="Penalty on repeating; 1 is none.")
+    ] = None,
+    seed: Annotated[Optional[int], typer.Option("--seed", metavar="N", help="Makes random choices repeatable.")] = None,  # noqa: UP045
+    stop: Annotated[
+        list[str] | None,
+        typer.Option("--stop", metavar="TEXT", help="End the answer at this text; may be given again."),
+    ] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="No chat template: continue the text as it stands.")] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="A line of numbers on stderr after each answer.")] = False,
+    limit_rate: RateOption = None,
+    _cml: Annotated[bool, typer.Option("-cml", "--chatml", hidden=True)] = False,
+    _color: Annotated[bool, typer.Option("--color", hidden=True)] = False,
+) -> None:
+    """Chat with a model, or ask it one thing; downloads it first if it is not here.
+
+    \b
+    qwenlocal run                                    chat with the default model
+    qwenlocal run qwen1.5:7b                         chat with another one
+    qwenlocal run qwen1.5 "Why is the sky blue?"     one answer on standard output
+    qwenlocal run qwen1.5 "Sum this up:" < text.txt  with piped text
+    """
+    from qwenlocal.cli.run import Asked, run_model
+    from qwenlocal.cli.values import rate
+
+    run_model(
+        Asked(
+            words=tuple(words or ()),
+            model=model,
+            file=file,
+            interactive=interactive,
+            system=system,
+            limit=limit,
+            n_ctx=n_ctx,
+            threads=threads,
+            gpu_layers=gpu_layers,
+            sampling={
+                "temperature": temperature,
+                "top_k": top_k,
+                "top_p": top_p,
+                "min_p": min_p,
+                "repeat_penalty": repeat_penalty,
+                "seed": seed,
+            },
+            stops=tuple(stop or ()),
+            raw=raw,
+            stats=stats,
+            limit_rate=rate(limit_rate),
+        )
+    )
+
+
+@app.command(rich_help_panel="Models")
+def pull(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="What to fetch.", autocompletion=all_models)],
+    limit_rate: RateOption = None,
+) -> None:
+    """Download a model, or go on where a download ended."""
+    from qwenlocal.cli.models import pull_model
+    from qwenlocal.cli.values import rate
+
+    pull_model(model, limit_rate=rate(limit_rate))
+
+
+@app.command("list", rich_help_panel="Models")
+def list_(
+    everything: Annotated[bool, typer.Option("--all", "-a", help="Also the models that could be fetched.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """The models that are here, and those on their way."""
+    from qwenlocal.cli.models import list_models
+
+    list_models(everything=everything, as_json=as_json)
+
+
+@app.command(rich_help_panel="Models")
+def show(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Which model.", autocompletion=all_models)],
+    as_json: JsonOption = False,
+) -> None:
+    """What a model is: size, origin, licence, shape, template."""
+    from qwenlocal.cli.models import show_model
+
+    show_model(model, as_json=as_json)
+
+
+@app.command(rich_help_panel="Models")
+def rm(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Which model.", autocompletion=models_here)],
+) -> None:
+    """Remove a model, or a download that was not finished; frees what nothing else uses."""
+    from qwenlocal.cli.models import remove_model
+
+    remove_model(model)
+
+
+@app.command(rich_help_panel="Models")
+def verify(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Which model.", autocompletion=models_here)],
+    no_repair: Annotated[bool, typer.Option("--no-repair", help="Only look; fetch nothing.")] = False,
+) -> None:
+    """Read every byte of a model and compare; fetches again just what is damaged."""
+    from qwenlocal.cli.models import verify_model
+
+    verify_model(model, repair=not no_repair)
+
+
+@app.command(rich_help_panel="This machine")
+def doctor(
+    as_json: JsonOption = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Do not ask the network.")] = False,
+) -> None:
+    """Look at processor, memory, devices, folders and sources, and say what to do."""
+    from qwenlocal.cli.doctor import examine
+
+    examine(as_json=as_json, offline=offline)

@@ -1,0 +1,48 @@
+"""Where errors become words and exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import typer
+import typer.core
+
+from qwenlocal.errors import Interrupted, QwenlocalError
+
+CLOSED_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
+
+
+class Boundary(typer.core.TyperGroup):
+    """
+    The one place that catches errors: ours become a sentence, a next step and an exit code.
+
+    Anything else is a bug and keeps its traceback.
+    """
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
+        except QwenlocalError as error:
+            show(error)
+            raise typer.Exit(error.exit_code) from error
+        except KeyboardInterrupt as stop:
+            raise typer.Exit(Interrupted.exit_code) from stop
+        except BrokenPipeError as closed:
+            # Nobody reads any more; and Python must not complain about that at exit either.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(CLOSED_PIPE) from closed
+
+
+def show(error: QwenlocalError) -> None:
+    """The sentence and the next step, on stderr."""
+    colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    mark, dim, plain = ("\x1b[1;31m", "\x1b[2m", "\x1b[0m") if colour else ("", "", "")
+    from qwenlocal.terminal.plain import harmless
+
+    sys.stderr.write(f"{mark}qwenlocal:{plain} {harmless(str(error))}\n")
+    if error.hint:
+        sys.stderr.write(f"{dim}  {harmless(error.hint)}{plain}\n")

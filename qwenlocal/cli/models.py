@@ -1,0 +1,282 @@
+"""The commands that look after models: pull, list, show, rm, verify."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwenlocal.cli.values import bytes_for_people
+from qwenlocal.cli.wiring import Program
+from qwenlocal.errors import BadWeights, Interrupted, ModelNotFound
+from qwenlocal.library.store import Damage, Incomplete, Record
+
+if TYPE_CHECKING:
+    from qwenlocal.library.catalog import Card
+    from qwenlocal.weights.header import Header
+
+
+def _print_json(data: Any) -> None:
+    sys.stdout.write(json.dumps(data, ensure_ascii=False, indent=1) + "\n")
+
+
+def pull_model(text: str, *, limit_rate: int) -> None:
+    """Have a model here."""
+    program = Program()
+    name = program.parse(text)
+    record = program.have(name, limit_rate=limit_rate)
+    program.say(f"{record.name} is here: {record.path} ({bytes_for_people(record.size)})")
+
+
+# --- list
+
+
+def list_models(*, everything: bool, as_json: bool) -> None:
+    """What is here, what is on its way, and with `everything` what could be fetched."""
+    program = Program()
+    records, coming = program.store.records(), program.store.incomplete()
+    here = {record.name for record in records}
+    cards = [card for card in program.catalogue.cards if _usual_name(card) not in here] if everything else []
+    if as_json:
+        _print_json(
+            [_record_json(record) for record in records]
+            + [_incomplete_json(incomplete) for incomplete in coming]
+            + [_card_json(card) for card in cards]
+        )
+        return
+    rows = [(r.name, bytes_for_people(r.size), "here" if r.owned else f"here, of {r.origin}") for r in records]
+    rows += [
+        (_model(i), bytes_for_people(i.identity.size), f"{i.done / max(1, i.identity.size):.0%} fetched")
+        for i in coming
+    ]
+    rows += [(_usual_name(card), _card_size(card), _card_state(card)) for card in cards]
+    if not rows:
+        program.say("No model is here yet. Start with: qwenlocal run (qwenlocal list --all shows what there is)")
+        return
+    _table(("NAME", "SIZE", ""), rows)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+    for row in (head, *rows):
+        sys.stdout.write("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() + "\n")
+
+
+def _usual_name(card: Card) -> str:
+    from qwenlocal.library.names import CatalogueName
+
+    return str(CatalogueName(card)) if card.gguf or card.files else card.name
+
+
+def _card_size(card: Card) -> str:
+    return bytes_for_people(card.default_file.size) if card.default_file else ""
+
+
+def _card_state(card: Card) -> str:
+    return "can be fetched" if card.gguf or card.files else "published as a checkpoint only"
+
+
+def _model(incomplete: Incomplete) -> str:
+    return incomplete.identity.model or incomplete.identity.name
+
+
+def _record_json(record: Record) -> dict[str, Any]:
+    return {
+        "name": record.name,
+        "state": "here",
+        "size": record.size,
+        "path": str(record.path),
+        "sha256": record.files[0].sha256 or None,
+        "origin": record.origin,
+        "licence": record.licence or None,
+        "owned": record.owned,
+        "added": record.added or None,
+    }
+
+
+def _incomplete_json(incomplete: Incomplete) -> dict[str, Any]:
+    identity = incomplete.identity
+    return {"name": _model(incomplete), "state": "partial", "size": identity.size, "done": incomplete.done}
+
+
+def _card_json(card: Card) -> dict[str, Any]:
+    return {
+        "name": _usual_name(card),
+        "state": "available" if card.gguf or card.files else "checkpoint",
+        "size": card.default_file.size if card.default_file else None,
+        "repository": card.gguf or card.checkpoint,
+        "licence": card.licence,
+    }
+
+
+# --- show
+
+
+def show_model(text: str, *, as_json: bool) -> None:
+    """What a model is; without the network, so what is not here is shown from the catalogue."""
+    from qwenlocal.library.names import PathName
+    from qwenlocal.weights.header import read_header
+
+    program = Program(quiet=as_json)
+    name = program.parse(text)
+    record = program.local.here(name)
+    if record is None:
+        card = getattr(name, "card", None)
+        if card is None:
+            raise ModelNotFound(text, reason=f"{name} is not here.", hint=f"Fetch it: qwenlocal pull {name}")
+        _show(_card_facts(card), as_json)
+        return
+    facts = _record_json(record)
+    if isinstance(name, PathName):
+        facts["name"] = record.path.name
+    _show({**facts, **_header_facts(read_header(Path(record.files[0].path)))}, as_json)
+
+
+def _card_facts(card: Card) -> dict[str, Any]:
+    facts = {**_card_json(card), "title": card.title, "context": card.context, "checkpoint": card.checkpoint}
+    if card.kv_bytes_per_token:
+        facts["context memory"] = _memory_words(card.kv_bytes_per_token)
+    return {**facts, "sampling": dict(card.sampling)}
+
+
+def _memory_words(kv_bytes_per_token: int) -> str:
+    return ", ".join(f"{kv_bytes_per_token * n / 2**30:.2f} GiB at {n:,} tokens" for n in (2048, 8192, 32768))
+
+
+def _header_facts(header: Header) -> dict[str, Any]:
+    from qwenlocal.engine.plan import Shape
+    from qwenlocal.weights.header import tensor_bytes, tensor_type_name
+
+    types: dict[str, int] = {}
+    total = elements = 0
+    for tensor in header.tensors:
+        kind = tensor_type_name(tensor.type)
+        types[kind] = types.get(kind, 0) + 1
+        total += tensor_bytes(tensor) or 0
+        elements += tensor.elements
+    shape = Shape.of(header.metadata)
+    template = header.metadata.get("tokenizer.chat_template")
+    return {
+        "title": header.metadata.get("general.name"),
+        "architecture": header.architecture,
+        "parameters": elements,
+        "bits per weight": round(total * 8 / elements, 2) if elements else None,
+        "tensors": dict(sorted(types.items(), key=lambda item: -item[1])),
+        "layers": header.hyperparameter("block_count"),
+        "embedding": header.hyperparameter("embedding_length"),
+        "heads": header.hyperparameter("attention.head_count"),
+        "kv heads": header.hyperparameter("attention.head_count_kv"),
+        "context": header.hyperparameter("context_length"),
+        "context memory": _memory_words(shape.kv_bytes(1)) if shape else None,
+        "rope base": header.hyperparameter("rope.freq_base"),
+        "vocabulary": _length(header.metadata.get("tokenizer.ggml.tokens")),
+        "chat template": template if isinstance(template, str) else None,
+    }
+
+
+def _length(value: object) -> int | None:
+    from qwenlocal.weights.header import LongArray
+
+    if isinstance(value, LongArray):
+        return value.length
+    return len(value) if isinstance(value, list) else None
+
+
+def _show(facts: Mapping[str, Any], as_json: bool) -> None:
+    from qwenlocal.terminal.plain import harmless
+
+    if as_json:
+        _print_json(facts)
+        return
+    width = max(len(key) for key in facts)
+    for key, value in facts.items():
+        if value is None or value == {} or value == "":
+            continue
+        sys.stdout.write(
+            f"{key:<{width}}  {harmless(_words(key, value)).replace(chr(10), chr(10) + ' ' * (width + 2))}\n"
+        )
+
+
+def _words(key: str, value: Any) -> str:
+    if key == "size":
+        return f"{bytes_for_people(value)} ({value:,} bytes)"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {number}" for name, number in value.items())
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+# --- rm, verify
+
+
+def remove_model(text: str) -> None:
+    """Remove a model or an unfinished download."""
+    from qwenlocal.library.names import PathName
+
+    program = Program()
+    name = program.parse(text)
+    if isinstance(name, PathName):
+        raise ModelNotFound(
+            text, reason=f"{name.path} is a file of yours, not a model that was fetched.", hint="Remove it with rm."
+        )
+    dropped = [i for i in program.store.incomplete() if str(name) in (i.identity.model, i.identity.name)]
+    for incomplete in dropped:
+        program.store.drop(incomplete)
+        program.say(
+            f"Removed the unfinished download of {incomplete.identity.name} ({bytes_for_people(incomplete.done)})."
+        )
+    record = program.store.get(str(name))
+    if record is None:
+        if not dropped:
+            raise ModelNotFound(text, reason=f"{name} is not here.", hint="See what is: qwenlocal list")
+        return
+    freed = program.store.remove(record)
+    if record.owned:
+        program.say(f"Removed {record.name}; {bytes_for_people(freed)} are free again.")
+    else:
+        program.say(f"Forgot {record.name}. Its file belongs to {record.origin} and was left alone: {record.path}")
+
+
+def verify_model(text: str, *, repair: bool) -> None:
+    """Read every byte; fetch again what is damaged."""
+    from qwenlocal.library.download import Progress
+    from qwenlocal.terminal.progress import progress
+    from qwenlocal.weights.header import read_header
+
+    program = Program()
+    name = program.parse(text)
+    record = program.store.get(str(name)) or program.local.here(name)
+    if record is None:
+        raise ModelNotFound(text, reason=f"{name} is not here.", hint=f"Fetch it: qwenlocal pull {name}")
+    try:
+        with progress(sys.stderr) as shown:
+            damage = program.store.check(record, lambda done, all: shown(Progress(record.name, done, all, "reading")))
+    except KeyboardInterrupt as stop:
+        raise Interrupted("Nothing was changed.") from stop
+    if not damage:
+        read_header(Path(record.files[0].path))
+        digest = record.files[0].sha256
+        program.say(
+            f"{record.name} is whole{f': sha256 {digest}' if digest else ' as far as its header tells (no digest is known)'}."
+        )
+        return
+    for bad in damage:
+        program.say(_damage_words(bad))
+    if not repair:
+        raise BadWeights(record.path, "the file is damaged", hint=f"Mend it: qwenlocal verify {record.name}")
+    from qwenlocal.cli.network import puller
+
+    with puller(program) as found:
+        mended = found.mend(name, record, damage)
+    program.say(f"{mended.name} is whole again: sha256 {mended.files[0].sha256}.")
+
+
+def _damage_words(bad: Damage) -> str:
+    if bad.blocks is None:
+        return f"{bad.file.path} is damaged: its sha256 is {bad.sha256[:16]}…, it should be {bad.file.sha256[:16]}…."
+    spans = ", ".join(f"{n} (bytes {n * bad.block_size:,} to {(n + 1) * bad.block_size:,})" for n in bad.blocks[:8])
+    more = f" and {len(bad.blocks) - 8} more" if len(bad.blocks) > 8 else ""
+    return f"{bad.file.path} is damaged in block {spans}{more}."

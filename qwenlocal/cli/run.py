@@ -1,0 +1,225 @@
+"""`qwenlocal run`: one answer on standard output, or a chat."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qwenlocal.cli.wiring import Program
+from qwenlocal.errors import Interrupted, ModelNotFound, UsageProblem
+from qwenlocal.library.names import CatalogueName, Name
+from qwenlocal.library.store import Record
+from qwenlocal.paths import shipped
+
+if TYPE_CHECKING:
+    from qwenlocal.chat.loading import Loaded
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the command line said."""
+
+    words: Sequence[str]
+    model: str | None
+    file: str | None
+    interactive: bool
+    system: str | None
+    limit: int | None
+    n_ctx: int | None
+    threads: int | None
+    gpu_layers: int
+    sampling: Mapping[str, float | int | None]
+    stops: Sequence[str]
+    raw: bool
+    stats: bool
+    limit_rate: int
+
+    @property
+    def model_name(self) -> str | None:
+        """The model, from -m or the first word; None for the default one."""
+        return self.model or (None if self._only_a_prompt else self.words[0])
+
+    @property
+    def prompt_words(self) -> Sequence[str]:
+        """The prompt's words."""
+        return self.words if self.model or self._only_a_prompt else self.words[1:]
+
+    @property
+    def _only_a_prompt(self) -> bool:
+        """One argument with a space in it is a sentence, not a model."""
+        return not self.words or (len(self.words) == 1 and " " in self.words[0].strip() and not Path(self.words[0]).exists())
+
+
+def run_model(asked: Asked) -> None:
+    """Do what `qwenlocal run` was asked to."""
+    _check(asked)
+    prompt, system = _texts(asked)
+    program = Program()
+    if asked.model_name:
+        name = program.parse(asked.model_name)
+        record = program.have(name, limit_rate=asked.limit_rate)
+    else:
+        name, record = program.have_default(limit_rate=asked.limit_rate)
+    loaded = _load(asked, name, record)
+    for note in loaded.notes:
+        program.say(note)
+    try:
+        if prompt is None:
+            _chat(asked, program, name, loaded, system)
+        else:
+            _answer(asked, loaded, prompt, system)
+    finally:
+        loaded.close()
+
+
+def _check(asked: Asked) -> None:
+    from qwenlocal.engine.sampling import Sampling
+
+    Sampling().with_known(asked.sampling)  # says what is out of range before anything is fetched or loaded
+    for name, value, least in (("-n", asked.limit, 1), ("-c", asked.n_ctx, 16), ("-t", asked.threads, 1)):
+        if value is not None and value < least:
+            raise UsageProblem(f"{name} must be at least {least}; it is {value}.")
+    if asked.raw and asked.system:
+        raise UsageProblem("--raw continues the text as it stands; --system has no place in it.")
+
+
+def _texts(asked: Asked) -> tuple[str | None, str]:
+    """The prompt (None: a chat), and the system prompt."""
+    parts = [" ".join(asked.prompt_words)] if asked.prompt_words else []
+    system = asked.system or ""
+    if asked.file:
+        text = _read_prompt(asked.file)
+        if asked.interactive:
+            system = system or text.rstrip("\n")
+        else:
+            parts.append(text if asked.raw else text.rstrip("\n"))
+    piped = "" if sys.stdin is None or sys.stdin.isatty() else _read_stdin()
+    if piped.strip():
+        parts.append(piped if asked.raw else piped.rstrip("\n"))
+    if parts and not asked.interactive:
+        return "\n\n".join(parts), system
+    if not _can_chat():
+        raise UsageProblem(
+            "There is nothing to answer: no prompt was given, and this is not a terminal to chat in.",
+            hint='Give a prompt: qwenlocal run MODEL "Why is the sky blue?", or pipe text into it.',
+        )
+    return None, system
+
+
+def _can_chat() -> bool:
+    return sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def _read_stdin() -> str:
+    return _utf8(sys.stdin.buffer.read(), "The text on standard input")
+
+
+def _read_prompt(name: str) -> str:
+    """A file of the user's, or one of the prompts that come with the program."""
+    path = Path(name).expanduser()
+    if not path.exists() and (own := shipped("prompts") / path.name).exists():
+        path = own
+    if path.is_dir():
+        raise UsageProblem(f"{path} is a directory; -f takes a text file.")
+    try:
+        return _utf8(path.read_bytes(), str(path))
+    except OSError as reason:
+        raise ModelNotFound(
+            name,
+            reason=f"The prompt file {name} cannot be read: {reason.strerror}.",
+            hint=f"Prompts that come with the program: {', '.join(sorted(p.name for p in shipped('prompts').glob('*.txt')))}",
+        ) from reason
+
+
+def _utf8(data: bytes, what: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as wrong:
+        raise UsageProblem(
+            f"{what} is not UTF-8 text (byte {wrong.start + 1:,} is 0x{data[wrong.start]:02X}).",
+            hint="If it is text in another encoding, convert it: iconv -f LATIN1 -t UTF-8",
+        ) from wrong
+
+
+def _load(asked: Asked, name: Name, record: Record) -> Loaded:
+    from qwenlocal.chat.background import in_background
+    from qwenlocal.chat.loading import Loading, LoadOptions
+    from qwenlocal.machine import this_machine
+    from qwenlocal.terminal.status import loading_status
+
+    card = name.card if isinstance(name, CatalogueName) else None
+    options = LoadOptions(asked.n_ctx, asked.threads, asked.gpu_layers, raw=asked.raw or None)
+    loading = Loading()
+    with loading_status(sys.stderr, str(name)) as status:
+        (loaded,) = in_background(
+            lambda: iter(
+                [
+                    loading.load(
+                        record.path,
+                        options,
+                        this_machine(),
+                        name=str(name),
+                        size=record.size,
+                        is_base=card is not None and card.variant == "base",
+                        recommended=card.sampling if card else {},
+                        report=status,
+                    )
+                ]
+            ),
+            loading.stop,
+        )
+    return loaded
+
+
+def _answer(asked: Asked, loaded: Loaded, prompt: str, system: str) -> None:
+    from qwenlocal.chat.background import in_background
+    from qwenlocal.chat.conversation import Manner
+    from qwenlocal.chat.events import Why
+    from qwenlocal.chat.turn import answer
+    from qwenlocal.terminal.answer import show_answer
+
+    manner = Manner(loaded.sampling.with_known(asked.sampling), asked.limit, asked.stops)
+    if loaded.template is None:
+        ids = loaded.model.vocabulary.tokenize(prompt, special=True, add_bos=loaded.model.vocabulary.adds_bos)
+        events = in_background(
+            lambda: answer(
+                loaded.sequence,
+                loaded.model.vocabulary,
+                ids,
+                manner.sampling,
+                limit=manner.limit,
+                stops=manner.stops,
+            ),
+            loaded.sequence.stop,
+        )
+    else:
+        conversation = loaded.conversation(manner, system)
+        events = in_background(lambda: conversation.ask(prompt), conversation.stop)
+    done = show_answer(events, sys.stdout, sys.stderr)
+    if asked.stats:
+        sys.stderr.write(done.stats.sentence(done.why) + "\n")
+    if done.why is Why.INTERRUPTED:
+        raise Interrupted
+    if done.why is Why.CONTEXT:
+        sys.stderr.write(
+            f"qwenlocal: the answer stopped because the context of {loaded.context.n_ctx:,} tokens is full.\n"
+        )
+
+
+def _chat(asked: Asked, program: Program, name: Name, loaded: Loaded, system: str) -> None:
+    from qwenlocal.chat.conversation import Manner
+    from qwenlocal.terminal.chat import Chat
+
+    manner = Manner(loaded.sampling.with_known(asked.sampling), asked.limit, asked.stops)
+    conversation = loaded.conversation(manner, system)
+    Chat(
+        conversation,
+        model=str(name),
+        n_ctx=loaded.context.n_ctx,
+        history=program.folders.history,
+        chats=program.folders.chats,
+        stats=asked.stats,
+    ).run()

@@ -1,0 +1,33 @@
+"""Values that people type with units."""
+
+from __future__ import annotations
+
+import re
+
+from qwenlocal.errors import UsageProblem
+
+_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3}
+
+
+def rate(text: str | None) -> int:
+    """
+    Bytes a second: `rate("2M")` is 2,000,000; 0 where nothing was said.
+
+    Raises
+    ------
+    UsageProblem: it is not a number with K, M or G.
+    """
+    if text is None:
+        return 0
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?)(?:b(?:/s)?|i?b)?", text.strip().lower())
+    value = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+    if value <= 0:
+        raise UsageProblem(f"“{text}” is not a rate.", hint="Write it like 500K, 2M or 1.5M: bytes a second.")
+    return value
+
+
+def bytes_for_people(count: int) -> str:
+    """`bytes_for_people(491400064)` is "491 MB"."""
+    if count >= 1e9:
+        return f"{count / 1e9:.2f} GB"
+    return f"{count / 1e6:.0f} MB" if count >= 1e6 else f"{count / 1e3:.0f} kB"

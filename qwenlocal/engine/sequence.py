@@ -1,0 +1,151 @@
+"""One conversation's tokens in the KV cache: only what is new is computed."""
+
+from __future__ import annotations
+
+import collections.abc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Protocol
+
+from qwenlocal.engine.llama import Aborted, Context, NoRoom
+from qwenlocal.engine.sampling import Sampler, Sampling
+from qwenlocal.errors import ContextFull
+
+_CHUNK_SECONDS = 0.4  # how often a long prompt shows its progress
+_FIRST_CHUNK = 64
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """`done` of `total` prompt tokens are in the KV cache; `reused` of them were there before."""
+
+    done: int
+    total: int
+    reused: int
+
+
+class Generator(Protocol):
+    """Anything that continues token ids: a plain `TokenSequence`, or a scheduler of many."""
+
+    def generate(self, ids: Sequence[int], sampling: Sampling, *, limit: int) -> Iterator[Prefill | int]:
+        """
+        Yield `Prefill` while the prompt is read, then the ids of the answer as they come, at most `limit`.
+
+        End tokens are yielded like any other; it is the caller who stops there, by closing the iterator. The iterator
+        ends early when it is stopped or the context is full (`is_full`).
+
+        Raises
+        ------
+        ContextFull: the prompt leaves no room for an answer.
+        """
+        ...
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the last answer ended because the context is full."""
+        ...
+
+    def stop(self) -> None:
+        """End what is being generated, within milliseconds; from any thread."""
+        ...
+
+    @property
+    def was_stopped(self) -> bool:
+        """Whether the last answer ended through `stop`."""
+        ...
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two sequences share at their start: `common_prefix([1, 2, 3], [1, 2, 9])` is 2."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+
+
+class TokenSequence:
+    """Sequence `number` of a context. Fulfils `Generator`."""
+
+    def __init__(self, context: Context, number: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
+        self._context, self._number, self._clock = context, number, clock
+        self._held: list[int] = []  # exactly what the KV cache holds
+        self._full = False
+        self._stopped = False
+
+    @property
+    def held(self) -> tuple[int, ...]:
+        """The tokens in the KV cache."""
+        return tuple(self._held)
+
+    @property
+    def is_full(self) -> bool:
+        return self._full
+
+    @property
+    def was_stopped(self) -> bool:
+        return self._stopped
+
+    def stop(self) -> None:
+        self._context.abort.set()
+
+    def generate(self, ids: Sequence[int], sampling: Sampling, *, limit: int) -> Iterator[Prefill | int]:
+        if len(ids) >= self._context.n_ctx:
+            raise ContextFull(len(ids), self._context.n_ctx, self._context.model.n_ctx_train)
+        self._full = self._stopped = False
+        self._context.abort.clear()
+        sampler = Sampler(sampling, len(self._context.model.vocabulary))
+        try:
+            yield from self._generate(ids, sampler, limit)
+        except Aborted:
+            self._stopped = True
+            self._settle()
+        except NoRoom:
+            self._full = True
+        finally:
+            sampler.close()
+
+    def _generate(self, ids: Sequence[int], sampler: Sampler, limit: int) -> Iterator[Prefill | int]:
+        context = self._context
+        row = yield from self._prefill(ids)
+        sampler.remember(ids)
+        for produced in range(1, limit + 1):
+            token = sampler.sample(context, row)
+            yield token
+            if produced == limit:
+                return
+            if context.abort:
+                raise Aborted
+            if len(self._held) >= context.n_ctx:
+                raise NoRoom
+            (row,) = context.decode([(self._number, (token,))])
+            self._held.append(token)
+
+    def _prefill(self, ids: Sequence[int]) -> collections.abc.Generator[Prefill, None, int]:
+        """Put `ids` into the cache but for what it holds already (never the last one); returns the row of logits."""
+        reused = min(common_prefix(self._held, ids), len(ids) - 1)
+        self._truncate(reused)
+        yield Prefill(reused, len(ids), reused)
+        chunk, row = min(_FIRST_CHUNK, self._context.options.n_batch), -1
+        while len(self._held) < len(ids):
+            if self._context.abort:
+                raise Aborted
+            new = ids[len(self._held) : len(self._held) + chunk]
+            started = self._clock()
+            (row,) = self._context.decode([(self._number, new)])
+            self._held.extend(new)
+            yield Prefill(len(self._held), len(ids), reused)
+            chunk = self._next_chunk(chunk, self._clock() - started)
+        return row
+
+    def _next_chunk(self, chunk: int, seconds: float) -> int:
+        """Chunks grow while they are quick, so that progress shows often and large batches stay efficient."""
+        wanted = chunk * 2 if seconds < _CHUNK_SECONDS / 2 else chunk
+        return min(wanted, self._context.options.n_batch)
+
+    def _truncate(self, length: int) -> None:
+        if length < len(self._held):
+            self._context.truncate(self._number, length)
+            del self._held[length:]
+
+    def _settle(self) -> None:
+        """After an abort, parts of a batch may be in the cache; go back to what is known to be there."""
+        self._context.truncate(self._number, len(self._held))

@@ -1,0 +1,190 @@
+"""
+Everything that can go wrong for a user of qwenlocal.
+
+    QwenlocalError                 1  something the user can act on
+    ├── UsageProblem               2  the command's words contradict each other
+    ├── ModelNotFound              3  no such name, path, file or repository
+    │   └── NotConvertedYet        3  the model exists, but only as a checkpoint
+    ├── DownloadFailed             4  no place delivered the bytes
+    │   ├── SourceUnreachable      4  nothing answered at all
+    │   └── DigestMismatch         4  what arrived is not the published file
+    ├── BadWeights                 5  the file is not a model this program can run
+    ├── BadCatalogue               5  a file in models/ cannot be read
+    ├── NotEnoughMemory            6  the model does not fit
+    ├── DiskFull                   6  no room for the file
+    ├── CannotWrite                6  a folder that must be written is not writable
+    ├── ContextFull                7  the prompt does not fit in the context
+    └── Interrupted              130  Ctrl-C
+
+The rooms below `cli` raise these where the cause is known; only `cli` turns them into words and exit codes.
+Anything else that escapes is a bug, and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+
+class QwenlocalError(Exception):
+    """Something the user can act on: `str(error)` is the sentence, `hint` the next step."""
+
+    exit_code = 1
+    http_status = 500
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class UsageProblem(QwenlocalError):
+    """The words of a command are off in a way the argument parser cannot see."""
+
+    exit_code, http_status = 2, 400
+
+
+class ModelNotFound(QwenlocalError):
+    """`name` names no model, file or repository; `suggestions` are names that look alike."""
+
+    exit_code, http_status = 3, 404
+
+    def __init__(self, name: str, *, reason: str = "", suggestions: Sequence[str] = (), hint: str = "") -> None:
+        self.name, self.suggestions = name, tuple(suggestions)
+        if suggestions and not hint:
+            hint = "Did you mean " + " or ".join(suggestions) + "?"
+        super().__init__(
+            reason or f"There is no model called “{name}”.", hint=hint or "See the names: qwenlocal list --all"
+        )
+
+
+class NotConvertedYet(ModelNotFound):
+    """`name` exists as a checkpoint in `repo`, but nobody published a GGUF file of it."""
+
+    def __init__(self, name: str, repo: str, alternative: str) -> None:
+        self.repo, self.alternative = repo, alternative
+        super().__init__(
+            name,
+            reason=f"{name} is published as a checkpoint only ({repo}); there is no GGUF file of it to run.",
+            hint=f"This version cannot convert checkpoints. The nearest model that runs: {alternative}",
+        )
+
+
+class DownloadFailed(QwenlocalError):
+    """No place delivered the file; what did arrive is kept and the next try goes on from there."""
+
+    exit_code, http_status = 4, 502
+
+
+class SourceUnreachable(DownloadFailed):
+    """None of `places` answered, so nothing is known about the file."""
+
+    def __init__(self, what: str, places: Sequence[str], *, hint: str = "") -> None:
+        self.places = tuple(places)
+        super().__init__(
+            f"{what} is not on this disk, and none of its sources could be reached ({'; '.join(places)}).",
+            hint=hint
+            or "Check the network (qwenlocal doctor), or point HF_ENDPOINT or HTTPS_PROXY at something reachable.",
+        )
+
+
+class DigestMismatch(DownloadFailed):
+    """The bytes of `file` have the sha256 `actual` where `expected` was published."""
+
+    def __init__(self, file: str, expected: str, actual: str, *, source: str) -> None:
+        self.file, self.expected, self.actual, self.source = file, expected, actual, source
+        super().__init__(
+            f"{file} from {source} is not the published file: its sha256 is {actual[:16]}…, "
+            f"it should be {expected[:16]}….",
+            hint="The download was thrown away. Try again, or on another network: something in between changes files.",
+        )
+
+
+class BadWeights(QwenlocalError):
+    """`path` cannot be used as a model; `reason` is what is wrong with it."""
+
+    exit_code, http_status = 5, 500
+
+    def __init__(self, path: Path | str, reason: str, *, hint: str = "") -> None:
+        self.path, self.reason = str(path), reason
+        super().__init__(
+            f"{path}: {reason}",
+            hint=hint or "Check the file with qwenlocal verify, or fetch it again with qwenlocal pull.",
+        )
+
+
+class BadCatalogue(QwenlocalError):
+    """A file in `models/` cannot be read."""
+
+    exit_code = 5
+
+    def __init__(self, path: Path, reason: str) -> None:
+        self.path, self.reason = path, reason
+        super().__init__(
+            f"The catalogue file {path} cannot be read: {reason}.",
+            hint="Restore it (git checkout, or install qwenlocal again). Models given by path still run.",
+        )
+
+
+class NotEnoughMemory(QwenlocalError):
+    """A model needs `needed` bytes where `available` are free."""
+
+    exit_code, http_status = 6, 507
+
+    def __init__(self, what: str, needed: int, available: int, *, hint: str) -> None:
+        self.needed, self.available = needed, available
+        super().__init__(
+            f"{what} needs about {needed / 2**30:.1f} GiB of memory; {available / 2**30:.1f} GiB are available.",
+            hint=hint,
+        )
+
+
+class DiskFull(QwenlocalError):
+    """`folder` has `free` bytes left where `needed` more must be written."""
+
+    exit_code, http_status = 6, 507
+
+    def __init__(self, folder: Path, needed: int, free: int) -> None:
+        self.folder, self.needed, self.free = folder, needed, free
+        super().__init__(
+            f"The disk of {folder} has {free / 1e6:,.0f} MB free; {needed / 1e6:,.0f} MB more are needed.",
+            hint="Free some room (qwenlocal list, qwenlocal rm NAME), or move QWENLOCAL_HOME or HF_HOME elsewhere.",
+        )
+
+
+class CannotWrite(QwenlocalError):
+    """`folder` must be written and is not writable."""
+
+    exit_code, http_status = 6, 500
+
+    def __init__(self, folder: Path, reason: str) -> None:
+        self.folder, self.reason = folder, reason
+        super().__init__(
+            f"{folder} cannot be written: {reason}.",
+            hint="Set QWENLOCAL_HOME (and HF_HOME for models of the hub) to a folder of yours.",
+        )
+
+
+class ContextFull(QwenlocalError):
+    """A prompt of `n_prompt` tokens leaves no room for an answer in a context of `n_ctx` tokens."""
+
+    exit_code, http_status = 7, 400
+
+    def __init__(self, n_prompt: int, n_ctx: int, n_ctx_train: int) -> None:
+        self.n_prompt, self.n_ctx, self.n_ctx_train = n_prompt, n_ctx, n_ctx_train
+        wanted = -(-(n_prompt + 512) // 1024) * 1024
+        if wanted <= n_ctx_train:
+            hint = f"Load the model with -c {wanted}, or start afresh with /clear."
+        else:
+            hint = f"Shorten the text: this model was trained for {n_ctx_train:,} tokens. /clear starts afresh."
+        super().__init__(
+            f"The text is {n_prompt:,} tokens long; the model was loaded with room for {n_ctx:,}.", hint=hint
+        )
+
+
+class Interrupted(QwenlocalError):
+    """The user pressed Ctrl-C; `kept` says what survives."""
+
+    exit_code = 130
+
+    def __init__(self, kept: str = "") -> None:
+        super().__init__("Interrupted.", hint=kept)

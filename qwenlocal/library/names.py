@@ -1,0 +1,240 @@
+"""
+What people type to name a model, and what it means.
+
+    qwen1.5  qwen1.5:7b  qwen1.5:7b-base  qwen1.5:7b-chat-q5_k_m  codeqwen1.5  starter      the catalogue
+    hf:owner/repo  hf:owner/repo:q4_0  hf:owner/repo/file.gguf  hf:owner/repo@revision      the Hugging Face hub
+    ms:owner/repo …                                                                         ModelScope
+    https://host/x.gguf                                                                     anywhere on the web
+    ./x.gguf  /models/x.gguf                                                                this disk
+
+Case and separators do not matter for catalogue names: `Qwen1.5-7B-Chat-Q5_K_M` is `qwen1.5:7b-chat-q5_k_m`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
+
+from qwenlocal.errors import BadWeights, ModelNotFound
+from qwenlocal.library.catalog import Card, Catalogue
+
+# The names of llama.cpp's quantization types (llama.h, enum llama_ftype), as they stand in file names.
+LEVELS = [
+    "f32",
+    "f16",
+    "bf16",
+    "q4_0",
+    "q4_1",
+    "q5_0",
+    "q5_1",
+    "q8_0",
+    "q2_k",
+    "q2_k_s",
+    "q3_k",
+    "q3_k_s",
+    "q3_k_m",
+    "q3_k_l",
+    "q4_k",
+    "q4_k_s",
+    "q4_k_m",
+    "q5_k",
+    "q5_k_s",
+    "q5_k_m",
+    "q6_k",
+    "iq1_s",
+    "iq1_m",
+    "iq2_xxs",
+    "iq2_xs",
+    "iq2_s",
+    "iq2_m",
+    "iq3_xxs",
+    "iq3_xs",
+    "iq3_s",
+    "iq3_m",
+    "iq4_nl",
+    "iq4_xs",
+    "tq1_0",
+    "tq2_0",
+    "mxfp4",
+]
+_BY_SQUEEZED_LEVEL = {level.replace("_", ""): level for level in LEVELS}
+_HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+?))?(?:(?P<mark>[:/])(?P<rest>.+))?")
+_WEB_HUB = re.compile(r"(?:https?://)?(?:huggingface\.co|hf\.co)/(?P<rest>[\w.-]+/[\w.-]+.*)")
+
+
+@dataclass(frozen=True)
+class CatalogueName:
+    """A card, and a quantization level of it (None: the usual one)."""
+
+    card: Card
+    level: str | None = None
+
+    def __str__(self) -> str:
+        usual = self.level is None or self.level == self.card.level
+        if usual and self.card.sizes_in_family == 1:
+            return self.card.name
+        return f"{self.card.name}-{self.level or self.card.level}"
+
+
+@dataclass(frozen=True)
+class HubName:
+    """A repository on a hub ("hf" or "ms"), and a file or a level in it (neither: the usual one)."""
+
+    hub: str
+    repo: str
+    revision: str | None = None
+    file: str | None = None
+    level: str | None = None
+
+    def __str__(self) -> str:
+        tail = f"/{self.file}" if self.file else f":{self.level}" if self.level else ""
+        return f"{self.hub}:{self.repo}{f'@{self.revision}' if self.revision else ''}{tail}"
+
+
+@dataclass(frozen=True)
+class WebName:
+    """A file at an address."""
+
+    url: str
+
+    def __str__(self) -> str:
+        return self.url
+
+    @property
+    def file(self) -> str:
+        """The last part of the path."""
+        return PurePosixPath(urlsplit(self.url).path).name or "model.gguf"
+
+
+@dataclass(frozen=True)
+class PathName:
+    """A file on this disk."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+Name = CatalogueName | HubName | WebName | PathName
+
+
+def parse(text: str, catalogue: Catalogue) -> Name:
+    """
+    What `text` names. No network is asked; a path must exist, a catalogue name must be known.
+
+    Raises
+    ------
+    ModelNotFound: it names nothing; names that look alike are in the error.
+    BadWeights: it is a directory, where a file should be.
+    """
+    text = text.strip()
+    scheme, colon, rest = text.partition(":")
+    if web_hub := _WEB_HUB.fullmatch(text.partition("?")[0]):
+        return _hub_name(
+            "hf", re.sub(r"/(?:resolve|blob|tree)/([^/]+)(/|$)", r"@\1\2", web_hub["rest"], count=1).rstrip("/")
+        )
+    if scheme.lower() in ("http", "https") and rest.startswith("//"):
+        return WebName(text)
+    if scheme.lower() in ("hf", "ms") and colon:
+        return _hub_name(scheme.lower(), rest)
+    if _is_path(text):
+        return _path_name(text, catalogue)
+    if text.count("/") == 1 and ".." not in text and _HUB.fullmatch(text):
+        return _hub_name("hf", text)
+    return _catalogue_name(text, catalogue)
+
+
+def squeeze(text: str) -> str:
+    """A name without what does not matter in it: `squeeze("Qwen1.5-7B_Chat")` is "qwen157bchat"."""
+    return re.sub(r"[-_.:\s]", "", text.casefold())
+
+
+def level_of(file: str) -> str | None:
+    """The quantization level that a file name states: `level_of("x-q4_k_m.gguf")` is "q4_k_m"."""
+    stem = re.sub(r"(\.gguf)?(\.[a-z]|-\d{5}-of-\d{5}(\.gguf)?)?$", "", file.casefold())
+    found = [level for level in LEVELS if re.search(rf"(^|[-_.]){level}$", stem)]
+    return max(found, key=len, default=None)
+
+
+def suggestions(text: str, catalogue: Catalogue, most: int = 3) -> list[str]:
+    """Names that look like `text`."""
+    spellings = {squeeze(alias): alias for alias in catalogue.aliases}
+    close = difflib.get_close_matches(squeeze(text), spellings, n=most * 3, cutoff=0.6)
+    return list(dict.fromkeys(catalogue.aliases[spellings[match]] for match in close))[:most]
+
+
+def _is_path(text: str) -> bool:
+    return (
+        text.startswith(("./", "../", "/", "~", ".\\", "..\\"))
+        or re.match(r"[A-Za-z]:[\\/]", text) is not None
+        or text.lower().endswith(".gguf")
+        or Path(text).exists()
+    )
+
+
+def _path_name(text: str, catalogue: Catalogue) -> Name:
+    path = Path(text).expanduser()
+    if path.is_dir():
+        if (path / "config.json").exists():
+            raise BadWeights(
+                path,
+                "this is a directory with a checkpoint, which this version cannot run",
+                hint="Give a GGUF file, or a name: qwenlocal list --all",
+            )
+        inside = sorted(file.name for file in path.glob("*.gguf"))
+        hint = f"Did you mean {path / inside[0]}?" if inside else "Give the path of a .gguf file."
+        raise BadWeights(path, "this is a directory; a model is a file", hint=hint)
+    if path.exists():
+        return PathName(path.absolute())
+    if path.name == text:  # a bare file name may be that of a published file
+        try:
+            return _catalogue_name(text, catalogue)
+        except ModelNotFound:
+            pass
+    raise ModelNotFound(text, reason=f"There is no file {path}.", suggestions=suggestions(path.stem, catalogue))
+
+
+def _hub_name(hub: str, text: str) -> HubName:
+    match = _HUB.fullmatch(text)
+    if not match or ".." in text:
+        raise ModelNotFound(
+            f"{hub}:{text}",
+            reason=f"“{hub}:{text}” is not a repository.",
+            hint=f"Write {hub}:owner/repo, {hub}:owner/repo:q4_k_m or {hub}:owner/repo/file.gguf",
+        )
+    rest = match["rest"]
+    if match["mark"] == "/" and rest:
+        return HubName(hub, match["repo"], match["revision"], file=rest)
+    return HubName(hub, match["repo"], match["revision"], level=_level(rest) if rest else None)
+
+
+def _level(text: str) -> str:
+    level = _BY_SQUEEZED_LEVEL.get(squeeze(text))
+    if level is None:
+        close = difflib.get_close_matches(text.casefold(), LEVELS, n=3)
+        raise ModelNotFound(
+            text,
+            reason=f"“{text}” is not a quantization level.",
+            suggestions=close,
+            hint="" if close else "Levels look like q4_k_m, q8_0, f16.",
+        )
+    return level
+
+
+def _catalogue_name(text: str, catalogue: Catalogue) -> CatalogueName:
+    stem = text[: -len(".gguf")] if text.lower().endswith(".gguf") else text
+    if not re.fullmatch(r"[\w.:\s-]+", stem):
+        raise ModelNotFound(text, suggestions=suggestions(text, catalogue))
+    wanted = squeeze(stem)
+    spellings = {squeeze(alias): card for alias, card in catalogue.aliases.items()}
+    for end in range(len(wanted), 0, -1):  # the longest beginning that is a model; a level may follow
+        name, level = spellings.get(wanted[:end]), wanted[end:]
+        if name and (not level or level in _BY_SQUEEZED_LEVEL):
+            card = catalogue.card(name)
+            if card:
+                return CatalogueName(card, _BY_SQUEEZED_LEVEL.get(level))
+    raise ModelNotFound(text, suggestions=suggestions(stem, catalogue))

@@ -1,0 +1,159 @@
+"""Having a model: what is here is used, see `local.py`; the rest is fetched, checked and recorded."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from qwenlocal.errors import BadWeights
+from qwenlocal.library.download import Fetched, Manner, Report, fetch
+from qwenlocal.library.http import Client
+from qwenlocal.library.local import Local, Say
+from qwenlocal.library.names import Name
+from qwenlocal.library.partial import write_journal
+from qwenlocal.library.sources import Located, Sources, Wanted
+from qwenlocal.library.store import Damage, Record, Store, StoredFile
+from qwenlocal.paths import Folders, writable
+from qwenlocal.weights.header import read_metadata
+
+
+class Puller:
+    """Brings models to this disk. `say` gets sentences for people, `report` the progress of a download."""
+
+    def __init__(
+        self,
+        folders: Folders,
+        store: Store,
+        local: Local,
+        sources: Sources,
+        client: Client,
+        *,
+        say: Say,
+        report: Report,
+        manner: Manner = Manner(),
+    ) -> None:
+        self._folders, self._store, self._local = folders, store, local
+        self._sources, self._client = sources, client
+        self._say, self._report, self._manner = say, report, manner
+
+    def pull(self, name: Name) -> Record:
+        """
+        Have the model here, fetching it if need be.
+
+        Raises
+        ------
+        What `Sources.locate` and `download.fetch` raise, and BadWeights where what came is no model.
+        """
+        if record := self._local.here(name):
+            return record
+        located = self._sources.locate(name)
+        asked = () if str(name) == located.name else (str(name),)
+        record = self._store.get(located.name)
+        if record and self._store.ready(record):
+            return self._store.add(replace(record, asked=sorted({*record.asked, *asked})))
+        if len(located.files) == 1:
+            adopted = self._local.adopt(located.name, located.files[0].sought, located.origin, located.licence, asked)
+            if adopted:
+                return adopted
+        return self._fetch_all(located, asked)
+
+    def mend(self, name: Name, record: Record, damage: Sequence[Damage]) -> Record:
+        """
+        Fetch the damaged blocks of a model anew, or whole files where it is not known which blocks are bad.
+
+        Raises
+        ------
+        BadWeights: another program brought the file; it is not ours to change.
+        What `Sources.locate` and `download.fetch` raise; the damaged file stays until the network has answered.
+        """
+        if not record.owned:
+            raise BadWeights(
+                record.path,
+                "the file is damaged",
+                hint=f"{record.origin} brought it, so it is left as it is. Remove it there, then: qwenlocal pull {name}",
+            )
+        located = self._sources.locate(name)
+        by_path = {str(wanted.target): wanted for wanted in located.files}
+        for bad in damage:
+            wanted = by_path.get(bad.file.path)
+            if wanted:
+                self._make_partial(wanted, bad)
+        return self._fetch_all(located, record.asked)
+
+    def _make_partial(self, wanted: Wanted, bad: Damage) -> None:
+        """Turn a damaged file back into a download of which only the damaged blocks are missing."""
+        good: dict[int, int] = {}
+        if bad.blocks is not None and bad.block_size == self._manner.block:
+            good = {n: crc for n, crc in enumerate(bad.file.checksums) if n not in bad.blocks}
+        writable(wanted.part.parent)
+        write_journal(wanted.part, wanted.artifact.identity, self._manner.block, good)
+        shutil.move(bad.file.path, wanted.part.with_name(f"{wanted.part.name}.part"))
+
+    def _fetch_all(self, located: Located, asked: Sequence[str]) -> Record:
+        self._say(f"Fetching {located.name} from {located.origin} ({_size(located)}).")
+        if located.licence:
+            self._say(f"Licence: {located.licence}")
+        files = []
+        for wanted in located.files:
+            fetched = fetch(
+                wanted.artifact,
+                wanted.target,
+                part=wanted.part,
+                client=self._client,
+                locks=self._folders.locks,
+                report=self._report,
+                manner=self._manner,
+            )
+            files.append(self._shelve(wanted, fetched))
+        record = Record(located.name, files, located.origin, located.licence, asked=tuple(asked))
+        self._check_header(record)
+        return self._store.add(record)
+
+    def _check_header(self, record: Record) -> None:
+        try:
+            read_metadata(Path(record.files[0].path))
+        except BadWeights as bad:
+            for file in record.files:
+                Path(file.path).unlink(missing_ok=True)
+                if file.link:
+                    Path(file.link).unlink(missing_ok=True)
+            raise BadWeights(
+                record.origin,
+                f"what is there is not a model: {bad.reason}",
+                hint="Nothing was kept. Check the address.",
+            ) from bad
+
+    def _shelve(self, wanted: Wanted, fetched: Fetched) -> StoredFile:
+        path = fetched.path
+        link = ""
+        if wanted.snapshot:
+            path, link = _link(path, wanted.snapshot, wanted.ref)
+        return StoredFile.of(path, fetched.sha256, fetched.block if fetched.checksums else 0, fetched.checksums, link)
+
+
+def _link(blob: Path, snapshot: Path, ref: str | None) -> tuple[Path, str]:
+    """
+    Show a blob of the hub's cache under its name, as huggingface_hub does: a relative link, and what `ref` points at.
+
+    Where links are not allowed (Windows without the right), the file itself goes there, as huggingface_hub does too.
+    """
+    writable(snapshot.parent)
+    repo = blob.parent.parent
+    if ref:
+        commit = snapshot.relative_to(repo / "snapshots").parts[0]
+        (writable((repo / "refs" / ref).parent) / Path(ref).name).write_text(commit, encoding="utf-8")
+    snapshot.unlink(missing_ok=True)
+    try:
+        snapshot.symlink_to(os.path.relpath(blob, snapshot.parent))
+    except OSError:
+        blob.replace(snapshot)
+        return snapshot, ""
+    return blob, str(snapshot)
+
+
+def _size(located: Located) -> str:
+    total = sum(wanted.artifact.size for wanted in located.files)
+    return f"{total / 1e9:.2f} GB" if total >= 1e9 else f"{total / 1e6:.0f} MB"

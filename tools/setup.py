@@ -1,0 +1,334 @@
+"""
+Sets everything up in `.venv`: the bindings compiled for this very processor, then the program itself.
+
+    python3 tools/setup.py          what running needs
+    python3 tools/setup.py --dev    and what the tests need
+
+Standard library only, since nothing else is there yet. Safe to repeat and to interrupt: the compiler goes on where it
+was stopped, and a run that finds everything in place ends within a fraction of a second. `CMAKE_ARGS` is passed on to
+llama.cpp (for example -DGGML_CUDA=ON); pip's own settings (index, proxy, certificates) apply as usual.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+BUILD = ROOT / "build"
+LOG = BUILD / "setup.log"
+WINDOWS = sys.platform == "win32"
+PYTHON = VENV / ("Scripts/python.exe" if WINDOWS else "bin/python")
+
+# The bindings force an unused library of llama.cpp on ("common": chat parsers, web client); this file is included
+# inside llama.cpp's own project, where it wins. It more than halves the compile, the libraries stay the same.
+CMAKE_INCLUDE = "set(LLAMA_BUILD_COMMON OFF)\n"
+CMAKE_ARGS = "-DGGML_RPC=ON -DLLAVA_BUILD=OFF"
+
+
+class Failed(Exception):
+    """Set-up cannot go on; the text says why and what to do."""
+
+
+def main() -> int:
+    dev = "--dev" in sys.argv[1:]
+    try:
+        check_python()
+        key = fingerprint(dev)
+        if (VENV / "setup.stamp").is_file() and (VENV / "setup.stamp").read_text() == key:
+            return 0
+        BUILD.mkdir(exist_ok=True)
+        make_venv()
+        install_bindings()
+        install_program(dev)
+        (VENV / "setup.stamp").write_text(key)
+        say("Everything is set up.")
+    except Failed as reason:
+        say(f"\nSet-up stopped: {reason}")
+        return 1
+    except KeyboardInterrupt:
+        say("\nInterrupted. The same command goes on from here.")
+        return 130
+    return 0
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+# --- what must be there
+
+
+def check_python() -> None:
+    if sys.version_info < (3, 10):
+        raise Failed(f"Python 3.10 or newer is needed; this is {platform.python_version()}.\n{advice('python3')}")
+    try:
+        import ensurepip
+        import venv
+    except ImportError:
+        raise Failed(f"Python's “venv” module is missing.\n{advice('python3-venv')}") from None
+    del ensurepip, venv
+
+
+def check_compiler() -> None:
+    names = [os.environ.get("CXX"), "c++", "g++", "clang++", "cl"]
+    if not any(name and shutil.which(name.split()[0]) for name in names):
+        raise Failed(f"There is no C++ compiler.\n{advice('compiler')}")
+    if sys.platform == "darwin" and subprocess.run(["xcode-select", "-p"], capture_output=True).returncode != 0:
+        raise Failed(f"The command line tools of Xcode are missing.\n{advice('compiler')}")
+
+
+def advice(what: str) -> str:
+    """The command that installs something, for this platform."""
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    commands = {
+        "compiler": {
+            "debian": "sudo apt install build-essential",
+            "fedora": "sudo dnf install gcc-c++ make",
+            "darwin": "xcode-select --install",
+            "win32": "winget install Microsoft.VisualStudio.2022.BuildTools (with “Desktop development with C++”)",
+        },
+        "python3-venv": {
+            "debian": f"sudo apt install python{version}-venv",
+            "fedora": "sudo dnf install python3",
+            "darwin": "brew install python",
+            "win32": "winget install Python.Python.3.12",
+        },
+        "python3": {
+            "debian": "sudo apt install python3 python3-venv",
+            "fedora": "sudo dnf install python3",
+            "darwin": "brew install python",
+            "win32": "winget install Python.Python.3.12",
+        },
+    }[what]
+    kind = system_kind()
+    if kind in commands:
+        return f"Install it: {commands[kind]}"
+    return f"On Debian or Ubuntu: {commands['debian']}; on Fedora: {commands['fedora']}"
+
+
+def system_kind() -> str:
+    if sys.platform in ("darwin", "win32"):
+        return sys.platform
+    try:
+        release = Path("/etc/os-release").read_text().lower()
+    except OSError:
+        return ""
+    if re.search(r"^id(_like)?=.*(debian|ubuntu)", release, re.M):
+        return "debian"
+    return "fedora" if re.search(r"^id(_like)?=.*(fedora|rhel)", release, re.M) else ""
+
+
+# --- what has been done already
+
+
+def fingerprint(dev: bool) -> str:
+    """Changes with everything that the result depends on."""
+    parts = [str(dev), bindings_key(), (ROOT / "pyproject.toml").read_text(), Path(__file__).read_text(), str(ROOT)]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def bindings_key() -> str:
+    """Changes with the bindings' version, the way they are compiled, the processor and Python."""
+    parts = [bindings_version(), cmake_args(), CMAKE_INCLUDE, processor(), platform.python_version()]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def bindings_version() -> str:
+    found = re.search(r'"llama-cpp-python==([^"]+)"', (ROOT / "pyproject.toml").read_text())
+    if not found:
+        raise Failed("pyproject.toml does not pin llama-cpp-python.")
+    return found[1]
+
+
+def cmake_args() -> str:
+    return f"{CMAKE_ARGS} {os.environ.get('CMAKE_ARGS', '')}".strip()
+
+
+def processor() -> str:
+    """What the compiled code may use: code for a newer processor ends with “illegal instruction” on an older one."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
+
+
+# --- doing it
+
+
+def make_venv() -> None:
+    if PYTHON.exists() and subprocess.run([str(PYTHON), "-m", "pip", "--version"], capture_output=True).returncode == 0:
+        return
+    say("Making .venv …")
+    shutil.rmtree(VENV, ignore_errors=True)
+    run([sys.executable, "-m", "venv", str(VENV)], "making .venv", venv_hint=True)
+
+
+def install_bindings() -> None:
+    stamp, key = VENV / "bindings.stamp", bindings_key()
+    if stamp.is_file() and stamp.read_text() == key:
+        return
+    wheels = BUILD / f"wheels-{key}"
+    if not list(wheels.glob("*.whl")):
+        check_compiler()
+        compile_bindings(wheels, key)
+    (wheel,) = wheels.glob("*.whl")
+    run([str(PYTHON), "-m", "pip", "install", "--force-reinstall", "--no-deps", str(wheel)], "installing llama.cpp")
+    stamp.write_text(key)
+
+
+def compile_bindings(wheels: Path, key: str) -> None:
+    source = unpack_source()
+    include = BUILD / "without-common.cmake"
+    include.write_text(CMAKE_INCLUDE)
+    draft = BUILD / "wheels-draft"
+    shutil.rmtree(draft, ignore_errors=True)
+    command = [
+        *(str(PYTHON), "-m", "pip", "wheel", "--verbose", "--no-deps", "--wheel-dir", str(draft)),
+        f"--config-settings=build-dir={BUILD / f'cmake-{key}'}",
+        str(source),
+    ]
+    environment = {
+        **os.environ,
+        "CMAKE_ARGS": f"{cmake_args()} -DCMAKE_PROJECT_llama.cpp_INCLUDE={include.as_posix()}",
+        "CMAKE_BUILD_PARALLEL_LEVEL": os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 1)),
+    }
+    run(command, "compiling llama.cpp for this processor, once", environment, slow=True)
+    draft.replace(wheels)
+
+
+def unpack_source() -> Path:
+    """The bindings' source archive, unpacked at a place that stays: so a compile that was stopped can go on."""
+    version = bindings_version()
+    source = BUILD / f"llama_cpp_python-{version}"
+    if source.is_dir():
+        return source
+    archives = BUILD / "archives"
+    requirement = f"llama-cpp-python=={version}"
+    command = ["download", "--no-deps", "--no-binary", "llama-cpp-python", "--dest", str(archives), requirement]
+    run([str(PYTHON), "-m", "pip", *command], "fetching the source of llama.cpp (77 MB)", slow=True)
+    draft = BUILD / "source-draft"
+    shutil.rmtree(draft, ignore_errors=True)
+    with tarfile.open(next(archives.glob(f"*{version}.tar.gz"))) as archive:
+        if hasattr(tarfile, "data_filter"):
+            archive.extractall(draft, filter="data")
+        else:
+            archive.extractall(draft)
+    (draft / source.name).replace(source)
+    shutil.rmtree(draft)
+    return source
+
+
+def install_program(dev: bool) -> None:
+    what = f"{ROOT}[dev]" if dev else str(ROOT)
+    run([str(PYTHON), "-m", "pip", "install", "--editable", what], "installing qwenlocal", slow=True)
+
+
+# --- running things
+
+
+def run(
+    command: list[str],
+    doing: str,
+    environment: dict[str, str] | None = None,
+    *,
+    slow: bool = False,
+    venv_hint: bool = False,
+) -> None:
+    """Run a command with its output in the log; show how long it takes, and on failure the lines that matter."""
+    begin = LOG.stat().st_size if LOG.exists() else 0
+    with LOG.open("ab") as log:
+        log.write(f"\n$ {' '.join(command)}\n".encode())
+        log.flush()
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=not WINDOWS,
+        )
+        try:
+            wait(child, doing, begin, slow)
+        except BaseException:
+            end(child)
+            raise
+    if child.returncode != 0:
+        explain(doing, begin, venv_hint)
+
+
+def wait(child: subprocess.Popen[bytes], doing: str, begin: int, slow: bool) -> None:
+    started, shown = time.monotonic(), ""
+    every = 0.5 if sys.stderr.isatty() else 20
+    due = started + every
+    while child.poll() is None:
+        time.sleep(0.1)
+        if slow and time.monotonic() >= due:
+            due += every
+            seconds = int(time.monotonic() - started)
+            line = f"{doing}: {seconds // 60}:{seconds % 60:02}{compiled(begin)}, log in {LOG.relative_to(ROOT)}"
+            shown = show(line, shown)
+    if shown and sys.stderr.isatty():
+        sys.stderr.write("\n")
+
+
+def show(line: str, before: str) -> str:
+    if sys.stderr.isatty():
+        sys.stderr.write("\r" + line + " " * max(0, len(before) - len(line)))
+        sys.stderr.flush()
+    else:
+        say(line)
+    return line
+
+
+def compiled(begin: int) -> str:
+    """How far the compiler is, from the last “[12/345]” in the log."""
+    steps = re.findall(r"\[(\d+)/(\d+)\]", read_log(max(begin, LOG.stat().st_size - 4000)))
+    return f", {steps[-1][0]} of {steps[-1][1]} steps" if steps else ""
+
+
+def read_log(begin: int) -> str:
+    with LOG.open("rb") as log:
+        log.seek(begin)
+        return log.read().decode("utf-8", errors="replace")
+
+
+def end(child: subprocess.Popen[bytes]) -> None:
+    """Stop a command and everything it started."""
+    if WINDOWS:
+        child.terminate()
+    else:
+        os.killpg(child.pid, signal.SIGTERM)
+    child.wait()
+
+
+def explain(doing: str, begin: int, venv_hint: bool) -> None:
+    lines = [line.rstrip() for line in read_log(begin).splitlines() if line.strip()]
+    telling = [line for line in lines if re.search(r"error|fatal|not found|No space|killed", line, re.I)]
+    shown = "\n".join(f"  {line[:160]}" for line in (telling or lines)[-8:])
+    text = "\n".join(lines)
+    hint = ""
+    if venv_hint or "ensurepip" in text:
+        hint = advice("python3-venv")
+    elif re.search(r"CMAKE_CXX_COMPILER|No CMAKE_C_COMPILER|compiler identification is unknown", text):
+        hint = advice("compiler")
+    elif re.search(r"Temporary failure|Name or service|Connection refused|ProxyError|No matching distribution", text):
+        hint = "The package index cannot be reached. Check the network, or set PIP_INDEX_URL and HTTPS_PROXY."
+    elif re.search(r"Killed|out of memory|cannot allocate", text, re.I):
+        hint = "The compiler ran out of memory. Try again with CMAKE_BUILD_PARALLEL_LEVEL=1."
+    raise Failed(f"{doing} failed:\n{shown}\n{hint}\nThe whole log: {LOG}".replace("\n\n", "\n"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""What the tests share: folders of their own, tiny models, a hub on the loopback interface, the program as a process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hub import HubServer
+
+from qwenlocal.paths import Folders
+from qwenlocal.testing import write_model
+
+SAYS = "Paris, fun"
+
+
+@pytest.fixture(autouse=True)
+def _nobody_elses_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No test sees this machine's models, settings or proxies."""
+    for name in list(os.environ):
+        if name.startswith(("HF_", "QWENLOCAL_", "OLLAMA", "LLAMA_", "MODELSCOPE")) or name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path / "person"))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Folders:
+    person = tmp_path / "person"
+    return Folders(person / "qwenlocal", person / "hub", person, person / ".cache")
+
+
+@pytest.fixture(scope="session")
+def speaking_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that answers "Paris, fun" to everything."""
+    return write_model(tmp_path_factory.mktemp("models") / "speaking.gguf", says=SAYS)
+
+
+@pytest.fixture(scope="session")
+def endless_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that never ends its answer."""
+    return write_model(tmp_path_factory.mktemp("models") / "endless.gguf", says="abcdefgh ", ends=False, context=100_000)
+
+
+@pytest.fixture(scope="session")
+def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose every answer depends on every token before it."""
+    return write_model(tmp_path_factory.mktemp("models") / "random.gguf", seed=7)
+
+
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    with HubServer() as server:
+        yield server
+
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def environment(folders: Folders, hub: HubServer) -> dict[str, str]:
+    """For the program as a process: its own folders, and a network that consists of the loopback hub."""
+    kept = {name: os.environ[name] for name in ("PATH", "LANG", "SYSTEMROOT", "LD_LIBRARY_PATH") if name in os.environ}
+    return {
+        **kept,
+        "HOME": str(folders.user),
+        "QWENLOCAL_HOME": str(folders.home),
+        "HF_HUB_CACHE": str(folders.hub_cache),
+        "HF_ENDPOINT": hub.url,
+        "MODELSCOPE_DOMAIN": hub.url,
+        "PIP_INDEX_URL": f"{hub.url}/simple",
+        "NO_COLOR": "1",
+        "PYTHONUTF8": "1",
+    }
+
+
+@pytest.fixture
+def qwenlocal(environment: dict[str, str], tmp_path: Path) -> Run:
+    """Runs the program: `qwenlocal("list", "--json")`; standard input is empty unless `input` is given."""
+
+    def run(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+        extra = options.pop("environment", {})
+        return subprocess.run(  # type: ignore[call-overload, no-any-return]
+            [sys.executable, "-m", "qwenlocal", *arguments],
+            **{
+                "env": {**environment, **extra},  # type: ignore[dict-item]
+                "cwd": tmp_path,
+                "capture_output": True,
+                "text": True,
+                "timeout": 60,
+                **({} if "input" in options or "stdin" in options else {"stdin": subprocess.DEVNULL}),
+                **options,
+            },
+        )
+
+    return run

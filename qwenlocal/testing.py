@@ -112,7 +112,8 @@ def _weights(says: str | None, ends: bool, seed: int, layers: int) -> Iterator[t
     count = 256 + len(SPECIALS)
 
     def matrix(rows: int, columns: int) -> numpy.ndarray[Any, Any]:
-        return (random.standard_normal((rows, columns)) / columns**0.5).astype(numpy.float32)
+        values: numpy.ndarray[Any, Any] = random.standard_normal((rows, columns)) / columns**0.5
+        return values.astype(numpy.float32)
 
     scripted = says is not None
     embedding = numpy.eye(count, _WIDTH, dtype=numpy.float32) if scripted else matrix(count, _WIDTH) * 8
@@ -141,7 +142,7 @@ def _successors(says: str, ends: bool, count: int) -> numpy.ndarray[Any, Any]:
     if len(set(chain)) != len(chain):
         raise ValueError("every byte of `says` must be another one, and none a line break")
     end = 256 + SPECIALS.index("<|im_end|>") if ends else chain[1]
-    following = {before: after for before, after in zip(chain, [*chain[1:], end], strict=True)}
+    following = dict(zip(chain, [*chain[1:], end], strict=True))
     output = numpy.zeros((count, _WIDTH), numpy.float32)
     for before in range(count):
         output[following.get(before, chain[1]), before] = 2.0

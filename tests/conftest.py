@@ -1,4 +1,4 @@
-"""What the tests share: folders of their own, tiny models, a hub on the loopback interface, the program as a process."""
+"""What the tests share: folders of their own, tiny models, a loopback hub, the program as a process."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ def speaking_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def endless_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that never ends its answer."""
-    return write_model(tmp_path_factory.mktemp("models") / "endless.gguf", says="abcdefgh ", ends=False, context=100_000)
+    return write_model(
+        tmp_path_factory.mktemp("models") / "endless.gguf", says="abcdefgh ", ends=False, context=100_000
+    )
 
 
 @pytest.fixture(scope="session")

@@ -47,6 +47,11 @@ class Repository:
     gated: bool = False
 
 
+class _Quiet(ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Clients that hang up are part of the tests."""
+
+
 class HubServer:
     """`with HubServer() as hub: hub.repository("o/r").files["x.gguf"] = b"…"`."""
 
@@ -61,7 +66,7 @@ class HubServer:
         self.sent = 0
         self.html_index = False
         self._lock = threading.Lock()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self._server = _Quiet(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
 
@@ -201,15 +206,15 @@ class HubServer:
             def _send(self, answer: Answer) -> None:
                 body = answer.body if self.command == "GET" else b""
                 end = min(n for n in (answer.cut, answer.stall, len(body)) if n is not None)
-                at, step = 0, 1 << 16 if answer.pace else 1 << 20
+                at, step = 0, max(1, int(answer.pace * 0.02)) if answer.pace else 1 << 20
                 try:
                     while at < end:
                         part = body[at : min(end, at + step)]
+                        if answer.pace:
+                            time.sleep(len(part) / answer.pace)
                         self.wfile.write(part)
                         at += len(part)
                         hub.sent += len(part)
-                        if answer.pace:
-                            time.sleep(len(part) / answer.pace)
                     if answer.stall is not None:
                         self.wfile.flush()
                         time.sleep(3)

@@ -60,7 +60,11 @@ def test_a_system_message_replaces_the_templates_own() -> None:
 
 
 def test_templates_have_what_transformers_gives_them() -> None:
-    source = "{{ bos_token }}{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m | tojson }}{% endfor %}{{ strftime_now('%Y') }}"
+    source = (
+        "{{ bos_token }}"
+        "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m | tojson }}{% endfor %}"
+        "{{ strftime_now('%Y') }}"
+    )
     template = ChatTemplate(source, bos="<s>", now=lambda: datetime(2024, 2, 4))
     assert template.render([{"role": "user", "content": "<é>"}, {}]) == '<s>{"role": "user", "content": "<é>"}2024'
 

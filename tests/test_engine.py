@@ -105,7 +105,9 @@ def test_a_prompt_is_read_in_chunks_that_are_counted(endless_model: Path, opened
     assert len(counts) > 3
 
 
-def test_a_prompt_that_leaves_no_room_is_refused_with_numbers(random_model: Path, opened: Callable[..., Context]) -> None:
+def test_a_prompt_that_leaves_no_room_is_refused_with_numbers(
+    random_model: Path, opened: Callable[..., Context]
+) -> None:
     sequence = TokenSequence(opened(random_model, n_ctx=256))
     with pytest.raises(ContextFull) as caught:
         answer(sequence, [1] * 256, 1)
@@ -136,7 +138,9 @@ def test_stopping_from_another_thread_ends_an_answer(endless_model: Path, opened
     assert 0 < len(tokens) < 99_000
 
 
-def test_stopping_while_the_prompt_is_read_takes_milliseconds(endless_model: Path, opened: Callable[..., Context]) -> None:
+def test_stopping_while_the_prompt_is_read_takes_milliseconds(
+    endless_model: Path, opened: Callable[..., Context]
+) -> None:
     """And what was read is kept: the next try goes on from there."""
     sequence = TokenSequence(opened(endless_model, n_ctx=60_000))
     stopped_at: list[float] = []

@@ -25,12 +25,14 @@ class _End:
         self.reason = reason
 
 
-def in_background(make: Callable[[], Iterator[T]], stop: Callable[[], None]) -> Iterator[T]:
+@contextlib.contextmanager
+def in_background(make: Callable[[], Iterator[T]], stop: Callable[[], None]) -> Iterator[Iterator[T]]:
     """
-    The items of `make()`, which runs in a thread of its own.
+    The items of `make()`, which runs in a thread of its own: `with in_background(make, stop) as items: …`.
 
     On Ctrl-C `stop` is called, and the items that still come (an answer's last words, and why it ended) are given.
-    What `make` or its iterator raises is raised here.
+    What `make` or its iterator raises is raised by the items. However the block is left, the thread has ended then:
+    what it works with can be freed.
     """
     items: queue.SimpleQueue[T | _End] = queue.SimpleQueue()
 
@@ -47,12 +49,16 @@ def in_background(make: Callable[[], Iterator[T]], stop: Callable[[], None]) -> 
     with _interrupts_call(stop):
         thread.start()
         try:
-            while not isinstance(item := _get(items), _End):
-                yield item
-        except GeneratorExit:
-            stop()
-            raise
-    thread.join()
+            yield _received(items)
+        finally:
+            while thread.is_alive():
+                stop()
+                thread.join(0.05)
+
+
+def _received(items: queue.SimpleQueue[T | _End]) -> Iterator[T]:
+    while not isinstance(item := _get(items), _End):
+        yield item
     if item.reason is not None:
         raise item.reason
 

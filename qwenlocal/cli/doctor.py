@@ -65,7 +65,8 @@ def _versions() -> Finding:
     bindings = importlib.metadata.version("llama-cpp-python")
     return Finding(
         "versions",
-        f"qwenlocal {__version__}, llama-cpp-python {bindings}, Python {platform.python_version()}, {platform.platform()}",
+        f"qwenlocal {__version__}, llama-cpp-python {bindings}, "
+        f"Python {platform.python_version()}, {platform.platform()}",
     )
 
 

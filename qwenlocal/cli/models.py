@@ -259,9 +259,8 @@ def verify_model(text: str, *, repair: bool) -> None:
     if not damage:
         read_header(Path(record.files[0].path))
         digest = record.files[0].sha256
-        program.say(
-            f"{record.name} is whole{f': sha256 {digest}' if digest else ' as far as its header tells (no digest is known)'}."
-        )
+        proof = f": sha256 {digest}" if digest else " as far as its header tells (no digest of it is known)"
+        program.say(f"{record.name} is whole{proof}.")
         return
     for bad in damage:
         program.say(_damage_words(bad))

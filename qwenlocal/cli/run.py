@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,8 @@ from qwenlocal.library.store import Record
 from qwenlocal.paths import shipped
 
 if TYPE_CHECKING:
+    from qwenlocal.chat.conversation import Manner
+    from qwenlocal.chat.events import Event
     from qwenlocal.chat.loading import Loaded
 
 
@@ -50,7 +53,9 @@ class Asked:
     @property
     def _only_a_prompt(self) -> bool:
         """One argument with a space in it is a sentence, not a model."""
-        return not self.words or (len(self.words) == 1 and " " in self.words[0].strip() and not Path(self.words[0]).exists())
+        return not self.words or (
+            len(self.words) == 1 and " " in self.words[0].strip() and not Path(self.words[0]).exists()
+        )
 
 
 def run_model(asked: Asked) -> None:
@@ -130,7 +135,8 @@ def _read_prompt(name: str) -> str:
         raise ModelNotFound(
             name,
             reason=f"The prompt file {name} cannot be read: {reason.strerror}.",
-            hint=f"Prompts that come with the program: {', '.join(sorted(p.name for p in shipped('prompts').glob('*.txt')))}",
+            hint="Prompts that come with the program: "
+            + ", ".join(sorted(path.name for path in shipped("prompts").glob("*.txt"))),
         ) from reason
 
 
@@ -153,52 +159,37 @@ def _load(asked: Asked, name: Name, record: Record) -> Loaded:
     card = name.card if isinstance(name, CatalogueName) else None
     options = LoadOptions(asked.n_ctx, asked.threads, asked.gpu_layers, raw=asked.raw or None)
     loading = Loading()
-    with loading_status(sys.stderr, str(name)) as status:
-        (loaded,) = in_background(
-            lambda: iter(
-                [
-                    loading.load(
-                        record.path,
-                        options,
-                        this_machine(),
-                        name=str(name),
-                        size=record.size,
-                        is_base=card is not None and card.variant == "base",
-                        recommended=card.sampling if card else {},
-                        report=status,
-                    )
-                ]
-            ),
-            loading.stop,
+
+    def load() -> Iterator[Loaded]:
+        yield loading.load(
+            record.path,
+            options,
+            this_machine(),
+            name=str(name),
+            size=record.size,
+            is_base=card is not None and card.variant == "base",
+            recommended=card.sampling if card else {},
+            report=status,
         )
-    return loaded
+
+    with loading_status(sys.stderr, str(name)) as status, in_background(load, loading.stop) as found:
+        return next(found)
 
 
 def _answer(asked: Asked, loaded: Loaded, prompt: str, system: str) -> None:
     from qwenlocal.chat.background import in_background
     from qwenlocal.chat.conversation import Manner
     from qwenlocal.chat.events import Why
-    from qwenlocal.chat.turn import answer
     from qwenlocal.terminal.answer import show_answer
 
     manner = Manner(loaded.sampling.with_known(asked.sampling), asked.limit, asked.stops)
     if loaded.template is None:
-        ids = loaded.model.vocabulary.tokenize(prompt, special=True, add_bos=loaded.model.vocabulary.adds_bos)
-        events = in_background(
-            lambda: answer(
-                loaded.sequence,
-                loaded.model.vocabulary,
-                ids,
-                manner.sampling,
-                limit=manner.limit,
-                stops=manner.stops,
-            ),
-            loaded.sequence.stop,
-        )
+        begin, stop = _continuation(loaded, prompt, manner), loaded.sequence.stop
     else:
         conversation = loaded.conversation(manner, system)
-        events = in_background(lambda: conversation.ask(prompt), conversation.stop)
-    done = show_answer(events, sys.stdout, sys.stderr)
+        begin, stop = functools.partial(conversation.ask, prompt), conversation.stop
+    with in_background(begin, stop) as events:
+        done = show_answer(events, sys.stdout, sys.stderr)
     if asked.stats:
         sys.stderr.write(done.stats.sentence(done.why) + "\n")
     if done.why is Why.INTERRUPTED:
@@ -207,6 +198,15 @@ def _answer(asked: Asked, loaded: Loaded, prompt: str, system: str) -> None:
         sys.stderr.write(
             f"qwenlocal: the answer stopped because the context of {loaded.context.n_ctx:,} tokens is full.\n"
         )
+
+
+def _continuation(loaded: Loaded, text: str, manner: Manner) -> Callable[[], Iterator[Event]]:
+    """The answer of a model without a template: what follows `text`."""
+    from qwenlocal.chat.turn import answer
+
+    vocabulary = loaded.model.vocabulary
+    ids = vocabulary.tokenize(text, special=True, add_bos=vocabulary.adds_bos)
+    return lambda: answer(loaded.sequence, vocabulary, ids, manner.sampling, limit=manner.limit, stops=manner.stops)
 
 
 def _chat(asked: Asked, program: Program, name: Name, loaded: Loaded, system: str) -> None:

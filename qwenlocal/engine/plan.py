@@ -86,6 +86,6 @@ def choose_context(what: str, shape: Shape | None, weights: int, available: int,
             what,
             weights + shape.kv_bytes(n_ctx) + _OURSELVES,
             available,
-            hint="Close other programs, or take a smaller model or level (qwenlocal list --all). -c 512 needs the least.",
+            hint="Close other programs, or take a smaller model (qwenlocal list --all). -c 512 needs the least.",
         )
     return n_ctx

@@ -99,14 +99,16 @@ class WebPlace:
 
     def _read_piece(self, piece: Piece, start: int, end: int) -> Iterator[bytes]:
         whole = piece.end - piece.start
-        headers = {**self._headers, **({"If-Range": self._etag} if self._etag and not self.sequential else {})}
         ranged = not self.sequential
+        if not ranged and end - start < whole:
+            raise NoRanges  # another thread has just found that out
+        headers = {**self._headers, **({"If-Range": self._etag} if self._etag and ranged else {})}
         opened = self._client.open(
             piece.url, headers=headers, start=start if ranged else 0, end=end if ranged else None
         )
         try:
             self._check(opened.size, opened.etag, whole)
-            if opened.body.status == 200 and end - start < whole and not self.sequential:
+            if opened.body.status == 200 and end - start < whole:
                 raise NoRanges
             if opened.start != (start if ranged else 0):
                 raise Trouble("the server sent other bytes than were asked for", again=False)
@@ -224,8 +226,8 @@ def fetch(
 
     The bytes are collected in `<part>.part` (beside the target, if nothing is said).
 
-    `stop` set by another thread ends it like Ctrl-C. If another process is fetching the same file, wait for it and share its result. After Ctrl-C, a crash or a broken
-    network, calling this again goes on where it ended.
+    `stop` set by another thread ends it like Ctrl-C. If another process is fetching the same file, wait for it and
+    share its result. After Ctrl-C, a crash or a broken network, calling this again goes on where it ended.
 
     Raises
     ------
@@ -342,6 +344,8 @@ class _Places:
             if not trouble.again:
                 standing.dead = str(trouble)
                 return
+            if self._clock() < standing.rests_until and not trouble.wait:
+                return  # several threads notice the same failure; it counts once
             standing.failures += 1
             rest = trouble.wait or min(_LONGEST_REST, 0.5 * 2 ** (standing.failures - 1))
             standing.rests_until = max(standing.rests_until, self._clock() + rest)

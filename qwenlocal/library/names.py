@@ -13,6 +13,7 @@ Case and separators do not matter for catalogue names: `Qwen1.5-7B-Chat-Q5_K_M` 
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -132,6 +133,8 @@ def parse(text: str, catalogue: Catalogue) -> Name:
     BadWeights: it is a directory, where a file should be.
     """
     text = text.strip()
+    if not text or "\0" in text:
+        raise ModelNotFound(text.replace("\0", "?"), reason="A model needs a name.")
     scheme, colon, rest = text.partition(":")
     if web_hub := _WEB_HUB.fullmatch(text.partition("?")[0]):
         return _hub_name(
@@ -177,7 +180,7 @@ def _is_path(text: str) -> bool:
 
 
 def _path_name(text: str, catalogue: Catalogue) -> Name:
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))  # noqa: PTH111 - Path.expanduser fails where there is no such user
     if path.is_dir():
         if (path / "config.json").exists():
             raise BadWeights(

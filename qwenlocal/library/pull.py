@@ -52,8 +52,8 @@ class Puller:
         located = self._sources.locate(name)
         asked = () if str(name) == located.name else (str(name),)
         record = self._store.get(located.name)
-        if record and self._store.ready(record):
-            return self._store.add(replace(record, asked=sorted({*record.asked, *asked})))
+        if record and (ready := self._store.ready(record)):
+            return self._store.add(replace(ready, asked=sorted({*ready.asked, *asked})))
         if len(located.files) == 1:
             adopted = self._local.adopt(located.name, located.files[0].sought, located.origin, located.licence, asked)
             if adopted:
@@ -73,7 +73,7 @@ class Puller:
             raise BadWeights(
                 record.path,
                 "the file is damaged",
-                hint=f"{record.origin} brought it, so it is left as it is. Remove it there, then: qwenlocal pull {name}",
+                hint=f"{record.origin} brought it, so it is left alone. Remove it there, then: qwenlocal pull {name}",
             )
         located = self._sources.locate(name)
         by_path = {str(wanted.target): wanted for wanted in located.files}

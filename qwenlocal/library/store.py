@@ -129,11 +129,12 @@ class Store:
             raise CannotWrite(path.parent, reason.strerror or str(reason)) from reason
         return record
 
-    def ready(self, record: Record) -> bool:
+    def ready(self, record: Record) -> Record | None:
         """
-        Whether the files are still those that were checked when they came: same sizes, same time of change.
+        The record, if its files are still those that were checked when they came: same sizes, same time of change.
 
-        A file of the right size that was touched since is hashed again, once; if it is the same, the record is renewed.
+        None where a file is gone. A file of the right size that was touched since is hashed again, once; if it is the
+        same, the record is renewed.
 
         Raises
         ------
@@ -144,7 +145,7 @@ class Store:
             try:
                 state = Path(file.path).stat()
             except OSError:
-                return False
+                return None
             if state.st_size != file.size:
                 raise _changed(record, file, f"it has {state.st_size:,} bytes instead of {file.size:,}")
             if state.st_mtime_ns != file.mtime_ns:
@@ -153,9 +154,10 @@ class Store:
                 file = replace(file, mtime_ns=state.st_mtime_ns)
             files.append(file)
         if files != list(record.files):
+            record = replace(record, files=tuple(files))
             with contextlib.suppress(CannotWrite):  # a read-only home costs the same check again next time, no more
-                self.add(replace(record, files=tuple(files)))
-        return True
+                self.add(record)
+        return record
 
     def check(self, record: Record, report: Callable[[int, int], None] = lambda done, total: None) -> list[Damage]:
         """

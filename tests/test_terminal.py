@@ -1,0 +1,293 @@
+"""The chat in a real pseudo-terminal, and its screen read back."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import SAYS
+
+pexpect = pytest.importorskip("pexpect", reason="there are no pseudo-terminals here")
+import pyte  # noqa: E402
+
+COLUMNS, LINES = 80, 24
+
+
+class Terminal:
+    """A program in a pseudo-terminal of 80 columns and 24 lines."""
+
+    def __init__(self, command: list[str], environment: dict[str, str], folder: Path) -> None:
+        self._screen = pyte.HistoryScreen(COLUMNS, LINES, history=1000)
+        self._stream = pyte.ByteStream(self._screen)
+        self._child = pexpect.spawn(
+            command[0],
+            command[1:],
+            env={**environment, "TERM": "xterm-256color"},
+            cwd=str(folder),
+            dimensions=(LINES, COLUMNS),
+            timeout=30,
+        )
+        self._child.delaybeforesend = None
+        self._raw = b""
+
+    def type(self, text: str) -> None:
+        self._child.send(text)
+
+    def read(self, seconds: float = 0.05) -> None:
+        """Whatever the program writes for a while; questions of prompt_toolkit about the cursor are answered."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            try:
+                data = self._child.read_nonblocking(1 << 16, timeout=left)
+            except pexpect.TIMEOUT:
+                return
+            except pexpect.EOF:
+                return
+            self._raw += data
+            self._stream.feed(data)
+            if b"\x1b[6n" in data:
+                self._child.send(f"\x1b[{self._screen.cursor.y + 1};{self._screen.cursor.x + 1}R")
+
+    @property
+    def text(self) -> str:
+        """What the screen shows, and what scrolled off its top."""
+        top = ["".join(line[column].data for column in range(COLUMNS)) for line in self._screen.history.top]
+        return "\n".join(line.rstrip() for line in [*top, *self._screen.display]).rstrip()
+
+    @property
+    def raw(self) -> bytes:
+        return self._raw
+
+    def wait_for(self, pattern: str, seconds: float = 30) -> str:
+        """Until the screen shows `pattern`."""
+        end = time.monotonic() + seconds
+        while not re.search(pattern, self.text, re.M | re.S):
+            assert time.monotonic() < end, f"{pattern!r} never came; the screen shows:\n{self.text}"
+            self.read()
+        return self.text
+
+    def wait_for_prompt(self, count: int = 1) -> str:
+        """Until an empty input line is shown for the `count`-th time and the program waits."""
+        return self.wait_for(r"^>.*" * (count - 1) + r"^>$")
+
+    def ended(self, seconds: float = 15) -> int:
+        """The exit code, once the program has ended."""
+        end = time.monotonic() + seconds
+        while self._child.isalive():
+            assert time.monotonic() < end, f"it did not end; the screen shows:\n{self.text}"
+            self.read()
+        self._child.close()
+        return int(self._child.exitstatus if self._child.exitstatus is not None else -self._child.signalstatus)
+
+    def close(self) -> None:
+        self._child.close(force=True)
+
+
+Open = Callable[..., Terminal]
+
+
+@pytest.fixture
+def terminal(environment: dict[str, str], tmp_path: Path) -> Iterator[Open]:
+    opened: list[Terminal] = []
+
+    def open_(*arguments: str) -> Terminal:
+        one = Terminal([sys.executable, "-m", "qwenlocal", *arguments], environment, tmp_path)
+        opened.append(one)
+        return one
+
+    yield open_
+    for one in opened:
+        one.close()
+
+
+def test_a_chat_answers_remembers_and_ends_with_ctrl_d(terminal: Open, speaking_model: Path) -> None:
+    chat = terminal("run", str(speaking_model))
+    assert "/help for commands, Ctrl-D to leave" in chat.wait_for_prompt()
+    chat.type("What is the capital of France?\r")
+    assert SAYS in chat.wait_for_prompt(2)
+    chat.type("And again?\r")
+    assert chat.wait_for_prompt(3).count(SAYS) == 2
+    chat.type("\x04")
+    assert chat.ended() == 0
+
+
+def test_help_is_a_list_of_commands(terminal: Open, speaking_model: Path) -> None:
+    chat = terminal("run", str(speaking_model))
+    chat.wait_for_prompt()
+    chat.type("/help\r")
+    text = chat.wait_for("Ctrl-C stops an answer")
+    for command in ("/help", "/clear", "/system [TEXT]", "/save [FILE]", "/exit"):
+        assert command in text
+
+
+def test_unknown_commands_suggest_near_ones_and_two_slashes_send_one(terminal: Open, speaking_model: Path) -> None:
+    chat = terminal("run", str(speaking_model))
+    chat.wait_for_prompt()
+    chat.type("/hlep\r")
+    assert "Did you mean /help?" in chat.wait_for("Did you mean")
+    chat.type("//etc is a folder\r")
+    chat.wait_for(re.escape(SAYS))
+    chat.type("/save talk.json\r")
+    chat.wait_for("Saved:")
+    chat.type("/exit\r")
+    assert chat.ended() == 0
+
+
+def test_save_writes_what_was_said_and_system_and_clear_change_it(
+    terminal: Open, speaking_model: Path, tmp_path: Path
+) -> None:
+    chat = terminal("run", str(speaking_model), "--system", "Be kind.")
+    chat.wait_for_prompt()
+    chat.type("forgotten\r")
+    chat.wait_for(re.escape(SAYS))
+    chat.type("/clear\r")
+    chat.wait_for("is forgotten")
+    chat.type("/system Be brief.\r")
+    chat.wait_for("told so from the next message on")
+    chat.type("Hi\r")
+    chat.wait_for(re.escape(SAYS) + ".*" + re.escape(SAYS))
+    chat.type("/save talk.json\r")
+    chat.wait_for("Saved:")
+    saved = json.loads((tmp_path / "talk.json").read_text("utf-8"))["messages"]
+    assert [message["content"] for message in saved] == ["Be brief.", "Hi", SAYS]
+
+
+def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(terminal: Open, endless_model: Path, tmp_path: Path) -> None:
+    chat = terminal("run", str(endless_model), "-c", "60000")
+    chat.wait_for_prompt()
+    chat.type("Go on\r")
+    chat.wait_for("abcdefgh abcdefgh")
+    chat.type("\x03")
+    chat.wait_for(r"\[interrupted\]")
+    chat.type("/save talk.json\r")
+    chat.wait_for("Saved:")
+    said = json.loads((tmp_path / "talk.json").read_text())["messages"][-1]
+    assert said["role"] == "assistant"
+    assert said["content"].startswith("abcdefgh abcdefgh")
+    chat.type("\x04")
+    assert chat.ended() == 0
+
+
+def test_ctrl_c_while_the_prompt_is_read_keeps_the_question(
+    terminal: Open, endless_model: Path, tmp_path: Path
+) -> None:
+    chat = terminal("run", str(endless_model), "-c", "90000")
+    chat.wait_for_prompt()
+    chat.type("\x1b[200~" + "long " * 16_000 + "\x1b[201~")
+    chat.read(2)
+    chat.type("\r")
+    chat.wait_for("reading: ")
+    chat.type("\x03")
+    chat.wait_for(r"\[interrupted\]")
+    chat.type("/save talk.json\r")
+    chat.wait_for("Saved:")
+    (message,) = json.loads((tmp_path / "talk.json").read_text())["messages"]
+    assert message["role"] == "user"
+    assert message["content"].startswith("long long")
+
+
+def test_ctrl_c_at_the_prompt_says_how_to_leave(terminal: Open, speaking_model: Path) -> None:
+    chat = terminal("run", str(speaking_model))
+    chat.wait_for_prompt()
+    chat.type("\x03")
+    chat.wait_for(re.escape("(Ctrl-D leaves.)"))
+    chat.type("\x04")
+    assert chat.ended() == 0
+
+
+def test_a_paste_of_several_lines_is_one_message(terminal: Open, speaking_model: Path, tmp_path: Path) -> None:
+    chat = terminal("run", str(speaking_model))
+    chat.wait_for_prompt()
+    chat.type("\x1b[200~first line\nsecond line\n你好\x1b[201~\r")
+    chat.wait_for(re.escape(SAYS))
+    chat.type("/save talk.json\r")
+    chat.wait_for("Saved:")
+    messages = json.loads((tmp_path / "talk.json").read_text("utf-8"))["messages"]
+    assert messages[0]["content"] == "first line\nsecond line\n你好"
+
+
+def test_alt_enter_makes_a_new_line_and_arrows_move(terminal: Open, speaking_model: Path, tmp_path: Path) -> None:
+    chat = terminal("run", str(speaking_model))
+    chat.wait_for_prompt()
+    chat.type("onX\x1b[D\x1b[3~e\x1b\rtwo\r")
+    chat.wait_for(re.escape(SAYS))
+    chat.type("/save talk.json\r")
+    chat.wait_for("Saved:")
+    assert json.loads((tmp_path / "talk.json").read_text())["messages"][0]["content"] == "one\ntwo"
+
+
+def test_lines_of_an_earlier_chat_are_recalled(terminal: Open, speaking_model: Path) -> None:
+    first = terminal("run", str(speaking_model))
+    first.wait_for_prompt()
+    first.type("remember me\r")
+    first.wait_for(re.escape(SAYS))
+    first.type("\x04")
+    first.ended()
+    second = terminal("run", str(speaking_model))
+    second.wait_for_prompt()
+    second.type("\x1b[A")
+    assert "> remember me" in second.wait_for("remember me")
+
+
+def test_a_history_file_of_garbage_does_not_stop_a_chat(
+    terminal: Open, speaking_model: Path, environment: dict[str, str]
+) -> None:
+    history = Path(environment["QWENLOCAL_HOME"]) / "history"
+    history.parent.mkdir(parents=True)
+    history.write_bytes(b"\xff\x00\x01garbage\n+\xfe\n")
+    chat = terminal("run", str(speaking_model))
+    chat.wait_for_prompt()
+    chat.type("Hi\r")
+    chat.wait_for(re.escape(SAYS))
+
+
+def test_the_announced_command_line_opens_a_chat(terminal: Open, speaking_model: Path) -> None:
+    """./main -m qwen1.5-7b-chat-q2_k.gguf -n 512 --color -i -cml -f prompts/chat-with-qwen.txt"""
+    arguments = ("-n", "512", "--color", "-i", "-cml", "-f", "prompts/chat-with-qwen.txt")
+    chat = terminal("run", "-m", str(speaking_model), *arguments)
+    chat.wait_for_prompt()
+    chat.type("/system\r")
+    chat.wait_for(re.escape("You are a helpful assistant."))
+
+
+def test_escape_sequences_of_a_model_never_reach_the_terminal(terminal: Open, tmp_path: Path) -> None:
+    from qwenlocal.testing import write_model
+
+    write_model(tmp_path / "evil.gguf", says="a\x1b]0;pwn\x07b")
+    chat = terminal("run", "./evil.gguf")
+    chat.wait_for_prompt()
+    chat.type("Hi\r")
+    assert "a␛]0;pwn␇b" in chat.wait_for("a.*b")
+    assert b"\x1b]0;pwn" not in chat.raw
+
+
+def test_a_question_on_a_terminal_is_answered_and_the_program_ends(terminal: Open, speaking_model: Path) -> None:
+    one = terminal("run", str(speaking_model), "Hi")
+    assert one.ended() == 0
+    assert one.text == SAYS
+
+
+def test_ctrl_c_ends_a_single_answer_with_130(terminal: Open, endless_model: Path) -> None:
+    one = terminal("run", str(endless_model), "Hi", "-c", "60000")
+    one.wait_for("abcdefgh")
+    one.type("\x03")
+    assert one.ended() == 130
+    assert "Traceback" not in one.text
+
+
+def test_ctrl_c_in_a_download_keeps_what_is_here(terminal: Open, hub: object, tmp_path: Path) -> None:
+    from hub import HubServer, pace
+
+    assert isinstance(hub, HubServer)
+    hub.repository("o/big").files = {"big-q4_0.gguf": b"GGUF" + bytes(40 << 20)}
+    hub.always = [pace(8e6)]
+    one = terminal("pull", "hf:o/big")
+    one.wait_for(r"fetching big-q4_0.gguf.*MB/s")
+    one.type("\x03")
+    assert one.ended() == 130
+    assert "is kept; the same command goes on from there" in one.text.replace("\n", " ")

@@ -11,18 +11,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwenlocal.chat.template import CHATML
 from qwenlocal.engine.sampling import Sampling
 from qwenlocal.engine.sequence import Prefill
 
 if TYPE_CHECKING:
     import numpy
 
-QWEN_TEMPLATE = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nYou are a helpful assistant<|im_end|>\n' }}{% endif %}"
-    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _WIDTH = 288  # of the embedding: room for a direction of its own for each of the 259 tokens
 
@@ -47,7 +42,7 @@ def write_model(
     seed: int = 0,
     layers: int = 2,
     context: int = 4096,
-    template: str | None = QWEN_TEMPLATE,
+    template: str | None = CHATML,
     architecture: str = "qwen2",
     metadata: dict[str, Any] | None = None,
 ) -> Path:

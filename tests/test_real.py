@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from qwenlocal.chat.conversation import Manner
-from qwenlocal.chat.events import Done, Reading, Text
+from qwenlocal.chat.events import Reading, Text
 from qwenlocal.chat.loading import Loaded, Loading, LoadOptions
 from qwenlocal.engine.sampling import Sampling
 from qwenlocal.library.catalog import Catalogue
@@ -106,15 +106,3 @@ def test_ordinary_conversations_have_the_ids_of_the_whole_text(loaded: Loaded) -
     messages = [{"role": "user", "content": "  x = [1, 2]\n\n你好, <b>world</b>! 👋🏽 e\u0301"}]
     whole = loaded.model.vocabulary.tokenize(loaded.template.render(messages), special=True)
     assert chat_ids(loaded.template, messages, loaded.model.vocabulary) == whole
-
-
-def test_the_work_per_token_does_not_grow_with_the_answer(loaded: Loaded) -> None:
-    """Counted, not timed: text, stop strings and sampling look at the new token only."""
-    from qwenlocal.engine.text import TextStream
-
-    stream = TextStream(["never said"])
-    for _ in range(5000):
-        stream.feed(b"word ")
-        assert len(stream._held) < 11
-    events = list(loaded.conversation(Manner(GREEDY, limit=20)).ask("Count from 1 to 10."))
-    assert isinstance(events[-1], Done)

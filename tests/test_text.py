@@ -58,3 +58,13 @@ def test_text_that_might_become_a_stop_string_waits() -> None:
     assert stream.feed(b"ND of it") == ""
     assert stream.stopped == "END"
     assert stream.feed(b"more") == stream.finish() == ""
+
+
+def test_what_is_held_back_does_not_grow_with_the_answer() -> None:
+    """So the work for a token does not either."""
+    stream = TextStream(["never said"])
+    held = 0
+    for _ in range(5000):
+        shown = stream.feed(b"never sai ")
+        held += 10 - len(shown)
+        assert 0 <= held < len("never said")

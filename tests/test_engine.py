@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qwenlocal.engine.llama import Aborted, AbortFlag, Context, ContextOptions, Model, NoRoom, library
-from qwenlocal.engine.sampling import Sampling
+from qwenlocal.engine.sampling import Sampler, Sampling
 from qwenlocal.engine.sequence import Prefill, TokenSequence, common_prefix
 from qwenlocal.errors import BadWeights, ContextFull, UsageProblem
 from qwenlocal.testing import write_model
@@ -191,6 +191,23 @@ def test_a_repeat_penalty_makes_a_model_repeat_less(random_model: Path, opened: 
     plain = answer(TokenSequence(opened(random_model)), [1, 2], 60)
     penalised = answer(TokenSequence(opened(random_model)), [1, 2], 60, Sampling(temperature=0, repeat_penalty=10))
     assert len(set(penalised)) > len(set(plain))
+
+
+def test_penalised_choices_are_exact(random_model: Path, opened: Callable[..., Context]) -> None:
+    """Candidates are cut down before the penalty is applied; the choice must be that of penalising all of them."""
+    context = opened(random_model)
+    said = list(range(40, 100))
+    (row,) = context.decode([(0, said)])
+    logits = list(context.logits(row)[:259])
+    for penalty in (1.05, 1.5, 10.0):
+        sampler = Sampler(Sampling(temperature=0, repeat_penalty=penalty), 259)
+        sampler.remember(said)
+        penalised = [
+            (score / penalty if score > 0 else score * penalty) if token in said else score
+            for token, score in enumerate(logits)
+        ]
+        assert sampler.sample(context, row) == max(range(259), key=lambda token: penalised[token])
+        sampler.close()
 
 
 @pytest.mark.parametrize(("name", "value"), [("temperature", -1), ("top_p", 1.5), ("seed", -3), ("repeat_penalty", 0)])

@@ -61,6 +61,11 @@ class Sampler:
 
     def _links(self, sampling: Sampling, vocabulary_size: int) -> Iterable[Any]:
         c = self._c
+        kept = 1 if sampling.temperature == 0 else sampling.top_k
+        if sampling.repeat_penalty > 1 and kept:
+            # A penalty lowers at most as many tokens as its window holds, so those that can be chosen afterwards are
+            # among this many before; penalising 84 candidates instead of 151,936 takes half the time of it all.
+            yield c.llama_sampler_init_top_k(kept + _PENALTY_WINDOW)
         if sampling.repeat_penalty != 1:
             yield c.llama_sampler_init_penalties(vocabulary_size, _PENALTY_WINDOW, sampling.repeat_penalty, 0.0, 0.0)
         if sampling.temperature == 0:

@@ -23,7 +23,7 @@ from urllib3.exceptions import HTTPError, ReadTimeoutError
 
 from qwenlocal import __version__
 
-CHUNK = 1 << 18  # bytes handed on at once
+CHUNK = 1 << 17  # bytes handed on at once
 _MOST_REDIRECTS = 8
 _SECRET_HEADERS = ("authorization", "cookie")
 

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Callable, Sequence
 
 from qwenlocal.errors import CannotWrite
 from qwenlocal.library import elsewhere
 from qwenlocal.library.catalog import KnownFile
+from qwenlocal.library.digests import sha256_of
 from qwenlocal.library.elsewhere import Found, Sought
 from qwenlocal.library.names import CatalogueName, HubName, Name, PathName, level_of
 from qwenlocal.library.store import Record, Store, StoredFile
 from qwenlocal.paths import Folders
 
 Say = Callable[[str], None]
-_READ = 1 << 20
 
 
 def known_file(name: CatalogueName) -> KnownFile | None:
@@ -70,7 +69,7 @@ class Local:
     ) -> Record | None:
         """Use a file where another program put it. One that only has the right name is hashed before it is believed."""
         for found in elsewhere.find(sought, self._folders):
-            if not found.certain and sought.sha256 and self._sha256(found, sought) != sought.sha256:
+            if not found.certain and sought.sha256 and self._digest(found) != sought.sha256:
                 continue
             ours = self._own_file(found)
             if ours is None:
@@ -92,12 +91,6 @@ class Local:
                     return file
         return None
 
-    def _sha256(self, found: Found, sought: Sought) -> str:
+    def _digest(self, found: Found) -> str:
         size = found.path.stat().st_size
-        digest, done = hashlib.sha256(), 0
-        with found.path.open("rb") as file:
-            while data := file.read(_READ):
-                digest.update(data)
-                done += len(data)
-                self._checking(f"the file of {found.program}", done, size)
-        return digest.hexdigest()
+        return sha256_of(found.path, lambda done: self._checking(f"the file of {found.program}", done, size))

@@ -138,15 +138,16 @@ class Partial:
             self._journal.write(f"{number} -1\n")
             self._journal.flush()
 
-    def read(self, number: int) -> Iterator[bytes]:
-        """The bytes of a finished block."""
+    def read(self, number: int) -> Iterator[memoryview]:
+        """The bytes of a finished block; each piece is good until the next one is asked for."""
         start, end = self.span(number)
+        buffer = memoryview(bytearray(min(_READ, end - start)))  # one for all: new memory each time is slow to get
         while start < end:
-            data = _pread(self._file, min(_READ, end - start), start, self._lock)
-            if not data:
+            count = _pread(self._file, buffer[: end - start], start, self._lock)
+            if not count:
                 return
-            yield data
-            start += len(data)
+            yield buffer[:count]
+            start += count
 
     def intact(self, number: int) -> bool:
         """Whether the block's bytes still have the CRC-32 that the journal says."""
@@ -238,22 +239,24 @@ def write_journal(base: Path, identity: Identity, block: int, blocks: dict[int, 
     journal_of(base).write_text("\n".join(lines) + "\n")
 
 
-if hasattr(os, "pwrite"):
+if hasattr(os, "preadv"):
 
     def _pwrite(file: int, data: memoryview, offset: int, lock: threading.Lock) -> int:
         return os.pwrite(file, data, offset)
 
-    def _pread(file: int, count: int, offset: int, lock: threading.Lock) -> bytes:
-        return os.pread(file, count, offset)
+    def _pread(file: int, buffer: memoryview, offset: int, lock: threading.Lock) -> int:
+        return os.preadv(file, [buffer], offset)
 
-else:  # Windows has no pwrite; seek and write under the lock
+else:  # Windows has neither; seek and write under the lock
 
     def _pwrite(file: int, data: memoryview, offset: int, lock: threading.Lock) -> int:
         with lock:
             os.lseek(file, offset, os.SEEK_SET)
             return os.write(file, data)
 
-    def _pread(file: int, count: int, offset: int, lock: threading.Lock) -> bytes:
+    def _pread(file: int, buffer: memoryview, offset: int, lock: threading.Lock) -> int:
         with lock:
             os.lseek(file, offset, os.SEEK_SET)
-            return os.read(file, count)
+            data = os.read(file, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)

@@ -8,13 +8,13 @@ needs no hashing and no network to know that the file is the one that was checke
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import functools
 import json
 import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -23,7 +23,6 @@ from qwenlocal.errors import BadWeights, CannotWrite
 from qwenlocal.library.partial import Identity, journal_of, part_of, read_journal
 from qwenlocal.paths import Folders, writable
 
-_READ = 1 << 20
 _JOURNAL = ".part.journal"
 
 
@@ -149,7 +148,7 @@ class Store:
             if state.st_size != file.size:
                 raise _changed(record, file, f"it has {state.st_size:,} bytes instead of {file.size:,}")
             if state.st_mtime_ns != file.mtime_ns:
-                if file.sha256 and _sha256(Path(file.path)) != file.sha256:
+                if file.sha256 and not _is_still(file):
                     raise _changed(record, file, "its content was changed since it was fetched")
                 file = replace(file, mtime_ns=state.st_mtime_ns)
             files.append(file)
@@ -167,12 +166,15 @@ class Store:
         ------
         BadWeights: a file is gone.
         """
-        damage, done = [], 0
+        from qwenlocal.library.digests import digests_of
+
+        damage, before = [], 0
         for file in record.files:
             if not Path(file.path).is_file():
                 raise BadWeights(file.path, "the file is gone", hint=f"Fetch it again: qwenlocal pull {record.name}")
-            sha256, checksums = _digests(Path(file.path), file.block, _after(done, record.size, report))
-            done += file.size
+            from_here = functools.partial(_report_after, report, before, record.size)
+            sha256, checksums = digests_of(Path(file.path), file.block, from_here)
+            before += file.size
             if file.sha256 and sha256 != file.sha256:
                 damage.append(Damage(file, sha256, _differing(file, checksums), file.block))
         return damage
@@ -207,7 +209,7 @@ class Store:
 
     def _path(self, name: str) -> Path:
         readable = re.sub(r"[^A-Za-z0-9._-]+", "-", name)[-60:].strip("-.")
-        return self._folders.records / f"{readable}-{hashlib.sha256(name.encode()).hexdigest()[:8]}.json"
+        return self._folders.records / f"{readable}-{zlib.crc32(name.encode()):08x}.json"
 
 
 def _read(path: Path) -> Record | None:
@@ -220,43 +222,18 @@ def _read(path: Path) -> Record | None:
     return record if files else None
 
 
-def _after(before: int, total: int, report: Callable[[int, int], None]) -> Callable[[int], None]:
-    return lambda done: report(before + done, total)
+def _report_after(report: Callable[[int, int], None], before: int, total: int, done: int) -> None:
+    report(before + done, total)
+
+
+def _is_still(file: StoredFile) -> bool:
+    from qwenlocal.library.digests import sha256_of
+
+    return sha256_of(Path(file.path)) == file.sha256
 
 
 def _changed(record: Record, file: StoredFile, what: str) -> BadWeights:
     return BadWeights(file.path, what, hint=f"Mend it, fetching only what is damaged: qwenlocal verify {record.name}")
-
-
-def _chunks(path: Path, size: int) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while data := file.read(size):
-            yield data
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    for data in _chunks(path, _READ):
-        digest.update(data)
-    return digest.hexdigest()
-
-
-def _digests(path: Path, block: int, report: Callable[[int], None]) -> tuple[str, list[int]]:
-    """The sha256 of a file, and the CRC-32 of each of its blocks (none where `block` is 0)."""
-    digest, checksums, done = hashlib.sha256(), [], 0
-    crc = 0
-    for data in _chunks(path, min(_READ, block) if block else _READ):
-        digest.update(data)
-        done += len(data)
-        if block:
-            crc = zlib.crc32(data, crc)
-            if done % block == 0:
-                checksums.append(crc)
-                crc = 0
-        report(done)
-    if block and done % block:
-        checksums.append(crc)
-    return digest.hexdigest(), checksums
 
 
 def _differing(file: StoredFile, checksums: Sequence[int]) -> list[int] | None:

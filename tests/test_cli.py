@@ -292,6 +292,13 @@ def test_once_here_a_model_needs_no_network_at_all(qwenlocal: Run, model: str, e
     assert (result.returncode, result.stdout) == (0, SAYS + "\n"), result.stderr
 
 
+def test_hf_hub_offline_forbids_every_request(qwenlocal: Run, model: str, hub: HubServer) -> None:
+    message = clean(qwenlocal("run", model, "Hi", environment={"HF_HUB_OFFLINE": "1"}), 4)
+    assert "HF_HUB_OFFLINE forbids the network" in message
+    clean(qwenlocal("run", "Say hi", environment={"HF_HUB_OFFLINE": "1"}), 4)
+    assert hub.requests == []
+
+
 # --- bad input
 
 

@@ -260,9 +260,12 @@ def test_a_disk_that_fills_up_meanwhile_is_said_and_what_is_here_is_kept(tmp_pat
     assert "CannotWrite" in result or "DiskFull" in result
 
 
-def test_the_rate_can_be_limited(fetched: Fetch) -> None:
+def test_the_rate_can_be_limited(hub: HubServer, tmp_path: Path) -> None:
+    hub.files["/x"] = CONTENT
+    client = Client(limit_rate=len(CONTENT))
+    place = WebPlace("hub", client, [Piece(f"{hub.url}/x", 0, len(CONTENT))])
     started = time.monotonic()
-    fetched(manner=Manner(block=BLOCK, limit_rate=len(CONTENT)))
+    fetch(Artifact("x", len(CONTENT), DIGEST, [place]), tmp_path / "x", client=client, locks=tmp_path / "l")
     assert time.monotonic() - started > 0.7
 
 

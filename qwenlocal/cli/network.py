@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 
@@ -25,13 +26,14 @@ def sources(program: Program, client: Client, manner: Manner) -> Sources:
         [HuggingFace(), ModelScope(client)],
         lambda: PackageIndex(index_url(), client),
         manner,
+        offline=os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"),
     )
 
 
 @contextlib.contextmanager
 def puller(program: Program, *, limit_rate: int = 0) -> Iterator[Puller]:
     """A puller that shows its progress on stderr."""
-    client, manner = Client(), Manner(limit_rate=limit_rate)
+    client, manner = Client(limit_rate=limit_rate), Manner()
     with progress(sys.stderr) as shown:
         yield Puller(
             program.folders,

@@ -69,9 +69,10 @@ class Program:
 
     def have(self, name: Name, *, limit_rate: int = 0) -> Record:
         """The model, fetched if it is not here."""
-        if record := self.local.here(name):
-            return record
-        return self._pull(name, limit_rate)
+        record = self.local.here(name) or self._pull(name, limit_rate)
+        if record.name != str(name):
+            self.say(f"{name} is {record.name}.")
+        return record
 
     def have_default(self, *, limit_rate: int = 0) -> tuple[Name, Record]:
         """

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from qwenlocal.errors import NotEnoughMemory
 from qwenlocal.weights.header import Value
 
-_OURSELVES = 220 << 20  # Python, the libraries, and llama.cpp's working memory for 512 tokens
+OURSELVES = 220 << 20  # Python, the libraries, and llama.cpp's working memory for 512 tokens
 _F16 = 2
 USUAL_CONTEXT = 8192
 LEAST_CONTEXT = 2048
@@ -66,14 +66,14 @@ def choose_context(what: str, shape: Shape | None, weights: int, available: int,
     """
     if shape is None:
         return wanted or 4096
-    room = available - weights - _OURSELVES
+    room = available - weights - OURSELVES
     if wanted:
         if shape.kv_bytes(wanted) > room:
             fitting = max(0, room) // max(1, shape.kv_bytes(1)) // 256 * 256
             hint = f"At most -c {fitting} fits." if fitting >= 512 else "Close other programs, or take a smaller model."
             raise NotEnoughMemory(
                 f"{what} with a context of {wanted:,} tokens",
-                weights + shape.kv_bytes(wanted) + _OURSELVES,
+                weights + shape.kv_bytes(wanted) + OURSELVES,
                 available,
                 hint=hint,
             )
@@ -84,7 +84,7 @@ def choose_context(what: str, shape: Shape | None, weights: int, available: int,
     if shape.kv_bytes(n_ctx) > room:
         raise NotEnoughMemory(
             what,
-            weights + shape.kv_bytes(n_ctx) + _OURSELVES,
+            weights + shape.kv_bytes(n_ctx) + OURSELVES,
             available,
             hint="Close other programs, or take a smaller model (qwenlocal list --all). -c 512 needs the least.",
         )

@@ -197,9 +197,8 @@ class Progress:
 
 @dataclass(frozen=True)
 class Manner:
-    """How to download: bytes a second at most (0: as fast as it goes), connections, and patience in seconds."""
+    """How to download: connections, patience in seconds, bytes in a block."""
 
-    limit_rate: int = 0
     connections: int = 4
     patience: float = 120.0  # after a transfer broke off, until everything is given up
     first_patience: float = 4.0  # where nothing was reached at all
@@ -364,24 +363,6 @@ class _Places:
         )
 
 
-class _Throttle:
-    """At most `rate` bytes a second, over all threads."""
-
-    def __init__(self, rate: int, clock: Callable[[], float], stop: threading.Event) -> None:
-        self._rate, self._clock, self._stop = rate, clock, stop
-        self._lock = threading.Lock()
-        self._next = clock()
-
-    def take(self, count: int) -> None:
-        if not self._rate:
-            return
-        with self._lock:
-            now = self._clock()
-            begin = max(self._next, now)
-            self._next = begin + count / self._rate
-        self._stop.wait(begin - now)
-
-
 @dataclass
 class _Tally:
     """What the threads tell each other, under one condition."""
@@ -419,7 +400,6 @@ class _Download:
             self._sections = [Section(0, artifact.size, artifact.sha256)]
         self._known = {number for number in range(partial.count) if partial.has(number)}  # by an earlier run
         self._tally = _Tally(deque(partial.missing()))
-        self._throttle = _Throttle(manner.limit_rate, clock, self._tally.stop)
         self._streaming = threading.Lock()
 
     def run(self, report: Report, stop: threading.Event) -> str:
@@ -449,7 +429,6 @@ class _Download:
             self._partial.forget(number)
             self._known.discard(number)
         self._tally = _Tally(deque(blocks))
-        self._throttle = _Throttle(self._manner.limit_rate, self._places._clock, self._tally.stop)
 
     def _round(self, report: Report, stop: threading.Event) -> list[str]:
         tally = self._tally
@@ -556,7 +535,6 @@ class _Download:
         for data in standing.place.read(start, end):
             if self._tally.stop.is_set():
                 raise Trouble("stopped", again=True)
-            self._throttle.take(len(data))
             self._partial.write(at, data)
             crc = zlib.crc32(data, crc)
             at += len(data)
@@ -584,7 +562,6 @@ class _Download:
                     start, end = self._partial.span(number)
                     part, data = data[: end - at], data[end - at :]
                     if not self._partial.has(number):
-                        self._throttle.take(len(part))
                         self._partial.write(at, part)
                         self._tally.received(number, at + len(part) - start)
                     crc, at = zlib.crc32(part, crc), at + len(part)

@@ -23,7 +23,7 @@ from urllib3.exceptions import HTTPError, ReadTimeoutError
 
 from qwenlocal import __version__
 
-CHUNK = 1 << 17  # bytes handed on at once
+CHUNK = 1 << 18  # bytes handed on at once
 _MOST_REDIRECTS = 8
 _SECRET_HEADERS = ("authorization", "cookie")
 
@@ -56,16 +56,34 @@ class Opened:
     etag: str | None
 
 
+class _Throttle:
+    """At most `rate` bytes a second over all threads; 0 is as fast as it goes."""
+
+    def __init__(self, rate: int) -> None:
+        self._rate, self._lock, self._next = rate, threading.Lock(), time.monotonic()
+
+    def take(self, count: int) -> None:
+        if not self._rate:
+            return
+        with self._lock:
+            now = time.monotonic()
+            begin = max(self._next, now)
+            self._next = begin + count / self._rate
+        time.sleep(begin - now)
+
+
 class Client:
     """
-    One connection pool for everything the library fetches.
+    One connection pool for everything the library fetches, at most `limit_rate` bytes a second altogether.
 
     `environ` gives proxies (`HTTPS_PROXY`, `NO_PROXY`, and what the system's settings say) and certificates
     (`SSL_CERT_FILE`, `REQUESTS_CA_BUNDLE`, `PIP_CERT`).
     """
 
-    def __init__(self, timeouts: Timeouts = Timeouts(), environ: Mapping[str, str] = os.environ) -> None:
-        self.timeouts = timeouts
+    def __init__(
+        self, timeouts: Timeouts = Timeouts(), *, limit_rate: int = 0, environ: Mapping[str, str] = os.environ
+    ) -> None:
+        self.timeouts, self._throttle = timeouts, _Throttle(limit_rate)
         self._environ = environ
         self._pools: dict[str, urllib3.PoolManager] = {}
         self._lock = threading.Lock()
@@ -132,6 +150,7 @@ class Client:
         """
         try:
             while chunk := opened.body.read1(CHUNK):
+                self._throttle.take(len(chunk))
                 yield chunk
         except ReadTimeoutError as reason:
             raise Trouble(f"no data for {self.timeouts.stall:.0f} s", again=True) from reason

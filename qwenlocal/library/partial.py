@@ -16,8 +16,8 @@ import shutil
 import threading
 import zlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from qwenlocal.errors import CannotWrite, DiskFull
 
@@ -25,8 +25,7 @@ BLOCK = 16 << 20  # four blocks are under way at a time: at most 64 MiB are fetc
 _READ = 1 << 20
 
 
-@dataclass(frozen=True)
-class Identity:
+class Identity(NamedTuple):
     """Which bytes a partial file collects. Two downloads share a partial file only if all of this is equal."""
 
     name: str
@@ -50,14 +49,14 @@ class Partial:
         self.folder, self.identity, self.block = base.parent, identity, block
         self.path, self.journal_path = part_of(base), journal_of(base)
         self.count = -(-identity.size // block)
-        self._lock = threading.Lock()
+        self._lock, self._writing = threading.Lock(), threading.Lock()
         self._crc: dict[int, int] = {}
         try:
             fresh = not self._resume()
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
             if fresh:
                 os.ftruncate(self._file, 0)
-                self.journal_path.write_text(json.dumps({**asdict(identity), "block": block}) + "\n")
+                self.journal_path.write_text(json.dumps({**identity._asdict(), "block": block}) + "\n")
             os.ftruncate(self._file, identity.size)
             self._journal = self.journal_path.open("a", encoding="ascii")
         except OSError as reason:
@@ -111,9 +110,10 @@ class Partial:
         """
         view = memoryview(data)
         try:
-            while view:
-                written = _pwrite(self._file, view, offset, self._lock)
-                view, offset = view[written:], offset + written
+            with self._writing:  # the kernel lets one thread write to a file at a time; the others would spin, not sleep
+                while view:
+                    written = _pwrite(self._file, view, offset, self._lock)
+                    view, offset = view[written:], offset + written
         except OSError as reason:
             if reason.errno == errno.ENOSPC:
                 raise DiskFull(self.folder, self.identity.size - self.done, 0) from reason
@@ -235,7 +235,7 @@ def read_journal(path: Path) -> tuple[Identity, int, dict[int, int]] | None:
 
 def write_journal(base: Path, identity: Identity, block: int, blocks: dict[int, int]) -> None:
     """Describe a partial file that came about otherwise, for example a damaged file of which most blocks are good."""
-    lines = [json.dumps({**asdict(identity), "block": block}), *(f"{number} {crc}" for number, crc in blocks.items())]
+    lines = [json.dumps({**identity._asdict(), "block": block}), *(f"{number} {crc}" for number, crc in blocks.items())]
     journal_of(base).write_text("\n".join(lines) + "\n")
 
 

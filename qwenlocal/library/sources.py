@@ -83,7 +83,10 @@ class Sources:
         hubs: Sequence[Hub],
         index: Callable[[], PackageIndex],
         manner: Manner = Manner(),
+        *,
+        offline: bool = False,
     ) -> None:
+        self._offline = offline
         self._catalogue, self._folders, self._client, self._manner = catalogue, folders, client, manner
         self._hubs = {hub.scheme: hub for hub in hubs}
         self._index = index
@@ -95,8 +98,11 @@ class Sources:
         Raises
         ------
         ModelNotFound, NotConvertedYet: there is no such file to run.
-        SourceUnreachable: nobody could be asked.
+        SourceUnreachable: nobody could be asked, or nobody shall be (`offline`).
         """
+        if self._offline:
+            hint = "Unset HF_HUB_OFFLINE to fetch it."
+            raise SourceUnreachable(str(name), ["HF_HUB_OFFLINE forbids the network"], hint=hint)
         if isinstance(name, CatalogueName):
             return self._locate_card(name)
         if isinstance(name, HubName):

@@ -16,8 +16,8 @@ import shutil
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from datetime import datetime, timezone
 from pathlib import Path
+from typing import NamedTuple
 
 from qwenlocal.errors import BadWeights, CannotWrite
 from qwenlocal.library.partial import Identity, journal_of, part_of, read_journal
@@ -72,8 +72,7 @@ class Record:
         return sum(file.size for file in self.files)
 
 
-@dataclass(frozen=True)
-class Damage:
+class Damage(NamedTuple):
     """What a full check found wrong with a file: the numbers of bad blocks, or None where they cannot be told."""
 
     file: StoredFile
@@ -82,8 +81,7 @@ class Damage:
     block_size: int
 
 
-@dataclass(frozen=True)
-class Incomplete:
+class Incomplete(NamedTuple):
     """A file on its way that nobody is fetching now, or somebody is."""
 
     base: Path
@@ -117,6 +115,8 @@ class Store:
         ------
         CannotWrite: the folder does not allow it.
         """
+        from datetime import datetime, timezone
+
         record = replace(record, added=record.added or datetime.now(timezone.utc).isoformat(timespec="seconds"))
         path = self._path(record.name)
         writable(path.parent)

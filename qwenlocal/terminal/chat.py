@@ -21,10 +21,11 @@ from qwenlocal.terminal.plain import harmless
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
+    from prompt_toolkit.formatted_text import StyleAndTextTuples
     from prompt_toolkit.history import History
     from prompt_toolkit.key_binding import KeyBindings
 
-PROMPT = "> "
+PROMPT: StyleAndTextTuples = [("bold fg:ansigreen", "> ")]
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,8 @@ class Chat:
             self._say(f"[{done.why.value}]")
         if self._stats:
             self._say(done.stats.sentence(done.why))
+        sys.stdout.write("\n")
+        sys.stdout.flush()
 
     # --- commands
 

@@ -1,0 +1,87 @@
+"""
+Draws docs/chat.svg: the real program in a real pseudo-terminal, talking to the starter, and what its screen shows.
+
+    .venv/bin/python tools/picture.py        (after make setup-dev, and once: qwenlocal pull starter)
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import pexpect
+import pyte
+from rich.color import Color
+from rich.console import Console
+from rich.style import Style
+from rich.terminal_theme import SVG_EXPORT_THEME
+from rich.text import Text
+
+ROOT = Path(__file__).resolve().parent.parent
+COLUMNS, LINES = 92, 28
+MESSAGES = [
+    "Write a Python function that tells whether a word is a palindrome. No explanation.",
+    "用一句话解释它。",
+    "/help",
+]
+
+
+def main() -> None:
+    screen = pyte.Screen(COLUMNS, LINES)
+    stream = pyte.ByteStream(screen)
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": str(COLUMNS), "LINES": str(LINES)}
+    command = ["run", "starter", "--temp", "0", "-n", "120"]
+    child = pexpect.spawn(
+        str(ROOT / ".venv/bin/qwenlocal"), command, env=environment, dimensions=(LINES, COLUMNS), timeout=60
+    )
+    wait(child, screen, stream)
+    for message in MESSAGES:
+        child.send(message + "\r")
+        wait(child, screen, stream)
+    child.sendeof()
+    draw(screen, ROOT / "docs" / "chat.svg")
+
+
+def wait(child: pexpect.spawn, screen: pyte.Screen, stream: pyte.ByteStream) -> None:
+    """Until the program has been quiet for a moment with an empty input line."""
+    quiet = time.monotonic()
+    while time.monotonic() - quiet < 1.5 or not re.search(r"^>\s*$", screen.display[screen.cursor.y]):
+        try:
+            data = child.read_nonblocking(1 << 16, timeout=0.2)
+        except pexpect.TIMEOUT:
+            continue
+        stream.feed(data)
+        if b"\x1b[6n" in data:
+            child.send(f"\x1b[{screen.cursor.y + 1};{screen.cursor.x + 1}R")
+        quiet = time.monotonic()
+
+
+def draw(screen: pyte.Screen, path: Path) -> None:
+    with open(os.devnull, "w") as nowhere:
+        console = Console(record=True, width=COLUMNS, file=nowhere)
+        for line in range(LINES):
+            console.print(row(screen, line), end="\n", overflow="crop", no_wrap=True)
+    console.save_svg(str(path), title="qwenlocal run", theme=SVG_EXPORT_THEME)
+    print(f"{path.relative_to(ROOT)}: {path.stat().st_size:,} bytes", file=sys.stderr)
+
+
+def row(screen: pyte.Screen, line: int) -> Text:
+    text = Text()
+    for column in range(COLUMNS):
+        cell = screen.buffer[line][column]
+        text.append(cell.data, Style(color=colour(cell.fg), bold=cell.bold, italic=cell.italics, reverse=cell.reverse))
+    text.rstrip()
+    return text
+
+
+def colour(name: str) -> Color | None:
+    if name == "default":
+        return None
+    return Color.parse(f"#{name}" if re.fullmatch(r"[0-9a-f]{6}", name) else name.replace("brown", "yellow"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""
+Keeps the parts of README.md that are made from the program itself: the table of models, the commands, the exit codes.
+
+    .venv/bin/python tools/readme.py         writes them; a test fails where they are out of date
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from typer.main import get_command
+
+from qwenlocal.cli.app import app
+from qwenlocal.engine.plan import OURSELVES
+from qwenlocal.library.catalog import Card, Catalogue
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+
+
+def models() -> str:
+    rows = [
+        "| name | Q4_K_M file | memory with 2,048 / 8,192 tokens | licence |",
+        "|---|---|---|---|",
+    ]
+    for card in Catalogue.read(ROOT / "models").cards:
+        if card.variant == "chat":
+            rows.append(
+                f"| `{card.name.removesuffix('-chat')}` | {file_size(card)} | {memory(card)} | {card.licence} |"
+            )
+    return "\n".join(rows)
+
+
+def file_size(card: Card) -> str:
+    if card.default_file:
+        return f"{card.default_file.size / 1e9:.2f} GB"
+    return "several files, size asked at the hub" if card.gguf else "no GGUF file published"
+
+
+def memory(card: Card) -> str:
+    if not card.default_file or not card.kv_bytes_per_token:
+        return "–"
+    sizes = [card.default_file.size + OURSELVES + card.kv_bytes_per_token * tokens for tokens in (2048, 8192)]
+    return " / ".join(f"{size / 2**30:.1f} GiB" for size in sizes)
+
+
+def commands() -> str:
+    group = get_command(app)
+    names = getattr(group, "commands")  # noqa: B009 - typer's own group class
+    rows = ["| command | what it does |", "|---|---|"]
+    rows += [f"| `qwenlocal {name}` | {(command.help or '').splitlines()[0]} |" for name, command in names.items()]
+    return "\n".join(rows)
+
+
+def with_sections(text: str) -> str:
+    """`text` with every part between `<!-- name -->` and `<!-- end -->` made anew."""
+    made = {"models": models, "commands": commands}
+
+    def replace(match: re.Match[str]) -> str:
+        return f"<!-- {match[1]} -->\n{made[match[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- (\w+) -->\n.*?<!-- end -->", replace, text, flags=re.S)
+
+
+if __name__ == "__main__":
+    README.write_text(with_sections(README.read_text("utf-8")), "utf-8")
+    print(f"{README.name} is up to date.", file=sys.stderr)

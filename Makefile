@@ -6,7 +6,7 @@
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
 	if command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; \
 	then echo $$p; exit; fi; done; echo python3)
-BIN = .venv/bin
+BIN = $(if $(filter Windows_NT,$(OS)),.venv/Scripts,.venv/bin)
 export PROMPT
 
 .PHONY: chat setup setup-dev test lint format types picture clean

@@ -11,6 +11,7 @@ Everything that can go wrong for a user of qwenlocal.
     ├── BadWeights                 5  the file is not a model this program can run
     ├── BadCatalogue               5  a file in models/ cannot be read
     ├── NotEnoughMemory            6  the model does not fit
+    ├── NoContext                  6  llama.cpp cannot make a context of that size
     ├── DiskFull                   6  no room for the file
     ├── CannotWrite                6  a folder that must be written is not writable
     ├── ContextFull                7  the prompt does not fit in the context
@@ -135,6 +136,18 @@ class NotEnoughMemory(QwenlocalError):
         super().__init__(
             f"{what} needs about {needed / 2**30:.1f} GiB of memory; {available / 2**30:.1f} GiB are available.",
             hint=hint,
+        )
+
+
+class NoContext(QwenlocalError):
+    """llama.cpp cannot make a context of `n_ctx` tokens; `reason` is what it says."""
+
+    exit_code, http_status = 6, 507
+
+    def __init__(self, n_ctx: int, reason: str) -> None:
+        self.n_ctx, self.reason = n_ctx, reason
+        super().__init__(
+            f"There is no making room for {n_ctx:,} tokens: {reason}.", hint=f"Ask for less: -c {max(512, n_ctx // 2)}"
         )
 
 

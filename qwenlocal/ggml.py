@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+_GPU_TYPES = (1, 2)  # ggml-backend.h: GGML_BACKEND_DEVICE_TYPE_GPU and _IGPU
+
 
 @dataclass(frozen=True)
 class Device:
@@ -24,6 +26,7 @@ class Device:
     description: str
     free: int
     total: int
+    is_gpu: bool = False
 
 
 def devices() -> list[Device]:
@@ -49,7 +52,10 @@ def _describe(device: Any) -> Device:
     memory.restype, memory.argtypes = None, [ctypes.c_void_p, size, size]
     free, total = ctypes.c_size_t(), ctypes.c_size_t()
     memory(device, ctypes.byref(free), ctypes.byref(total))
-    return Device(name(device).decode(), description(device).decode(), free.value, total.value)
+    kind = base.ggml_backend_dev_type
+    kind.restype, kind.argtypes = ctypes.c_int, [ctypes.c_void_p]
+    is_gpu = kind(device) in _GPU_TYPES
+    return Device(name(device).decode(), description(device).decode(), free.value, total.value, is_gpu)
 
 
 @functools.cache

@@ -60,7 +60,8 @@ def _read(path: Path) -> str:
 
 
 def _cores(root: Path) -> int:
-    counts = [count for count in (_fast_cores(root), _physical_cores(root), _quota(root)) if count]
+    allowed = len(os.sched_getaffinity(0)) if root == Path("/") and hasattr(os, "sched_getaffinity") else None
+    counts = [count for count in (_fast_cores(root), _physical_cores(root), _quota(root), allowed) if count]
     return max(1, min(counts, default=os.cpu_count() or 1))
 
 
@@ -151,5 +152,7 @@ def _features(root: Path) -> frozenset[str]:
         if line.lower().startswith(("flags", "features")):
             return frozenset(line.partition(":")[2].split()) & frozenset(FEATURES)
     if sys.platform == "darwin" and platform.machine() == "arm64":
-        return frozenset({"asimd", "asimddp"})
+        told = os.popen("sysctl hw.optional.arm 2>/dev/null").read()
+        known = {"FEAT_DotProd: 1": "asimddp", "FEAT_I8MM: 1": "i8mm"}
+        return frozenset({"asimd", *(feature for line, feature in known.items() if line in told)})
     return frozenset()

@@ -74,9 +74,13 @@ class Folders:
 
 def _device(folder: Path) -> int:
     """The number of the disk that a folder is on, or would be on."""
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return folder.stat().st_dev
+    while True:
+        try:
+            return folder.stat().st_dev
+        except OSError:
+            if folder == folder.parent:
+                return 0
+            folder = folder.parent
 
 
 def shipped(kind: str) -> Path:

@@ -299,6 +299,23 @@ def test_hf_hub_offline_forbids_every_request(qwenlocal: Run, model: str, hub: H
     assert hub.requests == []
 
 
+def test_bash_completes_behind_a_colon(environment: dict[str, str]) -> None:
+    """bash cuts words at colons, and wants what follows the last one."""
+    asked = {
+        "_QWENLOCAL_COMPLETE": "complete_bash",
+        "COMP_WORDS": "qwenlocal run codeqwen1.5 : 7b-b",
+        "COMP_CWORD": "4",
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", "from qwenlocal.cli import main; main()"],
+        env={**environment, **asked},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.stdout.split() == ["7b-base"]
+
+
 # --- bad input
 
 
@@ -424,3 +441,60 @@ def test_an_unreadable_catalogue_file_is_named(environment: dict[str, str], tmp_
     (tmp_path / "broken.toml").write_text("name = [")
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     assert "broken.toml cannot be read" in clean(result, 5)
+
+
+def test_a_long_question_is_a_question_and_no_path(qwenlocal: Run) -> None:
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "MODELSCOPE_DOMAIN": "http://127.0.0.1:9"}
+    assert "cannot be fetched here" in clean(qwenlocal("run", "why " * 200, environment=nowhere), 4)
+
+
+@pytest.mark.parametrize("arguments", [["--raw", ""], ["--raw"], ["--raw", "-i", "x"]])
+def test_nothing_to_continue_is_a_usage_problem(qwenlocal: Run, speaking_model: Path, arguments: list[str]) -> None:
+    clean(qwenlocal("run", str(speaking_model), *arguments), 2)
+
+
+def test_a_broken_catalogue_does_not_concern_a_model_given_by_path(
+    environment: dict[str, str], tmp_path: Path, speaking_model: Path
+) -> None:
+    code = (
+        "import sys, pathlib, qwenlocal.cli.wiring as wiring\n"
+        f"wiring.shipped = lambda kind: pathlib.Path({str(tmp_path)!r})\n"
+        f"sys.argv = ['qwenlocal', 'run', {str(speaking_model)!r}, 'Hi']\n"
+        "from qwenlocal.cli import main\nmain()\n"
+    )
+    (tmp_path / "broken.toml").write_text("name = [")
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=60,
+    )
+    assert result.stdout == SAYS + "\n"
+
+
+def test_an_output_that_is_not_utf8_gets_utf8_all_the_same(qwenlocal: Run, tmp_path: Path) -> None:
+    write_model(tmp_path / "x.gguf", says="法国")
+    environment = {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
+    result = qwenlocal("run", "./x.gguf", "Hi", environment=environment, text=False)
+    assert result.stdout.decode() == "法国\n"
+    assert qwenlocal("doctor", "--offline", environment=environment, text=False).returncode == 0
+
+
+def test_something_that_answers_instead_of_the_hub_is_no_traceback(qwenlocal: Run, hub: HubServer) -> None:
+    """A hotel's login page, for example."""
+
+    class Portal(HubServer):
+        def answer(self, target: str, asked_range: str | None) -> Answer:
+            return Answer(target, 200, {"Content-Type": "text/html"}, b"<html>Please log in</html>")
+
+    with Portal() as portal:
+        clean(qwenlocal("pull", "hf:o/r", environment={"HF_ENDPOINT": portal.url}), 4)
+        everywhere = {"HF_ENDPOINT": portal.url, "MODELSCOPE_DOMAIN": portal.url, "PIP_INDEX_URL": portal.url}
+        clean(qwenlocal("pull", "starter", environment=everywhere), 4)
+
+
+@pytest.mark.parametrize("address", ["http://[::1/x.gguf", "http:///x.gguf", "https://"])
+def test_an_address_that_is_none_is_not_found(qwenlocal: Run, address: str) -> None:
+    assert "is not an address" in clean(qwenlocal("run", address, "Hi"), 3)

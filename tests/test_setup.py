@@ -7,8 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import pytest
+
+
+class Version(NamedTuple):
+    major: int
+    minor: int
+    micro: int
+
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -79,7 +87,7 @@ def test_a_missing_venv_module_is_said_with_what_to_install(setup: ModuleType, m
 
 
 def test_an_old_python_is_said(setup: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "version_info", (3, 8, 0))
+    monkeypatch.setattr(sys, "version_info", Version(3, 8, 0))
     with pytest.raises(setup.Failed, match=r"Python 3\.10 or newer is needed"):
         setup.check_python()
 

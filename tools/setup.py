@@ -42,6 +42,9 @@ class Failed(Exception):
 
 def main() -> int:
     dev = "--dev" in sys.argv[1:]
+    for name in ("SIGTERM", "SIGHUP"):  # a closed window stops the compiler, too
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.default_int_handler)
     try:
         check_python()
         if is_done(dev):
@@ -252,10 +255,10 @@ def run(
     venv_hint: bool = False,
 ) -> None:
     """Run a command with its output in the log; show how long it takes, and on failure the lines that matter."""
-    begin = LOG.stat().st_size if LOG.exists() else 0
     with LOG.open("ab") as log:
         log.write(f"\n$ {' '.join(command)}\n".encode())
         log.flush()
+        begin = LOG.stat().st_size
         child = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -320,7 +323,7 @@ def end(child: subprocess.Popen[bytes]) -> None:
 
 def explain(doing: str, begin: int, venv_hint: bool) -> None:
     lines = [line.rstrip() for line in read_log(begin).splitlines() if line.strip()]
-    telling = [line for line in lines if re.search(r"error|fatal|not found|No space|killed", line, re.I)]
+    telling = [line for line in lines if re.search(r"error|fatal|not found|could be found|No space|killed", line, re.I)]
     shown = "\n".join(f"  {line[:160]}" for line in (telling or lines)[-8:])
     text = "\n".join(lines)
     hint = ""

@@ -35,10 +35,17 @@ def in_background(make: Callable[[], Iterator[T]], stop: Callable[[], None]) -> 
     what it works with can be freed.
     """
     items: queue.SimpleQueue[T | _End] = queue.SimpleQueue()
+    pressed = threading.Event()
+
+    def interrupt() -> None:
+        pressed.set()
+        stop()
 
     def work() -> None:
         try:
             for item in make():
+                if pressed.is_set():
+                    stop()  # again: what was pressed before the work could be stopped must not be lost
                 items.put(item)
         except BaseException as reason:  # handed to the waiting thread
             items.put(_End(reason))
@@ -46,7 +53,7 @@ def in_background(make: Callable[[], Iterator[T]], stop: Callable[[], None]) -> 
             items.put(_End(None))
 
     thread = threading.Thread(target=work, daemon=True)
-    with _interrupts_call(stop):
+    with _interrupts_call(interrupt):
         thread.start()
         try:
             yield _received(items)

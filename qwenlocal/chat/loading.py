@@ -14,8 +14,11 @@ from qwenlocal.engine.plan import Shape, choose_context
 from qwenlocal.engine.sampling import Sampling
 from qwenlocal.engine.sequence import TokenSequence
 from qwenlocal.errors import BadWeights, Interrupted, UsageProblem
+from qwenlocal.ggml import devices
 from qwenlocal.machine import Machine
 from qwenlocal.weights.header import Value, read_metadata
+
+ALL_LAYERS = 1 << 16  # more than any model has
 
 # GGUF's names for what a model's makers recommend (gguf-py, constants.py: Keys.General.SAMPLING_*).
 _SAMPLING_KEYS = {
@@ -30,13 +33,13 @@ _SAMPLING_KEYS = {
 @dataclass(frozen=True)
 class LoadOptions:
     """
-    How to load: tokens of context and threads (None: what fits this machine), layers on a GPU, and whether the text is
+    How to load: tokens of context, threads and layers on a GPU (None: what fits this machine), and whether the text is
     continued as it stands, without a chat template (None: only for models that have none).
     """
 
     n_ctx: int | None = None
     threads: int | None = None
-    gpu_layers: int = 0
+    gpu_layers: int | None = None
     raw: bool | None = None
 
 
@@ -113,19 +116,26 @@ class Loading:
 
         warm = threading.Thread(target=_import_template_engine, daemon=True)
         warm.start()
+        layers = _all_layers_if_they_fit(size) if options.gpu_layers is None else options.gpu_layers
         try:
-            model = Model(path, gpu_layers=options.gpu_layers, on_progress=progress)
+            model = Model(path, gpu_layers=layers, on_progress=progress)
         except Aborted as reason:
             raise Interrupted from reason
         try:
+            warm.join()
+            template, notes = _template(model, raw=options.raw, is_base=is_base)
+            sampling, more = _sampling(metadata, recommended)
             context = Context(model, ContextOptions(n_ctx, threads=threads))
         except BaseException:
             model.close()
             raise
-        warm.join()
-        template, notes = _template(model, raw=options.raw, is_base=is_base)
-        sampling = _sampling(metadata, recommended)
-        return Loaded(model, context, TokenSequence(context), template, sampling, notes)
+        return Loaded(model, context, TokenSequence(context), template, sampling, (*notes, *more))
+
+
+def _all_layers_if_they_fit(size: int) -> int:
+    """All layers, where a graphics device has room for the whole model and something to spare; none otherwise."""
+    roomy = [device for device in devices() if device.is_gpu and device.free > size * 1.3]
+    return ALL_LAYERS if roomy else 0
 
 
 def _import_template_engine() -> None:
@@ -153,7 +163,13 @@ def _template(model: Model, *, raw: bool | None, is_base: bool) -> tuple[ChatTem
     return None, ()
 
 
-def _sampling(metadata: Mapping[str, Value], recommended: Mapping[str, float]) -> Sampling:
+def _sampling(metadata: Mapping[str, Value], recommended: Mapping[str, float]) -> tuple[Sampling, tuple[str, ...]]:
+    """What the file recommends, before what the catalogue does; values out of range are left out, and that is said."""
     in_file = {name: metadata[key] for name, key in _SAMPLING_KEYS.items() if key in metadata}
-    known = {**recommended, **{name: value for name, value in in_file.items() if isinstance(value, (int, float))}}
-    return Sampling().with_known({name: int(value) if name == "top_k" else value for name, value in known.items()})
+    sampling, notes = Sampling(), list[str]()
+    for name, value in {**recommended, **in_file}.items():
+        try:
+            sampling = sampling.with_known({name: int(value) if name == "top_k" else float(value)})  # type: ignore[arg-type]
+        except (UsageProblem, TypeError, ValueError):
+            notes.append(f"The file recommends {name} = {value!r}, which cannot be used; it is left out.")
+    return sampling, tuple(notes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,6 +14,10 @@ def main() -> None:
     import sys
 
     from qwenlocal.cli.app import app
+
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # None without a console; something else in tests
+            stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="replace")
 
     # typer builds every command before it runs one; `run` alone has 25 options, 20 ms that `list` need not wait for.
     asked = [command for command in app.registered_commands if sys.argv[1:2] == [_name(command)]]

@@ -76,7 +76,10 @@ def run(
     threads: Annotated[
         int | None, typer.Option("-t", "--threads", metavar="N", help="Threads. [default: one a fast core]")
     ] = None,
-    gpu_layers: Annotated[int, typer.Option("-ngl", "--gpu-layers", metavar="N", help="Layers to put on a GPU.")] = 0,
+    gpu_layers: Annotated[
+        int | None,
+        typer.Option("-ngl", "--gpu-layers", metavar="N", help="Layers on a GPU. [default: all, if they fit]"),
+    ] = None,
     temperature: Annotated[Optional[float], typer.Option("--temp", metavar="X", help="Randomness; 0 is none.")] = None,  # noqa: UP045
     top_k: Annotated[
         int | None, typer.Option("--top-k", metavar="N", help="Choose among the N likeliest tokens; 0 is all.")

@@ -2,17 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 
 
 def models_here(incomplete: str) -> list[str]:
     """Models that are on this disk."""
-    return [name for name in _here() if name.startswith(incomplete)]
+    return _matching(_here(), incomplete)
 
 
 def all_models(incomplete: str) -> list[str]:
     """Models that are here, then those of the catalogue."""
-    return list(dict.fromkeys(name for name in (*_here(), *_catalogue()) if name.startswith(incomplete)))
+    return _matching([*_here(), *_catalogue()], incomplete)
+
+
+def _matching(names: Iterable[str], incomplete: str) -> list[str]:
+    """
+    The names that begin with what is typed.
+
+    bash cuts words at colons: of `qwen1.5:7` it asks for `7`, and wants what follows the colon. What was typed before
+    stands in COMP_WORDS, as `qwenlocal run qwen1.5 : 7`.
+    """
+    before = _before_colon(os.environ.get("COMP_WORDS", ""), incomplete) if _asks_bash() else ""
+    found = dict.fromkeys(name for name in names if name.startswith(before + incomplete))
+    return [name[len(before) :] for name in found]
+
+
+def _asks_bash() -> bool:
+    return os.environ.get("_QWENLOCAL_COMPLETE") == "complete_bash"
+
+
+def _before_colon(words: str, incomplete: str) -> str:
+    """`_before_colon("qwenlocal run qwen1.5 : 7", "7")` is "qwen1.5:"."""
+    typed = words.rstrip().removesuffix(incomplete).rstrip()
+    head, colon, rest = typed.rpartition(":")
+    if not colon or rest.strip():
+        return ""
+    return f"{head.rstrip().split()[-1]}:" if head.split() else ""
 
 
 def _here() -> Iterator[str]:

@@ -62,7 +62,10 @@ def examine(*, as_json: bool, offline: bool) -> None:
 
 
 def _versions() -> Finding:
-    bindings = importlib.metadata.version("llama-cpp-python")
+    try:
+        bindings = importlib.metadata.version("llama-cpp-python")
+    except importlib.metadata.PackageNotFoundError:
+        return Finding("versions", f"qwenlocal {__version__}, llama-cpp-python is missing", "Set it up: make setup")
     return Finding(
         "versions",
         f"qwenlocal {__version__}, llama-cpp-python {bindings}, "
@@ -76,13 +79,15 @@ def _engine(machine: Machine) -> list[Finding]:
     try:
         from qwenlocal.engine.llama import library
 
-        info = library().system_info
+        info, found = library().system_info, devices()
     except QwenlocalError as error:
         return [Finding("engine", str(error), error.hint)]
+    except OSError as reason:
+        return [Finding("engine", f"llama.cpp cannot be loaded: {reason}", "Compile it again: make setup")]
     compiled = {
         part.partition("=")[0].strip().rpartition(" ")[2] for part in info.split("|") if part.strip().endswith("1")
     }
-    return [_processor(machine, compiled), *(_device(d.name, d.description, d.free, d.total) for d in devices())]
+    return [_processor(machine, compiled), *(_device(d.name, d.description, d.free, d.total) for d in found)]
 
 
 def _processor(machine: Machine, compiled: set[str]) -> Finding:
@@ -138,7 +143,7 @@ def _models(program: Program) -> Finding:
 def _sources() -> list[Finding]:
     from qwenlocal.library.http import Client, Timeouts, Trouble
     from qwenlocal.library.hubs import HuggingFace, ModelScope
-    from qwenlocal.library.index import index_url
+    from qwenlocal.library.index import index_url, without_login
 
     client = Client(Timeouts(connect=5, stall=5))
     places: list[tuple[str, Callable[[], str]]] = [
@@ -148,15 +153,16 @@ def _sources() -> list[Finding]:
 
     def ask(place: tuple[str, Callable[[], str]]) -> Finding:
         label, address = place[0], place[1]()
+        shown = without_login(address)
         if not address:
             return Finding(label, "none is configured", "Set PIP_INDEX_URL, if models shall come from there.")
         try:
             client.close(client.open(address + "/").body)
         except Trouble as trouble:
             if not trouble.unreachable and trouble.again is False:
-                return Finding(label, f"{address} answers")
-            return Finding(label, f"{address} is not reachable: {trouble}", "Models that are here run all the same.")
-        return Finding(label, f"{address} answers")
+                return Finding(label, f"{shown} answers")
+            return Finding(label, f"{shown} is not reachable: {trouble}", "Models that are here run all the same.")
+        return Finding(label, f"{shown} answers")
 
     with ThreadPoolExecutor() as pool:
         return list(pool.map(ask, places))

@@ -116,17 +116,18 @@ def _card_json(card: Card) -> dict[str, Any]:
 
 def show_model(text: str, *, as_json: bool) -> None:
     """What a model is; without the network, so what is not here is shown from the catalogue."""
-    from qwenlocal.library.names import PathName
+    from qwenlocal.library.local import known_file
+    from qwenlocal.library.names import CatalogueName, PathName
     from qwenlocal.weights.header import read_header
 
     program = Program(quiet=as_json)
     name = program.parse(text)
     record = program.local.here(name)
     if record is None:
-        card = getattr(name, "card", None)
-        if card is None:
+        if not isinstance(name, CatalogueName):
             raise ModelNotFound(text, reason=f"{name} is not here.", hint=f"Fetch it: qwenlocal pull {name}")
-        _show(_card_facts(card), as_json)
+        known = known_file(name)
+        _show({**_card_facts(name.card), "name": str(name), "size": known.size if known else None}, as_json)
         return
     facts = _record_json(record)
     if isinstance(name, PathName):

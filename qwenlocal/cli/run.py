@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ class Asked:
     limit: int | None
     n_ctx: int | None
     threads: int | None
-    gpu_layers: int
+    gpu_layers: int | None
     sampling: Mapping[str, float | int | None]
     stops: Sequence[str]
     raw: bool
@@ -54,7 +55,7 @@ class Asked:
     def _only_a_prompt(self) -> bool:
         """One argument with a space in it is a sentence, not a model."""
         return not self.words or (
-            len(self.words) == 1 and " " in self.words[0].strip() and not Path(self.words[0]).exists()
+            len(self.words) == 1 and " " in self.words[0].strip() and not os.path.exists(self.words[0])
         )
 
 
@@ -72,8 +73,8 @@ def run_model(asked: Asked) -> None:
     for note in loaded.notes:
         program.say(note)
     try:
-        if prompt is None:
-            _chat(asked, program, name, loaded, system)
+        if prompt is None or asked.interactive:
+            _chat(asked, program, name, loaded, system, prompt)
         else:
             _answer(asked, loaded, prompt, system)
     finally:
@@ -87,12 +88,12 @@ def _check(asked: Asked) -> None:
     for name, value, least in (("-n", asked.limit, 1), ("-c", asked.n_ctx, 16), ("-t", asked.threads, 1)):
         if value is not None and value < least:
             raise UsageProblem(f"{name} must be at least {least}; it is {value}.")
-    if asked.raw and asked.system:
-        raise UsageProblem("--raw continues the text as it stands; --system has no place in it.")
+    if asked.raw and (asked.system or asked.interactive):
+        raise UsageProblem("--raw continues the text as it stands; --system and -i have no place in it.")
 
 
 def _texts(asked: Asked) -> tuple[str | None, str]:
-    """The prompt (None: a chat), and the system prompt."""
+    """The prompt (None: there is none), and the system prompt."""
     parts = [" ".join(asked.prompt_words)] if asked.prompt_words else []
     system = asked.system or ""
     if asked.file:
@@ -104,14 +105,17 @@ def _texts(asked: Asked) -> tuple[str | None, str]:
     piped = "" if sys.stdin is None or sys.stdin.isatty() else _read_stdin()
     if piped.strip():
         parts.append(piped if asked.raw else piped.rstrip("\n"))
-    if parts and not asked.interactive:
-        return "\n\n".join(parts), system
+    prompt = "\n\n".join(parts) if parts else None
+    if asked.raw and prompt is None:
+        raise UsageProblem("There is no text to continue.", hint='Give a beginning: --raw "Once upon a time"')
+    if prompt is not None and not asked.interactive:
+        return prompt, system
     if not _can_chat():
         raise UsageProblem(
             "There is nothing to answer: no prompt was given, and this is not a terminal to chat in.",
             hint='Give a prompt: qwenlocal run MODEL "Why is the sky blue?", or pipe text into it.',
         )
-    return None, system
+    return prompt, system
 
 
 def _can_chat() -> bool:
@@ -124,10 +128,10 @@ def _read_stdin() -> str:
 
 def _read_prompt(name: str) -> str:
     """A file of the user's, or one of the prompts that come with the program."""
-    path = Path(name).expanduser()
-    if not path.exists() and (own := shipped("prompts") / path.name).exists():
+    path = Path(os.path.expanduser(name))
+    if not os.path.exists(path) and (own := shipped("prompts") / path.name).exists():
         path = own
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UsageProblem(f"{path} is a directory; -f takes a text file.")
     try:
         return _utf8(path.read_bytes(), str(path))
@@ -184,7 +188,9 @@ def _answer(asked: Asked, loaded: Loaded, prompt: str, system: str) -> None:
 
     manner = Manner(loaded.sampling.with_known(asked.sampling), asked.limit, asked.stops)
     if loaded.template is None:
-        begin, stop = _continuation(loaded, prompt, manner), loaded.sequence.stop
+        if system:
+            raise UsageProblem("A base model continues text; a system prompt has no place in it.")
+        begin, stop = _continuation(loaded, prompt, manner, special=asked.raw), loaded.sequence.stop
     else:
         conversation = loaded.conversation(manner, system)
         begin, stop = functools.partial(conversation.ask, prompt), conversation.stop
@@ -200,16 +206,18 @@ def _answer(asked: Asked, loaded: Loaded, prompt: str, system: str) -> None:
         )
 
 
-def _continuation(loaded: Loaded, text: str, manner: Manner) -> Callable[[], Iterator[Event]]:
-    """The answer of a model without a template: what follows `text`."""
+def _continuation(loaded: Loaded, text: str, manner: Manner, *, special: bool) -> Callable[[], Iterator[Event]]:
+    """What follows `text`; with `special`, control tokens spelt in it are control tokens, as --raw wants it."""
     from qwenlocal.chat.turn import answer
 
     vocabulary = loaded.model.vocabulary
-    ids = vocabulary.tokenize(text, special=True, add_bos=vocabulary.adds_bos)
+    ids = vocabulary.tokenize(text, special=special, add_bos=vocabulary.adds_bos)
+    if not ids:
+        raise UsageProblem("There is no text to continue.", hint='Give a beginning: --raw "Once upon a time"')
     return lambda: answer(loaded.sequence, vocabulary, ids, manner.sampling, limit=manner.limit, stops=manner.stops)
 
 
-def _chat(asked: Asked, program: Program, name: Name, loaded: Loaded, system: str) -> None:
+def _chat(asked: Asked, program: Program, name: Name, loaded: Loaded, system: str, prompt: str | None) -> None:
     from qwenlocal.chat.conversation import Manner
     from qwenlocal.terminal.chat import Chat
 
@@ -222,4 +230,4 @@ def _chat(asked: Asked, program: Program, name: Name, loaded: Loaded, system: st
         history=program.folders.history,
         chats=program.folders.chats,
         stats=asked.stats,
-    ).run()
+    ).run(prompt)

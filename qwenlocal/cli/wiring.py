@@ -51,18 +51,26 @@ class Program:
     def local(self) -> Local:
         from qwenlocal.library.local import Local
 
-        return Local(self.folders, self.store, say=self.say)
+        return Local(self.folders, self.store, say=self.say, checking=self._checking)
 
     def say(self, sentence: str) -> None:
         """`say`, unless the command was asked to be quiet."""
         if not self.quiet:
             say(sentence)
 
+    def _checking(self, what: str, done: int, total: int) -> None:
+        from qwenlocal.terminal.status import StatusLine
+
+        line = StatusLine(sys.stderr, patience=0)
+        line.show(f"checking {what}: {done / max(1, total):.0%}")
+        if done >= total:
+            line.clear()
+
     def parse(self, text: str) -> Name:
-        """What `text` names; paths need no catalogue."""
+        """What `text` names; what that is, is shown."""
         from qwenlocal.library.names import PathName, parse
 
-        name = parse(text, self.catalogue)
+        name = parse(text, lambda: self.catalogue)
         if str(name) != text and not isinstance(name, PathName):
             self.say(f"{text} is {describe(name)}.")
         return name

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwenlocal.errors import BadWeights, NotEnoughMemory, QwenlocalError
+from qwenlocal.errors import BadWeights, NoContext, QwenlocalError
 
 _LOG_WARN, _LOG_ERROR, _LOG_CONTINUED = 3, 4, 5  # ggml.h: enum ggml_log_level
 _ATTR_CONTROL = 1 << 3  # llama.h: LLAMA_TOKEN_ATTR_CONTROL
@@ -159,7 +159,7 @@ class Vocabulary:
         """
         The ids of `text`; with `special`, spellings like `<|im_end|>` become the control tokens they name.
 
-        Lone surrogates (bytes of a terminal that are not UTF-8) become U+FFFD.
+        Lone surrogates (bytes of a terminal that are not UTF-8) become question marks.
         """
         if self._normalise:
             text = unicodedata.normalize("NFC", text)
@@ -309,7 +309,7 @@ class Context:
         """
         Raises
         ------
-        NotEnoughMemory: the KV cache or the working memory cannot be had.
+        NoContext: llama.cpp cannot make it, mostly for want of memory.
         """
         self.model, self.options = model, options
         self._lib = library()
@@ -328,12 +328,7 @@ class Context:
         self._lib.log.clear()
         self._context = c.llama_init_from_model(model.handle, params)
         if not self._context:
-            raise NotEnoughMemory(
-                f"A context of {options.n_ctx:,} tokens ({self._lib.complaint() or 'llama.cpp gave no reason'})",
-                0,
-                0,
-                hint=f"Ask for less: -c {max(512, options.n_ctx // 2)}",
-            )
+            raise NoContext(options.n_ctx, self._lib.complaint() or "it gave no reason")
         self._memory = c.llama_get_memory(self._context)
         self._batch = c.llama_batch_init(options.n_batch, 0, 1)
 
@@ -401,9 +396,16 @@ class Context:
         """How many tokens the sequence holds."""
         return int(self._c.llama_memory_seq_pos_max(self._memory, sequence)) + 1
 
-    def truncate(self, sequence: int, length: int) -> None:
-        """Forget what the sequence holds from position `length` on."""
-        self._c.llama_memory_seq_rm(self._memory, sequence, length, -1)
+    def truncate(self, sequence: int, length: int) -> int:
+        """
+        Forget what the sequence holds from position `length` on; returns what it holds then.
+
+        That is `length`, or 0 for models whose memory cannot be cut (recurrent ones): those forget everything.
+        """
+        if self._c.llama_memory_seq_rm(self._memory, sequence, length, -1):
+            return length
+        self._c.llama_memory_seq_rm(self._memory, sequence, -1, -1)
+        return 0
 
     def logits(self, row: int) -> Any:
         """The model's raw scores for the next token, as a C array of as many floats as there are tokens."""

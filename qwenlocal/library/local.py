@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Sequence
 
 from qwenlocal.errors import CannotWrite
@@ -23,12 +24,17 @@ def known_file(name: CatalogueName) -> KnownFile | None:
     return next((file for file in name.card.files if level_of(file.path) == level), None)
 
 
+def is_shard(file: str) -> bool:
+    """Whether a file is one of several that belong together: "x-00001-of-00003.gguf"."""
+    return re.search(r"-\d{5}-of-\d{5}\.gguf$", file, re.IGNORECASE) is not None
+
+
 def recognise(name: Name) -> list[Sought]:
     """How to find a model's file on this disk without asking anybody; empty where that cannot be said."""
     if isinstance(name, CatalogueName):
         known = known_file(name)
         return [Sought(known.path, known.size, known.sha256, name.card.gguf)] if known else []
-    if isinstance(name, HubName) and name.file and name.hub == "hf":
+    if isinstance(name, HubName) and name.file and name.hub == "hf" and not name.revision and not is_shard(name.file):
         return [Sought(name.file, None, None, name.repo)]
     return []
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
@@ -61,7 +62,6 @@ LEVELS = [
     "tq2_0",
     "mxfp4",
 ]
-_BY_SQUEEZED_LEVEL = {level.replace("_", ""): level for level in LEVELS}
 _HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+?))?(?:(?P<mark>[:/])(?P<rest>.+))?")
 _WEB_HUB = re.compile(r"(?:https?://)?(?:huggingface\.co|hf\.co)/(?P<rest>[\w.-]+/[\w.-]+.*)")
 
@@ -123,37 +123,44 @@ class PathName:
 Name = CatalogueName | HubName | WebName | PathName
 
 
-def parse(text: str, catalogue: Catalogue) -> Name:
+def parse(text: str, catalogue: Callable[[], Catalogue]) -> Name:
     """
     What `text` names. No network is asked; a path must exist, a catalogue name must be known.
+
+    `catalogue` is called only if the name may be one of the catalogue: a file in it that cannot be read does not
+    concern a model given by path.
 
     Raises
     ------
     ModelNotFound: it names nothing; names that look alike are in the error.
     BadWeights: it is a directory, where a file should be.
+    BadCatalogue: the catalogue is needed and cannot be read.
     """
     text = text.strip()
     if not text or "\0" in text:
         raise ModelNotFound(text.replace("\0", "?"), reason="A model needs a name.")
-    scheme, colon, rest = text.partition(":")
-    if web_hub := _WEB_HUB.fullmatch(text.partition("?")[0]):
-        return _hub_name(
-            "hf", re.sub(r"/(?:resolve|blob|tree)/([^/]+)(/|$)", r"@\1\2", web_hub["rest"], count=1).rstrip("/")
-        )
-    if scheme.lower() in ("http", "https") and rest.startswith("//"):
-        return WebName(text)
-    if scheme.lower() in ("hf", "ms") and colon:
-        return _hub_name(scheme.lower(), rest)
-    if _is_path(text):
-        return _path_name(text, catalogue)
-    if text.count("/") == 1 and ".." not in text and _HUB.fullmatch(text):
-        return _hub_name("hf", text)
-    return _catalogue_name(text, catalogue)
+    if elsewhere := _hub_or_web(text):
+        return elsewhere
+    if _looks_like_a_path(text) and (os.path.exists(_expanded(text)) or text != Path(text).name):
+        return _path_name(text)
+    try:
+        return _catalogue_name(text, catalogue())
+    except ModelNotFound:
+        if os.path.exists(text):
+            return _path_name(text)
+        if text.count("/") == 1 and _HUB.fullmatch(text) and ".." not in text:
+            return _hub_name("hf", text)
+        raise
 
 
 def squeeze(text: str) -> str:
-    """A name without what does not matter in it: `squeeze("Qwen1.5-7B_Chat")` is "qwen157bchat"."""
-    return re.sub(r"[-_.:\s]", "", text.casefold())
+    """
+    A name without what does not matter in it: `squeeze("Qwen1_5-7B_Chat")` is "qwen1.57bchat".
+
+    A dot between two digits does: 1.4b is not 14b. Files write it as an underscore.
+    """
+    text = re.sub(r"(?<=\d)[._](?=\d)", "\u00b7", text.casefold())
+    return re.sub(r"[-_.:\s]", "", text).replace("\u00b7", ".")
 
 
 def level_of(file: str) -> str | None:
@@ -170,35 +177,63 @@ def suggestions(text: str, catalogue: Catalogue, most: int = 3) -> list[str]:
     return list(dict.fromkeys(catalogue.aliases[spellings[match]] for match in close))[:most]
 
 
-def _is_path(text: str) -> bool:
+def _hub_or_web(text: str) -> Name | None:
+    scheme, colon, rest = text.partition(":")
+    if web_hub := _WEB_HUB.fullmatch(text.partition("?")[0]):
+        inside = re.sub(r"/(?:resolve|blob|tree)/([^/]+)(/|$)", r"@\1\2", web_hub["rest"], count=1)
+        return _hub_name("hf", inside.rstrip("/"))
+    if scheme.lower() in ("http", "https") and rest.startswith("//"):
+        return _web_name(text)
+    if scheme.lower() in ("hf", "ms") and colon:
+        return _hub_name(scheme.lower(), rest)
+    return None
+
+
+def _web_name(text: str) -> WebName:
+    try:
+        host = urlsplit(text).hostname
+    except ValueError:
+        host = None
+    if not host:
+        raise ModelNotFound(text, reason=f"“{text}” is not an address.", hint="Write it like https://host/model.gguf")
+    return WebName(text)
+
+
+def _looks_like_a_path(text: str) -> bool:
     return (
         text.startswith(("./", "../", "/", "~", ".\\", "..\\"))
         or re.match(r"[A-Za-z]:[\\/]", text) is not None
         or text.lower().endswith(".gguf")
-        or Path(text).exists()
     )
 
 
-def _path_name(text: str, catalogue: Catalogue) -> Name:
-    path = Path(os.path.expanduser(text))  # noqa: PTH111 - Path.expanduser fails where there is no such user
-    if path.is_dir():
-        if (path / "config.json").exists():
-            raise BadWeights(
-                path,
-                "this is a directory with a checkpoint, which this version cannot run",
-                hint="Give a GGUF file, or a name: qwenlocal list --all",
-            )
-        inside = sorted(file.name for file in path.glob("*.gguf"))
-        hint = f"Did you mean {path / inside[0]}?" if inside else "Give the path of a .gguf file."
-        raise BadWeights(path, "this is a directory; a model is a file", hint=hint)
-    if path.exists():
+def _expanded(text: str) -> str:
+    return os.path.expanduser(text)
+
+
+def _path_name(text: str) -> Name:
+    path = Path(_expanded(text))
+    if os.path.isdir(path):
+        raise _is_a_directory(path)
+    if os.path.exists(path):
         return PathName(path.absolute())
-    if path.name == text:  # a bare file name may be that of a published file
-        try:
-            return _catalogue_name(text, catalogue)
-        except ModelNotFound:
-            pass
-    raise ModelNotFound(text, reason=f"There is no file {path}.", suggestions=suggestions(path.stem, catalogue))
+    raise ModelNotFound(text, reason=f"There is no file {path}, or it may not be read.", hint="Check the path.")
+
+
+def _is_a_directory(path: Path) -> BadWeights:
+    try:
+        inside = sorted(file.name for file in path.iterdir())
+    except OSError as reason:
+        return BadWeights(path, f"this is a directory that cannot be read ({reason.strerror})")
+    if "config.json" in inside:
+        return BadWeights(
+            path,
+            "this is a directory with a checkpoint, which this version cannot run",
+            hint="Give a GGUF file, or a name: qwenlocal list --all",
+        )
+    models = [name for name in inside if name.endswith(".gguf")]
+    hint = f"Did you mean {path / models[0]}?" if models else "Give the path of a .gguf file."
+    return BadWeights(path, "this is a directory; a model is a file", hint=hint)
 
 
 def _hub_name(hub: str, text: str) -> HubName:
@@ -215,8 +250,12 @@ def _hub_name(hub: str, text: str) -> HubName:
     return HubName(hub, match["repo"], match["revision"], level=_level(rest) if rest else None)
 
 
+def _squeezed_levels() -> dict[str, str]:
+    return {form: level for level in LEVELS for form in (squeeze(level), level.replace("_", ""))}
+
+
 def _level(text: str) -> str:
-    level = _BY_SQUEEZED_LEVEL.get(squeeze(text))
+    level = _squeezed_levels().get(squeeze(text))
     if level is None:
         close = difflib.get_close_matches(text.casefold(), LEVELS, n=3)
         raise ModelNotFound(
@@ -233,11 +272,11 @@ def _catalogue_name(text: str, catalogue: Catalogue) -> CatalogueName:
     if not re.fullmatch(r"[\w.:\s-]+", stem):
         raise ModelNotFound(text, suggestions=suggestions(text, catalogue))
     wanted = squeeze(stem)
-    spellings = {squeeze(alias): card for alias, card in catalogue.aliases.items()}
+    spellings, levels = {squeeze(alias): card for alias, card in catalogue.aliases.items()}, _squeezed_levels()
     for end in range(len(wanted), 0, -1):  # the longest beginning that is a model; a level may follow
         name, level = spellings.get(wanted[:end]), wanted[end:]
-        if name and (not level or level in _BY_SQUEEZED_LEVEL):
+        if name and (not level or level in levels):
             card = catalogue.card(name)
             if card:
-                return CatalogueName(card, _BY_SQUEEZED_LEVEL.get(level))
+                return CatalogueName(card, levels.get(level))
     raise ModelNotFound(text, suggestions=suggestions(stem, catalogue))

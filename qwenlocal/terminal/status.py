@@ -14,14 +14,14 @@ _ERASE = "\r\x1b[K"
 class StatusLine:
     """Shows a changing sentence on a terminal once something takes longer than a moment; nothing elsewhere."""
 
-    def __init__(self, out: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
-        self._out, self._clock = out, clock
+    def __init__(self, out: TextIO, clock: Callable[[], float] = time.monotonic, patience: float = _PATIENCE) -> None:
+        self._out, self._clock, self._patience = out, clock, patience
         self._began = clock()
         self._shown = ""
 
     def show(self, sentence: str) -> None:
         """Put `sentence` on the line."""
-        if sentence == self._shown or not self._out.isatty() or self._clock() - self._began < _PATIENCE:
+        if sentence == self._shown or not self._out.isatty() or self._clock() - self._began < self._patience:
             return
         self._shown = sentence
         self._out.write(f"{_ERASE}\x1b[2m{sentence}\x1b[0m")

@@ -120,5 +120,7 @@ def test_the_makefile_finds_set_up_in_place_within_a_moment() -> None:
     """In a checkout that is set up, `make setup` runs nothing and prints nothing."""
     if not (ROOT / ".venv" / "setup.stamp").exists():
         pytest.skip("this checkout was not set up by make")
-    result = subprocess.run(["make", "setup-dev"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(
+        ["make", "--no-print-directory", "setup-dev"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")

@@ -160,7 +160,8 @@ def download(runs: int, size: int = 1_000_000_000, rate: float = 250e6) -> Row:
 _FETCH = """
 import json, sys, tempfile, time
 from pathlib import Path
-from qwenlocal.library.download import Artifact, Piece, WebPlace, fetch
+from qwenlocal.library.download import Artifact, fetch
+from qwenlocal.library.places import Piece, WebPlace
 from qwenlocal.library.http import Client
 url, size, digest = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 client = Client()

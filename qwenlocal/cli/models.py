@@ -267,9 +267,7 @@ def verify_model(text: str, *, repair: bool) -> None:
         program.say(_damage_words(bad))
     if not repair:
         raise BadWeights(record.path, "the file is damaged", hint=f"Mend it: qwenlocal verify {record.name}")
-    from qwenlocal.cli.network import puller
-
-    with puller(program) as found:
+    with program.puller() as found:
         mended = found.mend(name, record, damage)
     program.say(f"{mended.name} is whole again: sha256 {mended.files[0].sha256}.")
 

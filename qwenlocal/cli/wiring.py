@@ -7,6 +7,7 @@ A part is imported when a command first needs it: `list` takes no longer than Py
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from qwenlocal.library.catalog import Catalogue
     from qwenlocal.library.local import Local
     from qwenlocal.library.names import Name
+    from qwenlocal.library.pull import Puller
 
 
 def say(sentence: str) -> None:
@@ -110,10 +112,14 @@ class Program:
             return starter, self._pull(starter, limit_rate)
 
     def _pull(self, name: Name, limit_rate: int) -> Record:
+        with self.puller(limit_rate) as found:
+            return found.pull(name)
+
+    def puller(self, limit_rate: int = 0) -> AbstractContextManager[Puller]:
+        """What fetches; it is here that the network's parts are imported."""
         from qwenlocal.cli.network import puller
 
-        with puller(self, limit_rate=limit_rate) as found:
-            return found.pull(name)
+        return puller(self.catalogue, self.folders, self.store, self.local, say=self.say, limit_rate=limit_rate)
 
 
 def describe(name: Name) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -189,5 +190,5 @@ def _gated(repo: str, endpoint: str) -> QwenlocalError:
 
 
 def _in_few_words(reason: BaseException) -> str:
-    text = str(reason).strip().splitlines()
+    text = re.sub(r"\[Errno -?\d+\] ", "", str(reason)).strip().splitlines()
     return (text[0] if text else type(reason).__name__)[:120]

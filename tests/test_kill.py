@@ -1,0 +1,70 @@
+"""kill -9 in the middle of writing: what was there before, or what should be there now, never half of it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from qwenlocal.library.store import Store
+from qwenlocal.paths import Folders
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there is no kill -9")
+
+RECORDS = """
+import sys
+from pathlib import Path
+from qwenlocal.library.store import Record, Store, StoredFile
+from qwenlocal.paths import Folders
+home = Path(sys.argv[1])
+store = Store(Folders(home, home, home, home))
+for number in range(10**9):
+    file = StoredFile("/x", number, 0, "0" * 64, 1, tuple(range(2000)))
+    store.add(Record("one", [file], "origin"))
+    print(number, flush=True)
+"""
+CONVERSATION = """
+import sys
+from pathlib import Path
+from qwenlocal.chat.conversation import Conversation, Manner
+from qwenlocal.chat.template import CHATML, ChatTemplate
+from qwenlocal.testing import ScriptedGenerator
+talk = Conversation(ScriptedGenerator([]), None, ChatTemplate(CHATML), Manner())
+for number in range(10**9):
+    talk.messages = [{"role": "user", "content": "x" * 50_000 + str(number)}]
+    talk.save(Path(sys.argv[1]) / "talk.json", "m")
+    print(number, flush=True)
+"""
+
+
+def killed_after_a_while(code: str, folder: Path) -> int:
+    """Run `code` until it has written a few times, kill it, and return the number of the last time it told of."""
+    child = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert child.stdout
+    for _ in range(20):
+        child.stdout.readline()
+    time.sleep(0.05)
+    child.kill()
+    rest = child.communicate()[0].split("\n")
+    told = [int(line) for line in rest if line.isdigit()]
+    return told[-1] if told else 19
+
+
+@pytest.mark.parametrize("_try", range(3))
+def test_a_record_is_whole(tmp_path: Path, _try: int) -> None:
+    last = killed_after_a_while(RECORDS, tmp_path)
+    (record,) = Store(Folders(tmp_path, tmp_path, tmp_path, tmp_path)).records()
+    assert record.files[0].size in (last, last + 1)
+    assert record.files[0].checksums == tuple(range(2000))
+
+
+@pytest.mark.parametrize("_try", range(3))
+def test_a_saved_conversation_is_whole(tmp_path: Path, _try: int) -> None:
+    last = killed_after_a_while(CONVERSATION, tmp_path)
+    content = json.loads((tmp_path / "talk.json").read_text())["messages"][0]["content"]
+    assert content.startswith("x" * 50_000)
+    assert int(content[50_000:]) in (last, last + 1)

@@ -9,7 +9,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 BIN = $(if $(filter Windows_NT,$(OS)),.venv/Scripts,.venv/bin)
 export PROMPT
 
-.PHONY: chat setup setup-dev test lint format types picture clean
+.PHONY: chat setup setup-dev test lint format types clean
 .DEFAULT_GOAL = chat
 
 setup:
@@ -18,8 +18,10 @@ setup:
 setup-dev:
 	@$(PYTHON) tools/setup.py --dev
 
+# On a terminal the program gets a process group of its own, or Ctrl-C would end make, too.
 chat: setup
-	@if [ -n "$$PROMPT" ]; then printf '%s' "$$PROMPT" | $(BIN)/qwenlocal run; else $(BIN)/qwenlocal run; fi
+	@if [ -t 0 ]; then set -m; fi; \
+	if [ -n "$$PROMPT" ]; then printf '%s' "$$PROMPT" | $(BIN)/qwenlocal run; else $(BIN)/qwenlocal run; fi
 
 test: setup-dev lint types
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -61,12 +61,13 @@ class ModelNotFound(QwenlocalError):
 class NotConvertedYet(ModelNotFound):
     """`name` exists as a checkpoint in `repo`, but nobody published a GGUF file of it."""
 
-    def __init__(self, name: str, repo: str, alternative: str) -> None:
+    def __init__(self, name: str, repo: str, alternative: str = "") -> None:
         self.repo, self.alternative = repo, alternative
+        runs = f"What runs: {alternative}" if alternative else "What runs: qwenlocal list --all"
         super().__init__(
             name,
             reason=f"{name} is published as a checkpoint only ({repo}); there is no GGUF file of it to run.",
-            hint=f"This version cannot convert checkpoints. The nearest model that runs: {alternative}",
+            hint=f"This version cannot convert checkpoints. {runs}",
         )
 
 
@@ -109,7 +110,7 @@ class BadWeights(QwenlocalError):
         self.path, self.reason = str(path), reason
         super().__init__(
             f"{path}: {reason}",
-            hint=hint or "Check the file with qwenlocal verify, or fetch it again with qwenlocal pull.",
+            hint=hint or "Is it the right file, and whole? One that was fetched can be mended: qwenlocal verify NAME",
         )
 
 
@@ -186,9 +187,9 @@ class ContextFull(QwenlocalError):
         self.n_prompt, self.n_ctx, self.n_ctx_train = n_prompt, n_ctx, n_ctx_train
         wanted = -(-(n_prompt + 512) // 1024) * 1024
         if wanted <= n_ctx_train:
-            hint = f"Load the model with -c {wanted}, or start afresh with /clear."
+            hint = f"Load the model with more room: -c {wanted}"
         else:
-            hint = f"Shorten the text: this model was trained for {n_ctx_train:,} tokens. /clear starts afresh."
+            hint = f"Shorten the text: this model was trained for {n_ctx_train:,} tokens."
         super().__init__(
             f"The text is {n_prompt:,} tokens long; the model was loaded with room for {n_ctx:,}.", hint=hint
         )

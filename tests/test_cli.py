@@ -371,7 +371,7 @@ def test_a_home_that_is_a_file_is_said(qwenlocal: Run, model: str, tmp_path: Pat
 
 def test_a_prompt_longer_than_the_context_is_refused_with_what_to_do(qwenlocal: Run, speaking_model: Path) -> None:
     message = clean(qwenlocal("run", str(speaking_model), "-c", "256", input="word " * 300), 7)
-    assert "Load the model with -c" in message
+    assert "Load the model with more room: -c" in message
 
 
 def test_a_context_larger_than_the_memory_is_refused(qwenlocal: Run, endless_model: Path) -> None:

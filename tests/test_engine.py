@@ -112,7 +112,7 @@ def test_a_prompt_that_leaves_no_room_is_refused_with_numbers(
     with pytest.raises(ContextFull) as caught:
         answer(sequence, [1] * 256, 1)
     assert (caught.value.n_prompt, caught.value.n_ctx, caught.value.n_ctx_train) == (256, 256, 4096)
-    assert caught.value.hint == "Load the model with -c 1024, or start afresh with /clear."
+    assert caught.value.hint == "Load the model with more room: -c 1024"
 
 
 def test_an_answer_ends_where_the_context_does(endless_model: Path, opened: Callable[..., Context]) -> None:

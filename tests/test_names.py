@@ -94,9 +94,10 @@ def test_a_catalogue_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
     [
         ("qwen1.5", "qwen1.5:0.5b-chat-q4_k_m"),
         ("qwen1.5:7b", "qwen1.5:7b-chat-q4_k_m"),
-        ("qwen1.5:7b-base", "qwen1.5:7b-base-q4_k_m"),
+        ("qwen1.5:7b-base", "qwen1.5:7b-base"),
         ("qwen1.5:7b-chat-q5_k_m", "qwen1.5:7b-chat-q5_k_m"),
-        ("qwen1.5:moe", "qwen1.5:moe-chat-q4_k_m"),
+        ("qwen1.5:moe", "qwen1.5:moe-chat"),
+        ("qwen15:7b", "qwen1.5:7b-chat-q4_k_m"),
         ("codeqwen1.5", "codeqwen1.5"),
         ("starter", "starter"),
         ("smollm2", "smollm2"),

@@ -173,6 +173,36 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(terminal: Open, endless_
     assert chat.ended() == 0
 
 
+def test_what_is_typed_during_an_answer_is_the_next_message(
+    terminal: Open, endless_model: Path, tmp_path: Path
+) -> None:
+    """And it does not show in the middle of the answer."""
+    chat = terminal("run", str(endless_model), "-n", "3000")
+    chat.wait_for_prompt()
+    chat.type("Go\r")
+    chat.wait_for("abcdefgh abcdefgh")
+    chat.type("typed ahead\r")
+    chat.wait_for(r"^> typed ahead$")
+    chat.wait_for(r"^> typed ahead$.*abcdefgh.*token limit")
+    chat.type("/save talk.json\r")
+    chat.wait_for("Saved:")
+    messages = json.loads((tmp_path / "talk.json").read_text())["messages"]
+    assert [message["content"] for message in messages if message["role"] == "user"] == ["Go", "typed ahead"]
+    assert "typed" not in messages[1]["content"]
+    assert chat.text.count("typed ahead") == 1
+
+
+def test_save_does_not_write_over_a_file_of_yours(terminal: Open, speaking_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.json").write_text("precious")
+    chat = terminal("run", str(speaking_model))
+    chat.wait_for_prompt()
+    chat.type("/save mine.json\r")
+    chat.wait_for("choose another name")
+    assert (tmp_path / "mine.json").read_text() == "precious"
+    chat.type("/save /nonexistent/x.json\r")
+    chat.wait_for("It could not be saved there: No such file or directory")
+
+
 def test_ctrl_c_while_the_prompt_is_read_keeps_the_question(
     terminal: Open, endless_model: Path, tmp_path: Path
 ) -> None:

@@ -54,7 +54,7 @@ def main() -> int:
         install_bindings()
         install_program(dev)
         (VENV / "setup.stamp").write_text(fingerprint(dev))
-        say("Everything is set up.")
+        say(f"Everything is set up. The program is {PYTHON.with_name('qwenlocal').relative_to(ROOT)}")
     except Failed as reason:
         say(f"\nSet-up stopped: {reason}")
         return 1

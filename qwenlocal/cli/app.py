@@ -46,7 +46,7 @@ def options(
     """The program itself."""
 
 
-@app.command(rich_help_panel="Chat")
+@app.command(short_help="Chat with a model, or ask it one thing.", rich_help_panel="Chat")
 def run(
     words: Annotated[
         Optional[list[str]],  # noqa: UP045
@@ -106,6 +106,8 @@ def run(
 ) -> None:
     """Chat with a model, or ask it one thing; downloads it first if it is not here.
 
+    The first word is the model; a single argument with spaces in it is a prompt for the default one.
+
     \b
     qwenlocal run                                    chat with the default model
     qwenlocal run qwen1.5:7b                         chat with another one
@@ -142,7 +144,7 @@ def run(
     )
 
 
-@app.command(rich_help_panel="Models")
+@app.command(short_help="Download a model.", rich_help_panel="Models")
 def pull(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="What to fetch.", autocompletion=all_models)],
     limit_rate: RateOption = None,
@@ -154,7 +156,7 @@ def pull(
     pull_model(model, limit_rate=rate(limit_rate))
 
 
-@app.command("list", rich_help_panel="Models")
+@app.command("list", short_help="The models that are here.", rich_help_panel="Models")
 def list_(
     everything: Annotated[bool, typer.Option("--all", "-a", help="Also the models that could be fetched.")] = False,
     as_json: JsonOption = False,
@@ -165,7 +167,7 @@ def list_(
     list_models(everything=everything, as_json=as_json)
 
 
-@app.command(rich_help_panel="Models")
+@app.command(short_help="What a model is.", rich_help_panel="Models")
 def show(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Which model.", autocompletion=all_models)],
     as_json: JsonOption = False,
@@ -176,7 +178,7 @@ def show(
     show_model(model, as_json=as_json)
 
 
-@app.command(rich_help_panel="Models")
+@app.command(short_help="Remove a model.", rich_help_panel="Models")
 def rm(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Which model.", autocompletion=models_here)],
 ) -> None:
@@ -186,7 +188,7 @@ def rm(
     remove_model(model)
 
 
-@app.command(rich_help_panel="Models")
+@app.command(short_help="Check every byte of a model.", rich_help_panel="Models")
 def verify(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Which model.", autocompletion=models_here)],
     no_repair: Annotated[bool, typer.Option("--no-repair", help="Only look; fetch nothing.")] = False,
@@ -197,7 +199,7 @@ def verify(
     verify_model(model, repair=not no_repair)
 
 
-@app.command(rich_help_panel="This machine")
+@app.command(short_help="Look at this machine, and say what to do.", rich_help_panel="This machine")
 def doctor(
     as_json: JsonOption = False,
     offline: Annotated[bool, typer.Option("--offline", help="Do not ask the network.")] = False,

@@ -41,8 +41,9 @@ def show(error: QwenlocalError) -> None:
     """The sentence and the next step, on stderr."""
     colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
     mark, dim, plain = ("\x1b[1;31m", "\x1b[2m", "\x1b[0m") if colour else ("", "", "")
-    from qwenlocal.terminal.plain import harmless
+    from qwenlocal.terminal.plain import harmless, wrapped
 
-    sys.stderr.write(f"{mark}qwenlocal:{plain} {harmless(str(error))}\n")
+    sentence = wrapped(f"qwenlocal: {harmless(str(error))}", sys.stderr).removeprefix("qwenlocal:")
+    sys.stderr.write(f"{mark}qwenlocal:{plain}{sentence}\n")
     if error.hint:
-        sys.stderr.write(f"{dim}  {harmless(error.hint)}{plain}\n")
+        sys.stderr.write(f"{dim}{wrapped('  ' + harmless(error.hint), sys.stderr)}{plain}\n")

@@ -52,7 +52,9 @@ def examine(*, as_json: bool, offline: bool) -> None:
     if not offline:
         findings += _sources()
     if as_json:
-        sys.stdout.write(json.dumps([asdict(finding) for finding in findings], ensure_ascii=False, indent=1) + "\n")
+        sys.stdout.write(
+            json.dumps([{**asdict(f), "ok": not f.advice} for f in findings], ensure_ascii=False, indent=1) + "\n"
+        )
         return
     width = max(len(finding.subject) for finding in findings)
     for finding in findings:

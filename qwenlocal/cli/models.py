@@ -138,12 +138,13 @@ def show_model(text: str, *, as_json: bool) -> None:
 def _card_facts(card: Card) -> dict[str, Any]:
     facts = {**_card_json(card), "title": card.title, "context": card.context, "checkpoint": card.checkpoint}
     if card.kv_bytes_per_token:
-        facts["context memory"] = _memory_words(card.kv_bytes_per_token)
+        facts["context memory"] = _memory_words(card.kv_bytes_per_token, card.context)
     return {**facts, "sampling": dict(card.sampling)}
 
 
-def _memory_words(kv_bytes_per_token: int) -> str:
-    return ", ".join(f"{kv_bytes_per_token * n / 2**30:.2f} GiB at {n:,} tokens" for n in (2048, 8192, 32768))
+def _memory_words(kv_bytes_per_token: int, most: int) -> str:
+    sizes = [n for n in (2048, 8192, 32768) if n <= most]
+    return ", ".join(f"{kv_bytes_per_token * n / 2**30:.2f} GiB at {n:,} tokens" for n in sizes)
 
 
 def _header_facts(header: Header) -> dict[str, Any]:
@@ -170,7 +171,7 @@ def _header_facts(header: Header) -> dict[str, Any]:
         "heads": header.hyperparameter("attention.head_count"),
         "kv heads": header.hyperparameter("attention.head_count_kv"),
         "context": header.hyperparameter("context_length"),
-        "context memory": _memory_words(shape.kv_bytes(1)) if shape else None,
+        "context memory": _memory_words(shape.kv_bytes(1), shape.n_ctx_train) if shape else None,
         "rope base": header.hyperparameter("rope.freq_base"),
         "vocabulary": _length(header.metadata.get("tokenizer.ggml.tokens")),
         "chat template": template if isinstance(template, str) else None,
@@ -195,6 +196,8 @@ def _show(facts: Mapping[str, Any], as_json: bool) -> None:
     for key, value in facts.items():
         if value is None or value == {} or value == "":
             continue
+        if key == "chat template":
+            value = f"yes, {len(value):,} characters (--json shows it)"
         sys.stdout.write(
             f"{key:<{width}}  {harmless(_words(key, value)).replace(chr(10), chr(10) + ' ' * (width + 2))}\n"
         )

@@ -105,11 +105,14 @@ def _texts(asked: Asked) -> tuple[str | None, str]:
     piped = "" if sys.stdin is None or sys.stdin.isatty() else _read_stdin()
     if piped.strip():
         parts.append(piped if asked.raw else piped.rstrip("\n"))
+    parts = [part for part in parts if part.strip()]
     prompt = "\n\n".join(parts) if parts else None
     if asked.raw and prompt is None:
         raise UsageProblem("There is no text to continue.", hint='Give a beginning: --raw "Once upon a time"')
     if prompt is not None and not asked.interactive:
         return prompt, system
+    if asked.interactive and not _can_chat():
+        raise UsageProblem("-i opens a chat, and this is not a terminal to chat in.")
     if not _can_chat():
         raise UsageProblem(
             "There is nothing to answer: no prompt was given, and this is not a terminal to chat in.",

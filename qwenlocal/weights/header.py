@@ -141,8 +141,12 @@ def _open(path: Path, file: BinaryIO, size: int) -> tuple[_Reader, int, int, int
     reader = _Reader(file, path, size)
     magic = file.read(4)
     if magic != MAGIC:
-        kind = "a web page" if magic.lstrip().startswith((b"<", b"<!")) else "some other kind of file"
-        raise BadWeights(path, f"this is not a GGUF file: it starts with {magic!r}, like {kind}")
+        kind = "a web page" if magic.lstrip().startswith(b"<") else "some other kind of file"
+        raise BadWeights(
+            path,
+            f"this is not a GGUF file: it begins like {kind}",
+            hint="Models are .gguf files. Names that can be given instead: qwenlocal list --all",
+        )
     version = int(reader.number("<I", "the version"))
     if version not in (2, 3):
         swapped = int.from_bytes(version.to_bytes(4, "little"), "big")

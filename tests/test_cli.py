@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import SAYS, Run
-from hub import Answer, HubServer, cut, lie, refuse
+from hub import Answer, HubServer, cut, lie, only_on, refuse
 
 from qwenlocal.library.catalog import Catalogue
 from qwenlocal.paths import shipped
@@ -212,6 +212,28 @@ def test_an_unfinished_download_shows_its_percentage_and_rm_removes_it(
     assert re.search(r"hf:o/big/big-q4_0.gguf +\d+ MB +\d\d% fetched", listed)
     assert "Removed the unfinished download" in clean(qwenlocal("rm", "hf:o/big/big-q4_0.gguf"), 0)
     assert "big" not in qwenlocal("list").stdout
+
+
+def test_a_model_in_several_files_that_was_not_finished_is_listed_goes_on_and_can_be_removed(
+    qwenlocal: Run, hub: HubServer, speaking_model: Path
+) -> None:
+    first, second = "big-q4_0-00001-of-00002.gguf", "big-q4_0-00002-of-00002.gguf"
+    content = speaking_model.read_bytes()
+    hub.repository("o/split").files = {first: content, second: content[:-1]}
+    hub.always = [only_on(second, refuse(404))]
+    clean(qwenlocal("pull", "hf:o/split"), 4)
+    name = f"hf:o/split/{first}"
+    assert re.search(rf"{re.escape(name)} +\d+ [kM]B +50% fetched", qwenlocal("list").stdout)
+    clean(qwenlocal("verify", name, "--no-repair"), 3)
+    hub.always, hub.requests = [], []
+    clean(qwenlocal("pull", "hf:o/split"), 0)
+    assert not [path for path in hub.requests if path.endswith(first)]
+    assert re.search(rf"{re.escape(name)} +\d+ [kM]B +here", qwenlocal("list").stdout)
+    assert "are free again" in clean(qwenlocal("rm", name), 0)
+    hub.always = [only_on(second, refuse(404))]
+    clean(qwenlocal("pull", "hf:o/split"), 4)
+    assert "are free again" in clean(qwenlocal("rm", name), 0)
+    assert json.loads(qwenlocal("list", "--json").stdout) == []
 
 
 def test_doctor_looks_at_everything_and_says_what_to_do(qwenlocal: Run) -> None:

@@ -137,7 +137,8 @@ def _folders(folders: Folders) -> list[Finding]:
 
 
 def _models(program: Program) -> Finding:
-    records, coming = program.store.records(), program.store.incomplete()
+    records = [record for record in program.store.records() if not record.missing]
+    coming = program.store.incomplete()
     state = f"{len(records)} here" + (f", {len(coming)} unfinished" if coming else "")
     return Finding("models", state, "" if records else "Fetch the default one: qwenlocal run")
 

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qwenlocal.cli.values import bytes_for_people
 from qwenlocal.cli.wiring import Program
@@ -36,21 +36,20 @@ def pull_model(text: str, *, limit_rate: int) -> None:
 def list_models(*, everything: bool, as_json: bool) -> None:
     """What is here, what is on its way, and with `everything` what could be fetched."""
     program = Program()
-    records, coming = program.store.records(), program.store.incomplete()
+    kept = program.store.records()
+    records = [record for record in kept if not record.missing]
+    coming = _on_their_way(kept, program.store.incomplete())
     here = {record.name for record in records}
     cards = [card for card in program.catalogue.cards if _usual_name(card) not in here] if everything else []
     if as_json:
         _print_json(
             [_record_json(record) for record in records]
-            + [_incomplete_json(incomplete) for incomplete in coming]
+            + [{"name": c.name, "state": "partial", "size": c.size, "done": c.done} for c in coming]
             + [_card_json(card) for card in cards]
         )
         return
     rows = [(r.name, bytes_for_people(r.size), "here" if r.owned else f"here, of {r.origin}") for r in records]
-    rows += [
-        (_model(i), bytes_for_people(i.identity.size), f"{i.done / max(1, i.identity.size):.0%} fetched")
-        for i in coming
-    ]
+    rows += [(c.name, bytes_for_people(c.size), f"{c.done / max(1, c.size):.0%} fetched") for c in coming]
     rows += [(_usual_name(card), _card_size(card), _card_state(card)) for card in cards]
     if not rows:
         program.say("No model is here yet. Start with: qwenlocal run (qwenlocal list --all shows what there is)")
@@ -78,8 +77,24 @@ def _card_state(card: Card) -> str:
     return "can be fetched" if card.gguf or card.files else "published as a checkpoint only"
 
 
-def _model(incomplete: Incomplete) -> str:
-    return incomplete.identity.model or incomplete.identity.name
+class _Coming(NamedTuple):
+    """A model on its way, of one file or several."""
+
+    name: str
+    size: int
+    done: int
+
+
+def _on_their_way(records: Sequence[Record], incomplete: Sequence[Incomplete]) -> list[_Coming]:
+    found: dict[str, _Coming] = {}
+    for record in records:
+        if record.missing:
+            found[record.name] = _Coming(record.name, record.size + record.missing, record.size)
+    for part in incomplete:
+        name = part.identity.model or part.identity.name
+        known = found.get(name, _Coming(name, part.identity.size, 0))
+        found[name] = known._replace(done=known.done + part.done)
+    return list(found.values())
 
 
 def _record_json(record: Record) -> dict[str, Any]:
@@ -94,11 +109,6 @@ def _record_json(record: Record) -> dict[str, Any]:
         "owned": record.owned,
         "added": record.added or None,
     }
-
-
-def _incomplete_json(incomplete: Incomplete) -> dict[str, Any]:
-    identity = incomplete.identity
-    return {"name": _model(incomplete), "state": "partial", "size": identity.size, "done": incomplete.done}
 
 
 def _card_json(card: Card) -> dict[str, Any]:
@@ -253,8 +263,10 @@ def verify_model(text: str, *, repair: bool) -> None:
     program = Program()
     name = program.parse(text)
     record = program.store.get(str(name)) or program.local.here(name)
-    if record is None:
-        raise ModelNotFound(text, reason=f"{name} is not here.", hint=f"Fetch it: qwenlocal pull {name}")
+    if record is None or record.missing:
+        raise ModelNotFound(
+            text, reason=f"{name} is not here, or not all of it.", hint=f"Fetch it: qwenlocal pull {name}"
+        )
     try:
         with progress(sys.stderr) as shown:
             damage = program.store.check(record, lambda done, all: shown(Progress(record.name, done, all, "reading")))

@@ -113,6 +113,9 @@ class Puller:
                 manner=self._manner,
             )
             files.append(self._shelve(wanted, fetched))
+            left = sum(other.artifact.size for other in located.files[len(files) :])
+            if left:  # so that it can be listed and removed, should it never be finished
+                self._store.add(Record(located.name, files, located.origin, located.licence, missing=left))
         record = Record(located.name, files, located.origin, located.licence, asked=tuple(asked))
         self._check_header(record)
         digests = ", ".join(file.sha256 for file in files)

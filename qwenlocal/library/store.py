@@ -59,6 +59,7 @@ class Record:
     owned: bool = True
     added: str = ""
     asked: Sequence[str] = field(default_factory=tuple)  # other names that led to it
+    missing: int = 0  # bytes of further files that are still to be fetched
 
     @property
     def path(self) -> Path:
@@ -132,13 +133,15 @@ class Store:
         """
         The record, if its files are still those that were checked when they came: same sizes, same time of change.
 
-        None where a file is gone. A file of the right size that was touched since is hashed again, once; if it is the
-        same, the record is renewed.
+        None where a file is gone, or some are still to be fetched. A file of the right size that was touched since is
+        hashed again, once; if it is the same, the record is renewed.
 
         Raises
         ------
         BadWeights: a file was changed.
         """
+        if record.missing:
+            return None
         files = []
         for file in record.files:
             try:

@@ -122,7 +122,10 @@ class Program:
 
     def _pull(self, name: Name, limit_rate: int) -> Record:
         with self.puller(limit_rate) as found:
-            return found.pull(name)
+            record = found.pull(name)
+        if found.fetched:
+            self.say("Fetched, and checked: sha256 " + ", ".join(file.sha256 for file in found.fetched))
+        return record
 
     def puller(self, limit_rate: int = 0) -> AbstractContextManager[Puller]:
         """What fetches; it is here that the network's parts are imported."""

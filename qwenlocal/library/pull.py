@@ -38,6 +38,7 @@ class Puller:
         self._folders, self._store, self._local = folders, store, local
         self._sources, self._client = sources, client
         self._say, self._report, self._manner = say, report, manner
+        self.fetched: list[StoredFile] = []  # what came over the network, for whoever wants to say so
 
     def pull(self, name: Name) -> Record:
         """
@@ -118,8 +119,7 @@ class Puller:
                 self._store.add(Record(located.name, files, located.origin, located.licence, missing=left))
         record = Record(located.name, files, located.origin, located.licence, asked=tuple(asked))
         self._check_header(record)
-        digests = ", ".join(file.sha256 for file in files)
-        self._say(f"Fetched, and checked: sha256 {digests}")
+        self.fetched = [*self.fetched, *files]
         return self._store.add(record)
 
     def _check_room(self, located: Located) -> None:

@@ -114,6 +114,30 @@ class BadWeights(QwenlocalError):
         )
 
 
+class BadCheckpoint(BadWeights):
+    """A file of a checkpoint is damaged, missing or contradicts another one."""
+
+    def __init__(self, path: Path | str, reason: str, *, hint: str = "") -> None:
+        super().__init__(path, reason, hint=hint or "Fetch the checkpoint again, whole, and try once more.")
+
+
+class CannotExpress(BadWeights):
+    """The checkpoint in `path` is whole, but llama.cpp would compute something else; `reason` is what."""
+
+    def __init__(self, path: Path | str, reason: str, *, hint: str = "") -> None:
+        super().__init__(path, reason, hint=hint or "Nothing was written: the result would run and answer wrongly.")
+
+
+class OutputExists(QwenlocalError):
+    """`path` would be written, and is there already."""
+
+    exit_code, http_status = 2, 409
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        super().__init__(f"{path} is there already.", hint="Write elsewhere with -o, or replace it with --force.")
+
+
 class BadCatalogue(QwenlocalError):
     """A file in `models/` cannot be read."""
 

@@ -1,5 +1,5 @@
 """
-The door to libggml, below llama.cpp: devices and their memory.
+The door to libggml, below llama.cpp: devices and their memory, tensor types, and the functions that quantize rows.
 
 The libraries are opened by soname, as llama.cpp itself opens them: the copies without a version are separate files,
 and a second ggml in the process would have a device list of its own.
@@ -13,8 +13,11 @@ import importlib.util
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+Address = int
+
+_TYPE_COUNT = 43  # ggml.h: GGML_TYPE_COUNT of the pinned llama.cpp
 _GPU_TYPES = (1, 2)  # ggml-backend.h: GGML_BACKEND_DEVICE_TYPE_GPU and _IGPU
 
 
@@ -27,6 +30,84 @@ class Device:
     free: int
     total: int
     is_gpu: bool = False
+
+
+class TensorType(NamedTuple):
+    """
+    How ggml lays out numbers: `block` of them take `width` bytes.
+
+    `tensor_type("q4_k")` is TensorType(12, "q4_k", 256, 144): 4.5 bits a number. GGUF files say `number`.
+    """
+
+    number: int
+    name: str
+    block: int
+    width: int
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether numbers share scales; False for f32, f16 and bf16."""
+        return self.block > 1
+
+    def row_bytes(self, columns: int) -> int:
+        """Bytes of a row; `columns` must be a multiple of `block`."""
+        return columns // self.block * self.width
+
+
+def tensor_types() -> dict[str, TensorType]:
+    """Every type that this ggml knows, by its name in small letters."""
+    return _tensor_types()
+
+
+def tensor_type(name: str) -> TensorType:
+    """The type of that name, for example "f32" or "q4_k". KeyError where ggml has none."""
+    return _tensor_types()[name]
+
+
+def tensor_type_numbered(number: int) -> TensorType | None:
+    """The type with that number in GGUF files; None where this ggml does not know it."""
+    return next((kind for kind in _tensor_types().values() if kind.number == number), None)
+
+
+def needs_importance(kind: TensorType) -> bool:
+    """Whether ggml refuses to quantize to `kind` without an importance matrix."""
+    return bool(_base().ggml_quantize_requires_imatrix(kind.number))
+
+
+def to_float(kind: TensorType, source: Address, target: Address, count: int) -> None:
+    """
+    Write `count` numbers of type `kind` at `source` as float32 to `target`. The lock of Python is not held.
+
+    ValueError where ggml cannot read `kind`.
+    """
+    if kind.name == "f32":
+        ctypes.memmove(target, source, count * 4)
+    elif kind.name == "bf16":
+        _base().ggml_bf16_to_fp32_row(source, target, count)
+    elif kind.name == "f16":
+        _base().ggml_fp16_to_fp32_row(source, target, count)
+    else:
+        traits = _base().ggml_get_type_traits(kind.number).contents
+        if not traits.to_float:
+            raise ValueError(f"ggml cannot read {kind.name}")
+        traits.to_float(source, target, count)
+
+
+def quantize(
+    kind: TensorType, source: Address, target: Address, rows: int, columns: int, importance: Address = 0
+) -> None:
+    """
+    Write `rows` x `columns` float32 numbers at `source` as `kind` to `target`, which has room for them.
+
+    Splitting rows over several calls gives the same bytes as one call (ggml.c: ggml_quantize_chunk). `importance` is
+    the address of `columns` float32 weights, 0 for none. The lock of Python is not held.
+    """
+    _base().ggml_quantize_chunk(kind.number, source, target, 0, rows, columns, importance or None)
+
+
+def is_valid(kind: TensorType, data: Address, size: int) -> bool:
+    """Whether no scale in `size` bytes of quantized data is NaN or infinite."""
+    return bool(_base().ggml_validate_row_data(kind.number, data, size))
 
 
 def devices() -> list[Device]:
@@ -56,6 +137,48 @@ def _describe(device: Any) -> Device:
     kind.restype, kind.argtypes = ctypes.c_int, [ctypes.c_void_p]
     is_gpu = kind(device) in _GPU_TYPES
     return Device(name(device).decode(), description(device).decode(), free.value, total.value, is_gpu)
+
+
+class _Traits(ctypes.Structure):
+    """ggml.h: struct ggml_type_traits."""
+
+    _fields_ = [
+        ("type_name", ctypes.c_char_p),
+        ("blck_size", ctypes.c_int64),
+        ("blck_size_interleave", ctypes.c_int64),
+        ("type_size", ctypes.c_size_t),
+        ("is_quantized", ctypes.c_bool),
+        ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
+        ("from_float_ref", ctypes.c_void_p),
+    ]
+
+
+@functools.cache
+def _base() -> ctypes.CDLL:
+    """libggml-base with the signatures of ggml.h declared."""
+    base, pointer, i64, size = _library("ggml-base"), ctypes.c_void_p, ctypes.c_int64, ctypes.c_size_t
+    for name, result, arguments in (
+        ("ggml_bf16_to_fp32_row", None, [pointer, pointer, i64]),
+        ("ggml_fp16_to_fp32_row", None, [pointer, pointer, i64]),
+        ("ggml_get_type_traits", ctypes.POINTER(_Traits), [ctypes.c_int]),
+        ("ggml_quantize_chunk", size, [ctypes.c_int, pointer, pointer, i64, i64, i64, pointer]),
+        ("ggml_quantize_requires_imatrix", ctypes.c_bool, [ctypes.c_int]),
+        ("ggml_validate_row_data", ctypes.c_bool, [ctypes.c_int, pointer, size]),
+    ):
+        function = getattr(base, name)
+        function.restype, function.argtypes = result, arguments
+    return base
+
+
+@functools.cache
+def _tensor_types() -> dict[str, TensorType]:
+    found: dict[str, TensorType] = {}
+    for number in range(_TYPE_COUNT):
+        traits = _base().ggml_get_type_traits(number).contents
+        if traits.type_name and traits.type_size and traits.blck_size:  # numbers of types that were removed are empty
+            name = traits.type_name.decode().lower()
+            found[name] = TensorType(number, name, traits.blck_size, traits.type_size)
+    return found
 
 
 @functools.cache

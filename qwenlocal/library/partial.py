@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qwenlocal.errors import CannotWrite, DiskFull
+from qwenlocal.positional import read_at, write_at
 
 BLOCK = 16 << 20  # four blocks are under way at a time: at most 64 MiB are fetched twice after a crash
 _READ = 1 << 20
@@ -121,7 +122,7 @@ class Partial:
                 self._writing
             ):  # the kernel lets one thread write to a file at a time; the others would spin, not sleep
                 while view:
-                    written = _pwrite(self._file, view, offset, self._lock)
+                    written = write_at(self._file, view, offset, self._lock)
                     view, offset = view[written:], offset + written
         except OSError as reason:
             raise self._failure(reason) from reason
@@ -151,7 +152,7 @@ class Partial:
         start, end = self.span(number)
         buffer = memoryview(bytearray(min(_READ, end - start)))  # one for all: new memory each time is slow to get
         while start < end:
-            count = _pread(self._file, buffer[: end - start], start, self._lock)
+            count = read_at(self._file, buffer[: end - start], start, self._lock)
             if not count:
                 return
             yield buffer[:count]
@@ -272,26 +273,3 @@ def write_journal(base: Path, identity: Identity, block: int, blocks: dict[int, 
     """Describe a partial file that came about otherwise, for example a damaged file of which most blocks are good."""
     lines = [json.dumps({**identity._asdict(), "block": block}), *(f"{number} {crc}" for number, crc in blocks.items())]
     journal_of(base).write_text("\n".join(lines) + "\n")
-
-
-if hasattr(os, "preadv"):
-
-    def _pwrite(file: int, data: memoryview, offset: int, lock: threading.Lock) -> int:
-        return os.pwrite(file, data, offset)
-
-    def _pread(file: int, buffer: memoryview, offset: int, lock: threading.Lock) -> int:
-        return os.preadv(file, [buffer], offset)
-
-else:  # Windows has neither; seek and write under the lock
-
-    def _pwrite(file: int, data: memoryview, offset: int, lock: threading.Lock) -> int:
-        with lock:
-            os.lseek(file, offset, os.SEEK_SET)
-            return os.write(file, data)
-
-    def _pread(file: int, buffer: memoryview, offset: int, lock: threading.Lock) -> int:
-        with lock:
-            os.lseek(file, offset, os.SEEK_SET)
-            data = os.read(file, len(buffer))
-        buffer[: len(data)] = data
-        return len(data)

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 from qwenlocal.errors import BadWeights
+from qwenlocal.ggml import tensor_type_numbered
 
 MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32
 
-_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
 _MOST_KEYS, _MOST_TENSORS, _LONGEST_KEY = 1 << 16, 1 << 20, 1 << 16
 _KEPT_ARRAY = 1024  # longer arrays are vocabularies; only their length is kept
@@ -98,8 +99,8 @@ class _Reader:
         return self.bytes(int(self.number("<Q", what)), what).decode("utf-8", errors="replace")
 
     def value(self, kind: int, key: str) -> Value:
-        if kind in _SCALARS:
-            return self.number(_SCALARS[kind], key)
+        if kind in SCALARS:
+            return self.number(SCALARS[kind], key)
         if kind == _STRING:
             return self.string(key)
         if kind == _ARRAY:
@@ -114,9 +115,9 @@ class _Reader:
                 self._step_over_strings(length, key)
                 return LongArray(element, length)
             return [self.string(key) for _ in range(self._plausible(length, 8, key))]
-        if element not in _SCALARS:
+        if element not in SCALARS:
             raise BadWeights(self.path, f"“{key}” is an array of the unknown type {element}; the file is damaged")
-        form = _SCALARS[element]
+        form = SCALARS[element]
         data = self.bytes(length * struct.calcsize(form), key)
         if length > _KEPT_ARRAY:
             return LongArray(element, length)
@@ -215,25 +216,38 @@ def read_header(path: Path) -> Header:
     return header
 
 
+def read_pairs(path: Path) -> dict[str, bytes]:
+    """
+    Every key with the bytes of its value as they stand in the file (`gguf.decode` makes values of them).
+
+    Raises
+    ------
+    BadWeights: as `read_metadata`.
+    """
+    with path.open("rb") as file:
+        reader, _, _, keys = _open(path, file, path.stat().st_size)
+        pairs: dict[str, bytes] = {}
+        for _ in range(keys):
+            length = reader.count("<Q", "the length of a key", _LONGEST_KEY)
+            key = reader.bytes(length, "a key").decode("utf-8", errors="replace")
+            begin = file.tell()
+            reader.value(int(reader.number("<I", key)), key)
+            end = file.tell()
+            file.seek(begin)
+            pairs[key] = file.read(end - begin)
+        return pairs
+
+
 def tensor_bytes(tensor: Tensor) -> int | None:
     """How many bytes its data takes, or None for a type that this program does not know."""
-    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    try:
-        per_block, width = GGML_QUANT_SIZES[GGMLQuantizationType(tensor.type)]
-    except (ValueError, KeyError):
-        return None
-    return int(tensor.elements // per_block * width)
+    kind = tensor_type_numbered(tensor.type)
+    return kind.row_bytes(tensor.elements) if kind else None
 
 
 def tensor_type_name(number: int) -> str:
     """`tensor_type_name(12)` is "Q4_K"."""
-    from gguf.constants import GGMLQuantizationType
-
-    try:
-        return str(GGMLQuantizationType(number).name)
-    except ValueError:
-        return f"type {number}"
+    kind = tensor_type_numbered(number)
+    return kind.name.upper() if kind else f"type {number}"
 
 
 def _check_extent(path: Path, header: Header, size: int) -> None:

@@ -1,0 +1,195 @@
+"""
+A checkpoint as the hub has it: a directory with config.json, safetensors files, and the tokenizer's files.
+
+Nothing is guessed from names of models: what the files say is what counts, and what they contradict is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwenlocal.errors import BadCheckpoint, CannotExpress
+from qwenlocal.weights.safetensors import StoredTensor, read_tensors
+
+_INDEX = "model.safetensors.index.json"
+_SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.safetensors$")
+_LONGEST_JSON = 200_000_000
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """`tensors` by their name in the files; `config` is config.json."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, StoredTensor]
+
+    @classmethod
+    def open(cls, path: Path) -> Checkpoint:
+        """
+        Read what a checkpoint is, its weights' headers included: a directory, or one safetensors file in it.
+
+        Raises
+        ------
+        BadCheckpoint: something is missing, damaged or contradictory.
+        CannotExpress: the weights are packed (GPTQ, AWQ, …).
+        """
+        folder = path if path.is_dir() else path.parent
+        config = read_json(folder / "config.json", "what the model is")
+        _refuse_packed(folder, config)
+        files = [path] if path.is_file() else weight_files(folder)
+        tensors: dict[str, StoredTensor] = {}
+        for file in files:
+            for tensor in read_tensors(file):
+                if tensor.name in tensors:
+                    raise BadCheckpoint(file, f"“{tensor.name}” is in {tensors[tensor.name].file.name}, too")
+                tensors[tensor.name] = tensor
+        if path.is_dir() and (folder / _INDEX).exists():
+            _check_index(folder, tensors)
+        return cls(folder, config, tensors)
+
+    @property
+    def files(self) -> list[Path]:
+        """The files with weights, by name."""
+        return sorted({tensor.file for tensor in self.tensors.values()})
+
+    @property
+    def size(self) -> int:
+        """Bytes of weights altogether."""
+        return sum(tensor.size for tensor in self.tensors.values())
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a directory looks like one; what is wrong with it shows when it is opened."""
+    return (folder / "config.json").is_file()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """
+    The safetensors files of a checkpoint: those that the index names, or all there are.
+
+    Raises
+    ------
+    BadCheckpoint: none, not all, or only pickled ones.
+    """
+    index = folder / _INDEX
+    if index.exists():
+        names = sorted(set(_weight_map(index).values()))
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise BadCheckpoint(folder, f"{_several(missing, len(names))} named in {_INDEX} missing")
+        return [folder / name for name in names]
+    files = sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith("adapter_"))
+    if not files:
+        raise _no_weights(folder)
+    _check_shards(folder, files)
+    return files
+
+
+def _several(names: list[str], of: int) -> str:
+    shown = ", ".join(names[:3]) + (" and others" if len(names) > 3 else "")
+    return f"{shown} ({len(names)} of {of} files) {'is' if len(names) == 1 else 'are'}"
+
+
+def _no_weights(folder: Path) -> BadCheckpoint:
+    pickled = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLED)
+    if pickled:
+        return BadCheckpoint(
+            folder,
+            f"its weights are pickled ({pickled[0]}); reading such a file can run any program hidden in it",
+            hint="Make safetensors of it where you trust it, with transformers: "
+            f"AutoModelForCausalLM.from_pretrained({folder.name!r}).save_pretrained({folder.name + '-safe'!r})",
+        )
+    return BadCheckpoint(folder, "there are no safetensors files in it")
+
+
+def _check_shards(folder: Path, files: list[Path]) -> None:
+    """Without an index: files numbered "-00001-of-00003" must all be there, and nothing else beside them."""
+    numbered = [match for file in files if (match := _SHARD.search(file.name))]
+    if not numbered:
+        if len(files) > 1:
+            raise BadCheckpoint(
+                folder,
+                f"it has {len(files)} safetensors files ({', '.join(file.name for file in files[:3])}) and no {_INDEX} "
+                "to say which belong together",
+                hint="Give the one file that is meant.",
+            )
+        return
+    count = int(numbered[0][2])
+    there = {int(match[1]) for match in numbered}
+    missing = sorted(set(range(1, count + 1)) - there)
+    if missing or len(files) != count:
+        what = f"part {missing[0]} of {count} is missing" if missing else "files of several models are mixed"
+        raise BadCheckpoint(folder, what)
+
+
+def _weight_map(index: Path) -> Mapping[str, str]:
+    found = read_json(index, "which file has which tensor").get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise BadCheckpoint(index, "it has no “weight_map”")
+    for name, file in found.items():
+        if not isinstance(file, str) or Path(file).name != file or "\\" in file or file in ("", ".", ".."):
+            raise BadCheckpoint(
+                index,
+                f"it says “{name}” is in “{file}”, which is not a file beside it",
+                hint="Such an index may come from somebody who means harm. Get the checkpoint from its makers.",
+            )
+    return found
+
+
+def _check_index(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    for name, file in _weight_map(folder / _INDEX).items():
+        if name not in tensors:
+            raise BadCheckpoint(folder / file, f"it does not hold “{name}”, which {_INDEX} says it does")
+        if tensors[name].file.name != file:
+            raise BadCheckpoint(folder / file, f"“{name}” is not in it, as {_INDEX} says, but in another file")
+
+
+def _refuse_packed(folder: Path, config: Mapping[str, Any]) -> None:
+    packed = config.get("quantization_config")
+    if not packed:
+        return
+    method = packed.get("quant_method", "some method") if isinstance(packed, dict) else "some method"
+    raise CannotExpress(
+        folder,
+        f"its weights are packed already ({method}); plain ones (f32, f16, bf16) are converted",
+        hint="Convert the checkpoint that it was made from: it has no “-GPTQ” or “-AWQ” in its name.",
+    )
+
+
+def _no_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    listed = list(pairs)
+    found = dict(listed)
+    if len(found) < len(listed):
+        keys = [key for key, _ in listed]
+        raise ValueError(f"“{next(key for key in keys if keys.count(key) > 1)}” stands there twice")
+    return found
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """
+    A JSON object from a file of a checkpoint; `what` is what it would have said, for the error.
+
+    Raises
+    ------
+    BadCheckpoint: it is missing, not JSON, or not an object.
+    """
+    try:
+        if path.stat().st_size > _LONGEST_JSON:
+            raise BadCheckpoint(path, f"it has {path.stat().st_size:,} bytes, which no real one has")
+        found = json.loads(path.read_bytes(), object_pairs_hook=_no_duplicates)
+    except FileNotFoundError as reason:
+        raise BadCheckpoint(path.parent, f"it has no {path.name}, which says {what}") from reason
+    except OSError as reason:
+        raise BadCheckpoint(path, f"it cannot be read ({reason.strerror})") from reason
+    except (ValueError, RecursionError) as reason:
+        raise BadCheckpoint(path, f"it is not readable JSON ({reason})") from reason
+    if not isinstance(found, dict):
+        raise BadCheckpoint(path, "it is not a JSON object")
+    return found

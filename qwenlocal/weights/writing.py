@@ -1,0 +1,438 @@
+"""
+Carrying out a plan: rows are read in order, turned into each output's type by several threads, and written in place.
+
+Every byte's place is known beforehand, so the threads need not wait for each other, and the result is the same however
+many there are. Files grow under the name `<file>.part`; a journal beside the first of them notes which slabs of rows
+are done, with a CRC-32 of what was written. Whoever is interrupted, even by `kill -9`, goes on from there. Only a whole
+file gets its name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from qwenlocal import ggml
+from qwenlocal.errors import BadWeights, CannotWrite, DiskFull, Interrupted, OutputExists, QwenlocalError
+from qwenlocal.ggml import TensorType
+from qwenlocal.paths import writable
+from qwenlocal.positional import read_at, write_at
+
+if TYPE_CHECKING:
+    import numpy
+
+SLAB = 1 << 19  # numbers handled at once: 2 MiB of float32, which stay in a core's cache
+_JOURNAL_VERSION = 1
+
+# The bits of a float's exponent: where all are set, it is NaN or infinite.
+_EXPONENT = {"f32": ("uint32", 0x7F800000), "bf16": ("uint16", 0x7F80), "f16": ("uint16", 0x7C00)}
+
+
+class Target(NamedTuple):
+    """Where rows go: the number of the output, the byte in it, their type there, and the importance of each column."""
+
+    output: int
+    offset: int
+    type: TensorType
+    importance: numpy.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Rows of one tensor that lie together in a file, and where they go. Read once, whatever the number of targets."""
+
+    name: str
+    file: Path
+    offset: int
+    type: TensorType
+    rows: int
+    columns: int
+    targets: Sequence[Target]
+
+
+@dataclass(frozen=True)
+class Output:
+    """A file to be written: its beginning, and its size altogether."""
+
+    path: Path
+    header: bytes
+    size: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything to be read and written."""
+
+    outputs: Sequence[Output]
+    strips: Sequence[Strip]
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes to be read."""
+        return sum(strip.rows * strip.type.row_bytes(strip.columns) for strip in self.strips)
+
+
+class Written(NamedTuple):
+    """What was done: how many weights were NaN or infinite and became zero, and bytes that were there already."""
+
+    not_finite: int
+    resumed: int
+
+
+Report = Callable[[int, int], object]
+
+
+class _Slab(NamedTuple):
+    strip: Strip
+    first: int
+    rows: int
+
+
+def part_of(path: Path) -> Path:
+    """The name under which a file grows."""
+    return path.with_name(path.name + ".part")
+
+
+def journal_of(path: Path) -> Path:
+    """The journal of the files that grow together, beside the first one."""
+    return path.with_name(path.name + ".part.journal")
+
+
+def memory_needed(job: Job, threads: int) -> int:
+    """
+    Bytes that carrying out `job` keeps in memory: for each thread a slab as it is read, as float32, and as written.
+
+    A 7B to Q8_0 on two threads: 2 x (1.0 + 2.1 + 0.6) MB.
+    """
+    most = max((_slab_rows(strip) * strip.columns for strip in job.strips), default=0)
+    widest = max((strip.type.width / strip.type.block for strip in job.strips), default=0)
+    written = max(
+        (target.type.width / target.type.block for strip in job.strips for target in strip.targets), default=0
+    )
+    return int(threads * most * (widest + 4 + written))
+
+
+def carry_out(
+    job: Job, *, threads: int, replace: bool = False, allow_nan: bool = False, report: Report = lambda done, all: None
+) -> Written:
+    """
+    Write the files of `job`. `report` gets bytes read and bytes to be read.
+
+    Raises
+    ------
+    OutputExists: a file is there, and `replace` was not said.
+    DiskFull, CannotWrite: there is no room, or no permission. What was done is kept.
+    BadWeights: a weight is NaN or infinite (not with `allow_nan`), or too large for its type.
+    Interrupted: Ctrl-C; the same call goes on from there.
+    """
+    import filelock
+
+    for output in job.outputs:
+        writable(output.path.parent)
+        if not replace and os.path.lexists(output.path):
+            raise OutputExists(output.path)
+    lock = part_of(job.outputs[0].path).with_suffix(".part.lock")
+    try:
+        with filelock.FileLock(lock, timeout=0):
+            written = _Run(job, allow_nan=allow_nan, report=report).carry_out(threads)
+            lock.unlink(missing_ok=True)
+    except filelock.Timeout as busy:
+        raise QwenlocalError(f"Another qwenlocal is writing {job.outputs[0].path}.", hint="Wait for it.") from busy
+    return written
+
+
+class _Run:
+    """One attempt: the open files, what is done, and what the threads share."""
+
+    def __init__(self, job: Job, *, allow_nan: bool, report: Report) -> None:
+        self._job, self._allow_nan, self._report = job, allow_nan, report
+        self._slabs = list(_slabs(job))
+        self._lock, self._seeking = threading.Lock(), threading.Lock()
+        self._done: dict[int, tuple[int, int]] = {}  # slab: CRC-32 of what was written, numbers that became zero
+        self._read = 0
+        self._failure: BaseException | None = None
+        self._stopped = False
+        self._files: list[int] = []
+        self._sources: dict[Path, int] = {}
+
+    def carry_out(self, threads: int) -> Written:
+        folder = self._job.outputs[0].path.parent
+        with contextlib.ExitStack() as stack:
+            try:
+                self._open(stack)
+                resumed = self._read
+                self._work(threads)
+                self._publish()
+            except OSError as reason:
+                raise _failure(folder, reason, self._missing()) from reason
+        return Written(sum(zeroed for _, zeroed in self._done.values()), resumed)
+
+    # --- opening and closing
+
+    def _open(self, stack: contextlib.ExitStack) -> None:
+        identity, journal = _identity(self._job), journal_of(self._job.outputs[0].path)
+        known = _read_journal(journal, identity)
+        self._check_room(kept=known is not None)
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0) | (0 if known is not None else os.O_TRUNC)
+        for output in self._job.outputs:
+            file = os.open(part_of(output.path), flags, 0o644)
+            stack.callback(os.close, file)
+            self._files.append(file)
+            os.ftruncate(file, output.size)
+            self._write(len(self._files) - 1, memoryview(output.header), 0)
+        for path in {strip.file for strip in self._job.strips}:
+            self._sources[path] = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            stack.callback(os.close, self._sources[path])
+        self._resume(known or {})
+        lines = [f"{number} {crc} {zeroed}\n" for number, (crc, zeroed) in self._done.items()]
+        journal.write_text(json.dumps({"version": _JOURNAL_VERSION, "identity": identity}) + "\n" + "".join(lines))
+        self._journal = stack.enter_context(journal.open("a", encoding="ascii"))
+
+    def _check_room(self, *, kept: bool) -> None:
+        folder = self._job.outputs[0].path.parent
+        there = 0
+        for output in self._job.outputs:
+            with contextlib.suppress(OSError):
+                state = part_of(output.path).stat()
+                there += getattr(state, "st_blocks", 0) * 512 if kept else 0
+        needed = sum(output.size for output in self._job.outputs) - there
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            raise DiskFull(folder, needed, free)
+
+    def _resume(self, known: Mapping[int, tuple[int, int]]) -> None:
+        """Slabs whose bytes are still those that the journal speaks of need not be made again."""
+        for number, (crc, zeroed) in known.items():
+            if number < len(self._slabs) and self._crc_on_disk(self._slabs[number]) == crc:
+                self._done[number] = (crc, zeroed)
+                self._read += _source_bytes(self._slabs[number])
+
+    def _crc_on_disk(self, slab: _Slab) -> int:
+        crc = 0
+        for target in slab.strip.targets:
+            width = target.type.row_bytes(slab.strip.columns)
+            buffer = memoryview(bytearray(slab.rows * width))
+            self._fill(self._files[target.output], buffer, target.offset + slab.first * width)
+            crc = zlib.crc32(buffer, crc)
+        return crc
+
+    def _publish(self) -> None:
+        """All is written: to the disk itself with it, then give the files their names."""
+        for file in self._files:
+            getattr(os, "fdatasync", os.fsync)(file)
+        for output in self._job.outputs:
+            part_of(output.path).replace(output.path)
+        journal_of(self._job.outputs[0].path).unlink(missing_ok=True)
+
+    def _missing(self) -> int:
+        """Bytes that are still to be written."""
+        left = (slab for number, slab in enumerate(self._slabs) if number not in self._done)
+        return sum(slab.rows * t.type.row_bytes(slab.strip.columns) for slab in left for t in slab.strip.targets)
+
+    # --- the work
+
+    def _work(self, threads: int) -> None:
+        todo = iter([number for number in range(len(self._slabs)) if number not in self._done])
+        workers = [threading.Thread(target=self._worker, args=(todo,), daemon=True) for _ in range(max(1, threads))]
+        total = self._job.read_bytes
+        for worker in workers:
+            worker.start()
+        try:
+            for worker in workers:
+                while worker.is_alive():
+                    worker.join(0.1)
+                    self._report(self._read, total)
+        except KeyboardInterrupt as stop:
+            self._stopped = True
+            for worker in workers:
+                worker.join()
+            raise Interrupted("What was done is kept: the same command goes on from there.") from stop
+        if self._failure:
+            raise self._failure
+        self._report(total, total)
+
+    def _worker(self, todo: Iterator[int]) -> None:
+        try:
+            desk = _Desk(self._job)
+            while not self._stopped:
+                with self._lock:
+                    number = next(todo, None)
+                if number is None:
+                    return
+                self._turn(number, desk)
+        except BaseException as failure:
+            with self._lock:
+                self._failure = self._failure or failure
+            self._stopped = True
+
+    def _turn(self, number: int, desk: _Desk) -> None:
+        slab, strip = self._slabs[number], self._slabs[number].strip
+        data = desk.source(_source_bytes(slab))
+        self._fill(self._sources[strip.file], data, strip.offset + slab.first * strip.type.row_bytes(strip.columns))
+        zeroed = desk.take(slab, allow_nan=self._allow_nan)
+        crc = 0
+        for target in strip.targets:
+            result = desk.turn(slab, target)
+            crc = zlib.crc32(result, crc)
+            self._write(target.output, result, target.offset + slab.first * target.type.row_bytes(strip.columns))
+        with self._lock:
+            self._done[number] = (crc, zeroed)
+            self._read += len(data)
+            self._journal.write(f"{number} {crc} {zeroed}\n")
+            self._journal.flush()
+
+    def _fill(self, file: int, buffer: memoryview, offset: int) -> None:
+        while buffer:
+            count = read_at(file, buffer, offset, self._seeking)
+            if not count:
+                raise BadWeights("the source", "a file became shorter while it was read")
+            buffer, offset = buffer[count:], offset + count
+
+    def _write(self, output: int, data: memoryview, offset: int) -> None:
+        while data:
+            count = write_at(self._files[output], data, offset, self._seeking)
+            data, offset = data[count:], offset + count
+
+
+class _Desk:
+    """A thread's own buffers, for one slab at a time: as read, as float32, as written."""
+
+    def __init__(self, job: Job) -> None:
+        import numpy
+
+        numbers = max((_slab_rows(strip) * strip.columns for strip in job.strips), default=0)
+        read = max((_slab_rows(s) * s.type.row_bytes(s.columns) for s in job.strips), default=0)
+        types = [(s, t.type) for s in job.strips for t in s.targets]
+        write = max((_slab_rows(s) * kind.row_bytes(s.columns) for s, kind in types), default=0)
+        self._numpy = numpy
+        self._read, self._written = numpy.empty(read, numpy.uint8), numpy.empty(write, numpy.uint8)
+        self._floats = numpy.empty(numbers, numpy.float32)
+
+    def source(self, size: int) -> memoryview:
+        """Where `size` bytes are to be read to."""
+        return memoryview(self._read.data)[:size]
+
+    def take(self, slab: _Slab, *, allow_nan: bool) -> int:
+        """Check what was read, and make float32 of it where somebody wants that; returns how many became zero."""
+        strip, count = slab.strip, slab.rows * slab.strip.columns
+        data, floats = self._read[: _source_bytes(slab)], self._floats[:count]
+        plain = strip.type.name in _EXPONENT
+        zeroed = self._check(slab, data, strip.type.name, allow_nan=allow_nan) if plain else 0
+        if any(target.type != strip.type for target in strip.targets):
+            ggml.to_float(strip.type, data.ctypes.data, floats.ctypes.data, count)
+            if not plain:
+                zeroed = self._check(slab, floats, "f32", allow_nan=allow_nan)
+        return zeroed
+
+    def _check(self, slab: _Slab, data: numpy.ndarray, kind: str, *, allow_nan: bool) -> int:
+        unsigned, exponent = _EXPONENT[kind]
+        bits = data.view(unsigned)
+        if not (bits.size and int((bits & exponent).max()) == exponent):
+            return 0
+        wrong = (bits & exponent) == exponent
+        count = int(wrong.sum())
+        if not allow_nan:
+            row = slab.first + int(self._numpy.flatnonzero(wrong)[0]) // slab.strip.columns
+            raise BadWeights(
+                slab.strip.file,
+                f"“{slab.strip.name}” has weights that are NaN or infinite, the first in row {row:,}",
+                hint="The model was damaged in training or on the way. To write zeros in their place: --allow-nan",
+            )
+        bits[wrong] = 0
+        return count
+
+    def turn(self, slab: _Slab, target: Target) -> memoryview:
+        """The slab as `target` wants it; good until the next call."""
+        strip = slab.strip
+        size = slab.rows * target.type.row_bytes(strip.columns)
+        if target.type == strip.type:
+            return memoryview(self._read.data)[:size]
+        result = self._written[:size]
+        weights = target.importance.ctypes.data if target.importance is not None else 0
+        address = result.ctypes.data
+        ggml.quantize(target.type, self._floats.ctypes.data, address, slab.rows, strip.columns, weights)
+        self._check_result(slab, target, result)
+        return memoryview(result.data)
+
+    def _check_result(self, slab: _Slab, target: Target, result: numpy.ndarray) -> None:
+        kind = target.type.name
+        if kind in _EXPONENT:
+            unsigned, exponent = _EXPONENT[kind]
+            good = not result.size or int((result.view(unsigned) & exponent).max()) != exponent
+        else:
+            good = ggml.is_valid(target.type, result.ctypes.data, result.size)
+        if not good:
+            raise BadWeights(
+                slab.strip.file,
+                f"“{slab.strip.name}” has weights that are too large for {kind}",
+                hint="Take bf16 or f32, which reach as far as the original.",
+            )
+
+
+def _slab_rows(strip: Strip) -> int:
+    return min(strip.rows, max(1, SLAB // max(1, strip.columns)))
+
+
+def _slabs(job: Job) -> Iterator[_Slab]:
+    """In the order in which the rows lie on the disk."""
+    for strip in sorted(job.strips, key=lambda strip: (str(strip.file), strip.offset)):
+        step = _slab_rows(strip)
+        for first in range(0, strip.rows, max(1, step)):
+            yield _Slab(strip, first, min(step, strip.rows - first))
+
+
+def _source_bytes(slab: _Slab) -> int:
+    return slab.rows * slab.strip.type.row_bytes(slab.strip.columns)
+
+
+def _identity(job: Job) -> str:
+    """Differs as soon as another input, another output or another way between them is meant."""
+    digest = hashlib.sha256(f"{SLAB}".encode())
+    for output in job.outputs:
+        digest.update(f"{output.path.name} {output.size}\n".encode(errors="replace") + output.header)
+    states = {path: path.stat() for path in {strip.file for strip in job.strips}}
+    for s in job.strips:
+        state = states[s.file]
+        digest.update(
+            f"{s.file} {state.st_size} {state.st_mtime_ns} {s.offset} {s.rows} {s.columns}".encode(errors="replace")
+        )
+        for target in s.targets:
+            digest.update(f" {target.output} {target.offset} {target.type.name}".encode())
+            if target.importance is not None:
+                digest.update(target.importance.tobytes())
+    return digest.hexdigest()
+
+
+def _read_journal(path: Path, identity: str) -> dict[int, tuple[int, int]] | None:
+    """What an earlier attempt at the very same has done; None where there was none. A torn line counts as not there."""
+    try:
+        first, *lines = path.read_text(encoding="ascii", errors="replace").split("\n")
+        found = json.loads(first)
+    except (OSError, ValueError):
+        return None
+    if not isinstance(found, dict) or (found.get("version"), found.get("identity")) != (_JOURNAL_VERSION, identity):
+        return None
+    done = {}
+    for line in lines[:-1]:
+        fields = line.split(" ")
+        if len(fields) == 3 and all(field.isdigit() for field in fields):
+            done[int(fields[0])] = (int(fields[1]), int(fields[2]))
+    return done
+
+
+def _failure(folder: Path, reason: OSError, missing: int) -> QwenlocalError:
+    if reason.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
+        return DiskFull(folder, missing, shutil.disk_usage(folder).free)
+    if reason.errno == errno.EFBIG:
+        return CannotWrite(folder, "files of this size are not allowed there")
+    return CannotWrite(folder, reason.strerror or str(reason))

@@ -1,0 +1,245 @@
+"""From a checkpoint to a GGUF file: what is in it, byte for byte, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+from oracle import data_of, dry_run_types, llama_quantize
+
+from qwenlocal.engine.llama import Context, ContextOptions, Model
+from qwenlocal.errors import BadCheckpoint, BadWeights, CannotExpress, OutputExists
+from qwenlocal.testing import CONFIG, MOE_CONFIG, as_dtype, checkpoint_shapes, write_checkpoint
+from qwenlocal.weights import gguf
+from qwenlocal.weights.checkpoint import Checkpoint
+from qwenlocal.weights.convert import Options, plan_conversion
+from qwenlocal.weights.header import read_header, read_pairs
+from qwenlocal.weights.importance import Importance
+from qwenlocal.weights.mix import ModelFacts, Wishes, file_type, file_types, parse_overrides
+from qwenlocal.weights.plan import Plan
+from qwenlocal.weights.writing import carry_out
+
+NEEDY = ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq3_xxs", "iq3_xs", "q2_k_s")
+
+
+def convert(source: Path, target: Path, kind: str, options: Options = Options(), threads: int = 2) -> Path:
+    plan = plan_conversion(Checkpoint.open(source), [(target, file_type(kind))], options)
+    carry_out(plan.job, threads=threads)
+    return target
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight layers, so that the mixes have something to choose; rows of 512 and 288 numbers, so that some do not fit."""
+    config = {"num_hidden_layers": 8, "intermediate_size": 288}
+    return write_checkpoint(tmp_path_factory.mktemp("dense") / "Qwen1.5-0.5B-Chat", config=config)
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("moe") / "Qwen1.5-MoE-A2.7B", config=MOE_CONFIG, shards=3)
+
+
+@pytest.fixture(scope="module")
+def plain(dense: Path, mixture: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Both as BF16 GGUF files, which llama-quantize starts from."""
+    folder = tmp_path_factory.mktemp("plain")
+    sources = {"dense": dense, "mixture": mixture}
+    return {name: convert(source, folder / f"{name}.gguf", "bf16") for name, source in sources.items()}
+
+
+def importance_of(path: Path) -> dict[str, numpy.ndarray]:
+    """Some importance for every matrix of a file, experts one below the other."""
+    random = numpy.random.default_rng(1)
+    return {
+        tensor.name: random.random((tensor.shape[2] if len(tensor.shape) > 2 else 1, tensor.shape[0]), numpy.float32)
+        + 0.1
+        for tensor in read_header(path).tensors
+        if len(tensor.shape) > 1 and tensor.name.startswith("blk.")
+    }
+
+
+class TestBytes:
+    @pytest.mark.parametrize(
+        ("model", "kind"),
+        [
+            (model, kind)
+            for model in ("dense", "mixture")
+            for kind in file_types()
+            # llama-quantize has nothing for rows of 288 numbers and Q1_0, whose blocks have 128
+            if kind not in ("bf16", *NEEDY) and (model, kind) != ("dense", "q1_0")
+        ],
+    )
+    def test_tensors_are_those_that_llama_quantize_makes_of_the_bf16_file(
+        self, kind: str, model: str, dense: Path, mixture: Path, plain: dict[str, Path], tmp_path: Path
+    ) -> None:
+        ours = convert({"dense": dense, "mixture": mixture}[model], tmp_path / "ours.gguf", kind)
+        llama_quantize(plain[model], tmp_path / "theirs.gguf", file_type(kind))
+        assert data_of(ours) == data_of(tmp_path / "theirs.gguf")
+
+    @pytest.mark.parametrize("model", ["dense", "mixture"])
+    @pytest.mark.parametrize("kind", [*NEEDY, "q4_0", "q4_k_m", "iq4_xs"])
+    def test_with_an_importance_matrix_too(
+        self, kind: str, model: str, dense: Path, mixture: Path, plain: dict[str, Path], tmp_path: Path
+    ) -> None:
+        weights = importance_of(plain[model])
+        options = Options(wishes=Wishes(has_importance=True), importance=Importance(weights, {}))
+        ours = convert({"dense": dense, "mixture": mixture}[model], tmp_path / "ours.gguf", kind, options)
+        llama_quantize(plain[model], tmp_path / "theirs.gguf", file_type(kind), imatrix=weights)
+        assert data_of(ours) == data_of(tmp_path / "theirs.gguf")
+
+    @pytest.mark.parametrize("dtype", ["F32", "F16"])
+    def test_a_checkpoint_in_other_floats_gives_what_llama_quantize_makes_of_the_file_in_those_floats(
+        self, dtype: str, tmp_path: Path
+    ) -> None:
+        source = write_checkpoint(tmp_path / "model", dtype=dtype)
+        same = convert(source, tmp_path / "same.gguf", dtype.lower())
+        ours = convert(source, tmp_path / "ours.gguf", "q4_k_m")
+        llama_quantize(same, tmp_path / "theirs.gguf", file_type("q4_k_m"))
+        assert data_of(ours) == data_of(tmp_path / "theirs.gguf")
+
+    def test_without_quantizing_the_weights_are_the_checkpoints_own_bytes(
+        self, dense: Path, plain: dict[str, Path]
+    ) -> None:
+        stored = Checkpoint.open(dense).tensors["model.layers.3.mlp.down_proj.weight"]
+        with stored.file.open("rb") as file:
+            file.seek(stored.offset)
+            assert data_of(plain["dense"])["blk.3.ffn_down.weight"][1] == file.read(stored.size)
+
+    def test_the_whole_file_is_the_same_with_any_number_of_threads(self, dense: Path, tmp_path: Path) -> None:
+        files = [convert(dense, tmp_path / f"{n}.gguf", "q4_k_m", threads=n) for n in (1, 2, 5)]
+        assert len({file.read_bytes() for file in files}) == 1
+
+    def test_several_types_from_one_reading_are_the_files_that_each_would_be_alone(
+        self, dense: Path, tmp_path: Path
+    ) -> None:
+        wanted = [(tmp_path / f"{kind}.gguf", file_type(kind)) for kind in ("q8_0", "q4_k_m", "f16")]
+        plan = plan_conversion(Checkpoint.open(dense), wanted)
+        carry_out(plan.job, threads=2)
+        assert plan.job.read_bytes <= Checkpoint.open(dense).size
+        for path, kind in wanted:
+            alone = convert(dense, tmp_path / f"alone-{kind.name}.gguf", kind.name)
+            assert path.read_bytes() == alone.read_bytes()
+
+    @pytest.mark.parametrize("fused", [False, True])
+    def test_experts_stored_one_by_one_or_fused_give_the_same_file(self, fused: bool, tmp_path: Path) -> None:
+        """transformers 4 stores each expert's matrices, transformers 5 those of all experts of a layer together."""
+        separate = write_checkpoint(tmp_path / "one" / "model", config=MOE_CONFIG)
+        stored = {name: read_tensor(separate, name) for name in Checkpoint.open(separate).tensors}
+        together = write_checkpoint(tmp_path / "two" / "model", config=MOE_CONFIG, fused_experts=True)
+        overwrite(together, {name: fuse(name, stored) for name in Checkpoint.open(together).tensors})
+        one, two = (convert(source, source / "out.gguf", "q4_k_m") for source in (separate, together))
+        assert one.read_bytes() == two.read_bytes()
+
+
+def read_tensor(folder: Path, name: str) -> bytes:
+    stored = Checkpoint.open(folder).tensors[name]
+    with stored.file.open("rb") as file:
+        file.seek(stored.offset)
+        return file.read(stored.size)
+
+
+def overwrite(folder: Path, data: dict[str, bytes]) -> None:
+    for name, stored in Checkpoint.open(folder).tensors.items():
+        if name in data:
+            with stored.file.open("r+b") as file:
+                file.seek(stored.offset)
+                file.write(data[name])
+
+
+def fuse(name: str, stored: dict[str, bytes]) -> bytes:
+    at, _, what = name.partition("experts.")
+    if what not in ("gate_up_proj", "down_proj"):
+        return stored[name]
+    kinds = ("gate_proj", "up_proj") if what == "gate_up_proj" else ("down_proj",)
+    numbers = range(MOE_CONFIG["num_experts"])
+    return b"".join(stored[f"{at}experts.{number}.{kind}.weight"] for number in numbers for kind in kinds)
+
+
+class TestTypes:
+    """Which type each tensor gets, for every published shape; the files are sparse, nothing is quantized."""
+
+    SHAPES = {  # noqa: RUF012
+        "0.5b": (24, 1024, 2816, 16, 16), "1.8b": (24, 2048, 5504, 16, 16), "4b": (40, 2560, 6912, 20, 20),
+        "7b": (32, 4096, 11008, 32, 32), "14b": (40, 5120, 13696, 40, 40), "32b": (64, 5120, 27392, 40, 8),
+        "72b": (80, 8192, 24576, 64, 64), "110b": (80, 8192, 49152, 64, 8),
+    }  # fmt: skip
+
+    @pytest.mark.parametrize("size", [*SHAPES, "moe"])
+    def test_are_those_that_llama_quantize_announces(self, size: str, tmp_path: Path) -> None:
+        source = sparse_checkpoint(tmp_path / "model", self.config(size))
+        checkpoint = Checkpoint.open(source)
+        plain = plan_conversion(checkpoint, [(tmp_path / "bf16.gguf", file_type("bf16"))])
+        write_sparse(plain)
+        kinds = [kind for kind in file_types() if kind not in ("f32", "f16", "bf16")]
+        for kind in kinds:
+            needs = kind in NEEDY
+            options = Options(wishes=Wishes(has_importance=False))
+            if needs:
+                options = dataclasses.replace(options, importance=_Everything())
+            planned = plan_conversion(checkpoint, [(tmp_path / "x.gguf", file_type(kind))], options).files[0]
+            log = llama_quantize(tmp_path / "bf16.gguf", tmp_path / "no.gguf", file_type(kind), dry_run=True)
+            ours = {tensor.name: tensor.choice.type.name for tensor in planned.tensors}
+            assert ours == dry_run_types(log, file_type(kind)), kind
+
+    def config(self, size: str) -> dict[str, Any]:
+        if size == "moe":
+            wide = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 24, "num_attention_heads": 16,
+                    "num_key_value_heads": 16, "num_experts": 60, "num_experts_per_tok": 4,
+                    "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632}  # fmt: skip
+            return {**MOE_CONFIG, **wide}
+        layers, width, inner, heads, keys = self.SHAPES[size]
+        return {**CONFIG, "num_hidden_layers": layers, "hidden_size": width, "intermediate_size": inner,
+                "num_attention_heads": heads, "num_key_value_heads": keys, "tie_word_embeddings": size == "0.5b"}  # fmt: skip
+
+    def test_a_wish_for_some_tensors_goes_before_the_mix(self, dense: Path, tmp_path: Path) -> None:
+        wishes = Wishes(parse_overrides([r"ffn_down=q6_k", r"blk\.[01]\.attn_q=q8_0"]))
+        path = convert(dense, tmp_path / "x.gguf", "q4_0", Options(wishes=wishes))
+        types = {tensor.name: tensor.type for tensor in read_header(path).tensors}
+        number = {name: file_type(name).default.number for name in ("q6_k", "q8_0", "q4_0")}
+        assert types["blk.0.attn_q.weight"] == types["blk.1.attn_q.weight"] == number["q8_0"]
+        assert types["blk.2.attn_q.weight"] == number["q4_0"]
+        assert types["blk.5.ffn_down.weight"] == number["q8_0"], "288 is no multiple of 256, so Q6_K becomes Q8_0"
+
+
+class _Everything(Importance):
+    """Weights for whatever is asked, none of them ever used."""
+
+    def __init__(self) -> None:
+        super().__init__(_Always(), {})
+
+    def of(self, name: str, expert: int, experts: int, columns: int) -> None:
+        return None
+
+
+class _Always(dict[str, Any]):
+    def __contains__(self, name: object) -> bool:
+        return True
+
+
+def sparse_checkpoint(folder: Path, config: dict[str, Any]) -> Path:
+    """A checkpoint of any size that takes no room on the disk."""
+    import json
+
+    write_checkpoint(folder, config={**CONFIG})
+    (folder / "config.json").write_text(json.dumps(config))
+    entries, at = {}, 0
+    for name, shape in checkpoint_shapes(config).items():
+        size = 2 * int(numpy.prod(shape, dtype=object))
+        entries[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
+    header = json.dumps(entries).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + at)
+    return folder
+
+
+def write_sparse(plan: Plan) -> None:
+    for output in plan.job.outputs:
+        with output.path.open("wb") as file:
+            file.write(output.header)
+            file.truncate(output.size)

@@ -61,13 +61,12 @@ class ModelNotFound(QwenlocalError):
 class NotConvertedYet(ModelNotFound):
     """`name` exists as a checkpoint in `repo`, but nobody published a GGUF file of it."""
 
-    def __init__(self, name: str, repo: str, alternative: str = "") -> None:
-        self.repo, self.alternative = repo, alternative
-        runs = f"What runs: {alternative}" if alternative else "What runs: qwenlocal list --all"
+    def __init__(self, name: str, repo: str) -> None:
+        self.repo = repo
         super().__init__(
             name,
             reason=f"{name} is published as a checkpoint only ({repo}); there is no GGUF file of it to run.",
-            hint=f"This version cannot convert checkpoints. {runs}",
+            hint=f"Fetch it and convert it in one go: qwenlocal pull {name}",
         )
 
 

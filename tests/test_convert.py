@@ -10,15 +10,12 @@ import numpy
 import pytest
 from oracle import data_of, dry_run_types, llama_quantize
 
-from qwenlocal.engine.llama import Context, ContextOptions, Model
-from qwenlocal.errors import BadCheckpoint, BadWeights, CannotExpress, OutputExists
-from qwenlocal.testing import CONFIG, MOE_CONFIG, as_dtype, checkpoint_shapes, write_checkpoint
-from qwenlocal.weights import gguf
+from qwenlocal.testing import CONFIG, MOE_CONFIG, checkpoint_shapes, write_checkpoint
 from qwenlocal.weights.checkpoint import Checkpoint
 from qwenlocal.weights.convert import Options, plan_conversion
-from qwenlocal.weights.header import read_header, read_pairs
+from qwenlocal.weights.header import read_header
 from qwenlocal.weights.importance import Importance
-from qwenlocal.weights.mix import ModelFacts, Wishes, file_type, file_types, parse_overrides
+from qwenlocal.weights.mix import Wishes, file_type, file_types, parse_overrides
 from qwenlocal.weights.plan import Plan
 from qwenlocal.weights.writing import carry_out
 
@@ -33,7 +30,7 @@ def convert(source: Path, target: Path, kind: str, options: Options = Options(),
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight layers, so that the mixes have something to choose; rows of 512 and 288 numbers, so that some do not fit."""
+    """Eight layers, so that the mixes have something to choose; rows of 288 numbers, so that some do not fit."""
     config = {"num_hidden_layers": 8, "intermediate_size": 288}
     return write_checkpoint(tmp_path_factory.mktemp("dense") / "Qwen1.5-0.5B-Chat", config=config)
 
@@ -192,8 +189,9 @@ class TestTypes:
                     "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632}  # fmt: skip
             return {**MOE_CONFIG, **wide}
         layers, width, inner, heads, keys = self.SHAPES[size]
-        return {**CONFIG, "num_hidden_layers": layers, "hidden_size": width, "intermediate_size": inner,
-                "num_attention_heads": heads, "num_key_value_heads": keys, "tie_word_embeddings": size == "0.5b"}  # fmt: skip
+        sizes = {"num_hidden_layers": layers, "hidden_size": width, "intermediate_size": inner,
+                 "num_attention_heads": heads, "num_key_value_heads": keys}  # fmt: skip
+        return {**CONFIG, **sizes, "tie_word_embeddings": size == "0.5b"}
 
     def test_a_wish_for_some_tensors_goes_before_the_mix(self, dense: Path, tmp_path: Path) -> None:
         wishes = Wishes(parse_overrides([r"ffn_down=q6_k", r"blk\.[01]\.attn_q=q8_0"]))

@@ -199,6 +199,167 @@ def verify(
     verify_model(model, repair=not no_repair)
 
 
+TypesOption = Annotated[
+    str,
+    typer.Option(
+        "--type", metavar="TYPE[,TYPE…]", help="What to write: q4_k_m, q8_0, f16, …; several from one reading."
+    ),
+]
+TensorTypeOption = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option("--tensor-type", metavar="EXPRESSION=TYPE", help="Another type for tensors with such names."),
+]
+ImatrixOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--imatrix", metavar="FILE", help="An importance matrix, as llama-imatrix measures it."),
+]
+PureOption = Annotated[bool, typer.Option("--pure", help="The same type for all, without the mix.")]
+ThreadsOption = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option("-t", "--threads", metavar="N", help="Threads. [default: one a fast core]"),
+]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace files that are there.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, tensor by tensor.")]
+NanOption = Annotated[bool, typer.Option("--allow-nan", help="Write zeros for weights that are NaN or infinite.")]
+
+
+@app.command(short_help="Make a GGUF file of a checkpoint.", rich_help_panel="Weights")
+def convert(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SRC", help="A directory, hf:owner/repo, a name, or a safetensors file.", autocompletion=all_models
+        ),
+    ],
+    out: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("-o", "--out", metavar="OUT", help="A file or folder; {type} in it stands for the type."),
+    ] = None,
+    types: TypesOption = "q4_k_m",
+    tensor_type: TensorTypeOption = None,
+    imatrix: ImatrixOption = None,
+    pure: PureOption = False,
+    threads: ThreadsOption = None,
+    force: ForceOption = False,
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+    allow_nan: NanOption = False,
+    name: Annotated[Optional[str], typer.Option("--name", metavar="NAME", help="What the model is called.")] = None,  # noqa: UP045
+    pre: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--pre", metavar="NAME", help="llama.cpp's name for how text is cut into words."),
+    ] = None,
+    like: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--like", metavar="llama.cpp", help="Write just what llama.cpp's own converter would."),
+    ] = None,
+    limit_rate: RateOption = None,
+) -> None:
+    """Make a GGUF file of a checkpoint (safetensors), quantized on the way.
+
+    \b
+    qwenlocal convert ./Qwen1.5-0.5B                         writes Qwen1.5-0.5B-q4_k_m.gguf
+    qwenlocal convert hf:Qwen/Qwen1.5-1.8B --type q4_0,q8_0  two files from one reading
+    qwenlocal convert ./Qwen1.5-0.5B --dry-run               only says what it would write
+    """
+    from qwenlocal.cli.convert import AboutCheckpoint, Asked, convert_checkpoint
+    from qwenlocal.cli.values import rate
+
+    convert_checkpoint(
+        Asked(
+            source=source,
+            out=out,
+            types=types.split(","),
+            tensor_types=tuple(tensor_type or ()),
+            imatrix=imatrix,
+            pure=pure,
+            threads=threads,
+            force=force,
+            dry_run=dry_run,
+            as_json=as_json,
+            allow_nan=allow_nan,
+        ),
+        AboutCheckpoint(pre, name, like, rate(limit_rate)),
+    )
+
+
+@app.command(short_help="Make a smaller GGUF file of another one.", rich_help_panel="Weights")
+def quantize(
+    source: Annotated[
+        str, typer.Argument(metavar="IN", help="A GGUF file, or a model by name.", autocompletion=models_here)
+    ],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="The file to write, or a folder.")],
+    types: Annotated[str, typer.Argument(metavar="TYPE[,TYPE…]", help="q4_k_m, q8_0, f16, …")],
+    tensor_type: TensorTypeOption = None,
+    imatrix: ImatrixOption = None,
+    pure: PureOption = False,
+    requantize: Annotated[
+        bool, typer.Option("--requantize", help="Even of weights that are quantized already.")
+    ] = False,
+    threads: ThreadsOption = None,
+    force: ForceOption = False,
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+    allow_nan: NanOption = False,
+) -> None:
+    """Make a GGUF file with other types of another one; everything else in it stays.
+
+    \b
+    qwenlocal quantize model-f16.gguf model-q4.gguf q4_k_m
+    qwenlocal quantize model-f16.gguf model.gguf q4_0 --tensor-type 'ffn_down=q6_k'
+    """
+    from qwenlocal.cli.convert import Asked, quantize_file
+
+    quantize_file(
+        Asked(
+            source=source,
+            out=out,
+            types=types.split(","),
+            tensor_types=tuple(tensor_type or ()),
+            imatrix=imatrix,
+            pure=pure,
+            threads=threads,
+            force=force,
+            dry_run=dry_run,
+            as_json=as_json,
+            allow_nan=allow_nan,
+        ),
+        again=requantize,
+    )
+
+
+@app.command(short_help="Look into a GGUF file, and put it right.", rich_help_panel="Weights")
+def inspect(
+    model: Annotated[
+        str, typer.Argument(metavar="FILE", help="A GGUF file, or a model by name.", autocompletion=models_here)
+    ],
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Only the header; do not read the weights.")] = False,
+    fix: Annotated[bool, typer.Option("--fix", help="Put right what can be, in place or in a copy (-o).")] = False,
+    out: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("-o", "--out", metavar="OUT", help="Where --fix writes a repaired copy."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What a GGUF file says of itself, and what is wrong with it."""
+    from qwenlocal.cli.inspect import inspect_file
+
+    inspect_file(model, as_json=as_json, quick=quick, fix=fix, out=out, tensors=tensors)
+
+
+@app.command(short_help="What two GGUF files have not in common.", rich_help_panel="Weights")
+def diff(
+    left: Annotated[str, typer.Argument(metavar="A", help="A GGUF file.", autocompletion=models_here)],
+    right: Annotated[str, typer.Argument(metavar="B", help="Another one.", autocompletion=models_here)],
+    as_json: JsonOption = False,
+) -> None:
+    """What two GGUF files have not in common: keys, tensors, types, numbers. Exit code 1 where that is anything."""
+    from qwenlocal.cli.inspect import diff_files
+
+    diff_files(left, right, as_json=as_json)
+
+
 @app.command(short_help="Look at this machine, and say what to do.", rich_help_panel="This machine")
 def doctor(
     as_json: JsonOption = False,

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from qwenlocal.cli.inspect import header_facts, memory_words, template_words
 from qwenlocal.cli.values import bytes_for_people
 from qwenlocal.cli.wiring import Program
 from qwenlocal.errors import BadWeights, Interrupted, ModelNotFound
@@ -15,7 +16,6 @@ from qwenlocal.library.store import Damage, Incomplete, Record
 
 if TYPE_CHECKING:
     from qwenlocal.library.catalog import Card
-    from qwenlocal.weights.header import Header
 
 
 def _print_json(data: Any) -> None:
@@ -142,58 +142,14 @@ def show_model(text: str, *, as_json: bool) -> None:
     facts = _record_json(record)
     if isinstance(name, PathName):
         facts["name"] = record.path.name
-    _show({**facts, **_header_facts(read_header(Path(record.files[0].path)))}, as_json)
+    _show({**facts, **header_facts(read_header(Path(record.files[0].path)))}, as_json)
 
 
 def _card_facts(card: Card) -> dict[str, Any]:
     facts = {**_card_json(card), "title": card.title, "context": card.context, "checkpoint": card.checkpoint}
     if card.kv_bytes_per_token:
-        facts["context memory"] = _memory_words(card.kv_bytes_per_token, card.context)
+        facts["context memory"] = memory_words(card.kv_bytes_per_token, card.context)
     return {**facts, "sampling": dict(card.sampling)}
-
-
-def _memory_words(kv_bytes_per_token: int, most: int) -> str:
-    sizes = [n for n in (2048, 8192, 32768) if n <= most]
-    return ", ".join(f"{kv_bytes_per_token * n / 2**30:.2f} GiB at {n:,} tokens" for n in sizes)
-
-
-def _header_facts(header: Header) -> dict[str, Any]:
-    from qwenlocal.engine.plan import Shape
-    from qwenlocal.weights.header import tensor_bytes, tensor_type_name
-
-    types: dict[str, int] = {}
-    total = elements = 0
-    for tensor in header.tensors:
-        kind = tensor_type_name(tensor.type)
-        types[kind] = types.get(kind, 0) + 1
-        total += tensor_bytes(tensor) or 0
-        elements += tensor.elements
-    shape = Shape.of(header.metadata)
-    template = header.metadata.get("tokenizer.chat_template")
-    return {
-        "title": header.metadata.get("general.name"),
-        "architecture": header.architecture,
-        "parameters": elements,
-        "bits per weight": round(total * 8 / elements, 2) if elements else None,
-        "tensors": dict(sorted(types.items(), key=lambda item: -item[1])),
-        "layers": header.hyperparameter("block_count"),
-        "embedding": header.hyperparameter("embedding_length"),
-        "heads": header.hyperparameter("attention.head_count"),
-        "kv heads": header.hyperparameter("attention.head_count_kv"),
-        "context": header.hyperparameter("context_length"),
-        "context memory": _memory_words(shape.kv_bytes(1), shape.n_ctx_train) if shape else None,
-        "rope base": header.hyperparameter("rope.freq_base"),
-        "vocabulary": _length(header.metadata.get("tokenizer.ggml.tokens")),
-        "chat template": template if isinstance(template, str) else None,
-    }
-
-
-def _length(value: object) -> int | None:
-    from qwenlocal.weights.header import LongArray
-
-    if isinstance(value, LongArray):
-        return value.length
-    return len(value) if isinstance(value, list) else None
 
 
 def _show(facts: Mapping[str, Any], as_json: bool) -> None:
@@ -207,7 +163,7 @@ def _show(facts: Mapping[str, Any], as_json: bool) -> None:
         if value is None or value == {} or value == "":
             continue
         if key == "chat template":
-            value = f"yes, {len(value):,} characters (--json shows it)"
+            value = template_words(value)
         sys.stdout.write(
             f"{key:<{width}}  {harmless(_words(key, value)).replace(chr(10), chr(10) + ' ' * (width + 2))}\n"
         )

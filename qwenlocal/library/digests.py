@@ -34,6 +34,12 @@ def digests_of(path: Path, block: int, report: Report = lambda _done: None) -> t
     return digest.hexdigest(), checksums
 
 
+def git_blob(path: Path) -> str:
+    """The digest that git, and so a hub, has of a small file: sha1 of "blob", its size, a zero byte and its bytes."""
+    data = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+
+
 def _chunks(path: Path, size: int) -> Iterator[bytes]:
     with path.open("rb") as file:
         while data := file.read(size):

@@ -21,11 +21,15 @@ from qwenlocal.library.http import Client, Trouble
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file in a repository: its path there, its size, and the sha256 the hub states (None for small text files)."""
+    """
+    A file in a repository: its path there, its size, and the sha256 the hub states (None for small text files, of which
+    it states git's own digest, `blob`).
+    """
 
     path: str
     size: int
     sha256: str | None
+    blob: str | None = None
 
 
 @dataclass(frozen=True)
@@ -114,8 +118,8 @@ class HuggingFace:
                 f"{self._endpoint} sent what is no answer of a hub", again=False, unreachable=True
             ) from reason
         files = [
-            RemoteFile(sibling.rfilename, sibling.size or 0, sibling.lfs.sha256 if sibling.lfs else None)
-            for sibling in info.siblings or []
+            RemoteFile(s.rfilename, s.size or 0, s.lfs.sha256 if s.lfs else None, None if s.lfs else s.blob_id)
+            for s in info.siblings or []
         ]
         card: dict[str, object] = dict(vars(info.card_data)) if info.card_data else {}
         return Listing(repo, info.sha or revision or "main", files, _licence(card))

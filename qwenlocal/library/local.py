@@ -63,7 +63,7 @@ class Local:
         if isinstance(name, PathName):
             return Record(str(name.path), [StoredFile.of(name.path, "")], "a file on this disk", owned=False)
         record = self._store.get(str(name))
-        if record and (ready := self._store.ready(record)):
+        if record and not record.is_checkpoint and (ready := self._store.ready(record)):
             return ready
         for sought in recognise(name):
             if record := self.adopt(str(name), sought):

@@ -6,6 +6,7 @@ What people type to name a model, and what it means.
     ms:owner/repo …                                                                         ModelScope
     https://host/x.gguf                                                                     anywhere on the web
     ./x.gguf  /models/x.gguf                                                                this disk
+    ./Qwen1.5-0.5B  ./x/model.safetensors                                                   a checkpoint on it
 
 Case and separators do not matter for catalogue names: `Qwen1.5-7B-Chat-Q5_K_M` is `qwen1.5:7b-chat-q5_k_m`.
 """
@@ -74,8 +75,6 @@ class CatalogueName:
     level: str | None = None
 
     def __str__(self) -> str:
-        if not self.card.gguf and not self.card.files:
-            return self.card.name  # nothing of it has a level
         usual = self.level is None or self.level == self.card.level
         if usual and self.card.sizes_in_family == 1:
             return self.card.name
@@ -122,7 +121,17 @@ class PathName:
         return str(self.path)
 
 
-Name = CatalogueName | HubName | WebName | PathName
+@dataclass(frozen=True)
+class CheckpointName:
+    """A checkpoint on this disk: its directory, or the one file in it that is meant. It must be converted to be run."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+Name = CatalogueName | HubName | WebName | PathName | CheckpointName
 
 
 def parse(text: str, catalogue: Callable[[], Catalogue]) -> Name:
@@ -135,7 +144,7 @@ def parse(text: str, catalogue: Callable[[], Catalogue]) -> Name:
     Raises
     ------
     ModelNotFound: it names nothing; names that look alike are in the error.
-    BadWeights: it is a directory, where a file should be.
+    BadWeights: it is a directory without a checkpoint.
     BadCatalogue: the catalogue is needed and cannot be read.
     """
     text = text.strip()
@@ -203,9 +212,10 @@ def _web_name(text: str) -> WebName:
 
 def _looks_like_a_path(text: str) -> bool:
     return (
-        text.startswith(("./", "../", "/", "~", ".\\", "..\\"))
+        text in (".", "..")
+        or text.startswith(("./", "../", "/", "~", ".\\", "..\\"))
         or re.match(r"[A-Za-z]:[\\/]", text) is not None
-        or text.lower().endswith(".gguf")
+        or text.lower().endswith((".gguf", ".safetensors"))
     )
 
 
@@ -216,9 +226,12 @@ def _expanded(text: str) -> str:
 def _path_name(text: str) -> Name:
     path = Path(_expanded(text))
     if os.path.isdir(path):
+        if os.path.isfile(path / "config.json"):
+            return CheckpointName(path.resolve())
         raise _is_a_directory(path)
     if os.path.exists(path):
-        return PathName(path.absolute())
+        is_checkpoint = path.name.lower().endswith(".safetensors")
+        return CheckpointName(path.resolve()) if is_checkpoint else PathName(path.absolute())
     raise ModelNotFound(text, reason=f"There is no file {path}, or it may not be read.", hint="Check the path.")
 
 
@@ -227,12 +240,6 @@ def _is_a_directory(path: Path) -> BadWeights:
         inside = sorted(file.name for file in path.iterdir())
     except OSError as reason:
         return BadWeights(path, f"this is a directory that cannot be read ({reason.strerror})")
-    if "config.json" in inside:
-        return BadWeights(
-            path,
-            "this is a directory with a checkpoint, which this version cannot run",
-            hint="Give a GGUF file, or a name: qwenlocal list --all",
-        )
     models = [name for name in inside if name.endswith(".gguf")]
     hint = f"Did you mean {path / models[0]}?" if models else "Give the path of a .gguf file."
     return BadWeights(path, "this is a directory; a model is a file", hint=hint)

@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
-from qwenlocal.errors import BadWeights, DiskFull
+from qwenlocal.errors import BadWeights, DigestMismatch, DiskFull
+from qwenlocal.library.digests import git_blob
 from qwenlocal.library.download import Fetched, Manner, Report, fetch
 from qwenlocal.library.http import Client
 from qwenlocal.library.local import Local, Say
-from qwenlocal.library.names import Name
+from qwenlocal.library.names import CatalogueName, HubName, Name
 from qwenlocal.library.partial import write_journal
 from qwenlocal.library.sources import Located, Sources, Wanted
 from qwenlocal.library.store import Damage, Record, Store, StoredFile
 from qwenlocal.paths import Folders, writable
 from qwenlocal.weights.header import read_metadata
+
+
+class Checkpointed(NamedTuple):
+    """A checkpoint that is here: its folder, its repository, whether that is on the Hugging Face hub, its record."""
+
+    folder: Path
+    repo: str
+    is_from_the_hub: bool
+    record: str
 
 
 class Puller:
@@ -61,6 +72,63 @@ class Puller:
                 return adopted
         return self._fetch_all(located, asked)
 
+    def pull_checkpoint(self, name: CatalogueName | HubName, examine: Callable[[Path], None]) -> Checkpointed:
+        """
+        Have the original weights of a model here, in one folder.
+
+        `examine` gets the folder once everything but the weights is there, and raises if they are not worth fetching.
+
+        Raises
+        ------
+        What `Sources.locate_checkpoint`, `download.fetch` and `examine` raise.
+        """
+        located = self._sources.locate_checkpoint(name)
+        small = [wanted for wanted in located.files if not wanted.artifact.name.endswith(".safetensors")]
+        weights = [wanted for wanted in located.files if wanted not in small]
+        files = [self._fetch_small(wanted) for wanted in small]
+        examine(located.folder)
+        self._say(f"Fetching the checkpoint {located.name} ({_sum(weights)}, {len(weights)} file(s)).")
+        if located.licence:
+            self._say(f"Licence: {located.licence}")
+        self._check_room(weights)
+        record = Record(f"{located.name}@checkpoint", files, located.origin, located.licence, is_checkpoint=True)
+        for done, wanted in enumerate(weights, 1):
+            files.append(self._have_weights(wanted))
+            left = sum(other.artifact.size for other in weights[done:])
+            self._store.add(replace(record, files=tuple(files), missing=left))
+        return Checkpointed(located.folder, located.repo, located.is_from_the_hub, f"{located.name}@checkpoint")
+
+    def _fetch_small(self, wanted: Wanted) -> StoredFile:
+        """A file of which the hub states git's digest: it is kept in memory's reach, so that is checked each time."""
+        there = wanted.blob is not None and wanted.target.exists() and git_blob(wanted.target) == wanted.blob
+        if not there:
+            wanted.target.unlink(missing_ok=True)
+            self._fetch(wanted)
+            if wanted.blob and (actual := git_blob(wanted.target)) != wanted.blob:
+                wanted.target.unlink()
+                raise DigestMismatch(wanted.artifact.name, wanted.blob, actual, source="the hub")
+        path, link = wanted.target, ""
+        if wanted.snapshot:
+            path, link = _link(path, wanted.snapshot, wanted.ref)
+        return StoredFile.of(path, "", link=link)
+
+    def _have_weights(self, wanted: Wanted) -> StoredFile:
+        known = self._known_file(wanted.target, wanted.artifact.sha256 or "")
+        if known and wanted.target.exists() and wanted.target.stat().st_mtime_ns == known.mtime_ns:
+            return known
+        return self._shelve(wanted, self._fetch(wanted))
+
+    def _fetch(self, wanted: Wanted) -> Fetched:
+        return fetch(
+            wanted.artifact,
+            wanted.target,
+            part=wanted.part,
+            client=self._client,
+            locks=self._folders.locks,
+            report=self._report,
+            manner=self._manner,
+        )
+
     def mend(self, name: Name, record: Record, damage: Sequence[Damage]) -> Record:
         """
         Fetch the damaged blocks of a model anew, or whole files where it is not known which blocks are bad.
@@ -98,22 +166,13 @@ class Puller:
         shutil.move(bad.file.path, wanted.part.with_name(f"{wanted.part.name}.part"))
 
     def _fetch_all(self, located: Located, asked: Sequence[str]) -> Record:
-        self._say(f"Fetching {located.name} from {located.origin} ({_size(located)}).")
+        self._say(f"Fetching {located.name} from {located.origin} ({_sum(located.files)}).")
         if located.licence:
             self._say(f"Licence: {located.licence}")
-        self._check_room(located)
+        self._check_room(located.files)
         files = []
         for wanted in located.files:
-            fetched = fetch(
-                wanted.artifact,
-                wanted.target,
-                part=wanted.part,
-                client=self._client,
-                locks=self._folders.locks,
-                report=self._report,
-                manner=self._manner,
-            )
-            files.append(self._shelve(wanted, fetched))
+            files.append(self._shelve(wanted, self._fetch(wanted)))
             left = sum(other.artifact.size for other in located.files[len(files) :])
             if left:  # so that it can be listed and removed, should it never be finished
                 self._store.add(Record(located.name, files, located.origin, located.licence, missing=left))
@@ -122,10 +181,10 @@ class Puller:
         self.fetched = [*self.fetched, *files]
         return self._store.add(record)
 
-    def _check_room(self, located: Located) -> None:
+    def _check_room(self, files: Sequence[Wanted]) -> None:
         """Of a model in several files, all must have room; each is looked at again before it is fetched."""
         coming = {incomplete.base: incomplete.done for incomplete in self._store.incomplete()}
-        needed = sum(w.artifact.size - coming.get(w.part, 0) for w in located.files if not w.target.exists())
+        needed = sum(w.artifact.size - coming.get(w.part, 0) for w in files if not w.target.exists())
         free = shutil.disk_usage(writable(self._folders.partial)).free
         if free < needed:
             raise DiskFull(self._folders.partial, needed, free)
@@ -184,6 +243,6 @@ def _is_same(wanted: Wanted, bad: Damage) -> bool:
     return digest == bad.file.sha256 if digest else str(wanted.target) == bad.file.path
 
 
-def _size(located: Located) -> str:
-    total = sum(wanted.artifact.size for wanted in located.files)
+def _sum(files: Sequence[Wanted]) -> str:
+    total = sum(wanted.artifact.size for wanted in files)
     return f"{total / 1e9:.2f} GB" if total >= 1e9 else f"{total / 1e6:.0f} MB"

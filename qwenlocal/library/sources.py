@@ -45,6 +45,7 @@ class Wanted:
     sought: Sought
     snapshot: Path | None = None
     ref: str | None = None  # the branch that the snapshot is of, None for a pinned commit
+    blob: str | None = None  # git's digest of a small file, where the hub states no other
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,23 @@ class Located:
     files: Sequence[Wanted]
     origin: str
     licence: str
+
+
+@dataclass(frozen=True)
+class LocatedCheckpoint:
+    """A checkpoint on a hub: what it is called there, its files, and the folder in which they will be together."""
+
+    name: str
+    repo: str
+    folder: Path
+    files: Sequence[Wanted]
+    origin: str
+    licence: str
+
+    @property
+    def is_from_the_hub(self) -> bool:
+        """Whether `repo` is a repository of the Hugging Face hub."""
+        return self.origin.startswith("hf:")
 
 
 @dataclass(frozen=True)
@@ -102,9 +120,7 @@ class Sources:
         ModelNotFound, NotConvertedYet: there is no such file to run.
         SourceUnreachable: nobody could be asked, or nobody shall be (`offline`).
         """
-        if self._offline:
-            hint = "Unset HF_HUB_OFFLINE to fetch it."
-            raise SourceUnreachable(str(name), ["HF_HUB_OFFLINE forbids the network"], hint=hint)
+        self._check_online(name)
         if isinstance(name, CatalogueName):
             return self._locate_card(name)
         if isinstance(name, HubName):
@@ -113,12 +129,17 @@ class Sources:
             return self._locate_on_web(name)
         raise ModelNotFound(str(name), reason=f"There is no file {name}.")
 
+    def _check_online(self, name: Name) -> None:
+        if self._offline:
+            hint = "Unset HF_HUB_OFFLINE to fetch it."
+            raise SourceUnreachable(str(name), ["HF_HUB_OFFLINE forbids the network"], hint=hint)
+
     # --- catalogue names
 
     def _locate_card(self, name: CatalogueName) -> Located:
         card, known = name.card, known_file(name)
         if card.gguf is None and known is None:
-            raise self._not_converted(str(name), card)
+            raise NotConvertedYet(str(name), card.checkpoint)
         reasons: list[str] = []
         missing: ModelNotFound | None = None
         if card.gguf:
@@ -140,9 +161,33 @@ class Sources:
         reasons += [str(missing)] if missing else []
         raise SourceUnreachable(str(name), reasons or ["no source is known"])
 
-    def _not_converted(self, name: str, card: Card) -> NotConvertedYet:
-        same = [c for c in self._catalogue.cards if (c.family, c.size) == (card.family, card.size) and c.gguf]
-        return NotConvertedYet(name, card.checkpoint, same[0].name if same else "")
+    def locate_checkpoint(self, name: CatalogueName | HubName) -> LocatedCheckpoint:
+        """
+        The original weights of a model: of a card its checkpoint's repository, of a repository what is in it.
+
+        Raises
+        ------
+        ModelNotFound: there are no weights in it that can be read.
+        SourceUnreachable: nobody could be asked, or nobody shall be (`offline`).
+        """
+        self._check_online(name)
+        if isinstance(name, HubName):
+            return self._checkpoint_from(self._listed(name.hub, name.repo, name.revision), name.hub, name.revision)
+        reasons = []
+        for scheme in ("hf", *name.card.mirrors):
+            try:
+                return self._checkpoint_from(self._list(scheme, name.card.checkpoint, None), scheme, None)
+            except Trouble as trouble:
+                reasons.append(f"{self._hubs[scheme].label}: {trouble}")
+        raise SourceUnreachable(str(name), reasons)
+
+    def _checkpoint_from(self, listing: Listing, scheme: str, revision: str | None) -> LocatedCheckpoint:
+        hub = self._hubs[scheme]
+        name = f"{HubName(scheme, listing.repo, revision)}"
+        files = [self._single(name, hub, listing, file, None, revision) for file in _of_checkpoint(listing)]
+        folder = (files[0].snapshot or files[0].target).parent
+        origin = f"{scheme}:{listing.repo}@{listing.commit[:12]}"
+        return LocatedCheckpoint(name, listing.repo, folder, files, origin, listing.licence)
 
     def _from_wheels(self, name: str, card: Card, known: KnownFile) -> Located:
         target = self._folders.files / "wheels" / known.path
@@ -168,12 +213,15 @@ class Sources:
         return patiently(lambda: self._hubs[scheme].list(repo, revision))
 
     def _locate_on_hub(self, name: HubName) -> Located:
-        hub = self._hubs[name.hub]
+        listing = self._listed(name.hub, name.repo, name.revision)
+        return self._from_listing("", self._hubs[name.hub], listing, name, None)
+
+    def _listed(self, scheme: str, repo: str, revision: str | None) -> Listing:
         try:
-            listing = self._list(name.hub, name.repo, name.revision)
+            return self._list(scheme, repo, revision)
         except Trouble as trouble:
-            raise SourceUnreachable(str(name), [f"{hub.label}: {trouble}"]) from trouble
-        return self._from_listing("", hub, listing, name, None)
+            reason = f"{self._hubs[scheme].label}: {trouble}"
+            raise SourceUnreachable(str(HubName(scheme, repo, revision)), [reason]) from trouble
 
     def _from_listing(self, name: str, hub: Hub, listing: Listing, wanted: HubName, card: Card | None) -> Located:
         group = _choose(listing, wanted, card)
@@ -203,7 +251,8 @@ class Sources:
         artifact = Artifact(file.path, file.size, file.sha256, places, model=name)
         target, snapshot = self._destination(hub, listing, file)
         ref = None if revision == listing.commit else revision or "main"
-        return Wanted(artifact, target, part, Sought(file.path, file.size, file.sha256, listing.repo), snapshot, ref)
+        sought = Sought(file.path, file.size, file.sha256, listing.repo)
+        return Wanted(artifact, target, part, sought, snapshot, ref, file.blob)
 
     def _joined(self, name: str, hub: Hub, listing: Listing, group: _Group) -> Wanted:
         pieces, sections, at = [], [], 0
@@ -219,10 +268,11 @@ class Sources:
         return Wanted(artifact, target, self._part("+".join(s.sha256 for s in sections)), sought)
 
     def _destination(self, hub: Hub, listing: Listing, file: RemoteFile) -> tuple[Path, Path | None]:
-        if hub.scheme != "hf" or not file.sha256:
+        digest = file.sha256 or file.blob  # as huggingface_hub names them
+        if hub.scheme != "hf" or not digest:
             return self._own_folder(hub, listing) / file.path, None
         repo = hub_repo(self._folders.hub_cache, listing.repo)
-        return repo / "blobs" / file.sha256, repo / "snapshots" / listing.commit / file.path
+        return repo / "blobs" / digest, repo / "snapshots" / listing.commit / file.path
 
     def _own_folder(self, hub: Hub, listing: Listing) -> Path:
         return self._folders.files / hub.scheme / listing.repo.replace("/", "--") / listing.commit.replace("/", "--")
@@ -300,6 +350,33 @@ def _choose(listing: Listing, wanted: HubName, card: Card | None) -> _Group:
     )
 
 
+# What a checkpoint consists of beside its weights, as far as converting needs it.
+_DOCUMENTS = (
+    "config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json", "tokenizer.model",
+    "added_tokens.json", "chat_template.jinja", "chat_template.json", "README.md", "model.safetensors.index.json",
+)  # fmt: skip
+
+
+def _of_checkpoint(listing: Listing) -> list[RemoteFile]:
+    """The files that converting needs, the small ones first."""
+    there = {file.path: file for file in listing.files}
+    weights = [file for path, file in there.items() if path.endswith(".safetensors") and "/" not in path]
+    weights = [file for file in weights if not file.path.startswith("adapter_")]
+    if not weights:
+        pickled = [path for path in there if path.endswith((".bin", ".pt", ".pth"))]
+        what = f"its weights are pickled ({pickled[0]}), and such files can run programs" if pickled else "no weights"
+        raise ModelNotFound(
+            listing.repo,
+            reason=f"{listing.repo} has no safetensors files: {what}.",
+            hint="Look for a repository with safetensors or GGUF files.",
+        )
+    if "config.json" not in there:
+        raise ModelNotFound(listing.repo, reason=f"{listing.repo} has no config.json, so it is no checkpoint.")
+    spelling = () if "tokenizer.json" in there else ("vocab.json", "merges.txt")
+    documents = [there[path] for path in (*_DOCUMENTS, *spelling) if path in there]
+    return [*documents, *sorted(weights, key=lambda file: file.path)]
+
+
 def _by_file(listing: Listing, models: Sequence[_Group], wanted: HubName) -> _Group:
     for group in models:
         if wanted.file in (group.name, *(file.path for file in group.files)):
@@ -325,9 +402,7 @@ def _by_level(listing: Listing, models: Sequence[_Group], level: str) -> _Group:
 
 def _nothing_to_run(listing: Listing) -> ModelNotFound:
     if any(file.path.endswith((".safetensors", ".bin", ".safetensors.index.json")) for file in listing.files):
-        return NotConvertedYet(
-            listing.repo, listing.repo, f"{listing.repo}-GGUF, if it exists (hf:{listing.repo}-GGUF)"
-        )
+        return NotConvertedYet(listing.repo, listing.repo)
     return ModelNotFound(
         listing.repo, reason=f"{listing.repo} has no GGUF file.", hint="Name a repository with GGUF files."
     )

@@ -60,6 +60,8 @@ class Record:
     added: str = ""
     asked: Sequence[str] = field(default_factory=tuple)  # other names that led to it
     missing: int = 0  # bytes of further files that are still to be fetched
+    made_from: str = ""  # what it was converted from, and in which state that was
+    is_checkpoint: bool = False  # weights to be converted, not to be run
 
     @property
     def path(self) -> Path:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenlocal.errors import BadCheckpoint, CannotExpress
-from qwenlocal.weights.checkpoint import Checkpoint
+from qwenlocal.weights.checkpoint import Checkpoint, read_config
 from qwenlocal.weights.safetensors import StoredTensor
 
 _ARCHITECTURES = {"Qwen2ForCausalLM": "qwen2", "Qwen2Model": "qwen2", "Qwen2MoeForCausalLM": "qwen2moe"}
@@ -473,3 +473,15 @@ def _fused_experts(stored: _Stored, experts: Experts, source: str, width: int) -
         [Rows(both, expert * 2 * inner + inner, inner) for expert in range(experts.count)],
         [Rows(down, expert * width, width) for expert in range(experts.count)],
     ]
+
+
+def examine(folder: Path) -> None:
+    """
+    Whether the checkpoint in `folder` could be converted, as far as its config.json tells; its weights may be missing.
+
+    Raises
+    ------
+    BadCheckpoint, CannotExpress: it could not.
+    """
+    config = read_config(folder)
+    hyperparameters(Checkpoint(folder, config, {}))

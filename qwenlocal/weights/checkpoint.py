@@ -41,8 +41,7 @@ class Checkpoint:
         CannotExpress: the weights are packed (GPTQ, AWQ, …).
         """
         folder = path if path.is_dir() else path.parent
-        config = read_json(folder / "config.json", "what the model is")
-        _refuse_packed(folder, config)
+        config = read_config(folder)
         files = [path] if path.is_file() else weight_files(folder)
         tensors: dict[str, StoredTensor] = {}
         for file in files:
@@ -149,6 +148,20 @@ def _check_index(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
             raise BadCheckpoint(folder / file, f"it does not hold “{name}”, which {_INDEX} says it does")
         if tensors[name].file.name != file:
             raise BadCheckpoint(folder / file, f"“{name}” is not in it, as {_INDEX} says, but in another file")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """
+    config.json of the checkpoint in `folder`.
+
+    Raises
+    ------
+    BadCheckpoint: it cannot be read.
+    CannotExpress: the weights are packed (GPTQ, AWQ, …).
+    """
+    config = read_json(folder / "config.json", "what the model is")
+    _refuse_packed(folder, config)
+    return config
 
 
 def _refuse_packed(folder: Path, config: Mapping[str, Any]) -> None:

@@ -1,0 +1,364 @@
+"""
+What is wrong with a GGUF file of a Qwen model, and how it can be put right.
+
+Old files have old faults: Qwen's own first ones lack the rope base (llama.cpp then takes 10,000 and the text falls
+apart after some 2,000 tokens), converters before mid-2024 marked padding ids so that a typed "[PAD5]" becomes one, and
+many carry the tied head twice. `examine_file` finds these and damage; `repair.py` writes a file without them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qwenlocal import ggml
+from qwenlocal.weights import gguf
+from qwenlocal.weights.header import Header, Tensor, read_header, read_pairs, tensor_bytes, tensor_type_name
+
+QWEN = ("qwen2", "qwen2moe")
+_NORMAL, _USER_DEFINED, _UNUSED = 1, 4, 5
+_PADDING = re.compile(r"\[PAD\d+\]")
+_END_OF_TURN, _END_OF_TEXT = "<|im_end|>", "<|endoftext|>"
+_CHUNK = 1 << 22
+_SAMPLE = 64  # rows of a matrix that are looked at closely
+
+# rope_theta of the published checkpoints (their config.json): 1e6, only the 4B, 2,560 wide, has 5e6.
+_ROPE_BASE, _ROPE_BASE_4B, _WIDTH_4B = 1_000_000.0, 5_000_000.0, 2560
+
+
+@dataclass(frozen=True)
+class Finding:
+    """
+    Something wrong. `is_serious`: the model answers wrongly or not at all.
+
+    `pairs` puts it right with values of the header; `drops` names a tensor that is not needed.
+    """
+
+    what: str
+    is_serious: bool
+    pairs: Mapping[str, gguf.Encoded] = field(default_factory=dict)
+    drops: str = ""
+
+    @property
+    def can_be_fixed(self) -> bool:
+        """Whether `repair.py` can put it right."""
+        return bool(self.pairs or self.drops)
+
+
+@dataclass(frozen=True)
+class Checkup:
+    """A file, what it says of itself, and what is wrong with it."""
+
+    path: Path
+    header: Header
+    findings: Sequence[Finding]
+
+    @property
+    def fixable(self) -> list[Finding]:
+        """Those that can be put right."""
+        return [finding for finding in self.findings if finding.can_be_fixed]
+
+
+Report = Callable[[int, int], object]
+
+
+def missing_rope_base(metadata: Mapping[str, Any]) -> float | None:
+    """
+    The rope base of a Qwen model whose file does not state it; None where it does, or where nothing is missing.
+
+    `missing_rope_base({"general.architecture": "qwen2"})` is 1000000.0.
+    """
+    architecture = metadata.get("general.architecture")
+    if architecture not in QWEN or f"{architecture}.rope.freq_base" in metadata:
+        return None
+    return _ROPE_BASE_4B if metadata.get(f"{architecture}.embedding_length") == _WIDTH_4B else _ROPE_BASE
+
+
+def examine_file(path: Path, report: Report = lambda done, all: None, *, weights: bool = True) -> Checkup:
+    """
+    Look at a GGUF file; with `weights`, at every number in it, of which `report` gets bytes done and altogether.
+
+    Raises
+    ------
+    BadWeights: it is not a GGUF file, or is cut off.
+    """
+    header = read_header(path)
+    pairs = read_pairs(path)
+    findings = [*_header_findings(header, pairs)]
+    findings += _head_findings(path, header)
+    if weights:
+        findings += _weight_findings(path, header, report)
+    return Checkup(path, header, sorted(findings, key=lambda finding: not finding.is_serious))
+
+
+# --- the header
+
+
+def _header_findings(header: Header, pairs: Mapping[str, gguf.Encoded]) -> Iterator[Finding]:
+    base = missing_rope_base(header.metadata)
+    if base is not None:
+        yield Finding(
+            f"The rope base is missing; llama.cpp would take 10,000 where the model was trained with {base:,.0f}, and "
+            "long texts fall apart.",
+            True,
+            {f"{header.architecture}.rope.freq_base": gguf.f32(base)},
+        )
+    yield from _vocabulary_findings(header, pairs)
+    yield from _template_findings(pairs)
+    if header.architecture in QWEN:
+        yield from _contract_findings(header)
+
+
+def _vocabulary_findings(header: Header, pairs: Mapping[str, gguf.Encoded]) -> Iterator[Finding]:
+    if "tokenizer.ggml.tokens" not in pairs:
+        yield Finding("It has no vocabulary: it cannot read or write text.", True)
+        return
+    tokens: list[str] = gguf.decode(pairs["tokenizer.ggml.tokens"])
+    kinds: list[int] = gguf.decode(pairs["tokenizer.ggml.token_type"]) if "tokenizer.ggml.token_type" in pairs else []
+    rows = next(
+        (t.shape[1] for t in header.tensors if t.name == "token_embd.weight" and len(t.shape) == 2), len(tokens)
+    )
+    if rows != len(tokens):
+        yield Finding(f"The vocabulary has {len(tokens):,} tokens, the embeddings have {rows:,} rows.", True)
+    if kinds and len(kinds) != len(tokens):
+        yield Finding(f"The vocabulary has {len(tokens):,} tokens and {len(kinds):,} kinds of them.", True)
+        return
+    reachable = [
+        number
+        for number, kind in enumerate(kinds)
+        if kind in (_NORMAL, _USER_DEFINED) and _PADDING.fullmatch(tokens[number])
+    ]
+    if reachable:
+        hidden = list(kinds)
+        for number in reachable:
+            hidden[number] = _UNUSED
+        yield Finding(
+            f"{len(reachable)} padding ids can be reached by typing them: “{tokens[reachable[0]]}” becomes a "
+            "token that was never trained.",
+            False,
+            {"tokenizer.ggml.token_type": gguf.i32s(hidden)},
+        )
+    yield from _end_findings(tokens, pairs)
+
+
+def _end_findings(tokens: Sequence[str], pairs: Mapping[str, gguf.Encoded]) -> Iterator[Finding]:
+    template = gguf.decode(pairs["tokenizer.chat_template"]) if "tokenizer.chat_template" in pairs else ""
+    if _END_OF_TURN not in template or _END_OF_TURN not in tokens:
+        return
+    end = tokens.index(_END_OF_TURN)
+    said = {
+        role: gguf.decode(pairs[f"tokenizer.ggml.{role}_token_id"])
+        for role in ("eos", "eot")
+        if f"tokenizer.ggml.{role}_token_id" in pairs
+    }
+    if end in said.values():
+        return
+    eos = said.get("eos")
+    name = tokens[eos] if isinstance(eos, int) and 0 <= eos < len(tokens) else "nothing"
+    known = name in (_END_OF_TEXT, _END_OF_TURN)
+    yield Finding(
+        f"The chat template ends turns with {_END_OF_TURN}, the file names {name} as the end"
+        + (" only; programs that go by the file talk on past their turn." if known else "."),
+        False,
+        {"tokenizer.ggml.eot_token_id": gguf.u32(end)},
+    )
+
+
+def _template_findings(pairs: Mapping[str, gguf.Encoded]) -> Iterator[Finding]:
+    if "tokenizer.chat_template" not in pairs:
+        yield Finding("It has no chat template: programs must guess how turns are marked.", False)
+        return
+    template = gguf.decode(pairs["tokenizer.chat_template"])
+    if not template.strip():
+        yield Finding("Its chat template is empty.", False)
+    elif "messages" not in template:
+        yield Finding("Its chat template never looks at the messages; it is not a template of turns.", False)
+    elif "add_generation_prompt" not in template and "<|im_start|>" in template:
+        yield Finding("Its chat template cannot begin the assistant's turn (no add_generation_prompt).", False)
+
+
+def _contract_findings(header: Header) -> Iterator[Finding]:
+    """Every tensor that llama.cpp's loader asks for is there, in its shape (src/models/qwen2.cpp, qwen2moe.cpp)."""
+    there = {tensor.name: tensor.shape for tensor in header.tensors}
+    expected = dict(_expected(header))
+    for name, shape in expected.items():
+        if name not in there:
+            if name == "output.weight" and header.architecture == "qwen2":
+                continue
+            yield Finding(f"“{name}” is missing; llama.cpp will not load the file.", True)
+            return
+        if None not in shape and _trimmed(there[name]) != _trimmed(shape):
+            yield Finding(f"“{name}” is {list(there[name])}; by the header it should be {list(shape)}.", True)
+            return
+    optional = re.compile(r"blk\.\d+\.attn_[qkv]\.bias|output\.bias|.*\.(scale|input_scale)|rope_freqs\.weight")
+    strange = [name for name in there if name not in expected and not optional.fullmatch(name)]
+    if strange:
+        yield Finding(f"{len(strange)} tensors have no place in this architecture, “{strange[0]}” for example.", True)
+
+
+def _trimmed(shape: Sequence[Any]) -> list[Any]:
+    """A shape without ones at its end, which mean nothing to ggml."""
+    found = list(shape)
+    while len(found) > 1 and found[-1] == 1:
+        found.pop()
+    return found
+
+
+def _expected(header: Header) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    def number(key: str, default: Any = None) -> Any:
+        value = header.hyperparameter(key)
+        return value if isinstance(value, int) else default
+
+    width, heads = number("embedding_length"), number("attention.head_count")
+    keys = width // heads * number("attention.head_count_kv", heads) if width and heads else None
+    rows = next((t.shape[1] for t in header.tensors if t.name == "token_embd.weight" and len(t.shape) == 2), None)
+    yield "token_embd.weight", (width, rows)
+    yield "output.weight", (width, rows)
+    yield "output_norm.weight", (width,)
+    for layer in range(number("block_count", 0)):
+        at = f"blk.{layer}."
+        for name in ("attn_norm", "ffn_norm"):
+            yield f"{at}{name}.weight", (width,)
+        for name, size in (("attn_q", width), ("attn_k", keys), ("attn_v", keys), ("attn_output", width)):
+            yield f"{at}{name}.weight", (width, size)
+        yield from _expected_feed_forward(header.architecture, at, width, number)
+
+
+def _expected_feed_forward(
+    architecture: str, at: str, width: Any, number: Callable[..., Any]
+) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    inner = number("feed_forward_length")
+    if architecture == "qwen2":
+        for name, shape in (("gate", (width, inner)), ("up", (width, inner)), ("down", (inner, width))):
+            yield f"{at}ffn_{name}.weight", shape
+        return
+    count, each = number("expert_count"), number("expert_feed_forward_length")
+    shared = number("expert_shared_feed_forward_length", inner)
+    yield f"{at}ffn_gate_inp.weight", (width, count)
+    yield f"{at}ffn_gate_inp_shexp.weight", (width,)
+    for name in ("gate", "up"):
+        yield f"{at}ffn_{name}_exps.weight", (width, each, count)
+        yield f"{at}ffn_{name}_shexp.weight", (width, shared)
+    yield f"{at}ffn_down_exps.weight", (each, width, count)
+    yield f"{at}ffn_down_shexp.weight", (shared, width)
+
+
+# --- the weights
+
+
+def _head_findings(path: Path, header: Header) -> Iterator[Finding]:
+    """A head that repeats the embeddings: the very bytes, or the same numbers in another type."""
+    by_name = {tensor.name: tensor for tensor in header.tensors}
+    head, table = by_name.get("output.weight"), by_name.get("token_embd.weight")
+    if header.architecture != "qwen2" or head is None or table is None or head.shape != table.shape:
+        return
+    size = tensor_bytes(head) or 0
+    if head.type == table.type:
+        if _same_bytes(path, header, head, table):
+            yield Finding(
+                f"The head repeats the embeddings byte for byte ({size / 1e6:,.0f} MB for nothing).",
+                False,
+                drops="output.weight",
+            )
+    elif _are_alike(path, header, head, table):
+        saved = min(size, tensor_bytes(table) or 0)
+        yield Finding(
+            f"The head repeats the embeddings in another type ({tensor_type_name(head.type)} and "
+            f"{tensor_type_name(table.type)}); converted anew, the file would be {saved / 1e6:,.0f} MB smaller.",
+            False,
+        )
+
+
+def _same_bytes(path: Path, header: Header, one: Tensor, other: Tensor) -> bool:
+    size = tensor_bytes(one) or 0
+    with path.open("rb") as here, path.open("rb") as there:
+        here.seek(header.data_offset + one.offset)
+        there.seek(header.data_offset + other.offset)
+        while size:
+            count = min(size, _CHUNK)
+            if here.read(count) != there.read(count):
+                return False
+            size -= count
+    return True
+
+
+def _are_alike(path: Path, header: Header, one: Tensor, other: Tensor) -> bool:
+    """Whether rows here and there over the matrices correlate by more than 0.98."""
+    import numpy
+
+    step = max(1, one.shape[1] // _SAMPLE)
+    rows = range(0, one.shape[1], step)
+    try:
+        left, right = (numpy.stack([_row(path, header, tensor, row) for row in rows]) for tensor in (one, other))
+    except ValueError:
+        return False
+    if not (numpy.isfinite(left).all() and numpy.isfinite(right).all()) or not left.std() or not right.std():
+        return False
+    return bool(numpy.corrcoef(left.ravel(), right.ravel())[0, 1] > 0.98)
+
+
+def _row(path: Path, header: Header, tensor: Tensor, row: int) -> Any:
+    import numpy
+
+    kind = ggml.tensor_type_numbered(tensor.type)
+    if kind is None:
+        raise ValueError(tensor.type)
+    width = kind.row_bytes(tensor.shape[0])
+    data = numpy.fromfile(path, numpy.uint8, width, offset=header.data_offset + tensor.offset + row * width)
+    found = numpy.empty(tensor.shape[0], numpy.float32)
+    ggml.to_float(kind, data.ctypes.data, found.ctypes.data, tensor.shape[0])
+    return found
+
+
+def _weight_findings(path: Path, header: Header, report: Report) -> Iterator[Finding]:
+    """NaN and infinite numbers; all-zero matrices, which damaged downloads leave behind."""
+    import numpy
+
+    total, done = sum(tensor_bytes(tensor) or 0 for tensor in header.tensors), 0
+    buffer = numpy.empty(_CHUNK, numpy.uint8)
+    with path.open("rb") as file:
+        for tensor in header.tensors:
+            kind, size = ggml.tensor_type_numbered(tensor.type), tensor_bytes(tensor)
+            if kind is None or size is None:
+                yield Finding(f"“{tensor.name}” is of a type that is not known here ({tensor.type}).", True)
+                continue
+            file.seek(header.data_offset + tensor.offset)
+            wrong, all_zero = _scan(file, kind, size, buffer, lambda count, before=done: report(before + count, total))  # type: ignore[misc]
+            done += size
+            if wrong:
+                yield Finding(f"“{tensor.name}” has {wrong:,} numbers that are NaN or infinite.", True)
+            if all_zero and len(tensor.shape) > 1:
+                yield Finding(f"“{tensor.name}” is nothing but zeros; the file was damaged or never finished.", True)
+
+
+def _scan(
+    file: Any, kind: ggml.TensorType, size: int, buffer: Any, report: Callable[[int], object]
+) -> tuple[int, bool]:
+    import numpy
+
+    step = _CHUNK // kind.width * kind.width
+    numbers = numpy.empty(step // kind.width * kind.block, numpy.float32)
+    wrong, all_zero = 0, True
+    for start in range(0, size, step):
+        data = buffer[: min(step, size - start)]
+        if file.readinto(data) != data.size:
+            break
+        all_zero = all_zero and not data.any()
+        found = numbers[: data.size // kind.width * kind.block]
+        try:
+            ggml.to_float(kind, data.ctypes.data, found.ctypes.data, found.size)
+        except ValueError:
+            return 0, False
+        wrong += _not_finite(found)
+        report(start + data.size)
+    return wrong, all_zero
+
+
+def _not_finite(numbers: Any) -> int:
+    import numpy
+
+    bits = numbers.view(numpy.uint32) & 0x7F800000
+    return int((bits == 0x7F800000).sum()) if bits.size and int(bits.max()) == 0x7F800000 else 0

@@ -1,0 +1,144 @@
+"""From one GGUF file to another with other types: everything but the tensors is carried over untouched."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from qwenlocal import ggml
+from qwenlocal.errors import BadWeights, CannotExpress
+from qwenlocal.weights import gguf
+from qwenlocal.weights.header import Header, Tensor, read_header, read_pairs
+from qwenlocal.weights.importance import Importance
+from qwenlocal.weights.mix import FileType, ModelFacts, Wishes, file_type_numbered
+from qwenlocal.weights.plan import Goal, Plan, SourceTensor, Stretch, make_plan
+
+_SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
+_OF_THE_FILE = ("split.no", "split.count", "split.tensors.count", "general.alignment")
+_MIXES_KNOWN = ("qwen2", "qwen2moe")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to quantize. Without `again`, weights that are quantized already are not quantized once more."""
+
+    wishes: Wishes = field(default_factory=Wishes)
+    importance: Importance | None = None
+    again: bool = False
+
+
+def plan_quantization(source: Path, wanted: Sequence[tuple[Path, FileType]], options: Options = Options()) -> Plan:
+    """
+    The plan for writing `wanted` from the GGUF file `source` (of a split one, the first part).
+
+    Raises
+    ------
+    BadWeights: the file is damaged, or quantized already (not with `again`).
+    CannotExpress: the mixes of its architecture are not known here (with `pure` they are not needed).
+    """
+    parts = _parts(source)
+    headers = [read_header(part) for part in parts]
+    first = headers[0]
+    facts = _facts(source, first, pure=options.wishes.pure)
+    tensors = sorted(
+        (
+            source_tensor(part, header, tensor)
+            for part, header in zip(parts, headers, strict=True)
+            for tensor in header.tensors
+        ),
+        key=lambda tensor: _by_layer(tensor.name),
+    )
+    pairs = {key: value for key, value in read_pairs(source).items() if key not in _OF_THE_FILE}
+    importance = options.importance
+    goals = [
+        Goal(
+            path,
+            kind,
+            {
+                **pairs,
+                "general.file_type": gguf.u32(kind.number),
+                "general.quantization_version": gguf.u32(2),
+                **(importance.pairs if importance else {}),
+            },
+        )
+        for path, kind in wanted
+    ]
+    plan = make_plan(tensors, goals, facts, options.wishes, importance)
+    if not options.again:
+        _refuse_again(source, first, plan)
+    return plan
+
+
+def _parts(source: Path) -> list[Path]:
+    match = _SHARD.search(source.name)
+    if not match:
+        return [source]
+    count = int(match[2])
+    names = [_SHARD.sub(f"-{number:05}-of-{count:05}.gguf", source.name) for number in range(1, count + 1)]
+    missing = [name for name in names if not (source.parent / name).is_file()]
+    if missing:
+        raise BadWeights(source, f"it is split in {count} files, and {missing[0]} is not beside it")
+    return [source.parent / name for name in names]
+
+
+def _facts(source: Path, header: Header, *, pure: bool) -> ModelFacts:
+    if header.architecture not in _MIXES_KNOWN and not pure:
+        raise CannotExpress(
+            source,
+            f"which tensors of the architecture “{header.architecture}” llama.cpp gives other types is not known here",
+            hint="The same type for all works: --pure. Or take llama.cpp's own llama-quantize.",
+        )
+
+    def number(key: str, default: int) -> int:
+        value = header.hyperparameter(key)
+        return value if isinstance(value, int) else default
+
+    heads = number("attention.head_count", 1)
+    return ModelFacts(
+        header.architecture,
+        number("block_count", 0),
+        heads // max(1, number("attention.head_count_kv", heads)),
+        number("expert_count", 0),
+    )
+
+
+def source_tensor(part: Path, header: Header, tensor: Tensor) -> SourceTensor:
+    """
+    A tensor of a GGUF file as something to be written.
+
+    Raises
+    ------
+    BadWeights: its type is not known, or cannot have such rows.
+    """
+    kind = ggml.tensor_type_numbered(tensor.type)
+    if kind is None or not tensor.shape:
+        raise BadWeights(part, f"“{tensor.name}” is of the unknown type {tensor.type}")
+    columns, *more = tensor.shape
+    if columns % kind.block:
+        raise BadWeights(part, f"“{tensor.name}” has rows of {columns:,}, which {kind.name} cannot have")
+    rows = tensor.elements // columns if columns else 0
+    at = header.data_offset + tensor.offset
+    experts = more[1] if len(more) > 1 else 1
+    each = rows // experts
+    stretches = [Stretch(part, at + n * each * kind.row_bytes(columns), each, kind) for n in range(experts)]
+    return SourceTensor(tensor.name, tensor.shape, stretches)
+
+
+def _by_layer(name: str) -> tuple[int, str]:
+    match = re.match(r"blk\.(\d+)\.", name)
+    return (int(match[1]) if match else -1, name)
+
+
+def _refuse_again(source: Path, header: Header, plan: Plan) -> None:
+    for file in plan.files:
+        for tensor in file.tensors:
+            if tensor.source.is_quantized and tensor.choice.type != tensor.source:
+                number = header.metadata.get("general.file_type")
+                now = file_type_numbered(number) if isinstance(number, int) else ""
+                raise BadWeights(
+                    source,
+                    f"it is quantized already ({now or tensor.source.name}); twice loses more than once",
+                    hint="Start from the checkpoint or an f16 or bf16 file. To do it all the same: --requantize",
+                )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,6 +111,44 @@ def is_valid(kind: TensorType, data: Address, size: int) -> bool:
     return bool(_base().ggml_validate_row_data(kind.number, data, size))
 
 
+class TensorInMemory(NamedTuple):
+    """A tensor that llama.cpp asks somebody to fill: its name, type and size in bytes."""
+
+    handle: Address
+    name: str
+    type: TensorType
+    size: int
+
+    @classmethod
+    def at(cls, handle: Address) -> TensorInMemory:
+        """The tensor behind a pointer of ggml's; its type is the first field of the structure (ggml.h)."""
+        number = ctypes.c_int.from_address(handle).value
+        kind = tensor_type_numbered(number)
+        if kind is None:
+            raise ValueError(f"type {number} is not known")
+        return cls(handle, _base().ggml_get_name(handle).decode(), kind, _base().ggml_nbytes(handle))
+
+    def put(self, data: Address, offset: int, size: int) -> None:
+        """Copy `size` bytes at `data` to byte `offset` of the tensor, wherever its memory is."""
+        _base().ggml_backend_tensor_set(self.handle, data, offset, size)
+
+
+class GgufHeader:
+    """The header of a GGUF file, as ggml itself reads it; the weights behind it need not be there."""
+
+    def __init__(self, path: Path) -> None:
+        """ValueError where ggml cannot read it."""
+        self.handle: Address | None = _base().gguf_init_from_file(os.fsencode(path), _GgufParams(True, None))
+        if not self.handle:
+            raise ValueError(f"ggml cannot read {path}")
+
+    def close(self) -> None:
+        """Give the memory back."""
+        if self.handle:
+            _base().gguf_free(self.handle)
+            self.handle = None
+
+
 def devices() -> list[Device]:
     """Every device that the compiled libraries found: the processor, and graphics cards where there are any."""
     ggml = _library("ggml")
@@ -139,6 +178,12 @@ def _describe(device: Any) -> Device:
     return Device(name(device).decode(), description(device).decode(), free.value, total.value, is_gpu)
 
 
+class _GgufParams(ctypes.Structure):
+    """gguf.h: struct gguf_init_params."""
+
+    _fields_ = [("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p)]
+
+
 class _Traits(ctypes.Structure):
     """ggml.h: struct ggml_type_traits."""
 
@@ -164,6 +209,11 @@ def _base() -> ctypes.CDLL:
         ("ggml_quantize_chunk", size, [ctypes.c_int, pointer, pointer, i64, i64, i64, pointer]),
         ("ggml_quantize_requires_imatrix", ctypes.c_bool, [ctypes.c_int]),
         ("ggml_validate_row_data", ctypes.c_bool, [ctypes.c_int, pointer, size]),
+        ("ggml_get_name", ctypes.c_char_p, [pointer]),
+        ("ggml_nbytes", size, [pointer]),
+        ("ggml_backend_tensor_set", None, [pointer, pointer, size, size]),
+        ("gguf_init_from_file", pointer, [ctypes.c_char_p, _GgufParams]),
+        ("gguf_free", None, [pointer]),
     ):
         function = getattr(base, name)
         function.restype, function.argtypes = result, arguments

@@ -16,7 +16,8 @@ from qwenlocal.engine.sequence import TokenSequence
 from qwenlocal.errors import BadWeights, Interrupted, UsageProblem
 from qwenlocal.ggml import devices
 from qwenlocal.machine import Machine
-from qwenlocal.weights.header import Value, read_metadata
+from qwenlocal.weights.checkup import missing_rope_base
+from qwenlocal.weights.header import Value, read_header, read_metadata
 
 ALL_LAYERS = 1 << 16  # more than any model has
 
@@ -107,6 +108,7 @@ class Loading:
         BadWeights: the file cannot be used. NotEnoughMemory: it does not fit. Interrupted: `stop` was called.
         """
         metadata = _metadata(path)
+        repairs = _repairs(path, metadata)
         n_ctx = choose_context(name, Shape.of(metadata), size, machine.memory().available, options.n_ctx)
         threads = options.threads or machine.cores
 
@@ -118,13 +120,14 @@ class Loading:
         warm.start()
         layers = _all_layers_if_they_fit(size) if options.gpu_layers is None else options.gpu_layers
         try:
-            model = Model(path, gpu_layers=layers, on_progress=progress)
+            model = Model(path, gpu_layers=layers, overrides=repairs, on_progress=progress)
         except Aborted as reason:
             raise Interrupted from reason
         try:
             warm.join()
             template, notes = _template(model, raw=options.raw, is_base=is_base)
             sampling, more = _sampling(metadata, recommended)
+            notes = (*_repairs_in_words(repairs, model), *notes)
             context = Context(model, ContextOptions(n_ctx, threads=threads))
         except BaseException:
             model.close()
@@ -148,6 +151,21 @@ def _metadata(path: Path) -> Mapping[str, Value]:
         return read_metadata(path)
     except OSError as reason:
         raise BadWeights(path, reason.strerror or str(reason)) from reason
+
+
+def _repairs(path: Path, metadata: Mapping[str, Value]) -> dict[str, float]:
+    """What the file should say and does not; the whole header is read only where something seems to be missing."""
+    if missing_rope_base(metadata) is None:
+        return {}
+    base = missing_rope_base(read_header(path).metadata)
+    return {f"{metadata['general.architecture']}.rope.freq_base": base} if base is not None else {}
+
+
+def _repairs_in_words(repairs: Mapping[str, float], model: Model) -> tuple[str, ...]:
+    found = [f"rope base {value:,.0f}, which the file does not state" for value in repairs.values()]
+    if model.vocabulary.hides_padding:
+        found.append("padding tokens that could be typed are text")
+    return (f"Put right on loading: {'; '.join(found)}. (qwenlocal inspect --fix)",) if found else ()
 
 
 def _template(model: Model, *, raw: bool | None, is_base: bool) -> tuple[ChatTemplate | None, tuple[str, ...]]:

@@ -192,8 +192,21 @@ def rm(
 def verify(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Which model.", autocompletion=models_here)],
     no_repair: Annotated[bool, typer.Option("--no-repair", help="Only look; fetch nothing.")] = False,
+    against: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--against", metavar="SRC", help="Compare with the checkpoint that it was made from."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="With --against: print JSON.")] = False,
 ) -> None:
-    """Read every byte of a model and compare; fetches again just what is damaged."""
+    """Read every byte of a model and compare; fetches again just what is damaged.
+
+    With --against: compare weights, token ids and logits with those of the checkpoint.
+    """
+    if against is not None:
+        from qwenlocal.cli.against import verify_against
+
+        verify_against(model, against, as_json=as_json)
+        return
     from qwenlocal.cli.models import verify_model
 
     verify_model(model, repair=not no_repair)

@@ -13,10 +13,11 @@ import functools
 import importlib
 import importlib.util
 import os
+import re
 import sys
 import types
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from typing import Any
 from qwenlocal.errors import BadWeights, NoContext, QwenlocalError
 
 _LOG_WARN, _LOG_ERROR, _LOG_CONTINUED = 3, 4, 5  # ggml.h: enum ggml_log_level
-_ATTR_CONTROL = 1 << 3  # llama.h: LLAMA_TOKEN_ATTR_CONTROL
+_ATTR_CONTROL, _ATTR_USER_DEFINED = 1 << 3, 1 << 4  # llama.h: LLAMA_TOKEN_ATTR_CONTROL, …_USER_DEFINED
+_PADDING = re.compile(r"\[PAD\d+\]")
 _NO_SLOT, _ABORTED = 1, 2  # llama.h: what llama_decode returns
 _MOST_OUTPUTS = 32  # rows of logits kept at once; llama.cpp would reserve one per token of a batch (0.3 GB for Qwen)
 
@@ -151,6 +153,7 @@ class Vocabulary:
         # Qwen's tokenizer.json begins with Unicode normalisation form C; llama.cpp does not do it.
         self._normalise = pre_tokenizer == "qwen2"
         self._piece = ctypes.create_string_buffer(256)
+        self.hides_padding = self._has_reachable_padding()
 
     def __len__(self) -> int:
         return int(self._c.llama_vocab_n_tokens(self._vocab))
@@ -163,6 +166,29 @@ class Vocabulary:
         """
         if self._normalise:
             text = unicodedata.normalize("NFC", text)
+        if self.hides_padding and _PADDING.search(text):
+            return self._around_padding(text, special=special, add_bos=add_bos)
+        return self._ids(text, special=special, add_bos=add_bos)
+
+    def _has_reachable_padding(self) -> bool:
+        """
+        Whether ids without a token are marked so that typing their names gives them, as converters once did.
+
+        They stand at the end of the vocabulary, so looking at the last one is enough.
+        """
+        last = len(self) - 1
+        reachable = self._c.llama_vocab_get_attr(self._vocab, last) & _ATTR_USER_DEFINED
+        return bool(reachable and _PADDING.fullmatch(self.text_of(last)))
+
+    def _around_padding(self, text: str, *, special: bool, add_bos: bool) -> list[int]:
+        """Ids of `text` in which "[PAD5]" is text: it is cut after its bracket, and the parts are tokenised apart."""
+        ids: list[int] = []
+        parts = _PADDING.sub(lambda match: f"[\0{match[0][1:]}", text.replace("\0", "")).split("\0")
+        for number, part in enumerate(parts):
+            ids += self._ids(part, special=special, add_bos=add_bos and number == 0)
+        return ids
+
+    def _ids(self, text: str, *, special: bool, add_bos: bool) -> list[int]:
         data = text.encode("utf-8", errors="replace")
         room = len(data) + 8
         ids = (ctypes.c_int32 * room)()
@@ -211,10 +237,18 @@ class Vocabulary:
 class Model:
     """Weights in memory, and what their file says of itself."""
 
-    def __init__(self, path: Path, *, gpu_layers: int = 0, on_progress: Callable[[float], bool] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        gpu_layers: int = 0,
+        overrides: Mapping[str, float] = {},
+        on_progress: Callable[[float], bool] | None = None,
+    ) -> None:
         """
         Load `path`; of a split file, the first part (llama.cpp opens the rest itself).
 
+        `overrides` are numbers that go before what the file says, or does not say: {"qwen2.rope.freq_base": 1e6}.
         `on_progress` gets a fraction between 0 and 1 and returns False to stop loading.
 
         Raises
@@ -222,11 +256,10 @@ class Model:
         BadWeights: llama.cpp refuses the file; its reason is in the error.
         Aborted: `on_progress` returned False.
         """
-        self.path = path
-        self._lib = library()
-        self._c = self._lib.c
-        params = self._c.llama_model_default_params()
+        params = self._begin(path)
         params.n_gpu_layers = gpu_layers
+        kept = _overrides(self._c, overrides)
+        params.kv_overrides = kept
         stopped = False
 
         def progress(fraction: float, _user_data: object) -> bool:
@@ -235,13 +268,23 @@ class Model:
             return not stopped
 
         params.progress_callback = self._c.llama_progress_callback(progress)
-        self._lib.log.clear()
         self._model = self._c.llama_model_load_from_file(os.fsencode(path), params)
         if stopped:
             self.close()
             raise Aborted
+        self._finish()
+
+    def _begin(self, path: Path) -> Any:
+        """llama.cpp's default parameters, its log empty."""
+        self.path = path
+        self._lib = library()
+        self._c = self._lib.c
+        self._lib.log.clear()
+        return self._c.llama_model_default_params()
+
+    def _finish(self) -> None:
         if not self._model:
-            raise _load_failure(path, self._lib.complaint())
+            raise _load_failure(self.path, self._lib.complaint())
         self.vocabulary = Vocabulary(self._lib, self._model, self.metadata("tokenizer.ggml.pre"))
 
     def metadata(self, key: str) -> str:
@@ -275,6 +318,21 @@ class Model:
         if self._model:
             self._c.llama_model_free(self._model)
             self._model = None
+
+
+def _overrides(c: Any, numbers: Mapping[str, float]) -> Any:
+    """An array of llama.h's struct llama_model_kv_override, an empty key at its end; None for none."""
+    if not numbers:
+        return None
+    found = (c.llama_model_kv_override * (len(numbers) + 1))()
+    for place, (key, number) in zip(found, numbers.items(), strict=False):
+        place.key = key.encode()
+        place.tag = c.LLAMA_KV_OVERRIDE_TYPE_FLOAT if isinstance(number, float) else c.LLAMA_KV_OVERRIDE_TYPE_INT
+        if isinstance(number, float):
+            place.value.val_f64 = number
+        else:
+            place.value.val_i64 = number
+    return found
 
 
 def _load_failure(path: Path, complaint: str) -> QwenlocalError:

@@ -1,0 +1,1 @@
+"""What models and machines can do, in numbers."""

@@ -8,7 +8,10 @@ Everything that can go wrong for a user of qwenlocal.
     ├── DownloadFailed             4  no place delivered the bytes
     │   ├── SourceUnreachable      4  nothing answered at all
     │   └── DigestMismatch         4  what arrived is not the published file
+    ├── OutputExists               2  a file that would be written is there already
     ├── BadWeights                 5  the file is not a model this program can run
+    │   ├── BadCheckpoint          5  a checkpoint is damaged or incomplete
+    │   └── CannotExpress          5  llama.cpp cannot compute what the checkpoint asks for
     ├── BadCatalogue               5  a file in models/ cannot be read
     ├── NotEnoughMemory            6  the model does not fit
     ├── NoContext                  6  llama.cpp cannot make a context of that size

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy
 
 from qwenlocal import ggml
+from qwenlocal.chat.template import CHATML
 from qwenlocal.testing import as_dtype
 from qwenlocal.weights import gguf
 from qwenlocal.weights.header import Header, Tensor, read_header, read_pairs, tensor_bytes
@@ -75,29 +76,43 @@ def _documents(source: Path, header: Header) -> dict[str, object]:
     def said(key: str) -> object:
         return pairs[f"qwen2.{key}"]
 
-    tokens, kinds = pairs["tokenizer.ggml.tokens"], pairs["tokenizer.ggml.token_type"]
-    added = {
-        n: t
-        for n, (t, kind) in enumerate(zip(tokens, kinds, strict=True))
-        if kind in (3, 4) and not t.startswith("[PAD")
-    }
-    plain = {t: n for n, (t, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind == 1}
-    eos = tokens[pairs["tokenizer.ggml.eos_token_id"]]
-    flags = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    split = {"type": "Split", "pattern": {"Regex": REGULAR}, "behavior": "Isolated", "invert": False}
-    listed = [{"id": n, "content": t, **flags, "special": kinds[n] == 3} for n, t in added.items()]
     return {
         "config.json": {
             "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu",
             "hidden_size": said("embedding_length"), "intermediate_size": said("feed_forward_length"),
             "num_hidden_layers": said("block_count"), "num_attention_heads": said("attention.head_count"),
-            "num_key_value_heads": said("attention.head_count_kv"), "vocab_size": len(tokens),
+            "num_key_value_heads": said("attention.head_count_kv"),
+            "vocab_size": len(pairs["tokenizer.ggml.tokens"]),
             "max_position_embeddings": said("context_length"), "rope_theta": said("rope.freq_base"),
             "rms_norm_eps": said("attention.layer_norm_rms_epsilon"), "tie_word_embeddings": False,
         },
+        **tokenizer_files(source),
+    }  # fmt: skip
+
+
+def tokenizer_files(source: Path, sizes: tuple[int, int] | None = None) -> dict[str, dict[str, object]]:
+    """
+    tokenizer.json and tokenizer_config.json of a GGUF file's vocabulary.
+
+    `sizes` are the number of plain tokens and of all tokens, for a file whose kinds do not tell them apart.
+    """
+    pairs = {key: gguf.decode(value) for key, value in read_pairs(source).items() if key.startswith("tokenizer.")}
+    tokens, kinds = pairs["tokenizer.ggml.tokens"], pairs["tokenizer.ggml.token_type"]
+    if sizes:
+        kinds = [1] * sizes[0] + [3] * (sizes[1] - sizes[0]) + [5] * (len(tokens) - sizes[1])
+    each = list(enumerate(zip(tokens, kinds, strict=True)))
+    plain = {token: n for n, (token, kind) in each if kind == 1}
+    flags = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
+    added = [
+        {"id": n, "content": token, **flags, "special": kind == 3}
+        for n, (token, kind) in each
+        if kind in (3, 4) and not token.startswith("[PAD")
+    ]
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    split = {"type": "Split", "pattern": {"Regex": REGULAR}, "behavior": "Isolated", "invert": False}
+    return {
         "tokenizer.json": {
-            "version": "1.0", "truncation": None, "padding": None, "added_tokens": listed,
+            "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
             "normalizer": {"type": "NFC"},
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]},
             "post_processor": level, "decoder": level,
@@ -106,8 +121,8 @@ def _documents(source: Path, header: Header) -> dict[str, object]:
                       "vocab": plain, "merges": pairs["tokenizer.ggml.merges"]},
         },
         "tokenizer_config.json": {
-            "added_tokens_decoder": {str(entry["id"]): entry for entry in listed},
-            "bos_token": None, "eos_token": eos, "pad_token": "<|endoftext|>", "unk_token": None,
-            "tokenizer_class": "Qwen2Tokenizer", "chat_template": pairs["tokenizer.chat_template"],
+            "added_tokens_decoder": {str(entry["id"]): entry for entry in added},
+            "bos_token": None, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "unk_token": None,
+            "tokenizer_class": "Qwen2Tokenizer", "chat_template": pairs.get("tokenizer.chat_template", CHATML),
         },
     }  # fmt: skip

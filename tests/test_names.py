@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from qwenlocal.errors import BadCatalogue, BadWeights, ModelNotFound
 from qwenlocal.library.catalog import Catalogue
-from qwenlocal.library.names import CatalogueName, HubName, PathName, WebName, level_of, parse
+from qwenlocal.library.names import CatalogueName, CheckpointName, HubName, PathName, WebName, level_of, parse
 from qwenlocal.paths import shipped
 
 CATALOGUE = Catalogue.read(shipped("models"))
@@ -94,9 +94,9 @@ def test_a_catalogue_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
     [
         ("qwen1.5", "qwen1.5:0.5b-chat-q4_k_m"),
         ("qwen1.5:7b", "qwen1.5:7b-chat-q4_k_m"),
-        ("qwen1.5:7b-base", "qwen1.5:7b-base"),
+        ("qwen1.5:7b-base", "qwen1.5:7b-base-q4_k_m"),
         ("qwen1.5:7b-chat-q5_k_m", "qwen1.5:7b-chat-q5_k_m"),
-        ("qwen1.5:moe", "qwen1.5:moe-chat"),
+        ("qwen1.5:moe", "qwen1.5:moe-chat-q4_k_m"),
         ("qwen15:7b", "qwen1.5:7b-chat-q4_k_m"),
         ("codeqwen1.5", "codeqwen1.5"),
         ("starter", "starter"),
@@ -180,9 +180,14 @@ def test_a_directory_is_no_model_and_what_lies_in_it_is_suggested(tmp_path: Path
     with pytest.raises(BadWeights, match="a directory") as caught:
         parse(str(tmp_path), lambda: CATALOGUE)
     assert "inside.gguf" in caught.value.hint
+
+
+def test_a_directory_with_a_config_is_a_checkpoint_and_so_is_a_safetensors_file(tmp_path: Path) -> None:
     (tmp_path / "config.json").touch()
-    with pytest.raises(BadWeights, match="a directory with a checkpoint"):
-        parse(str(tmp_path), lambda: CATALOGUE)
+    (tmp_path / "model.safetensors").touch()
+    assert parse(str(tmp_path), lambda: CATALOGUE) == CheckpointName(tmp_path)
+    file = tmp_path / "model.safetensors"
+    assert parse(str(file), lambda: CATALOGUE) == CheckpointName(file)
 
 
 @given(st.text(max_size=40))
@@ -194,7 +199,7 @@ def test_any_text_is_a_name_or_a_clear_error(text: str) -> None:
     except (OSError, ValueError):
         pytest.fail(f"{text!r} was handed to the file system")
     else:
-        assert isinstance(name, (CatalogueName, HubName, PathName, WebName))
+        assert isinstance(name, (CatalogueName, CheckpointName, HubName, PathName, WebName))
 
 
 @pytest.mark.parametrize(

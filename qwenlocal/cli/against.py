@@ -66,21 +66,23 @@ def _show(found: Fidelity) -> None:
     for kind, errors in sorted(types.items(), key=lambda item: -max(item[1])):
         mean = sum(errors) / len(errors)
         sys.stdout.write(f"weights  {kind:<8} {len(errors):>4} tensors, error {mean:.3%}, at most {max(errors):.3%}\n")
-    worst = found.worst
-    sys.stdout.write(
-        f"worst    {worst.name} ({worst.type}): {worst.rmse:.3%}; {worst.allowed:.3%} would be explained\n"
-    )
-    sys.stdout.write(f"tokens   {found.texts - len(found.wrong_texts)} of {found.texts} texts have the right ids\n")
-    if found.logits is None:
-        sys.stdout.write("logits   not compared: both models together do not fit into memory\n")
-        return
-    error = found.logits
-    sys.stdout.write(
-        f"logits   over {error.tokens} tokens: NMSE {error.nmse:.2e}, KL {error.kl:.2e} nats, "
-        f"the same likeliest token {error.agreement:.1%} of the time\n"
-    )
+    if worst := found.worst:
+        sys.stdout.write(f"worst    {worst.name} ({worst.type}): {worst.rmse:.3%}, explained {worst.allowed:.3%}\n")
+    if not found.missing:
+        _show_behaviour(found)
     for problem in found.problems:
         sys.stdout.write(f"wrong    {problem}\n")
+
+
+def _show_behaviour(found: Fidelity) -> None:
+    sys.stdout.write(f"tokens   {found.texts - len(found.wrong_texts)} of {found.texts} texts have the right ids\n")
+    if error := found.logits:
+        sys.stdout.write(
+            f"logits   over {error.tokens} tokens: NMSE {error.nmse:.2e}, KL {error.kl:.2e} nats, "
+            f"the same likeliest token {error.agreement:.1%} of the time\n"
+        )
+    else:
+        sys.stdout.write("logits   not compared: both models together do not fit into memory\n")
 
 
 def _as_json(found: Fidelity) -> Mapping[str, Any]:

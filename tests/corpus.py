@@ -1,0 +1,114 @@
+"""
+Five thousand lines of the kinds of text that people have: twelve languages and Chinese and English, code, emoji, odd
+white space, digits, decomposed accents, control tokens. The same lines on every machine.
+"""
+
+from __future__ import annotations
+
+import random
+import unicodedata
+
+SENTENCES = {
+    "English": "The quick brown fox jumps over the lazy dog while 17 others watch from the garden's edge, don't they?",
+    "Chinese": "通义千问1.5版本支持三万两千个词元的上下文，我们希望大家喜欢它。今天的天气真好，适合去公园散步！",
+    "Arabic": "مرحبا بالعالم، اليوم الطقس جميل جدا ونريد أن نذهب إلى الحديقة مع أصدقائنا في المساء؟ الرقم ١٢٣٤٥",
+    "Spanish": "¿Dónde está la biblioteca más antigua de la ciudad? ¡Mañana iremos allí con los niños pequeños del señor Núñez!",
+    "French": "L'élève a déjà goûté à la crème brûlée chez sa grand-mère ; c'était, paraît-il, délicieux — n'est-ce pas ?",
+    "Portuguese": "Não há ninguém à espera no aeroporto, mas amanhã às três horas a minha irmã chegará de São Paulo.",
+    "German": "Die Straßenbahn fährt über die schöne Brücke; der müde Schaffner grüßt höflich alle Fahrgäste aus Österreich.",
+    "Italian": "Perché non andiamo più al mare? L'estate è già finita, però c'è ancora un po' di sole laggiù in città.",
+    "Russian": "Съешь же ещё этих мягких французских булок, да выпей чаю; завтра утром поезд отправляется в 8:45.",
+    "Japanese": "吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。ｶﾀｶﾅとひらがな、そしてＡＢＣ１２３。",
+    "Korean": "동해 물과 백두산이 마르고 닳도록 하느님이 보우하사 우리나라 만세. 오늘은 2024년 2월 5일입니다!",
+    "Vietnamese": "Tôi muốn học tiếng Việt vì nó rất thú vị; thời tiết hôm nay đẹp quá, chúng ta đi dạo quanh hồ nhé?",
+    "Thai": "สวัสดีครับ วันนี้อากาศดีมาก เราไปเดินเล่นที่สวนสาธารณะกันไหม ราคา ๑๒๓ บาท เท่านั้น",
+    "Indonesian": "Selamat pagi, apa kabar? Kami akan berangkat ke pasar tradisional untuk membeli buah-buahan yang segar.",
+    "Hindi": "नमस्ते दुनिया, आज मौसम बहुत अच्छा है और हम बगीचे में खेलेंगे। क्या आप आएँगे? १२३",
+}
+CODE = [
+    "def quicksort(items: list[int]) -> list[int]:", "    return [x for x in rest if x < pivot] + [pivot]",
+    "\tif (ptr != NULL && *ptr == '\\0') { free(ptr); ptr = NULL; }", "SELECT id, name FROM users WHERE age >= 18 -- adults",
+    "#include <stdio.h>", "const f = async (x) => await fetch(`https://x.y/${x}?q=1`);", "<p class=\"a b\">&copy; 2024</p>",
+    "for i in $(seq 1 10); do echo \"$i\" >> out.txt; done", "{\"a\": [1, 2.50, -3e-7, null, true], \"b\": {\"c\": \"\\u00e9\"}}",
+    "let mut v: Vec<Box<dyn Fn(i32) -> i32>> = vec![];", "x = 0x1F + 0b1010 - 1_000_000 ** 2  # odd", "| a | b |\t---\t|",
+    "\\frac{\\partial L}{\\partial w_{ij}} = \\sum_k \\delta_k", "@@ -1,7 +1,9 @@ class Foo(Bar):", "C:\\Users\\x\\file.txt",
+]  # fmt: skip
+EMOJI = ["🙂", "👍🏽", "👩\u200d👩\u200d👧\u200d👦", "🇨🇳", "🏴\u200d☠️", "❤️", "1️⃣", "🫠", "🧑🏿\u200d🚀"]
+SPACES = [" ", "  ", "   ", "\t", " \t ", "\u00a0", "\u3000", "\u200b", "\u2009", "\n", " \n", "\n\n", "\r\n", "\n   ", "\x0b", "\x0c", "\u2028"]  # fmt: skip
+CONTROL = ["<|im_end|>", "<|im_start|>", "<|endoftext|>", "<|im_start|>system\n", "<|im_en", "|im_end|>", "<|extra_0|>"]
+OTHER = ["\ufeff", "\u202e", "ﬁ", "½", "Ⅷ", "ǅ", "ß", "İ", "ı", "ſ", "K", "Å", "\u0301", "각", "\u1100\u1161\u11a8", "ᾳ", "‽", "𝔘𝔫𝔦", "𠮷", "\U000e0041", "'S", "'ll", "’re"]  # fmt: skip
+
+
+def lines(count: int = 5200) -> list[str]:
+    """The corpus; the first lines are the sentences themselves."""
+    dice = random.Random(1500)
+    found = [*SENTENCES.values(), *CODE]
+    makers = [_words, _words, _letters, _spaced, _decomposed, _code, _mixed, _digits, _control, _shouting]
+    while len(found) < count:
+        found.append(makers[len(found) % len(makers)](dice))
+    return found[:count]
+
+
+def _pick(dice: random.Random, among: list[str]) -> str:
+    return among[int(dice.random() * len(among))]
+
+
+def _sentence(dice: random.Random) -> str:
+    return _pick(dice, list(SENTENCES.values()))
+
+
+def _piece(dice: random.Random) -> str:
+    text = _sentence(dice)
+    start = int(dice.random() * len(text))
+    return text[start : start + 1 + int(dice.random() * 40)]
+
+
+def _words(dice: random.Random) -> str:
+    return " ".join(_piece(dice).strip() for _ in range(2 + int(dice.random() * 3)))
+
+
+def _letters(dice: random.Random) -> str:
+    return "".join(_pick(dice, list(_sentence(dice))) for _ in range(30))
+
+
+def _spaced(dice: random.Random) -> str:
+    return "".join(_piece(dice)[:12] + _pick(dice, SPACES) for _ in range(6))
+
+
+def _decomposed(dice: random.Random) -> str:
+    form = _pick(dice, ["NFD", "NFKD", "NFC"])
+    return unicodedata.normalize(form, _words(dice))  # type: ignore[arg-type]
+
+
+def _code(dice: random.Random) -> str:
+    return "\n".join(_pick(dice, CODE) for _ in range(1 + int(dice.random() * 3)))
+
+
+def _mixed(dice: random.Random) -> str:
+    kinds = [EMOJI, OTHER, CODE, SPACES]
+    return "".join(_pick(dice, _pick_list(dice, kinds))[:20] + _piece(dice)[:8] for _ in range(5))
+
+
+def _pick_list(dice: random.Random, among: list[list[str]]) -> list[str]:
+    return among[int(dice.random() * len(among))]
+
+
+def _digits(dice: random.Random) -> str:
+    forms = ["{:d}", "{:,d}", "0x{:X}", "{:.3f}", "{:e}", "#{:05d}", "-{:d}", "{:d}%"]
+    return " ".join(
+        _number(_pick(dice, forms), int(dice.random() * 10 ** int(1 + dice.random() * 9))) for _ in range(6)
+    )
+
+
+def _number(form: str, value: int) -> str:
+    return form.format(float(value) if form[-2] in "fe" else value)
+
+
+def _control(dice: random.Random) -> str:
+    return _piece(dice) + _pick(dice, CONTROL) + _piece(dice) + _pick(dice, CONTROL)
+
+
+def _shouting(dice: random.Random) -> str:
+    return (_words(dice).upper() + _pick(dice, ["!!!", "???", "…", "---", "'S", "'ll"])).replace(
+        " ", _pick(dice, [" ", "_", "-"])
+    )

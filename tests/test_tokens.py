@@ -1,0 +1,105 @@
+"""Token ids are those of the real tokenizer: five thousand lines, from a checkpoint by the converter to llama.cpp."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import pytest
+from corpus import lines
+from from_gguf import tokenizer_files
+
+from qwenlocal.engine.llama import Model
+from qwenlocal.measure.texts import known_texts
+from qwenlocal.testing import CONFIG, write_checkpoint
+from qwenlocal.weights import gguf
+from qwenlocal.weights.checkpoint import Checkpoint
+from qwenlocal.weights.convert import plan_conversion
+from qwenlocal.weights.header import read_pairs
+from qwenlocal.weights.mix import file_type
+from qwenlocal.weights.writing import carry_out
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = json.loads((ROOT / "tests" / "goldens" / "corpus_ids.json").read_text("utf-8"))
+QWEN = {
+    **CONFIG, "vocab_size": 151936, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "bos_token_id": 151643, "eos_token_id": 151645,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def qwens_vocabulary() -> Path:
+    """A GGUF file with Qwen1.5's vocabulary: llama.cpp's own for tests, which lies in its source, or the starter."""
+    places = [*ROOT.glob("build/llama_cpp_python-*/vendor/llama.cpp/models/ggml-vocab-qwen2.gguf")]
+    home = Path(os.environ.get("QWENLOCAL_TEST_HOME", ROOT / "build" / "test-home"))
+    places += home.glob("files/wheels/qwen2.5-coder-0.5b-instruct-q4_k_m.gguf")
+    if not places:
+        pytest.skip("no file with Qwen's vocabulary is here: neither llama.cpp's source (make setup) nor the starter")
+    return places[0]
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with Qwen1.5's real vocabulary, converted."""
+    files = tokenizer_files(qwens_vocabulary(), sizes=(151643, 151646))
+    folder = write_checkpoint(tmp_path_factory.mktemp("real") / "tiny", config=QWEN, files=files)
+    target = folder.parent / "tiny.gguf"
+    carry_out(plan_conversion(Checkpoint.open(folder), [(target, file_type("q8_0"))]).job, threads=2)
+    return target
+
+
+@pytest.fixture(scope="module")
+def model(converted: Path) -> Model:
+    return Model(converted)
+
+
+def test_the_vocabulary_is_qwens(converted: Path) -> None:
+    pairs = {key: gguf.decode(value) for key, value in read_pairs(converted).items() if key.startswith("tokenizer.")}
+    plain = pairs["tokenizer.ggml.tokens"][:151643]
+    assert hashlib.sha256("\n".join(plain).encode()).hexdigest() == GOLDEN["vocabulary"]
+    assert hashlib.sha256("\n".join(pairs["tokenizer.ggml.merges"]).encode()).hexdigest() == GOLDEN["merges"]
+    kinds = pairs["tokenizer.ggml.token_type"]
+    assert kinds[:151643] == [1] * 151643
+    assert kinds[151643:] == [3] * 3 + [5] * 290
+    assert pairs["tokenizer.ggml.tokens"][151643:151647] == [
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<|im_end|>",
+        "[PAD151646]",
+    ]
+    assert pairs["tokenizer.ggml.suppress_tokens"] == list(range(151646, 151936))
+    roles = {key: pairs[f"tokenizer.ggml.{key}_token_id"] for key in ("eos", "eot", "bos", "padding")}
+    assert roles == {"eos": 151645, "eot": 151645, "bos": 151643, "padding": 151643}
+
+
+def test_five_thousand_lines_have_the_ids_of_the_real_tokenizer(model: Model) -> None:
+    text = lines()
+    assert len(text) >= 5000
+    assert hashlib.sha256("\0".join(text).encode()).hexdigest() == GOLDEN["corpus"], "the corpus itself has changed"
+    expected = struct.unpack(f"<{len(text)}I", base64.b64decode(GOLDEN["crc32"]))
+    total, wrong = 0, []
+    for line, digest in zip(text, expected, strict=True):
+        ids = model.vocabulary.tokenize(line, special=True)
+        total += len(ids)
+        if zlib.crc32(struct.pack(f"<{len(ids)}i", *ids)) != digest:
+            wrong.append((line, ids))
+    assert wrong == []
+    assert total == GOLDEN["tokens"]
+
+
+def test_no_text_of_people_becomes_a_control_or_padding_token(model: Model) -> None:
+    for line in [*lines(), "[PAD151650] [PAD151646]", "<|im_end|>" * 3]:
+        assert max(model.vocabulary.tokenize(line, special=False), default=0) < 151643
+
+
+def test_the_texts_that_verify_uses_have_their_known_ids(model: Model, converted: Path) -> None:
+    pairs = read_pairs(converted)
+    texts = known_texts(*(gguf.decode(pairs[f"tokenizer.ggml.{key}"]) for key in ("tokens", "token_type")))
+    assert len(texts) >= 40
+    for text, ids in texts:
+        assert model.vocabulary.tokenize(text, special=False) == ids

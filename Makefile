@@ -2,6 +2,7 @@
 # make chat PROMPT="Why is the sky blue?"   one answer
 # make test                              set everything up, lint, check types, run the tests
 # make setup                             only set everything up
+# make test-reference                    compare conversions with transformers and llama.cpp's own converter
 
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
 	if command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; \
@@ -9,7 +10,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 BIN = $(if $(filter Windows_NT,$(OS)),.venv/Scripts,.venv/bin)
 export PROMPT
 
-.PHONY: chat setup setup-dev test lint format types clean
+.PHONY: chat setup setup-dev test test-reference lint format types clean
 .DEFAULT_GOAL = chat
 
 setup:
@@ -25,6 +26,11 @@ chat: setup
 
 test: setup-dev lint types
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Compares with transformers and with llama.cpp's own converter, in a Python of its own that has torch.
+test-reference: setup-dev
+	@$(BIN)/python tools/reference.py
+	@build/reference/bin/python -m pytest -m reference $(PYTEST_ARGS)
 
 lint: setup-dev
 	@$(BIN)/ruff check .

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 _BLOCK = 1 << 24  # random numbers; what is longer repeats them, shifted
 
 
-def write_shape(folder: Path, shape: str, tokenizer: Path) -> Path:
-    """A bf16 checkpoint of that shape, with the tokenizer's files of another one; kept if it is there already."""
+def write_shape(folder: Path, shape: str, tokenizer: dict[str, Any]) -> Path:
+    """A bf16 checkpoint of that shape, with these documents as its tokenizer; kept if it is there already."""
     if (folder / "whole").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -50,7 +49,7 @@ def write_shape(folder: Path, shape: str, tokenizer: Path) -> Path:
                 file.write(piece)
                 left, shift = left - len(piece), 0
     (folder / "config.json").write_text(json.dumps(config))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(tokenizer / name, folder / name)
+    for name, document in tokenizer.items():
+        (folder / name).write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
     (folder / "whole").touch()
     return folder

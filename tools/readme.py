@@ -36,7 +36,7 @@ def models() -> str:
 def file_size(card: Card) -> str:
     if card.default_file:
         return f"{card.default_file.size / 1e9:.2f} GB"
-    return "several files, size asked at the hub" if card.gguf else "no GGUF file published"
+    return "several files, size asked at the hub" if card.gguf else "made from the checkpoint when first used"
 
 
 def memory(card: Card) -> str:

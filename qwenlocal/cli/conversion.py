@@ -40,6 +40,10 @@ def converted(program: Program, name: CatalogueName | HubName | CheckpointName, 
     asked = {str(name), *(record.asked if record else ())} - {full}
     made = Record(full, [_make(program, source, _level(name), full)], f"converted from {_origin(source)}",
                   asked=sorted(asked), made_from=made_from)  # fmt: skip
+    kept = program.store.get(f"hf:{source.repo}@checkpoint") if source.repo else None
+    if kept and kept.owned:
+        size = bytes_for_people(kept.size)
+        program.say(f"The checkpoint stays in the hub's cache. To have its {size} back: qwenlocal rm {kept.name}")
     return program.store.add(made)
 
 

@@ -118,6 +118,10 @@ def fetch_source(program: Program, name: CatalogueName | HubName, limit_rate: in
     """A checkpoint from a hub; whether it can be converted is looked at before its weights are fetched."""
     from qwenlocal.weights.architecture import examine
 
+    repo = name.card.checkpoint if isinstance(name, CatalogueName) else name.repo
+    pinned = isinstance(name, HubName) and (name.hub != "hf" or name.revision)
+    if not pinned and (here := program.local.checkpoint(repo)):
+        return local_source(here)
     with program.puller(limit_rate) as found:
         there = found.pull_checkpoint(name, examine)
     return Source(there.folder, there.repo.partition("/")[2], there.repo if there.is_from_the_hub else "")

@@ -48,7 +48,7 @@ def list_models(*, everything: bool, as_json: bool) -> None:
             + [_card_json(card) for card in cards]
         )
         return
-    rows = [(r.name, bytes_for_people(r.size), "here" if r.owned else f"here, of {r.origin}") for r in records]
+    rows = [(r.name, bytes_for_people(r.size), _record_state(r)) for r in records]
     rows += [(c.name, bytes_for_people(c.size), f"{c.done / max(1, c.size):.0%} fetched") for c in coming]
     rows += [(_usual_name(card), _card_size(card), _card_state(card)) for card in cards]
     if not rows:
@@ -73,8 +73,16 @@ def _card_size(card: Card) -> str:
     return bytes_for_people(card.default_file.size) if card.default_file else ""
 
 
+def _record_state(record: Record) -> str:
+    if record.is_checkpoint:
+        return "a checkpoint, to be converted"
+    if record.made_from:
+        return "here, converted"
+    return "here" if record.owned else f"here, of {record.origin}"
+
+
 def _card_state(card: Card) -> str:
-    return "can be fetched" if card.gguf or card.files else "published as a checkpoint only"
+    return "can be fetched" if card.gguf or card.files else "can be fetched, and is converted then"
 
 
 class _Coming(NamedTuple):
@@ -100,7 +108,7 @@ def _on_their_way(records: Sequence[Record], incomplete: Sequence[Incomplete]) -
 def _record_json(record: Record) -> dict[str, Any]:
     return {
         "name": record.name,
-        "state": "here",
+        "state": "checkpoint" if record.is_checkpoint else "here",
         "size": record.size,
         "path": str(record.path),
         "sha256": record.files[0].sha256 or None,
@@ -184,7 +192,7 @@ def _words(key: str, value: Any) -> str:
 
 def remove_model(text: str) -> None:
     """Remove a model or an unfinished download."""
-    from qwenlocal.library.names import PathName
+    from qwenlocal.library.names import CheckpointName, PathName
 
     program = Program()
     name = program.parse(text)
@@ -204,7 +212,11 @@ def remove_model(text: str) -> None:
             raise ModelNotFound(text, reason=f"{name} is not here.", hint="See what is: qwenlocal list")
         return
     freed = program.store.remove(record)
-    if record.owned:
+    if isinstance(name, CheckpointName):
+        program.say(
+            f"Removed the GGUF file made of {record.name} ({bytes_for_people(freed)}); the checkpoint is yours."
+        )
+    elif record.owned:
         program.say(f"Removed {record.name}; {bytes_for_people(freed)} are free again.")
     else:
         program.say(f"Forgot {record.name}. Its file belongs to {record.origin} and was left alone: {record.path}")
@@ -238,8 +250,13 @@ def verify_model(text: str, *, repair: bool) -> None:
         program.say(_damage_words(bad))
     if not repair:
         raise BadWeights(record.path, "the file is damaged", hint=f"Mend it: qwenlocal verify {record.name}")
-    with program.puller() as found:
-        mended = found.mend(name, record, damage)
+    if record.made_from:
+        for file in record.files:
+            Path(file.path).unlink(missing_ok=True)
+        mended = program.have(name)
+    else:
+        with program.puller() as found:
+            mended = found.mend(name, record, damage)
     program.say(f"{mended.name} is whole again: sha256 {mended.files[0].sha256}.")
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from qwenlocal.errors import CannotWrite
+from qwenlocal.errors import BadCheckpoint, CannotWrite
 from qwenlocal.library import elsewhere
 from qwenlocal.library.catalog import KnownFile
 from qwenlocal.library.digests import sha256_of
@@ -14,6 +15,7 @@ from qwenlocal.library.elsewhere import Found, Sought
 from qwenlocal.library.names import CatalogueName, HubName, Name, PathName, level_of
 from qwenlocal.library.store import Record, Store, StoredFile
 from qwenlocal.paths import Folders
+from qwenlocal.weights.checkpoint import is_checkpoint, weight_files
 
 Say = Callable[[str], None]
 
@@ -69,6 +71,16 @@ class Local:
             if record := self.adopt(str(name), sought):
                 return record
         return None
+
+    def checkpoint(self, repo: str) -> Path | None:
+        """The folder of a repository's checkpoint in the hub's cache, where all of it is there; whoever brought it."""
+        folder = elsewhere.hub_repo(self._folders.hub_cache, repo)
+        try:
+            commit = (folder / "refs" / "main").read_text(encoding="utf-8").strip()
+            snapshot = folder / "snapshots" / commit
+            return snapshot if weight_files(snapshot) and is_checkpoint(snapshot) else None
+        except (OSError, UnicodeDecodeError, BadCheckpoint):
+            return None
 
     def adopt(
         self, name: str, sought: Sought, origin: str = "", licence: str = "", asked: Sequence[str] = ()

@@ -7,7 +7,7 @@ llama.cpp's own library for it; the licence and the rest stand at the top of the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ _SAMPLING = {
     "temperature": "temp",
     "repetition_penalty": "penalty_repeat",
 }
+_OURS = ("repetition_penalty",)  # llama.cpp's converter does not know it under this name
 _PACKING = ("gptq-int4", "gptq-int8", "gptq", "awq", "gguf")
 
 
@@ -44,9 +45,19 @@ class About:
     notes: tuple[str, ...] = ()
 
 
-def read_about(folder: Path, config: Mapping[str, Any], name: str, parameters: Parameters, repo: str = "") -> About:
+def read_about(
+    folder: Path,
+    config: Mapping[str, Any],
+    name: str,
+    parameters: Parameters,
+    repo: str = "",
+    *,
+    like_llama_cpp: bool = False,
+) -> About:
     """
     `name` is what the checkpoint is called ("Qwen1.5-0.5B-Chat"), `repo` where it came from ("Qwen/Qwen1.5-0.5B-Chat").
+
+    `like_llama_cpp` leaves out the repetition penalty and the repository, which llama.cpp's converter does not write.
 
     Raises
     ------
@@ -60,7 +71,10 @@ def read_about(folder: Path, config: Mapping[str, Any], name: str, parameters: P
     shared = parameters.total - parameters.in_experts
     each = parameters.in_experts // max(1, parameters.experts)
     label = found.size_label or size_label(parameters.total, shared, each, parameters.experts)
-    pairs: dict[str, gguf.Encoded] = {"general.type": gguf.string("model"), **_sampling(folder)}
+    pairs: dict[str, gguf.Encoded] = {
+        "general.type": gguf.string("model"),
+        **_sampling(folder, _OURS if like_llama_cpp else ()),
+    }
     for key, value in (
         ("name", found.name or name),
         ("author", found.author),
@@ -73,7 +87,7 @@ def read_about(folder: Path, config: Mapping[str, Any], name: str, parameters: P
         ("license", ",".join(map(str, found.license)) if isinstance(found.license, list) else found.license),
         ("license.name", found.license_name),
         ("license.link", found.license_link),
-        ("source.repo_url", f"https://huggingface.co/{repo}" if repo else None),
+        ("source.repo_url", f"https://huggingface.co/{repo}" if repo and not like_llama_cpp else None),
     ):
         if value not in (None, ""):
             pairs[f"general.{key}"] = gguf.string(str(value))
@@ -103,7 +117,7 @@ def _model_card(folder: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
         return {}, (f"The top of README.md cannot be read ({what}): licence and languages are not known.",)
 
 
-def _sampling(folder: Path) -> dict[str, gguf.Encoded]:
+def _sampling(folder: Path, without: Sequence[str]) -> dict[str, gguf.Encoded]:
     file = folder / "generation_config.json"
     if not file.exists():
         return {}
@@ -111,7 +125,7 @@ def _sampling(folder: Path) -> dict[str, gguf.Encoded]:
     found: dict[str, gguf.Encoded] = {}
     for theirs, ours in _SAMPLING.items():
         value = said.get(theirs)
-        if value is None:
+        if value is None or theirs in without:
             continue
         if not isinstance(value, (int, float)) or isinstance(value, bool) or abs(value) > 1e9:
             raise BadCheckpoint(file, f"“{theirs}” is {value!r}, which cannot be")

@@ -58,9 +58,13 @@ def plan_conversion(
     placement = place_tensors(checkpoint, model, keep_tied_head=options.like_llama_cpp)
     vocabulary = read_vocabulary(checkpoint.folder, checkpoint.config, model.vocabulary, pre=options.pre)
     about = read_about(
-        checkpoint.folder, checkpoint.config, options.name or checkpoint.folder.name, _parameters(placement, model),
+        checkpoint.folder,
+        checkpoint.config,
+        options.name or checkpoint.folder.name,
+        _parameters(placement, model),
         options.repo,
-    )  # fmt: skip
+        like_llama_cpp=options.like_llama_cpp,
+    )
     pairs = {
         "general.architecture": gguf.string(model.architecture),
         **about.pairs,
@@ -171,9 +175,9 @@ def _spelling(vocabulary: Vocabulary, *, like_llama_cpp: bool) -> dict[str, gguf
     for role, number in special.items():
         pairs[_ROLES.get(role, f"{role}_token_id")] = gguf.u32(number)
     for what, flag in vocabulary.adds.items():
-        if what == "space":
+        if what == "space" and not like_llama_cpp:
             pairs["add_space_prefix"] = gguf.boolean(flag)
-        else:
+        elif what != "space":
             pairs[f"add_{what}_token"] = gguf.boolean(flag)
     first, count = vocabulary.first_unused, len(vocabulary.tokens)
     if first < count and not like_llama_cpp:

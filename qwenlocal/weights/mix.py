@@ -222,7 +222,7 @@ class _Mix:
 
     def choose(self, tensor: Candidate) -> Choice:
         if not is_quantizable(tensor):
-            return Choice(tensor.type, "stays as it is: it is small and matters")
+            return Choice(tensor.type, "never quantized: small, and it matters")
         if not self.goal.default.is_quantized:
             return Choice(self.goal.default, f"{self.goal.name} file")
         for pattern, wanted in self.wishes.overrides:

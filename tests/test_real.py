@@ -106,3 +106,55 @@ def test_ordinary_conversations_have_the_ids_of_the_whole_text(loaded: Loaded) -
     messages = [{"role": "user", "content": "  x = [1, 2]\n\n你好, <b>world</b>! 👋🏽 e\u0301"}]
     whole = loaded.model.vocabulary.tokenize(loaded.template.render(messages), special=True)
     assert chat_ids(loaded.template, messages, loaded.model.vocabulary) == whole
+
+
+QUESTIONS = ("What is the capital of France?", "Write a Python function that adds two numbers.", "Was ist 2 + 3?")
+
+
+@pytest.fixture(scope="module")
+def starters_checkpoint(starter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from from_gguf import write_checkpoint_of
+
+    return write_checkpoint_of(starter, tmp_path_factory.mktemp("starter") / "Starter-Again", dtype="F16")
+
+
+@pytest.fixture(scope="module")
+def again(starters_checkpoint: Path) -> Path:
+    from qwenlocal.weights.checkpoint import Checkpoint
+    from qwenlocal.weights.convert import plan_conversion
+    from qwenlocal.weights.mix import file_type
+    from qwenlocal.weights.writing import carry_out
+
+    target = starters_checkpoint.parent / "again.gguf"
+    carry_out(plan_conversion(Checkpoint.open(starters_checkpoint), [(target, file_type("f16"))]).job, threads=2)
+    return target
+
+
+@pytest.mark.slow
+def test_converted_back_from_a_checkpoint_it_gives_the_same_answers(loaded: Loaded, again: Path) -> None:
+    ready = Loading().load(again, LoadOptions(n_ctx=4096), this_machine(), name="again", size=again.stat().st_size)
+    try:
+        for question in QUESTIONS:
+            expected, actual = (answer_of(model, question) for model in (loaded, ready))
+            assert len(expected) > 10
+            assert actual == expected
+    finally:
+        ready.close()
+
+
+def answer_of(model: Loaded, question: str) -> str:
+    events = model.conversation(Manner(GREEDY, limit=32)).ask(question)
+    return "".join(event.text for event in events if isinstance(event, Text))
+
+
+@pytest.mark.slow
+def test_verify_finds_the_converted_one_true_to_its_checkpoint(
+    home: dict[str, str], starters_checkpoint: Path, again: Path
+) -> None:
+    result = qwenlocal(home, "verify", str(again), "--against", str(starters_checkpoint), "--json")
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["problems"] == []
+    assert found["wrong texts"] == []
+    assert found["logits"]["agreement"] > 0.99
+    assert found["logits"]["kl"] < 1e-4

@@ -185,8 +185,9 @@ def _tensor_errors(reference: Plan, file: Path, report: Report) -> tuple[list[Te
             continue
         squares = differences = 0.0
         for one, other in zip(_source_numbers(strips[planned.name]), _file_numbers(file, header, tensor), strict=True):
-            squares += float((one.astype("float64") ** 2).sum())
-            differences += float(((one - other).astype("float64") ** 2).sum())
+            squares += float(one @ one)
+            other -= one
+            differences += float(other @ other)
         kind = tensor_type_name(tensor.type).lower()
         rmse = math.sqrt(differences / squares) if squares else math.sqrt(differences)
         errors.append(TensorError(planned.name, kind, rmse, 2 * _TYPICAL.get(kind, _UNKNOWN_TYPE)))

@@ -115,8 +115,9 @@ def relative_error(left: Placed, right: Placed) -> float:
         return 0.0
     squares = differences = 0.0
     for one, other in zip(_numbers(left), _numbers(right), strict=True):
-        squares += float((one.astype("float64") ** 2).sum())
-        differences += float(((one - other).astype("float64") ** 2).sum())
+        squares += float(one @ one)
+        other -= one
+        differences += float(other @ other)
     return math.sqrt(differences / squares) if squares else math.sqrt(differences)
 
 

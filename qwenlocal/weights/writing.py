@@ -144,11 +144,12 @@ def carry_out(
     lock = part_of(job.outputs[0].path).with_suffix(".part.lock")
     try:
         with filelock.FileLock(lock, timeout=0):
-            written = _Run(job, allow_nan=allow_nan, report=report).carry_out(threads)
-            lock.unlink(missing_ok=True)
+            try:
+                return _Run(job, allow_nan=allow_nan, report=report).carry_out(threads)
+            finally:
+                lock.unlink(missing_ok=True)
     except filelock.Timeout as busy:
         raise QwenlocalError(f"Another qwenlocal is writing {job.outputs[0].path}.", hint="Wait for it.") from busy
-    return written
 
 
 class _Run:

@@ -47,6 +47,19 @@ class Repository:
     gated: bool = False
 
 
+def _sibling(name: str, content: bytes) -> dict[str, object]:
+    """Small text files are kept in git itself, which has a digest of its own; all others in LFS."""
+    found = {
+        "rfilename": name,
+        "size": len(content),
+        "blobId": hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest(),
+    }
+    if name.endswith((".json", ".md", ".txt", ".jinja")):
+        return found
+    lfs = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
+    return {**found, "lfs": lfs}
+
+
 class _Quiet(ThreadingHTTPServer):
     def handle_error(self, request: object, client_address: object) -> None:
         """Clients that hang up are part of the tests."""
@@ -122,15 +135,7 @@ class HubServer:
             return _plain(path, 404, "Revision not found", {"X-Error-Code": "RevisionNotFound"})
         if repository.gated:
             return _plain(path, 403, "Access is restricted", {"X-Error-Code": "GatedRepo"})
-        siblings = [
-            {
-                "rfilename": name,
-                "size": len(content),
-                "blobId": hashlib.sha1(content).hexdigest(),
-                "lfs": {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134},
-            }
-            for name, content in repository.files.items()
-        ]
+        siblings = [_sibling(name, content) for name, content in repository.files.items()]
         data = {
             "_id": "1",
             "id": repo,

@@ -1,0 +1,229 @@
+"""Old faults of GGUF files: found, put right in a file, and put right on loading."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+
+from qwenlocal.chat.loading import Loaded, Loading, LoadOptions
+from qwenlocal.engine.llama import Context, ContextOptions, Model
+from qwenlocal.machine import this_machine
+from qwenlocal.testing import CONFIG, write_checkpoint
+from qwenlocal.weights import gguf
+from qwenlocal.weights.checkpoint import Checkpoint
+from qwenlocal.weights.checkup import examine_file, missing_rope_base
+from qwenlocal.weights.convert import Options, plan_conversion
+from qwenlocal.weights.header import read_header, read_pairs
+from qwenlocal.weights.mix import file_type
+from qwenlocal.weights.repair import backup_of, finish_interrupted, fits_in_place, patch, plan_copy, repaired_layout
+from qwenlocal.weights.writing import carry_out
+
+USER_DEFINED = 4
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = {**CONFIG, "tie_word_embeddings": True}
+    return write_checkpoint(tmp_path_factory.mktemp("c") / "tiny", config=config, store_tied_head=True)
+
+
+@pytest.fixture(scope="module")
+def good(checkpoint: Path) -> Path:
+    target = checkpoint.parent / "good.gguf"
+    carry_out(plan_conversion(Checkpoint.open(checkpoint), [(target, file_type("f32"))]).job, threads=1)
+    return target
+
+
+def changed(source: Path, target: Path, pairs: dict[str, bytes | None]) -> Path:
+    """A copy of a GGUF file with other values in its header; None takes one away."""
+    header, said = read_header(source), read_pairs(source)
+    for key, value in pairs.items():
+        said.pop(key, None)
+        if value is not None:
+            said[key] = value
+    described = [gguf.Described(t.name, t.shape, _f32()) for t in header.tensors]
+    layout = gguf.lay_out(said, described)
+    target.write_bytes(layout.header + source.read_bytes()[header.data_offset :])
+    return target
+
+
+def _f32() -> Any:
+    from qwenlocal.ggml import tensor_type
+
+    return tensor_type("f32")
+
+
+def old_kinds(good: Path) -> bytes:
+    """As converters before mid-2024 marked padding: user defined, so that its name in a text becomes the token."""
+    kinds = gguf.decode(read_pairs(good)["tokenizer.ggml.token_type"])
+    return gguf.i32s([USER_DEFINED if kind == 5 else kind for kind in kinds])
+
+
+@pytest.fixture
+def loaded(request: pytest.FixtureRequest) -> Iterator[Any]:
+    ready: list[Loaded] = []
+
+    def load(path: Path) -> Loaded:
+        options = LoadOptions(n_ctx=512, threads=1)
+        ready.append(Loading().load(path, options, this_machine(), name="tiny", size=path.stat().st_size))
+        return ready[-1]
+
+    yield load
+    for one in ready:
+        one.close()
+
+
+def scores(model: Model, ids: list[int]) -> numpy.ndarray:
+    context = Context(model, ContextOptions(512, threads=1))
+    (row,) = context.decode([(0, ids)])
+    found = numpy.ctypeslib.as_array(context.logits(row), (len(model.vocabulary),)).copy()
+    context.close()
+    return found
+
+
+def test_a_good_file_has_no_findings_and_needs_no_repair(good: Path, loaded: Any) -> None:
+    assert examine_file(good).findings == []
+    assert loaded(good).notes == ()
+
+
+class TestARopeBaseThatIsMissing:
+    @pytest.fixture
+    def old(self, good: Path, tmp_path: Path) -> Path:
+        return changed(good, tmp_path / "old.gguf", {"qwen2.rope.freq_base": None})
+
+    def test_is_found(self, old: Path) -> None:
+        (finding,) = examine_file(old).findings
+        assert finding.is_serious
+        assert "rope base is missing" in finding.what
+
+    def test_is_put_right_on_loading_and_that_is_said(self, old: Path, good: Path, loaded: Any) -> None:
+        ready = loaded(old)
+        assert any("rope base 1,000,000" in note for note in ready.notes)
+        ids = list(range(40, 140))
+        assert numpy.array_equal(scores(ready.model, ids), scores(Model(good), ids))
+        assert not numpy.array_equal(scores(Model(old), ids), scores(Model(good), ids)), "the fault itself does harm"
+
+    def test_is_put_right_in_a_copy_that_says_what_the_good_one_says(
+        self, old: Path, good: Path, tmp_path: Path
+    ) -> None:
+        checkup = examine_file(old)
+        target = tmp_path / "new.gguf"
+        carry_out(plan_copy(checkup, repaired_layout(checkup, checkup.fixable), target).job, threads=1)
+        assert examine_file(target).findings == []
+        assert read_pairs(target) == read_pairs(good)
+
+    def test_depends_on_the_model(self) -> None:
+        small, larger = ({"general.architecture": "qwen2", "qwen2.embedding_length": width} for width in (1024, 2560))
+        assert missing_rope_base(small) == 1e6
+        assert missing_rope_base(larger) == 5e6
+        assert missing_rope_base({**small, "qwen2.rope.freq_base": 10000.0}) is None
+        assert missing_rope_base({"general.architecture": "llama"}) is None
+
+
+class TestPaddingThatCanBeTyped:
+    @pytest.fixture
+    def old(self, good: Path, tmp_path: Path) -> Path:
+        return changed(good, tmp_path / "old.gguf", {"tokenizer.ggml.token_type": old_kinds(good)})
+
+    def test_is_found_and_put_right_in_place(self, old: Path, good: Path) -> None:
+        (finding,) = examine_file(old).findings
+        assert "[PAD261]" in finding.what
+        checkup = examine_file(old)
+        layout = repaired_layout(checkup, checkup.fixable)
+        assert fits_in_place(checkup, layout)
+        patch(checkup, layout)
+        assert read_pairs(old) == read_pairs(good)
+        assert examine_file(old).findings == []
+        assert not backup_of(old).exists()
+
+    def test_is_text_on_loading_and_that_is_said(self, old: Path, loaded: Any) -> None:
+        ready = loaded(old)
+        assert any("padding tokens" in note for note in ready.notes)
+        text = "a [PAD270] b[PAD261][PAD999]"
+        ids = ready.model.vocabulary.tokenize(text, special=False)
+        assert max(ids) < 261
+        assert b"".join(ready.model.vocabulary.piece(number) for number in ids).decode() == text
+        assert ready.model.vocabulary.tokenize("plain", special=True) == [
+            number for letter in "plain" for number in ready.model.vocabulary.tokenize(letter, special=True)
+        ]
+
+
+def test_a_head_that_repeats_the_embeddings_is_found_and_left_out(checkpoint: Path, tmp_path: Path) -> None:
+    target = tmp_path / "double.gguf"
+    options = Options(like_llama_cpp=True)
+    carry_out(plan_conversion(Checkpoint.open(checkpoint), [(target, file_type("f32"))], options).job, threads=1)
+    checkup = examine_file(target)
+    (finding,) = [finding for finding in checkup.findings if finding.drops]
+    assert "byte for byte" in finding.what
+    smaller = tmp_path / "single.gguf"
+    carry_out(plan_copy(checkup, repaired_layout(checkup, [finding]), smaller).job, threads=1)
+    assert "output.weight" not in [tensor.name for tensor in read_header(smaller).tensors]
+    ids = list(range(10, 60))
+    assert numpy.array_equal(scores(Model(smaller), ids), scores(Model(target), ids))
+
+
+def test_a_patch_that_was_cut_short_is_undone(good: Path, tmp_path: Path) -> None:
+    torn = tmp_path / "torn.gguf"
+    whole = good.read_bytes()
+    torn.write_bytes(b"\0" * 4096 + whole[4096:])
+    backup_of(torn).write_bytes(whole[:8192])
+    assert finish_interrupted(torn)
+    assert torn.read_bytes() == whole
+    assert not backup_of(torn).exists()
+    assert not finish_interrupted(torn)
+
+
+def test_numbers_that_are_not_numbers_are_found_and_counted(good: Path, tmp_path: Path) -> None:
+    header = read_header(good)
+    tensor = next(tensor for tensor in header.tensors if tensor.name == "blk.1.ffn_up.weight")
+    data = bytearray(good.read_bytes())
+    at = header.data_offset + tensor.offset
+    data[at : at + 8] = numpy.array([numpy.nan, numpy.inf], numpy.float32).tobytes()
+    broken = tmp_path / "nan.gguf"
+    broken.write_bytes(data)
+    (finding,) = examine_file(broken).findings
+    assert finding.what == "“blk.1.ffn_up.weight” has 2 numbers that are NaN or infinite."
+    assert examine_file(broken, weights=False).findings == []
+
+
+def test_a_matrix_of_zeros_is_found(good: Path, tmp_path: Path) -> None:
+    header = read_header(good)
+    tensor = next(tensor for tensor in header.tensors if tensor.name == "blk.0.attn_q.weight")
+    data = bytearray(good.read_bytes())
+    at = header.data_offset + tensor.offset
+    data[at : at + tensor.elements * 4] = bytes(tensor.elements * 4)
+    (tmp_path / "zeros.gguf").write_bytes(data)
+    (finding,) = examine_file(tmp_path / "zeros.gguf").findings
+    assert "nothing but zeros" in finding.what
+
+
+def test_an_end_of_turn_that_the_file_does_not_name_is_found(good: Path, tmp_path: Path) -> None:
+    old = changed(
+        good,
+        tmp_path / "old.gguf",
+        {"tokenizer.ggml.eos_token_id": gguf.u32(258), "tokenizer.ggml.eot_token_id": None},
+    )
+    (finding,) = examine_file(old).findings
+    assert "<|endoftext|> as the end only" in finding.what
+    assert gguf.decode(finding.pairs["tokenizer.ggml.eot_token_id"]) == 260
+
+
+@pytest.mark.parametrize(
+    ("pairs", "what"),
+    [
+        ({"tokenizer.chat_template": None}, "no chat template"),
+        ({"tokenizer.chat_template": gguf.string("  ")}, "template is empty"),
+        ({"tokenizer.chat_template": gguf.string("hello")}, "never looks at the messages"),
+        ({"tokenizer.ggml.tokens": gguf.strings(["a", "b"])}, "2 tokens, the embeddings have 288 rows"),
+        ({"qwen2.block_count": gguf.u32(3)}, "“blk.2.attn_norm.weight” is missing"),
+        ({"qwen2.feed_forward_length": gguf.u32(256)}, "by the header it should be"),
+        ({"qwen2.block_count": gguf.u32(1)}, "have no place in this architecture"),
+    ],
+)
+def test_other_faults_are_named(pairs: dict[str, bytes | None], what: str, good: Path, tmp_path: Path) -> None:
+    old = changed(good, tmp_path / "old.gguf", pairs)
+    assert any(what in finding.what for finding in examine_file(old).findings)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qwenlocal.cli.values import bytes_for_people
+from qwenlocal.cli.values import bytes_for_people, print_table
 from qwenlocal.cli.wiring import Program
 from qwenlocal.errors import NotEnoughMemory, OutputExists, UsageProblem
 from qwenlocal.library.names import CatalogueName, CheckpointName, HubName
@@ -233,18 +233,12 @@ def _show_plan(plan: Plan, asked: Asked) -> None:
             )
             for t in file.tensors
         ]
-        _table(("TENSOR", "SHAPE", "FROM", "TO", "SIZE", "WHY"), rows)
+        print_table(("TENSOR", "SHAPE", "FROM", "TO", "SIZE", "WHY"), rows)
         sys.stdout.write(f"\n{file.path}: {_in_words(file)}, {len(file.tensors)} tensors\n")
     sys.stdout.write(
         f"reads {bytes_for_people(plan.job.read_bytes)}, about {max(1, round(seconds))} s of quantizing with {threads} "
         f"thread{'s' if threads > 1 else ''}, {bytes_for_people(memory)} of memory; nothing was written\n"
     )
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
-    for row in (head, *rows):
-        sys.stdout.write("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() + "\n")
 
 
 def _file_json(file: PlannedFile, *, tensors: bool = False) -> Mapping[str, Any]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import typer
 
-from qwenlocal.cli.values import bytes_for_people
+from qwenlocal.cli.values import bytes_for_people, print_table
 from qwenlocal.cli.wiring import Program
 from qwenlocal.errors import BadWeights, OutputExists, UsageProblem
 
@@ -108,9 +108,7 @@ def _show_tensors(header: Header) -> None:
         for t in header.tensors
     ]
     sys.stdout.write("\n")
-    widths = [max(len(row[column]) for row in rows) for column in range(4)] if rows else []
-    for row in rows:
-        sys.stdout.write("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() + "\n")
+    print_table(("TENSOR", "SHAPE", "TYPE", "SIZE"), rows)
 
 
 def _words(value: Any) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qwenlocal.cli.inspect import header_facts, memory_words, template_words
-from qwenlocal.cli.values import bytes_for_people
+from qwenlocal.cli.values import bytes_for_people, print_table
 from qwenlocal.cli.wiring import Program
 from qwenlocal.errors import BadWeights, Interrupted, ModelNotFound
 from qwenlocal.library.store import Damage, Incomplete, Record
@@ -54,13 +54,7 @@ def list_models(*, everything: bool, as_json: bool) -> None:
     if not rows:
         program.say("No model is here yet. Start with: qwenlocal run (qwenlocal list --all shows what there is)")
         return
-    _table(("NAME", "SIZE", ""), rows)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
-    for row in (head, *rows):
-        sys.stdout.write("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() + "\n")
+    print_table(("NAME", "SIZE", ""), rows)
 
 
 def _usual_name(card: Card) -> str:

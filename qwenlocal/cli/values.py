@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Sequence
 
 from qwenlocal.errors import UsageProblem
 
@@ -24,6 +26,13 @@ def rate(text: str | None) -> int:
     if value <= 0:
         raise UsageProblem(f"“{text}” is not a rate.", hint="Write it like 500K, 2M or 1.5M: bytes a second.")
     return value
+
+
+def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Rows under their headings, on standard output."""
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+    for row in (head, *rows):
+        sys.stdout.write("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() + "\n")
 
 
 def bytes_for_people(count: int) -> str:

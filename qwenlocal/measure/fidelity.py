@@ -20,8 +20,9 @@ from qwenlocal.engine.llama import Context, ContextOptions, Model
 from qwenlocal.ggml import TensorInMemory
 from qwenlocal.weights.checkpoint import Checkpoint
 from qwenlocal.weights.convert import Options, plan_conversion
-from qwenlocal.weights.header import Header, Tensor, read_header, tensor_type_name
+from qwenlocal.weights.header import read_header, tensor_type_name
 from qwenlocal.weights.mix import file_type
+from qwenlocal.weights.numbers import numbers_of, read_rows, relative_error
 from qwenlocal.weights.plan import Plan
 from qwenlocal.weights.writing import Strip
 
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     import numpy
 
 _BATCH = 32  # tokens whose logits are kept at once
-_NUMBERS = 1 << 20
 
 # The relative error that a type makes in weights as models have them (Student's t with 5 degrees of freedom, 64 rows of
 # 4096, measured with ggml); what is beyond twice that is not quantization but a mistake.
@@ -183,13 +183,8 @@ def _tensor_errors(reference: Plan, file: Path, report: Report) -> tuple[list[Te
         if tensor is None or tensor.elements != planned.elements:
             missing.append(planned.name)
             continue
-        squares = differences = 0.0
-        for one, other in zip(_source_numbers(strips[planned.name]), _file_numbers(file, header, tensor), strict=True):
-            squares += float(one @ one)
-            other -= one
-            differences += float(other @ other)
         kind = tensor_type_name(tensor.type).lower()
-        rmse = math.sqrt(differences / squares) if squares else math.sqrt(differences)
+        rmse = relative_error(_source_numbers(strips[planned.name]), numbers_of(file, header, tensor))
         errors.append(TensorError(planned.name, kind, rmse, 2 * _TYPICAL.get(kind, _UNKNOWN_TYPE)))
     return errors, missing
 
@@ -210,41 +205,8 @@ def _by_tensor(plan: Plan) -> dict[str, list[Strip]]:
 
 
 def _source_numbers(parts: Sequence[Strip]) -> Iterator[numpy.ndarray]:
-    """float32 numbers of a tensor in pieces of whole rows, about a million each."""
     for strip in parts:
-        with strip.file.open("rb") as file:
-            file.seek(strip.offset)
-            for rows in _pieces(strip.rows, strip.columns):
-                data = file.read(rows * strip.type.row_bytes(strip.columns))
-                yield _floats(strip.type, data, rows * strip.columns)
-
-
-def _file_numbers(path: Path, header: Header, tensor: Tensor) -> Iterator[numpy.ndarray]:
-    kind = ggml.tensor_type_numbered(tensor.type)
-    if kind is None:
-        return
-    columns, experts = tensor.shape[0], tensor.shape[2] if len(tensor.shape) > 2 else 1
-    each = tensor.elements // columns // experts
-    with path.open("rb") as file:
-        file.seek(header.data_offset + tensor.offset)
-        for _ in range(experts):
-            for rows in _pieces(each, columns):
-                yield _floats(kind, file.read(rows * kind.row_bytes(columns)), rows * columns)
-
-
-def _pieces(rows: int, columns: int) -> Iterator[int]:
-    step = max(1, _NUMBERS // columns)
-    for start in range(0, rows, step):
-        yield min(step, rows - start)
-
-
-def _floats(kind: ggml.TensorType, data: bytes, count: int) -> numpy.ndarray:
-    import numpy
-
-    source = numpy.frombuffer(data, numpy.uint8)
-    found: numpy.ndarray = numpy.empty(count, numpy.float32)
-    ggml.to_float(kind, source.ctypes.data, found.ctypes.data, count)
-    return found
+        yield from read_rows(strip.file, strip.offset, strip.type, strip.rows, strip.columns)
 
 
 # --- tokens and logits
@@ -293,19 +255,12 @@ class _Filler:
         self._copy(parts, tensor)
 
     def _copy(self, parts: Sequence[Strip], tensor: TensorInMemory) -> None:
-        import numpy
-
         at = 0
         for strip in parts:
-            with strip.file.open("rb") as file:
-                file.seek(strip.offset)
-                for rows in _pieces(strip.rows, strip.columns):
-                    data = file.read(rows * strip.type.row_bytes(strip.columns))
-                    numbers = numpy.frombuffer(data, numpy.uint8)
-                    if tensor.type != strip.type:
-                        numbers = _converted(strip, tensor, data, rows)
-                    tensor.put(numbers.ctypes.data, at, numbers.nbytes)
-                    at += numbers.nbytes
+            for numbers in read_rows(strip.file, strip.offset, strip.type, strip.rows, strip.columns):
+                data = _as_type(numbers, tensor.type, strip.columns)
+                tensor.put(data.ctypes.data, at, data.nbytes)
+                at += data.nbytes
 
     def _fill_unlisted(self, tensor: TensorInMemory) -> None:
         """A head that is tied is the embeddings; scales are one, biases nothing."""
@@ -319,14 +274,15 @@ class _Filler:
         tensor.put(numbers.ctypes.data, 0, numbers.nbytes)
 
 
-def _converted(strip: Strip, tensor: TensorInMemory, data: bytes, rows: int) -> Any:
+def _as_type(numbers: numpy.ndarray, kind: ggml.TensorType, columns: int) -> Any:
+    """float32 as `kind`, which is the floats that they were: nothing is lost."""
     import numpy
 
-    floats = _floats(strip.type, data, rows * strip.columns)
-    if tensor.type.name == "f32":
-        return floats
-    found = numpy.empty(rows * tensor.type.row_bytes(strip.columns), numpy.uint8)
-    ggml.quantize(tensor.type, floats.ctypes.data, found.ctypes.data, rows, strip.columns)
+    if kind.name == "f32":
+        return numbers
+    rows = numbers.size // columns
+    found = numpy.empty(rows * kind.row_bytes(columns), numpy.uint8)
+    ggml.quantize(kind, numbers.ctypes.data, found.ctypes.data, rows, columns)
     return found
 
 

@@ -8,6 +8,7 @@ wrongly. The world is closed: every stored tensor is placed, dropped for a state
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from typing import Any
 
 from qwenlocal.errors import BadCheckpoint, CannotExpress
 from qwenlocal.weights.checkpoint import Checkpoint, read_config
+from qwenlocal.weights.mix import by_layer
+from qwenlocal.weights.numbers import Place, same_bytes
 from qwenlocal.weights.safetensors import StoredTensor
 
 _ARCHITECTURES = {"Qwen2ForCausalLM": "qwen2", "Qwen2Model": "qwen2", "Qwen2MoeForCausalLM": "qwen2moe"}
@@ -36,12 +39,16 @@ class Experts:
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How positions beyond those trained for are reached: "linear" or "yarn" by `factor`; `more` as the config says."""
+    """
+    How positions beyond those trained for are reached: "linear" or "yarn" by `factor`.
+
+    `attention` multiplies what YaRN does to the rotations' length by itself, 0.1 ln(factor) + 1; mostly it is 1.
+    """
 
     kind: str
     factor: float
     original_context: int
-    more: Mapping[str, float]
+    attention: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -213,13 +220,28 @@ def _rope(config: _Config) -> tuple[RopeScaling | None, float]:
             config.path, f"rope scaling of the kind “{kind}” is not in llama.cpp's graph of Qwen models"
         )
     original = rope.get("original_max_position_embeddings") or config.values.get("max_position_embeddings")
-    more = {
-        key: config.number(key, rope[key])
-        for key in ("extrapolation_factor", "attention_factor", "beta_fast", "beta_slow")
-        if rope.get(key) is not None
-    }
     factor = config.number("rope factor", rope.get("factor"))
-    return RopeScaling(kind, factor, int(config.number("original_max_position_embeddings", original)), more), base
+    attention = _yarn_attention(config, rope, factor) if kind == "yarn" else 1.0
+    context = int(config.number("original_max_position_embeddings", original))
+    return RopeScaling(kind, factor, context, attention), base
+
+
+def _yarn_attention(config: _Config, rope: Mapping[str, Any], factor: float) -> float:
+    """
+    transformers takes attention_factor as it stands (modeling_rope_utils.py: _compute_yarn_parameters), llama.cpp
+    multiplies its own 0.1 ln(factor) + 1 with what the file says (llama-context.cpp: yarn_attn_factor).
+    """
+    for key, usual in (("beta_fast", 32), ("beta_slow", 1), ("truncate", True)):
+        if rope.get(key) not in (None, usual):
+            raise CannotExpress(config.path, f"YaRN with {key} = {rope[key]} is not what llama.cpp computes")
+    own = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
+    if rope.get("attention_factor") is not None:
+        return config.number("attention_factor", rope["attention_factor"]) / own
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        scales = (config.number(key, rope[key]) for key in ("mscale", "mscale_all_dim"))
+        one, all_ = (0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0 for scale in scales)
+        return one / all_ / own
+    return 1.0
 
 
 def _refuse_other_graphs(config: _Config, found: Hyperparameters) -> None:
@@ -285,13 +307,7 @@ def place_tensors(checkpoint: Checkpoint, model: Hyperparameters, *, keep_tied_h
         placed += _attention(stored, model, layer)
         placed += _mixture(stored, model, model.experts, layer) if model.experts else _dense(stored, model, layer)
     stored.check_nothing_left()
-    return Placement(sorted(placed, key=lambda tensor: _by_layer(tensor.name)), stored.dropped)
-
-
-def _by_layer(name: str) -> tuple[int, str]:
-    """llama-model-loader.h: weight_name_comparer."""
-    match = re.match(r"blk\.(\d+)\.", name)
-    return (int(match[1]) if match else -1, name)
+    return Placement(sorted(placed, key=lambda tensor: by_layer(tensor.name)), stored.dropped)
 
 
 class _Stored:
@@ -377,39 +393,14 @@ def _whole_model(stored: _Stored, model: Hyperparameters, *, keep_tied_head: boo
 
 
 def _check_equal(head: StoredTensor, embedding: StoredTensor) -> None:
-    if (head.dtype, head.size) == (embedding.dtype, embedding.size) and _same_bytes(head, embedding):
+    places = (Place(tensor.file, tensor.offset, tensor.size) for tensor in (head, embedding))
+    if head.dtype == embedding.dtype and same_bytes(*places):
         return
     raise BadCheckpoint(
         head.file,
         "config.json ties the head to the embeddings, but another “lm_head.weight” is stored",
         hint="Which is meant? For the stored one, set “tie_word_embeddings” to false in config.json.",
     )
-
-
-def _same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
-    """Both are read side by side, in two halves by two threads: the head of a 0.5B has 311 MB."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    half = one.size // 2
-    with ThreadPoolExecutor(2) as pool:
-        halves = pool.map(lambda span: _same_span(one, other, *span), ((0, half), (half, one.size)))
-        return all(halves)
-
-
-def _same_span(one: StoredTensor, other: StoredTensor, begin: int, end: int) -> bool:
-    step = 1 << 20
-    left, right = bytearray(step), bytearray(step)  # compared as a whole, by memcmp; memoryviews go number by number
-    with one.file.open("rb", buffering=0) as here, other.file.open("rb", buffering=0) as there:
-        here.seek(one.offset + begin)
-        there.seek(other.offset + begin)
-        while begin < end:
-            count = min(step, end - begin)
-            if count < step:
-                left, right = bytearray(count), bytearray(count)
-            if here.readinto(left) != count or there.readinto(right) != count or left != right:
-                return False
-            begin += count
-    return True
 
 
 def _attention(stored: _Stored, model: Hyperparameters, layer: int) -> Iterator[Placed]:

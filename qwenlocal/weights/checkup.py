@@ -17,6 +17,7 @@ from typing import Any
 from qwenlocal import ggml
 from qwenlocal.weights import gguf
 from qwenlocal.weights.header import Header, Tensor, read_header, read_pairs, tensor_bytes, tensor_type_name
+from qwenlocal.weights.numbers import place_of, read_rows, same_bytes
 
 QWEN = ("qwen2", "qwen2moe")
 _NORMAL, _USER_DEFINED, _UNUSED = 1, 4, 5
@@ -258,7 +259,7 @@ def _head_findings(path: Path, header: Header) -> Iterator[Finding]:
         return
     size = tensor_bytes(head) or 0
     if head.type == table.type:
-        if _same_bytes(path, header, head, table):
+        if same_bytes(place_of(path, header, head), place_of(path, header, table)):
             yield Finding(
                 f"The head repeats the embeddings byte for byte ({size / 1e6:,.0f} MB for nothing).",
                 False,
@@ -272,19 +273,6 @@ def _head_findings(path: Path, header: Header) -> Iterator[Finding]:
             f"{saved / 1e6:,.0f} MB smaller.",
             False,
         )
-
-
-def _same_bytes(path: Path, header: Header, one: Tensor, other: Tensor) -> bool:
-    size = tensor_bytes(one) or 0
-    with path.open("rb") as here, path.open("rb") as there:
-        here.seek(header.data_offset + one.offset)
-        there.seek(header.data_offset + other.offset)
-        while size:
-            count = min(size, _CHUNK)
-            if here.read(count) != there.read(count):
-                return False
-            size -= count
-    return True
 
 
 def _are_alike(path: Path, header: Header, one: Tensor, other: Tensor) -> bool:
@@ -303,16 +291,11 @@ def _are_alike(path: Path, header: Header, one: Tensor, other: Tensor) -> bool:
 
 
 def _row(path: Path, header: Header, tensor: Tensor, row: int) -> Any:
-    import numpy
-
     kind = ggml.tensor_type_numbered(tensor.type)
     if kind is None:
         raise ValueError(tensor.type)
-    width = kind.row_bytes(tensor.shape[0])
-    data = numpy.fromfile(path, numpy.uint8, width, offset=header.data_offset + tensor.offset + row * width)
-    found = numpy.empty(tensor.shape[0], numpy.float32)
-    ggml.to_float(kind, data.ctypes.data, found.ctypes.data, tensor.shape[0])
-    return found
+    offset = header.data_offset + tensor.offset + row * kind.row_bytes(tensor.shape[0])
+    return next(read_rows(path, offset, kind, 1, tensor.shape[0]))
 
 
 def _weight_findings(path: Path, header: Header, report: Report) -> Iterator[Finding]:

@@ -19,10 +19,8 @@ from qwenlocal.weights.architecture import Hyperparameters, Placed, Placement, h
 from qwenlocal.weights.checkpoint import Checkpoint
 from qwenlocal.weights.importance import Importance
 from qwenlocal.weights.mix import FileType, ModelFacts, Wishes
-from qwenlocal.weights.plan import Goal, Plan, SourceTensor, Stretch, make_plan
+from qwenlocal.weights.plan import Plan, SourceTensor, Stretch, make_goals, make_plan
 from qwenlocal.weights.vocabulary import Vocabulary, read_vocabulary
-
-_QUANTIZATION_VERSION = 2  # ggml.h: GGML_QNT_VERSION
 
 
 @dataclass(frozen=True)
@@ -71,26 +69,12 @@ def plan_conversion(
         **_sizes(model),
     }
     spelling = _spelling(vocabulary, like_llama_cpp=options.like_llama_cpp)
-    importance = options.importance
-    goals = [
-        Goal(
-            path,
-            kind,
-            {
-                **pairs,
-                "general.file_type": gguf.u32(kind.number),
-                "general.quantization_version": gguf.u32(_QUANTIZATION_VERSION),
-                **spelling,
-                **(importance.pairs if importance else {}),
-            },
-        )
-        for path, kind in wanted
-    ]
+    goals = make_goals(wanted, pairs, options.importance, spelling)
     facts = ModelFacts(
         model.architecture, model.layers, model.heads // model.kv_heads, model.experts.count if model.experts else 0
     )
     notes = [*about.notes, *vocabulary.notes, *_dropped(placement)]
-    return make_plan(_sources(placement.tensors), goals, facts, options.wishes, importance, notes)
+    return make_plan(_sources(placement.tensors), goals, facts, options.wishes, options.importance, notes)
 
 
 def _parameters(placement: Placement, model: Hyperparameters) -> Parameters:
@@ -147,9 +131,8 @@ def _sizes(model: Hyperparameters) -> dict[str, gguf.Encoded]:
         pairs["rope.scaling.factor"] = gguf.f32(scaling.factor)
         if scaling.kind == "yarn":
             pairs["rope.scaling.original_context_length"] = gguf.u32(scaling.original_context)
-            names = {"extrapolation_factor": "ext_factor", "attention_factor": "attn_factor"}
-            for key, value in scaling.more.items():
-                pairs[f"rope.scaling.yarn_{names.get(key, key)}"] = gguf.f32(value)
+            if scaling.attention != 1:
+                pairs["rope.scaling.attn_factor"] = gguf.f32(scaling.attention)
     pairs["rope.freq_base"] = gguf.f32(model.rope_base)
     pairs["attention.layer_norm_rms_epsilon"] = gguf.f32(model.epsilon)
     if experts := model.experts:

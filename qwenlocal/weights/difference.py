@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from qwenlocal import ggml
 from qwenlocal.weights import gguf
-from qwenlocal.weights.header import Header, Tensor, read_header, read_pairs, tensor_bytes, tensor_type_name
-
-if TYPE_CHECKING:
-    import numpy
-
-_NUMBERS = 1 << 20  # compared at once
+from qwenlocal.weights.header import Header, Tensor, read_header, read_pairs, tensor_type_name
+from qwenlocal.weights.numbers import numbers_of, place_of, relative_error, same_bytes
 
 Report = Callable[[int, int], object]
 
@@ -95,7 +89,7 @@ def _tensors(left: Path, right: Path, report: Report) -> list[TensorDifference]:
         if one is None or other is None or one.shape != other.shape:
             found.append(TensorDifference(name, *types, shapes))
             continue
-        rmse = relative_error((left, headers[0], one), (right, headers[1], other))
+        rmse = _error((left, headers[0], one), (right, headers[1], other))
         if rmse or one.type != other.type:
             found.append(TensorDifference(name, *types, shapes, rmse))
     report(len(names), len(names))
@@ -106,43 +100,7 @@ def _type_name(tensor: Tensor | None) -> str:
     return tensor_type_name(tensor.type) if tensor else ""
 
 
-Placed = tuple[Path, Header, Tensor]
-
-
-def relative_error(left: Placed, right: Placed) -> float:
-    """The RMSE between two tensors of the same shape, relative to the left one: 0.0 for the same numbers."""
-    if left[2].type == right[2].type and _same_bytes(left, right):
+def _error(left: tuple[Path, Header, Tensor], right: tuple[Path, Header, Tensor]) -> float:
+    if left[2].type == right[2].type and same_bytes(place_of(*left), place_of(*right)):
         return 0.0
-    squares = differences = 0.0
-    for one, other in zip(_numbers(left), _numbers(right), strict=True):
-        squares += float(one @ one)
-        other -= one
-        differences += float(other @ other)
-    return math.sqrt(differences / squares) if squares else math.sqrt(differences)
-
-
-def _same_bytes(left: Placed, right: Placed) -> bool:
-    size, step = tensor_bytes(left[2]) or 0, 1 << 22
-    with left[0].open("rb") as here, right[0].open("rb") as there:
-        here.seek(left[1].data_offset + left[2].offset)
-        there.seek(right[1].data_offset + right[2].offset)
-        return all(here.read(min(step, size - at)) == there.read(min(step, size - at)) for at in range(0, size, step))
-
-
-def _numbers(placed: Placed) -> Any:
-    import numpy
-
-    path, header, tensor = placed
-    kind = ggml.tensor_type_numbered(tensor.type)
-    if kind is None:
-        return
-    blocks = _NUMBERS // kind.block
-    total = tensor.elements // kind.block
-    with path.open("rb") as file:
-        file.seek(header.data_offset + tensor.offset)
-        for start in range(0, total, blocks):
-            count = min(blocks, total - start)
-            data = numpy.frombuffer(file.read(count * kind.width), numpy.uint8)
-            found: numpy.ndarray = numpy.empty(count * kind.block, numpy.float32)
-            ggml.to_float(kind, data.ctypes.data, found.ctypes.data, found.size)
-            yield found
+    return relative_error(numbers_of(*left), numbers_of(*right))

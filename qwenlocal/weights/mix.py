@@ -191,6 +191,12 @@ def choose_types(
     return [mix.choose(tensor) for tensor in tensors]
 
 
+def by_layer(name: str) -> tuple[int, str]:
+    """The order in which llama.cpp visits tensors: by layer, then name (llama-model-loader.h: weight_name_comparer)."""
+    match = re.match(r"blk\.(\d+)\.", name)
+    return (int(match[1]) if match else -1, name)
+
+
 def importance_is_needed(name: str, chosen: TensorType, goal: FileType) -> bool:
     """Whether the result is garbage without an importance matrix (llama-quant.cpp: tensor_requires_imatrix)."""
     if name in ("token_embd.weight", "output.weight"):

@@ -16,6 +16,7 @@ from qwenlocal.weights.importance import Importance
 from qwenlocal.weights.mix import Candidate, Choice, FileType, ModelFacts, Wishes, choose_types, importance_is_needed
 from qwenlocal.weights.writing import Job, Output, Strip, Target
 
+_QUANTIZATION_VERSION = 2  # ggml.h: GGML_QNT_VERSION
 _SAMPLE_ROWS, _SAMPLE_COLUMNS = 32, 4096  # of random weights, to see how fast this machine quantizes
 
 
@@ -97,6 +98,29 @@ class Goal:
     path: Path
     type: FileType
     metadata: Mapping[str, gguf.Encoded]
+
+
+def make_goals(
+    wanted: Sequence[tuple[Path, FileType]],
+    pairs: Mapping[str, gguf.Encoded],
+    importance: Importance | None,
+    last: Mapping[str, gguf.Encoded] = {},
+) -> list[Goal]:
+    """A goal for each path and type: the pairs, what says which type it is, and `last` the long ones (vocabulary)."""
+    return [
+        Goal(
+            path,
+            kind,
+            {
+                **pairs,
+                "general.file_type": gguf.u32(kind.number),
+                "general.quantization_version": gguf.u32(_QUANTIZATION_VERSION),
+                **last,
+                **(importance.pairs if importance else {}),
+            },
+        )
+        for path, kind in wanted
+    ]
 
 
 def make_plan(

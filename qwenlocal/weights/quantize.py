@@ -9,11 +9,10 @@ from pathlib import Path
 
 from qwenlocal import ggml
 from qwenlocal.errors import BadWeights, CannotExpress
-from qwenlocal.weights import gguf
 from qwenlocal.weights.header import Header, Tensor, read_header, read_pairs
 from qwenlocal.weights.importance import Importance
-from qwenlocal.weights.mix import FileType, ModelFacts, Wishes, file_type_numbered
-from qwenlocal.weights.plan import Goal, Plan, SourceTensor, Stretch, make_plan
+from qwenlocal.weights.mix import FileType, ModelFacts, Wishes, by_layer, file_type_numbered
+from qwenlocal.weights.plan import Plan, SourceTensor, Stretch, make_goals, make_plan
 
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
 _OF_THE_FILE = ("split.no", "split.count", "split.tensors.count", "general.alignment")
@@ -48,24 +47,11 @@ def plan_quantization(source: Path, wanted: Sequence[tuple[Path, FileType]], opt
             for part, header in zip(parts, headers, strict=True)
             for tensor in header.tensors
         ),
-        key=lambda tensor: _by_layer(tensor.name),
+        key=lambda tensor: by_layer(tensor.name),
     )
     pairs = {key: value for key, value in read_pairs(source).items() if key not in _OF_THE_FILE}
-    importance = options.importance
-    goals = [
-        Goal(
-            path,
-            kind,
-            {
-                **pairs,
-                "general.file_type": gguf.u32(kind.number),
-                "general.quantization_version": gguf.u32(2),
-                **(importance.pairs if importance else {}),
-            },
-        )
-        for path, kind in wanted
-    ]
-    plan = make_plan(tensors, goals, facts, options.wishes, importance)
+    goals = make_goals(wanted, pairs, options.importance)
+    plan = make_plan(tensors, goals, facts, options.wishes, options.importance)
     if not options.again:
         _refuse_again(source, first, plan)
     return plan
@@ -124,11 +110,6 @@ def source_tensor(part: Path, header: Header, tensor: Tensor) -> SourceTensor:
     each = rows // experts
     stretches = [Stretch(part, at + n * each * kind.row_bytes(columns), each, kind) for n in range(experts)]
     return SourceTensor(tensor.name, tensor.shape, stretches)
-
-
-def _by_layer(name: str) -> tuple[int, str]:
-    match = re.match(r"blk\.(\d+)\.", name)
-    return (int(match[1]) if match else -1, name)
 
 
 def _refuse_again(source: Path, header: Header, plan: Plan) -> None:

@@ -7,8 +7,9 @@ llama.cpp's own library for it; the licence and the rest stand at the top of the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ _SAMPLING = {
     "repetition_penalty": "penalty_repeat",
 }
 _OURS = ("repetition_penalty",)  # llama.cpp's converter does not know it under this name
+_STRANGE = (ValueError, TypeError, AttributeError, KeyError, IndexError, RecursionError, OverflowError)
+_MOST, _LONGEST = 64, 2000  # entries of a list, characters of a text
 _PACKING = ("gptq-int4", "gptq-int8", "gptq", "awq", "gguf")
 
 
@@ -67,7 +70,12 @@ def read_about(
 
     card, notes = _model_card(folder)
     known = {key: value for key, value in config.items() if key == "_name_or_path" and isinstance(value, str)}
-    found = Metadata.apply_metadata_heuristic(Metadata(), card, known, Path(_without_packing(name)), parameters.total)
+    place = Path(_without_packing(name))
+    try:
+        found = Metadata.apply_metadata_heuristic(Metadata(), card, known, place, parameters.total)
+    except _STRANGE as reason:
+        notes = (*notes, _unreadable(reason))
+        found = Metadata.apply_metadata_heuristic(Metadata(), {}, {}, place, parameters.total)
     shared = parameters.total - parameters.in_experts
     each = parameters.in_experts // max(1, parameters.experts)
     label = found.size_label or size_label(parameters.total, shared, each, parameters.experts)
@@ -84,17 +92,17 @@ def read_about(
         ("basename", found.basename),
         ("description", found.description),
         ("size_label", label),
-        ("license", ",".join(map(str, found.license)) if isinstance(found.license, list) else found.license),
+        ("license", ",".join(_texts(found.license)) if isinstance(found.license, list) else found.license),
         ("license.name", found.license_name),
         ("license.link", found.license_link),
         ("source.repo_url", f"https://huggingface.co/{repo}" if repo and not like_llama_cpp else None),
     ):
-        if value not in (None, ""):
-            pairs[f"general.{key}"] = gguf.string(str(value))
+        for text in _texts([value]):
+            pairs[f"general.{key}"] = gguf.string(text)
     pairs |= _entries("base_model", found.base_models) | _entries("dataset", found.datasets)
     for key, values in (("tags", found.tags), ("languages", found.languages)):
-        if values:
-            pairs[f"general.{key}"] = gguf.strings([str(value) for value in values])
+        if values and (texts := _texts(values)):
+            pairs[f"general.{key}"] = gguf.strings(texts)
     return About(pairs, notes)
 
 
@@ -112,9 +120,19 @@ def _model_card(folder: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
 
     try:
         return Metadata.load_model_card(folder), ()
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as reason:
-        what = str(reason).splitlines()[0]
-        return {}, (f"The top of README.md cannot be read ({what}): licence and languages are not known.",)
+    except (OSError, yaml.YAMLError, *_STRANGE) as reason:
+        return {}, (_unreadable(reason),)
+
+
+def _unreadable(reason: BaseException) -> str:
+    what = (str(reason).splitlines() or [type(reason).__name__])[0]
+    return f"The top of README.md cannot be read ({what[:200]}): licence and languages are not known."
+
+
+def _texts(values: Iterable[Any]) -> list[str]:
+    """What is text, or a number or date, as text; not too much of it, since anybody may have written it."""
+    plain = [str(value) for value in values if isinstance(value, (str, int, float, date)) and value != ""]
+    return [text[:_LONGEST] for text in plain[:_MOST]]
 
 
 def _sampling(folder: Path, without: Sequence[str]) -> dict[str, gguf.Encoded]:
@@ -127,7 +145,7 @@ def _sampling(folder: Path, without: Sequence[str]) -> dict[str, gguf.Encoded]:
         value = said.get(theirs)
         if value is None or theirs in without:
             continue
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or abs(value) > 1e9:
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not -1e9 < value < 1e9:
             raise BadCheckpoint(file, f"“{theirs}” is {value!r}, which cannot be")
         found[f"general.sampling.{ours}"] = gguf.i32(int(value)) if ours == "top_k" else gguf.f32(value)
     return found
@@ -136,9 +154,10 @@ def _sampling(folder: Path, without: Sequence[str]) -> dict[str, gguf.Encoded]:
 def _entries(kind: str, found: list[dict[str, Any]] | None) -> dict[str, gguf.Encoded]:
     if not found:
         return {}
-    pairs = {f"general.{kind}.count": gguf.u32(len(found))}
-    for number, entry in enumerate(found):
+    entries = [entry for entry in found if isinstance(entry, dict)][:_MOST]
+    pairs = {f"general.{kind}.count": gguf.u32(len(entries))}
+    for number, entry in enumerate(entries):
         for key in ("name", "author", "version", "organization", "description", "url", "doi", "uuid", "repo_url"):
-            if entry.get(key):
-                pairs[f"general.{kind}.{number}.{key}"] = gguf.string(str(entry[key]))
+            for text in _texts([entry.get(key)]):
+                pairs[f"general.{kind}.{number}.{key}"] = gguf.string(text)
     return pairs

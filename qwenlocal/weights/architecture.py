@@ -23,6 +23,8 @@ from qwenlocal.weights.safetensors import StoredTensor
 
 _ARCHITECTURES = {"Qwen2ForCausalLM": "qwen2", "Qwen2Model": "qwen2", "Qwen2MoeForCausalLM": "qwen2moe"}
 _MOST = 1 << 31
+_LEAST, _LARGEST = 1e-37, 3e38  # of a float of four bytes, as GGUF has them
+_USUAL_FIRST_WINDOW = 28  # transformers' Qwen2Config: max_window_layers
 _READABLE = {"F32", "F16", "BF16"}
 _RECOMPUTED = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 
@@ -137,7 +139,7 @@ class _Config:
         return value
 
     def number(self, key: str, value: Any) -> float:
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not _LEAST < value < _LARGEST:
             raise BadCheckpoint(self.path, f"“{key}” is {value!r}, which cannot be")
         return float(value)
 
@@ -185,8 +187,8 @@ def hyperparameters(checkpoint: Checkpoint) -> Hyperparameters:
 def _architecture(config: _Config) -> str:
     named = config.values.get("architectures")
     name = named[0] if isinstance(named, list) and named else None
-    if name in _ARCHITECTURES:
-        return str(name)
+    if isinstance(name, str) and name in _ARCHITECTURES:
+        return name
     hint = "Converted are " + ", ".join(_ARCHITECTURES) + "; for others see llama.cpp's convert_hf_to_gguf.py."
     if name is None:
         raise BadCheckpoint(config.path, "“architectures” does not say what kind of model it is", hint=hint)
@@ -222,8 +224,10 @@ def _rope(config: _Config) -> tuple[RopeScaling | None, float]:
     original = rope.get("original_max_position_embeddings") or config.values.get("max_position_embeddings")
     factor = config.number("rope factor", rope.get("factor"))
     attention = _yarn_attention(config, rope, factor) if kind == "yarn" else 1.0
-    context = int(config.number("original_max_position_embeddings", original))
-    return RopeScaling(kind, factor, context, attention), base
+    context = config.number("original_max_position_embeddings", original)
+    if context >= _MOST:
+        raise BadCheckpoint(config.path, f"“original_max_position_embeddings” is {original!r}, which cannot be")
+    return RopeScaling(kind, factor, int(context), attention), base
 
 
 def _yarn_attention(config: _Config, rope: Mapping[str, Any], factor: float) -> float:
@@ -232,6 +236,8 @@ def _yarn_attention(config: _Config, rope: Mapping[str, Any], factor: float) -> 
     multiplies its own 0.1 ln(factor) + 1 with what the file says (llama-context.cpp: yarn_attn_factor).
     """
     for key, usual in (("beta_fast", 32), ("beta_slow", 1), ("truncate", True)):
+        if rope.get(key) is not None and key != "truncate":
+            config.number(key, rope[key])
         if rope.get(key) not in (None, usual):
             raise CannotExpress(config.path, f"YaRN with {key} = {rope[key]} is not what llama.cpp computes")
     own = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
@@ -273,9 +279,12 @@ def _refuse_sliding_window(config: _Config, found: Hyperparameters) -> None:
     if not config.flag("use_sliding_window", False) or window is None:
         return
     config.count("sliding_window")
-    kinds = config.values.get("layer_types")
-    first = config.values.get("max_window_layers", found.layers)
-    slides = "sliding_attention" in kinds if isinstance(kinds, list) else int(first) < found.layers
+    kinds, first = config.values.get("layer_types"), config.values.get("max_window_layers")
+    if first is None:
+        first = _USUAL_FIRST_WINDOW
+    elif not isinstance(first, int) or isinstance(first, bool) or first < 0:
+        raise BadCheckpoint(config.path, f"“max_window_layers” is {first!r}, which cannot be")
+    slides = "sliding_attention" in kinds if isinstance(kinds, list) else first < found.layers
     if slides and window < found.context:
         raise CannotExpress(
             config.path,

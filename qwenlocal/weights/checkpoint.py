@@ -7,6 +7,7 @@ Nothing is guessed from names of models: what the files say is what counts, and 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / _INDEX
     if index.exists():
         names = sorted(set(_weight_map(index).values()))
-        missing = [name for name in names if not (folder / name).is_file()]
+        missing = [name for name in names if not os.path.isfile(folder / name)]
         if missing:
             raise BadCheckpoint(folder, f"{_several(missing, len(names))} named in {_INDEX} missing")
         return [folder / name for name in names]

@@ -91,8 +91,8 @@ def read_importance(path: Path) -> Importance:
 def _numbers(path: Path, header: Header, tensor: Tensor) -> numpy.ndarray:
     import numpy
 
-    if tensor.type != 0 or not 1 <= len(tensor.shape) <= 3:
-        raise BadWeights(path, f"“{tensor.name}” is not float32")
+    if tensor.type != 0 or not 1 <= len(tensor.shape) <= 3 or not tensor.elements:
+        raise BadWeights(path, f"“{tensor.name}” is no matrix of float32")
     return numpy.fromfile(path, numpy.float32, tensor.elements, offset=header.data_offset + tensor.offset)
 
 
@@ -104,6 +104,6 @@ def _pairs(path: Path, header: Header, entries: int) -> dict[str, gguf.Encoded]:
         pairs["quantize.imatrix.dataset"] = gguf.string(str(datasets[0]))
     pairs["quantize.imatrix.entries_count"] = gguf.u32(entries)
     chunks = header.metadata.get("imatrix.chunk_count")
-    if isinstance(chunks, int):
+    if isinstance(chunks, int) and 0 <= chunks < 1 << 32:
         pairs["quantize.imatrix.chunks_count"] = gguf.u32(chunks)
     return pairs

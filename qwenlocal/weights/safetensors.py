@@ -102,6 +102,8 @@ def _tensor(path: Path, name: str, entry: Any, data: int) -> StoredTensor:
     if not isinstance(entry, _Pairs):
         raise BadCheckpoint(path, f"the header's entry “{name}” is not a description of a tensor")
     fields = dict(entry)
+    if len(fields) < len(entry):
+        raise BadCheckpoint(path, f"the header's entry “{name}” says something twice")
     dtype, shape, span = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
     if not isinstance(dtype, str) or not isinstance(shape, list) or not isinstance(span, list):
         raise BadCheckpoint(path, f"the header does not say what “{name}” is")
@@ -120,8 +122,11 @@ def _tensor(path: Path, name: str, entry: Any, data: int) -> StoredTensor:
 
 
 def _are_counts(values: list[Any]) -> bool:
-    return len(values) <= 16 and all(
-        isinstance(number, int) and not isinstance(number, bool) and 0 <= number < 1 << 62 for number in values
+    """A JSON list, no object, of whole numbers that could be sizes."""
+    return (
+        type(values) is list
+        and len(values) <= 16
+        and all(isinstance(number, int) and not isinstance(number, bool) and 0 <= number < 1 << 62 for number in values)
     )
 
 

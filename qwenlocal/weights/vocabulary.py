@@ -9,12 +9,13 @@ Qwen1.5) and SentencePiece (tokenizer.model, or a tokenizer.json with byte fallb
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwenlocal.errors import BadCheckpoint, CannotExpress
+from qwenlocal.errors import BadCheckpoint, CannotExpress, UsageProblem
 from qwenlocal.weights import sentencepiece
 from qwenlocal.weights.checkpoint import read_json
 from qwenlocal.weights.sentencepiece import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
@@ -27,6 +28,102 @@ PRE_TOKENIZERS = {
     # (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+
     "1ff7f41064896984db5d1bb6ff64fa4bc29007d08c1b439e505b7392777a319e": "qwen2",
 }
+# Those that llama.cpp knows (llama-vocab.cpp: tokenizer_pre); with another one it does not load the file.
+PRE_TOKENIZER_NAMES = frozenset(
+    [
+        "afmoe",
+        "a.x-4.0",
+        "bailingmoe",
+        "bailingmoe2",
+        "bloom",
+        "chameleon",
+        "chatglm-bpe",
+        "codeshell",
+        "cohere2moe",
+        "command-r",
+        "dbrx",
+        "deepseek-coder",
+        "deepseek-llm",
+        "deepseek-r1-qwen",
+        "deepseek-v3",
+        "default",
+        "exaone",
+        "exaone-moe",
+        "exaone4",
+        "f2llmv2",
+        "falcon",
+        "falcon-h1",
+        "falcon3",
+        "gemma4",
+        "gigachat",
+        "glm4",
+        "glm5",
+        "gpt-2",
+        "gpt-4o",
+        "gpt3-finnish",
+        "granite-docling",
+        "granite-embed-multi-311m",
+        "granite-embed-multi-97m",
+        "grok-2",
+        "hunyuan",
+        "hunyuan-dense",
+        "hy_v4",
+        "jais",
+        "jais-2",
+        "jina-de",
+        "jina-es",
+        "jina-v1-en",
+        "jina-v2-code",
+        "jina-v2-de",
+        "jina-v2-es",
+        "jina-v5-nano",
+        "joyai-llm",
+        "kanana2",
+        "kimi-k2",
+        "kormo",
+        "laguna",
+        "lfm2",
+        "llada-moe",
+        "llama-bpe",
+        "llama-v3",
+        "llama3",
+        "llama4",
+        "megrez",
+        "mellum",
+        "mellum2",
+        "midm-2.0",
+        "minerva-7b",
+        "minicpm5",
+        "minimax-m2",
+        "modern-bert",
+        "mpt",
+        "olmo",
+        "phi-2",
+        "pixtral",
+        "poro-chat",
+        "qwen2",
+        "qwen35",
+        "refact",
+        "roberta-bpe",
+        "sarvam-moe",
+        "seed-coder",
+        "smaug-bpe",
+        "smollm",
+        "solar-open",
+        "spark2_5",
+        "stablelm2",
+        "starcoder",
+        "superbpe",
+        "talkie",
+        "tekken",
+        "tiny_aya",
+        "trillion",
+        "ufakzeka",
+        "viking",
+        "whitespace",
+        "youtu",
+    ]
+)
 _SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _END_OF_TURN = "<|im_end|>"
 
@@ -82,7 +179,10 @@ def read_vocabulary(folder: Path, config: Mapping[str, Any], size: int, *, pre: 
         draft = _from_parts(folder, settings, size, pre)
     else:
         raise BadCheckpoint(folder, "it has no tokenizer.json (nor tokenizer.model, nor vocab.json)")
+    draft.check_texts()
     special, notes = _special(folder, settings, config, draft)
+    if draft.pre not in PRE_TOKENIZER_NAMES:
+        raise UsageProblem(f"llama.cpp has no pre-tokenizer called “{draft.pre}”.", hint="Qwen1.5's is: --pre qwen2")
     return Vocabulary(
         draft.model,
         draft.pre,
@@ -123,6 +223,35 @@ class _Draft:
                 self.file, f"“{token}” has the id {number:,}, but the embeddings have only {len(self.tokens):,} rows"
             )
         self.tokens[number], self.kinds[number] = token, kind
+
+    def add(self, added: Mapping[int, tuple[str, int]]) -> None:
+        """Tokens beside the vocabulary proper; an id that it has given to another token is not theirs."""
+        for number, (token, kind) in added.items():
+            known = self.tokens[number] if 0 <= number < len(self.tokens) else token
+            if known != token and self.kinds[number] != UNUSED:
+                raise BadCheckpoint(self.file, f"the id {number} is given twice, to “{known}” and to “{token}”")
+            self.put(number, token, kind)
+
+    def check_texts(self) -> None:
+        """Each token has a text of its own, and one that llama.cpp can keep: it ends texts at a zero byte."""
+        whole = "".join(self.tokens)
+        if "\0" in whole or not _is_text(whole):
+            wrong = next(token for token in self.tokens if "\0" in token or not _is_text(token))
+            raise CannotExpress(self.file, f"the token {wrong!r} cannot stand in a GGUF file")
+        if len(set(self.tokens)) < len(self.tokens):
+            first: dict[str, int] = {}
+            for number, token in enumerate(self.tokens):
+                if token in first:
+                    raise BadCheckpoint(self.file, f"“{token}” has two ids, {first[token]} and {number}")
+                first[token] = number
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 # --- byte-level BPE
@@ -172,8 +301,7 @@ def _fill(
     _check_holes(draft, vocabulary)
     _check_merges(draft.file, vocabulary, merges)
     draft.merges = [f"{left} {right}" for left, right in merges]
-    for number, (token, kind) in added.items():
-        draft.put(number, token, kind)
+    draft.add(added)
 
 
 def _check_holes(draft: _Draft, vocabulary: Mapping[str, Any]) -> None:
@@ -202,7 +330,7 @@ def _merges(file: Path, found: Any) -> list[tuple[str, str]]:
     for entry in found:
         try:
             left, right = entry.split(" ") if isinstance(entry, str) else entry
-            if not left or not right:
+            if not left or not right or type(entry) is dict:
                 raise ValueError
             merges.append((left.replace(" ", "Ġ"), right.replace(" ", "Ġ")))
         except (ValueError, TypeError, AttributeError) as wrong:
@@ -218,7 +346,7 @@ def _check_merges(file: Path, vocabulary: Mapping[str, Any], merges: Iterable[tu
 
 def _pre_tokenizer(file: Path, data: Mapping[str, Any]) -> str:
     expressions = list(_expressions(data.get("pre_tokenizer")))
-    digest = hashlib.sha256("".join(expressions).encode()).hexdigest()
+    digest = hashlib.sha256("".join(expressions).encode(errors="replace")).hexdigest()
     name = PRE_TOKENIZERS.get(digest)
     if name is None:
         shown = expressions[0][:60] + "…" if expressions else "none"
@@ -247,7 +375,7 @@ def _adds(post: Any) -> dict[str, bool]:
     inner = post.get("processors")
     steps = inner if isinstance(inner, list) else [post]
     kinds = [step.get("type") for step in steps if isinstance(step, dict)]
-    return {"bos": False, "eos": False} if kinds and set(kinds) == {"ByteLevel"} else {}
+    return {"bos": False, "eos": False} if kinds and all(kind == "ByteLevel" for kind in kinds) else {}
 
 
 def _added(file: Path, listed: Any, settings: Mapping[str, Any]) -> dict[int, tuple[str, int]]:
@@ -255,23 +383,19 @@ def _added(file: Path, listed: Any, settings: Mapping[str, Any]) -> dict[int, tu
     found: dict[int, tuple[str, int]] = {}
     decoder = settings.get("added_tokens_decoder")
     entries: list[Any] = [
-        {**entry, "id": int(number) if str(number).isdigit() else number}
+        {**entry, "id": int(number) if re.fullmatch(r"[0-9]{1,9}", number) else number}
         for number, entry in (decoder.items() if isinstance(decoder, dict) else ())
         if isinstance(entry, dict)
     ]
     entries += listed if isinstance(listed, list) else []
     for entry in entries:
-        if (
-            not isinstance(entry, dict)
-            or not isinstance(entry.get("id"), int)
-            or not isinstance(entry.get("content"), str)
-        ):
+        number, token = (entry.get("id"), entry.get("content")) if isinstance(entry, dict) else (None, None)
+        if not isinstance(number, int) or isinstance(number, bool) or not isinstance(token, str):
             raise BadCheckpoint(file, f"the added token {entry!r} has the wrong form")
-        token = entry["content"]
-        known = found.get(entry["id"])
+        known = found.get(number)
         if known and known[0] != token:
-            raise BadCheckpoint(file, f"the id {entry['id']} is given twice, to “{known[0]}” and to “{token}”")
-        found[entry["id"]] = (token, CONTROL if entry.get("special") or _looks_special(token) else USER_DEFINED)
+            raise BadCheckpoint(file, f"the id {number} is given twice, to “{known[0]}” and to “{token}”")
+        found[number] = (token, CONTROL if entry.get("special") or _looks_special(token) else USER_DEFINED)
     return found
 
 
@@ -291,18 +415,16 @@ def _from_pieces(folder: Path, settings: Mapping[str, Any], size: int) -> _Draft
         draft.put(number, piece.text, piece.kind)
         draft.scores[number] = piece.score
     draft.adds = {"space": model.adds_space}
-    listed = _optional_json(folder / "tokenizer.json", "").get("added_tokens")
-    extra = _optional_json(folder / "added_tokens.json", "")
-    for number, (token, kind) in {
-        **{number: (token, USER_DEFINED) for token, number in extra.items()},
-        **_added(file, listed, settings),
-    }.items():
-        if (
-            0 <= number < len(model.pieces)
-            and draft.kinds[number] in (UNKNOWN, CONTROL)
-            and draft.tokens[number] == token
-        ):
+    listed = _optional_json(folder / "tokenizer.json", "the vocabulary").get("added_tokens")
+    extra = _optional_json(folder / "added_tokens.json", "further tokens")
+    more = [{"id": number, "content": token} for token, number in extra.items()]
+    added = {**_added(folder / "added_tokens.json", more, {}), **_added(file, listed, settings)}
+    for number, (token, kind) in added.items():
+        there = (draft.tokens[number], draft.kinds[number]) if 0 <= number < size else ("", UNUSED)
+        if there[1] in (UNKNOWN, CONTROL) and there[0] == token:
             continue
+        if there[1] in (NORMAL, BYTE) and there[0] != token:
+            raise BadCheckpoint(file, f"the id {number} is given twice, to “{there[0]}” and to “{token}”")
         draft.put(number, token, kind)
         draft.scores[number] = -1000.0
     return draft
@@ -332,8 +454,8 @@ def _with_byte_fallback(
         draft.put(number, token, BYTE if is_byte else NORMAL)
         draft.scores[number] = -float(ranks.get(token, len(merges)))
     _check_holes(draft, vocabulary)
-    for number, (token, kind) in added.items():
-        draft.put(number, token, UNKNOWN if token == "<unk>" else kind)
+    draft.add({number: (token, UNKNOWN if token == "<unk>" else kind) for number, (token, kind) in added.items()})
+    for number in added:
         draft.scores[number] = -1000.0
     draft.adds = {"space": _prepends_space(data)}
     return draft

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from qwenlocal import ggml
 from qwenlocal.chat.template import CHATML
-from qwenlocal.errors import BadCheckpoint, BadWeights, CannotExpress
+from qwenlocal.errors import BadCheckpoint, BadWeights, CannotExpress, UsageProblem
 from qwenlocal.testing import CONFIG, MOE_CONFIG, SPECIALS, write_checkpoint, write_safetensors
 from qwenlocal.weights import gguf
 from qwenlocal.weights.about import Parameters, read_about
@@ -184,13 +184,23 @@ class TestSafetensors:
             {"shape": [1], "data_offsets": [0, 4]},
             {"dtype": 7, "shape": [1], "data_offsets": [0, 4]},
             {"dtype": "F32", "shape": 1, "data_offsets": [0, 4]},
-            {"dtype": "F32", "shape": {"0": 1}, "data_offsets": [0, 4]},
             {"dtype": "F32", "shape": [1], "data_offsets": "0-4"},
         ],
     )
     def test_a_description_that_lacks_something_is_refused(self, entry: object, tmp_path: Path) -> None:
         path = with_header(tmp_path / "x.safetensors", {"a": entry}, bytes(4))
         assert "does not say what “a” is" in refusal(read_tensors, path)
+
+    # a bug: objects are read as lists of pairs, so {} is the shape of a single number (safetensors.py, _Pairs)
+    @pytest.mark.parametrize("shape", [{}, {"0": 1}])
+    def test_an_object_is_no_shape(self, shape: object, tmp_path: Path) -> None:
+        entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, 4]}
+        assert refusal(read_tensors, with_header(tmp_path / "x.safetensors", {"a": entry}, bytes(4)))
+
+    # a bug: the last one counts (safetensors.py, _tensor)
+    def test_a_description_that_says_something_twice_is_refused(self, tmp_path: Path) -> None:
+        header = b'{"a": {"dtype": "F32", "shape": [2, 1], "shape": [1, 2], "data_offsets": [0, 8]}}'
+        assert refusal(read_tensors, with_header(tmp_path / "x.safetensors", header, bytes(8)))
 
     @pytest.mark.parametrize(
         ("shape", "span"),
@@ -332,9 +342,8 @@ class TestFolder:
         folder = small(tmp_path, shards=5)
         (folder / "model-00004-of-00005.safetensors").unlink()
         reason = refusal(Checkpoint.open, folder)
-        assert reason == f"model-00004-of-00005.safetensors (1 of 5 files) is named in {INDEX} missing".replace(
-            "is named in " + INDEX + " missing", "is named in " + INDEX + " missing"
-        )
+        assert "model-00004-of-00005.safetensors (1 of 5 files)" in reason
+        assert "missing" in reason
 
     def test_only_some_of_many_missing_shards_are_listed(self, tmp_path: Path) -> None:
         folder = small(tmp_path, shards=6)
@@ -429,7 +438,7 @@ class TestFolder:
 
     @pytest.mark.parametrize("strange", [{"bits": 4}, "gptq", [1]])
     def test_packed_weights_are_refused_even_where_it_is_not_said_how(self, strange: object, tmp_path: Path) -> None:
-        with pytest.raises(CannotExpress, match="packed already .some method."):
+        with pytest.raises(CannotExpress, match=r"packed already .some method."):
             Checkpoint.open(small(tmp_path, {"quantization_config": strange}))
 
     @pytest.mark.parametrize("nothing", [None, {}, False])
@@ -504,9 +513,7 @@ class TestJson:
         with pytest.raises(BadCheckpoint, match="Is a directory"):
             planned(path.parent)
 
-    @pytest.mark.parametrize(
-        "key", ["hidden_size", "rms_norm_eps", "rope_scaling", "architectures", "tie_word_embeddings"]
-    )
+    @pytest.mark.parametrize("key", ["hidden_size", "rms_norm_eps", "rope_scaling", "hidden_act", "qkv_bias"])
     def test_a_value_nested_just_as_deep_as_can_be_read_is_refused_in_words(self, key: str, tmp_path: Path) -> None:
         folder = small(tmp_path)
         path, text = folder / "config.json", json.dumps({**CONFIG, **SIZES, key: "HERE"})
@@ -566,10 +573,10 @@ class TestConfig:
         with pytest.raises(BadCheckpoint, match=f"“{key}” is .*, which cannot be"):
             examine(change(small(tmp_path), "config.json", **{key: value}))
 
-    # a bug: a whole number of more than 308 digits is an OverflowError in architecture.py, _Config.number, and one that
-    # does not fit into four bytes is one in gguf.py, f32
+    # a bug: OverflowError, in architecture.py (_Config.number, of a number of 400 digits) or in gguf.py (f32); the
+    # smallest becomes 0
     @pytest.mark.parametrize("key", ["rms_norm_eps", "rope_theta"])
-    @pytest.mark.parametrize("value", [10**400, 1e300, 1e39])
+    @pytest.mark.parametrize("value", [10**400, 1e300, 1e39, 1e-60], ids=["10**400", "1e300", "1e39", "1e-60"])
     def test_a_number_that_four_bytes_cannot_hold_is_refused_by_its_name(
         self, key: str, value: object, tmp_path: Path
     ) -> None:
@@ -660,11 +667,16 @@ class TestSlidingWindow:
         with pytest.raises(BadCheckpoint, match="“sliding_window” is"):
             examine(small(tmp_path, {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 0}))
 
-    # a bug: ValueError or TypeError of int(first) (architecture.py, _refuse_sliding_window)
-    @pytest.mark.parametrize("first", ["none", [], {}, float("nan"), float("inf"), None])
+    # a bug: ValueError, OverflowError or TypeError of int(first) (architecture.py, _refuse_sliding_window)
+    @pytest.mark.parametrize("first", ["none", [], {}, float("nan"), float("inf")])
     def test_a_first_layer_of_it_that_is_no_number_is_refused(self, first: object, tmp_path: Path) -> None:
         with pytest.raises((BadCheckpoint, CannotExpress)):
             examine(small(tmp_path, {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": first}))
+
+    # a bug: TypeError of int(None), in the same place
+    def test_a_first_layer_of_it_that_is_null_is_refused_or_not_said(self, tmp_path: Path) -> None:
+        folder = small(tmp_path, {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": None})
+        is_planned_or_refused(folder)
 
 
 class TestRope:
@@ -773,10 +785,7 @@ class TestExperts:
         folder = small(tmp_path, {**EXPERTS, "tie_word_embeddings": True})
         assert "output.weight" in names(folder)
         plan = planned(folder)
-        both = [
-            len(strip.targets) for strip in plan.job.strips if strip.name == "output.weight" or len(strip.targets) > 1
-        ]
-        assert both == [2], "one reading, two places"
+        assert [len(strip.targets) for strip in plan.job.strips].count(2) == 1, "one reading, two places"
 
     def test_an_expert_that_is_missing_is_named(self, tmp_path: Path) -> None:
         name = "model.layers.0.mlp.experts.3.up_proj.weight"
@@ -824,11 +833,11 @@ class TestTensors:
         folder = small(tmp_path, {"num_hidden_layers": 2})
         with pytest.raises(BadCheckpoint, match=r"“model.layers.2.\S+” is missing"):
             planned(change(folder, "config.json", num_hidden_layers=3))
-        with pytest.raises(BadCheckpoint, match="“model.layers.1.*and 9 more"):
+        with pytest.raises(BadCheckpoint, match=r"“model.layers.1.*and 9 more"):
             planned(change(folder, "config.json", num_hidden_layers=1))
 
     def test_as_many_layers_as_a_number_can_say_are_refused_at_the_first_that_is_missing(self, tmp_path: Path) -> None:
-        with pytest.raises(BadCheckpoint, match="“model.layers.1.*is missing"):
+        with pytest.raises(BadCheckpoint, match=r"“model.layers.1.*is missing"):
             planned(change(small(tmp_path), "config.json", num_hidden_layers=(1 << 31) - 1))
 
     @pytest.mark.parametrize(
@@ -881,7 +890,7 @@ class TestTensors:
         biases = {f"model.layers.0.self_attn.{letter}_proj.bias": None for letter in "qkv"}
         folder = small(tmp_path, {"qkv_bias": False}, tensors=biases)
         assert not [name for name in names(folder) if name.endswith(".bias")]
-        with pytest.raises(BadCheckpoint, match="q_proj.bias” is missing"):
+        with pytest.raises(BadCheckpoint, match=r"q_proj.bias” is missing"):
             planned(change(folder, "config.json", qkv_bias=...))
 
 
@@ -915,7 +924,7 @@ class TestHead:
         assert "output.weight" in names(change(folder, "config.json", tie_word_embeddings=False))
 
     def test_one_that_is_not_tied_must_be_stored(self, tmp_path: Path) -> None:
-        with pytest.raises(BadCheckpoint, match="“lm_head.weight” is missing, and config.json does not say"):
+        with pytest.raises(BadCheckpoint, match=r"“lm_head.weight” is missing, and config.json does not say"):
             planned(small(tmp_path, tensors={"lm_head.weight": None}))
 
     def test_a_bare_model_has_none_and_names_without_a_prefix(self, tmp_path: Path) -> None:
@@ -927,7 +936,7 @@ class TestHead:
 
     def test_a_bare_model_with_a_head_is_refused(self, tmp_path: Path) -> None:
         folder = small(tmp_path, {"architectures": ["Qwen2Model"]}, tensors={"lm_head.weight": (ROWS, 32)})
-        with pytest.raises(BadCheckpoint, match="“lm_head.weight”"):
+        with pytest.raises(BadCheckpoint, match=r"“lm_head.weight”"):
             planned(folder)
 
 
@@ -1038,6 +1047,7 @@ class TestMerges:
 
 
 class TestPreTokenizer:
+    # a bug: UnicodeEncodeError for the lone surrogate (vocabulary.py, _pre_tokenizer)
     @pytest.mark.parametrize(
         "pre",
         [
@@ -1047,17 +1057,23 @@ class TestPreTokenizer:
             {"type": "Split", "pattern": {"String": " "}},
             {"type": "Split", "pattern": "x"},
             {"type": "Sequence", "pretokenizers": 5},
+            {"type": "Split", "pattern": {"Regex": "\ud800"}},
             [],
             "qwen2",
         ],
     )
     def test_an_unknown_one_is_refused_unless_its_name_is_given(self, pre: object, tmp_path: Path) -> None:
         folder = change(small(tmp_path), "tokenizer.json", pre_tokenizer=pre)
-        with pytest.raises(CannotExpress, match="in a way that is not Qwen1.5's") as caught:
+        with pytest.raises(CannotExpress, match=r"in a way that is not Qwen1.5's") as caught:
             vocabulary(folder)
         assert "--pre NAME" in caught.value.hint
         assert vocabulary(folder, pre="qwen2").pre == "qwen2"
         assert said(folder, pre="qwen2")["tokenizer.ggml.pre"] == "qwen2"
+
+    # a bug: any name is written, and llama.cpp does not load the file (llama-vocab.cpp has the names)
+    def test_a_name_that_llama_cpp_does_not_have_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises((CannotExpress, UsageProblem), match="nonsense"):
+            planned(small(tmp_path), pre="nonsense")
 
     def test_a_long_expression_is_shown_in_part(self, tmp_path: Path) -> None:
         pre = {"type": "Split", "pattern": {"Regex": "x" * 10_000}}
@@ -1103,7 +1119,7 @@ class TestParts:
     def test_merges_that_are_damaged_are_refused(self, content: bytes, tmp_path: Path) -> None:
         folder = self.parts(tmp_path)
         (folder / "merges.txt").write_bytes(content)
-        with pytest.raises(BadCheckpoint, match="merges.txt|vocab.json"):
+        with pytest.raises(BadCheckpoint, match=r"merges.txt|vocab.json"):
             vocabulary(folder)
 
 
@@ -1120,9 +1136,7 @@ class TestAddedTokens:
 
     def test_files_that_give_an_id_to_two_tokens_are_refused(self, tmp_path: Path) -> None:
         folder = change(small(tmp_path), "tokenizer.json", added_tokens=[{"id": 260, "content": "x"}])
-        with pytest.raises(
-            BadCheckpoint, match="the id 260 is given twice, to “<|im_end|>” and to “x”".replace("|", r"\|")
-        ):
+        with pytest.raises(BadCheckpoint, match=r"the id 260 is given twice, to “<\|im_end\|>” and to “x”"):
             vocabulary(folder)
 
     # a bug: the added token silently takes the place of the other (vocabulary.py, _fill)
@@ -1149,6 +1163,14 @@ class TestAddedTokens:
     def test_an_id_in_the_settings_that_is_no_number_is_refused(self, number: str, tmp_path: Path) -> None:
         folder = change(small(tmp_path), "tokenizer_config.json", added_tokens_decoder={number: {"content": "x"}})
         with pytest.raises(BadCheckpoint):
+            vocabulary(folder)
+
+    # a bug: llama.cpp aborts (GGML_ASSERT, the process is gone) where it loads a file in which two ids have one text; a
+    # text ends there at a zero byte, and gguf.py writes "?" for what is no character
+    @pytest.mark.parametrize("text", ["A", "[PAD262]", "A\0b", "\ud800"], ids=ascii)
+    def test_a_text_that_two_ids_would_have_is_refused(self, text: str, tmp_path: Path) -> None:
+        folder = change(small(tmp_path), "tokenizer.json", added_tokens=[{"id": 261, "content": text}])
+        with pytest.raises((BadCheckpoint, CannotExpress)):
             vocabulary(folder)
 
 
@@ -1189,15 +1211,17 @@ class TestSpecialTokens:
 
     def test_nothing_is_put_before_or_after_a_text_where_the_tokenizer_says_so(self, tmp_path: Path) -> None:
         folder = small(tmp_path)
-        assert dict(vocabulary(folder).adds) == {"bos": False, "eos": False}
+        nothing = {"bos": False, "eos": False}
+        assert dict(vocabulary(folder).adds) == nothing
         post = {"type": "Sequence", "processors": [{"type": "ByteLevel"}, {"type": "ByteLevel"}]}
-        assert dict(vocabulary(change(folder, "tokenizer.json", post_processor=post)).adds) == {
-            "bos": False,
-            "eos": False,
-        }
-        for strange in (None, {"type": "TemplateProcessing"}, [], 5, {"processors": [5]}, {"type": []}):
-            if strange != {"type": []}:
-                assert dict(vocabulary(change(folder, "tokenizer.json", post_processor=strange)).adds) == {}
+        assert dict(vocabulary(change(folder, "tokenizer.json", post_processor=post)).adds) == nothing
+
+    # a bug: TypeError, unhashable (vocabulary.py, _adds)
+    @pytest.mark.parametrize(
+        "post", [None, {"type": "TemplateProcessing"}, [], 5, {"processors": [5]}, {"type": []}, {"type": {}}]
+    )
+    def test_otherwise_that_is_left_open(self, post: object, tmp_path: Path) -> None:
+        assert dict(vocabulary(change(small(tmp_path), "tokenizer.json", post_processor=post)).adds) == {}
 
 
 class TestTemplates:
@@ -1212,9 +1236,8 @@ class TestTemplates:
     def test_chat_template_json_goes_after_both(self, tmp_path: Path) -> None:
         folder = change(small(tmp_path, template=None), "chat_template.json", chat_template="from json")
         assert dict(vocabulary(folder).templates) == {"": "from json"}
-        assert dict(vocabulary(change(folder, "tokenizer_config.json", chat_template="first")).templates) == {
-            "": "first"
-        }
+        change(folder, "tokenizer_config.json", chat_template="first")
+        assert dict(vocabulary(folder).templates) == {"": "first"}
 
     def test_a_checkpoint_without_one_has_none(self, tmp_path: Path) -> None:
         folder = small(tmp_path, template=None)
@@ -1564,7 +1587,7 @@ class TestAbout:
         assert about(tmp_path, f"Qwen1.5-7B-Chat{ending}")["name"] == "Qwen1.5 7B Chat"
 
     @pytest.mark.parametrize(
-        "name", ["", "-", ".", "模型", "x" * 300, "7B", "a/b", "-gguf", "1" * 50, "\x1b[2J", "Ⅷ-²B"]
+        "name", ["", "-", ".", "模型", "x" * 300, "7B", "a/b", "-gguf", "1" * 50, "\x1b[2J", "Ⅷ-²B", "\udcff"]
     )
     def test_any_name_will_do(self, name: str, tmp_path: Path) -> None:
         assert about(tmp_path, name)["type"] == "model"
@@ -1613,8 +1636,9 @@ class TestAbout:
         "front",
         [
             "license: 5", "license: true", "license: {a: b}", "license: [[mit], null]", "license:", "language: no",
-            "language: {en: 1}", "tags: 5", "tags: [1, null, [x], {y: z}]", "base_model: 5", "base_model: [5, null, [x]]",
-            "base_model: {name: x, repo_url: [y]}", "base_model: https://huggingface.co/a/b/c/d", "base_model: ''",
+            "language: {en: 1}", "tags: 5", "tags: [1, null, [x], {y: z}]", "base_model: 5",
+            "base_model: [5, null, [x]]", "base_model: {name: x, repo_url: [y]}", "base_model: https://huggingface.co/a/b/c/d",
+            "base_model: ''",
             "datasets: {a: b}", "datasets: [2024-01-01]", "name: [a]", "name: 2024-01-01", "model_name: {a: b}",
             "author: 5", "size_label: []", "basename: {}", "finetune: [x]", "version: 1.5", "5: 6", "null: null",
             "description: |\n  line\n  line", "license: \"\\ud800\"", "license_link: 5", "pipeline_tag: [a]",

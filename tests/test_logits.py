@@ -28,22 +28,7 @@ CLOSE = 1e-4  # of the range of the logits
 
 _F32, _NO_FLASH = 0, 0  # ggml.h: GGML_TYPE_F32; llama.h: LLAMA_FLASH_ATTN_TYPE_DISABLED
 
-# llama.cpp computes them, if its file says `rope.scaling.attn_factor`, which ours does not.
-WRONG = {
-    "dense, yarn with an attention factor": "attention_factor is written as yarn_attn_factor, which llama.cpp ignores",
-    "dense, yarn with mscale": "mscale and mscale_all_dim are not looked at",
-}
-
-each_golden = pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, id=name, marks=[pytest.mark.xfail(strict=True, raises=AssertionError, reason=WRONG[name])])
-        if (name := case["name"]) in WRONG
-        else pytest.param(case, id=name)
-        for case in GOLDEN["cases"]
-    ],
-)
-all_goldens = pytest.mark.parametrize("case", GOLDEN["cases"], ids=[case["name"] for case in GOLDEN["cases"]])
+each_golden = pytest.mark.parametrize("case", GOLDEN["cases"], ids=[case["name"] for case in GOLDEN["cases"]])
 
 
 @pytest.fixture
@@ -139,11 +124,6 @@ def in_memory(plan: Plan) -> Model:
     return ModelInMemory(output.path, fidelity._Filler(plan).fill)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=pytest.fail.Exception,
-    reason="written as keys that llama.cpp does not read for these architectures, or not looked at",
-)
 @pytest.mark.parametrize(
     "more", [{"beta_fast": 16.0}, {"beta_slow": 2.0}, {"truncate": False}], ids=["beta_fast", "beta_slow", "truncate"]
 )
@@ -168,6 +148,6 @@ def quiet() -> Iterator[None]:
 @pytest.mark.reference
 @pytest.mark.filterwarnings("default")
 @pytest.mark.usefixtures("quiet")
-@all_goldens
+@each_golden
 def test_the_goldens_are_what_transformers_computes_today(case: dict[str, Any], checkpoint: Path, maker: Any) -> None:
     assert error(maker.logits_of_transformers(checkpoint, IDS), case, maker) <= CLOSE / 10

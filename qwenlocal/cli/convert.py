@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from qwenlocal.cli.values import bytes_for_people, print_table
 from qwenlocal.cli.wiring import Program
 from qwenlocal.errors import NotEnoughMemory, OutputExists, UsageProblem
-from qwenlocal.library.names import CatalogueName, CheckpointName, HubName
+from qwenlocal.library.names import CatalogueName, CheckpointName, HubName, PathName
 
 if TYPE_CHECKING:
     from qwenlocal.weights.importance import Importance
@@ -94,9 +94,13 @@ def quantize_file(asked: Asked, *, again: bool) -> None:
 
 def find_source(program: Program, text: str, *, limit_rate: int = 0) -> Source:
     """The checkpoint that `text` names, fetched if need be."""
+    from qwenlocal.weights.checkpoint import PICKLED, pickled
+
     name = program.parse(text)
     if isinstance(name, CheckpointName):
         return local_source(name.path)
+    if isinstance(name, PathName) and name.path.suffix in PICKLED:
+        raise pickled(name.path.parent, name.path.name)
     if not isinstance(name, (CatalogueName, HubName)):
         raise UsageProblem(
             f"{text} is not a checkpoint.",

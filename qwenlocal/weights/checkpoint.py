@@ -20,7 +20,7 @@ from qwenlocal.weights.safetensors import StoredTensor, read_tensors
 _INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.safetensors$")
 _LONGEST_JSON = 200_000_000
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 
 @dataclass(frozen=True)
@@ -98,15 +98,18 @@ def _several(names: list[str], of: int) -> str:
 
 
 def _no_weights(folder: Path) -> BadCheckpoint:
-    pickled = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLED)
-    if pickled:
-        return BadCheckpoint(
-            folder,
-            f"its weights are pickled ({pickled[0]}); reading such a file can run any program hidden in it",
-            hint="Make safetensors of it where you trust it, with transformers: "
-            f"AutoModelForCausalLM.from_pretrained({folder.name!r}).save_pretrained({folder.name + '-safe'!r})",
-        )
-    return BadCheckpoint(folder, "there are no safetensors files in it")
+    files = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLED)
+    return pickled(folder, files[0]) if files else BadCheckpoint(folder, "there are no safetensors files in it")
+
+
+def pickled(folder: Path, file: str) -> BadCheckpoint:
+    """Weights as PyTorch pickles them are not read."""
+    return BadCheckpoint(
+        folder,
+        f"its weights are pickled ({file}); reading such a file can run any program hidden in it",
+        hint="Make safetensors of it where you trust it, with transformers: "
+        f"AutoModelForCausalLM.from_pretrained({folder.name!r}).save_pretrained({folder.name + '-safe'!r})",
+    )
 
 
 def _check_shards(folder: Path, files: list[Path]) -> None:

@@ -1,9 +1,9 @@
 """
 From a checkpoint to the plan of one or several GGUF files: what is in the files is decided here, nothing is written.
 
-    checkpoint.py    what is there          architecture.py  what it computes, where its tensors go
-    vocabulary.py    how it spells          about.py         what it says of itself
-    mix.py, plan.py  types, sizes, places   writing.py       carries the plan out
+    checkpoint.py    what is there       architecture.py  what it computes
+    placement.py     where tensors go    vocabulary.py    how it spells
+    about.py         what it is called   mix.py, plan.py  types, sizes, places; writing.py carries it out
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from pathlib import Path
 from qwenlocal import ggml
 from qwenlocal.weights import gguf
 from qwenlocal.weights.about import Parameters, read_about
-from qwenlocal.weights.architecture import Hyperparameters, Placed, Placement, hyperparameters, place_tensors
+from qwenlocal.weights.architecture import Hyperparameters, hyperparameters
 from qwenlocal.weights.checkpoint import Checkpoint
 from qwenlocal.weights.importance import Importance
 from qwenlocal.weights.mix import FileType, ModelFacts, Wishes
+from qwenlocal.weights.placement import Placed, Placement, place_tensors
 from qwenlocal.weights.plan import Plan, SourceTensor, Stretch, make_goals, make_plan
 from qwenlocal.weights.vocabulary import Vocabulary, read_vocabulary
 

@@ -12,9 +12,9 @@ import pytest
 
 from qwenlocal.engine.in_memory import ModelInMemory
 from qwenlocal.engine.llama import Context, ContextOptions, Model, library
-from qwenlocal.errors import CannotExpress
+from qwenlocal.errors import CannotExpress, QwenlocalError
 from qwenlocal.measure import fidelity
-from qwenlocal.testing import write_checkpoint
+from qwenlocal.testing import MOE_CONFIG, write_checkpoint
 from qwenlocal.weights.checkpoint import Checkpoint
 from qwenlocal.weights.convert import Options, plan_conversion
 from qwenlocal.weights.mix import file_type
@@ -132,6 +132,30 @@ def test_a_yarn_scaling_that_llama_cpp_does_not_compute_is_refused(more: dict[st
     scaling = {"type": "yarn", "factor": 8.0, "original_max_position_embeddings": 256, **more}
     folder = write_checkpoint(tmp_path / "model", config={"rope_theta": 10000.0, "rope_scaling": scaling})
     with pytest.raises(CannotExpress):
+        converted(folder)
+
+
+WINDOW = {"use_sliding_window": True, "sliding_window": 512}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        # In a mixture, transformers lets every second of the layers BEFORE max_window_layers slide.
+        pytest.param({**MOE_CONFIG, **WINDOW, "max_window_layers": 28}, id="a mixture with a sliding window"),
+        pytest.param({"is_causal": False}, id="attention to what comes later"),
+        pytest.param(
+            {
+                "rope_parameters": {"rope_type": "default", "rope_theta": 50000.0},
+                "rope_scaling": {"type": "linear", "factor": 4.0},
+            },
+            id="two ropes that contradict each other",
+        ),
+    ],
+)
+def test_a_config_whose_file_would_compute_something_else_is_refused(config: dict[str, Any], tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "model", config=config)
+    with pytest.raises(QwenlocalError):
         converted(folder)
 
 

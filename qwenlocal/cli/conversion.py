@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwenlocal.cli.convert import Source, fetch_source, local_source, write
-from qwenlocal.cli.values import bytes_for_people
+from qwenlocal.cli.values import Stage, bytes_for_people
 from qwenlocal.errors import BadWeights
 from qwenlocal.library.names import CatalogueName, CheckpointName, HubName
 from qwenlocal.library.store import Record, StoredFile
@@ -103,14 +103,13 @@ def _announce(program: Program, plan: Plan, source: Source) -> None:
 def _checked(path: Path) -> StoredFile:
     """The finished file, with its digests, as a download would have them."""
     from qwenlocal.library.digests import digests_of
-    from qwenlocal.library.download import Progress
     from qwenlocal.library.partial import BLOCK
     from qwenlocal.terminal.progress import progress
     from qwenlocal.weights.header import read_header
 
     size = path.stat().st_size
     with progress(sys.stderr) as shown:
-        sha256, checksums = digests_of(path, BLOCK, lambda done: shown(Progress(path.name, done, size, "checking")))
+        sha256, checksums = digests_of(path, BLOCK, lambda done: shown(Stage(path.name, done, size, "checking")))
     if not read_header(path).tensors:
         raise BadWeights(path, "nothing was written to it")
     return StoredFile.of(path, sha256, BLOCK, checksums)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qwenlocal.cli.values import bytes_for_people, print_table
+from qwenlocal.cli.values import Stage, bytes_for_people, print_table
 from qwenlocal.cli.wiring import Program
 from qwenlocal.errors import NotEnoughMemory, OutputExists, UsageProblem
 from qwenlocal.library.names import CatalogueName, CheckpointName, HubName, PathName
@@ -135,7 +135,6 @@ def write(
     program: Program, plan: Plan, *, threads: int | None = None, replace: bool = False, allow_nan: bool = False
 ) -> Written:
     """Carry a plan out, its progress on stderr."""
-    from qwenlocal.library.download import Progress
     from qwenlocal.machine import this_machine
     from qwenlocal.terminal.progress import progress
     from qwenlocal.weights.writing import carry_out, memory_needed
@@ -152,7 +151,7 @@ def write(
             threads=count,
             replace=replace,
             allow_nan=allow_nan,
-            report=lambda done, all: shown(Progress(name, done, all, "writing")),
+            report=lambda done, all: shown(Stage(name, done, all, "writing")),
         )
 
 

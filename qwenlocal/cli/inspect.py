@@ -7,11 +7,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from qwenlocal.cli.values import bytes_for_people, print_table
+from qwenlocal.cli.values import Stage, bytes_for_people, print_table
 from qwenlocal.cli.wiring import Program
 from qwenlocal.errors import BadWeights, OutputExists, UsageProblem
 
@@ -22,16 +22,6 @@ if TYPE_CHECKING:
     from qwenlocal.weights.header import Header
 
 DIFFERENT = 1
-
-
-class _Stage(NamedTuple):
-    """What `terminal.progress` shows."""
-
-    name: str
-    done: int
-    total: int
-    doing: str
-    source: str = ""
 
 
 def inspect_file(text: str, *, as_json: bool, quick: bool, fix: bool, out: str | None, tensors: bool) -> None:
@@ -68,7 +58,7 @@ def _examined(record: Record) -> Checkup:
 
     with progress(sys.stderr) as shown:
         name = record.path.name
-        report = (lambda done, all: shown(_Stage(name, done, all, "reading"))) if sys.stderr.isatty() else _quiet
+        report = (lambda done, all: shown(Stage(name, done, all, "reading"))) if sys.stderr.isatty() else _quiet
         return examine_file(record.path, report)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from qwenlocal.errors import UsageProblem
 
@@ -26,6 +27,16 @@ def rate(text: str | None) -> int:
     if value <= 0:
         raise UsageProblem(f"“{text}” is not a rate.", hint="Write it like 500K, 2M or 1.5M: bytes a second.")
     return value
+
+
+class Stage(NamedTuple):
+    """How far something is, for `terminal.progress`."""
+
+    name: str
+    done: int
+    total: int
+    doing: str
+    source: str = ""
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

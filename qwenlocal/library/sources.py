@@ -373,7 +373,8 @@ def _of_checkpoint(listing: Listing) -> list[RemoteFile]:
     if "config.json" not in there:
         raise ModelNotFound(listing.repo, reason=f"{listing.repo} has no config.json, so it is no checkpoint.")
     spelling = () if "tokenizer.json" in there else ("vocab.json", "merges.txt")
-    documents = [there[path] for path in (*_DOCUMENTS, *spelling) if path in there]
+    templates = [path for path in there if re.fullmatch(r"additional_chat_templates/[\w.-]+\.jinja", path)]
+    documents = [there[path] for path in (*_DOCUMENTS, *spelling, *templates) if path in there]
     return [*documents, *sorted(weights, key=lambda file: file.path)]
 
 

@@ -7,7 +7,7 @@ llama.cpp's own library for it; the licence and the rest stand at the top of the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -25,7 +25,6 @@ _SAMPLING = {
     "temperature": "temp",
     "repetition_penalty": "penalty_repeat",
 }
-_OURS = ("repetition_penalty",)  # llama.cpp's converter does not know it under this name
 _STRANGE = (ValueError, TypeError, AttributeError, KeyError, IndexError, RecursionError, OverflowError)
 _MOST, _LONGEST = 64, 2000  # entries of a list, characters of a text
 _PACKING = ("gptq-int4", "gptq-int8", "gptq", "awq", "gguf")
@@ -60,7 +59,7 @@ def read_about(
     """
     `name` is what the checkpoint is called ("Qwen1.5-0.5B-Chat"), `repo` where it came from ("Qwen/Qwen1.5-0.5B-Chat").
 
-    `like_llama_cpp` leaves out the repetition penalty and the repository, which llama.cpp's converter does not write.
+    `like_llama_cpp` leaves out the repository, which llama.cpp's converter does not write.
 
     Raises
     ------
@@ -81,7 +80,7 @@ def read_about(
     label = found.size_label or size_label(parameters.total, shared, each, parameters.experts)
     pairs: dict[str, gguf.Encoded] = {
         "general.type": gguf.string("model"),
-        **_sampling(folder, _OURS if like_llama_cpp else ()),
+        **_sampling(folder),
     }
     for key, value in (
         ("name", found.name or name),
@@ -135,7 +134,7 @@ def _texts(values: Iterable[Any]) -> list[str]:
     return [text[:_LONGEST] for text in plain[:_MOST]]
 
 
-def _sampling(folder: Path, without: Sequence[str]) -> dict[str, gguf.Encoded]:
+def _sampling(folder: Path) -> dict[str, gguf.Encoded]:
     file = folder / "generation_config.json"
     if not file.exists():
         return {}
@@ -143,7 +142,7 @@ def _sampling(folder: Path, without: Sequence[str]) -> dict[str, gguf.Encoded]:
     found: dict[str, gguf.Encoded] = {}
     for theirs, ours in _SAMPLING.items():
         value = said.get(theirs)
-        if value is None or theirs in without:
+        if value is None:
             continue
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not -1e9 < value < 1e9:
             raise BadCheckpoint(file, f"“{theirs}” is {value!r}, which cannot be")

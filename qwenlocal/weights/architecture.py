@@ -157,25 +157,33 @@ def _experts(config: _Config) -> Experts:
 
 def _rope(config: _Config) -> tuple[RopeScaling | None, float]:
     """transformers 4 writes rope_theta and rope_scaling, transformers 5 both into rope_parameters."""
-    rope = config.values.get("rope_parameters") or config.values.get("rope_scaling") or {}
-    if not isinstance(rope, Mapping):
+    new, old = config.values.get("rope_parameters") or {}, config.values.get("rope_scaling") or {}
+    rope = new or old
+    if not isinstance(rope, Mapping) or any(isinstance(value, dict) for value in rope.values()):
         raise BadCheckpoint(config.path, f"the rope parameters are {rope!r}, which cannot be")
+    if new and isinstance(old, Mapping) and old and (_kind(new), new.get("factor")) != (_kind(old), old.get("factor")):
+        raise BadCheckpoint(config.path, "“rope_parameters” and “rope_scaling” contradict each other")
     theta = rope.get("rope_theta", config.values.get("rope_theta", 10000.0))  # the default of transformers
     base = config.number("rope_theta", theta)
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = _kind(rope)
     if kind == "default":
         return None, base
     if kind not in ("linear", "yarn"):
         raise CannotExpress(
             config.path, f"rope scaling of the kind “{kind}” is not in llama.cpp's graph of Qwen models"
         )
-    original = rope.get("original_max_position_embeddings") or config.values.get("max_position_embeddings")
+    key = "original_max_position_embeddings"  # transformers looks for it outside first
+    original = config.values.get(key) or rope.get(key) or config.values.get("max_position_embeddings")
     factor = config.number("rope factor", rope.get("factor"))
     attention = _yarn_attention(config, rope, factor) if kind == "yarn" else 1.0
     context = config.number("original_max_position_embeddings", original)
     if context >= _MOST:
         raise BadCheckpoint(config.path, f"“original_max_position_embeddings” is {original!r}, which cannot be")
     return RopeScaling(kind, factor, int(context), attention), base
+
+
+def _kind(rope: Mapping[str, Any]) -> Any:
+    return rope.get("rope_type", rope.get("type", "default"))
 
 
 def _yarn_attention(config: _Config, rope: Mapping[str, Any], factor: float) -> float:
@@ -208,6 +216,8 @@ def _refuse_other_graphs(config: _Config, found: Hyperparameters) -> None:
         raise CannotExpress(
             config.path, f"its activation is “{values['hidden_act']}”; llama.cpp computes silu for Qwen models"
         )
+    if not config.flag("is_causal", True):
+        raise CannotExpress(config.path, "“is_causal” is false; llama.cpp lets a token see only those before it")
     _refuse_sliding_window(config, found)
     if not found.experts:
         return
@@ -233,11 +243,11 @@ def _refuse_sliding_window(config: _Config, found: Hyperparameters) -> None:
     elif not isinstance(first, int) or isinstance(first, bool) or first < 0:
         raise BadCheckpoint(config.path, f"“max_window_layers” is {first!r}, which cannot be")
     slides = "sliding_attention" in kinds if isinstance(kinds, list) else first < found.layers
-    if slides and window < found.context:
+    if (slides or found.experts) and window < found.context:
         raise CannotExpress(
             config.path,
-            f"its layers from {first} on see only the last {window:,} tokens (sliding window); llama.cpp's graph of "
-            "this architecture has full attention only",
+            f"some of its layers see only the last {window:,} tokens (sliding window); llama.cpp's graph of this "
+            "architecture has full attention only",
             hint=f"Within {window:,} tokens both are the same: set “use_sliding_window” to false and "
             f"“max_position_embeddings” to {window} in a copy of config.json.",
         )

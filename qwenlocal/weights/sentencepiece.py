@@ -2,18 +2,19 @@
 The pieces of a SentencePiece model (tokenizer.model), as CodeQwen1.5 has one.
 
 The file is a protocol buffer (google/sentencepiece, src/sentencepiece_model.proto): ModelProto has the pieces as field
-1 (piece: 1 string, score: 2 float, type: 3 enum) and normalizer_spec as field 3 (add_dummy_prefix: 3 bool).
+1 (piece: 1 string, score: 2 float, type: 3 enum), trainer_spec as field 2 (model_type: 3 enum) and normalizer_spec as
+field 3 (precompiled_charsmap: 2, add_dummy_prefix: 3, remove_extra_whitespaces: 4).
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from qwenlocal.errors import BadCheckpoint
+from qwenlocal.errors import BadCheckpoint, CannotExpress
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
@@ -41,6 +42,7 @@ def read_pieces(path: Path) -> Pieces:
     Raises
     ------
     BadCheckpoint: the file cannot be read, or is no SentencePiece model.
+    CannotExpress: it is not BPE, or changes texts before cutting them; llama.cpp would find other tokens.
     """
     try:
         data = path.read_bytes()
@@ -48,8 +50,12 @@ def read_pieces(path: Path) -> Pieces:
         for field, value in _fields(data):
             if field == 1 and isinstance(value, bytes):
                 pieces.append(_piece(value))
+            elif field == 2 and isinstance(value, bytes):
+                _check_kind(path, dict(_fields(value)))
             elif field == 3 and isinstance(value, bytes):
-                adds_space = bool(dict(_fields(value)).get(3, True))
+                normalizer = dict(_fields(value))
+                _check_normalizer(path, normalizer)
+                adds_space = bool(normalizer.get(3, True))
     except OSError as reason:
         raise BadCheckpoint(path, f"it cannot be read ({reason.strerror})") from reason
     except (ValueError, struct.error) as reason:
@@ -57,6 +63,18 @@ def read_pieces(path: Path) -> Pieces:
     if not pieces:
         raise BadCheckpoint(path, "it is no SentencePiece model: there are no pieces in it")
     return Pieces(pieces, adds_space)
+
+
+def _check_kind(path: Path, trainer: Mapping[int, object]) -> None:
+    """TrainerSpec.model_type: 1 is unigram (also where nothing is said), 2 BPE, 3 words, 4 letters."""
+    if trainer.get(3, 1) != 2:
+        raise CannotExpress(path, "it is no BPE model, and llama.cpp would cut texts otherwise")
+
+
+def _check_normalizer(path: Path, normalizer: Mapping[int, object]) -> None:
+    """NormalizerSpec: 2 is a table of characters to be changed, 4 takes spaces away (also where nothing is said)."""
+    if normalizer.get(2) or normalizer.get(4, True):
+        raise CannotExpress(path, "it changes letters or takes spaces away before cutting a text; llama.cpp does not")
 
 
 def _piece(data: bytes) -> Piece:

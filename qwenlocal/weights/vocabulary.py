@@ -141,6 +141,16 @@ class _Draft:
             )
         self.tokens[number], self.kinds[number] = token, kind
 
+    def put_all(self, vocabulary: Mapping[str, Any], kind: int) -> None:
+        """`put` for many; a hundred and fifty thousand at once where all have the right form."""
+        numbers = vocabulary.values()
+        if set(map(type, numbers)) != {int} or min(numbers) < 0 or max(numbers) >= len(self.tokens):
+            for token, number in vocabulary.items():
+                self.put(number, token, kind)
+        for token, number in vocabulary.items():
+            self.tokens[number] = token
+            self.kinds[number] = kind
+
     def add(self, added: Mapping[int, tuple[str, int]]) -> None:
         """Tokens beside the vocabulary proper; an id that it has given to another token is not theirs."""
         for number, (token, kind) in added.items():
@@ -183,9 +193,9 @@ def _from_json(folder: Path, settings: Mapping[str, Any], size: int, pre: str | 
     merges = _merges(file, model.get("merges"))
     added = _added(file, data.get("added_tokens"), settings)
     if model.get("byte_fallback"):
-        return _with_byte_fallback(file, data, model["vocab"], merges, added, size)
+        return _with_byte_fallback(file, data, model["vocab"], merges, added, size, settings)
     draft = _Draft.empty(file, "gpt2", pre or _pre_tokenizer(file, data), size)
-    draft.adds = _adds(data.get("post_processor"))
+    draft.adds = _adds(data.get("post_processor"), settings)
     _fill(draft, model["vocab"], merges, added)
     return draft
 
@@ -213,8 +223,7 @@ def _from_parts(folder: Path, settings: Mapping[str, Any], size: int, pre: str |
 def _fill(
     draft: _Draft, vocabulary: Mapping[str, Any], merges: list[tuple[str, str]], added: Mapping[int, tuple[str, int]]
 ) -> None:
-    for token, number in vocabulary.items():
-        draft.put(number, token, NORMAL)
+    draft.put_all(vocabulary, NORMAL)
     _check_holes(draft, vocabulary)
     _check_merges(draft.file, vocabulary, merges)
     draft.merges = [f"{left} {right}" for left, right in merges]
@@ -243,6 +252,10 @@ def _merges(file: Path, found: Any) -> list[tuple[str, str]]:
     """transformers 4 writes "a b", transformers 5 pairs."""
     if not isinstance(found, list) or not found:
         raise BadCheckpoint(file, "there are no merges in it")
+    if set(map(type, found)) == {str}:
+        pairs = [tuple(entry.split(" ")) for entry in found]
+        if set(map(len, pairs)) == {2} and not any("" in pair for pair in pairs):
+            return [(left, right) for left, right in pairs]
     merges: list[tuple[str, str]] = []
     for entry in found:
         try:
@@ -285,14 +298,22 @@ def _expressions(pre: Any) -> Iterable[str]:
             yield from _expressions(part)
 
 
-def _adds(post: Any) -> dict[str, bool]:
-    """What the post-processor adds: nothing where it is ByteLevel, as Qwen's is."""
-    if not isinstance(post, dict):
-        return {}
-    inner = post.get("processors")
-    steps = inner if isinstance(inner, list) else [post]
-    kinds = [step.get("type") for step in steps if isinstance(step, dict)]
-    return {"bos": False, "eos": False} if kinds and all(kind == "ByteLevel" for kind in kinds) else {}
+def _adds(post: Any, settings: Mapping[str, Any]) -> dict[str, bool]:
+    """
+    Whether a token is put at a text's beginning or end.
+
+    tokenizer.json's post-processor says so, or does not (ByteLevel, as Qwen's is); where it is silent, the settings do.
+    """
+    found = {role: flag for role in ("bos", "eos") if isinstance(flag := settings.get(f"add_{role}_token"), bool)}
+    inner = post.get("processors") if isinstance(post, dict) else None
+    for step in inner if isinstance(inner, list) else [post]:
+        single = step.get("single") if isinstance(step, dict) else None
+        if isinstance(step, dict) and step.get("type") == "ByteLevel":
+            found = {"bos": False, "eos": False}
+        elif isinstance(single, list) and single and step["type"] == "TemplateProcessing":
+            ends = (isinstance(single[n], dict) and "SpecialToken" in single[n] for n in (0, -1))
+            found = dict(zip(("bos", "eos"), ends, strict=True))
+    return found
 
 
 def _added(file: Path, listed: Any, settings: Mapping[str, Any]) -> dict[int, tuple[str, int]]:
@@ -329,10 +350,11 @@ def _from_pieces(folder: Path, settings: Mapping[str, Any], size: int) -> _Draft
     draft = _Draft.empty(file, "llama", "default", size)
     draft.scores = [-10000.0] * size
     for number, piece in enumerate(model.pieces):
-        draft.put(number, piece.text, piece.kind)
+        draft.put(number, *_as_matched(piece.text, piece.kind))
         draft.scores[number] = piece.score
-    draft.adds = {"space": model.adds_space}
-    listed = _optional_json(folder / "tokenizer.json", "the vocabulary").get("added_tokens")
+    fast = _optional_json(folder / "tokenizer.json", "the vocabulary")
+    draft.adds = {"space": model.adds_space, **_adds(fast.get("post_processor"), settings)}
+    listed = fast.get("added_tokens")
     extra = _optional_json(folder / "added_tokens.json", "further tokens")
     more = [{"id": number, "content": token} for token, number in extra.items()]
     added = {**_added(folder / "added_tokens.json", more, {}), **_added(file, listed, settings)}
@@ -342,9 +364,29 @@ def _from_pieces(folder: Path, settings: Mapping[str, Any], size: int) -> _Draft
             continue
         if there[1] in (NORMAL, BYTE) and there[0] != token:
             raise BadCheckpoint(file, f"the id {number} is given twice, to “{there[0]}” and to “{token}”")
-        draft.put(number, token, kind)
-        draft.scores[number] = -1000.0
+        _put_added(draft, number, token, kind)
     return draft
+
+
+def _put_added(draft: _Draft, number: int, token: str, kind: int) -> None:
+    """A token beside the pieces; one of spaces alone stays what it is among them, so that it is found by merging."""
+    text, kind = _as_matched(token, kind)
+    draft.put(number, text, kind)
+    if kind != NORMAL:
+        draft.scores[number] = -1000.0
+
+
+def _as_matched(text: str, kind: int) -> tuple[str, int]:
+    """
+    Text that is matched as it stands (user defined) has spaces; "▁" is what llama.cpp writes for them in pieces only.
+
+    A piece of spaces alone, or of one letter, is better found by merging, as llama.cpp's own converter has them all.
+    """
+    if kind != USER_DEFINED:
+        return text, kind
+    if not text.strip("▁ ") or len(text) == 1:
+        return text.replace(" ", "▁"), NORMAL
+    return text.replace("▁", " "), kind
 
 
 def _with_byte_fallback(
@@ -354,6 +396,7 @@ def _with_byte_fallback(
     merges: list[tuple[str, str]],
     added: Mapping[int, tuple[str, int]],
     size: int,
+    settings: Mapping[str, Any],
 ) -> _Draft:
     """
     A SentencePiece vocabulary in the form of tokenizer.json, which keeps ranks of merges instead of scores.
@@ -371,11 +414,26 @@ def _with_byte_fallback(
         draft.put(number, token, BYTE if is_byte else NORMAL)
         draft.scores[number] = -float(ranks.get(token, len(merges)))
     _check_holes(draft, vocabulary)
-    draft.add({number: (token, UNKNOWN if token == "<unk>" else kind) for number, (token, kind) in added.items()})
-    for number in added:
-        draft.scores[number] = -1000.0
-    draft.adds = {"space": _prepends_space(data)}
+    _refuse_other_normalizers(file, data.get("normalizer"))
+    for number, (token, kind) in added.items():
+        known = draft.tokens[number] if 0 <= number < size else token
+        if known != token and draft.kinds[number] != UNUSED:
+            raise BadCheckpoint(file, f"the id {number} is given twice, to “{known}” and to “{token}”")
+        _put_added(draft, number, token, UNKNOWN if token == "<unk>" else kind)
+    draft.adds = {"space": _prepends_space(data), **_adds(data.get("post_processor"), settings)}
     return draft
+
+
+def _refuse_other_normalizers(file: Path, step: Any) -> None:
+    """llama.cpp writes "▁" for spaces, and may put one before a text; it does nothing else."""
+    if not isinstance(step, dict):
+        return
+    inner = step.get("normalizers")
+    if step.get("type") == "Sequence" and isinstance(inner, list):
+        for part in inner:
+            _refuse_other_normalizers(file, part)
+    elif step.get("type") not in ("Prepend", "Replace"):
+        raise CannotExpress(file, f"it changes text before cutting it ({step.get('type')}), which llama.cpp does not")
 
 
 def _prepends_space(data: Mapping[str, Any]) -> bool:
@@ -450,9 +508,9 @@ def _templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
     if found is None:
         return {}
     if isinstance(found, str):
-        return {"": found}
+        return {"": found, **_additional_templates(folder)}
     named = {
-        entry["name"]: entry["template"]
+        _plain_name(entry["name"]): entry["template"]
         for entry in (found if isinstance(found, list) else ())
         if isinstance(entry, dict) and isinstance(entry.get("name"), str) and isinstance(entry.get("template"), str)
     }
@@ -460,6 +518,17 @@ def _templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
         raise BadCheckpoint(folder / "tokenizer_config.json", "its “chat_template” has the wrong form")
     named[""] = named.pop("default", next(iter(named.values())))
     return dict(sorted(named.items()))
+
+
+def _additional_templates(folder: Path) -> dict[str, str]:
+    """Further ones, a file each, as transformers 5 has them."""
+    files = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    return {_plain_name(file.stem): file.read_text(encoding="utf-8", errors="replace") for file in files}
+
+
+def _plain_name(name: str) -> str:
+    """Letters and digits; it becomes part of a key (gguf-py, gguf_writer.py: add_chat_template)."""
+    return re.sub(r"[^A-Za-z0-9]", "_", name)
 
 
 def _optional_json(file: Path, what: str) -> dict[str, Any]:

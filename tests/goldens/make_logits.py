@@ -76,6 +76,12 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
     "dense, yarn with mscale": {
         "config": {**_SHORT, "rope_scaling": {**_YARN, "mscale": 1.0, "mscale_all_dim": 0.5}}, "seed": 14,
     },
+    "dense, yarn, the original context beside it": {
+        "config": {
+            **_SHORT, "original_max_position_embeddings": 256, "rope_scaling": {"type": "yarn", "factor": 8.0},
+        },
+        "seed": 15,
+    },
     "mixture": {"config": _MOE, "seed": 10},
     "mixture, fused experts": {"config": _MOE, "fused_experts": True, "seed": 11},
     "mixture, tied": {"config": {**_MOE, "tie_word_embeddings": True}, "seed": 12},

@@ -1,0 +1,437 @@
+"""
+Converted files are those of llama.cpp's own converter, and token ids those of SentencePiece and Hugging Face's library.
+
+Their programs need torch and transformers: make test-reference
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+from corpus import lines
+from from_gguf import tokenizer_files
+from oracle import data_of
+
+from qwenlocal.engine.llama import Model
+from qwenlocal.errors import QwenlocalError
+from qwenlocal.testing import MOE_CONFIG, write_checkpoint
+from qwenlocal.weights import gguf
+from qwenlocal.weights.checkpoint import Checkpoint
+from qwenlocal.weights.convert import Options, plan_conversion
+from qwenlocal.weights.header import read_header, read_pairs
+from qwenlocal.weights.mix import file_type
+from qwenlocal.weights.writing import carry_out
+
+pytestmark = [pytest.mark.reference, pytest.mark.slow, pytest.mark.filterwarnings("default")]
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+QWEN = {**SMALL, "vocab_size": 151936, "bos_token_id": 151643, "eos_token_id": 151645}
+MIXTURE = {**MOE_CONFIG, **QWEN, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 96}
+CODE = {**SMALL, "vocab_size": 1280, "bos_token_id": 1, "eos_token_id": 2}
+CARD = """---
+license: other
+license_name: tongyi-qianwen-research
+license_link: https://example.org/LICENSE
+language: [en, zh]
+pipeline_tag: text-generation
+tags: [chat]
+base_model: [Qwen/Qwen1.5-0.5B]
+datasets: [someone/Some-Data]
+---
+# A model
+"""
+FLAGS = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
+
+
+def llama_cpp() -> Path:
+    """The source of llama.cpp from which set-up compiled it."""
+    found = [*ROOT.glob("build/llama_cpp_python-*/vendor/llama.cpp/convert_hf_to_gguf.py")]
+    if not found:
+        pytest.skip("llama.cpp's converter is not here: make setup fetches its source")
+    return found[-1].parent
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _have_their_programs() -> None:
+    for name in ("torch", "transformers", "tokenizers", "sentencepiece"):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed: make test-reference installs it")
+
+
+def convert(source: Path, kind: str, options: Options = Options(like_llama_cpp=True)) -> Path:
+    target = source.parent / f"ours-{kind}.gguf"
+    carry_out(plan_conversion(Checkpoint.open(source), [(target, file_type(kind))], options).job, threads=2)
+    return target
+
+
+def convert_as_llama_cpp(source: Path, kind: str) -> Path:
+    program, target = llama_cpp() / "convert_hf_to_gguf.py", source.parent / f"theirs-{kind}.gguf"
+    done = subprocess.run(
+        [sys.executable, str(program), str(source), "--outtype", kind, "--outfile", str(target)],
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return target
+
+
+def both(source: Path, kind: str) -> tuple[Path, Path]:
+    """Our file and theirs."""
+    theirs = convert_as_llama_cpp(source, kind)
+    return convert(source, kind), theirs
+
+
+def assert_same_tensors(ours: Path, theirs: Path) -> None:
+    mine, others = data_of(ours), data_of(theirs)
+    assert mine.keys() == others.keys()
+    assert [name for name in mine if mine[name] != others[name]] == []
+    shapes = [{tensor.name: tensor.shape for tensor in read_header(path).tensors} for path in (ours, theirs)]
+    assert shapes[0] == shapes[1]
+
+
+def assert_same_metadata(ours: Path, theirs: Path, *, but: Iterable[str] = ()) -> None:
+    """Key by key, types of values included. `but` are the keys that are looked at otherwise."""
+    mine, others = read_pairs(ours), read_pairs(theirs)
+    different = [key for key in mine.keys() | others.keys() if mine.get(key) != others.get(key) and key not in but]
+    assert {key: (shown(mine.get(key)), shown(others.get(key))) for key in different} == {}
+
+
+def shown(value: bytes | None) -> str:
+    return "nothing" if value is None else repr(gguf.decode(value))[:200]
+
+
+# --- byte-level BPE, with Qwen's own vocabulary
+
+
+@functools.cache
+def qwens_files() -> dict[str, Any]:
+    vocabulary = llama_cpp() / "models" / "ggml-vocab-qwen2.gguf"
+    if not vocabulary.exists():
+        pytest.skip("llama.cpp's source has no vocabulary of Qwen's")
+    return {
+        **tokenizer_files(vocabulary, sizes=(151643, 151646)),
+        "generation_config.json": {"eos_token_id": [151645, 151643], "temperature": 0.7, "top_k": 20, "top_p": 0.8},
+    }
+
+
+def qwen_checkpoint(folder: Path, *, files: dict[str, Any] | None = None, **more: Any) -> Path:
+    """Named like a real one, since names are taken apart."""
+    path = write_checkpoint(
+        folder / "Qwen1.5-0.5B-Chat", **{"config": QWEN, **more}, files=qwens_files() | (files or {})
+    )
+    (path / "README.md").write_text(CARD, encoding="utf-8")
+    return path
+
+
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+CHECKPOINTS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "in three shards": {"shards": 3},
+    "with a head of its own for each key": {"config": {**QWEN, "num_key_value_heads": 4, "rms_norm_eps": 1e-5}},
+    "tied": {"config": {**QWEN, "tie_word_embeddings": True}},
+    "tied, the head stored all the same": {
+        "config": {**QWEN, "tie_word_embeddings": True},
+        "store_tied_head": True,
+    },
+    "bare": {"config": {**QWEN, "architectures": ["Qwen2Model"]}},
+    "with linear scaling": {"config": {**QWEN, "rope_scaling": {"type": "linear", "factor": 4.0}}},
+    "with yarn": {"config": {**QWEN, "rope_theta": 10000.0, "rope_scaling": YARN}},
+    "with rope as transformers 5 writes it": {
+        "config": {**QWEN, "rope_parameters": {"rope_type": "default", "rope_theta": 50000.0}},
+    },
+    "mixture": {"config": MIXTURE},
+    "mixture, experts fused": {"config": MIXTURE, "fused_experts": True},
+}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_checkpoint_becomes_the_file_that_llama_cpps_converter_makes(name: str, tmp_path: Path) -> None:
+    source = qwen_checkpoint(tmp_path, **CHECKPOINTS[name])
+    ours, theirs = both(source, "bf16")
+    assert_same_tensors(ours, theirs)
+    assert_same_metadata(ours, theirs)
+
+
+def test_what_a_checkpoint_says_of_itself_is_told_as_llama_cpps_converter_tells_it(tmp_path: Path) -> None:
+    """Added tokens of both kinds, several templates, a licence, sampling, and where it came from."""
+    files = qwens_files()
+    added = [
+        *files["tokenizer.json"]["added_tokens"],
+        {**FLAGS, "id": 151646, "content": "<tool_call>", "special": False},
+        {**FLAGS, "id": 151647, "content": "<|box|>", "special": False},
+    ]
+    templates = [{"name": "default", "template": "{{ 1 }}"}, {"name": "tool_use", "template": "{{ 2 }}"}]
+    source = qwen_checkpoint(
+        tmp_path,
+        config={**QWEN, "_name_or_path": "Qwen/Qwen1.5-0.5B-Chat", "tie_word_embeddings": True},
+        files={
+            "tokenizer.json": {**files["tokenizer.json"], "added_tokens": added},
+            "tokenizer_config.json": {
+                **files["tokenizer_config.json"],
+                "added_tokens_decoder": {str(token["id"]): token for token in added},
+                "chat_template": templates,
+                "add_prefix_space": False,
+            },
+            "generation_config.json": {"temperature": 1, "top_k": 50, "top_p": 1, "min_p": 0.05},
+        },
+    )
+    ours, theirs = both(source, "bf16")
+    assert_same_metadata(ours, theirs)
+
+
+def test_the_repetition_penalty_is_told_as_llama_cpps_converter_tells_it(tmp_path: Path) -> None:
+    source = code_checkpoint(tmp_path, files={"generation_config.json": {"repetition_penalty": 1.1}})
+    assert_same_metadata(*both(source, "bf16"))
+
+
+# --- floats, with a vocabulary of a thousand tokens
+
+
+# Halves between two numbers of a type, the smallest and the largest that f16 has, and both zeros. What f32 has below
+# 1e-37 is left out: processors that convert to bf16 themselves make zeros of it.
+EDGES = [
+    0.0, -0.0, 1.0, -1.0, 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20, 1 + 2**-11, 1 + 3 * 2**-11, 1 + 2**-11 + 2**-20,
+    2.0**-14, 2.0**-24, 2.0**-25, 3 * 2.0**-25, 2.0**-26, -(2.0**-24), 65504.0, 65519.0, -65504.0, 1e-37, 3.1415927,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind"),
+    [(dtype, kind) for dtype in ("F32", "F16", "BF16") for kind in ("f32", "f16", "bf16", "q8_0")],
+)
+def test_floats_are_rounded_as_llama_cpps_converter_rounds_them(dtype: str, kind: str, tmp_path: Path) -> None:
+    source = code_checkpoint(tmp_path, dtype=dtype)
+    if dtype == "F32":
+        overwrite(source, "model.layers.0.mlp.up_proj.weight", EDGES)
+    ours, theirs = both(source, kind)
+    assert_same_tensors(ours, theirs)
+    assert_same_metadata(ours, theirs)
+
+
+def overwrite(source: Path, name: str, numbers: Sequence[float]) -> None:
+    """Put these numbers to the beginning of a tensor of float32."""
+    stored = Checkpoint.open(source).tensors[name]
+    with stored.file.open("r+b") as file:
+        file.seek(stored.offset)
+        file.write(numpy.array(numbers, numpy.float32).tobytes())
+
+
+# --- SentencePiece
+
+
+def train(**options: Any) -> bytes:
+    """A SentencePiece model of the corpus, by default as Llama's and CodeQwen's are made."""
+    import sentencepiece
+
+    usual = {
+        "model_type": "bpe", "vocab_size": 1200, "byte_fallback": True, "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False, "allow_whitespace_only_pieces": True, "split_digits": True,
+        "character_coverage": 0.98, "num_threads": 1, "minloglevel": 2,
+    }  # fmt: skip
+    text = (line for block in lines(2000) for line in block.split("\n") if line.strip())
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=text, model_writer=model, **{**usual, **options})
+    return model.getvalue()
+
+
+@functools.cache
+def pieces() -> bytes:
+    return train()
+
+
+def code_checkpoint(
+    folder: Path, *, model: bytes | None = None, files: dict[str, Any] | None = None, dtype: str = "BF16"
+) -> Path:
+    """A checkpoint with a SentencePiece model in place of Qwen's vocabulary, as CodeQwen1.5."""
+    model = pieces() if model is None else model
+    usual = {
+        "tokenizer.json": None,
+        "tokenizer_config.json": {"bos_token": "<s>", "eos_token": "</s>"},
+        "generation_config.json": None,
+    }
+    path = write_checkpoint(folder / "CodeQwen1.5-7B", config=CODE, files=usual | (files or {}), dtype=dtype)
+    (path / "tokenizer.model").write_bytes(model)
+    return path
+
+
+def numbers_of(path: Path, key: str) -> list[Any]:
+    found: list[Any] = gguf.decode(read_pairs(path)[f"tokenizer.ggml.{key}"])
+    return found
+
+
+def test_a_sentencepiece_vocabulary_is_the_one_of_llama_cpps_converter(tmp_path: Path) -> None:
+    source = code_checkpoint(tmp_path, files={"added_tokens.json": {"<repository>": 1200, "<file>": 1201}})
+    ours, theirs = both(source, "bf16")
+    assert_same_metadata(ours, theirs)
+    kinds = numbers_of(ours, "token_type")
+    assert [kinds.count(kind) for kind in (1, 2, 3, 4, 5, 6)] == [941, 1, 2, 2, 78, 256]
+
+
+def test_tokens_that_tokenizer_config_adds_to_it_are_those_of_llama_cpps_converter(tmp_path: Path) -> None:
+    tokens = {0: "<unk>", 1: "<s>", 2: "</s>", 1200: "<|im_start|>", 1201: "<|im_end|>", 1202: "<fim_prefix>"}
+    added = {str(n): {**FLAGS, "content": text, "special": n != 1202} for n, text in tokens.items()}
+    source = code_checkpoint(tmp_path, files={"tokenizer_config.json": {"added_tokens_decoder": added}})
+    ours, theirs = both(source, "bf16")
+    apart = ("scores", "token_type")
+    assert_same_metadata(ours, theirs, but=[f"tokenizer.ggml.{key}" for key in apart])
+    # Theirs makes <unk> a control token and gives the three a score of -1000; ours keeps what tokenizer.model says.
+    for key in apart:
+        assert numbers_of(ours, key)[3:] == numbers_of(theirs, key)[3:]
+    assert numbers_of(ours, "token_type")[:3] == [2, 3, 3]
+    assert numbers_of(ours, "scores")[:3] == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("adds", [(False, False), (True, False), (False, True)])
+def test_begin_and_end_tokens_are_put_around_texts_as_tokenizer_config_says(
+    adds: tuple[bool, bool], tmp_path: Path
+) -> None:
+    """Without a word in the file, llama.cpp begins every text for SentencePiece with <s>."""
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": adds[0], "add_eos_token": adds[1]}
+    source = code_checkpoint(tmp_path, files={"tokenizer_config.json": settings})
+    assert_same_metadata(*both(source, "bf16"))
+
+
+# --- token ids
+
+
+WHITE_SPACE = [
+    "a\n b\n  c\n   d\n    e", "\n", "\n\n\n", "\t\tif x:\n\t\t\treturn 1\n", "two   three    four  ", "x\u00a0y",
+    "\u3000全角", "def f(a, b):\n    return a + b  # sum\n", "1  2\t\t3 \n \n",
+]  # fmt: skip
+OTHERS = [
+    "", "a", "12345 67890", "x▁y", "<0x41>", "🙂👍🏽 ok", "e\u0301 é ﬁ ＡＢ", "\U0001f9ff\u0800", "</s", "\x01",
+]  # fmt: skip
+LEADING = [" ", "  ", "       ", " a", "  a", "   two  words", "\u3000 b", "▁▁x"]
+TEXTS = [*lines(2000)[::50], *WHITE_SPACE, *OTHERS]
+
+
+def ids_of(file: Path, texts: Iterable[str]) -> list[list[int]]:
+    model = Model(file)
+    try:
+        return [model.vocabulary.tokenize(text, special=False) for text in texts]
+    finally:
+        model.close()
+
+
+@pytest.mark.parametrize("options", [{}, {"add_dummy_prefix": False}], ids=["a space before", "no space before"])
+def test_token_ids_are_those_of_sentencepiece(options: dict[str, Any], tmp_path: Path) -> None:
+    import sentencepiece
+
+    model, texts = train(**options), [*TEXTS, *LEADING]
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    file = convert(code_checkpoint(tmp_path, model=model), "bf16", Options())
+    assert ids_of(file, texts) == [processor.encode(text) for text in texts]
+
+
+def test_pieces_that_were_given_to_the_training_are_found_and_written_as_sentencepiece_does(tmp_path: Path) -> None:
+    import sentencepiece
+
+    model = train(user_defined_symbols=["▁▁", "▁▁▁▁", "\t"])
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    file = convert(code_checkpoint(tmp_path, model=model), "bf16", Options())
+    vocabulary = Model(file).vocabulary
+    for text in ("a  b    c", "x\ty", "\tz", "def f():\n    return 1"):
+        ids = vocabulary.tokenize(text, special=False)
+        assert ids == processor.encode(text)
+        assert b"".join(vocabulary.piece(number) for number in ids).decode() == f" {text}"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"model_type": "unigram"}, {"normalization_rule_name": "nmt_nfkc"}, {"remove_extra_whitespaces": True}],
+    ids=lambda options: next(iter(options)),
+)
+def test_a_sentencepiece_model_that_llama_cpp_would_read_otherwise_is_refused(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    """llama.cpp merges by score and changes nothing but spaces."""
+    source = code_checkpoint(tmp_path, model=train(**options))
+    with pytest.raises(QwenlocalError):
+        convert(source, "bf16")
+
+
+@functools.cache
+def hugging_faces_tokenizer() -> dict[str, Any]:
+    """tokenizer.json as transformers makes it of a SentencePiece model."""
+    import tempfile
+
+    from transformers import LlamaTokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "tokenizer.model").write_bytes(pieces())
+        Path(folder, "config.json").write_text('{"model_type": "llama"}')
+        LlamaTokenizer.from_pretrained(folder).save_pretrained(folder)
+        found: dict[str, Any] = json.loads(Path(folder, "tokenizer.json").read_text("utf-8"))
+    assert found["model"]["byte_fallback"]
+    return found
+
+
+Change = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+def as_transformers_5(found: dict[str, Any]) -> dict[str, Any]:
+    assert found["pre_tokenizer"]["type"] == "Metaspace"
+    return found
+
+
+def as_transformers_4(found: dict[str, Any]) -> dict[str, Any]:
+    prepend = {"type": "Prepend", "prepend": "▁"}
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    return {**found, "pre_tokenizer": None, "normalizer": {"type": "Sequence", "normalizers": [prepend, replace]}}
+
+
+def without_a_space_before(found: dict[str, Any]) -> dict[str, Any]:
+    return {**found, "pre_tokenizer": {**found["pre_tokenizer"], "prepend_scheme": "never"}}
+
+
+@pytest.mark.parametrize(
+    ("change", "texts"),
+    [
+        # That of transformers 5 puts no space before a text that begins with one; llama.cpp, as SentencePiece, does.
+        (as_transformers_5, TEXTS),
+        (as_transformers_4, [*TEXTS, *LEADING]),
+        (without_a_space_before, [*TEXTS, *LEADING]),
+    ],
+    ids=["as transformers 5", "as transformers 4", "without a space before"],
+)
+def test_token_ids_of_a_tokenizer_json_with_byte_fallback_are_those_of_hugging_faces_library(
+    change: Change, texts: list[str], tmp_path: Path
+) -> None:
+    document = change(hugging_faces_tokenizer())
+    import tokenizers
+
+    real = tokenizers.Tokenizer.from_str(json.dumps(document))
+    source = code_checkpoint(tmp_path, files={"tokenizer.json": document})
+    (source / "tokenizer.model").unlink()
+    expected = [real.encode(text, add_special_tokens=False).ids for text in texts]
+    assert ids_of(convert(source, "bf16", Options()), texts) == expected
+
+
+@pytest.mark.parametrize("first", [[], [{"SpecialToken": {"id": "<s>", "type_id": 0}}]], ids=["no", "yes"])
+def test_a_begin_token_is_put_before_texts_where_tokenizer_json_puts_one(first: list[Any], tmp_path: Path) -> None:
+    single = [*first, {"Sequence": {"id": "A", "type_id": 0}}]
+    template = {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}],
+    }
+    special = {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}} if first else {}
+    document = {**hugging_faces_tokenizer(), "post_processor": {**template, "special_tokens": special}}
+    source = code_checkpoint(tmp_path, files={"tokenizer.json": document})
+    (source / "tokenizer.model").unlink()
+    pairs = read_pairs(convert(source, "bf16", Options()))
+    assert pairs.get("tokenizer.ggml.add_bos_token") == gguf.boolean(bool(first))

@@ -75,6 +75,11 @@ def needs_importance(kind: TensorType) -> bool:
     return bool(_base().ggml_quantize_requires_imatrix(kind.number))
 
 
+def is_float_like(kind: TensorType) -> bool:
+    """Whether `to_float` can read `kind`: floats, and all quantized types but those that exist for a moment only."""
+    return kind.name in ("f32", "f16", "bf16") or bool(_base().ggml_get_type_traits(kind.number).contents.to_float)
+
+
 def to_float(kind: TensorType, source: Address, target: Address, count: int) -> None:
     """
     Write `count` numbers of type `kind` at `source` as float32 to `target`. The lock of Python is not held.

@@ -172,9 +172,10 @@ class TestConvert:
 
     @pytest.mark.skipif(sys.platform == "win32", reason="names are text there")
     def test_takes_a_name_that_is_no_text(self, source: Path, qwenlocal: Run) -> None:
-        result = qwenlocal("convert", str(source), "--name", "\udcff", "--type", "q8_0", "--json", "--dry-run",
-                           errors="surrogateescape")  # fmt: skip
-        clean(result, 0)
+        strict = {"PYTHONIOENCODING": "utf-8:strict"}
+        command = ("convert", str(source), "--name", "\udcff", "--dry-run")
+        for options in ([], ["--json"]):
+            clean(qwenlocal(*command, *options, environment=strict), 0)
 
     @pytest.mark.parametrize("types", ["q8_0,q8_0", "q4_k,q4_k_m", "Q8_0,q8-0"])
     def test_writes_a_type_once_however_often_it_is_named(
@@ -641,8 +642,8 @@ class TestInspect:
     @pytest.mark.parametrize(
         "pairs",
         [
-            # bugs: TypeError, AttributeError or IndexError where a value has another type than it should have
-            # (checkup.py: _vocabulary_findings, _end_findings, _template_findings; inspect.py: header_facts)
+            # bugs: TypeError or AttributeError where a value has another type than it should have (checkup.py:
+            # _vocabulary_findings, _end_findings, _template_findings); NaN in JSON (inspect.py, _as_json)
             {"tokenizer.ggml.tokens": gguf.u32(7)},
             {"tokenizer.ggml.tokens": gguf.string("text")},
             {"tokenizer.ggml.tokens": gguf.i32s([1, 2, 3])},
@@ -674,7 +675,7 @@ class TestInspect:
             {"my.key": gguf.f32(float("inf"))},
             {"my.key": gguf.f32s([float("nan")])},
         ],
-        ids=lambda pairs: " ".join(f"{key}={(value or b'')[:24]!r}" for key, value in pairs.items()),
+        ids=" ".join,
     )
     def test_of_a_file_whose_values_have_the_wrong_type_does_not_stumble(
         self, pairs: dict[str, bytes | None], good: Path, tmp_path: Path
@@ -856,7 +857,7 @@ class TestDiff:
 
     @pytest.mark.parametrize(
         ("right", "code"), [("./nowhere.gguf", 3), ("./text.gguf", 5), ("./cut.gguf", 5), ("qwen1.5:7b", 3)]
-    )
+    )  # a bug with the last: exit code 5, as above
     def test_of_what_is_no_model_says_so(self, right: str, code: int, good: Path, invoke: Run, tmp_path: Path) -> None:
         (tmp_path / "text.gguf").write_text("hello")
         (tmp_path / "cut.gguf").write_bytes(good.read_bytes()[:-100])
@@ -945,6 +946,7 @@ class TestAgainst:
         assert clean(result, 0) == ""
         found = strictly(result.stdout)
         assert (len(found["tensors"]), found["problems"], found["wrong texts"]) == (TENSORS, [], [])
+        # a bug: NaN is written, which is not JSON (against.py, _as_json)
         with_numbers(good, tmp_path / "x.gguf", "blk.0.ffn_up.weight", numpy.nan)
         result = qwenlocal("verify", "./x.gguf", "--against", str(source), "--json")
         clean(result, 5)

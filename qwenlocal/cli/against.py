@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from qwenlocal.cli.convert import find_source
+from qwenlocal.cli.values import print_json
 from qwenlocal.cli.wiring import Program
 from qwenlocal.errors import BadWeights, ModelNotFound
 
@@ -48,7 +48,7 @@ def verify_against(text: str, source: str, *, as_json: bool) -> None:
     )
     line.clear()
     if as_json:
-        sys.stdout.write(json.dumps(_as_json(found), ensure_ascii=False, indent=1) + "\n")
+        print_json(_as_json(found))
     else:
         _show(found)
     if found.problems:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 import time
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qwenlocal.cli.values import Stage, bytes_for_people, print_table
+from qwenlocal.cli.values import Stage, bytes_for_people, print_json, print_table
 from qwenlocal.cli.wiring import Program
 from qwenlocal.errors import NotEnoughMemory, OutputExists, UsageProblem
 from qwenlocal.library.names import CatalogueName, CheckpointName, HubName, PathName
@@ -68,7 +67,7 @@ def convert_checkpoint(asked: Asked, about: AboutCheckpoint) -> None:
 
     if about.like not in (None, LIKE_LLAMA_CPP):
         raise UsageProblem(f"--like {about.like}: there is only --like {LIKE_LLAMA_CPP}.")
-    kinds = [file_type(text) for text in asked.types]
+    kinds = list(dict.fromkeys(file_type(text) for text in asked.types))
     wishes, importance = _wishes(asked)
     program = Program(quiet=asked.as_json)
     source = find_source(program, asked.source, limit_rate=about.limit_rate)
@@ -83,10 +82,13 @@ def quantize_file(asked: Asked, *, again: bool) -> None:
     from qwenlocal.weights.mix import file_type
     from qwenlocal.weights.quantize import Options, plan_quantization
 
-    kinds = [file_type(text) for text in asked.types]
+    kinds = list(dict.fromkeys(file_type(text) for text in asked.types))
     wishes, importance = _wishes(asked)
     program = Program(quiet=asked.as_json)
-    record = program.have(program.parse(asked.source))
+    name = program.parse(asked.source)
+    if isinstance(name, CheckpointName):
+        raise UsageProblem(f"{asked.source} is a checkpoint.", hint=f"Convert it: qwenlocal convert {asked.source}")
+    record = program.have(name)
     wanted = [(_output(asked.out, record.path.stem, kind, len(kinds)), kind) for kind in kinds]
     plan = plan_quantization(record.path, wanted, Options(wishes, importance, again))
     _do(program, plan, asked)
@@ -172,7 +174,7 @@ def _do(program: Program, plan: Plan, asked: Asked) -> None:
         program.say(f"Of that, {bytes_for_people(written.resumed)} had been read by an earlier attempt.")
     seconds = time.monotonic() - begin
     if asked.as_json:
-        sys.stdout.write(json.dumps([_file_json(file) for file in plan.files], ensure_ascii=False, indent=1) + "\n")
+        print_json([_file_json(file) for file in plan.files])
     for file in plan.files:
         program.say(f"Wrote {file.path}: {_in_words(file)}, in {seconds:.1f} s.")
 
@@ -219,10 +221,7 @@ def _show_plan(plan: Plan, asked: Asked) -> None:
     if asked.as_json:
         summary = {"seconds": round(seconds, 1), "memory": memory, "threads": threads, "read": plan.job.read_bytes}
         files = [_file_json(file, tensors=True) for file in plan.files]
-        sys.stdout.write(
-            json.dumps({**summary, "files": files, "notes": list(plan.notes)}, ensure_ascii=False, indent=1)
-        )
-        sys.stdout.write("\n")
+        print_json({**summary, "files": files, "notes": list(plan.notes)})
         return
     for file in plan.files:
         rows = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -11,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from qwenlocal.cli.values import Stage, bytes_for_people, print_table
+from qwenlocal.cli.values import Stage, bytes_for_people, print_json, print_table
 from qwenlocal.cli.wiring import Program
-from qwenlocal.errors import BadWeights, OutputExists, UsageProblem
+from qwenlocal.errors import ModelNotFound, OutputExists, UsageProblem
+from qwenlocal.library.names import CheckpointName
 
 if TYPE_CHECKING:
     from qwenlocal.library.store import Record
@@ -37,7 +37,7 @@ def inspect_file(text: str, *, as_json: bool, quick: bool, fix: bool, out: str |
         program.say("An earlier --fix was cut short; the file is as it was before.")
     checkup = examine_file(record.path, weights=False) if quick else _examined(record)
     if as_json:
-        sys.stdout.write(json.dumps(_as_json(checkup), ensure_ascii=False, indent=1) + "\n")
+        print_json(_as_json(checkup))
     else:
         _show(checkup, tensors=tensors)
     if fix:
@@ -47,9 +47,13 @@ def inspect_file(text: str, *, as_json: bool, quick: bool, fix: bool, out: str |
 def _record(program: Program, text: str) -> Record:
     name = program.parse(text)
     record = program.local.here(name)
-    if record is None:
-        raise BadWeights(text, "it is not here", hint=f"Fetch it: qwenlocal pull {name}")
-    return record
+    if record is not None:
+        return record
+    if isinstance(name, CheckpointName):
+        hint = f"It is a checkpoint; a GGUF file is made of it by: qwenlocal convert {text}"
+    else:
+        hint = f"Fetch it: qwenlocal pull {name}"
+    raise ModelNotFound(text, reason=f"A GGUF file of {text} is not here.", hint=hint)
 
 
 def _examined(record: Record) -> Checkup:
@@ -240,7 +244,7 @@ def diff_files(left: str, right: str, *, as_json: bool) -> None:
     paths = [_record(program, text).path for text in (left, right)]
     found = compare(paths[0], paths[1])
     if as_json:
-        sys.stdout.write(json.dumps(asdict(found), ensure_ascii=False, indent=1, default=str) + "\n")
+        print_json(asdict(found))
     else:
         _show_difference(found)
     if not found.is_empty:

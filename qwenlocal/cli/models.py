@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qwenlocal.cli.inspect import header_facts, memory_words, template_words
-from qwenlocal.cli.values import bytes_for_people, print_table
+from qwenlocal.cli.values import bytes_for_people, print_json, print_table
 from qwenlocal.cli.wiring import Program
 from qwenlocal.errors import BadWeights, Interrupted, ModelNotFound
 from qwenlocal.library.store import Damage, Incomplete, Record
 
 if TYPE_CHECKING:
     from qwenlocal.library.catalog import Card
-
-
-def _print_json(data: Any) -> None:
-    sys.stdout.write(json.dumps(data, ensure_ascii=False, indent=1) + "\n")
+    from qwenlocal.library.names import Name
 
 
 def pull_model(text: str, *, limit_rate: int) -> None:
@@ -42,7 +38,7 @@ def list_models(*, everything: bool, as_json: bool) -> None:
     here = {record.name for record in records}
     cards = [card for card in program.catalogue.cards if _usual_name(card) not in here] if everything else []
     if as_json:
-        _print_json(
+        print_json(
             [_record_json(record) for record in records]
             + [{"name": c.name, "state": "partial", "size": c.size, "done": c.done} for c in coming]
             + [_card_json(card) for card in cards]
@@ -158,7 +154,7 @@ def _show(facts: Mapping[str, Any], as_json: bool) -> None:
     from qwenlocal.terminal.plain import harmless
 
     if as_json:
-        _print_json(facts)
+        print_json(facts)
         return
     width = max(len(key) for key in facts)
     for key, value in facts.items():
@@ -184,12 +180,25 @@ def _words(key: str, value: Any) -> str:
 # --- rm, verify
 
 
+def _name_of(program: Program, text: str) -> Name:
+    """What `text` names; also a checkpoint that is gone, of which we still have what was made of it."""
+    from qwenlocal.library.names import CheckpointName
+
+    try:
+        return program.parse(text)
+    except ModelNotFound:
+        path = Path(text).expanduser().resolve()
+        if program.store.get(str(path)) is None:
+            raise
+        return CheckpointName(path)
+
+
 def remove_model(text: str) -> None:
     """Remove a model or an unfinished download."""
     from qwenlocal.library.names import CheckpointName, PathName
 
     program = Program()
-    name = program.parse(text)
+    name = _name_of(program, text)
     if isinstance(name, PathName):
         raise ModelNotFound(
             text, reason=f"{name.path} is a file of yours, not a model that was fetched.", hint="Remove it with rm."

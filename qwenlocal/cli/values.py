@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 import sys
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from qwenlocal.errors import UsageProblem
 
@@ -37,6 +39,19 @@ class Stage(NamedTuple):
     total: int
     doing: str
     source: str = ""
+
+
+def print_json(data: Any) -> None:
+    """Data for programs; what is no number for JSON (NaN, infinity) becomes its name."""
+    sys.stdout.write(json.dumps(_finite(data), ensure_ascii=False, indent=1, default=str, allow_nan=False) + "\n")
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, Mapping):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_finite(value) for value in data]
+    return str(data) if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

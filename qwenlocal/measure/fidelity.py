@@ -22,7 +22,7 @@ from qwenlocal.weights.checkpoint import Checkpoint
 from qwenlocal.weights.convert import Options, plan_conversion
 from qwenlocal.weights.header import read_header, tensor_type_name
 from qwenlocal.weights.mix import file_type
-from qwenlocal.weights.numbers import numbers_of, read_rows, relative_error
+from qwenlocal.weights.numbers import is_readable, numbers_of, read_rows, relative_error
 from qwenlocal.weights.plan import Plan
 from qwenlocal.weights.writing import Strip
 
@@ -180,7 +180,7 @@ def _tensor_errors(reference: Plan, file: Path, report: Report) -> tuple[list[Te
     for number, planned in enumerate(reference.files[0].tensors):
         report("comparing weights", number, len(reference.files[0].tensors))
         tensor = there.get(planned.name)
-        if tensor is None or tensor.elements != planned.elements:
+        if tensor is None or tensor.shape != planned.shape or not is_readable(tensor):
             missing.append(planned.name)
             continue
         kind = tensor_type_name(tensor.type).lower()

@@ -115,11 +115,10 @@ def _header_findings(header: Header, pairs: Mapping[str, gguf.Encoded]) -> Itera
 
 
 def _vocabulary_findings(header: Header, pairs: Mapping[str, gguf.Encoded]) -> Iterator[Finding]:
-    if "tokenizer.ggml.tokens" not in pairs:
+    tokens, kinds = _list(pairs, "tokenizer.ggml.tokens", str), _list(pairs, "tokenizer.ggml.token_type", int)
+    if not tokens:
         yield Finding("It has no vocabulary: it cannot read or write text.", True)
         return
-    tokens: list[str] = gguf.decode(pairs["tokenizer.ggml.tokens"])
-    kinds: list[int] = gguf.decode(pairs["tokenizer.ggml.token_type"]) if "tokenizer.ggml.token_type" in pairs else []
     rows = next(
         (t.shape[1] for t in header.tensors if t.name == "token_embd.weight" and len(t.shape) == 2), len(tokens)
     )
@@ -147,7 +146,7 @@ def _vocabulary_findings(header: Header, pairs: Mapping[str, gguf.Encoded]) -> I
 
 
 def _end_findings(tokens: Sequence[str], pairs: Mapping[str, gguf.Encoded]) -> Iterator[Finding]:
-    template = gguf.decode(pairs["tokenizer.chat_template"]) if "tokenizer.chat_template" in pairs else ""
+    template = _text(pairs, "tokenizer.chat_template") or ""
     if _END_OF_TURN not in template or _END_OF_TURN not in tokens:
         return
     end = tokens.index(_END_OF_TURN)
@@ -169,12 +168,22 @@ def _end_findings(tokens: Sequence[str], pairs: Mapping[str, gguf.Encoded]) -> I
     )
 
 
+def _text(pairs: Mapping[str, gguf.Encoded], key: str) -> str | None:
+    value = gguf.decode(pairs[key]) if key in pairs else None
+    return value if isinstance(value, str) else None
+
+
+def _list(pairs: Mapping[str, gguf.Encoded], key: str, kind: type) -> list[Any]:
+    """A list of such values; empty where there is none, or another kind of value."""
+    value = gguf.decode(pairs[key]) if key in pairs else None
+    return value if isinstance(value, list) and all(type(each) is kind for each in value) else []
+
+
 def _template_findings(pairs: Mapping[str, gguf.Encoded]) -> Iterator[Finding]:
-    if "tokenizer.chat_template" not in pairs:
+    template = _text(pairs, "tokenizer.chat_template")
+    if template is None:
         yield Finding("It has no chat template: programs must guess how turns are marked.", False)
-        return
-    template = gguf.decode(pairs["tokenizer.chat_template"])
-    if not template.strip():
+    elif not template.strip():
         yield Finding("Its chat template is empty.", False)
     elif "messages" not in template:
         yield Finding("Its chat template never looks at the messages; it is not a template of turns.", False)
@@ -185,8 +194,9 @@ def _template_findings(pairs: Mapping[str, gguf.Encoded]) -> Iterator[Finding]:
 def _contract_findings(header: Header) -> Iterator[Finding]:
     """Every tensor that llama.cpp's loader asks for is there, in its shape (src/models/qwen2.cpp, qwen2moe.cpp)."""
     there = {tensor.name: tensor.shape for tensor in header.tensors}
-    expected = dict(_expected(header))
-    for name, shape in expected.items():
+    expected = set()
+    for name, shape in _expected(header):
+        expected.add(name)
         if name not in there:
             if name == "output.weight" and header.architecture == "qwen2":
                 continue

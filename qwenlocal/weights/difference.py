@@ -9,7 +9,7 @@ from typing import Any
 
 from qwenlocal.weights import gguf
 from qwenlocal.weights.header import Header, Tensor, read_header, read_pairs, tensor_type_name
-from qwenlocal.weights.numbers import numbers_of, place_of, relative_error, same_bytes
+from qwenlocal.weights.numbers import is_readable, numbers_of, place_of, relative_error, same_bytes
 
 Report = Callable[[int, int], object]
 
@@ -100,7 +100,10 @@ def _type_name(tensor: Tensor | None) -> str:
     return tensor_type_name(tensor.type) if tensor else ""
 
 
-def _error(left: tuple[Path, Header, Tensor], right: tuple[Path, Header, Tensor]) -> float:
+def _error(left: tuple[Path, Header, Tensor], right: tuple[Path, Header, Tensor]) -> float | None:
+    """None where the numbers of one of them cannot be read."""
     if left[2].type == right[2].type and same_bytes(place_of(*left), place_of(*right)):
         return 0.0
+    if not (is_readable(left[2]) and is_readable(right[2])):
+        return None
     return relative_error(numbers_of(*left), numbers_of(*right))

@@ -99,8 +99,9 @@ def source_tensor(part: Path, header: Header, tensor: Tensor) -> SourceTensor:
     BadWeights: its type is not known, or cannot have such rows.
     """
     kind = ggml.tensor_type_numbered(tensor.type)
-    if kind is None or not tensor.shape:
-        raise BadWeights(part, f"“{tensor.name}” is of the unknown type {tensor.type}")
+    if kind is None or not tensor.shape or not tensor.elements:
+        what = "is of the unknown type" if kind is None else "has no numbers of type"
+        raise BadWeights(part, f"“{tensor.name}” {what} {tensor.type}")
     columns, *more = tensor.shape
     if columns % kind.block:
         raise BadWeights(part, f"“{tensor.name}” has rows of {columns:,}, which {kind.name} cannot have")

@@ -310,7 +310,7 @@ def _adds(post: Any, settings: Mapping[str, Any]) -> dict[str, bool]:
         single = step.get("single") if isinstance(step, dict) else None
         if isinstance(step, dict) and step.get("type") == "ByteLevel":
             found = {"bos": False, "eos": False}
-        elif isinstance(single, list) and single and step["type"] == "TemplateProcessing":
+        elif isinstance(single, list) and single and step.get("type") == "TemplateProcessing":
             ends = (isinstance(single[n], dict) and "SpecialToken" in single[n] for n in (0, -1))
             found = dict(zip(("bos", "eos"), ends, strict=True))
     return found

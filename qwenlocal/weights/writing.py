@@ -151,6 +151,8 @@ def carry_out(
                 lock.unlink(missing_ok=True)
     except filelock.Timeout as busy:
         raise QwenlocalError(f"Another qwenlocal is writing {job.outputs[0].path}.", hint="Wait for it.") from busy
+    except OSError as reason:
+        raise _failure(lock.parent, reason, 0) from reason
 
 
 class _Run:
@@ -177,12 +179,14 @@ class _Run:
                 self._publish()
             except OSError as reason:
                 raise _failure(folder, reason, self._missing()) from reason
+            except KeyboardInterrupt as stop:
+                raise Interrupted("What was done is kept: the same command goes on from there.") from stop
         return Written(sum(zeroed for _, zeroed in self._done.values()), resumed)
 
     # --- opening and closing
 
     def _open(self, stack: contextlib.ExitStack) -> None:
-        identity, journal = _identity(self._job), journal_of(self._job.outputs[0].path)
+        identity, journal = _identity(self._job, self._allow_nan), journal_of(self._job.outputs[0].path)
         known = _read_journal(journal, identity)
         self._check_room(kept=known is not None)
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0) | (0 if known is not None else os.O_TRUNC)
@@ -192,13 +196,24 @@ class _Run:
             self._files.append(file)
             os.ftruncate(file, output.size)
             self._write(len(self._files) - 1, memoryview(output.header), 0)
+        self._clear_gaps()
         for path in {strip.file for strip in self._job.strips}:
-            self._sources[path] = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            self._sources[path] = _open_source(path)
             stack.callback(os.close, self._sources[path])
         self._resume(known or {})
         lines = [f"{number} {crc} {zeroed}\n" for number, (crc, zeroed) in self._done.items()]
         journal.write_text(json.dumps({"version": _JOURNAL_VERSION, "identity": identity}) + "\n" + "".join(lines))
         self._journal = stack.enter_context(journal.open("a", encoding="ascii"))
+
+    def _clear_gaps(self) -> None:
+        """Between the tensors are zeros, whatever an earlier attempt left there."""
+        ends = [len(output.header) for output in self._job.outputs]
+        placed = [(t.output, t.offset, _target_bytes(s, t)) for s in self._job.strips for t in s.targets]
+        sizes = [(number, output.size, 0) for number, output in enumerate(self._job.outputs)]
+        for output, offset, size in sorted([*placed, *sizes]):
+            if offset > ends[output]:
+                self._write(output, memoryview(bytes(offset - ends[output])), ends[output])
+            ends[output] = offset + size
 
     def _check_room(self, *, kept: bool) -> None:
         folder = self._job.outputs[0].path.parent
@@ -254,11 +269,11 @@ class _Run:
                 while worker.is_alive():
                     worker.join(0.1)
                     self._report(self._read, total)
-        except KeyboardInterrupt as stop:
+        except KeyboardInterrupt:
             self._stopped = True
             for worker in workers:
                 worker.join()
-            raise Interrupted("What was done is kept: the same command goes on from there.") from stop
+            raise
         if self._failure:
             raise self._failure
         self._report(total, total)
@@ -397,12 +412,30 @@ def _source_bytes(slab: _Slab) -> int:
     return slab.rows * slab.strip.type.row_bytes(slab.strip.columns)
 
 
-def _identity(job: Job) -> str:
+def _target_bytes(strip: Strip, target: Target) -> int:
+    return strip.rows * target.type.row_bytes(strip.columns)
+
+
+def _open_source(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    except OSError as reason:
+        raise BadWeights(path, f"it cannot be read ({reason.strerror})") from reason
+
+
+def _state(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except OSError as reason:
+        raise BadWeights(path, f"it cannot be read ({reason.strerror})") from reason
+
+
+def _identity(job: Job, allow_nan: bool) -> str:
     """Differs as soon as another input, another output or another way between them is meant."""
-    digest = hashlib.sha256(f"{SLAB}".encode())
+    digest = hashlib.sha256(f"{SLAB} {allow_nan}".encode())
     for output in job.outputs:
         digest.update(f"{output.path.name} {output.size}\n".encode(errors="replace") + output.header)
-    states = {path: path.stat() for path in {strip.file for strip in job.strips}}
+    states = {path: _state(path) for path in {strip.file for strip in job.strips}}
     for s in job.strips:
         state = states[s.file]
         digest.update(
@@ -427,7 +460,7 @@ def _read_journal(path: Path, identity: str) -> dict[int, tuple[int, int]] | Non
     done = {}
     for line in lines[:-1]:
         fields = line.split(" ")
-        if len(fields) == 3 and all(field.isdigit() for field in fields):
+        if len(fields) == 3 and all(field.isdigit() and len(field) < 16 for field in fields):
             done[int(fields[0])] = (int(fields[1]), int(fields[2]))
     return done
 

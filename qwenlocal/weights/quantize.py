@@ -49,6 +49,9 @@ def plan_quantization(source: Path, wanted: Sequence[tuple[Path, FileType]], opt
         ),
         key=lambda tensor: by_layer(tensor.name),
     )
+    strange = next((tensor for tensor in tensors if not ggml.is_float_like(tensor.type)), None)
+    if strange:
+        raise BadWeights(source, f"“{strange.name}” has numbers of type {strange.type.name}, which are no weights")
     pairs = {key: value for key, value in read_pairs(source).items() if key not in _OF_THE_FILE}
     goals = make_goals(wanted, pairs, options.importance)
     plan = make_plan(tensors, goals, facts, options.wishes, options.importance)

@@ -196,11 +196,11 @@ class CannotWrite(QwenlocalError):
 
     exit_code, http_status = 6, 500
 
-    def __init__(self, folder: Path, reason: str) -> None:
+    def __init__(self, folder: Path, reason: str, *, hint: str = "") -> None:
         self.folder, self.reason = folder, reason
         super().__init__(
             f"{folder} cannot be written: {reason}.",
-            hint="Set QWENLOCAL_HOME (and HF_HOME for models of the hub) to a folder of yours.",
+            hint=hint or "Set QWENLOCAL_HOME (and HF_HOME for models of the hub) to a folder of yours.",
         )
 
 

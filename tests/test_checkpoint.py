@@ -1250,7 +1250,6 @@ class TestSpecialTokens:
         post = {"type": "TemplateProcessing", "single": single}
         assert dict(vocabulary(change(small(tmp_path), "tokenizer.json", post_processor=post)).adds) == adds
 
-    # a bug: KeyError where there is no type (vocabulary.py, _adds)
     @pytest.mark.parametrize("post", [None, {"single": [{}]}, {"processors": [{"single": [5]}]}])
     def test_or_off_the_settings(self, post: object, tmp_path: Path) -> None:
         folder = change(small(tmp_path), "tokenizer.json", post_processor=post)

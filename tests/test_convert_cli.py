@@ -181,8 +181,6 @@ class TestConvert:
     def test_writes_a_type_once_however_often_it_is_named(
         self, types: str, source: Path, invoke: Run, tmp_path: Path
     ) -> None:
-        # a bug: exit code 6, "No such file or directory", with the file written and a journal left behind
-        # (writing.py, _publish: both outputs are one file)
         clean(invoke("convert", str(source), "--type", types), 0)
         assert len(inside(tmp_path)) == 1
 
@@ -469,7 +467,6 @@ class TestQuantize:
         assert message in clean(invoke("quantize", *arguments), code)
         assert inside(tmp_path) == before
 
-    # a bug: it is converted to q4_k_m and kept, only to be refused for being quantized (convert.py, quantize_file)
     def test_of_a_checkpoint_says_that_there_is_convert_for_that(
         self, source: Path, qwenlocal: Run, tmp_path: Path
     ) -> None:
@@ -623,7 +620,6 @@ class TestInspect:
             ("./empty.gguf", 5, "the file is empty"),
             ("./text.gguf", 5, "not a GGUF file"),
             ("nonsense", 3, "There is no model called"),
-            # a bug: exit code 5, where show and verify say 3 (inspect.py, _record)
             ("qwen1.5:7b", 3, "is not here"),
             ("hf:owner/repo", 3, "is not here"),
             ("./checkpoint", 3, "is not here"),
@@ -642,8 +638,6 @@ class TestInspect:
     @pytest.mark.parametrize(
         "pairs",
         [
-            # bugs: TypeError or AttributeError where a value has another type than it should have (checkup.py:
-            # _vocabulary_findings, _end_findings, _template_findings); NaN in JSON (inspect.py, _as_json)
             {"tokenizer.ggml.tokens": gguf.u32(7)},
             {"tokenizer.ggml.tokens": gguf.string("text")},
             {"tokenizer.ggml.tokens": gguf.i32s([1, 2, 3])},
@@ -692,7 +686,6 @@ class TestInspect:
     def test_of_a_file_with_four_billion_layers_needs_neither_time_nor_memory_for_them(
         self, good: Path, qwenlocal: Run, tmp_path: Path
     ) -> None:
-        # a bug: a dict of every tensor of every layer is made first (checkup.py, _contract_findings)
         import resource
 
         changed(good, tmp_path / "x.gguf", {"qwen2.block_count": gguf.u32((1 << 32) - 1)})
@@ -848,7 +841,6 @@ class TestDiff:
     def test_of_weights_that_are_not_numbers_is_json_all_the_same(
         self, good: Path, qwenlocal: Run, tmp_path: Path
     ) -> None:
-        # a bug: NaN is written, which is not JSON (inspect.py, diff_files)
         with_numbers(good, tmp_path / "x.gguf", "blk.0.ffn_up.weight", numpy.nan)
         assert "blk.0.ffn_up.weight" in qwenlocal("diff", str(good), "./x.gguf").stdout
         result = qwenlocal("diff", str(good), "./x.gguf", "--json")
@@ -857,7 +849,7 @@ class TestDiff:
 
     @pytest.mark.parametrize(
         ("right", "code"), [("./nowhere.gguf", 3), ("./text.gguf", 5), ("./cut.gguf", 5), ("qwen1.5:7b", 3)]
-    )  # a bug with the last: exit code 5, as above
+    )
     def test_of_what_is_no_model_says_so(self, right: str, code: int, good: Path, invoke: Run, tmp_path: Path) -> None:
         (tmp_path / "text.gguf").write_text("hello")
         (tmp_path / "cut.gguf").write_bytes(good.read_bytes()[:-100])
@@ -867,8 +859,6 @@ class TestDiff:
     @pytest.mark.parametrize(
         "changes",
         [
-            # bugs: ValueError, of zip (numbers.py) or because ggml cannot read the type (diff, quantize,
-            # verify), ZeroDivisionError (quantize.py, source_tensor), a warning of numpy (numbers.py)
             {"type": 99},
             {"type": 12},
             {"type": 8, "shape": (4096,)},
@@ -946,7 +936,6 @@ class TestAgainst:
         assert clean(result, 0) == ""
         found = strictly(result.stdout)
         assert (len(found["tensors"]), found["problems"], found["wrong texts"]) == (TENSORS, [], [])
-        # a bug: NaN is written, which is not JSON (against.py, _as_json)
         with_numbers(good, tmp_path / "x.gguf", "blk.0.ffn_up.weight", numpy.nan)
         result = qwenlocal("verify", "./x.gguf", "--against", str(source), "--json")
         clean(result, 5)
@@ -1014,7 +1003,6 @@ class TestACheckpointOnThisDisk:
         assert {path.name: path.read_bytes() for path in mine.iterdir()} == before
 
     def test_that_is_gone_can_still_be_removed(self, mine: Path, qwenlocal: Run) -> None:
-        # a bug: "There is no file …", and the converted file stays for ever (models.py, remove_model; names.py, parse)
         clean(qwenlocal("pull", str(mine)), 0)
         (listed,) = strictly(qwenlocal("list", "--json").stdout)
         shutil.rmtree(mine)

@@ -15,7 +15,7 @@ from typing import Any
 
 from qwenlocal.errors import BadCheckpoint
 from qwenlocal.weights import gguf
-from qwenlocal.weights.checkpoint import read_json
+from qwenlocal.weights.checkpoint import read_json, shortly
 
 # generation_config.json's names and GGUF's (gguf-py, constants.py: Keys.General.SAMPLING_*).
 _SAMPLING = {
@@ -145,7 +145,7 @@ def _sampling(folder: Path) -> dict[str, gguf.Encoded]:
         if value is None:
             continue
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not -1e9 < value < 1e9:
-            raise BadCheckpoint(file, f"“{theirs}” is {value!r}, which cannot be")
+            raise BadCheckpoint(file, f"“{theirs}” is {shortly(value)}, which cannot be")
         found[f"general.sampling.{ours}"] = gguf.i32(int(value)) if ours == "top_k" else gguf.f32(value)
     return found
 

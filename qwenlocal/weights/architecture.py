@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenlocal.errors import BadCheckpoint, CannotExpress
-from qwenlocal.weights.checkpoint import Checkpoint, read_config
+from qwenlocal.weights.checkpoint import Checkpoint, read_config, shortly
 
 _ARCHITECTURES = {"Qwen2ForCausalLM": "qwen2", "Qwen2Model": "qwen2", "Qwen2MoeForCausalLM": "qwen2moe"}
 _MOST = 1 << 31
@@ -83,18 +83,18 @@ class _Config:
         if value is None:
             raise BadCheckpoint(self.path, f"“{key}” is missing")
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < _MOST:
-            raise BadCheckpoint(self.path, f"“{key}” is {value!r}, which cannot be")
+            raise BadCheckpoint(self.path, f"“{key}” is {shortly(value)}, which cannot be")
         return value
 
     def number(self, key: str, value: Any) -> float:
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not _LEAST < value < _LARGEST:
-            raise BadCheckpoint(self.path, f"“{key}” is {value!r}, which cannot be")
+            raise BadCheckpoint(self.path, f"“{key}” is {shortly(value)}, which cannot be")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
         value = self.values.get(key)
         if value is not None and not isinstance(value, bool):
-            raise BadCheckpoint(self.path, f"“{key}” is {value!r}; it should be true or false")
+            raise BadCheckpoint(self.path, f"“{key}” is {shortly(value)}; it should be true or false")
         return default if value is None else value
 
 
@@ -140,7 +140,9 @@ def _architecture(config: _Config) -> str:
     hint = "Converted are " + ", ".join(_ARCHITECTURES) + "; for others see llama.cpp's convert_hf_to_gguf.py."
     if name is None:
         raise BadCheckpoint(config.path, "“architectures” does not say what kind of model it is", hint=hint)
-    raise CannotExpress(config.path, f"a {name} is not a Qwen1.5 model", hint=hint)
+    raise CannotExpress(
+        config.path, f"a {name[:80] if isinstance(name, str) else shortly(name)} is not a Qwen1.5 model", hint=hint
+    )
 
 
 def _experts(config: _Config) -> Experts:
@@ -160,7 +162,7 @@ def _rope(config: _Config) -> tuple[RopeScaling | None, float]:
     new, old = config.values.get("rope_parameters") or {}, config.values.get("rope_scaling") or {}
     rope = new or old
     if not isinstance(rope, Mapping) or any(isinstance(value, dict) for value in rope.values()):
-        raise BadCheckpoint(config.path, f"the rope parameters are {rope!r}, which cannot be")
+        raise BadCheckpoint(config.path, f"the rope parameters are {shortly(rope)}, which cannot be")
     if new and isinstance(old, Mapping) and old and (_kind(new), new.get("factor")) != (_kind(old), old.get("factor")):
         raise BadCheckpoint(config.path, "“rope_parameters” and “rope_scaling” contradict each other")
     theta = rope.get("rope_theta", config.values.get("rope_theta", 10000.0))  # the default of transformers
@@ -170,7 +172,7 @@ def _rope(config: _Config) -> tuple[RopeScaling | None, float]:
         return None, base
     if kind not in ("linear", "yarn"):
         raise CannotExpress(
-            config.path, f"rope scaling of the kind “{kind}” is not in llama.cpp's graph of Qwen models"
+            config.path, f"rope scaling of the kind {shortly(kind)} is not in llama.cpp's graph of Qwen models"
         )
     key = "original_max_position_embeddings"  # transformers looks for it outside first
     original = config.values.get(key) or rope.get(key) or config.values.get("max_position_embeddings")
@@ -178,7 +180,7 @@ def _rope(config: _Config) -> tuple[RopeScaling | None, float]:
     attention = _yarn_attention(config, rope, factor) if kind == "yarn" else 1.0
     context = config.number("original_max_position_embeddings", original)
     if context >= _MOST:
-        raise BadCheckpoint(config.path, f"“original_max_position_embeddings” is {original!r}, which cannot be")
+        raise BadCheckpoint(config.path, f"“original_max_position_embeddings” is {shortly(original)}, which cannot be")
     return RopeScaling(kind, factor, int(context), attention), base
 
 
@@ -195,7 +197,7 @@ def _yarn_attention(config: _Config, rope: Mapping[str, Any], factor: float) -> 
         if rope.get(key) is not None and key != "truncate":
             config.number(key, rope[key])
         if rope.get(key) not in (None, usual):
-            raise CannotExpress(config.path, f"YaRN with {key} = {rope[key]} is not what llama.cpp computes")
+            raise CannotExpress(config.path, f"YaRN with {key} = {shortly(rope[key])} is not what llama.cpp computes")
     own = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
     if rope.get("attention_factor") is not None:
         return config.number("attention_factor", rope["attention_factor"]) / own
@@ -214,7 +216,7 @@ def _refuse_other_graphs(config: _Config, found: Hyperparameters) -> None:
         raise BadCheckpoint(config.path, f"{found.heads} heads over {found.kv_heads} key-value heads: that cannot be")
     if values.get("hidden_act", "silu") != "silu":
         raise CannotExpress(
-            config.path, f"its activation is “{values['hidden_act']}”; llama.cpp computes silu for Qwen models"
+            config.path, f"its activation is {shortly(values['hidden_act'])}; llama.cpp computes silu for Qwen models"
         )
     if not config.flag("is_causal", True):
         raise CannotExpress(config.path, "“is_causal” is false; llama.cpp lets a token see only those before it")
@@ -241,7 +243,7 @@ def _refuse_sliding_window(config: _Config, found: Hyperparameters) -> None:
     if first is None:
         first = _USUAL_FIRST_WINDOW
     elif not isinstance(first, int) or isinstance(first, bool) or first < 0:
-        raise BadCheckpoint(config.path, f"“max_window_layers” is {first!r}, which cannot be")
+        raise BadCheckpoint(config.path, f"“max_window_layers” is {shortly(first)}, which cannot be")
     slides = "sliding_attention" in kinds if isinstance(kinds, list) else first < found.layers
     if (slides or found.experts) and window < found.context:
         raise CannotExpress(

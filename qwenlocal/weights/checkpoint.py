@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenlocal.errors import BadCheckpoint, CannotExpress
-from qwenlocal.weights.safetensors import StoredTensor, read_tensors
+from qwenlocal.weights.safetensors import StoredTensor, first_twice, read_tensors
 
 _INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.safetensors$")
@@ -83,13 +83,19 @@ def weight_files(folder: Path) -> list[Path]:
         names = sorted(set(_weight_map(index).values()))
         missing = [name for name in names if not os.path.isfile(folder / name)]
         if missing:
-            raise BadCheckpoint(folder, f"{_several(missing, len(names))} named in {_INDEX} missing")
+            raise BadCheckpoint(folder, f"{_several(missing, len(names))} missing, which {_INDEX} names")
         return [folder / name for name in names]
     files = sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith("adapter_"))
     if not files:
         raise _no_weights(folder)
     _check_shards(folder, files)
     return files
+
+
+def shortly(value: Any) -> str:
+    """A value from somebody's file as it stands there, but not all of a long one."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"
 
 
 def _several(names: list[str], of: int) -> str:
@@ -184,8 +190,7 @@ def _no_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     listed = list(pairs)
     found = dict(listed)
     if len(found) < len(listed):
-        keys = [key for key, _ in listed]
-        raise ValueError(f"“{next(key for key in keys if keys.count(key) > 1)}” stands there twice")
+        raise ValueError(f"“{first_twice(key for key, _ in listed)}” stands there twice")
     return found
 
 

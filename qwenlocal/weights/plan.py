@@ -172,7 +172,8 @@ def _strips(
             Target(output, place + before * kind.row_bytes(columns), kind, weights if kind.is_quantized else None)
             for output, (kind, place) in enumerate(zip(kinds, places, strict=True))
         ]
-        strips.append(Strip(tensor.name, stretch.file, stretch.offset, stretch.type, stretch.rows, columns, targets))
+        name = f"{tensor.name}, expert {before // per_expert}" if experts > 1 else tensor.name
+        strips.append(Strip(name, stretch.file, stretch.offset, stretch.type, stretch.rows, columns, targets))
         before += stretch.rows
     return strips
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,11 +88,15 @@ def _entries(path: Path, text: bytes) -> list[tuple[str, Any]]:
         entries = json.loads(text, object_pairs_hook=_Pairs)
     except (ValueError, RecursionError) as reason:
         raise BadCheckpoint(path, f"its header is not readable JSON ({reason})") from reason
-    names = [name for name, _ in entries]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
+    if (twice := first_twice(name for name, _ in entries)) is not None:
         raise BadCheckpoint(path, f"its header names “{twice}” twice")
     return list(entries)
+
+
+def first_twice(names: Iterable[str]) -> str | None:
+    """The first of `names` that has come before; None where all differ."""
+    seen: set[str] = set()
+    return next((name for name in names if name in seen or seen.add(name)), None)  # type: ignore[func-returns-value]
 
 
 class _Pairs(list[tuple[str, Any]]):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwenlocal.errors import BadCheckpoint, CannotExpress, UsageProblem
 from qwenlocal.weights import sentencepiece
-from qwenlocal.weights.checkpoint import read_json
+from qwenlocal.weights.checkpoint import read_json, shortly
 from qwenlocal.weights.sentencepiece import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 
 if TYPE_CHECKING:
@@ -134,7 +134,9 @@ class _Draft:
 
     def put(self, number: Any, token: Any, kind: int) -> None:
         if not isinstance(number, int) or isinstance(number, bool) or not isinstance(token, str) or number < 0:
-            raise BadCheckpoint(self.file, f"the token {token!r} with the id {number!r} has the wrong form")
+            raise BadCheckpoint(
+                self.file, f"the token {shortly(token)} with the id {shortly(number)} has the wrong form"
+            )
         if number >= len(self.tokens):
             raise BadCheckpoint(
                 self.file, f"“{token}” has the id {number:,}, but the embeddings have only {len(self.tokens):,} rows"
@@ -164,7 +166,7 @@ class _Draft:
         whole = "".join(self.tokens)
         if "\0" in whole or not _is_text(whole):
             wrong = next(token for token in self.tokens if "\0" in token or not _is_text(token))
-            raise CannotExpress(self.file, f"the token {wrong!r} cannot stand in a GGUF file")
+            raise CannotExpress(self.file, f"the token {shortly(wrong)} cannot stand in a GGUF file")
         if len(set(self.tokens)) < len(self.tokens):
             first: dict[str, int] = {}
             for number, token in enumerate(self.tokens):
@@ -264,7 +266,7 @@ def _merges(file: Path, found: Any) -> list[tuple[str, str]]:
                 raise ValueError
             merges.append((left.replace(" ", "Ġ"), right.replace(" ", "Ġ")))
         except (ValueError, TypeError, AttributeError) as wrong:
-            raise BadCheckpoint(file, f"the merge {entry!r} is not a pair of tokens") from wrong
+            raise BadCheckpoint(file, f"the merge {shortly(entry)} is not a pair of tokens") from wrong
     return merges
 
 
@@ -329,7 +331,7 @@ def _added(file: Path, listed: Any, settings: Mapping[str, Any]) -> dict[int, tu
     for entry in entries:
         number, token = (entry.get("id"), entry.get("content")) if isinstance(entry, dict) else (None, None)
         if not isinstance(number, int) or isinstance(number, bool) or not isinstance(token, str):
-            raise BadCheckpoint(file, f"the added token {entry!r} has the wrong form")
+            raise BadCheckpoint(file, f"the added token {shortly(entry)} has the wrong form")
         known = found.get(number)
         if known and known[0] != token:
             raise BadCheckpoint(file, f"the id {number} is given twice, to “{known[0]}” and to “{token}”")

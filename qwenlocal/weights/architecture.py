@@ -140,9 +140,8 @@ def _architecture(config: _Config) -> str:
     hint = "Converted are " + ", ".join(_ARCHITECTURES) + "; for others see llama.cpp's convert_hf_to_gguf.py."
     if name is None:
         raise BadCheckpoint(config.path, "“architectures” does not say what kind of model it is", hint=hint)
-    raise CannotExpress(
-        config.path, f"a {name[:80] if isinstance(name, str) else shortly(name)} is not a Qwen1.5 model", hint=hint
-    )
+    what = name if isinstance(name, str) and len(name) <= 80 else shortly(name)
+    raise CannotExpress(config.path, f"a {what} is not a Qwen1.5 model", hint=hint)
 
 
 def _experts(config: _Config) -> Experts:

@@ -33,6 +33,7 @@ from qwenlocal.weights.checkpoint import Checkpoint
 from qwenlocal.weights.convert import Options, plan_conversion
 from qwenlocal.weights.header import read_header, read_pairs
 from qwenlocal.weights.mix import file_type
+from qwenlocal.weights.repair import backup_bytes
 from qwenlocal.weights.writing import carry_out
 
 SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
@@ -404,12 +405,12 @@ class TestQuantize:
         assert not (tmp_path / "q4.gguf").exists()
         clean(qwenlocal("quantize", "./q8.gguf", "q4.gguf", "q4_0", "--requantize"), 0)
 
-    def test_replaces_its_own_source_only_by_force(self, half: Path, qwenlocal: Run, tmp_path: Path) -> None:
+    def test_never_replaces_its_own_source(self, half: Path, qwenlocal: Run, tmp_path: Path) -> None:
         shutil.copy(half, tmp_path / "x.gguf")
         clean(qwenlocal("quantize", "./x.gguf", "x.gguf", "q8_0"), 2)
         assert (tmp_path / "x.gguf").read_bytes() == half.read_bytes()
-        clean(qwenlocal("quantize", "./x.gguf", "x.gguf", "q8_0", "--force"), 0)
-        assert read_header(tmp_path / "x.gguf").metadata["general.file_type"] == 7
+        clean(qwenlocal("quantize", "./x.gguf", "x.gguf", "q8_0", "--force"), 2)
+        assert (tmp_path / "x.gguf").read_bytes() == half.read_bytes()
         assert inside(tmp_path) == {"x.gguf"}
 
     def test_dry_writes_nothing(self, half: Path, qwenlocal: Run, tmp_path: Path) -> None:
@@ -776,7 +777,7 @@ class TestFix:
         self, padded: Path, good: Path, qwenlocal: Run, tmp_path: Path
     ) -> None:
         content = padded.read_bytes()
-        (tmp_path / "old.gguf.old-header").write_bytes(content[:4096])
+        (tmp_path / "old.gguf.old-header").write_bytes(backup_bytes(padded, content[:4096]))
         padded.write_bytes(good.read_bytes()[:100] + bytes(1000) + content[1100:])
         result = qwenlocal("inspect", str(padded))
         assert "the file is as it was before" in clean(result, 0)

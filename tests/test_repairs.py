@@ -19,7 +19,15 @@ from qwenlocal.weights.checkup import examine_file, missing_rope_base
 from qwenlocal.weights.convert import Options, plan_conversion
 from qwenlocal.weights.header import read_header, read_pairs
 from qwenlocal.weights.mix import file_type
-from qwenlocal.weights.repair import backup_of, finish_interrupted, fits_in_place, patch, plan_copy, repaired_layout
+from qwenlocal.weights.repair import (
+    backup_bytes,
+    backup_of,
+    finish_interrupted,
+    fits_in_place,
+    patch,
+    plan_copy,
+    repaired_layout,
+)
 from qwenlocal.weights.writing import carry_out
 
 USER_DEFINED = 4
@@ -170,11 +178,19 @@ def test_a_patch_that_was_cut_short_is_undone(good: Path, tmp_path: Path) -> Non
     torn = tmp_path / "torn.gguf"
     whole = good.read_bytes()
     torn.write_bytes(b"\0" * 4096 + whole[4096:])
-    backup_of(torn).write_bytes(whole[:8192])
+    backup_of(torn).write_bytes(backup_bytes(torn, whole[:8192]))
     assert finish_interrupted(torn)
     assert torn.read_bytes() == whole
     assert not backup_of(torn).exists()
     assert not finish_interrupted(torn)
+
+
+def test_a_header_kept_of_another_file_does_not_touch_this_one(good: Path, tmp_path: Path) -> None:
+    other = tmp_path / "model.gguf"
+    other.write_bytes(good.read_bytes())
+    backup_of(other).write_bytes(b"x" * 32 + b"\0" * 4096)
+    assert not finish_interrupted(other)
+    assert other.read_bytes() == good.read_bytes()
 
 
 def test_numbers_that_are_not_numbers_are_found_and_counted(good: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ PACKAGES = ("torch==2.13.0", "transformers>=5", "safetensors", "tokenizers", "se
 
 
 def main() -> int:
-    wheels = sorted(ROOT.glob("build/wheels-*/llama_cpp_python-*.whl"))
+    wheels = sorted(ROOT.glob("build/wheels-*/llama_cpp_python-*.whl"), key=lambda wheel: wheel.stat().st_mtime)
     if not wheels:
         print("The bindings are not compiled yet: make setup", file=sys.stderr)
         return 1

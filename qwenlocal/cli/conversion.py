@@ -24,18 +24,24 @@ if TYPE_CHECKING:
 _USUAL_LEVEL = "q4_k_m"
 
 
-def converted(program: Program, name: CatalogueName | HubName | CheckpointName, *, limit_rate: int = 0) -> Record:
-    """The model as a GGUF file of ours: that of an earlier time if nothing changed, or made now."""
+def converted(
+    program: Program,
+    name: CatalogueName | HubName | CheckpointName,
+    *,
+    limit_rate: int = 0,
+    again: bool = False,
+) -> Record:
+    """The model as a GGUF file of ours: that of an earlier time if nothing changed (not if `again`), or made now."""
     full = _full_name(name)
     record = program.store.get(full)
     if isinstance(name, CheckpointName):
         source = local_source(name.path)
-    elif record and (ready := program.store.ready(record)):
+    elif record and not again and (ready := program.store.ready(record)):
         return ready
     else:
         source = fetch_source(program, name, limit_rate)
     made_from = fingerprint(source.path)
-    if record and record.made_from == made_from and (ready := program.store.ready(record)):
+    if record and not again and record.made_from == made_from and (ready := program.store.ready(record)):
         return ready
     asked = {str(name), *(record.asked if record else ())} - {full}
     made = Record(full, [_make(program, source, _level(name), full)], f"converted from {_origin(source)}",

@@ -90,6 +90,9 @@ def quantize_file(asked: Asked, *, again: bool) -> None:
         raise UsageProblem(f"{asked.source} is a checkpoint.", hint=f"Convert it: qwenlocal convert {asked.source}")
     record = program.have(name)
     wanted = [(_output(asked.out, record.path.stem, kind, len(kinds)), kind) for kind in kinds]
+    for path, _ in wanted:
+        if path.exists() and path.samefile(record.path):
+            raise UsageProblem(f"{path} is what would be read.", hint="Write to another file.")
     plan = plan_quantization(record.path, wanted, Options(wishes, importance, again))
     _do(program, plan, asked)
 

@@ -56,7 +56,7 @@ def list_models(*, everything: bool, as_json: bool) -> None:
 def _usual_name(card: Card) -> str:
     from qwenlocal.library.names import CatalogueName
 
-    return str(CatalogueName(card)) if card.gguf or card.files else card.name
+    return str(CatalogueName(card))
 
 
 def _card_size(card: Card) -> str:
@@ -228,6 +228,7 @@ def remove_model(text: str) -> None:
 def verify_model(text: str, *, repair: bool) -> None:
     """Read every byte; fetch again what is damaged."""
     from qwenlocal.library.download import Progress
+    from qwenlocal.library.names import PathName, WebName
     from qwenlocal.terminal.progress import progress
     from qwenlocal.weights.header import read_header
 
@@ -253,10 +254,10 @@ def verify_model(text: str, *, repair: bool) -> None:
         program.say(_damage_words(bad))
     if not repair:
         raise BadWeights(record.path, "the file is damaged", hint=f"Mend it: qwenlocal verify {record.name}")
-    if record.made_from:
-        for file in record.files:
-            Path(file.path).unlink(missing_ok=True)
-        mended = program.have(name)
+    if record.made_from and not isinstance(name, (PathName, WebName)):
+        from qwenlocal.cli.conversion import converted
+
+        mended = converted(program, name, again=True)
     else:
         with program.puller() as found:
             mended = found.mend(name, record, damage)

@@ -181,9 +181,13 @@ class Vocabulary:
         return bool(reachable and _PADDING.fullmatch(self.text_of(last)))
 
     def _around_padding(self, text: str, *, special: bool, add_bos: bool) -> list[int]:
-        """Ids of `text` in which "[PAD5]" is text: it is cut after its bracket, and the parts are tokenised apart."""
+        """
+        Ids of `text` in which "[PAD5]" is text: it is cut before its last bracket, and the parts are tokenised apart.
+
+        With Qwen's expression, where a digit is a word of its own, these are the ids of the whole.
+        """
         ids: list[int] = []
-        parts = _PADDING.sub(lambda match: f"[\0{match[0][1:]}", text.replace("\0", "")).split("\0")
+        parts = _PADDING.sub(lambda match: f"{match[0][:-1]}\0]", text.replace("\0", "")).split("\0")
         for number, part in enumerate(parts):
             ids += self._ids(part, special=special, add_bos=add_bos and number == 0)
         return ids

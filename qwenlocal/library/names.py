@@ -154,6 +154,8 @@ def parse(text: str, catalogue: Callable[[], Catalogue]) -> Name:
         return elsewhere
     if _looks_like_a_path(text) and (os.path.exists(_expanded(text)) or text != Path(text).name):
         return _path_name(text)
+    if os.path.isfile(os.path.join(text, "config.json")):  # noqa: PTH118 - never raises
+        return _path_name(text)
     try:
         return _catalogue_name(text, catalogue())
     except ModelNotFound:
@@ -231,7 +233,10 @@ def _path_name(text: str) -> Name:
         raise _is_a_directory(path)
     if os.path.exists(path):
         is_checkpoint = path.name.lower().endswith(".safetensors")
-        return CheckpointName(path.resolve()) if is_checkpoint else PathName(path.absolute())
+        if path.name.lower().endswith(".part"):
+            raise BadWeights(path, "this file is not finished", hint="Run the command that was writing it once more.")
+        whole = path.parent.resolve() / path.name  # a link keeps its name: in the hub's cache it leads to a digest
+        return CheckpointName(whole) if is_checkpoint else PathName(path.absolute())
     raise ModelNotFound(text, reason=f"There is no file {path}, or it may not be read.", hint="Check the path.")
 
 

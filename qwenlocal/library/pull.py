@@ -85,6 +85,8 @@ class Puller:
         located = self._sources.locate_checkpoint(name)
         small = [wanted for wanted in located.files if not wanted.artifact.name.endswith(".safetensors")]
         weights = [wanted for wanted in located.files if wanted not in small]
+        ours = {file.path for record in self._store.records() if record.owned for file in record.files}
+        brought = [w for w in located.files if w.target.exists() and str(w.target) not in ours]  # by somebody else
         files = [self._fetch_small(wanted) for wanted in small]
         examine(located.folder)
         self._say(f"Fetching the checkpoint {located.name} ({_sum(weights)}, {len(weights)} file(s)).")
@@ -92,6 +94,7 @@ class Puller:
             self._say(f"Licence: {located.licence}")
         self._check_room(weights)
         record = Record(f"{located.name}@checkpoint", files, located.origin, located.licence, is_checkpoint=True)
+        record = replace(record, owned=not brought)
         for done, wanted in enumerate(weights, 1):
             files.append(self._have_weights(wanted))
             left = sum(other.artifact.size for other in weights[done:])
@@ -102,7 +105,6 @@ class Puller:
         """A file of which the hub states git's digest: it is kept in memory's reach, so that is checked each time."""
         there = wanted.blob is not None and wanted.target.exists() and git_blob(wanted.target) == wanted.blob
         if not there:
-            wanted.target.unlink(missing_ok=True)
             self._fetch(wanted)
             if wanted.blob and (actual := git_blob(wanted.target)) != wanted.blob:
                 wanted.target.unlink()

@@ -7,6 +7,7 @@ In place is done so that it can be undone: the old header is kept beside the fil
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ from qwenlocal.weights.mix import Choice, file_type, file_type_numbered
 from qwenlocal.weights.plan import Plan, PlannedFile, PlannedTensor, SourceTensor
 from qwenlocal.weights.quantize import source_tensor
 from qwenlocal.weights.writing import Job, Output, Strip, Target
+
+_MARK = 32  # bytes of the digest before a header that is kept
 
 
 def backup_of(path: Path) -> Path:
@@ -75,7 +78,7 @@ def patch(checkup: Checkup, layout: Layout) -> None:
         with path.open("r+b") as file:
             old = file.read(len(layout.header))
             draft = backup.with_name(backup.name + ".tmp")
-            _write_through(draft, old)
+            _write_through(draft, backup_bytes(path, old))
             draft.replace(backup)
             file.seek(0)
             file.write(layout.header)
@@ -87,16 +90,43 @@ def patch(checkup: Checkup, layout: Layout) -> None:
 
 
 def finish_interrupted(path: Path) -> bool:
-    """Undo a patch that was cut short; returns whether there was one."""
+    """
+    Undo a patch that was cut short; returns whether there was one.
+
+    What lies behind the header must be what it was; otherwise it is another file by now, and is left alone.
+
+    Raises
+    ------
+    CannotWrite: the file may not be changed.
+    """
     backup = backup_of(path)
     if not backup.exists():
         return False
+    try:
+        kept = backup.read_bytes()
+        old = kept[_MARK:]
+        if backup_bytes(path, old) != kept:
+            return False
+        _restore(path, old)
+        backup.unlink()
+    except OSError as reason:
+        raise CannotWrite(path.parent, reason.strerror or str(reason)) from reason
+    return True
+
+
+def backup_bytes(path: Path, header: bytes) -> bytes:
+    """A header to be kept, behind a digest of the file's size and of what follows the header in it."""
+    with path.open("rb") as file:
+        file.seek(len(header))
+        behind = file.read(1 << 16)
+    return hashlib.sha256(b"%d " % path.stat().st_size + behind).digest() + header
+
+
+def _restore(path: Path, header: bytes) -> None:
     with path.open("r+b") as file:
-        file.write(backup.read_bytes())
+        file.write(header)
         file.flush()
         os.fsync(file.fileno())
-    backup.unlink()
-    return True
 
 
 def _write_through(path: Path, data: bytes) -> None:

@@ -143,13 +143,14 @@ def carry_out(
         writable(output.path.parent)
         if not replace and os.path.lexists(output.path):
             raise OutputExists(output.path)
-    lock = part_of(job.outputs[0].path).with_suffix(".part.lock")
+    locks = sorted(part_of(output.path).with_suffix(".part.lock") for output in job.outputs)
+    lock = locks[0]
     try:
-        with filelock.FileLock(lock, timeout=0):
-            try:
-                return _Run(job, allow_nan=allow_nan, report=report).carry_out(threads)
-            finally:
-                lock.unlink(missing_ok=True)
+        with contextlib.ExitStack() as held:
+            for lock in locks:
+                held.enter_context(filelock.FileLock(lock, timeout=0))
+                held.callback(_unlink, lock)
+            return _Run(job, allow_nan=allow_nan, report=report).carry_out(threads)
     except filelock.Timeout as busy:
         raise QwenlocalError(f"Another qwenlocal is writing {job.outputs[0].path}.", hint="Wait for it.") from busy
     except OSError as reason:
@@ -177,7 +178,7 @@ class _Run:
                 self._open(stack)
                 resumed = self._read
                 self._work(threads)
-                self._publish()
+                self._publish(stack)
             except OSError as reason:
                 raise _failure(folder, reason, self._missing()) from reason
             except KeyboardInterrupt as stop:
@@ -245,10 +246,11 @@ class _Run:
             crc = zlib.crc32(buffer, crc)
         return crc
 
-    def _publish(self) -> None:
-        """All is written: to the disk itself with it, then give the files their names."""
+    def _publish(self, opened: contextlib.ExitStack) -> None:
+        """All is written: to the disk itself with it, then give the files, closed, their names."""
         for file in self._files:
             getattr(os, "fdatasync", os.fsync)(file)
+        opened.close()
         for output in self._job.outputs:
             part_of(output.path).replace(output.path)
         journal_of(self._job.outputs[0].path).unlink(missing_ok=True)
@@ -271,11 +273,10 @@ class _Run:
                 while worker.is_alive():
                     worker.join(0.1)
                     self._report(self._read, total)
-        except KeyboardInterrupt:
+        finally:  # whatever happens, nobody writes to a file that is closed
             self._stopped = True
             for worker in workers:
                 worker.join()
-            raise
         if self._failure:
             raise self._failure
         self._report(total, total)
@@ -412,6 +413,11 @@ def _slabs(job: Job) -> Iterator[_Slab]:
 
 def _source_bytes(slab: _Slab) -> int:
     return slab.rows * slab.strip.type.row_bytes(slab.strip.columns)
+
+
+def _unlink(path: Path) -> None:
+    with contextlib.suppress(OSError):  # Windows keeps a file that somebody has open
+        path.unlink(missing_ok=True)
 
 
 def _target_bytes(strip: Strip, target: Target) -> int:

@@ -108,6 +108,25 @@ def quantize(
     Splitting rows over several calls gives the same bytes as one call (ggml.c: ggml_quantize_chunk). `importance` is
     the address of `columns` float32 weights, 0 for none. The lock of Python is not held.
     """
+    if importance or not quantize_quickly(kind, source, target, rows * columns):
+        quantize_with_ggml(kind, source, target, rows, columns, importance)
+
+
+def quantize_quickly(kind: TensorType, source: Address, target: Address, count: int) -> bool:
+    """
+    Have our own code (tools/quantizers.cpp) write the bytes that ggml would, four to seven times as fast.
+
+    False, and nothing is written, for other types than q4_k, q5_k and q6_k, and where libggml was compiled without it:
+    a wheel from elsewhere, another compiler than GCC and clang.
+    """
+    ours = _quantizers()
+    return ours is not None and bool(ours(kind.number, source, target, count))
+
+
+def quantize_with_ggml(
+    kind: TensorType, source: Address, target: Address, rows: int, columns: int, importance: Address = 0
+) -> None:
+    """`quantize`, by ggml's own code for every type."""
     _base().ggml_quantize_chunk(kind.number, source, target, 0, rows, columns, importance or None)
 
 
@@ -223,6 +242,16 @@ def _base() -> ctypes.CDLL:
         function = getattr(base, name)
         function.restype, function.argtypes = result, arguments
     return base
+
+
+@functools.cache
+def _quantizers() -> Any | None:
+    """`qwenlocal_quantize` of this libggml, if it has one."""
+    function = getattr(_base(), "qwenlocal_quantize", None)
+    if function is not None:
+        function.restype = ctypes.c_bool
+        function.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+    return function
 
 
 @functools.cache

@@ -29,10 +29,11 @@ from qwenlocal.weights.checkpoint import Checkpoint, is_checkpoint
 from qwenlocal.weights.convert import Options, plan_conversion
 from qwenlocal.weights.header import read_pairs
 from qwenlocal.weights.importance import Importance, read_importance
+from qwenlocal.weights.kinds import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
 from qwenlocal.weights.mix import file_type
 from qwenlocal.weights.plan import Plan
 from qwenlocal.weights.safetensors import LONGEST_HEADER, read_tensors
-from qwenlocal.weights.sentencepiece import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Piece, read_pieces
+from qwenlocal.weights.sentencepiece import Piece, read_pieces
 from qwenlocal.weights.vocabulary import Vocabulary, read_vocabulary
 
 SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1,
@@ -1731,7 +1732,7 @@ class TestAbout:
         with pytest.raises(BadCheckpoint, match=f"“{key}” is .*, which cannot be"):
             about(tmp_path)
 
-    @pytest.mark.parametrize("strange", [5, None, [], "", "a/b/c", "/root/models/x", "Qwen/Qwen1.5-0.5B", "\0"])
+    @pytest.mark.parametrize("strange", [5, None, [], "", "a/b/c", "/home/x/models/y", "Qwen/Qwen1.5-0.5B", "\0"])
     def test_where_the_config_says_it_came_from_is_only_a_hint(self, strange: object, tmp_path: Path) -> None:
         found = read_about(tmp_path, {"_name_or_path": strange}, "Qwen1.5-0.5B", Parameters(1))
         assert gguf.decode(found.pairs["general.type"]) == "model"

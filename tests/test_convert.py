@@ -165,7 +165,7 @@ class TestTypes:
         "72b": (80, 8192, 24576, 64, 64), "110b": (80, 8192, 49152, 64, 8),
     }  # fmt: skip
 
-    @pytest.mark.parametrize("size", [*SHAPES, "moe"])
+    @pytest.mark.parametrize("size", [*SHAPES, "moe", "moe of 8"])
     def test_are_those_that_llama_quantize_announces(self, size: str, tmp_path: Path) -> None:
         source = sparse_checkpoint(tmp_path / "model", self.config(size))
         checkpoint = Checkpoint.open(source)
@@ -183,11 +183,11 @@ class TestTypes:
             assert ours == dry_run_types(log, file_type(kind)), kind
 
     def config(self, size: str) -> dict[str, Any]:
-        if size == "moe":
+        if size.startswith("moe"):
             wide = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 24, "num_attention_heads": 16,
                     "num_key_value_heads": 16, "num_experts": 60, "num_experts_per_tok": 4,
                     "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632}  # fmt: skip
-            return {**MOE_CONFIG, **wide}
+            return {**MOE_CONFIG, **wide, **({"num_experts": 8} if size == "moe of 8" else {})}
         layers, width, inner, heads, keys = self.SHAPES[size]
         sizes = {"num_hidden_layers": layers, "hidden_size": width, "intermediate_size": inner,
                  "num_attention_heads": heads, "num_key_value_heads": keys}  # fmt: skip

@@ -30,23 +30,9 @@ LOG = BUILD / "setup.log"
 WINDOWS = sys.platform == "win32"
 PYTHON = VENV / ("Scripts/python.exe" if WINDOWS else "bin/python")
 
-# Included inside llama.cpp's own project, where it wins over the bindings. They force an unused library on ("common":
-# chat parsers, web client), which more than doubles the compile. And ggml-base, where the quantizers are, is compiled
-# for any processor there; for this one Q6_K is a sixth quicker and Q8_0 twice as quick. Without contracted
-# multiplications the results are the same bits on every machine.
-CMAKE_INCLUDE = """\
-set(LLAMA_BUILD_COMMON OFF)
-function(quantizers_for_this_processor)
-    set(options -ffp-contract=off -fno-math-errno -fno-trapping-math)
-    if(GGML_NATIVE AND CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
-        list(APPEND options -march=native)
-    endif()
-    if(CMAKE_C_COMPILER_ID MATCHES "GNU|Clang" AND NOT MSVC)
-        target_compile_options(ggml-base PRIVATE $<$<COMPILE_LANGUAGE:C>:${options}>)
-    endif()
-endfunction()
-cmake_language(DEFER CALL quantizers_for_this_processor)
-"""
+# What is changed in llama.cpp's own project; the file says why.
+CMAKE_INCLUDE = ROOT / "tools" / "llama.cpp.cmake"
+QUANTIZERS = ROOT / "tools" / "quantizers.cpp"
 CMAKE_ARGS = "-DGGML_RPC=ON -DLLAVA_BUILD=OFF"
 
 
@@ -162,7 +148,8 @@ def fingerprint(dev: bool) -> str:
 
 def bindings_key() -> str:
     """Changes with the bindings' version, the way they are compiled, the processor and Python."""
-    parts = [bindings_version(), cmake_args(), CMAKE_INCLUDE, processor(), platform.python_version()]
+    ours = [file.read_text() for file in (CMAKE_INCLUDE, QUANTIZERS)]
+    parts = [bindings_version(), cmake_args(), *ours, processor(), platform.python_version()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -212,8 +199,6 @@ def install_bindings() -> None:
 
 def compile_bindings(wheels: Path, key: str) -> None:
     source = unpack_source()
-    include = BUILD / "llama.cpp.cmake"
-    include.write_text(CMAKE_INCLUDE)
     draft = BUILD / "wheels-draft"
     shutil.rmtree(draft, ignore_errors=True)
     command = [
@@ -223,7 +208,7 @@ def compile_bindings(wheels: Path, key: str) -> None:
     ]
     environment = {
         **os.environ,
-        "CMAKE_ARGS": f"{cmake_args()} -DCMAKE_PROJECT_llama.cpp_INCLUDE={include.as_posix()}",
+        "CMAKE_ARGS": f"{cmake_args()} -DCMAKE_PROJECT_llama.cpp_INCLUDE={CMAKE_INCLUDE.as_posix()}",
         "CMAKE_BUILD_PARALLEL_LEVEL": os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 1)),
     }
     run(command, "compiling llama.cpp for this processor, once", environment, slow=True)

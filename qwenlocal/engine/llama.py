@@ -13,7 +13,6 @@ import functools
 import importlib
 import importlib.util
 import os
-import re
 import sys
 import types
 import unicodedata
@@ -23,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from qwenlocal.errors import BadWeights, NoContext, QwenlocalError
+from qwenlocal.weights.kinds import PADDING
 
 _LOG_WARN, _LOG_ERROR, _LOG_CONTINUED = 3, 4, 5  # ggml.h: enum ggml_log_level
 _ATTR_CONTROL, _ATTR_USER_DEFINED = 1 << 3, 1 << 4  # llama.h: LLAMA_TOKEN_ATTR_CONTROL, …_USER_DEFINED
-_PADDING = re.compile(r"\[PAD\d+\]")
 _NO_SLOT, _ABORTED = 1, 2  # llama.h: what llama_decode returns
 _MOST_OUTPUTS = 32  # rows of logits kept at once; llama.cpp would reserve one per token of a batch (0.3 GB for Qwen)
 
@@ -166,7 +165,7 @@ class Vocabulary:
         """
         if self._normalise:
             text = unicodedata.normalize("NFC", text)
-        if self.hides_padding and _PADDING.search(text):
+        if self.hides_padding and PADDING.search(text):
             return self._around_padding(text, special=special, add_bos=add_bos)
         return self._ids(text, special=special, add_bos=add_bos)
 
@@ -178,7 +177,7 @@ class Vocabulary:
         """
         last = len(self) - 1
         reachable = self._c.llama_vocab_get_attr(self._vocab, last) & _ATTR_USER_DEFINED
-        return bool(reachable and _PADDING.fullmatch(self.text_of(last)))
+        return bool(reachable and PADDING.fullmatch(self.text_of(last)))
 
     def _around_padding(self, text: str, *, special: bool, add_bos: bool) -> list[int]:
         """
@@ -187,7 +186,7 @@ class Vocabulary:
         With Qwen's expression, where a digit is a word of its own, these are the ids of the whole.
         """
         ids: list[int] = []
-        parts = _PADDING.sub(lambda match: f"{match[0][:-1]}\0]", text.replace("\0", "")).split("\0")
+        parts = PADDING.sub(lambda match: f"{match[0][:-1]}\0]", text.replace("\0", "")).split("\0")
         for number, part in enumerate(parts):
             ids += self._ids(part, special=special, add_bos=add_bos and number == 0)
         return ids

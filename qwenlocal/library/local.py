@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from qwenlocal.library.elsewhere import Found, Sought
 from qwenlocal.library.names import CatalogueName, HubName, Name, PathName, level_of
 from qwenlocal.library.store import Record, Store, StoredFile
 from qwenlocal.paths import Folders
+from qwenlocal.shards import shard_of
 from qwenlocal.weights.checkpoint import is_checkpoint, weight_files
 
 Say = Callable[[str], None]
@@ -26,17 +26,12 @@ def known_file(name: CatalogueName) -> KnownFile | None:
     return next((file for file in name.card.files if level_of(file.path) == level), None)
 
 
-def is_shard(file: str) -> bool:
-    """Whether a file is one of several that belong together: "x-00001-of-00003.gguf"."""
-    return re.search(r"-\d{5}-of-\d{5}\.gguf$", file, re.IGNORECASE) is not None
-
-
 def recognise(name: Name) -> list[Sought]:
     """How to find a model's file on this disk without asking anybody; empty where that cannot be said."""
     if isinstance(name, CatalogueName):
         known = known_file(name)
         return [Sought(known.path, known.size, known.sha256, name.card.gguf)] if known else []
-    if isinstance(name, HubName) and name.file and name.hub == "hf" and not name.revision and not is_shard(name.file):
+    if isinstance(name, HubName) and name.file and name.hub == "hf" and not name.revision and not shard_of(name.file):
         return [Sought(name.file, None, None, name.repo)]
     return []
 

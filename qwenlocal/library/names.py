@@ -22,47 +22,10 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
 from qwenlocal.errors import BadWeights, ModelNotFound
+from qwenlocal.filetypes import FILE_TYPES
 from qwenlocal.library.catalog import Card, Catalogue
 
-# The names of llama.cpp's quantization types (llama.h, enum llama_ftype), as they stand in file names.
-LEVELS = [
-    "f32",
-    "f16",
-    "bf16",
-    "q4_0",
-    "q4_1",
-    "q5_0",
-    "q5_1",
-    "q8_0",
-    "q2_k",
-    "q2_k_s",
-    "q3_k",
-    "q3_k_s",
-    "q3_k_m",
-    "q3_k_l",
-    "q4_k",
-    "q4_k_s",
-    "q4_k_m",
-    "q5_k",
-    "q5_k_s",
-    "q5_k_m",
-    "q6_k",
-    "iq1_s",
-    "iq1_m",
-    "iq2_xxs",
-    "iq2_xs",
-    "iq2_s",
-    "iq2_m",
-    "iq3_xxs",
-    "iq3_xs",
-    "iq3_s",
-    "iq3_m",
-    "iq4_nl",
-    "iq4_xs",
-    "tq1_0",
-    "tq2_0",
-    "mxfp4",
-]
+LEVELS = [*FILE_TYPES, "q3_k", "q4_k", "q5_k"]  # as they stand in file names; the last three without a size
 _HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+?))?(?:(?P<mark>[:/])(?P<rest>.+))?")
 _WEB_HUB = re.compile(r"(?:https?://)?(?:huggingface\.co|hf\.co)/(?P<rest>[\w.-]+/[\w.-]+.*)")
 

@@ -24,8 +24,8 @@ from qwenlocal.library.names import CatalogueName, HubName, Name, WebName, level
 from qwenlocal.library.partial import scratch_of
 from qwenlocal.library.places import Piece, Place, WebPlace
 from qwenlocal.paths import Folders
+from qwenlocal.shards import shard_of
 
-_SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
 _RAW_PIECE = re.compile(r"\.gguf[.-](?:split-)?([a-z])$", re.IGNORECASE)
 _NOT_MODELS = re.compile(r"mmproj|imatrix", re.IGNORECASE)
 _LIKED = ("q4_k_m", "q4_k_s", "q4_0", "q5_k_m", "q5_0", "q8_0", "f16", "bf16")
@@ -317,8 +317,8 @@ def groups(files: Sequence[RemoteFile]) -> list[_Group]:
     for file in sorted(files, key=lambda file: file.path):
         if _NOT_MODELS.search(file.path):
             continue
-        if _SHARD.search(file.path):
-            shards.setdefault(_SHARD.sub("", file.path), []).append(file)
+        if (shard := shard_of(file.path)) and shard.ending == ".gguf":
+            shards.setdefault(shard.stem, []).append(file)
         elif _RAW_PIECE.search(file.path):
             pieces.setdefault(_RAW_PIECE.sub("", file.path), []).append(file)
         elif file.path.lower().endswith(".gguf"):

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-_NORMAL = 1
+from qwenlocal.weights.kinds import NORMAL
 
 Text = tuple[str, Sequence[int] | None]
 
@@ -19,6 +19,6 @@ def known_texts(tokens: Sequence[str], kinds: Sequence[int]) -> list[Text]:
     Made by tests/goldens/make_tokens.py with Hugging Face's tokenizers.
     """
     found = json.loads((Path(__file__).parent / "qwen1.5-tokens.json").read_text(encoding="utf-8"))
-    plain = [token for token, kind in zip(tokens, kinds, strict=True) if kind == _NORMAL]
+    plain = [token for token, kind in zip(tokens, kinds, strict=True) if kind == NORMAL]
     is_qwen = hashlib.sha256("\n".join(plain).encode()).hexdigest() == found["vocabulary"]
     return [(text, ids if is_qwen else None) for text, ids in found["texts"]]

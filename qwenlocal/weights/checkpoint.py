@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qwenlocal.errors import BadCheckpoint, CannotExpress
+from qwenlocal.shards import shard_of
 from qwenlocal.weights.safetensors import StoredTensor, first_twice, read_tensors
 
 _INDEX = "model.safetensors.index.json"
-_SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.safetensors$")
 _LONGEST_JSON = 200_000_000
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -120,7 +119,7 @@ def pickled(folder: Path, file: str) -> BadCheckpoint:
 
 def _check_shards(folder: Path, files: list[Path]) -> None:
     """Without an index: files numbered "-00001-of-00003" must all be there, and nothing else beside them."""
-    numbered = [match for file in files if (match := _SHARD.search(file.name))]
+    numbered = [shard for file in files if (shard := shard_of(file.name))]
     if not numbered:
         if len(files) > 1:
             raise BadCheckpoint(
@@ -130,8 +129,8 @@ def _check_shards(folder: Path, files: list[Path]) -> None:
                 hint="Give the one file that is meant.",
             )
         return
-    count = int(numbered[0][2])
-    there = {int(match[1]) for match in numbered}
+    count = numbered[0].total
+    there = {shard.number for shard in numbered}
     missing = sorted(set(range(1, count + 1)) - there)
     if missing or len(files) != count:
         what = f"part {missing[0]} of {count} is missing" if missing else "files of several models are mixed"
@@ -215,3 +214,8 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise BadCheckpoint(path, "it is not a JSON object")
     return found
+
+
+def optional_json(file: Path, what: str) -> dict[str, Any]:
+    """`read_json` of a file that need not be there: nothing is in it then."""
+    return read_json(file, what) if file.exists() else {}

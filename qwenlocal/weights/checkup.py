@@ -17,11 +17,10 @@ from typing import Any
 from qwenlocal import ggml
 from qwenlocal.weights import gguf
 from qwenlocal.weights.header import Header, Tensor, read_header, read_pairs, tensor_bytes, tensor_type_name
+from qwenlocal.weights.kinds import NORMAL, PADDING, UNUSED, USER_DEFINED
 from qwenlocal.weights.numbers import place_of, read_rows, same_bytes
 
 QWEN = ("qwen2", "qwen2moe")
-_NORMAL, _USER_DEFINED, _UNUSED = 1, 4, 5
-_PADDING = re.compile(r"\[PAD\d+\]")
 _END_OF_TURN, _END_OF_TEXT = "<|im_end|>", "<|endoftext|>"
 _CHUNK = 1 << 22
 _SAMPLE = 64  # rows of a matrix that are looked at closely
@@ -130,12 +129,12 @@ def _vocabulary_findings(header: Header, pairs: Mapping[str, gguf.Encoded]) -> I
     reachable = [
         number
         for number, kind in enumerate(kinds)
-        if kind in (_NORMAL, _USER_DEFINED) and _PADDING.fullmatch(tokens[number])
+        if kind in (NORMAL, USER_DEFINED) and PADDING.fullmatch(tokens[number])
     ]
     if reachable:
         hidden = list(kinds)
         for number in reachable:
-            hidden[number] = _UNUSED
+            hidden[number] = UNUSED
         yield Finding(
             f"{len(reachable)} padding ids can be reached by typing them: “{tokens[reachable[0]]}” becomes a "
             "token that was never trained.",

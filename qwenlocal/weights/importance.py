@@ -79,7 +79,8 @@ def read_importance(path: Path) -> Importance:
         if len(counts) != len(sums):
             raise BadWeights(path, f"its counts of “{matrix}” do not fit its sums")
         counts = counts.reshape(-1, 1)
-        found = numpy.divide(sums, counts, out=numpy.ones_like(sums), where=counts > 0).astype(numpy.float32)
+        with numpy.errstate(over="ignore", invalid="ignore"):  # what comes of it is looked at
+            found = numpy.divide(sums, counts, out=numpy.ones_like(sums), where=counts > 0).astype(numpy.float32)
         if not numpy.isfinite(found).all():
             raise BadWeights(path, f"its weights of “{matrix}” are NaN or infinite")
         weights[matrix] = numpy.ascontiguousarray(found)

@@ -14,54 +14,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from qwenlocal.errors import UsageProblem
+from qwenlocal.filetypes import FILE_TYPES, OTHER_NAMES
 from qwenlocal.ggml import TensorType, needs_importance, tensor_type, tensor_types
-
-# llama.h, enum llama_ftype: the number that a file carries, and the type most of its tensors have.
-_FILE_TYPES = {
-    "f32": (0, "f32"),
-    "f16": (1, "f16"),
-    "bf16": (32, "bf16"),
-    "q4_0": (2, "q4_0"),
-    "q4_1": (3, "q4_1"),
-    "q5_0": (8, "q5_0"),
-    "q5_1": (9, "q5_1"),
-    "q8_0": (7, "q8_0"),
-    "q2_k": (10, "q2_k"),
-    "q2_k_s": (21, "q2_k"),
-    "q3_k_s": (11, "q3_k"),
-    "q3_k_m": (12, "q3_k"),
-    "q3_k_l": (13, "q3_k"),
-    "q4_k_s": (14, "q4_k"),
-    "q4_k_m": (15, "q4_k"),
-    "q5_k_s": (16, "q5_k"),
-    "q5_k_m": (17, "q5_k"),
-    "q6_k": (18, "q6_k"),
-    "iq1_s": (24, "iq1_s"),
-    "iq1_m": (31, "iq1_m"),
-    "iq2_xxs": (19, "iq2_xxs"),
-    "iq2_xs": (20, "iq2_xs"),
-    "iq2_s": (28, "iq2_xs"),
-    "iq2_m": (29, "iq2_s"),
-    "iq3_xxs": (23, "iq3_xxs"),
-    "iq3_xs": (22, "iq3_s"),
-    "iq3_s": (26, "iq3_s"),
-    "iq3_m": (27, "iq3_s"),
-    "iq4_nl": (25, "iq4_nl"),
-    "iq4_xs": (30, "iq4_xs"),
-    "tq1_0": (36, "tq1_0"),
-    "tq2_0": (37, "tq2_0"),
-    "mxfp4": (38, "mxfp4"),
-    "q1_0": (40, "q1_0"),
-    "q2_0": (41, "q2_0"),
-}
-_OTHER_NAMES = {
-    "q3_k": "q3_k_m",
-    "q4_k": "q4_k_m",
-    "q5_k": "q5_k_m",
-    "mxfp4_moe": "mxfp4",
-    "fp16": "f16",
-    "fp32": "f32",
-}
 
 # What is taken where a row's length is no multiple of a type's block (llama-quant.cpp: tensor_type_fallback).
 _FALLBACK = {
@@ -71,6 +25,9 @@ _FALLBACK = {
     "q5_k": "q5_1",
     "q6_k": "q8_0",
 }
+# Mixtures of eight experts, Mixtral's number, get more for what all experts share.
+_MORE_FOR_EIGHT = ("q2_k", "iq3_xs", "iq3_xxs", "q3_k_s", "q3_k_m", "iq4_nl", "q4_k_s", "q4_k_m", "iq3_s", "iq3_m",
+                   "iq4_xs")  # fmt: skip
 _TINY_MIXES = ("iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq1_s", "iq1_m")
 
 
@@ -132,25 +89,25 @@ def file_type(name: str) -> FileType:
     import difflib
 
     wanted = name.strip().lower().replace("-", "_")
-    wanted = _OTHER_NAMES.get(wanted, wanted)
-    if wanted not in _FILE_TYPES:
-        close = difflib.get_close_matches(wanted, _FILE_TYPES, n=3)
+    wanted = OTHER_NAMES.get(wanted, wanted)
+    if wanted not in FILE_TYPES:
+        close = difflib.get_close_matches(wanted, FILE_TYPES, n=3)
         raise UsageProblem(
             f"“{name}” is not a type.",
-            hint=f"Did you mean {' or '.join(close)}?" if close else "There are: " + ", ".join(_FILE_TYPES),
+            hint=f"Did you mean {' or '.join(close)}?" if close else "There are: " + ", ".join(FILE_TYPES),
         )
-    number, default = _FILE_TYPES[wanted]
+    number, default = FILE_TYPES[wanted]
     return FileType(wanted, number, tensor_type(default))
 
 
 def file_types() -> list[str]:
     """The names of all mixes."""
-    return list(_FILE_TYPES)
+    return list(FILE_TYPES)
 
 
 def file_type_numbered(number: int) -> str:
     """`file_type_numbered(15)` is "q4_k_m"; "" for a number that is not known."""
-    return next((name for name, (known, _) in _FILE_TYPES.items() if known == number), "")
+    return next((name for name, (known, _) in FILE_TYPES.items() if known == number), "")
 
 
 def parse_overrides(texts: Sequence[str]) -> list[tuple[re.Pattern[str], TensorType]]:
@@ -180,13 +137,25 @@ def parse_overrides(texts: Sequence[str]) -> list[tuple[re.Pattern[str], TensorT
 
 
 def _tensor_type_names() -> list[str]:
-    return sorted({default for _, default in _FILE_TYPES.values()})
+    return sorted({default for _, default in FILE_TYPES.values()})
 
 
 def choose_types(
     tensors: Sequence[Candidate], goal: FileType, facts: ModelFacts, wishes: Wishes = Wishes()
 ) -> list[Choice]:
-    """The type of each tensor; `tensors` come by layer, then name."""
+    """
+    The type of each tensor; `tensors` come by layer, then name.
+
+    Raises
+    ------
+    UsageProblem: a wish is for tensors that are not there.
+    """
+    for pattern, _ in wishes.overrides:
+        if not any(pattern.search(tensor.name) and is_quantizable(tensor) for tensor in tensors):
+            raise UsageProblem(
+                f"No tensor that is quantized has “{pattern.pattern}” in its name.",
+                hint="Their names: the same command with --dry-run instead of --tensor-type.",
+            )
     mix = _Mix(goal, facts, wishes, tensors)
     return [mix.choose(tensor) for tensor in tensors]
 
@@ -229,11 +198,11 @@ class _Mix:
     def choose(self, tensor: Candidate) -> Choice:
         if not is_quantizable(tensor):
             return Choice(tensor.type, "never quantized: small, and it matters")
-        if not self.goal.default.is_quantized:
-            return Choice(self.goal.default, f"{self.goal.name} file")
         for pattern, wanted in self.wishes.overrides:
             if pattern.search(tensor.name):
                 return self._fitting(tensor, Choice(wanted, f"asked for: {pattern.pattern}"))
+        if not self.goal.default.is_quantized:
+            return Choice(self.goal.default, f"{self.goal.name} file")
         if self.wishes.pure:
             return self._fitting(tensor, Choice(self.goal.default, "asked for: the same for all"))
         return self._fitting(tensor, self._by_mix(tensor))
@@ -279,11 +248,15 @@ class _Mix:
             return self._tiny(name)
         if "attn_v.weight" in name:
             return self._value()
+        if self.facts.experts == 8 and "attn_k.weight" in name:
+            return "q8_0"
         if "attn_k.weight" in name or "attn_q.weight" in name:
             return {"iq3_xs": "iq3_xxs", "iq3_xxs": "iq2_s"}.get(self.goal.name)
         if "ffn_down" in name:
             return self._down(name)
         if "attn_output.weight" in name:
+            if self.facts.experts == 8:
+                return "q5_k" if self.goal.name in _MORE_FOR_EIGHT else None
             others = {"q2_k": "q3_k", "iq3_xxs": "iq3_s", "q3_k_m": "q4_k", "q3_k_l": "q5_k", "iq3_m": "q4_k"}
             return others.get(self.goal.name)
         if "ffn_gate" in name or "ffn_up" in name:
@@ -303,10 +276,14 @@ class _Mix:
         if "attn_v.weight" in name:
             many = self.facts.gqa >= 4 or self.facts.experts >= 4
             return "q4_k" if many else "iq3_s" if larger else "q2_k"
+        if self.facts.experts == 8 and "attn_k.weight" in name:
+            return "q4_k"
         if "ffn_down" in name:
             first = self._count("ffn_down") < self.facts.layers // 8
             return ("iq3_s" if larger else "q2_k") if first else None
         if "attn_output.weight" in name:
+            if self.facts.experts == 8:
+                return "q5_k"
             return "iq2_xxs" if self.goal.name in ("iq1_s", "iq1_m") else "iq3_s" if larger else None
         return None
 
@@ -327,6 +304,8 @@ class _Mix:
             chosen = "q6_k"
         elif goal == "q4_k_s" and layer < 4:
             chosen = "q5_k"
+        if self.facts.experts == 8:
+            return "q8_0"
         is_70b = self.facts.architecture == "qwen2" and self.facts.layers == 80
         if is_70b and (chosen or self.goal.default.name) in ("q3_k", "q4_k"):
             return "q5_k"
@@ -344,7 +323,7 @@ class _Mix:
             return "q4_k" if first else "q3_k"
         if goal == "q3_k_m":
             return "q5_k" if layer < layers // 16 else "q4_k"
-        if goal == "iq3_m" and first:
+        if goal == "iq3_m" and (first or (self.facts.experts == 8 and _gets_more(layer, layers))):
             return "q4_k"
         if goal == "q3_k_l":
             return "q5_k"

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from qwenlocal import ggml
 from qwenlocal.errors import BadWeights, CannotExpress
+from qwenlocal.shards import shard_of
 from qwenlocal.weights.header import Header, Tensor, read_header, read_pairs
 from qwenlocal.weights.importance import Importance
 from qwenlocal.weights.mix import FileType, ModelFacts, Wishes, by_layer, file_type_numbered
 from qwenlocal.weights.plan import Plan, SourceTensor, Stretch, make_goals, make_plan
 
-_SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
 _OF_THE_FILE = ("split.no", "split.count", "split.tensors.count", "general.alignment")
 _MIXES_KNOWN = ("qwen2", "qwen2moe")
 
@@ -61,15 +60,13 @@ def plan_quantization(source: Path, wanted: Sequence[tuple[Path, FileType]], opt
 
 
 def _parts(source: Path) -> list[Path]:
-    match = _SHARD.search(source.name)
-    if not match:
+    shard = shard_of(source.name)
+    if not shard:
         return [source]
-    count = int(match[2])
-    names = [_SHARD.sub(f"-{number:05}-of-{count:05}.gguf", source.name) for number in range(1, count + 1)]
-    missing = [name for name in names if not (source.parent / name).is_file()]
+    missing = [name for name in shard.siblings if not (source.parent / name).is_file()]
     if missing:
-        raise BadWeights(source, f"it is split in {count} files, and {missing[0]} is not beside it")
-    return [source.parent / name for name in names]
+        raise BadWeights(source, f"it is split in {shard.total} files, and {missing[0]} is not beside it")
+    return [source.parent / name for name in shard.siblings]
 
 
 def _facts(source: Path, header: Header, *, pure: bool) -> ModelFacts:

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qwenlocal.errors import BadCheckpoint, CannotExpress
-
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+from qwenlocal.weights.kinds import BYTE, NORMAL
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 

@@ -1,0 +1,93 @@
+"""Our own quantizers write the bytes that ggml's write; ggml is asked each time."""
+
+from __future__ import annotations
+
+import numpy
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from qwenlocal import ggml
+
+TYPES = ("q4_k", "q5_k", "q6_k")
+BLOCK = 256
+
+
+def both(kind: str, numbers: numpy.ndarray) -> tuple[bytes, bytes]:
+    """What ours and ggml's make of float32 numbers, a multiple of 256 of them."""
+    found = ggml.tensor_type(kind)
+    ours, theirs = (numpy.full(found.row_bytes(numbers.size), 0xAA, numpy.uint8) for _ in range(2))
+    if not ggml.quantize_quickly(found, numbers.ctypes.data, ours.ctypes.data, numbers.size):
+        pytest.skip("this libggml was compiled without our quantizers")
+    ggml.quantize_with_ggml(found, numbers.ctypes.data, theirs.ctypes.data, numbers.size // BLOCK, BLOCK)
+    return ours.tobytes(), theirs.tobytes()
+
+
+def weights_as_models_have_them(count: int) -> numpy.ndarray:
+    random = numpy.random.default_rng(7)
+    return (random.standard_t(5, count) * 0.02).astype(numpy.float32)
+
+
+def several_sizes_at_once(count: int) -> numpy.ndarray:
+    random = numpy.random.default_rng(8)
+    sizes = 10.0 ** random.integers(-38, 5, (count // 16, 1))
+    return (random.standard_normal((count // 16, 16)) * sizes).astype(numpy.float32).reshape(-1)
+
+
+def mostly_zero(count: int) -> numpy.ndarray:
+    random = numpy.random.default_rng(9)
+    return numpy.where(random.random(count) < 0.95, 0, random.standard_normal(count)).astype(numpy.float32)
+
+
+def flat_blocks(count: int) -> numpy.ndarray:
+    return numpy.repeat(numpy.random.default_rng(10).standard_normal(count // 32), 32).astype(numpy.float32)
+
+
+def whole_numbers(count: int) -> numpy.ndarray:
+    return numpy.random.default_rng(11).integers(-4, 5, count).astype(numpy.float32)
+
+
+def negative_zeros(count: int) -> numpy.ndarray:
+    return -numpy.zeros(count, numpy.float32)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize(
+    "numbers",
+    [weights_as_models_have_them, several_sizes_at_once, mostly_zero, flat_blocks, whole_numbers, negative_zeros],
+)
+def test_ours_write_ggmls_bytes_of(numbers, kind: str) -> None:
+    ours, theirs = both(kind, numbers(BLOCK * 500))
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_ours_write_ggmls_bytes_of_numbers_of_one_sign(sign: int, kind: str) -> None:
+    ours, theirs = both(kind, sign * numpy.abs(weights_as_models_have_them(BLOCK * 200)))
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@given(
+    numbers=arrays.arrays(
+        numpy.float32,
+        BLOCK,
+        elements=st.one_of(
+            st.floats(-(2.0**60), 2.0**60, width=32), st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5, 1e-15, -1e-40])
+        ),
+        fill=st.sampled_from([0.0, 1.0, -2.0]),
+    )
+)
+def test_ours_write_ggmls_bytes_of_anything(kind: str, numbers: numpy.ndarray) -> None:
+    ours, theirs = both(kind, numpy.ascontiguousarray(numbers))
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0", "q3_k", "q2_k", "iq4_nl"])
+def test_ours_leave_other_types_to_ggml(kind: str) -> None:
+    found, numbers = ggml.tensor_type(kind), weights_as_models_have_them(BLOCK)
+    target = numpy.full(found.row_bytes(BLOCK), 0xAA, numpy.uint8)
+    assert not ggml.quantize_quickly(found, numbers.ctypes.data, target.ctypes.data, BLOCK)
+    assert (target == 0xAA).all()

@@ -1,0 +1,282 @@
+// Q4_K, Q5_K and Q6_K of ggml, the same bytes in a fraction of the time. Compiled into libggml-base by tools/setup.py.
+//
+// For every small block ggml-quants.c tries some twenty scales, and for each adds up the block's numbers one after the
+// other: the processor waits for each addition. The order of additions decides the last bit, so they cannot be
+// reordered; but eight blocks can go side by side, one in each lane of a vector. A lane does what the function of
+// ggml that is named beside it does, operation by operation (which is also why contracted multiplications are off).
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "ggml.h"
+#define GGML_COMMON_DECL_C
+#include "ggml-common.h"
+
+namespace {
+
+constexpr int LANES = 8;
+typedef float floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+
+// The first `LANES` blocks of N numbers at `source`: result[i] has number i of each.
+template <int N> inline void side_by_side(const float * source, floats * result) {
+    for (int i = 0; i < N; ++i) {
+        for (int lane = 0; lane < LANES; ++lane) result[i][lane] = source[N * lane + i];
+    }
+}
+
+inline floats magnitude(floats x) { return (floats)((ints)x & 0x7fffffff); }
+
+inline floats to_float(ints x) { return __builtin_convertvector(x, floats); }
+
+// nearest_int
+inline ints nearest(floats x) {
+    return ((ints)(x + 12582912.f) & 0x007fffff) - 0x00400000;
+}
+
+inline int nearest(float x) {
+    const float shifted = x + 12582912.f;
+    int bits;
+    memcpy(&bits, &shifted, sizeof(bits));
+    return (bits & 0x007fffff) - 0x00400000;
+}
+
+inline ints clamp(ints x, int low, int high) {
+    x = x > high ? (ints{} + high) : x;
+    return x < low ? (ints{} + low) : x;
+}
+
+inline int clamp(int x, int low, int high) { return x < low ? low : x > high ? high : x; }
+
+inline bool any(ints mask) {
+    for (int lane = 0; lane < LANES; ++lane) {
+        if (mask[lane]) return true;
+    }
+    return false;
+}
+
+// make_qkx2_quants with the weights of quantize_row_q4_K_ref: scales, minima (negated) and levels of eight blocks of 32
+void scales_and_minima(const float * source, int top, float first, int steps, float * scales, float * minima,
+                       uint8_t * levels) {
+    constexpr int N = 32;
+    floats x[N], weight[N], level[N];
+    side_by_side<N>(source, x);
+
+    floats sum_x2 = {};
+    for (int i = 0; i < N; ++i) sum_x2 += x[i] * x[i];
+    floats mean;
+    for (int lane = 0; lane < LANES; ++lane) mean[lane] = sqrtf(sum_x2[lane] / N);
+    for (int i = 0; i < N; ++i) weight[i] = mean + magnitude(x[i]);
+
+    floats low = x[0], high = x[0], sum_w = weight[0], sum_x = sum_w * x[0];
+    for (int i = 1; i < N; ++i) {
+        low = x[i] < low ? x[i] : low;
+        high = x[i] > high ? x[i] : high;
+        sum_w += weight[i];
+        sum_x += weight[i] * x[i];
+    }
+    low = low > 0.f ? floats{} : low;
+    const ints is_flat = high == low;
+    const floats lowest = low;
+
+    // The levels are those of the best scale tried; it is enough to remember which one that was, and above what.
+    floats inverse = (float)top / (high - low), best_inverse = inverse, best_above = low;
+    floats scale = 1 / inverse, error = {};
+    for (int i = 0; i < N; ++i) {
+        const floats difference = scale * to_float(clamp(nearest(inverse * (x[i] - low)), 0, top)) + low - x[i];
+        error += weight[i] * (difference * difference);
+    }
+    for (int step = 0; step <= steps; ++step) {
+        inverse = (first + 0.1f * step + top) / (high - low);
+        floats sum_l = {}, sum_l2 = {}, sum_xl = {};
+        for (int i = 0; i < N; ++i) {
+            level[i] = to_float(clamp(nearest(inverse * (x[i] - low)), 0, top));
+            const floats weighted = weight[i] * level[i];
+            sum_l += weighted;
+            sum_l2 += weighted * level[i];
+            sum_xl += weighted * x[i];
+        }
+        const floats determinant = sum_w * sum_l2 - sum_l * sum_l;
+        floats this_scale = (sum_w * sum_xl - sum_x * sum_l) / determinant;
+        floats this_low = (sum_l2 * sum_x - sum_l * sum_xl) / determinant;
+        const ints is_above = this_low > 0.f;
+        this_low = is_above ? floats{} : this_low;
+        this_scale = is_above ? sum_xl / sum_l2 : this_scale;
+        floats this_error = {};
+        for (int i = 0; i < N; ++i) {
+            const floats difference = this_scale * level[i] + this_low - x[i];
+            this_error += weight[i] * (difference * difference);
+        }
+        const ints is_better = (determinant > 0.f) & (this_error < error);
+        best_inverse = is_better ? inverse : best_inverse;
+        best_above = is_better ? low : best_above;
+        error = is_better ? this_error : error;
+        scale = is_better ? this_scale : scale;
+        low = is_better ? this_low : low;
+    }
+    scale = is_flat ? floats{} : scale;
+    low = is_flat ? lowest : low;
+    for (int i = 0; i < N; ++i) {
+        const ints found = clamp(nearest(best_inverse * (x[i] - best_above)), 0, top);
+        for (int lane = 0; lane < LANES; ++lane) levels[N * lane + i] = is_flat[lane] ? 0 : found[lane];
+    }
+    for (int lane = 0; lane < LANES; ++lane) {
+        scales[lane] = scale[lane];
+        minima[lane] = -low[lane];
+    }
+}
+
+// What quantize_row_q4_K_ref and quantize_row_q5_K_ref have in common: the header of a block, and its 256 levels
+template <typename Block>
+void scaled_with_minima(const float * x, int top, float first, int steps, Block & block, uint8_t * levels) {
+    float scales[LANES], minima[LANES];
+    scales_and_minima(x, top, first, steps, scales, minima, levels);
+    float max_scale = 0, max_min = 0;
+    for (int j = 0; j < LANES; ++j) {
+        if (scales[j] > max_scale) max_scale = scales[j];
+        if (minima[j] > max_min) max_min = minima[j];
+    }
+    const float inverse_scale = max_scale > 0 ? 63.f / max_scale : 0.f;
+    const float inverse_min = max_min > 0 ? 63.f / max_min : 0.f;
+    uint8_t scale_of[LANES], min_of[LANES];
+    for (int j = 0; j < LANES; ++j) {
+        const uint8_t s = nearest(inverse_scale * scales[j]), m = nearest(inverse_min * minima[j]);
+        scale_of[j] = s < 63 ? s : 63;
+        min_of[j] = m < 63 ? m : 63;
+    }
+    for (int j = 0; j < 4; ++j) {
+        block.scales[j] = scale_of[j] | (scale_of[j + 4] >> 4) << 6;
+        block.scales[j + 4] = min_of[j] | (min_of[j + 4] >> 4) << 6;
+        block.scales[j + 8] = (scale_of[j + 4] & 0xF) | (min_of[j + 4] & 0xF) << 4;
+    }
+    block.d = ggml_fp32_to_fp16(max_scale / 63.f);
+    block.dmin = ggml_fp32_to_fp16(max_min / 63.f);
+    for (int j = 0; j < LANES; ++j) {
+        const float d = ggml_fp16_to_fp32(block.d) * scale_of[j];
+        if (!d) continue;  // the levels of the search stay
+        const float dm = ggml_fp16_to_fp32(block.dmin) * min_of[j];
+        for (int i = 32 * j; i < 32 * j + 32; ++i) levels[i] = clamp(nearest((x[i] + dm) / d), 0, top);
+    }
+}
+
+void to_q4_K(const float * x, block_q4_K & block) {
+    uint8_t levels[QK_K];
+    scaled_with_minima(x, 15, -1.f, 20, block, levels);
+    for (int i = 0; i < QK_K / 2; ++i) {
+        const int at = i / 32 * 64 + i % 32;
+        block.qs[i] = levels[at] | levels[at + 32] << 4;
+    }
+}
+
+void to_q5_K(const float * x, block_q5_K & block) {
+    uint8_t levels[QK_K];
+    scaled_with_minima(x, 31, -0.5f, 15, block, levels);
+    memset(block.qh, 0, sizeof(block.qh));
+    for (int i = 0; i < QK_K / 2; ++i) {
+        const int pair = i / 32, at = pair * 64 + i % 32;
+        block.qs[i] = (levels[at] & 0xF) | (levels[at + 32] & 0xF) << 4;
+        block.qh[i % 32] |= (levels[at] >> 4) << (2 * pair) | (levels[at + 32] >> 4) << (2 * pair + 1);
+    }
+}
+
+// make_qx_quants with n = 16, nmax = 32 and weights x * x: scales and levels of eight blocks of 16
+void signed_scales(const float * source, float * scales, int8_t * levels) {
+    constexpr int N = 16, TOP = 32;
+    floats x[N], weight[N], weighted[N];
+    side_by_side<N>(source, x);
+    floats extreme = {}, largest = {};
+    for (int i = 0; i < N; ++i) {
+        const floats size = magnitude(x[i]);
+        const ints is_larger = size > largest;
+        largest = is_larger ? size : largest;
+        extreme = is_larger ? x[i] : extreme;
+        weight[i] = x[i] * x[i];
+        weighted[i] = weight[i] * x[i];
+    }
+    const ints is_zero = largest < 1e-15f;  // GROUP_MAX_EPS
+    floats scale = {}, best = {}, best_inverse = {};
+    for (int turn = 0; turn <= 18; ++turn) {  // 0 first, then -9 … 9 without it
+        const int step = turn == 0 ? 0 : turn <= 9 ? turn - 10 : turn - 9;
+        const floats inverse = (step ? -(TOP + 0.1f * step) : -TOP) / extreme;
+        floats sum_lx = {}, sum_l2 = {};
+        for (int i = 0; i < N; ++i) {
+            const floats level = to_float(clamp(nearest(inverse * x[i]), -TOP, TOP - 1));
+            sum_lx += weighted[i] * level;
+            sum_l2 += weight[i] * level * level;
+        }
+        if (turn == 0) {
+            scale = sum_l2 != 0.f ? sum_lx / sum_l2 : floats{};
+            best = scale * sum_lx;
+            best_inverse = inverse;
+            continue;
+        }
+        const ints is_better = (sum_l2 > 0.f) & (sum_lx * sum_lx > best * sum_l2);
+        if (!any(is_better)) continue;
+        best_inverse = is_better ? inverse : best_inverse;
+        scale = is_better ? sum_lx / sum_l2 : scale;
+        best = is_better ? scale * sum_lx : best;
+    }
+    for (int i = 0; i < N; ++i) {
+        const ints found = clamp(nearest(best_inverse * x[i]), -TOP, TOP - 1) + TOP;
+        for (int lane = 0; lane < LANES; ++lane) levels[N * lane + i] = is_zero[lane] ? 0 : found[lane];
+    }
+    for (int lane = 0; lane < LANES; ++lane) scales[lane] = is_zero[lane] ? 0 : scale[lane];
+}
+
+// quantize_row_q6_K_ref
+void to_q6_K(const float * x, block_q6_K & block) {
+    int8_t levels[QK_K];
+    float scales[QK_K / 16];
+    signed_scales(x, scales, levels);
+    signed_scales(x + QK_K / 2, scales + LANES, levels + QK_K / 2);
+    float max_scale = 0, largest = 0;
+    for (float scale : scales) {
+        if (fabsf(scale) > largest) {
+            largest = fabsf(scale);
+            max_scale = scale;
+        }
+    }
+    if (largest < 1e-15f) {  // GROUP_MAX_EPS
+        memset(&block, 0, sizeof(block));
+        return;
+    }
+    const float inverse = -128.f / max_scale;
+    block.d = ggml_fp32_to_fp16(1 / inverse);
+    for (int j = 0; j < QK_K / 16; ++j) {
+        const int scale = nearest(inverse * scales[j]);
+        block.scales[j] = scale < 127 ? scale : 127;
+        const float d = ggml_fp16_to_fp32(block.d) * block.scales[j];
+        if (!d) continue;  // the levels of the search stay
+        for (int i = 16 * j; i < 16 * j + 16; ++i) levels[i] = clamp(nearest(x[i] / d), -32, 31) + 32;
+    }
+    for (int half = 0; half < 2; ++half) {
+        for (int i = 0; i < 32; ++i) {
+            const int8_t * l = levels + 128 * half + i;
+            uint8_t * low = block.ql + 64 * half + i;
+            low[0] = (l[0] & 0xF) | (l[64] & 0xF) << 4;
+            low[32] = (l[32] & 0xF) | (l[96] & 0xF) << 4;
+            block.qh[32 * half + i] = l[0] >> 4 | (l[32] >> 4) << 2 | (l[64] >> 4) << 4 | (l[96] >> 4) << 6;
+        }
+    }
+}
+
+template <typename Block, void quantize(const float *, Block &)>
+void all_blocks(const float * x, void * target, int64_t count) {
+    Block * blocks = static_cast<Block *>(target);
+    for (int64_t i = 0; i < count; ++i) quantize(x + i * QK_K, blocks[i]);
+}
+
+}  // namespace
+
+// Writes `count` numbers (a multiple of 256) as `type` to `target`. False where there is nothing better than ggml's own.
+extern "C" __attribute__((visibility("default"))) bool qwenlocal_quantize(int type, const float * source,
+                                                                           void * target, int64_t count) {
+    const int64_t blocks = count / QK_K;
+    switch (type) {
+        case GGML_TYPE_Q4_K: all_blocks<block_q4_K, to_q4_K>(source, target, blocks); return true;
+        case GGML_TYPE_Q5_K: all_blocks<block_q5_K, to_q5_K>(source, target, blocks); return true;
+        case GGML_TYPE_Q6_K: all_blocks<block_q6_K, to_q6_K>(source, target, blocks); return true;
+        default: return false;
+    }
+}

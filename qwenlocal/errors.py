@@ -10,6 +10,7 @@ Everything that can go wrong for a user of qwenlocal.
     │   └── DigestMismatch         4  what arrived is not the published file
     ├── OutputExists               2  a file that would be written is there already
     ├── BadWeights                 5  the file is not a model this program can run
+    │   ├── NotFinite              5  a weight is NaN or infinite
     │   ├── BadCheckpoint          5  a checkpoint is damaged or incomplete
     │   └── CannotExpress          5  llama.cpp cannot compute what the checkpoint asks for
     ├── BadCatalogue               5  a file in models/ cannot be read
@@ -116,6 +117,18 @@ class BadWeights(QwenlocalError):
         )
 
 
+class NotFinite(BadWeights):
+    """Weights of `tensor` in the file `path` are NaN or infinite, the first of them in `row`."""
+
+    def __init__(self, path: Path | str, tensor: str, row: int, *, hint: str = "") -> None:
+        self.tensor, self.row = tensor, row
+        super().__init__(
+            path,
+            f"“{tensor}” has weights that are NaN or infinite, the first in row {row:,}",
+            hint=hint or "The model was damaged in training or on the way; fetch it again, whole.",
+        )
+
+
 class BadCheckpoint(BadWeights):
     """A file of a checkpoint is damaged, missing or contradicts another one."""
 
@@ -135,9 +148,11 @@ class OutputExists(QwenlocalError):
 
     exit_code, http_status = 2, 409
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, hint: str = "") -> None:
         self.path = path
-        super().__init__(f"{path} is there already.", hint="Write elsewhere with -o, or replace it with --force.")
+        super().__init__(
+            f"{path} is there already.", hint=hint or "Write elsewhere with -o, or replace it with --force."
+        )
 
 
 class BadCatalogue(QwenlocalError):

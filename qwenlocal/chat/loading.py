@@ -13,7 +13,7 @@ from qwenlocal.engine.llama import Aborted, Context, ContextOptions, Model
 from qwenlocal.engine.plan import Shape, choose_context
 from qwenlocal.engine.sampling import Sampling
 from qwenlocal.engine.sequence import TokenSequence
-from qwenlocal.errors import BadWeights, Interrupted, UsageProblem
+from qwenlocal.errors import Interrupted, UsageProblem
 from qwenlocal.ggml import devices
 from qwenlocal.machine import Machine
 from qwenlocal.weights.checkup import missing_rope_base
@@ -107,7 +107,7 @@ class Loading:
         ------
         BadWeights: the file cannot be used. NotEnoughMemory: it does not fit. Interrupted: `stop` was called.
         """
-        metadata = _metadata(path)
+        metadata = read_metadata(path)
         repairs = _repairs(path, metadata)
         n_ctx = choose_context(name, Shape.of(metadata), size, machine.memory().available, options.n_ctx)
         threads = options.threads or machine.cores
@@ -144,13 +144,6 @@ def _all_layers_if_they_fit(size: int) -> int:
 def _import_template_engine() -> None:
     """Done while llama.cpp reads the weights: it takes 40 ms that nobody needs to wait for."""
     import jinja2.sandbox  # noqa: F401
-
-
-def _metadata(path: Path) -> Mapping[str, Value]:
-    try:
-        return read_metadata(path)
-    except OSError as reason:
-        raise BadWeights(path, reason.strerror or str(reason)) from reason
 
 
 def _repairs(path: Path, metadata: Mapping[str, Value]) -> dict[str, float]:

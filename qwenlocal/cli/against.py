@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwenlocal.cli.convert import find_source
+from qwenlocal.cli.checkpoints import Remote, Source, find_source
 from qwenlocal.cli.values import print_json
 from qwenlocal.cli.wiring import Program
-from qwenlocal.errors import BadWeights, ModelNotFound
+from qwenlocal.errors import BadWeights, Interrupted, ModelNotFound
 
 if TYPE_CHECKING:
     from qwenlocal.measure.fidelity import Fidelity
@@ -17,6 +18,29 @@ if TYPE_CHECKING:
 
 def verify_against(text: str, source: str, *, as_json: bool) -> None:
     """Compare weights, token ids and logits of a file with those of the checkpoint it was made from."""
+    program = Program(quiet=as_json)
+    name = program.parse(text)
+    record = program.local.here(name)
+    if record is None:
+        raise ModelNotFound(text, reason=f"{name} is not here.", hint=f"Fetch it: qwenlocal pull {name}")
+    with find_source(program, source) as found_source:
+        place = found_source.fetch() if isinstance(found_source, Remote) else found_source
+    found = _measured(record.path, place)
+    if as_json:
+        print_json(_as_json(found))
+    else:
+        _show(found)
+    if found.problems:
+        more = f", and {len(found.problems) - 1} more" if len(found.problems) > 1 else ""
+        raise BadWeights(
+            record.path,
+            f"it is not what {place.path} says" + (f": {found.problems[0]}{more}" if as_json else "; see above"),
+            hint=f"Was it made from this checkpoint? Make it anew: qwenlocal convert {source}",
+        )
+    program.say(f"{record.path.name} is true to {place.name}.")
+
+
+def _measured(file: Path, place: Source) -> Fidelity:
     from qwenlocal.machine import this_machine
     from qwenlocal.measure.fidelity import measure
     from qwenlocal.measure.texts import known_texts
@@ -26,37 +50,24 @@ def verify_against(text: str, source: str, *, as_json: bool) -> None:
     from qwenlocal.weights.convert import Options
     from qwenlocal.weights.header import read_pairs
 
-    program = Program(quiet=as_json)
-    name = program.parse(text)
-    record = program.local.here(name)
-    if record is None:
-        raise ModelNotFound(text, reason=f"{name} is not here.", hint=f"Fetch it: qwenlocal pull {name}")
-    place = find_source(program, source)
-    pairs = read_pairs(record.path)
-    keys = ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type")
+    pairs, keys = read_pairs(file), ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type")
     if any(key not in pairs for key in keys):
-        raise BadWeights(record.path, "it has no vocabulary to compare")
+        raise BadWeights(file, "it has no vocabulary to compare")
     machine, line = this_machine(), StatusLine(sys.stderr)
-    found = measure(
-        Checkpoint.open(place.path),
-        record.path,
-        known_texts(*(gguf.decode(pairs[key]) for key in keys)),
-        threads=machine.cores,
-        memory=machine.memory().available,
-        options=Options(place.name, place.repo),
-        report=lambda what, done, all: line.show(f"{what}: {done} of {all}"),
-    )
-    line.clear()
-    if as_json:
-        print_json(_as_json(found))
-    else:
-        _show(found)
-    if found.problems:
-        raise BadWeights(record.path, f"it is not what {place.path} says: {found.problems[0]}", hint=_NEXT)
-    program.say(f"{record.path.name} is true to {place.name}.")
-
-
-_NEXT = "Convert the checkpoint again: qwenlocal convert"
+    try:
+        return measure(
+            Checkpoint.open(place.path),
+            file,
+            known_texts(*(gguf.decode(pairs[key]) for key in keys)),
+            threads=machine.cores,
+            memory=machine.memory().available,
+            options=Options(place.name, place.repo),
+            report=lambda what, done, all: line.show(f"{what}: {done} of {all}"),
+        )
+    except KeyboardInterrupt as stop:
+        raise Interrupted("Nothing was changed.") from stop
+    finally:
+        line.clear()
 
 
 def _show(found: Fidelity) -> None:
@@ -68,7 +79,9 @@ def _show(found: Fidelity) -> None:
         sys.stdout.write(f"weights  {kind:<8} {len(errors):>4} tensors, error {mean:.3%}, at most {max(errors):.3%}\n")
     if worst := found.worst:
         sys.stdout.write(f"worst    {worst.name} ({worst.type}): {worst.rmse:.3%}, explained {worst.allowed:.3%}\n")
-    if not found.missing:
+    if found.not_finite:
+        sys.stdout.write(f"note     {found.not_finite:,} weights are NaN or infinite in the checkpoint, zero here\n")
+    if found.texts:
         _show_behaviour(found)
     for problem in found.problems:
         sys.stdout.write(f"wrong    {problem}\n")
@@ -90,6 +103,9 @@ def _as_json(found: Fidelity) -> Mapping[str, Any]:
     return {
         "tensors": [tensor._asdict() for tensor in found.tensors],
         "missing": list(found.missing),
+        "surplus": list(found.surplus),
+        "contradictions": [str(each) for each in found.contradictions],
+        "not finite": found.not_finite,
         "worst": found.worst.name if found.worst else None,
         "texts": found.texts,
         "wrong texts": [wrong.text for wrong in found.wrong_texts],

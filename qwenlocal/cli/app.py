@@ -196,7 +196,7 @@ def verify(
         Optional[str],  # noqa: UP045
         typer.Option("--against", metavar="SRC", help="Compare with the checkpoint that it was made from."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="With --against: print JSON.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Read every byte of a model and compare; fetches again just what is damaged.
 
@@ -205,17 +205,21 @@ def verify(
     if against is not None:
         from qwenlocal.cli.against import verify_against
 
+        if no_repair:
+            raise typer.BadParameter("--no-repair and --against do not go together; --against changes nothing.")
         verify_against(model, against, as_json=as_json)
         return
     from qwenlocal.cli.models import verify_model
 
-    verify_model(model, repair=not no_repair)
+    verify_model(model, repair=not no_repair, as_json=as_json)
 
 
 TypesOption = Annotated[
-    str,
+    Optional[list[str]],  # noqa: UP045
     typer.Option(
-        "--type", metavar="TYPE[,TYPE…]", help="What to write: q4_k_m, q8_0, f16, …; several from one reading."
+        "--type",
+        metavar="TYPE[,TYPE…]",
+        help="What to write: q4_k_m, q8_0, f16, …; several from one reading. [default: q4_k_m]",
     ),
 ]
 TensorTypeOption = Annotated[
@@ -248,7 +252,7 @@ def convert(
         Optional[str],  # noqa: UP045
         typer.Option("-o", "--out", metavar="OUT", help="A file or folder; {type} in it stands for the type."),
     ] = None,
-    types: TypesOption = "q4_k_m",
+    types: TypesOption = None,
     tensor_type: TensorTypeOption = None,
     imatrix: ImatrixOption = None,
     pure: PureOption = False,
@@ -282,7 +286,7 @@ def convert(
         Asked(
             source=source,
             out=out,
-            types=types.split(","),
+            types=",".join(types or ["q4_k_m"]).split(","),
             tensor_types=tuple(tensor_type or ()),
             imatrix=imatrix,
             pure=pure,

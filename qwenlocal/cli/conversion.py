@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import sys
-import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwenlocal.cli.convert import Source, fetch_source, local_source, write
+from qwenlocal.cli.checkpoints import Remote, Source, local_source, on_hub, repository
+from qwenlocal.cli.convert import Advice, cost_in_words, write
 from qwenlocal.cli.values import Stage, bytes_for_people
-from qwenlocal.errors import BadWeights
-from qwenlocal.library.names import CatalogueName, CheckpointName, HubName
+from qwenlocal.errors import BadCheckpoint, BadWeights
+from qwenlocal.library.conversions import finish, place
+from qwenlocal.library.names import CatalogueName, CheckpointName, HubName, KeptCheckpoint
 from qwenlocal.library.store import Record, StoredFile
-from qwenlocal.paths import writable
 
 if TYPE_CHECKING:
     from qwenlocal.cli.wiring import Program
+    from qwenlocal.weights.checkpoint import Checkpoint
     from qwenlocal.weights.plan import Plan
 
 _USUAL_LEVEL = "q4_k_m"
@@ -34,33 +34,61 @@ def converted(
     """The model as a GGUF file of ours: that of an earlier time if nothing changed (not if `again`), or made now."""
     full = _full_name(name)
     record = program.store.get(full)
-    if isinstance(name, CheckpointName):
-        source = local_source(name.path)
-    elif record and not again and (ready := program.store.ready(record)):
+    ready = program.store.ready(record) if record and not again else None
+    if ready and not isinstance(name, CheckpointName):
         return ready
-    else:
-        source = fetch_source(program, name, limit_rate)
+    if ready and isinstance(name, CheckpointName) and not name.path.exists():
+        program.say(f"{name} is gone; what was made of it is still here.")
+        return ready
+    source = local_source(name.path) if isinstance(name, CheckpointName) else _fetched(program, name, limit_rate)
     made_from = fingerprint(source.path)
-    if record and not again and record.made_from == made_from and (ready := program.store.ready(record)):
+    if ready and ready.made_from == made_from:
         return ready
     asked = {str(name), *(record.asked if record else ())} - {full}
     made = Record(full, [_make(program, source, _level(name), full)], f"converted from {_origin(source)}",
                   asked=sorted(asked), made_from=made_from)  # fmt: skip
-    kept = program.store.get(f"hf:{source.repo}@checkpoint") if source.repo else None
+    kept = None if isinstance(name, CheckpointName) else program.store.get(str(KeptCheckpoint(_bare(name))))
     if kept and kept.owned:
         size = bytes_for_people(kept.size)
-        program.say(f"The checkpoint stays in the hub's cache. To have its {size} back: qwenlocal rm {kept.name}")
+        program.say(f"The checkpoint is kept, too. To have its {size} back: qwenlocal rm {kept.name}")
     return program.store.add(made)
+
+
+def _fetched(program: Program, name: CatalogueName | HubName, limit_rate: int) -> Source:
+    """The checkpoint on this disk; what it costs to bring it here is said before."""
+    with on_hub(program, name, limit_rate) as source:
+        if isinstance(source, Source):
+            return source
+        there, size = source.as_far_as_known(), 0
+        if there:
+            plan = _plan_of(there, source, Path(f"{source.name}.gguf"), _level(name))
+            size = plan.files[0].size
+            program.say(cost_in_words(source, plan))
+        return source.fetch(beside=size)
+
+
+def _plan_of(checkpoint: Checkpoint, source: Source | Remote, target: Path, level: str) -> Plan:
+    from qwenlocal.weights.convert import Options, plan_conversion
+    from qwenlocal.weights.mix import file_type
+
+    return plan_conversion(checkpoint, [(target, file_type(level))], Options(source.name, source.repo))
 
 
 def _full_name(name: CatalogueName | HubName | CheckpointName) -> str:
     return str(replace(name, level=_level(name)) if isinstance(name, HubName) else name)
 
 
+def _bare(name: CatalogueName | HubName) -> HubName:
+    return replace(repository(name), level=None, file=None)
+
+
 def _level(name: CatalogueName | HubName | CheckpointName) -> str:
+    """The type in its full spelling: "q4_k" is q4_k_m."""
+    from qwenlocal.weights.mix import file_type
+
     if isinstance(name, CatalogueName):
-        return name.level or name.card.level
-    return (name.level if isinstance(name, HubName) else None) or _USUAL_LEVEL
+        return file_type(name.level or name.card.level).name
+    return file_type((name.level if isinstance(name, HubName) else None) or _USUAL_LEVEL).name
 
 
 def _origin(source: Source) -> str:
@@ -68,28 +96,44 @@ def _origin(source: Source) -> str:
 
 
 def fingerprint(path: Path) -> str:
-    """Differs as soon as a file of the checkpoint does: their names, sizes and times of change."""
+    """
+    Differs as soon as a file of the checkpoint does: their names, sizes and times of change.
+
+    Raises
+    ------
+    BadCheckpoint: the folder cannot be read.
+    """
     folder = path if path.is_dir() else path.parent
-    files = sorted(
-        file for file in folder.iterdir() if file.suffix in (".json", ".safetensors", ".jinja", ".model", ".txt")
-    )
-    states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    try:
+        files = sorted([*folder.iterdir(), *(folder / "additional_chat_templates").glob("*.jinja")])
+        states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.suffix in _READ]
+    except OSError as reason:
+        raise BadCheckpoint(folder, f"it cannot be read ({reason.strerror})") from reason
     return hashlib.sha256(repr((path.name, states)).encode(errors="replace")).hexdigest()[:16]
+
+
+_READ = (".json", ".safetensors", ".jinja", ".model", ".txt", ".md")
 
 
 def _make(program: Program, source: Source, level: str, full: str) -> StoredFile:
     from qwenlocal.weights.checkpoint import Checkpoint
-    from qwenlocal.weights.convert import Options, plan_conversion
-    from qwenlocal.weights.mix import file_type
 
-    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", source.name) or "model"
-    folder = program.folders.files / "converted" / f"{stem}-{zlib.crc32(full.encode(errors='replace')):08x}"
-    target = writable(folder) / f"{stem}-{level}.gguf"
-    options = Options(source.name, source.repo)
-    plan = plan_conversion(Checkpoint.open(source.path), [(target, file_type(level))], options)
+    target = place(program.folders, full, source.name, level)
+    plan = _plan_of(Checkpoint.open(source.path), source, target, level)
     _announce(program, plan, source)
-    write(program, plan, replace=True)
+    advice = Advice(
+        elsewhere="Free some room (qwenlocal list, qwenlocal rm NAME), or move QWENLOCAL_HOME elsewhere.",
+        not_finite=f"The model was damaged in training or on the way; with zeros in their place: "
+        f"qwenlocal convert {_again(source)} --allow-nan",
+        memory="Close something, and try again.",
+    )
+    write(program, plan, replace=True, advice=advice)
+    finish(target)
     return _checked(target)
+
+
+def _again(source: Source) -> str:
+    return f"hf:{source.repo}" if source.repo else str(source.path)
 
 
 def _announce(program: Program, plan: Plan, source: Source) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -10,12 +9,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from qwenlocal.cli.checkpoints import Remote, Source, find_source
 from qwenlocal.cli.values import Stage, bytes_for_people, print_json, print_table
 from qwenlocal.cli.wiring import Program
-from qwenlocal.errors import NotEnoughMemory, OutputExists, UsageProblem
-from qwenlocal.library.names import CatalogueName, CheckpointName, HubName, PathName
+from qwenlocal.errors import (
+    CannotWrite,
+    DiskFull,
+    DownloadFailed,
+    NotEnoughMemory,
+    NotFinite,
+    OutputExists,
+    UsageProblem,
+)
+from qwenlocal.library.names import CheckpointName
 
 if TYPE_CHECKING:
+    from qwenlocal.weights.convert import Options
     from qwenlocal.weights.importance import Importance
     from qwenlocal.weights.mix import FileType, Wishes
     from qwenlocal.weights.plan import Plan, PlannedFile
@@ -51,18 +60,9 @@ class AboutCheckpoint:
     limit_rate: int = 0
 
 
-class Source(NamedTuple):
-    """A checkpoint to be converted: where it lies, what it is called, and the hub's repository it came from."""
-
-    path: Path
-    name: str
-    repo: str
-
-
 def convert_checkpoint(asked: Asked, about: AboutCheckpoint) -> None:
     """Convert, or with --dry-run say what would be done."""
-    from qwenlocal.weights.checkpoint import Checkpoint
-    from qwenlocal.weights.convert import Options, plan_conversion
+    from qwenlocal.weights.convert import Options
     from qwenlocal.weights.mix import file_type
 
     if about.like not in (None, LIKE_LLAMA_CPP):
@@ -70,11 +70,55 @@ def convert_checkpoint(asked: Asked, about: AboutCheckpoint) -> None:
     kinds = list(dict.fromkeys(file_type(text) for text in asked.types))
     wishes, importance = _wishes(asked)
     program = Program(quiet=asked.as_json)
-    source = find_source(program, asked.source, limit_rate=about.limit_rate)
-    wanted = [(_output(asked.out, about.name or source.name, kind, len(kinds)), kind) for kind in kinds]
-    options = Options(about.name or source.name, source.repo, about.pre, about.like is not None, wishes, importance)
-    plan = plan_conversion(Checkpoint.open(source.path), wanted, options)
-    _do(program, plan, asked)
+    with find_source(program, asked.source, limit_rate=about.limit_rate) as source:
+        name = about.name or source.name
+        wanted = [(_output(asked.out, name, kind, len(kinds)), kind) for kind in kinds]
+        if not asked.dry_run:
+            _refuse_existing(wanted, asked)
+        options = Options(name, source.repo, about.pre, about.like is not None, wishes, importance)
+        plan = _plan(program, source, wanted, options, asked)
+    if plan:
+        _do(program, plan, asked)
+
+
+def _plan(
+    program: Program, source: Source | Remote, wanted: Sequence[tuple[Path, FileType]], options: Options, asked: Asked
+) -> Plan | None:
+    """The plan; of a checkpoint on a hub before its weights are fetched, and none with --dry-run, which shows it."""
+    from qwenlocal.weights.checkpoint import Checkpoint
+    from qwenlocal.weights.convert import plan_conversion
+
+    if isinstance(source, Remote):
+        there = source.as_far_as_known()
+        first = plan_conversion(there, wanted, options) if there else None
+        if asked.dry_run:
+            _show_unfetched(program, source, first, asked)
+            return None
+        if first:
+            program.say(cost_in_words(source, first))
+        source = source.fetch(beside=sum(file.size for file in first.files) if first else 0)
+    return plan_conversion(Checkpoint.open(source.path), wanted, options)
+
+
+def cost_in_words(source: Remote, plan: Plan) -> str:
+    """What a checkpoint on a hub will cost: bytes to fetch, bytes to write, seconds of converting."""
+    files = ", ".join(f"{file.type.name} {bytes_for_people(file.size)}" for file in plan.files)
+    return (
+        f"{source.name} is a checkpoint; {bytes_for_people(source.outline.to_fetch)} are to be fetched, and converting "
+        f"it ({files}) takes about {_seconds(plan, _cores())} s then."
+    )
+
+
+def _show_unfetched(program: Program, source: Remote, plan: Plan | None, asked: Asked) -> None:
+    if plan is None:
+        raise DownloadFailed(
+            f"{source.outline.located.origin} sends whole files only, so what {source.name} is shows when it is here.",
+            hint="Without --dry-run it is fetched, and kept.",
+        )
+    for note in plan.notes:
+        program.say(note)
+    program.say(f"{bytes_for_people(source.outline.to_fetch)} are to be fetched before that; only the headers were.")
+    _show_plan(plan, asked)
 
 
 def quantize_file(asked: Asked, *, again: bool) -> None:
@@ -90,6 +134,8 @@ def quantize_file(asked: Asked, *, again: bool) -> None:
         raise UsageProblem(f"{asked.source} is a checkpoint.", hint=f"Convert it: qwenlocal convert {asked.source}")
     record = program.have(name)
     wanted = [(_output(asked.out, record.path.stem, kind, len(kinds)), kind) for kind in kinds]
+    if not asked.dry_run:
+        _refuse_existing(wanted, asked)
     for path, _ in wanted:
         if path.exists() and path.samefile(record.path):
             raise UsageProblem(f"{path} is what would be read.", hint="Write to another file.")
@@ -97,67 +143,60 @@ def quantize_file(asked: Asked, *, again: bool) -> None:
     _do(program, plan, asked)
 
 
-def find_source(program: Program, text: str, *, limit_rate: int = 0) -> Source:
-    """The checkpoint that `text` names, fetched if need be."""
-    from qwenlocal.weights.checkpoint import PICKLED, pickled
+class Advice(NamedTuple):
+    """The next steps that a command has to offer where writing fails."""
 
-    name = program.parse(text)
-    if isinstance(name, CheckpointName):
-        return local_source(name.path)
-    if isinstance(name, PathName) and name.path.suffix in PICKLED:
-        raise pickled(name.path.parent, name.path.name)
-    if not isinstance(name, (CatalogueName, HubName)):
-        raise UsageProblem(
-            f"{text} is not a checkpoint.",
-            hint="Give a directory with config.json, a repository (hf:owner/repo), or a name (qwenlocal list --all). "
-            "For a GGUF file there is: qwenlocal quantize",
-        )
-    return fetch_source(program, name, limit_rate)
-
-
-def local_source(path: Path) -> Source:
-    """A checkpoint on this disk; in the hub's cache the folder above it says which repository it is."""
-    folder = path if path.is_dir() else path.parent
-    if folder.parent.name == "snapshots" and (match := re.fullmatch(r"models--(.+?)--(.+)", folder.parents[1].name)):
-        return Source(path, match[2], f"{match[1]}/{match[2]}")
-    return Source(path, folder.name, "")
-
-
-def fetch_source(program: Program, name: CatalogueName | HubName, limit_rate: int) -> Source:
-    """A checkpoint from a hub; whether it can be converted is looked at before its weights are fetched."""
-    from qwenlocal.weights.architecture import examine
-
-    repo = name.card.checkpoint if isinstance(name, CatalogueName) else name.repo
-    pinned = isinstance(name, HubName) and (name.hub != "hf" or name.revision)
-    if not pinned and (here := program.local.checkpoint(repo)):
-        return local_source(here)
-    with program.puller(limit_rate) as found:
-        there = found.pull_checkpoint(name, examine)
-    return Source(there.folder, there.repo.partition("/")[2], there.repo if there.is_from_the_hub else "")
+    elsewhere: str = "Write to another folder: -o FOLDER"
+    not_finite: str = "The model was damaged in training or on the way. To write zeros in their place: --allow-nan"
+    memory: str = "Close something, or take fewer threads: -t 1"
 
 
 def write(
-    program: Program, plan: Plan, *, threads: int | None = None, replace: bool = False, allow_nan: bool = False
+    program: Program,
+    plan: Plan,
+    *,
+    threads: int | None = None,
+    replace: bool = False,
+    allow_nan: bool = False,
+    advice: Advice = Advice(),
 ) -> Written:
     """Carry a plan out, its progress on stderr."""
     from qwenlocal.machine import this_machine
     from qwenlocal.terminal.progress import progress
     from qwenlocal.weights.writing import carry_out, memory_needed
 
-    machine = this_machine()
-    count = threads or machine.cores
-    needed, available = memory_needed(plan.job, count), machine.memory().available
+    count = threads or _cores()
+    needed, available = memory_needed(plan.job, count), this_machine().memory().available
     if needed > available:
-        raise NotEnoughMemory("Converting", needed, available, hint="Close something, or take fewer threads: -t 1")
+        raise NotEnoughMemory("Converting", needed, available, hint=advice.memory)
     name = plan.files[0].path.name if len(plan.files) == 1 else f"{len(plan.files)} files"
-    with progress(sys.stderr) as shown:
-        return carry_out(
-            plan.job,
-            threads=count,
-            replace=replace,
-            allow_nan=allow_nan,
-            report=lambda done, all: shown(Stage(name, done, all, "writing")),
-        )
+    try:
+        with progress(sys.stderr) as shown:
+            return carry_out(
+                plan.job,
+                threads=count,
+                replace=replace,
+                allow_nan=allow_nan,
+                report=lambda done, all: shown(Stage(name, done, all, "writing")),
+            )
+    except (DiskFull, CannotWrite) as problem:
+        problem.hint = advice.elsewhere
+        raise
+    except NotFinite as problem:
+        problem.hint = advice.not_finite
+        raise
+
+
+def _cores() -> int:
+    from qwenlocal.machine import this_machine
+
+    return this_machine().cores
+
+
+def _refuse_existing(wanted: Sequence[tuple[Path, FileType]], asked: Asked) -> None:
+    for path, _ in wanted:
+        if not asked.force and path.exists():
+            raise OutputExists(path)
 
 
 def _do(program: Program, plan: Plan, asked: Asked) -> None:
@@ -166,20 +205,19 @@ def _do(program: Program, plan: Plan, asked: Asked) -> None:
     if asked.dry_run:
         _show_plan(plan, asked)
         return
-    for file in plan.files:
-        if not asked.force and file.path.exists():
-            raise OutputExists(file.path)
     begin = time.monotonic()
     written = write(program, plan, threads=asked.threads, replace=asked.force, allow_nan=asked.allow_nan)
+    seconds = time.monotonic() - begin
+    if asked.as_json:
+        files = [_file_json(file) for file in plan.files]
+        counts = {"seconds": round(seconds, 2), "zeroed": written.not_finite, "resumed": written.resumed}
+        print_json({"files": files, **counts, "notes": list(plan.notes)})
+    for file in plan.files:
+        program.say(f"Wrote {file.path}: {_in_words(file)}, in {seconds:.1f} s.")
     if written.not_finite:
         program.say(f"{written.not_finite:,} weights were NaN or infinite; they are zero now.")
     if written.resumed:
-        program.say(f"Of that, {bytes_for_people(written.resumed)} had been read by an earlier attempt.")
-    seconds = time.monotonic() - begin
-    if asked.as_json:
-        print_json([_file_json(file) for file in plan.files])
-    for file in plan.files:
-        program.say(f"Wrote {file.path}: {_in_words(file)}, in {seconds:.1f} s.")
+        program.say(f"An earlier attempt had done {bytes_for_people(written.resumed)} of the reading.")
 
 
 def _in_words(file: PlannedFile) -> str:
@@ -214,12 +252,17 @@ def _output(out: str | None, name: str, kind: FileType, count: int) -> Path:
 # --- what would be done
 
 
+def _seconds(plan: Plan, threads: int) -> int:
+    from qwenlocal.weights.plan import estimate_seconds
+
+    return max(1, round(estimate_seconds(plan, threads)))
+
+
 def _show_plan(plan: Plan, asked: Asked) -> None:
-    from qwenlocal.machine import this_machine
     from qwenlocal.weights.plan import estimate_seconds
     from qwenlocal.weights.writing import memory_needed
 
-    threads = asked.threads or this_machine().cores
+    threads = asked.threads or _cores()
     seconds, memory = estimate_seconds(plan, threads), memory_needed(plan.job, threads)
     if asked.as_json:
         summary = {"seconds": round(seconds, 1), "memory": memory, "threads": threads, "read": plan.job.read_bytes}

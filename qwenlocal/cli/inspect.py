@@ -202,7 +202,7 @@ def _as_json(checkup: Checkup) -> dict[str, Any]:
 
 
 def _fix(program: Program, record: Record, checkup: Checkup, out: str | None) -> None:
-    from qwenlocal.cli.convert import write
+    from qwenlocal.cli.convert import Advice, write
     from qwenlocal.weights.repair import fits_in_place, patch, plan_copy, repaired_layout
 
     findings: Sequence[Finding] = checkup.fixable
@@ -226,8 +226,13 @@ def _fix(program: Program, record: Record, checkup: Checkup, out: str | None) ->
         return
     target = Path(out).expanduser()
     if target.exists():
-        raise OutputExists(target)
-    write(program, plan_copy(checkup, layout, target))
+        raise OutputExists(target, hint="Write to another file: -o FILE")
+    advice = Advice(
+        elsewhere="Write to another folder: -o FILE",
+        not_finite="The model was damaged in training or on the way; fetch it again, whole.",
+        memory="Close something, and try again.",
+    )
+    write(program, plan_copy(checkup, layout, target), advice=advice)
     program.say(
         f"Wrote {target} ({bytes_for_people(layout.size)}), with {len(findings)} of {len(checkup.findings)} mended."
     )
@@ -238,11 +243,16 @@ def _fix(program: Program, record: Record, checkup: Checkup, out: str | None) ->
 
 def diff_files(left: str, right: str, *, as_json: bool) -> None:
     """What two files have not in common; the exit code is 1 where that is anything."""
+    from qwenlocal.terminal.status import StatusLine
     from qwenlocal.weights.difference import compare
 
     program = Program(quiet=as_json)
     paths = [_record(program, text).path for text in (left, right)]
-    found = compare(paths[0], paths[1])
+    line = StatusLine(sys.stderr)
+    try:
+        found = compare(paths[0], paths[1], lambda done, all: line.show(f"comparing: {done} of {all} tensors"))
+    finally:
+        line.clear()
     if as_json:
         print_json(asdict(found))
     else:

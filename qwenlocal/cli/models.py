@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from qwenlocal.cli.inspect import header_facts, memory_words, template_words
 from qwenlocal.cli.values import bytes_for_people, print_json, print_table
 from qwenlocal.cli.wiring import Program
-from qwenlocal.errors import BadWeights, Interrupted, ModelNotFound
+from qwenlocal.errors import BadWeights, Interrupted, ModelNotFound, UsageProblem
+from qwenlocal.library.conversions import drop, unfinished
 from qwenlocal.library.store import Damage, Incomplete, Record
 
 if TYPE_CHECKING:
     from qwenlocal.library.catalog import Card
-    from qwenlocal.library.names import Name
+    from qwenlocal.library.names import KeptCheckpoint, Name
 
 
 def pull_model(text: str, *, limit_rate: int) -> None:
@@ -35,17 +36,20 @@ def list_models(*, everything: bool, as_json: bool) -> None:
     kept = program.store.records()
     records = [record for record in kept if not record.missing]
     coming = _on_their_way(kept, program.store.incomplete())
+    begun = list(unfinished(program.folders))
     here = {record.name for record in records}
     cards = [card for card in program.catalogue.cards if _usual_name(card) not in here] if everything else []
     if as_json:
         print_json(
             [_record_json(record) for record in records]
             + [{"name": c.name, "state": "partial", "size": c.size, "done": c.done} for c in coming]
+            + [{"name": c.name, "state": "converting", "size": c.size} for c in begun]
             + [_card_json(card) for card in cards]
         )
         return
     rows = [(r.name, bytes_for_people(r.size), _record_state(r)) for r in records]
     rows += [(c.name, bytes_for_people(c.size), f"{c.done / max(1, c.size):.0%} fetched") for c in coming]
+    rows += [(c.name, bytes_for_people(c.size), "being converted, or cut short while it was") for c in begun]
     rows += [(_usual_name(card), _card_size(card), _card_state(card)) for card in cards]
     if not rows:
         program.say("No model is here yet. Start with: qwenlocal run (qwenlocal list --all shows what there is)")
@@ -125,11 +129,14 @@ def _card_json(card: Card) -> dict[str, Any]:
 def show_model(text: str, *, as_json: bool) -> None:
     """What a model is; without the network, so what is not here is shown from the catalogue."""
     from qwenlocal.library.local import known_file
-    from qwenlocal.library.names import CatalogueName, PathName
+    from qwenlocal.library.names import CatalogueName, KeptCheckpoint, PathName
     from qwenlocal.weights.header import read_header
 
     program = Program(quiet=as_json)
     name = program.parse(text)
+    if isinstance(name, KeptCheckpoint):
+        _show(_record_json(_kept(program, name)), as_json)
+        return
     record = program.local.here(name)
     if record is None:
         if not isinstance(name, CatalogueName):
@@ -141,6 +148,15 @@ def show_model(text: str, *, as_json: bool) -> None:
     if isinstance(name, PathName):
         facts["name"] = record.path.name
     _show({**facts, **header_facts(read_header(Path(record.files[0].path)))}, as_json)
+
+
+def _kept(program: Program, name: KeptCheckpoint) -> Record:
+    record = program.store.get(str(name))
+    if record is None or record.missing:
+        raise ModelNotFound(
+            str(name), reason=f"{name} is not here, or not all of it.", hint=f"Fetch it: qwenlocal pull {name.of}"
+        )
+    return record
 
 
 def _card_facts(card: Card) -> dict[str, Any]:
@@ -180,25 +196,12 @@ def _words(key: str, value: Any) -> str:
 # --- rm, verify
 
 
-def _name_of(program: Program, text: str) -> Name:
-    """What `text` names; also a checkpoint that is gone, of which we still have what was made of it."""
-    from qwenlocal.library.names import CheckpointName
-
-    try:
-        return program.parse(text)
-    except ModelNotFound:
-        path = Path(text).expanduser().resolve()
-        if program.store.get(str(path)) is None:
-            raise
-        return CheckpointName(path)
-
-
 def remove_model(text: str) -> None:
     """Remove a model or an unfinished download."""
     from qwenlocal.library.names import CheckpointName, PathName
 
     program = Program()
-    name = _name_of(program, text)
+    name = program.parse(text)
     if isinstance(name, PathName):
         raise ModelNotFound(
             text, reason=f"{name.path} is a file of yours, not a model that was fetched.", hint="Remove it with rm."
@@ -209,9 +212,14 @@ def remove_model(text: str) -> None:
         program.say(
             f"Removed the unfinished download of {incomplete.identity.name} ({bytes_for_people(incomplete.done)})."
         )
+    found = bool(dropped)
+    for conversion in unfinished(program.folders):
+        if conversion.name == str(name) or conversion.name.startswith(f"{name}:"):
+            program.say(f"Removed the unfinished conversion ({bytes_for_people(drop(conversion))}).")
+            found = True
     record = program.store.get(str(name))
     if record is None:
-        if not dropped:
+        if not found:
             raise ModelNotFound(text, reason=f"{name} is not here.", hint="See what is: qwenlocal list")
         return
     freed = program.store.remove(record)
@@ -225,43 +233,89 @@ def remove_model(text: str) -> None:
         program.say(f"Forgot {record.name}. Its file belongs to {record.origin} and was left alone: {record.path}")
 
 
-def verify_model(text: str, *, repair: bool) -> None:
+def verify_model(text: str, *, repair: bool, as_json: bool) -> None:
     """Read every byte; fetch again what is damaged."""
-    from qwenlocal.library.download import Progress
-    from qwenlocal.library.names import PathName, WebName
-    from qwenlocal.terminal.progress import progress
-    from qwenlocal.weights.header import read_header
-
-    program = Program()
+    program = Program(quiet=as_json)
     name = program.parse(text)
-    record = program.store.get(str(name)) or program.local.here(name)
-    if record is None or record.missing:
-        raise ModelNotFound(
-            text, reason=f"{name} is not here, or not all of it.", hint=f"Fetch it: qwenlocal pull {name}"
+    record = _recorded(program, text, name)
+    damage = _damage(program, record)
+    if damage and not as_json:
+        for bad in damage:
+            program.say(_damage_words(bad))
+    if damage and repair:
+        record, damage = _mended(program, name, record, damage), []
+        program.say(f"{record.name} is whole again{_proof(record)}.")
+    elif not damage:
+        _check_readable(record)
+        program.say(f"{record.name} is whole{_proof(record)}.")
+    if as_json:
+        print_json(
+            {
+                **_record_json(record),
+                "whole": not damage,
+                "damage": [{"file": b.file.path, "blocks": b.blocks} for b in damage],
+            }
         )
+    if damage:
+        raise BadWeights(record.path, "the file is damaged", hint=f"Mend it: qwenlocal verify {record.name}")
+
+
+def _recorded(program: Program, text: str, name: Name) -> Record:
+    from qwenlocal.library.names import CheckpointName
+
+    record = program.store.get(str(name)) or program.local.here(name)
+    if record is not None and not record.missing:
+        return record
+    if isinstance(name, CheckpointName):
+        raise UsageProblem(
+            f"{text} is a checkpoint, and nothing was made of it yet.",
+            hint=f"To compare a GGUF file with it: qwenlocal verify FILE --against {text}",
+        )
+    raise ModelNotFound(text, reason=f"{name} is not here, or not all of it.", hint=f"Fetch it: qwenlocal pull {name}")
+
+
+def _damage(program: Program, record: Record) -> list[Damage]:
+    from qwenlocal.library.download import Progress
+    from qwenlocal.terminal.progress import progress
+
     try:
         with progress(sys.stderr) as shown:
-            damage = program.store.check(record, lambda done, all: shown(Progress(record.name, done, all, "reading")))
+            return program.store.check(record, lambda done, all: shown(Progress(record.name, done, all, "reading")))
     except KeyboardInterrupt as stop:
         raise Interrupted("Nothing was changed.") from stop
-    if not damage:
-        read_header(Path(record.files[0].path))
-        digest = record.files[0].sha256
-        proof = f": sha256 {digest}" if digest else " as far as its header tells (no digest of it is known)"
-        program.say(f"{record.name} is whole{proof}.")
-        return
-    for bad in damage:
-        program.say(_damage_words(bad))
-    if not repair:
-        raise BadWeights(record.path, "the file is damaged", hint=f"Mend it: qwenlocal verify {record.name}")
-    if record.made_from and not isinstance(name, (PathName, WebName)):
-        from qwenlocal.cli.conversion import converted
 
-        mended = converted(program, name, again=True)
+
+def _check_readable(record: Record) -> None:
+    from qwenlocal.weights.checkpoint import Checkpoint
+    from qwenlocal.weights.header import read_header
+
+    if record.is_checkpoint:
+        Checkpoint.open(record.path.parent)
     else:
-        with program.puller() as found:
-            mended = found.mend(name, record, damage)
-    program.say(f"{mended.name} is whole again: sha256 {mended.files[0].sha256}.")
+        read_header(Path(record.files[0].path))
+
+
+def _proof(record: Record) -> str:
+    digests = [file.sha256 for file in record.files if file.sha256]
+    if not digests:
+        return " as far as its header tells (no digest of it is known)"
+    return f": sha256 {digests[0]}" + (f" and {len(digests) - 1} more" if len(digests) > 1 else "")
+
+
+def _mended(program: Program, name: Name, record: Record, damage: Sequence[Damage]) -> Record:
+    """Only what is damaged is fetched, or converted, again."""
+    from qwenlocal.cli.conversion import converted
+    from qwenlocal.library.names import CatalogueName, CheckpointName, HubName, KeptCheckpoint
+
+    if record.made_from and isinstance(name, (CatalogueName, CheckpointName, HubName)):
+        return converted(program, name, again=True)
+    with program.puller() as puller:
+        if not isinstance(name, KeptCheckpoint):
+            return puller.mend(name, record, damage)
+        for bad in damage:
+            Path(bad.file.path).unlink(missing_ok=True)
+        puller.pull_checkpoint(puller.outline(name.of))
+    return _kept(program, name)
 
 
 def _damage_words(bad: Damage) -> str:

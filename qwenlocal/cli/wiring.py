@@ -10,9 +10,10 @@ import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwenlocal.errors import NotConvertedYet, SourceUnreachable
+from qwenlocal.errors import ModelNotFound, NotConvertedYet, SourceUnreachable
 from qwenlocal.library.store import Record, Store
 from qwenlocal.paths import Folders, shipped
 from qwenlocal.terminal.plain import wrapped
@@ -70,18 +71,25 @@ class Program:
             line.clear()
 
     def parse(self, text: str) -> Name:
-        """What `text` names; what that is, is shown."""
+        """What `text` names; what that is, is shown. A checkpoint that is gone is known by what was made of it."""
         from qwenlocal.library.names import CheckpointName, PathName, parse
 
-        name = parse(text, lambda: self.catalogue)
+        try:
+            name = parse(text, lambda: self.catalogue)
+        except ModelNotFound:
+            path = Path(text).expanduser().resolve()
+            if self.store.get(str(path)) is None:
+                raise
+            return CheckpointName(path)
         if str(name) != text and not isinstance(name, (PathName, CheckpointName)):
             self.say(f"{text} is {describe(name)}.")
         return name
 
     def have(self, name: Name, *, limit_rate: int = 0) -> Record:
         """The model, fetched if it is not here, and converted if it is only a checkpoint."""
-        from qwenlocal.library.names import CheckpointName
+        from qwenlocal.library.names import CheckpointName, KeptCheckpoint
 
+        name = name.of if isinstance(name, KeptCheckpoint) else name
         record = None if isinstance(name, CheckpointName) else self.local.here(name)
         if record is None:
             try:
@@ -123,6 +131,7 @@ class Program:
             return starter, self._pull(starter, limit_rate)
 
     def _make_or_pull(self, name: Name, limit_rate: int) -> Record:
+        from qwenlocal.cli.checkpoints import repository
         from qwenlocal.cli.conversion import converted
         from qwenlocal.library.names import CatalogueName, CheckpointName, HubName
 
@@ -130,8 +139,10 @@ class Program:
             return converted(self, name)
         try:
             return self._pull(name, limit_rate)
-        except NotConvertedYet:
-            if not isinstance(name, (CatalogueName, HubName)):
+        except (NotConvertedYet, SourceUnreachable) as nothing:
+            if not isinstance(name, (CatalogueName, HubName)) or (isinstance(name, HubName) and name.file):
+                raise
+            if isinstance(nothing, SourceUnreachable) and self.local.checkpoint(repository(name)) is None:
                 raise
             return converted(self, name, limit_rate=limit_rate)
 

@@ -246,13 +246,15 @@ class Model:
         *,
         gpu_layers: int = 0,
         overrides: Mapping[str, float] = {},
+        vocabulary_only: bool = False,
         on_progress: Callable[[float], bool] | None = None,
     ) -> None:
         """
         Load `path`; of a split file, the first part (llama.cpp opens the rest itself).
 
         `overrides` are numbers that go before what the file says, or does not say: {"qwen2.rope.freq_base": 1e6}.
-        `on_progress` gets a fraction between 0 and 1 and returns False to stop loading.
+        With `vocabulary_only` there are no weights, and there need not be any in the file. `on_progress` gets a
+        fraction between 0 and 1 and returns False to stop loading.
 
         Raises
         ------
@@ -260,7 +262,7 @@ class Model:
         Aborted: `on_progress` returned False.
         """
         params = self._begin(path)
-        params.n_gpu_layers = gpu_layers
+        params.n_gpu_layers, params.vocab_only = gpu_layers, vocabulary_only
         kept = _overrides(self._c, overrides)
         params.kv_overrides = kept
         stopped = False

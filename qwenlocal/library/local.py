@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from qwenlocal.errors import BadCheckpoint, CannotWrite
@@ -11,11 +12,11 @@ from qwenlocal.library import elsewhere
 from qwenlocal.library.catalog import KnownFile
 from qwenlocal.library.digests import sha256_of
 from qwenlocal.library.elsewhere import Found, Sought
-from qwenlocal.library.names import CatalogueName, HubName, Name, PathName, level_of
+from qwenlocal.library.names import CatalogueName, HubName, KeptCheckpoint, Name, PathName, level_of
 from qwenlocal.library.store import Record, Store, StoredFile
 from qwenlocal.paths import Folders
 from qwenlocal.shards import shard_of
-from qwenlocal.weights.checkpoint import is_checkpoint, weight_files
+from qwenlocal.weights.checkpoint import has_vocabulary, is_checkpoint, weight_files
 
 Say = Callable[[str], None]
 
@@ -34,6 +35,14 @@ def recognise(name: Name) -> list[Sought]:
     if isinstance(name, HubName) and name.file and name.hub == "hf" and not name.revision and not shard_of(name.file):
         return [Sought(name.file, None, None, name.repo)]
     return []
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether everything that converting needs is there."""
+    try:
+        return is_checkpoint(folder) and has_vocabulary(folder) and bool(weight_files(folder))
+    except BadCheckpoint:
+        return False
 
 
 class Local:
@@ -67,15 +76,19 @@ class Local:
                 return record
         return None
 
-    def checkpoint(self, repo: str) -> Path | None:
-        """The folder of a repository's checkpoint in the hub's cache, where all of it is there; whoever brought it."""
-        folder = elsewhere.hub_repo(self._folders.hub_cache, repo)
-        try:
-            commit = (folder / "refs" / "main").read_text(encoding="utf-8").strip()
-            snapshot = folder / "snapshots" / commit
-            return snapshot if weight_files(snapshot) and is_checkpoint(snapshot) else None
-        except (OSError, UnicodeDecodeError, BadCheckpoint):
+    def checkpoint(self, name: HubName) -> Path | None:
+        """The folder of a repository's checkpoint, where all of it is on this disk; whoever brought it."""
+        record = self._store.get(str(KeptCheckpoint(replace(name, level=None, file=None))))
+        if record and record.is_checkpoint and not record.missing and _is_whole(record.path.parent):
+            return record.path.parent
+        if name.hub != "hf":
             return None
+        folder = elsewhere.hub_repo(self._folders.hub_cache, name.repo)
+        commit = name.revision or "main"
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            commit = (folder / "refs" / commit).read_text(encoding="utf-8").strip()
+        snapshot = folder / "snapshots" / commit
+        return snapshot if _is_whole(snapshot) else None
 
     def adopt(
         self, name: str, sought: Sought, origin: str = "", licence: str = "", asked: Sequence[str] = ()

@@ -7,6 +7,7 @@ What people type to name a model, and what it means.
     https://host/x.gguf                                                                     anywhere on the web
     ./x.gguf  /models/x.gguf                                                                this disk
     ./Qwen1.5-0.5B  ./x/model.safetensors                                                   a checkpoint on it
+    hf:owner/repo@checkpoint                                                                one that was fetched
 
 Case and separators do not matter for catalogue names: `Qwen1.5-7B-Chat-Q5_K_M` is `qwen1.5:7b-chat-q5_k_m`.
 """
@@ -60,6 +61,16 @@ class HubName:
 
 
 @dataclass(frozen=True)
+class KeptCheckpoint:
+    """The original weights of a repository, as they are kept here after they were converted."""
+
+    of: HubName
+
+    def __str__(self) -> str:
+        return checkpoint_record(str(self.of))
+
+
+@dataclass(frozen=True)
 class WebName:
     """A file at an address."""
 
@@ -94,7 +105,13 @@ class CheckpointName:
         return str(self.path)
 
 
-Name = CatalogueName | HubName | WebName | PathName | CheckpointName
+Name = CatalogueName | HubName | KeptCheckpoint | WebName | PathName | CheckpointName
+_KEPT = "@checkpoint"
+
+
+def checkpoint_record(repo: str) -> str:
+    """The name of a repository's weights in the store: `checkpoint_record("hf:o/r")` is "hf:o/r@checkpoint"."""
+    return f"{repo}{_KEPT}"
 
 
 def parse(text: str, catalogue: Callable[[], Catalogue]) -> Name:
@@ -113,8 +130,8 @@ def parse(text: str, catalogue: Callable[[], Catalogue]) -> Name:
     text = text.strip()
     if not text or "\0" in text:
         raise ModelNotFound(text.replace("\0", "?"), reason="A model needs a name.")
-    if elsewhere := _hub_or_web(text):
-        return elsewhere
+    if elsewhere := _hub_or_web(text.removesuffix(_KEPT)):
+        return KeptCheckpoint(elsewhere) if text.endswith(_KEPT) and isinstance(elsewhere, HubName) else elsewhere
     if _looks_like_a_path(text) and (os.path.exists(_expanded(text)) or text != Path(text).name):
         return _path_name(text)
     if os.path.isfile(os.path.join(text, "config.json")):  # noqa: PTH118 - never raises
@@ -124,6 +141,9 @@ def parse(text: str, catalogue: Callable[[], Catalogue]) -> Name:
     except ModelNotFound:
         if os.path.exists(text):
             return _path_name(text)
+        if text.lower().endswith((".gguf", ".safetensors")):
+            close = suggestions(text, catalogue())
+            raise ModelNotFound(text, reason=f"There is no file {text}.", suggestions=close) from None
         if text.count("/") == 1 and _HUB.fullmatch(text) and ".." not in text:
             return _hub_name("hf", text)
         raise
@@ -209,8 +229,11 @@ def _is_a_directory(path: Path) -> BadWeights:
     except OSError as reason:
         return BadWeights(path, f"this is a directory that cannot be read ({reason.strerror})")
     models = [name for name in inside if name.endswith(".gguf")]
-    hint = f"Did you mean {path / models[0]}?" if models else "Give the path of a .gguf file."
-    return BadWeights(path, "this is a directory; a model is a file", hint=hint)
+    if any(name.endswith(".safetensors") for name in inside):
+        what, hint = "it has weights, but no config.json that says what they are", "Fetch the checkpoint again, whole."
+    else:
+        what, hint = "this directory is no checkpoint", "A model is a .gguf file, or a directory with config.json."
+    return BadWeights(path, what, hint=f"Did you mean {path / models[0]}?" if models else hint)
 
 
 def _hub_name(hub: str, text: str) -> HubName:

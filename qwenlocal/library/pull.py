@@ -4,31 +4,32 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from qwenlocal.errors import BadWeights, DigestMismatch, DiskFull
+from qwenlocal.errors import BadWeights, DigestMismatch, DiskFull, SourceUnreachable
 from qwenlocal.library.digests import git_blob
 from qwenlocal.library.download import Fetched, Manner, Report, fetch
-from qwenlocal.library.http import Client
+from qwenlocal.library.http import Client, Trouble
 from qwenlocal.library.local import Local, Say
-from qwenlocal.library.names import CatalogueName, HubName, Name
+from qwenlocal.library.names import CatalogueName, HubName, Name, checkpoint_record
+from qwenlocal.library.outline import Outline, read_fronts
 from qwenlocal.library.partial import write_journal
 from qwenlocal.library.sources import Located, Sources, Wanted
 from qwenlocal.library.store import Damage, Record, Store, StoredFile
 from qwenlocal.paths import Folders, writable
+from qwenlocal.weights.checkpoint import weight_names
 from qwenlocal.weights.header import read_metadata
 
 
 class Checkpointed(NamedTuple):
-    """A checkpoint that is here: its folder, its repository, whether that is on the Hugging Face hub, its record."""
+    """A checkpoint that is here: its folder, its repository, whether that is on the Hugging Face hub."""
 
     folder: Path
     repo: str
     is_from_the_hub: bool
-    record: str
 
 
 class Puller:
@@ -72,34 +73,49 @@ class Puller:
                 return adopted
         return self._fetch_all(located, asked)
 
-    def pull_checkpoint(self, name: CatalogueName | HubName, examine: Callable[[Path], None]) -> Checkpointed:
+    def outline(self, name: CatalogueName | HubName) -> Outline:
         """
-        Have the original weights of a model here, in one folder.
-
-        `examine` gets the folder once everything but the weights is there, and raises if they are not worth fetching.
+        Have everything of a checkpoint here but its weights, of which only the headers are read.
 
         Raises
         ------
-        What `Sources.locate_checkpoint`, `download.fetch` and `examine` raise.
+        What `Sources.locate_checkpoint` and `download.fetch` raise.
+        BadCheckpoint: its index and its files do not fit, or a header is damaged.
         """
         located = self._sources.locate_checkpoint(name)
-        small = [wanted for wanted in located.files if not wanted.artifact.name.endswith(".safetensors")]
-        weights = [wanted for wanted in located.files if wanted not in small]
+        large = {w.artifact.name: w for w in located.files if w.artifact.name.endswith(".safetensors")}
+        small = [wanted for wanted in located.files if wanted.artifact.name not in large]
         ours = {file.path for record in self._store.records() if record.owned for file in record.files}
         brought = [w for w in located.files if w.target.exists() and str(w.target) not in ours]  # by somebody else
-        files = [self._fetch_small(wanted) for wanted in small]
-        examine(located.folder)
-        self._say(f"Fetching the checkpoint {located.name} ({_sum(weights)}, {len(weights)} file(s)).")
+        documents = [self._fetch_small(wanted) for wanted in small]
+        weights = [large[file] for file in weight_names(located.folder, large)]
+        try:
+            fronts = read_fronts(located.folder, weights)
+        except Trouble as trouble:
+            raise SourceUnreachable(located.name, [f"{located.origin}: {trouble}"]) from trouble
+        return Outline(located, documents, weights, fronts, is_ours=not brought)
+
+    def pull_checkpoint(self, outline: Outline, *, beside: int = 0) -> Checkpointed:
+        """
+        Fetch the weights of a checkpoint, too; `beside` is how many bytes more must have room on the disk.
+
+        Raises
+        ------
+        What `download.fetch` raises.
+        """
+        located, files = outline.located, list(outline.documents)
+        self._say(f"Fetching the checkpoint {located.name} ({_sum(outline.weights)}, {len(outline.weights)} file(s)).")
         if located.licence:
             self._say(f"Licence: {located.licence}")
-        self._check_room(weights)
-        record = Record(f"{located.name}@checkpoint", files, located.origin, located.licence, is_checkpoint=True)
-        record = replace(record, owned=not brought)
-        for done, wanted in enumerate(weights, 1):
-            files.append(self._have_weights(wanted))
-            left = sum(other.artifact.size for other in weights[done:])
+        self._check_room(outline.weights, beside)
+        record = Record(checkpoint_record(located.name), files, located.origin, located.licence, is_checkpoint=True,
+                        owned=outline.is_ours)  # fmt: skip
+        for done, wanted in enumerate([None, *outline.weights]):
+            if wanted:
+                files.append(self._have_weights(wanted))
+            left = sum(other.artifact.size for other in outline.weights[done:])
             self._store.add(replace(record, files=tuple(files), missing=left))
-        return Checkpointed(located.folder, located.repo, located.is_from_the_hub, f"{located.name}@checkpoint")
+        return Checkpointed(located.folder, located.repo, located.is_from_the_hub)
 
     def _fetch_small(self, wanted: Wanted) -> StoredFile:
         """A file of which the hub states git's digest: it is kept in memory's reach, so that is checked each time."""
@@ -183,13 +199,13 @@ class Puller:
         self.fetched = [*self.fetched, *files]
         return self._store.add(record)
 
-    def _check_room(self, files: Sequence[Wanted]) -> None:
+    def _check_room(self, files: Sequence[Wanted], beside: int = 0) -> None:
         """Of a model in several files, all must have room; each is looked at again before it is fetched."""
         coming = {incomplete.base: incomplete.done for incomplete in self._store.incomplete()}
         needed = sum(w.artifact.size - coming.get(w.part, 0) for w in files if not w.target.exists())
         free = shutil.disk_usage(writable(self._folders.partial)).free
-        if free < needed:
-            raise DiskFull(self._folders.partial, needed, free)
+        if free < needed + beside:
+            raise DiskFull(self._folders.partial, needed + beside, free)
 
     def _check_header(self, record: Record) -> None:
         try:

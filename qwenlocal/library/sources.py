@@ -25,6 +25,7 @@ from qwenlocal.library.partial import scratch_of
 from qwenlocal.library.places import Piece, Place, WebPlace
 from qwenlocal.paths import Folders
 from qwenlocal.shards import shard_of
+from qwenlocal.weights.checkpoint import PICKLED, pickled_hint
 
 _RAW_PIECE = re.compile(r"\.gguf[.-](?:split-)?([a-z])$", re.IGNORECASE)
 _NOT_MODELS = re.compile(r"mmproj|imatrix", re.IGNORECASE)
@@ -363,12 +364,12 @@ def _of_checkpoint(listing: Listing) -> list[RemoteFile]:
     weights = [file for path, file in there.items() if path.endswith(".safetensors") and "/" not in path]
     weights = [file for file in weights if not file.path.startswith("adapter_")]
     if not weights:
-        pickled = [path for path in there if path.endswith((".bin", ".pt", ".pth"))]
+        pickled = [path for path in there if path.endswith(PICKLED)]
         what = f"its weights are pickled ({pickled[0]}), and such files can run programs" if pickled else "no weights"
         raise ModelNotFound(
             listing.repo,
             reason=f"{listing.repo} has no safetensors files: {what}.",
-            hint="Look for a repository with safetensors or GGUF files.",
+            hint=pickled_hint(listing.repo) if pickled else "Look for a repository with safetensors or GGUF files.",
         )
     if "config.json" not in there:
         raise ModelNotFound(listing.repo, reason=f"{listing.repo} has no config.json, so it is no checkpoint.")
@@ -402,7 +403,7 @@ def _by_level(listing: Listing, models: Sequence[_Group], level: str) -> _Group:
 
 
 def _nothing_to_run(listing: Listing) -> ModelNotFound:
-    if any(file.path.endswith((".safetensors", ".bin", ".safetensors.index.json")) for file in listing.files):
+    if any(file.path.endswith((".safetensors", *PICKLED, ".safetensors.index.json")) for file in listing.files):
         return NotConvertedYet(listing.repo, listing.repo)
     return ModelNotFound(
         listing.repo, reason=f"{listing.repo} has no GGUF file.", hint="Name a repository with GGUF files."

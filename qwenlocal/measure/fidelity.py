@@ -7,10 +7,11 @@ differs is conversion and quantization alone. No torch is needed.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,9 +19,11 @@ from qwenlocal import ggml
 from qwenlocal.engine.in_memory import ModelInMemory
 from qwenlocal.engine.llama import Context, ContextOptions, Model
 from qwenlocal.ggml import TensorInMemory
+from qwenlocal.measure.said import Contradiction, contradictions
+from qwenlocal.weights import gguf
 from qwenlocal.weights.checkpoint import Checkpoint
 from qwenlocal.weights.convert import Options, plan_conversion
-from qwenlocal.weights.header import read_header, tensor_type_name
+from qwenlocal.weights.header import Header, Tensor, read_header, read_pairs, tensor_type_name
 from qwenlocal.weights.mix import file_type
 from qwenlocal.weights.numbers import is_readable, numbers_of, read_rows, relative_error
 from qwenlocal.weights.plan import Plan
@@ -29,6 +32,7 @@ from qwenlocal.weights.writing import Strip
 if TYPE_CHECKING:
     import numpy
 
+_HEAD, _EMBEDDINGS = "output.weight", "token_embd.weight"
 _BATCH = 32  # tokens whose logits are kept at once
 
 # The relative error that a type makes in weights as models have them (Student's t with 5 degrees of freedom, 64 rows of
@@ -41,6 +45,7 @@ _TYPICAL = {
     "tq1_0": 0.8517, "tq2_0": 0.8517,
 }  # fmt: skip
 _UNKNOWN_TYPE = 0.85
+_LEAST_NMSE = 1e-3  # what rounding of activations does in the engine itself, generously
 
 # What both models read: the kinds of text that people have, so that each corner of the vocabulary is touched.
 SAMPLE = """The old lighthouse keeper wrote down the weather every evening: wind from the north-west, 7 knots, 1013 hPa.
@@ -55,6 +60,11 @@ def quicksort(items):
 """
 
 Report = Callable[[str, int, int], object]
+
+
+def _some(names: Sequence[str]) -> str:
+    """`_some(["a", "b", "c"])` is "“a” and 2 more are"."""
+    return f"“{names[0]}” is" if len(names) == 1 else f"“{names[0]}” and {len(names) - 1} more are"
 
 
 class TensorError(NamedTuple):
@@ -97,13 +107,23 @@ class TextError:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """All that was compared; `logits` is None where both models did not fit into memory."""
+    """
+    All that was compared.
+
+    `missing` and `surplus` are tensors that only one side has, or in another shape; where there are any, or the file
+    contradicts the checkpoint's sizes, it is not run: no texts, no logits. `logits` is None, too, where both models did
+    not fit into memory. `not_finite` counts weights of the checkpoint that are NaN or infinite, taken for zero.
+    """
 
     tensors: Sequence[TensorError]
-    missing: Sequence[str]
-    texts: int
-    wrong_texts: Sequence[TextError]
-    logits: LogitsError | None
+    missing: Sequence[str] = ()
+    surplus: Sequence[str] = ()
+    contradictions: Sequence[Contradiction] = ()
+    texts: int = 0
+    wrong_texts: Sequence[TextError] = ()
+    logits: LogitsError | None = None
+    layers: int = 0
+    not_finite: int = 0
 
     @property
     def worst(self) -> TensorError | None:
@@ -115,8 +135,10 @@ class Fidelity:
         """Sentences about what quantization does not explain; none for a good file."""
         found = []
         if self.missing:
-            more = f" and {len(self.missing) - 1} more" if len(self.missing) > 1 else ""
-            found.append(f"“{self.missing[0]}”{more} is missing, or of another shape: it was made from another model")
+            found.append(f"{_some(self.missing)} missing in it, or of another shape: it was made from another model")
+        if self.surplus:
+            found.append(f"{_some(self.surplus)} in it, and not in the checkpoint")
+        found += [str(contradiction) for contradiction in self.contradictions]
         found += [
             f"“{t.name}” ({t.type}) is off by {t.rmse:.2%}, where {t.type} explains {t.allowed:.2%}"
             for t in self.tensors
@@ -125,13 +147,29 @@ class Fidelity:
         found += [f"the text {wrong.text!r} gives other token ids" for wrong in self.wrong_texts]
         if self.logits and not math.isfinite(self.logits.nmse):
             found.append("its logits are not numbers")
+        elif self.logits and self.logits.nmse > self.allowed_nmse:
+            found.append(
+                f"its logits are off by an NMSE of {self.logits.nmse:.2e}, where its weights explain "
+                f"{self.allowed_nmse:.2e}: it computes something else"
+            )
         return found
+
+    @property
+    def allowed_nmse(self) -> float:
+        """
+        What the errors of the weights explain of the logits' error: each layer adds about the square of its own.
+
+        24 layers in Q4_K, each off by 8.3 %: 24 x 0.083² is 0.17. Measured: 0.01 to 0.08 (benchmarks/README.md).
+        """
+        matrices = [tensor.rmse for tensor in self.tensors if tensor.type != "f32"]
+        mean = sum(rmse**2 for rmse in matrices) / len(matrices) if matrices else 0.0
+        return max(_LEAST_NMSE, self.layers * mean)
 
 
 def measure(
     checkpoint: Checkpoint,
     file: Path,
-    texts: Sequence[tuple[str, Sequence[int] | None]],
+    texts: Texts,
     *,
     threads: int,
     memory: int,
@@ -152,12 +190,22 @@ def measure(
         header = Path(folder) / "reference.gguf"
         reference = _reference_plan(checkpoint, header, options)
         header.write_bytes(reference.job.outputs[0].header)
-        tensors, missing = _tensor_errors(reference, file, report)
-        if missing:
-            return Fidelity(tensors, missing, 0, [], None)
-        fits = reference.files[0].size + file.stat().st_size < memory
-        texts_wrong, logits = _compute(reference, header, file, texts, threads, logits=fits, report=report)
-    return Fidelity(tensors, missing, len(texts), texts_wrong, logits)
+        source = _Source(reference)
+        tensors, missing, surplus = _tensor_errors(source, file, report)
+        pairs = read_pairs(header)
+        against = contradictions(pairs, read_pairs(file))
+        found = Fidelity(tensors, missing, surplus, against, layers=_layers(pairs), not_finite=source.not_finite)
+        if missing or surplus or any(not each.key.startswith("tokenizer.") for each in against):
+            return found
+        sides = _Sides(file, header, source, pairs)
+        if reference.files[0].size + file.stat().st_size < memory:
+            wrong, logits = _compute(sides, texts, threads, report)
+            return replace(found, texts=len(texts), wrong_texts=wrong, logits=logits)
+        return replace(found, texts=len(texts), wrong_texts=_spell(sides, texts))
+
+
+def _layers(pairs: Mapping[str, bytes]) -> int:
+    return int(gguf.decode(pairs[f"{gguf.decode(pairs['general.architecture'])}.block_count"]))
 
 
 def _reference_plan(checkpoint: Checkpoint, path: Path, options: Options) -> Plan:
@@ -172,21 +220,60 @@ def _reference_plan(checkpoint: Checkpoint, path: Path, options: Options) -> Pla
 # --- numbers
 
 
-def _tensor_errors(reference: Plan, file: Path, report: Report) -> tuple[list[TensorError], list[str]]:
+def _tensor_errors(source: _Source, file: Path, report: Report) -> tuple[list[TensorError], list[str], list[str]]:
+    """Errors, names of tensors that are missing, and of those that are not the checkpoint's."""
     header = read_header(file)
     there = {tensor.name: tensor for tensor in header.tensors}
-    strips = _by_tensor(reference)
     errors, missing = [], []
-    for number, planned in enumerate(reference.files[0].tensors):
-        report("comparing weights", number, len(reference.files[0].tensors))
+    for number, planned in enumerate(source.tensors):
+        report("comparing weights", number, len(source.tensors))
         tensor = there.get(planned.name)
         if tensor is None or tensor.shape != planned.shape or not is_readable(tensor):
             missing.append(planned.name)
             continue
-        kind = tensor_type_name(tensor.type).lower()
-        rmse = relative_error(_source_numbers(strips[planned.name]), numbers_of(file, header, tensor))
-        errors.append(TensorError(planned.name, kind, rmse, 2 * _TYPICAL.get(kind, _UNKNOWN_TYPE)))
-    return errors, missing
+        errors.append(_tensor_error(source.numbers(planned.name), file, header, tensor))
+    surplus = sorted(set(there) - {planned.name for planned in source.tensors})
+    table = next((t.shape for t in source.tensors if t.name == _EMBEDDINGS), ())
+    if _HEAD in surplus and there[_HEAD].shape == table and is_readable(there[_HEAD]):  # tied, and stored twice
+        errors.append(_tensor_error(source.numbers(_EMBEDDINGS), file, header, there[_HEAD]))
+        surplus.remove(_HEAD)
+    return errors, missing, surplus
+
+
+def _tensor_error(true: Iterator[numpy.ndarray], file: Path, header: Header, tensor: Tensor) -> TensorError:
+    kind = tensor_type_name(tensor.type).lower()
+    rmse = relative_error(true, numbers_of(file, header, tensor))
+    return TensorError(tensor.name, kind, rmse, 2 * _TYPICAL.get(kind, _UNKNOWN_TYPE))
+
+
+class _Source:
+    """The numbers of the checkpoint, as a plan has them."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.tensors, self._strips = plan.files[0].tensors, _by_tensor(plan)
+        self._not_finite: dict[str, int] = {}
+
+    @property
+    def not_finite(self) -> int:
+        """How many of the numbers read so far were NaN or infinite."""
+        return sum(self._not_finite.values())
+
+    def has(self, name: str) -> bool:
+        return name in self._strips
+
+    def numbers(self, name: str) -> Iterator[numpy.ndarray]:
+        """A tensor's, in pieces of whole rows; zeros for what is no number, as `convert --allow-nan` writes."""
+        import numpy
+
+        wrong = 0
+        for strip in self._strips[name]:
+            for found in read_rows(strip.file, strip.offset, strip.type, strip.rows, strip.columns):
+                finite = numpy.isfinite(found)
+                if not finite.all():
+                    wrong += found.size - int(finite.sum())
+                    found = numpy.where(finite, found, numpy.float32(0))
+                yield found
+        self._not_finite[name] = wrong
 
 
 def _by_tensor(plan: Plan) -> dict[str, list[Strip]]:
@@ -204,34 +291,42 @@ def _by_tensor(plan: Plan) -> dict[str, list[Strip]]:
     return found
 
 
-def _source_numbers(parts: Sequence[Strip]) -> Iterator[numpy.ndarray]:
-    for strip in parts:
-        yield from read_rows(strip.file, strip.offset, strip.type, strip.rows, strip.columns)
-
-
 # --- tokens and logits
 
 
-def _compute(
-    plan: Plan, header: Path, file: Path, texts: Sequence[tuple[str, Sequence[int] | None]], threads: int,
-    *, logits: bool, report: Report,
-) -> tuple[list[TextError], LogitsError | None]:  # fmt: skip
-    model = Model(file)
-    try:
-        if not logits:
-            return _wrong_texts(model, model, texts), None
-        report("loading the checkpoint", 0, 1)
-        reference = ModelInMemory(header, _Filler(plan).fill)
-        try:
-            wrong = _wrong_texts(reference, model, texts)
-            return wrong, _logits_error(reference, model, threads, report)
-        finally:
-            reference.close()
-    finally:
-        model.close()
+@dataclass(frozen=True)
+class _Sides:
+    """The two that are compared: the file; the checkpoint's header, the numbers behind it, and what it says."""
+
+    file: Path
+    header: Path
+    source: _Source
+    pairs: Mapping[str, bytes]
 
 
-def _wrong_texts(reference: Model, model: Model, texts: Sequence[tuple[str, Sequence[int] | None]]) -> list[TextError]:
+Texts = Sequence[tuple[str, Sequence[int] | None]]
+
+
+def _compute(sides: _Sides, texts: Texts, threads: int, report: Report) -> tuple[list[TextError], LogitsError]:
+    report("loading the checkpoint", 0, 1)
+    with (
+        contextlib.closing(Model(sides.file)) as model,
+        contextlib.closing(ModelInMemory(sides.header, _Filler(sides.source).fill)) as reference,
+    ):
+        return _wrong_texts(reference, model, texts), _logits_error(reference, model, threads, report)
+
+
+def _spell(sides: _Sides, texts: Texts) -> list[TextError]:
+    """Token ids alone, without any weights in memory."""
+    sides.header.write_bytes(gguf.lay_out(sides.pairs, []).header)
+    with (
+        contextlib.closing(Model(sides.file, vocabulary_only=True)) as model,
+        contextlib.closing(Model(sides.header, vocabulary_only=True)) as reference,
+    ):
+        return _wrong_texts(reference, model, texts)
+
+
+def _wrong_texts(reference: Model, model: Model, texts: Texts) -> list[TextError]:
     found = []
     for text, known in texts:
         expected = list(known) if known is not None else reference.vocabulary.tokenize(text, special=False)
@@ -242,33 +337,31 @@ def _wrong_texts(reference: Model, model: Model, texts: Sequence[tuple[str, Sequ
 
 
 class _Filler:
-    """Gives llama.cpp the numbers of the checkpoint, as the plan has them."""
+    """Gives llama.cpp the numbers of the checkpoint."""
 
-    def __init__(self, plan: Plan) -> None:
-        self._strips = _by_tensor(plan)
+    def __init__(self, source: _Source) -> None:
+        self._source = source
 
     def fill(self, tensor: TensorInMemory) -> None:
-        parts = self._strips.get(tensor.name)
-        if parts is None:
+        if self._source.has(tensor.name):
+            self._copy(tensor.name, tensor)
+        elif tensor.name == _HEAD:
+            self._copy(_EMBEDDINGS, tensor)  # a head that is tied is the embeddings
+        else:
             self._fill_unlisted(tensor)
-            return
-        self._copy(parts, tensor)
 
-    def _copy(self, parts: Sequence[Strip], tensor: TensorInMemory) -> None:
+    def _copy(self, name: str, tensor: TensorInMemory) -> None:
         at = 0
-        for strip in parts:
-            for numbers in read_rows(strip.file, strip.offset, strip.type, strip.rows, strip.columns):
-                data = _as_type(numbers, tensor.type, strip.columns)
-                tensor.put(data.ctypes.data, at, data.nbytes)
-                at += data.nbytes
+        columns = next(planned.shape[0] for planned in self._source.tensors if planned.name == name)
+        for numbers in self._source.numbers(name):
+            data = _as_type(numbers, tensor.type, columns)
+            tensor.put(data.ctypes.data, at, data.nbytes)
+            at += data.nbytes
 
     def _fill_unlisted(self, tensor: TensorInMemory) -> None:
-        """A head that is tied is the embeddings; scales are one, biases nothing."""
+        """Scales are one, biases nothing."""
         import numpy
 
-        if tensor.name == "output.weight":
-            self._copy(self._strips["token_embd.weight"], tensor)
-            return
         value = 1.0 if "scale" in tensor.name else 0.0
         numbers = numpy.full(tensor.size // 4, value, numpy.float32)
         tensor.put(numbers.ctypes.data, 0, numbers.nbytes)
@@ -287,15 +380,21 @@ def _as_type(numbers: numpy.ndarray, kind: ggml.TensorType, columns: int) -> Any
 
 
 def _logits_error(reference: Model, model: Model, threads: int, report: Report) -> LogitsError:
-    import numpy
 
     ids = reference.vocabulary.tokenize(SAMPLE, special=False)
     ids = [number for number in ids if number < len(model.vocabulary)]
+    left_side, right_side = (contextlib.closing(_logits(side, ids, threads)) for side in (reference, model))
+    with left_side as left_logits, right_side as right_logits:  # Ctrl-C ends contexts before their models
+        return _divergence(zip(left_logits, right_logits, strict=True), len(ids), report)
+
+
+def _divergence(pairs: Iterable[tuple[Any, Any]], total: int, report: Report) -> LogitsError:
+    import numpy
+
     squares = variance = divergence = 0.0
     same = count = 0
-    pairs = zip(_logits(reference, ids, threads), _logits(model, ids, threads), strict=True)
     for one, other in pairs:
-        report("comparing answers", count, len(ids))
+        report("comparing answers", count, total)
         width = min(one.shape[1], other.shape[1])
         one, other = one[:, :width].astype(numpy.float64), other[:, :width].astype(numpy.float64)
         squares += float(((one - other) ** 2).sum())
@@ -314,17 +413,15 @@ def _log_softmax(logits: Any) -> Any:
     return shifted - numpy.log(numpy.exp(shifted).sum(axis=1, keepdims=True))
 
 
-def _logits(model: Model, ids: Sequence[int], threads: int) -> Iterator[Any]:
+def _logits(model: Model, ids: Sequence[int], threads: int) -> Generator[Any, None, None]:
     """The logits after each token, `_BATCH` tokens at a time: arrays of (tokens, vocabulary)."""
     import numpy
 
-    context = Context(model, ContextOptions(len(ids) + _BATCH, threads=threads, n_batch=_BATCH))
     size = len(model.vocabulary)
-    try:
+    options = ContextOptions(len(ids) + _BATCH, threads=threads, n_batch=_BATCH)
+    with contextlib.closing(Context(model, options)) as context:
         for start in range(0, len(ids), _BATCH):
             batch = ids[start : start + _BATCH]
             (first,) = context.decode([(0, batch)], all_logits=True)
             rows = [numpy.ctypeslib.as_array(context.logits(first + n), (size,)).copy() for n in range(len(batch))]
             yield numpy.stack(rows)
-    finally:
-        context.close()

@@ -7,7 +7,6 @@ Nothing is guessed from names of models: what the files say is what counts, and 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 from qwenlocal.errors import BadCheckpoint, CannotExpress
 from qwenlocal.shards import shard_of
-from qwenlocal.weights.safetensors import StoredTensor, first_twice, read_tensors
+from qwenlocal.weights.safetensors import Front, StoredTensor, first_twice, read_tensors, tensors_of
 
 _INDEX = "model.safetensors.index.json"
 _LONGEST_JSON = 200_000_000
@@ -24,11 +23,16 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`tensors` by their name in the files; `config` is config.json."""
+    """
+    `tensors` by their name in the files; `config` is config.json.
+
+    Of one that is still on a hub `has_weights` is False: what its weights are is known, their bytes are not here.
+    """
 
     folder: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, StoredTensor]
+    has_weights: bool = True
 
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
@@ -43,25 +47,34 @@ class Checkpoint:
         folder = path if path.is_dir() else path.parent
         config = read_config(folder)
         files = [path] if path.is_file() else weight_files(folder)
-        tensors: dict[str, StoredTensor] = {}
-        for file in files:
-            for tensor in read_tensors(file):
-                if tensor.name in tensors:
-                    raise BadCheckpoint(file, f"“{tensor.name}” is in {tensors[tensor.name].file.name}, too")
-                tensors[tensor.name] = tensor
+        tensors = _together(read_tensors(file) for file in files)
         if path.is_dir() and (folder / _INDEX).exists():
             _check_index(folder, tensors)
         return cls(folder, config, tensors)
 
-    @property
-    def files(self) -> list[Path]:
-        """The files with weights, by name."""
-        return sorted({tensor.file for tensor in self.tensors.values()})
+    @classmethod
+    def outline(cls, folder: Path, fronts: Iterable[Front]) -> Checkpoint:
+        """
+        A checkpoint in `folder` of whose weights only the headers are known.
 
-    @property
-    def size(self) -> int:
-        """Bytes of weights altogether."""
-        return sum(tensor.size for tensor in self.tensors.values())
+        Raises
+        ------
+        As `open`.
+        """
+        tensors = _together(tensors_of(front) for front in fronts)
+        if (folder / _INDEX).exists():
+            _check_index(folder, tensors)
+        return cls(folder, read_config(folder), tensors, has_weights=False)
+
+
+def _together(files: Iterable[Iterable[StoredTensor]]) -> dict[str, StoredTensor]:
+    tensors: dict[str, StoredTensor] = {}
+    for file in files:
+        for tensor in file:
+            if tensor.name in tensors:
+                raise BadCheckpoint(tensor.file, f"“{tensor.name}” is in {tensors[tensor.name].file.name}, too")
+            tensors[tensor.name] = tensor
+    return tensors
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -77,18 +90,38 @@ def weight_files(folder: Path) -> list[Path]:
     ------
     BadCheckpoint: none, not all, or only pickled ones.
     """
-    index = folder / _INDEX
+    try:
+        there = [file.name for file in folder.iterdir() if file.is_file()]
+    except OSError as reason:
+        raise BadCheckpoint(folder, f"it cannot be read ({reason.strerror})") from reason
+    return [folder / name for name in weight_names(folder, there)]
+
+
+def weight_names(folder: Path, there: Iterable[str]) -> list[str]:
+    """
+    `weight_files`, of a folder in which the files `there` are or will be; its index, if it has one, is there.
+
+    Raises
+    ------
+    As `weight_files`.
+    """
+    found, index = set(there), folder / _INDEX
     if index.exists():
         names = sorted(set(_weight_map(index).values()))
-        missing = [name for name in names if not os.path.isfile(folder / name)]
+        missing = [name for name in names if name not in found]
         if missing:
             raise BadCheckpoint(folder, f"{_several(missing, len(names))} missing, which {_INDEX} names")
-        return [folder / name for name in names]
-    files = sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith("adapter_"))
-    if not files:
-        raise _no_weights(folder)
-    _check_shards(folder, files)
-    return files
+        return names
+    names = sorted(name for name in found if name.endswith(".safetensors") and not name.startswith("adapter_"))
+    if not names:
+        raise _no_weights(folder, found)
+    _check_shards(folder, names)
+    return names
+
+
+def has_vocabulary(folder: Path) -> bool:
+    """Whether there is a file that says what the tokens are."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
 
 
 def shortly(value: Any) -> str:
@@ -102,8 +135,8 @@ def _several(names: list[str], of: int) -> str:
     return f"{shown} ({len(names)} of {of} files) {'is' if len(names) == 1 else 'are'}"
 
 
-def _no_weights(folder: Path) -> BadCheckpoint:
-    files = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLED)
+def _no_weights(folder: Path, there: Iterable[str]) -> BadCheckpoint:
+    files = sorted(name for name in there if name.endswith(PICKLED))
     return pickled(folder, files[0]) if files else BadCheckpoint(folder, "there are no safetensors files in it")
 
 
@@ -112,19 +145,27 @@ def pickled(folder: Path, file: str) -> BadCheckpoint:
     return BadCheckpoint(
         folder,
         f"its weights are pickled ({file}); reading such a file can run any program hidden in it",
-        hint="Make safetensors of it where you trust it, with transformers: "
-        f"AutoModelForCausalLM.from_pretrained({folder.name!r}).save_pretrained({folder.name + '-safe'!r})",
+        hint=pickled_hint(folder.name),
     )
 
 
-def _check_shards(folder: Path, files: list[Path]) -> None:
+def pickled_hint(model: str) -> str:
+    """How safetensors are made of weights that are pickled."""
+    safe = f"{model.rpartition('/')[2]}-safe"
+    return (
+        "Make safetensors of it where you trust it, with transformers: "
+        f"AutoModelForCausalLM.from_pretrained({model!r}).save_pretrained({safe!r})"
+    )
+
+
+def _check_shards(folder: Path, names: list[str]) -> None:
     """Without an index: files numbered "-00001-of-00003" must all be there, and nothing else beside them."""
-    numbered = [shard for file in files if (shard := shard_of(file.name))]
+    numbered = [shard for name in names if (shard := shard_of(name))]
     if not numbered:
-        if len(files) > 1:
+        if len(names) > 1:
             raise BadCheckpoint(
                 folder,
-                f"it has {len(files)} safetensors files ({', '.join(file.name for file in files[:3])}) and no {_INDEX} "
+                f"it has {len(names)} safetensors files ({', '.join(names[:3])}) and no {_INDEX} "
                 "to say which belong together",
                 hint="Give the one file that is meant.",
             )
@@ -132,7 +173,7 @@ def _check_shards(folder: Path, files: list[Path]) -> None:
     count = numbered[0].total
     there = {shard.number for shard in numbered}
     missing = sorted(set(range(1, count + 1)) - there)
-    if missing or len(files) != count:
+    if missing or len(names) != count:
         what = f"part {missing[0]} of {count} is missing" if missing else "files of several models are mixed"
         raise BadCheckpoint(folder, what)
 

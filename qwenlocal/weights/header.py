@@ -10,9 +10,10 @@ Not covered: versions 1 (never published for Qwen), and big-endian files, which 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -136,6 +137,17 @@ class _Reader:
             self.file.seek(size, 1)
 
 
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
+    """The file and its size; whatever the system has against reading it becomes a sentence."""
+    try:
+        with path.open("rb") as file:
+            yield file, path.stat().st_size
+    except OSError as reason:
+        what = reason.strerror or str(reason)
+        raise BadWeights(path, f"it cannot be read ({what})", hint="Check the path, and who may read it.") from reason
+
+
 def _open(path: Path, file: BinaryIO, size: int) -> tuple[_Reader, int, int, int]:
     if size == 0:
         raise BadWeights(path, "the file is empty")
@@ -166,15 +178,20 @@ def _pairs(reader: _Reader, keys: int, *, stop_before_vocabulary: bool) -> dict[
         kind = int(reader.number("<I", key))
         if stop_before_vocabulary and key == "tokenizer.ggml.tokens":
             break
+        if key in metadata:
+            raise BadWeights(reader.path, f"the key “{key}” stands there twice; the file is damaged")
         metadata[key] = reader.value(kind, key)
     return metadata
 
 
 def _descriptions(reader: _Reader, tensors: int) -> list[Tensor]:
-    found = []
+    found, names = [], set[str]()
     for index in range(tensors):
         what = f"the description of tensor {index}"
         name = reader.string(what)
+        if name in names:
+            raise BadWeights(reader.path, f"the tensor “{name}” stands there twice; the file is damaged")
+        names.add(name)
         dimensions = reader.count("<I", f"the number of dimensions of {name}", 4)
         shape = tuple(int(reader.number("<Q", what)) for _ in range(dimensions))
         kind, offset = int(reader.number("<I", what)), int(reader.number("<Q", what))
@@ -188,10 +205,10 @@ def read_metadata(path: Path) -> Mapping[str, Value]:
 
     Raises
     ------
-    BadWeights: the file is empty, not GGUF, of another version, or cut off inside these keys.
+    BadWeights: the file cannot be read, is empty, not GGUF, of another version, or cut off inside these keys.
     """
-    with path.open("rb") as file:
-        reader, _, _, keys = _open(path, file, path.stat().st_size)
+    with _opened(path) as (file, size):
+        reader, _, _, keys = _open(path, file, size)
         return _pairs(reader, keys, stop_before_vocabulary=True)
 
 
@@ -203,8 +220,7 @@ def read_header(path: Path) -> Header:
     ------
     BadWeights: as `read_metadata`, and where a tensor's data would lie beyond the end of the file.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with _opened(path) as (file, size):
         reader, version, tensors, keys = _open(path, file, size)
         metadata = _pairs(reader, keys, stop_before_vocabulary=False)
         found = _descriptions(reader, tensors)
@@ -224,8 +240,8 @@ def read_pairs(path: Path) -> dict[str, bytes]:
     ------
     BadWeights: as `read_metadata`.
     """
-    with path.open("rb") as file:
-        reader, _, _, keys = _open(path, file, path.stat().st_size)
+    with _opened(path) as (file, size):
+        reader, _, _, keys = _open(path, file, size)
         pairs: dict[str, bytes] = {}
         for _ in range(keys):
             length = reader.count("<Q", "the length of a key", _LONGEST_KEY)

@@ -60,10 +60,7 @@ def read_importance(path: Path) -> Importance:
     """
     import numpy
 
-    try:
-        header = read_header(path)
-    except OSError as reason:
-        raise BadWeights(path, reason.strerror or str(reason), hint="Check the path.") from reason
+    header = read_header(path)
     if header.metadata.get("general.type") != "imatrix":
         raise BadWeights(path, "this is no importance matrix", hint="llama-imatrix makes one, as GGUF.")
     tensors = {tensor.name: tensor for tensor in header.tensors}

@@ -19,6 +19,7 @@ from qwenlocal.weights.numbers import Place, same_bytes
 from qwenlocal.weights.safetensors import StoredTensor
 
 _READABLE = {"F32", "F16", "BF16"}
+_CHUNK = 1 << 20  # bytes looked at at once
 _RECOMPUTED = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 
 
@@ -93,7 +94,7 @@ class _Stored:
     """The tensors of a checkpoint, each taken once."""
 
     def __init__(self, checkpoint: Checkpoint, prefix: str) -> None:
-        self.folder, self._prefix = checkpoint.folder, prefix
+        self.folder, self._prefix, self.has_weights = checkpoint.folder, prefix, checkpoint.has_weights
         self._left = dict(checkpoint.tensors)
         self.dropped: list[Dropped] = []
         for name in list(self._left):
@@ -102,8 +103,8 @@ class _Stored:
             elif name.endswith("_proj.bias") and not re.search(r"self_attn\.[qkv]_proj\.bias$", name):
                 self._drop_zero_bias(name)
 
-    def has(self, name: str) -> bool:
-        return self._prefix + name in self._left
+    def has(self, name: str, *, prefix: str | None = None) -> bool:
+        return (self._prefix if prefix is None else prefix) + name in self._left
 
     def take(self, name: str, *shape: int, prefix: str | None = None) -> StoredTensor:
         full = (self._prefix if prefix is None else prefix) + name
@@ -132,10 +133,8 @@ class _Stored:
 
     def _drop_zero_bias(self, name: str) -> None:
         tensor = self._left[name]
-        with tensor.file.open("rb") as file:
-            file.seek(tensor.offset)
-            if any(file.read(tensor.size)):
-                raise CannotExpress(tensor.file, f"“{name}” is not zero; Qwen1.5 has no such bias, nor has llama.cpp")
+        if self.has_weights and not _is_zero(tensor):
+            raise CannotExpress(tensor.file, f"“{name}” is not zero; Qwen1.5 has no such bias, nor has llama.cpp")
         self.drop(name, "a bias of nothing but zeros")
 
     def check_nothing_left(self) -> None:
@@ -150,6 +149,18 @@ class _Stored:
             )
 
 
+def _is_zero(tensor: StoredTensor) -> bool:
+    with tensor.file.open("rb") as file:
+        file.seek(tensor.offset)
+        left = tensor.size
+        while left:
+            data = file.read(min(left, _CHUNK))
+            if not data or any(data):
+                return False
+            left -= len(data)
+    return True
+
+
 def _whole_model(stored: _Stored, model: Hyperparameters, *, keep_tied_head: bool) -> Iterator[Placed]:
     embedding = stored.take("embed_tokens.weight", model.vocabulary, model.width)
     table = [Rows(embedding, 0, model.vocabulary)]
@@ -158,10 +169,11 @@ def _whole_model(stored: _Stored, model: Hyperparameters, *, keep_tied_head: boo
     yield stored.vector("output_norm.weight", "norm.weight", model.width)
     if model.bare:
         return  # llama.cpp takes the embeddings for the head
-    if "lm_head.weight" in stored._left:
+    if stored.has("lm_head.weight", prefix=""):
         head = stored.take("lm_head.weight", model.vocabulary, model.width, prefix="")
         if model.tied and not keep_tied_head and not model.experts:
-            _check_equal(head, embedding)
+            if stored.has_weights:
+                _check_equal(head, embedding)
             stored.dropped.append(Dropped(head.name, "the same as the embeddings, to which it is tied", head.size))
         else:
             yield Placed("output.weight", shape, [Rows(head, 0, model.vocabulary)], exact=False)

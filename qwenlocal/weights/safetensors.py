@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 from qwenlocal.errors import BadCheckpoint
 
@@ -45,6 +45,14 @@ class StoredTensor:
         return math.prod(self.shape)
 
 
+class Front(NamedTuple):
+    """A file of `size` bytes in a checkpoint, of which only the header may be here yet: its JSON, `text`."""
+
+    path: Path
+    size: int
+    text: bytes
+
+
 def read_tensors(path: Path) -> list[StoredTensor]:
     """
     Every tensor of a safetensors file, in the order in which they lie there.
@@ -56,23 +64,48 @@ def read_tensors(path: Path) -> list[StoredTensor]:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > size - 8:
-                raise BadCheckpoint(path, _too_short(path, size, length))
-            if length > LONGEST_HEADER:
-                raise BadCheckpoint(path, f"its header would be {length:,} bytes long; {LONGEST_HEADER:,} are allowed")
-            text = file.read(length)
+            return tensors_of(read_front(path, size, lambda start, end: _read(file, start, end)))
     except OSError as reason:
         raise BadCheckpoint(path, f"it cannot be read ({reason.strerror})") from reason
-    tensors = [_tensor(path, name, entry, 8 + length) for name, entry in _entries(path, text) if name != "__metadata__"]
+
+
+def _read(file: BinaryIO, start: int, end: int) -> bytes:
+    file.seek(start)
+    return file.read(end - start)
+
+
+def read_front(path: Path, size: int, read: Callable[[int, int], bytes]) -> Front:
+    """
+    The header of a file of `size` bytes that is, or will be, at `path`; `read(start, end)` gives bytes of it.
+
+    Raises
+    ------
+    BadCheckpoint: the file begins with no header, or with one that is longer than the file.
+    """
+    length = int.from_bytes(read(0, min(8, size)), "little")
+    if size < 8 or length > size - 8:
+        raise BadCheckpoint(path, _too_short(read(0, min(64, size)), size, length))
+    if length > LONGEST_HEADER:
+        raise BadCheckpoint(path, f"its header would be {length:,} bytes long; {LONGEST_HEADER:,} are allowed")
+    return Front(path, size, read(8, 8 + length))
+
+
+def tensors_of(front: Front) -> list[StoredTensor]:
+    """
+    `read_tensors`, of a file whose header is known.
+
+    Raises
+    ------
+    BadCheckpoint: the header is damaged or contradicts the file's size.
+    """
+    path, data = front.path, 8 + len(front.text)
+    tensors = [_tensor(path, name, entry, data) for name, entry in _entries(path, front.text) if name != "__metadata__"]
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.size))
-    _check_cover(path, tensors, 8 + length, size)
+    _check_cover(path, tensors, data, front.size)
     return tensors
 
 
-def _too_short(path: Path, size: int, length: int) -> str:
-    with path.open("rb") as file:
-        begin = file.read(64)
+def _too_short(begin: bytes, size: int, length: int) -> str:
     if begin.startswith(b"version https://git-lfs"):
         return "this is a git-lfs pointer, not the file itself; fetch it with: git lfs pull"
     if size == 0:

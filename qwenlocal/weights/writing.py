@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from qwenlocal import ggml
-from qwenlocal.errors import BadWeights, CannotWrite, DiskFull, Interrupted, OutputExists, QwenlocalError
+from qwenlocal import __version__, ggml
+from qwenlocal.errors import BadWeights, CannotWrite, DiskFull, Interrupted, NotFinite, OutputExists, QwenlocalError
 from qwenlocal.ggml import TensorType
 from qwenlocal.paths import writable
 from qwenlocal.positional import read_at, write_at
@@ -33,11 +33,22 @@ if TYPE_CHECKING:
 
 SLAB = 1 << 19  # numbers handled at once: 2 MiB of float32, which stay in a core's cache
 _PROCESS = 100 << 20  # bytes, measured: Python, numpy and Qwen's 151,936 tokens while they are read
-_ELSEWHERE = "Write to another folder: -o FOLDER"
 _JOURNAL_VERSION = 1
 
-# The bits of a float's exponent: where all are set, it is NaN or infinite.
-_EXPONENT = {"f32": ("uint32", 0x7F800000), "bf16": ("uint16", 0x7F80), "f16": ("uint16", 0x7C00)}
+
+class _Bits(NamedTuple):
+    """The bits of an exponent: where `all` are set, the float is NaN or infinite; from `large` on, 16,384 or more."""
+
+    unsigned: str
+    all: int
+    large: int
+
+
+_EXPONENT = {
+    "f32": _Bits("uint32", 0x7F800000, 0x46800000),
+    "bf16": _Bits("uint16", 0x7F80, 0x4680),
+    "f16": _Bits("uint16", 0x7C00, 0x7400),
+}
 
 
 class Target(NamedTuple):
@@ -134,7 +145,8 @@ def carry_out(
     ------
     OutputExists: a file is there, and `replace` was not said.
     DiskFull, CannotWrite: there is no room, or no permission. What was done is kept.
-    BadWeights: a weight is NaN or infinite (not with `allow_nan`), or too large for its type.
+    NotFinite: a weight is NaN or infinite (not with `allow_nan`).
+    BadWeights: a weight is too large for its type.
     Interrupted: Ctrl-C; the same call goes on from there.
     """
     import filelock
@@ -337,6 +349,7 @@ class _Desk:
         self._numpy = numpy
         self._read, self._written = numpy.empty(read, numpy.uint8), numpy.empty(write, numpy.uint8)
         self._floats = numpy.empty(numbers, numpy.float32)
+        self._has_large = False  # whether the slab has numbers that may be too large for a type
 
     def source(self, size: int) -> memoryview:
         """Where `size` bytes are to be read to."""
@@ -355,19 +368,17 @@ class _Desk:
         return zeroed
 
     def _check(self, slab: _Slab, data: numpy.ndarray, kind: str, *, allow_nan: bool) -> int:
-        unsigned, exponent = _EXPONENT[kind]
-        bits = data.view(unsigned)
-        if not (bits.size and int((bits & exponent).max()) == exponent):
+        known = _EXPONENT[kind]
+        bits = data.view(known.unsigned)
+        largest = int((bits & known.all).max()) if bits.size else 0
+        self._has_large = largest >= known.large
+        if largest < known.all:
             return 0
-        wrong = (bits & exponent) == exponent
+        wrong = (bits & known.all) == known.all
         count = int(wrong.sum())
         if not allow_nan:
             row = slab.first + int(self._numpy.flatnonzero(wrong)[0]) // slab.strip.columns
-            raise BadWeights(
-                slab.strip.file,
-                f"“{slab.strip.name}” has weights that are NaN or infinite, the first in row {row:,}",
-                hint="The model was damaged in training or on the way. To write zeros in their place: --allow-nan",
-            )
+            raise NotFinite(slab.strip.file, slab.strip.name, row)
         bits[wrong] = 0
         return count
 
@@ -385,18 +396,22 @@ class _Desk:
         return memoryview(result.data)
 
     def _check_result(self, slab: _Slab, target: Target, result: numpy.ndarray) -> None:
-        kind = target.type.name
-        if kind in _EXPONENT:
-            unsigned, exponent = _EXPONENT[kind]
-            good = not result.size or int((result.view(unsigned) & exponent).max()) != exponent
-        else:
-            good = ggml.is_valid(target.type, result.ctypes.data, result.size)
-        if not good:
+        if not self._is_finite(target.type, result, slab.rows * slab.strip.columns):
             raise BadWeights(
                 slab.strip.file,
-                f"“{slab.strip.name}” has weights that are too large for {kind}",
+                f"“{slab.strip.name}” has weights that are too large for {target.type.name}",
                 hint="Take bf16 or f32, which reach as far as the original.",
             )
+
+    def _is_finite(self, kind: TensorType, result: numpy.ndarray, count: int) -> bool:
+        """ggml's own check is quick, but writes to stderr where it finds something; so it is asked of small numbers."""
+        if known := _EXPONENT.get(kind.name):
+            return not result.size or int((result.view(known.unsigned) & known.all).max()) != known.all
+        if not self._has_large:
+            return ggml.is_valid(kind, result.ctypes.data, result.size)
+        found = self._numpy.empty(count, self._numpy.float32)
+        ggml.to_float(kind, result.ctypes.data, found.ctypes.data, count)
+        return bool(self._numpy.isfinite(found).all())
 
 
 def _slab_rows(strip: Strip) -> int:
@@ -440,7 +455,7 @@ def _state(path: Path) -> os.stat_result:
 
 def _identity(job: Job, allow_nan: bool) -> str:
     """Differs as soon as another input, another output or another way between them is meant."""
-    digest = hashlib.sha256(f"{SLAB} {allow_nan}".encode())
+    digest = hashlib.sha256(f"{__version__} {SLAB} {allow_nan}".encode())
     for output in job.outputs:
         digest.update(f"{output.path.name} {output.size}\n".encode(errors="replace") + output.header)
     states = {path: _state(path) for path in {strip.file for strip in job.strips}}
@@ -477,5 +492,5 @@ def _failure(folder: Path, reason: OSError, missing: int) -> QwenlocalError:
     if reason.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
         return DiskFull(folder, missing, shutil.disk_usage(folder).free)
     if reason.errno == errno.EFBIG:
-        return CannotWrite(folder, "files of this size are not allowed there", hint=_ELSEWHERE)
-    return CannotWrite(folder, reason.strerror or str(reason), hint=_ELSEWHERE)
+        return CannotWrite(folder, "files of this size are not allowed there")
+    return CannotWrite(folder, reason.strerror or str(reason))

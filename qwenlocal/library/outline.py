@@ -1,0 +1,77 @@
+"""
+What a checkpoint on a hub is, before its weights are fetched: its small files, and the headers of the large ones.
+
+A safetensors file begins with the names, types and shapes of its tensors, so that a few kilobytes of a checkpoint of
+gigabytes tell whether it can be converted, and what comes of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwenlocal.library.http import Trouble, patiently
+from qwenlocal.library.places import NoRanges, Place
+from qwenlocal.library.sources import LocatedCheckpoint, Wanted
+from qwenlocal.library.store import StoredFile
+from qwenlocal.weights.safetensors import Front, read_front
+
+
+@dataclass(frozen=True)
+class Outline:
+    """
+    A checkpoint of which everything but the weights is here, in `located.folder`.
+
+    `fronts` are the headers of the weights' files, None where the hub sends whole files only. `is_ours`: nobody else
+    brought files of it.
+    """
+
+    located: LocatedCheckpoint
+    documents: Sequence[StoredFile]
+    weights: Sequence[Wanted]
+    fronts: Sequence[Front] | None
+    is_ours: bool
+
+    @property
+    def to_fetch(self) -> int:
+        """Bytes of weights that are not here."""
+        return sum(wanted.artifact.size for wanted in self.weights if not wanted.target.exists())
+
+    @property
+    def folder(self) -> Path:
+        """Where the files are together."""
+        return self.located.folder
+
+
+def read_fronts(folder: Path, weights: Sequence[Wanted]) -> list[Front] | None:
+    """
+    The headers of weights that may still be on the hub; `folder` is where they will be.
+
+    Raises
+    ------
+    BadCheckpoint: one is damaged.
+    Trouble: the hub does not answer.
+    """
+    try:
+        return [_front(folder, wanted) for wanted in weights]
+    except NoRanges:
+        return None
+
+
+def _front(folder: Path, wanted: Wanted) -> Front:
+    path, size = folder / wanted.artifact.name, wanted.artifact.size
+    if wanted.target.exists():
+        with wanted.target.open("rb") as file:
+            return read_front(path, size, lambda start, end: (file.seek(start), file.read(end - start))[1])
+    return read_front(path, size, lambda start, end: _read(wanted.artifact.places, start, end))
+
+
+def _read(places: Sequence[Place], start: int, end: int) -> bytes:
+    """From the first place that has it."""
+    for place in places[:-1]:
+        try:
+            return b"".join(place.read(start, end))
+        except (Trouble, NoRanges):
+            continue
+    return patiently(lambda: b"".join(places[-1].read(start, end)))

@@ -144,14 +144,16 @@ class TestConvert:
         assert inside(tmp_path) == set()
         result = qwenlocal(*command)
         clean(result, 0)
-        files = strictly(result.stdout)
+        written = strictly(result.stdout)
+        assert (written["zeroed"], written["resumed"], written["notes"]) == (0, 0, plan["notes"])
+        files = written["files"]
         for announced, file in zip(plan["files"], files, strict=True):
             path = tmp_path / file["path"]
             assert (announced["path"], announced["size"]) == (file["path"], path.stat().st_size)
             found = [(t.name, list(t.shape), ggml.tensor_type_numbered(t.type)) for t in read_header(path).tensors]
             assert [(t["name"], t["shape"], ggml.tensor_type(t["to"])) for t in announced["tensors"]] == found
             assert all(t["why"] for t in announced["tensors"])
-        assert plan["read"] == Checkpoint.open(source).size
+        assert plan["read"] == sum(tensor.size for tensor in Checkpoint.open(source).tensors.values())
 
     def test_gives_files_their_names(self, source: Path, invoke: Run, tmp_path: Path) -> None:
         (tmp_path / "there").mkdir()
@@ -925,12 +927,16 @@ class TestAgainst:
     def test_a_checkpoint_of_another_size_it_is_not(self, source: Path, qwenlocal: Run, tmp_path: Path) -> None:
         other = write_checkpoint(tmp_path / "other", config={**SIZES, "intermediate_size": 128})
         written(other, tmp_path / "x.gguf", "q8_0")
-        assert "it was made from another model" in clean(qwenlocal("verify", "./x.gguf", "--against", str(source)), 5)
+        result = qwenlocal("verify", "./x.gguf", "--against", str(source))
+        assert "things differ" in clean(result, 5)
+        assert "it was made from another model" in result.stdout
+        assert "“qwen2.feed_forward_length” is 128; the checkpoint says 64" in result.stdout
 
     def test_one_changed_weight_is_enough(self, source: Path, good: Path, qwenlocal: Run, tmp_path: Path) -> None:
         with_numbers(good, tmp_path / "x.gguf", "blk.0.ffn_up.weight", 5.0)
-        message = clean(qwenlocal("verify", "./x.gguf", "--against", str(source)), 5)
-        assert "“blk.0.ffn_up.weight” (f32) is off by" in message
+        result = qwenlocal("verify", "./x.gguf", "--against", str(source))
+        clean(result, 5)
+        assert "“blk.0.ffn_up.weight” (f32) is off by" in result.stdout
 
     def test_as_json_says_the_same(self, source: Path, good: Path, qwenlocal: Run, tmp_path: Path) -> None:
         result = qwenlocal("verify", str(good), "--against", str(source), "--json")

@@ -31,10 +31,10 @@ def verify_against(text: str, source: str, *, as_json: bool) -> None:
     else:
         _show(found)
     if found.problems:
-        more = f", and {len(found.problems) - 1} more" if len(found.problems) > 1 else ""
+        count = len(found.problems)
         raise BadWeights(
             record.path,
-            f"it is not what {place.path} says" + (f": {found.problems[0]}{more}" if as_json else "; see above"),
+            f"it is not what {place.path} says ({'one thing differs' if count == 1 else f'{count} things differ'})",
             hint=f"Was it made from this checkpoint? Make it anew: qwenlocal convert {source}",
         )
     program.say(f"{record.path.name} is true to {place.name}.")

@@ -12,7 +12,7 @@ from qwenlocal.cli.checkpoints import Remote, Source, local_source, on_hub, repo
 from qwenlocal.cli.convert import Advice, cost_in_words, write
 from qwenlocal.cli.values import Stage, bytes_for_people
 from qwenlocal.errors import BadCheckpoint, BadWeights
-from qwenlocal.library.conversions import finish, place
+from qwenlocal.library.conversions import drop_folder, finish, place
 from qwenlocal.library.names import CatalogueName, CheckpointName, HubName, KeptCheckpoint
 from qwenlocal.library.store import Record, StoredFile
 
@@ -119,15 +119,19 @@ def _make(program: Program, source: Source, level: str, full: str) -> StoredFile
     from qwenlocal.weights.checkpoint import Checkpoint
 
     target = place(program.folders, full, source.name, level)
-    plan = _plan_of(Checkpoint.open(source.path), source, target, level)
-    _announce(program, plan, source)
     advice = Advice(
         elsewhere="Free some room (qwenlocal list, qwenlocal rm NAME), or move QWENLOCAL_HOME elsewhere.",
         not_finite=f"The model was damaged in training or on the way; with zeros in their place: "
         f"qwenlocal convert {_again(source)} --allow-nan",
         memory="Close something, and try again.",
     )
-    write(program, plan, replace=True, advice=advice)
+    try:
+        plan = _plan_of(Checkpoint.open(source.path), source, target, level)
+        _announce(program, plan, source)
+        write(program, plan, replace=True, advice=advice)
+    except BadWeights:  # another try would end in the same way
+        drop_folder(target.parent)
+        raise
     finish(target)
     return _checked(target)
 

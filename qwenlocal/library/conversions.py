@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-import shutil
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -51,13 +51,20 @@ def unfinished(folders: Folders) -> Iterator[Unfinished]:
             states = [file.stat() for file in note.parent.glob("*.part")]
         except OSError:
             continue
+        if not states:
+            continue
         yield Unfinished(name, note.parent, sum(getattr(state, "st_blocks", 0) * 512 for state in states))
 
 
 def drop(conversion: Unfinished) -> int:
-    """Throw away what an unfinished conversion left, but no whole file beside it; returns the bytes freed."""
-    for file in [*conversion.folder.glob("*.part*"), conversion.folder / _NAME]:
-        file.unlink(missing_ok=True)
-    if not any(conversion.folder.iterdir()):
-        shutil.rmtree(conversion.folder, ignore_errors=True)
+    """`drop_folder` of a conversion; returns the bytes freed."""
+    drop_folder(conversion.folder)
     return conversion.size
+
+
+def drop_folder(folder: Path) -> None:
+    """Throw away what an unfinished conversion left in its folder, but no whole file beside it."""
+    for file in [*folder.glob("*.part*"), folder / _NAME]:
+        file.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # something whole is in it
+        folder.rmdir()

@@ -232,7 +232,10 @@ def _is_a_directory(path: Path) -> BadWeights:
     if any(name.endswith(".safetensors") for name in inside):
         what, hint = "it has weights, but no config.json that says what they are", "Fetch the checkpoint again, whole."
     else:
-        what, hint = "this directory is no checkpoint", "A model is a .gguf file, or a directory with config.json."
+        what, hint = (
+            "this is a directory, and no checkpoint",
+            "A model is a .gguf file, or a directory with config.json.",
+        )
     return BadWeights(path, what, hint=f"Did you mean {path / models[0]}?" if models else hint)
 
 

@@ -20,6 +20,7 @@ from qwenlocal.library.partial import write_journal
 from qwenlocal.library.sources import Located, Sources, Wanted
 from qwenlocal.library.store import Damage, Record, Store, StoredFile
 from qwenlocal.paths import Folders, writable
+from qwenlocal.weights.architecture import examine
 from qwenlocal.weights.checkpoint import weight_names
 from qwenlocal.weights.header import read_metadata
 
@@ -81,6 +82,7 @@ class Puller:
         ------
         What `Sources.locate_checkpoint` and `download.fetch` raise.
         BadCheckpoint: its index and its files do not fit, or a header is damaged.
+        CannotExpress: its config.json alone tells that it cannot be converted.
         """
         located = self._sources.locate_checkpoint(name)
         large = {w.artifact.name: w for w in located.files if w.artifact.name.endswith(".safetensors")}
@@ -88,6 +90,7 @@ class Puller:
         ours = {file.path for record in self._store.records() if record.owned for file in record.files}
         brought = [w for w in located.files if w.target.exists() and str(w.target) not in ours]  # by somebody else
         documents = [self._fetch_small(wanted) for wanted in small]
+        examine(located.folder)
         weights = [large[file] for file in weight_names(located.folder, large)]
         try:
             fronts = read_fronts(located.folder, weights)

@@ -144,13 +144,16 @@ def side_by_side(source: Path, python: Path, runs: int) -> list[Row]:
         )
         rows.append(row(f"0.5B bf16 to {kind}, wall and memory", pairs, "<= 0.4"))
         check_equal(source, kind, other)
+    return rows
+
+
+def threads_against_one(source: Path, shape: str, runs: int) -> Row:
     single = in_turn(
         lambda: ours(source, "q4_k_m", FOLDER / "two.gguf", "-t", "2"),
         lambda: ours(source, "q4_k_m", FOLDER / "one.gguf", "-t", "1"),
         runs,
     )
-    rows.append(row("0.5B to q4_k_m, two threads against one", single, "<= 0.556 (1.8 x)"))
-    return rows
+    return row(f"{shape} to q4_k_m, two threads against one", single, "<= 0.556 (1.8 x)")
 
 
 def check_equal(source: Path, kind: str, other: Path) -> None:
@@ -260,7 +263,9 @@ def main() -> None:
             *large("moe", "q4_k_m", tokenizer, min(2, asked.runs)),
         ]
     else:
-        rows = side_by_side(write_shape(FOLDER / "0.5b", "0.5b", tokenizer), asked.reference, asked.runs)
+        small, middle = (write_shape(FOLDER / shape, shape, tokenizer) for shape in ("0.5b", "1.8b"))
+        rows = side_by_side(small, asked.reference, asked.runs)
+        rows += [threads_against_one(small, "0.5B", asked.runs), threads_against_one(middle, "1.8B", asked.runs)]
     machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     print(f"{machine}, {time.strftime('%d %B %Y')}\n")
     print("| what | ours | theirs | ratio (median of pairs) | wanted | runs |\n|---|---|---|---|---|---|")

@@ -14,6 +14,8 @@ QWEN = {"vocab_size": 151936, "max_position_embeddings": 32768, "bos_token_id": 
 SHAPES: dict[str, dict[str, Any]] = {
     "0.5b": {**CONFIG, **QWEN, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24,
              "num_attention_heads": 16, "num_key_value_heads": 16, "tie_word_embeddings": True},
+    "1.8b": {**CONFIG, **QWEN, "hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 24,
+             "num_attention_heads": 16, "num_key_value_heads": 16},
     "7b": {**CONFIG, **QWEN, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
            "num_attention_heads": 32, "num_key_value_heads": 32},
     "moe": {**MOE_CONFIG, **QWEN, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 6,

@@ -528,6 +528,7 @@ def split(source: Path, folder: Path) -> None:
         pairs = read_pairs(source) if number == 0 else {}
         count = struct.pack("<IH", 2, 2)
         pairs |= {"split.no": struct.pack("<IH", 2, number), "split.count": count}
+        pairs["split.tensors.count"] = struct.pack("<Ii", 5, len(header.tensors))
         described = [gguf.Described(t.name, t.shape, ggml.tensor_type_numbered(t.type)) for t in tensors]
         layout = gguf.lay_out(pairs, described)
         with (folder / f"x-0000{number + 1}-of-00002.gguf").open("wb") as file:
@@ -540,6 +541,43 @@ def split(source: Path, folder: Path) -> None:
 
 
 # --- inspect
+
+
+@pytest.fixture
+def rootless(good: Path, tmp_path: Path) -> Path:
+    """A file that lacks the rope base."""
+    return changed(good, tmp_path / "old.gguf", {"qwen2.rope.freq_base": None})
+
+
+class TestASplitFile:
+    def test_is_looked_at_as_the_one_model_that_it_is(self, good: Path, qwenlocal: Run, tmp_path: Path) -> None:
+        split(good, tmp_path)
+        result = qwenlocal("inspect", "./x-00001-of-00002.gguf", "--json")
+        clean(result, 0)
+        found, whole = strictly(result.stdout), strictly(qwenlocal("inspect", str(good), "--json").stdout)
+        for key in ("tensor list", "parameters", "findings"):
+            assert found[key] == whole[key], key
+        assert found["size"] == sum(path.stat().st_size for path in tmp_path.glob("x-0*.gguf"))
+
+    def test_is_the_same_as_the_whole(self, good: Path, qwenlocal: Run, tmp_path: Path) -> None:
+        split(good, tmp_path)
+        result = qwenlocal("diff", "./x-00001-of-00002.gguf", str(good))
+        assert clean(result, 0) == ""
+        assert "The same" in result.stdout
+
+    def test_is_true_to_its_checkpoint(self, source: Path, good: Path, qwenlocal: Run, tmp_path: Path) -> None:
+        split(good, tmp_path)
+        clean(qwenlocal("verify", "./x-00001-of-00002.gguf", "--against", str(source)), 0)
+
+    def test_with_damage_in_its_second_part_is_found_out(self, good: Path, qwenlocal: Run, tmp_path: Path) -> None:
+        with_numbers(good, tmp_path / "nan.gguf", read_header(good).tensors[-1].name, numpy.nan)
+        split(tmp_path / "nan.gguf", tmp_path)
+        assert "NaN or infinite" in qwenlocal("inspect", "./x-00001-of-00002.gguf").stdout
+
+    def test_is_not_mended_in_parts(self, rootless: Path, qwenlocal: Run, tmp_path: Path) -> None:
+        split(rootless, tmp_path)
+        message = clean(qwenlocal("inspect", "./x-00001-of-00002.gguf", "--fix", "-o", "y.gguf"), 2)
+        assert "llama-gguf-split --merge" in message
 
 
 class TestInspect:
@@ -705,11 +743,6 @@ class TestFix:
     def padded(self, good: Path, tmp_path: Path) -> Path:
         """A file with a fault that only changes bytes of the header."""
         return changed(good, tmp_path / "old.gguf", {"tokenizer.ggml.token_type": old_kinds(good)})
-
-    @pytest.fixture
-    def rootless(self, good: Path, tmp_path: Path) -> Path:
-        """A file that lacks the rope base."""
-        return changed(good, tmp_path / "old.gguf", {"qwen2.rope.freq_base": None})
 
     def test_in_place_changes_only_what_is_wrong(
         self, padded: Path, good: Path, qwenlocal: Run, tmp_path: Path

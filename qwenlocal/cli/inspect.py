@@ -183,7 +183,7 @@ def _as_json(checkup: Checkup) -> dict[str, Any]:
     header = checkup.header
     return {
         "path": str(checkup.path),
-        "size": checkup.path.stat().st_size,
+        "size": checkup.parts.size,
         "version": header.version,
         **header_facts(header),
         "metadata": {
@@ -209,6 +209,11 @@ def _fix(program: Program, record: Record, checkup: Checkup, out: str | None) ->
     if not findings:
         program.say("There is nothing that --fix could put right.")
         return
+    if len(checkup.parts.paths) > 1:
+        raise UsageProblem(
+            f"It is split in {len(checkup.parts.paths)} files. What matters is put right whenever it is loaded.",
+            hint=f"Make one file of it first: llama-gguf-split --merge {checkup.parts.paths[0]} OUT.gguf",
+        )
     layout = repaired_layout(checkup, findings)
     if out is None:
         if record.owned or record.files[0].sha256:

@@ -23,9 +23,10 @@ from qwenlocal.measure.said import Contradiction, contradictions
 from qwenlocal.weights import gguf
 from qwenlocal.weights.checkpoint import Checkpoint
 from qwenlocal.weights.convert import Options, plan_conversion
-from qwenlocal.weights.header import Header, Tensor, read_header, read_pairs, tensor_type_name
+from qwenlocal.weights.header import read_pairs, tensor_type_name
 from qwenlocal.weights.mix import file_type
 from qwenlocal.weights.numbers import is_readable, numbers_of, read_rows, relative_error
+from qwenlocal.weights.parts import Located, read_parts
 from qwenlocal.weights.plan import Plan
 from qwenlocal.weights.writing import Strip
 
@@ -224,28 +225,28 @@ def _reference_plan(checkpoint: Checkpoint, path: Path, options: Options) -> Pla
 
 def _tensor_errors(source: _Source, file: Path, report: Report) -> tuple[list[TensorError], list[str], list[str]]:
     """Errors, names of tensors that are missing, and of those that are not the checkpoint's."""
-    header = read_header(file)
-    there = {tensor.name: tensor for tensor in header.tensors}
+    there = read_parts(file).by_name
     errors, missing = [], []
     for number, planned in enumerate(source.tensors):
         report("comparing weights", number, len(source.tensors))
-        tensor = there.get(planned.name)
-        if tensor is None or tensor.shape != planned.shape or not is_readable(tensor):
+        located = there.get(planned.name)
+        if located is None or located.tensor.shape != planned.shape or not is_readable(located.tensor):
             missing.append(planned.name)
             continue
-        errors.append(_tensor_error(source.numbers(planned.name), file, header, tensor))
+        errors.append(_tensor_error(source.numbers(planned.name), located))
     surplus = sorted(set(there) - {planned.name for planned in source.tensors})
     table = next((t.shape for t in source.tensors if t.name == _EMBEDDINGS), ())
-    if _HEAD in surplus and there[_HEAD].shape == table and is_readable(there[_HEAD]):  # tied, and stored twice
-        errors.append(_tensor_error(source.numbers(_EMBEDDINGS), file, header, there[_HEAD]))
+    head = there.get(_HEAD)
+    if head and _HEAD in surplus and head.tensor.shape == table and is_readable(head.tensor):  # tied, and stored twice
+        errors.append(_tensor_error(source.numbers(_EMBEDDINGS), head))
         surplus.remove(_HEAD)
     return errors, missing, surplus
 
 
-def _tensor_error(true: Iterator[numpy.ndarray], file: Path, header: Header, tensor: Tensor) -> TensorError:
-    kind = tensor_type_name(tensor.type).lower()
-    rmse = relative_error(true, numbers_of(file, header, tensor))
-    return TensorError(tensor.name, kind, rmse, 2 * _TYPICAL.get(kind, _UNKNOWN_TYPE))
+def _tensor_error(true: Iterator[numpy.ndarray], located: Located) -> TensorError:
+    kind = tensor_type_name(located.tensor.type).lower()
+    rmse = relative_error(true, numbers_of(*located))
+    return TensorError(located.tensor.name, kind, rmse, 2 * _TYPICAL.get(kind, _UNKNOWN_TYPE))
 
 
 class _Source:

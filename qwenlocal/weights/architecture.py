@@ -177,6 +177,8 @@ def _rope(config: _Config) -> tuple[RopeScaling | None, float]:
     original = config.values.get(key) or rope.get(key) or config.values.get("max_position_embeddings")
     factor = config.number("rope factor", rope.get("factor"))
     attention = _yarn_attention(config, rope, factor) if kind == "yarn" else 1.0
+    if not 1e-6 < attention < 1e6:
+        raise BadCheckpoint(config.path, f"its YaRN settings stretch the rotations by {attention:.3g}, which cannot be")
     context = config.number("original_max_position_embeddings", original)
     if context >= _MOST:
         raise BadCheckpoint(config.path, f"“original_max_position_embeddings” is {shortly(original)}, which cannot be")

@@ -8,7 +8,7 @@ that, another normalizer or another way of cutting, is refused: the model would 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,10 @@ def _fill(
     draft.add(added)
 
 
-def _check_merges(file: Path, vocabulary: Mapping[str, Any], merges: Iterable[tuple[str, str]]) -> None:
+def _check_merges(file: Path, vocabulary: Mapping[str, Any], merges: list[tuple[str, str]]) -> None:
+    needed = {token for pair in merges for token in pair} | {left + right for left, right in merges}
+    if needed <= vocabulary.keys():
+        return
     for left, right in merges:
         if left not in vocabulary or right not in vocabulary or left + right not in vocabulary:
             raise BadCheckpoint(file, f"the merge of “{left}” and “{right}” needs a token that is not there")

@@ -16,9 +16,10 @@ from typing import Any
 
 from qwenlocal import ggml
 from qwenlocal.weights import gguf
-from qwenlocal.weights.header import Header, Tensor, read_header, read_pairs, tensor_bytes, tensor_type_name
+from qwenlocal.weights.header import Header, Tensor, read_pairs, tensor_bytes, tensor_type_name
 from qwenlocal.weights.kinds import NORMAL, PADDING, UNUSED, USER_DEFINED
 from qwenlocal.weights.numbers import place_of, read_rows, same_bytes
+from qwenlocal.weights.parts import Located, Parts, read_parts
 
 QWEN = ("qwen2", "qwen2moe")
 _END_OF_TURN, _END_OF_TEXT = "<|im_end|>", "<|endoftext|>"
@@ -50,11 +51,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class Checkup:
-    """A file, what it says of itself, and what is wrong with it."""
+    """A file, what it says of itself, and what is wrong with it; of a split model, all files taken together."""
 
     path: Path
     header: Header
     findings: Sequence[Finding]
+    parts: Parts
 
     @property
     def fixable(self) -> list[Finding]:
@@ -85,13 +87,13 @@ def examine_file(path: Path, report: Report = lambda done, all: None, *, weights
     ------
     BadWeights: it is not a GGUF file, or is cut off.
     """
-    header = read_header(path)
-    pairs = read_pairs(path)
-    findings = [*_header_findings(header, pairs)]
-    findings += _head_findings(path, header)
+    parts = read_parts(path)
+    header = parts.header
+    findings = [*_header_findings(header, read_pairs(parts.paths[0]))]
+    findings += _head_findings(header.architecture, parts)
     if weights:
-        findings += _weight_findings(path, header, report)
-    return Checkup(path, header, sorted(findings, key=lambda finding: not finding.is_serious))
+        findings += _weight_findings(parts, report)
+    return Checkup(path, header, sorted(findings, key=lambda finding: not finding.is_serious), parts)
 
 
 # --- the header
@@ -108,8 +110,7 @@ def _header_findings(header: Header, pairs: Mapping[str, gguf.Encoded]) -> Itera
         )
     yield from _vocabulary_findings(header, pairs)
     yield from _template_findings(pairs)
-    parts = header.metadata.get("split.count", 1)
-    if header.architecture in QWEN and parts in (0, 1):  # of a split file, the other parts have the other tensors
+    if header.architecture in QWEN:
         yield from _contract_findings(header)
 
 
@@ -260,21 +261,22 @@ def _expected_feed_forward(
 # --- the weights
 
 
-def _head_findings(path: Path, header: Header) -> Iterator[Finding]:
+def _head_findings(architecture: str, parts: Parts) -> Iterator[Finding]:
     """A head that repeats the embeddings: the very bytes, or the same numbers in another type."""
-    by_name = {tensor.name: tensor for tensor in header.tensors}
-    head, table = by_name.get("output.weight"), by_name.get("token_embd.weight")
-    if header.architecture != "qwen2" or head is None or table is None or head.shape != table.shape:
+    by_name = parts.by_name
+    left, right = by_name.get("output.weight"), by_name.get("token_embd.weight")
+    if architecture != "qwen2" or left is None or right is None or left.tensor.shape != right.tensor.shape:
         return
+    head, table = left.tensor, right.tensor
     size = tensor_bytes(head) or 0
     if head.type == table.type:
-        if same_bytes(place_of(path, header, head), place_of(path, header, table)):
+        if same_bytes(place_of(*left), place_of(*right)):
             yield Finding(
                 f"The head repeats the embeddings byte for byte ({size / 1e6:,.0f} MB for nothing).",
                 False,
                 drops="output.weight",
             )
-    elif _are_alike(path, header, head, table):
+    elif _are_alike(left, right):
         saved = min(size, tensor_bytes(table) or 0)
         yield Finding(
             f"The head repeats the embeddings in another type ({tensor_type_name(head.type)} and "
@@ -284,14 +286,14 @@ def _head_findings(path: Path, header: Header) -> Iterator[Finding]:
         )
 
 
-def _are_alike(path: Path, header: Header, one: Tensor, other: Tensor) -> bool:
+def _are_alike(one: Located, other: Located) -> bool:
     """Whether rows here and there over the matrices correlate by more than 0.98."""
     import numpy
 
-    step = max(1, one.shape[1] // _SAMPLE)
-    rows = range(0, one.shape[1], step)
+    count = one.tensor.shape[1]
+    rows = range(0, count, max(1, count // _SAMPLE))
     try:
-        left, right = (numpy.stack([_row(path, header, tensor, row) for row in rows]) for tensor in (one, other))
+        left, right = (numpy.stack([_row(*each, row) for row in rows]) for each in (one, other))
     except ValueError:
         return False
     if not (numpy.isfinite(left).all() and numpy.isfinite(right).all()) or not left.std() or not right.std():
@@ -307,25 +309,34 @@ def _row(path: Path, header: Header, tensor: Tensor, row: int) -> Any:
     return next(read_rows(path, offset, kind, 1, tensor.shape[0]))
 
 
-def _weight_findings(path: Path, header: Header, report: Report) -> Iterator[Finding]:
+def _weight_findings(parts: Parts, report: Report) -> Iterator[Finding]:
     """NaN and infinite numbers; all-zero matrices, which damaged downloads leave behind."""
     import numpy
 
-    total, done = sum(tensor_bytes(tensor) or 0 for tensor in header.tensors), 0
+    total, done = sum(tensor_bytes(located.tensor) or 0 for located in parts.located), 0
     buffer = numpy.empty(_CHUNK, numpy.uint8)
-    with path.open("rb") as file:
-        for tensor in header.tensors:
-            kind, size = ggml.tensor_type_numbered(tensor.type), tensor_bytes(tensor)
-            if kind is None or size is None:
-                yield Finding(f"“{tensor.name}” is of a type that is not known here ({tensor.type}).", True)
-                continue
-            file.seek(header.data_offset + tensor.offset)
-            wrong, all_zero = _scan(file, kind, size, buffer, lambda count, before=done: report(before + count, total))  # type: ignore[misc]
-            done += size
-            if wrong:
-                yield Finding(f"“{tensor.name}” has {wrong:,} numbers that are NaN or infinite.", True)
-            if all_zero and len(tensor.shape) > 1:
-                yield Finding(f"“{tensor.name}” is nothing but zeros; the file was damaged or never finished.", True)
+    for path, header in zip(parts.paths, parts.headers, strict=True):
+        with path.open("rb") as file:
+            for tensor in header.tensors:
+                kind, size = ggml.tensor_type_numbered(tensor.type), tensor_bytes(tensor)
+                if kind is None or size is None:
+                    yield Finding(f"“{tensor.name}” is of a type that is not known here ({tensor.type}).", True)
+                    continue
+                file.seek(header.data_offset + tensor.offset)
+                wrong, all_zero = _scan(
+                    file,
+                    kind,
+                    size,
+                    buffer,
+                    lambda count, before=done: report(before + count, total),  # type: ignore[misc]
+                )
+                done += size
+                if wrong:
+                    yield Finding(f"“{tensor.name}” has {wrong:,} numbers that are NaN or infinite.", True)
+                if all_zero and len(tensor.shape) > 1:
+                    yield Finding(
+                        f"“{tensor.name}” is nothing but zeros; it was damaged or never finished.", True
+                    )
 
 
 def _scan(

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from qwenlocal.weights import gguf
-from qwenlocal.weights.header import Header, Tensor, read_header, read_pairs, tensor_type_name
+from qwenlocal.weights.header import Tensor, read_pairs, tensor_type_name
 from qwenlocal.weights.numbers import is_readable, numbers_of, place_of, relative_error, same_bytes
+from qwenlocal.weights.parts import Located, Parts, read_parts
 
 Report = Callable[[int, int], object]
 
@@ -60,7 +61,15 @@ def compare(left: Path, right: Path, report: Report = lambda done, all: None) ->
     ------
     BadWeights: one of them is not a GGUF file, or damaged.
     """
-    return Difference(_keys(read_pairs(left), read_pairs(right)), _tensors(left, right, report))
+    sides = read_parts(left), read_parts(right)
+    keys = _keys(*({key: value for key, value in read_pairs(side.paths[0]).items() if not _is_of_the_part(key)}
+                   for side in sides))  # fmt: skip
+    return Difference(keys, _tensors(*sides, report))
+
+
+def _is_of_the_part(key: str) -> bool:
+    """Into how many files a model is split says nothing of the model."""
+    return key.startswith("split.")
 
 
 def _keys(left: dict[str, gguf.Encoded], right: dict[str, gguf.Encoded]) -> list[KeyDifference]:
@@ -77,19 +86,19 @@ def _keys(left: dict[str, gguf.Encoded], right: dict[str, gguf.Encoded]) -> list
     return found
 
 
-def _tensors(left: Path, right: Path, report: Report) -> list[TensorDifference]:
-    headers = read_header(left), read_header(right)
-    here, there = ({tensor.name: tensor for tensor in header.tensors} for header in headers)
+def _tensors(left: Parts, right: Parts, report: Report) -> list[TensorDifference]:
+    here, there = left.by_name, right.by_name
     found, names = [], list(dict.fromkeys([*here, *there]))
     for number, name in enumerate(names):
         report(number, len(names))
-        one, other = here.get(name), there.get(name)
+        left_one, right_one = here.get(name), there.get(name)
+        one, other = left_one and left_one.tensor, right_one and right_one.tensor
         types = _type_name(one), _type_name(other)
         shapes = (one.shape if one else None, other.shape if other else None)
-        if one is None or other is None or one.shape != other.shape:
+        if not left_one or not right_one or one is None or other is None or one.shape != other.shape:
             found.append(TensorDifference(name, *types, shapes))
             continue
-        rmse = _error((left, headers[0], one), (right, headers[1], other))
+        rmse = _error(left_one, right_one)
         if rmse is None or rmse or one.type != other.type:
             found.append(TensorDifference(name, *types, shapes, rmse))
     report(len(names), len(names))
@@ -100,11 +109,11 @@ def _type_name(tensor: Tensor | None) -> str:
     return tensor_type_name(tensor.type) if tensor else ""
 
 
-def _error(left: tuple[Path, Header, Tensor], right: tuple[Path, Header, Tensor]) -> float | None:
+def _error(left: Located, right: Located) -> float | None:
     """None where the numbers of one of them cannot be read."""
     known = place_of(*left).size > 0
-    if known and left[2].type == right[2].type and same_bytes(place_of(*left), place_of(*right)):
+    if known and left.tensor.type == right.tensor.type and same_bytes(place_of(*left), place_of(*right)):
         return 0.0
-    if not (is_readable(left[2]) and is_readable(right[2])):
+    if not (is_readable(left.tensor) and is_readable(right.tensor)):
         return None
     return relative_error(numbers_of(*left), numbers_of(*right))

@@ -159,9 +159,9 @@ def merge_pairs(file: Path, found: Any) -> list[tuple[str, str]]:
     if not isinstance(found, list) or not found:
         raise BadCheckpoint(file, "there are no merges in it")
     if set(map(type, found)) == {str}:
-        pairs = [tuple(entry.split(" ")) for entry in found]
-        if set(map(len, pairs)) == {2} and not any("" in pair for pair in pairs):
-            return [(left, right) for left, right in pairs]
+        pairs = [entry.partition(" ") for entry in found]
+        if all(left and right and " " not in right for left, _, right in pairs):
+            return [(left, right) for left, _, right in pairs]
     merges: list[tuple[str, str]] = []
     for entry in found:
         try:

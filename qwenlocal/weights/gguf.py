@@ -7,6 +7,7 @@ Layout: ggml/docs/gguf.md, version 3, little-endian. A value is kept as the byte
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -74,7 +75,10 @@ def string(value: str) -> Encoded:
 
 def strings(values: Sequence[str]) -> Encoded:
     """A list of texts."""
-    return struct.pack("<IIQ", _ARRAY, _STRING, len(values)) + b"".join([_text(value) for value in values])
+    data = [value.encode("utf-8", errors="replace") for value in values]
+    parts = [b""] * (2 * len(data))
+    parts[::2], parts[1::2] = [_length(len(text)) for text in data], data
+    return struct.pack("<IIQ", _ARRAY, _STRING, len(values)) + b"".join(parts)
 
 
 def i32s(values: Sequence[int]) -> Encoded:
@@ -107,7 +111,12 @@ def decode(encoded: Encoded) -> Any:
 
 def _text(value: str) -> bytes:
     data = value.encode("utf-8", errors="replace")
-    return len(data).to_bytes(8, "little") + data
+    return _length(len(data)) + data
+
+
+@functools.lru_cache(maxsize=1024)  # a vocabulary has 300,000 texts of a few lengths
+def _length(count: int) -> bytes:
+    return count.to_bytes(8, "little")
 
 
 def lay_out(metadata: Mapping[str, Encoded], tensors: Sequence[Described]) -> Layout:

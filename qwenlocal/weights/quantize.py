@@ -8,10 +8,10 @@ from pathlib import Path
 
 from qwenlocal import ggml
 from qwenlocal.errors import BadWeights, CannotExpress
-from qwenlocal.shards import shard_of
-from qwenlocal.weights.header import Header, Tensor, read_header, read_pairs
+from qwenlocal.weights.header import Header, Tensor, read_pairs
 from qwenlocal.weights.importance import Importance
 from qwenlocal.weights.mix import FileType, ModelFacts, Wishes, by_layer, file_type_numbered
+from qwenlocal.weights.parts import read_parts
 from qwenlocal.weights.plan import Plan, SourceTensor, Stretch, make_goals, make_plan
 
 _OF_THE_FILE = ("split.no", "split.count", "split.tensors.count", "general.alignment")
@@ -36,37 +36,22 @@ def plan_quantization(source: Path, wanted: Sequence[tuple[Path, FileType]], opt
     BadWeights: the file is damaged, or quantized already (not with `again`).
     CannotExpress: the mixes of its architecture are not known here (with `pure` they are not needed).
     """
-    parts = _parts(source)
-    headers = [read_header(part) for part in parts]
-    first = headers[0]
+    parts = read_parts(source)
+    first = parts.headers[0]
     facts = _facts(source, first, pure=options.wishes.pure)
     tensors = sorted(
-        (
-            source_tensor(part, header, tensor)
-            for part, header in zip(parts, headers, strict=True)
-            for tensor in header.tensors
-        ),
+        (source_tensor(*located) for located in parts.located),
         key=lambda tensor: by_layer(tensor.name),
     )
     strange = next((tensor for tensor in tensors if not ggml.is_float_like(tensor.type)), None)
     if strange:
         raise BadWeights(source, f"“{strange.name}” has numbers of type {strange.type.name}, which are no weights")
-    pairs = {key: value for key, value in read_pairs(source).items() if key not in _OF_THE_FILE}
+    pairs = {key: value for key, value in read_pairs(parts.paths[0]).items() if key not in _OF_THE_FILE}
     goals = make_goals(wanted, pairs, options.importance)
     plan = make_plan(tensors, goals, facts, options.wishes, options.importance)
     if not options.again:
         _refuse_again(source, first, plan)
     return plan
-
-
-def _parts(source: Path) -> list[Path]:
-    shard = shard_of(source.name)
-    if not shard:
-        return [source]
-    missing = [name for name in shard.siblings if not (source.parent / name).is_file()]
-    if missing:
-        raise BadWeights(source, f"it is split in {shard.total} files, and {missing[0]} is not beside it")
-    return [source.parent / name for name in shard.siblings]
 
 
 def _facts(source: Path, header: Header, *, pure: bool) -> ModelFacts:

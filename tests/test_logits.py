@@ -121,7 +121,7 @@ def in_memory(plan: Plan) -> Model:
     """The model of a plan whose weights are read from the checkpoint, without a file of them."""
     output = plan.job.outputs[0]
     output.path.write_bytes(output.header)
-    return ModelInMemory(output.path, fidelity._Filler(plan).fill)
+    return ModelInMemory(output.path, fidelity._Filler(fidelity._Source(plan)).fill)
 
 
 @pytest.mark.parametrize(

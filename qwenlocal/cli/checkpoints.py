@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwenlocal.cli.wiring import Program
-from qwenlocal.errors import UsageProblem
+from qwenlocal.errors import ModelNotFound, UsageProblem
 from qwenlocal.library.names import CatalogueName, CheckpointName, HubName, KeptCheckpoint, PathName
 
 if TYPE_CHECKING:
@@ -106,8 +106,21 @@ def repository(name: CatalogueName | HubName) -> HubName:
     return HubName("hf", name.card.checkpoint) if isinstance(name, CatalogueName) else name
 
 
+def is_there(path: Path) -> bool:
+    """Whether the directory, or the one file, is a checkpoint still."""
+    return path.is_file() or (path / "config.json").is_file()
+
+
 def local_source(path: Path) -> Source:
-    """A checkpoint on this disk; in the hub's cache the folder above it says which repository it is."""
+    """
+    A checkpoint on this disk; in the hub's cache the folder above it says which repository it is.
+
+    Raises
+    ------
+    ModelNotFound: it is gone.
+    """
+    if not is_there(path):
+        raise ModelNotFound(str(path), reason=f"There is no checkpoint {path} any more.", hint="Check the path.")
     folder = path if path.is_dir() else path.parent
     if folder.parent.name == "snapshots" and (match := re.fullmatch(r"models--(.+?)--(.+)", folder.parents[1].name)):
         return Source(path, match[2], f"{match[1]}/{match[2]}")

@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwenlocal.cli.checkpoints import Remote, Source, local_source, on_hub, repository
+from qwenlocal.cli.checkpoints import Remote, Source, is_there, local_source, on_hub, repository
 from qwenlocal.cli.convert import Advice, cost_in_words, write
 from qwenlocal.cli.values import Stage, bytes_for_people
 from qwenlocal.errors import BadCheckpoint, BadWeights
-from qwenlocal.library.conversions import drop_folder, finish, place
+from qwenlocal.library.conversions import drop, finish, place
 from qwenlocal.library.names import CatalogueName, CheckpointName, HubName, KeptCheckpoint
 from qwenlocal.library.store import Record, StoredFile
 
@@ -37,7 +37,7 @@ def converted(
     ready = program.store.ready(record) if record and not again else None
     if ready and not isinstance(name, CheckpointName):
         return ready
-    if ready and isinstance(name, CheckpointName) and not name.path.exists():
+    if ready and isinstance(name, CheckpointName) and not is_there(name.path):
         program.say(f"{name} is gone; what was made of it is still here.")
         return ready
     source = local_source(name.path) if isinstance(name, CheckpointName) else _fetched(program, name, limit_rate)
@@ -45,13 +45,20 @@ def converted(
     if ready and ready.made_from == made_from:
         return ready
     asked = {str(name), *(record.asked if record else ())} - {full}
-    made = Record(full, [_make(program, source, _level(name), full)], f"converted from {_origin(source)}",
-                  asked=sorted(asked), made_from=made_from)  # fmt: skip
+    again_as = str(name.path) if isinstance(name, CheckpointName) else str(_bare(name))
+    target = place(program.folders, full, source.name, _level(name), made_from, program.store.paths())
+    if not target.is_whole:
+        _make(program, source, _level(name), target.path, again_as)
+    file = _checked(target.path)
+    made = program.store.add(
+        Record(full, [file], f"converted from {_origin(source)}", asked=sorted(asked), made_from=made_from)
+    )
+    finish(Path(file.path))
     kept = None if isinstance(name, CheckpointName) else program.store.get(str(KeptCheckpoint(_bare(name))))
     if kept and kept.owned:
         size = bytes_for_people(kept.size)
         program.say(f"The checkpoint is kept, too. To have its {size} back: qwenlocal rm {kept.name}")
-    return program.store.add(made)
+    return made
 
 
 def _fetched(program: Program, name: CatalogueName | HubName, limit_rate: int) -> Source:
@@ -115,14 +122,13 @@ def fingerprint(path: Path) -> str:
 _READ = (".json", ".safetensors", ".jinja", ".model", ".txt", ".md")
 
 
-def _make(program: Program, source: Source, level: str, full: str) -> StoredFile:
+def _make(program: Program, source: Source, level: str, target: Path, again_as: str) -> None:
     from qwenlocal.weights.checkpoint import Checkpoint
 
-    target = place(program.folders, full, source.name, level)
     advice = Advice(
         elsewhere="Free some room (qwenlocal list, qwenlocal rm NAME), or move QWENLOCAL_HOME elsewhere.",
         not_finite=f"The model was damaged in training or on the way; with zeros in their place: "
-        f"qwenlocal convert {_again(source)} --allow-nan",
+        f"qwenlocal convert {again_as} --allow-nan",
         memory="Close something, and try again.",
     )
     try:
@@ -130,14 +136,8 @@ def _make(program: Program, source: Source, level: str, full: str) -> StoredFile
         _announce(program, plan, source)
         write(program, plan, replace=True, advice=advice)
     except BadWeights:  # another try would end in the same way
-        drop_folder(target.parent)
+        drop(target.parent, program.store.paths())
         raise
-    finish(target)
-    return _checked(target)
-
-
-def _again(source: Source) -> str:
-    return f"hf:{source.repo}" if source.repo else str(source.path)
 
 
 def _announce(program: Program, plan: Plan, source: Source) -> None:

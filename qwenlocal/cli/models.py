@@ -21,10 +21,24 @@ if TYPE_CHECKING:
 
 def pull_model(text: str, *, limit_rate: int) -> None:
     """Have a model here."""
+    from qwenlocal.library.names import KeptCheckpoint
+
     program = Program()
     name = program.parse(text)
+    if isinstance(name, KeptCheckpoint):
+        _pull_checkpoint(program, name, limit_rate)
+        return
     record = program.have(name, limit_rate=limit_rate)
     program.say(f"{record.name} is here: {record.path} ({bytes_for_people(record.size)})")
+
+
+def _pull_checkpoint(program: Program, name: KeptCheckpoint, limit_rate: int) -> None:
+    """The weights as they were published, without converting them."""
+    from qwenlocal.cli.checkpoints import Remote, on_hub
+
+    with on_hub(program, name.of, limit_rate) as source:
+        there = source.fetch() if isinstance(source, Remote) else source
+    program.say(f"{name} is here: {there.path}")
 
 
 # --- list
@@ -90,13 +104,18 @@ class _Coming(NamedTuple):
 def _on_their_way(records: Sequence[Record], incomplete: Sequence[Incomplete]) -> list[_Coming]:
     found: dict[str, _Coming] = {}
     for record in records:
-        if record.missing:
+        if record.missing and not (record.is_checkpoint and not _has_weights(record)):
             found[record.name] = _Coming(record.name, record.size + record.missing, record.size)
     for part in incomplete:
         name = part.identity.model or part.identity.name
         known = found.get(name, _Coming(name, part.identity.size, 0))
         found[name] = known._replace(done=known.done + part.done)
     return list(found.values())
+
+
+def _has_weights(record: Record) -> bool:
+    """Not only the few small files that were looked at."""
+    return any((file.link or file.path).endswith(".safetensors") for file in record.files)
 
 
 def _record_json(record: Record) -> dict[str, Any]:
@@ -215,7 +234,8 @@ def remove_model(text: str) -> None:
     found = bool(dropped)
     for conversion in unfinished(program.folders):
         if conversion.name == str(name) or conversion.name.startswith(f"{name}:"):
-            program.say(f"Removed the unfinished conversion ({bytes_for_people(drop(conversion))}).")
+            drop(conversion.folder, program.store.paths())
+            program.say(f"Removed the unfinished conversion ({bytes_for_people(conversion.size)}).")
             found = True
     record = program.store.get(str(name))
     if record is None:
@@ -312,6 +332,12 @@ def _mended(program: Program, name: Name, record: Record, damage: Sequence[Damag
     with program.puller() as puller:
         if not isinstance(name, KeptCheckpoint):
             return puller.mend(name, record, damage)
+        if not record.owned:
+            raise BadWeights(
+                record.path.parent,
+                "a file of it is damaged",
+                hint=f"Another program brought it, so it is left alone. Remove it there, then: qwenlocal pull {name}",
+            )
         for bad in damage:
             Path(bad.file.path).unlink(missing_ok=True)
         puller.pull_checkpoint(puller.outline(name.of))

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwenlocal.errors import ModelNotFound, NotConvertedYet, SourceUnreachable
+from qwenlocal.errors import BadWeights, ModelNotFound, NotConvertedYet, SourceUnreachable
 from qwenlocal.library.store import Record, Store
 from qwenlocal.paths import Folders, shipped
 from qwenlocal.terminal.plain import wrapped
@@ -72,13 +72,15 @@ class Program:
 
     def parse(self, text: str) -> Name:
         """What `text` names; what that is, is shown. A checkpoint that is gone is known by what was made of it."""
+        from qwenlocal.library.conversions import unfinished
         from qwenlocal.library.names import CheckpointName, PathName, parse
 
         try:
             name = parse(text, lambda: self.catalogue)
-        except ModelNotFound:
+        except (ModelNotFound, BadWeights):
             path = Path(text).expanduser().resolve()
-            if self.store.get(str(path)) is None:
+            begun = {conversion.name for conversion in unfinished(self.folders)}
+            if self.store.get(str(path)) is None and str(path) not in begun:
                 raise
             return CheckpointName(path)
         if str(name) != text and not isinstance(name, (PathName, CheckpointName)):

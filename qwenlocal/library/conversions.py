@@ -3,29 +3,40 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+from qwenlocal.errors import QwenlocalError
 from qwenlocal.paths import Folders, writable
 
-_NAME = "name.txt"  # beside a file that grows: what it will be called
+_NOTE = "conversion.json"  # beside a file that grows: what it will be called, and what it is made from
 
 
 @dataclass(frozen=True)
 class Unfinished:
-    """A conversion that ended early: the model's name, its folder, and the bytes that it takes there."""
+    """A conversion that was not recorded in the end: the model's name, its folder, the bytes that it takes there."""
 
     name: str
     folder: Path
     size: int
 
 
-def place(folders: Folders, name: str, stem: str, level: str) -> Path:
+class Target(NamedTuple):
+    """Where a model is to be written; `is_whole`: it was already, and only not recorded."""
+
+    path: Path
+    is_whole: bool
+
+
+def place(folders: Folders, name: str, stem: str, level: str, made_from: str, kept: Collection[str]) -> Target:
     """
-    Where the model called `name` is to be written; `stem` is what its file is called for people.
+    Where the model called `name` is to be written; `stem` is what its file is called for people, `made_from` what it is
+    made from, `kept` are the files that are recorded: of an earlier state, if this one is among them.
 
     Raises
     ------
@@ -34,37 +45,59 @@ def place(folders: Folders, name: str, stem: str, level: str) -> Path:
     readable = re.sub(r"[^A-Za-z0-9._-]+", "-", stem) or "model"
     key = f"{zlib.crc32(name.encode(errors='replace')):08x}"
     folder = writable(folders.files / "converted" / f"{readable}-{key}")
-    (folder / _NAME).write_text(name, encoding="utf-8", errors="replace")
-    return folder / f"{readable}-{level}.gguf"
+    path, note = folder / f"{readable}-{level}.gguf", folder / _NOTE
+    now = {"name": name, "made_from": made_from}
+    is_whole = path.exists() and str(path) not in kept and _read(note) == now
+    note.write_text(json.dumps(now), encoding="utf-8")
+    return Target(path, is_whole)
+
+
+def _read(note: Path) -> dict[str, str] | None:
+    try:
+        found = json.loads(note.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("name"), str) else None
 
 
 def finish(target: Path) -> None:
-    """The file that `place` named is whole."""
-    (target.parent / _NAME).unlink(missing_ok=True)
+    """The file that `place` named is whole, and recorded."""
+    (target.parent / _NOTE).unlink(missing_ok=True)
 
 
 def unfinished(folders: Folders) -> Iterator[Unfinished]:
     """Conversions that began and did not end, by name."""
-    for note in sorted((folders.files / "converted").glob(f"*/{_NAME}")):
+    for note in sorted((folders.files / "converted").glob(f"*/{_NOTE}")):
+        said = _read(note)
         try:
-            name = note.read_text(encoding="utf-8", errors="replace")
-            states = [file.stat() for file in note.parent.glob("*.part")]
+            states = [file.stat() for ending in (".part", ".gguf") for file in note.parent.glob(f"*{ending}")]
         except OSError:
             continue
-        if not states:
+        if not states or not said:
             continue
-        yield Unfinished(name, note.parent, sum(getattr(state, "st_blocks", 0) * 512 for state in states))
+        yield Unfinished(said["name"], note.parent, sum(getattr(state, "st_blocks", 0) * 512 for state in states))
 
 
-def drop(conversion: Unfinished) -> int:
-    """`drop_folder` of a conversion; returns the bytes freed."""
-    drop_folder(conversion.folder)
-    return conversion.size
+def drop(folder: Path, kept: Collection[str]) -> None:
+    """
+    Throw away what an unfinished conversion left in its folder, but no file that is `kept`, by path.
 
+    Raises
+    ------
+    QwenlocalError: it is not left, but running.
+    """
+    import filelock
 
-def drop_folder(folder: Path) -> None:
-    """Throw away what an unfinished conversion left in its folder, but no whole file beside it."""
-    for file in [*folder.glob("*.part*"), folder / _NAME]:
-        file.unlink(missing_ok=True)
+    try:
+        with contextlib.ExitStack() as held:
+            for part in folder.glob("*.part"):
+                held.enter_context(filelock.FileLock(f"{part}.lock", timeout=0))
+            for file in folder.iterdir():
+                if str(file) not in kept and file.suffix != ".lock":
+                    file.unlink(missing_ok=True)
+    except filelock.Timeout as busy:
+        raise QwenlocalError("Another qwenlocal is converting it.", hint="Stop that one first.") from busy
+    for lock in folder.glob("*.lock"):
+        lock.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # something whole is in it
         folder.rmdir()

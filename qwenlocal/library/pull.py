@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qwenlocal.errors import BadWeights, DigestMismatch, DiskFull, SourceUnreachable
-from qwenlocal.library.digests import git_blob
+from qwenlocal.library.digests import git_blob, sha256_of
 from qwenlocal.library.download import Fetched, Manner, Report, fetch
 from qwenlocal.library.http import Client, Trouble
 from qwenlocal.library.local import Local, Say
 from qwenlocal.library.names import CatalogueName, HubName, Name, checkpoint_record
 from qwenlocal.library.outline import Outline, read_fronts
 from qwenlocal.library.partial import write_journal
-from qwenlocal.library.sources import Located, Sources, Wanted
+from qwenlocal.library.sources import Located, LocatedCheckpoint, Sources, Wanted
 from qwenlocal.library.store import Damage, Record, Store, StoredFile
 from qwenlocal.paths import Folders, writable
 from qwenlocal.weights.architecture import examine
@@ -90,6 +90,7 @@ class Puller:
         ours = {file.path for record in self._store.records() if record.owned for file in record.files}
         brought = [w for w in located.files if w.target.exists() and str(w.target) not in ours]  # by somebody else
         documents = [self._fetch_small(wanted) for wanted in small]
+        self._note(located, documents, sum(wanted.artifact.size for wanted in large.values()), owned=not brought)
         examine(located.folder)
         weights = [large[file] for file in weight_names(located.folder, large)]
         try:
@@ -111,14 +112,18 @@ class Puller:
         if located.licence:
             self._say(f"Licence: {located.licence}")
         self._check_room(outline.weights, beside)
-        record = Record(checkpoint_record(located.name), files, located.origin, located.licence, is_checkpoint=True,
-                        owned=outline.is_ours)  # fmt: skip
-        for done, wanted in enumerate([None, *outline.weights]):
-            if wanted:
-                files.append(self._have_weights(wanted))
+        for done, wanted in enumerate(outline.weights, 1):
+            files.append(self._have_weights(wanted))
             left = sum(other.artifact.size for other in outline.weights[done:])
-            self._store.add(replace(record, files=tuple(files), missing=left))
+            self._note(located, files, left, owned=outline.is_ours)
         return Checkpointed(located.folder, located.repo, located.is_from_the_hub)
+
+    def _note(self, located: LocatedCheckpoint, files: Sequence[StoredFile], missing: int, *, owned: bool) -> None:
+        """Record what is here of a checkpoint, so that it can be listed and removed, should it never be whole."""
+        name = checkpoint_record(located.name)
+        if files:
+            self._store.add(Record(name, tuple(files), located.origin, located.licence, owned, missing=missing,
+                                   is_checkpoint=True))  # fmt: skip
 
     def _fetch_small(self, wanted: Wanted) -> StoredFile:
         """A file of which the hub states git's digest: it is kept in memory's reach, so that is checked each time."""
@@ -131,7 +136,7 @@ class Puller:
         path, link = wanted.target, ""
         if wanted.snapshot:
             path, link = _link(path, wanted.snapshot, wanted.ref)
-        return StoredFile.of(path, "", link=link)
+        return StoredFile.of(path, sha256_of(path), link=link)
 
     def _have_weights(self, wanted: Wanted) -> StoredFile:
         known = self._known_file(wanted.target, wanted.artifact.sha256 or "")

@@ -103,6 +103,10 @@ class Store:
         found = [record for path in sorted(self._folders.records.glob("*.json")) if (record := _read(path))]
         return sorted(found, key=lambda record: record.name)
 
+    def paths(self) -> set[str]:
+        """Every file that a record speaks of."""
+        return {file.path for record in self.records() for file in record.files}
+
     def get(self, name: str) -> Record | None:
         """The record of this name, or of another name that led to it."""
         direct = _read(self._path(name))
@@ -178,7 +182,11 @@ class Store:
             if not Path(file.path).is_file():
                 raise BadWeights(file.path, "the file is gone", hint=f"Fetch it again: qwenlocal pull {record.name}")
             from_here = functools.partial(_report_after, report, before, record.size)
-            sha256, checksums = digests_of(Path(file.path), file.block, from_here)
+            try:
+                sha256, checksums = digests_of(Path(file.path), file.block, from_here)
+            except OSError as reason:
+                what = f"it cannot be read ({reason.strerror})"
+                raise BadWeights(file.path, what, hint="Check who may read it.") from reason
             before += file.size
             if file.sha256 and sha256 != file.sha256:
                 damage.append(Damage(file, sha256, _differing(file, checksums), file.block))

@@ -12,8 +12,12 @@ from qwenlocal.weights.gguf import Encoded
 _NEEDED = ("model", "pre", "tokens", "token_type", "merges", "scores", "eos_token_id")
 
 
+# What changes the answers where only the file says it.
+_TELLING = ("rope.scaling.", "attention.sliding_window")
+
+
 class Contradiction(NamedTuple):
-    """A key whose value is not the checkpoint's; `actual` is None where the file does not have it."""
+    """A key whose value is not the checkpoint's; None stands for the side that does not have it."""
 
     key: str
     expected: Any
@@ -22,6 +26,8 @@ class Contradiction(NamedTuple):
     def __str__(self) -> str:
         if self.actual is None:
             return f"“{self.key}” is missing; the checkpoint says {_shortly(self.expected)}"
+        if self.expected is None:
+            return f"“{self.key}” is {_shortly(self.actual)}; the checkpoint says nothing of the kind"
         if isinstance(self.expected, list) and isinstance(self.actual, list):
             return _list_in_words(self.key, self.expected, self.actual)
         return f"“{self.key}” is {_shortly(self.actual)}; the checkpoint says {_shortly(self.expected)}"
@@ -43,7 +49,8 @@ def contradictions(reference: Mapping[str, Encoded], file: Mapping[str, Encoded]
         wanted, actual = gguf.decode(expected), gguf.decode(file[key]) if key in file else None
         if wanted != actual and (actual is not None or needed):
             found.append(Contradiction(key, wanted, actual))
-    return found
+    more = (key for key in file if key not in reference and key.removeprefix(f"{architecture}.").startswith(_TELLING))
+    return found + [Contradiction(key, None, gguf.decode(file[key])) for key in more]
 
 
 def _list_in_words(key: str, expected: list[Any], actual: list[Any]) -> str:

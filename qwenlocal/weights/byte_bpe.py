@@ -117,21 +117,18 @@ def _pre_tokenizer(file: Path, data: Mapping[str, Any]) -> str:
     if name is None:
         shown = shortly(expressions[0]) if expressions else "none"
         raise _other_cutting(file, f"the expression {shown}")
-    for step in steps:
-        known = _QWENS_STEPS.get(str(step.get("type")))
-        if known is None:
-            raise _other_cutting(file, f"a step of type {shortly(step.get('type'))}")
-        for key, value in known.items():
-            if step.get(key, value) != value:
-                raise _other_cutting(file, f"{key} is {shortly(step[key])}")
+    if [step.get("type") for step in steps] != ["Split", "ByteLevel"]:
+        raise _other_cutting(file, f"the steps {', '.join(str(step.get('type')) for step in steps)}")
+    split, level = steps
+    for step, key, usual, wanted in (
+        (split, "behavior", None, "Isolated"),
+        (split, "invert", False, False),
+        (level, "add_prefix_space", True, False),  # what is usual: tokenizers, byte_level.rs
+        (level, "use_regex", True, False),
+    ):
+        if step.get(key, usual) != wanted:
+            raise _other_cutting(file, f"{key} is {shortly(step.get(key, usual))}")
     return name
-
-
-# What llama.cpp's "qwen2" does; where a tokenizer.json does not say, Hugging Face's tokenizers take the same.
-_QWENS_STEPS: Mapping[str, Mapping[str, Any]] = {
-    "Split": {"behavior": "Isolated", "invert": False},
-    "ByteLevel": {"add_prefix_space": False, "use_regex": False},
-}
 
 
 def _other_cutting(file: Path, what: str) -> CannotExpress:

@@ -44,7 +44,7 @@ class Checkpoint:
         BadCheckpoint: something is missing, damaged or contradictory.
         CannotExpress: the weights are packed (GPTQ, AWQ, …).
         """
-        folder = path if path.is_dir() else path.parent
+        folder = path.parent if path.is_file() else path
         config = read_config(folder)
         files = [path] if path.is_file() else weight_files(folder)
         tensors = _together(read_tensors(file) for file in files)

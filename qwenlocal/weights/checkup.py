@@ -334,9 +334,7 @@ def _weight_findings(parts: Parts, report: Report) -> Iterator[Finding]:
                 if wrong:
                     yield Finding(f"“{tensor.name}” has {wrong:,} numbers that are NaN or infinite.", True)
                 if all_zero and len(tensor.shape) > 1:
-                    yield Finding(
-                        f"“{tensor.name}” is nothing but zeros; it was damaged or never finished.", True
-                    )
+                    yield Finding(f"“{tensor.name}” is nothing but zeros; it was damaged or never finished.", True)
 
 
 def _scan(

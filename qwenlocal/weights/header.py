@@ -246,6 +246,8 @@ def read_pairs(path: Path) -> dict[str, bytes]:
         for _ in range(keys):
             length = reader.count("<Q", "the length of a key", _LONGEST_KEY)
             key = reader.bytes(length, "a key").decode("utf-8", errors="replace")
+            if key in pairs:
+                raise BadWeights(path, f"the key “{key}” stands there twice; the file is damaged")
             begin = file.tell()
             reader.value(int(reader.number("<I", key)), key)
             end = file.tell()

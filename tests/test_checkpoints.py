@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import socketserver
 import struct
 import subprocess
 import sys
@@ -66,6 +67,12 @@ SLOW = "iq3_s"
 # --- what the tests share
 
 
+@pytest.fixture(autouse=True)
+def _prompt_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub sends head and body of an answer apart, between which TCP otherwise waits for 40 ms."""
+    monkeypatch.setattr(socketserver.StreamRequestHandler, "disable_nagle_algorithm", True)
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint that no test changes."""
@@ -97,8 +104,6 @@ def invoke(request: pytest.FixtureRequest, folders: Folders, monkeypatch: pytest
     kept = {"HOME": folders.user, "QWENLOCAL_HOME": folders.home, "HF_HUB_CACHE": folders.hub_cache}
     for name, value in {**kept, "HF_ENDPOINT": url, "MODELSCOPE_DOMAIN": url, "PIP_INDEX_URL": f"{url}/simple"}.items():
         monkeypatch.setenv(name, str(value))
-    for name in ():
-        monkeypatch.setattr(os, name, lambda _file: None, raising=False)
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str, environment: Mapping[str, str] = {}) -> subprocess.CompletedProcess[str]:

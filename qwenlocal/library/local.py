@@ -40,7 +40,7 @@ def recognise(name: Name) -> list[Sought]:
 def _is_whole(folder: Path) -> bool:
     """Whether everything that converting needs is there."""
     try:
-        return is_checkpoint(folder) and has_vocabulary(folder) and bool(weight_files(folder))
+        return is_checkpoint(folder) and has_vocabulary(folder) and all(file.is_file() for file in weight_files(folder))
     except BadCheckpoint:
         return False
 

@@ -91,7 +91,7 @@ def weight_files(folder: Path) -> list[Path]:
     BadCheckpoint: none, not all, or only pickled ones.
     """
     try:
-        there = [file.name for file in folder.iterdir() if file.is_file()]
+        there = [file.name for file in folder.iterdir() if not file.is_dir()]
     except OSError as reason:
         raise BadCheckpoint(folder, f"it cannot be read ({reason.strerror})") from reason
     return [folder / name for name in weight_names(folder, there)]

@@ -30,9 +30,3 @@ else:  # Windows has neither; seek and write under the lock
             data = os.read(file, len(buffer))
         buffer[: len(data)] = data
         return len(data)
-
-
-def announce(file: int, offset: int, size: int) -> None:
-    """Tell the system that these bytes will be wanted soon; it may fetch them from the disk meanwhile."""
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(file, offset, size, os.POSIX_FADV_WILLNEED)

@@ -39,15 +39,14 @@ from typer.testing import CliRunner
 from qwenlocal import ggml
 from qwenlocal.cli.app import app
 from qwenlocal.errors import BadWeights, CannotExpress
+from qwenlocal.library import digests
 from qwenlocal.measure.fidelity import Fidelity, measure
 from qwenlocal.measure.texts import known_texts
 from qwenlocal.paths import Folders
 from qwenlocal.testing import write_checkpoint
 from qwenlocal.weights import gguf, writing
 from qwenlocal.weights.checkpoint import Checkpoint
-from qwenlocal.weights.convert import plan_conversion
-from qwenlocal.weights.header import read_header, read_metadata, read_pairs
-from qwenlocal.weights.mix import file_type
+from qwenlocal.weights.header import read_header, read_metadata, read_pairs, tensor_type_name
 from qwenlocal.weights.writing import Written, carry_out
 
 NAME = f"hf:{REPO}"
@@ -59,9 +58,6 @@ ENOUGH = 1 << 40  # bytes of memory
 NOWHERE = {"HF_ENDPOINT": "http://127.0.0.1:1"}
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 UP = "model.layers.0.mlp.up_proj.weight"
-
-LARGE = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 1, "vocab_size": 1024}
-SLOW = "iq3_s"
 
 
 # --- what the tests share
@@ -83,12 +79,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def good(source: Path) -> Path:
     """What comes of it, all of it f32."""
     return written(source, source.parent / "good.gguf", "f32")
-
-
-@pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One whose conversion takes a while: a second for one thread, in nine slabs."""
-    return write_checkpoint(tmp_path_factory.mktemp("large") / "Tiny-Qwen-0.1B", config=LARGE)
 
 
 @pytest.fixture
@@ -605,7 +595,7 @@ class TestWhatIsAskedOfConvert:
     ) -> None:
         command = ("convert", str(source), "--tensor-type", "ffn_down=q8_0", "--type", "f16", "-o", "x.gguf")
         clean(invoke(*command), 0)
-        types = {t.name: ggml.tensor_type_numbered(t.type).name for t in read_header(tmp_path / "x.gguf").tensors}
+        types = {t.name: tensor_type_name(t.type).lower() for t in read_header(tmp_path / "x.gguf").tensors}
         assert types["blk.0.ffn_down.weight"] == "q8_0"
         assert {kind for name, kind in types.items() if "ffn_down" not in name} == {"f16", "f32"}
 
@@ -849,6 +839,16 @@ def before_last_digit(content: bytes) -> int:
 # --- conversions that were cut short
 
 
+UP_TO_THE_FOURTH_SLAB = """
+import sys, time
+from qwenlocal.cli.app import app
+from qwenlocal.weights import writing
+turn = writing._Run._turn
+writing._Run._turn = lambda run, number, desk: turn(run, number, desk) if number < 3 else time.sleep(60)
+app(sys.argv[1:])
+"""
+
+
 def slabs(folders: Folders) -> int:
     """How many slabs of rows the journal of the one conversion speaks of."""
     for journal in (folders.files / "converted").glob("*/*.journal"):
@@ -874,38 +874,32 @@ def cut_short(invoke: Run) -> Callable[..., None]:
 class TestAConversionThatWasCutShort:
     @on_posix
     def test_by_kill_9_is_listed_and_gone_on_with(
-        self, large: Path, hub: HubServer, environment: dict[str, str], folders: Folders,
-        invoke: Run, carried: list[Written], tmp_path: Path,
+        self, on_hub: str, source: Path, environment: dict[str, str], folders: Folders, invoke: Run,
+        carried: list[Written], tmp_path: Path,
     ) -> None:  # fmt: skip
-        publish(hub, large)
-        name = f"{NAME}:{SLOW}"
+        name = f"{on_hub}:q8_0"
         child = subprocess.Popen(
-            [sys.executable, "-m", "qwenlocal", "pull", name],
+            [sys.executable, "-c", UP_TO_THE_FOURTH_SLAB, "pull", name],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
         while slabs(folders) < 3 and child.poll() is None:
-            time.sleep(0.002)
+            time.sleep(0.01)
         child.kill()
         said = child.communicate(timeout=60)[1]
-        assert "Traceback" not in said
         assert child.returncode == -signal.SIGKILL, said
-        found = listed(invoke)
-        assert {each: entry["state"] for each, entry in found.items()} == {
-            name: "converting", NAME + KEPT: "checkpoint"
-        }  # fmt: skip
-        assert found[name]["size"] > 0
+        assert states(invoke) == {name: "converting", on_hub + KEPT: "checkpoint"}
+        assert listed(invoke)[name]["size"] > 0
         assert re.search(rf"^{re.escape(name)} .*being converted, or cut short", invoke("list").stdout, re.MULTILINE)
         assert "Fetching the checkpoint" not in clean(invoke("pull", name), 0)
-        assert [bool(each.resumed) for each in carried] == [True]
-        assert listed(invoke)[name]["state"] == "here"
+        weights = (source / "model.safetensors").stat().st_size
+        assert [0 < each.resumed < weights for each in carried] == [True]
+        assert states(invoke)[name] == "here"
         path = Path(listed(invoke)[name]["path"])
         assert inside(path.parent) == {path.name}
-        reference = plan_conversion(Checkpoint.open(large), [(tmp_path / "whole.gguf", file_type(SLOW))])
-        carry_out(reference.job, threads=2)
-        assert data_of(path) == data_of(tmp_path / "whole.gguf")
+        assert data_of(path) == data_of(written(source, tmp_path / "whole.gguf", "q8_0"))
 
     @pytest.mark.parametrize("text", [NAME, f"{NAME}:q4_k_m"])
     def test_can_be_removed_by_its_name_with_or_without_the_type(
@@ -1025,19 +1019,24 @@ class TestAConversionThatWasCutShort:
         assert inside(path.parent) == {path.name}
         assert path.read_bytes() == before
 
+    # FAILS while the file is checked: the lock is given back by then, and a FileNotFoundError escapes from pull.
+    @pytest.mark.parametrize("stage", ["written", "checked"])
     def test_is_not_removed_while_it_runs(
-        self, mine: Path, invoke: Run, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+        self, stage: str, mine: Path, invoke: Run, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        publish_, said = writing._Run._publish, list[subprocess.CompletedProcess[str]]()
+        module, name = (writing._Run, "_publish") if stage == "written" else (digests, "digests_of")
+        goes_on, said = getattr(module, name), list[subprocess.CompletedProcess[str]]()
 
-        def meanwhile(run: writing._Run, opened: Any) -> None:
-            command = [sys.executable, "-m", "qwenlocal", "rm", str(mine)]
-            said.append(subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60))
-            publish_(run, opened)
+        def meanwhile(*arguments: Any) -> Any:
+            if not said:
+                command = [sys.executable, "-m", "qwenlocal", "rm", str(mine)]
+                said.append(subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60))
+            return goes_on(*arguments)
 
-        monkeypatch.setattr(writing._Run, "_publish", meanwhile)
+        monkeypatch.setattr(module, name, meanwhile)
         clean(invoke("pull", str(mine)), 0)
         clean(said[0], 1)
+        assert states(invoke) == {str(mine): "here"}
 
 
 def listed_here(run: Run) -> str:

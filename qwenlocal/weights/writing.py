@@ -26,7 +26,7 @@ from qwenlocal import __version__, ggml
 from qwenlocal.errors import BadWeights, CannotWrite, DiskFull, Interrupted, NotFinite, OutputExists, QwenlocalError
 from qwenlocal.ggml import TensorType
 from qwenlocal.paths import writable
-from qwenlocal.positional import announce, read_at, write_at
+from qwenlocal.positional import read_at, write_at
 
 if TYPE_CHECKING:
     import numpy
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 SLAB = 1 << 19  # numbers handled at once: 2 MiB of float32, which stay in a core's cache
 _PROCESS = 100 << 20  # bytes, measured: Python, numpy and Qwen's 151,936 tokens while they are read
 _JOURNAL_VERSION = 1
-_AHEAD = 64 << 20  # bytes that the disk is asked for before a thread wants them
 
 
 class _Bits(NamedTuple):
@@ -312,7 +311,6 @@ class _Run:
         slab, strip = self._slabs[number], self._slabs[number].strip
         data = desk.source(_source_bytes(slab))
         offset = strip.offset + slab.first * strip.type.row_bytes(strip.columns)
-        announce(self._sources[strip.file], offset + _AHEAD, len(data))
         self._fill(self._sources[strip.file], data, offset)
         zeroed = desk.take(slab, allow_nan=self._allow_nan)
         crc = 0

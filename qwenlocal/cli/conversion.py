@@ -32,6 +32,8 @@ def converted(
     again: bool = False,
 ) -> Record:
     """The model as a GGUF file of ours: that of an earlier time if nothing changed (not if `again`), or made now."""
+    import filelock
+
     full = _full_name(name)
     record = program.store.get(full)
     ready = program.store.ready(record) if record and not again else None
@@ -49,11 +51,13 @@ def converted(
     target = place(program.folders, full, source.name, _level(name), made_from, program.store.paths())
     if not target.is_whole:
         _make(program, source, _level(name), target.path, again_as)
-    file = _checked(target.path)
-    made = program.store.add(
-        Record(full, [file], f"converted from {_origin(source)}", asked=sorted(asked), made_from=made_from)
-    )
-    finish(Path(file.path))
+    with filelock.FileLock(f"{target.path}.part.lock"):  # nobody removes it while it is looked at
+        file = _checked(target.path)
+        made = program.store.add(
+            Record(full, [file], f"converted from {_origin(source)}", asked=sorted(asked), made_from=made_from)
+        )
+        finish(target.path)
+    Path(f"{target.path}.part.lock").unlink(missing_ok=True)
     kept = None if isinstance(name, CheckpointName) else program.store.get(str(KeptCheckpoint(_bare(name))))
     if kept and kept.owned:
         size = bytes_for_people(kept.size)

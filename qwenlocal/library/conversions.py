@@ -48,6 +48,8 @@ def place(folders: Folders, name: str, stem: str, level: str, made_from: str, ke
     path, note = folder / f"{readable}-{level}.gguf", folder / _NOTE
     now = {"name": name, "made_from": made_from}
     is_whole = path.exists() and str(path) not in kept and _read(note) == now
+    if not is_whole and str(path) not in kept:
+        path.unlink(missing_ok=True)
     note.write_text(json.dumps(now), encoding="utf-8")
     return Target(path, is_whole)
 
@@ -90,8 +92,10 @@ def drop(folder: Path, kept: Collection[str]) -> None:
 
     try:
         with contextlib.ExitStack() as held:
-            for part in folder.glob("*.part"):
-                held.enter_context(filelock.FileLock(f"{part}.lock", timeout=0))
+            for path in {
+                str(file).removesuffix(".part") for end in ("part", "gguf") for file in folder.glob(f"*.{end}")
+            }:
+                held.enter_context(filelock.FileLock(f"{path}.part.lock", timeout=0))
             for file in folder.iterdir():
                 if str(file) not in kept and file.suffix != ".lock":
                     file.unlink(missing_ok=True)

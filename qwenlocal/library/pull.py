@@ -90,7 +90,8 @@ class Puller:
         ours = {file.path for record in self._store.records() if record.owned for file in record.files}
         brought = [w for w in located.files if w.target.exists() and str(w.target) not in ours]  # by somebody else
         documents = [self._fetch_small(wanted) for wanted in small]
-        self._note(located, documents, sum(wanted.artifact.size for wanted in large.values()), owned=not brought)
+        if self._store.get(checkpoint_record(located.name)) is None:
+            self._note(located, documents, sum(wanted.artifact.size for wanted in large.values()), owned=not brought)
         examine(located.folder)
         weights = [large[file] for file in weight_names(located.folder, large)]
         try:

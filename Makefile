@@ -25,7 +25,7 @@ chat: setup
 	if [ -n "$$PROMPT" ]; then printf '%s' "$$PROMPT" | $(BIN)/qwenlocal run; else $(BIN)/qwenlocal run; fi
 
 test: setup-dev lint types
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n logical --dist loadgroup $(PYTEST_ARGS)
 
 # Compares with transformers and with llama.cpp's own converter, in a Python of its own that has torch.
 test-reference: setup-dev

@@ -13,7 +13,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,11 @@ from test_convert_cli import (
     written,
 )
 from test_writing import inside, on_posix, poke
-from typer.testing import CliRunner
 
 from qwenlocal import ggml
-from qwenlocal.cli.app import app
 from qwenlocal.errors import BadWeights, CannotExpress
 from qwenlocal.library import digests
+from qwenlocal.library.conversions import EDITION
 from qwenlocal.measure.fidelity import Fidelity, measure
 from qwenlocal.measure.texts import known_texts
 from qwenlocal.paths import Folders
@@ -85,23 +84,6 @@ def good(source: Path) -> Path:
 def mine(source: Path, tmp_path: Path) -> Path:
     """A checkpoint to be changed."""
     return Path(shutil.copytree(source, tmp_path / source.name))
-
-
-@pytest.fixture
-def invoke(request: pytest.FixtureRequest, folders: Folders, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
-    """`qwenlocal` in this process; nobody answers it where a test has no hub."""
-    url = request.getfixturevalue("hub").url if "hub" in request.fixturenames else NOWHERE["HF_ENDPOINT"]
-    kept = {"HOME": folders.user, "QWENLOCAL_HOME": folders.home, "HF_HUB_CACHE": folders.hub_cache}
-    for name, value in {**kept, "HF_ENDPOINT": url, "MODELSCOPE_DOMAIN": url, "PIP_INDEX_URL": f"{url}/simple"}.items():
-        monkeypatch.setenv(name, str(value))
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str, environment: Mapping[str, str] = {}) -> subprocess.CompletedProcess[str]:
-        result = CliRunner().invoke(app, arguments, env=dict(environment))
-        assert result.exception is None or isinstance(result.exception, SystemExit), (arguments, result.exception)
-        return subprocess.CompletedProcess(arguments, result.exit_code, result.stdout, result.stderr)
-
-    return run
 
 
 def publish(hub: HubServer, folder: Path, repo: str = REPO) -> None:
@@ -537,16 +519,16 @@ class TestADownloadThatFails:
         assert listed(invoke) == {}
         assert everything_in(Path(environment["HF_HUB_CACHE"])) == {}
 
-    @pytest.mark.xfail(reason="a download that fails while weights are mended leaves a record that is off", strict=True)
+    @pytest.mark.parametrize("part", [1, 2])
     def test_while_it_is_mended_leaves_the_rest_listed_and_removable(
-        self, sharded: Path, hub: HubServer, invoke: Run, environment: dict[str, str]
+        self, part: int, sharded: Path, hub: HubServer, invoke: Run, environment: dict[str, str]
     ) -> None:
         clean(invoke("pull", NAME), 0)
         (folder,) = Path(environment["HF_HUB_CACHE"]).glob("*/snapshots/*")
-        damage((folder / "model-00002-of-00002.safetensors").resolve())
+        damage((folder / f"model-0000{part}-of-00002.safetensors").resolve())
         self.only_headers(hub, "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
         clean(invoke("verify", NAME + KEPT), 4)
-        assert NAME + KEPT in listed(invoke)
+        assert listed(invoke)[NAME + KEPT]["state"] == "partial"
         for name in listed(invoke):
             clean(invoke("rm", name), 0)
         assert everything_in(Path(environment["HF_HUB_CACHE"])) == {}
@@ -886,12 +868,14 @@ class TestAConversionThatWasCutShort:
         )
         while slabs(folders) < 3 and child.poll() is None:
             time.sleep(0.01)
+        assert states(invoke)[name] == "converting"
+        assert re.search(rf"^{re.escape(name)} .*being converted$", invoke("list").stdout, re.MULTILINE)
         child.kill()
         said = child.communicate(timeout=60)[1]
         assert child.returncode == -signal.SIGKILL, said
-        assert states(invoke) == {name: "converting", on_hub + KEPT: "checkpoint"}
+        assert states(invoke) == {name: "cut short", on_hub + KEPT: "checkpoint"}
         assert listed(invoke)[name]["size"] > 0
-        assert re.search(rf"^{re.escape(name)} .*being converted, or cut short", invoke("list").stdout, re.MULTILINE)
+        assert re.search(rf"^{re.escape(name)} .*cut short while it was", invoke("list").stdout, re.MULTILINE)
         assert "Fetching the checkpoint" not in clean(invoke("pull", name), 0)
         weights = (source / "model.safetensors").stat().st_size
         assert [0 < each.resumed < weights for each in carried] == [True]
@@ -916,12 +900,12 @@ class TestAConversionThatWasCutShort:
         cut_short(on_hub)
         cut_short(f"{on_hub}:q8_0")
         clean(invoke("rm", f"{on_hub}:q8_0"), 0)
-        assert listed(invoke)[f"{on_hub}:q4_k_m"]["state"] == "converting"
+        assert listed(invoke)[f"{on_hub}:q4_k_m"]["state"] == "cut short"
         assert f"{on_hub}:q8_0" not in listed(invoke)
 
     def test_of_a_pinned_revision_goes_by_that(self, on_hub: str, invoke: Run, cut_short: Callable[..., None]) -> None:
         cut_short(PINNED)
-        assert listed(invoke)[f"{PINNED}:q4_k_m"]["state"] == "converting"
+        assert listed(invoke)[f"{PINNED}:q4_k_m"]["state"] == "cut short"
         clean(invoke("rm", on_hub), 3)
         clean(invoke("rm", PINNED), 0)
         assert set(listed(invoke)) == {PINNED + KEPT}
@@ -930,7 +914,7 @@ class TestAConversionThatWasCutShort:
         self, mine: Path, invoke: Run, cut_short: Callable[..., None], carried: list[Written]
     ) -> None:
         cut_short(str(mine))
-        assert {name: entry["state"] for name, entry in listed(invoke).items()} == {str(mine): "converting"}
+        assert {name: entry["state"] for name, entry in listed(invoke).items()} == {str(mine): "cut short"}
         clean(invoke("pull", f"./{mine.name}"), 0)
         assert carried[-1].resumed
         assert {name: entry["state"] for name, entry in listed(invoke).items()} == {str(mine): "here"}
@@ -990,7 +974,7 @@ class TestAConversionThatWasCutShort:
         change(mine, "config.json", rope_theta=10000.0)
         cut_short(str(mine))
         states = [entry["state"] for entry in strictly(invoke("list", "--json").stdout)]
-        assert sorted(states) == ["converting", "here"]
+        assert sorted(states) == ["cut short", "here"]
         assert Path(listed_here(invoke)).read_bytes() == before
         clean(invoke("pull", str(mine)), 0)
         assert read_metadata(Path(listed_here(invoke)))["qwen2.rope.freq_base"] == 10000.0
@@ -1164,6 +1148,26 @@ class TestACheckpointOnThisDisk:
         (mine / file).parent.mkdir(exist_ok=True)
         (mine / file).write_text("x")
         assert "Converting it once" not in clean(invoke("pull", str(mine)), 0)
+
+    def test_is_converted_anew_by_a_program_that_does_it_otherwise(
+        self, mine: Path, invoke: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        clean(invoke("pull", str(mine)), 0)
+        monkeypatch.setattr("qwenlocal.library.conversions.EDITION", EDITION + 1)
+        assert "Converting it once" in clean(invoke("pull", str(mine)), 0)
+        assert "Converting it once" not in clean(invoke("pull", str(mine)), 0)
+
+    def test_of_a_hub_is_said_to_be_of_an_earlier_edition_then(
+        self, on_hub: str, invoke: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        clean(invoke("pull", on_hub), 0)
+        assert "earlier version" not in clean(invoke("pull", on_hub), 0)
+        monkeypatch.setattr("qwenlocal.library.conversions.EDITION", EDITION + 1)
+        said = clean(invoke("pull", on_hub), 0)
+        assert "converted by an earlier version of this program" in " ".join(said.split())
+        clean(invoke("rm", on_hub), 0)
+        clean(invoke("pull", on_hub), 0)
+        assert "earlier version" not in clean(invoke("pull", on_hub), 0)
 
 
 def clean_error(result: subprocess.CompletedProcess[str]) -> str:

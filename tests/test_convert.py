@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy
 import pytest
 from oracle import data_of, dry_run_types, llama_quantize
 
+from qwenlocal.library.conversions import EDITION
 from qwenlocal.testing import CONFIG, MOE_CONFIG, checkpoint_shapes, write_checkpoint
 from qwenlocal.weights.checkpoint import Checkpoint
 from qwenlocal.weights.convert import Options, plan_conversion
@@ -40,11 +42,25 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("moe") / "Qwen1.5-MoE-A2.7B", config=MOE_CONFIG, shards=3)
 
 
+# Of what the two checkpoints above become. Where one changes on purpose, raise EDITION and write the new ones here.
+DIGESTS = {1: {"dense": "fff0dfaee3077769", "mixture": "32ab5fa3fe5264fe"}}
+
+
 @pytest.fixture(scope="module")
-def plain(dense: Path, mixture: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Both as BF16 GGUF files, which llama-quantize starts from."""
+def sources(dense: Path, mixture: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """These two, and such of a single layer."""
+    folder = tmp_path_factory.mktemp("short")
+    small = {"num_hidden_layers": 1, "intermediate_size": 288}
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "shared_expert_intermediate_size": 256}
+    short = write_checkpoint(folder / "Qwen1.5-0.5B", config=small)
+    mixed = write_checkpoint(folder / "Qwen1.5-MoE", config={**MOE_CONFIG, **small, **experts})
+    return {"dense": dense, "mixture": mixture, "short": short, "short mixture": mixed}
+
+
+@pytest.fixture(scope="module")
+def plain(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """All as BF16 GGUF files, which llama-quantize starts from."""
     folder = tmp_path_factory.mktemp("plain")
-    sources = {"dense": dense, "mixture": mixture}
     return {name: convert(source, folder / f"{name}.gguf", "bf16") for name, source in sources.items()}
 
 
@@ -71,20 +87,26 @@ class TestBytes:
         ],
     )
     def test_tensors_are_those_that_llama_quantize_makes_of_the_bf16_file(
-        self, kind: str, model: str, dense: Path, mixture: Path, plain: dict[str, Path], tmp_path: Path
+        self, kind: str, model: str, sources: dict[str, Path], plain: dict[str, Path], tmp_path: Path
     ) -> None:
-        ours = convert({"dense": dense, "mixture": mixture}[model], tmp_path / "ours.gguf", kind)
+        ours = convert(sources[model], tmp_path / "ours.gguf", kind)
         llama_quantize(plain[model], tmp_path / "theirs.gguf", file_type(kind))
         assert data_of(ours) == data_of(tmp_path / "theirs.gguf")
 
-    @pytest.mark.parametrize("model", ["dense", "mixture"])
-    @pytest.mark.parametrize("kind", [*NEEDY, "q4_0", "q4_k_m", "iq4_xs"])
+    @pytest.mark.parametrize(
+        ("model", "kind"),
+        [  # the small types take ggml seconds for a million weights, and what they do to eight layers TestTypes tells
+            *(("short", kind) for kind in NEEDY),
+            *(("short mixture", kind) for kind in NEEDY),
+            *((model, kind) for model in ("dense", "mixture") for kind in ("q4_0", "q4_k_m", "iq4_xs")),
+        ],
+    )
     def test_with_an_importance_matrix_too(
-        self, kind: str, model: str, dense: Path, mixture: Path, plain: dict[str, Path], tmp_path: Path
+        self, kind: str, model: str, sources: dict[str, Path], plain: dict[str, Path], tmp_path: Path
     ) -> None:
         weights = importance_of(plain[model])
         options = Options(wishes=Wishes(has_importance=True), importance=Importance(weights, {}))
-        ours = convert({"dense": dense, "mixture": mixture}[model], tmp_path / "ours.gguf", kind, options)
+        ours = convert(sources[model], tmp_path / "ours.gguf", kind, options)
         llama_quantize(plain[model], tmp_path / "theirs.gguf", file_type(kind), imatrix=weights)
         assert data_of(ours) == data_of(tmp_path / "theirs.gguf")
 
@@ -154,6 +176,11 @@ def fuse(name: str, stored: dict[str, bytes]) -> bytes:
     kinds = ("gate_proj", "up_proj") if what == "gate_up_proj" else ("down_proj",)
     numbers = range(MOE_CONFIG["num_experts"])
     return b"".join(stored[f"{at}experts.{number}.{kind}.weight"] for number in numbers for kind in kinds)
+
+
+def test_the_same_checkpoint_becomes_what_this_edition_makes_of_it(plain: dict[str, Path]) -> None:
+    digests = {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in plain.items()}
+    assert {name: digests[name] for name in ("dense", "mixture")} == DIGESTS[EDITION]
 
 
 class TestTypes:

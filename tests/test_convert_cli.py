@@ -83,21 +83,6 @@ def mine(source: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(source, tmp_path / source.name))
 
 
-@pytest.fixture
-def invoke(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
-    """`qwenlocal` in this process, for the many ways to be wrong."""
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        result = CliRunner().invoke(app, arguments)
-        assert result.exception is None or isinstance(result.exception, SystemExit), (arguments, result.exception)
-        return subprocess.CompletedProcess(arguments, result.exit_code, result.stdout, result.stderr)
-
-    return run
-
-
 def fetched(hub: HubServer) -> list[str]:
     """The files of which bytes were asked for."""
     return [path.rpartition("/")[2] for path in hub.requests if "/resolve/" in path]
@@ -107,22 +92,22 @@ def fetched(hub: HubServer) -> list[str]:
 
 
 class TestConvert:
-    def test_writes_a_file_that_runs_and_says_which(self, source: Path, qwenlocal: Run, tmp_path: Path) -> None:
-        result = qwenlocal("convert", str(source))
+    def test_writes_a_file_that_runs_and_says_which(self, source: Path, invoke: Run, tmp_path: Path) -> None:
+        result = invoke("convert", str(source))
         assert "Wrote Tiny-Qwen-0.1B-q4_k_m.gguf: q4_k_m" in clean(result, 0)
         assert result.stdout == ""
         assert inside(tmp_path) == {"Tiny-Qwen-0.1B-q4_k_m.gguf"}
-        clean(qwenlocal("run", "./Tiny-Qwen-0.1B-q4_k_m.gguf", "Hi", "-n", "2", "--temp", "0"), 0)
+        clean(invoke("run", "./Tiny-Qwen-0.1B-q4_k_m.gguf", "Hi", "-n", "2", "--temp", "0"), 0)
 
-    def test_leaves_the_checkpoint_as_it_was(self, mine: Path, qwenlocal: Run) -> None:
+    def test_leaves_the_checkpoint_as_it_was(self, mine: Path, invoke: Run) -> None:
         before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in mine.iterdir()}
-        clean(qwenlocal("convert", str(mine)), 0)
+        clean(invoke("convert", str(mine)), 0)
         assert {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in mine.iterdir()} == before
 
     def test_dry_says_what_it_would_write_and_writes_nothing(
-        self, source: Path, good: Path, qwenlocal: Run, tmp_path: Path
+        self, source: Path, good: Path, invoke: Run, tmp_path: Path
     ) -> None:
-        result = qwenlocal("convert", str(source), "--dry-run", "--type", "q8_0")
+        result = invoke("convert", str(source), "--dry-run", "--type", "q8_0")
         clean(result, 0)
         lines = result.stdout.splitlines()
         assert lines[0].split() == ["TENSOR", "SHAPE", "FROM", "TO", "SIZE", "WHY"]
@@ -133,16 +118,14 @@ class TestConvert:
         assert result.stdout.endswith("nothing was written\n")
         assert inside(tmp_path) == set()
 
-    def test_dry_as_json_announces_just_what_is_written_then(
-        self, source: Path, qwenlocal: Run, tmp_path: Path
-    ) -> None:
+    def test_dry_as_json_announces_just_what_is_written_then(self, source: Path, invoke: Run, tmp_path: Path) -> None:
         command = ("convert", str(source), "--type", "q4_k_m,f16", "-o", "out/", "--json")
-        result = qwenlocal(*command, "--dry-run")
+        result = invoke(*command, "--dry-run")
         assert clean(result, 0) == ""
         plan = strictly(result.stdout)
         assert set(plan) == {"seconds", "memory", "threads", "read", "files", "notes"}
         assert inside(tmp_path) == set()
-        result = qwenlocal(*command)
+        result = invoke(*command)
         clean(result, 0)
         written = strictly(result.stdout)
         assert (written["zeroed"], written["resumed"], written["notes"]) == (0, 0, plan["notes"])
@@ -169,8 +152,8 @@ class TestConvert:
         assert inside(tmp_path / "c") == {"plain.gguf"}
         assert not list(tmp_path.rglob("*.part*"))
 
-    def test_goes_by_the_name_that_is_given(self, source: Path, qwenlocal: Run, tmp_path: Path) -> None:
-        clean(qwenlocal("convert", str(source), "--name", "Other/Model 7B", "--type", "q8_0"), 0)
+    def test_goes_by_the_name_that_is_given(self, source: Path, invoke: Run, tmp_path: Path) -> None:
+        clean(invoke("convert", str(source), "--name", "Other/Model 7B", "--type", "q8_0"), 0)
         assert inside(tmp_path) == {"Other-Model 7B-q8_0.gguf"}
 
     @pytest.mark.skipif(sys.platform == "win32", reason="names are text there")
@@ -187,13 +170,13 @@ class TestConvert:
         clean(invoke("convert", str(source), "--type", types), 0)
         assert len(inside(tmp_path)) == 1
 
-    def test_leaves_files_that_are_there_unless_forced(self, source: Path, qwenlocal: Run, tmp_path: Path) -> None:
+    def test_leaves_files_that_are_there_unless_forced(self, source: Path, invoke: Run, tmp_path: Path) -> None:
         (tmp_path / "x.gguf").write_bytes(b"old")
-        message = clean(qwenlocal("convert", str(source), "-o", "x.gguf"), 2)
+        message = clean(invoke("convert", str(source), "-o", "x.gguf"), 2)
         assert "x.gguf is there already" in message
         assert "--force" in message
         assert (tmp_path / "x.gguf").read_bytes() == b"old"
-        clean(qwenlocal("convert", str(source), "-o", "x.gguf", "--force"), 0)
+        clean(invoke("convert", str(source), "-o", "x.gguf", "--force"), 0)
         assert read_header(tmp_path / "x.gguf").architecture == "qwen2"
         assert inside(tmp_path) == {"x.gguf"}
 
@@ -234,7 +217,7 @@ class TestConvert:
         ],
     )
     def test_says_what_is_wrong_with_its_source(
-        self, text: str, code: int, message: str, invoke: Run, tmp_path: Path, speaking_model: Path
+        self, text: str, code: int, message: str, invoke: Run, hub: HubServer, tmp_path: Path, speaking_model: Path
     ) -> None:
         (tmp_path / "empty").mkdir()
         (tmp_path / "file.safetensors").write_bytes(bytes(8))
@@ -243,10 +226,10 @@ class TestConvert:
         assert message in clean(invoke("convert", text), code)
         assert inside(tmp_path) == before
 
-    def test_takes_one_safetensors_file_of_a_folder(self, mine: Path, qwenlocal: Run, good: Path) -> None:
+    def test_takes_one_safetensors_file_of_a_folder(self, mine: Path, invoke: Run, good: Path) -> None:
         shutil.copy(mine / "model.safetensors", mine / "other.safetensors")
-        assert "no model.safetensors.index.json to say" in clean(qwenlocal("convert", str(mine)), 5)
-        clean(qwenlocal("convert", str(mine / "other.safetensors"), "--type", "f32", "-o", "x.gguf"), 0)
+        assert "no model.safetensors.index.json to say" in clean(invoke("convert", str(mine)), 5)
+        clean(invoke("convert", str(mine / "other.safetensors"), "--type", "f32", "-o", "x.gguf"), 0)
         assert data_of(mine.parent / "x.gguf") == data_of(good)
 
     @pytest.mark.parametrize(
@@ -269,32 +252,30 @@ class TestConvert:
         assert inside(tmp_path) == {mine.name}
 
     def test_of_weights_that_are_not_numbers_names_tensor_and_row_and_the_way_out(
-        self, mine: Path, qwenlocal: Run, tmp_path: Path
+        self, mine: Path, invoke: Run, tmp_path: Path
     ) -> None:
         poke(mine, "model.layers.0.mlp.up_proj.weight", 40, numpy.nan, numpy.inf)
-        message = clean(qwenlocal("convert", str(mine), "-o", "x.gguf"), 5)
+        message = clean(invoke("convert", str(mine), "-o", "x.gguf"), 5)
         assert "“blk.0.ffn_up.weight” has weights that are NaN or infinite, the first in row 40" in message
         assert "--allow-nan" in message
         assert not (tmp_path / "x.gguf").exists()
         assert "2 weights were NaN or infinite; they are zero now" in clean(
-            qwenlocal("convert", str(mine), "-o", "x.gguf", "--allow-nan"), 0
+            invoke("convert", str(mine), "-o", "x.gguf", "--allow-nan"), 0
         )
         assert inside(tmp_path) == {mine.name, "x.gguf"}
 
-    def test_of_weights_that_do_not_fit_says_what_would(self, mine: Path, qwenlocal: Run) -> None:
+    def test_of_weights_that_do_not_fit_says_what_would(self, mine: Path, invoke: Run) -> None:
         poke(mine, "model.layers.0.mlp.up_proj.weight", 0, 1e9)
-        message = clean(qwenlocal("convert", str(mine), "--type", "f16"), 5)
+        message = clean(invoke("convert", str(mine), "--type", "f16"), 5)
         assert "too large for f16" in message
         assert "Take bf16 or f32" in message
 
-    def test_into_a_place_that_cannot_be_written_ends_with_six(
-        self, source: Path, qwenlocal: Run, tmp_path: Path
-    ) -> None:
+    def test_into_a_place_that_cannot_be_written_ends_with_six(self, source: Path, invoke: Run, tmp_path: Path) -> None:
         (tmp_path / "file").touch()
-        assert "cannot be written" in clean(qwenlocal("convert", str(source), "-o", "file/x.gguf"), 6)
+        assert "cannot be written" in clean(invoke("convert", str(source), "-o", "file/x.gguf"), 6)
 
     def test_with_other_types_for_some_tensors_gives_them_those(
-        self, source: Path, qwenlocal: Run, tmp_path: Path
+        self, source: Path, invoke: Run, tmp_path: Path
     ) -> None:
         options = (
             "--type",
@@ -306,40 +287,38 @@ class TestConvert:
             "-o",
             "x.gguf",
         )
-        clean(qwenlocal("convert", str(source), *options), 0)
+        clean(invoke("convert", str(source), *options), 0)
         types = {t.name: ggml.tensor_type_numbered(t.type).name for t in read_header(tmp_path / "x.gguf").tensors}
         chosen = [types[f"blk.0.ffn_{name}.weight"] for name in ("up", "down", "gate")]
         assert chosen == ["f16", "q4_0", "q8_0"], "the first that fits counts"
 
-    def test_purely_gives_all_the_same_type(self, source: Path, qwenlocal: Run, tmp_path: Path) -> None:
+    def test_purely_gives_all_the_same_type(self, source: Path, invoke: Run, tmp_path: Path) -> None:
         config = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
         wide = write_checkpoint(tmp_path / "wide", config=config)
-        clean(qwenlocal("convert", str(wide), "--type", "q4_k_m", "--pure", "-o", "x.gguf"), 0)
+        clean(invoke("convert", str(wide), "--type", "q4_k_m", "--pure", "-o", "x.gguf"), 0)
         kinds = {ggml.tensor_type_numbered(t.type).name for t in read_header(tmp_path / "x.gguf").tensors}
         assert kinds == {"q4_k", "f32"}
 
-    def test_keeps_what_is_not_needed_where_llama_cpps_own_converter_would(
-        self, qwenlocal: Run, tmp_path: Path
-    ) -> None:
+    def test_keeps_what_is_not_needed_where_llama_cpps_own_converter_would(self, invoke: Run, tmp_path: Path) -> None:
         tied = write_checkpoint(tmp_path / "tied", config={**SIZES, "tie_word_embeddings": True}, store_tied_head=True)
-        assert "Left out: lm_head.weight" in clean(qwenlocal("convert", str(tied), "-o", "ours.gguf"), 0)
-        clean(qwenlocal("convert", str(tied), "--like", "llama.cpp", "-o", "theirs.gguf"), 0)
+        assert "Left out: lm_head.weight" in clean(invoke("convert", str(tied), "-o", "ours.gguf"), 0)
+        clean(invoke("convert", str(tied), "--like", "llama.cpp", "-o", "theirs.gguf"), 0)
         heads = ["output.weight" in data_of(tmp_path / f"{name}.gguf") for name in ("ours", "theirs")]
         assert heads == [False, True]
 
-    def test_with_an_unknown_way_to_cut_text_needs_its_name(self, mine: Path, qwenlocal: Run, tmp_path: Path) -> None:
+    def test_with_an_unknown_way_to_cut_text_needs_its_name(self, mine: Path, invoke: Run, tmp_path: Path) -> None:
         document = json.loads((mine / "tokenizer.json").read_text())
         (mine / "tokenizer.json").write_text(json.dumps({**document, "pre_tokenizer": None}))
-        assert "--pre NAME" in clean(qwenlocal("convert", str(mine), "-o", "x.gguf"), 5)
-        clean(qwenlocal("convert", str(mine), "-o", "x.gguf", "--pre", "qwen2"), 0)
+        assert "--pre NAME" in clean(invoke("convert", str(mine), "-o", "x.gguf"), 5)
+        clean(invoke("convert", str(mine), "-o", "x.gguf", "--pre", "qwen2"), 0)
         assert read_header(tmp_path / "x.gguf").metadata["tokenizer.ggml.pre"] == "qwen2"
 
-    def test_of_a_mixture_of_experts_works_likewise(self, qwenlocal: Run, tmp_path: Path) -> None:
+    def test_of_a_mixture_of_experts_works_likewise(self, invoke: Run, tmp_path: Path) -> None:
         config = {**MOE_CONFIG, **SIZES, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64}
         write_checkpoint(tmp_path / "moe", config=config)
-        clean(qwenlocal("convert", "./moe", "--type", "q8_0", "-o", "x.gguf"), 0)
+        clean(invoke("convert", "./moe", "--type", "q8_0", "-o", "x.gguf"), 0)
         assert read_header(tmp_path / "x.gguf").architecture == "qwen2moe"
-        clean(qwenlocal("run", "./x.gguf", "Hi", "-n", "2"), 0)
+        clean(invoke("run", "./x.gguf", "Hi", "-n", "2"), 0)
 
 
 class TestImportance:
@@ -351,19 +330,19 @@ class TestImportance:
             tensors[f"{name}.counts"] = numpy.ones((1, 1))
         return gguf_file(path, {"general.type": gguf.string("imatrix")}, tensors)
 
-    def test_is_needed_for_the_smallest_types(self, qwenlocal: Run, tmp_path: Path) -> None:
+    def test_is_needed_for_the_smallest_types(self, invoke: Run, tmp_path: Path) -> None:
         config = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
         wide = str(write_checkpoint(tmp_path / "wide", config=config))
-        message = clean(qwenlocal("convert", wide, "--type", "iq2_xxs", "-o", "x.gguf"), 5)
+        message = clean(invoke("convert", wide, "--type", "iq2_xxs", "-o", "x.gguf"), 5)
         assert "garbage without an importance matrix" in message
         assert "--imatrix FILE" in message
         self.matrix(tmp_path / "im.gguf", 256)
-        clean(qwenlocal("convert", wide, "--type", "iq2_xxs", "-o", "x.gguf", "--imatrix", "im.gguf"), 0)
+        clean(invoke("convert", wide, "--type", "iq2_xxs", "-o", "x.gguf", "--imatrix", "im.gguf"), 0)
         assert read_header(tmp_path / "x.gguf").metadata["quantize.imatrix.file"] == "im.gguf"
 
-    def test_of_another_model_is_refused(self, source: Path, qwenlocal: Run, tmp_path: Path) -> None:
+    def test_of_another_model_is_refused(self, source: Path, invoke: Run, tmp_path: Path) -> None:
         self.matrix(tmp_path / "im.gguf", 32)
-        message = clean(qwenlocal("convert", str(source), "--imatrix", "im.gguf", "-o", "x.gguf"), 5)
+        message = clean(invoke("convert", str(source), "--imatrix", "im.gguf", "-o", "x.gguf"), 5)
         assert "measured with another model" in message
 
     @pytest.mark.parametrize("content", [None, b"", b"GGUF", b"\x01\0\0\0old"])
@@ -379,71 +358,71 @@ class TestImportance:
 
 class TestQuantize:
     def test_gives_the_tensors_that_converting_gives(
-        self, source: Path, half: Path, qwenlocal: Run, tmp_path: Path
+        self, source: Path, half: Path, invoke: Run, tmp_path: Path
     ) -> None:
-        result = qwenlocal("quantize", str(half), "x.gguf", "q4_k_m")
+        result = invoke("quantize", str(half), "x.gguf", "q4_k_m")
         assert "Wrote x.gguf: q4_k_m" in clean(result, 0)
         assert result.stdout == ""
         assert data_of(tmp_path / "x.gguf") == data_of(written(source, tmp_path / "y.gguf", "q4_k_m"))
 
-    def test_carries_everything_else_over(self, half: Path, qwenlocal: Run, tmp_path: Path) -> None:
+    def test_carries_everything_else_over(self, half: Path, invoke: Run, tmp_path: Path) -> None:
         own = changed_pairs(half, tmp_path / "own.gguf", {"my.own.key": gguf.strings(["a", "b"])})
-        clean(qwenlocal("quantize", str(own), "x.gguf", "q8_0"), 0)
+        clean(invoke("quantize", str(own), "x.gguf", "q8_0"), 0)
         before, after = read_pairs(own), read_pairs(tmp_path / "x.gguf")
         different = {key for key in {*before, *after} if before.get(key) != after.get(key)}
         assert different == {"general.file_type"}
 
-    def test_writes_several_files_into_a_folder(self, half: Path, qwenlocal: Run, tmp_path: Path) -> None:
-        clean(qwenlocal("quantize", str(half), "out/", "q8_0,q4_0"), 0)
+    def test_writes_several_files_into_a_folder(self, half: Path, invoke: Run, tmp_path: Path) -> None:
+        clean(invoke("quantize", str(half), "out/", "q8_0,q4_0"), 0)
         assert inside(tmp_path / "out") == {"half-q8_0.gguf", "half-q4_0.gguf"}
 
     def test_of_weights_that_are_quantized_already_wants_to_be_told(
-        self, half: Path, qwenlocal: Run, tmp_path: Path
+        self, half: Path, invoke: Run, tmp_path: Path
     ) -> None:
-        clean(qwenlocal("quantize", str(half), "q8.gguf", "q8_0"), 0)
-        message = clean(qwenlocal("quantize", "./q8.gguf", "q4.gguf", "q4_0"), 5)
+        clean(invoke("quantize", str(half), "q8.gguf", "q8_0"), 0)
+        message = clean(invoke("quantize", "./q8.gguf", "q4.gguf", "q4_0"), 5)
         assert "it is quantized already (q8_0)" in message
         assert "--requantize" in message
         assert not (tmp_path / "q4.gguf").exists()
-        clean(qwenlocal("quantize", "./q8.gguf", "q4.gguf", "q4_0", "--requantize"), 0)
+        clean(invoke("quantize", "./q8.gguf", "q4.gguf", "q4_0", "--requantize"), 0)
 
-    def test_never_replaces_its_own_source(self, half: Path, qwenlocal: Run, tmp_path: Path) -> None:
+    def test_never_replaces_its_own_source(self, half: Path, invoke: Run, tmp_path: Path) -> None:
         shutil.copy(half, tmp_path / "x.gguf")
-        clean(qwenlocal("quantize", "./x.gguf", "x.gguf", "q8_0"), 2)
+        clean(invoke("quantize", "./x.gguf", "x.gguf", "q8_0"), 2)
         assert (tmp_path / "x.gguf").read_bytes() == half.read_bytes()
-        clean(qwenlocal("quantize", "./x.gguf", "x.gguf", "q8_0", "--force"), 2)
+        clean(invoke("quantize", "./x.gguf", "x.gguf", "q8_0", "--force"), 2)
         assert (tmp_path / "x.gguf").read_bytes() == half.read_bytes()
         assert inside(tmp_path) == {"x.gguf"}
 
-    def test_dry_writes_nothing(self, half: Path, qwenlocal: Run, tmp_path: Path) -> None:
-        result = qwenlocal("quantize", str(half), "x.gguf", "q8_0", "--dry-run", "--json")
+    def test_dry_writes_nothing(self, half: Path, invoke: Run, tmp_path: Path) -> None:
+        result = invoke("quantize", str(half), "x.gguf", "q8_0", "--dry-run", "--json")
         assert clean(result, 0) == ""
         assert len(strictly(result.stdout)["files"][0]["tensors"]) == TENSORS
-        assert "nothing was written" in qwenlocal("quantize", str(half), "x.gguf", "q8_0", "--dry-run").stdout
+        assert "nothing was written" in invoke("quantize", str(half), "x.gguf", "q8_0", "--dry-run").stdout
         assert inside(tmp_path) == set()
 
-    def test_of_weights_that_are_not_numbers_is_refused(self, good: Path, qwenlocal: Run, tmp_path: Path) -> None:
+    def test_of_weights_that_are_not_numbers_is_refused(self, good: Path, invoke: Run, tmp_path: Path) -> None:
         with_numbers(good, tmp_path / "nan.gguf", "blk.0.ffn_up.weight", numpy.nan)
-        message = clean(qwenlocal("quantize", "./nan.gguf", "x.gguf", "q8_0"), 5)
+        message = clean(invoke("quantize", "./nan.gguf", "x.gguf", "q8_0"), 5)
         assert "“blk.0.ffn_up.weight” has weights that are NaN or infinite, the first in row 0" in message
-        clean(qwenlocal("quantize", "./nan.gguf", "x.gguf", "q8_0", "--allow-nan"), 0)
+        clean(invoke("quantize", "./nan.gguf", "x.gguf", "q8_0", "--allow-nan"), 0)
 
-    def test_of_another_architecture_works_purely(self, qwenlocal: Run, tmp_path: Path) -> None:
+    def test_of_another_architecture_works_purely(self, invoke: Run, tmp_path: Path) -> None:
         write_model(tmp_path / "llama.gguf", architecture="llama")
-        message = clean(qwenlocal("quantize", "./llama.gguf", "x.gguf", "q8_0"), 5)
+        message = clean(invoke("quantize", "./llama.gguf", "x.gguf", "q8_0"), 5)
         assert "the architecture “llama”" in message
         assert "--pure" in message
-        clean(qwenlocal("quantize", "./llama.gguf", "x.gguf", "q8_0", "--pure"), 0)
+        clean(invoke("quantize", "./llama.gguf", "x.gguf", "q8_0", "--pure"), 0)
 
-    def test_of_a_split_file_needs_all_its_parts(self, half: Path, qwenlocal: Run, tmp_path: Path) -> None:
+    def test_of_a_split_file_needs_all_its_parts(self, half: Path, invoke: Run, tmp_path: Path) -> None:
         shutil.copy(half, tmp_path / "x-00001-of-00002.gguf")
-        message = clean(qwenlocal("quantize", "./x-00001-of-00002.gguf", "y.gguf", "q8_0"), 5)
+        message = clean(invoke("quantize", "./x-00001-of-00002.gguf", "y.gguf", "q8_0"), 5)
         assert "x-00002-of-00002.gguf is not beside it" in message
 
-    def test_of_a_split_file_makes_one(self, half: Path, qwenlocal: Run, tmp_path: Path) -> None:
+    def test_of_a_split_file_makes_one(self, half: Path, invoke: Run, tmp_path: Path) -> None:
         split(half, tmp_path)
-        clean(qwenlocal("quantize", "./x-00001-of-00002.gguf", "y.gguf", "q8_0"), 0)
-        clean(qwenlocal("quantize", str(half), "z.gguf", "q8_0"), 0)
+        clean(invoke("quantize", "./x-00001-of-00002.gguf", "y.gguf", "q8_0"), 0)
+        clean(invoke("quantize", str(half), "z.gguf", "q8_0"), 0)
         assert data_of(tmp_path / "y.gguf") == data_of(tmp_path / "z.gguf")
         assert not [key for key in read_pairs(tmp_path / "y.gguf") if key.startswith("split.")]
 
@@ -471,11 +450,11 @@ class TestQuantize:
         assert inside(tmp_path) == before
 
     def test_of_a_checkpoint_says_that_there_is_convert_for_that(
-        self, source: Path, qwenlocal: Run, tmp_path: Path
+        self, source: Path, invoke: Run, tmp_path: Path
     ) -> None:
-        message = clean(qwenlocal("quantize", str(source), "x.gguf", "q8_0"), 2)
+        message = clean(invoke("quantize", str(source), "x.gguf", "q8_0"), 2)
         assert "qwenlocal convert" in message
-        assert json.loads(qwenlocal("list", "--json").stdout) == []
+        assert json.loads(invoke("list", "--json").stdout) == []
 
 
 # --- broken files
@@ -550,52 +529,63 @@ def rootless(good: Path, tmp_path: Path) -> Path:
 
 
 class TestASplitFile:
-    def test_is_looked_at_as_the_one_model_that_it_is(self, good: Path, qwenlocal: Run, tmp_path: Path) -> None:
+    def test_is_looked_at_as_the_one_model_that_it_is(self, good: Path, invoke: Run, tmp_path: Path) -> None:
         split(good, tmp_path)
-        result = qwenlocal("inspect", "./x-00001-of-00002.gguf", "--json")
+        result = invoke("inspect", "./x-00001-of-00002.gguf", "--json")
         clean(result, 0)
-        found, whole = strictly(result.stdout), strictly(qwenlocal("inspect", str(good), "--json").stdout)
+        found, whole = strictly(result.stdout), strictly(invoke("inspect", str(good), "--json").stdout)
         for key in ("tensor list", "parameters", "findings"):
             assert found[key] == whole[key], key
         assert found["size"] == sum(path.stat().st_size for path in tmp_path.glob("x-0*.gguf"))
 
-    def test_is_the_same_as_the_whole(self, good: Path, qwenlocal: Run, tmp_path: Path) -> None:
+    def test_is_the_same_as_the_whole(self, good: Path, invoke: Run, tmp_path: Path) -> None:
         split(good, tmp_path)
-        result = qwenlocal("diff", "./x-00001-of-00002.gguf", str(good))
+        result = invoke("diff", "./x-00001-of-00002.gguf", str(good))
         assert clean(result, 0) == ""
         assert "The same" in result.stdout
 
-    def test_is_true_to_its_checkpoint(self, source: Path, good: Path, qwenlocal: Run, tmp_path: Path) -> None:
+    def test_is_true_to_its_checkpoint(self, source: Path, good: Path, invoke: Run, tmp_path: Path) -> None:
         split(good, tmp_path)
-        clean(qwenlocal("verify", "./x-00001-of-00002.gguf", "--against", str(source)), 0)
+        clean(invoke("verify", "./x-00001-of-00002.gguf", "--against", str(source)), 0)
 
-    def test_with_damage_in_its_second_part_is_found_out(self, good: Path, qwenlocal: Run, tmp_path: Path) -> None:
+    def test_with_damage_in_its_second_part_is_found_out(self, good: Path, invoke: Run, tmp_path: Path) -> None:
         with_numbers(good, tmp_path / "nan.gguf", read_header(good).tensors[-1].name, numpy.nan)
         split(tmp_path / "nan.gguf", tmp_path)
-        assert "NaN or infinite" in qwenlocal("inspect", "./x-00001-of-00002.gguf").stdout
+        assert "NaN or infinite" in invoke("inspect", "./x-00001-of-00002.gguf").stdout
 
-    def test_is_not_mended_in_parts(self, rootless: Path, qwenlocal: Run, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("part", [1, 2])
+    def test_is_mended_into_one_whole_file(
+        self, part: int, good: Path, rootless: Path, invoke: Run, tmp_path: Path
+    ) -> None:
         split(rootless, tmp_path)
-        message = clean(qwenlocal("inspect", "./x-00001-of-00002.gguf", "--fix", "-o", "y.gguf"), 2)
-        assert "llama-gguf-split --merge" in message
+        first = f"./x-0000{part}-of-00002.gguf"
+        clean(invoke("inspect", first, "--fix", "-o", "y.gguf"), 0)
+        assert clean(invoke("diff", "./y.gguf", str(good)), 0) == ""
+        assert not [key for key in read_pairs(tmp_path / "y.gguf") if key.startswith("split.")]
+
+    def test_is_not_mended_in_place(self, rootless: Path, invoke: Run, tmp_path: Path) -> None:
+        split(rootless, tmp_path)
+        before = [path.read_bytes() for path in sorted(tmp_path.glob("x-0*.gguf"))]
+        assert "--fix -o FILE" in clean(invoke("inspect", "./x-00001-of-00002.gguf", "--fix"), 2)
+        assert [path.read_bytes() for path in sorted(tmp_path.glob("x-0*.gguf"))] == before
 
 
 class TestInspect:
-    def test_of_a_good_file_shows_what_it_is_and_finds_nothing(self, good: Path, qwenlocal: Run) -> None:
-        result = qwenlocal("inspect", str(good))
+    def test_of_a_good_file_shows_what_it_is_and_finds_nothing(self, good: Path, invoke: Run) -> None:
+        result = invoke("inspect", str(good))
         assert clean(result, 0) == ""
         for words in ("architecture", "qwen2", "rope base", "1,000,000", "pre-tokenizer", "Nothing is wrong with it."):
             assert words in result.stdout
         assert "blk.0" not in result.stdout
 
-    def test_lists_every_tensor_when_asked(self, half: Path, qwenlocal: Run) -> None:
-        result = qwenlocal("inspect", str(half), "--tensors")
+    def test_lists_every_tensor_when_asked(self, half: Path, invoke: Run) -> None:
+        result = invoke("inspect", str(half), "--tensors")
         clean(result, 0)
         for tensor in read_header(half).tensors:
             assert re.search(rf"^{re.escape(tensor.name)} +{tensor.shape[0]}", result.stdout, re.MULTILINE)
 
-    def test_as_json_says_all_of_it(self, half: Path, qwenlocal: Run) -> None:
-        result = qwenlocal("inspect", str(half), "--json")
+    def test_as_json_says_all_of_it(self, half: Path, invoke: Run) -> None:
+        result = invoke("inspect", str(half), "--json")
         assert clean(result, 0) == ""
         found = strictly(result.stdout)
         assert (found["architecture"], found["type"], found["layers"]) == ("qwen2", "bf16", 1)
@@ -604,35 +594,33 @@ class TestInspect:
         assert found["metadata"]["tokenizer.ggml.pre"] == "qwen2"
         assert found["findings"] == []
 
-    def test_finds_what_is_wrong_and_says_what_can_be_put_right(
-        self, good: Path, qwenlocal: Run, tmp_path: Path
-    ) -> None:
+    def test_finds_what_is_wrong_and_says_what_can_be_put_right(self, good: Path, invoke: Run, tmp_path: Path) -> None:
         pairs = {"qwen2.rope.freq_base": None, "tokenizer.ggml.token_type": old_kinds(good),
                  "tokenizer.chat_template": None}  # fmt: skip
         old = str(changed(good, tmp_path / "old.gguf", pairs))
-        result = qwenlocal("inspect", old)
+        result = invoke("inspect", old)
         clean(result, 0)
         wrong, *notes = [line for line in result.stdout.splitlines() if line.startswith(("wrong ", "note "))]
         assert "rope base is missing" in wrong
         assert "(--fix puts it right)" in wrong
         assert any("“[PAD261]”" in note and "(--fix puts it right)" in note for note in notes)
         assert any("no chat template" in note and "--fix" not in note for note in notes)
-        found = strictly(qwenlocal("inspect", old, "--json").stdout)["findings"]
+        found = strictly(invoke("inspect", old, "--json").stdout)["findings"]
         assert [(f["serious"], f["fixable"]) for f in found] == [(True, True), (False, True), (False, False)]
 
-    def test_reads_the_weights_unless_it_shall_be_quick(self, good: Path, qwenlocal: Run, tmp_path: Path) -> None:
+    def test_reads_the_weights_unless_it_shall_be_quick(self, good: Path, invoke: Run, tmp_path: Path) -> None:
         broken = str(with_numbers(good, tmp_path / "x.gguf", "blk.0.ffn_up.weight", numpy.nan, 1.0, numpy.inf))
-        assert "“blk.0.ffn_up.weight” has 2 numbers that are NaN or infinite" in qwenlocal("inspect", broken).stdout
-        assert "Nothing is wrong" in qwenlocal("inspect", broken, "--quick").stdout
+        assert "“blk.0.ffn_up.weight” has 2 numbers that are NaN or infinite" in invoke("inspect", broken).stdout
+        assert "Nothing is wrong" in invoke("inspect", broken, "--quick").stdout
 
-    def test_finds_a_repeated_head_and_a_copy_goes_without_it(self, qwenlocal: Run, tmp_path: Path) -> None:
+    def test_finds_a_repeated_head_and_a_copy_goes_without_it(self, invoke: Run, tmp_path: Path) -> None:
         tied = write_checkpoint(tmp_path / "tied", config={**SIZES, "tie_word_embeddings": True}, store_tied_head=True)
         written(tied, tmp_path / "x.gguf", "f16", like_llama_cpp=True)
-        assert "The head repeats the embeddings byte for byte" in qwenlocal("inspect", "./x.gguf").stdout
-        assert "--fix -o FILE" in clean(qwenlocal("inspect", "./x.gguf", "--fix"), 2)
-        assert "Wrote y.gguf" in clean(qwenlocal("inspect", "./x.gguf", "--fix", "-o", "y.gguf"), 0)
+        assert "The head repeats the embeddings byte for byte" in invoke("inspect", "./x.gguf").stdout
+        assert "--fix -o FILE" in clean(invoke("inspect", "./x.gguf", "--fix"), 2)
+        assert "Wrote y.gguf" in clean(invoke("inspect", "./x.gguf", "--fix", "-o", "y.gguf"), 0)
         assert "output.weight" not in data_of(tmp_path / "y.gguf")
-        assert "Nothing is wrong" in qwenlocal("inspect", "./y.gguf").stdout
+        assert "Nothing is wrong" in invoke("inspect", "./y.gguf").stdout
         assert inside(tmp_path) == {"tied", "x.gguf", "y.gguf"}
 
     @pytest.mark.parametrize(
@@ -744,20 +732,16 @@ class TestFix:
         """A file with a fault that only changes bytes of the header."""
         return changed(good, tmp_path / "old.gguf", {"tokenizer.ggml.token_type": old_kinds(good)})
 
-    def test_in_place_changes_only_what_is_wrong(
-        self, padded: Path, good: Path, qwenlocal: Run, tmp_path: Path
-    ) -> None:
-        result = qwenlocal("inspect", str(padded), "--fix")
+    def test_in_place_changes_only_what_is_wrong(self, padded: Path, good: Path, invoke: Run, tmp_path: Path) -> None:
+        result = invoke("inspect", str(padded), "--fix")
         assert f"Repaired {padded} in place." in clean(result, 0)
         assert (read_pairs(padded), data_of(padded)) == (read_pairs(good), data_of(good))
-        assert "Nothing is wrong" in qwenlocal("inspect", str(padded)).stdout
+        assert "Nothing is wrong" in invoke("inspect", str(padded)).stdout
         assert inside(tmp_path) == {padded.name}
 
-    def test_in_a_copy_leaves_the_file_as_it_is(
-        self, rootless: Path, good: Path, qwenlocal: Run, tmp_path: Path
-    ) -> None:
+    def test_in_a_copy_leaves_the_file_as_it_is(self, rootless: Path, good: Path, invoke: Run, tmp_path: Path) -> None:
         before = rootless.read_bytes()
-        message = clean(qwenlocal("inspect", str(rootless), "--fix", "-o", "new.gguf"), 0)
+        message = clean(invoke("inspect", str(rootless), "--fix", "-o", "new.gguf"), 0)
         assert "Wrote new.gguf" in message
         assert "with 1 of 1 mended" in message
         assert rootless.read_bytes() == before
@@ -765,15 +749,15 @@ class TestFix:
         assert data_of(tmp_path / "new.gguf") == data_of(good)
         assert not list(tmp_path.glob("*.part*"))
 
-    def test_in_place_is_refused_where_the_header_would_grow(self, rootless: Path, qwenlocal: Run) -> None:
+    def test_in_place_is_refused_where_the_header_would_grow(self, rootless: Path, invoke: Run) -> None:
         before = rootless.read_bytes()
-        assert "makes the header longer" in clean(qwenlocal("inspect", str(rootless), "--fix"), 2)
+        assert "makes the header longer" in clean(invoke("inspect", str(rootless), "--fix"), 2)
         assert rootless.read_bytes() == before
 
-    def test_of_a_good_file_does_nothing(self, good: Path, qwenlocal: Run, tmp_path: Path) -> None:
+    def test_of_a_good_file_does_nothing(self, good: Path, invoke: Run, tmp_path: Path) -> None:
         before = good.read_bytes()
         for options in ([], ["-o", "new.gguf"]):
-            assert "nothing that --fix could put right" in clean(qwenlocal("inspect", str(good), "--fix", *options), 0)
+            assert "nothing that --fix could put right" in clean(invoke("inspect", str(good), "--fix", *options), 0)
         assert good.read_bytes() == before
         assert not (tmp_path / "new.gguf").exists()
 
@@ -783,38 +767,38 @@ class TestFix:
             assert "is there already" in clean(invoke("inspect", str(rootless), "--fix", "-o", out), 2)
         assert (tmp_path / "there.gguf").read_bytes() == b"old"
 
-    def test_needs_to_be_said_for_an_output(self, good: Path, qwenlocal: Run) -> None:
-        assert "Add --fix" in clean(qwenlocal("inspect", str(good), "-o", "x.gguf"), 2)
+    def test_needs_to_be_said_for_an_output(self, good: Path, invoke: Run) -> None:
+        assert "Add --fix" in clean(invoke("inspect", str(good), "-o", "x.gguf"), 2)
 
     def test_into_a_place_that_cannot_be_written_ends_with_six(
-        self, rootless: Path, qwenlocal: Run, tmp_path: Path
+        self, rootless: Path, invoke: Run, tmp_path: Path
     ) -> None:
         (tmp_path / "file").touch()
-        assert "cannot be written" in clean(qwenlocal("inspect", str(rootless), "--fix", "-o", "file/x.gguf"), 6)
+        assert "cannot be written" in clean(invoke("inspect", str(rootless), "--fix", "-o", "file/x.gguf"), 6)
 
     def test_leaves_files_that_were_fetched_as_they_were_published(
-        self, rootless: Path, qwenlocal: Run, hub: HubServer
+        self, rootless: Path, invoke: Run, hub: HubServer
     ) -> None:
         hub.repository("o/old-GGUF").files = {"old-f32.gguf": rootless.read_bytes()}
-        clean(qwenlocal("pull", "hf:o/old-GGUF"), 0)
-        message = clean(qwenlocal("inspect", "hf:o/old-GGUF", "--fix"), 2)
+        clean(invoke("pull", "hf:o/old-GGUF"), 0)
+        message = clean(invoke("inspect", "hf:o/old-GGUF", "--fix"), 2)
         assert "it stays as it is" in message
         assert "--fix -o FILE" in message
-        clean(qwenlocal("inspect", "hf:o/old-GGUF", "--fix", "-o", "new.gguf"), 0)
-        assert "is whole" in clean(qwenlocal("verify", "hf:o/old-GGUF"), 0)
+        clean(invoke("inspect", "hf:o/old-GGUF", "--fix", "-o", "new.gguf"), 0)
+        assert "is whole" in clean(invoke("verify", "hf:o/old-GGUF"), 0)
 
-    def test_as_json_prints_nothing_but_json(self, padded: Path, qwenlocal: Run) -> None:
-        result = qwenlocal("inspect", str(padded), "--fix", "--json")
+    def test_as_json_prints_nothing_but_json(self, padded: Path, invoke: Run) -> None:
+        result = invoke("inspect", str(padded), "--fix", "--json")
         assert clean(result, 0) == ""
         assert strictly(result.stdout)["findings"]
 
     def test_that_was_cut_short_is_undone_the_next_time_somebody_looks(
-        self, padded: Path, good: Path, qwenlocal: Run, tmp_path: Path
+        self, padded: Path, good: Path, invoke: Run, tmp_path: Path
     ) -> None:
         content = padded.read_bytes()
         (tmp_path / "old.gguf.old-header").write_bytes(backup_bytes(padded, content[:4096]))
         padded.write_bytes(good.read_bytes()[:100] + bytes(1000) + content[1100:])
-        result = qwenlocal("inspect", str(padded))
+        result = invoke("inspect", str(padded))
         assert "the file is as it was before" in clean(result, 0)
         assert padded.read_bytes() == content
 
@@ -823,24 +807,24 @@ class TestFix:
 
 
 class TestDiff:
-    def test_of_the_same_is_nothing(self, good: Path, qwenlocal: Run, tmp_path: Path) -> None:
+    def test_of_the_same_is_nothing(self, good: Path, invoke: Run, tmp_path: Path) -> None:
         shutil.copy(good, tmp_path / "copy.gguf")
-        result = qwenlocal("diff", str(good), "./copy.gguf")
+        result = invoke("diff", str(good), "./copy.gguf")
         assert clean(result, 0) == ""
         assert result.stdout == "The same: every key, every tensor.\n"
 
     def test_of_types_names_the_error_of_each_tensor(
-        self, source: Path, good: Path, qwenlocal: Run, tmp_path: Path
+        self, source: Path, good: Path, invoke: Run, tmp_path: Path
     ) -> None:
         written(source, tmp_path / "q8.gguf", "q8_0")
-        result = qwenlocal("diff", str(good), "./q8.gguf")
+        result = invoke("diff", str(good), "./q8.gguf")
         clean(result, 1)
         assert "general.file_type\n  < 0\n  > 7\n" in result.stdout
         (error,) = re.findall(r"^blk.0.ffn_up.weight: F32 \| Q8_0, error ([\d.]+)%$", result.stdout, re.MULTILINE)
         assert 0 < float(error) < 2
         assert "ffn_norm" not in result.stdout
 
-    def test_of_keys_shows_both_values_and_where_lists_differ(self, good: Path, qwenlocal: Run, tmp_path: Path) -> None:
+    def test_of_keys_shows_both_values_and_where_lists_differ(self, good: Path, invoke: Run, tmp_path: Path) -> None:
         kinds = gguf.decode(read_pairs(good)["tokenizer.ggml.token_type"])
         pairs = {
             "general.name": None,
@@ -848,38 +832,38 @@ class TestDiff:
             "tokenizer.ggml.token_type": gguf.i32s([*kinds[:270], 4, *kinds[271:]]),
         }
         changed(good, tmp_path / "x.gguf", pairs)
-        result = qwenlocal("diff", str(good), "./x.gguf")
+        result = invoke("diff", str(good), "./x.gguf")
         clean(result, 1)
         assert re.search(r"^general.name\n  < .+\n  > \(not there\)$", result.stdout, re.MULTILINE)
         assert "my.key\n  < (not there)\n  > mine\n" in result.stdout
         assert "tokenizer.ggml.token_type\n  < 288 entries, 5 at 270\n  > 288 entries, 4 at 270\n" in result.stdout
 
-    def test_of_tensors_says_which_file_has_them(self, good: Path, qwenlocal: Run, tmp_path: Path) -> None:
+    def test_of_tensors_says_which_file_has_them(self, good: Path, invoke: Run, tmp_path: Path) -> None:
         tied = write_checkpoint(tmp_path / "tied", config={**SIZES, "tie_word_embeddings": True})
         written(tied, tmp_path / "x.gguf", "f32")
         wide = write_checkpoint(tmp_path / "wide", config={**SIZES, "intermediate_size": 128})
         written(wide, tmp_path / "y.gguf", "f32")
-        result = qwenlocal("diff", str(good), "./x.gguf")
+        result = invoke("diff", str(good), "./x.gguf")
         clean(result, 1)
         assert "output.weight: only in the first file (F32)" in result.stdout
-        assert "output.weight: only in the second file (F32)" in qwenlocal("diff", "./x.gguf", str(good)).stdout
-        assert "blk.0.ffn_up.weight: [64, 64] | [64, 128]" in qwenlocal("diff", str(good), "./y.gguf").stdout
+        assert "output.weight: only in the second file (F32)" in invoke("diff", "./x.gguf", str(good)).stdout
+        assert "blk.0.ffn_up.weight: [64, 64] | [64, 128]" in invoke("diff", str(good), "./y.gguf").stdout
 
-    def test_as_json_says_the_same(self, source: Path, good: Path, qwenlocal: Run, tmp_path: Path) -> None:
+    def test_as_json_says_the_same(self, source: Path, good: Path, invoke: Run, tmp_path: Path) -> None:
         written(source, tmp_path / "q8.gguf", "q8_0")
-        result = qwenlocal("diff", str(good), "./q8.gguf", "--json")
+        result = invoke("diff", str(good), "./q8.gguf", "--json")
         assert clean(result, 1) == ""
         found = strictly(result.stdout)
         assert [key["key"] for key in found["keys"]] == ["general.file_type"]
         assert {tensor["name"]: tensor["right"] for tensor in found["tensors"]}["output.weight"] == "Q8_0"
-        assert strictly(qwenlocal("diff", str(good), str(good), "--json").stdout) == {"keys": [], "tensors": []}
+        assert strictly(invoke("diff", str(good), str(good), "--json").stdout) == {"keys": [], "tensors": []}
 
     def test_of_weights_that_are_not_numbers_is_json_all_the_same(
-        self, good: Path, qwenlocal: Run, tmp_path: Path
+        self, good: Path, invoke: Run, tmp_path: Path
     ) -> None:
         with_numbers(good, tmp_path / "x.gguf", "blk.0.ffn_up.weight", numpy.nan)
-        assert "blk.0.ffn_up.weight" in qwenlocal("diff", str(good), "./x.gguf").stdout
-        result = qwenlocal("diff", str(good), "./x.gguf", "--json")
+        assert "blk.0.ffn_up.weight" in invoke("diff", str(good), "./x.gguf").stdout
+        result = invoke("diff", str(good), "./x.gguf", "--json")
         clean(result, 1)
         assert strictly(result.stdout)["tensors"]
 
@@ -942,42 +926,42 @@ def test_whatever_bytes_of_a_header_are_damaged_no_command_stumbles(
 
 
 class TestAgainst:
-    def test_its_checkpoint_a_file_is_true(self, source: Path, qwenlocal: Run, tmp_path: Path) -> None:
+    def test_its_checkpoint_a_file_is_true(self, source: Path, invoke: Run, tmp_path: Path) -> None:
         written(source, tmp_path / "x.gguf", "q8_0")
-        result = qwenlocal("verify", "./x.gguf", "--against", str(source))
+        result = invoke("verify", "./x.gguf", "--against", str(source))
         assert "x.gguf is true to Tiny-Qwen-0.1B" in clean(result, 0)
         assert re.search(r"^weights +q8_0 ", result.stdout, re.MULTILINE)
         assert re.search(r"^tokens +(\d+) of \1 texts have the right ids$", result.stdout, re.MULTILINE)
         assert "logits   over" in result.stdout
 
-    def test_another_checkpoint_it_is_not(self, source: Path, qwenlocal: Run, tmp_path: Path) -> None:
+    def test_another_checkpoint_it_is_not(self, source: Path, invoke: Run, tmp_path: Path) -> None:
         other = write_checkpoint(tmp_path / "other", config=SIZES, seed=1)
         written(other, tmp_path / "x.gguf", "q8_0")
-        result = qwenlocal("verify", "./x.gguf", "--against", str(source))
+        result = invoke("verify", "./x.gguf", "--against", str(source))
         assert "it is not what" in clean(result, 5)
         assert "wrong " in result.stdout
 
-    def test_a_checkpoint_of_another_size_it_is_not(self, source: Path, qwenlocal: Run, tmp_path: Path) -> None:
+    def test_a_checkpoint_of_another_size_it_is_not(self, source: Path, invoke: Run, tmp_path: Path) -> None:
         other = write_checkpoint(tmp_path / "other", config={**SIZES, "intermediate_size": 128})
         written(other, tmp_path / "x.gguf", "q8_0")
-        result = qwenlocal("verify", "./x.gguf", "--against", str(source))
+        result = invoke("verify", "./x.gguf", "--against", str(source))
         assert "things differ" in clean(result, 5)
         assert "it was made from another model" in result.stdout
         assert "“qwen2.feed_forward_length” is 128; the checkpoint says 64" in result.stdout
 
-    def test_one_changed_weight_is_enough(self, source: Path, good: Path, qwenlocal: Run, tmp_path: Path) -> None:
+    def test_one_changed_weight_is_enough(self, source: Path, good: Path, invoke: Run, tmp_path: Path) -> None:
         with_numbers(good, tmp_path / "x.gguf", "blk.0.ffn_up.weight", 5.0)
-        result = qwenlocal("verify", "./x.gguf", "--against", str(source))
+        result = invoke("verify", "./x.gguf", "--against", str(source))
         clean(result, 5)
         assert "“blk.0.ffn_up.weight” (f32) is off by" in result.stdout
 
-    def test_as_json_says_the_same(self, source: Path, good: Path, qwenlocal: Run, tmp_path: Path) -> None:
-        result = qwenlocal("verify", str(good), "--against", str(source), "--json")
+    def test_as_json_says_the_same(self, source: Path, good: Path, invoke: Run, tmp_path: Path) -> None:
+        result = invoke("verify", str(good), "--against", str(source), "--json")
         assert clean(result, 0) == ""
         found = strictly(result.stdout)
         assert (len(found["tensors"]), found["problems"], found["wrong texts"]) == (TENSORS, [], [])
         with_numbers(good, tmp_path / "x.gguf", "blk.0.ffn_up.weight", numpy.nan)
-        result = qwenlocal("verify", "./x.gguf", "--against", str(source), "--json")
+        result = invoke("verify", "./x.gguf", "--against", str(source), "--json")
         clean(result, 5)
         assert strictly(result.stdout)["problems"]
 
@@ -1010,66 +994,66 @@ class TestAgainst:
 
 
 class TestACheckpointOnThisDisk:
-    def test_is_converted_once_and_run(self, mine: Path, qwenlocal: Run) -> None:
-        first = qwenlocal("run", str(mine), "Hi", "-n", "3", "--temp", "0")
+    def test_is_converted_once_and_run(self, mine: Path, invoke: Run) -> None:
+        first = invoke("run", str(mine), "Hi", "-n", "3", "--temp", "0")
         assert "is a checkpoint (" in clean(first, 0)
         assert "Converting it once to q4_k_m" in first.stderr
-        again = qwenlocal("run", str(mine), "Hi", "-n", "3", "--temp", "0")
+        again = invoke("run", str(mine), "Hi", "-n", "3", "--temp", "0")
         assert "Converting" not in clean(again, 0)
         assert again.stdout == first.stdout
 
-    def test_is_converted_again_when_it_was_changed(self, mine: Path, qwenlocal: Run) -> None:
-        clean(qwenlocal("pull", str(mine)), 0)
-        assert "Converting" not in clean(qwenlocal("pull", str(mine)), 0)
+    def test_is_converted_again_when_it_was_changed(self, mine: Path, invoke: Run) -> None:
+        clean(invoke("pull", str(mine)), 0)
+        assert "Converting" not in clean(invoke("pull", str(mine)), 0)
         os.utime(mine / "config.json", ns=(10**18, 10**18))
-        assert "Converting" in clean(qwenlocal("pull", str(mine)), 0)
-        assert len(json.loads(qwenlocal("list", "--json").stdout)) == 1
+        assert "Converting" in clean(invoke("pull", str(mine)), 0)
+        assert len(json.loads(invoke("list", "--json").stdout)) == 1
 
-    def test_is_listed_shown_verified_and_removed_and_itself_stays(self, mine: Path, qwenlocal: Run) -> None:
+    def test_is_listed_shown_verified_and_removed_and_itself_stays(self, mine: Path, invoke: Run) -> None:
         before = {path.name: path.read_bytes() for path in mine.iterdir()}
-        clean(qwenlocal("pull", str(mine)), 0)
-        (listed,) = strictly(qwenlocal("list", "--json").stdout)
+        clean(invoke("pull", str(mine)), 0)
+        (listed,) = strictly(invoke("list", "--json").stdout)
         assert (listed["name"], listed["state"]) == (str(mine), "here")
         path = Path(listed["path"])
         assert path.name == f"{mine.name}-q4_k_m.gguf"
         assert inside(path.parent) == {path.name}
-        assert "here, converted" in qwenlocal("list").stdout
-        assert json.loads(qwenlocal("show", str(mine), "--json").stdout)["type"] == "q4_k_m"
-        assert "is whole: sha256" in clean(qwenlocal("verify", str(mine)), 0)
-        clean(qwenlocal("inspect", str(mine)), 0)
-        assert "the checkpoint is yours" in clean(qwenlocal("rm", str(mine)), 0)
+        assert "here, converted" in invoke("list").stdout
+        assert json.loads(invoke("show", str(mine), "--json").stdout)["type"] == "q4_k_m"
+        assert "is whole: sha256" in clean(invoke("verify", str(mine)), 0)
+        clean(invoke("inspect", str(mine)), 0)
+        assert "the checkpoint is yours" in clean(invoke("rm", str(mine)), 0)
         assert not path.exists()
-        assert strictly(qwenlocal("list", "--json").stdout) == []
+        assert strictly(invoke("list", "--json").stdout) == []
         assert {path.name: path.read_bytes() for path in mine.iterdir()} == before
 
-    def test_that_is_gone_can_still_be_removed(self, mine: Path, qwenlocal: Run) -> None:
-        clean(qwenlocal("pull", str(mine)), 0)
-        (listed,) = strictly(qwenlocal("list", "--json").stdout)
+    def test_that_is_gone_can_still_be_removed(self, mine: Path, invoke: Run) -> None:
+        clean(invoke("pull", str(mine)), 0)
+        (listed,) = strictly(invoke("list", "--json").stdout)
         shutil.rmtree(mine)
-        clean(qwenlocal("rm", listed["name"]), 0)
+        clean(invoke("rm", listed["name"]), 0)
         assert not Path(listed["path"]).exists()
-        assert strictly(qwenlocal("list", "--json").stdout) == []
+        assert strictly(invoke("list", "--json").stdout) == []
 
-    def test_damaged_conversions_are_made_anew(self, mine: Path, qwenlocal: Run) -> None:
-        clean(qwenlocal("pull", str(mine)), 0)
-        (listed,) = strictly(qwenlocal("list", "--json").stdout)
+    def test_damaged_conversions_are_made_anew(self, mine: Path, invoke: Run) -> None:
+        clean(invoke("pull", str(mine)), 0)
+        (listed,) = strictly(invoke("list", "--json").stdout)
         path = Path(listed["path"])
         content = path.read_bytes()
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-        assert "the file is damaged" in clean(qwenlocal("verify", str(mine), "--no-repair"), 5)
-        clean(qwenlocal("verify", str(mine)), 0)
+        assert "the file is damaged" in clean(invoke("verify", str(mine), "--no-repair"), 5)
+        clean(invoke("verify", str(mine)), 0)
         assert path.read_bytes() == content
 
-    def test_can_be_one_file_of_a_folder(self, mine: Path, qwenlocal: Run) -> None:
+    def test_can_be_one_file_of_a_folder(self, mine: Path, invoke: Run) -> None:
         shutil.copy(mine / "model.safetensors", mine / "other.safetensors")
-        clean(qwenlocal("pull", str(mine)), 5)
-        clean(qwenlocal("pull", str(mine / "other.safetensors")), 0)
+        clean(invoke("pull", str(mine)), 5)
+        clean(invoke("pull", str(mine / "other.safetensors")), 0)
 
-    def test_named_by_different_ways_to_it_is_one(self, mine: Path, qwenlocal: Run, tmp_path: Path) -> None:
+    def test_named_by_different_ways_to_it_is_one(self, mine: Path, invoke: Run, tmp_path: Path) -> None:
         (tmp_path / "link").symlink_to(mine)
         for text in (str(mine), f"./{mine.name}", f"./{mine.name}/", "./link"):
-            clean(qwenlocal("pull", text), 0)
-        assert len(json.loads(qwenlocal("list", "--json").stdout)) == 1
+            clean(invoke("pull", text), 0)
+        assert len(json.loads(invoke("list", "--json").stdout)) == 1
 
     @pytest.mark.parametrize(
         ("file", "content"), [("model.safetensors", b""), ("config.json", b"{"), ("tokenizer.json", b"{}")]
@@ -1096,9 +1080,9 @@ def on_hub(hub: HubServer, source: Path) -> str:
 
 class TestACheckpointOnAHub:
     def test_is_fetched_and_converted(
-        self, on_hub: str, hub: HubServer, qwenlocal: Run, tmp_path: Path, source: Path
+        self, on_hub: str, hub: HubServer, invoke: Run, tmp_path: Path, source: Path
     ) -> None:
-        message = clean(qwenlocal("convert", on_hub, "--type", "q8_0"), 0)
+        message = clean(invoke("convert", on_hub, "--type", "q8_0"), 0)
         assert "Fetching the checkpoint" in message
         path = tmp_path / "Tiny-Qwen-0.1B-q8_0.gguf"
         assert data_of(path) == data_of(written(source, tmp_path / "y.gguf", "q8_0"))
@@ -1106,52 +1090,52 @@ class TestACheckpointOnAHub:
         assert metadata["general.source.repo_url"] == f"https://huggingface.co/{REPO}"
         assert metadata["general.license"] == "mit"
 
-    def test_is_fetched_once_for_several_conversions(self, on_hub: str, hub: HubServer, qwenlocal: Run) -> None:
-        clean(qwenlocal("convert", on_hub, "--type", "q8_0"), 0)
+    def test_is_fetched_once_for_several_conversions(self, on_hub: str, hub: HubServer, invoke: Run) -> None:
+        clean(invoke("convert", on_hub, "--type", "q8_0"), 0)
         before = len(fetched(hub))
-        clean(qwenlocal("convert", on_hub, "--type", "f16"), 0)
-        clean(qwenlocal("run", on_hub, "Hi", "-n", "2"), 0)
+        clean(invoke("convert", on_hub, "--type", "f16"), 0)
+        clean(invoke("run", on_hub, "Hi", "-n", "2"), 0)
         assert fetched(hub)[before:] == []
 
     def test_is_pulled_listed_and_removed(
-        self, on_hub: str, hub: HubServer, qwenlocal: Run, environment: dict[str, str]
+        self, on_hub: str, hub: HubServer, invoke: Run, environment: dict[str, str]
     ) -> None:
-        message = clean(qwenlocal("pull", on_hub), 0)
+        message = clean(invoke("pull", on_hub), 0)
         assert "Converting it once to q4_k_m" in message
-        found = {entry["name"]: entry for entry in json.loads(qwenlocal("list", "--json").stdout)}
+        found = {entry["name"]: entry for entry in json.loads(invoke("list", "--json").stdout)}
         assert {name: entry["state"] for name, entry in found.items()} == {
             f"{on_hub}:q4_k_m": "here", f"{on_hub}@checkpoint": "checkpoint"
         }  # fmt: skip
-        assert "a checkpoint, to be converted" in qwenlocal("list").stdout
+        assert "a checkpoint, to be converted" in invoke("list").stdout
         for name in (on_hub, f"{on_hub}@checkpoint"):
-            assert "are free again" in clean(qwenlocal("rm", name), 0)
-        assert json.loads(qwenlocal("list", "--json").stdout) == []
+            assert "are free again" in clean(invoke("rm", name), 0)
+        assert json.loads(invoke("list", "--json").stdout) == []
         for folder in ("QWENLOCAL_HOME", "HF_HUB_CACHE"):
             left = [path for path in Path(environment[folder]).rglob("*") if path.is_file() or path.is_symlink()]
             assert [path for path in left if path.parent.name != "locks"] == []
 
-    def test_is_not_converted_twice(self, on_hub: str, hub: HubServer, qwenlocal: Run) -> None:
-        first = qwenlocal("run", on_hub, "Hi", "-n", "3", "--temp", "0")
+    def test_is_not_converted_twice(self, on_hub: str, hub: HubServer, invoke: Run) -> None:
+        first = invoke("run", on_hub, "Hi", "-n", "3", "--temp", "0")
         clean(first, 0)
         before = len(hub.requests)
-        again = qwenlocal("run", on_hub, "Hi", "-n", "3", "--temp", "0")
+        again = invoke("run", on_hub, "Hi", "-n", "3", "--temp", "0")
         assert "Converting" not in clean(again, 0)
         assert "Fetching" not in again.stderr
         assert again.stdout == first.stdout
         assert len(hub.requests) == before, "nobody was asked"
 
-    def test_can_be_asked_for_in_another_type(self, on_hub: str, qwenlocal: Run) -> None:
-        clean(qwenlocal("pull", on_hub), 0)
-        message = clean(qwenlocal("pull", f"{on_hub}:q8_0"), 0)
+    def test_can_be_asked_for_in_another_type(self, on_hub: str, invoke: Run) -> None:
+        clean(invoke("pull", on_hub), 0)
+        message = clean(invoke("pull", f"{on_hub}:q8_0"), 0)
         assert "Converting it once to q8_0" in message
         assert "Fetching the checkpoint" not in message
-        names = {entry["name"] for entry in json.loads(qwenlocal("list", "--json").stdout)}
+        names = {entry["name"] for entry in json.loads(invoke("list", "--json").stdout)}
         assert {f"{on_hub}:q4_k_m", f"{on_hub}:q8_0"} <= names
 
-    def test_in_shards_is_one_model(self, hub: HubServer, qwenlocal: Run, tmp_path: Path) -> None:
+    def test_in_shards_is_one_model(self, hub: HubServer, invoke: Run, tmp_path: Path) -> None:
         folder = write_checkpoint(tmp_path / "shards", config=SIZES, shards=3)
         hub.repository(REPO).files = {path.name: path.read_bytes() for path in folder.iterdir()}
-        clean(qwenlocal("convert", f"hf:{REPO}", "--type", "f32", "-o", "x.gguf"), 0)
+        clean(invoke("convert", f"hf:{REPO}", "--type", "f32", "-o", "x.gguf"), 0)
         assert data_of(tmp_path / "x.gguf") == data_of(written(folder, tmp_path / "y.gguf", "f32"))
 
     def test_that_is_packed_is_refused_before_its_weights_are_fetched(
@@ -1195,23 +1179,23 @@ class TestACheckpointOnAHub:
         assert "has no config.json" in clean(invoke("convert", on_hub), 3)
         assert fetched(hub) == []
 
-    def test_that_cannot_be_reached_ends_with_four(self, qwenlocal: Run) -> None:
+    def test_that_cannot_be_reached_ends_with_four(self, invoke: Run) -> None:
         nowhere = {"HF_ENDPOINT": "http://127.0.0.1:1"}
-        assert "could be reached" in clean(qwenlocal("convert", f"hf:{REPO}", environment=nowhere), 4)
+        assert "could be reached" in clean(invoke("convert", f"hf:{REPO}", environment=nowhere), 4)
 
     def test_with_weights_that_are_not_numbers_is_refused_and_not_listed_as_a_model(
-        self, on_hub: str, hub: HubServer, mine: Path, qwenlocal: Run
+        self, on_hub: str, hub: HubServer, mine: Path, invoke: Run
     ) -> None:
         poke(mine, "model.norm.weight", 0, numpy.nan)
         hub.repository(REPO).files["model.safetensors"] = (mine / "model.safetensors").read_bytes()
-        assert "NaN or infinite" in clean(qwenlocal("pull", on_hub), 5)
-        assert [entry["state"] for entry in json.loads(qwenlocal("list", "--json").stdout)] == ["checkpoint"]
+        assert "NaN or infinite" in clean(invoke("pull", on_hub), 5)
+        assert [entry["state"] for entry in json.loads(invoke("list", "--json").stdout)] == ["checkpoint"]
 
     def test_beside_gguf_files_is_left_alone(
-        self, on_hub: str, hub: HubServer, qwenlocal: Run, speaking_model: Path
+        self, on_hub: str, hub: HubServer, invoke: Run, speaking_model: Path
     ) -> None:
         hub.repository(REPO).files["tiny-q4_k_m.gguf"] = speaking_model.read_bytes()
-        result = qwenlocal("run", on_hub, "Hi")
+        result = invoke("run", on_hub, "Hi")
         assert "Converting" not in clean(result, 0)
         assert result.stdout == SAYS + "\n"
         assert "model.safetensors" not in fetched(hub)

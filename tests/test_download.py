@@ -304,7 +304,7 @@ def test_the_rate_can_be_limited(hub: HubServer, tmp_path: Path) -> None:
 
 
 def test_progress_grows_to_the_whole(fetched: Fetch, hub: HubServer) -> None:
-    hub.always = [pace(2e6)]
+    hub.always = [pace(4e5)]
     seen: list[Progress] = []
     fetched(report=seen.append)
     assert [p.done for p in seen] == sorted(p.done for p in seen)

@@ -143,7 +143,7 @@ def test_converted_back_from_a_checkpoint_it_gives_the_same_answers(loaded: Load
 
 
 def answer_of(model: Loaded, question: str) -> str:
-    events = model.conversation(Manner(GREEDY, limit=32)).ask(question)
+    events = model.conversation(Manner(GREEDY, limit=16)).ask(question)
     return "".join(event.text for event in events if isinstance(event, Text))
 
 

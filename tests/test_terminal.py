@@ -177,7 +177,7 @@ def test_what_is_typed_during_an_answer_is_the_next_message(
     terminal: Open, endless_model: Path, tmp_path: Path
 ) -> None:
     """And it does not show in the middle of the answer."""
-    chat = terminal("run", str(endless_model), "-n", "1200")
+    chat = terminal("run", str(endless_model), "-n", "600")
     chat.wait_for_prompt()
     chat.type("Go\r")
     chat.wait_for("abcdefgh abcdefgh")

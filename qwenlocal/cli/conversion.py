@@ -12,7 +12,7 @@ from qwenlocal.cli.checkpoints import Remote, Source, is_there, local_source, on
 from qwenlocal.cli.convert import Advice, cost_in_words, write
 from qwenlocal.cli.values import Stage, bytes_for_people
 from qwenlocal.errors import BadCheckpoint, BadWeights
-from qwenlocal.library.conversions import drop, finish, place
+from qwenlocal.library.conversions import drop, finish, made_by_this_edition, place
 from qwenlocal.library.names import CatalogueName, CheckpointName, HubName, KeptCheckpoint
 from qwenlocal.library.store import Record, StoredFile
 
@@ -43,7 +43,7 @@ def converted(
         program.say(f"{name} is gone; what was made of it is still here.")
         return ready
     source = local_source(name.path) if isinstance(name, CheckpointName) else _fetched(program, name, limit_rate)
-    made_from = fingerprint(source.path)
+    made_from = made_by_this_edition(fingerprint(source.path))
     if ready and ready.made_from == made_from:
         return ready
     asked = {str(name), *(record.asked if record else ())} - {full}

@@ -209,17 +209,17 @@ def _fix(program: Program, record: Record, checkup: Checkup, out: str | None) ->
     if not findings:
         program.say("There is nothing that --fix could put right.")
         return
-    if len(checkup.parts.paths) > 1:
-        raise UsageProblem(
-            f"It is split in {len(checkup.parts.paths)} files. What matters is put right whenever it is loaded.",
-            hint=f"Make one file of it first: llama-gguf-split --merge {checkup.parts.paths[0]} OUT.gguf",
-        )
     layout = repaired_layout(checkup, findings)
     if out is None:
         if record.owned or record.files[0].sha256:
             raise UsageProblem(
                 f"{record.path} is the file that was published, or another program's; it stays as it is.",
                 hint="Write a repaired copy: --fix -o FILE. What matters is put right whenever it is loaded.",
+            )
+        if len(checkup.parts.paths) > 1:
+            raise UsageProblem(
+                f"It is split in {len(checkup.parts.paths)} files. What matters is put right whenever it is loaded.",
+                hint="Write a repaired copy, in one file: --fix -o FILE",
             )
         if not fits_in_place(checkup, layout):
             raise UsageProblem(

@@ -11,7 +11,7 @@ from qwenlocal.cli.inspect import header_facts, memory_words, template_words
 from qwenlocal.cli.values import bytes_for_people, print_json, print_table
 from qwenlocal.cli.wiring import Program
 from qwenlocal.errors import BadWeights, Interrupted, ModelNotFound, UsageProblem
-from qwenlocal.library.conversions import drop, unfinished
+from qwenlocal.library.conversions import Unfinished, drop, unfinished
 from qwenlocal.library.store import Damage, Incomplete, Record
 
 if TYPE_CHECKING:
@@ -57,18 +57,26 @@ def list_models(*, everything: bool, as_json: bool) -> None:
         print_json(
             [_record_json(record) for record in records]
             + [{"name": c.name, "state": "partial", "size": c.size, "done": c.done} for c in coming]
-            + [{"name": c.name, "state": "converting", "size": c.size} for c in begun]
+            + [{"name": c.name, "state": _conversion_state(c), "size": c.size} for c in begun]
             + [_card_json(card) for card in cards]
         )
         return
     rows = [(r.name, bytes_for_people(r.size), _record_state(r)) for r in records]
     rows += [(c.name, bytes_for_people(c.size), f"{c.done / max(1, c.size):.0%} fetched") for c in coming]
-    rows += [(c.name, bytes_for_people(c.size), "being converted, or cut short while it was") for c in begun]
+    rows += [(c.name, bytes_for_people(c.size), _conversion_words(c)) for c in begun]
     rows += [(_usual_name(card), _card_size(card), _card_state(card)) for card in cards]
     if not rows:
         program.say("No model is here yet. Start with: qwenlocal run (qwenlocal list --all shows what there is)")
         return
     print_table(("NAME", "SIZE", ""), rows)
+
+
+def _conversion_state(conversion: Unfinished) -> str:
+    return "converting" if conversion.is_running else "cut short"
+
+
+def _conversion_words(conversion: Unfinished) -> str:
+    return "being converted" if conversion.is_running else "cut short while it was converted; pull goes on"
 
 
 def _usual_name(card: Card) -> str:
@@ -339,7 +347,8 @@ def _mended(program: Program, name: Name, record: Record, damage: Sequence[Damag
                 hint=f"Another program brought it, so it is left alone. Remove it there, then: qwenlocal pull {name}",
             )
         for bad in damage:
-            Path(bad.file.path).unlink(missing_ok=True)
+            for path in filter(None, (bad.file.link, bad.file.path)):
+                Path(path).unlink(missing_ok=True)
         puller.pull_checkpoint(puller.outline(name.of))
     return _kept(program, name)
 

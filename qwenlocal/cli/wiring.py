@@ -100,9 +100,20 @@ class Program:
                 here = ", ".join(record.name for record in self.store.records())
                 unreachable.hint += f" On this disk already: {here}." if here else ""
                 raise
+        elif record.made_from:
+            self._note_edition(name, record)
         if record.name != str(name) and not isinstance(name, CheckpointName):
             self.say(f"{name} is {record.name}.")
         return record
+
+    def _note_edition(self, name: Name, record: Record) -> None:
+        from qwenlocal.library.conversions import is_of_this_edition
+
+        if not is_of_this_edition(record.made_from):
+            self.say(
+                f"{record.name} was converted by an earlier version of this program, which wrote it otherwise. "
+                f"To convert it anew: qwenlocal rm {name}, then: qwenlocal pull {name}"
+            )
 
     def have_default(self, *, limit_rate: int = 0) -> tuple[Name, Record]:
         """

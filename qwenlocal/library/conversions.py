@@ -14,16 +14,34 @@ from typing import NamedTuple
 from qwenlocal.errors import QwenlocalError
 from qwenlocal.paths import Folders, writable
 
+# What the same checkpoint becomes. To be raised when that changes (tests/test_convert.py notices): what was converted
+# before is then converted anew from a folder, and said to be of an earlier edition where it came from a hub.
+EDITION = 1
 _NOTE = "conversion.json"  # beside a file that grows: what it will be called, and what it is made from
+
+
+def made_by_this_edition(made_from: str) -> str:
+    """`made_by_this_edition("5eb63bbbe01eeed0")` is "1:5eb63bbbe01eeed0", what a record says of its source."""
+    return f"{EDITION}:{made_from}"
+
+
+def is_of_this_edition(made_from: str) -> bool:
+    """Whether what a record says of its source was written by a program that converts as this one does."""
+    return made_from.startswith(f"{EDITION}:")
 
 
 @dataclass(frozen=True)
 class Unfinished:
-    """A conversion that was not recorded in the end: the model's name, its folder, the bytes that it takes there."""
+    """
+    A conversion that is not recorded yet: the model's name, its folder, the bytes that it takes there.
+
+    Somebody is at it (`is_running`), or it was cut short.
+    """
 
     name: str
     folder: Path
     size: int
+    is_running: bool
 
 
 class Target(NamedTuple):
@@ -68,7 +86,7 @@ def finish(target: Path) -> None:
 
 
 def unfinished(folders: Folders) -> Iterator[Unfinished]:
-    """Conversions that began and did not end, by name."""
+    """Conversions that began and did not end yet, by name."""
     for note in sorted((folders.files / "converted").glob(f"*/{_NOTE}")):
         said = _read(note)
         try:
@@ -77,7 +95,21 @@ def unfinished(folders: Folders) -> Iterator[Unfinished]:
             continue
         if not states or not said:
             continue
-        yield Unfinished(said["name"], note.parent, sum(getattr(state, "st_blocks", 0) * 512 for state in states))
+        size = sum(getattr(state, "st_blocks", 0) * 512 for state in states)
+        yield Unfinished(said["name"], note.parent, size, any(map(_is_held, note.parent.glob("*.part.lock"))))
+
+
+def _is_held(lock: Path) -> bool:
+    """Whether a process that writes has this lock; `writing.carry_out` has patience with whoever only looks."""
+    import filelock
+
+    try:
+        with filelock.FileLock(lock, timeout=0):
+            return False
+    except filelock.Timeout:
+        return True
+    except OSError:  # a home that may not be written has nobody writing
+        return False
 
 
 def drop(folder: Path, kept: Collection[str]) -> None:

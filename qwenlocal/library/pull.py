@@ -108,16 +108,24 @@ class Puller:
         ------
         What `download.fetch` raises.
         """
-        located, files = outline.located, list(outline.documents)
+        located = outline.located
         self._say(f"Fetching the checkpoint {located.name} ({_sum(outline.weights)}, {len(outline.weights)} file(s)).")
         if located.licence:
             self._say(f"Licence: {located.licence}")
         self._check_room(outline.weights, beside)
-        for done, wanted in enumerate(outline.weights, 1):
-            files.append(self._have_weights(wanted))
-            left = sum(other.artifact.size for other in outline.weights[done:])
-            self._note(located, files, left, owned=outline.is_ours)
+        have = [self._weights_here(wanted) for wanted in outline.weights]
+        self._note_weights(outline, have)
+        for number, wanted in enumerate(outline.weights):
+            if have[number] is None:
+                have[number] = self._shelve(wanted, self._fetch(wanted))
+                self._note_weights(outline, have)
         return Checkpointed(located.folder, located.repo, located.is_from_the_hub)
+
+    def _note_weights(self, outline: Outline, have: Sequence[StoredFile | None]) -> None:
+        """Record which of the weights are here; None stands for those that are not."""
+        missing = sum(w.artifact.size for w, file in zip(outline.weights, have, strict=True) if file is None)
+        files = [*outline.documents, *(file for file in have if file)]
+        self._note(outline.located, files, missing, owned=outline.is_ours)
 
     def _note(self, located: LocatedCheckpoint, files: Sequence[StoredFile], missing: int, *, owned: bool) -> None:
         """Record what is here of a checkpoint, so that it can be listed and removed, should it never be whole."""
@@ -139,11 +147,10 @@ class Puller:
             path, link = _link(path, wanted.snapshot, wanted.ref)
         return StoredFile.of(path, sha256_of(path), link=link)
 
-    def _have_weights(self, wanted: Wanted) -> StoredFile:
+    def _weights_here(self, wanted: Wanted) -> StoredFile | None:
         known = self._known_file(wanted.target, wanted.artifact.sha256 or "")
-        if known and wanted.target.exists() and wanted.target.stat().st_mtime_ns == known.mtime_ns:
-            return known
-        return self._shelve(wanted, self._fetch(wanted))
+        is_same = known and wanted.target.exists() and wanted.target.stat().st_mtime_ns == known.mtime_ns
+        return known if is_same else None
 
     def _fetch(self, wanted: Wanted) -> Fetched:
         return fetch(

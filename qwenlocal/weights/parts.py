@@ -11,6 +11,9 @@ from qwenlocal.errors import BadWeights
 from qwenlocal.shards import shard_of
 from qwenlocal.weights.header import Header, Tensor, read_header
 
+# Keys that speak of a file and not of the model in it; one that is written anew has its own.
+OF_THE_FILE = ("split.no", "split.count", "split.tensors.count", "general.alignment")
+
 
 class Located(NamedTuple):
     """A tensor, the file it lies in, and that file's header."""

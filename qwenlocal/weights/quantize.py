@@ -11,10 +11,9 @@ from qwenlocal.errors import BadWeights, CannotExpress
 from qwenlocal.weights.header import Header, Tensor, read_pairs
 from qwenlocal.weights.importance import Importance
 from qwenlocal.weights.mix import FileType, ModelFacts, Wishes, by_layer, file_type_numbered
-from qwenlocal.weights.parts import read_parts
+from qwenlocal.weights.parts import OF_THE_FILE, read_parts
 from qwenlocal.weights.plan import Plan, SourceTensor, Stretch, make_goals, make_plan
 
-_OF_THE_FILE = ("split.no", "split.count", "split.tensors.count", "general.alignment")
 _MIXES_KNOWN = ("qwen2", "qwen2moe")
 
 
@@ -46,7 +45,7 @@ def plan_quantization(source: Path, wanted: Sequence[tuple[Path, FileType]], opt
     strange = next((tensor for tensor in tensors if not ggml.is_float_like(tensor.type)), None)
     if strange:
         raise BadWeights(source, f"“{strange.name}” has numbers of type {strange.type.name}, which are no weights")
-    pairs = {key: value for key, value in read_pairs(parts.paths[0]).items() if key not in _OF_THE_FILE}
+    pairs = {key: value for key, value in read_pairs(parts.paths[0]).items() if key not in OF_THE_FILE}
     goals = make_goals(wanted, pairs, options.importance)
     plan = make_plan(tensors, goals, facts, options.wishes, options.importance)
     if not options.again:

@@ -17,9 +17,10 @@ from qwenlocal.errors import BadWeights, CannotWrite
 from qwenlocal.weights import gguf
 from qwenlocal.weights.checkup import Checkup, Finding
 from qwenlocal.weights.gguf import Described, Layout
-from qwenlocal.weights.header import Header, read_pairs
+from qwenlocal.weights.header import read_pairs
 from qwenlocal.weights.mix import Choice, file_type, file_type_numbered
-from qwenlocal.weights.plan import Plan, PlannedFile, PlannedTensor, SourceTensor
+from qwenlocal.weights.parts import OF_THE_FILE
+from qwenlocal.weights.plan import Plan, PlannedFile, PlannedTensor
 from qwenlocal.weights.quantize import source_tensor
 from qwenlocal.weights.writing import Job, Output, Strip, Target
 
@@ -32,9 +33,8 @@ def backup_of(path: Path) -> Path:
 
 
 def repaired_layout(checkup: Checkup, findings: Sequence[Finding]) -> Layout:
-    """The header that the file should have, and where its tensors would be then."""
-    pairs = read_pairs(checkup.path)
-    pairs.pop("general.alignment", None)
+    """The header that the file should have (of a split model, one for all), and where its tensors would be then."""
+    pairs = {key: value for key, value in read_pairs(checkup.parts.paths[0]).items() if key not in OF_THE_FILE}
     for finding in findings:
         pairs |= finding.pairs
     dropped = {finding.drops for finding in findings}
@@ -61,6 +61,8 @@ def _kind(checkup: Checkup, number: int) -> ggml.TensorType:
 
 def fits_in_place(checkup: Checkup, layout: Layout) -> bool:
     """Whether only the header changes, and not its length: every tensor would stay where it is."""
+    if len(checkup.parts.paths) > 1:
+        return False
     now = {t.name: checkup.header.data_offset + t.offset for t in checkup.header.tensors}
     return dict(layout.offsets) == now and len(layout.header) == checkup.header.data_offset
 
@@ -138,14 +140,14 @@ def _write_through(path: Path, data: bytes) -> None:
 
 def plan_copy(checkup: Checkup, layout: Layout, target: Path) -> Plan:
     """The plan for a new file with that header, the tensors' bytes carried over."""
-    header: Header = checkup.header
-    number = header.metadata.get("general.file_type")
+    number = checkup.header.metadata.get("general.file_type")
     kind = file_type(file_type_numbered(number) or "f16") if isinstance(number, int) else file_type("f16")
     strips, planned = [], []
-    for tensor in header.tensors:
+    for located in checkup.parts.located:
+        tensor = located.tensor
         if tensor.name not in layout.offsets:
             continue
-        source: SourceTensor = source_tensor(checkup.path, header, tensor)
+        source = source_tensor(*located)
         at = layout.offsets[tensor.name]
         for stretch in source.stretches:
             target_place = [Target(0, at, stretch.type)]

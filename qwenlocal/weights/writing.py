@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 SLAB = 1 << 19  # numbers handled at once: 2 MiB of float32, which stay in a core's cache
 _PROCESS = 100 << 20  # bytes, measured: Python, numpy and Qwen's 151,936 tokens while they are read
 _JOURNAL_VERSION = 1
+_PATIENCE = 0.5  # seconds for a lock: `qwenlocal list` holds it for a moment to see whether somebody else does
 
 
 class _Bits(NamedTuple):
@@ -160,7 +161,7 @@ def carry_out(
     try:
         with contextlib.ExitStack() as held:
             for lock in locks:
-                held.enter_context(filelock.FileLock(lock, timeout=0))
+                held.enter_context(filelock.FileLock(lock, timeout=_PATIENCE))
                 held.callback(_unlink, lock)
             return _Run(job, allow_nan=allow_nan, report=report).carry_out(threads)
     except filelock.Timeout as busy:

@@ -259,8 +259,8 @@ def main() -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     if asked.large:
         rows = [
-            *large("7b", "q8_0", tokenizer, min(2, asked.runs)),
-            *large("moe", "q4_k_m", tokenizer, min(2, asked.runs)),
+            *large("7b", "q8_0", tokenizer, min(3, asked.runs)),
+            *large("moe", "q4_k_m", tokenizer, min(3, asked.runs)),
         ]
     else:
         small, middle = (write_shape(FOLDER / shape, shape, tokenizer) for shape in ("0.5b", "1.8b"))

@@ -114,9 +114,9 @@ def quantize(
 
 def quantize_quickly(kind: TensorType, source: Address, target: Address, count: int) -> bool:
     """
-    Have our own code (tools/quantizers.cpp) write the bytes that ggml would, four to seven times as fast.
+    Have our own code (tools/quantizers.cpp) write the bytes that ggml would, two to seven times as fast.
 
-    False, and nothing is written, for other types than q4_k, q5_k and q6_k, and where libggml was compiled without it:
+    False, and nothing is written, for types but q4_k, q5_k, q6_k and q8_0, and where libggml was compiled without it:
     a wheel from elsewhere, another compiler than GCC and clang.
     """
     ours = _quantizers()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import signal
@@ -599,6 +600,23 @@ class TestNoRoom:
 def pretend_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda _folder: usage._replace(free=free))
+
+    @pytest.mark.skipif(not hasattr(os, "fdatasync"), reason="fsync is called there")
+    def test_a_disk_that_fails_in_the_end_is_said_and_what_was_done_is_kept(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        source = write_checkpoint(tmp_path / "model", config=LARGE)
+        target = tmp_path / f"x.{SLOW}.gguf"
+
+        def fails(file: int) -> None:
+            raise OSError(errno.EIO, "Input/output error")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fdatasync", fails)
+            with pytest.raises(CannotWrite, match="Input/output error"):
+                carry_out(job_of(source, target), threads=1)
+        assert not target.exists()
+        assert carry_out(job_of(source, target), threads=2).resumed == job_of(source, target).read_bytes
 
 
 class TestPlaces:

@@ -5,7 +5,7 @@ set(LLAMA_BUILD_COMMON OFF)
 
 # ggml-base, where the quantizers are, is compiled for any processor there; for this one Q6_K is a sixth quicker and
 # Q8_0 twice as quick. Without contracted multiplications the results are the same bits on every machine. Beside them
-# come our own Q4_K, Q5_K and Q6_K.
+# come our own Q4_K, Q5_K, Q6_K and Q8_0.
 function(quantizers_for_this_processor)
     if(MSVC OR NOT CMAKE_C_COMPILER_ID MATCHES "GNU|Clang")
         return()

@@ -1,4 +1,4 @@
-// Q4_K, Q5_K and Q6_K of ggml, the same bytes in a fraction of the time. Compiled into libggml-base by tools/setup.py.
+// Q4_K, Q5_K, Q6_K and Q8_0 of ggml, the same bytes in a fraction of the time. Compiled into libggml-base by tools/setup.py.
 //
 // For every small block ggml-quants.c tries some twenty scales, and for each adds up the block's numbers one after the
 // other: the processor waits for each addition. The order of additions decides the last bit, so they cannot be
@@ -261,22 +261,50 @@ void to_q6_K(const float * x, block_q6_K & block) {
     }
 }
 
-template <typename Block, void quantize(const float *, Block &)>
+// roundf, to whole numbers: what is half-way goes away from zero; what is no number stays what conversion makes of it
+inline ints rounded(floats x) {
+    const ints whole = __builtin_convertvector(x, ints);
+    const floats rest = x - to_float(whole);
+    return whole - ((rest >= 0.5f) & (rest < 1.f)) + ((rest <= -0.5f) & (rest > -1.f));
+}
+
+// quantize_row_q8_0_ref: it rounds by a function call for each number, which nobody can put into vectors
+void to_q8_0(const float * x, block_q8_0 & block) {
+    constexpr int N = QK8_0 / LANES;
+    floats parts[N], largest = {};
+    memcpy(parts, x, sizeof(parts));
+    for (const floats & part : parts) {
+        const floats size = magnitude(part);
+        largest = size > largest ? size : largest;
+    }
+    float most = 0;
+    for (int lane = 0; lane < LANES; ++lane) most = largest[lane] > most ? largest[lane] : most;
+    const float scale = most / 127, inverse = scale ? 1.f / scale : 0.f;
+    block.d = ggml_fp32_to_fp16(scale);
+    int32_t levels[QK8_0];
+    for (int i = 0; i < N; ++i) {
+        const ints found = rounded(parts[i] * inverse);
+        memcpy(levels + LANES * i, &found, sizeof(found));
+    }
+    for (int i = 0; i < QK8_0; ++i) block.qs[i] = levels[i];
+}
+
+template <int N, typename Block, void quantize(const float *, Block &)>
 void all_blocks(const float * x, void * target, int64_t count) {
     Block * blocks = static_cast<Block *>(target);
-    for (int64_t i = 0; i < count; ++i) quantize(x + i * QK_K, blocks[i]);
+    for (int64_t i = 0; i < count / N; ++i) quantize(x + i * N, blocks[i]);
 }
 
 }  // namespace
 
-// Writes `count` numbers (a multiple of 256) as `type` to `target`. False where there is nothing better than ggml's own.
+// Writes `count` numbers (whole blocks) as `type` to `target`. False where there is nothing better than ggml's own.
 extern "C" __attribute__((visibility("default"))) bool qwenlocal_quantize(int type, const float * source,
                                                                            void * target, int64_t count) {
-    const int64_t blocks = count / QK_K;
     switch (type) {
-        case GGML_TYPE_Q4_K: all_blocks<block_q4_K, to_q4_K>(source, target, blocks); return true;
-        case GGML_TYPE_Q5_K: all_blocks<block_q5_K, to_q5_K>(source, target, blocks); return true;
-        case GGML_TYPE_Q6_K: all_blocks<block_q6_K, to_q6_K>(source, target, blocks); return true;
+        case GGML_TYPE_Q4_K: all_blocks<QK_K, block_q4_K, to_q4_K>(source, target, count); return true;
+        case GGML_TYPE_Q5_K: all_blocks<QK_K, block_q5_K, to_q5_K>(source, target, count); return true;
+        case GGML_TYPE_Q6_K: all_blocks<QK_K, block_q6_K, to_q6_K>(source, target, count); return true;
+        case GGML_TYPE_Q8_0: all_blocks<QK8_0, block_q8_0, to_q8_0>(source, target, count); return true;
         default: return false;
     }
 }

@@ -26,7 +26,7 @@ from qwenlocal import __version__, ggml
 from qwenlocal.errors import BadWeights, CannotWrite, DiskFull, Interrupted, NotFinite, OutputExists, QwenlocalError
 from qwenlocal.ggml import TensorType
 from qwenlocal.paths import writable
-from qwenlocal.positional import read_at, write_at
+from qwenlocal.positional import begin_to_write, read_at, write_at
 
 if TYPE_CHECKING:
     import numpy
@@ -34,22 +34,26 @@ if TYPE_CHECKING:
 SLAB = 1 << 19  # numbers handled at once: 2 MiB of float32, which stay in a core's cache
 _PROCESS = 100 << 20  # bytes, measured: Python, numpy and Qwen's 151,936 tokens while they are read
 _JOURNAL_VERSION = 1
+_TO_DISK = 64 << 20  # bytes between two requests to bring to the disk what is written
 _PATIENCE = 0.5  # seconds for a lock: `qwenlocal list` holds it for a moment to see whether somebody else does
 
 
 class _Bits(NamedTuple):
-    """The bits of an exponent: where `all` are set, the float is NaN or infinite; from `large` on, 16,384 or more."""
+    """A float's bits without its sign: where the exponent is `full`, it is NaN or infinite; `large` is 16,384."""
 
-    unsigned: str
-    all: int
+    width: int
+    full: int
     large: int
 
+    def largest(self, data: numpy.ndarray) -> int:
+        """The largest magnitude in `data`: that of the largest as signed numbers are, or as unsigned ones are."""
+        if not data.size:
+            return 0
+        negative, positive = (int(data.view(f"{kind}{self.width}").max()) for kind in "ui")
+        return max(negative & ((1 << (8 * self.width - 1)) - 1), positive)
 
-_EXPONENT = {
-    "f32": _Bits("uint32", 0x7F800000, 0x46800000),
-    "bf16": _Bits("uint16", 0x7F80, 0x4680),
-    "f16": _Bits("uint16", 0x7C00, 0x7400),
-}
+
+_BITS = {"f32": _Bits(4, 0x7F800000, 0x46800000), "bf16": _Bits(2, 0x7F80, 0x4680), "f16": _Bits(2, 0x7C00, 0x7400)}
 
 
 class Target(NamedTuple):
@@ -178,7 +182,7 @@ class _Run:
         self._slabs = list(_slabs(job))
         self._lock, self._seeking = threading.Lock(), threading.Lock()
         self._done: dict[int, tuple[int, int]] = {}  # slab: CRC-32 of what was written, numbers that became zero
-        self._read = 0
+        self._read = self._written = self._asked = 0
         self._failure: BaseException | None = None
         self._stopped = False
         self._files: list[int] = []
@@ -286,6 +290,7 @@ class _Run:
                 while worker.is_alive():
                     worker.join(0.1)
                     self._report(self._read, total)
+                    self._hurry()
         finally:  # whatever happens, nobody writes to a file that is closed
             self._stopped = True
             for worker in workers:
@@ -293,6 +298,13 @@ class _Run:
         if self._failure:
             raise self._failure
         self._report(total, total)
+
+    def _hurry(self) -> None:
+        """The disk begins with what is written while there is work, or all of it would be waited for at the end."""
+        if self._written - self._asked >= _TO_DISK:
+            self._asked = self._written
+            for file in self._files:
+                begin_to_write(file)
 
     def _worker(self, todo: Iterator[int]) -> None:
         try:
@@ -322,6 +334,7 @@ class _Run:
         with self._lock:
             self._done[number] = (crc, zeroed)
             self._read += len(data)
+            self._written += sum(slab.rows * t.type.row_bytes(strip.columns) for t in strip.targets)
             self._journal.write(f"{number} {crc} {zeroed}\n")
             self._journal.flush()
 
@@ -361,7 +374,7 @@ class _Desk:
         """Check what was read, and make float32 of it where somebody wants that; returns how many became zero."""
         strip, count = slab.strip, slab.rows * slab.strip.columns
         data, floats = self._read[: _source_bytes(slab)], self._floats[:count]
-        plain = strip.type.name in _EXPONENT
+        plain = strip.type.name in _BITS
         zeroed = self._check(slab, data, strip.type.name, allow_nan=allow_nan) if plain else 0
         if any(target.type != strip.type for target in strip.targets):
             ggml.to_float(strip.type, data.ctypes.data, floats.ctypes.data, count)
@@ -370,13 +383,13 @@ class _Desk:
         return zeroed
 
     def _check(self, slab: _Slab, data: numpy.ndarray, kind: str, *, allow_nan: bool) -> int:
-        known = _EXPONENT[kind]
-        bits = data.view(known.unsigned)
-        largest = int((bits & known.all).max()) if bits.size else 0
+        known = _BITS[kind]
+        largest = known.largest(data)
         self._has_large = largest >= known.large
-        if largest < known.all:
+        if largest < known.full:
             return 0
-        wrong = (bits & known.all) == known.all
+        bits = data.view(f"u{known.width}")
+        wrong = (bits & known.full) == known.full
         count = int(wrong.sum())
         if not allow_nan:
             row = slab.first + int(self._numpy.flatnonzero(wrong)[0]) // slab.strip.columns
@@ -407,8 +420,8 @@ class _Desk:
 
     def _is_finite(self, kind: TensorType, result: numpy.ndarray, count: int) -> bool:
         """ggml's own check is quick, but writes to stderr where it finds something; so it is asked of small numbers."""
-        if known := _EXPONENT.get(kind.name):
-            return not result.size or int((result.view(known.unsigned) & known.all).max()) != known.all
+        if known := _BITS.get(kind.name):
+            return known.largest(result) < known.full
         if not self._has_large:
             return ggml.is_valid(kind, result.ctypes.data, result.size)
         found = self._numpy.empty(count, self._numpy.float32)

@@ -38,6 +38,7 @@ from qwenlocal import ggml  # noqa: E402
 from qwenlocal.weights.checkpoint import Checkpoint  # noqa: E402
 from qwenlocal.weights.convert import plan_conversion  # noqa: E402
 from qwenlocal.weights.mix import file_type  # noqa: E402
+from qwenlocal.weights.plan import Plan  # noqa: E402
 
 SOURCE = next(ROOT.glob("build/llama_cpp_python-*/vendor/llama.cpp"))
 QUANTIZE = ROOT / "build" / "rival" / "bin" / "llama-quantize"
@@ -169,32 +170,41 @@ def check_equal(source: Path, kind: str, other: Path) -> None:
 
 
 def large(shape: str, kind: str, tokenizer: dict[str, dict[str, object]], runs: int) -> list[Row]:
+    """Time against the larger of copying and quantizing alone, with ggml's quantizers and with our own, and memory."""
     source, target = write_shape(FOLDER / shape, shape, tokenizer), FOLDER / f"{shape}-{kind}.gguf"
     plan = plan_conversion(Checkpoint.open(source), [(target, file_type(kind))])
     read, write = plan.job.read_bytes, plan.files[0].size
-    weights, limits, found = source / "model.safetensors", [], []
+    weights, found = source / "model.safetensors", []
+    limits: dict[str, list[float]] = {"ggml's": [], "our own": []}
     for _ in range(runs):
         target.unlink(missing_ok=True)
         forget(weights)
-        copying, quantizing = copy_seconds(weights, target, write), quantize_seconds(plan)
-        limits.append(max(copying, quantizing))
+        copying = copy_seconds(weights, target, write)
+        theirs, own = quantize_seconds(plan, ggml.quantize_with_ggml), quantize_seconds(plan, ggml.quantize)
+        limits["ggml's"].append(max(copying, theirs))
+        limits["our own"].append(max(copying, own))
         forget(weights)
         found.append(ours(source, kind, target))
-        print(f"{shape}: copying {copying:.1f} s, quantizing {quantizing:.1f} s, ours {found[-1]}", file=sys.stderr)
+        print(
+            f"{shape}: copying {copying:.1f} s, quantizing {theirs:.1f} s with ggml's, {own:.1f} s with our own "
+            f"quantizers, all of it {found[-1].seconds:.1f} s",
+            file=sys.stderr,
+        )
     bare = run([sys.executable, "-c", "import numpy, time; time.sleep(0.2)"]).memory
     above = max(run.memory for run in found) - bare
     target.unlink()
-    ratio = median([run.seconds / limit for run, limit in zip(found, limits, strict=True)])
-    seconds = median([run.seconds for run in found])
+    what = f"{shape}-shaped, {read / 1e9:.1f} GB bf16 to {kind} ({write / 1e9:.1f} GB), off the disk"
     return [
-        Row(
-            f"{shape}-shaped, {read / 1e9:.1f} GB bf16 to {kind} ({write / 1e9:.1f} GB), off the disk, against the "
-            "larger of copying and quantizing alone",
-            f"{seconds:.1f} s", f"{median(limits):.1f} s", ratio, "<= 1.25", runs,
-        ),
+        *(limit_row(f"{what}, {whose} quantizers", found, limit) for whose, limit in limits.items()),
         Row(f"{shape}-shaped: memory above Python with numpy", f"{above / 1e6:.0f} MB", "300 MB", above / 300e6,
             "<= 1", runs),
     ]  # fmt: skip
+
+
+def limit_row(what: str, found: Sequence[Run], limits: Sequence[float]) -> Row:
+    ratio = median([run.seconds / limit for run, limit in zip(found, limits, strict=True)])
+    seconds = median([run.seconds for run in found])
+    return Row(what, f"{seconds:.1f} s", f"{median(limits):.1f} s", ratio, "<= 1.25", len(found))
 
 
 def copy_seconds(source: Path, target: Path, write: int) -> float:
@@ -211,35 +221,39 @@ def copy_seconds(source: Path, target: Path, write: int) -> float:
     return seconds
 
 
-def quantize_seconds(plan: object) -> float:
+Quantize = Callable[[ggml.TensorType, int, int, int, int], None]
+
+
+def quantize_seconds(plan: Plan, quantize: Quantize) -> float:
     """Quantizing as many numbers of each type as the plan has, out of the cache, on all cores; from a sample."""
     work: dict[str, int] = {}
-    for strip in plan.job.strips:  # type: ignore[attr-defined]
+    for strip in plan.job.strips:
         for target in strip.targets:
             if target.type != strip.type:
                 work[target.type.name] = work.get(target.type.name, 0) + strip.rows * strip.columns
-    return sum(count / numbers_per_second(name) for name, count in work.items())
+    return sum(count / numbers_per_second(name, quantize) for name, count in work.items())
 
 
-def numbers_per_second(name: str, rows: int = 128, columns: int = 4096, repeats: int = 16) -> float:
-    """All cores at once, each with a sample and a result of its own that stay in its cache."""
+def numbers_per_second(name: str, quantize: Quantize, rows: int = 128, columns: int = 4096) -> float:
+    """All cores at once for half a second, each with a sample and a result of its own that stay in its cache."""
     kind, cores = ggml.tensor_type(name), os.cpu_count() or 1
     random = numpy.random.default_rng(0)
     samples = [random.standard_t(5, (rows, columns)).astype(numpy.float32) for _ in range(cores)]
     results = [numpy.empty(rows * kind.row_bytes(columns), numpy.uint8) for _ in range(cores)]
 
     def work(core: int) -> None:
-        for _ in range(repeats):
-            ggml.quantize(kind, samples[core].ctypes.data, results[core].ctypes.data, rows, columns)
+        while time.perf_counter() < begin + 0.5:
+            quantize(kind, samples[core].ctypes.data, results[core].ctypes.data, rows, columns)
+            rounds[core] += 1
 
-    work(0)
+    rounds = [0] * cores
     threads = [threading.Thread(target=work, args=(core,)) for core in range(cores)]
     begin = time.perf_counter()
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return rows * columns * repeats * cores / (time.perf_counter() - begin)
+    return rows * columns * sum(rounds) / (time.perf_counter() - begin)
 
 
 def forget(path: Path) -> None:

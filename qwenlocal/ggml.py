@@ -108,7 +108,8 @@ def quantize(
     Splitting rows over several calls gives the same bytes as one call (ggml.c: ggml_quantize_chunk). `importance` is
     the address of `columns` float32 weights, 0 for none. The lock of Python is not held.
     """
-    if importance or not quantize_quickly(kind, source, target, rows * columns):
+    ignored = kind.name == "q8_0"  # ggml gives its numbers no importance
+    if (importance and not ignored) or not quantize_quickly(kind, source, target, rows * columns):
         quantize_with_ggml(kind, source, target, rows, columns, importance)
 
 
@@ -116,8 +117,8 @@ def quantize_quickly(kind: TensorType, source: Address, target: Address, count: 
     """
     Have our own code (tools/quantizers.cpp) write the bytes that ggml would, two to seven times as fast.
 
-    False, and nothing is written, for types but q4_k, q5_k, q6_k and q8_0, and where libggml was compiled without it:
-    a wheel from elsewhere, another compiler than GCC and clang.
+    The numbers must be finite. False, and nothing is written, for types but q4_k, q5_k, q6_k and q8_0, and where libggml
+    was compiled without it: a wheel from elsewhere, another compiler than GCC and clang.
     """
     ours = _quantizers()
     return ours is not None and bool(ours(kind.number, source, target, count))

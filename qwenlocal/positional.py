@@ -38,14 +38,16 @@ else:  # Windows has neither; seek and write under the lock
         return len(data)
 
 
-def begin_to_write(file: int) -> None:
+def begin_to_write(file: int) -> bool:
     """
-    Ask the disk to begin with what was written to `file`; not waited for, and nothing where there is no such request.
+    Ask the disk to begin with what was written to `file`; False where there is no such request, or it was refused.
+
+    It is waited for only until the disk takes the request, which a busy one may let take a while.
 
     Linux alone has one (sync_file_range). fdatasync would do, but goes before whatever somebody wants to read.
     """
-    if request := _sync_file_range():
-        request(file, 0, 0, _WRITE)
+    request = _sync_file_range()
+    return request is not None and request(file, 0, 0, _WRITE) == 0
 
 
 @functools.cache

@@ -38,13 +38,13 @@ from test_writing import inside, on_posix, poke
 from qwenlocal import ggml
 from qwenlocal.errors import BadWeights, CannotExpress
 from qwenlocal.library import digests
-from qwenlocal.library.conversions import EDITION
 from qwenlocal.measure.fidelity import Fidelity, measure
 from qwenlocal.measure.texts import known_texts
 from qwenlocal.paths import Folders
 from qwenlocal.testing import write_checkpoint
 from qwenlocal.weights import gguf, writing
 from qwenlocal.weights.checkpoint import Checkpoint
+from qwenlocal.weights.edition import EDITION
 from qwenlocal.weights.header import read_header, read_metadata, read_pairs, tensor_type_name
 from qwenlocal.weights.writing import Written, carry_out
 
@@ -518,6 +518,37 @@ class TestADownloadThatFails:
             clean(invoke("rm", name), 0)
         assert listed(invoke) == {}
         assert everything_in(Path(environment["HF_HUB_CACHE"])) == {}
+
+    def test_while_it_is_mended_forgets_no_weights_that_were_touched_since(
+        self, sharded: Path, hub: HubServer, invoke: Run, environment: dict[str, str]
+    ) -> None:
+        clean(invoke("pull", NAME), 0)
+        (folder,) = Path(environment["HF_HUB_CACHE"]).glob("*/snapshots/*")
+        first, second = ((folder / f"model-0000{part}-of-00002.safetensors").resolve() for part in (1, 2))
+        damage(first)
+        os.utime(second)
+        before = list(hub.always)
+        self.only_headers(hub, "model-00001-of-00002.safetensors")
+        clean(invoke("verify", NAME + KEPT), 4)
+        assert listed(invoke)[NAME + KEPT]["state"] == "partial"
+        hub.always = before
+        clean(invoke("pull", NAME), 0)
+        for name in listed(invoke):
+            clean(invoke("rm", name), 0)
+        assert everything_in(Path(environment["HF_HUB_CACHE"])) == {}
+
+    @pytest.mark.parametrize("file", ["model-00002-of-00002.safetensors", "config.json"])
+    def test_for_want_of_a_hub_while_it_is_mended_is_not_recorded_as_whole(
+        self, file: str, sharded: Path, hub: HubServer, invoke: Run, environment: dict[str, str]
+    ) -> None:
+        clean(invoke("pull", NAME), 0)
+        (folder,) = Path(environment["HF_HUB_CACHE"]).glob("*/snapshots/*")
+        damage((folder / file).resolve())
+        clean(invoke("verify", NAME + KEPT, environment=NOWHERE), 4)
+        assert listed(invoke)[NAME + KEPT]["state"] == "partial"
+        clean(invoke("pull", NAME + KEPT), 0)
+        assert listed(invoke)[NAME + KEPT]["state"] == "checkpoint"
+        clean(invoke("verify", NAME + KEPT), 0)
 
     @pytest.mark.parametrize("part", [1, 2])
     def test_while_it_is_mended_leaves_the_rest_listed_and_removable(
@@ -1153,7 +1184,7 @@ class TestACheckpointOnThisDisk:
         self, mine: Path, invoke: Run, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         clean(invoke("pull", str(mine)), 0)
-        monkeypatch.setattr("qwenlocal.library.conversions.EDITION", EDITION + 1)
+        monkeypatch.setattr("qwenlocal.weights.edition.EDITION", EDITION + 1)
         assert "Converting it once" in clean(invoke("pull", str(mine)), 0)
         assert "Converting it once" not in clean(invoke("pull", str(mine)), 0)
 
@@ -1161,13 +1192,13 @@ class TestACheckpointOnThisDisk:
         self, on_hub: str, invoke: Run, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         clean(invoke("pull", on_hub), 0)
-        assert "earlier version" not in clean(invoke("pull", on_hub), 0)
-        monkeypatch.setattr("qwenlocal.library.conversions.EDITION", EDITION + 1)
+        assert "another version" not in clean(invoke("pull", on_hub), 0)
+        monkeypatch.setattr("qwenlocal.weights.edition.EDITION", EDITION + 1)
         said = clean(invoke("pull", on_hub), 0)
-        assert "converted by an earlier version of this program" in " ".join(said.split())
+        assert "converted by another version of this program" in " ".join(said.split())
         clean(invoke("rm", on_hub), 0)
         clean(invoke("pull", on_hub), 0)
-        assert "earlier version" not in clean(invoke("pull", on_hub), 0)
+        assert "another version" not in clean(invoke("pull", on_hub), 0)
 
 
 def clean_error(result: subprocess.CompletedProcess[str]) -> str:

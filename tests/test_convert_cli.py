@@ -88,6 +88,21 @@ def fetched(hub: HubServer) -> list[str]:
     return [path.rpartition("/")[2] for path in hub.requests if "/resolve/" in path]
 
 
+def test_every_command_runs_as_a_process_of_its_own(source: Path, qwenlocal: Run, tmp_path: Path) -> None:
+    made, half = str(tmp_path / "x.gguf"), str(tmp_path / "y.gguf")
+    for command, code, said in (
+        (("convert", str(source), "-o", made, "--type", "f16"), 0, "Wrote"),
+        (("quantize", made, half, "q8_0"), 0, "Wrote"),
+        (("inspect", half, "--json"), 0, '"architecture": "qwen2"'),
+        (("diff", made, half), 1, "Q8_0"),
+        (("verify", half, "--against", str(source)), 0, "is true to"),
+        (("run", half, "--raw", "abc", "-n", "2"), 0, ""),
+    ):
+        result = qwenlocal(*command)
+        clean(result, code)
+        assert said in result.stdout + result.stderr
+
+
 # --- convert
 
 
@@ -526,6 +541,23 @@ def split(source: Path, folder: Path) -> None:
 def rootless(good: Path, tmp_path: Path) -> Path:
     """A file that lacks the rope base."""
     return changed(good, tmp_path / "old.gguf", {"qwen2.rope.freq_base": None})
+
+
+class TestAFileThatWasMerged:
+    def test_is_mended_in_place_all_the_same(self, good: Path, invoke: Run, tmp_path: Path) -> None:
+        """llama-gguf-split leaves its keys in what it puts together."""
+        none = struct.pack("<IH", 2, 0)
+        of_one = {"split.no": none, "split.count": none, "tokenizer.ggml.token_type": old_kinds(good)}
+        path = changed(good, tmp_path / "merged.gguf", of_one)
+        assert "in place" in clean(invoke("inspect", str(path), "--fix"), 0)
+
+
+class TestDiffOfLargeNumbers:
+    def test_is_told_without_a_warning(self, good: Path, qwenlocal: Run, tmp_path: Path) -> None:
+        with_numbers(good, tmp_path / "large.gguf", "output.weight", 3e38, -3e38)
+        result = qwenlocal("diff", str(good), "./large.gguf")
+        assert clean(result, 1) == ""
+        assert "output.weight" in result.stdout
 
 
 class TestASplitFile:

@@ -9,11 +9,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import filelock
 import numpy
 import pytest
 from conftest import Run
@@ -22,9 +24,11 @@ from hypothesis import strategies as st
 from oracle import data_of
 
 from qwenlocal.errors import BadWeights, CannotWrite, DiskFull, Interrupted, NotFinite, OutputExists, QwenlocalError
+from qwenlocal.positional import begin_to_write
 from qwenlocal.testing import MOE_CONFIG, as_dtype, write_checkpoint
 from qwenlocal.weights.checkpoint import Checkpoint
 from qwenlocal.weights.convert import Options, plan_conversion
+from qwenlocal.weights.edition import EDITION
 from qwenlocal.weights.header import read_header, tensor_bytes
 from qwenlocal.weights.mix import file_type
 from qwenlocal.weights.writing import Job, Written, carry_out, journal_of, memory_needed, part_of
@@ -53,6 +57,10 @@ def job_of(source: Path, *targets: Path) -> Job:
     """Write `source` to files that are named after their types: "x.q8_0.gguf"."""
     wanted = [(target, file_type(target.suffixes[-2][1:])) for target in targets]
     return plan_conversion(Checkpoint.open(source), wanted, Options(name="tiny")).job
+
+
+def stop() -> None:
+    raise KeyboardInterrupt
 
 
 def done(target: Path) -> int:
@@ -277,6 +285,18 @@ def leftover(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Leftover:
 
 
 class TestLeftovers:
+    def test_of_another_edition_are_not_gone_on_with(
+        self, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        target = tmp_path / "x.q8_0.gguf"
+        with monkeypatch.context() as patched:
+            patched.setattr("qwenlocal.weights.writing._Run._publish", lambda *_: stop())
+            with pytest.raises(Interrupted):
+                carry_out(job_of(small, target), threads=1)
+        assert done(target)
+        monkeypatch.setattr("qwenlocal.weights.edition.EDITION", EDITION + 1)
+        assert carry_out(job_of(small, target), threads=1).resumed == 0
+
     def test_what_is_whole_is_not_made_again(self, leftover: Leftover) -> None:
         leftover.put()
         assert leftover.finish().resumed == leftover.job.read_bytes
@@ -469,6 +489,24 @@ class TestFilesThatAreThere:
         assert path.read_bytes() == (tmp_path / "other.gguf").read_bytes()
 
     @on_posix
+    def test_written_by_another_process_while_the_lock_is_waited_for_are_not_replaced(
+        self, small: Path, tmp_path: Path
+    ) -> None:
+        target = tmp_path / "x.q8_0.gguf"
+        lock = filelock.FileLock(f"{part_of(target)}.lock", thread_local=False)
+        lock.acquire()
+
+        def finish() -> None:
+            target.write_bytes(b"theirs")
+            lock.release()
+
+        timer = threading.Timer(0.2, finish)
+        timer.start()
+        with pytest.raises(OutputExists):
+            carry_out(job_of(small, target), threads=1)
+        timer.join()
+        assert target.read_bytes() == b"theirs"
+
     def test_while_another_process_writes_one_nobody_else_does(self, large: Path, whole: bytes, target: Path) -> None:
         child = started(large, target)
         while not done(target) and child.poll() is None:
@@ -596,11 +634,6 @@ class TestNoRoom:
         pretend_free(monkeypatch, max(0, missing))
         assert carry_out(job, threads=1).resumed
 
-
-def pretend_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
-    usage = shutil.disk_usage("/")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _folder: usage._replace(free=free))
-
     @pytest.mark.skipif(not hasattr(os, "fdatasync"), reason="fsync is called there")
     def test_a_disk_that_fails_in_the_end_is_said_and_what_was_done_is_kept(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -617,6 +650,26 @@ def pretend_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
                 carry_out(job_of(source, target), threads=1)
         assert not target.exists()
         assert carry_out(job_of(source, target), threads=2).resumed == job_of(source, target).read_bytes
+
+    @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="there is no such request elsewhere")
+    def test_the_disk_is_asked_to_begin_while_there_is_work(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        source = write_checkpoint(tmp_path / "model", config=LARGE)
+        accepted: list[bool] = []
+        monkeypatch.setattr("qwenlocal.weights.writing._TO_DISK", 1)
+        monkeypatch.setattr(
+            "qwenlocal.weights.writing.begin_to_write", lambda file: accepted.append(begin_to_write(file))
+        )
+        carry_out(job_of(source, tmp_path / f"x.{SLOW}.gguf"), threads=1)
+        assert accepted
+        assert all(accepted)
+        assert not begin_to_write(-1)
+
+
+def pretend_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _folder: usage._replace(free=free))
 
 
 class TestPlaces:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -346,11 +347,19 @@ def _mended(program: Program, name: Name, record: Record, damage: Sequence[Damag
                 "a file of it is damaged",
                 hint=f"Another program brought it, so it is left alone. Remove it there, then: qwenlocal pull {name}",
             )
-        for bad in damage:
-            for path in filter(None, (bad.file.link, bad.file.path)):
-                Path(path).unlink(missing_ok=True)
+        _drop_damaged(program, record, damage)
         puller.pull_checkpoint(puller.outline(name.of))
     return _kept(program, name)
+
+
+def _drop_damaged(program: Program, record: Record, damage: Sequence[Damage]) -> None:
+    """Remove damaged files of a checkpoint, and what its record says of them, whether the hub answers then or not."""
+    bad = [each.file for each in damage]
+    for file in bad:
+        for path in filter(None, (file.link, file.path)):
+            Path(path).unlink(missing_ok=True)
+    rest = [file for file in record.files if file not in bad]
+    program.store.add(replace(record, files=rest, missing=sum(file.size for file in bad)))
 
 
 def _damage_words(bad: Damage) -> str:

@@ -101,18 +101,18 @@ class Program:
                 unreachable.hint += f" On this disk already: {here}." if here else ""
                 raise
         elif record.made_from:
-            self._note_edition(name, record)
+            self._note_edition(record)
         if record.name != str(name) and not isinstance(name, CheckpointName):
             self.say(f"{name} is {record.name}.")
         return record
 
-    def _note_edition(self, name: Name, record: Record) -> None:
+    def _note_edition(self, record: Record) -> None:
         from qwenlocal.library.conversions import is_of_this_edition
 
         if not is_of_this_edition(record.made_from):
             self.say(
-                f"{record.name} was converted by an earlier version of this program, which wrote it otherwise. "
-                f"To convert it anew: qwenlocal rm {name}, then: qwenlocal pull {name}"
+                f"{record.name} was converted by another version of this program, which wrote it otherwise. "
+                f"To convert it anew: qwenlocal rm {record.name}, then: qwenlocal pull {record.name}"
             )
 
     def have_default(self, *, limit_rate: int = 0) -> tuple[Name, Record]:

@@ -13,35 +13,36 @@ from typing import NamedTuple
 
 from qwenlocal.errors import QwenlocalError
 from qwenlocal.paths import Folders, writable
+from qwenlocal.weights import edition
 
-# What the same checkpoint becomes. To be raised when that changes (tests/test_convert.py notices): what was converted
-# before is then converted anew from a folder, and said to be of an earlier edition where it came from a hub.
-EDITION = 1
+_PATIENCE = 0.5  # seconds for a lock, which `list` may have for a moment
+_GLANCE = 0.1  # seconds for the lock of a conversion that is looked at
 _NOTE = "conversion.json"  # beside a file that grows: what it will be called, and what it is made from
 
 
 def made_by_this_edition(made_from: str) -> str:
     """`made_by_this_edition("5eb63bbbe01eeed0")` is "1:5eb63bbbe01eeed0", what a record says of its source."""
-    return f"{EDITION}:{made_from}"
+    return f"{edition.EDITION}:{made_from}"
 
 
 def is_of_this_edition(made_from: str) -> bool:
     """Whether what a record says of its source was written by a program that converts as this one does."""
-    return made_from.startswith(f"{EDITION}:")
+    number, colon, _ = made_from.partition(":")
+    return (number if colon else "1") == str(edition.EDITION)
 
 
 @dataclass(frozen=True)
 class Unfinished:
-    """
-    A conversion that is not recorded yet: the model's name, its folder, the bytes that it takes there.
-
-    Somebody is at it (`is_running`), or it was cut short.
-    """
+    """A conversion that is not recorded yet: the model's name, its folder, the bytes that it takes there."""
 
     name: str
     folder: Path
     size: int
-    is_running: bool
+
+    @property
+    def is_running(self) -> bool:
+        """Whether somebody is at it, or it was cut short."""
+        return any(map(_is_held, self.folder.glob("*.part.lock")))
 
 
 class Target(NamedTuple):
@@ -96,19 +97,20 @@ def unfinished(folders: Folders) -> Iterator[Unfinished]:
         if not states or not said:
             continue
         size = sum(getattr(state, "st_blocks", 0) * 512 for state in states)
-        yield Unfinished(said["name"], note.parent, size, any(map(_is_held, note.parent.glob("*.part.lock"))))
+        yield Unfinished(said["name"], note.parent, size)
 
 
 def _is_held(lock: Path) -> bool:
-    """Whether a process that writes has this lock; `writing.carry_out` has patience with whoever only looks."""
+    """Whether a process that writes has this lock; those who write have more patience than those who look."""
     import filelock
 
     try:
-        with filelock.FileLock(lock, timeout=0):
+        with filelock.FileLock(lock, timeout=_GLANCE):
+            lock.unlink(missing_ok=True)
             return False
-    except filelock.Timeout:
+    except (filelock.Timeout, PermissionError):  # another person's process, perhaps
         return True
-    except OSError:  # a home that may not be written has nobody writing
+    except OSError:
         return False
 
 
@@ -127,7 +129,7 @@ def drop(folder: Path, kept: Collection[str]) -> None:
             for path in {
                 str(file).removesuffix(".part") for end in ("part", "gguf") for file in folder.glob(f"*.{end}")
             }:
-                held.enter_context(filelock.FileLock(f"{path}.part.lock", timeout=0))
+                held.enter_context(filelock.FileLock(f"{path}.part.lock", timeout=_PATIENCE))
             for file in folder.iterdir():
                 if str(file) not in kept and file.suffix != ".lock":
                     file.unlink(missing_ok=True)

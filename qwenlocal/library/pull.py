@@ -116,7 +116,8 @@ class Puller:
         have = [self._weights_here(wanted) for wanted in outline.weights]
         self._note_weights(outline, have)
         for number, wanted in enumerate(outline.weights):
-            if have[number] is None:
+            known = have[number]
+            if known is None or wanted.target.stat().st_mtime_ns != known.mtime_ns:
                 have[number] = self._shelve(wanted, self._fetch(wanted))
                 self._note_weights(outline, have)
         return Checkpointed(located.folder, located.repo, located.is_from_the_hub)
@@ -148,9 +149,8 @@ class Puller:
         return StoredFile.of(path, sha256_of(path), link=link)
 
     def _weights_here(self, wanted: Wanted) -> StoredFile | None:
-        known = self._known_file(wanted.target, wanted.artifact.sha256 or "")
-        is_same = known and wanted.target.exists() and wanted.target.stat().st_mtime_ns == known.mtime_ns
-        return known if is_same else None
+        """What is recorded of a file that is there, whether it was touched since or not."""
+        return self._known_file(wanted.target, wanted.artifact.sha256 or "") if wanted.target.exists() else None
 
     def _fetch(self, wanted: Wanted) -> Fetched:
         return fetch(

@@ -60,7 +60,7 @@ class Record:
     added: str = ""
     asked: Sequence[str] = field(default_factory=tuple)  # other names that led to it
     missing: int = 0  # bytes of further files that are still to be fetched
-    made_from: str = ""  # what it was converted from, and in which state that was
+    made_from: str = ""  # which edition converted it, and from what state of its source
     is_checkpoint: bool = False  # weights to be converted, not to be run
 
     @property

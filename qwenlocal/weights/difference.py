@@ -10,7 +10,7 @@ from typing import Any
 from qwenlocal.weights import gguf
 from qwenlocal.weights.header import Tensor, read_pairs, tensor_type_name
 from qwenlocal.weights.numbers import is_readable, numbers_of, place_of, relative_error, same_bytes
-from qwenlocal.weights.parts import Located, Parts, read_parts
+from qwenlocal.weights.parts import OF_THE_FILE, Located, Parts, read_parts
 
 Report = Callable[[int, int], object]
 
@@ -62,14 +62,9 @@ def compare(left: Path, right: Path, report: Report = lambda done, all: None) ->
     BadWeights: one of them is not a GGUF file, or damaged.
     """
     sides = read_parts(left), read_parts(right)
-    keys = _keys(*({key: value for key, value in read_pairs(side.paths[0]).items() if not _is_of_the_part(key)}
+    keys = _keys(*({key: value for key, value in read_pairs(side.paths[0]).items() if key not in OF_THE_FILE}
                    for side in sides))  # fmt: skip
     return Difference(keys, _tensors(*sides, report))
-
-
-def _is_of_the_part(key: str) -> bool:
-    """Into how many files a model is split says nothing of the model."""
-    return key.startswith("split.")
 
 
 def _keys(left: dict[str, gguf.Encoded], right: dict[str, gguf.Encoded]) -> list[KeyDifference]:

@@ -114,9 +114,13 @@ def relative_error(true: Iterable[numpy.ndarray], other: Iterable[numpy.ndarray]
 
     `relative_error([[3, 4]], [[3, 5]])` is 0.2: sqrt(1 / 25).
     """
+    import numpy
+
     squares = differences = 0.0
     for left, right in zip(true, other, strict=True):
+        left, right = left.astype(numpy.float64), right.astype(numpy.float64)  # damaged ones may be 1e38
+        with numpy.errstate(invalid="ignore"):  # infinite ones give NaN, which is an answer
+            difference = right - left
         squares += float(left @ left)
-        difference = right - left
         differences += float(difference @ difference)
     return math.sqrt(differences / squares) if squares else math.sqrt(differences)

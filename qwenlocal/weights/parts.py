@@ -12,7 +12,8 @@ from qwenlocal.shards import shard_of
 from qwenlocal.weights.header import Header, Tensor, read_header
 
 # Keys that speak of a file and not of the model in it; one that is written anew has its own.
-OF_THE_FILE = ("split.no", "split.count", "split.tensors.count", "general.alignment")
+ALIGNMENT = "general.alignment"
+OF_THE_FILE = ("split.no", "split.count", "split.tensors.count", ALIGNMENT)
 
 
 class Located(NamedTuple):

@@ -19,7 +19,7 @@ from qwenlocal.weights.checkup import Checkup, Finding
 from qwenlocal.weights.gguf import Described, Layout
 from qwenlocal.weights.header import read_pairs
 from qwenlocal.weights.mix import Choice, file_type, file_type_numbered
-from qwenlocal.weights.parts import OF_THE_FILE
+from qwenlocal.weights.parts import ALIGNMENT, OF_THE_FILE
 from qwenlocal.weights.plan import Plan, PlannedFile, PlannedTensor
 from qwenlocal.weights.quantize import source_tensor
 from qwenlocal.weights.writing import Job, Output, Strip, Target
@@ -34,7 +34,9 @@ def backup_of(path: Path) -> Path:
 
 def repaired_layout(checkup: Checkup, findings: Sequence[Finding]) -> Layout:
     """The header that the file should have (of a split model, one for all), and where its tensors would be then."""
-    pairs = {key: value for key, value in read_pairs(checkup.parts.paths[0]).items() if key not in OF_THE_FILE}
+    pairs, is_split = read_pairs(checkup.parts.paths[0]), len(checkup.parts.paths) > 1
+    for key in OF_THE_FILE if is_split else [ALIGNMENT]:
+        pairs.pop(key, None)
     for finding in findings:
         pairs |= finding.pairs
     dropped = {finding.drops for finding in findings}
@@ -61,8 +63,6 @@ def _kind(checkup: Checkup, number: int) -> ggml.TensorType:
 
 def fits_in_place(checkup: Checkup, layout: Layout) -> bool:
     """Whether only the header changes, and not its length: every tensor would stay where it is."""
-    if len(checkup.parts.paths) > 1:
-        return False
     now = {t.name: checkup.header.data_offset + t.offset for t in checkup.header.tensors}
     return dict(layout.offsets) == now and len(layout.header) == checkup.header.data_offset
 

@@ -27,6 +27,7 @@ from qwenlocal.errors import BadWeights, CannotWrite, DiskFull, Interrupted, Not
 from qwenlocal.ggml import TensorType
 from qwenlocal.paths import writable
 from qwenlocal.positional import begin_to_write, read_at, write_at
+from qwenlocal.weights import edition
 
 if TYPE_CHECKING:
     import numpy
@@ -158,8 +159,7 @@ def carry_out(
 
     for output in job.outputs:
         writable(output.path.parent)
-        if not replace and os.path.lexists(output.path):
-            raise OutputExists(output.path)
+    _refuse_existing(job, replace=replace)
     locks = sorted(part_of(output.path).with_suffix(".part.lock") for output in job.outputs)
     lock = locks[0]
     try:
@@ -167,11 +167,18 @@ def carry_out(
             for lock in locks:
                 held.enter_context(filelock.FileLock(lock, timeout=_PATIENCE))
                 held.callback(_unlink, lock)
+            _refuse_existing(job, replace=replace)  # whoever had the lock until now may have written it
             return _Run(job, allow_nan=allow_nan, report=report).carry_out(threads)
     except filelock.Timeout as busy:
         raise QwenlocalError(f"Another qwenlocal is writing {job.outputs[0].path}.", hint="Wait for it.") from busy
     except OSError as reason:
         raise _failure(lock.parent, reason, 0) from reason
+
+
+def _refuse_existing(job: Job, *, replace: bool) -> None:
+    for output in job.outputs:
+        if not replace and os.path.lexists(output.path):
+            raise OutputExists(output.path)
 
 
 class _Run:
@@ -470,7 +477,7 @@ def _state(path: Path) -> os.stat_result:
 
 def _identity(job: Job, allow_nan: bool) -> str:
     """Differs as soon as another input, another output or another way between them is meant."""
-    digest = hashlib.sha256(f"{__version__} {SLAB} {allow_nan}".encode())
+    digest = hashlib.sha256(f"{__version__} {edition.EDITION} {SLAB} {allow_nan}".encode())
     for output in job.outputs:
         digest.update(f"{output.path.name} {output.size}\n".encode(errors="replace") + output.header)
     states = {path: _state(path) for path in {strip.file for strip in job.strips}}

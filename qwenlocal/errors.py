@@ -17,6 +17,7 @@ Everything that can go wrong for a user of qwenlocal.
     ├── NotEnoughMemory            6  the model does not fit
     ├── NoContext                  6  llama.cpp cannot make a context of that size
     ├── DiskFull                   6  no room for the file
+    ├── BeingWritten               6  another process is writing this very file
     ├── CannotWrite                6  a folder that must be written is not writable
     ├── ContextFull                7  the prompt does not fit in the context
     └── Interrupted              130  Ctrl-C
@@ -135,6 +136,12 @@ class BadCheckpoint(BadWeights):
     def __init__(self, path: Path | str, reason: str, *, hint: str = "") -> None:
         super().__init__(path, reason, hint=hint or "Fetch the checkpoint again, whole, and try once more.")
 
+    @classmethod
+    def unreadable(cls, path: Path | str, reason: OSError) -> BadCheckpoint:
+        """It is there, but the system does not let it be read."""
+        hint = "Check who may read it." if isinstance(reason, PermissionError) else ""
+        return cls(path, f"it cannot be read ({reason.strerror})", hint=hint)
+
 
 class CannotExpress(BadWeights):
     """The checkpoint in `path` is whole, but llama.cpp would compute something else; `reason` is what."""
@@ -204,6 +211,16 @@ class DiskFull(QwenlocalError):
             f"The disk of {folder} has {free / 1e6:,.0f} MB free; {needed / 1e6:,.0f} MB more are needed.",
             hint="Free some room (qwenlocal list, qwenlocal rm NAME), or move QWENLOCAL_HOME or HF_HOME elsewhere.",
         )
+
+
+class BeingWritten(QwenlocalError):
+    """Another process is writing this very file."""
+
+    exit_code, http_status = 6, 409
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = path
+        super().__init__(f"Another qwenlocal is writing {path}.", hint="Wait for it, or write to another file.")
 
 
 class CannotWrite(QwenlocalError):

@@ -117,8 +117,8 @@ def quantize_quickly(kind: TensorType, source: Address, target: Address, count: 
     """
     Have our own code (tools/quantizers.cpp) write the bytes that ggml would, two to seven times as fast.
 
-    The numbers must be finite. False, and nothing is written, for types but q4_k, q5_k, q6_k and q8_0, and where libggml
-    was compiled without it: a wheel from elsewhere, another compiler than GCC and clang.
+    The numbers must be finite. False, and nothing is written, for types but q4_k, q5_k, q6_k and q8_0, and where
+    libggml was compiled without it: a wheel from elsewhere, another compiler than GCC and clang.
     """
     ours = _quantizers()
     return ours is not None and bool(ours(kind.number, source, target, count))

@@ -31,8 +31,9 @@ from qwenlocal.testing import MOE_CONFIG, write_checkpoint, write_model
 from qwenlocal.weights import gguf
 from qwenlocal.weights.checkpoint import Checkpoint
 from qwenlocal.weights.convert import Options, plan_conversion
-from qwenlocal.weights.header import read_header, read_pairs
+from qwenlocal.weights.header import read_header, read_pairs, tensor_bytes
 from qwenlocal.weights.mix import file_type
+from qwenlocal.weights.numbers import errors_by_row
 from qwenlocal.weights.repair import backup_bytes
 from qwenlocal.weights.writing import carry_out
 
@@ -274,7 +275,7 @@ class TestConvert:
         assert "“blk.0.ffn_up.weight” has weights that are NaN or infinite, the first in row 40" in message
         assert "--allow-nan" in message
         assert not (tmp_path / "x.gguf").exists()
-        assert "2 weights were NaN or infinite; they are zero now" in clean(
+        assert "2 weights were NaN or infinite; zero now" in clean(
             invoke("convert", str(mine), "-o", "x.gguf", "--allow-nan"), 0
         )
         assert inside(tmp_path) == {mine.name, "x.gguf"}
@@ -543,6 +544,83 @@ def rootless(good: Path, tmp_path: Path) -> Path:
     return changed(good, tmp_path / "old.gguf", {"qwen2.rope.freq_base": None})
 
 
+class TestWhatATesterMet:
+    def test_one_of_several_files_is_no_source(self, invoke: Run, tmp_path: Path) -> None:
+        folder = write_checkpoint(tmp_path / "shards", config=SIZES, shards=2)
+        said = clean(invoke("convert", str(folder / "model-00001-of-00002.safetensors")), 5)
+        assert "one of 2 files" in said
+        assert "Give the folder" in said
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="there are no pipes in folders there")
+    def test_a_pipe_is_not_waited_for(self, mine: Path, invoke: Run) -> None:
+        (mine / "model.safetensors").unlink()
+        os.mkfifo(mine / "model.safetensors")
+        assert "not a regular file" in clean(invoke("convert", str(mine)), 5)
+
+    def test_a_folder_of_the_outputs_name_is_refused_before_anything_is_read(
+        self, source: Path, invoke: Run, tmp_path: Path
+    ) -> None:
+        (tmp_path / "x.gguf" / "inside").mkdir(parents=True)
+        (tmp_path / "out" / f"{source.name}-f16.gguf").mkdir(parents=True)
+        said = clean(invoke("convert", str(source), "--type", "f16", "-o", "out", "--force"), 2)
+        assert "is a folder" in said
+        assert inside(tmp_path / "out") == {f"{source.name}-f16.gguf"}
+
+    @pytest.mark.skipif(not Path("/proc/self").exists(), reason="there is no folder that takes no files")
+    def test_a_folder_that_takes_no_files_is_not_said_to_be_written_by_another(self, source: Path, invoke: Run) -> None:
+        said = clean(invoke("convert", str(source), "--type", "f16", "-o", "/proc/x.gguf"), 6)
+        assert "Another" not in said
+
+    def test_end_tokens_that_the_vocabulary_lacks_are_found(self, good: Path, invoke: Run, tmp_path: Path) -> None:
+        path = changed(good, tmp_path / "x.gguf", {"tokenizer.ggml.eos_token_id": gguf.u32(99_999)})
+        assert "Its eos token is 99,999" in invoke("inspect", str(path), "--quick").stdout
+
+    @pytest.mark.parametrize("kind", ["q1_0", "tq1_0"])
+    def test_a_matrix_of_zeros_is_explained_by_no_type(
+        self, kind: str, source: Path, invoke: Run, tmp_path: Path
+    ) -> None:
+        path = convert_with(invoke, source, tmp_path, kind)
+        clean(invoke("verify", str(path), "--against", str(source)), 0)
+        tensor = next(t for t in read_header(path).tensors if t.name == "token_embd.weight")
+        with path.open("r+b") as file:
+            file.seek(read_header(path).data_offset + tensor.offset)
+            file.write(bytes(tensor_bytes(tensor) or 0))
+        said = invoke("verify", str(path), "--against", str(source))
+        clean(said, 5)
+        assert "“token_embd.weight”" in said.stdout
+
+    @pytest.mark.parametrize("kind", ["q4_k", "q8_0", "q2_k"])
+    def test_one_row_in_anothers_place_is_noticed(self, kind: str, invoke: Run, tmp_path: Path) -> None:
+        source = write_checkpoint(tmp_path / "wide", config={**SIZES, "hidden_size": 256})
+        path = convert_with(invoke, source, tmp_path, {"q4_k": "q4_k_s"}.get(kind, kind))
+        header = read_header(path)
+        tensor = next(t for t in header.tensors if t.name == "token_embd.weight")
+        width = ggml.tensor_type(kind).row_bytes(256)
+        with path.open("r+b") as file:
+            file.seek(header.data_offset + tensor.offset + 7 * width)
+            row = file.read(width)
+            file.seek(header.data_offset + tensor.offset + 100 * width)
+            file.write(row)
+        said = invoke("verify", str(path), "--against", str(source))
+        clean(said, 5)
+        assert "row 100 of “token_embd.weight”" in said.stdout
+
+
+def test_errors_are_told_of_each_row() -> None:
+    true, other = (
+        numpy.array([[3, 4, 6, 8, 1e-9, 0]], numpy.float32),
+        numpy.array([[3, 4, 6, 9, 0, 0]], numpy.float32),
+    )
+    whole, row, worst = errors_by_row([true], [other], 2)
+    assert (round(whole, 4), row, round(worst, 4)) == (0.0894, 1, 0.1)
+
+
+def convert_with(invoke: Run, source: Path, folder: Path, kind: str) -> Path:
+    path = folder / f"{kind}.gguf"
+    clean(invoke("convert", str(source), "--type", kind, "--pure", "-o", str(path)), 0)
+    return path
+
+
 class TestAFileThatWasMerged:
     def test_is_mended_in_place_all_the_same(self, good: Path, invoke: Run, tmp_path: Path) -> None:
         """llama-gguf-split leaves its keys in what it puts together."""
@@ -783,7 +861,7 @@ class TestFix:
 
     def test_in_place_is_refused_where_the_header_would_grow(self, rootless: Path, invoke: Run) -> None:
         before = rootless.read_bytes()
-        assert "makes the header longer" in clean(invoke("inspect", str(rootless), "--fix"), 2)
+        assert "so that the rest moves" in clean(invoke("inspect", str(rootless), "--fix"), 2)
         assert rootless.read_bytes() == before
 
     def test_of_a_good_file_does_nothing(self, good: Path, invoke: Run, tmp_path: Path) -> None:

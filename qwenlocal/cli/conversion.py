@@ -119,7 +119,7 @@ def fingerprint(path: Path) -> str:
         files = sorted([*folder.iterdir(), *(folder / "additional_chat_templates").glob("*.jinja")])
         states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.suffix in _READ]
     except OSError as reason:
-        raise BadCheckpoint(folder, f"it cannot be read ({reason.strerror})") from reason
+        raise BadCheckpoint.unreadable(folder, reason) from reason
     return hashlib.sha256(repr((path.name, states)).encode(errors="replace")).hexdigest()[:16]
 
 

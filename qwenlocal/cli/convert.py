@@ -197,6 +197,8 @@ def _cores() -> int:
 
 def _refuse_existing(wanted: Sequence[tuple[Path, FileType]], asked: Asked) -> None:
     for path, _ in wanted:
+        if path.is_dir():
+            raise UsageProblem(f"{path} is a folder.", hint="Name a file, or give -o a folder to write into.")
         if not asked.force and path.exists():
             raise OutputExists(path)
 
@@ -217,9 +219,13 @@ def _do(program: Program, plan: Plan, asked: Asked) -> None:
     for file in plan.files:
         program.say(f"Wrote {file.path}: {_in_words(file)}, in {seconds:.1f} s.")
     if written.not_finite:
-        program.say(f"{written.not_finite:,} weights were NaN or infinite; they are zero now.")
+        program.say(f"{_weights(written.not_finite)} NaN or infinite; zero now.")
     if written.resumed:
         program.say(f"An earlier attempt had done {bytes_for_people(written.resumed)} of the reading.")
+
+
+def _weights(count: int) -> str:
+    return "1 weight was" if count == 1 else f"{count:,} weights were"
 
 
 def _in_words(file: PlannedFile) -> str:

@@ -223,7 +223,7 @@ def _fix(program: Program, record: Record, checkup: Checkup, out: str | None) ->
             )
         if not fits_in_place(checkup, layout):
             raise UsageProblem(
-                "The repair makes the header longer, so that everything behind it moves.",
+                "The repair changes what comes before the weights, or takes some out, so that the rest moves.",
                 hint="Write a repaired copy: --fix -o FILE",
             )
         patch(checkup, layout)

@@ -6,6 +6,7 @@ A part is imported when a command first needs it: `list` takes no longer than Py
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwenlocal.errors import BadWeights, ModelNotFound, NotConvertedYet, SourceUnreachable
+from qwenlocal.errors import BadWeights, CannotWrite, ModelNotFound, NotConvertedYet, SourceUnreachable
 from qwenlocal.library.store import Record, Store
 from qwenlocal.paths import Folders, shipped
 from qwenlocal.terminal.plain import wrapped
@@ -39,7 +40,10 @@ class Program:
 
     @cached_property
     def folders(self) -> Folders:
-        return Folders.from_environment()
+        found = Folders.from_environment()
+        if found.home.is_dir() and not os.access(found.home, os.R_OK | os.X_OK):
+            raise CannotWrite(found.home, "permission denied")
+        return found
 
     @cached_property
     def catalogue(self) -> Catalogue:

@@ -314,6 +314,7 @@ class _Download:
         self._known = {number for number in range(partial.count) if partial.has(number)}  # by an earlier run
         self._tally = _Tally(deque(partial.missing()))
         self._streaming = threading.Lock()
+        self._shown = 0
 
     def run(self, report: Report, stop: threading.Event) -> str:
         """Fetch what is missing and return the sha256 of the whole."""
@@ -396,7 +397,8 @@ class _Download:
             under_way = sum(self._tally.in_flight.values())
         done = self._partial.done
         ahead = max((s.place.ahead() for s in self._places.standings if not s.dead), default=0)
-        shown = min(self._artifact.size, done + max(under_way, ahead))
+        # A block is on its way until it is done, and for a moment neither.
+        self._shown = shown = max(self._shown, min(self._artifact.size, done + max(under_way, ahead)))
         current = next((s.place.label for s in self._places.standings if not s.dead), "")
         doing = "checking" if done == self._artifact.size else "fetching"
         return Progress(self._artifact.name, shown, self._artifact.size, doing, current)

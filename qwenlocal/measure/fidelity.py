@@ -25,7 +25,7 @@ from qwenlocal.weights.checkpoint import Checkpoint
 from qwenlocal.weights.convert import Options, plan_conversion
 from qwenlocal.weights.header import read_pairs, tensor_type_name
 from qwenlocal.weights.mix import file_type
-from qwenlocal.weights.numbers import is_readable, numbers_of, read_rows, relative_error
+from qwenlocal.weights.numbers import errors_by_row, is_readable, numbers_of, read_rows
 from qwenlocal.weights.parts import Located, read_parts
 from qwenlocal.weights.plan import Plan
 from qwenlocal.weights.writing import Strip
@@ -46,6 +46,7 @@ _TYPICAL = {
     "tq1_0": 0.8517, "tq2_0": 0.8517,
 }  # fmt: skip
 _UNKNOWN_TYPE = 0.85
+_MOST = 0.98  # nothing but zeros is off by 1
 _LEAST_NMSE = 1e-2  # the engine itself rounds activations, too
 _GENEROSITY = 50  # tiny models with random weights make that much more of an error than real ones
 
@@ -70,17 +71,35 @@ def _some(names: Sequence[str]) -> str:
 
 
 class TensorError(NamedTuple):
-    """A tensor's relative RMSE against the checkpoint; `allowed` is what its type explains."""
+    """
+    A tensor's relative RMSE against the checkpoint, and that of its worst row, `row`; what its type explains of both.
+
+    A row that was replaced by another is off by 1.4 (two vectors that have nothing in common, each as long as the
+    other), but hardly shows among thousands.
+    """
 
     name: str
     type: str
     rmse: float
     allowed: float
+    row: int
+    row_rmse: float
+    row_allowed: float
 
     @property
     def is_explained(self) -> bool:
-        """Whether quantization alone makes such an error."""
-        return self.rmse <= self.allowed
+        """Whether quantization alone makes such errors."""
+        return self.rmse <= self.allowed and self.row_rmse <= self.row_allowed
+
+    def __str__(self) -> str:
+        if not self.rmse <= self.allowed:  # NaN, too
+            return (
+                f"“{self.name}” ({self.type}) is off by {self.rmse:.2%}, where {self.type} explains {self.allowed:.2%}"
+            )
+        return (
+            f"row {self.row:,} of “{self.name}” ({self.type}) is off by {self.row_rmse:.2%}, "
+            f"where {self.type} explains {self.row_allowed:.2%}"
+        )
 
 
 @dataclass(frozen=True)
@@ -141,11 +160,7 @@ class Fidelity:
         if self.surplus:
             found.append(f"{_some(self.surplus)} in it, and not in the checkpoint")
         found += [str(contradiction) for contradiction in self.contradictions]
-        found += [
-            f"“{t.name}” ({t.type}) is off by {t.rmse:.2%}, where {t.type} explains {t.allowed:.2%}"
-            for t in self.tensors
-            if not t.is_explained
-        ]
+        found += [str(tensor) for tensor in self.tensors if not tensor.is_explained]
         found += [f"the text {wrong.text!r} gives other token ids" for wrong in self.wrong_texts]
         if self.logits and not math.isfinite(self.logits.nmse):
             found.append("its logits are not numbers")
@@ -245,8 +260,10 @@ def _tensor_errors(source: _Source, file: Path, report: Report) -> tuple[list[Te
 
 def _tensor_error(true: Iterator[numpy.ndarray], located: Located) -> TensorError:
     kind = tensor_type_name(located.tensor.type).lower()
-    rmse = relative_error(true, numbers_of(*located))
-    return TensorError(located.tensor.name, kind, rmse, 2 * _TYPICAL.get(kind, _UNKNOWN_TYPE))
+    typical = _TYPICAL.get(kind, _UNKNOWN_TYPE)
+    rmse, row, row_rmse = errors_by_row(true, numbers_of(*located), located.tensor.shape[0])
+    limits = min(2 * typical, _MOST), min(4 * typical, _MOST)
+    return TensorError(located.tensor.name, kind, rmse, limits[0], row, row_rmse, limits[1])
 
 
 class _Source:

@@ -211,7 +211,10 @@ def _yarn_attention(config: _Config, rope: Mapping[str, Any], factor: float) -> 
 
 def _refuse_other_graphs(config: _Config, found: Hyperparameters) -> None:
     values = config.values
-    if found.width % found.heads or values.get("head_dim") not in (None, found.width // found.heads):
+    if values.get("head_dim") not in (None, found.width // found.heads):
+        what = f"its heads are {shortly(values['head_dim'])} wide (head_dim), not {found.width // found.heads}"
+        raise CannotExpress(config.path, what)
+    if found.width % found.heads:
         raise CannotExpress(config.path, f"{found.heads} heads do not share a width of {found.width} evenly")
     if found.heads % found.kv_heads:
         raise BadCheckpoint(config.path, f"{found.heads} heads over {found.kv_heads} key-value heads: that cannot be")

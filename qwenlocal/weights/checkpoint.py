@@ -45,6 +45,10 @@ class Checkpoint:
         CannotExpress: the weights are packed (GPTQ, AWQ, …).
         """
         folder = path.parent if path.is_file() else path
+        if path.is_file() and (shard := shard_of(path.name)) and shard.total > 1:
+            raise BadCheckpoint(
+                path, f"it is one of {shard.total} files of a checkpoint", hint=f"Give the folder: {folder}"
+            )
         config = read_config(folder)
         files = [path] if path.is_file() else weight_files(folder)
         tensors = _together(read_tensors(file) for file in files)
@@ -93,7 +97,7 @@ def weight_files(folder: Path) -> list[Path]:
     try:
         there = [file.name for file in folder.iterdir() if not file.is_dir()]
     except OSError as reason:
-        raise BadCheckpoint(folder, f"it cannot be read ({reason.strerror})") from reason
+        raise BadCheckpoint.unreadable(folder, reason) from reason
     return [folder / name for name in weight_names(folder, there)]
 
 
@@ -249,7 +253,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     except FileNotFoundError as reason:
         raise BadCheckpoint(path.parent, f"it has no {path.name}, which says {what}") from reason
     except OSError as reason:
-        raise BadCheckpoint(path, f"it cannot be read ({reason.strerror})") from reason
+        raise BadCheckpoint.unreadable(path, reason) from reason
     except (ValueError, RecursionError) as reason:
         raise BadCheckpoint(path, f"it is not readable JSON ({reason})") from reason
     if not isinstance(found, dict):

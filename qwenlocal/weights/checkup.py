@@ -22,6 +22,7 @@ from qwenlocal.weights.numbers import place_of, read_rows, same_bytes
 from qwenlocal.weights.parts import Located, Parts, read_parts
 
 QWEN = ("qwen2", "qwen2moe")
+_NO_TOKEN = 0xFFFFFFFF  # llama.cpp's -1
 _END_OF_TURN, _END_OF_TEXT = "<|im_end|>", "<|endoftext|>"
 _CHUNK = 1 << 22
 _SAMPLE = 64  # rows of a matrix that are looked at closely
@@ -142,7 +143,18 @@ def _vocabulary_findings(header: Header, pairs: Mapping[str, gguf.Encoded]) -> I
             False,
             {"tokenizer.ggml.token_type": gguf.i32s(hidden)},
         )
+    yield from _special_findings(len(tokens), pairs)
     yield from _end_findings(tokens, pairs)
+
+
+def _special_findings(count: int, pairs: Mapping[str, gguf.Encoded]) -> Iterator[Finding]:
+    """Ids of special tokens that no token has."""
+    for key in pairs:
+        if key.startswith("tokenizer.ggml.") and key.endswith("_token_id"):
+            number = gguf.decode(pairs[key])
+            if isinstance(number, int) and number != _NO_TOKEN and not 0 <= number < count:
+                role = key.removeprefix("tokenizer.ggml.").removesuffix("_token_id")
+                yield Finding(f"Its {role} token is {number:,}, but the vocabulary ends at {count - 1:,}.", True)
 
 
 def _end_findings(tokens: Sequence[str], pairs: Mapping[str, gguf.Encoded]) -> Iterator[Finding]:

@@ -63,10 +63,12 @@ def read_tensors(path: Path) -> list[StoredTensor]:
     """
     try:
         size = path.stat().st_size
+        if not (path.is_file() or path.is_dir()):  # opening a pipe waits for somebody who writes to it
+            raise BadCheckpoint(path, "it is not a regular file")
         with path.open("rb") as file:
             return tensors_of(read_front(path, size, lambda start, end: _read(file, start, end)))
     except OSError as reason:
-        raise BadCheckpoint(path, f"it cannot be read ({reason.strerror})") from reason
+        raise BadCheckpoint.unreadable(path, reason) from reason
 
 
 def _read(file: BinaryIO, start: int, end: int) -> bytes:

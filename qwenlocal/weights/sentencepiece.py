@@ -56,7 +56,7 @@ def read_pieces(path: Path) -> Pieces:
                 _check_normalizer(path, normalizer)
                 adds_space = bool(normalizer.get(3, True))
     except OSError as reason:
-        raise BadCheckpoint(path, f"it cannot be read ({reason.strerror})") from reason
+        raise BadCheckpoint.unreadable(path, reason) from reason
     except (ValueError, struct.error) as reason:
         raise BadCheckpoint(path, f"it is no SentencePiece model ({reason})") from reason
     if not pieces:

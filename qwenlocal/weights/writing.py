@@ -23,7 +23,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from qwenlocal import __version__, ggml
-from qwenlocal.errors import BadWeights, CannotWrite, DiskFull, Interrupted, NotFinite, OutputExists, QwenlocalError
+from qwenlocal.errors import (
+    BadWeights,
+    BeingWritten,
+    CannotWrite,
+    DiskFull,
+    Interrupted,
+    NotFinite,
+    OutputExists,
+    QwenlocalError,
+)
 from qwenlocal.ggml import TensorType
 from qwenlocal.paths import writable
 from qwenlocal.positional import begin_to_write, read_at, write_at
@@ -170,7 +179,9 @@ def carry_out(
             _refuse_existing(job, replace=replace)  # whoever had the lock until now may have written it
             return _Run(job, allow_nan=allow_nan, report=report).carry_out(threads)
     except filelock.Timeout as busy:
-        raise QwenlocalError(f"Another qwenlocal is writing {job.outputs[0].path}.", hint="Wait for it.") from busy
+        if not lock.exists():  # nobody has it, it cannot be made
+            raise CannotWrite(lock.parent, "no files can be made there") from busy
+        raise BeingWritten(job.outputs[0].path) from busy
     except OSError as reason:
         raise _failure(lock.parent, reason, 0) from reason
 

@@ -200,6 +200,10 @@ class NoContext(QwenlocalError):
         )
 
 
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB" if size < 10e6 else f"{size / 1e6:,.0f} MB"
+
+
 class DiskFull(QwenlocalError):
     """`folder` has `free` bytes left where `needed` more must be written."""
 
@@ -208,7 +212,7 @@ class DiskFull(QwenlocalError):
     def __init__(self, folder: Path, needed: int, free: int) -> None:
         self.folder, self.needed, self.free = folder, needed, free
         super().__init__(
-            f"The disk of {folder} has {free / 1e6:,.0f} MB free; {needed / 1e6:,.0f} MB more are needed.",
+            f"The disk of {folder} has {_megabytes(free)} free; {_megabytes(needed)} are needed.",
             hint="Free some room (qwenlocal list, qwenlocal rm NAME), or move QWENLOCAL_HOME or HF_HOME elsewhere.",
         )
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from qwenlocal import ggml
 from qwenlocal.chat.template import CHATML
-from qwenlocal.errors import BadCheckpoint, BadWeights, CannotExpress, UsageProblem
+from qwenlocal.errors import BadCheckpoint, BadWeights, CannotExpress, ModelNotFound, UsageProblem
 from qwenlocal.testing import CONFIG, MOE_CONFIG, SPECIALS, write_checkpoint, write_safetensors
 from qwenlocal.weights import gguf
 from qwenlocal.weights.about import Parameters, read_about
@@ -406,6 +406,8 @@ class TestFolder:
         shutil.copy(folder / "model.safetensors", folder / "adapter_model.safetensors")
         assert files_of(Checkpoint.open(folder)) == {folder / "model.safetensors"}
         (folder / "model.safetensors").unlink()
+        assert "it is an adapter (LoRA)" in refusal(Checkpoint.open, folder)
+        (folder / "adapter_model.safetensors").unlink()
         assert refusal(Checkpoint.open, folder) == "there are no safetensors files in it"
 
     @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth", "epoch.ckpt"])
@@ -430,15 +432,17 @@ class TestFolder:
         with pytest.raises(BadCheckpoint, match="No such file"):
             Checkpoint.open(folder)
 
-    @pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes"])
+    @pytest.mark.parametrize(
+        ("method", "name"), [("gptq", "“-GPTQ”"), ("awq", "“-AWQ”"), ("bitsandbytes", "made from.")]
+    )
     def test_packed_weights_are_refused_and_the_hint_names_what_to_convert_instead(
-        self, method: str, tmp_path: Path
+        self, method: str, name: str, tmp_path: Path
     ) -> None:
         folder = small(tmp_path, {"quantization_config": {"quant_method": method, "bits": 4}})
         for read in (Checkpoint.open, examine):
             with pytest.raises(CannotExpress, match=f"packed already .{method}.") as caught:
                 read(folder)
-            assert "-GPTQ" in caught.value.hint
+            assert name in caught.value.hint
 
     @pytest.mark.parametrize("strange", [{"bits": 4}, "gptq", [1]])
     def test_packed_weights_are_refused_even_where_it_is_not_said_how(self, strange: object, tmp_path: Path) -> None:
@@ -1608,7 +1612,7 @@ class TestImportance:
         assert "quantize.imatrix.chunks_count" not in found.pairs
 
     def test_a_file_that_is_not_there_or_something_else_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(BadWeights, match="No such file"):
+        with pytest.raises(ModelNotFound, match="There is no file"):
             read_importance(tmp_path / "im.gguf")
         with pytest.raises(BadWeights, match="Is a directory"):
             read_importance(tmp_path)

@@ -382,7 +382,7 @@ class TestBeforeTheWeightsAreFetched:
         size = len(hub.repository(REPO).files["model.safetensors"])
         free = shutil.disk_usage("/")._replace(free=size + 1000)
         monkeypatch.setattr(shutil, "disk_usage", lambda _folder: free)
-        assert "MB more are needed" in clean(invoke("pull", NAME), 6)
+        assert "MB are needed" in clean(invoke("pull", NAME), 6)
         assert watch.saw_headers_only
 
     def test_a_hub_that_sends_whole_files_only_is_no_hindrance(

@@ -361,10 +361,9 @@ class TestImportance:
         message = clean(invoke("convert", str(source), "--imatrix", "im.gguf", "-o", "x.gguf"), 5)
         assert "measured with another model" in message
 
-    @pytest.mark.parametrize("content", [None, b"", b"GGUF", b"\x01\0\0\0old"])
-    def test_that_is_none_is_refused(self, content: bytes | None, source: Path, invoke: Run, tmp_path: Path) -> None:
-        if content is not None:
-            (tmp_path / "im.gguf").write_bytes(content)
+    @pytest.mark.parametrize("content", [b"", b"GGUF", b"\x01\0\0\0old"])
+    def test_that_is_none_is_refused(self, content: bytes, source: Path, invoke: Run, tmp_path: Path) -> None:
+        (tmp_path / "im.gguf").write_bytes(content)
         assert "im.gguf" in clean(invoke("convert", str(source), "--imatrix", "im.gguf", "-o", "x.gguf"), 5)
         assert not (tmp_path / "x.gguf").exists()
 
@@ -589,7 +588,19 @@ class TestWhatATesterMet:
         clean(said, 5)
         assert "“token_embd.weight”" in said.stdout
 
-    @pytest.mark.parametrize("kind", ["q4_k", "q8_0", "q2_k"])
+    def test_packed_weights_are_known_by_their_names_too(self, mine: Path, invoke: Run) -> None:
+        path = mine / "model.safetensors"
+        path.write_bytes(path.read_bytes().replace(b"mlp.up_proj.weight", b"mlp.up_pro.qweight"))
+        assert "packed already (GPTQ or AWQ)" in clean(invoke("convert", str(mine)), 5)
+
+    def test_an_adapter_is_told_from_a_model(self, mine: Path, invoke: Run) -> None:
+        (mine / "model.safetensors").rename(mine / "adapter_model.safetensors")
+        assert "it is an adapter (LoRA)" in clean(invoke("convert", str(mine)), 5)
+
+    def test_an_importance_matrix_that_is_not_there_is_not_found(self, source: Path, invoke: Run) -> None:
+        assert "There is no file nowhere" in clean(invoke("convert", str(source), "--imatrix", "nowhere"), 3)
+
+    @pytest.mark.parametrize("kind", ["q4_k", "q2_k"])
     def test_one_row_in_anothers_place_is_noticed(self, kind: str, invoke: Run, tmp_path: Path) -> None:
         source = write_checkpoint(tmp_path / "wide", config={**SIZES, "hidden_size": 256})
         path = convert_with(invoke, source, tmp_path, {"q4_k": "q4_k_s"}.get(kind, kind))

@@ -16,6 +16,7 @@ from qwenlocal.errors import BadCheckpoint, CannotExpress
 from qwenlocal.shards import shard_of
 from qwenlocal.weights.safetensors import Front, StoredTensor, first_twice, read_tensors, tensors_of
 
+_PACKED = (".qweight", ".qzeros")
 _INDEX = "model.safetensors.index.json"
 _LONGEST_JSON = 200_000_000
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
@@ -51,7 +52,7 @@ class Checkpoint:
             )
         config = read_config(folder)
         files = [path] if path.is_file() else weight_files(folder)
-        tensors = _together(read_tensors(file) for file in files)
+        tensors = _together(folder, (read_tensors(file) for file in files))
         if path.is_dir() and (folder / _INDEX).exists():
             _check_index(folder, tensors)
         return cls(folder, config, tensors)
@@ -65,19 +66,21 @@ class Checkpoint:
         ------
         As `open`.
         """
-        tensors = _together(tensors_of(front) for front in fronts)
+        tensors = _together(folder, (tensors_of(front) for front in fronts))
         if (folder / _INDEX).exists():
             _check_index(folder, tensors)
         return cls(folder, read_config(folder), tensors, has_weights=False)
 
 
-def _together(files: Iterable[Iterable[StoredTensor]]) -> dict[str, StoredTensor]:
+def _together(folder: Path, files: Iterable[Iterable[StoredTensor]]) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     for file in files:
         for tensor in file:
             if tensor.name in tensors:
                 raise BadCheckpoint(tensor.file, f"“{tensor.name}” is in {tensors[tensor.name].file.name}, too")
             tensors[tensor.name] = tensor
+    if any(name.endswith(_PACKED) for name in tensors):  # config.json does not always say so
+        raise _packed(folder, "GPTQ or AWQ")
     return tensors
 
 
@@ -141,6 +144,12 @@ def _several(names: list[str], of: int) -> str:
 
 def _no_weights(folder: Path, there: Iterable[str]) -> BadCheckpoint:
     files = sorted(name for name in there if name.endswith(PICKLED))
+    if any(name.startswith("adapter_") for name in there):
+        return BadCheckpoint(
+            folder,
+            "it is an adapter (LoRA), which changes another model and is none itself",
+            hint="Merge the two (merge_and_unload of peft), and convert what comes of it.",
+        )
     return pickled(folder, files[0]) if files else BadCheckpoint(folder, "there are no safetensors files in it")
 
 
@@ -222,11 +231,15 @@ def _refuse_packed(folder: Path, config: Mapping[str, Any]) -> None:
     packed = config.get("quantization_config")
     if not packed:
         return
-    method = packed.get("quant_method", "some method") if isinstance(packed, dict) else "some method"
-    raise CannotExpress(
+    raise _packed(folder, packed.get("quant_method", "some method") if isinstance(packed, dict) else "some method")
+
+
+def _packed(folder: Path, method: object) -> CannotExpress:
+    name = f": it has no “-{method.upper()}” in its name" if method in ("gptq", "awq") else ""
+    return CannotExpress(
         folder,
         f"its weights are packed already ({method}); plain ones (f32, f16, bf16) are converted",
-        hint="Convert the checkpoint that it was made from: it has no “-GPTQ” or “-AWQ” in its name.",
+        hint=f"Convert the checkpoint that it was made from{name}.",
     )
 
 

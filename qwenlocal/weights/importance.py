@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwenlocal.errors import BadWeights
+from qwenlocal.errors import BadWeights, ModelNotFound
 from qwenlocal.weights import gguf
 from qwenlocal.weights.header import Header, Tensor, read_header
 
@@ -56,10 +56,13 @@ def read_importance(path: Path) -> Importance:
     """
     Raises
     ------
+    ModelNotFound: there is no such file.
     BadWeights: the file is no importance matrix, or is damaged.
     """
     import numpy
 
+    if not path.exists():
+        raise ModelNotFound(str(path), reason=f"There is no file {path}.", hint="llama-imatrix makes one, as GGUF.")
     header = read_header(path)
     if header.metadata.get("general.type") != "imatrix":
         raise BadWeights(path, "this is no importance matrix", hint="llama-imatrix makes one, as GGUF.")

@@ -1,18 +1,17 @@
 """
 The chat template: messages in, the text that the model was trained to continue out.
 
-It is the model's own Jinja template, run in the sandbox and with the settings that transformers uses
-(transformers, utils/chat_template_utils.py: `_compile_jinja_template`), so that the result is the same to the byte.
+It is the model's own Jinja template, run as transformers runs it, so that the result is the same to the byte.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from typing import Any, NoReturn
+from typing import Any
 
 from qwenlocal.errors import BadWeights
+from qwenlocal.jinja import compile_template
 
 # Qwen1.5's own, for files of ChatML models that carry no template (some of the first GGUF files do not).
 CHATML = (
@@ -37,16 +36,10 @@ class ChatTemplate:
         BadWeights: the template is not valid Jinja.
         """
         from jinja2 import TemplateError
-        from jinja2.ext import loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        environment.filters["tojson"] = _tojson
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = lambda form: now().strftime(form)
         self.source, self._tokens = source, {"bos_token": bos, "eos_token": eos}
         try:
-            self._template = environment.from_string(source)
+            self._template = compile_template(source, now)
         except TemplateError as reason:
             raise BadWeights("the chat template", f"it cannot be read: {reason}", hint=_WITHOUT) from reason
 
@@ -71,20 +64,3 @@ class ChatTemplate:
 
 
 _WITHOUT = "Without a template: qwenlocal run MODEL --raw “text to continue”"
-
-
-def _refuse(message: str) -> NoReturn:
-    from jinja2 import TemplateError
-
-    raise TemplateError(message)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """As transformers defines it: Jinja's own escapes characters that HTML does not like."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -280,13 +280,13 @@ def convert(
     qwenlocal convert ./Qwen1.5-0.5B --dry-run               only says what it would write
     """
     from qwenlocal.cli.convert import AboutCheckpoint, Asked, convert_checkpoint
-    from qwenlocal.cli.values import rate
+    from qwenlocal.cli.values import listed, rate
 
     convert_checkpoint(
         Asked(
             source=source,
             out=out,
-            types=",".join(types or ["q4_k_m"]).split(","),
+            types=listed(",".join(types or ["q4_k_m"])),
             tensor_types=tuple(tensor_type or ()),
             imatrix=imatrix,
             pure=pure,
@@ -326,12 +326,13 @@ def quantize(
     qwenlocal quantize model-f16.gguf model.gguf q4_0 --tensor-type 'ffn_down=q6_k'
     """
     from qwenlocal.cli.convert import Asked, quantize_file
+    from qwenlocal.cli.values import listed
 
     quantize_file(
         Asked(
             source=source,
             out=out,
-            types=types.split(","),
+            types=listed(types),
             tensor_types=tuple(tensor_type or ()),
             imatrix=imatrix,
             pure=pure,
@@ -359,7 +360,7 @@ def inspect(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """What a GGUF file says of itself, and what is wrong with it."""
+    """What a GGUF file says of itself, and what is wrong with it. Exit code 5 where anything is, and stays so."""
     from qwenlocal.cli.inspect import inspect_file
 
     inspect_file(model, as_json=as_json, quick=quick, fix=fix, out=out, tensors=tensors)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import typer
@@ -27,14 +29,32 @@ class Boundary(typer.core.TyperGroup):
             sys.stdout.flush()
             return result
         except QwenlocalError as error:
-            show(error)
+            with _nobody_reading():
+                show(error)
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt as stop:
             raise typer.Exit(Interrupted.exit_code) from stop
         except BrokenPipeError as closed:
-            # Nobody reads any more; and Python must not complain about that at exit either.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _turn_away()
             raise typer.Exit(CLOSED_PIPE) from closed
+
+
+@contextlib.contextmanager
+def _nobody_reading() -> Iterator[None]:
+    """What is said where nobody reads is said in vain; the exit code still tells."""
+    try:
+        yield
+    except BrokenPipeError:
+        _turn_away()
+
+
+def _turn_away() -> None:
+    """Where nobody reads any more, Python must not complain about that at exit either."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def show(error: QwenlocalError) -> None:

@@ -12,7 +12,7 @@ import typer
 
 from qwenlocal.cli.values import Stage, bytes_for_people, print_json, print_table
 from qwenlocal.cli.wiring import Program
-from qwenlocal.errors import ModelNotFound, OutputExists, UsageProblem
+from qwenlocal.errors import BadWeights, ModelNotFound, OutputExists, UsageProblem
 from qwenlocal.library.names import CheckpointName
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ def inspect_file(text: str, *, as_json: bool, quick: bool, fix: bool, out: str |
         _show(checkup, tensors=tensors)
     if fix:
         _fix(program, record, checkup, out)
+    if any(finding.is_serious and not (fix and finding.can_be_fixed) for finding in checkup.findings):
+        raise typer.Exit(BadWeights.exit_code)
 
 
 def _record(program: Program, text: str) -> Record:

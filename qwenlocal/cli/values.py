@@ -31,6 +31,11 @@ def rate(text: str | None) -> int:
     return value
 
 
+def listed(text: str) -> list[str]:
+    """What stands between the commas: `listed("q4_0, q8_0,")` is ["q4_0", "q8_0"]; `text` itself where nothing does."""
+    return [part.strip() for part in text.split(",") if part.strip()] or [text]
+
+
 class Stage(NamedTuple):
     """How far something is, for `terminal.progress`."""
 

@@ -12,6 +12,7 @@ import ctypes
 import functools
 import importlib
 import importlib.util
+import math
 import os
 import sys
 import types
@@ -473,6 +474,10 @@ class Context:
     def logits(self, row: int) -> Any:
         """The model's raw scores for the next token, as a C array of as many floats as there are tokens."""
         return self._c.llama_get_logits_ith(self._context, row)
+
+    def is_broken(self, row: int) -> bool:
+        """Whether the scores of a row are NaN: one such weight makes all of them so, so the first one tells."""
+        return math.isnan(self.logits(row)[0])
 
     def close(self) -> None:
         """Give the memory back."""

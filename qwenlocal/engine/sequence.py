@@ -11,9 +11,10 @@ from typing import Protocol
 
 from qwenlocal.engine.llama import Aborted, Context, NoRoom
 from qwenlocal.engine.sampling import Sampler, Sampling
-from qwenlocal.errors import ContextFull, QwenlocalError
+from qwenlocal.errors import BadWeights, ContextFull, QwenlocalError
 
 _SLOW, _QUICK = 3.0, 0.5  # seconds for a part of a long prompt, between which its size stays as it is
+_DAMAGED = "Which ones: qwenlocal inspect FILE. One that was fetched can be mended: qwenlocal verify NAME"
 _FIRST_CHUNK, _LEAST_CHUNK = 256, 64
 
 
@@ -39,6 +40,7 @@ class Generator(Protocol):
         Raises
         ------
         ContextFull: the prompt leaves no room for an answer.
+        BadWeights: the model computes NaN.
         """
         ...
 
@@ -113,6 +115,8 @@ class TokenSequence:
         row = yield from self._prefill(ids)
         sampler.remember(ids)
         for produced in range(1, limit + 1):
+            if context.is_broken(row):
+                raise BadWeights(context.model.path, "its numbers come out as NaN; weights are damaged", hint=_DAMAGED)
             token = sampler.sample(context, row)
             yield token
             if produced == limit:

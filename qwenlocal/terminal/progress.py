@@ -49,9 +49,8 @@ class Plain:
         speed = (state.done - (self._start or 0)) / seconds
         left = f", {(state.total - state.done) / speed:.0f} s left" if speed > 0 and state.done < state.total else ""
         share = state.done / max(1, state.total)
-        self._out.write(
-            f"{state.doing} {state.name}: {share:.0%} of {state.total / 1e6:,.0f} MB, {speed / 1e6:.1f} MB/s{left}\n"
-        )
+        pace = f", {speed / 1e6:.1f} MB/s" if speed >= 1e5 else ""
+        self._out.write(f"{state.doing} {state.name}: {share:.0%} of {_size(state.total)}{pace}{left}\n")
         self._out.flush()
 
     def __enter__(self) -> Plain:
@@ -62,6 +61,10 @@ class Plain:
     ) -> None:
         if self._last is not None and self._last.done >= self._last.total:
             self._write(self._last)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:,.0f} MB" if count >= 1e6 else f"{count / 1e3:,.0f} kB"
 
 
 class Live:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenlocal import ggml
+from qwenlocal.jinja import fault_in
 from qwenlocal.weights import gguf
 from qwenlocal.weights.header import Header, Tensor, read_pairs, tensor_bytes, tensor_type_name
 from qwenlocal.weights.kinds import NORMAL, PADDING, UNUSED, USER_DEFINED
@@ -197,6 +198,8 @@ def _template_findings(pairs: Mapping[str, gguf.Encoded]) -> Iterator[Finding]:
         yield Finding("It has no chat template: programs must guess how turns are marked.", False)
     elif not template.strip():
         yield Finding("Its chat template is empty.", False)
+    elif fault := fault_in(template):
+        yield Finding(f"Its chat template cannot be read ({fault}): chats are refused, --raw runs.", True)
     elif "messages" not in template:
         yield Finding("Its chat template never looks at the messages; it is not a template of turns.", False)
     elif "add_generation_prompt" not in template and "<|im_start|>" in template:

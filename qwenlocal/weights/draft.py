@@ -138,10 +138,12 @@ def added_tokens(file: Path, listed: Any, settings: Mapping[str, Any]) -> dict[i
         for number, entry in (decoder.items() if isinstance(decoder, dict) else ())
         if isinstance(entry, dict)
     ]
-    entries += listed if isinstance(listed, list) else []
+    if not isinstance(listed, (list, type(None))):
+        raise BadCheckpoint(file, f"its “added_tokens” is {shortly(listed)}, no list of tokens")
+    entries += listed or []
     for entry in entries:
         number, token = (entry.get("id"), entry.get("content")) if isinstance(entry, dict) else (None, None)
-        if not isinstance(number, int) or isinstance(number, bool) or not isinstance(token, str):
+        if not isinstance(number, int) or isinstance(number, bool) or not isinstance(token, str) or not token:
             raise BadCheckpoint(file, f"the added token {shortly(entry)} has the wrong form")
         known = found.get(number)
         if known and known[0] != token:

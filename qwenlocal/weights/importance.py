@@ -63,9 +63,14 @@ def read_importance(path: Path) -> Importance:
 
     if not path.exists():
         raise ModelNotFound(str(path), reason=f"There is no file {path}.", hint="llama-imatrix makes one, as GGUF.")
-    header = read_header(path)
+    hint = "llama-imatrix makes one, as GGUF (with --output-format gguf)."
+    try:
+        header = read_header(path)
+    except BadWeights as problem:
+        problem.hint = hint
+        raise
     if header.metadata.get("general.type") != "imatrix":
-        raise BadWeights(path, "this is no importance matrix", hint="llama-imatrix makes one, as GGUF.")
+        raise BadWeights(path, "this is no importance matrix", hint=hint)
     tensors = {tensor.name: tensor for tensor in header.tensors}
     weights = {}
     for name, tensor in tensors.items():

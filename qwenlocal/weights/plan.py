@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwenlocal import ggml
-from qwenlocal.errors import BadWeights
+from qwenlocal.errors import UsageProblem
 from qwenlocal.ggml import TensorType
 from qwenlocal.weights import gguf
 from qwenlocal.weights.gguf import Described
@@ -136,7 +136,8 @@ def make_plan(
 
     Raises
     ------
-    BadWeights: a type needs an importance matrix and there is none, or it is of another model.
+    UsageProblem: a type needs an importance matrix and there is none.
+    BadWeights: the importance matrix is of another model.
     """
     files, outputs, types, places = [], [], [], []
     for goal in goals:
@@ -198,9 +199,8 @@ def _check_importance(
         if choice.type == tensor.type or not importance_is_needed(tensor.name, choice.type, goal.type):
             continue
         if importance is None or tensor.name not in importance.weights:
-            raise BadWeights(
-                goal.path,
-                f"{goal.type.name} is garbage without an importance matrix, for “{tensor.name}” for example",
+            raise UsageProblem(
+                f"{goal.type.name} is garbage without an importance matrix, for “{tensor.name}” for example.",
                 hint="Give one with --imatrix FILE (llama-imatrix measures it), or take q2_k, iq3_s or q3_k_m.",
             )
 

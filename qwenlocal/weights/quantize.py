@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qwenlocal import ggml
-from qwenlocal.errors import BadWeights, CannotExpress
+from qwenlocal.errors import BadWeights, CannotExpress, UsageProblem
 from qwenlocal.weights.header import Header, Tensor, read_pairs
 from qwenlocal.weights.importance import Importance
 from qwenlocal.weights.mix import FileType, ModelFacts, Wishes, by_layer, file_type_numbered
@@ -32,7 +32,8 @@ def plan_quantization(source: Path, wanted: Sequence[tuple[Path, FileType]], opt
 
     Raises
     ------
-    BadWeights: the file is damaged, or quantized already (not with `again`).
+    BadWeights: the file is damaged.
+    UsageProblem: it is quantized already (not with `again`).
     CannotExpress: the mixes of its architecture are not known here (with `pure` they are not needed).
     """
     parts = read_parts(source)
@@ -103,8 +104,7 @@ def _refuse_again(source: Path, header: Header, plan: Plan) -> None:
             if tensor.source.is_quantized and tensor.choice.type != tensor.source:
                 number = header.metadata.get("general.file_type")
                 now = file_type_numbered(number) if isinstance(number, int) else ""
-                raise BadWeights(
-                    source,
-                    f"it is quantized already ({now or tensor.source.name}); twice loses more than once",
+                raise UsageProblem(
+                    f"{source} is quantized already ({now or tensor.source.name}); twice loses more than once.",
                     hint="Start from the checkpoint or an f16 or bf16 file. To do it all the same: --requantize",
                 )

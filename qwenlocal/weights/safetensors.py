@@ -176,10 +176,14 @@ def _check_cover(path: Path, tensors: list[StoredTensor], data: int, size: int) 
     for tensor in tensors:
         if tensor.offset < at:
             raise BadCheckpoint(path, f"“{tensor.name}” overlaps the tensor before it")
+        if tensor.offset + tensor.size > size:
+            raise BadCheckpoint(
+                path,
+                f"“{tensor.name}” would end at byte {tensor.offset + tensor.size:,}, but the file has {size:,}; it is "
+                "cut off, or its header lies",
+            )
         if tensor.offset > at:
             raise BadCheckpoint(path, f"{tensor.offset - at:,} bytes before “{tensor.name}” belong to no tensor")
         at += tensor.size
-    if at > size:
-        raise BadCheckpoint(path, f"its tensors end at byte {at:,}, but the file has {size:,}; it is cut off")
     if at < size:
         raise BadCheckpoint(path, f"{size - at:,} bytes at its end belong to no tensor")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwenlocal.weights.checkpoint import optional_json
+from qwenlocal.weights.checkpoint import optional_json, shortly
 from qwenlocal.weights.draft import Draft
 from qwenlocal.weights.kinds import UNUSED
 
@@ -29,12 +29,16 @@ def special_tokens(
         text = entry.get("content") if isinstance(entry, dict) else entry
         if isinstance(text, str) and text in ids:
             found[role] = ids[text]
+        elif text:
+            notes.append(f"tokenizer_config.json's {role}_token, {shortly(text)}, is no token; it is passed over.")
         number = config.get(f"{role}_token_id")
         if _is_id(number, draft):
             if role in found and found[role] != number:
                 written, other = draft.tokens[found[role]], draft.tokens[number]
                 notes.append(f"The files disagree on {role}: tokenizer_config.json's {written} is kept, not {other}.")
             found.setdefault(role, number)
+        elif number is not None:
+            notes.append(f"config.json's {role}_token_id, {shortly(number)}, is no token's; it is passed over.")
     ends = _ends(folder, found, draft, ids)
     for role, number in zip(("eot", "eom"), ends, strict=False):
         found[role] = number

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenlocal.errors import BadCheckpoint, CannotExpress, UsageProblem
+from qwenlocal.jinja import fault_in
 from qwenlocal.weights.byte_bpe import PRE_TOKENIZER_NAMES, byte_level, from_parts
 from qwenlocal.weights.checkpoint import optional_json, read_json
 from qwenlocal.weights.draft import Draft, added_tokens, merge_pairs
@@ -76,6 +77,7 @@ def read_vocabulary(folder: Path, config: Mapping[str, Any], size: int, *, pre: 
         raise BadCheckpoint(folder, "it has no tokenizer.json (nor tokenizer.model, nor vocab.json)")
     draft.check_texts()
     special, notes = special_tokens(folder, settings, config, draft)
+    templates = chat_templates(folder, settings)
     if draft.pre not in PRE_TOKENIZER_NAMES:
         raise UsageProblem(f"llama.cpp has no pre-tokenizer called “{draft.pre}”.", hint="Qwen1.5's is: --pre qwen2")
     return Vocabulary(
@@ -87,9 +89,17 @@ def read_vocabulary(folder: Path, config: Mapping[str, Any], size: int, *, pre: 
         draft.scores,
         special,
         draft.adds,
-        chat_templates(folder, settings),
-        notes,
+        templates,
+        [*notes, *_unreadable(templates)],
     )
+
+
+def _unreadable(templates: Mapping[str, str]) -> list[str]:
+    return [
+        f"The chat template{f' “{name}”' if name else ''} cannot be read ({fault}); it is carried over as it is."
+        for name, text in templates.items()
+        if (fault := fault_in(text))
+    ]
 
 
 def _from_json(folder: Path, settings: Mapping[str, Any], size: int, pre: str | None) -> Draft:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import math
 import os
+import struct
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from typing import Any, NamedTuple
 Address = int
 
 _TYPE_COUNT = 43  # ggml.h: GGML_TYPE_COUNT of the pinned llama.cpp
+_INFINITE = 0x7F800000  # the bits of a float from which on it is infinite or NaN
 _GPU_TYPES = (1, 2)  # ggml-backend.h: GGML_BACKEND_DEVICE_TYPE_GPU and _IGPU
 
 
@@ -108,20 +111,34 @@ def quantize(
     Splitting rows over several calls gives the same bytes as one call (ggml.c: ggml_quantize_chunk). `importance` is
     the address of `columns` float32 weights, 0 for none. The lock of Python is not held.
     """
-    ignored = kind.name == "q8_0"  # ggml gives its numbers no importance
-    if (importance and not ignored) or not quantize_quickly(kind, source, target, rows * columns):
+    count = rows * columns if not importance or ignores_importance(kind) else -1
+    if count < 0 or quantize_quickly(tensor_type("f32"), source, kind, target, count) is None:
         quantize_with_ggml(kind, source, target, rows, columns, importance)
 
 
-def quantize_quickly(kind: TensorType, source: Address, target: Address, count: int) -> bool:
+def ignores_importance(kind: TensorType) -> bool:
+    """Whether ggml gives every number of such a type the same importance, whatever it is told."""
+    return kind.name == "q8_0"
+
+
+def quantize_quickly(kind: TensorType, source: Address, into: TensorType, target: Address, count: int) -> float | None:
     """
     Have our own code (tools/quantizers.cpp) write the bytes that ggml would, two to seven times as fast.
 
-    The numbers must be finite. False, and nothing is written, for types but q4_k, q5_k, q6_k and q8_0, and where
-    libggml was compiled without it: a wheel from elsewhere, another compiler than GCC and clang.
+    Returns the largest magnitude among the numbers; infinity where one is not finite, and then what was written is
+    worth nothing. None, and nothing is written, where `kind` is not f32 or bf16, `into` not q4_k, q5_k, q6_k or q8_0,
+    and where libggml was compiled without it: a wheel from elsewhere, another compiler than GCC and clang.
     """
     ours = _quantizers()
-    return ours is not None and bool(ours(kind.number, source, target, count))
+    bits = ours(kind.number, source, into.number, target, count) if ours else -1
+    if bits < 0:
+        return None
+    return float(struct.unpack("<f", struct.pack("<I", bits))[0]) if bits < _INFINITE else math.inf
+
+
+def can_quantize_quickly(kind: TensorType, into: TensorType) -> bool:
+    """Whether `quantize_quickly` knows the way from `kind` to `into`."""
+    return quantize_quickly(kind, 0, into, 0, 0) is not None
 
 
 def quantize_with_ggml(
@@ -247,11 +264,11 @@ def _base() -> ctypes.CDLL:
 
 @functools.cache
 def _quantizers() -> Any | None:
-    """`qwenlocal_quantize` of this libggml, if it has one."""
-    function = getattr(_base(), "qwenlocal_quantize", None)
+    """`qwenlocal_quantize_blocks` of this libggml, if it has one."""
+    function = getattr(_base(), "qwenlocal_quantize_blocks", None)
     if function is not None:
-        function.restype = ctypes.c_bool
-        function.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+        function.restype = ctypes.c_int64
+        function.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_int64]
     return function
 
 

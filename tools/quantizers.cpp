@@ -9,15 +9,21 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+
 #include "ggml.h"
 #define GGML_COMMON_DECL_C
 #include "ggml-common.h"
 
 namespace {
 
+typedef uint16_t bf16;  // the upper half of a float
+
 constexpr int LANES = 8;
-typedef float floats __attribute__((vector_size(4 * LANES)));
-typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef float floats __attribute__((vector_size(4 * LANES), may_alias));
+typedef int32_t ints __attribute__((vector_size(4 * LANES), may_alias));
 
 // The first `LANES` blocks of N numbers at `source`: result[i] has number i of each.
 template <int N> inline void side_by_side(const float * source, floats * result) {
@@ -261,6 +267,15 @@ void to_q6_K(const float * x, block_q6_K & block) {
     }
 }
 
+// To the nearest half-precision number, as ggml does it; by the processor where it can, since Q8_0 asks every 32 numbers.
+inline ggml_fp16_t to_half(float x) {
+#ifdef __F16C__
+    return _cvtss_sh(x, 0);
+#else
+    return ggml_fp32_to_fp16(x);
+#endif
+}
+
 // roundf, to whole numbers: what is half-way goes away from zero; what is no number stays what conversion makes of it
 inline ints rounded(floats x) {
     const ints whole = __builtin_convertvector(x, ints);
@@ -268,43 +283,74 @@ inline ints rounded(floats x) {
     return whole - ((rest >= 0.5f) & (rest < 1.f)) + ((rest <= -0.5f) & (rest > -1.f));
 }
 
-// quantize_row_q8_0_ref: it rounds by a function call for each number, which nobody can put into vectors
+// quantize_row_q8_0_ref: it rounds by a function call for each number, which nobody can put into vectors. `x` lies at a
+// multiple of 32 bytes.
 void to_q8_0(const float * x, block_q8_0 & block) {
     constexpr int N = QK8_0 / LANES;
-    floats parts[N], largest = {};
-    memcpy(parts, x, sizeof(parts));
-    for (const floats & part : parts) {
-        const floats size = magnitude(part);
+    const floats * parts = (const floats *)x;
+    floats largest = {};
+    for (int i = 0; i < N; ++i) {
+        const floats size = magnitude(parts[i]);
         largest = size > largest ? size : largest;
     }
     float most = 0;
     for (int lane = 0; lane < LANES; ++lane) most = largest[lane] > most ? largest[lane] : most;
     const float scale = most / 127, inverse = scale ? 1.f / scale : 0.f;
-    block.d = ggml_fp32_to_fp16(scale);
-    int32_t levels[QK8_0];
-    for (int i = 0; i < N; ++i) {
-        const ints found = rounded(parts[i] * inverse);
-        memcpy(levels + LANES * i, &found, sizeof(found));
-    }
+    block.d = to_half(scale);
+    alignas(32) int32_t levels[QK8_0];
+    for (int i = 0; i < N; ++i) *(ints *)(levels + LANES * i) = rounded(parts[i] * inverse);
     for (int i = 0; i < QK8_0; ++i) block.qs[i] = levels[i];
 }
 
-template <int N, typename Block, void quantize(const float *, Block &)>
-void all_blocks(const float * x, void * target, int64_t count) {
+inline float as_float(float x) { return x; }
+
+inline float as_float(bf16 x) {
+    const uint32_t bits = (uint32_t)x << 16;
+    float found;
+    memcpy(&found, &bits, sizeof(found));
+    return found;
+}
+
+// Each block is made of floats that never leave the first cache. Returns the largest magnitude, as a float's bits.
+template <int N, typename Block, void quantize(const float *, Block &), typename Number>
+int64_t all_blocks(const Number * source, void * target, int64_t count) {
     Block * blocks = static_cast<Block *>(target);
-    for (int64_t i = 0; i < count / N; ++i) quantize(x + i * N, blocks[i]);
+    ints largest = {};
+    for (int64_t block = 0; block < count / N; ++block, source += N) {
+        alignas(32) float x[N];
+        for (int i = 0; i < N; ++i) x[i] = as_float(source[i]);
+        for (int i = 0; i < N; i += LANES) {
+            const ints size = *(const ints *)(x + i) & 0x7fffffff;
+            largest = size > largest ? size : largest;
+        }
+        quantize(x, blocks[block]);
+    }
+    int32_t most = 0;
+    for (int lane = 0; lane < LANES; ++lane) most = largest[lane] > most ? largest[lane] : most;
+    return most;
+}
+
+template <typename Number> int64_t quantize_from(const Number * source, int type, void * target, int64_t count) {
+    switch (type) {
+        case GGML_TYPE_Q4_K: return all_blocks<QK_K, block_q4_K, to_q4_K>(source, target, count);
+        case GGML_TYPE_Q5_K: return all_blocks<QK_K, block_q5_K, to_q5_K>(source, target, count);
+        case GGML_TYPE_Q6_K: return all_blocks<QK_K, block_q6_K, to_q6_K>(source, target, count);
+        case GGML_TYPE_Q8_0: return all_blocks<QK8_0, block_q8_0, to_q8_0>(source, target, count);
+        default: return -1;
+    }
 }
 
 }  // namespace
 
-// Writes `count` numbers (whole blocks) as `type` to `target`. False where there is nothing better than ggml's own.
-extern "C" __attribute__((visibility("default"))) bool qwenlocal_quantize(int type, const float * source,
-                                                                           void * target, int64_t count) {
-    switch (type) {
-        case GGML_TYPE_Q4_K: all_blocks<QK_K, block_q4_K, to_q4_K>(source, target, count); return true;
-        case GGML_TYPE_Q5_K: all_blocks<QK_K, block_q5_K, to_q5_K>(source, target, count); return true;
-        case GGML_TYPE_Q6_K: all_blocks<QK_K, block_q6_K, to_q6_K>(source, target, count); return true;
-        case GGML_TYPE_Q8_0: all_blocks<QK8_0, block_q8_0, to_q8_0>(source, target, count); return true;
-        default: return false;
+// Writes `count` numbers (whole blocks) of type `from` as `type` to `target`, and returns the bits of the largest
+// magnitude among them as a float: from 0x7f800000 on, one is infinite or NaN, and what was written is worth nothing.
+// -1 where there is nothing better than ggml's own.
+extern "C" __attribute__((visibility("default"))) int64_t qwenlocal_quantize_blocks(int from, const void * source,
+                                                                                  int type, void * target,
+                                                                                  int64_t count) {
+    switch (from) {
+        case GGML_TYPE_F32: return quantize_from(static_cast<const float *>(source), type, target, count);
+        case GGML_TYPE_BF16: return quantize_from(static_cast<const bf16 *>(source), type, target, count);
+        default: return -1;
     }
 }

@@ -13,6 +13,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import threading
@@ -48,8 +49,11 @@ _TO_DISK = 64 << 20  # bytes between two requests to bring to the disk what is w
 _PATIENCE = 0.5  # seconds for a lock: `qwenlocal list` holds it for a moment to see whether somebody else does
 
 
+_LARGE = 16384.0  # numbers below this fit into every type
+
+
 class _Bits(NamedTuple):
-    """A float's bits without its sign: where the exponent is `full`, it is NaN or infinite; `large` is 16,384."""
+    """A float's bits without its sign: where the exponent is `full`, it is NaN or infinite; `large` is `_LARGE`."""
 
     width: int
     full: int
@@ -326,7 +330,7 @@ class _Run:
 
     def _worker(self, todo: Iterator[int]) -> None:
         try:
-            desk = _Desk(self._job)
+            desk = _Desk(self._job, allow_nan=self._allow_nan)
             while not self._stopped:
                 with self._lock:
                     number = next(todo, None)
@@ -343,17 +347,17 @@ class _Run:
         data = desk.source(_source_bytes(slab))
         offset = strip.offset + slab.first * strip.type.row_bytes(strip.columns)
         self._fill(self._sources[strip.file], data, offset)
-        zeroed = desk.take(slab, allow_nan=self._allow_nan)
+        desk.take(slab)
         crc = 0
         for target in strip.targets:
             result = desk.turn(slab, target)
             crc = zlib.crc32(result, crc)
             self._write(target.output, result, target.offset + slab.first * target.type.row_bytes(strip.columns))
         with self._lock:
-            self._done[number] = (crc, zeroed)
+            self._done[number] = (crc, desk.zeroed)
             self._read += len(data)
             self._written += sum(slab.rows * t.type.row_bytes(strip.columns) for t in strip.targets)
-            self._journal.write(f"{number} {crc} {zeroed}\n")
+            self._journal.write(f"{number} {crc} {desk.zeroed}\n")
             self._journal.flush()
 
     def _fill(self, file: int, buffer: memoryview, offset: int) -> None:
@@ -370,9 +374,13 @@ class _Run:
 
 
 class _Desk:
-    """A thread's own buffers, for one slab at a time: as read, as float32, as written."""
+    """
+    A thread's own buffers, for one slab at a time: as read, as float32, as written.
 
-    def __init__(self, job: Job) -> None:
+    `zeroed` counts the slab's numbers that were NaN or infinite.
+    """
+
+    def __init__(self, job: Job, *, allow_nan: bool) -> None:
         import numpy
 
         numbers = max((_slab_rows(strip) * strip.columns for strip in job.strips), default=0)
@@ -382,38 +390,41 @@ class _Desk:
         self._numpy = numpy
         self._read, self._written = numpy.empty(read, numpy.uint8), numpy.empty(write, numpy.uint8)
         self._floats = numpy.empty(numbers, numpy.float32)
+        self._allow_nan, self.zeroed = allow_nan, 0
         self._has_large = False  # whether the slab has numbers that may be too large for a type
 
     def source(self, size: int) -> memoryview:
         """Where `size` bytes are to be read to."""
         return memoryview(self._read.data)[:size]
 
-    def take(self, slab: _Slab, *, allow_nan: bool) -> int:
-        """Check what was read, and make float32 of it where somebody wants that; returns how many became zero."""
+    def take(self, slab: _Slab) -> None:
+        """Check what was read, and make float32 of it where somebody wants that."""
         strip, count = slab.strip, slab.rows * slab.strip.columns
+        self.zeroed = 0
+        if all(_is_quick(strip.type, target) for target in strip.targets):
+            return  # `turn` reads the numbers as they are, and checks them on the way
         data, floats = self._read[: _source_bytes(slab)], self._floats[:count]
         plain = strip.type.name in _BITS
-        zeroed = self._check(slab, data, strip.type.name, allow_nan=allow_nan) if plain else 0
+        if plain:
+            self._check(slab, data, strip.type.name)
         if any(target.type != strip.type for target in strip.targets):
             ggml.to_float(strip.type, data.ctypes.data, floats.ctypes.data, count)
             if not plain:
-                zeroed = self._check(slab, floats, "f32", allow_nan=allow_nan)
-        return zeroed
+                self._check(slab, floats, "f32")
 
-    def _check(self, slab: _Slab, data: numpy.ndarray, kind: str, *, allow_nan: bool) -> int:
+    def _check(self, slab: _Slab, data: numpy.ndarray, kind: str) -> None:
         known = _BITS[kind]
         largest = known.largest(data)
         self._has_large = largest >= known.large
         if largest < known.full:
-            return 0
+            return
         bits = data.view(f"u{known.width}")
         wrong = (bits & known.full) == known.full
-        count = int(wrong.sum())
-        if not allow_nan:
+        if not self._allow_nan:
             row = slab.first + int(self._numpy.flatnonzero(wrong)[0]) // slab.strip.columns
             raise NotFinite(slab.strip.file, slab.strip.name, row)
+        self.zeroed = int(wrong.sum())
         bits[wrong] = 0
-        return count
 
     def turn(self, slab: _Slab, target: Target) -> memoryview:
         """The slab as `target` wants it; good until the next call."""
@@ -422,11 +433,22 @@ class _Desk:
         if target.type == strip.type:
             return memoryview(self._read.data)[:size]
         result = self._written[:size]
-        weights = target.importance.ctypes.data if target.importance is not None else 0
-        address = result.ctypes.data
-        ggml.quantize(target.type, self._floats.ctypes.data, address, slab.rows, strip.columns, weights)
+        if _is_quick(strip.type, target):
+            self._quantize_as_read(slab, target.type, result)
+        else:
+            weights = target.importance.ctypes.data if target.importance is not None else 0
+            address = result.ctypes.data
+            ggml.quantize(target.type, self._floats.ctypes.data, address, slab.rows, strip.columns, weights)
         self._check_result(slab, target, result)
         return memoryview(result.data)
+
+    def _quantize_as_read(self, slab: _Slab, kind: TensorType, result: numpy.ndarray) -> None:
+        strip, count = slab.strip, slab.rows * slab.strip.columns
+        most = ggml.quantize_quickly(strip.type, self._read.ctypes.data, kind, result.ctypes.data, count)
+        if most == math.inf:
+            self._check(slab, self._read[: _source_bytes(slab)], strip.type.name)
+            most = ggml.quantize_quickly(strip.type, self._read.ctypes.data, kind, result.ctypes.data, count)
+        self._has_large = most is None or most >= _LARGE
 
     def _check_result(self, slab: _Slab, target: Target, result: numpy.ndarray) -> None:
         if not self._is_finite(target.type, result, slab.rows * slab.strip.columns):
@@ -445,6 +467,12 @@ class _Desk:
         found = self._numpy.empty(count, self._numpy.float32)
         ggml.to_float(kind, result.ctypes.data, found.ctypes.data, count)
         return bool(self._numpy.isfinite(found).all())
+
+
+def _is_quick(source: TensorType, target: Target) -> bool:
+    """Whether our own quantizers take the numbers as they are read."""
+    is_plain = target.importance is None or ggml.ignores_importance(target.type)
+    return is_plain and ggml.can_quantize_quickly(source, target.type)
 
 
 def _slab_rows(strip: Strip) -> int:

@@ -1396,3 +1396,13 @@ class TestSmallThings:
         command = [sys.executable, "-m", "qwenlocal", "inspect", str(tmp_path / "nowhere.gguf")]
         assert subprocess.run(command, stdout=subprocess.DEVNULL, stderr=write).returncode == 3
         os.close(write)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may look into every folder")
+def test_a_folder_that_may_not_be_looked_into_is_named(source: Path, invoke: Run, tmp_path: Path) -> None:
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o000)
+    assert "The folder locked may not be looked into" in clean(invoke("inspect", "locked/x.gguf"), 3)
+    assert "locked cannot be written: permission denied" in clean(
+        invoke("convert", str(source), "-o", "locked/x.gguf"), 6
+    )

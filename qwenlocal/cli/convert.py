@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -139,7 +140,7 @@ def quantize_file(asked: Asked, *, again: bool) -> None:
     if not asked.dry_run:
         _refuse_existing(wanted, asked)
     for path, _ in wanted:
-        if path.exists() and path.samefile(record.path):
+        if os.path.exists(path) and path.samefile(record.path):  # Path.exists raises without permission
             raise UsageProblem(f"{path} is what would be read.", hint="Write to another file.")
     plan = plan_quantization(record.path, wanted, Options(wishes, importance, again))
     _do(program, plan, asked)
@@ -197,10 +198,13 @@ def _cores() -> int:
 
 def _refuse_existing(wanted: Sequence[tuple[Path, FileType]], asked: Asked) -> None:
     for path, _ in wanted:
-        if path.is_dir():
-            raise UsageProblem(f"{path} is a folder.", hint="Name a file, or give -o a folder to write into.")
-        if not asked.force and path.exists():
-            raise OutputExists(path)
+        try:
+            if path.is_dir():
+                raise UsageProblem(f"{path} is a folder.", hint="Name a file, or give -o a folder to write into.")
+            if not asked.force and path.exists():
+                raise OutputExists(path)
+        except PermissionError as reason:
+            raise CannotWrite(path.parent, "permission denied", hint=Advice().elsewhere) from reason
 
 
 def _do(program: Program, plan: Plan, asked: Asked) -> None:
@@ -248,7 +252,7 @@ def _output(out: str | None, name: str, kind: FileType, count: int) -> Path:
     if out is None:
         return Path(usual)
     path = Path(out.replace("{type}", kind.name)).expanduser()
-    if path.is_dir() or out.endswith(("/", "\\")):
+    if os.path.isdir(path) or out.endswith(("/", "\\")):  # Path.exists raises without permission
         return path / usual
     if count > 1 and "{type}" not in out:
         raise UsageProblem(

@@ -139,7 +139,7 @@ def parse(text: str, catalogue: Callable[[], Catalogue]) -> Name:
     try:
         return _catalogue_name(text, catalogue())
     except ModelNotFound:
-        if os.path.exists(text):
+        if os.path.exists(text) or _locked_folder(Path(text)) is not None:
             return _path_name(text)
         if text.lower().endswith((".gguf", ".safetensors")):
             close = suggestions(text, catalogue())
@@ -210,10 +210,14 @@ def _expanded(text: str) -> str:
 
 def _path_name(text: str) -> Name:
     path = Path(_expanded(text))
-    if os.path.isdir(path):
+    if os.path.isdir(path) and _locked_folder(path) is None:
         if os.path.isfile(path / "config.json"):
             return CheckpointName(path.resolve())
         raise _is_a_directory(path)
+    if (locked := _locked_folder(path)) is not None:
+        raise ModelNotFound(
+            text, reason=f"The folder {locked} may not be looked into.", hint=f"Allow it: chmod u+rx {locked}"
+        )
     if os.path.exists(path):
         is_checkpoint = path.name.lower().endswith(".safetensors")
         if path.name.lower().endswith(".part"):
@@ -221,6 +225,12 @@ def _path_name(text: str) -> Name:
         whole = path.parent.resolve() / path.name  # a link keeps its name: in the hub's cache it leads to a digest
         return CheckpointName(whole) if is_checkpoint else PathName(path.absolute())
     raise ModelNotFound(text, reason=f"There is no file {path}, or it may not be read.", hint="Check the path.")
+
+
+def _locked_folder(path: Path) -> Path | None:
+    """The first folder on the way to `path` that this person may not look into."""
+    folders = [parent for parent in (*reversed(path.parents), path) if os.path.isdir(parent)]
+    return next((folder for folder in folders if not os.access(folder, os.X_OK)), None)
 
 
 def _is_a_directory(path: Path) -> BadWeights:

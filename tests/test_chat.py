@@ -17,8 +17,9 @@ from qwenlocal.chat.events import Done, Reading, Text, Why
 from qwenlocal.chat.prompt import chat_ids
 from qwenlocal.chat.template import CHATML, ChatTemplate
 from qwenlocal.chat.turn import answer
-from qwenlocal.engine.llama import Model, Vocabulary
+from qwenlocal.engine.llama import Model
 from qwenlocal.engine.sampling import Sampling
+from qwenlocal.engine.vocabulary import Vocabulary
 from qwenlocal.errors import BadWeights, ContextFull
 from qwenlocal.testing import ScriptedGenerator
 

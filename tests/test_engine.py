@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from qwenlocal.engine.llama import Aborted, AbortFlag, Context, ContextOptions, Model, NoRoom, library
+from qwenlocal.engine.context import Aborted, AbortFlag, Context, ContextOptions, NoRoom
+from qwenlocal.engine.llama import LoadStopped, Model, library
 from qwenlocal.engine.sampling import Sampler, Sampling
 from qwenlocal.engine.sequence import Prefill, TokenSequence, common_prefix
 from qwenlocal.errors import BadWeights, ContextFull, UsageProblem
@@ -228,7 +229,7 @@ def test_why_a_file_does_not_load_is_in_the_error(tmp_path: Path) -> None:
 
 
 def test_loading_can_be_stopped(speaking_model: Path) -> None:
-    with pytest.raises(Aborted):
+    with pytest.raises(LoadStopped):
         Model(speaking_model, on_progress=lambda _fraction: False)
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import numpy
 import pytest
 
+from qwenlocal.engine.context import Context, ContextOptions
 from qwenlocal.engine.in_memory import ModelInMemory
-from qwenlocal.engine.llama import Context, ContextOptions, Model, library
+from qwenlocal.engine.llama import Model, library
 from qwenlocal.errors import CannotExpress, QwenlocalError
 from qwenlocal.measure import fidelity
 from qwenlocal.testing import MOE_CONFIG, write_checkpoint

@@ -10,7 +10,8 @@ import numpy
 import pytest
 
 from qwenlocal.chat.loading import Loaded, Loading, LoadOptions
-from qwenlocal.engine.llama import Context, ContextOptions, Model
+from qwenlocal.engine.context import Context, ContextOptions
+from qwenlocal.engine.llama import Model
 from qwenlocal.machine import this_machine
 from qwenlocal.testing import CONFIG, write_checkpoint
 from qwenlocal.weights import gguf

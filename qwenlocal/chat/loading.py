@@ -9,7 +9,8 @@ from pathlib import Path
 
 from qwenlocal.chat.conversation import Conversation, Manner
 from qwenlocal.chat.template import CHATML, ChatTemplate
-from qwenlocal.engine.llama import Aborted, Context, ContextOptions, Model
+from qwenlocal.engine.context import Context, ContextOptions
+from qwenlocal.engine.llama import LoadStopped, Model
 from qwenlocal.engine.plan import Shape, choose_context
 from qwenlocal.engine.sampling import Sampling
 from qwenlocal.engine.sequence import TokenSequence
@@ -121,7 +122,7 @@ class Loading:
         layers = _all_layers_if_they_fit(size) if options.gpu_layers is None else options.gpu_layers
         try:
             model = Model(path, gpu_layers=layers, overrides=repairs, on_progress=progress)
-        except Aborted as reason:
+        except LoadStopped as reason:
             raise Interrupted from reason
         try:
             warm.join()

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qwenlocal.engine.llama import Context, library
+from qwenlocal.engine.context import Context
+from qwenlocal.engine.llama import library
 from qwenlocal.errors import UsageProblem
 
 _PENALTY_WINDOW = 64

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Protocol
 
-from qwenlocal.engine.llama import Aborted, Context, NoRoom
+from qwenlocal.engine.context import Aborted, Context, NoRoom
 from qwenlocal.engine.sampling import Sampler, Sampling
 from qwenlocal.errors import BadWeights, ContextFull, QwenlocalError
 

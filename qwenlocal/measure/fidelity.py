@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qwenlocal import ggml
+from qwenlocal.engine.context import Context, ContextOptions
 from qwenlocal.engine.in_memory import ModelInMemory
-from qwenlocal.engine.llama import Context, ContextOptions, Model
+from qwenlocal.engine.llama import Model
 from qwenlocal.ggml import TensorInMemory
 from qwenlocal.measure.said import Contradiction, contradictions
 from qwenlocal.weights import gguf

@@ -133,10 +133,10 @@ def test_options_change_the_answer(qwenlocal: Run, speaking_model: Path) -> None
     assert result.stdout == SAYS + "\n"
 
 
-def test_stats_are_one_line_on_standard_error(qwenlocal: Run, speaking_model: Path) -> None:
+def test_stats_are_a_line_on_standard_error_after_how_it_was_loaded(qwenlocal: Run, speaking_model: Path) -> None:
     result = qwenlocal("run", str(speaking_model), "Hi", "--stats")
     assert re.fullmatch(
-        r"prompt \d+ tokens, [\d.]+ tokens/s \| first token after [\d.]+ s \| "
+        r"weights .* GiB free\nprompt \d+ tokens, [\d.]+ tokens/s \| first token after [\d.]+ s \| "
         r"answer 11 tokens, [\d.]+ tokens/s \| end of answer\n",
         result.stderr,
     )
@@ -397,8 +397,10 @@ def test_a_prompt_longer_than_the_context_is_refused_with_what_to_do(qwenlocal: 
 
 
 def test_a_context_larger_than_the_memory_is_refused(qwenlocal: Run, endless_model: Path) -> None:
-    message = clean(qwenlocal("run", str(endless_model), "Hi", "-c", "2000000000"), 6)
-    assert "At most -c" in message
+    message = clean(qwenlocal("run", str(endless_model), "Hi", "-c", "2000000000"), 2)
+    assert "-c must lie between" in message
+    message = clean(qwenlocal("run", str(endless_model), "Hi", "-c", "10000000"), 2)
+    assert "At most: -c 800000" in message
 
 
 def test_input_that_is_not_utf8_is_refused_with_the_place(qwenlocal: Run, speaking_model: Path) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 import numpy
 import pytest
 
+from qwenlocal.engine import context
 from qwenlocal.engine.context import Context, ContextOptions
 from qwenlocal.engine.in_memory import ModelInMemory
-from qwenlocal.engine.llama import Model, library
+from qwenlocal.engine.llama import Model
 from qwenlocal.errors import CannotExpress, QwenlocalError
 from qwenlocal.measure import fidelity
 from qwenlocal.testing import MOE_CONFIG, write_checkpoint
@@ -44,16 +45,15 @@ def maker(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.fixture
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys and values are cached in float32: the 16 bits they usually have make errors of a thousandth."""
-    c = library().c
-    usual = c.llama_context_default_params
+    usual = context._parameters
 
-    def params() -> Any:
-        found = usual()
+    def parameters(c: Any, options: ContextOptions) -> Any:
+        found = usual(c, options)
         found.type_k = found.type_v = _F32
         found.flash_attn_type = _NO_FLASH
         return found
 
-    monkeypatch.setattr(c, "llama_context_default_params", params)
+    monkeypatch.setattr(context, "_parameters", parameters)
 
 
 @pytest.fixture

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qwenlocal.engine.plan import OURSELVES, Shape, choose_context
-from qwenlocal.errors import NotEnoughMemory
+from qwenlocal.engine.shape import Shape
 from qwenlocal.ggml import devices
 from qwenlocal.library.download import Progress
 from qwenlocal.machine import Machine, this_machine
@@ -95,32 +94,6 @@ def test_the_kv_cache_of_known_models() -> None:
     assert SEVEN.kv_bytes(1) == 512 * 1024
 
 
-def test_context_is_8192_where_there_is_room_and_less_where_there_is_not() -> None:
-    weights = int(4.77e9)
-    assert choose_context("x", SEVEN, weights, 16 * GIB) == 8192
-    assert choose_context("x", SEVEN, weights, 8 * GIB) == 4096
-    assert choose_context("x", SEVEN, weights, 6 * GIB) == 2048
-
-
-def test_a_model_that_does_not_fit_is_refused_with_numbers() -> None:
-    with pytest.raises(NotEnoughMemory) as caught:
-        choose_context("qwen1.5:7b", SEVEN, int(4.77e9), 4 * GIB)
-    assert caught.value.available == 4 * GIB
-    assert caught.value.needed == int(4.77e9) + SEVEN.kv_bytes(2048) + OURSELVES
-
-
-def test_a_context_that_was_asked_for_is_kept_or_refused_with_what_would_fit() -> None:
-    assert choose_context("x", HALF, 400 << 20, 8 * GIB, wanted=32768) == 32768
-    with pytest.raises(NotEnoughMemory) as caught:
-        choose_context("x", HALF, 400 << 20, 2 * GIB, wanted=32768)
-    # 2,048 - 400 - 220 MiB are left; a token takes 96 KiB: 15,232 tokens, and whole blocks of 256 of them
-    assert caught.value.hint == "At most -c 15104 fits."
-
-
-def test_a_small_models_context_is_never_more_than_it_was_trained_for() -> None:
-    assert choose_context("x", Shape(2, 2, 64, 2048), 1, 8 * GIB) == 2048
-
-
 def test_shapes_come_from_a_files_keys() -> None:
     keys = {
         "general.architecture": "qwen2",
@@ -130,7 +103,7 @@ def test_shapes_come_from_a_files_keys() -> None:
         "qwen2.attention.head_count_kv": 2,
         "qwen2.context_length": 32768,
     }
-    assert Shape.of(keys) == Shape(24, 2, 64, 32768)
+    assert Shape.of(keys) == Shape(24, 2, 64, 32768, 896, 4 * 896, 14)
     assert Shape.of({"general.architecture": "odd"}) is None
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typer.main import get_command
 
 from qwenlocal.cli.app import app
-from qwenlocal.engine.plan import OURSELVES
+from qwenlocal.engine.memory import OURSELVES
 from qwenlocal.library.catalog import Card, Catalogue
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from qwenlocal.chat.conversation import Conversation, Manner
 from qwenlocal.chat.template import CHATML, ChatTemplate
 from qwenlocal.engine.context import Context, ContextOptions
 from qwenlocal.engine.llama import LoadStopped, Model
-from qwenlocal.engine.plan import Shape, choose_context
+from qwenlocal.engine.plan import ENOUGH, Offload, Plan, Wanted, choose_offload, choose_plan
 from qwenlocal.engine.sampling import Sampling
 from qwenlocal.engine.sequence import TokenSequence
-from qwenlocal.errors import Interrupted, UsageProblem
-from qwenlocal.ggml import devices
+from qwenlocal.engine.shape import Shape
+from qwenlocal.errors import BadWeights, Interrupted, NoContext, UsageProblem
+from qwenlocal.ggml import Device, devices
 from qwenlocal.machine import Machine
 from qwenlocal.weights.checkup import missing_rope_base
 from qwenlocal.weights.header import Value, read_header, read_metadata
@@ -35,12 +36,11 @@ _SAMPLING_KEYS = {
 @dataclass(frozen=True)
 class LoadOptions:
     """
-    How to load: tokens of context, threads and layers on a GPU (None: what fits this machine), and whether the text is
-    continued as it stands, without a chat template (None: only for models that have none).
+    How to load: what the plan has to keep to, layers on a GPU (None: as many as fit), and whether the text is continued
+    as it stands, without a chat template (None: only for models that have none).
     """
 
-    n_ctx: int | None = None
-    threads: int | None = None
+    wanted: Wanted = field(default_factory=Wanted)
     gpu_layers: int | None = None
     raw: bool | None = None
 
@@ -54,6 +54,7 @@ class Loaded:
     sequence: TokenSequence
     template: ChatTemplate | None
     sampling: Sampling
+    plan: Plan
     notes: tuple[str, ...] = ()
 
     def conversation(self, manner: Manner, system: str = "") -> Conversation:
@@ -110,8 +111,10 @@ class Loading:
         """
         metadata = read_metadata(path)
         repairs = _repairs(path, metadata)
-        n_ctx = choose_context(name, Shape.of(metadata), size, machine.memory().available, options.n_ctx)
-        threads = options.threads or machine.cores
+        wanted = replace(options.wanted, threads=options.wanted.threads or machine.cores)
+        shape = Shape.of(metadata)
+        offload = _offload(shape, size, wanted, devices(), options.gpu_layers)
+        plan = _plan(name, shape, size, machine.memory().available, wanted, offload)
 
         def progress(fraction: float) -> bool:
             report(fraction)
@@ -119,27 +122,72 @@ class Loading:
 
         warm = threading.Thread(target=_import_template_engine, daemon=True)
         warm.start()
-        layers = _all_layers_if_they_fit(size) if options.gpu_layers is None else options.gpu_layers
         try:
-            model = Model(path, gpu_layers=layers, overrides=repairs, on_progress=progress)
+            model, context, placed = _open(path, plan.options, offload, repairs, progress)
         except LoadStopped as reason:
             raise Interrupted from reason
         try:
             warm.join()
             template, notes = _template(model, raw=options.raw, is_base=is_base)
             sampling, more = _sampling(metadata, recommended)
-            notes = (*_repairs_in_words(repairs, model), *notes)
-            context = Context(model, ContextOptions(n_ctx, threads=threads))
+            notes = (*_repairs_in_words(repairs, model), *placed, *plan.notes, *notes)
         except BaseException:
+            context.close()
             model.close()
             raise
-        return Loaded(model, context, TokenSequence(context), template, sampling, (*notes, *more))
+        return Loaded(model, context, TokenSequence(context), template, sampling, plan, (*notes, *more))
 
 
-def _all_layers_if_they_fit(size: int) -> int:
-    """All layers, where a graphics device has room for the whole model and something to spare; none otherwise."""
-    roomy = [device for device in devices() if device.is_gpu and device.free > size * 1.3]
-    return ALL_LAYERS if roomy else 0
+def _offload(shape: Shape | None, size: int, wanted: Wanted, found: Sequence[Device], asked: int | None) -> Offload:
+    """Layers for the graphics cards: as many as were asked for, or as fit."""
+    cards = [device for device in found if device.is_gpu]
+    if asked and not cards:
+        raise UsageProblem(
+            "Layers can only be put on a graphics card, and llama.cpp finds none here.",
+            hint="Leave -ngl away. What is there: qwenlocal doctor",
+        )
+    if asked is not None:
+        return Offload(asked, asked)
+    if not cards or shape is None:
+        roomy = [card for card in cards if card.free > size * 1.3]
+        return Offload(ALL_LAYERS if roomy else 0, ALL_LAYERS)
+    options = ContextOptions(wanted.n_ctx or min(ENOUGH, shape.n_ctx_train))
+    return choose_offload(shape, size, options, cards)
+
+
+def _plan(name: str, shape: Shape | None, size: int, available: int, wanted: Wanted, offload: Offload) -> Plan:
+    """What is on a graphics card needs no memory of the machine's; and it has kernels for flash attention."""
+    if not offload.layers:
+        return choose_plan(name, shape, size, available, wanted)
+    here = round(size * (1 - min(1.0, offload.layers / max(1, offload.of))))
+    plan = choose_plan(name, shape, here, available, replace(wanted, n_ctx=wanted.n_ctx or ENOUGH))
+    options = replace(plan.options, flash_attention=wanted.flash_attention, n_ubatch=wanted.together or 512)
+    return replace(plan, options=options)
+
+
+def _open(
+    path: Path,
+    options: ContextOptions,
+    offload: Offload,
+    overrides: Mapping[str, float],
+    progress: Callable[[float], bool],
+) -> tuple[Model, Context, tuple[str, ...]]:
+    """The model and its context; with fewer layers on the graphics cards where these have less room than they said."""
+    first = offload.layers
+    while True:
+        model = None
+        try:
+            model = Model(path, gpu_layers=offload.layers, overrides=overrides, on_progress=progress)
+            context = Context(model, options)
+        except (BadWeights, NoContext):
+            if model:
+                model.close()
+            if not offload.layers:
+                raise
+            offload = offload.fewer()
+            continue
+        fewer = f"The graphics card had less room than it said: {offload.layers} layers are there, not {first}."
+        return model, context, (fewer,) if offload.layers < first else ()
 
 
 def _import_template_engine() -> None:

@@ -29,6 +29,28 @@ RateOption = Annotated[
     Optional[str],  # noqa: UP045 - typer on Python 3.10
     typer.Option("--limit-rate", metavar="RATE", help="Download at most this fast, for example 2M (bytes a second)."),
 ]
+ContextOption = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option("-c", "--context", metavar="N", help="Tokens of context. [default: what fits]"),
+]
+CoresOption = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option("-t", "--threads", metavar="N", help="Threads. [default: one a fast core]"),
+]
+LayersOption = Annotated[
+    str, typer.Option("-ngl", "--gpu-layers", metavar="N", help="Layers on a GPU: a number, auto or all.")
+]
+KvOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--kv", metavar="TYPE", help="Keep keys and values as f16, q8_0, q4_0, … [default: what fits]"),
+]
+FlashOption = Annotated[
+    str, typer.Option("--flash-attention", metavar="on|off|auto", help="Flash attention.", show_default=False)
+]
+RopeOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--rope", metavar="KIND", help="For contexts beyond the model's own: yarn, linear or none."),
+]
 
 
 def _version(wanted: bool) -> None:
@@ -69,17 +91,13 @@ def run(
     limit: Annotated[
         int | None, typer.Option("-n", "--max-tokens", metavar="N", help="At most N tokens an answer.")
     ] = None,
-    n_ctx: Annotated[
-        int | None,
-        typer.Option("-c", "--context", metavar="N", help="Tokens of context. [default: what fits, up to 8192]"),
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option("-t", "--threads", metavar="N", help="Threads. [default: one a fast core]")
-    ] = None,
-    gpu_layers: Annotated[
-        int | None,
-        typer.Option("-ngl", "--gpu-layers", metavar="N", help="Layers on a GPU. [default: all, if they fit]"),
-    ] = None,
+    n_ctx: ContextOption = None,
+    threads: CoresOption = None,
+    gpu_layers: LayersOption = "auto",
+    kv_type: KvOption = None,
+    flash_attention: FlashOption = "auto",
+    rope: RopeOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Load it even if it does not seem to fit.")] = False,
     temperature: Annotated[Optional[float], typer.Option("--temp", metavar="X", help="Randomness; 0 is none.")] = None,  # noqa: UP045
     top_k: Annotated[
         int | None, typer.Option("--top-k", metavar="N", help="Choose among the N likeliest tokens; 0 is all.")
@@ -114,6 +132,7 @@ def run(
     qwenlocal run qwen1.5 "Why is the sky blue?"     one answer on standard output
     qwenlocal run qwen1.5 "Sum this up:" < text.txt  with piped text
     """
+    from qwenlocal.cli.loading import wanted
     from qwenlocal.cli.run import Asked, run_model
     from qwenlocal.cli.values import rate
 
@@ -125,8 +144,7 @@ def run(
             interactive=interactive,
             system=system,
             limit=limit,
-            n_ctx=n_ctx,
-            threads=threads,
+            wanted=wanted(n_ctx, threads, kv_type, flash_attention, rope, force=force),
             gpu_layers=gpu_layers,
             sampling={
                 "temperature": temperature,
@@ -376,6 +394,26 @@ def diff(
     from qwenlocal.cli.inspect import diff_files
 
     diff_files(left, right, as_json=as_json)
+
+
+@app.command(short_help="How much memory a model takes.", rich_help_panel="This machine")
+def plan(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Which model; it need not be here.", autocompletion=all_models)
+    ],
+    n_ctx: ContextOption = None,
+    kv_type: KvOption = None,
+    flash_attention: FlashOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """How much memory a model takes in every level and context, and how it would be loaded here.
+
+    Of a model that is not here, the first 8 MiB are read.
+    """
+    from qwenlocal.cli.loading import wanted
+    from qwenlocal.cli.plan import plan_model
+
+    plan_model(model, wanted(n_ctx, None, kv_type, flash_attention), as_json=as_json)
 
 
 @app.command(short_help="Look at this machine, and say what to do.", rich_help_panel="This machine")

@@ -117,7 +117,7 @@ def _words(value: Any) -> str:
 
 def header_facts(header: Header) -> dict[str, Any]:
     """What a GGUF header says, by the names under which people look for it."""
-    from qwenlocal.engine.plan import Shape
+    from qwenlocal.engine.shape import Shape
     from qwenlocal.weights.header import tensor_bytes, tensor_type_name
     from qwenlocal.weights.mix import file_type_numbered
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from qwenlocal.chat.conversation import Manner
     from qwenlocal.chat.events import Event
     from qwenlocal.chat.loading import Loaded
+    from qwenlocal.engine.plan import Wanted
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,8 @@ class Asked:
     interactive: bool
     system: str | None
     limit: int | None
-    n_ctx: int | None
-    threads: int | None
-    gpu_layers: int | None
+    wanted: Wanted
+    gpu_layers: str
     sampling: Mapping[str, float | int | None]
     stops: Sequence[str]
     raw: bool
@@ -70,6 +70,8 @@ def run_model(asked: Asked) -> None:
     else:
         name, record = program.have_default(limit_rate=asked.limit_rate)
     loaded = _load(asked, name, record)
+    if prompt is None or asked.interactive or asked.stats:
+        program.say(loaded.plan.sentence())
     for note in loaded.notes:
         program.say(note)
     try:
@@ -85,9 +87,8 @@ def _check(asked: Asked) -> None:
     from qwenlocal.engine.sampling import Sampling
 
     Sampling().with_known(asked.sampling)  # says what is out of range before anything is fetched or loaded
-    for name, value, least in (("-n", asked.limit, 1), ("-c", asked.n_ctx, 16), ("-t", asked.threads, 1)):
-        if value is not None and value < least:
-            raise UsageProblem(f"{name} must be at least {least}; it is {value}.")
+    if asked.limit is not None and asked.limit < 1:
+        raise UsageProblem(f"-n must be at least 1; it is {asked.limit}.")
     if asked.raw and (asked.system or asked.interactive):
         raise UsageProblem("--raw continues the text as it stands; --system and -i have no place in it.")
 
@@ -160,11 +161,12 @@ def _utf8(data: bytes, what: str) -> str:
 def _load(asked: Asked, name: Name, record: Record) -> Loaded:
     from qwenlocal.chat.background import in_background
     from qwenlocal.chat.loading import Loading, LoadOptions
+    from qwenlocal.cli.loading import gpu_layers
     from qwenlocal.machine import this_machine
     from qwenlocal.terminal.status import loading_status
 
     card = name.card if isinstance(name, CatalogueName) else None
-    options = LoadOptions(asked.n_ctx, asked.threads, asked.gpu_layers, raw=asked.raw or None)
+    options = LoadOptions(asked.wanted, gpu_layers(asked.gpu_layers), raw=asked.raw or None)
     loading = Loading()
 
     def load() -> Iterator[Loaded]:

@@ -91,10 +91,15 @@ class ContextOptions:
     rope: RopeScaling | None = None
 
 
+def rounded_up(n_ctx: int) -> int:
+    """llama.cpp makes contexts of whole 256 tokens, but takes a smaller number for the most that a batch can have."""
+    return -(-n_ctx // 256) * 256
+
+
 def _parameters(c: Any, options: ContextOptions) -> Any:
     """`options` as llama.h's struct llama_context_params."""
     params = c.llama_context_default_params()
-    params.n_ctx, params.n_batch, params.n_ubatch = options.n_ctx, options.n_batch, options.n_ubatch
+    params.n_ctx, params.n_batch, params.n_ubatch = rounded_up(options.n_ctx), options.n_batch, options.n_ubatch
     params.n_seq_max, params.kv_unified = options.sequences, True
     params.n_outputs_max = max(MOST_OUTPUTS, options.sequences)
     if options.threads:
@@ -141,6 +146,11 @@ class Context:
     def n_ctx(self) -> int:
         """Tokens the KV cache holds (llama.cpp rounds up to 256)."""
         return int(self._c.llama_n_ctx(self._context))
+
+    @property
+    def n_batch(self) -> int:
+        """Tokens that can be given at once; llama.cpp ends the process where it is given more."""
+        return int(self._c.llama_n_batch(self._context))
 
     @property
     def handle(self) -> Any:

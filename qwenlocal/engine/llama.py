@@ -38,6 +38,7 @@ class Library:
     """llama.cpp as loaded into this process: its C functions (`c`) and the tail of its log (`log`)."""
 
     def __init__(self, echo: Callable[[str], object] | None = None) -> None:
+        os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # where llama.cpp gives up, no debugger writes pages
         self.c = _bindings()
         self.log: collections.deque[Line] = collections.deque(maxlen=400)
         self.echo = echo

@@ -1,91 +1,220 @@
 """
-Does it fit, and with how much context.
+Does it fit, and how: context, how keys and values are kept, layers on a graphics card.
 
-The weights are mapped into memory, the KV cache is allocated whole: `n_ctx` tokens, each a key and a value in every
-layer. What is known of the model comes from the front of its file; nothing is loaded to find out.
+What is conceded first is what measuring says costs least (benchmarks/README.md): keys as q8_0 cost nothing that could
+be measured and save a quarter of the cache; then the context becomes shorter; then values as q8_0 as well, which needs
+flash attention and halves the speed of a processor in long texts; then it is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
-from qwenlocal.errors import NotEnoughMemory
-from qwenlocal.weights.header import Value
+from qwenlocal.engine.context import ContextOptions, RopeScaling, rounded_up
+from qwenlocal.engine.memory import Need, memory_needed
+from qwenlocal.engine.shape import Shape
+from qwenlocal.errors import NotEnoughMemory, UsageProblem
+from qwenlocal.ggml import Device
 
-OURSELVES = 220 << 20  # Python, the libraries, and llama.cpp's working memory for 512 tokens
-_F16 = 2
-USUAL_CONTEXT = 8192
-LEAST_CONTEXT = 2048
+ENOUGH = 4096  # tokens; below this, keys are kept as q8_0 before the context becomes shorter still
+LEAST_CONTEXT = 1024
+UNKNOWN_CONTEXT = 4096  # for models whose file does not state its shape
+KV_TYPES = ("f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+MOST_STRETCH = 8  # times the context that a model was trained for
+_STEP = 1024
+_TOGETHER = 128  # tokens computed together; as quick as 512 on a processor, for a quarter of the memory
+_DEVICE_MARGIN = 512 << 20  # bytes left free on a graphics card, for what it computes with and for others
+_GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What decides a model's memory: layers, heads that keep keys and values, their width, context trained for."""
+class Wanted:
+    """What the user asked for; None leaves it to the plan. `force` takes what does not seem to fit."""
 
-    layers: int
-    kv_heads: int
-    head_width: int
-    n_ctx_train: int
-
-    @classmethod
-    def of(cls, metadata: Mapping[str, Value]) -> Shape | None:
-        """The shape that a file's keys state; None where they do not, for example with a head count per layer."""
-        architecture = metadata.get("general.architecture")
-        try:
-            layers, embedding, heads = (
-                int(metadata[f"{architecture}.{key}"])  # type: ignore[arg-type]
-                for key in ("block_count", "embedding_length", "attention.head_count")
-            )
-            kv_heads = int(metadata.get(f"{architecture}.attention.head_count_kv", heads))  # type: ignore[arg-type]
-            width = int(metadata.get(f"{architecture}.attention.key_length", embedding // heads))  # type: ignore[arg-type]
-            context = int(metadata.get(f"{architecture}.context_length", USUAL_CONTEXT))  # type: ignore[arg-type]
-        except (KeyError, TypeError, ValueError, ZeroDivisionError):
-            return None
-        return cls(layers, kv_heads, width, context)
-
-    def kv_bytes(self, n_ctx: int) -> int:
-        """
-        Bytes of keys and values for `n_ctx` tokens in f16: 2 x n_ctx x layers x kv_heads x head_width x 2.
-
-        Qwen1.5-0.5B (24 layers, 16 heads of 64) with 2,048 tokens: 192 MiB.
-        """
-        return 2 * n_ctx * self.layers * self.kv_heads * self.head_width * _F16
+    n_ctx: int | None = None
+    kv_type: str | None = None
+    flash_attention: bool | None = None
+    rope: str | None = None
+    threads: int = 0
+    together: int | None = None
+    force: bool = False
 
 
-def choose_context(what: str, shape: Shape | None, weights: int, available: int, wanted: int | None = None) -> int:
+@dataclass(frozen=True)
+class Plan:
+    """A context that fits, what it needs, and the bytes that were free; `need` is None for models of unknown shape."""
+
+    options: ContextOptions
+    need: Need | None
+    available: int
+    notes: tuple[str, ...] = ()
+
+    def sentence(self) -> str:
+        """`weights 4.4 + KV 2.0 (4,096 tokens, q8_0 keys) + compute 0.1 of 9.1 GiB free`."""
+        if self.need is None:
+            return f"{self.options.n_ctx:,} tokens; how much memory they take is not known"
+        how = _kept(self.options)
+        parts = (self.need.weights, self.need.kv, self.need.compute + self.need.ourselves)
+        weights, kv, rest = (f"{part / _GIB:.1f}" for part in parts)
+        return (
+            f"weights {weights} + KV {kv} ({self.options.n_ctx:,} tokens, {how}) + compute {rest} "
+            f"of {self.available / _GIB:.1f} GiB free"
+        )
+
+
+def _kept(options: ContextOptions) -> str:
+    if options.key_type == options.value_type:
+        return options.key_type
+    return f"{options.key_type} keys, {options.value_type} values"
+
+
+def choose_plan(what: str, shape: Shape | None, weights: int, available: int, wanted: Wanted = Wanted()) -> Plan:
     """
-    How many tokens of context to load `what` with.
+    How to load `what`, of `weights` bytes, where `available` bytes are free.
 
-    `wanted` is what the user asked for; otherwise 8,192, or what the model was trained for if that is less, halved
-    until it fits.
+    The context is what was asked for, or as large as the model was trained for, as long as the cache takes no more than
+    half of what the weights leave.
 
     Raises
     ------
-    NotEnoughMemory: not even the least fits, or not what was asked for.
+    NotEnoughMemory: not even the least fits, or not what was asked for (not with `force`).
+    UsageProblem: keys and values cannot be kept so, or the context is longer than a model can be stretched to.
     """
+    _check(wanted)
     if shape is None:
-        return wanted or 4096
-    room = available - weights - OURSELVES
-    if wanted:
-        if shape.kv_bytes(wanted) > room:
-            fitting = max(0, room) // max(1, shape.kv_bytes(1)) // 256 * 256
-            hint = f"At most -c {fitting} fits." if fitting >= 512 else "Close other programs, or take a smaller model."
-            raise NotEnoughMemory(
-                f"{what} with a context of {wanted:,} tokens",
-                weights + shape.kv_bytes(wanted) + OURSELVES,
-                available,
-                hint=hint,
-            )
-        return wanted
-    n_ctx = min(USUAL_CONTEXT, shape.n_ctx_train)
-    while shape.kv_bytes(n_ctx) > room and n_ctx > LEAST_CONTEXT:
-        n_ctx //= 2
-    if shape.kv_bytes(n_ctx) > room:
-        raise NotEnoughMemory(
-            what,
-            weights + shape.kv_bytes(n_ctx) + OURSELVES,
-            available,
-            hint="Close other programs, or take a smaller model (qwenlocal list --all). -c 512 needs the least.",
+        n_ctx = wanted.n_ctx or UNKNOWN_CONTEXT
+        return Plan(ContextOptions(n_ctx, threads=wanted.threads, batch_threads=wanted.threads), None, available)
+    rope, notes = _stretched(shape, wanted)
+    for options in _candidates(shape, weights, available, wanted):
+        need = memory_needed(shape, weights, options)
+        if need.total <= available or wanted.force:
+            return Plan(replace(options, rope=rope), need, available, notes)
+    raise _too_large(what, shape, weights, available, wanted)
+
+
+def _check(wanted: Wanted) -> None:
+    if wanted.kv_type is not None and wanted.kv_type not in KV_TYPES:
+        raise UsageProblem(
+            f"Keys and values cannot be kept as “{wanted.kv_type}”.", hint="There are: " + ", ".join(KV_TYPES)
         )
-    return n_ctx
+    quantized = wanted.kv_type not in (None, "f16", "bf16")
+    if quantized and wanted.flash_attention is False:
+        raise UsageProblem(
+            f"Values as {wanted.kv_type} need flash attention.", hint="Leave --flash-attention off away, or --kv."
+        )
+
+
+def _candidates(shape: Shape, weights: int, available: int, wanted: Wanted) -> Iterator[ContextOptions]:
+    """From the best to the least."""
+    ways = _ways(wanted)
+    if wanted.n_ctx:
+        yield from (replace(way, n_ctx=wanted.n_ctx) for way in ways)
+        return
+    room = available - weights
+    sizes = [(way, _largest(shape, weights, room, way)) for way in ways]
+    for enough in (min(ENOUGH, shape.n_ctx_train), min(LEAST_CONTEXT, shape.n_ctx_train)):
+        yield from (replace(way, n_ctx=size) for way, size in sizes if size >= enough)
+    yield from (replace(way, n_ctx=min(LEAST_CONTEXT, shape.n_ctx_train)) for way in ways)
+
+
+def _ways(wanted: Wanted) -> list[ContextOptions]:
+    """How keys and values can be kept, the one that costs least first."""
+    base = ContextOptions(
+        0,
+        threads=wanted.threads,
+        batch_threads=wanted.threads,
+        n_ubatch=wanted.together or _TOGETHER,
+        flash_attention=wanted.flash_attention or False,
+    )
+    if wanted.kv_type is not None:
+        flash = wanted.flash_attention if wanted.kv_type in ("f16", "bf16") else True
+        return [replace(base, key_type=wanted.kv_type, value_type=wanted.kv_type, flash_attention=flash or False)]
+    small = replace(base, key_type="q8_0")
+    if wanted.flash_attention is False:
+        return [base, small]
+    return [base, small, replace(small, value_type="q8_0", flash_attention=True)]
+
+
+def _largest(shape: Shape, weights: int, room: int, way: ContextOptions) -> int:
+    """The most tokens whose cache takes half of what the weights leave, in thousands of 1,024."""
+    per_token = shape.kv_bytes(1, way.key_type, way.value_type)
+    size = min(shape.n_ctx_train, room // 2 // max(1, per_token) // _STEP * _STEP)
+    while size > 0 and memory_needed(shape, weights, replace(way, n_ctx=size)).total - weights > room:
+        size -= _STEP
+    return max(0, size)
+
+
+def _stretched(shape: Shape, wanted: Wanted) -> tuple[RopeScaling | None, tuple[str, ...]]:
+    """What is needed for more tokens than a model was trained with; said, since it has a price."""
+    if not wanted.n_ctx or wanted.n_ctx <= shape.n_ctx_train or wanted.rope == "none":
+        return None, ()
+    factor = wanted.n_ctx / shape.n_ctx_train
+    if factor > MOST_STRETCH:
+        raise UsageProblem(
+            f"{wanted.n_ctx:,} tokens are {factor:.0f} times what this model was trained with ({shape.n_ctx_train:,}); "
+            f"{MOST_STRETCH} times can be tried.",
+            hint=f"At most: -c {shape.n_ctx_train * MOST_STRETCH}",
+        )
+    kind = wanted.rope or "yarn"
+    note = (
+        f"{wanted.n_ctx:,} tokens are more than the {shape.n_ctx_train:,} that this model was trained with: "
+        f"positions are squeezed ({kind}, factor {factor:.2g}). It may answer worse, about short texts too."
+    )
+    return RopeScaling(kind, factor, shape.n_ctx_train), (note,)
+
+
+def _too_large(what: str, shape: Shape, weights: int, available: int, wanted: Wanted) -> NotEnoughMemory:
+    n_ctx = wanted.n_ctx or min(LEAST_CONTEXT, shape.n_ctx_train)
+    smallest = replace(_ways(wanted)[-1], n_ctx=n_ctx)
+    needed = memory_needed(shape, weights, smallest).total
+    if wanted.n_ctx:
+        fits = max(_largest_at_all(shape, weights, available, way) for way in _ways(wanted))
+        named = f"{what} with a context of {wanted.n_ctx:,} tokens"
+        if fits >= 512:
+            return NotEnoughMemory(
+                named, needed, available, hint=f"At most -c {fits} fits. To try all the same: --force"
+            )
+    else:
+        named = what
+    return NotEnoughMemory(
+        named,
+        needed,
+        available,
+        hint="Close other programs, or take a smaller file (qwenlocal plan NAME). To try all the same: --force",
+    )
+
+
+def _largest_at_all(shape: Shape, weights: int, available: int, way: ContextOptions) -> int:
+    """The most tokens that fit at all, in steps of 256."""
+    least, most = 0, rounded_up(shape.n_ctx_train * MOST_STRETCH) // 256
+    while least < most:
+        middle = (least + most + 1) // 2
+        fits = memory_needed(shape, weights, replace(way, n_ctx=middle * 256)).total <= available
+        least, most = (middle, most) if fits else (least, middle - 1)
+    return least * 256
+
+
+@dataclass(frozen=True)
+class Offload:
+    """Layers of a model that go to graphics cards; the output layer counts as one."""
+
+    layers: int
+    of: int
+
+    def fewer(self) -> Offload:
+        """After a card had less room than it said: a quarter less."""
+        return Offload(self.layers * 3 // 4, self.of)
+
+
+def choose_offload(shape: Shape, weights: int, options: ContextOptions, devices: Sequence[Device]) -> Offload:
+    """
+    As many layers as the graphics cards have room for, each with its part of the weights and of the cache.
+
+    Embeddings stay with the processor; they are counted among the layers all the same, so that there is some to spare.
+    A 7B (4.2 GiB, 32 layers) with 4,096 tokens on a card with 4 GiB free: 18 of 33.
+    """
+    units = shape.layers + 1
+    each = weights / units + shape.kv_bytes(rounded_up(options.n_ctx), options.key_type, options.value_type) / units
+    room = sum(max(0, device.free - _DEVICE_MARGIN) for device in devices if device.is_gpu)
+    return Offload(min(units, int(room / each)), units)

@@ -133,7 +133,7 @@ class TokenSequence:
         self._truncate(min(common_prefix(self._held, ids), len(ids) - 1))
         reused = len(self._held)
         yield Prefill(reused, len(ids), reused)
-        chunk, row = min(_FIRST_CHUNK, self._context.options.n_batch), -1
+        chunk, row = min(_FIRST_CHUNK, self._context.n_batch), -1
         while len(self._held) < len(ids):
             if self._context.abort:
                 raise Aborted
@@ -149,7 +149,7 @@ class TokenSequence:
         """Large parts are efficient (256 tokens read a tenth faster than 64), small ones show progress more often."""
         if seconds > _SLOW:
             return max(_LEAST_CHUNK, chunk // 2)
-        return min(chunk * 2, self._context.options.n_batch) if seconds < _QUICK else chunk
+        return min(chunk * 2, self._context.n_batch) if seconds < _QUICK else chunk
 
     def _truncate(self, length: int) -> None:
         if length < len(self._held):

@@ -59,6 +59,20 @@ def read_fronts(folder: Path, weights: Sequence[Wanted]) -> list[Front] | None:
         return None
 
 
+def write_front(wanted: Wanted, path: Path, count: int) -> None:
+    """
+    The first `count` bytes of a file that is not here, as `path`: a file of the whole size, empty behind them.
+
+    Raises
+    ------
+    Trouble, NoRanges: no place sends parts of it.
+    """
+    size = wanted.artifact.size
+    with path.open("wb") as file:
+        file.write(_read(wanted.artifact.places, 0, min(count, size)))
+        file.truncate(size)
+
+
 def _front(folder: Path, wanted: Wanted) -> Front:
     path, size = folder / wanted.artifact.name, wanted.artifact.size
     if wanted.target.exists():

@@ -9,14 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from qwenlocal.errors import BadWeights, DigestMismatch, DiskFull, SourceUnreachable
+from qwenlocal.errors import BadWeights, DigestMismatch, DiskFull, DownloadFailed, SourceUnreachable
 from qwenlocal.library.digests import git_blob, sha256_of
 from qwenlocal.library.download import Fetched, Manner, Report, fetch
 from qwenlocal.library.http import Client, Trouble
 from qwenlocal.library.local import Local, Say
 from qwenlocal.library.names import CatalogueName, HubName, Name, checkpoint_record
-from qwenlocal.library.outline import Outline, read_fronts
+from qwenlocal.library.outline import Outline, read_fronts, write_front
 from qwenlocal.library.partial import write_journal
+from qwenlocal.library.places import NoRanges
 from qwenlocal.library.sources import Located, LocatedCheckpoint, Sources, Wanted
 from qwenlocal.library.store import Damage, Record, Store, StoredFile
 from qwenlocal.paths import Folders, writable
@@ -73,6 +74,25 @@ class Puller:
             if adopted:
                 return adopted
         return self._fetch_all(located, asked)
+
+    def front(self, name: Name, folder: Path, count: int) -> tuple[Path, int]:
+        """
+        The first `count` bytes of a model that is not here, as a file in `folder`, and the size of all its files.
+
+        Raises
+        ------
+        What `Sources.locate` raises; DownloadFailed where no place sends parts of a file.
+        """
+        located = self._sources.locate(name)
+        first, path = located.files[0], folder / "front.gguf"
+        try:
+            write_front(first, path, count)
+        except (Trouble, NoRanges) as reason:
+            raise DownloadFailed(
+                f"The beginning of {located.name} cannot be had from {located.origin}: {reason or 'whole files only'}.",
+                hint=f"Fetch all of it: qwenlocal pull {name}",
+            ) from reason
+        return path, sum(wanted.artifact.size for wanted in located.files)
 
     def outline(self, name: CatalogueName | HubName) -> Outline:
         """

@@ -46,6 +46,11 @@ class Folders:
         return self.home / "library"
 
     @property
+    def states(self) -> Path:
+        """What models had read when a chat was left, to go on from; can be deleted at any time."""
+        return self.home / "states"
+
+    @property
     def files(self) -> Path:
         """Model files that came from places other than the hub."""
         return self.home / "files"

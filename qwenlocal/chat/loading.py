@@ -13,8 +13,10 @@ from qwenlocal.engine.context import Context, ContextOptions
 from qwenlocal.engine.llama import LoadStopped, Model
 from qwenlocal.engine.plan import ENOUGH, Offload, Plan, Wanted, choose_offload, choose_plan
 from qwenlocal.engine.sampling import Sampling
+from qwenlocal.engine.saved import SavedStates, key_of
 from qwenlocal.engine.sequence import TokenSequence
 from qwenlocal.engine.shape import Shape
+from qwenlocal.engine.speculation import CostCurve, Speculation
 from qwenlocal.errors import BadWeights, Interrupted, NoContext, UsageProblem
 from qwenlocal.ggml import Device, devices
 from qwenlocal.machine import Machine
@@ -37,12 +39,15 @@ _SAMPLING_KEYS = {
 class LoadOptions:
     """
     How to load: what the plan has to keep to, layers on a GPU (None: as many as fit), and whether the text is continued
-    as it stands, without a chat template (None: only for models that have none).
+    as it stands, without a chat template (None: only for models that have none). With `lookup`, tokens that came before
+    are drafted where that pays. `states` is the folder in which caches are kept, None for none.
     """
 
     wanted: Wanted = field(default_factory=Wanted)
     gpu_layers: int | None = None
     raw: bool | None = None
+    lookup: bool = True
+    states: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -135,7 +140,10 @@ class Loading:
             context.close()
             model.close()
             raise
-        return Loaded(model, context, TokenSequence(context), template, sampling, plan, (*notes, *more))
+        saved = SavedStates(options.states, key_of(path, plan.options)) if options.states else None
+        speculation = Speculation(CostCurve()) if options.lookup else None
+        sequence = TokenSequence(context, speculation=speculation, saved=saved)
+        return Loaded(model, context, sequence, template, sampling, plan, (*notes, *more))
 
 
 def _offload(shape: Shape | None, size: int, wanted: Wanted, found: Sequence[Device], asked: int | None) -> Offload:

@@ -97,6 +97,13 @@ def run(
     kv_type: KvOption = None,
     flash_attention: FlashOption = "auto",
     rope: RopeOption = None,
+    lookup: Annotated[
+        bool, typer.Option("--lookup/--no-lookup", help="Check several tokens at once where the text repeats itself.")
+    ] = True,
+    keep_cache: Annotated[
+        bool,
+        typer.Option("--keep-cache/--no-keep-cache", help="Keep what was read on disk, so that coming back is quick."),
+    ] = True,
     force: Annotated[bool, typer.Option("--force", help="Load it even if it does not seem to fit.")] = False,
     temperature: Annotated[Optional[float], typer.Option("--temp", metavar="X", help="Randomness; 0 is none.")] = None,  # noqa: UP045
     top_k: Annotated[
@@ -146,6 +153,8 @@ def run(
             limit=limit,
             wanted=wanted(n_ctx, threads, kv_type, flash_attention, rope, force=force),
             gpu_layers=gpu_layers,
+            lookup=lookup,
+            keep_cache=keep_cache,
             sampling={
                 "temperature": temperature,
                 "top_k": top_k,

@@ -35,6 +35,8 @@ class Asked:
     limit: int | None
     wanted: Wanted
     gpu_layers: str
+    lookup: bool
+    keep_cache: bool
     sampling: Mapping[str, float | int | None]
     stops: Sequence[str]
     raw: bool
@@ -69,7 +71,7 @@ def run_model(asked: Asked) -> None:
         record = program.have(name, limit_rate=asked.limit_rate)
     else:
         name, record = program.have_default(limit_rate=asked.limit_rate)
-    loaded = _load(asked, name, record)
+    loaded = _load(asked, name, record, program.folders.states if asked.keep_cache else None)
     if prompt is None or asked.interactive or asked.stats:
         program.say(loaded.plan.sentence())
     for note in loaded.notes:
@@ -80,6 +82,7 @@ def run_model(asked: Asked) -> None:
         else:
             _answer(asked, loaded, prompt, system)
     finally:
+        loaded.sequence.remember()
         loaded.close()
 
 
@@ -158,7 +161,7 @@ def _utf8(data: bytes, what: str) -> str:
         ) from wrong
 
 
-def _load(asked: Asked, name: Name, record: Record) -> Loaded:
+def _load(asked: Asked, name: Name, record: Record, states: Path | None) -> Loaded:
     from qwenlocal.chat.background import in_background
     from qwenlocal.chat.loading import Loading, LoadOptions
     from qwenlocal.cli.loading import gpu_layers
@@ -166,7 +169,8 @@ def _load(asked: Asked, name: Name, record: Record) -> Loaded:
     from qwenlocal.terminal.status import loading_status
 
     card = name.card if isinstance(name, CatalogueName) else None
-    options = LoadOptions(asked.wanted, gpu_layers(asked.gpu_layers), raw=asked.raw or None)
+    layers = gpu_layers(asked.gpu_layers)
+    options = LoadOptions(asked.wanted, layers, raw=asked.raw or None, lookup=asked.lookup, states=states)
     loading = Loading()
 
     def load() -> Iterator[Loaded]:

@@ -222,6 +222,22 @@ class Context:
         self._c.llama_memory_seq_rm(self._memory, sequence, -1, -1)
         return 0
 
+    def state(self, sequence: int) -> Any:
+        """What the sequence holds, as a C array of bytes: keys and values of every layer, for `restore`."""
+        size = self._c.llama_state_seq_get_size(self._context, sequence)
+        data = (ctypes.c_uint8 * size)()
+        if self._c.llama_state_seq_get_data(self._context, data, size, sequence) != size:
+            raise QwenlocalError("llama.cpp does not give the state of the cache away.", hint="Nothing is lost by it.")
+        return data
+
+    def restore(self, sequence: int, data: Any) -> bool:
+        """Put what `state` gave in place of what the sequence holds; False where llama.cpp does not take it."""
+        self.truncate(sequence, 0)
+        if self._c.llama_state_seq_set_data(self._context, data, len(data), sequence):
+            return True
+        self.truncate(sequence, 0)
+        return False
+
     def logits(self, row: int) -> Any:
         """The model's raw scores for the next token, as a C array of as many floats as there are tokens."""
         return self._c.llama_get_logits_ith(self._context, row)

@@ -11,10 +11,13 @@ from typing import Protocol
 
 from qwenlocal.engine.context import Aborted, Context, NoRoom
 from qwenlocal.engine.sampling import Sampler, Sampling
-from qwenlocal.errors import BadWeights, ContextFull, QwenlocalError
+from qwenlocal.engine.saved import SavedStates
+from qwenlocal.engine.speculation import NoSpeculation, Speculation
+from qwenlocal.errors import BadWeights, ContextFull
 
 _SLOW, _QUICK = 3.0, 0.5  # seconds for a part of a long prompt, between which its size stays as it is
 _DAMAGED = "Which ones: qwenlocal inspect FILE. One that was fetched can be mended: qwenlocal verify NAME"
+_WORTH_RECALLING = 64  # tokens; fewer are computed in the time that reading a file takes
 _FIRST_CHUNK, _LEAST_CHUNK = 256, 64
 
 
@@ -67,8 +70,21 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 class TokenSequence:
     """Sequence `number` of a context. Fulfils `Generator`."""
 
-    def __init__(self, context: Context, number: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        context: Context,
+        number: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+        speculation: Speculation | None = None,
+        saved: SavedStates | None = None,
+    ) -> None:
+        """
+        With `speculation`, several tokens are checked at once where the text repeats itself; what is in `saved` is not
+        computed again.
+        """
         self._context, self._number, self._clock = context, number, clock
+        self._speculation, self._saved = speculation or NoSpeculation(), saved
+        self._computed, self._seconds = 0, 0.0  # prompt tokens, and the time that they took
         self._held: list[int] = []  # exactly what the KV cache holds
         self._full = False
         self._stopped = False
@@ -77,6 +93,11 @@ class TokenSequence:
     def held(self) -> tuple[int, ...]:
         """The tokens in the KV cache."""
         return tuple(self._held)
+
+    def adopt(self, ids: Sequence[int]) -> None:
+        """The cache holds `ids` already: another sequence object, or a saved state, put them there."""
+        self._held = list(ids)
+        self._settle()
 
     @property
     def is_full(self) -> bool:
@@ -101,35 +122,53 @@ class TokenSequence:
             yield from self._generate(ids, sampler, limit)
         except Aborted:
             self._stopped = True
-            self._settle()
         except NoRoom:
             self._full = True
-        except QwenlocalError:
-            self._settle()
-            raise
         finally:
             sampler.close()
+            self._settle()
 
     def _generate(self, ids: Sequence[int], sampler: Sampler, limit: int) -> Iterator[Prefill | int]:
         context = self._context
         row = yield from self._prefill(ids)
         sampler.remember(ids)
-        for produced in range(1, limit + 1):
-            if context.is_broken(row):
-                raise BadWeights(context.model.path, "its numbers come out as NaN; weights are damaged", hint=_DAMAGED)
-            token = sampler.sample(context, row)
-            yield token
-            if produced == limit:
-                return
+        self._speculation.begin(ids)
+        draft: Sequence[int] = ()
+        left, seconds = limit, None
+        while True:
+            came: list[int] = []
+            for place in range(len(draft) + 1):
+                token = self._sample(sampler, row + place)
+                came.append(token)
+                yield token
+                if len(came) == left:
+                    return
+                if place == len(draft) or token != draft[place]:
+                    break
+                self._held.append(token)  # its keys and values are there already
+            left -= len(came)
+            if draft:
+                self._settle()
+            self._speculation.learn(came, len(draft), seconds)
             if context.abort:
                 raise Aborted
             if len(self._held) >= context.n_ctx:
                 raise NoRoom
-            (row,) = context.decode([(self._number, (token,))])
+            draft = self._speculation.propose(min(left, context.n_ctx - len(self._held)) - 1)
+            started = self._clock()
+            (row,) = context.decode([(self._number, (token, *draft))], all_logits=bool(draft))
+            seconds = self._clock() - started
             self._held.append(token)
+
+    def _sample(self, sampler: Sampler, row: int) -> int:
+        if self._context.is_broken(row):
+            what = "its numbers come out as NaN; weights are damaged"
+            raise BadWeights(self._context.model.path, what, hint=_DAMAGED)
+        return sampler.sample(self._context, row)
 
     def _prefill(self, ids: Sequence[int]) -> collections.abc.Generator[Prefill, None, int]:
         """Put `ids` into the cache but for what it holds already (never the last one); returns the row of logits."""
+        self._recall(ids)
         self._truncate(min(common_prefix(self._held, ids), len(ids) - 1))
         reused = len(self._held)
         yield Prefill(reused, len(ids), reused)
@@ -141,9 +180,28 @@ class TokenSequence:
             started = self._clock()
             (row,) = self._context.decode([(self._number, new)])
             self._held.extend(new)
+            seconds = self._clock() - started
+            self._computed, self._seconds = self._computed + len(new), self._seconds + seconds
             yield Prefill(len(self._held), len(ids), reused)
-            chunk = self._next_chunk(chunk, self._clock() - started)
+            chunk = self._next_chunk(chunk, seconds)
         return row
+
+    def _recall(self, ids: Sequence[int]) -> None:
+        """Take what is saved of the beginning of `ids`, where that is more than what the cache holds."""
+        if self._saved is None:
+            return
+        known = common_prefix(self._held, ids) + _WORTH_RECALLING
+        found = self._saved.best(ids, known) if len(ids) > known else None
+        if found and len(found.tokens) < self._context.n_ctx:
+            recalled = self._saved.restore(found, self._context, self._number)
+            self._held = list(found.tokens) if recalled else []
+            self._settle()
+
+    def remember(self) -> bool:
+        """Save what the cache holds, where that is quicker to read than to compute; tells whether it was."""
+        if self._saved is None or not self._computed:
+            return False
+        return self._saved.save(self._context, self._number, self._held, self._seconds / self._computed)
 
     def _next_chunk(self, chunk: int, seconds: float) -> int:
         """Large parts are efficient (256 tokens read a tenth faster than 64), small ones show progress more often."""
@@ -156,5 +214,6 @@ class TokenSequence:
             del self._held[self._context.truncate(self._number, length) :]
 
     def _settle(self) -> None:
-        """After an abort, parts of a batch may be in the cache; go back to what is known to be there."""
-        del self._held[self._context.truncate(self._number, len(self._held)) :]
+        """After an abort or a wrong draft there is more in the cache; go back to what is known to be there."""
+        if self._context.length(self._number) > len(self._held):
+            del self._held[self._context.truncate(self._number, len(self._held)) :]

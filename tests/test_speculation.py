@@ -1,0 +1,182 @@
+"""Several tokens checked at once where a text repeats itself: the same answers, in fewer steps."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwenlocal.engine.context import Context, ContextOptions
+from qwenlocal.engine.llama import Model
+from qwenlocal.engine.lookup import NgramIndex
+from qwenlocal.engine.sampling import Sampling
+from qwenlocal.engine.sequence import TokenSequence
+from qwenlocal.engine.speculation import USUAL_COSTS, CostCurve, Speculation
+
+GREEDY = Sampling(temperature=0, repeat_penalty=1)
+CHEAP = dict.fromkeys(USUAL_COSTS, 1.0)  # checking any number takes as long as one: everything is drafted
+
+
+@pytest.fixture
+def opened() -> Iterator[Callable[[Path], Context]]:
+    contexts: list[Context] = []
+
+    def open_(path: Path) -> Context:
+        contexts.append(Context(Model(path), ContextOptions(2048, threads=1, flash_attention=False)))
+        return contexts[-1]
+
+    yield open_
+    for context in contexts:
+        context.close()
+        context.model.close()
+
+
+def answer(sequence: TokenSequence, ids: Sequence[int], limit: int, sampling: Sampling = GREEDY) -> list[int]:
+    return [step for step in sequence.generate(ids, sampling, limit=limit) if isinstance(step, int)]
+
+
+# --- what came after the same tokens before
+
+
+def test_what_followed_the_last_tokens_before_is_the_draft() -> None:
+    index = NgramIndex()
+    index.extend([5, 6, 7, 8, 9, 5, 6, 7])
+    assert index.draft(3) == ([8, 9, 5], 3)
+    assert index.draft(1) == ([8], 3)
+
+
+def test_the_latest_occurrence_counts_and_the_longest_agreement_before_it() -> None:
+    index = NgramIndex()
+    index.extend([1, 2, 3, 4, 5, 6, 77, 4, 5, 6, 88, 1, 2, 3, 4, 5, 6])
+    assert index.draft(1) == ([77], 6)
+    index.extend([9, 4, 5, 6])
+    assert index.draft(1) == ([9], 3)
+
+
+@given(st.lists(st.integers(0, 3), max_size=60))
+def test_a_draft_really_came_after_as_many_equal_tokens_as_it_says(ids: list[int]) -> None:
+    index = NgramIndex()
+    index.extend(ids)
+    draft, length = index.draft(5)
+    if not draft:
+        assert length == 0
+        return
+    last = ids[-length:]
+    places = [at for at in range(length, len(ids)) if ids[at - length : at] == last]
+    assert list(draft) == ids[places[-1] : places[-1] + 5]
+
+
+# --- how much to guess
+
+
+def test_nothing_is_drafted_where_checking_costs_more_than_it_gives() -> None:
+    dear = Speculation(CostCurve({count: float(count) for count in USUAL_COSTS}))
+    dear.begin([1, 2, 3, 4] * 8)
+    assert list(dear.propose(31)) == []
+
+
+def test_drafts_become_shorter_when_they_are_wrong_and_come_back_when_they_would_have_been_right() -> None:
+    speculation = Speculation(CostCurve())
+    pattern = [*range(10, 30)]
+    speculation.begin(pattern * 2)
+    assert len(speculation.propose(31)) >= 7
+    for wrong in range(200, 220):
+        checked = len(speculation.propose(31))
+        speculation.learn([wrong], checked, 0.01)
+        speculation.begin([*speculation_ids(speculation), *pattern])
+    assert len(speculation.propose(31)) == 0
+    for token in pattern * 6:  # nothing is checked, but the text repeats itself
+        speculation.learn([token], 0, 0.01)
+        speculation.propose(31)
+    assert len(speculation.propose(31)) > 0
+
+
+def speculation_ids(speculation: Speculation) -> list[int]:
+    return list(speculation._index.ids)
+
+
+def test_costs_are_learnt_from_what_was_timed() -> None:
+    costs = CostCurve()
+    for _ in range(60):
+        costs.observe(1, 0.010)
+        costs.observe(4, 0.012)
+        costs.observe(5, 9.0)  # never decoded, and so not known
+    assert costs.relative(4) == pytest.approx(1.2, abs=0.01)
+    assert set(costs.known) == set(USUAL_COSTS)
+
+
+# --- the same answers
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(seed=3), Sampling(temperature=1.0, top_k=5, seed=8)])
+def test_answers_are_the_same_with_and_without(
+    sampling: Sampling, random_model: Path, opened: Callable[[Path], Context]
+) -> None:
+    """The same draws from the same scores: also of sampled text not one token differs."""
+    prompt = [40, 41, 42, 43, 44, 45] * 30
+    plain = answer(TokenSequence(opened(random_model)), prompt, 200, sampling)
+    speculation = Speculation(CostCurve(CHEAP))
+    looking = TokenSequence(opened(random_model), speculation=speculation)
+    assert answer(looking, prompt, 200, sampling) == plain
+    assert speculation.drafted > 0
+
+
+def test_sampled_tokens_keep_their_distribution(random_model: Path, opened: Callable[[Path], Context]) -> None:
+    """Third tokens of 600 answers with and without, compared by their counts (chi-square, two samples)."""
+    prompt = [40, 41, 42] * 8
+    sampling = Sampling(temperature=1.2, top_k=6, top_p=1.0, repeat_penalty=1.0)
+    context = opened(random_model)
+    counts = []
+    for speculation in (None, Speculation(CostCurve(CHEAP))):
+        sequence = TokenSequence(context, speculation=speculation)
+        sequence.adopt([])
+        counts.append(collections.Counter(answer(sequence, prompt, 3, sampling)[2] for _ in range(600)))
+    often = [token for token in counts[0] | counts[1] if counts[0][token] + counts[1][token] >= 10]
+    square = sum((counts[0][t] - counts[1][t]) ** 2 / (counts[0][t] + counts[1][t]) for t in often)
+    assert len(often) > 5
+    assert square < 3 * len(often) + 30
+
+
+def test_a_text_that_repeats_itself_takes_fewer_steps(endless_model: Path, opened: Callable[[Path], Context]) -> None:
+    context = opened(endless_model)
+    speculation = Speculation(CostCurve(CHEAP))
+    sequence = TokenSequence(context, speculation=speculation)
+    ids = context.model.vocabulary.tokenize("x\nabcdefgh abcdefgh abcdefgh abcdefgh ab", special=True)
+    tokens = answer(sequence, ids, 300)
+    assert context.model.vocabulary.tokenize("cdefgh abcdefgh ", special=False) == tokens[:16]
+    assert speculation.accepted > 250
+    assert speculation.accepted == speculation.drafted or speculation.accepted > 0.9 * speculation.drafted
+
+
+def test_what_was_drafted_wrongly_is_not_left_in_the_cache(
+    random_model: Path, opened: Callable[[Path], Context]
+) -> None:
+    context = opened(random_model)
+    sequence = TokenSequence(context, speculation=Speculation(CostCurve(CHEAP)))
+    prompt = [40, 41, 42, 43] * 20
+    steps = sequence.generate(prompt, GREEDY, limit=50)
+    for _, step in zip(range(9), steps, strict=False):
+        del step
+        assert len(sequence.held) <= context.length(0)
+    steps.close()  # in the middle of a draft
+    assert context.length(0) == len(sequence.held)
+    more = [*sequence.held, 7, 8, 9]
+    assert answer(sequence, more, 20) == answer(TokenSequence(opened(random_model)), more, 20)
+
+
+def test_a_draft_never_reaches_beyond_the_context_or_the_limit(
+    endless_model: Path, opened: Callable[[Path], Context]
+) -> None:
+    context = Context(Model(endless_model), ContextOptions(256, threads=1))
+    sequence = TokenSequence(context, speculation=Speculation(CostCurve(CHEAP)))
+    ids = context.model.vocabulary.tokenize("x\n" + "abcdefgh " * 20, special=True)
+    assert len(answer(sequence, ids, 17)) == 17
+    tokens = answer(sequence, ids, 10_000)
+    assert sequence.is_full
+    assert len(ids) + len(tokens) == 257
+    context.close()
+    context.model.close()

@@ -201,7 +201,7 @@ def test_penalised_choices_are_exact(random_model: Path, opened: Callable[..., C
     (row,) = context.decode([(0, said)])
     logits = list(context.logits(row)[:259])
     for penalty in (1.05, 1.5, 10.0):
-        sampler = Sampler(Sampling(temperature=0, repeat_penalty=penalty), 259)
+        sampler = Sampler(Sampling(temperature=0, repeat_penalty=penalty), context.model.vocabulary)
         sampler.remember(said)
         penalised = [
             (score / penalty if score > 0 else score * penalty) if token in said else score

@@ -123,6 +123,15 @@ def run(
         list[str] | None,
         typer.Option("--stop", metavar="TEXT", help="End the answer at this text; may be given again."),
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Answer with a JSON object.")] = False,
+    schema: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--schema", metavar="FILE", help="Answer with JSON that keeps to this JSON schema."),
+    ] = None,
+    grammar: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--grammar", metavar="FILE", help="Answer in this grammar (GBNF)."),
+    ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="No chat template: continue the text as it stands.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="A line of numbers on stderr after each answer.")] = False,
     limit_rate: RateOption = None,
@@ -139,7 +148,7 @@ def run(
     qwenlocal run qwen1.5 "Why is the sky blue?"     one answer on standard output
     qwenlocal run qwen1.5 "Sum this up:" < text.txt  with piped text
     """
-    from qwenlocal.cli.loading import wanted
+    from qwenlocal.cli.loading import grammar_from, wanted
     from qwenlocal.cli.run import Asked, run_model
     from qwenlocal.cli.values import rate
 
@@ -155,6 +164,7 @@ def run(
             gpu_layers=gpu_layers,
             lookup=lookup,
             keep_cache=keep_cache,
+            grammar=grammar_from(as_json, schema, grammar),
             sampling={
                 "temperature": temperature,
                 "top_k": top_k,

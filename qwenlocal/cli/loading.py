@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwenlocal.errors import UsageProblem
+from qwenlocal.errors import ModelNotFound, UsageProblem
 
 if TYPE_CHECKING:
     from qwenlocal.engine.plan import Wanted
@@ -62,3 +63,33 @@ def gpu_layers(text: str) -> int | None:
     if not word.isdigit() or int(word) > ALL_LAYERS:
         raise UsageProblem(f"-ngl is a number of layers, auto or all; it is {text}.")
     return int(word)
+
+
+def grammar_from(as_json: bool, schema: str | None, grammar: str | None) -> str | None:
+    """
+    The grammar that answers shall keep to, from `--json`, `--schema FILE` or `--grammar FILE`; None for none.
+
+    Raises
+    ------
+    UsageProblem: more than one was given, or what is in the file cannot be kept to. ModelNotFound: there is no file.
+    """
+    if sum((as_json, schema is not None, grammar is not None)) > 1:
+        raise UsageProblem("--json, --schema and --grammar exclude each other.", hint="Give one of them.")
+    if grammar is not None:
+        return _text(grammar)
+    if schema is None and not as_json:
+        return None
+    from qwenlocal.engine.schema import ANY_OBJECT, grammar_of_schema
+
+    return grammar_of_schema(ANY_OBJECT if schema is None else _text(schema))
+
+
+def _text(name: str) -> str:
+    try:
+        return Path(name).expanduser().read_text("utf-8-sig")
+    except UnicodeDecodeError as reason:
+        raise UsageProblem(f"{name} is not UTF-8 text.") from reason
+    except OSError as reason:
+        raise ModelNotFound(
+            name, reason=f"The file {name} cannot be read: {reason.strerror}.", hint="Check the path."
+        ) from reason

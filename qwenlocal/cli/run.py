@@ -6,7 +6,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from qwenlocal.chat.events import Event
     from qwenlocal.chat.loading import Loaded
     from qwenlocal.engine.plan import Wanted
+    from qwenlocal.engine.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Asked:
     gpu_layers: str
     lookup: bool
     keep_cache: bool
+    grammar: str | None
     sampling: Mapping[str, float | int | None]
     stops: Sequence[str]
     raw: bool
@@ -195,7 +197,7 @@ def _answer(asked: Asked, loaded: Loaded, prompt: str, system: str) -> None:
     from qwenlocal.chat.events import Why
     from qwenlocal.terminal.answer import show_answer
 
-    manner = Manner(loaded.sampling.with_known(asked.sampling), asked.limit, asked.stops)
+    manner = Manner(_sampling(asked, loaded), asked.limit, asked.stops)
     if loaded.template is None:
         if system:
             raise UsageProblem("A base model continues text; a system prompt has no place in it.")
@@ -215,6 +217,10 @@ def _answer(asked: Asked, loaded: Loaded, prompt: str, system: str) -> None:
         )
 
 
+def _sampling(asked: Asked, loaded: Loaded) -> Sampling:
+    return replace(loaded.sampling.with_known(asked.sampling), grammar=asked.grammar)
+
+
 def _continuation(loaded: Loaded, text: str, manner: Manner, *, special: bool) -> Callable[[], Iterator[Event]]:
     """What follows `text`; with `special`, control tokens spelt in it are control tokens, as --raw wants it."""
     from qwenlocal.chat.turn import answer
@@ -230,7 +236,7 @@ def _chat(asked: Asked, program: Program, name: Name, loaded: Loaded, system: st
     from qwenlocal.chat.conversation import Manner
     from qwenlocal.terminal.chat import Chat
 
-    manner = Manner(loaded.sampling.with_known(asked.sampling), asked.limit, asked.stops)
+    manner = Manner(_sampling(asked, loaded), asked.limit, asked.stops)
     conversation = loaded.conversation(manner, system)
     Chat(
         conversation,

@@ -39,7 +39,7 @@ class Library:
 
     def __init__(self, echo: Callable[[str], object] | None = None) -> None:
         os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # where llama.cpp gives up, no debugger writes pages
-        self.c = _bindings()
+        self.c = bindings()
         self.log: collections.deque[Line] = collections.deque(maxlen=400)
         self.echo = echo
         self._callback = self.c.llama_log_callback(self._receive)
@@ -78,16 +78,16 @@ def library() -> Library:
     return Library(echo=sys.stderr.write if os.environ.get("QWENLOCAL_LLAMA_LOG") else None)
 
 
-def _bindings() -> Any:
+def bindings(module: str = "llama_cpp") -> Any:
     """
-    `llama_cpp.llama_cpp`, without what `import llama_cpp` would bring along.
+    A module of llama-cpp-python, without what `import llama_cpp` would bring along.
 
     The package's own front imports numpy, jinja2 and a disk cache for its high-level class: 0.15 s that every start
     would pay. So the one module is imported under an empty package, which is taken away again: a later
     `import llama_cpp` by somebody else finds everything as usual and shares the same C library.
     """
     if "llama_cpp" in sys.modules:
-        return importlib.import_module("llama_cpp.llama_cpp")
+        return importlib.import_module(f"llama_cpp.{module}")
     spec = importlib.util.find_spec("llama_cpp")
     if spec is None or not spec.submodule_search_locations:
         raise QwenlocalError("llama-cpp-python is not installed.", hint="Set everything up: make setup")
@@ -95,7 +95,7 @@ def _bindings() -> Any:
     package.__path__ = list(spec.submodule_search_locations)
     sys.modules["llama_cpp"] = package
     try:
-        return importlib.import_module("llama_cpp.llama_cpp")
+        return importlib.import_module(f"llama_cpp.{module}")
     except (OSError, RuntimeError, FileNotFoundError) as reason:
         raise QwenlocalError(
             f"The compiled part of llama-cpp-python cannot be loaded: {reason}", hint="Compile it again: make setup"

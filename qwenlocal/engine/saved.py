@@ -32,6 +32,7 @@ _VERSION = 1
 _SHARE = 0.1  # of the disk's free room
 _LEAST_TOKENS = 64  # fewer are computed in a moment
 _SAMPLES, _SAMPLE = 16, 1 << 16  # places of a model file, and bytes at each, that tell it from others
+_NEARLY = 0.9
 _ABANDONED = 3600.0  # seconds after which nobody is writing a draft any more
 _DISK = 300e6  # bytes a second that a slow disk reads
 
@@ -123,10 +124,10 @@ class SavedStates:
             draft.unlink(missing_ok=True)
 
     def _drop_beginnings(self, ids: Sequence[int]) -> None:
-        """What is a beginning of `ids` is in the new file as well."""
+        """What is in the new file as well, nearly all of it, need not be there twice."""
         for path in self._folder.glob("*.kv"):
             saved = _read_front(path)
-            if saved and len(saved.tokens) < len(ids) and _common(saved.tokens, ids) == len(saved.tokens):
+            if saved and _common(saved.tokens, ids) >= _NEARLY * len(saved.tokens):
                 path.unlink(missing_ok=True)
 
     def _make_room(self, size: int) -> bool:

@@ -117,7 +117,7 @@ class TokenSequence:
             raise ContextFull(len(ids), self._context.n_ctx, self._context.model.n_ctx_train)
         self._full = self._stopped = False
         self._context.abort.clear()
-        sampler = Sampler(sampling, len(self._context.model.vocabulary))
+        sampler = Sampler(sampling, self._context.model.vocabulary)
         try:
             yield from self._generate(ids, sampler, limit)
         except Aborted:
@@ -135,7 +135,10 @@ class TokenSequence:
         self._speculation.begin(ids)
         draft: Sequence[int] = ()
         left, seconds = limit, None
-        while True:
+        if forced := sampler.forced()[:left]:
+            row = yield from self._force((), forced)
+            left -= len(forced)
+        while left:
             came: list[int] = []
             for place in range(len(draft) + 1):
                 token = self._sample(sampler, row + place)
@@ -154,11 +157,30 @@ class TokenSequence:
                 raise Aborted
             if len(self._held) >= context.n_ctx:
                 raise NoRoom
+            if forced := sampler.forced()[:left]:
+                row, draft, seconds = (yield from self._force((token,), forced)), (), None
+                self._speculation.learn(forced, 0, None)
+                left -= len(forced)
+                continue
             draft = self._speculation.propose(min(left, context.n_ctx - len(self._held)) - 1)
             started = self._clock()
             (row,) = context.decode([(self._number, (token, *draft))], all_logits=bool(draft))
             seconds = self._clock() - started
             self._held.append(token)
+
+    def _force(
+        self, before: Sequence[int], forced: Sequence[int]
+    ) -> collections.abc.Generator[Prefill | int, None, int]:
+        """Compute `before` and what a grammar forces together, and say the latter; returns the row of logits."""
+        row, rest = -1, [*before, *forced]
+        while rest:
+            new, rest = rest[: self._context.n_batch], rest[self._context.n_batch :]
+            if len(self._held) + len(new) > self._context.n_ctx:
+                raise NoRoom
+            (row,) = self._context.decode([(self._number, new)])
+            self._held.extend(new)
+        yield from forced
+        return row
 
     def _sample(self, sampler: Sampler, row: int) -> int:
         if self._context.is_broken(row):

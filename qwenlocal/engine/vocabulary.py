@@ -8,6 +8,7 @@ from typing import Any
 
 from qwenlocal.weights.kinds import PADDING
 
+_WHERE_BYTES_ARE = 1024
 _ATTR_CONTROL, _ATTR_USER_DEFINED = 1 << 3, 1 << 4  # llama.h: LLAMA_TOKEN_ATTR_CONTROL, …_USER_DEFINED
 
 
@@ -24,6 +25,21 @@ class Vocabulary:
 
     def __len__(self) -> int:
         return int(self._c.llama_vocab_n_tokens(self._vocab))
+
+    @property
+    def handle(self) -> Any:
+        """The C pointer, for grammars."""
+        return self._vocab
+
+    def single_bytes(self) -> dict[int, int]:
+        """The tokens that stand for one byte each, by their ids; byte-level vocabularies have them first."""
+        pieces = {token: self.piece(token) for token in range(min(len(self), _WHERE_BYTES_ARE))}
+        return {token: piece[0] for token, piece in pieces.items() if len(piece) == 1}
+
+    def ends(self) -> list[int]:
+        """The tokens with which the model ends its turn or its text."""
+        found = (self._c.llama_vocab_eos(self._vocab), self._c.llama_vocab_eot(self._vocab))
+        return sorted({token for token in found if token >= 0})
 
     def tokenize(self, text: str, *, special: bool, add_bos: bool = False) -> list[int]:
         """

@@ -1,0 +1,98 @@
+"""
+Answers that keep to a grammar (GBNF, llama.cpp: grammars/README.md), without the price of asking it about every token.
+
+Asking about 151,936 tokens takes longer than computing their scores. So one token is chosen as always, and the grammar
+asked about that one; only where it says no, the likeliest ones are asked about, and all of them where none of these
+will do. Where the grammar leaves no choice (`{"name":"`), nothing is chosen at all: the text is found byte by byte, and
+computed together with the token before it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+from qwenlocal.engine.llama import library
+from qwenlocal.engine.vocabulary import Vocabulary
+from qwenlocal.errors import UsageProblem
+
+_LONGEST_LITERAL = 400  # bytes looked ahead at most
+
+
+class Constraint:
+    """A grammar, and how far the answer is in it."""
+
+    def __init__(self, grammar: str, vocabulary: Vocabulary) -> None:
+        """
+        Raises
+        ------
+        UsageProblem: llama.cpp cannot read the grammar; its reason is in the error.
+        """
+        lib = library()
+        self._c, self._vocabulary = lib.c, vocabulary
+        lib.log.clear()
+        if "\0" in grammar or not grammar.strip():  # llama.cpp would read up to there, and take nothing for no grammar
+            raise UsageProblem("The grammar cannot be read: it is empty, or has a zero byte in it.")
+        self._grammar = self._c.llama_sampler_init_grammar(vocabulary.handle, grammar.encode(), b"root")
+        if not self._grammar:
+            said = " ".join(line.text.strip() for line in lib.log if line.text.strip())
+            raise UsageProblem(
+                f"The grammar cannot be read: {said or 'it has no rule “root”'}.",
+                hint="How grammars are written: llama.cpp, grammars/README.md",
+            )
+        self._bytes = vocabulary.single_bytes()
+        self._probes = [*self._bytes, *vocabulary.ends()]
+
+    def allows(self, token: int) -> bool:
+        """Whether the answer may go on with `token`."""
+        return bool(self.allowed([token]))
+
+    def allowed(self, tokens: list[int]) -> list[int]:
+        """Those of `tokens` with which the answer may go on."""
+        return self._ask(self._grammar, tokens)
+
+    def _ask(self, grammar: Any, tokens: list[int]) -> list[int]:
+        data = (self._c.llama_token_data * len(tokens))()
+        for place, token in zip(data, tokens, strict=True):
+            place.id = token
+        array = self._c.llama_token_data_array(data, len(tokens), -1, False)
+        self._c.llama_sampler_apply(grammar, ctypes.byref(array))
+        return [place.id for place in data if place.logit != -float("inf")]
+
+    def filter(self, candidates: Any) -> None:
+        """Take the chance from those in a llama_token_data_array that the grammar does not allow."""
+        self._c.llama_sampler_apply(self._grammar, ctypes.byref(candidates))
+
+    def accept(self, token: int) -> None:
+        """The answer went on with `token`."""
+        self._c.llama_sampler_accept(self._grammar, token)
+
+    def forced(self) -> bytes:
+        """What must come now, as far as there is no choice: b'{"name":"' at the beginning of such an object."""
+        if len(self.allowed(self._probes)) != 1:
+            return b""
+        ahead, found = self._c.llama_sampler_clone(self._grammar), bytearray()
+        try:
+            while len(found) < _LONGEST_LITERAL:
+                allowed = self._ask(ahead, self._probes)
+                if len(allowed) != 1 or allowed[0] not in self._bytes:
+                    break
+                found.append(self._bytes[allowed[0]])
+                self._c.llama_sampler_accept(ahead, allowed[0])
+        finally:
+            self._c.llama_sampler_free(ahead)
+        return bytes(found)
+
+    def forced_tokens(self) -> list[int]:
+        """The same as token ids; none where the text ends within a character."""
+        try:
+            text = self.forced().decode()
+        except UnicodeDecodeError:
+            return []
+        return self._vocabulary.tokenize(text, special=False) if text else []
+
+    def close(self) -> None:
+        """Give the memory back."""
+        if self._grammar:
+            self._c.llama_sampler_free(self._grammar)
+            self._grammar = None

@@ -1,0 +1,193 @@
+"""Answers that keep to a grammar or a JSON schema, on models that would say anything else."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Run
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwenlocal.engine.constraint import Constraint
+from qwenlocal.engine.context import Context, ContextOptions
+from qwenlocal.engine.llama import Model
+from qwenlocal.engine.sampling import Sampling
+from qwenlocal.engine.schema import grammar_of_schema
+from qwenlocal.engine.sequence import TokenSequence
+from qwenlocal.engine.speculation import USUAL_COSTS, CostCurve, Speculation
+from qwenlocal.errors import UsageProblem
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 8},
+        "age": {"type": "integer"},
+        "tags": {"type": "array", "items": {"enum": ["red", "green"]}, "maxItems": 2},
+        "level": {"type": ["boolean", "null"]},
+    },
+    "required": ["name", "age", "tags", "level"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture
+def context(random_model: Path) -> Iterator[Context]:
+    found = Context(Model(random_model), ContextOptions(1024, threads=1, flash_attention=False))
+    yield found
+    found.close()
+    found.model.close()
+
+
+def said(context: Context, grammar: str, limit: int = 300, **sampling: Any) -> str:
+    """What a random model says within a grammar."""
+    options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 4, **sampling}
+    sequence = TokenSequence(context, speculation=Speculation(CostCurve(dict.fromkeys(USUAL_COSTS, 1.0))))
+    vocabulary, data = context.model.vocabulary, b""
+    for step in sequence.generate([1, 2, 3, 4], Sampling(**options, grammar=grammar), limit=limit):
+        if isinstance(step, int):
+            if vocabulary.is_end(step):
+                return data.decode("utf-8", errors="replace")
+            data += vocabulary.piece(step)
+    return data.decode("utf-8", errors="replace")
+
+
+def check(value: Any) -> None:
+    assert set(value) == {"name", "age", "tags", "level"}
+    name = value["name"]  # bytes that are no UTF-8, which only a model of single bytes says, count otherwise
+    assert isinstance(name, str)
+    assert "\ufffd" in name or len(name) <= 8
+    assert isinstance(value["age"], int)
+    assert value["level"] in (True, False, None)
+    assert len(value["tags"]) <= 2 and set(value["tags"]) <= {"red", "green"}
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_whatever_a_model_would_say_it_says_what_the_schema_allows(seed: int, context: Context) -> None:
+    check(json.loads(said(context, grammar_of_schema(json.dumps(PERSON)), seed=seed)))
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"top_k": 20, "top_p": 0.8}, {"repeat_penalty": 1.3}])
+def test_so_it_does_with_other_ways_to_choose(sampling: dict[str, Any], context: Context) -> None:
+    check(json.loads(said(context, grammar_of_schema(json.dumps(PERSON)), **sampling)))
+
+
+def test_a_grammar_of_ones_own_is_kept_to(context: Context) -> None:
+    assert re.fullmatch(r"(yes|no)[!?]{3}", said(context, 'root ::= ("yes" | "no") [!?] [!?] [!?]'))
+
+
+def test_where_there_is_no_choice_nothing_is_chosen(context: Context) -> None:
+    constraint = Constraint('root ::= "abc" ("d" | "e") "fgh"', context.model.vocabulary)
+    assert constraint.forced() == b"abc"
+    for token in context.model.vocabulary.tokenize("abc", special=False):
+        constraint.accept(token)
+    assert constraint.forced() == b""
+    constraint.accept(context.model.vocabulary.tokenize("e", special=False)[0])
+    assert constraint.forced() == b"fgh"
+    constraint.close()
+
+
+def test_characters_of_several_bytes_are_forced_whole(context: Context) -> None:
+    constraint = Constraint('root ::= "né中" [a-b]', context.model.vocabulary)
+    assert constraint.forced().decode() == "né中"
+    constraint.close()
+
+
+def test_literals_are_computed_together(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches: list[int] = []
+    usual = Context.decode
+
+    def counting(self: Context, batch: Any, **options: Any) -> list[int]:
+        batches.append(sum(len(ids) for _, ids in batch))
+        return usual(self, batch, **options)
+
+    monkeypatch.setattr(Context, "decode", counting)
+    text = said(context, 'root ::= "a long literal comes first, " [xy] " and another one after it."')
+    assert re.fullmatch("a long literal comes first, [xy] and another one after it.", text)
+    assert max(batches[1:]) > 20
+    assert len(batches) < 8
+
+
+def test_an_answer_is_not_longer_than_asked_even_where_literals_are(context: Context) -> None:
+    assert said(context, 'root ::= "a long literal"', limit=6) == "a long"
+
+
+# --- what cannot be kept to
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        ("{", "not readable JSON"),
+        ("[1]", "must be a JSON object"),
+        ('{"type": "objekt"}', "unknown type 'objekt'"),
+        ('{"type": "object", "minProperties": 2}', "“minProperties” in the schema is not supported"),
+        ('{"properties": {"a": {"type": "number", "multipleOf": 2}}}', "“multipleOf” in the property “a”"),
+        ('{"items": {"not": {}}}', "“not” in items"),
+        ('{"type": "string", "format": "email"}', "the format 'email'"),
+        ('{"type": "string", "pattern": "abc"}', "must begin with ^"),
+        ('{"$ref": "https://example.org/x.json"}', "leads out of the schema"),
+        ('{"$ref": "#/$defs/missing"}', "cannot be kept to"),
+        ('{"anyOf": [3]}', "no schema"),
+    ],
+)
+def test_a_schema_that_cannot_be_kept_to_is_refused(schema: str, message: str) -> None:
+    with pytest.raises(UsageProblem) as caught:
+        grammar_of_schema(schema)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("grammar", ["", "  ", 'root ::= "a', "other ::= [a-z]", "root ::= missing", "((("])
+def test_a_grammar_that_cannot_be_read_is_refused(grammar: str, context: Context) -> None:
+    with pytest.raises(UsageProblem, match="The grammar cannot be read"):
+        Constraint(grammar, context.model.vocabulary)
+
+
+KEYWORDS = ("type", "properties", "items", "enum", "anyOf", "$ref", "const", "x", "pattern", "allOf", "required",
+            "minItems", "additionalProperties")  # fmt: skip
+SIMPLE = st.none() | st.booleans() | st.integers() | st.text(max_size=5)
+
+
+def nested(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYWORDS), inner, max_size=4)
+
+
+@given(st.recursive(SIMPLE, nested, max_leaves=8))
+def test_whatever_stands_in_a_schema_it_is_a_grammar_or_one_sentence(schema: Any) -> None:
+    try:
+        assert "root ::=" in grammar_of_schema(json.dumps(schema))
+    except UsageProblem as refused:
+        assert str(refused).startswith("The schema")
+
+
+# --- the command
+
+
+def test_run_answers_as_the_schema_says(random_model: Path, invoke: Run, tmp_path: Path) -> None:
+    (tmp_path / "s.json").write_text(json.dumps(PERSON))
+    result = invoke("run", str(random_model), "Hi", "--schema", "s.json", "--seed", "2", "-n", "300")
+    assert result.returncode == 0, result.stderr
+    check(json.loads(result.stdout))
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--schema", "missing.json"], 3, "The file missing.json cannot be read"),
+        (["--schema", "bad.json"], 2, "not readable JSON"),
+        (["--grammar", "bad.json"], 2, "The grammar cannot be read"),
+        (["--json", "--schema", "bad.json"], 2, "exclude each other"),
+    ],
+)
+def test_run_says_what_is_wrong_with_a_schema_or_grammar(
+    options: list[str], code: int, message: str, random_model: Path, invoke: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "bad.json").write_text("{nonsense")
+    result = invoke("run", str(random_model), "Hi", *options)
+    assert result.returncode == code
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr

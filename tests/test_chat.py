@@ -13,12 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenlocal.chat.conversation import Conversation, Manner
-from qwenlocal.chat.events import Done, Reading, Text, Why
+from qwenlocal.chat.events import Done, LeftOut, Reading, Text, Why
 from qwenlocal.chat.prompt import chat_ids
 from qwenlocal.chat.template import CHATML, ChatTemplate
 from qwenlocal.chat.turn import answer
+from qwenlocal.engine.context import Context, ContextOptions
 from qwenlocal.engine.llama import Model
 from qwenlocal.engine.sampling import Sampling
+from qwenlocal.engine.sequence import TokenSequence
 from qwenlocal.engine.vocabulary import Vocabulary
 from qwenlocal.errors import BadWeights, ContextFull
 from qwenlocal.testing import ScriptedGenerator
@@ -229,3 +231,69 @@ def test_a_saved_conversation_is_json_that_chat_programs_read(vocabulary: Vocabu
         "model": "tiny",
         "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "你好"}],
     }
+
+
+# --- a context that becomes full
+
+
+def long_talk(vocabulary: Vocabulary, overflow: str = "shift") -> tuple[Conversation, ScriptedGenerator]:
+    """Eight turns of about 130 tokens each in a context of 1,000."""
+    answers = [[*tokens(f"Answer {n}. " + "x" * 60, vocabulary), END] for n in range(9)]
+    generator = ScriptedGenerator(answers, n_ctx=1000)
+    manner = Manner(overflow=overflow)
+    talk = Conversation(generator, vocabulary, ChatTemplate(CHATML), manner, "Be kind.", n_ctx=1000)
+    return talk, generator
+
+
+def left_out(talk: Conversation, question: str) -> list[LeftOut]:
+    return [event for event in talk.ask(question) if isinstance(event, LeftOut)]
+
+
+def test_whole_turns_leave_a_full_context_from_the_oldest_on_and_that_is_said(vocabulary: Vocabulary) -> None:
+    talk, generator = long_talk(vocabulary)
+    told = [left_out(talk, f"Question {n}, with some more words in it?") for n in range(8)]
+    (event,) = [event for events in told for event in events]
+    assert event.first == "Question 0, with some more words in it?"
+    assert event.turns >= 2
+    assert f"the oldest {event.turns} turns" in event.sentence()
+    read = b"".join(vocabulary.piece(token, special=True) for token in generator.asked[-1]).decode()
+    assert "Be kind." in read
+    assert "Question 0" not in read
+    assert "Answer 0" not in read
+    assert "Question 6" in read
+    assert len(talk.messages) == 16  # nothing is forgotten by the conversation itself
+
+
+def test_much_is_made_free_at_once_since_what_is_behind_must_be_read_again(vocabulary: Vocabulary) -> None:
+    talk, generator = long_talk(vocabulary)
+    for n in range(8):
+        left_out(talk, f"Question {n}, with some more words in it?")
+    assert max(len(ids) for ids in generator.asked) <= 875
+    shrunk = [len(b) for a, b in zip(generator.asked, generator.asked[1:], strict=False) if len(b) < len(a)]
+    assert shrunk and max(shrunk) <= 500 + 130
+
+
+def test_whoever_wants_to_be_stopped_there_is(vocabulary: Vocabulary) -> None:
+    talk, generator = long_talk(vocabulary, overflow="stop")
+    assert not [event for n in range(8) for event in left_out(talk, f"Question {n}, with some more words in it?")]
+    assert "Question 0" in b"".join(vocabulary.piece(token, special=True) for token in generator.asked[-1]).decode()
+
+
+def test_a_single_question_that_is_too_long_is_still_refused(random_model: Path, vocabulary: Vocabulary) -> None:
+    model = Model(random_model)
+    context = Context(model, ContextOptions(256, threads=1))
+    talk = Conversation(TokenSequence(context), model.vocabulary, ChatTemplate(CHATML), Manner(), n_ctx=256)
+    with pytest.raises(ContextFull):
+        list(talk.ask("word " * 200))
+    assert talk.messages == []
+    context.close()
+    model.close()
+
+
+def test_what_was_left_out_comes_back_after_clearing(vocabulary: Vocabulary) -> None:
+    talk, _ = long_talk(vocabulary)
+    for n in range(8):
+        left_out(talk, f"Question {n}, with some more words in it?")
+    talk.clear()
+    assert talk.prompt_messages == [{"role": "system", "content": "Be kind."}]
+    assert left_out(talk, "Again?") == []

@@ -11,8 +11,9 @@ import pytest
 
 from qwenlocal.engine.context import Aborted, AbortFlag, Context, ContextOptions, NoRoom
 from qwenlocal.engine.llama import LoadStopped, Model, library
+from qwenlocal.engine.prefix import common_prefix
 from qwenlocal.engine.sampling import Sampler, Sampling
-from qwenlocal.engine.sequence import Prefill, TokenSequence, common_prefix
+from qwenlocal.engine.sequence import Prefill, TokenSequence
 from qwenlocal.errors import BadWeights, ContextFull, UsageProblem
 from qwenlocal.testing import write_model
 
@@ -262,3 +263,13 @@ def test_common_prefix_counts() -> None:
 def test_llama_cpp_is_loaded_once_and_says_what_it_uses() -> None:
     assert library() is library()
     assert "CPU" in library().system_info
+
+
+def test_an_answer_that_outlives_its_context_ends_quietly(random_model: Path) -> None:
+    model = Model(random_model)
+    context = Context(model, ContextOptions(256, threads=1))
+    steps = TokenSequence(context).generate([1, 2, 3], GREEDY, limit=10)
+    next(step for step in steps if isinstance(step, int))
+    context.close()
+    model.close()
+    del steps

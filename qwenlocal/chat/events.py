@@ -26,6 +26,20 @@ class Reading:
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """The oldest `turns` of the conversation no longer fit and are not read any more; the first began with `first`."""
+
+    turns: int
+    first: str
+
+    def sentence(self) -> str:
+        """`The context is full: the oldest 3 turns, from “Hello, …” on, are no longer read.`"""
+        turns = "the oldest turn" if self.turns == 1 else f"the oldest {self.turns} turns"
+        verb = "is" if self.turns == 1 else "are"
+        return f"The context is full: {turns}, from “{self.first}” on, {verb} no longer read."
+
+
+@dataclass(frozen=True)
 class Text:
     """More of the answer: whole characters, no control tokens."""
 
@@ -70,4 +84,4 @@ class Done:
     stats: Stats
 
 
-Event = Reading | Text | Done
+Event = Reading | LeftOut | Text | Done

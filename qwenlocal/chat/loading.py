@@ -75,7 +75,7 @@ class Loaded:
                 "This model has no chat template: it continues text, it does not answer.",
                 hint='Give it a beginning: qwenlocal run MODEL --raw "Once upon a time"',
             )
-        return Conversation(self.sequence, self.model.vocabulary, self.template, manner, system)
+        return Conversation(self.sequence, self.model.vocabulary, self.template, manner, system, self.context.n_ctx)
 
     def close(self) -> None:
         """Give the memory back."""

@@ -123,6 +123,12 @@ def run(
         list[str] | None,
         typer.Option("--stop", metavar="TEXT", help="End the answer at this text; may be given again."),
     ] = None,
+    overflow: Annotated[
+        str,
+        typer.Option(
+            "--overflow", metavar="shift|stop", help="When the context is full: leave out old turns, or stop."
+        ),
+    ] = "shift",
     as_json: Annotated[bool, typer.Option("--json", help="Answer with a JSON object.")] = False,
     schema: Annotated[
         Optional[str],  # noqa: UP045
@@ -165,6 +171,7 @@ def run(
             lookup=lookup,
             keep_cache=keep_cache,
             grammar=grammar_from(as_json, schema, grammar),
+            overflow=overflow,
             sampling={
                 "temperature": temperature,
                 "top_k": top_k,
@@ -413,6 +420,31 @@ def diff(
     from qwenlocal.cli.inspect import diff_files
 
     diff_files(left, right, as_json=as_json)
+
+
+@app.command(short_help="How fast models are here.", rich_help_panel="This machine")
+def bench(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL…", help="Which models.", autocompletion=models_here)],
+    threads: CoresOption = None,
+    repetitions: Annotated[int, typer.Option("-r", "--repetitions", metavar="N", help="How often each.")] = 5,
+    depths: Annotated[
+        str, typer.Option("--depths", metavar="N,…", help="Decode behind so many tokens.")
+    ] = "0,512,4096",
+    kv_type: KvOption = None,
+    flash_attention: FlashOption = "auto",
+    ubatch: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--ubatch", metavar="N", help="Tokens computed together."),
+    ] = None,
+    plot: Annotated[bool, typer.Option("--plot", help="Draw bars.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """How fast models are here: pp512 and tg128 as llama-bench defines them, and what people feel."""
+    from qwenlocal.cli.bench import bench_models
+    from qwenlocal.cli.loading import wanted
+
+    asked = wanted(None, threads, kv_type, flash_attention, None, ubatch)
+    bench_models(models, asked, repetitions=repetitions, depths=depths, as_json=as_json, plot=plot)
 
 
 @app.command(short_help="How much memory a model takes.", rich_help_panel="This machine")

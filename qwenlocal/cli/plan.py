@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwenlocal.cli.values import print_json, print_table
+from qwenlocal.cli.values import bytes_for_people, print_json, print_table
 from qwenlocal.cli.wiring import Program
 from qwenlocal.errors import CannotExpress, NotEnoughMemory, UsageProblem
 from qwenlocal.library.names import CheckpointName, Name
@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     from qwenlocal.engine.plan import Wanted
     from qwenlocal.engine.shape import Shape
     from qwenlocal.weights.header import Header
+    from qwenlocal.weights.mix import ModelFacts
 
 FRONT = 8 << 20  # bytes in which the header of any Qwen model ends
 _CONTEXTS = (2048, 4096, 8192, 16384, 32768)
+_MOSTLY_SLOW = 0.5
 _GIB = 2**30
 
 
@@ -57,7 +59,7 @@ def plan_model(text: str, wanted: Wanted, *, as_json: bool) -> None:
         if as_json:
             print_json(_as_json(known, shape, wanted, available, table))
         else:
-            _show(known, shape, wanted, available, table)
+            _show(known, shape, wanted, available, table, machine.features)
 
 
 @contextmanager
@@ -81,15 +83,10 @@ def _table(known: Known, shape: Shape, wanted: Wanted) -> dict[str, dict[int, in
     from qwenlocal.engine.context import ContextOptions
     from qwenlocal.engine.memory import memory_needed
     from qwenlocal.weights.levels import sizes_of_levels
-    from qwenlocal.weights.mix import ModelFacts
 
-    header = known.header
-    experts = header.hyperparameter("expert_count")
-    gqa = (shape.heads or shape.kv_heads) // max(1, shape.kv_heads)
-    facts = ModelFacts(header.architecture, shape.layers, gqa, experts if isinstance(experts, int) else 0)
     levels = {"as it is": known.size}
-    if header.architecture in ("qwen2", "qwen2moe"):
-        levels |= sizes_of_levels(header, facts)
+    if known.header.architecture in ("qwen2", "qwen2moe"):
+        levels |= sizes_of_levels(known.header, _facts(known))
     flash = bool(wanted.flash_attention)
     kind = wanted.kv_type or "f16"
     contexts = [n_ctx for n_ctx in _CONTEXTS if n_ctx <= shape.n_ctx_train] or [shape.n_ctx_train]
@@ -104,6 +101,17 @@ def _table(known: Known, shape: Shape, wanted: Wanted) -> dict[str, dict[int, in
     return {level: {n_ctx: total(weights, n_ctx) for n_ctx in contexts} for level, weights in levels.items()}
 
 
+def _facts(known: Known) -> ModelFacts:
+    from qwenlocal.engine.shape import Shape
+    from qwenlocal.weights.mix import ModelFacts
+
+    shape = Shape.of(known.header.metadata)
+    experts = known.header.hyperparameter("expert_count")
+    gqa = (shape.heads or shape.kv_heads) // max(1, shape.kv_heads) if shape else 1
+    layers = shape.layers if shape else 0
+    return ModelFacts(known.header.architecture, layers, gqa, experts if isinstance(experts, int) else 0)
+
+
 def _chosen(known: Known, shape: Shape, wanted: Wanted, available: int) -> str:
     from qwenlocal.engine.plan import choose_plan
 
@@ -113,7 +121,14 @@ def _chosen(known: Known, shape: Shape, wanted: Wanted, available: int) -> str:
         return f"{reason} {reason.hint}"
 
 
-def _show(known: Known, shape: Shape, wanted: Wanted, available: int, table: dict[str, dict[int, int]]) -> None:
+def _show(
+    known: Known,
+    shape: Shape,
+    wanted: Wanted,
+    available: int,
+    table: dict[str, dict[int, int]],
+    features: frozenset[str],
+) -> None:
     where = "here" if known.is_here else "not here yet; only the beginning of its file was read"
     sys.stdout.write(f"{known.name} ({where})\n{_chosen(known, shape, wanted, available)}\n\n")
     contexts = list(next(iter(table.values())))
@@ -121,9 +136,25 @@ def _show(known: Known, shape: Shape, wanted: Wanted, available: int, table: dic
         (level, *(f"{size / _GIB:.1f} GiB{'' if size <= available else ' *'}" for size in sizes.values()))
         for level, sizes in table.items()
     ]
+    if advice := _advice(known, features):
+        sys.stdout.write(advice + "\n\n")
     print_table(("LEVEL", *(f"{n_ctx:,} TOKENS" for n_ctx in contexts)), rows)
     if any(size > available for sizes in table.values() for size in sizes.values()):
         sys.stdout.write(f"\n* does not fit: {available / _GIB:.1f} GiB are free\n")
+
+
+def _advice(known: Known, features: frozenset[str]) -> str:
+    """What would be faster, where most of the weights are in types for which this processor has no fast way."""
+    from qwenlocal.weights.levels import sizes_of_levels, slow_types
+
+    share, kinds = slow_types(known.header, features)
+    if share < _MOSTLY_SLOW or known.header.architecture not in ("qwen2", "qwen2moe"):
+        return ""
+    size = sizes_of_levels(known.header, _facts(known), ["q4_0"])["q4_0"]
+    return (
+        f"{share:.0%} of its matrices ({', '.join(kinds)}) are in types for which llama.cpp has no fast way on this "
+        f"processor. As q4_0 it would be {bytes_for_people(size)} and answer faster, for a small loss."
+    )
 
 
 def _as_json(

@@ -39,6 +39,7 @@ class Asked:
     lookup: bool
     keep_cache: bool
     grammar: str | None
+    overflow: str
     sampling: Mapping[str, float | int | None]
     stops: Sequence[str]
     raw: bool
@@ -94,6 +95,8 @@ def _check(asked: Asked) -> None:
     Sampling().with_known(asked.sampling)  # says what is out of range before anything is fetched or loaded
     if asked.limit is not None and asked.limit < 1:
         raise UsageProblem(f"-n must be at least 1; it is {asked.limit}.")
+    if asked.overflow not in ("shift", "stop"):
+        raise UsageProblem(f"--overflow is shift or stop; it is {asked.overflow}.")
     if asked.raw and (asked.system or asked.interactive):
         raise UsageProblem("--raw continues the text as it stands; --system and -i have no place in it.")
 
@@ -197,7 +200,7 @@ def _answer(asked: Asked, loaded: Loaded, prompt: str, system: str) -> None:
     from qwenlocal.chat.events import Why
     from qwenlocal.terminal.answer import show_answer
 
-    manner = Manner(_sampling(asked, loaded), asked.limit, asked.stops)
+    manner = Manner(_sampling(asked, loaded), asked.limit, asked.stops, asked.overflow)
     if loaded.template is None:
         if system:
             raise UsageProblem("A base model continues text; a system prompt has no place in it.")
@@ -236,7 +239,7 @@ def _chat(asked: Asked, program: Program, name: Name, loaded: Loaded, system: st
     from qwenlocal.chat.conversation import Manner
     from qwenlocal.terminal.chat import Chat
 
-    manner = Manner(_sampling(asked, loaded), asked.limit, asked.stops)
+    manner = Manner(_sampling(asked, loaded), asked.limit, asked.stops, asked.overflow)
     conversation = loaded.conversation(manner, system)
     Chat(
         conversation,

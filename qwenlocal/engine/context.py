@@ -208,7 +208,9 @@ class Context:
         )
 
     def length(self, sequence: int) -> int:
-        """How many tokens the sequence holds."""
+        """How many tokens the sequence holds; 0 once the context is closed."""
+        if not self._context:  # an answer that nobody heard to its end may be cleared away after that
+            return 0
         return int(self._c.llama_memory_seq_pos_max(self._memory, sequence)) + 1
 
     def truncate(self, sequence: int, length: int) -> int:
@@ -221,6 +223,11 @@ class Context:
             return length
         self._c.llama_memory_seq_rm(self._memory, sequence, -1, -1)
         return 0
+
+    def copy(self, source: int, target: int) -> None:
+        """Have `target` hold what `source` holds, in the same cells of the cache; what it held before is forgotten."""
+        self._c.llama_memory_seq_rm(self._memory, target, -1, -1)
+        self._c.llama_memory_seq_cp(self._memory, source, target, -1, -1)
 
     def state(self, sequence: int) -> Any:
         """What the sequence holds, as a C array of bytes: keys and values of every layer, for `restore`."""

@@ -22,6 +22,7 @@ LEAST_CONTEXT = 1024
 UNKNOWN_CONTEXT = 4096  # for models whose file does not state its shape
 KV_TYPES = ("f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 MOST_STRETCH = 8  # times the context that a model was trained for
+_PARKED = 3  # ends of a conversation that are kept beside it
 _STEP = 1024
 _TOGETHER = 128  # tokens computed together; as quick as 512 on a processor, for a quarter of the memory
 _DEVICE_MARGIN = 512 << 20  # bytes left free on a graphics card, for what it computes with and for others
@@ -125,6 +126,7 @@ def _ways(wanted: Wanted) -> list[ContextOptions]:
         threads=wanted.threads,
         batch_threads=wanted.threads,
         n_ubatch=wanted.together or _TOGETHER,
+        sequences=1 + _PARKED,
         flash_attention=wanted.flash_attention or False,
     )
     if wanted.kv_type is not None:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwenlocal.engine.context import Context, ContextOptions
+from qwenlocal.engine.prefix import common_prefix
 from qwenlocal.errors import QwenlocalError
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class SavedStates:
         best, most = None, more_than
         for path in self._folder.glob("*.kv"):
             saved = _read_front(path)
-            if saved and (count := _common(saved.tokens, ids)) > most:
+            if saved and (count := common_prefix(saved.tokens, ids)) > most:
                 best, most = saved, count
         return best
 
@@ -127,7 +128,7 @@ class SavedStates:
         """What is in the new file as well, nearly all of it, need not be there twice."""
         for path in self._folder.glob("*.kv"):
             saved = _read_front(path)
-            if saved and _common(saved.tokens, ids) >= _NEARLY * len(saved.tokens):
+            if saved and common_prefix(saved.tokens, ids) >= _NEARLY * len(saved.tokens):
                 path.unlink(missing_ok=True)
 
     def _make_room(self, size: int) -> bool:
@@ -179,7 +180,3 @@ def _as_c(data: bytearray) -> Any:
     import ctypes
 
     return (ctypes.c_uint8 * len(data)).from_buffer(data)
-
-
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

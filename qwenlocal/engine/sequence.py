@@ -6,10 +6,11 @@ import collections.abc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Protocol
 
 from qwenlocal.engine.context import Aborted, Context, NoRoom
+from qwenlocal.engine.parking import WORTH_PARKING, Parking
+from qwenlocal.engine.prefix import common_prefix
 from qwenlocal.engine.sampling import Sampler, Sampling
 from qwenlocal.engine.saved import SavedStates
 from qwenlocal.engine.speculation import NoSpeculation, Speculation
@@ -17,7 +18,6 @@ from qwenlocal.errors import BadWeights, ContextFull
 
 _SLOW, _QUICK = 3.0, 0.5  # seconds for a part of a long prompt, between which its size stays as it is
 _DAMAGED = "Which ones: qwenlocal inspect FILE. One that was fetched can be mended: qwenlocal verify NAME"
-_WORTH_RECALLING = 64  # tokens; fewer are computed in the time that reading a file takes
 _FIRST_CHUNK, _LEAST_CHUNK = 256, 64
 
 
@@ -62,11 +62,6 @@ class Generator(Protocol):
         ...
 
 
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two sequences share at their start: `common_prefix([1, 2, 3], [1, 2, 9])` is 2."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
-
-
 class TokenSequence:
     """Sequence `number` of a context. Fulfils `Generator`."""
 
@@ -84,6 +79,7 @@ class TokenSequence:
         """
         self._context, self._number, self._clock = context, number, clock
         self._speculation, self._saved = speculation or NoSpeculation(), saved
+        self._parking = Parking(context, number + 1)
         self._computed, self._seconds = 0, 0.0  # prompt tokens, and the time that they took
         self._held: list[int] = []  # exactly what the KV cache holds
         self._full = False
@@ -164,9 +160,18 @@ class TokenSequence:
                 continue
             draft = self._speculation.propose(min(left, context.n_ctx - len(self._held)) - 1)
             started = self._clock()
-            (row,) = context.decode([(self._number, (token, *draft))], all_logits=bool(draft))
+            row = self._decode((token, *draft), all_logits=bool(draft))
             seconds = self._clock() - started
             self._held.append(token)
+
+    def _decode(self, ids: Sequence[int], *, all_logits: bool = False) -> int:
+        """`Context.decode` for this sequence; what is parked makes room where there is none."""
+        while True:
+            try:
+                return self._context.decode([(self._number, ids)], all_logits=all_logits)[0]
+            except NoRoom:
+                if not self._parking.drop_oldest():
+                    raise
 
     def _force(
         self, before: Sequence[int], forced: Sequence[int]
@@ -177,7 +182,7 @@ class TokenSequence:
             new, rest = rest[: self._context.n_batch], rest[self._context.n_batch :]
             if len(self._held) + len(new) > self._context.n_ctx:
                 raise NoRoom
-            (row,) = self._context.decode([(self._number, new)])
+            row = self._decode(new)
             self._held.extend(new)
         yield from forced
         return row
@@ -200,7 +205,7 @@ class TokenSequence:
                 raise Aborted
             new = ids[len(self._held) : len(self._held) + chunk]
             started = self._clock()
-            (row,) = self._context.decode([(self._number, new)])
+            row = self._decode(new)
             self._held.extend(new)
             seconds = self._clock() - started
             self._computed, self._seconds = self._computed + len(new), self._seconds + seconds
@@ -209,11 +214,17 @@ class TokenSequence:
         return row
 
     def _recall(self, ids: Sequence[int]) -> None:
-        """Take what is saved of the beginning of `ids`, where that is more than what the cache holds."""
-        if self._saved is None:
+        """Take what is parked or saved of the beginning of `ids`, where that is more than what is held."""
+        known = common_prefix(self._held, ids)
+        if len(self._held) - known >= WORTH_PARKING:
+            self._parking.park(self._number, self._held)
+        parked = self._parking.best(ids, known)
+        if parked is not None:
+            self._held = self._parking.take(parked, self._number)
+            known = common_prefix(self._held, ids)
+        if self._saved is None or len(ids) <= known + WORTH_PARKING:
             return
-        known = common_prefix(self._held, ids) + _WORTH_RECALLING
-        found = self._saved.best(ids, known) if len(ids) > known else None
+        found = self._saved.best(ids, known + WORTH_PARKING)
         if found and len(found.tokens) < self._context.n_ctx:
             recalled = self._saved.restore(found, self._context, self._number)
             self._held = list(found.tokens) if recalled else []

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from qwenlocal.engine.lookup import LONGEST_DRAFT, NgramIndex
+from qwenlocal.engine.prefix import common_prefix
 
 # t(k) / t(1) of Q4_0 on two cores, where arithmetic is the limit early; measured again while it works. Only these k are
 # decoded: llama.cpp multiplies four rows at once, so that 3 take longer than 4, and 9 than 12 hardly less.
@@ -120,7 +121,7 @@ class Speculation:
         """
         found, length = self._found
         if checked:
-            right = _common(found[:checked], tokens)
+            right = common_prefix(found[:checked], tokens)
             self._survival[length].add(right, checked)
             self.drafted += checked
             self.accepted += right
@@ -159,12 +160,3 @@ class NoSpeculation:
 
     def learn(self, tokens: Sequence[int], checked: int, seconds: float | None) -> None:
         """Nothing."""
-
-
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    count = 0
-    for a, b in zip(one, other, strict=False):
-        if a != b:
-            break
-        count += 1
-    return count

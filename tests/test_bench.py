@@ -1,0 +1,93 @@
+"""`qwenlocal bench`, on a model of a few hundred kilobytes: what is measured, not how fast it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import Run
+
+from qwenlocal.engine.context import Context, ContextOptions
+from qwenlocal.engine.llama import Model
+from qwenlocal.measure import bench
+from qwenlocal.measure.bench import Speed, decode_speed, fill, prefill_speed
+
+
+def test_speeds_know_their_mean_and_their_spread() -> None:
+    speed = Speed([10.0, 12.0, 14.0])
+    assert (speed.mean, speed.deviation) == (12.0, 2.0)
+    assert Speed([7.0]).deviation == 0.0
+
+
+def test_decoding_is_measured_behind_what_the_cache_holds_and_leaves_it_as_it_was(random_model: Path) -> None:
+    model = Model(random_model)
+    context = Context(model, ContextOptions(1024, threads=1))
+    fill(context, 300)
+    assert context.length(0) == 300
+    assert decode_speed(context, 20) > 0
+    assert context.length(0) == 300
+    fill(context, 200)
+    assert context.length(0) == 200
+    assert prefill_speed(context, 128) > 0
+    assert context.length(0) == 128
+    context.close()
+    model.close()
+
+
+def test_energy_is_what_the_counters_say(tmp_path: Path) -> None:
+    (tmp_path / "intel-rapl:0").mkdir()
+    counter = tmp_path / "intel-rapl:0" / "energy_uj"
+    counter.write_text("1000000")
+    with bench._energy(tmp_path) as used:
+        counter.write_text("3500000")
+    assert used == [2.5]
+    with bench._energy(tmp_path) as used:
+        counter.write_text("5")  # the counter began anew
+    assert used == []
+    with bench._energy(tmp_path / "nowhere") as used:
+        pass
+    assert used == []
+
+
+def test_json_has_what_llama_bench_measures_and_what_people_feel(random_model: Path, invoke: Run) -> None:
+    result = invoke("bench", str(random_model), str(random_model), "--json", "-r", "2", "--depths", "0,256", "-t", "1")
+    assert result.returncode == 0, result.stderr
+    first, second = json.loads(result.stdout)
+    assert first["model"] == second["model"] == str(random_model)
+    for name in ("pp512", "tg128", "tg128_@_d256", "end_to_end"):
+        assert first[name]["tok_s"] > 0
+        assert first[name]["stddev"] >= 0
+        assert len(first[name]["samples"]) == 2
+    assert first["load_s"] > 0
+    assert first["first_token_warm_s"] > 0
+    assert first["memory_bytes"] is None or first["memory_bytes"] > 1e6
+    assert (first["threads"], first["flash_attention"]) == (1, False)
+
+
+def test_a_table_and_bars_are_for_people(random_model: Path, invoke: Run) -> None:
+    result = invoke("bench", str(random_model), "-r", "1", "--depths", "0", "--plot", "--flash-attention", "on")
+    assert "flash attention on" in result.stdout
+    assert "pp512" in result.stdout
+    assert "█" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["-r", "0"], "-r must lie between"),
+        (["--depths", "a"], "--depths is a list of numbers"),
+        (["--depths", "-1"], "--depths is a list of numbers"),
+        (["-t", "-2"], "-t must lie between"),
+        (["--ubatch", "0"], "--ubatch must lie between"),
+        (["--kv", "q9"], "There are: f16"),
+    ],
+)
+def test_what_cannot_be_measured_is_said(options: list[str], message: str, random_model: Path, invoke: Run) -> None:
+    result = invoke("bench", str(random_model), *options)
+    assert result.returncode == 2
+    assert message in result.stderr
+
+
+def test_a_model_that_is_not_there_is_said(invoke: Run) -> None:
+    assert invoke("bench", "./nowhere.gguf").returncode == 3

@@ -52,6 +52,14 @@ def this_machine(root: Path = Path("/")) -> Machine:
     return Machine(_cores(root), lambda: _memory(root), _processor(root), _features(root))
 
 
+def power_source() -> str:
+    """ "battery" where the machine runs on one, "mains" otherwise."""
+    import psutil
+
+    state = psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None
+    return "battery" if state is not None and state.power_plugged is False else "mains"
+
+
 def _read(path: Path) -> str:
     try:
         return path.read_text().strip()

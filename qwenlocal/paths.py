@@ -46,6 +46,11 @@ class Folders:
         return self.home / "library"
 
     @property
+    def tuned(self) -> Path:
+        """Settings that were measured, one JSON file a model."""
+        return self.home / "tuned"
+
+    @property
     def states(self) -> Path:
         """What models had read when a chat was left, to go on from; can be deleted at any time."""
         return self.home / "states"

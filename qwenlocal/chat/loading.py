@@ -17,6 +17,7 @@ from qwenlocal.engine.saved import SavedStates, key_of
 from qwenlocal.engine.sequence import TokenSequence
 from qwenlocal.engine.shape import Shape
 from qwenlocal.engine.speculation import CostCurve, Speculation
+from qwenlocal.engine.tuned import Tuned
 from qwenlocal.errors import BadWeights, Interrupted, NoContext, UsageProblem
 from qwenlocal.ggml import Device, devices
 from qwenlocal.machine import Machine
@@ -41,6 +42,7 @@ class LoadOptions:
     How to load: what the plan has to keep to, layers on a GPU (None: as many as fit), and whether the text is continued
     as it stands, without a chat template (None: only for models that have none). With `lookup`, tokens that came before
     are drafted where that pays. `states` is the folder in which caches are kept, None for none.
+    What was measured, `tuned`, holds where nothing else was asked for.
     """
 
     wanted: Wanted = field(default_factory=Wanted)
@@ -48,6 +50,7 @@ class LoadOptions:
     raw: bool | None = None
     lookup: bool = True
     states: Path | None = None
+    tuned: Tuned | None = None
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ class Loading:
         """
         metadata = read_metadata(path)
         repairs = _repairs(path, metadata)
-        wanted = replace(options.wanted, threads=options.wanted.threads or machine.cores)
+        wanted = _with_tuned(options.wanted, options.tuned, machine.cores)
         shape = Shape.of(metadata)
         offload = _offload(shape, size, wanted, devices(), options.gpu_layers)
         plan = _plan(name, shape, size, machine.memory().available, wanted, offload)
@@ -141,9 +144,24 @@ class Loading:
             model.close()
             raise
         saved = SavedStates(options.states, key_of(path, plan.options)) if options.states else None
-        speculation = Speculation(CostCurve()) if options.lookup else None
+        costs = CostCurve(options.tuned.costs) if options.tuned else CostCurve()
+        speculation = Speculation(costs) if options.lookup else None
         sequence = TokenSequence(context, speculation=speculation, saved=saved)
         return Loaded(model, context, sequence, template, sampling, plan, (*notes, *more))
+
+
+def _with_tuned(wanted: Wanted, tuned: Tuned | None, cores: int) -> Wanted:
+    if tuned is None:
+        return replace(wanted, threads=wanted.threads or cores)
+    flash = wanted.flash_attention
+    if flash is None and tuned.flash_attention:  # off is the plan's own choice, which it may have to concede
+        flash = True
+    return replace(
+        wanted,
+        threads=wanted.threads or tuned.threads,
+        flash_attention=flash,
+        together=wanted.together or tuned.together,
+    )
 
 
 def _offload(shape: Shape | None, size: int, wanted: Wanted, found: Sequence[Device], asked: int | None) -> Offload:

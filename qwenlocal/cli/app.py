@@ -447,6 +447,21 @@ def bench(
     bench_models(models, asked, repetitions=repetitions, depths=depths, as_json=as_json, plot=plot)
 
 
+@app.command(short_help="Find the quickest settings.", rich_help_panel="This machine")
+def tune(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Which model.", autocompletion=models_here)],
+    seconds: Annotated[float, typer.Option("--seconds", metavar="N", help="Measure for about so long.")] = 20.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Find the quickest settings for a model on this machine by trying them, and remember them.
+
+    Threads, flash attention, tokens computed at once; one set for mains and one for the battery.
+    """
+    from qwenlocal.cli.tune import tune_model
+
+    tune_model(model, seconds=seconds, as_json=as_json)
+
+
 @app.command(short_help="How much memory a model takes.", rich_help_panel="This machine")
 def plan(
     model: Annotated[

@@ -14,7 +14,7 @@ from qwenlocal.cli.wiring import Program
 from qwenlocal.errors import Interrupted, ModelNotFound, UsageProblem
 from qwenlocal.library.names import CatalogueName, Name, PathName
 from qwenlocal.library.store import Record
-from qwenlocal.paths import shipped
+from qwenlocal.paths import Folders, shipped
 
 if TYPE_CHECKING:
     from qwenlocal.chat.conversation import Manner
@@ -74,7 +74,7 @@ def run_model(asked: Asked) -> None:
         record = program.have(name, limit_rate=asked.limit_rate)
     else:
         name, record = program.have_default(limit_rate=asked.limit_rate)
-    loaded = _load(asked, name, record, program.folders.states if asked.keep_cache else None)
+    loaded = _load(asked, name, record, program.folders)
     if prompt is None or asked.interactive or asked.stats:
         program.say(loaded.plan.sentence())
     for note in loaded.notes:
@@ -166,16 +166,24 @@ def _utf8(data: bytes, what: str) -> str:
         ) from wrong
 
 
-def _load(asked: Asked, name: Name, record: Record, states: Path | None) -> Loaded:
+def _load(asked: Asked, name: Name, record: Record, folders: Folders) -> Loaded:
     from qwenlocal.chat.background import in_background
     from qwenlocal.chat.loading import Loading, LoadOptions
     from qwenlocal.cli.loading import gpu_layers
-    from qwenlocal.machine import this_machine
+    from qwenlocal.engine.saved import digest_of
+    from qwenlocal.engine.tuned import read_tuned
+    from qwenlocal.machine import power_source, this_machine
     from qwenlocal.terminal.status import loading_status
 
     card = name.card if isinstance(name, CatalogueName) else None
-    layers = gpu_layers(asked.gpu_layers)
-    options = LoadOptions(asked.wanted, layers, raw=asked.raw or None, lookup=asked.lookup, states=states)
+    options = LoadOptions(
+        asked.wanted,
+        gpu_layers(asked.gpu_layers),
+        raw=asked.raw or None,
+        lookup=asked.lookup,
+        states=folders.states if asked.keep_cache else None,
+        tuned=read_tuned(folders.tuned, digest_of(record.path), power_source()) if folders.tuned.is_dir() else None,
+    )
     loading = Loading()
 
     def load() -> Iterator[Loaded]:

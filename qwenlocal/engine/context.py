@@ -207,6 +207,10 @@ class Context:
             hint="This is a bug of ours or of llama.cpp; QWENLOCAL_LLAMA_LOG=1 shows its log.",
         )
 
+    def set_threads(self, count: int) -> None:
+        """Compute with so many threads from now on."""
+        self._c.llama_set_n_threads(self._context, count, count)
+
     def length(self, sequence: int) -> int:
         """How many tokens the sequence holds; 0 once the context is closed."""
         if not self._context:  # an answer that nobody heard to its end may be cleared away after that

@@ -40,10 +40,15 @@ _DISK = 300e6  # bytes a second that a slow disk reads
 
 def key_of(model: Path, options: ContextOptions) -> str:
     """Differs for other weights, another layout of the cache, and other versions of llama.cpp."""
-    digest = hashlib.sha256(importlib.metadata.version("llama-cpp-python").encode())
     layout = (options.key_type, options.value_type, options.flash_attention, options.rope)
+    what = (_VERSION, importlib.metadata.version("llama-cpp-python"), layout, digest_of(model))
+    return hashlib.sha256(repr(what).encode()).hexdigest()[:32]
+
+
+def digest_of(model: Path) -> str:
+    """Tells a model file from others, without reading all of it: its size, and samples over its length."""
     size = model.stat().st_size
-    digest.update(repr((_VERSION, layout, size)).encode())
+    digest = hashlib.sha256(str(size).encode())
     with model.open("rb") as file:
         for place in range(_SAMPLES):
             file.seek(max(0, size - _SAMPLE) * place // (_SAMPLES - 1))

@@ -1,0 +1,130 @@
+"""Settings are measured, remembered for each power source, and used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import Run
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwenlocal.chat.loading import Loading, LoadOptions
+from qwenlocal.engine.plan import Wanted
+from qwenlocal.engine.speculation import USUAL_COSTS
+from qwenlocal.engine.tuned import Tuned, read_tuned, write_tuned
+from qwenlocal.machine import this_machine
+from qwenlocal.measure.tune import quickest, thread_counts, tune
+
+
+class Clock:
+    """Each speed that is asked for takes a second."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.asked: list[int] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def speed(self, candidate: int) -> float:
+        self.now += 1
+        self.asked.append(candidate)
+        return {1: 10.0, 2: 19.0, 3: 19.4, 4: 15.0}[candidate]
+
+
+def test_the_first_that_none_is_clearly_quicker_than_is_taken() -> None:
+    clock = Clock()
+    assert quickest([1, 2, 3, 4], clock.speed, 9, clock) == 2
+    assert clock.asked == [1, 2, 3, 4] * 3
+    assert quickest([3, 4], clock.speed, 1, clock) == 3
+    assert quickest([4], clock.speed, 1, clock) == 4
+
+
+def test_one_slow_sample_does_not_decide() -> None:
+    samples = {"a": iter([10.0, 1.0, 10.0]), "b": iter([9.0, 9.0, 9.0])}
+    times = iter(range(100))
+    assert quickest(["a", "b"], lambda name: next(samples[name]), 3, lambda: next(times)) == "a"
+
+
+@pytest.mark.parametrize(
+    ("cores", "processors", "expected"), [(2, 2, [1, 2]), (4, 8, [2, 3, 4, 8]), (1, 1, [1]), (8, 8, [4, 7, 8])]
+)
+def test_threads_to_try_are_fewer_than_cores_as_many_and_all(cores: int, processors: int, expected: list[int]) -> None:
+    assert thread_counts(cores, processors) == expected
+
+
+def test_what_was_measured_is_read_again_for_its_power_source(tmp_path: Path) -> None:
+    mains, battery = Tuned(4, False, 128), Tuned(2, True, 512, {**USUAL_COSTS, 4: 1.5})
+    write_tuned(tmp_path / "tuned", "abc", "mains", mains)
+    write_tuned(tmp_path / "tuned", "abc", "battery", battery)
+    assert read_tuned(tmp_path / "tuned", "abc", "mains") == mains
+    assert read_tuned(tmp_path / "tuned", "abc", "battery") == battery
+    assert read_tuned(tmp_path / "tuned", "other", "mains") is None
+
+
+GOOD = {"threads": 2, "flash_attention": False, "together": 128, "costs": {str(k): v for k, v in USUAL_COSTS.items()}}
+
+
+ANYTHING = st.none() | st.integers() | st.text(max_size=3) | st.just({}) | st.just({"1": -1})
+
+
+@given(st.dictionaries(st.sampled_from([*GOOD, "x"]), ANYTHING))
+def test_whatever_stands_in_the_file_is_settings_or_nothing(changes: dict[str, object]) -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "m.json").write_text(json.dumps({"mains": {**GOOD, **changes}}))
+        found = read_tuned(Path(folder), "m", "mains")
+        assert found is None or (1 <= found.threads <= 512 and set(found.costs) == set(USUAL_COSTS))
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "\xff", '{"mains": 3}'])
+def test_a_damaged_file_is_as_good_as_none_and_written_anew(content: str, tmp_path: Path) -> None:
+    (tmp_path / "m.json").write_text(content, encoding="latin-1")
+    assert read_tuned(tmp_path, "m", "mains") is None
+    write_tuned(tmp_path, "m", "mains", Tuned(1, False, 128))
+    assert read_tuned(tmp_path, "m", "mains") == Tuned(1, False, 128)
+
+
+def test_everything_is_measured_on_a_real_model(random_model: Path) -> None:
+    said: list[str] = []
+    found = tune(random_model, [1, 2], seconds=0.4, report=said.append)
+    assert found.threads in (1, 2)
+    assert found.together in (128, 512)
+    assert set(found.costs) == set(USUAL_COSTS)
+    assert found.costs[1] == 1.0
+    assert said == ["threads", "flash attention", "several tokens at once", "reading"]
+
+
+def test_what_was_measured_holds_unless_something_else_is_asked_for(random_model: Path) -> None:
+    tuned = Tuned(1, True, 512, {**USUAL_COSTS, 32: 3.0})
+
+    def load(wanted: Wanted) -> tuple[int, bool | None, int]:
+        loaded = Loading().load(random_model, LoadOptions(wanted, tuned=tuned), this_machine(), name="x", size=1)
+        loaded.close()
+        options = loaded.plan.options
+        return options.threads, options.flash_attention, options.n_ubatch
+
+    assert load(Wanted()) == (1, True, 512)
+    assert load(Wanted(threads=2, flash_attention=False, together=64)) == (2, False, 64)
+
+
+def test_the_command_remembers_and_run_uses_it(random_model: Path, invoke: Run, tmp_path: Path) -> None:
+    result = invoke("tune", str(random_model), "--seconds", "1")
+    assert result.returncode == 0, result.stderr
+    assert "Remembered" in result.stdout
+    assert json.loads(invoke("tune", str(random_model), "--seconds", "1", "--json").stdout)["threads"] >= 1
+    assert invoke("run", str(random_model), "Hi", "-n", "3").returncode == 0
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "1e9", "nan"])
+def test_a_time_that_cannot_be_is_refused(seconds: str, random_model: Path, invoke: Run) -> None:
+    result = invoke("tune", str(random_model), "--seconds", seconds)
+    assert result.returncode == 2
+    assert "--seconds must lie between" in result.stderr
+
+
+def test_tuning_a_model_that_is_not_there_is_said(invoke: Run) -> None:
+    assert invoke("tune", "./nowhere.gguf").returncode == 3

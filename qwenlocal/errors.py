@@ -15,6 +15,7 @@ Everything that can go wrong for a user of qwenlocal.
     │   └── CannotExpress          5  llama.cpp cannot compute what the checkpoint asks for
     ├── BadCatalogue               5  a file in models/ cannot be read
     ├── NotEnoughMemory            6  the model does not fit
+    ├── MemoryLow                  6  memory is nearly used up while a model answers
     ├── NoContext                  6  llama.cpp cannot make a context of that size
     ├── DiskFull                   6  no room for the file
     ├── BeingWritten               6  another process is writing this very file
@@ -185,6 +186,19 @@ class NotEnoughMemory(QwenlocalError):
         super().__init__(
             f"{what} needs about {needed / 2**30:.1f} GiB of memory; {available / 2**30:.1f} GiB are available.",
             hint=hint,
+        )
+
+
+class MemoryLow(QwenlocalError):
+    """`available` bytes are left while a model answers; the answer was stopped."""
+
+    exit_code, http_status = 6, 507
+
+    def __init__(self, available: int) -> None:
+        self.available = available
+        super().__init__(
+            f"Memory is nearly used up ({available / 2**20:,.0f} MiB are left), so the answer was stopped.",
+            hint="What was said is kept. Close other programs, then go on.",
         )
 
 

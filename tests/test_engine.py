@@ -14,7 +14,9 @@ from qwenlocal.engine.llama import LoadStopped, Model, library
 from qwenlocal.engine.prefix import common_prefix
 from qwenlocal.engine.sampling import Sampler, Sampling
 from qwenlocal.engine.sequence import Prefill, TokenSequence
-from qwenlocal.errors import BadWeights, ContextFull, UsageProblem
+from qwenlocal.engine.watch import MemoryWatch
+from qwenlocal.errors import BadWeights, ContextFull, MemoryLow, UsageProblem
+from qwenlocal.machine import Memory
 from qwenlocal.testing import write_model
 
 GREEDY = Sampling(temperature=0, repeat_penalty=1)
@@ -273,3 +275,23 @@ def test_an_answer_that_outlives_its_context_ends_quietly(random_model: Path) ->
     context.close()
     model.close()
     del steps
+
+
+def test_an_answer_stops_before_memory_is_used_up_and_what_was_said_is_kept(
+    endless_model: Path, opened: Callable[..., Context]
+) -> None:
+    left = iter([Memory(8 << 30, 4 << 30)] * 2 + [Memory(8 << 30, 90 << 20)] * 9)
+    context = opened(endless_model)
+    sequence = TokenSequence(context, watch=MemoryWatch(lambda: next(left)))
+    said: list[int] = []
+    with pytest.raises(MemoryLow) as caught:
+        said.extend(step for step in sequence.generate([1, 2, 3, 10], GREEDY, limit=400) if isinstance(step, int))
+    assert caught.value.available == 90 << 20
+    assert context.length(0) == len(sequence.held) >= 4 + 32
+    assert len(answer(TokenSequence(context), [9, 8, 7], 5)) == 5
+
+
+def test_a_small_container_is_not_taken_for_a_machine_without_memory() -> None:
+    MemoryWatch(lambda: Memory(1 << 30, 100 << 20))()
+    with pytest.raises(MemoryLow):
+        MemoryWatch(lambda: Memory(1 << 30, 50 << 20))()

@@ -14,6 +14,7 @@ import pytest
 from qwenlocal.chat.conversation import Manner
 from qwenlocal.chat.events import Reading, Text
 from qwenlocal.chat.loading import Loaded, Loading, LoadOptions
+from qwenlocal.engine.plan import Wanted
 from qwenlocal.engine.sampling import Sampling
 from qwenlocal.library.catalog import Catalogue
 from qwenlocal.machine import this_machine
@@ -53,7 +54,7 @@ def starter(home: dict[str, str]) -> Path:
 @pytest.fixture(scope="module")
 def loaded(starter: Path) -> Iterator[Loaded]:
     ready = Loading().load(
-        starter, LoadOptions(n_ctx=4096), this_machine(), name="starter", size=starter.stat().st_size
+        starter, LoadOptions(Wanted(n_ctx=4096)), this_machine(), name="starter", size=starter.stat().st_size
     )
     yield ready
     ready.close()
@@ -132,7 +133,9 @@ def again(starters_checkpoint: Path) -> Path:
 
 @pytest.mark.slow
 def test_converted_back_from_a_checkpoint_it_gives_the_same_answers(loaded: Loaded, again: Path) -> None:
-    ready = Loading().load(again, LoadOptions(n_ctx=4096), this_machine(), name="again", size=again.stat().st_size)
+    ready = Loading().load(
+        again, LoadOptions(Wanted(n_ctx=4096)), this_machine(), name="again", size=again.stat().st_size
+    )
     try:
         for question in QUESTIONS:
             expected, actual = (answer_of(model, question) for model in (loaded, ready))

@@ -12,6 +12,7 @@ import pytest
 from qwenlocal.chat.loading import Loaded, Loading, LoadOptions
 from qwenlocal.engine.context import Context, ContextOptions
 from qwenlocal.engine.llama import Model
+from qwenlocal.engine.plan import Wanted
 from qwenlocal.machine import this_machine
 from qwenlocal.testing import CONFIG, write_checkpoint
 from qwenlocal.weights import gguf
@@ -77,7 +78,7 @@ def loaded(request: pytest.FixtureRequest) -> Iterator[Any]:
     ready: list[Loaded] = []
 
     def load(path: Path) -> Loaded:
-        options = LoadOptions(n_ctx=512, threads=1)
+        options = LoadOptions(Wanted(n_ctx=512, threads=1))
         ready.append(Loading().load(path, options, this_machine(), name="tiny", size=path.stat().st_size))
         return ready[-1]
 

@@ -18,6 +18,7 @@ from qwenlocal.engine.sequence import TokenSequence
 from qwenlocal.engine.shape import Shape
 from qwenlocal.engine.speculation import CostCurve, Speculation
 from qwenlocal.engine.tuned import Tuned
+from qwenlocal.engine.watch import MemoryWatch
 from qwenlocal.errors import BadWeights, Interrupted, NoContext, UsageProblem
 from qwenlocal.ggml import Device, devices
 from qwenlocal.machine import Machine
@@ -146,7 +147,8 @@ class Loading:
         saved = SavedStates(options.states, key_of(path, plan.options)) if options.states else None
         costs = CostCurve(options.tuned.costs) if options.tuned else CostCurve()
         speculation = Speculation(costs) if options.lookup else None
-        sequence = TokenSequence(context, speculation=speculation, saved=saved)
+        watch = MemoryWatch(machine.memory)
+        sequence = TokenSequence(context, speculation=speculation, saved=saved, watch=watch)
         return Loaded(model, context, sequence, template, sampling, plan, (*notes, *more))
 
 

@@ -116,7 +116,8 @@ def _chosen(known: Known, shape: Shape, wanted: Wanted, available: int) -> str:
     from qwenlocal.engine.plan import choose_plan
 
     try:
-        return choose_plan(known.name, shape, known.size, available, wanted).sentence()
+        plan = choose_plan(known.name, shape, known.size, available, wanted)
+        return "\n".join((plan.sentence(), *plan.notes))
     except NotEnoughMemory as reason:
         return f"{reason} {reason.hint}"
 

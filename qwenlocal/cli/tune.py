@@ -25,6 +25,8 @@ def tune_model(text: str, *, seconds: float, as_json: bool) -> None:
     program = Program(quiet=as_json)
     record, machine = program.have(program.parse(text)), this_machine()
     line = StatusLine(sys.stderr, patience=0)
+    if hasattr(os, "getloadavg") and os.getloadavg()[0] > machine.cores / 2:
+        program.say("Something else keeps this machine busy; what is measured now may not hold when it is idle.")
     counts = thread_counts(machine.cores, os.cpu_count() or 1)
     found = tune(record.path, counts, seconds=seconds, report=lambda what: line.show(f"measuring {what}"))
     line.clear()
@@ -37,9 +39,10 @@ def tune_model(text: str, *, seconds: float, as_json: bool) -> None:
         print_json({"model": text, "power": power, **asdict(found)})
         return
     costs = ", ".join(f"{count}: {cost:.1f}" for count, cost in found.costs.items())
+    threads = "1 thread" if found.threads == 1 else f"{found.threads} threads"
+    flash = "on" if found.flash_attention else "off"
     sys.stdout.write(
-        f"{text}, on {power}: {found.threads} threads, flash attention {'on' if found.flash_attention else 'off'}, "
-        f"{found.together} tokens at once when reading\n"
+        f"{text}, on {power}: {threads}, flash attention {flash}, {found.together} tokens at once when reading\n"
         f"decoding several tokens at once takes, relative to one: {costs}\n"
         "Remembered; run uses it from now on.\n"
     )

@@ -14,6 +14,7 @@ from qwenlocal.engine.prefix import common_prefix
 from qwenlocal.engine.sampling import Sampler, Sampling
 from qwenlocal.engine.saved import SavedStates
 from qwenlocal.engine.speculation import NoSpeculation, Speculation
+from qwenlocal.engine.watch import EVERY
 from qwenlocal.errors import BadWeights, ContextFull
 
 _SLOW, _QUICK = 3.0, 0.5  # seconds for a part of a long prompt, between which its size stays as it is
@@ -72,13 +73,17 @@ class TokenSequence:
         clock: Callable[[], float] = time.monotonic,
         speculation: Speculation | None = None,
         saved: SavedStates | None = None,
+        watch: Callable[[], object] = lambda: None,
     ) -> None:
         """
+        `watch` is called now and then while something is computed; what it raises ends that.
+
         With `speculation`, several tokens are checked at once where the text repeats itself; what is in `saved` is not
         computed again.
         """
         self._context, self._number, self._clock = context, number, clock
         self._speculation, self._saved = speculation or NoSpeculation(), saved
+        self._watch = watch
         self._parking = Parking(context, number + 1)
         self._computed, self._seconds = 0, 0.0  # prompt tokens, and the time that they took
         self._held: list[int] = []  # exactly what the KV cache holds
@@ -130,7 +135,7 @@ class TokenSequence:
         sampler.remember(ids)
         self._speculation.begin(ids)
         draft: Sequence[int] = ()
-        left, seconds = limit, None
+        left, seconds, since = limit, None, 0
         if forced := sampler.forced()[:left]:
             row = yield from self._force((), forced)
             left -= len(forced)
@@ -146,6 +151,10 @@ class TokenSequence:
                     break
                 self._held.append(token)  # its keys and values are there already
             left -= len(came)
+            since += len(came)
+            if since >= EVERY:
+                self._watch()
+                since = 0
             if draft:
                 self._settle()
             self._speculation.learn(came, len(draft), seconds)
@@ -204,6 +213,7 @@ class TokenSequence:
             if self._context.abort:
                 raise Aborted
             new = ids[len(self._held) : len(self._held) + chunk]
+            self._watch()
             started = self._clock()
             row = self._decode(new)
             self._held.extend(new)

@@ -33,6 +33,10 @@ def opened(random_model: Path) -> Iterator[Callable[..., Context]]:
         context.model.close()
 
 
+def parking(context: Context) -> TokenSequence:
+    return TokenSequence(context, parking=Parking(context))
+
+
 def ask(sequence: TokenSequence, ids: list[int]) -> tuple[int, list[int]]:
     """How many tokens were not computed again, and the answer."""
     steps = list(sequence.generate(ids, GREEDY, limit=12))
@@ -41,7 +45,7 @@ def ask(sequence: TokenSequence, ids: list[int]) -> tuple[int, list[int]]:
 
 
 def test_going_back_to_what_was_left_computes_only_the_last_token(opened: Callable[..., Context]) -> None:
-    sequence, fresh = TokenSequence(opened()), TokenSequence(opened(sequences=1))
+    sequence, fresh = parking(opened()), TokenSequence(opened(sequences=1))
     first = ask(sequence, ONE)
     assert ask(sequence, OTHER)[0] == len(COMMON)
     again = ask(sequence, ONE)
@@ -51,7 +55,7 @@ def test_going_back_to_what_was_left_computes_only_the_last_token(opened: Callab
 
 
 def test_an_answer_that_was_asked_for_again_is_still_there(opened: Callable[..., Context]) -> None:
-    sequence = TokenSequence(opened())
+    sequence = parking(opened())
     answer = [step for step in sequence.generate(COMMON, GREEDY, limit=90) if isinstance(step, int)]
     assert ask(sequence, COMMON)[0] == len(COMMON) - 1
     reused, _ = ask(sequence, [*COMMON, *answer, 5])
@@ -59,7 +63,7 @@ def test_an_answer_that_was_asked_for_again_is_still_there(opened: Callable[...,
 
 
 def test_one_sequence_alone_parks_nothing_and_works_as_before(opened: Callable[..., Context]) -> None:
-    sequence = TokenSequence(opened(sequences=1))
+    sequence = parking(opened(sequences=1))
     ask(sequence, ONE)
     assert ask(sequence, OTHER)[0] == len(COMMON)
     assert ask(sequence, ONE)[0] == len(COMMON)
@@ -67,7 +71,7 @@ def test_one_sequence_alone_parks_nothing_and_works_as_before(opened: Callable[.
 
 def test_parked_ends_make_room_when_it_is_needed(opened: Callable[..., Context]) -> None:
     context = opened(n_ctx=512)
-    sequence, fresh = TokenSequence(context), TokenSequence(opened(n_ctx=512, sequences=1))
+    sequence, fresh = parking(context), TokenSequence(opened(n_ctx=512, sequences=1))
     ask(sequence, ONE)
     ask(sequence, OTHER)
     long = [*COMMON, *[203] * 390]
@@ -76,27 +80,27 @@ def test_parked_ends_make_room_when_it_is_needed(opened: Callable[..., Context])
 
 def test_the_oldest_goes_when_there_are_too_many(opened: Callable[..., Context]) -> None:
     context = opened()
-    parking = Parking(context)
+    places = Parking(context)
     for number in range(5):
         ids = [number] * 80
         context.truncate(0, 0)
         context.decode([(0, ids)])
-        parking.park(0, ids)
-    assert parking.best([0] * 80, 0) is None
-    assert parking.best([1] * 80, 0) is None
+        places.park(0, ids)
+    assert places.best([0] * 80, 0) is None
+    assert places.best([1] * 80, 0) is None
     for number in (2, 3, 4):
-        found = parking.best([number] * 80, 10)
+        found = places.best([number] * 80, 10)
         assert found is not None
-        assert parking.take(found, 0) == [number] * 80
+        assert places.take(found, 0) == [number] * 80
         assert context.length(0) == 80
 
 
 def test_a_beginning_of_what_is_parked_is_not_parked_twice(opened: Callable[..., Context]) -> None:
     context = opened()
-    parking = Parking(context)
+    places = Parking(context)
     for length in (70, 90, 110):
         context.truncate(0, 0)
         context.decode([(0, [7] * length)])
-        parking.park(0, [7] * length)
-    assert parking.drop_oldest()
-    assert not parking.drop_oldest()
+        places.park(0, [7] * length)
+    assert places.drop_oldest()
+    assert not places.drop_oldest()

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from qwenlocal.engine.context import Context, ContextOptions, RopeScaling
 from qwenlocal.engine.llama import Model
+from qwenlocal.engine.parking import Parking
 from qwenlocal.engine.sampling import Sampling
 from qwenlocal.engine.saved import SavedStates, key_of
 from qwenlocal.engine.sequence import Prefill, TokenSequence
@@ -235,3 +236,17 @@ def test_run_keeps_what_it_read_and_the_next_run_reuses_it(random_model: Path, i
     assert re.search(r"prompt 300 tokens \(299 reused\)", second.stderr)
     assert first.stdout == second.stdout
     assert "reused" not in invoke(*command, "--no-keep-cache").stderr
+
+
+def test_what_is_parked_does_not_keep_a_saved_state_out(
+    opened: Callable[..., Context], kept: SavedStates, tmp_path: Path
+) -> None:
+    read_and_leave(opened(), kept)
+    context = opened(n_ctx=512, sequences=4)
+    sequence = TokenSequence(context, parking=Parking(context), saved=kept)
+    for other in (200, 201, 202):
+        list(sequence.generate([other] * 150, GREEDY, limit=2))
+    steps = list(sequence.generate([*PROMPT, 1], GREEDY, limit=20))
+    assert steps[0] == Prefill(300, 301, 300)
+    assert [step for step in steps if isinstance(step, int)] == come_back(opened(), None, [*PROMPT, 1])[1]
+    assert len(states_in(tmp_path)) == 1

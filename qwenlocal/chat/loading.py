@@ -11,6 +11,7 @@ from qwenlocal.chat.conversation import Conversation, Manner
 from qwenlocal.chat.template import CHATML, ChatTemplate
 from qwenlocal.engine.context import Context, ContextOptions
 from qwenlocal.engine.llama import LoadStopped, Model
+from qwenlocal.engine.parking import Parking
 from qwenlocal.engine.plan import ENOUGH, Offload, Plan, Wanted, choose_offload, choose_plan
 from qwenlocal.engine.sampling import Sampling
 from qwenlocal.engine.saved import SavedStates, key_of
@@ -148,7 +149,7 @@ class Loading:
         costs = CostCurve(options.tuned.costs) if options.tuned else CostCurve()
         speculation = Speculation(costs) if options.lookup else None
         watch = MemoryWatch(machine.memory)
-        sequence = TokenSequence(context, speculation=speculation, saved=saved, watch=watch)
+        sequence = TokenSequence(context, speculation=speculation, parking=Parking(context), saved=saved, watch=watch)
         return Loaded(model, context, sequence, template, sampling, plan, (*notes, *more))
 
 

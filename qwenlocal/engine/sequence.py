@@ -72,19 +72,19 @@ class TokenSequence:
         number: int = 0,
         clock: Callable[[], float] = time.monotonic,
         speculation: Speculation | None = None,
+        parking: Parking | None = None,
         saved: SavedStates | None = None,
         watch: Callable[[], object] = lambda: None,
     ) -> None:
         """
-        `watch` is called now and then while something is computed; what it raises ends that.
-
-        With `speculation`, several tokens are checked at once where the text repeats itself; what is in `saved` is not
-        computed again.
+        With `speculation`, several tokens are checked at once where the text repeats itself. What is left goes to
+        `parking`; what is there or in `saved` is not computed again. `watch` is called now and then while something is
+        computed; what it raises ends that.
         """
         self._context, self._number, self._clock = context, number, clock
         self._speculation, self._saved = speculation or NoSpeculation(), saved
         self._watch = watch
-        self._parking = Parking(context, number + 1)
+        self._parking = parking or Parking(context, context.options.sequences)  # no room: nothing is parked
         self._computed, self._seconds = 0, 0.0  # prompt tokens, and the time that they took
         self._held: list[int] = []  # exactly what the KV cache holds
         self._full = False
@@ -236,6 +236,8 @@ class TokenSequence:
             return
         found = self._saved.best(ids, known + WORTH_PARKING)
         if found and len(found.tokens) < self._context.n_ctx:
+            while self._parking.drop_oldest():  # llama.cpp wants the room for all of it at once
+                pass
             recalled = self._saved.restore(found, self._context, self._number)
             self._held = list(found.tokens) if recalled else []
             self._settle()

@@ -151,6 +151,14 @@ def test_a_model_of_unknown_shape_gets_a_usual_context_and_no_promise() -> None:
     assert "not known" in plan.sentence()
 
 
+def test_heads_that_are_no_multiple_of_a_block_keep_their_keys_as_they_are() -> None:
+    odd = replace(SEVEN, head_width=72)
+    plan = choose_plan("x", odd, WEIGHTS, int(6.5 * GIB))
+    assert (plan.options.key_type, plan.options.value_type) == ("f16", "f16")
+    with pytest.raises(UsageProblem, match="72 wide, no multiple of 32"):
+        choose_plan("x", odd, WEIGHTS, 16 * GIB, Wanted(kv_type="q8_0"))
+
+
 # --- graphics cards
 
 

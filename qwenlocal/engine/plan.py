@@ -15,7 +15,7 @@ from qwenlocal.engine.context import ContextOptions, RopeScaling, rounded_up
 from qwenlocal.engine.memory import Need, memory_needed
 from qwenlocal.engine.shape import Shape
 from qwenlocal.errors import NotEnoughMemory, UsageProblem
-from qwenlocal.ggml import Device
+from qwenlocal.ggml import Device, tensor_type
 
 ENOUGH = 4096  # tokens; below this, keys are kept as q8_0 before the context becomes shorter still
 LEAST_CONTEXT = 1024
@@ -108,7 +108,7 @@ def _check(wanted: Wanted) -> None:
 
 def _candidates(shape: Shape, weights: int, available: int, wanted: Wanted) -> Iterator[ContextOptions]:
     """From the best to the least."""
-    ways = _ways(wanted)
+    ways = _ways(shape, wanted)
     if wanted.n_ctx:
         yield from (replace(way, n_ctx=wanted.n_ctx) for way in ways)
         return
@@ -119,8 +119,26 @@ def _candidates(shape: Shape, weights: int, available: int, wanted: Wanted) -> I
     yield from (replace(way, n_ctx=min(LEAST_CONTEXT, shape.n_ctx_train)) for way in ways)
 
 
-def _ways(wanted: Wanted) -> list[ContextOptions]:
-    """How keys and values can be kept, the one that costs least first."""
+def _ways(shape: Shape, wanted: Wanted) -> list[ContextOptions]:
+    """
+    How keys and values can be kept, the one that costs least first.
+
+    Raises
+    ------
+    UsageProblem: the model's heads are no multiple of the blocks of the type that was asked for.
+    """
+    ways = _all_ways(wanted)
+    fitting = [way for way in ways if not shape.head_width % tensor_type(way.key_type).block]
+    if not fitting:
+        raise UsageProblem(
+            f"Keys cannot be kept as {wanted.kv_type}: this model's heads are {shape.head_width} wide, no multiple of "
+            f"{tensor_type(ways[0].key_type).block}.",
+            hint="Leave --kv away.",
+        )
+    return fitting
+
+
+def _all_ways(wanted: Wanted) -> list[ContextOptions]:
     base = ContextOptions(
         0,
         threads=wanted.threads,
@@ -168,10 +186,10 @@ def _stretched(shape: Shape, wanted: Wanted) -> tuple[RopeScaling | None, tuple[
 
 def _too_large(what: str, shape: Shape, weights: int, available: int, wanted: Wanted) -> NotEnoughMemory:
     n_ctx = wanted.n_ctx or min(LEAST_CONTEXT, shape.n_ctx_train)
-    smallest = replace(_ways(wanted)[-1], n_ctx=n_ctx)
+    smallest = replace(_ways(shape, wanted)[-1], n_ctx=n_ctx)
     needed = memory_needed(shape, weights, smallest).total
     if wanted.n_ctx:
-        fits = max(_largest_at_all(shape, weights, available, way) for way in _ways(wanted))
+        fits = max(_largest_at_all(shape, weights, available, way) for way in _ways(shape, wanted))
         named = f"{what} with a context of {wanted.n_ctx:,} tokens"
         if fits >= 512:
             return NotEnoughMemory(

@@ -2,6 +2,7 @@
 # make chat PROMPT="Why is the sky blue?"   one answer
 # make test                              set everything up, lint, check types, run the tests
 # make setup                             only set everything up
+# make bench MODEL=x.gguf                measure beside llama.cpp's own programs (builds them, once)
 # make test-reference                    compare conversions with transformers and llama.cpp's own converter
 
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
@@ -10,7 +11,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 BIN = $(if $(filter Windows_NT,$(OS)),.venv/Scripts,.venv/bin)
 export PROMPT
 
-.PHONY: chat setup setup-dev test test-reference lint format types clean
+.PHONY: chat setup setup-dev test test-reference bench lint format types clean
 .DEFAULT_GOAL = chat
 
 setup:
@@ -31,6 +32,13 @@ test: setup-dev lint types
 test-reference: setup-dev
 	@$(BIN)/python tools/reference.py
 	@build/reference/bin/python -m pytest -m reference $(PYTEST_ARGS)
+
+bench: setup-dev
+	@benchmarks/rival.sh
+	@$(BIN)/python benchmarks/against_llama_cpp.py $(if $(MODEL),--model $(MODEL))
+	@if [ -n "$(MODEL)" ]; then for settings in equal chosen; do \
+		$(BIN)/python benchmarks/engine.py $$settings $(MODEL) || exit 1; done; \
+		$(BIN)/python benchmarks/memory.py $(MODEL) && $(BIN)/python benchmarks/lookup.py $(MODEL); fi
 
 lint: setup-dev
 	@$(BIN)/ruff check .

@@ -97,6 +97,16 @@ def test_characters_of_several_bytes_are_forced_whole(context: Context) -> None:
     constraint.close()
 
 
+def test_a_literal_that_tokens_do_not_spell_as_it_is_comes_all_the_same(context: Context) -> None:
+    """Qwen's tokenizer composes accents; the grammar wants them apart."""
+    apart = "e\u0301galite\u0301"
+    constraint = Constraint(f'root ::= "{apart}" [ab]', context.model.vocabulary)
+    assert constraint.forced().decode() == apart
+    assert constraint.forced_tokens() == []
+    constraint.close()
+    assert said(context, f'root ::= "{apart}" [ab]')[:-1] == apart
+
+
 def test_literals_are_computed_together(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
     batches: list[int] = []
     usual = Context.decode

@@ -84,12 +84,15 @@ class Constraint:
         return bytes(found)
 
     def forced_tokens(self) -> list[int]:
-        """The same as token ids; none where the text ends within a character."""
+        """The same as token ids; none where the text ends within a character, or tokens do not spell it as it is."""
+        data = self.forced()
         try:
-            text = self.forced().decode()
+            tokens = self._vocabulary.tokenize(data.decode(), special=False) if data else []
         except UnicodeDecodeError:
             return []
-        return self._vocabulary.tokenize(text, special=False) if text else []
+        # Accents are composed on the way, some vocabularies begin with a space: llama.cpp ends the process where a
+        # grammar is told of a token that it does not allow.
+        return tokens if b"".join(map(self._vocabulary.piece, tokens)) == data else []
 
     def close(self) -> None:
         """Give the memory back."""

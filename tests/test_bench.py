@@ -12,6 +12,7 @@ from qwenlocal.engine.context import Context, ContextOptions
 from qwenlocal.engine.llama import Model
 from qwenlocal.measure import bench
 from qwenlocal.measure.bench import Speed, decode_speed, fill, prefill_speed
+from qwenlocal.testing import write_model
 
 
 def test_speeds_know_their_mean_and_their_spread() -> None:
@@ -91,3 +92,23 @@ def test_what_cannot_be_measured_is_said(options: list[str], message: str, rando
 
 def test_a_model_that_is_not_there_is_said(invoke: Run) -> None:
     assert invoke("bench", "./nowhere.gguf").returncode == 3
+
+
+def test_tg128_is_measured_on_an_empty_cache_and_the_others_behind_theirs(
+    random_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    depths: list[int] = []
+
+    def recording(context: Context, tokens: int) -> float:
+        depths.append(context.length(0))
+        return 1.0
+
+    monkeypatch.setattr(bench, "decode_speed", recording)
+    bench.measure(random_model, ContextOptions(0, threads=1), repetitions=1, depths=[0, 256])
+    assert depths == [0, 0, 256, 256]
+
+
+def test_a_model_of_a_tiny_context_is_measured_all_the_same(invoke: Run, tmp_path: Path) -> None:
+    write_model(tmp_path / "x.gguf", context=100)
+    result = invoke("bench", "./x.gguf", "-r", "1")
+    assert result.returncode == 0, result.stderr

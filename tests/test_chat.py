@@ -297,3 +297,10 @@ def test_what_was_left_out_comes_back_after_clearing(vocabulary: Vocabulary) -> 
     talk.clear()
     assert talk.prompt_messages == [{"role": "system", "content": "Be kind."}]
     assert left_out(talk, "Again?") == []
+
+
+def test_a_conversation_with_bytes_that_are_no_text_can_be_saved(vocabulary: Vocabulary, tmp_path: Path) -> None:
+    talk = conversation(ScriptedGenerator([[END]]), vocabulary)
+    list(talk.ask("caf\udce9"))
+    talk.save(tmp_path / "x.json", "m")
+    assert json.loads((tmp_path / "x.json").read_text("utf-8"))["messages"][0]["content"] == "caf?"

@@ -20,8 +20,9 @@ from qwenlocal.chat import loading
 from qwenlocal.chat.loading import Loading, LoadOptions
 from qwenlocal.engine.context import ContextOptions
 from qwenlocal.engine.llama import Model
-from qwenlocal.engine.plan import Offload
-from qwenlocal.errors import BadWeights, NoContext
+from qwenlocal.engine.plan import Offload, Wanted
+from qwenlocal.engine.shape import Shape
+from qwenlocal.errors import BadWeights, NoContext, NotEnoughMemory
 from qwenlocal.ggml import Device
 from qwenlocal.machine import this_machine
 from qwenlocal.testing import write_model
@@ -133,7 +134,7 @@ def test_a_card_with_less_room_than_it_said_gets_fewer_layers_and_that_is_said(
     class Reluctant(Model):
         def __init__(self, path: Path, *, gpu_layers: int = 0, **more: Any) -> None:
             tried.append(gpu_layers)
-            if gpu_layers > 4:
+            if gpu_layers > 1:
                 raise BadWeights(path, "llama.cpp cannot load it: unable to allocate RPC0 buffer")
             super().__init__(path, gpu_layers=0, **more)
 
@@ -143,8 +144,40 @@ def test_a_card_with_less_room_than_it_said_gets_fewer_layers_and_that_is_said(
     options = LoadOptions(gpu_layers=12)
     loaded = Loading().load(random_model, options, this_machine(), name="x", size=random_model.stat().st_size)
     loaded.close()
-    assert tried == [12, 9, 6, 4]
-    assert any("4 layers are there, not 12" in note for note in loaded.notes)
+    assert tried == [3, 2, 1]  # there are two layers and the output
+    assert any("1 layers are there, not 3" in note for note in loaded.notes)
+
+
+def test_what_is_not_on_the_card_needs_memory_here() -> None:
+    seven = Shape(32, 32, 128, 32768, 4096, 11008, 32)
+    card = Device("GPU0", "a card", 24 << 30, 24 << 30, is_gpu=True)
+    offload = loading._offload(seven, 8 << 30, Wanted(), [card], 1)
+    assert offload == Offload(1, 33)
+    with pytest.raises(NotEnoughMemory):
+        loading._plan("x", seven, 8 << 30, 3 << 30, Wanted(), offload)
+    everything = loading._offload(seven, 8 << 30, Wanted(), [card], loading.ALL_LAYERS)
+    assert everything == Offload(33, 33)
+    assert loading._plan("x", seven, 8 << 30, 6 << 30, Wanted(), everything).options.n_ctx == 4096
+
+
+def test_a_model_of_a_short_context_is_not_stretched_for_a_card() -> None:
+    short = Shape(2, 2, 64, 256, 128, 64, 2)
+    plan = loading._plan("x", short, 1 << 20, 8 << 30, Wanted(), Offload(3, 3))
+    assert (plan.options.n_ctx, plan.options.rope) == (256, None)
+
+
+def test_a_damaged_file_is_not_tried_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+
+    class Broken(Model):
+        def __init__(self, path: Path, *, gpu_layers: int = 0, **more: Any) -> None:
+            tried.append(gpu_layers)
+            raise BadWeights(path, "llama.cpp cannot load it: tensor data is not within the file bounds")
+
+    monkeypatch.setattr(loading, "Model", Broken)
+    with pytest.raises(BadWeights):
+        loading._open(tmp_path / "x.gguf", ContextOptions(512), Offload(33, 33), {}, lambda _: True)
+    assert tried == [33]
 
 
 def test_where_even_no_layer_helps_the_reason_is_said(random_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

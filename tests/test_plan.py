@@ -269,3 +269,28 @@ def wide_headed(folder: Path) -> Path:
     plan = plan_conversion(Checkpoint.open(source), [(folder / "wide.gguf", file_type("f32"))], Options())
     carry_out(plan.job, threads=1)
     return folder / "wide.gguf"
+
+
+@pytest.mark.parametrize("options", [["--kv", "foo"], ["--flash-attention", "x"], ["-c", "-1"]])
+def test_plan_refuses_what_cannot_be(options: list[str], random_model: Path, invoke: Run) -> None:
+    result = invoke("plan", str(random_model), *options)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+
+
+def test_digits_of_other_scripts_are_no_numbers_of_layers(random_model: Path, invoke: Run) -> None:
+    assert invoke("run", str(random_model), "Hi", "-ngl", "²").returncode == 2
+    assert invoke("bench", str(random_model), "--depths", "²").returncode == 2
+
+
+def test_a_file_that_states_no_context_gets_a_usual_one() -> None:
+    keys = {"general.architecture": "qwen2", "qwen2.block_count": 2, "qwen2.embedding_length": 64,
+            "qwen2.attention.head_count": 2, "qwen2.context_length": 0}  # fmt: skip
+    shape = Shape.of(keys)
+    assert shape is not None
+    assert shape.n_ctx_train == 8192
+
+
+def test_a_model_of_unknown_shape_is_laid_out_as_asked() -> None:
+    plan = choose_plan("x", None, 1, 8 * GIB, Wanted(kv_type="q8_0", threads=3))
+    assert (plan.options.key_type, plan.options.flash_attention, plan.options.threads) == ("q8_0", True, 3)

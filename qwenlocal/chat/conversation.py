@@ -152,7 +152,7 @@ class Conversation:
         """Write the conversation as JSON: {"model", "messages"}, the form that chat APIs use; in one step."""
         draft = path.with_name(path.name + ".tmp")
         data = {"model": model, "messages": self.prompt_messages}
-        draft.write_text(json.dumps(data, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        draft.write_text(json.dumps(data, ensure_ascii=False, indent=1) + "\n", encoding="utf-8", errors="replace")
         draft.replace(path)
 
 

@@ -147,7 +147,7 @@ class Loading:
             raise
         saved = SavedStates(options.states, key_of(path, plan.options)) if options.states else None
         costs = CostCurve(options.tuned.costs) if options.tuned else CostCurve()
-        speculation = Speculation(costs) if options.lookup else None
+        speculation = Speculation(costs) if options.lookup and model.can_be_cut else None
         watch = MemoryWatch(machine.memory)
         sequence = TokenSequence(context, speculation=speculation, parking=Parking(context), saved=saved, watch=watch)
         return Loaded(model, context, sequence, template, sampling, plan, (*notes, *more))
@@ -175,8 +175,9 @@ def _offload(shape: Shape | None, size: int, wanted: Wanted, found: Sequence[Dev
             "Layers can only be put on a graphics card, and llama.cpp finds none here.",
             hint="Leave -ngl away. What is there: qwenlocal doctor",
         )
+    units = shape.layers + 1 if shape else ALL_LAYERS
     if asked is not None:
-        return Offload(asked, asked)
+        return Offload(min(asked, units), units)
     if not cards or shape is None:
         roomy = [card for card in cards if card.free > size * 1.3]
         return Offload(ALL_LAYERS if roomy else 0, ALL_LAYERS)
@@ -189,7 +190,8 @@ def _plan(name: str, shape: Shape | None, size: int, available: int, wanted: Wan
     if not offload.layers:
         return choose_plan(name, shape, size, available, wanted)
     here = round(size * (1 - min(1.0, offload.layers / max(1, offload.of))))
-    plan = choose_plan(name, shape, here, available, replace(wanted, n_ctx=wanted.n_ctx or ENOUGH))
+    usual = min(ENOUGH, shape.n_ctx_train) if shape else ENOUGH
+    plan = choose_plan(name, shape, here, available, replace(wanted, n_ctx=wanted.n_ctx or usual))
     options = replace(plan.options, flash_attention=wanted.flash_attention, n_ubatch=wanted.together or 512)
     return replace(plan, options=options)
 
@@ -208,10 +210,10 @@ def _open(
         try:
             model = Model(path, gpu_layers=offload.layers, overrides=overrides, on_progress=progress)
             context = Context(model, options)
-        except (BadWeights, NoContext):
+        except (BadWeights, NoContext) as reason:
             if model:
                 model.close()
-            if not offload.layers:
+            if not offload.layers or "alloc" not in str(reason) + getattr(reason, "reason", ""):
                 raise
             offload = offload.fewer()
             continue

@@ -39,8 +39,10 @@ def bench_models(
     found = []
     for text, record in records:
         shape = Shape.of(read_metadata(record.path))
-        most = max(depth for depth in asked if shape is None or depth + ANSWER <= shape.n_ctx_train)
-        within = replace(wanted, threads=wanted.threads or machine.cores, n_ctx=max(most, 512) + ANSWER + 8)
+        most = max((depth for depth in asked if shape is None or depth + ANSWER <= shape.n_ctx_train), default=0)
+        within = replace(
+            wanted, rope="none", threads=wanted.threads or machine.cores, n_ctx=max(most, 512) + ANSWER + 8
+        )
         plan = choose_plan(text, shape, record.size, machine.memory().available, within)
         line = StatusLine(sys.stderr, patience=0)
         fitting = [depth for depth in asked if depth <= most]
@@ -65,7 +67,7 @@ def _say(line: StatusLine, name: str, what: str) -> None:
 
 def _depths(text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not parts or not all(part.isdigit() and int(part) <= 1 << 20 for part in parts):
+    if not parts or not all(part.isdecimal() and int(part) <= 1 << 20 for part in parts):
         raise UsageProblem(f"--depths is a list of numbers of tokens; it is {text}.", hint="For example: 0,512,4096")
     return sorted({0, *map(int, parts)})
 

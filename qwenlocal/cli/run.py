@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwenlocal.cli.wiring import Program
-from qwenlocal.errors import Interrupted, ModelNotFound, UsageProblem
+from qwenlocal.errors import BadWeights, Interrupted, MemoryLow, ModelNotFound, UsageProblem
 from qwenlocal.library.names import CatalogueName, Name, PathName
 from qwenlocal.library.store import Record
 from qwenlocal.paths import Folders, shipped
@@ -79,14 +79,21 @@ def run_model(asked: Asked) -> None:
         program.say(loaded.plan.sentence())
     for note in loaded.notes:
         program.say(note)
+    keep = True
     try:
         if prompt is None or asked.interactive:
             _chat(asked, program, name, loaded, system, prompt)
         else:
             _answer(asked, loaded, prompt, system)
+    except (MemoryLow, BadWeights):
+        keep = False  # there is no memory for it, or nothing worth keeping
+        raise
     finally:
-        loaded.sequence.remember()
-        loaded.close()
+        try:
+            if keep:
+                loaded.sequence.remember()
+        finally:
+            loaded.close()
 
 
 def _check(asked: Asked) -> None:

@@ -185,6 +185,12 @@ class Model:
         return buffer.value.decode()
 
     @property
+    def can_be_cut(self) -> bool:
+        """Whether a sequence can forget its end; recurrent models can only forget everything."""
+        c, model = self._c, self._model
+        return not (c.llama_model_is_recurrent(model) or c.llama_model_is_hybrid(model))
+
+    @property
     def handle(self) -> Any:
         """The C pointer, for `Context`."""
         return self._model

@@ -84,8 +84,7 @@ def choose_plan(what: str, shape: Shape | None, weights: int, available: int, wa
     """
     _check(wanted)
     if shape is None:
-        n_ctx = wanted.n_ctx or UNKNOWN_CONTEXT
-        return Plan(ContextOptions(n_ctx, threads=wanted.threads, batch_threads=wanted.threads), None, available)
+        return Plan(replace(_all_ways(wanted)[0], n_ctx=wanted.n_ctx or UNKNOWN_CONTEXT), None, available)
     rope, notes = _stretched(shape, wanted)
     for options in _candidates(shape, weights, available, wanted):
         need = memory_needed(shape, weights, options)

@@ -103,19 +103,18 @@ class SavedStates:
         """Keep what the sequence holds, `ids`, where reading is quicker than computing it, and there is room."""
         if len(ids) < _LEAST_TOKENS or context.length(sequence) != len(ids):
             return False
-        with contextlib.suppress(OSError, QwenlocalError):
+        with contextlib.suppress(OSError, MemoryError, QwenlocalError):
             data = context.state(sequence)
             if len(data) / _DISK > seconds_a_token * len(ids):
                 return False
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._drop_beginnings(ids)
             if not self._make_room(len(data)):
                 return False
-            self._write(data, ids)
+            self._drop_beginnings(ids, self._write(data, ids))
             return True
         return False
 
-    def _write(self, data: Any, ids: Sequence[int]) -> None:
+    def _write(self, data: Any, ids: Sequence[int]) -> Path:
         tokens = _packed(ids)
         head = {"version": _VERSION, "tokens": len(ids), "size": len(data), "crc": zlib.crc32(data, zlib.crc32(tokens))}
         path = self._folder / f"{hashlib.sha256(tokens).hexdigest()[:24]}.kv"
@@ -128,12 +127,13 @@ class SavedStates:
             draft.replace(path)
         finally:
             draft.unlink(missing_ok=True)
+        return path
 
-    def _drop_beginnings(self, ids: Sequence[int]) -> None:
+    def _drop_beginnings(self, ids: Sequence[int], new: Path) -> None:
         """What is in the new file as well, nearly all of it, need not be there twice."""
         for path in self._folder.glob("*.kv"):
             saved = _read_front(path)
-            if saved and common_prefix(saved.tokens, ids) >= _NEARLY * len(saved.tokens):
+            if saved and path != new and common_prefix(saved.tokens, ids) >= _NEARLY * len(saved.tokens):
                 path.unlink(missing_ok=True)
 
     def _make_room(self, size: int) -> bool:

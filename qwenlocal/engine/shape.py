@@ -45,7 +45,7 @@ class Shape:
                 layers,
                 number("attention.head_count_kv", heads),
                 number("attention.key_length", embedding // heads),
-                number("context_length", _USUAL_CONTEXT),
+                max(0, number("context_length", 0)) or _USUAL_CONTEXT,
                 embedding,
                 number("feed_forward_length", 4 * embedding),
                 heads,

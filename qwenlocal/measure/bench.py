@@ -97,6 +97,7 @@ def measure(
     context = Context(model, options)
     try:
         speeds = {"pp512": _repeated(lambda: prefill_speed(context, PROMPT), repetitions, report, "pp512")}
+        context.truncate(0, 0)
         with _energy() as used:
             speeds["tg128"] = _repeated(lambda: decode_speed(context, ANSWER), repetitions, report, "tg128")
         for depth in sorted(depth for depth in depths if depth):

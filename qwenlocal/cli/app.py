@@ -139,7 +139,9 @@ def run(
         typer.Option("--grammar", metavar="FILE", help="Answer in this grammar (GBNF)."),
     ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="No chat template: continue the text as it stands.")] = False,
-    stats: Annotated[bool, typer.Option("--stats", help="A line of numbers on stderr after each answer.")] = False,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="On stderr: how it was loaded, and numbers after each answer.")
+    ] = False,
     limit_rate: RateOption = None,
     _cml: Annotated[bool, typer.Option("-cml", "--chatml", hidden=True)] = False,
     _color: Annotated[bool, typer.Option("--color", hidden=True)] = False,

@@ -31,20 +31,20 @@ def wanted(
     ------
     UsageProblem: one is out of its range.
     """
-    from qwenlocal.engine.plan import KV_TYPES, Wanted
+    from qwenlocal.engine.plan import Wanted, check_wanted
 
     ranges = (("-c", n_ctx, 16, 1 << 24), ("-t", threads, 1, 512), ("--ubatch", together, 1, 4096))
     for name, value, least, most in ranges:
         if value is not None and not least <= value <= most:
             raise UsageProblem(f"{name} must lie between {least:,} and {most:,}; it is {value:,}.")
-    kind = kv_type.strip().lower() if kv_type else None
-    if kind is not None and kind not in KV_TYPES:
-        raise UsageProblem(f"Keys and values cannot be kept as “{kv_type}”.", hint="There are: " + ", ".join(KV_TYPES))
     if flash_attention not in _ON_OFF:
         raise UsageProblem(f"--flash-attention is auto, on or off; it is {flash_attention}.")
     if rope is not None and rope not in _ROPE:
         raise UsageProblem(f"--rope is {', '.join(_ROPE)}; it is {rope}.")
-    return Wanted(n_ctx, kind, _ON_OFF[flash_attention], rope, threads or 0, together, force)
+    kind = kv_type.strip().lower() if kv_type else None
+    found = Wanted(n_ctx, kind, _ON_OFF[flash_attention], rope, threads or 0, together, force)
+    check_wanted(found)
+    return found
 
 
 def gpu_layers(text: str) -> int | None:

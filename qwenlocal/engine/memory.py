@@ -39,7 +39,7 @@ def memory_needed(shape: Shape, weights: int, options: ContextOptions) -> Need:
     What a model of `shape` with `weights` bytes of them needs in such a context.
 
     Qwen1.5-0.5B as Q4_0 (286 MiB) with 4,096 tokens, without flash attention, 128 tokens computed together: 384 MiB of
-    keys and values, 57 MiB for computing.
+    keys and values, 56 MiB for computing.
     """
     n_ctx = rounded_up(options.n_ctx)
     kv = shape.kv_bytes(n_ctx, options.key_type, options.value_type)

@@ -52,7 +52,7 @@ class Plan:
     notes: tuple[str, ...] = ()
 
     def sentence(self) -> str:
-        """`weights 4.4 + KV 2.0 (4,096 tokens, q8_0 keys) + compute 0.1 of 9.1 GiB free`."""
+        """`weights 4.4 + KV 1.5 (4,096 tokens, q8_0 keys, f16 values) + compute 0.3 of 9.1 GiB free`."""
         if self.need is None:
             return f"{self.options.n_ctx:,} tokens; how much memory they take is not known"
         how = _kept(self.options)
@@ -82,7 +82,7 @@ def choose_plan(what: str, shape: Shape | None, weights: int, available: int, wa
     NotEnoughMemory: not even the least fits, or not what was asked for (not with `force`).
     UsageProblem: keys and values cannot be kept so, or the context is longer than a model can be stretched to.
     """
-    _check(wanted)
+    check_wanted(wanted)
     if shape is None:
         return Plan(replace(_all_ways(wanted)[0], n_ctx=wanted.n_ctx or UNKNOWN_CONTEXT), None, available)
     rope, notes = _stretched(shape, wanted)
@@ -93,7 +93,14 @@ def choose_plan(what: str, shape: Shape | None, weights: int, available: int, wa
     raise _too_large(what, shape, weights, available, wanted)
 
 
-def _check(wanted: Wanted) -> None:
+def check_wanted(wanted: Wanted) -> None:
+    """
+    What can be seen of the wishes alone.
+
+    Raises
+    ------
+    UsageProblem: keys and values cannot be kept so.
+    """
     if wanted.kv_type is not None and wanted.kv_type not in KV_TYPES:
         raise UsageProblem(
             f"Keys and values cannot be kept as “{wanted.kv_type}”.", hint="There are: " + ", ".join(KV_TYPES)

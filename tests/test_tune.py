@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from qwenlocal.chat.loading import Loading, LoadOptions
 from qwenlocal.engine.plan import Wanted
 from qwenlocal.engine.speculation import USUAL_COSTS
-from qwenlocal.engine.tuned import Tuned, read_tuned, write_tuned
+from qwenlocal.engine.tuned import Tuned, read_tuned, remember_costs, write_tuned
 from qwenlocal.machine import this_machine
 from qwenlocal.measure.tune import quickest, thread_counts, tune
 
@@ -61,7 +61,17 @@ def test_what_was_measured_is_read_again_for_its_power_source(tmp_path: Path) ->
     write_tuned(tmp_path / "tuned", "abc", "battery", battery)
     assert read_tuned(tmp_path / "tuned", "abc", "mains") == mains
     assert read_tuned(tmp_path / "tuned", "abc", "battery") == battery
-    assert read_tuned(tmp_path / "tuned", "other", "mains") is None
+    assert read_tuned(tmp_path / "tuned", "other", "mains") == Tuned()
+
+
+def test_what_was_learnt_while_answering_is_remembered_beside_what_was_measured(tmp_path: Path) -> None:
+    learnt = {**USUAL_COSTS, 8: 2.2}
+    remember_costs(tmp_path, "abc", "battery", learnt)
+    assert read_tuned(tmp_path, "abc", "battery") == Tuned(costs=learnt)
+    write_tuned(tmp_path, "abc", "mains", Tuned(4, False, 128))
+    remember_costs(tmp_path, "abc", "mains", learnt)
+    assert read_tuned(tmp_path, "abc", "mains") == Tuned(4, False, 128, learnt)
+    assert read_tuned(tmp_path, "abc", "battery") == Tuned(costs=learnt)
 
 
 GOOD = {"threads": 2, "flash_attention": False, "together": 128, "costs": {str(k): v for k, v in USUAL_COSTS.items()}}
@@ -77,13 +87,13 @@ def test_whatever_stands_in_the_file_is_settings_or_nothing(changes: dict[str, o
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "m.json").write_text(json.dumps({"mains": {**GOOD, **changes}}))
         found = read_tuned(Path(folder), "m", "mains")
-        assert found is None or (1 <= found.threads <= 512 and set(found.costs) == set(USUAL_COSTS))
+        assert 0 <= found.threads <= 512 and set(found.costs) == set(USUAL_COSTS)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", "\xff", '{"mains": 3}'])
 def test_a_damaged_file_is_as_good_as_none_and_written_anew(content: str, tmp_path: Path) -> None:
     (tmp_path / "m.json").write_text(content, encoding="latin-1")
-    assert read_tuned(tmp_path, "m", "mains") is None
+    assert read_tuned(tmp_path, "m", "mains") == Tuned()
     write_tuned(tmp_path, "m", "mains", Tuned(1, False, 128))
     assert read_tuned(tmp_path, "m", "mains") == Tuned(1, False, 128)
 

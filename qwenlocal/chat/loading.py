@@ -10,17 +10,20 @@ from pathlib import Path
 from qwenlocal.chat.conversation import Conversation, Manner
 from qwenlocal.chat.template import CHATML, ChatTemplate
 from qwenlocal.engine.context import Context, ContextOptions
+from qwenlocal.engine.draft_model import DraftModel, shares_vocabulary
+from qwenlocal.engine.drafting import Trial
 from qwenlocal.engine.llama import LoadStopped, Model
+from qwenlocal.engine.memory import memory_needed
 from qwenlocal.engine.parking import Parking
 from qwenlocal.engine.plan import ENOUGH, Offload, Plan, Wanted, choose_offload, choose_plan
 from qwenlocal.engine.sampling import Sampling
 from qwenlocal.engine.saved import SavedStates, key_of
 from qwenlocal.engine.sequence import TokenSequence
 from qwenlocal.engine.shape import Shape
-from qwenlocal.engine.speculation import CostCurve, Speculation
+from qwenlocal.engine.speculation import CostCurve, Drafts, NoSpeculation, Speculation
 from qwenlocal.engine.tuned import Tuned
 from qwenlocal.engine.watch import MemoryWatch
-from qwenlocal.errors import BadWeights, Interrupted, NoContext, UsageProblem
+from qwenlocal.errors import BadWeights, Interrupted, NoContext, NotEnoughMemory, UsageProblem
 from qwenlocal.ggml import Device, devices
 from qwenlocal.machine import Machine
 from qwenlocal.weights.checkup import missing_rope_base
@@ -39,12 +42,21 @@ _SAMPLING_KEYS = {
 
 
 @dataclass(frozen=True)
+class Draft:
+    """A small model that shall guess what the large one says: what it is called, its file, and bytes of weights."""
+
+    name: str
+    path: Path
+    size: int
+
+
+@dataclass(frozen=True)
 class LoadOptions:
     """
     How to load: what the plan has to keep to, layers on a GPU (None: as many as fit), and whether the text is continued
     as it stands, without a chat template (None: only for models that have none). With `lookup`, tokens that came before
-    are drafted where that pays. `states` is the folder in which caches are kept, None for none.
-    What was measured, `tuned`, holds where nothing else was asked for.
+    are drafted where that pays; `draft` is tried beside it. `states` is the folder in which caches are kept, None for
+    none. What was measured, `tuned`, holds where nothing else was asked for.
     """
 
     wanted: Wanted = field(default_factory=Wanted)
@@ -52,12 +64,18 @@ class LoadOptions:
     raw: bool | None = None
     lookup: bool = True
     states: Path | None = None
-    tuned: Tuned | None = None
+    tuned: Tuned = field(default_factory=Tuned)
+    draft: Draft | None = None
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model in memory with an empty context. `template` is None where text is continued as it stands."""
+    """
+    A model in memory with an empty context. `template` is None where text is continued as it stands.
+
+    `costs` are what decoding several tokens at once takes, learnt as it answers; `trial` is what a draft model goes
+    through, None without one.
+    """
 
     model: Model
     context: Context
@@ -65,7 +83,9 @@ class Loaded:
     template: ChatTemplate | None
     sampling: Sampling
     plan: Plan
+    costs: CostCurve
     notes: tuple[str, ...] = ()
+    trial: Trial | None = None
 
     def conversation(self, manner: Manner, system: str = "") -> Conversation:
         """
@@ -84,6 +104,8 @@ class Loaded:
 
     def close(self) -> None:
         """Give the memory back."""
+        if self.trial:
+            self.trial.close()
         self.context.close()
         self.model.close()
 
@@ -124,7 +146,10 @@ class Loading:
         wanted = _with_tuned(options.wanted, options.tuned, machine.cores)
         shape = Shape.of(metadata)
         offload = _offload(shape, size, wanted, devices(), options.gpu_layers)
-        plan = _plan(name, shape, size, machine.memory().available, wanted, offload)
+        available = machine.memory().available
+        plan = _plan(name, shape, size, available, wanted, offload)
+        if options.draft:
+            plan = _plan_with_draft(options.draft, name, shape, size, available, wanted, offload)
 
         def progress(fraction: float) -> bool:
             report(fraction)
@@ -141,27 +166,28 @@ class Loading:
             template, notes = _template(model, raw=options.raw, is_base=is_base)
             sampling, more = _sampling(metadata, recommended)
             notes = (*_repairs_in_words(repairs, model), *placed, *plan.notes, *notes)
+            small = _open_draft(options.draft, context, offload) if options.draft else None
         except BaseException:
             context.close()
             model.close()
             raise
         saved = SavedStates(options.states, key_of(path, plan.options)) if options.states else None
-        costs = CostCurve(options.tuned.costs) if options.tuned else CostCurve()
-        speculation = Speculation(costs) if options.lookup and model.can_be_cut else None
+        costs = CostCurve(options.tuned.costs)
+        drafts: Drafts = Speculation(costs) if options.lookup and model.can_be_cut else NoSpeculation()
+        trial = Trial(small, drafts, costs) if small else None
         watch = MemoryWatch(machine.memory)
-        sequence = TokenSequence(context, speculation=speculation, parking=Parking(context), saved=saved, watch=watch)
-        return Loaded(model, context, sequence, template, sampling, plan, (*notes, *more))
+        drafts = trial or drafts
+        sequence = TokenSequence(context, speculation=drafts, parking=Parking(context), saved=saved, watch=watch)
+        return Loaded(model, context, sequence, template, sampling, plan, costs, (*notes, *more), trial)
 
 
-def _with_tuned(wanted: Wanted, tuned: Tuned | None, cores: int) -> Wanted:
-    if tuned is None:
-        return replace(wanted, threads=wanted.threads or cores)
+def _with_tuned(wanted: Wanted, tuned: Tuned, cores: int) -> Wanted:
     flash = wanted.flash_attention
     if flash is None and tuned.flash_attention:  # off is the plan's own choice, which it may have to concede
         flash = True
     return replace(
         wanted,
-        threads=wanted.threads or tuned.threads,
+        threads=wanted.threads or tuned.threads or cores,
         flash_attention=flash,
         together=wanted.together or tuned.together,
     )
@@ -194,6 +220,60 @@ def _plan(name: str, shape: Shape | None, size: int, available: int, wanted: Wan
     plan = choose_plan(name, shape, here, available, replace(wanted, n_ctx=wanted.n_ctx or usual))
     options = replace(plan.options, flash_attention=wanted.flash_attention, n_ubatch=wanted.together or 512)
     return replace(plan, options=options)
+
+
+def _plan_with_draft(
+    draft: Draft, name: str, shape: Shape | None, size: int, available: int, wanted: Wanted, offload: Offload
+) -> Plan:
+    """
+    A plan that leaves room for the draft model, with a context as long as the large one's.
+
+    Raises
+    ------
+    NotEnoughMemory: both together do not fit. UsageProblem: the draft model is no smaller.
+    """
+    if draft.size >= size:
+        raise UsageProblem(
+            f"{draft.name} is no smaller than {name}: it cannot draft for it.",
+            hint="A 0.5B drafts well for a 7B: --draft qwen1.5:0.5b",
+        )
+    small, plan = Shape.of(read_metadata(draft.path)), None
+    tokens = wanted.n_ctx or ENOUGH
+    for _ in range(2):  # first for the least context, then for the one that this left room for
+        needed = memory_needed(small, draft.size, ContextOptions(tokens)).total if small else draft.size
+        try:
+            plan = _plan(name, shape, size, available - needed, wanted, offload)
+        except NotEnoughMemory as reason:
+            together = f"{name} with {draft.name} as its draft model"
+            hint = "Leave --draft away, or take a shorter context: -c 4096"
+            raise NotEnoughMemory(together, reason.needed + needed, available, hint=hint) from reason
+        tokens = max(tokens, plan.options.n_ctx)
+    assert plan is not None
+    return replace(plan, available=available, draft=needed)
+
+
+def _open_draft(draft: Draft, beside: Context, offload: Offload) -> DraftModel:
+    """
+    The draft model in a context like `beside`, on the graphics card where all of the large one is.
+
+    Raises
+    ------
+    UsageProblem: it has another vocabulary.
+    """
+    repairs = _repairs(draft.path, read_metadata(draft.path))
+    small = Model(draft.path, gpu_layers=ALL_LAYERS if offload.layers >= offload.of else 0, overrides=repairs)
+    try:
+        if not small.can_be_cut or not beside.model.can_be_cut or not shares_vocabulary(beside.model, small):
+            raise UsageProblem(
+                f"{draft.name} cannot draft for this model: their vocabularies differ.",
+                hint="A draft model is a small one of the same family.",
+            )
+        options = replace(beside.options, sequences=1, key_type="f16", value_type="f16", rope=None)
+        context = Context(small, options, beside.abort)
+    except BaseException:
+        small.close()
+        raise
+    return DraftModel(context, len(beside.model.vocabulary))
 
 
 def _open(

@@ -100,6 +100,15 @@ def run(
     lookup: Annotated[
         bool, typer.Option("--lookup/--no-lookup", help="Check several tokens at once where the text repeats itself.")
     ] = True,
+    draft: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--draft",
+            metavar="MODEL",
+            help="A small model that guesses what comes next; kept where ten seconds of trying say that it pays.",
+            autocompletion=all_models,
+        ),
+    ] = None,
     keep_cache: Annotated[
         bool,
         typer.Option("--keep-cache/--no-keep-cache", help="Keep what was read on disk, so that coming back is quick."),
@@ -171,6 +180,7 @@ def run(
             wanted=wanted(n_ctx, threads, kv_type, flash_attention, rope, force=force),
             gpu_layers=gpu_layers,
             lookup=lookup,
+            draft=draft,
             keep_cache=keep_cache,
             grammar=grammar_from(as_json, schema, grammar),
             overflow=overflow,

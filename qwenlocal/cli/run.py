@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import sys
@@ -19,7 +20,7 @@ from qwenlocal.paths import Folders, shipped
 if TYPE_CHECKING:
     from qwenlocal.chat.conversation import Manner
     from qwenlocal.chat.events import Event
-    from qwenlocal.chat.loading import Loaded
+    from qwenlocal.chat.loading import Draft, Loaded
     from qwenlocal.engine.plan import Wanted
     from qwenlocal.engine.sampling import Sampling
 
@@ -37,6 +38,7 @@ class Asked:
     wanted: Wanted
     gpu_layers: str
     lookup: bool
+    draft: str | None
     keep_cache: bool
     grammar: str | None
     overflow: str
@@ -74,7 +76,7 @@ def run_model(asked: Asked) -> None:
         record = program.have(name, limit_rate=asked.limit_rate)
     else:
         name, record = program.have_default(limit_rate=asked.limit_rate)
-    loaded = _load(asked, name, record, program.folders)
+    loaded = _load(asked, name, record, program)
     if prompt is None or asked.interactive or asked.stats:
         program.say(loaded.plan.sentence())
     for note in loaded.notes:
@@ -92,8 +94,20 @@ def run_model(asked: Asked) -> None:
         try:
             if keep:
                 loaded.sequence.remember()
+                _remember_costs(loaded, record, program.folders)
         finally:
             loaded.close()
+
+
+def _remember_costs(loaded: Loaded, record: Record, folders: Folders) -> None:
+    """What decoding several tokens at once takes on this machine; whether it can be written down is no matter."""
+    from qwenlocal.engine.saved import digest_of
+    from qwenlocal.engine.tuned import remember_costs
+    from qwenlocal.machine import power_source
+
+    if loaded.costs.one is not None:
+        with contextlib.suppress(OSError):
+            remember_costs(folders.tuned, digest_of(record.path), power_source(), loaded.costs.known)
 
 
 def _check(asked: Asked) -> None:
@@ -173,23 +187,35 @@ def _utf8(data: bytes, what: str) -> str:
         ) from wrong
 
 
-def _load(asked: Asked, name: Name, record: Record, folders: Folders) -> Loaded:
+def _draft(asked: Asked, program: Program) -> Draft | None:
+    """The draft model, fetched if it is not here."""
+    from qwenlocal.chat.loading import Draft
+
+    if asked.draft is None:
+        return None
+    name = program.parse(asked.draft)
+    record = program.have(name, limit_rate=asked.limit_rate)
+    return Draft(str(name), record.path, record.size)
+
+
+def _load(asked: Asked, name: Name, record: Record, program: Program) -> Loaded:
     from qwenlocal.chat.background import in_background
     from qwenlocal.chat.loading import Loading, LoadOptions
     from qwenlocal.cli.loading import gpu_layers
     from qwenlocal.engine.saved import digest_of
-    from qwenlocal.engine.tuned import read_tuned
+    from qwenlocal.engine.tuned import Tuned, read_tuned
     from qwenlocal.machine import power_source, this_machine
     from qwenlocal.terminal.status import loading_status
 
-    card = name.card if isinstance(name, CatalogueName) else None
+    card, folders = name.card if isinstance(name, CatalogueName) else None, program.folders
     options = LoadOptions(
         asked.wanted,
         gpu_layers(asked.gpu_layers),
         raw=asked.raw or None,
         lookup=asked.lookup,
         states=folders.states if asked.keep_cache else None,
-        tuned=read_tuned(folders.tuned, digest_of(record.path), power_source()) if folders.tuned.is_dir() else None,
+        tuned=read_tuned(folders.tuned, digest_of(record.path), power_source()) if folders.tuned.is_dir() else Tuned(),
+        draft=_draft(asked, program),
     )
     loading = Loading()
 
@@ -227,6 +253,8 @@ def _answer(asked: Asked, loaded: Loaded, prompt: str, system: str) -> None:
         done = show_answer(events, sys.stdout, sys.stderr)
     if asked.stats:
         sys.stderr.write(done.stats.sentence(done.why) + "\n")
+        if loaded.trial:
+            sys.stderr.write(f"{loaded.trial.verdict or 'The draft model is still being tried.'}\n")
     if done.why is Why.INTERRUPTED:
         raise Interrupted
     if done.why is Why.CONTEXT:
@@ -263,4 +291,5 @@ def _chat(asked: Asked, program: Program, name: Name, loaded: Loaded, system: st
         history=program.folders.history,
         chats=program.folders.chats,
         stats=asked.stats,
+        verdict=lambda: loaded.trial.verdict if loaded.trial else "",
     ).run(prompt)

@@ -122,8 +122,10 @@ class Context:
     A sequence is a number from 0; each holds its own tokens at positions 0, 1, 2, ….
     """
 
-    def __init__(self, model: Model, options: ContextOptions) -> None:
+    def __init__(self, model: Model, options: ContextOptions, abort: AbortFlag | None = None) -> None:
         """
+        With `abort`, a flag of another context's, one stop ends both.
+
         Raises
         ------
         NoContext: llama.cpp cannot make it, mostly for want of memory.
@@ -131,7 +133,7 @@ class Context:
         self.model, self.options = model, options
         self._lib = library()
         self._c = c = self._lib.c
-        self.abort = AbortFlag()
+        self.abort = AbortFlag() if abort is None else abort  # a flag that is not set is false
         params = _parameters(c, options)
         params.abort_callback = ctypes.cast(_strlen(), type(params.abort_callback))
         params.abort_callback_data = self.abort.address

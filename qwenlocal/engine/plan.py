@@ -44,12 +44,17 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Plan:
-    """A context that fits, what it needs, and the bytes that were free; `need` is None for models of unknown shape."""
+    """
+    A context that fits, what it needs, and the bytes that were free; `need` is None for models of unknown shape.
+
+    `draft` bytes are for a draft model, all of it.
+    """
 
     options: ContextOptions
     need: Need | None
     available: int
     notes: tuple[str, ...] = ()
+    draft: int = 0
 
     def sentence(self) -> str:
         """`weights 4.4 + KV 1.5 (4,096 tokens, q8_0 keys, f16 values) + compute 0.3 of 9.1 GiB free`."""
@@ -58,8 +63,9 @@ class Plan:
         how = _kept(self.options)
         parts = (self.need.weights, self.need.kv, self.need.compute + self.need.ourselves)
         weights, kv, rest = (f"{part / _GIB:.1f}" for part in parts)
+        draft = f" + draft model {self.draft / _GIB:.1f}" if self.draft else ""
         return (
-            f"weights {weights} + KV {kv} ({self.options.n_ctx:,} tokens, {how}) + compute {rest} "
+            f"weights {weights} + KV {kv} ({self.options.n_ctx:,} tokens, {how}) + compute {rest}{draft} "
             f"of {self.available / _GIB:.1f} GiB free"
         )
 

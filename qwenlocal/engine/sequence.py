@@ -13,7 +13,7 @@ from qwenlocal.engine.parking import WORTH_PARKING, Parking
 from qwenlocal.engine.prefix import common_prefix
 from qwenlocal.engine.sampling import Sampler, Sampling
 from qwenlocal.engine.saved import SavedStates
-from qwenlocal.engine.speculation import NoSpeculation, Speculation
+from qwenlocal.engine.speculation import Drafts, NoSpeculation
 from qwenlocal.engine.watch import EVERY
 from qwenlocal.errors import BadWeights, ContextFull
 
@@ -71,7 +71,7 @@ class TokenSequence:
         context: Context,
         number: int = 0,
         clock: Callable[[], float] = time.monotonic,
-        speculation: Speculation | None = None,
+        speculation: Drafts | None = None,
         parking: Parking | None = None,
         saved: SavedStates | None = None,
         watch: Callable[[], object] = lambda: None,

@@ -11,6 +11,7 @@ then differs: its s(i) breaks off, which one p for all would not tell.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
 
 from qwenlocal.engine.lookup import LONGEST_DRAFT, NgramIndex
 from qwenlocal.engine.prefix import common_prefix
@@ -24,6 +25,24 @@ _LOOKED_AT = 12  # tokens of a draft that was not checked, after which it is kno
 _EXPECTED = {12: 0.9, 6: 0.7, 3: 0.4}  # how often a drafted token is right, by the tokens that agreed, at first
 _WEIGHT = 4.0  # of that expectation, in checks
 _LEARN = 0.2  # of a new time in the average
+
+
+class Drafts(Protocol):
+    """Guesses at what comes next in one sequence."""
+
+    def begin(self, ids: Sequence[int]) -> None:
+        """An answer to `ids` begins."""
+        ...
+
+    def propose(self, most: int) -> Sequence[int]:
+        """At most `most` tokens worth checking behind the last one; none where plain decoding is quicker."""
+        ...
+
+    def learn(self, tokens: Sequence[int], checked: int, seconds: float | None) -> None:
+        """
+        `tokens` came, where `checked` drafted ones had been decoded with the one before; it took `seconds`, if known.
+        """
+        ...
 
 
 class CostCurve:
@@ -42,6 +61,11 @@ class CostCurve:
         """t(k) / t(1) by k, to be remembered."""
         return self._relative
 
+    @property
+    def one(self) -> float | None:
+        """Seconds for one token; None before any was timed."""
+        return self._one
+
     def relative(self, count: int) -> float:
         """t(count) / t(1), for a count that is in `known`."""
         return self._relative[count]
@@ -56,7 +80,7 @@ class CostCurve:
             self._relative[count] = before + _LEARN * (now - before)
 
 
-class _Survival:
+class Survival:
     """How often the first 1, 2, 3, … tokens of a draft were all right, of late."""
 
     def __init__(self, expected: float) -> None:
@@ -78,12 +102,12 @@ class _Survival:
 
 
 class Speculation:
-    """Drafts for one sequence: propose, and learn from what became of it."""
+    """Drafts of what followed the same tokens before. Fulfils `Drafts`."""
 
     def __init__(self, costs: CostCurve) -> None:
         self.costs = costs
         self._index = NgramIndex()
-        self._survival = {length: _Survival(expected) for length, expected in _EXPECTED.items()}
+        self._survival = {length: Survival(expected) for length, expected in _EXPECTED.items()}
         self._found: tuple[Sequence[int], int] = ((), 0)  # what was looked up, and how many tokens before it agreed
         self._watched: tuple[Sequence[int], int, int] | None = (
             None  # a draft not checked, its length class, right so far
@@ -91,7 +115,7 @@ class Speculation:
         self.drafted = self.accepted = 0
 
     def begin(self, ids: Sequence[int]) -> None:
-        """An answer to `ids` begins; what is known of them already is not looked at again."""
+        """What is known of `ids` already is not looked at again."""
         known = self._index.ids
         if len(known) > len(ids) or list(known) != list(ids[: len(known)]):
             self._index = NgramIndex()
@@ -99,7 +123,6 @@ class Speculation:
         self._found, self._watched = ((), 0), None
 
     def propose(self, most: int) -> Sequence[int]:
-        """Tokens worth checking behind the last one; none where plain decoding is quicker."""
         self._found = found, length = self._index.draft(min(most, LONGEST_DRAFT))
         return found[: self._best_length(len(found), length)] if found else ()
 
@@ -114,11 +137,7 @@ class Speculation:
         return best
 
     def learn(self, tokens: Sequence[int], checked: int, seconds: float | None) -> None:
-        """
-        `tokens` came, where `checked` drafted ones had been decoded with the one before; it took `seconds`, if known.
-
-        What was looked up and not checked is compared with what comes all the same: it costs nothing.
-        """
+        """What was looked up and not checked is compared with what comes all the same: it costs nothing."""
         found, length = self._found
         if checked:
             right = common_prefix(found[:checked], tokens)
@@ -149,14 +168,13 @@ class Speculation:
 
 
 class NoSpeculation:
-    """Plain decoding: nothing is drafted, nothing learnt."""
+    """Plain decoding: nothing is drafted, nothing learnt. Fulfils `Drafts`."""
 
     def begin(self, ids: Sequence[int]) -> None:
-        """Nothing."""
+        pass
 
     def propose(self, most: int) -> Sequence[int]:
-        """Nothing."""
         return ()
 
     def learn(self, tokens: Sequence[int], checked: int, seconds: float | None) -> None:
-        """Nothing."""
+        pass

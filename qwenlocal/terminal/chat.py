@@ -46,10 +46,20 @@ class Chat:
     """One conversation at a terminal."""
 
     def __init__(
-        self, conversation: Conversation, *, model: str, n_ctx: int, history: Path, chats: Path, stats: bool = False
+        self,
+        conversation: Conversation,
+        *,
+        model: str,
+        n_ctx: int,
+        history: Path,
+        chats: Path,
+        stats: bool = False,
+        verdict: Callable[[], str] = lambda: "",
     ) -> None:
+        """`verdict` tells what came out of a trial that goes on beside the answers; it is said once."""
         self._conversation, self._model, self._n_ctx = conversation, model, n_ctx
         self._history, self._chats, self._stats = history, chats, stats
+        self._verdict, self._verdict_said = verdict, ""
         self._saved: set[Path] = set()  # may be written again
         self._commands = {command.name: command for command in self._all_commands()}
 
@@ -104,6 +114,9 @@ class Chat:
             self._say(f"[{done.why.value}]")
         if self._stats:
             self._say(done.stats.sentence(done.why))
+        if (verdict := self._verdict()) != self._verdict_said:
+            self._say(verdict)
+            self._verdict_said = verdict
         sys.stdout.write("\n")
         sys.stdout.flush()
 

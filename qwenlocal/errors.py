@@ -2,6 +2,7 @@
 Everything that can go wrong for a user of qwenlocal.
 
     QwenlocalError                 1  something the user can act on
+    ├── EngineGone                 1  llama.cpp ends the process: a device is gone
     ├── UsageProblem               2  the command's words contradict each other
     ├── ModelNotFound              3  no such name, path, file or repository
     │   └── NotConvertedYet        3  the model exists, but only as a checkpoint
@@ -42,6 +43,18 @@ class QwenlocalError(Exception):
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
         self.hint = hint
+
+
+class EngineGone(QwenlocalError):
+    """llama.cpp cannot go on and ends the process; `reason` is what it says, behind the line of its source."""
+
+    def __init__(self, reason: str) -> None:
+        place, _, what = reason.partition(": ")
+        self.reason = (what if ".c" in place or ".m" in place else reason).strip().rstrip(".")
+        super().__init__(
+            f"llama.cpp cannot go on: {self.reason}.",
+            hint="Where a graphics card went away or is out of memory, -ngl 0 does without it.",
+        )
 
 
 class UsageProblem(QwenlocalError):
@@ -190,14 +203,19 @@ class NotEnoughMemory(QwenlocalError):
 
 
 class MemoryLow(QwenlocalError):
-    """`available` bytes are left while a model answers; the answer was stopped."""
+    """
+    `available` bytes are left while a model answers, or for `stalled` (0 to 1) of the last ten seconds everything
+    waited for memory; the answer was stopped.
+    """
 
     exit_code, http_status = 6, 507
 
-    def __init__(self, available: int) -> None:
-        self.available = available
+    def __init__(self, available: int, stalled: float = 0.0) -> None:
+        self.available, self.stalled = available, stalled
+        left = f"{available / 2**20:,.0f} MiB are left"
+        what = f"The machine does little but move memory about ({stalled:.0%} of its time; {left})"
         super().__init__(
-            f"Memory is nearly used up ({available / 2**20:,.0f} MiB are left), so the answer was stopped.",
+            f"{what if stalled else f'Memory is nearly used up ({left})'}, so the answer was stopped.",
             hint="What was said is kept. Close other programs, then go on.",
         )
 

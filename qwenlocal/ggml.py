@@ -14,6 +14,7 @@ import math
 import os
 import struct
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -240,6 +241,19 @@ class _Traits(ctypes.Structure):
     ]
 
 
+def on_giving_up(last_words: Callable[[str], object]) -> object:
+    """
+    Have `last_words` called with ggml's reason where it would end the process: a device that is gone, a wrong call.
+
+    Whether the process ends is up to `last_words`; where it returns, ggml ends it (abort). The reason begins with the
+    file and line that gave up: "ggml-rpc.cpp:547: Remote RPC server crashed". What is returned has to be kept for as
+    long as that shall be so.
+    """
+    made = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(lambda reason: last_words(reason.decode(errors="replace")))
+    _base().ggml_set_abort_callback(made)
+    return made
+
+
 @functools.cache
 def _base() -> ctypes.CDLL:
     """libggml-base with the signatures of ggml.h declared."""
@@ -256,6 +270,7 @@ def _base() -> ctypes.CDLL:
         ("ggml_backend_tensor_set", None, [pointer, pointer, size, size]),
         ("gguf_init_from_file", pointer, [ctypes.c_char_p, _GgufParams]),
         ("gguf_free", None, [pointer]),
+        ("ggml_set_abort_callback", pointer, [pointer]),
     ):
         function = getattr(base, name)
         function.restype, function.argtypes = result, arguments

@@ -39,17 +39,22 @@ class Memory:
 
 @dataclass(frozen=True)
 class Machine:
-    """One machine. `cores` are those worth a thread each: physical, fast ones, no more than the container's quota."""
+    """
+    One machine. `cores` are those worth a thread each: physical, fast ones, no more than the container's quota.
+
+    `stalled` tells for how much (0 to 1) of the last ten seconds everything waited for memory; 0 where it is not known.
+    """
 
     cores: int
     memory: Callable[[], Memory]
     processor: str = ""
     features: frozenset[str] = frozenset()
+    stalled: Callable[[], float] = lambda: 0.0
 
 
 def this_machine(root: Path = Path("/")) -> Machine:
     """The machine we run on; `root` stands for the file system of another Linux one in tests."""
-    return Machine(_cores(root), lambda: _memory(root), _processor(root), _features(root))
+    return Machine(_cores(root), lambda: _memory(root), _processor(root), _features(root), lambda: _stalled(root))
 
 
 def power_source() -> str:
@@ -146,6 +151,22 @@ def _group_limit(root: Path) -> Memory | None:
     stat = dict(line.split(" ", 1) for line in _read(group / "memory.stat").splitlines() if " " in line)
     reclaimable = int(stat.get("inactive_file", "0"))
     return Memory(int(limit), max(0, int(limit) - int(used) + reclaimable))
+
+
+def _stalled(root: Path) -> float:
+    """
+    Linux's pressure stall information, of the machine or of the container, whichever is worse.
+
+    The line "full avg10=12.50 avg60=…" is 0.125: https://docs.kernel.org/accounting/psi.html
+    """
+    worst = 0.0
+    for path in (root / "proc/pressure/memory", root / "sys/fs/cgroup/memory.pressure"):
+        for line in _read(path).splitlines():
+            kind, _, rest = line.partition(" avg10=")
+            share = rest.split(" ")[0]
+            if kind == "full" and share.replace(".", "", 1).isdigit():
+                worst = max(worst, float(share) / 100)
+    return worst
 
 
 def _processor(root: Path) -> str:

@@ -295,3 +295,18 @@ def test_a_small_container_is_not_taken_for_a_machine_without_memory() -> None:
     MemoryWatch(lambda: Memory(1 << 30, 100 << 20))()
     with pytest.raises(MemoryLow):
         MemoryWatch(lambda: Memory(1 << 30, 50 << 20))()
+
+
+def test_a_machine_that_only_moves_memory_about_ends_the_answer_and_says_so() -> None:
+    plenty = Memory(8 << 30, 1 << 30)
+    MemoryWatch(lambda: plenty, lambda: 0.2)()
+    with pytest.raises(MemoryLow, match=r"does little but move memory about \(63% of its time; 1,024 MiB are left\)"):
+        MemoryWatch(lambda: plenty, lambda: 0.63)()
+
+
+def test_what_can_be_done_without_goes_before_the_answer_does() -> None:
+    given = iter([True, False])
+    watch = MemoryWatch(lambda: Memory(8 << 30, 50 << 20), relief=lambda: next(given))
+    watch()
+    with pytest.raises(MemoryLow):
+        watch()

@@ -44,6 +44,19 @@ def test_a_container_has_its_limit_less_what_cannot_be_reclaimed(tmp_path: Path)
     assert (memory.total, memory.available) == (2 * GIB, 3 * GIB // 2)
 
 
+def test_pressure_on_memory_is_the_worse_of_the_machines_and_the_containers(tmp_path: Path) -> None:
+    some = "some avg10=99.00 avg60=1.00 avg300=0.00 total=12\n"
+    machine = pretend(tmp_path, {"proc/pressure/memory": some + "full avg10=12.50 avg60=1.00 avg300=0.00 total=9"})
+    assert machine.stalled() == 0.125
+    pretend(tmp_path, {"sys/fs/cgroup/memory.pressure": some + "full avg10=40.00 avg60=1.00 avg300=0.00 total=9"})
+    assert machine.stalled() == 0.4
+
+
+def test_where_nothing_tells_of_pressure_there_is_none(tmp_path: Path) -> None:
+    assert pretend(tmp_path, {"proc/pressure/memory": "full nonsense"}).stalled() == 0.0
+    assert pretend(tmp_path / "other", {}).stalled() == 0.0
+
+
 def test_second_threads_of_a_core_do_not_count(tmp_path: Path) -> None:
     siblings = {
         f"sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list": f"{n % 2},{n % 2 + 2}" for n in range(4)

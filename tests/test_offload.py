@@ -6,6 +6,7 @@ A remote device counts as a graphics card, with memory; so the real code puts re
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import subprocess
@@ -35,6 +36,16 @@ folder = Path(list(importlib.util.find_spec("llama_cpp").submodule_search_locati
 names = ("libggml-base.so.0", "libggml.so.0", "libggml-rpc.so.0")
 base, ggml, rpc = (ctypes.CDLL(str(folder / name), mode=ctypes.RTLD_GLOBAL) for name in names)
 pointer = ctypes.c_void_p
+"""
+ENDLESS = """
+import threading, time
+from qwenlocal.engine.llama import library
+from qwenlocal.terminal.last_words import say_last_words
+library().last_words = say_last_words
+print("answering", flush=True)
+for step in loaded.sequence.generate([1, 2, 3], Sampling(temperature=0), limit=1 << 30):
+    loaded.sequence.adopt([]) if len(loaded.sequence.held) > 400 else None
+    time.sleep(0.005)
 """
 WORKER = (
     LIBRARIES
@@ -75,6 +86,13 @@ loaded.close()
 
 @pytest.fixture(scope="module")
 def worker() -> Iterator[str]:
+    with start_worker() as (place, _process):
+        yield place
+
+
+@contextlib.contextmanager
+def start_worker() -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """A remote device, and the process that it is."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         place = f"127.0.0.1:{free.getsockname()[1]}"
@@ -88,7 +106,7 @@ def worker() -> Iterator[str]:
                 break
         if process.poll() is not None:
             pytest.skip("this llama.cpp was compiled without remote devices")
-    yield place
+    yield place, process
     process.kill()
     process.wait()
 
@@ -124,6 +142,20 @@ def test_as_many_layers_go_there_as_its_memory_holds(worker: str, model: Path) -
     assert any("CPU" in line for line in run(worker, model, "auto", room)["log"])
     assert not any("RPC0" in line for line in run(worker, model, "auto", 100 << 20)["log"])
     assert not any("CPU" in line for line in run(worker, model, "auto")["log"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the libraries have other names elsewhere")
+def test_a_card_that_vanishes_in_the_middle_of_an_answer_ends_it_with_a_sentence(model: Path) -> None:
+    begin, _, _ = CLIENT.partition("steps =")
+    with start_worker() as (place, process):
+        command = [sys.executable, "-c", begin + ENDLESS, place, str(model), "5", "0"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as client:
+            assert client.stdout and client.stdout.readline() == "answering\n"
+            process.kill()
+            _, said = client.communicate(timeout=30)
+    assert client.returncode == 1
+    assert "qwenlocal: llama.cpp cannot go on: Remote RPC server crashed or returned malformed response." in said
+    assert "-ngl 0 does without it" in said
 
 
 def test_a_card_with_less_room_than_it_said_gets_fewer_layers_and_that_is_said(

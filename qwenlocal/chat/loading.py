@@ -175,7 +175,7 @@ class Loading:
         costs = CostCurve(options.tuned.costs)
         drafts: Drafts = Speculation(costs) if options.lookup and model.can_be_cut else NoSpeculation()
         trial = Trial(small, drafts, costs) if small else None
-        watch = MemoryWatch(machine.memory)
+        watch = MemoryWatch(machine.memory, machine.stalled, trial.give_up if trial else lambda: False)
         drafts = trial or drafts
         sequence = TokenSequence(context, speculation=drafts, parking=Parking(context), saved=saved, watch=watch)
         return Loaded(model, context, sequence, template, sampling, plan, costs, (*notes, *more), trial)

@@ -202,9 +202,11 @@ def _load(asked: Asked, name: Name, record: Record, program: Program) -> Loaded:
     from qwenlocal.chat.background import in_background
     from qwenlocal.chat.loading import Loading, LoadOptions
     from qwenlocal.cli.loading import gpu_layers
+    from qwenlocal.engine.llama import library
     from qwenlocal.engine.saved import digest_of
     from qwenlocal.engine.tuned import Tuned, read_tuned
     from qwenlocal.machine import power_source, this_machine
+    from qwenlocal.terminal.last_words import say_last_words
     from qwenlocal.terminal.status import loading_status
 
     card, folders = name.card if isinstance(name, CatalogueName) else None, program.folders
@@ -218,6 +220,7 @@ def _load(asked: Asked, name: Name, record: Record, program: Program) -> Loaded:
         draft=_draft(asked, program),
     )
     loading = Loading()
+    library().last_words = say_last_words
 
     def load() -> Iterator[Loaded]:
         yield loading.load(

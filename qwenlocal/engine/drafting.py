@@ -183,6 +183,14 @@ class Trial:
         self._drafts = None
         self._small.close()
 
+    def give_up(self) -> bool:
+        """Memory is short: close the small model; tells whether there was one."""
+        if self._drafts is None:
+            return False
+        self.verdict = "The draft model is put away: memory is short."
+        self.close()
+        return True
+
     def close(self) -> None:
         """Give the small model's memory back."""
         if self._drafts is not None:

@@ -22,6 +22,7 @@ from typing import Any
 
 from qwenlocal.engine.vocabulary import Vocabulary
 from qwenlocal.errors import BadWeights, QwenlocalError
+from qwenlocal.ggml import on_giving_up
 
 _LOG_WARN, _LOG_ERROR, _LOG_CONTINUED = 3, 4, 5  # ggml.h: enum ggml_log_level
 
@@ -35,16 +36,23 @@ class Line:
 
 
 class Library:
-    """llama.cpp as loaded into this process: its C functions (`c`) and the tail of its log (`log`)."""
+    """
+    llama.cpp as loaded into this process: its C functions (`c`) and the tail of its log (`log`).
+
+    Where llama.cpp gives up in the middle of its work (a device is gone), it calls `last_words` with its reason, in a
+    thread of its own; what was computed until then is lost, and the process with it.
+    """
 
     def __init__(self, echo: Callable[[str], object] | None = None) -> None:
         os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # where llama.cpp gives up, no debugger writes pages
+        self.last_words: Callable[[str], object] = lambda reason: None
         self.c = bindings()
         self.log: collections.deque[Line] = collections.deque(maxlen=400)
         self.echo = echo
         self._callback = self.c.llama_log_callback(self._receive)
         self.c.llama_log_set(self._callback, ctypes.c_void_p(0))
         self.c.llama_backend_init()
+        self._giving_up = on_giving_up(lambda reason: self.last_words(reason))
 
     def _receive(self, level: int, text: bytes, _user_data: object) -> None:
         line = text.decode("utf-8", errors="replace")

@@ -5,7 +5,7 @@ Reading and decoding beside llama-bench of the same source, in turn, A B A B …
     .venv/bin/python benchmarks/engine.py equal MODEL.gguf    equal settings, depths 0 and 4,096
     .venv/bin/python benchmarks/engine.py chosen MODEL.gguf   our settings against llama.cpp's defaults, 4,096 and 8,192
 
-A run is a process of its own on both sides. `equal`: the same threads, flash attention off, 512 tokens at once.
+`--svg FILE` draws the table. A run is a process of its own on both sides. `equal`: the same threads, flash attention off, 512 tokens at once.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from picture import bars
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "build" / "rival" / "bin" / "llama-bench"
@@ -78,13 +80,16 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--depths", default="")
+    parser.add_argument("--svg", type=Path)
     asked = parser.parse_args()
     equal = asked.settings == "equal"
     depths = [int(d) for d in (asked.depths or ("0,4096" if equal else "4096,8192")).split(",")]
     tests = [Test(0, 512, 0)] if equal else []
     tests += [Test(depth, 0, 64 if depth else 128) for depth in depths]
     more = ("-fa", "0", "-ub", "512") if equal else ()
-    print(f"{asked.model.name}, {asked.threads} threads, {time.strftime('%d %B %Y')}, {asked.settings} settings\n")
+    title = f"{asked.model.name}, {asked.threads} threads, {time.strftime('%d %B %Y')}, {asked.settings} settings"
+    print(f"{title}\n")
+    rows: list[tuple[str, list[float]]] = []
     print("| test | ours | llama-bench | ratio (median of pairs) | wanted | runs |\n|---|---|---|---|---|---|")
     for test in tests:
         pairs = [
@@ -98,6 +103,9 @@ def main() -> None:
         wanted = ">= 0.98" if equal else ">= 1.25" if test.depth <= 4096 else ">= 1.4"
         a, b = (statistics.median(side) for side in zip(*pairs, strict=True))
         print(f"| {test.name} | {a:.2f} | {b:.2f} | {ratio:.3f} | {wanted} | {len(pairs)} |", flush=True)
+        rows.append((test.name, [a, b]))
+    if asked.svg:
+        asked.svg.write_text(bars(f"tokens/s, {title}", ["qwenlocal", "llama-bench"], rows))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenlocal.chat.conversation import Conversation, Manner
-from qwenlocal.chat.events import Done, LeftOut, Reading, Text, Why
+from qwenlocal.chat.events import Done, LeftOut, Reading, Summarising, Text, Why
 from qwenlocal.chat.prompt import chat_ids
 from qwenlocal.chat.template import CHATML, ChatTemplate
+from qwenlocal.chat.thread import Thread
 from qwenlocal.chat.turn import answer
 from qwenlocal.engine.context import Context, ContextOptions
 from qwenlocal.engine.llama import Model
 from qwenlocal.engine.sampling import Sampling
-from qwenlocal.engine.sequence import TokenSequence
+from qwenlocal.engine.sequence import Prefill, TokenSequence
 from qwenlocal.engine.vocabulary import Vocabulary
-from qwenlocal.errors import BadWeights, ContextFull
+from qwenlocal.errors import BadWeights, ContextFull, UsageProblem
 from qwenlocal.testing import ScriptedGenerator
 
 END = 258
@@ -173,7 +174,7 @@ def test_speeds_come_from_the_clock(vocabulary: Vocabulary) -> None:
 
 
 def conversation(generator: ScriptedGenerator, vocabulary: Vocabulary, system: str = "") -> Conversation:
-    return Conversation(generator, vocabulary, ChatTemplate(CHATML), Manner(), system)
+    return Conversation(generator, vocabulary, ChatTemplate(CHATML), Manner(), Thread(system))
 
 
 def test_a_conversation_remembers_both_sides(vocabulary: Vocabulary) -> None:
@@ -241,7 +242,7 @@ def long_talk(vocabulary: Vocabulary, overflow: str = "shift") -> tuple[Conversa
     answers = [[*tokens(f"Answer {n}. " + "x" * 60, vocabulary), END] for n in range(9)]
     generator = ScriptedGenerator(answers, n_ctx=1000)
     manner = Manner(overflow=overflow)
-    talk = Conversation(generator, vocabulary, ChatTemplate(CHATML), manner, "Be kind.", n_ctx=1000)
+    talk = Conversation(generator, vocabulary, ChatTemplate(CHATML), manner, Thread("Be kind."), n_ctx=1000)
     return talk, generator
 
 
@@ -304,3 +305,158 @@ def test_a_conversation_with_bytes_that_are_no_text_can_be_saved(vocabulary: Voc
     list(talk.ask("caf\udce9"))
     talk.save(tmp_path / "x.json", "m")
     assert json.loads((tmp_path / "x.json").read_text("utf-8"))["messages"][0]["content"] == "caf?"
+
+
+def read(generator: ScriptedGenerator, vocabulary: Vocabulary, place: int = -1) -> str:
+    return b"".join(vocabulary.piece(token, special=True) for token in generator.asked[place]).decode()
+
+
+def test_pinned_turns_stay_in_a_full_context(vocabulary: Vocabulary) -> None:
+    talk, generator = long_talk(vocabulary)
+    left_out(talk, "Question 0, with some more words in it?")
+    talk.thread.change(talk.thread.turns[0].question, pinned=True)
+    for n in range(1, 8):
+        left_out(talk, f"Question {n}, with some more words in it?")
+    assert "Question 0" in read(generator, vocabulary)
+    assert "Answer 0" in read(generator, vocabulary)
+    assert "Question 1" not in read(generator, vocabulary)
+
+
+def test_dropped_turns_are_not_read(vocabulary: Vocabulary) -> None:
+    talk, generator = long_talk(vocabulary)
+    for n in range(2):
+        left_out(talk, f"Question {n}?")
+    talk.thread.change(talk.thread.turns[0].question, dropped=True)
+    left_out(talk, "Question 2?")
+    assert "Question 0" not in read(generator, vocabulary)
+    assert "Question 1" in read(generator, vocabulary)
+
+
+class Summariser(ScriptedGenerator):
+    """Gives answers of about 130 tokens, and a short summary where it is asked for one."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        super().__init__([], n_ctx=2000)
+        self._vocabulary = vocabulary
+
+    def generate(self, ids: Sequence[int], sampling: Sampling, *, limit: int) -> Iterator[Prefill | int]:
+        text = b"".join(self._vocabulary.piece(token) for token in ids).decode()
+        said = "They greeted each other." if "Summarise our" in text else f"Answer {len(self.asked)}. " + "x" * 60
+        self._script.append([*tokens(said, self._vocabulary), END])
+        return super().generate(ids, sampling, limit=limit)
+
+
+def summarised_talk(vocabulary: Vocabulary) -> tuple[Conversation, Summariser]:
+    generator, manner = Summariser(vocabulary), Manner(overflow="summarise")
+    talk = Conversation(generator, vocabulary, ChatTemplate(CHATML), manner, Thread("Be kind."), n_ctx=2000)
+    while talk.tokens_read < 1700:
+        assert not left_out(talk, f"Question {len(generator.asked)}, with some more words in it?")
+    return talk, generator
+
+
+def test_what_leaves_can_be_summarised_first_by_the_model_itself(vocabulary: Vocabulary) -> None:
+    talk, generator = summarised_talk(vocabulary)
+    events = list(talk.ask("And now? " + "y" * 150))
+    (told,) = [event for event in events if isinstance(event, LeftOut)]
+    assert told.summary == "They greeted each other."
+    assert told.sentence().endswith("no longer read. Read instead: They greeted each other.")
+    assert any(isinstance(event, Summarising) for event in events)
+    asked = read(generator, vocabulary, -2)
+    assert "Question 0" in asked and "Summarise our conversation" in asked
+    assert "Be kind.\n\nWhat was said before, in short:\nThey greeted each other." in read(generator, vocabulary)
+    assert "Question 0" not in read(generator, vocabulary)
+    assert "Summarise" not in json.dumps(talk.messages)
+
+
+def test_whoever_stops_a_summary_is_asked_again_with_the_next_question(vocabulary: Vocabulary) -> None:
+    talk, _ = summarised_talk(vocabulary)
+    events = talk.ask("And now? " + "y" * 150)
+    assert next(event for event in events if isinstance(event, Summarising)).turns > 2
+    talk.stop()
+    *_, done = events
+    assert isinstance(done, Done) and done.why is Why.INTERRUPTED
+    assert talk.messages[-1]["content"].startswith("And now?")
+    assert not talk.thread.left
+
+
+# --- said anew
+
+
+def three_answers(vocabulary: Vocabulary) -> tuple[Conversation, ScriptedGenerator]:
+    generator = ScriptedGenerator([[*tokens(word, vocabulary), END] for word in ("one", "two", "three")])
+    return conversation(generator, vocabulary), generator
+
+
+def test_another_answer_keeps_the_one_before(vocabulary: Vocabulary) -> None:
+    talk, generator = three_answers(vocabulary)
+    list(talk.ask("Count"))
+    list(talk.retry())
+    assert generator.asked[0] == generator.asked[1]
+    assert talk.messages[-1]["content"] == "two"
+    versions = talk.thread.versions(talk.thread.path[-1])
+    assert [message.text for message in versions] == ["one", "two"]
+    talk.thread.choose(versions[0])
+    assert talk.messages == [{"role": "user", "content": "Count"}, {"role": "assistant", "content": "one"}]
+
+
+def test_a_question_that_is_edited_is_asked_again_from_there(vocabulary: Vocabulary) -> None:
+    talk, generator = three_answers(vocabulary)
+    list(talk.ask("First"))
+    list(talk.ask("Second"))
+    list(talk.edit(talk.thread.turns[0], "Other"))
+    assert [message["content"] for message in talk.messages] == ["Other", "three"]
+    assert "First" not in read(generator, vocabulary)
+    first, other = talk.thread.versions(talk.thread.path[0])
+    talk.thread.choose(first)
+    assert [message["content"] for message in talk.messages] == ["First", "one", "Second", "two"]
+    assert other.text == "Other"
+
+
+def test_words_can_be_put_into_the_models_mouth(vocabulary: Vocabulary) -> None:
+    talk, generator = three_answers(vocabulary)
+    list(talk.ask("First"))
+    talk.replace_answer(talk.thread.turns[0], "uno")
+    list(talk.ask("Second"))
+    assert [message["content"] for message in talk.messages] == ["First", "uno", "Second", "two"]
+    assert "uno" in read(generator, vocabulary)
+
+
+def test_undoing_goes_back_a_turn_and_gives_the_question(vocabulary: Vocabulary) -> None:
+    talk, _ = three_answers(vocabulary)
+    list(talk.ask("First"))
+    list(talk.ask("Second"))
+    assert talk.undo().question.text == "Second"
+    assert [message["content"] for message in talk.messages] == ["First", "one"]
+    talk.undo()
+    with pytest.raises(UsageProblem, match="Nothing was asked"):
+        talk.undo()
+
+
+def test_a_cut_answer_goes_on_behind_its_very_tokens(vocabulary: Vocabulary) -> None:
+    euro = tokens("5 €", vocabulary)  # a character of three tokens
+    generator = ScriptedGenerator([euro, [*euro[-2:], *tokens(" more", vocabulary), END]])
+    talk = conversation(generator, vocabulary)
+    talk.manner.limit = len(euro) - 2
+    list(talk.ask("How much"))
+    talk.manner.limit = None
+    begun = generator.asked[0] + euro[:-2]
+    list(talk.go_on())
+    assert generator.asked[1] == begun
+    assert talk.messages[-1] == {"role": "assistant", "content": "5 € more"}
+    assert talk.thread.path[-1].why == Why.END.value
+
+
+def test_what_cannot_be_read_changes_nothing(vocabulary: Vocabulary) -> None:
+    class Full(ScriptedGenerator):
+        def generate(self, ids, sampling, *, limit):  # type: ignore[no-untyped-def]
+            if self.asked:
+                raise ContextFull(len(ids), 10, 10)
+            return (yield from super().generate(ids, sampling, limit=limit))
+
+    talk = conversation(Full([[65, END]]), vocabulary)
+    list(talk.ask("First"))
+    before = talk.messages
+    for attempt in (lambda: talk.ask("x"), lambda: talk.edit(talk.thread.turns[0], "x"), talk.retry, talk.go_on):
+        with pytest.raises(ContextFull):
+            attempt()
+        assert talk.messages == before

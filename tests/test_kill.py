@@ -35,7 +35,8 @@ from qwenlocal.chat.template import CHATML, ChatTemplate
 from qwenlocal.testing import ScriptedGenerator
 talk = Conversation(ScriptedGenerator([]), None, ChatTemplate(CHATML), Manner())
 for number in range(10**9):
-    talk.messages = [{"role": "user", "content": "x" * 50_000 + str(number)}]
+    talk.clear()
+    talk.thread.add("user", "x" * 50_000 + str(number))
     talk.save(Path(sys.argv[1]) / "talk.json", "m")
     print(number, flush=True)
 """

@@ -26,17 +26,31 @@ class Reading:
 
 
 @dataclass(frozen=True)
+class Summarising:
+    """The oldest `turns` no longer fit; the model has written `words` of what shall stand for them."""
+
+    turns: int
+    words: int
+
+
+@dataclass(frozen=True)
 class LeftOut:
-    """The oldest `turns` of the conversation no longer fit and are not read any more; the first began with `first`."""
+    """
+    The oldest `turns` of the conversation no longer fit and are not read any more; the first began with `first`.
+
+    `summary` stands for all that was left out, "" where nothing does.
+    """
 
     turns: int
     first: str
+    summary: str = ""
 
     def sentence(self) -> str:
         """`The context is full: the oldest 3 turns, from “Hello, …” on, are no longer read.`"""
         turns = "the oldest turn" if self.turns == 1 else f"the oldest {self.turns} turns"
         verb = "is" if self.turns == 1 else "are"
-        return f"The context is full: {turns}, from “{self.first}” on, {verb} no longer read."
+        instead = f" Read instead: {self.summary}" if self.summary else ""
+        return f"The context is full: {turns}, from “{self.first}” on, {verb} no longer read.{instead}"
 
 
 @dataclass(frozen=True)
@@ -78,10 +92,14 @@ class Stats:
 
 @dataclass(frozen=True)
 class Done:
-    """The answer is over."""
+    """
+    The answer is over. `ids` are its tokens, without the one that ended it; none where a stop string cut it, which may
+    lie in the middle of a token.
+    """
 
     why: Why
     stats: Stats
+    ids: tuple[int, ...] = ()
 
 
-Event = Reading | LeftOut | Text | Done
+Event = Reading | Summarising | LeftOut | Text | Done

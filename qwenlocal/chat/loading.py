@@ -9,6 +9,7 @@ from pathlib import Path
 
 from qwenlocal.chat.conversation import Conversation, Manner
 from qwenlocal.chat.template import CHATML, ChatTemplate
+from qwenlocal.chat.thread import Thread
 from qwenlocal.engine.context import Context, ContextOptions
 from qwenlocal.engine.draft_model import DraftModel, shares_vocabulary
 from qwenlocal.engine.drafting import Trial
@@ -77,6 +78,7 @@ class Loaded:
     through, None without one.
     """
 
+    name: str
     model: Model
     context: Context
     sequence: TokenSequence
@@ -87,9 +89,9 @@ class Loaded:
     notes: tuple[str, ...] = ()
     trial: Trial | None = None
 
-    def conversation(self, manner: Manner, system: str = "") -> Conversation:
+    def conversation(self, manner: Manner, thread: Thread | None = None) -> Conversation:
         """
-        A new conversation.
+        The conversation of `thread`, or a new one.
 
         Raises
         ------
@@ -100,7 +102,8 @@ class Loaded:
                 "This model has no chat template: it continues text, it does not answer.",
                 hint='Give it a beginning: qwenlocal run MODEL --raw "Once upon a time"',
             )
-        return Conversation(self.sequence, self.model.vocabulary, self.template, manner, system, self.context.n_ctx)
+        n_ctx, vocabulary = self.context.n_ctx, self.model.vocabulary
+        return Conversation(self.sequence, vocabulary, self.template, manner, thread, n_ctx=n_ctx, model=self.name)
 
     def close(self) -> None:
         """Give the memory back."""
@@ -178,7 +181,7 @@ class Loading:
         watch = MemoryWatch(machine.memory, machine.stalled, trial.give_up if trial else lambda: False)
         drafts = trial or drafts
         sequence = TokenSequence(context, speculation=drafts, parking=Parking(context), saved=saved, watch=watch)
-        return Loaded(model, context, sequence, template, sampling, plan, costs, (*notes, *more), trial)
+        return Loaded(name, model, context, sequence, template, sampling, plan, costs, (*notes, *more), trial)
 
 
 def _with_tuned(wanted: Wanted, tuned: Tuned, cores: int) -> Wanted:

@@ -27,10 +27,12 @@ def answer(
     *,
     limit: int | None = None,
     stops: Sequence[str] = (),
+    begun: Sequence[int] = (),
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Event]:
     """
-    Continue `ids`: some `Reading`, then `Text` as it becomes certain, then one `Done`.
+    Continue `ids`, and behind them `begun`, an answer that was cut: some `Reading`, then `Text` as it becomes certain,
+    then one `Done`.
 
     Ends at any token with which the model ends, at a stop string (which is not part of the text), after `limit`
     tokens, where the context is full, or where the generator was stopped.
@@ -40,9 +42,12 @@ def answer(
     ContextFull: before the first event, if `ids` leave no room for an answer.
     """
     text = TextStream(stops)
+    for token in begun:  # the text of these is known, but it may end in the middle of a character
+        text.feed(vocabulary.piece(token))
     tokens, reused, why = 0, 0, None
+    said = list(begun)
     started = first = last = clock()
-    for step in generator.generate(ids, sampling, limit=limit or 1 << 30):
+    for step in generator.generate([*ids, *begun], sampling, limit=limit or 1 << 30):
         if isinstance(step, Prefill):
             reused = step.reused
             yield Reading(step.done, step.total, step.reused)
@@ -53,6 +58,7 @@ def answer(
         if vocabulary.is_end(step):
             why = Why.END
             break
+        said.append(step)
         if certain := text.feed(vocabulary.piece(step)):
             yield Text(certain)
         if text.stopped is not None:
@@ -64,4 +70,8 @@ def answer(
         why = Why.INTERRUPTED if generator.was_stopped else Why.CONTEXT if generator.is_full else Why.LENGTH
     if not tokens:
         first = clock()
-    yield Done(why, Stats(len(ids), reused, tokens, first - started, last - first if tokens else 0.0))
+    yield Done(
+        why,
+        Stats(len(ids) + len(begun), reused, tokens, first - started, last - first if tokens else 0.0),
+        tuple(said) if why is not Why.STOP else (),
+    )

@@ -135,7 +135,9 @@ def run(
     overflow: Annotated[
         str,
         typer.Option(
-            "--overflow", metavar="shift|stop", help="When the context is full: leave out old turns, or stop."
+            "--overflow",
+            metavar="HOW",
+            help="When the context is full: shift (leave out old turns), summarise them, or stop.",
         ),
     ] = "shift",
     as_json: Annotated[bool, typer.Option("--json", help="Answer with a JSON object.")] = False,

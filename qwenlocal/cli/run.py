@@ -111,13 +111,14 @@ def _remember_costs(loaded: Loaded, record: Record, folders: Folders) -> None:
 
 
 def _check(asked: Asked) -> None:
+    from qwenlocal.chat.conversation import OVERFLOWS
     from qwenlocal.engine.sampling import Sampling
 
     Sampling().with_known(asked.sampling)  # says what is out of range before anything is fetched or loaded
     if asked.limit is not None and asked.limit < 1:
         raise UsageProblem(f"-n must be at least 1; it is {asked.limit}.")
-    if asked.overflow not in ("shift", "stop"):
-        raise UsageProblem(f"--overflow is shift or stop; it is {asked.overflow}.")
+    if asked.overflow not in OVERFLOWS:
+        raise UsageProblem(f"--overflow is {', '.join(OVERFLOWS)}; it is {asked.overflow}.")
     if asked.raw and (asked.system or asked.interactive):
         raise UsageProblem("--raw continues the text as it stands; --system and -i have no place in it.")
 
@@ -242,6 +243,7 @@ def _answer(asked: Asked, loaded: Loaded, prompt: str, system: str) -> None:
     from qwenlocal.chat.background import in_background
     from qwenlocal.chat.conversation import Manner
     from qwenlocal.chat.events import Why
+    from qwenlocal.chat.thread import Thread
     from qwenlocal.terminal.answer import show_answer
 
     manner = Manner(_sampling(asked, loaded), asked.limit, asked.stops, asked.overflow)
@@ -250,7 +252,7 @@ def _answer(asked: Asked, loaded: Loaded, prompt: str, system: str) -> None:
             raise UsageProblem("A base model continues text; a system prompt has no place in it.")
         begin, stop = _continuation(loaded, prompt, manner, special=asked.raw), loaded.sequence.stop
     else:
-        conversation = loaded.conversation(manner, system)
+        conversation = loaded.conversation(manner, Thread(system))
         begin, stop = functools.partial(conversation.ask, prompt), conversation.stop
     with in_background(begin, stop) as events:
         done = show_answer(events, sys.stdout, sys.stderr)
@@ -283,10 +285,11 @@ def _continuation(loaded: Loaded, text: str, manner: Manner, *, special: bool) -
 
 def _chat(asked: Asked, program: Program, name: Name, loaded: Loaded, system: str, prompt: str | None) -> None:
     from qwenlocal.chat.conversation import Manner
+    from qwenlocal.chat.thread import Thread
     from qwenlocal.terminal.chat import Chat
 
     manner = Manner(_sampling(asked, loaded), asked.limit, asked.stops, asked.overflow)
-    conversation = loaded.conversation(manner, system)
+    conversation = loaded.conversation(manner, Thread(system))
     Chat(
         conversation,
         model=name.path.name if isinstance(name, PathName) else str(name),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TextIO
 
-from qwenlocal.chat.events import Done, Event, LeftOut, Reading, Stats, Text, Why
+from qwenlocal.chat.events import Done, Event, LeftOut, Reading, Stats, Summarising, Text, Why
 from qwenlocal.terminal.plain import harmless, wrapped
 from qwenlocal.terminal.status import StatusLine
 
@@ -29,6 +29,8 @@ def show_answer(events: Iterable[Event], out: TextIO, aside: TextIO) -> Done:
             out.write(clean(event.text))
             out.flush()
             last = event.text[-1]
+        elif isinstance(event, Summarising):
+            status.show(f"the context is full; summarising the oldest turns: {event.words} words")
         elif isinstance(event, LeftOut):
             status.clear()
             aside.write(wrapped(harmless(event.sentence()), aside) + "\n")

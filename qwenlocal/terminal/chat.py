@@ -146,10 +146,10 @@ class Chat:
 
     def _system(self, text: str) -> bool:
         if text:
-            self._conversation.system = text
+            self._conversation.thread.tell(text)
             self._say("The model is told so from the next message on.")
         else:
-            self._say(self._conversation.system or "(the model's own system prompt)")
+            self._say(self._conversation.thread.system or "(the model's own system prompt)")
         return True
 
     def _save(self, name: str) -> bool:

@@ -5,7 +5,8 @@ Reading and decoding beside llama-bench of the same source, in turn, A B A B …
     .venv/bin/python benchmarks/engine.py equal MODEL.gguf    equal settings, depths 0 and 4,096
     .venv/bin/python benchmarks/engine.py chosen MODEL.gguf   our settings against llama.cpp's defaults, 4,096 and 8,192
 
-`--svg FILE` draws the table. A run is a process of its own on both sides. `equal`: the same threads, flash attention off, 512 tokens at once.
+A run is a process of its own on both sides. `equal`: the same threads, flash attention off, 512 tokens at once.
+`--svg FILE` draws the table.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ Everything that can go wrong for a user of qwenlocal.
     ├── UsageProblem               2  the command's words contradict each other
     ├── ModelNotFound              3  no such name, path, file or repository
     │   └── NotConvertedYet        3  the model exists, but only as a checkpoint
+    ├── ChatNotFound               3  no chat of that number in the journal
     ├── DownloadFailed             4  no place delivered the bytes
     │   ├── SourceUnreachable      4  nothing answered at all
     │   └── DigestMismatch         4  what arrived is not the published file
@@ -21,6 +22,7 @@ Everything that can go wrong for a user of qwenlocal.
     ├── DiskFull                   6  no room for the file
     ├── BeingWritten               6  another process is writing this very file
     ├── CannotWrite                6  a folder that must be written is not writable
+    ├── JournalUnusable            6  the file of chats is damaged, locked, newer, or cannot be written
     ├── ContextFull                7  the prompt does not fit in the context
     └── Interrupted              130  Ctrl-C
 
@@ -87,6 +89,16 @@ class NotConvertedYet(ModelNotFound):
             reason=f"{name} is published as a checkpoint only ({repo}); there is no GGUF file of it to run.",
             hint=f"Fetch it and convert it in one go: qwenlocal pull {name}",
         )
+
+
+class ChatNotFound(QwenlocalError):
+    """There is no chat `id` in the journal."""
+
+    exit_code, http_status = 3, 404
+
+    def __init__(self, id: int | str) -> None:
+        self.id = id
+        super().__init__(f"There is no chat {id}.", hint="Which there are: qwenlocal chats")
 
 
 class DownloadFailed(QwenlocalError):
@@ -218,6 +230,19 @@ class MemoryLow(QwenlocalError):
             f"{what if stalled else f'Memory is nearly used up ({left})'}, so the answer was stopped.",
             hint="What was said is kept. Close other programs, then go on.",
         )
+
+
+class JournalUnusable(QwenlocalError):
+    """Chats cannot be kept in the file `path`; `reason` says why."""
+
+    exit_code, http_status = 6, 507
+
+    def __init__(self, path: Path, reason: str) -> None:
+        self.path, self.reason = path, reason
+        hint = "What can be read of it can be copied out: qwenlocal chats recover"
+        if "damaged" not in reason:
+            hint = "Nothing was changed in it. To chat without keeping what is said: --no-journal"
+        super().__init__(f"The chats in {path} cannot be used: {reason}.", hint=hint)
 
 
 class NoContext(QwenlocalError):

@@ -81,6 +81,11 @@ class Folders:
         """Conversations that /save wrote."""
         return self.home / "chats"
 
+    @property
+    def journal(self) -> Path:
+        """Every chat, as it happened."""
+        return self.home / "chats.db"
+
 
 def _device(folder: Path) -> int:
     """The number of the disk that a folder is on, or would be on."""

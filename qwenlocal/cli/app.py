@@ -8,6 +8,7 @@ import typer
 
 from qwenlocal import __version__
 from qwenlocal.cli.boundary import Boundary
+from qwenlocal.cli.chats_app import chats_app
 from qwenlocal.cli.complete import all_models, models_here
 
 app = typer.Typer(
@@ -23,6 +24,8 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 2 usage, 3 not found, 4 download, 5 bad weights, 6 memory or disk, 7 context full, "
     "130 interrupted, 141 closed pipe.",
 )
+
+app.add_typer(chats_app, name="chats", rich_help_panel="Chat", short_help="What was said: list, search, export.")
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 RateOption = Annotated[

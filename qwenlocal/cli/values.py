@@ -60,10 +60,19 @@ def _finite(data: Any) -> Any:
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Rows under their headings, on standard output."""
-    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+    """Rows under their headings, on standard output; Chinese letters are two columns wide."""
+    widths = [max(_columns(row[column]) for row in (head, *rows)) for column in range(len(head))]
     for row in (head, *rows):
-        sys.stdout.write("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() + "\n")
+        cells = (cell + " " * (width - _columns(cell)) for cell, width in zip(row, widths, strict=True))
+        sys.stdout.write("  ".join(cells).rstrip() + "\n")
+
+
+def _columns(text: str) -> int:
+    if text.isascii():
+        return len(text)
+    import wcwidth
+
+    return max(0, wcwidth.wcswidth(text))
 
 
 def bytes_for_people(count: int) -> str:

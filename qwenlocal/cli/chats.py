@@ -1,0 +1,172 @@
+"""`qwenlocal chats`: what was said, from the journal."""
+
+from __future__ import annotations
+
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qwenlocal.cli.values import print_json, print_table
+from qwenlocal.cli.wiring import Program
+from qwenlocal.errors import CannotWrite, ChatNotFound, OutputExists, UsageProblem
+from qwenlocal.terminal.plain import harmless
+
+if TYPE_CHECKING:
+    from qwenlocal.chat.journal import Chat, Journal
+
+FORMATS = ("md", "json", "html")
+
+
+def list_chats(*, as_json: bool) -> None:
+    """All chats, the newest first."""
+    journal = _journal(Program())
+    chats = journal.chats() if journal else []
+    if as_json:
+        print_json([vars(chat) for chat in chats])
+    elif not chats:
+        sys.stdout.write("There are no chats yet. Begin one: qwenlocal run\n")
+    else:
+        rows = [(str(c.id), _day(c.changed), c.model, str(c.messages), harmless(c.title)) for c in chats]
+        print_table(("CHAT", "LAST", "MODEL", "MESSAGES", "TITLE"), rows)
+
+
+def show_chat(text: str, *, as_json: bool) -> None:
+    """What was said in one chat."""
+    from qwenlocal.chat.export import as_json as export_json
+    from qwenlocal.chat.export import as_markdown
+
+    journal, chat = _found(text)
+    thread = journal.thread(chat.id)
+    if as_json:
+        sys.stdout.write(export_json(thread, chat.title, chat.model))
+        return
+    said = as_markdown(thread, chat.title)
+    sys.stdout.write(harmless(said) if sys.stdout.isatty() else said)
+
+
+def search_chats(words: str, *, as_json: bool) -> None:
+    """
+    Messages that have every one of the words.
+
+    Raises
+    ------
+    ChatNotFound: there is none.
+    """
+    if not words.strip():
+        raise UsageProblem("There is nothing to look for.", hint="For example: qwenlocal chats search tokenizer")
+    journal = _journal(Program())
+    hits = journal.search(words) if journal else []
+    if as_json:
+        print_json([vars(hit) for hit in hits])
+        return
+    bold, plain = ("\x1b[1m", "\x1b[0m") if sys.stdout.isatty() else ("", "")
+    for hit in hits:
+        before, found, after = map(harmless, (hit.before, hit.found, hit.after))
+        sys.stdout.write(f"{hit.chat}  {_day(hit.created)}  {hit.role}: …{before}{bold}{found}{plain}{after}…\n")
+    if not hits:
+        sys.stderr.write(f"Nobody said “{harmless(words)}”.\n")
+
+
+def rename_chat(text: str, title: str) -> None:
+    """Give a chat another title."""
+    if not title.strip():
+        raise UsageProblem("A title has at least one letter.")
+    journal, chat = _found(text)
+    journal.rename(chat.id, title.strip())
+
+
+def remove_chats(texts: list[str]) -> None:
+    """Forget chats, for good."""
+    found = [_found(text) for text in texts]
+    for journal, chat in found:
+        journal.remove(chat.id)
+        sys.stderr.write(f"Forgotten: {chat.id} {harmless(chat.title)}\n")
+
+
+def export_chat(text: str, form: str | None, output: Path | None, *, force: bool) -> None:
+    """
+    Write a chat as Markdown, JSON or HTML: to a file, or to standard output.
+
+    Raises
+    ------
+    UsageProblem: there is no such format. OutputExists: the file is there already.
+    """
+    from qwenlocal.chat.export import as_html, as_json, as_markdown
+
+    kind = form or (output.suffix.lstrip(".").lower() if output else "md")
+    kind = {"markdown": "md", "htm": "html"}.get(kind, kind)
+    if kind not in FORMATS:
+        raise UsageProblem(f"There is no format {kind}.", hint=f"There are: {', '.join(FORMATS)}")
+    journal, chat = _found(text)
+    thread = journal.thread(chat.id)
+    said = {
+        "md": lambda: as_markdown(thread, chat.title),
+        "json": lambda: as_json(thread, chat.title, chat.model),
+        "html": lambda: as_html(thread, chat.title),
+    }[kind]()
+    if output is None:
+        sys.stdout.write(said)
+        return
+    if output.exists() and not force:
+        raise OutputExists(output)
+    draft = output.with_name(output.name + ".tmp")
+    try:
+        draft.write_text(said, encoding="utf-8")
+        draft.replace(output)
+    except OSError as reason:
+        raise CannotWrite(output, reason.strerror or str(reason)) from reason
+    sys.stderr.write(f"Wrote {output}.\n")
+
+
+def recover_chats() -> None:
+    """Copy what can be read of a damaged journal into a new one; the damaged file is kept beside it."""
+    from qwenlocal.chat.salvage import recover
+
+    path = Program().folders.journal
+    if not path.exists():
+        sys.stderr.write("There are no chats yet.\n")
+        return
+    copy = path.with_name(path.name + ".recovering")
+    copy.unlink(missing_ok=True)
+    chats, messages = recover(path, copy)
+    aside = path.with_name(f"{path.name}.damaged-{datetime.now():%Y%m%d-%H%M%S}")
+    try:
+        path.rename(aside)
+        for rest in ("-wal", "-shm"):
+            path.with_name(path.name + rest).unlink(missing_ok=True)
+        copy.rename(path)
+    except OSError as reason:
+        raise CannotWrite(path, reason.strerror or str(reason)) from reason
+    sys.stderr.write(f"{chats:,} chats with {messages:,} messages could be read. The old file is kept: {aside}\n")
+
+
+def _journal(program: Program) -> Journal | None:
+    from qwenlocal.chat.journal import Journal
+
+    path = program.folders.journal
+    return Journal(path) if path.exists() else None
+
+
+def _found(text: str) -> tuple[Journal, Chat]:
+    """
+    The chat that a number, or "last", means.
+
+    Raises
+    ------
+    ChatNotFound: there is none.
+    """
+    journal = _journal(Program())
+    chats = journal.chats() if journal else []
+    if journal is None or not chats:
+        raise ChatNotFound(text)
+    if text == "last":
+        return journal, chats[0]
+    for chat in chats:
+        if str(chat.id) == text.lstrip("#"):
+            return journal, chat
+    raise ChatNotFound(text)
+
+
+def _day(seconds: float) -> str:
+    return f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M}"

@@ -1,0 +1,341 @@
+"""Chats on disk: nothing that was said is lost, whatever becomes of the process, the file, or the disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwenlocal.chat.export import as_html, as_json, as_markdown
+from qwenlocal.chat.journal import Journal
+from qwenlocal.chat.keeper import Keeper
+from qwenlocal.chat.salvage import recover
+from qwenlocal.chat.thread import ASSISTANT, USER, Thread
+from qwenlocal.errors import ChatNotFound, JournalUnusable
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Iterator[Journal]:
+    opened = Journal(tmp_path / "chats.db")
+    yield opened
+    opened.close()
+
+
+def talk(journal: Journal, *said: str, system: str = "") -> tuple[Thread, Keeper]:
+    """A chat in which question and answer take turns."""
+    thread = Thread(system)
+    keeper = journal.keep(thread, model="tiny")
+    for place, text in enumerate(said):
+        message = thread.add((USER, ASSISTANT)[place % 2], text, model="tiny")
+        if place % 2:
+            thread.change(message, why="end of answer")
+    return thread, keeper
+
+
+# --- what is kept
+
+
+def test_a_chat_comes_back_as_it_was(journal: Journal) -> None:
+    thread, keeper = talk(journal, "你好", "Hello €", "And?", "More", system="Be kind.")
+    thread.change(thread.path[1], ids=(5, 6, 151643), pinned=True)
+    thread.leave_out([1], "They met.")
+    assert keeper.id is not None
+    found = journal.thread(keeper.id)
+    assert found.path == thread.path
+    assert (found.system, found.left, found.summary, found.leaf) == ("Be kind.", {1}, "They met.", 4)
+    (chat,) = journal.chats()
+    assert (chat.title, chat.model, chat.messages) == ("你好", "tiny", 4)
+
+
+def test_every_version_is_kept_and_the_leaf_that_was_chosen(journal: Journal) -> None:
+    thread, keeper = talk(journal, "Q", "one")
+    thread.go_to(1)
+    thread.add(ASSISTANT, "two")
+    thread.choose(thread.messages[2])
+    found = journal.thread(keeper.id or 0)
+    assert [message.text for message in found.versions(found.path[1])] == ["one", "two"]
+    assert found.path[1].text == "one"
+
+
+def test_nothing_is_kept_of_a_chat_in_which_nothing_was_said(journal: Journal) -> None:
+    thread = Thread()
+    journal.keep(thread, model="tiny").close()
+    thread.tell("Be kind.")
+    assert journal.chats() == []
+
+
+def test_a_question_that_is_taken_back_is_gone(journal: Journal) -> None:
+    thread, keeper = talk(journal, "Q", "A", "too long")
+    thread.remove(thread.path[-1])
+    assert [message.text for message in journal.thread(keeper.id or 0).path] == ["Q", "A"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.text(max_size=30), min_size=1, max_size=6))
+def test_any_text_at_all_is_kept(tmp_path_factory: pytest.TempPathFactory, said: list[str]) -> None:
+    journal = Journal(tmp_path_factory.mktemp("j") / "chats.db")
+    thread, keeper = talk(journal, *said)
+    clean = [text.encode("utf-8", "replace").decode() for text in said]
+    assert [message.text for message in journal.thread(keeper.id or 0).path] == clean
+    assert not keeper.trouble
+    del thread
+    journal.close()
+
+
+def test_only_its_owner_can_read_it(journal: Journal) -> None:
+    if sys.platform == "win32":
+        pytest.skip("Windows has no such bits")
+    assert stat.S_IMODE(journal.path.stat().st_mode) == 0o600
+
+
+def test_an_answer_is_written_every_half_second_and_at_its_end(journal: Journal) -> None:
+    now = [0.0]
+    thread = Thread()
+    keeper = Keeper(journal, thread, "tiny", clock=lambda: now[0])
+    thread.recorder = keeper
+    thread.add(USER, "Q")
+    answer = thread.add(ASSISTANT, "")
+    on_disk = []
+    for word in range(20):
+        now[0] += 0.1
+        thread.change(answer, text=answer.text + f"{word} ")
+        on_disk.append(len(journal.thread(keeper.id or 0).messages[2].text.split()))
+    assert all(said + 1 - there <= 5 for said, there in enumerate(on_disk))
+    assert len(set(on_disk)) <= 6
+    thread.change(answer, why="end of answer")
+    assert len(journal.thread(keeper.id or 0).messages[2].text.split()) == 20
+
+
+STREAMING = """
+import sys, time
+from pathlib import Path
+from qwenlocal.chat.journal import Journal
+from qwenlocal.chat.thread import Thread
+journal, thread = Journal(Path(sys.argv[1])), Thread()
+journal.keep(thread, model="tiny")
+thread.add("user", "Count")
+answer = thread.add("assistant", "")
+for number in range(10**9):
+    thread.change(answer, text=answer.text + f"{number} ")
+    print(number, time.time(), flush=True)
+    time.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize("_try", range(3))
+def test_killed_in_the_middle_of_an_answer_at_most_a_second_of_it_is_lost(tmp_path: Path, _try: int) -> None:
+    path = tmp_path / "chats.db"
+    child = subprocess.Popen([sys.executable, "-c", STREAMING, str(path)], stdout=subprocess.PIPE, text=True)
+    assert child.stdout
+    lines = [child.stdout.readline() for _ in range(90 + 20 * _try)]
+    child.kill()
+    killed = time.time()
+    lines += child.communicate()[0].splitlines()
+    said = {int(number): float(at) for number, at in (line.split() for line in lines if len(line.split()) == 2)}
+    found = Journal(path).thread(1)
+    there = [int(word) for word in found.path[1].text.split()]
+    assert there == list(range(len(there)))
+    assert all(at > killed - 1.0 for number, at in said.items() if number >= len(there))
+
+
+# --- finding
+
+
+def test_words_are_found_in_any_script_and_order_without_capitals(journal: Journal) -> None:
+    talk(journal, "What is a Tokenizer?", "It cuts text into pieces.")
+    talk(journal, "什么是分词器？", "分词器把文本切成小块。")
+    talk(journal, "Café?", "Cafe\u0301!")
+    assert [hit.chat for hit in journal.search("TOKENIZER what")] == [1]
+    assert [hit.role for hit in journal.search("分词")] == ["assistant", "user"]
+    assert len(journal.search("切")) == 1
+    assert len(journal.search("café")) == 2
+    assert journal.search("tokenizer pieces") == []
+    assert journal.search("  ") == []
+
+
+def test_what_was_found_is_shown_with_what_stands_around_it(journal: Journal) -> None:
+    talk(journal, "x" * 100 + " needle\nin hay " + "y" * 100)
+    (hit,) = journal.search("NEEDLE")
+    assert hit.found == "needle"
+    assert hit.before.endswith("x ") and hit.after.startswith(" in hay y")
+    assert len(hit.before) + len(hit.after) <= 80
+
+
+def test_a_percent_sign_is_a_letter_like_any_other(journal: Journal) -> None:
+    talk(journal, "100 % sure", "a_b")
+    assert len(journal.search("%")) == 1
+    assert len(journal.search("_")) == 1
+
+
+# --- more than one
+
+
+def test_a_chat_that_is_open_elsewhere_goes_on_in_a_copy(tmp_path: Path) -> None:
+    path = tmp_path / "chats.db"
+    code = STREAMING.replace("10**9", "10**4")
+    child = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True)
+    assert child.stdout
+    for _ in range(3):
+        child.stdout.readline()
+    journal = Journal(path)
+    thread = journal.thread(1)
+    keeper = journal.keep(thread, model="tiny", id=1)
+    child.kill()
+    child.communicate()
+    assert keeper.id == 2
+    again = journal.keep(journal.thread(1), model="tiny", id=1)  # nobody has it open any more
+    assert again.id == 1
+
+
+def test_going_on_with_a_chat_adds_to_it(journal: Journal) -> None:
+    _, keeper = talk(journal, "Q", "A")
+    keeper.close()
+    thread = journal.thread(1)
+    journal.keep(thread, model="other", id=1)
+    thread.add(USER, "And?")
+    assert [message.text for message in journal.thread(1).path] == ["Q", "A", "And?"]
+    assert len(journal.chats()) == 1
+
+
+def test_renamed_and_forgotten(journal: Journal) -> None:
+    talk(journal, "Q", "secret words")
+    talk(journal, "R")
+    journal.rename(1, "About Q")
+    assert journal.chat(1).title == "About Q"
+    journal.remove(1)
+    with pytest.raises(ChatNotFound):
+        journal.thread(1)
+    for call in (lambda: journal.rename(1, "x"), lambda: journal.remove(1), lambda: journal.chat(1)):
+        with pytest.raises(ChatNotFound):
+            call()
+    assert [chat.id for chat in journal.chats()] == [2]
+
+
+# --- a file that cannot be used
+
+
+def test_a_journal_of_a_newer_version_is_left_alone(journal: Journal) -> None:
+    journal._db.execute("PRAGMA user_version = 99")
+    before = journal.path.read_bytes()
+    with pytest.raises(JournalUnusable, match="newer version") as caught:
+        Journal(journal.path)
+    assert "--no-journal" in caught.value.hint
+    assert journal.path.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"garbage" * 1000, b"SQLite format 3\0" + b"\xff" * 5000])
+def test_a_file_that_is_no_journal_is_left_alone(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "chats.db").write_bytes(content)
+    with pytest.raises(JournalUnusable, match="damaged") as caught:
+        Journal(tmp_path / "chats.db")
+    assert "chats recover" in caught.value.hint
+    assert (tmp_path / "chats.db").read_bytes() == content
+
+
+def test_a_locked_journal_is_said_to_be(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwenlocal.chat.journal._PATIENCE", 0.05)
+    journal._db.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(JournalUnusable, match="another program keeps it locked"):
+        Journal(journal.path)
+    journal._db.execute("ROLLBACK")
+
+
+def test_what_could_not_be_written_is_written_when_it_can_be(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwenlocal.chat.journal._PATIENCE", 0.05)
+    other = Journal(journal.path)
+    thread, keeper = talk(other, "Q", "A")
+    journal._db.execute("BEGIN IMMEDIATE")
+    thread.add(USER, "while it is locked")
+    assert keeper.trouble == "another program keeps it locked"
+    journal._db.execute("ROLLBACK")
+    thread.add(ASSISTANT, "afterwards")
+    assert keeper.trouble == ""
+    assert [message.text for message in journal.thread(1).path] == ["Q", "A", "while it is locked", "afterwards"]
+    other.close()
+
+
+def test_a_folder_that_cannot_be_written_is_said_to_be(tmp_path: Path) -> None:
+    if os.geteuid() == 0:
+        path = tmp_path / "missing" / "chats.db"  # root may write anywhere; a folder that is not there will do
+    else:
+        tmp_path.chmod(0o500)
+        path = tmp_path / "chats.db"
+    with pytest.raises(JournalUnusable, match="cannot be written"):
+        Journal(path)
+
+
+def test_what_can_be_read_of_a_damaged_journal_can_be_copied_out(tmp_path: Path) -> None:
+    path = tmp_path / "chats.db"
+    journal = Journal(path)
+    for number in range(30):
+        talk(journal, f"Question {number} " + "q" * 900, f"Answer {number} " + "a" * 900)
+    journal.close()
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 2 // 4096 * 4096
+    data[middle : middle + 8192] = b"\xa5" * 8192
+    path.write_bytes(data)
+    chats, messages = recover(path, tmp_path / "copy.db")
+    assert chats == 30
+    assert 40 <= messages < 60
+    copied = Journal(tmp_path / "copy.db")
+    texts = [message.text for chat in copied.chats() for message in copied.thread(chat.id).messages.values()]
+    assert len(texts) >= 30
+    assert all(text.startswith(("Question ", "Answer ")) for text in texts)
+    assert path.read_bytes() == data
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(100, 20_000), st.binary(min_size=1, max_size=300))
+def test_whatever_is_wrong_in_the_file_is_said_and_nothing_else_happens(
+    tmp_path_factory: pytest.TempPathFactory, at: int, noise: bytes
+) -> None:
+    path = tmp_path_factory.mktemp("j") / "chats.db"
+    journal = Journal(path)
+    for number in range(6):
+        talk(journal, f"Question {number} " + "q" * 600, "a" * 600)
+    journal.close()
+    data = bytearray(path.read_bytes())
+    data[at : at + len(noise)] = noise
+    path.write_bytes(data)
+    try:
+        opened = Journal(path)
+        for chat in opened.chats():
+            opened.thread(chat.id)
+        opened.search("question")
+        opened.close()
+    except (JournalUnusable, ChatNotFound):
+        pass
+
+
+# --- as files
+
+
+def test_a_chat_as_markdown_json_and_html(journal: Journal) -> None:
+    thread, _ = talk(journal, "<script>alert(1)</script>", "| a |\n|---|\n| **b** |", system="Be kind.")
+    markdown = as_markdown(thread, "T")
+    assert markdown.startswith("# T\n\n*System prompt:* Be kind.\n\n## You, ")
+    assert "| **b** |" in markdown
+    data = json.loads(as_json(thread, "T", "tiny"))
+    assert [message["role"] for message in data["messages"]] == ["system", "user", "assistant"]
+    assert data["tree"][1]["parent"] == 1
+    page = as_html(thread, "<T>")
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
+    assert "<td><strong>b</strong></td>" in page
+    assert "<title>&lt;T&gt;</title>" in page
+
+
+def test_the_schema_is_what_the_version_says(journal: Journal) -> None:
+    with sqlite3.connect(journal.path) as db:
+        assert db.execute("PRAGMA user_version").fetchone() == (1,)
+        assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)

@@ -55,9 +55,10 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Text:
-    """More of the answer: whole characters, no control tokens."""
+    """More of the answer: whole characters, no control tokens. With it, `tokens` of the answer have come."""
 
     text: str
+    tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -60,12 +60,12 @@ def answer(
             break
         said.append(step)
         if certain := text.feed(vocabulary.piece(step)):
-            yield Text(certain)
+            yield Text(certain, tokens)
         if text.stopped is not None:
             why = Why.STOP
             break
     if rest := text.finish():
-        yield Text(rest)
+        yield Text(rest, tokens)
     if why is None:
         why = Why.INTERRUPTED if generator.was_stopped else Why.CONTEXT if generator.is_full else Why.LENGTH
     if not tokens:

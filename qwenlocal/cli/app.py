@@ -116,6 +116,17 @@ def run(
         bool,
         typer.Option("--keep-cache/--no-keep-cache", help="Keep what was read on disk, so that coming back is quick."),
     ] = True,
+    go_on: Annotated[bool, typer.Option("--continue", help="Go on with the last chat.")] = False,
+    resume: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--resume", metavar="[CHAT]", help="Go on with a chat by its number, or pick one."),
+    ] = None,
+    journal: Annotated[
+        bool, typer.Option("--journal/--no-journal", help="Keep what is said in a chat, on this machine.")
+    ] = True,
+    markdown: Annotated[
+        bool, typer.Option("--markdown/--no-markdown", help="Lay answers out on a terminal, or show them as they are.")
+    ] = True,
     force: Annotated[bool, typer.Option("--force", help="Load it even if it does not seem to fit.")] = False,
     temperature: Annotated[Optional[float], typer.Option("--temp", metavar="X", help="Randomness; 0 is none.")] = None,  # noqa: UP045
     top_k: Annotated[
@@ -170,8 +181,9 @@ def run(
     qwenlocal run qwen1.5 "Why is the sky blue?"     one answer on standard output
     qwenlocal run qwen1.5 "Sum this up:" < text.txt  with piped text
     """
+    from qwenlocal.cli.asked import Asked
     from qwenlocal.cli.loading import grammar_from, wanted
-    from qwenlocal.cli.run import Asked, run_model
+    from qwenlocal.cli.run import run_model
     from qwenlocal.cli.values import rate
 
     run_model(
@@ -199,6 +211,9 @@ def run(
             },
             stops=tuple(stop or ()),
             raw=raw,
+            resume="last" if go_on else resume,
+            journal=journal,
+            markdown=markdown,
             stats=stats,
             limit_rate=rate(limit_rate),
         )

@@ -23,6 +23,15 @@ class Boundary(typer.core.TyperGroup):
     Anything else is a bug and keeps its traceback.
     """
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """`--resume` may stand without a value, which typer does not know: "?" asks which."""
+        end = args.index("--") if "--" in args else len(args)
+        places = [place for place, word in enumerate(args[:end]) if word == "--resume"]
+        for place in reversed(places):
+            if place + 1 >= len(args) or not args[place + 1].lstrip("#").isdecimal():
+                args = [*args[: place + 1], "?", *args[place + 1 :]]
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
         try:
             result = super().invoke(ctx)

@@ -2,68 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qwenlocal.chat.thread import Thread
+from qwenlocal.cli.asked import Asked
 from qwenlocal.cli.wiring import Program
 from qwenlocal.errors import BadWeights, Interrupted, MemoryLow, ModelNotFound, UsageProblem
-from qwenlocal.library.names import CatalogueName, Name, PathName
+from qwenlocal.library.names import Name, PathName
 from qwenlocal.library.store import Record
-from qwenlocal.paths import Folders, shipped
+from qwenlocal.paths import shipped
 
 if TYPE_CHECKING:
     from qwenlocal.chat.conversation import Manner
     from qwenlocal.chat.events import Event
-    from qwenlocal.chat.loading import Draft, Loaded
-    from qwenlocal.engine.plan import Wanted
+    from qwenlocal.chat.loading import Loaded
+    from qwenlocal.cli.opening import OpenModels
+    from qwenlocal.cli.resuming import GoingOn
     from qwenlocal.engine.sampling import Sampling
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What the command line said."""
-
-    words: Sequence[str]
-    model: str | None
-    file: str | None
-    interactive: bool
-    system: str | None
-    limit: int | None
-    wanted: Wanted
-    gpu_layers: str
-    lookup: bool
-    draft: str | None
-    keep_cache: bool
-    grammar: str | None
-    overflow: str
-    sampling: Mapping[str, float | int | None]
-    stops: Sequence[str]
-    raw: bool
-    stats: bool
-    limit_rate: int
-
-    @property
-    def model_name(self) -> str | None:
-        """The model, from -m or the first word; None for the default one."""
-        return self.model or (None if self._only_a_prompt else self.words[0])
-
-    @property
-    def prompt_words(self) -> Sequence[str]:
-        """The prompt's words."""
-        return self.words if self.model or self._only_a_prompt else self.words[1:]
-
-    @property
-    def _only_a_prompt(self) -> bool:
-        """One argument with a space in it is a sentence, not a model."""
-        return not self.words or (
-            len(self.words) == 1 and " " in self.words[0].strip() and not os.path.exists(self.words[0])
-        )
 
 
 def run_model(asked: Asked) -> None:
@@ -71,12 +32,19 @@ def run_model(asked: Asked) -> None:
     _check(asked)
     prompt, system = _texts(asked)
     program = Program()
-    if asked.model_name:
-        name = program.parse(asked.model_name)
+    going_on = None
+    if asked.resume is not None:
+        from qwenlocal.cli.resuming import chosen_chat
+
+        going_on = chosen_chat(program, asked.resume)
+    words = asked.model_name or (going_on.chat.model if going_on else None)
+    if words:
+        name = program.parse(words)
         record = program.have(name, limit_rate=asked.limit_rate)
     else:
         name, record = program.have_default(limit_rate=asked.limit_rate)
-    loaded = _load(asked, name, record, program)
+    models = _open(asked, program, name, record)
+    loaded = models.current
     if prompt is None or asked.interactive or asked.stats:
         program.say(loaded.plan.sentence())
     for note in loaded.notes:
@@ -84,30 +52,28 @@ def run_model(asked: Asked) -> None:
     keep = True
     try:
         if prompt is None or asked.interactive:
-            _chat(asked, program, name, loaded, system, prompt)
+            _chat(asked, program, name, models, going_on, system, prompt)
         else:
             _answer(asked, loaded, prompt, system)
     except (MemoryLow, BadWeights):
         keep = False  # there is no memory for it, or nothing worth keeping
         raise
     finally:
-        try:
-            if keep:
-                loaded.sequence.remember()
-                _remember_costs(loaded, record, program.folders)
-        finally:
-            loaded.close()
+        models.close(keep=keep)
 
 
-def _remember_costs(loaded: Loaded, record: Record, folders: Folders) -> None:
-    """What decoding several tokens at once takes on this machine; whether it can be written down is no matter."""
-    from qwenlocal.engine.saved import digest_of
-    from qwenlocal.engine.tuned import remember_costs
-    from qwenlocal.machine import power_source
+def _open(asked: Asked, program: Program, name: Name, record: Record) -> OpenModels:
+    from qwenlocal.chat.background import in_background
+    from qwenlocal.cli.opening import Opener, OpenModels
+    from qwenlocal.terminal.status import loading_status
 
-    if loaded.costs.one is not None:
-        with contextlib.suppress(OSError):
-            remember_costs(folders.tuned, digest_of(record.path), power_source(), loaded.costs.known)
+    opener = Opener(asked, program)
+
+    def load() -> Iterator[Loaded]:
+        yield opener.load(name, record, status)
+
+    with loading_status(sys.stderr, str(name)) as status, in_background(load, opener.loading.stop) as found:
+        return OpenModels(program, opener, name, record, next(found))
 
 
 def _check(asked: Asked) -> None:
@@ -188,57 +154,6 @@ def _utf8(data: bytes, what: str) -> str:
         ) from wrong
 
 
-def _draft(asked: Asked, program: Program) -> Draft | None:
-    """The draft model, fetched if it is not here."""
-    from qwenlocal.chat.loading import Draft
-
-    if asked.draft is None:
-        return None
-    name = program.parse(asked.draft)
-    record = program.have(name, limit_rate=asked.limit_rate)
-    return Draft(str(name), record.path, record.size)
-
-
-def _load(asked: Asked, name: Name, record: Record, program: Program) -> Loaded:
-    from qwenlocal.chat.background import in_background
-    from qwenlocal.chat.loading import Loading, LoadOptions
-    from qwenlocal.cli.loading import gpu_layers
-    from qwenlocal.engine.llama import library
-    from qwenlocal.engine.saved import digest_of
-    from qwenlocal.engine.tuned import Tuned, read_tuned
-    from qwenlocal.machine import power_source, this_machine
-    from qwenlocal.terminal.last_words import say_last_words
-    from qwenlocal.terminal.status import loading_status
-
-    card, folders = name.card if isinstance(name, CatalogueName) else None, program.folders
-    options = LoadOptions(
-        asked.wanted,
-        gpu_layers(asked.gpu_layers),
-        raw=asked.raw or None,
-        lookup=asked.lookup,
-        states=folders.states if asked.keep_cache else None,
-        tuned=read_tuned(folders.tuned, digest_of(record.path), power_source()) if folders.tuned.is_dir() else Tuned(),
-        draft=_draft(asked, program),
-    )
-    loading = Loading()
-    library().last_words = say_last_words
-
-    def load() -> Iterator[Loaded]:
-        yield loading.load(
-            record.path,
-            options,
-            this_machine(),
-            name=str(name),
-            size=record.size,
-            is_base=card is not None and card.variant == "base",
-            recommended=card.sampling if card else {},
-            report=status,
-        )
-
-    with loading_status(sys.stderr, str(name)) as status, in_background(load, loading.stop) as found:
-        return next(found)
-
-
 def _answer(asked: Asked, loaded: Loaded, prompt: str, system: str) -> None:
     from qwenlocal.chat.background import in_background
     from qwenlocal.chat.conversation import Manner
@@ -283,19 +198,60 @@ def _continuation(loaded: Loaded, text: str, manner: Manner, *, special: bool) -
     return lambda: answer(loaded.sequence, vocabulary, ids, manner.sampling, limit=manner.limit, stops=manner.stops)
 
 
-def _chat(asked: Asked, program: Program, name: Name, loaded: Loaded, system: str, prompt: str | None) -> None:
+def _chat(
+    asked: Asked,
+    program: Program,
+    name: Name,
+    models: OpenModels,
+    going_on: GoingOn | None,
+    system: str,
+    prompt: str | None,
+) -> None:
     from qwenlocal.chat.conversation import Manner
-    from qwenlocal.chat.thread import Thread
+    from qwenlocal.cli.resuming import open_journal, say_where_it_was
     from qwenlocal.terminal.chat import Chat
+    from qwenlocal.terminal.session import Session
 
-    manner = Manner(_sampling(asked, loaded), asked.limit, asked.stops, asked.overflow)
-    conversation = loaded.conversation(manner, Thread(system))
-    Chat(
+    manner = Manner(_sampling(asked, models.current), asked.limit, asked.stops, asked.overflow)
+    thread = going_on.thread if going_on else Thread(system)
+    if going_on and system:
+        thread.tell(system)
+    conversation = models.conversation(manner, thread)
+    journal = (going_on.journal if going_on else open_journal(program)) if asked.journal else None
+    label = name.path.name if isinstance(name, PathName) else str(name)
+    keeper = journal.keep(thread, model=str(name), id=going_on.chat.id if going_on else None) if journal else None
+    session = Session(
         conversation,
-        model=name.path.name if isinstance(name, PathName) else str(name),
-        n_ctx=loaded.context.n_ctx,
-        history=program.folders.history,
-        chats=program.folders.chats,
+        label,
+        models,
+        _aside,
+        _ask,
+        [shipped("prompts"), program.folders.home / "prompts"],
+        program.folders.chats,
+        journal,
+        keeper,
         stats=asked.stats,
-        verdict=lambda: loaded.trial.verdict if loaded.trial else "",
-    ).run(prompt)
+        markdown=asked.markdown,
+    )
+    if going_on:
+        say_where_it_was(going_on, keeper, _aside)
+    trial = models.current.trial
+    Chat(session, history=program.folders.history, verdict=lambda: trial.verdict if trial else "").run(prompt)
+
+
+def _aside(sentence: str) -> None:
+    """A dim line beside the answers."""
+    from qwenlocal.terminal.plain import harmless, wrapped
+
+    dim, plain = ("\x1b[2m", "\x1b[0m") if sys.stderr.isatty() and not os.environ.get("NO_COLOR") else ("", "")
+    sys.stderr.write(f"{dim}{wrapped(harmless(sentence), sys.stderr)}{plain}\n")
+    sys.stderr.flush()
+
+
+def _ask(question: str) -> str:
+    from prompt_toolkit import prompt
+
+    try:
+        return prompt(question)
+    except (EOFError, KeyboardInterrupt):
+        return ""

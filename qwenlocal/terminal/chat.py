@@ -2,229 +2,207 @@
 
 from __future__ import annotations
 
-import difflib
 import os
+import shutil
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import datetime
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwenlocal.chat.background import in_background
-from qwenlocal.chat.conversation import Conversation
-from qwenlocal.chat.events import Why
-from qwenlocal.errors import CannotWrite, ContextFull, QwenlocalError
-from qwenlocal.paths import writable
+from qwenlocal.chat.documents import mentioned, read_document
+from qwenlocal.chat.events import Done, Event, Why
+from qwenlocal.errors import ContextFull, QwenlocalError
+from qwenlocal.terminal.about_models import prompt_files
 from qwenlocal.terminal.answer import show_answer
-from qwenlocal.terminal.plain import harmless, wrapped
-from qwenlocal.terminal.typing_ahead import typed_ahead
+from qwenlocal.terminal.attaching import with_documents
+from qwenlocal.terminal.commands import Leave, find, unknown
+from qwenlocal.terminal.markdown import Look
+from qwenlocal.terminal.screen import Screen, Size
+from qwenlocal.terminal.session import Session
+from qwenlocal.terminal.typing_ahead import TypedAhead, typing_ahead
+from qwenlocal.terminal.view import AnswerView, Progress
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
     from prompt_toolkit.formatted_text import StyleAndTextTuples
-    from prompt_toolkit.history import History
-    from prompt_toolkit.key_binding import KeyBindings
 
 PROMPT: StyleAndTextTuples = [("bold fg:ansigreen", "> ")]
-
-
-@dataclass(frozen=True)
-class Command:
-    """A slash command: how it is typed, what it does in words, and what is done (False: leave)."""
-
-    usage: str
-    help: str
-    action: Callable[[str], bool]
-
-    @property
-    def name(self) -> str:
-        return self.usage.split()[0]
+Answer = Callable[[], Iterator[Event]]
 
 
 class Chat:
     """One conversation at a terminal."""
 
-    def __init__(
-        self,
-        conversation: Conversation,
-        *,
-        model: str,
-        n_ctx: int,
-        history: Path,
-        chats: Path,
-        stats: bool = False,
-        verdict: Callable[[], str] = lambda: "",
-    ) -> None:
+    def __init__(self, session: Session, *, history: Path, verdict: Callable[[], str] = lambda: "") -> None:
         """`verdict` tells what came out of a trial that goes on beside the answers; it is said once."""
-        self._conversation, self._model, self._n_ctx = conversation, model, n_ctx
-        self._history, self._chats, self._stats = history, chats, stats
+        from qwenlocal.terminal.input import Pastes
+
+        self._session, self._history = session, history
         self._verdict, self._verdict_said = verdict, ""
-        self._saved: set[Path] = set()  # may be written again
-        self._commands = {command.name: command for command in self._all_commands()}
+        self._typed = TypedAhead()
+        self._pastes = Pastes()
+        self._trouble = ""
 
     def run(self, first: str | None = None) -> None:
         """Until the user leaves; `first` is asked at once."""
-        session = self._session()
-        self._say(f"{self._model}, room for {self._n_ctx:,} tokens. /help for commands, Ctrl-D to leave.")
-        if first:
-            self._ask(first)
-        while True:
-            try:
-                line = _clean(session.prompt(PROMPT))
-                if line.strip() and not self._handle(line):
-                    return
-            except KeyboardInterrupt:
-                self._say("(Ctrl-D leaves.)")
-            except EOFError:
-                return
+        session, line = self._session, self._line()
+        room = f", room for {session.conversation.n_ctx:,} tokens" if session.conversation.n_ctx else ""
+        session.say(f"{session.model}{room}. /help for commands, Ctrl-D to leave.")
+        try:
+            if first:
+                self._said(first)
+            warned = False
+            while True:
+                try:
+                    self._said(self._next(line))
+                    warned = False
+                except KeyboardInterrupt:
+                    if warned:
+                        return
+                    session.say("(Ctrl-C again or Ctrl-D leaves.)")
+                    warned = True
+        except (EOFError, Leave):
+            return
+        finally:
+            if session.keeper:
+                session.keeper.close()
 
     # --- what is typed
 
-    def _handle(self, line: str) -> bool:
-        """Do what a line says; False to leave."""
-        if line.startswith("//"):
-            self._ask(line[1:])
-        elif line.startswith("/"):
-            return self._obey(line)
-        else:
-            self._ask(line)
-        return True
+    def _next(self, line: PromptSession[str]) -> str:
+        """The next line: one that was sent during the last answer, or one that is typed now."""
+        session = self._session
+        if self._typed.sent:
+            text = self._typed.sent.pop(0)
+            sys.stdout.write(f"> {text}\n")
+            return text
+        default = session.default_text or self._typed.text
+        session.default_text = self._typed.text = ""
+        return self._pastes.unfold(_clean(line.prompt(PROMPT, default=default)))
 
-    def _obey(self, line: str) -> bool:
+    def _said(self, line: str) -> None:
+        """Do what a line says."""
+        session = self._session
+        try:
+            if session.editing:
+                self._edited(line)
+            elif line.startswith("/") and not line.startswith("//"):
+                self._obey(line)
+            elif line.strip():
+                self._ask(line.removeprefix("/") if line.startswith("//") else line)
+        except QwenlocalError as error:
+            afresh = " /clear starts afresh, /drop leaves a turn out." if isinstance(error, ContextFull) else ""
+            session.say(f"{error} {error.hint}{afresh}")
+
+    def _obey(self, line: str) -> None:
         word, _, rest = line.partition(" ")
-        command = self._commands.get(word.strip())
-        if command:
-            return command.action(rest.strip())
-        near = difflib.get_close_matches(word, self._commands, n=1, cutoff=0.5)
-        guess = f" Did you mean {near[0]}?" if near else ""
-        self._say(f"There is no command {word}.{guess} /help shows all; // at the start sends a slash.")
-        return True
+        command = find(word.strip())
+        if command is None:
+            self._session.say(unknown(word.strip()))
+            return
+        begun = command.action(self._session, rest.strip())
+        for answer in [begun] if callable(begun) else begun or ():
+            self._show(answer)
+
+    def _edited(self, line: str) -> None:
+        session = self._session
+        editing, session.editing = session.editing, None
+        if editing is None or not line.strip():
+            session.say("Nothing was changed.")
+        elif editing.answer:
+            session.conversation.replace_answer(editing.turn, line)
+            session.say("The model has said that now; what followed is kept: /branch")
+        else:
+            self._show(lambda: session.conversation.edit(editing.turn, line))
 
     def _ask(self, text: str) -> None:
-        try:
-            talk = self._conversation
-            with typed_ahead(sys.stdin), in_background(lambda: talk.ask(text), talk.stop) as events:
-                done = show_answer(events, sys.stdout, sys.stderr)
-        except QwenlocalError as error:
-            afresh = " /clear starts afresh." if isinstance(error, ContextFull) else ""
-            self._say(f"{error} {error.hint}{afresh}")
-            return
+        documents = [read_document(path) for path in mentioned(text, Path.cwd())]
+        whole = with_documents(self._session, text, documents)
+        if whole is not None:
+            self._show(lambda: self._session.conversation.ask(whole))
+
+    # --- answers
+
+    def _show(self, begin: Answer) -> None:
+        session = self._session
+        with in_background(begin, session.conversation.stop) as events:
+            done = self._draw(events)
+        session.last = done
         if done.why not in (Why.END, Why.STOP):
-            self._say(f"[{done.why.value}]")
-        if self._stats:
-            self._say(done.stats.sentence(done.why))
-        if (verdict := self._verdict()) != self._verdict_said:
-            self._say(verdict)
-            self._verdict_said = verdict
+            more = " /continue goes on." if done.why in (Why.LENGTH, Why.INTERRUPTED) and done.ids else ""
+            session.say(f"[{done.why.value}]{more}")
+        if session.stats:
+            session.say(done.stats.sentence(done.why))
+        self._say_what_else_happened()
         sys.stdout.write("\n")
         sys.stdout.flush()
 
-    # --- commands
+    def _draw(self, events: Iterator[Event]) -> Done:
+        session = self._session
+        if not can_draw():
+            return show_answer(events, sys.stdout, sys.stderr)
+        view = AnswerView(
+            Screen(sys.stdout, terminal_size),
+            look,
+            Progress(session.conversation.n_ctx),
+            lambda: self._typed.text,
+            markdown=session.markdown,
+        )
+        with typing_ahead(sys.stdin, sys.stdout, self._typed, view.key):
+            return view.show(events)
 
-    def _all_commands(self) -> list[Command]:
-        return [
-            Command("/help", "show this", self._help),
-            Command("/clear", "forget the conversation; the system prompt stays", self._clear),
-            Command("/system [TEXT]", "say who the model shall be; without TEXT, show it", self._system),
-            Command("/save [FILE]", "write the conversation as JSON", self._save),
-            Command("/exit", "leave (also Ctrl-D)", lambda _rest: False),
-        ]
-
-    def _help(self, _rest: str) -> bool:
-        width = max(len(command.usage) for command in self._commands.values())
-        for command in self._commands.values():
-            self._say(f"  {command.usage:<{width}}  {command.help}")
-        self._say("  Enter sends, Alt-Enter makes a new line, the arrows recall earlier lines,")
-        self._say("  Ctrl-C stops an answer and keeps what was said.")
-        return True
-
-    def _clear(self, _rest: str) -> bool:
-        self._conversation.clear()
-        self._say("The conversation is forgotten.")
-        return True
-
-    def _system(self, text: str) -> bool:
-        if text:
-            self._conversation.thread.tell(text)
-            self._say("The model is told so from the next message on.")
-        else:
-            self._say(self._conversation.thread.system or "(the model's own system prompt)")
-        return True
-
-    def _save(self, name: str) -> bool:
-        try:
-            path = self._save_path(name)
-            if path.exists() and path not in self._saved:
-                self._say(f"There is {path} already; choose another name.")
-                return True
-            self._conversation.save(path, self._model)
-        except CannotWrite as reason:
-            self._say(str(reason))
-        except OSError as reason:
-            self._say(f"It could not be saved there: {reason.strerror}.")
-        else:
-            self._saved.add(path)
-            self._say(f"Saved: {path}")
-        return True
-
-    def _save_path(self, name: str) -> Path:
-        if name:
-            return Path(os.path.expanduser(name)).absolute()
-        return writable(self._chats) / f"{datetime.now():%Y-%m-%d-%H%M%S}.json"
+    def _say_what_else_happened(self) -> None:
+        session = self._session
+        if (verdict := self._verdict()) != self._verdict_said:
+            session.say(verdict)
+            self._verdict_said = verdict
+        trouble = session.keeper.trouble if session.keeper else ""
+        if trouble and trouble != self._trouble:
+            session.say(f"What is said cannot be kept at the moment: {trouble}. It is tried again.")
+        self._trouble = trouble
 
     # --- the terminal
 
-    def _say(self, sentence: str) -> None:
-        dim, plain = ("\x1b[2m", "\x1b[0m") if sys.stderr.isatty() and not os.environ.get("NO_COLOR") else ("", "")
-        sys.stderr.write(f"{dim}{wrapped(harmless(sentence), sys.stderr)}{plain}\n")
-        sys.stderr.flush()
+    def _line(self) -> PromptSession[str]:
+        from qwenlocal.terminal.input import ChatCompleter, make_session
 
-    def _session(self) -> PromptSession[str]:
-        from prompt_toolkit import PromptSession
-        from prompt_toolkit.completion import WordCompleter
-
-        return PromptSession(
-            history=self._past(),
-            key_bindings=_keys(),
-            multiline=True,
-            prompt_continuation="  ",
-            completer=WordCompleter(list(self._commands), sentence=True),
-            complete_while_typing=False,
-            enable_open_in_editor=True,
+        session = self._session
+        completer = ChatCompleter(
+            session.models.names, lambda: list(prompt_files(session.prompts)), lambda: len(session.thread.turns)
         )
+        vi = os.environ.get("QWENLOCAL_KEYS", "").lower() == "vi"
+        return make_session(completer, self._pastes, self._history, toolbar=self._toolbar, vi=vi)
 
-    def _past(self) -> History:
-        """What was typed before, in this and earlier chats; only in this one where the file cannot be written."""
-        from prompt_toolkit.history import FileHistory, InMemoryHistory
+    def _toolbar(self) -> str:
+        """What the line below the input says."""
+        session = self._session
+        parts = [session.model]
+        if session.last:
+            stats, n_ctx = session.last.stats, session.conversation.n_ctx
+            used = stats.prompt_tokens + stats.answer_tokens
+            parts.append(f"{used:,} of {n_ctx:,} tokens" if n_ctx else f"{used:,} tokens")
+            if stats.answer_speed:
+                parts.append(f"{stats.answer_speed:.1f} tokens/s, first after {stats.first_token:.1f} s")
+        return " | ".join(parts)
 
-        try:
-            writable(self._history.parent)
-            with self._history.open("a"):
-                pass
-        except (CannotWrite, OSError):
-            return InMemoryHistory()
-        return FileHistory(str(self._history))
+
+def can_draw() -> bool:
+    """Whether lines can be drawn again in place: on a terminal that is more than a typewriter."""
+    return sys.stdout.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
+
+
+def terminal_size() -> Size:
+    """How large the terminal is now."""
+    found = shutil.get_terminal_size()
+    return Size(max(1, found.columns), max(2, found.lines))
+
+
+def look() -> Look:
+    """How lines look on this terminal now."""
+    return Look(max(20, terminal_size().columns), colour=not os.environ.get("NO_COLOR"))
 
 
 def _clean(line: str) -> str:
     """What was typed, with bytes that are no text (a terminal hands them on as lone surrogates) replaced."""
     return line.encode("utf-8", errors="replace").decode("utf-8")
-
-
-def _keys() -> KeyBindings:
-    """Enter sends, Alt-Enter (or Ctrl-J) makes a new line."""
-    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
-
-    keys = KeyBindings()
-
-    @keys.add("enter")
-    def _send(event: KeyPressEvent) -> None:
-        event.current_buffer.validate_and_handle()
-
-    @keys.add("escape", "enter")
-    @keys.add("c-j")
-    def _new_line(event: KeyPressEvent) -> None:
-        event.current_buffer.insert_text("\n")
-
-    return keys

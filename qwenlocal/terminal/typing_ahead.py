@@ -1,30 +1,143 @@
-"""What is typed while an answer comes: kept for the next input line, and not shown in the middle of the answer."""
+"""What is typed while an answer comes: shown below it, and kept for the next question."""
 
 from __future__ import annotations
 
+import codecs
 import contextlib
+import os
+import re
+import select
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from typing import TextIO
+
+_PASTE_ON, _PASTE_OFF = "\x1b[?2004h", "\x1b[?2004l"
+_KEYS = re.compile("\x1b(?:\\[[0-9;?]*[A-Za-z~]|O.|.)?", re.DOTALL)  # arrows and the like
+_WAIT = 0.05  # seconds, after which the end of an answer is noticed
+
+
+class TypedAhead:
+    """
+    Keys in the order in which they came, with their meaning: what is sent already, and what is still being typed.
+
+    After the keys `a b ⌫ c ⏎ d`, `sent` is ["ac"] and `text` is "d".
+    """
+
+    def __init__(self) -> None:
+        self.sent: list[str] = []
+        self.text = ""
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._half = ""  # an escape sequence or a paste whose end has not come
+
+    def feed(self, data: bytes) -> None:
+        """Bytes of a terminal."""
+        text = self._half + self._decoder.decode(data)
+        self._half = ""
+        while text:
+            if text.startswith("\x1b[200~"):
+                end = text.find("\x1b[201~")
+                if end < 0:
+                    self._half = text
+                    return
+                self.text += text[6:end].replace("\r\n", "\n").replace("\r", "\n")
+                text = text[end + 6 :]
+            elif text[0] == "\x1b":
+                if text in ("\x1b", "\x1b[") or "\x1b[200~".startswith(text):
+                    self._half = text
+                    return
+                key = _KEYS.match(text)
+                text = text[key.end() if key else 1 :]
+            else:
+                self._key(text[0])
+                text = text[1:]
+
+    def _key(self, key: str) -> None:
+        if key == "\r":
+            if self.text.strip():
+                self.sent.append(self.text)
+            self.text = ""
+        elif key == "\n":  # Ctrl-J
+            self.text += "\n"
+        elif key in "\x7f\x08":
+            self.text = self.text[:-1]
+        elif key == "\x15":  # Ctrl-U
+            self.text = ""
+        elif key == "\x17":  # Ctrl-W
+            self.text = self.text.rstrip().rpartition(" ")[0]
+        elif key.isprintable() or key == "\t":
+            self.text += key
 
 
 @contextlib.contextmanager
-def typed_ahead(terminal: TextIO) -> Iterator[None]:
+def typing_ahead(terminal: TextIO, out: TextIO, typed: TypedAhead, on_key: Callable[[], object]) -> Iterator[None]:
     """
-    No echo, and no line editing by the terminal itself, so that a carriage return stays one: whatever was typed is
-    there for the input line that follows, which sends it. Ctrl-C works as ever.
+    Keys of `terminal` go into `typed`, and `on_key` is called, in another thread; the terminal itself shows nothing.
+
+    Ctrl-C and Ctrl-Z work as ever.
     """
     if sys.platform == "win32" or not terminal.isatty():
         yield
         return
+    stopped = threading.Event()
+    reader = threading.Thread(target=_read, args=(terminal.fileno(), typed, on_key, stopped), daemon=True)
+    with _quiet(terminal, out):
+        reader.start()
+        try:
+            yield
+        finally:
+            stopped.set()
+            reader.join()
+
+
+def _read(file: int, typed: TypedAhead, on_key: Callable[[], object], stopped: threading.Event) -> None:
+    while not stopped.is_set():
+        ready, _, _ = select.select([file], [], [], _WAIT)
+        if ready:
+            try:
+                data = os.read(file, 65536)
+            except OSError:  # the terminal is gone
+                return
+            if not data:
+                return
+            typed.feed(data)
+            on_key()
+
+
+@contextlib.contextmanager
+def _quiet(terminal: TextIO, out: TextIO) -> Iterator[None]:
+    """No echo and no line editing by the terminal itself, pastes told apart from keys; again after a suspension."""
+    import signal
     import termios
 
     before = termios.tcgetattr(terminal)
     quiet = termios.tcgetattr(terminal)
     quiet[0] &= ~termios.ICRNL
     quiet[3] &= ~(termios.ECHO | termios.ICANON)
-    termios.tcsetattr(terminal, termios.TCSANOW, quiet)
+
+    def begin(*_signal: object) -> None:
+        termios.tcsetattr(terminal, termios.TCSANOW, quiet)
+        out.write(_PASTE_ON)
+        out.flush()
+
+    def end() -> None:
+        termios.tcsetattr(terminal, termios.TCSANOW, before)
+        out.write(_PASTE_OFF)
+        out.flush()
+
+    def suspend(_number: int, _frame: object) -> None:
+        end()
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    is_main = threading.current_thread() is threading.main_thread()
+    old = [(number, signal.getsignal(number)) for number in (signal.SIGTSTP, signal.SIGCONT)] if is_main else []
+    if is_main:
+        signal.signal(signal.SIGTSTP, suspend)
+        signal.signal(signal.SIGCONT, begin)
+    begin()
     try:
         yield
     finally:
-        termios.tcsetattr(terminal, termios.TCSANOW, before)
+        for number, handler in old:
+            signal.signal(number, handler)
+        end()

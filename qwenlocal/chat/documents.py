@@ -1,0 +1,137 @@
+"""Text of files that people attach: text and code as they are, PDF, DOCX and HTML by libraries that know them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwenlocal.errors import ModelNotFound, UsageProblem
+
+MOST_BYTES = 64 << 20
+_LOOKED_AT = 8192
+_MENTION = re.compile(r'(?<!\S)@(?:"([^"\n]+)"|(\S+))')
+_PICTURES = {
+    b"\x89PNG": "a picture (PNG)",
+    b"\xff\xd8\xff": "a picture (JPEG)",
+    b"GIF8": "a picture (GIF)",
+    b"RIFF": "sound, a film or a picture (RIFF)",
+    b"\x1f\x8b": "compressed (gzip)",
+    b"PK\x03\x04": "a ZIP archive",
+    b"\x7fELF": "a program",
+    b"MZ": "a program",
+    b"GGUF": "a model",
+    b"SQLite": "a database",
+}
+
+
+@dataclass(frozen=True)
+class Document:
+    """A file's name and its text."""
+
+    name: str
+    text: str
+
+    def as_message(self) -> str:
+        """Its text for the model, fenced by more backticks than it has itself."""
+        longest = max((len(run) for run in re.findall(r"`{3,}", self.text)), default=2)
+        fence = "`" * (longest + 1)
+        return f"{self.name}:\n{fence}{Path(self.name).suffix.lstrip('.')}\n{self.text.rstrip()}\n{fence}"
+
+
+def read_document(path: Path) -> Document:
+    """
+    The text of a file.
+
+    Raises
+    ------
+    ModelNotFound: there is no such file, or it cannot be read. UsageProblem: it holds no text; the reason is said.
+    """
+    try:
+        if path.is_dir():
+            raise UsageProblem(f"{path} is a folder.", hint="Give one of its files.")
+        size = path.stat().st_size
+        if size > MOST_BYTES:
+            raise UsageProblem(f"{path.name} has {size / 1e6:,.0f} MB; {MOST_BYTES >> 20} MB are read at most.")
+        data = path.read_bytes()
+    except OSError as reason:
+        why = f"The file {path} cannot be read: {reason.strerror}."
+        raise ModelNotFound(str(path), reason=why, hint="Check the path.") from reason
+    reader = _READERS.get(path.suffix.lower())
+    text = _read_with(reader, path) if reader else _plain(path, data)
+    if not text.strip():
+        raise UsageProblem(
+            f"{path.name} holds no text.", hint="A scanned page is a picture; this model reads text only."
+        )
+    return Document(path.name, text)
+
+
+def mentioned(text: str, folder: Path) -> list[Path]:
+    """
+    The files that `text` mentions as `@path` or `@"a path"`; what is no file ("@alice") is left alone.
+
+    `mentioned("compare @a.txt with @b.txt", folder)` are those two, where they exist.
+    """
+    found = []
+    for match in _MENTION.finditer(text):
+        name = match[1] or match[2].rstrip(",;:!?)")
+        for candidate in (name, name.rstrip(".")):
+            path = (folder / Path(candidate).expanduser()).resolve()
+            if path.is_file():
+                found.append(path)
+                break
+    return list(dict.fromkeys(found))
+
+
+def _plain(path: Path, data: bytes) -> str:
+    for magic, what in _PICTURES.items():
+        if data.startswith(magic):
+            raise UsageProblem(f"{path.name} is {what}; this model reads text only.")
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return data.decode("utf-16", errors="replace")
+    if b"\0" in data[:_LOOKED_AT]:
+        raise UsageProblem(f"{path.name} is a binary file; this model reads text only.")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as wrong:
+        raise UsageProblem(
+            f"{path.name} is not UTF-8 text (byte {wrong.start + 1:,} is 0x{data[wrong.start]:02X}).",
+            hint=f"If it is text in another encoding, convert it: iconv -f GB18030 -t UTF-8 {path.name}",
+        ) from wrong
+
+
+def _read_with(reader: Callable[[Path], str], path: Path) -> str:
+    try:
+        return reader(path)
+    except Exception as reason:  # whatever a library stumbles over in somebody's file
+        raise UsageProblem(
+            f"{path.name} cannot be read: {type(reason).__name__}: {reason}.", hint="Export its text, and attach that."
+        ) from reason
+
+
+def _pdf(path: Path) -> str:
+    from pypdf import PdfReader
+
+    return "\n\n".join(page.extract_text() or "" for page in PdfReader(path).pages)
+
+
+def _docx(path: Path) -> str:
+    import docx
+
+    document = docx.Document(str(path))
+    parts = [paragraph.text for paragraph in document.paragraphs]
+    for table in document.tables:
+        parts += [" | ".join(cell.text for cell in row.cells) for row in table.rows]
+    return "\n".join(parts)
+
+
+def _html(path: Path) -> str:
+    import html2text
+
+    converter = html2text.HTML2Text(bodywidth=0)
+    converter.ignore_images = True
+    return str(converter.handle(_plain(path, path.read_bytes())))
+
+
+_READERS: Mapping[str, Callable[[Path], str]] = {".pdf": _pdf, ".docx": _docx, ".html": _html, ".htm": _html}

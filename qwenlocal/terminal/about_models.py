@@ -1,0 +1,118 @@
+"""Commands about the model and the manner of its answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+from qwenlocal.engine.sampling import Sampling
+from qwenlocal.errors import UsageProblem
+from qwenlocal.terminal.session import Session
+
+SETTINGS = {
+    "temperature": "0 to 10; 0 takes the likeliest token each time",
+    "top_k": "0 (all) to 1,000,000; choose among so many of the likeliest tokens",
+    "top_p": "0 to 1; choose among tokens of this probability together",
+    "min_p": "0 to 1; drop tokens below this share of the likeliest",
+    "repeat_penalty": "0.01 to 10; 1 is none",
+    "seed": "a number, or none: another one each time",
+    "max_tokens": "a number, or none: until the context is full",
+    "overflow": "shift, summarise or stop: what happens when the context is full",
+}
+_NONE = ("none", "off", "-")
+
+
+def model(session: Session, rest: str) -> None:
+    """Go on with another model; without a name, show which it is and which there are."""
+    name = rest.strip()
+    if not name:
+        session.say(f"{session.model} answers. On this disk: {', '.join(session.models.names()) or 'no other'}.")
+        return
+    session.conversation = session.models.switch(name, session.thread)
+    session.model = name
+    if session.keeper:
+        session.keeper.model = name
+    session.say(f"{name} goes on from here, with room for {session.conversation.n_ctx or 0:,} tokens.")
+
+
+def system(session: Session, text: str) -> None:
+    """Another system prompt; without one, show it."""
+    if text:
+        session.thread.tell(text)
+        session.say("The model is told so from the next message on.")
+    else:
+        session.say(session.thread.system or "(the model's own system prompt)")
+
+
+def prompt(session: Session, rest: str) -> None:
+    """A system prompt from a file; without a name, show which there are."""
+    found = prompt_files(session.prompts)
+    name = rest.strip()
+    if not name:
+        session.say(f"Prompts: {', '.join(found)}. Your own go into {session.prompts[-1]}.")
+        return
+    if name not in found:
+        raise UsageProblem(f"There is no prompt {name}.", hint=f"There are: {', '.join(found)}")
+    try:
+        text = found[name].read_text("utf-8-sig").strip()
+    except (OSError, UnicodeDecodeError) as reason:
+        raise UsageProblem(f"The prompt {name} cannot be read: {reason}.") from reason
+    system(session, text)
+
+
+def prompt_files(folders: Sequence[Path]) -> dict[str, Path]:
+    """Prompts by their names: the files `*.txt` and `*.md` of the folders; of two alike, the later folder's."""
+    files = [path for folder in folders if folder.is_dir() for path in sorted(folder.iterdir())]
+    return {path.stem: path for path in files if path.suffix in (".txt", ".md") and path.is_file()}
+
+
+def set_(session: Session, rest: str) -> None:
+    """`/set temperature 0.3`; alone, show all."""
+    name, _, value = rest.strip().replace("=", " ").partition(" ")
+    manner = session.conversation.manner
+    known = {**{k: v for k, v in asdict(manner.sampling).items() if k in SETTINGS}}
+    known |= {"max_tokens": manner.limit, "overflow": manner.overflow}
+    if not name:
+        for setting, range_ in SETTINGS.items():
+            session.say(f"  {setting:<14}  {_shown(known[setting]):<8}  {range_}")
+        return
+    name = name.replace("-", "_")
+    if name not in SETTINGS:
+        raise UsageProblem(f"There is no setting {name}.", hint=f"There are: {', '.join(SETTINGS)}")
+    if not value.strip():
+        session.say(f"{name} is {_shown(known[name])} ({SETTINGS[name]})")
+        return
+    _change(session, name, value.strip().lower())
+    session.say(f"{name} is {value.strip()} from now on.")
+
+
+def _change(session: Session, name: str, value: str) -> None:
+    manner = session.conversation.manner
+    if name == "overflow":
+        if value not in ("shift", "summarise", "stop"):
+            raise UsageProblem(f"overflow is shift, summarise or stop; it is {value}.")
+        manner.overflow = value
+    elif name == "max_tokens":
+        manner.limit = None if value in _NONE else max(1, int(_parsed(name, value, int)))
+    elif name == "seed" and value in _NONE:
+        manner.sampling = replace(manner.sampling, seed=None)
+    else:
+        kind = int if name in ("top_k", "seed") else float
+        manner.sampling = manner.sampling.with_known({name: _parsed(name, value, kind)})
+
+
+def _parsed(name: str, value: str, kind: type[int] | type[float]) -> float | int:
+    try:
+        return kind(value.replace(",", "." if kind is float else ""))
+    except ValueError as wrong:
+        raise UsageProblem(f"{name} is {SETTINGS[name]}; it is “{value}”.") from wrong
+
+
+def _shown(value: object) -> str:
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def all_settings() -> list[str]:
+    """The fields of `Sampling` that can be set, for a test that none is forgotten."""
+    return [field.name for field in fields(Sampling)]

@@ -1,0 +1,105 @@
+"""What the commands of a chat work with: the conversation, the models, the journal, and where to say something."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from qwenlocal.chat.conversation import Conversation
+from qwenlocal.chat.events import Done
+from qwenlocal.chat.journal import Journal
+from qwenlocal.chat.keeper import Keeper
+from qwenlocal.chat.thread import Thread, Turn
+from qwenlocal.errors import UsageProblem
+
+
+class Models(Protocol):
+    """Who can load models."""
+
+    def names(self) -> Sequence[str]:
+        """Models that are on this disk."""
+        ...
+
+    def switch(self, name: str, thread: Thread) -> Conversation:
+        """
+        The conversation of `thread` with another model, loaded if it is not.
+
+        Raises
+        ------
+        QwenlocalError: there is no such model, or it cannot be loaded; the one before goes on.
+        """
+        ...
+
+    def widen(self, n_ctx: int, thread: Thread) -> Conversation:
+        """
+        The conversation with room for `n_ctx` tokens.
+
+        Raises
+        ------
+        NotEnoughMemory: they do not fit; nothing is changed then.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Editing:
+    """The next line takes the place of what `turn` asked, or of its answer."""
+
+    turn: Turn
+    answer: bool
+
+
+@dataclass
+class Session:
+    """
+    One chat at a terminal. `model` is the model's name, `say` prints a sentence beside the answers, `ask` asks for a
+    letter or a line; `keeper` is None where nothing is kept.
+    """
+
+    conversation: Conversation
+    model: str
+    models: Models
+    say: Callable[[str], None]
+    ask: Callable[[str], str]
+    prompts: Sequence[Path]
+    exports: Path
+    journal: Journal | None = None
+    keeper: Keeper | None = None
+    stats: bool = False
+    markdown: bool = True
+    last: Done | None = None
+    written: set[Path] = field(default_factory=set)  # files of ours, which may be written again
+    default_text: str = ""  # what the next input line begins with
+    editing: Editing | None = None
+
+    @property
+    def thread(self) -> Thread:
+        return self.conversation.thread
+
+    def turn(self, text: str) -> Turn:
+        """
+        The turn of a number, counted from 1; of none, the last one; of a negative one, from the end.
+
+        Raises
+        ------
+        UsageProblem: there is none.
+        """
+        turns = self.thread.turns
+        if not turns:
+            raise UsageProblem("Nothing was asked yet.")
+        number = text.strip().lstrip("#") or "-1"
+        if not number.lstrip("-").isdecimal() or not number.lstrip("-"):
+            raise UsageProblem(f"“{text}” is no turn.", hint="Turns are numbered: /ctx shows them.")
+        place = int(number)
+        if place == 0 or abs(place) > len(turns):
+            raise UsageProblem(f"There is no turn {place}; there are {len(turns)}.", hint="/ctx shows them.")
+        return turns[place - 1 if place > 0 else place]
+
+    def talk_of(self, thread: Thread, *, id: int | None = None) -> None:
+        """Go on with another thread; with `id`, a chat of the journal."""
+        if self.keeper:
+            self.keeper.close()
+        self.conversation.thread = thread
+        self.keeper = self.journal.keep(thread, model=self.model, id=id) if self.journal else None

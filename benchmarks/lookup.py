@@ -20,10 +20,10 @@ from pathlib import Path
 
 from qwenlocal.chat.loading import Loaded, Loading, LoadOptions
 from qwenlocal.chat.prompt import chat_ids
-from qwenlocal.engine.plan import Wanted
 from qwenlocal.engine.sampling import Sampling
 from qwenlocal.engine.sequence import TokenSequence
 from qwenlocal.engine.speculation import CostCurve, Speculation
+from qwenlocal.engine.wanted import Wanted
 from qwenlocal.machine import this_machine
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,10 +12,10 @@ from qwenlocal.engine.context import Aborted, Context, ContextOptions
 from qwenlocal.engine.draft_model import DraftModel, shares_vocabulary
 from qwenlocal.engine.drafting import ModelDrafts, Trial
 from qwenlocal.engine.llama import Model
-from qwenlocal.engine.plan import Wanted
 from qwenlocal.engine.sampling import Sampling
 from qwenlocal.engine.sequence import TokenSequence
 from qwenlocal.engine.speculation import USUAL_COSTS, CostCurve, NoSpeculation, Speculation
+from qwenlocal.engine.wanted import Wanted
 from qwenlocal.errors import NotEnoughMemory, UsageProblem
 from qwenlocal.machine import Machine, Memory, this_machine
 from qwenlocal.testing import write_model

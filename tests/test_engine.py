@@ -12,7 +12,8 @@ import pytest
 from qwenlocal.engine.context import Aborted, AbortFlag, Context, ContextOptions, NoRoom
 from qwenlocal.engine.llama import LoadStopped, Model, library
 from qwenlocal.engine.prefix import common_prefix
-from qwenlocal.engine.sampling import Sampler, Sampling
+from qwenlocal.engine.sampler import Sampler
+from qwenlocal.engine.sampling import Sampling
 from qwenlocal.engine.sequence import Prefill, TokenSequence
 from qwenlocal.engine.watch import MemoryWatch
 from qwenlocal.errors import BadWeights, ContextFull, MemoryLow, UsageProblem

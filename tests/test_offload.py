@@ -21,8 +21,9 @@ from qwenlocal.chat import loading
 from qwenlocal.chat.loading import Loading, LoadOptions
 from qwenlocal.engine.context import ContextOptions
 from qwenlocal.engine.llama import Model
-from qwenlocal.engine.plan import Offload, Wanted
+from qwenlocal.engine.plan import Offload
 from qwenlocal.engine.shape import Shape
+from qwenlocal.engine.wanted import Wanted
 from qwenlocal.errors import BadWeights, NoContext, NotEnoughMemory
 from qwenlocal.ggml import Device
 from qwenlocal.machine import this_machine
@@ -62,7 +63,7 @@ CLIENT = (
     + """
 from qwenlocal.chat import loading
 from qwenlocal.engine.llama import library
-from qwenlocal.engine.plan import Wanted
+from qwenlocal.engine.wanted import Wanted
 from qwenlocal.engine.sampling import Sampling
 from qwenlocal.machine import this_machine
 rpc.ggml_backend_rpc_add_server.restype, rpc.ggml_backend_rpc_add_server.argtypes = pointer, [ctypes.c_char_p]

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from qwenlocal.engine.context import Context, ContextOptions, RopeScaling
 from qwenlocal.engine.llama import Model, library
 from qwenlocal.engine.memory import OURSELVES, memory_needed
-from qwenlocal.engine.plan import KV_TYPES, Offload, Wanted, choose_offload, choose_plan
+from qwenlocal.engine.plan import Offload, choose_offload, choose_plan
 from qwenlocal.engine.shape import Shape
+from qwenlocal.engine.wanted import KV_TYPES, Wanted
 from qwenlocal.errors import NotEnoughMemory, UsageProblem
 from qwenlocal.ggml import Device
 from qwenlocal.testing import write_checkpoint, write_model

@@ -14,8 +14,8 @@ import pytest
 from qwenlocal.chat.conversation import Manner
 from qwenlocal.chat.events import Reading, Text
 from qwenlocal.chat.loading import Loaded, Loading, LoadOptions
-from qwenlocal.engine.plan import Wanted
 from qwenlocal.engine.sampling import Sampling
+from qwenlocal.engine.wanted import Wanted
 from qwenlocal.library.catalog import Catalogue
 from qwenlocal.machine import this_machine
 from qwenlocal.paths import shipped

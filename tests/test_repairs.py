@@ -12,7 +12,7 @@ import pytest
 from qwenlocal.chat.loading import Loaded, Loading, LoadOptions
 from qwenlocal.engine.context import Context, ContextOptions
 from qwenlocal.engine.llama import Model
-from qwenlocal.engine.plan import Wanted
+from qwenlocal.engine.wanted import Wanted
 from qwenlocal.machine import this_machine
 from qwenlocal.testing import CONFIG, write_checkpoint
 from qwenlocal.weights import gguf

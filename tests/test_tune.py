@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwenlocal.chat.loading import Loading, LoadOptions
-from qwenlocal.engine.plan import Wanted
 from qwenlocal.engine.speculation import USUAL_COSTS
 from qwenlocal.engine.tuned import Tuned, read_tuned, remember_costs, write_tuned
+from qwenlocal.engine.wanted import Wanted
 from qwenlocal.machine import this_machine
 from qwenlocal.measure.tune import quickest, thread_counts, tune
 

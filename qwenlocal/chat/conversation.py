@@ -20,7 +20,6 @@ from qwenlocal.engine.sampling import Sampling
 from qwenlocal.engine.text import TextStream
 from qwenlocal.errors import UsageProblem
 
-OVERFLOWS = ("shift", "stop", "summarise")
 _SUMMARY = 256  # tokens
 
 

@@ -16,13 +16,14 @@ from qwenlocal.engine.drafting import Trial
 from qwenlocal.engine.llama import LoadStopped, Model
 from qwenlocal.engine.memory import memory_needed
 from qwenlocal.engine.parking import Parking
-from qwenlocal.engine.plan import ENOUGH, Offload, Plan, Wanted, choose_offload, choose_plan
+from qwenlocal.engine.plan import ENOUGH, Offload, Plan, choose_offload, choose_plan
 from qwenlocal.engine.sampling import Sampling
 from qwenlocal.engine.saved import SavedStates, key_of
 from qwenlocal.engine.sequence import TokenSequence
 from qwenlocal.engine.shape import Shape
 from qwenlocal.engine.speculation import CostCurve, Drafts, NoSpeculation, Speculation
 from qwenlocal.engine.tuned import Tuned
+from qwenlocal.engine.wanted import Wanted
 from qwenlocal.engine.watch import MemoryWatch
 from qwenlocal.errors import BadWeights, Interrupted, NoContext, NotEnoughMemory, UsageProblem
 from qwenlocal.ggml import Device, devices

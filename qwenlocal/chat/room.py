@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from qwenlocal.chat.thread import Message, Thread, Turn
 
+OVERFLOWS = ("shift", "summarise", "stop")  # what can be done about a full context
 FULL, MADE_FREE = 0.875, 0.5  # of the context: from where on turns leave, and until when
 _SHORT = 40  # letters of a turn that is named
 _INSTRUCTION = (

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from qwenlocal.engine.plan import Wanted
+    from qwenlocal.engine.wanted import Wanted
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from qwenlocal.cli.wiring import Program
 from qwenlocal.errors import UsageProblem
 
 if TYPE_CHECKING:
-    from qwenlocal.engine.plan import Wanted
+    from qwenlocal.engine.wanted import Wanted
     from qwenlocal.measure.bench import Result
     from qwenlocal.terminal.status import StatusLine
 

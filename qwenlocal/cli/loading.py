@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from qwenlocal.errors import ModelNotFound, UsageProblem
 
 if TYPE_CHECKING:
-    from qwenlocal.engine.plan import Wanted
+    from qwenlocal.engine.wanted import Wanted
 
 _ON_OFF = {"auto": None, "on": True, "off": False}
 _ROPE = ("yarn", "linear", "none")
@@ -31,7 +31,7 @@ def wanted(
     ------
     UsageProblem: one is out of its range.
     """
-    from qwenlocal.engine.plan import Wanted, check_wanted
+    from qwenlocal.engine.wanted import Wanted, check_wanted
 
     ranges = (("-c", n_ctx, 16, 1 << 24), ("-t", threads, 1, 512), ("--ubatch", together, 1, 4096))
     for name, value, least, most in ranges:

@@ -82,23 +82,37 @@ class Opener:
 
 
 class OpenModels:
-    """The model that answers, and those that answered before, as long as there is room. Fulfils `session.Models`."""
+    """
+    The model that answers, and those that answered before, as long as there is room. Fulfils `session.Models`.
 
-    def __init__(self, program: Program, opener: Opener, name: Name, record: Record, loaded: Loaded) -> None:
-        self._program, self._opener = program, opener
-        self._open: dict[str, tuple[Name, Record, Loaded]] = {str(name): (name, record, loaded)}
+    `first` is the one that a chat begins with; it may still be on its way. `manner` is how it shall answer.
+    """
+
+    def __init__(
+        self, program: Program, opener: Opener, name: Name, record: Record, first: Callable[[], Loaded], manner: Manner
+    ) -> None:
+        self._program, self._opener, self._manner = program, opener, manner
+        self._first = (name, record, first)
+        self._open: dict[str, tuple[Name, Record, Loaded]] = {}
         self._current = str(name)
-        self._manner: Manner | None = None
+
+    def first(self, thread: Thread) -> Conversation:
+        name, record, wait = self._first
+        loaded = wait()
+        self._open[str(name)] = (name, record, loaded)
+        self._manner.sampling = self._opener.sampling(loaded)
+        return loaded.conversation(self._manner, thread)
 
     @property
-    def current(self) -> Loaded:
-        """The one that answers."""
-        return self._open[self._current][2]
+    def is_begun(self) -> bool:
+        """Whether any model is here."""
+        return bool(self._open)
 
-    def conversation(self, manner: Manner, thread: Thread) -> Conversation:
-        """The conversation of `thread` with the model that answers."""
-        self._manner = manner
-        return self.current.conversation(manner, thread)
+    @property
+    def verdict(self) -> str:
+        """What came out of the trial of a draft model, "" as long as nothing did."""
+        found = self._open.get(self._current)
+        return found[2].trial.verdict if found and found[2].trial else ""
 
     def names(self) -> Sequence[str]:
         return [record.name for record in self._program.store.records()]
@@ -109,7 +123,6 @@ class OpenModels:
             record = self._program.have(parsed)
             self._open[str(parsed)] = (parsed, record, self._with_room(lambda: self._load(parsed, record)))
         loaded = self._open[str(parsed)][2]
-        assert self._manner is not None
         conversation = loaded.conversation(self._manner, thread)
         self._current = str(parsed)
         for note in loaded.notes:
@@ -119,7 +132,6 @@ class OpenModels:
 
     def widen(self, n_ctx: int, thread: Thread) -> Conversation:
         name, record, before = self._open[self._current]
-        assert self._manner is not None
         before.sequence.remember()
         loaded = self._with_room(lambda: self._load(name, record, n_ctx))
         before.close()
@@ -148,17 +160,18 @@ class OpenModels:
     def close(self, *, keep: bool) -> None:
         """Give the memory back; with `keep`, remember what was read and learnt."""
         for _, record, loaded in self._open.values():
-            try:
-                if keep:
-                    loaded.sequence.remember()
-                    self._remember_costs(loaded, record)
-            finally:
-                loaded.close()
+            close(loaded, record, self._program, keep=keep)
         self._open.clear()
 
-    def _remember_costs(self, loaded: Loaded, record: Record) -> None:
-        """What decoding several tokens at once takes here; whether it can be written down is no matter."""
-        if loaded.costs.one is not None:
-            with contextlib.suppress(OSError):
-                tuned = self._program.folders.tuned
-                remember_costs(tuned, digest_of(record.path), power_source(), loaded.costs.known)
+
+def close(loaded: Loaded, record: Record, program: Program, *, keep: bool) -> None:
+    """Give a model's memory back; with `keep`, remember what was read, and what was learnt of this machine."""
+    try:
+        if keep:
+            loaded.sequence.remember()
+            if loaded.costs.one is not None:
+                with contextlib.suppress(OSError):  # whether that can be written down is no matter
+                    tuned = program.folders.tuned
+                    remember_costs(tuned, digest_of(record.path), power_source(), loaded.costs.known)
+    finally:
+        loaded.close()

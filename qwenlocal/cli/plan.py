@@ -16,8 +16,8 @@ from qwenlocal.errors import CannotExpress, NotEnoughMemory, UsageProblem
 from qwenlocal.library.names import CheckpointName, Name
 
 if TYPE_CHECKING:
-    from qwenlocal.engine.plan import Wanted
     from qwenlocal.engine.shape import Shape
+    from qwenlocal.engine.wanted import Wanted
     from qwenlocal.weights.header import Header
     from qwenlocal.weights.mix import ModelFacts
 

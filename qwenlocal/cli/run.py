@@ -10,11 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qwenlocal.chat.room import OVERFLOWS
 from qwenlocal.chat.thread import Thread
 from qwenlocal.cli.asked import Asked
 from qwenlocal.cli.wiring import Program
+from qwenlocal.engine.sampling import Sampling
 from qwenlocal.errors import BadWeights, Interrupted, MemoryLow, ModelNotFound, UsageProblem
-from qwenlocal.library.names import Name, PathName
+from qwenlocal.library.names import Name
 from qwenlocal.library.store import Record
 from qwenlocal.paths import shipped
 
@@ -22,9 +24,6 @@ if TYPE_CHECKING:
     from qwenlocal.chat.conversation import Manner
     from qwenlocal.chat.events import Event
     from qwenlocal.chat.loading import Loaded
-    from qwenlocal.cli.opening import OpenModels
-    from qwenlocal.cli.resuming import GoingOn
-    from qwenlocal.engine.sampling import Sampling
 
 
 def run_model(asked: Asked) -> None:
@@ -43,28 +42,31 @@ def run_model(asked: Asked) -> None:
         record = program.have(name, limit_rate=asked.limit_rate)
     else:
         name, record = program.have_default(limit_rate=asked.limit_rate)
-    models = _open(asked, program, name, record)
-    loaded = models.current
-    if prompt is None or asked.interactive or asked.stats:
+    if prompt is None or asked.interactive:
+        from qwenlocal.cli.chatting import chat
+
+        chat(asked, program, name, record, going_on, system, prompt)
+        return
+    loaded = _load(asked, program, name, record)
+    if asked.stats:
         program.say(loaded.plan.sentence())
     for note in loaded.notes:
         program.say(note)
     keep = True
     try:
-        if prompt is None or asked.interactive:
-            _chat(asked, program, name, models, going_on, system, prompt)
-        else:
-            _answer(asked, loaded, prompt, system)
+        _answer(asked, loaded, prompt, system)
     except (MemoryLow, BadWeights):
         keep = False  # there is no memory for it, or nothing worth keeping
         raise
     finally:
-        models.close(keep=keep)
+        from qwenlocal.cli.opening import close
+
+        close(loaded, record, program, keep=keep)
 
 
-def _open(asked: Asked, program: Program, name: Name, record: Record) -> OpenModels:
+def _load(asked: Asked, program: Program, name: Name, record: Record) -> Loaded:
     from qwenlocal.chat.background import in_background
-    from qwenlocal.cli.opening import Opener, OpenModels
+    from qwenlocal.cli.opening import Opener
     from qwenlocal.terminal.status import loading_status
 
     opener = Opener(asked, program)
@@ -73,13 +75,10 @@ def _open(asked: Asked, program: Program, name: Name, record: Record) -> OpenMod
         yield opener.load(name, record, status)
 
     with loading_status(sys.stderr, str(name)) as status, in_background(load, opener.loading.stop) as found:
-        return OpenModels(program, opener, name, record, next(found))
+        return next(found)
 
 
 def _check(asked: Asked) -> None:
-    from qwenlocal.chat.conversation import OVERFLOWS
-    from qwenlocal.engine.sampling import Sampling
-
     Sampling().with_known(asked.sampling)  # says what is out of range before anything is fetched or loaded
     if asked.limit is not None and asked.limit < 1:
         raise UsageProblem(f"-n must be at least 1; it is {asked.limit}.")
@@ -158,7 +157,6 @@ def _answer(asked: Asked, loaded: Loaded, prompt: str, system: str) -> None:
     from qwenlocal.chat.background import in_background
     from qwenlocal.chat.conversation import Manner
     from qwenlocal.chat.events import Why
-    from qwenlocal.chat.thread import Thread
     from qwenlocal.terminal.answer import show_answer
 
     manner = Manner(_sampling(asked, loaded), asked.limit, asked.stops, asked.overflow)
@@ -196,62 +194,3 @@ def _continuation(loaded: Loaded, text: str, manner: Manner, *, special: bool) -
     if not ids:
         raise UsageProblem("There is no text to continue.", hint='Give a beginning: --raw "Once upon a time"')
     return lambda: answer(loaded.sequence, vocabulary, ids, manner.sampling, limit=manner.limit, stops=manner.stops)
-
-
-def _chat(
-    asked: Asked,
-    program: Program,
-    name: Name,
-    models: OpenModels,
-    going_on: GoingOn | None,
-    system: str,
-    prompt: str | None,
-) -> None:
-    from qwenlocal.chat.conversation import Manner
-    from qwenlocal.cli.resuming import open_journal, say_where_it_was
-    from qwenlocal.terminal.chat import Chat
-    from qwenlocal.terminal.session import Session
-
-    manner = Manner(_sampling(asked, models.current), asked.limit, asked.stops, asked.overflow)
-    thread = going_on.thread if going_on else Thread(system)
-    if going_on and system:
-        thread.tell(system)
-    conversation = models.conversation(manner, thread)
-    journal = (going_on.journal if going_on else open_journal(program)) if asked.journal else None
-    label = name.path.name if isinstance(name, PathName) else str(name)
-    keeper = journal.keep(thread, model=str(name), id=going_on.chat.id if going_on else None) if journal else None
-    session = Session(
-        conversation,
-        label,
-        models,
-        _aside,
-        _ask,
-        [shipped("prompts"), program.folders.home / "prompts"],
-        program.folders.chats,
-        journal,
-        keeper,
-        stats=asked.stats,
-        markdown=asked.markdown,
-    )
-    if going_on:
-        say_where_it_was(going_on, keeper, _aside)
-    trial = models.current.trial
-    Chat(session, history=program.folders.history, verdict=lambda: trial.verdict if trial else "").run(prompt)
-
-
-def _aside(sentence: str) -> None:
-    """A dim line beside the answers."""
-    from qwenlocal.terminal.plain import harmless, wrapped
-
-    dim, plain = ("\x1b[2m", "\x1b[0m") if sys.stderr.isatty() and not os.environ.get("NO_COLOR") else ("", "")
-    sys.stderr.write(f"{dim}{wrapped(harmless(sentence), sys.stderr)}{plain}\n")
-    sys.stderr.flush()
-
-
-def _ask(question: str) -> str:
-    from prompt_toolkit import prompt
-
-    try:
-        return prompt(question)
-    except (EOFError, KeyboardInterrupt):
-        return ""

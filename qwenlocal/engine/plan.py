@@ -14,32 +14,19 @@ from dataclasses import dataclass, replace
 from qwenlocal.engine.context import ContextOptions, RopeScaling, rounded_up
 from qwenlocal.engine.memory import Need, memory_needed
 from qwenlocal.engine.shape import Shape
+from qwenlocal.engine.wanted import Wanted, check_wanted
 from qwenlocal.errors import NotEnoughMemory, UsageProblem
 from qwenlocal.ggml import Device, tensor_type
 
 ENOUGH = 4096  # tokens; below this, keys are kept as q8_0 before the context becomes shorter still
 LEAST_CONTEXT = 1024
 UNKNOWN_CONTEXT = 4096  # for models whose file does not state its shape
-KV_TYPES = ("f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 MOST_STRETCH = 8  # times the context that a model was trained for
 _PARKED = 3  # ends of a conversation that are kept beside it
 _STEP = 1024
 _TOGETHER = 128  # tokens computed together; as quick as 512 on a processor, for a quarter of the memory
 _DEVICE_MARGIN = 512 << 20  # bytes left free on a graphics card, for what it computes with and for others
 _GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What the user asked for; None leaves it to the plan. `force` takes what does not seem to fit."""
-
-    n_ctx: int | None = None
-    kv_type: str | None = None
-    flash_attention: bool | None = None
-    rope: str | None = None
-    threads: int = 0
-    together: int | None = None
-    force: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,25 +84,6 @@ def choose_plan(what: str, shape: Shape | None, weights: int, available: int, wa
         if need.total <= available or wanted.force:
             return Plan(replace(options, rope=rope), need, available, notes)
     raise _too_large(what, shape, weights, available, wanted)
-
-
-def check_wanted(wanted: Wanted) -> None:
-    """
-    What can be seen of the wishes alone.
-
-    Raises
-    ------
-    UsageProblem: keys and values cannot be kept so.
-    """
-    if wanted.kv_type is not None and wanted.kv_type not in KV_TYPES:
-        raise UsageProblem(
-            f"Keys and values cannot be kept as “{wanted.kv_type}”.", hint="There are: " + ", ".join(KV_TYPES)
-        )
-    quantized = wanted.kv_type not in (None, "f16", "bf16")
-    if quantized and wanted.flash_attention is False:
-        raise UsageProblem(
-            f"Values as {wanted.kv_type} need flash attention.", hint="Leave --flash-attention off away, or --kv."
-        )
 
 
 def _candidates(shape: Shape, weights: int, available: int, wanted: Wanted) -> Iterator[ContextOptions]:

@@ -11,7 +11,8 @@ from typing import Protocol
 from qwenlocal.engine.context import Aborted, Context, NoRoom
 from qwenlocal.engine.parking import WORTH_PARKING, Parking
 from qwenlocal.engine.prefix import common_prefix
-from qwenlocal.engine.sampling import Sampler, Sampling
+from qwenlocal.engine.sampler import Sampler
+from qwenlocal.engine.sampling import Sampling
 from qwenlocal.engine.saved import SavedStates
 from qwenlocal.engine.speculation import Drafts, NoSpeculation
 from qwenlocal.engine.watch import EVERY

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +19,7 @@ from qwenlocal.terminal.about_models import prompt_files
 from qwenlocal.terminal.answer import show_answer
 from qwenlocal.terminal.attaching import with_documents
 from qwenlocal.terminal.commands import Leave, find, unknown
-from qwenlocal.terminal.markdown import Look
+from qwenlocal.terminal.markdown import Look, warm_up
 from qwenlocal.terminal.screen import Screen, Size
 from qwenlocal.terminal.session import Session
 from qwenlocal.terminal.typing_ahead import TypedAhead, typing_ahead
@@ -25,6 +27,7 @@ from qwenlocal.terminal.view import AnswerView, Progress
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
+    from prompt_toolkit.application import Application
     from prompt_toolkit.formatted_text import StyleAndTextTuples
 
 PROMPT: StyleAndTextTuples = [("bold fg:ansigreen", "> ")]
@@ -34,21 +37,35 @@ Answer = Callable[[], Iterator[Event]]
 class Chat:
     """One conversation at a terminal."""
 
-    def __init__(self, session: Session, *, history: Path, verdict: Callable[[], str] = lambda: "") -> None:
-        """`verdict` tells what came out of a trial that goes on beside the answers; it is said once."""
+    def __init__(
+        self,
+        session: Session,
+        *,
+        history: Path,
+        verdict: Callable[[], str] = lambda: "",
+        begin: Callable[[], object] = lambda: None,
+    ) -> None:
+        """
+        `verdict` tells what came out of a trial that goes on beside the answers; it is said once. `begin` is called
+        when the input line is there for the first time: the model can be loaded behind it.
+        """
         from qwenlocal.terminal.input import Pastes
 
         self._session, self._history = session, history
         self._verdict, self._verdict_said = verdict, ""
+        self._begin = begin
+        self._app: Application[str] | None = None
         self._typed = TypedAhead()
         self._pastes = Pastes()
         self._trouble = ""
+        self._is_warm = False
 
     def run(self, first: str | None = None) -> None:
         """Until the user leaves; `first` is asked at once."""
         session, line = self._session, self._line()
-        room = f", room for {session.conversation.n_ctx:,} tokens" if session.conversation.n_ctx else ""
-        session.say(f"{session.model}{room}. /help for commands, Ctrl-D to leave.")
+        self._app = line.app
+        line.app.after_render.add_handler(self._rendered)
+        session.say(f"{session.model}. /help for commands, Ctrl-D to leave.")
         try:
             if first:
                 self._said(first)
@@ -68,6 +85,22 @@ class Chat:
             if session.keeper:
                 session.keeper.close()
 
+    def _warm_up(self) -> None:
+        """While the first line is typed, what the first answer will need is imported."""
+        if not self._is_warm and can_draw() and self._session.markdown:
+            threading.Thread(target=warm_up, daemon=True).start()
+        self._is_warm = True
+
+    def model_is_there(self, failure: BaseException | None) -> None:
+        """The model is loaded; where that failed, the chat ends with the reason. From any thread."""
+        app = self._app
+        if failure is not None and app is not None and app.is_running and app.loop is not None:
+            app.loop.call_soon_threadsafe(functools.partial(app.exit, exception=failure))
+
+    def _rendered(self, _app: Application[str]) -> None:
+        self._begin()
+        self._warm_up()
+
     # --- what is typed
 
     def _next(self, line: PromptSession[str]) -> str:
@@ -77,6 +110,8 @@ class Chat:
             text = self._typed.sent.pop(0)
             sys.stdout.write(f"> {text}\n")
             return text
+        if self._typed.leaves:
+            raise EOFError
         default = session.default_text or self._typed.text
         session.default_text = self._typed.text = ""
         return self._pastes.unfold(_clean(line.prompt(PROMPT, default=default)))
@@ -84,6 +119,8 @@ class Chat:
     def _said(self, line: str) -> None:
         """Do what a line says."""
         session = self._session
+        if line.strip() and not line.startswith("/"):
+            _ = session.conversation  # where its model cannot be loaded, there is nothing to chat with
         try:
             if session.editing:
                 self._edited(line)

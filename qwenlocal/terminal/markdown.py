@@ -42,6 +42,7 @@ _STYLES = {  # the terminal's own colours
     "markdown.table.border": "dim",
     "markdown.table.header": "bold",
 }
+_ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 _OPEN_MARK = re.compile(r"(\*{1,3}|_{1,3}|~~|`+)$")
 _CODE = re.compile(r"`[^`]*`")
 _MARKS = {  # innermost first: marks with a letter beside them, which a list's bullet has not
@@ -159,6 +160,13 @@ class _Code:
         return finished, [self._highlighter.peek(last)] if last else []
 
 
+def warm_up() -> None:
+    """Have the libraries imported that lay text out: half a second that an answer need not wait for."""
+    MarkdownStream().end(Look(80, colour=True))
+    _laid_out("- a\n\n|b|\n|-|", Look(80, colour=True))
+    Highlighter("python", colour=True).line("x = 1")
+
+
 def _first_block(text: str) -> int | None:
     """Where the second block begins, if there is one: the first is finished then."""
     starts = [token.map[0] for token in _blocks(text) if token.map]
@@ -261,11 +269,15 @@ def _laid_out(block: str, look: Look) -> list[str]:
     console = _console(look)
     lines = console.render_lines(_element()(block, hyperlinks=False), console.options, pad=False)
     found = ["".join(_ansi(part, look) for part in line if not part.control).rstrip() for line in lines]
-    while found and not found[-1]:
+    while found and _is_blank(found[-1]):
         found.pop()
-    while found and not found[0]:
+    while found and _is_blank(found[0]):
         found.pop(0)
     return found
+
+
+def _is_blank(line: str) -> bool:
+    return not _ESCAPES.sub("", line).strip()
 
 
 def _ansi(part: Segment, look: Look) -> str:

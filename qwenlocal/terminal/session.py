@@ -5,18 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from qwenlocal.chat.conversation import Conversation
-from qwenlocal.chat.events import Done
-from qwenlocal.chat.journal import Journal
-from qwenlocal.chat.keeper import Keeper
-from qwenlocal.chat.thread import Thread, Turn
 from qwenlocal.errors import UsageProblem
+
+if TYPE_CHECKING:
+    from qwenlocal.chat.conversation import Conversation
+    from qwenlocal.chat.events import Done
+    from qwenlocal.chat.journal import Journal
+    from qwenlocal.chat.keeper import Keeper
+    from qwenlocal.chat.thread import Thread, Turn
 
 
 class Models(Protocol):
     """Who can load models."""
+
+    def first(self, thread: Thread) -> Conversation:
+        """
+        The conversation of `thread` with the model that the chat begins with; waits until it is loaded.
+
+        Raises
+        ------
+        QwenlocalError: it cannot be loaded. KeyboardInterrupt: it was not waited for.
+        """
+        ...
 
     def names(self) -> Sequence[str]:
         """Models that are on this disk."""
@@ -54,11 +66,11 @@ class Editing:
 @dataclass
 class Session:
     """
-    One chat at a terminal. `model` is the model's name, `say` prints a sentence beside the answers, `ask` asks for a
-    letter or a line; `keeper` is None where nothing is kept.
+    One chat at a terminal. `begun` is the thread that it begins with, `model` the model's name; `say` prints a sentence
+    beside the answers, `ask` asks for a letter or a line; `keeper` is None where nothing is kept.
     """
 
-    conversation: Conversation
+    begun: Thread
     model: str
     models: Models
     say: Callable[[str], None]
@@ -74,9 +86,23 @@ class Session:
     default_text: str = ""  # what the next input line begins with
     editing: Editing | None = None
 
+    current: Conversation | None = None
+
+    @property
+    def conversation(self) -> Conversation:
+        """The conversation; where the model is still being loaded, this waits for it."""
+        if self.current is None:
+            self.current = self.models.first(self.begun)
+        return self.current
+
+    @conversation.setter
+    def conversation(self, new: Conversation) -> None:
+        self.current = new
+
     @property
     def thread(self) -> Thread:
-        return self.conversation.thread
+        """What was said so far."""
+        return self.current.thread if self.current else self.begun
 
     def turn(self, text: str) -> Turn:
         """

@@ -21,12 +21,13 @@ class TypedAhead:
     """
     Keys in the order in which they came, with their meaning: what is sent already, and what is still being typed.
 
-    After the keys `a b ⌫ c ⏎ d`, `sent` is ["ac"] and `text` is "d".
+    After the keys `a b ⌫ c ⏎ d`, `sent` is ["ac"] and `text` is "d". `leaves` after Ctrl-D on an empty line.
     """
 
     def __init__(self) -> None:
         self.sent: list[str] = []
         self.text = ""
+        self.leaves = False
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._half = ""  # an escape sequence or a paste whose end has not come
 
@@ -63,6 +64,8 @@ class TypedAhead:
             self.text = self.text[:-1]
         elif key == "\x15":  # Ctrl-U
             self.text = ""
+        elif key == "\x04" and not self.text:
+            self.leaves = True
         elif key == "\x17":  # Ctrl-W
             self.text = self.text.rstrip().rpartition(" ")[0]
         elif key.isprintable() or key == "\t":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,7 +13,7 @@ from qwenlocal.terminal.markdown import Lines, Look, MarkdownStream
 from qwenlocal.terminal.plain import harmless
 from qwenlocal.terminal.screen import Screen, width_of
 
-_LEAST = 0.04  # seconds between two pictures
+_LEAST, _MOST = 0.04, 0.4  # seconds between two pictures
 _SHARE = 40  # times as long as a picture took is waited before the next: laying out takes 1/40 of the time
 _PATIENCE = 0.3  # seconds before it is said what the model is at
 
@@ -119,7 +120,7 @@ class AnswerView:
                         self._stream.feed(event.text)
                         self._is_new = True
                     elif isinstance(event, LeftOut):
-                        self._above.append(_dim(harmless(event.sentence()), self._look()))
+                        self._above += _dim_lines(harmless(event.sentence()), self._look())
                     elif isinstance(event, Done):
                         done = event
         with self._lock:
@@ -163,7 +164,7 @@ class AnswerView:
             self._screen.update(finished, self._open, self._below(look))
             taken = self._clock() - begun
             self.seconds += taken
-            self._next = begun + _SHARE * taken
+            self._next = begun + min(_MOST, _SHARE * taken)
 
     def _below(self, look: Look) -> list[str]:
         """The status line, and what is being typed."""
@@ -175,6 +176,10 @@ class AnswerView:
                 line = line[1:]
             found.append(f"> {line}")
         return found
+
+
+def _dim_lines(text: str, look: Look) -> list[str]:
+    return [f"\x1b[2m{line}\x1b[0m" for line in textwrap.wrap(text, look.width)]
 
 
 def _dim(text: str, look: Look) -> str:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import pytest
 import typer.testing
@@ -131,3 +132,21 @@ def invoke(request: pytest.FixtureRequest, folders: Folders, monkeypatch: pytest
         return subprocess.CompletedProcess(arguments, result.exit_code, result.stdout, result.stderr)
 
     return run
+
+
+@pytest.fixture
+def terminal(environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """Opens the program in a terminal of its own: `terminal("run", "x.gguf")`, a `terminal.Terminal`."""
+    from terminal import Terminal
+
+    opened: list[Terminal] = []
+
+    def open_(*arguments: str, term: str = "xterm-256color") -> Terminal:
+        command = [sys.executable, "-m", "qwenlocal", *arguments]
+        one = Terminal(command, {**environment, "TERM": term}, tmp_path)
+        opened.append(one)
+        return one
+
+    yield open_
+    for one in opened:
+        one.close()

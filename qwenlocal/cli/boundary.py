@@ -68,11 +68,10 @@ def _turn_away() -> None:
 
 def show(error: QwenlocalError) -> None:
     """The sentence and the next step, on stderr."""
-    colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
-    mark, dim, plain = ("\x1b[1;31m", "\x1b[2m", "\x1b[0m") if colour else ("", "", "")
-    from qwenlocal.terminal.plain import harmless, wrapped
+    from qwenlocal.terminal.plain import dimmed, harmless, has_colours, wrapped
 
+    mark, plain = ("\x1b[1;31m", "\x1b[0m") if has_colours(sys.stderr) else ("", "")
     sentence = wrapped(f"qwenlocal: {harmless(str(error))}", sys.stderr).removeprefix("qwenlocal:")
     sys.stderr.write(f"{mark}qwenlocal:{plain}{sentence}\n")
     if error.hint:
-        sys.stderr.write(f"{dim}{wrapped('  ' + harmless(error.hint), sys.stderr)}{plain}\n")
+        sys.stderr.write(dimmed(wrapped("  " + harmless(error.hint), sys.stderr), sys.stderr) + "\n")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from qwenlocal.cli.values import print_json, print_table
 from qwenlocal.cli.wiring import Program
 from qwenlocal.errors import CannotWrite, ChatNotFound, OutputExists, UsageProblem
-from qwenlocal.terminal.plain import harmless
+from qwenlocal.terminal.plain import harmless, has_colours
 
 if TYPE_CHECKING:
     from qwenlocal.chat.journal import Chat, Journal
@@ -60,7 +60,7 @@ def search_chats(words: str, *, as_json: bool) -> None:
     if as_json:
         print_json([vars(hit) for hit in hits])
         return
-    bold, plain = ("\x1b[1m", "\x1b[0m") if sys.stdout.isatty() else ("", "")
+    bold, plain = ("\x1b[1m", "\x1b[0m") if has_colours(sys.stdout) else ("", "")
     for hit in hits:
         before, found, after = map(harmless, (hit.before, hit.found, hit.after))
         sys.stdout.write(f"{hit.chat}  {_day(hit.created)}  {hit.role}: …{before}{bold}{found}{plain}{after}…\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -15,7 +14,7 @@ from qwenlocal.library.names import Name, PathName
 from qwenlocal.library.store import Record
 from qwenlocal.paths import shipped
 from qwenlocal.terminal.chat import Chat
-from qwenlocal.terminal.plain import harmless, wrapped
+from qwenlocal.terminal.plain import dimmed, harmless, wrapped
 from qwenlocal.terminal.session import Session
 from qwenlocal.terminal.status import StatusLine
 
@@ -156,8 +155,7 @@ class _Models:
 
 def aside(sentence: str) -> None:
     """A dim line beside the answers."""
-    dim, plain = ("\x1b[2m", "\x1b[0m") if sys.stderr.isatty() and not os.environ.get("NO_COLOR") else ("", "")
-    sys.stderr.write(f"{dim}{wrapped(harmless(sentence), sys.stderr)}{plain}\n")
+    sys.stderr.write(dimmed(wrapped(harmless(sentence), sys.stderr), sys.stderr) + "\n")
     sys.stderr.flush()
 
 

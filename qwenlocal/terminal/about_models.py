@@ -30,10 +30,10 @@ def model(session: Session, rest: str) -> None:
         session.say(f"{session.model} answers. On this disk: {', '.join(session.models.names()) or 'no other'}.")
         return
     session.conversation = session.models.switch(name, session.thread)
-    session.model = name
+    session.model = name.rpartition("/")[2] if name.startswith((".", "/", "~")) else name
     if session.keeper:
         session.keeper.model = name
-    session.say(f"{name} goes on from here, with room for {session.conversation.n_ctx or 0:,} tokens.")
+    session.say(f"{session.model} goes on from here, with room for {session.conversation.n_ctx or 0:,} tokens.")
 
 
 def system(session: Session, text: str) -> None:
@@ -106,7 +106,7 @@ def _parsed(name: str, value: str, kind: type[int] | type[float]) -> float | int
     try:
         return kind(value.replace(",", "." if kind is float else ""))
     except ValueError as wrong:
-        raise UsageProblem(f"{name} is {SETTINGS[name]}; it is “{value}”.") from wrong
+        raise UsageProblem(f"“{value}” is nothing for {name}: {SETTINGS[name]}.") from wrong
 
 
 def _shown(value: object) -> str:

@@ -20,9 +20,10 @@ from qwenlocal.terminal.answer import show_answer
 from qwenlocal.terminal.attaching import with_documents
 from qwenlocal.terminal.commands import Leave, find, unknown
 from qwenlocal.terminal.markdown import Look, warm_up
+from qwenlocal.terminal.plain import has_colours, obeys
 from qwenlocal.terminal.screen import Screen, Size
 from qwenlocal.terminal.session import Session
-from qwenlocal.terminal.typing_ahead import TypedAhead, typing_ahead
+from qwenlocal.terminal.typing_ahead import TypedAhead, quiet, typing_ahead
 from qwenlocal.terminal.view import AnswerView, Progress
 
 if TYPE_CHECKING:
@@ -67,27 +68,32 @@ class Chat:
         line.app.after_render.add_handler(self._rendered)
         session.say(f"{session.model}. /help for commands, Ctrl-D to leave.")
         try:
-            if first:
-                self._said(first)
-            warned = False
-            while True:
-                try:
-                    self._said(self._next(line))
-                    warned = False
-                except KeyboardInterrupt:
-                    if warned:
-                        return
-                    session.say("(Ctrl-C again or Ctrl-D leaves.)")
-                    warned = True
+            with quiet(sys.stdin, sys.stdout):
+                self._take_lines(line, first)
         except (EOFError, Leave):
             return
         finally:
             if session.keeper:
                 session.keeper.close()
 
+    def _take_lines(self, line: PromptSession[str], first: str | None) -> None:
+        """One after the other, until Ctrl-C is pressed twice."""
+        warned = False
+        if first:
+            self._said(first)
+        while True:
+            try:
+                self._said(self._next(line))
+                warned = False
+            except KeyboardInterrupt:
+                if warned:
+                    return
+                self._session.say("(Ctrl-C again or Ctrl-D leaves.)")
+                warned = True
+
     def _warm_up(self) -> None:
         """While the first line is typed, what the first answer will need is imported."""
-        if not self._is_warm and can_draw() and self._session.markdown:
+        if not self._is_warm and obeys(sys.stdout) and self._session.markdown:
             threading.Thread(target=warm_up, daemon=True).start()
         self._is_warm = True
 
@@ -177,7 +183,7 @@ class Chat:
 
     def _draw(self, events: Iterator[Event]) -> Done:
         session = self._session
-        if not can_draw():
+        if not obeys(sys.stdout):
             return show_answer(events, sys.stdout, sys.stderr)
         view = AnswerView(
             Screen(sys.stdout, terminal_size),
@@ -186,7 +192,7 @@ class Chat:
             lambda: self._typed.text,
             markdown=session.markdown,
         )
-        with typing_ahead(sys.stdin, sys.stdout, self._typed, view.key):
+        with typing_ahead(sys.stdin, self._typed, view.key):
             return view.show(events)
 
     def _say_what_else_happened(self) -> None:
@@ -224,11 +230,6 @@ class Chat:
         return " | ".join(parts)
 
 
-def can_draw() -> bool:
-    """Whether lines can be drawn again in place: on a terminal that is more than a typewriter."""
-    return sys.stdout.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
-
-
 def terminal_size() -> Size:
     """How large the terminal is now."""
     found = shutil.get_terminal_size()
@@ -237,7 +238,7 @@ def terminal_size() -> Size:
 
 def look() -> Look:
     """How lines look on this terminal now."""
-    return Look(max(20, terminal_size().columns), colour=not os.environ.get("NO_COLOR"))
+    return Look(max(20, terminal_size().columns), colour=has_colours(sys.stdout))
 
 
 def _clean(line: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import textwrap
@@ -16,6 +17,21 @@ def harmless(text: str) -> str:
     `text` with control characters made visible; line breaks and tabs stay: `harmless("\\x1b[2J")` is "␛[2J".
     """
     return _CONTROL.sub(lambda match: _picture(match[0]), text)
+
+
+def obeys(out: TextIO) -> bool:
+    """Whether `out` is a terminal that obeys escape sequences, and not a typewriter (TERM=dumb)."""
+    return out.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
+
+
+def has_colours(out: TextIO) -> bool:
+    """Whether `out` shows colours, and nobody asked for none (https://no-color.org)."""
+    return obeys(out) and not os.environ.get("NO_COLOR")
+
+
+def dimmed(text: str, out: TextIO) -> str:
+    """`text` in grey, where there are colours."""
+    return f"\x1b[2m{text}\x1b[0m" if has_colours(out) else text
 
 
 def wrapped(text: str, out: TextIO) -> str:

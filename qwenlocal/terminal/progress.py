@@ -7,6 +7,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
+from qwenlocal.terminal.plain import obeys
+
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
@@ -121,4 +123,4 @@ class Live:
 
 def progress(out: TextIO) -> Live | Plain:
     """What fits `out`."""
-    return Live(out) if out.isatty() else Plain(out)
+    return Live(out) if obeys(out) else Plain(out)

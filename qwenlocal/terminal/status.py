@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
+from qwenlocal.terminal.plain import obeys
+
 _PATIENCE = 0.7  # seconds; what is quicker needs no words
 _ERASE = "\r\x1b[K"
 
@@ -21,7 +23,7 @@ class StatusLine:
 
     def show(self, sentence: str) -> None:
         """Put `sentence` on the line."""
-        if sentence == self._shown or not self._out.isatty() or self._clock() - self._began < self._patience:
+        if sentence == self._shown or not obeys(self._out) or self._clock() - self._began < self._patience:
             return
         self._shown = sentence
         self._out.write(f"{_ERASE}\x1b[2m{sentence}\x1b[0m")

@@ -12,8 +12,11 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
+from qwenlocal.terminal.plain import obeys
+
 _PASTE_ON, _PASTE_OFF = "\x1b[?2004h", "\x1b[?2004l"
-_KEYS = re.compile("\x1b(?:\\[[0-9;?]*[A-Za-z~]|O.|.)?", re.DOTALL)  # arrows and the like
+_KEYS = re.compile("\x1b(?:\\[[0-9;?<]*[@-~]|O.|[^\\[O])", re.DOTALL)  # arrows and the like, whole
+_LONGEST_KEY = 16
 _WAIT = 0.05  # seconds, after which the end of an answer is noticed
 
 
@@ -44,10 +47,10 @@ class TypedAhead:
                 self.text += text[6:end].replace("\r\n", "\n").replace("\r", "\n")
                 text = text[end + 6 :]
             elif text[0] == "\x1b":
-                if text in ("\x1b", "\x1b[") or "\x1b[200~".startswith(text):
+                key = _KEYS.match(text)
+                if key is None and len(text) < _LONGEST_KEY:
                     self._half = text
                     return
-                key = _KEYS.match(text)
                 text = text[key.end() if key else 1 :]
             else:
                 self._key(text[0])
@@ -73,24 +76,19 @@ class TypedAhead:
 
 
 @contextlib.contextmanager
-def typing_ahead(terminal: TextIO, out: TextIO, typed: TypedAhead, on_key: Callable[[], object]) -> Iterator[None]:
-    """
-    Keys of `terminal` go into `typed`, and `on_key` is called, in another thread; the terminal itself shows nothing.
-
-    Ctrl-C and Ctrl-Z work as ever.
-    """
+def typing_ahead(terminal: TextIO, typed: TypedAhead, on_key: Callable[[], object]) -> Iterator[None]:
+    """Keys of a `quiet` terminal go into `typed`, and `on_key` is called, in another thread."""
     if sys.platform == "win32" or not terminal.isatty():
         yield
         return
     stopped = threading.Event()
     reader = threading.Thread(target=_read, args=(terminal.fileno(), typed, on_key, stopped), daemon=True)
-    with _quiet(terminal, out):
-        reader.start()
-        try:
-            yield
-        finally:
-            stopped.set()
-            reader.join()
+    reader.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        reader.join()
 
 
 def _read(file: int, typed: TypedAhead, on_key: Callable[[], object], stopped: threading.Event) -> None:
@@ -108,25 +106,31 @@ def _read(file: int, typed: TypedAhead, on_key: Callable[[], object], stopped: t
 
 
 @contextlib.contextmanager
-def _quiet(terminal: TextIO, out: TextIO) -> Iterator[None]:
-    """No echo and no line editing by the terminal itself, pastes told apart from keys; again after a suspension."""
+def quiet(terminal: TextIO, out: TextIO) -> Iterator[None]:
+    """
+    No echo and no line editing by the terminal itself, pastes told apart from keys; again after a suspension.
+
+    So keys that are pressed while nobody reads them keep their meaning: Enter stays a carriage return, Ctrl-D itself.
+    Ctrl-C and Ctrl-Z work as ever.
+    """
+    if sys.platform == "win32" or not terminal.isatty():
+        yield
+        return
     import signal
     import termios
 
     before = termios.tcgetattr(terminal)
-    quiet = termios.tcgetattr(terminal)
-    quiet[0] &= ~termios.ICRNL
-    quiet[3] &= ~(termios.ECHO | termios.ICANON)
+    silent = termios.tcgetattr(terminal)
+    silent[0] &= ~termios.ICRNL
+    silent[3] &= ~(termios.ECHO | termios.ICANON)
 
     def begin(*_signal: object) -> None:
-        termios.tcsetattr(terminal, termios.TCSANOW, quiet)
-        out.write(_PASTE_ON)
-        out.flush()
+        termios.tcsetattr(terminal, termios.TCSANOW, silent)
+        _tell(out, _PASTE_ON)
 
     def end() -> None:
         termios.tcsetattr(terminal, termios.TCSANOW, before)
-        out.write(_PASTE_OFF)
-        out.flush()
+        _tell(out, _PASTE_OFF)
 
     def suspend(_number: int, _frame: object) -> None:
         end()
@@ -144,3 +148,9 @@ def _quiet(terminal: TextIO, out: TextIO) -> Iterator[None]:
         for number, handler in old:
             signal.signal(number, handler)
         end()
+
+
+def _tell(out: TextIO, sequence: str) -> None:
+    if obeys(out):
+        out.write(sequence)
+        out.flush()

@@ -1,0 +1,104 @@
+"""A program in a real pseudo-terminal, and its screen read back."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pexpect = pytest.importorskip("pexpect", reason="there are no pseudo-terminals here")
+import pyte  # noqa: E402
+
+COLUMNS, LINES = 80, 24
+
+
+class Terminal:
+    """A program in a pseudo-terminal of 80 columns and 24 lines."""
+
+    def __init__(self, command: list[str], environment: dict[str, str], folder: Path) -> None:
+        self._screen = pyte.HistoryScreen(COLUMNS, LINES, history=1000)
+        self._stream = pyte.ByteStream(self._screen)
+        self._child = pexpect.spawn(
+            command[0],
+            command[1:],
+            env={"TERM": "xterm-256color", **environment},
+            cwd=str(folder),
+            dimensions=(LINES, COLUMNS),
+            timeout=30,
+        )
+        self._child.delaybeforesend = None
+        self._raw = b""
+
+    def type(self, text: str) -> None:
+        self._child.send(text)
+
+    def read(self, seconds: float = 0.05) -> None:
+        """Whatever the program writes for a while; questions of prompt_toolkit about the cursor are answered."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            try:
+                data = self._child.read_nonblocking(1 << 16, timeout=left)
+            except pexpect.TIMEOUT:
+                return
+            except pexpect.EOF:
+                return
+            self._raw += data
+            self._stream.feed(data)
+            if b"\x1b[6n" in data:
+                self._child.send(f"\x1b[{self._screen.cursor.y + 1};{self._screen.cursor.x + 1}R")
+
+    @property
+    def text(self) -> str:
+        """What the screen shows, and what scrolled off its top."""
+        top = [
+            "".join(line[column].data for column in range(self._screen.columns)) for line in self._screen.history.top
+        ]
+        return "\n".join(line.rstrip() for line in [*top, *self._screen.display]).rstrip()
+
+    @property
+    def raw(self) -> bytes:
+        return self._raw
+
+    def wait_for(self, pattern: str, seconds: float = 30) -> str:
+        """Until the screen shows `pattern`."""
+        end = time.monotonic() + seconds
+        while not re.search(pattern, self.text, re.M | re.S):
+            assert time.monotonic() < end, f"{pattern!r} never came; the screen shows:\n{self.text}"
+            self.read()
+        return self.text
+
+    def wait_for_prompt(self, count: int = 1) -> str:
+        """Until an empty input line is shown for the `count`-th time and the program waits."""
+        return self.wait_for(r"^>.*" * (count - 1) + r"^>$")
+
+    def resize(self, columns: int, lines: int) -> None:
+        """Make the window another size."""
+        self._screen.resize(lines, columns)
+        self._child.setwinsize(lines, columns)
+
+    def kill(self) -> None:
+        """kill -9."""
+        self._child.kill(9)
+        self._child.wait()
+
+    def hang_up(self) -> None:
+        """Close the window."""
+        self._child.close(force=False)
+
+    def ended(self, seconds: float = 15) -> int:
+        """The exit code, once the program has ended."""
+        end = time.monotonic() + seconds
+        while self._child.isalive():
+            assert time.monotonic() < end, f"it did not end; the screen shows:\n{self.text}"
+            self.read()
+        self._child.close()
+        return int(self._child.exitstatus if self._child.exitstatus is not None else -self._child.signalstatus)
+
+    def close(self) -> None:
+        self._child.close(force=True)
+
+
+Open = Callable[..., Terminal]

@@ -1,0 +1,62 @@
+"""Keys that are pressed while an answer comes."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwenlocal.terminal.input import Pastes
+from qwenlocal.terminal.typing_ahead import TypedAhead
+
+
+@pytest.mark.parametrize(
+    ("keys", "sent", "text"),
+    [
+        (b"ab\x7fc\rd", ["ac"], "d"),
+        ("你好\x7f".encode(), [], "你"),
+        (b"one\rtwo\r", ["one", "two"], ""),
+        (b"\r\r", [], ""),
+        (b"a\nb\r", ["a\nb"], ""),
+        (b"some words\x17\x17x", [], "x"),
+        (b"gone\x15here", [], "here"),
+        (b"a\x1b[Db\x1b[1;5Cc\x1bOPd\x1bfe", [], "abcde"),
+        (b"\x1b[200~two\rlines\x1b[201~!\r", ["two\nlines!"], ""),
+        (b"\x1b[200~\x04\x1b[31mred\x1b[201~", [], "\x04\x1b[31mred"),
+    ],
+)
+def test_keys_do_what_they_do_in_the_line(keys: bytes, sent: list[str], text: str) -> None:
+    for step in (1, 2, len(keys)):
+        typed = TypedAhead()
+        for at in range(0, len(keys), step):
+            typed.feed(keys[at : at + step])
+        assert (typed.sent, typed.text) == (sent, text)
+
+
+def test_ctrl_d_on_an_empty_line_leaves() -> None:
+    typed = TypedAhead()
+    typed.feed(b"a\x04")
+    assert not typed.leaves
+    typed.feed(b"\x7f\x04")
+    assert typed.leaves
+
+
+@given(st.binary(max_size=100))
+def test_any_bytes_at_all_are_taken(data: bytes) -> None:
+    typed = TypedAhead()
+    typed.feed(data)
+    assert "\r" not in typed.text + "".join(typed.sent)
+    assert all(line.strip() for line in typed.sent)
+
+
+# --- pastes
+
+
+def test_a_long_paste_is_folded_and_unfolded() -> None:
+    pastes = Pastes()
+    long = "\n".join(f"line {n}" for n in range(240))
+    assert pastes.fold("short\npaste") == "short\npaste"
+    assert pastes.fold(long) == "[paste 1: 240 lines]"
+    assert pastes.fold("x" * 5000) == "[paste 2: 5,000 letters]"
+    line = "look: [paste 1: 240 lines] and [paste 2: 5,000 letters]; [paste 9: 3 lines]"
+    assert pastes.unfold(line) == f"look: {long} and {'x' * 5000}; [paste 9: 3 lines]"

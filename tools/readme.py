@@ -1,5 +1,5 @@
 """
-Keeps the parts of README.md that are made from the program itself: the table of models, the commands, the exit codes.
+Keeps the parts of README.md and docs/chat.md that are made from the program itself: tables of models, commands, keys.
 
     .venv/bin/python tools/readme.py         writes them; a test fails where they are out of date
 """
@@ -15,9 +15,11 @@ from typer.main import get_command
 from qwenlocal.cli.app import app
 from qwenlocal.engine.memory import OURSELVES
 from qwenlocal.library.catalog import Card, Catalogue
+from qwenlocal.terminal.about_models import SETTINGS
+from qwenlocal.terminal.commands import COMMANDS, KEYS
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "chat.md")
 
 
 def models() -> str:
@@ -54,9 +56,33 @@ def commands() -> str:
     return "\n".join(rows)
 
 
+def chat_commands() -> str:
+    parts = []
+    for group in dict.fromkeys(command.group for command in COMMANDS):
+        rows = [f"| `{command.usage}` | {command.help} |" for command in COMMANDS if command.group == group]
+        parts.append("\n".join([f"### {group}", "", "| command | what it does |", "|---|---|", *rows]))
+    return "\n\n".join(parts).replace("FILE|CHAT", "FILE\\|CHAT").replace("[code|N]", "[code\\|N]")
+
+
+def chat_keys() -> str:
+    return "\n".join(["| keys | what they do |", "|---|---|", *(f"| {keys} | {what} |" for keys, what in KEYS)])
+
+
+def chat_settings() -> str:
+    return "\n".join(
+        ["| setting | values |", "|---|---|", *(f"| `{name}` | {what} |" for name, what in SETTINGS.items())]
+    )
+
+
 def with_sections(text: str) -> str:
     """`text` with every part between `<!-- name -->` and `<!-- end -->` made anew."""
-    made = {"models": models, "commands": commands}
+    made = {
+        "models": models,
+        "commands": commands,
+        "chat_commands": chat_commands,
+        "chat_keys": chat_keys,
+        "chat_settings": chat_settings,
+    }
 
     def replace(match: re.Match[str]) -> str:
         return f"<!-- {match[1]} -->\n{made[match[1]]()}\n<!-- end -->"
@@ -65,5 +91,6 @@ def with_sections(text: str) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(with_sections(README.read_text("utf-8")), "utf-8")
-    print(f"{README.name} is up to date.", file=sys.stderr)
+    for page in PAGES:
+        page.write_text(with_sections(page.read_text("utf-8")), "utf-8")
+        print(f"{page.name} is up to date.", file=sys.stderr)

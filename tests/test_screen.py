@@ -6,7 +6,7 @@ import io
 
 import pyte
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qwenlocal.terminal.markdown import Look, MarkdownStream
@@ -195,7 +195,15 @@ def test_escape_sequences_in_an_answer_never_reach_the_terminal() -> None:
     assert not any(code in lines for code in ("\x1b]", "\x1b[2J", "\x1b[31m", "\x1b[5m", "\x9b", "\x07"))
 
 
+def test_text_behind_code_is_shown_before_its_line_ends() -> None:
+    stream, look = MarkdownStream(), Look(60, colour=False)
+    stream.feed("```\na\n```\n\nThe end is")
+    assert list(stream.lines(look).open)[-1] == "The end is"
+
+
 @settings(max_examples=80, deadline=None)
+@example("1\n#1", 1)
+@example("1. a\n\n2. b", 1)
 @given(st.text(st.sampled_from("ab *_`#>-|\n1.[]()~中"), max_size=60), st.integers(1, 9))
 def test_any_text_at_all_ends_the_same_however_it_comes(text: str, step: int) -> None:
     look = Look(30, colour=False)

@@ -42,6 +42,7 @@ _STYLES = {  # the terminal's own colours
     "markdown.table.border": "dim",
     "markdown.table.header": "bold",
 }
+_END_THEMSELVES = ("fence", "heading_open", "hr")
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 _OPEN_MARK = re.compile(r"(\*{1,3}|_{1,3}|~~|`+)$")
 _CODE = re.compile(r"`[^`]*`")
@@ -86,19 +87,22 @@ class MarkdownStream:
 
     def lines(self, look: Look) -> Lines:
         """What became finished since the last call, and how the rest looks now."""
-        finished: list[str] = []
-        while (cut := _first_block(self._rest)) is not None:
-            block, self._rest = self._rest[:cut], self._rest[cut:]
-            finished += self._finish(block, look)
+        finished = self._finished_blocks(look, ended=False)
         open_, more = self._open(look)
         return Lines([*finished, *more], open_)
 
     def end(self, look: Look) -> Lines:
         """No more text comes."""
-        before = self.lines(look)
-        finished = [*before.finished, *self._finish(self._rest, look)]
+        finished = [*self._finished_blocks(look, ended=True), *self._finish(self._rest, look)]
         self._rest = ""
         return Lines(finished, [])
+
+    def _finished_blocks(self, look: Look, *, ended: bool) -> list[str]:
+        finished: list[str] = []
+        while (cut := _first_block(self._rest, ended=ended)) is not None:
+            block, self._rest = self._rest[:cut], self._rest[cut:]
+            finished += self._finish(block, look)
+        return finished
 
     def _open(self, look: Look) -> tuple[list[str], list[str]]:
         """The open block's lines that may change, and those of its code that will not."""
@@ -167,15 +171,21 @@ def warm_up() -> None:
     Highlighter("python", colour=True).line("x = 1")
 
 
-def _first_block(text: str) -> int | None:
-    """Where the second block begins, if there is one: the first is finished then."""
-    starts = [token.map[0] for token in _blocks(text) if token.map]
+def _first_block(text: str, *, ended: bool) -> int | None:
+    """
+    Where the second block begins, if there is one: the first is finished then.
+
+    As long as text comes, the second one's first line must be whole: "#" may become a heading or a word, and "2" the
+    next item of a list. Behind what ends by itself (code, headings, lines) anything is another block.
+    """
+    blocks = [token for token in _blocks(text) if token.map]
+    starts = [token.map[0] for token in blocks if token.map]
     if len(starts) < 2:
         return None
     place = 0
     for _ in range(starts[1]):
         place = text.index("\n", place) + 1
-    return place
+    return place if ended or blocks[0].type in _END_THEMSELVES or "\n" in text[place:].lstrip("\n") else None
 
 
 def _blocks(text: str) -> list[Token]:

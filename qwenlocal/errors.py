@@ -169,11 +169,17 @@ class BadCheckpoint(BadWeights):
         return cls(path, f"it cannot be read ({reason.strerror})", hint=hint)
 
 
+_AS_PUBLISHED = (
+    "Nothing was written, since llama.cpp would answer wrongly with it. What converts: checkpoints of Qwen1.5, "
+    "CodeQwen1.5, Qwen2 and Qwen2.5 as they were published."
+)
+
+
 class CannotExpress(BadWeights):
     """The checkpoint in `path` is whole, but llama.cpp would compute something else; `reason` is what."""
 
     def __init__(self, path: Path | str, reason: str, *, hint: str = "") -> None:
-        super().__init__(path, reason, hint=hint or "Nothing was written: the result would run and answer wrongly.")
+        super().__init__(path, reason, hint=hint or _AS_PUBLISHED)
 
 
 class OutputExists(QwenlocalError):
@@ -183,9 +189,7 @@ class OutputExists(QwenlocalError):
 
     def __init__(self, path: Path, *, hint: str = "") -> None:
         self.path = path
-        super().__init__(
-            f"{path} is there already.", hint=hint or "Write elsewhere with -o, or replace it with --force."
-        )
+        super().__init__(f"{path} is there already.", hint=hint or "Name another file, or replace it with --force.")
 
 
 class BadCatalogue(QwenlocalError):

@@ -12,6 +12,8 @@ import pytest
 from qwenlocal.chat.loading import Loaded, Loading, LoadOptions
 from qwenlocal.engine.context import Context, ContextOptions
 from qwenlocal.engine.llama import Model
+from qwenlocal.engine.sampling import Sampling
+from qwenlocal.engine.sequence import TokenSequence
 from qwenlocal.engine.wanted import Wanted
 from qwenlocal.machine import this_machine
 from qwenlocal.testing import CONFIG, write_checkpoint
@@ -245,3 +247,57 @@ def test_an_end_of_turn_that_the_file_does_not_name_is_found(good: Path, tmp_pat
 def test_other_faults_are_named(pairs: dict[str, bytes | None], what: str, good: Path, tmp_path: Path) -> None:
     old = changed(good, tmp_path / "old.gguf", pairs)
     assert any(what in finding.what for finding in examine_file(old).findings)
+
+
+# --- ends and templates that mislead
+
+
+def test_an_end_that_is_a_word_like_any_other_is_found_put_right_and_not_believed(good: Path, tmp_path: Path) -> None:
+    tokens = gguf.decode(read_pairs(good)["tokenizer.ggml.tokens"])
+    wrong = changed(good, tmp_path / "wrong.gguf", {"tokenizer.ggml.eos_token_id": gguf.u32(tokens.index("b"))})
+    (finding,) = examine_file(wrong).findings
+    assert finding.is_serious
+    assert finding.what == "Its eos token is “b”, a token like any other: answers break off before it."
+    assert gguf.decode(finding.pairs["tokenizer.ggml.eos_token_id"]) == tokens.index("<|im_end|>")
+    model = Model(wrong)
+    assert not model.vocabulary.is_end(tokens.index("b"))
+    assert model.vocabulary.is_end(tokens.index("<|im_end|>"))
+    model.close()
+    loaded = Loading().load(wrong, LoadOptions(Wanted(n_ctx=512, threads=1)), this_machine(), name="x", size=1)
+    assert any("“b” is no end of an answer" in note for note in loaded.notes)
+    loaded.close()
+
+
+def test_an_end_beyond_the_vocabulary_is_put_right(good: Path, tmp_path: Path) -> None:
+    wrong = changed(good, tmp_path / "wrong.gguf", {"tokenizer.ggml.eos_token_id": gguf.u32(99_999)})
+    (finding, *_) = examine_file(wrong).findings
+    assert "Its eos token is 99,999" in finding.what
+    assert finding.can_be_fixed
+
+
+@pytest.mark.parametrize(
+    ("template", "what"),
+    [
+        ("{{ messages[0].content }}", "does not show the model the last question"),
+        ("{{ messages[-1].content }}{{ add_generation_prompt }}", "what was said before the last question"),
+    ],
+)
+def test_a_template_that_leaves_out_what_was_said_is_found(
+    template: str, what: str, good: Path, tmp_path: Path
+) -> None:
+    odd = changed(good, tmp_path / "odd.gguf", {"tokenizer.chat_template": gguf.string(template)})
+    assert any(what in finding.what and finding.is_serious for finding in examine_file(odd).findings)
+
+
+def test_ids_that_no_token_has_are_never_said(good: Path) -> None:
+    """Not even where everything is as likely as anything else."""
+    model = Model(good)
+    context = Context(model, ContextOptions(512, threads=1))
+    padding = set(model.vocabulary.padding)
+    assert len(padding) >= 8
+    sampling = Sampling(temperature=9.0, top_k=0, top_p=1.0, repeat_penalty=1.0, seed=1)
+    said = [step for step in TokenSequence(context).generate([1, 2, 3], sampling, limit=400) if isinstance(step, int)]
+    assert len(said) == 400
+    assert not padding & set(said)
+    context.close()
+    model.close()

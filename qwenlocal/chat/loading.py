@@ -320,6 +320,8 @@ def _repairs(path: Path, metadata: Mapping[str, Value]) -> dict[str, float]:
 
 def _repairs_in_words(repairs: Mapping[str, float], model: Model) -> tuple[str, ...]:
     found = [f"rope base {value:,.0f}, which the file does not state" for value in repairs.values()]
+    if model.vocabulary.false_end is not None:
+        found.append(f"“{model.vocabulary.text_of(model.vocabulary.false_end)}” is no end of an answer")
     if model.vocabulary.hides_padding:
         found.append("padding tokens that could be typed are text")
     return (f"Put right on loading: {'; '.join(found)}. (qwenlocal inspect --fix)",) if found else ()

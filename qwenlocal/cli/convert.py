@@ -149,7 +149,7 @@ def quantize_file(asked: Asked, *, again: bool) -> None:
 class Advice(NamedTuple):
     """The next steps that a command has to offer where writing fails."""
 
-    elsewhere: str = "Write to another folder: -o FOLDER"
+    elsewhere: str = "Write into another folder. What was done is kept: with more room, the same command goes on."
     not_finite: str = "The model was damaged in training or on the way. To write zeros in their place: --allow-nan"
     memory: str = "Close something, or take fewer threads: -t 1"
 

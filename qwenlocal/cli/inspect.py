@@ -235,7 +235,7 @@ def _fix(program: Program, record: Record, checkup: Checkup, out: str | None) ->
     if target.exists():
         raise OutputExists(target, hint="Write to another file: -o FILE")
     advice = Advice(
-        elsewhere="Write to another folder: -o FILE",
+        elsewhere="Write into another folder: -o FILE. What was done is kept: with more room, the command goes on.",
         not_finite="The model was damaged in training or on the way; fetch it again, whole.",
         memory="Close something, and try again.",
     )

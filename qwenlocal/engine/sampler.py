@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import ctypes
+import math
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -32,6 +33,7 @@ class Sampler:
         self._constraint = Constraint(sampling.grammar, vocabulary) if sampling.grammar is not None else None
         self._penalties: Any = None
         self._recent: collections.deque[int] = collections.deque(maxlen=_PENALTY_WINDOW)
+        self._padding = vocabulary.padding
         self._size, self._greedy = len(vocabulary), sampling.temperature == 0
         self._chain = c.llama_sampler_chain_init(c.llama_sampler_chain_default_params())
         self.seed = int.from_bytes(os.urandom(4), "little") % (2**32 - 1) if sampling.seed is None else sampling.seed
@@ -40,6 +42,9 @@ class Sampler:
 
     def _links(self, sampling: Sampling, vocabulary_size: int) -> Iterable[Any]:
         c = self._c
+        if self._padding:
+            never = (c.llama_logit_bias * len(self._padding))(*((token, -math.inf) for token in self._padding))
+            yield c.llama_sampler_init_logit_bias(vocabulary_size, len(never), never)
         kept = 1 if sampling.temperature == 0 else sampling.top_k
         if sampling.repeat_penalty > 1 and kept:
             # A penalty lowers at most as many tokens as its window holds, so those that can be chosen afterwards are

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import unicodedata
 from typing import Any
 
 from qwenlocal.weights.kinds import PADDING
 
 _WHERE_BYTES_ARE = 1024
+_END_OF_TURN = "<|im_end|>"
+_ATTR_UNUSED = 1 << 1  # llama.h: LLAMA_TOKEN_ATTR_UNUSED
 _ATTR_CONTROL, _ATTR_USER_DEFINED = 1 << 3, 1 << 4  # llama.h: LLAMA_TOKEN_ATTR_CONTROL, …_USER_DEFINED
 
 
@@ -22,6 +25,9 @@ class Vocabulary:
         self._normalise = pre_tokenizer == "qwen2"
         self._piece = ctypes.create_string_buffer(256)
         self.hides_padding = self._has_reachable_padding()
+        eos = c.llama_vocab_eos(self._vocab)
+        # An end that is a word like any other would break answers off; the model's own end of turn is another token.
+        self.false_end: int | None = eos if eos >= 0 and not self.is_control(eos) and self._has_end_of_turn() else None
 
     def __len__(self) -> int:
         return int(self._c.llama_vocab_n_tokens(self._vocab))
@@ -95,7 +101,22 @@ class Vocabulary:
 
     def is_end(self, token: int) -> bool:
         """Whether the model ends its turn or its text with `token`."""
-        return bool(self._c.llama_vocab_is_eog(self._vocab, token))
+        return bool(self._c.llama_vocab_is_eog(self._vocab, token)) and token != self.false_end
+
+    def _has_end_of_turn(self) -> bool:
+        ids = self._ids(_END_OF_TURN, special=True, add_bos=False)
+        return len(ids) == 1 and self.is_control(ids[0])
+
+    @functools.cached_property
+    def padding(self) -> list[int]:
+        """Ids at the end of the vocabulary that no token has: the model must not say them."""
+        found: list[int] = []
+        for token in range(len(self) - 1, -1, -1):
+            is_unused = self._c.llama_vocab_get_attr(self._vocab, token) & _ATTR_UNUSED
+            if not (is_unused or PADDING.fullmatch(self.text_of(token))):
+                break
+            found.append(token)
+        return found
 
     def is_control(self, token: int) -> bool:
         """Whether `token` is markup that people must not be able to type."""

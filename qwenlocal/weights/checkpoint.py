@@ -158,17 +158,18 @@ def pickled(folder: Path, file: str) -> BadCheckpoint:
     return BadCheckpoint(
         folder,
         f"its weights are pickled ({file}); reading such a file can run any program hidden in it",
-        hint=pickled_hint(folder.name),
+        hint=pickled_hint(str(folder)),
     )
 
 
 def pickled_hint(model: str) -> str:
     """How safetensors are made of weights that are pickled."""
-    safe = f"{model.rpartition('/')[2]}-safe"
-    return (
-        "Make safetensors of it where you trust it, with transformers: "
-        f"AutoModelForCausalLM.from_pretrained({model!r}).save_pretrained({safe!r})"
+    safe = f"{model.rstrip('/').rpartition('/')[2]}-safe"
+    made = (
+        f"{kind}.from_pretrained({model!r}).save_pretrained({safe!r})"
+        for kind in ("AutoModelForCausalLM", "AutoTokenizer")
     )
+    return f"Make safetensors of it where you trust it, with transformers: {'; '.join(made)}"
 
 
 def _check_shards(folder: Path, names: list[str]) -> None:

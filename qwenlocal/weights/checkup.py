@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenlocal import ggml
-from qwenlocal.jinja import fault_in
+from qwenlocal.jinja import compile_template, fault_in
 from qwenlocal.weights import gguf
 from qwenlocal.weights.header import Header, Tensor, read_pairs, tensor_bytes, tensor_type_name
 from qwenlocal.weights.kinds import NORMAL, PADDING, UNUSED, USER_DEFINED
@@ -105,8 +105,8 @@ def _header_findings(header: Header, pairs: Mapping[str, gguf.Encoded]) -> Itera
     base = missing_rope_base(header.metadata)
     if base is not None:
         yield Finding(
-            f"The rope base is missing; llama.cpp would take 10,000 where the model was trained with {base:,.0f}, and "
-            "long texts fall apart.",
+            f"The rope base is missing; llama.cpp would take 10,000 where Qwen's models of this width were trained "
+            f"with {base:,.0f}, and long texts fall apart.",
             True,
             {f"{header.architecture}.rope.freq_base": gguf.f32(base)},
         )
@@ -144,18 +144,45 @@ def _vocabulary_findings(header: Header, pairs: Mapping[str, gguf.Encoded]) -> I
             False,
             {"tokenizer.ggml.token_type": gguf.i32s(hidden)},
         )
-    yield from _special_findings(len(tokens), pairs)
-    yield from _end_findings(tokens, pairs)
+    yield from _special_findings(tokens, pairs)
+    ordinary = list(_ordinary_end_findings(tokens, kinds, pairs))
+    yield from ordinary or _end_findings(tokens, pairs)
 
 
-def _special_findings(count: int, pairs: Mapping[str, gguf.Encoded]) -> Iterator[Finding]:
+def _special_findings(tokens: Sequence[str], pairs: Mapping[str, gguf.Encoded]) -> Iterator[Finding]:
     """Ids of special tokens that no token has."""
     for key in pairs:
         if key.startswith("tokenizer.ggml.") and key.endswith("_token_id"):
             number = gguf.decode(pairs[key])
-            if isinstance(number, int) and number != _NO_TOKEN and not 0 <= number < count:
+            if isinstance(number, int) and number != _NO_TOKEN and not 0 <= number < len(tokens):
                 role = key.removeprefix("tokenizer.ggml.").removesuffix("_token_id")
-                yield Finding(f"Its {role} token is {number:,}, but the vocabulary ends at {count - 1:,}.", True)
+                right = _usual_end(tokens) if role == "eos" else None
+                fix = {key: gguf.u32(right)} if right is not None else {}
+                yield Finding(
+                    f"Its {role} token is {number:,}, but the vocabulary ends at {len(tokens) - 1:,}.", True, fix
+                )
+
+
+def _usual_end(tokens: Sequence[str]) -> int | None:
+    """The token with which Qwen's models end a turn, or else a text."""
+    return next((tokens.index(end) for end in (_END_OF_TURN, _END_OF_TEXT) if end in tokens), None)
+
+
+def _ordinary_end_findings(
+    tokens: Sequence[str], kinds: Sequence[int], pairs: Mapping[str, gguf.Encoded]
+) -> Iterator[Finding]:
+    """An end that is a word like any other: answers break off where it should stand."""
+    for role in ("eos", "eot"):
+        key = f"tokenizer.ggml.{role}_token_id"
+        number = gguf.decode(pairs[key]) if key in pairs else None
+        if not isinstance(number, int) or not 0 <= number < len(kinds) or kinds[number] != NORMAL:
+            continue
+        right = _usual_end(tokens)
+        yield Finding(
+            f"Its {role} token is “{tokens[number]}”, a token like any other: answers break off before it.",
+            True,
+            {key: gguf.u32(right)} if right is not None else {},
+        )
 
 
 def _end_findings(tokens: Sequence[str], pairs: Mapping[str, gguf.Encoded]) -> Iterator[Finding]:
@@ -202,8 +229,27 @@ def _template_findings(pairs: Mapping[str, gguf.Encoded]) -> Iterator[Finding]:
         yield Finding(f"Its chat template cannot be read ({fault}): chats are refused, --raw runs.", True)
     elif "messages" not in template:
         yield Finding("Its chat template never looks at the messages; it is not a template of turns.", False)
+    elif forgotten := _forgotten_by(template):
+        yield Finding(f"Its chat template does not show the model {forgotten}.", True)
     elif "add_generation_prompt" not in template and "<|im_start|>" in template:
         yield Finding("Its chat template cannot begin the assistant's turn (no add_generation_prompt).", False)
+
+
+def _forgotten_by(template: str) -> str:
+    """What of a short conversation a template leaves out; "" where all is there, or where it refuses to tell."""
+    from jinja2 import TemplateError
+
+    said = [("user", "qfirst"), ("assistant", "afirst"), ("user", "qlast")]
+    messages = [{"role": role, "content": text} for role, text in said]
+    try:
+        text = compile_template(template).render(
+            messages=messages, add_generation_prompt=True, bos_token="", eos_token="", tools=None
+        )
+    except (TemplateError, TypeError, ValueError, KeyError, ZeroDivisionError, OverflowError, RecursionError):
+        return ""
+    if "qlast" not in text:
+        return "the last question"
+    return "" if "qfirst" in text and "afirst" in text else "what was said before the last question"
 
 
 def _contract_findings(header: Header) -> Iterator[Finding]:

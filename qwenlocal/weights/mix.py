@@ -126,7 +126,9 @@ def parse_overrides(texts: Sequence[str]) -> list[tuple[re.Pattern[str], TensorT
         try:
             pattern = re.compile(expression)
         except re.error as reason:
-            raise UsageProblem(f"“{expression}” is not a regular expression: {reason}.") from reason
+            raise UsageProblem(
+                f"“{expression}” is not a regular expression: {reason}.", hint="For example: 'blk.0.*ffn_down=q6_k'"
+            ) from reason
         known = tensor_types().get(kind.strip().lower())
         if known is None or known.name not in _tensor_type_names():
             raise UsageProblem(

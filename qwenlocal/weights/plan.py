@@ -200,7 +200,7 @@ def _check_importance(
             continue
         if importance is None or tensor.name not in importance.weights:
             raise UsageProblem(
-                f"{goal.type.name} is garbage without an importance matrix, for “{tensor.name}” for example.",
+                f"{choice.type.name} is garbage without an importance matrix, for “{tensor.name}” for example.",
                 hint="Give one with --imatrix FILE (llama-imatrix measures it), or take q2_k, iq3_s or q3_k_m.",
             )
 

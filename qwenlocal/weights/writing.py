@@ -220,6 +220,9 @@ class _Run:
                 self._publish(stack)
             except OSError as reason:
                 raise _failure(folder, reason, self._missing()) from reason
+            except NotFinite:  # it would be met again: what was done is of no use
+                self._discard(stack)
+                raise
             except KeyboardInterrupt as stop:
                 raise Interrupted("What was done is kept: the same command goes on from there.") from stop
         return Written(sum(zeroed for _, zeroed in self._done.values()), resumed)
@@ -294,6 +297,12 @@ class _Run:
             part_of(output.path).replace(output.path)
         journal_of(self._job.outputs[0].path).unlink(missing_ok=True)
 
+    def _discard(self, opened: contextlib.ExitStack) -> None:
+        opened.close()
+        for output in self._job.outputs:
+            part_of(output.path).unlink(missing_ok=True)
+        journal_of(self._job.outputs[0].path).unlink(missing_ok=True)
+
     def _missing(self) -> int:
         """Bytes that are still to be written."""
         left = (slab for number, slab in enumerate(self._slabs) if number not in self._done)
@@ -305,9 +314,9 @@ class _Run:
         todo = iter([number for number in range(len(self._slabs)) if number not in self._done])
         workers = [threading.Thread(target=self._worker, args=(todo,), daemon=True) for _ in range(max(1, threads))]
         total = self._job.read_bytes
-        for worker in workers:
-            worker.start()
         try:
+            for worker in workers:
+                _start(worker)
             for worker in workers:
                 while worker.is_alive():
                     worker.join(0.1)
@@ -316,7 +325,8 @@ class _Run:
         finally:  # whatever happens, nobody writes to a file that is closed
             self._stopped = True
             for worker in workers:
-                worker.join()
+                if worker.ident is not None:
+                    worker.join()
         if self._failure:
             raise self._failure
         self._report(total, total)
@@ -547,6 +557,15 @@ def _read_journal(path: Path, identity: str) -> dict[int, tuple[int, int]] | Non
         if len(fields) == 3 and all(field.isdigit() and len(field) < 16 for field in fields):
             done[int(fields[0])] = (int(fields[1]), int(fields[2]))
     return done
+
+
+def _start(worker: threading.Thread) -> None:
+    try:
+        worker.start()
+    except RuntimeError as reason:
+        raise QwenlocalError(
+            "This system lets the program start no more threads.", hint="Take fewer: -t 1. What was done is kept."
+        ) from reason
 
 
 def _failure(folder: Path, reason: OSError, missing: int) -> QwenlocalError:

@@ -1,6 +1,7 @@
 # make chat                              set everything up and chat with the default model
 # make chat PROMPT="Why is the sky blue?"   one answer
 # make test                              set everything up, lint, check types, run the tests
+# make test SLOW=1                       and those that take more than ten seconds, as every change is checked with
 # make setup                             only set everything up
 # make bench MODEL=x.gguf                measure beside llama.cpp's own programs (builds them, once)
 # make test-reference                    compare conversions with transformers and llama.cpp's own converter
@@ -26,7 +27,7 @@ chat: setup
 	if [ -n "$$PROMPT" ]; then printf '%s' "$$PROMPT" | $(BIN)/qwenlocal run; else $(BIN)/qwenlocal run; fi
 
 test: setup-dev lint types
-	@$(BIN)/python -m pytest -n logical --dist loadgroup $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n logical --dist loadgroup $(if $(SLOW),,-m "not slow") $(PYTEST_ARGS)
 
 # Compares with transformers and with llama.cpp's own converter, in a Python of its own that has torch.
 test-reference: setup-dev

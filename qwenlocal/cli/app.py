@@ -116,6 +116,22 @@ def run(
         bool,
         typer.Option("--keep-cache/--no-keep-cache", help="Keep what was read on disk, so that coming back is quick."),
     ] = True,
+    template: Annotated[
+        str | None,
+        typer.Option("--template", metavar="TEXT", help="The prompt, with places: 'Translate to {lang}: {input}'."),
+    ] = None,
+    var: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--var", metavar="NAME=TEXT", help="What fills a place of --template."),
+    ] = None,
+    batch: Annotated[
+        str | None,
+        typer.Option("--batch", metavar="FILE", help="Answer every line: a text, or JSON with prompt or messages."),
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option("-o", "--output", metavar="FILE", help="Where answers of --batch go; goes on where it ended."),
+    ] = None,
     go_on: Annotated[bool, typer.Option("--continue", help="Go on with the last chat.")] = False,
     resume: Annotated[
         Optional[str],  # noqa: UP045
@@ -184,7 +200,7 @@ def run(
     from qwenlocal.cli.asked import Asked
     from qwenlocal.cli.loading import grammar_from, wanted
     from qwenlocal.cli.run import run_model
-    from qwenlocal.cli.values import rate
+    from qwenlocal.cli.values import rate, values_from
 
     run_model(
         Asked(
@@ -211,6 +227,10 @@ def run(
             },
             stops=tuple(stop or ()),
             raw=raw,
+            template=template,
+            values=values_from(var or ()),
+            batch=batch,
+            output=output,
             resume="last" if go_on else resume,
             journal=journal,
             markdown=markdown,

@@ -31,6 +31,10 @@ class Asked:
     sampling: Mapping[str, float | int | None]
     stops: Sequence[str]
     raw: bool
+    template: str | None
+    values: Mapping[str, str]
+    batch: str | None
+    output: str | None
     resume: str | None
     journal: bool
     markdown: bool

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qwenlocal.chat.fill import filled
 from qwenlocal.chat.room import OVERFLOWS
 from qwenlocal.chat.thread import Thread
 from qwenlocal.cli.asked import Asked
@@ -29,7 +30,12 @@ if TYPE_CHECKING:
 def run_model(asked: Asked) -> None:
     """Do what `qwenlocal run` was asked to."""
     _check(asked)
+    if asked.batch is not None:
+        _answer_batch(asked)
+        return
     prompt, system = _texts(asked)
+    if asked.template is not None:
+        prompt = filled(asked.template, {**({"input": prompt} if prompt else {}), **asked.values})
     program = Program()
     going_on = None
     if asked.resume is not None:
@@ -62,6 +68,34 @@ def run_model(asked: Asked) -> None:
         from qwenlocal.cli.opening import close
 
         close(loaded, record, program, keep=keep)
+
+
+def _answer_batch(asked: Asked) -> None:
+    """Read all there is to answer first: what is wrong in it is said before anything is loaded."""
+    from qwenlocal.cli.batch import answer_batch, done_before, read_batch
+    from qwenlocal.cli.opening import close
+
+    if asked.interactive or asked.raw or asked.resume or asked.prompt_words:
+        raise UsageProblem("--batch takes its prompts from a file; no other prompt, -i, --raw or --resume beside it.")
+    system = asked.system or (_read_prompt(asked.file).rstrip("\n") if asked.file else "")
+    items = read_batch(asked.batch or "", system, asked.template, asked.values)
+    output = Path(asked.output).expanduser() if asked.output else None
+    done = done_before(output)
+    left = [item for item in items if item.id not in done]
+    program = Program()
+    if not left:
+        program.say(f"All {len(items):,} are answered already.")
+        return
+    name = program.parse(asked.model_name) if asked.model_name else None
+    if name is None:
+        name, record = program.have_default(limit_rate=asked.limit_rate)
+    else:
+        record = program.have(name, limit_rate=asked.limit_rate)
+    loaded = _load(asked, program, name, record)
+    try:
+        answer_batch(asked, loaded, left, output, len(items) - len(left))
+    finally:
+        close(loaded, record, program, keep=False)
 
 
 def _load(asked: Asked, program: Program, name: Name, record: Record) -> Loaded:

@@ -31,6 +31,23 @@ def rate(text: str | None) -> int:
     return value
 
 
+def values_from(texts: Sequence[str]) -> dict[str, str]:
+    """
+    `values_from(["lang=French"])` is {"lang": "French"}.
+
+    Raises
+    ------
+    UsageProblem: one is not of the form NAME=TEXT.
+    """
+    found = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise UsageProblem(f"“{text}” is not of the form NAME=TEXT.", hint="For example: --var lang=French")
+        found[name] = value
+    return found
+
+
 def listed(text: str) -> list[str]:
     """What stands between the commas: `listed("q4_0, q8_0,")` is ["q4_0", "q8_0"]; `text` itself where nothing does."""
     return [part.strip() for part in text.split(",") if part.strip()] or [text]

@@ -1,0 +1,92 @@
+"""Many prompts in one command: read, answered several at once, gone on with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import SAYS, Run
+
+
+def lines(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def test_every_line_is_answered(invoke: Run, speaking_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text(
+        'plain text\n"a JSON text"\n\n{"prompt": "x", "id": "mine"}\n'
+        '{"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]}\n'
+    )
+    result = invoke("run", "-m", str(speaking_model), "--batch", "in.jsonl")
+    assert result.returncode == 0, result.stderr
+    found = [json.loads(line) for line in result.stdout.splitlines()]
+    assert {line["id"] for line in found} == {1, 2, "mine", 5}
+    assert {(line["answer"], line["why"], line["answer_tokens"]) for line in found} == {(SAYS, "end of answer", 10)}
+
+
+def test_what_was_answered_before_is_not_answered_again(invoke: Run, speaking_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text("one\ntwo\nthree\n")
+    (tmp_path / "out.jsonl").write_text('{"id": 2, "answer": "before"}\n{"id": 3, "ans')
+    result = invoke("run", "-m", str(speaking_model), "--batch", "in.jsonl", "-o", "out.jsonl")
+    assert (result.returncode, result.stdout) == (0, "")
+    assert {line["id"]: line["answer"] for line in lines(tmp_path / "out.jsonl")} == {2: "before", 1: SAYS, 3: SAYS}
+    again = invoke("run", "-m", str(speaking_model), "--batch", "in.jsonl", "-o", "out.jsonl")
+    assert "All 3 are answered already." in again.stderr
+
+
+def test_a_template_is_filled_from_each_line(invoke: Run, speaking_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"input": "Hi", "lang": "French"}\n"Bye"\n')
+    more = ("--template", "Translate to {lang}: {input}", "--var", "lang=Spanish")
+    result = invoke("run", "-m", str(speaking_model), "--batch", "in.jsonl", *more)
+    assert result.returncode == 0, result.stderr
+    counts = {json.loads(line)["id"]: json.loads(line)["prompt_tokens"] for line in result.stdout.splitlines()}
+    assert counts[1] - counts[2] == len("Translate to French: Hi") - len("Translate to Spanish: Bye")
+
+
+def test_a_template_without_a_batch_takes_the_prompt(invoke: Run, speaking_model: Path) -> None:
+    one = invoke("run", "-m", str(speaking_model), "hello", "--template", "Say {input}", "--stats")
+    assert one.stdout == f"{SAYS}\n"
+    missing = invoke("run", "-m", str(speaking_model), "hello", "--template", "Say {input} in {lang}")
+    assert (missing.returncode, "{lang}, for which there is nothing" in missing.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "There are no prompts"),
+        ('{"prompt": }\n', "Line 1 of the batch is not JSON"),
+        ('ok\n{"other": "x"}\n', "Line 2 of the batch has no prompt"),
+        ('{"id": 1, "prompt": "x"}\n{"id": 1, "prompt": "y"}\n', "have the id 1"),
+        ('{"id": [], "prompt": "x"}\n', "neither a text nor a number"),
+        ('{"messages": [3]}\n', "are not a list of roles and contents"),
+    ],
+)
+def test_what_is_wrong_in_a_batch_is_said_before_anything_is_loaded(
+    content: str, said: str, invoke: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "in.jsonl").write_text(content)
+    result = invoke("run", "-m", "./nothing.gguf", "--batch", "in.jsonl")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert said in result.stderr
+
+
+def test_files_that_are_not_there_or_no_outputs_are_said(invoke: Run, speaking_model: Path, tmp_path: Path) -> None:
+    assert invoke("run", "-m", str(speaking_model), "--batch", "none.jsonl").returncode == 3
+    (tmp_path / "in.jsonl").write_text("one\n")
+    (tmp_path / "out.jsonl").write_text("something else\n")
+    other = invoke("run", "-m", str(speaking_model), "--batch", "in.jsonl", "-o", "out.jsonl")
+    assert (other.returncode, "is no output of a batch" in other.stderr) == (2, True)
+    assert (tmp_path / "out.jsonl").read_text() == "something else\n"
+
+
+def test_a_prompt_that_is_too_long_has_an_empty_answer_and_an_exit_code(
+    invoke: Run, speaking_model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "in.jsonl").write_text("short\n" + "x" * 5000 + "\n")
+    result = invoke("run", "-m", str(speaking_model), "--batch", "in.jsonl", "-c", "512", "-o", "out.jsonl")
+    assert result.returncode == 7
+    assert {line["id"]: line["why"] for line in lines(tmp_path / "out.jsonl")} == {
+        1: "end of answer",
+        2: "context full",
+    }

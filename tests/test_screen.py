@@ -195,6 +195,14 @@ def test_escape_sequences_in_an_answer_never_reach_the_terminal() -> None:
     assert not any(code in lines for code in ("\x1b]", "\x1b[2J", "\x1b[31m", "\x1b[5m", "\x9b", "\x07"))
 
 
+def test_chinese_lines_are_broken_between_letters_but_not_before_a_full_stop() -> None:
+    text = "这个函数 `is_palindrome` 检查一个给定的单词是否是回文（即读起来与原样相同）。它首先将输入的单词转换为小写。"
+    lines = streamed(text, Look(40, colour=False), 3)
+    assert "".join(lines).replace(" ", "") == text.replace("`", "").replace(" ", "")
+    assert all(30 <= width_of(line) <= 40 for line in lines[:-1])
+    assert not any(line.startswith(("。", "）", "，")) or line.endswith("（") for line in lines)
+
+
 def test_text_behind_code_is_shown_before_its_line_ends() -> None:
     stream, look = MarkdownStream(), Look(60, colour=False)
     stream.feed("```\na\n```\n\nThe end is")

@@ -21,11 +21,11 @@ from rich.terminal_theme import SVG_EXPORT_THEME
 from rich.text import Text
 
 ROOT = Path(__file__).resolve().parent.parent
-COLUMNS, LINES = 92, 28
+COLUMNS, LINES = 92, 40
 MESSAGES = [
-    "Write a Python function that tells whether a word is a palindrome. No explanation.",
+    "A Python function that tells whether a word is a palindrome, then a table of two examples.",
     "用一句话解释它。",
-    "/help",
+    "/ctx",
 ]
 
 
@@ -33,7 +33,7 @@ def main() -> None:
     screen = pyte.Screen(COLUMNS, LINES)
     stream = pyte.ByteStream(screen)
     environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": str(COLUMNS), "LINES": str(LINES)}
-    command = ["run", "starter", "--temp", "0", "-n", "120"]
+    command = ["run", "starter", "--temp", "0", "-n", "260", "--no-journal"]
     child = pexpect.spawn(
         str(ROOT / ".venv/bin/qwenlocal"), command, env=environment, dimensions=(LINES, COLUMNS), timeout=60
     )
@@ -72,7 +72,14 @@ def row(screen: pyte.Screen, line: int) -> Text:
     text = Text()
     for column in range(COLUMNS):
         cell = screen.buffer[line][column]
-        text.append(cell.data, Style(color=colour(cell.fg), bold=cell.bold, italic=cell.italics, reverse=cell.reverse))
+        style = Style(
+            color=colour(cell.fg),
+            bold=cell.bold,
+            italic=cell.italics,
+            underline=cell.underscore,
+            reverse=cell.reverse,
+        )
+        text.append(cell.data, style)
     text.rstrip()
     return text
 
@@ -80,7 +87,11 @@ def row(screen: pyte.Screen, line: int) -> Text:
 def colour(name: str) -> Color | None:
     if name == "default":
         return None
-    return Color.parse(f"#{name}" if re.fullmatch(r"[0-9a-f]{6}", name) else name.replace("brown", "yellow"))
+    return Color.parse(
+        f"#{name}"
+        if re.fullmatch(r"[0-9a-f]{6}", name)
+        else name.replace("brown", "yellow").replace("bright", "bright_")
+    )
 
 
 if __name__ == "__main__":

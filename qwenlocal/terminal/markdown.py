@@ -45,6 +45,14 @@ _STYLES = {  # the terminal's own colours
 _END_THEMSELVES = ("fence", "heading_open", "hr")
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 _OPEN_MARK = re.compile(r"(\*{1,3}|_{1,3}|~~|`+)$")
+# Chinese and Japanese lines may be broken between letters, but not before a closing mark or behind an opening one. rich
+# breaks at white space only, so a control character that counts as such marks these places, and is taken out again.
+_WIDE = "\u2e80-\u303f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff00-\uffef"
+_CLOSING, _OPENING = "、。〉》」』】〕！），．：；？］｝”’…", "〈《「『【〔（［｛“‘"
+_BREAK = "\x1f"
+_BREAKS = re.compile(
+    f"(?<=[{_WIDE}])(?<![{_OPENING}])(?=[{_WIDE}\\w])(?![{_CLOSING}])|(?<=[^\\W_])(?=[{_WIDE}])(?![{_CLOSING}])"
+)
 _CODE = re.compile(r"`[^`]*`")
 _MARKS = {  # innermost first: marks with a letter beside them, which a list's bullet has not
     "*": re.compile(r"(?<!\*)\*(?=[^\s*])|(?<=[^\s*])\*(?!\*)"),
@@ -277,8 +285,10 @@ def _console(look: Look) -> Console:
 
 def _laid_out(block: str, look: Look) -> list[str]:
     console = _console(look)
-    lines = console.render_lines(_element()(block, hyperlinks=False), console.options, pad=False)
-    found = ["".join(_ansi(part, look) for part in line if not part.control).rstrip() for line in lines]
+    element = _element()(_BREAKS.sub(_BREAK, block), hyperlinks=False)
+    lines = console.render_lines(element, console.options, pad=False)
+    found = ["".join(_ansi(part, look) for part in line if not part.control) for line in lines]
+    found = [line.replace(_BREAK, "").rstrip() for line in found]
     while found and _is_blank(found[-1]):
         found.pop()
     while found and _is_blank(found[0]):

@@ -43,6 +43,10 @@ def run_model(asked: Asked) -> None:
 
         going_on = chosen_chat(program, asked.resume)
     words = asked.model_name or (going_on.chat.model if going_on else None)
+    if not words and prompt is None and not program.store.records():
+        from qwenlocal.cli.first_run import pick
+
+        words = pick(program)
     if words:
         name = program.parse(words)
         record = program.have(name, limit_rate=asked.limit_rate)

@@ -27,8 +27,9 @@ from qwenlocal.engine.wanted import Wanted
 from qwenlocal.machine import this_machine
 
 ROOT = Path(__file__).resolve().parent.parent
-CODE = (ROOT / "qwenlocal" / "engine" / "text.py").read_text()
-PROSE = (ROOT / "CONTRIBUTING.md").read_text()[:2500]
+TEXTS = ROOT / "benchmarks" / "texts"  # fixed ones: what the model makes of them is part of the result
+CODE = (TEXTS / "code.txt").read_text()
+PROSE = (TEXTS / "prose.txt").read_text()
 RECORDS = "\n".join(
     f"{name}, born {1900 + 7 * n} in {town}, works as {job}, phone 555-01{n:02d}"
     for n, (name, town, job) in enumerate(
@@ -104,6 +105,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--limit", type=int, default=400)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", default="", help="for example: copying, greedy")
     asked = parser.parse_args()
     loaded = Loading().load(asked.model, LoadOptions(Wanted(n_ctx=4096)), this_machine(), name=asked.model.name, size=1)
     costs, rows = CostCurve(), []
@@ -112,6 +114,9 @@ def main() -> None:
     )
     for kind, tasks in (("copying", COPYING), ("writing", WRITING)):
         for sampling in (Sampling(temperature=0, repeat_penalty=1), Sampling(seed=1)):
+            how = "greedy" if sampling.temperature == 0 else "sampled"
+            if any(word.strip() not in (kind, how, "") for word in asked.only.split(",")):
+                continue
             for name, prompt in tasks.items():
                 found = pairs(loaded, prompt, costs, sampling, asked.runs, asked.limit)
                 ratio = statistics.median(a.speed / b.speed for a, b in found)
@@ -119,7 +124,6 @@ def main() -> None:
                 same = common(a.tokens, b.tokens)
                 greedy = sampling.temperature == 0
                 text = "" if not greedy else "the same" if a.tokens == b.tokens else f"differs from token {same} on"
-                how = "greedy" if greedy else "sampled"
                 speeds = [statistics.median(x.speed for x in side) for side in zip(*found, strict=True)]
                 print(
                     f"| {kind}: {name}, {how} | {speeds[0]:.1f} | {speeds[1]:.1f} | {ratio:.2f} | {text} | "
@@ -130,7 +134,7 @@ def main() -> None:
                     {"kind": kind, "task": name, "how": how, "ratio": ratio, "tokens": len(a.tokens), "text": text}
                 )
     print("\nlearnt costs: " + ", ".join(f"{k}: {v:.2f}" for k, v in costs.known.items()), file=sys.stderr)
-    for kind in ("copying", "writing"):
+    for kind in dict.fromkeys(row["kind"] for row in rows):
         print(
             f"\n{kind}: median ratio {statistics.median(r['ratio'] for r in rows if r['kind'] == kind):.2f}, "
             f"least {min(r['ratio'] for r in rows if r['kind'] == kind):.2f}"

@@ -66,10 +66,10 @@ def test_the_last_question_comes_back_to_be_changed(
     assert [message.text for message in thread.path] == ["First and more", SAYS]
     said(chat, "/branch", r"^  2 ")
     said(chat, "/branch 2", "Going on behind")
-    said(chat, "/edit 1", r"^> First$")
+    said(chat, "/edit 1", r"Change it below.*^> First$")
     chat.type("!\r")
     chat.wait_for(r"^> First!$.*" + re.escape(SAYS))
-    said(chat, "/answer", f"^> {SAYS}$")
+    said(chat, "/answer", f"Change it below.*Change it below.*^> {SAYS}$")
     chat.type(" indeed\r")
     chat.wait_for("The model has said that now")
     assert [message.text for message in journal().thread(1).path] == ["First!", f"{SAYS} indeed"]
@@ -78,7 +78,8 @@ def test_the_last_question_comes_back_to_be_changed(
 def test_an_empty_line_leaves_what_was_to_be_changed(terminal: Open, speaking_model: Path) -> None:
     chat = started(terminal, speaking_model)
     said(chat, "Hi", re.escape(SAYS))
-    said(chat, "/edit", r"^> Hi$")
+    chat.wait_for_prompt(2)
+    said(chat, "/edit", r"Change it below.*^> Hi$")
     chat.type("\x15\r")
     chat.wait_for("Nothing was changed")
     said(chat, "/edit 5", "There is no turn 5; there are 1")

@@ -637,6 +637,12 @@ class TestConfig:
             examine(change(folder, "config.json", num_attention_heads=2, head_dim=64))
         examine(change(folder, "config.json", head_dim=16))
 
+    def test_heads_that_are_turned_in_part_are_refused(self, tmp_path: Path) -> None:
+        folder = small(tmp_path)
+        with pytest.raises(CannotExpress, match=r"partial_rotary_factor 0\.5"):
+            examine(change(folder, "config.json", partial_rotary_factor=0.5))
+        examine(change(folder, "config.json", partial_rotary_factor=1.0))
+
     def test_key_value_heads_that_do_not_divide_the_heads_are_refused(self, tmp_path: Path) -> None:
         folder = small(tmp_path)
         for heads, keys in ((4, 3), (2, 4)):

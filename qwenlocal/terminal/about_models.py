@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from qwenlocal.engine.sampling import Sampling
 from qwenlocal.errors import UsageProblem
 from qwenlocal.terminal.session import Session
 
@@ -111,8 +110,3 @@ def _parsed(name: str, value: str, kind: type[int] | type[float]) -> float | int
 
 def _shown(value: object) -> str:
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def all_settings() -> list[str]:
-    """The fields of `Sampling` that can be set, for a test that none is forgotten."""
-    return [field.name for field in fields(Sampling)]

@@ -218,6 +218,15 @@ def _refuse_other_graphs(config: _Config, found: Hyperparameters) -> None:
         raise CannotExpress(config.path, f"{found.heads} heads do not share a width of {found.width} evenly")
     if found.heads % found.kv_heads:
         raise BadCheckpoint(config.path, f"{found.heads} heads over {found.kv_heads} key-value heads: that cannot be")
+    rope = values.get("rope_parameters")
+    turned = (rope if isinstance(rope, dict) else values).get("partial_rotary_factor")
+    if turned is None:
+        turned = values.get("partial_rotary_factor")
+    if turned not in (None, 1):
+        what = (
+            f"only a part of each head is turned (partial_rotary_factor {shortly(turned)}); llama.cpp turns all of it"
+        )
+        raise CannotExpress(config.path, what)
     if values.get("hidden_act", "silu") != "silu":
         raise CannotExpress(
             config.path, f"its activation is {shortly(values['hidden_act'])}; llama.cpp computes silu for Qwen models"

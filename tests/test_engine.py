@@ -81,6 +81,13 @@ def test_the_same_prompt_again_computes_only_its_last_token(random_model: Path, 
     assert [step for step in steps if isinstance(step, int)] == first
 
 
+def test_what_another_sequence_object_left_is_not_seen(random_model: Path, opened: Callable[..., Context]) -> None:
+    context = opened(random_model)
+    answer(TokenSequence(context), [7, 8, 9, 10, 11, 12], 5)
+    ids = [1, 2, 3]
+    assert answer(TokenSequence(context), ids, 8) == answer(TokenSequence(opened(random_model)), ids, 8)
+
+
 def test_sequences_of_one_batch_do_not_see_each_other(random_model: Path, opened: Callable[..., Context]) -> None:
     both = opened(random_model, sequences=2)
     rows = both.decode([(0, [1, 2, 3]), (1, [7, 8])])

@@ -45,29 +45,47 @@ def answer(sequence: TokenSequence, ids: Sequence[int], limit: int, sampling: Sa
 def test_what_followed_the_last_tokens_before_is_the_draft() -> None:
     index = NgramIndex()
     index.extend([5, 6, 7, 8, 9, 5, 6, 7])
-    assert index.draft(3) == ([8, 9, 5], 3)
-    assert index.draft(1) == ([8], 3)
+    assert index.guess(3) == ([8, 9, 5], 3, False)
+    assert index.guess(1) == ([8], 3, False)
 
 
 def test_the_latest_occurrence_counts_and_the_longest_agreement_before_it() -> None:
     index = NgramIndex()
-    index.extend([1, 2, 3, 4, 5, 6, 77, 4, 5, 6, 88, 1, 2, 3, 4, 5, 6])
-    assert index.draft(1) == ([77], 6)
-    index.extend([9, 4, 5, 6])
-    assert index.draft(1) == ([9], 3)
+    index.extend([1, 2, 3, 4, 5, 6, 77, 4, 5, 6, 9, 1, 2, 3, 4, 5, 6])
+    assert index.guess(1) == ([77], 6, False)
+    index.extend([9, 8, 4, 5, 6])
+    assert index.guess(1) == ([9], 3, True)
+
+
+def test_what_came_twice_is_guessed_as_far_as_it_came_twice() -> None:
+    index = NgramIndex()
+    index.extend([1, 2, 3, 40, 41, 50, 1, 2, 3, 40, 41, 60, 1, 2, 3])
+    assert index.guess(9) == ([40, 41], 3, True)
+    index.extend([70, 1, 2, 3])
+    assert index.guess(9) == ((), 0, False)  # two ways on, and nothing speaks for one of them
+
+
+def test_a_long_agreement_is_told_from_a_shorter_one() -> None:
+    index = NgramIndex()
+    index.extend([*range(100, 140), *range(100, 123)])
+    assert index.guess(2) == ([123, 124], 12, False)
+    index.extend([123])
+    assert index.guess(2) == ([124, 125], 24, False)
 
 
 @given(st.lists(st.integers(0, 3), max_size=60))
-def test_a_draft_really_came_after_as_many_equal_tokens_as_it_says(ids: list[int]) -> None:
+def test_a_guess_really_came_after_as_many_equal_tokens_as_it_says(ids: list[int]) -> None:
     index = NgramIndex()
     index.extend(ids)
-    draft, length = index.draft(5)
-    if not draft:
-        assert length == 0
+    tokens, agreed, twice = index.guess(5)
+    if not tokens:
+        assert (agreed, twice) == (0, False)
         return
-    last = ids[-length:]
-    places = [at for at in range(length, len(ids)) if ids[at - length : at] == last]
-    assert list(draft) == ids[places[-1] : places[-1] + 5]
+    last = ids[-agreed:]
+    places = [at for at in range(agreed, len(ids)) if ids[at - agreed : at] == last]
+    came = [ids[at : at + len(tokens)] for at in places]
+    assert list(tokens) == came[-1]
+    assert not twice or list(tokens) == came[-2]
 
 
 # --- how much to guess

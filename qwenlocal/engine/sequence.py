@@ -119,6 +119,7 @@ class TokenSequence:
             raise ContextFull(len(ids), self._context.n_ctx, self._context.model.n_ctx_train)
         self._full = self._stopped = False
         self._context.abort.clear()
+        self._settle()
         sampler = Sampler(sampling, self._context.model.vocabulary)
         try:
             yield from self._generate(ids, sampler, limit)
@@ -260,6 +261,11 @@ class TokenSequence:
             del self._held[self._context.truncate(self._number, length) :]
 
     def _settle(self) -> None:
-        """After an abort or a wrong draft there is more in the cache; go back to what is known to be there."""
+        """
+        Go back to what is known to be in the cache.
+
+        There is more after an abort and a wrong draft, and where another sequence object left something: the model
+        would see both texts.
+        """
         if self._context.length(self._number) > len(self._held):
             del self._held[self._context.truncate(self._number, len(self._held)) :]

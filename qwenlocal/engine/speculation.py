@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
-from qwenlocal.engine.lookup import LONGEST_DRAFT, NgramIndex
+from qwenlocal.engine.lookup import AGREED, LONGEST_DRAFT, NOTHING, Guess, NgramIndex
 from qwenlocal.engine.prefix import common_prefix
 
 # t(k) / t(1) of Q4_0 on two cores, where arithmetic is the limit early; measured again while it works. Only these k are
@@ -22,7 +22,8 @@ USUAL_COSTS = {1: 1.0, 2: 1.8, 4: 2.3, 8: 3.8, 12: 5.0, 16: 6.0, 20: 7.4, 24: 8.
 _LEAST_GAIN = 1.08  # below this, a draft is not worth the risk that the estimates are off
 _MEMORY = 12.0  # checks that an average goes back, about
 _LOOKED_AT = 12  # tokens of a draft that was not checked, after which it is known how right it was
-_EXPECTED = {12: 0.9, 6: 0.7, 3: 0.4}  # how often a drafted token is right, by the tokens that agreed, at first
+_EXPECTED = dict(zip(AGREED, (0.97, 0.9, 0.7, 0.4), strict=True))  # how often a drafted token is right, at first
+_EXPECTED_TWICE = 0.8  # at least, where it came twice
 _WEIGHT = 4.0  # of that expectation, in checks
 _LEARN = 0.2  # of a new time in the average
 
@@ -107,11 +108,13 @@ class Speculation:
     def __init__(self, costs: CostCurve) -> None:
         self.costs = costs
         self._index = NgramIndex()
-        self._survival = {length: Survival(expected) for length, expected in _EXPECTED.items()}
-        self._found: tuple[Sequence[int], int] = ((), 0)  # what was looked up, and how many tokens before it agreed
-        self._watched: tuple[Sequence[int], int, int] | None = (
-            None  # a draft not checked, its length class, right so far
-        )
+        self._survival = {
+            (agreed, twice): Survival(max(expected, _EXPECTED_TWICE) if twice else expected)
+            for agreed, expected in _EXPECTED.items()
+            for twice in (False, True)
+        }
+        self._found = NOTHING  # what was looked up
+        self._watched, self._right = NOTHING, 0  # a guess that was not checked, and how much of it came so far
         self.drafted = self.accepted = 0
 
     def begin(self, ids: Sequence[int]) -> None:
@@ -120,15 +123,15 @@ class Speculation:
         if len(known) > len(ids) or list(known) != list(ids[: len(known)]):
             self._index = NgramIndex()
         self._index.extend(ids[len(self._index.ids) :])
-        self._found, self._watched = ((), 0), None
+        self._found = self._watched = NOTHING
 
     def propose(self, most: int) -> Sequence[int]:
-        self._found = found, length = self._index.draft(min(most, LONGEST_DRAFT))
-        return found[: self._best_length(len(found), length)] if found else ()
+        self._found = found = self._index.guess(min(most, LONGEST_DRAFT))
+        return found.tokens[: self._best_length(found)] if found.tokens else ()
 
-    def _best_length(self, most: int, length: int) -> int:
+    def _best_length(self, found: Guess) -> int:
         best, best_gain = 0, _LEAST_GAIN
-        for count, expected in enumerate(self._survival[length].expected_tokens(most), start=1):
+        for count, expected in enumerate(self._of(found).expected_tokens(len(found.tokens)), start=1):
             if count + 1 not in self.costs.known:
                 continue
             gain = expected / self.costs.relative(count + 1)
@@ -138,33 +141,33 @@ class Speculation:
 
     def learn(self, tokens: Sequence[int], checked: int, seconds: float | None) -> None:
         """What was looked up and not checked is compared with what comes all the same: it costs nothing."""
-        found, length = self._found
+        found = self._found
         if checked:
-            right = common_prefix(found[:checked], tokens)
-            self._survival[length].add(right, checked)
+            right = common_prefix(found.tokens[:checked], tokens)
+            self._of(found).add(right, checked)
             self.drafted += checked
             self.accepted += right
-        elif found and self._watched is None:
-            self._watched = (found[:_LOOKED_AT], length, 0)
+        elif found.tokens and not self._watched.tokens:
+            self._watched, self._right = found._replace(tokens=found.tokens[:_LOOKED_AT]), 0
         for token in tokens:
             self._watch(token)
         if seconds is not None:
             self.costs.observe(checked + 1, seconds)
-        self._found = ((), 0)
+        self._found = NOTHING
         self._index.extend(tokens)
 
+    def _of(self, guess: Guess) -> Survival:
+        return self._survival[guess.agreed, guess.twice]
+
     def _watch(self, token: int) -> None:
-        if self._watched is None:
+        watched = self._watched
+        if not watched.tokens:
             return
-        draft, length, right = self._watched
-        if draft[right] != token:
-            self._survival[length].add(right, right + 1)
-            self._watched = None
-        elif right + 1 == len(draft):
-            self._survival[length].add(right + 1, right + 1)
-            self._watched = None
-        else:
-            self._watched = (draft, length, right + 1)
+        as_guessed = watched.tokens[self._right] == token
+        self._right += as_guessed
+        if not as_guessed or self._right == len(watched.tokens):
+            self._of(watched).add(self._right, self._right + (not as_guessed))
+            self._watched = NOTHING
 
 
 class NoSpeculation:

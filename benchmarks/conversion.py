@@ -178,16 +178,17 @@ def large(shape: str, kind: str, tokenizer: dict[str, dict[str, object]], runs: 
     limits: dict[str, list[float]] = {"copying or ggml's quantizers": [], "copying or our own quantizers": []}
     limits["reading, then writing"] = []
     for _ in range(runs):
-        target.unlink(missing_ok=True)
-        forget(weights)
+        start_afresh(weights, target)
         copying = copy_seconds(weights, target, write)
         theirs, own = quantize_seconds(plan, ggml.quantize_with_ggml), quantize_seconds(plan, ggml.quantize)
         limits["copying or ggml's quantizers"].append(max(copying, theirs))
         limits["copying or our own quantizers"].append(max(copying, own))
-        forget(weights)
-        reading, writing = read_seconds(weights), write_seconds(target, write)
+        start_afresh(weights, target)
+        reading = read_seconds(weights)
+        start_afresh(weights, target)
+        writing = write_seconds(target, write)
         limits["reading, then writing"].append(reading + writing)
-        forget(weights)
+        start_afresh(weights, target)
         found.append(ours(source, kind, target))
         print(
             f"{shape}: copying {copying:.1f} s, reading {reading:.1f} s, writing {writing:.1f} s, quantizing "
@@ -281,9 +282,16 @@ def numbers_per_second(name: str, quantize: Quantize, rows: int = 128, columns: 
     return rows * columns * sum(rounds) / (time.perf_counter() - begin)
 
 
-def forget(path: Path) -> None:
-    """Take a file out of the kernel's cache, so that it is read from the disk."""
-    with path.open("rb") as file:
+def start_afresh(source: Path, target: Path) -> None:
+    """
+    Without `target`, with `source` out of the kernel's cache and a disk that has nothing left to do.
+
+    Eight gigabytes that were deleted just before keep it busy for seconds, which whoever comes next would pay for.
+    """
+    target.unlink(missing_ok=True)
+    os.sync()
+    time.sleep(2)
+    with source.open("rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 

@@ -35,6 +35,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from qwenlocal.language import mark, tr
+
 
 class QwenlocalError(Exception):
     """Something the user can act on: `str(error)` is the sentence, `hint` the next step."""
@@ -54,8 +56,8 @@ class EngineGone(QwenlocalError):
         place, _, what = reason.partition(": ")
         self.reason = (what if ".c" in place or ".m" in place else reason).strip().rstrip(".")
         super().__init__(
-            f"llama.cpp cannot go on: {self.reason}.",
-            hint="Where a graphics card went away or is out of memory, -ngl 0 does without it.",
+            tr("llama.cpp cannot go on: {reason}.", reason=self.reason),
+            hint=tr("Where a graphics card went away or is out of memory, -ngl 0 does without it."),
         )
 
 
@@ -73,9 +75,10 @@ class ModelNotFound(QwenlocalError):
     def __init__(self, name: str, *, reason: str = "", suggestions: Sequence[str] = (), hint: str = "") -> None:
         self.name, self.suggestions = name, tuple(suggestions)
         if suggestions and not hint:
-            hint = "Did you mean " + " or ".join(suggestions) + "?"
+            hint = tr("Did you mean {name}?", name=tr(" or ").join(suggestions))
         super().__init__(
-            reason or f"There is no model called “{name}”.", hint=hint or "See the names: qwenlocal list --all"
+            reason or tr("There is no model called “{name}”.", name=name),
+            hint=hint or tr("See the names: qwenlocal list --all"),
         )
 
 
@@ -86,8 +89,12 @@ class NotConvertedYet(ModelNotFound):
         self.repo = repo
         super().__init__(
             name,
-            reason=f"{name} is published as a checkpoint only ({repo}); there is no GGUF file of it to run.",
-            hint=f"Fetch it and convert it in one go: qwenlocal pull {name}",
+            reason=tr(
+                "{name} is published as a checkpoint only ({repo}); there is no GGUF file of it to run.",
+                name=name,
+                repo=repo,
+            ),
+            hint=tr("Fetch it and convert it in one go: qwenlocal pull {name}", name=name),
         )
 
 
@@ -98,7 +105,7 @@ class ChatNotFound(QwenlocalError):
 
     def __init__(self, id: int | str) -> None:
         self.id = id
-        super().__init__(f"There is no chat {id}.", hint="Which there are: qwenlocal chats")
+        super().__init__(tr("There is no chat {id}.", id=id), hint=tr("Which there are: qwenlocal chats"))
 
 
 class DownloadFailed(QwenlocalError):
@@ -113,9 +120,13 @@ class SourceUnreachable(DownloadFailed):
     def __init__(self, what: str, places: Sequence[str], *, hint: str = "") -> None:
         self.places = tuple(places)
         super().__init__(
-            f"{what} is not on this disk, and none of its sources could be reached ({'; '.join(places)}).",
+            tr(
+                "{what} is not on this disk, and none of its sources could be reached ({places}).",
+                what=what,
+                places="; ".join(places),
+            ),
             hint=hint
-            or "Check the network (qwenlocal doctor), or point HF_ENDPOINT or HTTPS_PROXY at something reachable.",
+            or tr("Check the network (qwenlocal doctor), or point HF_ENDPOINT or HTTPS_PROXY at something reachable."),
         )
 
 
@@ -125,9 +136,16 @@ class DigestMismatch(DownloadFailed):
     def __init__(self, file: str, expected: str, actual: str, *, source: str) -> None:
         self.file, self.expected, self.actual, self.source = file, expected, actual, source
         super().__init__(
-            f"{file} from {source} is not the published file: its sha256 is {actual[:16]}…, "
-            f"it should be {expected[:16]}….",
-            hint="The download was thrown away. Try again, or on another network: something in between changes files.",
+            tr(
+                "{file} from {source} is not the published file: its sha256 is {actual}…, it should be {expected}….",
+                file=file,
+                source=source,
+                actual=actual[:16],
+                expected=expected[:16],
+            ),
+            hint=tr(
+                "The download was thrown away. Try again, or on another network: something in between changes files."
+            ),
         )
 
 
@@ -140,7 +158,8 @@ class BadWeights(QwenlocalError):
         self.path, self.reason = str(path), reason
         super().__init__(
             f"{path}: {reason}",
-            hint=hint or "Is it the right file, and whole? One that was fetched can be mended: qwenlocal verify NAME",
+            hint=hint
+            or tr("Is it the right file, and whole? One that was fetched can be mended: qwenlocal verify NAME"),
         )
 
 
@@ -151,8 +170,8 @@ class NotFinite(BadWeights):
         self.tensor, self.row = tensor, row
         super().__init__(
             path,
-            f"“{tensor}” has weights that are NaN or infinite, the first in row {row:,}",
-            hint=hint or "The model was damaged in training or on the way; fetch it again, whole.",
+            tr("“{tensor}” has weights that are NaN or infinite, the first in row {row:,}", tensor=tensor, row=row),
+            hint=hint or tr("The model was damaged in training or on the way; fetch it again, whole."),
         )
 
 
@@ -160,16 +179,16 @@ class BadCheckpoint(BadWeights):
     """A file of a checkpoint is damaged, missing or contradicts another one."""
 
     def __init__(self, path: Path | str, reason: str, *, hint: str = "") -> None:
-        super().__init__(path, reason, hint=hint or "Fetch the checkpoint again, whole, and try once more.")
+        super().__init__(path, reason, hint=hint or tr("Fetch the checkpoint again, whole, and try once more."))
 
     @classmethod
     def unreadable(cls, path: Path | str, reason: OSError) -> BadCheckpoint:
         """It is there, but the system does not let it be read."""
-        hint = "Check who may read it." if isinstance(reason, PermissionError) else ""
-        return cls(path, f"it cannot be read ({reason.strerror})", hint=hint)
+        hint = tr("Check who may read it.") if isinstance(reason, PermissionError) else ""
+        return cls(path, tr("it cannot be read ({reason})", reason=reason.strerror), hint=hint)
 
 
-_AS_PUBLISHED = (
+_AS_PUBLISHED = mark(
     "Nothing was written, since llama.cpp would answer wrongly with it. What converts: checkpoints of Qwen1.5, "
     "CodeQwen1.5, Qwen2 and Qwen2.5 as they were published."
 )
@@ -179,7 +198,7 @@ class CannotExpress(BadWeights):
     """The checkpoint in `path` is whole, but llama.cpp would compute something else; `reason` is what."""
 
     def __init__(self, path: Path | str, reason: str, *, hint: str = "") -> None:
-        super().__init__(path, reason, hint=hint or _AS_PUBLISHED)
+        super().__init__(path, reason, hint=hint or tr(_AS_PUBLISHED))
 
 
 class OutputExists(QwenlocalError):
@@ -189,7 +208,9 @@ class OutputExists(QwenlocalError):
 
     def __init__(self, path: Path, *, hint: str = "") -> None:
         self.path = path
-        super().__init__(f"{path} is there already.", hint=hint or "Name another file, or replace it with --force.")
+        super().__init__(
+            tr("{path} is there already.", path=path), hint=hint or tr("Name another file, or replace it with --force.")
+        )
 
 
 class BadCatalogue(QwenlocalError):
@@ -200,8 +221,8 @@ class BadCatalogue(QwenlocalError):
     def __init__(self, path: Path, reason: str) -> None:
         self.path, self.reason = path, reason
         super().__init__(
-            f"The catalogue file {path} cannot be read: {reason}.",
-            hint="Restore it (git checkout, or install qwenlocal again). Models given by path still run.",
+            tr("The catalogue file {path} cannot be read: {reason}.", path=path, reason=reason),
+            hint=tr("Restore it (git checkout, or install qwenlocal again). Models given by path still run."),
         )
 
 
@@ -213,7 +234,12 @@ class NotEnoughMemory(QwenlocalError):
     def __init__(self, what: str, needed: int, available: int, *, hint: str) -> None:
         self.needed, self.available = needed, available
         super().__init__(
-            f"{what} needs about {needed / 2**30:.1f} GiB of memory; {available / 2**30:.1f} GiB are available.",
+            tr(
+                "{what} needs about {needed:.1f} GiB of memory; {available:.1f} GiB are available.",
+                what=what,
+                needed=needed / 2**30,
+                available=available / 2**30,
+            ),
             hint=hint,
         )
 
@@ -228,25 +254,32 @@ class MemoryLow(QwenlocalError):
 
     def __init__(self, available: int, stalled: float = 0.0) -> None:
         self.available, self.stalled = available, stalled
-        left = f"{available / 2**20:,.0f} MiB are left"
-        what = f"The machine does little but move memory about ({stalled:.0%} of its time; {left})"
+        left = tr("{available:,.0f} MiB are left", available=available / 2**20)
+        said = tr("Memory is nearly used up ({left}), so the answer was stopped.", left=left)
+        if stalled:
+            said = tr(
+                "The machine does little but move memory about ({stalled:.0%} of its time; {left}), so the answer was "
+                "stopped.",
+                stalled=stalled,
+                left=left,
+            )
         super().__init__(
-            f"{what if stalled else f'Memory is nearly used up ({left})'}, so the answer was stopped.",
-            hint="What was said is kept. Close other programs, then go on.",
+            said,
+            hint=tr("What was said is kept. Close other programs, then go on."),
         )
 
 
 class JournalUnusable(QwenlocalError):
-    """Chats cannot be kept in the file `path`; `reason` says why."""
+    """Chats cannot be kept in the file `path`, which may be `damaged`; `reason` says why."""
 
     exit_code, http_status = 6, 507
 
-    def __init__(self, path: Path, reason: str) -> None:
+    def __init__(self, path: Path, reason: str, *, damaged: bool = False) -> None:
         self.path, self.reason = path, reason
-        hint = "What can be read of it can be copied out: qwenlocal chats recover"
-        if "damaged" not in reason:
-            hint = "Nothing was changed in it. To chat without keeping what is said: --no-journal"
-        super().__init__(f"The chats in {path} cannot be used: {reason}.", hint=hint)
+        hint = tr("What can be read of it can be copied out: qwenlocal chats recover")
+        if not damaged:
+            hint = tr("Nothing was changed in it. To chat without keeping what is said: --no-journal")
+        super().__init__(tr("The chats in {path} cannot be used: {reason}.", path=path, reason=reason), hint=hint)
 
 
 class NoContext(QwenlocalError):
@@ -257,7 +290,8 @@ class NoContext(QwenlocalError):
     def __init__(self, n_ctx: int, reason: str) -> None:
         self.n_ctx, self.reason = n_ctx, reason
         super().__init__(
-            f"There is no making room for {n_ctx:,} tokens: {reason}.", hint=f"Ask for less: -c {max(512, n_ctx // 2)}"
+            tr("There is no making room for {n_ctx:,} tokens: {reason}.", n_ctx=n_ctx, reason=reason),
+            hint=tr("Ask for less: -c {fewer}", fewer=max(512, n_ctx // 2)),
         )
 
 
@@ -273,8 +307,13 @@ class DiskFull(QwenlocalError):
     def __init__(self, folder: Path, needed: int, free: int) -> None:
         self.folder, self.needed, self.free = folder, needed, free
         super().__init__(
-            f"The disk of {folder} has {_megabytes(free)} free; {_megabytes(needed)} are needed.",
-            hint="Free some room (qwenlocal list, qwenlocal rm NAME), or move QWENLOCAL_HOME or HF_HOME elsewhere.",
+            tr(
+                "The disk of {folder} has {free} free; {needed} are needed.",
+                folder=folder,
+                free=_megabytes(free),
+                needed=_megabytes(needed),
+            ),
+            hint=tr("Free some room (qwenlocal list, qwenlocal rm NAME), or move QWENLOCAL_HOME or HF_HOME elsewhere."),
         )
 
 
@@ -285,7 +324,9 @@ class BeingWritten(QwenlocalError):
 
     def __init__(self, path: Path | str) -> None:
         self.path = path
-        super().__init__(f"Another qwenlocal is writing {path}.", hint="Wait for it, or write to another file.")
+        super().__init__(
+            tr("Another qwenlocal is writing {path}.", path=path), hint=tr("Wait for it, or write to another file.")
+        )
 
 
 class CannotWrite(QwenlocalError):
@@ -296,8 +337,8 @@ class CannotWrite(QwenlocalError):
     def __init__(self, folder: Path, reason: str, *, hint: str = "") -> None:
         self.folder, self.reason = folder, reason
         super().__init__(
-            f"{folder} cannot be written: {reason}.",
-            hint=hint or "Set QWENLOCAL_HOME (and HF_HOME for models of the hub) to a folder of yours.",
+            tr("{folder} cannot be written: {reason}.", folder=folder, reason=reason),
+            hint=hint or tr("Set QWENLOCAL_HOME (and HF_HOME for models of the hub) to a folder of yours."),
         )
 
 
@@ -310,11 +351,16 @@ class ContextFull(QwenlocalError):
         self.n_prompt, self.n_ctx, self.n_ctx_train = n_prompt, n_ctx, n_ctx_train
         wanted = -(-(n_prompt + 512) // 1024) * 1024
         if wanted <= n_ctx_train:
-            hint = f"Load the model with more room: -c {wanted}"
+            hint = tr("Load the model with more room: -c {wanted}", wanted=wanted)
         else:
-            hint = f"Shorten the text: this model was trained for {n_ctx_train:,} tokens."
+            hint = tr("Shorten the text: this model was trained for {most:,} tokens.", most=n_ctx_train)
         super().__init__(
-            f"The text is {n_prompt:,} tokens long; the model was loaded with room for {n_ctx:,}.", hint=hint
+            tr(
+                "The text is {n_prompt:,} tokens long; the model was loaded with room for {n_ctx:,}.",
+                n_prompt=n_prompt,
+                n_ctx=n_ctx,
+            ),
+            hint=hint,
         )
 
 
@@ -324,4 +370,4 @@ class Interrupted(QwenlocalError):
     exit_code = 130
 
     def __init__(self, kept: str = "") -> None:
-        super().__init__("Interrupted.", hint=kept)
+        super().__init__(tr("Interrupted."), hint=kept)

@@ -35,12 +35,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _nobody_elses_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No test sees this machine's models, settings or proxies."""
+    """No test sees this machine's models, settings, language or proxies."""
     for name in list(os.environ):
         if name.startswith(("HF_", "QWENLOCAL_", "OLLAMA", "LLAMA_", "MODELSCOPE")) or name.lower().endswith("_proxy"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "person"))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("LANGUAGE", "en")
 
 
 @pytest.fixture
@@ -81,9 +82,10 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 @pytest.fixture
 def environment(folders: Folders, hub: HubServer) -> dict[str, str]:
     """For the program as a process: its own folders, and a network that consists of the loopback hub."""
-    kept = {name: os.environ[name] for name in ("PATH", "LANG", "SYSTEMROOT", "LD_LIBRARY_PATH") if name in os.environ}
+    kept = {name: os.environ[name] for name in ("PATH", "SYSTEMROOT", "LD_LIBRARY_PATH") if name in os.environ}
     return {
         **kept,
+        "LANG": "C.UTF-8",
         "HOME": str(folders.user),
         "QWENLOCAL_HOME": str(folders.home),
         "HF_HUB_CACHE": str(folders.hub_cache),
@@ -141,9 +143,9 @@ def terminal(environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[.
 
     opened: list[Terminal] = []
 
-    def open_(*arguments: str, term: str = "xterm-256color") -> Terminal:
+    def open_(*arguments: str, term: str = "xterm-256color", **variables: str) -> Terminal:
         command = [sys.executable, "-m", "qwenlocal", *arguments]
-        one = Terminal(command, {**environment, "TERM": term}, tmp_path)
+        one = Terminal(command, {**environment, "TERM": term, **variables}, tmp_path)
         opened.append(one)
         return one
 

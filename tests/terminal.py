@@ -35,6 +35,13 @@ class Terminal:
     def type(self, text: str) -> None:
         self._child.send(text)
 
+    def paste(self, text: str) -> None:
+        """A bracketed paste, as fast as the program takes it; what it writes meanwhile is read."""
+        data = f"\x1b[200~{text}\x1b[201~".encode()
+        for at in range(0, len(data), 1 << 15):
+            self._child.send(data[at : at + (1 << 15)])
+            self.read(0.001)
+
     def read(self, seconds: float = 0.05) -> None:
         """Whatever the program writes for a while; questions of prompt_toolkit about the cursor are answered."""
         end = time.monotonic() + seconds

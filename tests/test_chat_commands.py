@@ -361,6 +361,18 @@ def test_a_paste_of_a_megabyte_is_folded(terminal: Open, speaking_model: Path) -
     chat.wait_for(r"does not fit|tokens of context|/clear starts afresh")
 
 
+@pytest.mark.slow
+def test_a_paste_of_ten_megabytes_is_refused_with_a_sentence_and_the_chat_goes_on(
+    terminal: Open, speaking_model: Path
+) -> None:
+    chat = started(terminal, speaking_model)
+    chat.paste(("x" * 79 + "\n") * 131_072)
+    chat.wait_for(r"^> \[paste 1: 131,073 lines\]", 120)
+    chat.type("\r")
+    chat.wait_for("/clear starts afresh", 120)
+    said(chat, "Hi", "Paris")
+
+
 def test_a_window_that_changes_its_size_during_an_answer_shows_it_whole(terminal: Open, endless_model: Path) -> None:
     chat = started(terminal, endless_model, "-n", "400", "--no-lookup")
     said(chat, "Go", "abcdefgh abcdefgh")

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import sys
 from pathlib import Path
 
+import pytest
 from conftest import SAYS
-from terminal import Open
+from terminal import Open, Terminal
 
 
 def test_a_chat_answers_remembers_and_ends_with_ctrl_d(terminal: Open, speaking_model: Path) -> None:
@@ -76,6 +79,32 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(terminal: Open, endless_
     assert said["content"].startswith("abcdefgh abcdefgh")
     chat.type("\x04")
     assert chat.ended() == 0
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="bash is wanted, which puts programs into the background")
+def test_ctrl_z_in_the_middle_of_an_answer_gives_the_shell_back_and_fg_goes_on(
+    endless_model: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    shell = Terminal(
+        ["bash", "--norc", "--noprofile", "-i"], {**environment, "TERM": "xterm-256color", "PS1": "sh: "}, tmp_path
+    )
+    try:
+        shell.wait_for("^sh:$")
+        shell.type(f"{sys.executable} -m qwenlocal run {endless_model} -n 1500 --no-lookup\r")
+        shell.wait_for_prompt()
+        shell.type("Go\r")
+        shell.wait_for("abcdefgh abcdefgh")
+        shell.type("\x1a")
+        shell.wait_for(r"Stopped.*^sh:$")
+        shell.type("echo still; stty -a | grep -c -- -echo\r")  # the line is as the shell had it
+        shell.wait_for(r"^still$.*^sh:$")
+        shell.type("fg\r")
+        shell.wait_for(r"\[token limit\]")
+        shell.wait_for_prompt()
+        shell.type("\x04")
+        shell.wait_for(r"^sh:$")
+    finally:
+        shell.close()
 
 
 def test_what_is_typed_during_an_answer_is_the_next_message(

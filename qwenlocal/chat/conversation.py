@@ -19,6 +19,7 @@ from qwenlocal.engine import sequence
 from qwenlocal.engine.sampling import Sampling
 from qwenlocal.engine.text import TextStream
 from qwenlocal.errors import UsageProblem
+from qwenlocal.language import tr
 
 _SUMMARY = 256  # tokens
 
@@ -201,7 +202,7 @@ class Conversation:
     def _last_turn(self) -> Turn:
         turns = self.thread.turns
         if not turns:
-            raise UsageProblem("Nothing was asked yet.", hint="Type a question first.")
+            raise UsageProblem(tr("Nothing was asked yet."), hint=tr("Type a question first."))
         return turns[-1]
 
     def _begin(self, take_back: Callable[[], object], version: int = 0) -> Iterator[Event]:

@@ -8,21 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwenlocal.errors import ModelNotFound, UsageProblem
+from qwenlocal.language import mark, tr
 
 MOST_BYTES = 64 << 20
 _LOOKED_AT = 8192
 _MENTION = re.compile(r'(?<!\S)@(?:"([^"\n]+)"|(\S+))')
 _PICTURES = {
-    b"\x89PNG": "a picture (PNG)",
-    b"\xff\xd8\xff": "a picture (JPEG)",
-    b"GIF8": "a picture (GIF)",
-    b"RIFF": "sound, a film or a picture (RIFF)",
-    b"\x1f\x8b": "compressed (gzip)",
-    b"PK\x03\x04": "a ZIP archive",
-    b"\x7fELF": "a program",
-    b"MZ": "a program",
-    b"GGUF": "a model",
-    b"SQLite": "a database",
+    b"\x89PNG": mark("a picture (PNG)"),
+    b"\xff\xd8\xff": mark("a picture (JPEG)"),
+    b"GIF8": mark("a picture (GIF)"),
+    b"RIFF": mark("sound, a film or a picture (RIFF)"),
+    b"\x1f\x8b": mark("compressed (gzip)"),
+    b"PK\x03\x04": mark("a ZIP archive"),
+    b"\x7fELF": mark("a program"),
+    b"MZ": mark("a program"),
+    b"GGUF": mark("a model"),
+    b"SQLite": mark("a database"),
 }
 
 
@@ -50,19 +51,27 @@ def read_document(path: Path) -> Document:
     """
     try:
         if path.is_dir():
-            raise UsageProblem(f"{path} is a folder.", hint="Give one of its files.")
+            raise UsageProblem(tr("{path} is a folder.", path=path), hint=tr("Give one of its files."))
         size = path.stat().st_size
         if size > MOST_BYTES:
-            raise UsageProblem(f"{path.name} has {size / 1e6:,.0f} MB; {MOST_BYTES >> 20} MB are read at most.")
+            raise UsageProblem(
+                tr(
+                    "{name} has {size:,.0f} MB; {most} MB are read at most.",
+                    name=path.name,
+                    size=size / 1e6,
+                    most=MOST_BYTES >> 20,
+                )
+            )
         data = path.read_bytes()
     except OSError as reason:
-        why = f"The file {path} cannot be read: {reason.strerror}."
-        raise ModelNotFound(str(path), reason=why, hint="Check the path.") from reason
+        why = tr("The file {path} cannot be read: {reason}.", path=path, reason=reason.strerror)
+        raise ModelNotFound(str(path), reason=why, hint=tr("Check the path.")) from reason
     reader = _READERS.get(path.suffix.lower())
     text = _read_with(reader, path) if reader else _plain(path, data)
     if not text.strip():
         raise UsageProblem(
-            f"{path.name} holds no text.", hint="A scanned page is a picture; this model reads text only."
+            tr("{name} holds no text.", name=path.name),
+            hint=tr("A scanned page is a picture; this model reads text only."),
         )
     return Document(path.name, text)
 
@@ -87,17 +96,22 @@ def mentioned(text: str, folder: Path) -> list[Path]:
 def _plain(path: Path, data: bytes) -> str:
     for magic, what in _PICTURES.items():
         if data.startswith(magic):
-            raise UsageProblem(f"{path.name} is {what}; this model reads text only.")
+            raise UsageProblem(tr("{name} is {what}; this model reads text only.", name=path.name, what=tr(what)))
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         return data.decode("utf-16", errors="replace")
     if b"\0" in data[:_LOOKED_AT]:
-        raise UsageProblem(f"{path.name} is a binary file; this model reads text only.")
+        raise UsageProblem(tr("{name} is a binary file; this model reads text only.", name=path.name))
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as wrong:
         raise UsageProblem(
-            f"{path.name} is not UTF-8 text (byte {wrong.start + 1:,} is 0x{data[wrong.start]:02X}).",
-            hint=f"If it is text in another encoding, convert it: iconv -f GB18030 -t UTF-8 {path.name}",
+            tr(
+                "{name} is not UTF-8 text (byte {start:,} is 0x{data:02X}).",
+                name=path.name,
+                start=wrong.start + 1,
+                data=data[wrong.start],
+            ),
+            hint=tr("If it is text in another encoding, convert it: iconv -f GB18030 -t UTF-8 {name}", name=path.name),
         ) from wrong
 
 
@@ -106,7 +120,13 @@ def _read_with(reader: Callable[[Path], str], path: Path) -> str:
         return reader(path)
     except Exception as reason:  # whatever a library stumbles over in somebody's file
         raise UsageProblem(
-            f"{path.name} cannot be read: {type(reason).__name__}: {reason}.", hint="Export its text, and attach that."
+            tr(
+                "{name} cannot be read: {kind}: {reason}.",
+                name=path.name,
+                kind=type(reason).__name__,
+                reason=reason,
+            ),
+            hint=tr("Export its text, and attach that."),
         ) from reason
 
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from qwenlocal.language import mark, tr
+
 
 class Why(str, Enum):
-    """Why an answer ended; the values are words for people."""
+    """Why an answer ended; the values are words for people, in English."""
 
-    END = "end of answer"
-    STOP = "stop string"
-    LENGTH = "token limit"
-    CONTEXT = "context full"
-    INTERRUPTED = "interrupted"
+    END = mark("end of answer")
+    STOP = mark("stop string")
+    LENGTH = mark("token limit")
+    CONTEXT = mark("context full")
+    INTERRUPTED = mark("interrupted")
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,15 @@ class LeftOut:
 
     def sentence(self) -> str:
         """`The context is full: the oldest 3 turns, from “Hello, …” on, are no longer read.`"""
-        turns = "the oldest turn" if self.turns == 1 else f"the oldest {self.turns} turns"
-        verb = "is" if self.turns == 1 else "are"
-        instead = f" Read instead: {self.summary}" if self.summary else ""
-        return f"The context is full: {turns}, from “{self.first}” on, {verb} no longer read.{instead}"
+        if self.turns == 1:
+            said = tr("The context is full: the oldest turn, from “{first}” on, is no longer read.", first=self.first)
+        else:
+            said = tr(
+                "The context is full: the oldest {turns} turns, from “{first}” on, are no longer read.",
+                turns=self.turns,
+                first=self.first,
+            )
+        return said + " " + tr("Read instead: {summary}", summary=self.summary) if self.summary else said
 
 
 @dataclass(frozen=True)
@@ -83,12 +90,14 @@ class Stats:
 
     def sentence(self, why: Why) -> str:
         """All of it in one line."""
-        reused = f" ({self.reused_tokens:,} reused)" if self.reused_tokens else ""
-        return (
-            f"prompt {self.prompt_tokens:,} tokens{reused}, {self.prompt_speed:.1f} tokens/s | "
-            f"first token after {self.first_token:.2f} s | "
-            f"answer {self.answer_tokens:,} tokens, {self.answer_speed:.1f} tokens/s | {why.value}"
+        reused = " " + tr("({count:,} reused)", count=self.reused_tokens) if self.reused_tokens else ""
+        parts = (
+            tr("prompt {count:,} tokens", count=self.prompt_tokens) + reused + f", {self.prompt_speed:.1f} tokens/s",
+            tr("first token after {seconds:.2f} s", seconds=self.first_token),
+            tr("answer {count:,} tokens", count=self.answer_tokens) + f", {self.answer_speed:.1f} tokens/s",
+            tr(why.value),
         )
+        return " | ".join(parts)
 
 
 @dataclass(frozen=True)

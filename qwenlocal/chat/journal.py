@@ -20,10 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwenlocal.chat.keeper import Keeper, in_words
+from qwenlocal.chat.keeper import Keeper, in_words, is_damage
 from qwenlocal.chat.room import shortly
 from qwenlocal.chat.thread import USER, Message, Thread
 from qwenlocal.errors import ChatNotFound, JournalUnusable
+from qwenlocal.language import tr
 
 VERSION = 1
 _APPLICATION = 0x71776C63  # "qwlc": PRAGMA application_id
@@ -93,7 +94,7 @@ class Journal:
     def _prepare(self) -> None:
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
         if version > VERSION:
-            raise JournalUnusable(self.path, "it was written by a newer version of this program")
+            raise JournalUnusable(self.path, tr("it was written by a newer version of this program"))
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = NORMAL")
         if version == 0:
@@ -278,12 +279,12 @@ def problems(path: Path) -> Iterator[None]:
     try:
         yield
     except (sqlite3.Error, OSError, ValueError, TypeError) as reason:  # the last two of what damaged rows hold
-        raise JournalUnusable(path, in_words(reason)) from reason
+        raise JournalUnusable(path, in_words(reason), damaged=is_damage(reason)) from reason
 
 
 def _title(thread: Thread) -> str:
     first = next((message.text for message in thread.messages.values() if message.role == USER), "")
-    return shortly(_text(first)) or "(no title)"
+    return shortly(_text(first)) or tr("(no title)")
 
 
 def _text(value: str) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from qwenlocal.chat.thread import USER, Message, Thread
+from qwenlocal.language import tr
 
 EVERY = 0.5  # seconds between two writes of an answer that is being given
 _AFTER_TROUBLE = 5.0  # and where the last one failed: a locked file keeps an answer waiting
@@ -85,11 +86,14 @@ def in_words(reason: Exception) -> str:
     """Why SQLite did not do something."""
     text = str(reason)
     if "locked" in text or "busy" in text:
-        return "another program keeps it locked"
+        return tr("another program keeps it locked")
     if "readonly" in text or "unable to open" in text:
-        return "it cannot be written there"
+        return tr("it cannot be written there")
     if isinstance(reason, OSError):
         return reason.strerror or text
-    if isinstance(reason, sqlite3.OperationalError):
-        return text
-    return f"it is damaged ({text})"
+    return tr("it is damaged ({text})", text=text) if is_damage(reason) else text
+
+
+def is_damage(reason: Exception) -> bool:
+    """Whether the file holds what cannot be read, and not only cannot be had now."""
+    return not isinstance(reason, (OSError, sqlite3.OperationalError))

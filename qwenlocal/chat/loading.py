@@ -27,6 +27,7 @@ from qwenlocal.engine.wanted import Wanted
 from qwenlocal.engine.watch import MemoryWatch
 from qwenlocal.errors import BadWeights, Interrupted, NoContext, NotEnoughMemory, UsageProblem
 from qwenlocal.ggml import Device, devices
+from qwenlocal.language import tr
 from qwenlocal.machine import Machine
 from qwenlocal.weights.checkup import missing_rope_base
 from qwenlocal.weights.header import Value, read_header, read_metadata
@@ -100,8 +101,8 @@ class Loaded:
         """
         if self.template is None:
             raise UsageProblem(
-                "This model has no chat template: it continues text, it does not answer.",
-                hint='Give it a beginning: qwenlocal run MODEL --raw "Once upon a time"',
+                tr("This model has no chat template: it continues text, it does not answer."),
+                hint=tr('Give it a beginning: qwenlocal run MODEL --raw "Once upon a time"'),
             )
         n_ctx, vocabulary = self.context.n_ctx, self.model.vocabulary
         return Conversation(self.sequence, vocabulary, self.template, manner, thread, n_ctx=n_ctx, model=self.name)
@@ -202,8 +203,8 @@ def _offload(shape: Shape | None, size: int, wanted: Wanted, found: Sequence[Dev
     cards = [device for device in found if device.is_gpu]
     if asked and not cards:
         raise UsageProblem(
-            "Layers can only be put on a graphics card, and llama.cpp finds none here.",
-            hint="Leave -ngl away. What is there: qwenlocal doctor",
+            tr("Layers can only be put on a graphics card, and llama.cpp finds none here."),
+            hint=tr("Leave -ngl away. What is there: qwenlocal doctor"),
         )
     units = shape.layers + 1 if shape else ALL_LAYERS
     if asked is not None:
@@ -238,8 +239,8 @@ def _plan_with_draft(
     """
     if draft.size >= size:
         raise UsageProblem(
-            f"{draft.name} is no smaller than {name}: it cannot draft for it.",
-            hint="A 0.5B drafts well for a 7B: --draft qwen1.5:0.5b",
+            tr("{name} is no smaller than {large}: it cannot draft for it.", name=draft.name, large=name),
+            hint=tr("A 0.5B drafts well for a 7B: --draft qwen1.5:0.5b"),
         )
     small, plan = Shape.of(read_metadata(draft.path)), None
     tokens = wanted.n_ctx or ENOUGH
@@ -269,8 +270,8 @@ def _open_draft(draft: Draft, beside: Context, offload: Offload) -> DraftModel:
     try:
         if not small.can_be_cut or not beside.model.can_be_cut or not shares_vocabulary(beside.model, small):
             raise UsageProblem(
-                f"{draft.name} cannot draft for this model: their vocabularies differ.",
-                hint="A draft model is a small one of the same family.",
+                tr("{name} cannot draft for this model: their vocabularies differ.", name=draft.name),
+                hint=tr("A draft model is a small one of the same family."),
             )
         options = replace(beside.options, sequences=1, key_type="f16", value_type="f16", rope=None)
         context = Context(small, options, beside.abort)
@@ -301,7 +302,11 @@ def _open(
                 raise
             offload = offload.fewer()
             continue
-        fewer = f"The graphics card had less room than it said: {offload.layers} layers are there, not {first}."
+        fewer = tr(
+            "The graphics card had less room than it said: {layers} layers are there, not {first}.",
+            layers=offload.layers,
+            first=first,
+        )
         return model, context, (fewer,) if offload.layers < first else ()
 
 
@@ -319,12 +324,12 @@ def _repairs(path: Path, metadata: Mapping[str, Value]) -> dict[str, float]:
 
 
 def _repairs_in_words(repairs: Mapping[str, float], model: Model) -> tuple[str, ...]:
-    found = [f"rope base {value:,.0f}, which the file does not state" for value in repairs.values()]
+    found = [tr("rope base {value:,.0f}, which the file does not state", value=value) for value in repairs.values()]
     if model.vocabulary.false_end is not None:
         found.append(f"“{model.vocabulary.text_of(model.vocabulary.false_end)}” is no end of an answer")
     if model.vocabulary.hides_padding:
-        found.append("padding tokens that could be typed are text")
-    return (f"Put right on loading: {'; '.join(found)}. (qwenlocal inspect --fix)",) if found else ()
+        found.append(tr("padding tokens that could be typed are text"))
+    return (tr("Put right on loading: {what}. (qwenlocal inspect --fix)", what="; ".join(found)),) if found else ()
 
 
 def _template(model: Model, *, raw: bool | None, is_base: bool) -> tuple[ChatTemplate | None, tuple[str, ...]]:
@@ -336,7 +341,7 @@ def _template(model: Model, *, raw: bool | None, is_base: bool) -> tuple[ChatTem
         return ChatTemplate(source, bos=vocabulary.bos, eos=vocabulary.eos), ()
     ids = vocabulary.tokenize("<|im_start|>", special=True)
     if len(ids) == 1 and vocabulary.is_control(ids[0]):
-        return ChatTemplate(CHATML), ("The file has no chat template; Qwen1.5's own is used.",)
+        return ChatTemplate(CHATML), (tr("The file has no chat template; Qwen1.5's own is used."),)
     return None, ()
 
 

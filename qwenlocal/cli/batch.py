@@ -21,6 +21,7 @@ from qwenlocal.cli.asked import Asked
 from qwenlocal.engine.context import Context
 from qwenlocal.engine.together import Request, Result, Together, worth_at_once
 from qwenlocal.errors import CannotWrite, ContextFull, Interrupted, ModelNotFound, UsageProblem
+from qwenlocal.language import tr
 from qwenlocal.terminal.status import StatusLine
 
 MOST_AT_ONCE = 16
@@ -48,17 +49,22 @@ def read_batch(name: str, system: str, template: str | None, values: Mapping[str
         lines = Path(name).expanduser().read_text("utf-8-sig").splitlines()
     except OSError as reason:
         why = f"The batch {name} cannot be read: {reason.strerror}."
-        raise ModelNotFound(name, reason=why, hint="Check the path.") from reason
+        raise ModelNotFound(name, reason=why, hint=tr("Check the path.")) from reason
     except UnicodeDecodeError as reason:
-        raise UsageProblem(f"{name} is not UTF-8 text.") from reason
+        raise UsageProblem(tr("{name} is not UTF-8 text.", name=name)) from reason
     items = [
         _item(number, line, system, template, values) for number, line in enumerate(lines, start=1) if line.strip()
     ]
     ids = collections.Counter(item.id for item in items)
     if twice := [id for id, count in ids.items() if count > 1]:
-        raise UsageProblem(f"Several lines of {name} have the id {twice[0]}.", hint="Each needs its own, or none.")
+        raise UsageProblem(
+            tr("Several lines of {name} have the id {twice}.", name=name, twice=twice[0]),
+            hint=tr("Each needs its own, or none."),
+        )
     if not items:
-        raise UsageProblem(f"There are no prompts in {name}.", hint='One a line: a text, or {"prompt": "…"}')
+        raise UsageProblem(
+            tr("There are no prompts in {name}.", name=name), hint=tr('One a line: a text, or {"prompt": "…"}')
+        )
     return items
 
 
@@ -68,26 +74,33 @@ def _item(number: int, line: str, system: str, template: str | None, values: Map
         try:
             data = json.loads(line)
         except ValueError as reason:
-            raise UsageProblem(f"Line {number} of the batch is not JSON: {reason}.") from reason
+            raise UsageProblem(
+                tr("Line {number} of the batch is not JSON: {reason}.", number=number, reason=reason)
+            ) from reason
     if isinstance(data, str):
         data = {"prompt": data}
     id = data.get("id", number)
     if not isinstance(id, (str, int)):
-        raise UsageProblem(f"The id of line {number} of the batch is neither a text nor a number.")
+        raise UsageProblem(tr("The id of line {number} of the batch is neither a text nor a number.", number=number))
     given = data.get("messages")
     if given is not None:
         is_good = isinstance(given, list) and all(
             isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in given
         )
         if not is_good or not given:
-            raise UsageProblem(f"The messages of line {number} of the batch are not a list of roles and contents.")
+            raise UsageProblem(
+                tr("The messages of line {number} of the batch are not a list of roles and contents.", number=number)
+            )
         return Item(id, given)
     texts = {key: str(value) for key, value in data.items()}
     prompt = texts.get("prompt", texts.get("input"))
     if template is not None:
         prompt = filled(template, {**values, **({"input": prompt} if prompt is not None else {}), **texts})
     if not prompt or not prompt.strip():
-        raise UsageProblem(f"Line {number} of the batch has no prompt.", hint='{"prompt": "…"}, or use --template.')
+        raise UsageProblem(
+            tr("Line {number} of the batch has no prompt.", number=number),
+            hint=tr('{"prompt": "…"}, or use --template.'),
+        )
     own = texts.get("system", system)
     return Item(id, [*([{"role": "system", "content": own}] if own else []), {"role": "user", "content": prompt}])
 
@@ -106,7 +119,9 @@ def done_before(output: Path | None) -> set[str | int]:
     except OSError as reason:
         raise CannotWrite(output.parent, reason.strerror or str(reason)) from reason
     except (ValueError, KeyError, TypeError) as reason:
-        raise UsageProblem(f"{output} is no output of a batch.", hint="Name another file with -o.") from reason
+        raise UsageProblem(
+            tr("{output} is no output of a batch.", output=output), hint=tr("Name another file with -o.")
+        ) from reason
 
 
 def answer_batch(asked: Asked, loaded: Loaded, items: Sequence[Item], output: Path | None, before: int) -> None:
@@ -118,7 +133,7 @@ def answer_batch(asked: Asked, loaded: Loaded, items: Sequence[Item], output: Pa
     Interrupted: Ctrl-C; the same command with the same output goes on. ContextFull: a prompt is too long even alone.
     """
     if loaded.template is None:
-        raise UsageProblem("A base model continues text; it has no turns to answer.", hint="Take a chat model.")
+        raise UsageProblem(tr("A base model continues text; it has no turns to answer."), hint=tr("Take a chat model."))
     loaded.context.close()
     count = worth_at_once(loaded.costs, min(MOST_AT_ONCE, len(items)))
     context = Context(loaded.model, replace(loaded.context.options, sequences=count + 1))
@@ -144,7 +159,13 @@ def answer_batch(asked: Asked, loaded: Loaded, items: Sequence[Item], output: Pa
                 _write(out, items[result.key], text, result, len(requests[result.key].ids))
                 speed = said / max(0.001, time.monotonic() - begun)
                 status.show(
-                    f"{before + finished} of {before + len(items)} answered, {count} at once, {speed:.1f} tokens/s"
+                    tr(
+                        "{done} of {all} answered, {count} at once, {speed:.1f} tokens/s",
+                        done=before + finished,
+                        all=before + len(items),
+                        count=count,
+                        speed=speed,
+                    )
                 )
     finally:
         status.clear()

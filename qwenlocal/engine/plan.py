@@ -17,6 +17,7 @@ from qwenlocal.engine.shape import Shape
 from qwenlocal.engine.wanted import Wanted, check_wanted
 from qwenlocal.errors import NotEnoughMemory, UsageProblem
 from qwenlocal.ggml import Device, tensor_type
+from qwenlocal.language import tr
 
 ENOUGH = 4096  # tokens; below this, keys are kept as q8_0 before the context becomes shorter still
 LEAST_CONTEXT = 1024
@@ -111,9 +112,13 @@ def _ways(shape: Shape, wanted: Wanted) -> list[ContextOptions]:
     fitting = [way for way in ways if not shape.head_width % tensor_type(way.key_type).block]
     if not fitting:
         raise UsageProblem(
-            f"Keys cannot be kept as {wanted.kv_type}: this model's heads are {shape.head_width} wide, no multiple of "
-            f"{tensor_type(ways[0].key_type).block}.",
-            hint="Leave --kv away.",
+            tr(
+                "Keys cannot be kept as {kv_type}: this model's heads are {head_width} wide, no multiple of {block}.",
+                kv_type=wanted.kv_type,
+                head_width=shape.head_width,
+                block=tensor_type(ways[0].key_type).block,
+            ),
+            hint=tr("Leave --kv away."),
         )
     return fitting
 
@@ -152,9 +157,15 @@ def _stretched(shape: Shape, wanted: Wanted) -> tuple[RopeScaling | None, tuple[
     factor = wanted.n_ctx / shape.n_ctx_train
     if factor > MOST_STRETCH:
         raise UsageProblem(
-            f"{wanted.n_ctx:,} tokens are {factor:.0f} times what this model was trained with ({shape.n_ctx_train:,}); "
-            f"{MOST_STRETCH} times can be tried.",
-            hint=f"At most: -c {shape.n_ctx_train * MOST_STRETCH}",
+            tr(
+                "{n_ctx:,} tokens are {factor:.0f} times what this model was trained with ({n_ctx_train:,}); "
+                "{most} times can be tried.",
+                n_ctx=wanted.n_ctx,
+                factor=factor,
+                n_ctx_train=shape.n_ctx_train,
+                most=MOST_STRETCH,
+            ),
+            hint=tr("At most: -c {most}", most=shape.n_ctx_train * MOST_STRETCH),
         )
     kind = wanted.rope or "yarn"
     note = (
@@ -173,7 +184,7 @@ def _too_large(what: str, shape: Shape, weights: int, available: int, wanted: Wa
         named = f"{what} with a context of {wanted.n_ctx:,} tokens"
         if fits >= 512:
             return NotEnoughMemory(
-                named, needed, available, hint=f"At most -c {fits} fits. To try all the same: --force"
+                named, needed, available, hint=tr("At most -c {fits} fits. To try all the same: --force", fits=fits)
             )
     else:
         named = what
@@ -181,7 +192,7 @@ def _too_large(what: str, shape: Shape, weights: int, available: int, wanted: Wa
         named,
         needed,
         available,
-        hint="Close other programs, or take a smaller file (qwenlocal plan NAME). To try all the same: --force",
+        hint=tr("Close other programs, or take a smaller file (qwenlocal plan NAME). To try all the same: --force"),
     )
 
 

@@ -29,6 +29,7 @@ from qwenlocal.errors import (
     Interrupted,
     SourceUnreachable,
 )
+from qwenlocal.language import tr
 from qwenlocal.library.digests import digests_of
 from qwenlocal.library.http import Client, Trouble
 from qwenlocal.library.partial import BLOCK, Identity, Partial, journal_of, lock_of, part_of, read_journal
@@ -269,7 +270,9 @@ class _Places:
             return SourceUnreachable(self._name, reasons)
         busy = [s.last.wait for s in self.standings if s.last and s.last.wait]
         hint = (
-            f"Try again in {max(busy):.0f} s." if busy else "What is here is kept; the same command goes on from there."
+            tr("Try again in {seconds:.0f} s.", seconds=max(busy))
+            if busy
+            else tr("What is here is kept; the same command goes on from there.")
         )
         return DownloadFailed(
             f"{self._name} could not be fetched ({'; '.join(reasons) or 'no place has it'}).", hint=hint

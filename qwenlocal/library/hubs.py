@@ -16,6 +16,7 @@ from typing import Protocol
 from urllib.parse import quote
 
 from qwenlocal.errors import ModelNotFound, QwenlocalError
+from qwenlocal.language import tr
 from qwenlocal.library.http import Client, Trouble
 
 
@@ -101,12 +102,17 @@ class HuggingFace:
         except GatedRepoError as reason:
             raise _gated(repo, self._endpoint) from reason
         except RevisionNotFoundError as reason:
-            raise ModelNotFound(repo, reason=f"{repo} has no revision “{revision}” on {self.label}.") from reason
+            raise ModelNotFound(
+                repo,
+                reason=tr(
+                    "{repo} has no revision “{revision}” on {label}.", repo=repo, revision=revision, label=self.label
+                ),
+            ) from reason
         except (RepositoryNotFoundError, HFValidationError) as reason:
             raise ModelNotFound(
                 repo,
-                reason=f"{self.label} has no repository “{repo}”, or it is private.",
-                hint="Check the spelling; for a private one set HF_TOKEN.",
+                reason=tr("{label} has no repository “{repo}”, or it is private.", label=self.label, repo=repo),
+                hint=tr("Check the spelling; for a private one set HF_TOKEN."),
             ) from reason
         except HfHubHTTPError as reason:
             status = reason.response.status_code if reason.response is not None else None
@@ -156,7 +162,12 @@ class ModelScope:
             text = self._client.text(address)
         except Trouble as trouble:
             if trouble.status == 404:
-                raise ModelNotFound(repo, reason=f"{self.label} has no repository “{repo}” ({wanted}).") from trouble
+                raise ModelNotFound(
+                    repo,
+                    reason=tr(
+                        "{label} has no repository “{repo}” ({wanted}).", label=self.label, repo=repo, wanted=wanted
+                    ),
+                ) from trouble
             raise
         try:
             entries = json.loads(text)["Data"]["Files"]
@@ -188,8 +199,10 @@ def _licence(card: Mapping[str, object]) -> str:
 def _gated(repo: str, endpoint: str) -> QwenlocalError:
     return ModelNotFound(
         repo,
-        reason=f"{repo} is there, but its owner asks you to agree to something first.",
-        hint=f"Open {endpoint}/{repo}, agree, and set HF_TOKEN to a token of your account.",
+        reason=tr("{repo} is there, but its owner asks you to agree to something first.", repo=repo),
+        hint=tr(
+            "Open {endpoint}/{repo}, agree, and set HF_TOKEN to a token of your account.", endpoint=endpoint, repo=repo
+        ),
     )
 
 

@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 
 from qwenlocal.errors import BadWeights, ModelNotFound
 from qwenlocal.filetypes import FILE_TYPES
+from qwenlocal.language import tr
 from qwenlocal.library.catalog import Card, Catalogue
 
 LEVELS = [*FILE_TYPES, "q3_k", "q4_k", "q5_k"]  # as they stand in file names; the last three without a size
@@ -129,7 +130,7 @@ def parse(text: str, catalogue: Callable[[], Catalogue]) -> Name:
     """
     text = text.strip()
     if not text or "\0" in text:
-        raise ModelNotFound(text.replace("\0", "?"), reason="A model needs a name.")
+        raise ModelNotFound(text.replace("\0", "?"), reason=tr("A model needs a name."))
     if elsewhere := _hub_or_web(text.removesuffix(_KEPT)):
         return KeptCheckpoint(elsewhere) if text.endswith(_KEPT) and isinstance(elsewhere, HubName) else elsewhere
     if _looks_like_a_path(text) and (os.path.exists(_expanded(text)) or text != Path(text).name):
@@ -143,7 +144,7 @@ def parse(text: str, catalogue: Callable[[], Catalogue]) -> Name:
             return _path_name(text)
         if text.lower().endswith((".gguf", ".safetensors")):
             close = suggestions(text, catalogue())
-            raise ModelNotFound(text, reason=f"There is no file {text}.", suggestions=close) from None
+            raise ModelNotFound(text, reason=tr("There is no file {text}.", text=text), suggestions=close) from None
         if text.count("/") == 1 and _HUB.fullmatch(text) and ".." not in text:
             return _hub_name("hf", text)
         raise
@@ -191,7 +192,9 @@ def _web_name(text: str) -> WebName:
     except ValueError:
         host = None
     if not host:
-        raise ModelNotFound(text, reason=f"“{text}” is not an address.", hint="Write it like https://host/model.gguf")
+        raise ModelNotFound(
+            text, reason=tr("“{text}” is not an address.", text=text), hint=tr("Write it like https://host/model.gguf")
+        )
     return WebName(text)
 
 
@@ -216,15 +219,21 @@ def _path_name(text: str) -> Name:
         raise _is_a_directory(path)
     if (locked := _locked_folder(path)) is not None:
         raise ModelNotFound(
-            text, reason=f"The folder {locked} may not be looked into.", hint=f"Allow it: chmod u+rx {locked}"
+            text,
+            reason=tr("The folder {locked} may not be looked into.", locked=locked),
+            hint=tr("Allow it: chmod u+rx {locked}", locked=locked),
         )
     if os.path.exists(path):
         is_checkpoint = path.name.lower().endswith(".safetensors")
         if path.name.lower().endswith(".part"):
-            raise BadWeights(path, "this file is not finished", hint="Run the command that was writing it once more.")
+            raise BadWeights(
+                path, "this file is not finished", hint=tr("Run the command that was writing it once more.")
+            )
         whole = path.parent.resolve() / path.name  # a link keeps its name: in the hub's cache it leads to a digest
         return CheckpointName(whole) if is_checkpoint else PathName(path.absolute())
-    raise ModelNotFound(text, reason=f"There is no file {path}, or it may not be read.", hint="Check the path.")
+    raise ModelNotFound(
+        text, reason=tr("There is no file {path}, or it may not be read.", path=path), hint=tr("Check the path.")
+    )
 
 
 def _locked_folder(path: Path) -> Path | None:
@@ -246,7 +255,7 @@ def _is_a_directory(path: Path) -> BadWeights:
             "this is a directory, and no checkpoint",
             "A model is a .gguf file, or a directory with config.json.",
         )
-    return BadWeights(path, what, hint=f"Did you mean {path / models[0]}?" if models else hint)
+    return BadWeights(path, what, hint=tr("Did you mean {path}?", path=path / models[0]) if models else hint)
 
 
 def _hub_name(hub: str, text: str) -> HubName:
@@ -254,8 +263,8 @@ def _hub_name(hub: str, text: str) -> HubName:
     if not match or ".." in text:
         raise ModelNotFound(
             f"{hub}:{text}",
-            reason=f"“{hub}:{text}” is not a repository.",
-            hint=f"Write {hub}:owner/repo, {hub}:owner/repo:q4_k_m or {hub}:owner/repo/file.gguf",
+            reason=tr("“{hub}:{text}” is not a repository.", hub=hub, text=text),
+            hint=tr("Write {hub}:owner/repo, {hub}:owner/repo:q4_k_m or {hub}:owner/repo/file.gguf", hub=hub),
         )
     rest = match["rest"]
     if match["mark"] == "/" and rest:
@@ -273,9 +282,9 @@ def _level(text: str) -> str:
         close = difflib.get_close_matches(text.casefold(), LEVELS, n=3)
         raise ModelNotFound(
             text,
-            reason=f"“{text}” is not a quantization level.",
+            reason=tr("“{text}” is not a quantization level.", text=text),
             suggestions=close,
-            hint="" if close else "Levels look like q4_k_m, q8_0, f16.",
+            hint="" if close else tr("Levels look like q4_k_m, q8_0, f16."),
         )
     return level
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qwenlocal.errors import BadWeights, DigestMismatch, DiskFull, DownloadFailed, SourceUnreachable
+from qwenlocal.language import tr
 from qwenlocal.library.digests import git_blob, sha256_of
 from qwenlocal.library.download import Fetched, Manner, Report, fetch
 from qwenlocal.library.http import Client, Trouble
@@ -90,7 +91,7 @@ class Puller:
         except (Trouble, NoRanges) as reason:
             raise DownloadFailed(
                 f"The beginning of {located.name} cannot be had from {located.origin}: {reason or 'whole files only'}.",
-                hint=f"Fetch all of it: qwenlocal pull {name}",
+                hint=tr("Fetch all of it: qwenlocal pull {name}", name=name),
             ) from reason
         return path, sum(wanted.artifact.size for wanted in located.files)
 
@@ -196,7 +197,11 @@ class Puller:
             raise BadWeights(
                 record.path,
                 "the file is damaged",
-                hint=f"{record.origin} brought it, so it is left alone. Remove it there, then: qwenlocal pull {name}",
+                hint=tr(
+                    "{origin} brought it, so it is left alone. Remove it there, then: qwenlocal pull {name}",
+                    origin=record.origin,
+                    name=name,
+                ),
             )
         located = self._sources.locate(name)
         for bad in damage:
@@ -254,7 +259,7 @@ class Puller:
             raise BadWeights(
                 record.origin,
                 f"what is there is not a model: {bad.reason}",
-                hint="Nothing was kept. Check the address.",
+                hint=tr("Nothing was kept. Check the address."),
             ) from bad
 
     def _shelve(self, wanted: Wanted, fetched: Fetched) -> StoredFile:

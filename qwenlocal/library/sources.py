@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwenlocal.errors import DownloadFailed, ModelNotFound, NotConvertedYet, SourceUnreachable
+from qwenlocal.language import tr
 from qwenlocal.library.catalog import Card, Catalogue, KnownFile
 from qwenlocal.library.download import Artifact, Manner, Section
 from qwenlocal.library.elsewhere import Sought, hub_repo
@@ -128,11 +129,11 @@ class Sources:
             return self._locate_on_hub(name)
         if isinstance(name, WebName):
             return self._locate_on_web(name)
-        raise ModelNotFound(str(name), reason=f"There is no file {name}.")
+        raise ModelNotFound(str(name), reason=tr("There is no file {name}.", name=name))
 
     def _check_online(self, name: Name) -> None:
         if self._offline:
-            hint = "Unset HF_HUB_OFFLINE to fetch it."
+            hint = tr("Unset HF_HUB_OFFLINE to fetch it.")
             raise SourceUnreachable(str(name), ["HF_HUB_OFFLINE forbids the network"], hint=hint)
 
     # --- catalogue names
@@ -287,13 +288,15 @@ class Sources:
             if trouble.unreachable:
                 raise SourceUnreachable(name.url, [str(trouble)]) from trouble
             if trouble.status == 404:
-                raise ModelNotFound(name.url, reason=f"There is nothing at {name.url}.", hint="Check it.") from trouble
+                raise ModelNotFound(
+                    name.url, reason=tr("There is nothing at {url}.", url=name.url), hint=tr("Check it.")
+                ) from trouble
             raise DownloadFailed(f"{name.url} cannot be fetched ({trouble}).") from trouble
         self._client.close(opened.body)
         if opened.size is None:
             raise DownloadFailed(
                 f"The server of {name.url} does not say how large the file is.",
-                hint="Fetch it with a browser or curl, and give the path instead.",
+                hint=tr("Fetch it with a browser or curl, and give the path instead."),
             )
         place = WebPlace("the server", self._client, [Piece(name.url, 0, opened.size)], etag=opened.etag or "")
         artifact = Artifact(name.file, opened.size, None, [place], etag=opened.etag, model=name.url)
@@ -346,8 +349,8 @@ def _choose(listing: Listing, wanted: HubName, card: Card | None) -> _Group:
             return min(fitting, key=lambda group: len(group.name))
     raise ModelNotFound(
         str(wanted),
-        reason=f"{listing.repo} has several models, and none of the usual levels among them.",
-        hint="Name one: " + ", ".join(f"{wanted.hub}:{listing.repo}/{group.name}" for group in models[:5]),
+        reason=tr("{repo} has several models, and none of the usual levels among them.", repo=listing.repo),
+        hint=tr("Name one: ") + ", ".join(f"{wanted.hub}:{listing.repo}/{group.name}" for group in models[:5]),
     )
 
 
@@ -365,14 +368,20 @@ def _of_checkpoint(listing: Listing) -> list[RemoteFile]:
     weights = [file for file in weights if not file.path.startswith("adapter_")]
     if not weights:
         pickled = [path for path in there if path.endswith(PICKLED)]
-        what = f"its weights are pickled ({pickled[0]}), and such files can run programs" if pickled else "no weights"
+        what = (
+            tr("its weights are pickled ({pickled}), and such files can run programs", pickled=pickled[0])
+            if pickled
+            else tr("no weights")
+        )
         raise ModelNotFound(
             listing.repo,
-            reason=f"{listing.repo} has no safetensors files: {what}.",
-            hint=pickled_hint(listing.repo) if pickled else "Look for a repository with safetensors or GGUF files.",
+            reason=tr("{repo} has no safetensors files: {what}.", repo=listing.repo, what=what),
+            hint=pickled_hint(listing.repo) if pickled else tr("Look for a repository with safetensors or GGUF files."),
         )
     if "config.json" not in there:
-        raise ModelNotFound(listing.repo, reason=f"{listing.repo} has no config.json, so it is no checkpoint.")
+        raise ModelNotFound(
+            listing.repo, reason=tr("{repo} has no config.json, so it is no checkpoint.", repo=listing.repo)
+        )
     spelling = () if "tokenizer.json" in there else ("vocab.json", "merges.txt")
     templates = [path for path in there if re.fullmatch(r"additional_chat_templates/[\w.-]+\.jinja", path)]
     documents = [there[path] for path in (*_DOCUMENTS, *spelling, *templates) if path in there]
@@ -385,8 +394,8 @@ def _by_file(listing: Listing, models: Sequence[_Group], wanted: HubName) -> _Gr
             return group
     raise ModelNotFound(
         str(wanted),
-        reason=f"{listing.repo} has no file {wanted.file}.",
-        hint="It has: " + (", ".join(group.name for group in models) or "no GGUF file"),
+        reason=tr("{repo} has no file {file}.", repo=listing.repo, file=wanted.file),
+        hint=tr("It has: ") + (", ".join(group.name for group in models) or tr("no GGUF file")),
     )
 
 
@@ -396,8 +405,8 @@ def _by_level(listing: Listing, models: Sequence[_Group], level: str) -> _Group:
         there = sorted({group.level for group in models if group.level})
         raise ModelNotFound(
             f"{listing.repo}:{level}",
-            reason=f"{listing.repo} has no {level} file.",
-            hint="It has: " + (", ".join(there) or ", ".join(group.name for group in models)),
+            reason=tr("{repo} has no {level} file.", repo=listing.repo, level=level),
+            hint=tr("It has: ") + (", ".join(there) or ", ".join(group.name for group in models)),
         )
     return min(fitting, key=lambda group: len(group.name))
 
@@ -406,5 +415,7 @@ def _nothing_to_run(listing: Listing) -> ModelNotFound:
     if any(file.path.endswith((".safetensors", *PICKLED, ".safetensors.index.json")) for file in listing.files):
         return NotConvertedYet(listing.repo, listing.repo)
     return ModelNotFound(
-        listing.repo, reason=f"{listing.repo} has no GGUF file.", hint="Name a repository with GGUF files."
+        listing.repo,
+        reason=tr("{repo} has no GGUF file.", repo=listing.repo),
+        hint=tr("Name a repository with GGUF files."),
     )

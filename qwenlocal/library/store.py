@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qwenlocal.errors import BadWeights, CannotWrite, QwenlocalError
+from qwenlocal.language import tr
 from qwenlocal.library.partial import Identity, lock_of, part_of, read_journal, remove
 from qwenlocal.paths import Folders, writable
 
@@ -180,13 +181,15 @@ class Store:
         damage, before = [], 0
         for file in record.files:
             if not Path(file.path).is_file():
-                raise BadWeights(file.path, "the file is gone", hint=f"Fetch it again: qwenlocal pull {record.name}")
+                raise BadWeights(
+                    file.path, "the file is gone", hint=tr("Fetch it again: qwenlocal pull {name}", name=record.name)
+                )
             from_here = functools.partial(_report_after, report, before, record.size)
             try:
                 sha256, checksums = digests_of(Path(file.path), file.block, from_here)
             except OSError as reason:
-                what = f"it cannot be read ({reason.strerror})"
-                raise BadWeights(file.path, what, hint="Check who may read it.") from reason
+                what = tr("it cannot be read ({strerror})", strerror=reason.strerror)
+                raise BadWeights(file.path, what, hint=tr("Check who may read it.")) from reason
             before += file.size
             if file.sha256 and sha256 != file.sha256:
                 damage.append(Damage(file, sha256, _differing(file, checksums), file.block))
@@ -230,7 +233,7 @@ class Store:
                 remove(incomplete.base)
         except filelock.Timeout as busy:
             raise QwenlocalError(
-                f"{incomplete.identity.name} is being fetched by another qwenlocal.", hint="Stop that one first."
+                f"{incomplete.identity.name} is being fetched by another qwenlocal.", hint=tr("Stop that one first.")
             ) from busy
 
     def _path(self, name: str) -> Path:
@@ -259,7 +262,9 @@ def _is_still(file: StoredFile) -> bool:
 
 
 def _changed(record: Record, file: StoredFile, what: str) -> BadWeights:
-    return BadWeights(file.path, what, hint=f"Mend it, fetching only what is damaged: qwenlocal verify {record.name}")
+    return BadWeights(
+        file.path, what, hint=tr("Mend it, fetching only what is damaged: qwenlocal verify {name}", name=record.name)
+    )
 
 
 def _differing(file: StoredFile, checksums: Sequence[int]) -> list[int] | None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from wcwidth import wcswidth
+
 from qwenlocal.chat.room import shortly
+from qwenlocal.chat.thread import Turn
+from qwenlocal.language import tr
 from qwenlocal.terminal.session import Session
 
 _BAR = 40
+_STATE = 14  # columns
 
 
 def context(session: Session, _rest: str) -> None:
@@ -14,14 +19,38 @@ def context(session: Session, _rest: str) -> None:
     used, n_ctx = talk.tokens_read, talk.n_ctx or 0
     if n_ctx:
         filled = min(_BAR, round(_BAR * used / n_ctx))
-        session.say(f"[{'#' * filled}{'.' * (_BAR - filled)}] {used:,} of {n_ctx:,} tokens ({used / n_ctx:.0%})")
+        session.say(
+            tr(
+                "[{bar}] {used:,} of {n_ctx:,} tokens ({share:.0%})",
+                bar="#" * filled + "." * (_BAR - filled),
+                used=used,
+                n_ctx=n_ctx,
+                share=used / n_ctx,
+            )
+        )
     if session.thread.summary:
-        session.say(f"  what left, in short: {shortly(session.thread.summary)}")
+        session.say(tr("  what left, in short: {text}", text=shortly(session.thread.summary)))
     for place, turn in enumerate(session.thread.turns, start=1):
         count = sum(talk.tokens(message.text) for message in turn.messages)
         left = turn.question.number in session.thread.left
-        state = "dropped" if turn.dropped else "pinned" if turn.pinned else "out of context" if left else ""
-        session.say(f"  {place:>3}  {count:>7,} tokens  {state:<14}  {shortly(turn.question.text)}")
+        state = _state(turn, left=left)
+        session.say(
+            tr(
+                "  {place:>3}  {count:>7,} tokens  {state}  {text}",
+                place=place,
+                count=count,
+                state=state + " " * (_STATE - wcswidth(state)),
+                text=shortly(turn.question.text),
+            )
+        )
+
+
+def _state(turn: Turn, *, left: bool) -> str:
+    if turn.dropped:
+        return tr("dropped")
+    if turn.pinned:
+        return tr("pinned")
+    return tr("out of context") if left else ""
 
 
 def pin(session: Session, rest: str) -> None:
@@ -29,30 +58,30 @@ def pin(session: Session, rest: str) -> None:
     turn = session.turn(rest)
     session.thread.change(turn.question, pinned=not turn.pinned, dropped=False)
     session.thread.left.discard(turn.question.number)
-    said = "stays in the context" if turn.pinned else "may leave a full context"
-    session.say(f"“{shortly(turn.question.text)}” {said}.")
+    said = tr("“{text}” stays in the context.") if turn.pinned else tr("“{text}” may leave a full context.")
+    session.say(said.format(text=shortly(turn.question.text)))
 
 
 def drop(session: Session, rest: str) -> None:
     """A turn is not read any more, or is again."""
     turn = session.turn(rest)
     session.thread.change(turn.question, dropped=not turn.dropped, pinned=False)
-    said = "is not read any more" if turn.dropped else "is read again"
-    session.say(f"“{shortly(turn.question.text)}” {said}.")
+    said = tr("“{text}” is not read any more.") if turn.dropped else tr("“{text}” is read again.")
+    session.say(said.format(text=shortly(turn.question.text)))
 
 
 def tokens(session: Session, rest: str) -> None:
     """How many tokens something is."""
     if rest:
-        session.say(f"{session.conversation.tokens(rest):,} tokens")
+        session.say(tr("{count:,} tokens", count=session.conversation.tokens(rest)))
     else:
-        session.say(f"The model reads {session.conversation.tokens_read:,} tokens of this chat.")
+        session.say(tr("The model reads {count:,} tokens of this chat.", count=session.conversation.tokens_read))
 
 
 def stats(session: Session, _rest: str) -> None:
     """Say how quick answers were; the last one at once."""
     session.stats = not session.stats
-    session.say("How quick answers are is said from now on." if session.stats else "No more numbers.")
+    session.say(tr("How quick answers are is said from now on.") if session.stats else tr("No more numbers."))
     if session.stats and session.last:
         session.say(session.last.stats.sentence(session.last.why))
 
@@ -60,4 +89,4 @@ def stats(session: Session, _rest: str) -> None:
 def markdown(session: Session, _rest: str) -> None:
     """Lay answers out, or show them as the model wrote them."""
     session.markdown = not session.markdown
-    session.say("Answers are laid out." if session.markdown else "Answers are shown as the model writes them.")
+    session.say(tr("Answers are laid out.") if session.markdown else tr("Answers are shown as the model writes them."))

@@ -18,6 +18,7 @@ from qwenlocal.chat.export import as_html, as_json, as_markdown
 from qwenlocal.chat.room import shortly
 from qwenlocal.chat.thread import ASSISTANT, USER, Thread
 from qwenlocal.errors import CannotWrite, OutputExists, UsageProblem
+from qwenlocal.language import tr
 from qwenlocal.paths import writable
 from qwenlocal.terminal.attaching import price
 from qwenlocal.terminal.session import Session
@@ -29,13 +30,13 @@ _MOST_COPIED = 100_000  # letters; terminals take no more through an escape sequ
 def read(session: Session, rest: str) -> None:
     """A file's text goes with the next message."""
     if not rest.strip():
-        raise UsageProblem("Which file?", hint="/read FILE, or @FILE in a message.")
+        raise UsageProblem(tr("Which file?"), hint=tr("/read FILE, or @FILE in a message."))
     path = Path(os.path.expanduser(rest.strip().strip('"')))
     document = read_document(path)
     session.say(price(session, document))
     name = f'"{path}"' if " " in str(path) else str(path)
     session.default_text = f"@{name} "
-    session.say("It goes with the message below.")
+    session.say(tr("It goes with the message below."))
 
 
 def copy(session: Session, rest: str) -> None:
@@ -46,15 +47,18 @@ def copy(session: Session, rest: str) -> None:
     if what == "code":
         found = _CODE.findall(text)
         if not found:
-            raise UsageProblem("There is no code in the last answer.")
+            raise UsageProblem(tr("There is no code in the last answer."))
         text = found[-1][1].rstrip("\n")
     if not text:
-        raise UsageProblem("There is no answer to copy.")
+        raise UsageProblem(tr("There is no answer to copy."))
     if len(text) > _MOST_COPIED:
-        raise UsageProblem(f"That is too long for a terminal's clipboard ({len(text):,} letters).", hint="/export FILE")
+        raise UsageProblem(
+            tr("That is too long for a terminal's clipboard ({count:,} letters).", count=len(text)),
+            hint="/export FILE",
+        )
     sys.stdout.write(f"\x1b]52;c;{base64.b64encode(text.encode('utf-8', 'replace')).decode()}\x07")
     sys.stdout.flush()
-    session.say(f"Copied, where the terminal allows it: {len(text):,} letters.")
+    session.say(tr("Copied, where the terminal allows it: {count:,} letters.", count=len(text)))
 
 
 def save(session: Session, rest: str) -> None:
@@ -66,7 +70,7 @@ def save(session: Session, rest: str) -> None:
 def export(session: Session, rest: str) -> None:
     """The chat as Markdown, JSON or HTML, by the file's ending."""
     if not rest.strip():
-        raise UsageProblem("Which file?", hint="/export FILE.md, FILE.json or FILE.html")
+        raise UsageProblem(tr("Which file?"), hint=tr("/export FILE.md, FILE.json or FILE.html"))
     path = _target(session, rest, "")
     makers: Mapping[str, Callable[[Thread, str], str]] = {
         ".md": as_markdown,
@@ -75,7 +79,7 @@ def export(session: Session, rest: str) -> None:
     }
     maker = makers.get(path.suffix.lower())
     if maker is None:
-        raise UsageProblem(f"{path.name} ends in none of {', '.join(makers)}.")
+        raise UsageProblem(tr("{name} ends in none of {endings}.", name=path.name, endings=", ".join(makers)))
     text = maker(session.thread, _title(session))
     _write(session, path, lambda: path.write_text(text, encoding="utf-8", errors="replace"))
 
@@ -85,17 +89,18 @@ def load(session: Session, rest: str) -> None:
     word = rest.strip()
     if not word:
         raise UsageProblem(
-            "Which file, or which chat?", hint="/load FILE, or /load 3; which there are: qwenlocal chats"
+            tr("Which file, or which chat?"), hint=tr("/load FILE, or /load 3; which there are: qwenlocal chats")
         )
     if word.lstrip("#").isdecimal() and session.journal and not os.path.exists(word):
         number = int(word.lstrip("#"))
         session.talk_of(session.journal.thread(number), id=number)
     else:
         session.talk_of(_from_file(Path(os.path.expanduser(word))))
-    turns = session.thread.turns
+    turns, count = session.thread.turns, len(session.thread.path)
     session.say(
-        f"Going on with {len(session.thread.path)} messages"
-        + (f"; the last: {shortly(turns[-1].question.text)}" if turns else ".")
+        tr("Going on with {count} messages; the last: {text}", count=count, text=shortly(turns[-1].question.text))
+        if turns
+        else tr("Going on with {count} messages.", count=count)
     )
 
 
@@ -104,29 +109,29 @@ def title(session: Session, rest: str) -> None:
     if not rest.strip():
         session.say(_title(session))
     elif session.journal is None or session.keeper is None or session.keeper.id is None:
-        raise UsageProblem("This chat is not in the journal yet.", hint="Ask something first.")
+        raise UsageProblem(tr("This chat is not in the journal yet."), hint=tr("Ask something first."))
     else:
         session.journal.rename(session.keeper.id, rest.strip())
-        session.say(f"This chat is called “{rest.strip()}”.")
+        session.say(tr("This chat is called “{title}”.", title=rest.strip()))
 
 
 def _title(session: Session) -> str:
     if session.journal and session.keeper and session.keeper.id:
         return session.journal.chat(session.keeper.id).title
     turns = session.thread.turns
-    return shortly(turns[0].question.text) if turns else "A chat"
+    return shortly(turns[0].question.text) if turns else tr("A chat")
 
 
 def _from_file(path: Path) -> Thread:
     try:
         data = json.loads(path.read_text("utf-8-sig"))
     except OSError as reason:
-        raise UsageProblem(f"{path} cannot be read: {reason.strerror}.") from reason
+        raise UsageProblem(tr("{path} cannot be read: {strerror}.", path=path, strerror=reason.strerror)) from reason
     except ValueError as reason:
-        raise UsageProblem(f"{path} is no saved conversation: it is not JSON.") from reason
+        raise UsageProblem(tr("{path} is no saved conversation: it is not JSON.", path=path)) from reason
     found = data.get("messages") if isinstance(data, dict) else data
     if not isinstance(found, list) or not all(_is_message(message) for message in found):
-        raise UsageProblem(f"{path} is no saved conversation: there are no messages in it.")
+        raise UsageProblem(tr("{path} is no saved conversation: there are no messages in it.", path=path))
     thread = Thread()
     for message in found:
         if message["role"] == "system":
@@ -152,10 +157,10 @@ def _target(session: Session, rest: str, name: str) -> Path:
 
 def _write(session: Session, path: Path, write: Callable[[], object]) -> None:
     if path.exists() and path not in session.written:
-        raise OutputExists(path, hint="Choose another name.")
+        raise OutputExists(path, hint=tr("Choose another name."))
     try:
         write()
     except OSError as reason:
         raise CannotWrite(path.parent, reason.strerror or str(reason)) from reason
     session.written.add(path)
-    session.say(f"Saved: {path}")
+    session.say(tr("Saved: {path}", path=path))

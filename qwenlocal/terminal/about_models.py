@@ -7,17 +7,18 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from qwenlocal.errors import UsageProblem
+from qwenlocal.language import mark, tr
 from qwenlocal.terminal.session import Session
 
 SETTINGS = {
-    "temperature": "0 to 10; 0 takes the likeliest token each time",
-    "top_k": "0 (all) to 1,000,000; choose among so many of the likeliest tokens",
-    "top_p": "0 to 1; choose among tokens of this probability together",
-    "min_p": "0 to 1; drop tokens below this share of the likeliest",
-    "repeat_penalty": "0.01 to 10; 1 is none",
-    "seed": "a number, or none: another one each time",
-    "max_tokens": "a number, or none: until the context is full",
-    "overflow": "shift, summarise or stop: what happens when the context is full",
+    "temperature": mark("0 to 10; 0 takes the likeliest token each time"),
+    "top_k": mark("0 (all) to 1,000,000; choose among so many of the likeliest tokens"),
+    "top_p": mark("0 to 1; choose among tokens of this probability together"),
+    "min_p": mark("0 to 1; drop tokens below this share of the likeliest"),
+    "repeat_penalty": mark("0.01 to 10; 1 is none"),
+    "seed": mark("a number, or none: another one each time"),
+    "max_tokens": mark("a number, or none: until the context is full"),
+    "overflow": mark("shift, summarise or stop: what happens when the context is full"),
 }
 _NONE = ("none", "off", "-")
 
@@ -26,22 +27,34 @@ def model(session: Session, rest: str) -> None:
     """Go on with another model; without a name, show which it is and which there are."""
     name = rest.strip()
     if not name:
-        session.say(f"{session.model} answers. On this disk: {', '.join(session.models.names()) or 'no other'}.")
+        session.say(
+            tr(
+                "{model} answers. On this disk: {names}.",
+                model=session.model,
+                names=", ".join(session.models.names()) or tr("no other"),
+            )
+        )
         return
     session.conversation = session.models.switch(name, session.thread)
     session.model = name.rpartition("/")[2] if name.startswith((".", "/", "~")) else name
     if session.keeper:
         session.keeper.model = name
-    session.say(f"{session.model} goes on from here, with room for {session.conversation.n_ctx or 0:,} tokens.")
+    session.say(
+        tr(
+            "{model} goes on from here, with room for {n_ctx:,} tokens.",
+            model=session.model,
+            n_ctx=session.conversation.n_ctx or 0,
+        )
+    )
 
 
 def system(session: Session, text: str) -> None:
     """Another system prompt; without one, show it."""
     if text:
         session.thread.tell(text)
-        session.say("The model is told so from the next message on.")
+        session.say(tr("The model is told so from the next message on."))
     else:
-        session.say(session.thread.system or "(the model's own system prompt)")
+        session.say(session.thread.system or tr("(the model's own system prompt)"))
 
 
 def prompt(session: Session, rest: str) -> None:
@@ -49,14 +62,18 @@ def prompt(session: Session, rest: str) -> None:
     found = prompt_files(session.prompts)
     name = rest.strip()
     if not name:
-        session.say(f"Prompts: {', '.join(found)}. Your own go into {session.prompts[-1]}.")
+        session.say(
+            tr("Prompts: {names}. Your own go into {folder}.", names=", ".join(found), folder=session.prompts[-1])
+        )
         return
     if name not in found:
-        raise UsageProblem(f"There is no prompt {name}.", hint=f"There are: {', '.join(found)}")
+        raise UsageProblem(
+            tr("There is no prompt {name}.", name=name), hint=tr("There are: {names}", names=", ".join(found))
+        )
     try:
         text = found[name].read_text("utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as reason:
-        raise UsageProblem(f"The prompt {name} cannot be read: {reason}.") from reason
+        raise UsageProblem(tr("The prompt {name} cannot be read: {reason}.", name=name, reason=reason)) from reason
     system(session, text)
 
 
@@ -74,23 +91,25 @@ def set_(session: Session, rest: str) -> None:
     known |= {"max_tokens": manner.limit, "overflow": manner.overflow}
     if not name:
         for setting, range_ in SETTINGS.items():
-            session.say(f"  {setting:<14}  {_shown(known[setting]):<8}  {range_}")
+            session.say(f"  {setting:<14}  {_shown(known[setting]):<8}  {tr(range_)}")
         return
     name = name.replace("-", "_")
     if name not in SETTINGS:
-        raise UsageProblem(f"There is no setting {name}.", hint=f"There are: {', '.join(SETTINGS)}")
+        raise UsageProblem(
+            tr("There is no setting {name}.", name=name), hint=tr("There are: {names}", names=", ".join(SETTINGS))
+        )
     if not value.strip():
-        session.say(f"{name} is {_shown(known[name])} ({SETTINGS[name]})")
+        session.say(tr("{name} is {shown} ({range})", name=name, shown=_shown(known[name]), range=tr(SETTINGS[name])))
         return
     _change(session, name, value.strip().lower())
-    session.say(f"{name} is {value.strip()} from now on.")
+    session.say(tr("{name} is {value} from now on.", name=name, value=value.strip()))
 
 
 def _change(session: Session, name: str, value: str) -> None:
     manner = session.conversation.manner
     if name == "overflow":
         if value not in ("shift", "summarise", "stop"):
-            raise UsageProblem(f"overflow is shift, summarise or stop; it is {value}.")
+            raise UsageProblem(tr("overflow is shift, summarise or stop; it is {value}.", value=value))
         manner.overflow = value
     elif name == "max_tokens":
         manner.limit = None if value in _NONE else max(1, int(_parsed(name, value, int)))
@@ -105,8 +124,10 @@ def _parsed(name: str, value: str, kind: type[int] | type[float]) -> float | int
     try:
         return kind(value.replace(",", "." if kind is float else ""))
     except ValueError as wrong:
-        raise UsageProblem(f"“{value}” is nothing for {name}: {SETTINGS[name]}.") from wrong
+        raise UsageProblem(
+            tr("“{value}” is nothing for {name}: {range}.", value=value, name=name, range=tr(SETTINGS[name]))
+        ) from wrong
 
 
 def _shown(value: object) -> str:
-    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return tr("none") if value is None else f"{value:g}" if isinstance(value, float) else str(value)

@@ -8,6 +8,7 @@ from qwenlocal.chat.events import Event
 from qwenlocal.chat.room import shortly
 from qwenlocal.chat.thread import Message, Thread
 from qwenlocal.errors import UsageProblem
+from qwenlocal.language import tr
 from qwenlocal.terminal.session import Editing, Session
 
 Answer = Callable[[], Iterator[Event]]
@@ -19,7 +20,10 @@ def undo(session: Session, _rest: str) -> None:
     turn = session.conversation.undo()
     session.default_text = turn.question.text
     session.say(
-        f"Back before “{shortly(turn.question.text)}”; it stands below to be changed. /branch 1 goes forward again."
+        tr(
+            "Back before “{text}”; it stands below to be changed. /branch 1 goes forward again.",
+            text=shortly(turn.question.text),
+        )
     )
 
 
@@ -34,12 +38,19 @@ def versions(session: Session, rest: str) -> None:
     """All answers to the last question; with a number, take that one."""
     turn = session.turn("")
     if turn.answer is None:
-        raise UsageProblem("The last question has no answer yet.")
+        raise UsageProblem(tr("The last question has no answer yet."))
     found = session.thread.versions(turn.answer)
     number = _number(rest, 1, len(found))
     if number:
         session.thread.choose(found[number - 1])
-        session.say(f"Version {number} of {len(found)}: {shortly(found[number - 1].text)}")
+        session.say(
+            tr(
+                "Version {number} of {count}: {text}",
+                number=number,
+                count=len(found),
+                text=shortly(found[number - 1].text),
+            )
+        )
         return
     for place, message in enumerate(found, start=1):
         mark = "*" if message is turn.answer else " "
@@ -50,7 +61,7 @@ def edit(session: Session, rest: str) -> None:
     """The next line is a question in place of another one; what followed is kept as a branch."""
     turn = session.turn(rest)
     session.editing, session.default_text = Editing(turn, answer=False), turn.question.text
-    session.say("Change it below, and send it; an empty line leaves it as it is.")
+    session.say(tr("Change it below, and send it; an empty line leaves it as it is."))
 
 
 def edit_answer(session: Session, rest: str) -> None:
@@ -58,7 +69,7 @@ def edit_answer(session: Session, rest: str) -> None:
     turn = session.turn(rest)
     session.editing = Editing(turn, answer=True)
     session.default_text = turn.answer.text if turn.answer else ""
-    session.say("Change it below, and send it; an empty line leaves it as it is.")
+    session.say(tr("Change it below, and send it; an empty line leaves it as it is."))
 
 
 def go_on(session: Session, _rest: str) -> Answer:
@@ -71,15 +82,23 @@ def branch(session: Session, rest: str) -> None:
     """All ends of the tree, the last one that was said first; with a number, go there."""
     ends = sorted(_ends(session.thread), key=lambda message: -message.number)
     if not ends:
-        raise UsageProblem("Nothing was asked yet.")
+        raise UsageProblem(tr("Nothing was asked yet."))
     number = _number(rest, 1, len(ends))
     if number:
         session.thread.go_to(ends[number - 1].number)
-        session.say(f"Going on behind “{shortly(ends[number - 1].text)}”.")
+        session.say(tr("Going on behind “{text}”.", text=shortly(ends[number - 1].text)))
         return
     for place, message in enumerate(ends, start=1):
         mark = "*" if message.number == session.thread.leaf else " "
-        session.say(f"{mark} {place}  {_depth(session.thread, message)} messages, the last: {shortly(message.text)}")
+        session.say(
+            tr(
+                "{mark} {place}  {depth} messages, the last: {text}",
+                mark=mark,
+                place=place,
+                depth=_depth(session.thread, message),
+                text=shortly(message.text),
+            )
+        )
 
 
 def _ends(thread: Thread) -> list[Message]:
@@ -105,15 +124,16 @@ def fork(session: Session, rest: str) -> None:
         if message.number == last:
             break
     session.talk_of(copy)
-    kept = f" It is chat {session.keeper.id}." if session.keeper and session.keeper.id else ""
-    session.say(f"Another chat begins here, with {len(copy.messages)} messages.{kept}")
+    kept = " " + tr("It is chat {id}.", id=session.keeper.id) if session.keeper and session.keeper.id else ""
+    session.say(tr("Another chat begins here, with {count} messages.", count=len(copy.messages)) + kept)
 
 
 def clear(session: Session, _rest: str) -> None:
     """A new chat with the same system prompt."""
     session.talk_of(Thread(session.thread.system))
     session.say(
-        "The conversation is forgotten by the model." + (" It is kept: qwenlocal chats" if session.keeper else "")
+        tr("The conversation is forgotten by the model.")
+        + (" " + tr("It is kept: qwenlocal chats") if session.keeper else "")
     )
 
 
@@ -129,5 +149,7 @@ def _number(text: str, least: int, most: int) -> int | None:
     if not word:
         return None
     if not word.isdecimal() or not least <= int(word) <= most:
-        raise UsageProblem(f"A number from {least} to {most} is wanted; it is “{word}”.")
+        raise UsageProblem(
+            tr("A number from {least} to {most} is wanted; it is “{word}”.", least=least, most=most, word=word)
+        )
     return int(word)

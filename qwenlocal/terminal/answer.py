@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TextIO
 
 from qwenlocal.chat.events import Done, Event, LeftOut, Reading, Stats, Summarising, Text, Why
+from qwenlocal.language import tr
 from qwenlocal.terminal.plain import harmless, wrapped
 from qwenlocal.terminal.status import StatusLine
 
@@ -23,14 +24,21 @@ def show_answer(events: Iterable[Event], out: TextIO, aside: TextIO) -> Done:
     last = "\n"
     for event in events:
         if isinstance(event, Reading):
-            status.show(f"reading: {event.done:,} of {event.total:,} tokens ({event.done / event.total:.0%})")
+            status.show(
+                tr(
+                    "reading: {done:,} of {total:,} tokens ({share:.0%})",
+                    done=event.done,
+                    total=event.total,
+                    share=event.done / event.total,
+                )
+            )
         elif isinstance(event, Text):
             status.clear()
             out.write(clean(event.text))
             out.flush()
             last = event.text[-1]
         elif isinstance(event, Summarising):
-            status.show(f"the context is full; summarising the oldest turns: {event.words} words")
+            status.show(tr("the context is full; summarising the oldest turns: {words} words", words=event.words))
         elif isinstance(event, LeftOut):
             status.clear()
             aside.write(wrapped(harmless(event.sentence()), aside) + "\n")

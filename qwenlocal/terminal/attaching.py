@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from qwenlocal.chat.documents import Document
 from qwenlocal.chat.passages import head, pick_passages
 from qwenlocal.errors import NotEnoughMemory, UsageProblem
+from qwenlocal.language import tr
 from qwenlocal.terminal.session import Session
 
 _KEPT_FREE = 0.1  # of the context, for the answer
@@ -30,13 +31,19 @@ def with_documents(session: Session, text: str, documents: Sequence[Document]) -
 def price(session: Session, document: Document) -> str:
     """`notes.txt: 12,431 tokens = 152 % of what is left, about 5 min to read on this machine`."""
     count, room = session.conversation.tokens(document.as_message()), _room(session)
-    share = f" = {count / room:.0%} of what is left" if room > 0 else ", and nothing is left"
+    if room > 0:
+        said = tr(
+            "{name}: {count:,} tokens = {share:.0%} of what is left",
+            name=document.name,
+            count=count,
+            share=count / room,
+        )
+    else:
+        said = tr("{name}: {count:,} tokens, and nothing is left", name=document.name, count=count)
     speed = session.last.stats.prompt_speed if session.last else 0.0
     seconds = count / speed if speed > 0 and count > _WORTH_SAYING else 0
     about = f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
-    return f"{document.name}: {count:,} tokens{share}" + (
-        f", about {about} to read on this machine" if seconds >= 1 else ""
-    )
+    return said + (tr(", about {time} to read on this machine", time=about) if seconds >= 1 else "")
 
 
 def _room(session: Session) -> int:
@@ -51,17 +58,17 @@ def _joined(documents: Sequence[Document], text: str) -> str:
 
 def _shortened(session: Session, text: str, documents: Sequence[Document]) -> str | None:
     session.say(
-        "That is too long. [h]ead: the beginning; [p]assages that fit the question; [w]iden the context; [c]ancel"
+        tr("That is too long. [h]ead: the beginning; [p]assages that fit the question; [w]iden the context; [c]ancel")
     )
     while True:
-        answer = session.ask("h, p, w or c? ").strip().lower()[:1]
+        answer = session.ask(tr("h, p, w or c? ")).strip().lower()[:1]
         if answer == "w":
             if _widen(session, session.conversation.tokens(_joined(documents, text))):
                 return _joined(documents, text)
         elif answer in ("h", "p"):
             return _cut(session, text, documents, passages=answer == "p")
         elif answer in ("c", "", "\x03"):
-            session.say("Nothing was sent; the line is below again.")
+            session.say(tr("Nothing was sent; the line is below again."))
             session.default_text = text
             return None
 
@@ -76,7 +83,14 @@ def _cut(session: Session, text: str, documents: Sequence[Document], *, passages
             cut.append(document)
             continue
         short = pick_passages(document.text, text, each, count) if passages else head(document.text, each, count)
-        session.say(f"{document.name}: {count(short):,} of {count(document.text):,} tokens are read.")
+        session.say(
+            tr(
+                "{name}: {count:,} of {whole:,} tokens are read.",
+                name=document.name,
+                count=count(short),
+                whole=count(document.text),
+            )
+        )
         cut.append(Document(document.name, short))
     return _joined(cut, text)
 
@@ -88,5 +102,5 @@ def _widen(session: Session, needed: int) -> bool:
     except (NotEnoughMemory, UsageProblem) as reason:
         session.say(f"{reason} {reason.hint}")
         return False
-    session.say(f"There is room for {session.conversation.n_ctx or 0:,} tokens now.")
+    session.say(tr("There is room for {n_ctx:,} tokens now.", n_ctx=session.conversation.n_ctx or 0))
     return True

@@ -15,6 +15,7 @@ from qwenlocal.chat.background import in_background
 from qwenlocal.chat.documents import mentioned, read_document
 from qwenlocal.chat.events import Done, Event, Why
 from qwenlocal.errors import ContextFull, QwenlocalError
+from qwenlocal.language import tr
 from qwenlocal.terminal.about_models import prompt_files
 from qwenlocal.terminal.answer import show_answer
 from qwenlocal.terminal.attaching import with_documents
@@ -66,7 +67,7 @@ class Chat:
         session, line = self._session, self._line()
         self._app = line.app
         line.app.after_render.add_handler(self._rendered)
-        session.say(f"{session.model}. /help for commands, Ctrl-D to leave.")
+        session.say(tr("{model}. /help for commands, Ctrl-D to leave.", model=session.model))
         try:
             with quiet(sys.stdin, sys.stdout):
                 self._take_lines(line, first)
@@ -88,7 +89,7 @@ class Chat:
             except KeyboardInterrupt:
                 if warned:
                     return
-                self._session.say("(Ctrl-C again or Ctrl-D leaves.)")
+                self._session.say(tr("(Ctrl-C again or Ctrl-D leaves.)"))
                 warned = True
 
     def _warm_up(self) -> None:
@@ -135,8 +136,8 @@ class Chat:
             elif line.strip():
                 self._ask(line.removeprefix("/") if line.startswith("//") else line)
         except QwenlocalError as error:
-            afresh = " /clear starts afresh, /drop leaves a turn out." if isinstance(error, ContextFull) else ""
-            session.say(f"{error} {error.hint}{afresh}")
+            afresh = tr("/clear starts afresh, /drop leaves a turn out.") if isinstance(error, ContextFull) else ""
+            session.say(" ".join(part for part in (str(error), error.hint, afresh) if part))
 
     def _obey(self, line: str) -> None:
         word, _, rest = line.partition(" ")
@@ -152,10 +153,10 @@ class Chat:
         session = self._session
         editing, session.editing = session.editing, None
         if editing is None or not line.strip():
-            session.say("Nothing was changed.")
+            session.say(tr("Nothing was changed."))
         elif editing.answer:
             session.conversation.replace_answer(editing.turn, line)
-            session.say("The model has said that now; what followed is kept: /branch")
+            session.say(tr("The model has said that now; what followed is kept: /branch"))
         else:
             self._show(lambda: session.conversation.edit(editing.turn, line))
 
@@ -173,8 +174,8 @@ class Chat:
             done = self._draw(events)
         session.last = done
         if done.why not in (Why.END, Why.STOP):
-            more = " /continue goes on." if done.why in (Why.LENGTH, Why.INTERRUPTED) and done.ids else ""
-            session.say(f"[{done.why.value}]{more}")
+            more = " " + tr("/continue goes on.") if done.why in (Why.LENGTH, Why.INTERRUPTED) and done.ids else ""
+            session.say(f"[{tr(done.why.value)}]{more}")
         if session.stats:
             session.say(done.stats.sentence(done.why))
         self._say_what_else_happened()
@@ -202,7 +203,7 @@ class Chat:
             self._verdict_said = verdict
         trouble = session.keeper.trouble if session.keeper else ""
         if trouble and trouble != self._trouble:
-            session.say(f"What is said cannot be kept at the moment: {trouble}. It is tried again.")
+            session.say(tr("What is said cannot be kept at the moment: {trouble}. It is tried again.", trouble=trouble))
         self._trouble = trouble
 
     # --- the terminal
@@ -224,9 +225,14 @@ class Chat:
         if session.last:
             stats, n_ctx = session.last.stats, session.conversation.n_ctx
             used = stats.prompt_tokens + stats.answer_tokens
-            parts.append(f"{used:,} of {n_ctx:,} tokens" if n_ctx else f"{used:,} tokens")
+            parts.append(
+                tr("{used:,} of {n_ctx:,} tokens", used=used, n_ctx=n_ctx)
+                if n_ctx
+                else tr("{count:,} tokens", count=used)
+            )
             if stats.answer_speed:
-                parts.append(f"{stats.answer_speed:.1f} tokens/s, first after {stats.first_token:.1f} s")
+                speed, first = stats.answer_speed, stats.first_token
+                parts.append(tr("{speed:.1f} tokens/s, first after {first:.1f} s", speed=speed, first=first))
         return " | ".join(parts)
 
 

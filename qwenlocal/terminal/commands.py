@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from qwenlocal.chat.events import Event
+from qwenlocal.language import mark, tr
 from qwenlocal.terminal import about_context, about_files, about_models, about_turns
 from qwenlocal.terminal.session import Session
 
@@ -46,69 +47,89 @@ def _help(session: Session, rest: str) -> None:
     wanted = rest.strip().lstrip("/")
     if wanted:
         command = find(f"/{wanted}")
-        session.say(f"{command.usage}  {command.help}" if command else unknown(f"/{wanted}"))
+        session.say(f"{command.usage}  {tr(command.help)}" if command else unknown(f"/{wanted}"))
         return
     width = max(len(command.usage) for command in COMMANDS)
     for group in dict.fromkeys(command.group for command in COMMANDS):
-        session.say(f"{group}:")
+        session.say(f"{tr(group)}:")
         for command in COMMANDS:
             if command.group == group:
-                session.say(f"  {command.usage:<{width}}  {command.help}")
-    session.say("Keys:")
+                session.say(f"  {command.usage:<{width}}  {tr(command.help)}")
+    session.say(tr("Keys:"))
     width = max(len(keys) for keys, _ in KEYS)
     for keys, what in KEYS:
-        session.say(f"  {keys:<{width}}  {what}")
+        session.say(f"  {keys:<{width}}  {tr(what)}")
 
 
-_TALK, _CONTEXT, _MODEL, _FILES, _ELSE = "Say it anew", "What is read", "Model and manner", "Files and chats", "Besides"
+_TALK, _CONTEXT, _MODEL = mark("Say it anew"), mark("What is read"), mark("Model and manner")
+_FILES, _ELSE = mark("Files and chats"), mark("Besides")
 
 COMMANDS: Sequence[Command] = (
-    Command("/undo", "go back before the last question, which can be edited then", about_turns.undo, _TALK),
+    Command("/undo", mark("go back before the last question, which can be edited then"), about_turns.undo, _TALK),
     Command(
-        "/retry [N]", "answer the last question again, N times; the answers before are kept", about_turns.retry, _TALK
+        "/retry [N]",
+        mark("answer the last question again, N times; the answers before are kept"),
+        about_turns.retry,
+        _TALK,
     ),
-    Command("/versions [N]", "show all answers to the last question, or take number N", about_turns.versions, _TALK),
-    Command("/edit [TURN]", "change a question of yours, and ask it from there", about_turns.edit, _TALK, "turn"),
-    Command("/answer [TURN]", "change what the model said", about_turns.edit_answer, _TALK, "turn"),
-    Command("/continue", "go on with an answer that was cut", about_turns.go_on, _TALK),
-    Command("/branch [N]", "show all ends that this chat has, or go to number N", about_turns.branch, _TALK),
-    Command("/fork [TURN]", "begin another chat with what was said up to a turn", about_turns.fork, _TALK, "turn"),
-    Command("/clear", "begin anew; the system prompt stays, the chat is kept", about_turns.clear, _TALK),
-    Command("/ctx", "what is in the context: a bar, and a line for each turn", about_context.context, _CONTEXT),
-    Command("/pin [TURN]", "keep a turn in a full context, or not any more", about_context.pin, _CONTEXT, "turn"),
-    Command("/drop [TURN]", "do not read a turn any more, or read it again", about_context.drop, _CONTEXT, "turn"),
-    Command("/tokens [TEXT]", "how many tokens a text is, or the whole chat", about_context.tokens, _CONTEXT),
-    Command("/stats", "say how quick each answer was, or not any more", about_context.stats, _CONTEXT),
-    Command("/model [NAME]", "go on with another model, or show which", about_models.model, _MODEL, "model"),
-    Command("/system [TEXT]", "say who the model shall be; without TEXT, show it", about_models.system, _MODEL),
-    Command("/prompt [NAME]", "take a system prompt from a file, or show which", about_models.prompt, _MODEL, "prompt"),
-    Command("/set [NAME VALUE]", "temperature, top_p, seed, …; alone, show them", about_models.set_, _MODEL, "setting"),
-    Command("/read FILE", "put a file's text into the next message", about_files.read, _FILES, "file"),
-    Command("/copy [code|N]", "copy the last answer, its last code, or the answer of turn N", about_files.copy, _FILES),
-    Command("/save [FILE]", "write the conversation as JSON", about_files.save, _FILES, "file"),
     Command(
-        "/load FILE|CHAT", "go on with a saved conversation, or a chat by its number", about_files.load, _FILES, "file"
+        "/versions [N]", mark("show all answers to the last question, or take number N"), about_turns.versions, _TALK
     ),
-    Command("/export FILE", "write the chat as .md, .json or .html", about_files.export, _FILES, "file"),
-    Command("/title TEXT", "give this chat a title", about_files.title, _FILES),
-    Command("/markdown", "lay answers out, or show them as they are", about_context.markdown, _ELSE),
-    Command("/help [COMMAND]", "show this", _help, _ELSE),
-    Command("/exit", "leave (also Ctrl-D)", _leave, _ELSE),
+    Command("/edit [TURN]", mark("change a question of yours, and ask it from there"), about_turns.edit, _TALK, "turn"),
+    Command("/answer [TURN]", mark("change what the model said"), about_turns.edit_answer, _TALK, "turn"),
+    Command("/continue", mark("go on with an answer that was cut"), about_turns.go_on, _TALK),
+    Command("/branch [N]", mark("show all ends that this chat has, or go to number N"), about_turns.branch, _TALK),
+    Command(
+        "/fork [TURN]", mark("begin another chat with what was said up to a turn"), about_turns.fork, _TALK, "turn"
+    ),
+    Command("/clear", mark("begin anew; the system prompt stays, the chat is kept"), about_turns.clear, _TALK),
+    Command("/ctx", mark("what is in the context: a bar, and a line for each turn"), about_context.context, _CONTEXT),
+    Command("/pin [TURN]", mark("keep a turn in a full context, or not any more"), about_context.pin, _CONTEXT, "turn"),
+    Command(
+        "/drop [TURN]", mark("do not read a turn any more, or read it again"), about_context.drop, _CONTEXT, "turn"
+    ),
+    Command("/tokens [TEXT]", mark("how many tokens a text is, or the whole chat"), about_context.tokens, _CONTEXT),
+    Command("/stats", mark("say how quick each answer was, or not any more"), about_context.stats, _CONTEXT),
+    Command("/model [NAME]", mark("go on with another model, or show which"), about_models.model, _MODEL, "model"),
+    Command("/system [TEXT]", mark("say who the model shall be; without TEXT, show it"), about_models.system, _MODEL),
+    Command(
+        "/prompt [NAME]", mark("take a system prompt from a file, or show which"), about_models.prompt, _MODEL, "prompt"
+    ),
+    Command(
+        "/set [NAME VALUE]", mark("temperature, top_p, seed, …; alone, show them"), about_models.set_, _MODEL, "setting"
+    ),
+    Command("/read FILE", mark("put a file's text into the next message"), about_files.read, _FILES, "file"),
+    Command(
+        "/copy [code|N]", mark("copy the last answer, its last code, or the answer of turn N"), about_files.copy, _FILES
+    ),
+    Command("/save [FILE]", mark("write the conversation as JSON"), about_files.save, _FILES, "file"),
+    Command(
+        "/load FILE|CHAT",
+        mark("go on with a saved conversation, or a chat by its number"),
+        about_files.load,
+        _FILES,
+        "file",
+    ),
+    Command("/export FILE", mark("write the chat as .md, .json or .html"), about_files.export, _FILES, "file"),
+    Command("/title TEXT", mark("give this chat a title"), about_files.title, _FILES),
+    Command("/markdown", mark("lay answers out, or show them as they are"), about_context.markdown, _ELSE),
+    Command("/help [COMMAND]", mark("show this"), _help, _ELSE),
+    Command("/exit", mark("leave (also Ctrl-D)"), _leave, _ELSE),
 )
 
 KEYS: Sequence[tuple[str, str]] = (
-    ("Enter", "send"),
-    ("Alt-Enter, Ctrl-J, \\ Enter", "new line"),
-    ("Ctrl-C", "Ctrl-C stops an answer and keeps what was said; on an empty line twice, leave"),
-    ("Ctrl-D", "leave"),
-    ("Up, Down", "earlier lines, those of earlier chats too"),
-    ("Ctrl-R", "search earlier lines"),
-    ("Tab", "complete commands, models, files (@path), settings"),
-    ("Right, Ctrl-E", "take the grey suggestion"),
-    ("Ctrl-X Ctrl-E", "edit the line in $EDITOR"),
-    ("Ctrl-Z", "suspend; fg comes back"),
-    ("@path", "a file's text goes with the message"),
-    ("//", "at the beginning: a slash that is no command"),
+    ("Enter", mark("send")),
+    ("Alt-Enter, Ctrl-J, \\ Enter", mark("new line")),
+    ("Ctrl-C", mark("Ctrl-C stops an answer and keeps what was said; on an empty line twice, leave")),
+    ("Ctrl-D", mark("leave")),
+    ("Up, Down", mark("earlier lines, those of earlier chats too")),
+    ("Ctrl-R", mark("search earlier lines")),
+    ("Tab", mark("complete commands, models, files (@path), settings")),
+    ("Right, Ctrl-E", mark("take the grey suggestion")),
+    ("Ctrl-X Ctrl-E", mark("edit the line in $EDITOR")),
+    ("Ctrl-Z", mark("suspend; fg comes back")),
+    ("@path", mark("a file's text goes with the message")),
+    ("//", mark("at the beginning: a slash that is no command")),
 )
 
 _OTHER_NAMES = {"/quit": "/exit", "/bye": "/exit", "/?": "/help", "/new": "/clear", "/regen": "/retry", "/q": "/exit"}
@@ -123,5 +144,6 @@ def find(word: str) -> Command | None:
 def unknown(word: str) -> str:
     """What is said of a command that there is not."""
     near = difflib.get_close_matches(word, [command.name for command in COMMANDS], n=1, cutoff=0.5)
-    guess = f" Did you mean {near[0]}?" if near else ""
-    return f"There is no command {word}.{guess} /help shows all; // at the start sends a slash."
+    guess = [tr("Did you mean {name}?", name=near[0])] if near else []
+    rest = tr("/help shows all; // at the start sends a slash.")
+    return " ".join([tr("There is no command {word}.", word=word), *guess, rest])

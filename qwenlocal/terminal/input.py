@@ -107,7 +107,10 @@ def make_session(
     from prompt_toolkit.auto_suggest import AutoSuggestFromHistory
     from prompt_toolkit.enums import EditingMode
     from prompt_toolkit.formatted_text import FormattedText
+    from prompt_toolkit.input import create_input
     from prompt_toolkit.styles import Style
+
+    from qwenlocal.terminal.pasting import takes_large_pastes
 
     def bottom() -> FormattedText:
         return FormattedText([("class:toolbar", toolbar())])
@@ -126,6 +129,7 @@ def make_session(
         editing_mode=EditingMode.VI if vi else EditingMode.EMACS,
         bottom_toolbar=bottom,
         reserve_space_for_menu=4,
+        input=takes_large_pastes(create_input()),
         style=Style.from_dict({"bottom-toolbar": "noreverse", "toolbar": "noreverse fg:ansibrightblack"}),
     )
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from qwenlocal.errors import UsageProblem
+from qwenlocal.language import tr
 
 if TYPE_CHECKING:
     from qwenlocal.chat.conversation import Conversation
@@ -114,13 +115,16 @@ class Session:
         """
         turns = self.thread.turns
         if not turns:
-            raise UsageProblem("Nothing was asked yet.")
+            raise UsageProblem(tr("Nothing was asked yet."))
         number = text.strip().lstrip("#") or "-1"
         if not number.lstrip("-").isdecimal() or not number.lstrip("-"):
-            raise UsageProblem(f"“{text}” is no turn.", hint="Turns are numbered: /ctx shows them.")
+            raise UsageProblem(tr("“{text}” is no turn.", text=text), hint=tr("Turns are numbered: /ctx shows them."))
         place = int(number)
         if place == 0 or abs(place) > len(turns):
-            raise UsageProblem(f"There is no turn {place}; there are {len(turns)}.", hint="/ctx shows them.")
+            raise UsageProblem(
+                tr("There is no turn {place}; there are {count}.", place=place, count=len(turns)),
+                hint=tr("/ctx shows them."),
+            )
         return turns[place - 1 if place > 0 else place]
 
     def talk_of(self, thread: Thread, *, id: int | None = None) -> None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
+from qwenlocal.language import tr
 from qwenlocal.terminal.plain import obeys
 
 _PATIENCE = 0.7  # seconds; what is quicker needs no words
@@ -43,6 +44,6 @@ def loading_status(out: TextIO, name: str) -> Iterator[Callable[[float], None]]:
     """For loading a model: the function given gets a fraction between 0 and 1."""
     line = StatusLine(out)
     try:
-        yield lambda fraction: line.show(f"loading {name}: {fraction:.0%}")
+        yield lambda fraction: line.show(tr("loading {name}: {fraction:.0%}", name=name, fraction=fraction))
     finally:
         line.clear()

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from qwenlocal.chat.events import Done, Event, LeftOut, Reading, Stats, Summarising, Text, Why
+from qwenlocal.language import tr
 from qwenlocal.terminal.markdown import Lines, Look, MarkdownStream
 from qwenlocal.terminal.plain import harmless
 from qwenlocal.terminal.screen import Screen, width_of
@@ -67,17 +68,24 @@ class Progress:
                 return ""
             new, left = event.done - event.reused, event.total - event.done
             seconds = (now - self._begun) / new * left if new else 0
-            rest = f", {_duration(seconds)} left" if left and new else ""
-            return f"reading {event.done:,} of {event.total:,} tokens ({event.done / event.total:.0%}){rest}"
+            rest = tr(", {time} left", time=_duration(seconds)) if left and new else ""
+            share = event.done / event.total
+            read = tr(
+                "reading {done:,} of {total:,} tokens ({share:.0%})", done=event.done, total=event.total, share=share
+            )
+            return read + rest
         if isinstance(event, Summarising):
-            return f"the context is full; summarising {event.turns} turns: {event.words} words"
+            return tr(
+                "the context is full; summarising {turns} turns: {words} words", turns=event.turns, words=event.words
+            )
         if self._first is None:
             return ""
         parts = []
         if self._said > 1 and now > self._first:
-            parts.append(f"{(self._said - 1) / (now - self._first):.1f} tokens/s")
+            parts.append(tr("{speed:.1f} tokens/s", speed=(self._said - 1) / (now - self._first)))
         if self._n_ctx:
-            parts.append(f"{self._read + self._said:,} of {self._n_ctx:,} tokens of context")
+            used = self._read + self._said
+            parts.append(tr("{used:,} of {n_ctx:,} tokens of context", used=used, n_ctx=self._n_ctx))
         return ", ".join(parts)
 
 

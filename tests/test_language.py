@@ -1,0 +1,106 @@
+"""What the program says, in the language of whoever reads it."""
+
+from __future__ import annotations
+
+import ast
+import string
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import SAYS, Run
+from terminal import Open
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+import messages
+
+from qwenlocal.language import tr
+from qwenlocal.terminal.commands import COMMANDS, KEYS
+
+LANGUAGES = sorted(path.name for path in messages.LOCALE.iterdir())
+
+
+@pytest.fixture
+def chinese(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("LANGUAGE", raising=False)
+    monkeypatch.setenv("LC_ALL", "zh_CN.UTF-8")
+    yield
+
+
+def places(text: str) -> set[str]:
+    """The places of a sentence, with how they are written: `{count:,}` is "count:,"."""
+    return {f"{name}:{spec}!{how}" for _, name, spec, how in string.Formatter().parse(text) if name is not None}
+
+
+def test_without_a_locale_it_is_english(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LANGUAGE", "LC_ALL", "LC_MESSAGES", "LANG"):
+        monkeypatch.delenv(name, raising=False)
+    assert tr("{count:,} tokens", count=1234) == "1,234 tokens"
+
+
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8", "en_GB.UTF-8", "xx_YY", "POSIX", "../../etc", "zh\x01"])
+def test_a_locale_that_nobody_translated_for_is_english(locale: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LANGUAGE", locale)
+    assert tr("send") == "send"
+
+
+@pytest.mark.parametrize("locale", ["zh_CN.UTF-8", "zh", "zh_SG", "xx:zh"])
+def test_a_chinese_locale_is_chinese(locale: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LANGUAGE", locale)
+    assert tr("{count:,} tokens", count=1234) == "1,234 个词元"
+
+
+def test_a_sentence_without_a_translation_is_said_in_english(chinese: None) -> None:
+    assert tr("No such sentence with {places}.", places="a place") == "No such sentence with a place."
+    assert tr("") == ""
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_every_sentence_is_translated_and_keeps_its_places(language: str) -> None:
+    for message in messages.renewed(language):
+        if message.id:
+            assert message.string, f"not translated: {message.id}"
+            assert places(str(message.string)) == places(str(message.id)), message.id
+
+
+def test_every_sentence_of_the_code_is_found_by_the_tool() -> None:
+    found = {message.id for message in messages.renewed(LANGUAGES[0])}
+    for file in sorted((messages.ROOT / "qwenlocal").rglob("*.py")):
+        for call in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in messages.KEYWORDS:
+                sentence = call.args[0]
+                assert not isinstance(sentence, ast.JoinedStr), f"{file}:{call.lineno}"
+                assert not isinstance(sentence, ast.Constant) or sentence.value in found, f"{file}:{call.lineno}"
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_files_are_those_that_the_tool_makes(language: str) -> None:
+    catalog, po = messages.renewed(language), messages.po_of(language)
+    assert po.read_bytes() == messages.as_po(catalog), "run: .venv/bin/python tools/messages.py"
+    assert po.with_suffix(".mo").read_bytes() == messages.as_mo(catalog), "run: .venv/bin/python tools/messages.py"
+
+
+def test_every_command_and_key_is_explained_in_chinese(chinese: None) -> None:
+    for english in [command.help for command in COMMANDS] + [what for _, what in KEYS]:
+        assert tr(english) != english
+
+
+def test_a_chat_speaks_the_language_of_the_terminal(terminal: Open, speaking_model: Path) -> None:
+    chat = terminal("run", str(speaking_model), LANG="zh_CN.UTF-8")
+    chat.wait_for("查看命令，Ctrl-D 离开")
+    chat.wait_for_prompt()
+    chat.type("Hi\r")
+    chat.wait_for(SAYS)
+    chat.wait_for("个词元")
+    chat.type("/hlp\r")
+    chat.wait_for("没有 /hlp 这个命令")
+    chat.type("/ctx\r")
+    chat.wait_for("已用 ")
+
+
+def test_an_error_is_said_in_the_language_of_the_terminal(qwenlocal: Run) -> None:
+    result = qwenlocal("run", "./nothing.gguf", "Hi", environment={"LANG": "zh_CN.UTF-8"})
+    assert result.returncode == 3
+    assert "qwenlocal: " in result.stderr
+    assert "没有" in result.stderr

@@ -81,8 +81,32 @@ def keys(model: Path, home: str, count: int) -> list[float]:
         if number % 40 == 0 and number:
             child.send("\x15")
         child.send(line[-1])
-        until(child, line.encode(), 5)
+        if line.encode() not in until(child, line.encode(), 5):
+            raise SystemExit("The answer was over before the last key: it must be longer.")
         found.append(time.perf_counter() - begun)
+    child.close(force=True)
+    return found
+
+
+def interrupts(model: Path, home: str, count: int, question: str, begun_when: bytes) -> list[float]:
+    """Seconds from Ctrl-C to the sentence that says so; the question is asked anew each time."""
+    child, found = open_chat(model, home), []
+    until(child, b"\x1b[?2004h")
+    time.sleep(2)
+    for number in range(count):
+        child.send(f"\x1b[200~{number} {question}\x1b[201~\r")
+        until(child, begun_when)
+        time.sleep(0.5 + 0.13 * (number % 5))
+        with contextlib.suppress(pexpect.TIMEOUT):
+            while True:
+                child.read_nonblocking(1 << 16, timeout=0)
+        begun = time.perf_counter()
+        child.send("\x03")
+        until(child, b"[interrupted]", 20)
+        found.append(time.perf_counter() - begun)
+        child.send("/clear\r")
+        until(child, b"forgotten")
+        time.sleep(0.3)
     child.close(force=True)
     return found
 
@@ -117,7 +141,10 @@ def main() -> None:
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as home:
         starts = [ready(asked.model, home) for _ in range(asked.runs)]
-        latencies = sorted(keys(asked.model, home, 150))
+        latencies = sorted(taken for _ in range(3) for taken in keys(asked.model, home, 50))
+        answering = interrupts(asked.model, home, 10, QUESTION, b"tokens of context")
+        text = " ".join(f"Line {number} of a long text about nothing." for number in range(2000))
+        reading = interrupts(asked.model, home, 10, text, b"reading")
     drawing, whole = laying_out(asked.model, 1000)
     print(f"{asked.model.name}, {os.cpu_count()} cores, {time.strftime('%d %B %Y')}\n")
     print("| what | median | worst | wanted |\n|---|---|---|---|")
@@ -125,6 +152,9 @@ def main() -> None:
     p99 = latencies[int(len(latencies) * 0.99) - 1] * 1000
     median = statistics.median(latencies) * 1000
     print(f"| a key while an answer comes (worst: p99) | {median:.1f} ms | {p99:.1f} ms | <= 16 ms |")
+    for what, times in (("an answer comes", answering), ("the question is read", reading)):
+        median, worst = statistics.median(times) * 1000, max(times) * 1000
+        print(f"| Ctrl-C while {what} | {median:.0f} ms | {worst:.0f} ms | <= 100 ms |")
     print(f"| laying out 1,000 tokens | {drawing:.2f} of {whole:.1f} s | {drawing / whole:.1%} | <= 3 % |")
     print(
         f"| a picture, were one made at every token | {at_every_token(Path(__file__).read_text()):.1f} ms | | |",

@@ -99,13 +99,14 @@ class NotConvertedYet(ModelNotFound):
 
 
 class ChatNotFound(QwenlocalError):
-    """There is no chat `id` in the journal."""
+    """There is no chat `id` in the journal, or, with "", none at all."""
 
     exit_code, http_status = 3, 404
 
     def __init__(self, id: int | str) -> None:
         self.id = id
-        super().__init__(tr("There is no chat {id}.", id=id), hint=tr("Which there are: qwenlocal chats"))
+        said = tr("There is no chat {id}.", id=id) if id else tr("There is no chat to go on with.")
+        super().__init__(said, hint=tr("Which there are: qwenlocal chats"))
 
 
 class DownloadFailed(QwenlocalError):

@@ -203,6 +203,14 @@ def test_chinese_lines_are_broken_between_letters_but_not_before_a_full_stop() -
     assert not any(line.startswith(("。", "）", "，")) or line.endswith("（") for line in lines)
 
 
+def test_right_to_left_text_and_combined_letters_keep_their_order() -> None:
+    """The terminal turns lines round, nobody else; a letter is not torn from its marks."""
+    text = "مرحبا بالعالم، هذا نص طويل يكتب من اليمين إلى اليسار. בְּרֵאשִׁית בָּרָא e\u0301a\u0308 नमस्ते น้ำ 👨‍👩‍👧‍👦 ✊🏽"
+    lines = streamed(text, Look(30, colour=False), 1)
+    assert " ".join(lines).split() == text.split()
+    assert all(width_of(line) <= 30 for line in lines)
+
+
 def test_text_behind_code_is_shown_before_its_line_ends() -> None:
     stream, look = MarkdownStream(), Look(60, colour=False)
     stream.feed("```\na\n```\n\nThe end is")

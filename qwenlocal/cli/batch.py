@@ -48,7 +48,7 @@ def read_batch(name: str, system: str, template: str | None, values: Mapping[str
     try:
         lines = Path(name).expanduser().read_text("utf-8-sig").splitlines()
     except OSError as reason:
-        why = f"The batch {name} cannot be read: {reason.strerror}."
+        why = tr("The file {name} cannot be read: {strerror}.", name=name, strerror=reason.strerror)
         raise ModelNotFound(name, reason=why, hint=tr("Check the path.")) from reason
     except UnicodeDecodeError as reason:
         raise UsageProblem(tr("{name} is not UTF-8 text.", name=name)) from reason
@@ -171,7 +171,7 @@ def answer_batch(asked: Asked, loaded: Loaded, items: Sequence[Item], output: Pa
         status.clear()
         context.close()
     if finished < len(items):
-        raise Interrupted("What was answered is kept: the same command with the same -o goes on from there.")
+        raise Interrupted(tr("What was answered is kept: the same command with the same -o goes on from there."))
     if too_long:
         first = requests[too_long[0]]
         raise ContextFull(len(first.ids), n_ctx, loaded.model.n_ctx_train)

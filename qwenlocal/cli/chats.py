@@ -26,7 +26,7 @@ def list_chats(*, as_json: bool) -> None:
     if as_json:
         print_json([vars(chat) for chat in chats])
     elif not chats:
-        sys.stdout.write("There are no chats yet. Begin one: qwenlocal run\n")
+        sys.stdout.write(tr("There are no chats yet. Begin one: qwenlocal run") + "\n")
     else:
         rows = [(str(c.id), _day(c.changed), c.model, str(c.messages), harmless(c.title)) for c in chats]
         print_table(("CHAT", "LAST", "MODEL", "MESSAGES", "TITLE"), rows)
@@ -68,7 +68,7 @@ def search_chats(words: str, *, as_json: bool) -> None:
         before, found, after = map(harmless, (hit.before, hit.found, hit.after))
         sys.stdout.write(f"{hit.chat}  {_day(hit.created)}  {hit.role}: …{before}{bold}{found}{plain}{after}…\n")
     if not hits:
-        sys.stderr.write(f"Nobody said “{harmless(words)}”.\n")
+        sys.stderr.write(tr("Nobody said “{words}”.", words=harmless(words)) + "\n")
 
 
 def rename_chat(text: str, title: str) -> None:
@@ -121,7 +121,7 @@ def export_chat(text: str, form: str | None, output: Path | None, *, force: bool
         draft.replace(output)
     except OSError as reason:
         raise CannotWrite(output, reason.strerror or str(reason)) from reason
-    sys.stderr.write(f"Wrote {output}.\n")
+    sys.stderr.write(tr("Saved: {path}", path=output) + "\n")
 
 
 def recover_chats() -> None:
@@ -130,7 +130,7 @@ def recover_chats() -> None:
 
     path = Program().folders.journal
     if not path.exists():
-        sys.stderr.write("There are no chats yet.\n")
+        sys.stderr.write(tr("There are no chats yet.") + "\n")
         return
     copy = path.with_name(path.name + ".recovering")
     copy.unlink(missing_ok=True)
@@ -143,7 +143,8 @@ def recover_chats() -> None:
         copy.rename(path)
     except OSError as reason:
         raise CannotWrite(path, reason.strerror or str(reason)) from reason
-    sys.stderr.write(f"{chats:,} chats with {messages:,} messages could be read. The old file is kept: {aside}\n")
+    read = tr("{chats:,} chats with {messages:,} messages could be read.", chats=chats, messages=messages)
+    sys.stderr.write(read + " " + tr("The old file is kept: {path}", path=aside) + "\n")
 
 
 def _journal(program: Program) -> Journal | None:

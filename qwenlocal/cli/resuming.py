@@ -40,11 +40,11 @@ def chosen_chat(program: Program, which: str) -> GoingOn:
     """
     path = program.folders.journal
     if not path.exists():
-        raise ChatNotFound(which if which not in (LAST, PICK) else "to go on with")
+        raise ChatNotFound(which if which not in (LAST, PICK) else "")
     journal = Journal(path)
     chats = journal.chats()
     if not chats:
-        raise ChatNotFound(which if which not in (LAST, PICK) else "to go on with")
+        raise ChatNotFound(which if which not in (LAST, PICK) else "")
     chat = chats[0] if which == LAST else _picked(chats) if which == PICK else _numbered(chats, which)
     return GoingOn(journal, chat, journal.thread(chat.id))
 

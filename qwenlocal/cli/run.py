@@ -220,13 +220,12 @@ def _answer(asked: Asked, loaded: Loaded, prompt: str, system: str) -> None:
     if asked.stats:
         sys.stderr.write(done.stats.sentence(done.why) + "\n")
         if loaded.trial:
-            sys.stderr.write(f"{loaded.trial.verdict or 'The draft model is still being tried.'}\n")
+            sys.stderr.write((loaded.trial.verdict or tr("The draft model is still being tried.")) + "\n")
     if done.why is Why.INTERRUPTED:
         raise Interrupted
     if done.why is Why.CONTEXT:
-        sys.stderr.write(
-            f"qwenlocal: the answer stopped because the context of {loaded.context.n_ctx:,} tokens is full.\n"
-        )
+        full = tr("the answer stopped because the context of {n_ctx:,} tokens is full.", n_ctx=loaded.context.n_ctx)
+        sys.stderr.write(f"qwenlocal: {full}\n")
 
 
 def _sampling(asked: Asked, loaded: Loaded) -> Sampling:

@@ -15,6 +15,7 @@ from typing import Protocol
 from qwenlocal.engine.lookup import LONGEST_DRAFT
 from qwenlocal.engine.prefix import common_prefix
 from qwenlocal.engine.speculation import CostCurve, Drafts, Survival
+from qwenlocal.language import tr
 
 _LEAST_GAIN = 1.05
 _EXPECTED = 0.9  # how often a drafted token that the small model is sure of is right, at first
@@ -175,11 +176,11 @@ class Trial:
     def _decide(self) -> None:
         speeds = {drafting: self._came[drafting] / max(1e-9, self._taken[drafting]) for drafting in (True, False)}
         ratio = speeds[True] / max(1e-9, speeds[False])
-        how = f"{speeds[True]:.1f} tokens/s with it, {speeds[False]:.1f} without"
+        how = tr("{drafting:.1f} tokens/s with it, {plain:.1f} without", drafting=speeds[True], plain=speeds[False])
         if ratio > _LEAST_GAIN:
-            self.verdict = f"The draft model stays: {how}."
+            self.verdict = tr("The draft model stays: {how}.", how=how)
             return
-        self.verdict = f"The draft model is put away, it does not pay here: {how}."
+        self.verdict = tr("The draft model is put away, it does not pay here: {how}.", how=how)
         self._drafts = None
         self._small.close()
 
@@ -187,7 +188,7 @@ class Trial:
         """Memory is short: close the small model; tells whether there was one."""
         if self._drafts is None:
             return False
-        self.verdict = "The draft model is put away: memory is short."
+        self.verdict = tr("The draft model is put away: memory is short.")
         self.close()
         return True
 

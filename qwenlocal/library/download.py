@@ -149,8 +149,13 @@ def fetch(
             try:
                 sha256 = download.run(report, stop or threading.Event())
             except KeyboardInterrupt:
-                kept = f"{partial.done / max(1, artifact.size):.0%} of {artifact.name} is kept"
-                raise Interrupted(f"{kept}; the same command goes on from there.") from None
+                share = partial.done / max(1, artifact.size)
+                kept = tr(
+                    "{share:.0%} of {name} is kept; the same command goes on from there.",
+                    share=share,
+                    name=artifact.name,
+                )
+                raise Interrupted(kept) from None
             checksums = partial.checksums
             partial.publish(target)
             return Fetched(target, sha256, checksums, manner.block)

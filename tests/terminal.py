@@ -69,7 +69,7 @@ class Terminal:
     def raw(self) -> bytes:
         return self._raw
 
-    def wait_for(self, pattern: str, seconds: float = 30) -> str:
+    def wait_for(self, pattern: str, seconds: float = 60) -> str:
         """Until the screen shows `pattern`."""
         end = time.monotonic() + seconds
         while not re.search(pattern, self.text, re.M | re.S):

@@ -90,7 +90,7 @@ def test_ctrl_z_in_the_middle_of_an_answer_gives_the_shell_back_and_fg_goes_on(
     )
     try:
         shell.wait_for("^sh:$")
-        shell.type(f"{sys.executable} -m qwenlocal run {endless_model} -n 1500 --no-lookup\r")
+        shell.type(f"{sys.executable} -m qwenlocal run {endless_model} -n 700 --no-lookup\r")
         shell.wait_for_prompt()
         shell.type("Go\r")
         shell.wait_for("abcdefgh abcdefgh")
@@ -111,7 +111,7 @@ def test_what_is_typed_during_an_answer_is_the_next_message(
     terminal: Open, endless_model: Path, tmp_path: Path
 ) -> None:
     """And it does not show in the middle of the answer."""
-    chat = terminal("run", str(endless_model), "-n", "600")
+    chat = terminal("run", str(endless_model), "-n", "300")
     chat.wait_for_prompt()
     chat.type("Go\r")
     chat.wait_for("abcdefgh abcdefgh")

@@ -92,12 +92,16 @@ class Stats:
         """All of it in one line."""
         reused = " " + tr("({count:,} reused)", count=self.reused_tokens) if self.reused_tokens else ""
         parts = (
-            tr("prompt {count:,} tokens", count=self.prompt_tokens) + reused + f", {self.prompt_speed:.1f} tokens/s",
+            tr("prompt {count:,} tokens", count=self.prompt_tokens) + reused + ", " + _pace(self.prompt_speed),
             tr("first token after {seconds:.2f} s", seconds=self.first_token),
-            tr("answer {count:,} tokens", count=self.answer_tokens) + f", {self.answer_speed:.1f} tokens/s",
+            tr("answer {count:,} tokens", count=self.answer_tokens) + ", " + _pace(self.answer_speed),
             tr(why.value),
         )
         return " | ".join(parts)
+
+
+def _pace(speed: float) -> str:
+    return tr("{speed:.1f} tokens/s", speed=speed)
 
 
 @dataclass(frozen=True)

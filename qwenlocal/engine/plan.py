@@ -47,15 +47,18 @@ class Plan:
     def sentence(self) -> str:
         """`weights 4.4 + KV 1.5 (4,096 tokens, q8_0 keys, f16 values) + compute 0.3 of 9.1 GiB free`."""
         if self.need is None:
-            return f"{self.options.n_ctx:,} tokens; how much memory they take is not known"
+            return tr("{count:,} tokens; how much memory they take is not known", count=self.options.n_ctx)
         how = _kept(self.options)
-        parts = (self.need.weights, self.need.kv, self.need.compute + self.need.ourselves)
-        weights, kv, rest = (f"{part / _GIB:.1f}" for part in parts)
-        draft = f" + draft model {self.draft / _GIB:.1f}" if self.draft else ""
-        return (
-            f"weights {weights} + KV {kv} ({self.options.n_ctx:,} tokens, {how}) + compute {rest}{draft} "
-            f"of {self.available / _GIB:.1f} GiB free"
-        )
+        sizes = (self.need.weights, self.need.kv, self.need.compute + self.need.ourselves)
+        weights, kv, rest = (f"{size / _GIB:.1f}" for size in sizes)
+        parts = [
+            tr("weights {size}", size=weights),
+            tr("KV {size} ({count:,} tokens, {how})", size=kv, count=self.options.n_ctx, how=how),
+            tr("compute {size}", size=rest),
+        ]
+        if self.draft:
+            parts.append(tr("draft model {size}", size=f"{self.draft / _GIB:.1f}"))
+        return " + ".join(parts) + " " + tr("of {available:.1f} GiB free", available=self.available / _GIB)
 
 
 def _kept(options: ContextOptions) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qwenlocal.errors import UsageProblem
+from qwenlocal.language import tr
 
 
 @dataclass(frozen=True)
@@ -44,4 +45,12 @@ class Sampling:
 
 def _within(name: str, value: float, least: float, most: float) -> None:
     if not least <= value <= most:
-        raise UsageProblem(f"{name} must lie between {least:g} and {most:g}; it is {value:g}.")
+        raise UsageProblem(
+            tr(
+                "{name} must lie between {least:g} and {most:g}; it is {value:g}.",
+                name=name,
+                least=least,
+                most=most,
+                value=value,
+            )
+        )

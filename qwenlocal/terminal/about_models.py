@@ -130,4 +130,4 @@ def _parsed(name: str, value: str, kind: type[int] | type[float]) -> float | int
 
 
 def _shown(value: object) -> str:
-    return tr("none") if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

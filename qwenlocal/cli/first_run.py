@@ -16,6 +16,7 @@ from qwenlocal.language import tr
 from qwenlocal.library.catalog import Card
 from qwenlocal.library.names import CatalogueName
 from qwenlocal.machine import Machine, this_machine
+from qwenlocal.terminal.plain import padded
 
 _TOKENS = 4096  # of context, for which memory is counted
 _PROBE = 64 << 20  # bytes a core reads, again and again, to see how quick memory is
@@ -79,17 +80,10 @@ def pick(program: Program) -> str | None:
 def _row(place: int, offer: Offer, *, is_default: bool) -> str:
     quick = offer.speed >= 1.5
     speed = tr("up to {speed:.0f} tokens/s", speed=offer.speed) if quick else tr("a token/s or less")
-    fit = _column(speed if offer.fits else tr("does not fit here"), 22)
+    fit = padded(speed if offer.fits else tr("does not fit here"), 22)
     mark = "  " + tr("(Enter takes this one)") if is_default else ""
     size, memory = bytes_for_people(offer.size), tr("{size:.1f} GiB of memory", size=offer.memory / 2**30)
-    return f"{place:>3}  {offer.card.name:<22} {size:>8}  {_column(memory, 19)}  {fit}  {offer.card.licence}{mark}"
-
-
-def _column(text: str, width: int) -> str:
-    """`text` in so many columns; Chinese takes two a letter."""
-    from wcwidth import wcswidth
-
-    return text + " " * (width - wcswidth(text))
+    return f"{place:>3}  {offer.card.name:<22} {size:>8}  {padded(memory, 19)}  {fit}  {offer.card.licence}{mark}"
 
 
 def _answer(found: list[Offer], default: int) -> str | None:

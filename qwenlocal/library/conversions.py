@@ -135,7 +135,7 @@ def drop(folder: Path, kept: Collection[str]) -> None:
                 if str(file) not in kept and file.suffix != ".lock":
                     file.unlink(missing_ok=True)
     except filelock.Timeout as busy:
-        raise QwenlocalError("Another qwenlocal is converting it.", hint=tr("Stop that one first.")) from busy
+        raise QwenlocalError(tr("Another qwenlocal is converting it."), hint=tr("Stop that one first.")) from busy
     for lock in folder.glob("*.lock"):
         lock.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # something whole is in it

@@ -130,9 +130,16 @@ class Puller:
         What `download.fetch` raises.
         """
         located = outline.located
-        self._say(f"Fetching the checkpoint {located.name} ({_sum(outline.weights)}, {len(outline.weights)} file(s)).")
+        self._say(
+            tr(
+                "Fetching the checkpoint {name} ({size}, {count} file(s)).",
+                name=located.name,
+                size=_sum(outline.weights),
+                count=len(outline.weights),
+            )
+        )
         if located.licence:
-            self._say(f"Licence: {located.licence}")
+            self._say(tr("Licence: {licence}", licence=located.licence))
         self._check_room(outline.weights, beside)
         have = [self._weights_here(wanted) for wanted in outline.weights]
         self._note_weights(outline, have)
@@ -225,9 +232,16 @@ class Puller:
         shutil.move(bad.file.path, wanted.part.with_name(f"{wanted.part.name}.part"))
 
     def _fetch_all(self, located: Located, asked: Sequence[str]) -> Record:
-        self._say(f"Fetching {located.name} from {located.origin} ({_sum(located.files)}).")
+        self._say(
+            tr(
+                "Fetching {name} from {origin} ({size}).",
+                name=located.name,
+                origin=located.origin,
+                size=_sum(located.files),
+            )
+        )
         if located.licence:
-            self._say(f"Licence: {located.licence}")
+            self._say(tr("Licence: {licence}", licence=located.licence))
         self._check_room(located.files)
         files = []
         for wanted in located.files:

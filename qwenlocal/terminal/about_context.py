@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from wcwidth import wcswidth
-
 from qwenlocal.chat.room import shortly
 from qwenlocal.chat.thread import Turn
 from qwenlocal.language import tr
+from qwenlocal.terminal.plain import padded
 from qwenlocal.terminal.session import Session
 
 _BAR = 40
@@ -33,13 +32,12 @@ def context(session: Session, _rest: str) -> None:
     for place, turn in enumerate(session.thread.turns, start=1):
         count = sum(talk.tokens(message.text) for message in turn.messages)
         left = turn.question.number in session.thread.left
-        state = _state(turn, left=left)
         session.say(
             tr(
                 "  {place:>3}  {count:>7,} tokens  {state}  {text}",
                 place=place,
                 count=count,
-                state=state + " " * (_STATE - wcswidth(state)),
+                state=padded(_state(turn, left=left), _STATE),
                 text=shortly(turn.question.text),
             )
         )
@@ -58,16 +56,22 @@ def pin(session: Session, rest: str) -> None:
     turn = session.turn(rest)
     session.thread.change(turn.question, pinned=not turn.pinned, dropped=False)
     session.thread.left.discard(turn.question.number)
-    said = tr("“{text}” stays in the context.") if turn.pinned else tr("“{text}” may leave a full context.")
-    session.say(said.format(text=shortly(turn.question.text)))
+    text = shortly(turn.question.text)
+    if turn.pinned:
+        session.say(tr("“{text}” stays in the context.", text=text))
+    else:
+        session.say(tr("“{text}” may leave a full context.", text=text))
 
 
 def drop(session: Session, rest: str) -> None:
     """A turn is not read any more, or is again."""
     turn = session.turn(rest)
     session.thread.change(turn.question, dropped=not turn.dropped, pinned=False)
-    said = tr("“{text}” is not read any more.") if turn.dropped else tr("“{text}” is read again.")
-    session.say(said.format(text=shortly(turn.question.text)))
+    text = shortly(turn.question.text)
+    if turn.dropped:
+        session.say(tr("“{text}” is not read any more.", text=text))
+    else:
+        session.say(tr("“{text}” is read again.", text=text))
 
 
 def tokens(session: Session, rest: str) -> None:

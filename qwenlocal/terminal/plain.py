@@ -34,6 +34,13 @@ def dimmed(text: str, out: TextIO) -> str:
     return f"\x1b[2m{text}\x1b[0m" if has_colours(out) else text
 
 
+def padded(text: str, width: int) -> str:
+    """`text` with spaces behind it, `width` columns wide; Chinese takes two columns a letter."""
+    from wcwidth import wcswidth  # 50 ms, which commands that need no columns are spared
+
+    return text + " " * (width - wcswidth(text))
+
+
 def wrapped(text: str, out: TextIO) -> str:
     """`text` broken between words at the width of a terminal; as it is for anything else."""
     if not out.isatty():

@@ -17,7 +17,7 @@ from qwenlocal.engine.constraint import Constraint
 from qwenlocal.engine.context import Context, ContextOptions
 from qwenlocal.engine.llama import Model
 from qwenlocal.engine.sampling import Sampling
-from qwenlocal.engine.schema import grammar_of_schema
+from qwenlocal.engine.schema import ANY_OBJECT, grammar_of_schema
 from qwenlocal.engine.sequence import TokenSequence
 from qwenlocal.engine.speculation import USUAL_COSTS, CostCurve, Speculation
 from qwenlocal.errors import UsageProblem
@@ -126,6 +126,44 @@ def test_an_answer_is_not_longer_than_asked_even_where_literals_are(context: Con
     assert said(context, 'root ::= "a long literal"', limit=6) == "a long"
 
 
+def accepts(context: Context, grammar: str, text: str) -> bool:
+    """Whether a grammar lets a text be said, byte by byte."""
+    constraint = Constraint(grammar, context.model.vocabulary)
+    try:
+        for byte in text.encode("ascii"):
+            token = context.model.vocabulary.tokenize(chr(byte), special=False)[0]
+            if not constraint.allows(token):
+                return False
+            constraint.accept(token)
+        return any(constraint.allows(end) for end in context.model.vocabulary.ends())
+    finally:
+        constraint.close()
+
+
+def test_what_a_schema_leaves_open_may_be_laid_out_in_any_way(context: Context) -> None:
+    for layout in ({"indent": None}, {"indent": 2}, {"indent": 4}, {"separators": (",", ":")}):
+        text = json.dumps({"a": [1, {"b": None}, "x"], "c": {"d": -2.5, "e": []}, "f": True}, **layout)
+        assert accepts(context, grammar_of_schema(ANY_OBJECT), text), text
+    assert accepts(context, grammar_of_schema(ANY_OBJECT), '{ "colours": ["red", "blue"] }')
+    assert not accepts(context, grammar_of_schema(ANY_OBJECT), '{"a" 1}')
+    assert not accepts(context, grammar_of_schema(ANY_OBJECT), '{"a": 1,}')
+
+
+def test_what_a_schema_names_has_one_blank_behind_colons_and_commas(context: Context) -> None:
+    grammar = grammar_of_schema(
+        '{"properties": {"a": {"type": "integer"}, "b": {"type": "object"}}, "required": ["a", "b"]}'
+    )
+    assert accepts(context, grammar, '{"a": 1, "b": {\n  "c": 2\n}}')
+    assert not accepts(context, grammar, '{"a":1, "b": {}}')
+    assert not accepts(context, grammar, '{ "a": 1, "b": {}}')
+
+
+def test_a_property_may_be_called_like_a_rule_of_ours(context: Context) -> None:
+    nested = {"type": "object", "properties": {"x": {"const": 1}}, "required": ["x"]}
+    schema = {"type": "object", "properties": {"ws": nested, "space": nested}, "required": ["ws", "space"]}
+    assert accepts(context, grammar_of_schema(json.dumps(schema)), '{"ws": {"x": 1}, "space": {"x": 1}}')
+
+
 # --- what cannot be kept to
 
 
@@ -151,10 +189,24 @@ def test_a_schema_that_cannot_be_kept_to_is_refused(schema: str, message: str) -
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("grammar", ["", "  ", 'root ::= "a', "other ::= [a-z]", "root ::= missing", "((("])
-def test_a_grammar_that_cannot_be_read_is_refused(grammar: str, context: Context) -> None:
-    with pytest.raises(UsageProblem, match="The grammar cannot be read"):
+@pytest.mark.parametrize(
+    ("grammar", "reason"),
+    [
+        ("", "it is empty"),
+        ("  ", "it is empty"),
+        ('root ::= "a', "unexpected end of input"),
+        ("other ::= [a-z]", "does not contain a 'root' symbol"),
+        ("root ::= missing", "Undefined rule identifier 'missing'"),
+        ("(((", "expecting name"),
+        ('root ::= root "a" | "b"', "left recursion"),
+    ],
+)
+def test_a_grammar_that_cannot_be_read_is_refused_in_one_sentence(
+    grammar: str, reason: str, context: Context, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UsageProblem, match=f"The grammar cannot be read: .*{reason}"):
         Constraint(grammar, context.model.vocabulary)
+    assert capfd.readouterr().err == ""
 
 
 KEYWORDS = ("type", "properties", "items", "enum", "anyOf", "$ref", "const", "x", "pattern", "allOf", "required",

@@ -9,7 +9,11 @@ computed together with the token before it.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import os
+import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 from qwenlocal.engine.llama import library
@@ -17,6 +21,32 @@ from qwenlocal.engine.vocabulary import Vocabulary
 from qwenlocal.errors import UsageProblem
 
 _LONGEST_LITERAL = 400  # bytes looked ahead at most
+_COMPLAINT = "parse: error parsing grammar: "
+
+
+@contextlib.contextmanager
+def _said_on_stderr() -> Iterator[list[str]]:
+    """
+    What llama.cpp's reader of grammars complains of, without the grammar behind it.
+
+    It goes past llama.cpp's log to stderr itself (src/llama-grammar.cpp: llama_grammar_parser::parse).
+    """
+    complaints: list[str] = []
+    try:
+        stderr = os.dup(2)
+    except OSError:  # there is none
+        yield complaints
+        return
+    with tempfile.TemporaryFile() as caught:
+        os.dup2(caught.fileno(), 2)
+        try:
+            yield complaints
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            caught.seek(0)
+            lines = caught.read().decode(errors="replace").splitlines()
+            complaints += [line.removeprefix(_COMPLAINT) for line in lines if line.startswith(_COMPLAINT)]
 
 
 class Constraint:
@@ -33,9 +63,10 @@ class Constraint:
         lib.log.clear()
         if "\0" in grammar or not grammar.strip():  # llama.cpp would read up to there, and take nothing for no grammar
             raise UsageProblem("The grammar cannot be read: it is empty, or has a zero byte in it.")
-        self._grammar = self._c.llama_sampler_init_grammar(vocabulary.handle, grammar.encode(), b"root")
+        with _said_on_stderr() as complaints:
+            self._grammar = self._c.llama_sampler_init_grammar(vocabulary.handle, grammar.encode(), b"root")
         if not self._grammar:
-            said = " ".join(line.text.strip() for line in lib.log if line.text.strip())
+            said = "; ".join(complaints) or " ".join(line.text.strip() for line in lib.log if line.text.strip())
             raise UsageProblem(
                 f"The grammar cannot be read: {said or 'it has no rule “root”'}.",
                 hint="How grammars are written: llama.cpp, grammars/README.md",

@@ -1,8 +1,9 @@
 """
 A JSON schema as a grammar. What cannot be kept to is an error: a schema that is half obeyed is worse than none.
 
-The conversion is llama-cpp-python's; the grammar is made compact (no white space between the parts), so that what
-stands between two values is one literal.
+The conversion is llama-cpp-python's. White space is made what models are used to: where a schema names the properties,
+exactly one blank behind colons and commas, so that what stands between two values is one literal; where it leaves them
+open, any that a model might want. Without a choice there, small models begin with `{}` and are done.
 """
 
 from __future__ import annotations
@@ -24,11 +25,19 @@ _TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 _NAMED = ("properties", "$defs", "definitions")  # their keys are names, no keywords
 _LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
 ANY_OBJECT = '{"type": "object"}'
+_OPEN = {  # rules of values that the schema leaves open: as the converter writes them, and with any white space
+    'object ::= "{" space ( string ":" space value ("," space string ":" space value)* )? "}" space':
+    'object ::= "{" any-space ( string any-space ":" any-space value '
+    '(any-space "," any-space string any-space ":" any-space value)* any-space )? "}"',
+    'array ::= "[" space ( value ("," space value)* )? "]" space':
+    'array ::= "[" any-space ( value (any-space "," any-space value)* any-space )? "]"',
+}  # fmt: skip
+_ANY_SPACE = r'any-space ::= | " " | "\n" [ \t]{0,20}'
 
 
 def grammar_of_schema(text: str) -> str:
     """
-    The GBNF of a JSON schema: `grammar_of_schema('{"const": 1}')` ends with `root ::= "1" space`, and space is nothing.
+    The GBNF of a JSON schema: `grammar_of_schema('{"const": 1}')` has `root ::= "1" space`, and space is nothing.
 
     Raises
     ------
@@ -50,14 +59,18 @@ def grammar_of_schema(text: str) -> str:
         grammar: str = bindings("llama_grammar").json_schema_to_gbnf(text)
     except Exception as reason:  # whatever the converter stumbles over
         raise UsageProblem(f"The schema cannot be kept to: {reason or type(reason).__name__}.") from reason
-    return "".join(_corrected(line) + "\n" for line in grammar.splitlines())
+    return "".join(_corrected(line) + "\n" for line in (*grammar.splitlines(), _ANY_SPACE))
 
 
 def _corrected(line: str) -> str:
-    """Compact, and without the raw line breaks in strings that the converter allows and JSON does not."""
+    """White space as above, and no raw line breaks in strings, which the converter allows and JSON does not."""
+    if line in _OPEN:
+        return _OPEN[line]
     if line.startswith("space ::="):
         return 'space ::= ""'
-    return line.replace(r'[^"\\]', r'[^"\\\x7F\x00-\x1F]') if line.startswith("char ::=") else line
+    if line.startswith("char ::="):
+        return line.replace(r'[^"\\]', r'[^"\\\x7F\x00-\x1F]')
+    return line.replace('":" space', '": "').replace('"," space', '", "')
 
 
 def _faults(schema: Any, where: str) -> Iterator[str]:

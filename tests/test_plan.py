@@ -176,6 +176,14 @@ def test_as_many_layers_go_to_a_card_as_it_has_room_for() -> None:
     assert choose_offload(SEVEN, int(4.2 * GIB), ContextOptions(4096), [tight]).layers == 0
 
 
+@pytest.mark.parametrize(
+    ("kind", "warns"), [(None, False), ("f16", False), ("q8_0", False), ("q5_1", True), ("q4_0", True)]
+)
+def test_keys_that_are_too_coarse_are_spoken_of(kind: str | None, warns: bool) -> None:
+    notes = choose_plan("x", SEVEN, 4 * GIB, 20 * GIB, Wanted(4096, kv_type=kind)).notes
+    assert any("too coarse" in note for note in notes) == warns
+
+
 # --- contexts laid out otherwise
 
 

@@ -4,8 +4,9 @@ What a token costs outside llama_decode: sampling with Qwen's settings, guessing
     .venv/bin/python benchmarks/own_work.py MODEL.gguf [--tokens 4000]
 
 One answer of that many tokens, whatever the model thinks of its end. A line for each 500 of them: milliseconds a token
-in llama_decode, outside of it, and their ratio (1 % at most is wanted). Guesses that are checked together count as one
-call of llama_decode; they are off with --no-lookup.
+in llama_decode, in llama.cpp's sampler (which its own programs pay for, too), in all else, and the ratio of that to the
+first (1 % at most is wanted). Guesses that are checked together count as one call of llama_decode; they are off with
+--no-lookup.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import argparse
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from qwenlocal.engine.context import Context, ContextOptions
-from qwenlocal.engine.llama import Model
+from qwenlocal.engine.llama import Model, library
 from qwenlocal.engine.sampling import Sampling
 from qwenlocal.engine.sequence import TokenSequence
 from qwenlocal.engine.speculation import CostCurve, NoSpeculation, Speculation
@@ -26,6 +28,20 @@ from qwenlocal.engine.text import TextStream
 
 _WINDOW = 500
 _PROMPT = "A lighthouse keeper finds a message in a bottle. This is the whole story:\n\n"
+
+
+class Stopwatch:
+    """Adds up the seconds that calls of `function` take."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function, self.seconds = function, 0.0
+
+    def __call__(self, *arguments: Any) -> Any:
+        begin = time.perf_counter()
+        try:
+            return self._function(*arguments)
+        finally:
+            self.seconds += time.perf_counter() - begin
 
 
 class Watched(Context):
@@ -53,21 +69,24 @@ def main() -> None:
     costs = CostCurve()
     sequence = TokenSequence(context, speculation=NoSpeculation() if asked.no_lookup else Speculation(costs))
     ids, text, count = model.vocabulary.tokenize(_PROMPT, special=False), TextStream(), 0
-    begin, context.seconds = time.perf_counter(), 0.0
+    library().c.llama_sampler_sample = sampler = Stopwatch(library().c.llama_sampler_sample)
+    begin = time.perf_counter()
     print(f"{asked.model.name}, {platform.machine()}, {threads} threads, {time.strftime('%d %B %Y')}\n")
-    print("| tokens | in llama_decode, ms | outside, ms | ratio | wanted |\n|---|---|---|---|---|")
+    print("| tokens | llama_decode, ms | llama.cpp's sampler, ms | all else, ms | ratio | wanted |")
+    print("|---|---|---|---|---|---|")
     for step in sequence.generate(ids, Sampling(seed=1), limit=asked.tokens + 1):
         if not isinstance(step, int):  # the prompt is being read
-            begin, context.seconds = time.perf_counter(), 0.0
+            begin, context.seconds, sampler.seconds = time.perf_counter(), 0.0, 0.0
             continue
         text.feed(model.vocabulary.piece(step))
         count += 1
         if count % _WINDOW == 0:
-            inside = context.seconds
-            outside = time.perf_counter() - begin - inside
+            decoding, choosing = context.seconds, sampler.seconds
+            rest = time.perf_counter() - begin - decoding - choosing
             each = 1000 / _WINDOW
-            print(f"| {count} | {inside * each:.2f} | {outside * each:.3f} | {outside / inside:.4f} | <= 0.01 |")
-            begin, context.seconds = time.perf_counter(), 0.0
+            times = f"{decoding * each:.2f} | {choosing * each:.3f} | {rest * each:.3f}"
+            print(f"| {count} | {times} | {rest / decoding:.4f} | <= 0.01 |")
+            begin, context.seconds, sampler.seconds = time.perf_counter(), 0.0, 0.0
 
 
 if __name__ == "__main__":

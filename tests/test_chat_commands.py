@@ -108,6 +108,9 @@ def test_a_fork_is_another_chat_with_the_beginning_of_this_one(
 # --- what is read
 
 
+_LINES_OF_CTX = (r"\] (\d+) of 4,096 tokens", r"(\d+) tokens +system prompt", r"(\d+) tokens +pinned +First")
+
+
 def test_the_context_is_shown_and_turns_can_be_pinned_and_dropped(terminal: Open, speaking_model: Path) -> None:
     chat = started(terminal, speaking_model)
     said(chat, "First", re.escape(SAYS))
@@ -117,6 +120,8 @@ def test_the_context_is_shown_and_turns_can_be_pinned_and_dropped(terminal: Open
     text = said(chat, "/ctx", r"dropped +Second")
     assert re.search(r"\[[#.]{40}\] [\d,]+ of 4,096 tokens", text)
     assert re.search(r"^ +1 +\d+ tokens +pinned +First", text, re.M)
+    used, system, first = (int(re.search(what, text, re.M)[1]) for what in _LINES_OF_CTX)  # type: ignore[index]
+    assert used == system + first, "what is dropped does not count"
     said(chat, "/tokens abc", "^3 tokens")
     said(chat, "/stats", r"prompt \d+ tokens")
 

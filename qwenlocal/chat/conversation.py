@@ -190,6 +190,13 @@ class Conversation:
         """How many tokens the model reads of the conversation as it stands."""
         return len(self._ids())
 
+    def cost(self, turn: Turn) -> int:
+        """How many tokens the model reads for a turn, with what the template puts around its messages."""
+        system = {"role": "system", "content": ""}
+        said = [{"role": message.role, "content": message.text} for message in turn.messages]
+        without = chat_ids(self._template, [system], self._vocabulary)
+        return len(chat_ids(self._template, [system, *said], self._vocabulary)) - len(without)
+
     def save(self, path: Path, model: str) -> None:
         """Write the conversation as JSON: {"model", "messages"}, the form that chat APIs use; in one step."""
         draft = path.with_name(path.name + ".tmp")

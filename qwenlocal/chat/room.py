@@ -38,12 +38,12 @@ def shortly(text: str) -> str:
 
 
 def _read(thread: Thread) -> list[Turn]:
-    turns = thread.turns
-    return [
-        turn
-        for place, turn in enumerate(turns)
-        if place == len(turns) - 1 or not (turn.dropped or turn.question.number in thread.left)
-    ]
+    return [turn for turn in thread.turns if is_read(thread, turn)]
+
+
+def is_read(thread: Thread, turn: Turn) -> bool:
+    """Whether the model reads a turn: it was not dropped and has not left, or is what is to be answered."""
+    return turn.answer is None or not (turn.dropped or turn.question.number in thread.left)
 
 
 def _system(thread: Thread) -> list[dict[str, str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qwenlocal.chat.room import shortly
+from qwenlocal.chat.room import is_read, shortly
 from qwenlocal.chat.thread import Turn
 from qwenlocal.language import tr
 from qwenlocal.terminal.plain import padded
@@ -27,10 +27,12 @@ def context(session: Session, _rest: str) -> None:
                 share=used / n_ctx,
             )
         )
+    costs = [talk.cost(turn) for turn in session.thread.turns]
+    read = [cost for turn, cost in zip(session.thread.turns, costs, strict=True) if is_read(session.thread, turn)]
+    session.say(tr("       {count:>7,} tokens  {state}  system prompt", count=used - sum(read), state=" " * _STATE))
     if session.thread.summary:
         session.say(tr("  what left, in short: {text}", text=shortly(session.thread.summary)))
-    for place, turn in enumerate(session.thread.turns, start=1):
-        count = sum(talk.tokens(message.text) for message in turn.messages)
+    for place, (turn, count) in enumerate(zip(session.thread.turns, costs, strict=True), start=1):
         left = turn.question.number in session.thread.left
         session.say(
             tr(

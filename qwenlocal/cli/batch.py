@@ -117,7 +117,7 @@ def done_before(output: Path | None) -> set[str | int]:
         lines = data[: data.rfind(b"\n") + 1].decode("utf-8").splitlines()
         return {json.loads(line)["id"] for line in lines if line.strip()}
     except OSError as reason:
-        raise CannotWrite(output.parent, reason.strerror or str(reason)) from reason
+        raise CannotWrite(output.parent, reason.strerror or str(reason), hint=tr("Choose another folder.")) from reason
     except (ValueError, KeyError, TypeError) as reason:
         raise UsageProblem(
             tr("{output} is no output of a batch.", output=output), hint=tr("Name another file with -o.")
@@ -199,6 +199,6 @@ def _opened(path: Path | None) -> Iterator[TextIO]:
     try:
         file = path.open("a", encoding="utf-8")
     except OSError as reason:
-        raise CannotWrite(path.parent, reason.strerror or str(reason)) from reason
+        raise CannotWrite(path.parent, reason.strerror or str(reason), hint=tr("Choose another folder.")) from reason
     with file:
         yield file

@@ -120,7 +120,7 @@ def export_chat(text: str, form: str | None, output: Path | None, *, force: bool
         draft.write_text(said, encoding="utf-8")
         draft.replace(output)
     except OSError as reason:
-        raise CannotWrite(output, reason.strerror or str(reason)) from reason
+        raise CannotWrite(output, reason.strerror or str(reason), hint=tr("Choose another folder.")) from reason
     sys.stderr.write(tr("Saved: {path}", path=output) + "\n")
 
 

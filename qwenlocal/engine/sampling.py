@@ -29,13 +29,13 @@ class Sampling:
     grammar: str | None = None
 
     def __post_init__(self) -> None:
-        _within("--temp", self.temperature, 0, 10)
-        _within("--top-k", self.top_k, 0, 1_000_000)
-        _within("--top-p", self.top_p, 0, 1)
-        _within("--min-p", self.min_p, 0, 1)
-        _within("--repeat-penalty", self.repeat_penalty, 0.01, 10)
+        _within("temperature", self.temperature, 0, 10)
+        _within("top_k", self.top_k, 0, 1_000_000)
+        _within("top_p", self.top_p, 0, 1)
+        _within("min_p", self.min_p, 0, 1)
+        _within("repeat_penalty", self.repeat_penalty, 0.01, 10)
         if self.seed is not None:
-            _within("--seed", self.seed, 0, 2**32 - 2)
+            _within("seed", self.seed, 0, 2**32 - 2)
 
     def with_known(self, values: Mapping[str, float | int | None]) -> Sampling:
         """This, with every value of `values` that is not None put in its place."""

@@ -161,6 +161,6 @@ def _write(session: Session, path: Path, write: Callable[[], object]) -> None:
     try:
         write()
     except OSError as reason:
-        raise CannotWrite(path.parent, reason.strerror or str(reason)) from reason
+        raise CannotWrite(path.parent, reason.strerror or str(reason), hint=tr("Choose another folder.")) from reason
     session.written.add(path)
     session.say(tr("Saved: {path}", path=path))

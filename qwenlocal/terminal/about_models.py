@@ -17,7 +17,7 @@ SETTINGS = {
     "min_p": mark("0 to 1; drop tokens below this share of the likeliest"),
     "repeat_penalty": mark("0.01 to 10; 1 is none"),
     "seed": mark("a number, or none: another one each time"),
-    "max_tokens": mark("a number, or none: until the context is full"),
+    "max_tokens": mark("1 or more, or none: until the context is full"),
     "overflow": mark("shift, summarise or stop: what happens when the context is full"),
 }
 _NONE = ("none", "off", "-")
@@ -112,7 +112,7 @@ def _change(session: Session, name: str, value: str) -> None:
             raise UsageProblem(tr("overflow is shift, summarise or stop; it is {value}.", value=value))
         manner.overflow = value
     elif name == "max_tokens":
-        manner.limit = None if value in _NONE else max(1, int(_parsed(name, value, int)))
+        manner.limit = None if value in _NONE else _at_least_one(name, value)
     elif name == "seed" and value in _NONE:
         manner.sampling = replace(manner.sampling, seed=None)
     else:
@@ -120,13 +120,24 @@ def _change(session: Session, name: str, value: str) -> None:
         manner.sampling = manner.sampling.with_known({name: _parsed(name, value, kind)})
 
 
+def _at_least_one(name: str, value: str) -> int:
+    number = int(_parsed(name, value, int))
+    if number < 1:
+        raise _nothing_for(name, value)
+    return number
+
+
 def _parsed(name: str, value: str, kind: type[int] | type[float]) -> float | int:
     try:
         return kind(value.replace(",", "." if kind is float else ""))
     except ValueError as wrong:
-        raise UsageProblem(
-            tr("“{value}” is nothing for {name}: {range}.", value=value, name=name, range=tr(SETTINGS[name]))
-        ) from wrong
+        raise _nothing_for(name, value) from wrong
+
+
+def _nothing_for(name: str, value: str) -> UsageProblem:
+    return UsageProblem(
+        tr("“{value}” is nothing for {name}: {range}.", value=value, name=name, range=tr(SETTINGS[name]))
+    )
 
 
 def _shown(value: object) -> str:

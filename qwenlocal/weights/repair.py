@@ -24,6 +24,7 @@ from qwenlocal.weights.plan import Plan, PlannedFile, PlannedTensor
 from qwenlocal.weights.quantize import source_tensor
 from qwenlocal.weights.writing import Job, Output, Strip, Target
 
+_IN_A_COPY = "Put it right in a copy: qwenlocal inspect FILE --fix -o COPY"
 _MARK = 32  # bytes of the digest before a header that is kept
 
 
@@ -88,7 +89,7 @@ def patch(checkup: Checkup, layout: Layout) -> None:
             os.fsync(file.fileno())
         backup.unlink()
     except OSError as reason:
-        raise CannotWrite(path.parent, reason.strerror or str(reason)) from reason
+        raise CannotWrite(path.parent, reason.strerror or str(reason), hint=_IN_A_COPY) from reason
 
 
 def finish_interrupted(path: Path) -> bool:
@@ -112,7 +113,7 @@ def finish_interrupted(path: Path) -> bool:
         _restore(path, old)
         backup.unlink()
     except OSError as reason:
-        raise CannotWrite(path.parent, reason.strerror or str(reason)) from reason
+        raise CannotWrite(path.parent, reason.strerror or str(reason), hint=_IN_A_COPY) from reason
     return True
 
 

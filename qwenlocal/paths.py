@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwenlocal.errors import CannotWrite
+from qwenlocal.errors import CannotWrite, UsageProblem
+from qwenlocal.language import tr
 
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -123,3 +124,22 @@ def writable(folder: Path) -> Path:
     if not os.access(folder, os.W_OK):
         raise CannotWrite(folder, "permission denied")
     return folder
+
+
+def typed(word: str) -> Path:
+    """
+    A path as somebody typed it, `~` put in; it need not be there.
+
+    Raises
+    ------
+    UsageProblem: no file can have such a name: it is too long, or has a zero byte or half a character in it.
+    """
+    path = Path(os.path.expanduser(word))
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass
+    except (OSError, ValueError) as reason:
+        why = getattr(reason, "strerror", None) or str(reason)
+        raise UsageProblem(tr("No file can have this name: {reason}.", reason=why)) from reason
+    return path

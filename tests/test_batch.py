@@ -35,6 +35,16 @@ def test_what_was_answered_before_is_not_answered_again(invoke: Run, speaking_mo
     assert "All 3 are answered already." in again.stderr
 
 
+def test_only_ends_of_line_end_a_line(invoke: Run, speaking_model: Path, tmp_path: Path) -> None:
+    odd = "one\u2028two\x85three"
+    (tmp_path / "in.jsonl").write_bytes(f'{{"prompt": "{odd}", "id": "{odd}"}}\r\nplain\r\n'.encode())
+    (tmp_path / "out.jsonl").write_text(f'{{"id": "{odd}", "answer": "{odd}"}}\n', "utf-8")
+    result = invoke("run", "-m", str(speaking_model), "--batch", "in.jsonl", "-o", "out.jsonl")
+    assert result.returncode == 0, result.stderr
+    _, second, _ = (tmp_path / "out.jsonl").read_text("utf-8").split("\n")
+    assert json.loads(second)["id"] == 2
+
+
 def test_a_template_is_filled_from_each_line(invoke: Run, speaking_model: Path, tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text('{"input": "Hi", "lang": "French"}\n"Bye"\n')
     more = ("--template", "Translate to {lang}: {input}", "--var", "lang=Spanish")
@@ -78,6 +88,10 @@ def test_files_that_are_not_there_or_no_outputs_are_said(invoke: Run, speaking_m
     other = invoke("run", "-m", str(speaking_model), "--batch", "in.jsonl", "-o", "out.jsonl")
     assert (other.returncode, "is no output of a batch" in other.stderr) == (2, True)
     assert (tmp_path / "out.jsonl").read_text() == "something else\n"
+    (tmp_path / "out.jsonl").write_text("all that there is, without an end of line")
+    other = invoke("run", "-m", str(speaking_model), "--batch", "in.jsonl", "-o", "out.jsonl")
+    assert (other.returncode, "is no output of a batch" in other.stderr) == (2, True)
+    assert (tmp_path / "out.jsonl").read_text() == "all that there is, without an end of line"
 
 
 def test_a_prompt_that_is_too_long_has_an_empty_answer_and_an_exit_code(

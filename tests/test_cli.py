@@ -409,6 +409,21 @@ def test_input_that_is_not_utf8_is_refused_with_the_place(qwenlocal: Run, speaki
     assert "byte 3 is 0xE9" in result.stderr.decode()
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "~nobody-of-this-name/x"])
+@pytest.mark.parametrize("option", ["-f", "--schema", "--grammar", "--batch"])
+def test_a_name_that_no_file_can_have_is_said(option: str, name: str, invoke: Run) -> None:
+    result = invoke("run", "./nothing.gguf", *(["hi"] if option in ("--schema", "--grammar") else []), option, name)
+    assert result.returncode in (2, 3)
+    assert "No file can have this name" in result.stderr or "cannot be read" in result.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no /dev/zero")
+@pytest.mark.parametrize("option", ["-f", "--schema", "--grammar"])
+def test_a_file_without_an_end_is_not_read_to_its_end(option: str, invoke: Run) -> None:
+    result = invoke("run", "./nothing.gguf", *([] if option == "-f" else ["hi"]), option, "/dev/zero")
+    assert (result.returncode, "is longer than 64 MB" in result.stderr) == (2, True)
+
+
 def test_nothing_to_answer_is_a_usage_problem(qwenlocal: Run, speaking_model: Path) -> None:
     assert "There is nothing to answer" in clean(qwenlocal("run", str(speaking_model)), 2)
 

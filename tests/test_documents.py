@@ -6,10 +6,10 @@ import contextlib
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from qwenlocal.chat.documents import Document, mentioned, read_document
+from qwenlocal.chat.documents import Document, mentioned, missing, read_document
 from qwenlocal.chat.passages import head, pick_passages
 from qwenlocal.errors import ModelNotFound, QwenlocalError, UsageProblem
 
@@ -116,11 +116,35 @@ def test_any_bytes_at_all_are_text_or_an_error_of_ours(
         assert read_document(path).text.strip()
 
 
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="there is no /dev/zero")
+def test_a_device_is_refused() -> None:
+    with pytest.raises(UsageProblem, match="is a device or a pipe"):
+        read_document(Path("/dev/zero"))
+
+
 def test_files_are_mentioned_with_an_at_sign(tmp_path: Path) -> None:
     for name in ("a.txt", "b c.txt", "d.md"):
         (tmp_path / name).write_text("x")
     text = 'mail me@a.txt, ask @alice: compare @a.txt, @"b c.txt" and @d.md. Again @a.txt'
     assert [path.name for path in mentioned(text, tmp_path)] == ["a.txt", "b c.txt", "d.md"]
+
+
+def test_a_file_that_is_not_there_is_told_apart_from_other_words_with_an_at_sign(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    text = '@a.txt @b.txt, @"my notes" @./Makefile and @alice, @app.get, @types/node, me@c.txt'
+    assert missing(text, tmp_path) == ["b.txt", "my notes", "./Makefile"]
+
+
+@given(st.text())
+@example("x" * 5000)
+@example("~nobody-of-this-name/a.txt")
+@example("a\0b.txt")
+def test_no_word_with_an_at_sign_is_too_odd(name: str) -> None:
+    folder = Path(__file__).parent
+    text = f'see @{name} and @"{name}"'
+    there, absent = mentioned(text, folder), missing(text, folder)
+    assert all(path.is_file() for path in there)
+    assert len(there) + len(absent) <= text.count("@")
 
 
 # --- cutting

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import mimetypes
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +53,8 @@ def read_document(path: Path) -> Document:
     try:
         if path.is_dir():
             raise UsageProblem(tr("{path} is a folder.", path=path), hint=tr("Give one of its files."))
+        if path.exists() and not path.is_file():
+            raise UsageProblem(tr("{path} is a device or a pipe, not a file.", path=path))
         size = path.stat().st_size
         if size > MOST_BYTES:
             raise UsageProblem(
@@ -82,15 +85,39 @@ def mentioned(text: str, folder: Path) -> list[Path]:
 
     `mentioned("compare @a.txt with @b.txt", folder)` are those two, where they exist.
     """
-    found = []
+    found = [path for name in _names(text) if (path := _file(name, folder))]
+    return list(dict.fromkeys(found))
+
+
+def missing(text: str, folder: Path) -> list[str]:
+    """
+    What `text` mentions as a file and is none: `@"in quotes"`, `@./with/a/folder`, `@with.an.ending` of a known kind.
+
+    "@alice", "@app.get" and "@types/node" are no files, and were not meant to be.
+    """
+    quoted = {match[1] for match in _MENTION.finditer(text) if match[1]}
+    absent = [name for name in _names(text) if _file(name, folder) is None]
+    return list(dict.fromkeys(name for name in absent if name in quoted or _looks_like_a_file(name)))
+
+
+def _names(text: str) -> Iterator[str]:
     for match in _MENTION.finditer(text):
-        name = match[1] or match[2].rstrip(",;:!?)")
-        for candidate in (name, name.rstrip(".")):
+        yield match[1] or match[2].rstrip(",;:!?)")
+
+
+def _file(name: str, folder: Path) -> Path | None:
+    for candidate in (name, name.rstrip(".")):
+        try:
             path = (folder / Path(candidate).expanduser()).resolve()
             if path.is_file():
-                found.append(path)
-                break
-    return list(dict.fromkeys(found))
+                return path
+        except (OSError, RuntimeError, ValueError):  # too long, nobody's home, letters that no name has: no file
+            return None
+    return None
+
+
+def _looks_like_a_file(name: str) -> bool:
+    return name.startswith(("./", "../", "/", "~/")) or mimetypes.guess_type(name.rstrip("."))[0] is not None
 
 
 def _plain(path: Path, data: bytes) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,13 +19,16 @@ from qwenlocal.chat.fill import filled
 from qwenlocal.chat.loading import Loaded
 from qwenlocal.chat.prompt import chat_ids
 from qwenlocal.cli.asked import Asked
+from qwenlocal.cli.texts import text_of
 from qwenlocal.engine.context import Context
 from qwenlocal.engine.together import Request, Result, Together, worth_at_once
-from qwenlocal.errors import CannotWrite, ContextFull, Interrupted, ModelNotFound, UsageProblem
+from qwenlocal.errors import CannotWrite, ContextFull, Interrupted, UsageProblem
 from qwenlocal.language import tr
 from qwenlocal.terminal.status import StatusLine
 
 MOST_AT_ONCE = 16
+_MOST_PROMPTS = 1 << 30  # bytes
+_BEGINNING = b'{"id": '  # of every line of an output
 
 
 @dataclass(frozen=True)
@@ -45,15 +49,11 @@ def read_batch(name: str, system: str, template: str | None, values: Mapping[str
     ------
     ModelNotFound: the file cannot be read. UsageProblem: a line is none of these.
     """
-    try:
-        lines = Path(name).expanduser().read_text("utf-8-sig").splitlines()
-    except OSError as reason:
-        why = tr("The file {name} cannot be read: {strerror}.", name=name, strerror=reason.strerror)
-        raise ModelNotFound(name, reason=why, hint=tr("Check the path.")) from reason
-    except UnicodeDecodeError as reason:
-        raise UsageProblem(tr("{name} is not UTF-8 text.", name=name)) from reason
+    lines = text_of(name, most=_MOST_PROMPTS).split("\n")  # splitlines() would cut JSON at U+2028
     items = [
-        _item(number, line, system, template, values) for number, line in enumerate(lines, start=1) if line.strip()
+        _item(number, line.rstrip("\r"), system, template, values)
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
     ]
     ids = collections.Counter(item.id for item in items)
     if twice := [id for id, count in ids.items() if count > 1]:
@@ -107,15 +107,17 @@ def _item(number: int, line: str, system: str, template: str | None, values: Map
 
 def done_before(output: Path | None) -> set[str | int]:
     """The ids that an output has already; a last line that was cut off is taken away."""
-    if output is None or not output.exists():
+    if output is None or not output.is_file():
         return set()
     try:
         data = output.read_bytes()
-        if data and not data.endswith(b"\n"):
-            with output.open("rb+") as file:
-                file.truncate(data.rfind(b"\n") + 1)
-        lines = data[: data.rfind(b"\n") + 1].decode("utf-8").splitlines()
-        return {json.loads(line)["id"] for line in lines if line.strip()}
+        whole = data.rfind(b"\n") + 1
+        done = {json.loads(line)["id"] for line in data[:whole].decode("utf-8").split("\n") if line.strip()}
+        if cut := data[whole:]:
+            if not (cut.startswith(_BEGINNING) or _BEGINNING.startswith(cut)):
+                raise ValueError("the last line is none of ours")
+            os.truncate(output, whole)
+        return done
     except OSError as reason:
         raise CannotWrite(output.parent, reason.strerror or str(reason), hint=tr("Choose another folder.")) from reason
     except (ValueError, KeyError, TypeError) as reason:

@@ -24,6 +24,7 @@ from qwenlocal.errors import (
     UsageProblem,
 )
 from qwenlocal.library.names import CheckpointName
+from qwenlocal.paths import typed
 
 if TYPE_CHECKING:
     from qwenlocal.weights.convert import Options
@@ -242,7 +243,7 @@ def _wishes(asked: Asked) -> tuple[Wishes, Importance | None]:
 
     if asked.threads is not None and asked.threads < 1:
         raise UsageProblem(f"-t must be at least 1; it is {asked.threads}.")
-    importance = read_importance(Path(asked.imatrix).expanduser()) if asked.imatrix else None
+    importance = read_importance(typed(asked.imatrix)) if asked.imatrix else None
     return Wishes(parse_overrides(asked.tensor_types), asked.pure, importance is not None), importance
 
 
@@ -251,7 +252,7 @@ def _output(out: str | None, name: str, kind: FileType, count: int) -> Path:
     usual = f"{name.strip('/') or 'model'}-{kind.name}.gguf".replace("/", "-")
     if out is None:
         return Path(usual)
-    path = Path(out.replace("{type}", kind.name)).expanduser()
+    path = typed(out.replace("{type}", kind.name))
     if os.path.isdir(path) or out.endswith(("/", "\\")):  # Path.exists raises without permission
         return path / usual
     if count > 1 and "{type}" not in out:

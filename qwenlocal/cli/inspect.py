@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -14,6 +13,7 @@ from qwenlocal.cli.values import Stage, bytes_for_people, print_json, print_tabl
 from qwenlocal.cli.wiring import Program
 from qwenlocal.errors import BadWeights, ModelNotFound, OutputExists, UsageProblem
 from qwenlocal.library.names import CheckpointName
+from qwenlocal.paths import typed
 
 if TYPE_CHECKING:
     from qwenlocal.library.store import Record
@@ -231,7 +231,7 @@ def _fix(program: Program, record: Record, checkup: Checkup, out: str | None) ->
         patch(checkup, layout)
         program.say(f"Repaired {checkup.path} in place.")
         return
-    target = Path(out).expanduser()
+    target = typed(out)
     if target.exists():
         raise OutputExists(target, hint="Write to another file: -o FILE")
     advice = Advice(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwenlocal.errors import ModelNotFound, UsageProblem
+from qwenlocal.cli.texts import text_of
+from qwenlocal.errors import UsageProblem
 from qwenlocal.language import tr
 
 if TYPE_CHECKING:
@@ -89,22 +89,9 @@ def grammar_from(as_json: bool, schema: str | None, grammar: str | None) -> str 
     if sum((as_json, schema is not None, grammar is not None)) > 1:
         raise UsageProblem(tr("--json, --schema and --grammar exclude each other."), hint=tr("Give one of them."))
     if grammar is not None:
-        return _text(grammar)
+        return text_of(grammar)
     if schema is None and not as_json:
         return None
     from qwenlocal.engine.schema import ANY_OBJECT, grammar_of_schema
 
-    return grammar_of_schema(ANY_OBJECT if schema is None else _text(schema))
-
-
-def _text(name: str) -> str:
-    try:
-        return Path(name).expanduser().read_text("utf-8-sig")
-    except UnicodeDecodeError as reason:
-        raise UsageProblem(tr("{name} is not UTF-8 text.", name=name)) from reason
-    except OSError as reason:
-        raise ModelNotFound(
-            name,
-            reason=tr("The file {name} cannot be read: {strerror}.", name=name, strerror=reason.strerror),
-            hint=tr("Check the path."),
-        ) from reason
+    return grammar_of_schema(ANY_OBJECT if schema is None else text_of(schema))

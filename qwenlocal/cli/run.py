@@ -14,13 +14,14 @@ from qwenlocal.chat.fill import filled
 from qwenlocal.chat.room import OVERFLOWS
 from qwenlocal.chat.thread import Thread
 from qwenlocal.cli.asked import Asked
+from qwenlocal.cli.texts import standard_input, text_of
 from qwenlocal.cli.wiring import Program
 from qwenlocal.engine.sampling import Sampling
 from qwenlocal.errors import BadWeights, Interrupted, MemoryLow, ModelNotFound, UsageProblem
 from qwenlocal.language import tr
 from qwenlocal.library.names import Name
 from qwenlocal.library.store import Record
-from qwenlocal.paths import shipped
+from qwenlocal.paths import shipped, typed
 
 if TYPE_CHECKING:
     from qwenlocal.chat.conversation import Manner
@@ -84,9 +85,9 @@ def _answer_batch(asked: Asked) -> None:
         raise UsageProblem(
             tr("--batch takes its prompts from a file; no other prompt, -i, --raw or --resume beside it.")
         )
-    system = asked.system or (_read_prompt(asked.file).rstrip("\n") if asked.file else "")
+    system = asked.system or (_prompt_file(asked.file).rstrip("\n") if asked.file else "")
     items = read_batch(asked.batch or "", system, asked.template, asked.values)
-    output = Path(asked.output).expanduser() if asked.output else None
+    output = typed(asked.output) if asked.output else None
     done = done_before(output)
     left = [item for item in items if item.id not in done]
     program = Program()
@@ -136,12 +137,12 @@ def _texts(asked: Asked) -> tuple[str | None, str]:
     parts = [" ".join(asked.prompt_words)] if asked.prompt_words else []
     system = asked.system or ""
     if asked.file:
-        text = _read_prompt(asked.file)
+        text = _prompt_file(asked.file)
         if asked.interactive:
             system = system or text.rstrip("\n")
         else:
             parts.append(text if asked.raw else text.rstrip("\n"))
-    piped = "" if sys.stdin is None or sys.stdin.isatty() else _read_stdin()
+    piped = "" if sys.stdin is None or sys.stdin.isatty() else standard_input()
     if piped.strip():
         parts.append(piped if asked.raw else piped.rstrip("\n"))
     parts = [part for part in parts if part.strip()]
@@ -164,41 +165,17 @@ def _can_chat() -> bool:
     return sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
 
 
-def _read_stdin() -> str:
-    return _utf8(sys.stdin.buffer.read(), tr("The text on standard input"))
-
-
-def _read_prompt(name: str) -> str:
+def _prompt_file(name: str) -> str:
     """A file of the user's, or one of the prompts that come with the program."""
-    path = Path(os.path.expanduser(name))
-    if not os.path.exists(path) and (own := shipped("prompts") / path.name).exists():
-        path = own
-    if os.path.isdir(path):
-        raise UsageProblem(tr("{path} is a directory; -f takes a text file.", path=path))
+    own = shipped("prompts") / Path(name).name
+    if not os.path.exists(typed(name)) and own.is_file():
+        return text_of(str(own))
     try:
-        return _utf8(path.read_bytes(), str(path))
-    except OSError as reason:
-        raise ModelNotFound(
-            name,
-            reason=tr("The prompt file {name} cannot be read: {strerror}.", name=name, strerror=reason.strerror),
-            hint=tr("Prompts that come with the program: ")
-            + ", ".join(sorted(path.name for path in shipped("prompts").glob("*.txt"))),
-        ) from reason
-
-
-def _utf8(data: bytes, what: str) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as wrong:
-        raise UsageProblem(
-            tr(
-                "{what} is not UTF-8 text (byte {start:,} is 0x{data:02X}).",
-                what=what,
-                start=wrong.start + 1,
-                data=data[wrong.start],
-            ),
-            hint=tr("If it is text in another encoding, convert it: iconv -f LATIN1 -t UTF-8"),
-        ) from wrong
+        return text_of(name)
+    except ModelNotFound as absent:
+        names = ", ".join(sorted(path.name for path in shipped("prompts").glob("*.txt")))
+        hint = tr("Prompts that come with the program: ") + names
+        raise ModelNotFound(name, reason=str(absent), hint=hint) from absent
 
 
 def _answer(asked: Asked, loaded: Loaded, prompt: str, system: str) -> None:

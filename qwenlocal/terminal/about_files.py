@@ -19,7 +19,7 @@ from qwenlocal.chat.room import shortly
 from qwenlocal.chat.thread import ASSISTANT, USER, Thread
 from qwenlocal.errors import CannotWrite, OutputExists, UsageProblem
 from qwenlocal.language import tr
-from qwenlocal.paths import writable
+from qwenlocal.paths import typed, writable
 from qwenlocal.terminal.attaching import price
 from qwenlocal.terminal.session import Session
 
@@ -31,7 +31,7 @@ def read(session: Session, rest: str) -> None:
     """A file's text goes with the next message."""
     if not rest.strip():
         raise UsageProblem(tr("Which file?"), hint=tr("/read FILE, or @FILE in a message."))
-    path = Path(os.path.expanduser(rest.strip().strip('"')))
+    path = typed(rest.strip().strip('"'))
     document = read_document(path)
     session.say(price(session, document))
     name = f'"{path}"' if " " in str(path) else str(path)
@@ -95,7 +95,7 @@ def load(session: Session, rest: str) -> None:
         number = int(word.lstrip("#"))
         session.talk_of(session.journal.thread(number), id=number)
     else:
-        session.talk_of(_from_file(Path(os.path.expanduser(word))))
+        session.talk_of(_from_file(typed(word)))
     turns, count = session.thread.turns, len(session.thread.path)
     session.say(
         tr("Going on with {count} messages; the last: {text}", count=count, text=shortly(turns[-1].question.text))
@@ -152,7 +152,7 @@ def _is_message(message: Any) -> bool:
 
 def _target(session: Session, rest: str, name: str) -> Path:
     word = rest.strip()
-    return Path(os.path.expanduser(word)).absolute() if word else writable(session.exports) / name
+    return typed(word).absolute() if word else writable(session.exports) / name
 
 
 def _write(session: Session, path: Path, write: Callable[[], object]) -> None:

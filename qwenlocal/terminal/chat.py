@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwenlocal.chat.background import in_background
-from qwenlocal.chat.documents import mentioned, read_document
+from qwenlocal.chat.documents import mentioned, missing, read_document
 from qwenlocal.chat.events import Done, Event, Why
 from qwenlocal.errors import ContextFull, QwenlocalError
 from qwenlocal.language import tr
@@ -161,7 +161,9 @@ class Chat:
             self._show(lambda: session.conversation.edit(editing.turn, line))
 
     def _ask(self, text: str) -> None:
-        documents = [read_document(path) for path in mentioned(text, Path.cwd())]
+        documents = [read_document(path) for path in mentioned(text, Path())]
+        for name in missing(text, Path()):
+            self._session.say(tr("There is no file {name}; that is sent as it stands.", name=name))
         whole = with_documents(self._session, text, documents)
         if whole is not None:
             self._show(lambda: self._session.conversation.ask(whole))

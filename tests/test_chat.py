@@ -322,6 +322,19 @@ def test_pinned_turns_stay_in_a_full_context(vocabulary: Vocabulary) -> None:
     assert "Question 1" not in read(generator, vocabulary)
 
 
+def test_what_is_read_is_counted_also_where_nothing_was_said_yet(vocabulary: Vocabulary) -> None:
+    wants_a_message = "{%- if messages[0]['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{%- endif %}"
+    generator = ScriptedGenerator([[*tokens("Fine.", vocabulary), END]])
+    talk = Conversation(generator, vocabulary, ChatTemplate(wants_a_message + CHATML), Manner())
+    around = talk.tokens_read
+    assert around >= len("Be kind.")
+    list(talk.ask("Hi there"))
+    (turn,) = talk.thread.turns
+    assert len("Hi there") + len("Fine.") < talk.cost(turn) < talk.tokens_read
+    talk.thread.change(turn.question, dropped=True)
+    assert talk.tokens_read == around
+
+
 def test_dropped_turns_are_not_read(vocabulary: Vocabulary) -> None:
     talk, generator = long_talk(vocabulary)
     for n in range(2):

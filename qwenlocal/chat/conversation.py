@@ -187,15 +187,16 @@ class Conversation:
 
     @property
     def tokens_read(self) -> int:
-        """How many tokens the model reads of the conversation as it stands."""
-        return len(self._ids())
+        """How many tokens the model reads of the conversation as it stands, at least those around a first question."""
+        read = read_messages(self.thread) or [{"role": USER, "content": ""}]  # many templates want to see a message
+        return len(chat_ids(self._template, read, self._vocabulary))
 
     def cost(self, turn: Turn) -> int:
         """How many tokens the model reads for a turn, with what the template puts around its messages."""
-        system = {"role": "system", "content": ""}
+        before = [{"role": USER, "content": ""}, {"role": ASSISTANT, "content": ""}]
         said = [{"role": message.role, "content": message.text} for message in turn.messages]
-        without = chat_ids(self._template, [system], self._vocabulary)
-        return len(chat_ids(self._template, [system, *said], self._vocabulary)) - len(without)
+        without = chat_ids(self._template, before, self._vocabulary)
+        return len(chat_ids(self._template, [*before, *said], self._vocabulary)) - len(without)
 
     def save(self, path: Path, model: str) -> None:
         """Write the conversation as JSON: {"model", "messages"}, the form that chat APIs use; in one step."""

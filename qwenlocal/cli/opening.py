@@ -136,6 +136,9 @@ class OpenModels:
         loaded = self._with_room(lambda: self._load(name, record, n_ctx))
         before.close()
         self._open[self._current] = (name, record, loaded)
+        for note in (note for note in loaded.notes if note not in before.notes):  # such as what stretching risks
+            self._program.say(note)
+        self._program.say(loaded.plan.sentence())
         return loaded.conversation(self._manner, thread)
 
     def _load(self, name: Name, record: Record, n_ctx: int | None = None) -> Loaded:

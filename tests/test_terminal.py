@@ -164,6 +164,20 @@ def test_ctrl_c_at_the_prompt_says_how_to_leave_and_a_second_one_does(terminal: 
     assert chat.ended() == 0
 
 
+def test_ctrl_c_takes_a_line_away_which_the_arrows_bring_back(terminal: Open, speaking_model: Path) -> None:
+    chat = terminal("run", str(speaking_model))
+    chat.wait_for_prompt()
+    chat.type("half a thought")
+    chat.wait_for("half a thought")
+    chat.type("\x03\x03")
+    chat.wait_for(re.escape("(Ctrl-C again or Ctrl-D leaves.)"))
+    chat.wait_for_prompt(2)
+    chat.type("\x1b[A")
+    chat.wait_for("^> half a thought")
+    chat.type("\x03\x04")
+    assert chat.ended() == 0
+
+
 def test_a_paste_of_several_lines_is_one_message(terminal: Open, speaking_model: Path, tmp_path: Path) -> None:
     chat = terminal("run", str(speaking_model))
     chat.wait_for_prompt()

@@ -120,7 +120,10 @@ COMMANDS: Sequence[Command] = (
 KEYS: Sequence[tuple[str, str]] = (
     ("Enter", mark("send")),
     ("Alt-Enter, Ctrl-J, \\ Enter", mark("new line")),
-    ("Ctrl-C", mark("Ctrl-C stops an answer and keeps what was said; on an empty line twice, leave")),
+    (
+        "Ctrl-C",
+        mark("Ctrl-C stops an answer and keeps what was said, or takes the line away; on an empty line twice, leave"),
+    ),
     ("Ctrl-D", mark("leave")),
     ("Up, Down", mark("earlier lines, those of earlier chats too")),
     ("Ctrl-R", mark("search earlier lines")),

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from prompt_toolkit.application import get_app
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
+from prompt_toolkit.filters import Condition, is_searching
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.keys import Keys
 
@@ -147,8 +149,16 @@ def _past(path: Path) -> History:
     return FileHistory(str(path))
 
 
+def _is_typing() -> bool:
+    return bool(get_app().current_buffer.text) and not is_searching()
+
+
 def _keys(pastes: Pastes) -> KeyBindings:
-    """Enter sends; Alt-Enter, Ctrl-J and a backslash before Enter make a new line; pastes are folded."""
+    """
+    Enter sends; Alt-Enter, Ctrl-J and a backslash before Enter make a new line; pastes are folded.
+
+    Ctrl-C takes a line away, but for the history; on an empty one prompt_toolkit raises KeyboardInterrupt.
+    """
     keys = KeyBindings()
 
     @keys.add("enter")
@@ -166,6 +176,11 @@ def _keys(pastes: Pastes) -> KeyBindings:
     @keys.add("c-j")
     def _new_line(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text("\n")
+
+    @keys.add("c-c", filter=Condition(_is_typing))
+    def _clear(event: KeyPressEvent) -> None:
+        event.current_buffer.append_to_history()
+        event.current_buffer.reset()
 
     @keys.add(Keys.BracketedPaste)
     def _paste(event: KeyPressEvent) -> None:

@@ -24,6 +24,7 @@ Everything that can go wrong for a user of qwenlocal.
     ├── CannotWrite                6  a folder that must be written is not writable
     ├── JournalUnusable            6  the file of chats is damaged, locked, newer, or cannot be written
     ├── ContextFull                7  the prompt does not fit in the context
+    ├── TextTooLong                7  a text is so long that its tokens are not even counted
     └── Interrupted              130  Ctrl-C
 
 The rooms below `cli` raise these where the cause is known; only `cli` turns them into words and exit codes.
@@ -340,6 +341,23 @@ class CannotWrite(QwenlocalError):
         super().__init__(
             tr("{folder} cannot be written: {reason}.", folder=folder, reason=reason),
             hint=hint or tr("Set QWENLOCAL_HOME (and HF_HOME for models of the hub) to a folder of yours."),
+        )
+
+
+class TextTooLong(QwenlocalError):
+    """A message of `letters` letters; no more than `most` are read, which fill any context many times over."""
+
+    exit_code, http_status = 7, 400
+
+    def __init__(self, letters: int, most: int) -> None:
+        self.letters, self.most = letters, most
+        super().__init__(
+            tr(
+                "The text is {letters:,} letters long; no model here reads more than {most:,}.",
+                letters=letters,
+                most=most,
+            ),
+            hint=tr("In a chat, @FILE takes the beginning of a file, or the passages that fit the question."),
         )
 
 

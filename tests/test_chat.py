@@ -23,7 +23,7 @@ from qwenlocal.engine.llama import Model
 from qwenlocal.engine.sampling import Sampling
 from qwenlocal.engine.sequence import Prefill, TokenSequence
 from qwenlocal.engine.vocabulary import Vocabulary
-from qwenlocal.errors import BadWeights, ContextFull, UsageProblem
+from qwenlocal.errors import BadWeights, ContextFull, TextTooLong, UsageProblem
 from qwenlocal.testing import ScriptedGenerator
 
 END = 258
@@ -289,6 +289,14 @@ def test_a_single_question_that_is_too_long_is_still_refused(random_model: Path,
     assert talk.messages == []
     context.close()
     model.close()
+
+
+def test_a_text_that_fits_nowhere_is_refused_without_counting_it(vocabulary: Vocabulary) -> None:
+    talk = conversation(ScriptedGenerator([[END]]), vocabulary)
+    with pytest.raises(TextTooLong) as caught:
+        list(talk.ask("word " * 2_000_000))
+    assert (caught.value.letters, caught.value.exit_code) == (10_000_000, 7)
+    assert talk.messages == []
 
 
 def test_what_was_left_out_comes_back_after_clearing(vocabulary: Vocabulary) -> None:

@@ -65,6 +65,7 @@ class Conversation:
         """`n_ctx` tokens are what the generator has room for; None where that is not known. `model` is its name."""
         self._generator, self._vocabulary, self._template = generator, vocabulary, template
         self.manner, self.thread, self.n_ctx, self._model = manner, thread or Thread(), n_ctx, model
+        self._counted: tuple[list[dict[str, str]] | None, list[int]] = None, []
 
     # --- what can be said
 
@@ -188,8 +189,7 @@ class Conversation:
     @property
     def tokens_read(self) -> int:
         """How many tokens the model reads of the conversation as it stands, at least those around a first question."""
-        read = read_messages(self.thread) or [{"role": USER, "content": ""}]  # many templates want to see a message
-        return len(chat_ids(self._template, read, self._vocabulary))
+        return len(self._ids_of(read_messages(self.thread) or [{"role": USER, "content": ""}]))
 
     def cost(self, turn: Turn) -> int:
         """How many tokens the model reads for a turn, with what the template puts around its messages."""
@@ -278,7 +278,13 @@ class Conversation:
         return text.strip(), None
 
     def _ids(self) -> list[int]:
-        return chat_ids(self._template, read_messages(self.thread), self._vocabulary)
+        return self._ids_of(read_messages(self.thread))
+
+    def _ids_of(self, messages: list[dict[str, str]]) -> list[int]:
+        """The ids of the prompt; those asked for last are kept, for a long one takes a second for each megabyte."""
+        if messages != self._counted[0]:
+            self._counted = messages, chat_ids(self._template, messages, self._vocabulary)
+        return self._counted[1]
 
     def _answer(self, ids: Sequence[int], sampling: Sampling, begun: Sequence[int] = ()) -> Iterator[Event]:
         limit, stops = self.manner.limit, self.manner.stops

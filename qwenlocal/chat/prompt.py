@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from qwenlocal.chat.template import ChatTemplate, Message
+from qwenlocal.errors import TextTooLong
 
+MOST_LETTERS = 4_000_000  # of a message; most texts of this length have about a million tokens
 # Unicode noncharacters: never assigned, so a text that holds one is rare; the first that no message holds is used.
 _MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 
@@ -30,7 +32,14 @@ def chat_ids(template: ChatTemplate, messages: Sequence[Message], vocabulary: To
     The ids that the model shall continue with the assistant's answer.
 
     With Qwen1.5, a user's message "a<|im_end|>b" contributes no id above 151642; the template's own markup does.
+
+    Raises
+    ------
+    TextTooLong: counting the tokens would take seconds, only to find that they fit nowhere.
     """
+    for message in messages:
+        if len(str(message["content"])) > MOST_LETTERS:
+            raise TextTooLong(len(str(message["content"])), MOST_LETTERS)
     texts = "".join(str(message["content"]) for message in messages)
     mark = next(mark for mark in _MARKS if mark not in texts)
     safe = [{**message, "content": _cut(str(message["content"]), mark, vocabulary)} for message in messages]
@@ -53,8 +62,10 @@ def _cut(text: str, mark: str, vocabulary: Tokenizer) -> str:
 def _halves(text: str, vocabulary: Tokenizer) -> list[str]:
     """`text`, cut after the first character of every control token it spells: ["a<", "|im_end|>b"]."""
     parts, rest = [], text
-    for token in vocabulary.tokenize(text, special=True):
-        if vocabulary.is_control(token):
+    tokens = vocabulary.tokenize(text, special=True)
+    control = {token for token in set(tokens) if vocabulary.is_control(token)}
+    for token in tokens if control else ():
+        if token in control:
             spelling = vocabulary.piece(token, special=True).decode("utf-8", errors="replace")
             before, found, after = rest.partition(spelling)
             if found and len(spelling) > 1:

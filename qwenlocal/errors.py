@@ -22,6 +22,7 @@ Everything that can go wrong for a user of qwenlocal.
     ├── DiskFull                   6  no room for the file
     ├── BeingWritten               6  another process is writing this very file
     ├── CannotWrite                6  a folder that must be written is not writable
+    ├── CannotPrint                6  standard output takes nothing: a full disk, a terminal that is gone
     ├── JournalUnusable            6  the file of chats is damaged, locked, newer, or cannot be written
     ├── ContextFull                7  the prompt does not fit in the context
     ├── TextTooLong                7  a text is so long that its tokens are not even counted
@@ -341,6 +342,19 @@ class CannotWrite(QwenlocalError):
         super().__init__(
             tr("{folder} cannot be written: {reason}.", folder=folder, reason=reason),
             hint=hint or tr("Set QWENLOCAL_HOME (and HF_HOME for models of the hub) to a folder of yours."),
+        )
+
+
+class CannotPrint(QwenlocalError):
+    """Standard output cannot be written; `reason` is the system's."""
+
+    exit_code = 6
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(
+            tr("What comes out cannot be written: {reason}.", reason=reason),
+            hint=tr("Where it goes into a file, free some room on that disk, or choose another."),
         )
 
 

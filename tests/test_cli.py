@@ -461,6 +461,27 @@ def test_a_broken_connection_is_mended_without_a_word(qwenlocal: Run, model: str
     assert qwenlocal("run", model, "Hi").stdout == SAYS + "\n"
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize("words", [["--version"], ["list", "--all"], ["run", "MODEL", "Hi"]])
+def test_standard_output_on_a_full_disk_is_said(
+    words: list[str], speaking_model: Path, environment: dict[str, str]
+) -> None:
+    words = [str(speaking_model) if word == "MODEL" else word for word in words]
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "qwenlocal", *words]
+        done = subprocess.run(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+        )
+    assert (done.returncode, "Traceback" in done.stderr) == (6, False)
+    assert "What comes out cannot be written: No space left on device." in done.stderr
+
+
 def test_a_closed_pipe_ends_quietly(environment: dict[str, str], endless_model: Path) -> None:
     command = f"'{sys.executable}' -m qwenlocal run '{endless_model}' Hi -n 20000 | head -c 5; echo ${{PIPESTATUS[0]}}"
     result = subprocess.run(

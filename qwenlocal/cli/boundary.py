@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -11,9 +12,10 @@ from typing import Any
 import typer
 import typer.core
 
-from qwenlocal.errors import Interrupted, QwenlocalError
+from qwenlocal.errors import CannotPrint, Interrupted, QwenlocalError
 
 CLOSED_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
+_OUTPUT_FAILS = {errno.ENOSPC, errno.EIO, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
 class Boundary(typer.core.TyperGroup):
@@ -32,20 +34,38 @@ class Boundary(typer.core.TyperGroup):
                 args = [*args[: place + 1], "?", *args[place + 1 :]]
         return super().parse_args(ctx, args)
 
+    def make_context(self, *arguments: Any, **more: Any) -> Any:
+        with _in_words():  # --help and --version speak already here
+            return super().make_context(*arguments, **more)
+
     def invoke(self, ctx: Any) -> Any:
-        try:
+        with _in_words():
             result = super().invoke(ctx)
             sys.stdout.flush()
             return result
-        except QwenlocalError as error:
-            with _nobody_reading():
-                show(error)
-            raise typer.Exit(error.exit_code) from error
-        except KeyboardInterrupt as stop:
-            raise typer.Exit(Interrupted.exit_code) from stop
-        except BrokenPipeError as closed:
-            _turn_away()
-            raise typer.Exit(CLOSED_PIPE) from closed
+
+
+@contextlib.contextmanager
+def _in_words() -> Iterator[None]:
+    """Errors become words on stderr and `typer.Exit` with their code."""
+    try:
+        yield
+    except QwenlocalError as error:
+        with _nobody_reading():
+            show(error)
+        raise typer.Exit(error.exit_code) from error
+    except KeyboardInterrupt as stop:
+        raise typer.Exit(Interrupted.exit_code) from stop
+    except BrokenPipeError as closed:
+        _turn_away()
+        raise typer.Exit(CLOSED_PIPE) from closed
+    except OSError as reason:
+        if reason.filename is not None or reason.errno not in _OUTPUT_FAILS:
+            raise
+        _turn_away()
+        with contextlib.suppress(OSError):  # where that was a terminal that is gone, nobody reads this
+            show(CannotPrint(reason.strerror or str(reason)))
+        raise typer.Exit(CannotPrint.exit_code) from reason
 
 
 @contextlib.contextmanager
@@ -58,11 +78,11 @@ def _nobody_reading() -> Iterator[None]:
 
 
 def _turn_away() -> None:
-    """Where nobody reads any more, Python must not complain about that at exit either."""
+    """Where nobody reads any more, or no room is left, Python must not complain about that at exit either."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except BrokenPipeError:
+        except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 

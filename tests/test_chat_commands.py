@@ -294,10 +294,13 @@ def test_a_chat_is_picked_from_a_list(terminal: Open, speaking_model: Path) -> N
 
 def test_without_a_journal_nothing_is_kept(terminal: Open, speaking_model: Path, environment: dict[str, str]) -> None:
     chat = started(terminal, speaking_model, "--no-journal")
-    said(chat, "Hi", re.escape(SAYS))
+    said(chat, "Nobody may know. " + "Nobody. " * 20, re.escape(SAYS))
     chat.type("\x04")
     chat.ended()
-    assert not (Path(environment["QWENLOCAL_HOME"]) / "chats.db").exists()
+    home = Path(environment["QWENLOCAL_HOME"])
+    assert not [path for path in home.rglob("*") if path.is_file() and b"Nobody" in path.read_bytes()]
+    assert not (home / "chats.db").exists()
+    assert not (home / "states").exists()
 
 
 def test_a_damaged_journal_is_said_left_alone_and_mended_on_request(
@@ -425,7 +428,7 @@ def test_every_command_is_found_by_its_name_and_none_has_two() -> None:
 
 
 def test_chats_are_listed_shown_searched_renamed_exported_and_forgotten(
-    terminal: Open, speaking_model: Path, qwenlocal: Run, tmp_path: Path
+    terminal: Open, speaking_model: Path, qwenlocal: Run, tmp_path: Path, environment: dict[str, str]
 ) -> None:
     assert "There are no chats yet" in qwenlocal("chats").stdout
     chat = started(terminal, speaking_model)
@@ -441,7 +444,10 @@ def test_chats_are_listed_shown_searched_renamed_exported_and_forgotten(
     assert "About tokens" in (tmp_path / "x.html").read_text("utf-8")
     again = qwenlocal("chats", "export", "last", "-o", "x.html")
     assert (again.returncode, "is there already" in again.stderr) == (2, True)
+    states = Path(environment["QWENLOCAL_HOME"]) / "states"
+    states.mkdir(exist_ok=True)
     assert qwenlocal("chats", "rm", "1").returncode == 0
+    assert not states.exists(), "they have the words in them"
     gone = qwenlocal("chats", "show", "1")
     assert (gone.returncode, "There is no chat 1" in gone.stderr) == (3, True)
     nothing = qwenlocal("run", "--continue")

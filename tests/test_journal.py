@@ -219,6 +219,7 @@ def test_renamed_and_forgotten(journal: Journal) -> None:
         with pytest.raises(ChatNotFound):
             call()
     assert [chat.id for chat in journal.chats()] == [2]
+    assert not [path for path in journal.path.parent.iterdir() if b"secret words" in path.read_bytes()]
 
 
 # --- a file that cannot be used

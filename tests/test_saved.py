@@ -23,7 +23,7 @@ from qwenlocal.engine.context import Context, ContextOptions, RopeScaling
 from qwenlocal.engine.llama import Model
 from qwenlocal.engine.parking import Parking
 from qwenlocal.engine.sampling import Sampling
-from qwenlocal.engine.saved import SavedStates, key_of
+from qwenlocal.engine.saved import SavedStates, forget_all, key_of
 from qwenlocal.engine.sequence import Prefill, TokenSequence
 from qwenlocal.testing import write_model
 
@@ -236,6 +236,15 @@ def test_run_keeps_what_it_read_and_the_next_run_reuses_it(random_model: Path, i
     assert re.search(r"prompt 300 tokens \(299 reused\)", second.stderr)
     assert first.stdout == second.stdout
     assert "reused" not in invoke(*command, "--no-keep-cache").stderr
+
+
+def test_forgetting_deletes_what_was_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "some"
+    folder.mkdir()
+    (folder / "x.kv").write_bytes(b"words")
+    forget_all(folder)
+    forget_all(folder)  # there is nothing any more
+    assert not folder.exists()
 
 
 def test_what_is_parked_does_not_keep_a_saved_state_out(

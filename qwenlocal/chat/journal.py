@@ -97,6 +97,7 @@ class Journal:
             raise JournalUnusable(self.path, tr("it was written by a newer version of this program"))
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = NORMAL")
+        self._db.execute("PRAGMA secure_delete = ON")  # what is forgotten is overwritten
         if version == 0:
             with self.writing():
                 if not self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'chats'").fetchone():

@@ -80,11 +80,14 @@ def rename_chat(text: str, title: str) -> None:
 
 
 def remove_chats(texts: list[str]) -> None:
-    """Forget chats, for good."""
+    """Forget chats, for good; what was read is computed again, since the states on disk have the words in them."""
+    from qwenlocal.engine.saved import forget_all
+
     found = [_found(text) for text in texts]
     for journal, chat in found:
         journal.remove(chat.id)
         sys.stderr.write(f"Forgotten: {chat.id} {harmless(chat.title)}\n")
+    forget_all(Program().folders.states)
 
 
 def export_chat(text: str, form: str | None, output: Path | None, *, force: bool) -> None:

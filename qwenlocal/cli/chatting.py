@@ -53,7 +53,12 @@ def chat(
     )
     if asked.journal:
         _keep(session, program, str(name), going_on)
-    face = Chat(session, history=program.folders.history, verdict=lambda: models.verdict, begin=models.begin)
+    face = Chat(
+        session,
+        history=program.folders.history if asked.journal else None,
+        verdict=lambda: models.verdict,
+        begin=models.begin,
+    )
     models.told = face.model_is_there
     keep = False
     try:

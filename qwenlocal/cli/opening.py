@@ -52,7 +52,7 @@ class Opener:
             gpu_layers(asked.gpu_layers),
             raw=asked.raw or None,
             lookup=asked.lookup,
-            states=folders.states if asked.keep_cache else None,
+            states=folders.states if asked.keep_cache and asked.journal else None,
             tuned=read_tuned(folders.tuned, digest_of(record.path), power_source()) if is_known else Tuned(),
             draft=self._draft(),
         )

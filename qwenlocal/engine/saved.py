@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwenlocal.engine.context import Context, ContextOptions
 from qwenlocal.engine.prefix import common_prefix
-from qwenlocal.errors import QwenlocalError
+from qwenlocal.errors import CannotWrite, QwenlocalError
 
 if TYPE_CHECKING:
     import array
@@ -54,6 +54,22 @@ def digest_of(model: Path) -> str:
             file.seek(max(0, size - _SAMPLE) * place // (_SAMPLES - 1))
             digest.update(file.read(_SAMPLE))
     return digest.hexdigest()[:32]
+
+
+def forget_all(folder: Path) -> None:
+    """
+    Delete every state in `folder`.
+
+    Raises
+    ------
+    CannotWrite: one cannot be deleted.
+    """
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        pass
+    except OSError as reason:
+        raise CannotWrite(folder, reason.strerror or str(reason)) from reason
 
 
 @dataclass(frozen=True)

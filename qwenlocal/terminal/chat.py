@@ -43,13 +43,14 @@ class Chat:
         self,
         session: Session,
         *,
-        history: Path,
+        history: Path | None,
         verdict: Callable[[], str] = lambda: "",
         begin: Callable[[], object] = lambda: None,
     ) -> None:
         """
-        `verdict` tells what came out of a trial that goes on beside the answers; it is said once. `begin` is called
-        when the input line is there for the first time: the model can be loaded behind it.
+        What is typed goes into the file `history`, if there is one. `verdict` tells what came out of a trial that goes
+        on beside the answers; it is said once. `begin` is called when the input line is there for the first time: the
+        model can be loaded behind it.
         """
         from qwenlocal.terminal.input import Pastes
 

@@ -102,9 +102,9 @@ def _from(words: Iterable[tuple[str, str]], typed: str) -> Iterator[Completion]:
 
 
 def make_session(
-    completer: Completer, pastes: Pastes, history: Path, *, toolbar: Callable[[], str], vi: bool
+    completer: Completer, pastes: Pastes, history: Path | None, *, toolbar: Callable[[], str], vi: bool
 ) -> PromptSession[str]:
-    """A line editor over the terminal; lines of earlier chats are in the file `history`."""
+    """A line editor over the terminal; lines of earlier chats are in the file `history`, if there is one."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.auto_suggest import AutoSuggestFromHistory
     from prompt_toolkit.enums import EditingMode
@@ -136,10 +136,12 @@ def make_session(
     )
 
 
-def _past(path: Path) -> History:
-    """What was typed before, in this and earlier chats; only in this one where the file cannot be written."""
+def _past(path: Path | None) -> History:
+    """What was typed before, in this and earlier chats; only in this one without a file that can be written."""
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
+    if path is None:
+        return InMemoryHistory()
     try:
         writable(path.parent)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
 from conftest import SAYS, Run
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwenlocal.cli.batch import done_before
 
 
 def lines(path: Path) -> list[dict[str, object]]:
@@ -88,10 +93,41 @@ def test_files_that_are_not_there_or_no_outputs_are_said(invoke: Run, speaking_m
     other = invoke("run", "-m", str(speaking_model), "--batch", "in.jsonl", "-o", "out.jsonl")
     assert (other.returncode, "is no output of a batch" in other.stderr) == (2, True)
     assert (tmp_path / "out.jsonl").read_text() == "something else\n"
-    (tmp_path / "out.jsonl").write_text("all that there is, without an end of line")
-    other = invoke("run", "-m", str(speaking_model), "--batch", "in.jsonl", "-o", "out.jsonl")
-    assert (other.returncode, "is no output of a batch" in other.stderr) == (2, True)
-    assert (tmp_path / "out.jsonl").read_text() == "all that there is, without an end of line"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "all that there is, without an end of line",
+        '{"id": 5, "name": "my only settings"}',
+        '{"id": 5, "na',
+        '{"id": "a", "prompt": "x"}\n{"id": "b", "prompt": "y"}',
+        '{"id": 1, "answer": "ours"}\nsomething else\n',
+        '{"id": 1, "answer": "ours"}\nsomething',
+    ],
+)
+def test_a_file_that_is_no_output_is_left_alone(text: str, invoke: Run, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text("one\n")
+    (tmp_path / "mine").write_text(text)
+    result = invoke("run", "-m", "./nothing.gguf", "--batch", "in.jsonl", "-o", "mine")
+    assert (result.returncode, "is no output of a batch" in result.stderr) == (2, True)
+    assert (tmp_path / "mine").read_text() == text
+
+
+def test_a_batch_is_not_its_own_output(invoke: Run, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"id": 1, "prompt": "x"}\n')
+    result = invoke("run", "-m", "./nothing.gguf", "--batch", "in.jsonl", "-o", "./in.jsonl")
+    assert (result.returncode, "is the batch itself" in result.stderr) == (2, True)
+
+
+@given(st.text() | st.integers(), st.text(), st.integers(0, 400))
+def test_a_line_of_ours_is_known_wherever_it_was_cut(id: str | int, answer: str, length: int) -> None:
+    line = json.dumps({"id": id, "answer": answer, "why": "x"}, ensure_ascii=False).encode("utf-8", "replace")
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "out.jsonl"
+        output.write_bytes(b'{"id": "whole", "answer": ""}\n' + line[:length])
+        assert done_before(output) == {"whole"}
+        assert output.read_bytes() == b'{"id": "whole", "answer": ""}\n'
 
 
 def test_a_prompt_that_is_too_long_has_an_empty_answer_and_an_exit_code(

@@ -242,6 +242,7 @@ def test_a_chat_is_saved_loaded_exported_and_named(
     found = {chat.id: (chat.title, chat.messages) for chat in journal().chats()}
     assert found[1] == ("About Paris", 4)
     (tmp_path / "bad.json").write_text("[1, 2]")
+    said(chat, "/load " + "9" * 40, "cannot be read")
     said(chat, "/load bad.json", "there are no messages in it")
     said(chat, "/load 99", "There is no chat 99")
 

@@ -1227,7 +1227,7 @@ class TestACheckpointOnAHub:
         assert {name: entry["state"] for name, entry in found.items()} == {
             f"{on_hub}:q4_k_m": "here", f"{on_hub}@checkpoint": "checkpoint"
         }  # fmt: skip
-        assert "a checkpoint, to be converted" in invoke("list").stdout
+        assert "a checkpoint; what was made of it is here, too" in invoke("list").stdout
         for name in (on_hub, f"{on_hub}@checkpoint"):
             assert "are free again" in clean(invoke("rm", name), 0)
         assert json.loads(invoke("list", "--json").stdout) == []

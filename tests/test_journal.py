@@ -95,7 +95,9 @@ def test_any_text_at_all_is_kept(tmp_path_factory: pytest.TempPathFactory, said:
 def test_only_its_owner_can_read_it(journal: Journal) -> None:
     if sys.platform == "win32":
         pytest.skip("Windows has no such bits")
-    assert stat.S_IMODE(journal.path.stat().st_mode) == 0o600
+    talk(journal, "Q", "A")
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in journal.path.parent.iterdir()}
+    assert modes == dict.fromkeys(("chats.db", "chats.db-wal", "chats.db-shm"), 0o600)
 
 
 def test_an_answer_is_written_every_half_second_and_at_its_end(journal: Journal) -> None:

@@ -86,6 +86,15 @@ def test_where_the_cache_becomes_full_some_wait_and_all_are_answered(random_mode
     }
 
 
+def test_a_first_prompt_does_not_take_the_room_of_others_that_begin_otherwise(
+    random_model: Path, opened: Opened
+) -> None:
+    long = [[40 + start + place % 20 for place in range(300)] for start in (0, 30, 60)]
+    together = Together(opened(random_model, n_ctx=512, sequences=3))
+    found = by_key(together.answer([Request(key, ids, GREEDY, 4) for key, ids in enumerate(long)], never))
+    assert [found[key].ids for key in range(3)] == [alone(opened(random_model), ids, 4) for ids in long]
+
+
 def test_an_answer_that_outgrows_the_context_ends_there(random_model: Path, opened: Opened) -> None:
     together = Together(opened(random_model, n_ctx=256, sequences=3))
     requests = [Request(0, prompts(1)[0], GREEDY, 1000), Request(1, [40] * 300, GREEDY, 5)]

@@ -81,15 +81,14 @@ class Journal:
         """
         self.path, self._now, self._lock = path, now, threading.RLock()
         with problems(path):
-            new = not path.exists()
+            # What people say to a model is nobody else's business; SQLite gives the files beside it the same mode.
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
             self._db = sqlite3.connect(path, timeout=_PATIENCE, isolation_level=None, check_same_thread=False)
             try:
                 self._prepare()
             except BaseException:
                 self._db.close()
                 raise
-            if new:
-                path.chmod(0o600)  # what people say to a model is nobody else's business
 
     def _prepare(self) -> None:
         (version,) = self._db.execute("PRAGMA user_version").fetchone()

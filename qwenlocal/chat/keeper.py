@@ -87,7 +87,8 @@ def in_words(reason: Exception) -> str:
     text = str(reason)
     if "locked" in text or "busy" in text:
         return tr("another program keeps it locked")
-    if "readonly" in text or "unable to open" in text:
+    is_shut = isinstance(reason, (PermissionError, FileNotFoundError))
+    if is_shut or "readonly" in text or "unable to open" in text:
         return tr("it cannot be written there")
     if isinstance(reason, OSError):
         return reason.strerror or text

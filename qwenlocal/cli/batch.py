@@ -6,6 +6,7 @@ import collections
 import contextlib
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +29,7 @@ from qwenlocal.terminal.status import StatusLine
 
 MOST_AT_ONCE = 16
 _MOST_PROMPTS = 1 << 30  # bytes
-_BEGINNING = b'{"id": '  # of every line of an output
+_ID = re.compile(rb'\{"id": ("(?:[^"\\]|\\.)*(?:"|\\?\Z)|-?\d+)', re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -112,18 +113,27 @@ def done_before(output: Path | None) -> set[str | int]:
     try:
         data = output.read_bytes()
         whole = data.rfind(b"\n") + 1
-        done = {json.loads(line)["id"] for line in data[:whole].decode("utf-8").split("\n") if line.strip()}
-        if cut := data[whole:]:
-            if not (cut.startswith(_BEGINNING) or _BEGINNING.startswith(cut)):
-                raise ValueError("the last line is none of ours")
+        lines = [json.loads(line) for line in data[:whole].decode("utf-8").split("\n") if line.strip()]
+        if not all(isinstance(line["answer"], str) for line in lines) or not _could_be_ours(data[whole:]):
+            raise ValueError("these are other lines")
+        if whole < len(data):
             os.truncate(output, whole)
-        return done
+        return {line["id"] for line in lines}
     except OSError as reason:
         raise CannotWrite(output.parent, reason.strerror or str(reason), hint=tr("Choose another folder.")) from reason
     except (ValueError, KeyError, TypeError) as reason:
         raise UsageProblem(
             tr("{output} is no output of a batch.", output=output), hint=tr("Name another file with -o.")
         ) from reason
+
+
+def _could_be_ours(cut: bytes) -> bool:
+    """Whether a line without an end is the beginning of one that `_write` wrote: `{"id": "a", "answer": "Whe`."""
+    begun = _ID.match(cut)
+    if begun is None:
+        return any(start.startswith(cut) for start in (b'{"id": "', b'{"id": -'))
+    after, answer = cut[begun.end() :], b', "answer": "'
+    return after.startswith(answer) or answer.startswith(after)
 
 
 def answer_batch(asked: Asked, loaded: Loaded, items: Sequence[Item], output: Path | None, before: int) -> None:

@@ -176,7 +176,11 @@ def template_words(template: str) -> str:
 def memory_words(kv_bytes_per_token: int, most: int) -> str:
     """`memory_words(98304, 8192)` is "0.19 GiB at 2,048 tokens, 0.75 GiB at 8,192 tokens"."""
     sizes = [n for n in (2048, 8192, 32768) if n <= most]
-    return ", ".join(f"{kv_bytes_per_token * n / 2**30:.2f} GiB at {n:,} tokens" for n in sizes)
+    return ", ".join(f"{_binary(kv_bytes_per_token * n)} at {n:,} tokens" for n in sizes)
+
+
+def _binary(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 // 10 else f"{size / 2**20:.1f} MiB"
 
 
 def _as_json(checkup: Checkup) -> dict[str, Any]:

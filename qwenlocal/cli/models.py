@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,6 +14,7 @@ from qwenlocal.cli.wiring import Program
 from qwenlocal.errors import BadWeights, Interrupted, ModelNotFound, UsageProblem
 from qwenlocal.language import tr
 from qwenlocal.library.conversions import Unfinished, drop, unfinished
+from qwenlocal.library.names import KEPT
 from qwenlocal.library.store import Damage, Incomplete, Record
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def list_models(*, everything: bool, as_json: bool) -> None:
             + [_card_json(card) for card in cards]
         )
         return
-    rows = [(r.name, bytes_for_people(r.size), _record_state(r)) for r in records]
+    rows = [(r.name, bytes_for_people(r.size), _record_state(r, here)) for r in records]
     rows += [(c.name, bytes_for_people(c.size), f"{c.done / max(1, c.size):.0%} fetched") for c in coming]
     rows += [(c.name, bytes_for_people(c.size), _conversion_words(c)) for c in begun]
     rows += [(_usual_name(card), _card_size(card), _card_state(card)) for card in cards]
@@ -98,9 +99,11 @@ def _card_size(card: Card) -> str:
     return bytes_for_people(card.default_file.size) if card.default_file else ""
 
 
-def _record_state(record: Record) -> str:
+def _record_state(record: Record, here: Collection[str]) -> str:
     if record.is_checkpoint:
-        return "a checkpoint, to be converted"
+        source = record.name.removesuffix(KEPT)
+        made = any(name == source or name.startswith(f"{source}:") for name in here)
+        return "a checkpoint; what was made of it is here, too" if made else "a checkpoint, to be converted"
     if record.made_from:
         return "here, converted"
     return "here" if record.owned else f"here, of {record.origin}"

@@ -88,6 +88,8 @@ def _answer_batch(asked: Asked) -> None:
     system = asked.system or (_prompt_file(asked.file).rstrip("\n") if asked.file else "")
     items = read_batch(asked.batch or "", system, asked.template, asked.values)
     output = typed(asked.output) if asked.output else None
+    if output and output.exists() and output.samefile(typed(asked.batch or "")):
+        raise UsageProblem(tr("{output} is the batch itself.", output=output), hint=tr("Name another file with -o."))
     done = done_before(output)
     left = [item for item in items if item.id not in done]
     program = Program()

@@ -118,7 +118,7 @@ class Together:
             self._context.truncate(number, 0)
             self._free.append(number)
             sampler.close()
-            return False
+            return self._let_go_of_base(request.ids) and self._begin(request)
         sampler.remember(request.ids)
         self._slots[number] = slot
         self._sample(slot, row)
@@ -139,6 +139,14 @@ class Together:
         elif known < len(self._base):  # what all have in common is kept, and no more
             self._keep_common(known)
         return row
+
+    def _let_go_of_base(self, ids: Sequence[int]) -> bool:
+        """Give up what is kept of the first prompt and is not the beginning of `ids`; tells whether there was any."""
+        known = common_prefix(self._base or (), ids)
+        if self._base is None or known == len(self._base):
+            return False
+        self._keep_common(known)
+        return True
 
     def _keep_common(self, length: int) -> None:
         self._context.truncate(_BASE, length)

@@ -107,12 +107,12 @@ class CheckpointName:
 
 
 Name = CatalogueName | HubName | KeptCheckpoint | WebName | PathName | CheckpointName
-_KEPT = "@checkpoint"
+KEPT = "@checkpoint"
 
 
 def checkpoint_record(repo: str) -> str:
     """The name of a repository's weights in the store: `checkpoint_record("hf:o/r")` is "hf:o/r@checkpoint"."""
-    return f"{repo}{_KEPT}"
+    return f"{repo}{KEPT}"
 
 
 def parse(text: str, catalogue: Callable[[], Catalogue]) -> Name:
@@ -131,8 +131,8 @@ def parse(text: str, catalogue: Callable[[], Catalogue]) -> Name:
     text = text.strip()
     if not text or "\0" in text:
         raise ModelNotFound(text.replace("\0", "?"), reason=tr("A model needs a name."))
-    if elsewhere := _hub_or_web(text.removesuffix(_KEPT)):
-        return KeptCheckpoint(elsewhere) if text.endswith(_KEPT) and isinstance(elsewhere, HubName) else elsewhere
+    if elsewhere := _hub_or_web(text.removesuffix(KEPT)):
+        return KeptCheckpoint(elsewhere) if text.endswith(KEPT) and isinstance(elsewhere, HubName) else elsewhere
     if _looks_like_a_path(text) and (os.path.exists(_expanded(text)) or text != Path(text).name):
         return _path_name(text)
     if os.path.isfile(os.path.join(text, "config.json")):  # noqa: PTH118 - never raises

@@ -24,6 +24,7 @@ from qwenlocal.terminal.attaching import price
 from qwenlocal.terminal.session import Session
 
 _CODE = re.compile(r"^(`{3,}|~{3,})[^\n]*\n(.*?)^\1[`~]*\s*$", re.MULTILINE | re.DOTALL)
+_LONGEST_NUMBER = 18  # digits; SQLite's go up to 2**63
 _MOST_COPIED = 100_000  # letters; terminals take no more through an escape sequence
 
 
@@ -91,7 +92,7 @@ def load(session: Session, rest: str) -> None:
         raise UsageProblem(
             tr("Which file, or which chat?"), hint=tr("/load FILE, or /load 3; which there are: qwenlocal chats")
         )
-    if word.lstrip("#").isdecimal() and session.journal and not os.path.exists(word):
+    if word.lstrip("#").isdecimal() and len(word) <= _LONGEST_NUMBER and session.journal and not os.path.exists(word):
         number = int(word.lstrip("#"))
         session.talk_of(session.journal.thread(number), id=number)
     else:

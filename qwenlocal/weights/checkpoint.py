@@ -14,7 +14,7 @@ from typing import Any
 
 from qwenlocal.errors import BadCheckpoint, CannotExpress
 from qwenlocal.shards import shard_of
-from qwenlocal.weights.safetensors import Front, StoredTensor, first_twice, read_tensors, tensors_of
+from qwenlocal.weights.safetensors import Front, StoredTensor, first_twice, json_fault, read_tensors, tensors_of
 
 _PACKED = (".qweight", ".qzeros")
 _INDEX = "model.safetensors.index.json"
@@ -269,7 +269,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     except OSError as reason:
         raise BadCheckpoint.unreadable(path, reason) from reason
     except (ValueError, RecursionError) as reason:
-        raise BadCheckpoint(path, f"it is not readable JSON ({reason})") from reason
+        raise BadCheckpoint(path, f"it is not readable JSON ({json_fault(reason)})") from reason
     if not isinstance(found, dict):
         raise BadCheckpoint(path, "it is not a JSON object")
     return found

@@ -118,11 +118,11 @@ def _too_short(begin: bytes, size: int, length: int) -> str:
 def _entries(path: Path, text: bytes) -> list[tuple[str, Any]]:
     """The header's entries; a name that comes twice is not taken for one."""
     if not text.startswith(b"{"):
-        raise BadCheckpoint(path, "its header is not JSON; it is damaged, or no safetensors file")
+        raise BadCheckpoint(path, "its header is no JSON object; it is damaged, or no safetensors file")
     try:
         entries = json.loads(text, object_pairs_hook=_Pairs)
     except (ValueError, RecursionError) as reason:
-        raise BadCheckpoint(path, f"its header is not readable JSON ({reason})") from reason
+        raise BadCheckpoint(path, f"its header is not readable JSON ({json_fault(reason)})") from reason
     if (twice := first_twice(name for name, _ in entries)) is not None:
         raise BadCheckpoint(path, f"its header names “{twice}” twice")
     return list(entries)
@@ -132,6 +132,13 @@ def first_twice(names: Iterable[str]) -> str | None:
     """The first of `names` that has come before; None where all differ."""
     seen: set[str] = set()
     return next((name for name in names if name in seen or seen.add(name)), None)  # type: ignore[func-returns-value]
+
+
+def json_fault(reason: Exception) -> str:
+    """Why JSON cannot be read, in words of its own where Python's are about Python."""
+    if isinstance(reason, RecursionError):
+        return "too many brackets within brackets"
+    return "a number of thousands of digits" if "int_max_str_digits" in str(reason) else str(reason)
 
 
 class _Pairs(list[tuple[str, Any]]):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from qwenlocal.chat.template import CHATML
 from qwenlocal.engine.sampling import Sampling
 from qwenlocal.engine.sequence import Prefill
+from qwenlocal.errors import ContextFull
 
 if TYPE_CHECKING:
     import numpy
@@ -369,6 +370,8 @@ class ScriptedGenerator:
     def generate(self, ids: Sequence[int], sampling: Sampling, *, limit: int) -> Iterator[Prefill | int]:
         self.asked.append(list(ids))
         self._stop = self._full = False
+        if len(ids) >= self._n_ctx:
+            raise ContextFull(len(ids), self._n_ctx, self._n_ctx)
         yield Prefill(len(ids), len(ids), 0)
         for produced, token in enumerate(self._script[len(self.asked) - 1]):
             if self._stop or produced >= limit:

@@ -319,6 +319,18 @@ def read(generator: ScriptedGenerator, vocabulary: Vocabulary, place: int = -1) 
     return b"".join(vocabulary.piece(token, special=True) for token in generator.asked[place]).decode()
 
 
+@pytest.mark.parametrize("overflow", ["shift", "summarise"])
+def test_a_question_that_is_too_long_even_alone_drives_nothing_out(overflow: str, vocabulary: Vocabulary) -> None:
+    talk, generator = long_talk(vocabulary, overflow)
+    for number in range(3):
+        list(talk.ask(f"Question {number}"))
+    before = talk.tokens_read
+    with pytest.raises(ContextFull):
+        list(talk.ask("word " * 300))
+    assert (talk.tokens_read, talk.thread.left, talk.thread.summary) == (before, set(), "")
+    assert len(generator.asked) == 4, "no summary was asked for"
+
+
 def test_pinned_turns_stay_in_a_full_context(vocabulary: Vocabulary) -> None:
     talk, generator = long_talk(vocabulary)
     left_out(talk, "Question 0, with some more words in it?")

@@ -242,14 +242,9 @@ class Conversation:
         how it ended where it was interrupted.
         """
         thread = self.thread
-        leaving: list[Turn] = []
         if self.manner.overflow == "stop" or self.n_ctx is None or len(self._ids()) <= self.n_ctx * FULL:
             return None
-        left = set(thread.left)
-        while len(self._ids()) > self.n_ctx * MADE_FREE and (turn := next_to_leave(thread)) is not None:
-            leaving.append(turn)
-            thread.left.add(turn.question.number)
-        thread.left = left  # until it is known what stands for them
+        leaving = self._leaving(self.n_ctx)
         if not leaving:
             return None
         summary = ""
@@ -260,6 +255,19 @@ class Conversation:
         thread.leave_out([turn.question.number for turn in leaving], summary)
         yield LeftOut(len(leaving), shortly(leaving[0].question.text), summary)
         return None
+
+    def _leaving(self, n_ctx: int) -> list[Turn]:
+        """The oldest turns, until half of the context is free; none where the question would be too long even then."""
+        thread, left = self.thread, set(self.thread.left)
+        leaving: list[Turn] = []
+        most = n_ctx - (_SUMMARY if self.manner.overflow == "summarise" else 0)
+        try:
+            while len(self._ids()) > n_ctx * MADE_FREE and (turn := next_to_leave(thread)) is not None:
+                leaving.append(turn)
+                thread.left.add(turn.question.number)
+            return leaving if len(self._ids()) < most else []
+        finally:
+            thread.left = left  # until it is known what stands for them
 
     def _summarise(self, leaving: Sequence[Turn]) -> Generator[Event, None, tuple[str, Done | None]]:
         """What the turns say in few words, as before where they are too long to be read; and how it was interrupted."""

@@ -146,6 +146,21 @@ def test_another_model_goes_on_with_the_same_talk(
     said(chat, "Again", r"^> Again$.*" + re.escape(SAYS))
 
 
+def test_what_was_asked_of_answers_holds_for_another_model_from_the_first_line_on(
+    terminal: Open, speaking_model: Path, tmp_path: Path, journal: Callable[[], Journal]
+) -> None:
+    write_model(tmp_path / "other.gguf", says="Rome")
+    chat = started(terminal, speaking_model, "--temp", "0", "--seed", "7")
+    said(chat, "/model ./other.gguf", "goes on from here")
+    text = said(chat, "/set", "overflow +shift")
+    assert re.search(r"temperature +0 ", text) and re.search(r"seed +7 ", text)
+    said(chat, "And you?", "^Rome")
+    said(chat, "/clear", "is forgotten")
+    said(chat, "Again?", "^Rome.*^Rome")
+    chat.wait_for_prompt(5)
+    assert {chat.model for chat in journal().chats()} == {str(tmp_path / "other.gguf")}, "found from any folder"
+
+
 def test_settings_are_shown_changed_and_refused(terminal: Open, speaking_model: Path) -> None:
     chat = started(terminal, speaking_model)
     said(chat, "/set temperature 0.3", "temperature is 0.3 from now on")

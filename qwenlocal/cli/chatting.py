@@ -139,7 +139,13 @@ class _Models:
     def names(self) -> list[str]:
         return [record.name for record in self._program.store.records()]
 
+    @property
+    def current(self) -> str:
+        return self._open.current if self._open else str(self._name)
+
     def switch(self, name: str, thread: Thread) -> Conversation:
+        if not self._models.is_begun:  # what was asked of its answers holds for the other one, too
+            self.first(thread)
         return self._models.switch(name, thread)
 
     def widen(self, n_ctx: int, thread: Thread) -> Conversation:

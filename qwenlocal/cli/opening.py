@@ -114,6 +114,10 @@ class OpenModels:
         found = self._open.get(self._current)
         return found[2].trial.verdict if found and found[2].trial else ""
 
+    @property
+    def current(self) -> str:
+        return self._current
+
     def names(self) -> Sequence[str]:
         return [record.name for record in self._program.store.records()]
 
@@ -145,6 +149,7 @@ class OpenModels:
         def load() -> Iterator[Loaded]:
             yield self._opener.load(name, record, n_ctx=n_ctx)
 
+        self._opener.loading = Loading()  # an earlier one may have been stopped
         with in_background(load, self._opener.loading.stop) as found:
             return next(found)
 

@@ -38,7 +38,7 @@ def model(session: Session, rest: str) -> None:
     session.conversation = session.models.switch(name, session.thread)
     session.model = name.rpartition("/")[2] if name.startswith((".", "/", "~")) else name
     if session.keeper:
-        session.keeper.model = name
+        session.keeper.model = session.models.current
     session.say(
         tr(
             "{model} goes on from here, with room for {n_ctx:,} tokens.",

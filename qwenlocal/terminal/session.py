@@ -31,6 +31,11 @@ class Models(Protocol):
         """
         ...
 
+    @property
+    def current(self) -> str:
+        """The name of the model that answers, by which it is found again from any folder."""
+        ...
+
     def names(self) -> Sequence[str]:
         """Models that are on this disk."""
         ...
@@ -132,4 +137,4 @@ class Session:
         if self.keeper:
             self.keeper.close()
         self.conversation.thread = thread
-        self.keeper = self.journal.keep(thread, model=self.model, id=id) if self.journal else None
+        self.keeper = self.journal.keep(thread, model=self.models.current, id=id) if self.journal else None

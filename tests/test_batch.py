@@ -40,6 +40,13 @@ def test_what_was_answered_before_is_not_answered_again(invoke: Run, speaking_mo
     assert "All 3 are answered already." in again.stderr
 
 
+def test_an_answer_ends_before_a_stop_string(invoke: Run, speaking_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text("one\n")
+    result = invoke("run", "-m", str(speaking_model), "--batch", "in.jsonl", "--stop", "is,")
+    (line,) = [json.loads(line) for line in result.stdout.splitlines()]
+    assert (line["answer"], line["why"]) == ("Par", "stop string")
+
+
 def test_only_ends_of_line_end_a_line(invoke: Run, speaking_model: Path, tmp_path: Path) -> None:
     odd = "one\u2028two\x85three"
     (tmp_path / "in.jsonl").write_bytes(f'{{"prompt": "{odd}", "id": "{odd}"}}\r\nplain\r\n'.encode())

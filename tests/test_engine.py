@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -252,6 +253,14 @@ def test_text_becomes_ids_and_back(speaking_model: Path) -> None:
     assert not any(vocabulary.is_control(token) for token in ids)
     assert vocabulary.tokenize("<|im_end|>", special=True) == [258]
     assert vocabulary.is_end(258)
+
+
+def test_the_bytes_of_tokens_can_be_asked_for_in_several_threads(speaking_model: Path) -> None:
+    vocabulary = Model(speaking_model, vocabulary_only=True).vocabulary
+    wanted = {token: vocabulary.piece(token) for token in range(200)}
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda token: (token, vocabulary.piece(token)), [*wanted] * 100))
+    assert all(wanted[token] == piece for token, piece in found)
 
 
 def test_decomposed_accents_are_composed_first_as_qwens_tokenizer_does(speaking_model: Path) -> None:

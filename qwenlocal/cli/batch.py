@@ -22,6 +22,7 @@ from qwenlocal.chat.prompt import chat_ids
 from qwenlocal.cli.asked import Asked
 from qwenlocal.cli.texts import text_of
 from qwenlocal.engine.context import Context
+from qwenlocal.engine.text import TextStream
 from qwenlocal.engine.together import Request, Result, Together, worth_at_once
 from qwenlocal.errors import CannotWrite, ContextFull, Interrupted, UsageProblem
 from qwenlocal.language import tr
@@ -118,13 +119,18 @@ def done_before(output: Path | None) -> set[str | int]:
             raise ValueError("these are other lines")
         if whole < len(data):
             os.truncate(output, whole)
-        return {line["id"] for line in lines}
+        return {line["id"] for line in lines if not _had_no_room(line)}
     except OSError as reason:
         raise CannotWrite(output.parent, reason.strerror or str(reason), hint=tr("Choose another folder.")) from reason
     except (ValueError, KeyError, TypeError) as reason:
         raise UsageProblem(
             tr("{output} is no output of a batch.", output=output), hint=tr("Name another file with -o.")
         ) from reason
+
+
+def _had_no_room(line: Mapping[str, Any]) -> bool:
+    """Whether a prompt was too long; with more room it can be answered."""
+    return line.get("why") == Why.CONTEXT.value and not line["answer"]
 
 
 def _could_be_ours(cut: bytes) -> bool:
@@ -152,7 +158,9 @@ def answer_batch(asked: Asked, loaded: Loaded, items: Sequence[Item], output: Pa
     together, vocabulary, n_ctx = Together(context), loaded.model.vocabulary, context.n_ctx
     sampling = replace(loaded.sampling.with_known(asked.sampling), grammar=asked.grammar)
     requests = [
-        Request(place, chat_ids(loaded.template, item.messages, vocabulary), sampling, asked.limit or n_ctx)
+        Request(
+            place, chat_ids(loaded.template, item.messages, vocabulary), sampling, asked.limit or n_ctx, asked.stops
+        )
         for place, item in enumerate(items)
     ]
 
@@ -166,7 +174,8 @@ def answer_batch(asked: Asked, loaded: Loaded, items: Sequence[Item], output: Pa
             for result in results:
                 finished += 1
                 said += len(result.ids)
-                text = b"".join(vocabulary.piece(token) for token in result.ids).decode("utf-8", "replace")
+                stream = TextStream(asked.stops)
+                text = "".join(stream.feed(vocabulary.piece(token)) for token in result.ids) + stream.finish()
                 too_long += [result.key] if result.is_full and not result.ids else []
                 _write(out, items[result.key], text, result, len(requests[result.key].ids))
                 speed = said / max(0.001, time.monotonic() - begun)
@@ -190,16 +199,21 @@ def answer_batch(asked: Asked, loaded: Loaded, items: Sequence[Item], output: Pa
 
 
 def _write(out: TextIO, item: Item, text: str, result: Result, prompt_tokens: int) -> None:
-    why = Why.END if result.ended else Why.CONTEXT if result.is_full else Why.LENGTH
     line = {
         "id": item.id,
         "answer": text,
-        "why": why.value,
+        "why": _why(result).value,
         "prompt_tokens": prompt_tokens,
         "answer_tokens": len(result.ids),
     }
     out.write(json.dumps(line, ensure_ascii=False) + "\n")
     out.flush()
+
+
+def _why(result: Result) -> Why:
+    if result.ended:
+        return Why.END
+    return Why.STOP if result.has_stopped else Why.CONTEXT if result.is_full else Why.LENGTH
 
 
 @contextlib.contextmanager

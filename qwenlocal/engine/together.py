@@ -16,6 +16,7 @@ from qwenlocal.engine.prefix import common_prefix
 from qwenlocal.engine.sampler import Sampler
 from qwenlocal.engine.sampling import Sampling
 from qwenlocal.engine.speculation import CostCurve
+from qwenlocal.engine.text import TextStream
 from qwenlocal.errors import BadWeights
 
 _LEAST_GAIN = 1.1  # of twice as many at once, or it is not worth the memory
@@ -24,28 +25,34 @@ _BASE = 0  # the sequence that keeps what prompts begin with
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt as token ids, how to choose what follows, and at most how many tokens."""
+    """A prompt as token ids, how to choose what follows, at most how many tokens, and strings at which it ends."""
 
     key: int
     ids: Sequence[int]
     sampling: Sampling
     limit: int
+    stops: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class Result:
-    """What followed: token ids without the end token; whether the model ended it, the limit, or a full context."""
+    """
+    What followed: token ids without the end token; whether the model ended it, a full context, or one of `stops`, which
+    the last of the tokens completes. None of these: the limit.
+    """
 
     key: int
     ids: Sequence[int]
     ended: bool
     is_full: bool
+    has_stopped: bool = False
 
 
 @dataclass
 class _Slot:
     request: Request
     sampler: Sampler
+    text: TextStream
     said: list[int] = field(default_factory=list)
 
 
@@ -111,7 +118,7 @@ class Together:
             return False
         number = self._free.pop()
         sampler = Sampler(request.sampling, self._context.model.vocabulary)
-        slot = _Slot(request, sampler)
+        slot = _Slot(request, sampler, TextStream(request.stops))
         try:
             row = self._read(number, request.ids)
         except NoRoom:
@@ -129,7 +136,7 @@ class Together:
         known = min(common_prefix(self._base or (), ids), len(ids) - 1)
         if known:
             context.copy(_BASE, number)
-            context.truncate(number, known)
+            known = context.truncate(number, known)  # none where a model's memory cannot be cut
         row = -1
         for start in range(known, len(ids), context.n_batch):
             row = context.decode([(number, ids[start : start + context.n_batch])])[0]
@@ -149,21 +156,23 @@ class Together:
         return True
 
     def _keep_common(self, length: int) -> None:
-        self._context.truncate(_BASE, length)
-        self._base = (self._base or [])[:length]
+        self._base = (self._base or [])[: self._context.truncate(_BASE, length)]
 
     def _sample(self, slot: _Slot, row: int) -> None:
         if self._context.is_broken(row):
             what = "its numbers come out as NaN; weights are damaged"
             raise BadWeights(self._context.model.path, what, hint="Which ones: qwenlocal inspect FILE")
         slot.said.append(slot.sampler.sample(self._context, row))
+        if slot.request.stops:
+            slot.text.feed(self._context.model.vocabulary.piece(slot.said[-1]))
 
     def _finished(self, is_end: Callable[[int], bool]) -> Iterator[Result]:
         for number, slot in list(self._slots.items()):
             ended = is_end(slot.said[-1])
-            if ended or len(slot.said) >= slot.request.limit:
+            has_stopped = slot.text.stopped is not None and not ended
+            if ended or has_stopped or len(slot.said) >= slot.request.limit:
                 said = slot.said[:-1] if ended else slot.said
-                yield Result(slot.request.key, tuple(said), ended=ended, is_full=False)
+                yield Result(slot.request.key, tuple(said), ended=ended, is_full=False, has_stopped=has_stopped)
                 self._finish(number)
 
     def _step(self, waiting: collections.deque[Request]) -> Iterator[Result]:

@@ -23,7 +23,6 @@ class Vocabulary:
         self._vocab = c.llama_model_get_vocab(model)
         # Qwen's tokenizer.json begins with Unicode normalisation form C; llama.cpp does not do it.
         self._normalise = pre_tokenizer == "qwen2"
-        self._piece = ctypes.create_string_buffer(256)
         self.hides_padding = self._has_reachable_padding()
         eos = c.llama_vocab_eos(self._vocab)
         # An end that is a word like any other would break answers off; the model's own end of turn is another token.
@@ -93,11 +92,12 @@ class Vocabulary:
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
         """The bytes that `token` stands for; a control token gives none unless `special`. Often not whole UTF-8."""
-        size = self._c.llama_token_to_piece(self._vocab, token, self._piece, len(self._piece), 0, special)
+        buffer = ctypes.create_string_buffer(256)  # each call has its own: answers come out of several threads
+        size = self._c.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, special)
         if size < 0:
-            self._piece = ctypes.create_string_buffer(-size)
-            size = self._c.llama_token_to_piece(self._vocab, token, self._piece, len(self._piece), 0, special)
-        return self._piece.raw[:size]
+            buffer = ctypes.create_string_buffer(-size)
+            size = self._c.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, special)
+        return buffer.raw[:size]
 
     def is_end(self, token: int) -> bool:
         """Whether the model ends its turn or its text with `token`."""

@@ -6,6 +6,8 @@ import base64
 import json
 import re
 import sqlite3
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -443,6 +445,26 @@ def test_every_command_is_found_by_its_name_and_none_has_two() -> None:
 # --- the commands outside
 
 
+def test_what_a_damaged_journal_wrote_last_is_kept_beside_it(qwenlocal: Run, environment: dict[str, str]) -> None:
+    home = Path(environment["QWENLOCAL_HOME"])
+    home.mkdir(parents=True)
+    code = (
+        "import sys, os; from pathlib import Path; from qwenlocal.chat.journal import Journal\n"
+        "from qwenlocal.chat.thread import Thread\n"
+        "journal, thread = Journal(Path(sys.argv[1])), Thread()\n"
+        "keeper = journal.keep(thread, model='m'); thread.add('user', 'my words'); os._exit(0)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(home / "chats.db")], check=True)
+    log = home / "chats.db-wal"
+    data = bytearray(log.read_bytes())
+    assert b"my words" in data
+    data[40] ^= 0xFF
+    log.write_bytes(data)
+    assert qwenlocal("chats", "recover").returncode == 0
+    (kept,) = home.glob("chats.db.damaged-*-wal")
+    assert kept.read_bytes() == data
+
+
 def test_chats_are_listed_shown_searched_renamed_exported_and_forgotten(
     terminal: Open, speaking_model: Path, qwenlocal: Run, tmp_path: Path, environment: dict[str, str]
 ) -> None:
@@ -462,7 +484,7 @@ def test_chats_are_listed_shown_searched_renamed_exported_and_forgotten(
     assert (again.returncode, "is there already" in again.stderr) == (2, True)
     states = Path(environment["QWENLOCAL_HOME"]) / "states"
     states.mkdir(exist_ok=True)
-    assert qwenlocal("chats", "rm", "1").returncode == 0
+    assert qwenlocal("chats", "rm", "1", "1").returncode == 0
     assert not states.exists(), "they have the words in them"
     gone = qwenlocal("chats", "show", "1")
     assert (gone.returncode, "There is no chat 1" in gone.stderr) == (3, True)

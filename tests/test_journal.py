@@ -224,6 +224,26 @@ def test_renamed_and_forgotten(journal: Journal) -> None:
     assert not [path for path in journal.path.parent.iterdir() if b"secret words" in path.read_bytes()]
 
 
+def test_a_chat_that_was_forgotten_while_it_is_open_goes_on_as_a_new_one(journal: Journal) -> None:
+    thread = Thread()
+    keeper = journal.keep(thread, model="tiny")
+    thread.add(USER, "before")
+    journal.remove(1)
+    thread.add(USER, "after")
+    keeper.close()
+    (chat,) = journal.chats()
+    assert [message.text for message in journal.thread(chat.id).path] == ["before", "after"]
+
+
+def test_a_process_that_only_has_the_number_of_another_has_nothing_open(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "chats.db")
+    talk(journal, "Q", "A")
+    for changed in (1e9, time.time()):
+        with journal.writing() as db:
+            db.execute("UPDATE chats SET open_by = ?, changed = ?", (os.getppid(), changed))
+        assert journal.is_open(1) == (changed > 1e9)
+
+
 # --- a file that cannot be used
 
 
@@ -295,6 +315,24 @@ def test_what_can_be_read_of_a_damaged_journal_can_be_copied_out(tmp_path: Path)
     assert len(texts) >= 30
     assert all(text.startswith(("Question ", "Answer ")) for text in texts)
     assert path.read_bytes() == data
+
+
+def test_a_journal_in_which_a_chat_is_open_is_not_copied_out(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "chats.db")
+    talk(journal, "Q", "A")
+    with journal.writing() as db:
+        db.execute("UPDATE chats SET open_by = ?, changed = ?", (os.getppid(), time.time()))
+    with pytest.raises(JournalUnusable, match="open in another window"):
+        recover(journal.path, tmp_path / "copy.db")
+
+
+def test_a_journal_is_found_in_a_folder_of_any_name(tmp_path: Path) -> None:
+    folder = tmp_path / "a#b?c%41"
+    folder.mkdir()
+    journal = Journal(folder / "chats.db")
+    talk(journal, "Q", "A")
+    journal.close()
+    assert recover(folder / "chats.db", folder / "copy.db") == (1, 2)
 
 
 @settings(max_examples=25, deadline=None)

@@ -204,9 +204,10 @@ class Journal:
         ------
         ChatNotFound: there is none.
         """
-        self._change("DELETE FROM chats WHERE id = ?", (id,), id)
         with problems(self.path), self.writing() as db:
             db.execute("DELETE FROM messages WHERE chat = ?", (id,))
+            if not db.execute("DELETE FROM chats WHERE id = ?", (id,)).rowcount:
+                raise ChatNotFound(id)
         with problems(self.path), self._lock:
             self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
@@ -222,7 +223,7 @@ class Journal:
         Where another process has that chat open, what is said goes into a copy of it.
         """
         keeper = Keeper(self, thread, model)
-        if id is not None and not self._is_open(id):
+        if id is not None and not self.is_open(id):
             keeper.id = id
             keeper.moved(thread)
         elif thread.messages:
@@ -231,13 +232,10 @@ class Journal:
         thread.recorder = keeper
         return keeper
 
-    def _is_open(self, id: int) -> bool:
-        """Whether another living process has it open."""
-        import psutil
-
+    def is_open(self, id: int) -> bool:
+        """Whether another living process has that chat open."""
         with self._lock, problems(self.path):
-            row = self._db.execute("SELECT open_by FROM chats WHERE id = ?", (id,)).fetchone()
-        return bool(row and row[0] and row[0] != os.getpid() and psutil.pid_exists(row[0]))
+            return id in open_elsewhere(self._db)
 
     def write(self, keeper: Keeper, messages: Sequence[Message], removed: Sequence[int]) -> None:
         """
@@ -250,20 +248,23 @@ class Journal:
         thread, now = keeper.thread, self._now()
         state = (thread.system, thread.leaf, json.dumps(sorted(thread.left)), thread.summary, keeper.model, now)
         with self.writing() as db:
-            if keeper.id is None:
-                cursor = db.execute(
-                    "INSERT INTO chats(title, created, open_by, system, leaf, left_out, summary, model, changed) "
-                    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                    (_title(thread), now, os.getpid(), *_clean(state)),
-                )
-                id = cursor.lastrowid
-            else:
-                id = keeper.id
-                db.execute(
+            id = keeper.id
+            if (
+                id is not None
+                and not db.execute(
                     "UPDATE chats SET system = ?, leaf = ?, left_out = ?, summary = ?, model = ?, changed = ?, "
                     "open_by = ? WHERE id = ?",
                     (*_clean(state), os.getpid() if keeper.is_open else 0, id),
-                )
+                ).rowcount
+            ):
+                # It was forgotten meanwhile, and goes on as a new one.
+                id, messages = None, list(thread.messages.values())
+            if id is None:
+                id = db.execute(
+                    "INSERT INTO chats(title, created, open_by, system, leaf, left_out, summary, model, changed) "
+                    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    (_title(thread), now, os.getpid() if keeper.is_open else 0, *_clean(state)),
+                ).lastrowid
             for message in messages:
                 db.execute(
                     f"INSERT OR REPLACE INTO messages(chat, {_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -280,6 +281,24 @@ def problems(path: Path) -> Iterator[None]:
         yield
     except (sqlite3.Error, OSError, ValueError, TypeError) as reason:  # the last two of what damaged rows hold
         raise JournalUnusable(path, in_words(reason), damaged=is_damage(reason)) from reason
+
+
+def open_elsewhere(db: sqlite3.Connection) -> set[int]:
+    """The chats that other living processes have open."""
+    rows = db.execute("SELECT id, open_by, changed FROM chats WHERE open_by NOT IN (0, ?)", (os.getpid(),)).fetchall()
+    return {id for id, process, changed in rows if _was_alive(process, changed)}
+
+
+def _was_alive(process: int, then: float) -> bool:
+    """Whether a process lives that began before `then`; one that began later only has the number of another."""
+    import psutil
+
+    try:
+        return bool(psutil.Process(process).create_time() <= then)
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.Error:  # it lives, and may not be asked
+        return True
 
 
 def _title(thread: Thread) -> str:

@@ -8,7 +8,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from qwenlocal.chat.journal import Journal, problems
+from qwenlocal.chat.journal import Journal, open_elsewhere, problems
+from qwenlocal.errors import JournalUnusable
+from qwenlocal.language import tr
 
 
 def recover(path: Path, target: Path) -> tuple[int, int]:
@@ -19,10 +21,13 @@ def recover(path: Path, target: Path) -> tuple[int, int]:
 
     Raises
     ------
-    JournalUnusable: it is no journal at all, or `target` cannot be written.
+    JournalUnusable: it is no journal at all, a chat in it is open, or `target` cannot be written.
     """
     whole, counts = Journal(target), []
-    with problems(path), contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as damaged:
+    with problems(path), contextlib.closing(_to_read(path)) as damaged:
+        with contextlib.suppress(sqlite3.DatabaseError):  # who has it open cannot be read: the rest may be
+            if open_elsewhere(damaged):
+                raise JournalUnusable(path, tr("a chat is open in another window"))
         for table in ("chats", "messages"):
             with whole.writing() as db:
                 columns = [row[1] for row in db.execute(f"PRAGMA table_info({table})")]
@@ -32,6 +37,10 @@ def recover(path: Path, target: Path) -> tuple[int, int]:
             counts.append(len(rows))
     whole.close()
     return counts[0], counts[1]
+
+
+def _to_read(path: Path) -> sqlite3.Connection:
+    return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
 
 
 def _readable_rows(db: sqlite3.Connection, table: str, columns: Sequence[str]) -> Iterator[Sequence[Any]]:

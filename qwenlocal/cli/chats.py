@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -83,11 +84,19 @@ def remove_chats(texts: list[str]) -> None:
     """Forget chats, for good; what was read is computed again, since the states on disk have the words in them."""
     from qwenlocal.engine.saved import forget_all
 
-    found = [_found(text) for text in texts]
-    for journal, chat in found:
-        journal.remove(chat.id)
-        sys.stderr.write(f"Forgotten: {chat.id} {harmless(chat.title)}\n")
-    forget_all(Program().folders.states)
+    found = {chat.id: (journal, chat) for journal, chat in map(_found, texts)}
+    for journal, chat in found.values():
+        if journal.is_open(chat.id):
+            raise UsageProblem(
+                tr("Chat {id} is open in another window.", id=chat.id),
+                hint=tr("Close it first; nothing was forgotten."),
+            )
+    try:
+        for journal, chat in found.values():
+            journal.remove(chat.id)
+            sys.stderr.write(f"Forgotten: {chat.id} {harmless(chat.title)}\n")
+    finally:
+        forget_all(Program().folders.states)
 
 
 def export_chat(text: str, form: str | None, output: Path | None, *, force: bool) -> None:
@@ -141,8 +150,9 @@ def recover_chats() -> None:
     aside = path.with_name(f"{path.name}.damaged-{datetime.now():%Y%m%d-%H%M%S}")
     try:
         path.rename(aside)
-        for rest in ("-wal", "-shm"):
-            path.with_name(path.name + rest).unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # what was written last is in there, readable or not
+            path.with_name(f"{path.name}-wal").rename(aside.with_name(f"{aside.name}-wal"))
+        path.with_name(f"{path.name}-shm").unlink(missing_ok=True)
         copy.rename(path)
     except OSError as reason:
         raise CannotWrite(path, reason.strerror or str(reason)) from reason

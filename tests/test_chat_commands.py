@@ -87,6 +87,23 @@ def test_an_empty_line_leaves_what_was_to_be_changed(terminal: Open, speaking_mo
     said(chat, "/edit 5", "There is no turn 5; there are 1")
 
 
+def test_whoever_turns_away_from_editing_changes_nothing(
+    terminal: Open, speaking_model: Path, journal: Callable[[], Journal]
+) -> None:
+    chat = started(terminal, speaking_model)
+    said(chat, "Hi", re.escape(SAYS))
+    said(chat, "/answer", r"Change it below.*^> " + re.escape(SAYS) + "$")
+    chat.type("\x03")
+    chat.wait_for("Nothing was changed")
+    said(chat, "And you?", r"^> And you\?$.*" + re.escape(SAYS))
+    said(chat, "/edit 1", r"Change it below.*^> Hi$")
+    chat.type("\x15/tokens abc\r")
+    chat.wait_for("^3 tokens")
+    said(chat, "More", r"^> More$.*" + re.escape(SAYS))
+    chat.wait_for_prompt(6)
+    assert [message.text for message in journal().thread(1).path] == ["Hi", SAYS, "And you?", SAYS, "More", SAYS]
+
+
 def test_a_cut_answer_goes_on(terminal: Open, endless_model: Path, journal: Callable[[], Journal]) -> None:
     chat = started(terminal, endless_model, "-n", "12")
     said(chat, "Go", r"\[token limit\] /continue goes on")

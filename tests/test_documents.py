@@ -129,9 +129,43 @@ def test_files_are_mentioned_with_an_at_sign(tmp_path: Path) -> None:
     assert [path.name for path in mentioned(text, tmp_path)] == ["a.txt", "b c.txt", "d.md"]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "总结@a.txt",
+        "总结 @a.txt，谢谢",
+        "请总结@a.txt谢谢",
+        "@a.txt。",
+        "(@a.txt)",
+        "@a.txt's",
+        "“@a.txt”",
+        "@a.txt?!",
+        "@a.txt...",
+    ],
+)
+def test_a_name_ends_where_another_word_begins(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x")
+    assert [path.name for path in mentioned(text, tmp_path)] == ["a.txt"]
+    assert missing(text, tmp_path) == []
+    assert missing(text.replace("a.txt", "b.txt"), tmp_path) == ["b.txt"]
+
+
+@pytest.mark.parametrize("text", ["GGUF is a file format.", "MZ", "SQLite stores tables.", "GIF89a or PNG?"])
+def test_text_may_begin_like_a_binary_file(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text(text)
+    assert read_document(tmp_path / "a.md").text == text
+
+
+def test_a_page_in_another_encoding_is_said_to_be(tmp_path: Path) -> None:
+    (tmp_path / "p.html").write_bytes(b"<p>caf\xe9</p>")
+    with pytest.raises(UsageProblem, match=r"^p.html is not UTF-8 text") as caught:
+        read_document(tmp_path / "p.html")
+    assert "iconv" in caught.value.hint
+
+
 def test_a_file_that_is_not_there_is_told_apart_from_other_words_with_an_at_sign(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
-    text = '@a.txt @b.txt, @"my notes" @./Makefile and @alice, @app.get, @types/node, me@c.txt'
+    text = '@a.txt @b.txt, @"my notes" @./Makefile and @alice, @app.get, @types/node, me@c.txt, https://x.org/@c.html'
     assert missing(text, tmp_path) == ["b.txt", "my notes", "./Makefile"]
 
 

@@ -38,7 +38,7 @@ def test_unknown_commands_suggest_near_ones_and_two_slashes_send_one(terminal: O
     chat.wait_for_prompt()
     chat.type("/hlep\r")
     assert "Did you mean /help?" in chat.wait_for("Did you mean")
-    chat.type("//etc is a folder\r")
+    chat.type("//help is a word\r")
     chat.wait_for(re.escape(SAYS))
     chat.type("/save talk.json\r")
     chat.wait_for("Saved:")

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qwenlocal.terminal.commands import is_command, unescaped
 from qwenlocal.terminal.input import Pastes
 from qwenlocal.terminal.typing_ahead import TypedAhead
 
@@ -60,3 +61,35 @@ def test_a_long_paste_is_folded_and_unfolded() -> None:
     assert pastes.fold("x" * 5000) == "[paste 2: 5,000 letters]"
     line = "look: [paste 1: 240 lines] and [paste 2: 5,000 letters]; [paste 9: 3 lines]"
     assert pastes.unfold(line) == f"look: {long} and {'x' * 5000}; [paste 9: 3 lines]"
+
+
+def test_the_history_keeps_pastes_whole_and_another_chats_are_not_taken_for_them() -> None:
+    pastes = Pastes()
+    line = "look: " + pastes.fold("x\n" * 30)
+    assert pastes.remembered(line) == "look: " + "x\n" * 30
+    assert Pastes().unfold(line) == line
+    other = Pastes()
+    other.fold("secret\n" * 200)
+    assert other.unfold(line) == line
+    huge = pastes.remembered(pastes.fold("y" * 200_000))
+    assert huge == "[a paste 2: 200,000 letters]"
+    assert pastes.unfold(huge) == huge
+
+
+@pytest.mark.parametrize(
+    ("line", "sent"),
+    [
+        ("//help", "/help"),
+        ("// a comment", "// a comment"),
+        ("/* sum */\nint f(int a);", "/* sum */\nint f(int a);"),
+        ("/etc/fstab", "/etc/fstab"),
+        ("a /help", "a /help"),
+    ],
+)
+def test_a_line_that_is_no_command_is_sent(line: str, sent: str) -> None:
+    assert not is_command(line)
+    assert unescaped(line) == sent
+
+
+def test_commands_are_words_behind_a_slash() -> None:
+    assert all(is_command(line) for line in ("/help", "/?", "/system You are\nkind", "/hlep x"))

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwenlocal.errors import ModelNotFound, UsageProblem
+from qwenlocal.errors import ModelNotFound, QwenlocalError, UsageProblem
 from qwenlocal.language import mark, tr
 
 MOST_BYTES = 64 << 20
 _LOOKED_AT = 8192
-_MENTION = re.compile(r'(?<!\S)@(?:"([^"\n]+)"|(\S+))')
+_MENTION = re.compile(r'(?<![A-Za-z0-9_./@-])@(?:"([^"\n]+)"|(\S{1,4096}))')
+_ENDS = ".,;:!?)]}'\"，。；：？！、）】」』”’"  # what may follow a file's name without a space
 _PICTURES = {
     b"\x89PNG": mark("a picture (PNG)"),
     b"\xff\xd8\xff": mark("a picture (JPEG)"),
@@ -83,9 +84,10 @@ def mentioned(text: str, folder: Path) -> list[Path]:
     """
     The files that `text` mentions as `@path` or `@"a path"`; what is no file ("@alice") is left alone.
 
-    `mentioned("compare @a.txt with @b.txt", folder)` are those two, where they exist.
+    `mentioned("compare @a.txt with (@b.txt)", folder)` are those two, where they exist. Chinese needs no spaces:
+    `mentioned("总结@a.txt，谢谢", folder)` is a.txt.
     """
-    found = [path for name in _names(text) if (path := _file(name, folder))]
+    found = [path for word in _words(text) if (path := _file(word, folder))]
     return list(dict.fromkeys(found))
 
 
@@ -96,24 +98,34 @@ def missing(text: str, folder: Path) -> list[str]:
     "@alice", "@app.get" and "@types/node" are no files, and were not meant to be.
     """
     quoted = {match[1] for match in _MENTION.finditer(text) if match[1]}
-    absent = [name for name in _names(text) if _file(name, folder) is None]
-    return list(dict.fromkeys(name for name in absent if name in quoted or _looks_like_a_file(name)))
+    absent = [word for word in _words(text) if _file(word, folder) is None]
+    names = [word if word in quoted else _name_in(word) for word in absent]
+    return list(dict.fromkeys(name for name in names if name))
 
 
-def _names(text: str) -> Iterator[str]:
+def _words(text: str) -> Iterator[str]:
     for match in _MENTION.finditer(text):
-        yield match[1] or match[2].rstrip(",;:!?)")
+        yield match[1] or match[2]
 
 
-def _file(name: str, folder: Path) -> Path | None:
-    for candidate in (name, name.rstrip(".")):
-        try:
-            path = (folder / Path(candidate).expanduser()).resolve()
-            if path.is_file():
-                return path
-        except (OSError, RuntimeError, ValueError):  # too long, nobody's home, letters that no name has: no file
-            return None
+def _file(word: str, folder: Path) -> Path | None:
+    """The longest beginning of `word` that is a file, where a name may end: before a full stop, before 中文."""
+    for end in range(len(word), 0, -1):
+        if end == len(word) or word[end] in _ENDS or not word[end].isascii():
+            try:
+                path = (folder / Path(word[:end]).expanduser()).resolve()
+                if path.is_file():
+                    return path
+            except (OSError, RuntimeError, ValueError):  # too long, nobody's home, letters that no name has: no file
+                continue
     return None
+
+
+def _name_in(word: str) -> str:
+    """What of `word` was meant as a file's name; "" where nothing was."""
+    until_end = re.split(f"['\"’”]|[{re.escape(_ENDS)}](?![A-Za-z0-9/.])", word.rstrip(_ENDS), maxsplit=1)[0]
+    plain = re.match(r"[!-~]*", until_end)
+    return next((name for name in (until_end, plain[0] if plain else "") if _looks_like_a_file(name)), "")
 
 
 def _looks_like_a_file(name: str) -> bool:
@@ -121,17 +133,16 @@ def _looks_like_a_file(name: str) -> bool:
 
 
 def _plain(path: Path, data: bytes) -> str:
-    for magic, what in _PICTURES.items():
-        if data.startswith(magic):
-            raise UsageProblem(tr("{name} is {what}; this model reads text only.", name=path.name, what=tr(what)))
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         return data.decode("utf-16", errors="replace")
     if b"\0" in data[:_LOOKED_AT]:
-        raise UsageProblem(tr("{name} is a binary file; this model reads text only.", name=path.name))
+        raise _no_text(path, data) or UsageProblem(
+            tr("{name} is a binary file; this model reads text only.", name=path.name)
+        )
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as wrong:
-        raise UsageProblem(
+        raise _no_text(path, data) or UsageProblem(
             tr(
                 "{name} is not UTF-8 text (byte {start:,} is 0x{data:02X}).",
                 name=path.name,
@@ -142,9 +153,19 @@ def _plain(path: Path, data: bytes) -> str:
         ) from wrong
 
 
+def _no_text(path: Path, data: bytes) -> UsageProblem | None:
+    """What a file without text is, by its first bytes; text may begin with "GGUF", too."""
+    for magic, what in _PICTURES.items():
+        if data.startswith(magic):
+            return UsageProblem(tr("{name} is {what}; this model reads text only.", name=path.name, what=tr(what)))
+    return None
+
+
 def _read_with(reader: Callable[[Path], str], path: Path) -> str:
     try:
         return reader(path)
+    except QwenlocalError:
+        raise
     except Exception as reason:  # whatever a library stumbles over in somebody's file
         raise UsageProblem(
             tr(

@@ -19,7 +19,7 @@ from qwenlocal.language import tr
 from qwenlocal.terminal.about_models import prompt_files
 from qwenlocal.terminal.answer import show_answer
 from qwenlocal.terminal.attaching import with_documents
-from qwenlocal.terminal.commands import Leave, find, unknown
+from qwenlocal.terminal.commands import Leave, find, is_command, unescaped, unknown
 from qwenlocal.terminal.markdown import Look, warm_up
 from qwenlocal.terminal.plain import has_colours, obeys
 from qwenlocal.terminal.screen import Screen, Size
@@ -88,6 +88,10 @@ class Chat:
                 self._said(self._next(line))
                 warned = False
             except KeyboardInterrupt:
+                if self._session.editing:
+                    self._session.editing = None
+                    self._session.say(tr("Nothing was changed."))
+                    continue
                 if warned:
                     return
                 self._session.say(tr("(Ctrl-C again or Ctrl-D leaves.)"))
@@ -127,15 +131,16 @@ class Chat:
     def _said(self, line: str) -> None:
         """Do what a line says."""
         session = self._session
-        if line.strip() and not line.startswith("/"):
+        if line.strip() and not is_command(line):
             _ = session.conversation  # where its model cannot be loaded, there is nothing to chat with
         try:
-            if session.editing:
+            if session.editing and not (is_command(line) and find(line.split()[0])):
                 self._edited(line)
-            elif line.startswith("/") and not line.startswith("//"):
+            elif is_command(line):
+                session.editing = None
                 self._obey(line)
             elif line.strip():
-                self._ask(line.removeprefix("/") if line.startswith("//") else line)
+                self._ask(unescaped(line))
         except QwenlocalError as error:
             afresh = tr("/clear starts afresh, /drop leaves a turn out.") if isinstance(error, ContextFull) else ""
             session.say(" ".join(part for part in (str(error), error.hint, afresh) if part))
@@ -159,15 +164,22 @@ class Chat:
             session.conversation.replace_answer(editing.turn, line)
             session.say(tr("The model has said that now; what followed is kept: /branch"))
         else:
-            self._show(lambda: session.conversation.edit(editing.turn, line))
+            whole = self._with_files(unescaped(line))
+            if whole is not None:
+                self._show(lambda: session.conversation.edit(editing.turn, whole))
 
     def _ask(self, text: str) -> None:
-        documents = [read_document(path) for path in mentioned(text, Path())]
-        for name in missing(text, Path()):
-            self._session.say(tr("There is no file {name}; that is sent as it stands.", name=name))
-        whole = with_documents(self._session, text, documents)
+        whole = self._with_files(text)
         if whole is not None:
             self._show(lambda: self._session.conversation.ask(whole))
+
+    def _with_files(self, text: str) -> str | None:
+        """`text` with the files that it mentions, but for those that it has in it already; None to send nothing."""
+        documents = [read_document(path) for path in mentioned(text, Path())]
+        documents = [document for document in documents if document.as_message() not in text]
+        for name in missing(text, Path()):
+            self._session.say(tr("There is no file {name}; that is sent as it stands.", name=name))
+        return with_documents(self._session, text, documents)
 
     # --- answers
 
@@ -219,7 +231,14 @@ class Chat:
             session.models.names, lambda: list(prompt_files(session.prompts)), lambda: len(session.thread.turns)
         )
         vi = os.environ.get("QWENLOCAL_KEYS", "").lower() == "vi"
-        return make_session(completer, self._pastes, self._history, toolbar=self._toolbar, vi=vi)
+        return make_session(
+            completer,
+            self._pastes,
+            self._history,
+            toolbar=self._toolbar,
+            is_editing=lambda: session.editing is not None,
+            vi=vi,
+        )
 
     def _toolbar(self) -> str:
         """What the line below the input says."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -136,6 +137,16 @@ KEYS: Sequence[tuple[str, str]] = (
 )
 
 _OTHER_NAMES = {"/quit": "/exit", "/bye": "/exit", "/?": "/help", "/new": "/clear", "/regen": "/retry", "/q": "/exit"}
+
+
+def is_command(line: str) -> bool:
+    """Whether a line is meant as a command: `/help`, but not `//help`, `/etc/fstab` or `/* a comment */`."""
+    return re.match(r"/[A-Za-z?]+(\s|$)", line) is not None
+
+
+def unescaped(line: str) -> str:
+    """The line as it is sent: of two slashes before a word that would be a command, one."""
+    return line[1:] if line.startswith("//") and is_command(line[1:]) else line
 
 
 def find(word: str) -> Command | None:

@@ -27,31 +27,38 @@ if TYPE_CHECKING:
     from prompt_toolkit.history import History
 
 _LONG_LINES, _LONG_TEXT = 8, 1000  # a paste of so many lines or letters is folded
+_LONGEST_KEPT = 100_000  # letters of a paste in the history
 _CHIP = re.compile(r"\[paste (\d+): [\d,]+ (?:lines|letters)\]")
 _WORD = re.compile(r'(?<!\S)@("?)([^"\s]*)$')
 
 
 @dataclass
 class Pastes:
-    """Long pastes, which the line shows folded: `[paste 1: 240 lines]`."""
+    """Long pastes, which the line shows folded: `[paste 1: 240 lines]`; by what stands for them there."""
 
-    texts: list[str] = field(default_factory=list)
+    texts: dict[str, str] = field(default_factory=dict)
 
     def fold(self, text: str) -> str:
         """What stands for a paste in the line: itself, where it is short."""
         lines = text.count("\n") + 1
         if lines < _LONG_LINES and len(text) < _LONG_TEXT:
             return text
-        self.texts.append(text)
         size = f"{lines:,} lines" if lines > 1 else f"{len(text):,} letters"
-        return f"[paste {len(self.texts)}: {size}]"
+        chip = f"[paste {len(self.texts) + 1}: {size}]"
+        self.texts[chip] = text
+        return chip
 
     def unfold(self, line: str) -> str:
         """The line with the pastes in their places."""
-        return _CHIP.sub(lambda chip: self._text(int(chip[1]), chip[0]), line)
+        return _CHIP.sub(lambda chip: self.texts.get(chip[0], chip[0]), line)
 
-    def _text(self, number: int, chip: str) -> str:
-        return self.texts[number - 1] if 1 <= number <= len(self.texts) else chip
+    def remembered(self, line: str) -> str:
+        """What the history keeps of a line: pastes in their places, but for those that are too long for a line."""
+        return _CHIP.sub(lambda chip: self._kept(chip[0]), line)
+
+    def _kept(self, chip: str) -> str:
+        text = self.texts.get(chip, chip)
+        return text if len(text) <= _LONGEST_KEPT else f"[a {chip[1:]}"
 
 
 class ChatCompleter(Completer):
@@ -102,9 +109,19 @@ def _from(words: Iterable[tuple[str, str]], typed: str) -> Iterator[Completion]:
 
 
 def make_session(
-    completer: Completer, pastes: Pastes, history: Path | None, *, toolbar: Callable[[], str], vi: bool
+    completer: Completer,
+    pastes: Pastes,
+    history: Path | None,
+    *,
+    toolbar: Callable[[], str],
+    is_editing: Callable[[], bool],
+    vi: bool,
 ) -> PromptSession[str]:
-    """A line editor over the terminal; lines of earlier chats are in the file `history`, if there is one."""
+    """
+    A line editor over the terminal; lines of earlier chats are in the file `history`, if there is one.
+
+    While `is_editing`, Ctrl-C raises KeyboardInterrupt also where something is typed.
+    """
     from prompt_toolkit import PromptSession
     from prompt_toolkit.auto_suggest import AutoSuggestFromHistory
     from prompt_toolkit.enums import EditingMode
@@ -118,8 +135,8 @@ def make_session(
         return FormattedText([("class:toolbar", toolbar())])
 
     return PromptSession(
-        history=_past(history),
-        key_bindings=_keys(pastes),
+        history=_past(history, pastes),
+        key_bindings=_keys(pastes, is_editing),
         multiline=True,
         prompt_continuation="  ",
         completer=completer,
@@ -136,7 +153,7 @@ def make_session(
     )
 
 
-def _past(path: Path | None) -> History:
+def _past(path: Path | None, pastes: Pastes) -> History:
     """What was typed before, in this and earlier chats; only in this one without a file that can be written."""
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
@@ -148,14 +165,19 @@ def _past(path: Path | None) -> History:
         os.close(descriptor)
     except (CannotWrite, OSError):
         return InMemoryHistory()
-    return FileHistory(str(path))
+
+    class WithPastes(FileHistory):
+        def store_string(self, string: str) -> None:
+            super().store_string(pastes.remembered(string))
+
+    return WithPastes(str(path))
 
 
 def _is_typing() -> bool:
     return bool(get_app().current_buffer.text) and not is_searching()
 
 
-def _keys(pastes: Pastes) -> KeyBindings:
+def _keys(pastes: Pastes, is_editing: Callable[[], bool]) -> KeyBindings:
     """
     Enter sends; Alt-Enter, Ctrl-J and a backslash before Enter make a new line; pastes are folded.
 
@@ -179,7 +201,7 @@ def _keys(pastes: Pastes) -> KeyBindings:
     def _new_line(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text("\n")
 
-    @keys.add("c-c", filter=Condition(_is_typing))
+    @keys.add("c-c", filter=Condition(lambda: _is_typing() and not is_editing()))
     def _clear(event: KeyPressEvent) -> None:
         event.current_buffer.append_to_history()
         event.current_buffer.reset()

@@ -69,6 +69,8 @@ def test_a_template_is_filled_from_each_line(invoke: Run, speaking_model: Path, 
 def test_a_template_without_a_batch_takes_the_prompt(invoke: Run, speaking_model: Path) -> None:
     one = invoke("run", "-m", str(speaking_model), "hello", "--template", "Say {input}", "--stats")
     assert one.stdout == f"{SAYS}\n"
+    whole = invoke("run", "-m", str(speaking_model), "--template", "Say {what}", "--var", "what=hello")
+    assert (whole.returncode, whole.stdout) == (0, f"{SAYS}\n")
     missing = invoke("run", "-m", str(speaking_model), "hello", "--template", "Say {input} in {lang}")
     assert (missing.returncode, "{lang}, for which there is nothing" in missing.stderr) == (2, True)
 
@@ -81,6 +83,9 @@ def test_a_template_without_a_batch_takes_the_prompt(invoke: Run, speaking_model
         ('ok\n{"other": "x"}\n', "Line 2 of the batch has no prompt"),
         ('{"id": 1, "prompt": "x"}\n{"id": 1, "prompt": "y"}\n', "have the id 1"),
         ('{"id": [], "prompt": "x"}\n', "neither a text nor a number"),
+        ('{"prompt": null}\n', "Line 1 of the batch has no prompt"),
+        ('{"prompt": ["x"]}\n', "Line 1 of the batch has no prompt"),
+        ('{"a":' * 100_000, "Line 1 of the batch is not JSON"),
         ('{"messages": [3]}\n', "are not a list of roles and contents"),
     ],
 )

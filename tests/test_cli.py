@@ -424,6 +424,19 @@ def test_a_file_without_an_end_is_not_read_to_its_end(option: str, invoke: Run) 
     assert (result.returncode, "is longer than 64 MB" in result.stderr) == (2, True)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["hi", "-o", "out.txt"], "-o says where the answers of --batch go."),
+        (["--continue", "hi"], "go on in a terminal, and this is none"),
+        (["hi", "--limit-rate", "9" * 400], "is not a rate"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(words: list[str], said: str, invoke: Run, tmp_path: Path) -> None:
+    result = invoke("run", "-m", "./nothing.gguf", *words)
+    assert (result.returncode, said in result.stderr) == (2, True)
+
+
 def test_nothing_to_answer_is_a_usage_problem(qwenlocal: Run, speaking_model: Path) -> None:
     assert "There is nothing to answer" in clean(qwenlocal("run", str(speaking_model)), 2)
 

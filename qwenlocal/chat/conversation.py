@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -200,7 +201,7 @@ class Conversation:
 
     def save(self, path: Path, model: str) -> None:
         """Write the conversation as JSON: {"model", "messages"}, the form that chat APIs use; in one step."""
-        draft = path.with_name(path.name + ".tmp")
+        draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         data = {"model": model, "messages": self.prompt_messages}
         draft.write_text(json.dumps(data, ensure_ascii=False, indent=1) + "\n", encoding="utf-8", errors="replace")
         draft.replace(path)

@@ -352,6 +352,6 @@ def _sampling(metadata: Mapping[str, Value], recommended: Mapping[str, float]) -
     for name, value in {**recommended, **in_file}.items():
         try:
             sampling = sampling.with_known({name: int(value) if name == "top_k" else float(value)})  # type: ignore[arg-type]
-        except (UsageProblem, TypeError, ValueError):
+        except (UsageProblem, TypeError, ValueError, OverflowError):
             notes.append(f"The file recommends {name} = {value!r}, which cannot be used; it is left out.")
     return sampling, tuple(notes)

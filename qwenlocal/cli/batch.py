@@ -75,7 +75,7 @@ def _item(number: int, line: str, system: str, template: str | None, values: Map
     if line.lstrip()[:1] in ('"', "{"):
         try:
             data = json.loads(line)
-        except ValueError as reason:
+        except (ValueError, RecursionError) as reason:
             raise UsageProblem(
                 tr("Line {number} of the batch is not JSON: {reason}.", number=number, reason=reason)
             ) from reason
@@ -94,7 +94,7 @@ def _item(number: int, line: str, system: str, template: str | None, values: Map
                 tr("The messages of line {number} of the batch are not a list of roles and contents.", number=number)
             )
         return Item(id, given)
-    texts = {key: str(value) for key, value in data.items()}
+    texts = {key: str(value) for key, value in data.items() if isinstance(value, (str, int, float))}
     prompt = texts.get("prompt", texts.get("input"))
     if template is not None:
         prompt = filled(template, {**values, **({"input": prompt} if prompt is not None else {}), **texts})
@@ -109,7 +109,7 @@ def _item(number: int, line: str, system: str, template: str | None, values: Map
 
 def done_before(output: Path | None) -> set[str | int]:
     """The ids that an output has already; a last line that was cut off is taken away."""
-    if output is None or not output.is_file():
+    if output is None or not os.path.isfile(output):  # Path.is_file raises without permission
         return set()
     try:
         data = output.read_bytes()

@@ -67,7 +67,7 @@ def _say(line: StatusLine, name: str, what: str) -> None:
 
 def _depths(text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not parts or not all(part.isdecimal() and int(part) <= 1 << 20 for part in parts):
+    if not parts or not all(part.isdecimal() and len(part) < 8 and int(part) <= 1 << 20 for part in parts):
         raise UsageProblem(f"--depths is a list of numbers of tokens; it is {text}.", hint="For example: 0,512,4096")
     return sorted({0, *map(int, parts)})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -125,9 +126,9 @@ def export_chat(text: str, form: str | None, output: Path | None, *, force: bool
     if output is None:
         sys.stdout.write(said)
         return
-    if output.exists() and not force:
+    if os.path.exists(output) and not force:  # Path.exists raises without permission
         raise OutputExists(output)
-    draft = output.with_name(output.name + ".tmp")
+    draft = output.with_name(f"{output.name}.{os.getpid()}.tmp")
     try:
         draft.write_text(said, encoding="utf-8")
         draft.replace(output)

@@ -206,6 +206,8 @@ def _refuse_existing(wanted: Sequence[tuple[Path, FileType]], asked: Asked) -> N
                 raise OutputExists(path)
         except PermissionError as reason:
             raise CannotWrite(path.parent, "permission denied", hint=Advice().elsewhere) from reason
+        except OSError as reason:
+            raise UsageProblem(f"{path} can be no file's name: {reason.strerror}.", hint="Name it: -o FILE") from reason
 
 
 def _do(program: Program, plan: Plan, asked: Asked) -> None:

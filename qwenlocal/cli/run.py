@@ -54,7 +54,7 @@ def run_model(asked: Asked) -> None:
         record = program.have(name, limit_rate=asked.limit_rate)
     else:
         name, record = program.have_default(limit_rate=asked.limit_rate)
-    if prompt is None or asked.interactive:
+    if prompt is None or asked.interactive or going_on:
         from qwenlocal.cli.chatting import chat
 
         chat(asked, program, name, record, going_on, system, prompt)
@@ -126,6 +126,12 @@ def _check(asked: Asked) -> None:
     Sampling().with_known(asked.sampling)  # says what is out of range before anything is fetched or loaded
     if asked.limit is not None and asked.limit < 1:
         raise UsageProblem(tr("-n must be at least 1; it is {limit}.", limit=asked.limit))
+    if asked.output and asked.batch is None:
+        raise UsageProblem(
+            tr("-o says where the answers of --batch go."), hint=tr("For one answer: qwenlocal run … > FILE")
+        )
+    if asked.resume is not None and not _can_chat():
+        raise UsageProblem(tr("--resume and --continue go on in a terminal, and this is none."))
     if asked.overflow not in OVERFLOWS:
         raise UsageProblem(
             tr("--overflow is {names}; it is {overflow}.", names=", ".join(OVERFLOWS), overflow=asked.overflow)
@@ -151,7 +157,7 @@ def _texts(asked: Asked) -> tuple[str | None, str]:
     prompt = "\n\n".join(parts) if parts else None
     if asked.raw and prompt is None:
         raise UsageProblem(tr("There is no text to continue."), hint=tr('Give a beginning: --raw "Once upon a time"'))
-    if prompt is not None and not asked.interactive:
+    if (prompt is not None or asked.template is not None) and not asked.interactive:
         return prompt, system
     if asked.interactive and not _can_chat():
         raise UsageProblem(tr("-i opens a chat, and this is not a terminal to chat in."))

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from qwenlocal.errors import UsageProblem
 from qwenlocal.language import tr
 
+_FASTEST = 1e15  # bytes a second
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3}
 
 
@@ -26,12 +27,12 @@ def rate(text: str | None) -> int:
     if text is None:
         return 0
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?)(?:b(?:/s)?|i?b)?", text.strip().lower())
-    value = int(float(match[1]) * _UNITS[match[2]]) if match else 0
-    if value <= 0:
+    value = float(match[1]) * _UNITS[match[2]] if match else 0
+    if not 1 <= value <= _FASTEST:
         raise UsageProblem(
             tr("“{text}” is not a rate.", text=text), hint=tr("Write it like 500K, 2M or 1.5M: bytes a second.")
         )
-    return value
+    return int(value)
 
 
 def values_from(texts: Sequence[str]) -> dict[str, str]:

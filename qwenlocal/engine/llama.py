@@ -169,6 +169,9 @@ class Model:
     def _finish(self) -> None:
         if not self._model:
             raise _load_failure(self.path, self._lib.complaint())
+        if not self._c.llama_vocab_type(self._c.llama_model_get_vocab(self._model)):  # llama.cpp would end the process
+            self.close()
+            raise BadWeights(self.path, "it has no vocabulary", hint="It cannot be talked to.")
         self.vocabulary = Vocabulary(self._c, self._model, self.metadata("tokenizer.ggml.pre"))
 
     def metadata(self, key: str) -> str:

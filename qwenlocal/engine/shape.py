@@ -50,7 +50,7 @@ class Shape:
                 number("feed_forward_length", 4 * embedding),
                 heads,
             )
-        except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        except (KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError):
             return None
 
     def kv_bytes(self, n_ctx: int, keys: str = "f16", values: str = "f16") -> int:

@@ -124,7 +124,9 @@ class Vocabulary:
 
     def text_of(self, token: int) -> str:
         """The spelling of a token in the vocabulary, "" for -1 (no such token)."""
-        return self._c.llama_vocab_get_text(self._vocab, token).decode() if token >= 0 else ""
+        if token < 0:
+            return ""
+        return str(self._c.llama_vocab_get_text(self._vocab, token).decode("utf-8", errors="replace"))
 
     @property
     def bos(self) -> str:

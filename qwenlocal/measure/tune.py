@@ -69,13 +69,15 @@ def tune(path: Path, threads: Sequence[int], *, seconds: float = 20.0, report: R
         best = quickest(threads, with_threads, seconds / 4)
         report("flash attention")
         for key in ((False, _TOGETHER[0]), (True, _TOGETHER[0])):
-            contexts.setdefault(key, _context(model, best, flash=key[0], together=key[1])).set_threads(best)
+            if key not in contexts:
+                contexts[key] = _context(model, best, flash=key[0], together=key[1])
+            contexts[key].set_threads(best)
             fill(contexts[key], _DEPTH)
         flash = quickest([False, True], lambda on: decode_speed(contexts[on, _TOGETHER[0]], _PIECE), seconds / 4)
         report("several tokens at once")
         costs = _costs(contexts[flash, _TOGETHER[0]])
         report("reading")
-        contexts.setdefault((flash, _TOGETHER[1]), _context(model, best, flash=flash, together=_TOGETHER[1]))
+        contexts[flash, _TOGETHER[1]] = _context(model, best, flash=flash, together=_TOGETHER[1])
         together = quickest(_TOGETHER, lambda size: prefill_speed(contexts[flash, size], _DEPTH), seconds / 4)
         return Tuned(best, flash, together, costs)
     finally:

@@ -157,7 +157,7 @@ def _target(session: Session, rest: str, name: str) -> Path:
 
 
 def _write(session: Session, path: Path, write: Callable[[], object]) -> None:
-    if path.exists() and path not in session.written:
+    if os.path.exists(path) and path not in session.written:  # Path.exists raises without permission
         raise OutputExists(path, hint=tr("Choose another name."))
     try:
         write()

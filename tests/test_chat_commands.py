@@ -194,7 +194,7 @@ def test_settings_are_shown_changed_and_refused(terminal: Open, speaking_model: 
 
 
 def test_every_setting_of_sampling_can_be_set() -> None:
-    assert set(Sampling.__dataclass_fields__) - {"grammar"} <= set(SETTINGS)
+    assert set(Sampling.__dataclass_fields__) - {"grammar", "begun"} <= set(SETTINGS)
 
 
 def test_prompts_are_those_of_the_program_and_ones_own(

@@ -122,6 +122,15 @@ def test_literals_are_computed_together(context: Context, monkeypatch: pytest.Mo
     assert len(batches) < 8
 
 
+def test_an_answer_that_was_cut_goes_on_within_its_grammar(context: Context) -> None:
+    grammar = 'root ::= "[" [a-c] [d-f] [g-i] "]"'
+    begun = said(context, grammar, limit=2)
+    ids = tuple(context.model.vocabulary.tokenize(begun, special=False))
+    assert re.fullmatch(r"[d-f][g-i]\]", said(context, grammar, begun=ids))
+    with pytest.raises(UsageProblem, match="does not keep to the grammar"):
+        said(context, grammar, begun=ids[::-1])
+
+
 def test_an_answer_is_not_longer_than_asked_even_where_literals_are(context: Context) -> None:
     assert said(context, 'root ::= "a long literal"', limit=6) == "a long"
 
@@ -181,12 +190,53 @@ def test_a_property_may_be_called_like_a_rule_of_ours(context: Context) -> None:
         ('{"$ref": "https://example.org/x.json"}', "leads out of the schema"),
         ('{"$ref": "#/$defs/missing"}', "cannot be kept to"),
         ('{"anyOf": [3]}', "no schema"),
+        ('{"allOf": [{"type": "string"}, {"type": "integer"}]}', "joins more than objects"),
+        ('{"allOf": [{"properties": {"a": {}}}, {"properties": {"a": {}}}]}', "has a property twice"),
+        ('{"properties": {"kind": {}}, "anyOf": [{"type": "object"}]}', "“anyOf” beside “properties”"),
+        ('{"type": ["object"], "anyOf": [{"type": "object"}]}', "“anyOf” beside “type”"),
+        ('{"prefixItems": [{"type": "string"}], "items": {"type": "integer"}}', "“prefixItems” beside “items”"),
+        ('{"prefixItems": [{"type": "string"}], "minItems": 2}', "“prefixItems” beside “minItems”"),
+        ('{"type": "string", "format": "date", "maxLength": 3}', "“format” beside “maxLength”"),
+        ('{"maxLength": 3}', "“maxLength” in the schema needs “type”"),
+        ('{"type": "object", "required": ["a"]}', "“a” is required in the schema, but not among its properties"),
+        ('{"enum": [1], "const": 1}', "“const” beside “enum”"),
+        (r'{"type": "string", "pattern": "^\\bword$"}', "“\\b”"),
+        ('{"type": "string", "pattern": "^(?=a)$"}', "(?…)"),
+        ('{"type": "string", "pattern": "^a+?$"}', "greed"),
     ],
 )
 def test_a_schema_that_cannot_be_kept_to_is_refused(schema: str, message: str) -> None:
     with pytest.raises(UsageProblem) as caught:
         grammar_of_schema(schema)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("schema", "kept", "others"),
+    [
+        ({"properties": {"c": {"allOf": [{"$ref": "#/$defs/C"}]}}, "required": ["c"], "type": "object",
+          "$defs": {"C": {"enum": ["red", "blue"], "type": "string"}}},
+         ['{"c": "red"}'], ['{"c": {}}', '{"c": "green"}']),
+        ({"type": ["string", "null"], "maxLength": 3}, ['"abc"', "null"], ['"abcd"', "1"]),
+        ({"type": ["string", "null"], "enum": ["a", None]}, ['"a"', "null"], ['"b"', '"ab"']),
+        ({"type": "object", "allOf": [{"properties": {"a": {"const": 1}}}, {"properties": {"b": {"const": 2}}}]},
+         ['{"a": 1, "b": 2}'], ['{"a": 1}']),
+        ({"const": 'say ":" space, "," space'}, [json.dumps('say ":" space, "," space')], ['"say"']),
+        ({"type": "array", "minItems": 2, "maxItems": 2}, ["[1, true]"], ["[1]", "[1, 2, 3]"]),
+        ({"properties": {'a"b': {"const": "x\\y\n"}}, "required": ['a"b']}, [r'{"a\"b": "x\\y\n"}'], ['{"a"b": 1}']),
+        ({"prefixItems": [{"type": "string"}, {"const": 1}], "items": False}, ['["a", 1]'], ["[1, 1]", '["a"]']),
+        ({"properties": {"x": {}}, "required": ["x"]}, ['{"x": 1}', '{"x": null}'], ["{}"]),
+        ({"type": "string", "pattern": r"^\d{3}-\w+\.[^a]$"}, ['"123-ab.c"'],
+         ['"123-ab.a"', '"12-a.b"', '"123-ab."', '"123-abxc"']),
+        ({"type": "string", "pattern": "^.*$"}, ['"a b"', '""'], ['"a"b"', '"a\n"', '"a\\"']),
+    ],
+)  # fmt: skip
+def test_what_stands_beside_something_else_is_kept_to(
+    schema: dict[str, Any], kept: list[str], others: list[str], context: Context
+) -> None:
+    grammar = grammar_of_schema(json.dumps(schema))
+    assert [text for text in kept if not accepts(context, grammar, text)] == []
+    assert [text for text in others if accepts(context, grammar, text)] == []
 
 
 @pytest.mark.parametrize(

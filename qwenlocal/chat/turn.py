@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from qwenlocal.chat.events import Done, Event, Reading, Stats, Text, Why
@@ -47,6 +48,8 @@ def answer(
     tokens, reused, why = 0, 0, None
     said = list(begun)
     started = first = last = clock()
+    if sampling.grammar is not None:
+        sampling = replace(sampling, begun=tuple(begun))
     for step in generator.generate([*ids, *begun], sampling, limit=limit or 1 << 30):
         if isinstance(step, Prefill):
             reused = step.reused

@@ -13,7 +13,7 @@ import contextlib
 import ctypes
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from qwenlocal.engine.llama import library
@@ -97,6 +97,22 @@ class Constraint:
     def accept(self, token: int) -> None:
         """The answer went on with `token`."""
         self._c.llama_sampler_accept(self._grammar, token)
+
+    def catch_up(self, tokens: Sequence[int]) -> None:
+        """
+        The answer begins with `tokens`.
+
+        Raises
+        ------
+        UsageProblem: the grammar does not allow that.
+        """
+        for token in tokens:
+            if not self.allows(token):  # llama.cpp ends the process where it is told of such a token
+                self.close()
+                raise UsageProblem(
+                    "The answer does not keep to the grammar so far.", hint="Have it answer anew: /retry"
+                )
+            self.accept(token)
 
     def forced(self) -> bytes:
         """What must come now, as far as there is no choice: b'{"name":"' at the beginning of such an object."""

@@ -27,10 +27,12 @@ class Sampler:
         """
         Raises
         ------
-        UsageProblem: the grammar cannot be read.
+        UsageProblem: the grammar cannot be read, or does not allow what was begun.
         """
         self._c = c = library().c
         self._constraint = Constraint(sampling.grammar, vocabulary) if sampling.grammar is not None else None
+        if self._constraint:
+            self._constraint.catch_up(sampling.begun)
         self._penalties: Any = None
         self._recent: collections.deque[int] = collections.deque(maxlen=_PENALTY_WINDOW)
         self._padding = vocabulary.padding

@@ -16,8 +16,8 @@ class Sampling:
     How the next token is chosen from the model's scores.
 
     `temperature` 0 takes the most likely token each time. `top_k` 0, `top_p` 1, `min_p` 0 and `repeat_penalty` 1 are
-    off. `seed` None takes a new one each time. Answers keep to `grammar` (GBNF), if there is one. The defaults are
-    Qwen1.5's own for its chat models.
+    off. `seed` None takes a new one each time. Answers keep to `grammar` (GBNF), if there is one; where a prompt ends
+    with the beginning of such an answer, `begun` are its tokens. The defaults are Qwen1.5's own for its chat models.
     """
 
     temperature: float = 0.7
@@ -27,6 +27,7 @@ class Sampling:
     repeat_penalty: float = 1.05
     seed: int | None = None
     grammar: str | None = None
+    begun: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         _within("temperature", self.temperature, 0, 10)

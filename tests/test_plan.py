@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import gguf
 import pytest
 from conftest import Run
 from hub import HubServer
@@ -303,3 +307,29 @@ def test_a_file_that_states_no_context_gets_a_usual_one() -> None:
 def test_a_model_of_unknown_shape_is_laid_out_as_asked() -> None:
     plan = choose_plan("x", None, 1, 8 * GIB, Wanted(kv_type="q8_0", threads=3))
     assert (plan.options.key_type, plan.options.flash_attention, plan.options.threads) == ("q8_0", True, 3)
+
+
+def test_a_model_in_several_files_is_counted_and_verified_whole(
+    invoke: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = write_model(tmp_path / "whole.gguf", layers=4)
+    with monkeypatch.context() as patched:
+        patched.setattr(gguf, "GGUFWriter", functools.partial(gguf.GGUFWriter, split_max_tensors=20))
+        write_model(tmp_path / "split.gguf", layers=4)
+    parts = sorted(tmp_path.glob("split-*-of-*.gguf"))
+    assert len(parts) > 2
+
+    def facts(command: str, path: Path) -> Any:
+        return json.loads(invoke(command, f"./{path.name}", "--json").stdout)
+
+    assert facts("plan", parts[0])["memory"] == facts("plan", whole)["memory"]
+    assert facts("show", parts[0])["parameters"] == facts("show", whole)["parameters"]
+    assert facts("show", parts[1])["size"] == sum(part.stat().st_size for part in parts)
+    assert invoke("run", f"./{parts[0].name}", "Hi", "-n", "2").returncode == 0
+    assert invoke("verify", f"./{parts[0].name}").returncode == 0
+    parts[1].write_bytes(parts[1].read_bytes()[:-100])
+    assert invoke("verify", f"./{parts[0].name}").returncode == 5
+    parts[1].unlink()
+    for command in (["verify"], ["plan"], ["run"]):
+        result = invoke(*command, f"./{parts[0].name}")
+        assert (result.returncode, f"{parts[1].name} is not beside it" in result.stderr) == (5, True)

@@ -169,7 +169,7 @@ def show_model(text: str, *, as_json: bool) -> None:
     """What a model is; without the network, so what is not here is shown from the catalogue."""
     from qwenlocal.library.local import known_file
     from qwenlocal.library.names import CatalogueName, KeptCheckpoint, PathName
-    from qwenlocal.weights.header import read_header
+    from qwenlocal.weights.parts import read_parts
 
     program = Program(quiet=as_json)
     name = program.parse(text)
@@ -188,7 +188,7 @@ def show_model(text: str, *, as_json: bool) -> None:
     facts = _record_json(record)
     if isinstance(name, PathName):
         facts["name"] = record.path.name
-    _show({**facts, **header_facts(read_header(Path(record.files[0].path)))}, as_json)
+    _show({**facts, **header_facts(read_parts(record.path).header)}, as_json)
 
 
 def _kept(program: Program, name: KeptCheckpoint) -> Record:
@@ -367,12 +367,12 @@ def _damage(program: Program, record: Record) -> list[Damage]:
 
 def _check_readable(record: Record) -> None:
     from qwenlocal.weights.checkpoint import Checkpoint
-    from qwenlocal.weights.header import read_header
+    from qwenlocal.weights.parts import read_parts
 
     if record.is_checkpoint:
         Checkpoint.open(record.path.parent)
     else:
-        read_header(Path(record.files[0].path))
+        read_parts(record.path)
 
 
 def _proof(record: Record) -> str:

@@ -67,10 +67,11 @@ def _known(program: Program, name: Name) -> Iterator[Known]:
     """The header, of the file here or of the beginning of one that is elsewhere."""
     from qwenlocal.weights.header import read_header
     from qwenlocal.weights.levels import weights_of
+    from qwenlocal.weights.parts import read_parts
 
     record = program.local.here(name)
     if record is not None:
-        header = read_header(record.path)
+        header = read_parts(record.path).header
         yield Known(str(name), header, weights_of(header) or record.size, True)
         return
     with tempfile.TemporaryDirectory() as folder, program.puller() as puller:

@@ -17,6 +17,7 @@ from qwenlocal.library.store import Record, Store, StoredFile
 from qwenlocal.paths import Folders
 from qwenlocal.shards import shard_of
 from qwenlocal.weights.checkpoint import has_vocabulary, is_checkpoint, weight_files
+from qwenlocal.weights.parts import files_of
 
 Say = Callable[[str], None]
 
@@ -64,10 +65,11 @@ class Local:
 
         Raises
         ------
-        BadWeights: it is here, but its file was changed.
+        BadWeights: it is here, but its file was changed, or it has several files, and one is missing.
         """
         if isinstance(name, PathName):
-            return Record(str(name.path), [StoredFile.of(name.path, "")], "a file on this disk", owned=False)
+            files = [StoredFile.of(path, "") for path in files_of(name.path)]
+            return Record(str(name.path), files, "a file on this disk", owned=False)
         record = self._store.get(str(name))
         if record and not record.is_checkpoint and (ready := self._store.ready(record)):
             return ready

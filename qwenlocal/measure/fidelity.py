@@ -217,7 +217,7 @@ def measure(
         if missing or surplus or any(not each.key.startswith("tokenizer.") for each in against):
             return found
         sides = _Sides(file, header, source, pairs)
-        if reference.files[0].size + file.stat().st_size < memory:
+        if reference.files[0].size + read_parts(file).size < memory:
             wrong, logits = _compute(sides, texts, threads, report)
             return replace(found, texts=len(texts), wrong_texts=wrong, logits=logits)
         return replace(found, texts=len(texts), wrong_texts=_spell(sides, texts))

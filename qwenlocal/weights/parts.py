@@ -62,7 +62,7 @@ def read_parts(source: Path) -> Parts:
     ------
     BadWeights: one is missing, damaged, or has a tensor that another has, too.
     """
-    paths = _siblings(source)
+    paths = files_of(source)
     parts = Parts(paths, [read_header(path) for path in paths])
     seen: dict[str, Path] = {}
     for path, _, tensor in parts.located:
@@ -71,7 +71,14 @@ def read_parts(source: Path) -> Parts:
     return parts
 
 
-def _siblings(source: Path) -> list[Path]:
+def files_of(source: Path) -> list[Path]:
+    """
+    The files of a model, of which `source` is the file, or one of the files; in order.
+
+    Raises
+    ------
+    BadWeights: one is missing.
+    """
     shard = shard_of(source.name)
     if not shard:
         return [source]

@@ -330,6 +330,6 @@ def test_a_model_in_several_files_is_counted_and_verified_whole(
     parts[1].write_bytes(parts[1].read_bytes()[:-100])
     assert invoke("verify", f"./{parts[0].name}").returncode == 5
     parts[1].unlink()
-    for command in (["verify"], ["plan"], ["run"]):
-        result = invoke(*command, f"./{parts[0].name}")
+    for command, *more in (["verify"], ["plan"], ["run", "Hi"]):
+        result = invoke(command, f"./{parts[0].name}", *more)
         assert (result.returncode, f"{parts[1].name} is not beside it" in result.stderr) == (5, True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -243,6 +244,19 @@ def test_why_a_file_does_not_load_is_in_the_error(tmp_path: Path) -> None:
 def test_loading_can_be_stopped(speaking_model: Path) -> None:
     with pytest.raises(LoadStopped):
         Model(speaking_model, on_progress=lambda _fraction: False)
+
+
+def test_ctrl_c_while_a_model_is_loaded_ends_that_and_nothing_else_is_said(
+    speaking_model: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def press(_fraction: float) -> bool:
+        signal.raise_signal(signal.SIGINT)
+        return True
+
+    with pytest.raises(KeyboardInterrupt):
+        Model(speaking_model, on_progress=press)
+    assert capfd.readouterr().err == ""
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_text_becomes_ids_and_back(speaking_model: Path) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qwenlocal.engine.interrupts import held
 from qwenlocal.engine.llama import Model, library
 from qwenlocal.errors import NoContext, QwenlocalError
 from qwenlocal.ggml import tensor_type
@@ -138,7 +139,13 @@ class Context:
         params.abort_callback = ctypes.cast(_strlen(), type(params.abort_callback))
         params.abort_callback_data = self.abort.address
         self._lib.log.clear()
-        self._context = c.llama_init_from_model(model.handle, params)
+        self._context = None
+        try:
+            with held():
+                self._context = c.llama_init_from_model(model.handle, params)
+        except KeyboardInterrupt:
+            c.llama_free(self._context)
+            raise
         if not self._context:
             raise NoContext(options.n_ctx, self._lib.complaint() or "it gave no reason")
         self._memory = c.llama_get_memory(self._context)

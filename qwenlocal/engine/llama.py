@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwenlocal.engine.interrupts import held
 from qwenlocal.engine.vocabulary import Vocabulary
 from qwenlocal.errors import BadWeights, QwenlocalError
 from qwenlocal.ggml import on_giving_up
@@ -145,14 +146,19 @@ class Model:
         kept = _overrides(self._c, overrides)
         params.kv_overrides = kept
         stopped = False
+        try:
+            with held() as pressed:
 
-        def progress(fraction: float, _user_data: object) -> bool:
-            nonlocal stopped
-            stopped = stopped or (on_progress is not None and not on_progress(fraction))
-            return not stopped
+                def progress(fraction: float, _user_data: object) -> bool:
+                    nonlocal stopped
+                    stopped = stopped or (on_progress is not None and not on_progress(fraction))
+                    return not (stopped or pressed())
 
-        params.progress_callback = self._c.llama_progress_callback(progress)
-        self._model = self._c.llama_model_load_from_file(os.fsencode(path), params)
+                params.progress_callback = self._c.llama_progress_callback(progress)
+                self._model = self._c.llama_model_load_from_file(os.fsencode(path), params)
+        except KeyboardInterrupt:
+            self.close()
+            raise
         if stopped:
             self.close()
             raise LoadStopped

@@ -111,6 +111,21 @@ def test_a_cut_answer_goes_on(terminal: Open, endless_model: Path, journal: Call
     assert journal().thread(1).path[1].text == ("abcdefgh " * 3)[:24]
 
 
+def test_one_ctrl_c_ends_several_answers(terminal: Open, endless_model: Path) -> None:
+    chat = started(terminal, endless_model, "--no-lookup", "-n", "20000")
+    said(chat, "Go", "abcdefgh abcdefgh")
+    chat.type("\x03")
+    chat.wait_for(r"\[interrupted\]")
+    chat.wait_for_prompt(2)
+    chat.type("/retry 3\r")
+    chat.wait_for(r"/retry 3.*abcdefgh abcdefgh")
+    chat.type("\x03")
+    chat.wait_for_prompt(3)
+    chat.type("/versions\r")
+    chat.wait_for(r"^\* 2 .*^>$")
+    assert not re.search(r"^[* ] 3 ", chat.text, re.M)
+
+
 def test_a_fork_is_another_chat_with_the_beginning_of_this_one(
     terminal: Open, speaking_model: Path, journal: Callable[[], Journal]
 ) -> None:

@@ -161,6 +161,13 @@ def test_another_layout_another_model_and_another_rope_have_files_of_their_own(
     assert key_of(random_model, replace(OPTIONS, n_ctx=512, threads=7)) in keys
 
 
+def test_what_a_file_said_before_it_was_mended_is_not_used(random_model: Path, tmp_path: Path) -> None:
+    path = shutil.copy(random_model, tmp_path / "x.gguf")
+    before = key_of(path, OPTIONS)
+    os.utime(path, (1, 1))
+    assert key_of(path, OPTIONS) != before
+
+
 def test_files_take_no_more_than_their_share_and_the_oldest_goes_first(
     opened: Callable[..., Context], kept: SavedStates, tmp_path: Path
 ) -> None:

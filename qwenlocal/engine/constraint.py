@@ -20,6 +20,7 @@ from qwenlocal.engine.llama import library
 from qwenlocal.engine.vocabulary import Vocabulary
 from qwenlocal.errors import UsageProblem
 
+_IN_TEXT = frozenset(range(1, 256)) - {0xC0, 0xC1, *range(0xF5, 0x100)}  # bytes that UTF-8 has
 _LONGEST_LITERAL = 400  # bytes looked ahead at most
 _COMPLAINT = "parse: error parsing grammar: "
 
@@ -73,6 +74,7 @@ class Constraint:
             )
         self._bytes = vocabulary.single_bytes()
         self._probes = [*self._bytes, *vocabulary.ends()]
+        self._sees_all = set(self._bytes.values()) >= _IN_TEXT  # or a choice could look like none
 
     def allows(self, token: int) -> bool:
         """Whether the answer may go on with `token`."""
@@ -116,7 +118,7 @@ class Constraint:
 
     def forced(self) -> bytes:
         """What must come now, as far as there is no choice: b'{"name":"' at the beginning of such an object."""
-        if len(self.allowed(self._probes)) != 1:
+        if not self._sees_all or len(self.allowed(self._probes)) != 1:
             return b""
         ahead, found = self._c.llama_sampler_clone(self._grammar), bytearray()
         try:

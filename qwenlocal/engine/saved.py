@@ -39,9 +39,15 @@ _DISK = 300e6  # bytes a second that a slow disk reads
 
 
 def key_of(model: Path, options: ContextOptions) -> str:
-    """Differs for other weights, another layout of the cache, and other versions of llama.cpp."""
+    """Differs for other weights, a file that was mended, another layout of the cache, other versions of llama.cpp."""
     layout = (options.key_type, options.value_type, options.flash_attention, options.rope)
-    what = (_VERSION, importlib.metadata.version("llama-cpp-python"), layout, digest_of(model))
+    what = (
+        _VERSION,
+        importlib.metadata.version("llama-cpp-python"),
+        layout,
+        digest_of(model),
+        model.stat().st_mtime_ns,
+    )
     return hashlib.sha256(repr(what).encode()).hexdigest()[:32]
 
 

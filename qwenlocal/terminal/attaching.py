@@ -40,7 +40,7 @@ def price(session: Session, document: Document) -> str:
         )
     else:
         said = tr("{name}: {count:,} tokens, and nothing is left", name=document.name, count=count)
-    speed = session.last.stats.prompt_speed if session.last else 0.0
+    speed = session.reading_speed
     seconds = count / speed if speed > 0 and count > _WORTH_SAYING else 0
     about = f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
     return said + (tr(", about {time} to read on this machine", time=about) if seconds >= 1 else "")

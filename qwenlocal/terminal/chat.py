@@ -154,6 +154,8 @@ class Chat:
         begun = command.action(self._session, rest.strip())
         for answer in [begun] if callable(begun) else begun or ():
             self._show(answer)
+            if self._session.last and self._session.last.why is Why.INTERRUPTED:
+                break  # those that were still to come are not wanted either
 
     def _edited(self, line: str) -> None:
         session = self._session
@@ -187,7 +189,7 @@ class Chat:
         session = self._session
         with in_background(begin, session.conversation.stop) as events:
             done = self._draw(events)
-        session.last = done
+        session.answered(done)
         if done.why not in (Why.END, Why.STOP):
             more = " " + tr("/continue goes on.") if done.why in (Why.LENGTH, Why.INTERRUPTED) and done.ids else ""
             session.say(f"[{tr(done.why.value)}]{more}")

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from qwenlocal.chat.thread import Thread, Turn
 
 
+_ENOUGH_TO_TELL = 24  # tokens
+
+
 class Models(Protocol):
     """Who can load models."""
 
@@ -88,6 +91,7 @@ class Session:
     stats: bool = False
     markdown: bool = True
     last: Done | None = None
+    reading_speed: float = 0.0  # tokens a second, of the last prompt of which enough was new to tell
     written: set[Path] = field(default_factory=set)  # files of ours, which may be written again
     default_text: str = ""  # what the next input line begins with
     editing: Editing | None = None
@@ -132,9 +136,16 @@ class Session:
             )
         return turns[place - 1 if place > 0 else place]
 
+    def answered(self, done: Done) -> None:
+        """Take note of how an answer went."""
+        self.last = done
+        if done.stats.prompt_tokens - done.stats.reused_tokens >= _ENOUGH_TO_TELL:
+            self.reading_speed = done.stats.prompt_speed
+
     def talk_of(self, thread: Thread, *, id: int | None = None) -> None:
         """Go on with another thread; with `id`, a chat of the journal."""
         if self.keeper:
             self.keeper.close()
         self.conversation.thread = thread
+        self.last = None
         self.keeper = self.journal.keep(thread, model=self.models.current, id=id) if self.journal else None

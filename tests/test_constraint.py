@@ -203,6 +203,10 @@ def test_a_property_may_be_called_like_a_rule_of_ours(context: Context) -> None:
         (r'{"type": "string", "pattern": "^\\bword$"}', "“\\b”"),
         ('{"type": "string", "pattern": "^(?=a)$"}', "(?…)"),
         ('{"type": "string", "pattern": "^a+?$"}', "greed"),
+        ('{"type": "string", "pattern": "^a$|^b$"}', "$ in the middle"),
+        (r'{"type": "string", "pattern": "^a\\$"}', "in the middle"),
+        ('{"type": "string", "pattern": "^[a$"}', "bracket"),
+        ('{"type": "string", "pattern": 3}', "must begin with ^"),
     ],
 )
 def test_a_schema_that_cannot_be_kept_to_is_refused(schema: str, message: str) -> None:
@@ -228,6 +232,8 @@ def test_a_schema_that_cannot_be_kept_to_is_refused(schema: str, message: str) -
         ({"properties": {"x": {}}, "required": ["x"]}, ['{"x": 1}', '{"x": null}'], ["{}"]),
         ({"type": "string", "pattern": r"^\d{3}-\w+\.[^a]$"}, ['"123-ab.c"'],
          ['"123-ab.a"', '"12-a.b"', '"123-ab."', '"123-abxc"']),
+        ({"type": "string", "pattern": "^a|b$"}, ['"a"', '"b"'], ['"a', 'b"', '"ab"']),
+        ({"type": "string", "pattern": r"^\$(\(\d\)|x)?$"}, ['"$"', '"$(1)"', '"$x"'], ['"(1)"']),
         ({"type": "string", "pattern": "^.*$"}, ['"a b"', '""'], ['"a"b"', '"a\n"', '"a\\"']),
     ],
 )  # fmt: skip
@@ -260,7 +266,7 @@ def test_a_grammar_that_cannot_be_read_is_refused_in_one_sentence(
 
 
 KEYWORDS = ("type", "properties", "items", "enum", "anyOf", "$ref", "const", "x", "pattern", "allOf", "required",
-            "minItems", "additionalProperties")  # fmt: skip
+            "minItems", "additionalProperties", "prefixItems", "maxItems", "minLength", "format", "$defs")  # fmt: skip
 SIMPLE = st.none() | st.booleans() | st.integers() | st.text(max_size=5)
 
 

@@ -18,7 +18,8 @@ _UNIT = re.compile(r"\\(.)|\[(\^?)((?:[^\]\\]|\\.)*)\]|(.)", re.DOTALL)
 
 def grammar_pattern(pattern: str) -> str:
     r"""
-    `grammar_pattern(r"^\d{3}[^a]\.$")` is `^[0-9]{3}[^"\\\x7F\x00-\x1Fa][\x2E]$`.
+    `grammar_pattern(r"^\d{3}[^a]\.$")` is `^([0-9]{3}[^"\\\x7F\x00-\x1Fa][\x2E])$`: in brackets, for a choice in it
+    would otherwise take the quotation marks along.
 
     Raises
     ------
@@ -26,7 +27,12 @@ def grammar_pattern(pattern: str) -> str:
     """
     if re.search(r"\(\?|(?<!\\)[*+?}][?+]", pattern):
         raise ValueError("(?…) and greed that is asked for")
-    return "".join(_unit(match) for match in _UNIT.finditer(pattern))
+    if not (pattern.startswith("^") and pattern.endswith("$")):
+        raise ValueError("it must begin with ^ and end with $")
+    units = list(_UNIT.finditer(pattern[1:-1]))
+    if "".join(match[0] for match in units) != pattern[1:-1]:
+        raise ValueError("a bracket or a backslash too many")
+    return f"^({''.join(map(_unit, units))})$"
 
 
 def _unit(match: re.Match[str]) -> str:
@@ -37,8 +43,8 @@ def _unit(match: re.Match[str]) -> str:
         units = "".join(_in_class(unit) for unit in _IN_CLASS.findall(inner))
         return f"[^{_NOT_RAW}{units}]" if negated else f"[{units}]"
     if escaped is None:
-        if plain == '"':
-            raise ValueError("a quotation mark")
+        if plain in '"^$\\':
+            raise ValueError(f"{plain} in the middle")
         return f"[^{_NOT_RAW}]" if plain == "." else plain
     if escaped in _TAKEN:
         return f"\\{escaped}"

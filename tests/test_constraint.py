@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 from conftest import Run
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qwenlocal.engine.constraint import Constraint
@@ -200,6 +201,7 @@ def test_a_property_may_be_called_like_a_rule_of_ours(context: Context) -> None:
         ('{"maxLength": 3}', "“maxLength” in the schema needs “type”"),
         ('{"type": "object", "required": ["a"]}', "“a” is required in the schema, but not among its properties"),
         ('{"enum": [1], "const": 1}', "“const” beside “enum”"),
+        ('{"enum": [1], "type": "string"}', "no value that the schema names is of its type"),
         (r'{"type": "string", "pattern": "^\\bword$"}', "“\\b”"),
         ('{"type": "string", "pattern": "^(?=a)$"}', "(?…)"),
         ('{"type": "string", "pattern": "^a+?$"}', "greed"),
@@ -227,6 +229,8 @@ def test_a_schema_that_cannot_be_kept_to_is_refused(schema: str, message: str) -
          ['{"a": 1, "b": 2}'], ['{"a": 1}']),
         ({"const": 'say ":" space, "," space'}, [json.dumps('say ":" space, "," space')], ['"say"']),
         ({"type": "array", "minItems": 2, "maxItems": 2}, ["[1, true]"], ["[1]", "[1, 2, 3]"]),
+        ({"type": "integer", "enum": [1, 2.5, 3.0, "x", True, None]}, ["1", "3.0"], ["2.5", '"x"', "true", "null"]),
+        ({"title": "anything"}, ["1", "{}", "null"], []),
         ({"properties": {'a"b': {"const": "x\\y\n"}}, "required": ['a"b']}, [r'{"a\"b": "x\\y\n"}'], ['{"a"b": 1}']),
         ({"prefixItems": [{"type": "string"}, {"const": 1}], "items": False}, ['["a", 1]'], ["[1, 1]", '["a"]']),
         ({"properties": {"x": {}}, "required": ["x"]}, ['{"x": 1}', '{"x": null}'], ["{}"]),
@@ -280,6 +284,57 @@ def test_whatever_stands_in_a_schema_it_is_a_grammar_or_one_sentence(schema: Any
         assert "root ::=" in grammar_of_schema(json.dumps(schema))
     except UsageProblem as refused:
         assert str(refused).startswith("The schema")
+
+
+TYPES = st.sampled_from(("object", "array", "string", "number", "integer", "boolean", "null"))
+VALUES = st.sampled_from(("x", 'y"q', "a\\b", "é", 1, 2.5, None, True, [1], {"k": "v"}))
+PLAIN: dict[str, st.SearchStrategy[Any]] = {
+    "type": TYPES | st.lists(TYPES, min_size=1, max_size=3, unique=True),
+    "enum": st.lists(VALUES, min_size=1, max_size=3), "const": VALUES, "title": st.just("t"),
+    "minLength": st.integers(0, 3), "maxLength": st.integers(2, 5), "format": st.sampled_from(("date", "uuid")),
+    "pattern": st.sampled_from((r"^\d+$", "^a|b$", "^[^x]{2}$", r"^(ab|c)*\.$", "^.$")),
+    "minItems": st.integers(0, 2), "maxItems": st.integers(1, 3),
+    "required": st.lists(st.sampled_from("abc"), max_size=2, unique=True),
+}  # fmt: skip
+
+
+def with_parts(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    parts = st.lists(inner, min_size=1, max_size=2)
+    named = st.dictionaries(st.sampled_from("abc"), inner, min_size=1, max_size=3)
+    return some_of({**PLAIN, "properties": named, "items": inner, "additionalProperties": inner | st.booleans(),
+                    "prefixItems": parts, "anyOf": parts, "allOf": parts})  # fmt: skip
+
+
+@st.composite
+def some_of(draw: st.DrawFn, keywords: Mapping[str, st.SearchStrategy[Any]]) -> dict[str, Any]:
+    """A schema of few keywords, since most that are thrown together exclude each other."""
+    chosen = draw(st.lists(st.sampled_from(sorted(keywords)), max_size=3, unique=True))
+    return {key: draw(keywords[key]) for key in chosen}
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(schema=st.recursive(some_of(PLAIN), with_parts, max_leaves=5), seed=st.integers(0, 9))
+def test_what_is_said_is_what_a_schema_allows_or_the_schema_is_refused(
+    schema: dict[str, Any], seed: int, context: Context
+) -> None:
+    try:
+        grammar = grammar_of_schema(json.dumps(schema))
+    except UsageProblem:
+        return
+    text = said(context, grammar, limit=250, seed=seed)
+    if "\ufffd" in text or not said_whole(context, grammar, text):
+        return  # bytes that are no text, or it was cut at the limit
+    jsonschema.Draft202012Validator(schema).validate(json.loads(text))
+
+
+def said_whole(context: Context, grammar: str, text: str) -> bool:
+    """Whether an answer within a grammar may end where it does."""
+    constraint = Constraint(grammar, context.model.vocabulary)
+    try:
+        constraint.catch_up(context.model.vocabulary.tokenize(text, special=False))
+        return bool(constraint.allowed(context.model.vocabulary.ends()))
+    finally:
+        constraint.close()
 
 
 # --- the command

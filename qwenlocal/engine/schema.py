@@ -170,10 +170,26 @@ def _beside(schema: Mapping[str, Any], where: str) -> Iterator[str]:
     yield from (f"“{one}” beside “{other}” in {where} is not supported" for one, other in pairs)
     if lengths and "type" not in schema and not deciding:
         yield f"“{lengths[0]}” in {where} needs “type”"
+    values = [schema["const"]] if "const" in schema else schema.get("enum")
+    if isinstance(values, list) and not any(_is_of(value, schema.get("type")) for value in values):
+        yield f"no value that {where} names is of its type"
     required, named = schema.get("required", []), schema.get("properties", {})
     for name in required if isinstance(required, list) and isinstance(named, Mapping) else ():
         if not isinstance(name, str) or name not in named:
             yield f"“{name}” is required in {where}, but not among its properties"
+
+
+def _is_of(value: Any, kinds: Any) -> bool:
+    """Whether a JSON value is of a type, or of one of several; of any, where no type is named."""
+    if kinds is None:
+        return True
+    if isinstance(value, bool) or value is None:
+        own = ["boolean" if isinstance(value, bool) else "null"]
+    elif isinstance(value, (int, float)):
+        own = ["number", "integer"] if isinstance(value, int) or value.is_integer() else ["number"]
+    else:
+        own = ["string" if isinstance(value, str) else "array" if isinstance(value, list) else "object"]
+    return any(kind in own for kind in (kinds if isinstance(kinds, list) else [kinds]))
 
 
 def _unjoinable(schema: Any, root: Mapping[str, Any]) -> Iterator[str]:
@@ -208,15 +224,19 @@ def _target(part: Any, root: Mapping[str, Any]) -> Any:
 
 def _rewritten(schema: Any) -> Any:
     """The same in words that the converter keeps: types as alternatives, `allOf` of one part as that part."""
-    if schema is True or (isinstance(schema, Mapping) and not _KEPT & schema.keys()):
+    if schema is True:
         return _ANYTHING
     if not isinstance(schema, Mapping):
         return schema
+    if not (_KEPT - {*_DEFINITIONS}) & schema.keys():
+        return {**schema, **_ANYTHING}
     found = {key: _rewritten_in(key, value) for key, value in schema.items()}
     if isinstance(found.get("allOf"), list) and len(found["allOf"]) == 1 and isinstance(found["allOf"][0], Mapping):
         found |= found.pop("allOf")[0]
     if "enum" in found or "const" in found:
-        found.pop("type", None)
+        kinds = found.pop("type", None)
+        if isinstance(found.get("enum"), list):
+            found["enum"] = [value for value in found["enum"] if _is_of(value, kinds)]
     kinds = found.get("type")
     if not isinstance(kinds, list):
         return _with_items(found)

@@ -123,7 +123,7 @@ KEYS: Sequence[tuple[str, str]] = (
     ("Alt-Enter, Ctrl-J, \\ Enter", mark("new line")),
     (
         "Ctrl-C",
-        mark("Ctrl-C stops an answer and keeps what was said, or takes the line away; on an empty line twice, leave"),
+        mark("stop an answer and keep what was said, or take the line away; on an empty line twice, leave"),
     ),
     ("Ctrl-D", mark("leave")),
     ("Up, Down", mark("earlier lines, those of earlier chats too")),

@@ -202,6 +202,7 @@ def test_what_is_computed_in_a_moment_is_not_kept(
     assert states_in(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_who_is_killed_while_saving_leaves_no_file_that_counts(tmp_path: Path) -> None:
     """kill -9 at any moment: afterwards there is a whole file, or none."""
     model = write_model(tmp_path / "m.gguf", seed=3, layers=8, context=8192)

@@ -576,6 +576,7 @@ def has_small_disks() -> bool:
 
 
 class TestNoRoom:
+    @pytest.mark.slow
     @pytest.mark.skipif(not has_small_disks(), reason="needs a small disk that may be filled")
     def test_a_disk_that_fills_up_meanwhile_is_said_and_what_was_done_is_kept(
         self, large: Path, whole: bytes, tmp_path: Path

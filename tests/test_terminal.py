@@ -28,7 +28,7 @@ def test_help_is_a_list_of_commands(terminal: Open, speaking_model: Path) -> Non
     chat = terminal("run", str(speaking_model))
     chat.wait_for_prompt()
     chat.type("/help\r")
-    text = chat.wait_for("Ctrl-C stops an answer")
+    text = chat.wait_for(r"Ctrl-C +stop an answer")
     for command in ("/help", "/clear", "/system [TEXT]", "/save [FILE]", "/exit"):
         assert command in text
 

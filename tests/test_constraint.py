@@ -191,6 +191,7 @@ def test_a_property_may_be_called_like_a_rule_of_ours(context: Context) -> None:
         ('{"$ref": "https://example.org/x.json"}', "leads out of the schema"),
         ('{"$ref": "#/$defs/missing"}', "cannot be kept to"),
         ('{"anyOf": [3]}', "no schema"),
+        ('{"items": ' * 500 + "{}" + "}" * 500, "nested too deeply"),
         ('{"allOf": [{"type": "string"}, {"type": "integer"}]}', "joins more than objects"),
         ('{"allOf": [{"properties": {"a": {}}}, {"properties": {"a": {}}}]}', "has a property twice"),
         ('{"properties": {"kind": {}}, "anyOf": [{"type": "object"}]}', "“anyOf” beside “properties”"),

@@ -81,6 +81,10 @@ def test_the_history_keeps_pastes_whole_and_another_chats_are_not_taken_for_them
     [
         ("//help", "/help"),
         ("// a comment", "// a comment"),
+        ("//etc/fstab", "/etc/fstab"),
+        ("//TODO\nf();", "//TODO\nf();"),
+        ("//system\nis a word", "/system\nis a word"),
+        ("//", "//"),
         ("/* sum */\nint f(int a);", "/* sum */\nint f(int a);"),
         ("/etc/fstab", "/etc/fstab"),
         ("a /help", "a /help"),

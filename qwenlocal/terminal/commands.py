@@ -145,8 +145,9 @@ def is_command(line: str) -> bool:
 
 
 def unescaped(line: str) -> str:
-    """The line as it is sent: of two slashes before a word that would be a command, one."""
-    return line[1:] if line.startswith("//") and is_command(line[1:]) else line
+    """The line as it is sent: of two slashes, one; but not where they begin a comment, `// why`, or lines of code."""
+    is_meant = "\n" not in line or find(line[1:].split()[0]) is not None
+    return line[1:] if is_meant and re.match(r"//[^\s/]", line) else line
 
 
 def find(word: str) -> Command | None:

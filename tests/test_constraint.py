@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jsonschema
 import pytest
@@ -268,6 +269,20 @@ def test_a_grammar_that_cannot_be_read_is_refused_in_one_sentence(
     with pytest.raises(UsageProblem, match=f"The grammar cannot be read: .*{reason}"):
         Constraint(grammar, context.model.vocabulary)
     assert capfd.readouterr().err == ""
+
+
+def test_what_others_say_meanwhile_is_not_lost(context: Context, capfd: pytest.CaptureFixture[str]) -> None:
+    class Vocabulary:
+        @property
+        def handle(self) -> Any:
+            os.write(2, b"a status line")
+            return context.model.vocabulary.handle
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(context.model.vocabulary, name)
+
+    Constraint('root ::= "a"', cast(Any, Vocabulary())).close()
+    assert capfd.readouterr().err == "a status line"
 
 
 KEYWORDS = ("type", "properties", "items", "enum", "anyOf", "$ref", "const", "x", "pattern", "allOf", "required",

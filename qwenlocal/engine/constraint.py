@@ -46,8 +46,11 @@ def _said_on_stderr() -> Iterator[list[str]]:
             os.dup2(stderr, 2)
             os.close(stderr)
             caught.seek(0)
-            lines = caught.read().decode(errors="replace").splitlines()
+            data = caught.read()
+            lines = data.decode(errors="replace").splitlines()
             complaints += [line.removeprefix(_COMPLAINT) for line in lines if line.startswith(_COMPLAINT)]
+            if data and not complaints:  # another thread's, a status line for example
+                os.write(2, data)
 
 
 class Constraint:

@@ -95,5 +95,10 @@ def test_a_line_that_is_no_command_is_sent(line: str, sent: str) -> None:
     assert unescaped(line) == sent
 
 
+@given(st.text(alphabet="/ a\n", max_size=6))
+def test_any_line_is_sent_but_for_a_slash_at_most(line: str) -> None:
+    assert unescaped(line) in (line, line[1:])
+
+
 def test_commands_are_words_behind_a_slash() -> None:
     assert all(is_command(line) for line in ("/help", "/?", "/system You are\nkind", "/hlep x"))

@@ -146,8 +146,8 @@ def is_command(line: str) -> bool:
 
 def unescaped(line: str) -> str:
     """The line as it is sent: of two slashes, one; but not where they begin a comment, `// why`, or lines of code."""
-    is_meant = "\n" not in line or find(line[1:].split()[0]) is not None
-    return line[1:] if is_meant and re.match(r"//[^\s/]", line) else line
+    escaped = re.match(r"/(/[^\s/]\S*)", line)
+    return line[1:] if escaped and ("\n" not in line or find(escaped[1])) else line
 
 
 def find(word: str) -> Command | None:

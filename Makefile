@@ -1,27 +1,32 @@
-# make chat                              set everything up and chat with the default model
-# make chat PROMPT="Why is the sky blue?"   one answer
-# make test                              set everything up, lint, check types, run the tests
-# make test SLOW=1                       and those that take more than ten seconds, as every change is checked with
-# make setup                             only set everything up
-# make bench MODEL=x.gguf                measure beside llama.cpp's own programs (builds them, once)
-# make test-reference                    compare conversions with transformers and llama.cpp's own converter
+# make chat                                 set up and chat with the default model
+# make chat PROMPT="Why is the sky blue?"   set up and print one answer
+# make test                                 set up, lint, check types, run the tests
+# make test SLOW=1                          include the tests that take more than ten seconds, as CI does
+# make test LATEST=1                        test against the newest dependencies instead of the locked ones
+# make setup                                set up only
+# make lock                                 lock the newest dependencies that pyproject.toml allows
+# make bench MODEL=x.gguf                   measure side by side with llama.cpp's own programs (builds them once)
+# make test-reference                       compare conversions with transformers and llama.cpp's own converter
 
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
 	if command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; \
 	then echo $$p; exit; fi; done; echo python3)
-BIN = $(if $(filter Windows_NT,$(OS)),.venv/Scripts,.venv/bin)
+SCRIPTS = $(if $(filter Windows_NT,$(OS)),Scripts,bin)
+BIN = $(if $(LATEST),build/latest,.venv)/$(SCRIPTS)
+COMPILE = build/lock/$(SCRIPTS)/uv pip compile --quiet --universal --python-version 3.10 --generate-hashes --upgrade \
+	--no-annotate --custom-compile-command "make lock" pyproject.toml
 export PROMPT
 
-.PHONY: chat setup setup-dev test test-reference bench lint format types clean
+.PHONY: chat setup setup-dev test test-reference bench lock lint format types clean
 .DEFAULT_GOAL = chat
 
 setup:
 	@$(PYTHON) tools/setup.py
 
 setup-dev:
-	@$(PYTHON) tools/setup.py --dev
+	@$(PYTHON) tools/setup.py $(if $(LATEST),--latest,--dev)
 
-# On a terminal the program gets a process group of its own, or Ctrl-C would end make, too.
+# On a terminal the program gets its own process group; otherwise Ctrl-C would end make as well.
 chat: setup
 	@if [ -t 0 ]; then set -m; fi; \
 	if [ -n "$$PROMPT" ]; then printf '%s' "$$PROMPT" | $(BIN)/qwenlocal run; else $(BIN)/qwenlocal run; fi
@@ -29,7 +34,7 @@ chat: setup
 test: setup-dev lint types
 	@$(BIN)/python -m pytest -n logical --dist loadgroup $(if $(SLOW),,-m "not slow") $(PYTEST_ARGS)
 
-# Compares with transformers and with llama.cpp's own converter, in a Python of its own that has torch.
+# Compares with transformers and llama.cpp's own converter, in a separate virtual environment with torch.
 test-reference: setup-dev
 	@$(BIN)/python tools/reference.py
 	@build/reference/bin/python -m pytest -m reference $(PYTEST_ARGS)
@@ -40,6 +45,14 @@ bench: setup-dev
 	@if [ -n "$(MODEL)" ]; then for settings in equal chosen; do \
 		$(BIN)/python benchmarks/engine.py $$settings $(MODEL) || exit 1; done; \
 		$(BIN)/python benchmarks/memory.py $(MODEL) && $(BIN)/python benchmarks/lookup.py $(MODEL); fi
+
+lock:
+	@$(PYTHON) -m venv build/lock
+	@build/lock/$(SCRIPTS)/python -m pip install --quiet --upgrade uv
+	@$(COMPILE) --output-file requirements/run.txt
+	@$(COMPILE) --output-file requirements/dev.txt --extra dev --constraint requirements/run.txt
+	@build/lock/$(SCRIPTS)/uv pip compile --quiet --universal --python-version 3.10 --generate-hashes --upgrade \
+		--no-annotate --custom-compile-command "make lock" --group build --output-file requirements/build.txt
 
 lint: setup-dev
 	@$(BIN)/ruff check .

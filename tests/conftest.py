@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +24,11 @@ from qwenlocal.testing import write_model
 SAYS = "Paris, fun"
 # Building all commands from their signatures takes typer 60 ms, at every call.
 typer.testing._get_command = functools.cache(typer.testing._get_command)  # type: ignore[attr-defined]
+
+
+def pytest_configure() -> None:
+    """Let Ctrl-C reach the program: a shell that starts the tests with `nohup … &` ignores SIGINT for its children."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -6,9 +6,12 @@ import ast
 import string
 import sys
 from collections.abc import Iterator
+from gettext import GNUTranslations
 from pathlib import Path
 
 import pytest
+from babel.messages import Catalog
+from babel.messages.pofile import read_po
 from conftest import SAYS, Run
 from terminal import Open
 
@@ -74,11 +77,23 @@ def test_every_sentence_of_the_code_is_found_by_the_tool() -> None:
                 assert not isinstance(sentence, ast.Constant) or sentence.value in found, f"{file}:{call.lineno}"
 
 
+def entries(catalog: Catalog) -> dict[str, object]:
+    """Return the messages of a catalog with their translations and source files, without the tool's own header."""
+    return {
+        str(message.id): (message.string, message.locations, message.auto_comments) for message in catalog if message.id
+    }
+
+
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_the_files_are_those_that_the_tool_makes(language: str) -> None:
+def test_the_catalogs_are_up_to_date(language: str) -> None:
     catalog, po = messages.renewed(language), messages.po_of(language)
-    assert po.read_bytes() == messages.as_po(catalog), "run: .venv/bin/python tools/messages.py"
-    assert po.with_suffix(".mo").read_bytes() == messages.as_mo(catalog), "run: .venv/bin/python tools/messages.py"
+    with po.open("rb") as file:
+        assert entries(read_po(file, language)) == entries(catalog), "run: .venv/bin/python tools/messages.py"
+    with po.with_suffix(".mo").open("rb") as file:
+        compiled = GNUTranslations(file)
+    for message in catalog:
+        if message.id:
+            assert compiled.gettext(str(message.id)) == message.string, "run: .venv/bin/python tools/messages.py"
 
 
 def test_every_command_and_key_is_explained_in_chinese(chinese: None) -> None:

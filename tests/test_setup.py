@@ -1,8 +1,10 @@
-"""Set-up: what it says when something is missing, and that it does nothing twice."""
+"""Set-up: its advice when something is missing, the lock files, and repeated runs."""
 
 from __future__ import annotations
 
 import importlib.util
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,11 @@ from types import ModuleType
 from typing import NamedTuple
 
 import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 
 class Version(NamedTuple):
@@ -23,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture
 def setup(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    """tools/setup.py, writing its log to a folder of the test's own."""
+    """Import tools/setup.py and point it to a folder of the test."""
     spec = importlib.util.spec_from_file_location("qwenlocal_setup", ROOT / "tools" / "setup.py")
     assert spec
     assert spec.loader
@@ -32,11 +39,13 @@ def setup(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setattr(module, "LOG", tmp_path / "setup.log")
     monkeypatch.setattr(module, "VENV", tmp_path / ".venv")
-    (tmp_path / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text())
+    monkeypatch.setattr(module, "REQUIREMENTS", tmp_path / "requirements")
+    shutil.copytree(ROOT / "requirements", module.REQUIREMENTS)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
     return module
 
 
-def test_a_set_up_that_is_in_place_does_nothing(setup: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_complete_set_up_runs_nothing(setup: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     (setup.VENV).mkdir()
     (setup.VENV / "setup.stamp").write_text(setup.fingerprint(False))
     monkeypatch.setattr(sys, "argv", ["setup.py"])
@@ -44,13 +53,15 @@ def test_a_set_up_that_is_in_place_does_nothing(setup: ModuleType, monkeypatch: 
     assert setup.main() == 0
 
 
-@pytest.mark.parametrize("change", ["pyproject.toml", "processor", "CMAKE_ARGS", "dev"])
-def test_what_the_result_depends_on_makes_it_run_again(
+@pytest.mark.parametrize("change", ["pyproject.toml", "lock", "processor", "CMAKE_ARGS", "dev"])
+def test_set_up_runs_again_when_an_input_changes(
     setup: ModuleType, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     before = setup.fingerprint(False)
     if change == "pyproject.toml":
         (setup.ROOT / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text() + "\n")
+    elif change == "lock":
+        (setup.REQUIREMENTS / "run.txt").write_text("numpy==0\n")
     elif change == "processor":
         monkeypatch.setattr(setup, "processor", lambda: "another one")
     elif change == "CMAKE_ARGS":
@@ -68,27 +79,29 @@ def test_what_the_result_depends_on_makes_it_run_again(
         ("", "On Debian or Ubuntu: sudo apt install build-essential; on Fedora: sudo dnf"),
     ],
 )
-def test_a_missing_compiler_is_said_with_what_to_install(
+def test_a_missing_compiler_gives_the_command_that_installs_one(
     setup: ModuleType, monkeypatch: pytest.MonkeyPatch, kind: str, command: str
 ) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(setup, "system_kind", lambda: kind)
-    with pytest.raises(setup.Failed, match=r"There is no C\+\+ compiler") as caught:
+    with pytest.raises(setup.SetupFailed, match=r"There is no C\+\+ compiler") as caught:
         setup.check_compiler()
     assert command in str(caught.value)
 
 
-def test_a_missing_venv_module_is_said_with_what_to_install(setup: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_venv_module_gives_the_command_that_installs_it(
+    setup: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "ensurepip", None)
     monkeypatch.setattr(setup, "system_kind", lambda: "debian")
-    with pytest.raises(setup.Failed, match=r"sudo apt install python3\.\d+-venv"):
+    with pytest.raises(setup.SetupFailed, match=r"sudo apt install python3\.\d+-venv"):
         setup.check_python()
 
 
-def test_an_old_python_is_said(setup: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_python_is_refused(setup: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "version_info", Version(3, 8, 0))
-    with pytest.raises(setup.Failed, match=r"Python 3\.10 or newer is needed"):
+    with pytest.raises(setup.SetupFailed, match=r"Python 3\.10 or newer is needed"):
         setup.check_python()
 
 
@@ -98,15 +111,15 @@ def test_an_old_python_is_said(setup: ModuleType, monkeypatch: pytest.MonkeyPatc
         ("x.cpp:1: fatal error: bits/c++config.h: No such file", "fatal error: bits"),
         ("No CMAKE_CXX_COMPILER could be found.", "Install it:"),
         ("c++: fatal error: Killed signal terminated program cc1plus", "CMAKE_BUILD_PARALLEL_LEVEL=1"),
-        ("ERROR: No matching distribution found for x", "package index cannot be reached"),
+        ("ERROR: No matching distribution found for x", "Cannot reach the package index"),
     ],
 )
-def test_a_failed_step_shows_the_lines_that_matter(
+def test_a_failed_step_shows_the_relevant_lines(
     setup: ModuleType, monkeypatch: pytest.MonkeyPatch, output: str, told: str
 ) -> None:
     monkeypatch.setattr(setup, "system_kind", lambda: "debian")
     script = f"print('much noise\\n' * 100); print({output!r}); raise SystemExit(1)"
-    with pytest.raises(setup.Failed) as caught:
+    with pytest.raises(setup.SetupFailed) as caught:
         setup.run([sys.executable, "-c", script], "compiling")
     message = str(caught.value)
     assert "compiling failed:" in message
@@ -116,8 +129,44 @@ def test_a_failed_step_shows_the_lines_that_matter(
     assert "much noise" not in message
 
 
-def test_the_makefile_finds_set_up_in_place_within_a_moment() -> None:
-    """In a checkout that is set up, `make setup` runs nothing and prints nothing."""
+def names(lock: str) -> set[str]:
+    return set(re.findall(r"^([a-z0-9._-]+)==", (ROOT / "requirements" / f"{lock}.txt").read_text(), re.M))
+
+
+@pytest.mark.parametrize("lock", ["run", "dev", "build"])
+def test_a_lock_file_pins_every_package_by_hash_and_names_no_index(lock: str) -> None:
+    text = (ROOT / "requirements" / f"{lock}.txt").read_text()
+    requirements = re.split(r"\n(?=\S)", re.sub(r"^#.*\n", "", text, flags=re.M).strip())
+    assert len(requirements) > 5
+    for requirement in requirements:
+        assert re.match(r"[a-z0-9._-]+==\S+", requirement), requirement
+        assert "--hash=sha256:" in requirement, requirement
+    assert "://" not in text
+
+
+def test_the_lock_files_hold_every_dependency_of_the_project() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extras, groups = project["project"]["optional-dependencies"], project["dependency-groups"]
+    for lock, requirements in (
+        ("run", project["project"]["dependencies"]),
+        ("dev", [*project["project"]["dependencies"], *extras["dev"]]),
+        ("build", groups["build"]),
+    ):
+        wanted = {re.split(r"[\s\[<>=;]", requirement)[0].lower().replace("_", "-") for requirement in requirements}
+        assert wanted <= names(lock), f"run: make lock ({wanted - names(lock)})"
+    assert names("run") <= names("dev")
+
+
+def test_the_compiler_gets_the_archive_whose_hash_is_locked(setup: ModuleType) -> None:
+    requirement = setup.locked("run", "llama-cpp-python")
+    assert requirement.startswith(f"llama-cpp-python=={setup.bindings_version()}")
+    assert requirement.count("==") == 1
+    assert "--hash=sha256:" in requirement
+    with pytest.raises(setup.SetupFailed, match="Run: make lock"):
+        setup.locked("run", "no-such-package")
+
+
+def test_make_setup_does_nothing_in_a_checkout_that_is_set_up() -> None:
     if not (ROOT / ".venv" / "setup.stamp").exists():
         pytest.skip("this checkout was not set up by make")
     result = subprocess.run(

@@ -1,12 +1,13 @@
 """
-Sets everything up in `.venv`: the bindings compiled for this very processor, then the program itself.
+Set up `.venv`: llama.cpp compiled for this processor, then qwenlocal and its dependencies.
 
-    python3 tools/setup.py          what running needs
-    python3 tools/setup.py --dev    and what the tests need
+    python3 tools/setup.py             dependencies for running, as locked in requirements/run.txt
+    python3 tools/setup.py --dev       and those for the tests, from requirements/dev.txt
+    python3 tools/setup.py --latest    the newest releases that pyproject.toml allows, in build/latest
 
-Standard library only, since nothing else is there yet. Safe to repeat and to interrupt: the compiler goes on where it
-was stopped, and a run that finds everything in place ends within a fraction of a second. `CMAKE_ARGS` is passed on to
-llama.cpp (for example -DGGML_CUDA=ON); pip's own settings (index, proxy, certificates) apply as usual.
+Uses the standard library only. Safe to repeat and to interrupt: an interrupted compile continues, and a finished
+set-up takes a fraction of a second. `CMAKE_ARGS` is passed to llama.cpp (for example -DGGML_CUDA=ON); pip's own
+settings (index, proxy, certificates) apply as usual.
 """
 
 from __future__ import annotations
@@ -24,25 +25,27 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-VENV = ROOT / ".venv"
 BUILD = ROOT / "build"
 LOG = BUILD / "setup.log"
+LATEST = "--latest" in sys.argv[1:]
+VENV = BUILD / "latest" if LATEST else ROOT / ".venv"
 WINDOWS = sys.platform == "win32"
 PYTHON = VENV / ("Scripts/python.exe" if WINDOWS else "bin/python")
+REQUIREMENTS = ROOT / "requirements"
 
-# What is changed in llama.cpp's own project; the file says why.
+# Changes to llama.cpp's own build; the file gives the reasons.
 CMAKE_INCLUDE = ROOT / "tools" / "llama.cpp.cmake"
 QUANTIZERS = ROOT / "tools" / "quantizers.cpp"
 CMAKE_ARGS = "-DGGML_RPC=ON -DLLAVA_BUILD=OFF"
 
 
-class Failed(Exception):
-    """Set-up cannot go on; the text says why and what to do."""
+class SetupFailed(Exception):
+    """Set-up cannot continue; the text says why and what to do."""
 
 
 def main() -> int:
-    dev = "--dev" in sys.argv[1:]
-    for name in ("SIGTERM", "SIGHUP"):  # a closed window stops the compiler, too
+    dev = LATEST or "--dev" in sys.argv[1:]
+    for name in ("SIGTERM", "SIGHUP"):  # closing the window stops the compiler, too
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.default_int_handler)
     try:
@@ -51,15 +54,16 @@ def main() -> int:
             return 0
         BUILD.mkdir(exist_ok=True)
         make_venv()
+        install_build_tools()
         install_bindings()
         install_program(dev)
         (VENV / "setup.stamp").write_text(fingerprint(dev))
-        say(f"Everything is set up. The program is {PYTHON.with_name('qwenlocal').relative_to(ROOT)}")
-    except Failed as reason:
+        say(f"Set-up is complete. Run {PYTHON.with_name('qwenlocal').relative_to(ROOT)}")
+    except SetupFailed as reason:
         say(f"\nSet-up stopped: {reason}")
         return 1
     except KeyboardInterrupt:
-        say("\nInterrupted. The same command goes on from here.")
+        say("\nInterrupted. Run the same command to continue.")
         return 130
     return 0
 
@@ -68,30 +72,30 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-# --- what must be there
+# --- prerequisites
 
 
 def check_python() -> None:
     if sys.version_info < (3, 10):
-        raise Failed(f"Python 3.10 or newer is needed; this is {platform.python_version()}.\n{advice('python3')}")
+        raise SetupFailed(f"Python 3.10 or newer is needed; this is {platform.python_version()}.\n{advice('python3')}")
     try:
         import ensurepip
         import venv
     except ImportError:
-        raise Failed(f"Python's “venv” module is missing.\n{advice('python3-venv')}") from None
+        raise SetupFailed(f"Python's “venv” module is missing.\n{advice('python3-venv')}") from None
     del ensurepip, venv
 
 
 def check_compiler() -> None:
     names = [os.environ.get("CXX"), "c++", "g++", "clang++", "cl"]
     if not any(name and shutil.which(name.split()[0]) for name in names):
-        raise Failed(f"There is no C++ compiler.\n{advice('compiler')}")
+        raise SetupFailed(f"There is no C++ compiler.\n{advice('compiler')}")
     if sys.platform == "darwin" and subprocess.run(["xcode-select", "-p"], capture_output=True).returncode != 0:
-        raise Failed(f"The command line tools of Xcode are missing.\n{advice('compiler')}")
+        raise SetupFailed(f"The command line tools of Xcode are missing.\n{advice('compiler')}")
 
 
 def advice(what: str) -> str:
-    """The command that installs something, for this platform."""
+    """Return the command that installs `what` on this platform."""
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     commands = {
         "compiler": {
@@ -131,33 +135,34 @@ def system_kind() -> str:
     return "fedora" if re.search(r"^id(_like)?=.*(fedora|rhel)", release, re.M) else ""
 
 
-# --- what has been done already
+# --- earlier set-ups
 
 
 def is_done(dev: bool) -> bool:
-    """Whether a set-up like this one, or one for the tests, which has all of it, was finished."""
+    """Return True if this set-up is complete already; a set-up with `--dev` includes one without."""
     stamp = VENV / "setup.stamp"
-    return stamp.is_file() and stamp.read_text() in (fingerprint(dev), fingerprint(True))
+    return not LATEST and stamp.is_file() and stamp.read_text() in (fingerprint(dev), fingerprint(True))
 
 
 def fingerprint(dev: bool) -> str:
-    """Changes with everything that the result depends on."""
-    parts = [str(dev), bindings_key(), (ROOT / "pyproject.toml").read_text(), Path(__file__).read_text(), str(ROOT)]
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    """Hash everything the result depends on."""
+    locks = [file.read_text() for file in sorted(REQUIREMENTS.glob("*.txt"))]
+    ours = [(ROOT / "pyproject.toml").read_text(), Path(__file__).read_text(), str(ROOT)]
+    return hashlib.sha256("\0".join([str(dev), bindings_key(), *locks, *ours]).encode()).hexdigest()
 
 
 def bindings_key() -> str:
-    """Changes with the bindings' version, the way they are compiled, the processor and Python."""
+    """Hash the bindings' version, their build options, the processor and the version of Python."""
     ours = [file.read_text() for file in (CMAKE_INCLUDE, QUANTIZERS)]
     parts = [bindings_version(), cmake_args(), *ours, processor(), platform.python_version()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
 def bindings_version() -> str:
-    found = re.search(r'"llama-cpp-python==([^"]+)"', (ROOT / "pyproject.toml").read_text())
-    if not found:
-        raise Failed("pyproject.toml does not pin llama-cpp-python.")
-    return found[1]
+    match = re.search(r'"llama-cpp-python==([^"]+)"', (ROOT / "pyproject.toml").read_text())
+    if not match:
+        raise SetupFailed("pyproject.toml does not pin llama-cpp-python.")
+    return match[1]
 
 
 def cmake_args() -> str:
@@ -165,7 +170,7 @@ def cmake_args() -> str:
 
 
 def processor() -> str:
-    """What the compiled code may use: code for a newer processor ends with “illegal instruction” on an older one."""
+    """Return the processor's features: code for a newer one ends with “illegal instruction” on an older one."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -173,15 +178,20 @@ def processor() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
 
 
-# --- doing it
+# --- installation
 
 
 def make_venv() -> None:
     if PYTHON.exists() and subprocess.run([str(PYTHON), "-m", "pip", "--version"], capture_output=True).returncode == 0:
         return
-    say("Making .venv …")
+    say(f"Creating {VENV.relative_to(ROOT)} …")
     shutil.rmtree(VENV, ignore_errors=True)
-    run([sys.executable, "-m", "venv", str(VENV)], "making .venv", venv_hint=True)
+    run([sys.executable, "-m", "venv", str(VENV)], "creating the virtual environment", venv_hint=True)
+
+
+def install_build_tools() -> None:
+    """Install pip, cmake, ninja and the build backends, so that no build fetches its own."""
+    install("build", "installing build tools")
 
 
 def install_bindings() -> None:
@@ -202,28 +212,32 @@ def compile_bindings(wheels: Path, key: str) -> None:
     draft = BUILD / "wheels-draft"
     shutil.rmtree(draft, ignore_errors=True)
     command = [
-        *(str(PYTHON), "-m", "pip", "wheel", "--verbose", "--no-deps", "--wheel-dir", str(draft)),
+        *(str(PYTHON), "-m", "pip", "wheel", "--verbose", "--no-deps", "--no-build-isolation"),
+        *("--wheel-dir", str(draft)),
         f"--config-settings=build-dir={BUILD / f'cmake-{key}'}",
         str(source),
     ]
     environment = {
         **os.environ,
+        "PATH": f"{PYTHON.parent}{os.pathsep}{os.environ.get('PATH', '')}",  # the cmake and ninja of the lock file
         "CMAKE_ARGS": f"{cmake_args()} -DCMAKE_PROJECT_llama.cpp_INCLUDE={CMAKE_INCLUDE.as_posix()}",
         "CMAKE_BUILD_PARALLEL_LEVEL": os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 1)),
     }
-    run(command, "compiling llama.cpp for this processor, once", environment, slow=True)
+    run(command, "compiling llama.cpp for this processor", environment, slow=True)
     draft.replace(wheels)
 
 
 def unpack_source() -> Path:
-    """The bindings' source archive, unpacked at a place that stays: so a compile that was stopped can go on."""
+    """Unpack the bindings' source archive into a permanent folder, so that an interrupted compile can continue."""
     version = bindings_version()
     source = BUILD / f"llama_cpp_python-{version}"
     if source.is_dir():
         return source
     archives = BUILD / "archives"
-    requirement = f"llama-cpp-python=={version}"
-    command = ["download", "--no-deps", "--no-binary", "llama-cpp-python", "--dest", str(archives), requirement]
+    requirement = BUILD / "llama-cpp-python.txt"
+    requirement.write_text(locked("run", "llama-cpp-python"))
+    command = ["download", "--no-deps", "--no-build-isolation", "--no-binary", "llama-cpp-python"]
+    command += ["--require-hashes", "--requirement", str(requirement), "--dest", str(archives)]
     run([str(PYTHON), "-m", "pip", *command], "fetching the source of llama.cpp (77 MB)", slow=True)
     draft = BUILD / "source-draft"
     shutil.rmtree(draft, ignore_errors=True)
@@ -238,11 +252,31 @@ def unpack_source() -> Path:
 
 
 def install_program(dev: bool) -> None:
-    what = f"{ROOT}[dev]" if dev else str(ROOT)
-    run([str(PYTHON), "-m", "pip", "install", "--editable", what], "installing qwenlocal", slow=True)
+    pip = [str(PYTHON), "-m", "pip", "install", "--no-build-isolation"]
+    if LATEST:
+        newest = ["--upgrade", "--upgrade-strategy", "eager", "--editable", f"{ROOT}[dev]"]
+        run([*pip, *newest], "installing qwenlocal with the newest dependencies", slow=True)
+        return
+    install("dev" if dev else "run", "installing dependencies")
+    run([*pip, "--no-deps", "--editable", str(ROOT)], "installing qwenlocal", slow=True)
 
 
-# --- running things
+def install(lock: str, doing: str) -> None:
+    """Install everything in requirements/`lock`.txt, checked against the hashes in it."""
+    file = REQUIREMENTS / f"{lock}.txt"
+    run([str(PYTHON), "-m", "pip", "install", "--require-hashes", "--requirement", str(file)], doing, slow=True)
+
+
+def locked(lock: str, package: str) -> str:
+    """Return the lines that lock `package`: its version and hashes."""
+    text = (REQUIREMENTS / f"{lock}.txt").read_text()
+    match = re.search(rf"^{re.escape(package)}==.*(?:\n[ \t]+--hash=.*)+$", text, re.M)
+    if not match:
+        raise SetupFailed(f"requirements/{lock}.txt has no hashes for {package}. Run: make lock")
+    return match[0] + "\n"
+
+
+# --- commands
 
 
 def run(
@@ -253,7 +287,7 @@ def run(
     slow: bool = False,
     venv_hint: bool = False,
 ) -> None:
-    """Run a command with its output in the log; show how long it takes, and on failure the lines that matter."""
+    """Run a command with its output in the log; show the elapsed time and, if it fails, the relevant lines."""
     with LOG.open("ab") as log:
         log.write(f"\n$ {' '.join(command)}\n".encode())
         log.flush()
@@ -300,7 +334,7 @@ def show(line: str, before: str) -> str:
 
 
 def compiled(begin: int) -> str:
-    """How far the compiler is, from the last “[12/345]” in the log."""
+    """Read the compiler's progress from the last “[12/345]” in the log."""
     steps = re.findall(r"\[(\d+)/(\d+)\]", read_log(max(begin, LOG.stat().st_size - 4000)))
     return f", {steps[-1][0]} of {steps[-1][1]} steps" if steps else ""
 
@@ -312,7 +346,7 @@ def read_log(begin: int) -> str:
 
 
 def end(child: subprocess.Popen[bytes]) -> None:
-    """Stop a command and everything it started."""
+    """Stop a command and the processes it started."""
     if WINDOWS:
         child.terminate()
     else:
@@ -331,10 +365,10 @@ def explain(doing: str, begin: int, venv_hint: bool) -> None:
     elif re.search(r"CMAKE_CXX_COMPILER|No CMAKE_C_COMPILER|compiler identification is unknown", text):
         hint = advice("compiler")
     elif re.search(r"Temporary failure|Name or service|Connection refused|ProxyError|No matching distribution", text):
-        hint = "The package index cannot be reached. Check the network, or set PIP_INDEX_URL and HTTPS_PROXY."
+        hint = "Cannot reach the package index. Check the network, or set PIP_INDEX_URL and HTTPS_PROXY."
     elif re.search(r"Killed|out of memory|cannot allocate", text, re.I):
         hint = "The compiler ran out of memory. Try again with CMAKE_BUILD_PARALLEL_LEVEL=1."
-    raise Failed(f"{doing} failed:\n{shown}\n{hint}\nThe whole log: {LOG}".replace("\n\n", "\n"))
+    raise SetupFailed(f"{doing} failed:\n{shown}\n{hint}\nFull log: {LOG}".replace("\n\n", "\n"))
 
 
 if __name__ == "__main__":

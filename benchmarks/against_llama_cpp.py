@@ -162,7 +162,7 @@ _FETCH = """
 import json, sys, tempfile, time
 from pathlib import Path
 from qwenlocal.library.download import Artifact, fetch
-from qwenlocal.library.places import Piece, WebPlace
+from qwenlocal.library.byte_source import Piece, WebPlace
 from qwenlocal.library.http import Client
 url, size, digest = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 client = Client()

@@ -35,9 +35,8 @@ from test_convert_cli import (
 )
 from test_writing import inside, on_posix, poke
 
-from qwenlocal import ggml
+from qwenlocal import fileio, ggml
 from qwenlocal.errors import BadWeights, CannotExpress
-from qwenlocal.library import digests
 from qwenlocal.measure.fidelity import Fidelity, measure
 from qwenlocal.measure.texts import known_texts
 from qwenlocal.paths import Folders
@@ -972,7 +971,7 @@ class TestAConversionThatWasCutShort:
             raise KeyboardInterrupt
 
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr("qwenlocal.library.digests.digests_of", stop)
+            patched.setattr("qwenlocal.fileio.hash_blocks", stop)
             clean(invoke("pull", str(mine)), 130)
         assert next_ != "list" or str(mine) in listed(invoke)
         if next_ == "rm":
@@ -990,7 +989,7 @@ class TestAConversionThatWasCutShort:
             raise KeyboardInterrupt
 
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr("qwenlocal.library.digests.digests_of", stop)
+            patched.setattr("qwenlocal.fileio.hash_blocks", stop)
             clean(invoke("pull", str(mine)), 130)
         change(mine, "config.json", rope_theta=10000.0)
         cut_short(str(mine))
@@ -1036,7 +1035,7 @@ class TestAConversionThatWasCutShort:
     def test_is_not_removed_while_it_runs(
         self, stage: str, mine: Path, invoke: Run, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        module, name = (writing._Run, "_publish") if stage == "written" else (digests, "digests_of")
+        module, name = (writing._Run, "_publish") if stage == "written" else (fileio, "hash_blocks")
         goes_on, said = getattr(module, name), list[subprocess.CompletedProcess[str]]()
 
         def meanwhile(*arguments: Any) -> Any:

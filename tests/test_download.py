@@ -18,10 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwenlocal.errors import DigestMismatch, DiskFull, DownloadFailed, Interrupted, SourceUnreachable
+from qwenlocal.library.byte_source import Piece, WebPlace
 from qwenlocal.library.download import Artifact, Fetched, Manner, Progress, Section, fetch
 from qwenlocal.library.http import Client, Timeouts, Trouble, retry_after
-from qwenlocal.library.partial import Identity, Partial, journal_of, part_of, read_journal, write_journal
-from qwenlocal.library.places import Piece, WebPlace
+from qwenlocal.library.partial_file import Identity, Partial, journal_of, part_of, read_journal, write_journal
 
 BLOCK = 1 << 16
 CONTENT = random.Random(1).randbytes(10 * BLOCK + 777)
@@ -351,7 +351,7 @@ _FETCH_SCRIPT = """
 import resource, sys
 from pathlib import Path
 from qwenlocal.library.download import *
-from qwenlocal.library.places import *
+from qwenlocal.library.byte_source import *
 from qwenlocal.library.http import Client
 BLOCK = {block}
 folder = Path(sys.argv[1]); client = Client()

@@ -16,11 +16,11 @@ from qwenlocal.library.catalog import Card, Catalogue, KnownFile, Wheel
 from qwenlocal.library.download import Manner
 from qwenlocal.library.http import Client, Timeouts
 from qwenlocal.library.hubs import HuggingFace, ModelScope, RemoteFile
-from qwenlocal.library.index import PackageIndex, index_url
-from qwenlocal.library.local import Local
+from qwenlocal.library.local_models import Local
 from qwenlocal.library.names import Name, parse
-from qwenlocal.library.pull import Puller
-from qwenlocal.library.sources import Sources, groups
+from qwenlocal.library.package_index import PackageIndex, index_url
+from qwenlocal.library.puller import Puller
+from qwenlocal.library.resolver import Sources, groups
 from qwenlocal.library.store import Record, Store
 from qwenlocal.paths import Folders
 

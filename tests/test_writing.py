@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from oracle import data_of
 
 from qwenlocal.errors import BadWeights, CannotWrite, DiskFull, Interrupted, NotFinite, OutputExists, QwenlocalError
-from qwenlocal.positional import begin_to_write
+from qwenlocal.fileio import start_writeback
 from qwenlocal.testing import MOE_CONFIG, as_dtype, write_checkpoint
 from qwenlocal.weights.checkpoint import Checkpoint
 from qwenlocal.weights.convert import Options, plan_conversion
@@ -660,12 +660,12 @@ class TestNoRoom:
         accepted: list[bool] = []
         monkeypatch.setattr("qwenlocal.weights.writing._TO_DISK", 1)
         monkeypatch.setattr(
-            "qwenlocal.weights.writing.begin_to_write", lambda file: accepted.append(begin_to_write(file))
+            "qwenlocal.weights.writing.start_writeback", lambda file: accepted.append(start_writeback(file))
         )
         carry_out(job_of(source, tmp_path / f"x.{SLOW}.gguf"), threads=1)
         assert accepted
         assert all(accepted)
-        assert not begin_to_write(-1)
+        assert not start_writeback(-1)
 
 
 def pretend_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:

@@ -14,8 +14,8 @@ from qwenlocal.errors import ModelNotFound, UsageProblem
 from qwenlocal.library.names import CatalogueName, CheckpointName, HubName, KeptCheckpoint, PathName
 
 if TYPE_CHECKING:
-    from qwenlocal.library.outline import Outline
-    from qwenlocal.library.pull import Puller
+    from qwenlocal.library.puller import Puller
+    from qwenlocal.library.remote_checkpoint import Outline
     from qwenlocal.weights.checkpoint import Checkpoint
 
 

@@ -12,7 +12,7 @@ from qwenlocal.cli.checkpoints import Remote, Source, is_there, local_source, on
 from qwenlocal.cli.convert import Advice, cost_in_words, write
 from qwenlocal.cli.values import Stage, bytes_for_people
 from qwenlocal.errors import BadCheckpoint, BadWeights
-from qwenlocal.library.conversions import drop, finish, made_by_this_edition, place
+from qwenlocal.library.conversion_files import drop, finish, made_by_this_edition, place
 from qwenlocal.library.names import CatalogueName, CheckpointName, HubName, KeptCheckpoint
 from qwenlocal.library.store import Record, StoredFile
 
@@ -160,14 +160,14 @@ def _announce(program: Program, plan: Plan, source: Source) -> None:
 
 def _checked(path: Path) -> StoredFile:
     """The finished file, with its digests, as a download would have them."""
-    from qwenlocal.library.digests import digests_of
-    from qwenlocal.library.partial import BLOCK
+    from qwenlocal.fileio import hash_blocks
+    from qwenlocal.library.partial_file import BLOCK
     from qwenlocal.terminal.progress import progress
     from qwenlocal.weights.header import read_header
 
     size = path.stat().st_size
     with progress(sys.stderr) as shown:
-        sha256, checksums = digests_of(path, BLOCK, lambda done: shown(Stage(path.name, done, size, "checking")))
+        sha256, checksums = hash_blocks(path, BLOCK, lambda done: shown(Stage(path.name, done, size, "checking")))
     if not read_header(path).tensors:
         raise BadWeights(path, "nothing was written to it")
     return StoredFile.of(path, sha256, BLOCK, checksums)

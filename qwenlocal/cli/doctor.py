@@ -146,7 +146,7 @@ def _models(program: Program) -> Finding:
 def _sources() -> list[Finding]:
     from qwenlocal.library.http import Client, Timeouts, Trouble
     from qwenlocal.library.hubs import HuggingFace, ModelScope
-    from qwenlocal.library.index import index_url, without_login
+    from qwenlocal.library.package_index import index_url, without_login
 
     client = Client(Timeouts(connect=5, stall=5))
     places: list[tuple[str, Callable[[], str]]] = [

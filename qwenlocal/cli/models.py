@@ -13,7 +13,7 @@ from qwenlocal.cli.values import bytes_for_people, print_json, print_table
 from qwenlocal.cli.wiring import Program
 from qwenlocal.errors import BadWeights, Interrupted, ModelNotFound, UsageProblem
 from qwenlocal.language import tr
-from qwenlocal.library.conversions import Unfinished, drop, unfinished
+from qwenlocal.library.conversion_files import Unfinished, drop, unfinished
 from qwenlocal.library.names import KEPT
 from qwenlocal.library.store import Damage, Incomplete, Record
 
@@ -167,7 +167,7 @@ def _card_json(card: Card) -> dict[str, Any]:
 
 def show_model(text: str, *, as_json: bool) -> None:
     """What a model is; without the network, so what is not here is shown from the catalogue."""
-    from qwenlocal.library.local import known_file
+    from qwenlocal.library.local_models import known_file
     from qwenlocal.library.names import CatalogueName, KeptCheckpoint, PathName
     from qwenlocal.weights.parts import read_parts
 

@@ -11,10 +11,10 @@ from qwenlocal.library.catalog import Catalogue
 from qwenlocal.library.download import Manner
 from qwenlocal.library.http import Client
 from qwenlocal.library.hubs import Hub, HuggingFace, ModelScope
-from qwenlocal.library.index import PackageIndex, index_url
-from qwenlocal.library.local import Local, Say
-from qwenlocal.library.pull import Puller
-from qwenlocal.library.sources import Sources
+from qwenlocal.library.local_models import Local, Say
+from qwenlocal.library.package_index import PackageIndex, index_url
+from qwenlocal.library.puller import Puller
+from qwenlocal.library.resolver import Sources
 from qwenlocal.library.store import Store
 from qwenlocal.paths import Folders
 from qwenlocal.terminal.progress import progress

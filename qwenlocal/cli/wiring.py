@@ -22,9 +22,9 @@ from qwenlocal.terminal.plain import wrapped
 
 if TYPE_CHECKING:
     from qwenlocal.library.catalog import Catalogue
-    from qwenlocal.library.local import Local
+    from qwenlocal.library.local_models import Local
     from qwenlocal.library.names import Name
-    from qwenlocal.library.pull import Puller
+    from qwenlocal.library.puller import Puller
 
 
 def say(sentence: str) -> None:
@@ -58,7 +58,7 @@ class Program:
 
     @cached_property
     def local(self) -> Local:
-        from qwenlocal.library.local import Local
+        from qwenlocal.library.local_models import Local
 
         return Local(self.folders, self.store, say=self.say, checking=self._checking)
 
@@ -77,7 +77,7 @@ class Program:
 
     def parse(self, text: str) -> Name:
         """What `text` names; what that is, is shown. A checkpoint that is gone is known by what was made of it."""
-        from qwenlocal.library.conversions import unfinished
+        from qwenlocal.library.conversion_files import unfinished
         from qwenlocal.library.names import CheckpointName, PathName, parse
 
         try:
@@ -112,7 +112,7 @@ class Program:
         return record
 
     def _note_edition(self, record: Record) -> None:
-        from qwenlocal.library.conversions import is_of_this_edition
+        from qwenlocal.library.conversion_files import is_of_this_edition
 
         if not is_of_this_edition(record.made_from):
             self.say(

@@ -29,11 +29,11 @@ from qwenlocal.errors import (
     Interrupted,
     SourceUnreachable,
 )
+from qwenlocal.fileio import hash_blocks
 from qwenlocal.language import tr
-from qwenlocal.library.digests import digests_of
+from qwenlocal.library.byte_source import NoRanges, Place
 from qwenlocal.library.http import Client, Trouble
-from qwenlocal.library.partial import BLOCK, Identity, Partial, journal_of, lock_of, part_of, read_journal
-from qwenlocal.library.places import NoRanges, Place
+from qwenlocal.library.partial_file import BLOCK, Identity, Partial, journal_of, lock_of, part_of, read_journal
 from qwenlocal.paths import writable
 
 _SPARE_DISK = 32 << 20
@@ -169,7 +169,7 @@ def _finished(artifact: Artifact, target: Path) -> Fetched | None:
     """What lies at `target`, if it is the file: another process brought it, or was killed before it said so."""
     if target.stat().st_size != artifact.size:
         return None
-    sha256, checksums = digests_of(target, BLOCK)
+    sha256, checksums = hash_blocks(target, BLOCK)
     if sha256 != artifact.sha256:  # None, too: of the same size, but nobody can say whether it is the same file
         return None
     return Fetched(target, sha256, checksums)

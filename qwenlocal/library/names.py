@@ -23,9 +23,9 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
 from qwenlocal.errors import BadWeights, ModelNotFound
-from qwenlocal.filetypes import FILE_TYPES
 from qwenlocal.language import tr
 from qwenlocal.library.catalog import Card, Catalogue
+from qwenlocal.model_files import FILE_TYPES
 
 LEVELS = [*FILE_TYPES, "q3_k", "q4_k", "q5_k"]  # as they stand in file names; the last three without a size
 _HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+?))?(?:(?P<mark>[:/])(?P<rest>.+))?")

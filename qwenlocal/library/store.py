@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from qwenlocal.errors import BadWeights, CannotWrite, QwenlocalError
 from qwenlocal.language import tr
-from qwenlocal.library.partial import Identity, lock_of, part_of, read_journal, remove
+from qwenlocal.library.partial_file import Identity, lock_of, part_of, read_journal, remove
 from qwenlocal.paths import Folders, writable
 
 _JOURNAL = ".part.journal"
@@ -176,7 +176,7 @@ class Store:
         ------
         BadWeights: a file is gone.
         """
-        from qwenlocal.library.digests import digests_of
+        from qwenlocal.fileio import hash_blocks
 
         damage, before = [], 0
         for file in record.files:
@@ -186,7 +186,7 @@ class Store:
                 )
             from_here = functools.partial(_report_after, report, before, record.size)
             try:
-                sha256, checksums = digests_of(Path(file.path), file.block, from_here)
+                sha256, checksums = hash_blocks(Path(file.path), file.block, from_here)
             except OSError as reason:
                 what = tr("it cannot be read ({strerror})", strerror=reason.strerror)
                 raise BadWeights(file.path, what, hint=tr("Check who may read it.")) from reason
@@ -256,9 +256,9 @@ def _report_after(report: Callable[[int, int], None], before: int, total: int, d
 
 
 def _is_still(file: StoredFile) -> bool:
-    from qwenlocal.library.digests import sha256_of
+    from qwenlocal.fileio import hash_file
 
-    return sha256_of(Path(file.path)) == file.sha256
+    return hash_file(Path(file.path)) == file.sha256
 
 
 def _changed(record: Record, file: StoredFile, what: str) -> BadWeights:

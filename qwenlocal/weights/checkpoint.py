@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenlocal.errors import BadCheckpoint, CannotExpress
-from qwenlocal.shards import shard_of
+from qwenlocal.model_files import parse_shard
 from qwenlocal.weights.safetensors import Front, StoredTensor, first_twice, json_fault, read_tensors, tensors_of
 
 _PACKED = (".qweight", ".qzeros")
@@ -46,7 +46,7 @@ class Checkpoint:
         CannotExpress: the weights are packed (GPTQ, AWQ, …).
         """
         folder = path.parent if path.is_file() else path
-        if path.is_file() and (shard := shard_of(path.name)) and shard.total > 1:
+        if path.is_file() and (shard := parse_shard(path.name)) and shard.total > 1:
             raise BadCheckpoint(
                 path, f"it is one of {shard.total} files of a checkpoint", hint=f"Give the folder: {folder}"
             )
@@ -174,7 +174,7 @@ def pickled_hint(model: str) -> str:
 
 def _check_shards(folder: Path, names: list[str]) -> None:
     """Without an index: files numbered "-00001-of-00003" must all be there, and nothing else beside them."""
-    numbered = [shard for name in names if (shard := shard_of(name))]
+    numbered = [shard for name in names if (shard := parse_shard(name))]
     if not numbered:
         if len(names) > 1:
             raise BadCheckpoint(

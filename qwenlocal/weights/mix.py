@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from qwenlocal.errors import UsageProblem
-from qwenlocal.filetypes import FILE_TYPES, OTHER_NAMES
 from qwenlocal.ggml import TensorType, needs_importance, tensor_type, tensor_types
+from qwenlocal.model_files import FILE_TYPE_ALIASES, FILE_TYPES
 
 # What is taken where a row's length is no multiple of a type's block (llama-quant.cpp: tensor_type_fallback).
 _FALLBACK = {
@@ -89,7 +89,7 @@ def file_type(name: str) -> FileType:
     import difflib
 
     wanted = name.strip().lower().replace("-", "_")
-    wanted = OTHER_NAMES.get(wanted, wanted)
+    wanted = FILE_TYPE_ALIASES.get(wanted, wanted)
     if wanted not in FILE_TYPES:
         close = difflib.get_close_matches(wanted, FILE_TYPES, n=3)
         raise UsageProblem(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qwenlocal.errors import BadWeights
-from qwenlocal.shards import shard_of
+from qwenlocal.model_files import parse_shard
 from qwenlocal.weights.header import Header, Tensor, read_header
 
 # Keys that speak of a file and not of the model in it; one that is written anew has its own.
@@ -79,7 +79,7 @@ def files_of(source: Path) -> list[Path]:
     ------
     BadWeights: one is missing.
     """
-    shard = shard_of(source.name)
+    shard = parse_shard(source.name)
     if not shard:
         return [source]
     missing = [name for name in shard.siblings if not (source.parent / name).is_file()]

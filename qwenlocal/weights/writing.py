@@ -34,9 +34,9 @@ from qwenlocal.errors import (
     OutputExists,
     QwenlocalError,
 )
+from qwenlocal.fileio import read_at, start_writeback, write_at
 from qwenlocal.ggml import TensorType
 from qwenlocal.paths import writable
-from qwenlocal.positional import begin_to_write, read_at, write_at
 from qwenlocal.weights import edition
 
 if TYPE_CHECKING:
@@ -336,7 +336,7 @@ class _Run:
         if self._written - self._asked >= _TO_DISK:
             self._asked = self._written
             for file in self._files:
-                begin_to_write(file)
+                start_writeback(file)
 
     def _worker(self, todo: Iterator[int]) -> None:
         try:

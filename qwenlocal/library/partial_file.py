@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qwenlocal.errors import CannotWrite, DiskFull
-from qwenlocal.positional import read_at, write_at
+from qwenlocal.fileio import read_at, write_at
 
 BLOCK = 16 << 20  # four blocks are under way at a time: at most 64 MiB are fetched twice after a crash
 _READ = 1 << 20

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from qwenlocal.library.byte_source import NoRanges, Place
 from qwenlocal.library.http import Trouble, patiently
-from qwenlocal.library.places import NoRanges, Place
-from qwenlocal.library.sources import LocatedCheckpoint, Wanted
+from qwenlocal.library.resolver import LocatedCheckpoint, Wanted
 from qwenlocal.library.store import StoredFile
 from qwenlocal.weights.safetensors import Front, read_front
 

@@ -14,18 +14,18 @@ from pathlib import Path
 
 from qwenlocal.errors import DownloadFailed, ModelNotFound, NotConvertedYet, SourceUnreachable
 from qwenlocal.language import tr
+from qwenlocal.library.byte_source import Piece, Place, WebPlace
 from qwenlocal.library.catalog import Card, Catalogue, KnownFile
 from qwenlocal.library.download import Artifact, Manner, Section
-from qwenlocal.library.elsewhere import Sought, hub_repo
+from qwenlocal.library.external_caches import Sought, hub_repo
 from qwenlocal.library.http import Client, Trouble, patiently
 from qwenlocal.library.hubs import Hub, Listing, RemoteFile
-from qwenlocal.library.index import PackageIndex, WheelPart, WheelPlace
-from qwenlocal.library.local import known_file
+from qwenlocal.library.local_models import known_file
 from qwenlocal.library.names import CatalogueName, HubName, Name, WebName, level_of
-from qwenlocal.library.partial import scratch_of
-from qwenlocal.library.places import Piece, Place, WebPlace
+from qwenlocal.library.package_index import PackageIndex, WheelPart, WheelPlace
+from qwenlocal.library.partial_file import scratch_of
+from qwenlocal.model_files import parse_shard
 from qwenlocal.paths import Folders
-from qwenlocal.shards import shard_of
 from qwenlocal.weights.checkpoint import PICKLED, pickled_hint
 
 _RAW_PIECE = re.compile(r"\.gguf[.-](?:split-)?([a-z])$", re.IGNORECASE)
@@ -321,7 +321,7 @@ def groups(files: Sequence[RemoteFile]) -> list[_Group]:
     for file in sorted(files, key=lambda file: file.path):
         if _NOT_MODELS.search(file.path):
             continue
-        if (shard := shard_of(file.path)) and shard.ending == ".gguf":
+        if (shard := parse_shard(file.path)) and shard.ending == ".gguf":
             shards.setdefault(shard.stem, []).append(file)
         elif _RAW_PIECE.search(file.path):
             pieces.setdefault(_RAW_PIECE.sub("", file.path), []).append(file)

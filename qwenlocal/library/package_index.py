@@ -26,9 +26,9 @@ from pathlib import Path
 from urllib.parse import unquote, urldefrag, urljoin, urlsplit
 
 from qwenlocal.errors import CannotWrite, DiskFull, DownloadFailed, SourceUnreachable
+from qwenlocal.library.byte_source import Piece, WebPlace
 from qwenlocal.library.download import Artifact, Manner, Progress, fetch
 from qwenlocal.library.http import Client, Trouble, patiently
-from qwenlocal.library.places import Piece, WebPlace
 
 _JSON = "application/vnd.pypi.simple.v1+json"
 _READ = 1 << 20

@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qwenlocal.errors import BadWeights, DigestMismatch, DiskFull, DownloadFailed, SourceUnreachable
+from qwenlocal.fileio import git_blob_sha1, hash_file
 from qwenlocal.language import tr
-from qwenlocal.library.digests import git_blob, sha256_of
+from qwenlocal.library.byte_source import NoRanges
 from qwenlocal.library.download import Fetched, Manner, Report, fetch
 from qwenlocal.library.http import Client, Trouble
-from qwenlocal.library.local import Local, Say
+from qwenlocal.library.local_models import Local, Say
 from qwenlocal.library.names import CatalogueName, HubName, Name, checkpoint_record
-from qwenlocal.library.outline import Outline, read_fronts, write_front
-from qwenlocal.library.partial import write_journal
-from qwenlocal.library.places import NoRanges
-from qwenlocal.library.sources import Located, LocatedCheckpoint, Sources, Wanted
+from qwenlocal.library.partial_file import write_journal
+from qwenlocal.library.remote_checkpoint import Outline, read_fronts, write_front
+from qwenlocal.library.resolver import Located, LocatedCheckpoint, Sources, Wanted
 from qwenlocal.library.store import Damage, Record, Store, StoredFile
 from qwenlocal.paths import Folders, writable
 from qwenlocal.weights.architecture import examine
@@ -165,16 +165,16 @@ class Puller:
 
     def _fetch_small(self, wanted: Wanted) -> StoredFile:
         """A file of which the hub states git's digest: it is kept in memory's reach, so that is checked each time."""
-        there = wanted.blob is not None and wanted.target.exists() and git_blob(wanted.target) == wanted.blob
+        there = wanted.blob is not None and wanted.target.exists() and git_blob_sha1(wanted.target) == wanted.blob
         if not there:
             self._fetch(wanted)
-            if wanted.blob and (actual := git_blob(wanted.target)) != wanted.blob:
+            if wanted.blob and (actual := git_blob_sha1(wanted.target)) != wanted.blob:
                 wanted.target.unlink()
                 raise DigestMismatch(wanted.artifact.name, wanted.blob, actual, source="the hub")
         path, link = wanted.target, ""
         if wanted.snapshot:
             path, link = _link(path, wanted.snapshot, wanted.ref)
-        return StoredFile.of(path, sha256_of(path), link=link)
+        return StoredFile.of(path, hash_file(path), link=link)
 
     def _weights_here(self, wanted: Wanted) -> StoredFile | None:
         """What is recorded of a file that is there, whether it was touched since or not."""

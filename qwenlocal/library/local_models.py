@@ -8,14 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from qwenlocal.errors import BadCheckpoint, CannotWrite
-from qwenlocal.library import elsewhere
+from qwenlocal.fileio import hash_file
+from qwenlocal.library import external_caches
 from qwenlocal.library.catalog import KnownFile
-from qwenlocal.library.digests import sha256_of
-from qwenlocal.library.elsewhere import Found, Sought
+from qwenlocal.library.external_caches import Found, Sought
 from qwenlocal.library.names import CatalogueName, HubName, KeptCheckpoint, Name, PathName, level_of
 from qwenlocal.library.store import Record, Store, StoredFile
+from qwenlocal.model_files import parse_shard
 from qwenlocal.paths import Folders
-from qwenlocal.shards import shard_of
 from qwenlocal.weights.checkpoint import has_vocabulary, is_checkpoint, weight_files
 from qwenlocal.weights.parts import files_of
 
@@ -33,7 +33,13 @@ def recognise(name: Name) -> list[Sought]:
     if isinstance(name, CatalogueName):
         known = known_file(name)
         return [Sought(known.path, known.size, known.sha256, name.card.gguf)] if known else []
-    if isinstance(name, HubName) and name.file and name.hub == "hf" and not name.revision and not shard_of(name.file):
+    if (
+        isinstance(name, HubName)
+        and name.file
+        and name.hub == "hf"
+        and not name.revision
+        and not parse_shard(name.file)
+    ):
         return [Sought(name.file, None, None, name.repo)]
     return []
 
@@ -85,7 +91,7 @@ class Local:
             return record.path.parent
         if name.hub != "hf":
             return None
-        folder = elsewhere.hub_repo(self._folders.hub_cache, name.repo)
+        folder = external_caches.hub_repo(self._folders.hub_cache, name.repo)
         commit = name.revision or "main"
         with contextlib.suppress(OSError, UnicodeDecodeError):
             commit = (folder / "refs" / commit).read_text(encoding="utf-8").strip()
@@ -96,7 +102,7 @@ class Local:
         self, name: str, sought: Sought, origin: str = "", licence: str = "", asked: Sequence[str] = ()
     ) -> Record | None:
         """Use a file where another program put it. One that only has the right name is hashed before it is believed."""
-        for found in elsewhere.find(sought, self._folders):
+        for found in external_caches.find(sought, self._folders):
             if not found.certain and sought.sha256 and self._digest(found) != sought.sha256:
                 continue
             ours = self._own_file(found)
@@ -121,4 +127,4 @@ class Local:
 
     def _digest(self, found: Found) -> str:
         size = found.path.stat().st_size
-        return sha256_of(found.path, lambda done: self._checking(f"the file of {found.program}", done, size))
+        return hash_file(found.path, lambda done: self._checking(f"the file of {found.program}", done, size))

@@ -1,0 +1,99 @@
+"""File I/O at explicit offsets from several threads, and hashes of whole files."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import sys
+import threading
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_READ_SIZE = 1 << 20
+_SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
+
+if hasattr(os, "preadv"):
+
+    def write_at(file: int, data: memoryview, offset: int, lock: threading.Lock) -> int:
+        """Write at least part of `data` at `offset` and return the number of bytes written."""
+        return os.pwrite(file, data, offset)
+
+    def read_at(file: int, buffer: memoryview, offset: int, lock: threading.Lock) -> int:
+        """Read into `buffer` from `offset` and return the number of bytes read, 0 at the end of the file."""
+        return os.preadv(file, [buffer], offset)
+
+else:  # Windows has neither: seek and write under the lock
+
+    def write_at(file: int, data: memoryview, offset: int, lock: threading.Lock) -> int:
+        """Write at least part of `data` at `offset` and return the number of bytes written."""
+        with lock:
+            os.lseek(file, offset, os.SEEK_SET)
+            return os.write(file, data)
+
+    def read_at(file: int, buffer: memoryview, offset: int, lock: threading.Lock) -> int:
+        """Read into `buffer` from `offset` and return the number of bytes read, 0 at the end of the file."""
+        with lock:
+            os.lseek(file, offset, os.SEEK_SET)
+            data = os.read(file, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def start_writeback(file: int) -> bool:
+    """
+    Ask the disk to start writing the dirty pages of `file`; return False if that is unsupported or refused.
+
+    Returns once the request is queued, which can take a while on a busy disk. Linux only (sync_file_range): fdatasync
+    would also work, but delays every read that is waiting for the disk.
+    """
+    sync_file_range = _sync_file_range()
+    return sync_file_range is not None and sync_file_range(file, 0, 0, _SYNC_FILE_RANGE_WRITE) == 0
+
+
+@functools.cache
+def _sync_file_range() -> Any | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    function = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if function is not None:
+        function.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+    return function
+
+
+def hash_file(path: Path, report: Callable[[int], object] = lambda _done: None) -> str:
+    """Return the sha256 of a file; `report` gets the number of bytes read so far."""
+    return hash_blocks(path, 0, report)[0]
+
+
+def hash_blocks(
+    path: Path, block_size: int, report: Callable[[int], object] = lambda _done: None
+) -> tuple[str, list[int]]:
+    """Return the sha256 of a file and the CRC-32 of each block of `block_size` bytes (no CRCs if that is 0)."""
+    import hashlib
+
+    digest, checksums, done, crc = hashlib.sha256(), list[int](), 0, 0
+    read_size = min(_READ_SIZE, block_size) if block_size else _READ_SIZE
+    with path.open("rb") as file:
+        while data := file.read(read_size):
+            digest.update(data)
+            done += len(data)
+            if block_size:
+                crc = zlib.crc32(data, crc)
+                if done % block_size == 0:
+                    checksums.append(crc)
+                    crc = 0
+            report(done)
+    if block_size and done % block_size:
+        checksums.append(crc)
+    return digest.hexdigest(), checksums
+
+
+def git_blob_sha1(path: Path) -> str:
+    """Return git's hash of a small file, which is all a hub states for it: sha1 of "blob SIZE\\0" and the bytes."""
+    import hashlib
+
+    data = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()

@@ -162,12 +162,12 @@ _FETCH = """
 import json, sys, tempfile, time
 from pathlib import Path
 from qwenlocal.library.download import Artifact, fetch
-from qwenlocal.library.byte_source import Piece, WebPlace
+from qwenlocal.library.byte_source import Piece, HttpSource
 from qwenlocal.library.http import Client
 url, size, digest = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 client = Client()
 with tempfile.TemporaryDirectory() as folder:
-    artifact = Artifact("x", size, digest, [WebPlace("x", client, [Piece(url, 0, size)])])
+    artifact = Artifact("x", size, digest, [HttpSource("x", client, [Piece(url, 0, size)])])
     started, used = time.perf_counter(), time.process_time()
     fetch(artifact, Path(folder) / "x", client=client, locks=Path(folder) / "locks")
     taken = time.perf_counter() - started

@@ -15,7 +15,7 @@ Everything that can go wrong for a user of qwenlocal.
     │   ├── NotFinite              5  a weight is NaN or infinite
     │   ├── BadCheckpoint          5  a checkpoint is damaged or incomplete
     │   └── CannotExpress          5  llama.cpp cannot compute what the checkpoint asks for
-    ├── BadCatalogue               5  a file in models/ cannot be read
+    ├── BadCatalog               5  a file in models/ cannot be read
     ├── NotEnoughMemory            6  the model does not fit
     ├── MemoryLow                  6  memory is nearly used up while a model answers
     ├── NoContext                  6  llama.cpp cannot make a context of that size
@@ -37,7 +37,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from qwenlocal.language import mark, tr
+from qwenlocal.i18n import mark, tr
 
 
 class QwenlocalError(Exception):
@@ -216,7 +216,7 @@ class OutputExists(QwenlocalError):
         )
 
 
-class BadCatalogue(QwenlocalError):
+class BadCatalog(QwenlocalError):
     """A file in `models/` cannot be read."""
 
     exit_code = 5

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwenlocal.errors import CannotWrite, UsageProblem
-from qwenlocal.language import tr
+from qwenlocal.i18n import tr
 
 _PACKAGE = Path(__file__).resolve().parent
 

@@ -15,7 +15,7 @@ import pytest
 from conftest import SAYS, Run
 from hub import Answer, HubServer, cut, lie, only_on, refuse
 
-from qwenlocal.library.catalog import Catalogue
+from qwenlocal.library.catalog import Catalog
 from qwenlocal.paths import shipped
 from qwenlocal.testing import write_model
 
@@ -174,7 +174,7 @@ def test_pull_list_show_verify_rm(qwenlocal: Run, model: str, speaking_model: Pa
 def test_the_whole_catalogue_can_be_listed(qwenlocal: Run) -> None:
     result = qwenlocal("list", "--all", "--json")
     names = {entry["name"] for entry in json.loads(result.stdout)}
-    cards = Catalogue.read(shipped("models")).cards
+    cards = Catalog.read(shipped("models")).cards
     assert len(names) == len(cards)
     assert "qwen1.5:0.5b-chat-q4_k_m" in names
 

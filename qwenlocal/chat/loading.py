@@ -15,19 +15,19 @@ from qwenlocal.engine.draft_model import DraftModel, shares_vocabulary
 from qwenlocal.engine.drafting import Trial
 from qwenlocal.engine.llama import LoadStopped, Model
 from qwenlocal.engine.memory import memory_needed
-from qwenlocal.engine.parking import Parking
-from qwenlocal.engine.plan import ENOUGH, Offload, Plan, choose_offload, choose_plan
+from qwenlocal.engine.load_plan import ENOUGH, Offload, Plan, choose_offload, choose_plan
+from qwenlocal.engine.prefix_cache import Parking
+from qwenlocal.engine.prompt_cache import SavedStates, key_of
 from qwenlocal.engine.sampling import Sampling
-from qwenlocal.engine.saved import SavedStates, key_of
 from qwenlocal.engine.sequence import TokenSequence
 from qwenlocal.engine.shape import Shape
 from qwenlocal.engine.speculation import CostCurve, Drafts, NoSpeculation, Speculation
-from qwenlocal.engine.tuned import Tuned
+from qwenlocal.engine.tuned_settings import Tuned
 from qwenlocal.engine.wanted import Wanted
 from qwenlocal.engine.watch import MemoryWatch
 from qwenlocal.errors import BadWeights, Interrupted, NoContext, NotEnoughMemory, UsageProblem
 from qwenlocal.ggml import Device, devices
-from qwenlocal.language import tr
+from qwenlocal.i18n import tr
 from qwenlocal.machine import Machine
 from qwenlocal.weights.checkup import missing_rope_base
 from qwenlocal.weights.header import Value, read_header, read_metadata
@@ -138,9 +138,9 @@ class Loading:
         report: Callable[[float], None] = lambda _: None,
     ) -> Loaded:
         """
-        Load the model in `path` of `size` bytes; `recommended` is the catalogue's sampling for it.
+        Load the model in `path` of `size` bytes; `recommended` is the catalog's sampling for it.
 
-        What the model's file itself recommends goes before the catalogue.
+        What the model's file itself recommends goes before the catalog.
 
         Raises
         ------
@@ -346,7 +346,7 @@ def _template(model: Model, *, raw: bool | None, is_base: bool) -> tuple[ChatTem
 
 
 def _sampling(metadata: Mapping[str, Value], recommended: Mapping[str, float]) -> tuple[Sampling, tuple[str, ...]]:
-    """What the file recommends, before what the catalogue does; values out of range are left out, and that is said."""
+    """What the file recommends, before what the catalog does; values out of range are left out, and that is said."""
     in_file = {name: metadata[key] for name, key in _SAMPLING_KEYS.items() if key in metadata}
     sampling, notes = Sampling(), list[str]()
     for name, value in {**recommended, **in_file}.items():

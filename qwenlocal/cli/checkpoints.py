@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 from qwenlocal.cli.wiring import Program
 from qwenlocal.errors import ModelNotFound, UsageProblem
-from qwenlocal.library.names import CatalogueName, CheckpointName, HubName, KeptCheckpoint, PathName
+from qwenlocal.library.names import CatalogName, HubCheckpointName, HubName, LocalCheckpointName, PathName
 
 if TYPE_CHECKING:
     from qwenlocal.library.puller import Puller
-    from qwenlocal.library.remote_checkpoint import Outline
+    from qwenlocal.library.remote_checkpoint import RemoteCheckpoint
     from qwenlocal.weights.checkpoint import Checkpoint
 
 
@@ -32,7 +32,7 @@ class Source:
 class Remote:
     """A checkpoint on a hub, of which everything but the weights is here."""
 
-    outline: Outline
+    outline: RemoteCheckpoint
     puller: Puller
 
     @property
@@ -71,14 +71,14 @@ def find_source(program: Program, text: str, *, limit_rate: int = 0) -> Iterator
     from qwenlocal.weights.checkpoint import PICKLED, pickled
 
     name = program.parse(text)
-    if isinstance(name, KeptCheckpoint):
-        name = name.of
+    if isinstance(name, HubCheckpointName):
+        name = name.source
     if isinstance(name, PathName) and name.path.suffix in PICKLED:
         raise pickled(name.path.parent, name.path.name)
-    if isinstance(name, CheckpointName):
+    if isinstance(name, LocalCheckpointName):
         yield local_source(name.path)
         return
-    if not isinstance(name, (CatalogueName, HubName)) or (isinstance(name, HubName) and name.file):
+    if not isinstance(name, (CatalogName, HubName)) or (isinstance(name, HubName) and name.file):
         raise UsageProblem(
             f"{text} is not a checkpoint.",
             hint="Give a directory with config.json, a repository (hf:owner/repo), or a name (qwenlocal list --all). "
@@ -91,7 +91,7 @@ def find_source(program: Program, text: str, *, limit_rate: int = 0) -> Iterator
 
 
 @contextlib.contextmanager
-def on_hub(program: Program, name: CatalogueName | HubName, limit_rate: int) -> Iterator[Source | Remote]:
+def on_hub(program: Program, name: CatalogName | HubName, limit_rate: int) -> Iterator[Source | Remote]:
     """A checkpoint of a repository: in the hub's cache if all of it is there, otherwise to be fetched."""
     repo = repository(name)
     if here := program.local.checkpoint(repo):
@@ -101,9 +101,9 @@ def on_hub(program: Program, name: CatalogueName | HubName, limit_rate: int) -> 
         yield Remote(puller.outline(name), puller)
 
 
-def repository(name: CatalogueName | HubName) -> HubName:
+def repository(name: CatalogName | HubName) -> HubName:
     """Where the original weights of a model are."""
-    return HubName("hf", name.card.checkpoint) if isinstance(name, CatalogueName) else name
+    return HubName("hf", name.card.checkpoint) if isinstance(name, CatalogName) else name
 
 
 def is_there(path: Path) -> bool:

@@ -12,8 +12,8 @@ def models_here(incomplete: str) -> list[str]:
 
 
 def all_models(incomplete: str) -> list[str]:
-    """Models that are here, then those of the catalogue."""
-    return _matching([*_here(), *_catalogue()], incomplete)
+    """Models that are here, then those of the catalog."""
+    return _matching([*_here(), *_catalog()], incomplete)
 
 
 def _matching(names: Iterable[str], incomplete: str) -> list[str]:
@@ -52,12 +52,12 @@ def _here() -> Iterator[str]:
         return
 
 
-def _catalogue() -> Iterator[str]:
+def _catalog() -> Iterator[str]:
     from qwenlocal.errors import QwenlocalError
-    from qwenlocal.library.catalog import Catalogue
+    from qwenlocal.library.catalog import Catalog
     from qwenlocal.paths import shipped
 
     try:
-        yield from (card.name for card in Catalogue.read(shipped("models")).cards)
+        yield from (card.name for card in Catalog.read(shipped("models")).cards)
     except (QwenlocalError, OSError):
         return

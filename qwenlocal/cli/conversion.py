@@ -12,8 +12,8 @@ from qwenlocal.cli.checkpoints import Remote, Source, is_there, local_source, on
 from qwenlocal.cli.convert import Advice, cost_in_words, write
 from qwenlocal.cli.values import Stage, bytes_for_people
 from qwenlocal.errors import BadCheckpoint, BadWeights
-from qwenlocal.library.conversion_files import drop, finish, made_by_this_edition, place
-from qwenlocal.library.names import CatalogueName, CheckpointName, HubName, KeptCheckpoint
+from qwenlocal.library.conversion_files import conversion_stamp, drop, finish, place
+from qwenlocal.library.names import CatalogName, HubCheckpointName, HubName, LocalCheckpointName
 from qwenlocal.library.store import Record, StoredFile
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ _USUAL_LEVEL = "q4_k_m"
 
 def converted(
     program: Program,
-    name: CatalogueName | HubName | CheckpointName,
+    name: CatalogName | HubName | LocalCheckpointName,
     *,
     limit_rate: int = 0,
     again: bool = False,
@@ -37,17 +37,17 @@ def converted(
     full = _full_name(name)
     record = program.store.get(full)
     ready = program.store.ready(record) if record and not again else None
-    if ready and not isinstance(name, CheckpointName):
+    if ready and not isinstance(name, LocalCheckpointName):
         return ready
-    if ready and isinstance(name, CheckpointName) and not is_there(name.path):
+    if ready and isinstance(name, LocalCheckpointName) and not is_there(name.path):
         program.say(f"{name} is gone; what was made of it is still here.")
         return ready
-    source = local_source(name.path) if isinstance(name, CheckpointName) else _fetched(program, name, limit_rate)
-    made_from = made_by_this_edition(fingerprint(source.path))
+    source = local_source(name.path) if isinstance(name, LocalCheckpointName) else _fetched(program, name, limit_rate)
+    made_from = conversion_stamp(fingerprint(source.path))
     if ready and ready.made_from == made_from:
         return ready
     asked = {str(name), *(record.asked if record else ())} - {full}
-    again_as = str(name.path) if isinstance(name, CheckpointName) else str(_bare(name))
+    again_as = str(name.path) if isinstance(name, LocalCheckpointName) else str(_bare(name))
     target = place(program.folders, full, source.name, _level(name), made_from, program.store.paths())
     if not target.is_whole:
         _make(program, source, _level(name), target.path, again_as)
@@ -58,14 +58,14 @@ def converted(
         )
         finish(target.path)
     Path(f"{target.path}.part.lock").unlink(missing_ok=True)
-    kept = None if isinstance(name, CheckpointName) else program.store.get(str(KeptCheckpoint(_bare(name))))
+    kept = None if isinstance(name, LocalCheckpointName) else program.store.get(str(HubCheckpointName(_bare(name))))
     if kept and kept.owned:
         size = bytes_for_people(kept.size)
         program.say(f"The checkpoint is kept, too. To have its {size} back: qwenlocal rm {kept.name}")
     return made
 
 
-def _fetched(program: Program, name: CatalogueName | HubName, limit_rate: int) -> Source:
+def _fetched(program: Program, name: CatalogName | HubName, limit_rate: int) -> Source:
     """The checkpoint on this disk; what it costs to bring it here is said before."""
     with on_hub(program, name, limit_rate) as source:
         if isinstance(source, Source):
@@ -85,19 +85,19 @@ def _plan_of(checkpoint: Checkpoint, source: Source | Remote, target: Path, leve
     return plan_conversion(checkpoint, [(target, file_type(level))], Options(source.name, source.repo))
 
 
-def _full_name(name: CatalogueName | HubName | CheckpointName) -> str:
+def _full_name(name: CatalogName | HubName | LocalCheckpointName) -> str:
     return str(replace(name, level=_level(name)) if isinstance(name, HubName) else name)
 
 
-def _bare(name: CatalogueName | HubName) -> HubName:
+def _bare(name: CatalogName | HubName) -> HubName:
     return replace(repository(name), level=None, file=None)
 
 
-def _level(name: CatalogueName | HubName | CheckpointName) -> str:
+def _level(name: CatalogName | HubName | LocalCheckpointName) -> str:
     """The type in its full spelling: "q4_k" is q4_k_m."""
     from qwenlocal.weights.mix import file_type
 
-    if isinstance(name, CatalogueName):
+    if isinstance(name, CatalogName):
         return file_type(name.level or name.card.level).name
     return file_type((name.level if isinstance(name, HubName) else None) or _USUAL_LEVEL).name
 

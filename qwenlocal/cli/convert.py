@@ -23,7 +23,7 @@ from qwenlocal.errors import (
     OutputExists,
     UsageProblem,
 )
-from qwenlocal.library.names import CheckpointName
+from qwenlocal.library.names import LocalCheckpointName
 from qwenlocal.paths import typed
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def quantize_file(asked: Asked, *, again: bool) -> None:
     wishes, importance = _wishes(asked)
     program = Program(quiet=asked.as_json)
     name = program.parse(asked.source)
-    if isinstance(name, CheckpointName):
+    if isinstance(name, LocalCheckpointName):
         raise UsageProblem(f"{asked.source} is a checkpoint.", hint=f"Convert it: qwenlocal convert {asked.source}")
     record = program.have(name)
     wanted = [(_output(asked.out, record.path.stem, kind, len(kinds)), kind) for kind in kinds]

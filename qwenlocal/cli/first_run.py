@@ -12,11 +12,11 @@ from qwenlocal.cli.values import bytes_for_people
 from qwenlocal.cli.wiring import Program
 from qwenlocal.engine.memory import OURSELVES
 from qwenlocal.errors import Interrupted
-from qwenlocal.language import tr
+from qwenlocal.i18n import tr
 from qwenlocal.library.catalog import Card
-from qwenlocal.library.names import CatalogueName
+from qwenlocal.library.names import CatalogName
 from qwenlocal.machine import Machine, this_machine
-from qwenlocal.terminal.plain import padded
+from qwenlocal.terminal.ansi import padded
 
 _TOKENS = 4096  # of context, for which memory is counted
 _PROBE = 64 << 20  # bytes a core reads, again and again, to see how quick memory is
@@ -62,15 +62,15 @@ def pick(program: Program) -> str | None:
     """
     if not (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty()):
         return None
-    usual = (program.catalogue.default, program.catalogue.starter)
-    if any(program.local.here(CatalogueName(card)) for card in usual):
+    usual = (program.catalog.default, program.catalog.starter)
+    if any(program.local.here(CatalogName(card)) for card in usual):
         return None
     machine = this_machine()
     folder = program.folders.home
     while not folder.exists():
         folder = folder.parent
-    found = offers(list(program.catalogue.cards), machine, shutil.disk_usage(folder).free, bandwidth(machine.cores))
-    default = next((place for place, offer in enumerate(found, 1) if offer.card == program.catalogue.default), 1)
+    found = offers(list(program.catalog.cards), machine, shutil.disk_usage(folder).free, bandwidth(machine.cores))
+    default = next((place for place, offer in enumerate(found, 1) if offer.card == program.catalog.default), 1)
     program.say(tr("No model is here yet. These answer questions; the larger, the better and the slower.") + "\n")
     for place, offer in enumerate(found, 1):
         program.say(_row(place, offer, is_default=place == default))

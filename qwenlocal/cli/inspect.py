@@ -12,7 +12,7 @@ import typer
 from qwenlocal.cli.values import Stage, bytes_for_people, print_json, print_table
 from qwenlocal.cli.wiring import Program
 from qwenlocal.errors import BadWeights, ModelNotFound, OutputExists, UsageProblem
-from qwenlocal.library.names import CheckpointName
+from qwenlocal.library.names import LocalCheckpointName
 from qwenlocal.paths import typed
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def _record(program: Program, text: str) -> Record:
     record = program.local.here(name)
     if record is not None:
         return record
-    if isinstance(name, CheckpointName):
+    if isinstance(name, LocalCheckpointName):
         hint = f"It is a checkpoint; a GGUF file is made of it by: qwenlocal convert {text}"
     else:
         hint = f"Fetch it: qwenlocal pull {name}"
@@ -76,7 +76,7 @@ def _quiet(_done: int, _all: int) -> None:
 
 
 def _show(checkup: Checkup, *, tensors: bool) -> None:
-    from qwenlocal.terminal.plain import harmless
+    from qwenlocal.terminal.ansi import harmless
 
     facts = header_facts(checkup.header)
     width = max(len(key) for key in facts)
@@ -254,7 +254,7 @@ def _fix(program: Program, record: Record, checkup: Checkup, out: str | None) ->
 
 def diff_files(left: str, right: str, *, as_json: bool) -> None:
     """What two files have not in common; the exit code is 1 where that is anything."""
-    from qwenlocal.terminal.status import StatusLine
+    from qwenlocal.terminal.progress import StatusLine
     from qwenlocal.weights.difference import compare
 
     program = Program(quiet=as_json)
@@ -273,7 +273,7 @@ def diff_files(left: str, right: str, *, as_json: bool) -> None:
 
 
 def _show_difference(found: Difference) -> None:
-    from qwenlocal.terminal.plain import harmless
+    from qwenlocal.terminal.ansi import harmless
 
     if found.is_empty:
         sys.stdout.write("The same: every key, every tensor.\n")

@@ -12,23 +12,23 @@ from qwenlocal.cli.inspect import header_facts, memory_words, template_words
 from qwenlocal.cli.values import bytes_for_people, print_json, print_table
 from qwenlocal.cli.wiring import Program
 from qwenlocal.errors import BadWeights, Interrupted, ModelNotFound, UsageProblem
-from qwenlocal.language import tr
-from qwenlocal.library.conversion_files import Unfinished, drop, unfinished
-from qwenlocal.library.names import KEPT
+from qwenlocal.i18n import tr
+from qwenlocal.library.conversion_files import UnfinishedConversion, drop, unfinished
+from qwenlocal.library.names import CHECKPOINT_SUFFIX
 from qwenlocal.library.store import Damage, Incomplete, Record
 
 if TYPE_CHECKING:
     from qwenlocal.library.catalog import Card
-    from qwenlocal.library.names import KeptCheckpoint, Name
+    from qwenlocal.library.names import HubCheckpointName, Name
 
 
 def pull_model(text: str, *, limit_rate: int) -> None:
     """Have a model here."""
-    from qwenlocal.library.names import KeptCheckpoint
+    from qwenlocal.library.names import HubCheckpointName
 
     program = Program()
     name = program.parse(text)
-    if isinstance(name, KeptCheckpoint):
+    if isinstance(name, HubCheckpointName):
         _pull_checkpoint(program, name, limit_rate)
         return
     record = program.have(name, limit_rate=limit_rate)
@@ -42,11 +42,11 @@ def pull_model(text: str, *, limit_rate: int) -> None:
     )
 
 
-def _pull_checkpoint(program: Program, name: KeptCheckpoint, limit_rate: int) -> None:
+def _pull_checkpoint(program: Program, name: HubCheckpointName, limit_rate: int) -> None:
     """The weights as they were published, without converting them."""
     from qwenlocal.cli.checkpoints import Remote, on_hub
 
-    with on_hub(program, name.of, limit_rate) as source:
+    with on_hub(program, name.source, limit_rate) as source:
         there = source.fetch() if isinstance(source, Remote) else source
     program.say(tr("{name} is here: {path}", name=name, path=there.path))
 
@@ -62,7 +62,7 @@ def list_models(*, everything: bool, as_json: bool) -> None:
     coming = _on_their_way(kept, program.store.incomplete())
     begun = list(unfinished(program.folders))
     here = {record.name for record in records}
-    cards = [card for card in program.catalogue.cards if _usual_name(card) not in here] if everything else []
+    cards = [card for card in program.catalog.cards if _usual_name(card) not in here] if everything else []
     if as_json:
         print_json(
             [_record_json(record) for record in records]
@@ -81,18 +81,18 @@ def list_models(*, everything: bool, as_json: bool) -> None:
     print_table(("NAME", "SIZE", ""), rows)
 
 
-def _conversion_state(conversion: Unfinished) -> str:
+def _conversion_state(conversion: UnfinishedConversion) -> str:
     return "converting" if conversion.is_running else "cut short"
 
 
-def _conversion_words(conversion: Unfinished) -> str:
+def _conversion_words(conversion: UnfinishedConversion) -> str:
     return "being converted" if conversion.is_running else "cut short while it was converted; pull goes on"
 
 
 def _usual_name(card: Card) -> str:
-    from qwenlocal.library.names import CatalogueName
+    from qwenlocal.library.names import CatalogName
 
-    return str(CatalogueName(card))
+    return str(CatalogName(card))
 
 
 def _card_size(card: Card) -> str:
@@ -101,7 +101,7 @@ def _card_size(card: Card) -> str:
 
 def _record_state(record: Record, here: Collection[str]) -> str:
     if record.is_checkpoint:
-        source = record.name.removesuffix(KEPT)
+        source = record.name.removesuffix(CHECKPOINT_SUFFIX)
         made = any(name == source or name.startswith(f"{source}:") for name in here)
         return "a checkpoint; what was made of it is here, too" if made else "a checkpoint, to be converted"
     if record.made_from:
@@ -166,19 +166,19 @@ def _card_json(card: Card) -> dict[str, Any]:
 
 
 def show_model(text: str, *, as_json: bool) -> None:
-    """What a model is; without the network, so what is not here is shown from the catalogue."""
+    """What a model is; without the network, so what is not here is shown from the catalog."""
     from qwenlocal.library.local_models import known_file
-    from qwenlocal.library.names import CatalogueName, KeptCheckpoint, PathName
+    from qwenlocal.library.names import CatalogName, HubCheckpointName, PathName
     from qwenlocal.weights.parts import read_parts
 
     program = Program(quiet=as_json)
     name = program.parse(text)
-    if isinstance(name, KeptCheckpoint):
+    if isinstance(name, HubCheckpointName):
         _show(_record_json(_kept(program, name)), as_json)
         return
     record = program.local.here(name)
     if record is None:
-        if not isinstance(name, CatalogueName):
+        if not isinstance(name, CatalogName):
             raise ModelNotFound(
                 text, reason=tr("{name} is not here.", name=name), hint=tr("Fetch it: qwenlocal pull {name}", name=name)
             )
@@ -191,13 +191,13 @@ def show_model(text: str, *, as_json: bool) -> None:
     _show({**facts, **header_facts(read_parts(record.path).header)}, as_json)
 
 
-def _kept(program: Program, name: KeptCheckpoint) -> Record:
+def _kept(program: Program, name: HubCheckpointName) -> Record:
     record = program.store.get(str(name))
     if record is None or record.missing:
         raise ModelNotFound(
             str(name),
             reason=tr("{name} is not here, or not all of it.", name=name),
-            hint=tr("Fetch it: qwenlocal pull {of}", of=name.of),
+            hint=tr("Fetch it: qwenlocal pull {of}", of=name.source),
         )
     return record
 
@@ -210,7 +210,7 @@ def _card_facts(card: Card) -> dict[str, Any]:
 
 
 def _show(facts: Mapping[str, Any], as_json: bool) -> None:
-    from qwenlocal.terminal.plain import harmless
+    from qwenlocal.terminal.ansi import harmless
 
     if as_json:
         print_json(facts)
@@ -241,7 +241,7 @@ def _words(key: str, value: Any) -> str:
 
 def remove_model(text: str) -> None:
     """Remove a model or an unfinished download."""
-    from qwenlocal.library.names import CheckpointName, PathName
+    from qwenlocal.library.names import LocalCheckpointName, PathName
 
     program = Program()
     name = program.parse(text)
@@ -280,7 +280,7 @@ def remove_model(text: str) -> None:
             )
         return
     freed = program.store.remove(record)
-    if isinstance(name, CheckpointName):
+    if isinstance(name, LocalCheckpointName):
         program.say(
             tr(
                 "Removed the GGUF file made of {name} ({size}); the checkpoint is yours.",
@@ -337,12 +337,12 @@ def verify_model(text: str, *, repair: bool, as_json: bool) -> None:
 
 
 def _recorded(program: Program, text: str, name: Name) -> Record:
-    from qwenlocal.library.names import CheckpointName
+    from qwenlocal.library.names import LocalCheckpointName
 
     record = program.store.get(str(name)) or program.local.here(name)
     if record is not None and not record.missing:
         return record
-    if isinstance(name, CheckpointName):
+    if isinstance(name, LocalCheckpointName):
         raise UsageProblem(
             tr("{text} is a checkpoint, and nothing was made of it yet.", text=text),
             hint=tr("To compare a GGUF file with it: qwenlocal verify FILE --against {text}", text=text),
@@ -385,12 +385,12 @@ def _proof(record: Record) -> str:
 def _mended(program: Program, name: Name, record: Record, damage: Sequence[Damage]) -> Record:
     """Only what is damaged is fetched, or converted, again."""
     from qwenlocal.cli.conversion import converted
-    from qwenlocal.library.names import CatalogueName, CheckpointName, HubName, KeptCheckpoint
+    from qwenlocal.library.names import CatalogName, HubCheckpointName, HubName, LocalCheckpointName
 
-    if record.made_from and isinstance(name, (CatalogueName, CheckpointName, HubName)):
+    if record.made_from and isinstance(name, (CatalogName, LocalCheckpointName, HubName)):
         return converted(program, name, again=True)
     with program.puller() as puller:
-        if not isinstance(name, KeptCheckpoint):
+        if not isinstance(name, HubCheckpointName):
             return puller.mend(name, record, damage)
         if not record.owned:
             raise BadWeights(
@@ -402,7 +402,7 @@ def _mended(program: Program, name: Name, record: Record, damage: Sequence[Damag
                 ),
             )
         _drop_damaged(program, record, damage)
-        puller.pull_checkpoint(puller.outline(name.of))
+        puller.pull_checkpoint(puller.outline(name.source))
     return _kept(program, name)
 
 

@@ -7,9 +7,9 @@ import os
 import sys
 from collections.abc import Iterator
 
-from qwenlocal.library.catalog import Catalogue
-from qwenlocal.library.download import Manner
-from qwenlocal.library.http import Client
+from qwenlocal.library.catalog import Catalog
+from qwenlocal.library.download import DownloadPolicy
+from qwenlocal.library.http import HttpClient
 from qwenlocal.library.hubs import Hub, HuggingFace, ModelScope
 from qwenlocal.library.local_models import Local, Say
 from qwenlocal.library.package_index import PackageIndex, index_url
@@ -22,14 +22,14 @@ from qwenlocal.terminal.progress import progress
 
 @contextlib.contextmanager
 def puller(
-    catalogue: Catalogue, folders: Folders, store: Store, local: Local, *, say: Say, limit_rate: int
+    catalog: Catalog, folders: Folders, store: Store, local: Local, *, say: Say, limit_rate: int
 ) -> Iterator[Puller]:
     """A puller over every source of this machine, which shows its progress on stderr."""
-    client, manner = Client(limit_rate=limit_rate), Manner()
+    client, manner = HttpClient(limit_rate=limit_rate), DownloadPolicy()
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     hubs: list[Hub] = [HuggingFace(), ModelScope(client)]
     sources = Sources(
-        catalogue, folders, client, hubs, lambda: PackageIndex(index_url(), client), manner, offline=offline
+        catalog, folders, client, hubs, lambda: PackageIndex(index_url(), client), manner, offline=offline
     )
     with progress(sys.stderr) as shown:
         yield Puller(folders, store, local, sources, client, say=say, report=shown, manner=manner)

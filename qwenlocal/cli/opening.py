@@ -15,13 +15,13 @@ from qwenlocal.cli.asked import Asked
 from qwenlocal.cli.loading import gpu_layers
 from qwenlocal.cli.wiring import Program
 from qwenlocal.engine.llama import library
-from qwenlocal.engine.saved import digest_of
-from qwenlocal.engine.tuned import Tuned, read_tuned, remember_costs
+from qwenlocal.engine.prompt_cache import digest_of
+from qwenlocal.engine.tuned_settings import Tuned, read_tuned, remember_costs
 from qwenlocal.errors import NotEnoughMemory
-from qwenlocal.library.names import CatalogueName, Name
+from qwenlocal.library.names import CatalogName, Name
 from qwenlocal.library.store import Record
 from qwenlocal.machine import power_source, this_machine
-from qwenlocal.terminal.last_words import say_last_words
+from qwenlocal.terminal.tty import say_last_words
 
 if TYPE_CHECKING:
     from qwenlocal.engine.sampling import Sampling
@@ -45,7 +45,7 @@ class Opener:
         BadWeights, NotEnoughMemory, NoContext: it cannot be loaded. Interrupted: `loading` was stopped.
         """
         asked, folders = self._asked, self._program.folders
-        card = name.card if isinstance(name, CatalogueName) else None
+        card = name.card if isinstance(name, CatalogName) else None
         is_known = folders.tuned.is_dir()
         options = LoadOptions(
             replace(asked.wanted, n_ctx=n_ctx) if n_ctx else asked.wanted,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from qwenlocal.cli.values import bytes_for_people, print_json, print_table
 from qwenlocal.cli.wiring import Program
 from qwenlocal.errors import CannotExpress, NotEnoughMemory, UsageProblem
-from qwenlocal.library.names import CheckpointName, Name
+from qwenlocal.library.names import LocalCheckpointName, Name
 
 if TYPE_CHECKING:
     from qwenlocal.engine.shape import Shape
@@ -44,7 +44,7 @@ def plan_model(text: str, wanted: Wanted, *, as_json: bool) -> None:
 
     program = Program(quiet=as_json)
     name = program.parse(text)
-    if isinstance(name, CheckpointName):
+    if isinstance(name, LocalCheckpointName):
         raise UsageProblem(f"{text} is a checkpoint.", hint=f"What it would become: qwenlocal convert {text} --dry-run")
     with _known(program, name) as known:
         shape = Shape.of(known.header.metadata)
@@ -114,7 +114,7 @@ def _facts(known: Known) -> ModelFacts:
 
 
 def _chosen(known: Known, shape: Shape, wanted: Wanted, available: int) -> str:
-    from qwenlocal.engine.plan import choose_plan
+    from qwenlocal.engine.load_plan import choose_plan
 
     try:
         plan = choose_plan(known.name, shape, known.size, available, wanted)
@@ -162,7 +162,7 @@ def _advice(known: Known, features: frozenset[str]) -> str:
 def _as_json(
     known: Known, shape: Shape, wanted: Wanted, available: int, table: dict[str, dict[int, int]]
 ) -> dict[str, Any]:
-    from qwenlocal.engine.plan import choose_plan
+    from qwenlocal.engine.load_plan import choose_plan
 
     found: dict[str, Any] = {"name": known.name, "here": known.is_here, "available": available, "memory": table}
     try:

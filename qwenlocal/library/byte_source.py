@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from qwenlocal.library.http import Client, Trouble
+from qwenlocal.library.http import HttpClient, TransferError
 
 
-class Place(Protocol):
+class ByteSource(Protocol):
     """Somewhere a file's bytes can be had."""
 
     label: str
@@ -21,8 +21,8 @@ class Place(Protocol):
 
         Raises
         ------
-        Trouble: this place does not deliver now, or at all.
-        NoRanges: it only sends whole files; ask for (0, size) instead.
+        TransferError: this place does not deliver now, or at all.
+        RangesUnsupported: it only sends whole files; ask for (0, size) instead.
         """
         ...
 
@@ -39,12 +39,12 @@ class Place(Protocol):
         ...
 
 
-class NoRanges(Exception):
+class RangesUnsupported(Exception):
     """The place sends whole files only."""
 
 
 @dataclass(frozen=True)
-class Piece:
+class UrlSegment:
     """Bytes `start` to `end` of a file, being the whole content of `url`."""
 
     url: str
@@ -52,11 +52,17 @@ class Piece:
     end: int
 
 
-class WebPlace:
+class HttpSource:
     """A file that a web server has, whole or in several pieces that follow each other."""
 
     def __init__(
-        self, label: str, client: Client, pieces: Sequence[Piece], *, headers: Mapping[str, str] = {}, etag: str = ""
+        self,
+        label: str,
+        client: HttpClient,
+        pieces: Sequence[UrlSegment],
+        *,
+        headers: Mapping[str, str] = {},
+        etag: str = "",
     ) -> None:
         self.label, self._client, self._pieces, self._headers, self._etag = label, client, pieces, headers, etag
         self.sequential = False
@@ -67,11 +73,11 @@ class WebPlace:
             if first < last:
                 yield from self._read_piece(piece, first - piece.start, last - piece.start)
 
-    def _read_piece(self, piece: Piece, start: int, end: int) -> Iterator[bytes]:
+    def _read_piece(self, piece: UrlSegment, start: int, end: int) -> Iterator[bytes]:
         whole = piece.end - piece.start
         ranged = not self.sequential
         if not ranged and end - start < whole:
-            raise NoRanges  # another thread has just found that out
+            raise RangesUnsupported  # another thread has just found that out
         headers = {**self._headers, **({"If-Range": self._etag} if self._etag and ranged else {})}
         opened = self._client.open(
             piece.url, headers=headers, start=start if ranged else 0, end=end if ranged else None
@@ -79,9 +85,9 @@ class WebPlace:
         try:
             self._check(opened.size, opened.etag, whole)
             if opened.body.status == 200 and end - start < whole:
-                raise NoRanges
+                raise RangesUnsupported
             if opened.start != (start if ranged else 0):
-                raise Trouble("the server sent other bytes than were asked for", again=False)
+                raise TransferError("the server sent other bytes than were asked for", retryable=False)
             left, skip = end - start, start - opened.start
             for chunk in self._client.read(opened):
                 data = chunk[skip:] if skip else chunk
@@ -91,15 +97,17 @@ class WebPlace:
                     left -= len(data[:left])
                 if not left:
                     return
-            raise Trouble("the connection ended early", again=True)
+            raise TransferError("the connection ended early", retryable=True)
         finally:
             self._client.close(opened.body)
 
     def _check(self, size: int | None, etag: str | None, whole: int) -> None:
         if size is not None and size != whole:
-            raise Trouble(f"the file has {size:,} bytes there instead of {whole:,}: it was changed", again=False)
+            raise TransferError(
+                f"the file has {size:,} bytes there instead of {whole:,}: it was changed", retryable=False
+            )
         if self._etag and etag and etag != self._etag:
-            raise Trouble("the file was changed on the server meanwhile", again=False)
+            raise TransferError("the file was changed on the server meanwhile", retryable=False)
 
     def ahead(self) -> int:
         return 0

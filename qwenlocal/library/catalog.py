@@ -1,5 +1,5 @@
 """
-The catalogue: every model that has a name of its own here, from the TOML files in `models/`, one file a family.
+The catalog: every model that has a name of its own here, from the TOML files in `models/`, one file a family.
 
 A file that is not as it should be is an error that names the file, the place in it and what is wrong; nothing in it is
 ignored in silence.
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwenlocal.errors import BadCatalogue
+from qwenlocal.errors import BadCatalog
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -89,7 +89,7 @@ class Card:
         return next((file for file in self.files if file.path.lower().endswith(ending)), None)
 
 
-class Catalogue:
+class Catalog:
     """All cards, and the spellings that lead to them."""
 
     def __init__(self, cards: Sequence[Card], aliases: Mapping[str, str]) -> None:
@@ -97,16 +97,16 @@ class Catalogue:
         self.aliases = dict(aliases)  # a spelling: the name of a card
 
     @classmethod
-    def read(cls, folder: Path) -> Catalogue:
+    def read(cls, folder: Path) -> Catalog:
         """
         Read every `*.toml` in `folder`.
 
         Raises
         ------
-        BadCatalogue: a file cannot be read or is not as it should be, or the folder is not there.
+        BadCatalog: a file cannot be read or is not as it should be, or the folder is not there.
         """
         if not folder.is_dir():
-            raise BadCatalogue(folder, "the folder is not there")
+            raise BadCatalog(folder, "the folder is not there")
         cards: list[Card] = []
         aliases: dict[str, str] = {}
         for path in sorted(folder.glob("*.toml")):
@@ -134,9 +134,9 @@ def _parse(path: Path) -> dict[str, Any]:
     try:
         return dict(tomllib.loads(path.read_text(encoding="utf-8")))
     except OSError as reason:
-        raise BadCatalogue(path, reason.strerror or str(reason)) from reason
+        raise BadCatalog(path, reason.strerror or str(reason)) from reason
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as reason:
-        raise BadCatalogue(path, str(reason)) from reason
+        raise BadCatalog(path, str(reason)) from reason
 
 
 class _Table:
@@ -145,11 +145,11 @@ class _Table:
     def __init__(self, path: Path, where: str, data: Any) -> None:
         self.path, self.where = path, where
         if not isinstance(data, dict):
-            raise BadCatalogue(path, f"{where} should be a table")
+            raise BadCatalog(path, f"{where} should be a table")
         self._left = dict(data)
 
-    def fail(self, problem: str) -> BadCatalogue:
-        return BadCatalogue(self.path, f"{self.where}: {problem}")
+    def fail(self, problem: str) -> BadCatalog:
+        return BadCatalog(self.path, f"{self.where}: {problem}")
 
     def take(self, key: str, kind: type, default: Any = ...) -> Any:
         value = self._left.pop(key, default)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qwenlocal.errors import QwenlocalError
-from qwenlocal.language import tr
+from qwenlocal.i18n import tr
 from qwenlocal.paths import Folders, writable
 from qwenlocal.weights import edition
 
@@ -21,19 +21,19 @@ _GLANCE = 0.1  # seconds for the lock of a conversion that is looked at
 _NOTE = "conversion.json"  # beside a file that grows: what it will be called, and what it is made from
 
 
-def made_by_this_edition(made_from: str) -> str:
-    """`made_by_this_edition("5eb63bbbe01eeed0")` is "1:5eb63bbbe01eeed0", what a record says of its source."""
+def conversion_stamp(made_from: str) -> str:
+    """`conversion_stamp("5eb63bbbe01eeed0")` is "1:5eb63bbbe01eeed0", what a record says of its source."""
     return f"{edition.EDITION}:{made_from}"
 
 
-def is_of_this_edition(made_from: str) -> bool:
+def is_current_stamp(made_from: str) -> bool:
     """Whether what a record says of its source was written by a program that converts as this one does."""
     number, colon, _ = made_from.partition(":")
     return (number if colon else "1") == str(edition.EDITION)
 
 
 @dataclass(frozen=True)
-class Unfinished:
+class UnfinishedConversion:
     """A conversion that is not recorded yet: the model's name, its folder, the bytes that it takes there."""
 
     name: str
@@ -46,14 +46,16 @@ class Unfinished:
         return any(map(_is_held, self.folder.glob("*.part.lock")))
 
 
-class Target(NamedTuple):
+class ConversionTarget(NamedTuple):
     """Where a model is to be written; `is_whole`: it was already, and only not recorded."""
 
     path: Path
     is_whole: bool
 
 
-def place(folders: Folders, name: str, stem: str, level: str, made_from: str, kept: Collection[str]) -> Target:
+def place(
+    folders: Folders, name: str, stem: str, level: str, made_from: str, kept: Collection[str]
+) -> ConversionTarget:
     """
     Where the model called `name` is to be written; `stem` is what its file is called for people, `made_from` what it is
     made from, `kept` are the files that are recorded: of an earlier state, if this one is among them.
@@ -71,7 +73,7 @@ def place(folders: Folders, name: str, stem: str, level: str, made_from: str, ke
     if not is_whole and str(path) not in kept:
         path.unlink(missing_ok=True)
     note.write_text(json.dumps(now), encoding="utf-8")
-    return Target(path, is_whole)
+    return ConversionTarget(path, is_whole)
 
 
 def _read(note: Path) -> dict[str, str] | None:
@@ -87,7 +89,7 @@ def finish(target: Path) -> None:
     (target.parent / _NOTE).unlink(missing_ok=True)
 
 
-def unfinished(folders: Folders) -> Iterator[Unfinished]:
+def unfinished(folders: Folders) -> Iterator[UnfinishedConversion]:
     """Conversions that began and did not end yet, by name."""
     for note in sorted((folders.files / "converted").glob(f"*/{_NOTE}")):
         said = _read(note)
@@ -98,7 +100,7 @@ def unfinished(folders: Folders) -> Iterator[Unfinished]:
         if not states or not said:
             continue
         size = sum(getattr(state, "st_blocks", 0) * 512 for state in states)
-        yield Unfinished(said["name"], note.parent, size)
+        yield UnfinishedConversion(said["name"], note.parent, size)
 
 
 def _is_held(lock: Path) -> bool:

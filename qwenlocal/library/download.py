@@ -30,9 +30,9 @@ from qwenlocal.errors import (
     SourceUnreachable,
 )
 from qwenlocal.fileio import hash_blocks
-from qwenlocal.language import tr
-from qwenlocal.library.byte_source import NoRanges, Place
-from qwenlocal.library.http import Client, Trouble
+from qwenlocal.i18n import tr
+from qwenlocal.library.byte_source import ByteSource, RangesUnsupported
+from qwenlocal.library.http import HttpClient, TransferError
 from qwenlocal.library.partial_file import BLOCK, Identity, Partial, journal_of, lock_of, part_of, read_journal
 from qwenlocal.paths import writable
 
@@ -63,7 +63,7 @@ class Artifact:
     name: str
     size: int
     sha256: str | None
-    places: Sequence[Place]
+    places: Sequence[ByteSource]
     sections: Sequence[Section] = ()
     etag: str | None = None
     model: str = ""
@@ -97,7 +97,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Manner:
+class DownloadPolicy:
     """How to download: connections, patience in seconds, bytes in a block."""
 
     connections: int = 4
@@ -113,11 +113,11 @@ def fetch(
     artifact: Artifact,
     target: Path,
     *,
-    client: Client,
+    client: HttpClient,
     locks: Path,
     part: Path | None = None,
     report: Report = lambda _: None,
-    manner: Manner = Manner(),
+    manner: DownloadPolicy = DownloadPolicy(),
     clock: Callable[[], float] = time.monotonic,
     stop: threading.Event | None = None,
 ) -> Fetched:
@@ -207,11 +207,11 @@ def _exclusive(artifact: Artifact, base: Path, locks: Path, report: Report) -> I
 class _Standing:
     """How a place did so far."""
 
-    place: Place
+    place: ByteSource
     failures: int = 0
     rests_until: float = 0.0
     dead: str = ""
-    last: Trouble | None = None
+    last: TransferError | None = None
     alone: bool = False  # was trusted with everything once
     set_aside: bool = False  # is dead only because another is being tried alone
 
@@ -219,7 +219,9 @@ class _Standing:
 class _Places:
     """Which place to ask next; knows when to wait and when to give up."""
 
-    def __init__(self, name: str, places: Sequence[Place], manner: Manner, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, name: str, places: Sequence[ByteSource], manner: DownloadPolicy, clock: Callable[[], float]
+    ) -> None:
         self._name, self._manner, self._clock = name, manner, clock
         self.standings = [_Standing(place) for place in places]
         self._lock = threading.Lock()
@@ -256,16 +258,16 @@ class _Places:
         with self._lock:
             standing.failures, self._last_success = 0, self._clock()
 
-    def trouble(self, standing: _Standing, trouble: Trouble) -> None:
+    def trouble(self, standing: _Standing, trouble: TransferError) -> None:
         with self._lock:
             standing.last = trouble
-            if not trouble.again:
+            if not trouble.retryable:
                 standing.dead = str(trouble)
                 return
-            if self._clock() < standing.rests_until and not trouble.wait:
+            if self._clock() < standing.rests_until and not trouble.retry_after:
                 return  # several threads notice the same failure; it counts once
             standing.failures += 1
-            rest = trouble.wait or min(_LONGEST_REST, 0.5 * 2 ** (standing.failures - 1))
+            rest = trouble.retry_after or min(_LONGEST_REST, 0.5 * 2 ** (standing.failures - 1))
             standing.rests_until = max(standing.rests_until, self._clock() + rest)
 
     def _failure(self) -> DownloadFailed:
@@ -273,7 +275,7 @@ class _Places:
         unreachable = all(s.last is not None and s.last.unreachable for s in self.standings)
         if self._last_success is None and unreachable:
             return SourceUnreachable(self._name, reasons)
-        busy = [s.last.wait for s in self.standings if s.last and s.last.wait]
+        busy = [s.last.retry_after for s in self.standings if s.last and s.last.retry_after]
         hint = (
             tr("Try again in {seconds:.0f} s.", seconds=max(busy))
             if busy
@@ -312,7 +314,12 @@ class _Download:
     """One file being fetched in this process."""
 
     def __init__(
-        self, artifact: Artifact, partial: Partial, client: Client, manner: Manner, clock: Callable[[], float]
+        self,
+        artifact: Artifact,
+        partial: Partial,
+        client: HttpClient,
+        manner: DownloadPolicy,
+        clock: Callable[[], float],
     ) -> None:
         self._artifact, self._partial, self._client, self._manner = artifact, partial, client, manner
         self._places = _Places(artifact.name, artifact.places, manner, clock)
@@ -458,10 +465,10 @@ class _Download:
             if standing.place.sequential:
                 return self._stream(standing)
             self._fetch(standing, number)
-        except NoRanges:
+        except RangesUnsupported:
             standing.place.sequential = True
             return False
-        except Trouble as trouble:
+        except TransferError as trouble:
             if self._tally.stop.is_set():
                 return False
             self._places.trouble(standing, trouble)
@@ -474,7 +481,7 @@ class _Download:
         crc, at = 0, start
         for data in standing.place.read(start, end):
             if self._tally.stop.is_set():
-                raise Trouble("stopped", again=True)
+                raise TransferError("stopped", retryable=True)
             self._partial.write(at, data)
             crc = zlib.crc32(data, crc)
             at += len(data)

@@ -28,7 +28,7 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Sought:
+class FileQuery:
     """What to look for: the file's name, its size and digest where known, its repository where it has one."""
 
     file: str
@@ -37,7 +37,7 @@ class Sought:
     repo: str | None
 
 
-def find(sought: Sought, folders: Folders, environ: Mapping[str, str] = os.environ) -> Iterator[Found]:
+def find(sought: FileQuery, folders: Folders, environ: Mapping[str, str] = os.environ) -> Iterator[Found]:
     """Files on this disk that are, or may be, the one sought; those of the right size only, the surest first."""
     for found in _candidates(sought, folders, environ):
         try:
@@ -48,7 +48,7 @@ def find(sought: Sought, folders: Folders, environ: Mapping[str, str] = os.envir
             yield found
 
 
-def _candidates(sought: Sought, folders: Folders, environ: Mapping[str, str]) -> Iterator[Found]:
+def _candidates(sought: FileQuery, folders: Folders, environ: Mapping[str, str]) -> Iterator[Found]:
     if sought.sha256:
         yield from _by_digest(sought.sha256, sought.repo, folders, environ)
     if sought.repo:

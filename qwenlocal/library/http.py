@@ -1,14 +1,13 @@
 """
-Reading byte ranges over HTTP, with every way of failing told apart.
+HTTP downloads of byte ranges.
 
-urllib3 does the protocol; this file adds what it leaves to its users: the system's proxies and certificates, and one
-exception, `Trouble`, that says whether asking again can help.
+urllib3 does the protocol. This module adds the system's proxies and certificates, and maps every failure to a
+`TransferError` that says whether a retry can help.
 """
 
 from __future__ import annotations
 
 import contextlib
-import email.utils
 import os
 import ssl
 import threading
@@ -20,27 +19,36 @@ from typing import TypeVar
 from urllib.parse import unquote, urljoin, urlsplit
 
 import urllib3
-from urllib3.exceptions import HTTPError, ReadTimeoutError
+from urllib3.exceptions import HTTPError, InvalidHeader, ReadTimeoutError
 
 from qwenlocal import __version__
 
 T = TypeVar("T")
 
-CHUNK = 1 << 18  # bytes handed on at once
-_MOST_REDIRECTS = 8
+CHUNK_SIZE = 1 << 18
+_MAX_REDIRECTS = 8
 _SECRET_HEADERS = ("authorization", "cookie")
 
 
-class Trouble(Exception):
+class TransferError(Exception):
     """
-    A place did not deliver. `again` tells whether it may later; `wait` is how long it asked us to leave it alone.
+    A failed transfer from one source.
+
+    `retryable` tells whether the same request may succeed later, `retry_after` how many seconds the server asks to
+    wait, `unreachable` whether there was no answer at all, `status` the HTTP status if there was one.
     """
 
     def __init__(
-        self, reason: str, *, again: bool, wait: float = 0.0, unreachable: bool = False, status: int | None = None
+        self,
+        reason: str,
+        *,
+        retryable: bool,
+        retry_after: float = 0.0,
+        unreachable: bool = False,
+        status: int | None = None,
     ) -> None:
         super().__init__(reason)
-        self.again, self.wait, self.unreachable, self.status = again, wait, unreachable, status
+        self.retryable, self.retry_after, self.unreachable, self.status = retryable, retry_after, unreachable, status
 
 
 @dataclass(frozen=True)
@@ -52,8 +60,8 @@ class Timeouts:
 
 
 @dataclass(frozen=True)
-class Opened:
-    """An answer being read: its bytes, where they start, the file's whole size and its entity tag (None: unknown)."""
+class HttpResponse:
+    """An open response: its body, the offset of its first byte, the size of the whole file and its ETag (or None)."""
 
     body: urllib3.BaseHTTPResponse
     start: int
@@ -61,62 +69,66 @@ class Opened:
     etag: str | None
 
 
-class _Throttle:
-    """At most `rate` bytes a second over all threads; 0 is as fast as it goes."""
+class _RateLimiter:
+    """A limit of `rate` bytes per second over all threads; 0 is unlimited."""
 
     def __init__(self, rate: int) -> None:
         self._rate, self._lock, self._next = rate, threading.Lock(), time.monotonic()
 
-    def take(self, count: int) -> None:
+    def wait(self, count: int) -> None:
+        """Sleep until `count` more bytes are within the limit."""
         if not self._rate:
             return
         with self._lock:
             now = time.monotonic()
-            begin = max(self._next, now)
-            self._next = begin + count / self._rate
-        time.sleep(begin - now)
+            start = max(self._next, now)
+            self._next = start + count / self._rate
+        time.sleep(start - now)
 
 
-class Client:
+class HttpClient:
     """
-    One connection pool for everything the library fetches, at most `limit_rate` bytes a second altogether.
+    One connection pool for all downloads, limited to `limit_rate` bytes per second in total.
 
-    Proxies are those of the process's environment (`HTTPS_PROXY`, `NO_PROXY`) and of the system's settings; `environ`
-    names more certificates than the system trusts (`SSL_CERT_FILE`, `REQUESTS_CA_BUNDLE`, `PIP_CERT`).
+    Proxies come from the process's environment (`HTTPS_PROXY`, `NO_PROXY`) and the system's settings; `environ` can
+    name further certificates to trust (`SSL_CERT_FILE`, `REQUESTS_CA_BUNDLE`, `PIP_CERT`).
     """
 
     def __init__(
         self, timeouts: Timeouts = Timeouts(), *, limit_rate: int = 0, environ: Mapping[str, str] = os.environ
     ) -> None:
-        self.timeouts, self._throttle = timeouts, _Throttle(limit_rate)
+        self.timeouts, self._limiter = timeouts, _RateLimiter(limit_rate)
         self._environ = environ
         self._pools: dict[str, urllib3.PoolManager] = {}
         self._lock = threading.Lock()
-        self._open: set[urllib3.BaseHTTPResponse] = set()
+        self._open_responses: set[urllib3.BaseHTTPResponse] = set()
 
-    def open(self, url: str, *, headers: Mapping[str, str] = {}, start: int = 0, end: int | None = None) -> Opened:
+    def open(
+        self, url: str, *, headers: Mapping[str, str] = {}, start: int = 0, end: int | None = None
+    ) -> HttpResponse:
         """
-        Ask for bytes `start` to `end` (not included; None: to the last) of `url`, following redirects.
+        Request bytes `start` to `end` (exclusive; None: to the end) of `url`, following redirects.
 
-        A server that ignores ranges answers with the whole file; `Opened.start` is 0 then. Secrets in `headers` are
-        not sent on to another host.
+        A server without range support sends the whole file, and `HttpResponse.start` is 0. Credentials in `headers`
+        are not sent on to another host.
 
         Raises
         ------
-        Trouble: no connection, or a status other than 200 and 206.
+        TransferError: no connection, or a status other than 200 and 206.
         """
-        asked = {"User-Agent": f"qwenlocal/{__version__}", "Accept-Encoding": "identity", **headers}
+        request_headers = {"User-Agent": f"qwenlocal/{__version__}", "Accept-Encoding": "identity", **headers}
         if start or end is not None:
-            asked["Range"] = f"bytes={start}-{'' if end is None else end - 1}"
-        response = self._follow(url, asked)
+            request_headers["Range"] = f"bytes={start}-{'' if end is None else end - 1}"
+        response = self._follow(url, request_headers)
         if response.status not in (200, 206):
-            trouble = _status_trouble(response, urlsplit(url).hostname or url)
+            error = _status_error(response, urlsplit(url).hostname or url)
             self.close(response)
-            raise trouble
-        return _opened(response)
+            raise error
+        return _parse_response(response)
 
     def _follow(self, url: str, headers: dict[str, str]) -> urllib3.BaseHTTPResponse:
-        for _ in range(_MOST_REDIRECTS):
+        # Not urllib3.Retry: its redirects keep the first host's proxy, and it sleeps instead of failing over.
+        for _ in range(_MAX_REDIRECTS):
             response = self._request(url, headers)
             target = response.get_redirect_location()
             if not target:
@@ -124,11 +136,11 @@ class Client:
             self.close(response)
             target = urljoin(url, target)
             if urlsplit(target).scheme not in ("http", "https"):
-                raise Trouble(f"{urlsplit(url).hostname} points at {target}", again=False)
+                raise TransferError(f"{urlsplit(url).hostname} redirects to {target}", retryable=False)
             if urlsplit(target).netloc != urlsplit(url).netloc:
                 headers = {name: value for name, value in headers.items() if name.lower() not in _SECRET_HEADERS}
             url = target
-        raise Trouble(f"{urlsplit(url).hostname} redirects in a circle", again=False)
+        raise TransferError(f"too many redirects from {urlsplit(url).hostname}", retryable=False)
 
     def _request(self, url: str, headers: Mapping[str, str]) -> urllib3.BaseHTTPResponse:
         timeout = urllib3.Timeout(connect=self.timeouts.connect, read=self.timeouts.stall)
@@ -138,59 +150,66 @@ class Client:
                 "GET", url, headers=headers, preload_content=False, redirect=False, retries=False, timeout=timeout
             )
         except ReadTimeoutError as reason:
-            raise Trouble(f"{host} does not answer", again=True) from reason
+            raise TransferError(f"{host} does not respond", retryable=True) from reason
         except HTTPError as reason:
-            raise Trouble(f"{host}: {_plain(reason)}", again=True, unreachable=True) from reason
+            raise TransferError(f"{host}: {_short_reason(reason)}", retryable=True, unreachable=True) from reason
         with self._lock:
-            self._open.add(response)
+            self._open_responses.add(response)
         return response
 
-    def read(self, opened: Opened) -> Iterator[bytes]:
+    def read(self, response: HttpResponse) -> Iterator[bytes]:
         """
-        The bytes of an answer as they arrive.
+        Yield the bytes of a response as they arrive.
 
         Raises
         ------
-        Trouble: the connection broke or stalled before the promised end.
+        TransferError: the connection broke or stalled before the end.
         """
         try:
-            while chunk := opened.body.read1(CHUNK):
-                self._throttle.take(len(chunk))
+            while chunk := response.body.read1(CHUNK_SIZE):
+                self._limiter.wait(len(chunk))
                 yield chunk
         except ReadTimeoutError as reason:
-            raise Trouble(f"no data for {self.timeouts.stall:.0f} s", again=True) from reason
+            raise TransferError(f"no data for {self.timeouts.stall:.0f} s", retryable=True) from reason
         except (HTTPError, OSError, AttributeError, ValueError) as reason:
-            # AttributeError and ValueError: another thread closed the socket under us (`close_all`).
-            raise Trouble(f"the connection broke ({_plain(reason)})", again=True) from reason
+            # AttributeError and ValueError: another thread closed the socket during the read (`close_all`).
+            raise TransferError(f"the connection broke ({_short_reason(reason)})", retryable=True) from reason
         finally:
-            self.close(opened.body)
+            self.close(response.body)
 
-    def text(self, url: str, *, headers: Mapping[str, str] = {}, most: int = 16 << 20) -> str:
-        """The whole of a small document."""
-        opened = self.open(url, headers=headers)
+    def read_text(self, url: str, *, headers: Mapping[str, str] = {}, max_size: int = 16 << 20) -> str:
+        """
+        Return a small document.
+
+        Raises
+        ------
+        TransferError: the request failed, or the document is longer than `max_size` bytes.
+        """
+        response = self.open(url, headers=headers)
         data = bytearray()
-        for chunk in self.read(opened):
+        for chunk in self.read(response):
             data += chunk
-            if len(data) > most:
-                self.close(opened.body)
-                raise Trouble(f"the answer of {urlsplit(url).hostname} is longer than {most} bytes", again=False)
+            if len(data) > max_size:
+                self.close(response.body)
+                host = urlsplit(url).hostname
+                raise TransferError(f"the response of {host} is longer than {max_size} bytes", retryable=False)
         return data.decode("utf-8", errors="replace")
 
-    def close(self, response: urllib3.BaseHTTPResponse) -> None:
-        """Be done with an answer; a half-read connection is not used again."""
+    def close(self, body: urllib3.BaseHTTPResponse) -> None:
+        """Close a response; a half-read connection is not reused."""
         with self._lock:
-            self._open.discard(response)
-        with contextlib.suppress(Exception):  # closing what is broken already must not hide why
-            response.close()
+            self._open_responses.discard(body)
+        with contextlib.suppress(Exception):  # closing a broken connection must not hide the first error
+            body.close()
 
     def close_all(self) -> None:
-        """Wake every thread that waits for bytes, by closing its connection."""
+        """Close every connection, which wakes all threads that wait for bytes."""
         with self._lock:
-            running = list(self._open)
-        for response in running:
+            running = list(self._open_responses)
+        for body in running:
             with contextlib.suppress(Exception):
-                response.shutdown()
-            self.close(response)
+                body.shutdown()
+            self.close(body)
 
     def _pool(self, url: str) -> urllib3.PoolManager:
         scheme, host = urlsplit(url).scheme, urlsplit(url).hostname or ""
@@ -198,11 +217,11 @@ class Client:
         proxy = "" if urllib.request.proxy_bypass(host) else proxies.get(scheme) or proxies.get("all") or ""
         with self._lock:
             if proxy not in self._pools:
-                self._pools[proxy] = self._new_pool(proxy)
+                self._pools[proxy] = self._create_pool(proxy)
             return self._pools[proxy]
 
-    def _new_pool(self, proxy: str) -> urllib3.PoolManager:
-        context = self._certificates()
+    def _create_pool(self, proxy: str) -> urllib3.PoolManager:
+        context = self._ssl_context()
         if not proxy:
             return urllib3.PoolManager(maxsize=16, ssl_context=context)
         if proxy.startswith("socks"):
@@ -215,8 +234,8 @@ class Client:
         address = f"{parts.scheme}://{parts.hostname}:{parts.port or 80}"
         return urllib3.ProxyManager(address, maxsize=16, proxy_headers=headers, ssl_context=context)
 
-    def _certificates(self) -> ssl.SSLContext:
-        """What the operating system trusts, so that a company's own proxy works, and what the environment adds."""
+    def _ssl_context(self) -> ssl.SSLContext:
+        """Trust the operating system's certificates, including a company proxy's, and those the environment names."""
         import truststore
 
         context = truststore.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -227,63 +246,63 @@ class Client:
         return context
 
 
-def _opened(response: urllib3.BaseHTTPResponse) -> Opened:
+def _parse_response(response: urllib3.BaseHTTPResponse) -> HttpResponse:
     etag = response.headers.get("etag")
     if etag and etag.startswith("W/"):
-        etag = None  # a weak tag promises nothing about bytes
+        etag = None  # a weak tag does not identify the bytes
     length = response.headers.get("content-length")
     if response.status == 206:
-        span = response.headers.get("content-range", "")  # "bytes 0-99/1234"
-        first, _, size = span.removeprefix("bytes ").partition("/")
-        start = first.partition("-")[0]
+        content_range = response.headers.get("content-range", "")  # "bytes 0-99/1234"
+        span, _, size = content_range.removeprefix("bytes ").partition("/")
+        start = span.partition("-")[0]
         if not start.isdigit():
-            raise Trouble(f"the server sent the strange range “{span}”", again=False)
-        return Opened(response, int(start), int(size) if size.isdigit() else None, etag)
-    return Opened(response, 0, int(length) if length and length.isdigit() else None, etag)
+            raise TransferError(f"the server sent an invalid Content-Range “{content_range}”", retryable=False)
+        return HttpResponse(response, int(start), int(size) if size.isdigit() else None, etag)
+    return HttpResponse(response, 0, int(length) if length and length.isdigit() else None, etag)
 
 
-def _status_trouble(response: urllib3.BaseHTTPResponse, host: str) -> Trouble:
+def _status_error(response: urllib3.BaseHTTPResponse, host: str) -> TransferError:
     status = response.status
     if status in (408, 425, 429) or status >= 500:
-        wait = retry_after(response.headers.get("retry-after", ""), time.time)
-        word = "is busy" if status in (429, 503) else "failed"
-        return Trouble(f"{host} {word} (HTTP {status})", again=True, wait=wait, status=status)
+        problem = "is busy" if status in (429, 503) else "failed"
+        retry_after = parse_retry_after(response.headers.get("retry-after", ""))
+        return TransferError(
+            f"{host} {problem} (HTTP {status})", retryable=True, retry_after=retry_after, status=status
+        )
     if status in (401, 403):
-        return Trouble(f"{host} refuses access (HTTP {status})", again=False, status=status)
+        return TransferError(f"{host} refuses access (HTTP {status})", retryable=False, status=status)
     if status in (404, 410):
-        return Trouble(f"{host} does not have the file (HTTP {status})", again=False, status=status)
-    return Trouble(f"{host} answered HTTP {status}", again=False, status=status)
+        return TransferError(f"{host} does not have the file (HTTP {status})", retryable=False, status=status)
+    return TransferError(f"{host} returned HTTP {status}", retryable=False, status=status)
 
 
-def patiently(ask: Callable[[], T], tries: int = 3, longest: float = 15.0) -> T:
+def with_retries(request: Callable[[], T], *, attempts: int = 3, max_wait: float = 15.0) -> T:
     """
-    What `ask` returns; passing trouble (a busy server, a broken connection) is waited out a little.
+    Return the result of `request`, repeating it after short waits if the server is busy or the connection breaks.
 
-    Nobody answering is not: whoever is offline wants to know at once.
+    An unreachable server raises at once: offline users should not wait.
     """
-    for attempt in range(1, tries + 1):
+    for attempt in range(1, attempts + 1):
         try:
-            return ask()
-        except Trouble as trouble:
-            wait = trouble.wait or 0.5 * attempt
-            if not trouble.again or trouble.unreachable or attempt == tries or wait > longest:
+            return request()
+        except TransferError as error:
+            wait = error.retry_after or 0.5 * attempt
+            if not error.retryable or error.unreachable or attempt == attempts or wait > max_wait:
                 raise
             time.sleep(wait)
     raise AssertionError("unreachable")
 
 
-def retry_after(header: str, now: Callable[[], float]) -> float:
-    """Seconds to wait by a Retry-After header (RFC 9110, 10.2.3): a number, or a date; 0 where it says nothing."""
-    if header.strip().isdigit():
-        return float(header)
+def parse_retry_after(header: str) -> float:
+    """Return the seconds to wait by a Retry-After header (RFC 9110, 10.2.3), a number or a date; 0 if it is neither."""
     try:
-        return max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - now())
-    except (TypeError, ValueError):
+        return float(urllib3.Retry().parse_retry_after(header))
+    except (InvalidHeader, ValueError, OverflowError):  # the last two: impossible dates
         return 0.0
 
 
-def _plain(reason: BaseException) -> str:
-    """The innermost cause in few words: "Connection refused", not an object's repr."""
+def _short_reason(reason: BaseException) -> str:
+    """Return the innermost cause in few words: "Connection refused" rather than an object's repr."""
     text = str(reason)
     for known in (
         "Connection refused",

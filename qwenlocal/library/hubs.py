@@ -16,8 +16,8 @@ from typing import Protocol
 from urllib.parse import quote
 
 from qwenlocal.errors import ModelNotFound, QwenlocalError
-from qwenlocal.language import tr
-from qwenlocal.library.http import Client, Trouble
+from qwenlocal.i18n import tr
+from qwenlocal.library.http import HttpClient, TransferError
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Hub(Protocol):
         Raises
         ------
         ModelNotFound: the hub has no such repository or revision, or keeps it behind an agreement.
-        Trouble: the hub does not answer.
+        TransferError: the hub does not answer.
         """
         ...
 
@@ -98,7 +98,7 @@ class HuggingFace:
                 repo, revision=revision, files_metadata=True, timeout=self._timeout
             )
         except OfflineModeIsEnabled as reason:
-            raise Trouble("HF_HUB_OFFLINE is set", again=False, unreachable=True) from reason
+            raise TransferError("HF_HUB_OFFLINE is set", retryable=False, unreachable=True) from reason
         except GatedRepoError as reason:
             raise _gated(repo, self._endpoint) from reason
         except RevisionNotFoundError as reason:
@@ -116,12 +116,14 @@ class HuggingFace:
             ) from reason
         except HfHubHTTPError as reason:
             status = reason.response.status_code if reason.response is not None else None
-            raise Trouble(_in_few_words(reason), again=status in (429, 500, 502, 503, 504), status=status) from reason
+            raise TransferError(
+                _in_few_words(reason), retryable=status in (429, 500, 502, 503, 504), status=status
+            ) from reason
         except (httpx2.HTTPError, OSError) as reason:
-            raise Trouble(_in_few_words(reason), again=True, unreachable=True) from reason
+            raise TransferError(_in_few_words(reason), retryable=True, unreachable=True) from reason
         except (ValueError, KeyError, TypeError) as reason:  # something in between answered instead of the hub
-            raise Trouble(
-                f"{self._endpoint} sent what is no answer of a hub", again=False, unreachable=True
+            raise TransferError(
+                f"{self._endpoint} sent what is no answer of a hub", retryable=False, unreachable=True
             ) from reason
         files = [
             RemoteFile(s.rfilename, s.size or 0, s.lfs.sha256 if s.lfs else None, None if s.lfs else s.blob_id)
@@ -145,7 +147,7 @@ class ModelScope:
 
     label, scheme = "ModelScope", "ms"
 
-    def __init__(self, client: Client, environ: Mapping[str, str] = os.environ) -> None:
+    def __init__(self, client: HttpClient, environ: Mapping[str, str] = os.environ) -> None:
         domain = environ.get("MODELSCOPE_DOMAIN") or "www.modelscope.cn"
         self._endpoint = domain.rstrip("/") if "://" in domain else f"https://{domain.rstrip('/')}"
         self._client = client
@@ -159,8 +161,8 @@ class ModelScope:
         wanted = revision or "master"
         address = f"{self._endpoint}/api/v1/models/{repo}/repo/files?Revision={quote(wanted, safe='')}&Recursive=true"
         try:
-            text = self._client.text(address)
-        except Trouble as trouble:
+            text = self._client.read_text(address)
+        except TransferError as trouble:
             if trouble.status == 404:
                 raise ModelNotFound(
                     repo,
@@ -177,7 +179,7 @@ class ModelScope:
                 if e.get("Type") != "tree"
             ]
         except (ValueError, KeyError, TypeError) as reason:
-            raise Trouble(f"{self.label} sent a list that cannot be read", again=False) from reason
+            raise TransferError(f"{self.label} sent a list that cannot be read", retryable=False) from reason
         return Listing(repo, wanted, files)
 
     def url(self, repo: str, commit: str, path: str) -> str:

@@ -11,8 +11,8 @@ from qwenlocal.errors import BadCheckpoint, CannotWrite
 from qwenlocal.fileio import hash_file
 from qwenlocal.library import external_caches
 from qwenlocal.library.catalog import KnownFile
-from qwenlocal.library.external_caches import Found, Sought
-from qwenlocal.library.names import CatalogueName, HubName, KeptCheckpoint, Name, PathName, level_of
+from qwenlocal.library.external_caches import FileQuery, Found
+from qwenlocal.library.names import CatalogName, HubCheckpointName, HubName, Name, PathName, level_of
 from qwenlocal.library.store import Record, Store, StoredFile
 from qwenlocal.model_files import parse_shard
 from qwenlocal.paths import Folders
@@ -22,17 +22,17 @@ from qwenlocal.weights.parts import files_of
 Say = Callable[[str], None]
 
 
-def known_file(name: CatalogueName) -> KnownFile | None:
-    """The file of a catalogue name whose digest is known beforehand."""
+def known_file(name: CatalogName) -> KnownFile | None:
+    """The file of a catalog name whose digest is known beforehand."""
     level = name.level or name.card.level
     return next((file for file in name.card.files if level_of(file.path) == level), None)
 
 
-def recognise(name: Name) -> list[Sought]:
+def recognise(name: Name) -> list[FileQuery]:
     """How to find a model's file on this disk without asking anybody; empty where that cannot be said."""
-    if isinstance(name, CatalogueName):
+    if isinstance(name, CatalogName):
         known = known_file(name)
-        return [Sought(known.path, known.size, known.sha256, name.card.gguf)] if known else []
+        return [FileQuery(known.path, known.size, known.sha256, name.card.gguf)] if known else []
     if (
         isinstance(name, HubName)
         and name.file
@@ -40,7 +40,7 @@ def recognise(name: Name) -> list[Sought]:
         and not name.revision
         and not parse_shard(name.file)
     ):
-        return [Sought(name.file, None, None, name.repo)]
+        return [FileQuery(name.file, None, None, name.repo)]
     return []
 
 
@@ -86,7 +86,7 @@ class Local:
 
     def checkpoint(self, name: HubName) -> Path | None:
         """The folder of a repository's checkpoint, where all of it is on this disk; whoever brought it."""
-        record = self._store.get(str(KeptCheckpoint(replace(name, level=None, file=None))))
+        record = self._store.get(str(HubCheckpointName(replace(name, level=None, file=None))))
         if record and record.is_checkpoint and not record.missing and _is_whole(record.path.parent):
             return record.path.parent
         if name.hub != "hf":
@@ -99,7 +99,7 @@ class Local:
         return snapshot if _is_whole(snapshot) else None
 
     def adopt(
-        self, name: str, sought: Sought, origin: str = "", licence: str = "", asked: Sequence[str] = ()
+        self, name: str, sought: FileQuery, origin: str = "", licence: str = "", asked: Sequence[str] = ()
     ) -> Record | None:
         """Use a file where another program put it. One that only has the right name is hashed before it is believed."""
         for found in external_caches.find(sought, self._folders):

@@ -1,7 +1,7 @@
 """
 What people type to name a model, and what it means.
 
-    qwen1.5  qwen1.5:7b  qwen1.5:7b-base  qwen1.5:7b-chat-q5_k_m  codeqwen1.5  starter      the catalogue
+    qwen1.5  qwen1.5:7b  qwen1.5:7b-base  qwen1.5:7b-chat-q5_k_m  codeqwen1.5  starter      the catalog
     hf:owner/repo  hf:owner/repo:q4_0  hf:owner/repo/file.gguf  hf:owner/repo@revision      the Hugging Face hub
     ms:owner/repo …                                                                         ModelScope
     https://host/x.gguf                                                                     anywhere on the web
@@ -9,7 +9,7 @@ What people type to name a model, and what it means.
     ./Qwen1.5-0.5B  ./x/model.safetensors                                                   a checkpoint on it
     hf:owner/repo@checkpoint                                                                one that was fetched
 
-Case and separators do not matter for catalogue names: `Qwen1.5-7B-Chat-Q5_K_M` is `qwen1.5:7b-chat-q5_k_m`.
+Case and separators do not matter for catalog names: `Qwen1.5-7B-Chat-Q5_K_M` is `qwen1.5:7b-chat-q5_k_m`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
 from qwenlocal.errors import BadWeights, ModelNotFound
-from qwenlocal.language import tr
-from qwenlocal.library.catalog import Card, Catalogue
+from qwenlocal.i18n import tr
+from qwenlocal.library.catalog import Card, Catalog
 from qwenlocal.model_files import FILE_TYPES
 
 LEVELS = [*FILE_TYPES, "q3_k", "q4_k", "q5_k"]  # as they stand in file names; the last three without a size
@@ -33,7 +33,7 @@ _WEB_HUB = re.compile(r"(?:https?://)?(?:huggingface\.co|hf\.co)/(?P<rest>[\w.-]
 
 
 @dataclass(frozen=True)
-class CatalogueName:
+class CatalogName:
     """A card, and a quantization level of it (None: the usual one)."""
 
     card: Card
@@ -62,17 +62,17 @@ class HubName:
 
 
 @dataclass(frozen=True)
-class KeptCheckpoint:
+class HubCheckpointName:
     """The original weights of a repository, as they are kept here after they were converted."""
 
-    of: HubName
+    source: HubName
 
     def __str__(self) -> str:
-        return checkpoint_record(str(self.of))
+        return checkpoint_record(str(self.source))
 
 
 @dataclass(frozen=True)
-class WebName:
+class UrlName:
     """A file at an address."""
 
     url: str
@@ -97,7 +97,7 @@ class PathName:
 
 
 @dataclass(frozen=True)
-class CheckpointName:
+class LocalCheckpointName:
     """A checkpoint on this disk: its directory, or the one file in it that is meant. It must be converted to be run."""
 
     path: Path
@@ -106,44 +106,48 @@ class CheckpointName:
         return str(self.path)
 
 
-Name = CatalogueName | HubName | KeptCheckpoint | WebName | PathName | CheckpointName
-KEPT = "@checkpoint"
+Name = CatalogName | HubName | HubCheckpointName | UrlName | PathName | LocalCheckpointName
+CHECKPOINT_SUFFIX = "@checkpoint"
 
 
 def checkpoint_record(repo: str) -> str:
     """The name of a repository's weights in the store: `checkpoint_record("hf:o/r")` is "hf:o/r@checkpoint"."""
-    return f"{repo}{KEPT}"
+    return f"{repo}{CHECKPOINT_SUFFIX}"
 
 
-def parse(text: str, catalogue: Callable[[], Catalogue]) -> Name:
+def parse(text: str, catalog: Callable[[], Catalog]) -> Name:
     """
-    What `text` names. No network is asked; a path must exist, a catalogue name must be known.
+    What `text` names. No network is asked; a path must exist, a catalog name must be known.
 
-    `catalogue` is called only if the name may be one of the catalogue: a file in it that cannot be read does not
+    `catalog` is called only if the name may be one of the catalog: a file in it that cannot be read does not
     concern a model given by path.
 
     Raises
     ------
     ModelNotFound: it names nothing; names that look alike are in the error.
     BadWeights: it is a directory without a checkpoint.
-    BadCatalogue: the catalogue is needed and cannot be read.
+    BadCatalog: the catalog is needed and cannot be read.
     """
     text = text.strip()
     if not text or "\0" in text:
         raise ModelNotFound(text.replace("\0", "?"), reason=tr("A model needs a name."))
-    if elsewhere := _hub_or_web(text.removesuffix(KEPT)):
-        return KeptCheckpoint(elsewhere) if text.endswith(KEPT) and isinstance(elsewhere, HubName) else elsewhere
+    if elsewhere := _hub_or_web(text.removesuffix(CHECKPOINT_SUFFIX)):
+        return (
+            HubCheckpointName(elsewhere)
+            if text.endswith(CHECKPOINT_SUFFIX) and isinstance(elsewhere, HubName)
+            else elsewhere
+        )
     if _looks_like_a_path(text) and (os.path.exists(_expanded(text)) or text != Path(text).name):
         return _path_name(text)
     if os.path.isfile(os.path.join(text, "config.json")):  # noqa: PTH118 - never raises
         return _path_name(text)
     try:
-        return _catalogue_name(text, catalogue())
+        return _catalogue_name(text, catalog())
     except ModelNotFound:
         if os.path.exists(text) or _locked_folder(Path(text)) is not None:
             return _path_name(text)
         if text.lower().endswith((".gguf", ".safetensors")):
-            close = suggestions(text, catalogue())
+            close = suggestions(text, catalog())
             raise ModelNotFound(text, reason=tr("There is no file {text}.", text=text), suggestions=close) from None
         if text.count("/") == 1 and _HUB.fullmatch(text) and ".." not in text:
             return _hub_name("hf", text)
@@ -167,11 +171,11 @@ def level_of(file: str) -> str | None:
     return max(found, key=len, default=None)
 
 
-def suggestions(text: str, catalogue: Catalogue, most: int = 3) -> list[str]:
+def suggestions(text: str, catalog: Catalog, most: int = 3) -> list[str]:
     """Names that look like `text`."""
-    spellings = {squeeze(alias): alias for alias in catalogue.aliases}
+    spellings = {squeeze(alias): alias for alias in catalog.aliases}
     close = difflib.get_close_matches(squeeze(text), spellings, n=most * 3, cutoff=0.6)
-    return list(dict.fromkeys(catalogue.aliases[spellings[match]] for match in close))[:most]
+    return list(dict.fromkeys(catalog.aliases[spellings[match]] for match in close))[:most]
 
 
 def _hub_or_web(text: str) -> Name | None:
@@ -186,7 +190,7 @@ def _hub_or_web(text: str) -> Name | None:
     return None
 
 
-def _web_name(text: str) -> WebName:
+def _web_name(text: str) -> UrlName:
     try:
         host = urlsplit(text).hostname
     except ValueError:
@@ -195,7 +199,7 @@ def _web_name(text: str) -> WebName:
         raise ModelNotFound(
             text, reason=tr("“{text}” is not an address.", text=text), hint=tr("Write it like https://host/model.gguf")
         )
-    return WebName(text)
+    return UrlName(text)
 
 
 def _looks_like_a_path(text: str) -> bool:
@@ -215,7 +219,7 @@ def _path_name(text: str) -> Name:
     path = Path(_expanded(text))
     if os.path.isdir(path) and _locked_folder(path) is None:
         if os.path.isfile(path / "config.json"):
-            return CheckpointName(path.resolve())
+            return LocalCheckpointName(path.resolve())
         raise _is_a_directory(path)
     if (locked := _locked_folder(path)) is not None:
         raise ModelNotFound(
@@ -230,7 +234,7 @@ def _path_name(text: str) -> Name:
                 path, "this file is not finished", hint=tr("Run the command that was writing it once more.")
             )
         whole = path.parent.resolve() / path.name  # a link keeps its name: in the hub's cache it leads to a digest
-        return CheckpointName(whole) if is_checkpoint else PathName(path.absolute())
+        return LocalCheckpointName(whole) if is_checkpoint else PathName(path.absolute())
     raise ModelNotFound(
         text, reason=tr("There is no file {path}, or it may not be read.", path=path), hint=tr("Check the path.")
     )
@@ -289,16 +293,16 @@ def _level(text: str) -> str:
     return level
 
 
-def _catalogue_name(text: str, catalogue: Catalogue) -> CatalogueName:
+def _catalogue_name(text: str, catalog: Catalog) -> CatalogName:
     stem = text[: -len(".gguf")] if text.lower().endswith(".gguf") else text
     if not re.fullmatch(r"[\w.:\s-]+", stem):
-        raise ModelNotFound(text, suggestions=suggestions(text, catalogue))
+        raise ModelNotFound(text, suggestions=suggestions(text, catalog))
     wanted = squeeze(stem)
-    spellings, levels = {squeeze(alias): card for alias, card in catalogue.aliases.items()}, _squeezed_levels()
+    spellings, levels = {squeeze(alias): card for alias, card in catalog.aliases.items()}, _squeezed_levels()
     for end in range(len(wanted), 0, -1):  # the longest beginning that is a model; a level may follow
         name, level = spellings.get(wanted[:end]), wanted[end:]
         if name and (not level or level in levels):
-            card = catalogue.card(name)
+            card = catalog.card(name)
             if card:
-                return CatalogueName(card, levels.get(level))
-    raise ModelNotFound(text, suggestions=suggestions(stem, catalogue))
+                return CatalogName(card, levels.get(level))
+    raise ModelNotFound(text, suggestions=suggestions(stem, catalog))

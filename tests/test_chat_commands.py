@@ -18,8 +18,8 @@ from terminal import Open, Terminal
 
 from qwenlocal.chat.journal import Journal
 from qwenlocal.engine.sampling import Sampling
-from qwenlocal.terminal.about_models import SETTINGS
-from qwenlocal.terminal.commands import COMMANDS, find
+from qwenlocal.terminal.commands.models import SETTINGS
+from qwenlocal.terminal.commands.table import COMMANDS, find
 from qwenlocal.testing import write_model
 
 
@@ -513,7 +513,7 @@ def test_chats_are_listed_shown_searched_renamed_exported_and_forgotten(
     assert qwenlocal("chats", "export", "last", "-o", "x.html").returncode == 0
     assert "About tokens" in (tmp_path / "x.html").read_text("utf-8")
     again = qwenlocal("chats", "export", "last", "-o", "x.html")
-    assert (again.returncode, "is there already" in again.stderr) == (2, True)
+    assert (again.returncode, "exists already" in again.stderr) == (2, True)
     states = Path(environment["QWENLOCAL_HOME"]) / "states"
     states.mkdir(exist_ok=True)
     assert qwenlocal("chats", "rm", "1", "1").returncode == 0

@@ -18,8 +18,8 @@ from terminal import Open
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import messages
 
-from qwenlocal.language import tr
-from qwenlocal.terminal.commands import COMMANDS, KEYS
+from qwenlocal.i18n import tr
+from qwenlocal.terminal.commands.table import COMMANDS, KEYS
 
 LANGUAGES = sorted(path.name for path in messages.LOCALE.iterdir())
 

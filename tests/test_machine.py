@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from qwenlocal.engine.shape import Shape
+from qwenlocal.engine.memory import ModelDims
 from qwenlocal.ggml import devices
 from qwenlocal.library.download import Progress
 from qwenlocal.machine import Machine, this_machine
-from qwenlocal.terminal.plain import harmless
+from qwenlocal.terminal.ansi import harmless
 from qwenlocal.terminal.progress import Plain, progress
 
 GIB = 2**30
-HALF = Shape(layers=24, kv_heads=16, head_width=64, n_ctx_train=32768)  # Qwen1.5-0.5B
-SEVEN = Shape(layers=32, kv_heads=32, head_width=128, n_ctx_train=32768)  # Qwen1.5-7B
+HALF = ModelDims(n_layers=24, n_kv_heads=16, head_dim=64, n_ctx_train=32768)  # Qwen1.5-0.5B
+SEVEN = ModelDims(n_layers=32, n_kv_heads=32, head_dim=128, n_ctx_train=32768)  # Qwen1.5-7B
 
 
 def pretend(root: Path, files: dict[str, str]) -> Machine:
@@ -103,8 +103,8 @@ def test_llama_cpp_knows_the_processor_as_a_device() -> None:
 
 
 def test_the_kv_cache_of_known_models() -> None:
-    assert HALF.kv_bytes(2048) == 192 * 2**20
-    assert SEVEN.kv_bytes(1) == 512 * 1024
+    assert HALF.kv_cache_bytes(2048) == 192 * 2**20
+    assert SEVEN.kv_cache_bytes(1) == 512 * 1024
 
 
 def test_shapes_come_from_a_files_keys() -> None:
@@ -116,8 +116,8 @@ def test_shapes_come_from_a_files_keys() -> None:
         "qwen2.attention.head_count_kv": 2,
         "qwen2.context_length": 32768,
     }
-    assert Shape.of(keys) == Shape(24, 2, 64, 32768, 896, 4 * 896, 14)
-    assert Shape.of({"general.architecture": "odd"}) is None
+    assert ModelDims.from_metadata(keys) == ModelDims(24, 2, 64, 32768, 896, 4 * 896, 14)
+    assert ModelDims.from_metadata({"general.architecture": "odd"}) is None
 
 
 # --- what is shown

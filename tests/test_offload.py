@@ -21,10 +21,10 @@ from qwenlocal.chat import loading
 from qwenlocal.chat.loading import Loading, LoadOptions
 from qwenlocal.engine.context import ContextOptions
 from qwenlocal.engine.llama import Model
-from qwenlocal.engine.plan import Offload
-from qwenlocal.engine.shape import Shape
+from qwenlocal.engine.load_plan import Offload
+from qwenlocal.engine.memory import ModelDims
 from qwenlocal.engine.wanted import Wanted
-from qwenlocal.errors import BadWeights, NoContext, NotEnoughMemory
+from qwenlocal.errors import BadWeights, ContextNotCreated, NotEnoughMemory
 from qwenlocal.ggml import Device
 from qwenlocal.machine import this_machine
 from qwenlocal.testing import write_model
@@ -41,7 +41,7 @@ pointer = ctypes.c_void_p
 ENDLESS = """
 import threading, time
 from qwenlocal.engine.llama import library
-from qwenlocal.terminal.last_words import say_last_words
+from qwenlocal.terminal.tty import say_last_words
 library().last_words = say_last_words
 print("answering", flush=True)
 for step in loaded.sequence.generate([1, 2, 3], Sampling(temperature=0), limit=1 << 30):
@@ -155,8 +155,8 @@ def test_a_card_that_vanishes_in_the_middle_of_an_answer_ends_it_with_a_sentence
             process.kill()
             _, said = client.communicate(timeout=30)
     assert client.returncode == 1
-    assert "qwenlocal: llama.cpp cannot go on: Remote RPC server crashed or returned malformed response." in said
-    assert "-ngl 0 does without it" in said
+    assert "qwenlocal: llama.cpp stopped: Remote RPC server crashed or returned malformed response." in said
+    assert "run without it: -ngl 0" in said
 
 
 def test_a_card_with_less_room_than_it_said_gets_fewer_layers_and_that_is_said(
@@ -182,7 +182,7 @@ def test_a_card_with_less_room_than_it_said_gets_fewer_layers_and_that_is_said(
 
 
 def test_what_is_not_on_the_card_needs_memory_here() -> None:
-    seven = Shape(32, 32, 128, 32768, 4096, 11008, 32)
+    seven = ModelDims(32, 32, 128, 32768, 4096, 11008, 32)
     card = Device("GPU0", "a card", 24 << 30, 24 << 30, is_gpu=True)
     offload = loading._offload(seven, 8 << 30, Wanted(), [card], 1)
     assert offload == Offload(1, 33)
@@ -194,7 +194,7 @@ def test_what_is_not_on_the_card_needs_memory_here() -> None:
 
 
 def test_a_model_of_a_short_context_is_not_stretched_for_a_card() -> None:
-    short = Shape(2, 2, 64, 256, 128, 64, 2)
+    short = ModelDims(2, 2, 64, 256, 128, 64, 2)
     plan = loading._plan("x", short, 1 << 20, 8 << 30, Wanted(), Offload(3, 3))
     assert (plan.options.n_ctx, plan.options.rope) == (256, None)
 
@@ -216,8 +216,8 @@ def test_a_damaged_file_is_not_tried_again_and_again(tmp_path: Path, monkeypatch
 def test_where_even_no_layer_helps_the_reason_is_said(random_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Never(Model):
         def __init__(self, path: Path, **more: Any) -> None:
-            raise NoContext(512, "no room")
+            raise ContextNotCreated(512, "no room")
 
     monkeypatch.setattr(loading, "Model", Never)
-    with pytest.raises(NoContext):
+    with pytest.raises(ContextNotCreated):
         loading._open(random_model, ContextOptions(512), Offload(5, 5), {}, lambda _: True)

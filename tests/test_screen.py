@@ -9,8 +9,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from qwenlocal.terminal.ansi import width_of
 from qwenlocal.terminal.markdown import Look, MarkdownStream
-from qwenlocal.terminal.screen import Screen, Size, rows_of, width_of
+from qwenlocal.terminal.screen import Screen, Size, rows_of
 
 
 class Terminal:

@@ -131,7 +131,7 @@ def test_save_does_not_write_over_a_file_of_yours(terminal: Open, speaking_model
     chat = terminal("run", str(speaking_model))
     chat.wait_for_prompt()
     chat.type("/save mine.json\r")
-    chat.wait_for("is there already. Choose another name")
+    chat.wait_for(r"exists\s+already. Choose another name")
     assert (tmp_path / "mine.json").read_text() == "precious"
     chat.type("/save /nonexistent/x.json\r")
     chat.wait_for("/nonexistent cannot be written: No such file or directory")

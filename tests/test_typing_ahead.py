@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwenlocal.terminal.commands import is_command, unescaped
+from qwenlocal.terminal.commands.table import is_command, unescaped
 from qwenlocal.terminal.input import Pastes
-from qwenlocal.terminal.typing_ahead import TypedAhead
+from qwenlocal.terminal.type_ahead import TypedAhead
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typer.main import get_command
 
 from qwenlocal.cli.app import app
-from qwenlocal.engine.memory import OURSELVES
+from qwenlocal.engine.memory import PROCESS_OVERHEAD
 from qwenlocal.library.catalog import Card, Catalog
 from qwenlocal.terminal.commands.models import SETTINGS
 from qwenlocal.terminal.commands.table import COMMANDS, KEYS
@@ -44,7 +44,7 @@ def file_size(card: Card) -> str:
 def memory(card: Card) -> str:
     if not card.default_file or not card.kv_bytes_per_token:
         return "–"
-    sizes = [card.default_file.size + OURSELVES + card.kv_bytes_per_token * tokens for tokens in (2048, 8192)]
+    sizes = [card.default_file.size + PROCESS_OVERHEAD + card.kv_bytes_per_token * tokens for tokens in (2048, 8192)]
     return " / ".join(f"{size / 2**30:.1f} GiB" for size in sizes)
 
 

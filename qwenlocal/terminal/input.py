@@ -16,15 +16,17 @@ from prompt_toolkit.filters import Condition, is_searching
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.keys import Keys
 
-from qwenlocal.errors import CannotWrite
+from qwenlocal.errors import NotWritable
 from qwenlocal.paths import writable
-from qwenlocal.terminal.about_models import SETTINGS
-from qwenlocal.terminal.commands import COMMANDS, find
-from qwenlocal.terminal.plain import harmless
+from qwenlocal.terminal.ansi import harmless
+from qwenlocal.terminal.commands.models import SETTINGS
+from qwenlocal.terminal.commands.table import COMMANDS, find
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
     from prompt_toolkit.history import History
+from prompt_toolkit.input import Input
+from prompt_toolkit.input.vt100_parser import Vt100Parser
 
 _LONG_LINES, _LONG_TEXT = 8, 1000  # a paste of so many lines or letters is folded
 _LONGEST_KEPT = 100_000  # letters of a paste in the history
@@ -129,7 +131,7 @@ def make_session(
     from prompt_toolkit.input import create_input
     from prompt_toolkit.styles import Style
 
-    from qwenlocal.terminal.pasting import takes_large_pastes
+    from qwenlocal.terminal.input import takes_large_pastes
 
     def bottom() -> FormattedText:
         return FormattedText([("class:toolbar", toolbar())])
@@ -163,7 +165,7 @@ def _past(path: Path | None, pastes: Pastes) -> History:
         writable(path.parent)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.close(descriptor)
-    except (CannotWrite, OSError):
+    except (NotWritable, OSError):
         return InMemoryHistory()
 
     class WithPastes(FileHistory):
@@ -212,3 +214,37 @@ def _keys(pastes: Pastes, is_editing: Callable[[], bool]) -> KeyBindings:
         event.current_buffer.insert_text(pastes.fold(harmless(text)))
 
     return keys
+
+
+_END = "\x1b[201~"
+
+
+class PasteParser(Vt100Parser):
+    """
+    prompt_toolkit's parser looks through all of a paste for its end whenever a kilobyte more of it comes, which takes
+    5 s for 4 MB; this one looks at what is new.
+    """
+
+    def reset(self, request: bool = False) -> None:
+        super().reset(request)
+        self._pieces: list[str] = []
+        self._tail = ""
+
+    def feed(self, data: str) -> None:
+        if not self._in_bracketed_paste:
+            super().feed(data)
+            return
+        self._pieces.append(data)
+        recent = self._tail + data
+        self._tail = recent[1 - len(_END) :]
+        if _END in recent:
+            whole, self._pieces, self._tail = "".join(self._pieces), [], ""
+            super().feed(whole)
+
+
+def takes_large_pastes(line_input: Input) -> Input:
+    """`line_input`, quick with them where it is a terminal's."""
+    old = getattr(line_input, "vt100_parser", None)
+    if isinstance(old, Vt100Parser):
+        line_input.vt100_parser = PasteParser(old.feed_key_callback)  # type: ignore[attr-defined]
+    return line_input

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from qwenlocal.terminal.ansi import harmless
 from qwenlocal.terminal.highlight import Highlighter
-from qwenlocal.terminal.plain import harmless
 
 if TYPE_CHECKING:
     from markdown_it import MarkdownIt

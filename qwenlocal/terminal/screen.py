@@ -6,11 +6,11 @@ Only what differs is written again, in one go, so nothing flickers; what has lef
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TextIO
 
-_ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
+from qwenlocal.terminal.ansi import width_of
+
 _BEGIN, _END = "\x1b[?2026h", "\x1b[?2026l"  # a synchronized update, for terminals that know of it
 _LEAST_ROWS = 3
 
@@ -81,17 +81,6 @@ class Screen:
             return "\n"
         up = sum(rows_of(line, size.columns) for line in self._shown[number:]) - 1
         return "\r" + (f"\x1b[{up}A" if up else "")
-
-
-def width_of(line: str) -> int:
-    """How many columns a line takes; colours take none, Chinese letters two."""
-    text = _ESCAPES.sub("", line)
-    if text.isascii():
-        return len(text)
-    import wcwidth
-
-    width: int = wcwidth.wcswidth(text)
-    return width if width >= 0 else len(text)
 
 
 def rows_of(line: str, columns: int) -> int:

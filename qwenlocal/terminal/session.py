@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from qwenlocal.errors import UsageProblem
-from qwenlocal.language import tr
+from qwenlocal.errors import UsageError
+from qwenlocal.i18n import tr
 
 if TYPE_CHECKING:
     from qwenlocal.chat.conversation import Conversation
     from qwenlocal.chat.events import Done
     from qwenlocal.chat.journal import Journal
-    from qwenlocal.chat.keeper import Keeper
+    from qwenlocal.chat.journal_writer import Keeper
     from qwenlocal.chat.thread import Thread, Turn
 
 
@@ -120,17 +120,17 @@ class Session:
 
         Raises
         ------
-        UsageProblem: there is none.
+        UsageError: there is none.
         """
         turns = self.thread.turns
         if not turns:
-            raise UsageProblem(tr("Nothing was asked yet."))
+            raise UsageError(tr("Nothing was asked yet."))
         number = text.strip().lstrip("#") or "-1"
         if not number.lstrip("-").isdecimal() or not number.lstrip("-"):
-            raise UsageProblem(tr("“{text}” is no turn.", text=text), hint=tr("Turns are numbered: /ctx shows them."))
+            raise UsageError(tr("“{text}” is no turn.", text=text), hint=tr("Turns are numbered: /ctx shows them."))
         place = int(number)
         if place == 0 or abs(place) > len(turns):
-            raise UsageProblem(
+            raise UsageError(
                 tr("There is no turn {place}; there are {count}.", place=place, count=len(turns)),
                 hint=tr("/ctx shows them."),
             )

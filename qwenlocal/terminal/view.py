@@ -7,12 +7,14 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TextIO
 
 from qwenlocal.chat.events import Done, Event, LeftOut, Reading, Stats, Summarising, Text, Why
-from qwenlocal.language import tr
+from qwenlocal.i18n import tr
+from qwenlocal.terminal.ansi import harmless, width_of, wrapped
 from qwenlocal.terminal.markdown import Lines, Look, MarkdownStream
-from qwenlocal.terminal.plain import harmless
-from qwenlocal.terminal.screen import Screen, width_of
+from qwenlocal.terminal.progress import StatusLine
+from qwenlocal.terminal.screen import Screen
 
 _LEAST, _MOST = 0.04, 0.4  # seconds between two pictures
 _SHARE = 40  # times as long as a picture took is waited before the next: laying out takes 1/40 of the time
@@ -201,3 +203,44 @@ def _duration(seconds: float) -> str:
     """`_duration(95)` is "1 min 35 s"."""
     whole = max(1, round(seconds))
     return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60} s"
+
+
+def show_answer(events: Iterable[Event], out: TextIO, aside: TextIO) -> Done:
+    """
+    Write the text of `events` to `out` and return how it ended.
+
+    On a terminal, control characters in the text are made visible; a pipe gets the text as it is. The text ends with a
+    line break.
+    """
+    status = StatusLine(aside)
+    clean = harmless if out.isatty() else str
+    done = Done(Why.END, Stats(0, 0, 0, 0.0, 0.0))
+    last = "\n"
+    for event in events:
+        if isinstance(event, Reading):
+            status.show(
+                tr(
+                    "reading: {done:,} of {total:,} tokens ({share:.0%})",
+                    done=event.done,
+                    total=event.total,
+                    share=event.done / event.total,
+                )
+            )
+        elif isinstance(event, Text):
+            status.clear()
+            out.write(clean(event.text))
+            out.flush()
+            last = event.text[-1]
+        elif isinstance(event, Summarising):
+            status.show(tr("the context is full; summarising the oldest turns: {words} words", words=event.words))
+        elif isinstance(event, LeftOut):
+            status.clear()
+            aside.write(wrapped(harmless(event.sentence()), aside) + "\n")
+            aside.flush()
+        else:
+            done = event
+    status.clear()
+    if last != "\n":
+        out.write("\n")
+    out.flush()
+    return done

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from qwenlocal.chat.context_window import shortly
 from qwenlocal.chat.events import Event
-from qwenlocal.chat.room import shortly
 from qwenlocal.chat.thread import Message, Thread
-from qwenlocal.errors import UsageProblem
-from qwenlocal.language import tr
+from qwenlocal.errors import UsageError
+from qwenlocal.i18n import tr
 from qwenlocal.terminal.session import Editing, Session
 
 Answer = Callable[[], Iterator[Event]]
@@ -38,7 +38,7 @@ def versions(session: Session, rest: str) -> None:
     """All answers to the last question; with a number, take that one."""
     turn = session.turn("")
     if turn.answer is None:
-        raise UsageProblem(tr("The last question has no answer yet."))
+        raise UsageError(tr("The last question has no answer yet."))
     found = session.thread.versions(turn.answer)
     number = _number(rest, 1, len(found))
     if number:
@@ -82,7 +82,7 @@ def branch(session: Session, rest: str) -> None:
     """All ends of the tree, the last one that was said first; with a number, go there."""
     ends = sorted(_ends(session.thread), key=lambda message: -message.number)
     if not ends:
-        raise UsageProblem(tr("Nothing was asked yet."))
+        raise UsageError(tr("Nothing was asked yet."))
     number = _number(rest, 1, len(ends))
     if number:
         session.thread.go_to(ends[number - 1].number)
@@ -143,13 +143,13 @@ def _number(text: str, least: int, most: int) -> int | None:
 
     Raises
     ------
-    UsageProblem: it is none.
+    UsageError: it is none.
     """
     word = text.strip()
     if not word:
         return None
     if not word.isdecimal() or not least <= int(word) <= most:
-        raise UsageProblem(
+        raise UsageError(
             tr("A number from {least} to {most} is wanted; it is “{word}”.", least=least, most=most, word=word)
         )
     return int(word)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from qwenlocal.chat.room import is_read, shortly
+from qwenlocal.chat.context_window import is_read, shortly
 from qwenlocal.chat.thread import Turn
-from qwenlocal.language import tr
-from qwenlocal.terminal.plain import padded
+from qwenlocal.i18n import tr
+from qwenlocal.terminal.ansi import padded
 from qwenlocal.terminal.session import Session
 
 _BAR = 40

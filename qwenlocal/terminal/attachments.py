@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from qwenlocal.chat.documents import Document
 from qwenlocal.chat.passages import head, pick_passages
-from qwenlocal.errors import NotEnoughMemory, UsageProblem
-from qwenlocal.language import tr
+from qwenlocal.errors import NotEnoughMemory, UsageError
+from qwenlocal.i18n import tr
 from qwenlocal.terminal.session import Session
 
 _KEPT_FREE = 0.1  # of the context, for the answer
@@ -99,7 +99,7 @@ def _widen(session: Session, needed: int) -> bool:
     wanted = -(-int((session.conversation.tokens_read + needed) / (1 - _KEPT_FREE)) // 1024) * 1024 + 1024
     try:
         session.conversation = session.models.widen(wanted, session.thread)
-    except (NotEnoughMemory, UsageProblem) as reason:
+    except (NotEnoughMemory, UsageError) as reason:
         session.say(f"{reason} {reason.hint}")
         return False
     session.say(tr("There is room for {n_ctx:,} tokens now.", n_ctx=session.conversation.n_ctx or 0))

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from qwenlocal.chat.events import Event
-from qwenlocal.language import mark, tr
-from qwenlocal.terminal import about_context, about_files, about_models, about_turns
+from qwenlocal.i18n import mark, tr
+from qwenlocal.terminal.commands import context, files, models, turns
 from qwenlocal.terminal.session import Session
 
 
@@ -66,54 +66,42 @@ _TALK, _CONTEXT, _MODEL = mark("Say it anew"), mark("What is read"), mark("Model
 _FILES, _ELSE = mark("Files and chats"), mark("Besides")
 
 COMMANDS: Sequence[Command] = (
-    Command("/undo", mark("go back before the last question, which can be edited then"), about_turns.undo, _TALK),
+    Command("/undo", mark("go back before the last question, which can be edited then"), turns.undo, _TALK),
     Command(
         "/retry [N]",
         mark("answer the last question again, N times; the answers before are kept"),
-        about_turns.retry,
+        turns.retry,
         _TALK,
     ),
-    Command(
-        "/versions [N]", mark("show all answers to the last question, or take number N"), about_turns.versions, _TALK
-    ),
-    Command("/edit [TURN]", mark("change a question of yours, and ask it from there"), about_turns.edit, _TALK, "turn"),
-    Command("/answer [TURN]", mark("change what the model said"), about_turns.edit_answer, _TALK, "turn"),
-    Command("/continue", mark("go on with an answer that was cut"), about_turns.go_on, _TALK),
-    Command("/branch [N]", mark("show all ends that this chat has, or go to number N"), about_turns.branch, _TALK),
-    Command(
-        "/fork [TURN]", mark("begin another chat with what was said up to a turn"), about_turns.fork, _TALK, "turn"
-    ),
-    Command("/clear", mark("begin anew; the system prompt stays, the chat is kept"), about_turns.clear, _TALK),
-    Command("/ctx", mark("what is in the context: a bar, and a line for each turn"), about_context.context, _CONTEXT),
-    Command("/pin [TURN]", mark("keep a turn in a full context, or not any more"), about_context.pin, _CONTEXT, "turn"),
-    Command(
-        "/drop [TURN]", mark("do not read a turn any more, or read it again"), about_context.drop, _CONTEXT, "turn"
-    ),
-    Command("/tokens [TEXT]", mark("how many tokens a text is, or the whole chat"), about_context.tokens, _CONTEXT),
-    Command("/stats", mark("say how quick each answer was, or not any more"), about_context.stats, _CONTEXT),
-    Command("/model [NAME]", mark("go on with another model, or show which"), about_models.model, _MODEL, "model"),
-    Command("/system [TEXT]", mark("say who the model shall be; without TEXT, show it"), about_models.system, _MODEL),
-    Command(
-        "/prompt [NAME]", mark("take a system prompt from a file, or show which"), about_models.prompt, _MODEL, "prompt"
-    ),
-    Command(
-        "/set [NAME VALUE]", mark("temperature, top_p, seed, …; alone, show them"), about_models.set_, _MODEL, "setting"
-    ),
-    Command("/read FILE", mark("put a file's text into the next message"), about_files.read, _FILES, "file"),
-    Command(
-        "/copy [code|N]", mark("copy the last answer, its last code, or the answer of turn N"), about_files.copy, _FILES
-    ),
-    Command("/save [FILE]", mark("write the conversation as JSON"), about_files.save, _FILES, "file"),
+    Command("/versions [N]", mark("show all answers to the last question, or take number N"), turns.versions, _TALK),
+    Command("/edit [TURN]", mark("change a question of yours, and ask it from there"), turns.edit, _TALK, "turn"),
+    Command("/answer [TURN]", mark("change what the model said"), turns.edit_answer, _TALK, "turn"),
+    Command("/continue", mark("go on with an answer that was cut"), turns.go_on, _TALK),
+    Command("/branch [N]", mark("show all ends that this chat has, or go to number N"), turns.branch, _TALK),
+    Command("/fork [TURN]", mark("begin another chat with what was said up to a turn"), turns.fork, _TALK, "turn"),
+    Command("/clear", mark("begin anew; the system prompt stays, the chat is kept"), turns.clear, _TALK),
+    Command("/ctx", mark("what is in the context: a bar, and a line for each turn"), context.context, _CONTEXT),
+    Command("/pin [TURN]", mark("keep a turn in a full context, or not any more"), context.pin, _CONTEXT, "turn"),
+    Command("/drop [TURN]", mark("do not read a turn any more, or read it again"), context.drop, _CONTEXT, "turn"),
+    Command("/tokens [TEXT]", mark("how many tokens a text is, or the whole chat"), context.tokens, _CONTEXT),
+    Command("/stats", mark("say how quick each answer was, or not any more"), context.stats, _CONTEXT),
+    Command("/model [NAME]", mark("go on with another model, or show which"), models.model, _MODEL, "model"),
+    Command("/system [TEXT]", mark("say who the model shall be; without TEXT, show it"), models.system, _MODEL),
+    Command("/prompt [NAME]", mark("take a system prompt from a file, or show which"), models.prompt, _MODEL, "prompt"),
+    Command("/set [NAME VALUE]", mark("temperature, top_p, seed, …; alone, show them"), models.set_, _MODEL, "setting"),
+    Command("/read FILE", mark("put a file's text into the next message"), files.read, _FILES, "file"),
+    Command("/copy [code|N]", mark("copy the last answer, its last code, or the answer of turn N"), files.copy, _FILES),
+    Command("/save [FILE]", mark("write the conversation as JSON"), files.save, _FILES, "file"),
     Command(
         "/load FILE|CHAT",
         mark("go on with a saved conversation, or a chat by its number"),
-        about_files.load,
+        files.load,
         _FILES,
         "file",
     ),
-    Command("/export FILE", mark("write the chat as .md, .json or .html"), about_files.export, _FILES, "file"),
-    Command("/title TEXT", mark("give this chat a title"), about_files.title, _FILES),
-    Command("/markdown", mark("lay answers out, or show them as they are"), about_context.markdown, _ELSE),
+    Command("/export FILE", mark("write the chat as .md, .json or .html"), files.export, _FILES, "file"),
+    Command("/title TEXT", mark("give this chat a title"), files.title, _FILES),
+    Command("/markdown", mark("lay answers out, or show them as they are"), context.markdown, _ELSE),
     Command("/help [COMMAND]", mark("show this"), _help, _ELSE),
     Command("/exit", mark("leave (also Ctrl-D)"), _leave, _ELSE),
 )

@@ -9,6 +9,7 @@ import textwrap
 from typing import TextIO
 
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 _PICTURES = 0x2400  # Unicode's visible pictures of the control characters: ␛ for escape
 
 
@@ -58,3 +59,14 @@ def _picture(character: str) -> str:
     if code == 0x7F:
         return chr(0x2421)
     return chr(_PICTURES + code) if code < 0x20 else "\N{REPLACEMENT CHARACTER}"
+
+
+def width_of(line: str) -> int:
+    """How many columns a line takes; colours take none, Chinese letters two."""
+    text = _ESCAPES.sub("", line)
+    if text.isascii():
+        return len(text)
+    import wcwidth
+
+    width: int = wcwidth.wcswidth(text)
+    return width if width >= 0 else len(text)

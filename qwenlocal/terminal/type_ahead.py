@@ -12,9 +12,6 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
-from qwenlocal.terminal.plain import obeys
-
-_PASTE_ON, _PASTE_OFF = "\x1b[?2004h", "\x1b[?2004l"
 _KEYS = re.compile("\x1b(?:\\[[0-9;?<]*[@-~]|O.|[^\\[O])", re.DOTALL)  # arrows and the like, whole
 _LONGEST_KEY = 16
 _WAIT = 0.05  # seconds, after which the end of an answer is noticed
@@ -103,54 +100,3 @@ def _read(file: int, typed: TypedAhead, on_key: Callable[[], object], stopped: t
                 return
             typed.feed(data)
             on_key()
-
-
-@contextlib.contextmanager
-def quiet(terminal: TextIO, out: TextIO) -> Iterator[None]:
-    """
-    No echo and no line editing by the terminal itself, pastes told apart from keys; again after a suspension.
-
-    So keys that are pressed while nobody reads them keep their meaning: Enter stays a carriage return, Ctrl-D itself.
-    Ctrl-C and Ctrl-Z work as ever.
-    """
-    if sys.platform == "win32" or not terminal.isatty():
-        yield
-        return
-    import signal
-    import termios
-
-    before = termios.tcgetattr(terminal)
-    silent = termios.tcgetattr(terminal)
-    silent[0] &= ~termios.ICRNL
-    silent[3] &= ~(termios.ECHO | termios.ICANON)
-
-    def begin(*_signal: object) -> None:
-        termios.tcsetattr(terminal, termios.TCSANOW, silent)
-        _tell(out, _PASTE_ON)
-
-    def end() -> None:
-        termios.tcsetattr(terminal, termios.TCSANOW, before)
-        _tell(out, _PASTE_OFF)
-
-    def suspend(_number: int, _frame: object) -> None:
-        end()
-        os.kill(os.getpid(), signal.SIGSTOP)
-
-    is_main = threading.current_thread() is threading.main_thread()
-    old = [(number, signal.getsignal(number)) for number in (signal.SIGTSTP, signal.SIGCONT)] if is_main else []
-    if is_main:
-        signal.signal(signal.SIGTSTP, suspend)
-        signal.signal(signal.SIGCONT, begin)
-    begin()
-    try:
-        yield
-    finally:
-        for number, handler in old:
-            signal.signal(number, handler)
-        end()
-
-
-def _tell(out: TextIO, sequence: str) -> None:
-    if obeys(out):
-        out.write(sequence)
-        out.flush()

@@ -13,14 +13,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from qwenlocal.chat.context_window import shortly
 from qwenlocal.chat.documents import read_document
 from qwenlocal.chat.export import as_html, as_json, as_markdown
-from qwenlocal.chat.room import shortly
 from qwenlocal.chat.thread import ASSISTANT, USER, Thread
-from qwenlocal.errors import CannotWrite, OutputExists, UsageProblem
-from qwenlocal.language import tr
+from qwenlocal.errors import NotWritable, OutputExists, UsageError
+from qwenlocal.i18n import tr
 from qwenlocal.paths import typed, writable
-from qwenlocal.terminal.attaching import price
+from qwenlocal.terminal.attachments import price
 from qwenlocal.terminal.session import Session
 
 _CODE = re.compile(r"^(`{3,}|~{3,})[^\n]*\n(.*?)^\1[`~]*\s*$", re.MULTILINE | re.DOTALL)
@@ -31,7 +31,7 @@ _MOST_COPIED = 100_000  # letters; terminals take no more through an escape sequ
 def read(session: Session, rest: str) -> None:
     """A file's text goes with the next message."""
     if not rest.strip():
-        raise UsageProblem(tr("Which file?"), hint=tr("/read FILE, or @FILE in a message."))
+        raise UsageError(tr("Which file?"), hint=tr("/read FILE, or @FILE in a message."))
     path = typed(rest.strip().strip('"'))
     document = read_document(path)
     session.say(price(session, document))
@@ -48,12 +48,12 @@ def copy(session: Session, rest: str) -> None:
     if what == "code":
         found = _CODE.findall(text)
         if not found:
-            raise UsageProblem(tr("There is no code in the last answer."))
+            raise UsageError(tr("There is no code in the last answer."))
         text = found[-1][1].rstrip("\n")
     if not text:
-        raise UsageProblem(tr("There is no answer to copy."))
+        raise UsageError(tr("There is no answer to copy."))
     if len(text) > _MOST_COPIED:
-        raise UsageProblem(
+        raise UsageError(
             tr("That is too long for a terminal's clipboard ({count:,} letters).", count=len(text)),
             hint="/export FILE",
         )
@@ -71,7 +71,7 @@ def save(session: Session, rest: str) -> None:
 def export(session: Session, rest: str) -> None:
     """The chat as Markdown, JSON or HTML, by the file's ending."""
     if not rest.strip():
-        raise UsageProblem(tr("Which file?"), hint=tr("/export FILE.md, FILE.json or FILE.html"))
+        raise UsageError(tr("Which file?"), hint=tr("/export FILE.md, FILE.json or FILE.html"))
     path = _target(session, rest, "")
     makers: Mapping[str, Callable[[Thread, str], str]] = {
         ".md": as_markdown,
@@ -80,7 +80,7 @@ def export(session: Session, rest: str) -> None:
     }
     maker = makers.get(path.suffix.lower())
     if maker is None:
-        raise UsageProblem(tr("{name} ends in none of {endings}.", name=path.name, endings=", ".join(makers)))
+        raise UsageError(tr("{name} ends in none of {endings}.", name=path.name, endings=", ".join(makers)))
     text = maker(session.thread, _title(session))
     _write(session, path, lambda: path.write_text(text, encoding="utf-8", errors="replace"))
 
@@ -89,7 +89,7 @@ def load(session: Session, rest: str) -> None:
     """Go on with a file that /save wrote, or with a chat by its number."""
     word = rest.strip()
     if not word:
-        raise UsageProblem(
+        raise UsageError(
             tr("Which file, or which chat?"), hint=tr("/load FILE, or /load 3; which there are: qwenlocal chats")
         )
     if word.lstrip("#").isdecimal() and len(word) <= _LONGEST_NUMBER and session.journal and not os.path.exists(word):
@@ -110,7 +110,7 @@ def title(session: Session, rest: str) -> None:
     if not rest.strip():
         session.say(_title(session))
     elif session.journal is None or session.keeper is None or session.keeper.id is None:
-        raise UsageProblem(tr("This chat is not in the journal yet."), hint=tr("Ask something first."))
+        raise UsageError(tr("This chat is not in the journal yet."), hint=tr("Ask something first."))
     else:
         session.journal.rename(session.keeper.id, rest.strip())
         session.say(tr("This chat is called “{title}”.", title=rest.strip()))
@@ -127,12 +127,12 @@ def _from_file(path: Path) -> Thread:
     try:
         data = json.loads(path.read_text("utf-8-sig"))
     except OSError as reason:
-        raise UsageProblem(tr("{path} cannot be read: {strerror}.", path=path, strerror=reason.strerror)) from reason
+        raise UsageError(tr("{path} cannot be read: {strerror}.", path=path, strerror=reason.strerror)) from reason
     except ValueError as reason:
-        raise UsageProblem(tr("{path} is no saved conversation: it is not JSON.", path=path)) from reason
+        raise UsageError(tr("{path} is no saved conversation: it is not JSON.", path=path)) from reason
     found = data.get("messages") if isinstance(data, dict) else data
     if not isinstance(found, list) or not all(_is_message(message) for message in found):
-        raise UsageProblem(tr("{path} is no saved conversation: there are no messages in it.", path=path))
+        raise UsageError(tr("{path} is no saved conversation: there are no messages in it.", path=path))
     thread = Thread()
     for message in found:
         if message["role"] == "system":
@@ -162,6 +162,6 @@ def _write(session: Session, path: Path, write: Callable[[], object]) -> None:
     try:
         write()
     except OSError as reason:
-        raise CannotWrite(path.parent, reason.strerror or str(reason), hint=tr("Choose another folder.")) from reason
+        raise NotWritable(path.parent, reason.strerror or str(reason), hint=tr("Choose another folder.")) from reason
     session.written.add(path)
     session.say(tr("Saved: {path}", path=path))

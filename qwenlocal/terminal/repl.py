@@ -11,21 +11,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwenlocal.chat.background import in_background
 from qwenlocal.chat.documents import mentioned, missing, read_document
 from qwenlocal.chat.events import Done, Event, Why
+from qwenlocal.chat.worker import iterate_in_thread
 from qwenlocal.errors import ContextFull, QwenlocalError
-from qwenlocal.language import tr
-from qwenlocal.terminal.about_models import prompt_files
-from qwenlocal.terminal.answer import show_answer
-from qwenlocal.terminal.attaching import with_documents
-from qwenlocal.terminal.commands import Leave, find, is_command, unescaped, unknown
+from qwenlocal.i18n import tr
+from qwenlocal.terminal.ansi import has_colours, obeys
+from qwenlocal.terminal.attachments import with_documents
+from qwenlocal.terminal.commands.models import prompt_files
+from qwenlocal.terminal.commands.table import Leave, find, is_command, unescaped, unknown
 from qwenlocal.terminal.markdown import Look, warm_up
-from qwenlocal.terminal.plain import has_colours, obeys
 from qwenlocal.terminal.screen import Screen, Size
 from qwenlocal.terminal.session import Session
-from qwenlocal.terminal.typing_ahead import TypedAhead, quiet, typing_ahead
-from qwenlocal.terminal.view import AnswerView, Progress
+from qwenlocal.terminal.tty import quiet
+from qwenlocal.terminal.type_ahead import TypedAhead, typing_ahead
+from qwenlocal.terminal.view import AnswerView, Progress, show_answer
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
@@ -187,7 +187,7 @@ class Chat:
 
     def _show(self, begin: Answer) -> None:
         session = self._session
-        with in_background(begin, session.conversation.stop) as events:
+        with iterate_in_thread(begin, session.conversation.stop) as events:
             done = self._draw(events)
         session.answered(done)
         if done.why not in (Why.END, Why.STOP):

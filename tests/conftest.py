@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,12 +15,17 @@ from typing import Any
 
 import pytest
 import typer.testing
+from checkpoint_files import LARGE, SMALL, UNALIGNED, convert_checkpoint, plan_job
+from gguf_files import copy_with_metadata
 from hub import HubServer
+from hub_checkpoints import HF_NAME, WeightRequests, publish
+from interruptions import SLOW_TYPE
 from typer.testing import CliRunner
 
 from qwenlocal.cli.app import app
 from qwenlocal.paths import Folders
-from qwenlocal.testing import write_model
+from qwenlocal.testing import write_checkpoint, write_model
+from qwenlocal.weights.writing import carry_out
 
 SAYS = "Paris, fun"
 # Building all commands from their signatures takes typer 60 ms, at every call.
@@ -59,14 +65,14 @@ def folders(tmp_path: Path) -> Folders:
 @pytest.fixture(scope="session")
 def speaking_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that answers "Paris, fun" to everything."""
-    return write_model(tmp_path_factory.mktemp("models") / "speaking.gguf", says=SAYS)
+    return write_model(tmp_path_factory.mktemp("models") / "speaking.gguf", reply=SAYS)
 
 
 @pytest.fixture(scope="session")
 def endless_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that never ends its answer."""
     return write_model(
-        tmp_path_factory.mktemp("models") / "endless.gguf", says="abcdefgh ", ends=False, context=100_000
+        tmp_path_factory.mktemp("models") / "endless.gguf", reply="abcdefgh ", ends=False, context=100_000
     )
 
 
@@ -158,3 +164,75 @@ def terminal(environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[.
     yield open_
     for one in opened:
         one.close()
+
+
+# --- checkpoints, and the GGUF files that they become
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of one layer that no test changes."""
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "Tiny-Qwen-0.1B", config=SMALL)
+
+
+@pytest.fixture(scope="session")
+def tiny_f32(tiny_checkpoint: Path) -> Path:
+    """An undamaged GGUF file, all of it f32."""
+    return convert_checkpoint(tiny_checkpoint, tiny_checkpoint.parent / "good.gguf", "f32")
+
+
+@pytest.fixture(scope="session")
+def tiny_bf16(tiny_checkpoint: Path) -> Path:
+    """An undamaged GGUF file, its matrices bf16."""
+    return convert_checkpoint(tiny_checkpoint, tiny_checkpoint.parent / "half.gguf", "bf16")
+
+
+@pytest.fixture
+def no_rope_base(tiny_f32: Path, tmp_path: Path) -> Path:
+    """A file that lacks the rope base."""
+    return copy_with_metadata(tiny_f32, tmp_path / "old.gguf", {"qwen2.rope.freq_base": None})
+
+
+@pytest.fixture
+def checkpoint_copy(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    """A checkpoint to be changed."""
+    return Path(shutil.copytree(tiny_checkpoint, tmp_path / tiny_checkpoint.name))
+
+
+@pytest.fixture
+def hub_checkpoint(hub: HubServer, tiny_checkpoint: Path) -> str:
+    """The name of a repository with a checkpoint."""
+    publish(hub, tiny_checkpoint)
+    return HF_NAME
+
+
+@pytest.fixture
+def weight_requests(hub: HubServer) -> WeightRequests:
+    """The bytes of safetensors files that the hub is asked for."""
+    return WeightRequests(hub)
+
+
+@pytest.fixture(scope="session")
+def large_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose conversion takes long enough to be interrupted."""
+    return write_checkpoint(tmp_path_factory.mktemp("large") / "tiny", config=LARGE)
+
+
+@pytest.fixture(scope="session")
+def large_gguf(large_checkpoint: Path) -> bytes:
+    """The uninterrupted conversion of `large_checkpoint`."""
+    target = large_checkpoint.parent / f"whole.{SLOW_TYPE}.gguf"
+    carry_out(plan_job(large_checkpoint, target), threads=2)
+    return target.read_bytes()
+
+
+@pytest.fixture(scope="session")
+def unaligned_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with gaps between the tensors of its GGUF file."""
+    return write_checkpoint(tmp_path_factory.mktemp("unaligned") / "tiny", config=UNALIGNED)
+
+
+@pytest.fixture
+def slow_output(tmp_path: Path) -> Path:
+    """A path for the conversion of `large_checkpoint`."""
+    return tmp_path / f"x.{SLOW_TYPE}.gguf"

@@ -196,6 +196,7 @@ class HubServer:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # head and body are sent apart: TCP would wait 40 ms between them
 
             def do_GET(self) -> None:
                 answer = hub.answer(self.path, self.headers.get("Range"))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy
 import pytest
+from gguf_files import copy_with_metadata, old_token_types
 
 from qwenlocal.chat.loading import Loaded, Loading, LoadOptions
 from qwenlocal.engine.context import Context, ContextOptions
@@ -34,8 +35,6 @@ from qwenlocal.weights.repair import (
 )
 from qwenlocal.weights.writing import carry_out
 
-USER_DEFINED = 4
-
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -48,31 +47,6 @@ def good(checkpoint: Path) -> Path:
     target = checkpoint.parent / "good.gguf"
     carry_out(plan_conversion(Checkpoint.open(checkpoint), [(target, file_type("f32"))]).job, threads=1)
     return target
-
-
-def changed(source: Path, target: Path, pairs: dict[str, bytes | None]) -> Path:
-    """A copy of a GGUF file with other values in its header; None takes one away."""
-    header, said = read_header(source), read_pairs(source)
-    for key, value in pairs.items():
-        said.pop(key, None)
-        if value is not None:
-            said[key] = value
-    described = [gguf.Described(t.name, t.shape, _f32()) for t in header.tensors]
-    layout = gguf.lay_out(said, described)
-    target.write_bytes(layout.header + source.read_bytes()[header.data_offset :])
-    return target
-
-
-def _f32() -> Any:
-    from qwenlocal.ggml import tensor_type
-
-    return tensor_type("f32")
-
-
-def old_kinds(good: Path) -> bytes:
-    """As converters before mid-2024 marked padding: user defined, so that its name in a text becomes the token."""
-    kinds = gguf.decode(read_pairs(good)["tokenizer.ggml.token_type"])
-    return gguf.i32s([USER_DEFINED if kind == 5 else kind for kind in kinds])
 
 
 @pytest.fixture
@@ -92,7 +66,7 @@ def loaded(request: pytest.FixtureRequest) -> Iterator[Any]:
 def scores(model: Model, ids: list[int]) -> numpy.ndarray:
     context = Context(model, ContextOptions(512, threads=1))
     (row,) = context.decode([(0, ids)])
-    found = numpy.ctypeslib.as_array(context.logits(row), (len(model.vocabulary),)).copy()
+    found = numpy.ctypeslib.as_array(context.logits(row), (len(model.tokenizer),)).copy()
     context.close()
     return found
 
@@ -105,7 +79,7 @@ def test_a_good_file_has_no_findings_and_needs_no_repair(good: Path, loaded: Any
 class TestARopeBaseThatIsMissing:
     @pytest.fixture
     def old(self, good: Path, tmp_path: Path) -> Path:
-        return changed(good, tmp_path / "old.gguf", {"qwen2.rope.freq_base": None})
+        return copy_with_metadata(good, tmp_path / "old.gguf", {"qwen2.rope.freq_base": None})
 
     def test_is_found(self, old: Path) -> None:
         (finding,) = examine_file(old).findings
@@ -139,7 +113,7 @@ class TestARopeBaseThatIsMissing:
 class TestPaddingThatCanBeTyped:
     @pytest.fixture
     def old(self, good: Path, tmp_path: Path) -> Path:
-        return changed(good, tmp_path / "old.gguf", {"tokenizer.ggml.token_type": old_kinds(good)})
+        return copy_with_metadata(good, tmp_path / "old.gguf", {"tokenizer.ggml.token_type": old_token_types(good)})
 
     def test_is_found_and_put_right_in_place(self, old: Path, good: Path) -> None:
         (finding,) = examine_file(old).findings
@@ -156,11 +130,11 @@ class TestPaddingThatCanBeTyped:
         ready = loaded(old)
         assert any("padding tokens" in note for note in ready.notes)
         text = "a [PAD270] b[PAD261][PAD999]"
-        ids = ready.model.vocabulary.tokenize(text, special=False)
+        ids = ready.model.tokenizer.tokenize(text, special=False)
         assert max(ids) < 261
-        assert b"".join(ready.model.vocabulary.piece(number) for number in ids).decode() == text
-        assert ready.model.vocabulary.tokenize("plain", special=True) == [
-            number for letter in "plain" for number in ready.model.vocabulary.tokenize(letter, special=True)
+        assert b"".join(ready.model.tokenizer.piece(number) for number in ids).decode() == text
+        assert ready.model.tokenizer.tokenize("plain", special=True) == [
+            number for letter in "plain" for number in ready.model.tokenizer.tokenize(letter, special=True)
         ]
 
 
@@ -222,7 +196,7 @@ def test_a_matrix_of_zeros_is_found(good: Path, tmp_path: Path) -> None:
 
 
 def test_an_end_of_turn_that_the_file_does_not_name_is_found(good: Path, tmp_path: Path) -> None:
-    old = changed(
+    old = copy_with_metadata(
         good,
         tmp_path / "old.gguf",
         {"tokenizer.ggml.eos_token_id": gguf.u32(258), "tokenizer.ggml.eot_token_id": None},
@@ -245,7 +219,7 @@ def test_an_end_of_turn_that_the_file_does_not_name_is_found(good: Path, tmp_pat
     ],
 )
 def test_other_faults_are_named(pairs: dict[str, bytes | None], what: str, good: Path, tmp_path: Path) -> None:
-    old = changed(good, tmp_path / "old.gguf", pairs)
+    old = copy_with_metadata(good, tmp_path / "old.gguf", pairs)
     assert any(what in finding.what for finding in examine_file(old).findings)
 
 
@@ -254,14 +228,16 @@ def test_other_faults_are_named(pairs: dict[str, bytes | None], what: str, good:
 
 def test_an_end_that_is_a_word_like_any_other_is_found_put_right_and_not_believed(good: Path, tmp_path: Path) -> None:
     tokens = gguf.decode(read_pairs(good)["tokenizer.ggml.tokens"])
-    wrong = changed(good, tmp_path / "wrong.gguf", {"tokenizer.ggml.eos_token_id": gguf.u32(tokens.index("b"))})
+    wrong = copy_with_metadata(
+        good, tmp_path / "wrong.gguf", {"tokenizer.ggml.eos_token_id": gguf.u32(tokens.index("b"))}
+    )
     (finding,) = examine_file(wrong).findings
     assert finding.is_serious
     assert finding.what == "Its eos token is “b”, a token like any other: answers break off before it."
     assert gguf.decode(finding.pairs["tokenizer.ggml.eos_token_id"]) == tokens.index("<|im_end|>")
     model = Model(wrong)
-    assert not model.vocabulary.is_end(tokens.index("b"))
-    assert model.vocabulary.is_end(tokens.index("<|im_end|>"))
+    assert not model.tokenizer.is_end(tokens.index("b"))
+    assert model.tokenizer.is_end(tokens.index("<|im_end|>"))
     model.close()
     loaded = Loading().load(wrong, LoadOptions(Wanted(n_ctx=512, threads=1)), this_machine(), name="x", size=1)
     assert any("“b” is no end of an answer" in note for note in loaded.notes)
@@ -269,7 +245,7 @@ def test_an_end_that_is_a_word_like_any_other_is_found_put_right_and_not_believe
 
 
 def test_an_end_beyond_the_vocabulary_is_put_right(good: Path, tmp_path: Path) -> None:
-    wrong = changed(good, tmp_path / "wrong.gguf", {"tokenizer.ggml.eos_token_id": gguf.u32(99_999)})
+    wrong = copy_with_metadata(good, tmp_path / "wrong.gguf", {"tokenizer.ggml.eos_token_id": gguf.u32(99_999)})
     (finding, *_) = examine_file(wrong).findings
     assert "Its eos token is 99,999" in finding.what
     assert finding.can_be_fixed
@@ -285,7 +261,7 @@ def test_an_end_beyond_the_vocabulary_is_put_right(good: Path, tmp_path: Path) -
 def test_a_template_that_leaves_out_what_was_said_is_found(
     template: str, what: str, good: Path, tmp_path: Path
 ) -> None:
-    odd = changed(good, tmp_path / "odd.gguf", {"tokenizer.chat_template": gguf.string(template)})
+    odd = copy_with_metadata(good, tmp_path / "odd.gguf", {"tokenizer.chat_template": gguf.string(template)})
     assert any(what in finding.what and finding.is_serious for finding in examine_file(odd).findings)
 
 
@@ -293,7 +269,7 @@ def test_ids_that_no_token_has_are_never_said(good: Path) -> None:
     """Not even where everything is as likely as anything else."""
     model = Model(good)
     context = Context(model, ContextOptions(512, threads=1))
-    padding = set(model.vocabulary.padding)
+    padding = set(model.tokenizer.padding)
     assert len(padding) >= 8
     sampling = Sampling(temperature=9.0, top_k=0, top_p=1.0, repeat_penalty=1.0, seed=1)
     said = [step for step in TokenSequence(context).generate([1, 2, 3], sampling, limit=400) if isinstance(step, int)]

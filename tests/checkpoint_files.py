@@ -1,0 +1,162 @@
+"""Builders of small checkpoints, changes to them, and plans and conversions of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+
+from qwenlocal.errors import BadCheckpoint, BadWeights
+from qwenlocal.testing import CONFIG, MOE_CONFIG, as_dtype, write_checkpoint
+from qwenlocal.weights import gguf
+from qwenlocal.weights.checkpoint import Checkpoint
+from qwenlocal.weights.convert import Options, plan_conversion
+from qwenlocal.weights.header import read_pairs
+from qwenlocal.weights.mix import file_type
+from qwenlocal.weights.plan import Plan
+from qwenlocal.weights.vocabulary import Vocabulary, read_vocabulary
+from qwenlocal.weights.writing import Job, carry_out
+
+MINIMAL = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1,
+         "num_hidden_layers": 1}  # fmt: skip
+
+
+MINIMAL_MOE = {**MOE_CONFIG, **MINIMAL, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
+
+
+SMALL = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+
+
+# Rows of 36 numbers, so that there are gaps between the tensors.
+UNALIGNED = {"hidden_size": 36, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1}
+
+
+# About two seconds of work for one thread, in 30 slabs: time enough to be interrupted in the middle.
+LARGE = {"hidden_size": 512, "intermediate_size": 1024, "vocab_size": 3072}
+
+
+VOCAB_SIZE = CONFIG["vocab_size"]
+
+
+INDEX = "model.safetensors.index.json"
+
+
+UP_PROJ = "model.layers.0.mlp.up_proj.weight"
+
+
+FRONT_MATTER = """---
+license: other
+license_name: tongyi-qianwen
+license_link: https://example.org/LICENSE
+language:
+- en
+- no
+tags: [chat]
+pipeline_tag: text-generation
+base_model: Qwen/Qwen1.5-0.5B
+datasets: [o/d]
+---
+# A model
+"""
+
+
+def write_minimal(folder: Path, config: Mapping[str, Any] | None = None, **options: Any) -> Path:
+    """A checkpoint of one layer, 32 wide."""
+    return write_checkpoint(folder / "model", config={**MINIMAL, **(config or {})}, **options)
+
+
+def set_json(folder: Path, file: str, **values: Any) -> Path:
+    """Set values in one of a checkpoint's JSON files; `...` takes one away."""
+    path = folder / file
+    document = {**(json.loads(path.read_text()) if path.exists() else {}), **values}
+    path.write_text(json.dumps({key: value for key, value in document.items() if value is not ...}))
+    return folder
+
+
+def set_bpe_model(folder: Path, **values: Any) -> Path:
+    """Set values of the vocabulary proper in tokenizer.json."""
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    return set_json(folder, "tokenizer.json", model={**model, **values})
+
+
+def load_vocab(folder: Path) -> dict[str, int]:
+    vocab: dict[str, int] = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    return vocab
+
+
+def set_weights(folder: Path, name: str, row: int, *values: float, dtype: str = "BF16") -> None:
+    """Set numbers at the beginning of a row."""
+    stored = Checkpoint.open(folder).tensors[name]
+    columns = stored.shape[-1] if len(stored.shape) > 1 else 1
+    with numpy.errstate(over="ignore"):
+        data = as_dtype(numpy.array(values, numpy.float32), dtype)
+    with stored.file.open("r+b") as file:
+        file.seek(stored.offset + row * columns * stored.size // stored.elements)
+        file.write(data)
+
+
+def flip_bit(path: Path, at: int = -1) -> bytes:
+    """Turn one bit over; returns what was there before."""
+    before = path.read_bytes()
+    content = bytearray(before)
+    content[at] ^= 1
+    path.write_bytes(content)
+    return before
+
+
+def file_names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def make_plan(folder: Path, **options: Any) -> Plan:
+    """All that is read before anything is written."""
+    return plan_conversion(Checkpoint.open(folder), [(folder / "out.gguf", file_type("f16"))], Options(**options))
+
+
+def plan_metadata(folder: Path, **options: Any) -> dict[str, Any]:
+    """The keys that the GGUF file would have."""
+    path = folder / "header"
+    path.write_bytes(make_plan(folder, **options).job.outputs[0].header)
+    return {key: gguf.decode(value) for key, value in read_pairs(path).items()}
+
+
+def plan_tensor_names(folder: Path) -> set[str]:
+    """The tensors that the GGUF file would have."""
+    return {tensor.name for tensor in make_plan(folder).files[0].tensors}
+
+
+def load_vocabulary(folder: Path, size: int = VOCAB_SIZE, **options: Any) -> Vocabulary:
+    config = json.loads((folder / "config.json").read_text())
+    return read_vocabulary(folder, config, size, **options)
+
+
+def plan_job(source: Path, *targets: Path) -> Job:
+    """Write `source` to files that are named after their types: "x.q8_0.gguf"."""
+    outputs = [(target, file_type(target.suffixes[-2][1:])) for target in targets]
+    return plan_conversion(Checkpoint.open(source), outputs, Options(name="tiny")).job
+
+
+def convert_checkpoint(source: Path, target: Path, kind: str, **options: Any) -> Path:
+    plan = plan_conversion(Checkpoint.open(source), [(target, file_type(kind))], Options(**options))
+    carry_out(plan.job, threads=1)
+    return target
+
+
+def expect_refusal(read: Callable[[Path], object], path: Path) -> str:
+    with pytest.raises(BadCheckpoint) as caught:
+        read(path)
+    assert str(path) in str(caught.value)
+    assert caught.value.hint
+    return caught.value.reason
+
+
+def assert_planned_or_refused(folder: Path) -> None:
+    try:
+        make_plan(folder)
+    except BadWeights as refused:
+        assert str(folder) in str(refused)
+        assert refused.hint

@@ -1,0 +1,114 @@
+"""Builders of GGUF files, and copies of GGUF files with changes."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy
+from oracle import data_of
+
+from qwenlocal import ggml
+from qwenlocal.weights import gguf
+from qwenlocal.weights.header import read_header, read_pairs
+from qwenlocal.weights.kinds import USER_DEFINED
+
+
+def write_f32_gguf(path: Path, pairs: Mapping[str, gguf.Encoded], tensors: Mapping[str, numpy.ndarray]) -> Path:
+    kind = ggml.tensor_type("f32")
+    layout = gguf.lay_out(
+        pairs, [gguf.Described(name, tuple(reversed(data.shape)), kind) for name, data in tensors.items()]
+    )
+    with path.open("wb") as file:
+        file.write(layout.header)
+        for name, data in tensors.items():
+            file.seek(layout.offsets[name])
+            file.write(data.astype(numpy.float32).tobytes())
+        file.truncate(max(layout.size, file.tell()))
+    return path
+
+
+def copy_with_metadata(source: Path, target: Path, pairs: Mapping[str, bytes | None]) -> Path:
+    """A copy of a GGUF file of any types with other values in its header; None takes one away."""
+    header, metadata = read_header(source), read_pairs(source)
+    metadata = {key: value for key, value in {**metadata, **pairs}.items() if value is not None}
+    kinds = {tensor.name: ggml.tensor_type_by_number(tensor.type) for tensor in header.tensors}
+    described = [gguf.Described(t.name, t.shape, kinds[t.name]) for t in header.tensors if kinds[t.name]]
+    target.write_bytes(gguf.lay_out(metadata, described).header + source.read_bytes()[header.data_offset :])
+    return target
+
+
+def copy_with_tensor_info(source: Path, target: Path, name: str, **changes: Any) -> Path:
+    """A copy in which the header describes one tensor otherwise: another `type` (a number) or `shape`."""
+    header, infos = read_header(source), []
+    for tensor in header.tensors:
+        shape = changes.get("shape", tensor.shape) if tensor.name == name else tensor.shape
+        number = changes.get("type", tensor.type) if tensor.name == name else tensor.type
+        text = tensor.name.encode()
+        infos.append(
+            len(text).to_bytes(8, "little") + text
+            + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, number, tensor.offset)
+        )  # fmt: skip
+    front = gguf.lay_out(read_pairs(source), []).header
+    pairs = front[24 : 24 + sum(8 + len(k.encode()) + len(v) for k, v in read_pairs(source).items())]
+    content = b"GGUF" + struct.pack("<IQQ", 3, len(infos), len(read_pairs(source))) + pairs + b"".join(infos)
+    content += bytes(-len(content) % 32)
+    target.write_bytes(content + source.read_bytes()[header.data_offset :])
+    return target
+
+
+def copy_with_weights(source: Path, target: Path, name: str, *numbers: float) -> Path:
+    """A copy of a file of f32 with other numbers at the beginning of a tensor."""
+    header = read_header(source)
+    tensor = next(tensor for tensor in header.tensors if tensor.name == name)
+    content = bytearray(source.read_bytes())
+    at = header.data_offset + tensor.offset
+    content[at : at + 4 * len(numbers)] = numpy.array(numbers, numpy.float32).tobytes()
+    target.write_bytes(content)
+    return target
+
+
+def copy_with_tensors(source: Path, target: Path, *, without: str = "", **more: numpy.ndarray) -> Path:
+    """A copy of a file of f32 with a tensor less, or with others in it as well ("." is written "__" in names)."""
+    header, data = read_header(source), data_of(source)
+    kind = ggml.tensor_type("f32")
+    shapes = {tensor.name: tensor.shape for tensor in header.tensors if tensor.name != without}
+    contents = {name: data[name][1] for name in shapes}
+    for name, numbers in more.items():
+        shapes[name.replace("__", ".")] = tuple(reversed(numbers.shape))
+        contents[name.replace("__", ".")] = numbers.astype(numpy.float32).tobytes()
+    layout = gguf.lay_out(read_pairs(source), [gguf.Described(name, shape, kind) for name, shape in shapes.items()])
+    with target.open("wb") as file:
+        file.write(layout.header)
+        for name, content in contents.items():
+            file.seek(layout.offsets[name])
+            file.write(content)
+        file.truncate(layout.size)
+    return target
+
+
+def split_gguf(source: Path, folder: Path) -> None:
+    """As llama-gguf-split does: all keys in the first part, tensors in both."""
+    header, content = read_header(source), source.read_bytes()
+    for number, tensors in enumerate((header.tensors[:5], header.tensors[5:])):
+        pairs = read_pairs(source) if number == 0 else {}
+        count = struct.pack("<IH", 2, 2)
+        pairs |= {"split.no": struct.pack("<IH", 2, number), "split.count": count}
+        pairs["split.tensors.count"] = struct.pack("<Ii", 5, len(header.tensors))
+        described = [gguf.Described(t.name, t.shape, ggml.tensor_type_by_number(t.type)) for t in tensors]
+        layout = gguf.lay_out(pairs, described)
+        with (folder / f"x-0000{number + 1}-of-00002.gguf").open("wb") as file:
+            file.write(layout.header)
+            for tensor, place in zip(tensors, described, strict=True):
+                begin = header.data_offset + tensor.offset
+                file.seek(layout.offsets[tensor.name])
+                file.write(content[begin : begin + place.size])
+            file.truncate(layout.size)
+
+
+def old_token_types(good: Path) -> bytes:
+    """As converters before mid-2024 marked padding: user defined, so that its name in a text becomes the token."""
+    kinds = gguf.decode(read_pairs(good)["tokenizer.ggml.token_type"])
+    return gguf.i32s([USER_DEFINED if kind == 5 else kind for kind in kinds])

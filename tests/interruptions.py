@@ -1,0 +1,98 @@
+"""Conversions that are interrupted: another process that is killed, Ctrl-C in this one."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwenlocal.errors import Interrupted
+from qwenlocal.weights.writing import Job, carry_out, journal_of, part_of
+
+on_posix = pytest.mark.skipif(sys.platform == "win32", reason="there are no such signals")
+
+
+SLOW_TYPE = "iq3_s"
+
+
+CONVERT = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from checkpoint_files import plan_job
+from qwenlocal.weights.writing import carry_out
+source, targets, replace = Path(sys.argv[2]), [Path(text) for text in sys.argv[3].split(",")], sys.argv[4] == "replace"
+print(carry_out(plan_job(source, *targets), threads=1, replace=replace).resumed)
+"""
+
+
+def count_slabs(target: Path) -> int:
+    """Slabs that the journal speaks of."""
+    try:
+        return journal_of(target).read_text().count("\n") - 1
+    except OSError:
+        return 0
+
+
+def start_conversion(source: Path, *targets: Path, replace: str = "") -> subprocess.Popen[str]:
+    """Another process that writes."""
+    arguments = [str(Path(__file__).parent), str(source), ",".join(map(str, targets)), replace]
+    return subprocess.Popen(
+        [sys.executable, "-c", CONVERT, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def signal_after(child: subprocess.Popen[str], target: Path, after: int, how: int = signal.SIGKILL) -> str:
+    """Wait until so many slabs are done, and send a signal; returns what it said on stderr."""
+    while count_slabs(target) < after and child.poll() is None:
+        time.sleep(0.002)
+    assert child.poll() is None, "it was done before it could be stopped"
+    child.send_signal(how)
+    return child.communicate(timeout=60)[1]
+
+
+def stop_before_rename(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Press Ctrl-C when a GGUF file is complete and is about to get its name."""
+    rename = Path.replace
+
+    def stop(path: Path, target: Path) -> Path:
+        if target.suffix == ".gguf":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "replace", stop)
+
+
+def interrupt_conversion(job: Job, **options: Any) -> None:
+    """Ctrl-C at the first report: at least one slab is done by then, of a small job all."""
+
+    def stop(_done: int, _all: int) -> None:
+        raise KeyboardInterrupt
+
+    with contextlib.suppress(Interrupted, KeyboardInterrupt):
+        carry_out(job, threads=1, report=stop, **options)
+    assert part_of(job.outputs[0].path).exists()
+
+
+@contextlib.contextmanager
+def expect_interrupted() -> Iterator[None]:
+    """What is interrupted in here says that what was done is kept."""
+    try:
+        yield
+    except Interrupted as stop:
+        assert "kept" in stop.hint
+    except KeyboardInterrupt:
+        pytest.fail("Ctrl-C was not caught")
+    else:
+        pytest.fail("Ctrl-C was swallowed")

@@ -1,0 +1,330 @@
+"""Writing a GGUF file that is interrupted: kill -9, Ctrl-C, and going on from a part file and a journal."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy
+import pytest
+from checkpoint_files import UNALIGNED, file_names, plan_job, set_weights
+from conftest import Run
+from fuzzing import fuzz
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from interruptions import (
+    SLOW_TYPE,
+    count_slabs,
+    expect_interrupted,
+    interrupt_conversion,
+    on_posix,
+    signal_after,
+    start_conversion,
+    stop_before_rename,
+)
+
+from qwenlocal.errors import BadWeights, Interrupted
+from qwenlocal.testing import write_checkpoint
+from qwenlocal.weights.checkpoint import Checkpoint
+from qwenlocal.weights.convert import Options, plan_conversion
+from qwenlocal.weights.edition import EDITION
+from qwenlocal.weights.header import read_header, tensor_bytes
+from qwenlocal.weights.mix import file_type
+from qwenlocal.weights.writing import Job, Written, carry_out, journal_of, part_of
+
+
+@on_posix
+class TestKilled:
+    @pytest.mark.parametrize("after", [1, 6, 15])
+    def test_the_next_attempt_finishes_the_same_file(
+        self, after: int, large_checkpoint: Path, large_gguf: bytes, slow_output: Path
+    ) -> None:
+        signal_after(start_conversion(large_checkpoint, slow_output), slow_output, after)
+        assert not slow_output.exists()
+        assert {part_of(slow_output).name, journal_of(slow_output).name} <= file_names(slow_output.parent)
+        job = plan_job(large_checkpoint, slow_output)
+        assert 0 < carry_out(job, threads=2).resumed < job.read_bytes
+        assert slow_output.read_bytes() == large_gguf
+        assert file_names(slow_output.parent) == {slow_output.name}, "nothing is left behind"
+
+    def test_several_kills_in_a_row_still_give_the_same_file(
+        self, large_checkpoint: Path, large_gguf: bytes, slow_output: Path
+    ) -> None:
+        for after in (2, 5, 9):
+            signal_after(start_conversion(large_checkpoint, slow_output), slow_output, after)
+            assert not slow_output.exists()
+        carry_out(plan_job(large_checkpoint, slow_output), threads=2)
+        assert slow_output.read_bytes() == large_gguf
+
+    def test_two_outputs_of_one_conversion_are_both_finished(
+        self, large_checkpoint: Path, large_gguf: bytes, slow_output: Path, tmp_path: Path
+    ) -> None:
+        other = tmp_path / "x.q8_0.gguf"
+        signal_after(start_conversion(large_checkpoint, slow_output, other), slow_output, 6)
+        assert not slow_output.exists()
+        assert not other.exists()
+        assert carry_out(plan_job(large_checkpoint, slow_output, other), threads=2).resumed
+        alone = tmp_path / "alone.q8_0.gguf"
+        carry_out(plan_job(large_checkpoint, alone), threads=2)
+        assert slow_output.read_bytes() == large_gguf
+        assert other.read_bytes() == alone.read_bytes()
+        assert file_names(tmp_path) == {slow_output.name, other.name, alone.name}
+
+    def test_a_file_to_be_replaced_stays_until_the_new_one_is_complete(
+        self, large_checkpoint: Path, large_gguf: bytes, slow_output: Path
+    ) -> None:
+        slow_output.write_bytes(b"old")
+        signal_after(start_conversion(large_checkpoint, slow_output, replace="replace"), slow_output, 3)
+        assert slow_output.read_bytes() == b"old"
+        carry_out(plan_job(large_checkpoint, slow_output), threads=2, replace=True)
+        assert slow_output.read_bytes() == large_gguf
+
+
+@on_posix
+class TestCtrlC:
+    def test_the_same_command_continues_the_conversion(
+        self, large_checkpoint: Path, environment: dict[str, str], tmp_path: Path, qwenlocal: Run
+    ) -> None:
+        target = tmp_path / "x.gguf"
+        command = ("convert", str(large_checkpoint), "-o", str(target), "--type", SLOW_TYPE, "-t", "1")
+        child = subprocess.Popen(
+            [sys.executable, "-m", "qwenlocal", *command],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+        message = signal_after(child, target, 3, signal.SIGINT)
+        assert child.returncode == 130
+        assert "Traceback" not in message
+        assert "What was done is kept" in message
+        assert not target.exists()
+        second = qwenlocal(*command)
+        assert second.returncode == 0, second.stderr
+        assert "An earlier attempt had done" in second.stderr
+        carry_out(
+            plan_conversion(Checkpoint.open(large_checkpoint), [(tmp_path / "y.gguf", file_type(SLOW_TYPE))]).job,
+            threads=2,
+        )
+        assert target.read_bytes() == (tmp_path / "y.gguf").read_bytes()
+
+    def test_finished_slabs_are_kept(self, large_checkpoint: Path, large_gguf: bytes, slow_output: Path) -> None:
+        def stop(_done: int, _all: int) -> None:
+            raise KeyboardInterrupt
+
+        job = plan_job(large_checkpoint, slow_output)
+        with expect_interrupted():
+            carry_out(job, threads=1, report=stop)
+        assert 0 < carry_out(job, threads=2).resumed < job.read_bytes
+        assert slow_output.read_bytes() == large_gguf
+
+    @pytest.mark.skipif(not hasattr(os, "fdatasync"), reason="the wait for the disk has another name there")
+    def test_an_interrupt_during_fdatasync_keeps_all_slabs(
+        self, unaligned_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def stop(_file: int) -> None:
+            raise KeyboardInterrupt
+
+        job = plan_job(unaligned_checkpoint, tmp_path / "x.q8_0.gguf")
+        with monkeypatch.context() as patched, expect_interrupted():
+            patched.setattr(os, "fdatasync", stop)
+            carry_out(job, threads=1)
+        assert not job.outputs[0].path.exists()
+        assert carry_out(job, threads=1) == Written(0, job.read_bytes)
+
+
+class Leftover(NamedTuple):
+    """A small file that was interrupted just before it got its name, and what it should be."""
+
+    job: Job
+    folder: Path
+    part: bytes
+    journal: bytes
+    good: bytes
+
+    @property
+    def target(self) -> Path:
+        return self.job.outputs[0].path
+
+    def put(self) -> None:
+        """As it was after the interruption."""
+        self.target.unlink(missing_ok=True)
+        part_of(self.target).write_bytes(self.part)
+        journal_of(self.target).write_bytes(self.journal)
+
+    def finish(self) -> Written:
+        """Go on; the result must be what it always is, whatever was left."""
+        written = carry_out(self.job, threads=1)
+        assert self.target.read_bytes() == self.good
+        assert file_names(self.folder) == {self.target.name}
+        return written
+
+
+@pytest.fixture(scope="module")
+def leftover(unaligned_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Leftover:
+    folder = tmp_path_factory.mktemp("leftover")
+    job = plan_job(unaligned_checkpoint, folder / "x.q8_0.gguf")
+    target = job.outputs[0].path
+    interrupt_conversion(job)
+    part, journal = part_of(target).read_bytes(), journal_of(target).read_bytes()
+    carry_out(job, threads=1)
+    return Leftover(job, folder, part, journal, target.read_bytes())
+
+
+class TestPartFiles:
+    def test_a_complete_part_file_is_not_computed_again(self, leftover: Leftover) -> None:
+        leftover.put()
+        assert leftover.finish().resumed == leftover.job.read_bytes
+
+    def test_a_damaged_tensor_is_computed_again(self, leftover: Leftover) -> None:
+        header = read_header(leftover.target)
+        for tensor in header.tensors:
+            leftover.put()
+            with part_of(leftover.target).open("r+b") as file:
+                file.seek(header.data_offset + tensor.offset)
+                file.write(b"\xa5\x5a")
+            assert leftover.finish().resumed < leftover.job.read_bytes
+
+    def test_damaged_padding_is_repaired(self, leftover: Leftover) -> None:
+        header = read_header(leftover.target)
+        begin = header.data_offset
+        damaged = bytearray(leftover.part[:begin] + b"\xa5" * (len(leftover.part) - begin))
+        for tensor in header.tensors:
+            at, size = begin + tensor.offset, tensor_bytes(tensor) or 0
+            damaged[at : at + size] = leftover.part[at : at + size]
+        assert bytes(damaged) != leftover.part, "there are such bytes"
+        leftover.put()
+        part_of(leftover.target).write_bytes(damaged)
+        leftover.finish()
+
+    @settings(fuzz, max_examples=40)
+    @given(where=st.floats(0, 1, exclude_max=True), value=st.binary(min_size=1, max_size=64))
+    def test_any_damaged_bytes_are_repaired(self, where: float, value: bytes, leftover: Leftover) -> None:
+        at = int(where * len(leftover.part))
+        damaged = bytearray(leftover.part)
+        damaged[at : at + len(value)] = value
+        leftover.put()
+        part_of(leftover.target).write_bytes(damaged)
+        leftover.finish()
+
+    @pytest.mark.parametrize("size", [0, 1, 1000, -1000, -1])
+    def test_a_truncated_part_file_is_completed(self, size: int, leftover: Leftover) -> None:
+        leftover.put()
+        part_of(leftover.target).write_bytes(leftover.part[:size])
+        leftover.finish()
+
+    def test_a_part_file_that_is_too_long_is_truncated(self, leftover: Leftover) -> None:
+        leftover.put()
+        part_of(leftover.target).write_bytes(leftover.part + b"more")
+        assert leftover.finish().resumed == leftover.job.read_bytes
+
+    def test_a_part_file_without_journal_or_a_journal_without_part_file_starts_again(self, leftover: Leftover) -> None:
+        for gone in (journal_of, part_of):
+            leftover.put()
+            gone(leftover.target).unlink()
+            assert leftover.finish().resumed == 0
+
+
+class TestJournal:
+    @pytest.mark.parametrize("cut", [1, 2, 5, 9, 20])
+    def test_a_truncated_last_line_is_ignored(self, cut: int, leftover: Leftover) -> None:
+        leftover.put()
+        journal_of(leftover.target).write_bytes(leftover.journal[:-cut])
+        assert 0 < leftover.finish().resumed < leftover.job.read_bytes
+
+    @pytest.mark.parametrize(
+        "line",
+        [
+            b"",
+            b" ",
+            b"0",
+            b"0 1",
+            b"0 1 0 5",
+            b"-1 5 0",
+            b"0 1.5 0",
+            b"a b c",
+            b"\xff\xfe\x00 1 2",
+            b"999999 5 0",
+            b"0 5 0",
+            b"0 99999999999999999999 0",
+            b"9" * 5000 + b" 5 0",
+        ],
+        ids=range(13),
+    )
+    def test_a_damaged_line_is_ignored(self, line: bytes, leftover: Leftover) -> None:
+        leftover.put()
+        journal_of(leftover.target).write_bytes(leftover.journal + line + b"\n")
+        leftover.finish()
+
+    @pytest.mark.parametrize(
+        "first", [b"", b"{", b"[]", b"5", b"null", b"{}", b'{"version": 1}', b'{"version": 1, "identity": 5}', b"\xff"]
+    )
+    def test_a_journal_of_another_conversion_starts_again(self, first: bytes, leftover: Leftover) -> None:
+        leftover.put()
+        journal_of(leftover.target).write_bytes(first + b"\n" + leftover.journal.partition(b"\n")[2])
+        assert leftover.finish().resumed == 0
+
+    @settings(fuzz, max_examples=40)
+    @given(edits=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.binary(max_size=3)), min_size=1, max_size=4))
+    def test_any_damaged_journal_gives_the_same_file(
+        self, edits: list[tuple[float, bytes]], leftover: Leftover
+    ) -> None:
+        journal = bytearray(leftover.journal)
+        for where, data in edits:
+            at = int(where * len(journal))
+            journal[at : at + len(data) + 1] = data
+        leftover.put()
+        journal_of(leftover.target).write_bytes(journal)
+        leftover.finish()
+
+
+class TestChangedConversions:
+    def test_another_converter_version_starts_again(
+        self, unaligned_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        target = tmp_path / "x.q8_0.gguf"
+        with monkeypatch.context() as patched:
+            stop_before_rename(patched)
+            with pytest.raises(Interrupted):
+                carry_out(plan_job(unaligned_checkpoint, target), threads=1)
+        assert count_slabs(target)
+        monkeypatch.setattr("qwenlocal.weights.edition.EDITION", EDITION + 1)
+        assert carry_out(plan_job(unaligned_checkpoint, target), threads=1).resumed == 0
+
+    def test_a_changed_source_starts_again(self, tmp_path: Path) -> None:
+        source, target = write_checkpoint(tmp_path / "a", config=UNALIGNED), tmp_path / "out" / "x.q8_0.gguf"
+        interrupt_conversion(plan_job(source, target))
+        write_checkpoint(source, config=UNALIGNED, seed=1)
+        os.utime(source / "model.safetensors", ns=(10**18, 10**18))
+        assert carry_out(plan_job(source, target), threads=1).resumed == 0
+        carry_out(plan_job(source, target.with_name("y.q8_0.gguf")), threads=1)
+        assert target.read_bytes() == target.with_name("y.q8_0.gguf").read_bytes()
+
+    @pytest.mark.parametrize("change", ["another type", "another name of the model"])
+    def test_another_type_or_name_starts_again(self, change: str, unaligned_checkpoint: Path, tmp_path: Path) -> None:
+        target = tmp_path / "x.q8_0.gguf"
+        interrupt_conversion(plan_job(unaligned_checkpoint, target))
+        kind = file_type("q4_0" if change == "another type" else "q8_0")
+        options = Options(name="tiny" if change == "another type" else "other")
+        job = plan_conversion(Checkpoint.open(unaligned_checkpoint), [(target, kind)], options).job
+        assert carry_out(job, threads=1).resumed == 0
+
+    def test_nan_allowed_in_an_earlier_attempt_is_refused_without_the_option(self, tmp_path: Path) -> None:
+        source = write_checkpoint(tmp_path / "model", config=UNALIGNED)
+        set_weights(source, "lm_head.weight", 5, numpy.nan)
+        job = plan_job(source, tmp_path / "x.q8_0.gguf")
+        interrupt_conversion(job, allow_nan=True)
+        with pytest.raises(BadWeights, match="NaN or infinite"):
+            carry_out(job, threads=1)
+
+    def test_nan_zeroed_by_an_earlier_attempt_is_counted(self, tmp_path: Path) -> None:
+        source = write_checkpoint(tmp_path / "model", config=UNALIGNED)
+        set_weights(source, "lm_head.weight", 5, numpy.nan)
+        job = plan_job(source, tmp_path / "x.q8_0.gguf")
+        interrupt_conversion(job, allow_nan=True)
+        assert carry_out(job, threads=1, allow_nan=True) == Written(1, job.read_bytes)

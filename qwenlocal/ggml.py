@@ -1,8 +1,8 @@
 """
-The door to libggml, below llama.cpp: devices and their memory, tensor types, and the functions that quantize rows.
+Bindings for libggml: devices and their memory, tensor types, and the functions that quantize rows.
 
-The libraries are opened by soname, as llama.cpp itself opens them: the copies without a version are separate files,
-and a second ggml in the process would have a device list of its own.
+The libraries are opened by soname, as llama.cpp opens them: the copies without a version are separate files, and a
+second ggml in the process would have a device list of its own.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from typing import Any, NamedTuple
 Address = int
 
 _TYPE_COUNT = 43  # ggml.h: GGML_TYPE_COUNT of the pinned llama.cpp
-_INFINITE = 0x7F800000  # the bits of a float from which on it is infinite or NaN
+_INFINITY_BITS = 0x7F800000  # float32: these bits and higher ones are infinity or NaN
 _GPU_TYPES = (1, 2)  # ggml-backend.h: GGML_BACKEND_DEVICE_TYPE_GPU and _IGPU
 
 
 @dataclass(frozen=True)
 class Device:
-    """Something that computes: its memory in bytes."""
+    """A compute device; memory in bytes."""
 
     name: str
     description: str
@@ -39,56 +39,58 @@ class Device:
 
 class TensorType(NamedTuple):
     """
-    How ggml lays out numbers: `block` of them take `width` bytes.
+    A data type of ggml's tensors: a block of `block_size` numbers takes `type_size` bytes.
 
-    `tensor_type("q4_k")` is TensorType(12, "q4_k", 256, 144): 4.5 bits a number. GGUF files say `number`.
+    `tensor_type("q4_k")` is TensorType(12, "q4_k", 256, 144): 4.5 bits per number. GGUF files store `number`.
     """
 
     number: int
     name: str
-    block: int
-    width: int
+    block_size: int
+    type_size: int
 
     @property
     def is_quantized(self) -> bool:
-        """Whether numbers share scales; False for f32, f16 and bf16."""
-        return self.block > 1
+        """Whether the numbers of a block share scales; False for f32, f16 and bf16."""
+        return self.block_size > 1
 
     def row_bytes(self, columns: int) -> int:
-        """Bytes of a row; `columns` must be a multiple of `block`."""
-        return columns // self.block * self.width
+        """Compute the bytes of a row; `columns` must be a multiple of `block_size`."""
+        return columns // self.block_size * self.type_size
 
 
 def tensor_types() -> dict[str, TensorType]:
-    """Every type that this ggml knows, by its name in small letters."""
+    """Return all types of this ggml by lowercase name."""
     return _tensor_types()
 
 
 def tensor_type(name: str) -> TensorType:
-    """The type of that name, for example "f32" or "q4_k". KeyError where ggml has none."""
+    """Look up a type by name, for example "f32" or "q4_k". Raises KeyError if ggml has no such type."""
     return _tensor_types()[name]
 
 
-def tensor_type_numbered(number: int) -> TensorType | None:
-    """The type with that number in GGUF files; None where this ggml does not know it."""
+def tensor_type_by_number(number: int) -> TensorType | None:
+    """Look up a type by its number in GGUF files; None if this ggml has no such type."""
     return next((kind for kind in _tensor_types().values() if kind.number == number), None)
 
 
-def needs_importance(kind: TensorType) -> bool:
-    """Whether ggml refuses to quantize to `kind` without an importance matrix."""
+def requires_imatrix(kind: TensorType) -> bool:
+    """Return whether ggml needs an importance matrix to quantize to `kind`."""
     return bool(_base().ggml_quantize_requires_imatrix(kind.number))
 
 
-def is_float_like(kind: TensorType) -> bool:
-    """Whether `to_float` can read `kind`: floats, and all quantized types but those that exist for a moment only."""
+def can_dequantize(kind: TensorType) -> bool:
+    """Return whether `dequantize` supports `kind`: floats, and all quantized types that files can store."""
     return kind.name in ("f32", "f16", "bf16") or bool(_base().ggml_get_type_traits(kind.number).contents.to_float)
 
 
-def to_float(kind: TensorType, source: Address, target: Address, count: int) -> None:
+def dequantize(kind: TensorType, source: Address, target: Address, count: int) -> None:
     """
-    Write `count` numbers of type `kind` at `source` as float32 to `target`. The lock of Python is not held.
+    Convert `count` numbers of type `kind` at `source` to float32 at `target`. Releases the GIL.
 
-    ValueError where ggml cannot read `kind`.
+    Raises
+    ------
+    ValueError: ggml cannot dequantize `kind`.
     """
     if kind.name == "f32":
         ctypes.memmove(target, source, count * 4)
@@ -99,63 +101,61 @@ def to_float(kind: TensorType, source: Address, target: Address, count: int) -> 
     else:
         traits = _base().ggml_get_type_traits(kind.number).contents
         if not traits.to_float:
-            raise ValueError(f"ggml cannot read {kind.name}")
+            raise ValueError(f"ggml cannot dequantize {kind.name}")
         traits.to_float(source, target, count)
 
 
-def quantize(
-    kind: TensorType, source: Address, target: Address, rows: int, columns: int, importance: Address = 0
-) -> None:
+def quantize(kind: TensorType, source: Address, target: Address, rows: int, columns: int, imatrix: Address = 0) -> None:
     """
-    Write `rows` x `columns` float32 numbers at `source` as `kind` to `target`, which has room for them.
+    Quantize `rows` x `columns` float32 numbers at `source` to `kind` at `target`, which must be large enough.
 
-    Splitting rows over several calls gives the same bytes as one call (ggml.c: ggml_quantize_chunk). `importance` is
-    the address of `columns` float32 weights, 0 for none. The lock of Python is not held.
+    Splitting rows over several calls gives the same bytes as one call (ggml.c: ggml_quantize_chunk). `imatrix` is the
+    address of `columns` float32 weights, 0 for none. Releases the GIL.
     """
-    count = rows * columns if not importance or ignores_importance(kind) else -1
-    if count < 0 or quantize_quickly(tensor_type("f32"), source, kind, target, count) is None:
-        quantize_with_ggml(kind, source, target, rows, columns, importance)
+    count = rows * columns if not imatrix or ignores_imatrix(kind) else -1
+    if count < 0 or quantize_fast(tensor_type("f32"), source, kind, target, count) is None:
+        quantize_with_ggml(kind, source, target, rows, columns, imatrix)
 
 
-def ignores_importance(kind: TensorType) -> bool:
-    """Whether ggml gives every number of such a type the same importance, whatever it is told."""
+def ignores_imatrix(kind: TensorType) -> bool:
+    """Return whether ggml ignores the importance matrix when it quantizes to `kind`."""
     return kind.name == "q8_0"
 
 
-def quantize_quickly(kind: TensorType, source: Address, into: TensorType, target: Address, count: int) -> float | None:
+def quantize_fast(kind: TensorType, source: Address, into: TensorType, target: Address, count: int) -> float | None:
     """
-    Have our own code (tools/quantizers.cpp) write the bytes that ggml would, two to seven times as fast.
+    Write the same bytes as ggml, two to seven times as fast, with tools/quantizers.cpp.
 
-    Returns the largest magnitude among the numbers; infinity where one is not finite, and then what was written is
-    worth nothing. None, and nothing is written, where `kind` is not f32 or bf16, `into` not q4_k, q5_k, q6_k or q8_0,
-    and where libggml was compiled without it: a wheel from elsewhere, another compiler than GCC and clang.
+    Returns the largest magnitude among the numbers; infinity if one is not finite, and then the output is invalid.
+    Returns None and writes nothing if `kind` is not f32 or bf16, if `into` is not q4_k, q5_k, q6_k or q8_0, or if
+    libggml was compiled without this code (a prebuilt wheel, or a compiler other than GCC and clang).
     """
-    ours = _quantizers()
-    bits = ours(kind.number, source, into.number, target, count) if ours else -1
+    quantize_blocks = _fast_quantizer()
+    bits = quantize_blocks(kind.number, source, into.number, target, count) if quantize_blocks else -1
     if bits < 0:
         return None
-    return float(struct.unpack("<f", struct.pack("<I", bits))[0]) if bits < _INFINITE else math.inf
+    return float(struct.unpack("<f", struct.pack("<I", bits))[0]) if bits < _INFINITY_BITS else math.inf
 
 
-def can_quantize_quickly(kind: TensorType, into: TensorType) -> bool:
-    """Whether `quantize_quickly` knows the way from `kind` to `into`."""
-    return quantize_quickly(kind, 0, into, 0, 0) is not None
+def can_quantize_fast(kind: TensorType, into: TensorType) -> bool:
+    """Return whether `quantize_fast` supports `kind` to `into`."""
+    return quantize_fast(kind, 0, into, 0, 0) is not None
 
 
 def quantize_with_ggml(
-    kind: TensorType, source: Address, target: Address, rows: int, columns: int, importance: Address = 0
+    kind: TensorType, source: Address, target: Address, rows: int, columns: int, imatrix: Address = 0
 ) -> None:
-    """`quantize`, by ggml's own code for every type."""
-    _base().ggml_quantize_chunk(kind.number, source, target, 0, rows, columns, importance or None)
+    """Quantize like `quantize`, always with ggml's own code."""
+    _base().ggml_quantize_chunk(kind.number, source, target, 0, rows, columns, imatrix or None)
 
 
-def is_valid(kind: TensorType, data: Address, size: int) -> bool:
-    """Whether no scale in `size` bytes of quantized data is NaN or infinite."""
+def has_finite_scales(kind: TensorType, data: Address, size: int) -> bool:
+    """Return whether all scales in `size` bytes of quantized data are finite."""
     return bool(_base().ggml_validate_row_data(kind.number, data, size))
 
 
-class TensorInMemory(NamedTuple):
-    """A tensor that llama.cpp asks somebody to fill: its name, type and size in bytes."""
+class InMemoryTensor(NamedTuple):
+    """A tensor that llama.cpp allocated for its caller to fill; `size` in bytes."""
 
     handle: Address
     name: str
@@ -163,37 +163,43 @@ class TensorInMemory(NamedTuple):
     size: int
 
     @classmethod
-    def at(cls, handle: Address) -> TensorInMemory:
-        """The tensor behind a pointer of ggml's; its type is the first field of the structure (ggml.h)."""
+    def from_pointer(cls, handle: Address) -> InMemoryTensor:
+        """Read a `struct ggml_tensor *`; the type is its first field (ggml.h)."""
         number = ctypes.c_int.from_address(handle).value
-        kind = tensor_type_numbered(number)
+        kind = tensor_type_by_number(number)
         if kind is None:
-            raise ValueError(f"type {number} is not known")
+            raise ValueError(f"unknown tensor type {number}")
         return cls(handle, _base().ggml_get_name(handle).decode(), kind, _base().ggml_nbytes(handle))
 
-    def put(self, data: Address, offset: int, size: int) -> None:
-        """Copy `size` bytes at `data` to byte `offset` of the tensor, wherever its memory is."""
+    def write(self, data: Address, offset: int, size: int) -> None:
+        """Copy `size` bytes at `data` to byte `offset` of the tensor, on whatever device it is."""
         _base().ggml_backend_tensor_set(self.handle, data, offset, size)
 
 
 class GgufHeader:
-    """The header of a GGUF file, as ggml itself reads it; the weights behind it need not be there."""
+    """The header of a GGUF file, as ggml reads it; the file needs no weights."""
 
     def __init__(self, path: Path) -> None:
-        """ValueError where ggml cannot read it."""
+        """
+        Read the header of `path`.
+
+        Raises
+        ------
+        ValueError: ggml cannot read it.
+        """
         self.handle: Address | None = _base().gguf_init_from_file(os.fsencode(path), _GgufParams(True, None))
         if not self.handle:
             raise ValueError(f"ggml cannot read {path}")
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         if self.handle:
             _base().gguf_free(self.handle)
             self.handle = None
 
 
-def devices() -> list[Device]:
-    """Every device that the compiled libraries found: the processor, and graphics cards where there are any."""
+def list_devices() -> list[Device]:
+    """List the devices that ggml found: the CPU, and any GPUs."""
     ggml = _library("ggml")
     count = ggml.ggml_backend_dev_count
     count.restype = ctypes.c_size_t
@@ -241,22 +247,22 @@ class _Traits(ctypes.Structure):
     ]
 
 
-def on_giving_up(last_words: Callable[[str], object]) -> object:
+def set_abort_callback(on_abort: Callable[[str], object]) -> object:
     """
-    Have `last_words` called with ggml's reason where it would end the process: a device that is gone, a wrong call.
+    Have ggml call `on_abort` with its reason before it aborts the process: a device is gone, or a call was wrong.
 
-    Whether the process ends is up to `last_words`; where it returns, ggml ends it (abort). The reason begins with the
-    file and line that gave up: "ggml-rpc.cpp:547: Remote RPC server crashed". What is returned has to be kept for as
-    long as that shall be so.
+    `on_abort` may end the process itself; if it returns, ggml calls abort(). The reason begins with the file and line:
+    "ggml-rpc.cpp:547: Remote RPC server crashed". Keep a reference to the returned object as long as the callback is
+    in use.
     """
-    made = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(lambda reason: last_words(reason.decode(errors="replace")))
-    _base().ggml_set_abort_callback(made)
-    return made
+    callback = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(lambda reason: on_abort(reason.decode(errors="replace")))
+    _base().ggml_set_abort_callback(callback)
+    return callback
 
 
 @functools.cache
 def _base() -> ctypes.CDLL:
-    """libggml-base with the signatures of ggml.h declared."""
+    """Load libggml-base and declare the signatures of ggml.h."""
     base, pointer, i64, size = _library("ggml-base"), ctypes.c_void_p, ctypes.c_int64, ctypes.c_size_t
     for name, result, arguments in (
         ("ggml_bf16_to_fp32_row", None, [pointer, pointer, i64]),
@@ -278,8 +284,8 @@ def _base() -> ctypes.CDLL:
 
 
 @functools.cache
-def _quantizers() -> Any | None:
-    """`qwenlocal_quantize_blocks` of this libggml, if it has one."""
+def _fast_quantizer() -> Any | None:
+    """Return the function `qwenlocal_quantize_blocks` of libggml; None if it was compiled without it."""
     function = getattr(_base(), "qwenlocal_quantize_blocks", None)
     if function is not None:
         function.restype = ctypes.c_int64
@@ -289,24 +295,24 @@ def _quantizers() -> Any | None:
 
 @functools.cache
 def _tensor_types() -> dict[str, TensorType]:
-    found: dict[str, TensorType] = {}
+    types: dict[str, TensorType] = {}
     for number in range(_TYPE_COUNT):
         traits = _base().ggml_get_type_traits(number).contents
-        if traits.type_name and traits.type_size and traits.blck_size:  # numbers of types that were removed are empty
+        if traits.type_name and traits.type_size and traits.blck_size:  # removed types have empty entries
             name = traits.type_name.decode().lower()
-            found[name] = TensorType(number, name, traits.blck_size, traits.type_size)
-    return found
+            types[name] = TensorType(number, name, traits.blck_size, traits.type_size)
+    return types
 
 
 @functools.cache
 def _library(name: str) -> ctypes.CDLL:
     spec = importlib.util.find_spec("llama_cpp")
-    folders = [Path(place) / "lib" for place in (spec.submodule_search_locations or [])] if spec else []
+    folders = [Path(location) / "lib" for location in (spec.submodule_search_locations or [])] if spec else []
     for folder in folders:
         for file in _file_names(name):
             if (folder / file).exists():
                 return ctypes.CDLL(str(folder / file))
-    raise OSError(f"lib{name} is not beside llama-cpp-python")
+    raise OSError(f"lib{name} is missing from llama-cpp-python")
 
 
 def _file_names(name: str) -> list[str]:

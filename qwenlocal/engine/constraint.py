@@ -16,9 +16,9 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from qwenlocal.engine.llama import library
-from qwenlocal.engine.vocabulary import Vocabulary
-from qwenlocal.errors import UsageProblem
+from qwenlocal.engine.llama import load_library
+from qwenlocal.engine.tokenizer import Tokenizer
+from qwenlocal.errors import UsageError
 
 _IN_TEXT = frozenset(range(1, 256)) - {0xC0, 0xC1, *range(0xF5, 0x100)}  # bytes that UTF-8 has
 _LONGEST_LITERAL = 400  # bytes looked ahead at most
@@ -56,22 +56,22 @@ def _said_on_stderr() -> Iterator[list[str]]:
 class Constraint:
     """A grammar, and how far the answer is in it."""
 
-    def __init__(self, grammar: str, vocabulary: Vocabulary) -> None:
+    def __init__(self, grammar: str, vocabulary: Tokenizer) -> None:
         """
         Raises
         ------
-        UsageProblem: llama.cpp cannot read the grammar; its reason is in the error.
+        UsageError: llama.cpp cannot read the grammar; its reason is in the error.
         """
-        lib = library()
+        lib = load_library()
         self._c, self._vocabulary = lib.c, vocabulary
         lib.log.clear()
         if "\0" in grammar or not grammar.strip():  # llama.cpp would read up to there, and take nothing for no grammar
-            raise UsageProblem("The grammar cannot be read: it is empty, or has a zero byte in it.")
+            raise UsageError("The grammar cannot be read: it is empty, or has a zero byte in it.")
         with _said_on_stderr() as complaints:
             self._grammar = self._c.llama_sampler_init_grammar(vocabulary.handle, grammar.encode(), b"root")
         if not self._grammar:
             said = "; ".join(complaints) or " ".join(line.text.strip() for line in lib.log if line.text.strip())
-            raise UsageProblem(
+            raise UsageError(
                 f"The grammar cannot be read: {said or 'it has no rule “root”'}.",
                 hint="How grammars are written: llama.cpp, grammars/README.md",
             )
@@ -109,14 +109,12 @@ class Constraint:
 
         Raises
         ------
-        UsageProblem: the grammar does not allow that.
+        UsageError: the grammar does not allow that.
         """
         for token in tokens:
             if not self.allows(token):  # llama.cpp ends the process where it is told of such a token
                 self.close()
-                raise UsageProblem(
-                    "The answer does not keep to the grammar so far.", hint="Have it answer anew: /retry"
-                )
+                raise UsageError("The answer does not keep to the grammar so far.", hint="Have it answer anew: /retry")
             self.accept(token)
 
     def forced(self) -> bytes:

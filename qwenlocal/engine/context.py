@@ -1,4 +1,4 @@
-"""A KV cache over a model: `Context.decode` runs the model over new tokens of one or more sequences."""
+"""A KV cache and the computation that fills it: `Context.decode` runs the model over new tokens."""
 
 from __future__ import annotations
 
@@ -10,33 +10,32 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qwenlocal.engine.interrupts import held
-from qwenlocal.engine.llama import Model, library
-from qwenlocal.errors import NoContext, QwenlocalError
+from qwenlocal.engine.llama import Model, defer_interrupt, load_library
+from qwenlocal.errors import BadWeights, ContextNotCreated, QwenlocalError
 from qwenlocal.ggml import tensor_type
 
-_NO_SLOT, _ABORTED = 1, 2  # llama.h: what llama_decode returns
+_NO_SLOT, _ABORTED = 1, 2  # llama.h: return values of llama_decode
 _ROPE_KINDS = {"linear": 1, "yarn": 2}  # llama.h: enum llama_rope_scaling_type
-MOST_OUTPUTS = 32  # rows of logits kept at once; llama.cpp would reserve one per token of a batch (0.3 GB for Qwen)
+MAX_OUTPUTS = 32  # rows of logits; llama.cpp's default is one per token of a batch (0.3 GB for Qwen)
 
 
 class AbortFlag:
     """
-    Stops a running `Context.decode` from another thread within milliseconds.
+    A flag that stops a running `Context.decode` within milliseconds, from any thread.
 
-    llama.cpp asks its abort callback many times per token. Here that callback is libc's `strlen` over a buffer of our
-    own: "" means go on, "x" means stop, and Python (with its lock) is never asked.
+    llama.cpp calls its abort callback many times per token. Here, the callback is libc's `strlen` over a buffer: ""
+    means continue, "x" means abort. So no Python code runs, and the GIL is not needed.
     """
 
     def __init__(self) -> None:
         self._buffer = ctypes.create_string_buffer(2)
 
     def set(self) -> None:
-        """Stop; may be called from any thread."""
+        """Abort the computation."""
         self._buffer[0] = b"x"
 
     def clear(self) -> None:
-        """Forget an earlier `set`."""
+        """Reset the flag."""
         self._buffer[0] = b"\0"
 
     def __bool__(self) -> bool:
@@ -44,25 +43,25 @@ class AbortFlag:
 
     @property
     def address(self) -> int:
-        """Where the buffer lies."""
+        """The address of the buffer."""
         return ctypes.addressof(self._buffer)
 
 
 class Aborted(Exception):
-    """`Context.decode` was stopped through the abort flag; part of the batch may be in the KV cache."""
+    """`Context.decode` was stopped by the abort flag; part of the batch may be in the KV cache."""
 
 
-class NoRoom(Exception):
-    """The KV cache has no place for the batch; nothing of it was kept."""
+class CacheFull(Exception):
+    """The KV cache has no room for the batch; none of its tokens were added."""
 
 
 @dataclass(frozen=True)
 class RopeScaling:
     """
-    How positions beyond those that a model was trained with are squeezed into them: "linear" or "yarn", by `factor`.
+    A RoPE scaling of type "linear" or "yarn", which extends the context of `original` tokens by `factor`.
 
-    llama.h: rope_scaling_type, rope_freq_scale = 1 / factor, yarn_orig_ctx. RopeScaling("yarn", 2.0, 32768) makes
-    65,536 tokens of 32,768.
+    llama.h: rope_scaling_type, rope_freq_scale = 1 / factor, yarn_orig_ctx. RopeScaling("yarn", 2.0, 32768) extends
+    32,768 tokens to 65,536. Its repr is part of the keys of `prompt_cache`: renaming a field invalidates saved files.
     """
 
     kind: str
@@ -73,11 +72,12 @@ class RopeScaling:
 @dataclass(frozen=True)
 class ContextOptions:
     """
-    How a context is laid out. `threads` 0 leaves the number to llama.cpp.
+    Parameters of a context.
 
-    `n_batch` tokens can be given at once, `n_ubatch` of them are computed together. `key_type` and `value_type` are
-    ggml's names for how keys and values are kept ("f16", "q8_0", "q4_0"); values other than f16 need flash attention.
-    `flash_attention` None is llama.cpp's own choice.
+    Up to `n_batch` tokens are passed to llama.cpp at once, `n_ubatch` of them computed at once, for at most `n_seq_max`
+    sequences. `threads` 0 is llama.cpp's default. `key_type` and `value_type` are ggml's names of the KV cache's types
+    ("f16", "q8_0", "q4_0"); value types other than f16 need flash attention. `flash_attention` None is llama.cpp's
+    choice.
     """
 
     n_ctx: int
@@ -85,24 +85,24 @@ class ContextOptions:
     batch_threads: int = 0
     n_batch: int = 512
     n_ubatch: int = 512
-    sequences: int = 1
+    n_seq_max: int = 1
     key_type: str = "f16"
     value_type: str = "f16"
     flash_attention: bool | None = None
     rope: RopeScaling | None = None
 
 
-def rounded_up(n_ctx: int) -> int:
-    """llama.cpp makes contexts of whole 256 tokens, but takes a smaller number for the most that a batch can have."""
+def pad_n_ctx(n_ctx: int) -> int:
+    """Round up to llama.cpp's granularity of 256 tokens; it would limit batches to a smaller number."""
     return -(-n_ctx // 256) * 256
 
 
 def _parameters(c: Any, options: ContextOptions) -> Any:
-    """`options` as llama.h's struct llama_context_params."""
+    """Convert `options` to llama.h's struct llama_context_params."""
     params = c.llama_context_default_params()
-    params.n_ctx, params.n_batch, params.n_ubatch = rounded_up(options.n_ctx), options.n_batch, options.n_ubatch
-    params.n_seq_max, params.kv_unified = options.sequences, True
-    params.n_outputs_max = max(MOST_OUTPUTS, options.sequences)
+    params.n_ctx, params.n_batch, params.n_ubatch = pad_n_ctx(options.n_ctx), options.n_batch, options.n_ubatch
+    params.n_seq_max, params.kv_unified = options.n_seq_max, True
+    params.n_outputs_max = max(MAX_OUTPUTS, options.n_seq_max)
     if options.threads:
         params.n_threads = options.threads
         params.n_threads_batch = options.batch_threads or options.threads
@@ -120,45 +120,45 @@ class Context:
     """
     A KV cache of `options.n_ctx` tokens over a model, for one or more sequences.
 
-    A sequence is a number from 0; each holds its own tokens at positions 0, 1, 2, ….
+    Sequences are numbered from 0; each has its own tokens at positions 0, 1, 2, ….
     """
 
     def __init__(self, model: Model, options: ContextOptions, abort: AbortFlag | None = None) -> None:
         """
-        With `abort`, a flag of another context's, one stop ends both.
+        Create the context. Pass the `abort` flag of another context to stop both at once.
 
         Raises
         ------
-        NoContext: llama.cpp cannot make it, mostly for want of memory.
+        ContextNotCreated: llama.cpp cannot create it, usually for lack of memory.
         """
         self.model, self.options = model, options
-        self._lib = library()
+        self._lib = load_library()
         self._c = c = self._lib.c
-        self.abort = AbortFlag() if abort is None else abort  # a flag that is not set is false
+        self.abort = AbortFlag() if abort is None else abort  # not `or`: an unset flag is false
         params = _parameters(c, options)
         params.abort_callback = ctypes.cast(_strlen(), type(params.abort_callback))
         params.abort_callback_data = self.abort.address
         self._lib.log.clear()
         self._context = None
         try:
-            with held():
+            with defer_interrupt():
                 self._context = c.llama_init_from_model(model.handle, params)
         except KeyboardInterrupt:
             c.llama_free(self._context)
             raise
         if not self._context:
-            raise NoContext(options.n_ctx, self._lib.complaint() or "it gave no reason")
+            raise ContextNotCreated(options.n_ctx, self._lib.first_error() or "no reason given")
         self._memory = c.llama_get_memory(self._context)
         self._batch = c.llama_batch_init(options.n_batch, 0, 1)
 
     @property
     def n_ctx(self) -> int:
-        """Tokens the KV cache holds (llama.cpp rounds up to 256)."""
+        """The capacity of the KV cache in tokens (llama.cpp rounds up to 256)."""
         return int(self._c.llama_n_ctx(self._context))
 
     @property
     def n_batch(self) -> int:
-        """Tokens that can be given at once; llama.cpp ends the process where it is given more."""
+        """The most tokens per `decode`; llama.cpp aborts the process if it gets more."""
         return int(self._c.llama_n_batch(self._context))
 
     @property
@@ -168,16 +168,17 @@ class Context:
 
     def decode(self, batch: Sequence[tuple[int, Sequence[int]]], *, all_logits: bool = False) -> list[int]:
         """
-        Run the model over new tokens of one or more sequences, at most `n_batch` tokens altogether.
+        Run the model over new tokens of one or more sequences, at most `n_batch` tokens in total.
 
-        `batch` is a list of (sequence, ids); the ids continue what the sequence holds. Returns, for each, the row of
-        logits after its last token (for `Context.logits` and samplers); with `all_logits`, the row after its first
-        token, the others following. `decode([(0, [9, 8]), (1, [7])])` returns `[1, 2]`: rows are batch positions.
+        `batch` is a list of (sequence, ids); the ids are appended to the sequence. Returns one row of logits per
+        sequence (for `Context.logits` and samplers): the one after its last token, or with `all_logits` the one after
+        its first token, followed by the others. `decode([(0, [9, 8]), (1, [7])])` returns `[1, 2]`: rows are positions
+        in the batch.
 
         Raises
         ------
-        Aborted: `abort` was set. `length` tells what the cache holds.
-        NoRoom: the KV cache is full.
+        Aborted: `abort` was set; `length` returns how much of the batch was added.
+        CacheFull: the KV cache has no room.
         """
         rows: list[int] = []
         position = 0
@@ -210,27 +211,27 @@ class Context:
         if code == _ABORTED:
             raise Aborted
         if code == _NO_SLOT:
-            raise NoRoom
+            raise CacheFull
         raise QwenlocalError(
-            f"llama.cpp failed while computing (code {code}): {self._lib.complaint() or 'it gave no reason'}",
-            hint="This is a bug of ours or of llama.cpp; QWENLOCAL_LLAMA_LOG=1 shows its log.",
+            f"llama.cpp failed to decode (code {code}): {self._lib.first_error() or 'no reason given'}",
+            hint="This is a bug in qwenlocal or llama.cpp. To see llama.cpp's log, set QWENLOCAL_LLAMA_LOG=1.",
         )
 
     def set_threads(self, count: int) -> None:
-        """Compute with so many threads from now on."""
+        """Set the number of threads."""
         self._c.llama_set_n_threads(self._context, count, count)
 
     def length(self, sequence: int) -> int:
-        """How many tokens the sequence holds; 0 once the context is closed."""
-        if not self._context:  # an answer that nobody heard to its end may be cleared away after that
+        """Return the number of tokens in the sequence; 0 if the context is closed."""
+        if not self._context:  # an abandoned generator may be finalized after that
             return 0
         return int(self._c.llama_memory_seq_pos_max(self._memory, sequence)) + 1
 
     def truncate(self, sequence: int, length: int) -> int:
         """
-        Forget what the sequence holds from position `length` on; returns what it holds then.
+        Remove the tokens from position `length` on, and return the new length.
 
-        That is `length`, or 0 for models whose memory cannot be cut (recurrent ones): those forget everything.
+        That is `length`, or 0 for recurrent models, which can only clear the whole sequence.
         """
         if self._c.llama_memory_seq_rm(self._memory, sequence, length, -1):
             return length
@@ -238,20 +239,20 @@ class Context:
         return 0
 
     def copy(self, source: int, target: int) -> None:
-        """Have `target` hold what `source` holds, in the same cells of the cache; what it held before is forgotten."""
+        """Replace `target` with the tokens of `source`; both share the same cells of the cache."""
         self._c.llama_memory_seq_rm(self._memory, target, -1, -1)
         self._c.llama_memory_seq_cp(self._memory, source, target, -1, -1)
 
-    def state(self, sequence: int) -> Any:
-        """What the sequence holds, as a C array of bytes: keys and values of every layer, for `restore`."""
+    def get_state(self, sequence: int) -> Any:
+        """Return the keys and values of the sequence as a C array of bytes, for `set_state`."""
         size = self._c.llama_state_seq_get_size(self._context, sequence)
         data = (ctypes.c_uint8 * size)()
         if self._c.llama_state_seq_get_data(self._context, data, size, sequence) != size:
-            raise QwenlocalError("llama.cpp does not give the state of the cache away.", hint="Nothing is lost by it.")
+            raise QwenlocalError("llama.cpp cannot export the KV cache.", hint="The chat is not affected.")
         return data
 
-    def restore(self, sequence: int, data: Any) -> bool:
-        """Put what `state` gave in place of what the sequence holds; False where llama.cpp does not take it."""
+    def set_state(self, sequence: int, data: Any) -> bool:
+        """Replace the sequence with a state from `get_state`; return False if llama.cpp rejects it."""
         self.truncate(sequence, 0)
         if self._c.llama_state_seq_set_data(self._context, data, len(data), sequence):
             return True
@@ -259,15 +260,26 @@ class Context:
         return False
 
     def logits(self, row: int) -> Any:
-        """The model's raw scores for the next token, as a C array of as many floats as there are tokens."""
+        """Return the logits of a row as a C array of `n_vocab` floats."""
         return self._c.llama_get_logits_ith(self._context, row)
 
-    def is_broken(self, row: int) -> bool:
-        """Whether the scores of a row are NaN: one such weight makes all of them so, so the first one tells."""
-        return math.isnan(self.logits(row)[0])
+    def check_logits(self, row: int) -> None:
+        """
+        Check the logits of a row; one NaN weight makes all of them NaN, so the first one is enough.
+
+        Raises
+        ------
+        BadWeights: the logits are NaN.
+        """
+        if math.isnan(self.logits(row)[0]):
+            raise BadWeights(
+                self.model.path,
+                "the model computes NaN; its weights are damaged",
+                hint="To find the damaged tensors: qwenlocal inspect FILE. To repair a download: qwenlocal verify NAME",
+            )
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         if self._context:
             self._c.llama_batch_free(self._batch)
             self._c.llama_free(self._context)
@@ -276,6 +288,6 @@ class Context:
 
 @functools.cache
 def _strlen() -> Any:
-    """The C library's `strlen`, see `AbortFlag`."""
+    """Load the C library's `strlen`, see `AbortFlag`."""
     libc = ctypes.CDLL("msvcrt" if sys.platform == "win32" else None)
     return libc.strlen

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qwenlocal.engine.context import Context, NoRoom
+from qwenlocal.engine.context import CacheFull, Context
 from qwenlocal.engine.llama import Model
 from qwenlocal.engine.prefix import common_prefix
 from qwenlocal.weights.kinds import PADDING
@@ -19,11 +19,11 @@ def shares_vocabulary(large: Model, small: Model) -> bool:
 
     Takes 0.2 s for Qwen's 151,936 tokens.
     """
-    sizes = len(large.vocabulary), len(small.vocabulary)
+    sizes = len(large.tokenizer), len(small.tokenizer)
     if abs(sizes[0] - sizes[1]) > _LARGEST_DIFFERENCE:
         return False
     for token in range(min(sizes)):
-        one, other = large.vocabulary.text_of(token), small.vocabulary.text_of(token)
+        one, other = large.tokenizer.text_of(token), small.tokenizer.text_of(token)
         if one != other and not (PADDING.fullmatch(one) and PADDING.fullmatch(other)):
             return False
     return True
@@ -38,7 +38,7 @@ class DraftModel:
 
     def __init__(self, context: Context, vocabulary_size: int, sure: float = _SURE) -> None:
         self._context, self._sure = context, sure
-        self._size = min(vocabulary_size, len(context.model.vocabulary))
+        self._size = min(vocabulary_size, len(context.model.tokenizer))
         self._ids: list[int] = []  # what was said
         self._held: list[int] = []  # what the cache holds
 
@@ -88,7 +88,7 @@ class DraftModel:
                 return None
             try:
                 row = self._context.decode([(0, new)])[0]
-            except NoRoom:
+            except CacheFull:
                 return None
             finally:
                 self._held = list(ids[: self._context.length(0)])

@@ -15,7 +15,7 @@ from typing import Protocol
 from qwenlocal.engine.lookup import LONGEST_DRAFT
 from qwenlocal.engine.prefix import common_prefix
 from qwenlocal.engine.speculation import CostCurve, Drafts, Survival
-from qwenlocal.language import tr
+from qwenlocal.i18n import tr
 
 _LEAST_GAIN = 1.05
 _EXPECTED = 0.9  # how often a drafted token that the small model is sure of is right, at first

@@ -1,59 +1,63 @@
 """
-The only door to llama.cpp: the library itself, and loading a model. Behind it: `vocabulary`, `context`, `sampling`.
+The only access to llama.cpp: its library and log, and loading models. `tokenizer` and `context` use it.
 
-Everything goes through the C functions of llama.h as bound by `llama_cpp.llama_cpp`; the bindings' own high-level class
-is not used. What llama.cpp logs while something fails becomes the reason in our error.
+Everything goes through the C functions of llama.h as bound by `llama_cpp.llama_cpp`; the bindings' high-level `Llama`
+class is not used. If a call fails, the error quotes what llama.cpp logged.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import ctypes
 import functools
 import importlib
 import importlib.util
 import os
+import signal
 import sys
+import threading
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwenlocal.engine.interrupts import held
-from qwenlocal.engine.vocabulary import Vocabulary
+from qwenlocal.engine.tokenizer import Tokenizer
 from qwenlocal.errors import BadWeights, QwenlocalError
-from qwenlocal.ggml import on_giving_up
+from qwenlocal.ggml import GgufHeader, InMemoryTensor, set_abort_callback
 
-_LOG_WARN, _LOG_ERROR, _LOG_CONTINUED = 3, 4, 5  # ggml.h: enum ggml_log_level
+FillTensor = Callable[[InMemoryTensor], None]
+
+_LOG_ERROR, _LOG_CONTINUED = 4, 5  # ggml.h: enum ggml_log_level
 
 
 @dataclass(frozen=True)
-class Line:
-    """One line of llama.cpp's log."""
+class LogLine:
+    """A line of llama.cpp's log."""
 
     level: int
     text: str
 
 
-class Library:
+class LlamaLibrary:
     """
-    llama.cpp as loaded into this process: its C functions (`c`) and the tail of its log (`log`).
+    llama.cpp in this process: its C functions (`c`) and the end of its log (`log`).
 
-    Where llama.cpp gives up in the middle of its work (a device is gone), it calls `last_words` with its reason, in a
-    thread of its own; what was computed until then is lost, and the process with it.
+    If llama.cpp aborts (a device is gone), it calls `on_abort` with the reason, in a thread of its own; the process and
+    all that it computed are lost.
     """
 
     def __init__(self, echo: Callable[[str], object] | None = None) -> None:
-        os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # where llama.cpp gives up, no debugger writes pages
-        self.last_words: Callable[[str], object] = lambda reason: None
-        self.c = bindings()
-        self.log: collections.deque[Line] = collections.deque(maxlen=400)
+        os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # on abort, ggml would start a debugger and print pages
+        self.on_abort: Callable[[str], object] = lambda reason: None
+        self.c = import_bindings()
+        self.log: collections.deque[LogLine] = collections.deque(maxlen=400)
         self.echo = echo
-        self._callback = self.c.llama_log_callback(self._receive)
-        self.c.llama_log_set(self._callback, ctypes.c_void_p(0))
+        self._log_callback = self.c.llama_log_callback(self._receive)
+        self.c.llama_log_set(self._log_callback, ctypes.c_void_p(0))
         self.c.llama_backend_init()
-        self._giving_up = on_giving_up(lambda reason: self.last_words(reason))
+        self._abort_callback = set_abort_callback(lambda reason: self.on_abort(reason))
 
     def _receive(self, level: int, text: bytes, _user_data: object) -> None:
         line = text.decode("utf-8", errors="replace")
@@ -61,12 +65,12 @@ class Library:
             self.echo(line)
         if level == _LOG_CONTINUED and self.log:
             last = self.log[-1]
-            self.log[-1] = Line(last.level, last.text + line)
+            self.log[-1] = LogLine(last.level, last.text + line)
         else:
-            self.log.append(Line(level, line))
+            self.log.append(LogLine(level, line))
 
-    def complaint(self) -> str:
-        """The first error that llama.cpp logged since `log` was cleared, without the function's name before it."""
+    def first_error(self) -> str:
+        """Return the first error logged since `log` was cleared, without the function's name; "" if there is none."""
         errors = [line.text.strip() for line in self.log if line.level == _LOG_ERROR and line.text.strip()]
         if not errors:
             return ""
@@ -76,30 +80,30 @@ class Library:
 
     @property
     def system_info(self) -> str:
-        """What the library was compiled to use, as llama.cpp says it: "AVX2 = 1 | F16C = 1 | …"."""
+        """The features that llama.cpp was compiled with, in its own format: "AVX2 = 1 | F16C = 1 | …"."""
         text: bytes = self.c.llama_print_system_info()
         return text.decode()
 
 
 @functools.cache
-def library() -> Library:
-    """llama.cpp keeps its log and its devices once for the process, so there is one `Library`."""
-    return Library(echo=sys.stderr.write if os.environ.get("QWENLOCAL_LLAMA_LOG") else None)
+def load_library() -> LlamaLibrary:
+    """Load llama.cpp, once per process: its log and its devices are global."""
+    return LlamaLibrary(echo=sys.stderr.write if os.environ.get("QWENLOCAL_LLAMA_LOG") else None)
 
 
-def bindings(module: str = "llama_cpp") -> Any:
+def import_bindings(module: str = "llama_cpp") -> Any:
     """
-    A module of llama-cpp-python, without what `import llama_cpp` would bring along.
+    Import one module of llama-cpp-python without its `__init__`.
 
-    The package's own front imports numpy, jinja2 and a disk cache for its high-level class: 0.15 s that every start
-    would pay. So the one module is imported under an empty package, which is taken away again: a later
-    `import llama_cpp` by somebody else finds everything as usual and shares the same C library.
+    `import llama_cpp` also imports numpy, jinja2 and a disk cache for its high-level class, 0.15 s at every start. So
+    the module is imported under an empty package, which is removed afterwards: a later `import llama_cpp` elsewhere
+    works as usual and shares the same C library.
     """
     if "llama_cpp" in sys.modules:
         return importlib.import_module(f"llama_cpp.{module}")
     spec = importlib.util.find_spec("llama_cpp")
     if spec is None or not spec.submodule_search_locations:
-        raise QwenlocalError("llama-cpp-python is not installed.", hint="Set everything up: make setup")
+        raise QwenlocalError("llama-cpp-python is not installed.", hint="Install everything: make setup")
     package = types.ModuleType("llama_cpp")
     package.__path__ = list(spec.submodule_search_locations)
     sys.modules["llama_cpp"] = package
@@ -107,81 +111,110 @@ def bindings(module: str = "llama_cpp") -> Any:
         return importlib.import_module(f"llama_cpp.{module}")
     except (OSError, RuntimeError, FileNotFoundError) as reason:
         raise QwenlocalError(
-            f"The compiled part of llama-cpp-python cannot be loaded: {reason}", hint="Compile it again: make setup"
+            f"Cannot load the compiled library of llama-cpp-python: {reason}", hint="Compile it again: make setup"
         ) from reason
     finally:
         del sys.modules["llama_cpp"]
 
 
-class LoadStopped(Exception):
-    """`on_progress` ended loading."""
+@contextlib.contextmanager
+def defer_interrupt() -> Iterator[Callable[[], bool]]:
+    """
+    Defer Ctrl-C while llama.cpp runs in the main thread; Python would raise it in a callback, where it is lost.
+
+    Use as `with defer_interrupt() as is_interrupted: …`; `is_interrupted()` returns whether Ctrl-C was pressed.
+
+    Raises
+    ------
+    KeyboardInterrupt: Ctrl-C was pressed; raised at the end of the block.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    count = 0
+
+    def handle(_number: int, _frame: object) -> None:
+        nonlocal count
+        count += 1
+
+    previous = signal.signal(signal.SIGINT, handle)
+    try:
+        yield lambda: count > 0
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL if previous is None else previous)
+    if count:
+        raise KeyboardInterrupt
+
+
+class LoadCancelled(Exception):
+    """Loading was cancelled by `on_progress`."""
 
 
 class Model:
-    """Weights in memory, and what their file says of itself."""
+    """Weights in memory, with the tokenizer and the metadata of their file."""
 
     def __init__(
         self,
         path: Path,
         *,
         gpu_layers: int = 0,
-        overrides: Mapping[str, float] = {},
-        vocabulary_only: bool = False,
+        kv_overrides: Mapping[str, float] = {},
+        vocab_only: bool = False,
         on_progress: Callable[[float], bool] | None = None,
     ) -> None:
         """
-        Load `path`; of a split file, the first part (llama.cpp opens the rest itself).
+        Load the model file `path`; of a split model, pass the first part (llama.cpp opens the others).
 
-        `overrides` are numbers that go before what the file says, or does not say: {"qwen2.rope.freq_base": 1e6}.
-        With `vocabulary_only` there are no weights, and there need not be any in the file. `on_progress` gets a
-        fraction between 0 and 1 and returns False to stop loading.
+        `kv_overrides` replace or add numbers of the file's metadata: {"qwen2.rope.freq_base": 1e6}. With `vocab_only`,
+        no weights are loaded, and the file needs none. `on_progress` gets a fraction between 0 and 1 and returns False
+        to cancel.
 
         Raises
         ------
-        BadWeights: llama.cpp refuses the file; its reason is in the error.
-        LoadStopped: `on_progress` returned False.
+        BadWeights: llama.cpp rejects the file; the error quotes its reason.
+        LoadCancelled: `on_progress` returned False.
         """
-        params = self._begin(path)
-        params.n_gpu_layers, params.vocab_only = gpu_layers, vocabulary_only
-        kept = _overrides(self._c, overrides)
-        params.kv_overrides = kept
-        stopped = False
+        params = self._default_params(path)
+        params.n_gpu_layers, params.vocab_only = gpu_layers, vocab_only
+        overrides = _override_array(self._c, kv_overrides)  # must outlive the call
+        params.kv_overrides = overrides
+        is_cancelled = False
         try:
-            with held() as pressed:
+            with defer_interrupt() as is_interrupted:
 
                 def progress(fraction: float, _user_data: object) -> bool:
-                    nonlocal stopped
-                    stopped = stopped or (on_progress is not None and not on_progress(fraction))
-                    return not (stopped or pressed())
+                    nonlocal is_cancelled
+                    is_cancelled = is_cancelled or (on_progress is not None and not on_progress(fraction))
+                    return not (is_cancelled or is_interrupted())
 
                 params.progress_callback = self._c.llama_progress_callback(progress)
                 self._model = self._c.llama_model_load_from_file(os.fsencode(path), params)
         except KeyboardInterrupt:
             self.close()
             raise
-        if stopped:
+        if is_cancelled:
             self.close()
-            raise LoadStopped
-        self._finish()
+            raise LoadCancelled
+        self._finish_loading()
 
-    def _begin(self, path: Path) -> Any:
-        """llama.cpp's default parameters, its log empty."""
+    def _default_params(self, path: Path) -> Any:
+        """Return llama.cpp's default parameters, and clear its log."""
         self.path = path
-        self._lib = library()
+        self._lib = load_library()
         self._c = self._lib.c
         self._lib.log.clear()
         return self._c.llama_model_default_params()
 
-    def _finish(self) -> None:
+    def _finish_loading(self) -> None:
         if not self._model:
-            raise _load_failure(self.path, self._lib.complaint())
-        if not self._c.llama_vocab_type(self._c.llama_model_get_vocab(self._model)):  # llama.cpp would end the process
+            raise _load_error(self.path, self._lib.first_error())
+        if not self._c.llama_vocab_type(self._c.llama_model_get_vocab(self._model)):  # llama.cpp would abort later
             self.close()
-            raise BadWeights(self.path, "it has no vocabulary", hint="It cannot be talked to.")
-        self.vocabulary = Vocabulary(self._c, self._model, self.metadata("tokenizer.ggml.pre"))
+            raise BadWeights(self.path, "the file has no vocabulary", hint="This model cannot be used for text.")
+        self.tokenizer = Tokenizer(self._c, self._model, self.metadata("tokenizer.ggml.pre"))
 
     def metadata(self, key: str) -> str:
-        """The value of `key` in the file, as text; "" where it is missing."""
+        """Return the value of `key` in the file's metadata as text; "" if it is missing."""
         size = self._c.llama_model_meta_val_str(self._model, key.encode(), None, 0)
         if size < 0:
             return ""
@@ -191,19 +224,19 @@ class Model:
 
     @property
     def n_ctx_train(self) -> int:
-        """How many tokens of context the model was trained for."""
+        """The context, in tokens, that the model was trained with."""
         return int(self._c.llama_model_n_ctx_train(self._model))
 
     @property
     def description(self) -> str:
-        """For example "qwen2 1B Q4_K - Medium" (llama.cpp rounds sizes its own way)."""
+        """A description by llama.cpp, for example "qwen2 1B Q4_K - Medium"; it rounds sizes its own way."""
         buffer = ctypes.create_string_buffer(128)
         self._c.llama_model_desc(self._model, buffer, len(buffer))
         return buffer.value.decode()
 
     @property
-    def can_be_cut(self) -> bool:
-        """Whether a sequence can forget its end; recurrent models can only forget everything."""
+    def can_truncate(self) -> bool:
+        """Whether the end of a sequence can be removed; recurrent models can only clear a whole sequence."""
         c, model = self._c, self._model
         return not (c.llama_model_is_recurrent(model) or c.llama_model_is_hybrid(model))
 
@@ -213,32 +246,74 @@ class Model:
         return self._model
 
     def close(self) -> None:
-        """Give the memory back. Contexts of this model must be closed before."""
+        """Free the memory. Close the model's contexts first."""
         if self._model:
             self._c.llama_model_free(self._model)
             self._model = None
 
 
-def _overrides(c: Any, numbers: Mapping[str, float]) -> Any:
-    """An array of llama.h's struct llama_model_kv_override, an empty key at its end; None for none."""
+class InMemoryModel(Model):
+    """
+    A model without a file: `fill` is called once per tensor to write its weights.
+
+    llama.cpp also asks for tensors that the header does not list, with type float32: the output matrix of a model with
+    tied embeddings, scales, biases (llama-model-loader.cpp: create_tensor). All weights are copied and not repacked for
+    the processor, so this is for comparing models, not for daily use.
+    """
+
+    def __init__(self, header: Path, fill: FillTensor) -> None:
+        """
+        Build the model that the GGUF file `header` describes; that file needs no weights.
+
+        Raises
+        ------
+        BadWeights: llama.cpp rejects the header.
+        Exception: whatever `fill` raises.
+        """
+        params = self._default_params(header)
+        failures: list[BaseException] = []
+
+        def set_tensor_data(handle: Any, _user_data: object) -> None:
+            if failures:
+                return
+            try:
+                fill(InMemoryTensor.from_pointer(handle))
+            except BaseException as failure:  # it must not pass through C
+                failures.append(failure)
+
+        gguf = GgufHeader(header)
+        try:
+            callback = self._c.llama_model_set_tensor_data_t(set_tensor_data)
+            self._model = self._c.llama_model_init_from_user(gguf.handle, callback, ctypes.c_void_p(0), params)
+        finally:
+            gguf.close()
+        if failures:
+            self.close()
+            raise failures[0]
+        self._finish_loading()
+
+
+def _override_array(c: Any, numbers: Mapping[str, float]) -> Any:
+    """Build an array of llama.h's struct llama_model_kv_override, ended by an empty key; None for no overrides."""
     if not numbers:
         return None
-    found = (c.llama_model_kv_override * (len(numbers) + 1))()
-    for place, (key, number) in zip(found, numbers.items(), strict=False):
-        place.key = key.encode()
-        place.tag = c.LLAMA_KV_OVERRIDE_TYPE_FLOAT if isinstance(number, float) else c.LLAMA_KV_OVERRIDE_TYPE_INT
+    overrides = (c.llama_model_kv_override * (len(numbers) + 1))()
+    for override, (key, number) in zip(overrides, numbers.items(), strict=False):
+        override.key = key.encode()
+        override.tag = c.LLAMA_KV_OVERRIDE_TYPE_FLOAT if isinstance(number, float) else c.LLAMA_KV_OVERRIDE_TYPE_INT
         if isinstance(number, float):
-            place.value.val_f64 = number
+            override.value.val_f64 = number
         else:
-            place.value.val_i64 = number
-    return found
+            override.value.val_i64 = number
+    return overrides
 
 
-def _load_failure(path: Path, complaint: str) -> QwenlocalError:
-    if "unknown model architecture" in complaint:
+def _load_error(path: Path, reason: str) -> QwenlocalError:
+    if "unknown model architecture" in reason:
         return BadWeights(
             path,
-            f"llama.cpp has no such architecture ({complaint})",
-            hint="This file needs a newer llama.cpp than the one built in. Qwen models that run: qwenlocal list --all",
+            f"llama.cpp does not support its architecture ({reason})",
+            hint="The file needs a newer llama.cpp than the built-in one. For Qwen models that run: "
+            "qwenlocal list --all",
         )
-    return BadWeights(path, f"llama.cpp cannot load it: {complaint or 'it gave no reason'}")
+    return BadWeights(path, f"llama.cpp cannot load it: {reason or 'no reason given'}")

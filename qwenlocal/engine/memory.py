@@ -1,58 +1,156 @@
 """
-How much memory a model takes while it works, before anything of it is loaded.
+Memory of a model: its dimensions, an estimate of what loading it needs, and a watch while it answers.
 
-The weights are mapped into memory; those that llama.cpp repacks for the processor's vector units are copied, and their
-pages of the file can be dropped, so each weight counts once. The KV cache is allocated and zeroed whole. The compute
-buffer holds what is between the layers for the tokens that are computed together; without flash attention that is
-every head's score of every token in the context above all (llama.cpp, src/llama-graph.cpp: build_attn_mha).
+The weights are mapped into memory. llama.cpp copies those that it repacks for the processor's vector units, and the
+kernel can drop their pages of the file, so each weight counts once. The KV cache is allocated and zeroed in full. The
+compute buffer holds the activations of one ubatch; without flash attention, the attention scores of every head for
+every token in the context dominate it (llama.cpp, src/llama-graph.cpp: build_attn_mha).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from qwenlocal.engine.context import MOST_OUTPUTS, ContextOptions, rounded_up
-from qwenlocal.engine.shape import Shape
+from qwenlocal.engine.context import MAX_OUTPUTS, ContextOptions, pad_n_ctx
+from qwenlocal.errors import LowMemory
+from qwenlocal.ggml import tensor_type
+from qwenlocal.machine import Memory
+from qwenlocal.weights.header import Value
 
-# Python, the libraries, and llama.cpp's tables of Qwen's 151,936 tokens; measured, see benchmarks/README.md.
-OURSELVES = 150 << 20
-_FLOAT = 4
+# Bytes for Python, the libraries, and llama.cpp's tables of Qwen's 151,936 tokens; measured: benchmarks/README.md.
+PROCESS_OVERHEAD = 150 << 20
+CHECK_INTERVAL = 32  # tokens between two calls of a `MemoryWatch`
+_DEFAULT_N_CTX_TRAIN = 8192  # if the file does not state it
+_FLOAT_BYTES = 4
+_MIN_AVAILABLE = 128 << 20  # bytes; below this, the kernel's OOM killer is near
+_MAX_PRESSURE = 0.4  # share of the last ten seconds; above this, a machine hardly responds to input
 
 
 @dataclass(frozen=True)
-class Need:
-    """Bytes, by what they are for."""
+class ModelDims:
+    """
+    Dimensions of a model that decide its memory use.
+
+    `ModelDims(24, 16, 64, 32768, 1024, 2816, 16)` is Qwen1.5-0.5B. Names are llama.cpp's; 0 is unknown. `n_vocab`
+    defaults to the largest of the Qwen models.
+    """
+
+    n_layers: int
+    n_kv_heads: int
+    head_dim: int
+    n_ctx_train: int
+    n_embd: int = 0
+    n_ff: int = 0
+    n_heads: int = 0
+    n_vocab: int = 152_064
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, Value]) -> ModelDims | None:
+        """Read the dimensions from a file's metadata; None if it lacks them or gives one head count per layer."""
+        architecture = metadata.get("general.architecture")
+        try:
+            n_layers, n_embd, n_heads = (
+                int(metadata[f"{architecture}.{key}"])  # type: ignore[arg-type]
+                for key in ("block_count", "embedding_length", "attention.head_count")
+            )
+
+            def number(key: str, default: int) -> int:
+                return int(metadata.get(f"{architecture}.{key}", default))  # type: ignore[arg-type]
+
+            return cls(
+                n_layers,
+                number("attention.head_count_kv", n_heads),
+                number("attention.key_length", n_embd // n_heads),
+                max(0, number("context_length", 0)) or _DEFAULT_N_CTX_TRAIN,
+                n_embd,
+                number("feed_forward_length", 4 * n_embd),
+                n_heads,
+            )
+        except (KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError):
+            return None
+
+    def kv_cache_bytes(self, n_ctx: int, key_type: str = "f16", value_type: str = "f16") -> int:
+        """
+        Compute the size of a KV cache: n_ctx * n_layers * n_kv_heads * head_dim numbers for keys, as many for values.
+
+        Qwen1.5-0.5B (24 layers, 16 heads of 64) with 2,048 tokens in f16: 192 MiB; with q8_0 keys: 147 MiB.
+        """
+        columns = self.n_kv_heads * self.head_dim
+        return n_ctx * self.n_layers * sum(_row_bytes(name, columns) for name in (key_type, value_type))
+
+
+def _row_bytes(type_name: str, columns: int) -> int:
+    kind = tensor_type(type_name)
+    return -(-columns // kind.block_size) * kind.type_size
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes that a loaded model needs, by purpose."""
 
     weights: int
-    kv: int
+    kv_cache: int
     compute: int
-    ourselves: int = OURSELVES
+    overhead: int = PROCESS_OVERHEAD
 
     @property
     def total(self) -> int:
-        """All of it."""
-        return self.weights + self.kv + self.compute + self.ourselves
+        """The sum."""
+        return self.weights + self.kv_cache + self.compute + self.overhead
 
 
-def memory_needed(shape: Shape, weights: int, options: ContextOptions) -> Need:
+def estimate_memory(dims: ModelDims, weights: int, options: ContextOptions) -> MemoryEstimate:
     """
-    What a model of `shape` with `weights` bytes of them needs in such a context.
+    Estimate the memory of a model with `weights` bytes of weights in a context with `options`.
 
-    Qwen1.5-0.5B as Q4_0 (286 MiB) with 4,096 tokens, without flash attention, 128 tokens computed together: 384 MiB of
-    keys and values, 56 MiB for computing.
+    Qwen1.5-0.5B as Q4_0 (286 MiB) with 4,096 tokens, n_ubatch 128, without flash attention: 384 MiB of KV cache, 56 MiB
+    of compute buffers.
     """
-    n_ctx = rounded_up(options.n_ctx)
-    kv = shape.kv_bytes(n_ctx, options.key_type, options.value_type)
-    return Need(weights, kv, _compute_bytes(shape, n_ctx, options))
+    n_ctx = pad_n_ctx(options.n_ctx)
+    kv_cache = dims.kv_cache_bytes(n_ctx, options.key_type, options.value_type)
+    return MemoryEstimate(weights, kv_cache, _compute_bytes(dims, n_ctx, options))
 
 
-def _compute_bytes(shape: Shape, n_ctx: int, options: ContextOptions) -> int:
-    """The largest of what lives at the same time in attention, in the feed-forward part, and at the head."""
-    together, width = options.n_ubatch, shape.embedding or shape.kv_heads * shape.head_width
-    inner = shape.feed_forward or 4 * width
-    mask = 2 if options.flash_attention else _FLOAT  # bytes for each token in the context
-    scores = 0 if options.flash_attention else (shape.heads or shape.kv_heads) * _FLOAT
-    attention = together * (n_ctx * (mask + scores) + 7 * width * _FLOAT)
-    between = together * (n_ctx * mask + (2 * inner + 7 * width) * _FLOAT)
-    rows = MOST_OUTPUTS * shape.vocabulary * _FLOAT
-    return max(attention, between, rows) + rows  # the rows are copied to where samplers read them
+def _compute_bytes(dims: ModelDims, n_ctx: int, options: ContextOptions) -> int:
+    """Take the largest set of activations that are alive at once: attention, feed-forward, or output."""
+    n_ubatch, n_embd = options.n_ubatch, dims.n_embd or dims.n_kv_heads * dims.head_dim
+    n_ff = dims.n_ff or 4 * n_embd
+    mask = 2 if options.flash_attention else _FLOAT_BYTES  # bytes per token of context
+    scores = 0 if options.flash_attention else (dims.n_heads or dims.n_kv_heads) * _FLOAT_BYTES
+    attention = n_ubatch * (n_ctx * (mask + scores) + 7 * n_embd * _FLOAT_BYTES)
+    feed_forward = n_ubatch * (n_ctx * mask + (2 * n_ff + 7 * n_embd) * _FLOAT_BYTES)
+    output = MAX_OUTPUTS * dims.n_vocab * _FLOAT_BYTES
+    return max(attention, feed_forward, output) + output  # the logits are copied to a buffer for the samplers
+
+
+class MemoryWatch:
+    """
+    A check that stops generating before the kernel's OOM killer acts.
+
+    `read_memory` returns the memory of the machine. `read_pressure` returns the share (0 to 1) of the last ten seconds
+    in which everything waited for memory. `free_memory` releases something optional and returns whether it did.
+    """
+
+    def __init__(
+        self,
+        read_memory: Callable[[], Memory],
+        read_pressure: Callable[[], float] = lambda: 0.0,
+        free_memory: Callable[[], bool] = lambda: False,
+        min_available: int = _MIN_AVAILABLE,
+    ) -> None:
+        self._read_memory, self._read_pressure = read_memory, read_pressure
+        self._free_memory, self._min_available = free_memory, min_available
+
+    def __call__(self) -> None:
+        """
+        Check the memory once.
+
+        Raises
+        ------
+        LowMemory: memory is nearly used up, and there is nothing optional to free.
+        """
+        memory, pressure = self._read_memory(), self._read_pressure()
+        is_low = memory.available < min(self._min_available, memory.total // 16)
+        if (is_low or pressure > _MAX_PRESSURE) and not self._free_memory():
+            raise LowMemory(memory.available, 0.0 if is_low else pressure)

@@ -11,10 +11,10 @@ from typing import Any
 
 from qwenlocal.engine.constraint import Constraint
 from qwenlocal.engine.context import Context
-from qwenlocal.engine.llama import library
+from qwenlocal.engine.llama import load_library
 from qwenlocal.engine.sampling import Sampling
-from qwenlocal.engine.vocabulary import Vocabulary
-from qwenlocal.errors import UsageProblem
+from qwenlocal.engine.tokenizer import Tokenizer
+from qwenlocal.errors import UsageError
 
 _PENALTY_WINDOW = 64
 _LIKELY = 256  # tokens that a grammar is asked about first
@@ -23,13 +23,13 @@ _LIKELY = 256  # tokens that a grammar is asked about first
 class Sampler:
     """A sampler chain in llama.cpp: penalties, top-k, top-p, min-p, temperature, then a draw."""
 
-    def __init__(self, sampling: Sampling, vocabulary: Vocabulary) -> None:
+    def __init__(self, sampling: Sampling, vocabulary: Tokenizer) -> None:
         """
         Raises
         ------
-        UsageProblem: the grammar cannot be read, or does not allow what was begun.
+        UsageError: the grammar cannot be read, or does not allow what was begun.
         """
-        self._c = c = library().c
+        self._c = c = load_library().c
         self._constraint = Constraint(sampling.grammar, vocabulary) if sampling.grammar is not None else None
         if self._constraint:
             self._constraint.catch_up(sampling.begun)
@@ -126,7 +126,7 @@ class Sampler:
         self._c.llama_sampler_apply(self._chain, ctypes.byref(array))
         token = int(array.data[array.selected].id)
         if constraint and not constraint.allows(token):
-            raise UsageProblem("The grammar leaves nothing that this model could say.", hint="Check the grammar.")
+            raise UsageError("The grammar leaves nothing that this model could say.", hint="Check the grammar.")
         self._c.llama_sampler_accept(self._chain, token)
         return token
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qwenlocal.errors import UsageProblem
-from qwenlocal.language import tr
+from qwenlocal.errors import UsageError
+from qwenlocal.i18n import tr
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Sampling:
 
 def _within(name: str, value: float, least: float, most: float) -> None:
     if not least <= value <= most:
-        raise UsageProblem(
+        raise UsageError(
             tr(
                 "{name} must lie between {least:g} and {most:g}; it is {value:g}.",
                 name=name,

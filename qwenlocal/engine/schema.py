@@ -13,10 +13,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from qwenlocal.engine.llama import bindings
+from qwenlocal.engine.llama import import_bindings
 from qwenlocal.engine.pattern import grammar_pattern
 from qwenlocal.engine.schema_faults import DEFINITIONS, KEPT, LISTS, NAMED, TYPES, faults, is_of
-from qwenlocal.errors import UsageProblem
+from qwenlocal.errors import UsageError
 
 ANY_OBJECT = '{"type": "object"}'
 _OPEN = {  # rules of values that the schema leaves open: as the converter writes them, and with any white space
@@ -39,24 +39,24 @@ def grammar_of_schema(text: str) -> str:
 
     Raises
     ------
-    UsageProblem: it is no JSON, no schema, or has keywords that cannot be kept to.
+    UsageError: it is no JSON, no schema, or has keywords that cannot be kept to.
     """
     try:
         schema = json.loads(text)
     except (ValueError, RecursionError) as reason:
-        raise UsageProblem(f"The schema is not readable JSON: {reason}.") from reason
+        raise UsageError(f"The schema is not readable JSON: {reason}.") from reason
     if not isinstance(schema, dict):
-        raise UsageProblem("The schema must be a JSON object.", hint='For example: {"type": "object", "properties": …}')
+        raise UsageError("The schema must be a JSON object.", hint='For example: {"type": "object", "properties": …}')
     found = _all_faults(schema)
     if found:
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-        raise UsageProblem(f"The schema cannot be kept to: {found[0]}{more}.", hint="Leave it out, or say it in words.")
+        raise UsageError(f"The schema cannot be kept to: {found[0]}{more}.", hint="Leave it out, or say it in words.")
     try:
         grammar = _converted(_rewritten(schema))
     except RecursionError as reason:
         raise _too_deep() from reason
     except Exception as reason:  # whatever the converter stumbles over
-        raise UsageProblem(f"The schema cannot be kept to: {reason or type(reason).__name__}.") from reason
+        raise UsageError(f"The schema cannot be kept to: {reason or type(reason).__name__}.") from reason
     return "".join(_corrected(line) + "\n" for line in (*grammar.splitlines(), _ANY_SPACE))
 
 
@@ -67,13 +67,13 @@ def _all_faults(schema: Mapping[str, Any]) -> list[str]:
         raise _too_deep() from reason
 
 
-def _too_deep() -> UsageProblem:
-    return UsageProblem("The schema cannot be kept to: it is nested too deeply.", hint="Put parts of it into “$defs”.")
+def _too_deep() -> UsageError:
+    return UsageError("The schema cannot be kept to: it is nested too deeply.", hint="Put parts of it into “$defs”.")
 
 
 def _converted(schema: Any) -> str:
     """By llama-cpp-python, but for literals: it forgets that a backslash means something in a grammar, too."""
-    module = bindings("llama_grammar")
+    module = import_bindings("llama_grammar")
 
     class Converter(module.SchemaConverter):  # type: ignore[misc, name-defined]
         def _format_literal(self, literal: str) -> str:

@@ -1,4 +1,4 @@
-"""One conversation's tokens in the KV cache: only what is new is computed."""
+"""Token generation in one sequence of the KV cache; only tokens that the cache lacks are computed."""
 
 from __future__ import annotations
 
@@ -8,24 +8,23 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from qwenlocal.engine.context import Aborted, Context, NoRoom
-from qwenlocal.engine.parking import WORTH_PARKING, Parking
+from qwenlocal.engine.context import Aborted, CacheFull, Context
+from qwenlocal.engine.memory import CHECK_INTERVAL
 from qwenlocal.engine.prefix import common_prefix
+from qwenlocal.engine.prefix_cache import MIN_PREFIX_TOKENS, PrefixCache
+from qwenlocal.engine.prompt_cache import PromptCache
 from qwenlocal.engine.sampler import Sampler
 from qwenlocal.engine.sampling import Sampling
-from qwenlocal.engine.saved import SavedStates
 from qwenlocal.engine.speculation import Drafts, NoSpeculation
-from qwenlocal.engine.watch import EVERY
-from qwenlocal.errors import BadWeights, ContextFull
+from qwenlocal.errors import ContextFull
 
-_SLOW, _QUICK = 3.0, 0.5  # seconds for a part of a long prompt, between which its size stays as it is
-_DAMAGED = "Which ones: qwenlocal inspect FILE. One that was fetched can be mended: qwenlocal verify NAME"
-_FIRST_CHUNK, _LEAST_CHUNK = 256, 64
+_FIRST_CHUNK, _MIN_CHUNK = 256, 64  # tokens of a prompt per `decode`
+_SLOW, _FAST = 3.0, 0.5  # seconds for a chunk; slower ones are halved, faster ones doubled
 
 
 @dataclass(frozen=True)
 class Prefill:
-    """`done` of `total` prompt tokens are in the KV cache; `reused` of them were there before."""
+    """Progress of a prefill: `done` of `total` prompt tokens are in the KV cache, `reused` of them from before."""
 
     done: int
     total: int
@@ -33,14 +32,14 @@ class Prefill:
 
 
 class Generator(Protocol):
-    """Anything that continues token ids: a plain `TokenSequence`, or a scheduler of many."""
+    """A source of tokens that continue a prompt: a `TokenSequence`, or a scheduler of several."""
 
     def generate(self, ids: Sequence[int], sampling: Sampling, *, limit: int) -> Iterator[Prefill | int]:
         """
-        Yield `Prefill` while the prompt is read, then the ids of the answer as they come, at most `limit`.
+        Yield `Prefill` during the prefill, then the ids of the answer, at most `limit`.
 
-        End tokens are yielded like any other; it is the caller who stops there, by closing the iterator. The iterator
-        ends early when it is stopped or the context is full (`is_full`).
+        End tokens are yielded like any other; to stop there, close the iterator. The iterator ends early if it is
+        stopped or the context is full (`is_full`).
 
         Raises
         ------
@@ -55,17 +54,17 @@ class Generator(Protocol):
         ...
 
     def stop(self) -> None:
-        """End what is being generated, within milliseconds; from any thread."""
+        """Stop generating within milliseconds, from any thread."""
         ...
 
     @property
     def was_stopped(self) -> bool:
-        """Whether the last answer ended through `stop`."""
+        """Whether `stop` ended the last answer."""
         ...
 
 
 class TokenSequence:
-    """Sequence `number` of a context. Fulfils `Generator`."""
+    """A generator in sequence `number` of a context; implements `TokenGenerator`."""
 
     def __init__(
         self,
@@ -73,33 +72,35 @@ class TokenSequence:
         number: int = 0,
         clock: Callable[[], float] = time.monotonic,
         speculation: Drafts | None = None,
-        parking: Parking | None = None,
-        saved: SavedStates | None = None,
-        watch: Callable[[], object] = lambda: None,
+        prefix_cache: PrefixCache | None = None,
+        prompt_cache: PromptCache | None = None,
+        check_memory: Callable[[], object] = lambda: None,
     ) -> None:
         """
-        With `speculation`, several tokens are checked at once where the text repeats itself. What is left goes to
-        `parking`; what is there or in `saved` is not computed again. `watch` is called now and then while something is
-        computed; what it raises ends that.
+        Create a generator on top of `context`.
+
+        With `speculation`, several drafted tokens are verified at once if the text repeats itself. Abandoned branches
+        go to `prefix_cache`; prefixes found there or in `prompt_cache` are not computed again. `check_memory` is called
+        regularly while generating; an exception that it raises ends the answer.
         """
         self._context, self._number, self._clock = context, number, clock
-        self._speculation, self._saved = speculation or NoSpeculation(), saved
-        self._watch = watch
-        self._parking = parking or Parking(context, context.options.sequences)  # no room: nothing is parked
-        self._computed, self._seconds = 0, 0.0  # prompt tokens, and the time that they took
-        self._held: list[int] = []  # exactly what the KV cache holds
+        self._speculation, self._prompt_cache = speculation or NoSpeculation(), prompt_cache
+        self._check_memory = check_memory
+        self._prefix_cache = prefix_cache or PrefixCache(context, context.options.n_seq_max)  # one without capacity
+        self._computed, self._seconds = 0, 0.0  # prompt tokens, and the time to compute them
+        self._cached: list[int] = []  # the tokens in the KV cache
         self._full = False
         self._stopped = False
 
     @property
-    def held(self) -> tuple[int, ...]:
+    def cached_ids(self) -> tuple[int, ...]:
         """The tokens in the KV cache."""
-        return tuple(self._held)
+        return tuple(self._cached)
 
     def adopt(self, ids: Sequence[int]) -> None:
-        """The cache holds `ids` already: another sequence object, or a saved state, put them there."""
-        self._held = list(ids)
-        self._settle()
+        """Take over the tokens `ids`, which another object added to this sequence of the KV cache."""
+        self._cached = list(ids)
+        self._sync_cache()
 
     @property
     def is_full(self) -> bool:
@@ -114,22 +115,22 @@ class TokenSequence:
 
     def generate(self, ids: Sequence[int], sampling: Sampling, *, limit: int) -> Iterator[Prefill | int]:
         if not ids:
-            raise ValueError("there is nothing to continue")
+            raise ValueError("the prompt is empty")
         if len(ids) >= self._context.n_ctx:
             raise ContextFull(len(ids), self._context.n_ctx, self._context.model.n_ctx_train)
         self._full = self._stopped = False
         self._context.abort.clear()
-        self._settle()
-        sampler = Sampler(sampling, self._context.model.vocabulary)
+        self._sync_cache()
+        sampler = Sampler(sampling, self._context.model.tokenizer)
         try:
             yield from self._generate(ids, sampler, limit)
         except Aborted:
             self._stopped = True
-        except NoRoom:
+        except CacheFull:
             self._full = True
         finally:
             sampler.close()
-            self._settle()
+            self._sync_cache()
 
     def _generate(self, ids: Sequence[int], sampler: Sampler, limit: int) -> Iterator[Prefill | int]:
         context = self._context
@@ -137,135 +138,132 @@ class TokenSequence:
         sampler.remember(ids)
         self._speculation.begin(ids)
         draft: Sequence[int] = ()
-        left, seconds, since = limit, None, 0
+        left, seconds, unchecked = limit, None, 0  # unchecked: tokens since the last memory check
         if forced := sampler.forced()[:left]:
             row = yield from self._force((), forced)
             left -= len(forced)
         while left:
-            came: list[int] = []
-            for place in range(len(draft) + 1):
-                token = self._sample(sampler, row + place)
-                came.append(token)
+            new_tokens: list[int] = []
+            for position in range(len(draft) + 1):
+                token = self._sample(sampler, row + position)
+                new_tokens.append(token)
                 yield token
-                if len(came) == left:
+                if len(new_tokens) == left:
                     return
-                if place == len(draft) or token != draft[place]:
+                if position == len(draft) or token != draft[position]:
                     break
-                self._held.append(token)  # its keys and values are there already
-            left -= len(came)
-            since += len(came)
-            if since >= EVERY:
-                self._watch()
-                since = 0
+                self._cached.append(token)  # its keys and values are in the cache already
+            left -= len(new_tokens)
+            unchecked += len(new_tokens)
+            if unchecked >= CHECK_INTERVAL:
+                self._check_memory()
+                unchecked = 0
             if draft:
-                self._settle()
-            self._speculation.learn(came, len(draft), seconds)
+                self._sync_cache()
+            self._speculation.learn(new_tokens, len(draft), seconds)
             if context.abort:
                 raise Aborted
-            if len(self._held) >= context.n_ctx:
-                raise NoRoom
+            if len(self._cached) >= context.n_ctx:
+                raise CacheFull
             if forced := sampler.forced()[:left]:
                 row, draft, seconds = (yield from self._force((token,), forced)), (), None
                 self._speculation.learn(forced, 0, None)
                 left -= len(forced)
                 continue
-            draft = self._speculation.propose(min(left, context.n_ctx - len(self._held)) - 1)
+            draft = self._speculation.propose(min(left, context.n_ctx - len(self._cached)) - 1)
             started = self._clock()
             row = self._decode((token, *draft), all_logits=bool(draft))
             seconds = self._clock() - started
-            self._held.append(token)
+            self._cached.append(token)
 
     def _decode(self, ids: Sequence[int], *, all_logits: bool = False) -> int:
-        """`Context.decode` for this sequence; what is parked makes room where there is none."""
+        """Decode in this sequence; if the KV cache is full, evict entries of the prefix cache."""
         while True:
             try:
                 return self._context.decode([(self._number, ids)], all_logits=all_logits)[0]
-            except NoRoom:
-                if not self._parking.drop_oldest():
+            except CacheFull:
+                if not self._prefix_cache.evict_oldest():
                     raise
 
     def _force(
         self, before: Sequence[int], forced: Sequence[int]
     ) -> collections.abc.Generator[Prefill | int, None, int]:
-        """Compute `before` and what a grammar forces together, and say the latter; returns the row of logits."""
+        """Compute `before` and the tokens that a grammar forces, yield the latter, and return the row of logits."""
         row, rest = -1, [*before, *forced]
         while rest:
             new, rest = rest[: self._context.n_batch], rest[self._context.n_batch :]
-            if len(self._held) + len(new) > self._context.n_ctx:
-                raise NoRoom
+            if len(self._cached) + len(new) > self._context.n_ctx:
+                raise CacheFull
             row = self._decode(new)
-            self._held.extend(new)
+            self._cached.extend(new)
         yield from forced
         return row
 
     def _sample(self, sampler: Sampler, row: int) -> int:
-        if self._context.is_broken(row):
-            what = "its numbers come out as NaN; weights are damaged"
-            raise BadWeights(self._context.model.path, what, hint=_DAMAGED)
+        self._context.check_logits(row)
         return sampler.sample(self._context, row)
 
     def _prefill(self, ids: Sequence[int]) -> collections.abc.Generator[Prefill, None, int]:
-        """Put `ids` into the cache but for what it holds already (never the last one); returns the row of logits."""
-        self._recall(ids)
-        self._truncate(min(common_prefix(self._held, ids), len(ids) - 1))
-        reused = len(self._held)
+        """Compute the part of `ids` that is not cached, at least the last token; return the row of logits."""
+        self._reuse_cache(ids)
+        self._truncate(min(common_prefix(self._cached, ids), len(ids) - 1))
+        reused = len(self._cached)
         yield Prefill(reused, len(ids), reused)
         chunk, row = min(_FIRST_CHUNK, self._context.n_batch), -1
-        while len(self._held) < len(ids):
+        while len(self._cached) < len(ids):
             if self._context.abort:
                 raise Aborted
-            new = ids[len(self._held) : len(self._held) + chunk]
-            self._watch()
+            new = ids[len(self._cached) : len(self._cached) + chunk]
+            self._check_memory()
             started = self._clock()
             row = self._decode(new)
-            self._held.extend(new)
+            self._cached.extend(new)
             seconds = self._clock() - started
             self._computed, self._seconds = self._computed + len(new), self._seconds + seconds
-            yield Prefill(len(self._held), len(ids), reused)
+            yield Prefill(len(self._cached), len(ids), reused)
             chunk = self._next_chunk(chunk, seconds)
         return row
 
-    def _recall(self, ids: Sequence[int]) -> None:
-        """Take what is parked or saved of the beginning of `ids`, where that is more than what is held."""
-        known = common_prefix(self._held, ids)
-        if len(self._held) - known >= WORTH_PARKING:
-            self._parking.park(self._number, self._held)
-        parked = self._parking.best(ids, known)
-        if parked is not None:
-            self._held = self._parking.take(parked, self._number)
-            known = common_prefix(self._held, ids)
-        if self._saved is None or len(ids) <= known + WORTH_PARKING:
+    def _reuse_cache(self, ids: Sequence[int]) -> None:
+        """Switch to the prefix cache or the prompt cache if it has a longer prefix of `ids` than this sequence."""
+        shared = common_prefix(self._cached, ids)
+        if len(self._cached) - shared >= MIN_PREFIX_TOKENS:
+            self._prefix_cache.insert(self._number, self._cached)
+        entry = self._prefix_cache.find_longest_prefix(ids, shared)
+        if entry is not None:
+            self._cached = self._prefix_cache.copy_to(self._number, entry)
+            shared = common_prefix(self._cached, ids)
+        if self._prompt_cache is None or len(ids) <= shared + MIN_PREFIX_TOKENS:
             return
-        found = self._saved.best(ids, known + WORTH_PARKING)
-        if found and len(found.tokens) < self._context.n_ctx:
-            while self._parking.drop_oldest():  # llama.cpp wants the room for all of it at once
+        saved = self._prompt_cache.find_longest_prefix(ids, shared + MIN_PREFIX_TOKENS)
+        if saved and len(saved.tokens) < self._context.n_ctx:
+            while self._prefix_cache.evict_oldest():  # llama.cpp needs room for the whole state at once
                 pass
-            recalled = self._saved.restore(found, self._context, self._number)
-            self._held = list(found.tokens) if recalled else []
-            self._settle()
+            is_loaded = self._prompt_cache.load(saved, self._context, self._number)
+            self._cached = list(saved.tokens) if is_loaded else []
+            self._sync_cache()
 
-    def remember(self) -> bool:
-        """Save what the cache holds, where that is quicker to read than to compute; tells whether it was."""
-        if self._saved is None or not self._computed:
+    def save_prompt_cache(self) -> bool:
+        """Save the sequence to the prompt cache if loading it is faster than computing it; return whether it was."""
+        if self._prompt_cache is None or not self._computed:
             return False
-        return self._saved.save(self._context, self._number, self._held, self._seconds / self._computed)
+        return self._prompt_cache.save(self._context, self._number, self._cached, self._seconds / self._computed)
 
     def _next_chunk(self, chunk: int, seconds: float) -> int:
-        """Large parts are efficient (256 tokens read a tenth faster than 64), small ones show progress more often."""
+        """Adapt the chunk size: large chunks are faster (256 by a tenth over 64), small ones show more progress."""
         if seconds > _SLOW:
-            return max(_LEAST_CHUNK, chunk // 2)
-        return min(chunk * 2, self._context.n_batch) if seconds < _QUICK else chunk
+            return max(_MIN_CHUNK, chunk // 2)
+        return min(chunk * 2, self._context.n_batch) if seconds < _FAST else chunk
 
     def _truncate(self, length: int) -> None:
-        if length < len(self._held):
-            del self._held[self._context.truncate(self._number, length) :]
+        if length < len(self._cached):
+            del self._cached[self._context.truncate(self._number, length) :]
 
-    def _settle(self) -> None:
+    def _sync_cache(self) -> None:
         """
-        Go back to what is known to be in the cache.
+        Remove tokens from the KV cache that are not in `_cached`, so that the model does not see them.
 
-        There is more after an abort and a wrong draft, and where another sequence object left something: the model
-        would see both texts.
+        They remain after an abort, a rejected draft, or the work of another sequence object.
         """
-        if self._context.length(self._number) > len(self._held):
-            del self._held[self._context.truncate(self._number, len(self._held)) :]
+        if self._context.length(self._number) > len(self._cached):
+            del self._cached[self._context.truncate(self._number, len(self._cached)) :]

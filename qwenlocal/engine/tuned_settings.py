@@ -1,0 +1,95 @@
+"""Settings that `qwenlocal tune` measured for a model on this machine, and decoding costs learned while it answers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qwenlocal.engine.speculation import USUAL_COSTS
+
+
+@dataclass(frozen=True)
+class TunedSettings:
+    """
+    Threads (0: not measured), flash attention and `n_ubatch` (None: not measured), and the costs of batches.
+
+    `costs` are t(k) / t(1), the times to decode k tokens at once (see `CostCurve`).
+    """
+
+    threads: int = 0
+    flash_attention: bool | None = None
+    n_ubatch: int | None = None
+    costs: Mapping[int, float] = field(default_factory=lambda: USUAL_COSTS)
+
+    def to_json(self) -> dict[str, Any]:
+        """Convert to the entry of the settings file, which calls `n_ubatch` "together"."""
+        return {
+            "threads": self.threads,
+            "flash_attention": self.flash_attention,
+            "together": self.n_ubatch,
+            "costs": dict(self.costs),
+        }
+
+
+def read_tuned_settings(folder: Path, model: str, power: str) -> TunedSettings:
+    """Read the settings for the model with fingerprint `model` on `power`; the defaults if missing or damaged."""
+    entry = _read(folder / f"{model}.json").get(power)
+    try:
+        return _parse(entry) if isinstance(entry, dict) else TunedSettings()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return TunedSettings()
+
+
+def _parse(entry: Mapping[str, Any]) -> TunedSettings:
+    costs = {int(count): float(cost) for count, cost in entry["costs"].items()}
+    if set(costs) != set(USUAL_COSTS) or not all(0 < cost < 1000 for cost in costs.values()):
+        raise ValueError("costs")
+    if "threads" not in entry:
+        return TunedSettings(costs=costs)
+    settings = TunedSettings(int(entry["threads"]), bool(entry["flash_attention"]), int(entry["together"]), costs)
+    if not (1 <= settings.threads <= 512 and settings.n_ubatch and 1 <= settings.n_ubatch <= 4096):
+        raise ValueError("settings")
+    return settings
+
+
+def write_tuned_settings(folder: Path, model: str, power: str, settings: TunedSettings) -> None:
+    """
+    Save the settings atomically.
+
+    Raises
+    ------
+    OSError: the folder cannot be written.
+    """
+    _write(folder / f"{model}.json", power, settings.to_json())
+
+
+def write_costs(folder: Path, model: str, power: str, costs: Mapping[int, float]) -> None:
+    """
+    Save the costs, and leave measured settings unchanged.
+
+    Raises
+    ------
+    OSError: the folder cannot be written.
+    """
+    rounded = {count: round(cost, 3) for count, cost in costs.items()}
+    entry = _read(folder / f"{model}.json").get(power)
+    _write(folder / f"{model}.json", power, {**(entry if isinstance(entry, dict) else {}), "costs": rounded})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError):
+        entries = json.loads(path.read_text())
+        return entries if isinstance(entries, dict) else {}
+    return {}
+
+
+def _write(path: Path, power: str, entry: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps({**_read(path), power: entry}, indent=1) + "\n")
+    temporary.replace(path)

@@ -1,0 +1,90 @@
+"""Descriptions of load plans and their notes for the user."""
+
+from __future__ import annotations
+
+from qwenlocal.engine.context import ContextOptions
+from qwenlocal.engine.load_plan import (
+    ChatTemplateMissing,
+    CoarseKeys,
+    ContextExtended,
+    FewerGpuLayers,
+    FileRepaired,
+    LoadNote,
+    LoadPlan,
+    SamplingIgnored,
+)
+from qwenlocal.i18n import tr
+
+_GIB = 2**30
+
+
+def describe_plan(plan: LoadPlan) -> str:
+    """
+    Describe the memory use of a plan.
+
+    For example: `weights 4.4 + KV 1.5 (4,096 tokens, q8_0 keys, f16 values) + compute 0.3 of 9.1 GiB free`.
+    """
+    if plan.memory is None:
+        return tr("context of {count:,} tokens; memory use unknown", count=plan.options.n_ctx)
+    memory = plan.memory
+    sizes = (memory.weights, memory.kv_cache, memory.compute + memory.overhead)
+    weights, kv_cache, compute = (f"{size / _GIB:.1f}" for size in sizes)
+    types = _describe_kv_types(plan.options)
+    parts = [
+        tr("weights {size}", size=weights),
+        tr("KV {size} ({count:,} tokens, {types})", size=kv_cache, count=plan.options.n_ctx, types=types),
+        tr("compute {size}", size=compute),
+    ]
+    if plan.draft_bytes:
+        parts.append(tr("draft model {size}", size=f"{plan.draft_bytes / _GIB:.1f}"))
+    return " + ".join(parts) + " " + tr("of {available:.1f} GiB free", available=plan.available / _GIB)
+
+
+def _describe_kv_types(options: ContextOptions) -> str:
+    if options.key_type == options.value_type:
+        return options.key_type
+    return f"{options.key_type} keys, {options.value_type} values"
+
+
+def describe_note(note: LoadNote) -> str:
+    """Describe a note about a load in one or two sentences."""
+    match note:
+        case ContextExtended(n_ctx, rope):
+            return tr(
+                "The context of {n_ctx:,} tokens exceeds the {n_ctx_train:,} that this model was trained with. RoPE "
+                "scaling ({kind}, factor {factor:.2g}) extends it; answers may be worse, even to short texts.",
+                n_ctx=n_ctx,
+                n_ctx_train=rope.original,
+                kind=rope.kind,
+                factor=rope.factor,
+            )
+        case CoarseKeys(kv_type):
+            return tr(
+                "A KV cache of type {kv_type} is too coarse for Qwen models; answers may be nonsense. Use --kv q8_0, "
+                "which loses almost nothing.",
+                kv_type=kv_type,
+            )
+        case FewerGpuLayers(layers, planned):
+            return tr(
+                "The GPU has less free memory than it reported; it holds {layers} layers instead of {planned}.",
+                layers=layers,
+                planned=planned,
+            )
+        case FileRepaired():
+            repairs = "; ".join(_describe_repairs(note))
+            return tr("Repaired while loading: {repairs}. To repair the file: qwenlocal inspect --fix", repairs=repairs)
+        case ChatTemplateMissing():
+            return tr("The file has no chat template; using Qwen1.5's.")
+        case SamplingIgnored(name, value):
+            return f"Ignored an invalid sampling setting in the file: {name} = {value!r}."
+
+
+def _describe_repairs(note: FileRepaired) -> list[str]:
+    repairs: list[str] = []
+    if note.rope_base is not None:
+        repairs.append(tr("the file lacks the RoPE base frequency ({value:,.0f})", value=note.rope_base))
+    if note.false_end is not None:
+        repairs.append(f"“{note.false_end}” does not end an answer")
+    if note.hides_padding:
+        repairs.append(tr("names of padding tokens are treated as text"))
+    return repairs

@@ -12,12 +12,11 @@ import statistics
 import time
 from pathlib import Path
 
-from qwenlocal.chat.prompt import chat_ids
-from qwenlocal.chat.template import CHATML, ChatTemplate
+from qwenlocal.chat.chat_template import CHATML, ChatTemplate, encode_messages
+from qwenlocal.engine.batching import BatchGenerator, BatchRequest
 from qwenlocal.engine.context import Context, ContextOptions
 from qwenlocal.engine.llama import Model
 from qwenlocal.engine.sampling import Sampling
-from qwenlocal.engine.together import Request, Together
 
 COUNTRIES = (
     *("France", "Spain", "Italy", "Greece", "Norway", "Chile", "Peru", "Kenya"),
@@ -25,14 +24,14 @@ COUNTRIES = (
 )
 
 
-def speed(model: Model, requests: list[Request], at_once: int) -> float:
+def speed(model: Model, requests: list[BatchRequest], at_once: int) -> float:
     threads = os.cpu_count() or 1
     options = ContextOptions(
-        4096, threads=threads, batch_threads=threads, n_ubatch=128, sequences=at_once + 1, flash_attention=False
+        4096, threads=threads, batch_threads=threads, n_ubatch=128, n_seq_max=at_once + 1, flash_attention=False
     )
     context = Context(model, options)
     begun = time.perf_counter()
-    said = sum(len(result.ids) for result in Together(context).answer(requests, model.vocabulary.is_end))
+    said = sum(len(result.ids) for result in BatchGenerator(context).generate(requests, model.tokenizer.is_end))
     taken = time.perf_counter() - begun
     context.close()
     return said / taken
@@ -47,7 +46,7 @@ def main() -> None:
     questions = [f"Name the capital of {name} and say three sentences about it." for name in COUNTRIES]
     sampling = Sampling(temperature=0)
     requests = [
-        Request(n, chat_ids(template, [{"role": "user", "content": text}], model.vocabulary), sampling, 64)
+        BatchRequest(n, encode_messages(template, [{"role": "user", "content": text}], model.tokenizer), sampling, 64)
         for n, text in enumerate(questions)
     ]
     counts = (1, 2, 4, 8, 16)

@@ -18,12 +18,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from qwenlocal.chat.chat_template import encode_messages
 from qwenlocal.chat.loading import Loaded, Loading, LoadOptions
-from qwenlocal.chat.prompt import chat_ids
+from qwenlocal.engine.load_plan import LoadRequest
 from qwenlocal.engine.sampling import Sampling
 from qwenlocal.engine.sequence import TokenSequence
 from qwenlocal.engine.speculation import CostCurve, Speculation
-from qwenlocal.engine.wanted import Wanted
 from qwenlocal.machine import this_machine
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,7 +73,7 @@ def answer(sequence: TokenSequence, loaded: Loaded, ids: Sequence[int], sampling
             last = time.perf_counter()
             first = first if tokens else last
             tokens.append(step)
-            if loaded.model.vocabulary.is_end(step):
+            if loaded.model.tokenizer.is_end(step):
                 break
     return Answer(tuple(tokens), last - first)
 
@@ -82,15 +82,15 @@ def pairs(
     loaded: Loaded, prompt: str, costs: CostCurve, sampling: Sampling, runs: int, limit: int
 ) -> list[tuple[Answer, Answer]]:
     assert loaded.template
-    ids = chat_ids(loaded.template, [{"role": "user", "content": prompt}], loaded.model.vocabulary)
+    ids = encode_messages(loaded.template, [{"role": "user", "content": prompt}], loaded.model.tokenizer)
     plain = TokenSequence(loaded.context, 0)
     found = []
     for _ in range(runs + 1):
         without = answer(plain, loaded, ids, sampling, limit)
         looking = TokenSequence(loaded.context, 0, speculation=Speculation(costs))
-        looking.adopt(plain.held)
+        looking.adopt(plain.cached_ids)
         with_it = answer(looking, loaded, ids, sampling, limit)
-        plain.adopt(looking.held)
+        plain.adopt(looking.cached_ids)
         found.append((with_it, without))
     return found[1:]
 
@@ -107,7 +107,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only", default="", help="for example: copying, greedy")
     asked = parser.parse_args()
-    loaded = Loading().load(asked.model, LoadOptions(Wanted(n_ctx=4096)), this_machine(), name=asked.model.name, size=1)
+    loaded = Loading().load(
+        asked.model, LoadOptions(LoadRequest(n_ctx=4096)), this_machine(), name=asked.model.name, size=1
+    )
     costs, rows = CostCurve(), []
     print(
         "| task | with lookup | without | ratio (median of pairs) | greedy text | tokens |\n|---|---|---|---|---|---|"

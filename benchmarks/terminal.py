@@ -22,13 +22,13 @@ from pathlib import Path
 
 import pexpect
 
-from qwenlocal.chat.conversation import Manner
+from qwenlocal.chat.conversation import GenerationConfig
 from qwenlocal.chat.loading import Loading, LoadOptions
 from qwenlocal.engine.sampling import Sampling
 from qwenlocal.machine import this_machine
-from qwenlocal.terminal.markdown import Look, MarkdownStream, warm_up
-from qwenlocal.terminal.screen import Screen, Size
-from qwenlocal.terminal.view import AnswerView, Progress
+from qwenlocal.terminal.markdown import MarkdownStream, RenderOptions, warm_up
+from qwenlocal.terminal.screen import Screen, TerminalSize
+from qwenlocal.terminal.view import AnswerProgress, AnswerView
 
 PROGRAM = Path(__file__).resolve().parent.parent / ".venv" / "bin" / "qwenlocal"
 QUESTION = (
@@ -105,7 +105,7 @@ def interrupts(model: Path, home: str, count: int, question: str, begun_when: by
         until(child, b"[interrupted]", 20)
         found.append(time.perf_counter() - begun)
         child.send("/clear\r")
-        until(child, b"forgotten")
+        until(child, b"Started a new chat")
         time.sleep(0.3)
     child.close(force=True)
     return found
@@ -115,13 +115,17 @@ def laying_out(model: Path, tokens: int) -> tuple[float, float]:
     """Seconds of drawing, and of the whole answer."""
     loaded = Loading().load(model, LoadOptions(), this_machine(), name="m", size=model.stat().st_size)
     warm_up()
-    talk = loaded.conversation(Manner(Sampling(temperature=0), limit=tokens))
-    view = AnswerView(Screen(io.StringIO(), lambda: Size(100, 40)), lambda: Look(100, colour=True), Progress(4096))
+    talk = loaded.conversation(GenerationConfig(Sampling(temperature=0), max_tokens=tokens))
+    view = AnswerView(
+        Screen(io.StringIO(), lambda: TerminalSize(100, 40)),
+        lambda: RenderOptions(100, color=True),
+        AnswerProgress(4096),
+    )
     begun = time.perf_counter()
     view.show(talk.ask(QUESTION))
     taken = time.perf_counter() - begun
     loaded.close()
-    return view.seconds, taken
+    return view.drawing_seconds, taken
 
 
 def at_every_token(text: str) -> float:
@@ -129,7 +133,7 @@ def at_every_token(text: str) -> float:
     stream, count, begun = MarkdownStream(), 0, time.perf_counter()
     for at in range(0, len(text), 4):
         stream.feed(text[at : at + 4])
-        stream.lines(Look(100, colour=True))
+        stream.render(RenderOptions(100, color=True))
         count += 1
     return (time.perf_counter() - begun) / count * 1000
 
@@ -144,7 +148,7 @@ def main() -> None:
         latencies = sorted(taken for _ in range(3) for taken in keys(asked.model, home, 50))
         answering = interrupts(asked.model, home, 10, QUESTION, b"tokens of context")
         text = " ".join(f"Line {number} of a long text about nothing." for number in range(2000))
-        reading = interrupts(asked.model, home, 10, text, b"reading")
+        reading = interrupts(asked.model, home, 10, text, b"reading prompt")
     drawing, whole = laying_out(asked.model, 1000)
     print(f"{asked.model.name}, {os.cpu_count()} cores, {time.strftime('%d %B %Y')}\n")
     print("| what | median | worst | wanted |\n|---|---|---|---|")

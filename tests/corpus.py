@@ -1,6 +1,6 @@
 """
-Five thousand lines of the kinds of text that people have: twelve languages and Chinese and English, code, emoji, odd
-white space, digits, decomposed accents, control tokens. The same lines on every machine.
+About five thousand lines for comparing tokenizers: fifteen languages, code, emoji, unusual white space, numbers,
+decomposed accents, control tokens. The lines are the same on every machine.
 """
 
 from __future__ import annotations
@@ -40,75 +40,75 @@ OTHER = ["\ufeff", "\u202e", "ﬁ", "½", "Ⅷ", "ǅ", "ß", "İ", "ı", "ſ", "
 
 
 def lines(count: int = 5200) -> list[str]:
-    """The corpus; the first lines are the sentences themselves."""
-    dice = random.Random(1500)
-    found = [*SENTENCES.values(), *CODE]
-    makers = [_words, _words, _letters, _spaced, _decomposed, _code, _mixed, _digits, _control, _shouting]
-    while len(found) < count:
-        found.append(makers[len(found) % len(makers)](dice))
-    return found[:count]
+    """Return the first `count` lines of the corpus, beginning with the plain sentences."""
+    rng = random.Random(1500)
+    corpus = [*SENTENCES.values(), *CODE]
+    generators = [_words, _words, _letters, _odd_spaces, _decomposed, _code, _mixed, _digits, _control, _upper_case]
+    while len(corpus) < count:
+        corpus.append(generators[len(corpus) % len(generators)](rng))
+    return corpus[:count]
 
 
-def _pick(dice: random.Random, among: list[str]) -> str:
-    return among[int(dice.random() * len(among))]
+def _pick(rng: random.Random, options: list[str]) -> str:
+    return options[int(rng.random() * len(options))]
 
 
-def _sentence(dice: random.Random) -> str:
-    return _pick(dice, list(SENTENCES.values()))
+def _sentence(rng: random.Random) -> str:
+    return _pick(rng, list(SENTENCES.values()))
 
 
-def _piece(dice: random.Random) -> str:
-    text = _sentence(dice)
-    start = int(dice.random() * len(text))
-    return text[start : start + 1 + int(dice.random() * 40)]
+def _fragment(rng: random.Random) -> str:
+    text = _sentence(rng)
+    start = int(rng.random() * len(text))
+    return text[start : start + 1 + int(rng.random() * 40)]
 
 
-def _words(dice: random.Random) -> str:
-    return " ".join(_piece(dice).strip() for _ in range(2 + int(dice.random() * 3)))
+def _words(rng: random.Random) -> str:
+    return " ".join(_fragment(rng).strip() for _ in range(2 + int(rng.random() * 3)))
 
 
-def _letters(dice: random.Random) -> str:
-    return "".join(_pick(dice, list(_sentence(dice))) for _ in range(30))
+def _letters(rng: random.Random) -> str:
+    return "".join(_pick(rng, list(_sentence(rng))) for _ in range(30))
 
 
-def _spaced(dice: random.Random) -> str:
-    return "".join(_piece(dice)[:12] + _pick(dice, SPACES) for _ in range(6))
+def _odd_spaces(rng: random.Random) -> str:
+    return "".join(_fragment(rng)[:12] + _pick(rng, SPACES) for _ in range(6))
 
 
-def _decomposed(dice: random.Random) -> str:
-    form = _pick(dice, ["NFD", "NFKD", "NFC"])
-    return unicodedata.normalize(form, _words(dice))  # type: ignore[arg-type]
+def _decomposed(rng: random.Random) -> str:
+    form = _pick(rng, ["NFD", "NFKD", "NFC"])
+    return unicodedata.normalize(form, _words(rng))  # type: ignore[arg-type]
 
 
-def _code(dice: random.Random) -> str:
-    return "\n".join(_pick(dice, CODE) for _ in range(1 + int(dice.random() * 3)))
+def _code(rng: random.Random) -> str:
+    return "\n".join(_pick(rng, CODE) for _ in range(1 + int(rng.random() * 3)))
 
 
-def _mixed(dice: random.Random) -> str:
+def _mixed(rng: random.Random) -> str:
     kinds = [EMOJI, OTHER, CODE, SPACES]
-    return "".join(_pick(dice, _pick_list(dice, kinds))[:20] + _piece(dice)[:8] for _ in range(5))
+    return "".join(_pick(rng, _pick_list(rng, kinds))[:20] + _fragment(rng)[:8] for _ in range(5))
 
 
-def _pick_list(dice: random.Random, among: list[list[str]]) -> list[str]:
-    return among[int(dice.random() * len(among))]
+def _pick_list(rng: random.Random, options: list[list[str]]) -> list[str]:
+    return options[int(rng.random() * len(options))]
 
 
-def _digits(dice: random.Random) -> str:
-    forms = ["{:d}", "{:,d}", "0x{:X}", "{:.3f}", "{:e}", "#{:05d}", "-{:d}", "{:d}%"]
+def _digits(rng: random.Random) -> str:
+    templates = ["{:d}", "{:,d}", "0x{:X}", "{:.3f}", "{:e}", "#{:05d}", "-{:d}", "{:d}%"]
     return " ".join(
-        _number(_pick(dice, forms), int(dice.random() * 10 ** int(1 + dice.random() * 9))) for _ in range(6)
+        _number(_pick(rng, templates), int(rng.random() * 10 ** int(1 + rng.random() * 9))) for _ in range(6)
     )
 
 
-def _number(form: str, value: int) -> str:
-    return form.format(float(value) if form[-2] in "fe" else value)
+def _number(template: str, value: int) -> str:
+    return template.format(float(value) if template[-2] in "fe" else value)
 
 
-def _control(dice: random.Random) -> str:
-    return _piece(dice) + _pick(dice, CONTROL) + _piece(dice) + _pick(dice, CONTROL)
+def _control(rng: random.Random) -> str:
+    return _fragment(rng) + _pick(rng, CONTROL) + _fragment(rng) + _pick(rng, CONTROL)
 
 
-def _shouting(dice: random.Random) -> str:
-    return (_words(dice).upper() + _pick(dice, ["!!!", "???", "…", "---", "'S", "'ll"])).replace(
-        " ", _pick(dice, [" ", "_", "-"])
+def _upper_case(rng: random.Random) -> str:
+    return (_words(rng).upper() + _pick(rng, ["!!!", "???", "…", "---", "'S", "'ll"])).replace(
+        " ", _pick(rng, [" ", "_", "-"])
     )

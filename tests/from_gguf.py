@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy
 
 from qwenlocal import ggml
-from qwenlocal.chat.template import CHATML
+from qwenlocal.chat.chat_template import CHATML
 from qwenlocal.testing import as_dtype
 from qwenlocal.weights import gguf
 from qwenlocal.weights.header import Header, Tensor, read_header, read_pairs, tensor_bytes
@@ -56,10 +56,10 @@ def write_checkpoint_of(source: Path, folder: Path, dtype: str = "BF16") -> Path
 
 def numbers(path: Path, header: Header, tensor: Tensor) -> numpy.ndarray:
     """A tensor's numbers as float32."""
-    kind = ggml.tensor_type_numbered(tensor.type)
+    kind = ggml.tensor_type_by_number(tensor.type)
     data = numpy.fromfile(path, numpy.uint8, tensor_bytes(tensor), offset=header.data_offset + tensor.offset)
     found = numpy.empty(tensor.elements, numpy.float32)
-    ggml.to_float(kind, data.ctypes.data, found.ctypes.data, tensor.elements)
+    ggml.dequantize(kind, data.ctypes.data, found.ctypes.data, tensor.elements)
     return found
 
 

@@ -11,7 +11,7 @@ from conftest import SAYS, Run
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwenlocal.cli.batch import done_before
+from qwenlocal.cli.commands.batch import done_before
 
 
 def lines(path: Path) -> list[dict[str, object]]:
@@ -72,7 +72,7 @@ def test_a_template_without_a_batch_takes_the_prompt(invoke: Run, speaking_model
     whole = invoke("run", "-m", str(speaking_model), "--template", "Say {what}", "--var", "what=hello")
     assert (whole.returncode, whole.stdout) == (0, f"{SAYS}\n")
     missing = invoke("run", "-m", str(speaking_model), "hello", "--template", "Say {input} in {lang}")
-    assert (missing.returncode, "{lang}, for which there is nothing" in missing.stderr) == (2, True)
+    assert (missing.returncode, "placeholder {lang} of the template has no value" in missing.stderr) == (2, True)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from terminal import Open, Terminal
 from qwenlocal.chat.journal import Journal
 from qwenlocal.engine.sampling import Sampling
 from qwenlocal.terminal.commands.models import SETTINGS
-from qwenlocal.terminal.commands.table import COMMANDS, find
+from qwenlocal.terminal.commands.table import COMMANDS, find_command
 from qwenlocal.testing import write_model
 
 
@@ -64,7 +64,7 @@ def test_the_last_question_comes_back_to_be_changed(
     chat.type(" and more\r")
     chat.wait_for(re.escape(SAYS) + ".*" + re.escape(SAYS))
     chat.wait_for_prompt(4)
-    thread = journal().thread(1)
+    thread = journal().load_thread(1)
     assert [message.text for message in thread.path] == ["First and more", SAYS]
     said(chat, "/branch", r"^  2 ")
     said(chat, "/branch 2", "Going on behind")
@@ -74,7 +74,7 @@ def test_the_last_question_comes_back_to_be_changed(
     said(chat, "/answer", f"Change it below.*Change it below.*^> {SAYS}$")
     chat.type(" indeed\r")
     chat.wait_for("The model has said that now")
-    assert [message.text for message in journal().thread(1).path] == ["First!", f"{SAYS} indeed"]
+    assert [message.text for message in journal().load_thread(1).path] == ["First!", f"{SAYS} indeed"]
 
 
 def test_an_empty_line_leaves_what_was_to_be_changed(terminal: Open, speaking_model: Path) -> None:
@@ -101,14 +101,14 @@ def test_whoever_turns_away_from_editing_changes_nothing(
     chat.wait_for("^3 tokens")
     said(chat, "More", r"^> More$.*" + re.escape(SAYS))
     chat.wait_for_prompt(6)
-    assert [message.text for message in journal().thread(1).path] == ["Hi", SAYS, "And you?", SAYS, "More", SAYS]
+    assert [message.text for message in journal().load_thread(1).path] == ["Hi", SAYS, "And you?", SAYS, "More", SAYS]
 
 
 def test_a_cut_answer_goes_on(terminal: Open, endless_model: Path, journal: Callable[[], Journal]) -> None:
     chat = started(terminal, endless_model, "-n", "12")
     said(chat, "Go", r"\[token limit\] /continue goes on")
     said(chat, "/continue", r"token limit.*token limit")
-    assert journal().thread(1).path[1].text == ("abcdefgh " * 3)[:24]
+    assert journal().load_thread(1).path[1].text == ("abcdefgh " * 3)[:24]
 
 
 def test_one_ctrl_c_ends_several_answers(terminal: Open, endless_model: Path) -> None:
@@ -135,8 +135,8 @@ def test_a_fork_is_another_chat_with_the_beginning_of_this_one(
     said(chat, "/fork 1", "Another chat begins here, with 2 messages. It is chat 2")
     said(chat, "Other", r"^> Other$.*" + re.escape(SAYS))
     chat.wait_for_prompt(5)
-    assert [m.text for m in journal().thread(2).path] == ["Question 1", SAYS, "Other", SAYS]
-    assert [m.text for m in journal().thread(1).path] == ["Question 1", SAYS, "Question 2", SAYS]
+    assert [m.text for m in journal().load_thread(2).path] == ["Question 1", SAYS, "Other", SAYS]
+    assert [m.text for m in journal().load_thread(1).path] == ["Question 1", SAYS, "Question 2", SAYS]
 
 
 # --- what is read
@@ -166,14 +166,14 @@ def test_the_context_is_shown_and_turns_can_be_pinned_and_dropped(terminal: Open
 def test_another_model_goes_on_with_the_same_talk(
     terminal: Open, speaking_model: Path, tmp_path: Path, journal: Callable[[], Journal]
 ) -> None:
-    write_model(tmp_path / "other.gguf", says="Rome")
+    write_model(tmp_path / "other.gguf", reply="Rome")
     chat = started(terminal, speaking_model)
     said(chat, "Hi", re.escape(SAYS))
     said(chat, "/model ./nowhere.gguf", "There is no file")
     said(chat, "/model ./other.gguf", "goes on from here, with room for 4,096 tokens")
     said(chat, "And you?", "^Rome")
     chat.wait_for_prompt(5)
-    path = journal().thread(1).path
+    path = journal().load_thread(1).path
     assert [message.text for message in path] == ["Hi", SAYS, "And you?", "Rome"]
     assert path[3].model.endswith("other.gguf")
     said(chat, f"/model {speaking_model}", "goes on from here.*goes on from here")
@@ -183,7 +183,7 @@ def test_another_model_goes_on_with_the_same_talk(
 def test_what_was_asked_of_answers_holds_for_another_model_from_the_first_line_on(
     terminal: Open, speaking_model: Path, tmp_path: Path, journal: Callable[[], Journal]
 ) -> None:
-    write_model(tmp_path / "other.gguf", says="Rome")
+    write_model(tmp_path / "other.gguf", reply="Rome")
     chat = started(terminal, speaking_model, "--temp", "0", "--seed", "7")
     said(chat, "/model ./other.gguf", "goes on from here")
     text = said(chat, "/set", "overflow +shift")
@@ -192,7 +192,7 @@ def test_what_was_asked_of_answers_holds_for_another_model_from_the_first_line_o
     said(chat, "/clear", "is forgotten")
     said(chat, "Again?", "^Rome.*^Rome")
     chat.wait_for_prompt(5)
-    assert {chat.model for chat in journal().chats()} == {str(tmp_path / "other.gguf")}, "found from any folder"
+    assert {chat.model for chat in journal().list_chats()} == {str(tmp_path / "other.gguf")}, "found from any folder"
 
 
 def test_settings_are_shown_changed_and_refused(terminal: Open, speaking_model: Path) -> None:
@@ -235,11 +235,11 @@ def test_a_file_goes_with_a_message_and_its_price_is_said(
     chat = started(terminal, speaking_model)
     text = said(chat, "What is in @notes.txt?", re.escape(SAYS))
     assert re.search(r"notes.txt: \d+ tokens = \d+% of what is left", text)
-    question = journal().thread(1).path[0].text
+    question = journal().load_thread(1).path[0].text
     assert question == "notes.txt:\n```txt\nremember the milk\n```\n\nWhat is in @notes.txt?"
-    said(chat, "/read nowhere.txt", "cannot be read: No such file")
+    said(chat, "/read nowhere.txt", "Cannot read nowhere.txt: No such file")
     (tmp_path / "pic.png").write_bytes(b"\x89PNG....")
-    said(chat, "@pic.png?", "pic.png is a picture")
+    said(chat, "@pic.png?", "pic.png is a PNG image")
     said(chat, "/read notes.txt", r"^> @notes.txt")
 
 
@@ -254,17 +254,17 @@ def test_a_file_that_is_too_long_is_cut_as_one_likes(
     said(chat, "Where is the needle? @long.txt", r"^h, p, w or c\?")
     if letter == "c":
         said(chat, letter, r"Nothing was sent; the line is below again.*^> Where is the needle")
-        assert journal().chats() == []
+        assert journal().list_chats() == []
         return
     said(chat, letter, re.escape(SAYS))
-    question = journal().thread(1).path[0].text
+    question = journal().load_thread(1).path[0].text
     assert kept in question
     assert question.endswith("Where is the needle? @long.txt")
     assert (len(question) > 1_200) == (letter == "w")
 
 
 def test_answers_and_their_code_are_copied_through_the_terminal(terminal: Open, tmp_path: Path) -> None:
-    chat = started(terminal, write_model(tmp_path / "m.gguf", says="copy me"))
+    chat = started(terminal, write_model(tmp_path / "m.gguf", reply="copy me"))
     said(chat, "Hi", "copy me")
     said(chat, "/copy", "Copied, where the terminal allows it: 7 letters")
     assert b"\x1b]52;c;" + base64.b64encode(b"copy me") + b"\x07" in chat.raw
@@ -288,7 +288,7 @@ def test_a_chat_is_saved_loaded_exported_and_named(
     said(chat, "More", r"^> More$.*" + re.escape(SAYS))
     chat.wait_for_prompt(9)
     assert "<h1>Hi</h1>" in (tmp_path / "talk.html").read_text()
-    found = {chat.id: (chat.title, chat.messages) for chat in journal().chats()}
+    found = {chat.id: (chat.title, chat.messages) for chat in journal().list_chats()}
     assert found[1] == ("About Paris", 4)
     (tmp_path / "bad.json").write_text("[1, 2]")
     said(chat, "/load " + "9" * 40, "cannot be read")
@@ -308,14 +308,14 @@ def test_a_chat_that_was_killed_goes_on_where_it_was(
     chat.read()
     shown = chat.text.count("abcdefgh")
     chat.kill()
-    kept = journal().thread(1).path[1].text
+    kept = journal().load_thread(1).path[1].text
     assert kept.count("abcdefgh") >= min(20, shown)
     again = terminal("run", "--continue", "-n", "9")
     again.wait_for("Going on with chat 1, “Remember this”: 2 messages")
     again.wait_for_prompt()
     said(again, "And?", r"^> And\?$.*abcdefgh")
     again.wait_for(r"token limit")
-    assert [m.role for m in journal().thread(1).path] == ["user", "assistant", "user", "assistant"]
+    assert [m.role for m in journal().load_thread(1).path] == ["user", "assistant", "user", "assistant"]
 
 
 def test_a_window_that_is_closed_keeps_the_chat(
@@ -325,7 +325,7 @@ def test_a_window_that_is_closed_keeps_the_chat(
     said(chat, "Hi", re.escape(SAYS))
     chat.wait_for_prompt(2)
     chat.hang_up()
-    assert [message.text for message in journal().thread(1).path] == ["Hi", SAYS]
+    assert [message.text for message in journal().load_thread(1).path] == ["Hi", SAYS]
 
 
 def test_a_chat_is_picked_from_a_list(terminal: Open, speaking_model: Path) -> None:
@@ -399,7 +399,7 @@ def test_a_backslash_before_enter_makes_a_new_line(
     chat.type("one\\\rtwo\r")
     chat.wait_for(re.escape(SAYS))
     chat.wait_for_prompt(2)
-    assert journal().thread(1).path[0].text == "one\ntwo"
+    assert journal().load_thread(1).path[0].text == "one\ntwo"
 
 
 def test_commands_settings_and_files_are_completed(terminal: Open, speaking_model: Path, tmp_path: Path) -> None:
@@ -469,8 +469,8 @@ def test_a_typewriter_gets_plain_text(
 def test_every_command_is_found_by_its_name_and_none_has_two() -> None:
     names = [command.name for command in COMMANDS]
     assert len(names) == len(set(names))
-    assert all(find(name) for name in names)
-    quit_, nothing = find("/quit"), find("/nothing")
+    assert all(find_command(name) for name in names)
+    quit_, nothing = find_command("/quit"), find_command("/nothing")
     assert quit_ and quit_.name == "/exit" and nothing is None
 
 
@@ -484,7 +484,7 @@ def test_what_a_damaged_journal_wrote_last_is_kept_beside_it(qwenlocal: Run, env
         "import sys, os; from pathlib import Path; from qwenlocal.chat.journal import Journal\n"
         "from qwenlocal.chat.thread import Thread\n"
         "journal, thread = Journal(Path(sys.argv[1])), Thread()\n"
-        "keeper = journal.keep(thread, model='m'); thread.add('user', 'my words'); os._exit(0)\n"
+        "writer = journal.open_writer(thread, model='m'); thread.add('user', 'my words'); os._exit(0)\n"
     )
     subprocess.run([sys.executable, "-c", code, str(home / "chats.db")], check=True)
     log = home / "chats.db-wal"

@@ -1,4 +1,4 @@
-"""Chats on disk: nothing that was said is lost, whatever becomes of the process, the file, or the disk."""
+"""The journal: chats survive a killed process, a locked file and a damaged one."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwenlocal.chat.export import as_html, as_json, as_markdown
+from qwenlocal.chat.export import export_html, export_json, export_markdown
 from qwenlocal.chat.journal import Journal
-from qwenlocal.chat.keeper import Keeper
-from qwenlocal.chat.salvage import recover
+from qwenlocal.chat.journal_writer import JournalWriter
+from qwenlocal.chat.recovery import recover
 from qwenlocal.chat.thread import ASSISTANT, USER, Thread
-from qwenlocal.errors import ChatNotFound, JournalUnusable
+from qwenlocal.errors import ChatNotFound, JournalError
 
 
 @pytest.fixture
@@ -31,68 +31,68 @@ def journal(tmp_path: Path) -> Iterator[Journal]:
     opened.close()
 
 
-def talk(journal: Journal, *said: str, system: str = "") -> tuple[Thread, Keeper]:
+def talk(journal: Journal, *said: str, system: str = "") -> tuple[Thread, JournalWriter]:
     """A chat in which question and answer take turns."""
     thread = Thread(system)
-    keeper = journal.keep(thread, model="tiny")
+    writer = journal.open_writer(thread, model="tiny")
     for place, text in enumerate(said):
         message = thread.add((USER, ASSISTANT)[place % 2], text, model="tiny")
         if place % 2:
-            thread.change(message, why="end of answer")
-    return thread, keeper
+            thread.update(message, finish_reason="end of answer")
+    return thread, writer
 
 
-# --- what is kept
+# --- writing
 
 
 def test_a_chat_comes_back_as_it_was(journal: Journal) -> None:
-    thread, keeper = talk(journal, "你好", "Hello €", "And?", "More", system="Be kind.")
-    thread.change(thread.path[1], ids=(5, 6, 151643), pinned=True)
-    thread.leave_out([1], "They met.")
-    assert keeper.id is not None
-    found = journal.thread(keeper.id)
+    thread, writer = talk(journal, "你好", "Hello €", "And?", "More", system="Be kind.")
+    thread.update(thread.path[1], ids=(5, 6, 151643), pinned=True)
+    thread.evict_turns([1], "They met.")
+    assert writer.chat_id is not None
+    found = journal.load_thread(writer.chat_id)
     assert found.path == thread.path
-    assert (found.system, found.left, found.summary, found.leaf) == ("Be kind.", {1}, "They met.", 4)
-    (chat,) = journal.chats()
+    assert (found.system, found.evicted, found.summary, found.leaf) == ("Be kind.", {1}, "They met.", 4)
+    (chat,) = journal.list_chats()
     assert (chat.title, chat.model, chat.messages) == ("你好", "tiny", 4)
 
 
-def test_every_version_is_kept_and_the_leaf_that_was_chosen(journal: Journal) -> None:
-    thread, keeper = talk(journal, "Q", "one")
-    thread.go_to(1)
+def test_all_versions_and_the_selected_leaf_are_kept(journal: Journal) -> None:
+    thread, writer = talk(journal, "Q", "one")
+    thread.set_leaf(1)
     thread.add(ASSISTANT, "two")
-    thread.choose(thread.messages[2])
-    found = journal.thread(keeper.id or 0)
+    thread.select_version(thread.messages[2])
+    found = journal.load_thread(writer.chat_id or 0)
     assert [message.text for message in found.versions(found.path[1])] == ["one", "two"]
     assert found.path[1].text == "one"
 
 
-def test_nothing_is_kept_of_a_chat_in_which_nothing_was_said(journal: Journal) -> None:
+def test_an_empty_chat_is_not_written(journal: Journal) -> None:
     thread = Thread()
-    journal.keep(thread, model="tiny").close()
-    thread.tell("Be kind.")
-    assert journal.chats() == []
+    journal.open_writer(thread, model="tiny").close()
+    thread.set_system_prompt("Be kind.")
+    assert journal.list_chats() == []
 
 
-def test_a_question_that_is_taken_back_is_gone(journal: Journal) -> None:
-    thread, keeper = talk(journal, "Q", "A", "too long")
+def test_a_removed_question_is_deleted(journal: Journal) -> None:
+    thread, writer = talk(journal, "Q", "A", "too long")
     thread.remove(thread.path[-1])
-    assert [message.text for message in journal.thread(keeper.id or 0).path] == ["Q", "A"]
+    assert [message.text for message in journal.load_thread(writer.chat_id or 0).path] == ["Q", "A"]
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.text(max_size=30), min_size=1, max_size=6))
-def test_any_text_at_all_is_kept(tmp_path_factory: pytest.TempPathFactory, said: list[str]) -> None:
+def test_any_text_is_kept(tmp_path_factory: pytest.TempPathFactory, said: list[str]) -> None:
     journal = Journal(tmp_path_factory.mktemp("j") / "chats.db")
-    thread, keeper = talk(journal, *said)
+    thread, writer = talk(journal, *said)
     clean = [text.encode("utf-8", "replace").decode() for text in said]
-    assert [message.text for message in journal.thread(keeper.id or 0).path] == clean
-    assert not keeper.trouble
+    assert [message.text for message in journal.load_thread(writer.chat_id or 0).path] == clean
+    assert not writer.error
     del thread
     journal.close()
 
 
-def test_only_its_owner_can_read_it(journal: Journal) -> None:
+def test_only_the_owner_can_read_the_files(journal: Journal) -> None:
     if sys.platform == "win32":
         pytest.skip("Windows has no such bits")
     talk(journal, "Q", "A")
@@ -103,19 +103,19 @@ def test_only_its_owner_can_read_it(journal: Journal) -> None:
 def test_an_answer_is_written_every_half_second_and_at_its_end(journal: Journal) -> None:
     now = [0.0]
     thread = Thread()
-    keeper = Keeper(journal, thread, "tiny", clock=lambda: now[0])
-    thread.recorder = keeper
+    writer = JournalWriter(journal, thread, "tiny", clock=lambda: now[0])
+    thread.observer = writer
     thread.add(USER, "Q")
     answer = thread.add(ASSISTANT, "")
     on_disk = []
     for word in range(20):
         now[0] += 0.1
-        thread.change(answer, text=answer.text + f"{word} ")
-        on_disk.append(len(journal.thread(keeper.id or 0).messages[2].text.split()))
+        thread.update(answer, text=answer.text + f"{word} ")
+        on_disk.append(len(journal.load_thread(writer.chat_id or 0).messages[2].text.split()))
     assert all(said + 1 - there <= 5 for said, there in enumerate(on_disk))
     assert len(set(on_disk)) <= 6
-    thread.change(answer, why="end of answer")
-    assert len(journal.thread(keeper.id or 0).messages[2].text.split()) == 20
+    thread.update(answer, finish_reason="end of answer")
+    assert len(journal.load_thread(writer.chat_id or 0).messages[2].text.split()) == 20
 
 
 STREAMING = """
@@ -124,18 +124,18 @@ from pathlib import Path
 from qwenlocal.chat.journal import Journal
 from qwenlocal.chat.thread import Thread
 journal, thread = Journal(Path(sys.argv[1])), Thread()
-journal.keep(thread, model="tiny")
+journal.open_writer(thread, model="tiny")
 thread.add("user", "Count")
 answer = thread.add("assistant", "")
 for number in range(10**9):
-    thread.change(answer, text=answer.text + f"{number} ")
+    thread.update(answer, text=answer.text + f"{number} ")
     print(number, time.time(), flush=True)
     time.sleep(0.01)
 """
 
 
 @pytest.mark.parametrize("_try", range(3))
-def test_killed_in_the_middle_of_an_answer_at_most_a_second_of_it_is_lost(tmp_path: Path, _try: int) -> None:
+def test_a_killed_process_loses_at_most_a_second_of_an_answer(tmp_path: Path, _try: int) -> None:
     path = tmp_path / "chats.db"
     child = subprocess.Popen([sys.executable, "-c", STREAMING, str(path)], stdout=subprocess.PIPE, text=True)
     assert child.stdout
@@ -144,16 +144,16 @@ def test_killed_in_the_middle_of_an_answer_at_most_a_second_of_it_is_lost(tmp_pa
     killed = time.time()
     lines += child.communicate()[0].splitlines()
     said = {int(number): float(at) for number, at in (line.split() for line in lines if len(line.split()) == 2)}
-    found = Journal(path).thread(1)
+    found = Journal(path).load_thread(1)
     there = [int(word) for word in found.path[1].text.split()]
     assert there == list(range(len(there)))
     assert all(at > killed - 1.0 for number, at in said.items() if number >= len(there))
 
 
-# --- finding
+# --- searching
 
 
-def test_words_are_found_in_any_script_and_order_without_capitals(journal: Journal) -> None:
+def test_search_ignores_case_and_order_in_any_script(journal: Journal) -> None:
     talk(journal, "What is a Tokenizer?", "It cuts text into pieces.")
     talk(journal, "什么是分词器？", "分词器把文本切成小块。")
     talk(journal, "Café?", "Cafe\u0301!")
@@ -165,7 +165,7 @@ def test_words_are_found_in_any_script_and_order_without_capitals(journal: Journ
     assert journal.search("  ") == []
 
 
-def test_what_was_found_is_shown_with_what_stands_around_it(journal: Journal) -> None:
+def test_search_hits_show_their_context(journal: Journal) -> None:
     talk(journal, "x" * 100 + " needle\nin hay " + "y" * 100)
     (hit,) = journal.search("NEEDLE")
     assert hit.found == "needle"
@@ -173,16 +173,16 @@ def test_what_was_found_is_shown_with_what_stands_around_it(journal: Journal) ->
     assert len(hit.before) + len(hit.after) <= 80
 
 
-def test_a_percent_sign_is_a_letter_like_any_other(journal: Journal) -> None:
+def test_percent_and_underscore_are_not_wildcards(journal: Journal) -> None:
     talk(journal, "100 % sure", "a_b")
     assert len(journal.search("%")) == 1
     assert len(journal.search("_")) == 1
 
 
-# --- more than one
+# --- several chats and processes
 
 
-def test_a_chat_that_is_open_elsewhere_goes_on_in_a_copy(tmp_path: Path) -> None:
+def test_a_chat_that_is_open_elsewhere_continues_as_a_copy(tmp_path: Path) -> None:
     path = tmp_path / "chats.db"
     code = STREAMING.replace("10**9", "10**4")
     child = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True)
@@ -190,114 +190,112 @@ def test_a_chat_that_is_open_elsewhere_goes_on_in_a_copy(tmp_path: Path) -> None
     for _ in range(3):
         child.stdout.readline()
     journal = Journal(path)
-    thread = journal.thread(1)
-    keeper = journal.keep(thread, model="tiny", id=1)
+    thread = journal.load_thread(1)
+    writer = journal.open_writer(thread, model="tiny", chat_id=1)
     child.kill()
     child.communicate()
-    assert keeper.id == 2
-    again = journal.keep(journal.thread(1), model="tiny", id=1)  # nobody has it open any more
-    assert again.id == 1
+    assert writer.chat_id == 2
+    again = journal.open_writer(journal.load_thread(1), model="tiny", chat_id=1)  # nobody has it open any more
+    assert again.chat_id == 1
 
 
-def test_going_on_with_a_chat_adds_to_it(journal: Journal) -> None:
-    _, keeper = talk(journal, "Q", "A")
-    keeper.close()
-    thread = journal.thread(1)
-    journal.keep(thread, model="other", id=1)
+def test_continuing_a_chat_appends_to_it(journal: Journal) -> None:
+    _, writer = talk(journal, "Q", "A")
+    writer.close()
+    thread = journal.load_thread(1)
+    journal.open_writer(thread, model="other", chat_id=1)
     thread.add(USER, "And?")
-    assert [message.text for message in journal.thread(1).path] == ["Q", "A", "And?"]
-    assert len(journal.chats()) == 1
+    assert [message.text for message in journal.load_thread(1).path] == ["Q", "A", "And?"]
+    assert len(journal.list_chats()) == 1
 
 
-def test_renamed_and_forgotten(journal: Journal) -> None:
+def test_chats_can_be_renamed_and_deleted(journal: Journal) -> None:
     talk(journal, "Q", "secret words")
     talk(journal, "R")
-    journal.rename(1, "About Q")
-    assert journal.chat(1).title == "About Q"
-    journal.remove(1)
+    journal.rename_chat(1, "About Q")
+    assert journal.get_chat(1).title == "About Q"
+    journal.delete_chat(1)
     with pytest.raises(ChatNotFound):
-        journal.thread(1)
-    for call in (lambda: journal.rename(1, "x"), lambda: journal.remove(1), lambda: journal.chat(1)):
+        journal.load_thread(1)
+    for call in (lambda: journal.rename_chat(1, "x"), lambda: journal.delete_chat(1), lambda: journal.get_chat(1)):
         with pytest.raises(ChatNotFound):
             call()
-    assert [chat.id for chat in journal.chats()] == [2]
+    assert [chat.id for chat in journal.list_chats()] == [2]
     assert not [path for path in journal.path.parent.iterdir() if b"secret words" in path.read_bytes()]
 
 
-def test_a_chat_that_was_forgotten_while_it_is_open_goes_on_as_a_new_one(journal: Journal) -> None:
+def test_a_chat_deleted_while_open_continues_as_a_new_one(journal: Journal) -> None:
     thread = Thread()
-    keeper = journal.keep(thread, model="tiny")
+    writer = journal.open_writer(thread, model="tiny")
     thread.add(USER, "before")
-    journal.remove(1)
+    journal.delete_chat(1)
     thread.add(USER, "after")
-    keeper.close()
-    (chat,) = journal.chats()
-    assert [message.text for message in journal.thread(chat.id).path] == ["before", "after"]
+    writer.close()
+    (chat,) = journal.list_chats()
+    assert [message.text for message in journal.load_thread(chat.id).path] == ["before", "after"]
 
 
-def test_a_process_that_only_has_the_number_of_another_has_nothing_open(tmp_path: Path) -> None:
+def test_a_process_that_reuses_an_id_has_no_chat_open(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "chats.db")
     talk(journal, "Q", "A")
     for changed in (1e9, time.time()):
-        with journal.writing() as db:
+        with journal.transaction() as db:
             db.execute("UPDATE chats SET open_by = ?, changed = ?", (os.getppid(), changed))
-        assert journal.is_open(1) == (changed > 1e9)
+        assert journal.is_open_elsewhere(1) == (changed > 1e9)
 
 
-# --- a file that cannot be used
+# --- unusable files
 
 
-def test_a_journal_of_a_newer_version_is_left_alone(journal: Journal) -> None:
+def test_a_journal_of_a_newer_version_is_not_changed(journal: Journal) -> None:
     journal._db.execute("PRAGMA user_version = 99")
     before = journal.path.read_bytes()
-    with pytest.raises(JournalUnusable, match="newer version") as caught:
+    with pytest.raises(JournalError, match="newer version") as caught:
         Journal(journal.path)
     assert "--no-journal" in caught.value.hint
     assert journal.path.read_bytes() == before
 
 
 @pytest.mark.parametrize("content", [b"garbage" * 1000, b"SQLite format 3\0" + b"\xff" * 5000])
-def test_a_file_that_is_no_journal_is_left_alone(content: bytes, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_journal_is_not_changed(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "chats.db").write_bytes(content)
-    with pytest.raises(JournalUnusable, match="damaged") as caught:
+    with pytest.raises(JournalError, match="damaged") as caught:
         Journal(tmp_path / "chats.db")
     assert "chats recover" in caught.value.hint
     assert (tmp_path / "chats.db").read_bytes() == content
 
 
-def test_a_locked_journal_is_said_to_be(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwenlocal.chat.journal._PATIENCE", 0.05)
+def test_a_locked_journal_is_reported(journal: Journal) -> None:
     journal._db.execute("BEGIN EXCLUSIVE")
-    with pytest.raises(JournalUnusable, match="another program keeps it locked"):
-        Journal(journal.path)
+    with pytest.raises(JournalError, match="it is locked by another program"):
+        Journal(journal.path, lock_timeout=0.05)
     journal._db.execute("ROLLBACK")
 
 
-def test_what_could_not_be_written_is_written_when_it_can_be(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwenlocal.chat.journal._PATIENCE", 0.05)
-    other = Journal(journal.path)
-    thread, keeper = talk(other, "Q", "A")
+def test_a_failed_write_is_repeated_with_the_next_one(journal: Journal) -> None:
+    other = Journal(journal.path, lock_timeout=0.05)
+    thread, writer = talk(other, "Q", "A")
     journal._db.execute("BEGIN IMMEDIATE")
     thread.add(USER, "while it is locked")
-    assert keeper.trouble == "another program keeps it locked"
+    assert writer.error == "it is locked by another program"
     journal._db.execute("ROLLBACK")
     thread.add(ASSISTANT, "afterwards")
-    assert keeper.trouble == ""
-    assert [message.text for message in journal.thread(1).path] == ["Q", "A", "while it is locked", "afterwards"]
+    assert writer.error == ""
+    assert [message.text for message in journal.load_thread(1).path] == ["Q", "A", "while it is locked", "afterwards"]
     other.close()
 
 
-def test_a_folder_that_cannot_be_written_is_said_to_be(tmp_path: Path) -> None:
+def test_an_unwritable_folder_is_reported(tmp_path: Path) -> None:
     if os.geteuid() == 0:
         path = tmp_path / "missing" / "chats.db"  # root may write anywhere; a folder that is not there will do
     else:
         tmp_path.chmod(0o500)
         path = tmp_path / "chats.db"
-    with pytest.raises(JournalUnusable, match="cannot be written"):
+    with pytest.raises(JournalError, match="cannot be written"):
         Journal(path)
 
 
-def test_what_can_be_read_of_a_damaged_journal_can_be_copied_out(tmp_path: Path) -> None:
+def test_readable_messages_of_a_damaged_journal_are_recovered(tmp_path: Path) -> None:
     path = tmp_path / "chats.db"
     journal = Journal(path)
     for number in range(30):
@@ -311,22 +309,22 @@ def test_what_can_be_read_of_a_damaged_journal_can_be_copied_out(tmp_path: Path)
     assert chats == 30
     assert 40 <= messages < 60
     copied = Journal(tmp_path / "copy.db")
-    texts = [message.text for chat in copied.chats() for message in copied.thread(chat.id).messages.values()]
+    texts = [message.text for chat in copied.list_chats() for message in copied.load_thread(chat.id).messages.values()]
     assert len(texts) >= 30
     assert all(text.startswith(("Question ", "Answer ")) for text in texts)
     assert path.read_bytes() == data
 
 
-def test_a_journal_in_which_a_chat_is_open_is_not_copied_out(tmp_path: Path) -> None:
+def test_a_journal_with_an_open_chat_is_not_recovered(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "chats.db")
     talk(journal, "Q", "A")
-    with journal.writing() as db:
+    with journal.transaction() as db:
         db.execute("UPDATE chats SET open_by = ?, changed = ?", (os.getppid(), time.time()))
-    with pytest.raises(JournalUnusable, match="open in another window"):
+    with pytest.raises(JournalError, match="open in another window"):
         recover(journal.path, tmp_path / "copy.db")
 
 
-def test_a_journal_is_found_in_a_folder_of_any_name(tmp_path: Path) -> None:
+def test_recovery_works_in_folders_with_special_characters(tmp_path: Path) -> None:
     folder = tmp_path / "a#b?c%41"
     folder.mkdir()
     journal = Journal(folder / "chats.db")
@@ -337,9 +335,7 @@ def test_a_journal_is_found_in_a_folder_of_any_name(tmp_path: Path) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(100, 20_000), st.binary(min_size=1, max_size=300))
-def test_whatever_is_wrong_in_the_file_is_said_and_nothing_else_happens(
-    tmp_path_factory: pytest.TempPathFactory, at: int, noise: bytes
-) -> None:
+def test_any_damage_is_reported_as_an_error(tmp_path_factory: pytest.TempPathFactory, at: int, noise: bytes) -> None:
     path = tmp_path_factory.mktemp("j") / "chats.db"
     journal = Journal(path)
     for number in range(6):
@@ -350,33 +346,33 @@ def test_whatever_is_wrong_in_the_file_is_said_and_nothing_else_happens(
     path.write_bytes(data)
     try:
         opened = Journal(path)
-        for chat in opened.chats():
-            opened.thread(chat.id)
+        for chat in opened.list_chats():
+            opened.load_thread(chat.id)
         opened.search("question")
         opened.close()
-    except (JournalUnusable, ChatNotFound):
+    except (JournalError, ChatNotFound):
         pass
 
 
-# --- as files
+# --- export
 
 
-def test_a_chat_as_markdown_json_and_html(journal: Journal) -> None:
+def test_export_as_markdown_json_and_html(journal: Journal) -> None:
     thread, _ = talk(journal, "<script>alert(1)</script>", "| a |\n|---|\n| **b** |", system="Be kind.")
-    markdown = as_markdown(thread, "T")
+    markdown = export_markdown(thread, "T")
     assert markdown.startswith("# T\n\n*System prompt:* Be kind.\n\n## You, ")
     assert "| **b** |" in markdown
-    data = json.loads(as_json(thread, "T", "tiny"))
+    data = json.loads(export_json(thread, "T", "tiny"))
     assert [message["role"] for message in data["messages"]] == ["system", "user", "assistant"]
     assert data["tree"][1]["parent"] == 1
-    page = as_html(thread, "<T>")
+    page = export_html(thread, "<T>")
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
     assert "<td><strong>b</strong></td>" in page
     assert "<title>&lt;T&gt;</title>" in page
 
 
-def test_the_schema_is_what_the_version_says(journal: Journal) -> None:
+def test_the_schema_version_and_mode(journal: Journal) -> None:
     with sqlite3.connect(journal.path) as db:
         assert db.execute("PRAGMA user_version").fetchone() == (1,)
         assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)

@@ -1,1 +1,1 @@
-"""Messages in, events out: the turn is written once, here, for every face of the program."""
+"""Messages in, events out: the one path from a question to its answer, for every user interface."""

@@ -1,7 +1,8 @@
-"""A conversation: who said what, and the model's next answer."""
+"""A conversation: a thread of messages, and the model that answers them."""
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import json
 import os
@@ -10,37 +11,43 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
-from qwenlocal.chat.events import Done, Event, LeftOut, Summarising, Text, Why
-from qwenlocal.chat.prompt import Tokenizer, chat_ids
-from qwenlocal.chat.room import FULL, MADE_FREE, next_to_leave, read_messages, shortly, to_summarise
-from qwenlocal.chat.template import ChatTemplate
+from qwenlocal.chat.chat_template import ChatTemplate, TokenEncoder, encode_messages
+from qwenlocal.chat.context_window import (
+    EVICTION_TARGET,
+    EVICTION_THRESHOLD,
+    build_summary_request,
+    evictable_turns,
+    select_messages,
+    shorten,
+)
+from qwenlocal.chat.events import Done, Event, FinishReason, Summarizing, Text, TurnsEvicted
+from qwenlocal.chat.generate import TokenDecoder, stream_answer
 from qwenlocal.chat.thread import ASSISTANT, USER, Message, Thread, Turn
-from qwenlocal.chat.turn import Pieces, answer
-from qwenlocal.engine import sequence
+from qwenlocal.engine.detokenizer import IncrementalDetokenizer
 from qwenlocal.engine.sampling import Sampling
-from qwenlocal.engine.text import TextStream
-from qwenlocal.errors import UsageProblem
-from qwenlocal.language import tr
+from qwenlocal.engine.sequence import TokenGenerator
+from qwenlocal.errors import UsageError
+from qwenlocal.i18n import tr
 
-_SUMMARY = 256  # tokens
+_SUMMARY_TOKENS = 256
 
 
-class Vocabulary(Tokenizer, Pieces, Protocol):
-    """What a conversation needs of a model's vocabulary."""
+class ChatTokenizer(TokenEncoder, TokenDecoder, Protocol):
+    """The parts of a tokenizer that a conversation uses."""
 
 
 @dataclass
-class Manner:
+class GenerationConfig:
     """
-    How answers are given: sampling, most tokens (None: until the context is full), strings to stop at.
+    How to generate answers: sampling, the most tokens (None: until the context is full), and strings to stop at.
 
-    Where a conversation outgrows the context, `overflow` "shift" leaves out its oldest turns, "summarise" has the model
-    write down first what they said, "stop" refuses.
+    `overflow` says what to do when a conversation outgrows the context: "shift" evicts its oldest turns, "summarise"
+    has the model summarize them first, "stop" raises `ContextFull`.
     """
 
     sampling: Sampling = field(default_factory=Sampling)
-    limit: int | None = None
-    stops: Sequence[str] = ()
+    max_tokens: int | None = None
+    stop_strings: Sequence[str] = ()
     overflow: str = "shift"
 
 
@@ -48,129 +55,130 @@ class Conversation:
     """
     A thread of messages, and a model that answers.
 
-    `ask`, `retry` and `go_on` give events as they happen; what was said up to any moment is in `thread`, so that an
-    interrupted answer is kept as far as it went.
+    `ask`, `edit`, `retry` and `continue_answer` yield events as they happen. `thread` is up to date at every moment, so
+    the text of an interrupted answer is kept.
     """
 
     def __init__(
         self,
-        generator: sequence.Generator,
-        vocabulary: Vocabulary,
+        generator: TokenGenerator,
+        tokenizer: ChatTokenizer,
         template: ChatTemplate,
-        manner: Manner,
+        config: GenerationConfig,
         thread: Thread | None = None,
         *,
         n_ctx: int | None = None,
         model: str = "",
     ) -> None:
-        """`n_ctx` tokens are what the generator has room for; None where that is not known. `model` is its name."""
-        self._generator, self._vocabulary, self._template = generator, vocabulary, template
-        self.manner, self.thread, self.n_ctx, self._model = manner, thread or Thread(), n_ctx, model
-        self._counted: tuple[list[dict[str, str]] | None, list[int]] = None, []
+        """`n_ctx` is the generator's context in tokens, None if unknown; `model` is the model's name."""
+        self._generator, self._tokenizer, self._template = generator, tokenizer, template
+        self.config, self.thread, self.n_ctx, self._model = config, thread or Thread(), n_ctx, model
+        self._last_encoded: tuple[list[dict[str, str]] | None, list[int]] = None, []
 
-    # --- what can be said
+    # --- asking
 
     def ask(self, text: str) -> Iterator[Event]:
         """
-        Say `text` and let the model answer.
+        Add the question `text` and generate the answer.
 
-        A question that was interrupted before any answer came is asked together with this one.
+        A question that was interrupted before its answer began is merged with this one.
 
         Raises
         ------
-        ContextFull: the conversation does not fit; `text` is not part of it then.
+        ContextFull: the conversation does not fit; `text` is not added then.
         """
         thread, last = self.thread, self.thread.last
         if last and last.role == USER:
-            before = last.text
-            thread.change(last, text=f"{before}\n\n{text}")
-            return self._begin(lambda: thread.change(last, text=before))
+            original = last.text
+            thread.update(last, text=f"{original}\n\n{text}")
+            return self._start(lambda: thread.update(last, text=original))
         question = thread.add(USER, text)
-        return self._begin(lambda: thread.remove(question))
+        return self._start(lambda: thread.remove(question))
 
     def edit(self, turn: Turn, text: str) -> Iterator[Event]:
         """
-        Ask `text` instead of what the turn asked; what was said from there on stays in the thread.
+        Ask `text` in place of the turn's question; the turn and what follows it stay in the thread.
 
         Raises
         ------
-        ContextFull: it does not fit; nothing is changed then.
+        ContextFull: the conversation does not fit; nothing is changed then.
         """
         thread, leaf = self.thread, self.thread.leaf
-        thread.go_to(turn.question.parent)
+        thread.set_leaf(turn.question.parent)
         question = thread.add(USER, text)
 
-        def take_back() -> None:
+        def undo() -> None:
             thread.remove(question)
-            thread.go_to(leaf)
+            thread.set_leaf(leaf)
 
-        return self._begin(take_back)
+        return self._start(undo)
 
     def retry(self) -> Iterator[Event]:
         """
-        Another answer to the last question; the one before stays in the thread.
+        Generate another answer to the last question; the earlier one stays in the thread.
 
         Raises
         ------
-        UsageProblem: nothing was asked.
+        UsageError: there is no question.
         """
         thread, leaf = self.thread, self.thread.leaf
         turn = self._last_turn()
         if turn.answer:
-            thread.go_to(turn.question.number)
-        versions = len(thread.versions(turn.answer)) if turn.answer else 0
-        return self._begin(lambda: thread.go_to(leaf), version=versions)
+            thread.set_leaf(turn.question.number)
+        version = len(thread.versions(turn.answer)) if turn.answer else 0
+        return self._start(lambda: thread.set_leaf(leaf), version=version)
 
-    def go_on(self) -> Iterator[Event]:
+    def continue_answer(self) -> Iterator[Event]:
         """
-        Continue an answer that was cut, behind the very tokens that it ended with.
+        Continue an answer that was cut short, exactly after its last token.
 
         Raises
         ------
-        UsageProblem: nothing was asked. ContextFull: there is no room for more.
+        UsageError: there is no question. ContextFull: there is no space for more.
         """
         turn = self._last_turn()
         if turn.answer is None:
-            return self._begin(lambda: None)
+            return self._start(lambda: None)
         message = turn.answer
-        begun = list(message.ids) or self._vocabulary.tokenize(message.text, special=False)
-        self.thread.go_to(turn.question.number)
-        ids = self._ids()
-        self.thread.go_to(message.number)
-        events = self._answer(ids, self.manner.sampling, begun)
+        prefix = list(message.ids) or self._tokenizer.tokenize(message.text, special=False)
+        self.thread.set_leaf(turn.question.number)
+        ids = self._encode_prompt()
+        self.thread.set_leaf(message.number)
+        events = self._stream(ids, self.config.sampling, prefix)
         first = next(events)
-        if message.ids:  # the text may end with what stands for half a character, which now becomes whole
-            text = TextStream(self.manner.stops)
-            self.thread.change(message, text="".join(text.feed(self._vocabulary.piece(token)) for token in begun))
-        return self._listen(itertools.chain([first], events), message)
+        if message.ids:  # the text may end with U+FFFD for half a character, which the next tokens complete
+            detokenizer = IncrementalDetokenizer(self.config.stop_strings)
+            text = "".join(detokenizer.feed(self._tokenizer.piece(token)) for token in prefix)
+            self.thread.update(message, text=text)
+        return self._record(itertools.chain([first], events), message)
 
     def replace_answer(self, turn: Turn, text: str) -> None:
-        """Have the model have said `text`; what it said, and what followed, stays in the thread."""
-        self.thread.go_to(turn.question.number)
+        """Make `text` the answer of a turn; its earlier answer and what follows it stay in the thread."""
+        self.thread.set_leaf(turn.question.number)
         message = self.thread.add(ASSISTANT, text, model=self._model)
-        self.thread.change(message, why=Why.END.value)
+        self.thread.update(message, finish_reason=FinishReason.EOS.value)
 
     def undo(self) -> Turn:
         """
-        Go back before the last question; what was said stays in the thread.
+        Go back to before the last question and return its turn, which stays in the thread.
 
         Raises
         ------
-        UsageProblem: nothing was asked.
+        UsageError: there is no question.
         """
         turn = self._last_turn()
-        self.thread.go_to(turn.question.parent)
+        self.thread.set_leaf(turn.question.parent)
         return turn
 
     def stop(self) -> None:
-        """End the answer that is being given; from any thread."""
+        """Stop the answer that is being generated; can be called from any thread."""
         self._generator.stop()
 
     def clear(self) -> None:
-        """Begin anew; the system prompt stays."""
+        """Start over; the system prompt stays."""
         self.thread.clear()
 
-    # --- what is known of it
+    # --- reading
 
     @property
     def messages(self) -> list[dict[str, str]]:
@@ -179,48 +187,48 @@ class Conversation:
 
     @property
     def prompt_messages(self) -> list[dict[str, str]]:
-        """The messages with the system prompt, if there is one, before them."""
+        """The system prompt, if there is one, and the messages on the path."""
         system = [{"role": "system", "content": self.thread.system}] if self.thread.system else []
         return [*system, *self.messages]
 
-    def tokens(self, text: str) -> int:
-        """How many tokens a text is."""
-        return len(self._vocabulary.tokenize(text, special=False))
+    def count_tokens(self, text: str) -> int:
+        """Return the number of tokens of a text."""
+        return len(self._tokenizer.tokenize(text, special=False))
 
     @property
-    def tokens_read(self) -> int:
-        """How many tokens the model reads of the conversation as it stands, at least those around a first question."""
-        return len(self._ids_of(read_messages(self.thread) or [{"role": USER, "content": ""}]))
+    def prompt_tokens(self) -> int:
+        """The number of tokens that the model reads of the conversation; if it is empty, of an empty question."""
+        return len(self._encode(select_messages(self.thread) or [{"role": USER, "content": ""}]))
 
-    def cost(self, turn: Turn) -> int:
-        """How many tokens the model reads for a turn, with what the template puts around its messages."""
+    def count_turn_tokens(self, turn: Turn) -> int:
+        """Return the number of tokens that a turn adds to the prompt, including the template's markup."""
         before = [{"role": USER, "content": ""}, {"role": ASSISTANT, "content": ""}]
-        said = [{"role": message.role, "content": message.text} for message in turn.messages]
-        without = chat_ids(self._template, before, self._vocabulary)
-        return len(chat_ids(self._template, [*before, *said], self._vocabulary)) - len(without)
+        messages = [{"role": message.role, "content": message.text} for message in turn.messages]
+        without = encode_messages(self._template, before, self._tokenizer)
+        return len(encode_messages(self._template, [*before, *messages], self._tokenizer)) - len(without)
 
     def save(self, path: Path, model: str) -> None:
-        """Write the conversation as JSON: {"model", "messages"}, the form that chat APIs use; in one step."""
-        draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        """Write the conversation as JSON, {"model", "messages"} as in chat APIs; replaces the file atomically."""
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         data = {"model": model, "messages": self.prompt_messages}
-        draft.write_text(json.dumps(data, ensure_ascii=False, indent=1) + "\n", encoding="utf-8", errors="replace")
-        draft.replace(path)
+        temporary.write_text(json.dumps(data, ensure_ascii=False, indent=1) + "\n", encoding="utf-8", errors="replace")
+        temporary.replace(path)
 
-    # --- how it is done
+    # --- answering
 
     def _last_turn(self) -> Turn:
         turns = self.thread.turns
         if not turns:
-            raise UsageProblem(tr("Nothing was asked yet."), hint=tr("Type a question first."))
+            raise UsageError(tr("There is no question yet."), hint=tr("Type a question first."))
         return turns[-1]
 
-    def _begin(self, take_back: Callable[[], object], version: int = 0) -> Iterator[Event]:
-        """The events of an answer to the question at the leaf; where it cannot be read, `take_back` is called."""
-        events = self._respond(take_back, version)
+    def _start(self, undo: Callable[[], object], version: int = 0) -> Iterator[Event]:
+        """Start the answer to the question at the leaf; if it fails before its first event, call `undo`."""
+        events = self._respond(undo, version)
         return itertools.chain([next(events)], events)
 
-    def _respond(self, take_back: Callable[[], object], version: int) -> Iterator[Event]:
-        sampling = self.manner.sampling
+    def _respond(self, undo: Callable[[], object], version: int) -> Iterator[Event]:
+        sampling = self.config.sampling
         if version and sampling.seed is not None:
             sampling = replace(sampling, seed=(sampling.seed + version) % (2**32 - 1))
         try:
@@ -228,87 +236,103 @@ class Conversation:
             if interrupted:
                 yield interrupted
                 return
-            events = self._answer(self._ids(), sampling)
+            events = self._stream(self._encode_prompt(), sampling)
             first = next(events)
         except BaseException:
-            take_back()
+            undo()
             raise
-        yield from self._listen(itertools.chain([first], events), None)
+        yield from self._record(itertools.chain([first], events), None)
 
     def _make_room(self) -> Generator[Event, None, Done | None]:
         """
-        Leave out the oldest turns where all of them leave too little room for an answer.
+        Evict the oldest turns if the prompt leaves too little space for an answer.
 
-        Then half of the context is made free at once: what is behind a turn that leaves has to be read again. Returns
-        how it ended where it was interrupted.
+        Half of the context is freed at once, because everything behind an evicted turn has to be processed again.
+        Returns the event that ended the summary if it was interrupted.
         """
-        thread = self.thread
-        if self.manner.overflow == "stop" or self.n_ctx is None or len(self._ids()) <= self.n_ctx * FULL:
+        n_ctx = self.n_ctx
+        if self.config.overflow == "stop" or n_ctx is None:
             return None
-        leaving = self._leaving(self.n_ctx)
-        if not leaving:
+        if len(self._encode_prompt()) <= n_ctx * EVICTION_THRESHOLD:
+            return None
+        turns = self._choose_turns_to_evict(n_ctx)
+        if not turns:
             return None
         summary = ""
-        if self.manner.overflow == "summarise":
-            summary, interrupted = yield from self._summarise(leaving)
+        if self.config.overflow == "summarise":
+            summary, interrupted = yield from self._summarize(turns)
             if interrupted:
                 return interrupted
-        thread.leave_out([turn.question.number for turn in leaving], summary)
-        yield LeftOut(len(leaving), shortly(leaving[0].question.text), summary)
+        self.thread.evict_turns([turn.question.number for turn in turns], summary)
+        yield TurnsEvicted(len(turns), shorten(turns[0].question.text), summary)
         return None
 
-    def _leaving(self, n_ctx: int) -> list[Turn]:
-        """The oldest turns, until half of the context is free; none where the question would be too long even then."""
-        thread, left = self.thread, set(self.thread.left)
-        leaving: list[Turn] = []
-        most = n_ctx - (_SUMMARY if self.manner.overflow == "summarise" else 0)
-        try:
-            while len(self._ids()) > n_ctx * MADE_FREE and (turn := next_to_leave(thread)) is not None:
-                leaving.append(turn)
-                thread.left.add(turn.question.number)
-            return leaving if len(self._ids()) < most else []
-        finally:
-            thread.left = left  # until it is known what stands for them
+    def _choose_turns_to_evict(self, n_ctx: int) -> list[Turn]:
+        """Return the fewest oldest turns that free half of the context; none if the question does not fit even then."""
+        turns = evictable_turns(self.thread)
+        limit = n_ctx - (_SUMMARY_TOKENS if self.config.overflow == "summarise" else 0)
 
-    def _summarise(self, leaving: Sequence[Turn]) -> Generator[Event, None, tuple[str, Done | None]]:
-        """What the turns say in few words, as before where they are too long to be read; and how it was interrupted."""
-        ids = chat_ids(self._template, to_summarise(self.thread, leaving), self._vocabulary)
-        if self.n_ctx is not None and len(ids) + _SUMMARY > self.n_ctx:
+        def length_without(count: int) -> int:
+            evicted = {turn.question.number for turn in turns[:count]}
+            return len(self._encode(select_messages(self.thread, evicted)))
+
+        count = bisect.bisect_left(
+            range(len(turns)), True, key=lambda count: length_without(count) <= n_ctx * EVICTION_TARGET
+        )
+        return turns[:count] if length_without(count) < limit else []
+
+    def _summarize(self, turns: Sequence[Turn]) -> Generator[Event, None, tuple[str, Done | None]]:
+        """
+        Have the model summarize the turns.
+
+        Returns the summary, or the previous one if the turns do not fit into the context; and the event that ended it
+        if it was interrupted.
+        """
+        ids = encode_messages(self._template, build_summary_request(self.thread, turns), self._tokenizer)
+        if self.n_ctx is not None and len(ids) + _SUMMARY_TOKENS > self.n_ctx:
             return self.thread.summary, None
         text = ""
-        for event in answer(self._generator, self._vocabulary, ids, Sampling(temperature=0), limit=_SUMMARY):
+        greedy = Sampling(temperature=0)
+        for event in stream_answer(self._generator, self._tokenizer, ids, greedy, max_tokens=_SUMMARY_TOKENS):
             if isinstance(event, Text):
                 text += event.text
-                yield Summarising(len(leaving), len(text.split()))
-            elif isinstance(event, Done) and event.why is Why.INTERRUPTED:
+                yield Summarizing(len(turns), len(text.split()))
+            elif isinstance(event, Done) and event.finish_reason is FinishReason.INTERRUPTED:
                 return "", event
             elif not isinstance(event, Done):
                 yield event
         return text.strip(), None
 
-    def _ids(self) -> list[int]:
-        return self._ids_of(read_messages(self.thread))
+    def _encode_prompt(self) -> list[int]:
+        return self._encode(select_messages(self.thread))
 
-    def _ids_of(self, messages: list[dict[str, str]]) -> list[int]:
-        """The ids of the prompt; those asked for last are kept, for a long one takes a second for each megabyte."""
-        if messages != self._counted[0]:
-            self._counted = messages, chat_ids(self._template, messages, self._vocabulary)
-        return self._counted[1]
+    def _encode(self, messages: list[dict[str, str]]) -> list[int]:
+        """Return the ids of the prompt. The latest are cached: tokenizing takes about a second per megabyte."""
+        if messages != self._last_encoded[0]:
+            self._last_encoded = messages, encode_messages(self._template, messages, self._tokenizer)
+        return self._last_encoded[1]
 
-    def _answer(self, ids: Sequence[int], sampling: Sampling, begun: Sequence[int] = ()) -> Iterator[Event]:
-        limit, stops = self.manner.limit, self.manner.stops
-        return answer(self._generator, self._vocabulary, ids, sampling, limit=limit, stops=stops, begun=begun)
+    def _stream(self, ids: Sequence[int], sampling: Sampling, prefix: Sequence[int] = ()) -> Iterator[Event]:
+        return stream_answer(
+            self._generator,
+            self._tokenizer,
+            ids,
+            sampling,
+            max_tokens=self.config.max_tokens,
+            stop_strings=self.config.stop_strings,
+            prefix=prefix,
+        )
 
-    def _listen(self, events: Iterator[Event], message: Message | None) -> Iterator[Event]:
-        """Hand on what happens, and write down what is said; `message` is the answer that goes on, if there is one."""
+    def _record(self, events: Iterator[Event], message: Message | None) -> Iterator[Event]:
+        """Pass events on and add their text to the thread: to `message`, an answer to continue, or to a new one."""
         thread = self.thread
         for event in events:
             if isinstance(event, Text):
                 message = message or thread.add(ASSISTANT, "", model=self._model)
-                thread.change(message, text=message.text + event.text)
+                thread.update(message, text=message.text + event.text)
             elif isinstance(event, Done):
-                if message is None and event.why is not Why.INTERRUPTED:
+                if message is None and event.finish_reason is not FinishReason.INTERRUPTED:
                     message = thread.add(ASSISTANT, "", model=self._model)  # an empty answer is an answer
                 if message:
-                    thread.change(message, why=event.why.value, ids=event.ids)
+                    thread.update(message, finish_reason=event.finish_reason.value, ids=event.ids)
             yield event

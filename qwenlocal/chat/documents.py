@@ -1,32 +1,43 @@
-"""Text of files that people attach: text and code as they are, PDF, DOCX and HTML by libraries that know them."""
+"""
+Attached files: find their names in a message (`@notes.txt`), read their text, and cut it to a number of tokens.
+
+Text and code are read as they are; PDF, DOCX and HTML through libraries.
+"""
 
 from __future__ import annotations
 
+import collections
+import math
 import mimetypes
 import re
-from collections.abc import Callable, Iterator, Mapping
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwenlocal.errors import ModelNotFound, QwenlocalError, UsageProblem
-from qwenlocal.language import mark, tr
+from qwenlocal.errors import ModelNotFound, QwenlocalError, UsageError
+from qwenlocal.i18n import mark, tr
 
-MOST_BYTES = 64 << 20
-_LOOKED_AT = 8192
+MAX_BYTES = 64 << 20
+_SNIFFED_BYTES = 8192
 _MENTION = re.compile(r'(?<![A-Za-z0-9_./@-])@(?:"([^"\n]+)"|(\S{1,4096}))')
-_ENDS = ".,;:!?)]}'\"，。；：？！、）】」』”’"  # what may follow a file's name without a space
-_PICTURES = {
-    b"\x89PNG": mark("a picture (PNG)"),
-    b"\xff\xd8\xff": mark("a picture (JPEG)"),
-    b"GIF8": mark("a picture (GIF)"),
-    b"RIFF": mark("sound, a film or a picture (RIFF)"),
-    b"\x1f\x8b": mark("compressed (gzip)"),
+_CLOSING = ".,;:!?)]}'\"，。；：？！、）】」』”’"  # punctuation that may follow a file name without a space
+_BINARY_TYPES = {
+    b"\x89PNG": mark("a PNG image"),
+    b"\xff\xd8\xff": mark("a JPEG image"),
+    b"GIF8": mark("a GIF image"),
+    b"RIFF": mark("an audio, video or image file (RIFF)"),
+    b"\x1f\x8b": mark("a gzip archive"),
     b"PK\x03\x04": mark("a ZIP archive"),
     b"\x7fELF": mark("a program"),
     b"MZ": mark("a program"),
-    b"GGUF": mark("a model"),
-    b"SQLite": mark("a database"),
+    b"GGUF": mark("a GGUF model"),
+    b"SQLite": mark("a SQLite database"),
 }
+# A character of Chinese, Japanese or Korean is a word of its own.
+_WORD = re.compile(r"[\u3400-\u9fff\u3040-\u30ff\uac00-\ud7af]|\w+")
+_K1, _B = 1.2, 0.75  # Robertson, Zaragoza: The Probabilistic Relevance Framework: BM25 and Beyond, 2009
+_PASSAGE = 1200  # characters, about 300 tokens
 
 
 @dataclass(frozen=True)
@@ -36,128 +47,79 @@ class Document:
     name: str
     text: str
 
-    def as_message(self) -> str:
-        """Its text for the model, fenced by more backticks than it has itself."""
+    def to_markdown(self) -> str:
+        """Return the name and the text in a code block, whose fence is longer than any in the text."""
         longest = max((len(run) for run in re.findall(r"`{3,}", self.text)), default=2)
         fence = "`" * (longest + 1)
         return f"{self.name}:\n{fence}{Path(self.name).suffix.lstrip('.')}\n{self.text.rstrip()}\n{fence}"
 
 
+# --- reading
+
+
 def read_document(path: Path) -> Document:
     """
-    The text of a file.
+    Read the text of a file.
 
     Raises
     ------
-    ModelNotFound: there is no such file, or it cannot be read. UsageProblem: it holds no text; the reason is said.
+    ModelNotFound: the file does not exist or cannot be read. UsageError: it contains no text, or is too large.
     """
     try:
         if path.is_dir():
-            raise UsageProblem(tr("{path} is a folder.", path=path), hint=tr("Give one of its files."))
+            raise UsageError(tr("{path} is a folder.", path=path), hint=tr("Name a file in it."))
         if path.exists() and not path.is_file():
-            raise UsageProblem(tr("{path} is a device or a pipe, not a file.", path=path))
+            raise UsageError(tr("{path} is a device or a pipe, not a file.", path=path))
         size = path.stat().st_size
-        if size > MOST_BYTES:
-            raise UsageProblem(
+        if size > MAX_BYTES:
+            raise UsageError(
                 tr(
-                    "{name} has {size:,.0f} MB; {most} MB are read at most.",
+                    "{name} is {size:,.0f} MB; the limit is {limit} MB.",
                     name=path.name,
                     size=size / 1e6,
-                    most=MOST_BYTES >> 20,
+                    limit=MAX_BYTES >> 20,
                 )
             )
         data = path.read_bytes()
-    except OSError as reason:
-        why = tr("The file {path} cannot be read: {reason}.", path=path, reason=reason.strerror)
-        raise ModelNotFound(str(path), reason=why, hint=tr("Check the path.")) from reason
+    except OSError as error:
+        message = tr("Cannot read {path}: {reason}.", path=path, reason=error.strerror)
+        raise ModelNotFound(str(path), reason=message, hint=tr("Check the path.")) from error
     reader = _READERS.get(path.suffix.lower())
-    text = _read_with(reader, path) if reader else _plain(path, data)
+    text = _read_with(reader, path) if reader else _decode(path, data)
     if not text.strip():
-        raise UsageProblem(
-            tr("{name} holds no text.", name=path.name),
-            hint=tr("A scanned page is a picture; this model reads text only."),
+        raise UsageError(
+            tr("{name} contains no text.", name=path.name),
+            hint=tr("Scanned pages are images; this model reads only text."),
         )
     return Document(path.name, text)
 
 
-def mentioned(text: str, folder: Path) -> list[Path]:
-    """
-    The files that `text` mentions as `@path` or `@"a path"`; what is no file ("@alice") is left alone.
-
-    `mentioned("compare @a.txt with (@b.txt)", folder)` are those two, where they exist. Chinese needs no spaces:
-    `mentioned("总结@a.txt，谢谢", folder)` is a.txt.
-    """
-    found = [path for word in _words(text) if (path := _file(word, folder))]
-    return list(dict.fromkeys(found))
-
-
-def missing(text: str, folder: Path) -> list[str]:
-    """
-    What `text` mentions as a file and is none: `@"in quotes"`, `@./with/a/folder`, `@with.an.ending` of a known kind.
-
-    "@alice", "@app.get" and "@types/node" are no files, and were not meant to be.
-    """
-    quoted = {match[1] for match in _MENTION.finditer(text) if match[1]}
-    absent = [word for word in _words(text) if _file(word, folder) is None]
-    names = [word if word in quoted else _name_in(word) for word in absent]
-    return list(dict.fromkeys(name for name in names if name))
-
-
-def _words(text: str) -> Iterator[str]:
-    for match in _MENTION.finditer(text):
-        yield match[1] or match[2]
-
-
-def _file(word: str, folder: Path) -> Path | None:
-    """The longest beginning of `word` that is a file, where a name may end: before a full stop, before 中文."""
-    for end in range(len(word), 0, -1):
-        if end == len(word) or word[end] in _ENDS or not word[end].isascii():
-            try:
-                path = (folder / Path(word[:end]).expanduser()).resolve()
-                if path.is_file():
-                    return path
-            except (OSError, RuntimeError, ValueError):  # too long, nobody's home, letters that no name has: no file
-                continue
-    return None
-
-
-def _name_in(word: str) -> str:
-    """What of `word` was meant as a file's name; "" where nothing was."""
-    until_end = re.split(f"['\"’”]|[{re.escape(_ENDS)}](?![A-Za-z0-9/.])", word.rstrip(_ENDS), maxsplit=1)[0]
-    plain = re.match(r"[!-~]*", until_end)
-    return next((name for name in (until_end, plain[0] if plain else "") if _looks_like_a_file(name)), "")
-
-
-def _looks_like_a_file(name: str) -> bool:
-    return name.startswith(("./", "../", "/", "~/")) or mimetypes.guess_type(name.rstrip("."))[0] is not None
-
-
-def _plain(path: Path, data: bytes) -> str:
+def _decode(path: Path, data: bytes) -> str:
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         return data.decode("utf-16", errors="replace")
-    if b"\0" in data[:_LOOKED_AT]:
-        raise _no_text(path, data) or UsageProblem(
-            tr("{name} is a binary file; this model reads text only.", name=path.name)
+    if b"\0" in data[:_SNIFFED_BYTES]:
+        raise _binary_error(path, data) or UsageError(
+            tr("{name} is a binary file; this model reads only text.", name=path.name)
         )
     try:
         return data.decode("utf-8-sig")
-    except UnicodeDecodeError as wrong:
-        raise _no_text(path, data) or UsageProblem(
+    except UnicodeDecodeError as error:
+        raise _binary_error(path, data) or UsageError(
             tr(
                 "{name} is not UTF-8 text (byte {start:,} is 0x{data:02X}).",
                 name=path.name,
-                start=wrong.start + 1,
-                data=data[wrong.start],
+                start=error.start + 1,
+                data=data[error.start],
             ),
-            hint=tr("If it is text in another encoding, convert it: iconv -f GB18030 -t UTF-8 {name}", name=path.name),
-        ) from wrong
+            hint=tr("Convert text in another encoding: iconv -f GB18030 -t UTF-8 {name}", name=path.name),
+        ) from error
 
 
-def _no_text(path: Path, data: bytes) -> UsageProblem | None:
-    """What a file without text is, by its first bytes; text may begin with "GGUF", too."""
-    for magic, what in _PICTURES.items():
+def _binary_error(path: Path, data: bytes) -> UsageError | None:
+    """Return the error for a known binary type. Call it only if decoding failed: text may begin with “GGUF”, too."""
+    for magic, kind in _BINARY_TYPES.items():
         if data.startswith(magic):
-            return UsageProblem(tr("{name} is {what}; this model reads text only.", name=path.name, what=tr(what)))
+            return UsageError(tr("{name} is {kind}; this model reads only text.", name=path.name, kind=tr(kind)))
     return None
 
 
@@ -166,25 +128,20 @@ def _read_with(reader: Callable[[Path], str], path: Path) -> str:
         return reader(path)
     except QwenlocalError:
         raise
-    except Exception as reason:  # whatever a library stumbles over in somebody's file
-        raise UsageProblem(
-            tr(
-                "{name} cannot be read: {kind}: {reason}.",
-                name=path.name,
-                kind=type(reason).__name__,
-                reason=reason,
-            ),
-            hint=tr("Export its text, and attach that."),
-        ) from reason
+    except Exception as error:  # the libraries raise all kinds of exceptions on damaged files
+        raise UsageError(
+            tr("Cannot read {name}: {kind}: {reason}.", name=path.name, kind=type(error).__name__, reason=error),
+            hint=tr("Export it as plain text and attach that file."),
+        ) from error
 
 
-def _pdf(path: Path) -> str:
+def _read_pdf(path: Path) -> str:
     from pypdf import PdfReader
 
     return "\n\n".join(page.extract_text() or "" for page in PdfReader(path).pages)
 
 
-def _docx(path: Path) -> str:
+def _read_docx(path: Path) -> str:
     import docx
 
     document = docx.Document(str(path))
@@ -194,12 +151,152 @@ def _docx(path: Path) -> str:
     return "\n".join(parts)
 
 
-def _html(path: Path) -> str:
+def _read_html(path: Path) -> str:
     import html2text
 
     converter = html2text.HTML2Text(bodywidth=0)
     converter.ignore_images = True
-    return str(converter.handle(_plain(path, path.read_bytes())))
+    return str(converter.handle(_decode(path, path.read_bytes())))
 
 
-_READERS: Mapping[str, Callable[[Path], str]] = {".pdf": _pdf, ".docx": _docx, ".html": _html, ".htm": _html}
+_READERS: Mapping[str, Callable[[Path], str]] = {
+    ".pdf": _read_pdf,
+    ".docx": _read_docx,
+    ".html": _read_html,
+    ".htm": _read_html,
+}
+
+
+# --- mentions
+
+
+def find_mentions(text: str, folder: Path) -> list[Path]:
+    """
+    Return the files that `text` mentions as `@path` or `@"a path"`; other words with an @ ("@alice") are ignored.
+
+    `find_mentions("compare @a.txt with (@b.txt)", folder)` returns both if they exist. Chinese needs no spaces:
+    `find_mentions("总结@a.txt，谢谢", folder)` returns a.txt.
+    """
+    paths = [path for word in _mentioned_words(text) if (path := _find_file(word, folder))]
+    return list(dict.fromkeys(paths))
+
+
+def find_missing_mentions(text: str, folder: Path) -> list[str]:
+    """
+    Return the names that `text` mentions like files although there are none.
+
+    Those are `@"in quotes"`, `@./with/a/folder` and `@name.txt`, with a suffix of a known type. "@alice" and "@app.get"
+    do not look like files.
+    """
+    quoted = {match[1] for match in _MENTION.finditer(text) if match[1]}
+    missing = [word for word in _mentioned_words(text) if _find_file(word, folder) is None]
+    names = [word if word in quoted else _extract_name(word) for word in missing]
+    return list(dict.fromkeys(name for name in names if name))
+
+
+def _mentioned_words(text: str) -> Iterator[str]:
+    for match in _MENTION.finditer(text):
+        yield match[1] or match[2]
+
+
+def _find_file(word: str, folder: Path) -> Path | None:
+    """Return the file with the longest name that `word` begins with; a name may end before punctuation or 中文."""
+    for end in range(len(word), 0, -1):
+        if end == len(word) or word[end] in _CLOSING or not word[end].isascii():
+            try:
+                path = (folder / Path(word[:end]).expanduser()).resolve()
+                if path.is_file():
+                    return path
+            except (OSError, RuntimeError, ValueError):  # too long, ~unknown-user, or characters no name can have
+                continue
+    return None
+
+
+def _extract_name(word: str) -> str:
+    """Return the part of `word` that looks like a file name, "" if there is none."""
+    before_punctuation = re.split(
+        f"['\"’”]|[{re.escape(_CLOSING)}](?![A-Za-z0-9/.])", word.rstrip(_CLOSING), maxsplit=1
+    )[0]
+    ascii_only = re.match(r"[!-~]*", before_punctuation)
+    candidates = (before_punctuation, ascii_only[0] if ascii_only else "")
+    return next((name for name in candidates if _looks_like_file(name)), "")
+
+
+def _looks_like_file(name: str) -> bool:
+    return name.startswith(("./", "../", "/", "~/")) or mimetypes.guess_type(name.rstrip("."))[0] is not None
+
+
+# --- cutting
+
+
+def truncate_to_tokens(text: str, max_tokens: int, count_tokens: Callable[[str], int]) -> str:
+    """Return the beginning of `text` in whole lines, at most `max_tokens`, followed by "…"."""
+    lines = text.splitlines()
+    low, high = 0, len(lines)
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = count_tokens("\n".join(lines[:middle])) <= max_tokens
+        low, high = (middle, high) if fits else (low, middle - 1)
+    if low:
+        return "\n".join(lines[:low]) + "\n…"
+    return text[: max_tokens * 2] + "…"  # the first line is too long: two characters a token is a low estimate
+
+
+def select_passages(text: str, question: str, max_tokens: int, count_tokens: Callable[[str], int]) -> str:
+    """
+    Return the passages of `text` that match `question` best (BM25), in the order of the text.
+
+    They have at most `max_tokens` tokens together. A line with … marks each gap.
+    """
+    passages = _split_passages(text)
+    scores = _bm25_scores(passages, question)
+    selected: set[int] = set()
+    remaining = max_tokens
+    for index in sorted(range(len(passages)), key=lambda index: (-scores[index], index)):
+        tokens = count_tokens(passages[index]) + 2
+        if tokens <= remaining:
+            selected.add(index)
+            remaining -= tokens
+    parts, previous = [], -1
+    for index in sorted(selected):
+        if index != previous + 1:
+            parts.append("…")
+        parts.append(passages[index])
+        previous = index
+    if previous != len(passages) - 1:
+        parts.append("…")
+    return "\n\n".join(parts)
+
+
+def _split_passages(text: str) -> list[str]:
+    """Split `text` into paragraphs; join short ones, cut long ones."""
+    passages: list[str] = []
+    for paragraph in re.split(r"\n\s*\n", text):
+        for start in range(0, max(1, len(paragraph)), _PASSAGE * 2):
+            piece = paragraph[start : start + _PASSAGE * 2].strip("\n")
+            if passages and len(passages[-1]) + len(piece) < _PASSAGE:
+                passages[-1] += f"\n\n{piece}"
+            elif piece.strip():
+                passages.append(piece)
+    return passages
+
+
+def _bm25_scores(passages: Sequence[str], question: str) -> list[float]:
+    counts = [collections.Counter(_words(passage)) for passage in passages]
+    lengths = [sum(counter.values()) for counter in counts]
+    average = sum(lengths) / max(1, len(lengths)) or 1.0
+    scores = [0.0] * len(passages)
+    for term in set(_words(question)):
+        matching = sum(term in counter for counter in counts)
+        if not matching:
+            continue
+        idf = math.log(1 + (len(passages) - matching + 0.5) / (matching + 0.5))
+        for index, counter in enumerate(counts):
+            frequency = counter[term]
+            norm = frequency + _K1 * (1 - _B + _B * lengths[index] / average)
+            scores[index] += idf * frequency * (_K1 + 1) / norm
+    return scores
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())

@@ -1,26 +1,31 @@
-"""What happens while a model answers. Terminal, one-shot command and server only show these."""
+"""Events while a model answers. The terminal, one-shot runs and servers only display them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
 
-from qwenlocal.language import mark, tr
+from qwenlocal.i18n import mark, tr
 
 
-class Why(str, Enum):
-    """Why an answer ended; the values are words for people, in English."""
+class FinishReason(str, Enum):
+    """
+    Why an answer ended.
 
-    END = mark("end of answer")
-    STOP = mark("stop string")
+    The values are a file format: they are stored in the journal and in the output of --batch. Shown to people, they
+    are translated.
+    """
+
+    EOS = mark("end of answer")
+    STOP_STRING = mark("stop string")
     LENGTH = mark("token limit")
-    CONTEXT = mark("context full")
+    CONTEXT_FULL = mark("context full")
     INTERRUPTED = mark("interrupted")
 
 
 @dataclass(frozen=True)
-class Reading:
-    """`done` of `total` prompt tokens are read; `reused` of them were in the cache from the turn before."""
+class PromptProgress:
+    """`done` of `total` prompt tokens are in the KV cache; `reused` of them were there already."""
 
     done: int
     total: int
@@ -28,49 +33,53 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Summarising:
-    """The oldest `turns` no longer fit; the model has written `words` of what shall stand for them."""
+class Summarizing:
+    """The oldest `turns` do not fit into the context; the model has written `words` words of their summary."""
 
     turns: int
     words: int
 
 
 @dataclass(frozen=True)
-class LeftOut:
+class TurnsEvicted:
     """
-    The oldest `turns` of the conversation no longer fit and are not read any more; the first began with `first`.
+    The oldest `turns` did not fit and left the context; the first of them began with `first`.
 
-    `summary` stands for all that was left out, "" where nothing does.
+    `summary` replaces all evicted turns, "" if there is none.
     """
 
     turns: int
     first: str
     summary: str = ""
 
-    def sentence(self) -> str:
-        """`The context is full: the oldest 3 turns, from “Hello, …” on, are no longer read.`"""
+    def describe(self) -> str:
+        """Return `The context is full: the oldest 3 turns, starting with “Hello, …”, were removed from it.`"""
         if self.turns == 1:
-            said = tr("The context is full: the oldest turn, from “{first}” on, is no longer read.", first=self.first)
+            text = tr("The context is full: the oldest turn, “{first}”, was removed from it.", first=self.first)
         else:
-            said = tr(
-                "The context is full: the oldest {turns} turns, from “{first}” on, are no longer read.",
+            text = tr(
+                "The context is full: the oldest {turns} turns, starting with “{first}”, were removed from it.",
                 turns=self.turns,
                 first=self.first,
             )
-        return said + " " + tr("Read instead: {summary}", summary=self.summary) if self.summary else said
+        return text + " " + tr("Summary: {summary}", summary=self.summary) if self.summary else text
 
 
 @dataclass(frozen=True)
 class Text:
-    """More of the answer: whole characters, no control tokens. With it, `tokens` of the answer have come."""
+    """The next text of the answer: whole characters, no control tokens. `tokens` counts the answer's tokens so far."""
 
     text: str
     tokens: int = 0
 
 
 @dataclass(frozen=True)
-class Stats:
-    """Counts in tokens, times in seconds. `first_token` runs from the question to the first token of the answer."""
+class GenerationStats:
+    """
+    Counts in tokens, times in seconds.
+
+    `first_token` is the time from the question to the first token of the answer, `answer` from there to the last one.
+    """
 
     prompt_tokens: int
     reused_tokens: int
@@ -80,7 +89,7 @@ class Stats:
 
     @property
     def prompt_speed(self) -> float:
-        """Prompt tokens read per second (without the reused ones)."""
+        """Prompt tokens processed per second, without the reused ones."""
         return (self.prompt_tokens - self.reused_tokens) / self.first_token if self.first_token else 0.0
 
     @property
@@ -88,32 +97,34 @@ class Stats:
         """Answer tokens per second, from the first to the last; 0 for answers of a single token."""
         return (self.answer_tokens - 1) / self.answer if self.answer and self.answer_tokens > 1 else 0.0
 
-    def sentence(self, why: Why) -> str:
-        """All of it in one line."""
+    def describe(self, reason: FinishReason) -> str:
+        """Return all numbers and the finish reason in one line."""
         reused = " " + tr("({count:,} reused)", count=self.reused_tokens) if self.reused_tokens else ""
         parts = (
-            tr("prompt {count:,} tokens", count=self.prompt_tokens) + reused + ", " + _pace(self.prompt_speed),
+            tr("prompt {count:,} tokens", count=self.prompt_tokens) + reused + ", " + _speed(self.prompt_speed),
             tr("first token after {seconds:.2f} s", seconds=self.first_token),
-            tr("answer {count:,} tokens", count=self.answer_tokens) + ", " + _pace(self.answer_speed),
-            tr(why.value),
+            tr("answer {count:,} tokens", count=self.answer_tokens) + ", " + _speed(self.answer_speed),
+            tr(reason.value),
         )
         return " | ".join(parts)
 
 
-def _pace(speed: float) -> str:
-    return tr("{speed:.1f} tokens/s", speed=speed)
+def _speed(tokens_per_second: float) -> str:
+    return tr("{speed:.1f} tokens/s", speed=tokens_per_second)
 
 
 @dataclass(frozen=True)
 class Done:
     """
-    The answer is over. `ids` are its tokens, without the one that ended it; none where a stop string cut it, which may
-    lie in the middle of a token.
+    The answer has ended.
+
+    `ids` are its tokens without the one that ended it. They are empty after a stop string, which may begin in the
+    middle of a token.
     """
 
-    why: Why
-    stats: Stats
+    finish_reason: FinishReason
+    stats: GenerationStats
     ids: tuple[int, ...] = ()
 
 
-Event = Reading | Summarising | LeftOut | Text | Done
+Event = PromptProgress | Summarizing | TurnsEvicted | Text | Done

@@ -1,15 +1,13 @@
-"""A thread as a file for people and programs: Markdown, JSON, or a page of HTML."""
+"""Export a thread as Markdown, JSON or an HTML page."""
 
 from __future__ import annotations
 
 import html
 import json
-from collections.abc import Mapping
 from datetime import datetime, timezone
 
 from qwenlocal.chat.thread import USER, Message, Thread
 
-_NAMES: Mapping[bool, str] = {True: "You", False: "Model"}
 _STYLE = (
     "body{max-width:46rem;margin:2rem auto;padding:0 1rem;font:16px/1.5 system-ui,sans-serif}"
     "pre{overflow-x:auto;padding:.7rem;background:#8881;border-radius:.4rem}"
@@ -19,8 +17,8 @@ _STYLE = (
 )
 
 
-def as_markdown(thread: Thread, title: str) -> str:
-    """A heading for each message; what was said stands as it is, since it is Markdown mostly."""
+def export_markdown(thread: Thread, title: str) -> str:
+    """Return the path as Markdown, a heading for each message. Texts are copied as they are: most are Markdown."""
     parts = [f"# {title}"]
     if thread.system:
         parts.append(f"*System prompt:* {thread.system}")
@@ -28,11 +26,11 @@ def as_markdown(thread: Thread, title: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def as_json(thread: Thread, title: str, model: str) -> str:
+def export_json(thread: Thread, title: str, model: str) -> str:
     """
-    What was read, in the form that chat APIs use ("messages"), and every version that there was ("tree").
+    Return the thread as JSON: the path as chat APIs represent it ("messages"), and all versions ("tree").
 
-    Each of the tree has its number, its parent's (0: none), and how an answer ended.
+    Each message of the tree has its number, its parent's number (0: none), and the reason why an answer ended ("why").
     """
     system = [{"role": "system", "content": thread.system}] if thread.system else []
     tree = [
@@ -41,11 +39,11 @@ def as_json(thread: Thread, title: str, model: str) -> str:
             "parent": message.parent,
             "role": message.role,
             "content": message.text,
-            "why": message.why,
+            "why": message.finish_reason,
             "model": message.model,
             "pinned": message.pinned,
             "dropped": message.dropped,
-            "created": _iso(message.created),
+            "created": _iso_time(message.created),
         }
         for message in thread.messages.values()
     ]
@@ -54,8 +52,8 @@ def as_json(thread: Thread, title: str, model: str) -> str:
     return json.dumps(data, ensure_ascii=False, indent=1) + "\n"
 
 
-def as_html(thread: Thread, title: str) -> str:
-    """A page that stands alone; HTML that somebody typed or the model said is shown, not obeyed."""
+def export_html(thread: Thread, title: str) -> str:
+    """Return the path as a self-contained HTML page. HTML in messages is escaped."""
     from markdown_it import MarkdownIt
 
     render = MarkdownIt("commonmark", {"html": False}).enable("table").render
@@ -68,9 +66,9 @@ def as_html(thread: Thread, title: str) -> str:
 
 
 def _heading(message: Message) -> str:
-    who = message.model if message.role != USER and message.model else _NAMES[message.role == USER]
-    return f"{who}, {datetime.fromtimestamp(message.created):%Y-%m-%d %H:%M}"
+    author = "You" if message.role == USER else message.model or "Model"
+    return f"{author}, {datetime.fromtimestamp(message.created):%Y-%m-%d %H:%M}"
 
 
-def _iso(seconds: float) -> str:
+def _iso_time(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="seconds")

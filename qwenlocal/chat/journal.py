@@ -1,8 +1,9 @@
 """
-Every chat, in one SQLite file: each message is there before it is shown, an answer at most half a second after.
+The journal: all chats in one SQLite file.
 
-The file is in WAL mode, so several chats can be open at once, and whoever is killed loses nothing that was written.
-Nothing in it leaves the machine. Format: `_SCHEMA`; `PRAGMA user_version` counts its versions.
+A message is written before it is shown, an answer at most half a second later. The file is in WAL mode, so several
+chats can be open at once, and a killed process loses nothing that was written. Nothing in it leaves the machine. The
+format is `_SCHEMA`; `PRAGMA user_version` is its version.
 """
 
 from __future__ import annotations
@@ -20,16 +21,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwenlocal.chat.keeper import Keeper, in_words, is_damage
-from qwenlocal.chat.room import shortly
+from qwenlocal.chat.context_window import shorten
+from qwenlocal.chat.journal_writer import JournalWriter, describe_error, is_corruption
 from qwenlocal.chat.thread import USER, Message, Thread
-from qwenlocal.errors import ChatNotFound, JournalUnusable
-from qwenlocal.language import tr
+from qwenlocal.errors import ChatNotFound, JournalError
+from qwenlocal.i18n import tr
 
 VERSION = 1
-_APPLICATION = 0x71776C63  # "qwlc": PRAGMA application_id
-_PATIENCE = 2.0  # seconds for another process to finish writing
-_AROUND = 40  # letters shown on each side of what was found
+_APPLICATION_ID = 0x71776C63  # "qwlc": PRAGMA application_id
+_HIT_CONTEXT = 40  # characters shown on each side of a search hit
 _SCHEMA = """
 CREATE TABLE chats(
     id INTEGER PRIMARY KEY AUTOINCREMENT, title TEXT NOT NULL, model TEXT NOT NULL, system TEXT NOT NULL,
@@ -44,8 +44,8 @@ _COLUMNS = "number, parent, role, text, why, ids, model, pinned, dropped, create
 
 
 @dataclass(frozen=True)
-class Chat:
-    """A chat in the journal, without its messages."""
+class ChatInfo:
+    """A chat in the journal without its messages. The field names are the keys of `chats --json`."""
 
     id: int
     title: str
@@ -56,8 +56,12 @@ class Chat:
 
 
 @dataclass(frozen=True)
-class Hit:
-    """A message that has every word that was looked for; `before`, `found` and `after` are a piece of it."""
+class SearchHit:
+    """
+    A message that contains all words of a search; `before`, `found` and `after` are an excerpt around the first word.
+
+    The field names are the keys of `chats search --json`.
+    """
 
     chat: int
     title: str
@@ -69,21 +73,21 @@ class Hit:
 
 
 class Journal:
-    """The file at `path`, open."""
+    """The open journal at `path`."""
 
-    def __init__(self, path: Path, now: Callable[[], float] = time.time) -> None:
+    def __init__(self, path: Path, now: Callable[[], float] = time.time, *, lock_timeout: float = 2.0) -> None:
         """
-        Open the file, or make it.
+        Open the file, or create it. Waits up to `lock_timeout` seconds for another process to finish writing.
 
         Raises
         ------
-        JournalUnusable: it is damaged, of a newer version, locked, or cannot be written.
+        JournalError: the file is damaged, of a newer version, locked or not writable.
         """
         self.path, self._now, self._lock = path, now, threading.RLock()
-        with problems(path):
-            # What people say to a model is nobody else's business; SQLite gives the files beside it the same mode.
+        with translate_errors(path):
+            # Chats are private. SQLite creates its -wal and -shm files with the mode of the database.
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-            self._db = sqlite3.connect(path, timeout=_PATIENCE, isolation_level=None, check_same_thread=False)
+            self._db = sqlite3.connect(path, timeout=lock_timeout, isolation_level=None, check_same_thread=False)
             try:
                 self._prepare()
             except BaseException:
@@ -93,18 +97,18 @@ class Journal:
     def _prepare(self) -> None:
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
         if version > VERSION:
-            raise JournalUnusable(self.path, tr("it was written by a newer version of this program"))
+            raise JournalError(self.path, tr("it was written by a newer version of qwenlocal"))
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = NORMAL")
-        self._db.execute("PRAGMA secure_delete = ON")  # what is forgotten is overwritten
+        self._db.execute("PRAGMA secure_delete = ON")  # overwrite deleted messages
         if version == 0:
-            with self.writing():
+            with self.transaction():
                 if not self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'chats'").fetchone():
                     for statement in _SCHEMA.split(";\n"):
                         self._db.execute(statement)
                 self._db.execute(f"PRAGMA user_version = {VERSION}")
-                self._db.execute(f"PRAGMA application_id = {_APPLICATION}")
-        self._db.execute("BEGIN IMMEDIATE")  # whether it can be written is known now, not in the middle of an answer
+                self._db.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+        self._db.execute("BEGIN IMMEDIATE")  # fails now if the file is not writable, not in the middle of an answer
         self._db.execute("ROLLBACK")
 
     def close(self) -> None:
@@ -113,8 +117,8 @@ class Journal:
             self._db.close()
 
     @contextlib.contextmanager
-    def writing(self) -> Iterator[sqlite3.Connection]:
-        """A transaction: all that is done in it, or nothing."""
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """Run the block in a transaction; an exception rolls it back."""
         with self._lock:
             self._db.execute("BEGIN IMMEDIATE")
             try:
@@ -126,241 +130,237 @@ class Journal:
 
     # --- reading
 
-    def chats(self) -> list[Chat]:
-        """All chats, the one that was changed last first."""
-        with self._lock, problems(self.path):
+    def list_chats(self) -> list[ChatInfo]:
+        """Return all chats, the most recently changed one first."""
+        with self._lock, translate_errors(self.path):
             rows = self._db.execute(
                 "SELECT id, title, model, created, changed, (SELECT count(*) FROM messages WHERE chat = chats.id) "
                 "FROM chats ORDER BY changed DESC, id DESC"
             ).fetchall()
-        return [Chat(*row) for row in rows]
+        return [ChatInfo(*row) for row in rows]
 
-    def chat(self, id: int) -> Chat:
+    def get_chat(self, chat_id: int) -> ChatInfo:
         """
-        The chat of that number.
+        Return the chat `chat_id`.
 
         Raises
         ------
-        ChatNotFound: there is none.
+        ChatNotFound: there is no such chat.
         """
-        for chat in self.chats():
-            if chat.id == id:
+        for chat in self.list_chats():
+            if chat.id == chat_id:
                 return chat
-        raise ChatNotFound(id)
+        raise ChatNotFound(chat_id)
 
-    def thread(self, id: int) -> Thread:
+    def load_thread(self, chat_id: int) -> Thread:
         """
-        What was said in a chat, not kept any further.
+        Return the messages of a chat. Changes of the thread are not written; see `open_writer`.
 
         Raises
         ------
-        ChatNotFound: there is none.
+        ChatNotFound: there is no such chat.
         """
-        with self._lock, problems(self.path):
-            found = self._db.execute("SELECT system, leaf, left_out, summary FROM chats WHERE id = ?", (id,)).fetchone()
-            rows = self._db.execute(f"SELECT {_COLUMNS} FROM messages WHERE chat = ? ORDER BY number", (id,)).fetchall()
-            if found is None:
-                raise ChatNotFound(id)
-            system, leaf, left, summary = found
-            messages = {message.number: message for message in map(_message, rows)}
-            whole = {number: message for number, message in messages.items() if _is_rooted(message, messages)}
-            leaf = leaf if leaf == 0 or leaf in whole else max(whole, default=0)
-            return Thread(system, leaf, whole, set(json.loads(left)), summary)
+        with self._lock, translate_errors(self.path):
+            chat = self._db.execute(
+                "SELECT system, leaf, left_out, summary FROM chats WHERE id = ?", (chat_id,)
+            ).fetchone()
+            rows = self._db.execute(
+                f"SELECT {_COLUMNS} FROM messages WHERE chat = ? ORDER BY number", (chat_id,)
+            ).fetchall()
+            if chat is None:
+                raise ChatNotFound(chat_id)
+            system, leaf, evicted, summary = chat
+            messages = {message.number: message for message in map(_from_row, rows)}
+            rooted = {number: message for number, message in messages.items() if _is_rooted(message, messages)}
+            leaf = leaf if leaf == 0 or leaf in rooted else max(rooted, default=0)
+            return Thread(system, leaf, rooted, set(json.loads(evicted)), summary)
 
-    def search(self, words: str) -> list[Hit]:
+    def search(self, words: str) -> list[SearchHit]:
         """
-        Messages that have every one of `words`, wherever they stand, in any script; the newest first.
+        Return the messages that contain all `words`, in any script, the newest first.
 
-        Capitals and accents typed in two ways make no difference.
+        Words match anywhere in a text, regardless of case and of how accents are encoded.
         """
-        wanted = [_folded(word) for word in words.split()]
-        if not wanted:
+        terms = [_normalize(word) for word in words.split()]
+        if not terms:
             return []
-        with self._lock, problems(self.path):
+        with self._lock, translate_errors(self.path):
             rows = self._db.execute(
                 "SELECT chat, title, role, text, messages.created FROM messages JOIN chats ON chats.id = chat "
                 "ORDER BY messages.created DESC"
             )
-            found = [(row, _folded(row[3])) for row in rows]
-            return [_hit(row, folded, wanted[0]) for row, folded in found if all(word in folded for word in wanted)]
+            texts = [(row, _normalize(row[3])) for row in rows]
+            return [_search_hit(row, text, terms[0]) for row, text in texts if all(term in text for term in terms)]
 
     # --- writing
 
-    def rename(self, id: int, title: str) -> None:
+    def rename_chat(self, chat_id: int, title: str) -> None:
         """
-        Give a chat another title.
+        Set the title of a chat.
 
         Raises
         ------
-        ChatNotFound: there is none.
+        ChatNotFound: there is no such chat.
         """
-        self._change("UPDATE chats SET title = ? WHERE id = ?", (title, id), id)
+        with translate_errors(self.path), self.transaction() as db:
+            if not db.execute("UPDATE chats SET title = ? WHERE id = ?", (title, chat_id)).rowcount:
+                raise ChatNotFound(chat_id)
 
-    def remove(self, id: int) -> None:
+    def delete_chat(self, chat_id: int) -> None:
         """
-        Forget a chat, for good.
+        Delete a chat, overwriting its text in the file.
 
         Raises
         ------
-        ChatNotFound: there is none.
+        ChatNotFound: there is no such chat.
         """
-        with problems(self.path), self.writing() as db:
-            db.execute("DELETE FROM messages WHERE chat = ?", (id,))
-            if not db.execute("DELETE FROM chats WHERE id = ?", (id,)).rowcount:
-                raise ChatNotFound(id)
-        with problems(self.path), self._lock:
+        with translate_errors(self.path), self.transaction() as db:
+            db.execute("DELETE FROM messages WHERE chat = ?", (chat_id,))
+            if not db.execute("DELETE FROM chats WHERE id = ?", (chat_id,)).rowcount:
+                raise ChatNotFound(chat_id)
+        with translate_errors(self.path), self._lock:
             self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
-    def _change(self, statement: str, values: Sequence[Any], id: int) -> None:
-        with problems(self.path), self.writing() as db:
-            if not db.execute(statement, values).rowcount:
-                raise ChatNotFound(id)
-
-    def keep(self, thread: Thread, *, model: str, id: int | None = None) -> Keeper:
+    def open_writer(self, thread: Thread, *, model: str, chat_id: int | None = None) -> JournalWriter:
         """
-        Keep what is said in `thread` from now on: as a new chat, or going on with `id`.
+        Write `thread` and its future changes: to the chat `chat_id`, or to a new one.
 
-        Where another process has that chat open, what is said goes into a copy of it.
+        If another process has that chat open, the thread is written to a copy of it.
         """
-        keeper = Keeper(self, thread, model)
-        if id is not None and not self.is_open(id):
-            keeper.id = id
-            keeper.moved(thread)
+        writer = JournalWriter(self, thread, model)
+        if chat_id is not None and not self.is_open_elsewhere(chat_id):
+            writer.chat_id = chat_id
+            writer.moved(thread)
         elif thread.messages:
             for message in thread.messages.values():
-                keeper.changed(message)
-        thread.recorder = keeper
-        return keeper
+                writer.changed(message)
+        thread.observer = writer
+        return writer
 
-    def is_open(self, id: int) -> bool:
-        """Whether another living process has that chat open."""
-        with self._lock, problems(self.path):
-            return id in open_elsewhere(self._db)
+    def is_open_elsewhere(self, chat_id: int) -> bool:
+        """True if another running process has the chat open."""
+        with self._lock, translate_errors(self.path):
+            return chat_id in find_chats_open_elsewhere(self._db)
 
-    def write(self, keeper: Keeper, messages: Sequence[Message], removed: Sequence[int]) -> None:
+    def write_thread(self, writer: JournalWriter, messages: Sequence[Message], removed: Sequence[int]) -> None:
         """
-        Write what changed, the chat first where it is new.
+        Write the changes of the writer's thread; create the chat if it is new.
 
         Raises
         ------
-        sqlite3.Error: it cannot be written now.
+        sqlite3.Error: the file cannot be written now.
         """
-        thread, now = keeper.thread, self._now()
-        state = (thread.system, thread.leaf, json.dumps(sorted(thread.left)), thread.summary, keeper.model, now)
-        with self.writing() as db:
-            id = keeper.id
+        thread, now = writer.thread, self._now()
+        state = (thread.system, thread.leaf, json.dumps(sorted(thread.evicted)), thread.summary, writer.model, now)
+        process = os.getpid() if writer.is_open else 0
+        with self.transaction() as db:
+            chat_id = writer.chat_id
             if (
-                id is not None
+                chat_id is not None
                 and not db.execute(
                     "UPDATE chats SET system = ?, leaf = ?, left_out = ?, summary = ?, model = ?, changed = ?, "
                     "open_by = ? WHERE id = ?",
-                    (*_clean(state), os.getpid() if keeper.is_open else 0, id),
+                    (*_to_sql(state), process, chat_id),
                 ).rowcount
             ):
-                # It was forgotten meanwhile, and goes on as a new one.
-                id, messages = None, list(thread.messages.values())
-            if id is None:
-                id = db.execute(
+                # The chat was deleted meanwhile: write all of it to a new one.
+                chat_id, messages = None, list(thread.messages.values())
+            if chat_id is None:
+                chat_id = db.execute(
                     "INSERT INTO chats(title, created, open_by, system, leaf, left_out, summary, model, changed) "
                     "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                    (_title(thread), now, os.getpid() if keeper.is_open else 0, *_clean(state)),
+                    (_default_title(thread), now, process, *_to_sql(state)),
                 ).lastrowid
             for message in messages:
                 db.execute(
                     f"INSERT OR REPLACE INTO messages(chat, {_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                    (id, *_clean(_row(message))),
+                    (chat_id, *_to_sql(_to_row(message))),
                 )
-            db.executemany("DELETE FROM messages WHERE chat = ? AND number = ?", [(id, number) for number in removed])
-        keeper.id = id
+            db.executemany(
+                "DELETE FROM messages WHERE chat = ? AND number = ?", [(chat_id, number) for number in removed]
+            )
+        writer.chat_id = chat_id
 
 
 @contextlib.contextmanager
-def problems(path: Path) -> Iterator[None]:
-    """What SQLite says about the file at `path`, as `JournalUnusable`."""
+def translate_errors(path: Path) -> Iterator[None]:
+    """Raise SQLite's and the system's errors about the file at `path` as `JournalError`."""
     try:
         yield
-    except (sqlite3.Error, OSError, ValueError, TypeError) as reason:  # the last two of what damaged rows hold
-        raise JournalUnusable(path, in_words(reason), damaged=is_damage(reason)) from reason
+    except (sqlite3.Error, OSError, ValueError, TypeError) as error:  # the last two: values in damaged rows
+        raise JournalError(path, describe_error(error), damaged=is_corruption(error)) from error
 
 
-def open_elsewhere(db: sqlite3.Connection) -> set[int]:
-    """The chats that other living processes have open."""
+def find_chats_open_elsewhere(db: sqlite3.Connection) -> set[int]:
+    """Return the ids of the chats that other running processes have open."""
     rows = db.execute("SELECT id, open_by, changed FROM chats WHERE open_by NOT IN (0, ?)", (os.getpid(),)).fetchall()
-    return {id for id, process, changed in rows if _was_alive(process, changed)}
+    return {chat_id for chat_id, process, changed in rows if _has_run_since(process, changed)}
 
 
-def _was_alive(process: int, then: float) -> bool:
-    """Whether a process lives that began before `then`; one that began later only has the number of another."""
+def _has_run_since(process: int, moment: float) -> bool:
+    """True if a process is running and started before `moment`; one that started later only reuses the id."""
     import psutil
 
     try:
-        return bool(psutil.Process(process).create_time() <= then)
+        return bool(psutil.Process(process).create_time() <= moment)
     except psutil.NoSuchProcess:
         return False
-    except psutil.Error:  # it lives, and may not be asked
+    except psutil.Error:  # it is running, but denies access
         return True
 
 
-def _title(thread: Thread) -> str:
+def _default_title(thread: Thread) -> str:
     first = next((message.text for message in thread.messages.values() if message.role == USER), "")
-    return shortly(_text(first)) or tr("(no title)")
+    return shorten(_replace_surrogates(first)) or tr("(no title)")
 
 
-def _text(value: str) -> str:
-    """SQLite takes no lone surrogates, which are bytes of a terminal that are no text."""
-    return value.encode("utf-8", errors="replace").decode("utf-8")
+def _replace_surrogates(text: str) -> str:
+    """Replace lone surrogates, which SQLite rejects: a terminal's bytes that are not UTF-8."""
+    return text.encode("utf-8", errors="replace").decode("utf-8")
 
 
-def _clean(row: Sequence[Any]) -> list[object]:
-    return [_text(value) if isinstance(value, str) else value for value in row]
+def _to_sql(row: Sequence[Any]) -> list[object]:
+    return [_replace_surrogates(value) if isinstance(value, str) else value for value in row]
 
 
-def _row(message: Message) -> tuple[object, ...]:
+def _to_row(message: Message) -> tuple[object, ...]:
     ids = array.array("i", message.ids).tobytes()
     return (
-        message.number, message.parent, message.role, message.text, message.why, ids, message.model,
+        message.number, message.parent, message.role, message.text, message.finish_reason, ids, message.model,
         int(message.pinned), int(message.dropped), message.created,
     )  # fmt: skip
 
 
-def _message(row: Sequence[Any]) -> Message:
-    number, parent, role, text, why, ids, model, pinned, dropped, created = row
+def _from_row(row: Sequence[Any]) -> Message:
+    number, parent, role, text, finish_reason, ids, model, pinned, dropped, created = row
     tokens = array.array("i")
     tokens.frombytes(ids[: len(ids) // tokens.itemsize * tokens.itemsize])
     return Message(
-        number,
-        parent,
-        role,
-        text,
-        why,
-        tuple(tokens),
-        model,
-        bool(pinned),
-        bool(dropped),
-        created,
+        number, parent, role, text, finish_reason, tuple(tokens), model, bool(pinned), bool(dropped), created
     )
 
 
 def _is_rooted(message: Message, messages: dict[int, Message]) -> bool:
-    """Whether every message before it is there: of a journal that was damaged, some may not be."""
-    seen: set[int] = set()
+    """True if all ancestors of a message exist; in a damaged journal some may be missing."""
+    visited: set[int] = set()
     while message.parent:
-        seen.add(message.number)
-        before = messages.get(message.parent)
-        if before is None or before.number in seen:
+        visited.add(message.number)
+        parent = messages.get(message.parent)
+        if parent is None or parent.number in visited:
             return False
-        message = before
+        message = parent
     return True
 
 
-def _folded(text: str) -> str:
+def _normalize(text: str) -> str:
     return unicodedata.normalize("NFC", text).casefold()
 
 
-def _hit(row: Sequence[Any], folded: str, word: str) -> Hit:
-    """A piece around the first word; folding hardly ever changes a text's length, and then the piece is a bit off."""
+def _search_hit(row: Sequence[Any], normalized: str, term: str) -> SearchHit:
+    """Cut the excerpt around `term`. If normalizing changed the length of the text, which is rare, it is a bit off."""
     chat, title, role, text, created = row
-    at = folded.index(word)
-    line = " ".join(str(text)[max(0, at - _AROUND) : at].splitlines())
-    found, after = str(text)[at : at + len(word)], str(text)[at + len(word) : at + len(word) + _AROUND]
-    return Hit(chat, title, role, line, found, " ".join(after.splitlines()), created)
+    start = normalized.index(term)
+    end = start + len(term)
+    before = " ".join(str(text)[max(0, start - _HIT_CONTEXT) : start].splitlines())
+    after = " ".join(str(text)[end : end + _HIT_CONTEXT].splitlines())
+    return SearchHit(chat, title, role, before, str(text)[start:end], after, created)

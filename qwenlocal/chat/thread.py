@@ -1,8 +1,8 @@
 """
-What was said, as a tree: every message knows the one before it, so that nothing is lost when one is said anew.
+The messages of a chat as a tree: every message knows its parent, so that editing and retrying lose nothing.
 
-A question that is edited becomes another child of the message before it; an answer that is asked for again becomes
-another child of its question. What is read is the path from the first message to the leaf.
+An edited question is another child of the message before it; another answer is another child of its question. The
+model reads the path from the first message to the leaf.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ USER, ASSISTANT = "user", "assistant"
 @dataclass
 class Message:
     """
-    One message; `number` counts from 1 within its thread, `parent` is 0 for the first.
+    One message. `number` counts from 1 within its thread; `parent` is 0 for the first message.
 
-    `why` is how an answer ended ("" while it comes, and for questions), `ids` are its tokens as the model said them.
-    A pinned message stays in the context when older ones leave it; a dropped one is not read.
+    `finish_reason` says how an answer ended, "" while it is being generated and for questions; `ids` are its tokens as
+    the model produced them. A pinned message stays in a full context; a dropped one is not read.
     """
 
     number: int
     parent: int
     role: str
     text: str
-    why: str = ""
+    finish_reason: str = ""
     ids: Sequence[int] = ()
     model: str = ""
     pinned: bool = False
@@ -38,7 +38,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Turn:
-    """A question and its answer, as they lie on the path; `answer` is None where there is none yet."""
+    """A question on the path and its answer, None if there is none yet."""
 
     question: Message
     answer: Message | None
@@ -56,24 +56,24 @@ class Turn:
         return self.question.dropped
 
 
-class Recorder(Protocol):
-    """Whoever keeps a thread: told of everything that changes."""
+class ThreadObserver(Protocol):
+    """Receives every change of a thread."""
 
     def changed(self, message: Message) -> None:
-        """A message is new, or is not what it was."""
+        """A message was added or updated."""
         ...
 
     def removed(self, message: Message) -> None:
-        """A message was taken back."""
+        """A message was removed."""
         ...
 
     def moved(self, thread: Thread) -> None:
-        """The leaf, the system prompt, or what is left out is another."""
+        """The leaf, the system prompt, the evicted turns or their summary changed."""
         ...
 
 
-class Forgetful:
-    """Keeps nothing. Fulfils `Recorder`."""
+class NullObserver:
+    """Ignores all changes. Implements `ThreadObserver`."""
 
     def changed(self, message: Message) -> None:
         pass
@@ -88,17 +88,18 @@ class Forgetful:
 @dataclass
 class Thread:
     """
-    The tree, the leaf where it goes on (0: at the beginning), and what the context had no room for.
+    The tree of messages, and its leaf: the last message of the path, 0 if the path is empty.
 
-    `left` are numbers of questions whose turns are not read any more; `summary` stands for them, if there is one.
+    `evicted` are the numbers of the questions whose turns left a full context; `summary` replaces them, "" if there is
+    none.
     """
 
     system: str = ""
     leaf: int = 0
     messages: dict[int, Message] = field(default_factory=dict)
-    left: set[int] = field(default_factory=set)
+    evicted: set[int] = field(default_factory=set)
     summary: str = ""
-    recorder: Recorder = field(default_factory=Forgetful)
+    observer: ThreadObserver = field(default_factory=NullObserver)
     now: Callable[[], float] = time.time
 
     # --- reading
@@ -106,22 +107,22 @@ class Thread:
     @property
     def path(self) -> list[Message]:
         """The messages from the first to the leaf."""
-        found, number = [], self.leaf
+        path, number = [], self.leaf
         while number:
-            found.append(self.messages[number])
+            path.append(self.messages[number])
             number = self.messages[number].parent
-        return found[::-1]
+        return path[::-1]
 
     @property
     def turns(self) -> list[Turn]:
-        """The path in turns. An answer without a question before it (there is none in practice) is left out."""
-        found: list[Turn] = []
+        """The path as turns. An answer without a question (in practice there is none) is skipped."""
+        turns: list[Turn] = []
         for message in self.path:
             if message.role == USER:
-                found.append(Turn(message, None))
-            elif found:
-                found[-1] = Turn(found[-1].question, message)
-        return found
+                turns.append(Turn(message, None))
+            elif turns:
+                turns[-1] = Turn(turns[-1].question, message)
+        return turns
 
     @property
     def last(self) -> Message | None:
@@ -129,7 +130,7 @@ class Thread:
         return self.messages.get(self.leaf)
 
     def versions(self, message: Message) -> list[Message]:
-        """All that were said in its place, itself among them, in the order in which they came."""
+        """Return the message and its alternatives (siblings of the same role), the oldest first."""
         return [
             other for other in self.messages.values() if (other.parent, other.role) == (message.parent, message.role)
         ]
@@ -137,52 +138,52 @@ class Thread:
     # --- changing
 
     def add(self, role: str, text: str, *, model: str = "") -> Message:
-        """A new message behind the leaf, which it becomes."""
+        """Append a message after the leaf and make it the leaf."""
         number = max(self.messages, default=0) + 1
         message = Message(number, self.leaf, role, text, model=model, created=self.now())
         self.messages[number] = message
-        self.recorder.changed(message)
-        self.go_to(number)
+        self.observer.changed(message)
+        self.set_leaf(number)
         return message
 
-    def change(self, message: Message, **values: object) -> None:
-        """Give a message other values: `change(message, text="…")`."""
+    def update(self, message: Message, **values: object) -> None:
+        """Set fields of a message: `update(message, text="…")`."""
         for name, value in values.items():
             setattr(message, name, value)
-        self.recorder.changed(message)
+        self.observer.changed(message)
 
     def remove(self, message: Message) -> None:
-        """Take back a message that has none behind it."""
+        """Remove a message that has no children."""
         del self.messages[message.number]
         if self.leaf == message.number:
-            self.go_to(message.parent)
-        self.recorder.removed(message)
+            self.set_leaf(message.parent)
+        self.observer.removed(message)
 
-    def go_to(self, number: int) -> None:
-        """Go on from there; what is behind it stays in the tree."""
+    def set_leaf(self, number: int) -> None:
+        """Continue after message `number`; what follows it stays in the tree."""
         self.leaf = number
-        self.recorder.moved(self)
+        self.observer.moved(self)
 
-    def choose(self, message: Message) -> None:
-        """Go to a version, and from there along what was said last."""
+    def select_version(self, message: Message) -> None:
+        """Go to a version, and from there along its most recent messages to their end."""
         number = message.number
-        while later := [other.number for other in self.messages.values() if other.parent == number]:
-            number = max(later)
-        self.go_to(number)
+        while children := [other.number for other in self.messages.values() if other.parent == number]:
+            number = max(children)
+        self.set_leaf(number)
 
-    def tell(self, system: str) -> None:
-        """Another system prompt."""
-        self.system = system
-        self.recorder.moved(self)
+    def set_system_prompt(self, text: str) -> None:
+        """Replace the system prompt."""
+        self.system = text
+        self.observer.moved(self)
 
-    def leave_out(self, questions: Sequence[int], summary: str) -> None:
-        """The turns of these questions are not read any more; `summary` stands for all that are not."""
-        self.left |= set(questions)
+    def evict_turns(self, questions: Sequence[int], summary: str) -> None:
+        """Remove the turns of these questions from the context; `summary` replaces all evicted turns."""
+        self.evicted |= set(questions)
         self.summary = summary
-        self.recorder.moved(self)
+        self.observer.moved(self)
 
     def clear(self) -> None:
-        """Go back to the beginning: everything stays in the tree, nothing is read."""
-        self.left.clear()
+        """Start over with an empty path; all messages stay in the tree."""
+        self.evicted.clear()
         self.summary = ""
-        self.go_to(0)
+        self.set_leaf(0)

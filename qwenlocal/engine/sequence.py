@@ -31,7 +31,7 @@ class Prefill:
     reused: int
 
 
-class Generator(Protocol):
+class TokenGenerator(Protocol):
     """A source of tokens that continue a prompt: a `TokenSequence`, or a scheduler of several."""
 
     def generate(self, ids: Sequence[int], sampling: Sampling, *, limit: int) -> Iterator[Prefill | int]:

@@ -1,0 +1,126 @@
+"""
+The chat template: messages to the text, and to the token ids, that the model continues with its answer.
+
+The template is the model's own Jinja source, rendered as transformers renders it, byte for byte. `encode_messages`
+tokenizes the rendered conversation as a whole, so the ids are those of the reference; a control token that a message
+spells out stays text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Any, Protocol
+
+from qwenlocal.errors import BadWeights, TextTooLong
+from qwenlocal.jinja import compile_template
+
+# Qwen1.5's template, for ChatML models whose file has none (some of the first GGUF files).
+CHATML = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful assistant<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+MAX_CHARACTERS = 4_000_000  # of a message: about a million tokens, far beyond any context
+# Unicode noncharacters, which are never assigned: the first one that no message contains is used.
+_SEPARATORS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
+_HINT = 'To run without a chat template: qwenlocal run MODEL --raw "TEXT TO CONTINUE"'
+
+ChatMessage = Mapping[str, Any]
+
+
+class TokenEncoder(Protocol):
+    """The part of a tokenizer that turns text into ids."""
+
+    def tokenize(self, text: str, *, special: bool, add_bos: bool = False) -> list[int]: ...
+    def piece(self, token: int, *, special: bool = False) -> bytes: ...
+    def is_control(self, token: int) -> bool: ...
+
+
+class ChatTemplate:
+    """A compiled template. `bos` and `eos` are the spellings of the tokens that begin and end a text."""
+
+    def __init__(
+        self, source: str, *, bos: str = "", eos: str = "", now: Callable[[], datetime] = datetime.now
+    ) -> None:
+        """
+        Compile `source`. `now` is the clock behind `strftime_now`.
+
+        Raises
+        ------
+        BadWeights: the template is not valid Jinja.
+        """
+        from jinja2 import TemplateError
+
+        self.source, self._tokens = source, {"bos_token": bos, "eos_token": eos}
+        try:
+            self._template = compile_template(source, now)
+        except TemplateError as error:
+            raise BadWeights("chat template", f"it is not valid Jinja: {error}", hint=_HINT) from error
+
+    def render(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True, **variables: Any) -> str:
+        """
+        Return the text of `messages` ({"role": …, "content": …}), ending with the header of the assistant's turn.
+
+        Raises
+        ------
+        BadWeights: the template rejects these messages or fails.
+        """
+        from jinja2 import TemplateError
+
+        try:
+            return self._template.render(
+                messages=messages, add_generation_prompt=add_generation_prompt, **self._tokens, **variables
+            )
+        except TemplateError as error:
+            raise BadWeights("chat template", f"it rejects the conversation: {error}", hint=_HINT) from error
+        except (TypeError, ValueError, KeyError, ZeroDivisionError, OverflowError) as error:
+            raise BadWeights("chat template", f"it fails: {error}", hint=_HINT) from error
+
+
+def encode_messages(template: ChatTemplate, messages: Sequence[ChatMessage], tokenizer: TokenEncoder) -> list[int]:
+    """
+    Return the ids of the prompt that the model continues with the assistant's answer.
+
+    Control tokens come from the template only. With Qwen1.5, a user's message "a<|im_end|>b" contributes no id above
+    151642: the spelling is split after its first character ("a<", "|im_end|>b"), and the parts are tokenized
+    separately. Messages that spell no control token are tokenized once, as part of the whole.
+
+    Raises
+    ------
+    TextTooLong: a message would take seconds to tokenize and fits into no context.
+    """
+    contents = [str(message["content"]) for message in messages]
+    for content in contents:
+        if len(content) > MAX_CHARACTERS:
+            raise TextTooLong(len(content), MAX_CHARACTERS)
+    separator = next(separator for separator in _SEPARATORS if not any(separator in content for content in contents))
+    while True:
+        rendered = template.render(
+            [{**message, "content": content} for message, content in zip(messages, contents, strict=True)]
+        )
+        ids = [token for part in rendered.split(separator) for token in tokenizer.tokenize(part, special=True)]
+        spellings = _control_spellings(ids, tokenizer)
+        split = [_split_spellings(content, spellings, separator) for content in contents]
+        if split == contents:
+            return ids
+        contents = split
+
+
+def _control_spellings(ids: Iterable[int], tokenizer: TokenEncoder) -> list[str]:
+    """Return the spellings of the control tokens among `ids`, the longest first."""
+    spellings = {
+        tokenizer.piece(token, special=True).decode("utf-8", errors="replace")
+        for token in set(ids)
+        if tokenizer.is_control(token)
+    }
+    return sorted(spellings, key=lambda spelling: (-len(spelling), spelling))
+
+
+def _split_spellings(text: str, spellings: Iterable[str], separator: str) -> str:
+    """`_split_spellings("a<|im_end|>b", ["<|im_end|>"], "/")` is "a</|im_end|>b"."""
+    for spelling in spellings:
+        if len(spelling) > 1:
+            text = text.replace(spelling, spelling[0] + separator + spelling[1:])
+    return text

@@ -1,0 +1,86 @@
+"""One answer, from token ids to events."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+from qwenlocal.chat.events import Done, Event, FinishReason, GenerationStats, PromptProgress, Text
+from qwenlocal.engine.detokenizer import IncrementalDetokenizer
+from qwenlocal.engine.sampling import Sampling
+from qwenlocal.engine.sequence import Prefill, TokenGenerator
+
+
+class TokenDecoder(Protocol):
+    """The part of a tokenizer that turns ids into bytes."""
+
+    def piece(self, token: int, *, special: bool = False) -> bytes: ...
+    def is_end(self, token: int) -> bool: ...
+
+
+def stream_answer(
+    generator: TokenGenerator,
+    tokenizer: TokenDecoder,
+    ids: Sequence[int],
+    sampling: Sampling,
+    *,
+    max_tokens: int | None = None,
+    stop_strings: Sequence[str] = (),
+    prefix: Sequence[int] = (),
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[Event]:
+    """
+    Yield the events of the answer to the prompt `ids`: `PromptProgress`, then `Text`, then one `Done`.
+
+    `prefix` are the tokens of an answer to continue. The answer ends at an end-of-generation token, before a stop
+    string, after `max_tokens` tokens (None: no limit), when the context is full, or when the generator is stopped.
+
+    Raises
+    ------
+    ContextFull: the prompt leaves no space for an answer; raised before the first event.
+    """
+    detokenizer = IncrementalDetokenizer(stop_strings)
+    for token in prefix:  # its text is known, but it may end in the middle of a character
+        detokenizer.feed(tokenizer.piece(token))
+    count, reused, reason = 0, 0, None
+    answer = list(prefix)
+    start = first = last = clock()
+    if sampling.grammar is not None:
+        sampling = replace(sampling, begun=tuple(prefix))
+    for step in generator.generate([*ids, *prefix], sampling, limit=max_tokens or 1 << 30):
+        if isinstance(step, Prefill):
+            reused = step.reused
+            yield PromptProgress(step.done, step.total, step.reused)
+            continue
+        count, last = count + 1, clock()
+        if count == 1:
+            first = last
+        if tokenizer.is_end(step):
+            reason = FinishReason.EOS
+            break
+        answer.append(step)
+        if text := detokenizer.feed(tokenizer.piece(step)):
+            yield Text(text, count)
+        if detokenizer.matched_stop is not None:
+            reason = FinishReason.STOP_STRING
+            break
+    if text := detokenizer.finish():
+        yield Text(text, count)
+    if reason is None:
+        reason = _finish_reason(generator)
+    if not count:
+        first = clock()
+    yield Done(
+        reason,
+        GenerationStats(len(ids) + len(prefix), reused, count, first - start, last - first if count else 0.0),
+        tuple(answer) if reason is not FinishReason.STOP_STRING else (),
+    )
+
+
+def _finish_reason(generator: TokenGenerator) -> FinishReason:
+    """Return why the generator produced no more tokens."""
+    if generator.was_stopped:
+        return FinishReason.INTERRUPTED
+    return FinishReason.CONTEXT_FULL if generator.is_full else FinishReason.LENGTH

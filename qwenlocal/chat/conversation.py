@@ -39,7 +39,7 @@ class ChatTokenizer(TokenEncoder, TokenDecoder, Protocol):
 @dataclass
 class GenerationConfig:
     """
-    How to generate answers: sampling, the most tokens (None: until the context is full), and strings to stop at.
+    Settings for answers: sampling, the token limit (None: until the context is full), and strings to stop at.
 
     `overflow` says what to do when a conversation outgrows the context: "shift" evicts its oldest turns, "summarise"
     has the model summarize them first, "stop" raises `ContextFull`.

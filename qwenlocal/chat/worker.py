@@ -60,13 +60,7 @@ class BackgroundTask(Generic[T]):
         self._thread.join(seconds)
 
     def result(self) -> T:
-        """
-        Wait for the result, starting the thread if necessary. Ctrl-C cancels the task.
-
-        Raises
-        ------
-        Whatever the function raised.
-        """
+        """Wait for the result, or raise what the function raised. Starts the thread if necessary; Ctrl-C cancels it."""
         self.start()
         try:
             while self._thread.is_alive():

@@ -1,8 +1,8 @@
 """
-Where things are on this machine.
+Folders and paths.
 
-One variable moves everything of ours: `QWENLOCAL_HOME`. Files that the hub serves live in the hub's own cache,
-which moves with `HF_HOME` or `HF_HUB_CACHE`, so that other programs see them.
+`QWENLOCAL_HOME` moves all of qwenlocal's own files. Files from the Hugging Face hub are in the hub's cache, so that
+other programs find them; `HF_HOME` and `HF_HUB_CACHE` move that.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwenlocal.errors import CannotWrite, UsageProblem
+from qwenlocal.errors import NotWritable, UsageError
 from qwenlocal.i18n import tr
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -21,16 +21,16 @@ _PACKAGE = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class Folders:
-    """The folders this program reads and writes; tests build one over a temporary directory."""
+    """The folders that qwenlocal reads and writes; tests use temporary ones."""
 
-    home: Path  # records, settings, history, files from places other than the hub
-    hub_cache: Path  # the Hugging Face hub's cache, in the hub's own layout
-    user: Path  # the person's home directory, where other programs keep models
-    cache: Path  # the platform's folder of caches, likewise
+    home: Path  # records, settings, history, files from sources other than the hub
+    hub_cache: Path  # the Hugging Face hub's cache
+    user: Path  # the user's home directory, for models of other programs
+    cache: Path  # the platform's cache folder, likewise
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Folders:
-        """The folders of this machine, moved by `QWENLOCAL_HOME`, `HF_HUB_CACHE`, `HF_HOME` and `XDG_CACHE_HOME`."""
+        """Build from the defaults and `QWENLOCAL_HOME`, `HF_HUB_CACHE`, `HF_HOME` and `XDG_CACHE_HOME`."""
         import platformdirs
 
         user = Path(environ.get("HOME") or Path.home())
@@ -43,53 +43,53 @@ class Folders:
 
     @property
     def records(self) -> Path:
-        """One JSON file a model that is here."""
+        """Records of installed models, one JSON file each."""
         return self.home / "library"
 
     @property
     def tuned(self) -> Path:
-        """Settings that were measured, one JSON file a model."""
+        """Settings measured by `qwenlocal tune`, one JSON file per model."""
         return self.home / "tuned"
 
     @property
     def states(self) -> Path:
-        """What models had read when a chat was left, to go on from; can be deleted at any time."""
+        """Saved KV caches of chats, which make resuming fast; can be deleted at any time."""
         return self.home / "states"
 
     @property
     def files(self) -> Path:
-        """Model files that came from places other than the hub."""
+        """Model files from sources other than the hub, and converted ones."""
         return self.home / "files"
 
     @property
     def partial(self) -> Path:
-        """Files on their way. On the disk of the hub's cache, where most of them go, so that they can be renamed."""
-        ours, theirs = _device(self.home), _device(self.hub_cache)
-        return self.home / "partial" if ours == theirs else self.hub_cache.parent / "qwenlocal-partial"
+        """Unfinished downloads, on the same disk as the hub's cache so that most can be renamed into place."""
+        same_disk = _device(self.home) == _device(self.hub_cache)
+        return self.home / "partial" if same_disk else self.hub_cache.parent / "qwenlocal-partial"
 
     @property
     def locks(self) -> Path:
-        """One lock file for each file on its way."""
+        """Lock files of running downloads."""
         return self.home / "locks"
 
     @property
     def history(self) -> Path:
-        """What was typed into the chat, one entry after the other."""
+        """The input history of the chat."""
         return self.home / "history"
 
     @property
     def chats(self) -> Path:
-        """Conversations that /save wrote."""
+        """Conversations saved with /save."""
         return self.home / "chats"
 
     @property
     def journal(self) -> Path:
-        """Every chat, as it happened."""
+        """The database of all chats."""
         return self.home / "chats.db"
 
 
 def _device(folder: Path) -> int:
-    """The number of the disk that a folder is on, or would be on."""
+    """Return the device number of the disk that a folder is on, or would be on if it existed."""
     while True:
         try:
             return folder.stat().st_dev
@@ -99,47 +99,47 @@ def _device(folder: Path) -> int:
             folder = folder.parent
 
 
-def shipped(kind: str) -> Path:
+def bundled_folder(kind: str) -> Path:
     """
-    The folder `kind` ("models" or "prompts") that comes with the program.
+    Return the data folder `kind` ("models" or "prompts") of the program.
 
-    In a checkout it lies beside the package; an installed wheel carries a copy inside it.
+    A checkout has it next to the package, an installed wheel inside it.
     """
     inside = _PACKAGE / "shipped" / kind
     return inside if inside.is_dir() else _PACKAGE.parent / kind
 
 
-def writable(folder: Path) -> Path:
+def ensure_writable(folder: Path) -> Path:
     """
-    `folder`, made if it was not there.
+    Create `folder` if necessary, and return it.
 
     Raises
     ------
-    CannotWrite: the folder cannot be made or written.
+    NotWritable: the folder cannot be created or written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as reason:
-        raise CannotWrite(folder, reason.strerror or str(reason)) from reason
+        raise NotWritable(folder, reason.strerror or str(reason)) from reason
     if not os.access(folder, os.W_OK):
-        raise CannotWrite(folder, "permission denied")
+        raise NotWritable(folder, "permission denied")
     return folder
 
 
-def typed(word: str) -> Path:
+def parse_path(text: str) -> Path:
     """
-    A path as somebody typed it, `~` put in; it need not be there.
+    Parse a path as typed, expanding `~`; the file need not exist.
 
     Raises
     ------
-    UsageProblem: no file can have such a name: it is too long, or has a zero byte or half a character in it.
+    UsageError: no file can have this name: it is too long, or contains a null character or a lone surrogate.
     """
-    path = Path(os.path.expanduser(word))
+    path = Path(os.path.expanduser(text))
     try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         pass
     except (OSError, ValueError) as reason:
-        why = getattr(reason, "strerror", None) or str(reason)
-        raise UsageProblem(tr("No file can have this name: {reason}.", reason=why)) from reason
+        problem = getattr(reason, "strerror", None) or str(reason)
+        raise UsageError(tr("Invalid file name: {reason}.", reason=problem)) from reason
     return path

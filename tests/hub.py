@@ -1,6 +1,5 @@
 """
-A server on the loopback interface that speaks like the Hugging Face hub, ModelScope and a package index, and misbehaves
-on purpose when it is told to.
+A loopback server that implements the Hugging Face hub, ModelScope and a package index, with faults on demand.
 """
 
 from __future__ import annotations
@@ -22,25 +21,25 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @dataclass
-class Answer:
-    """What the server is about to send; a fault changes it."""
+class Response:
+    """A response about to be sent; faults modify it."""
 
     path: str
     status: int
     headers: dict[str, str]
     body: bytes
-    cut: int | None = None  # close the connection after so many bytes
-    stall: int | None = None  # send nothing more after so many bytes
-    pace: float = 0.0  # bytes a second
-    start: int = 0  # where in the file the body begins
+    cut: int | None = None  # close the connection after this many bytes
+    stall: int | None = None  # send nothing more after this many bytes
+    pace: float = 0.0  # bytes per second
+    start: int = 0  # offset of the body in the file
 
 
-Fault = Callable[[Answer], None]
+Fault = Callable[[Response], None]
 
 
 @dataclass
 class Repository:
-    """Files of a repository on both hubs."""
+    """The files of a repository, served by both hubs."""
 
     files: dict[str, bytes] = field(default_factory=dict)
     licence: str = "apache-2.0"
@@ -48,21 +47,21 @@ class Repository:
 
 
 def _sibling(name: str, content: bytes) -> dict[str, object]:
-    """Small text files are kept in git itself, which has a digest of its own; all others in LFS."""
-    found = {
+    """Describe a file as the Hugging Face hub does: small text files have a git hash only, others are in LFS."""
+    entry = {
         "rfilename": name,
         "size": len(content),
         "blobId": hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest(),
     }
     if name.endswith((".json", ".md", ".txt", ".jinja")):
-        return found
+        return entry
     lfs = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
-    return {**found, "lfs": lfs}
+    return {**entry, "lfs": lfs}
 
 
-class _Quiet(ThreadingHTTPServer):
+class _QuietServer(ThreadingHTTPServer):
     def handle_error(self, request: object, client_address: object) -> None:
-        """Clients that hang up are part of the tests."""
+        """Ignore clients that hang up."""
 
 
 class HubServer:
@@ -70,16 +69,16 @@ class HubServer:
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
-        self.files: dict[str, bytes] = {}  # plain files: path: content
-        self.wheels: dict[str, bytes] = {}  # file name: content
-        self.faults: list[Fault] = []  # each is used up by one answer that carries file bytes
+        self.files: dict[str, bytes] = {}  # plain files, by path
+        self.wheels: dict[str, bytes] = {}  # by file name
+        self.faults: list[Fault] = []  # each applies to one response with file content
         self.always: list[Fault] = []
         self.requests: list[str] = []
         self.ranges: list[tuple[int, int]] = []
         self.sent = 0
         self.html_index = False
         self._lock = threading.Lock()
-        self._server = _Quiet(("127.0.0.1", 0), self._handler())
+        self._server = _QuietServer(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
 
@@ -105,29 +104,29 @@ class HubServer:
 
     # --- answering
 
-    def answer(self, target: str, asked_range: str | None) -> Answer:
+    def respond(self, target: str, range_header: str | None) -> Response:
         path, query = unquote(urlsplit(target).path), parse_qs(urlsplit(target).query)
         with self._lock:
             self.requests.append(path)
-        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+?)(?:/revision/([^/]+))?", path):
-            return self._model_info(path, found[1], found[2])
-        if found := re.fullmatch(r"/api/v1/models/([^/]+/[^/]+)/repo/files", path):
-            return self._scope_list(path, found[1])
-        if found := re.fullmatch(r"/api/v1/models/([^/]+/[^/]+)/repo", path):
-            return self._file(path, self._content(found[1], query["FilePath"][0]), asked_range)
-        if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
-            return self._file(path, self._content(found[1], found[3]), asked_range)
-        if found := re.fullmatch(r"/simple/([^/]+)/", path):
-            return self._index(path, found[1])
-        if found := re.fullmatch(r"/wheels/(.+)", path):
-            return self._file(path, self.wheels.get(found[1]), asked_range)
-        return self._file(path, self.files.get(path), asked_range)
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+?)(?:/revision/([^/]+))?", path):
+            return self._model_info(path, match[1], match[2])
+        if match := re.fullmatch(r"/api/v1/models/([^/]+/[^/]+)/repo/files", path):
+            return self._modelscope_list(path, match[1])
+        if match := re.fullmatch(r"/api/v1/models/([^/]+/[^/]+)/repo", path):
+            return self._file(path, self._content(match[1], query["FilePath"][0]), range_header)
+        if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            return self._file(path, self._content(match[1], match[3]), range_header)
+        if match := re.fullmatch(r"/simple/([^/]+)/", path):
+            return self._index(path, match[1])
+        if match := re.fullmatch(r"/wheels/(.+)", path):
+            return self._file(path, self.wheels.get(match[1]), range_header)
+        return self._file(path, self.files.get(path), range_header)
 
     def _content(self, repo: str, file: str) -> bytes | None:
         repository = self.repositories.get(repo)
         return repository.files.get(file) if repository else None
 
-    def _model_info(self, path: str, repo: str, revision: str | None) -> Answer:
+    def _model_info(self, path: str, repo: str, revision: str | None) -> Response:
         repository = self.repositories.get(repo)
         if repository is None:
             return _plain(path, 404, "Repository not found", {"X-Error-Code": "RepoNotFound"})
@@ -150,7 +149,7 @@ class HubServer:
         }
         return _json(path, data)
 
-    def _scope_list(self, path: str, repo: str) -> Answer:
+    def _modelscope_list(self, path: str, repo: str) -> Response:
         repository = self.repositories.get(repo)
         if repository is None:
             return _plain(path, 404, "not found")
@@ -160,36 +159,36 @@ class HubServer:
         ]
         return _json(path, {"Code": 200, "Data": {"Files": files}})
 
-    def _index(self, path: str, project: str) -> Answer:
-        begin = project.replace("-", "_")
-        found = {name: content for name, content in self.wheels.items() if name.startswith(begin + "-")}
-        if not found:
+    def _index(self, path: str, project: str) -> Response:
+        prefix = project.replace("-", "_")
+        wheels = {name: content for name, content in self.wheels.items() if name.startswith(prefix + "-")}
+        if not wheels:
             return _plain(path, 404, "no such project")
-        digests = {name: hashlib.sha256(content).hexdigest() for name, content in found.items()}
+        digests = {name: hashlib.sha256(content).hexdigest() for name, content in wheels.items()}
         if self.html_index:
-            links = "".join(f'<a href="../../wheels/{name}#sha256={digests[name]}">{name}</a>' for name in found)
-            return Answer(path, 200, {"Content-Type": "text/html"}, f"<html><body>{links}</body></html>".encode())
-        files = [{"filename": n, "url": f"../../wheels/{n}", "hashes": {"sha256": digests[n]}} for n in found]
+            links = "".join(f'<a href="../../wheels/{name}#sha256={digests[name]}">{name}</a>' for name in wheels)
+            return Response(path, 200, {"Content-Type": "text/html"}, f"<html><body>{links}</body></html>".encode())
+        files = [{"filename": n, "url": f"../../wheels/{n}", "hashes": {"sha256": digests[n]}} for n in wheels]
         return _json(path, {"meta": {"api-version": "1.0"}, "name": project, "files": files})
 
-    def _file(self, path: str, content: bytes | None, asked_range: str | None) -> Answer:
+    def _file(self, path: str, content: bytes | None, range_header: str | None) -> Response:
         if content is None:
-            return _plain(path, 404, "not here")
+            return _plain(path, 404, "not found")
         headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "Accept-Ranges": "bytes"}
-        found = re.fullmatch(r"bytes=(\d+)-(\d*)", asked_range or "")
-        if not found:
-            answer = Answer(path, 200, headers, content)
+        match = re.fullmatch(r"bytes=(\d+)-(\d*)", range_header or "")
+        if not match:
+            response = Response(path, 200, headers, content)
         else:
-            start, end = int(found[1]), min(int(found[2] or len(content) - 1), len(content) - 1)
+            start, end = int(match[1]), min(int(match[2] or len(content) - 1), len(content) - 1)
             headers["Content-Range"] = f"bytes {start}-{end}/{len(content)}"
-            answer = Answer(path, 206, headers, content[start : end + 1], start=start)
-        if len(answer.body) > 1:  # a probe for the size is not worth a fault
+            response = Response(path, 206, headers, content[start : end + 1], start=start)
+        if len(response.body) > 1:  # requests for the size alone have no faults
             with self._lock:
-                self.ranges.append((answer.start, answer.start + len(answer.body)))
+                self.ranges.append((response.start, response.start + len(response.body)))
                 faults = [*self.always, *([self.faults.pop(0)] if self.faults else [])]
             for fault in faults:
-                fault(answer)
-        return answer
+                fault(response)
+        return response
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
         hub = self
@@ -199,29 +198,29 @@ class HubServer:
             disable_nagle_algorithm = True  # head and body are sent apart: TCP would wait 40 ms between them
 
             def do_GET(self) -> None:
-                answer = hub.answer(self.path, self.headers.get("Range"))
-                self.send_response(answer.status)
-                for name, value in answer.headers.items():
+                response = hub.respond(self.path, self.headers.get("Range"))
+                self.send_response(response.status)
+                for name, value in response.headers.items():
                     self.send_header(name, value)
-                self.send_header("Content-Length", str(len(answer.body)))
+                self.send_header("Content-Length", str(len(response.body)))
                 self.end_headers()
-                self._send(answer)
+                self._send(response)
 
             do_HEAD = do_GET
 
-            def _send(self, answer: Answer) -> None:
-                body = answer.body if self.command == "GET" else b""
-                end = min(n for n in (answer.cut, answer.stall, len(body)) if n is not None)
-                at, step = 0, max(1, int(answer.pace * 0.02)) if answer.pace else 1 << 20
+            def _send(self, response: Response) -> None:
+                body = response.body if self.command == "GET" else b""
+                end = min(n for n in (response.cut, response.stall, len(body)) if n is not None)
+                offset, step = 0, max(1, int(response.pace * 0.02)) if response.pace else 1 << 20
                 try:
-                    while at < end:
-                        part = body[at : min(end, at + step)]
-                        if answer.pace:
-                            time.sleep(len(part) / answer.pace)
+                    while offset < end:
+                        part = body[offset : min(end, offset + step)]
+                        if response.pace:
+                            time.sleep(len(part) / response.pace)
                         self.wfile.write(part)
-                        at += len(part)
+                        offset += len(part)
                         hub.sent += len(part)
-                    if answer.stall is not None:
+                    if response.stall is not None:
                         self.wfile.flush()
                         time.sleep(3)
                 except OSError:
@@ -230,79 +229,79 @@ class HubServer:
                     self.close_connection = True
 
             def log_message(self, format: str, *args: object) -> None:
-                """Quiet."""
+                """Log nothing."""
 
         return Handler
 
 
-def _plain(path: str, status: int, text: str, headers: dict[str, str] | None = None) -> Answer:
-    return Answer(path, status, {"Content-Type": "text/plain", **(headers or {})}, text.encode())
+def _plain(path: str, status: int, text: str, headers: dict[str, str] | None = None) -> Response:
+    return Response(path, status, {"Content-Type": "text/plain", **(headers or {})}, text.encode())
 
 
-def _json(path: str, data: object) -> Answer:
-    return Answer(path, 200, {"Content-Type": "application/json"}, json.dumps(data).encode())
+def _json(path: str, data: object) -> Response:
+    return Response(path, 200, {"Content-Type": "application/json"}, json.dumps(data).encode())
 
 
 # --- faults
 
 
 def cut(after: int) -> Fault:
-    """The connection breaks after so many bytes."""
+    """Break the connection after this many bytes."""
 
-    def fault(answer: Answer) -> None:
-        answer.cut = min(after, len(answer.body) - 1)
+    def fault(response: Response) -> None:
+        response.cut = min(after, len(response.body) - 1)
 
     return fault
 
 
 def stall(after: int) -> Fault:
-    """Nothing more comes after so many bytes."""
+    """Send nothing more after this many bytes."""
 
-    def fault(answer: Answer) -> None:
-        answer.stall = min(after, len(answer.body) - 1)
+    def fault(response: Response) -> None:
+        response.stall = min(after, len(response.body) - 1)
 
     return fault
 
 
 def refuse(status: int, retry_after: str = "") -> Fault:
-    """An error instead of bytes."""
+    """Send an error status instead of the file."""
 
-    def fault(answer: Answer) -> None:
-        answer.status, answer.body = status, b"no"
-        answer.headers = {"Retry-After": retry_after} if retry_after else {}
+    def fault(response: Response) -> None:
+        response.status, response.body = status, b"no"
+        response.headers = {"Retry-After": retry_after} if retry_after else {}
 
     return fault
 
 
-def lie(answer: Answer) -> None:
-    """The right number of bytes, but not the right ones."""
-    answer.body = bytes(byte ^ 0xFF for byte in answer.body[:100]) + answer.body[100:]
+def corrupt_bytes(response: Response) -> None:
+    """Send the right number of bytes, but wrong ones."""
+    response.body = bytes(byte ^ 0xFF for byte in response.body[:100]) + response.body[100:]
 
 
-def pace(bytes_a_second: float) -> Fault:
-    """Slowly."""
+def pace(bytes_per_second: float) -> Fault:
+    """Send slowly."""
 
-    def fault(answer: Answer) -> None:
-        answer.pace = bytes_a_second
+    def fault(response: Response) -> None:
+        response.pace = bytes_per_second
 
     return fault
 
 
 def only_on(part: str, fault: Fault) -> Fault:
-    """The fault, on answers whose path holds `part`."""
+    """Apply the fault only to responses whose path contains `part`."""
 
-    def chosen(answer: Answer) -> None:
-        if part in answer.path:
-            fault(answer)
+    def filtered(response: Response) -> None:
+        if part in response.path:
+            fault(response)
 
-    return chosen
+    return filtered
 
 
 def whole_file(content: bytes) -> Fault:
-    """Ranges are ignored: the whole file comes, with status 200."""
+    """Ignore ranges: send the whole file, with status 200."""
 
-    def fault(answer: Answer) -> None:
-        answer.status, answer.body = 200, content
-        answer.headers.pop("Content-Range", None)
+    def fault(response: Response) -> None:
+        response.status, response.body = 200, content
+        response.headers.pop("Content-Range", None)
 
     return fault

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hub import COMMIT, Answer, HubServer
+from hub import COMMIT, HubServer, Response
 
 REPO = "owner/Tiny-Qwen-0.1B"
 
@@ -46,7 +46,7 @@ class WeightRequests:
         self._hub = hub
         hub.always.append(self._note)
 
-    def _note(self, answer: Answer) -> None:
+    def _note(self, answer: Response) -> None:
         if answer.path.endswith(".safetensors"):
             self.spans.append((answer.path.rpartition("/")[2], answer.start, answer.start + len(answer.body)))
 

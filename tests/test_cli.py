@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 from conftest import SAYS, Run
-from hub import Answer, HubServer, cut, lie, only_on, refuse
+from hub import HubServer, Response, corrupt_bytes, cut, only_on, refuse
 
 from qwenlocal.library.catalog import Catalog
-from qwenlocal.paths import shipped
+from qwenlocal.paths import bundled_folder
 from qwenlocal.testing import write_model
 
 REPO = "o/tiny-GGUF"
@@ -174,7 +174,7 @@ def test_pull_list_show_verify_rm(qwenlocal: Run, model: str, speaking_model: Pa
 def test_the_whole_catalogue_can_be_listed(qwenlocal: Run) -> None:
     result = qwenlocal("list", "--all", "--json")
     names = {entry["name"] for entry in json.loads(result.stdout)}
-    cards = Catalog.read(shipped("models")).cards
+    cards = Catalog.read(bundled_folder("models")).cards
     assert len(names) == len(cards)
     assert "qwen1.5:0.5b-chat-q4_k_m" in names
 
@@ -197,11 +197,11 @@ def test_verify_names_the_damage_and_mends_it(qwenlocal: Run, model: str, hub: H
 def test_an_unfinished_download_shows_its_percentage_and_rm_removes_it(
     qwenlocal: Run, hub: HubServer, tmp_path: Path
 ) -> None:
-    content = write_model(tmp_path / "x.gguf", says="helo").read_bytes()
+    content = write_model(tmp_path / "x.gguf", reply="helo").read_bytes()
     big = content + bytes(20 << 20)
     hub.repository("o/big").files = {"big-q4_0.gguf": big}
 
-    def refuse_the_second_block(answer: Answer) -> None:
+    def refuse_the_second_block(answer: Response) -> None:
         if answer.start:
             time.sleep(1)
             refuse(404)(answer)
@@ -286,7 +286,7 @@ def test_without_hubs_the_default_is_replaced_by_the_starter_and_that_is_said(
 def test_a_model_asked_for_by_name_is_never_replaced(qwenlocal: Run) -> None:
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "MODELSCOPE_DOMAIN": "http://127.0.0.1:9"}
     message = clean(qwenlocal("run", "qwen1.5", "Hi", environment=nowhere), 4)
-    assert "none of its sources could be reached" in message
+    assert "none of its sources can be reached" in message
     assert "starter" not in message
 
 
@@ -381,19 +381,19 @@ def test_a_read_only_home_is_said(qwenlocal: Run, model: str, tmp_path: Path) ->
     locked = tmp_path / "locked"
     locked.mkdir(mode=0o500)
     message = clean(qwenlocal("pull", model, environment={"QWENLOCAL_HOME": str(locked / "x")}), 6)
-    assert "cannot be written" in message
+    assert "Cannot write to" in message
 
 
 def test_a_home_that_is_a_file_is_said(qwenlocal: Run, model: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     message = clean(qwenlocal("pull", model, environment={"QWENLOCAL_HOME": str(tmp_path / "file")}), 6)
-    assert "cannot be written" in message
+    assert "Cannot write to" in message
     assert "QWENLOCAL_HOME" in message
 
 
 def test_a_prompt_longer_than_the_context_is_refused_with_what_to_do(qwenlocal: Run, speaking_model: Path) -> None:
     message = clean(qwenlocal("run", str(speaking_model), "-c", "256", input="word " * 300), 7)
-    assert "Load the model with more room: -c" in message
+    assert "Use a longer context: -c" in message
 
 
 def test_a_context_larger_than_the_memory_is_refused(qwenlocal: Run, endless_model: Path) -> None:
@@ -464,7 +464,7 @@ def test_a_prompt_file_that_is_not_there_is_not_found(qwenlocal: Run, speaking_m
 
 
 def test_a_download_that_lies_is_refused(qwenlocal: Run, model: str, hub: HubServer) -> None:
-    hub.always = [lie]
+    hub.always = [corrupt_bytes]
     assert "is not the published file" in clean(qwenlocal("run", model, "Hi"), 4)
     assert json.loads(qwenlocal("list", "--json").stdout) == []
 
@@ -492,7 +492,7 @@ def test_standard_output_on_a_full_disk_is_said(
             timeout=60,
         )
     assert (done.returncode, "Traceback" in done.stderr) == (6, False)
-    assert "What comes out cannot be written: No space left on device." in done.stderr
+    assert "Cannot write the output: No space left on device." in done.stderr
 
 
 def test_a_closed_pipe_ends_quietly(environment: dict[str, str], endless_model: Path) -> None:
@@ -507,7 +507,7 @@ def test_a_closed_pipe_ends_quietly(environment: dict[str, str], endless_model: 
 def test_an_unreadable_catalogue_file_is_named(environment: dict[str, str], tmp_path: Path) -> None:
     code = (
         "import sys, pathlib, qwenlocal.cli.wiring as wiring\n"
-        f"wiring.shipped = lambda kind: pathlib.Path({str(tmp_path)!r})\n"
+        f"wiring.bundled_folder = lambda kind: pathlib.Path({str(tmp_path)!r})\n"
         "sys.argv = ['qwenlocal', 'pull', 'qwen1.5']\n"
         "from qwenlocal.cli import main\nmain()\n"
     )
@@ -531,7 +531,7 @@ def test_a_broken_catalogue_does_not_concern_a_model_given_by_path(
 ) -> None:
     code = (
         "import sys, pathlib, qwenlocal.cli.wiring as wiring\n"
-        f"wiring.shipped = lambda kind: pathlib.Path({str(tmp_path)!r})\n"
+        f"wiring.bundled_folder = lambda kind: pathlib.Path({str(tmp_path)!r})\n"
         f"sys.argv = ['qwenlocal', 'run', {str(speaking_model)!r}, 'Hi']\n"
         "from qwenlocal.cli import main\nmain()\n"
     )
@@ -548,7 +548,7 @@ def test_a_broken_catalogue_does_not_concern_a_model_given_by_path(
 
 
 def test_an_output_that_is_not_utf8_gets_utf8_all_the_same(qwenlocal: Run, tmp_path: Path) -> None:
-    write_model(tmp_path / "x.gguf", says="法国")
+    write_model(tmp_path / "x.gguf", reply="法国")
     environment = {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
     result = qwenlocal("run", "./x.gguf", "Hi", environment=environment, text=False)
     assert result.stdout.decode() == "法国\n"
@@ -559,8 +559,8 @@ def test_something_that_answers_instead_of_the_hub_is_no_traceback(qwenlocal: Ru
     """A hotel's login page, for example."""
 
     class Portal(HubServer):
-        def answer(self, target: str, asked_range: str | None) -> Answer:
-            return Answer(target, 200, {"Content-Type": "text/html"}, b"<html>Please log in</html>")
+        def respond(self, target: str, range_header: str | None) -> Response:
+            return Response(target, 200, {"Content-Type": "text/html"}, b"<html>Please log in</html>")
 
     with Portal() as portal:
         clean(qwenlocal("pull", "hf:o/r", environment={"HF_ENDPOINT": portal.url}), 4)

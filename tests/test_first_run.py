@@ -11,13 +11,13 @@ from terminal import Open
 from qwenlocal.cli.first_run import bandwidth, offers
 from qwenlocal.library.catalog import Catalog
 from qwenlocal.machine import Machine, Memory
-from qwenlocal.paths import shipped
+from qwenlocal.paths import bundled_folder
 
 GIB = 1 << 30
 
 
 def test_models_are_offered_with_what_they_take_and_about_how_quick_they_are() -> None:
-    cards = list(Catalog.read(shipped("models")).cards)
+    cards = list(Catalog.read(bundled_folder("models")).cards)
     found = offers(cards, Machine(4, lambda: Memory(16 * GIB, 8 * GIB)), 100 * GIB, 20e9)
     assert [offer.size for offer in found] == sorted(offer.size for offer in found)
     by_name = {offer.card.name: offer for offer in found}
@@ -28,7 +28,7 @@ def test_models_are_offered_with_what_they_take_and_about_how_quick_they_are() -
 
 
 def test_what_the_disk_has_no_room_for_does_not_fit() -> None:
-    cards = list(Catalog.read(shipped("models")).cards)
+    cards = list(Catalog.read(bundled_folder("models")).cards)
     assert not any(o.fits for o in offers(cards, Machine(4, lambda: Memory(16 * GIB, 8 * GIB)), 1000, 20e9))
 
 

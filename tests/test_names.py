@@ -1,4 +1,4 @@
-"""The catalogue, and what people type to name a model."""
+"""The catalog, and parsing of model names."""
 
 from __future__ import annotations
 
@@ -11,19 +11,27 @@ from hypothesis import strategies as st
 
 from qwenlocal.errors import BadCatalog, BadWeights, ModelNotFound
 from qwenlocal.library.catalog import Catalog
-from qwenlocal.library.names import CatalogName, HubName, LocalCheckpointName, PathName, UrlName, level_of, parse
-from qwenlocal.paths import shipped
+from qwenlocal.library.names import (
+    CatalogName,
+    HubName,
+    LocalCheckpointName,
+    PathName,
+    UrlName,
+    level_from_filename,
+    parse_name,
+)
+from qwenlocal.paths import bundled_folder
 
-CATALOGUE = Catalog.read(shipped("models"))
+CATALOG = Catalog.read(bundled_folder("models"))
 FAMILY = 'name = "x"\ntitle = "X"\ndefault = "1b"\nlevel = "q4_0"\n'
 
 
-# --- the catalogue itself
+# --- the catalog
 
 
 @pytest.mark.parametrize("size", ["0.5b", "1.8b", "4b", "7b", "14b", "32b", "72b", "110b", "moe"])
-def test_every_size_of_qwen15_is_there_as_chat_and_base(size: str) -> None:
-    chat, base = CATALOGUE.card(f"qwen1.5:{size}-chat"), CATALOGUE.card(f"qwen1.5:{size}-base")
+def test_every_size_of_qwen15_has_chat_and_base(size: str) -> None:
+    chat, base = CATALOG.get(f"qwen1.5:{size}-chat"), CATALOG.get(f"qwen1.5:{size}-base")
     assert chat
     assert base
     assert base.gguf is None
@@ -33,36 +41,36 @@ def test_every_size_of_qwen15_is_there_as_chat_and_base(size: str) -> None:
     assert chat.context == (8192 if size == "moe" else 32768)
 
 
-def test_every_known_file_belongs_to_its_cards_level_list() -> None:
-    for card in CATALOGUE.cards:
+def test_every_known_file_has_a_level_and_a_plausible_size() -> None:
+    for card in CATALOG.cards:
         for file in card.files:
-            assert level_of(file.path), file.path
+            assert level_from_filename(file.path), file.path
             assert file.size > 1e7
 
 
-def test_names_of_cards_lead_back_to_them() -> None:
-    for card in CATALOGUE.cards:
-        assert parse(card.name, lambda: CATALOGUE) == CatalogName(card)
-        assert parse(str(CatalogName(card)), lambda: CATALOGUE).card == card  # type: ignore[union-attr]
+def test_card_names_parse_to_their_cards() -> None:
+    for card in CATALOG.cards:
+        assert parse_name(card.name, lambda: CATALOG) == CatalogName(card)
+        assert parse_name(str(CatalogName(card)), lambda: CATALOG).card == card  # type: ignore[union-attr]
 
 
 def test_the_kv_cache_of_the_half_billion_model_takes_192_mib_for_2048_tokens() -> None:
-    assert CATALOGUE.default.kv_bytes_per_token == 192 * 2**20 / 2048
+    assert CATALOG.default.kv_bytes_per_token == 192 * 2**20 / 2048
 
 
 def test_the_default_is_the_smallest_chat_model_and_the_starter_comes_in_wheels() -> None:
-    assert CATALOGUE.default.name == "qwen1.5:0.5b-chat"
-    assert CATALOGUE.starter.files[0].wheels
+    assert CATALOG.default.name == "qwen1.5:0.5b-chat"
+    assert CATALOG.starter.files[0].wheels
 
 
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("name = [", "cannot be read"),
+        ("name = [", "Cannot read the catalog file"),
         ('name = "x"', "“title” is missing"),
         ('name = "X!"\ntitle = "X"', "“name” has the wrong form"),
         (FAMILY + "context = 1\nsurprise = 2", "unknown: surprise"),
-        (FAMILY + 'context = "big"', "“context” should be a int"),
+        (FAMILY + 'context = "big"', "“context” must be of type int"),
         (FAMILY + "context = 1", "no chat model of the default size"),
         (
             FAMILY + 'context = 1\n[[size]]\nname = "1b"\nlicence = "l"\n'
@@ -71,18 +79,18 @@ def test_the_default_is_the_smallest_chat_model_and_the_starter_comes_in_wheels(
         ),
     ],
 )
-def test_a_mistake_in_the_catalogue_is_named_with_its_place(tmp_path: Path, text: str, problem: str) -> None:
+def test_an_invalid_catalog_names_file_and_place(tmp_path: Path, text: str, problem: str) -> None:
     (tmp_path / "x.toml").write_text(text)
     with pytest.raises(BadCatalog, match=re.escape(problem)) as caught:
         Catalog.read(tmp_path)
     assert str(tmp_path / "x.toml") in str(caught.value)
 
 
-def test_a_catalogue_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
+def test_an_unreadable_catalog_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "x.toml").write_bytes(b"\xff\xfe")
-    with pytest.raises(BadCatalog, match="cannot be read"):
+    with pytest.raises(BadCatalog, match="Cannot read the catalog file"):
         Catalog.read(tmp_path)
-    with pytest.raises(BadCatalog, match="not there"):
+    with pytest.raises(BadCatalog, match="the folder is missing"):
         Catalog.read(tmp_path / "nothing")
 
 
@@ -117,8 +125,8 @@ def test_a_catalogue_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
         ("https://a.example/x.gguf?a=b", "https://a.example/x.gguf?a=b"),
     ],
 )
-def test_what_a_name_means(text: str, meaning: str) -> None:
-    assert str(parse(text, lambda: CATALOGUE)) == meaning
+def test_parse_name(text: str, meaning: str) -> None:
+    assert str(parse_name(text, lambda: CATALOG)) == meaning
 
 
 @pytest.mark.parametrize(
@@ -130,9 +138,9 @@ def test_what_a_name_means(text: str, meaning: str) -> None:
         ("startr", "starter"),
     ],
 )
-def test_a_near_miss_suggests_names(text: str, suggestion: str) -> None:
+def test_a_misspelled_name_gets_suggestions(text: str, suggestion: str) -> None:
     with pytest.raises(ModelNotFound) as caught:
-        parse(text, lambda: CATALOGUE)
+        parse_name(text, lambda: CATALOG)
     assert suggestion in caught.value.hint
 
 
@@ -151,49 +159,53 @@ def test_a_near_miss_suggests_names(text: str, suggestion: str) -> None:
         "x.gguf",
     ],
 )
-def test_what_names_nothing_is_not_found(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_names_are_not_found(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ModelNotFound):
-        parse(text, lambda: CATALOGUE)
+        parse_name(text, lambda: CATALOG)
 
 
-def test_a_folder_of_the_same_name_does_not_hide_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_does_not_shadow_a_catalog_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "starter").mkdir()
-    assert str(parse("starter", lambda: CATALOGUE)) == "starter"
+    assert str(parse_name("starter", lambda: CATALOG)) == "starter"
 
 
-def test_an_unknown_level_of_a_repository_suggests_levels() -> None:
+def test_an_unknown_level_gets_suggestions() -> None:
     with pytest.raises(ModelNotFound, match="not a quantization level") as caught:
-        parse("hf:o/r:q4_k_x", lambda: CATALOGUE)
+        parse_name("hf:o/r:q4_k_x", lambda: CATALOG)
     assert "q4_k_" in caught.value.hint
 
 
-def test_a_path_that_exists_is_that_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_existing_path_is_that_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.gguf").touch()
-    assert parse("./x.gguf", lambda: CATALOGUE) == parse("x.gguf", lambda: CATALOGUE) == PathName(tmp_path / "x.gguf")
+    assert (
+        parse_name("./x.gguf", lambda: CATALOG)
+        == parse_name("x.gguf", lambda: CATALOG)
+        == PathName(tmp_path / "x.gguf")
+    )
 
 
-def test_a_directory_is_no_model_and_what_lies_in_it_is_suggested(tmp_path: Path) -> None:
+def test_a_directory_is_not_a_model_but_suggests_one_in_it(tmp_path: Path) -> None:
     (tmp_path / "inside.gguf").touch()
     with pytest.raises(BadWeights, match="a directory") as caught:
-        parse(str(tmp_path), lambda: CATALOGUE)
+        parse_name(str(tmp_path), lambda: CATALOG)
     assert "inside.gguf" in caught.value.hint
 
 
-def test_a_directory_with_a_config_is_a_checkpoint_and_so_is_a_safetensors_file(tmp_path: Path) -> None:
+def test_checkpoint_directories_and_safetensors_files(tmp_path: Path) -> None:
     (tmp_path / "config.json").touch()
     (tmp_path / "model.safetensors").touch()
-    assert parse(str(tmp_path), lambda: CATALOGUE) == LocalCheckpointName(tmp_path)
+    assert parse_name(str(tmp_path), lambda: CATALOG) == LocalCheckpointName(tmp_path)
     file = tmp_path / "model.safetensors"
-    assert parse(str(file), lambda: CATALOGUE) == LocalCheckpointName(file)
+    assert parse_name(str(file), lambda: CATALOG) == LocalCheckpointName(file)
 
 
 @given(st.text(max_size=40))
-def test_any_text_is_a_name_or_a_clear_error(text: str) -> None:
+def test_any_text_is_a_name_or_a_qwenlocal_error(text: str) -> None:
     try:
-        name = parse(text, lambda: CATALOGUE)
+        name = parse_name(text, lambda: CATALOG)
     except (ModelNotFound, BadWeights) as error:
         assert str(error)
     except (OSError, ValueError):
@@ -215,5 +227,5 @@ def test_any_text_is_a_name_or_a_clear_error(text: str) -> None:
         ("x-IQ4_XS.gguf", "iq4_xs"),
     ],
 )
-def test_the_level_stands_in_the_file_name(file: str, level: str | None) -> None:
-    assert level_of(file) == level
+def test_level_from_filename(file: str, level: str | None) -> None:
+    assert level_from_filename(file) == level

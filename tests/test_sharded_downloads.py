@@ -10,7 +10,7 @@ import pytest
 from checkpoint_files import INDEX, SMALL, UP_PROJ, convert_checkpoint, flip_bit
 from commands import expect_exit, list_models, model_states
 from conftest import Run
-from hub import Answer, HubServer, only_on, refuse
+from hub import HubServer, Response, only_on, refuse
 from hub_checkpoints import CHECKPOINT, COMMANDS, HF_NAME, REPO, UNREACHABLE, WeightRequests, publish, read_tree
 from oracle import data_of
 
@@ -30,7 +30,7 @@ def refuse_weights(hub: HubServer, *files: str) -> None:
     for file in files:
         end = 8 + int.from_bytes(hub.repository(REPO).files[file][:8], "little")
 
-        def refused(answer: Answer, file: str = file, end: int = end) -> None:
+        def refused(answer: Response, file: str = file, end: int = end) -> None:
             if answer.path.endswith(file) and answer.start + len(answer.body) > end:
                 refuse(404)(answer)
 

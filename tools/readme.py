@@ -14,7 +14,7 @@ from typer.main import get_command
 
 from qwenlocal.cli.app import app
 from qwenlocal.engine.memory import PROCESS_OVERHEAD
-from qwenlocal.library.catalog import Card, Catalog
+from qwenlocal.library.catalog import Catalog, ModelCard
 from qwenlocal.terminal.commands.models import SETTINGS
 from qwenlocal.terminal.commands.table import COMMANDS, KEYS
 
@@ -35,13 +35,13 @@ def models() -> str:
     return "\n".join(rows)
 
 
-def file_size(card: Card) -> str:
+def file_size(card: ModelCard) -> str:
     if card.default_file:
         return f"{card.default_file.size / 1e9:.2f} GB"
     return "several files, size asked at the hub" if card.gguf else "made from the checkpoint when first used"
 
 
-def memory(card: Card) -> str:
+def memory(card: ModelCard) -> str:
     if not card.default_file or not card.kv_bytes_per_token:
         return "–"
     sizes = [card.default_file.size + PROCESS_OVERHEAD + card.kv_bytes_per_token * tokens for tokens in (2048, 8192)]

@@ -1,4 +1,4 @@
-"""The parts that ask the network; imported only when something must be fetched."""
+"""Downloads: the hubs, the package index and the progress display. Imported only when something must be downloaded."""
 
 from __future__ import annotations
 
@@ -6,30 +6,49 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from qwenlocal.library.catalog import Catalog
-from qwenlocal.library.download import DownloadPolicy
+from qwenlocal.formatting import format_bytes
+from qwenlocal.i18n import tr
+from qwenlocal.library.artifact import DownloadPolicy
 from qwenlocal.library.http import HttpClient
 from qwenlocal.library.hubs import Hub, HuggingFace, ModelScope
-from qwenlocal.library.local_models import Local, Say
 from qwenlocal.library.package_index import PackageIndex, index_url
-from qwenlocal.library.puller import Puller
-from qwenlocal.library.resolver import Sources
-from qwenlocal.library.store import Store
-from qwenlocal.paths import Folders
-from qwenlocal.terminal.progress import progress
+from qwenlocal.library.puller import DownloadSummary, Puller
+from qwenlocal.library.resolver import Resolver
+from qwenlocal.terminal.progress import show_progress
+
+if TYPE_CHECKING:
+    from qwenlocal.cli.context import AppContext
 
 
 @contextlib.contextmanager
-def puller(
-    catalog: Catalog, folders: Folders, store: Store, local: Local, *, say: Say, limit_rate: int
-) -> Iterator[Puller]:
-    """A puller over every source of this machine, which shows its progress on stderr."""
-    client, manner = HttpClient(limit_rate=limit_rate), DownloadPolicy()
+def open_puller(app: AppContext) -> Iterator[Puller]:
+    """Open a downloader with every source that this machine can ask; it shows its progress on stderr."""
+    client, policy = HttpClient(limit_rate=app.limit_rate), DownloadPolicy()
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     hubs: list[Hub] = [HuggingFace(), ModelScope(client)]
-    sources = Sources(
-        catalog, folders, client, hubs, lambda: PackageIndex(index_url(), client), manner, offline=offline
+    resolver = Resolver(
+        app.catalog, app.folders, client, hubs, lambda: PackageIndex(index_url(), client), policy, offline=offline
     )
-    with progress(sys.stderr) as shown:
-        yield Puller(folders, store, local, sources, client, say=say, report=shown, manner=manner)
+    with show_progress(sys.stderr) as show:
+        yield Puller(
+            app.folders,
+            app.store,
+            app.local,
+            resolver,
+            client,
+            on_start=lambda summary: _announce(app, summary),
+            report=show,
+            policy=policy,
+        )
+
+
+def _announce(app: AppContext, summary: DownloadSummary) -> None:
+    name, size, count = summary.name, format_bytes(summary.size), summary.file_count
+    if summary.is_checkpoint:
+        app.say(tr("Downloading the checkpoint {name} ({size}, {count} file(s)).", name=name, size=size, count=count))
+    else:
+        app.say(tr("Downloading {name} from {origin} ({size}).", name=name, origin=summary.origin, size=size))
+    if summary.licence:
+        app.say(tr("Licence: {licence}", licence=summary.licence))

@@ -1,4 +1,4 @@
-"""Where the bytes of a file can be had: the protocol, and the plain case of a web server."""
+"""Byte sources of a file to download: the protocol, and the HTTP implementation."""
 
 from __future__ import annotations
 
@@ -10,42 +10,42 @@ from qwenlocal.library.http import HttpClient, TransferError
 
 
 class ByteSource(Protocol):
-    """Somewhere a file's bytes can be had."""
+    """A source of the bytes of one file. `sequential` sources can only be read from the first byte to the last."""
 
     label: str
-    sequential: bool  # True: only from the first byte to the last
+    sequential: bool
 
     def read(self, start: int, end: int) -> Iterator[bytes]:
         """
-        Bytes `start` to `end` (not included), in order, in pieces of any length.
+        Yield bytes `start` to `end` (exclusive), in order, in chunks of any length.
 
         Raises
         ------
-        TransferError: this place does not deliver now, or at all.
-        RangesUnsupported: it only sends whole files; ask for (0, size) instead.
+        TransferError: the source fails, for now or for good.
+        RangesUnsupported: the source only sends whole files; read (0, size) instead.
         """
         ...
 
-    def ahead(self) -> int:
-        """Bytes it holds fetched already but has not handed out, for the progress shown."""
+    def buffered(self) -> int:
+        """Return the bytes fetched already but not yet read, for the progress display."""
         ...
 
     def stop(self) -> None:
-        """End a read that runs in another thread, soon."""
+        """Make a read in another thread end soon."""
         ...
 
     def close(self) -> None:
-        """Drop what it keeps for later reads."""
+        """Release what is kept for later reads."""
         ...
 
 
 class RangesUnsupported(Exception):
-    """The place sends whole files only."""
+    """The source only sends whole files."""
 
 
 @dataclass(frozen=True)
 class UrlSegment:
-    """Bytes `start` to `end` of a file, being the whole content of `url`."""
+    """Bytes `start` to `end` of a file, which are the whole content of `url`."""
 
     url: str
     start: int
@@ -53,67 +53,68 @@ class UrlSegment:
 
 
 class HttpSource:
-    """A file that a web server has, whole or in several pieces that follow each other."""
+    """A file on a web server, whole or in consecutive segments."""
 
     def __init__(
         self,
         label: str,
         client: HttpClient,
-        pieces: Sequence[UrlSegment],
+        segments: Sequence[UrlSegment],
         *,
         headers: Mapping[str, str] = {},
         etag: str = "",
     ) -> None:
-        self.label, self._client, self._pieces, self._headers, self._etag = label, client, pieces, headers, etag
+        self.label, self._client, self._segments, self._headers, self._etag = label, client, segments, headers, etag
         self.sequential = False
 
     def read(self, start: int, end: int) -> Iterator[bytes]:
-        for piece in self._pieces:
-            first, last = max(start, piece.start), min(end, piece.end)
+        for segment in self._segments:
+            first, last = max(start, segment.start), min(end, segment.end)
             if first < last:
-                yield from self._read_piece(piece, first - piece.start, last - piece.start)
+                yield from self._read_segment(segment, first - segment.start, last - segment.start)
 
-    def _read_piece(self, piece: UrlSegment, start: int, end: int) -> Iterator[bytes]:
-        whole = piece.end - piece.start
+    def _read_segment(self, segment: UrlSegment, start: int, end: int) -> Iterator[bytes]:
+        size = segment.end - segment.start
         ranged = not self.sequential
-        if not ranged and end - start < whole:
-            raise RangesUnsupported  # another thread has just found that out
+        if not ranged and end - start < size:
+            raise RangesUnsupported  # another thread has just found out
         headers = {**self._headers, **({"If-Range": self._etag} if self._etag and ranged else {})}
-        opened = self._client.open(
-            piece.url, headers=headers, start=start if ranged else 0, end=end if ranged else None
+        response = self._client.open(
+            segment.url, headers=headers, start=start if ranged else 0, end=end if ranged else None
         )
         try:
-            self._check(opened.size, opened.etag, whole)
-            if opened.body.status == 200 and end - start < whole:
+            self._check_unchanged(response.size, response.etag, size)
+            if response.body.status == 200 and end - start < size:
                 raise RangesUnsupported
-            if opened.start != (start if ranged else 0):
-                raise TransferError("the server sent other bytes than were asked for", retryable=False)
-            left, skip = end - start, start - opened.start
-            for chunk in self._client.read(opened):
+            if response.start != (start if ranged else 0):
+                raise TransferError("the server sent another range than requested", retryable=False)
+            remaining, skip = end - start, start - response.start
+            for chunk in self._client.read(response):
                 data = chunk[skip:] if skip else chunk
                 skip = max(0, skip - len(chunk))
                 if data:
-                    yield data[:left]
-                    left -= len(data[:left])
-                if not left:
+                    yield data[:remaining]
+                    remaining -= len(data[:remaining])
+                if not remaining:
                     return
             raise TransferError("the connection ended early", retryable=True)
         finally:
-            self._client.close(opened.body)
+            self._client.close(response.body)
 
-    def _check(self, size: int | None, etag: str | None, whole: int) -> None:
-        if size is not None and size != whole:
+    def _check_unchanged(self, size: int | None, etag: str | None, expected_size: int) -> None:
+        if size is not None and size != expected_size:
             raise TransferError(
-                f"the file has {size:,} bytes there instead of {whole:,}: it was changed", retryable=False
+                f"the file on the server has changed: it has {size:,} bytes instead of {expected_size:,}",
+                retryable=False,
             )
         if self._etag and etag and etag != self._etag:
-            raise TransferError("the file was changed on the server meanwhile", retryable=False)
+            raise TransferError("the file on the server has changed during the download", retryable=False)
 
-    def ahead(self) -> int:
+    def buffered(self) -> int:
         return 0
 
     def stop(self) -> None:
-        """Nothing to do: closing the client's connections ends every read."""
+        """Do nothing: closing the client's connections ends every read."""
 
     def close(self) -> None:
-        """Nothing is kept."""
+        """Do nothing: no data is kept."""

@@ -1,8 +1,7 @@
 """
-The catalog: every model that has a name of its own here, from the TOML files in `models/`, one file a family.
+The catalog of named models, read from the TOML files in `models/`, one file per family.
 
-A file that is not as it should be is an error that names the file, the place in it and what is wrong; nothing in it is
-ignored in silence.
+Parsing is strict: an unknown key, a missing value or a wrong form is an error that names the file and the place in it.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty")
 
 @dataclass(frozen=True)
 class Wheel:
-    """`size` bytes of a file are the member `member` of the wheel of `project` at `version`."""
+    """A segment of a model file, `size` bytes long: the member `member` of the wheel of `project` at `version`."""
 
     project: str
     version: str
@@ -40,7 +39,7 @@ class Wheel:
 
 @dataclass(frozen=True)
 class KnownFile:
-    """A published file whose size and digest need not be asked for; `wheels` follow each other in it."""
+    """A published file whose size and digest are in the catalog; `wheels` are its segments, in order."""
 
     path: str
     size: int
@@ -50,15 +49,15 @@ class KnownFile:
 
 
 @dataclass(frozen=True)
-class Card:
+class ModelCard:
     """One model of a family: a size, as a chat or a base model."""
 
     family: str
     title: str
     size: str
     variant: str  # "chat" or "base"
-    checkpoint: str  # the repository of the original weights
-    gguf: str | None  # the repository of GGUF files; None where nobody published any
+    checkpoint: str  # repository of the original weights
+    gguf: str | None  # repository of GGUF files, None if none is published
     mirrors: Sequence[str]
     level: str
     context: int
@@ -71,15 +70,13 @@ class Card:
 
     @property
     def name(self) -> str:
-        """For example "qwen1.5:7b-chat"; a family of a single model goes by its own name."""
-        return self.family if self.sizes_in_family == 1 and self.variant == "chat" else f"{self.family}:{self._tail}"
+        """The model's name, for example "qwen1.5:7b-chat"; a family of one model is named by the family alone."""
+        if self.sizes_in_family == 1 and self.variant == "chat":
+            return self.family
+        return f"{self.family}:{self.size}-{self.variant}"
 
-    @property
-    def _tail(self) -> str:
-        return f"{self.size}-{self.variant}"
-
-    def known(self, path: str) -> KnownFile | None:
-        """What is known beforehand of the file `path` (its last part counts)."""
+    def find_file(self, path: str) -> KnownFile | None:
+        """Return the known file with the file name of `path`."""
         return next((file for file in self.files if file.path == path.rpartition("/")[2]), None)
 
     @property
@@ -90,11 +87,11 @@ class Card:
 
 
 class Catalog:
-    """All cards, and the spellings that lead to them."""
+    """All model cards, and the spellings that lead to them."""
 
-    def __init__(self, cards: Sequence[Card], aliases: Mapping[str, str]) -> None:
+    def __init__(self, cards: Sequence[ModelCard], aliases: Mapping[str, str]) -> None:
         self.cards = tuple(cards)
-        self.aliases = dict(aliases)  # a spelling: the name of a card
+        self.aliases = dict(aliases)  # spelling: card name
 
     @classmethod
     def read(cls, folder: Path) -> Catalog:
@@ -103,34 +100,34 @@ class Catalog:
 
         Raises
         ------
-        BadCatalog: a file cannot be read or is not as it should be, or the folder is not there.
+        BadCatalog: the folder is missing, or a file cannot be read or is invalid.
         """
         if not folder.is_dir():
-            raise BadCatalog(folder, "the folder is not there")
-        cards: list[Card] = []
+            raise BadCatalog(folder, "the folder is missing")
+        cards: list[ModelCard] = []
         aliases: dict[str, str] = {}
         for path in sorted(folder.glob("*.toml")):
-            found, names = _family(path, _parse(path))
-            cards += found
-            aliases |= names
+            family_cards, family_aliases = _parse_family(path, _load_toml(path))
+            cards += family_cards
+            aliases |= family_aliases
         return cls(cards, aliases)
 
     @property
-    def default(self) -> Card:
-        """What runs where no model is named: Qwen1.5's smallest chat model."""
+    def default(self) -> ModelCard:
+        """The model that runs if none is named: Qwen1.5's smallest chat model."""
         return next(card for card in self.cards if card.is_default)
 
     @property
-    def starter(self) -> Card:
-        """What runs instead of the default where only a package index can be reached."""
+    def starter(self) -> ModelCard:
+        """The model that runs instead of the default if only a package index is reachable."""
         return next(card for card in self.cards if card.family == "starter")
 
-    def card(self, name: str) -> Card | None:
-        """The card of exactly this name."""
+    def get(self, name: str) -> ModelCard | None:
+        """Return the card of exactly this name."""
         return next((card for card in self.cards if card.name == name), None)
 
 
-def _parse(path: Path) -> dict[str, Any]:
+def _load_toml(path: Path) -> dict[str, Any]:
     try:
         return dict(tomllib.loads(path.read_text(encoding="utf-8")))
     except OSError as reason:
@@ -140,83 +137,83 @@ def _parse(path: Path) -> dict[str, Any]:
 
 
 class _Table:
-    """A TOML table that is read key by key; what is left over at the end is a mistake in the file."""
+    """A TOML table consumed key by key; keys that remain at the end are mistakes in the file."""
 
-    def __init__(self, path: Path, where: str, data: Any) -> None:
-        self.path, self.where = path, where
+    def __init__(self, path: Path, location: str, data: Any) -> None:
+        self.path, self.location = path, location
         if not isinstance(data, dict):
-            raise BadCatalog(path, f"{where} should be a table")
-        self._left = dict(data)
+            raise BadCatalog(path, f"{location} must be a table")
+        self._remaining = dict(data)
 
-    def fail(self, problem: str) -> BadCatalog:
-        return BadCatalog(self.path, f"{self.where}: {problem}")
+    def error(self, problem: str) -> BadCatalog:
+        return BadCatalog(self.path, f"{self.location}: {problem}")
 
-    def take(self, key: str, kind: type, default: Any = ...) -> Any:
-        value = self._left.pop(key, default)
+    def pop(self, key: str, kind: type, default: Any = ...) -> Any:
+        value = self._remaining.pop(key, default)
         if value is ...:
-            raise self.fail(f"“{key}” is missing")
+            raise self.error(f"“{key}” is missing")
         if value is not default and (not isinstance(value, kind) or isinstance(value, bool)):
-            raise self.fail(f"“{key}” should be a {kind.__name__}, it is {value!r}")
+            raise self.error(f"“{key}” must be of type {kind.__name__}, not {value!r}")
         return value
 
-    def matching(self, key: str, pattern: re.Pattern[str], default: Any = ...) -> Any:
-        value = self.take(key, str, default)
+    def pop_matching(self, key: str, pattern: re.Pattern[str], default: Any = ...) -> Any:
+        value = self.pop(key, str, default)
         if value is not default and not pattern.fullmatch(value):
-            raise self.fail(f"“{key}” has the wrong form: {value!r}")
+            raise self.error(f"“{key}” has the wrong form: {value!r}")
         return value
 
-    def numbers(self, key: str) -> dict[str, float]:
-        values = self.take(key, dict, {})
+    def pop_sampling(self, key: str) -> dict[str, float]:
+        values = self.pop(key, dict, {})
         for name, value in values.items():
             if name not in SAMPLING_KEYS or not isinstance(value, (int, float)):
-                raise self.fail(f"“{key}” has {name} = {value!r}; known are {', '.join(SAMPLING_KEYS)}")
+                raise self.error(f"“{key}” has {name} = {value!r}; known keys are {', '.join(SAMPLING_KEYS)}")
         return dict(values)
 
-    def words(self, key: str, pattern: re.Pattern[str]) -> list[str]:
-        values = self.take(key, list, [])
+    def pop_strings(self, key: str, pattern: re.Pattern[str]) -> list[str]:
+        values = self.pop(key, list, [])
         for value in values:
             if not isinstance(value, str) or not pattern.fullmatch(value):
-                raise self.fail(f"“{key}” has an entry of the wrong form: {value!r}")
+                raise self.error(f"“{key}” has an entry of the wrong form: {value!r}")
         return list(values)
 
-    def tables(self, key: str) -> list[_Table]:
-        found = self.take(key, list, [])
-        return [_Table(self.path, f"{self.where}, {key} {number}", data) for number, data in enumerate(found, 1)]
+    def pop_tables(self, key: str) -> list[_Table]:
+        tables = self.pop(key, list, [])
+        return [_Table(self.path, f"{self.location}, {key} {number}", data) for number, data in enumerate(tables, 1)]
 
-    def done(self) -> None:
-        if self._left:
-            raise self.fail(f"unknown: {', '.join(self._left)}")
+    def check_empty(self) -> None:
+        if self._remaining:
+            raise self.error(f"unknown: {', '.join(self._remaining)}")
 
 
-def _family(path: Path, data: dict[str, Any]) -> tuple[list[Card], dict[str, str]]:
+def _parse_family(path: Path, data: dict[str, Any]) -> tuple[list[ModelCard], dict[str, str]]:
     table = _Table(path, "the family", data)
-    name = table.matching("name", _NAME)
-    title, default = table.take("title", str), table.take("default", str)
+    name = table.pop_matching("name", _NAME)
+    title, default = table.pop("title", str), table.pop("default", str)
     shared = {
-        "mirrors": table.words("mirrors", _MIRROR),
-        "level": table.take("level", str),
-        "context": table.take("context", int),
-        "sampling": table.numbers("sampling"),
+        "mirrors": table.pop_strings("mirrors", _MIRROR),
+        "level": table.pop("level", str),
+        "context": table.pop("context", int),
+        "sampling": table.pop_sampling("sampling"),
     }
-    spellings = table.words("aliases", _NAME)
-    sizes = table.tables("size")
-    table.done()
-    cards: list[Card] = []
+    family_aliases = table.pop_strings("aliases", _NAME)
+    sizes = table.pop_tables("size")
+    table.check_empty()
+    cards: list[ModelCard] = []
     aliases: dict[str, str] = {}
     for size in sizes:
-        found, names = _size(size, name, title, shared, len(sizes), default)
-        cards += found
-        for card in found:
-            for spelling in names:
-                aliases[f"{name}:{spelling}-{card.variant}"] = card.name
+        size_cards, size_aliases = _parse_size(size, name, title, shared, len(sizes), default)
+        cards += size_cards
+        for card in size_cards:
+            for alias in size_aliases:
+                aliases[f"{name}:{alias}-{card.variant}"] = card.name
             aliases[f"{name}:{card.size}-{card.variant}"] = card.name
-        for spelling in (found[0].size, *names):
-            aliases[f"{name}:{spelling}"] = found[0].name
-    standard = next((card for card in cards if card.size == default and card.variant == "chat"), None)
-    if standard is None:
-        raise table.fail(f"there is no chat model of the default size “{default}”")
-    for spelling in (name, *spellings):
-        aliases[spelling] = standard.name
+        for alias in (size_cards[0].size, *size_aliases):
+            aliases[f"{name}:{alias}"] = size_cards[0].name
+    default_card = next((card for card in cards if card.size == default and card.variant == "chat"), None)
+    if default_card is None:
+        raise table.error(f"there is no chat model of the default size “{default}”")
+    for spelling in (name, *family_aliases):
+        aliases[spelling] = default_card.name
         aliases |= {
             spelling + alias.removeprefix(name): card
             for alias, card in list(aliases.items())
@@ -225,21 +222,21 @@ def _family(path: Path, data: dict[str, Any]) -> tuple[list[Card], dict[str, str
     return cards, aliases
 
 
-def _size(
-    table: _Table, family: str, title: str, shared: Mapping[str, Any], count: int, default: str
-) -> tuple[list[Card], list[str]]:
-    size = table.matching("name", _NAME)
-    names = table.words("aliases", _NAME)
-    licence = table.take("licence", str)
-    context = table.take("context", int, shared["context"])
-    kv = table.take("kv_bytes_per_token", int, None)
-    sampling = table.numbers("sampling") or shared["sampling"]
-    repos = {"chat": table.matching("chat", _REPO, None), "base": table.matching("base", _REPO, None)}
-    gguf = table.matching("gguf", _REPO, None)
-    files = [_file(file) for file in table.tables("file")]
-    table.done()
+def _parse_size(
+    table: _Table, family: str, title: str, shared: Mapping[str, Any], sizes_in_family: int, default: str
+) -> tuple[list[ModelCard], list[str]]:
+    size = table.pop_matching("name", _NAME)
+    aliases = table.pop_strings("aliases", _NAME)
+    licence = table.pop("licence", str)
+    context = table.pop("context", int, shared["context"])
+    kv_bytes_per_token = table.pop("kv_bytes_per_token", int, None)
+    sampling = table.pop_sampling("sampling") or shared["sampling"]
+    repos = {"chat": table.pop_matching("chat", _REPO, None), "base": table.pop_matching("base", _REPO, None)}
+    gguf = table.pop_matching("gguf", _REPO, None)
+    files = [_parse_file(file) for file in table.pop_tables("file")]
+    table.check_empty()
     cards = [
-        Card(
+        ModelCard(
             family=family,
             title=title,
             size=size,
@@ -250,35 +247,32 @@ def _size(
             level=shared["level"],
             context=context,
             licence=licence,
-            kv_bytes_per_token=kv,
+            kv_bytes_per_token=kv_bytes_per_token,
             sampling=sampling if variant == "chat" else {},
             files=files if variant == "chat" else (),
-            sizes_in_family=count,
+            sizes_in_family=sizes_in_family,
             is_default=family == "qwen1.5" and size == default and variant == "chat",
         )
         for variant, repo in repos.items()
         if repo
     ]
     if not cards:
-        raise table.fail("neither “chat” nor “base” names a repository")
-    return cards, names
+        raise table.error("neither “chat” nor “base” names a repository")
+    return cards, aliases
 
 
-def _file(table: _Table) -> KnownFile:
-    path, size = table.take("path", str), table.take("size", int)
-    digest, revision = table.matching("sha256", _SHA256), table.take("revision", str, None)
+def _parse_file(table: _Table) -> KnownFile:
+    path, size = table.pop("path", str), table.pop("size", int)
+    digest, revision = table.pop_matching("sha256", _SHA256), table.pop("revision", str, None)
     wheels = []
-    for wheel in table.tables("wheel"):
+    for wheel in table.pop_tables("wheel"):
         wheels.append(
             Wheel(
-                wheel.take("project", str),
-                wheel.take("version", str),
-                wheel.take("member", str),
-                wheel.take("size", int),
+                wheel.pop("project", str), wheel.pop("version", str), wheel.pop("member", str), wheel.pop("size", int)
             )
         )
-        wheel.done()
+        wheel.check_empty()
     if wheels and sum(wheel.size for wheel in wheels) != size:
-        raise table.fail("the wheels' sizes do not add up to the file's")
-    table.done()
+        raise table.error("the sizes of the wheels do not add up to the size of the file")
+    table.check_empty()
     return KnownFile(path, size, digest, revision, wheels)

@@ -19,14 +19,14 @@ from qwenlocal.library.checkpoints import (
     is_present,
     local_checkpoint,
 )
-from qwenlocal.library.conversion_files import conversion_stamp, drop, finish, place
+from qwenlocal.library.conversion_files import conversion_stamp, mark_recorded, prepare_target, remove_unfinished
 from qwenlocal.library.names import CatalogName, HubCheckpointName, HubName, LocalCheckpointName
 from qwenlocal.library.progress import TaskProgress
-from qwenlocal.library.store import Record, Store, StoredFile
+from qwenlocal.library.store import ModelRecord, Store, StoredFile
 from qwenlocal.paths import Folders
 
 if TYPE_CHECKING:
-    from qwenlocal.library.local_models import Say
+    from qwenlocal.library.progress import Say
     from qwenlocal.weights.checkpoint import Checkpoint
     from qwenlocal.weights.plan import Plan
 
@@ -46,7 +46,7 @@ class CheckpointConverter:
         self._folders, self._store, self._finder = folders, store, finder
         self._say, self._open_progress = say, open_progress
 
-    def ensure_converted(self, name: ConvertibleName, *, force: bool = False) -> Record:
+    def ensure_converted(self, name: ConvertibleName, *, force: bool = False) -> ModelRecord:
         """
         Return the model as a GGUF file: converted now, or earlier if nothing changed since (never with `force`).
 
@@ -58,7 +58,7 @@ class CheckpointConverter:
         """
         record_name = _record_name(name)
         record = self._store.get(record_name)
-        ready = self._store.ready(record) if record and not force else None
+        ready = self._store.check_unchanged(record) if record and not force else None
         if ready and not isinstance(name, LocalCheckpointName):
             return ready
         if ready and isinstance(name, LocalCheckpointName) and not is_present(name.path):
@@ -68,9 +68,11 @@ class CheckpointConverter:
         stamp = conversion_stamp(fingerprint(checkpoint.path))
         if ready and ready.made_from == stamp:
             return ready
-        aliases = {str(name), *(record.asked if record else ())} - {record_name}
-        target = place(self._folders, record_name, checkpoint.name, _level(name), stamp, self._store.paths())
-        if not target.is_whole:
+        aliases = {str(name), *(record.aliases if record else ())} - {record_name}
+        target = prepare_target(
+            self._folders, record_name, checkpoint.name, _level(name), stamp, self._store.file_paths()
+        )
+        if not target.is_complete:
             self._convert(checkpoint, _level(name), target.path, _checkpoint_argument(name))
         converted = self._record(record_name, checkpoint, target.path, sorted(aliases), stamp)
         self._mention_kept_checkpoint(name)
@@ -106,7 +108,7 @@ class CheckpointConverter:
                     report=lambda done, total: show(TaskProgress(target.name, done, total, "writing")),
                 )
         except BadWeights:  # the next attempt would fail in the same way
-            drop(target.parent, self._store.paths())
+            remove_unfinished(target.parent, self._store.file_paths())
             raise
 
     def _announce(self, plan: Plan, checkpoint: LocalCheckpoint) -> None:
@@ -121,31 +123,31 @@ class CheckpointConverter:
 
     def _record(
         self, record_name: str, checkpoint: LocalCheckpoint, path: Path, aliases: list[str], stamp: str
-    ) -> Record:
+    ) -> ModelRecord:
         import filelock
 
         origin = f"converted from {checkpoint.repo or checkpoint.path}"
         with filelock.FileLock(f"{path}.part.lock"):  # so that no other process removes the file meanwhile
             file = self._checked_file(path)
-            record = self._store.add(Record(record_name, [file], origin, asked=aliases, made_from=stamp))
-            finish(path)
+            record = self._store.add(ModelRecord(record_name, [file], origin, aliases=aliases, made_from=stamp))
+            mark_recorded(path)
         Path(f"{path}.part.lock").unlink(missing_ok=True)
         return record
 
     def _checked_file(self, path: Path) -> StoredFile:
         """Read the finished file back and compute its digests, which a download would have."""
         from qwenlocal.fileio import hash_blocks
-        from qwenlocal.library.partial_file import BLOCK
+        from qwenlocal.library.partial_file import BLOCK_SIZE
         from qwenlocal.weights.header import read_header
 
         size = path.stat().st_size
         with self._open_progress() as show:
             sha256, checksums = hash_blocks(
-                path, BLOCK, lambda done: show(TaskProgress(path.name, done, size, "checking"))
+                path, BLOCK_SIZE, lambda done: show(TaskProgress(path.name, done, size, "checking"))
             )
         if not read_header(path).tensors:
             raise BadWeights(path, "the file has no tensors")
-        return StoredFile.of(path, sha256, BLOCK, checksums)
+        return StoredFile.from_path(path, sha256, BLOCK_SIZE, checksums)
 
     def _mention_kept_checkpoint(self, name: ConvertibleName) -> None:
         if isinstance(name, LocalCheckpointName):
@@ -161,7 +163,7 @@ def download_cost(checkpoint: HubCheckpoint, plan: Plan) -> str:
     """Say what a checkpoint on a hub costs: bytes to download, bytes to write, seconds of conversion."""
     files = ", ".join(f"{file.type.name} {format_bytes(file.size)}" for file in plan.files)
     return (
-        f"{checkpoint.name} is a checkpoint: {format_bytes(checkpoint.remote.to_fetch)} to download, then about "
+        f"{checkpoint.name} is a checkpoint: {format_bytes(checkpoint.remote.missing_size)} to download, then about "
         f"{estimated_seconds(plan)} s to convert it ({files})."
     )
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwenlocal.errors import ModelNotFound, UsageError
-from qwenlocal.library.names import CatalogName, HubCheckpointName, HubName, LocalCheckpointName, Name, PathName
+from qwenlocal.library.names import CatalogName, HubCheckpointName, HubName, LocalCheckpointName, ModelName, PathName
 
 if TYPE_CHECKING:
-    from qwenlocal.library.local_models import Local
+    from qwenlocal.library.local_models import LocalModels
     from qwenlocal.library.puller import Puller
     from qwenlocal.library.remote_checkpoint import RemoteCheckpoint
     from qwenlocal.weights.checkpoint import Checkpoint
@@ -41,18 +41,18 @@ class HubCheckpoint:
     @property
     def name(self) -> str:
         """The repository's name without its owner."""
-        return self.remote.located.repo.partition("/")[2]
+        return self.remote.resolved.repo.partition("/")[2]
 
     @property
     def repo(self) -> str:
         """The Hugging Face repository, "" for other hubs."""
-        return self.remote.located.repo if self.remote.located.is_from_the_hub else ""
+        return self.remote.resolved.repo if self.remote.resolved.is_from_hugging_face else ""
 
     def read_outline(self) -> Checkpoint | None:
         """Read tensor names, types and shapes from the headers; None if the hub sends whole files only."""
         from qwenlocal.weights.checkpoint import Checkpoint
 
-        fronts = self.remote.fronts
+        fronts = self.remote.headers
         return None if fronts is None else Checkpoint.outline(self.remote.folder, fronts)
 
     def download(self, *, reserve: int = 0) -> LocalCheckpoint:
@@ -63,25 +63,25 @@ class HubCheckpoint:
         ------
         Everything that `Puller.pull_checkpoint` raises.
         """
-        downloaded = self.puller.pull_checkpoint(self.remote, beside=reserve)
+        downloaded = self.puller.pull_checkpoint(self.remote, extra_space=reserve)
         return LocalCheckpoint(downloaded.folder, self.name, self.repo)
 
 
 class CheckpointFinder:
     """Finds the checkpoint that a name means: on this disk if all of it is there, otherwise on a hub."""
 
-    def __init__(self, local: Local, open_puller: OpenPuller) -> None:
+    def __init__(self, local: LocalModels, open_puller: OpenPuller) -> None:
         self._local, self._open_puller = local, open_puller
 
     @contextlib.contextmanager
-    def find(self, name: Name) -> Iterator[LocalCheckpoint | HubCheckpoint]:
+    def find(self, name: ModelName) -> Iterator[LocalCheckpoint | HubCheckpoint]:
         """
         Find the checkpoint called `name`; a `HubCheckpoint` can download its weights within the block.
 
         Raises
         ------
         UsageError: it is not a checkpoint, or only a part of one.
-        Everything that `Puller.outline` raises.
+        Everything that `Puller.inspect_checkpoint` raises.
         """
         from qwenlocal.weights.checkpoint import PICKLED, pickled
 
@@ -107,11 +107,11 @@ class CheckpointFinder:
     def find_on_hub(self, name: CatalogName | HubName) -> Iterator[LocalCheckpoint | HubCheckpoint]:
         """Find the checkpoint of a repository: in the hub's cache if all of it is there, otherwise on the hub."""
         repo = checkpoint_repo(name)
-        if folder := self._local.checkpoint(repo):
+        if folder := self._local.find_checkpoint(repo):
             yield LocalCheckpoint(folder, repo.repo.partition("/")[2], repo.repo if repo.hub == "hf" else "")
             return
         with self._open_puller() as puller:
-            yield HubCheckpoint(puller.outline(name), puller)
+            yield HubCheckpoint(puller.inspect_checkpoint(name), puller)
 
 
 def checkpoint_repo(name: CatalogName | HubName) -> HubName:

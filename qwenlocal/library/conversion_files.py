@@ -1,4 +1,4 @@
-"""Where conversions of `run` and `pull` are kept, and which of them were cut short."""
+"""Files of automatic conversions (by `run` and `pull`): their folders, and the unfinished ones."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from typing import NamedTuple
 
 from qwenlocal.errors import QwenlocalError
 from qwenlocal.i18n import tr
-from qwenlocal.paths import Folders, writable
+from qwenlocal.paths import Folders, ensure_writable
 from qwenlocal.weights import edition
 
-_PATIENCE = 0.5  # seconds for a lock, which `list` may have for a moment
-_GLANCE = 0.1  # seconds for the lock of a conversion that is looked at
-_NOTE = "conversion.json"  # beside a file that grows: what it will be called, and what it is made from
+_REMOVE_TIMEOUT = 0.5  # seconds to wait for a lock that `list` may hold briefly
+_PROBE_TIMEOUT = 0.1  # seconds to wait for the lock of a conversion that may be running
+_NOTE = "conversion.json"  # next to the output while it is written: the model's name and the source's stamp
 
 
-def conversion_stamp(made_from: str) -> str:
-    """`conversion_stamp("5eb63bbbe01eeed0")` is "1:5eb63bbbe01eeed0", what a record says of its source."""
-    return f"{edition.EDITION}:{made_from}"
+def conversion_stamp(fingerprint: str) -> str:
+    """Add the converter version to a source's fingerprint: `conversion_stamp("5eb63bbbe01e")` is "1:5eb63bbbe01e"."""
+    return f"{edition.EDITION}:{fingerprint}"
 
 
-def is_current_stamp(made_from: str) -> bool:
-    """Whether what a record says of its source was written by a program that converts as this one does."""
-    number, colon, _ = made_from.partition(":")
-    return (number if colon else "1") == str(edition.EDITION)
+def is_current_stamp(stamp: str) -> bool:
+    """Return True if the stamp is of this converter version."""
+    version, colon, _ = stamp.partition(":")
+    return (version if colon else "1") == str(edition.EDITION)
 
 
 @dataclass(frozen=True)
 class UnfinishedConversion:
-    """A conversion that is not recorded yet: the model's name, its folder, the bytes that it takes there."""
+    """A conversion without a record yet: the model's name, its folder, and the bytes it occupies."""
 
     name: str
     folder: Path
@@ -42,103 +42,105 @@ class UnfinishedConversion:
 
     @property
     def is_running(self) -> bool:
-        """Whether somebody is at it, or it was cut short."""
-        return any(map(_is_held, self.folder.glob("*.part.lock")))
+        """True if a process is converting, False if the conversion was interrupted."""
+        return any(map(_is_locked, self.folder.glob("*.part.lock")))
 
 
 class ConversionTarget(NamedTuple):
-    """Where a model is to be written; `is_whole`: it was already, and only not recorded."""
+    """The path of the output; `is_complete`: it is already converted, only not recorded."""
 
     path: Path
-    is_whole: bool
+    is_complete: bool
 
 
-def place(
-    folders: Folders, name: str, stem: str, level: str, made_from: str, kept: Collection[str]
+def prepare_target(
+    folders: Folders, name: str, stem: str, level: str, stamp: str, recorded_paths: Collection[str]
 ) -> ConversionTarget:
     """
-    Where the model called `name` is to be written; `stem` is what its file is called for people, `made_from` what it is
-    made from, `kept` are the files that are recorded: of an earlier state, if this one is among them.
+    Choose the output path for the model `name`, and note there what it is made from.
+
+    `stem` is the readable part of the file name, `stamp` identifies the source and the converter. An existing output
+    among `recorded_paths` belongs to an earlier state of the source and stays until it is replaced.
 
     Raises
     ------
-    CannotWrite: the folder does not allow it.
+    NotWritable: the folder cannot be written.
     """
     readable = re.sub(r"[^A-Za-z0-9._-]+", "-", stem) or "model"
     key = f"{zlib.crc32(name.encode(errors='replace')):08x}"
-    folder = writable(folders.files / "converted" / f"{readable}-{key}")
-    path, note = folder / f"{readable}-{level}.gguf", folder / _NOTE
-    now = {"name": name, "made_from": made_from}
-    is_whole = path.exists() and str(path) not in kept and _read(note) == now
-    if not is_whole and str(path) not in kept:
+    folder = ensure_writable(folders.files / "converted" / f"{readable}-{key}")
+    path, note_path = folder / f"{readable}-{level}.gguf", folder / _NOTE
+    note = {"name": name, "made_from": stamp}
+    is_recorded = str(path) in recorded_paths
+    is_complete = path.exists() and not is_recorded and _read_note(note_path) == note
+    if not is_complete and not is_recorded:
         path.unlink(missing_ok=True)
-    note.write_text(json.dumps(now), encoding="utf-8")
-    return ConversionTarget(path, is_whole)
+    note_path.write_text(json.dumps(note), encoding="utf-8")
+    return ConversionTarget(path, is_complete)
 
 
-def _read(note: Path) -> dict[str, str] | None:
-    try:
-        found = json.loads(note.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) and isinstance(found.get("name"), str) else None
-
-
-def finish(target: Path) -> None:
-    """The file that `place` named is whole, and recorded."""
+def mark_recorded(target: Path) -> None:
+    """Delete the note next to an output that is complete and recorded."""
     (target.parent / _NOTE).unlink(missing_ok=True)
 
 
-def unfinished(folders: Folders) -> Iterator[UnfinishedConversion]:
-    """Conversions that began and did not end yet, by name."""
-    for note in sorted((folders.files / "converted").glob(f"*/{_NOTE}")):
-        said = _read(note)
+def unfinished_conversions(folders: Folders) -> Iterator[UnfinishedConversion]:
+    """Yield conversions that were started but not recorded, by name."""
+    for note_path in sorted((folders.files / "converted").glob(f"*/{_NOTE}")):
+        note = _read_note(note_path)
         try:
-            states = [file.stat() for ending in (".part", ".gguf") for file in note.parent.glob(f"*{ending}")]
+            states = [file.stat() for ending in (".part", ".gguf") for file in note_path.parent.glob(f"*{ending}")]
         except OSError:
             continue
-        if not states or not said:
+        if not states or not note:
             continue
         size = sum(getattr(state, "st_blocks", 0) * 512 for state in states)
-        yield UnfinishedConversion(said["name"], note.parent, size)
+        yield UnfinishedConversion(note["name"], note_path.parent, size)
 
 
-def _is_held(lock: Path) -> bool:
-    """Whether a process that writes has this lock; those who write have more patience than those who look."""
-    import filelock
-
-    try:
-        with filelock.FileLock(lock, timeout=_GLANCE):
-            lock.unlink(missing_ok=True)
-            return False
-    except (filelock.Timeout, PermissionError):  # another person's process, perhaps
-        return True
-    except OSError:
-        return False
-
-
-def drop(folder: Path, kept: Collection[str]) -> None:
+def remove_unfinished(folder: Path, recorded_paths: Collection[str]) -> None:
     """
-    Throw away what an unfinished conversion left in its folder, but no file that is `kept`, by path.
+    Delete the files of an unfinished conversion, except those in `recorded_paths`.
 
     Raises
     ------
-    QwenlocalError: it is not left, but running.
+    QwenlocalError: the conversion is running.
     """
     import filelock
 
+    outputs = {str(file).removesuffix(".part") for end in ("part", "gguf") for file in folder.glob(f"*.{end}")}
     try:
-        with contextlib.ExitStack() as held:
-            for path in {
-                str(file).removesuffix(".part") for end in ("part", "gguf") for file in folder.glob(f"*.{end}")
-            }:
-                held.enter_context(filelock.FileLock(f"{path}.part.lock", timeout=_PATIENCE))
+        with contextlib.ExitStack() as locks:
+            for path in outputs:
+                locks.enter_context(filelock.FileLock(f"{path}.part.lock", timeout=_REMOVE_TIMEOUT))
             for file in folder.iterdir():
-                if str(file) not in kept and file.suffix != ".lock":
+                if str(file) not in recorded_paths and file.suffix != ".lock":
                     file.unlink(missing_ok=True)
     except filelock.Timeout as busy:
-        raise QwenlocalError(tr("Another qwenlocal is converting it."), hint=tr("Stop that one first.")) from busy
+        raise QwenlocalError(tr("Another qwenlocal is converting it."), hint=tr("Stop that process first.")) from busy
     for lock in folder.glob("*.lock"):
         lock.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # something whole is in it
+    with contextlib.suppress(OSError):  # a recorded file is left in it
         folder.rmdir()
+
+
+def _read_note(path: Path) -> dict[str, str] | None:
+    try:
+        note = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return note if isinstance(note, dict) and isinstance(note.get("name"), str) else None
+
+
+def _is_locked(lock: Path) -> bool:
+    """Return True if another process holds the lock. A writer waits longer for it than this probe does."""
+    import filelock
+
+    try:
+        with filelock.FileLock(lock, timeout=_PROBE_TIMEOUT):
+            lock.unlink(missing_ok=True)
+            return False
+    except (filelock.Timeout, PermissionError):  # PermissionError: possibly another user's process
+        return True
+    except OSError:
+        return False

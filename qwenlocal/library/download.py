@@ -1,9 +1,9 @@
 """
-The one way bytes reach this disk: resumable, verified, from several places, shared between processes.
+Downloads: resumable, verified, from several sources, shared between processes.
 
-A file is cut in blocks. Threads take the next missing block from the best place that answers; one more thread follows
-in order and computes the digest of what is there. When a place fails, the next block comes from another one, so a
-download goes on in the middle of the file. See `partial.py` for what survives a crash.
+A file is split into blocks. Threads fetch the next missing block from the best available source, and one more thread
+hashes the blocks in order. When a source fails, the next block comes from another one, so a download continues in the
+middle of the file. See `partial_file.py` for crash safety and `failover.py` for the choice of sources.
 """
 
 from __future__ import annotations
@@ -21,182 +21,116 @@ from pathlib import Path
 
 import filelock
 
-from qwenlocal.errors import (
-    CannotWrite,
-    DigestMismatch,
-    DiskFull,
-    DownloadFailed,
-    Interrupted,
-    SourceUnreachable,
-)
+from qwenlocal.errors import DigestMismatch, DiskFull, Interrupted, NotWritable
 from qwenlocal.fileio import hash_blocks
 from qwenlocal.i18n import tr
-from qwenlocal.library.byte_source import ByteSource, RangesUnsupported
+from qwenlocal.library.artifact import (
+    Artifact,
+    DownloadedFile,
+    DownloadPolicy,
+    ReportProgress,
+    Section,
+)
+from qwenlocal.library.byte_source import RangesUnsupported
+from qwenlocal.library.failover import SourceSelector, SourceState
 from qwenlocal.library.http import HttpClient, TransferError
-from qwenlocal.library.partial_file import BLOCK, Identity, Partial, journal_of, lock_of, part_of, read_journal
-from qwenlocal.paths import writable
+from qwenlocal.library.partial_file import BLOCK_SIZE, PartialFile, journal_path, lock_path, part_path, read_journal
+from qwenlocal.library.progress import TaskProgress
+from qwenlocal.paths import ensure_writable
 
-_SPARE_DISK = 32 << 20
-_SYNC_EVERY = 4  # blocks: what a power cut may cost
-_LONGEST_REST = 30.0
-_LAST_WAIT = 1.0  # seconds for threads to end; one that waits for a server's first byte is left behind
-
-
-@dataclass(frozen=True)
-class Section:
-    """Bytes `start` to `end` of a file have this sha256."""
-
-    start: int
-    end: int
-    sha256: str
+_DISK_RESERVE = 32 << 20
+_SYNC_EVERY = 4  # blocks that a power cut may cost
+_JOIN_TIMEOUT = 1.0  # seconds; a thread that waits for a server's first byte is left behind
 
 
-@dataclass(frozen=True)
-class Artifact:
-    """
-    One file to fetch: its name, size, digest, and the places that have it, best first.
-
-    `sha256` is that of the whole file, None where nobody published one; a file published in pieces has the digests of
-    these as `sections`.
-    """
-
-    name: str
-    size: int
-    sha256: str | None
-    places: Sequence[ByteSource]
-    sections: Sequence[Section] = ()
-    etag: str | None = None
-    model: str = ""
-
-    @property
-    def identity(self) -> Identity:
-        """What the journal of a partial file says of it."""
-        digest = self.sha256 or "+".join(section.sha256 for section in self.sections) or None
-        return Identity(self.name, self.size, digest, self.etag, self.model)
-
-
-@dataclass(frozen=True)
-class Fetched:
-    """A whole file: its digest, and the CRC-32 of each of its blocks (empty if another process fetched it)."""
-
-    path: Path
-    sha256: str
-    checksums: Sequence[int] = ()
-    block: int = BLOCK
-
-
-@dataclass(frozen=True)
-class Progress:
-    """`done` of `total` bytes are here; `doing` is what takes the time, as a short word; `source` is where from."""
-
-    name: str
-    done: int
-    total: int
-    doing: str = "fetching"
-    source: str = ""
-
-
-@dataclass(frozen=True)
-class DownloadPolicy:
-    """How to download: connections, patience in seconds, bytes in a block."""
-
-    connections: int = 4
-    patience: float = 120.0  # after a transfer broke off, until everything is given up
-    first_patience: float = 4.0  # where nothing was reached at all
-    block: int = BLOCK
-
-
-Report = Callable[[Progress], None]
-
-
-def fetch(
+def download_artifact(
     artifact: Artifact,
     target: Path,
     *,
     client: HttpClient,
     locks: Path,
     part: Path | None = None,
-    report: Report = lambda _: None,
-    manner: DownloadPolicy = DownloadPolicy(),
+    report: ReportProgress = lambda _: None,
+    policy: DownloadPolicy = DownloadPolicy(),
     clock: Callable[[], float] = time.monotonic,
     stop: threading.Event | None = None,
-) -> Fetched:
+) -> DownloadedFile:
     """
-    Bring `artifact` to `target` and return it; a file that is there is left alone.
+    Download `artifact` to `target`; a verified file that is already there is returned as it is.
 
-    The bytes are collected in `<part>.part` (beside the target, if nothing is said).
-
-    `stop` set by another thread ends it like Ctrl-C. If another process is fetching the same file, wait for it and
-    share its result. After Ctrl-C, a crash or a broken network, calling this again goes on where it ended.
+    The bytes are collected in `<part>.part` (default: next to the target). If another process is downloading the same
+    file, wait for it and share its result. After Ctrl-C, a crash or a network failure, the same call resumes. Setting
+    `stop` in another thread works like Ctrl-C.
 
     Raises
     ------
-    DownloadFailed, SourceUnreachable: no place delivered.
-    DigestMismatch: what arrived is not the published file; it was thrown away.
-    DiskFull, CannotWrite: there is no room, or no permission.
-    Interrupted: Ctrl-C; what is here is kept.
+    DownloadFailed, SourceUnreachable: no source delivered the file.
+    DigestMismatch: the bytes are not the published file; they were deleted.
+    DiskFull, NotWritable: there is no space, or no permission.
+    Interrupted: Ctrl-C; the finished blocks are kept.
     """
     base = part or target
     for folder in (target.parent, base.parent):
-        writable(folder)
-    with _exclusive(artifact, base, writable(locks), report):
-        if target.exists() and (found := _finished(artifact, target)):
-            return found
-        _check_room(artifact, base, manner.block)
-        partial = Partial(base, artifact.identity, block=manner.block)
+        ensure_writable(folder)
+    with _exclusive_lock(artifact, base, ensure_writable(locks), report):
+        if target.exists() and (complete := _verify_existing(artifact, target)):
+            return complete
+        _check_disk_space(artifact, base, policy.block_size)
+        partial = PartialFile(base, artifact.identity, block_size=policy.block_size)
         try:
-            download = _Download(artifact, partial, client, manner, clock)
+            download = _Download(artifact, partial, client, policy, clock)
             try:
                 sha256 = download.run(report, stop or threading.Event())
             except KeyboardInterrupt:
                 share = partial.done / max(1, artifact.size)
-                kept = tr(
-                    "{share:.0%} of {name} is kept; the same command goes on from there.",
+                hint = tr(
+                    "{share:.0%} of {name} is kept. To continue, run the same command again.",
                     share=share,
                     name=artifact.name,
                 )
-                raise Interrupted(kept) from None
+                raise Interrupted(hint) from None
             checksums = partial.checksums
             partial.publish(target)
-            return Fetched(target, sha256, checksums, manner.block)
+            return DownloadedFile(target, sha256, checksums, policy.block_size)
         finally:
             partial.close()
-            for place in artifact.places:
-                place.close()
+            for source in artifact.sources:
+                source.close()
 
 
-def _finished(artifact: Artifact, target: Path) -> Fetched | None:
-    """What lies at `target`, if it is the file: another process brought it, or was killed before it said so."""
+def _verify_existing(artifact: Artifact, target: Path) -> DownloadedFile | None:
+    """Return the file at `target` if it has the artifact's digest: another process may have finished it meanwhile."""
     if target.stat().st_size != artifact.size:
         return None
-    sha256, checksums = hash_blocks(target, BLOCK)
-    if sha256 != artifact.sha256:  # None, too: of the same size, but nobody can say whether it is the same file
+    sha256, checksums = hash_blocks(target, BLOCK_SIZE)
+    if sha256 != artifact.sha256:  # also if that is None: the same size alone does not identify the file
         return None
-    return Fetched(target, sha256, checksums)
+    return DownloadedFile(target, sha256, checksums)
 
 
-def _check_room(artifact: Artifact, base: Path, block: int) -> None:
-    journal = read_journal(journal_of(base))
-    here = len(journal[2]) * block if journal and part_of(base).exists() else 0
-    needed, free = max(0, artifact.size - here) + _SPARE_DISK, shutil.disk_usage(base.parent).free
+def _check_disk_space(artifact: Artifact, base: Path, block_size: int) -> None:
+    journal = read_journal(journal_path(base))
+    present = len(journal.checksums) * block_size if journal and part_path(base).exists() else 0
+    needed, free = max(0, artifact.size - present) + _DISK_RESERVE, shutil.disk_usage(base.parent).free
     if free < needed:
         raise DiskFull(base.parent, needed, free)
 
 
 @contextlib.contextmanager
-def _exclusive(artifact: Artifact, base: Path, locks: Path, report: Report) -> Iterator[None]:
-    """Hold the lock for `base`; while another process has it, show that one's progress."""
-    lock = filelock.FileLock(lock_of(base, locks))
+def _exclusive_lock(artifact: Artifact, base: Path, locks: Path, report: ReportProgress) -> Iterator[None]:
+    """Hold the lock for `base`; while another process holds it, report that process's progress."""
+    lock = filelock.FileLock(lock_path(base, locks))
     while True:
         try:
             lock.acquire(timeout=0.3)
             break
         except filelock.Timeout:
-            journal = read_journal(journal_of(base))
-            done = sum(journal[1] for _ in journal[2]) if journal else 0
-            report(Progress(artifact.name, min(done, artifact.size), artifact.size, "waiting for another qwenlocal"))
+            journal = read_journal(journal_path(base))
+            done = len(journal.checksums) * journal.block_size if journal else 0
+            phase = "waiting for another qwenlocal"
+            report(TaskProgress(artifact.name, min(done, artifact.size), artifact.size, phase))
         except OSError as reason:
-            raise CannotWrite(locks, reason.strerror or str(reason)) from reason
+            raise NotWritable(locks, reason.strerror or str(reason)) from reason
     try:
         yield
     finally:
@@ -204,102 +138,18 @@ def _exclusive(artifact: Artifact, base: Path, locks: Path, report: Report) -> I
 
 
 @dataclass
-class _Standing:
-    """How a place did so far."""
-
-    place: ByteSource
-    failures: int = 0
-    rests_until: float = 0.0
-    dead: str = ""
-    last: TransferError | None = None
-    alone: bool = False  # was trusted with everything once
-    set_aside: bool = False  # is dead only because another is being tried alone
-
-
-class _Places:
-    """Which place to ask next; knows when to wait and when to give up."""
-
-    def __init__(
-        self, name: str, places: Sequence[ByteSource], manner: DownloadPolicy, clock: Callable[[], float]
-    ) -> None:
-        self._name, self._manner, self._clock = name, manner, clock
-        self.standings = [_Standing(place) for place in places]
-        self._lock = threading.Lock()
-        self._last_success: float | None = None
-        self._started = clock()
-
-    def pick(self) -> tuple[_Standing | None, float]:
-        """
-        A place to ask now, or None and how long to wait.
-
-        Raises
-        ------
-        DownloadFailed, SourceUnreachable: no place is left to ask, or none answered for too long.
-        """
-        with self._lock:
-            now = self._clock()
-            alive = [standing for standing in self.standings if not standing.dead]
-            ready = [standing for standing in alive if standing.rests_until <= now]
-            if ready:
-                return ready[0], 0.0
-            if not alive:
-                raise self._failure()
-            wait = min(standing.rests_until for standing in alive) - now
-            quiet = now - (self._started if self._last_success is None else self._last_success)
-            if quiet + wait > self._patience(alive):
-                raise self._failure()
-            return None, wait
-
-    def _patience(self, alive: Sequence[_Standing]) -> float:
-        nobody = self._last_success is None and all(s.last is not None and s.last.unreachable for s in alive)
-        return self._manner.first_patience if nobody else self._manner.patience
-
-    def success(self, standing: _Standing) -> None:
-        with self._lock:
-            standing.failures, self._last_success = 0, self._clock()
-
-    def trouble(self, standing: _Standing, trouble: TransferError) -> None:
-        with self._lock:
-            standing.last = trouble
-            if not trouble.retryable:
-                standing.dead = str(trouble)
-                return
-            if self._clock() < standing.rests_until and not trouble.retry_after:
-                return  # several threads notice the same failure; it counts once
-            standing.failures += 1
-            rest = trouble.retry_after or min(_LONGEST_REST, 0.5 * 2 ** (standing.failures - 1))
-            standing.rests_until = max(standing.rests_until, self._clock() + rest)
-
-    def _failure(self) -> DownloadFailed:
-        reasons = [f"{s.place.label}: {s.dead or s.last or 'not asked'}" for s in self.standings]
-        unreachable = all(s.last is not None and s.last.unreachable for s in self.standings)
-        if self._last_success is None and unreachable:
-            return SourceUnreachable(self._name, reasons)
-        busy = [s.last.retry_after for s in self.standings if s.last and s.last.retry_after]
-        hint = (
-            tr("Try again in {seconds:.0f} s.", seconds=max(busy))
-            if busy
-            else tr("What is here is kept; the same command goes on from there.")
-        )
-        return DownloadFailed(
-            f"{self._name} could not be fetched ({'; '.join(reasons) or 'no place has it'}).", hint=hint
-        )
-
-
-@dataclass
-class _Tally:
-    """What the threads tell each other, under one condition."""
+class _SharedState:
+    """The state shared by the threads of one pass, under one condition."""
 
     queue: deque[int]
     condition: threading.Condition = field(default_factory=threading.Condition)
     stop: threading.Event = field(default_factory=threading.Event)
     failure: BaseException | None = None
-    in_flight: dict[int, int] = field(default_factory=dict)  # block: bytes of it received
-    source: dict[int, _Standing] = field(default_factory=dict)  # block: who sent it, in this run
-    hashed: int = 0
-    digests: list[str] | None = None  # of the sections, then of the file; once all is hashed
+    in_flight: dict[int, int] = field(default_factory=dict)  # block: bytes received
+    senders: dict[int, SourceState] = field(default_factory=dict)  # block: source it came from in this run
+    digests: list[str] | None = None  # of each section and of the whole file, once everything is hashed
 
-    def received(self, number: int, count: int) -> None:
+    def record_received(self, number: int, count: int) -> None:
         with self.condition:
             self.in_flight[number] = count
 
@@ -311,83 +161,71 @@ class _Tally:
 
 
 class _Download:
-    """One file being fetched in this process."""
+    """The download of one file in this process."""
 
     def __init__(
         self,
         artifact: Artifact,
-        partial: Partial,
+        partial: PartialFile,
         client: HttpClient,
-        manner: DownloadPolicy,
+        policy: DownloadPolicy,
         clock: Callable[[], float],
     ) -> None:
-        self._artifact, self._partial, self._client, self._manner = artifact, partial, client, manner
-        self._places = _Places(artifact.name, artifact.places, manner, clock)
+        self._artifact, self._partial, self._client, self._policy = artifact, partial, client, policy
+        self._selector = SourceSelector(artifact.name, artifact.sources, policy, clock)
         self._sections = list(artifact.sections)
         if artifact.sha256:
             self._sections = [Section(0, artifact.size, artifact.sha256)]
-        self._known = {number for number in range(partial.count) if partial.has(number)}  # by an earlier run
-        self._tally = _Tally(deque(partial.missing()))
+        self._from_earlier_run = {number for number in range(partial.count) if partial.has(number)}
+        self._shared = _SharedState(deque(partial.missing()))
         self._streaming = threading.Lock()
-        self._shown = 0
+        self._reported = 0
 
-    def run(self, report: Report, stop: threading.Event) -> str:
-        """Fetch what is missing and return the sha256 of the whole."""
+    def run(self, report: ReportProgress, stop: threading.Event) -> str:
+        """Download all missing blocks and return the sha256 of the file."""
         while True:
-            *digests, whole = self._round(report, stop)
+            *digests, whole = self._run_pass(report, stop)
             wrong = [(s, digest) for s, digest in zip(self._sections, digests, strict=True) if digest != s.sha256]
             if not wrong:
                 return whole
-            self._mend([section for section, _ in wrong], wrong[0][1])
+            self._queue_doubtful_blocks([section for section, _ in wrong], wrong[0][1])
 
-    def _mend(self, wrong: Sequence[Section], first_digest: str) -> None:
-        """Forget what does not fit and ask again, one place at a time; give up where each was tried alone."""
+    def _queue_doubtful_blocks(self, wrong: Sequence[Section], first_digest: str) -> None:
+        """
+        Queue the blocks of wrong sections again: those of an earlier run first, then all from one source at a time.
+
+        Raises
+        ------
+        DigestMismatch: each source was tried alone.
+        """
         blocks = [n for n in range(self._partial.count) if any(_overlaps(self._partial.span(n), s) for s in wrong)]
-        doubtful = [n for n in blocks if n in self._known]
+        doubtful = [n for n in blocks if n in self._from_earlier_run]
         if not doubtful:
-            senders = [self._tally.source[n] for n in blocks]
-            alone = self._next_alone(senders)
-            if alone is None:
+            senders = [self._shared.senders[n] for n in blocks]
+            sole_source = self._selector.select_sole_source(senders)
+            if sole_source is None:
                 self._partial.discard()
-                labels = " and ".join(dict.fromkeys(standing.place.label for standing in senders))
+                labels = " and ".join(dict.fromkeys(sender.source.label for sender in senders))
                 raise DigestMismatch(self._artifact.name, wrong[0].sha256, first_digest, source=labels)
-            doubtful = [n for n in blocks if self._tally.source[n] is not alone]
+            doubtful = [n for n in blocks if self._shared.senders[n] is not sole_source]
         for number in doubtful:
             self._partial.forget(number)
-            self._known.discard(number)
-        self._tally = _Tally(deque(doubtful), source=self._tally.source)
+            self._from_earlier_run.discard(number)
+        self._shared = _SharedState(deque(doubtful), senders=self._shared.senders)
 
-    def _next_alone(self, senders: Sequence[_Standing]) -> _Standing | None:
-        """
-        The place to be trusted with all of it next, the others being set aside; None when each was.
-
-        Several may have sent what does not fit, and it cannot be known which of them lied.
-        """
-        standings = self._places.standings
-        if all(sender is senders[0] for sender in senders):
-            senders[0].alone = True
-        chosen = next((s for s in standings if not s.alone and (not s.dead or s.set_aside)), None)
-        if chosen is None:
-            return None
-        for standing in standings:
-            if not standing.dead:
-                standing.dead, standing.set_aside = "set aside: what it sent may not be the published file", True
-        chosen.alone, chosen.dead, chosen.set_aside = True, "", False
-        return chosen
-
-    def _round(self, report: Report, stop: threading.Event) -> list[str]:
-        tally = self._tally
-        workers = min(self._manner.connections, max(1, len(tally.queue)))
-        threads = [threading.Thread(target=self._guard, args=(self._work,), daemon=True) for _ in range(workers)]
-        threads.append(threading.Thread(target=self._guard, args=(self._hash,), daemon=True))
-        threads.append(threading.Thread(target=self._guard, args=(self._sync,), daemon=True))
+    def _run_pass(self, report: ReportProgress, stop: threading.Event) -> list[str]:
+        """Run the threads until every block is hashed; return the digests of the sections and of the whole file."""
+        shared = self._shared
+        workers = min(self._policy.connections, max(1, len(shared.queue)))
+        jobs = [*[self._fetch_blocks] * workers, self._hash_blocks, self._sync_periodically]
+        threads = [threading.Thread(target=self._run_job, args=(job,), daemon=True) for job in jobs]
         for thread in threads:
             thread.start()
         try:
             while True:
-                with tally.condition:
-                    tally.condition.wait(0.1)
-                    failure, digests = tally.failure, tally.digests
+                with shared.condition:
+                    shared.condition.wait(0.1)
+                    failure, digests = shared.failure, shared.digests
                 report(self._progress())
                 if stop.is_set():
                     raise KeyboardInterrupt
@@ -396,180 +234,181 @@ class _Download:
                 if digests is not None:
                     return digests
         finally:
-            tally.stop.set()
-            with tally.condition:
-                tally.condition.notify_all()
-            if tally.digests is None:
+            shared.stop.set()
+            with shared.condition:
+                shared.condition.notify_all()
+            if shared.digests is None:
                 self._client.close_all()
-                for place in self._artifact.places:
-                    place.stop()
-            deadline = time.monotonic() + _LAST_WAIT
+                for source in self._artifact.sources:
+                    source.stop()
+            deadline = time.monotonic() + _JOIN_TIMEOUT
             for thread in threads:
                 thread.join(max(0.0, deadline - time.monotonic()))
 
-    def _progress(self) -> Progress:
-        with self._tally.condition:
-            under_way = sum(self._tally.in_flight.values())
+    def _progress(self) -> TaskProgress:
+        with self._shared.condition:
+            in_flight = sum(self._shared.in_flight.values())
         done = self._partial.done
-        ahead = max((s.place.ahead() for s in self._places.standings if not s.dead), default=0)
-        # A block is on its way until it is done, and for a moment neither.
-        self._shown = shown = max(self._shown, min(self._artifact.size, done + max(under_way, ahead)))
-        current = next((s.place.label for s in self._places.standings if not s.dead), "")
-        doing = "checking" if done == self._artifact.size else "fetching"
-        return Progress(self._artifact.name, shown, self._artifact.size, doing, current)
+        enabled = [state.source for state in self._selector.states if not state.disabled]
+        buffered = max((source.buffered() for source in enabled), default=0)
+        # A finished block briefly counts neither as in flight nor as done: never report less than before.
+        self._reported = max(self._reported, min(self._artifact.size, done + max(in_flight, buffered)))
+        phase = "checking" if done == self._artifact.size else "downloading"
+        label = enabled[0].label if enabled else ""
+        return TaskProgress(self._artifact.name, self._reported, self._artifact.size, phase, label)
 
-    def _guard(self, job: Callable[[], None]) -> None:
-        """Run a thread's job; what goes wrong is raised in the thread that called `fetch`."""
+    def _run_job(self, job: Callable[[], None]) -> None:
+        """Run a thread's job; an exception is raised in the thread that called `download_artifact`."""
         try:
             job()
-        except BaseException as reason:  # handed on, not handled
-            self._tally.fail(reason)
+        except BaseException as reason:
+            self._shared.fail(reason)
 
     # --- fetching
 
-    def _work(self) -> None:
-        while (number := self._take()) is not None:
+    def _fetch_blocks(self) -> None:
+        while (number := self._next_block()) is not None:
             try:
-                done = self._attempt(number)
+                done = self._try_block(number)
             except BaseException:
-                self._give_back(number)
+                self._requeue(number)
                 raise
             if not done:
-                self._give_back(number)
+                self._requeue(number)
 
-    def _take(self) -> int | None:
-        """The next block to fetch; None when all are hashed, or somebody said stop."""
-        tally = self._tally
-        with tally.condition:
-            while not tally.queue:
-                if tally.stop.is_set() or tally.digests is not None:
+    def _next_block(self) -> int | None:
+        """Return the next block to fetch; None when all are hashed or the download stops."""
+        shared = self._shared
+        with shared.condition:
+            while not shared.queue:
+                if shared.stop.is_set() or shared.digests is not None:
                     return None
-                tally.condition.wait(0.2)
-            return None if tally.stop.is_set() else tally.queue.popleft()
+                shared.condition.wait(0.2)
+            return None if shared.stop.is_set() else shared.queue.popleft()
 
-    def _give_back(self, number: int) -> None:
-        with self._tally.condition:
-            self._tally.in_flight.pop(number, None)
+    def _requeue(self, number: int) -> None:
+        with self._shared.condition:
+            self._shared.in_flight.pop(number, None)
             if not self._partial.has(number):
-                self._tally.queue.appendleft(number)
+                self._shared.queue.appendleft(number)
 
-    def _attempt(self, number: int) -> bool:
-        """Try to get a block; False where it must be tried again."""
+    def _try_block(self, number: int) -> bool:
+        """Try to fetch a block; return False if it must be tried again."""
         if self._partial.has(number):
             return True
-        standing, wait = self._places.pick()
-        if standing is None:
-            self._tally.stop.wait(min(wait, 0.5))
+        state, wait = self._selector.select()
+        if state is None:
+            self._shared.stop.wait(min(wait, 0.5))
             return False
         try:
-            if standing.place.sequential:
-                return self._stream(standing)
-            self._fetch(standing, number)
+            if state.source.sequential:
+                return self._stream(state)
+            self._fetch_block(state, number)
         except RangesUnsupported:
-            standing.place.sequential = True
+            state.source.sequential = True
             return False
-        except TransferError as trouble:
-            if self._tally.stop.is_set():
+        except TransferError as error:
+            if self._shared.stop.is_set():
                 return False
-            self._places.trouble(standing, trouble)
+            self._selector.record_failure(state, error)
             return False
-        self._places.success(standing)
+        self._selector.record_success(state)
         return True
 
-    def _fetch(self, standing: _Standing, number: int) -> None:
+    def _fetch_block(self, state: SourceState, number: int) -> None:
         start, end = self._partial.span(number)
-        crc, at = 0, start
-        for data in standing.place.read(start, end):
-            if self._tally.stop.is_set():
+        crc, offset = 0, start
+        for data in state.source.read(start, end):
+            if self._shared.stop.is_set():
                 raise TransferError("stopped", retryable=True)
-            self._partial.write(at, data)
+            self._partial.write(offset, data)
             crc = zlib.crc32(data, crc)
-            at += len(data)
-            self._tally.received(number, at - start)
-        self._finish(standing, number, crc)
+            offset += len(data)
+            self._shared.record_received(number, offset - start)
+        self._finish_block(state, number, crc)
 
-    def _finish(self, standing: _Standing, number: int, crc: int) -> None:
+    def _finish_block(self, state: SourceState, number: int, crc: int) -> None:
         self._partial.complete(number, crc)
-        with self._tally.condition:
-            self._tally.in_flight.pop(number, None)
-            self._tally.source[number] = standing
-            self._tally.condition.notify_all()
+        with self._shared.condition:
+            self._shared.in_flight.pop(number, None)
+            self._shared.senders[number] = state
+            self._shared.condition.notify_all()
 
-    def _stream(self, standing: _Standing) -> bool:
-        """From a place that only sends whole files: read it once, keeping the blocks that are missing."""
+    def _stream(self, state: SourceState) -> bool:
+        """Read a source without range support once from the start, keeping the blocks that are missing."""
         if not self._streaming.acquire(timeout=0.5):
             return False
         try:
-            number, crc, at, wanted = 0, 0, 0, not self._partial.has(0)
-            for chunk in standing.place.read(0, self._artifact.size):
+            number, crc, offset, is_missing = 0, 0, 0, not self._partial.has(0)
+            for chunk in state.source.read(0, self._artifact.size):
                 data = memoryview(chunk)
                 while data:
-                    if self._tally.stop.is_set():
+                    if self._shared.stop.is_set():
                         return False
                     start, end = self._partial.span(number)
-                    part, data = data[: end - at], data[end - at :]
-                    if wanted:
-                        self._partial.write(at, part)
-                        self._tally.received(number, at + len(part) - start)
-                    crc, at = zlib.crc32(part, crc), at + len(part)
-                    if at == end:
-                        if wanted:
-                            self._finish(standing, number, crc)
-                            self._places.success(standing)
+                    part, data = data[: end - offset], data[end - offset :]
+                    if is_missing:
+                        self._partial.write(offset, part)
+                        self._shared.record_received(number, offset + len(part) - start)
+                    crc, offset = zlib.crc32(part, crc), offset + len(part)
+                    if offset == end:
+                        if is_missing:
+                            self._finish_block(state, number, crc)
+                            self._selector.record_success(state)
                         number, crc = number + 1, 0
-                        wanted = not self._partial.has(number)
+                        is_missing = not self._partial.has(number)
         finally:
             self._streaming.release()
         return True
 
-    # --- following
+    # --- hashing and syncing
 
-    def _hash(self) -> None:
-        """The digest of each section and of the whole, in order, as the blocks come in."""
+    def _hash_blocks(self) -> None:
+        """Hash each section and the whole file, in order, as the blocks arrive."""
         whole = hashlib.sha256()
-        covers_all = bool(self._artifact.sha256)
-        digests = [whole] if covers_all else [hashlib.sha256() for _ in self._sections]
+        has_one_section = bool(self._artifact.sha256)
+        digests = [whole] if has_one_section else [hashlib.sha256() for _ in self._sections]
         for number in range(self._partial.count):
-            if not self._wait_for(number):
+            if not self._wait_for_block(number):
                 return
-            at, _ = self._partial.span(number)
+            offset, _ = self._partial.span(number)
             for data in self._partial.read(number):
                 whole.update(data)
-                if not covers_all:
+                if not has_one_section:
                     for section, digest in zip(self._sections, digests, strict=True):
-                        digest.update(data[max(0, section.start - at) : max(0, section.end - at)])
-                at += len(data)
-        with self._tally.condition:
-            self._tally.digests = [digest.hexdigest() for digest in (*digests, whole)]
-            self._tally.condition.notify_all()
+                        digest.update(data[max(0, section.start - offset) : max(0, section.end - offset)])
+                offset += len(data)
+        with self._shared.condition:
+            self._shared.digests = [digest.hexdigest() for digest in (*digests, whole)]
+            self._shared.condition.notify_all()
 
-    def _wait_for(self, number: int) -> bool:
-        """Wait until a block is there; one from an earlier run is believed only if its checksum fits."""
-        tally = self._tally
+    def _wait_for_block(self, number: int) -> bool:
+        """Wait for a block; one from an earlier run counts only if its checksum matches. False if stopped."""
+        shared = self._shared
         while True:
-            with tally.condition:
+            with shared.condition:
                 while not self._partial.has(number):
-                    if tally.stop.is_set():
+                    if shared.stop.is_set():
                         return False
-                    tally.condition.wait(0.2)
-            if tally.stop.is_set():
+                    shared.condition.wait(0.2)
+            if shared.stop.is_set():
                 return False
-            if number not in self._known or self._partial.intact(number):
+            if number not in self._from_earlier_run or self._partial.is_intact(number):
                 return True
-            self._known.discard(number)
+            self._from_earlier_run.discard(number)
             self._partial.forget(number)
-            with tally.condition:
-                tally.queue.appendleft(number)
-                tally.condition.notify_all()
+            with shared.condition:
+                shared.queue.appendleft(number)
+                shared.condition.notify_all()
 
-    def _sync(self) -> None:
-        """Every few blocks, wait for the disk itself, so that a power cut costs little."""
-        tally, synced = self._tally, 0
+    def _sync_periodically(self) -> None:
+        """Flush to the disk every few blocks, so that a power cut costs little."""
+        shared, synced = self._shared, 0
         while True:
-            with tally.condition:
-                tally.condition.wait(0.2)
-                finished = len(tally.source)
-                if tally.stop.is_set() or tally.digests is not None:
+            with shared.condition:
+                shared.condition.wait(0.2)
+                finished = len(shared.senders)
+                if shared.stop.is_set() or shared.digests is not None:
                     return
             if finished - synced >= _SYNC_EVERY:
                 self._partial.sync()

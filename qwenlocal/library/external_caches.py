@@ -1,7 +1,7 @@
 """
-Model files that other programs brought to this disk: used where they are, never copied, never changed.
+Model files that other programs downloaded: used in place, never copied, never changed.
 
-    Hugging Face cache   models--<owner>--<repo>/blobs/<sha256>, and the names in snapshots/<commit>/
+    Hugging Face cache   models--<owner>--<repo>/blobs/<sha256>, with file names in snapshots/<commit>/
     Ollama               blobs/sha256-<digest>
     LM Studio            <owner>/<repo>/<file>.gguf
     llama.cpp            <owner>_<repo>_<file>.gguf in its own cache
@@ -17,19 +17,21 @@ from pathlib import Path
 
 from qwenlocal.paths import Folders
 
+_HUGGING_FACE = "the Hugging Face cache"
+
 
 @dataclass(frozen=True)
-class Found:
-    """A file of the right name or digest. `certain` is True where its place in another store vouches for its digest."""
+class ExternalFile:
+    """A file in another program's cache; `has_digest_path`: its path contains its digest, so it needs no hashing."""
 
     path: Path
     program: str
-    certain: bool
+    has_digest_path: bool
 
 
 @dataclass(frozen=True)
 class FileQuery:
-    """What to look for: the file's name, its size and digest where known, its repository where it has one."""
+    """A file to look for: its name, and its size, digest and repository if known."""
 
     file: str
     size: int | None
@@ -37,62 +39,67 @@ class FileQuery:
     repo: str | None
 
 
-def find(sought: FileQuery, folders: Folders, environ: Mapping[str, str] = os.environ) -> Iterator[Found]:
-    """Files on this disk that are, or may be, the one sought; those of the right size only, the surest first."""
-    for found in _candidates(sought, folders, environ):
+def find_external_files(
+    query: FileQuery, folders: Folders, environ: Mapping[str, str] = os.environ
+) -> Iterator[ExternalFile]:
+    """Yield existing files that match the query by digest or by name, and by size if known; by digest first."""
+    for candidate in _candidates(query, folders, environ):
         try:
-            size = found.path.stat().st_size
+            size = candidate.path.stat().st_size
         except OSError:
             continue
-        if found.path.is_file() and size > 0 and sought.size in (None, size):
-            yield found
+        if candidate.path.is_file() and size > 0 and query.size in (None, size):
+            yield candidate
 
 
-def _candidates(sought: FileQuery, folders: Folders, environ: Mapping[str, str]) -> Iterator[Found]:
-    if sought.sha256:
-        yield from _by_digest(sought.sha256, sought.repo, folders, environ)
-    if sought.repo:
-        yield from _by_name(sought.file, sought.repo, folders, environ)
-
-
-def _by_digest(sha256: str, repo: str | None, folders: Folders, environ: Mapping[str, str]) -> Iterator[Found]:
-    hub = "the Hugging Face cache"
-    if repo:
-        yield Found(hub_repo(folders.hub_cache, repo) / "blobs" / sha256, hub, certain=True)
-    for path in sorted(folders.hub_cache.glob(f"models--*/blobs/{sha256}")):
-        yield Found(path, hub, certain=True)
-    for folder in _ollama(folders, environ):
-        yield Found(folder / "blobs" / f"sha256-{sha256}", "Ollama", certain=True)
-
-
-def _by_name(file: str, repo: str, folders: Folders, environ: Mapping[str, str]) -> Iterator[Found]:
-    for path in sorted(hub_repo(folders.hub_cache, repo).glob(f"snapshots/*/{glob.escape(file)}")):
-        yield Found(path, "the Hugging Face cache", certain=False)
-    last = file.rpartition("/")[2]
-    for folder in _lm_studio(folders):
-        yield Found(folder / repo / last, "LM Studio", certain=False)
-    for folder in _llama_cpp(folders, environ):
-        yield Found(folder / f"{repo.replace('/', '_')}_{file.replace('/', '_')}", "llama.cpp", certain=False)
-
-
-def hub_repo(hub_cache: Path, repo: str) -> Path:
-    """Where the hub's cache keeps a repository: `models--Qwen--Qwen1.5-0.5B-Chat-GGUF`."""
+def hub_cache_folder(hub_cache: Path, repo: str) -> Path:
+    """Return the folder of a repository in the hub's cache, such as `models--Qwen--Qwen1.5-0.5B-Chat-GGUF`."""
     return hub_cache / f"models--{repo.replace('/', '--')}"
 
 
-def _ollama(folders: Folders, environ: Mapping[str, str]) -> Iterator[Path]:
+def _candidates(query: FileQuery, folders: Folders, environ: Mapping[str, str]) -> Iterator[ExternalFile]:
+    if query.sha256:
+        yield from _candidates_by_digest(query.sha256, query.repo, folders, environ)
+    if query.repo:
+        yield from _candidates_by_name(query.file, query.repo, folders, environ)
+
+
+def _candidates_by_digest(
+    sha256: str, repo: str | None, folders: Folders, environ: Mapping[str, str]
+) -> Iterator[ExternalFile]:
+    if repo:
+        path = hub_cache_folder(folders.hub_cache, repo) / "blobs" / sha256
+        yield ExternalFile(path, _HUGGING_FACE, has_digest_path=True)
+    for path in sorted(folders.hub_cache.glob(f"models--*/blobs/{sha256}")):
+        yield ExternalFile(path, _HUGGING_FACE, has_digest_path=True)
+    for folder in _ollama_folders(folders, environ):
+        yield ExternalFile(folder / "blobs" / f"sha256-{sha256}", "Ollama", has_digest_path=True)
+
+
+def _candidates_by_name(file: str, repo: str, folders: Folders, environ: Mapping[str, str]) -> Iterator[ExternalFile]:
+    for path in sorted(hub_cache_folder(folders.hub_cache, repo).glob(f"snapshots/*/{glob.escape(file)}")):
+        yield ExternalFile(path, _HUGGING_FACE, has_digest_path=False)
+    file_name = file.rpartition("/")[2]
+    for folder in _lm_studio_folders(folders):
+        yield ExternalFile(folder / repo / file_name, "LM Studio", has_digest_path=False)
+    flat_name = f"{repo.replace('/', '_')}_{file.replace('/', '_')}"
+    for folder in _llama_cpp_folders(folders, environ):
+        yield ExternalFile(folder / flat_name, "llama.cpp", has_digest_path=False)
+
+
+def _ollama_folders(folders: Folders, environ: Mapping[str, str]) -> Iterator[Path]:
     if environ.get("OLLAMA_MODELS"):
         yield Path(environ["OLLAMA_MODELS"])
     yield folders.user / ".ollama" / "models"
     yield Path("/usr/share/ollama/.ollama/models")
 
 
-def _lm_studio(folders: Folders) -> Iterator[Path]:
+def _lm_studio_folders(folders: Folders) -> Iterator[Path]:
     yield folders.user / ".lmstudio" / "models"
     yield folders.user / ".cache" / "lm-studio" / "models"
 
 
-def _llama_cpp(folders: Folders, environ: Mapping[str, str]) -> Iterator[Path]:
+def _llama_cpp_folders(folders: Folders, environ: Mapping[str, str]) -> Iterator[Path]:
     if environ.get("LLAMA_CACHE"):
         yield Path(environ["LLAMA_CACHE"])
     yield folders.cache / "llama.cpp"

@@ -1,8 +1,8 @@
 """
-What the model hubs have: the files of a repository with sizes and digests, pinned to one commit.
+Model hubs: the files of a repository with sizes and digests, pinned to a commit.
 
-The Hugging Face hub is asked through huggingface_hub, which honours `HF_ENDPOINT`, `HF_TOKEN` and `HF_HUB_OFFLINE`;
-ModelScope through the two addresses of its own client (modelscope, hub/api.py and hub/file_download.py).
+The Hugging Face hub is queried through huggingface_hub, which honors `HF_ENDPOINT`, `HF_TOKEN` and `HF_HUB_OFFLINE`;
+ModelScope through the two endpoints that its own client uses (modelscope, hub/api.py and hub/file_download.py).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from qwenlocal.library.http import HttpClient, TransferError
 @dataclass(frozen=True)
 class RemoteFile:
     """
-    A file in a repository: its path there, its size, and the sha256 the hub states (None for small text files, of which
-    it states git's own digest, `blob`).
+    A file in a repository: its path, size and sha256 (None for small text files, for which the hub states git's own
+    hash, `blob`).
     """
 
     path: str
@@ -34,8 +34,8 @@ class RemoteFile:
 
 
 @dataclass(frozen=True)
-class Listing:
-    """A repository as it is at `commit`. `licence` is what the repository itself states, "" where it says nothing."""
+class RepoListing:
+    """The files of a repository at `commit`, and the licence it states ("" if none)."""
 
     repo: str
     commit: str
@@ -44,31 +44,33 @@ class Listing:
 
 
 class Hub(Protocol):
-    """A place with repositories of models."""
+    """A site with repositories of models."""
 
     label: str
     scheme: str
 
-    def list(self, repo: str, revision: str | None) -> Listing:
+    def list_files(self, repo: str, revision: str | None) -> RepoListing:
         """
+        List the files of a repository.
+
         Raises
         ------
-        ModelNotFound: the hub has no such repository or revision, or keeps it behind an agreement.
-        TransferError: the hub does not answer.
+        ModelNotFound: the hub has no such repository or revision, or it is gated.
+        TransferError: the hub does not respond.
         """
         ...
 
     def url(self, repo: str, commit: str, path: str) -> str:
-        """Where the bytes of a file are."""
+        """Return the download URL of a file."""
         ...
 
     def headers(self) -> Mapping[str, str]:
-        """What to send along, for example a token."""
+        """Return request headers, for example with a token."""
         ...
 
 
 class HuggingFace:
-    """The Hugging Face hub, or what `HF_ENDPOINT` names instead."""
+    """The Hugging Face hub, or the mirror that `HF_ENDPOINT` names."""
 
     label, scheme = "Hugging Face", "hf"
 
@@ -78,10 +80,10 @@ class HuggingFace:
 
     @property
     def endpoint(self) -> str:
-        """The address of the hub."""
+        """The base URL."""
         return self._endpoint
 
-    def list(self, repo: str, revision: str | None) -> Listing:
+    def list_files(self, repo: str, revision: str | None) -> RepoListing:
         import httpx2
         from huggingface_hub import HfApi
         from huggingface_hub.errors import (
@@ -100,7 +102,7 @@ class HuggingFace:
         except OfflineModeIsEnabled as reason:
             raise TransferError("HF_HUB_OFFLINE is set", retryable=False, unreachable=True) from reason
         except GatedRepoError as reason:
-            raise _gated(repo, self._endpoint) from reason
+            raise _gated_error(repo, self._endpoint) from reason
         except RevisionNotFoundError as reason:
             raise ModelNotFound(
                 repo,
@@ -112,25 +114,25 @@ class HuggingFace:
             raise ModelNotFound(
                 repo,
                 reason=tr("{label} has no repository “{repo}”, or it is private.", label=self.label, repo=repo),
-                hint=tr("Check the spelling; for a private one set HF_TOKEN."),
+                hint=tr("Check the spelling. For a private repository, set HF_TOKEN."),
             ) from reason
         except HfHubHTTPError as reason:
             status = reason.response.status_code if reason.response is not None else None
             raise TransferError(
-                _in_few_words(reason), retryable=status in (429, 500, 502, 503, 504), status=status
+                _first_line(reason), retryable=status in (429, 500, 502, 503, 504), status=status
             ) from reason
         except (httpx2.HTTPError, OSError) as reason:
-            raise TransferError(_in_few_words(reason), retryable=True, unreachable=True) from reason
-        except (ValueError, KeyError, TypeError) as reason:  # something in between answered instead of the hub
+            raise TransferError(_first_line(reason), retryable=True, unreachable=True) from reason
+        except (ValueError, KeyError, TypeError) as reason:  # a captive portal or proxy responded
             raise TransferError(
-                f"{self._endpoint} sent what is no answer of a hub", retryable=False, unreachable=True
+                f"{self._endpoint} sent an invalid response", retryable=False, unreachable=True
             ) from reason
         files = [
             RemoteFile(s.rfilename, s.size or 0, s.lfs.sha256 if s.lfs else None, None if s.lfs else s.blob_id)
             for s in info.siblings or []
         ]
         card: dict[str, object] = dict(vars(info.card_data)) if info.card_data else {}
-        return Listing(repo, info.sha or revision or "main", files, _licence(card))
+        return RepoListing(repo, info.sha or revision or "main", files, _licence_text(card))
 
     def url(self, repo: str, commit: str, path: str) -> str:
         return f"{self._endpoint}/{repo}/resolve/{quote(commit, safe='')}/{quote(path)}"
@@ -143,7 +145,7 @@ class HuggingFace:
 
 
 class ModelScope:
-    """The ModelScope hub, or what `MODELSCOPE_DOMAIN` names instead."""
+    """The ModelScope hub, or the mirror that `MODELSCOPE_DOMAIN` names."""
 
     label, scheme = "ModelScope", "ms"
 
@@ -154,22 +156,25 @@ class ModelScope:
 
     @property
     def endpoint(self) -> str:
-        """The address of the hub."""
+        """The base URL."""
         return self._endpoint
 
-    def list(self, repo: str, revision: str | None) -> Listing:
-        wanted = revision or "master"
-        address = f"{self._endpoint}/api/v1/models/{repo}/repo/files?Revision={quote(wanted, safe='')}&Recursive=true"
+    def list_files(self, repo: str, revision: str | None) -> RepoListing:
+        revision = revision or "master"
+        url = f"{self._endpoint}/api/v1/models/{repo}/repo/files?Revision={quote(revision, safe='')}&Recursive=true"
         try:
-            text = self._client.read_text(address)
-        except TransferError as trouble:
-            if trouble.status == 404:
+            text = self._client.read_text(url)
+        except TransferError as error:
+            if error.status == 404:
                 raise ModelNotFound(
                     repo,
                     reason=tr(
-                        "{label} has no repository “{repo}” ({wanted}).", label=self.label, repo=repo, wanted=wanted
+                        "{label} has no repository “{repo}” ({revision}).",
+                        label=self.label,
+                        repo=repo,
+                        revision=revision,
                     ),
-                ) from trouble
+                ) from error
             raise
         try:
             entries = json.loads(text)["Data"]["Files"]
@@ -179,8 +184,8 @@ class ModelScope:
                 if e.get("Type") != "tree"
             ]
         except (ValueError, KeyError, TypeError) as reason:
-            raise TransferError(f"{self.label} sent a list that cannot be read", retryable=False) from reason
-        return Listing(repo, wanted, files)
+            raise TransferError(f"{self.label} sent an invalid file list", retryable=False) from reason
+        return RepoListing(repo, revision, files)
 
     def url(self, repo: str, commit: str, path: str) -> str:
         query = f"Revision={quote(commit, safe='')}&FilePath={quote(path, safe='')}"
@@ -190,7 +195,7 @@ class ModelScope:
         return {}
 
 
-def _licence(card: Mapping[str, object]) -> str:
+def _licence_text(card: Mapping[str, object]) -> str:
     name, link = card.get("license_name"), card.get("license_link")
     licence = card.get("license") or ""
     if name and licence in ("", "other"):
@@ -198,16 +203,18 @@ def _licence(card: Mapping[str, object]) -> str:
     return f"{licence} ({link})" if licence and link else str(licence)
 
 
-def _gated(repo: str, endpoint: str) -> QwenlocalError:
+def _gated_error(repo: str, endpoint: str) -> QwenlocalError:
     return ModelNotFound(
         repo,
-        reason=tr("{repo} is there, but its owner asks you to agree to something first.", repo=repo),
+        reason=tr("{repo} is gated: its owner requires you to accept terms first.", repo=repo),
         hint=tr(
-            "Open {endpoint}/{repo}, agree, and set HF_TOKEN to a token of your account.", endpoint=endpoint, repo=repo
+            "Accept them at {endpoint}/{repo}, then set HF_TOKEN to a token of your account.",
+            endpoint=endpoint,
+            repo=repo,
         ),
     )
 
 
-def _in_few_words(reason: BaseException) -> str:
+def _first_line(reason: BaseException) -> str:
     text = re.sub(r"\[Errno -?\d+\] ", "", str(reason)).strip().splitlines()
     return (text[0] if text else type(reason).__name__)[:120]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
+
+Say = Callable[[str], None]  # prints a sentence for the user
 
 
 class TaskProgress(NamedTuple):

@@ -11,22 +11,23 @@ from qwenlocal.errors import BadWeights, CheckpointOnly, ModelNotFound, SourceUn
 from qwenlocal.i18n import tr
 from qwenlocal.library.checkpoint_converter import CheckpointConverter
 from qwenlocal.library.checkpoints import OpenPuller, checkpoint_repo
-from qwenlocal.library.conversion_files import is_current_stamp, unfinished
+from qwenlocal.library.conversion_files import is_current_stamp, unfinished_conversions
 from qwenlocal.library.names import (
     CatalogName,
     HubCheckpointName,
     HubName,
     LocalCheckpointName,
-    Name,
+    ModelName,
     PathName,
-    parse,
+    parse_name,
 )
-from qwenlocal.library.store import Damage, Record, Store
+from qwenlocal.library.store import FileDamage, ModelRecord, Store
 from qwenlocal.paths import Folders
 
 if TYPE_CHECKING:
     from qwenlocal.library.catalog import Catalog
-    from qwenlocal.library.local_models import Local, Say
+    from qwenlocal.library.local_models import LocalModels
+    from qwenlocal.library.progress import Say
 
 
 class ModelProvider:
@@ -37,7 +38,7 @@ class ModelProvider:
         folders: Folders,
         catalog: Callable[[], Catalog],
         store: Store,
-        local: Local,
+        local: LocalModels,
         converter: CheckpointConverter,
         open_puller: OpenPuller,
         *,
@@ -47,7 +48,7 @@ class ModelProvider:
         self._folders, self._catalog, self._store, self._local = folders, catalog, store, local
         self._converter, self._open_puller, self._say = converter, open_puller, say
 
-    def parse(self, text: str) -> Name:
+    def parse(self, text: str) -> ModelName:
         """
         Parse what a user typed, and say the full name if it differs.
 
@@ -55,13 +56,13 @@ class ModelProvider:
 
         Raises
         ------
-        ModelNotFound, BadWeights, BadCatalog: as `names.parse` raises them.
+        ModelNotFound, BadWeights, BadCatalog: as `names.parse_name` raises them.
         """
         try:
-            name = parse(text, self._catalog)
+            name = parse_name(text, self._catalog)
         except (ModelNotFound, BadWeights):
             path = Path(text).expanduser().resolve()
-            converting = {conversion.name for conversion in unfinished(self._folders)}
+            converting = {conversion.name for conversion in unfinished_conversions(self._folders)}
             if self._store.get(str(path)) is None and str(path) not in converting:
                 raise
             return LocalCheckpointName(path)
@@ -69,7 +70,7 @@ class ModelProvider:
             self._say(tr("{text} is {meaning}.", text=text, meaning=describe(name)))
         return name
 
-    def ensure_model(self, name: Name) -> Record:
+    def ensure_model(self, name: ModelName) -> ModelRecord:
         """
         Return the model on this disk; download it first if necessary, and convert it if it is a checkpoint.
 
@@ -79,7 +80,7 @@ class ModelProvider:
         Everything that `Puller.pull` and `CheckpointConverter.ensure_converted` raise.
         """
         name = name.source if isinstance(name, HubCheckpointName) else name
-        record = None if isinstance(name, LocalCheckpointName) else self._local.here(name)
+        record = None if isinstance(name, LocalCheckpointName) else self._local.find(name)
         if record is None:
             try:
                 record = self._download_or_convert(name)
@@ -99,7 +100,14 @@ class ModelProvider:
             self._say(tr("{name} is {other}.", name=name, other=record.name))
         return record
 
-    def ensure_default_model(self) -> tuple[Name, Record]:
+    def ensure_model_or_default(self, text: str | None) -> tuple[ModelName, ModelRecord]:
+        """Return the model that `text` names, or the default model for None; download it first if necessary."""
+        if text is None:
+            return self.ensure_default_model()
+        name = self.parse(text)
+        return name, self.ensure_model(name)
+
+    def ensure_default_model(self) -> tuple[ModelName, ModelRecord]:
         """
         Return the model that runs if none is named: Qwen1.5's smallest chat model.
 
@@ -112,9 +120,9 @@ class ModelProvider:
         """
         catalog = self._catalog()
         default, starter = CatalogName(catalog.default), CatalogName(catalog.starter)
-        if record := self._local.here(default):
+        if record := self._local.find(default):
             return default, record
-        if record := self._local.here(starter):
+        if record := self._local.find(starter):
             self._say(
                 tr(
                     "{default} is not downloaded; using {starter}. To download it: qwenlocal pull {default}",
@@ -137,20 +145,20 @@ class ModelProvider:
             )
             return starter, self._download(starter)
 
-    def repair(self, name: Name, record: Record, damage: Sequence[Damage]) -> Record:
+    def repair(self, name: ModelName, record: ModelRecord, damage: Sequence[FileDamage]) -> ModelRecord:
         """
         Replace what is damaged: download the bad blocks, or convert the checkpoint again.
 
         Raises
         ------
         BadWeights: another program owns the file.
-        Everything that `Puller.mend`, `Puller.pull_checkpoint` and `CheckpointConverter.ensure_converted` raise.
+        Everything that `Puller.repair`, `Puller.pull_checkpoint` and `CheckpointConverter.ensure_converted` raise.
         """
         if record.made_from and isinstance(name, (CatalogName, LocalCheckpointName, HubName)):
             return self._converter.ensure_converted(name, force=True)
         with self._open_puller() as puller:
             if not isinstance(name, HubCheckpointName):
-                return puller.mend(name, record, damage)
+                return puller.repair(name, record, damage)
             if not record.owned:
                 raise BadWeights(
                     record.path.parent,
@@ -160,10 +168,10 @@ class ModelProvider:
                     ),
                 )
             self._discard_damaged(record, damage)
-            puller.pull_checkpoint(puller.outline(name.source))
+            puller.pull_checkpoint(puller.inspect_checkpoint(name.source))
         return self.stored_checkpoint(name)
 
-    def stored_checkpoint(self, name: HubCheckpointName) -> Record:
+    def stored_checkpoint(self, name: HubCheckpointName) -> ModelRecord:
         """
         Return the record of a downloaded checkpoint.
 
@@ -180,7 +188,7 @@ class ModelProvider:
             )
         return record
 
-    def _download_or_convert(self, name: Name) -> Record:
+    def _download_or_convert(self, name: ModelName) -> ModelRecord:
         if isinstance(name, LocalCheckpointName):
             return self._converter.ensure_converted(name)
         try:
@@ -188,18 +196,18 @@ class ModelProvider:
         except (CheckpointOnly, SourceUnreachable) as reason:
             if not isinstance(name, (CatalogName, HubName)) or (isinstance(name, HubName) and name.file):
                 raise
-            if isinstance(reason, SourceUnreachable) and self._local.checkpoint(checkpoint_repo(name)) is None:
+            if isinstance(reason, SourceUnreachable) and self._local.find_checkpoint(checkpoint_repo(name)) is None:
                 raise
             return self._converter.ensure_converted(name)
 
-    def _download(self, name: Name) -> Record:
+    def _download(self, name: ModelName) -> ModelRecord:
         with self._open_puller() as puller:
             record = puller.pull(name)
-        if puller.fetched:
-            self._say(tr("Downloaded and verified: sha256 ") + ", ".join(file.sha256 for file in puller.fetched))
+        if puller.downloaded:
+            self._say(tr("Downloaded and verified: sha256 ") + ", ".join(file.sha256 for file in puller.downloaded))
         return record
 
-    def _discard_damaged(self, record: Record, damage: Sequence[Damage]) -> None:
+    def _discard_damaged(self, record: ModelRecord, damage: Sequence[FileDamage]) -> None:
         """Delete a checkpoint's damaged files and record them as missing, whether or not a hub answers later."""
         damaged = [each.file for each in damage]
         for file in damaged:
@@ -209,7 +217,7 @@ class ModelProvider:
         self._store.add(replace(record, files=intact, missing=sum(file.size for file in damaged)))
 
 
-def describe(name: Name) -> str:
+def describe(name: ModelName) -> str:
     """Spell a name for people: "qwen1.5:0.5b-chat-q4_k_m (Qwen1.5 0.5B chat)"."""
     if isinstance(name, CatalogName):
         card = name.card

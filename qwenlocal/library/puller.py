@@ -1,10 +1,10 @@
-"""Having a model: what is here is used, see `local.py`; the rest is fetched, checked and recorded."""
+"""Downloads of models and checkpoints: resolved, downloaded, verified, recorded; and repair of damaged ones."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -12,257 +12,276 @@ from typing import NamedTuple
 from qwenlocal.errors import BadWeights, DigestMismatch, DiskFull, DownloadFailed, SourceUnreachable
 from qwenlocal.fileio import git_blob_sha1, hash_file
 from qwenlocal.i18n import tr
+from qwenlocal.library.artifact import DownloadedFile, DownloadPolicy, ReportProgress
 from qwenlocal.library.byte_source import RangesUnsupported
-from qwenlocal.library.download import DownloadPolicy, Fetched, Report, fetch
+from qwenlocal.library.download import download_artifact
 from qwenlocal.library.http import HttpClient, TransferError
-from qwenlocal.library.local_models import Local, Say
-from qwenlocal.library.names import CatalogName, HubName, Name, checkpoint_record
-from qwenlocal.library.partial_file import write_journal
-from qwenlocal.library.remote_checkpoint import RemoteCheckpoint, read_fronts, write_front
-from qwenlocal.library.resolver import FileRequest, ResolvedCheckpoint, ResolvedModel, Sources
-from qwenlocal.library.store import Damage, Record, Store, StoredFile
-from qwenlocal.paths import Folders, writable
+from qwenlocal.library.local_models import LocalModels
+from qwenlocal.library.names import CatalogName, HubName, ModelName, checkpoint_record_name
+from qwenlocal.library.partial_file import part_path, write_journal
+from qwenlocal.library.remote_checkpoint import RemoteCheckpoint, read_headers, write_file_start
+from qwenlocal.library.resolver import FileRequest, ResolvedCheckpoint, ResolvedModel, Resolver
+from qwenlocal.library.store import FileDamage, ModelRecord, Store, StoredFile
+from qwenlocal.paths import Folders, ensure_writable
 from qwenlocal.weights.architecture import examine
 from qwenlocal.weights.checkpoint import weight_names
 from qwenlocal.weights.header import read_metadata
 
 
 class DownloadedCheckpoint(NamedTuple):
-    """A checkpoint that is here: its folder, its repository, whether that is on the Hugging Face hub."""
+    """A checkpoint on this disk: its folder, its repository, and whether that is on the Hugging Face hub."""
 
     folder: Path
     repo: str
-    is_from_the_hub: bool
+    is_from_hugging_face: bool
+
+
+class DownloadSummary(NamedTuple):
+    """A download about to start, for display."""
+
+    name: str
+    origin: str
+    size: int
+    file_count: int
+    licence: str
+    is_checkpoint: bool = False
 
 
 class Puller:
-    """Brings models to this disk. `say` gets sentences for people, `report` the progress of a download."""
+    """Downloads models. `on_start` gets a summary of each download, `report` its progress."""
 
     def __init__(
         self,
         folders: Folders,
         store: Store,
-        local: Local,
-        sources: Sources,
+        local: LocalModels,
+        resolver: Resolver,
         client: HttpClient,
         *,
-        say: Say,
-        report: Report,
-        manner: DownloadPolicy = DownloadPolicy(),
+        on_start: Callable[[DownloadSummary], None],
+        report: ReportProgress,
+        policy: DownloadPolicy = DownloadPolicy(),
     ) -> None:
         self._folders, self._store, self._local = folders, store, local
-        self._sources, self._client = sources, client
-        self._say, self._report, self._manner = say, report, manner
-        self.fetched: list[StoredFile] = []  # what came over the network, for whoever wants to say so
+        self._resolver, self._client = resolver, client
+        self._on_start, self._report, self._policy = on_start, report, policy
+        self.downloaded: list[StoredFile] = []  # model files that came over the network
 
-    def pull(self, name: Name) -> Record:
+    def pull(self, name: ModelName) -> ModelRecord:
         """
-        Have the model here, fetching it if need be.
+        Return the model, downloading it if necessary.
 
         Raises
         ------
-        What `Sources.locate` and `download.fetch` raise, and BadWeights where what came is no model.
+        BadWeights: the downloaded file is not a model.
+        Also all errors of `Resolver.resolve` and `download_artifact`.
         """
-        if record := self._local.here(name):
+        if record := self._local.find(name):
             return record
-        located = self._sources.locate(name)
-        asked = () if str(name) == located.name else (str(name),)
-        record = self._store.get(located.name)
-        if record and (ready := self._store.ready(record)):
-            return self._store.add(replace(ready, asked=sorted({*ready.asked, *asked})))
-        if len(located.files) == 1:
-            adopted = self._local.adopt(located.name, located.files[0].sought, located.origin, located.licence, asked)
+        resolved = self._resolver.resolve(name)
+        aliases = () if str(name) == resolved.name else (str(name),)
+        record = self._store.get(resolved.name)
+        if record and (unchanged := self._store.check_unchanged(record)):
+            return self._store.add(replace(unchanged, aliases=sorted({*unchanged.aliases, *aliases})))
+        if len(resolved.files) == 1:
+            query = resolved.files[0].query
+            adopted = self._local.adopt(resolved.name, query, resolved.origin, resolved.licence, aliases)
             if adopted:
                 return adopted
-        return self._fetch_all(located, asked)
+        return self._download_all(resolved, aliases)
 
-    def front(self, name: Name, folder: Path, count: int) -> tuple[Path, int]:
+    def download_start(self, name: ModelName, folder: Path, count: int) -> tuple[Path, int]:
         """
-        The first `count` bytes of a model that is not here, as a file in `folder`, and the size of all its files.
+        Download the first `count` bytes of a model to a file in `folder`; return it and the model's total size.
 
         Raises
         ------
-        What `Sources.locate` raises; DownloadFailed where no place sends parts of a file.
+        DownloadFailed: no source sends parts of a file.
+        Also all errors of `Resolver.resolve`.
         """
-        located = self._sources.locate(name)
-        first, path = located.files[0], folder / "front.gguf"
+        resolved = self._resolver.resolve(name)
+        path = folder / "front.gguf"
         try:
-            write_front(first, path, count)
+            write_file_start(resolved.files[0], path, count)
         except (TransferError, RangesUnsupported) as reason:
+            problem = str(reason) or "it only sends whole files"
             raise DownloadFailed(
-                f"The beginning of {located.name} cannot be had from {located.origin}: {reason or 'whole files only'}.",
-                hint=tr("Fetch all of it: qwenlocal pull {name}", name=name),
+                f"The header of {resolved.name} cannot be downloaded from {resolved.origin}: {problem}.",
+                hint=tr("To download the whole model: qwenlocal pull {name}", name=name),
             ) from reason
-        return path, sum(wanted.artifact.size for wanted in located.files)
+        return path, resolved.size
 
-    def outline(self, name: CatalogName | HubName) -> RemoteCheckpoint:
+    def inspect_checkpoint(self, name: CatalogName | HubName) -> RemoteCheckpoint:
         """
-        Have everything of a checkpoint here but its weights, of which only the headers are read.
+        Download the small files of a checkpoint, and read the headers of its weights.
 
         Raises
         ------
-        What `Sources.locate_checkpoint` and `download.fetch` raise.
-        BadCheckpoint: its index and its files do not fit, or a header is damaged.
-        CannotExpress: its config.json alone tells that it cannot be converted.
+        BadCheckpoint: its index contradicts its files, or a header is damaged.
+        UnsupportedCheckpoint: its config.json shows that it cannot be converted.
+        Also all errors of `Resolver.resolve_checkpoint` and `download_artifact`.
         """
-        located = self._sources.locate_checkpoint(name)
-        large = {w.artifact.name: w for w in located.files if w.artifact.name.endswith(".safetensors")}
-        small = [wanted for wanted in located.files if wanted.artifact.name not in large]
-        ours = {file.path for record in self._store.records() if record.owned for file in record.files}
-        brought = [w for w in located.files if w.target.exists() and str(w.target) not in ours]  # by somebody else
-        documents = [self._fetch_small(wanted) for wanted in small]
-        if self._store.get(checkpoint_record(located.name)) is None:
-            self._note(located, documents, sum(wanted.artifact.size for wanted in large.values()), owned=not brought)
-        examine(located.folder)
-        weights = [large[file] for file in weight_names(located.folder, large)]
+        resolved = self._resolver.resolve_checkpoint(name)
+        large = {r.artifact.name: r for r in resolved.files if r.artifact.name.endswith(".safetensors")}
+        small = [request for request in resolved.files if request.artifact.name not in large]
+        own_paths = {file.path for record in self._store.records() if record.owned for file in record.files}
+        is_ours = all(str(r.target) in own_paths for r in resolved.files if r.target.exists())
+        documents = [self._download_document(request) for request in small]
+        if self._store.get(checkpoint_record_name(resolved.name)) is None:
+            missing = sum(request.artifact.size for request in large.values())
+            self._record_checkpoint(resolved, documents, missing, owned=is_ours)
+        examine(resolved.folder)
+        weights = [large[file] for file in weight_names(resolved.folder, large)]
         try:
-            fronts = read_fronts(located.folder, weights)
-        except TransferError as trouble:
-            raise SourceUnreachable(located.name, [f"{located.origin}: {trouble}"]) from trouble
-        return RemoteCheckpoint(located, documents, weights, fronts, is_ours=not brought)
+            headers = read_headers(resolved.folder, weights)
+        except TransferError as error:
+            raise SourceUnreachable(resolved.name, [f"{resolved.origin}: {error}"]) from error
+        return RemoteCheckpoint(resolved, documents, weights, headers, is_ours)
 
-    def pull_checkpoint(self, outline: RemoteCheckpoint, *, beside: int = 0) -> DownloadedCheckpoint:
+    def pull_checkpoint(self, checkpoint: RemoteCheckpoint, *, extra_space: int = 0) -> DownloadedCheckpoint:
         """
-        Fetch the weights of a checkpoint, too; `beside` is how many bytes more must have room on the disk.
+        Download the weights of a checkpoint; the disk must have `extra_space` bytes more than they take.
 
         Raises
         ------
-        What `download.fetch` raises.
+        All errors of `download_artifact`.
         """
-        located = outline.located
-        self._say(
-            tr(
-                "Fetching the checkpoint {name} ({size}, {count} file(s)).",
-                name=located.name,
-                size=_sum(outline.weights),
-                count=len(outline.weights),
-            )
+        resolved, weights = checkpoint.resolved, checkpoint.weights
+        size = sum(request.artifact.size for request in weights)
+        self._on_start(
+            DownloadSummary(resolved.name, resolved.origin, size, len(weights), resolved.licence, is_checkpoint=True)
         )
-        if located.licence:
-            self._say(tr("Licence: {licence}", licence=located.licence))
-        self._check_room(outline.weights, beside)
-        have = [self._weights_here(wanted) for wanted in outline.weights]
-        self._note_weights(outline, have)
-        for number, wanted in enumerate(outline.weights):
-            known = have[number]
-            if known is None or wanted.target.stat().st_mtime_ns != known.mtime_ns:
-                have[number] = self._shelve(wanted, self._fetch(wanted))
-                self._note_weights(outline, have)
-        return DownloadedCheckpoint(located.folder, located.repo, located.is_from_the_hub)
+        self._check_disk_space(weights, extra_space)
+        stored = [self._find_stored_weights(request) for request in weights]
+        self._record_weights(checkpoint, stored)
+        for number, request in enumerate(weights):
+            known = stored[number]
+            if known is None or request.target.stat().st_mtime_ns != known.mtime_ns:
+                stored[number] = self._store_file(request, self._download(request))
+                self._record_weights(checkpoint, stored)
+        return DownloadedCheckpoint(resolved.folder, resolved.repo, resolved.is_from_hugging_face)
 
-    def _note_weights(self, outline: RemoteCheckpoint, have: Sequence[StoredFile | None]) -> None:
-        """Record which of the weights are here; None stands for those that are not."""
-        missing = sum(w.artifact.size for w, file in zip(outline.weights, have, strict=True) if file is None)
-        files = [*outline.documents, *(file for file in have if file)]
-        self._note(outline.located, files, missing, owned=outline.is_ours)
-
-    def _note(self, located: ResolvedCheckpoint, files: Sequence[StoredFile], missing: int, *, owned: bool) -> None:
-        """Record what is here of a checkpoint, so that it can be listed and removed, should it never be whole."""
-        name = checkpoint_record(located.name)
-        if files:
-            self._store.add(Record(name, tuple(files), located.origin, located.licence, owned, missing=missing,
-                                   is_checkpoint=True))  # fmt: skip
-
-    def _fetch_small(self, wanted: FileRequest) -> StoredFile:
-        """A file of which the hub states git's digest: it is kept in memory's reach, so that is checked each time."""
-        there = wanted.blob is not None and wanted.target.exists() and git_blob_sha1(wanted.target) == wanted.blob
-        if not there:
-            self._fetch(wanted)
-            if wanted.blob and (actual := git_blob_sha1(wanted.target)) != wanted.blob:
-                wanted.target.unlink()
-                raise DigestMismatch(wanted.artifact.name, wanted.blob, actual, source="the hub")
-        path, link = wanted.target, ""
-        if wanted.snapshot:
-            path, link = _link(path, wanted.snapshot, wanted.ref)
-        return StoredFile.of(path, hash_file(path), link=link)
-
-    def _weights_here(self, wanted: FileRequest) -> StoredFile | None:
-        """What is recorded of a file that is there, whether it was touched since or not."""
-        return self._known_file(wanted.target, wanted.artifact.sha256 or "") if wanted.target.exists() else None
-
-    def _fetch(self, wanted: FileRequest) -> Fetched:
-        return fetch(
-            wanted.artifact,
-            wanted.target,
-            part=wanted.part,
-            client=self._client,
-            locks=self._folders.locks,
-            report=self._report,
-            manner=self._manner,
-        )
-
-    def mend(self, name: Name, record: Record, damage: Sequence[Damage]) -> Record:
+    def repair(self, name: ModelName, record: ModelRecord, damage: Sequence[FileDamage]) -> ModelRecord:
         """
-        Fetch the damaged blocks of a model anew, or whole files where it is not known which blocks are bad.
+        Download the damaged blocks of a model again, or whole files if the damaged blocks are unknown.
 
         Raises
         ------
-        BadWeights: another program brought the file; it is not ours to change.
-        What `Sources.locate` and `download.fetch` raise; the damaged file stays until the network has answered.
+        BadWeights: another program downloaded the file, so it must not be changed.
+        Also all errors of `Resolver.resolve` (before the damaged file is touched) and `download_artifact`.
         """
         if not record.owned:
             raise BadWeights(
                 record.path,
                 "the file is damaged",
                 hint=tr(
-                    "{origin} brought it, so it is left alone. Remove it there, then: qwenlocal pull {name}",
+                    "The file belongs to {origin}. Delete it there, then: qwenlocal pull {name}",
                     origin=record.origin,
                     name=name,
                 ),
             )
-        located = self._sources.locate(name)
-        for bad in damage:
-            wanted = next((w for w in located.files if _is_same(w, bad)), None)
-            if wanted:
-                self._make_partial(wanted, bad)
-        mended = self._fetch_all(located, record.asked)
-        kept = {file.path for file in mended.files}
+        resolved = self._resolver.resolve(name)
+        for damaged in damage:
+            request = next((r for r in resolved.files if _is_same_file(r, damaged)), None)
+            if request:
+                self._make_partial(request, damaged)
+        repaired = self._download_all(resolved, record.aliases)
+        kept = {file.path for file in repaired.files}
         for file in record.files:
-            if file.path not in kept:  # the source has another version by now, or keeps it elsewhere
+            if file.path not in kept:  # the source has a new version or another path
                 Path(file.path).unlink(missing_ok=True)
-        return mended
+        return repaired
 
-    def _make_partial(self, wanted: FileRequest, bad: Damage) -> None:
-        """Turn a damaged file back into a download of which only the damaged blocks are missing."""
-        good: dict[int, int] = {}
-        if bad.blocks is not None and bad.block_size == self._manner.block:
-            good = {n: crc for n, crc in enumerate(bad.file.checksums) if n not in bad.blocks}
-        writable(wanted.part.parent)
-        write_journal(wanted.part, wanted.artifact.identity, self._manner.block, good)
-        shutil.move(bad.file.path, wanted.part.with_name(f"{wanted.part.name}.part"))
+    # --- one file
 
-    def _fetch_all(self, located: ResolvedModel, asked: Sequence[str]) -> Record:
-        self._say(
-            tr(
-                "Fetching {name} from {origin} ({size}).",
-                name=located.name,
-                origin=located.origin,
-                size=_sum(located.files),
-            )
+    def _download(self, request: FileRequest) -> DownloadedFile:
+        return download_artifact(
+            request.artifact,
+            request.target,
+            part=request.part,
+            client=self._client,
+            locks=self._folders.locks,
+            report=self._report,
+            policy=self._policy,
         )
-        if located.licence:
-            self._say(tr("Licence: {licence}", licence=located.licence))
-        self._check_room(located.files)
+
+    def _download_document(self, request: FileRequest) -> StoredFile:
+        """Download a small file; if the hub states git's hash of it, verify that even if the file exists."""
+        target, blob = request.target, request.blob
+        is_valid = blob is not None and target.exists() and git_blob_sha1(target) == blob
+        if not is_valid:
+            self._download(request)
+            if blob and (actual := git_blob_sha1(target)) != blob:
+                target.unlink()
+                raise DigestMismatch(request.artifact.name, blob, actual, source="the hub")
+        path, link = target, ""
+        if request.snapshot:
+            path, link = _link_snapshot(path, request.snapshot, request.ref)
+        return StoredFile.from_path(path, hash_file(path), link=link)
+
+    def _store_file(self, request: FileRequest, downloaded: DownloadedFile) -> StoredFile:
+        """Link a downloaded file into the hub's cache, and describe it."""
+        path, link = downloaded.path, ""
+        if request.snapshot:
+            path, link = _link_snapshot(path, request.snapshot, request.ref)
+        if not downloaded.checksums and (known := self._find_stored_file(path, downloaded.sha256)):
+            return known
+        block_size = downloaded.block_size if downloaded.checksums else 0
+        return StoredFile.from_path(path, downloaded.sha256, block_size, downloaded.checksums, link)
+
+    def _find_stored_file(self, path: Path, sha256: str) -> StoredFile | None:
+        """Return the description of this file in any record, such as one by the process that downloaded it."""
+        files = (file for record in self._store.records() for file in record.files)
+        return next((file for file in files if file.path == str(path) and file.sha256 == sha256), None)
+
+    def _find_stored_weights(self, request: FileRequest) -> StoredFile | None:
+        """Return the recorded description of an existing file, even if the file was touched since."""
+        return (
+            self._find_stored_file(request.target, request.artifact.sha256 or "") if request.target.exists() else None
+        )
+
+    def _make_partial(self, request: FileRequest, damaged: FileDamage) -> None:
+        """Turn a damaged file into a partial download in which only the damaged blocks are missing."""
+        good: dict[int, int] = {}
+        if damaged.blocks is not None and damaged.block_size == self._policy.block_size:
+            good = {n: crc for n, crc in enumerate(damaged.file.checksums) if n not in damaged.blocks}
+        ensure_writable(request.part.parent)
+        write_journal(request.part, request.artifact.identity, self._policy.block_size, good)
+        shutil.move(damaged.file.path, part_path(request.part))
+
+    # --- all files
+
+    def _download_all(self, resolved: ResolvedModel, aliases: Sequence[str]) -> ModelRecord:
+        self._on_start(
+            DownloadSummary(resolved.name, resolved.origin, resolved.size, len(resolved.files), resolved.licence)
+        )
+        self._check_disk_space(resolved.files)
         files = []
-        for wanted in located.files:
-            files.append(self._shelve(wanted, self._fetch(wanted)))
-            left = sum(other.artifact.size for other in located.files[len(files) :])
-            if left:  # so that it can be listed and removed, should it never be finished
-                self._store.add(Record(located.name, files, located.origin, located.licence, missing=left))
-        record = Record(located.name, files, located.origin, located.licence, asked=tuple(asked))
+        for request in resolved.files:
+            files.append(self._store_file(request, self._download(request)))
+            missing = sum(other.artifact.size for other in resolved.files[len(files) :])
+            if missing:  # recorded already, so that it can be listed and removed if it is never completed
+                self._store.add(ModelRecord(resolved.name, files, resolved.origin, resolved.licence, missing=missing))
+        record = ModelRecord(resolved.name, files, resolved.origin, resolved.licence, aliases=tuple(aliases))
         self._check_header(record)
-        self.fetched = [*self.fetched, *files]
+        self.downloaded = [*self.downloaded, *files]
         return self._store.add(record)
 
-    def _check_room(self, files: Sequence[FileRequest], beside: int = 0) -> None:
-        """Of a model in several files, all must have room; each is looked at again before it is fetched."""
-        coming = {incomplete.base: incomplete.done for incomplete in self._store.incomplete()}
-        needed = sum(w.artifact.size - coming.get(w.part, 0) for w in files if not w.target.exists())
-        free = shutil.disk_usage(writable(self._folders.partial)).free
-        if free < needed + beside:
-            raise DiskFull(self._folders.partial, needed + beside, free)
+    def _check_disk_space(self, requests: Sequence[FileRequest], extra_space: int = 0) -> None:
+        """
+        Check that all files together fit; `download_artifact` checks each one again.
 
-    def _check_header(self, record: Record) -> None:
+        Raises
+        ------
+        DiskFull: they do not.
+        """
+        done = {download.base: download.done for download in self._store.partial_downloads()}
+        needed = extra_space + sum(r.artifact.size - done.get(r.part, 0) for r in requests if not r.target.exists())
+        free = shutil.disk_usage(ensure_writable(self._folders.partial)).free
+        if free < needed:
+            raise DiskFull(self._folders.partial, needed, free)
+
+    def _check_header(self, record: ModelRecord) -> None:
         try:
             read_metadata(Path(record.files[0].path))
         except BadWeights as bad:
@@ -272,36 +291,48 @@ class Puller:
                     Path(file.link).unlink(missing_ok=True)
             raise BadWeights(
                 record.origin,
-                f"what is there is not a model: {bad.reason}",
-                hint=tr("Nothing was kept. Check the address."),
+                f"the downloaded file is not a model: {bad.reason}",
+                hint=tr("The file was deleted. Check the URL."),
             ) from bad
 
-    def _shelve(self, wanted: FileRequest, fetched: Fetched) -> StoredFile:
-        path = fetched.path
-        link = ""
-        if wanted.snapshot:
-            path, link = _link(path, wanted.snapshot, wanted.ref)
-        if not fetched.checksums and (known := self._known_file(path, fetched.sha256)):
-            return known
-        return StoredFile.of(path, fetched.sha256, fetched.block if fetched.checksums else 0, fetched.checksums, link)
+    # --- records of checkpoints
 
-    def _known_file(self, path: Path, sha256: str) -> StoredFile | None:
-        """What another process that fetched this very file has noted of it."""
-        files = (file for record in self._store.records() for file in record.files)
-        return next((file for file in files if file.path == str(path) and file.sha256 == sha256), None)
+    def _record_weights(self, checkpoint: RemoteCheckpoint, stored: Sequence[StoredFile | None]) -> None:
+        """Record which weight files are complete; None stands for a missing one."""
+        missing = sum(r.artifact.size for r, file in zip(checkpoint.weights, stored, strict=True) if file is None)
+        files = [*checkpoint.documents, *(file for file in stored if file)]
+        self._record_checkpoint(checkpoint.resolved, files, missing, owned=checkpoint.is_ours)
+
+    def _record_checkpoint(
+        self, resolved: ResolvedCheckpoint, files: Sequence[StoredFile], missing: int, *, owned: bool
+    ) -> None:
+        """Record the present files of a checkpoint, so that it can be listed and removed if it is never completed."""
+        if files:
+            self._store.add(
+                ModelRecord(
+                    checkpoint_record_name(resolved.name),
+                    tuple(files),
+                    resolved.origin,
+                    resolved.licence,
+                    owned,
+                    missing=missing,
+                    is_checkpoint=True,
+                )
+            )
 
 
-def _link(blob: Path, snapshot: Path, ref: str | None) -> tuple[Path, str]:
+def _link_snapshot(blob: Path, snapshot: Path, ref: str | None) -> tuple[Path, str]:
     """
-    Show a blob of the hub's cache under its name, as huggingface_hub does: a relative link, and what `ref` points at.
+    Link a blob of the hub's cache into a snapshot as huggingface_hub does, and write the commit that `ref` points to.
 
-    Where links are not allowed (Windows without the right), the file itself goes there, as huggingface_hub does too.
+    Returns the path of the file and of the link. If links are not permitted (Windows without the privilege), the file
+    itself moves to the snapshot, as with huggingface_hub.
     """
-    writable(snapshot.parent)
+    ensure_writable(snapshot.parent)
     repo = blob.parent.parent
     if ref:
         commit = snapshot.relative_to(repo / "snapshots").parts[0]
-        (writable((repo / "refs" / ref).parent) / Path(ref).name).write_text(commit, encoding="utf-8")
+        (ensure_writable((repo / "refs" / ref).parent) / Path(ref).name).write_text(commit, encoding="utf-8")
     snapshot.unlink(missing_ok=True)
     try:
         snapshot.symlink_to(os.path.relpath(blob, snapshot.parent))
@@ -311,11 +342,6 @@ def _link(blob: Path, snapshot: Path, ref: str | None) -> tuple[Path, str]:
     return blob, str(snapshot)
 
 
-def _is_same(wanted: FileRequest, bad: Damage) -> bool:
-    digest = wanted.artifact.sha256
-    return digest == bad.file.sha256 if digest else str(wanted.target) == bad.file.path
-
-
-def _sum(files: Sequence[FileRequest]) -> str:
-    total = sum(wanted.artifact.size for wanted in files)
-    return f"{total / 1e9:.2f} GB" if total >= 1e9 else f"{total / 1e6:.0f} MB"
+def _is_same_file(request: FileRequest, damaged: FileDamage) -> bool:
+    sha256 = request.artifact.sha256
+    return sha256 == damaged.file.sha256 if sha256 else str(request.target) == damaged.file.path

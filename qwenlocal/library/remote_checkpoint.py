@@ -1,8 +1,8 @@
 """
-What a checkpoint on a hub is, before its weights are fetched: its small files, and the headers of the large ones.
+Checkpoints on a hub before their weights are downloaded: the small files, and the headers of the large ones.
 
-A safetensors file begins with the names, types and shapes of its tensors, so that a few kilobytes of a checkpoint of
-gigabytes tell whether it can be converted, and what comes of it.
+A safetensors file starts with the names, types and shapes of its tensors, so a few kilobytes of a multi-gigabyte
+checkpoint tell if it can be converted, and what the result will be.
 """
 
 from __future__ import annotations
@@ -21,71 +21,71 @@ from qwenlocal.weights.safetensors import Front, read_front
 @dataclass(frozen=True)
 class RemoteCheckpoint:
     """
-    A checkpoint of which everything but the weights is here, in `located.folder`.
+    A checkpoint whose small files are in `folder`, and whose weights may still be on the hub.
 
-    `fronts` are the headers of the weights' files, None where the hub sends whole files only. `is_ours`: nobody else
-    brought files of it.
+    `headers` are the headers of the weight files, None if the hub only sends whole files. `is_ours`: no other program
+    downloaded files of it.
     """
 
-    located: ResolvedCheckpoint
+    resolved: ResolvedCheckpoint
     documents: Sequence[StoredFile]
     weights: Sequence[FileRequest]
-    fronts: Sequence[Front] | None
+    headers: Sequence[Front] | None
     is_ours: bool
 
     @property
-    def to_fetch(self) -> int:
-        """Bytes of weights that are not here."""
-        return sum(wanted.artifact.size for wanted in self.weights if not wanted.target.exists())
+    def missing_size(self) -> int:
+        """Bytes of weights that are not on this disk."""
+        return sum(request.artifact.size for request in self.weights if not request.target.exists())
 
     @property
     def folder(self) -> Path:
-        """Where the files are together."""
-        return self.located.folder
+        """The folder that the files are in."""
+        return self.resolved.folder
 
 
-def read_fronts(folder: Path, weights: Sequence[FileRequest]) -> list[Front] | None:
+def read_headers(folder: Path, weights: Sequence[FileRequest]) -> list[Front] | None:
     """
-    The headers of weights that may still be on the hub; `folder` is where they will be.
+    Read the headers of weight files on the hub or in `folder`; None if the hub only sends whole files.
 
     Raises
     ------
-    BadCheckpoint: one is damaged.
-    TransferError: the hub does not answer.
+    BadCheckpoint: a header is damaged.
+    TransferError: the hub does not respond.
     """
     try:
-        return [_front(folder, wanted) for wanted in weights]
+        return [_read_header(folder, request) for request in weights]
     except RangesUnsupported:
         return None
 
 
-def write_front(wanted: FileRequest, path: Path, count: int) -> None:
+def write_file_start(request: FileRequest, path: Path, count: int) -> None:
     """
-    The first `count` bytes of a file that is not here, as `path`: a file of the whole size, empty behind them.
+    Write the first `count` bytes of a remote file to `path`, as a sparse file of the full size.
 
     Raises
     ------
-    TransferError, RangesUnsupported: no place sends parts of it.
+    TransferError, RangesUnsupported: no source sends parts of the file.
     """
-    size = wanted.artifact.size
+    size = request.artifact.size
     with path.open("wb") as file:
-        file.write(_read(wanted.artifact.places, 0, min(count, size)))
+        file.write(_read_range(request.artifact.sources, 0, min(count, size)))
         file.truncate(size)
 
 
-def _front(folder: Path, wanted: FileRequest) -> Front:
-    path, size = folder / wanted.artifact.name, wanted.artifact.size
-    if wanted.target.exists():
-        with wanted.target.open("rb") as file:
+def _read_header(folder: Path, request: FileRequest) -> Front:
+    path, size = folder / request.artifact.name, request.artifact.size
+    if request.target.exists():
+        with request.target.open("rb") as file:
             return read_front(path, size, lambda start, end: (file.seek(start), file.read(end - start))[1])
-    return read_front(path, size, lambda start, end: _read(wanted.artifact.places, start, end))
+    return read_front(path, size, lambda start, end: _read_range(request.artifact.sources, start, end))
 
 
-def _read(places: Sequence[ByteSource], start: int, end: int) -> bytes:
-    """From the first place that has it."""
-    for place in places[:-1]:
+def _read_range(sources: Sequence[ByteSource], start: int, end: int) -> bytes:
+    """Read from the first source that delivers."""
+    for source in sources[:-1]:
         try:
-            return b"".join(place.read(start, end))
+            return b"".join(source.read(start, end))
         except (TransferError, RangesUnsupported):
             continue
-    return with_retries(lambda: b"".join(places[-1].read(start, end)))
+    return with_retries(lambda: b"".join(sources[-1].read(start, end)))

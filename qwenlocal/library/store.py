@@ -1,14 +1,13 @@
 """
-What is on this disk: a small JSON record for every model, beside the files themselves.
+The store of installed models: one small JSON record per model.
 
-A record says where the files are, how large they were, when they were last changed, and their digests; so a start
-needs no hashing and no network to know that the file is the one that was checked when it arrived.
+A record has the paths of the files, their sizes, times of change and digests, so that a model can be loaded as the
+verified file it was without hashing it again and without the network.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import re
@@ -19,19 +18,19 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from qwenlocal.errors import BadWeights, CannotWrite, QwenlocalError
+from qwenlocal.errors import BadWeights, NotWritable, QwenlocalError
 from qwenlocal.i18n import tr
-from qwenlocal.library.partial_file import Identity, lock_of, part_of, read_journal, remove
-from qwenlocal.paths import Folders, writable
+from qwenlocal.library.partial_file import FileIdentity, lock_path, part_path, read_journal, remove_partial
+from qwenlocal.paths import Folders, ensure_writable
 
-_JOURNAL = ".part.journal"
+_JOURNAL_ENDING = ".part.journal"
 
 
 @dataclass(frozen=True)
 class StoredFile:
     """
-    One file of a model. `checksums` are the CRC-32 of its blocks of `block` bytes, empty where another program brought
-    it; `link` is the name under which the hub's cache shows it.
+    One file of a model. `checksums` are the CRC-32 of its blocks of `block` bytes, empty if another program downloaded
+    it; `link` is its path in a snapshot of the hub's cache.
     """
 
     path: str
@@ -43,41 +42,43 @@ class StoredFile:
     link: str = ""
 
     @classmethod
-    def of(cls, path: Path, sha256: str, block: int = 0, checksums: Sequence[int] = (), link: str = "") -> StoredFile:
-        """The record of a file as it lies there now."""
+    def from_path(
+        cls, path: Path, sha256: str, block_size: int = 0, checksums: Sequence[int] = (), link: str = ""
+    ) -> StoredFile:
+        """Describe a file by its present size and time of change."""
         state = path.stat()
-        return cls(str(path), state.st_size, state.st_mtime_ns, sha256, block, tuple(checksums), link)
+        return cls(str(path), state.st_size, state.st_mtime_ns, sha256, block_size, tuple(checksums), link)
 
 
 @dataclass(frozen=True)
-class Record:
-    """A model that is here. `owned` tells whether we brought the files, and may take them away."""
+class ModelRecord:
+    """An installed model. `owned`: qwenlocal downloaded or made the files, and may delete them."""
 
     name: str
     files: Sequence[StoredFile]
-    origin: str  # where the bytes came from, for people
+    origin: str  # source of the bytes, for display
     licence: str = ""
     owned: bool = True
     added: str = ""
-    asked: Sequence[str] = field(default_factory=tuple)  # other names that led to it
-    missing: int = 0  # bytes of further files that are still to be fetched
-    made_from: str = ""  # which edition converted it, and from what state of its source
-    is_checkpoint: bool = False  # weights to be converted, not to be run
+    aliases: Sequence[str] = field(default_factory=tuple)  # other names that led to the model
+    missing: int = 0  # bytes of further files still to be downloaded
+    made_from: str = ""  # converter version and fingerprint of the source, for a converted model
+    is_checkpoint: bool = False  # original weights, which must be converted to run
 
     @property
     def path(self) -> Path:
-        """What to load: the first file (llama.cpp opens the other parts of a split one itself)."""
+        """The file to load: the first one (llama.cpp opens the other shards itself)."""
         first = self.files[0]
         return Path(first.link or first.path)
 
     @property
     def size(self) -> int:
-        """Bytes altogether."""
+        """Total bytes."""
         return sum(file.size for file in self.files)
 
 
-class Damage(NamedTuple):
-    """What a full check found wrong with a file: the numbers of bad blocks, or None where they cannot be told."""
+class FileDamage(NamedTuple):
+    """A damaged file: its actual sha256, and the numbers of its bad blocks (None if unknown)."""
 
     file: StoredFile
     sha256: str
@@ -85,11 +86,11 @@ class Damage(NamedTuple):
     block_size: int
 
 
-class Incomplete(NamedTuple):
-    """A file on its way that nobody is fetching now, or somebody is."""
+class PartialDownload(NamedTuple):
+    """An unfinished download, which another process may be continuing."""
 
     base: Path
-    identity: Identity
+    identity: FileIdentity
     done: int
 
 
@@ -99,49 +100,48 @@ class Store:
     def __init__(self, folders: Folders) -> None:
         self._folders = folders
 
-    def records(self) -> list[Record]:
-        """All of them, by name; a damaged record counts as not there."""
-        found = [record for path in sorted(self._folders.records.glob("*.json")) if (record := _read(path))]
-        return sorted(found, key=lambda record: record.name)
+    def records(self) -> list[ModelRecord]:
+        """Return all records by name, without damaged ones."""
+        records = [record for path in sorted(self._folders.records.glob("*.json")) if (record := _read_record(path))]
+        return sorted(records, key=lambda record: record.name)
 
-    def paths(self) -> set[str]:
-        """Every file that a record speaks of."""
+    def file_paths(self) -> set[str]:
+        """Return the paths of all recorded files."""
         return {file.path for record in self.records() for file in record.files}
 
-    def get(self, name: str) -> Record | None:
-        """The record of this name, or of another name that led to it."""
-        direct = _read(self._path(name))
-        if direct and direct.name == name:
-            return direct
-        return next((record for record in self.records() if name in (record.name, *record.asked)), None)
+    def get(self, name: str) -> ModelRecord | None:
+        """Return the record of this name or alias."""
+        record = _read_record(self._record_path(name))
+        if record and record.name == name:
+            return record
+        return next((record for record in self.records() if name in (record.name, *record.aliases)), None)
 
-    def add(self, record: Record) -> Record:
+    def add(self, record: ModelRecord) -> ModelRecord:
         """
-        Write a record, in one step.
+        Write a record atomically.
 
         Raises
         ------
-        CannotWrite: the folder does not allow it.
+        NotWritable: the folder cannot be written.
         """
         from datetime import datetime, timezone
 
         record = replace(record, added=record.added or datetime.now(timezone.utc).isoformat(timespec="seconds"))
-        path = self._path(record.name)
-        writable(path.parent)
-        draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        path = self._record_path(record.name)
+        ensure_writable(path.parent)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
-            draft.write_text(json.dumps(asdict(record), indent=1), encoding="utf-8")
-            draft.replace(path)
+            temporary.write_text(json.dumps(_to_json(record), indent=1), encoding="utf-8")
+            temporary.replace(path)
         except OSError as reason:
-            raise CannotWrite(path.parent, reason.strerror or str(reason)) from reason
+            raise NotWritable(path.parent, reason.strerror or str(reason)) from reason
         return record
 
-    def ready(self, record: Record) -> Record | None:
+    def check_unchanged(self, record: ModelRecord) -> ModelRecord | None:
         """
-        The record, if its files are still those that were checked when they came: same sizes, same time of change.
+        Return the record if its files have the recorded sizes and times of change, None if a file is missing.
 
-        None where a file is gone, or some are still to be fetched. A file of the right size that was touched since is
-        hashed again, once; if it is the same, the record is renewed.
+        A file of the right size but another time of change is hashed again; if it is the same, the record is updated.
 
         Raises
         ------
@@ -158,144 +158,147 @@ class Store:
             if state.st_size != file.size:
                 raise _changed(record, file, f"it has {state.st_size:,} bytes instead of {file.size:,}")
             if state.st_mtime_ns != file.mtime_ns:
-                if file.sha256 and not _is_still(file):
-                    raise _changed(record, file, "its content was changed since it was fetched")
+                if file.sha256 and not _has_recorded_digest(file):
+                    raise _changed(record, file, "it has changed since it was downloaded")
                 file = replace(file, mtime_ns=state.st_mtime_ns)
             files.append(file)
         if files != list(record.files):
             record = replace(record, files=tuple(files))
-            with contextlib.suppress(CannotWrite):  # a read-only home costs the same check again next time, no more
+            with contextlib.suppress(NotWritable):  # in a read-only home the file is hashed again next time
                 self.add(record)
         return record
 
-    def check(self, record: Record, report: Callable[[int, int], None] = lambda done, total: None) -> list[Damage]:
+    def find_damage(
+        self, record: ModelRecord, report: Callable[[int, int], None] = lambda done, total: None
+    ) -> list[FileDamage]:
         """
-        Read every byte and compare with what arrived; `report` gets bytes done and bytes altogether.
+        Read every byte and compare it with the recorded digests; `report` gets the bytes done and the total.
 
         Raises
         ------
-        BadWeights: a file is gone.
+        BadWeights: a file is missing or unreadable.
         """
         from qwenlocal.fileio import hash_blocks
 
-        damage, before = [], 0
+        damage, offset = [], 0
         for file in record.files:
             if not Path(file.path).is_file():
                 raise BadWeights(
-                    file.path, "the file is gone", hint=tr("Fetch it again: qwenlocal pull {name}", name=record.name)
+                    file.path,
+                    "the file is missing",
+                    hint=tr("Download it again: qwenlocal pull {name}", name=record.name),
                 )
-            from_here = functools.partial(_report_after, report, before, record.size)
+
+            def report_file(done: int, offset: int = offset) -> None:
+                report(offset + done, record.size)
+
             try:
-                sha256, checksums = hash_blocks(Path(file.path), file.block, from_here)
+                sha256, checksums = hash_blocks(Path(file.path), file.block, report_file)
             except OSError as reason:
-                what = tr("it cannot be read ({strerror})", strerror=reason.strerror)
-                raise BadWeights(file.path, what, hint=tr("Check who may read it.")) from reason
-            before += file.size
+                problem = tr("cannot read it ({strerror})", strerror=reason.strerror)
+                raise BadWeights(file.path, problem, hint=tr("Check its permissions.")) from reason
+            offset += file.size
             if file.sha256 and sha256 != file.sha256:
-                damage.append(Damage(file, sha256, _differing(file, checksums), file.block))
+                damage.append(FileDamage(file, sha256, _bad_blocks(file, checksums), file.block))
         return damage
 
-    def remove(self, record: Record) -> int:
-        """Forget a model; its files go too, if we brought them and nothing else uses them. Returns the bytes freed."""
-        self._path(record.name).unlink(missing_ok=True)
+    def remove(self, record: ModelRecord) -> int:
+        """Delete a record, and its files if they are owned and no other record uses them; return the bytes freed."""
+        self._record_path(record.name).unlink(missing_ok=True)
         if not record.owned:
             return 0
-        in_use = {file.path for other in self.records() for file in other.files}
-        freed = 0
-        for file in record.files:
-            if file.path not in in_use:
-                freed += _remove_file(file)
-        return freed
+        in_use = self.file_paths()
+        return sum(_remove_file(file) for file in record.files if file.path not in in_use)
 
-    def incomplete(self) -> list[Incomplete]:
-        """Files on their way."""
-        found = []
-        for journal in sorted(self._folders.partial.glob(f"*{_JOURNAL}")):
-            base = journal.with_name(journal.name.removesuffix(_JOURNAL))
-            read = read_journal(journal)
-            if read and part_of(base).exists():
-                identity, block, blocks = read
-                found.append(Incomplete(base, identity, min(identity.size, block * len(blocks))))
-        return found
+    def partial_downloads(self) -> list[PartialDownload]:
+        """Return the unfinished downloads."""
+        downloads = []
+        for path in sorted(self._folders.partial.glob(f"*{_JOURNAL_ENDING}")):
+            base = path.with_name(path.name.removesuffix(_JOURNAL_ENDING))
+            journal = read_journal(path)
+            if journal and part_path(base).exists():
+                done = min(journal.identity.size, journal.block_size * len(journal.checksums))
+                downloads.append(PartialDownload(base, journal.identity, done))
+        return downloads
 
-    def drop(self, incomplete: Incomplete) -> None:
+    def remove_partial(self, download: PartialDownload) -> None:
         """
-        Throw away a file on its way.
+        Delete an unfinished download.
 
         Raises
         ------
-        QwenlocalError: another process is fetching it right now.
+        QwenlocalError: another process is continuing it.
         """
         import filelock
 
         try:
-            with filelock.FileLock(lock_of(incomplete.base, writable(self._folders.locks)), timeout=0):
-                remove(incomplete.base)
+            with filelock.FileLock(lock_path(download.base, ensure_writable(self._folders.locks)), timeout=0):
+                remove_partial(download.base)
         except filelock.Timeout as busy:
             raise QwenlocalError(
-                f"{incomplete.identity.name} is being fetched by another qwenlocal.", hint=tr("Stop that one first.")
+                f"Another qwenlocal is downloading {download.identity.name}.", hint=tr("Stop that process first.")
             ) from busy
 
-    def _path(self, name: str) -> Path:
+    def _record_path(self, name: str) -> Path:
         readable = re.sub(r"[^A-Za-z0-9._-]+", "-", name)[-60:].strip("-.")
         return self._folders.records / f"{readable}-{zlib.crc32(os.fsencode(name)):08x}.json"
 
 
-def _read(path: Path) -> Record | None:
+def _to_json(record: ModelRecord) -> dict[str, object]:
+    data = asdict(record)
+    return {("asked" if key == "aliases" else key): value for key, value in data.items()}
+
+
+def _read_record(path: Path) -> ModelRecord | None:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         files = tuple(StoredFile(**{**file, "checksums": tuple(file["checksums"])}) for file in data.pop("files"))
-        record = Record(files=files, **{**data, "asked": tuple(data["asked"])})
+        record = ModelRecord(files=files, aliases=tuple(data.pop("asked")), **data)
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return record if files else None
 
 
-def _report_after(report: Callable[[int, int], None], before: int, total: int, done: int) -> None:
-    report(before + done, total)
-
-
-def _is_still(file: StoredFile) -> bool:
+def _has_recorded_digest(file: StoredFile) -> bool:
     from qwenlocal.fileio import hash_file
 
     return hash_file(Path(file.path)) == file.sha256
 
 
-def _changed(record: Record, file: StoredFile, what: str) -> BadWeights:
-    return BadWeights(
-        file.path, what, hint=tr("Mend it, fetching only what is damaged: qwenlocal verify {name}", name=record.name)
-    )
+def _changed(record: ModelRecord, file: StoredFile, problem: str) -> BadWeights:
+    hint = tr("To repair it, downloading only damaged blocks: qwenlocal verify {name}", name=record.name)
+    return BadWeights(file.path, problem, hint=hint)
 
 
-def _differing(file: StoredFile, checksums: Sequence[int]) -> list[int] | None:
-    """The blocks that are not what they were; those that a cut file lacks count, too."""
+def _bad_blocks(file: StoredFile, checksums: Sequence[int]) -> list[int] | None:
+    """Return the blocks whose checksum differs or that are missing; None if the checksums are unknown."""
     if not file.checksums:
         return None
-    now = dict(enumerate(checksums))
-    return [number for number, then in enumerate(file.checksums) if now.get(number) != then]
+    actual = dict(enumerate(checksums))
+    return [number for number, crc in enumerate(file.checksums) if actual.get(number) != crc]
 
 
 def _remove_file(file: StoredFile) -> int:
-    """Delete a file and the name the hub's cache shows it under, unless another name there leads to it too."""
+    """Delete a file and its link in the hub's cache, unless another link there points to it; return the bytes freed."""
     path = Path(file.path)
     if file.link:
         link, repo = Path(file.link), path.parent.parent
         link.unlink(missing_ok=True)
-        others = (other for other in (repo / "snapshots").rglob("*") if other.is_symlink())
-        if any(other.resolve() == path.resolve() for other in others):
+        other_links = (entry for entry in (repo / "snapshots").rglob("*") if entry.is_symlink())
+        if any(other.resolve() == path.resolve() for other in other_links):
             return 0
-        _remove_empty(link.parent, repo)
+        _remove_empty_folders(link.parent, repo)
     size = path.stat().st_size if path.exists() else 0
     path.unlink(missing_ok=True)
     repo = path.parent.parent
-    _remove_empty(path.parent, repo.parent)
-    if file.link and repo.is_dir() and [inside.name for inside in repo.iterdir()] == ["refs"]:
+    _remove_empty_folders(path.parent, repo.parent)
+    if file.link and repo.is_dir() and [entry.name for entry in repo.iterdir()] == ["refs"]:
         shutil.rmtree(repo, ignore_errors=True)
     return size
 
 
-def _remove_empty(folder: Path, top: Path) -> None:
-    """Remove `folder` and those above it, up to `top`, as long as they are empty."""
+def _remove_empty_folders(folder: Path, top: Path) -> None:
+    """Remove `folder` and its parents below `top`, as long as they are empty."""
     while folder != top and top in folder.parents:
         try:
             folder.rmdir()

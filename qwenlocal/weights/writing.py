@@ -26,17 +26,17 @@ from typing import TYPE_CHECKING, NamedTuple
 from qwenlocal import __version__, ggml
 from qwenlocal.errors import (
     BadWeights,
-    BeingWritten,
-    CannotWrite,
     DiskFull,
+    FileInUse,
     Interrupted,
-    NotFinite,
+    NonFiniteWeights,
+    NotWritable,
     OutputExists,
     QwenlocalError,
 )
 from qwenlocal.fileio import read_at, start_writeback, write_at
 from qwenlocal.ggml import TensorType
-from qwenlocal.paths import writable
+from qwenlocal.paths import ensure_writable
 from qwenlocal.weights import edition
 
 if TYPE_CHECKING:
@@ -147,9 +147,9 @@ def memory_needed(job: Job, threads: int) -> int:
     A 7B to Q8_0 on two threads: 2 x (1.0 + 2.1 + 0.6) MB, and 100 MB for Python and the vocabulary.
     """
     most = max((_slab_rows(strip) * strip.columns for strip in job.strips), default=0)
-    widest = max((strip.type.width / strip.type.block for strip in job.strips), default=0)
+    widest = max((strip.type.type_size / strip.type.block_size for strip in job.strips), default=0)
     written = max(
-        (target.type.width / target.type.block for strip in job.strips for target in strip.targets), default=0
+        (target.type.type_size / target.type.block_size for strip in job.strips for target in strip.targets), default=0
     )
     return _PROCESS + int(threads * most * (widest + 4 + written))
 
@@ -163,15 +163,15 @@ def carry_out(
     Raises
     ------
     OutputExists: a file is there, and `replace` was not said.
-    DiskFull, CannotWrite: there is no room, or no permission. What was done is kept.
-    NotFinite: a weight is NaN or infinite (not with `allow_nan`).
+    DiskFull, NotWritable: there is no room, or no permission. What was done is kept.
+    NonFiniteWeights: a weight is NaN or infinite (not with `allow_nan`).
     BadWeights: a weight is too large for its type.
     Interrupted: Ctrl-C; the same call goes on from there.
     """
     import filelock
 
     for output in job.outputs:
-        writable(output.path.parent)
+        ensure_writable(output.path.parent)
     _refuse_existing(job, replace=replace)
     locks = sorted(part_of(output.path).with_suffix(".part.lock") for output in job.outputs)
     lock = locks[0]
@@ -184,8 +184,8 @@ def carry_out(
             return _Run(job, allow_nan=allow_nan, report=report).carry_out(threads)
     except filelock.Timeout as busy:
         if not lock.exists():  # nobody has it, it cannot be made
-            raise CannotWrite(lock.parent, "no files can be made there") from busy
-        raise BeingWritten(job.outputs[0].path) from busy
+            raise NotWritable(lock.parent, "no files can be made there") from busy
+        raise FileInUse(job.outputs[0].path) from busy
     except OSError as reason:
         raise _failure(lock.parent, reason, 0) from reason
 
@@ -220,7 +220,7 @@ class _Run:
                 self._publish(stack)
             except OSError as reason:
                 raise _failure(folder, reason, self._missing()) from reason
-            except NotFinite:  # it would be met again: what was done is of no use
+            except NonFiniteWeights:  # it would be met again: what was done is of no use
                 self._discard(stack)
                 raise
             except KeyboardInterrupt as stop:
@@ -418,7 +418,7 @@ class _Desk:
         if plain:
             self._check(slab, data, strip.type.name)
         if any(target.type != strip.type for target in strip.targets):
-            ggml.to_float(strip.type, data.ctypes.data, floats.ctypes.data, count)
+            ggml.dequantize(strip.type, data.ctypes.data, floats.ctypes.data, count)
             if not plain:
                 self._check(slab, floats, "f32")
 
@@ -432,7 +432,7 @@ class _Desk:
         wrong = (bits & known.full) == known.full
         if not self._allow_nan:
             row = slab.first + int(self._numpy.flatnonzero(wrong)[0]) // slab.strip.columns
-            raise NotFinite(slab.strip.file, slab.strip.name, row)
+            raise NonFiniteWeights(slab.strip.file, slab.strip.name, row)
         self.zeroed = int(wrong.sum())
         bits[wrong] = 0
 
@@ -454,10 +454,10 @@ class _Desk:
 
     def _quantize_as_read(self, slab: _Slab, kind: TensorType, result: numpy.ndarray) -> None:
         strip, count = slab.strip, slab.rows * slab.strip.columns
-        most = ggml.quantize_quickly(strip.type, self._read.ctypes.data, kind, result.ctypes.data, count)
+        most = ggml.quantize_fast(strip.type, self._read.ctypes.data, kind, result.ctypes.data, count)
         if most == math.inf:
             self._check(slab, self._read[: _source_bytes(slab)], strip.type.name)
-            most = ggml.quantize_quickly(strip.type, self._read.ctypes.data, kind, result.ctypes.data, count)
+            most = ggml.quantize_fast(strip.type, self._read.ctypes.data, kind, result.ctypes.data, count)
         self._has_large = most is None or most >= _LARGE
 
     def _check_result(self, slab: _Slab, target: Target, result: numpy.ndarray) -> None:
@@ -473,16 +473,16 @@ class _Desk:
         if known := _BITS.get(kind.name):
             return known.largest(result) < known.full
         if not self._has_large:
-            return ggml.is_valid(kind, result.ctypes.data, result.size)
+            return ggml.has_finite_scales(kind, result.ctypes.data, result.size)
         found = self._numpy.empty(count, self._numpy.float32)
-        ggml.to_float(kind, result.ctypes.data, found.ctypes.data, count)
+        ggml.dequantize(kind, result.ctypes.data, found.ctypes.data, count)
         return bool(self._numpy.isfinite(found).all())
 
 
 def _is_quick(source: TensorType, target: Target) -> bool:
     """Whether our own quantizers take the numbers as they are read."""
-    is_plain = target.importance is None or ggml.ignores_importance(target.type)
-    return is_plain and ggml.can_quantize_quickly(source, target.type)
+    is_plain = target.importance is None or ggml.ignores_imatrix(target.type)
+    return is_plain and ggml.can_quantize_fast(source, target.type)
 
 
 def _slab_rows(strip: Strip) -> int:
@@ -514,14 +514,14 @@ def _open_source(path: Path) -> int:
     try:
         return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
     except OSError as reason:
-        raise BadWeights(path, f"it cannot be read ({reason.strerror})") from reason
+        raise BadWeights(path, f"cannot read it ({reason.strerror})") from reason
 
 
 def _state(path: Path) -> os.stat_result:
     try:
         return path.stat()
     except OSError as reason:
-        raise BadWeights(path, f"it cannot be read ({reason.strerror})") from reason
+        raise BadWeights(path, f"cannot read it ({reason.strerror})") from reason
 
 
 def _identity(job: Job, allow_nan: bool) -> str:
@@ -572,5 +572,5 @@ def _failure(folder: Path, reason: OSError, missing: int) -> QwenlocalError:
     if reason.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
         return DiskFull(folder, missing, shutil.disk_usage(folder).free)
     if reason.errno == errno.EFBIG:
-        return CannotWrite(folder, "files of this size are not allowed there")
-    return CannotWrite(folder, reason.strerror or str(reason))
+        return NotWritable(folder, "files of this size are not allowed there")
+    return NotWritable(folder, reason.strerror or str(reason))

@@ -1,0 +1,121 @@
+"""Failover between the byte sources of a file: which one to use next, when to wait, and when to give up."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from qwenlocal.errors import DownloadFailed, SourceUnreachable
+from qwenlocal.i18n import tr
+from qwenlocal.library.artifact import DownloadPolicy
+from qwenlocal.library.byte_source import ByteSource
+from qwenlocal.library.http import TransferError
+
+_MAX_BACKOFF = 30.0
+
+
+@dataclass
+class SourceState:
+    """The history of one source in this download."""
+
+    source: ByteSource
+    failures: int = 0
+    paused_until: float = 0.0
+    disabled: str = ""  # the reason, if the source is not used any more
+    last_error: TransferError | None = None
+    was_sole_source: bool = False
+    is_set_aside: bool = False  # disabled only while another source is used alone
+
+
+class SourceSelector:
+    """The sources of one file, used in order of preference; failing ones back off exponentially. Thread-safe."""
+
+    def __init__(
+        self, name: str, sources: Sequence[ByteSource], policy: DownloadPolicy, clock: Callable[[], float]
+    ) -> None:
+        self._name, self._policy, self._clock = name, policy, clock
+        self.states = [SourceState(source) for source in sources]
+        self._lock = threading.Lock()
+        self._last_success: float | None = None
+        self._started = clock()
+
+    def select(self) -> tuple[SourceState | None, float]:
+        """
+        Return a source to use now, or None and the seconds to wait.
+
+        Raises
+        ------
+        DownloadFailed, SourceUnreachable: no source is left, or none has delivered for too long.
+        """
+        with self._lock:
+            now = self._clock()
+            enabled = [state for state in self.states if not state.disabled]
+            ready = [state for state in enabled if state.paused_until <= now]
+            if ready:
+                return ready[0], 0.0
+            if not enabled:
+                raise self._failure()
+            wait = min(state.paused_until for state in enabled) - now
+            idle = now - (self._started if self._last_success is None else self._last_success)
+            if idle + wait > self._patience(enabled):
+                raise self._failure()
+            return None, wait
+
+    def _patience(self, enabled: Sequence[SourceState]) -> float:
+        nothing_reached = self._last_success is None and _all_unreachable(enabled)
+        return self._policy.first_patience if nothing_reached else self._policy.patience
+
+    def record_success(self, state: SourceState) -> None:
+        """Reset the back-off of a source that delivered a block."""
+        with self._lock:
+            state.failures, self._last_success = 0, self._clock()
+
+    def record_failure(self, state: SourceState, error: TransferError) -> None:
+        """Pause a source after a failure, or disable it if a retry cannot help."""
+        with self._lock:
+            state.last_error = error
+            if not error.retryable:
+                state.disabled = str(error)
+                return
+            if self._clock() < state.paused_until and not error.retry_after:
+                return  # several threads see the same failure; count it once
+            state.failures += 1
+            pause = error.retry_after or min(_MAX_BACKOFF, 0.5 * 2 ** (state.failures - 1))
+            state.paused_until = max(state.paused_until, self._clock() + pause)
+
+    def select_sole_source(self, senders: Sequence[SourceState]) -> SourceState | None:
+        """
+        Choose one source to deliver everything alone, and set the others aside; None if each was tried alone.
+
+        Used after a digest mismatch: if several sources sent parts, it is unknown which one sent wrong bytes.
+        """
+        if all(sender is senders[0] for sender in senders):
+            senders[0].was_sole_source = True
+        untried = (state for state in self.states if not state.was_sole_source)
+        chosen = next((state for state in untried if not state.disabled or state.is_set_aside), None)
+        if chosen is None:
+            return None
+        for state in self.states:
+            if not state.disabled:
+                state.disabled, state.is_set_aside = "set aside: it may have sent wrong bytes", True
+        chosen.was_sole_source, chosen.disabled, chosen.is_set_aside = True, "", False
+        return chosen
+
+    def _failure(self) -> DownloadFailed:
+        reasons = [f"{s.source.label}: {s.disabled or s.last_error or 'not tried'}" for s in self.states]
+        if self._last_success is None and _all_unreachable(self.states):
+            return SourceUnreachable(self._name, reasons)
+        waits = [s.last_error.retry_after for s in self.states if s.last_error and s.last_error.retry_after]
+        hint = (
+            tr("Try again in {seconds:.0f} s.", seconds=max(waits))
+            if waits
+            else tr("To continue the download, run the same command again.")
+        )
+        return DownloadFailed(
+            f"{self._name} could not be downloaded ({'; '.join(reasons) or 'no source has it'}).", hint=hint
+        )
+
+
+def _all_unreachable(states: Sequence[SourceState]) -> bool:
+    return all(state.last_error is not None and state.last_error.unreachable for state in states)

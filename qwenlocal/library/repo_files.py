@@ -1,0 +1,160 @@
+"""Selection of files in a hub repository: the GGUF files of one model, or the files of a checkpoint."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qwenlocal.errors import CheckpointOnly, ModelNotFound
+from qwenlocal.i18n import tr
+from qwenlocal.library.hubs import RemoteFile, RepoListing
+from qwenlocal.library.names import HubName, level_from_filename
+from qwenlocal.model_files import parse_shard
+from qwenlocal.weights.checkpoint import PICKLED, pickled_hint
+
+_RAW_SPLIT = re.compile(r"\.gguf[.-](?:split-)?([a-z])$", re.IGNORECASE)
+_NOT_MODELS = re.compile(r"mmproj|imatrix", re.IGNORECASE)
+_PREFERRED_LEVELS = ("q4_k_m", "q4_k_s", "q4_0", "q5_k_m", "q5_0", "q8_0", "f16", "bf16")
+# Files of a checkpoint, other than its weights, that the converter reads.
+_CHECKPOINT_DOCUMENTS = (
+    "config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json", "tokenizer.model",
+    "added_tokens.json", "chat_template.jinja", "chat_template.json", "README.md", "model.safetensors.index.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model in a repository: one file, its shards, or raw parts to be joined (`is_raw_split`)."""
+
+    files: Sequence[RemoteFile]
+    is_raw_split: bool
+
+    @property
+    def name(self) -> str:
+        """The path of the first or only file, without the suffix of a raw part."""
+        first = self.files[0].path
+        return _RAW_SPLIT.sub(".gguf", first) if self.is_raw_split else first
+
+    @property
+    def level(self) -> str | None:
+        """The quantization level in the file name."""
+        return level_from_filename(self.name)
+
+
+def group_models(files: Sequence[RemoteFile]) -> list[ModelFiles]:
+    """Group a repository's files into models, with shards and raw parts in order."""
+    single_files, shards, raw_parts = [], dict[str, list[RemoteFile]](), dict[str, list[RemoteFile]]()
+    for file in sorted(files, key=lambda file: file.path):
+        if _NOT_MODELS.search(file.path):
+            continue
+        if (shard := parse_shard(file.path)) and shard.ending == ".gguf":
+            shards.setdefault(shard.stem, []).append(file)
+        elif _RAW_SPLIT.search(file.path):
+            raw_parts.setdefault(_RAW_SPLIT.sub("", file.path), []).append(file)
+        elif file.path.lower().endswith(".gguf"):
+            single_files.append(file)
+    models = [ModelFiles([file], is_raw_split=False) for file in single_files]
+    models += [ModelFiles(parts, is_raw_split=False) for parts in shards.values()]
+    models += [ModelFiles(parts, is_raw_split=True) for parts in raw_parts.values()]
+    return models
+
+
+def select_model(listing: RepoListing, name: HubName) -> ModelFiles:
+    """
+    Return the model that `name` means: by file, by level, the only one, or the first of the usual levels.
+
+    Raises
+    ------
+    ModelNotFound, CheckpointOnly: the repository does not have it, or the choice is ambiguous.
+    """
+    models = group_models(listing.files)
+    if name.file:
+        return _select_by_file(listing, models, name)
+    if not models:
+        raise _no_gguf_error(listing)
+    if name.level:
+        return _select_by_level(listing, models, name.level)
+    if len(models) == 1:
+        return models[0]
+    for level in _PREFERRED_LEVELS:
+        matching = [model for model in models if model.level == level]
+        if matching:
+            return min(matching, key=lambda model: len(model.name))
+    raise ModelNotFound(
+        str(name),
+        reason=tr("{repo} has several models, but none of the usual quantization levels.", repo=listing.repo),
+        hint=tr("Choose one: ") + ", ".join(f"{name.hub}:{listing.repo}/{model.name}" for model in models[:5]),
+    )
+
+
+def select_checkpoint_files(listing: RepoListing) -> list[RemoteFile]:
+    """
+    Return the files that a conversion needs, small ones first.
+
+    Raises
+    ------
+    ModelNotFound: there are no safetensors weights or no config.json.
+    """
+    by_path = {file.path: file for file in listing.files}
+    weights = [file for path, file in by_path.items() if path.endswith(".safetensors") and "/" not in path]
+    weights = [file for file in weights if not file.path.startswith("adapter_")]
+    if not weights:
+        raise _no_safetensors_error(listing)
+    if "config.json" not in by_path:
+        raise ModelNotFound(
+            listing.repo, reason=tr("{repo} is not a checkpoint: it has no config.json.", repo=listing.repo)
+        )
+    vocabulary = () if "tokenizer.json" in by_path else ("vocab.json", "merges.txt")
+    templates = [path for path in by_path if re.fullmatch(r"additional_chat_templates/[\w.-]+\.jinja", path)]
+    documents = [by_path[path] for path in (*_CHECKPOINT_DOCUMENTS, *vocabulary, *templates) if path in by_path]
+    return [*documents, *sorted(weights, key=lambda file: file.path)]
+
+
+def _no_safetensors_error(listing: RepoListing) -> ModelNotFound:
+    pickled = [file.path for file in listing.files if file.path.endswith(PICKLED)]
+    if pickled:
+        reason = tr(
+            "{repo} has no safetensors files, only pickled weights ({pickled}), which can run arbitrary code.",
+            repo=listing.repo,
+            pickled=pickled[0],
+        )
+        return ModelNotFound(listing.repo, reason=reason, hint=pickled_hint(listing.repo))
+    return ModelNotFound(
+        listing.repo,
+        reason=tr("{repo} has no weights.", repo=listing.repo),
+        hint=tr("Choose a repository with safetensors or GGUF files."),
+    )
+
+
+def _select_by_file(listing: RepoListing, models: Sequence[ModelFiles], name: HubName) -> ModelFiles:
+    for model in models:
+        if name.file in (model.name, *(file.path for file in model.files)):
+            return model
+    raise ModelNotFound(
+        str(name),
+        reason=tr("{repo} has no file {file}.", repo=listing.repo, file=name.file),
+        hint=tr("Available: ") + (", ".join(model.name for model in models) or tr("no GGUF file")),
+    )
+
+
+def _select_by_level(listing: RepoListing, models: Sequence[ModelFiles], level: str) -> ModelFiles:
+    matching = [model for model in models if model.level == level]
+    if not matching:
+        levels = sorted({model.level for model in models if model.level})
+        raise ModelNotFound(
+            f"{listing.repo}:{level}",
+            reason=tr("{repo} has no {level} file.", repo=listing.repo, level=level),
+            hint=tr("Available: ") + (", ".join(levels) or ", ".join(model.name for model in models)),
+        )
+    return min(matching, key=lambda model: len(model.name))
+
+
+def _no_gguf_error(listing: RepoListing) -> ModelNotFound:
+    if any(file.path.endswith((".safetensors", *PICKLED, ".safetensors.index.json")) for file in listing.files):
+        return CheckpointOnly(listing.repo, listing.repo)
+    return ModelNotFound(
+        listing.repo,
+        reason=tr("{repo} has no GGUF file.", repo=listing.repo),
+        hint=tr("Choose a repository with GGUF files."),
+    )

@@ -11,7 +11,7 @@ from conftest import SAYS, Run
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwenlocal.cli.commands.batch import done_before
+from qwenlocal.cli.commands.batch import read_finished_ids
 
 
 def lines(path: Path) -> list[dict[str, object]]:
@@ -138,7 +138,7 @@ def test_a_line_of_ours_is_known_wherever_it_was_cut(id: str | int, answer: str,
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "out.jsonl"
         output.write_bytes(b'{"id": "whole", "answer": ""}\n' + line[:length])
-        assert done_before(output) == {"whole"}
+        assert read_finished_ids(output) == {"whole"}
         assert output.read_bytes() == b'{"id": "whole", "answer": ""}\n'
 
 

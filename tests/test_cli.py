@@ -506,8 +506,8 @@ def test_a_closed_pipe_ends_quietly(environment: dict[str, str], endless_model: 
 
 def test_an_unreadable_catalogue_file_is_named(environment: dict[str, str], tmp_path: Path) -> None:
     code = (
-        "import sys, pathlib, qwenlocal.cli.wiring as wiring\n"
-        f"wiring.bundled_folder = lambda kind: pathlib.Path({str(tmp_path)!r})\n"
+        "import sys, pathlib, qwenlocal.cli.context as context\n"
+        f"context.bundled_folder = lambda kind: pathlib.Path({str(tmp_path)!r})\n"
         "sys.argv = ['qwenlocal', 'pull', 'qwen1.5']\n"
         "from qwenlocal.cli import main\nmain()\n"
     )
@@ -530,8 +530,8 @@ def test_a_broken_catalogue_does_not_concern_a_model_given_by_path(
     environment: dict[str, str], tmp_path: Path, speaking_model: Path
 ) -> None:
     code = (
-        "import sys, pathlib, qwenlocal.cli.wiring as wiring\n"
-        f"wiring.bundled_folder = lambda kind: pathlib.Path({str(tmp_path)!r})\n"
+        "import sys, pathlib, qwenlocal.cli.context as context\n"
+        f"context.bundled_folder = lambda kind: pathlib.Path({str(tmp_path)!r})\n"
         f"sys.argv = ['qwenlocal', 'run', {str(speaking_model)!r}, 'Hi']\n"
         "from qwenlocal.cli import main\nmain()\n"
     )

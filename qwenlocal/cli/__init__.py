@@ -1,4 +1,4 @@
-"""The command line: a thin client of the rooms below, with the one place where errors become words and exit codes."""
+"""The command line: a thin client of the packages below, and the only place that prints errors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    """Run the program; never returns."""
+    """Run the program and exit."""
     import sys
 
     from qwenlocal.cli.app import app

@@ -1,4 +1,4 @@
-"""The commands and their options. What they do is in the modules they import when they are called."""
+"""The commands and their options. The implementations are in `cli.commands`, imported when called."""
 
 from __future__ import annotations
 
@@ -7,12 +7,31 @@ from typing import Annotated, Optional
 import typer
 
 from qwenlocal import __version__
-from qwenlocal.cli.boundary import Boundary
+from qwenlocal.cli.boundary import ErrorBoundary
 from qwenlocal.cli.chats_app import chats_app
-from qwenlocal.cli.complete import all_models, models_here
+from qwenlocal.cli.completion import complete_installed_models, complete_models
+from qwenlocal.cli.option_types import (
+    AllowNanOption,
+    ContextOption,
+    DryRunOption,
+    FlashAttentionOption,
+    ForceOption,
+    GpuLayersOption,
+    ImatrixOption,
+    InstalledModelArgument,
+    JsonOption,
+    KvTypeOption,
+    ModelArgument,
+    PureOption,
+    RateOption,
+    RopeOption,
+    TensorTypeOption,
+    ThreadsOption,
+    YesOption,
+)
 
 app = typer.Typer(
-    cls=Boundary,
+    cls=ErrorBoundary,
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -20,44 +39,16 @@ app = typer.Typer(
     help="Qwen1.5 on your laptop: downloads a model once, then chats with it offline.\n\n"
     "Start here:  qwenlocal run\n\n"
     "A MODEL is a name (qwen1.5, qwen1.5:7b, codeqwen1.5, starter), a file (./x.gguf), a repository "
-    "(hf:owner/repo, hf:owner/repo:q4_0, ms:owner/repo) or an address (https://…/x.gguf).",
+    "(hf:owner/repo, hf:owner/repo:q4_0, ms:owner/repo) or a URL (https://…/x.gguf).",
     epilog="Exit codes: 0 done, 2 usage, 3 not found, 4 download, 5 bad weights, 6 memory or disk, 7 context full, "
     "130 interrupted, 141 closed pipe.",
 )
 
-app.add_typer(chats_app, name="chats", rich_help_panel="Chat", short_help="What was said: list, search, export.")
-
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-RateOption = Annotated[
-    Optional[str],  # noqa: UP045 - typer on Python 3.10
-    typer.Option("--limit-rate", metavar="RATE", help="Download at most this fast, for example 2M (bytes a second)."),
-]
-ContextOption = Annotated[
-    Optional[int],  # noqa: UP045
-    typer.Option("-c", "--context", metavar="N", help="Tokens of context. [default: what fits]"),
-]
-CoresOption = Annotated[
-    Optional[int],  # noqa: UP045
-    typer.Option("-t", "--threads", metavar="N", help="Threads. [default: one a fast core]"),
-]
-LayersOption = Annotated[
-    str, typer.Option("-ngl", "--gpu-layers", metavar="N", help="Layers on a GPU: a number, auto or all.")
-]
-KvOption = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option("--kv", metavar="TYPE", help="Keep keys and values as f16, q8_0, q4_0, … [default: what fits]"),
-]
-FlashOption = Annotated[
-    str, typer.Option("--flash-attention", metavar="on|off|auto", help="Flash attention.", show_default=False)
-]
-RopeOption = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option("--rope", metavar="KIND", help="For contexts beyond the model's own: yarn, linear or none."),
-]
+app.add_typer(chats_app, name="chats", rich_help_panel="Chat", short_help="List, search and export saved chats.")
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _print_version(is_requested: bool) -> None:
+    if is_requested:
         typer.echo(f"qwenlocal {__version__}")
         raise typer.Exit
 
@@ -65,153 +56,181 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """The program itself."""
+    """Options of the program itself."""
 
 
-@app.command(short_help="Chat with a model, or ask it one thing.", rich_help_panel="Chat")
+@app.command(short_help="Chat with a model, or ask it one question.", rich_help_panel="Chat")
 def run(
-    words: Annotated[
-        Optional[list[str]],  # noqa: UP045
+    positional: Annotated[
+        Optional[list[str]],  # noqa: UP045 - typer on Python 3.10
         typer.Argument(
             metavar="[MODEL] [PROMPT]",
-            help="What to run, and what to ask. Without a prompt: a chat.",
-            autocompletion=all_models,
+            help="Model to run, and prompt to answer; without a prompt, a chat opens.",
+            autocompletion=complete_models,
         ),
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option("-m", "--model", metavar="MODEL", help="What to run, as an option.", autocompletion=all_models),
+        typer.Option("-m", "--model", metavar="MODEL", help="Model to run.", autocompletion=complete_models),
     ] = None,
     file: Annotated[
         str | None,
-        typer.Option("-f", "--file", metavar="FILE", help="Take the prompt from a file; with -i, the system prompt."),
+        typer.Option(
+            "-f", "--file", metavar="FILE", help="Read the prompt from FILE; with -i or --batch, the system prompt."
+        ),
     ] = None,
-    interactive: Annotated[bool, typer.Option("-i", "--interactive", help="Chat, even with -f.")] = False,
-    system: Annotated[Optional[str], typer.Option("--system", metavar="TEXT", help="Who the model shall be.")] = None,  # noqa: UP045
-    limit: Annotated[
-        int | None, typer.Option("-n", "--max-tokens", metavar="N", help="At most N tokens an answer.")
+    interactive: Annotated[
+        bool, typer.Option("-i", "--interactive", help="Open a chat even if there is a prompt.")
+    ] = False,
+    system: Annotated[Optional[str], typer.Option("--system", metavar="TEXT", help="System prompt.")] = None,  # noqa: UP045
+    max_tokens: Annotated[
+        int | None,
+        typer.Option("-n", "--max-tokens", metavar="N", help="Limit answers to N tokens. [default: no limit]"),
     ] = None,
     n_ctx: ContextOption = None,
-    threads: CoresOption = None,
-    gpu_layers: LayersOption = "auto",
-    kv_type: KvOption = None,
-    flash_attention: FlashOption = "auto",
+    threads: ThreadsOption = None,
+    gpu_layers: GpuLayersOption = "auto",
+    kv_type: KvTypeOption = None,
+    flash_attention: FlashAttentionOption = "auto",
     rope: RopeOption = None,
     lookup: Annotated[
-        bool, typer.Option("--lookup/--no-lookup", help="Check several tokens at once where the text repeats itself.")
+        bool,
+        typer.Option("--lookup/--no-lookup", help="Use prompt lookup decoding: draft tokens from earlier text."),
     ] = True,
     draft: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
             "--draft",
             metavar="MODEL",
-            help="A small model that guesses what comes next; kept where ten seconds of trying say that it pays.",
-            autocompletion=all_models,
+            help="Draft model for speculative decoding; switched off if it is slower here.",
+            autocompletion=complete_models,
         ),
     ] = None,
     keep_cache: Annotated[
         bool,
-        typer.Option("--keep-cache/--no-keep-cache", help="Keep what was read on disk, so that coming back is quick."),
+        typer.Option(
+            "--keep-cache/--no-keep-cache", help="Save the KV cache on disk, so that the next start needs no prefill."
+        ),
     ] = True,
     template: Annotated[
         str | None,
-        typer.Option("--template", metavar="TEXT", help="The prompt, with places: 'Translate to {lang}: {input}'."),
+        typer.Option(
+            "--template", metavar="TEXT", help="Prompt with placeholders, for example 'Translate to {lang}: {input}'."
+        ),
     ] = None,
     var: Annotated[
         Optional[list[str]],  # noqa: UP045
-        typer.Option("--var", metavar="NAME=TEXT", help="What fills a place of --template."),
+        typer.Option("--var", metavar="NAME=TEXT", help="Set a placeholder of --template; may be repeated."),
     ] = None,
     batch: Annotated[
         str | None,
-        typer.Option("--batch", metavar="FILE", help="Answer every line: a text, or JSON with prompt or messages."),
+        typer.Option(
+            "--batch", metavar="FILE", help="Answer every line of FILE: text, or JSON with a prompt or messages."
+        ),
     ] = None,
     output: Annotated[
         str | None,
-        typer.Option("-o", "--output", metavar="FILE", help="Where answers of --batch go; goes on where it ended."),
+        typer.Option(
+            "-o", "--output", metavar="FILE", help="Append the answers of --batch to FILE; continues an earlier run."
+        ),
     ] = None,
-    go_on: Annotated[bool, typer.Option("--continue", help="Go on with the last chat.")] = False,
+    continue_last: Annotated[bool, typer.Option("--continue", help="Continue the last chat.")] = False,
     resume: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option("--resume", metavar="[CHAT]", help="Go on with a chat by its number, or pick one."),
+        typer.Option("--resume", metavar="[CHAT]", help="Continue a chat by number; without a number, choose one."),
     ] = None,
-    journal: Annotated[
-        bool, typer.Option("--journal/--no-journal", help="Keep what is said in a chat, on this machine.")
-    ] = True,
+    journal: Annotated[bool, typer.Option("--journal/--no-journal", help="Save the chat on this machine.")] = True,
     markdown: Annotated[
-        bool, typer.Option("--markdown/--no-markdown", help="Lay answers out on a terminal, or show them as they are.")
+        bool, typer.Option("--markdown/--no-markdown", help="Render Markdown in a chat, or print plain text.")
     ] = True,
-    force: Annotated[bool, typer.Option("--force", help="Load it even if it does not seem to fit.")] = False,
-    temperature: Annotated[Optional[float], typer.Option("--temp", metavar="X", help="Randomness; 0 is none.")] = None,  # noqa: UP045
+    force: Annotated[bool, typer.Option("--force", help="Load the model even if it does not seem to fit.")] = False,
+    temperature: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option("--temp", metavar="X", help="Temperature; 0 always takes the most likely token."),
+    ] = None,
     top_k: Annotated[
-        int | None, typer.Option("--top-k", metavar="N", help="Choose among the N likeliest tokens; 0 is all.")
+        int | None, typer.Option("--top-k", metavar="N", help="Sample from the N most likely tokens; 0 means all.")
     ] = None,
     top_p: Annotated[
-        float | None, typer.Option("--top-p", metavar="X", help="Choose among tokens of this probability together.")
+        float | None,
+        typer.Option(
+            "--top-p", metavar="X", help="Nucleus sampling: keep the smallest set of tokens with total probability X."
+        ),
     ] = None,
     min_p: Annotated[
-        float | None, typer.Option("--min-p", metavar="X", help="Drop tokens below this share of the likeliest.")
+        float | None,
+        typer.Option("--min-p", metavar="X", help="Drop tokens less likely than X times the most likely one."),
     ] = None,
     repeat_penalty: Annotated[
-        float | None, typer.Option("--repeat-penalty", metavar="X", help="Penalty on repeating; 1 is none.")
+        float | None, typer.Option("--repeat-penalty", metavar="X", help="Penalize repeated tokens; 1 means off.")
     ] = None,
-    seed: Annotated[Optional[int], typer.Option("--seed", metavar="N", help="Makes random choices repeatable.")] = None,  # noqa: UP045
+    seed: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--seed", metavar="N", help="Seed of the random numbers. [default: random]"),
+    ] = None,
     stop: Annotated[
         list[str] | None,
-        typer.Option("--stop", metavar="TEXT", help="End the answer at this text; may be given again."),
+        typer.Option("--stop", metavar="TEXT", help="End the answer before TEXT; may be repeated."),
     ] = None,
     overflow: Annotated[
         str,
         typer.Option(
             "--overflow",
-            metavar="HOW",
-            help="When the context is full: shift (leave out old turns), summarise them, or stop.",
+            metavar="MODE",
+            help="When the context is full: shift (drop old turns), summarise them, or stop.",
         ),
     ] = "shift",
     as_json: Annotated[bool, typer.Option("--json", help="Answer with a JSON object.")] = False,
     schema: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option("--schema", metavar="FILE", help="Answer with JSON that keeps to this JSON schema."),
+        typer.Option("--schema", metavar="FILE", help="Answer with JSON that follows the JSON schema in FILE."),
     ] = None,
     grammar: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option("--grammar", metavar="FILE", help="Answer in this grammar (GBNF)."),
+        typer.Option("--grammar", metavar="FILE", help="Answer with text that follows the GBNF grammar in FILE."),
     ] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="No chat template: continue the text as it stands.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text without a chat template.")] = False,
     stats: Annotated[
-        bool, typer.Option("--stats", help="On stderr: how it was loaded, and numbers after each answer.")
+        bool, typer.Option("--stats", help="Print the load plan and the speed of each answer on stderr.")
     ] = False,
     limit_rate: RateOption = None,
+    yes: YesOption = False,
     _cml: Annotated[bool, typer.Option("-cml", "--chatml", hidden=True)] = False,
     _color: Annotated[bool, typer.Option("--color", hidden=True)] = False,
 ) -> None:
-    """Chat with a model, or ask it one thing; downloads it first if it is not here.
+    """Chat with a model, or ask it one question; downloads the model first if necessary.
 
-    The first word is the model; a single argument with spaces in it is a prompt for the default one.
+    The first argument is the model; a single argument with spaces is a prompt for the default model.
 
     \b
     qwenlocal run                                    chat with the default model
     qwenlocal run qwen1.5:7b                         chat with another one
-    qwenlocal run qwen1.5 "Why is the sky blue?"     one answer on standard output
-    qwenlocal run qwen1.5 "Sum this up:" < text.txt  with piped text
+    qwenlocal run qwen1.5 "Why is the sky blue?"     print one answer
+    qwenlocal run qwen1.5 "Sum this up:" < text.txt  append text from a pipe to the prompt
     """
-    from qwenlocal.cli.asked import Asked
-    from qwenlocal.cli.loading import grammar_from, wanted
-    from qwenlocal.cli.run import run_model
-    from qwenlocal.cli.values import rate, values_from
+    from qwenlocal.cli.commands.run import run_model
+    from qwenlocal.cli.options import (
+        RunOptions,
+        grammar_from,
+        parse_gpu_layers,
+        parse_load_request,
+        parse_rate,
+        parse_variables,
+    )
 
     run_model(
-        Asked(
-            words=tuple(words or ()),
+        RunOptions(
+            positional=tuple(positional or ()),
             model=model,
             file=file,
             interactive=interactive,
             system=system,
-            limit=limit,
-            wanted=wanted(n_ctx, threads, kv_type, flash_attention, rope, force=force),
-            gpu_layers=gpu_layers,
+            max_tokens=max_tokens,
+            load_request=parse_load_request(n_ctx, threads, kv_type, flash_attention, rope, force=force),
+            gpu_layers=parse_gpu_layers(gpu_layers),
             lookup=lookup,
             draft=draft,
             keep_cache=keep_cache,
@@ -225,130 +244,108 @@ def run(
                 "repeat_penalty": repeat_penalty,
                 "seed": seed,
             },
-            stops=tuple(stop or ()),
+            stop=tuple(stop or ()),
             raw=raw,
             template=template,
-            values=values_from(var or ()),
+            variables=parse_variables(var or ()),
             batch=batch,
             output=output,
-            resume="last" if go_on else resume,
+            resume="last" if continue_last else resume,
             journal=journal,
             markdown=markdown,
             stats=stats,
-            limit_rate=rate(limit_rate),
+            limit_rate=parse_rate(limit_rate),
+            assume_yes=yes,
         )
     )
 
 
 @app.command(short_help="Download a model.", rich_help_panel="Models")
-def pull(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="What to fetch.", autocompletion=all_models)],
-    limit_rate: RateOption = None,
-) -> None:
-    """Download a model, or go on where a download ended."""
-    from qwenlocal.cli.models import pull_model
-    from qwenlocal.cli.values import rate
+def pull(model: ModelArgument, limit_rate: RateOption = None, yes: YesOption = False) -> None:
+    """Download a model, or continue its download."""
+    from qwenlocal.cli.commands.pull import pull_model
+    from qwenlocal.cli.options import parse_rate
 
-    pull_model(model, limit_rate=rate(limit_rate))
+    pull_model(model, limit_rate=parse_rate(limit_rate), assume_yes=yes)
 
 
-@app.command("list", short_help="The models that are here.", rich_help_panel="Models")
+@app.command("list", short_help="List installed models.", rich_help_panel="Models")
 def list_(
-    everything: Annotated[bool, typer.Option("--all", "-a", help="Also the models that could be fetched.")] = False,
+    include_available: Annotated[
+        bool, typer.Option("--all", "-a", help="Include models that can be downloaded.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """The models that are here, and those on their way."""
-    from qwenlocal.cli.models import list_models
+    """List installed models and unfinished downloads."""
+    from qwenlocal.cli.commands.list import list_models
 
-    list_models(everything=everything, as_json=as_json)
+    list_models(include_available=include_available, as_json=as_json)
 
 
-@app.command(short_help="What a model is.", rich_help_panel="Models")
-def show(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Which model.", autocompletion=all_models)],
-    as_json: JsonOption = False,
-) -> None:
-    """What a model is: size, origin, licence, shape, template."""
-    from qwenlocal.cli.models import show_model
+@app.command(short_help="Show details of a model.", rich_help_panel="Models")
+def show(model: ModelArgument, as_json: JsonOption = False) -> None:
+    """Show a model's size, origin, license, dimensions and chat template."""
+    from qwenlocal.cli.commands.show import show_model
 
     show_model(model, as_json=as_json)
 
 
 @app.command(short_help="Remove a model.", rich_help_panel="Models")
-def rm(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Which model.", autocompletion=models_here)],
-) -> None:
-    """Remove a model, or a download that was not finished; frees what nothing else uses."""
-    from qwenlocal.cli.models import remove_model
+def rm(model: InstalledModelArgument) -> None:
+    """Remove a model or an unfinished download; files that other models use stay."""
+    from qwenlocal.cli.commands.rm import remove_model
 
     remove_model(model)
 
 
-@app.command(short_help="Check every byte of a model.", rich_help_panel="Models")
+@app.command(short_help="Verify a model, and repair it.", rich_help_panel="Models")
 def verify(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Which model.", autocompletion=models_here)],
-    no_repair: Annotated[bool, typer.Option("--no-repair", help="Only look; fetch nothing.")] = False,
+    model: InstalledModelArgument,
+    no_repair: Annotated[bool, typer.Option("--no-repair", help="Report damage; download nothing.")] = False,
     against: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option("--against", metavar="SRC", help="Compare with the checkpoint that it was made from."),
+        typer.Option("--against", metavar="SRC", help="Compare with the checkpoint SRC that it was converted from."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Read every byte of a model and compare; fetches again just what is damaged.
+    """Verify every byte of a model, and download again only what is damaged.
 
     With --against: compare weights, token ids and logits with those of the checkpoint.
     """
     if against is not None:
-        from qwenlocal.cli.against import verify_against
+        from qwenlocal.cli.commands.verify_checkpoint import verify_checkpoint
 
         if no_repair:
-            raise typer.BadParameter("--no-repair and --against do not go together; --against changes nothing.")
-        verify_against(model, against, as_json=as_json)
+            raise typer.BadParameter("--no-repair and --against exclude each other; --against changes nothing.")
+        verify_checkpoint(model, against, as_json=as_json)
         return
-    from qwenlocal.cli.models import verify_model
+    from qwenlocal.cli.commands.verify import verify_model
 
     verify_model(model, repair=not no_repair, as_json=as_json)
 
 
-TypesOption = Annotated[
-    Optional[list[str]],  # noqa: UP045
-    typer.Option(
-        "--type",
-        metavar="TYPE[,TYPE…]",
-        help="What to write: q4_k_m, q8_0, f16, …; several from one reading. [default: q4_k_m]",
-    ),
-]
-TensorTypeOption = Annotated[
-    Optional[list[str]],  # noqa: UP045
-    typer.Option("--tensor-type", metavar="EXPRESSION=TYPE", help="Another type for tensors with such names."),
-]
-ImatrixOption = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option("--imatrix", metavar="FILE", help="An importance matrix, as llama-imatrix measures it."),
-]
-PureOption = Annotated[bool, typer.Option("--pure", help="The same type for all, without the mix.")]
-ThreadsOption = Annotated[
-    Optional[int],  # noqa: UP045
-    typer.Option("-t", "--threads", metavar="N", help="Threads. [default: one a fast core]"),
-]
-ForceOption = Annotated[bool, typer.Option("--force", help="Replace files that are there.")]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, tensor by tensor.")]
-NanOption = Annotated[bool, typer.Option("--allow-nan", help="Write zeros for weights that are NaN or infinite.")]
-
-
-@app.command(short_help="Make a GGUF file of a checkpoint.", rich_help_panel="Weights")
+@app.command(short_help="Convert a checkpoint into GGUF files.", rich_help_panel="Weights")
 def convert(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="SRC", help="A directory, hf:owner/repo, a name, or a safetensors file.", autocompletion=all_models
+            metavar="SRC",
+            help="Checkpoint: a directory, hf:owner/repo, a model name or a safetensors file.",
+            autocompletion=complete_models,
         ),
     ],
     out: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option("-o", "--out", metavar="OUT", help="A file or folder; {type} in it stands for the type."),
+        typer.Option("-o", "--out", metavar="OUT", help="File or folder to write; {type} is replaced by the type."),
     ] = None,
-    types: TypesOption = None,
+    types: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            "--type",
+            metavar="TYPE[,TYPE…]",
+            help="Types to write: q4_k_m, q8_0, f16, …; the checkpoint is read once. [default: q4_k_m]",
+        ),
+    ] = None,
     tensor_type: TensorTypeOption = None,
     imatrix: ImatrixOption = None,
     pure: PureOption = False,
@@ -356,33 +353,37 @@ def convert(
     force: ForceOption = False,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
-    allow_nan: NanOption = False,
-    name: Annotated[Optional[str], typer.Option("--name", metavar="NAME", help="What the model is called.")] = None,  # noqa: UP045
-    pre: Annotated[
+    allow_nan: AllowNanOption = False,
+    name: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option("--pre", metavar="NAME", help="llama.cpp's name for how text is cut into words."),
+        typer.Option("--name", metavar="NAME", help="Name of the model in the file. [default: from SRC]"),
+    ] = None,
+    pre_tokenizer: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--pre", metavar="NAME", help="llama.cpp's name of the pre-tokenizer. [default: detected]"),
     ] = None,
     like: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option("--like", metavar="llama.cpp", help="Write just what llama.cpp's own converter would."),
+        typer.Option("--like", metavar="llama.cpp", help="Write the same bytes as llama.cpp's own converter."),
     ] = None,
     limit_rate: RateOption = None,
 ) -> None:
-    """Make a GGUF file of a checkpoint (safetensors), quantized on the way.
+    """Convert a checkpoint (safetensors) into GGUF files, quantized in one pass.
 
     \b
     qwenlocal convert ./Qwen1.5-0.5B                         writes Qwen1.5-0.5B-q4_k_m.gguf
-    qwenlocal convert hf:Qwen/Qwen1.5-1.8B --type q4_0,q8_0  two files from one reading
-    qwenlocal convert ./Qwen1.5-0.5B --dry-run               only says what it would write
+    qwenlocal convert hf:Qwen/Qwen1.5-1.8B --type q4_0,q8_0  writes two files, reads the checkpoint once
+    qwenlocal convert ./Qwen1.5-0.5B --dry-run               shows what it would write
     """
-    from qwenlocal.cli.convert import AboutCheckpoint, Asked, convert_checkpoint
-    from qwenlocal.cli.values import listed, rate
+    from qwenlocal.cli.commands.convert import ConvertOptions, convert_checkpoint
+    from qwenlocal.cli.gguf_files import WriteOptions
+    from qwenlocal.cli.options import parse_rate, split_list
 
     convert_checkpoint(
-        Asked(
+        WriteOptions(
             source=source,
             out=out,
-            types=listed(",".join(types or ["q4_k_m"])),
+            types=split_list(",".join(types or ["q4_k_m"])),
             tensor_types=tuple(tensor_type or ()),
             imatrix=imatrix,
             pure=pure,
@@ -392,43 +393,45 @@ def convert(
             as_json=as_json,
             allow_nan=allow_nan,
         ),
-        AboutCheckpoint(pre, name, like, rate(limit_rate)),
+        ConvertOptions(pre_tokenizer, name, like, parse_rate(limit_rate)),
     )
 
 
-@app.command(short_help="Make a smaller GGUF file of another one.", rich_help_panel="Weights")
+@app.command(short_help="Quantize a GGUF file.", rich_help_panel="Weights")
 def quantize(
     source: Annotated[
-        str, typer.Argument(metavar="IN", help="A GGUF file, or a model by name.", autocompletion=models_here)
+        str,
+        typer.Argument(metavar="IN", help="GGUF file or model to read.", autocompletion=complete_installed_models),
     ],
-    out: Annotated[str, typer.Argument(metavar="OUT", help="The file to write, or a folder.")],
-    types: Annotated[str, typer.Argument(metavar="TYPE[,TYPE…]", help="q4_k_m, q8_0, f16, …")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="File or folder to write.")],
+    types: Annotated[str, typer.Argument(metavar="TYPE[,TYPE…]", help="Types to write: q4_k_m, q8_0, f16, …")],
     tensor_type: TensorTypeOption = None,
     imatrix: ImatrixOption = None,
     pure: PureOption = False,
     requantize: Annotated[
-        bool, typer.Option("--requantize", help="Even of weights that are quantized already.")
+        bool, typer.Option("--requantize", help="Allow weights that are quantized already; costs quality.")
     ] = False,
     threads: ThreadsOption = None,
     force: ForceOption = False,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
-    allow_nan: NanOption = False,
+    allow_nan: AllowNanOption = False,
 ) -> None:
-    """Make a GGUF file with other types of another one; everything else in it stays.
+    """Quantize a GGUF file; metadata and vocabulary are copied.
 
     \b
     qwenlocal quantize model-f16.gguf model-q4.gguf q4_k_m
     qwenlocal quantize model-f16.gguf model.gguf q4_0 --tensor-type 'ffn_down=q6_k'
     """
-    from qwenlocal.cli.convert import Asked, quantize_file
-    from qwenlocal.cli.values import listed
+    from qwenlocal.cli.commands.quantize import quantize_file
+    from qwenlocal.cli.gguf_files import WriteOptions
+    from qwenlocal.cli.options import split_list
 
     quantize_file(
-        Asked(
+        WriteOptions(
             source=source,
             out=out,
-            types=listed(types),
+            types=split_list(types),
             tensor_types=tuple(tensor_type or ()),
             imatrix=imatrix,
             pure=pure,
@@ -438,108 +441,116 @@ def quantize(
             as_json=as_json,
             allow_nan=allow_nan,
         ),
-        again=requantize,
+        requantize=requantize,
     )
 
 
-@app.command(short_help="Look into a GGUF file, and put it right.", rich_help_panel="Weights")
+@app.command(short_help="Show and check a GGUF file.", rich_help_panel="Weights")
 def inspect(
     model: Annotated[
-        str, typer.Argument(metavar="FILE", help="A GGUF file, or a model by name.", autocompletion=models_here)
+        str,
+        typer.Argument(metavar="FILE", help="GGUF file or installed model.", autocompletion=complete_installed_models),
     ],
-    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="Only the header; do not read the weights.")] = False,
-    fix: Annotated[bool, typer.Option("--fix", help="Put right what can be, in place or in a copy (-o).")] = False,
+    tensors: Annotated[bool, typer.Option("--tensors", help="List all tensors.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Check the header only, not the weights.")] = False,
+    fix: Annotated[
+        bool, typer.Option("--fix", help="Repair the file in place, or write a repaired copy (-o).")
+    ] = False,
     out: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option("-o", "--out", metavar="OUT", help="Where --fix writes a repaired copy."),
+        typer.Option("-o", "--out", metavar="OUT", help="File for the repaired copy of --fix."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """What a GGUF file says of itself, and what is wrong with it. Exit code 5 where anything is, and stays so."""
-    from qwenlocal.cli.inspect import inspect_file
+    """Show and check a GGUF file. Exits with 5 if it finds a serious problem that is not repaired."""
+    from qwenlocal.cli.commands.inspect import inspect_file
 
     inspect_file(model, as_json=as_json, quick=quick, fix=fix, out=out, tensors=tensors)
 
 
-@app.command(short_help="What two GGUF files have not in common.", rich_help_panel="Weights")
+@app.command(short_help="Compare two GGUF files.", rich_help_panel="Weights")
 def diff(
-    left: Annotated[str, typer.Argument(metavar="A", help="A GGUF file.", autocompletion=models_here)],
-    right: Annotated[str, typer.Argument(metavar="B", help="Another one.", autocompletion=models_here)],
+    left: Annotated[
+        str, typer.Argument(metavar="A", help="First GGUF file.", autocompletion=complete_installed_models)
+    ],
+    right: Annotated[
+        str, typer.Argument(metavar="B", help="Second GGUF file.", autocompletion=complete_installed_models)
+    ],
     as_json: JsonOption = False,
 ) -> None:
-    """What two GGUF files have not in common: keys, tensors, types, numbers. Exit code 1 where that is anything."""
-    from qwenlocal.cli.inspect import diff_files
+    """Compare two GGUF files: metadata, tensors, types and weights. Exits with 1 if they differ."""
+    from qwenlocal.cli.commands.diff import diff_files
 
     diff_files(left, right, as_json=as_json)
 
 
-@app.command(short_help="How fast models are here.", rich_help_panel="This machine")
+@app.command(short_help="Benchmark models.", rich_help_panel="This machine")
 def bench(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL…", help="Which models.", autocompletion=models_here)],
-    threads: CoresOption = None,
-    repetitions: Annotated[int, typer.Option("-r", "--repetitions", metavar="N", help="How often each.")] = 5,
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL…", help="Models to benchmark.", autocompletion=complete_installed_models),
+    ],
+    threads: ThreadsOption = None,
+    repetitions: Annotated[int, typer.Option("-r", "--repetitions", metavar="N", help="Repeat each test N times.")] = 5,
     depths: Annotated[
-        str, typer.Option("--depths", metavar="N,…", help="Decode behind so many tokens.")
+        str, typer.Option("--depths", metavar="N,…", help="Decode after N tokens of context.")
     ] = "0,512,4096",
-    kv_type: KvOption = None,
-    flash_attention: FlashOption = "auto",
+    kv_type: KvTypeOption = None,
+    flash_attention: FlashAttentionOption = "auto",
     ubatch: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option("--ubatch", metavar="N", help="Tokens computed together."),
+        typer.Option("--ubatch", metavar="N", help="Size of the physical batch in tokens."),
     ] = None,
     plot: Annotated[bool, typer.Option("--plot", help="Draw bars.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """How fast models are here: pp512 and tg128 as llama-bench defines them, and what people feel."""
-    from qwenlocal.cli.bench import bench_models
-    from qwenlocal.cli.loading import wanted
+    """Benchmark models: pp512 and tg128 as in llama-bench, load time, and time to first token."""
+    from qwenlocal.cli.commands.bench import bench_models
+    from qwenlocal.cli.options import parse_load_request
 
-    asked = wanted(None, threads, kv_type, flash_attention, None, ubatch)
-    bench_models(models, asked, repetitions=repetitions, depths=depths, as_json=as_json, plot=plot)
+    request = parse_load_request(None, threads, kv_type, flash_attention, None, ubatch)
+    bench_models(models, request, repetitions=repetitions, depths=depths, as_json=as_json, plot=plot)
 
 
-@app.command(short_help="Find the quickest settings.", rich_help_panel="This machine")
+@app.command(short_help="Find the fastest settings.", rich_help_panel="This machine")
 def tune(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Which model.", autocompletion=models_here)],
-    seconds: Annotated[float, typer.Option("--seconds", metavar="N", help="Measure for about so long.")] = 20.0,
+    model: InstalledModelArgument,
+    seconds: Annotated[float, typer.Option("--seconds", metavar="N", help="Measure for about N seconds.")] = 20.0,
     as_json: JsonOption = False,
 ) -> None:
-    """Find the quickest settings for a model on this machine by trying them, and remember them.
+    """Find and save the fastest settings for a model on this machine.
 
-    Threads, flash attention, tokens computed at once; one set for mains and one for the battery.
+    Measures threads, flash attention and the size of the physical batch, separately for mains and battery power.
     """
-    from qwenlocal.cli.tune import tune_model
+    from qwenlocal.cli.commands.tune import tune_model
 
     tune_model(model, seconds=seconds, as_json=as_json)
 
 
-@app.command(short_help="How much memory a model takes.", rich_help_panel="This machine")
+@app.command(short_help="Estimate the memory of a model.", rich_help_panel="This machine")
 def plan(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Which model; it need not be here.", autocompletion=all_models)
-    ],
+    model: ModelArgument,
     n_ctx: ContextOption = None,
-    kv_type: KvOption = None,
-    flash_attention: FlashOption = "auto",
+    kv_type: KvTypeOption = None,
+    flash_attention: FlashAttentionOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """How much memory a model takes in every level and context, and how it would be loaded here.
+    """Estimate the memory of a model for every type and context, and plan how it would be loaded here.
 
-    Of a model that is not here, the first 8 MiB are read.
+    If the model is not installed, only the first 8 MiB of its file are downloaded.
     """
-    from qwenlocal.cli.loading import wanted
-    from qwenlocal.cli.plan import plan_model
+    from qwenlocal.cli.commands.plan import plan_model
+    from qwenlocal.cli.options import parse_load_request
 
-    plan_model(model, wanted(n_ctx, None, kv_type, flash_attention), as_json=as_json)
+    plan_model(model, parse_load_request(n_ctx, None, kv_type, flash_attention), as_json=as_json)
 
 
-@app.command(short_help="Look at this machine, and say what to do.", rich_help_panel="This machine")
+@app.command(short_help="Check this machine.", rich_help_panel="This machine")
 def doctor(
     as_json: JsonOption = False,
-    offline: Annotated[bool, typer.Option("--offline", help="Do not ask the network.")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Skip the checks that use the network.")] = False,
 ) -> None:
-    """Look at processor, memory, devices, folders and sources, and say what to do."""
-    from qwenlocal.cli.doctor import examine
+    """Check processor, memory, devices, folders and sources, and give advice."""
+    from qwenlocal.cli.commands.doctor import check_machine
 
-    examine(as_json=as_json, offline=offline)
+    check_machine(as_json=as_json, offline=offline)

@@ -1,4 +1,4 @@
-"""Where errors become words and exit codes."""
+"""The error boundary: turns errors into messages on stderr and exit codes."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from typing import Any
 import typer
 import typer.core
 
-from qwenlocal.errors import CannotPrint, Interrupted, QwenlocalError
+from qwenlocal.errors import Interrupted, OutputError, QwenlocalError
 
-CLOSED_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
-_OUTPUT_FAILS = {errno.ENOSPC, errno.EIO, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+CLOSED_PIPE = 141  # as a shell reports a program that SIGPIPE ended
+_OUTPUT_ERRORS = {errno.ENOSPC, errno.EIO, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
-class Boundary(typer.core.TyperGroup):
+class ErrorBoundary(typer.core.TyperGroup):
     """
-    The one place that catches errors: ours become a sentence, a next step and an exit code.
+    The command group that catches errors: prints a `QwenlocalError` with its hint, and exits with its code.
 
-    Anything else is a bug and keeps its traceback.
+    Any other exception is a bug and keeps its traceback.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """`--resume` may stand without a value, which typer does not know: "?" asks which."""
+        """Parse arguments; `--resume` without a value, which typer does not support, becomes `--resume ?`."""
         end = args.index("--") if "--" in args else len(args)
         places = [place for place, word in enumerate(args[:end]) if word == "--resume"]
         for place in reversed(places):
@@ -34,51 +34,51 @@ class Boundary(typer.core.TyperGroup):
                 args = [*args[: place + 1], "?", *args[place + 1 :]]
         return super().parse_args(ctx, args)
 
-    def make_context(self, *arguments: Any, **more: Any) -> Any:
-        with _in_words():  # --help and --version speak already here
-            return super().make_context(*arguments, **more)
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        with _errors_reported():  # --help and --version print here already
+            return super().make_context(*arguments, **options)
 
     def invoke(self, ctx: Any) -> Any:
-        with _in_words():
+        with _errors_reported():
             result = super().invoke(ctx)
             sys.stdout.flush()
             return result
 
 
 @contextlib.contextmanager
-def _in_words() -> Iterator[None]:
-    """Errors become words on stderr and `typer.Exit` with their code."""
+def _errors_reported() -> Iterator[None]:
+    """Print errors on stderr, and raise `typer.Exit` with their code."""
     try:
         yield
     except QwenlocalError as error:
-        with _nobody_reading():
-            show(error)
+        with _broken_pipe_ignored():
+            print_error(error)
         raise typer.Exit(error.exit_code) from error
     except KeyboardInterrupt as stop:
         raise typer.Exit(Interrupted.exit_code) from stop
     except BrokenPipeError as closed:
-        _turn_away()
+        _discard_output()
         raise typer.Exit(CLOSED_PIPE) from closed
     except OSError as reason:
-        if reason.filename is not None or reason.errno not in _OUTPUT_FAILS:
+        if reason.filename is not None or reason.errno not in _OUTPUT_ERRORS:
             raise
-        _turn_away()
-        with contextlib.suppress(OSError):  # where that was a terminal that is gone, nobody reads this
-            show(CannotPrint(reason.strerror or str(reason)))
-        raise typer.Exit(CannotPrint.exit_code) from reason
+        _discard_output()
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            print_error(OutputError(reason.strerror or str(reason)))
+        raise typer.Exit(OutputError.exit_code) from reason
 
 
 @contextlib.contextmanager
-def _nobody_reading() -> Iterator[None]:
-    """What is said where nobody reads is said in vain; the exit code still tells."""
+def _broken_pipe_ignored() -> Iterator[None]:
+    """Ignore that stderr is closed; the exit code still reports the error."""
     try:
         yield
     except BrokenPipeError:
-        _turn_away()
+        _discard_output()
 
 
-def _turn_away() -> None:
-    """Where nobody reads any more, or no room is left, Python must not complain about that at exit either."""
+def _discard_output() -> None:
+    """Redirect closed or full streams to the null device, so that Python's flush at exit does not fail."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -86,12 +86,12 @@ def _turn_away() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def show(error: QwenlocalError) -> None:
-    """The sentence and the next step, on stderr."""
-    from qwenlocal.terminal.plain import dimmed, harmless, has_colours, wrapped
+def print_error(error: QwenlocalError) -> None:
+    """Print the message and the hint on stderr."""
+    from qwenlocal.terminal.ansi import dim, escape_controls, supports_color, wrap
 
-    mark, plain = ("\x1b[1;31m", "\x1b[0m") if has_colours(sys.stderr) else ("", "")
-    sentence = wrapped(f"qwenlocal: {harmless(str(error))}", sys.stderr).removeprefix("qwenlocal:")
+    mark, plain = ("\x1b[1;31m", "\x1b[0m") if supports_color(sys.stderr) else ("", "")
+    sentence = wrap(f"qwenlocal: {escape_controls(str(error))}", sys.stderr).removeprefix("qwenlocal:")
     sys.stderr.write(f"{mark}qwenlocal:{plain}{sentence}\n")
     if error.hint:
-        sys.stderr.write(dimmed(wrapped("  " + harmless(error.hint), sys.stderr), sys.stderr) + "\n")
+        sys.stderr.write(dim(wrap("  " + escape_controls(error.hint), sys.stderr), sys.stderr) + "\n")

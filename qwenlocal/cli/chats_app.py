@@ -1,4 +1,4 @@
-"""The commands of `qwenlocal chats`, and their options."""
+"""The commands of `qwenlocal chats` and their options."""
 
 from __future__ import annotations
 
@@ -7,84 +7,89 @@ from typing import Annotated, Optional
 
 import typer
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-ChatArgument = Annotated[str, typer.Argument(metavar="CHAT", help="Its number, or last.")]
+from qwenlocal.cli.option_types import ForceOption, JsonOption
 
-chats_app = typer.Typer(rich_markup_mode=None, help="What was said: every chat is kept on this machine, and only here.")
+ChatArgument = Annotated[str, typer.Argument(metavar="CHAT", help="Number of a chat, or last.")]
+
+chats_app = typer.Typer(
+    rich_markup_mode=None, help="List, search and export chats; they are saved on this machine only."
+)
 
 
 @chats_app.callback(invoke_without_command=True)
 def chats(context: typer.Context) -> None:
-    """What was said: every chat is kept on this machine, and only here."""
+    """List, search and export chats; they are saved on this machine only."""
     if context.invoked_subcommand is None:
         list_()
 
 
-@chats_app.command("list", short_help="All chats, the newest first.")
+@chats_app.command("list", short_help="List all chats.")
 def list_(as_json: JsonOption = False) -> None:
-    """All chats, the newest first."""
-    from qwenlocal.cli.chats import list_chats
+    """List all chats, the newest first."""
+    from qwenlocal.cli.commands.chats import list_chats
 
     list_chats(as_json=as_json)
 
 
-@chats_app.command(short_help="What was said in a chat.")
+@chats_app.command(short_help="Print a chat.")
 def show(chat: ChatArgument, as_json: JsonOption = False) -> None:
-    """What was said in a chat, as Markdown."""
-    from qwenlocal.cli.chats import show_chat
+    """Print a chat as Markdown."""
+    from qwenlocal.cli.commands.chats import show_chat
 
     show_chat(chat, as_json=as_json)
 
 
-@chats_app.command(short_help="Find words in all chats.")
+@chats_app.command(short_help="Search all chats.")
 def search(
-    words: Annotated[list[str], typer.Argument(metavar="WORDS", help="All of them must be there, in any order.")],
+    words: Annotated[
+        list[str], typer.Argument(metavar="WORDS", help="Words that a message must contain, in any order.")
+    ],
     as_json: JsonOption = False,
 ) -> None:
-    """Messages that have every one of the words, in any script; capitals make no difference."""
-    from qwenlocal.cli.chats import search_chats
+    """Search all chats for messages that contain all words, ignoring case."""
+    from qwenlocal.cli.commands.chats import search_chats
 
     search_chats(" ".join(words), as_json=as_json)
 
 
-@chats_app.command(short_help="Give a chat another title.")
-def rename(chat: ChatArgument, title: Annotated[list[str], typer.Argument(metavar="TITLE", help="The title.")]) -> None:
-    """Give a chat another title."""
-    from qwenlocal.cli.chats import rename_chat
+@chats_app.command(short_help="Rename a chat.")
+def rename(chat: ChatArgument, title: Annotated[list[str], typer.Argument(metavar="TITLE", help="New title.")]) -> None:
+    """Rename a chat."""
+    from qwenlocal.cli.commands.chats import rename_chat
 
     rename_chat(chat, " ".join(title))
 
 
-@chats_app.command(short_help="Forget chats, for good.")
-def rm(chats: Annotated[list[str], typer.Argument(metavar="CHAT", help="Numbers, or last.")]) -> None:
-    """Forget chats, for good."""
-    from qwenlocal.cli.chats import remove_chats
+@chats_app.command(short_help="Delete chats.")
+def rm(chats: Annotated[list[str], typer.Argument(metavar="CHAT", help="Numbers of chats, or last.")]) -> None:
+    """Delete chats permanently."""
+    from qwenlocal.cli.commands.chats import remove_chats
 
     remove_chats(chats)
 
 
-@chats_app.command(short_help="Write a chat as Markdown, JSON or HTML.")
+@chats_app.command(short_help="Export a chat as Markdown, JSON or HTML.")
 def export(
     chat: ChatArgument,
     output: Annotated[
         Optional[Path],  # noqa: UP045 - typer on Python 3.10
-        typer.Option("-o", "--output", metavar="FILE", help="Where to. [default: standard output]"),
+        typer.Option("-o", "--output", metavar="FILE", help="File to write. [default: standard output]"),
     ] = None,
-    form: Annotated[
+    format: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option("--format", metavar="FORMAT", help="md, json or html. [default: by the file's name, or md]"),
+        typer.Option("--format", metavar="FORMAT", help="md, json or html. [default: from the file name, or md]"),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    force: ForceOption = False,
 ) -> None:
-    """Write a chat as Markdown, JSON (with every version of every message) or a page of HTML."""
-    from qwenlocal.cli.chats import export_chat
+    """Export a chat as Markdown, JSON (with all versions of every message) or an HTML page."""
+    from qwenlocal.cli.commands.chats import export_chat
 
-    export_chat(chat, form, output, force=force)
+    export_chat(chat, format, output, force=force)
 
 
-@chats_app.command(short_help="Copy what can be read out of a damaged journal.")
+@chats_app.command(short_help="Recover a damaged journal.")
 def recover() -> None:
-    """Copy what can be read out of a damaged journal; the damaged file is kept."""
-    from qwenlocal.cli.chats import recover_chats
+    """Copy what is readable in a damaged journal to a new one; the damaged file is kept."""
+    from qwenlocal.cli.commands.chats import recover_chats
 
     recover_chats()

@@ -1,0 +1,1 @@
+"""One module per command; `cli.app` imports it when the command is called."""

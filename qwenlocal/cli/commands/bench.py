@@ -1,0 +1,132 @@
+"""`qwenlocal bench`: benchmark models on this machine."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from qwenlocal.cli.context import AppContext
+from qwenlocal.cli.output import print_json, print_table
+from qwenlocal.errors import UsageError
+from qwenlocal.formatting import format_bytes
+
+if TYPE_CHECKING:
+    from qwenlocal.engine.load_plan import LoadRequest
+    from qwenlocal.measure.bench import BenchResult
+    from qwenlocal.terminal.progress import StatusLine
+
+_BAR_WIDTH = 40  # columns
+
+
+def bench_models(
+    names: Sequence[str], request: LoadRequest, *, repetitions: int, depths: str, as_json: bool, plot: bool
+) -> None:
+    """
+    Benchmark every model; print a table for each, or one JSON list.
+
+    Raises
+    ------
+    UsageError: the repetitions or depths are invalid.
+    """
+    from qwenlocal.engine.load_plan import plan_load
+    from qwenlocal.engine.memory import ModelDims
+    from qwenlocal.machine import this_machine
+    from qwenlocal.measure.bench import ANSWER, run_benchmarks
+    from qwenlocal.terminal.progress import StatusLine
+    from qwenlocal.weights.header import read_metadata
+
+    if not 1 <= repetitions <= 1000:
+        raise UsageError(f"-r must be between 1 and 1,000, not {repetitions}.")
+    all_depths = _parse_depths(depths)
+    app, machine = AppContext(quiet=as_json), this_machine()
+    records = [(text, app.models.ensure_model(app.models.parse(text))) for text in names]
+    results = []
+    for text, record in records:
+        dims = ModelDims.from_metadata(read_metadata(record.path))
+        max_depth = max(
+            (depth for depth in all_depths if dims is None or depth + ANSWER <= dims.n_ctx_train), default=0
+        )
+        n_ctx = max(max_depth, 512) + ANSWER + 8
+        bench_request = replace(request, rope="none", threads=request.threads or machine.cores, n_ctx=n_ctx)
+        plan = plan_load(text, dims, record.size, machine.memory().available, bench_request)
+        line = StatusLine(sys.stderr, delay=0)
+        result = run_benchmarks(
+            record.path,
+            plan.options,
+            repetitions=repetitions,
+            depths=[depth for depth in all_depths if depth <= max_depth],
+            report=functools.partial(_show_task, line, text),
+        )
+        line.clear()
+        results.append(_facts(text, result))
+        if not as_json:
+            _show(text, result, plot=plot)
+    if as_json:
+        print_json(results)
+
+
+def _show_task(line: StatusLine, name: str, task: str) -> None:
+    line.show(f"{name}: {task}")
+
+
+def _parse_depths(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts or not all(part.isdecimal() and len(part) < 8 and int(part) <= 1 << 20 for part in parts):
+        raise UsageError(f"--depths must be a list of token counts, not {text}.", hint="For example: 0,512,4096")
+    return sorted({0, *map(int, parts)})
+
+
+def _show(name: str, result: BenchResult, *, plot: bool) -> None:
+    options = result.options
+    sys.stdout.write(
+        f"{name}: {options.threads} threads, {options.key_type} keys, {options.value_type} values, flash attention "
+        f"{'on' if options.flash_attention else 'off'}, {options.n_ubatch} tokens per physical batch\n"
+    )
+    rows = [(test, f"{speed.mean:.2f} ± {speed.deviation:.2f}") for test, speed in result.speeds.items()]
+    print_table(("", "TOKENS/S"), rows)
+    times = {"load": result.load, "first token, warm": result.first_warm, "first token, cold": result.first_cold}
+    facts = [f"{label} {seconds:.2f} s" for label, seconds in times.items() if seconds is not None]
+    facts += [f"memory {format_bytes(result.memory)}"] if result.memory is not None else []
+    facts += [f"{result.joules:.2f} J per token"] if result.joules is not None else []
+    sys.stdout.write(", ".join(facts) + "\n")
+    if plot:
+        _plot(result)
+    sys.stdout.write("\n")
+
+
+def _plot(result: BenchResult) -> None:
+    """Draw a bar for each speed; prefill and decoding have separate scales."""
+    for prefix in ("pp", "tg"):
+        speeds = {test: speed.mean for test, speed in result.speeds.items() if test.startswith(prefix)}
+        for test, mean in speeds.items():
+            bar = "█" * max(1, round(_BAR_WIDTH * mean / max(speeds.values())))
+            sys.stdout.write(f"{test:<16} {bar} {mean:.1f}\n")
+
+
+def _facts(name: str, result: BenchResult) -> dict[str, Any]:
+    speeds = {
+        test.replace(" ", "_"): {
+            "tok_s": round(speed.mean, 3),
+            "stddev": round(speed.deviation, 3),
+            "samples": [round(sample, 3) for sample in speed.samples],
+        }
+        for test, speed in result.speeds.items()
+    }
+    options = result.options
+    return {
+        "model": name,
+        **speeds,
+        "load_s": round(result.load, 4),
+        "first_token_warm_s": round(result.first_warm, 4),
+        "first_token_cold_s": None if result.first_cold is None else round(result.first_cold, 4),
+        "memory_bytes": result.memory,
+        "joules_per_token": result.joules,
+        "threads": options.threads,
+        "key_type": options.key_type,
+        "value_type": options.value_type,
+        "flash_attention": options.flash_attention,
+        "n_ubatch": options.n_ubatch,
+    }

@@ -1,0 +1,156 @@
+"""The chat of `qwenlocal run`: a new one, or one of the journal that continues."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from datetime import datetime
+
+from qwenlocal.chat.journal import ChatInfo, Journal
+from qwenlocal.chat.journal_writer import JournalWriter
+from qwenlocal.chat.thread import Thread
+from qwenlocal.cli.context import AppContext
+from qwenlocal.cli.journal_lookup import find_chat, open_existing_journal
+from qwenlocal.cli.model_pool import ModelPool
+from qwenlocal.cli.options import RunOptions
+from qwenlocal.cli.output import say_dimmed
+from qwenlocal.cli.questions import ask_or_skip, can_ask, choose_number
+from qwenlocal.errors import ChatNotFound, JournalError, NotWritable, UsageError
+from qwenlocal.formatting import shorten
+from qwenlocal.i18n import tr
+from qwenlocal.library.names import ModelName, PathName
+from qwenlocal.library.store import ModelRecord
+from qwenlocal.paths import bundled_folder, ensure_writable
+from qwenlocal.terminal.ansi import escape_controls
+from qwenlocal.terminal.repl import Repl
+from qwenlocal.terminal.session import Session
+
+PICK = "?"
+_MAX_CHOICES = 20
+_MAX_LINES = 6  # of the last answer
+
+
+@dataclass(frozen=True)
+class ResumedChat:
+    """A chat of the journal that continues."""
+
+    journal: Journal
+    info: ChatInfo
+    thread: Thread
+
+
+def run_chat(
+    app: AppContext,
+    options: RunOptions,
+    name: ModelName,
+    record: ModelRecord,
+    resumed: ResumedChat | None,
+    system: str,
+    prompt: str | None,
+) -> None:
+    """Chat until the user leaves; `prompt` is asked at once."""
+    thread = resumed.thread if resumed else Thread(system)
+    if resumed and system:
+        thread.set_system_prompt(system)
+    pool = ModelPool(app, options, name, record)
+    session = Session(
+        thread,
+        name.path.name if isinstance(name, PathName) else str(name),
+        pool,
+        say_dimmed,
+        ask_or_skip,
+        [bundled_folder("prompts"), app.folders.home / "prompts"],
+        app.folders.chats,
+        show_stats=options.stats,
+        render_markdown=options.markdown,
+    )
+    if options.journal:
+        _record_in_journal(session, app, str(name), resumed)
+    repl = Repl(
+        session,
+        history=app.folders.history if options.journal else None,
+        verdict=lambda: pool.verdict,
+        on_ready=pool.start_loading,
+    )
+    pool.on_first_loaded = repl.on_model_loaded
+    keep = False
+    try:
+        repl.run(prompt)
+        keep = True
+    finally:
+        pool.close(keep=keep)
+
+
+def select_chat(app: AppContext, choice: str) -> ResumedChat:
+    """
+    Find the chat to continue: a number, "last", or one that the user picks from a list (`PICK`).
+
+    Raises
+    ------
+    ChatNotFound: there is none. JournalError: the journal cannot be read. Interrupted: the user did not pick.
+    """
+    if choice != PICK:
+        journal, info = find_chat(app, choice)
+        return ResumedChat(journal, info, journal.load_thread(info.id))
+    existing = open_existing_journal(app)
+    chats = existing.list_chats() if existing else []
+    if existing is None or not chats:
+        raise ChatNotFound("")
+    info = _pick(chats)
+    return ResumedChat(existing, info, existing.load_thread(info.id))
+
+
+def _pick(chats: list[ChatInfo]) -> ChatInfo:
+    if not can_ask():
+        raise UsageError(
+            tr("--resume without a number needs a terminal to choose a chat in."),
+            hint=tr("Use --resume NUMBER, or --continue."),
+        )
+    for place, info in enumerate(chats[:_MAX_CHOICES], start=1):
+        day = f"{datetime.fromtimestamp(info.changed):%Y-%m-%d %H:%M}"
+        count = tr("{count} messages", count=info.messages)
+        sys.stderr.write(f"{place:>3}  {day}  {escape_controls(info.title)}  ({count}, {info.model})\n")
+    return chats[int(choose_number(min(len(chats), _MAX_CHOICES), default=1)) - 1]
+
+
+def _record_in_journal(session: Session, app: AppContext, model: str, resumed: ResumedChat | None) -> None:
+    journal = resumed.journal if resumed else _open_journal(app)
+    if journal is None:
+        return
+    session.journal = journal
+    session.journal_writer = journal.open_writer(
+        session.thread, model=model, chat_id=resumed.info.id if resumed else None
+    )
+    if resumed:
+        _say_resumed(resumed, session.journal_writer)
+
+
+def _open_journal(app: AppContext) -> Journal | None:
+    """Open the journal; if it cannot be used, say so, and the chat continues without it."""
+    path = app.folders.journal
+    try:
+        ensure_writable(path.parent)
+        return Journal(path)
+    except (JournalError, NotWritable) as error:
+        app.say(f"{error} {tr('This chat is not saved.')} {error.hint}")
+        return None
+
+
+def _say_resumed(resumed: ResumedChat, writer: JournalWriter) -> None:
+    """Say which chat continues, and repeat the end of its last turn."""
+    info, turns = resumed.info, resumed.thread.turns
+    say_dimmed(
+        tr(
+            "Continuing chat {id}, “{title}”: {count} messages.",
+            id=info.id,
+            title=info.title,
+            count=len(resumed.thread.path),
+        )
+    )
+    if writer.chat_id is not None and writer.chat_id != info.id:
+        say_dimmed(tr("It is open in another window, so this is a copy: chat {id}.", id=writer.chat_id))
+    if turns:
+        say_dimmed(f"> {shorten(turns[-1].question.text)}")
+        lines = (turns[-1].answer.text if turns[-1].answer else tr("(no answer yet)")).strip().splitlines()
+        for line in [*(["…"] if len(lines) > _MAX_LINES else []), *lines[-_MAX_LINES:]]:
+            say_dimmed(line)

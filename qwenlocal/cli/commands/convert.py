@@ -1,0 +1,106 @@
+"""`qwenlocal convert`: convert a checkpoint into GGUF files."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qwenlocal.cli.context import AppContext
+from qwenlocal.cli.gguf_files import (
+    WriteOptions,
+    output_path,
+    parse_types,
+    read_overrides,
+    refuse_existing,
+    show_plan,
+    write_or_show,
+)
+from qwenlocal.errors import DownloadFailed, UsageError
+from qwenlocal.formatting import format_bytes
+from qwenlocal.library.checkpoint_converter import download_cost
+from qwenlocal.library.checkpoints import HubCheckpoint, LocalCheckpoint
+
+if TYPE_CHECKING:
+    from qwenlocal.weights.convert import Options
+    from qwenlocal.weights.mix import FileType
+    from qwenlocal.weights.plan import Plan
+
+LIKE_LLAMA_CPP = "llama.cpp"
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """The options of `convert` alone."""
+
+    pre_tokenizer: str | None = None
+    name: str | None = None
+    like: str | None = None
+    limit_rate: int = 0
+
+
+def convert_checkpoint(options: WriteOptions, convert_options: ConvertOptions) -> None:
+    """Convert a checkpoint; with `--dry-run`, only show the plan."""
+    from qwenlocal.weights.convert import Options
+
+    if convert_options.like not in (None, LIKE_LLAMA_CPP):
+        raise UsageError(f"--like must be {LIKE_LLAMA_CPP}, not {convert_options.like}.")
+    gc.disable()  # there are no reference cycles here, and scanning a vocabulary's 300,000 strings takes 0.2 s
+    types = parse_types(options)
+    overrides, importance = read_overrides(options)
+    app = AppContext(quiet=options.as_json, limit_rate=convert_options.limit_rate)
+    with app.checkpoints.find(app.models.parse(options.source)) as checkpoint:
+        name = convert_options.name or checkpoint.name
+        targets = [(output_path(options.out, name, type, len(types)), type) for type in types]
+        if not options.dry_run:
+            refuse_existing(targets, options)
+        plan_options = Options(
+            name,
+            checkpoint.repo,
+            convert_options.pre_tokenizer,
+            convert_options.like is not None,
+            overrides,
+            importance,
+        )
+        plan = _plan(app, checkpoint, targets, plan_options, options)
+    if plan:
+        write_or_show(app, plan, options)
+
+
+def _plan(
+    app: AppContext,
+    checkpoint: LocalCheckpoint | HubCheckpoint,
+    targets: Sequence[tuple[Path, FileType]],
+    plan_options: Options,
+    options: WriteOptions,
+) -> Plan | None:
+    """Return the plan, once the weights are on this disk; None for a dry run on a hub, which ends with the plan."""
+    from qwenlocal.weights.checkpoint import Checkpoint
+    from qwenlocal.weights.convert import plan_conversion
+
+    if isinstance(checkpoint, HubCheckpoint):
+        outline = checkpoint.read_outline()
+        preview = plan_conversion(outline, targets, plan_options) if outline else None
+        if options.dry_run:
+            _show_preview(app, checkpoint, preview, options)
+            return None
+        if preview:
+            app.say(download_cost(checkpoint, preview))
+        checkpoint = checkpoint.download(reserve=sum(file.size for file in preview.files) if preview else 0)
+    return plan_conversion(Checkpoint.open(checkpoint.path), targets, plan_options)
+
+
+def _show_preview(app: AppContext, checkpoint: HubCheckpoint, plan: Plan | None, options: WriteOptions) -> None:
+    """Show the plan for weights that are not downloaded."""
+    if plan is None:
+        raise DownloadFailed(
+            f"{checkpoint.remote.resolved.origin} sends whole files only, so the headers of {checkpoint.name} "
+            "cannot be read before the download.",
+            hint="Run the command without --dry-run; the download is kept.",
+        )
+    for note in plan.notes:
+        app.say(note)
+    app.say(f"{format_bytes(checkpoint.remote.missing_size)} to download first; only the headers were downloaded now.")
+    show_plan(plan, options)

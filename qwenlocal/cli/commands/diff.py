@@ -1,0 +1,71 @@
+"""`qwenlocal diff`: compare two GGUF files."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from qwenlocal.cli.context import AppContext
+from qwenlocal.cli.gguf_files import find_installed
+from qwenlocal.cli.output import print_json
+from qwenlocal.formatting import shorten
+
+if TYPE_CHECKING:
+    from qwenlocal.weights.difference import Difference
+
+FILES_DIFFER = 1
+_MAX_VALUE = 100  # characters
+
+
+def diff_files(left: str, right: str, *, as_json: bool) -> None:
+    """Compare keys, tensors, types and weights of two files. Exits with 1 if they differ."""
+    from qwenlocal.terminal.progress import StatusLine
+    from qwenlocal.weights.difference import compare
+
+    app = AppContext(quiet=as_json)
+    left_path, right_path = (find_installed(app, text).path for text in (left, right))
+    line = StatusLine(sys.stderr)
+    try:
+        difference = compare(
+            left_path, right_path, lambda done, total: line.show(f"comparing: {done} of {total} tensors")
+        )
+    finally:
+        line.clear()
+    if as_json:
+        print_json(asdict(difference))
+    else:
+        _show(difference)
+    if not difference.is_empty:
+        raise typer.Exit(FILES_DIFFER)
+
+
+def _show(difference: Difference) -> None:
+    from qwenlocal.terminal.ansi import escape_controls
+
+    if difference.is_empty:
+        sys.stdout.write("The files have the same keys and tensors.\n")
+    for key in difference.keys:
+        left, right = (_describe(value, key.where) for value in (key.left, key.right))
+        sys.stdout.write(escape_controls(f"{key.key}\n  < {left}\n  > {right}\n"))
+    for tensor in difference.tensors:
+        if tensor.rmse is not None:
+            text = f"{tensor.left} | {tensor.right}, error {tensor.rmse:.4%}"
+        elif not tensor.left or not tensor.right:
+            text = f"only in the {'second' if not tensor.left else 'first'} file ({tensor.left or tensor.right})"
+        else:
+            text = f"{list(tensor.shapes[0] or ())} | {list(tensor.shapes[1] or ())}"
+        sys.stdout.write(escape_controls(f"{tensor.name}: {text}\n"))
+
+
+def _describe(value: Any, place: int | None) -> str:
+    """Spell a value in one line; of a list only its length and the entry at `place`."""
+    if value is None:
+        return "(missing)"
+    if isinstance(value, list):
+        entry = "" if place is None or place >= len(value) else f", {value[place]!r} at {place:,}"
+        return f"{len(value):,} entries{entry}"
+    text = " ".join(str(value).split())
+    return text if len(text) <= _MAX_VALUE else f"{shorten(text, _MAX_VALUE)} ({len(str(value)):,} characters)"

@@ -1,0 +1,175 @@
+"""`qwenlocal doctor`: check this machine, the folders and the sources, and give advice."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import platform
+import shutil
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+
+from qwenlocal import __version__
+from qwenlocal.cli.context import AppContext
+from qwenlocal.cli.output import print_json
+from qwenlocal.errors import QwenlocalError
+from qwenlocal.machine import Machine, this_machine
+from qwenlocal.paths import Folders, ensure_writable
+
+# Processor features, and their names in llama.cpp's system info, which lists how it was compiled.
+_COMPILED_NAMES = {
+    "avx": "AVX",
+    "avx2": "AVX2",
+    "f16c": "F16C",
+    "fma": "FMA",
+    "avx512f": "AVX512",
+    "avx512_vnni": "AVX512_VNNI",
+    "avx_vnni": "AVX_VNNI",
+    "amx_int8": "AMX_INT8",
+    "asimd": "NEON",
+    "asimddp": "DOTPROD",
+    "i8mm": "MATMUL_INT8",
+    "sve": "SVE",
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """The result of a check; `advice` is the next step, "" if all is well."""
+
+    subject: str
+    state: str
+    advice: str = ""
+
+
+def check_machine(*, as_json: bool, offline: bool) -> None:
+    """Run all checks and print them; problems do not change the exit code."""
+    app = AppContext(quiet=True)
+    machine = this_machine()
+    checks = [_versions(), *_engine(machine), _memory(machine), *_folders(app.folders), _models(app)]
+    if not offline:
+        checks += _sources()
+    if as_json:
+        print_json([{**asdict(check), "ok": not check.advice} for check in checks])
+        return
+    width = max(len(check.subject) for check in checks)
+    for check in checks:
+        sys.stdout.write(f"{'!' if check.advice else '✓'} {check.subject:<{width}}  {check.state}\n")
+        if check.advice:
+            sys.stdout.write(f"  {'':<{width}}  → {check.advice}\n")
+
+
+def _versions() -> Check:
+    try:
+        bindings = importlib.metadata.version("llama-cpp-python")
+    except importlib.metadata.PackageNotFoundError:
+        return Check("versions", f"qwenlocal {__version__}, llama-cpp-python is missing", "Install it: make setup")
+    return Check(
+        "versions",
+        f"qwenlocal {__version__}, llama-cpp-python {bindings}, "
+        f"Python {platform.python_version()}, {platform.platform()}",
+    )
+
+
+def _engine(machine: Machine) -> list[Check]:
+    from qwenlocal.ggml import list_devices
+
+    try:
+        from qwenlocal.engine.llama import load_library
+
+        system_info, devices = load_library().system_info, list_devices()
+    except QwenlocalError as error:
+        return [Check("engine", str(error), error.hint)]
+    except OSError as error:
+        return [Check("engine", f"cannot load llama.cpp: {error}", "Compile it again: make setup")]
+    compiled = {
+        part.partition("=")[0].strip().rpartition(" ")[2]
+        for part in system_info.split("|")
+        if part.strip().endswith("1")
+    }
+    return [_processor(machine, compiled), *(_device(d.name, d.description, d.free, d.total) for d in devices)]
+
+
+def _processor(machine: Machine, compiled: set[str]) -> Check:
+    unused = sorted(
+        name for feature, name in _COMPILED_NAMES.items() if feature in machine.features and name not in compiled
+    )
+    missing = sorted(
+        name for feature, name in _COMPILED_NAMES.items() if name in compiled and feature not in machine.features
+    )
+    used = ", ".join(sorted(compiled & set(_COMPILED_NAMES.values()))) or "no vector units"
+    state = f"{machine.processor}, {machine.cores} fast cores; llama.cpp uses {used}"
+    if unused:
+        return Check(
+            "processor", state, f"It could also use {', '.join(unused)}. Compile it for this machine: make setup"
+        )
+    if missing and machine.features:
+        return Check(
+            "processor",
+            state,
+            f"It was compiled for another processor ({', '.join(missing)}). Compile it again: make setup",
+        )
+    return Check("processor", state)
+
+
+def _device(name: str, description: str, free: int, total: int) -> Check:
+    return Check("device", f"{name}: {description}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free")
+
+
+def _memory(machine: Machine) -> Check:
+    memory = machine.memory()
+    state = f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB available"
+    if memory.available < 1 << 30:
+        return Check("memory", state, "Close other programs; the smallest model needs about 1 GiB.")
+    return Check("memory", state)
+
+
+def _folders(folders: Folders) -> list[Check]:
+    checks = []
+    for subject, folder in (("home", folders.home), ("hub cache", folders.hub_cache)):
+        try:
+            ensure_writable(folder)
+        except QwenlocalError as error:
+            checks.append(Check(subject, str(error), error.hint))
+            continue
+        free = shutil.disk_usage(folder).free
+        advice = "Less than 2 GB free: enough for one small model." if free < 2e9 else ""
+        checks.append(Check(subject, f"{folder}, {free / 1e9:.0f} GB free", advice))
+    return checks
+
+
+def _models(app: AppContext) -> Check:
+    records = [record for record in app.store.records() if not record.missing]
+    partial = app.store.partial_downloads()
+    state = f"{len(records)} installed" + (f", {len(partial)} unfinished" if partial else "")
+    return Check("models", state, "" if records else "Download the default model: qwenlocal run")
+
+
+def _sources() -> list[Check]:
+    from qwenlocal.library.http import HttpClient, Timeouts, TransferError
+    from qwenlocal.library.hubs import HuggingFace, ModelScope
+    from qwenlocal.library.package_index import index_url, remove_login
+
+    client = HttpClient(Timeouts(connect=5, stall=5))
+    sources: list[tuple[str, Callable[[], str]]] = [
+        *((hub.label, functools.partial(str, hub.endpoint)) for hub in (HuggingFace(), ModelScope(client))),
+        ("package index", index_url),
+    ]
+
+    def check(source: tuple[str, Callable[[], str]]) -> Check:
+        label, address = source[0], source[1]()
+        shown_address = remove_login(address)
+        if not address:
+            return Check(label, "not configured", "To download models from there, set PIP_INDEX_URL.")
+        try:
+            client.close(client.open(address + "/").body)
+        except TransferError as error:
+            if not error.unreachable and error.retryable is False:
+                return Check(label, f"{shown_address} answers")
+            return Check(label, f"{shown_address} is not reachable: {error}", "Installed models run without it.")
+        return Check(label, f"{shown_address} answers")
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(check, sources))

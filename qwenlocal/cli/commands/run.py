@@ -1,0 +1,210 @@
+"""`qwenlocal run`: one answer on standard output, a chat, or a batch."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from qwenlocal.chat.prompt_template import fill_placeholders
+from qwenlocal.cli.context import AppContext
+from qwenlocal.cli.options import RunOptions
+from qwenlocal.cli.questions import can_chat
+from qwenlocal.cli.text_input import read_prompt_file, read_stdin
+from qwenlocal.errors import BadWeights, Interrupted, LowMemory, UsageError
+from qwenlocal.i18n import tr
+from qwenlocal.library.names import ModelName
+from qwenlocal.library.store import ModelRecord
+
+if TYPE_CHECKING:
+    from qwenlocal.chat.conversation import GenerationConfig
+    from qwenlocal.chat.events import Event
+    from qwenlocal.chat.loading import Loaded
+
+
+def run_model(options: RunOptions) -> None:
+    """
+    Answer a prompt, answer a batch of prompts, or open a chat.
+
+    Raises
+    ------
+    UsageError: the options contradict each other, or there is nothing to answer.
+    Everything that finding, loading and running a model raises.
+    """
+    _check_options(options)
+    app = AppContext(limit_rate=options.limit_rate, assume_yes=options.assume_yes)
+    if options.batch is not None:
+        from qwenlocal.cli.commands.batch import run_batch
+
+        run_batch(app, options)
+        return
+    prompt, system = _read_prompts(options)
+    if prompt is None or options.interactive or options.resume is not None:
+        _chat(app, options, prompt, system)
+        return
+    name, record = app.models.ensure_model_or_default(options.model_name)
+    _answer_once(app, options, name, record, prompt, system)
+
+
+def select_model(app: AppContext, name: str | None) -> tuple[ModelName, ModelRecord]:
+    """Return the model called `name`, or the default model; download it if necessary."""
+    if name is None:
+        return app.models.ensure_default_model()
+    parsed = app.models.parse(name)
+    return parsed, app.models.ensure_model(parsed)
+
+
+def _chat(app: AppContext, options: RunOptions, prompt: str | None, system: str) -> None:
+    from qwenlocal.cli.commands.chat import run_chat, select_chat
+
+    resumed = select_chat(app, options.resume) if options.resume is not None else None
+    model = options.model_name or (resumed.info.model if resumed else None)
+    if model is None and prompt is None and not app.store.records():
+        from qwenlocal.cli.first_run import choose_model
+
+        model = choose_model(app)
+    name, record = app.models.ensure_model_or_default(model)
+    run_chat(app, options, name, record, resumed, system, prompt)
+
+
+# --- options and prompts
+
+
+def _check_options(options: RunOptions) -> None:
+    """Refuse values and combinations that cannot work, before anything is downloaded or loaded."""
+    from qwenlocal.chat.context_window import OVERFLOW_POLICIES
+    from qwenlocal.engine.sampling import Sampling
+
+    options.merge_sampling(Sampling())
+    if options.max_tokens is not None and options.max_tokens < 1:
+        raise UsageError(tr("-n must be at least 1, not {limit}.", limit=options.max_tokens))
+    if options.output and options.batch is None:
+        raise UsageError(
+            tr("-o is only for --batch."), hint=tr("To save one answer: qwenlocal run MODEL PROMPT > FILE")
+        )
+    if options.overflow not in OVERFLOW_POLICIES:
+        raise UsageError(
+            tr(
+                "--overflow must be one of {names}, not {overflow}.",
+                names=", ".join(OVERFLOW_POLICIES),
+                overflow=options.overflow,
+            )
+        )
+    if options.raw and (options.system or options.interactive):
+        raise UsageError(tr("--raw continues plain text, so it excludes --system and -i."))
+    if options.batch is not None and (
+        options.interactive or options.raw or options.resume is not None or options.prompt_words
+    ):
+        raise UsageError(tr("--batch reads its prompts from a file, so it excludes a prompt, -i, --raw and --resume."))
+    if options.resume is not None and not can_chat():
+        raise UsageError(tr("--resume and --continue need a terminal."))
+    if options.interactive and not can_chat():
+        raise UsageError(tr("-i needs a terminal."))
+
+
+def _read_prompts(options: RunOptions) -> tuple[str | None, str]:
+    """
+    Return the prompt (None: there is none) and the system prompt, from arguments, files and standard input.
+
+    Raises
+    ------
+    UsageError: there is no prompt, and no terminal to chat in.
+    """
+    parts = [" ".join(options.prompt_words)] if options.prompt_words else []
+    system = options.system or ""
+    if options.file:
+        text = read_prompt_file(options.file)
+        if options.interactive:
+            system = system or text.rstrip("\n")
+        else:
+            parts.append(text if options.raw else text.rstrip("\n"))
+    piped = "" if sys.stdin is None or sys.stdin.isatty() else read_stdin()
+    if piped.strip():
+        parts.append(piped if options.raw else piped.rstrip("\n"))
+    parts = [part for part in parts if part.strip()]
+    prompt = "\n\n".join(parts) if parts else None
+    if options.raw and prompt is None:
+        raise _no_text()
+    if options.template is not None:
+        prompt = fill_placeholders(options.template, {**({"input": prompt} if prompt else {}), **options.variables})
+    if prompt is None and not can_chat():
+        raise UsageError(
+            tr("There is no prompt, and no terminal to chat in."),
+            hint=tr('Pass a prompt: qwenlocal run MODEL "Why is the sky blue?", or pipe text into it.'),
+        )
+    return prompt, system
+
+
+def _no_text() -> UsageError:
+    return UsageError(tr("There is no text to continue."), hint=tr('Pass some: --raw "Once upon a time"'))
+
+
+# --- one answer
+
+
+def _answer_once(
+    app: AppContext, options: RunOptions, name: ModelName, record: ModelRecord, prompt: str, system: str
+) -> None:
+    from qwenlocal.cli.model_loader import ModelLoader
+    from qwenlocal.terminal.load_notes import describe_note, describe_plan
+
+    loader = ModelLoader(app, options)
+    loaded = loader.load_with_status(name, record)
+    for sentence in (*([describe_plan(loaded.plan)] if options.stats else []), *map(describe_note, loaded.notes)):
+        app.say(sentence)
+    keep = True
+    try:
+        _print_answer(options, loaded, prompt, system)
+    except (LowMemory, BadWeights):
+        keep = False  # no memory to save the prompt cache with, or nothing worth saving
+        raise
+    finally:
+        loader.close(loaded, record, keep=keep)
+
+
+def _print_answer(options: RunOptions, loaded: Loaded, prompt: str, system: str) -> None:
+    from qwenlocal.chat.events import FinishReason
+    from qwenlocal.chat.thread import Thread
+    from qwenlocal.chat.worker import iterate_in_thread
+    from qwenlocal.terminal.view import print_answer
+
+    config = options.generation_config(loaded.sampling)
+    if loaded.template is None:
+        if system:
+            raise UsageError(tr("A base model continues text; it cannot use a system prompt."))
+        begin, stop = _continuation(loaded, prompt, config, special=options.raw), loaded.sequence.stop
+    else:
+        conversation = loaded.conversation(config, Thread(system))
+        begin, stop = functools.partial(conversation.ask, prompt), conversation.stop
+    with iterate_in_thread(begin, stop) as events:
+        done = print_answer(events, sys.stdout, sys.stderr)
+    if options.stats:
+        sys.stderr.write(done.stats.describe(done.finish_reason) + "\n")
+        if loaded.trial:
+            sys.stderr.write((loaded.trial.verdict or tr("The draft model is still being tried.")) + "\n")
+    if done.finish_reason is FinishReason.INTERRUPTED:
+        raise Interrupted
+    if done.finish_reason is FinishReason.CONTEXT_FULL:
+        full = tr("the answer stopped because the context of {n_ctx:,} tokens is full.", n_ctx=loaded.context.n_ctx)
+        sys.stderr.write(f"qwenlocal: {full}\n")
+
+
+def _continuation(
+    loaded: Loaded, text: str, config: GenerationConfig, *, special: bool
+) -> Callable[[], Iterator[Event]]:
+    """Return a function that continues `text`; with `special` (--raw), control tokens spelled in it are parsed."""
+    from qwenlocal.chat.generate import stream_answer
+
+    tokenizer = loaded.model.tokenizer
+    ids = tokenizer.tokenize(text, special=special, add_bos=tokenizer.adds_bos)
+    if not ids:
+        raise _no_text()
+    return lambda: stream_answer(
+        loaded.sequence,
+        tokenizer,
+        ids,
+        config.sampling,
+        max_tokens=config.max_tokens,
+        stop_strings=config.stop_strings,
+    )

@@ -1,0 +1,52 @@
+"""`qwenlocal tune`: measure the fastest settings for a model on this machine, and save them."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from qwenlocal.cli.context import AppContext
+from qwenlocal.cli.output import print_json
+from qwenlocal.errors import NotWritable, UsageError
+
+
+def tune_model(text: str, *, seconds: float, as_json: bool) -> None:
+    """
+    Measure settings for about `seconds`, and save the fastest for `run`.
+
+    Raises
+    ------
+    UsageError: `seconds` is out of range. NotWritable: the settings cannot be saved.
+    """
+    from qwenlocal.engine.prompt_cache import fingerprint_model
+    from qwenlocal.engine.tuned_settings import write_tuned_settings
+    from qwenlocal.machine import power_source, this_machine
+    from qwenlocal.measure.tune import thread_counts, tune
+    from qwenlocal.terminal.progress import StatusLine
+
+    if not 1 <= seconds <= 3600:
+        raise UsageError(f"--seconds must be between 1 and 3,600, not {seconds:g}.")
+    app = AppContext(quiet=as_json)
+    record, machine = app.models.ensure_model(app.models.parse(text)), this_machine()
+    line = StatusLine(sys.stderr, delay=0)
+    if hasattr(os, "getloadavg") and os.getloadavg()[0] > machine.cores / 2:
+        app.say("Other programs keep this machine busy, so the results may not hold when it is idle.")
+    counts = thread_counts(machine.cores, os.cpu_count() or 1)
+    settings = tune(record.path, counts, seconds=seconds, report=lambda task: line.show(f"measuring {task}"))
+    line.clear()
+    power, folder = power_source(), app.folders.tuned
+    try:
+        write_tuned_settings(folder, fingerprint_model(record.path), power, settings)
+    except OSError as error:
+        raise NotWritable(folder, error.strerror or str(error)) from error
+    if as_json:
+        print_json({"model": text, "power": power, **settings.to_json()})
+        return
+    costs = ", ".join(f"{count}: {cost:.1f}" for count, cost in settings.costs.items())
+    threads = "1 thread" if settings.threads == 1 else f"{settings.threads} threads"
+    flash = "on" if settings.flash_attention else "off"
+    sys.stdout.write(
+        f"{text}, on {power}: {threads}, flash attention {flash}, {settings.n_ubatch} tokens per physical batch\n"
+        f"cost of decoding several tokens at once, relative to one: {costs}\n"
+        "Saved; qwenlocal run uses these settings from now on.\n"
+    )

@@ -1,0 +1,108 @@
+"""`qwenlocal verify`: check every byte of a model, and repair what is damaged."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from qwenlocal.cli.context import AppContext
+from qwenlocal.cli.model_facts import record_facts
+from qwenlocal.cli.output import print_json
+from qwenlocal.errors import BadWeights, Interrupted, ModelNotFound, UsageError
+from qwenlocal.i18n import tr
+from qwenlocal.library.progress import TaskProgress
+from qwenlocal.library.store import FileDamage, ModelRecord
+
+if TYPE_CHECKING:
+    from qwenlocal.library.names import ModelName
+
+
+def verify_model(text: str, *, repair: bool, as_json: bool) -> None:
+    """
+    Compare every byte with the recorded digests; with `repair`, download or convert what is damaged again.
+
+    Raises
+    ------
+    BadWeights: the model is damaged, and was not repaired.
+    """
+    app = AppContext(quiet=as_json)
+    name = app.models.parse(text)
+    record = _installed_record(app, text, name)
+    damage = _find_damage(app, record)
+    for each in damage:
+        app.say(_describe_damage(each))
+    if damage and repair:
+        record, damage = app.models.repair(name, record, damage), []
+        app.say(tr("{name} is repaired{proof}.", name=record.name, proof=_describe_digests(record)))
+    elif not damage:
+        _check_readable(record)
+        app.say(tr("{name} is intact{proof}.", name=record.name, proof=_describe_digests(record)))
+    if as_json:
+        print_json(
+            {
+                **record_facts(record),
+                "whole": not damage,
+                "damage": [{"file": each.file.path, "blocks": each.blocks} for each in damage],
+            }
+        )
+    if damage:
+        raise BadWeights(
+            record.path, "the file is damaged", hint=tr("Repair it: qwenlocal verify {name}", name=record.name)
+        )
+
+
+def _installed_record(app: AppContext, text: str, name: ModelName) -> ModelRecord:
+    from qwenlocal.library.names import LocalCheckpointName
+
+    record = app.store.get(str(name)) or app.local.find(name)
+    if record is not None and not record.missing:
+        return record
+    if isinstance(name, LocalCheckpointName):
+        raise UsageError(
+            tr("{text} is a checkpoint that has not been converted.", text=text),
+            hint=tr("To compare a GGUF file with it: qwenlocal verify FILE --against {text}", text=text),
+        )
+    raise ModelNotFound(
+        text,
+        reason=tr("{name} is not downloaded, or incomplete.", name=name),
+        hint=tr("Download it: qwenlocal pull {name}", name=name),
+    )
+
+
+def _find_damage(app: AppContext, record: ModelRecord) -> list[FileDamage]:
+    from qwenlocal.terminal.progress import show_progress
+
+    try:
+        with show_progress(sys.stderr) as show:
+            return app.store.find_damage(
+                record, lambda done, total: show(TaskProgress(record.name, done, total, "reading"))
+            )
+    except KeyboardInterrupt as stop:
+        raise Interrupted("Nothing was changed.") from stop
+
+
+def _check_readable(record: ModelRecord) -> None:
+    """Read the headers: a file may be damaged before its first digest is computed."""
+    from qwenlocal.weights.checkpoint import Checkpoint
+    from qwenlocal.weights.parts import read_parts
+
+    if record.is_checkpoint:
+        Checkpoint.open(record.path.parent)
+    else:
+        read_parts(record.path)
+
+
+def _describe_digests(record: ModelRecord) -> str:
+    digests = [file.sha256 for file in record.files if file.sha256]
+    if not digests:
+        return " as far as its header shows (no digest of it is known)"
+    return f": sha256 {digests[0]}" + (f" and {len(digests) - 1} more" if len(digests) > 1 else "")
+
+
+def _describe_damage(damage: FileDamage) -> str:
+    file, size = damage.file, damage.block_size
+    if damage.blocks is None:
+        return f"{file.path} is damaged: its sha256 is {damage.sha256[:16]}…, not {file.sha256[:16]}…."
+    spans = ", ".join(f"{n} (bytes {n * size:,} to {(n + 1) * size:,})" for n in damage.blocks[:8])
+    more = f" and {len(damage.blocks) - 8} more" if len(damage.blocks) > 8 else ""
+    return f"{file.path} is damaged in block {spans}{more}."

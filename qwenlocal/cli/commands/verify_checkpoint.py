@@ -1,0 +1,126 @@
+"""`qwenlocal verify FILE --against SRC`: compare a GGUF file with its checkpoint."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwenlocal.cli.context import AppContext
+from qwenlocal.cli.output import print_json
+from qwenlocal.errors import BadWeights, Interrupted, ModelNotFound
+from qwenlocal.library.checkpoints import HubCheckpoint, LocalCheckpoint
+
+if TYPE_CHECKING:
+    from qwenlocal.measure.fidelity import Fidelity
+
+
+def verify_checkpoint(text: str, source: str, *, as_json: bool) -> None:
+    """
+    Compare weights, token ids and logits of a file with those of its checkpoint.
+
+    Raises
+    ------
+    ModelNotFound: the file is not on this disk. BadWeights: it differs from the checkpoint.
+    """
+    app = AppContext(quiet=as_json)
+    name = app.models.parse(text)
+    record = app.local.find(name)
+    if record is None:
+        raise ModelNotFound(text, reason=f"{name} is not downloaded.", hint=f"Download it: qwenlocal pull {name}")
+    with app.checkpoints.find(app.models.parse(source)) as found:
+        checkpoint = found.download() if isinstance(found, HubCheckpoint) else found
+    fidelity = _compare(record.path, checkpoint)
+    if as_json:
+        print_json(_facts(fidelity))
+    else:
+        _show(fidelity)
+    if fidelity.problems:
+        count = len(fidelity.problems)
+        raise BadWeights(
+            record.path,
+            f"it does not match {checkpoint.path} ({'one difference' if count == 1 else f'{count} differences'})",
+            hint=f"If this is its checkpoint, convert it again: qwenlocal convert {source}",
+        )
+    app.say(f"{record.path.name} matches {checkpoint.name}.")
+
+
+def _compare(file: Path, checkpoint: LocalCheckpoint) -> Fidelity:
+    from qwenlocal.machine import this_machine
+    from qwenlocal.measure.fidelity import compare_with_checkpoint
+    from qwenlocal.measure.tokenization import known_texts
+    from qwenlocal.terminal.progress import StatusLine
+    from qwenlocal.weights import gguf
+    from qwenlocal.weights.checkpoint import Checkpoint
+    from qwenlocal.weights.convert import Options
+    from qwenlocal.weights.header import read_pairs
+
+    pairs, keys = read_pairs(file), ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type")
+    if any(key not in pairs for key in keys):
+        raise BadWeights(file, "the file has no vocabulary")
+    machine, line = this_machine(), StatusLine(sys.stderr)
+    try:
+        return compare_with_checkpoint(
+            Checkpoint.open(checkpoint.path),
+            file,
+            known_texts(*(gguf.decode(pairs[key]) for key in keys)),
+            threads=machine.cores,
+            memory=machine.memory().available,
+            options=Options(checkpoint.name, checkpoint.repo),
+            report=lambda task, done, total: line.show(f"{task}: {done} of {total}"),
+        )
+    except KeyboardInterrupt as stop:
+        raise Interrupted("Nothing was changed.") from stop
+    finally:
+        line.clear()
+
+
+def _show(fidelity: Fidelity) -> None:
+    types: dict[str, list[float]] = {}
+    for tensor in fidelity.tensors:
+        types.setdefault(tensor.type, []).append(tensor.rmse)
+    for type, errors in sorted(types.items(), key=lambda item: -max(item[1])):
+        mean = sum(errors) / len(errors)
+        sys.stdout.write(f"weights  {type:<8} {len(errors):>4} tensors, error {mean:.3%}, at most {max(errors):.3%}\n")
+    if worst := fidelity.worst:
+        sys.stdout.write(f"worst    {worst.name} ({worst.type}): {worst.rmse:.3%}, explained {worst.allowed:.3%}\n")
+    if fidelity.non_finite:
+        sys.stdout.write(
+            f"note     {fidelity.non_finite:,} weights are NaN or infinite in the checkpoint, zero in the file\n"
+        )
+    if fidelity.texts:
+        _show_behavior(fidelity)
+    for problem in fidelity.problems:
+        sys.stdout.write(f"error    {problem}\n")
+
+
+def _show_behavior(fidelity: Fidelity) -> None:
+    sys.stdout.write(
+        f"tokens   {fidelity.texts - len(fidelity.wrong_texts)} of {fidelity.texts} texts are tokenized alike\n"
+    )
+    if error := fidelity.logits:
+        sys.stdout.write(
+            f"logits   over {error.tokens} tokens: NMSE {error.nmse:.2e}, KL {error.kl:.2e} nats, "
+            f"same most likely token {error.agreement:.1%} of the time\n"
+        )
+    else:
+        sys.stdout.write("logits   not compared: both models together do not fit into memory\n")
+
+
+def _facts(fidelity: Fidelity) -> Mapping[str, Any]:
+    error = fidelity.logits
+    return {
+        "tensors": [tensor._asdict() for tensor in fidelity.tensors],
+        "missing": list(fidelity.missing),
+        "surplus": list(fidelity.surplus),
+        "contradictions": [str(each) for each in fidelity.metadata],
+        "not finite": fidelity.non_finite,
+        "worst": fidelity.worst.name if fidelity.worst else None,
+        "texts": fidelity.texts,
+        "wrong texts": [wrong.text for wrong in fidelity.wrong_texts],
+        "logits": {"tokens": error.tokens, "nmse": error.nmse, "kl": error.kl, "agreement": error.agreement}
+        if error
+        else None,
+        "problems": fidelity.problems,
+    }

@@ -1,0 +1,249 @@
+"""GGUF files of the commands in the "Weights" panel: installed ones to read, new ones to write."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwenlocal.cli.context import AppContext
+from qwenlocal.cli.output import print_json, print_table
+from qwenlocal.errors import ModelNotFound, NotWritable, OutputExists, UsageError
+from qwenlocal.formatting import format_bytes
+from qwenlocal.library.names import LocalCheckpointName
+from qwenlocal.library.progress import TaskProgress
+from qwenlocal.paths import parse_path
+
+if TYPE_CHECKING:
+    from qwenlocal.library.store import ModelRecord
+    from qwenlocal.weights.importance import Importance
+    from qwenlocal.weights.mix import FileType, Wishes
+    from qwenlocal.weights.plan import Plan, PlannedFile
+    from qwenlocal.weights.writing import Written
+
+_OTHER_FOLDER = "Write to another folder. Finished work is kept: with more disk space, the same command continues."
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    """The options that `convert` and `quantize` share."""
+
+    source: str
+    out: str | None
+    types: Sequence[str]
+    tensor_types: Sequence[str] = ()
+    imatrix: str | None = None
+    pure: bool = False
+    threads: int | None = None
+    force: bool = False
+    dry_run: bool = False
+    as_json: bool = False
+    allow_nan: bool = False
+
+
+def find_installed(app: AppContext, text: str) -> ModelRecord:
+    """
+    Find the GGUF file that `text` names, without downloading or converting anything.
+
+    Raises
+    ------
+    ModelNotFound: it is not on this disk.
+    """
+    name = app.models.parse(text)
+    record = app.local.find(name)
+    if record is not None:
+        return record
+    if isinstance(name, LocalCheckpointName):
+        hint = f"It is a checkpoint; convert it: qwenlocal convert {text}"
+    else:
+        hint = f"Download it: qwenlocal pull {name}"
+    raise ModelNotFound(text, reason=f"There is no GGUF file of {text} on this disk.", hint=hint)
+
+
+def parse_types(options: WriteOptions) -> list[FileType]:
+    """
+    Return the types to write, each once.
+
+    Raises
+    ------
+    UsageError: there is no such type.
+    """
+    from qwenlocal.weights.mix import file_type
+
+    return list(dict.fromkeys(file_type(text) for text in options.types))
+
+
+def read_overrides(options: WriteOptions) -> tuple[Wishes, Importance | None]:
+    """
+    Return how the options override the usual mix of types, and the importance matrix.
+
+    Raises
+    ------
+    UsageError: `-t` or `--tensor-type` is invalid. BadWeights: the importance matrix cannot be read.
+    """
+    from qwenlocal.weights.importance import read_importance
+    from qwenlocal.weights.mix import Wishes, parse_overrides
+
+    if options.threads is not None and options.threads < 1:
+        raise UsageError(f"-t must be at least 1, not {options.threads}.")
+    importance = read_importance(parse_path(options.imatrix)) if options.imatrix else None
+    return Wishes(parse_overrides(options.tensor_types), options.pure, importance is not None), importance
+
+
+def output_path(out: str | None, name: str, type: FileType, count: int) -> Path:
+    """
+    Return the file to write for one of `count` types: `output_path(None, "Qwen1.5-0.5B", q8_0, 1)` is
+    Qwen1.5-0.5B-q8_0.gguf. `out` may be a folder, or contain {type}.
+
+    Raises
+    ------
+    UsageError: several types would be written to the same file.
+    """
+    default = f"{name.strip('/') or 'model'}-{type.name}.gguf".replace("/", "-")
+    if out is None:
+        return Path(default)
+    path = parse_path(out.replace("{type}", type.name))
+    if os.path.isdir(path) or out.endswith(("/", "\\")):  # Path.is_dir raises without permission
+        return path / default
+    if count > 1 and "{type}" not in out:
+        raise UsageError(
+            f"All {count} types would be written to {out}.", hint="Name a folder, or a file with {type} in its name."
+        )
+    return path if path.name.lower().endswith(".gguf") else path.with_name(path.name + ".gguf")
+
+
+def refuse_existing(targets: Sequence[tuple[Path, FileType]], options: WriteOptions) -> None:
+    """
+    Check that the files can be created, before anything is downloaded or read.
+
+    Raises
+    ------
+    OutputExists: a file exists, without `--force`. UsageError, NotWritable: the path cannot be a new file.
+    """
+    for path, _ in targets:
+        try:
+            if path.is_dir():
+                raise UsageError(f"{path} is a folder.", hint="Name a file, or pass a folder to write into with -o.")
+            if not options.force and path.exists():
+                raise OutputExists(path)
+        except PermissionError as error:
+            raise NotWritable(path.parent, "permission denied", hint=_OTHER_FOLDER) from error
+        except OSError as error:
+            raise UsageError(f"{path} cannot be a file name: {error.strerror}.", hint="Name it: -o FILE") from error
+
+
+def write_files(
+    plan: Plan,
+    *,
+    threads: int | None = None,
+    replace: bool = False,
+    allow_nan: bool = False,
+    disk_hint: str = _OTHER_FOLDER,
+    not_finite_hint: str = "",
+    memory_hint: str = "",
+) -> Written:
+    """Carry out a plan, with its progress on stderr. "" keeps the hint of an error."""
+    from qwenlocal.library.plan_execution import execute_plan, replaced_hints
+    from qwenlocal.terminal.progress import show_progress
+
+    name = plan.files[0].path.name if len(plan.files) == 1 else f"{len(plan.files)} files"
+    with (
+        replaced_hints(disk=disk_hint, not_finite=not_finite_hint, memory=memory_hint),
+        show_progress(sys.stderr) as show,
+    ):
+        return execute_plan(
+            plan,
+            threads=threads or 0,
+            replace=replace,
+            allow_nan=allow_nan,
+            report=lambda done, total: show(TaskProgress(name, done, total, "writing")),
+        )
+
+
+def write_or_show(app: AppContext, plan: Plan, options: WriteOptions) -> None:
+    """Write the files of a plan and report them; with `--dry-run`, only show the plan."""
+    for note in plan.notes:
+        app.say(note)
+    if options.dry_run:
+        show_plan(plan, options)
+        return
+    begin = time.monotonic()
+    written = write_files(
+        plan,
+        threads=options.threads,
+        replace=options.force,
+        allow_nan=options.allow_nan,
+        not_finite_hint="The weights are damaged. To write zeros instead: --allow-nan",
+        memory_hint="Close other programs, or use fewer threads: -t 1",
+    )
+    seconds = time.monotonic() - begin
+    if options.as_json:
+        files = [_file_facts(file) for file in plan.files]
+        counts = {"seconds": round(seconds, 2), "zeroed": written.not_finite, "resumed": written.resumed}
+        print_json({"files": files, **counts, "notes": list(plan.notes)})
+    for file in plan.files:
+        app.say(f"Wrote {file.path}: {_describe_file(file)}, in {seconds:.1f} s.")
+    if written.not_finite:
+        weights = "1 weight was" if written.not_finite == 1 else f"{written.not_finite:,} weights were"
+        app.say(f"{weights} NaN or infinite, and set to zero.")
+    if written.resumed:
+        app.say(f"An earlier attempt had already processed {format_bytes(written.resumed)}.")
+
+
+def show_plan(plan: Plan, options: WriteOptions) -> None:
+    """Print what a plan would write: files, tensors, and what it takes."""
+    from qwenlocal.library.checkpoint_converter import estimated_seconds
+    from qwenlocal.machine import this_machine
+    from qwenlocal.weights.plan import estimate_seconds
+    from qwenlocal.weights.writing import memory_needed
+
+    threads = options.threads or this_machine().cores
+    memory = memory_needed(plan.job, threads)
+    if options.as_json:
+        seconds = estimate_seconds(plan, threads)
+        summary = {"seconds": round(seconds, 1), "memory": memory, "threads": threads, "read": plan.job.read_bytes}
+        files = [_file_facts(file, tensors=True) for file in plan.files]
+        print_json({**summary, "files": files, "notes": list(plan.notes)})
+        return
+    for file in plan.files:
+        rows = [
+            (
+                t.name,
+                " x ".join(map(str, t.shape)),
+                t.source.name,
+                t.choice.type.name,
+                format_bytes(t.size),
+                t.choice.why,
+            )
+            for t in file.tensors
+        ]
+        print_table(("TENSOR", "SHAPE", "FROM", "TO", "SIZE", "REASON"), rows)
+        sys.stdout.write(f"\n{file.path}: {_describe_file(file)}, {len(file.tensors)} tensors\n")
+    sys.stdout.write(
+        f"reads {format_bytes(plan.job.read_bytes)}, takes about {estimated_seconds(plan, threads)} s with {threads} "
+        f"thread{'s' if threads > 1 else ''} and {format_bytes(memory)} of memory; nothing was written\n"
+    )
+
+
+def _describe_file(file: PlannedFile) -> str:
+    return f"{file.type.name}, {format_bytes(file.size)}, {file.bits_per_weight:.2f} bits per weight"
+
+
+def _file_facts(file: PlannedFile, *, tensors: bool = False) -> Mapping[str, Any]:
+    facts: dict[str, Any] = {
+        "path": str(file.path),
+        "type": file.type.name,
+        "size": file.size,
+        "bits_per_weight": round(file.bits_per_weight, 3),
+    }
+    if tensors:
+        facts["tensors"] = [
+            {"name": t.name, "shape": list(t.shape), "from": t.source.name, "to": t.choice.type.name, "size": t.size,
+             "why": t.choice.why}
+            for t in file.tensors
+        ]  # fmt: skip
+    return facts

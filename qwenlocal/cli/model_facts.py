@@ -1,0 +1,121 @@
+"""Facts about models as `show`, `list`, `verify` and `inspect` print them; the keys are the JSON interface."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from qwenlocal.formatting import format_gib
+
+if TYPE_CHECKING:
+    from qwenlocal.library.catalog import ModelCard
+    from qwenlocal.library.store import ModelRecord
+    from qwenlocal.weights.header import Header
+
+
+def record_facts(record: ModelRecord) -> dict[str, Any]:
+    """Return the facts of an installed model."""
+    return {
+        "name": record.name,
+        "state": "checkpoint" if record.is_checkpoint else "here",
+        "size": record.size,
+        "path": str(record.path),
+        "sha256": record.files[0].sha256 or None,
+        "origin": record.origin,
+        "licence": record.licence or None,
+        "owned": record.owned,
+        "added": record.added or None,
+    }
+
+
+def card_facts(card: ModelCard) -> dict[str, Any]:
+    """Return the facts of a model in the catalog."""
+    return {
+        "name": card_name(card),
+        "state": "available" if card.gguf or card.files else "checkpoint",
+        "size": card.default_file.size if card.default_file else None,
+        "repository": card.gguf or card.checkpoint,
+        "licence": card.licence,
+    }
+
+
+def card_name(card: ModelCard) -> str:
+    """Return the full name of a card's default file."""
+    from qwenlocal.library.names import CatalogName
+
+    return str(CatalogName(card))
+
+
+def header_facts(header: Header) -> dict[str, Any]:
+    """Return the facts in a GGUF header."""
+    from qwenlocal.engine.memory import ModelDims
+    from qwenlocal.weights.header import tensor_bytes, tensor_type_name
+    from qwenlocal.weights.mix import file_type_numbered
+
+    counts: dict[str, int] = {}
+    size = parameters = 0
+    for tensor in header.tensors:
+        type_name = tensor_type_name(tensor.type)
+        counts[type_name] = counts.get(type_name, 0) + 1
+        size += tensor_bytes(tensor) or 0
+        parameters += tensor.elements
+    dims, metadata = ModelDims.from_metadata(header.metadata), header.metadata
+    template, tokens, file_type = (
+        metadata.get(key) for key in ("tokenizer.chat_template", "tokenizer.ggml.tokens", "general.file_type")
+    )
+    return {
+        "title": metadata.get("general.name"),
+        "licence": metadata.get("general.license.name") or metadata.get("general.license"),
+        "architecture": header.architecture,
+        "type": file_type_numbered(file_type) if isinstance(file_type, int) else None,
+        "parameters": parameters,
+        "bits per weight": round(size * 8 / parameters, 2) if parameters else None,
+        "tensors": dict(sorted(counts.items(), key=lambda item: -item[1])),
+        "layers": header.hyperparameter("block_count"),
+        "embedding": header.hyperparameter("embedding_length"),
+        "heads": header.hyperparameter("attention.head_count"),
+        "kv heads": header.hyperparameter("attention.head_count_kv"),
+        "experts": header.hyperparameter("expert_count"),
+        "context": header.hyperparameter("context_length"),
+        "context memory": describe_kv_memory(dims.kv_cache_bytes(1), dims.n_ctx_train) if dims else None,
+        "rope base": header.hyperparameter("rope.freq_base"),
+        "vocabulary": _array_length(tokens),
+        "pre-tokenizer": metadata.get("tokenizer.ggml.pre"),
+        "end tokens": _end_tokens(metadata),
+        "chat template": template if isinstance(template, str) else None,
+    }
+
+
+def describe_template(template: str) -> str:
+    """Summarize a chat template, which is a page long."""
+    return f"yes, {len(template):,} characters (--json shows it)"
+
+
+def describe_kv_memory(bytes_per_token: int, max_tokens: int) -> str:
+    """`describe_kv_memory(98304, 8192)` is "0.19 GiB at 2,048 tokens, 0.75 GiB at 8,192 tokens"."""
+    counts = [count for count in (2048, 8192, 32768) if count <= max_tokens]
+    return ", ".join(f"{format_gib(bytes_per_token * count)} at {count:,} tokens" for count in counts)
+
+
+def describe_value(value: Any) -> str:
+    """Spell a value for people: `describe_value(151936)` is "151,936"."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {number}" for name, number in value.items())
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:,.10g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _array_length(value: object) -> int | None:
+    from qwenlocal.weights.header import LongArray
+
+    if isinstance(value, LongArray):
+        return value.length
+    return len(value) if isinstance(value, list) else None
+
+
+def _end_tokens(metadata: Mapping[str, Any]) -> str:
+    ids = {role: metadata.get(f"tokenizer.ggml.{role}_token_id") for role in ("eos", "eot", "eom")}
+    return ", ".join(f"{role} {id}" for role, id in ids.items() if isinstance(id, int))

@@ -1,0 +1,115 @@
+"""Loading of models as `qwenlocal run` asks for it. Imports llama.cpp."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from qwenlocal.chat.loading import Draft, Loaded, Loading, LoadOptions
+from qwenlocal.chat.worker import iterate_in_thread
+from qwenlocal.cli.context import AppContext
+from qwenlocal.cli.options import RunOptions
+from qwenlocal.engine.llama import load_library
+from qwenlocal.engine.prompt_cache import fingerprint_model
+from qwenlocal.engine.tuned_settings import TunedSettings, read_tuned_settings, write_costs
+from qwenlocal.library.names import CatalogName, ModelName
+from qwenlocal.library.store import ModelRecord
+from qwenlocal.machine import power_source, this_machine
+from qwenlocal.terminal.progress import loading_status
+from qwenlocal.terminal.tty import exit_after_crash
+
+
+class ModelLoader:
+    """Loads installed models with the options of a run, one at a time, and closes them."""
+
+    def __init__(self, app: AppContext, options: RunOptions) -> None:
+        self._app, self._options = app, options
+        self._loading = Loading()
+
+    def load(
+        self,
+        name: ModelName,
+        record: ModelRecord,
+        report: Callable[[float], None] = lambda _: None,
+        n_ctx: int | None = None,
+    ) -> Loaded:
+        """
+        Load a model in this thread; `report` gets fractions from 0 to 1, `n_ctx` overrides the context's size.
+
+        Raises
+        ------
+        BadWeights, NotEnoughMemory, ContextNotCreated: it cannot be loaded. Interrupted: `stop` was called.
+        """
+        options, folders = self._options, self._app.folders
+        card = name.card if isinstance(name, CatalogName) else None
+        is_tuned = folders.tuned.is_dir()
+        load_options = LoadOptions(
+            replace(options.load_request, n_ctx=n_ctx) if n_ctx else options.load_request,
+            options.gpu_layers,
+            raw=options.raw or None,
+            lookup=options.lookup,
+            states=folders.states if options.keep_cache and options.journal else None,
+            tuned=read_tuned_settings(folders.tuned, fingerprint_model(record.path), power_source())
+            if is_tuned
+            else TunedSettings(),
+            draft=self._draft(),
+        )
+        load_library().on_abort = exit_after_crash
+        return self._loading.load(
+            record.path,
+            load_options,
+            this_machine(),
+            name=str(name),
+            size=record.size,
+            is_base=card is not None and card.variant == "base",
+            recommended=card.sampling if card else {},
+            report=report,
+        )
+
+    def load_in_thread(
+        self,
+        name: ModelName,
+        record: ModelRecord,
+        report: Callable[[float], None] = lambda _: None,
+        n_ctx: int | None = None,
+    ) -> Loaded:
+        """Load a model in a worker thread, so that Ctrl-C can stop it."""
+
+        def load() -> Iterator[Loaded]:
+            yield self.load(name, record, report, n_ctx)
+
+        self._loading = Loading()  # the one before may have been stopped
+        with iterate_in_thread(load, self.stop) as items:
+            return next(items)
+
+    def load_with_status(self, name: ModelName, record: ModelRecord) -> Loaded:
+        """Load a model with a status line on stderr; Ctrl-C stops it."""
+        with loading_status(sys.stderr, str(name)) as report:
+            return self.load_in_thread(name, record, report)
+
+    def stop(self) -> None:
+        """Stop loading, from another thread."""
+        self._loading.stop()
+
+    def close(self, loaded: Loaded, record: ModelRecord, *, keep: bool) -> None:
+        """Free a model's memory; with `keep`, first save its prompt cache and the decoding costs that it measured."""
+        try:
+            if keep:
+                loaded.sequence.save_prompt_cache()
+                if loaded.costs.one is not None:
+                    with contextlib.suppress(OSError):  # the next run measures them again
+                        write_costs(
+                            self._app.folders.tuned, fingerprint_model(record.path), power_source(), loaded.costs.known
+                        )
+        finally:
+            loaded.close()
+
+    def _draft(self) -> Draft | None:
+        """Return the draft model, downloaded first if necessary."""
+        if self._options.draft is None:
+            return None
+        name = self._app.models.parse(self._options.draft)
+        record = self._app.models.ensure_model(name)
+        return Draft(str(name), record.path, record.size)

@@ -1,0 +1,179 @@
+"""The models of a chat: the current one, and earlier ones while memory allows."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from qwenlocal.chat.worker import BackgroundTask
+from qwenlocal.cli.context import AppContext
+from qwenlocal.cli.options import RunOptions
+from qwenlocal.cli.output import say_dimmed
+from qwenlocal.errors import NotEnoughMemory
+from qwenlocal.i18n import tr
+from qwenlocal.library.names import ModelName
+from qwenlocal.library.store import ModelRecord
+from qwenlocal.terminal.progress import StatusLine
+
+if TYPE_CHECKING:
+    from qwenlocal.chat.conversation import Conversation, GenerationConfig
+    from qwenlocal.chat.loading import Loaded
+    from qwenlocal.chat.thread import Thread
+    from qwenlocal.cli.model_loader import ModelLoader
+    from qwenlocal.engine.load_plan import LoadNote
+
+
+class _PooledModel(NamedTuple):
+    name: ModelName
+    record: ModelRecord
+    loaded: Loaded
+
+
+class ModelPool:
+    """
+    Loads the models of a chat and keeps them in memory. Implements `terminal.session.ChatModels`.
+
+    The first model loads in the background after `start_loading`, while the user types; what loading needs is imported
+    there too. `on_first_loaded` is called in that thread with the exception, or None.
+    """
+
+    def __init__(self, app: AppContext, options: RunOptions, name: ModelName, record: ModelRecord) -> None:
+        self._app, self._options = app, options
+        self._first_name, self._first_record = name, record
+        self._current = str(name)
+        self._pooled: dict[str, _PooledModel] = {}
+        self._loader: ModelLoader | None = None
+        self._config: GenerationConfig | None = None
+        self._status, self._fraction = StatusLine(sys.stderr), 0.0
+        self._first_load = BackgroundTask(
+            self._load_first, self._stop_first, lambda failure: self.on_first_loaded(failure)
+        )
+        self.on_first_loaded: Callable[[BaseException | None], object] = lambda failure: None
+
+    # --- the first model
+
+    def start_loading(self) -> None:
+        """Start to load the first model in the background."""
+        self._first_load.start()
+
+    def load_first(self, thread: Thread) -> Conversation:
+        """Return the conversation of `thread` with the first model, once it is loaded; say how it was loaded."""
+        from qwenlocal.terminal.load_notes import describe_note, describe_plan
+
+        while not self._first_load.is_done:
+            self._first_load.start()
+            self._status.show(tr("loading {name}: {fraction:.0%}", name=self._first_name, fraction=self._fraction))
+            self._first_load.wait(0.1)
+        self._status.clear()
+        loaded = self._first_load.result()
+        self._pooled[str(self._first_name)] = _PooledModel(self._first_name, self._first_record, loaded)
+        self._config = self._options.generation_config(loaded.sampling)
+        conversation = loaded.conversation(self._config, thread)
+        for sentence in (describe_plan(loaded.plan), *map(describe_note, loaded.notes)):
+            say_dimmed(sentence)
+        return conversation
+
+    def _load_first(self) -> Loaded:
+        def report(fraction: float) -> None:
+            self._fraction = fraction
+
+        return self._model_loader.load(self._first_name, self._first_record, report)
+
+    def _stop_first(self) -> None:
+        if self._loader:
+            self._loader.stop()
+
+    # --- all models
+
+    @property
+    def current(self) -> str:
+        """The name of the model that answers."""
+        return self._current
+
+    def names(self) -> Sequence[str]:
+        """Names of the installed models."""
+        return [record.name for record in self._app.store.records()]
+
+    @property
+    def verdict(self) -> str:
+        """The result of trying a draft model, "" until there is one."""
+        pooled = self._pooled.get(self._current)
+        return pooled.loaded.trial.verdict if pooled and pooled.loaded.trial else ""
+
+    def switch(self, name: str, thread: Thread) -> Conversation:
+        """
+        Continue `thread` with another model, loaded if necessary; the settings of the answers stay.
+
+        Raises
+        ------
+        QwenlocalError: there is no such model, or it cannot be loaded; the model before stays the current one.
+        """
+        if not self._pooled:
+            self.load_first(thread)
+        parsed = self._app.models.parse(name)
+        key = str(parsed)
+        if key not in self._pooled:
+            record = self._app.models.ensure_model(parsed)
+            loaded = self._make_room(lambda: self._model_loader.load_in_thread(parsed, record))
+            self._pooled[key] = _PooledModel(parsed, record, loaded)
+        loaded = self._pooled[key].loaded
+        conversation = self._conversation(loaded, thread)
+        self._current = key
+        self._say_plan(loaded, loaded.notes)
+        return conversation
+
+    def resize_context(self, n_ctx: int, thread: Thread) -> Conversation:
+        """
+        Load the current model again with a context of `n_ctx` tokens.
+
+        Raises
+        ------
+        NotEnoughMemory: it does not fit; nothing changes.
+        """
+        name, record, before = self._pooled[self._current]
+        before.sequence.save_prompt_cache()
+        loaded = self._make_room(lambda: self._model_loader.load_in_thread(name, record, n_ctx=n_ctx))
+        before.close()
+        self._pooled[self._current] = _PooledModel(name, record, loaded)
+        self._say_plan(loaded, [note for note in loaded.notes if note not in before.notes])
+        return self._conversation(loaded, thread)
+
+    def close(self, *, keep: bool) -> None:
+        """Free all memory; with `keep`, save caches first. A model that is still loading is stopped."""
+        first = self._first_load.cancel()
+        if not self._pooled and first:
+            first.close()
+        for _, record, loaded in self._pooled.values():
+            self._model_loader.close(loaded, record, keep=keep)
+        self._pooled.clear()
+
+    @property
+    def _model_loader(self) -> ModelLoader:
+        from qwenlocal.cli.model_loader import ModelLoader
+
+        if self._loader is None:
+            self._loader = ModelLoader(self._app, self._options)
+        return self._loader
+
+    def _conversation(self, loaded: Loaded, thread: Thread) -> Conversation:
+        assert self._config is not None  # set with the first model
+        return loaded.conversation(self._config, thread)
+
+    def _say_plan(self, loaded: Loaded, notes: Sequence[LoadNote]) -> None:
+        from qwenlocal.terminal.load_notes import describe_note, describe_plan
+
+        for sentence in (*map(describe_note, notes), describe_plan(loaded.plan)):
+            self._app.say(sentence)
+
+    def _make_room(self, load: Callable[[], Loaded]) -> Loaded:
+        """Load a model; if memory is short, close the models that do not answer and try again."""
+        try:
+            return load()
+        except NotEnoughMemory:
+            others = [name for name in self._pooled if name != self._current]
+            if not others:
+                raise
+            for name in others:
+                self._pooled.pop(name).loaded.close()
+            return load()

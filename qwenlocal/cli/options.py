@@ -1,0 +1,216 @@
+"""Options of the command line: parsed, checked, and grouped for the command that uses them."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from qwenlocal.cli.text_input import read_text
+from qwenlocal.errors import UsageError
+from qwenlocal.i18n import tr
+
+if TYPE_CHECKING:
+    from qwenlocal.chat.conversation import GenerationConfig
+    from qwenlocal.engine.load_plan import LoadRequest
+    from qwenlocal.engine.sampling import Sampling
+
+_ON_OFF = {"auto": None, "on": True, "off": False}
+_ROPE_SCALINGS = ("yarn", "linear", "none")
+_ALL_LAYERS = 1 << 16  # more than any model has; `chat.loading.ALL_LAYERS`, whose import takes 0.2 s
+_MAX_RATE = 1e15  # bytes per second
+_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3}
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """The options of `qwenlocal run`."""
+
+    positional: Sequence[str]
+    model: str | None
+    file: str | None
+    interactive: bool
+    system: str | None
+    max_tokens: int | None
+    load_request: LoadRequest
+    gpu_layers: int | None
+    lookup: bool
+    draft: str | None
+    keep_cache: bool
+    grammar: str | None
+    overflow: str
+    sampling: Mapping[str, float | int | None]
+    stop: Sequence[str]
+    raw: bool
+    template: str | None
+    variables: Mapping[str, str]
+    batch: str | None
+    output: str | None
+    resume: str | None
+    journal: bool
+    markdown: bool
+    stats: bool
+    limit_rate: int
+    assume_yes: bool
+
+    @property
+    def model_name(self) -> str | None:
+        """The model: -m or the first positional argument; None for the default."""
+        return self.model or (None if self._is_prompt_only else self.positional[0])
+
+    @property
+    def prompt_words(self) -> Sequence[str]:
+        """The words of the prompt."""
+        return self.positional if self.model or self._is_prompt_only else self.positional[1:]
+
+    @property
+    def _is_prompt_only(self) -> bool:
+        """Tell whether there is no model: a single argument that has a space in it is a prompt."""
+        return not self.positional or (
+            len(self.positional) == 1
+            and " " in self.positional[0].strip()
+            and not os.path.exists(self.positional[0])  # Path.exists raises for names that are too long
+        )
+
+    def merge_sampling(self, recommended: Sampling) -> Sampling:
+        """
+        Return the sampling that a model recommends, with the values that the user set.
+
+        Raises
+        ------
+        UsageError: a value is out of range.
+        """
+        return replace(recommended.with_overrides(self.sampling), grammar=self.grammar)
+
+    def generation_config(self, recommended: Sampling) -> GenerationConfig:
+        """Return the settings of all answers, for a model that recommends this sampling."""
+        from qwenlocal.chat.conversation import GenerationConfig
+
+        return GenerationConfig(self.merge_sampling(recommended), self.max_tokens, self.stop, self.overflow)
+
+
+def parse_load_request(
+    n_ctx: int | None = None,
+    threads: int | None = None,
+    kv_type: str | None = None,
+    flash_attention: str = "auto",
+    rope: str | None = None,
+    ubatch: int | None = None,
+    *,
+    force: bool = False,
+) -> LoadRequest:
+    """
+    Check the options that a load plan must respect.
+
+    Raises
+    ------
+    UsageError: a value is out of range, or values contradict each other.
+    """
+    from qwenlocal.engine.load_plan import LoadRequest, check_load_request
+
+    ranges = (("-c", n_ctx, 16, 1 << 24), ("-t", threads, 1, 512), ("--ubatch", ubatch, 1, 4096))
+    for option, value, minimum, maximum in ranges:
+        if value is not None and not minimum <= value <= maximum:
+            raise UsageError(
+                tr(
+                    "{name} must be between {minimum:,} and {maximum:,}, not {value:,}.",
+                    name=option,
+                    minimum=minimum,
+                    maximum=maximum,
+                    value=value,
+                )
+            )
+    if flash_attention not in _ON_OFF:
+        raise UsageError(
+            tr("--flash-attention must be auto, on or off, not {flash_attention}.", flash_attention=flash_attention)
+        )
+    if rope is not None and rope not in _ROPE_SCALINGS:
+        raise UsageError(tr("--rope must be one of {names}, not {rope}.", names=", ".join(_ROPE_SCALINGS), rope=rope))
+    normalized_kv_type = kv_type.strip().lower() if kv_type else None
+    request = LoadRequest(n_ctx, normalized_kv_type, _ON_OFF[flash_attention], rope, threads or 0, ubatch, force)
+    check_load_request(request)
+    return request
+
+
+def parse_gpu_layers(text: str) -> int | None:
+    """
+    Parse `-ngl`: None for auto, a number larger than any model's for all.
+
+    Raises
+    ------
+    UsageError: it is neither of these nor a number.
+    """
+    word = text.strip().lower()
+    if word in ("auto", ""):
+        return None
+    if word == "all":
+        return _ALL_LAYERS
+    if not word.isdecimal() or int(word) > _ALL_LAYERS:
+        raise UsageError(tr("-ngl must be a number of layers, auto or all, not {text}.", text=text))
+    return int(word)
+
+
+def grammar_from(as_json: bool, schema: str | None, grammar: str | None) -> str | None:
+    """
+    Return the grammar that answers must follow, from `--json`, `--schema FILE` or `--grammar FILE`; None for none.
+
+    Raises
+    ------
+    UsageError: more than one is given, or the schema is not supported. ModelNotFound: the file does not exist.
+    """
+    if sum((as_json, schema is not None, grammar is not None)) > 1:
+        raise UsageError(tr("--json, --schema and --grammar exclude each other."), hint=tr("Use one of them."))
+    if grammar is not None:
+        return read_text(grammar)
+    if schema is None and not as_json:
+        return None
+    from qwenlocal.engine.schema import ANY_OBJECT, grammar_of_schema
+
+    return grammar_of_schema(ANY_OBJECT if schema is None else read_text(schema))
+
+
+def parse_rate(text: str | None) -> int:
+    """
+    Parse bytes per second: `parse_rate("2M")` is 2,000,000; 0 for None.
+
+    Raises
+    ------
+    UsageError: it is not a number with K, M or G.
+    """
+    if text is None:
+        return 0
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?)(?:b(?:/s)?|i?b)?", text.strip().lower())
+    value = float(match[1]) * _UNITS[match[2]] if match else 0
+    if not 1 <= value <= _MAX_RATE:
+        raise UsageError(
+            tr("“{text}” is not a rate.", text=text),
+            hint=tr("Write bytes per second, for example 500K, 2M or 1.5M."),
+        )
+    return int(value)
+
+
+def parse_variables(assignments: Sequence[str]) -> dict[str, str]:
+    """
+    Parse the values for a template: `parse_variables(["lang=French"])` is {"lang": "French"}.
+
+    Raises
+    ------
+    UsageError: one is not of the form NAME=TEXT.
+    """
+    variables = {}
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        if not equals or not name.isidentifier():
+            raise UsageError(
+                tr("“{text}” is not of the form NAME=TEXT.", text=assignment),
+                hint=tr("For example: --var lang=French"),
+            )
+        variables[name] = value
+    return variables
+
+
+def split_list(text: str) -> list[str]:
+    """Split at commas: `split_list("q4_0, q8_0,")` is ["q4_0", "q8_0"]; text without any item stays one item."""
+    return [part.strip() for part in text.split(",") if part.strip()] or [text]

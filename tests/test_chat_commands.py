@@ -1,4 +1,4 @@
-"""What is said anew, kept, attached and switched, in the real program on a real terminal."""
+"""Slash commands, the journal, attachments and keys, in a real pseudo-terminal."""
 
 from __future__ import annotations
 
@@ -28,92 +28,92 @@ def journal(environment: dict[str, str]) -> Callable[[], Journal]:
     return lambda: Journal(Path(environment["QWENLOCAL_HOME"]) / "chats.db")
 
 
-def said(terminal: Terminal, line: str, pattern: str) -> str:
-    """Type a line, and wait for what it brings about."""
+def enter(terminal: Terminal, line: str, pattern: str) -> str:
+    """Type a line and wait for the screen to show `pattern`."""
     terminal.type(f"{line}\r")
     return terminal.wait_for(pattern)
 
 
-def started(terminal: Open, model: Path, *more: str) -> Terminal:
+def start_chat(terminal: Open, model: Path, *more: str) -> Terminal:
     chat = terminal("run", str(model), *more)
     chat.wait_for_prompt()
     return chat
 
 
-# --- anew
+# --- turns
 
 
-def test_answers_are_given_again_shown_and_chosen(terminal: Open, random_model: Path) -> None:
-    chat = started(terminal, random_model, "-n", "5", "--temp", "2", "--seed", "1")
-    said(chat, "Hi", "token limit")
-    said(chat, "/retry 2", r"token limit.*token limit.*token limit")
-    text = said(chat, "/versions", r"\* 3 ")
+def test_retry_keeps_versions_to_choose_from(terminal: Open, random_model: Path) -> None:
+    chat = start_chat(terminal, random_model, "-n", "5", "--temp", "2", "--seed", "1")
+    enter(chat, "Hi", "token limit")
+    enter(chat, "/retry 2", r"token limit.*token limit.*token limit")
+    text = enter(chat, "/versions", r"\* 3 ")
     assert re.search(r"^  1 ", text, re.M) and re.search(r"^  2 ", text, re.M)
-    said(chat, "/versions 1", "Version 1 of 3")
-    said(chat, "/versions", r"^\* 1 ")
-    said(chat, "/versions 7", "A number from 1 to 3 is wanted")
+    enter(chat, "/versions 1", "Version 1 of 3")
+    enter(chat, "/versions", r"^\* 1 ")
+    enter(chat, "/versions 7", "“7” is not a number from 1 to 3")
 
 
-def test_the_last_question_comes_back_to_be_changed(
+def test_questions_and_answers_can_be_edited(
     terminal: Open, speaking_model: Path, journal: Callable[[], Journal]
 ) -> None:
-    chat = started(terminal, speaking_model)
-    said(chat, "First", re.escape(SAYS))
+    chat = start_chat(terminal, speaking_model)
+    enter(chat, "First", re.escape(SAYS))
     chat.wait_for_prompt(2)
-    said(chat, "/undo", r"Back before “First”.*^> First$")
+    enter(chat, "/undo", r"Took back “First”.*^> First$")
     chat.type(" and more\r")
     chat.wait_for(re.escape(SAYS) + ".*" + re.escape(SAYS))
     chat.wait_for_prompt(4)
     thread = journal().load_thread(1)
     assert [message.text for message in thread.path] == ["First and more", SAYS]
-    said(chat, "/branch", r"^  2 ")
-    said(chat, "/branch 2", "Going on behind")
-    said(chat, "/edit 1", r"Change it below.*^> First$")
+    enter(chat, "/branch", r"^  2 ")
+    enter(chat, "/branch 2", "Continuing after")
+    enter(chat, "/edit 1", r"Edit it below.*^> First$")
     chat.type("!\r")
     chat.wait_for(r"^> First!$.*" + re.escape(SAYS))
-    said(chat, "/answer", f"Change it below.*Change it below.*^> {SAYS}$")
+    enter(chat, "/answer", f"Edit it below.*Edit it below.*^> {SAYS}$")
     chat.type(" indeed\r")
-    chat.wait_for("The model has said that now")
+    chat.wait_for("Answer changed")
     assert [message.text for message in journal().load_thread(1).path] == ["First!", f"{SAYS} indeed"]
 
 
-def test_an_empty_line_leaves_what_was_to_be_changed(terminal: Open, speaking_model: Path) -> None:
-    chat = started(terminal, speaking_model)
-    said(chat, "Hi", re.escape(SAYS))
+def test_an_empty_line_cancels_an_edit(terminal: Open, speaking_model: Path) -> None:
+    chat = start_chat(terminal, speaking_model)
+    enter(chat, "Hi", re.escape(SAYS))
     chat.wait_for_prompt(2)
-    said(chat, "/edit", r"Change it below.*^> Hi$")
+    enter(chat, "/edit", r"Edit it below.*^> Hi$")
     chat.type("\x15\r")
     chat.wait_for("Nothing was changed")
-    said(chat, "/edit 5", "There is no turn 5; there are 1")
+    enter(chat, "/edit 5", "There is no turn 5; this chat has 1")
 
 
-def test_whoever_turns_away_from_editing_changes_nothing(
+def test_ctrl_c_or_a_command_cancels_an_edit(
     terminal: Open, speaking_model: Path, journal: Callable[[], Journal]
 ) -> None:
-    chat = started(terminal, speaking_model)
-    said(chat, "Hi", re.escape(SAYS))
-    said(chat, "/answer", r"Change it below.*^> " + re.escape(SAYS) + "$")
+    chat = start_chat(terminal, speaking_model)
+    enter(chat, "Hi", re.escape(SAYS))
+    enter(chat, "/answer", r"Edit it below.*^> " + re.escape(SAYS) + "$")
     chat.type("\x03")
     chat.wait_for("Nothing was changed")
-    said(chat, "And you?", r"^> And you\?$.*" + re.escape(SAYS))
-    said(chat, "/edit 1", r"Change it below.*^> Hi$")
+    enter(chat, "And you?", r"^> And you\?$.*" + re.escape(SAYS))
+    enter(chat, "/edit 1", r"Edit it below.*^> Hi$")
     chat.type("\x15/tokens abc\r")
     chat.wait_for("^3 tokens")
-    said(chat, "More", r"^> More$.*" + re.escape(SAYS))
+    enter(chat, "More", r"^> More$.*" + re.escape(SAYS))
     chat.wait_for_prompt(6)
     assert [message.text for message in journal().load_thread(1).path] == ["Hi", SAYS, "And you?", SAYS, "More", SAYS]
 
 
-def test_a_cut_answer_goes_on(terminal: Open, endless_model: Path, journal: Callable[[], Journal]) -> None:
-    chat = started(terminal, endless_model, "-n", "12")
-    said(chat, "Go", r"\[token limit\] /continue goes on")
-    said(chat, "/continue", r"token limit.*token limit")
+def test_continue_resumes_a_cut_answer(terminal: Open, endless_model: Path, journal: Callable[[], Journal]) -> None:
+    chat = start_chat(terminal, endless_model, "-n", "12")
+    enter(chat, "Go", r"\[token limit\] Type /continue for more")
+    enter(chat, "/continue", r"token limit.*token limit")
     assert journal().load_thread(1).path[1].text == ("abcdefgh " * 3)[:24]
 
 
-def test_one_ctrl_c_ends_several_answers(terminal: Open, endless_model: Path) -> None:
-    chat = started(terminal, endless_model, "--no-lookup", "-n", "20000")
-    said(chat, "Go", "abcdefgh abcdefgh")
+def test_one_ctrl_c_stops_all_retries(terminal: Open, endless_model: Path) -> None:
+    chat = start_chat(terminal, endless_model, "--no-lookup", "-n", "20000")
+    enter(chat, "Go", "abcdefgh abcdefgh")
     chat.type("\x03")
     chat.wait_for(r"\[interrupted\]")
     chat.wait_for_prompt(2)
@@ -126,184 +126,182 @@ def test_one_ctrl_c_ends_several_answers(terminal: Open, endless_model: Path) ->
     assert not re.search(r"^[* ] 3 ", chat.text, re.M)
 
 
-def test_a_fork_is_another_chat_with_the_beginning_of_this_one(
+def test_fork_starts_a_new_chat_with_the_first_turns(
     terminal: Open, speaking_model: Path, journal: Callable[[], Journal]
 ) -> None:
-    chat = started(terminal, speaking_model)
+    chat = start_chat(terminal, speaking_model)
     for number in range(1, 3):
-        said(chat, f"Question {number}", rf"Question {number}.*" + re.escape(SAYS))
-    said(chat, "/fork 1", "Another chat begins here, with 2 messages. It is chat 2")
-    said(chat, "Other", r"^> Other$.*" + re.escape(SAYS))
+        enter(chat, f"Question {number}", rf"Question {number}.*" + re.escape(SAYS))
+    enter(chat, "/fork 1", "Started a new chat with 2 messages. It is chat 2")
+    enter(chat, "Other", r"^> Other$.*" + re.escape(SAYS))
     chat.wait_for_prompt(5)
     assert [m.text for m in journal().load_thread(2).path] == ["Question 1", SAYS, "Other", SAYS]
     assert [m.text for m in journal().load_thread(1).path] == ["Question 1", SAYS, "Question 2", SAYS]
 
 
-# --- what is read
+# --- context
 
 
-_LINES_OF_CTX = (r"\] (\d+) of 4,096 tokens", r"(\d+) tokens +system prompt", r"(\d+) tokens +pinned +First")
+_CTX_PATTERNS = (r"\] (\d+) of 4,096 tokens", r"(\d+) tokens +system prompt", r"(\d+) tokens +pinned +First")
 
 
 def test_the_context_is_shown_and_turns_can_be_pinned_and_dropped(terminal: Open, speaking_model: Path) -> None:
-    chat = started(terminal, speaking_model)
-    said(chat, "First", re.escape(SAYS))
-    said(chat, "Second", r"^> Second$.*" + re.escape(SAYS))
-    said(chat, "/pin 1", "“First” stays in the context")
-    said(chat, "/drop 2", "“Second” is not read any more")
-    text = said(chat, "/ctx", r"dropped +Second")
+    chat = start_chat(terminal, speaking_model)
+    enter(chat, "First", re.escape(SAYS))
+    enter(chat, "Second", r"^> Second$.*" + re.escape(SAYS))
+    enter(chat, "/pin 1", "Pinned “First”: it stays in the context")
+    enter(chat, "/drop 2", "Dropped “Second”: the model no longer sees it")
+    text = enter(chat, "/ctx", r"dropped +Second")
     assert re.search(r"\[[#.]{40}\] [\d,]+ of 4,096 tokens", text)
     assert re.search(r"^ +1 +\d+ tokens +pinned +First", text, re.M)
-    used, system, first = (int(re.search(what, text, re.M)[1]) for what in _LINES_OF_CTX)  # type: ignore[index]
-    assert used == system + first, "what is dropped does not count"
-    said(chat, "/tokens abc", "^3 tokens")
-    said(chat, "/stats", r"prompt \d+ tokens")
+    used, system, first = (int(re.search(what, text, re.M)[1]) for what in _CTX_PATTERNS)  # type: ignore[index]
+    assert used == system + first, "dropped turns do not count"
+    enter(chat, "/tokens abc", "^3 tokens")
+    enter(chat, "/stats", r"prompt \d+ tokens")
 
 
-# --- model and manner
+# --- model and settings
 
 
-def test_another_model_goes_on_with_the_same_talk(
+def test_another_model_continues_the_same_chat(
     terminal: Open, speaking_model: Path, tmp_path: Path, journal: Callable[[], Journal]
 ) -> None:
     write_model(tmp_path / "other.gguf", reply="Rome")
-    chat = started(terminal, speaking_model)
-    said(chat, "Hi", re.escape(SAYS))
-    said(chat, "/model ./nowhere.gguf", "There is no file")
-    said(chat, "/model ./other.gguf", "goes on from here, with room for 4,096 tokens")
-    said(chat, "And you?", "^Rome")
+    chat = start_chat(terminal, speaking_model)
+    enter(chat, "Hi", re.escape(SAYS))
+    enter(chat, "/model ./nowhere.gguf", "There is no file")
+    enter(chat, "/model ./other.gguf", "Switched to other.gguf with a context of 4,096 tokens")
+    enter(chat, "And you?", "^Rome")
     chat.wait_for_prompt(5)
     path = journal().load_thread(1).path
     assert [message.text for message in path] == ["Hi", SAYS, "And you?", "Rome"]
     assert path[3].model.endswith("other.gguf")
-    said(chat, f"/model {speaking_model}", "goes on from here.*goes on from here")
-    said(chat, "Again", r"^> Again$.*" + re.escape(SAYS))
+    enter(chat, f"/model {speaking_model}", "Switched to.*Switched to")
+    enter(chat, "Again", r"^> Again$.*" + re.escape(SAYS))
 
 
-def test_what_was_asked_of_answers_holds_for_another_model_from_the_first_line_on(
+def test_options_apply_to_another_model_too(
     terminal: Open, speaking_model: Path, tmp_path: Path, journal: Callable[[], Journal]
 ) -> None:
     write_model(tmp_path / "other.gguf", reply="Rome")
-    chat = started(terminal, speaking_model, "--temp", "0", "--seed", "7")
-    said(chat, "/model ./other.gguf", "goes on from here")
-    text = said(chat, "/set", "overflow +shift")
+    chat = start_chat(terminal, speaking_model, "--temp", "0", "--seed", "7")
+    enter(chat, "/model ./other.gguf", "Switched to")
+    text = enter(chat, "/set", "overflow +shift")
     assert re.search(r"temperature +0 ", text) and re.search(r"seed +7 ", text)
-    said(chat, "And you?", "^Rome")
-    said(chat, "/clear", "is forgotten")
-    said(chat, "Again?", "^Rome.*^Rome")
+    enter(chat, "And you?", "^Rome")
+    enter(chat, "/clear", "Started a new chat")
+    enter(chat, "Again?", "^Rome.*^Rome")
     chat.wait_for_prompt(5)
     assert {chat.model for chat in journal().list_chats()} == {str(tmp_path / "other.gguf")}, "found from any folder"
 
 
-def test_settings_are_shown_changed_and_refused(terminal: Open, speaking_model: Path) -> None:
-    chat = started(terminal, speaking_model)
-    said(chat, "/set temperature 0.3", "temperature is 0.3 from now on")
-    said(chat, "/set max-tokens 3", "max_tokens is 3 from now on")
-    text = said(chat, "/set", "overflow +shift")
+def test_settings_are_shown_changed_and_validated(terminal: Open, speaking_model: Path) -> None:
+    chat = start_chat(terminal, speaking_model)
+    enter(chat, "/set temperature 0.3", "temperature is now 0.3")
+    enter(chat, "/set max-tokens 3", "max_tokens is now 3")
+    text = enter(chat, "/set", "overflow +shift")
     assert re.search(r"temperature +0\.3 ", text)
-    said(chat, "/set temperature 99", "temperature must lie between 0 and 10")
-    said(chat, "/set max-tokens -5", "“-5” is nothing for max_tokens")
-    said(chat, "/set temprature 1", "There is no setting temprature")
-    said(chat, "/set seed x", "“x” is nothing for seed")
-    said(chat, "Hi", r"^Par$.*token limit")
+    enter(chat, "/set temperature 99", "temperature must lie between 0 and 10")
+    enter(chat, "/set max-tokens -5", "“-5” is not a valid max_tokens")
+    enter(chat, "/set temprature 1", "No setting is called “temprature”")
+    enter(chat, "/set seed x", "“x” is not a valid seed")
+    enter(chat, "Hi", r"^Par$.*token limit")
 
 
-def test_every_setting_of_sampling_can_be_set() -> None:
+def test_every_sampling_parameter_is_a_setting() -> None:
     assert set(Sampling.__dataclass_fields__) - {"grammar", "begun"} <= set(SETTINGS)
 
 
-def test_prompts_are_those_of_the_program_and_ones_own(
+def test_prompts_are_the_bundled_ones_and_the_users(
     terminal: Open, speaking_model: Path, environment: dict[str, str]
 ) -> None:
     own = Path(environment["QWENLOCAL_HOME"]) / "prompts" / "pirate.txt"
     own.parent.mkdir(parents=True)
     own.write_text("Talk like a pirate.")
-    chat = started(terminal, speaking_model)
-    said(chat, "/prompt", r"Prompts: .*programmer.*pirate")
-    said(chat, "/prompt pirate", "told so from the next message on")
-    said(chat, "/system", "Talk like a pirate.")
-    said(chat, "/prompt captain", "There is no prompt captain")
+    chat = start_chat(terminal, speaking_model)
+    enter(chat, "/prompt", r"Prompts: .*programmer.*pirate")
+    enter(chat, "/prompt pirate", "System prompt set")
+    enter(chat, "/system", "Talk like a pirate.")
+    enter(chat, "/prompt captain", "No prompt is called “captain”")
 
 
 # --- files
 
 
-def test_a_file_goes_with_a_message_and_its_price_is_said(
+def test_a_mentioned_file_is_attached_and_its_cost_shown(
     terminal: Open, speaking_model: Path, tmp_path: Path, journal: Callable[[], Journal]
 ) -> None:
     (tmp_path / "notes.txt").write_text("remember the milk\n")
-    chat = started(terminal, speaking_model)
-    text = said(chat, "What is in @notes.txt?", re.escape(SAYS))
-    assert re.search(r"notes.txt: \d+ tokens = \d+% of what is left", text)
+    chat = start_chat(terminal, speaking_model)
+    text = enter(chat, "What is in @notes.txt?", re.escape(SAYS))
+    assert re.search(r"notes.txt: \d+ tokens, \d+% of the free\s+context", text)
     question = journal().load_thread(1).path[0].text
     assert question == "notes.txt:\n```txt\nremember the milk\n```\n\nWhat is in @notes.txt?"
-    said(chat, "/read nowhere.txt", "Cannot read nowhere.txt: No such file")
+    enter(chat, "/read nowhere.txt", "Cannot read nowhere.txt: No such file")
     (tmp_path / "pic.png").write_bytes(b"\x89PNG....")
-    said(chat, "@pic.png?", "pic.png is a PNG image")
-    said(chat, "/read notes.txt", r"^> @notes.txt")
+    enter(chat, "@pic.png?", "pic.png is a PNG image")
+    enter(chat, "/read notes.txt", r"^> @notes.txt")
 
 
 @pytest.mark.parametrize(("letter", "kept"), [("h", "line 0 "), ("p", "needle"), ("w", "line 32 "), ("c", "")])
-def test_a_file_that_is_too_long_is_cut_as_one_likes(
+def test_the_user_chooses_how_to_cut_a_long_file(
     letter: str, kept: str, terminal: Open, speaking_model: Path, tmp_path: Path, journal: Callable[[], Journal]
 ) -> None:
     lines = [f"line {n} " + "x" * 30 for n in range(33)]
     lines[25] = "\nthe needle is here\n"
     (tmp_path / "long.txt").write_text("\n".join(lines))
-    chat = started(terminal, speaking_model, "-c", "1024")
-    said(chat, "Where is the needle? @long.txt", r"^h, p, w or c\?")
+    chat = start_chat(terminal, speaking_model, "-c", "1024")
+    enter(chat, "Where is the needle? @long.txt", r"^h, p, w or c\?")
     if letter == "c":
-        said(chat, letter, r"Nothing was sent; the line is below again.*^> Where is the needle")
+        enter(chat, letter, r"Nothing was sent. Your message is below.*^> Where is the needle")
         assert journal().list_chats() == []
         return
-    said(chat, letter, re.escape(SAYS))
+    enter(chat, letter, re.escape(SAYS))
     question = journal().load_thread(1).path[0].text
     assert kept in question
     assert question.endswith("Where is the needle? @long.txt")
     assert (len(question) > 1_200) == (letter == "w")
 
 
-def test_answers_and_their_code_are_copied_through_the_terminal(terminal: Open, tmp_path: Path) -> None:
-    chat = started(terminal, write_model(tmp_path / "m.gguf", reply="copy me"))
-    said(chat, "Hi", "copy me")
-    said(chat, "/copy", "Copied, where the terminal allows it: 7 letters")
+def test_answers_are_copied_through_the_terminal(terminal: Open, tmp_path: Path) -> None:
+    chat = start_chat(terminal, write_model(tmp_path / "m.gguf", reply="copy me"))
+    enter(chat, "Hi", "copy me")
+    enter(chat, "/copy", "Copied 7 characters, if the terminal allows it")
     assert b"\x1b]52;c;" + base64.b64encode(b"copy me") + b"\x07" in chat.raw
-    said(chat, "/copy code", "There is no code in the last answer")
+    enter(chat, "/copy code", "There is no code block in the last answer")
 
 
-def test_a_chat_is_saved_loaded_exported_and_named(
+def test_a_chat_is_saved_loaded_exported_and_renamed(
     terminal: Open, speaking_model: Path, tmp_path: Path, journal: Callable[[], Journal]
 ) -> None:
-    chat = started(terminal, speaking_model)
-    said(chat, "Hi", re.escape(SAYS))
-    said(chat, "/save talk.json", "Saved:")
-    said(chat, "/export talk.html", "Saved:.*Saved:")
-    said(chat, "/export talk.doc", "ends in none of")
-    said(chat, "/export nowhere/talk.md", r"nowhere\s+cannot\s+be\s+written:.*Choose\s+another\s+folder")
-    said(chat, "/save " + "x" * 300, "No file can have this name")
-    said(chat, "/title About Paris", "This chat is called “About Paris”")
-    said(chat, "/clear", "is forgotten")
-    said(chat, "/load talk.json", "Going on with 2 messages; the last: Hi")
-    said(chat, "/load 1", "Going on with 2 messages.*Going on with 2 messages")
-    said(chat, "More", r"^> More$.*" + re.escape(SAYS))
+    chat = start_chat(terminal, speaking_model)
+    enter(chat, "Hi", re.escape(SAYS))
+    enter(chat, "/save talk.json", "Saved:")
+    enter(chat, "/export talk.html", "Saved:.*Saved:")
+    enter(chat, "/export talk.doc", "Cannot export to talk.doc: use one of")
+    enter(chat, "/export nowhere/talk.md", r"nowhere\s+cannot\s+be\s+written:.*Choose\s+another\s+folder")
+    enter(chat, "/save " + "x" * 300, "Invalid file name")
+    enter(chat, "/title About Paris", "Renamed this chat to “About Paris”")
+    enter(chat, "/clear", "Started a new chat")
+    enter(chat, "/load talk.json", "Loaded 2 messages. Last question: Hi")
+    enter(chat, "/load 1", "Loaded 2 messages.*Loaded 2 messages")
+    enter(chat, "More", r"^> More$.*" + re.escape(SAYS))
     chat.wait_for_prompt(9)
     assert "<h1>Hi</h1>" in (tmp_path / "talk.html").read_text()
     found = {chat.id: (chat.title, chat.messages) for chat in journal().list_chats()}
     assert found[1] == ("About Paris", 4)
     (tmp_path / "bad.json").write_text("[1, 2]")
-    said(chat, "/load " + "9" * 40, "cannot be read")
-    said(chat, "/load bad.json", "there are no messages in it")
-    said(chat, "/load 99", "There is no chat 99")
+    enter(chat, "/load " + "9" * 40, "Cannot read")
+    enter(chat, "/load bad.json", "it has no list of messages")
+    enter(chat, "/load 99", "There is no chat 99")
 
 
-# --- nothing is lost
+# --- the journal
 
 
-def test_a_chat_that_was_killed_goes_on_where_it_was(
-    terminal: Open, endless_model: Path, journal: Callable[[], Journal]
-) -> None:
-    chat = started(terminal, endless_model, "-c", "60000")
-    said(chat, "Remember this", r"(abcdefgh\s){20}")
+def test_a_killed_chat_can_be_continued(terminal: Open, endless_model: Path, journal: Callable[[], Journal]) -> None:
+    chat = start_chat(terminal, endless_model, "-c", "60000")
+    enter(chat, "Remember this", r"(abcdefgh\s){20}")
     time.sleep(1.2)
     chat.read()
     shown = chat.text.count("abcdefgh")
@@ -313,25 +311,25 @@ def test_a_chat_that_was_killed_goes_on_where_it_was(
     again = terminal("run", "--continue", "-n", "9")
     again.wait_for("Going on with chat 1, “Remember this”: 2 messages")
     again.wait_for_prompt()
-    said(again, "And?", r"^> And\?$.*abcdefgh")
+    enter(again, "And?", r"^> And\?$.*abcdefgh")
     again.wait_for(r"token limit")
     assert [m.role for m in journal().load_thread(1).path] == ["user", "assistant", "user", "assistant"]
 
 
-def test_a_window_that_is_closed_keeps_the_chat(
+def test_closing_the_window_keeps_the_chat(
     terminal: Open, speaking_model: Path, journal: Callable[[], Journal]
 ) -> None:
-    chat = started(terminal, speaking_model)
-    said(chat, "Hi", re.escape(SAYS))
+    chat = start_chat(terminal, speaking_model)
+    enter(chat, "Hi", re.escape(SAYS))
     chat.wait_for_prompt(2)
     chat.hang_up()
     assert [message.text for message in journal().load_thread(1).path] == ["Hi", SAYS]
 
 
-def test_a_chat_is_picked_from_a_list(terminal: Open, speaking_model: Path) -> None:
+def test_resume_picks_a_chat_from_a_list(terminal: Open, speaking_model: Path) -> None:
     for question in ("About cats", "About dogs"):
-        chat = started(terminal, speaking_model)
-        said(chat, question, re.escape(SAYS))
+        chat = start_chat(terminal, speaking_model)
+        enter(chat, question, re.escape(SAYS))
         chat.type("\x04")
         chat.ended()
     chat = terminal("run", "--resume")
@@ -342,9 +340,9 @@ def test_a_chat_is_picked_from_a_list(terminal: Open, speaking_model: Path) -> N
     direct.wait_for("Going on with chat 2, “About dogs”")
 
 
-def test_without_a_journal_nothing_is_kept(terminal: Open, speaking_model: Path, environment: dict[str, str]) -> None:
-    chat = started(terminal, speaking_model, "--no-journal")
-    said(chat, "Nobody may know. " + "Nobody. " * 20, re.escape(SAYS))
+def test_no_journal_keeps_nothing(terminal: Open, speaking_model: Path, environment: dict[str, str]) -> None:
+    chat = start_chat(terminal, speaking_model, "--no-journal")
+    enter(chat, "Nobody may know. " + "Nobody. " * 20, re.escape(SAYS))
     chat.type("\x04")
     chat.ended()
     home = Path(environment["QWENLOCAL_HOME"])
@@ -353,16 +351,16 @@ def test_without_a_journal_nothing_is_kept(terminal: Open, speaking_model: Path,
     assert not (home / "states").exists()
 
 
-def test_a_damaged_journal_is_said_left_alone_and_mended_on_request(
+def test_a_damaged_journal_is_reported_and_left_alone(
     terminal: Open, speaking_model: Path, environment: dict[str, str], qwenlocal: Run
 ) -> None:
     path = Path(environment["QWENLOCAL_HOME"]) / "chats.db"
     path.parent.mkdir(parents=True)
     path.write_bytes(b"garbage" * 1000)
-    chat = started(terminal, speaking_model)
+    chat = start_chat(terminal, speaking_model)
     text = chat.text.replace("\n", " ")
     assert "is damaged" in text and "This chat is not kept" in text
-    said(chat, "Hi", re.escape(SAYS))
+    enter(chat, "Hi", re.escape(SAYS))
     chat.type("\x04")
     assert chat.ended() == 0
     assert path.read_bytes() == b"garbage" * 1000
@@ -376,26 +374,26 @@ def test_a_journal_of_a_newer_version_is_left_alone(
     Journal(path).close()
     with sqlite3.connect(path) as db:
         db.execute("PRAGMA user_version = 99")
-    chat = started(terminal, speaking_model)
+    chat = start_chat(terminal, speaking_model)
     assert "newer version" in chat.text
 
 
 # --- keys and terminals
 
 
-def test_what_is_typed_during_an_answer_shows_below_it(terminal: Open, endless_model: Path) -> None:
-    chat = started(terminal, endless_model, "-c", "60000", "--no-lookup")
-    said(chat, "Go", "abcdefgh abcdefgh")
+def test_type_ahead_is_shown_below_the_answer(terminal: Open, endless_model: Path) -> None:
+    chat = start_chat(terminal, endless_model, "-c", "60000", "--no-lookup")
+    enter(chat, "Go", "abcdefgh abcdefgh")
     chat.type("typed 你好")
     chat.wait_for(r"^> typed 你 ?好")
     chat.type("\x03")
     chat.wait_for(r"\[interrupted\].*^> typed 你 ?好")
 
 
-def test_a_backslash_before_enter_makes_a_new_line(
+def test_a_backslash_before_enter_inserts_a_line_break(
     terminal: Open, speaking_model: Path, journal: Callable[[], Journal]
 ) -> None:
-    chat = started(terminal, speaking_model)
+    chat = start_chat(terminal, speaking_model)
     chat.type("one\\\rtwo\r")
     chat.wait_for(re.escape(SAYS))
     chat.wait_for_prompt(2)
@@ -404,7 +402,7 @@ def test_a_backslash_before_enter_makes_a_new_line(
 
 def test_commands_settings_and_files_are_completed(terminal: Open, speaking_model: Path, tmp_path: Path) -> None:
     (tmp_path / "chapter-one.txt").write_text("x")
-    chat = started(terminal, speaking_model)
+    chat = start_chat(terminal, speaking_model)
     chat.type("/vers\t")
     chat.wait_for(r"^> /versions")
     chat.type("\x15/set temp\t")
@@ -414,29 +412,27 @@ def test_commands_settings_and_files_are_completed(terminal: Open, speaking_mode
 
 
 def test_a_paste_of_a_megabyte_is_folded(terminal: Open, speaking_model: Path) -> None:
-    chat = started(terminal, speaking_model)
+    chat = start_chat(terminal, speaking_model)
     chat.type("\x1b[200~" + ("x" * 79 + "\n") * 12_500 + "\x1b[201~")
     chat.wait_for(r"^> \[paste 1: 12,501 lines\]")
     chat.type("\r")
     chat.wait_for("tokens")
-    chat.wait_for(r"does not fit|tokens of context|/clear starts afresh")
+    chat.wait_for(r"does not fit|tokens of context|start a new chat")
 
 
 @pytest.mark.slow
-def test_a_paste_of_ten_megabytes_is_refused_with_a_sentence_and_the_chat_goes_on(
-    terminal: Open, speaking_model: Path
-) -> None:
-    chat = started(terminal, speaking_model)
+def test_a_paste_of_ten_megabytes_is_refused_and_the_chat_continues(terminal: Open, speaking_model: Path) -> None:
+    chat = start_chat(terminal, speaking_model)
     chat.paste(("x" * 79 + "\n") * 131_072)
     chat.wait_for(r"^> \[paste 1: 131,073 lines\]", 120)
     chat.type("\r")
-    chat.wait_for(r"letters long; no model here reads\s+more than", 120)
-    said(chat, "Hi", "Paris")
+    chat.wait_for(r"characters;\s+the\s+limit\s+is", 120)
+    enter(chat, "Hi", "Paris")
 
 
-def test_a_window_that_changes_its_size_during_an_answer_shows_it_whole(terminal: Open, endless_model: Path) -> None:
-    chat = started(terminal, endless_model, "-n", "400", "--no-lookup")
-    said(chat, "Go", "abcdefgh abcdefgh")
+def test_resizing_the_window_during_an_answer_loses_nothing(terminal: Open, endless_model: Path) -> None:
+    chat = start_chat(terminal, endless_model, "-n", "400", "--no-lookup")
+    enter(chat, "Go", "abcdefgh abcdefgh")
     chat.resize(40, 24)
     chat.read(0.3)
     chat.resize(100, 30)
@@ -444,29 +440,29 @@ def test_a_window_that_changes_its_size_during_an_answer_shows_it_whole(terminal
     chat.wait_for_prompt()
 
 
-def test_a_terminal_of_twenty_columns_will_do(terminal: Open, speaking_model: Path) -> None:
+def test_twenty_columns_are_enough(terminal: Open, speaking_model: Path) -> None:
     chat = terminal("run", str(speaking_model))
     chat.resize(20, 10)
     chat.wait_for_prompt()
-    said(chat, "Hi", "Paris")
+    enter(chat, "Hi", "Paris")
     chat.type("/help\r")
     chat.wait_for("//")
 
 
 @pytest.mark.parametrize("term", ["dumb", "unknown"])
-def test_a_typewriter_gets_plain_text(
+def test_a_dumb_terminal_gets_plain_text(
     term: str, terminal: Open, speaking_model: Path, environment: dict[str, str]
 ) -> None:
     chat = terminal("run", str(speaking_model), "--no-markdown", term=term)
     chat.wait_for("^>")
     chat.read(0.3)
-    said(chat, "Hi", re.escape(SAYS))
+    enter(chat, "Hi", re.escape(SAYS))
     assert b"\x1b[2m" not in chat.raw
     chat.type("\x04")
     assert chat.ended() == 0
 
 
-def test_every_command_is_found_by_its_name_and_none_has_two() -> None:
+def test_command_names_are_unique() -> None:
     names = [command.name for command in COMMANDS]
     assert len(names) == len(set(names))
     assert all(find_command(name) for name in names)
@@ -474,10 +470,10 @@ def test_every_command_is_found_by_its_name_and_none_has_two() -> None:
     assert quit_ and quit_.name == "/exit" and nothing is None
 
 
-# --- the commands outside
+# --- qwenlocal chats
 
 
-def test_what_a_damaged_journal_wrote_last_is_kept_beside_it(qwenlocal: Run, environment: dict[str, str]) -> None:
+def test_recover_keeps_the_write_ahead_log_of_a_damaged_journal(qwenlocal: Run, environment: dict[str, str]) -> None:
     home = Path(environment["QWENLOCAL_HOME"])
     home.mkdir(parents=True)
     code = (
@@ -497,12 +493,12 @@ def test_what_a_damaged_journal_wrote_last_is_kept_beside_it(qwenlocal: Run, env
     assert kept.read_bytes() == data
 
 
-def test_chats_are_listed_shown_searched_renamed_exported_and_forgotten(
+def test_chats_are_listed_shown_searched_renamed_exported_and_deleted(
     terminal: Open, speaking_model: Path, qwenlocal: Run, tmp_path: Path, environment: dict[str, str]
 ) -> None:
     assert "There are no chats yet" in qwenlocal("chats").stdout
-    chat = started(terminal, speaking_model)
-    said(chat, "什么是分词器？", re.escape(SAYS))
+    chat = start_chat(terminal, speaking_model)
+    enter(chat, "什么是分词器？", re.escape(SAYS))
     chat.type("\x04")
     chat.ended()
     assert re.search(r"1 +\d{4}-\d\d-\d\d .*2 +什么是分词器", qwenlocal("chats", "list").stdout)

@@ -13,9 +13,9 @@ from conftest import SAYS
 from terminal import Open, Terminal
 
 
-def test_a_chat_answers_remembers_and_ends_with_ctrl_d(terminal: Open, speaking_model: Path) -> None:
+def test_a_chat_answers_twice_and_exits_on_ctrl_d(terminal: Open, speaking_model: Path) -> None:
     chat = terminal("run", str(speaking_model))
-    assert "/help for commands, Ctrl-D to leave" in chat.wait_for_prompt()
+    assert "/help for commands, Ctrl-D to exit" in chat.wait_for_prompt()
     chat.type("What is the capital of France?\r")
     assert SAYS in chat.wait_for_prompt(2)
     chat.type("And again?\r")
@@ -24,16 +24,16 @@ def test_a_chat_answers_remembers_and_ends_with_ctrl_d(terminal: Open, speaking_
     assert chat.ended() == 0
 
 
-def test_help_is_a_list_of_commands(terminal: Open, speaking_model: Path) -> None:
+def test_help_lists_the_commands(terminal: Open, speaking_model: Path) -> None:
     chat = terminal("run", str(speaking_model))
     chat.wait_for_prompt()
     chat.type("/help\r")
-    text = chat.wait_for(r"Ctrl-C +stop an answer")
+    text = chat.wait_for(r"Ctrl-C +Stop the answer")
     for command in ("/help", "/clear", "/system [TEXT]", "/save [FILE]", "/exit"):
         assert command in text
 
 
-def test_unknown_commands_suggest_near_ones_and_two_slashes_send_one(terminal: Open, speaking_model: Path) -> None:
+def test_unknown_commands_suggest_similar_ones_and_two_slashes_send_one(terminal: Open, speaking_model: Path) -> None:
     chat = terminal("run", str(speaking_model))
     chat.wait_for_prompt()
     chat.type("/hlep\r")
@@ -46,17 +46,15 @@ def test_unknown_commands_suggest_near_ones_and_two_slashes_send_one(terminal: O
     assert chat.ended() == 0
 
 
-def test_save_writes_what_was_said_and_system_and_clear_change_it(
-    terminal: Open, speaking_model: Path, tmp_path: Path
-) -> None:
+def test_save_writes_the_chat_with_its_system_prompt(terminal: Open, speaking_model: Path, tmp_path: Path) -> None:
     chat = terminal("run", str(speaking_model), "--system", "Be kind.")
     chat.wait_for_prompt()
     chat.type("forgotten\r")
     chat.wait_for(re.escape(SAYS))
     chat.type("/clear\r")
-    chat.wait_for("is forgotten")
+    chat.wait_for("Started a new chat")
     chat.type("/system Be brief.\r")
-    chat.wait_for("told so from the next message on")
+    chat.wait_for("System prompt set")
     chat.type("Hi\r")
     chat.wait_for(re.escape(SAYS) + ".*" + re.escape(SAYS))
     chat.type("/save talk.json\r")
@@ -65,7 +63,7 @@ def test_save_writes_what_was_said_and_system_and_clear_change_it(
     assert [message["content"] for message in saved] == ["Be brief.", "Hi", SAYS]
 
 
-def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(terminal: Open, endless_model: Path, tmp_path: Path) -> None:
+def test_ctrl_c_stops_an_answer_and_keeps_its_text(terminal: Open, endless_model: Path, tmp_path: Path) -> None:
     chat = terminal("run", str(endless_model), "-c", "60000")
     chat.wait_for_prompt()
     chat.type("Go on\r")
@@ -81,8 +79,8 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(terminal: Open, endless_
     assert chat.ended() == 0
 
 
-@pytest.mark.skipif(not shutil.which("bash"), reason="bash is wanted, which puts programs into the background")
-def test_ctrl_z_in_the_middle_of_an_answer_gives_the_shell_back_and_fg_goes_on(
+@pytest.mark.skipif(not shutil.which("bash"), reason="needs bash for job control")
+def test_ctrl_z_suspends_an_answer_and_fg_resumes_it(
     endless_model: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
     shell = Terminal(
@@ -96,7 +94,7 @@ def test_ctrl_z_in_the_middle_of_an_answer_gives_the_shell_back_and_fg_goes_on(
         shell.wait_for("abcdefgh abcdefgh")
         shell.type("\x1a")
         shell.wait_for(r"Stopped.*^sh:$")
-        shell.type("echo still; stty -a | grep -c -- -echo\r")  # the line is as the shell had it
+        shell.type("echo still; stty -a | grep -c -- -echo\r")  # the terminal mode is restored
         shell.wait_for(r"^still$.*^sh:$")
         shell.type("fg\r")
         shell.wait_for(r"\[token limit\]")
@@ -107,10 +105,8 @@ def test_ctrl_z_in_the_middle_of_an_answer_gives_the_shell_back_and_fg_goes_on(
         shell.close()
 
 
-def test_what_is_typed_during_an_answer_is_the_next_message(
-    terminal: Open, endless_model: Path, tmp_path: Path
-) -> None:
-    """And it does not show in the middle of the answer."""
+def test_a_line_typed_during_an_answer_is_the_next_message(terminal: Open, endless_model: Path, tmp_path: Path) -> None:
+    """It does not appear inside the answer."""
     chat = terminal("run", str(endless_model), "-n", "300")
     chat.wait_for_prompt()
     chat.type("Go\r")
@@ -126,7 +122,7 @@ def test_what_is_typed_during_an_answer_is_the_next_message(
     assert chat.text.count("typed ahead") == 1
 
 
-def test_save_does_not_write_over_a_file_of_yours(terminal: Open, speaking_model: Path, tmp_path: Path) -> None:
+def test_save_does_not_overwrite_other_files(terminal: Open, speaking_model: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.json").write_text("precious")
     chat = terminal("run", str(speaking_model))
     chat.wait_for_prompt()
@@ -134,18 +130,16 @@ def test_save_does_not_write_over_a_file_of_yours(terminal: Open, speaking_model
     chat.wait_for(r"exists\s+already. Choose another name")
     assert (tmp_path / "mine.json").read_text() == "precious"
     chat.type("/save /nonexistent/x.json\r")
-    chat.wait_for("/nonexistent cannot be written: No such file or directory")
+    chat.wait_for("Cannot write to /nonexistent: No such file or directory")
 
 
-def test_ctrl_c_while_the_prompt_is_read_keeps_the_question(
-    terminal: Open, endless_model: Path, tmp_path: Path
-) -> None:
+def test_ctrl_c_during_prefill_keeps_the_question(terminal: Open, endless_model: Path, tmp_path: Path) -> None:
     chat = terminal("run", str(endless_model), "-c", "90000")
     chat.wait_for_prompt()
     chat.type("\x1b[200~" + "long " * 16_000 + "\x1b[201~")
     chat.read(2)
     chat.type("\r")
-    chat.wait_for("reading [0-9,]+ of [0-9,]+ tokens")
+    chat.wait_for("reading prompt: [0-9,]+ of [0-9,]+ tokens")
     chat.type("\x03")
     chat.wait_for(r"\[interrupted\]")
     chat.type("/save talk.json\r")
@@ -155,22 +149,22 @@ def test_ctrl_c_while_the_prompt_is_read_keeps_the_question(
     assert message["content"].startswith("long long")
 
 
-def test_ctrl_c_at_the_prompt_says_how_to_leave_and_a_second_one_does(terminal: Open, speaking_model: Path) -> None:
+def test_two_ctrl_c_on_an_empty_line_exit(terminal: Open, speaking_model: Path) -> None:
     chat = terminal("run", str(speaking_model))
     chat.wait_for_prompt()
     chat.type("\x03")
-    chat.wait_for(re.escape("(Ctrl-C again or Ctrl-D leaves.)"))
+    chat.wait_for(re.escape("(Press Ctrl-C again or Ctrl-D to exit.)"))
     chat.type("\x03")
     assert chat.ended() == 0
 
 
-def test_ctrl_c_takes_a_line_away_which_the_arrows_bring_back(terminal: Open, speaking_model: Path) -> None:
+def test_ctrl_c_clears_a_line_and_the_up_arrow_recalls_it(terminal: Open, speaking_model: Path) -> None:
     chat = terminal("run", str(speaking_model))
     chat.wait_for_prompt()
     chat.type("half a thought")
     chat.wait_for("half a thought")
     chat.type("\x03\x03")
-    chat.wait_for(re.escape("(Ctrl-C again or Ctrl-D leaves.)"))
+    chat.wait_for(re.escape("(Press Ctrl-C again or Ctrl-D to exit.)"))
     chat.wait_for_prompt(2)
     chat.type("\x1b[A")
     chat.wait_for("^> half a thought")
@@ -189,7 +183,9 @@ def test_a_paste_of_several_lines_is_one_message(terminal: Open, speaking_model:
     assert messages[0]["content"] == "first line\nsecond line\n你好"
 
 
-def test_alt_enter_makes_a_new_line_and_arrows_move(terminal: Open, speaking_model: Path, tmp_path: Path) -> None:
+def test_alt_enter_inserts_a_line_break_and_arrows_move_the_cursor(
+    terminal: Open, speaking_model: Path, tmp_path: Path
+) -> None:
     chat = terminal("run", str(speaking_model))
     chat.wait_for_prompt()
     chat.type("onX\x1b[D\x1b[3~e\x1b\rtwo\r")
@@ -199,7 +195,7 @@ def test_alt_enter_makes_a_new_line_and_arrows_move(terminal: Open, speaking_mod
     assert json.loads((tmp_path / "talk.json").read_text())["messages"][0]["content"] == "one\ntwo"
 
 
-def test_lines_of_an_earlier_chat_are_recalled(terminal: Open, speaking_model: Path) -> None:
+def test_the_history_of_an_earlier_chat_is_recalled(terminal: Open, speaking_model: Path) -> None:
     first = terminal("run", str(speaking_model))
     first.wait_for_prompt()
     first.type("remember me\r")
@@ -212,7 +208,7 @@ def test_lines_of_an_earlier_chat_are_recalled(terminal: Open, speaking_model: P
     second.wait_for("^> remember me")
 
 
-def test_a_history_file_of_garbage_does_not_stop_a_chat(
+def test_a_corrupt_history_file_does_not_stop_a_chat(
     terminal: Open, speaking_model: Path, environment: dict[str, str]
 ) -> None:
     history = Path(environment["QWENLOCAL_HOME"]) / "history"
@@ -236,7 +232,7 @@ def test_the_announced_command_line_opens_a_chat(terminal: Open, speaking_model:
 def test_escape_sequences_of_a_model_never_reach_the_terminal(terminal: Open, tmp_path: Path) -> None:
     from qwenlocal.testing import write_model
 
-    write_model(tmp_path / "evil.gguf", says="a\x1b]0;pwn\x07b")
+    write_model(tmp_path / "evil.gguf", reply="a\x1b]0;pwn\x07b")
     chat = terminal("run", "./evil.gguf")
     chat.wait_for_prompt()
     chat.type("Hi\r")
@@ -244,7 +240,7 @@ def test_escape_sequences_of_a_model_never_reach_the_terminal(terminal: Open, tm
     assert b"\x1b]0;pwn" not in chat.raw
 
 
-def test_a_question_on_a_terminal_is_answered_and_the_program_ends(terminal: Open, speaking_model: Path) -> None:
+def test_a_prompt_on_the_command_line_is_answered_once(terminal: Open, speaking_model: Path) -> None:
     one = terminal("run", str(speaking_model), "Hi")
     assert one.ended() == 0
     assert one.text == SAYS
@@ -258,14 +254,14 @@ def test_ctrl_c_ends_a_single_answer_with_130(terminal: Open, endless_model: Pat
     assert "Traceback" not in one.text
 
 
-def test_ctrl_c_in_a_download_keeps_what_is_here(terminal: Open, hub: object, tmp_path: Path) -> None:
+def test_ctrl_c_in_a_download_keeps_the_partial_file(terminal: Open, hub: object, tmp_path: Path) -> None:
     from hub import HubServer, pace
 
     assert isinstance(hub, HubServer)
     hub.repository("o/big").files = {"big-q4_0.gguf": b"GGUF" + bytes(40 << 20)}
     hub.always = [pace(8e6)]
     one = terminal("pull", "hf:o/big")
-    one.wait_for(r"fetching big-q4_0.gguf.*MB/s")
+    one.wait_for(r"downloading big-q4_0.gguf.*MB/s")
     one.type("\x03")
     assert one.ended() == 130
-    assert "is kept; the same command goes on from there" in one.text.replace("\n", " ")
+    assert "is kept. To continue, run the same command again." in one.text.replace("\n", " ")

@@ -1,1 +1,1 @@
-"""What a person at a terminal sees and types."""
+"""The terminal chat: input line, answers, slash commands and progress."""

@@ -1,106 +1,115 @@
-"""What attached files cost before they are sent, and what to do where they are too long."""
+"""Files attached to a message: their cost in tokens, and what to send if they are too long."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qwenlocal.chat.documents import Document
-from qwenlocal.chat.passages import head, pick_passages
+from qwenlocal.chat.documents import Document, select_passages, truncate_to_tokens
 from qwenlocal.errors import NotEnoughMemory, UsageError
 from qwenlocal.i18n import tr
 from qwenlocal.terminal.session import Session
 
-_KEPT_FREE = 0.1  # of the context, for the answer
-_WORTH_SAYING = 200  # tokens
+_ANSWER_SHARE = 0.1  # of the context, reserved for the answer
+_MIN_TIMED_TOKENS = 200  # for shorter files no time is estimated
 
 
-def with_documents(session: Session, text: str, documents: Sequence[Document]) -> str | None:
+def attach_documents(session: Session, text: str, documents: Sequence[Document]) -> str | None:
     """
-    `text` with the documents before it, as the user wants them where they are too long; None to send nothing.
+    Put the documents before `text`. If they are too long, the user chooses what to send.
+
+    Return None if nothing is to be sent.
     """
     if not documents:
         return text
     for document in documents:
-        session.say(price(session, document))
-    whole = _joined(documents, text)
-    if session.conversation.tokens(whole) <= _room(session):
-        return whole
-    return _shortened(session, text, documents)
+        session.say(describe_cost(session, document))
+    message = _join(documents, text)
+    if session.conversation.count_tokens(message) <= _free_tokens(session):
+        return message
+    return _ask_how_to_fit(session, text, documents)
 
 
-def price(session: Session, document: Document) -> str:
-    """`notes.txt: 12,431 tokens = 152 % of what is left, about 5 min to read on this machine`."""
-    count, room = session.conversation.tokens(document.as_message()), _room(session)
-    if room > 0:
-        said = tr(
-            "{name}: {count:,} tokens = {share:.0%} of what is left",
+def describe_cost(session: Session, document: Document) -> str:
+    """Return `notes.txt: 12,431 tokens, 152% of the free context, about 5 min to read`."""
+    count, free = session.conversation.count_tokens(document.to_markdown()), _free_tokens(session)
+    if free > 0:
+        cost = tr(
+            "{name}: {count:,} tokens, {share:.0%} of the free context",
             name=document.name,
             count=count,
-            share=count / room,
+            share=count / free,
         )
     else:
-        said = tr("{name}: {count:,} tokens, and nothing is left", name=document.name, count=count)
-    speed = session.reading_speed
-    seconds = count / speed if speed > 0 and count > _WORTH_SAYING else 0
-    about = f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
-    return said + (tr(", about {time} to read on this machine", time=about) if seconds >= 1 else "")
+        cost = tr("{name}: {count:,} tokens, but the context is full", name=document.name, count=count)
+    speed = session.prompt_speed
+    seconds = count / speed if speed > 0 and count > _MIN_TIMED_TOKENS else 0
+    time = f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+    return cost + (tr(", about {time} to read", time=time) if seconds >= 1 else "")
 
 
-def _room(session: Session) -> int:
-    """Tokens that are left for a question."""
-    talk = session.conversation
-    return int((talk.n_ctx or 1 << 20) * (1 - _KEPT_FREE)) - talk.tokens_read
+def _free_tokens(session: Session) -> int:
+    """Return the number of tokens that the next message may have."""
+    conversation = session.conversation
+    return int((conversation.n_ctx or 1 << 20) * (1 - _ANSWER_SHARE)) - conversation.prompt_tokens
 
 
-def _joined(documents: Sequence[Document], text: str) -> str:
-    return "\n\n".join([*(document.as_message() for document in documents), text])
+def _join(documents: Sequence[Document], text: str) -> str:
+    return "\n\n".join([*(document.to_markdown() for document in documents), text])
 
 
-def _shortened(session: Session, text: str, documents: Sequence[Document]) -> str | None:
+def _ask_how_to_fit(session: Session, text: str, documents: Sequence[Document]) -> str | None:
     session.say(
-        tr("That is too long. [h]ead: the beginning; [p]assages that fit the question; [w]iden the context; [c]ancel")
+        tr(
+            "Too long for the context. Send the [h]ead or the [p]assages that match the question, [w]iden the context, "
+            "or [c]ancel?"
+        )
     )
     while True:
-        answer = session.ask(tr("h, p, w or c? ")).strip().lower()[:1]
-        if answer == "w":
-            if _widen(session, session.conversation.tokens(_joined(documents, text))):
-                return _joined(documents, text)
-        elif answer in ("h", "p"):
-            return _cut(session, text, documents, passages=answer == "p")
-        elif answer in ("c", "", "\x03"):
-            session.say(tr("Nothing was sent; the line is below again."))
+        choice = session.ask(tr("h, p, w or c? ")).strip().lower()[:1]
+        if choice == "w":
+            if _widen_context(session, session.conversation.count_tokens(_join(documents, text))):
+                return _join(documents, text)
+        elif choice in ("h", "p"):
+            return _cut_to_fit(session, text, documents, select=choice == "p")
+        elif choice in ("c", "", "\x03"):
+            session.say(tr("Nothing was sent. Your message is below."))
             session.default_text = text
             return None
 
 
-def _cut(session: Session, text: str, documents: Sequence[Document], *, passages: bool) -> str:
-    count = session.conversation.tokens
-    frame = count(_joined([Document(document.name, "") for document in documents], text))
-    each = max(64, (_room(session) - frame) // len(documents) - 16)
+def _cut_to_fit(session: Session, text: str, documents: Sequence[Document], *, select: bool) -> str:
+    """Cut each long document to its best passages (`select`) or to its beginning."""
+    count = session.conversation.count_tokens
+    overhead = count(_join([Document(document.name, "") for document in documents], text))
+    limit = max(64, (_free_tokens(session) - overhead) // len(documents) - 16)
     cut = []
     for document in documents:
-        if count(document.text) <= each:
+        if count(document.text) <= limit:
             cut.append(document)
             continue
-        short = pick_passages(document.text, text, each, count) if passages else head(document.text, each, count)
+        if select:
+            excerpt = select_passages(document.text, text, limit, count)
+        else:
+            excerpt = truncate_to_tokens(document.text, limit, count)
         session.say(
             tr(
-                "{name}: {count:,} of {whole:,} tokens are read.",
+                "{name}: sending {count:,} of {total:,} tokens.",
                 name=document.name,
-                count=count(short),
-                whole=count(document.text),
+                count=count(excerpt),
+                total=count(document.text),
             )
         )
-        cut.append(Document(document.name, short))
-    return _joined(cut, text)
+        cut.append(Document(document.name, excerpt))
+    return _join(cut, text)
 
 
-def _widen(session: Session, needed: int) -> bool:
-    wanted = -(-int((session.conversation.tokens_read + needed) / (1 - _KEPT_FREE)) // 1024) * 1024 + 1024
+def _widen_context(session: Session, needed: int) -> bool:
+    minimum = int((session.conversation.prompt_tokens + needed) / (1 - _ANSWER_SHARE))
+    n_ctx = -(-minimum // 1024) * 1024 + 1024
     try:
-        session.conversation = session.models.widen(wanted, session.thread)
-    except (NotEnoughMemory, UsageError) as reason:
-        session.say(f"{reason} {reason.hint}")
+        session.conversation = session.models.resize_context(n_ctx, session.thread)
+    except (NotEnoughMemory, UsageError) as error:
+        session.say(f"{error} {error.hint}")
         return False
-    session.say(tr("There is room for {n_ctx:,} tokens now.", n_ctx=session.conversation.n_ctx or 0))
+    session.say(tr("The context now holds {n_ctx:,} tokens.", n_ctx=session.conversation.n_ctx or 0))
     return True

@@ -1,4 +1,4 @@
-"""Code in colours: a terminal's own sixteen, so that its owner's light or dark scheme holds."""
+"""Syntax highlighting in the terminal's own 16 colors, so that its light or dark scheme applies."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pygments.lexer import Lexer
 
-_WINDOW = 60  # lines before the last that are looked at again: what a text string or comment spans, mostly
-_COLOURS = (  # the first that a token's type is in; SGR numbers
+_LOOKBACK = 60  # lines lexed again before each new one, so that most multi-line strings and comments are recognized
+_COLORS = (  # (prefix of the token type, SGR code); the first match applies
     ("Comment", "90"),
     ("Keyword", "35"),
     ("Name.Function", "34"),
@@ -28,48 +28,47 @@ _COLOURS = (  # the first that a token's type is in; SGR numbers
 
 
 class Highlighter:
-    """Colours lines of one piece of code, in the order in which they come; `language` is what stands at its fence."""
+    """Highlights one code block line by line; `language` is the info string of its fence."""
 
-    def __init__(self, language: str, *, colour: bool) -> None:
-        self._lexer = _lexer(language.strip().split(" ")[0].lower()) if colour and language.strip() else None
-        self._before: list[str] = []
+    def __init__(self, language: str, *, color: bool) -> None:
+        self._lexer = _find_lexer(language.strip().split(" ")[0].lower()) if color and language.strip() else None
+        self._previous: list[str] = []
 
-    def line(self, text: str) -> str:
-        """The next whole line, which is remembered."""
-        shown = self.peek(text)
-        self._before = [*self._before[-_WINDOW:], text]
-        return shown
+    def highlight_line(self, text: str) -> str:
+        """Highlight the next complete line and remember it as context for the following ones."""
+        highlighted = self.preview_line(text)
+        self._previous = [*self._previous[-_LOOKBACK:], text]
+        return highlighted
 
-    def peek(self, text: str) -> str:
-        """A line that may not be whole yet."""
+    def preview_line(self, text: str) -> str:
+        """Highlight a line that may still grow."""
         if self._lexer is None or not text.strip():
             return text
-        lines = _coloured(self._lexer, [*self._before, text])
-        return lines[-1]
+        return _highlight(self._lexer, [*self._previous, text])[-1]
 
 
-def _coloured(lexer: Lexer, lines: Sequence[str]) -> list[str]:
-    found, line = [], ""
-    for kind, value in lexer.get_tokens("\n".join(lines) + "\n"):
-        code = _colour(kind)
-        for place, part in enumerate(value.split("\n")):
-            if place:
-                found.append(line)
+def _highlight(lexer: Lexer, lines: Sequence[str]) -> list[str]:
+    highlighted, line = [], ""
+    for token_type, value in lexer.get_tokens("\n".join(lines) + "\n"):
+        code = _color_code(token_type)
+        for index, part in enumerate(value.split("\n")):
+            if index:
+                highlighted.append(line)
                 line = ""
             if part:
                 line += f"\x1b[{code}m{part}\x1b[0m" if code else part
-    return found[: len(lines)]
+    return highlighted[: len(lines)]
 
 
 @functools.cache
-def _colour(kind: Any) -> str:
-    name = str(kind).removeprefix("Token.")
-    return next((code for prefix, code in _COLOURS if name.startswith(prefix)), "")
+def _color_code(token_type: Any) -> str:
+    name = str(token_type).removeprefix("Token.")
+    return next((code for prefix, code in _COLORS if name.startswith(prefix)), "")
 
 
 @functools.cache
-def _lexer(language: str) -> Lexer | None:
-    """None for languages that Pygments does not know."""
+def _find_lexer(language: str) -> Lexer | None:
+    """Return the lexer for a language; None if Pygments has none."""
     from pygments.lexers import get_lexer_by_name
     from pygments.util import ClassNotFound
 

@@ -1,4 +1,4 @@
-"""The line to type in: keys, completion, history, pastes."""
+"""The input line of the chat: keys, completion, history and pasted text, on top of prompt_toolkit."""
 
 from __future__ import annotations
 
@@ -13,106 +13,31 @@ from prompt_toolkit.application import get_app
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
 from prompt_toolkit.filters import Condition, is_searching
+from prompt_toolkit.input import Input
+from prompt_toolkit.input.vt100_parser import Vt100Parser
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.keys import Keys
 
 from qwenlocal.errors import NotWritable
-from qwenlocal.paths import writable
-from qwenlocal.terminal.ansi import harmless
+from qwenlocal.paths import ensure_writable
+from qwenlocal.terminal.ansi import escape_controls
 from qwenlocal.terminal.commands.models import SETTINGS
-from qwenlocal.terminal.commands.table import COMMANDS, find
+from qwenlocal.terminal.commands.table import COMMANDS, find_command
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
     from prompt_toolkit.history import History
-from prompt_toolkit.input import Input
-from prompt_toolkit.input.vt100_parser import Vt100Parser
 
-_LONG_LINES, _LONG_TEXT = 8, 1000  # a paste of so many lines or letters is folded
-_LONGEST_KEPT = 100_000  # letters of a paste in the history
-_CHIP = re.compile(r"\[paste (\d+): [\d,]+ (?:lines|letters)\]")
-_WORD = re.compile(r'(?<!\S)@("?)([^"\s]*)$')
-
-
-@dataclass
-class Pastes:
-    """Long pastes, which the line shows folded: `[paste 1: 240 lines]`; by what stands for them there."""
-
-    texts: dict[str, str] = field(default_factory=dict)
-
-    def fold(self, text: str) -> str:
-        """What stands for a paste in the line: itself, where it is short."""
-        lines = text.count("\n") + 1
-        if lines < _LONG_LINES and len(text) < _LONG_TEXT:
-            return text
-        size = f"{lines:,} lines" if lines > 1 else f"{len(text):,} letters"
-        chip = f"[paste {len(self.texts) + 1}: {size}]"
-        self.texts[chip] = text
-        return chip
-
-    def unfold(self, line: str) -> str:
-        """The line with the pastes in their places."""
-        return _CHIP.sub(lambda chip: self.texts.get(chip[0], chip[0]), line)
-
-    def remembered(self, line: str) -> str:
-        """What the history keeps of a line: pastes in their places, but for those that are too long for a line."""
-        return _CHIP.sub(lambda chip: self._kept(chip[0]), line)
-
-    def _kept(self, chip: str) -> str:
-        text = self.texts.get(chip, chip)
-        return text if len(text) <= _LONGEST_KEPT else f"[a {chip[1:]}"
+_FOLD_LINES, _FOLD_CHARACTERS = 8, 1000  # fold a paste from this size on
+_MAX_HISTORY_CHARACTERS = 100_000  # longer pastes are not written to the history
+_PLACEHOLDER = re.compile(r"\[paste (\d+): [\d,]+ (?:lines|characters)\]")
+_MENTION = re.compile(r'(?<!\S)@("?)([^"\s]*)$')
+_PASTE_END = "\x1b[201~"
 
 
-class ChatCompleter(Completer):
-    """Commands at the beginning of a line, their arguments behind them, and files behind an @."""
-
-    def __init__(
-        self, models: Callable[[], Sequence[str]], prompts: Callable[[], Sequence[str]], turns: Callable[[], int]
-    ) -> None:
-        self._models, self._prompts, self._turns = models, prompts, turns
-        self._paths = PathCompleter(expanduser=True)
-
-    def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
-        before = document.text_before_cursor
-        if before.startswith("/") and not before.startswith("//") and "\n" not in before:
-            word, space, rest = before.partition(" ")
-            if space:
-                yield from self._argument(word, rest, complete_event)
-            else:
-                yield from _from(((command.name, command.help) for command in COMMANDS), before)
-        elif match := _WORD.search(before):
-            yield from self._files(match[2], complete_event)
-
-    def _argument(self, word: str, rest: str, event: CompleteEvent) -> Iterator[Completion]:
-        command = find(word)
-        kind = command.completes if command else ""
-        if kind == "file":
-            yield from self._files(rest, event)
-        elif kind == "setting":
-            yield from _from(SETTINGS.items(), rest) if " " not in rest else ()
-        elif kind == "turn":
-            yield from _from(((str(number + 1), "") for number in range(self._turns())), rest)
-        elif kind in ("model", "prompt"):
-            names = self._models() if kind == "model" else self._prompts()
-            yield from _from(((name, "") for name in names), rest)
-        elif word == "/copy":
-            yield from _from((("code", "the last code of the last answer"),), rest)
-        elif word == "/help":
-            yield from _from(((command.name, command.help) for command in COMMANDS), rest)
-
-    def _files(self, typed: str, event: CompleteEvent) -> Iterable[Completion]:
-        return self._paths.get_completions(Document(typed, len(typed)), event)
-
-
-def _from(words: Iterable[tuple[str, str]], typed: str) -> Iterator[Completion]:
-    for word, meaning in words:
-        if word.startswith(typed):
-            yield Completion(word, start_position=-len(typed), display_meta=meaning)
-
-
-def make_session(
+def create_line_editor(
     completer: Completer,
-    pastes: Pastes,
+    pastes: PasteStore,
     history: Path | None,
     *,
     toolbar: Callable[[], str],
@@ -120,9 +45,9 @@ def make_session(
     vi: bool,
 ) -> PromptSession[str]:
     """
-    A line editor over the terminal; lines of earlier chats are in the file `history`, if there is one.
+    Create the line editor; earlier lines come from the file `history`, if given.
 
-    While `is_editing`, Ctrl-C raises KeyboardInterrupt also where something is typed.
+    While `is_editing` returns True, Ctrl-C raises KeyboardInterrupt even if the line is not empty.
     """
     from prompt_toolkit import PromptSession
     from prompt_toolkit.auto_suggest import AutoSuggestFromHistory
@@ -131,14 +56,12 @@ def make_session(
     from prompt_toolkit.input import create_input
     from prompt_toolkit.styles import Style
 
-    from qwenlocal.terminal.input import takes_large_pastes
-
-    def bottom() -> FormattedText:
+    def format_toolbar() -> FormattedText:
         return FormattedText([("class:toolbar", toolbar())])
 
     return PromptSession(
-        history=_past(history, pastes),
-        key_bindings=_keys(pastes, is_editing),
+        history=_open_history(history, pastes),
+        key_bindings=_bind_keys(pastes, is_editing),
         multiline=True,
         prompt_continuation="  ",
         completer=completer,
@@ -148,49 +71,25 @@ def make_session(
         enable_suspend=True,
         tempfile_suffix=".md",
         editing_mode=EditingMode.VI if vi else EditingMode.EMACS,
-        bottom_toolbar=bottom,
+        bottom_toolbar=format_toolbar,
         reserve_space_for_menu=4,
-        input=takes_large_pastes(create_input()),
+        input=_with_paste_parser(create_input()),
         style=Style.from_dict({"bottom-toolbar": "noreverse", "toolbar": "noreverse fg:ansibrightblack"}),
     )
 
 
-def _past(path: Path | None, pastes: Pastes) -> History:
-    """What was typed before, in this and earlier chats; only in this one without a file that can be written."""
-    from prompt_toolkit.history import FileHistory, InMemoryHistory
-
-    if path is None:
-        return InMemoryHistory()
-    try:
-        writable(path.parent)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        os.close(descriptor)
-    except (NotWritable, OSError):
-        return InMemoryHistory()
-
-    class WithPastes(FileHistory):
-        def store_string(self, string: str) -> None:
-            super().store_string(pastes.remembered(string))
-
-    return WithPastes(str(path))
-
-
-def _is_typing() -> bool:
-    return bool(get_app().current_buffer.text) and not is_searching()
-
-
-def _keys(pastes: Pastes, is_editing: Callable[[], bool]) -> KeyBindings:
+def _bind_keys(pastes: PasteStore, is_editing: Callable[[], bool]) -> KeyBindings:
     """
-    Enter sends; Alt-Enter, Ctrl-J and a backslash before Enter make a new line; pastes are folded.
+    Bind Enter (send), Alt-Enter, Ctrl-J and backslash Enter (new line), Ctrl-C (clear the line), and pastes (fold).
 
-    Ctrl-C takes a line away, but for the history; on an empty one prompt_toolkit raises KeyboardInterrupt.
+    On an empty line, Ctrl-C is left to prompt_toolkit, which raises KeyboardInterrupt.
     """
     keys = KeyBindings()
 
     @keys.add("enter")
     def _send(event: KeyPressEvent) -> None:
         buffer = event.current_buffer
-        if buffer.complete_state:  # a completion is being chosen: Enter takes it
+        if buffer.complete_state:  # Enter accepts the selected completion
             buffer.complete_state = None
         elif buffer.document.text_before_cursor.endswith("\\"):
             buffer.delete_before_cursor()
@@ -200,29 +99,130 @@ def _keys(pastes: Pastes, is_editing: Callable[[], bool]) -> KeyBindings:
 
     @keys.add("escape", "enter")
     @keys.add("c-j")
-    def _new_line(event: KeyPressEvent) -> None:
+    def _insert_line_break(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text("\n")
 
-    @keys.add("c-c", filter=Condition(lambda: _is_typing() and not is_editing()))
-    def _clear(event: KeyPressEvent) -> None:
+    @keys.add("c-c", filter=Condition(lambda: _has_text() and not is_editing()))
+    def _clear_line(event: KeyPressEvent) -> None:
         event.current_buffer.append_to_history()
         event.current_buffer.reset()
 
     @keys.add(Keys.BracketedPaste)
     def _paste(event: KeyPressEvent) -> None:
         text = event.data.replace("\r\n", "\n").replace("\r", "\n")
-        event.current_buffer.insert_text(pastes.fold(harmless(text)))
+        event.current_buffer.insert_text(pastes.fold(escape_controls(text)))
 
     return keys
 
 
-_END = "\x1b[201~"
+def _has_text() -> bool:
+    return bool(get_app().current_buffer.text) and not is_searching()
+
+
+def _open_history(path: Path | None, pastes: PasteStore) -> History:
+    """Return the history in `path`; one in memory if there is no path or the file is not writable."""
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+
+    if path is None:
+        return InMemoryHistory()
+    try:
+        ensure_writable(path.parent)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        os.close(descriptor)
+    except (NotWritable, OSError):
+        return InMemoryHistory()
+
+    class ExpandedHistory(FileHistory):
+        def store_string(self, string: str) -> None:
+            super().store_string(pastes.expand_for_history(string))
+
+    return ExpandedHistory(str(path))
+
+
+class ChatCompleter(Completer):
+    """Completes commands at the start of a line, their arguments, and files after an @."""
+
+    def __init__(
+        self,
+        list_models: Callable[[], Sequence[str]],
+        list_prompts: Callable[[], Sequence[str]],
+        count_turns: Callable[[], int],
+    ) -> None:
+        self._list_models, self._list_prompts, self._count_turns = list_models, list_prompts, count_turns
+        self._paths = PathCompleter(expanduser=True)
+
+    def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
+        before = document.text_before_cursor
+        if before.startswith("/") and not before.startswith("//") and "\n" not in before:
+            name, space, argument = before.partition(" ")
+            if space:
+                yield from self._complete_argument(name, argument, complete_event)
+            else:
+                yield from _complete_from(((command.name, command.help) for command in COMMANDS), before)
+        elif match := _MENTION.search(before):
+            yield from self._complete_path(match[2], complete_event)
+
+    def _complete_argument(self, name: str, argument: str, event: CompleteEvent) -> Iterator[Completion]:
+        command = find_command(name)
+        kind = command.completes if command else ""
+        if kind == "file":
+            yield from self._complete_path(argument, event)
+        elif kind == "setting":
+            yield from _complete_from(SETTINGS.items(), argument) if " " not in argument else ()
+        elif kind == "turn":
+            yield from _complete_from(((str(index + 1), "") for index in range(self._count_turns())), argument)
+        elif kind in ("model", "prompt"):
+            names = self._list_models() if kind == "model" else self._list_prompts()
+            yield from _complete_from(((name, "") for name in names), argument)
+        elif name == "/copy":
+            yield from _complete_from((("code", "the last code block of the last answer"),), argument)
+        elif name == "/help":
+            yield from _complete_from(((command.name, command.help) for command in COMMANDS), argument)
+
+    def _complete_path(self, typed: str, event: CompleteEvent) -> Iterable[Completion]:
+        return self._paths.get_completions(Document(typed, len(typed)), event)
+
+
+def _complete_from(candidates: Iterable[tuple[str, str]], typed: str) -> Iterator[Completion]:
+    for word, description in candidates:
+        if word.startswith(typed):
+            yield Completion(word, start_position=-len(typed), display_meta=description)
+
+
+@dataclass
+class PasteStore:
+    """Long pastes by the placeholders that the input line shows for them, such as `[paste 1: 240 lines]`."""
+
+    texts: dict[str, str] = field(default_factory=dict)
+
+    def fold(self, text: str) -> str:
+        """Store a long paste and return its placeholder; return a short one unchanged."""
+        lines = text.count("\n") + 1
+        if lines < _FOLD_LINES and len(text) < _FOLD_CHARACTERS:
+            return text
+        size = f"{lines:,} lines" if lines > 1 else f"{len(text):,} characters"
+        placeholder = f"[paste {len(self.texts) + 1}: {size}]"
+        self.texts[placeholder] = text
+        return placeholder
+
+    def expand(self, line: str) -> str:
+        """Replace the placeholders in `line` by the pastes."""
+        return _PLACEHOLDER.sub(lambda match: self.texts.get(match[0], match[0]), line)
+
+    def expand_for_history(self, line: str) -> str:
+        """Replace the placeholders in `line`, except those of pastes that are too long for the history."""
+        return _PLACEHOLDER.sub(lambda match: self._expand_short(match[0]), line)
+
+    def _expand_short(self, placeholder: str) -> str:
+        text = self.texts.get(placeholder, placeholder)
+        return text if len(text) <= _MAX_HISTORY_CHARACTERS else f"[omitted {placeholder[1:]}"
 
 
 class PasteParser(Vt100Parser):
     """
-    prompt_toolkit's parser looks through all of a paste for its end whenever a kilobyte more of it comes, which takes
-    5 s for 4 MB; this one looks at what is new.
+    Finds the end of a paste in linear time.
+
+    prompt_toolkit's parser searches the whole paste again for every kilobyte that arrives, which takes 5 s for 4 MB.
     """
 
     def reset(self, request: bool = False) -> None:
@@ -236,15 +236,15 @@ class PasteParser(Vt100Parser):
             return
         self._pieces.append(data)
         recent = self._tail + data
-        self._tail = recent[1 - len(_END) :]
-        if _END in recent:
-            whole, self._pieces, self._tail = "".join(self._pieces), [], ""
-            super().feed(whole)
+        self._tail = recent[1 - len(_PASTE_END) :]
+        if _PASTE_END in recent:
+            paste, self._pieces, self._tail = "".join(self._pieces), [], ""
+            super().feed(paste)
 
 
-def takes_large_pastes(line_input: Input) -> Input:
-    """`line_input`, quick with them where it is a terminal's."""
-    old = getattr(line_input, "vt100_parser", None)
-    if isinstance(old, Vt100Parser):
-        line_input.vt100_parser = PasteParser(old.feed_key_callback)  # type: ignore[attr-defined]
+def _with_paste_parser(line_input: Input) -> Input:
+    """Give a terminal's `line_input` the faster parser; leave other inputs alone."""
+    parser = getattr(line_input, "vt100_parser", None)
+    if isinstance(parser, Vt100Parser):
+        line_input.vt100_parser = PasteParser(parser.feed_key_callback)  # type: ignore[attr-defined]
     return line_input

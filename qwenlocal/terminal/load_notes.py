@@ -72,7 +72,9 @@ def describe_note(note: LoadNote) -> str:
             )
         case FileRepaired():
             repairs = "; ".join(_describe_repairs(note))
-            return tr("Repaired while loading: {repairs}. To repair the file: qwenlocal inspect --fix", repairs=repairs)
+            return tr(
+                "Repaired while loading: {repairs}. To repair the file: qwenlocal inspect FILE --fix", repairs=repairs
+            )
         case ChatTemplateMissing():
             return tr("The file has no chat template; using Qwen1.5's.")
         case SamplingIgnored(name, value):
@@ -82,9 +84,9 @@ def describe_note(note: LoadNote) -> str:
 def _describe_repairs(note: FileRepaired) -> list[str]:
     repairs: list[str] = []
     if note.rope_base is not None:
-        repairs.append(tr("the file lacks the RoPE base frequency ({value:,.0f})", value=note.rope_base))
+        repairs.append(tr("missing RoPE base frequency set to {value:,.0f}", value=note.rope_base))
     if note.false_end is not None:
-        repairs.append(f"“{note.false_end}” does not end an answer")
+        repairs.append(f"“{note.false_end}” no longer ends answers")
     if note.hides_padding:
         repairs.append(tr("names of padding tokens are treated as text"))
     return repairs

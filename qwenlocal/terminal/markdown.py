@@ -1,8 +1,8 @@
 """
-Markdown as it comes, as lines for a terminal: what is finished once, what may still change again and again.
+Streaming Markdown, rendered to terminal lines: finished lines are final, pending lines may still change.
 
-A block (paragraph, list, table, …) is finished when another one begins; a line of code when the next one does. Parsing
-is markdown-it's, laying out is rich's; both see one block at a time, so an answer of any length costs the same.
+A block (paragraph, list, table, …) is finished when the next one begins, a line of code when it ends. markdown-it
+parses and rich renders one block at a time, so the cost of an update does not depend on the length of the answer.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qwenlocal.terminal.ansi import harmless
+from qwenlocal.terminal.ansi import escape_controls
 from qwenlocal.terminal.highlight import Highlighter
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.segment import Segment
 
-_STYLES = {  # the terminal's own colours
+_STYLES = {  # in the terminal's own colors
     "markdown.code": "cyan",
     "markdown.code_block": "",
     "markdown.h1": "bold underline",
@@ -42,19 +42,19 @@ _STYLES = {  # the terminal's own colours
     "markdown.table.border": "dim",
     "markdown.table.header": "bold",
 }
-_END_THEMSELVES = ("fence", "heading_open", "hr")
+_SELF_CLOSING = ("fence", "heading_open", "hr")
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
-_OPEN_MARK = re.compile(r"(\*{1,3}|_{1,3}|~~|`+)$")
-# Chinese and Japanese lines may be broken between letters, but not before a closing mark or behind an opening one. rich
-# breaks at white space only, so a control character that counts as such marks these places, and is taken out again.
+_TRAILING_MARK = re.compile(r"(\*{1,3}|_{1,3}|~~|`+)$")
+# Chinese and Japanese text breaks between characters, except before closing and after opening punctuation. rich breaks
+# only at white space, so a control character that counts as white space marks the places; it is removed afterwards.
 _WIDE = "\u2e80-\u303f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff00-\uffef"
 _CLOSING, _OPENING = "、。〉》」』】〕！），．：；？］｝”’…", "〈《「『【〔（［｛“‘"
-_BREAK = "\x1f"
-_BREAKS = re.compile(
+_BREAK_MARK = "\x1f"
+_BREAK_POINTS = re.compile(
     f"(?<=[{_WIDE}])(?<![{_OPENING}])(?=[{_WIDE}\\w])(?![{_CLOSING}])|(?<=[^\\W_])(?=[{_WIDE}])(?![{_CLOSING}])"
 )
-_CODE = re.compile(r"`[^`]*`")
-_MARKS = {  # innermost first: marks with a letter beside them, which a list's bullet has not
+_INLINE_CODE = re.compile(r"`[^`]*`")
+_EMPHASIS = {  # innermost first; marks that touch a letter, unlike the bullet of a list
     "*": re.compile(r"(?<!\*)\*(?=[^\s*])|(?<=[^\s*])\*(?!\*)"),
     "**": re.compile(r"\*\*(?=\S)|(?<=\S)\*\*"),
     "~~": re.compile(r"~~(?=\S)|(?<=\S)~~"),
@@ -62,147 +62,151 @@ _MARKS = {  # innermost first: marks with a letter beside them, which a list's b
 
 
 @dataclass(frozen=True)
-class Look:
-    """How wide lines are, and whether they have colours; without, there are still bold and underlined words."""
+class RenderOptions:
+    """Line width in columns, and whether to use colors; bold and underlined text does not need them."""
 
     width: int
-    colour: bool
+    color: bool
 
 
 @dataclass(frozen=True)
-class Lines:
-    """Lines with escape sequences for their looks: `finished` ones since the last time, and those `open` now."""
+class RenderedLines:
+    """Lines with escape sequences for their style: newly `finished` ones, and all that are `pending`."""
 
     finished: Sequence[str]
-    open: Sequence[str]
+    pending: Sequence[str]
 
 
 class MarkdownStream:
     """
-    Feed it text, ask it for lines.
+    Renders Markdown that arrives in pieces.
 
-    After `feed("# A\\n\\nb")`, `lines(Look(80, False))` has the heading and an empty line finished, and "b" open.
+    After `feed("# A\\n\\nb")`, `render(RenderOptions(80, False))` has the heading and an empty line finished, and "b"
+    pending.
     """
 
     def __init__(self) -> None:
-        self._rest = ""  # from the beginning of the block that is not finished
+        self._rest = ""  # from the start of the first block that is not finished
         self._is_first = True
-        self._code: _Code | None = None
+        self._code: _CodeBlock | None = None
 
     def feed(self, text: str) -> None:
-        """More of the text; control characters in it are made visible."""
-        self._rest += harmless(text).replace("\t", "    ")
+        """Append text; its control characters are made visible."""
+        self._rest += escape_controls(text).replace("\t", "    ")
 
-    def lines(self, look: Look) -> Lines:
-        """What became finished since the last call, and how the rest looks now."""
-        finished = self._finished_blocks(look, ended=False)
-        open_, more = self._open(look)
-        return Lines([*finished, *more], open_)
+    def render(self, options: RenderOptions) -> RenderedLines:
+        """Return the lines finished since the last call, and the pending ones as they look now."""
+        finished = self._pop_finished_blocks(options, at_end=False)
+        pending, code_lines = self._render_pending(options)
+        return RenderedLines([*finished, *code_lines], pending)
 
-    def end(self, look: Look) -> Lines:
-        """No more text comes."""
-        finished = [*self._finished_blocks(look, ended=True), *self._finish(self._rest, look)]
+    def finish(self, options: RenderOptions) -> RenderedLines:
+        """Return the remaining lines, all finished: no more text follows."""
+        finished = [*self._pop_finished_blocks(options, at_end=True), *self._finish_block(self._rest, options)]
         self._rest = ""
-        return Lines(finished, [])
+        return RenderedLines(finished, [])
 
-    def _finished_blocks(self, look: Look, *, ended: bool) -> list[str]:
+    def _pop_finished_blocks(self, options: RenderOptions, *, at_end: bool) -> list[str]:
         finished: list[str] = []
-        while (cut := _first_block(self._rest, ended=ended)) is not None:
-            block, self._rest = self._rest[:cut], self._rest[cut:]
-            finished += self._finish(block, look)
+        while (end := _end_of_first_block(self._rest, at_end=at_end)) is not None:
+            block, self._rest = self._rest[:end], self._rest[end:]
+            finished += self._finish_block(block, options)
         return finished
 
-    def _open(self, look: Look) -> tuple[list[str], list[str]]:
-        """The open block's lines that may change, and those of its code that will not."""
+    def _render_pending(self, options: RenderOptions) -> tuple[list[str], list[str]]:
+        """Return the lines of the last block that may change, and those of its code that are final."""
         if not self._rest.strip():
             return [], []
-        fence = _fence(self._rest)
+        fence = _parse_fence(self._rest)
         if fence is None:
-            return self._spaced(_laid_out(_completed(self._rest), look)), []
-        begun = self._begin_code(fence, look)
-        finished, last = self._code.take(fence.content, whole=False) if self._code else ([], [])
-        return last, [*begun, *finished]
+            return self._with_separator(_render_block(_close_marks(self._rest), options)), []
+        opening = self._begin_code(fence, options)
+        finished, last = self._code.take_lines(fence.content, is_complete=False) if self._code else ([], [])
+        return last, [*opening, *finished]
 
-    def _begin_code(self, fence: Token, look: Look) -> list[str]:
-        """The line above code, once its language is known: the line of the fence has ended."""
+    def _begin_code(self, fence: Token, options: RenderOptions) -> list[str]:
+        """Return the rule above a code block once the line of the fence, and so the language, is complete."""
         if self._code is not None or "\n" not in self._rest.lstrip("\n"):
             return []
-        self._code = _Code(fence.info, look)
-        lines = self._spaced([self._code.rule])
+        self._code = _CodeBlock(fence.info, options)
+        lines = self._with_separator([self._code.top_rule])
         self._is_first = False
         return lines
 
-    def _finish(self, block: str, look: Look) -> list[str]:
+    def _finish_block(self, block: str, options: RenderOptions) -> list[str]:
         if not block.strip():
             return []
-        fence = _fence(block)
+        fence = _parse_fence(block)
         if fence is None:
-            lines = self._spaced(_laid_out(block, look))
+            lines = self._with_separator(_render_block(block, options))
         else:
-            begun = self._begin_code(fence, look)
-            code = self._code or _Code(fence.info, look)
-            finished, _ = code.take(fence.content, whole=True)
-            lines, self._code = [*begun, *finished, code.end], None
+            opening = self._begin_code(fence, options)
+            code = self._code or _CodeBlock(fence.info, options)
+            finished, _ = code.take_lines(fence.content, is_complete=True)
+            lines, self._code = [*opening, *finished, code.bottom_rule], None
         self._is_first = False
         return lines
 
-    def _spaced(self, lines: Sequence[str]) -> list[str]:
+    def _with_separator(self, lines: Sequence[str]) -> list[str]:
+        """Put an empty line before every block except the first."""
         return [*([] if self._is_first else [""]), *lines]
 
 
-class _Code:
-    """Lines of a fenced block, each coloured once."""
+class _CodeBlock:
+    """The lines of a fenced code block; each is highlighted once."""
 
-    def __init__(self, info: str, look: Look) -> None:
-        self._highlighter, self._taken = Highlighter(info, colour=look.colour), 0
+    def __init__(self, info: str, options: RenderOptions) -> None:
+        self._highlighter, self._taken = Highlighter(info, color=options.color), 0
         name = info.strip().split(" ")[0]
-        width = max(8, min(look.width, 60))
+        width = max(8, min(options.width, 60))
         label = f"── {name} " if name else ""
-        self.rule = _dim(label + "─" * max(2, width - len(label)))
-        self.end = _dim("─" * width)
+        self.top_rule = _dim(label + "─" * max(2, width - len(label)))
+        self.bottom_rule = _dim("─" * width)
 
-    def take(self, content: str, *, whole: bool) -> tuple[list[str], list[str]]:
-        """The lines that are new and finished, and the one that is not."""
+    def take_lines(self, content: str, *, is_complete: bool) -> tuple[list[str], list[str]]:
+        """Return the new finished lines, and the last one if it is not finished."""
         lines = content.split("\n")
         last = lines.pop()
-        finished = [self._highlighter.line(line) for line in lines[self._taken :]]
+        finished = [self._highlighter.highlight_line(line) for line in lines[self._taken :]]
         self._taken = max(self._taken, len(lines))
-        if whole:
-            return [*finished, *([self._highlighter.line(last)] if last else [])], []
-        return finished, [self._highlighter.peek(last)] if last else []
+        if is_complete:
+            return [*finished, *([self._highlighter.highlight_line(last)] if last else [])], []
+        return finished, [self._highlighter.preview_line(last)] if last else []
 
 
 def warm_up() -> None:
-    """Have the libraries imported that lay text out: half a second that an answer need not wait for."""
-    MarkdownStream().end(Look(80, colour=True))
-    _laid_out("- a\n\n|b|\n|-|", Look(80, colour=True))
-    Highlighter("python", colour=True).line("x = 1")
+    """Import the rendering libraries (0.5 s), so that the first answer does not have to wait for them."""
+    options = RenderOptions(80, color=True)
+    MarkdownStream().finish(options)
+    _render_block("- a\n\n|b|\n|-|", options)
+    Highlighter("python", color=True).highlight_line("x = 1")
 
 
-def _first_block(text: str, *, ended: bool) -> int | None:
+def _end_of_first_block(text: str, *, at_end: bool) -> int | None:
     """
-    Where the second block begins, if there is one: the first is finished then.
+    Return the position of the second block; None if there is none, or if the first may still grow.
 
-    As long as text comes, the second one's first line must be whole: "#" may become a heading or a word, and "2" the
-    next item of a list. Behind what ends by itself (code, headings, lines) anything is another block.
+    Unless `at_end`, the first line of the second block must be complete: "#" may become a heading or a word, and "2"
+    the next item of a list. After a block that closes itself (code, heading, rule) anything starts a new block.
     """
-    blocks = [token for token in _blocks(text) if token.map]
+    blocks = [token for token in _parse_blocks(text) if token.map]
     starts = [token.map[0] for token in blocks if token.map]
     if len(starts) < 2:
         return None
-    place = 0
+    position = 0
     for _ in range(starts[1]):
-        place = text.index("\n", place) + 1
-    return place if ended or blocks[0].type in _END_THEMSELVES or "\n" in text[place:].lstrip("\n") else None
+        position = text.index("\n", position) + 1
+    is_finished = at_end or blocks[0].type in _SELF_CLOSING or "\n" in text[position:].lstrip("\n")
+    return position if is_finished else None
 
 
-def _blocks(text: str) -> list[Token]:
+def _parse_blocks(text: str) -> list[Token]:
     return [token for token in _parser().parse(text) if token.level == 0 and token.nesting >= 0]
 
 
-def _fence(text: str) -> Token | None:
-    """The fenced code that a block is, None for all others."""
-    blocks = _blocks(text)
+def _parse_fence(text: str) -> Token | None:
+    """Return the fence token if the first block is fenced code."""
+    blocks = _parse_blocks(text)
     return blocks[0] if blocks and blocks[0].type == "fence" else None
 
 
@@ -213,19 +217,19 @@ def _parser() -> MarkdownIt:
     return MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"])
 
 
-def _completed(text: str) -> str:
+def _close_marks(text: str) -> str:
     """
-    A block whose last marks are not closed yet, with them closed: "a **b" looks like "a **b**" will.
+    Close the emphasis marks that are still open: "a **b" looks as "a **b**" will.
 
-    Marks at the very end, which may open or close something, are not shown until it is known.
+    Marks at the very end, which may open or close something, are hidden until more text follows.
     """
     body, line_break, last = text.rpartition("\n")
-    last = _OPEN_MARK.sub("", last)
+    last = _TRAILING_MARK.sub("", last)
     if last.count("`") % 2:
         return f"{body}{line_break}{last}`"
-    prose = _CODE.sub("", last)
-    for mark, opened in _MARKS.items():
-        if len(opened.findall(prose)) % 2 and not prose.endswith(" "):
+    prose = _INLINE_CODE.sub("", last)
+    for mark, pattern in _EMPHASIS.items():
+        if len(pattern.findall(prose)) % 2 and not prose.endswith(" "):
             last += mark
     return f"{body}{line_break}{last}"
 
@@ -235,8 +239,8 @@ def _dim(text: str) -> str:
 
 
 @functools.cache
-def _element() -> Any:
-    """rich's Markdown, with headings at the left, and numbers of lists with a dot."""
+def _markdown_class() -> Any:
+    """Subclass rich's Markdown: headings left-aligned, numbered items with a dot."""
     from rich.console import ConsoleOptions, RenderResult
     from rich.markdown import Heading, ListItem, Markdown
     from rich.segment import Segment
@@ -246,35 +250,35 @@ def _element() -> Any:
             self.text.justify = "left"
             yield self.text
 
-    class DottedItem(ListItem):
+    class NumberedItem(ListItem):
         def render_number(
             self, console: Console, options: ConsoleOptions, number: int, last_number: int
         ) -> RenderResult:
             width = len(str(last_number)) + 2
-            inside = options.update(width=max(1, options.max_width - width))
+            inner = options.update(width=max(1, options.max_width - width))
             style = console.get_style("markdown.item.number")
-            lead = Segment(f"{number}. ".rjust(width), style)
-            for line in console.render_lines(self.elements, inside, style=self.style):
-                yield lead
+            prefix = Segment(f"{number}. ".rjust(width), style)
+            for line in console.render_lines(self.elements, inner, style=self.style):
+                yield prefix
                 yield from line
                 yield Segment("\n")
-                lead = Segment(" " * width)
+                prefix = Segment(" " * width)
 
     return type(
-        "Plain",
+        "TerminalMarkdown",
         (Markdown,),
-        {"elements": {**Markdown.elements, "heading_open": LeftHeading, "list_item_open": DottedItem}},
+        {"elements": {**Markdown.elements, "heading_open": LeftHeading, "list_item_open": NumberedItem}},
     )
 
 
 @functools.lru_cache(maxsize=4)
-def _console(look: Look) -> Console:
+def _console(options: RenderOptions) -> Console:
     from rich.console import Console
     from rich.theme import Theme
 
     return Console(
         file=io.StringIO(),
-        width=look.width,
+        width=options.width,
         force_terminal=True,
         color_system="standard",
         theme=Theme(_STYLES),
@@ -283,27 +287,27 @@ def _console(look: Look) -> Console:
     )
 
 
-def _laid_out(block: str, look: Look) -> list[str]:
-    console = _console(look)
-    element = _element()(_BREAKS.sub(_BREAK, block), hyperlinks=False)
-    lines = console.render_lines(element, console.options, pad=False)
-    found = ["".join(_ansi(part, look) for part in line if not part.control) for line in lines]
-    found = [line.replace(_BREAK, "").rstrip() for line in found]
-    while found and _is_blank(found[-1]):
-        found.pop()
-    while found and _is_blank(found[0]):
-        found.pop(0)
-    return found
+def _render_block(block: str, options: RenderOptions) -> list[str]:
+    console = _console(options)
+    element = _markdown_class()(_BREAK_POINTS.sub(_BREAK_MARK, block), hyperlinks=False)
+    rows = console.render_lines(element, console.options, pad=False)
+    lines = ["".join(_render_segment(part, options) for part in row if not part.control) for row in rows]
+    lines = [line.replace(_BREAK_MARK, "").rstrip() for line in lines]
+    while lines and _is_blank(lines[-1]):
+        lines.pop()
+    while lines and _is_blank(lines[0]):
+        lines.pop(0)
+    return lines
 
 
 def _is_blank(line: str) -> bool:
     return not _ESCAPES.sub("", line).strip()
 
 
-def _ansi(part: Segment, look: Look) -> str:
+def _render_segment(segment: Segment, options: RenderOptions) -> str:
     from rich.color import ColorSystem
 
-    if part.style is None:
-        return part.text
-    style = part.style if look.colour else part.style.without_color
-    return style.render(part.text, color_system=ColorSystem.STANDARD)
+    if segment.style is None:
+        return segment.text
+    style = segment.style if options.color else segment.style.without_color
+    return style.render(segment.text, color_system=ColorSystem.STANDARD)

@@ -1,87 +1,72 @@
-"""How far a download is: a bar on a terminal, a line now and then elsewhere; always on stderr."""
+"""Progress on stderr: a bar for downloads and conversions (plain lines if not a terminal), and a one-line status."""
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from qwenlocal.terminal.ansi import obeys
+from qwenlocal.formatting import format_bytes
+from qwenlocal.i18n import tr
+from qwenlocal.terminal.ansi import supports_ansi
 
 if TYPE_CHECKING:
-    from rich.progress import Progress as Bar
-import contextlib
-from collections.abc import Iterator
+    from rich.progress import Progress as RichProgress
 
-from qwenlocal.i18n import tr
+    from qwenlocal.library.progress import TaskProgress
 
-
-class State(Protocol):
-    """What is shown of a piece of work (`library.download.Progress` is one)."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def done(self) -> int: ...
-    @property
-    def total(self) -> int: ...
-    @property
-    def doing(self) -> str: ...
-    @property
-    def source(self) -> str: ...
+_STATUS_DELAY = 0.7  # seconds; shorter tasks show no status
+_ERASE_LINE = "\r\x1b[K"
 
 
-class Plain:
-    """A line every few seconds, and one at the end."""
+class PlainProgress:
+    """Prints a line every few seconds, and one at the end."""
 
     def __init__(self, out: TextIO, clock: Callable[[], float] = time.monotonic, every: float = 5.0) -> None:
         self._out, self._clock, self._every = out, clock, every
-        self._shown = self._began = clock()
-        self._start: int | None = None
-        self._last: State | None = None
+        self._printed_at = self._started_at = clock()
+        self._initial: int | None = None  # bytes that were done at the start
+        self._last: TaskProgress | None = None
 
-    def __call__(self, state: State) -> None:
-        if self._start is None:
-            self._start = state.done
+    def __call__(self, state: TaskProgress) -> None:
+        if self._initial is None:
+            self._initial = state.done
         self._last = state
         now = self._clock()
-        if now - self._shown >= self._every:
-            self._shown = now
-            self._write(state)
+        if now - self._printed_at >= self._every:
+            self._printed_at = now
+            self._print(state)
 
-    def _write(self, state: State) -> None:
-        seconds = max(1e-9, self._clock() - self._began)
-        speed = (state.done - (self._start or 0)) / seconds
+    def _print(self, state: TaskProgress) -> None:
+        seconds = max(1e-9, self._clock() - self._started_at)
+        speed = (state.done - (self._initial or 0)) / seconds
         left = f", {(state.total - state.done) / speed:.0f} s left" if speed > 0 and state.done < state.total else ""
         share = state.done / max(1, state.total)
-        pace = f", {speed / 1e6:.1f} MB/s" if speed >= 1e5 else ""
-        self._out.write(f"{state.doing} {state.name}: {share:.0%} of {_size(state.total)}{pace}{left}\n")
+        rate = f", {speed / 1e6:.1f} MB/s" if speed >= 1e5 else ""
+        self._out.write(f"{state.doing} {state.name}: {share:.0%} of {format_bytes(state.total)}{rate}{left}\n")
         self._out.flush()
 
-    def __enter__(self) -> Plain:
+    def __enter__(self) -> PlainProgress:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._last is not None and self._last.done >= self._last.total:
-            self._write(self._last)
+            self._print(self._last)
 
 
-def _size(count: int) -> str:
-    return f"{count / 1e6:,.0f} MB" if count >= 1e6 else f"{count / 1e3:,.0f} kB"
-
-
-class Live:
-    """A bar with bytes, speed and time left."""
+class ProgressBar:
+    """Shows a bar with bytes, speed and time left."""
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
-        self._bar: Bar | None = None
+        self._bar: RichProgress | None = None
         self._tasks: dict[str, Any] = {}
 
-    def __call__(self, state: State) -> None:
+    def __call__(self, state: TaskProgress) -> None:
         if self._bar is None:
             self._bar = self._start()
         if state.name not in self._tasks:
@@ -92,7 +77,7 @@ class Live:
             self._tasks[state.name], completed=state.done, total=state.total, description=f"{state.doing} {state.name}"
         )
 
-    def _start(self) -> Bar:
+    def _start(self) -> RichProgress:
         from rich.console import Console
         from rich.progress import (
             BarColumn,
@@ -115,7 +100,7 @@ class Live:
         bar.start()
         return bar
 
-    def __enter__(self) -> Live:
+    def __enter__(self) -> ProgressBar:
         return self
 
     def __exit__(
@@ -125,43 +110,39 @@ class Live:
             self._bar.stop()
 
 
-def progress(out: TextIO) -> Live | Plain:
-    """What fits `out`."""
-    return Live(out) if obeys(out) else Plain(out)
-
-
-_PATIENCE = 0.7  # seconds; what is quicker needs no words
-_ERASE = "\r\x1b[K"
+def show_progress(out: TextIO) -> ProgressBar | PlainProgress:
+    """Return a bar if `out` is a terminal, otherwise plain lines."""
+    return ProgressBar(out) if supports_ansi(out) else PlainProgress(out)
 
 
 class StatusLine:
-    """Shows a changing sentence on a terminal once something takes longer than a moment; nothing elsewhere."""
+    """Shows one changing line once a task takes longer than `delay` seconds; nothing if `out` is not a terminal."""
 
-    def __init__(self, out: TextIO, clock: Callable[[], float] = time.monotonic, patience: float = _PATIENCE) -> None:
-        self._out, self._clock, self._patience = out, clock, patience
-        self._began = clock()
+    def __init__(self, out: TextIO, clock: Callable[[], float] = time.monotonic, delay: float = _STATUS_DELAY) -> None:
+        self._out, self._clock, self._delay = out, clock, delay
+        self._started_at = clock()
         self._shown = ""
 
-    def show(self, sentence: str) -> None:
-        """Put `sentence` on the line."""
-        if sentence == self._shown or not obeys(self._out) or self._clock() - self._began < self._patience:
+    def show(self, text: str) -> None:
+        """Replace the line by `text`."""
+        if text == self._shown or not supports_ansi(self._out) or self._clock() - self._started_at < self._delay:
             return
-        self._shown = sentence
-        self._out.write(f"{_ERASE}\x1b[2m{sentence}\x1b[0m")
+        self._shown = text
+        self._out.write(f"{_ERASE_LINE}\x1b[2m{text}\x1b[0m")
         self._out.flush()
 
     def clear(self) -> None:
-        """Take the line away."""
+        """Erase the line and restart the delay."""
         if self._shown:
-            self._out.write(_ERASE)
+            self._out.write(_ERASE_LINE)
             self._out.flush()
         self._shown = ""
-        self._began = self._clock()
+        self._started_at = self._clock()
 
 
 @contextlib.contextmanager
 def loading_status(out: TextIO, name: str) -> Iterator[Callable[[float], None]]:
-    """For loading a model: the function given gets a fraction between 0 and 1."""
+    """Yield a function that takes the loaded fraction of a model, from 0 to 1, and shows it."""
     line = StatusLine(out)
     try:
         yield lambda fraction: line.show(tr("loading {name}: {fraction:.0%}", name=name, fraction=fraction))

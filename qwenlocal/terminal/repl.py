@@ -1,4 +1,4 @@
-"""The chat: a line to type in, answers above it, and commands that begin with a slash."""
+"""The chat loop: read a line, then run a slash command or answer the message."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwenlocal.chat.documents import mentioned, missing, read_document
-from qwenlocal.chat.events import Done, Event, Why
+from qwenlocal.chat.documents import find_mentions, find_missing_mentions, read_document
+from qwenlocal.chat.events import Done, Event, FinishReason
 from qwenlocal.chat.worker import iterate_in_thread
 from qwenlocal.errors import ContextFull, QwenlocalError
 from qwenlocal.i18n import tr
-from qwenlocal.terminal.ansi import has_colours, obeys
-from qwenlocal.terminal.attachments import with_documents
-from qwenlocal.terminal.commands.models import prompt_files
-from qwenlocal.terminal.commands.table import Leave, find, is_command, unescaped, unknown
-from qwenlocal.terminal.markdown import Look, warm_up
-from qwenlocal.terminal.screen import Screen, Size
-from qwenlocal.terminal.session import Session
-from qwenlocal.terminal.tty import quiet
-from qwenlocal.terminal.type_ahead import TypedAhead, typing_ahead
-from qwenlocal.terminal.view import AnswerView, Progress, show_answer
+from qwenlocal.terminal.ansi import supports_ansi, supports_color
+from qwenlocal.terminal.attachments import attach_documents
+from qwenlocal.terminal.commands.models import find_prompt_files
+from qwenlocal.terminal.commands.table import ExitChat, describe_unknown, find_command, is_command, unescape_slashes
+from qwenlocal.terminal.markdown import RenderOptions, warm_up
+from qwenlocal.terminal.screen import Screen, TerminalSize
+from qwenlocal.terminal.session import AnswerStarter, Session
+from qwenlocal.terminal.tty import disable_echo
+from qwenlocal.terminal.type_ahead import TypeAhead, capture_keys
+from qwenlocal.terminal.view import AnswerProgress, AnswerView, print_answer
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
@@ -33,11 +33,10 @@ if TYPE_CHECKING:
     from prompt_toolkit.formatted_text import StyleAndTextTuples
 
 PROMPT: StyleAndTextTuples = [("bold fg:ansigreen", "> ")]
-Answer = Callable[[], Iterator[Event]]
 
 
-class Chat:
-    """One conversation at a terminal."""
+class Repl:
+    """The read-eval-print loop of one chat."""
 
     def __init__(
         self,
@@ -45,209 +44,214 @@ class Chat:
         *,
         history: Path | None,
         verdict: Callable[[], str] = lambda: "",
-        begin: Callable[[], object] = lambda: None,
+        on_ready: Callable[[], object] = lambda: None,
     ) -> None:
         """
-        What is typed goes into the file `history`, if there is one. `verdict` tells what came out of a trial that goes
-        on beside the answers; it is said once. `begin` is called when the input line is there for the first time: the
-        model can be loaded behind it.
+        Prepare the loop; the lines typed are appended to the file `history`, if given.
+
+        `verdict` returns the result of trying a draft model during the answers, which is printed once. `on_ready` is
+        called when the input line is shown for the first time, so that the model can load while the user types.
         """
-        from qwenlocal.terminal.input import Pastes
+        from qwenlocal.terminal.input import PasteStore
 
         self._session, self._history = session, history
-        self._verdict, self._verdict_said = verdict, ""
-        self._begin = begin
+        self._verdict, self._printed_verdict = verdict, ""
+        self._on_ready = on_ready
         self._app: Application[str] | None = None
-        self._typed = TypedAhead()
-        self._pastes = Pastes()
-        self._trouble = ""
+        self._type_ahead = TypeAhead()
+        self._pastes = PasteStore()
+        self._printed_save_error = ""
         self._is_warm = False
 
-    def run(self, first: str | None = None) -> None:
-        """Until the user leaves; `first` is asked at once."""
-        session, line = self._session, self._line()
-        self._app = line.app
-        line.app.after_render.add_handler(self._rendered)
-        session.say(tr("{model}. /help for commands, Ctrl-D to leave.", model=session.model))
+    def run(self, first_message: str | None = None) -> None:
+        """Chat until the user exits; `first_message` is sent at once."""
+        session, editor = self._session, self._create_line_editor()
+        self._app = editor.app
+        editor.app.after_render.add_handler(self._after_render)
+        session.say(tr("Chatting with {model}. /help for commands, Ctrl-D to exit.", model=session.model))
         try:
-            with quiet(sys.stdin, sys.stdout):
-                self._take_lines(line, first)
-        except (EOFError, Leave):
+            with disable_echo(sys.stdin, sys.stdout):
+                self._loop(editor, first_message)
+        except (EOFError, ExitChat):
             return
         finally:
-            if session.keeper:
-                session.keeper.close()
+            if session.journal_writer:
+                session.journal_writer.close()
 
-    def _take_lines(self, line: PromptSession[str], first: str | None) -> None:
-        """One after the other, until Ctrl-C is pressed twice."""
-        warned = False
-        if first:
-            self._said(first)
+    def _loop(self, editor: PromptSession[str], first_message: str | None) -> None:
+        """Process lines until the user presses Ctrl-C twice."""
+        session = self._session
+        has_warned = False
+        if first_message:
+            self._process(first_message)
         while True:
             try:
-                self._said(self._next(line))
-                warned = False
+                self._process(self._read_line(editor))
+                has_warned = False
             except KeyboardInterrupt:
-                if self._session.editing:
-                    self._session.editing = None
-                    self._session.say(tr("Nothing was changed."))
+                if session.pending_edit:
+                    session.pending_edit = None
+                    session.say(tr("Nothing was changed."))
                     continue
-                if warned:
+                if has_warned:
                     return
-                self._session.say(tr("(Ctrl-C again or Ctrl-D leaves.)"))
-                warned = True
+                session.say(tr("(Press Ctrl-C again or Ctrl-D to exit.)"))
+                has_warned = True
 
-    def _warm_up(self) -> None:
-        """While the first line is typed, what the first answer will need is imported."""
-        if not self._is_warm and obeys(sys.stdout) and self._session.markdown:
-            threading.Thread(target=warm_up, daemon=True).start()
-        self._is_warm = True
-
-    def model_is_there(self, failure: BaseException | None) -> None:
-        """The model is loaded; where that failed, the chat ends with the reason. From any thread."""
+    def on_model_loaded(self, failure: BaseException | None) -> None:
+        """End the chat with `failure` if the model could not be loaded. Can be called from any thread."""
         app = self._app
         if failure is not None and app is not None and app.is_running and app.loop is not None:
             app.loop.call_soon_threadsafe(functools.partial(app.exit, exception=failure))
 
-    def _rendered(self, _app: Application[str]) -> None:
-        self._begin()
-        self._warm_up()
+    def _after_render(self, _app: Application[str]) -> None:
+        self._on_ready()
+        if not self._is_warm and supports_ansi(sys.stdout) and self._session.render_markdown:
+            threading.Thread(target=warm_up, daemon=True).start()
+        self._is_warm = True
 
-    # --- what is typed
+    # --- input
 
-    def _next(self, line: PromptSession[str]) -> str:
-        """The next line: one that was sent during the last answer, or one that is typed now."""
-        session = self._session
-        if self._typed.sent:
-            text = self._typed.sent.pop(0)
+    def _read_line(self, editor: PromptSession[str]) -> str:
+        """Return the next line: one that was sent during the last answer, or one typed now."""
+        session, type_ahead = self._session, self._type_ahead
+        if type_ahead.submitted:
+            text = type_ahead.submitted.pop(0)
             sys.stdout.write(f"> {text}\n")
             return text
-        if self._typed.leaves:
+        if type_ahead.eof:
             raise EOFError
-        default = session.default_text or self._typed.text
-        session.default_text = self._typed.text = ""
-        return self._pastes.unfold(_clean(line.prompt(PROMPT, default=default)))
+        default = session.default_text or type_ahead.text
+        session.default_text = type_ahead.text = ""
+        return self._pastes.expand(_replace_surrogates(editor.prompt(PROMPT, default=default)))
 
-    def _said(self, line: str) -> None:
-        """Do what a line says."""
+    def _process(self, line: str) -> None:
+        """Run a command, or send a message; print errors."""
         session = self._session
         if line.strip() and not is_command(line):
-            _ = session.conversation  # where its model cannot be loaded, there is nothing to chat with
+            _ = session.conversation  # outside `try`: without a model the chat ends
         try:
-            if session.editing and not (is_command(line) and find(line.split()[0])):
-                self._edited(line)
+            if session.pending_edit and not (is_command(line) and find_command(line.split()[0])):
+                self._finish_edit(line)
             elif is_command(line):
-                session.editing = None
-                self._obey(line)
+                session.pending_edit = None
+                self._run_command(line)
             elif line.strip():
-                self._ask(unescaped(line))
+                self._send(unescape_slashes(line))
         except QwenlocalError as error:
-            afresh = tr("/clear starts afresh, /drop leaves a turn out.") if isinstance(error, ContextFull) else ""
-            session.say(" ".join(part for part in (str(error), error.hint, afresh) if part))
+            is_full = isinstance(error, ContextFull)
+            hint = tr("Or start a new chat (/clear), or remove a turn (/drop).") if is_full else ""
+            session.say(" ".join(part for part in (str(error), error.hint, hint) if part))
 
-    def _obey(self, line: str) -> None:
-        word, _, rest = line.partition(" ")
-        command = find(word.strip())
+    def _run_command(self, line: str) -> None:
+        name, _, argument = line.partition(" ")
+        command = find_command(name.strip())
         if command is None:
-            self._session.say(unknown(word.strip()))
+            self._session.say(describe_unknown(name.strip()))
             return
-        begun = command.action(self._session, rest.strip())
-        for answer in [begun] if callable(begun) else begun or ():
-            self._show(answer)
-            if self._session.last and self._session.last.why is Why.INTERRUPTED:
-                break  # those that were still to come are not wanted either
+        result = command.handler(self._session, argument.strip())
+        for start in [result] if callable(result) else result or ():
+            self._answer(start)
+            if self._session.last_result and self._session.last_result.finish_reason is FinishReason.INTERRUPTED:
+                break  # Ctrl-C also cancels the answers that have not started
 
-    def _edited(self, line: str) -> None:
+    def _finish_edit(self, line: str) -> None:
         session = self._session
-        editing, session.editing = session.editing, None
-        if editing is None or not line.strip():
+        edit, session.pending_edit = session.pending_edit, None
+        if edit is None or not line.strip():
             session.say(tr("Nothing was changed."))
-        elif editing.answer:
-            session.conversation.replace_answer(editing.turn, line)
-            session.say(tr("The model has said that now; what followed is kept: /branch"))
+        elif edit.is_answer:
+            session.conversation.replace_answer(edit.turn, line)
+            session.say(tr("Answer changed. What followed it is kept: /branch"))
         else:
-            whole = self._with_files(unescaped(line))
-            if whole is not None:
-                self._show(lambda: session.conversation.edit(editing.turn, whole))
+            message = self._attach_mentions(unescape_slashes(line))
+            if message is not None:
+                self._answer(lambda: session.conversation.edit(edit.turn, message))
 
-    def _ask(self, text: str) -> None:
-        whole = self._with_files(text)
-        if whole is not None:
-            self._show(lambda: self._session.conversation.ask(whole))
+    def _send(self, text: str) -> None:
+        message = self._attach_mentions(text)
+        if message is not None:
+            self._answer(lambda: self._session.conversation.ask(message))
 
-    def _with_files(self, text: str) -> str | None:
-        """`text` with the files that it mentions, but for those that it has in it already; None to send nothing."""
-        documents = [read_document(path) for path in mentioned(text, Path())]
-        documents = [document for document in documents if document.as_message() not in text]
-        for name in missing(text, Path()):
-            self._session.say(tr("There is no file {name}; that is sent as it stands.", name=name))
-        return with_documents(self._session, text, documents)
+    def _attach_mentions(self, text: str) -> str | None:
+        """Attach the files that `text` mentions and does not contain yet; return None if nothing is to be sent."""
+        documents = [read_document(path) for path in find_mentions(text, Path())]
+        documents = [document for document in documents if document.to_markdown() not in text]
+        for name in find_missing_mentions(text, Path()):
+            self._session.say(tr("There is no file {name}; sending the name as text.", name=name))
+        return attach_documents(self._session, text, documents)
 
     # --- answers
 
-    def _show(self, begin: Answer) -> None:
+    def _answer(self, start: AnswerStarter) -> None:
+        """Start an answer, show it, and print notes about it."""
         session = self._session
-        with iterate_in_thread(begin, session.conversation.stop) as events:
-            done = self._draw(events)
-        session.answered(done)
-        if done.why not in (Why.END, Why.STOP):
-            more = " " + tr("/continue goes on.") if done.why in (Why.LENGTH, Why.INTERRUPTED) and done.ids else ""
-            session.say(f"[{tr(done.why.value)}]{more}")
-        if session.stats:
-            session.say(done.stats.sentence(done.why))
-        self._say_what_else_happened()
+        with iterate_in_thread(start, session.conversation.stop) as events:
+            done = self._show(events)
+        session.record_result(done)
+        reason = done.finish_reason
+        if reason not in (FinishReason.EOS, FinishReason.STOP_STRING):
+            can_continue = reason in (FinishReason.LENGTH, FinishReason.INTERRUPTED) and done.ids
+            hint = " " + tr("Type /continue for more.") if can_continue else ""
+            session.say(f"[{tr(reason.value)}]{hint}")
+        if session.show_stats:
+            session.say(done.stats.describe(reason))
+        self._print_notes()
         sys.stdout.write("\n")
         sys.stdout.flush()
 
-    def _draw(self, events: Iterator[Event]) -> Done:
+    def _show(self, events: Iterator[Event]) -> Done:
         session = self._session
-        if not obeys(sys.stdout):
-            return show_answer(events, sys.stdout, sys.stderr)
+        if not supports_ansi(sys.stdout):
+            return print_answer(events, sys.stdout, sys.stderr)
         view = AnswerView(
             Screen(sys.stdout, terminal_size),
-            look,
-            Progress(session.conversation.n_ctx),
-            lambda: self._typed.text,
-            markdown=session.markdown,
+            render_options,
+            AnswerProgress(session.conversation.n_ctx),
+            lambda: self._type_ahead.text,
+            markdown=session.render_markdown,
         )
-        with typing_ahead(sys.stdin, self._typed, view.key):
+        with capture_keys(sys.stdin, self._type_ahead, view.redraw_footer):
             return view.show(events)
 
-    def _say_what_else_happened(self) -> None:
+    def _print_notes(self) -> None:
+        """Print the verdict on the draft model and errors of the journal, if they are new."""
         session = self._session
-        if (verdict := self._verdict()) != self._verdict_said:
+        if (verdict := self._verdict()) != self._printed_verdict:
             session.say(verdict)
-            self._verdict_said = verdict
-        trouble = session.keeper.trouble if session.keeper else ""
-        if trouble and trouble != self._trouble:
-            session.say(tr("What is said cannot be kept at the moment: {trouble}. It is tried again.", trouble=trouble))
-        self._trouble = trouble
+            self._printed_verdict = verdict
+        save_error = session.journal_writer.error if session.journal_writer else ""
+        if save_error and save_error != self._printed_save_error:
+            session.say(tr("Cannot save this chat: {reason}. Will try again.", reason=save_error))
+        self._printed_save_error = save_error
 
-    # --- the terminal
+    # --- the line editor
 
-    def _line(self) -> PromptSession[str]:
-        from qwenlocal.terminal.input import ChatCompleter, make_session
+    def _create_line_editor(self) -> PromptSession[str]:
+        from qwenlocal.terminal.input import ChatCompleter, create_line_editor
 
         session = self._session
         completer = ChatCompleter(
-            session.models.names, lambda: list(prompt_files(session.prompts)), lambda: len(session.thread.turns)
+            session.models.names,
+            lambda: list(find_prompt_files(session.prompt_folders)),
+            lambda: len(session.thread.turns),
         )
         vi = os.environ.get("QWENLOCAL_KEYS", "").lower() == "vi"
-        return make_session(
+        return create_line_editor(
             completer,
             self._pastes,
             self._history,
-            toolbar=self._toolbar,
-            is_editing=lambda: session.editing is not None,
+            toolbar=self._format_toolbar,
+            is_editing=lambda: session.pending_edit is not None,
             vi=vi,
         )
 
-    def _toolbar(self) -> str:
-        """What the line below the input says."""
+    def _format_toolbar(self) -> str:
+        """Return the line below the input line: the model, and numbers of the last answer."""
         session = self._session
         parts = [session.model]
-        if session.last:
-            stats, n_ctx = session.last.stats, session.conversation.n_ctx
+        if session.last_result:
+            stats, n_ctx = session.last_result.stats, session.conversation.n_ctx
             used = stats.prompt_tokens + stats.answer_tokens
             parts.append(
                 tr("{used:,} of {n_ctx:,} tokens", used=used, n_ctx=n_ctx)
@@ -255,22 +259,24 @@ class Chat:
                 else tr("{count:,} tokens", count=used)
             )
             if stats.answer_speed:
-                speed, first = stats.answer_speed, stats.first_token
-                parts.append(tr("{speed:.1f} tokens/s, first after {first:.1f} s", speed=speed, first=first))
+                speed, seconds = stats.answer_speed, stats.first_token
+                parts.append(
+                    tr("{speed:.1f} tokens/s, first token after {seconds:.1f} s", speed=speed, seconds=seconds)
+                )
         return " | ".join(parts)
 
 
-def terminal_size() -> Size:
-    """How large the terminal is now."""
-    found = shutil.get_terminal_size()
-    return Size(max(1, found.columns), max(2, found.lines))
+def terminal_size() -> TerminalSize:
+    """Return the current size of the terminal."""
+    size = shutil.get_terminal_size()
+    return TerminalSize(max(1, size.columns), max(2, size.lines))
 
 
-def look() -> Look:
-    """How lines look on this terminal now."""
-    return Look(max(20, terminal_size().columns), colour=has_colours(sys.stdout))
+def render_options() -> RenderOptions:
+    """Return the current width and color support of the terminal."""
+    return RenderOptions(max(20, terminal_size().columns), color=supports_color(sys.stdout))
 
 
-def _clean(line: str) -> str:
-    """What was typed, with bytes that are no text (a terminal hands them on as lone surrogates) replaced."""
+def _replace_surrogates(line: str) -> str:
+    """Replace bytes that are not text, which arrive from the terminal as lone surrogates."""
     return line.encode("utf-8", errors="replace").decode("utf-8")

@@ -1,12 +1,13 @@
-"""What the commands of a chat work with: the conversation, the models, the journal, and where to say something."""
+"""The state of a chat in the terminal, shared by the input loop and the slash commands."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from qwenlocal.chat.events import Event
 from qwenlocal.errors import UsageError
 from qwenlocal.i18n import tr
 
@@ -14,138 +15,143 @@ if TYPE_CHECKING:
     from qwenlocal.chat.conversation import Conversation
     from qwenlocal.chat.events import Done
     from qwenlocal.chat.journal import Journal
-    from qwenlocal.chat.journal_writer import Keeper
+    from qwenlocal.chat.journal_writer import JournalWriter
     from qwenlocal.chat.thread import Thread, Turn
 
+AnswerStarter = Callable[[], Iterator[Event]]
+_MIN_TIMED_TOKENS = 24  # new prompt tokens; the speed of shorter prompts means little
 
-_ENOUGH_TO_TELL = 24  # tokens
 
+class ChatModels(Protocol):
+    """Loads the models of a chat."""
 
-class Models(Protocol):
-    """Who can load models."""
-
-    def first(self, thread: Thread) -> Conversation:
+    def load_first(self, thread: Thread) -> Conversation:
         """
-        The conversation of `thread` with the model that the chat begins with; waits until it is loaded.
+        Return the conversation of `thread` with the model that the chat starts with, once it is loaded.
 
         Raises
         ------
-        QwenlocalError: it cannot be loaded. KeyboardInterrupt: it was not waited for.
+        QwenlocalError: the model cannot be loaded. KeyboardInterrupt: the user did not wait for it.
         """
         ...
 
     @property
     def current(self) -> str:
-        """The name of the model that answers, by which it is found again from any folder."""
+        """The name of the current model, valid in any working directory."""
         ...
 
     def names(self) -> Sequence[str]:
-        """Models that are on this disk."""
+        """List the installed models."""
         ...
 
     def switch(self, name: str, thread: Thread) -> Conversation:
         """
-        The conversation of `thread` with another model, loaded if it is not.
+        Return the conversation of `thread` with another model, loaded if necessary.
 
         Raises
         ------
-        QwenlocalError: there is no such model, or it cannot be loaded; the one before goes on.
+        QwenlocalError: there is no such model, or it cannot be loaded; the current model stays.
         """
         ...
 
-    def widen(self, n_ctx: int, thread: Thread) -> Conversation:
+    def resize_context(self, n_ctx: int, thread: Thread) -> Conversation:
         """
-        The conversation with room for `n_ctx` tokens.
+        Return the conversation of `thread` with a context of `n_ctx` tokens.
 
         Raises
         ------
-        NotEnoughMemory: they do not fit; nothing is changed then.
+        NotEnoughMemory: the context does not fit; nothing changes.
         """
         ...
 
 
 @dataclass(frozen=True)
-class Editing:
-    """The next line takes the place of what `turn` asked, or of its answer."""
+class PendingEdit:
+    """The next line replaces the question of `turn`, or its answer."""
 
     turn: Turn
-    answer: bool
+    is_answer: bool
 
 
 @dataclass
 class Session:
     """
-    One chat at a terminal. `begun` is the thread that it begins with, `model` the model's name; `say` prints a sentence
-    beside the answers, `ask` asks for a letter or a line; `keeper` is None where nothing is kept.
+    One chat in the terminal.
+
+    `initial_thread` is the thread that the chat starts with, `model` the displayed name of the current model. `say`
+    prints a note between the answers, `ask` asks for a letter or a line. `journal_writer` is None if the chat is not
+    saved.
     """
 
-    begun: Thread
+    initial_thread: Thread
     model: str
-    models: Models
+    models: ChatModels
     say: Callable[[str], None]
     ask: Callable[[str], str]
-    prompts: Sequence[Path]
-    exports: Path
+    prompt_folders: Sequence[Path]
+    save_folder: Path
     journal: Journal | None = None
-    keeper: Keeper | None = None
-    stats: bool = False
-    markdown: bool = True
-    last: Done | None = None
-    reading_speed: float = 0.0  # tokens a second, of the last prompt of which enough was new to tell
-    written: set[Path] = field(default_factory=set)  # files of ours, which may be written again
-    default_text: str = ""  # what the next input line begins with
-    editing: Editing | None = None
+    journal_writer: JournalWriter | None = None
+    show_stats: bool = False
+    render_markdown: bool = True
+    last_result: Done | None = None
+    prompt_speed: float = 0.0  # tokens per second of the last long prompt, 0 if there was none
+    written_files: set[Path] = field(default_factory=set)  # by this chat; they may be overwritten
+    default_text: str = ""  # the initial text of the next input line
+    pending_edit: PendingEdit | None = None
 
-    current: Conversation | None = None
+    loaded_conversation: Conversation | None = None
 
     @property
     def conversation(self) -> Conversation:
-        """The conversation; where the model is still being loaded, this waits for it."""
-        if self.current is None:
-            self.current = self.models.first(self.begun)
-        return self.current
+        """The conversation; waits until its model is loaded."""
+        if self.loaded_conversation is None:
+            self.loaded_conversation = self.models.load_first(self.initial_thread)
+        return self.loaded_conversation
 
     @conversation.setter
     def conversation(self, new: Conversation) -> None:
-        self.current = new
+        self.loaded_conversation = new
 
     @property
     def thread(self) -> Thread:
-        """What was said so far."""
-        return self.current.thread if self.current else self.begun
+        """The messages so far; available before the model is loaded."""
+        return self.loaded_conversation.thread if self.loaded_conversation else self.initial_thread
 
-    def turn(self, text: str) -> Turn:
+    def find_turn(self, text: str) -> Turn:
         """
-        The turn of a number, counted from 1; of none, the last one; of a negative one, from the end.
+        Return the turn with a number, counted from 1; the last one for "", and from the end for negative numbers.
 
         Raises
         ------
-        UsageError: there is none.
+        UsageError: there is no such turn.
         """
         turns = self.thread.turns
         if not turns:
-            raise UsageError(tr("Nothing was asked yet."))
-        number = text.strip().lstrip("#") or "-1"
-        if not number.lstrip("-").isdecimal() or not number.lstrip("-"):
-            raise UsageError(tr("“{text}” is no turn.", text=text), hint=tr("Turns are numbered: /ctx shows them."))
-        place = int(number)
-        if place == 0 or abs(place) > len(turns):
+            raise UsageError(tr("There are no questions yet."))
+        word = text.strip().lstrip("#") or "-1"
+        hint = tr("List the turns: /ctx")
+        if not word.lstrip("-").isdecimal() or not word.lstrip("-"):
+            raise UsageError(tr("“{text}” is not a turn number.", text=text), hint=hint)
+        number = int(word)
+        if number == 0 or abs(number) > len(turns):
             raise UsageError(
-                tr("There is no turn {place}; there are {count}.", place=place, count=len(turns)),
-                hint=tr("/ctx shows them."),
+                tr("There is no turn {number}; this chat has {count}.", number=number, count=len(turns)), hint=hint
             )
-        return turns[place - 1 if place > 0 else place]
+        return turns[number - 1 if number > 0 else number]
 
-    def answered(self, done: Done) -> None:
-        """Take note of how an answer went."""
-        self.last = done
-        if done.stats.prompt_tokens - done.stats.reused_tokens >= _ENOUGH_TO_TELL:
-            self.reading_speed = done.stats.prompt_speed
+    def record_result(self, done: Done) -> None:
+        """Remember the statistics of an answer."""
+        self.last_result = done
+        if done.stats.prompt_tokens - done.stats.reused_tokens >= _MIN_TIMED_TOKENS:
+            self.prompt_speed = done.stats.prompt_speed
 
-    def talk_of(self, thread: Thread, *, id: int | None = None) -> None:
-        """Go on with another thread; with `id`, a chat of the journal."""
-        if self.keeper:
-            self.keeper.close()
+    def switch_thread(self, thread: Thread, *, chat_id: int | None = None) -> None:
+        """Continue with another thread: a new chat, or chat `chat_id` of the journal."""
+        if self.journal_writer:
+            self.journal_writer.close()
         self.conversation.thread = thread
-        self.last = None
-        self.keeper = self.journal.keep(thread, model=self.models.current, id=id) if self.journal else None
+        self.last_result = None
+        self.journal_writer = (
+            self.journal.open_writer(thread, model=self.models.current, chat_id=chat_id) if self.journal else None
+        )

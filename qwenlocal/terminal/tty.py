@@ -1,4 +1,4 @@
-"""What is said where llama.cpp ends the process itself, since nothing can be computed any more."""
+"""Terminal modes: echo and line editing off during a chat, and back on when llama.cpp aborts the process."""
 
 from __future__ import annotations
 
@@ -10,21 +10,76 @@ from collections.abc import Iterator
 from typing import TextIO
 
 from qwenlocal.errors import EngineCrashed
-from qwenlocal.terminal.ansi import obeys
+from qwenlocal.terminal.ansi import supports_ansi
 
-_PASTE_ON, _PASTE_OFF = "\x1b[?2004h", "\x1b[?2004l"
+_PASTE_ON, _PASTE_OFF = "\x1b[?2004h", "\x1b[?2004l"  # bracketed paste
 
 
-def say_last_words(reason: str) -> None:
-    """Set the terminal right, say llama.cpp's `reason` and a next step, and leave at once: no other code can run."""
+@contextlib.contextmanager
+def disable_echo(terminal: TextIO, out: TextIO) -> Iterator[None]:
+    """
+    Turn off echo and line editing, and turn on bracketed paste; also again after a suspension.
+
+    Keys pressed while nobody reads them keep their meaning: Enter stays a carriage return, Ctrl-D stays Ctrl-D. Ctrl-C
+    and Ctrl-Z still send their signals.
+    """
+    if sys.platform == "win32" or not terminal.isatty():
+        yield
+        return
+    import signal
+    import termios
+
+    original = termios.tcgetattr(terminal)
+    no_echo = termios.tcgetattr(terminal)
+    no_echo[0] &= ~termios.ICRNL
+    no_echo[3] &= ~(termios.ECHO | termios.ICANON)
+
+    def enable(*_signal: object) -> None:
+        termios.tcsetattr(terminal, termios.TCSANOW, no_echo)
+        _write_sequence(out, _PASTE_ON)
+
+    def restore() -> None:
+        termios.tcsetattr(terminal, termios.TCSANOW, original)
+        _write_sequence(out, _PASTE_OFF)
+
+    def suspend(_number: int, _frame: object) -> None:
+        restore()
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    is_main = threading.current_thread() is threading.main_thread()
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGTSTP, signal.SIGCONT)] if is_main else []
+    if is_main:
+        signal.signal(signal.SIGTSTP, suspend)
+        signal.signal(signal.SIGCONT, enable)
+    enable()
+    try:
+        yield
+    finally:
+        for number, handler in handlers:
+            signal.signal(number, handler)
+        restore()
+
+
+def _write_sequence(out: TextIO, sequence: str) -> None:
+    if supports_ansi(out):
+        out.write(sequence)
+        out.flush()
+
+
+def exit_after_crash(reason: str) -> None:
+    """
+    Restore the terminal, print llama.cpp's `reason` and the next step, and end the process.
+
+    llama.cpp's abort callback calls this; no other Python code can run after it.
+    """
     error = EngineCrashed(reason)
-    _restore_terminal()
+    _restore_echo()
     os.write(2, f"\nqwenlocal: {error}\n{error.hint}\n".encode())
     os._exit(error.exit_code)
 
 
-def _restore_terminal() -> None:
-    """Echo, lines and line ends as shells expect them."""
+def _restore_echo() -> None:
+    """Turn on echo, line editing and line end conversion, as shells expect them."""
     if sys.platform == "win32" or not os.isatty(0):
         return
     import termios
@@ -33,54 +88,3 @@ def _restore_terminal() -> None:
     mode[0] |= termios.ICRNL
     mode[3] |= termios.ECHO | termios.ICANON | termios.ISIG
     termios.tcsetattr(0, termios.TCSANOW, mode)
-
-
-@contextlib.contextmanager
-def quiet(terminal: TextIO, out: TextIO) -> Iterator[None]:
-    """
-    No echo and no line editing by the terminal itself, pastes told apart from keys; again after a suspension.
-
-    So keys that are pressed while nobody reads them keep their meaning: Enter stays a carriage return, Ctrl-D itself.
-    Ctrl-C and Ctrl-Z work as ever.
-    """
-    if sys.platform == "win32" or not terminal.isatty():
-        yield
-        return
-    import signal
-    import termios
-
-    before = termios.tcgetattr(terminal)
-    silent = termios.tcgetattr(terminal)
-    silent[0] &= ~termios.ICRNL
-    silent[3] &= ~(termios.ECHO | termios.ICANON)
-
-    def begin(*_signal: object) -> None:
-        termios.tcsetattr(terminal, termios.TCSANOW, silent)
-        _tell(out, _PASTE_ON)
-
-    def end() -> None:
-        termios.tcsetattr(terminal, termios.TCSANOW, before)
-        _tell(out, _PASTE_OFF)
-
-    def suspend(_number: int, _frame: object) -> None:
-        end()
-        os.kill(os.getpid(), signal.SIGSTOP)
-
-    is_main = threading.current_thread() is threading.main_thread()
-    old = [(number, signal.getsignal(number)) for number in (signal.SIGTSTP, signal.SIGCONT)] if is_main else []
-    if is_main:
-        signal.signal(signal.SIGTSTP, suspend)
-        signal.signal(signal.SIGCONT, begin)
-    begin()
-    try:
-        yield
-    finally:
-        for number, handler in old:
-            signal.signal(number, handler)
-        end()
-
-
-def _tell(out: TextIO, sequence: str) -> None:
-    if obeys(out):
-        out.write(sequence)
-        out.flush()

@@ -1,4 +1,4 @@
-"""What is typed while an answer comes: shown below it, and kept for the next question."""
+"""Type-ahead: keys pressed while the model answers, shown below the answer and kept for the next message."""
 
 from __future__ import annotations
 
@@ -12,51 +12,54 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
-_KEYS = re.compile("\x1b(?:\\[[0-9;?<]*[@-~]|O.|[^\\[O])", re.DOTALL)  # arrows and the like, whole
-_LONGEST_KEY = 16
-_WAIT = 0.05  # seconds, after which the end of an answer is noticed
+_PASTE_START, _PASTE_END = "\x1b[200~", "\x1b[201~"
+# Any sequence, known or not: prompt_toolkit's Vt100Parser would put unknown ones (replies of the terminal, keys of
+# newer keyboard protocols) into the text.
+_ESCAPE_SEQUENCE = re.compile("\x1b(?:\\[[0-9;?<]*[@-~]|O.|[^\\[O])", re.DOTALL)  # arrows, function keys, Alt + key
+_MAX_SEQUENCE = 16
+_POLL_SECONDS = 0.05  # longest delay until the reader notices the end of an answer
 
 
-class TypedAhead:
+class TypeAhead:
     """
-    Keys in the order in which they came, with their meaning: what is sent already, and what is still being typed.
+    Applies keys to a line as the input line would: `submitted` lines, and the `text` of the one still being typed.
 
-    After the keys `a b ⌫ c ⏎ d`, `sent` is ["ac"] and `text` is "d". `leaves` after Ctrl-D on an empty line.
+    After the keys `a b ⌫ c ⏎ d`, `submitted` is ["ac"] and `text` is "d". `eof` is set by Ctrl-D on an empty line.
     """
 
     def __init__(self) -> None:
-        self.sent: list[str] = []
+        self.submitted: list[str] = []
         self.text = ""
-        self.leaves = False
+        self.eof = False
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._half = ""  # an escape sequence or a paste whose end has not come
+        self._incomplete = ""  # the start of an escape sequence or a paste
 
     def feed(self, data: bytes) -> None:
-        """Bytes of a terminal."""
-        text = self._half + self._decoder.decode(data)
-        self._half = ""
+        """Process bytes from a terminal."""
+        text = self._incomplete + self._decoder.decode(data)
+        self._incomplete = ""
         while text:
-            if text.startswith("\x1b[200~"):
-                end = text.find("\x1b[201~")
+            if text.startswith(_PASTE_START):
+                end = text.find(_PASTE_END)
                 if end < 0:
-                    self._half = text
+                    self._incomplete = text
                     return
-                self.text += text[6:end].replace("\r\n", "\n").replace("\r", "\n")
-                text = text[end + 6 :]
+                self.text += text[len(_PASTE_START) : end].replace("\r\n", "\n").replace("\r", "\n")
+                text = text[end + len(_PASTE_END) :]
             elif text[0] == "\x1b":
-                key = _KEYS.match(text)
-                if key is None and len(text) < _LONGEST_KEY:
-                    self._half = text
+                sequence = _ESCAPE_SEQUENCE.match(text)
+                if sequence is None and len(text) < _MAX_SEQUENCE:
+                    self._incomplete = text
                     return
-                text = text[key.end() if key else 1 :]
+                text = text[sequence.end() if sequence else 1 :]
             else:
-                self._key(text[0])
+                self._press(text[0])
                 text = text[1:]
 
-    def _key(self, key: str) -> None:
+    def _press(self, key: str) -> None:
         if key == "\r":
             if self.text.strip():
-                self.sent.append(self.text)
+                self.submitted.append(self.text)
             self.text = ""
         elif key == "\n":  # Ctrl-J
             self.text += "\n"
@@ -65,7 +68,7 @@ class TypedAhead:
         elif key == "\x15":  # Ctrl-U
             self.text = ""
         elif key == "\x04" and not self.text:
-            self.leaves = True
+            self.eof = True
         elif key == "\x17":  # Ctrl-W
             self.text = self.text.rstrip().rpartition(" ")[0]
         elif key.isprintable() or key == "\t":
@@ -73,30 +76,34 @@ class TypedAhead:
 
 
 @contextlib.contextmanager
-def typing_ahead(terminal: TextIO, typed: TypedAhead, on_key: Callable[[], object]) -> Iterator[None]:
-    """Keys of a `quiet` terminal go into `typed`, and `on_key` is called, in another thread."""
+def capture_keys(terminal: TextIO, type_ahead: TypeAhead, on_key: Callable[[], object]) -> Iterator[None]:
+    """
+    Feed the keys of `terminal` to `type_ahead` in another thread, and call `on_key` there after each.
+
+    The terminal must be in the mode of `tty.disable_echo`.
+    """
     if sys.platform == "win32" or not terminal.isatty():
         yield
         return
-    stopped = threading.Event()
-    reader = threading.Thread(target=_read, args=(terminal.fileno(), typed, on_key, stopped), daemon=True)
+    stop = threading.Event()
+    reader = threading.Thread(target=_read_keys, args=(terminal.fileno(), type_ahead, on_key, stop), daemon=True)
     reader.start()
     try:
         yield
     finally:
-        stopped.set()
+        stop.set()
         reader.join()
 
 
-def _read(file: int, typed: TypedAhead, on_key: Callable[[], object], stopped: threading.Event) -> None:
-    while not stopped.is_set():
-        ready, _, _ = select.select([file], [], [], _WAIT)
-        if ready:
+def _read_keys(descriptor: int, type_ahead: TypeAhead, on_key: Callable[[], object], stop: threading.Event) -> None:
+    while not stop.is_set():
+        readable, _, _ = select.select([descriptor], [], [], _POLL_SECONDS)
+        if readable:
             try:
-                data = os.read(file, 65536)
-            except OSError:  # the terminal is gone
+                data = os.read(descriptor, 65536)
+            except OSError:  # the terminal was closed
                 return
             if not data:
                 return
-            typed.feed(data)
+            type_ahead.feed(data)
             on_key()

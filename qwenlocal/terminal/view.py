@@ -1,4 +1,4 @@
-"""An answer on a terminal: Markdown as it comes, and below it what the model is at and what is typed meanwhile."""
+"""Answers on a terminal: rendered as they arrive, with a status line and the type-ahead below; or as plain text."""
 
 from __future__ import annotations
 
@@ -9,234 +9,53 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TextIO
 
-from qwenlocal.chat.events import Done, Event, LeftOut, Reading, Stats, Summarising, Text, Why
+from qwenlocal.chat.events import (
+    Done,
+    Event,
+    FinishReason,
+    GenerationStats,
+    PromptProgress,
+    Summarizing,
+    Text,
+    TurnsEvicted,
+)
+from qwenlocal.formatting import display_width
 from qwenlocal.i18n import tr
-from qwenlocal.terminal.ansi import harmless, width_of, wrapped
-from qwenlocal.terminal.markdown import Lines, Look, MarkdownStream
+from qwenlocal.terminal.ansi import escape_controls, wrap
+from qwenlocal.terminal.markdown import MarkdownStream, RenderedLines, RenderOptions
 from qwenlocal.terminal.progress import StatusLine
 from qwenlocal.terminal.screen import Screen
 
-_LEAST, _MOST = 0.04, 0.4  # seconds between two pictures
-_SHARE = 40  # times as long as a picture took is waited before the next: laying out takes 1/40 of the time
-_PATIENCE = 0.3  # seconds before it is said what the model is at
+_MIN_INTERVAL, _MAX_INTERVAL = 0.04, 0.4  # seconds between two redraws
+_REST_FACTOR = 40  # the pause after a redraw, as a multiple of the time it took
+_STATUS_DELAY = 0.3  # seconds before prompt progress is shown
+_NO_ANSWER = Done(FinishReason.EOS, GenerationStats(0, 0, 0, 0.0, 0.0))
 
 
-class PlainStream:
-    """Text as it is, in place of `MarkdownStream`: a line is finished when the next one begins."""
-
-    def __init__(self) -> None:
-        self._rest = ""
-
-    def feed(self, text: str) -> None:
-        """More of the text."""
-        self._rest += harmless(text)
-
-    def lines(self, look: Look) -> Lines:
-        """Whole lines, and the one that is not."""
-        *finished, self._rest = self._rest.split("\n")
-        return Lines(finished, [self._rest] if self._rest else [])
-
-    def end(self, look: Look) -> Lines:
-        """No more text comes."""
-        finished = self._rest.split("\n") if self._rest else []
-        self._rest = ""
-        return Lines(finished, [])
-
-
-class Progress:
-    """What the model is at, in one line: `n_ctx` tokens are what it has room for."""
-
-    def __init__(self, n_ctx: int | None, clock: Callable[[], float] = time.monotonic) -> None:
-        self._n_ctx, self._clock = n_ctx, clock
-        self._begun = clock()
-        self._first: float | None = None  # when the answer began
-        self._read = self._said = 0
-        self._event: Event | None = None
-
-    def happened(self, event: Event) -> None:
-        """Take note of it."""
-        self._event = event
-        if isinstance(event, Reading):
-            self._read = event.total
-        elif isinstance(event, Text):
-            self._first = self._first or self._clock()
-            self._said = event.tokens
-
-    def sentence(self) -> str:
-        """`reading 1,024 of 4,096 tokens (25 %), 12 s left`, or `37.2 tokens/s, 512 of 8,192 tokens`."""
-        now, event = self._clock(), self._event
-        if isinstance(event, Reading):
-            if now - self._begun < _PATIENCE:
-                return ""
-            new, left = event.done - event.reused, event.total - event.done
-            seconds = (now - self._begun) / new * left if new else 0
-            rest = tr(", {time} left", time=_duration(seconds)) if left and new else ""
-            share = event.done / event.total
-            read = tr(
-                "reading {done:,} of {total:,} tokens ({share:.0%})", done=event.done, total=event.total, share=share
-            )
-            return read + rest
-        if isinstance(event, Summarising):
-            return tr(
-                "the context is full; summarising {turns} turns: {words} words", turns=event.turns, words=event.words
-            )
-        if self._first is None:
-            return ""
-        parts = []
-        if self._said > 1 and now > self._first:
-            parts.append(tr("{speed:.1f} tokens/s", speed=(self._said - 1) / (now - self._first)))
-        if self._n_ctx:
-            used = self._read + self._said
-            parts.append(tr("{used:,} of {n_ctx:,} tokens of context", used=used, n_ctx=self._n_ctx))
-        return ", ".join(parts)
-
-
-class AnswerView:
+def print_answer(events: Iterable[Event], out: TextIO, err: TextIO) -> Done:
     """
-    Draws on `screen`. `look` tells how wide lines are now, `typed` what is being typed.
+    Write the text of `events` to `out`, notes and progress to `err`, and return the last event.
 
-    Drawn at most 25 times a second, and so seldom that laying out takes a fortieth of the time; what is typed is drawn
-    at once.
+    A terminal gets control characters made visible, a pipe the text unchanged. The text ends with a line break.
     """
-
-    def __init__(
-        self,
-        screen: Screen,
-        look: Callable[[], Look],
-        progress: Progress,
-        typed: Callable[[], str] = lambda: "",
-        *,
-        markdown: bool = True,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._screen, self._look, self._progress, self._typed = screen, look, progress, typed
-        self._stream: MarkdownStream | PlainStream = MarkdownStream() if markdown else PlainStream()
-        self._clock = clock
-        self._lock = threading.Lock()
-        self._open: Sequence[str] = []
-        self._above: list[str] = []  # sentences that go before the answer
-        self._next = 0.0  # when it may be drawn again
-        self._is_new = False
-        self.seconds = 0.0  # that drawing took
-
-    def show(self, events: Iterable[Event]) -> Done:
-        """Draw what happens until it is over, and tell how it ended."""
-        done = Done(Why.END, Stats(0, 0, 0, 0.0, 0.0))
-        with self._painting():
-            for event in events:
-                with self._lock:
-                    self._progress.happened(event)
-                    if isinstance(event, Text):
-                        self._stream.feed(event.text)
-                        self._is_new = True
-                    elif isinstance(event, LeftOut):
-                        self._above += _dim_lines(harmless(event.sentence()), self._look())
-                    elif isinstance(event, Done):
-                        done = event
-        with self._lock:
-            self._screen.end(self._stream.end(self._look()).finished)
-        return done
-
-    def key(self) -> None:
-        """Something was typed: draw it now."""
-        with self._lock:
-            self._screen.update([], self._open, self._below(self._look()))
-
-    @contextlib.contextmanager
-    def _painting(self) -> Iterator[None]:
-        over = threading.Event()
-
-        def paint() -> None:
-            while not over.wait(_LEAST):
-                self._paint()
-
-        painter = threading.Thread(target=paint, daemon=True)
-        painter.start()
-        try:
-            yield
-        finally:
-            over.set()
-            painter.join()
-
-    def _paint(self) -> None:
-        with self._lock:
-            begun = self._clock()
-            if begun < self._next:
-                return
-            look, finished = self._look(), list[str]()
-            if self._is_new:
-                lines = self._stream.lines(look)
-                finished, self._open, self._is_new = list(lines.finished), lines.open, False
-            if self._above:
-                self._screen.update([], [])
-                self._screen.end(self._above)
-                self._above = []
-            self._screen.update(finished, self._open, self._below(look))
-            taken = self._clock() - begun
-            self.seconds += taken
-            self._next = begun + min(_MOST, _SHARE * taken)
-
-    def _below(self, look: Look) -> list[str]:
-        """The status line, and what is being typed."""
-        found = [_dim(status, look)] if (status := self._progress.sentence()) else []
-        typed = self._typed()
-        if typed:
-            line = harmless(typed.rpartition("\n")[2])
-            while width_of(line) > look.width - 3:
-                line = line[1:]
-            found.append(f"> {line}")
-        return found
-
-
-def _dim_lines(text: str, look: Look) -> list[str]:
-    return [f"\x1b[2m{line}\x1b[0m" for line in textwrap.wrap(text, look.width)]
-
-
-def _dim(text: str, look: Look) -> str:
-    """Shortened to one row."""
-    while width_of(text) > look.width:
-        text = text[:-2] + "…"
-    return f"\x1b[2m{text}\x1b[0m"
-
-
-def _duration(seconds: float) -> str:
-    """`_duration(95)` is "1 min 35 s"."""
-    whole = max(1, round(seconds))
-    return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60} s"
-
-
-def show_answer(events: Iterable[Event], out: TextIO, aside: TextIO) -> Done:
-    """
-    Write the text of `events` to `out` and return how it ended.
-
-    On a terminal, control characters in the text are made visible; a pipe gets the text as it is. The text ends with a
-    line break.
-    """
-    status = StatusLine(aside)
-    clean = harmless if out.isatty() else str
-    done = Done(Why.END, Stats(0, 0, 0, 0.0, 0.0))
+    status = StatusLine(err)
+    clean = escape_controls if out.isatty() else str
+    done = _NO_ANSWER
     last = "\n"
     for event in events:
-        if isinstance(event, Reading):
-            status.show(
-                tr(
-                    "reading: {done:,} of {total:,} tokens ({share:.0%})",
-                    done=event.done,
-                    total=event.total,
-                    share=event.done / event.total,
-                )
-            )
+        if isinstance(event, PromptProgress):
+            status.show(_describe_prompt_progress(event))
+        elif isinstance(event, Summarizing):
+            status.show(_describe_summarizing(event))
         elif isinstance(event, Text):
             status.clear()
             out.write(clean(event.text))
             out.flush()
             last = event.text[-1]
-        elif isinstance(event, Summarising):
-            status.show(tr("the context is full; summarising the oldest turns: {words} words", words=event.words))
-        elif isinstance(event, LeftOut):
+        elif isinstance(event, TurnsEvicted):
             status.clear()
-            aside.write(wrapped(harmless(event.sentence()), aside) + "\n")
-            aside.flush()
+            err.write(wrap(escape_controls(event.describe()), err) + "\n")
+            err.flush()
         else:
             done = event
     status.clear()
@@ -244,3 +63,206 @@ def show_answer(events: Iterable[Event], out: TextIO, aside: TextIO) -> Done:
         out.write("\n")
     out.flush()
     return done
+
+
+class PlainTextStream:
+    """Shows text as the model writes it, with the interface of `MarkdownStream`."""
+
+    def __init__(self) -> None:
+        self._rest = ""
+
+    def feed(self, text: str) -> None:
+        """Append text; its control characters are made visible."""
+        self._rest += escape_controls(text)
+
+    def render(self, options: RenderOptions) -> RenderedLines:
+        """Return the complete lines since the last call, and the incomplete one."""
+        *finished, self._rest = self._rest.split("\n")
+        return RenderedLines(finished, [self._rest] if self._rest else [])
+
+    def finish(self, options: RenderOptions) -> RenderedLines:
+        """Return the remaining lines: no more text follows."""
+        finished = self._rest.split("\n") if self._rest else []
+        self._rest = ""
+        return RenderedLines(finished, [])
+
+
+class AnswerProgress:
+    """Describes in one line what the model is doing; `n_ctx` is the size of its context."""
+
+    def __init__(self, n_ctx: int | None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._n_ctx, self._clock = n_ctx, clock
+        self._started_at = clock()
+        self._first_text_at: float | None = None
+        self._prompt_tokens = self._answer_tokens = 0
+        self._event: Event | None = None
+
+    def update(self, event: Event) -> None:
+        """Record an event."""
+        self._event = event
+        if isinstance(event, PromptProgress):
+            self._prompt_tokens = event.total
+        elif isinstance(event, Text):
+            self._first_text_at = self._first_text_at or self._clock()
+            self._answer_tokens = event.tokens
+
+    def describe(self) -> str:
+        """
+        Return the text of the status line, "" for none.
+
+        It is `reading prompt: 1,024 of 4,096 tokens (25%), 12 s left`, and later `37.2 tokens/s, 512 of 8,192 tokens
+        of context`.
+        """
+        now = self._clock()
+        if isinstance(self._event, PromptProgress):
+            return self._describe_prompt(self._event, now - self._started_at)
+        if isinstance(self._event, Summarizing):
+            return _describe_summarizing(self._event)
+        return self._describe_answer(now)
+
+    def _describe_prompt(self, event: PromptProgress, elapsed: float) -> str:
+        if elapsed < _STATUS_DELAY:
+            return ""
+        new, left = event.done - event.reused, event.total - event.done
+        seconds = elapsed / new * left if new else 0
+        time_left = tr(", {time} left", time=_format_duration(seconds)) if left and new else ""
+        return _describe_prompt_progress(event) + time_left
+
+    def _describe_answer(self, now: float) -> str:
+        if self._first_text_at is None:
+            return ""
+        parts = []
+        if self._answer_tokens > 1 and now > self._first_text_at:
+            speed = (self._answer_tokens - 1) / (now - self._first_text_at)
+            parts.append(tr("{speed:.1f} tokens/s", speed=speed))
+        if self._n_ctx:
+            used = self._prompt_tokens + self._answer_tokens
+            parts.append(tr("{used:,} of {n_ctx:,} tokens of context", used=used, n_ctx=self._n_ctx))
+        return ", ".join(parts)
+
+
+def _describe_prompt_progress(event: PromptProgress) -> str:
+    return tr(
+        "reading prompt: {done:,} of {total:,} tokens ({share:.0%})",
+        done=event.done,
+        total=event.total,
+        share=event.done / event.total,
+    )
+
+
+def _describe_summarizing(event: Summarizing) -> str:
+    return tr("context full, summarizing {turns} turns: {words} words", turns=event.turns, words=event.words)
+
+
+def _format_duration(seconds: float) -> str:
+    """`_format_duration(95)` is "1 min 35 s"."""
+    whole = max(1, round(seconds))
+    return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60} s"
+
+
+class AnswerView:
+    """
+    Draws an answer on `screen`; `options` returns the current render options, `typed` the line being typed.
+
+    It redraws at most 25 times a second, and rarely enough that rendering takes 1/40 of the time. Keys are drawn at
+    once.
+    """
+
+    def __init__(
+        self,
+        screen: Screen,
+        options: Callable[[], RenderOptions],
+        progress: AnswerProgress,
+        typed: Callable[[], str] = lambda: "",
+        *,
+        markdown: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._screen, self._options, self._progress, self._typed = screen, options, progress, typed
+        self._stream: MarkdownStream | PlainTextStream = MarkdownStream() if markdown else PlainTextStream()
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._pending: Sequence[str] = []
+        self._notes: list[str] = []  # lines to print before the answer
+        self._next_redraw = 0.0
+        self._has_new_text = False
+        self.drawing_seconds = 0.0
+
+    def show(self, events: Iterable[Event]) -> Done:
+        """Draw the events until the answer ends, and return the last one."""
+        done = _NO_ANSWER
+        with self._redrawing():
+            for event in events:
+                with self._lock:
+                    self._progress.update(event)
+                    if isinstance(event, Text):
+                        self._stream.feed(event.text)
+                        self._has_new_text = True
+                    elif isinstance(event, TurnsEvicted):
+                        self._notes += _dim_paragraph(escape_controls(event.describe()), self._options())
+                    elif isinstance(event, Done):
+                        done = event
+        with self._lock:
+            self._screen.end(self._stream.finish(self._options()).finished)
+        return done
+
+    def redraw_footer(self) -> None:
+        """Show a key that was just typed."""
+        with self._lock:
+            self._screen.update([], self._pending, self._footer(self._options()))
+
+    @contextlib.contextmanager
+    def _redrawing(self) -> Iterator[None]:
+        stop = threading.Event()
+
+        def redraw_until_stopped() -> None:
+            while not stop.wait(_MIN_INTERVAL):
+                self._redraw()
+
+        thread = threading.Thread(target=redraw_until_stopped, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+    def _redraw(self) -> None:
+        with self._lock:
+            start = self._clock()
+            if start < self._next_redraw:
+                return
+            options, finished = self._options(), list[str]()
+            if self._has_new_text:
+                lines = self._stream.render(options)
+                finished, self._pending, self._has_new_text = list(lines.finished), lines.pending, False
+            if self._notes:
+                self._screen.update([], [])
+                self._screen.end(self._notes)
+                self._notes = []
+            self._screen.update(finished, self._pending, self._footer(options))
+            elapsed = self._clock() - start
+            self.drawing_seconds += elapsed
+            self._next_redraw = start + min(_MAX_INTERVAL, _REST_FACTOR * elapsed)
+
+    def _footer(self, options: RenderOptions) -> list[str]:
+        """Return the status line and the line being typed."""
+        lines = [_dim_line(status, options)] if (status := self._progress.describe()) else []
+        typed = self._typed()
+        if typed:
+            end = escape_controls(typed.rpartition("\n")[2])
+            while display_width(end) > options.width - 3:
+                end = end[1:]
+            lines.append(f"> {end}")
+        return lines
+
+
+def _dim_paragraph(text: str, options: RenderOptions) -> list[str]:
+    return [f"\x1b[2m{line}\x1b[0m" for line in textwrap.wrap(text, options.width)]
+
+
+def _dim_line(text: str, options: RenderOptions) -> str:
+    """Dim `text`, cut to one row."""
+    while display_width(text) > options.width:
+        text = text[:-2] + "…"
+    return f"\x1b[2m{text}\x1b[0m"

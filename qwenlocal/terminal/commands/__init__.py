@@ -1,1 +1,1 @@
-"""The slash commands: `table` lists them; the other modules carry them out, one a subject."""
+"""Slash commands: `table` lists them, the other modules are their handlers, one module per subject."""

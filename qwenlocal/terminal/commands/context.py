@@ -1,98 +1,99 @@
-"""Commands about what the model reads, and how it is shown."""
+"""Commands about the context: its contents, pinned and dropped turns, token counts, statistics, rendering."""
 
 from __future__ import annotations
 
-from qwenlocal.chat.context_window import is_read, shortly
+from qwenlocal.chat.context_window import is_in_context
 from qwenlocal.chat.thread import Turn
+from qwenlocal.formatting import pad, shorten
 from qwenlocal.i18n import tr
-from qwenlocal.terminal.ansi import padded
 from qwenlocal.terminal.session import Session
 
-_BAR = 40
-_STATE = 14  # columns
+_BAR_WIDTH = 40
+_STATE_WIDTH = 14
 
 
-def context(session: Session, _rest: str) -> None:
-    """A bar for the context, and a line for each turn."""
-    talk = session.conversation
-    used, n_ctx = talk.tokens_read, talk.n_ctx or 0
+def show_context(session: Session, _argument: str) -> None:
+    """Show how full the context is, and a line for each turn."""
+    conversation, thread = session.conversation, session.thread
+    used, n_ctx = conversation.prompt_tokens, conversation.n_ctx or 0
     if n_ctx:
-        filled = min(_BAR, round(_BAR * used / n_ctx))
+        filled = min(_BAR_WIDTH, round(_BAR_WIDTH * used / n_ctx))
         session.say(
             tr(
                 "[{bar}] {used:,} of {n_ctx:,} tokens ({share:.0%})",
-                bar="#" * filled + "." * (_BAR - filled),
+                bar="#" * filled + "." * (_BAR_WIDTH - filled),
                 used=used,
                 n_ctx=n_ctx,
                 share=used / n_ctx,
             )
         )
-    costs = [talk.cost(turn) for turn in session.thread.turns]
-    read = [cost for turn, cost in zip(session.thread.turns, costs, strict=True) if is_read(session.thread, turn)]
-    session.say(tr("       {count:>7,} tokens  {state}  system prompt", count=used - sum(read), state=" " * _STATE))
-    if session.thread.summary:
-        session.say(tr("  what left, in short: {text}", text=shortly(session.thread.summary)))
-    for place, (turn, count) in enumerate(zip(session.thread.turns, costs, strict=True), start=1):
-        left = turn.question.number in session.thread.left
+    counts = [conversation.count_turn_tokens(turn) for turn in thread.turns]
+    in_context = [count for turn, count in zip(thread.turns, counts, strict=True) if is_in_context(thread, turn)]
+    system_tokens = used - sum(in_context)
+    session.say(tr("       {count:>7,} tokens  {state}  system prompt", count=system_tokens, state=" " * _STATE_WIDTH))
+    if thread.summary:
+        session.say(tr("  summary of earlier turns: {text}", text=shorten(thread.summary)))
+    for number, (turn, count) in enumerate(zip(thread.turns, counts, strict=True), start=1):
+        state = _describe_state(turn, evicted=turn.question.number in thread.evicted)
         session.say(
             tr(
-                "  {place:>3}  {count:>7,} tokens  {state}  {text}",
-                place=place,
+                "  {number:>3}  {count:>7,} tokens  {state}  {text}",
+                number=number,
                 count=count,
-                state=padded(_state(turn, left=left), _STATE),
-                text=shortly(turn.question.text),
+                state=pad(state, _STATE_WIDTH),
+                text=shorten(turn.question.text),
             )
         )
 
 
-def _state(turn: Turn, *, left: bool) -> str:
+def _describe_state(turn: Turn, *, evicted: bool) -> str:
     if turn.dropped:
         return tr("dropped")
     if turn.pinned:
         return tr("pinned")
-    return tr("out of context") if left else ""
+    return tr("out of context") if evicted else ""
 
 
-def pin(session: Session, rest: str) -> None:
-    """A turn stays in a full context, or not any more."""
-    turn = session.turn(rest)
-    session.thread.change(turn.question, pinned=not turn.pinned, dropped=False)
-    session.thread.left.discard(turn.question.number)
-    text = shortly(turn.question.text)
+def toggle_pin(session: Session, argument: str) -> None:
+    """Keep a turn in a full context, or no longer."""
+    turn = session.find_turn(argument)
+    session.thread.update(turn.question, pinned=not turn.pinned, dropped=False)
+    session.thread.evicted.discard(turn.question.number)
+    text = shorten(turn.question.text)
     if turn.pinned:
-        session.say(tr("“{text}” stays in the context.", text=text))
+        session.say(tr("Pinned “{text}”: it stays in the context.", text=text))
     else:
-        session.say(tr("“{text}” may leave a full context.", text=text))
+        session.say(tr("Unpinned “{text}”.", text=text))
 
 
-def drop(session: Session, rest: str) -> None:
-    """A turn is not read any more, or is again."""
-    turn = session.turn(rest)
-    session.thread.change(turn.question, dropped=not turn.dropped, pinned=False)
-    text = shortly(turn.question.text)
+def toggle_drop(session: Session, argument: str) -> None:
+    """Remove a turn from the context, or put it back."""
+    turn = session.find_turn(argument)
+    session.thread.update(turn.question, dropped=not turn.dropped, pinned=False)
+    text = shorten(turn.question.text)
     if turn.dropped:
-        session.say(tr("“{text}” is not read any more.", text=text))
+        session.say(tr("Dropped “{text}”: the model no longer sees it.", text=text))
     else:
-        session.say(tr("“{text}” is read again.", text=text))
+        session.say(tr("“{text}” is back in the context.", text=text))
 
 
-def tokens(session: Session, rest: str) -> None:
-    """How many tokens something is."""
-    if rest:
-        session.say(tr("{count:,} tokens", count=session.conversation.tokens(rest)))
+def count_tokens(session: Session, argument: str) -> None:
+    """Count the tokens of a text, or of the chat."""
+    if argument:
+        session.say(tr("{count:,} tokens", count=session.conversation.count_tokens(argument)))
     else:
-        session.say(tr("The model reads {count:,} tokens of this chat.", count=session.conversation.tokens_read))
+        session.say(tr("This chat takes {count:,} tokens of the context.", count=session.conversation.prompt_tokens))
 
 
-def stats(session: Session, _rest: str) -> None:
-    """Say how quick answers were; the last one at once."""
-    session.stats = not session.stats
-    session.say(tr("How quick answers are is said from now on.") if session.stats else tr("No more numbers."))
-    if session.stats and session.last:
-        session.say(session.last.stats.sentence(session.last.why))
+def toggle_stats(session: Session, _argument: str) -> None:
+    """Show statistics after each answer, starting with the last one; or no longer."""
+    session.show_stats = not session.show_stats
+    session.say(tr("Statistics on.") if session.show_stats else tr("Statistics off."))
+    if session.show_stats and session.last_result:
+        session.say(session.last_result.stats.describe(session.last_result.finish_reason))
 
 
-def markdown(session: Session, _rest: str) -> None:
-    """Lay answers out, or show them as the model wrote them."""
-    session.markdown = not session.markdown
-    session.say(tr("Answers are laid out.") if session.markdown else tr("Answers are shown as the model writes them."))
+def toggle_markdown(session: Session, _argument: str) -> None:
+    """Render answers as Markdown, or show them as the model writes them."""
+    session.render_markdown = not session.render_markdown
+    session.say(tr("Markdown rendering on.") if session.render_markdown else tr("Markdown rendering off."))

@@ -1,4 +1,4 @@
-"""Commands about files and chats."""
+"""Commands about files, the clipboard and saved chats."""
 
 from __future__ import annotations
 
@@ -13,133 +13,143 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from qwenlocal.chat.context_window import shortly
 from qwenlocal.chat.documents import read_document
-from qwenlocal.chat.export import as_html, as_json, as_markdown
+from qwenlocal.chat.events import FinishReason
+from qwenlocal.chat.export import export_html, export_json, export_markdown
 from qwenlocal.chat.thread import ASSISTANT, USER, Thread
 from qwenlocal.errors import NotWritable, OutputExists, UsageError
+from qwenlocal.formatting import shorten
 from qwenlocal.i18n import tr
-from qwenlocal.paths import typed, writable
-from qwenlocal.terminal.attachments import price
+from qwenlocal.paths import ensure_writable, parse_path
+from qwenlocal.terminal.attachments import describe_cost
 from qwenlocal.terminal.session import Session
 
-_CODE = re.compile(r"^(`{3,}|~{3,})[^\n]*\n(.*?)^\1[`~]*\s*$", re.MULTILINE | re.DOTALL)
-_LONGEST_NUMBER = 18  # digits; SQLite's go up to 2**63
-_MOST_COPIED = 100_000  # letters; terminals take no more through an escape sequence
+_CODE_BLOCK = re.compile(r"^(`{3,}|~{3,})[^\n]*\n(.*?)^\1[`~]*\s*$", re.MULTILINE | re.DOTALL)
+_MAX_ID_DIGITS = 18  # SQLite's integers end at 2**63
+_MAX_COPIED_CHARACTERS = 100_000  # terminals accept no more in one escape sequence
 
 
-def read(session: Session, rest: str) -> None:
-    """A file's text goes with the next message."""
-    if not rest.strip():
-        raise UsageError(tr("Which file?"), hint=tr("/read FILE, or @FILE in a message."))
-    path = typed(rest.strip().strip('"'))
+def attach_file(session: Session, argument: str) -> None:
+    """Add a file to the next message."""
+    if not argument.strip():
+        raise UsageError(tr("No file given."), hint=tr("Use /read FILE, or @FILE in a message."))
+    path = parse_path(argument.strip().strip('"'))
     document = read_document(path)
-    session.say(price(session, document))
+    session.say(describe_cost(session, document))
     name = f'"{path}"' if " " in str(path) else str(path)
     session.default_text = f"@{name} "
-    session.say(tr("It goes with the message below."))
+    session.say(tr("It is sent with the next message."))
 
 
-def copy(session: Session, rest: str) -> None:
-    """The last answer, its last code, or a turn's answer, to the clipboard of the terminal, over ssh too (OSC 52)."""
-    what = rest.strip().lower()
-    turn = session.turn("" if what == "code" else what)
+def copy_answer(session: Session, argument: str) -> None:
+    """Copy an answer, or the last code block of the last one, through the terminal (OSC 52; also works over SSH)."""
+    choice = argument.strip().lower()
+    turn = session.find_turn("" if choice == "code" else choice)
     text = turn.answer.text if turn.answer else ""
-    if what == "code":
-        found = _CODE.findall(text)
-        if not found:
-            raise UsageError(tr("There is no code in the last answer."))
-        text = found[-1][1].rstrip("\n")
+    if choice == "code":
+        blocks = _CODE_BLOCK.findall(text)
+        if not blocks:
+            raise UsageError(tr("There is no code block in the last answer."))
+        text = blocks[-1][1].rstrip("\n")
     if not text:
         raise UsageError(tr("There is no answer to copy."))
-    if len(text) > _MOST_COPIED:
+    if len(text) > _MAX_COPIED_CHARACTERS:
         raise UsageError(
-            tr("That is too long for a terminal's clipboard ({count:,} letters).", count=len(text)),
+            tr("The text is too long for the terminal's clipboard ({count:,} characters).", count=len(text)),
             hint="/export FILE",
         )
     sys.stdout.write(f"\x1b]52;c;{base64.b64encode(text.encode('utf-8', 'replace')).decode()}\x07")
     sys.stdout.flush()
-    session.say(tr("Copied, where the terminal allows it: {count:,} letters.", count=len(text)))
+    session.say(tr("Copied {count:,} characters, if the terminal allows it.", count=len(text)))
 
 
-def save(session: Session, rest: str) -> None:
-    """The conversation as JSON, in the form that chat APIs use."""
-    path = _target(session, rest, f"{datetime.now():%Y-%m-%d-%H%M%S}.json")
-    _write(session, path, lambda: session.conversation.save(path, session.model))
+def save_chat(session: Session, argument: str) -> None:
+    """Save the conversation as JSON messages in the format of chat APIs."""
+    path = _output_path(session, argument, f"{datetime.now():%Y-%m-%d-%H%M%S}.json")
+    _write_file(session, path, lambda: session.conversation.save(path, session.model))
 
 
-def export(session: Session, rest: str) -> None:
-    """The chat as Markdown, JSON or HTML, by the file's ending."""
-    if not rest.strip():
-        raise UsageError(tr("Which file?"), hint=tr("/export FILE.md, FILE.json or FILE.html"))
-    path = _target(session, rest, "")
-    makers: Mapping[str, Callable[[Thread, str], str]] = {
-        ".md": as_markdown,
-        ".html": as_html,
-        ".json": functools.partial(as_json, model=session.model),
+def export_chat(session: Session, argument: str) -> None:
+    """Export the chat as Markdown, JSON or HTML, depending on the suffix of the file."""
+    if not argument.strip():
+        raise UsageError(tr("No file given."), hint=tr("Use /export FILE.md, FILE.json or FILE.html"))
+    path = _output_path(session, argument, "")
+    exporters: Mapping[str, Callable[[Thread, str], str]] = {
+        ".md": export_markdown,
+        ".html": export_html,
+        ".json": functools.partial(export_json, model=session.model),
     }
-    maker = makers.get(path.suffix.lower())
-    if maker is None:
-        raise UsageError(tr("{name} ends in none of {endings}.", name=path.name, endings=", ".join(makers)))
-    text = maker(session.thread, _title(session))
-    _write(session, path, lambda: path.write_text(text, encoding="utf-8", errors="replace"))
+    exporter = exporters.get(path.suffix.lower())
+    if exporter is None:
+        suffixes = ", ".join(exporters)
+        raise UsageError(tr("Cannot export to {name}: use one of {suffixes}.", name=path.name, suffixes=suffixes))
+    text = exporter(session.thread, _chat_title(session))
+    _write_file(session, path, lambda: path.write_text(text, encoding="utf-8", errors="replace"))
 
 
-def load(session: Session, rest: str) -> None:
-    """Go on with a file that /save wrote, or with a chat by its number."""
-    word = rest.strip()
+def load_chat(session: Session, argument: str) -> None:
+    """Continue a conversation from a file that /save wrote, or a chat of the journal by its number."""
+    word = argument.strip()
     if not word:
         raise UsageError(
-            tr("Which file, or which chat?"), hint=tr("/load FILE, or /load 3; which there are: qwenlocal chats")
+            tr("No file or chat given."), hint=tr("Use /load FILE or /load NUMBER. List your chats: qwenlocal chats")
         )
-    if word.lstrip("#").isdecimal() and len(word) <= _LONGEST_NUMBER and session.journal and not os.path.exists(word):
+    if word.lstrip("#").isdecimal() and len(word) <= _MAX_ID_DIGITS and session.journal and not os.path.exists(word):
         number = int(word.lstrip("#"))
-        session.talk_of(session.journal.thread(number), id=number)
+        session.switch_thread(session.journal.load_thread(number), chat_id=number)
     else:
-        session.talk_of(_from_file(typed(word)))
+        session.switch_thread(_read_thread(parse_path(word)))
     turns, count = session.thread.turns, len(session.thread.path)
     session.say(
-        tr("Going on with {count} messages; the last: {text}", count=count, text=shortly(turns[-1].question.text))
+        tr("Loaded {count} messages. Last question: {text}", count=count, text=shorten(turns[-1].question.text))
         if turns
-        else tr("Going on with {count} messages.", count=count)
+        else tr("Loaded {count} messages.", count=count)
     )
 
 
-def title(session: Session, rest: str) -> None:
-    """Another title for this chat."""
-    if not rest.strip():
-        session.say(_title(session))
-    elif session.journal is None or session.keeper is None or session.keeper.id is None:
-        raise UsageError(tr("This chat is not in the journal yet."), hint=tr("Ask something first."))
+def rename_chat(session: Session, argument: str) -> None:
+    """Rename the chat; without a title, show the current one."""
+    title = argument.strip()
+    if not title:
+        session.say(_chat_title(session))
+    elif session.journal is None or session.journal_writer is None or session.journal_writer.chat_id is None:
+        raise UsageError(tr("This chat is not saved yet."), hint=tr("Ask something first."))
     else:
-        session.journal.rename(session.keeper.id, rest.strip())
-        session.say(tr("This chat is called “{title}”.", title=rest.strip()))
+        session.journal.rename_chat(session.journal_writer.chat_id, title)
+        session.say(tr("Renamed this chat to “{title}”.", title=title))
 
 
-def _title(session: Session) -> str:
-    if session.journal and session.keeper and session.keeper.id:
-        return session.journal.chat(session.keeper.id).title
+def _chat_title(session: Session) -> str:
+    if session.journal and session.journal_writer and session.journal_writer.chat_id:
+        return session.journal.get_chat(session.journal_writer.chat_id).title
     turns = session.thread.turns
-    return shortly(turns[0].question.text) if turns else tr("A chat")
+    return shorten(turns[0].question.text) if turns else tr("Untitled chat")
 
 
-def _from_file(path: Path) -> Thread:
+def _read_thread(path: Path) -> Thread:
+    """
+    Read a conversation that /save or a chat API wrote.
+
+    Raises
+    ------
+    UsageError: the file cannot be read, or is not a saved conversation.
+    """
     try:
         data = json.loads(path.read_text("utf-8-sig"))
-    except OSError as reason:
-        raise UsageError(tr("{path} cannot be read: {strerror}.", path=path, strerror=reason.strerror)) from reason
-    except ValueError as reason:
-        raise UsageError(tr("{path} is no saved conversation: it is not JSON.", path=path)) from reason
-    found = data.get("messages") if isinstance(data, dict) else data
-    if not isinstance(found, list) or not all(_is_message(message) for message in found):
-        raise UsageError(tr("{path} is no saved conversation: there are no messages in it.", path=path))
+    except OSError as error:
+        raise UsageError(tr("Cannot read {path}: {reason}.", path=path, reason=error.strerror)) from error
+    except ValueError as error:
+        raise UsageError(tr("{path} is not a saved conversation: it is not JSON.", path=path)) from error
+    messages = data.get("messages") if isinstance(data, dict) else data
+    if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
+        raise UsageError(tr("{path} is not a saved conversation: it has no list of messages.", path=path))
     thread = Thread()
-    for message in found:
+    for message in messages:
         if message["role"] == "system":
-            thread.tell(message["content"])
+            thread.set_system_prompt(message["content"])
         else:
             added = thread.add(message["role"], message["content"])
-            thread.change(added, why="end of answer" if message["role"] == ASSISTANT else "")
+            thread.update(added, finish_reason=FinishReason.EOS.value if message["role"] == ASSISTANT else "")
     return thread
 
 
@@ -151,17 +161,24 @@ def _is_message(message: Any) -> bool:
     )
 
 
-def _target(session: Session, rest: str, name: str) -> Path:
-    word = rest.strip()
-    return typed(word).absolute() if word else writable(session.exports) / name
+def _output_path(session: Session, argument: str, default_name: str) -> Path:
+    word = argument.strip()
+    return parse_path(word).absolute() if word else ensure_writable(session.save_folder) / default_name
 
 
-def _write(session: Session, path: Path, write: Callable[[], object]) -> None:
-    if os.path.exists(path) and path not in session.written:  # Path.exists raises without permission
+def _write_file(session: Session, path: Path, write: Callable[[], object]) -> None:
+    """
+    Call `write`, unless `path` is an existing file that this chat did not write.
+
+    Raises
+    ------
+    OutputExists: the file exists. NotWritable: the file cannot be written.
+    """
+    if os.path.exists(path) and path not in session.written_files:  # Path.exists raises without permission
         raise OutputExists(path, hint=tr("Choose another name."))
     try:
         write()
-    except OSError as reason:
-        raise NotWritable(path.parent, reason.strerror or str(reason), hint=tr("Choose another folder.")) from reason
-    session.written.add(path)
+    except OSError as error:
+        raise NotWritable(path.parent, error.strerror or str(error), hint=tr("Choose another folder.")) from error
+    session.written_files.add(path)
     session.say(tr("Saved: {path}", path=path))

@@ -1,37 +1,37 @@
-"""The table of slash commands: how they are typed, what they do, and by which function. /help and docs come from it."""
+"""The table of slash commands with their usage, help text and handler, and of keys; /help and docs/chat.md show it."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from qwenlocal.chat.events import Event
 from qwenlocal.i18n import mark, tr
 from qwenlocal.terminal.commands import context, files, models, turns
-from qwenlocal.terminal.session import Session
+from qwenlocal.terminal.session import AnswerStarter, Session
 
 
-class Leave(Exception):
-    """The chat ends."""
+class ExitChat(Exception):
+    """The user leaves the chat."""
 
 
-Answer = Callable[[], Iterator[Event]]
-Action = Callable[[Session, str], "Answer | Sequence[Answer] | None"]
+Handler = Callable[[Session, str], "AnswerStarter | Sequence[AnswerStarter] | None"]
 
 
 @dataclass(frozen=True)
 class Command:
     """
-    A slash command. `usage` is how it is typed; `action` may give answers for the model to begin.
+    A slash command.
 
-    `completes` says what its argument is completed with: "model", "prompt", "setting", "file", "turn", "chat" or "".
+    `usage` is its name with its arguments. `handler` takes the session and the argument; it may return answers that the
+    model is to start. `completes` names the completion of the argument: "model", "prompt", "setting", "file", "turn"
+    or "" for none.
     """
 
     usage: str
     help: str
-    action: Action
+    handler: Handler
     group: str
     completes: str = ""
 
@@ -40,15 +40,15 @@ class Command:
         return self.usage.split()[0]
 
 
-def _leave(session: Session, _rest: str) -> None:
-    raise Leave
+def _exit(session: Session, _argument: str) -> None:
+    raise ExitChat
 
 
-def _help(session: Session, rest: str) -> None:
-    wanted = rest.strip().lstrip("/")
-    if wanted:
-        command = find(f"/{wanted}")
-        session.say(f"{command.usage}  {tr(command.help)}" if command else unknown(f"/{wanted}"))
+def _show_help(session: Session, argument: str) -> None:
+    name = argument.strip().lstrip("/")
+    if name:
+        command = find_command(f"/{name}")
+        session.say(f"{command.usage}  {tr(command.help)}" if command else describe_unknown(f"/{name}"))
         return
     width = max(len(command.usage) for command in COMMANDS)
     for group in dict.fromkeys(command.group for command in COMMANDS):
@@ -58,95 +58,117 @@ def _help(session: Session, rest: str) -> None:
                 session.say(f"  {command.usage:<{width}}  {tr(command.help)}")
     session.say(tr("Keys:"))
     width = max(len(keys) for keys, _ in KEYS)
-    for keys, what in KEYS:
-        session.say(f"  {keys:<{width}}  {tr(what)}")
+    for keys, effect in KEYS:
+        session.say(f"  {keys:<{width}}  {tr(effect)}")
 
 
-_TALK, _CONTEXT, _MODEL = mark("Say it anew"), mark("What is read"), mark("Model and manner")
-_FILES, _ELSE = mark("Files and chats"), mark("Besides")
+_TURNS, _CONTEXT, _MODEL = mark("Turns"), mark("Context"), mark("Model and settings")
+_FILES, _OTHER = mark("Files and chats"), mark("Other")
 
 COMMANDS: Sequence[Command] = (
-    Command("/undo", mark("go back before the last question, which can be edited then"), turns.undo, _TALK),
+    Command("/undo", mark("Take back the last question and edit it"), turns.undo_turn, _TURNS),
     Command(
-        "/retry [N]",
-        mark("answer the last question again, N times; the answers before are kept"),
-        turns.retry,
-        _TALK,
+        "/retry [N]", mark("Answer the last question again, or N times; keeps all answers"), turns.retry_answer, _TURNS
     ),
-    Command("/versions [N]", mark("show all answers to the last question, or take number N"), turns.versions, _TALK),
-    Command("/edit [TURN]", mark("change a question of yours, and ask it from there"), turns.edit, _TALK, "turn"),
-    Command("/answer [TURN]", mark("change what the model said"), turns.edit_answer, _TALK, "turn"),
-    Command("/continue", mark("go on with an answer that was cut"), turns.go_on, _TALK),
-    Command("/branch [N]", mark("show all ends that this chat has, or go to number N"), turns.branch, _TALK),
-    Command("/fork [TURN]", mark("begin another chat with what was said up to a turn"), turns.fork, _TALK, "turn"),
-    Command("/clear", mark("begin anew; the system prompt stays, the chat is kept"), turns.clear, _TALK),
-    Command("/ctx", mark("what is in the context: a bar, and a line for each turn"), context.context, _CONTEXT),
-    Command("/pin [TURN]", mark("keep a turn in a full context, or not any more"), context.pin, _CONTEXT, "turn"),
-    Command("/drop [TURN]", mark("do not read a turn any more, or read it again"), context.drop, _CONTEXT, "turn"),
-    Command("/tokens [TEXT]", mark("how many tokens a text is, or the whole chat"), context.tokens, _CONTEXT),
-    Command("/stats", mark("say how quick each answer was, or not any more"), context.stats, _CONTEXT),
-    Command("/model [NAME]", mark("go on with another model, or show which"), models.model, _MODEL, "model"),
-    Command("/system [TEXT]", mark("say who the model shall be; without TEXT, show it"), models.system, _MODEL),
-    Command("/prompt [NAME]", mark("take a system prompt from a file, or show which"), models.prompt, _MODEL, "prompt"),
-    Command("/set [NAME VALUE]", mark("temperature, top_p, seed, …; alone, show them"), models.set_, _MODEL, "setting"),
-    Command("/read FILE", mark("put a file's text into the next message"), files.read, _FILES, "file"),
-    Command("/copy [code|N]", mark("copy the last answer, its last code, or the answer of turn N"), files.copy, _FILES),
-    Command("/save [FILE]", mark("write the conversation as JSON"), files.save, _FILES, "file"),
+    Command(
+        "/versions [N]",
+        mark("List the answers to the last question, or switch to number N"),
+        turns.show_versions,
+        _TURNS,
+    ),
+    Command("/edit [TURN]", mark("Edit a question and ask it again"), turns.edit_question, _TURNS, "turn"),
+    Command("/answer [TURN]", mark("Edit an answer of the model"), turns.edit_answer, _TURNS, "turn"),
+    Command("/continue", mark("Continue an answer that was cut off"), turns.continue_answer, _TURNS),
+    Command("/branch [N]", mark("List the branches of this chat, or switch to number N"), turns.show_branches, _TURNS),
+    Command("/fork [TURN]", mark("Start a new chat with the turns up to this one"), turns.fork_chat, _TURNS, "turn"),
+    Command("/clear", mark("Start a new chat with the same system prompt"), turns.clear_chat, _TURNS),
+    Command("/ctx", mark("Show what is in the context, turn by turn"), context.show_context, _CONTEXT),
+    Command(
+        "/pin [TURN]", mark("Keep a turn when the context is full, or unpin it"), context.toggle_pin, _CONTEXT, "turn"
+    ),
+    Command(
+        "/drop [TURN]", mark("Remove a turn from the context, or put it back"), context.toggle_drop, _CONTEXT, "turn"
+    ),
+    Command("/tokens [TEXT]", mark("Count the tokens of a text, or of the chat"), context.count_tokens, _CONTEXT),
+    Command("/stats", mark("Show or hide statistics after each answer"), context.toggle_stats, _CONTEXT),
+    Command(
+        "/model [NAME]", mark("Switch to another model, or show the current one"), models.switch_model, _MODEL, "model"
+    ),
+    Command("/system [TEXT]", mark("Set the system prompt, or show it"), models.set_system_prompt, _MODEL),
+    Command(
+        "/prompt [NAME]",
+        mark("Use a system prompt from a file, or list the files"),
+        models.use_prompt_file,
+        _MODEL,
+        "prompt",
+    ),
+    Command(
+        "/set [NAME VALUE]",
+        mark("Change a setting (temperature, top_p, seed, …), or show all"),
+        models.change_setting,
+        _MODEL,
+        "setting",
+    ),
+    Command("/read FILE", mark("Add a file to the next message"), files.attach_file, _FILES, "file"),
+    Command(
+        "/copy [code|N]",
+        mark("Copy the last answer, its last code block, or the answer of turn N"),
+        files.copy_answer,
+        _FILES,
+    ),
+    Command("/save [FILE]", mark("Save the conversation as JSON"), files.save_chat, _FILES, "file"),
     Command(
         "/load FILE|CHAT",
-        mark("go on with a saved conversation, or a chat by its number"),
-        files.load,
+        mark("Continue a saved conversation, or a chat by its number"),
+        files.load_chat,
         _FILES,
         "file",
     ),
-    Command("/export FILE", mark("write the chat as .md, .json or .html"), files.export, _FILES, "file"),
-    Command("/title TEXT", mark("give this chat a title"), files.title, _FILES),
-    Command("/markdown", mark("lay answers out, or show them as they are"), context.markdown, _ELSE),
-    Command("/help [COMMAND]", mark("show this"), _help, _ELSE),
-    Command("/exit", mark("leave (also Ctrl-D)"), _leave, _ELSE),
+    Command("/export FILE", mark("Export the chat as .md, .json or .html"), files.export_chat, _FILES, "file"),
+    Command("/title TEXT", mark("Rename this chat"), files.rename_chat, _FILES),
+    Command("/markdown", mark("Turn Markdown rendering on or off"), context.toggle_markdown, _OTHER),
+    Command("/help [COMMAND]", mark("Show this help"), _show_help, _OTHER),
+    Command("/exit", mark("Exit (also Ctrl-D)"), _exit, _OTHER),
 )
 
 KEYS: Sequence[tuple[str, str]] = (
-    ("Enter", mark("send")),
-    ("Alt-Enter, Ctrl-J, \\ Enter", mark("new line")),
-    (
-        "Ctrl-C",
-        mark("stop an answer and keep what was said, or take the line away; on an empty line twice, leave"),
-    ),
-    ("Ctrl-D", mark("leave")),
-    ("Up, Down", mark("earlier lines, those of earlier chats too")),
-    ("Ctrl-R", mark("search earlier lines")),
-    ("Tab", mark("complete commands, models, files (@path), settings")),
-    ("Right, Ctrl-E", mark("take the grey suggestion")),
-    ("Ctrl-X Ctrl-E", mark("edit the line in $EDITOR")),
-    ("Ctrl-Z", mark("suspend; fg comes back")),
-    ("@path", mark("a file's text goes with the message")),
-    ("//", mark("at the beginning: a slash that is no command")),
+    ("Enter", mark("Send the message")),
+    ("Alt-Enter, Ctrl-J, \\ Enter", mark("Insert a line break")),
+    ("Ctrl-C", mark("Stop the answer and keep its text, or clear the line; twice on an empty line: exit")),
+    ("Ctrl-D", mark("Exit")),
+    ("Up, Down", mark("Recall earlier messages, also from other chats")),
+    ("Ctrl-R", mark("Search earlier messages")),
+    ("Tab", mark("Complete commands, models, settings and files (@path)")),
+    ("Right, Ctrl-E", mark("Accept the gray suggestion")),
+    ("Ctrl-X Ctrl-E", mark("Edit the message in $EDITOR")),
+    ("Ctrl-Z", mark("Suspend; fg resumes")),
+    ("@path", mark("Add a file to the message")),
+    ("//", mark("Start a message with a slash")),
 )
 
-_OTHER_NAMES = {"/quit": "/exit", "/bye": "/exit", "/?": "/help", "/new": "/clear", "/regen": "/retry", "/q": "/exit"}
+_ALIASES = {"/quit": "/exit", "/bye": "/exit", "/?": "/help", "/new": "/clear", "/regen": "/retry", "/q": "/exit"}
 
 
 def is_command(line: str) -> bool:
-    """Whether a line is meant as a command: `/help`, but not `//help`, `/etc/fstab` or `/* a comment */`."""
+    """Return True for a line such as `/help`, but not for `//help`, `/etc/fstab` or `/* a comment */`."""
     return re.match(r"/[A-Za-z?]+(\s|$)", line) is not None
 
 
-def unescaped(line: str) -> str:
-    """The line as it is sent: of two slashes, one; but not where they begin a comment, `// why`, or lines of code."""
+def unescape_slashes(line: str) -> str:
+    """Replace two slashes at the start by one, unless they begin a comment (`// why`) or several lines of code."""
     escaped = re.match(r"/(/[^\s/]\S*)", line)
-    return line[1:] if escaped and ("\n" not in line or find(escaped[1])) else line
+    return line[1:] if escaped and ("\n" not in line or find_command(escaped[1])) else line
 
 
-def find(word: str) -> Command | None:
-    """The command of that name, or of another program's name for it."""
-    name = _OTHER_NAMES.get(word, word)
+def find_command(name: str) -> Command | None:
+    """Return the command with this name or alias."""
+    name = _ALIASES.get(name, name)
     return next((command for command in COMMANDS if command.name == name), None)
 
 
-def unknown(word: str) -> str:
-    """What is said of a command that there is not."""
-    near = difflib.get_close_matches(word, [command.name for command in COMMANDS], n=1, cutoff=0.5)
-    guess = [tr("Did you mean {name}?", name=near[0])] if near else []
-    rest = tr("/help shows all; // at the start sends a slash.")
-    return " ".join([tr("There is no command {word}.", word=word), *guess, rest])
+def describe_unknown(name: str) -> str:
+    """Return the error for an unknown command, with a suggestion if a similar one exists."""
+    similar = difflib.get_close_matches(name, [command.name for command in COMMANDS], n=1, cutoff=0.5)
+    suggestion = [tr("Did you mean {name}?", name=similar[0])] if similar else []
+    hint = tr("List the commands: /help. To start a message with a slash, type //.")
+    return " ".join([tr("Unknown command {name}.", name=name), *suggestion, hint])

@@ -1,155 +1,147 @@
-"""Commands that say something anew."""
+"""Commands that change questions and answers, and switch between versions, branches and chats."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-
-from qwenlocal.chat.context_window import shortly
-from qwenlocal.chat.events import Event
 from qwenlocal.chat.thread import Message, Thread
 from qwenlocal.errors import UsageError
+from qwenlocal.formatting import shorten
 from qwenlocal.i18n import tr
-from qwenlocal.terminal.session import Editing, Session
+from qwenlocal.terminal.session import AnswerStarter, PendingEdit, Session
 
-Answer = Callable[[], Iterator[Event]]
-_MOST_RETRIES = 20
+_MAX_RETRIES = 20
 
 
-def undo(session: Session, _rest: str) -> None:
-    """Back before the last question, which the next input line begins with."""
+def undo_turn(session: Session, _argument: str) -> None:
+    """Go back to before the last question, and put it into the next input line."""
     turn = session.conversation.undo()
     session.default_text = turn.question.text
-    session.say(
-        tr(
-            "Back before “{text}”; it stands below to be changed. /branch 1 goes forward again.",
-            text=shortly(turn.question.text),
-        )
-    )
+    text = shorten(turn.question.text)
+    session.say(tr("Took back “{text}”. Edit it below, or restore it with /branch 1.", text=text))
 
 
-def retry(session: Session, rest: str) -> list[Answer]:
-    """Other answers to the last question."""
-    session.turn("")
-    count = _number(rest, 1, _MOST_RETRIES) or 1
+def retry_answer(session: Session, argument: str) -> list[AnswerStarter]:
+    """Answer the last question again, several times if `argument` is a number."""
+    session.find_turn("")
+    count = _parse_number(argument, 1, _MAX_RETRIES) or 1
     return [session.conversation.retry] * count
 
 
-def versions(session: Session, rest: str) -> None:
-    """All answers to the last question; with a number, take that one."""
-    turn = session.turn("")
+def show_versions(session: Session, argument: str) -> None:
+    """List all answers to the last question; with a number, switch to that one."""
+    turn = session.find_turn("")
     if turn.answer is None:
         raise UsageError(tr("The last question has no answer yet."))
-    found = session.thread.versions(turn.answer)
-    number = _number(rest, 1, len(found))
+    versions = session.thread.versions(turn.answer)
+    number = _parse_number(argument, 1, len(versions))
     if number:
-        session.thread.choose(found[number - 1])
-        session.say(
-            tr(
-                "Version {number} of {count}: {text}",
-                number=number,
-                count=len(found),
-                text=shortly(found[number - 1].text),
-            )
-        )
+        version = versions[number - 1]
+        session.thread.select_version(version)
+        text = shorten(version.text)
+        session.say(tr("Version {number} of {count}: {text}", number=number, count=len(versions), text=text))
         return
-    for place, message in enumerate(found, start=1):
-        mark = "*" if message is turn.answer else " "
-        session.say(f"{mark} {place}  {shortly(message.text)}")
+    for number, version in enumerate(versions, start=1):
+        marker = "*" if version is turn.answer else " "
+        session.say(f"{marker} {number}  {shorten(version.text)}")
 
 
-def edit(session: Session, rest: str) -> None:
-    """The next line is a question in place of another one; what followed is kept as a branch."""
-    turn = session.turn(rest)
-    session.editing, session.default_text = Editing(turn, answer=False), turn.question.text
-    session.say(tr("Change it below, and send it; an empty line leaves it as it is."))
+def edit_question(session: Session, argument: str) -> None:
+    """Let the next line replace a question; what followed stays in another branch."""
+    turn = session.find_turn(argument)
+    session.pending_edit, session.default_text = PendingEdit(turn, is_answer=False), turn.question.text
+    session.say(tr("Edit it below and press Enter. An empty line cancels."))
 
 
-def edit_answer(session: Session, rest: str) -> None:
-    """The next line is what the model shall have said."""
-    turn = session.turn(rest)
-    session.editing = Editing(turn, answer=True)
+def edit_answer(session: Session, argument: str) -> None:
+    """Let the next line replace an answer."""
+    turn = session.find_turn(argument)
+    session.pending_edit = PendingEdit(turn, is_answer=True)
     session.default_text = turn.answer.text if turn.answer else ""
-    session.say(tr("Change it below, and send it; an empty line leaves it as it is."))
+    session.say(tr("Edit it below and press Enter. An empty line cancels."))
 
 
-def go_on(session: Session, _rest: str) -> Answer:
-    """More of the last answer."""
-    session.turn("")
-    return session.conversation.go_on
+def continue_answer(session: Session, _argument: str) -> AnswerStarter:
+    """Continue the last answer."""
+    session.find_turn("")
+    return session.conversation.continue_answer
 
 
-def branch(session: Session, rest: str) -> None:
-    """All ends of the tree, the last one that was said first; with a number, go there."""
-    ends = sorted(_ends(session.thread), key=lambda message: -message.number)
-    if not ends:
-        raise UsageError(tr("Nothing was asked yet."))
-    number = _number(rest, 1, len(ends))
+def show_branches(session: Session, argument: str) -> None:
+    """List the branches of the chat, the newest first; with a number, switch to that one."""
+    leaves = sorted(_find_leaves(session.thread), key=lambda message: -message.number)
+    if not leaves:
+        raise UsageError(tr("There are no questions yet."))
+    number = _parse_number(argument, 1, len(leaves))
     if number:
-        session.thread.go_to(ends[number - 1].number)
-        session.say(tr("Going on behind “{text}”.", text=shortly(ends[number - 1].text)))
+        leaf = leaves[number - 1]
+        session.thread.set_leaf(leaf.number)
+        session.say(tr("Continuing after “{text}”.", text=shorten(leaf.text)))
         return
-    for place, message in enumerate(ends, start=1):
-        mark = "*" if message.number == session.thread.leaf else " "
+    for number, leaf in enumerate(leaves, start=1):
         session.say(
             tr(
-                "{mark} {place}  {depth} messages, the last: {text}",
-                mark=mark,
-                place=place,
-                depth=_depth(session.thread, message),
-                text=shortly(message.text),
+                "{marker} {number}  {depth} messages, last: {text}",
+                marker="*" if leaf.number == session.thread.leaf else " ",
+                number=number,
+                depth=_count_messages(session.thread, leaf),
+                text=shorten(leaf.text),
             )
         )
 
 
-def _ends(thread: Thread) -> list[Message]:
+def _find_leaves(thread: Thread) -> list[Message]:
     parents = {message.parent for message in thread.messages.values()}
     return [message for message in thread.messages.values() if message.number not in parents]
 
 
-def _depth(thread: Thread, message: Message) -> int:
-    count = 1
+def _count_messages(thread: Thread, leaf: Message) -> int:
+    """Count the messages from the first one to `leaf`."""
+    message, count = leaf, 1
     while message.parent:
         message, count = thread.messages[message.parent], count + 1
     return count
 
 
-def fork(session: Session, rest: str) -> None:
-    """A new chat with a copy of what was said up to a turn."""
-    turn = session.turn(rest)
+def fork_chat(session: Session, argument: str) -> None:
+    """Start a new chat with a copy of the messages up to a turn."""
+    turn = session.find_turn(argument)
     last = (turn.answer or turn.question).number
     copy = Thread(session.thread.system)
     for message in session.thread.path:
         added = copy.add(message.role, message.text, model=message.model)
-        copy.change(added, why=message.why, ids=message.ids, pinned=message.pinned, dropped=message.dropped)
+        copy.update(
+            added, finish_reason=message.finish_reason, ids=message.ids, pinned=message.pinned, dropped=message.dropped
+        )
         if message.number == last:
             break
-    session.talk_of(copy)
-    kept = " " + tr("It is chat {id}.", id=session.keeper.id) if session.keeper and session.keeper.id else ""
-    session.say(tr("Another chat begins here, with {count} messages.", count=len(copy.messages)) + kept)
+    session.switch_thread(copy)
+    note = tr("Started a new chat with {count} messages.", count=len(copy.messages))
+    if session.journal_writer and session.journal_writer.chat_id:
+        note += " " + tr("It is chat {id}.", id=session.journal_writer.chat_id)
+    session.say(note)
 
 
-def clear(session: Session, _rest: str) -> None:
-    """A new chat with the same system prompt."""
-    session.talk_of(Thread(session.thread.system))
-    session.say(
-        tr("The conversation is forgotten by the model.")
-        + (" " + tr("It is kept: qwenlocal chats") if session.keeper else "")
-    )
+def clear_chat(session: Session, _argument: str) -> None:
+    """Start a new chat with the same system prompt."""
+    session.switch_thread(Thread(session.thread.system))
+    note = tr("Started a new chat.")
+    if session.journal_writer:
+        note += " " + tr("The previous one is saved: qwenlocal chats")
+    session.say(note)
 
 
-def _number(text: str, least: int, most: int) -> int | None:
+def _parse_number(text: str, minimum: int, maximum: int) -> int | None:
     """
-    A number between `least` and `most`; None where nothing was typed.
+    Parse a number from `minimum` to `maximum`; return None for an empty text.
 
     Raises
     ------
-    UsageError: it is none.
+    UsageError: it is not such a number.
     """
     word = text.strip()
     if not word:
         return None
-    if not word.isdecimal() or not least <= int(word) <= most:
+    if not word.isdecimal() or not minimum <= int(word) <= maximum:
         raise UsageError(
-            tr("A number from {least} to {most} is wanted; it is “{word}”.", least=least, most=most, word=word)
+            tr("“{word}” is not a number from {minimum} to {maximum}.", word=word, minimum=minimum, maximum=maximum)
         )
     return int(word)

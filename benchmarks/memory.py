@@ -16,8 +16,7 @@ import time
 from pathlib import Path
 
 from qwenlocal.engine.context import ContextOptions
-from qwenlocal.engine.memory import memory_needed
-from qwenlocal.engine.shape import Shape
+from qwenlocal.engine.memory import ModelDims, estimate_memory
 from qwenlocal.weights.header import read_header
 from qwenlocal.weights.levels import weights_of
 
@@ -35,7 +34,7 @@ from pathlib import Path
 import qwenlocal.cli.app, qwenlocal.chat.loading, numpy
 from qwenlocal.engine.context import Context, ContextOptions
 from qwenlocal.engine.llama import Model
-from qwenlocal.measure.bench import fill, memory_peak
+from qwenlocal.measure.bench import fill_cache, peak_memory
 path, n_ctx, keys, values = Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:5]
 flash, together = map(int, sys.argv[5:])
 model = Model(path)
@@ -47,8 +46,8 @@ for line in Path("/proc/self/maps").read_text().splitlines():
         begin, end = (int(part, 16) for part in line.split()[0].split("-"))
         libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), 4)  # MADV_DONTNEED
 Path("/proc/self/clear_refs").write_text("5")
-fill(context, n_ctx)
-print(json.dumps(memory_peak()))
+fill_cache(context, n_ctx)
+print(json.dumps(peak_memory()))
 """
 
 
@@ -64,12 +63,12 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|")
     for path in map(Path, sys.argv[1:]):
         header = read_header(path)
-        shape = Shape.of(header.metadata)
-        assert shape
+        dims = ModelDims.from_metadata(header.metadata)
+        assert dims
         for combination in COMBINATIONS:
             n_ctx, keys, values, flash, together = combination
             options = ContextOptions(n_ctx, key_type=keys, value_type=values, flash_attention=flash, n_ubatch=together)
-            need, took = memory_needed(shape, weights_of(header), options).total, measured(path, combination)
+            need, took = estimate_memory(dims, weights_of(header), options).total, measured(path, combination)
             print(
                 f"| {path.name} | {n_ctx:,} | {keys}, {values} | {'on' if flash else 'off'} | {together} | "
                 f"{need / 2**20:,.0f} MiB | {took / 2**20:,.0f} MiB | {need / took:.3f} |",

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from qwenlocal.engine.context import Context, ContextOptions
-from qwenlocal.engine.llama import Model, library
+from qwenlocal.engine.detokenizer import IncrementalDetokenizer
+from qwenlocal.engine.llama import Model, load_library
 from qwenlocal.engine.sampling import Sampling
 from qwenlocal.engine.sequence import TokenSequence
 from qwenlocal.engine.speculation import CostCurve, NoSpeculation, Speculation
-from qwenlocal.engine.text import TextStream
 
 _WINDOW = 500
 _PROMPT = "A lighthouse keeper finds a message in a bottle. This is the whole story:\n\n"
@@ -68,8 +68,8 @@ def main() -> None:
     context = Watched(model, options)
     costs = CostCurve()
     sequence = TokenSequence(context, speculation=NoSpeculation() if asked.no_lookup else Speculation(costs))
-    ids, text, count = model.vocabulary.tokenize(_PROMPT, special=False), TextStream(), 0
-    library().c.llama_sampler_sample = sampler = Stopwatch(library().c.llama_sampler_sample)
+    ids, text, count = model.tokenizer.tokenize(_PROMPT, special=False), IncrementalDetokenizer(), 0
+    load_library().c.llama_sampler_sample = sampler = Stopwatch(load_library().c.llama_sampler_sample)
     begin = time.perf_counter()
     print(f"{asked.model.name}, {platform.machine()}, {threads} threads, {time.strftime('%d %B %Y')}\n")
     print("| tokens | llama_decode, ms | llama.cpp's sampler, ms | all else, ms | ratio | wanted |")
@@ -78,7 +78,7 @@ def main() -> None:
         if not isinstance(step, int):  # the prompt is being read
             begin, context.seconds, sampler.seconds = time.perf_counter(), 0.0, 0.0
             continue
-        text.feed(model.vocabulary.piece(step))
+        text.feed(model.tokenizer.piece(step))
         count += 1
         if count % _WINDOW == 0:
             decoding, choosing = context.seconds, sampler.seconds

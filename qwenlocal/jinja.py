@@ -1,8 +1,8 @@
 """
-Jinja as chat templates want it: the sandbox and the settings that transformers uses.
+Jinja for chat templates, with the sandbox and the settings of transformers.
 
-Source: transformers, utils/chat_template_utils.py, `_compile_jinja_template`. Templates come from strangers' files, so
-they run where they can reach nothing.
+Source: transformers, utils/chat_template_utils.py, `_compile_jinja_template`. Templates come from untrusted files, so
+they run in a sandbox.
 """
 
 from __future__ import annotations
@@ -17,22 +17,28 @@ if TYPE_CHECKING:
 
 
 def compile_template(source: str, now: Callable[[], datetime] = datetime.now) -> Template:
-    """`source`, ready to be rendered. Raises jinja2.TemplateError where it is not valid Jinja."""
+    """
+    Compile a chat template.
+
+    Raises
+    ------
+    jinja2.TemplateError: `source` is not valid Jinja.
+    """
     from jinja2.ext import loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = lambda form: now().strftime(form)
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda format: now().strftime(format)
     return environment.from_string(source)
 
 
-def fault_in(source: str) -> str:
+def find_template_error(source: str) -> str:
     """
-    Why `source` cannot be read as a template; "" where it can.
+    Return the syntax error in a template; "" if there is none.
 
-    `fault_in("{% for message in messages %}")` is "line 1: Unexpected end of template. …".
+    `find_template_error("{% for message in messages %}")` is "line 1: Unexpected end of template. …".
     """
     from jinja2 import TemplateError, TemplateSyntaxError
 
@@ -45,7 +51,7 @@ def fault_in(source: str) -> str:
     return ""
 
 
-def _refuse(message: str) -> NoReturn:
+def _raise_exception(message: str) -> NoReturn:
     from jinja2 import TemplateError
 
     raise TemplateError(message)
@@ -58,5 +64,5 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """As transformers defines it: Jinja's own escapes characters that HTML does not like."""
+    """Convert to JSON like transformers; Jinja's own filter escapes HTML characters."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

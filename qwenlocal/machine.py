@@ -1,5 +1,7 @@
 """
-Facts about this machine: processor, cores, memory. Every probe can be replaced, so a laptop is three lines in a test.
+Probes of the machine: processor, cores, memory, power.
+
+Every probe is a field of `Machine` or reads below a `root` folder, so that a test can simulate a laptop in three lines.
 """
 
 from __future__ import annotations
@@ -11,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-# What matters to llama.cpp's kernels, by the names that the kernel (Linux) or sysctl (macOS) uses.
-FEATURES = (
+# CPU features that llama.cpp's kernels use, by their names in Linux (/proc/cpuinfo).
+CPU_FEATURES = (
     "avx",
     "avx2",
     "f16c",
@@ -31,7 +33,7 @@ FEATURES = (
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of memory: altogether, and what a new program can have without anything being swapped out."""
+    """Bytes of memory: `total`, and `available` to a new program without swapping."""
 
     total: int
     available: int
@@ -40,25 +42,28 @@ class Memory:
 @dataclass(frozen=True)
 class Machine:
     """
-    One machine. `cores` are those worth a thread each: physical, fast ones, no more than the container's quota.
+    A machine. `cores` counts the physical performance cores, up to the container's quota.
 
-    `stalled` tells for how much (0 to 1) of the last ten seconds everything waited for memory; 0 where it is not known.
+    `memory_pressure` returns the share (0 to 1) of the last ten seconds in which all processes waited for memory; 0 if
+    unknown.
     """
 
     cores: int
     memory: Callable[[], Memory]
     processor: str = ""
     features: frozenset[str] = frozenset()
-    stalled: Callable[[], float] = lambda: 0.0
+    memory_pressure: Callable[[], float] = lambda: 0.0
 
 
 def this_machine(root: Path = Path("/")) -> Machine:
-    """The machine we run on; `root` stands for the file system of another Linux one in tests."""
-    return Machine(_cores(root), lambda: _memory(root), _processor(root), _features(root), lambda: _stalled(root))
+    """Probe this machine; in tests, `root` is the file system of a simulated Linux machine."""
+    return Machine(
+        _cores(root), lambda: _memory(root), _processor(root), _features(root), lambda: _memory_pressure(root)
+    )
 
 
 def power_source() -> str:
-    """ "battery" where the machine runs on one, "mains" otherwise."""
+    """Return "battery" if the machine runs on battery, else "mains"."""
     import psutil
 
     state = psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None
@@ -79,7 +84,7 @@ def _cores(root: Path) -> int:
 
 
 def _physical_cores(root: Path) -> int | None:
-    """Cores that are not the second thread of another one; on virtual machines each virtual one counts."""
+    """Count cores without their hyperthreads; on a virtual machine, each virtual CPU counts."""
     import psutil
 
     if root != Path("/") or sys.platform == "linux":
@@ -91,24 +96,21 @@ def _physical_cores(root: Path) -> int | None:
 
 
 def _fast_cores(root: Path) -> int | None:
-    """Performance cores of a processor that has slower ones too (Intel hybrid on Linux, Apple silicon)."""
-    listed = _read(root / "sys/devices/cpu_core/cpus")
-    if listed:
-        threads = _count_list(listed)
-        per_core = (
-            2
-            if _count_list(_read(root / "sys/devices/system/cpu/cpu0/topology/thread_siblings_list") or "0") > 1
-            else 1
-        )
+    """Count the performance cores of a hybrid processor (Intel on Linux, Apple silicon); None for other ones."""
+    cpu_list = _read(root / "sys/devices/cpu_core/cpus")
+    if cpu_list:
+        threads = _count_cpus(cpu_list)
+        siblings = _read(root / "sys/devices/system/cpu/cpu0/topology/thread_siblings_list") or "0"
+        per_core = 2 if _count_cpus(siblings) > 1 else 1
         return threads // per_core
     if sys.platform == "darwin" and root == Path("/"):
-        answer = os.popen("sysctl -n hw.perflevel0.physicalcpu 2>/dev/null").read().strip()
-        return int(answer) if answer.isdigit() else None
+        output = os.popen("sysctl -n hw.perflevel0.physicalcpu 2>/dev/null").read().strip()
+        return int(output) if output.isdigit() else None
     return None
 
 
-def _count_list(text: str) -> int:
-    """How many numbers a kernel list names: "0-3,8" names 5."""
+def _count_cpus(text: str) -> int:
+    """Count the CPUs in a list of the kernel: "0-3,8" lists 5."""
     total = 0
     for part in text.split(","):
         first, _, last = part.partition("-")
@@ -118,7 +120,7 @@ def _count_list(text: str) -> int:
 
 
 def _quota(root: Path) -> int | None:
-    """Whole processors that a container may use (cgroup v2 and v1), None without a limit."""
+    """Return the number of whole CPUs that the container may use (cgroup v2 and v1); None without a limit."""
     quota, _, period = _read(root / "sys/fs/cgroup/cpu.max").partition(" ")
     if not quota:
         quota = _read(root / "sys/fs/cgroup/cpu/cpu.cfs_quota_us")
@@ -136,14 +138,14 @@ def _memory(root: Path) -> Memory:
     if root != Path("/"):
         fields = dict(line.split(":", 1) for line in _read(root / "proc/meminfo").splitlines() if ":" in line)
         total, available = (int(fields[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable"))
-    group = _group_limit(root)
-    if group:
-        total, available = min(total, group.total), min(available, group.available)
+    limit = _container_memory(root)
+    if limit:
+        total, available = min(total, limit.total), min(available, limit.available)
     return Memory(total, available)
 
 
-def _group_limit(root: Path) -> Memory | None:
-    """What the container's limit leaves (cgroup v2); file pages that can be dropped count as free."""
+def _container_memory(root: Path) -> Memory | None:
+    """Read the container's memory limit (cgroup v2); reclaimable file pages count as available."""
     group = root / "sys/fs/cgroup"
     limit, used = _read(group / "memory.max"), _read(group / "memory.current")
     if not (limit.isdigit() and used.isdigit()):
@@ -153,11 +155,11 @@ def _group_limit(root: Path) -> Memory | None:
     return Memory(int(limit), max(0, int(limit) - int(used) + reclaimable))
 
 
-def _stalled(root: Path) -> float:
+def _memory_pressure(root: Path) -> float:
     """
-    Linux's pressure stall information, of the machine or of the container, whichever is worse.
+    Read Linux's pressure stall information of the machine and the container, and return the worse one.
 
-    The line "full avg10=12.50 avg60=…" is 0.125: https://docs.kernel.org/accounting/psi.html
+    "full avg10=12.50 avg60=…" means 0.125: https://docs.kernel.org/accounting/psi.html
     """
     worst = 0.0
     for path in (root / "proc/pressure/memory", root / "sys/fs/cgroup/memory.pressure"):
@@ -179,9 +181,9 @@ def _processor(root: Path) -> str:
 def _features(root: Path) -> frozenset[str]:
     for line in _read(root / "proc/cpuinfo").splitlines():
         if line.lower().startswith(("flags", "features")):
-            return frozenset(line.partition(":")[2].split()) & frozenset(FEATURES)
+            return frozenset(line.partition(":")[2].split()) & frozenset(CPU_FEATURES)
     if sys.platform == "darwin" and platform.machine() == "arm64":
-        told = os.popen("sysctl hw.optional.arm 2>/dev/null").read()
-        known = {"FEAT_DotProd: 1": "asimddp", "FEAT_I8MM: 1": "i8mm"}
-        return frozenset({"asimd", *(feature for line, feature in known.items() if line in told)})
+        output = os.popen("sysctl hw.optional.arm 2>/dev/null").read()
+        features = {"FEAT_DotProd: 1": "asimddp", "FEAT_I8MM: 1": "i8mm"}
+        return frozenset({"asimd", *(feature for line, feature in features.items() if line in output)})
     return frozenset()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy
 
-from qwenlocal.engine.llama import library
+from qwenlocal.engine.llama import load_library
 from qwenlocal.weights.header import read_header, tensor_bytes
 from qwenlocal.weights.mix import FileType
 
@@ -25,7 +25,7 @@ def llama_quantize(
     imatrix: Mapping[str, numpy.ndarray] | None = None,
 ) -> str:
     """Quantize as llama-quantize does; returns its log."""
-    lib = library()
+    lib = load_library()
     params = lib.c.llama_model_quantize_default_params()
     params.ftype, params.nthread, params.pure, params.dry_run = kind.number, 2, pure, dry_run
     kept = [(name.encode(), numpy.ascontiguousarray(values, numpy.float32)) for name, values in (imatrix or {}).items()]

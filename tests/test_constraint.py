@@ -22,7 +22,7 @@ from qwenlocal.engine.sampling import Sampling
 from qwenlocal.engine.schema import ANY_OBJECT, grammar_of_schema
 from qwenlocal.engine.sequence import TokenSequence
 from qwenlocal.engine.speculation import USUAL_COSTS, CostCurve, Speculation
-from qwenlocal.errors import UsageProblem
+from qwenlocal.errors import UsageError
 
 PERSON = {
     "type": "object",
@@ -49,7 +49,7 @@ def said(context: Context, grammar: str, limit: int = 300, **sampling: Any) -> s
     """What a random model says within a grammar."""
     options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 4, **sampling}
     sequence = TokenSequence(context, speculation=Speculation(CostCurve(dict.fromkeys(USUAL_COSTS, 1.0))))
-    vocabulary, data = context.model.vocabulary, b""
+    vocabulary, data = context.model.tokenizer, b""
     for step in sequence.generate([1, 2, 3, 4], Sampling(**options, grammar=grammar), limit=limit):
         if isinstance(step, int):
             if vocabulary.is_end(step):
@@ -83,18 +83,18 @@ def test_a_grammar_of_ones_own_is_kept_to(context: Context) -> None:
 
 
 def test_where_there_is_no_choice_nothing_is_chosen(context: Context) -> None:
-    constraint = Constraint('root ::= "abc" ("d" | "e") "fgh"', context.model.vocabulary)
+    constraint = Constraint('root ::= "abc" ("d" | "e") "fgh"', context.model.tokenizer)
     assert constraint.forced() == b"abc"
-    for token in context.model.vocabulary.tokenize("abc", special=False):
+    for token in context.model.tokenizer.tokenize("abc", special=False):
         constraint.accept(token)
     assert constraint.forced() == b""
-    constraint.accept(context.model.vocabulary.tokenize("e", special=False)[0])
+    constraint.accept(context.model.tokenizer.tokenize("e", special=False)[0])
     assert constraint.forced() == b"fgh"
     constraint.close()
 
 
 def test_characters_of_several_bytes_are_forced_whole(context: Context) -> None:
-    constraint = Constraint('root ::= "né中" [a-b]', context.model.vocabulary)
+    constraint = Constraint('root ::= "né中" [a-b]', context.model.tokenizer)
     assert constraint.forced().decode() == "né中"
     constraint.close()
 
@@ -102,7 +102,7 @@ def test_characters_of_several_bytes_are_forced_whole(context: Context) -> None:
 def test_a_literal_that_tokens_do_not_spell_as_it_is_comes_all_the_same(context: Context) -> None:
     """Qwen's tokenizer composes accents; the grammar wants them apart."""
     apart = "e\u0301galite\u0301"
-    constraint = Constraint(f'root ::= "{apart}" [ab]', context.model.vocabulary)
+    constraint = Constraint(f'root ::= "{apart}" [ab]', context.model.tokenizer)
     assert constraint.forced().decode() == apart
     assert constraint.forced_tokens() == []
     constraint.close()
@@ -127,9 +127,9 @@ def test_literals_are_computed_together(context: Context, monkeypatch: pytest.Mo
 def test_an_answer_that_was_cut_goes_on_within_its_grammar(context: Context) -> None:
     grammar = 'root ::= "[" [a-c] [d-f] [g-i] "]"'
     begun = said(context, grammar, limit=2)
-    ids = tuple(context.model.vocabulary.tokenize(begun, special=False))
+    ids = tuple(context.model.tokenizer.tokenize(begun, special=False))
     assert re.fullmatch(r"[d-f][g-i]\]", said(context, grammar, begun=ids))
-    with pytest.raises(UsageProblem, match="does not keep to the grammar"):
+    with pytest.raises(UsageError, match="does not keep to the grammar"):
         said(context, grammar, begun=ids[::-1])
 
 
@@ -139,14 +139,14 @@ def test_an_answer_is_not_longer_than_asked_even_where_literals_are(context: Con
 
 def accepts(context: Context, grammar: str, text: str) -> bool:
     """Whether a grammar lets a text be said, byte by byte."""
-    constraint = Constraint(grammar, context.model.vocabulary)
+    constraint = Constraint(grammar, context.model.tokenizer)
     try:
         for byte in text.encode("ascii"):
-            token = context.model.vocabulary.tokenize(chr(byte), special=False)[0]
+            token = context.model.tokenizer.tokenize(chr(byte), special=False)[0]
             if not constraint.allows(token):
                 return False
             constraint.accept(token)
-        return any(constraint.allows(end) for end in context.model.vocabulary.ends())
+        return any(constraint.allows(end) for end in context.model.tokenizer.ends())
     finally:
         constraint.close()
 
@@ -214,7 +214,7 @@ def test_a_property_may_be_called_like_a_rule_of_ours(context: Context) -> None:
     ],
 )
 def test_a_schema_that_cannot_be_kept_to_is_refused(schema: str, message: str) -> None:
-    with pytest.raises(UsageProblem) as caught:
+    with pytest.raises(UsageError) as caught:
         grammar_of_schema(schema)
     assert message in str(caught.value)
 
@@ -266,8 +266,8 @@ def test_what_stands_beside_something_else_is_kept_to(
 def test_a_grammar_that_cannot_be_read_is_refused_in_one_sentence(
     grammar: str, reason: str, context: Context, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(UsageProblem, match=f"The grammar cannot be read: .*{reason}"):
-        Constraint(grammar, context.model.vocabulary)
+    with pytest.raises(UsageError, match=f"The grammar cannot be read: .*{reason}"):
+        Constraint(grammar, context.model.tokenizer)
     assert capfd.readouterr().err == ""
 
 
@@ -276,10 +276,10 @@ def test_what_others_say_meanwhile_is_not_lost(context: Context, capfd: pytest.C
         @property
         def handle(self) -> Any:
             os.write(2, b"a status line")
-            return context.model.vocabulary.handle
+            return context.model.tokenizer.handle
 
         def __getattr__(self, name: str) -> Any:
-            return getattr(context.model.vocabulary, name)
+            return getattr(context.model.tokenizer, name)
 
     Constraint('root ::= "a"', cast(Any, Vocabulary())).close()
     assert capfd.readouterr().err == "a status line"
@@ -298,7 +298,7 @@ def nested(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 def test_whatever_stands_in_a_schema_it_is_a_grammar_or_one_sentence(schema: Any) -> None:
     try:
         assert "root ::=" in grammar_of_schema(json.dumps(schema))
-    except UsageProblem as refused:
+    except UsageError as refused:
         assert str(refused).startswith("The schema")
 
 
@@ -335,7 +335,7 @@ def test_what_is_said_is_what_a_schema_allows_or_the_schema_is_refused(
 ) -> None:
     try:
         grammar = grammar_of_schema(json.dumps(schema))
-    except UsageProblem:
+    except UsageError:
         return
     text = said(context, grammar, limit=250, seed=seed)
     if "\ufffd" in text or not said_whole(context, grammar, text):
@@ -345,10 +345,10 @@ def test_what_is_said_is_what_a_schema_allows_or_the_schema_is_refused(
 
 def said_whole(context: Context, grammar: str, text: str) -> bool:
     """Whether an answer within a grammar may end where it does."""
-    constraint = Constraint(grammar, context.model.vocabulary)
+    constraint = Constraint(grammar, context.model.tokenizer)
     try:
-        constraint.catch_up(context.model.vocabulary.tokenize(text, special=False))
-        return bool(constraint.allowed(context.model.vocabulary.ends()))
+        constraint.catch_up(context.model.tokenizer.tokenize(text, special=False))
+        return bool(constraint.allowed(context.model.tokenizer.ends()))
     finally:
         constraint.close()
 

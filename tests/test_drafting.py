@@ -12,12 +12,13 @@ from qwenlocal.engine.context import Aborted, Context, ContextOptions
 from qwenlocal.engine.draft_model import DraftModel, shares_vocabulary
 from qwenlocal.engine.drafting import ModelDrafts, Trial
 from qwenlocal.engine.llama import Model
+from qwenlocal.engine.load_plan import LoadRequest
 from qwenlocal.engine.sampling import Sampling
 from qwenlocal.engine.sequence import TokenSequence
 from qwenlocal.engine.speculation import USUAL_COSTS, CostCurve, NoSpeculation, Speculation
-from qwenlocal.engine.wanted import Wanted
-from qwenlocal.errors import NotEnoughMemory, UsageProblem
+from qwenlocal.errors import NotEnoughMemory, UsageError
 from qwenlocal.machine import Machine, Memory, this_machine
+from qwenlocal.terminal.load_notes import describe_plan
 from qwenlocal.testing import write_model
 
 GREEDY = Sampling(temperature=0, repeat_penalty=1)
@@ -92,11 +93,11 @@ def answer(sequence: TokenSequence, ids: Sequence[int], sampling: Sampling = GRE
 
 
 def test_a_model_drafts_what_it_would_say_itself(endless_model: Path, context: Callable[..., Context]) -> None:
-    ids = context(endless_model).model.vocabulary.tokenize("abcd", special=False)
+    ids = context(endless_model).model.tokenizer.tokenize("abcd", special=False)
     small = DraftModel(context(endless_model), 1 << 20)
     small.begin(ids)
     assert bytes(ord("e") + place for place in range(4)) == b"".join(
-        context(endless_model).model.vocabulary.piece(token) for token in small.draft(4)
+        context(endless_model).model.tokenizer.piece(token) for token in small.draft(4)
     )
 
 
@@ -110,7 +111,7 @@ def test_it_goes_on_from_whatever_was_said_instead_of_its_draft(
     endless_model: Path, context: Callable[..., Context]
 ) -> None:
     opened = context(endless_model)
-    word = opened.model.vocabulary
+    word = opened.model.tokenizer
     small = DraftModel(opened, 1 << 20)
     small.begin(word.tokenize("abcd", special=False))
     small.draft(4)
@@ -176,7 +177,7 @@ def test_a_good_draft_saves_steps(endless_model: Path, context: Callable[..., Co
     large, costs = context(endless_model), CostCurve(CHEAP)
     small = DraftModel(Context(Model(endless_model), ContextOptions(1024, threads=1), large.abort), 1 << 20)
     drafts = ModelDrafts(small, NoSpeculation(), costs, clock=lambda: 0.0)
-    ids = large.model.vocabulary.tokenize("abcd", special=False)
+    ids = large.model.tokenizer.tokenize("abcd", special=False)
     answer(TokenSequence(large, speculation=drafts), ids)
     answer(TokenSequence(large, speculation=drafts), [*ids, *ids])
     assert drafts.accepted > 0
@@ -232,11 +233,11 @@ def large_and_small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pat
 
 def load(large: Path, small: Path, machine: Machine | None = None) -> tuple[list[int], str]:
     draft = Draft("small", small, small.stat().st_size)
-    options = LoadOptions(Wanted(n_ctx=512, threads=1), draft=draft)
+    options = LoadOptions(LoadRequest(n_ctx=512, threads=1), draft=draft)
     machine = machine or this_machine()
     loaded = Loading().load(large, options, machine, name="large", size=large.stat().st_size)
     try:
-        return answer(loaded.sequence, PROMPT), loaded.plan.sentence()
+        return answer(loaded.sequence, PROMPT), describe_plan(loaded.plan)
     finally:
         loaded.close()
 
@@ -247,13 +248,13 @@ def test_a_draft_model_is_loaded_beside_and_counted_in_the_plan(large_and_small:
 
 
 def test_a_draft_model_that_is_no_smaller_is_refused(large_and_small: tuple[Path, Path]) -> None:
-    with pytest.raises(UsageProblem, match="small is no smaller than large"):
+    with pytest.raises(UsageError, match="small is no smaller than large"):
         load(large_and_small[1], large_and_small[0])
 
 
 def test_a_draft_model_with_another_vocabulary_is_refused(large_and_small: tuple[Path, Path], tmp_path: Path) -> None:
     large, small = large_and_small
-    with pytest.raises(UsageProblem, match="their vocabularies differ"):
+    with pytest.raises(UsageError, match="their vocabularies differ"):
         load(large, with_another_token(small, tmp_path / "other.gguf"))
 
 

@@ -12,10 +12,9 @@ import pytest
 
 from qwenlocal.engine import context
 from qwenlocal.engine.context import Context, ContextOptions
-from qwenlocal.engine.in_memory import ModelInMemory
 from qwenlocal.engine.llama import Model
-from qwenlocal.errors import CannotExpress, QwenlocalError
-from qwenlocal.measure import fidelity
+from qwenlocal.errors import QwenlocalError, UnsupportedCheckpoint
+from qwenlocal.measure.reference import ReferenceTensors, load_reference, plan_reference
 from qwenlocal.testing import MOE_CONFIG, write_checkpoint
 from qwenlocal.weights.checkpoint import Checkpoint
 from qwenlocal.weights.convert import Options, plan_conversion
@@ -75,7 +74,7 @@ def logits(model: Model) -> numpy.ndarray:
     context = Context(model, ContextOptions(256, threads=2, n_batch=32))
     try:
         (first,) = context.decode([(0, IDS)], all_logits=True)
-        size = len(model.vocabulary)
+        size = len(model.tokenizer)
         rows = [numpy.ctypeslib.as_array(context.logits(first + n), (size,)).copy() for n in range(len(IDS))]
         return numpy.stack(rows)
     finally:
@@ -113,7 +112,7 @@ def test_what_verify_takes_for_the_truth_is_as_close_to_transformers_as_the_chec
     case: dict[str, Any], checkpoint: Path, maker: Any, tmp_path: Path
 ) -> None:
     """With weights of 16 bits, llama.cpp rounds what they are multiplied with to the same 16 bits."""
-    plan = fidelity._reference_plan(Checkpoint.open(checkpoint), tmp_path / "header.gguf", Options())
+    plan = plan_reference(Checkpoint.open(checkpoint), tmp_path / "header.gguf", Options())
     allowed = {"f32": CLOSE, "f16": 2e-3, "bf16": 1e-2}[plan.files[0].type.name]
     assert error(logits(in_memory(plan)), case, maker) <= allowed
 
@@ -122,7 +121,7 @@ def in_memory(plan: Plan) -> Model:
     """The model of a plan whose weights are read from the checkpoint, without a file of them."""
     output = plan.job.outputs[0]
     output.path.write_bytes(output.header)
-    return ModelInMemory(output.path, fidelity._Filler(fidelity._Source(plan)).fill)
+    return load_reference(output.path, ReferenceTensors(plan))
 
 
 @pytest.mark.parametrize(
@@ -132,7 +131,7 @@ def test_a_yarn_scaling_that_llama_cpp_does_not_compute_is_refused(more: dict[st
     """src/models/qwen2.cpp reads no `rope.scaling.yarn_*`: the betas are 32 and 1, whatever a file says."""
     scaling = {"type": "yarn", "factor": 8.0, "original_max_position_embeddings": 256, **more}
     folder = write_checkpoint(tmp_path / "model", config={"rope_theta": 10000.0, "rope_scaling": scaling})
-    with pytest.raises(CannotExpress):
+    with pytest.raises(UnsupportedCheckpoint):
         converted(folder)
 
 

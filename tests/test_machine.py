@@ -127,12 +127,12 @@ def test_plain_progress_prints_a_line_every_few_seconds_and_one_at_the_end() -> 
     ticks = iter([0.0, 1.0, 6.0, 6.0, 7.0, 8.0])
     out = io.StringIO()
     with PlainProgress(out, clock=lambda: next(ticks)) as show:
-        show(TaskProgress("x", 0, 10_000_000))
-        show(TaskProgress("x", 5_000_000, 10_000_000))
-        show(TaskProgress("x", 10_000_000, 10_000_000))
+        show(TaskProgress("x", 0, 10_000_000, "downloading"))
+        show(TaskProgress("x", 5_000_000, 10_000_000, "downloading"))
+        show(TaskProgress("x", 10_000_000, 10_000_000, "downloading"))
     first, last = out.getvalue().splitlines()
-    assert first == "fetching x: 50% of 10 MB, 0.8 MB/s, 6 s left"
-    assert last.startswith("fetching x: 100% of 10 MB")
+    assert first == "downloading x: 50% of 10 MB, 0.8 MB/s, 6 s left"
+    assert last.startswith("downloading x: 100% of 10 MB")
 
 
 def test_a_pipe_gets_plain_lines() -> None:

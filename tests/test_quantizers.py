@@ -18,7 +18,7 @@ def both(kind: str, numbers: numpy.ndarray) -> tuple[bytes, bytes]:
     """What ours and ggml's make of float32 numbers, a multiple of 256 of them."""
     found = ggml.tensor_type(kind)
     ours, theirs = (numpy.full(found.row_bytes(numbers.size), 0xAA, numpy.uint8) for _ in range(2))
-    most = ggml.quantize_quickly(ggml.tensor_type("f32"), numbers.ctypes.data, found, ours.ctypes.data, numbers.size)
+    most = ggml.quantize_fast(ggml.tensor_type("f32"), numbers.ctypes.data, found, ours.ctypes.data, numbers.size)
     if most is None:
         pytest.skip("this libggml was compiled without our quantizers")
     ggml.quantize_with_ggml(found, numbers.ctypes.data, theirs.ctypes.data, numbers.size // BLOCK, BLOCK)
@@ -112,8 +112,8 @@ def test_ours_leave_other_types_to_ggml(kind: str) -> None:
     found, numbers = ggml.tensor_type(kind), weights_as_models_have_them(BLOCK)
     target = numpy.full(found.row_bytes(BLOCK), 0xAA, numpy.uint8)
     source = ggml.tensor_type("f32")
-    assert ggml.quantize_quickly(source, numbers.ctypes.data, found, target.ctypes.data, BLOCK) is None
-    assert not ggml.can_quantize_quickly(source, found)
+    assert ggml.quantize_fast(source, numbers.ctypes.data, found, target.ctypes.data, BLOCK) is None
+    assert not ggml.can_quantize_fast(source, found)
     assert (target == 0xAA).all()
 
 
@@ -122,7 +122,7 @@ def test_ours_read_bf16_as_it_is(kind: str) -> None:
     found, half = ggml.tensor_type(kind), ggml.tensor_type("bf16")
     stored = (weights_as_models_have_them(BLOCK * 100).view(numpy.uint32) >> 16).astype(numpy.uint16)
     target = numpy.empty(found.row_bytes(stored.size), numpy.uint8)
-    most = ggml.quantize_quickly(half, stored.ctypes.data, found, target.ctypes.data, stored.size)
+    most = ggml.quantize_fast(half, stored.ctypes.data, found, target.ctypes.data, stored.size)
     if most is None:
         pytest.skip("this libggml was compiled without our quantizers")
     numbers = (stored.astype(numpy.uint32) << 16).view(numpy.float32)
@@ -138,7 +138,7 @@ def test_ours_tell_of_numbers_that_are_none(kind: str, number: float, place: int
     numbers[place] = number
     target = numpy.empty(found.row_bytes(numbers.size), numpy.uint8)
     source = ggml.tensor_type("f32")
-    most = ggml.quantize_quickly(source, numbers.ctypes.data, found, target.ctypes.data, numbers.size)
+    most = ggml.quantize_fast(source, numbers.ctypes.data, found, target.ctypes.data, numbers.size)
     if most is None:
         pytest.skip("this libggml was compiled without our quantizers")
     assert most == numpy.inf

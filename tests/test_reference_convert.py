@@ -322,7 +322,7 @@ TEXTS = [*lines(2000)[::50], *WHITE_SPACE, *OTHERS]
 def ids_of(file: Path, texts: Iterable[str]) -> list[list[int]]:
     model = Model(file)
     try:
-        return [model.vocabulary.tokenize(text, special=False) for text in texts]
+        return [model.tokenizer.tokenize(text, special=False) for text in texts]
     finally:
         model.close()
 
@@ -343,7 +343,7 @@ def test_pieces_that_were_given_to_the_training_are_found_and_written_as_sentenc
     model = train(user_defined_symbols=["▁▁", "▁▁▁▁", "\t"])
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     file = convert(code_checkpoint(tmp_path, model=model), "bf16", Options())
-    vocabulary = Model(file).vocabulary
+    vocabulary = Model(file).tokenizer
     for text in ("a  b    c", "x\ty", "\tz", "def f():\n    return 1"):
         ids = vocabulary.tokenize(text, special=False)
         assert ids == processor.encode(text)

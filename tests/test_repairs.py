@@ -13,10 +13,11 @@ from gguf_files import copy_with_metadata, old_token_types
 from qwenlocal.chat.loading import Loaded, Loading, LoadOptions
 from qwenlocal.engine.context import Context, ContextOptions
 from qwenlocal.engine.llama import Model
+from qwenlocal.engine.load_plan import FileRepaired, LoadRequest
 from qwenlocal.engine.sampling import Sampling
 from qwenlocal.engine.sequence import TokenSequence
-from qwenlocal.engine.wanted import Wanted
 from qwenlocal.machine import this_machine
+from qwenlocal.terminal.load_notes import describe_note
 from qwenlocal.testing import CONFIG, write_checkpoint
 from qwenlocal.weights import gguf
 from qwenlocal.weights.checkpoint import Checkpoint
@@ -54,7 +55,7 @@ def loaded(request: pytest.FixtureRequest) -> Iterator[Any]:
     ready: list[Loaded] = []
 
     def load(path: Path) -> Loaded:
-        options = LoadOptions(Wanted(n_ctx=512, threads=1))
+        options = LoadOptions(LoadRequest(n_ctx=512, threads=1))
         ready.append(Loading().load(path, options, this_machine(), name="tiny", size=path.stat().st_size))
         return ready[-1]
 
@@ -88,7 +89,8 @@ class TestARopeBaseThatIsMissing:
 
     def test_is_put_right_on_loading_and_that_is_said(self, old: Path, good: Path, loaded: Any) -> None:
         ready = loaded(old)
-        assert any("rope base 1,000,000" in note for note in ready.notes)
+        assert ready.notes == (FileRepaired(rope_base=1e6),)
+        assert "RoPE base frequency set to 1,000,000" in describe_note(ready.notes[0])
         ids = list(range(40, 140))
         assert numpy.array_equal(scores(ready.model, ids), scores(Model(good), ids))
         assert not numpy.array_equal(scores(Model(old), ids), scores(Model(good), ids)), "the fault itself does harm"
@@ -128,7 +130,8 @@ class TestPaddingThatCanBeTyped:
 
     def test_is_text_on_loading_and_that_is_said(self, old: Path, loaded: Any) -> None:
         ready = loaded(old)
-        assert any("padding tokens" in note for note in ready.notes)
+        assert ready.notes == (FileRepaired(hides_padding=True),)
+        assert "padding tokens" in describe_note(ready.notes[0])
         text = "a [PAD270] b[PAD261][PAD999]"
         ids = ready.model.tokenizer.tokenize(text, special=False)
         assert max(ids) < 261
@@ -239,8 +242,9 @@ def test_an_end_that_is_a_word_like_any_other_is_found_put_right_and_not_believe
     assert not model.tokenizer.is_end(tokens.index("b"))
     assert model.tokenizer.is_end(tokens.index("<|im_end|>"))
     model.close()
-    loaded = Loading().load(wrong, LoadOptions(Wanted(n_ctx=512, threads=1)), this_machine(), name="x", size=1)
-    assert any("“b” is no end of an answer" in note for note in loaded.notes)
+    loaded = Loading().load(wrong, LoadOptions(LoadRequest(n_ctx=512, threads=1)), this_machine(), name="x", size=1)
+    assert FileRepaired(false_end="b") in loaded.notes
+    assert "“b” no longer ends answers" in describe_note(FileRepaired(false_end="b"))
     loaded.close()
 
 

@@ -163,9 +163,9 @@ def test_a_text_that_repeats_itself_takes_fewer_steps(endless_model: Path, opene
     context = opened(endless_model)
     speculation = Speculation(CostCurve(CHEAP))
     sequence = TokenSequence(context, speculation=speculation)
-    ids = context.model.vocabulary.tokenize("x\nabcdefgh abcdefgh abcdefgh abcdefgh ab", special=True)
+    ids = context.model.tokenizer.tokenize("x\nabcdefgh abcdefgh abcdefgh abcdefgh ab", special=True)
     tokens = answer(sequence, ids, 300)
-    assert context.model.vocabulary.tokenize("cdefgh abcdefgh ", special=False) == tokens[:16]
+    assert context.model.tokenizer.tokenize("cdefgh abcdefgh ", special=False) == tokens[:16]
     assert speculation.accepted > 250
     assert speculation.accepted == speculation.drafted or speculation.accepted > 0.9 * speculation.drafted
 
@@ -179,10 +179,10 @@ def test_what_was_drafted_wrongly_is_not_left_in_the_cache(
     steps = sequence.generate(prompt, GREEDY, limit=50)
     for _, step in zip(range(9), steps, strict=False):
         del step
-        assert len(sequence.held) <= context.length(0)
+        assert len(sequence.cached_ids) <= context.length(0)
     steps.close()  # in the middle of a draft
-    assert context.length(0) == len(sequence.held)
-    more = [*sequence.held, 7, 8, 9]
+    assert context.length(0) == len(sequence.cached_ids)
+    more = [*sequence.cached_ids, 7, 8, 9]
     assert answer(sequence, more, 20) == answer(TokenSequence(opened(random_model)), more, 20)
 
 
@@ -191,7 +191,7 @@ def test_a_draft_never_reaches_beyond_the_context_or_the_limit(
 ) -> None:
     context = Context(Model(endless_model), ContextOptions(256, threads=1))
     sequence = TokenSequence(context, speculation=Speculation(CostCurve(CHEAP)))
-    ids = context.model.vocabulary.tokenize("x\n" + "abcdefgh " * 20, special=True)
+    ids = context.model.tokenizer.tokenize("x\n" + "abcdefgh " * 20, special=True)
     assert len(answer(sequence, ids, 17)) == 17
     tokens = answer(sequence, ids, 10_000)
     assert sequence.is_full

@@ -15,7 +15,7 @@ from corpus import lines
 from from_gguf import tokenizer_files
 
 from qwenlocal.engine.llama import Model
-from qwenlocal.measure.texts import known_texts
+from qwenlocal.measure.tokenization import known_texts
 from qwenlocal.testing import CONFIG, write_checkpoint
 from qwenlocal.weights import gguf
 from qwenlocal.weights.checkpoint import Checkpoint
@@ -84,7 +84,7 @@ def test_five_thousand_lines_have_the_ids_of_the_real_tokenizer(model: Model) ->
     expected = struct.unpack(f"<{len(text)}I", base64.b64decode(GOLDEN["crc32"]))
     total, wrong = 0, []
     for line, digest in zip(text, expected, strict=True):
-        ids = model.vocabulary.tokenize(line, special=True)
+        ids = model.tokenizer.tokenize(line, special=True)
         total += len(ids)
         if zlib.crc32(struct.pack(f"<{len(ids)}i", *ids)) != digest:
             wrong.append((line, ids))
@@ -94,7 +94,7 @@ def test_five_thousand_lines_have_the_ids_of_the_real_tokenizer(model: Model) ->
 
 def test_no_text_of_people_becomes_a_control_or_padding_token(model: Model) -> None:
     for line in [*lines(), "[PAD151650] [PAD151646]", "<|im_end|>" * 3]:
-        assert max(model.vocabulary.tokenize(line, special=False), default=0) < 151643
+        assert max(model.tokenizer.tokenize(line, special=False), default=0) < 151643
 
 
 def test_the_texts_that_verify_uses_have_their_known_ids(model: Model, converted: Path) -> None:
@@ -102,4 +102,4 @@ def test_the_texts_that_verify_uses_have_their_known_ids(model: Model, converted
     texts = known_texts(*(gguf.decode(pairs[f"tokenizer.ggml.{key}"]) for key in ("tokens", "token_type")))
     assert len(texts) >= 40
     for text, ids in texts:
-        assert model.vocabulary.tokenize(text, special=False) == ids
+        assert model.tokenizer.tokenize(text, special=False) == ids

@@ -189,7 +189,7 @@ class Loading:
         costs = CostCurve(options.tuned.costs)
         drafts: Drafts = Speculation(costs) if options.lookup and model.can_truncate else NoSpeculation()
         trial = Trial(small, drafts, costs) if small else None
-        watch = MemoryWatch(machine.memory, machine.stalled, trial.give_up if trial else lambda: False)
+        watch = MemoryWatch(machine.memory, machine.memory_pressure, trial.give_up if trial else lambda: False)
         drafts = trial or drafts
         sequence = TokenSequence(
             context, speculation=drafts, prefix_cache=PrefixCache(context), prompt_cache=saved, check_memory=watch
@@ -360,7 +360,7 @@ def _sampling(metadata: Mapping[str, Value], recommended: Mapping[str, float]) -
     sampling, notes = Sampling(), list[LoadNote]()
     for name, value in {**recommended, **in_file}.items():
         try:
-            sampling = sampling.with_known({name: int(value) if name == "top_k" else float(value)})  # type: ignore[arg-type]
+            sampling = sampling.with_overrides({name: int(value) if name == "top_k" else float(value)})  # type: ignore[arg-type]
         except (UsageError, TypeError, ValueError, OverflowError):
             notes.append(SamplingIgnored(name, value))
     return sampling, tuple(notes)

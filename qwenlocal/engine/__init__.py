@@ -1,1 +1,1 @@
-"""Token ids in, token ids out: llama.cpp, spoken to through its C interface."""
+"""The engine: token ids in, token ids out, through the C interface of llama.cpp."""

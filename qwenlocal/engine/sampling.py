@@ -1,4 +1,4 @@
-"""How the next token is chosen from a model's scores."""
+"""Sampling parameters."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from qwenlocal.i18n import tr
 @dataclass(frozen=True)
 class Sampling:
     """
-    How the next token is chosen from the model's scores.
+    Parameters for choosing the next token; the defaults are Qwen1.5's for its chat models.
 
-    `temperature` 0 takes the most likely token each time. `top_k` 0, `top_p` 1, `min_p` 0 and `repeat_penalty` 1 are
-    off. `seed` None takes a new one each time. Answers keep to `grammar` (GBNF), if there is one; where a prompt ends
-    with the beginning of such an answer, `begun` are its tokens. The defaults are Qwen1.5's own for its chat models.
+    `temperature` 0 is greedy. `top_k` 0, `top_p` 1, `min_p` 0 and `repeat_penalty` 1 are off. `seed` None is random.
+    `grammar` (GBNF) constrains the answer; if the prompt ends with the beginning of such an answer, `begun` are its
+    tokens.
     """
 
     temperature: float = 0.7
@@ -30,28 +30,28 @@ class Sampling:
     begun: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        _within("temperature", self.temperature, 0, 10)
-        _within("top_k", self.top_k, 0, 1_000_000)
-        _within("top_p", self.top_p, 0, 1)
-        _within("min_p", self.min_p, 0, 1)
-        _within("repeat_penalty", self.repeat_penalty, 0.01, 10)
+        _check_range("temperature", self.temperature, 0, 10)
+        _check_range("top_k", self.top_k, 0, 1_000_000)
+        _check_range("top_p", self.top_p, 0, 1)
+        _check_range("min_p", self.min_p, 0, 1)
+        _check_range("repeat_penalty", self.repeat_penalty, 0.01, 10)
         if self.seed is not None:
-            _within("seed", self.seed, 0, 2**32 - 2)
+            _check_range("seed", self.seed, 0, 2**32 - 2)
 
-    def with_known(self, values: Mapping[str, float | int | None]) -> Sampling:
-        """This, with every value of `values` that is not None put in its place."""
-        known: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
-        return replace(self, **known)
+    def with_overrides(self, values: Mapping[str, float | int | None]) -> Sampling:
+        """Return a copy with the values that are not None."""
+        overrides: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
+        return replace(self, **overrides)
 
 
-def _within(name: str, value: float, least: float, most: float) -> None:
-    if not least <= value <= most:
+def _check_range(name: str, value: float, minimum: float, maximum: float) -> None:
+    if not minimum <= value <= maximum:
         raise UsageError(
             tr(
-                "{name} must lie between {least:g} and {most:g}; it is {value:g}.",
+                "{name} must be between {minimum:g} and {maximum:g}, not {value:g}.",
                 name=name,
-                least=least,
-                most=most,
+                minimum=minimum,
+                maximum=maximum,
                 value=value,
             )
         )

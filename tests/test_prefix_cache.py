@@ -1,4 +1,4 @@
-"""Ends of a conversation that were left are kept beside it: going back computes nothing."""
+"""Abandoned branches of a conversation stay in the KV cache, so that returning to one computes nothing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from qwenlocal.engine.context import Context, ContextOptions
 from qwenlocal.engine.llama import Model
-from qwenlocal.engine.parking import Parking
+from qwenlocal.engine.prefix_cache import PrefixCache
 from qwenlocal.engine.sampling import Sampling
 from qwenlocal.engine.sequence import Prefill, TokenSequence
 
@@ -22,8 +22,8 @@ ONE, OTHER = [*COMMON, *[201] * 150], [*COMMON, *[202] * 150]
 def opened(random_model: Path) -> Iterator[Callable[..., Context]]:
     contexts: list[Context] = []
 
-    def open_(n_ctx: int = 1024, sequences: int = 4) -> Context:
-        options = ContextOptions(n_ctx, threads=1, sequences=sequences, flash_attention=False)
+    def open_(n_ctx: int = 1024, n_seq_max: int = 4) -> Context:
+        options = ContextOptions(n_ctx, threads=1, n_seq_max=n_seq_max, flash_attention=False)
         contexts.append(Context(Model(random_model), options))
         return contexts[-1]
 
@@ -33,19 +33,19 @@ def opened(random_model: Path) -> Iterator[Callable[..., Context]]:
         context.model.close()
 
 
-def parking(context: Context) -> TokenSequence:
-    return TokenSequence(context, parking=Parking(context))
+def cached_sequence(context: Context) -> TokenSequence:
+    return TokenSequence(context, prefix_cache=PrefixCache(context))
 
 
 def ask(sequence: TokenSequence, ids: list[int]) -> tuple[int, list[int]]:
-    """How many tokens were not computed again, and the answer."""
+    """Return the number of reused tokens, and the answer."""
     steps = list(sequence.generate(ids, GREEDY, limit=12))
     assert isinstance(steps[0], Prefill)
     return steps[0].reused, [step for step in steps if isinstance(step, int)]
 
 
-def test_going_back_to_what_was_left_computes_only_the_last_token(opened: Callable[..., Context]) -> None:
-    sequence, fresh = parking(opened()), TokenSequence(opened(sequences=1))
+def test_returning_to_a_branch_computes_only_the_last_token(opened: Callable[..., Context]) -> None:
+    sequence, fresh = cached_sequence(opened()), TokenSequence(opened(n_seq_max=1))
     first = ask(sequence, ONE)
     assert ask(sequence, OTHER)[0] == len(COMMON)
     again = ask(sequence, ONE)
@@ -54,53 +54,53 @@ def test_going_back_to_what_was_left_computes_only_the_last_token(opened: Callab
     assert again[1] == ask(fresh, ONE)[1]
 
 
-def test_an_answer_that_was_asked_for_again_is_still_there(opened: Callable[..., Context]) -> None:
-    sequence = parking(opened())
+def test_a_regenerated_answer_stays_cached(opened: Callable[..., Context]) -> None:
+    sequence = cached_sequence(opened())
     answer = [step for step in sequence.generate(COMMON, GREEDY, limit=90) if isinstance(step, int)]
     assert ask(sequence, COMMON)[0] == len(COMMON) - 1
     reused, _ = ask(sequence, [*COMMON, *answer, 5])
     assert reused == len(COMMON) + len(answer) - 1
 
 
-def test_one_sequence_alone_parks_nothing_and_works_as_before(opened: Callable[..., Context]) -> None:
-    sequence = parking(opened(sequences=1))
+def test_a_context_of_one_sequence_caches_no_branches(opened: Callable[..., Context]) -> None:
+    sequence = cached_sequence(opened(n_seq_max=1))
     ask(sequence, ONE)
     assert ask(sequence, OTHER)[0] == len(COMMON)
     assert ask(sequence, ONE)[0] == len(COMMON)
 
 
-def test_parked_ends_make_room_when_it_is_needed(opened: Callable[..., Context]) -> None:
+def test_branches_are_evicted_if_the_kv_cache_is_full(opened: Callable[..., Context]) -> None:
     context = opened(n_ctx=512)
-    sequence, fresh = parking(context), TokenSequence(opened(n_ctx=512, sequences=1))
+    sequence, fresh = cached_sequence(context), TokenSequence(opened(n_ctx=512, n_seq_max=1))
     ask(sequence, ONE)
     ask(sequence, OTHER)
     long = [*COMMON, *[203] * 390]
     assert ask(sequence, long)[1] == ask(fresh, long)[1]
 
 
-def test_the_oldest_goes_when_there_are_too_many(opened: Callable[..., Context]) -> None:
+def test_the_oldest_entry_is_evicted_first(opened: Callable[..., Context]) -> None:
     context = opened()
-    places = Parking(context)
+    cache = PrefixCache(context)
     for number in range(5):
         ids = [number] * 80
         context.truncate(0, 0)
         context.decode([(0, ids)])
-        places.park(0, ids)
-    assert places.best([0] * 80, 0) is None
-    assert places.best([1] * 80, 0) is None
+        cache.insert(0, ids)
+    assert cache.find_longest_prefix([0] * 80, 0) is None
+    assert cache.find_longest_prefix([1] * 80, 0) is None
     for number in (2, 3, 4):
-        found = places.best([number] * 80, 10)
-        assert found is not None
-        assert places.take(found, 0) == [number] * 80
+        entry = cache.find_longest_prefix([number] * 80, 10)
+        assert entry is not None
+        assert cache.copy_to(0, entry) == [number] * 80
         assert context.length(0) == 80
 
 
-def test_a_beginning_of_what_is_parked_is_not_parked_twice(opened: Callable[..., Context]) -> None:
+def test_a_prefix_of_a_new_entry_is_dropped(opened: Callable[..., Context]) -> None:
     context = opened()
-    places = Parking(context)
+    cache = PrefixCache(context)
     for length in (70, 90, 110):
         context.truncate(0, 0)
         context.decode([(0, [7] * length)])
-        places.park(0, [7] * length)
-    assert places.drop_oldest()
-    assert not places.drop_oldest()
+        cache.insert(0, [7] * length)
+    assert cache.evict_oldest()
+    assert not cache.evict_oldest()

@@ -201,7 +201,7 @@ def test_settings_are_shown_changed_and_validated(terminal: Open, speaking_model
     enter(chat, "/set max-tokens 3", "max_tokens is now 3")
     text = enter(chat, "/set", "overflow +shift")
     assert re.search(r"temperature +0\.3 ", text)
-    enter(chat, "/set temperature 99", "temperature must lie between 0 and 10")
+    enter(chat, "/set temperature 99", "temperature must be between 0 and 10")
     enter(chat, "/set max-tokens -5", "“-5” is not a valid max_tokens")
     enter(chat, "/set temprature 1", "No setting is called “temprature”")
     enter(chat, "/set seed x", "“x” is not a valid seed")
@@ -279,7 +279,7 @@ def test_a_chat_is_saved_loaded_exported_and_renamed(
     enter(chat, "/save talk.json", "Saved:")
     enter(chat, "/export talk.html", "Saved:.*Saved:")
     enter(chat, "/export talk.doc", "Cannot export to talk.doc: use one of")
-    enter(chat, "/export nowhere/talk.md", r"nowhere\s+cannot\s+be\s+written:.*Choose\s+another\s+folder")
+    enter(chat, "/export nowhere/talk.md", r"Cannot\s+write\s+to.*nowhere:.*Choose\s+another\s+folder")
     enter(chat, "/save " + "x" * 300, "Invalid file name")
     enter(chat, "/title About Paris", "Renamed this chat to “About Paris”")
     enter(chat, "/clear", "Started a new chat")
@@ -309,7 +309,7 @@ def test_a_killed_chat_can_be_continued(terminal: Open, endless_model: Path, jou
     kept = journal().load_thread(1).path[1].text
     assert kept.count("abcdefgh") >= min(20, shown)
     again = terminal("run", "--continue", "-n", "9")
-    again.wait_for("Going on with chat 1, “Remember this”: 2 messages")
+    again.wait_for("Continuing chat 1, “Remember this”: 2 messages")
     again.wait_for_prompt()
     enter(again, "And?", r"^> And\?$.*abcdefgh")
     again.wait_for(r"token limit")
@@ -335,9 +335,9 @@ def test_resume_picks_a_chat_from_a_list(terminal: Open, speaking_model: Path) -
     chat = terminal("run", "--resume")
     chat.wait_for(r"1 .*About dogs.*2 .*About cats.*Which one\? \[1\]")
     chat.type("2\r")
-    chat.wait_for("Going on with chat 1, “About cats”")
+    chat.wait_for("Continuing chat 1, “About cats”")
     direct = terminal("run", "--resume", "2")
-    direct.wait_for("Going on with chat 2, “About dogs”")
+    direct.wait_for("Continuing chat 2, “About dogs”")
 
 
 def test_no_journal_keeps_nothing(terminal: Open, speaking_model: Path, environment: dict[str, str]) -> None:
@@ -359,7 +359,7 @@ def test_a_damaged_journal_is_reported_and_left_alone(
     path.write_bytes(b"garbage" * 1000)
     chat = start_chat(terminal, speaking_model)
     text = chat.text.replace("\n", " ")
-    assert "is damaged" in text and "This chat is not kept" in text
+    assert "is damaged" in text and "This chat is not saved" in text
     enter(chat, "Hi", re.escape(SAYS))
     chat.type("\x04")
     assert chat.ended() == 0

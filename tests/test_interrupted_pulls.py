@@ -95,14 +95,14 @@ class TestInterruptedPulls:
             time.sleep(0.002)
         child.send_signal(signal.SIGSTOP)
         assert model_states(invoke)[name] == "converting"
-        assert re.search(rf"^{re.escape(name)} .*being converted$", invoke("list").stdout, re.MULTILINE)
+        assert re.search(rf"^{re.escape(name)} .*converting$", invoke("list").stdout, re.MULTILINE)
         child.kill()
         message = child.communicate(timeout=60)[1]
         assert child.returncode == -signal.SIGKILL, message
         assert model_states(invoke) == {name: "cut short", hub_checkpoint + CHECKPOINT: "checkpoint"}
         assert list_models(invoke)[name]["size"] > 0
-        assert re.search(rf"^{re.escape(name)} .*cut short while it was", invoke("list").stdout, re.MULTILINE)
-        assert "Fetching the checkpoint" not in expect_exit(invoke("pull", name), 0)
+        assert re.search(rf"^{re.escape(name)} .*conversion interrupted; pull continues it", invoke("list").stdout, re.MULTILINE)
+        assert "Downloading the checkpoint" not in expect_exit(invoke("pull", name), 0)
         weights = (tiny_checkpoint / "model.safetensors").stat().st_size
         assert [0 < each.resumed < weights for each in conversions] == [True]
         assert model_states(invoke)[name] == "here"

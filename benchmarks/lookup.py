@@ -39,7 +39,7 @@ RECORDS = "\n".join(
 )  # fmt: skip
 
 COPYING = {
-    "edit code": "Rename the class TextStream to Utf8Stream in this file and print the whole file, nothing else:\n\n"
+    "edit code": "Rename the class IncrementalDetokenizer to Utf8Decoder in this file and print the whole file, nothing else:\n\n"
     f"{CODE}",
     "quote text": f"Repeat the following text word for word, nothing else:\n\n{PROSE}",
     "fill JSON": "Write these people as a JSON array of objects with the keys name, born, town, job and phone, nothing "

@@ -1,4 +1,4 @@
-"""A program in a real pseudo-terminal, and its screen read back."""
+"""Runs a program in a pseudo-terminal and reads back its screen."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pexpect = pytest.importorskip("pexpect", reason="there are no pseudo-terminals here")
+pexpect = pytest.importorskip("pexpect", reason="needs pseudo-terminals")
 import pyte  # noqa: E402
 
 COLUMNS, LINES = 80, 24
@@ -36,14 +36,14 @@ class Terminal:
         self._child.send(text)
 
     def paste(self, text: str) -> None:
-        """A bracketed paste, as fast as the program takes it; what it writes meanwhile is read."""
+        """Send a bracketed paste, and read the output meanwhile so that the program never blocks."""
         data = f"\x1b[200~{text}\x1b[201~".encode()
-        for at in range(0, len(data), 1 << 15):
-            self._child.send(data[at : at + (1 << 15)])
+        for start in range(0, len(data), 1 << 15):
+            self._child.send(data[start : start + (1 << 15)])
             self.read(0.001)
 
     def read(self, seconds: float = 0.05) -> None:
-        """Whatever the program writes for a while; questions of prompt_toolkit about the cursor are answered."""
+        """Read the output for a while, and answer prompt_toolkit's requests for the cursor position."""
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0:
             try:
@@ -59,7 +59,7 @@ class Terminal:
 
     @property
     def text(self) -> str:
-        """What the screen shows, and what scrolled off its top."""
+        """The screen with its scrollback."""
         top = [
             "".join(line[column].data for column in range(self._screen.columns)) for line in self._screen.history.top
         ]
@@ -70,24 +70,24 @@ class Terminal:
         return self._raw
 
     def wait_for(self, pattern: str, seconds: float = 60) -> str:
-        """Until the screen shows `pattern`."""
+        """Read until the screen shows `pattern`, and return the text."""
         end = time.monotonic() + seconds
         while not re.search(pattern, self.text, re.M | re.S):
-            assert time.monotonic() < end, f"{pattern!r} never came; the screen shows:\n{self.text}"
+            assert time.monotonic() < end, f"{pattern!r} did not appear; the screen shows:\n{self.text}"
             self.read()
         return self.text
 
     def wait_for_prompt(self, count: int = 1) -> str:
-        """Until an empty input line is shown for the `count`-th time and the program waits."""
+        """Wait for the `count`-th input line, which is empty."""
         return self.wait_for(r"^>.*" * (count - 1) + r"^>$")
 
     def resize(self, columns: int, lines: int) -> None:
-        """Make the window another size."""
+        """Resize the window."""
         self._screen.resize(lines, columns)
         self._child.setwinsize(lines, columns)
 
     def kill(self) -> None:
-        """kill -9."""
+        """Kill the program with SIGKILL."""
         self._child.kill(9)
         self._child.wait()
 
@@ -95,11 +95,11 @@ class Terminal:
         """Close the window."""
         self._child.close(force=False)
 
-    def ended(self, seconds: float = 15) -> int:
-        """The exit code, once the program has ended."""
+    def wait_for_exit(self, seconds: float = 15) -> int:
+        """Wait until the program ends, and return its exit code."""
         end = time.monotonic() + seconds
         while self._child.isalive():
-            assert time.monotonic() < end, f"it did not end; the screen shows:\n{self.text}"
+            assert time.monotonic() < end, f"the program did not end; the screen shows:\n{self.text}"
             self.read()
         self._child.close()
         return int(self._child.exitstatus if self._child.exitstatus is not None else -self._child.signalstatus)

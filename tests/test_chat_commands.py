@@ -331,7 +331,7 @@ def test_resume_picks_a_chat_from_a_list(terminal: Open, speaking_model: Path) -
         chat = start_chat(terminal, speaking_model)
         enter(chat, question, re.escape(SAYS))
         chat.type("\x04")
-        chat.ended()
+        chat.wait_for_exit()
     chat = terminal("run", "--resume")
     chat.wait_for(r"1 .*About dogs.*2 .*About cats.*Which one\? \[1\]")
     chat.type("2\r")
@@ -344,7 +344,7 @@ def test_no_journal_keeps_nothing(terminal: Open, speaking_model: Path, environm
     chat = start_chat(terminal, speaking_model, "--no-journal")
     enter(chat, "Nobody may know. " + "Nobody. " * 20, re.escape(SAYS))
     chat.type("\x04")
-    chat.ended()
+    chat.wait_for_exit()
     home = Path(environment["QWENLOCAL_HOME"])
     assert not [path for path in home.rglob("*") if path.is_file() and b"Nobody" in path.read_bytes()]
     assert not (home / "chats.db").exists()
@@ -362,7 +362,7 @@ def test_a_damaged_journal_is_reported_and_left_alone(
     assert "is damaged" in text and "This chat is not saved" in text
     enter(chat, "Hi", re.escape(SAYS))
     chat.type("\x04")
-    assert chat.ended() == 0
+    assert chat.wait_for_exit() == 0
     assert path.read_bytes() == b"garbage" * 1000
 
 
@@ -459,7 +459,7 @@ def test_a_dumb_terminal_gets_plain_text(
     enter(chat, "Hi", re.escape(SAYS))
     assert b"\x1b[2m" not in chat.raw
     chat.type("\x04")
-    assert chat.ended() == 0
+    assert chat.wait_for_exit() == 0
 
 
 def test_command_names_are_unique() -> None:
@@ -500,7 +500,7 @@ def test_chats_are_listed_shown_searched_renamed_exported_and_deleted(
     chat = start_chat(terminal, speaking_model)
     enter(chat, "什么是分词器？", re.escape(SAYS))
     chat.type("\x04")
-    chat.ended()
+    chat.wait_for_exit()
     assert re.search(r"1 +\d{4}-\d\d-\d\d .*2 +什么是分词器", qwenlocal("chats", "list").stdout)
     assert json.loads(qwenlocal("chats", "list", "--json").stdout)[0]["messages"] == 2
     assert SAYS in qwenlocal("chats", "show", "1").stdout

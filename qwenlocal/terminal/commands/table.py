@@ -67,12 +67,10 @@ _FILES, _OTHER = mark("Files and chats"), mark("Other")
 
 COMMANDS: Sequence[Command] = (
     Command("/undo", mark("Take back the last question and edit it"), turns.undo_turn, _TURNS),
-    Command(
-        "/retry [N]", mark("Answer the last question again, or N times; keeps all answers"), turns.retry_answer, _TURNS
-    ),
+    Command("/retry [N]", mark("Give another answer to the last question, or N others"), turns.retry_answer, _TURNS),
     Command(
         "/versions [N]",
-        mark("List the answers to the last question, or switch to number N"),
+        mark("List all answers to the last question, or use number N"),
         turns.show_versions,
         _TURNS,
     ),
@@ -104,7 +102,7 @@ COMMANDS: Sequence[Command] = (
     ),
     Command(
         "/set [NAME VALUE]",
-        mark("Change a setting (temperature, top_p, seed, …), or show all"),
+        mark("Change a setting (temperature, seed, …), or show all"),
         models.change_setting,
         _MODEL,
         "setting",
@@ -112,7 +110,7 @@ COMMANDS: Sequence[Command] = (
     Command("/read FILE", mark("Add a file to the next message"), files.attach_file, _FILES, "file"),
     Command(
         "/copy [code|N]",
-        mark("Copy the last answer, its last code block, or the answer of turn N"),
+        mark("Copy the last answer, its last code block, or answer N"),
         files.copy_answer,
         _FILES,
     ),
@@ -134,7 +132,7 @@ COMMANDS: Sequence[Command] = (
 KEYS: Sequence[tuple[str, str]] = (
     ("Enter", mark("Send the message")),
     ("Alt-Enter, Ctrl-J, \\ Enter", mark("Insert a line break")),
-    ("Ctrl-C", mark("Stop the answer and keep its text, or clear the line; twice on an empty line: exit")),
+    ("Ctrl-C", mark("Stop an answer, clear the line, or exit (twice)")),
     ("Ctrl-D", mark("Exit")),
     ("Up, Down", mark("Recall earlier messages, also from other chats")),
     ("Ctrl-R", mark("Search earlier messages")),
@@ -170,5 +168,5 @@ def describe_unknown(name: str) -> str:
     """Return the error for an unknown command, with a suggestion if a similar one exists."""
     similar = difflib.get_close_matches(name, [command.name for command in COMMANDS], n=1, cutoff=0.5)
     suggestion = [tr("Did you mean {name}?", name=similar[0])] if similar else []
-    hint = tr("List the commands: /help. To start a message with a slash, type //.")
+    hint = tr("/help lists the commands, // starts a message with a slash.")
     return " ".join([tr("Unknown command {name}.", name=name), *suggestion, hint])

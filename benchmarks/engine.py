@@ -31,17 +31,17 @@ import json, sys
 from pathlib import Path
 from qwenlocal.engine.context import Context, ContextOptions
 from qwenlocal.engine.llama import Model
-from qwenlocal.measure.bench import decode_speed, fill, prefill_speed
+from qwenlocal.measure.bench import decode_speed, fill_cache, prefill_speed
 path, depth, prompt, answer, threads, together = Path(sys.argv[1]), *map(int, sys.argv[2:])
 options = ContextOptions(depth + prompt + answer + 64, threads=threads, batch_threads=threads, n_ubatch=together,
                          flash_attention=False)
 context = Context(Model(path), options)
-fill(context, 64)
+fill_cache(context, 64)
 decode_speed(context, 8)
 if prompt:
     print(json.dumps(prefill_speed(context, prompt)))
 else:
-    fill(context, depth)
+    fill_cache(context, depth)
     print(json.dumps(decode_speed(context, answer)))
 """
 

@@ -1,9 +1,9 @@
 """
-Stand-ins for tests, ours and yours: models of a few hundred kilobytes that the real llama.cpp loads in milliseconds.
+Tiny models and test doubles, for this project's tests and for yours.
 
-`write_model(path, says="abc")` writes a model that answers "abc" to everything; `write_model(path)` one with random
-weights, whose answers depend on every token before them. `write_checkpoint(folder)` writes one as the hub has them, to
-be converted. `ScriptedGenerator` needs no llama.cpp at all.
+`write_model(path, reply="abc")` writes a GGUF model of a few hundred kilobytes that answers "abc" to every prompt;
+llama.cpp loads it in milliseconds. `write_model(path)` writes one with random weights, whose answers depend on all
+tokens before them. `write_checkpoint(folder)` writes a checkpoint to convert. `ScriptedGenerator` replaces llama.cpp.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwenlocal.chat.template import CHATML
+from qwenlocal.chat.chat_template import CHATML
 from qwenlocal.engine.sampling import Sampling
 from qwenlocal.engine.sequence import Prefill
 from qwenlocal.errors import ContextFull
@@ -22,25 +22,25 @@ if TYPE_CHECKING:
     import numpy
 
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-_WIDTH = 288  # of the embedding: room for a direction of its own for each of the 259 tokens
+_WIDTH = 288  # embedding dimensions: at least one for each of the 259 tokens
 
 
 def byte_alphabet() -> list[str]:
     """
-    The letters that byte-level BPE (GPT-2, encoder.py: `bytes_to_unicode`) uses for the bytes 0 to 255.
+    Return the characters that byte-level BPE (GPT-2, encoder.py: `bytes_to_unicode`) uses for the bytes 0 to 255.
 
     Byte 65 is "A"; byte 32, a space, is "Ġ".
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    letters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
-    return [letters[byte] for byte in range(256)]
+    characters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
+    return [characters[byte] for byte in range(256)]
 
 
 def write_model(
     path: Path,
     *,
-    says: str | None = None,
+    reply: str | None = None,
     ends: bool = True,
     seed: int = 0,
     layers: int = 2,
@@ -50,10 +50,14 @@ def write_model(
     metadata: dict[str, Any] | None = None,
 ) -> Path:
     """
-    Write a tiny qwen2 model to `path`: one token a byte, and Qwen's three control tokens.
+    Write a tiny qwen2 model to `path`, with one token per byte and Qwen's three control tokens.
 
-    With `says`, the model continues a line break with that text, one byte after the other, then ends its turn, or
-    begins again if not `ends`. No byte may come twice in it. Without, the weights are random, from `seed`.
+    With `reply`, the model answers with that text, byte by byte, and ends its turn; if `ends` is False, it repeats the
+    text forever. No byte may occur twice in `reply`. Without `reply`, the weights are random and depend on `seed`.
+
+    Raises
+    ------
+    ValueError: `reply` repeats a byte or contains a line break.
     """
     import gguf
 
@@ -72,7 +76,7 @@ def write_model(
     for key, value in (metadata or {}).items():
         _add(writer, key, value)
     _add_vocabulary(writer, template)
-    for name, data in _weights(says, ends, seed, layers):
+    for name, data in _weights(reply, ends, seed, layers):
         writer.add_tensor(name, data)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -95,7 +99,7 @@ def _add_vocabulary(writer: Any, template: str | None) -> None:
     writer.add_tokenizer_pre("qwen2")
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
-    writer.add_token_merges(["ÿ ÿ"])  # llama.cpp wants one; this one never applies, no text holds the byte 0xFF
+    writer.add_token_merges(["ÿ ÿ"])  # llama.cpp requires one; no text has the byte 0xFF, so this one never applies
     writer.add_eos_token_id(tokens.index("<|im_end|>"))
     writer.add_pad_token_id(tokens.index("<|endoftext|>"))
     writer.add_add_bos_token(False)
@@ -103,7 +107,7 @@ def _add_vocabulary(writer: Any, template: str | None) -> None:
         writer.add_chat_template(template)
 
 
-def _weights(says: str | None, ends: bool, seed: int, layers: int) -> Iterator[tuple[str, numpy.ndarray[Any, Any]]]:
+def _weights(reply: str | None, ends: bool, seed: int, layers: int) -> Iterator[tuple[str, numpy.ndarray[Any, Any]]]:
     import numpy
 
     random = numpy.random.default_rng(seed)
@@ -113,32 +117,32 @@ def _weights(says: str | None, ends: bool, seed: int, layers: int) -> Iterator[t
         values: numpy.ndarray[Any, Any] = random.standard_normal((rows, columns)) / columns**0.5
         return values.astype(numpy.float32)
 
-    scripted = says is not None
+    scripted = reply is not None
     embedding = numpy.eye(count, _WIDTH, dtype=numpy.float32) if scripted else matrix(count, _WIDTH) * 8
     yield "token_embd.weight", embedding
     yield "output_norm.weight", numpy.ones(_WIDTH, numpy.float32)
-    yield "output.weight", _successors(says, ends, count) if says is not None else matrix(count, _WIDTH)
+    yield "output.weight", _successors(reply, ends, count) if reply is not None else matrix(count, _WIDTH)
     for layer in range(layers):
         prefix = f"blk.{layer}."
-        quiet = 0.0 if scripted else 1.0  # a scripted model's layers add nothing to what the embedding says
+        scale = 0.0 if scripted else 8.0  # the layers of a scripted model add nothing to the embedding
         yield prefix + "attn_norm.weight", numpy.ones(_WIDTH, numpy.float32)
         yield prefix + "ffn_norm.weight", numpy.ones(_WIDTH, numpy.float32)
         for name, rows in (("attn_q", _WIDTH), ("attn_k", _WIDTH // 2), ("attn_v", _WIDTH // 2)):
             yield f"{prefix}{name}.weight", matrix(rows, _WIDTH)
             yield f"{prefix}{name}.bias", numpy.zeros(rows, numpy.float32)
-        yield prefix + "attn_output.weight", matrix(_WIDTH, _WIDTH) * numpy.float32(quiet * 8)
+        yield prefix + "attn_output.weight", matrix(_WIDTH, _WIDTH) * numpy.float32(scale)
         yield prefix + "ffn_gate.weight", matrix(32, _WIDTH)
         yield prefix + "ffn_up.weight", matrix(32, _WIDTH)
-        yield prefix + "ffn_down.weight", matrix(_WIDTH, 32) * numpy.float32(quiet * 8)
+        yield prefix + "ffn_down.weight", matrix(_WIDTH, 32) * numpy.float32(scale)
 
 
-def _successors(says: str, ends: bool, count: int) -> numpy.ndarray[Any, Any]:
-    """The output matrix in which every token points at its successor."""
+def _successors(reply: str, ends: bool, count: int) -> numpy.ndarray[Any, Any]:
+    """Build the output matrix in which every token predicts its successor."""
     import numpy
 
-    chain = [0x0A, *says.encode()]
+    chain = [0x0A, *reply.encode()]
     if len(set(chain)) != len(chain):
-        raise ValueError("every byte of `says` must be another one, and none a line break")
+        raise ValueError("no byte may occur twice in `reply`, nor a line break")
     end = 256 + SPECIALS.index("<|im_end|>") if ends else chain[1]
     following = dict(zip(chain, [*chain[1:], end], strict=True))
     output = numpy.zeros((count, _WIDTH), numpy.float32)
@@ -181,7 +185,7 @@ MOE_CONFIG: dict[str, Any] = {
     "norm_topk_prob": False,
     "decoder_sparse_step": 1,
 }
-_REGULAR = (
+_PRE_TOKENIZER = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
@@ -200,10 +204,10 @@ def write_checkpoint(
     files: dict[str, Any] | None = None,
 ) -> Path:
     """
-    Write a checkpoint with random weights: config.json, safetensors, tokenizer.
+    Write a checkpoint with random weights: config.json, safetensors and tokenizer.
 
-    `config` goes over `CONFIG` (or is `MOE_CONFIG` with changes); `tensors` adds tensors by name and shape, or takes
-    them away (None); `files` are further JSON files, or None for one that shall be missing.
+    `config` overrides entries of `CONFIG` (pass `MOE_CONFIG` for a mixture of experts). `tensors` adds tensors by name
+    and shape, or removes them (None). `files` adds JSON files, or removes them (None).
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = {**CONFIG, **(config or {})}
@@ -239,7 +243,7 @@ def write_checkpoint(
 def checkpoint_shapes(
     config: dict[str, Any], *, fused_experts: bool = False, store_tied_head: bool = False
 ) -> dict[str, tuple[int, ...]]:
-    """The tensors of a Qwen1.5 checkpoint with that config, by the names that transformers gives them."""
+    """Return name and shape of each tensor in a Qwen1.5 checkpoint with that config, with the names of transformers."""
     width, vocabulary = config["hidden_size"], config["vocab_size"]
     keys = width // config["num_attention_heads"] * config["num_key_value_heads"]
     prefix = "" if config["architectures"][0] == "Qwen2Model" else "model."
@@ -286,7 +290,7 @@ def _mlp_shapes(config: dict[str, Any], at: str, *, fused: bool) -> dict[str, tu
 
 
 def write_safetensors(path: Path, tensors: dict[str, tuple[str, tuple[int, ...], bytes]]) -> Path:
-    """Write dtype, shape and bytes of each tensor, in this order."""
+    """Write a safetensors file; each tensor is (dtype, shape, bytes)."""
     entries, at = {}, 0
     for name, (dtype, shape, data) in tensors.items():
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + len(data)]}
@@ -312,7 +316,7 @@ def _random_tensor(name: str, shape: tuple[int, ...], dtype: str, seed: int) -> 
 
 
 def as_dtype(values: numpy.ndarray[Any, Any], dtype: str) -> bytes:
-    """float32 numbers as the bytes of a safetensors type: "F32", "F16", or "BF16" (rounded to the nearest even)."""
+    """Encode float32 values as a safetensors type: "F32", "F16", "F64" or "BF16" (rounded to nearest even)."""
     import numpy
 
     if dtype == "BF16":
@@ -323,12 +327,12 @@ def as_dtype(values: numpy.ndarray[Any, Any], dtype: str) -> bytes:
 
 
 def _tokenizer_files(template: str | None) -> dict[str, Any]:
-    """Byte-level BPE of 258 tokens (the bytes, "th" and "the"), and Qwen's three control tokens after them."""
+    """Build a byte-level BPE with 258 tokens (the bytes, "th" and "the"), followed by Qwen's three control tokens."""
     vocabulary = {token: number for number, token in enumerate([*byte_alphabet(), "th", "the"])}
     special = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False, "special": True}
     added = [{"id": 258 + number, "content": token, **special} for number, token in enumerate(SPECIALS)]
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    split = {"type": "Split", "pattern": {"Regex": _REGULAR}, "behavior": "Isolated", "invert": False}
+    split = {"type": "Split", "pattern": {"Regex": _PRE_TOKENIZER}, "behavior": "Isolated", "invert": False}
     return {
         "tokenizer.json": {
             "version": "1.0",
@@ -357,23 +361,23 @@ def _tokenizer_files(template: str | None) -> dict[str, Any]:
 
 class ScriptedGenerator:
     """
-    Fulfils `engine.sequence.Generator` without a model: yields the tokens of `script`, one answer after the other.
+    `engine.sequence.TokenGenerator` without a model: each prompt gets the next answer of `script`, a list of token ids.
 
-    `asked` keeps the ids of every prompt.
+    `prompts` records the ids of every prompt.
     """
 
     def __init__(self, script: Sequence[Sequence[int]], *, n_ctx: int = 4096) -> None:
         self._script, self._n_ctx = list(script), n_ctx
         self._stop = self._full = False
-        self.asked: list[list[int]] = []
+        self.prompts: list[list[int]] = []
 
     def generate(self, ids: Sequence[int], sampling: Sampling, *, limit: int) -> Iterator[Prefill | int]:
-        self.asked.append(list(ids))
+        self.prompts.append(list(ids))
         self._stop = self._full = False
         if len(ids) >= self._n_ctx:
             raise ContextFull(len(ids), self._n_ctx, self._n_ctx)
         yield Prefill(len(ids), len(ids), 0)
-        for produced, token in enumerate(self._script[len(self.asked) - 1]):
+        for produced, token in enumerate(self._script[len(self.prompts) - 1]):
             if self._stop or produced >= limit:
                 return
             if len(ids) + produced >= self._n_ctx:

@@ -37,7 +37,7 @@ def test_what_was_answered_before_is_not_answered_again(invoke: Run, speaking_mo
     assert (result.returncode, result.stdout) == (0, "")
     assert {line["id"]: line["answer"] for line in lines(tmp_path / "out.jsonl")} == {2: "before", 1: SAYS, 3: SAYS}
     again = invoke("run", "-m", str(speaking_model), "--batch", "in.jsonl", "-o", "out.jsonl")
-    assert "All 3 are answered already." in again.stderr
+    assert "All 3 prompts are answered already." in again.stderr
 
 
 def test_an_answer_ends_before_a_stop_string(invoke: Run, speaking_model: Path, tmp_path: Path) -> None:
@@ -78,11 +78,11 @@ def test_a_template_without_a_batch_takes_the_prompt(invoke: Run, speaking_model
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("", "There are no prompts"),
+        ("", "has no prompts"),
         ('{"prompt": }\n', "Line 1 of the batch is not JSON"),
         ('ok\n{"other": "x"}\n', "Line 2 of the batch has no prompt"),
         ('{"id": 1, "prompt": "x"}\n{"id": 1, "prompt": "y"}\n', "have the id 1"),
-        ('{"id": [], "prompt": "x"}\n', "neither a text nor a number"),
+        ('{"id": [], "prompt": "x"}\n', "neither text nor a number"),
         ('{"prompt": null}\n', "Line 1 of the batch has no prompt"),
         ('{"prompt": ["x"]}\n', "Line 1 of the batch has no prompt"),
         ('{"a":' * 100_000, "Line 1 of the batch is not JSON"),
@@ -103,7 +103,7 @@ def test_files_that_are_not_there_or_no_outputs_are_said(invoke: Run, speaking_m
     (tmp_path / "in.jsonl").write_text("one\n")
     (tmp_path / "out.jsonl").write_text("something else\n")
     other = invoke("run", "-m", str(speaking_model), "--batch", "in.jsonl", "-o", "out.jsonl")
-    assert (other.returncode, "is no output of a batch" in other.stderr) == (2, True)
+    assert (other.returncode, "is not the output of a batch" in other.stderr) == (2, True)
     assert (tmp_path / "out.jsonl").read_text() == "something else\n"
 
 
@@ -122,14 +122,14 @@ def test_a_file_that_is_no_output_is_left_alone(text: str, invoke: Run, tmp_path
     (tmp_path / "in.jsonl").write_text("one\n")
     (tmp_path / "mine").write_text(text)
     result = invoke("run", "-m", "./nothing.gguf", "--batch", "in.jsonl", "-o", "mine")
-    assert (result.returncode, "is no output of a batch" in result.stderr) == (2, True)
+    assert (result.returncode, "is not the output of a batch" in result.stderr) == (2, True)
     assert (tmp_path / "mine").read_text() == text
 
 
 def test_a_batch_is_not_its_own_output(invoke: Run, tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text('{"id": 1, "prompt": "x"}\n')
     result = invoke("run", "-m", "./nothing.gguf", "--batch", "in.jsonl", "-o", "./in.jsonl")
-    assert (result.returncode, "is the batch itself" in result.stderr) == (2, True)
+    assert (result.returncode, "is both input and output" in result.stderr) == (2, True)
 
 
 @given(st.text() | st.integers(), st.text(), st.integers(0, 400))

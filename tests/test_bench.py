@@ -11,7 +11,7 @@ from conftest import Run
 from qwenlocal.engine.context import Context, ContextOptions
 from qwenlocal.engine.llama import Model
 from qwenlocal.measure import bench
-from qwenlocal.measure.bench import Speed, decode_speed, fill, prefill_speed
+from qwenlocal.measure.bench import Speed, decode_speed, fill_cache, prefill_speed
 from qwenlocal.testing import write_model
 
 
@@ -24,11 +24,11 @@ def test_speeds_know_their_mean_and_their_spread() -> None:
 def test_decoding_is_measured_behind_what_the_cache_holds_and_leaves_it_as_it_was(random_model: Path) -> None:
     model = Model(random_model)
     context = Context(model, ContextOptions(1024, threads=1))
-    fill(context, 300)
+    fill_cache(context, 300)
     assert context.length(0) == 300
     assert decode_speed(context, 20) > 0
     assert context.length(0) == 300
-    fill(context, 200)
+    fill_cache(context, 200)
     assert context.length(0) == 200
     assert prefill_speed(context, 128) > 0
     assert context.length(0) == 128
@@ -36,17 +36,17 @@ def test_decoding_is_measured_behind_what_the_cache_holds_and_leaves_it_as_it_wa
     model.close()
 
 
-def test_energy_is_what_the_counters_say(tmp_path: Path) -> None:
+def test_energy_is_the_difference_of_the_counters(tmp_path: Path) -> None:
     (tmp_path / "intel-rapl:0").mkdir()
     counter = tmp_path / "intel-rapl:0" / "energy_uj"
     counter.write_text("1000000")
-    with bench._energy(tmp_path) as used:
+    with bench.measure_energy(tmp_path) as used:
         counter.write_text("3500000")
     assert used == [2.5]
-    with bench._energy(tmp_path) as used:
+    with bench.measure_energy(tmp_path) as used:
         counter.write_text("5")  # the counter began anew
     assert used == []
-    with bench._energy(tmp_path / "nowhere") as used:
+    with bench.measure_energy(tmp_path / "nowhere") as used:
         pass
     assert used == []
 
@@ -76,12 +76,12 @@ def test_a_table_and_bars_are_for_people(random_model: Path, invoke: Run) -> Non
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["-r", "0"], "-r must lie between"),
-        (["--depths", "a"], "--depths is a list of numbers"),
-        (["--depths", "-1"], "--depths is a list of numbers"),
-        (["-t", "-2"], "-t must lie between"),
-        (["--ubatch", "0"], "--ubatch must lie between"),
-        (["--kv", "q9"], "There are: f16"),
+        (["-r", "0"], "-r must be between"),
+        (["--depths", "a"], "--depths must be a list of token counts"),
+        (["--depths", "-1"], "--depths must be a list of token counts"),
+        (["-t", "-2"], "-t must be between"),
+        (["--ubatch", "0"], "--ubatch must be between"),
+        (["--kv", "q9"], "Choose one of: f16"),
     ],
 )
 def test_what_cannot_be_measured_is_said(options: list[str], message: str, random_model: Path, invoke: Run) -> None:
@@ -104,7 +104,7 @@ def test_tg128_is_measured_on_an_empty_cache_and_the_others_behind_theirs(
         return 1.0
 
     monkeypatch.setattr(bench, "decode_speed", recording)
-    bench.measure(random_model, ContextOptions(0, threads=1), repetitions=1, depths=[0, 256])
+    bench.run_benchmarks(random_model, ContextOptions(0, threads=1), repetitions=1, depths=[0, 256])
     assert depths == [0, 0, 256, 256]
 
 

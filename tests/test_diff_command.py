@@ -26,7 +26,7 @@ class TestDiff:
         shutil.copy(tiny_f32, tmp_path / "copy.gguf")
         result = invoke("diff", str(tiny_f32), "./copy.gguf")
         assert expect_exit(result, 0) == ""
-        assert result.stdout == "The same: every key, every tensor.\n"
+        assert result.stdout == "The files have the same keys and tensors.\n"
 
     def test_other_types_are_listed_with_the_error_of_each_tensor(
         self, tiny_checkpoint: Path, tiny_f32: Path, invoke: Run, tmp_path: Path
@@ -49,8 +49,8 @@ class TestDiff:
         copy_with_metadata(tiny_f32, tmp_path / "x.gguf", pairs)
         result = invoke("diff", str(tiny_f32), "./x.gguf")
         expect_exit(result, 1)
-        assert re.search(r"^general.name\n  < .+\n  > \(not there\)$", result.stdout, re.MULTILINE)
-        assert "my.key\n  < (not there)\n  > mine\n" in result.stdout
+        assert re.search(r"^general.name\n  < .+\n  > \(missing\)$", result.stdout, re.MULTILINE)
+        assert "my.key\n  < (missing)\n  > mine\n" in result.stdout
         assert "tokenizer.ggml.token_type\n  < 288 entries, 5 at 270\n  > 288 entries, 4 at 270\n" in result.stdout
 
     def test_tensors_of_only_one_file_are_listed(self, tiny_f32: Path, invoke: Run, tmp_path: Path) -> None:

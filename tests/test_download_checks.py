@@ -221,7 +221,7 @@ class TestBeforeTheDownload:
         size = len(hub.repository(REPO).files["model.safetensors"])
         free = shutil.disk_usage("/")._replace(free=size + 1000)
         monkeypatch.setattr(shutil, "disk_usage", lambda _folder: free)
-        assert "MB are needed" in expect_exit(invoke("pull", HF_NAME), 6)
+        assert "MB needed" in expect_exit(invoke("pull", HF_NAME), 6)
         assert weight_requests.saw_headers_only
 
     def test_a_hub_without_range_requests_does_not_prevent_a_conversion(

@@ -34,7 +34,7 @@ class TestInspect:
     def test_an_undamaged_file_has_no_findings(self, tiny_f32: Path, invoke: Run) -> None:
         result = invoke("inspect", str(tiny_f32))
         assert expect_exit(result, 0) == ""
-        for words in ("architecture", "qwen2", "rope base", "1,000,000", "pre-tokenizer", "Nothing is wrong with it."):
+        for words in ("architecture", "qwen2", "rope base", "1,000,000", "pre-tokenizer", "No problems found."):
             assert words in result.stdout
         assert "blk.0" not in result.stdout
 
@@ -60,10 +60,10 @@ class TestInspect:
         old = str(copy_with_metadata(tiny_f32, tmp_path / "old.gguf", pairs))
         result = invoke("inspect", old)
         expect_exit(result, 5)
-        wrong, *notes = [line for line in result.stdout.splitlines() if line.startswith(("wrong ", "note "))]
+        wrong, *notes = [line for line in result.stdout.splitlines() if line.startswith(("error ", "note "))]
         assert "rope base is missing" in wrong
-        assert "(--fix puts it right)" in wrong
-        assert any("“[PAD261]”" in note and "(--fix puts it right)" in note for note in notes)
+        assert "(repairable: --fix)" in wrong
+        assert any("“[PAD261]”" in note and "(repairable: --fix)" in note for note in notes)
         assert any("no chat template" in note and "--fix" not in note for note in notes)
         report = parse_json(invoke("inspect", old, "--json").stdout)["findings"]
         assert [(f["serious"], f["fixable"]) for f in report] == [(True, True), (False, True), (False, False)]
@@ -71,7 +71,7 @@ class TestInspect:
     def test_quick_does_not_read_the_weights(self, tiny_f32: Path, invoke: Run, tmp_path: Path) -> None:
         broken = str(copy_with_weights(tiny_f32, tmp_path / "x.gguf", "blk.0.ffn_up.weight", numpy.nan, 1.0, numpy.inf))
         assert "“blk.0.ffn_up.weight” has 2 numbers that are NaN or infinite" in invoke("inspect", broken).stdout
-        assert "Nothing is wrong" in invoke("inspect", broken, "--quick").stdout
+        assert "No problems found" in invoke("inspect", broken, "--quick").stdout
 
     def test_a_repeated_head_is_found_and_left_out_of_a_copy(self, invoke: Run, tmp_path: Path) -> None:
         tied = write_checkpoint(tmp_path / "tied", config={**SMALL, "tie_word_embeddings": True}, store_tied_head=True)
@@ -80,7 +80,7 @@ class TestInspect:
         assert "--fix -o FILE" in expect_exit(invoke("inspect", "./x.gguf", "--fix"), 2)
         assert "Wrote y.gguf" in expect_exit(invoke("inspect", "./x.gguf", "--fix", "-o", "y.gguf"), 0)
         assert "output.weight" not in data_of(tmp_path / "y.gguf")
-        assert "Nothing is wrong" in invoke("inspect", "./y.gguf").stdout
+        assert "No problems found" in invoke("inspect", "./y.gguf").stdout
         assert file_names(tmp_path) == {"tied", "x.gguf", "y.gguf"}
 
     @pytest.mark.parametrize(
@@ -121,9 +121,9 @@ class TestInspect:
             ("./empty.gguf", 5, "the file is empty"),
             ("./text.gguf", 5, "not a GGUF file"),
             ("nonsense", 3, "No model is called"),
-            ("qwen1.5:7b", 3, "is not here"),
-            ("hf:owner/repo", 3, "is not here"),
-            ("./checkpoint", 3, "is not here"),
+            ("qwen1.5:7b", 3, "on this disk"),
+            ("hf:owner/repo", 3, "on this disk"),
+            ("./checkpoint", 3, "on this disk"),
         ],
     )
     def test_a_source_that_is_not_a_model_is_refused(
@@ -219,7 +219,7 @@ class TestFix:
         result = invoke("inspect", str(old_padding), "--fix")
         assert f"Repaired {old_padding} in place." in expect_exit(result, 0)
         assert (read_pairs(old_padding), data_of(old_padding)) == (read_pairs(tiny_f32), data_of(tiny_f32))
-        assert "Nothing is wrong" in invoke("inspect", str(old_padding)).stdout
+        assert "No problems found" in invoke("inspect", str(old_padding)).stdout
         assert file_names(tmp_path) == {old_padding.name}
 
     def test_a_fix_into_a_copy_keeps_the_file(
@@ -228,7 +228,7 @@ class TestFix:
         before = no_rope_base.read_bytes()
         message = expect_exit(invoke("inspect", str(no_rope_base), "--fix", "-o", "new.gguf"), 0)
         assert "Wrote new.gguf" in message
-        assert "with 1 of 1 mended" in message
+        assert "repaired 1 of 1 problems" in message
         assert no_rope_base.read_bytes() == before
         assert read_pairs(tmp_path / "new.gguf") == read_pairs(tiny_f32)
         assert data_of(tmp_path / "new.gguf") == data_of(tiny_f32)
@@ -236,13 +236,13 @@ class TestFix:
 
     def test_a_fix_in_place_is_refused_if_the_header_grows(self, no_rope_base: Path, invoke: Run) -> None:
         before = no_rope_base.read_bytes()
-        assert "so that the rest moves" in expect_exit(invoke("inspect", str(no_rope_base), "--fix"), 2)
+        assert "the weights would have to move" in expect_exit(invoke("inspect", str(no_rope_base), "--fix"), 2)
         assert no_rope_base.read_bytes() == before
 
     def test_an_undamaged_file_is_not_changed(self, tiny_f32: Path, invoke: Run, tmp_path: Path) -> None:
         before = tiny_f32.read_bytes()
         for options in ([], ["-o", "new.gguf"]):
-            assert "nothing that --fix could put right" in expect_exit(
+            assert "nothing that --fix can repair" in expect_exit(
                 invoke("inspect", str(tiny_f32), "--fix", *options), 0
             )
         assert tiny_f32.read_bytes() == before
@@ -265,10 +265,10 @@ class TestFix:
         hub.repository("o/old-GGUF").files = {"old-f32.gguf": no_rope_base.read_bytes()}
         expect_exit(invoke("pull", "hf:o/old-GGUF"), 0)
         message = expect_exit(invoke("inspect", "hf:o/old-GGUF", "--fix"), 2)
-        assert "it stays as it is" in message
+        assert "--fix does not change it" in message
         assert "--fix -o FILE" in message
         expect_exit(invoke("inspect", "hf:o/old-GGUF", "--fix", "-o", "new.gguf"), 0)
-        assert "is whole" in expect_exit(invoke("verify", "hf:o/old-GGUF"), 0)
+        assert "is intact" in expect_exit(invoke("verify", "hf:o/old-GGUF"), 0)
 
     def test_json_prints_only_json(self, old_padding: Path, invoke: Run) -> None:
         result = invoke("inspect", str(old_padding), "--fix", "--json")
@@ -282,7 +282,7 @@ class TestFix:
         (tmp_path / "old.gguf.old-header").write_bytes(backup_bytes(old_padding, content[:4096]))
         old_padding.write_bytes(tiny_f32.read_bytes()[:100] + bytes(1000) + content[1100:])
         result = invoke("inspect", str(old_padding))
-        assert "the file is as it was before" in expect_exit(result, 0)
+        assert "its changes were undone" in expect_exit(result, 0)
         assert old_padding.read_bytes() == content
 
     def test_a_merged_file_is_fixed_in_place(self, tiny_f32: Path, invoke: Run, tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ class TestCtrlC:
         assert not target.exists()
         second = qwenlocal(*command)
         assert second.returncode == 0, second.stderr
-        assert "An earlier attempt had done" in second.stderr
+        assert "An earlier attempt had already processed" in second.stderr
         carry_out(
             plan_conversion(Checkpoint.open(large_checkpoint), [(tmp_path / "y.gguf", file_type(SLOW_TYPE))]).job,
             threads=2,

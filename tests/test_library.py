@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -544,6 +545,17 @@ def test_a_damaged_file_of_another_program_is_not_repaired(library: Library) -> 
     with pytest.raises(BadWeights, match="damaged"):
         library.puller.repair(library.name("tiny"), record, damage)
     assert path.exists()
+
+
+def test_the_file_format_of_records_is_stable(library: Library) -> None:
+    library.pull(f"hf:{REPO}:q4_k_m")
+    (path,) = library.folders.records.glob("*.json")
+    data = json.loads(path.read_text())
+    assert list(data) == [
+        "name", "files", "origin", "licence", "owned", "added", "asked", "missing", "made_from", "is_checkpoint",
+    ]  # fmt: skip
+    assert data["asked"] == [f"hf:{REPO}:q4_k_m"]
+    assert list(data["files"][0]) == ["path", "size", "mtime_ns", "sha256", "block", "checksums", "link"]
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"name": 1}', "\x00"])

@@ -35,11 +35,11 @@ class TestPull:
         path = Path(model["path"])
         assert path.name == f"{checkpoint_copy.name}-q4_k_m.gguf"
         assert file_names(path.parent) == {path.name}
-        assert "here, converted" in invoke("list").stdout
+        assert "installed, converted here" in invoke("list").stdout
         assert json.loads(invoke("show", str(checkpoint_copy), "--json").stdout)["type"] == "q4_k_m"
-        assert "is whole: sha256" in expect_exit(invoke("verify", str(checkpoint_copy)), 0)
+        assert "is intact: sha256" in expect_exit(invoke("verify", str(checkpoint_copy)), 0)
         expect_exit(invoke("inspect", str(checkpoint_copy)), 0)
-        assert "the checkpoint is yours" in expect_exit(invoke("rm", str(checkpoint_copy)), 0)
+        assert "Your checkpoint stays" in expect_exit(invoke("rm", str(checkpoint_copy)), 0)
         assert not path.exists()
         assert parse_json(invoke("list", "--json").stdout) == []
         assert {path.name: path.read_bytes() for path in checkpoint_copy.iterdir()} == before
@@ -86,7 +86,7 @@ class TestDeletedCheckpoints:
         shutil.rmtree(checkpoint_copy)
         for text in (str(checkpoint_copy), f"./{checkpoint_copy.name}"):
             second = qwenlocal("run", text, "Hi", "-n", "3", "--temp", "0")
-            assert "is gone; what was made of it is still here" in expect_exit(second, 0)
+            assert "was deleted; using the model converted from it" in expect_exit(second, 0)
             assert second.stdout == first.stdout
 
     def test_a_deleted_checkpoint_is_shown_verified_and_inspected_by_name(
@@ -95,7 +95,7 @@ class TestDeletedCheckpoints:
         expect_exit(invoke("pull", str(checkpoint_copy)), 0)
         shutil.rmtree(checkpoint_copy)
         assert parse_json(invoke("show", str(checkpoint_copy), "--json").stdout)["type"] == "q4_k_m"
-        assert "is whole" in expect_exit(invoke("verify", str(checkpoint_copy)), 0)
+        assert "is intact" in expect_exit(invoke("verify", str(checkpoint_copy)), 0)
         expect_exit(invoke("inspect", str(checkpoint_copy)), 0)
 
     @pytest.mark.parametrize("how", ["whole path", "name", "relative path"])
@@ -174,7 +174,7 @@ class TestDeletedCheckpoints:
         (tmp_path / "link").symlink_to(checkpoint_copy)
         expect_exit(invoke("pull", "./link"), 0)
         shutil.rmtree(checkpoint_copy)
-        assert "is still here" in expect_exit(invoke("pull", "./link"), 0)
+        assert "using the model converted from it" in expect_exit(invoke("pull", "./link"), 0)
         expect_exit(invoke("rm", "./link"), 0)
 
     def test_a_deleted_safetensors_file_is_known(self, checkpoint_copy: Path, invoke: Run) -> None:
@@ -182,7 +182,7 @@ class TestDeletedCheckpoints:
         file = checkpoint_copy / "other.safetensors"
         expect_exit(invoke("pull", str(file)), 0)
         file.unlink()
-        assert "is still here" in expect_exit(invoke("pull", str(file)), 0)
+        assert "using the model converted from it" in expect_exit(invoke("pull", str(file)), 0)
         expect_exit(invoke("rm", str(file)), 0)
         assert list_models(invoke) == {}
 
@@ -247,7 +247,7 @@ class TestChangedCheckpoints:
         assert "another version" not in expect_exit(invoke("pull", hub_checkpoint), 0)
         monkeypatch.setattr("qwenlocal.weights.edition.EDITION", EDITION + 1)
         message = expect_exit(invoke("pull", hub_checkpoint), 0)
-        assert "converted by another version of this program" in " ".join(message.split())
+        assert "converted by another version of qwenlocal" in " ".join(message.split())
         expect_exit(invoke("rm", hub_checkpoint), 0)
         expect_exit(invoke("pull", hub_checkpoint), 0)
         assert "another version" not in expect_exit(invoke("pull", hub_checkpoint), 0)

@@ -96,7 +96,7 @@ class TestQuantize:
             (("./text.gguf", "x.gguf", "q8_0"), 5, "this is not a GGUF file"),
             (("./cut.gguf", "x.gguf", "q8_0"), 5, "cut off"),
             (("./half.gguf", "x.gguf", "nonsense"), 2, "is not a type"),
-            (("./half.gguf", "x.gguf", "f16,q8_0"), 2, "2 types would all be written"),
+            (("./half.gguf", "x.gguf", "f16,q8_0"), 2, "All 2 types would be written"),
             (("./half.gguf", "file/x.gguf", "q8_0"), 6, "Cannot write to"),
             (("./half.gguf", "x.gguf"), 2, "Missing argument"),
         ],

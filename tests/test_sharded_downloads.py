@@ -53,7 +53,7 @@ class TestIndex:
         size = sum(path.stat().st_size for path in sharded.glob("*.safetensors"))
         hub.repository(REPO).files["consolidated.safetensors"] = bytes(10_000_000)
         message = expect_exit(invoke("convert", HF_NAME), 0)
-        assert f"{size / 1e3:.0f} kB are to be fetched" in message
+        assert f"{size / 1e3:.0f} kB to download" in message
         assert "2 file(s)" in message
 
     def test_a_missing_shard_is_refused_before_the_weights_are_downloaded(
@@ -109,7 +109,7 @@ class TestFailedDownloads:
         weight_requests.spans.clear()
         message = expect_exit(invoke("pull", HF_NAME), 0)
         first, second = (path.stat().st_size for path in sorted(sharded.glob("*.safetensors")))
-        assert f"{second / 1e3:.0f} kB are to be fetched" in message
+        assert f"{second / 1e3:.0f} kB to download" in message
         assert first != second
         assert weight_requests.weights == {"model-00002-of-00002.safetensors"}
 

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwenlocal.chat.loading import Loading, LoadOptions
+from qwenlocal.engine.load_plan import LoadRequest
 from qwenlocal.engine.speculation import USUAL_COSTS
-from qwenlocal.engine.tuned import Tuned, read_tuned, remember_costs, write_tuned
-from qwenlocal.engine.wanted import Wanted
+from qwenlocal.engine.tuned_settings import TunedSettings, read_tuned_settings, write_costs, write_tuned_settings
 from qwenlocal.machine import this_machine
-from qwenlocal.measure.tune import quickest, thread_counts, tune
+from qwenlocal.measure.tune import find_fastest, thread_counts, tune
 
 
 class Clock:
@@ -36,16 +36,16 @@ class Clock:
 
 def test_the_first_that_none_is_clearly_quicker_than_is_taken() -> None:
     clock = Clock()
-    assert quickest([1, 2, 3, 4], clock.speed, 9, clock) == 2
+    assert find_fastest([1, 2, 3, 4], clock.speed, 9, clock) == 2
     assert clock.asked == [1, 2, 3, 4] * 3
-    assert quickest([3, 4], clock.speed, 1, clock) == 3
-    assert quickest([4], clock.speed, 1, clock) == 4
+    assert find_fastest([3, 4], clock.speed, 1, clock) == 3
+    assert find_fastest([4], clock.speed, 1, clock) == 4
 
 
 def test_one_slow_sample_does_not_decide() -> None:
     samples = {"a": iter([10.0, 1.0, 10.0]), "b": iter([9.0, 9.0, 9.0])}
     times = iter(range(100))
-    assert quickest(["a", "b"], lambda name: next(samples[name]), 3, lambda: next(times)) == "a"
+    assert find_fastest(["a", "b"], lambda name: next(samples[name]), 3, lambda: next(times)) == "a"
 
 
 @pytest.mark.parametrize(
@@ -56,22 +56,22 @@ def test_threads_to_try_are_fewer_than_cores_as_many_and_all(cores: int, process
 
 
 def test_what_was_measured_is_read_again_for_its_power_source(tmp_path: Path) -> None:
-    mains, battery = Tuned(4, False, 128), Tuned(2, True, 512, {**USUAL_COSTS, 4: 1.5})
-    write_tuned(tmp_path / "tuned", "abc", "mains", mains)
-    write_tuned(tmp_path / "tuned", "abc", "battery", battery)
-    assert read_tuned(tmp_path / "tuned", "abc", "mains") == mains
-    assert read_tuned(tmp_path / "tuned", "abc", "battery") == battery
-    assert read_tuned(tmp_path / "tuned", "other", "mains") == Tuned()
+    mains, battery = TunedSettings(4, False, 128), TunedSettings(2, True, 512, {**USUAL_COSTS, 4: 1.5})
+    write_tuned_settings(tmp_path / "tuned", "abc", "mains", mains)
+    write_tuned_settings(tmp_path / "tuned", "abc", "battery", battery)
+    assert read_tuned_settings(tmp_path / "tuned", "abc", "mains") == mains
+    assert read_tuned_settings(tmp_path / "tuned", "abc", "battery") == battery
+    assert read_tuned_settings(tmp_path / "tuned", "other", "mains") == TunedSettings()
 
 
 def test_what_was_learnt_while_answering_is_remembered_beside_what_was_measured(tmp_path: Path) -> None:
     learnt = {**USUAL_COSTS, 8: 2.2}
-    remember_costs(tmp_path, "abc", "battery", learnt)
-    assert read_tuned(tmp_path, "abc", "battery") == Tuned(costs=learnt)
-    write_tuned(tmp_path, "abc", "mains", Tuned(4, False, 128))
-    remember_costs(tmp_path, "abc", "mains", learnt)
-    assert read_tuned(tmp_path, "abc", "mains") == Tuned(4, False, 128, learnt)
-    assert read_tuned(tmp_path, "abc", "battery") == Tuned(costs=learnt)
+    write_costs(tmp_path, "abc", "battery", learnt)
+    assert read_tuned_settings(tmp_path, "abc", "battery") == TunedSettings(costs=learnt)
+    write_tuned_settings(tmp_path, "abc", "mains", TunedSettings(4, False, 128))
+    write_costs(tmp_path, "abc", "mains", learnt)
+    assert read_tuned_settings(tmp_path, "abc", "mains") == TunedSettings(4, False, 128, learnt)
+    assert read_tuned_settings(tmp_path, "abc", "battery") == TunedSettings(costs=learnt)
 
 
 GOOD = {"threads": 2, "flash_attention": False, "together": 128, "costs": {str(k): v for k, v in USUAL_COSTS.items()}}
@@ -86,39 +86,39 @@ def test_whatever_stands_in_the_file_is_settings_or_nothing(changes: dict[str, o
 
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "m.json").write_text(json.dumps({"mains": {**GOOD, **changes}}))
-        found = read_tuned(Path(folder), "m", "mains")
+        found = read_tuned_settings(Path(folder), "m", "mains")
         assert 0 <= found.threads <= 512 and set(found.costs) == set(USUAL_COSTS)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", "\xff", '{"mains": 3}'])
 def test_a_damaged_file_is_as_good_as_none_and_written_anew(content: str, tmp_path: Path) -> None:
     (tmp_path / "m.json").write_text(content, encoding="latin-1")
-    assert read_tuned(tmp_path, "m", "mains") == Tuned()
-    write_tuned(tmp_path, "m", "mains", Tuned(1, False, 128))
-    assert read_tuned(tmp_path, "m", "mains") == Tuned(1, False, 128)
+    assert read_tuned_settings(tmp_path, "m", "mains") == TunedSettings()
+    write_tuned_settings(tmp_path, "m", "mains", TunedSettings(1, False, 128))
+    assert read_tuned_settings(tmp_path, "m", "mains") == TunedSettings(1, False, 128)
 
 
 def test_everything_is_measured_on_a_real_model(random_model: Path) -> None:
     said: list[str] = []
     found = tune(random_model, [1, 2], seconds=0.4, report=said.append)
     assert found.threads in (1, 2)
-    assert found.together in (128, 512)
+    assert found.n_ubatch in (128, 512)
     assert set(found.costs) == set(USUAL_COSTS)
     assert found.costs[1] == 1.0
     assert said == ["threads", "flash attention", "several tokens at once", "reading"]
 
 
 def test_what_was_measured_holds_unless_something_else_is_asked_for(random_model: Path) -> None:
-    tuned = Tuned(1, True, 512, {**USUAL_COSTS, 32: 3.0})
+    tuned = TunedSettings(1, True, 512, {**USUAL_COSTS, 32: 3.0})
 
-    def load(wanted: Wanted) -> tuple[int, bool | None, int]:
+    def load(wanted: LoadRequest) -> tuple[int, bool | None, int]:
         loaded = Loading().load(random_model, LoadOptions(wanted, tuned=tuned), this_machine(), name="x", size=1)
         loaded.close()
         options = loaded.plan.options
         return options.threads, options.flash_attention, options.n_ubatch
 
-    assert load(Wanted()) == (1, True, 512)
-    assert load(Wanted(threads=2, flash_attention=False, together=64)) == (2, False, 64)
+    assert load(LoadRequest()) == (1, True, 512)
+    assert load(LoadRequest(threads=2, flash_attention=False, n_ubatch=64)) == (2, False, 64)
 
 
 def test_the_command_remembers_and_run_uses_it(random_model: Path, invoke: Run, tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_the_command_remembers_and_run_uses_it(random_model: Path, invoke: Run, 
 def test_a_time_that_cannot_be_is_refused(seconds: str, random_model: Path, invoke: Run) -> None:
     result = invoke("tune", str(random_model), "--seconds", seconds)
     assert result.returncode == 2
-    assert "--seconds must lie between" in result.stderr
+    assert "--seconds must be between" in result.stderr
 
 
 def test_tuning_a_model_that_is_not_there_is_said(invoke: Run) -> None:

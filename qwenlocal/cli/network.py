@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from qwenlocal.cli.questions import can_ask, confirm
+from qwenlocal.errors import DownloadFailed
 from qwenlocal.formatting import format_bytes
 from qwenlocal.i18n import tr
 from qwenlocal.library.artifact import DownloadPolicy
@@ -52,3 +54,20 @@ def _announce(app: AppContext, summary: DownloadSummary) -> None:
         app.say(tr("Downloading {name} from {origin} ({size}).", name=name, origin=summary.origin, size=size))
     if summary.licence:
         app.say(tr("Licence: {licence}", licence=summary.licence))
+    if summary.is_third_party and not app.assume_yes and can_ask():
+        _confirm(summary)
+
+
+def _confirm(summary: DownloadSummary) -> None:
+    """
+    Ask before files of a third party are downloaded; without a terminal, `_announce` has named their origin.
+
+    Raises
+    ------
+    DownloadFailed: the user declined. Interrupted: Ctrl-C or Ctrl-D.
+    """
+    if not confirm(tr("Download from this third party? The sha256 is checked.")):
+        raise DownloadFailed(
+            tr("{name} was not downloaded.", name=summary.name),
+            hint=tr("To use another model: qwenlocal list --all. To skip the question: --yes"),
+        )

@@ -1,9 +1,9 @@
 """
-How fast a model is here: what llama-bench measures, as it defines it, and what people feel beside that.
+Benchmarks of a model: llama-bench's tests, load time, time to first token, end-to-end speed and memory.
 
-pp512: 512 random tokens read into an empty cache; tg128: 128 tokens decoded one by one, without sampling and text
-(llama.cpp, tools/llama-bench/llama-bench.cpp: test_prompt, test_gen). Each is measured `repetitions` times after one
-run that does not count; what is given is the mean and the standard deviation, and every sample.
+pp512 evaluates 512 random tokens in an empty cache; tg128 decodes 128 tokens one by one, without sampling or
+detokenizing (llama.cpp, tools/llama-bench/llama-bench.cpp: test_prompt, test_gen). Each test runs `repetitions` times
+after one warm-up run.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from qwenlocal.engine.context import Context, ContextOptions
+from qwenlocal.engine.detokenizer import IncrementalDetokenizer
 from qwenlocal.engine.llama import Model
 from qwenlocal.engine.sampling import Sampling
 from qwenlocal.engine.sequence import TokenSequence
-from qwenlocal.engine.text import TextStream
 
 PROMPT, ANSWER = 512, 128
 DEPTHS = (0, 512, 4096)
@@ -32,29 +32,28 @@ _STATUS = Path("/proc/self/status")
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens a second, a sample for each repetition."""
+    """Tokens per second, one sample per repetition."""
 
     samples: Sequence[float]
 
     @property
     def mean(self) -> float:
-        """Their mean."""
+        """Mean of the samples."""
         return statistics.fmean(self.samples)
 
     @property
     def deviation(self) -> float:
-        """Their standard deviation; 0 for a single one."""
+        """Standard deviation of the samples; 0 for a single one."""
         return statistics.stdev(self.samples) if len(self.samples) > 1 else 0.0
 
 
 @dataclass(frozen=True)
-class Result:
+class BenchResult:
     """
-    Everything measured of one model. `speeds` by name: "pp512", "tg128", "tg128 @ d4096", "end to end".
+    The measurements of one model. `speeds` are by test: "pp512", "tg128", "tg128 @ d4096", "end to end".
 
-    Times in seconds: loading, and from the question to the first token with a cold and a warm cache of the file
-    (`first_cold` None where the system does not let a file be forgotten). `memory` in bytes, `joules` a token; None
-    where the machine does not tell.
+    `load` and the times to the first token, with the file out of the page cache (`first_cold`) and in it
+    (`first_warm`), are in seconds, `memory` in bytes, `joules` per token; None if the system cannot tell.
     """
 
     speeds: Mapping[str, Speed]
@@ -69,67 +68,67 @@ class Result:
 Report = Callable[[str], object]
 
 
-def measure(
+def run_benchmarks(
     path: Path,
     options: ContextOptions,
     *,
     repetitions: int = 5,
     depths: Sequence[int] = DEPTHS,
-    report: Report = lambda what: None,
-) -> Result:
+    report: Report = lambda step: None,
+) -> BenchResult:
     """
-    Measure the model in `path` with `options`, whose context is made as large as the deepest measurement needs.
+    Benchmark the model in `path` with `options`; the context is as long as the deepest test needs.
 
     Raises
     ------
-    BadWeights, NoContext: it cannot be loaded.
+    BadWeights, ContextNotCreated: the model cannot be loaded.
     """
     deepest = max((*depths, PROMPT))
     options = replace(options, n_ctx=deepest + ANSWER + 8)
     report("loading, cold")
-    first_cold = _first_token(path, options) if forget(path) else None
+    first_cold = _time_to_first_token(path, options) if drop_from_page_cache(path) else None
     report("loading, warm")
-    first_warm = _first_token(path, options)
-    _forget_peak()
+    first_warm = _time_to_first_token(path, options)
+    _reset_peak_memory()
     started = time.perf_counter()
     model = Model(path)
     load = time.perf_counter() - started
     context = Context(model, options)
     try:
-        speeds = {"pp512": _repeated(lambda: prefill_speed(context, PROMPT), repetitions, report, "pp512")}
+        speeds = {"pp512": _repeat(lambda: prefill_speed(context, PROMPT), repetitions, report, "pp512")}
         context.truncate(0, 0)
-        with _energy() as used:
-            speeds["tg128"] = _repeated(lambda: decode_speed(context, ANSWER), repetitions, report, "tg128")
+        with measure_energy() as joules:
+            speeds["tg128"] = _repeat(lambda: decode_speed(context, ANSWER), repetitions, report, "tg128")
         for depth in sorted(depth for depth in depths if depth):
             name = f"tg128 @ d{depth}"
-            report(f"reading {depth:,} tokens")
-            fill(context, depth)
-            speeds[name] = _repeated(lambda: decode_speed(context, ANSWER), repetitions, report, name)
-        speeds["end to end"] = _repeated(lambda: answer_speed(context), repetitions, report, "end to end")
+            report(f"evaluating {depth:,} tokens")
+            fill_cache(context, depth)
+            speeds[name] = _repeat(lambda: decode_speed(context, ANSWER), repetitions, report, name)
+        speeds["end to end"] = _repeat(lambda: answer_speed(context), repetitions, report, "end to end")
     finally:
         context.close()
         model.close()
-    joules = used[0] / (ANSWER * (repetitions + 1)) if used else None
-    return Result(speeds, load, first_cold, first_warm, memory_peak(), joules, options)
+    per_token = joules[0] / (ANSWER * (repetitions + 1)) if joules else None
+    return BenchResult(speeds, load, first_cold, first_warm, peak_memory(), per_token, options)
 
 
-def _repeated(once: Callable[[], float], repetitions: int, report: Report, name: str) -> Speed:
-    """After one run that does not count."""
+def _repeat(measure: Callable[[], float], repetitions: int, report: Report, name: str) -> Speed:
+    """Call `measure` once to warm up, then `repetitions` times."""
     report(name)
-    once()
-    return Speed([once() for _ in range(max(1, repetitions))])
+    measure()
+    return Speed([measure() for _ in range(max(1, repetitions))])
 
 
 def prefill_speed(context: Context, tokens: int) -> float:
-    """Tokens a second of reading `tokens` random ones into an empty cache."""
+    """Evaluate `tokens` random tokens in an empty cache; returns tokens per second."""
     context.truncate(0, 0)
     started = time.perf_counter()
-    fill(context, tokens)
+    fill_cache(context, tokens)
     return tokens / (time.perf_counter() - started)
 
 
 def decode_speed(context: Context, tokens: int) -> float:
-    """Tokens a second of decoding `tokens`, one by one, behind what the cache holds, which it holds again then."""
+    """Decode `tokens` tokens one by one after the cached ones, then remove them; returns tokens per second."""
     depth, ids = context.length(0), _random_ids(context, tokens)
     started = time.perf_counter()
     for token in ids:
@@ -139,21 +138,21 @@ def decode_speed(context: Context, tokens: int) -> float:
     return tokens / seconds
 
 
-def fill(context: Context, tokens: int) -> None:
-    """Read random tokens until the cache holds `tokens`."""
+def fill_cache(context: Context, tokens: int) -> None:
+    """Evaluate random tokens until the cache holds `tokens`."""
     missing = tokens - context.length(0)
     if missing < 0:
         context.truncate(0, 0)
         missing = tokens
     ids = _random_ids(context, missing)
-    for at in range(0, missing, context.n_batch):
-        context.decode([(0, ids[at : at + context.n_batch])])
+    for start in range(0, missing, context.n_batch):
+        context.decode([(0, ids[start : start + context.n_batch])])
 
 
 def answer_speed(context: Context) -> float:
-    """Tokens a second as people get them: sampled with Qwen's settings, and turned into text."""
+    """Measure an answer end to end, sampled with Qwen's settings and detokenized; returns tokens per second."""
     context.truncate(0, 0)
-    vocabulary, text = context.model.vocabulary, TextStream()
+    vocabulary, text = context.model.tokenizer, IncrementalDetokenizer()
     ids = vocabulary.tokenize("Once upon a time", special=False) or [0]
     first = last = time.perf_counter()
     count = 0
@@ -166,13 +165,13 @@ def answer_speed(context: Context) -> float:
     return (count - 1) / (last - first)
 
 
-def _first_token(path: Path, options: ContextOptions) -> float:
-    """From nothing to the first token of an answer to a short question."""
+def _time_to_first_token(path: Path, options: ContextOptions) -> float:
+    """Load the model and answer a short question; returns seconds until the first token."""
     started = time.perf_counter()
     model = Model(path)
     context = Context(model, options)
     try:
-        ids = model.vocabulary.tokenize("What is the capital of France?", special=False) or [0]
+        ids = model.tokenizer.tokenize("What is the capital of France?", special=False) or [0]
         steps = TokenSequence(context).generate(ids, Sampling(temperature=0), limit=1)
         next(step for step in steps if isinstance(step, int))
         return time.perf_counter() - started
@@ -182,15 +181,15 @@ def _first_token(path: Path, options: ContextOptions) -> float:
 
 
 def _random_ids(context: Context, count: int) -> list[int]:
-    most = len(context.model.vocabulary)
-    return random.Random(count).choices(range(most), k=count)
+    size = len(context.model.tokenizer)
+    return random.Random(count).choices(range(size), k=count)
 
 
-# --- the machine
+# --- system
 
 
-def forget(path: Path) -> bool:
-    """Take a file out of the system's cache, as far as nobody has it mapped; False where that cannot be asked for."""
+def drop_from_page_cache(path: Path) -> bool:
+    """Drop a file from the page cache unless a process has it mapped; False if the system has no such call."""
     if not hasattr(os, "posix_fadvise"):
         return False
     with path.open("rb") as file:
@@ -198,14 +197,14 @@ def forget(path: Path) -> bool:
     return True
 
 
-def _forget_peak() -> None:
-    """Let the peak of memory begin anew, where Linux allows it (proc(5), clear_refs)."""
+def _reset_peak_memory() -> None:
+    """Reset the peak resident set size on Linux (proc(5), clear_refs)."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def memory_peak() -> int | None:
-    """The largest resident set of this process so far, in bytes."""
+def peak_memory() -> int | None:
+    """Return the peak resident set size of this process in bytes."""
     try:
         lines = [line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:")]
         return int(lines[0].split()[1]) * 1024
@@ -222,15 +221,15 @@ def memory_peak() -> int | None:
 
 
 @contextmanager
-def _energy(folder: Path = _ENERGY) -> Iterator[list[float]]:
-    """Joules that the processor's packages used meanwhile (Linux, RAPL), as the only element; empty where unknown."""
+def measure_energy(folder: Path = _ENERGY) -> Iterator[list[float]]:
+    """Measure the energy used by the processor (Linux, RAPL): a list that gets the joules, or stays empty."""
     counters = sorted(folder.glob("intel-rapl:[0-9]/energy_uj"))
-    used: list[float] = []
+    joules: list[float] = []
     before = _microjoules(counters)
-    yield used
+    yield joules
     after = _microjoules(counters)
     if before and after and len(before) == len(after) and all(b >= a for a, b in zip(before, after, strict=True)):
-        used.append(sum(b - a for a, b in zip(before, after, strict=True)) / 1e6)
+        joules.append(sum(b - a for a, b in zip(before, after, strict=True)) / 1e6)
 
 
 def _microjoules(counters: Sequence[Path]) -> list[int]:

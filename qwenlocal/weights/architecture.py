@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwenlocal.errors import BadCheckpoint, CannotExpress
+from qwenlocal.errors import BadCheckpoint, UnsupportedCheckpoint
 from qwenlocal.weights.checkpoint import Checkpoint, read_config, shortly
 
 _ARCHITECTURES = {"Qwen2ForCausalLM": "qwen2", "Qwen2Model": "qwen2", "Qwen2MoeForCausalLM": "qwen2moe"}
@@ -105,7 +105,7 @@ def hyperparameters(checkpoint: Checkpoint) -> Hyperparameters:
     Raises
     ------
     BadCheckpoint: a value is missing or impossible.
-    CannotExpress: llama.cpp would compute something else than the config asks for.
+    UnsupportedCheckpoint: llama.cpp would compute something else than the config asks for.
     """
     config = _Config(checkpoint.folder / "config.json", checkpoint.config)
     name = _architecture(config)
@@ -141,7 +141,7 @@ def _architecture(config: _Config) -> str:
     if name is None:
         raise BadCheckpoint(config.path, "“architectures” does not say what kind of model it is", hint=hint)
     what = name if isinstance(name, str) and len(name) <= 80 else shortly(name)
-    raise CannotExpress(config.path, f"a {what} is not a Qwen1.5 model", hint=hint)
+    raise UnsupportedCheckpoint(config.path, f"a {what} is not a Qwen1.5 model", hint=hint)
 
 
 def _experts(config: _Config) -> Experts:
@@ -170,7 +170,7 @@ def _rope(config: _Config) -> tuple[RopeScaling | None, float]:
     if kind == "default":
         return None, base
     if kind not in ("linear", "yarn"):
-        raise CannotExpress(
+        raise UnsupportedCheckpoint(
             config.path, f"rope scaling of the kind {shortly(kind)} is not in llama.cpp's graph of Qwen models"
         )
     key = "original_max_position_embeddings"  # transformers looks for it outside first
@@ -198,7 +198,9 @@ def _yarn_attention(config: _Config, rope: Mapping[str, Any], factor: float) -> 
         if rope.get(key) is not None and key != "truncate":
             config.number(key, rope[key])
         if rope.get(key) not in (None, usual):
-            raise CannotExpress(config.path, f"YaRN with {key} = {shortly(rope[key])} is not what llama.cpp computes")
+            raise UnsupportedCheckpoint(
+                config.path, f"YaRN with {key} = {shortly(rope[key])} is not what llama.cpp computes"
+            )
     own = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
     if rope.get("attention_factor") is not None:
         return config.number("attention_factor", rope["attention_factor"]) / own
@@ -213,9 +215,9 @@ def _refuse_other_graphs(config: _Config, found: Hyperparameters) -> None:
     values = config.values
     if values.get("head_dim") not in (None, found.width // found.heads):
         what = f"its heads are {shortly(values['head_dim'])} wide (head_dim), not {found.width // found.heads}"
-        raise CannotExpress(config.path, what)
+        raise UnsupportedCheckpoint(config.path, what)
     if found.width % found.heads:
-        raise CannotExpress(config.path, f"{found.heads} heads do not share a width of {found.width} evenly")
+        raise UnsupportedCheckpoint(config.path, f"{found.heads} heads do not share a width of {found.width} evenly")
     if found.heads % found.kv_heads:
         raise BadCheckpoint(config.path, f"{found.heads} heads over {found.kv_heads} key-value heads: that cannot be")
     rope = values.get("rope_parameters")
@@ -226,22 +228,24 @@ def _refuse_other_graphs(config: _Config, found: Hyperparameters) -> None:
         what = (
             f"only a part of each head is turned (partial_rotary_factor {shortly(turned)}); llama.cpp turns all of it"
         )
-        raise CannotExpress(config.path, what)
+        raise UnsupportedCheckpoint(config.path, what)
     if values.get("hidden_act", "silu") != "silu":
-        raise CannotExpress(
+        raise UnsupportedCheckpoint(
             config.path, f"its activation is {shortly(values['hidden_act'])}; llama.cpp computes silu for Qwen models"
         )
     if not config.flag("is_causal", True):
-        raise CannotExpress(config.path, "“is_causal” is false; llama.cpp lets a token see only those before it")
+        raise UnsupportedCheckpoint(
+            config.path, "“is_causal” is false; llama.cpp lets a token see only those before it"
+        )
     _refuse_sliding_window(config, found)
     if not found.experts:
         return
     if config.flag("norm_topk_prob", False):
-        raise CannotExpress(
+        raise UnsupportedCheckpoint(
             config.path, "“norm_topk_prob” is true; llama.cpp does not normalise the experts' weights of this model"
         )
     if values.get("decoder_sparse_step", 1) != 1 or values.get("mlp_only_layers"):
-        raise CannotExpress(
+        raise UnsupportedCheckpoint(
             config.path,
             "some of its layers have no experts (decoder_sparse_step, mlp_only_layers); llama.cpp expects them in all",
         )
@@ -259,7 +263,7 @@ def _refuse_sliding_window(config: _Config, found: Hyperparameters) -> None:
         raise BadCheckpoint(config.path, f"“max_window_layers” is {shortly(first)}, which cannot be")
     slides = "sliding_attention" in kinds if isinstance(kinds, list) else first < found.layers
     if (slides or found.experts) and window < found.context:
-        raise CannotExpress(
+        raise UnsupportedCheckpoint(
             config.path,
             f"some of its layers see only the last {window:,} tokens (sliding window); llama.cpp's graph of this "
             "architecture has full attention only",
@@ -274,7 +278,7 @@ def examine(folder: Path) -> None:
 
     Raises
     ------
-    BadCheckpoint, CannotExpress: it could not.
+    BadCheckpoint, UnsupportedCheckpoint: it could not.
     """
     config = read_config(folder)
     hyperparameters(Checkpoint(folder, config, {}))

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qwenlocal.errors import BadCheckpoint, CannotExpress
+from qwenlocal.errors import BadCheckpoint, UnsupportedCheckpoint
 from qwenlocal.weights.checkpoint import read_json, shortly
 from qwenlocal.weights.draft import Draft, added_tokens, adds, merge_pairs, steps_of
 from qwenlocal.weights.kinds import NORMAL
@@ -51,7 +51,7 @@ def byte_level(
     Raises
     ------
     BadCheckpoint: it does not hang together.
-    CannotExpress: llama.cpp would cut texts otherwise.
+    UnsupportedCheckpoint: llama.cpp would cut texts otherwise.
     """
     model = data["model"]
     _refuse_other_normalizers(file, data.get("normalizer"))
@@ -72,7 +72,7 @@ def from_parts(folder: Path, settings: Mapping[str, Any], size: int, pre: str | 
     """
     file, merges_file = folder / "vocab.json", folder / "merges.txt"
     if pre is None and settings.get("tokenizer_class") not in ("Qwen2Tokenizer", "Qwen2TokenizerFast"):
-        raise CannotExpress(
+        raise UnsupportedCheckpoint(
             file,
             "without tokenizer.json it is not said how text is cut into words",
             hint="If you know, say: --pre qwen2",
@@ -80,7 +80,7 @@ def from_parts(folder: Path, settings: Mapping[str, Any], size: int, pre: str | 
     try:
         lines = merges_file.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as reason:
-        raise BadCheckpoint(merges_file, f"it cannot be read ({reason})") from reason
+        raise BadCheckpoint(merges_file, f"cannot read it ({reason})") from reason
     merges = merge_pairs(merges_file, [line for line in lines if line and not line.startswith("#version")])
     draft = Draft.empty(file, "gpt2", pre or "qwen2", size)
     draft.adds = {"bos": False, "eos": False}
@@ -131,8 +131,8 @@ def _pre_tokenizer(file: Path, data: Mapping[str, Any]) -> str:
     return name
 
 
-def _other_cutting(file: Path, what: str) -> CannotExpress:
-    return CannotExpress(
+def _other_cutting(file: Path, what: str) -> UnsupportedCheckpoint:
+    return UnsupportedCheckpoint(
         file,
         f"it cuts text into words in a way that is not Qwen1.5's ({what})",
         hint="If you know llama.cpp's name of it, say so: --pre NAME",
@@ -149,10 +149,12 @@ def _refuse_other_normalizers(file: Path, found: Any) -> None:
     for step in steps_of(found, "normalizers"):
         if step.get("type") != "NFC":
             kind = shortly(step.get("type"))
-            raise CannotExpress(file, f"it changes text before cutting it ({kind}), which llama.cpp does not")
+            raise UnsupportedCheckpoint(file, f"it changes text before cutting it ({kind}), which llama.cpp does not")
 
 
 def _refuse_other_merging(file: Path, model: Mapping[str, Any]) -> None:
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges"):
         if model.get(key):
-            raise CannotExpress(file, f"its tokenizer has {key} = {shortly(model[key])}, which llama.cpp does not know")
+            raise UnsupportedCheckpoint(
+                file, f"its tokenizer has {key} = {shortly(model[key])}, which llama.cpp does not know"
+            )

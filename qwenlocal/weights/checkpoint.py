@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwenlocal.errors import BadCheckpoint, CannotExpress
+from qwenlocal.errors import BadCheckpoint, UnsupportedCheckpoint
 from qwenlocal.model_files import parse_shard
 from qwenlocal.weights.safetensors import Front, StoredTensor, first_twice, json_fault, read_tensors, tensors_of
 
@@ -43,7 +43,7 @@ class Checkpoint:
         Raises
         ------
         BadCheckpoint: something is missing, damaged or contradictory.
-        CannotExpress: the weights are packed (GPTQ, AWQ, …).
+        UnsupportedCheckpoint: the weights are packed (GPTQ, AWQ, …).
         """
         folder = path.parent if path.is_file() else path
         if path.is_file() and (shard := parse_shard(path.name)) and shard.total > 1:
@@ -221,7 +221,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises
     ------
     BadCheckpoint: it cannot be read.
-    CannotExpress: the weights are packed (GPTQ, AWQ, …).
+    UnsupportedCheckpoint: the weights are packed (GPTQ, AWQ, …).
     """
     config = read_json(folder / "config.json", "what the model is")
     _refuse_packed(folder, config)
@@ -235,9 +235,9 @@ def _refuse_packed(folder: Path, config: Mapping[str, Any]) -> None:
     raise _packed(folder, packed.get("quant_method", "some method") if isinstance(packed, dict) else "some method")
 
 
-def _packed(folder: Path, method: object) -> CannotExpress:
+def _packed(folder: Path, method: object) -> UnsupportedCheckpoint:
     name = f": it has no “-{method.upper()}” in its name" if method in ("gptq", "awq") else ""
-    return CannotExpress(
+    return UnsupportedCheckpoint(
         folder,
         f"its weights are packed already ({method}); plain ones (f32, f16, bf16) are converted",
         hint=f"Convert the checkpoint that it was made from{name}.",

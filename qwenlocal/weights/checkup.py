@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenlocal import ggml
-from qwenlocal.jinja import compile_template, fault_in
+from qwenlocal.jinja import compile_template, find_template_error
 from qwenlocal.weights import gguf
 from qwenlocal.weights.header import Header, Tensor, read_pairs, tensor_bytes, tensor_type_name
 from qwenlocal.weights.kinds import NORMAL, PADDING, UNUSED, USER_DEFINED
@@ -225,7 +225,7 @@ def _template_findings(pairs: Mapping[str, gguf.Encoded]) -> Iterator[Finding]:
         yield Finding("It has no chat template: programs must guess how turns are marked.", False)
     elif not template.strip():
         yield Finding("Its chat template is empty.", False)
-    elif fault := fault_in(template):
+    elif fault := find_template_error(template):
         yield Finding(f"Its chat template cannot be read ({fault}): chats are refused, --raw runs.", True)
     elif "messages" not in template:
         yield Finding("Its chat template never looks at the messages; it is not a template of turns.", False)
@@ -363,7 +363,7 @@ def _are_alike(one: Located, other: Located) -> bool:
 
 
 def _row(path: Path, header: Header, tensor: Tensor, row: int) -> Any:
-    kind = ggml.tensor_type_numbered(tensor.type)
+    kind = ggml.tensor_type_by_number(tensor.type)
     if kind is None:
         raise ValueError(tensor.type)
     offset = header.data_offset + tensor.offset + row * kind.row_bytes(tensor.shape[0])
@@ -379,7 +379,7 @@ def _weight_findings(parts: Parts, report: Report) -> Iterator[Finding]:
     for path, header in zip(parts.paths, parts.headers, strict=True):
         with path.open("rb") as file:
             for tensor in header.tensors:
-                kind, size = ggml.tensor_type_numbered(tensor.type), tensor_bytes(tensor)
+                kind, size = ggml.tensor_type_by_number(tensor.type), tensor_bytes(tensor)
                 if kind is None or size is None:
                     yield Finding(f"“{tensor.name}” is of a type that is not known here ({tensor.type}).", True)
                     continue
@@ -403,17 +403,17 @@ def _scan(
 ) -> tuple[int, bool]:
     import numpy
 
-    step = _CHUNK // kind.width * kind.width
-    numbers = numpy.empty(step // kind.width * kind.block, numpy.float32)
+    step = _CHUNK // kind.type_size * kind.type_size
+    numbers = numpy.empty(step // kind.type_size * kind.block_size, numpy.float32)
     wrong, all_zero = 0, True
     for start in range(0, size, step):
         data = buffer[: min(step, size - start)]
         if file.readinto(data) != data.size:
             break
         all_zero = all_zero and not data.any()
-        found = numbers[: data.size // kind.width * kind.block]
+        found = numbers[: data.size // kind.type_size * kind.block_size]
         try:
-            ggml.to_float(kind, data.ctypes.data, found.ctypes.data, found.size)
+            ggml.dequantize(kind, data.ctypes.data, found.ctypes.data, found.size)
         except ValueError:
             return 0, False
         wrong += _not_finite(found)

@@ -50,7 +50,7 @@ def plan_conversion(
     Raises
     ------
     BadCheckpoint: a file of it is damaged, missing, or contradicts another.
-    CannotExpress: llama.cpp would compute something else.
+    UnsupportedCheckpoint: llama.cpp would compute something else.
     BadWeights: a type needs an importance matrix.
     """
     model = hyperparameters(checkpoint)

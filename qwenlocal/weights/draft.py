@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qwenlocal.errors import BadCheckpoint, CannotExpress
+from qwenlocal.errors import BadCheckpoint, UnsupportedCheckpoint
 from qwenlocal.weights.checkpoint import shortly
 from qwenlocal.weights.kinds import CONTROL, UNUSED, USER_DEFINED
 
@@ -94,7 +94,7 @@ class Draft:
         whole = "".join(self.tokens)
         if "\0" in whole or not _is_text(whole):
             wrong = next(token for token in self.tokens if "\0" in token or not _is_text(token))
-            raise CannotExpress(self.file, f"the token {shortly(wrong)} cannot stand in a GGUF file")
+            raise UnsupportedCheckpoint(self.file, f"the token {shortly(wrong)} cannot stand in a GGUF file")
         if len(set(self.tokens)) < len(self.tokens):
             first: dict[str, int] = {}
             for number, token in enumerate(self.tokens):

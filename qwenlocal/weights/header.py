@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from qwenlocal.errors import BadWeights
-from qwenlocal.ggml import tensor_type_numbered
+from qwenlocal.ggml import tensor_type_by_number
 
 MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32
@@ -145,7 +145,7 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
             yield file, path.stat().st_size
     except OSError as reason:
         what = reason.strerror or str(reason)
-        raise BadWeights(path, f"it cannot be read ({what})", hint="Check the path, and who may read it.") from reason
+        raise BadWeights(path, f"cannot read it ({what})", hint="Check the path, and who may read it.") from reason
 
 
 def _open(path: Path, file: BinaryIO, size: int) -> tuple[_Reader, int, int, int]:
@@ -258,13 +258,13 @@ def read_pairs(path: Path) -> dict[str, bytes]:
 
 def tensor_bytes(tensor: Tensor) -> int | None:
     """How many bytes its data takes, or None for a type that this program does not know."""
-    kind = tensor_type_numbered(tensor.type)
+    kind = tensor_type_by_number(tensor.type)
     return kind.row_bytes(tensor.elements) if kind else None
 
 
 def tensor_type_name(number: int) -> str:
     """`tensor_type_name(12)` is "Q4_K"."""
-    kind = tensor_type_numbered(number)
+    kind = tensor_type_by_number(number)
     return kind.name.upper() if kind else f"type {number}"
 
 

@@ -19,7 +19,7 @@ def sizes_of_levels(header: Header, facts: ModelFacts, levels: Sequence[str] = U
     """
     f32 = ggml.tensor_type("f32")
     tensors = sorted(header.tensors, key=lambda tensor: by_layer(tensor.name))
-    known = [(tensor, ggml.tensor_type_numbered(tensor.type)) for tensor in tensors]
+    known = [(tensor, ggml.tensor_type_by_number(tensor.type)) for tensor in tensors]
     candidates = [
         Candidate(tensor.name, tensor.shape, f32 if kind == f32 or kind is None else ggml.tensor_type("bf16"))
         for tensor, kind in known
@@ -57,7 +57,7 @@ def slow_types(header: Header, features: Collection[str]) -> tuple[float, list[s
     fast = {name for feature in features for name in _REPACKED.get(feature, ())}
     sizes: dict[str, int] = {}
     for tensor in header.tensors:
-        kind = ggml.tensor_type_numbered(tensor.type)
+        kind = ggml.tensor_type_by_number(tensor.type)
         if kind is not None and kind.is_quantized and len(tensor.shape) > 1 and tensor.name != "token_embd.weight":
             sizes[kind.name] = sizes.get(kind.name, 0) + (tensor_bytes(tensor) or 0)
     slow = {name: size for name, size in sizes.items() if name not in fast}

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from qwenlocal.errors import UsageProblem
-from qwenlocal.ggml import TensorType, needs_importance, tensor_type, tensor_types
+from qwenlocal.errors import UsageError
+from qwenlocal.ggml import TensorType, requires_imatrix, tensor_type, tensor_types
 from qwenlocal.model_files import FILE_TYPE_ALIASES, FILE_TYPES
 
 # What is taken where a row's length is no multiple of a type's block (llama-quant.cpp: tensor_type_fallback).
@@ -84,7 +84,7 @@ def file_type(name: str) -> FileType:
 
     Raises
     ------
-    UsageProblem: there is none; close ones are named.
+    UsageError: there is none; close ones are named.
     """
     import difflib
 
@@ -92,7 +92,7 @@ def file_type(name: str) -> FileType:
     wanted = FILE_TYPE_ALIASES.get(wanted, wanted)
     if wanted not in FILE_TYPES:
         close = difflib.get_close_matches(wanted, FILE_TYPES, n=3)
-        raise UsageProblem(
+        raise UsageError(
             f"“{name}” is not a type.",
             hint=f"Did you mean {' or '.join(close)}?" if close else "There are: " + ", ".join(FILE_TYPES),
         )
@@ -116,24 +116,22 @@ def parse_overrides(texts: Sequence[str]) -> list[tuple[re.Pattern[str], TensorT
 
     Raises
     ------
-    UsageProblem: it is not EXPRESSION=TYPE, the expression is none, or the type is not one a tensor can have.
+    UsageError: it is not EXPRESSION=TYPE, the expression is none, or the type is not one a tensor can have.
     """
     found = []
     for text in texts:
         expression, equals, kind = text.rpartition("=")
         if not equals or not expression:
-            raise UsageProblem(f"“{text}” is not of the form EXPRESSION=TYPE.", hint="For example: ffn_down=q6_k")
+            raise UsageError(f"“{text}” is not of the form EXPRESSION=TYPE.", hint="For example: ffn_down=q6_k")
         try:
             pattern = re.compile(expression)
         except re.error as reason:
-            raise UsageProblem(
+            raise UsageError(
                 f"“{expression}” is not a regular expression: {reason}.", hint="For example: 'blk.0.*ffn_down=q6_k'"
             ) from reason
         known = tensor_types().get(kind.strip().lower())
         if known is None or known.name not in _tensor_type_names():
-            raise UsageProblem(
-                f"“{kind}” is not a tensor's type.", hint="There are: " + ", ".join(_tensor_type_names())
-            )
+            raise UsageError(f"“{kind}” is not a tensor's type.", hint="There are: " + ", ".join(_tensor_type_names()))
         found.append((pattern, known))
     return found
 
@@ -150,11 +148,11 @@ def choose_types(
 
     Raises
     ------
-    UsageProblem: a wish is for tensors that are not there.
+    UsageError: a wish is for tensors that are not there.
     """
     for pattern, _ in wishes.overrides:
         if not any(pattern.search(tensor.name) and is_quantizable(tensor) for tensor in tensors):
-            raise UsageProblem(
+            raise UsageError(
                 f"No tensor that is quantized has “{pattern.pattern}” in its name.",
                 hint="Their names: the same command with --dry-run instead of --tensor-type.",
             )
@@ -171,7 +169,7 @@ def by_layer(name: str) -> tuple[int, str]:
 def importance_is_needed(name: str, chosen: TensorType, goal: FileType) -> bool:
     """Whether the result is garbage without an importance matrix (llama-quant.cpp: tensor_requires_imatrix)."""
     if name in ("token_embd.weight", "output.weight"):
-        return needs_importance(chosen)
+        return requires_imatrix(chosen)
     needy = {"iq3_xxs", "iq2_xxs", "iq2_xs", "iq2_s", "iq1_m", "iq1_s", *(["q2_k"] if goal.name == "q2_k_s" else [])}
     return chosen.name in needy
 
@@ -212,12 +210,12 @@ class _Mix:
     def _fitting(self, tensor: Candidate, choice: Choice) -> Choice:
         """Another type where the rows do not divide into blocks."""
         columns, chosen = tensor.shape[0], choice.type
-        if columns % chosen.block == 0:
+        if columns % chosen.block_size == 0:
             return choice
         instead = tensor_type(_FALLBACK.get(chosen.name, chosen.name))
-        if columns % instead.block:
+        if columns % instead.block_size:
             instead = tensor_type("f16")
-        return Choice(instead, f"{chosen.name} wants multiples of {chosen.block}; rows here have {columns:,}")
+        return Choice(instead, f"{chosen.name} wants multiples of {chosen.block_size}; rows here have {columns:,}")
 
     def _by_mix(self, tensor: Candidate) -> Choice:
         default, name = self.goal.default, tensor.name
@@ -236,7 +234,7 @@ class _Mix:
 
     def _head(self, tensor: Candidate) -> TensorType:
         default = self.goal.default
-        if self.goal.name == "mxfp4" or tensor.shape[0] % default.block:
+        if self.goal.name == "mxfp4" or tensor.shape[0] % default.block_size:
             return tensor_type("q8_0")
         if self.goal.name in ("iq2_xxs", "iq2_xs", "iq3_xxs", "iq1_s", "iq2_s", "iq2_m", "iq1_m"):
             return tensor_type("q5_k")

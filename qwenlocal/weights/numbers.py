@@ -68,7 +68,7 @@ def floats(kind: ggml.TensorType, data: bytes, count: int) -> numpy.ndarray:
 
     source = numpy.frombuffer(data, numpy.uint8)
     found: numpy.ndarray = numpy.empty(count, numpy.float32)
-    ggml.to_float(kind, source.ctypes.data, found.ctypes.data, count)
+    ggml.dequantize(kind, source.ctypes.data, found.ctypes.data, count)
     return found
 
 
@@ -93,13 +93,15 @@ def read_rows(file: Path, offset: int, kind: ggml.TensorType, rows: int, columns
 
 def is_readable(tensor: Tensor) -> bool:
     """Whether its numbers can be had as float32: a type that ggml reads, and rows that divide into its blocks."""
-    kind = ggml.tensor_type_numbered(tensor.type)
-    return kind is not None and ggml.is_float_like(kind) and bool(tensor.shape) and tensor.shape[0] % kind.block == 0
+    kind = ggml.tensor_type_by_number(tensor.type)
+    return (
+        kind is not None and ggml.can_dequantize(kind) and bool(tensor.shape) and tensor.shape[0] % kind.block_size == 0
+    )
 
 
 def numbers_of(path: Path, header: Header, tensor: Tensor) -> Iterator[numpy.ndarray]:
     """A GGUF file's tensor as float32, matrix by matrix, in pieces of whole rows; nothing for an unknown type."""
-    kind = ggml.tensor_type_numbered(tensor.type)
+    kind = ggml.tensor_type_by_number(tensor.type)
     if kind is None or not tensor.elements:
         return
     columns, matrices = tensor.shape[0], tensor.shape[2] if len(tensor.shape) > 2 else 1

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qwenlocal.errors import BadCheckpoint, CannotExpress
+from qwenlocal.errors import BadCheckpoint, UnsupportedCheckpoint
 from qwenlocal.weights import sentencepiece
 from qwenlocal.weights.checkpoint import optional_json, shortly
 from qwenlocal.weights.draft import Draft, added_tokens, adds, steps_of
@@ -84,7 +84,7 @@ def from_byte_fallback(
     Raises
     ------
     BadCheckpoint: it does not hang together.
-    CannotExpress: llama.cpp would cut texts otherwise.
+    UnsupportedCheckpoint: llama.cpp would cut texts otherwise.
     """
     vocabulary = data["model"]["vocab"]
     draft = Draft.empty(file, "llama", "default", size)
@@ -116,7 +116,9 @@ def _check_step(file: Path, step: Mapping[str, Any]) -> None:
     }
     known = rules.get(str(step.get("type")))
     if known is None or any(step.get(key, value) != value for key, value in known.items()):
-        raise CannotExpress(file, f"it changes text before cutting it ({shortly(step)}), which llama.cpp does not")
+        raise UnsupportedCheckpoint(
+            file, f"it changes text before cutting it ({shortly(step)}), which llama.cpp does not"
+        )
 
 
 def _prepends_space(step: Mapping[str, Any]) -> bool:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from qwenlocal.errors import BadCheckpoint, CannotExpress
+from qwenlocal.errors import BadCheckpoint, UnsupportedCheckpoint
 from qwenlocal.weights.architecture import Experts, Hyperparameters
 from qwenlocal.weights.checkpoint import Checkpoint
 from qwenlocal.weights.mix import by_layer
@@ -79,7 +79,7 @@ def place_tensors(checkpoint: Checkpoint, model: Hyperparameters, *, keep_tied_h
     Raises
     ------
     BadCheckpoint: a tensor is missing, unknown, or not of the shape that the config says.
-    CannotExpress: a tensor has no place in llama.cpp's graph.
+    UnsupportedCheckpoint: a tensor has no place in llama.cpp's graph.
     """
     stored = _Stored(checkpoint, "" if model.bare else "model.")
     placed = [*_whole_model(stored, model, keep_tied_head=keep_tied_head)]
@@ -116,7 +116,7 @@ class _Stored:
                 tensor.file, f"“{full}” is {list(tensor.shape)}; by config.json it should be {list(shape)}"
             )
         if tensor.dtype not in _READABLE:
-            raise CannotExpress(
+            raise UnsupportedCheckpoint(
                 tensor.file, f"“{full}” is of type {tensor.dtype}; plain f32, f16 and bf16 are converted"
             )
         return tensor
@@ -134,7 +134,9 @@ class _Stored:
     def _drop_zero_bias(self, name: str) -> None:
         tensor = self._left[name]
         if self.has_weights and not _is_zero(tensor):
-            raise CannotExpress(tensor.file, f"“{name}” is not zero; Qwen1.5 has no such bias, nor has llama.cpp")
+            raise UnsupportedCheckpoint(
+                tensor.file, f"“{name}” is not zero; Qwen1.5 has no such bias, nor has llama.cpp"
+            )
         self.drop(name, "a bias of nothing but zeros")
 
     def check_nothing_left(self) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwenlocal import ggml
-from qwenlocal.errors import UsageProblem
+from qwenlocal.errors import UsageError
 from qwenlocal.ggml import TensorType
 from qwenlocal.weights import gguf
 from qwenlocal.weights.gguf import Described
@@ -136,7 +136,7 @@ def make_plan(
 
     Raises
     ------
-    UsageProblem: a type needs an importance matrix and there is none.
+    UsageError: a type needs an importance matrix and there is none.
     BadWeights: the importance matrix is of another model.
     """
     files, outputs, types, places = [], [], [], []
@@ -199,7 +199,7 @@ def _check_importance(
         if choice.type == tensor.type or not importance_is_needed(tensor.name, choice.type, goal.type):
             continue
         if importance is None or tensor.name not in importance.weights:
-            raise UsageProblem(
+            raise UsageError(
                 f"{choice.type.name} is garbage without an importance matrix, for “{tensor.name}” for example.",
                 hint="Give one with --imatrix FILE (llama-imatrix measures it), or take q2_k, iq3_s or q3_k_m.",
             )
@@ -226,7 +226,7 @@ def _seconds_per_number(kind: TensorType) -> float:
     sample = numpy.random.default_rng(0).standard_normal((rows, columns), numpy.float32)
     result = numpy.empty(rows * kind.row_bytes(columns), numpy.uint8)
     weights = numpy.ones(columns, numpy.float32)
-    address = weights.ctypes.data if ggml.needs_importance(kind) else 0
+    address = weights.ctypes.data if ggml.requires_imatrix(kind) else 0
     ggml.quantize(kind, sample.ctypes.data, result.ctypes.data, 1, columns, address)  # builds ggml's tables, once
     begin = time.perf_counter()
     ggml.quantize(kind, sample.ctypes.data, result.ctypes.data, rows, columns, address)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qwenlocal import ggml
-from qwenlocal.errors import BadWeights, CannotExpress, UsageProblem
+from qwenlocal.errors import BadWeights, UnsupportedCheckpoint, UsageError
 from qwenlocal.weights.header import Header, Tensor, read_pairs
 from qwenlocal.weights.importance import Importance
 from qwenlocal.weights.mix import FileType, ModelFacts, Wishes, by_layer, file_type_numbered
@@ -33,8 +33,8 @@ def plan_quantization(source: Path, wanted: Sequence[tuple[Path, FileType]], opt
     Raises
     ------
     BadWeights: the file is damaged.
-    UsageProblem: it is quantized already (not with `again`).
-    CannotExpress: the mixes of its architecture are not known here (with `pure` they are not needed).
+    UsageError: it is quantized already (not with `again`).
+    UnsupportedCheckpoint: the mixes of its architecture are not known here (with `pure` they are not needed).
     """
     parts = read_parts(source)
     first = parts.headers[0]
@@ -43,7 +43,7 @@ def plan_quantization(source: Path, wanted: Sequence[tuple[Path, FileType]], opt
         (source_tensor(*located) for located in parts.located),
         key=lambda tensor: by_layer(tensor.name),
     )
-    strange = next((tensor for tensor in tensors if not ggml.is_float_like(tensor.type)), None)
+    strange = next((tensor for tensor in tensors if not ggml.can_dequantize(tensor.type)), None)
     if strange:
         raise BadWeights(source, f"“{strange.name}” has numbers of type {strange.type.name}, which are no weights")
     pairs = {key: value for key, value in read_pairs(parts.paths[0]).items() if key not in OF_THE_FILE}
@@ -56,7 +56,7 @@ def plan_quantization(source: Path, wanted: Sequence[tuple[Path, FileType]], opt
 
 def _facts(source: Path, header: Header, *, pure: bool) -> ModelFacts:
     if header.architecture not in _MIXES_KNOWN and not pure:
-        raise CannotExpress(
+        raise UnsupportedCheckpoint(
             source,
             f"which tensors of the architecture “{header.architecture}” llama.cpp gives other types is not known here",
             hint="The same type for all works: --pure. Or take llama.cpp's own llama-quantize.",
@@ -83,12 +83,12 @@ def source_tensor(part: Path, header: Header, tensor: Tensor) -> SourceTensor:
     ------
     BadWeights: its type is not known, or cannot have such rows.
     """
-    kind = ggml.tensor_type_numbered(tensor.type)
+    kind = ggml.tensor_type_by_number(tensor.type)
     if kind is None or not tensor.shape or not tensor.elements:
         what = "is of the unknown type" if kind is None else "has no numbers of type"
         raise BadWeights(part, f"“{tensor.name}” {what} {tensor.type}")
     columns, *more = tensor.shape
-    if columns % kind.block:
+    if columns % kind.block_size:
         raise BadWeights(part, f"“{tensor.name}” has rows of {columns:,}, which {kind.name} cannot have")
     rows = tensor.elements // columns if columns else 0
     at = header.data_offset + tensor.offset
@@ -104,7 +104,7 @@ def _refuse_again(source: Path, header: Header, plan: Plan) -> None:
             if tensor.source.is_quantized and tensor.choice.type != tensor.source:
                 number = header.metadata.get("general.file_type")
                 now = file_type_numbered(number) if isinstance(number, int) else ""
-                raise UsageProblem(
+                raise UsageError(
                     f"{source} is quantized already ({now or tensor.source.name}); twice loses more than once.",
                     hint="Start from the checkpoint or an f16 or bf16 file. To do it all the same: --requantize",
                 )

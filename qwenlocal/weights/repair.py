@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qwenlocal import ggml
-from qwenlocal.errors import BadWeights, CannotWrite
+from qwenlocal.errors import BadWeights, NotWritable
 from qwenlocal.weights import gguf
 from qwenlocal.weights.checkup import Checkup, Finding
 from qwenlocal.weights.gguf import Described, Layout
@@ -56,7 +56,7 @@ def _in_order(pairs: dict[str, gguf.Encoded]) -> dict[str, gguf.Encoded]:
 
 
 def _kind(checkup: Checkup, number: int) -> ggml.TensorType:
-    kind = ggml.tensor_type_numbered(number)
+    kind = ggml.tensor_type_by_number(number)
     if kind is None:
         raise BadWeights(checkup.path, f"it has tensors of a type that is not known here ({number})")
     return kind
@@ -74,7 +74,7 @@ def patch(checkup: Checkup, layout: Layout) -> None:
 
     Raises
     ------
-    CannotWrite: the file may not be changed.
+    NotWritable: the file may not be changed.
     """
     path, backup = checkup.path, backup_of(checkup.path)
     try:
@@ -89,7 +89,7 @@ def patch(checkup: Checkup, layout: Layout) -> None:
             os.fsync(file.fileno())
         backup.unlink()
     except OSError as reason:
-        raise CannotWrite(path.parent, reason.strerror or str(reason), hint=_IN_A_COPY) from reason
+        raise NotWritable(path.parent, reason.strerror or str(reason), hint=_IN_A_COPY) from reason
 
 
 def finish_interrupted(path: Path) -> bool:
@@ -100,7 +100,7 @@ def finish_interrupted(path: Path) -> bool:
 
     Raises
     ------
-    CannotWrite: the file may not be changed.
+    NotWritable: the file may not be changed.
     """
     backup = backup_of(path)
     if not backup.exists():
@@ -113,7 +113,7 @@ def finish_interrupted(path: Path) -> bool:
         _restore(path, old)
         backup.unlink()
     except OSError as reason:
-        raise CannotWrite(path.parent, reason.strerror or str(reason), hint=_IN_A_COPY) from reason
+        raise NotWritable(path.parent, reason.strerror or str(reason), hint=_IN_A_COPY) from reason
     return True
 
 

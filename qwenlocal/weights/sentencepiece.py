@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from qwenlocal.errors import BadCheckpoint, CannotExpress
+from qwenlocal.errors import BadCheckpoint, UnsupportedCheckpoint
 from qwenlocal.weights.kinds import BYTE, NORMAL
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
@@ -41,7 +41,7 @@ def read_pieces(path: Path) -> Pieces:
     Raises
     ------
     BadCheckpoint: the file cannot be read, or is no SentencePiece model.
-    CannotExpress: it is not BPE, or changes texts before cutting them; llama.cpp would find other tokens.
+    UnsupportedCheckpoint: it is not BPE, or changes texts before cutting them; llama.cpp would find other tokens.
     """
     try:
         data = path.read_bytes()
@@ -67,13 +67,15 @@ def read_pieces(path: Path) -> Pieces:
 def _check_kind(path: Path, trainer: Mapping[int, object]) -> None:
     """TrainerSpec.model_type: 1 is unigram (also where nothing is said), 2 BPE, 3 words, 4 letters."""
     if trainer.get(3, 1) != 2:
-        raise CannotExpress(path, "it is no BPE model, and llama.cpp would cut texts otherwise")
+        raise UnsupportedCheckpoint(path, "it is no BPE model, and llama.cpp would cut texts otherwise")
 
 
 def _check_normalizer(path: Path, normalizer: Mapping[int, object]) -> None:
     """NormalizerSpec: 2 is a table of characters to be changed, 4 takes spaces away (also where nothing is said)."""
     if normalizer.get(2) or normalizer.get(4, True):
-        raise CannotExpress(path, "it changes letters or takes spaces away before cutting a text; llama.cpp does not")
+        raise UnsupportedCheckpoint(
+            path, "it changes letters or takes spaces away before cutting a text; llama.cpp does not"
+        )
 
 
 def _piece(data: bytes) -> Piece:

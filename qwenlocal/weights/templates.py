@@ -45,7 +45,7 @@ def _read(file: Path) -> str:
     try:
         return file.read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as reason:
-        raise BadCheckpoint(file, f"it cannot be read ({reason})") from reason
+        raise BadCheckpoint(file, f"cannot read it ({reason})") from reason
 
 
 def _plain_name(name: str) -> str:

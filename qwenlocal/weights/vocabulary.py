@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qwenlocal.errors import BadCheckpoint, CannotExpress, UsageProblem
-from qwenlocal.jinja import fault_in
+from qwenlocal.errors import BadCheckpoint, UnsupportedCheckpoint, UsageError
+from qwenlocal.jinja import find_template_error
 from qwenlocal.weights.byte_bpe import PRE_TOKENIZER_NAMES, byte_level, from_parts
 from qwenlocal.weights.checkpoint import optional_json, read_json
 from qwenlocal.weights.draft import Draft, added_tokens, merge_pairs
@@ -64,7 +64,7 @@ def read_vocabulary(folder: Path, config: Mapping[str, Any], size: int, *, pre: 
     Raises
     ------
     BadCheckpoint: a file is missing or damaged, an id is named twice or out of range, or ids are missing in between.
-    CannotExpress: llama.cpp has no such tokenizer.
+    UnsupportedCheckpoint: llama.cpp has no such tokenizer.
     """
     settings = optional_json(folder / "tokenizer_config.json", "special tokens")
     if (folder / "tokenizer.model").exists():
@@ -79,7 +79,7 @@ def read_vocabulary(folder: Path, config: Mapping[str, Any], size: int, *, pre: 
     special, notes = special_tokens(folder, settings, config, draft)
     templates = chat_templates(folder, settings)
     if draft.pre not in PRE_TOKENIZER_NAMES:
-        raise UsageProblem(f"llama.cpp has no pre-tokenizer called “{draft.pre}”.", hint="Qwen1.5's is: --pre qwen2")
+        raise UsageError(f"llama.cpp has no pre-tokenizer called “{draft.pre}”.", hint="Qwen1.5's is: --pre qwen2")
     return Vocabulary(
         draft.model,
         draft.pre,
@@ -98,7 +98,7 @@ def _unreadable(templates: Mapping[str, str]) -> list[str]:
     return [
         f"The chat template{f' “{name}”' if name else ''} cannot be read ({fault}); it is carried over as it is."
         for name, text in templates.items()
-        if (fault := fault_in(text))
+        if (fault := find_template_error(text))
     ]
 
 
@@ -108,7 +108,7 @@ def _from_json(folder: Path, settings: Mapping[str, Any], size: int, pre: str | 
     data = read_json(file, "the vocabulary")
     model = data.get("model")
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or not isinstance(model.get("vocab"), dict):
-        raise CannotExpress(file, "its tokenizer is not BPE, which all Qwen1.5 models have")
+        raise UnsupportedCheckpoint(file, "its tokenizer is not BPE, which all Qwen1.5 models have")
     added = added_tokens(file, data.get("added_tokens"), settings)
     if model.get("byte_fallback"):
         return from_byte_fallback(file, data, merge_pairs(file, model.get("merges")), added, settings, size)

@@ -25,7 +25,7 @@ def verify_model(text: str, *, repair: bool, as_json: bool) -> None:
     ------
     BadWeights: the model is damaged, and was not repaired.
     """
-    app = AppContext(quiet=as_json)
+    app = AppContext(quiet=as_json, assume_yes=True)  # repairs use the sources of the first download
     name = app.models.parse(text)
     record = _installed_record(app, text, name)
     damage = _find_damage(app, record)

@@ -161,15 +161,16 @@ def download(runs: int, size: int = 1_000_000_000, rate: float = 250e6) -> Row:
 _FETCH = """
 import json, sys, tempfile, time
 from pathlib import Path
-from qwenlocal.library.download import Artifact, fetch
-from qwenlocal.library.byte_source import Piece, HttpSource
-from qwenlocal.library.http import Client
+from qwenlocal.library.artifact import Artifact
+from qwenlocal.library.byte_source import HttpSource, UrlSegment
+from qwenlocal.library.download import download_artifact
+from qwenlocal.library.http import HttpClient
 url, size, digest = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-client = Client()
+client = HttpClient()
 with tempfile.TemporaryDirectory() as folder:
-    artifact = Artifact("x", size, digest, [HttpSource("x", client, [Piece(url, 0, size)])])
+    artifact = Artifact("x", size, digest, [HttpSource("x", client, [UrlSegment(url, 0, size)])])
     started, used = time.perf_counter(), time.process_time()
-    fetch(artifact, Path(folder) / "x", client=client, locks=Path(folder) / "locks")
+    download_artifact(artifact, Path(folder) / "x", client=client, locks=Path(folder) / "locks")
     taken = time.perf_counter() - started
     print(json.dumps([size / taken, (time.process_time() - used) / taken]))
 """

@@ -36,9 +36,9 @@ from shapes import write_shape  # noqa: E402
 
 from qwenlocal import ggml  # noqa: E402
 from qwenlocal.weights.checkpoint import Checkpoint  # noqa: E402
+from qwenlocal.weights.conversion_plan import ConversionPlan  # noqa: E402
 from qwenlocal.weights.convert import plan_conversion  # noqa: E402
-from qwenlocal.weights.mix import file_type  # noqa: E402
-from qwenlocal.weights.plan import Plan  # noqa: E402
+from qwenlocal.weights.quant_mix import file_type  # noqa: E402
 
 SOURCE = next(ROOT.glob("build/llama_cpp_python-*/vendor/llama.cpp"))
 QUANTIZE = ROOT / "build" / "rival" / "bin" / "llama-quantize"
@@ -256,7 +256,7 @@ def write_seconds(target: Path, write: int) -> float:
 Quantize = Callable[[ggml.TensorType, int, int, int, int], None]
 
 
-def quantize_seconds(plan: Plan, quantize: Quantize) -> float:
+def quantize_seconds(plan: ConversionPlan, quantize: Quantize) -> float:
     """Quantizing as many numbers of each type as the plan has, out of the cache, on all cores; from a sample."""
     work: dict[str, int] = {}
     for strip in plan.job.strips:

@@ -18,9 +18,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from qwenlocal.chat.chat_model import ChatModel, load_chat_model
 from qwenlocal.chat.chat_template import encode_messages
-from qwenlocal.chat.loading import Loaded, Loading, LoadOptions
 from qwenlocal.engine.load_plan import LoadRequest
+from qwenlocal.engine.loader import LoadOptions
 from qwenlocal.engine.sampling import Sampling
 from qwenlocal.engine.sequence import TokenSequence
 from qwenlocal.engine.speculation import CostCurve, Speculation
@@ -65,7 +66,7 @@ class Answer:
         return (len(self.tokens) - 1) / self.seconds if self.seconds else 0.0
 
 
-def answer(sequence: TokenSequence, loaded: Loaded, ids: Sequence[int], sampling: Sampling, limit: int) -> Answer:
+def answer(sequence: TokenSequence, loaded: ChatModel, ids: Sequence[int], sampling: Sampling, limit: int) -> Answer:
     tokens: list[int] = []
     first = last = time.perf_counter()
     for step in sequence.generate(ids, sampling, limit=limit):
@@ -79,7 +80,7 @@ def answer(sequence: TokenSequence, loaded: Loaded, ids: Sequence[int], sampling
 
 
 def pairs(
-    loaded: Loaded, prompt: str, costs: CostCurve, sampling: Sampling, runs: int, limit: int
+    loaded: ChatModel, prompt: str, costs: CostCurve, sampling: Sampling, runs: int, limit: int
 ) -> list[tuple[Answer, Answer]]:
     assert loaded.template
     ids = encode_messages(loaded.template, [{"role": "user", "content": prompt}], loaded.model.tokenizer)
@@ -107,7 +108,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only", default="", help="for example: copying, greedy")
     asked = parser.parse_args()
-    loaded = Loading().load(
+    loaded = load_chat_model(
         asked.model, LoadOptions(LoadRequest(n_ctx=4096)), this_machine(), name=asked.model.name, size=1
     )
     costs, rows = CostCurve(), []

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from qwenlocal.engine.context import ContextOptions
 from qwenlocal.engine.memory import ModelDims, estimate_memory
-from qwenlocal.weights.header import read_header
-from qwenlocal.weights.levels import weights_of
+from qwenlocal.weights.gguf_reader import read_header
+from qwenlocal.weights.levels import weights_size
 
 COMBINATIONS = (
     (2048, "f16", "f16", False, 128),
@@ -31,7 +31,7 @@ COMBINATIONS = (
 _RUN = """
 import ctypes, json, re, sys
 from pathlib import Path
-import qwenlocal.cli.app, qwenlocal.chat.loading, numpy
+import qwenlocal.cli.app, qwenlocal.engine.loader, numpy
 from qwenlocal.engine.context import Context, ContextOptions
 from qwenlocal.engine.llama import Model
 from qwenlocal.measure.bench import fill_cache, peak_memory
@@ -68,7 +68,7 @@ def main() -> None:
         for combination in COMBINATIONS:
             n_ctx, keys, values, flash, together = combination
             options = ContextOptions(n_ctx, key_type=keys, value_type=values, flash_attention=flash, n_ubatch=together)
-            need, took = estimate_memory(dims, weights_of(header), options).total, measured(path, combination)
+            need, took = estimate_memory(dims, weights_size(header), options).total, measured(path, combination)
             print(
                 f"| {path.name} | {n_ctx:,} | {keys}, {values} | {'on' if flash else 'off'} | {together} | "
                 f"{need / 2**20:,.0f} MiB | {took / 2**20:,.0f} MiB | {need / took:.3f} |",

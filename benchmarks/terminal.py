@@ -22,8 +22,9 @@ from pathlib import Path
 
 import pexpect
 
+from qwenlocal.chat.chat_model import load_chat_model
 from qwenlocal.chat.conversation import GenerationConfig
-from qwenlocal.chat.loading import Loading, LoadOptions
+from qwenlocal.engine.loader import LoadOptions
 from qwenlocal.engine.sampling import Sampling
 from qwenlocal.machine import this_machine
 from qwenlocal.terminal.markdown import MarkdownStream, RenderOptions, warm_up
@@ -113,7 +114,7 @@ def interrupts(model: Path, home: str, count: int, question: str, begun_when: by
 
 def laying_out(model: Path, tokens: int) -> tuple[float, float]:
     """Seconds of drawing, and of the whole answer."""
-    loaded = Loading().load(model, LoadOptions(), this_machine(), name="m", size=model.stat().st_size)
+    loaded = load_chat_model(model, LoadOptions(), this_machine(), name="m", size=model.stat().st_size)
     warm_up()
     talk = loaded.conversation(GenerationConfig(Sampling(temperature=0), max_tokens=tokens))
     view = AnswerView(

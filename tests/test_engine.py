@@ -14,7 +14,7 @@ import pytest
 from qwenlocal.engine.context import Aborted, AbortFlag, CacheFull, Context, ContextOptions
 from qwenlocal.engine.llama import LoadCancelled, Model, load_library
 from qwenlocal.engine.memory import MemoryWatch
-from qwenlocal.engine.prefix import common_prefix
+from qwenlocal.engine.prefix_cache import common_prefix
 from qwenlocal.engine.sampler import Sampler
 from qwenlocal.engine.sampling import Sampling
 from qwenlocal.engine.sequence import Prefill, TokenSequence

@@ -17,11 +17,12 @@ from typing import Any
 
 import pytest
 
-from qwenlocal.chat import loading
-from qwenlocal.chat.loading import Loading, LoadOptions
+from qwenlocal.chat.chat_model import load_chat_model
+from qwenlocal.engine import loader
 from qwenlocal.engine.context import ContextOptions
 from qwenlocal.engine.llama import Model
 from qwenlocal.engine.load_plan import FewerGpuLayers, GpuOffload, LoadRequest
+from qwenlocal.engine.loader import LoadOptions
 from qwenlocal.engine.memory import ModelDims
 from qwenlocal.errors import BadWeights, ContextNotCreated, NotEnoughMemory
 from qwenlocal.ggml import Device
@@ -61,7 +62,8 @@ start(sys.argv[1].encode(), None, 1, 1, cards)
 CLIENT = (
     LIBRARIES
     + """
-from qwenlocal.chat import loading
+from qwenlocal.chat import chat_model
+from qwenlocal.engine import loader
 from qwenlocal.engine.llama import load_library
 from qwenlocal.engine.load_plan import LoadRequest
 from qwenlocal.engine.sampling import Sampling
@@ -70,12 +72,12 @@ rpc.ggml_backend_rpc_add_server.restype, rpc.ggml_backend_rpc_add_server.argtype
 ggml.ggml_backend_register.argtypes = [pointer]
 ggml.ggml_backend_register(rpc.ggml_backend_rpc_add_server(sys.argv[1].encode()))
 path, free = Path(sys.argv[2]), int(sys.argv[4])
-usual = loading.list_devices
+usual = loader.list_devices
 if free:
-    loading.list_devices = lambda: [replace(card, free=free) if card.is_gpu else card for card in usual()]
+    loader.list_devices = lambda: [replace(card, free=free) if card.is_gpu else card for card in usual()]
 layers = None if sys.argv[3] == "auto" else int(sys.argv[3])
-options = loading.LoadOptions(LoadRequest(n_ctx=512, threads=1), layers)
-loaded = loading.Loading().load(path, options, this_machine(), name="x", size=path.stat().st_size)
+options = loader.LoadOptions(LoadRequest(n_ctx=512, threads=1), layers)
+loaded = chat_model.load_chat_model(path, options, this_machine(), name="x", size=path.stat().st_size)
 steps = loaded.sequence.generate([1, 2, 3, 4, 5], Sampling(temperature=0, repeat_penalty=1), limit=12)
 said = [line.text for line in load_library().log]
 print(json.dumps({"ids": [step for step in steps if isinstance(step, int)], "cards": sum(d.is_gpu for d in usual()),
@@ -171,11 +173,11 @@ def test_a_gpu_with_less_memory_than_reported_gets_fewer_layers_and_a_note(
                 raise BadWeights(path, "llama.cpp cannot load it: unable to allocate RPC0 buffer")
             super().__init__(path, gpu_layers=0, **more)
 
-    monkeypatch.setattr(loading, "Model", Reluctant)
+    monkeypatch.setattr(loader, "Model", Reluctant)
     card = Device("GPU0", "a card", 8 << 30, 8 << 30, is_gpu=True)
-    monkeypatch.setattr(loading, "list_devices", lambda: [card])
+    monkeypatch.setattr(loader, "list_devices", lambda: [card])
     options = LoadOptions(gpu_layers=12)
-    loaded = Loading().load(random_model, options, this_machine(), name="x", size=random_model.stat().st_size)
+    loaded = load_chat_model(random_model, options, this_machine(), name="x", size=random_model.stat().st_size)
     loaded.close()
     assert tried == [3, 2, 1]  # there are two layers and the output
     assert loaded.notes == (FewerGpuLayers(1, 3),)
@@ -185,18 +187,18 @@ def test_a_gpu_with_less_memory_than_reported_gets_fewer_layers_and_a_note(
 def test_layers_that_are_not_offloaded_need_memory() -> None:
     seven = ModelDims(32, 32, 128, 32768, 4096, 11008, 32)
     card = Device("GPU0", "a card", 24 << 30, 24 << 30, is_gpu=True)
-    offload = loading._offload(seven, 8 << 30, LoadRequest(), [card], 1)
+    offload = loader.choose_offload(seven, 8 << 30, LoadRequest(), [card], 1)
     assert offload == GpuOffload(1, 33)
     with pytest.raises(NotEnoughMemory):
-        loading._plan("x", seven, 8 << 30, 3 << 30, LoadRequest(), offload)
-    everything = loading._offload(seven, 8 << 30, LoadRequest(), [card], loading.ALL_LAYERS)
+        loader.plan_load_with_offload("x", seven, 8 << 30, 3 << 30, LoadRequest(), offload)
+    everything = loader.choose_offload(seven, 8 << 30, LoadRequest(), [card], loader.ALL_LAYERS)
     assert everything == GpuOffload(33, 33)
-    assert loading._plan("x", seven, 8 << 30, 6 << 30, LoadRequest(), everything).options.n_ctx == 4096
+    assert loader.plan_load_with_offload("x", seven, 8 << 30, 6 << 30, LoadRequest(), everything).options.n_ctx == 4096
 
 
 def test_offload_does_not_extend_a_short_context() -> None:
     short = ModelDims(2, 2, 64, 256, 128, 64, 2)
-    plan = loading._plan("x", short, 1 << 20, 8 << 30, LoadRequest(), GpuOffload(3, 3))
+    plan = loader.plan_load_with_offload("x", short, 1 << 20, 8 << 30, LoadRequest(), GpuOffload(3, 3))
     assert (plan.options.n_ctx, plan.options.rope) == (256, None)
 
 
@@ -208,9 +210,9 @@ def test_a_damaged_file_is_tried_once(tmp_path: Path, monkeypatch: pytest.Monkey
             tried.append(gpu_layers)
             raise BadWeights(path, "llama.cpp cannot load it: tensor data is not within the file bounds")
 
-    monkeypatch.setattr(loading, "Model", Broken)
+    monkeypatch.setattr(loader, "Model", Broken)
     with pytest.raises(BadWeights):
-        loading._open(tmp_path / "x.gguf", ContextOptions(512), GpuOffload(33, 33), {}, lambda _: True)
+        loader.open_model(tmp_path / "x.gguf", ContextOptions(512), GpuOffload(33, 33), {}, lambda _: True)
     assert tried == [33]
 
 
@@ -219,6 +221,6 @@ def test_the_reason_is_raised_if_no_offload_helps(random_model: Path, monkeypatc
         def __init__(self, path: Path, **more: Any) -> None:
             raise ContextNotCreated(512, "no room")
 
-    monkeypatch.setattr(loading, "Model", Never)
+    monkeypatch.setattr(loader, "Model", Never)
     with pytest.raises(ContextNotCreated):
-        loading._open(random_model, ContextOptions(512), GpuOffload(5, 5), {}, lambda _: True)
+        loader.open_model(random_model, ContextOptions(512), GpuOffload(5, 5), {}, lambda _: True)

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from qwenlocal.chat.chat_model import ChatModel, load_chat_model
 from qwenlocal.chat.conversation import GenerationConfig
 from qwenlocal.chat.events import PromptProgress, Text
-from qwenlocal.chat.loading import Loaded, Loading, LoadOptions
 from qwenlocal.engine.load_plan import LoadRequest
+from qwenlocal.engine.loader import LoadOptions
 from qwenlocal.engine.sampling import Sampling
 from qwenlocal.library.catalog import Catalog
 from qwenlocal.machine import this_machine
@@ -52,8 +53,8 @@ def starter(home: dict[str, str]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def loaded(starter: Path) -> Iterator[Loaded]:
-    ready = Loading().load(
+def loaded(starter: Path) -> Iterator[ChatModel]:
+    ready = load_chat_model(
         starter, LoadOptions(LoadRequest(n_ctx=4096)), this_machine(), name="starter", size=starter.stat().st_size
     )
     yield ready
@@ -77,7 +78,7 @@ def test_it_answers_in_chinese(home: dict[str, str], starter: Path) -> None:
     assert "巴黎" in result.stdout
 
 
-def test_a_second_turn_reads_only_what_is_new(loaded: Loaded) -> None:
+def test_a_second_turn_reads_only_what_is_new(loaded: ChatModel) -> None:
     talk = loaded.conversation(GenerationConfig(GREEDY, max_tokens=40))
     list(talk.ask("My name is Ada. Remember it."))
     events = list(talk.ask("What is my name?"))
@@ -86,7 +87,7 @@ def test_a_second_turn_reads_only_what_is_new(loaded: Loaded) -> None:
     assert "Ada" in "".join(event.text for event in events if isinstance(event, Text))
 
 
-def test_its_own_markup_typed_by_a_person_stays_text(loaded: Loaded) -> None:
+def test_its_own_markup_typed_by_a_person_stays_text(loaded: ChatModel) -> None:
     from qwenlocal.chat.chat_template import encode_messages
 
     assert loaded.template
@@ -100,7 +101,7 @@ def test_its_own_markup_typed_by_a_person_stays_text(loaded: Loaded) -> None:
     assert counts[0] == counts[1]
 
 
-def test_ordinary_conversations_have_the_ids_of_the_whole_text(loaded: Loaded) -> None:
+def test_ordinary_conversations_have_the_ids_of_the_whole_text(loaded: ChatModel) -> None:
     from qwenlocal.chat.chat_template import encode_messages
 
     assert loaded.template
@@ -123,17 +124,17 @@ def starters_checkpoint(starter: Path, tmp_path_factory: pytest.TempPathFactory)
 def again(starters_checkpoint: Path) -> Path:
     from qwenlocal.weights.checkpoint import Checkpoint
     from qwenlocal.weights.convert import plan_conversion
-    from qwenlocal.weights.mix import file_type
-    from qwenlocal.weights.writing import carry_out
+    from qwenlocal.weights.quant_mix import file_type
+    from qwenlocal.weights.writing import run_job
 
     target = starters_checkpoint.parent / "again.gguf"
-    carry_out(plan_conversion(Checkpoint.open(starters_checkpoint), [(target, file_type("f16"))]).job, threads=2)
+    run_job(plan_conversion(Checkpoint.open(starters_checkpoint), [(target, file_type("f16"))]).job, threads=2)
     return target
 
 
 @pytest.mark.slow
-def test_converted_back_from_a_checkpoint_it_gives_the_same_answers(loaded: Loaded, again: Path) -> None:
-    ready = Loading().load(
+def test_converted_back_from_a_checkpoint_it_gives_the_same_answers(loaded: ChatModel, again: Path) -> None:
+    ready = load_chat_model(
         again, LoadOptions(LoadRequest(n_ctx=4096)), this_machine(), name="again", size=again.stat().st_size
     )
     try:
@@ -145,7 +146,7 @@ def test_converted_back_from_a_checkpoint_it_gives_the_same_answers(loaded: Load
         ready.close()
 
 
-def answer_of(model: Loaded, question: str) -> str:
+def answer_of(model: ChatModel, question: str) -> str:
     events = model.conversation(GenerationConfig(GREEDY, max_tokens=16)).ask(question)
     return "".join(event.text for event in events if isinstance(event, Text))
 

@@ -1,4 +1,4 @@
-"""Old faults of GGUF files: found, put right in a file, and put right on loading."""
+"""Old faults of GGUF files: found, put right in a file, and put right on loader."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import numpy
 import pytest
 from gguf_files import copy_with_metadata, old_token_types
 
-from qwenlocal.chat.loading import Loaded, Loading, LoadOptions
+from qwenlocal.chat.chat_model import ChatModel, load_chat_model
 from qwenlocal.engine.context import Context, ContextOptions
 from qwenlocal.engine.llama import Model
 from qwenlocal.engine.load_plan import FileRepaired, LoadRequest
+from qwenlocal.engine.loader import LoadOptions
 from qwenlocal.engine.sampling import Sampling
 from qwenlocal.engine.sequence import TokenSequence
 from qwenlocal.machine import this_machine
@@ -21,20 +22,20 @@ from qwenlocal.terminal.load_notes import describe_note
 from qwenlocal.testing import CONFIG, write_checkpoint
 from qwenlocal.weights import gguf
 from qwenlocal.weights.checkpoint import Checkpoint
-from qwenlocal.weights.checkup import examine_file, missing_rope_base
 from qwenlocal.weights.convert import Options, plan_conversion
-from qwenlocal.weights.header import read_header, read_pairs
-from qwenlocal.weights.mix import file_type
+from qwenlocal.weights.diagnosis import diagnose_file, missing_rope_base
+from qwenlocal.weights.gguf_reader import read_header, read_raw_metadata
+from qwenlocal.weights.quant_mix import file_type
 from qwenlocal.weights.repair import (
-    backup_bytes,
-    backup_of,
-    finish_interrupted,
+    backup_path,
+    encode_backup,
     fits_in_place,
-    patch,
+    patch_header,
     plan_copy,
     repaired_layout,
+    undo_interrupted_patch,
 )
-from qwenlocal.weights.writing import carry_out
+from qwenlocal.weights.writing import run_job
 
 
 @pytest.fixture(scope="module")
@@ -46,17 +47,17 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def good(checkpoint: Path) -> Path:
     target = checkpoint.parent / "good.gguf"
-    carry_out(plan_conversion(Checkpoint.open(checkpoint), [(target, file_type("f32"))]).job, threads=1)
+    run_job(plan_conversion(Checkpoint.open(checkpoint), [(target, file_type("f32"))]).job, threads=1)
     return target
 
 
 @pytest.fixture
 def loaded(request: pytest.FixtureRequest) -> Iterator[Any]:
-    ready: list[Loaded] = []
+    ready: list[ChatModel] = []
 
-    def load(path: Path) -> Loaded:
+    def load(path: Path) -> ChatModel:
         options = LoadOptions(LoadRequest(n_ctx=512, threads=1))
-        ready.append(Loading().load(path, options, this_machine(), name="tiny", size=path.stat().st_size))
+        ready.append(load_chat_model(path, options, this_machine(), name="tiny", size=path.stat().st_size))
         return ready[-1]
 
     yield load
@@ -73,7 +74,7 @@ def scores(model: Model, ids: list[int]) -> numpy.ndarray:
 
 
 def test_a_good_file_has_no_findings_and_needs_no_repair(good: Path, loaded: Any) -> None:
-    assert examine_file(good).findings == []
+    assert diagnose_file(good).findings == []
     assert loaded(good).notes == ()
 
 
@@ -83,7 +84,7 @@ class TestARopeBaseThatIsMissing:
         return copy_with_metadata(good, tmp_path / "old.gguf", {"qwen2.rope.freq_base": None})
 
     def test_is_found(self, old: Path) -> None:
-        (finding,) = examine_file(old).findings
+        (finding,) = diagnose_file(old).findings
         assert finding.is_serious
         assert "rope base is missing" in finding.what
 
@@ -98,11 +99,11 @@ class TestARopeBaseThatIsMissing:
     def test_is_put_right_in_a_copy_that_says_what_the_good_one_says(
         self, old: Path, good: Path, tmp_path: Path
     ) -> None:
-        checkup = examine_file(old)
+        diagnosis = diagnose_file(old)
         target = tmp_path / "new.gguf"
-        carry_out(plan_copy(checkup, repaired_layout(checkup, checkup.fixable), target).job, threads=1)
-        assert examine_file(target).findings == []
-        assert read_pairs(target) == read_pairs(good)
+        run_job(plan_copy(diagnosis, repaired_layout(diagnosis, diagnosis.fixable), target).job, threads=1)
+        assert diagnose_file(target).findings == []
+        assert read_raw_metadata(target) == read_raw_metadata(good)
 
     def test_depends_on_the_model(self) -> None:
         small, larger = ({"general.architecture": "qwen2", "qwen2.embedding_length": width} for width in (1024, 2560))
@@ -118,15 +119,15 @@ class TestPaddingThatCanBeTyped:
         return copy_with_metadata(good, tmp_path / "old.gguf", {"tokenizer.ggml.token_type": old_token_types(good)})
 
     def test_is_found_and_put_right_in_place(self, old: Path, good: Path) -> None:
-        (finding,) = examine_file(old).findings
+        (finding,) = diagnose_file(old).findings
         assert "[PAD261]" in finding.what
-        checkup = examine_file(old)
-        layout = repaired_layout(checkup, checkup.fixable)
-        assert fits_in_place(checkup, layout)
-        patch(checkup, layout)
-        assert read_pairs(old) == read_pairs(good)
-        assert examine_file(old).findings == []
-        assert not backup_of(old).exists()
+        diagnosis = diagnose_file(old)
+        layout = repaired_layout(diagnosis, diagnosis.fixable)
+        assert fits_in_place(diagnosis, layout)
+        patch_header(diagnosis, layout)
+        assert read_raw_metadata(old) == read_raw_metadata(good)
+        assert diagnose_file(old).findings == []
+        assert not backup_path(old).exists()
 
     def test_is_text_on_loading_and_that_is_said(self, old: Path, loaded: Any) -> None:
         ready = loaded(old)
@@ -144,12 +145,12 @@ class TestPaddingThatCanBeTyped:
 def test_a_head_that_repeats_the_embeddings_is_found_and_left_out(checkpoint: Path, tmp_path: Path) -> None:
     target = tmp_path / "double.gguf"
     options = Options(like_llama_cpp=True)
-    carry_out(plan_conversion(Checkpoint.open(checkpoint), [(target, file_type("f32"))], options).job, threads=1)
-    checkup = examine_file(target)
-    (finding,) = [finding for finding in checkup.findings if finding.drops]
+    run_job(plan_conversion(Checkpoint.open(checkpoint), [(target, file_type("f32"))], options).job, threads=1)
+    diagnosis = diagnose_file(target)
+    (finding,) = [finding for finding in diagnosis.findings if finding.drops]
     assert "byte for byte" in finding.what
     smaller = tmp_path / "single.gguf"
-    carry_out(plan_copy(checkup, repaired_layout(checkup, [finding]), smaller).job, threads=1)
+    run_job(plan_copy(diagnosis, repaired_layout(diagnosis, [finding]), smaller).job, threads=1)
     assert "output.weight" not in [tensor.name for tensor in read_header(smaller).tensors]
     ids = list(range(10, 60))
     assert numpy.array_equal(scores(Model(smaller), ids), scores(Model(target), ids))
@@ -159,18 +160,18 @@ def test_a_patch_that_was_cut_short_is_undone(good: Path, tmp_path: Path) -> Non
     torn = tmp_path / "torn.gguf"
     whole = good.read_bytes()
     torn.write_bytes(b"\0" * 4096 + whole[4096:])
-    backup_of(torn).write_bytes(backup_bytes(torn, whole[:8192]))
-    assert finish_interrupted(torn)
+    backup_path(torn).write_bytes(encode_backup(torn, whole[:8192]))
+    assert undo_interrupted_patch(torn)
     assert torn.read_bytes() == whole
-    assert not backup_of(torn).exists()
-    assert not finish_interrupted(torn)
+    assert not backup_path(torn).exists()
+    assert not undo_interrupted_patch(torn)
 
 
 def test_a_header_kept_of_another_file_does_not_touch_this_one(good: Path, tmp_path: Path) -> None:
     other = tmp_path / "model.gguf"
     other.write_bytes(good.read_bytes())
-    backup_of(other).write_bytes(b"x" * 32 + b"\0" * 4096)
-    assert not finish_interrupted(other)
+    backup_path(other).write_bytes(b"x" * 32 + b"\0" * 4096)
+    assert not undo_interrupted_patch(other)
     assert other.read_bytes() == good.read_bytes()
 
 
@@ -182,9 +183,9 @@ def test_numbers_that_are_not_numbers_are_found_and_counted(good: Path, tmp_path
     data[at : at + 8] = numpy.array([numpy.nan, numpy.inf], numpy.float32).tobytes()
     broken = tmp_path / "nan.gguf"
     broken.write_bytes(data)
-    (finding,) = examine_file(broken).findings
+    (finding,) = diagnose_file(broken).findings
     assert finding.what == "“blk.1.ffn_up.weight” has 2 numbers that are NaN or infinite."
-    assert examine_file(broken, weights=False).findings == []
+    assert diagnose_file(broken, weights=False).findings == []
 
 
 def test_a_matrix_of_zeros_is_found(good: Path, tmp_path: Path) -> None:
@@ -194,7 +195,7 @@ def test_a_matrix_of_zeros_is_found(good: Path, tmp_path: Path) -> None:
     at = header.data_offset + tensor.offset
     data[at : at + tensor.elements * 4] = bytes(tensor.elements * 4)
     (tmp_path / "zeros.gguf").write_bytes(data)
-    (finding,) = examine_file(tmp_path / "zeros.gguf").findings
+    (finding,) = diagnose_file(tmp_path / "zeros.gguf").findings
     assert "nothing but zeros" in finding.what
 
 
@@ -204,7 +205,7 @@ def test_an_end_of_turn_that_the_file_does_not_name_is_found(good: Path, tmp_pat
         tmp_path / "old.gguf",
         {"tokenizer.ggml.eos_token_id": gguf.u32(258), "tokenizer.ggml.eot_token_id": None},
     )
-    (finding,) = examine_file(old).findings
+    (finding,) = diagnose_file(old).findings
     assert "<|endoftext|> as the end only" in finding.what
     assert gguf.decode(finding.pairs["tokenizer.ggml.eot_token_id"]) == 260
 
@@ -223,18 +224,18 @@ def test_an_end_of_turn_that_the_file_does_not_name_is_found(good: Path, tmp_pat
 )
 def test_other_faults_are_named(pairs: dict[str, bytes | None], what: str, good: Path, tmp_path: Path) -> None:
     old = copy_with_metadata(good, tmp_path / "old.gguf", pairs)
-    assert any(what in finding.what for finding in examine_file(old).findings)
+    assert any(what in finding.what for finding in diagnose_file(old).findings)
 
 
 # --- ends and templates that mislead
 
 
 def test_an_end_that_is_a_word_like_any_other_is_found_put_right_and_not_believed(good: Path, tmp_path: Path) -> None:
-    tokens = gguf.decode(read_pairs(good)["tokenizer.ggml.tokens"])
+    tokens = gguf.decode(read_raw_metadata(good)["tokenizer.ggml.tokens"])
     wrong = copy_with_metadata(
         good, tmp_path / "wrong.gguf", {"tokenizer.ggml.eos_token_id": gguf.u32(tokens.index("b"))}
     )
-    (finding,) = examine_file(wrong).findings
+    (finding,) = diagnose_file(wrong).findings
     assert finding.is_serious
     assert finding.what == "Its eos token is “b”, a token like any other: answers break off before it."
     assert gguf.decode(finding.pairs["tokenizer.ggml.eos_token_id"]) == tokens.index("<|im_end|>")
@@ -242,7 +243,7 @@ def test_an_end_that_is_a_word_like_any_other_is_found_put_right_and_not_believe
     assert not model.tokenizer.is_end(tokens.index("b"))
     assert model.tokenizer.is_end(tokens.index("<|im_end|>"))
     model.close()
-    loaded = Loading().load(wrong, LoadOptions(LoadRequest(n_ctx=512, threads=1)), this_machine(), name="x", size=1)
+    loaded = load_chat_model(wrong, LoadOptions(LoadRequest(n_ctx=512, threads=1)), this_machine(), name="x", size=1)
     assert FileRepaired(false_end="b") in loaded.notes
     assert "“b” no longer ends answers" in describe_note(FileRepaired(false_end="b"))
     loaded.close()
@@ -250,7 +251,7 @@ def test_an_end_that_is_a_word_like_any_other_is_found_put_right_and_not_believe
 
 def test_an_end_beyond_the_vocabulary_is_put_right(good: Path, tmp_path: Path) -> None:
     wrong = copy_with_metadata(good, tmp_path / "wrong.gguf", {"tokenizer.ggml.eos_token_id": gguf.u32(99_999)})
-    (finding, *_) = examine_file(wrong).findings
+    (finding, *_) = diagnose_file(wrong).findings
     assert "Its eos token is 99,999" in finding.what
     assert finding.can_be_fixed
 
@@ -266,7 +267,7 @@ def test_a_template_that_leaves_out_what_was_said_is_found(
     template: str, what: str, good: Path, tmp_path: Path
 ) -> None:
     odd = copy_with_metadata(good, tmp_path / "odd.gguf", {"tokenizer.chat_template": gguf.string(template)})
-    assert any(what in finding.what and finding.is_serious for finding in examine_file(odd).findings)
+    assert any(what in finding.what and finding.is_serious for finding in diagnose_file(odd).findings)
 
 
 def test_ids_that_no_token_has_are_never_said(good: Path) -> None:

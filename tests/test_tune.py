@@ -10,8 +10,9 @@ from conftest import Run
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwenlocal.chat.loading import Loading, LoadOptions
+from qwenlocal.chat.chat_model import load_chat_model
 from qwenlocal.engine.load_plan import LoadRequest
+from qwenlocal.engine.loader import LoadOptions
 from qwenlocal.engine.speculation import USUAL_COSTS
 from qwenlocal.engine.tuned_settings import TunedSettings, read_tuned_settings, write_costs, write_tuned_settings
 from qwenlocal.machine import this_machine
@@ -91,28 +92,28 @@ def test_whatever_stands_in_the_file_is_settings_or_nothing(changes: dict[str, o
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", "\xff", '{"mains": 3}'])
-def test_a_damaged_file_is_as_good_as_none_and_written_anew(content: str, tmp_path: Path) -> None:
+def test_a_damaged_file_is_ignored_and_replaced(content: str, tmp_path: Path) -> None:
     (tmp_path / "m.json").write_text(content, encoding="latin-1")
     assert read_tuned_settings(tmp_path, "m", "mains") == TunedSettings()
     write_tuned_settings(tmp_path, "m", "mains", TunedSettings(1, False, 128))
     assert read_tuned_settings(tmp_path, "m", "mains") == TunedSettings(1, False, 128)
 
 
-def test_everything_is_measured_on_a_real_model(random_model: Path) -> None:
-    said: list[str] = []
-    found = tune(random_model, [1, 2], seconds=0.4, report=said.append)
-    assert found.threads in (1, 2)
-    assert found.n_ubatch in (128, 512)
-    assert set(found.costs) == set(USUAL_COSTS)
-    assert found.costs[1] == 1.0
-    assert said == ["threads", "flash attention", "several tokens at once", "reading"]
+def test_tuning_measures_every_setting_of_a_real_model(random_model: Path) -> None:
+    steps: list[str] = []
+    tuned = tune(random_model, [1, 2], seconds=0.4, report=steps.append)
+    assert tuned.threads in (1, 2)
+    assert tuned.n_ubatch in (128, 512)
+    assert set(tuned.costs) == set(USUAL_COSTS)
+    assert tuned.costs[1] == 1.0
+    assert steps == ["threads", "flash attention", "decoding several tokens at once", "micro-batch size"]
 
 
-def test_what_was_measured_holds_unless_something_else_is_asked_for(random_model: Path) -> None:
+def test_tuned_settings_apply_unless_options_override_them(random_model: Path) -> None:
     tuned = TunedSettings(1, True, 512, {**USUAL_COSTS, 32: 3.0})
 
-    def load(wanted: LoadRequest) -> tuple[int, bool | None, int]:
-        loaded = Loading().load(random_model, LoadOptions(wanted, tuned=tuned), this_machine(), name="x", size=1)
+    def load(request: LoadRequest) -> tuple[int, bool | None, int]:
+        loaded = load_chat_model(random_model, LoadOptions(request, tuned=tuned), this_machine(), name="x", size=1)
         loaded.close()
         options = loaded.plan.options
         return options.threads, options.flash_attention, options.n_ubatch
@@ -121,10 +122,10 @@ def test_what_was_measured_holds_unless_something_else_is_asked_for(random_model
     assert load(LoadRequest(threads=2, flash_attention=False, n_ubatch=64)) == (2, False, 64)
 
 
-def test_the_command_remembers_and_run_uses_it(random_model: Path, invoke: Run, tmp_path: Path) -> None:
+def test_the_command_saves_the_settings_that_run_uses(random_model: Path, invoke: Run, tmp_path: Path) -> None:
     result = invoke("tune", str(random_model), "--seconds", "1")
     assert result.returncode == 0, result.stderr
-    assert "Remembered" in result.stdout
+    assert "Saved; qwenlocal run uses these settings" in result.stdout
     assert json.loads(invoke("tune", str(random_model), "--seconds", "1", "--json").stdout)["threads"] >= 1
     assert invoke("run", str(random_model), "Hi", "-n", "3").returncode == 0
 

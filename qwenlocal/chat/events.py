@@ -114,6 +114,27 @@ def _speed(tokens_per_second: float) -> str:
 
 
 @dataclass(frozen=True)
+class DraftStats:
+    """Tokens that a draft model drafted so far, those that were accepted, and whether it was unloaded."""
+
+    drafted: int
+    accepted: int
+    is_unloaded: bool
+
+    def describe(self) -> str:
+        """`draft model: 61 of 80 drafted tokens accepted`"""
+        return tr(
+            "draft model: {accepted:,} of {drafted:,} drafted tokens accepted",
+            accepted=self.accepted,
+            drafted=self.drafted,
+        )
+
+    def describe_unloading(self) -> str:
+        """Say why the draft model is no longer used; "" if it is."""
+        return tr("The draft model was unloaded because memory is low.") if self.is_unloaded else ""
+
+
+@dataclass(frozen=True)
 class Done:
     """
     The answer has ended.

@@ -7,11 +7,12 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from qwenlocal.chat.loading import Draft, Loaded, Loading, LoadOptions
+from qwenlocal.chat.chat_model import ChatModel, load_chat_model
 from qwenlocal.chat.worker import iterate_in_thread
 from qwenlocal.cli.context import AppContext
 from qwenlocal.cli.options import RunOptions
 from qwenlocal.engine.llama import load_library
+from qwenlocal.engine.loader import DraftSpec, EngineLoader, LoadOptions
 from qwenlocal.engine.prompt_cache import fingerprint_model
 from qwenlocal.engine.tuned_settings import TunedSettings, read_tuned_settings, write_costs
 from qwenlocal.library.names import CatalogName, ModelName
@@ -26,7 +27,7 @@ class ModelLoader:
 
     def __init__(self, app: AppContext, options: RunOptions) -> None:
         self._app, self._options = app, options
-        self._loading = Loading()
+        self._engine_loader = EngineLoader()
 
     def load(
         self,
@@ -34,7 +35,7 @@ class ModelLoader:
         record: ModelRecord,
         report: Callable[[float], None] = lambda _: None,
         n_ctx: int | None = None,
-    ) -> Loaded:
+    ) -> ChatModel:
         """
         Load a model in this thread; `report` gets fractions from 0 to 1, `n_ctx` overrides the context's size.
 
@@ -48,24 +49,25 @@ class ModelLoader:
         load_options = LoadOptions(
             replace(options.load_request, n_ctx=n_ctx) if n_ctx else options.load_request,
             options.gpu_layers,
-            raw=options.raw or None,
             lookup=options.lookup,
-            states=folders.states if options.keep_cache and options.journal else None,
+            prompt_caches=folders.states if options.keep_cache and options.journal else None,
             tuned=read_tuned_settings(folders.tuned, fingerprint_model(record.path), power_source())
             if is_tuned
             else TunedSettings(),
             draft=self._draft(),
         )
         load_library().on_abort = exit_after_crash
-        return self._loading.load(
+        return load_chat_model(
             record.path,
             load_options,
             this_machine(),
             name=str(name),
             size=record.size,
+            raw=options.raw or None,
             is_base=card is not None and card.variant == "base",
             recommended=card.sampling if card else {},
             report=report,
+            loader=self._engine_loader,
         )
 
     def load_in_thread(
@@ -74,26 +76,26 @@ class ModelLoader:
         record: ModelRecord,
         report: Callable[[float], None] = lambda _: None,
         n_ctx: int | None = None,
-    ) -> Loaded:
+    ) -> ChatModel:
         """Load a model in a worker thread, so that Ctrl-C can stop it."""
 
-        def load() -> Iterator[Loaded]:
+        def load() -> Iterator[ChatModel]:
             yield self.load(name, record, report, n_ctx)
 
-        self._loading = Loading()  # the one before may have been stopped
+        self._engine_loader = EngineLoader()  # the one before may have been cancelled
         with iterate_in_thread(load, self.stop) as items:
             return next(items)
 
-    def load_with_status(self, name: ModelName, record: ModelRecord) -> Loaded:
+    def load_with_status(self, name: ModelName, record: ModelRecord) -> ChatModel:
         """Load a model with a status line on stderr; Ctrl-C stops it."""
         with loading_status(sys.stderr, str(name)) as report:
             return self.load_in_thread(name, record, report)
 
     def stop(self) -> None:
         """Stop loading, from another thread."""
-        self._loading.stop()
+        self._engine_loader.cancel()
 
-    def close(self, loaded: Loaded, record: ModelRecord, *, keep: bool) -> None:
+    def close(self, loaded: ChatModel, record: ModelRecord, *, keep: bool) -> None:
         """Free a model's memory; with `keep`, first save its prompt cache and the decoding costs that it measured."""
         try:
             if keep:
@@ -106,10 +108,10 @@ class ModelLoader:
         finally:
             loaded.close()
 
-    def _draft(self) -> Draft | None:
+    def _draft(self) -> DraftSpec | None:
         """Return the draft model, downloaded first if necessary."""
         if self._options.draft is None:
             return None
         name = self._app.models.parse(self._options.draft)
         record = self._app.models.ensure_model(name)
-        return Draft(str(name), record.path, record.size)
+        return DraftSpec(str(name), record.path, record.size)

@@ -17,8 +17,9 @@ from qwenlocal.library.store import ModelRecord
 from qwenlocal.terminal.progress import StatusLine
 
 if TYPE_CHECKING:
+    from qwenlocal.chat.chat_model import ChatModel
     from qwenlocal.chat.conversation import Conversation, GenerationConfig
-    from qwenlocal.chat.loading import Loaded
+    from qwenlocal.chat.events import DraftStats
     from qwenlocal.chat.thread import Thread
     from qwenlocal.cli.model_loader import ModelLoader
     from qwenlocal.engine.load_plan import LoadNote
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 class _PooledModel(NamedTuple):
     name: ModelName
     record: ModelRecord
-    loaded: Loaded
+    loaded: ChatModel
 
 
 class ModelPool:
@@ -74,7 +75,7 @@ class ModelPool:
             say_dimmed(sentence)
         return conversation
 
-    def _load_first(self) -> Loaded:
+    def _load_first(self) -> ChatModel:
         def report(fraction: float) -> None:
             self._fraction = fraction
 
@@ -96,10 +97,10 @@ class ModelPool:
         return [record.name for record in self._app.store.records()]
 
     @property
-    def verdict(self) -> str:
-        """The result of trying a draft model, "" until there is one."""
+    def draft_stats(self) -> DraftStats | None:
+        """Counts of the current model's draft model; None without one."""
         pooled = self._pooled.get(self._current)
-        return pooled.loaded.trial.verdict if pooled and pooled.loaded.trial else ""
+        return pooled.loaded.draft_stats if pooled else None
 
     def switch(self, name: str, thread: Thread) -> Conversation:
         """
@@ -156,17 +157,17 @@ class ModelPool:
             self._loader = ModelLoader(self._app, self._options)
         return self._loader
 
-    def _conversation(self, loaded: Loaded, thread: Thread) -> Conversation:
+    def _conversation(self, loaded: ChatModel, thread: Thread) -> Conversation:
         assert self._config is not None  # set with the first model
         return loaded.conversation(self._config, thread)
 
-    def _say_plan(self, loaded: Loaded, notes: Sequence[LoadNote]) -> None:
+    def _say_plan(self, loaded: ChatModel, notes: Sequence[LoadNote]) -> None:
         from qwenlocal.terminal.load_notes import describe_note, describe_plan
 
         for sentence in (*map(describe_note, notes), describe_plan(loaded.plan)):
             self._app.say(sentence)
 
-    def _make_room(self, load: Callable[[], Loaded]) -> Loaded:
+    def _make_room(self, load: Callable[[], ChatModel]) -> ChatModel:
         """Load a model; if memory is short, close the models that do not answer and try again."""
         try:
             return load()

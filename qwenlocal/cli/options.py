@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _ON_OFF = {"auto": None, "on": True, "off": False}
 _ROPE_SCALINGS = ("yarn", "linear", "none")
-_ALL_LAYERS = 1 << 16  # more than any model has; `chat.loading.ALL_LAYERS`, whose import takes 0.2 s
+_ALL_LAYERS = 1 << 16  # more than any model has; `engine.loader.ALL_LAYERS`, whose import takes 0.2 s
 _MAX_RATE = 1e15  # bytes per second
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3}
 

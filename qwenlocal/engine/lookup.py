@@ -1,10 +1,9 @@
 """
-Drafts without a draft model: what followed the last time these tokens stood here.
+Prompt lookup: the tokens that followed an earlier occurrence of the last few tokens, as a draft without a draft model.
 
-Answers that edit code, quote a text or fill in a form repeat what was said before. The last few tokens are looked up in
-everything before them; what followed there is a guess at what follows here, and the model checks all of the guess in
-one go (prompt lookup decoding: A. Saxena, 2023; llama.cpp: examples/lookup). Checking costs time, so a guess is only as
-long as it is worth: see `Speculation`.
+Answers that edit code, quote a text or fill in a form repeat earlier text. The last few tokens are looked up in the
+text before them; the tokens that follow there are a guess at the next ones, and the model checks all of them at once
+(prompt lookup decoding: A. Saxena, 2023; llama.cpp: examples/lookup). `Speculation` sets how many are checked.
 """
 
 from __future__ import annotations
@@ -12,21 +11,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from qwenlocal.engine.prefix import common_prefix
+from qwenlocal.engine.prefix_cache import common_prefix
 
-_LENGTHS = (12, 6, 3)  # tokens that must have come before, most telling first
-_LONG = 24  # so many that it is being copied, hardly by chance
+_LENGTHS = (12, 6, 3)  # tokens that must agree, the most telling first
+_LONG = 24  # agreeing tokens from which on text is being copied
 AGREED = (_LONG, *_LENGTHS)
 LONGEST_DRAFT = 31  # with the token before it, as many rows of logits as a context keeps
 
 
 class Guess(NamedTuple):
     """
-    What followed before, how many tokens ahead of it agree (one of `AGREED`), and whether it followed twice.
+    Tokens that followed before, the number of agreeing tokens ahead of them (one of `AGREED`), and whether they came
+    twice.
 
-    What came behind both of the last two occurrences is a surer guess than what came once, and a guess goes only as
-    far as the two agree: in a form that is filled in, to the end of what is the same in every entry (the idea of
-    counting what followed: SuffixDecoding, Oliaro and others, 2024).
+    Tokens behind both of the last two occurrences are a surer guess than those behind one, and a guess ends where the
+    two differ: in a form that is filled in, at the end of the part that every entry shares (the idea of counting
+    continuations: SuffixDecoding, Oliaro and others, 2024).
     """
 
     tokens: Sequence[int]
@@ -39,11 +39,11 @@ NOTHING = Guess((), 0, False)
 
 class NgramIndex:
     """
-    Every run of 3, 6 and 12 tokens, and what came after its last two occurrences.
+    Index of every run of 3, 6 and 12 tokens, with the places after its last two occurrences.
 
     After `extend([5, 6, 7, 8, 9, 5, 6, 7])`, `guess(3)` is ([8, 9, 5], 3, False): after 5, 6, 7 came 8, 9, 5, once, and
     three tokens agree. After another `extend([8, 1, 5, 6, 7])` it is ([8], 3, True). Adding a token and asking for a
-    guess take the same time however much was said.
+    guess take constant time.
     """
 
     def __init__(self) -> None:
@@ -66,11 +66,11 @@ class NgramIndex:
             self._ids.append(token)
 
     def guess(self, most: int) -> Guess:
-        """At most `most` tokens that may follow; `NOTHING` where these tokens never stood before."""
+        """Return at most `most` tokens that may follow; `NOTHING` if the last ones are new."""
         for length, after in self._after.items():
-            found = after.get(tuple(self._ids[-length:]))
-            if found is not None:
-                return self._from(*found, length, most)
+            places = after.get(tuple(self._ids[-length:]))
+            if places is not None:
+                return self._from(*places, length, most)
         return NOTHING
 
     def _from(self, at: int, before: int, length: int, most: int) -> Guess:

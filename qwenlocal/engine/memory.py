@@ -16,7 +16,7 @@ from qwenlocal.engine.context import MAX_OUTPUTS, ContextOptions, pad_n_ctx
 from qwenlocal.errors import LowMemory
 from qwenlocal.ggml import tensor_type
 from qwenlocal.machine import Memory
-from qwenlocal.weights.header import Value
+from qwenlocal.weights.gguf_reader import Value
 
 # Bytes for Python, the libraries, and llama.cpp's tables of Qwen's 151,936 tokens; measured: benchmarks/README.md.
 PROCESS_OVERHEAD = 150 << 20

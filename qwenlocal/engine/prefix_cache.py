@@ -9,11 +9,17 @@ cache runs out of room, the oldest copy is evicted first.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from qwenlocal.engine.context import Context
-from qwenlocal.engine.prefix import common_prefix
+if TYPE_CHECKING:
+    from qwenlocal.engine.context import Context
 
 MIN_PREFIX_TOKENS = 64  # shorter prefixes are quick to compute
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Count the tokens that two sequences share at their start: `common_prefix([1, 2, 3], [1, 2, 9])` is 2."""
+    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 class PrefixCache:

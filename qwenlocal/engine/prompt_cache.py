@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwenlocal.engine.context import Context, ContextOptions
-from qwenlocal.engine.prefix import common_prefix
+from qwenlocal.engine.prefix_cache import common_prefix
 from qwenlocal.errors import NotWritable, QwenlocalError
 
 if TYPE_CHECKING:

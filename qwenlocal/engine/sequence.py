@@ -10,12 +10,11 @@ from typing import Protocol
 
 from qwenlocal.engine.context import Aborted, CacheFull, Context
 from qwenlocal.engine.memory import CHECK_INTERVAL
-from qwenlocal.engine.prefix import common_prefix
-from qwenlocal.engine.prefix_cache import MIN_PREFIX_TOKENS, PrefixCache
+from qwenlocal.engine.prefix_cache import MIN_PREFIX_TOKENS, PrefixCache, common_prefix
 from qwenlocal.engine.prompt_cache import PromptCache
 from qwenlocal.engine.sampler import Sampler
 from qwenlocal.engine.sampling import Sampling
-from qwenlocal.engine.speculation import Drafts, NoSpeculation
+from qwenlocal.engine.speculation import Drafter, NoSpeculation
 from qwenlocal.errors import ContextFull
 
 _FIRST_CHUNK, _MIN_CHUNK = 256, 64  # tokens of a prompt per `decode`
@@ -71,7 +70,7 @@ class TokenSequence:
         context: Context,
         number: int = 0,
         clock: Callable[[], float] = time.monotonic,
-        speculation: Drafts | None = None,
+        speculation: Drafter | None = None,
         prefix_cache: PrefixCache | None = None,
         prompt_cache: PromptCache | None = None,
         check_memory: Callable[[], object] = lambda: None,

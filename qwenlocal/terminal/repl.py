@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwenlocal.chat.documents import find_mentions, find_missing_mentions, read_document
-from qwenlocal.chat.events import Done, Event, FinishReason
+from qwenlocal.chat.events import Done, DraftStats, Event, FinishReason
 from qwenlocal.chat.worker import iterate_in_thread
 from qwenlocal.errors import ContextFull, QwenlocalError
 from qwenlocal.i18n import tr
@@ -43,19 +43,19 @@ class Repl:
         session: Session,
         *,
         history: Path | None,
-        verdict: Callable[[], str] = lambda: "",
+        draft_stats: Callable[[], DraftStats | None] = lambda: None,
         on_ready: Callable[[], object] = lambda: None,
     ) -> None:
         """
         Prepare the loop; the lines typed are appended to the file `history`, if given.
 
-        `verdict` returns the result of trying a draft model during the answers, which is printed once. `on_ready` is
-        called when the input line is shown for the first time, so that the model can load while the user types.
+        `draft_stats` returns the counts of the draft model, if there is one. `on_ready` is called when the input line
+        is shown for the first time, so that the model can load while the user types.
         """
         from qwenlocal.terminal.input import PasteStore
 
         self._session, self._history = session, history
-        self._verdict, self._printed_verdict = verdict, ""
+        self._draft_stats, self._printed_unloading = draft_stats, False
         self._on_ready = on_ready
         self._app: Application[str] | None = None
         self._type_ahead = TypeAhead()
@@ -196,6 +196,8 @@ class Repl:
             session.say(f"[{tr(reason.value)}]{hint}")
         if session.show_stats:
             session.say(done.stats.describe(reason))
+            if draft_stats := self._draft_stats():
+                session.say(draft_stats.describe())
         self._print_notes()
         sys.stdout.write("\n")
         sys.stdout.flush()
@@ -215,11 +217,13 @@ class Repl:
             return view.show(events)
 
     def _print_notes(self) -> None:
-        """Print the verdict on the draft model and errors of the journal, if they are new."""
+        """Say that the draft model was unloaded, or that the journal cannot be written, once each."""
         session = self._session
-        if (verdict := self._verdict()) != self._printed_verdict:
-            session.say(verdict)
-            self._printed_verdict = verdict
+        draft_stats = self._draft_stats()
+        is_unloaded = draft_stats is not None and draft_stats.is_unloaded
+        if draft_stats and is_unloaded and not self._printed_unloading:
+            session.say(draft_stats.describe_unloading())
+        self._printed_unloading = is_unloaded
         save_error = session.journal_writer.error if session.journal_writer else ""
         if save_error and save_error != self._printed_save_error:
             session.say(tr("Cannot save this chat: {reason}. Will try again.", reason=save_error))

@@ -31,7 +31,7 @@ from qwenlocal.paths import parse_path
 from qwenlocal.terminal.progress import StatusLine
 
 if TYPE_CHECKING:
-    from qwenlocal.chat.loading import Loaded
+    from qwenlocal.chat.chat_model import ChatModel
 
 MAX_BATCH_SIZE = 16
 _MAX_BYTES = 1 << 30  # of prompts
@@ -200,7 +200,7 @@ def _is_incomplete_line(data: bytes) -> bool:
 
 
 def answer_batch(
-    options: RunOptions, loaded: Loaded, items: Sequence[BatchItem], output: Path | None, finished_before: int
+    options: RunOptions, loaded: ChatModel, items: Sequence[BatchItem], output: Path | None, finished_before: int
 ) -> None:
     """
     Answer `items`, as many at once as is fastest; an earlier run answered `finished_before`.

@@ -69,7 +69,7 @@ def run_chat(
     repl = Repl(
         session,
         history=app.folders.history if options.journal else None,
-        verdict=lambda: pool.verdict,
+        draft_stats=lambda: pool.draft_stats,
         on_ready=pool.start_loading,
     )
     pool.on_first_loaded = repl.on_model_loaded

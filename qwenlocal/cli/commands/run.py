@@ -18,9 +18,9 @@ from qwenlocal.library.names import ModelName
 from qwenlocal.library.store import ModelRecord
 
 if TYPE_CHECKING:
+    from qwenlocal.chat.chat_model import ChatModel
     from qwenlocal.chat.conversation import GenerationConfig
     from qwenlocal.chat.events import Event
-    from qwenlocal.chat.loading import Loaded
 
 
 def run_model(options: RunOptions) -> None:
@@ -163,7 +163,7 @@ def _answer_once(
         loader.close(loaded, record, keep=keep)
 
 
-def _print_answer(options: RunOptions, loaded: Loaded, prompt: str, system: str) -> None:
+def _print_answer(options: RunOptions, loaded: ChatModel, prompt: str, system: str) -> None:
     from qwenlocal.chat.events import FinishReason
     from qwenlocal.chat.thread import Thread
     from qwenlocal.chat.worker import iterate_in_thread
@@ -179,10 +179,13 @@ def _print_answer(options: RunOptions, loaded: Loaded, prompt: str, system: str)
         begin, stop = functools.partial(conversation.ask, prompt), conversation.stop
     with iterate_in_thread(begin, stop) as events:
         done = print_answer(events, sys.stdout, sys.stderr)
+    draft_stats = loaded.draft_stats
     if options.stats:
         sys.stderr.write(done.stats.describe(done.finish_reason) + "\n")
-        if loaded.trial:
-            sys.stderr.write((loaded.trial.verdict or tr("The draft model is still being tried.")) + "\n")
+        if draft_stats:
+            sys.stderr.write(draft_stats.describe() + "\n")
+    if draft_stats and draft_stats.is_unloaded:
+        sys.stderr.write(f"qwenlocal: {draft_stats.describe_unloading()}\n")
     if done.finish_reason is FinishReason.INTERRUPTED:
         raise Interrupted
     if done.finish_reason is FinishReason.CONTEXT_FULL:
@@ -191,7 +194,7 @@ def _print_answer(options: RunOptions, loaded: Loaded, prompt: str, system: str)
 
 
 def _continuation(
-    loaded: Loaded, text: str, config: GenerationConfig, *, special: bool
+    loaded: ChatModel, text: str, config: GenerationConfig, *, special: bool
 ) -> Callable[[], Iterator[Event]]:
     """Return a function that continues `text`; with `special` (--raw), control tokens spelled in it are parsed."""
     from qwenlocal.chat.generate import stream_answer

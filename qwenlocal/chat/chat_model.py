@@ -1,0 +1,100 @@
+"""A loaded model with its chat template, ready for a conversation."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwenlocal.chat.chat_template import CHATML, ChatTemplate
+from qwenlocal.chat.conversation import Conversation, GenerationConfig
+from qwenlocal.chat.events import DraftStats
+from qwenlocal.chat.thread import Thread
+from qwenlocal.engine.llama import Model
+from qwenlocal.engine.load_plan import ChatTemplateMissing, LoadNote
+from qwenlocal.engine.loader import EngineLoader, LoadedModel, LoadOptions
+from qwenlocal.errors import UsageError
+from qwenlocal.i18n import tr
+from qwenlocal.machine import Machine
+
+
+@dataclass(frozen=True)
+class ChatModel(LoadedModel):
+    """A loaded model and its chat template; without a template it only continues text."""
+
+    template: ChatTemplate | None = None
+
+    def conversation(self, config: GenerationConfig, thread: Thread | None = None) -> Conversation:
+        """
+        Continue `thread`, or start a new one.
+
+        Raises
+        ------
+        UsageError: the model has no chat template.
+        """
+        if self.template is None:
+            raise UsageError(
+                tr("This model has no chat template: it continues text instead of answering."),
+                hint=tr('Pass the beginning of a text: qwenlocal run MODEL --raw "Once upon a time"'),
+            )
+        n_ctx, tokenizer = self.context.n_ctx, self.model.tokenizer
+        return Conversation(self.sequence, tokenizer, self.template, config, thread, n_ctx=n_ctx, model=self.name)
+
+    @property
+    def draft_stats(self) -> DraftStats | None:
+        """Counts of the draft model so far; None without one."""
+        drafter = self.drafter
+        return DraftStats(drafter.drafted, drafter.accepted, drafter.has_given_up) if drafter else None
+
+
+def load_chat_model(
+    path: Path,
+    options: LoadOptions,
+    machine: Machine,
+    *,
+    name: str,
+    size: int,
+    raw: bool | None = None,
+    is_base: bool = False,
+    recommended: Mapping[str, float] = {},
+    report: Callable[[float], None] = lambda fraction: None,
+    loader: EngineLoader | None = None,
+) -> ChatModel:
+    """
+    Load a model with `loader` and choose its chat template; the other parameters are those of `EngineLoader.load`.
+
+    `raw` ignores the template; None does so for base models (`is_base`).
+
+    Raises
+    ------
+    BadWeights: the template is invalid. The errors of `EngineLoader.load`.
+    """
+    warm_up = threading.Thread(target=_import_template_engine, daemon=True)
+    warm_up.start()
+    loaded = (loader or EngineLoader()).load(
+        path, options, machine, name=name, size=size, recommended=recommended, report=report
+    )
+    try:
+        warm_up.join()
+        template, notes = (None, ()) if (is_base if raw is None else raw) else _choose_template(loaded.model)
+    except BaseException:
+        loaded.close()
+        raise
+    return ChatModel(**{**vars(loaded), "notes": (*loaded.notes, *notes)}, template=template)
+
+
+def _import_template_engine() -> None:
+    """Import jinja2 (40 ms) while llama.cpp reads the weights."""
+    import jinja2.sandbox  # noqa: F401
+
+
+def _choose_template(model: Model) -> tuple[ChatTemplate | None, tuple[LoadNote, ...]]:
+    """Return the file's template, or Qwen1.5's if the vocabulary has its control tokens."""
+    source, tokenizer = model.metadata("tokenizer.chat_template"), model.tokenizer
+    if source:
+        return ChatTemplate(source, bos=tokenizer.bos, eos=tokenizer.eos), ()
+    ids = tokenizer.tokenize("<|im_start|>", special=True)
+    if len(ids) == 1 and tokenizer.is_control(ids[0]):
+        return ChatTemplate(CHATML), (ChatTemplateMissing(),)
+    return None, ()

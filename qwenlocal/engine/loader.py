@@ -1,0 +1,349 @@
+"""Loading of models: from a file, a load request and the machine to a model in memory with an empty context."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from qwenlocal.engine.context import Context, ContextOptions
+from qwenlocal.engine.draft_model import DraftModel, ModelDrafter, shares_vocabulary
+from qwenlocal.engine.llama import LoadCancelled, Model
+from qwenlocal.engine.load_plan import (
+    PREFERRED_CONTEXT,
+    FewerGpuLayers,
+    FileRepaired,
+    GpuOffload,
+    LoadNote,
+    LoadPlan,
+    LoadRequest,
+    SamplingIgnored,
+    plan_gpu_offload,
+    plan_load,
+)
+from qwenlocal.engine.memory import MemoryWatch, ModelDims, estimate_memory
+from qwenlocal.engine.prefix_cache import PrefixCache
+from qwenlocal.engine.prompt_cache import PromptCache, compute_cache_key
+from qwenlocal.engine.sampling import Sampling
+from qwenlocal.engine.sequence import TokenSequence
+from qwenlocal.engine.speculation import CostCurve, Drafter, NoSpeculation, Speculation
+from qwenlocal.engine.tuned_settings import TunedSettings
+from qwenlocal.errors import BadWeights, ContextNotCreated, Interrupted, NotEnoughMemory, UsageError
+from qwenlocal.ggml import Device, list_devices
+from qwenlocal.i18n import tr
+from qwenlocal.machine import Machine
+from qwenlocal.weights.diagnosis import missing_rope_base
+from qwenlocal.weights.gguf_reader import Value, read_header, read_metadata
+
+ALL_LAYERS = 1 << 16  # more than any model has
+_WEIGHTS_MARGIN = 1.3  # a model of unknown shape goes to a GPU with this much space relative to its file
+
+# Recommended sampling in a GGUF file (gguf-py, constants.py: Keys.General.SAMPLING_*).
+_SAMPLING_KEYS = {
+    "temperature": "general.sampling.temp",
+    "top_k": "general.sampling.top_k",
+    "top_p": "general.sampling.top_p",
+    "min_p": "general.sampling.min_p",
+    "repeat_penalty": "general.sampling.penalty_repeat",
+}
+
+
+@dataclass(frozen=True)
+class DraftSpec:
+    """A draft model to load: its name, its file, and the size of its weights in bytes."""
+
+    name: str
+    path: Path
+    size: int
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """
+    How to load a model.
+
+    `request` constrains the load plan; `tuned` fills what it leaves open. `gpu_layers` None puts as many layers on GPUs
+    as fit. `lookup` enables prompt lookup. Prompt caches are kept in the folder `prompt_caches`, or not at all.
+    """
+
+    request: LoadRequest = field(default_factory=LoadRequest)
+    gpu_layers: int | None = None
+    lookup: bool = True
+    prompt_caches: Path | None = None
+    tuned: TunedSettings = field(default_factory=TunedSettings)
+    draft: DraftSpec | None = None
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """
+    A model in memory with an empty context.
+
+    `sampling` is what its makers recommend. `costs` are learned while it answers. `drafter` uses the draft model.
+    """
+
+    name: str
+    model: Model
+    context: Context
+    sequence: TokenSequence
+    sampling: Sampling
+    plan: LoadPlan
+    costs: CostCurve
+    notes: tuple[LoadNote, ...] = ()
+    drafter: ModelDrafter | None = None
+
+    def close(self) -> None:
+        """Free the memory of the model, its context and its draft model."""
+        if self.drafter:
+            self.drafter.close()
+        self.context.close()
+        self.model.close()
+
+
+class EngineLoader:
+    """Loads models in the calling thread; another thread can cancel that."""
+
+    def __init__(self) -> None:
+        self._cancelled = threading.Event()
+
+    def cancel(self) -> None:
+        """Stop loading soon."""
+        self._cancelled.set()
+
+    def load(
+        self,
+        path: Path,
+        options: LoadOptions,
+        machine: Machine,
+        *,
+        name: str,
+        size: int,
+        recommended: Mapping[str, float] = {},
+        report: Callable[[float], None] = lambda fraction: None,
+    ) -> LoadedModel:
+        """
+        Load the model in `path`, `size` bytes of weights; `report` gets fractions from 0 to 1.
+
+        `recommended` is the catalog's sampling; the file's own recommendation takes precedence.
+
+        Raises
+        ------
+        BadWeights: the file cannot be used. NotEnoughMemory: it does not fit. Interrupted: `cancel` was called.
+        """
+        metadata = read_metadata(path)
+        repairs = _find_repairs(path, metadata)
+        request = _apply_tuned_settings(options.request, options.tuned, machine.cores)
+        dims = ModelDims.from_metadata(metadata)
+        offload = choose_offload(dims, size, request, list_devices(), options.gpu_layers)
+        available = machine.memory().available
+        if options.draft:
+            plan = plan_load_with_draft(options.draft, name, dims, size, available, request, offload)
+        else:
+            plan = plan_load_with_offload(name, dims, size, available, request, offload)
+
+        def on_progress(fraction: float) -> bool:
+            report(fraction)
+            return not self._cancelled.is_set()
+
+        try:
+            model, context, offload_notes = open_model(path, plan.options, offload, repairs, on_progress)
+        except LoadCancelled as reason:
+            raise Interrupted from reason
+        try:
+            sampling, sampling_notes = _recommended_sampling(metadata, recommended)
+            draft_model = _open_draft(options.draft, context, offload) if options.draft else None
+        except BaseException:
+            context.close()
+            model.close()
+            raise
+        costs = CostCurve(options.tuned.costs)
+        lookup: Drafter = Speculation(costs) if options.lookup and model.can_truncate else NoSpeculation()
+        drafter = ModelDrafter(draft_model, lookup, costs) if draft_model else None
+        caches = options.prompt_caches
+        sequence = TokenSequence(
+            context,
+            speculation=drafter or lookup,
+            prefix_cache=PrefixCache(context),
+            prompt_cache=PromptCache(caches, compute_cache_key(path, plan.options)) if caches else None,
+            check_memory=MemoryWatch(
+                machine.memory, machine.memory_pressure, drafter.give_up if drafter else lambda: False
+            ),
+        )
+        notes = (*_repair_notes(repairs, model), *offload_notes, *plan.notes, *sampling_notes)
+        return LoadedModel(name, model, context, sequence, sampling, plan, costs, notes, drafter)
+
+
+# --- planning
+
+
+def _apply_tuned_settings(request: LoadRequest, tuned: TunedSettings, cores: int) -> LoadRequest:
+    flash = request.flash_attention
+    if flash is None and tuned.flash_attention:  # off is the plan's default, which it may have to give up
+        flash = True
+    return replace(
+        request,
+        threads=request.threads or tuned.threads or cores,
+        flash_attention=flash,
+        n_ubatch=request.n_ubatch or tuned.n_ubatch,
+    )
+
+
+def choose_offload(
+    dims: ModelDims | None, size: int, request: LoadRequest, devices: Sequence[Device], gpu_layers: int | None
+) -> GpuOffload:
+    """
+    Put `gpu_layers` layers on GPUs, or as many as fit.
+
+    Raises
+    ------
+    UsageError: layers were requested, but llama.cpp has no GPU.
+    """
+    gpus = [device for device in devices if device.is_gpu]
+    if gpu_layers and not gpus:
+        raise UsageError(
+            tr("-ngl needs a GPU, and llama.cpp finds none."),
+            hint=tr("Leave out -ngl. To see the devices: qwenlocal doctor"),
+        )
+    total = dims.n_layers + 1 if dims else ALL_LAYERS
+    if gpu_layers is not None:
+        return GpuOffload(min(gpu_layers, total), total)
+    if not gpus or dims is None:
+        fits = any(gpu.free > size * _WEIGHTS_MARGIN for gpu in gpus)
+        return GpuOffload(ALL_LAYERS if fits else 0, ALL_LAYERS)
+    options = ContextOptions(request.n_ctx or min(PREFERRED_CONTEXT, dims.n_ctx_train))
+    return plan_gpu_offload(dims, size, options, gpus)
+
+
+def plan_load_with_offload(
+    name: str, dims: ModelDims | None, size: int, available: int, request: LoadRequest, offload: GpuOffload
+) -> LoadPlan:
+    """Plan the part of a model that stays in the machine's memory; GPUs have fast kernels for flash attention."""
+    if not offload.layers:
+        return plan_load(name, dims, size, available, request)
+    on_cpu = round(size * (1 - min(1.0, offload.layers / max(1, offload.total))))
+    n_ctx = request.n_ctx or (min(PREFERRED_CONTEXT, dims.n_ctx_train) if dims else PREFERRED_CONTEXT)
+    plan = plan_load(name, dims, on_cpu, available, replace(request, n_ctx=n_ctx))
+    options = replace(plan.options, flash_attention=request.flash_attention, n_ubatch=request.n_ubatch or 512)
+    return replace(plan, options=options)
+
+
+def plan_load_with_draft(
+    draft: DraftSpec,
+    name: str,
+    dims: ModelDims | None,
+    size: int,
+    available: int,
+    request: LoadRequest,
+    offload: GpuOffload,
+) -> LoadPlan:
+    """
+    Plan with memory reserved for the draft model, whose context is as long as the target model's.
+
+    Raises
+    ------
+    NotEnoughMemory: they do not fit together. UsageError: the draft model is not smaller.
+    """
+    if draft.size >= size:
+        raise UsageError(
+            tr("The draft model {name} is not smaller than {target}.", name=draft.name, target=name),
+            hint=tr("Use a small model of the same family, such as: --draft qwen1.5:0.5b"),
+        )
+    draft_dims, plan = ModelDims.from_metadata(read_metadata(draft.path)), None
+    n_ctx = request.n_ctx or PREFERRED_CONTEXT
+    for _ in range(2):  # for the shortest context, then for the one that this left space for
+        options = ContextOptions(n_ctx)
+        draft_bytes = estimate_memory(draft_dims, draft.size, options).total if draft_dims else draft.size
+        try:
+            plan = plan_load_with_offload(name, dims, size, available - draft_bytes, request, offload)
+        except NotEnoughMemory as reason:
+            both = tr("{name} with the draft model {draft}", name=name, draft=draft.name)
+            hint = tr("Leave out --draft, or use a shorter context: -c 4096")
+            raise NotEnoughMemory(both, reason.needed + draft_bytes, available, hint=hint) from reason
+        n_ctx = max(n_ctx, plan.options.n_ctx)
+    assert plan is not None
+    return replace(plan, available=available, draft_bytes=draft_bytes)
+
+
+# --- loading
+
+
+def open_model(
+    path: Path,
+    options: ContextOptions,
+    offload: GpuOffload,
+    kv_overrides: Mapping[str, float],
+    on_progress: Callable[[float], bool],
+) -> tuple[Model, Context, tuple[LoadNote, ...]]:
+    """Load the model and create its context; retry with fewer layers on GPUs if they have less memory than reported."""
+    requested = offload.layers
+    while True:
+        model = None
+        try:
+            model = Model(path, gpu_layers=offload.layers, kv_overrides=kv_overrides, on_progress=on_progress)
+            context = Context(model, options)
+        except (BadWeights, ContextNotCreated) as reason:
+            if model:
+                model.close()
+            if not offload.layers or "alloc" not in str(reason) + getattr(reason, "reason", ""):
+                raise
+            offload = offload.reduced()
+            continue
+        is_reduced = offload.layers < requested
+        return model, context, (FewerGpuLayers(offload.layers, requested),) if is_reduced else ()
+
+
+def _open_draft(draft: DraftSpec, target: Context, offload: GpuOffload) -> DraftModel:
+    """
+    Load the draft model with a context like `target`, on the GPU if all of the target model is there.
+
+    Raises
+    ------
+    UsageError: its vocabulary differs.
+    """
+    repairs = _find_repairs(draft.path, read_metadata(draft.path))
+    model = Model(draft.path, gpu_layers=ALL_LAYERS if offload.layers >= offload.total else 0, kv_overrides=repairs)
+    try:
+        if not model.can_truncate or not target.model.can_truncate or not shares_vocabulary(target.model, model):
+            raise UsageError(
+                tr("{name} cannot draft for this model: their vocabularies differ.", name=draft.name),
+                hint=tr("Use a small model of the same family, such as: --draft qwen1.5:0.5b"),
+            )
+        options = replace(target.options, n_seq_max=1, key_type="f16", value_type="f16", rope=None)
+        context = Context(model, options, target.abort)
+    except BaseException:
+        model.close()
+        raise
+    return DraftModel(context, len(target.model.tokenizer))
+
+
+# --- the file's metadata
+
+
+def _find_repairs(path: Path, metadata: Mapping[str, Value]) -> dict[str, float]:
+    """Return metadata that the file lacks; the whole header is read only if something seems to be missing."""
+    if missing_rope_base(metadata) is None:
+        return {}
+    base = missing_rope_base(read_header(path).metadata)
+    return {f"{metadata['general.architecture']}.rope.freq_base": base} if base is not None else {}
+
+
+def _repair_notes(repairs: Mapping[str, float], model: Model) -> tuple[LoadNote, ...]:
+    tokenizer = model.tokenizer
+    false_end = None if tokenizer.false_end is None else tokenizer.text_of(tokenizer.false_end)
+    note = FileRepaired(next(iter(repairs.values()), None), false_end, tokenizer.hides_padding)
+    return (note,) if note != FileRepaired() else ()
+
+
+def _recommended_sampling(
+    metadata: Mapping[str, Value], recommended: Mapping[str, float]
+) -> tuple[Sampling, tuple[LoadNote, ...]]:
+    """Merge the file's recommendation over the catalog's; values out of range are ignored, with a note."""
+    in_file = {name: metadata[key] for name, key in _SAMPLING_KEYS.items() if key in metadata}
+    sampling, notes = Sampling(), list[LoadNote]()
+    for name, value in {**recommended, **in_file}.items():
+        try:
+            sampling = sampling.with_overrides({name: int(value) if name == "top_k" else float(value)})  # type: ignore[arg-type]
+        except (UsageError, TypeError, ValueError, OverflowError):
+            notes.append(SamplingIgnored(name, value))
+    return sampling, tuple(notes)

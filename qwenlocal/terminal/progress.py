@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from qwenlocal.formatting import format_bytes
 from qwenlocal.i18n import tr
@@ -15,10 +15,21 @@ from qwenlocal.terminal.ansi import supports_ansi
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
-    from qwenlocal.library.progress import TaskProgress
-
 _STATUS_DELAY = 0.7  # seconds; shorter tasks show no status
 _ERASE_LINE = "\r\x1b[K"
+
+
+class ProgressState(Protocol):
+    """The state of a task, in bytes; `library.progress.TaskProgress` is one, but this package does not import it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def done(self) -> int: ...
+    @property
+    def total(self) -> int: ...
+    @property
+    def doing(self) -> str: ...
 
 
 class PlainProgress:
@@ -28,9 +39,9 @@ class PlainProgress:
         self._out, self._clock, self._every = out, clock, every
         self._printed_at = self._started_at = clock()
         self._initial: int | None = None  # bytes that were done at the start
-        self._last: TaskProgress | None = None
+        self._last: ProgressState | None = None
 
-    def __call__(self, state: TaskProgress) -> None:
+    def __call__(self, state: ProgressState) -> None:
         if self._initial is None:
             self._initial = state.done
         self._last = state
@@ -39,7 +50,7 @@ class PlainProgress:
             self._printed_at = now
             self._print(state)
 
-    def _print(self, state: TaskProgress) -> None:
+    def _print(self, state: ProgressState) -> None:
         seconds = max(1e-9, self._clock() - self._started_at)
         speed = (state.done - (self._initial or 0)) / seconds
         left = f", {(state.total - state.done) / speed:.0f} s left" if speed > 0 and state.done < state.total else ""
@@ -66,7 +77,7 @@ class ProgressBar:
         self._bar: RichProgress | None = None
         self._tasks: dict[str, Any] = {}
 
-    def __call__(self, state: TaskProgress) -> None:
+    def __call__(self, state: ProgressState) -> None:
         if self._bar is None:
             self._bar = self._start()
         if state.name not in self._tasks:

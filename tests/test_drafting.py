@@ -19,14 +19,14 @@ from qwenlocal.engine.load_plan import LoadRequest
 from qwenlocal.engine.loader import DraftSpec, LoadOptions
 from qwenlocal.engine.sampling import Sampling
 from qwenlocal.engine.sequence import TokenSequence
-from qwenlocal.engine.speculation import USUAL_COSTS, CostCurve, NoSpeculation, Speculation
+from qwenlocal.engine.speculation import DEFAULT_COSTS, CostCurve, NoSpeculation, Speculation
 from qwenlocal.errors import NotEnoughMemory, UsageError
 from qwenlocal.machine import Machine, Memory, this_machine
 from qwenlocal.terminal.load_notes import describe_plan
 from qwenlocal.testing import write_model
 
 GREEDY = Sampling(temperature=0, repeat_penalty=1)
-CHEAP = dict.fromkeys(USUAL_COSTS, 1.0)
+CHEAP = dict.fromkeys(DEFAULT_COSTS, 1.0)
 PROMPT = [40, 41, 42, 43, 44]
 # Flash attention rounds batches and single tokens further apart: on some processors a sampled token differs.
 OPTIONS = {"n_ctx": 1024, "threads": 1, "flash_attention": False}
@@ -98,7 +98,7 @@ class ScriptedAnswers:
         began, end, draft = self.clock.now, self._length + answer, list[int]()
         while self._length < end:
             accepted = next((n for n, token in enumerate(draft) if token != self._length + n), len(draft))
-            seconds = USUAL_COSTS[len(draft) + 1]
+            seconds = DEFAULT_COSTS[len(draft) + 1]
             self.clock.now += seconds
             self.drafter.learn(range(self._length, self._length + accepted + 1), len(draft), seconds)
             self._length += accepted + 1
@@ -224,7 +224,7 @@ def test_answers_are_the_same_with_good_and_bad_drafts(
     plain = answer(TokenSequence(context(random_model)), prompt, sampling)
     target, costs = context(random_model), CostCurve(CHEAP)
     beside = Context(Model(write_model(tmp_path / "s.gguf", seed=seed)), ContextOptions(**OPTIONS), target.abort)
-    draft_model = DraftModel(beside, 1 << 20, least_probability=0.0)
+    draft_model = DraftModel(beside, 1 << 20, min_probability=0.0)
     drafter = ModelDrafter(draft_model, Speculation(costs), costs, clock=lambda: 0.0)
     assert answer(TokenSequence(target, speculation=drafter), prompt, sampling) == plain
     assert drafter.drafted > 0

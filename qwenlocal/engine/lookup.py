@@ -1,9 +1,9 @@
 """
-Prompt lookup: the tokens that followed an earlier occurrence of the last few tokens, as a draft without a draft model.
+Prompt lookup: drafts without a draft model, from earlier occurrences of the last few tokens.
 
-Answers that edit code, quote a text or fill in a form repeat earlier text. The last few tokens are looked up in the
-text before them; the tokens that follow there are a guess at the next ones, and the model checks all of them at once
-(prompt lookup decoding: A. Saxena, 2023; llama.cpp: examples/lookup). `Speculation` sets how many are checked.
+Answers that edit code, quote a text or fill in a form repeat earlier text. The tokens that followed the same n-gram
+before are a guess at the next ones, and the model checks them all at once (prompt lookup decoding: A. Saxena, 2023;
+llama.cpp: examples/lookup). `Speculation` decides how many to check.
 """
 
 from __future__ import annotations
@@ -13,37 +13,34 @@ from typing import NamedTuple
 
 from qwenlocal.engine.prefix_cache import common_prefix
 
-_LENGTHS = (12, 6, 3)  # tokens that must agree, the most telling first
-_LONG = 24  # agreeing tokens from which on text is being copied
-AGREED = (_LONG, *_LENGTHS)
-LONGEST_DRAFT = 31  # with the token before it, as many rows of logits as a context keeps
+_LENGTHS = (12, 6, 3)  # n-gram sizes, the most reliable first
+_LONG = 24  # matching tokens that mean text is being copied
+MATCH_LENGTHS = (_LONG, *_LENGTHS)
+MAX_DRAFT = 31  # with the token before it, as many rows of logits as a context keeps
 
 
 class Guess(NamedTuple):
     """
-    Tokens that followed before, the number of agreeing tokens ahead of them (one of `AGREED`), and whether they came
-    twice.
+    Tokens that followed an n-gram before, its length `matched` (one of `MATCH_LENGTHS`), and whether they came `twice`.
 
-    Tokens behind both of the last two occurrences are a surer guess than those behind one, and a guess ends where the
-    two differ: in a form that is filled in, at the end of the part that every entry shares (the idea of counting
-    continuations: SuffixDecoding, Oliaro and others, 2024).
+    A continuation common to the last two occurrences is more reliable than one, and ends where the two differ: in a form,
+    at the end of the part that every entry shares (counting continuations: SuffixDecoding, Oliaro et al., 2024).
     """
 
     tokens: Sequence[int]
-    agreed: int
+    matched: int
     twice: bool
 
 
-NOTHING = Guess((), 0, False)
+NO_GUESS = Guess((), 0, False)
 
 
 class NgramIndex:
     """
-    Index of every run of 3, 6 and 12 tokens, with the places after its last two occurrences.
+    An index of all n-grams of 3, 6 and 12 tokens, with the positions after their last two occurrences.
 
-    After `extend([5, 6, 7, 8, 9, 5, 6, 7])`, `guess(3)` is ([8, 9, 5], 3, False): after 5, 6, 7 came 8, 9, 5, once, and
-    three tokens agree. After another `extend([8, 1, 5, 6, 7])` it is ([8], 3, True). Adding a token and asking for a
-    guess take constant time.
+    After `extend([5, 6, 7, 8, 9, 5, 6, 7])`, `guess(3)` is ([8, 9, 5], 3, False): 5, 6, 7 was followed by 8, 9, 5 once.
+    After another `extend([8, 1, 5, 6, 7])` it is ([8], 3, True). Adding a token and guessing take constant time.
     """
 
     def __init__(self) -> None:
@@ -52,34 +49,35 @@ class NgramIndex:
 
     @property
     def ids(self) -> Sequence[int]:
-        """All tokens so far."""
+        """All tokens added so far."""
         return self._ids
 
     def extend(self, ids: Iterable[int]) -> None:
-        """Add tokens at the end."""
+        """Append tokens."""
         for token in ids:
-            at = len(self._ids)
+            position = len(self._ids)
             for length, after in self._after.items():
-                if at >= length:
-                    run = tuple(self._ids[at - length : at])
-                    after[run] = at, after.get(run, (0, 0))[0]
+                if position >= length:
+                    ngram = tuple(self._ids[position - length : position])
+                    after[ngram] = position, after.get(ngram, (0, 0))[0]
             self._ids.append(token)
 
-    def guess(self, most: int) -> Guess:
-        """Return at most `most` tokens that may follow; `NOTHING` if the last ones are new."""
+    def guess(self, limit: int) -> Guess:
+        """Return at most `limit` tokens that may follow; `NO_GUESS` if the last ones are new."""
         for length, after in self._after.items():
-            places = after.get(tuple(self._ids[-length:]))
-            if places is not None:
-                return self._from(*places, length, most)
-        return NOTHING
+            positions = after.get(tuple(self._ids[-length:]))
+            if positions is not None:
+                return self._from(*positions, length, limit)
+        return NO_GUESS
 
-    def _from(self, at: int, before: int, length: int, most: int) -> Guess:
-        tokens = self._ids[at : at + most]
-        agreed = _LONG if length == _LENGTHS[0] and self._is_long(at) else length
+    def _from(self, position: int, before: int, length: int, limit: int) -> Guess:
+        """Return the tokens after `position` that agree with those after `before` (0: there is only one occurrence)."""
+        tokens = self._ids[position : position + limit]
+        matched = _LONG if length == _LENGTHS[0] and self._is_long_match(position) else length
         if not before:
-            return Guess(tokens, agreed, False)
-        same = common_prefix(tokens, self._ids[before : before + most])
-        return Guess(tokens[:same], agreed, True) if same else NOTHING
+            return Guess(tokens, matched, False)
+        common = common_prefix(tokens, self._ids[before : before + limit])
+        return Guess(tokens[:common], matched, True) if common else NO_GUESS
 
-    def _is_long(self, at: int) -> bool:
-        return at >= _LONG and self._ids[at - _LONG : at] == self._ids[-_LONG:]
+    def _is_long_match(self, position: int) -> bool:
+        return position >= _LONG and self._ids[position - _LONG : position] == self._ids[-_LONG:]

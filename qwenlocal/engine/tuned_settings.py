@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qwenlocal.engine.speculation import USUAL_COSTS
+from qwenlocal.engine.speculation import DEFAULT_COSTS
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class TunedSettings:
     threads: int = 0
     flash_attention: bool | None = None
     n_ubatch: int | None = None
-    costs: Mapping[int, float] = field(default_factory=lambda: USUAL_COSTS)
+    costs: Mapping[int, float] = field(default_factory=lambda: DEFAULT_COSTS)
 
     def to_json(self) -> dict[str, Any]:
         """Convert to the entry of the settings file, which calls `n_ubatch` "together"."""
@@ -47,7 +47,7 @@ def read_tuned_settings(folder: Path, model: str, power: str) -> TunedSettings:
 
 def _parse(entry: Mapping[str, Any]) -> TunedSettings:
     costs = {int(count): float(cost) for count, cost in entry["costs"].items()}
-    if set(costs) != set(USUAL_COSTS) or not all(0 < cost < 1000 for cost in costs.values()):
+    if set(costs) != set(DEFAULT_COSTS) or not all(0 < cost < 1000 for cost in costs.values()):
         raise ValueError("costs")
     if "threads" not in entry:
         return TunedSettings(costs=costs)

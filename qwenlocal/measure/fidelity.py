@@ -23,8 +23,8 @@ from qwenlocal.measure.tokenization import KnownText, TokenizationError, compare
 from qwenlocal.weights import gguf
 from qwenlocal.weights.checkpoint import Checkpoint
 from qwenlocal.weights.convert import Options
-from qwenlocal.weights.header import read_pairs
-from qwenlocal.weights.parts import read_parts
+from qwenlocal.weights.gguf_reader import read_raw_metadata
+from qwenlocal.weights.split_model import read_split_model
 
 _MIN_NMSE = 1e-2  # the engine itself rounds activations, too
 _TOLERANCE = 50  # tiny models with random weights amplify an error that much more than real ones
@@ -120,8 +120,8 @@ def compare_with_checkpoint(
         header.write_bytes(plan.job.outputs[0].header)
         tensors = ReferenceTensors(plan)
         comparison = compare_tensors(tensors, file, report)
-        metadata = read_pairs(header)
-        differences = diff_metadata(metadata, read_pairs(file))
+        metadata = read_raw_metadata(header)
+        differences = diff_metadata(metadata, read_raw_metadata(file))
         fidelity = Fidelity(
             comparison.errors,
             comparison.missing,
@@ -133,7 +133,7 @@ def compare_with_checkpoint(
         is_runnable = all(difference.key.startswith("tokenizer.") for difference in differences)
         if comparison.missing or comparison.surplus or not is_runnable:
             return fidelity
-        if plan.files[0].size + read_parts(file).size < memory:
+        if plan.files[0].size + read_split_model(file).size < memory:
             report("loading the checkpoint", 0, 1)
             with (
                 contextlib.closing(Model(file)) as model,
@@ -153,7 +153,7 @@ def _compare_vocabularies(
     file: Path, header: Path, metadata: Mapping[str, bytes], texts: Sequence[KnownText]
 ) -> list[TokenizationError]:
     """Compare token ids without loading any weights."""
-    header.write_bytes(gguf.lay_out(metadata, []).header)
+    header.write_bytes(gguf.make_layout(metadata, []).header)
     with (
         contextlib.closing(Model(file, vocab_only=True)) as model,
         contextlib.closing(Model(header, vocab_only=True)) as reference,

@@ -10,11 +10,11 @@ from qwenlocal import ggml
 from qwenlocal.engine.llama import InMemoryModel
 from qwenlocal.ggml import InMemoryTensor
 from qwenlocal.weights.checkpoint import Checkpoint
+from qwenlocal.weights.conversion_plan import ConversionPlan
 from qwenlocal.weights.convert import Options, plan_conversion
-from qwenlocal.weights.mix import file_type
-from qwenlocal.weights.numbers import read_rows
-from qwenlocal.weights.plan import Plan
-from qwenlocal.weights.writing import Strip
+from qwenlocal.weights.quant_mix import file_type
+from qwenlocal.weights.tensor_values import read_rows
+from qwenlocal.weights.write_job import RowRange
 
 if TYPE_CHECKING:
     import numpy
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 OUTPUT, EMBEDDINGS = "output.weight", "token_embd.weight"
 
 
-def plan_reference(checkpoint: Checkpoint, path: Path, options: Options) -> Plan:
+def plan_reference(checkpoint: Checkpoint, path: Path, options: Options) -> ConversionPlan:
     """Plan a conversion of `checkpoint` to its own float type; only the header of that file is ever written."""
     dtypes = {tensor.dtype for tensor in checkpoint.tensors.values() if len(tensor.shape) > 1}
     dtype = dtypes.pop().lower() if len(dtypes) == 1 else "f32"
@@ -34,7 +34,7 @@ def plan_reference(checkpoint: Checkpoint, path: Path, options: Options) -> Plan
 class ReferenceTensors:
     """The values of a checkpoint's tensors under their GGUF names, read from its files on demand."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: ConversionPlan) -> None:
         self.tensors, self._strips = plan.files[0].tensors, _strips_by_tensor(plan)
         self._non_finite: dict[str, int] = {}
 
@@ -61,13 +61,13 @@ class ReferenceTensors:
         self._non_finite[name] = non_finite
 
 
-def _strips_by_tensor(plan: Plan) -> dict[str, list[Strip]]:
+def _strips_by_tensor(plan: ConversionPlan) -> dict[str, list[RowRange]]:
     """Group the planned row ranges by tensor, in file order."""
-    by_tensor: dict[str, list[Strip]] = {}
+    by_tensor: dict[str, list[RowRange]] = {}
     placed = [(target.offset, strip) for strip in plan.job.strips for target in strip.targets]
     in_order = iter(sorted(placed, key=lambda pair: pair[0]))
     for tensor in plan.files[0].tensors:
-        rows, strips = tensor.elements // tensor.shape[0], list[Strip]()
+        rows, strips = tensor.elements // tensor.shape[0], list[RowRange]()
         while rows:
             _, strip = next(in_order)
             strips.append(strip)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from qwenlocal.measure.reference import EMBEDDINGS, OUTPUT, ReferenceTensors
-from qwenlocal.weights.header import tensor_type_name
-from qwenlocal.weights.numbers import errors_by_row, is_readable, numbers_of
-from qwenlocal.weights.parts import Located, read_parts
+from qwenlocal.weights.gguf_reader import tensor_type_name
+from qwenlocal.weights.split_model import LocatedTensor, read_split_model
+from qwenlocal.weights.tensor_values import can_read_values, compare_rows, read_values
 
 if TYPE_CHECKING:
     import numpy
@@ -71,27 +71,27 @@ class TensorComparison:
 
 def compare_tensors(reference: ReferenceTensors, file: Path, report: Report) -> TensorComparison:
     """Compare every tensor of the GGUF file with the checkpoint's; one of another shape counts as missing."""
-    in_file = read_parts(file).by_name
+    in_file = read_split_model(file).by_name
     errors, missing = [], []
     for number, planned in enumerate(reference.tensors):
         report("comparing weights", number, len(reference.tensors))
         located = in_file.get(planned.name)
-        if located is None or located.tensor.shape != planned.shape or not is_readable(located.tensor):
+        if located is None or located.tensor.shape != planned.shape or not can_read_values(located.tensor):
             missing.append(planned.name)
             continue
         errors.append(_tensor_error(reference.values(planned.name), located))
     surplus = sorted(set(in_file) - {planned.name for planned in reference.tensors})
     embeddings_shape = next((t.shape for t in reference.tensors if t.name == EMBEDDINGS), ())
     output = in_file.get(OUTPUT)
-    if output and OUTPUT in surplus and output.tensor.shape == embeddings_shape and is_readable(output.tensor):
+    if output and OUTPUT in surplus and output.tensor.shape == embeddings_shape and can_read_values(output.tensor):
         errors.append(_tensor_error(reference.values(EMBEDDINGS), output))  # tied, and stored twice
         surplus.remove(OUTPUT)
     return TensorComparison(errors, missing, surplus)
 
 
-def _tensor_error(reference: Iterator[numpy.ndarray], located: Located) -> TensorError:
+def _tensor_error(reference: Iterator[numpy.ndarray], located: LocatedTensor) -> TensorError:
     type_ = tensor_type_name(located.tensor.type).lower()
     typical = _TYPICAL_RMSE.get(type_, _UNKNOWN_TYPE_RMSE)
-    rmse, row, row_rmse = errors_by_row(reference, numbers_of(*located), located.tensor.shape[0])
+    rmse, row, row_rmse = compare_rows(reference, read_values(*located), located.tensor.shape[0])
     allowed, row_allowed = min(2 * typical, _LIMIT), min(4 * typical, _LIMIT)
     return TensorError(located.tensor.name, type_, rmse, allowed, row, row_rmse, row_allowed)

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from qwenlocal.engine.context import Context, ContextOptions
 from qwenlocal.engine.llama import Model
-from qwenlocal.engine.speculation import USUAL_COSTS
+from qwenlocal.engine.speculation import DEFAULT_COSTS
 from qwenlocal.engine.tuned_settings import TunedSettings
 from qwenlocal.measure.bench import decode_speed, fill_cache, prefill_speed
 
@@ -102,8 +102,8 @@ def _context(model: Model, threads: int, *, flash: bool, n_ubatch: int) -> Conte
 
 def _batch_costs(context: Context, rounds: int = 3) -> dict[int, float]:
     """Measure the time to decode 1, 2, 4, … tokens in one batch relative to one token; the minimum of `rounds`."""
-    depth, seconds = context.length(0), dict.fromkeys(USUAL_COSTS, float("inf"))
-    for count in [*USUAL_COSTS] * rounds:
+    depth, seconds = context.length(0), dict.fromkeys(DEFAULT_COSTS, float("inf"))
+    for count in [*DEFAULT_COSTS] * rounds:
         started = time.perf_counter()
         context.decode([(0, [count] * count)], all_logits=True)
         seconds[count] = min(seconds[count], time.perf_counter() - started)

@@ -35,7 +35,7 @@ SMALL = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
 UNALIGNED = {"hidden_size": 36, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1}
 
 
-# About two seconds of work for one thread, in 30 slabs: time enough to be interrupted in the middle.
+# About a second of work for one thread, in 30 slabs: time enough to be interrupted in the middle.
 LARGE = {"hidden_size": 512, "intermediate_size": 1024, "vocab_size": 3072}
 
 

@@ -32,17 +32,32 @@ SAYS = "Paris, fun"
 typer.testing._get_command = functools.cache(typer.testing._get_command)  # type: ignore[attr-defined]
 
 
+# Tests whose ids hold one of these run in one process: they share half a gigabyte of weights (the starter), Qwen's
+# vocabulary, or tables of ggml for the smallest types, which all take seconds to load.
+SHARED = ("test_real.py", "test_tokens.py", "test_with_an_importance_matrix")
+
+
 def pytest_configure() -> None:
-    """Let Ctrl-C reach the program: a shell that starts the tests with `nohup … &` ignores SIGINT for its children."""
+    """Let Ctrl-C reach the program, and keep parallel test processes off each other's processors."""
+    # A shell that starts the tests with `nohup … &` ignores SIGINT for its children.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Threads of ggml spin while they wait: two processes with two threads each on two cores take twice the time.
+    worker, count = os.environ.get("PYTEST_XDIST_WORKER", ""), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if worker and hasattr(os, "sched_setaffinity"):
+        number, cores = int(worker.removeprefix("gw")), sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, cores[number::count] or [cores[number % len(cores)]])
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The starter's tests come first and in one process: they take longest, and share half a gigabyte of weights."""
-    for item in items:
-        if item.get_closest_marker("real"):
-            item.add_marker(pytest.mark.xdist_group("starter"))
-    items.sort(key=lambda item: item.get_closest_marker("real") is None)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Distribute tests one by one, those of SHARED together; pytest 9.2 ignores xdist_group (pytest-xdist #1386)."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduler(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return next((part for part in SHARED if part in nodeid), nodeid)
+
+    return Scheduler(config, log)
 
 
 @pytest.fixture(autouse=True)

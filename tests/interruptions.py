@@ -19,7 +19,7 @@ from qwenlocal.weights.writing import Job, carry_out, journal_of, part_of
 on_posix = pytest.mark.skipif(sys.platform == "win32", reason="there are no such signals")
 
 
-SLOW_TYPE = "iq3_s"
+SLOW_TYPE = "iq4_xs"
 
 
 CONVERT = """

@@ -93,7 +93,6 @@ class TestBytes:
         llama_quantize(plain[model], tmp_path / "theirs.gguf", file_type(kind))
         assert data_of(ours) == data_of(tmp_path / "theirs.gguf")
 
-    @pytest.mark.xdist_group("grids")  # ggml's tables for these types take seconds, once a process
     @pytest.mark.parametrize(
         ("model", "kind"),
         [  # the small types take ggml seconds for a million weights; importance changes the mix of iq3_xxs alone

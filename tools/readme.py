@@ -1,13 +1,16 @@
 """
-Keeps the parts of README.md and docs/chat.md that are made from the program itself: tables of models, commands, keys.
+Update the tables in README.md and docs/chat.md that are generated from the code: models, commands, keys, settings.
 
-    .venv/bin/python tools/readme.py         writes them; a test fails where they are out of date
+    .venv/bin/python tools/readme.py
+
+A table stands between `<!-- name -->` and `<!-- end -->`. A test fails if one is out of date.
 """
 
 from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from typer.main import get_command
@@ -22,75 +25,83 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "chat.md")
 
 
-def models() -> str:
+def main() -> None:
+    for page in PAGES:
+        page.write_text(update_tables(page.read_text("utf-8")), "utf-8")
+        print(f"{page.relative_to(ROOT)} is up to date.", file=sys.stderr)
+
+
+def update_tables(text: str) -> str:
+    """Replace everything between `<!-- name -->` and `<!-- end -->` with the table of that name."""
+    tables = {
+        "models": models_table,
+        "commands": commands_table,
+        "chat_commands": chat_commands_tables,
+        "chat_keys": chat_keys_table,
+        "chat_settings": chat_settings_table,
+    }
+
+    def replace(match: re.Match[str]) -> str:
+        return f"<!-- {match[1]} -->\n{tables[match[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- (\w+) -->\n.*?<!-- end -->", replace, text, flags=re.S)
+
+
+def models_table() -> str:
     rows = [
-        "| name | Q4_K_M file | memory with 2,048 / 8,192 tokens | licence |",
-        "|---|---|---|---|",
+        (f"`{card.name.removesuffix('-chat')}`", file_size(card), memory(card), card.licence)
+        for card in Catalog.read(ROOT / "models").cards
+        if card.variant == "chat"
     ]
-    for card in Catalog.read(ROOT / "models").cards:
-        if card.variant == "chat":
-            rows.append(
-                f"| `{card.name.removesuffix('-chat')}` | {file_size(card)} | {memory(card)} | {card.licence} |"
-            )
-    return "\n".join(rows)
+    return format_table(("name", "Q4_K_M file", "memory with 2,048 / 8,192 tokens", "license"), rows)
 
 
 def file_size(card: ModelCard) -> str:
     if card.default_file:
         return f"{card.default_file.size / 1e9:.2f} GB"
-    return "several files, size asked at the hub" if card.gguf else "made from the checkpoint when first used"
+    return "several files" if card.gguf else "converted from the checkpoint on first use"
 
 
 def memory(card: ModelCard) -> str:
+    """Format the memory for the file and a KV cache of 2,048 and 8,192 tokens."""
     if not card.default_file or not card.kv_bytes_per_token:
         return "–"
     sizes = [card.default_file.size + PROCESS_OVERHEAD + card.kv_bytes_per_token * tokens for tokens in (2048, 8192)]
     return " / ".join(f"{size / 2**30:.1f} GiB" for size in sizes)
 
 
-def commands() -> str:
+def commands_table() -> str:
     group = get_command(app)
-    names = getattr(group, "commands")  # noqa: B009 - typer's own group class
-    rows = ["| command | what it does |", "|---|---|"]
-    rows += [f"| `qwenlocal {name}` | {(command.help or '').splitlines()[0]} |" for name, command in names.items()]
-    return "\n".join(rows)
+    commands = getattr(group, "commands")  # noqa: B009 - typer's own group class
+    rows = [(f"`qwenlocal {name}`", (command.help or "").splitlines()[0]) for name, command in commands.items()]
+    return format_table(("command", "what it does"), rows)
 
 
-def chat_commands() -> str:
-    parts = []
+def chat_commands_tables() -> str:
+    sections = []
     for group in dict.fromkeys(command.group for command in COMMANDS):
-        rows = [f"| `{command.usage}` | {command.help} |" for command in COMMANDS if command.group == group]
-        parts.append("\n".join([f"### {group}", "", "| command | what it does |", "|---|---|", *rows]))
-    return "\n\n".join(parts).replace("FILE|CHAT", "FILE\\|CHAT").replace("[code|N]", "[code\\|N]")
+        rows = [(f"`{escape(command.usage)}`", command.help) for command in COMMANDS if command.group == group]
+        sections.append(f"### {group}\n\n{format_table(('command', 'what it does'), rows)}")
+    return "\n\n".join(sections)
 
 
-def chat_keys() -> str:
-    return "\n".join(["| keys | what they do |", "|---|---|", *(f"| {keys} | {what} |" for keys, what in KEYS)])
+def chat_keys_table() -> str:
+    return format_table(("keys", "what they do"), KEYS)
 
 
-def chat_settings() -> str:
-    return "\n".join(
-        ["| setting | values |", "|---|---|", *(f"| `{name}` | {what} |" for name, what in SETTINGS.items())]
-    )
+def chat_settings_table() -> str:
+    return format_table(("setting", "values"), [(f"`{name}`", values) for name, values in SETTINGS.items()])
 
 
-def with_sections(text: str) -> str:
-    """`text` with every part between `<!-- name -->` and `<!-- end -->` made anew."""
-    made = {
-        "models": models,
-        "commands": commands,
-        "chat_commands": chat_commands,
-        "chat_keys": chat_keys,
-        "chat_settings": chat_settings,
-    }
+def format_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(cells)} |" for cells in (header, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
 
-    def replace(match: re.Match[str]) -> str:
-        return f"<!-- {match[1]} -->\n{made[match[1]]()}\n<!-- end -->"
 
-    return re.sub(r"<!-- (\w+) -->\n.*?<!-- end -->", replace, text, flags=re.S)
+def escape(cell: str) -> str:
+    """Escape the bars of a table cell."""
+    return cell.replace("|", "\\|")
 
 
 if __name__ == "__main__":
-    for page in PAGES:
-        page.write_text(with_sections(page.read_text("utf-8")), "utf-8")
-        print(f"{page.name} is up to date.", file=sys.stderr)
+    main()

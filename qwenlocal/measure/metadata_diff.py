@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from qwenlocal.weights import gguf
-from qwenlocal.weights.gguf import Encoded
+from qwenlocal.weights.gguf_reader import EncodedValue
 
 # Tokenizer keys that a file must have. Older converters left out the others, but no value may differ.
 _REQUIRED = ("model", "pre", "tokens", "token_type", "merges", "scores", "eos_token_id")
@@ -32,25 +31,25 @@ class MetadataDifference(NamedTuple):
         return f"“{self.key}” is {_shorten(self.actual)}; the checkpoint says {_shorten(self.expected)}"
 
 
-def diff_metadata(reference: Mapping[str, Encoded], file: Mapping[str, Encoded]) -> list[MetadataDifference]:
+def diff_metadata(reference: Mapping[str, EncodedValue], file: Mapping[str, EncodedValue]) -> list[MetadataDifference]:
     """
     Return the keys of the architecture and the tokenizer in `file` that differ from `reference`.
 
-    `reference` is the metadata that a conversion of the checkpoint gives. Names, licences and the like are ignored.
+    `reference` is the metadata that a conversion of the checkpoint gives. Names, licenses and the like are ignored.
     """
-    architecture = gguf.decode(reference["general.architecture"])
+    architecture = decode_value(reference["general.architecture"])
     differences = []
     for key, encoded in reference.items():
         is_compared = key.startswith((f"{architecture}.", "tokenizer.")) or key == "general.architecture"
         if not is_compared or file.get(key) == encoded:
             continue
         is_required = key.startswith(f"{architecture}.") or key.removeprefix("tokenizer.ggml.") in _REQUIRED
-        expected, actual = gguf.decode(encoded), gguf.decode(file[key]) if key in file else None
+        expected, actual = decode_value(encoded), decode_value(file[key]) if key in file else None
         if expected != actual and (actual is not None or is_required):
             differences.append(MetadataDifference(key, expected, actual))
     prefix = f"{architecture}."
     extra = (key for key in file if key not in reference and key.removeprefix(prefix).startswith(_SIGNIFICANT))
-    return differences + [MetadataDifference(key, None, gguf.decode(file[key])) for key in extra]
+    return differences + [MetadataDifference(key, None, decode_value(file[key])) for key in extra]
 
 
 def _describe_lists(key: str, expected: list[Any], actual: list[Any]) -> str:

@@ -61,14 +61,14 @@ def test_a_sentence_without_a_translation_is_said_in_english(chinese: None) -> N
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_every_sentence_is_translated_and_keeps_its_places(language: str) -> None:
-    for message in messages.renewed(language):
+    for message in messages.collect(language):
         if message.id:
             assert message.string, f"not translated: {message.id}"
             assert places(str(message.string)) == places(str(message.id)), message.id
 
 
 def test_every_sentence_of_the_code_is_found_by_the_tool() -> None:
-    found = {message.id for message in messages.renewed(LANGUAGES[0])}
+    found = {message.id for message in messages.collect(LANGUAGES[0])}
     for file in sorted((messages.ROOT / "qwenlocal").rglob("*.py")):
         for call in ast.walk(ast.parse(file.read_text("utf-8"))):
             if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in messages.KEYWORDS:
@@ -86,7 +86,7 @@ def entries(catalog: Catalog) -> dict[str, object]:
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_the_catalogs_are_up_to_date(language: str) -> None:
-    catalog, po = messages.renewed(language), messages.po_of(language)
+    catalog, po = messages.collect(language), messages.po_path(language)
     with po.open("rb") as file:
         assert entries(read_po(file, language)) == entries(catalog), "run: .venv/bin/python tools/messages.py"
     with po.with_suffix(".mo").open("rb") as file:

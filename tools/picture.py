@@ -1,7 +1,7 @@
 """
-Draws docs/chat.svg: the real program in a real pseudo-terminal, talking to the starter, and what its screen shows.
+Draw docs/chat.svg: a screenshot of a chat with the starter, recorded in a pseudo-terminal.
 
-    .venv/bin/python tools/picture.py        (after make setup-dev, and once: qwenlocal pull starter)
+    .venv/bin/python tools/picture.py        (first: make setup-dev, qwenlocal pull starter)
 """
 
 from __future__ import annotations
@@ -37,43 +37,44 @@ def main() -> None:
     child = pexpect.spawn(
         str(ROOT / ".venv/bin/qwenlocal"), command, env=environment, dimensions=(LINES, COLUMNS), timeout=60
     )
-    wait(child, screen, stream)
+    wait_for_prompt(child, screen, stream)
     for message in MESSAGES:
         child.send(message + "\r")
-        wait(child, screen, stream)
+        wait_for_prompt(child, screen, stream)
     child.sendeof()
-    draw(screen, ROOT / "docs" / "chat.svg")
+    save_svg(screen, ROOT / "docs" / "chat.svg")
 
 
-def wait(child: pexpect.spawn, screen: pyte.Screen, stream: pyte.ByteStream) -> None:
-    """Until the program has been quiet for a moment with an empty input line."""
-    quiet = time.monotonic()
-    while time.monotonic() - quiet < 1.5 or not re.search(r"^>\s*$", screen.display[screen.cursor.y]):
+def wait_for_prompt(child: pexpect.spawn, screen: pyte.Screen, stream: pyte.ByteStream) -> None:
+    """Wait until the input line is empty and there was no output for 1.5 seconds."""
+    last_output = time.monotonic()
+    while time.monotonic() - last_output < 1.5 or not re.search(r"^>\s*$", screen.display[screen.cursor.y]):
         try:
             data = child.read_nonblocking(1 << 16, timeout=0.2)
         except pexpect.TIMEOUT:
             continue
         stream.feed(data)
-        if b"\x1b[6n" in data:
+        if b"\x1b[6n" in data:  # the program asks for the cursor position
             child.send(f"\x1b[{screen.cursor.y + 1};{screen.cursor.x + 1}R")
-        quiet = time.monotonic()
+        last_output = time.monotonic()
 
 
-def draw(screen: pyte.Screen, path: Path) -> None:
-    with open(os.devnull, "w") as nowhere:
-        console = Console(record=True, width=COLUMNS, file=nowhere)
+def save_svg(screen: pyte.Screen, path: Path) -> None:
+    with open(os.devnull, "w") as devnull:
+        console = Console(record=True, width=COLUMNS, file=devnull)
         for line in range(LINES):
-            console.print(row(screen, line), end="\n", overflow="crop", no_wrap=True)
+            console.print(line_text(screen, line), end="\n", overflow="crop", no_wrap=True)
     console.save_svg(str(path), title="qwenlocal run", theme=SVG_EXPORT_THEME)
     print(f"{path.relative_to(ROOT)}: {path.stat().st_size:,} bytes", file=sys.stderr)
 
 
-def row(screen: pyte.Screen, line: int) -> Text:
+def line_text(screen: pyte.Screen, line: int) -> Text:
+    """Return a line of the screen with its colors and styles."""
     text = Text()
     for column in range(COLUMNS):
         cell = screen.buffer[line][column]
         style = Style(
-            color=colour(cell.fg),
+            color=rich_color(cell.fg),
             bold=cell.bold,
             italic=cell.italics,
             underline=cell.underscore,
@@ -84,7 +85,8 @@ def row(screen: pyte.Screen, line: int) -> Text:
     return text
 
 
-def colour(name: str) -> Color | None:
+def rich_color(name: str) -> Color | None:
+    """Translate pyte's name of a color; None is the default color."""
     if name == "default":
         return None
     return Color.parse(

@@ -1,9 +1,9 @@
 """
-Makes build/reference: a Python with torch, transformers and this program, for the tests that compare with them.
+Create build/reference: a virtual environment with torch, transformers and qwenlocal, for tests that compare with them.
 
     .venv/bin/python tools/reference.py
 
-The bindings are taken from the wheel that set-up compiled. Safe to repeat: where all is in place, nothing is done.
+Installs the bindings from the wheel that `make setup` compiled. Does nothing if the environment is up to date.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ VENV = ROOT / "build" / "reference"
 PYTHON = VENV / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
 STAMP = VENV / "stamp"
 
-# torch by its number: without one, pip takes the build for graphics cards, several GB of it.
+# torch is pinned: without a version, pip picks the CUDA build, several GB.
 PACKAGES = ("torch==2.13.0", "transformers>=5", "safetensors", "tokenizers", "sentencepiece", "protobuf")
 
 
 def main() -> int:
     wheels = sorted(ROOT.glob("build/wheels-*/llama_cpp_python-*.whl"), key=lambda wheel: wheel.stat().st_mtime)
     if not wheels:
-        print("The bindings are not compiled yet: make setup", file=sys.stderr)
+        print("The bindings are not compiled yet. Run: make setup", file=sys.stderr)
         return 1
-    wanted = hashlib.sha256(
+    fingerprint = hashlib.sha256(
         repr((PACKAGES, wheels[-1].name, (ROOT / "pyproject.toml").read_bytes())).encode()
     ).hexdigest()
-    if STAMP.exists() and STAMP.read_text() == wanted:
+    if STAMP.exists() and STAMP.read_text() == fingerprint:
         return 0
     if not PYTHON.exists():
         subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=True)
     pip = [str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     for packages in ([PACKAGES[0]], list(PACKAGES[1:]), [str(wheels[-1])], ["-e", f"{ROOT}[dev]"]):
         subprocess.run([*pip, *packages], check=True)
-    STAMP.write_text(wanted)
+    STAMP.write_text(fingerprint)
     return 0
 
 

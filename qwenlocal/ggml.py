@@ -51,7 +51,7 @@ class TensorType(NamedTuple):
 
     @property
     def is_quantized(self) -> bool:
-        """Whether the numbers of a block share scales; False for f32, f16 and bf16."""
+        """True if the values of a block share scales; False for f32, f16 and bf16."""
         return self.block_size > 1
 
     def row_bytes(self, columns: int) -> int:

@@ -1,9 +1,9 @@
 """
-What the program says, in the language of whoever reads it.
+Translation of messages into the user's language.
 
-English stands in the code; other languages are files `locale/<language>/LC_MESSAGES/qwenlocal.po` (GNU gettext), made
-into `.mo` by `tools/messages.py`. The language is that of the locale: `LANGUAGE`, `LC_ALL`, `LC_MESSAGES`, `LANG`, the
-first that is set. Another language needs one more file. JSON, file formats and the words of `--help` stay English.
+Messages are English in the code; translations are in `locale/<language>/LC_MESSAGES/qwenlocal.po` (GNU gettext),
+compiled to `.mo` by `tools/messages.py`. The first of the variables `LANGUAGE`, `LC_ALL`, `LC_MESSAGES` and `LANG` that
+is set chooses the language. JSON, file formats and `--help` stay English.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ _VARIABLES = ("LANGUAGE", "LC_ALL", "LC_MESSAGES", "LANG")
 
 def tr(message: str, **values: object) -> str:
     """
-    `message` in the reader's language, with `values` in its places.
+    Translate `message` and fill in its placeholders.
 
-    With LANG=zh_CN.UTF-8, `tr("{count} tokens", count=3)` is "3 个词元"; without, "3 tokens".
+    With LANG=zh_CN.UTF-8, `tr("{count} tokens", count=3)` is "3 个词元"; in English it is "3 tokens".
     """
-    said = _translations(_chosen()).gettext(message) if message else ""
-    return said.format(**values) if values else said
+    translated = _translations(_locale_names()).gettext(message) if message else ""
+    return translated.format(**values) if values else translated
 
 
 def mark(message: str) -> str:
-    """`message` itself, marked for translating: for tables that are shown with `tr` later."""
+    """Return `message`, marked for translation; for constants that are passed to `tr` later."""
     return message
 
 
-def _chosen() -> str:
+def _locale_names() -> str:
     return next((os.environ[name] for name in _VARIABLES if os.environ.get(name)), "")
 
 
 @functools.cache
-def _translations(chosen: str) -> gettext.NullTranslations:
-    languages = [language for language in chosen.split(":") if language]
+def _translations(names: str) -> gettext.NullTranslations:
+    languages = [language for language in names.split(":") if language]
     return gettext.translation("qwenlocal", _FOLDER, languages, fallback=True)

@@ -448,7 +448,7 @@ def test_the_model_can_summarize_turns_before_they_are_evicted(vocabulary: Token
     assert any(isinstance(event, Summarizing) for event in events)
     asked = read(generator, vocabulary, -2)
     assert "Question 0" in asked and "Summarise our conversation" in asked
-    assert "Be kind.\n\nWhat was said before, in short:\nThey greeted each other." in read(generator, vocabulary)
+    assert "Be kind.\n\nSummary of the earlier conversation:\nThey greeted each other." in read(generator, vocabulary)
     assert "Question 0" not in read(generator, vocabulary)
     assert "Summarise" not in json.dumps(talk.messages)
 

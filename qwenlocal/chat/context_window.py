@@ -51,7 +51,7 @@ def shorten(text: str) -> str:
 def _system_message(thread: Thread) -> list[dict[str, str]]:
     text = thread.system
     if thread.summary:
-        text = f"{text or 'You are a helpful assistant.'}\n\nWhat was said before, in short:\n{thread.summary}"
+        text = f"{text or 'You are a helpful assistant.'}\n\nSummary of the earlier conversation:\n{thread.summary}"
     return [{"role": "system", "content": text}] if text else []
 
 

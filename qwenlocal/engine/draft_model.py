@@ -17,7 +17,7 @@ from qwenlocal.engine.llama import Model
 from qwenlocal.engine.lookup import MAX_DRAFT
 from qwenlocal.engine.prefix_cache import common_prefix
 from qwenlocal.engine.speculation import CostCurve, Drafter
-from qwenlocal.weights.kinds import PADDING
+from qwenlocal.weights.gguf_reader import PADDING
 
 _MIN_PROBABILITY = 0.5  # of a drafted token; what follows a wrong token is wrong as well
 _MAX_PADDING_DIFFERENCE = 128  # tokens of padding; Qwen1.5 has 151,936 up to 7B, 152,064 from 14B on

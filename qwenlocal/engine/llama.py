@@ -236,7 +236,7 @@ class Model:
 
     @property
     def can_truncate(self) -> bool:
-        """Whether the end of a sequence can be removed; recurrent models can only clear a whole sequence."""
+        """True if the end of a sequence can be removed; recurrent models can only clear a whole sequence."""
         c, model = self._c, self._model
         return not (c.llama_model_is_recurrent(model) or c.llama_model_is_hybrid(model))
 

@@ -61,7 +61,7 @@ class DraftSpec:
 @dataclass(frozen=True)
 class LoadOptions:
     """
-    How to load a model.
+    Options for loading a model.
 
     `request` constrains the load plan; `tuned` fills what it leaves open. `gpu_layers` None puts as many layers on GPUs
     as fit. `lookup` enables prompt lookup. Prompt caches are kept in the folder `prompt_caches`, or not at all.

@@ -23,7 +23,7 @@ class Guess(NamedTuple):
     """
     Tokens that followed an n-gram before, its length `matched` (one of `MATCH_LENGTHS`), and whether they came `twice`.
 
-    A continuation common to the last two occurrences is more reliable than one, and ends where the two differ: in a form,
+    A continuation common to the last two occurrences is more reliable than one, and ends where they differ: in a form,
     at the end of the part that every entry shares (counting continuations: SuffixDecoding, Oliaro et al., 2024).
     """
 

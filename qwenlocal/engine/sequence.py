@@ -49,7 +49,7 @@ class TokenGenerator(Protocol):
 
     @property
     def is_full(self) -> bool:
-        """Whether the last answer ended because the context is full."""
+        """True if the last answer ended because the context is full."""
         ...
 
     def stop(self) -> None:
@@ -58,7 +58,7 @@ class TokenGenerator(Protocol):
 
     @property
     def was_stopped(self) -> bool:
-        """Whether `stop` ended the last answer."""
+        """True if `stop` ended the last answer."""
         ...
 
 

@@ -7,7 +7,7 @@ import functools
 import unicodedata
 from typing import Any
 
-from qwenlocal.weights.kinds import PADDING
+from qwenlocal.weights.gguf_reader import PADDING
 
 _MAX_BYTE_TOKEN = 1024  # byte-level vocabularies list the single bytes below this id
 _END_OF_TURN = "<|im_end|>"
@@ -140,5 +140,5 @@ class Tokenizer:
 
     @property
     def adds_bos(self) -> bool:
-        """Whether plain text starts with a beginning-of-text token (not for Qwen)."""
+        """True if plain text starts with a beginning-of-text token (not for Qwen)."""
         return bool(self._c.llama_vocab_get_add_bos(self._vocab))

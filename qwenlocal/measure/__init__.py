@@ -1,1 +1,1 @@
-"""What models and machines can do, in numbers."""
+"""Measurements: fidelity of a conversion, speed of a model."""

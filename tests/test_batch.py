@@ -1,4 +1,4 @@
-"""Many prompts in one command: read, answered several at once, gone on with."""
+"""`qwenlocal run --batch`: reading prompts, answering several at once, continuing an earlier run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_every_line_is_answered(invoke: Run, speaking_model: Path, tmp_path: Pat
     assert {(line["answer"], line["why"], line["answer_tokens"]) for line in found} == {(SAYS, "end of answer", 10)}
 
 
-def test_what_was_answered_before_is_not_answered_again(invoke: Run, speaking_model: Path, tmp_path: Path) -> None:
+def test_finished_answers_are_not_repeated(invoke: Run, speaking_model: Path, tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text("one\ntwo\nthree\n")
     (tmp_path / "out.jsonl").write_text('{"id": 2, "answer": "before"}\n{"id": 3, "ans')
     result = invoke("run", "-m", str(speaking_model), "--batch", "in.jsonl", "-o", "out.jsonl")
@@ -47,7 +47,7 @@ def test_an_answer_ends_before_a_stop_string(invoke: Run, speaking_model: Path, 
     assert (line["answer"], line["why"]) == ("Par", "stop string")
 
 
-def test_only_ends_of_line_end_a_line(invoke: Run, speaking_model: Path, tmp_path: Path) -> None:
+def test_only_line_feeds_separate_lines(invoke: Run, speaking_model: Path, tmp_path: Path) -> None:
     odd = "one\u2028two\x85three"
     (tmp_path / "in.jsonl").write_bytes(f'{{"prompt": "{odd}", "id": "{odd}"}}\r\nplain\r\n'.encode())
     (tmp_path / "out.jsonl").write_text(f'{{"id": "{odd}", "answer": "{odd}"}}\n', "utf-8")
@@ -89,16 +89,14 @@ def test_a_template_without_a_batch_takes_the_prompt(invoke: Run, speaking_model
         ('{"messages": [3]}\n', "are not a list of roles and contents"),
     ],
 )
-def test_what_is_wrong_in_a_batch_is_said_before_anything_is_loaded(
-    content: str, said: str, invoke: Run, tmp_path: Path
-) -> None:
+def test_a_batch_is_checked_before_a_model_is_loaded(content: str, said: str, invoke: Run, tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text(content)
     result = invoke("run", "-m", "./nothing.gguf", "--batch", "in.jsonl")
     assert (result.returncode, result.stdout) == (2, "")
     assert said in result.stderr
 
 
-def test_files_that_are_not_there_or_no_outputs_are_said(invoke: Run, speaking_model: Path, tmp_path: Path) -> None:
+def test_missing_files_and_other_outputs_are_reported(invoke: Run, speaking_model: Path, tmp_path: Path) -> None:
     assert invoke("run", "-m", str(speaking_model), "--batch", "none.jsonl").returncode == 3
     (tmp_path / "in.jsonl").write_text("one\n")
     (tmp_path / "out.jsonl").write_text("something else\n")
@@ -118,7 +116,7 @@ def test_files_that_are_not_there_or_no_outputs_are_said(invoke: Run, speaking_m
         '{"id": 1, "answer": "ours"}\nsomething',
     ],
 )
-def test_a_file_that_is_no_output_is_left_alone(text: str, invoke: Run, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_batch_output_stays_unchanged(text: str, invoke: Run, tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text("one\n")
     (tmp_path / "mine").write_text(text)
     result = invoke("run", "-m", "./nothing.gguf", "--batch", "in.jsonl", "-o", "mine")
@@ -133,7 +131,7 @@ def test_a_batch_is_not_its_own_output(invoke: Run, tmp_path: Path) -> None:
 
 
 @given(st.text() | st.integers(), st.text(), st.integers(0, 400))
-def test_a_line_of_ours_is_known_wherever_it_was_cut(id: str | int, answer: str, length: int) -> None:
+def test_an_incomplete_line_is_recognized_wherever_it_ends(id: str | int, answer: str, length: int) -> None:
     line = json.dumps({"id": id, "answer": answer, "why": "x"}, ensure_ascii=False).encode("utf-8", "replace")
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "out.jsonl"

@@ -1,4 +1,4 @@
-"""`qwenlocal bench`, on a model of a few hundred kilobytes: what is measured, not how fast it is."""
+"""`qwenlocal bench`, on a model of a few hundred kilobytes: which tests run, not how fast."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from qwenlocal.measure.bench import Speed, decode_speed, fill_cache, prefill_spe
 from qwenlocal.testing import write_model
 
 
-def test_speeds_know_their_mean_and_their_spread() -> None:
+def test_speeds_have_a_mean_and_a_standard_deviation() -> None:
     speed = Speed([10.0, 12.0, 14.0])
     assert (speed.mean, speed.deviation) == (12.0, 2.0)
     assert Speed([7.0]).deviation == 0.0
 
 
-def test_decoding_is_measured_behind_what_the_cache_holds_and_leaves_it_as_it_was(random_model: Path) -> None:
+def test_measuring_decoding_keeps_the_cache_length(random_model: Path) -> None:
     model = Model(random_model)
     context = Context(model, ContextOptions(1024, threads=1))
     fill_cache(context, 300)
@@ -51,7 +51,7 @@ def test_energy_is_the_difference_of_the_counters(tmp_path: Path) -> None:
     assert used == []
 
 
-def test_json_has_what_llama_bench_measures_and_what_people_feel(random_model: Path, invoke: Run) -> None:
+def test_json_has_llama_bench_tests_and_times_to_first_token(random_model: Path, invoke: Run) -> None:
     result = invoke("bench", str(random_model), str(random_model), "--json", "-r", "2", "--depths", "0,256", "-t", "1")
     assert result.returncode == 0, result.stderr
     first, second = json.loads(result.stdout)
@@ -66,7 +66,7 @@ def test_json_has_what_llama_bench_measures_and_what_people_feel(random_model: P
     assert (first["threads"], first["flash_attention"]) == (1, False)
 
 
-def test_a_table_and_bars_are_for_people(random_model: Path, invoke: Run) -> None:
+def test_a_table_and_bars_are_printed(random_model: Path, invoke: Run) -> None:
     result = invoke("bench", str(random_model), "-r", "1", "--depths", "0", "--plot", "--flash-attention", "on")
     assert "flash attention on" in result.stdout
     assert "pp512" in result.stdout
@@ -84,17 +84,17 @@ def test_a_table_and_bars_are_for_people(random_model: Path, invoke: Run) -> Non
         (["--kv", "q9"], "Choose one of: f16"),
     ],
 )
-def test_what_cannot_be_measured_is_said(options: list[str], message: str, random_model: Path, invoke: Run) -> None:
+def test_invalid_options_are_refused(options: list[str], message: str, random_model: Path, invoke: Run) -> None:
     result = invoke("bench", str(random_model), *options)
     assert result.returncode == 2
     assert message in result.stderr
 
 
-def test_a_model_that_is_not_there_is_said(invoke: Run) -> None:
+def test_a_missing_model_is_reported(invoke: Run) -> None:
     assert invoke("bench", "./nowhere.gguf").returncode == 3
 
 
-def test_tg128_is_measured_on_an_empty_cache_and_the_others_behind_theirs(
+def test_tg128_starts_with_an_empty_cache_and_the_others_at_their_depth(
     random_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     depths: list[int] = []
@@ -108,7 +108,7 @@ def test_tg128_is_measured_on_an_empty_cache_and_the_others_behind_theirs(
     assert depths == [0, 0, 256, 256]
 
 
-def test_a_model_of_a_tiny_context_is_measured_all_the_same(invoke: Run, tmp_path: Path) -> None:
+def test_a_model_with_a_tiny_context_is_benchmarked(invoke: Run, tmp_path: Path) -> None:
     write_model(tmp_path / "x.gguf", context=100)
     result = invoke("bench", "./x.gguf", "-r", "1")
     assert result.returncode == 0, result.stderr

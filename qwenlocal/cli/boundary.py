@@ -35,23 +35,23 @@ class ErrorBoundary(typer.core.TyperGroup):
         return super().parse_args(ctx, args)
 
     def make_context(self, *arguments: Any, **options: Any) -> Any:
-        with _errors_reported():  # --help and --version print here already
+        with _report_errors():  # --help and --version print here already
             return super().make_context(*arguments, **options)
 
     def invoke(self, ctx: Any) -> Any:
-        with _errors_reported():
+        with _report_errors():
             result = super().invoke(ctx)
             sys.stdout.flush()
             return result
 
 
 @contextlib.contextmanager
-def _errors_reported() -> Iterator[None]:
+def _report_errors() -> Iterator[None]:
     """Print errors on stderr, and raise `typer.Exit` with their code."""
     try:
         yield
     except QwenlocalError as error:
-        with _broken_pipe_ignored():
+        with _ignore_broken_pipe():
             print_error(error)
         raise typer.Exit(error.exit_code) from error
     except KeyboardInterrupt as stop:
@@ -69,7 +69,7 @@ def _errors_reported() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _broken_pipe_ignored() -> Iterator[None]:
+def _ignore_broken_pipe() -> Iterator[None]:
     """Ignore that stderr is closed; the exit code still reports the error."""
     try:
         yield

@@ -20,10 +20,10 @@ from qwenlocal.paths import parse_path
 
 if TYPE_CHECKING:
     from qwenlocal.library.store import ModelRecord
-    from qwenlocal.weights.importance import Importance
-    from qwenlocal.weights.mix import FileType, Wishes
-    from qwenlocal.weights.plan import Plan, PlannedFile
-    from qwenlocal.weights.writing import Written
+    from qwenlocal.weights.conversion_plan import ConversionPlan, PlannedFile
+    from qwenlocal.weights.file_types import FileType, QuantOverrides
+    from qwenlocal.weights.imatrix import ImportanceMatrix
+    from qwenlocal.weights.write_workers import WriteResult
 
 _OTHER_FOLDER = "Write to another folder. Finished work is kept: with more disk space, the same command continues."
 
@@ -72,12 +72,12 @@ def parse_types(options: WriteOptions) -> list[FileType]:
     ------
     UsageError: there is no such type.
     """
-    from qwenlocal.weights.mix import file_type
+    from qwenlocal.weights.file_types import file_type
 
     return list(dict.fromkeys(file_type(text) for text in options.types))
 
 
-def read_overrides(options: WriteOptions) -> tuple[Wishes, Importance | None]:
+def read_overrides(options: WriteOptions) -> tuple[QuantOverrides, ImportanceMatrix | None]:
     """
     Return how the options override the usual mix of types, and the importance matrix.
 
@@ -85,13 +85,13 @@ def read_overrides(options: WriteOptions) -> tuple[Wishes, Importance | None]:
     ------
     UsageError: `-t` or `--tensor-type` is invalid. BadWeights: the importance matrix cannot be read.
     """
-    from qwenlocal.weights.importance import read_importance
-    from qwenlocal.weights.mix import Wishes, parse_overrides
+    from qwenlocal.weights.file_types import QuantOverrides, parse_tensor_types
+    from qwenlocal.weights.imatrix import read_imatrix
 
     if options.threads is not None and options.threads < 1:
         raise UsageError(f"-t must be at least 1, not {options.threads}.")
-    importance = read_importance(parse_path(options.imatrix)) if options.imatrix else None
-    return Wishes(parse_overrides(options.tensor_types), options.pure, importance is not None), importance
+    importance = read_imatrix(parse_path(options.imatrix)) if options.imatrix else None
+    return QuantOverrides(parse_tensor_types(options.tensor_types), options.pure, importance is not None), importance
 
 
 def output_path(out: str | None, name: str, type: FileType, count: int) -> Path:
@@ -137,7 +137,7 @@ def refuse_existing(targets: Sequence[tuple[Path, FileType]], options: WriteOpti
 
 
 def write_files(
-    plan: Plan,
+    plan: ConversionPlan,
     *,
     threads: int | None = None,
     replace: bool = False,
@@ -145,14 +145,14 @@ def write_files(
     disk_hint: str = _OTHER_FOLDER,
     not_finite_hint: str = "",
     memory_hint: str = "",
-) -> Written:
+) -> WriteResult:
     """Carry out a plan, with its progress on stderr. "" keeps the hint of an error."""
-    from qwenlocal.library.plan_execution import execute_plan, replaced_hints
+    from qwenlocal.library.plan_execution import execute_plan, replace_hints
     from qwenlocal.terminal.progress import show_progress
 
     name = plan.files[0].path.name if len(plan.files) == 1 else f"{len(plan.files)} files"
     with (
-        replaced_hints(disk=disk_hint, not_finite=not_finite_hint, memory=memory_hint),
+        replace_hints(disk=disk_hint, not_finite=not_finite_hint, memory=memory_hint),
         show_progress(sys.stderr) as show,
     ):
         return execute_plan(
@@ -164,7 +164,7 @@ def write_files(
         )
 
 
-def write_or_show(app: AppContext, plan: Plan, options: WriteOptions) -> None:
+def write_or_show(app: AppContext, plan: ConversionPlan, options: WriteOptions) -> None:
     """Write the files of a plan and report them; with `--dry-run`, only show the plan."""
     for note in plan.notes:
         app.say(note)
@@ -183,23 +183,23 @@ def write_or_show(app: AppContext, plan: Plan, options: WriteOptions) -> None:
     seconds = time.monotonic() - begin
     if options.as_json:
         files = [_file_facts(file) for file in plan.files]
-        counts = {"seconds": round(seconds, 2), "zeroed": written.not_finite, "resumed": written.resumed}
+        counts = {"seconds": round(seconds, 2), "zeroed": written.non_finite, "resumed": written.resumed}
         print_json({"files": files, **counts, "notes": list(plan.notes)})
     for file in plan.files:
         app.say(f"Wrote {file.path}: {_describe_file(file)}, in {seconds:.1f} s.")
-    if written.not_finite:
-        weights = "1 weight was" if written.not_finite == 1 else f"{written.not_finite:,} weights were"
+    if written.non_finite:
+        weights = "1 weight was" if written.non_finite == 1 else f"{written.non_finite:,} weights were"
         app.say(f"{weights} NaN or infinite, and set to zero.")
     if written.resumed:
         app.say(f"An earlier attempt had already processed {format_bytes(written.resumed)}.")
 
 
-def show_plan(plan: Plan, options: WriteOptions) -> None:
+def show_plan(plan: ConversionPlan, options: WriteOptions) -> None:
     """Print what a plan would write: files, tensors, and what it takes."""
     from qwenlocal.library.checkpoint_converter import estimated_seconds
     from qwenlocal.machine import this_machine
-    from qwenlocal.weights.plan import estimate_seconds
-    from qwenlocal.weights.writing import memory_needed
+    from qwenlocal.weights.conversion_plan import estimate_seconds
+    from qwenlocal.weights.write_job import memory_needed
 
     threads = options.threads or this_machine().cores
     memory = memory_needed(plan.job, threads)

@@ -10,7 +10,7 @@ from qwenlocal.formatting import format_gib
 if TYPE_CHECKING:
     from qwenlocal.library.catalog import ModelCard
     from qwenlocal.library.store import ModelRecord
-    from qwenlocal.weights.header import Header
+    from qwenlocal.weights.gguf_reader import Header
 
 
 def record_facts(record: ModelRecord) -> dict[str, Any]:
@@ -49,8 +49,8 @@ def card_name(card: ModelCard) -> str:
 def header_facts(header: Header) -> dict[str, Any]:
     """Return the facts in a GGUF header."""
     from qwenlocal.engine.memory import ModelDims
-    from qwenlocal.weights.header import tensor_bytes, tensor_type_name
-    from qwenlocal.weights.mix import file_type_numbered
+    from qwenlocal.weights.file_types import file_type_name
+    from qwenlocal.weights.gguf_reader import tensor_bytes, tensor_type_name
 
     counts: dict[str, int] = {}
     size = parameters = 0
@@ -67,7 +67,7 @@ def header_facts(header: Header) -> dict[str, Any]:
         "title": metadata.get("general.name"),
         "licence": metadata.get("general.license.name") or metadata.get("general.license"),
         "architecture": header.architecture,
-        "type": file_type_numbered(file_type) if isinstance(file_type, int) else None,
+        "type": file_type_name(file_type) if isinstance(file_type, int) else None,
         "parameters": parameters,
         "bits per weight": round(size * 8 / parameters, 2) if parameters else None,
         "tensors": dict(sorted(counts.items(), key=lambda item: -item[1])),
@@ -109,7 +109,7 @@ def describe_value(value: Any) -> str:
 
 
 def _array_length(value: object) -> int | None:
-    from qwenlocal.weights.header import LongArray
+    from qwenlocal.weights.gguf_reader import LongArray
 
     if isinstance(value, LongArray):
         return value.length

@@ -15,7 +15,8 @@ from qwenlocal.engine.llama import load_library
 from qwenlocal.engine.loader import DraftSpec, EngineLoader, LoadOptions
 from qwenlocal.engine.prompt_cache import fingerprint_model
 from qwenlocal.engine.tuned_settings import TunedSettings, read_tuned_settings, write_costs
-from qwenlocal.library.names import CatalogName, ModelName
+from qwenlocal.library.names import CatalogName
+from qwenlocal.library.provider import ProvidedModel
 from qwenlocal.library.store import ModelRecord
 from qwenlocal.machine import power_source, this_machine
 from qwenlocal.terminal.progress import loading_status
@@ -23,16 +24,16 @@ from qwenlocal.terminal.tty import exit_after_crash
 
 
 class ModelLoader:
-    """Loads installed models with the options of a run, one at a time, and closes them."""
+    """Loads installed models with the options of a run, each with the same draft model, and closes them."""
 
-    def __init__(self, app: AppContext, options: RunOptions) -> None:
+    def __init__(self, app: AppContext, options: RunOptions, draft: ProvidedModel | None) -> None:
         self._app, self._options = app, options
+        self._draft = DraftSpec(str(draft.name), draft.record.path, draft.record.size) if draft else None
         self._engine_loader = EngineLoader()
 
     def load(
         self,
-        name: ModelName,
-        record: ModelRecord,
+        model: ProvidedModel,
         report: Callable[[float], None] = lambda _: None,
         n_ctx: int | None = None,
     ) -> ChatModel:
@@ -43,6 +44,7 @@ class ModelLoader:
         ------
         BadWeights, NotEnoughMemory, ContextNotCreated: it cannot be loaded. Interrupted: `stop` was called.
         """
+        name, record = model
         options, folders = self._options, self._app.folders
         card = name.card if isinstance(name, CatalogName) else None
         is_tuned = folders.tuned.is_dir()
@@ -54,7 +56,7 @@ class ModelLoader:
             tuned=read_tuned_settings(folders.tuned, fingerprint_model(record.path), power_source())
             if is_tuned
             else TunedSettings(),
-            draft=self._draft(),
+            draft=self._draft,
         )
         load_library().on_abort = exit_after_crash
         return load_chat_model(
@@ -72,24 +74,23 @@ class ModelLoader:
 
     def load_in_thread(
         self,
-        name: ModelName,
-        record: ModelRecord,
+        model: ProvidedModel,
         report: Callable[[float], None] = lambda _: None,
         n_ctx: int | None = None,
     ) -> ChatModel:
         """Load a model in a worker thread, so that Ctrl-C can stop it."""
 
         def load() -> Iterator[ChatModel]:
-            yield self.load(name, record, report, n_ctx)
+            yield self.load(model, report, n_ctx)
 
         self._engine_loader = EngineLoader()  # the one before may have been cancelled
         with iterate_in_thread(load, self.stop) as items:
             return next(items)
 
-    def load_with_status(self, name: ModelName, record: ModelRecord) -> ChatModel:
+    def load_with_status(self, model: ProvidedModel) -> ChatModel:
         """Load a model with a status line on stderr; Ctrl-C stops it."""
-        with loading_status(sys.stderr, str(name)) as report:
-            return self.load_in_thread(name, record, report)
+        with loading_status(sys.stderr, str(model.name)) as report:
+            return self.load_in_thread(model, report)
 
     def stop(self) -> None:
         """Stop loading, from another thread."""
@@ -107,11 +108,3 @@ class ModelLoader:
                         )
         finally:
             loaded.close()
-
-    def _draft(self) -> DraftSpec | None:
-        """Return the draft model, downloaded first if necessary."""
-        if self._options.draft is None:
-            return None
-        name = self._app.models.parse(self._options.draft)
-        record = self._app.models.ensure_model(name)
-        return DraftSpec(str(name), record.path, record.size)

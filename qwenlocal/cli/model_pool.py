@@ -12,8 +12,7 @@ from qwenlocal.cli.options import RunOptions
 from qwenlocal.cli.output import say_dimmed
 from qwenlocal.errors import NotEnoughMemory
 from qwenlocal.i18n import tr
-from qwenlocal.library.names import ModelName
-from qwenlocal.library.store import ModelRecord
+from qwenlocal.library.provider import ProvidedModel
 from qwenlocal.terminal.progress import StatusLine
 
 if TYPE_CHECKING:
@@ -26,8 +25,7 @@ if TYPE_CHECKING:
 
 
 class _PooledModel(NamedTuple):
-    name: ModelName
-    record: ModelRecord
+    model: ProvidedModel
     loaded: ChatModel
 
 
@@ -39,10 +37,10 @@ class ModelPool:
     there too. `on_first_loaded` is called in that thread with the exception, or None.
     """
 
-    def __init__(self, app: AppContext, options: RunOptions, name: ModelName, record: ModelRecord) -> None:
-        self._app, self._options = app, options
-        self._first_name, self._first_record = name, record
-        self._current = str(name)
+    def __init__(self, app: AppContext, options: RunOptions, first: ProvidedModel, draft: ProvidedModel | None) -> None:
+        """`first` is the model that the chat starts with, `draft` the draft model of all models."""
+        self._app, self._options, self._first, self._draft = app, options, first, draft
+        self._current = str(first.name)
         self._pooled: dict[str, _PooledModel] = {}
         self._loader: ModelLoader | None = None
         self._config: GenerationConfig | None = None
@@ -64,11 +62,11 @@ class ModelPool:
 
         while not self._first_load.is_done:
             self._first_load.start()
-            self._status.show(tr("loading {name}: {fraction:.0%}", name=self._first_name, fraction=self._fraction))
+            self._status.show(tr("loading {name}: {fraction:.0%}", name=self._first.name, fraction=self._fraction))
             self._first_load.wait(0.1)
         self._status.clear()
         loaded = self._first_load.result()
-        self._pooled[str(self._first_name)] = _PooledModel(self._first_name, self._first_record, loaded)
+        self._pooled[str(self._first.name)] = _PooledModel(self._first, loaded)
         self._config = self._options.generation_config(loaded.sampling)
         conversation = loaded.conversation(self._config, thread)
         for sentence in (describe_plan(loaded.plan), *map(describe_note, loaded.notes)):
@@ -79,7 +77,7 @@ class ModelPool:
         def report(fraction: float) -> None:
             self._fraction = fraction
 
-        return self._model_loader.load(self._first_name, self._first_record, report)
+        return self._model_loader.load(self._first, report)
 
     def _stop_first(self) -> None:
         if self._loader:
@@ -115,9 +113,9 @@ class ModelPool:
         parsed = self._app.models.parse(name)
         key = str(parsed)
         if key not in self._pooled:
-            record = self._app.models.ensure_model(parsed)
-            loaded = self._make_room(lambda: self._model_loader.load_in_thread(parsed, record))
-            self._pooled[key] = _PooledModel(parsed, record, loaded)
+            model = ProvidedModel(parsed, self._app.models.ensure_model(parsed))
+            loaded = self._make_room(lambda: self._model_loader.load_in_thread(model))
+            self._pooled[key] = _PooledModel(model, loaded)
         loaded = self._pooled[key].loaded
         conversation = self._conversation(loaded, thread)
         self._current = key
@@ -132,11 +130,11 @@ class ModelPool:
         ------
         NotEnoughMemory: it does not fit; nothing changes.
         """
-        name, record, before = self._pooled[self._current]
+        model, before = self._pooled[self._current]
         before.sequence.save_prompt_cache()
-        loaded = self._make_room(lambda: self._model_loader.load_in_thread(name, record, n_ctx=n_ctx))
+        loaded = self._make_room(lambda: self._model_loader.load_in_thread(model, n_ctx=n_ctx))
         before.close()
-        self._pooled[self._current] = _PooledModel(name, record, loaded)
+        self._pooled[self._current] = _PooledModel(model, loaded)
         self._say_plan(loaded, [note for note in loaded.notes if note not in before.notes])
         return self._conversation(loaded, thread)
 
@@ -145,8 +143,8 @@ class ModelPool:
         first = self._first_load.cancel()
         if not self._pooled and first:
             first.close()
-        for _, record, loaded in self._pooled.values():
-            self._model_loader.close(loaded, record, keep=keep)
+        for model, loaded in self._pooled.values():
+            self._model_loader.close(loaded, model.record, keep=keep)
         self._pooled.clear()
 
     @property
@@ -154,7 +152,7 @@ class ModelPool:
         from qwenlocal.cli.model_loader import ModelLoader
 
         if self._loader is None:
-            self._loader = ModelLoader(self._app, self._options)
+            self._loader = ModelLoader(self._app, self._options, self._draft)
         return self._loader
 
     def _conversation(self, loaded: ChatModel, thread: Thread) -> Conversation:

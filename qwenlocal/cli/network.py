@@ -66,7 +66,7 @@ def _confirm(summary: DownloadSummary) -> None:
     ------
     DownloadFailed: the user declined. Interrupted: Ctrl-C or Ctrl-D.
     """
-    if not confirm(tr("Download from this third party? The sha256 is checked.")):
+    if not confirm(tr("Download {name} from this third party? Its sha256 is checked.", name=summary.name)):
         raise DownloadFailed(
             tr("{name} was not downloaded.", name=summary.name),
             hint=tr("To use another model: qwenlocal list --all. To skip the question: --yes"),

@@ -158,17 +158,19 @@ def grammar_from(as_json: bool, schema: str | None, grammar: str | None) -> str 
 
     Raises
     ------
-    UsageError: more than one is given, or the schema is not supported. ModelNotFound: the file does not exist.
+    UsageError: more than one is given, or the file is not supported. ModelNotFound: it does not exist.
     """
     if sum((as_json, schema is not None, grammar is not None)) > 1:
         raise UsageError(tr("--json, --schema and --grammar exclude each other."), hint=tr("Use one of them."))
     if grammar is not None:
-        return read_text(grammar)
+        from qwenlocal.engine.gbnf import grammar_from_gbnf
+
+        return grammar_from_gbnf(read_text(grammar))
     if schema is None and not as_json:
         return None
-    from qwenlocal.engine.schema import ANY_OBJECT, grammar_of_schema
+    from qwenlocal.engine.json_schema import ANY_OBJECT, grammar_from_schema
 
-    return grammar_of_schema(ANY_OBJECT if schema is None else read_text(schema))
+    return grammar_from_schema(ANY_OBJECT if schema is None else read_text(schema))
 
 
 def parse_rate(text: str | None) -> int:

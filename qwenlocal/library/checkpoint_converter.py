@@ -28,7 +28,7 @@ from qwenlocal.paths import Folders
 if TYPE_CHECKING:
     from qwenlocal.library.progress import Say
     from qwenlocal.weights.checkpoint import Checkpoint
-    from qwenlocal.weights.plan import Plan
+    from qwenlocal.weights.conversion_plan import ConversionPlan
 
 ConvertibleName = CatalogName | HubName | LocalCheckpointName
 OpenProgress = Callable[[], AbstractContextManager[Callable[[TaskProgress], None]]]
@@ -91,10 +91,10 @@ class CheckpointConverter:
             return checkpoint.download(reserve=size)
 
     def _convert(self, checkpoint: LocalCheckpoint, level: str, target: Path, argument: str) -> None:
-        from qwenlocal.library.plan_execution import execute_plan, replaced_hints
+        from qwenlocal.library.plan_execution import execute_plan, replace_hints
         from qwenlocal.weights.checkpoint import Checkpoint
 
-        hints = replaced_hints(
+        hints = replace_hints(
             disk="Free disk space (qwenlocal list, qwenlocal rm NAME), or set QWENLOCAL_HOME to a larger disk.",
             not_finite=f"The weights are damaged. To write zeros instead: qwenlocal convert {argument} --allow-nan",
         )
@@ -111,7 +111,7 @@ class CheckpointConverter:
             remove_unfinished(target.parent, self._store.file_paths())
             raise
 
-    def _announce(self, plan: Plan, checkpoint: LocalCheckpoint) -> None:
+    def _announce(self, plan: ConversionPlan, checkpoint: LocalCheckpoint) -> None:
         file = plan.files[0]
         self._say(
             f"{checkpoint.name} is a checkpoint ({format_bytes(plan.job.read_bytes)}). Converting it once to "
@@ -138,7 +138,7 @@ class CheckpointConverter:
         """Read the finished file back and compute its digests, which a download would have."""
         from qwenlocal.fileio import hash_blocks
         from qwenlocal.library.partial_file import BLOCK_SIZE
-        from qwenlocal.weights.header import read_header
+        from qwenlocal.weights.gguf_reader import read_header
 
         size = path.stat().st_size
         with self._open_progress() as show:
@@ -159,7 +159,7 @@ class CheckpointConverter:
             )
 
 
-def download_cost(checkpoint: HubCheckpoint, plan: Plan) -> str:
+def download_cost(checkpoint: HubCheckpoint, plan: ConversionPlan) -> str:
     """Say what a checkpoint on a hub costs: bytes to download, bytes to write, seconds of conversion."""
     files = ", ".join(f"{file.type.name} {format_bytes(file.size)}" for file in plan.files)
     return (
@@ -168,10 +168,10 @@ def download_cost(checkpoint: HubCheckpoint, plan: Plan) -> str:
     )
 
 
-def estimated_seconds(plan: Plan, threads: int = 0) -> int:
+def estimated_seconds(plan: ConversionPlan, threads: int = 0) -> int:
     """Estimate the seconds of a conversion with `threads` threads (0: one per fast core), at least 1."""
     from qwenlocal.machine import this_machine
-    from qwenlocal.weights.plan import estimate_seconds
+    from qwenlocal.weights.conversion_plan import estimate_seconds
 
     return max(1, round(estimate_seconds(plan, threads or this_machine().cores)))
 
@@ -197,9 +197,9 @@ def fingerprint(path: Path) -> str:
     return hashlib.sha256(repr((path.name, states)).encode(errors="replace")).hexdigest()[:16]
 
 
-def _plan(weights: Checkpoint, checkpoint: LocalCheckpoint | HubCheckpoint, target: Path, level: str) -> Plan:
+def _plan(weights: Checkpoint, checkpoint: LocalCheckpoint | HubCheckpoint, target: Path, level: str) -> ConversionPlan:
     from qwenlocal.weights.convert import Options, plan_conversion
-    from qwenlocal.weights.mix import file_type
+    from qwenlocal.weights.file_types import file_type
 
     return plan_conversion(weights, [(target, file_type(level))], Options(checkpoint.name, checkpoint.repo))
 
@@ -219,7 +219,7 @@ def _checkpoint_argument(name: ConvertibleName) -> str:
 
 def _level(name: ConvertibleName) -> str:
     """Return the quantization type in its full spelling: "q4_k" is q4_k_m."""
-    from qwenlocal.weights.mix import file_type
+    from qwenlocal.weights.file_types import file_type
 
     if isinstance(name, CatalogName):
         return file_type(name.level or name.card.level).name

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from qwenlocal.errors import BadWeights, CheckpointOnly, ModelNotFound, SourceUnreachable
 from qwenlocal.i18n import tr
@@ -28,6 +28,13 @@ if TYPE_CHECKING:
     from qwenlocal.library.catalog import Catalog
     from qwenlocal.library.local_models import LocalModels
     from qwenlocal.library.progress import Say
+
+
+class ProvidedModel(NamedTuple):
+    """A model that is on this disk, and the name by which it was asked for."""
+
+    name: ModelName
+    record: ModelRecord
 
 
 class ModelProvider:
@@ -100,14 +107,18 @@ class ModelProvider:
             self._say(tr("{name} is {other}.", name=name, other=record.name))
         return record
 
-    def ensure_model_or_default(self, text: str | None) -> tuple[ModelName, ModelRecord]:
-        """Return the model that `text` names, or the default model for None; download it first if necessary."""
-        if text is None:
-            return self.ensure_default_model()
-        name = self.parse(text)
-        return name, self.ensure_model(name)
+    def ensure_models(self, text: str | None, draft: str | None) -> tuple[ProvidedModel, ProvidedModel | None]:
+        """
+        Return the model that `text` names (None: the default model) and the draft model, downloaded if necessary.
 
-    def ensure_default_model(self) -> tuple[ModelName, ModelRecord]:
+        Raises
+        ------
+        Everything that `parse`, `ensure_model` and `ensure_default_model` raise.
+        """
+        model = self.ensure_default_model() if text is None else self._ensure_named(text)
+        return model, self._ensure_named(draft) if draft is not None else None
+
+    def ensure_default_model(self) -> ProvidedModel:
         """
         Return the model that runs if none is named: Qwen1.5's smallest chat model.
 
@@ -121,7 +132,7 @@ class ModelProvider:
         catalog = self._catalog()
         default, starter = CatalogName(catalog.default), CatalogName(catalog.starter)
         if record := self._local.find(default):
-            return default, record
+            return ProvidedModel(default, record)
         if record := self._local.find(starter):
             self._say(
                 tr(
@@ -130,9 +141,9 @@ class ModelProvider:
                     starter=starter,
                 )
             )
-            return starter, record
+            return ProvidedModel(starter, record)
         try:
-            return default, self._download(default)
+            return ProvidedModel(default, self._download(default))
         except SourceUnreachable as unreachable:
             self._say(
                 tr(
@@ -143,7 +154,7 @@ class ModelProvider:
                     title=catalog.starter.title,
                 )
             )
-            return starter, self._download(starter)
+            return ProvidedModel(starter, self._download(starter))
 
     def repair(self, name: ModelName, record: ModelRecord, damage: Sequence[FileDamage]) -> ModelRecord:
         """
@@ -187,6 +198,10 @@ class ModelProvider:
                 hint=tr("Download it: qwenlocal pull {name}", name=name.source),
             )
         return record
+
+    def _ensure_named(self, text: str) -> ProvidedModel:
+        name = self.parse(text)
+        return ProvidedModel(name, self.ensure_model(name))
 
     def _download_or_convert(self, name: ModelName) -> ModelRecord:
         if isinstance(name, LocalCheckpointName):

@@ -63,13 +63,13 @@ def run_batch(app: AppContext, options: RunOptions) -> None:
     if not remaining:
         app.say(tr("All {count:,} prompts are answered already.", count=len(items)))
         return
-    name, record = app.models.ensure_model_or_default(options.model_name)
-    loader = ModelLoader(app, options)
-    loaded = loader.load_with_status(name, record)
+    model, draft = app.models.ensure_models(options.model_name, options.draft)
+    loader = ModelLoader(app, options, draft)
+    loaded = loader.load_with_status(model)
     try:
         answer_batch(options, loaded, remaining, output, len(items) - len(remaining))
     finally:
-        loader.close(loaded, record, keep=False)
+        loader.close(loaded, model.record, keep=False)
 
 
 # --- input

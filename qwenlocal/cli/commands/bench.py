@@ -36,7 +36,7 @@ def bench_models(
     from qwenlocal.machine import this_machine
     from qwenlocal.measure.bench import ANSWER, run_benchmarks
     from qwenlocal.terminal.progress import StatusLine
-    from qwenlocal.weights.header import read_metadata
+    from qwenlocal.weights.gguf_reader import read_metadata
 
     if not 1 <= repetitions <= 1000:
         raise UsageError(f"-r must be between 1 and 1,000, not {repetitions}.")

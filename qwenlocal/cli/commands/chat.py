@@ -18,8 +18,8 @@ from qwenlocal.cli.questions import ask_or_skip, can_ask, choose_number
 from qwenlocal.errors import ChatNotFound, JournalError, NotWritable, UsageError
 from qwenlocal.formatting import shorten
 from qwenlocal.i18n import tr
-from qwenlocal.library.names import ModelName, PathName
-from qwenlocal.library.store import ModelRecord
+from qwenlocal.library.names import PathName
+from qwenlocal.library.provider import ProvidedModel
 from qwenlocal.paths import bundled_folder, ensure_writable
 from qwenlocal.terminal.ansi import escape_controls
 from qwenlocal.terminal.repl import Repl
@@ -42,8 +42,8 @@ class ResumedChat:
 def run_chat(
     app: AppContext,
     options: RunOptions,
-    name: ModelName,
-    record: ModelRecord,
+    model: ProvidedModel,
+    draft: ProvidedModel | None,
     resumed: ResumedChat | None,
     system: str,
     prompt: str | None,
@@ -52,7 +52,7 @@ def run_chat(
     thread = resumed.thread if resumed else Thread(system)
     if resumed and system:
         thread.set_system_prompt(system)
-    pool = ModelPool(app, options, name, record)
+    pool, name = ModelPool(app, options, model, draft), model.name
     session = Session(
         thread,
         name.path.name if isinstance(name, PathName) else str(name),

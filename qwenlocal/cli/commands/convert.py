@@ -24,9 +24,9 @@ from qwenlocal.library.checkpoint_converter import download_cost
 from qwenlocal.library.checkpoints import HubCheckpoint, LocalCheckpoint
 
 if TYPE_CHECKING:
+    from qwenlocal.weights.conversion_plan import ConversionPlan
     from qwenlocal.weights.convert import Options
-    from qwenlocal.weights.mix import FileType
-    from qwenlocal.weights.plan import Plan
+    from qwenlocal.weights.file_types import FileType
 
 LIKE_LLAMA_CPP = "llama.cpp"
 
@@ -75,7 +75,7 @@ def _plan(
     targets: Sequence[tuple[Path, FileType]],
     plan_options: Options,
     options: WriteOptions,
-) -> Plan | None:
+) -> ConversionPlan | None:
     """Return the plan, once the weights are on this disk; None for a dry run on a hub, which ends with the plan."""
     from qwenlocal.weights.checkpoint import Checkpoint
     from qwenlocal.weights.convert import plan_conversion
@@ -92,7 +92,9 @@ def _plan(
     return plan_conversion(Checkpoint.open(checkpoint.path), targets, plan_options)
 
 
-def _show_preview(app: AppContext, checkpoint: HubCheckpoint, plan: Plan | None, options: WriteOptions) -> None:
+def _show_preview(
+    app: AppContext, checkpoint: HubCheckpoint, plan: ConversionPlan | None, options: WriteOptions
+) -> None:
     """Show the plan for weights that are not downloaded."""
     if plan is None:
         raise DownloadFailed(

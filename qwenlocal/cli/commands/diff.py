@@ -14,7 +14,7 @@ from qwenlocal.cli.output import print_json
 from qwenlocal.formatting import shorten
 
 if TYPE_CHECKING:
-    from qwenlocal.weights.difference import Difference
+    from qwenlocal.weights.gguf_diff import GgufDiff
 
 FILES_DIFFER = 1
 _MAX_VALUE = 100  # characters
@@ -23,7 +23,7 @@ _MAX_VALUE = 100  # characters
 def diff_files(left: str, right: str, *, as_json: bool) -> None:
     """Compare keys, tensors, types and weights of two files. Exits with 1 if they differ."""
     from qwenlocal.terminal.progress import StatusLine
-    from qwenlocal.weights.difference import compare
+    from qwenlocal.weights.gguf_diff import compare
 
     app = AppContext(quiet=as_json)
     left_path, right_path = (find_installed(app, text).path for text in (left, right))
@@ -42,7 +42,7 @@ def diff_files(left: str, right: str, *, as_json: bool) -> None:
         raise typer.Exit(FILES_DIFFER)
 
 
-def _show(difference: Difference) -> None:
+def _show(difference: GgufDiff) -> None:
     from qwenlocal.terminal.ansi import escape_controls
 
     if difference.is_empty:

@@ -18,8 +18,8 @@ from qwenlocal.paths import parse_path
 
 if TYPE_CHECKING:
     from qwenlocal.library.store import ModelRecord
-    from qwenlocal.weights.checkup import Checkup
-    from qwenlocal.weights.header import Header
+    from qwenlocal.weights.diagnosis import Diagnosis
+    from qwenlocal.weights.gguf_reader import Header
 
 _REPAIRED_ON_LOAD = "Serious problems are also repaired in memory whenever the file is loaded."
 
@@ -30,63 +30,63 @@ def inspect_file(text: str, *, as_json: bool, quick: bool, fix: bool, out: str |
 
     Exits with 5 if a serious problem remains.
     """
-    from qwenlocal.weights.checkup import examine_file
-    from qwenlocal.weights.repair import finish_interrupted
+    from qwenlocal.weights.diagnosis import diagnose_file
+    from qwenlocal.weights.repair import undo_interrupted_patch
 
     if out and not fix:
         raise UsageError("-o is only for --fix.", hint="Add --fix.")
     app = AppContext(quiet=as_json)
     record = find_installed(app, text)
-    if record.owned is False and finish_interrupted(record.path):
+    if record.owned is False and undo_interrupted_patch(record.path):
         app.say("An earlier --fix was interrupted; its changes were undone.")
-    checkup = examine_file(record.path, weights=False) if quick else _examine(record)
+    diagnosis = diagnose_file(record.path, weights=False) if quick else _examine(record)
     if as_json:
-        print_json(_facts(checkup))
+        print_json(_facts(diagnosis))
     else:
-        _show(checkup, tensors=tensors)
+        _show(diagnosis, tensors=tensors)
     if fix:
-        _repair(app, record, checkup, out)
-    if any(finding.is_serious and not (fix and finding.can_be_fixed) for finding in checkup.findings):
+        _repair(app, record, diagnosis, out)
+    if any(finding.is_serious and not (fix and finding.can_be_fixed) for finding in diagnosis.findings):
         raise typer.Exit(BadWeights.exit_code)
 
 
-def _examine(record: ModelRecord) -> Checkup:
+def _examine(record: ModelRecord) -> Diagnosis:
     from qwenlocal.terminal.progress import show_progress
-    from qwenlocal.weights.checkup import examine_file
+    from qwenlocal.weights.diagnosis import diagnose_file
 
     name = record.path.name
     with show_progress(sys.stderr) as show:
         if not sys.stderr.isatty():
-            return examine_file(record.path)
-        return examine_file(record.path, lambda done, total: show(TaskProgress(name, done, total, "reading")))
+            return diagnose_file(record.path)
+        return diagnose_file(record.path, lambda done, total: show(TaskProgress(name, done, total, "reading")))
 
 
 # --- output
 
 
-def _show(checkup: Checkup, *, tensors: bool) -> None:
+def _show(diagnosis: Diagnosis, *, tensors: bool) -> None:
     from qwenlocal.terminal.ansi import escape_controls
 
-    facts = header_facts(checkup.header)
+    facts = header_facts(diagnosis.header)
     width = max(len(key) for key in facts)
-    sys.stdout.write(f"{checkup.path}\n\n")
+    sys.stdout.write(f"{diagnosis.path}\n\n")
     for key, value in facts.items():
         if value not in (None, "", {}):
             text = describe_template(value) if key == "chat template" else describe_value(value)
             sys.stdout.write(f"{key:<{width}}  {escape_controls(text)}\n")
     if tensors:
-        _show_tensors(checkup.header)
+        _show_tensors(diagnosis.header)
     sys.stdout.write("\n")
-    if not checkup.findings:
+    if not diagnosis.findings:
         sys.stdout.write("No problems found.\n")
-    for finding in checkup.findings:
+    for finding in diagnosis.findings:
         label = "error" if finding.is_serious else "note"
         suffix = "  (repairable: --fix)" if finding.can_be_fixed else ""
         sys.stdout.write(f"{label:<6} {escape_controls(finding.what)}{suffix}\n")
 
 
 def _show_tensors(header: Header) -> None:
-    from qwenlocal.weights.header import tensor_bytes, tensor_type_name
+    from qwenlocal.weights.gguf_reader import tensor_bytes, tensor_type_name
 
     rows = [
         (t.name, " x ".join(map(str, t.shape)), tensor_type_name(t.type), format_bytes(tensor_bytes(t) or 0))
@@ -96,13 +96,13 @@ def _show_tensors(header: Header) -> None:
     print_table(("TENSOR", "SHAPE", "TYPE", "SIZE"), rows)
 
 
-def _facts(checkup: Checkup) -> dict[str, Any]:
-    from qwenlocal.weights.header import LongArray, tensor_bytes, tensor_type_name
+def _facts(diagnosis: Diagnosis) -> dict[str, Any]:
+    from qwenlocal.weights.gguf_reader import LongArray, tensor_bytes, tensor_type_name
 
-    header = checkup.header
+    header = diagnosis.header
     return {
-        "path": str(checkup.path),
-        "size": checkup.parts.size,
+        "path": str(diagnosis.path),
+        "size": diagnosis.parts.size,
         "version": header.version,
         **header_facts(header),
         "metadata": {
@@ -113,56 +113,56 @@ def _facts(checkup: Checkup) -> dict[str, Any]:
             {"name": t.name, "shape": list(t.shape), "type": tensor_type_name(t.type), "size": tensor_bytes(t)}
             for t in header.tensors
         ],
-        "findings": [{"what": f.what, "serious": f.is_serious, "fixable": f.can_be_fixed} for f in checkup.findings],
+        "findings": [{"what": f.what, "serious": f.is_serious, "fixable": f.can_be_fixed} for f in diagnosis.findings],
     }
 
 
 # --- --fix
 
 
-def _repair(app: AppContext, record: ModelRecord, checkup: Checkup, out: str | None) -> None:
+def _repair(app: AppContext, record: ModelRecord, diagnosis: Diagnosis, out: str | None) -> None:
     from qwenlocal.weights.repair import plan_copy, repaired_layout
 
-    if not checkup.fixable:
+    if not diagnosis.fixable:
         app.say("There is nothing that --fix can repair.")
         return
-    layout = repaired_layout(checkup, checkup.fixable)
+    layout = repaired_layout(diagnosis, diagnosis.fixable)
     if out is None:
-        _repair_in_place(app, record, checkup)
+        _repair_in_place(app, record, diagnosis)
         return
     target = parse_path(out)
     if target.exists():
         raise OutputExists(target, hint="Write to another file: -o FILE")
     write_files(
-        plan_copy(checkup, layout, target),
+        plan_copy(diagnosis, layout, target),
         disk_hint="Write to another folder: -o FILE. Finished work is kept: with more disk space, the command "
         "continues.",
         not_finite_hint="The weights are damaged; download the model again.",
     )
     app.say(
-        f"Wrote {target} ({format_bytes(layout.size)}); repaired {len(checkup.fixable)} of {len(checkup.findings)} "
+        f"Wrote {target} ({format_bytes(layout.size)}); repaired {len(diagnosis.fixable)} of {len(diagnosis.findings)} "
         "problems."
     )
 
 
-def _repair_in_place(app: AppContext, record: ModelRecord, checkup: Checkup) -> None:
-    from qwenlocal.weights.repair import fits_in_place, patch, repaired_layout
+def _repair_in_place(app: AppContext, record: ModelRecord, diagnosis: Diagnosis) -> None:
+    from qwenlocal.weights.repair import fits_in_place, patch_header, repaired_layout
 
-    layout = repaired_layout(checkup, checkup.fixable)
+    layout = repaired_layout(diagnosis, diagnosis.fixable)
     if record.owned or record.files[0].sha256:
         raise UsageError(
             f"{record.path} is a published file, or another program's; --fix does not change it.",
             hint=f"Write a repaired copy: --fix -o FILE. {_REPAIRED_ON_LOAD}",
         )
-    if len(checkup.parts.paths) > 1:
+    if len(diagnosis.parts.paths) > 1:
         raise UsageError(
-            f"The model is split into {len(checkup.parts.paths)} files. {_REPAIRED_ON_LOAD}",
+            f"The model is split into {len(diagnosis.parts.paths)} files. {_REPAIRED_ON_LOAD}",
             hint="Write a repaired copy as one file: --fix -o FILE",
         )
-    if not fits_in_place(checkup, layout):
+    if not fits_in_place(diagnosis, layout):
         raise UsageError(
             "The repair changes the size of the header, so the weights would have to move.",
             hint="Write a repaired copy: --fix -o FILE",
         )
-    patch(checkup, layout)
-    app.say(f"Repaired {checkup.path} in place.")
+    patch_header(diagnosis, layout)
+    app.say(f"Repaired {diagnosis.path} in place.")

@@ -19,8 +19,8 @@ from qwenlocal.library.names import LocalCheckpointName, ModelName
 if TYPE_CHECKING:
     from qwenlocal.engine.load_plan import LoadRequest
     from qwenlocal.engine.memory import ModelDims
-    from qwenlocal.weights.header import Header
-    from qwenlocal.weights.mix import ModelFacts
+    from qwenlocal.weights.gguf_reader import Header
+    from qwenlocal.weights.quant_mix import ModelFacts
 
 _HEADER_BYTES = 8 << 20  # the header of every Qwen model is smaller
 _CONTEXTS = (2048, 4096, 8192, 16384, 32768)
@@ -72,14 +72,14 @@ def plan_model(text: str, request: LoadRequest, *, as_json: bool) -> None:
 @contextmanager
 def _read_outline(app: AppContext, name: ModelName) -> Iterator[ModelOutline]:
     """Read the header of the installed file, or from the first bytes of the file on a hub."""
-    from qwenlocal.weights.header import read_header
-    from qwenlocal.weights.levels import weights_of
-    from qwenlocal.weights.parts import read_parts
+    from qwenlocal.weights.gguf_reader import read_header
+    from qwenlocal.weights.quant_mix import weights_size
+    from qwenlocal.weights.split_model import read_split_model
 
     record = app.local.find(name)
     if record is not None:
-        header = read_parts(record.path).header
-        yield ModelOutline(str(name), header, weights_of(header) or record.size, True)
+        header = read_split_model(record.path).header
+        yield ModelOutline(str(name), header, weights_size(header) or record.size, True)
         return
     with tempfile.TemporaryDirectory() as folder, app.open_puller() as puller:
         path, size = puller.download_prefix(name, Path(folder), _HEADER_BYTES)
@@ -90,11 +90,11 @@ def _table(model: ModelOutline, dims: ModelDims, request: LoadRequest) -> dict[s
     """Return bytes by type and context; the file itself comes first, as "as it is", a key of the JSON output."""
     from qwenlocal.engine.context import ContextOptions
     from qwenlocal.engine.memory import estimate_memory
-    from qwenlocal.weights.levels import sizes_of_levels
+    from qwenlocal.weights.quant_mix import estimate_sizes
 
     levels = {"as it is": model.size}
     if model.header.architecture in ("qwen2", "qwen2moe"):
-        levels |= sizes_of_levels(model.header, _model_facts(model))
+        levels |= estimate_sizes(model.header, _model_facts(model))
     kv_type = request.kv_type or "f16"
     flash_attention = bool(request.flash_attention) or kv_type not in ("f16", "bf16")
     contexts = [n_ctx for n_ctx in _CONTEXTS if n_ctx <= dims.n_ctx_train] or [dims.n_ctx_train]
@@ -114,7 +114,7 @@ def _table(model: ModelOutline, dims: ModelDims, request: LoadRequest) -> dict[s
 
 def _model_facts(model: ModelOutline) -> ModelFacts:
     from qwenlocal.engine.memory import ModelDims
-    from qwenlocal.weights.mix import ModelFacts
+    from qwenlocal.weights.quant_mix import ModelFacts
 
     dims = ModelDims.from_metadata(model.header.metadata)
     experts = model.header.hyperparameter("expert_count")
@@ -158,12 +158,12 @@ def _show(
 
 def _advice(model: ModelOutline, features: frozenset[str]) -> str:
     """Suggest a faster type if llama.cpp has no fast kernels on this processor for most of the weights."""
-    from qwenlocal.weights.levels import sizes_of_levels, slow_types
+    from qwenlocal.weights.quant_mix import estimate_sizes, find_slow_types
 
-    share, types = slow_types(model.header, features)
+    share, types = find_slow_types(model.header, features)
     if share < _MIN_SLOW_SHARE or model.header.architecture not in ("qwen2", "qwen2moe"):
         return ""
-    size = sizes_of_levels(model.header, _model_facts(model), ["q4_0"])["q4_0"]
+    size = estimate_sizes(model.header, _model_facts(model), ["q4_0"])["q4_0"]
     return (
         f"{share:.0%} of the matrices ({', '.join(types)}) have types without fast llama.cpp kernels on this "
         f"processor. As q4_0 the model takes {format_bytes(size)} and answers faster, with a small loss of quality."

@@ -14,8 +14,7 @@ from qwenlocal.cli.questions import can_chat
 from qwenlocal.cli.text_input import read_prompt_file, read_stdin
 from qwenlocal.errors import BadWeights, Interrupted, LowMemory, UsageError
 from qwenlocal.i18n import tr
-from qwenlocal.library.names import ModelName
-from qwenlocal.library.store import ModelRecord
+from qwenlocal.library.provider import ProvidedModel
 
 if TYPE_CHECKING:
     from qwenlocal.chat.chat_model import ChatModel
@@ -43,29 +42,21 @@ def run_model(options: RunOptions) -> None:
     if prompt is None or options.interactive or options.resume is not None:
         _chat(app, options, prompt, system)
         return
-    name, record = app.models.ensure_model_or_default(options.model_name)
-    _answer_once(app, options, name, record, prompt, system)
-
-
-def select_model(app: AppContext, name: str | None) -> tuple[ModelName, ModelRecord]:
-    """Return the model called `name`, or the default model; download it if necessary."""
-    if name is None:
-        return app.models.ensure_default_model()
-    parsed = app.models.parse(name)
-    return parsed, app.models.ensure_model(parsed)
+    model, draft = app.models.ensure_models(options.model_name, options.draft)
+    _answer_once(app, options, model, draft, prompt, system)
 
 
 def _chat(app: AppContext, options: RunOptions, prompt: str | None, system: str) -> None:
     from qwenlocal.cli.commands.chat import run_chat, select_chat
 
     resumed = select_chat(app, options.resume) if options.resume is not None else None
-    model = options.model_name or (resumed.info.model if resumed else None)
-    if model is None and prompt is None and not app.store.records():
+    model_name = options.model_name or (resumed.info.model if resumed else None)
+    if model_name is None and prompt is None and not app.store.records():
         from qwenlocal.cli.first_run import choose_model
 
-        model = choose_model(app)
-    name, record = app.models.ensure_model_or_default(model)
-    run_chat(app, options, name, record, resumed, system, prompt)
+        model_name = choose_model(app)
+    model, draft = app.models.ensure_models(model_name, options.draft)
+    run_chat(app, options, model, draft, resumed, system, prompt)
 
 
 # --- options and prompts
@@ -144,13 +135,18 @@ def _no_text() -> UsageError:
 
 
 def _answer_once(
-    app: AppContext, options: RunOptions, name: ModelName, record: ModelRecord, prompt: str, system: str
+    app: AppContext,
+    options: RunOptions,
+    model: ProvidedModel,
+    draft: ProvidedModel | None,
+    prompt: str,
+    system: str,
 ) -> None:
     from qwenlocal.cli.model_loader import ModelLoader
     from qwenlocal.terminal.load_notes import describe_note, describe_plan
 
-    loader = ModelLoader(app, options)
-    loaded = loader.load_with_status(name, record)
+    loader = ModelLoader(app, options, draft)
+    loaded = loader.load_with_status(model)
     for sentence in (*([describe_plan(loaded.plan)] if options.stats else []), *map(describe_note, loaded.notes)):
         app.say(sentence)
     keep = True
@@ -160,7 +156,7 @@ def _answer_once(
         keep = False  # no memory to save the prompt cache with, or nothing worth saving
         raise
     finally:
-        loader.close(loaded, record, keep=keep)
+        loader.close(loaded, model.record, keep=keep)
 
 
 def _print_answer(options: RunOptions, loaded: ChatModel, prompt: str, system: str) -> None:

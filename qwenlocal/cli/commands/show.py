@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 def show_model(text: str, *, as_json: bool) -> None:
     """Show a model's size, origin, license and header; what is not installed is shown from the catalog, offline."""
-    from qwenlocal.weights.parts import read_parts
+    from qwenlocal.weights.split_model import read_split_model
 
     app = AppContext(quiet=as_json)
     name = app.models.parse(text)
@@ -49,7 +49,7 @@ def show_model(text: str, *, as_json: bool) -> None:
     facts = record_facts(record)
     if isinstance(name, PathName):
         facts["name"] = record.path.name
-    _print({**facts, **header_facts(read_parts(record.path).header)}, as_json)
+    _print({**facts, **header_facts(read_split_model(record.path).header)}, as_json)
 
 
 def _catalog_facts(card: ModelCard) -> dict[str, Any]:

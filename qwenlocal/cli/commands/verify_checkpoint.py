@@ -29,8 +29,8 @@ def verify_checkpoint(text: str, source: str, *, as_json: bool) -> None:
     record = app.local.find(name)
     if record is None:
         raise ModelNotFound(text, reason=f"{name} is not downloaded.", hint=f"Download it: qwenlocal pull {name}")
-    with app.checkpoints.find(app.models.parse(source)) as found:
-        checkpoint = found.download() if isinstance(found, HubCheckpoint) else found
+    with app.checkpoints.find(app.models.parse(source)) as source_checkpoint:
+        checkpoint = source_checkpoint.download() if isinstance(source_checkpoint, HubCheckpoint) else source_checkpoint
     fidelity = _compare(record.path, checkpoint)
     if as_json:
         print_json(_facts(fidelity))
@@ -51,12 +51,11 @@ def _compare(file: Path, checkpoint: LocalCheckpoint) -> Fidelity:
     from qwenlocal.measure.fidelity import compare_with_checkpoint
     from qwenlocal.measure.tokenization import known_texts
     from qwenlocal.terminal.progress import StatusLine
-    from qwenlocal.weights import gguf
     from qwenlocal.weights.checkpoint import Checkpoint
     from qwenlocal.weights.convert import Options
-    from qwenlocal.weights.header import read_pairs
+    from qwenlocal.weights.gguf_reader import decode_value, read_raw_metadata
 
-    pairs, keys = read_pairs(file), ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type")
+    pairs, keys = read_raw_metadata(file), ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type")
     if any(key not in pairs for key in keys):
         raise BadWeights(file, "the file has no vocabulary")
     machine, line = this_machine(), StatusLine(sys.stderr)
@@ -64,7 +63,7 @@ def _compare(file: Path, checkpoint: LocalCheckpoint) -> Fidelity:
         return compare_with_checkpoint(
             Checkpoint.open(checkpoint.path),
             file,
-            known_texts(*(gguf.decode(pairs[key]) for key in keys)),
+            known_texts(*(decode_value(pairs[key]) for key in keys)),
             threads=machine.cores,
             memory=machine.memory().available,
             options=Options(checkpoint.name, checkpoint.repo),

@@ -91,16 +91,16 @@ def load_library() -> LlamaLibrary:
     return LlamaLibrary(echo=sys.stderr.write if os.environ.get("QWENLOCAL_LLAMA_LOG") else None)
 
 
-def import_bindings(module: str = "llama_cpp") -> Any:
+def import_bindings() -> Any:
     """
-    Import one module of llama-cpp-python without its `__init__`.
+    Import the low-level module of llama-cpp-python without its `__init__`.
 
     `import llama_cpp` also imports numpy, jinja2 and a disk cache for its high-level class, 0.15 s at every start. So
     the module is imported under an empty package, which is removed afterwards: a later `import llama_cpp` elsewhere
     works as usual and shares the same C library.
     """
     if "llama_cpp" in sys.modules:
-        return importlib.import_module(f"llama_cpp.{module}")
+        return importlib.import_module("llama_cpp.llama_cpp")
     spec = importlib.util.find_spec("llama_cpp")
     if spec is None or not spec.submodule_search_locations:
         raise QwenlocalError("llama-cpp-python is not installed.", hint="Install everything: make setup")
@@ -108,7 +108,7 @@ def import_bindings(module: str = "llama_cpp") -> Any:
     package.__path__ = list(spec.submodule_search_locations)
     sys.modules["llama_cpp"] = package
     try:
-        return importlib.import_module(f"llama_cpp.{module}")
+        return importlib.import_module("llama_cpp.llama_cpp")
     except (OSError, RuntimeError, FileNotFoundError) as reason:
         raise QwenlocalError(
             f"Cannot load the compiled library of llama-cpp-python: {reason}", hint="Compile it again: make setup"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from qwenlocal.engine.context import Context, ContextOptions
 from qwenlocal.engine.draft_model import DraftModel, ModelDrafter, shares_vocabulary
+from qwenlocal.engine.grammar import build_token_trie
 from qwenlocal.engine.llama import LoadCancelled, Model
 from qwenlocal.engine.load_plan import (
     PREFERRED_CONTEXT,
@@ -34,7 +35,7 @@ from qwenlocal.ggml import Device, list_devices
 from qwenlocal.i18n import tr
 from qwenlocal.machine import Machine
 from qwenlocal.weights.diagnosis import missing_rope_base
-from qwenlocal.weights.gguf_reader import Value, read_header, read_metadata
+from qwenlocal.weights.gguf_reader import MetadataValue, read_header, read_metadata
 
 ALL_LAYERS = 1 << 16  # more than any model has
 _WEIGHTS_MARGIN = 1.3  # a model of unknown shape goes to a GPU with this much space relative to its file
@@ -64,7 +65,8 @@ class LoadOptions:
     Options for loading a model.
 
     `request` constrains the load plan; `tuned` fills what it leaves open. `gpu_layers` None puts as many layers on GPUs
-    as fit. `lookup` enables prompt lookup. Prompt caches are kept in the folder `prompt_caches`, or not at all.
+    as fit. `lookup` enables prompt lookup. Prompt caches are kept in the folder `prompt_caches`, or not at all. With
+    `grammar`, the token trie for grammars is built while loading.
     """
 
     request: LoadRequest = field(default_factory=LoadRequest)
@@ -73,6 +75,7 @@ class LoadOptions:
     prompt_caches: Path | None = None
     tuned: TunedSettings = field(default_factory=TunedSettings)
     draft: DraftSpec | None = None
+    grammar: bool = False
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,8 @@ class EngineLoader:
         try:
             sampling, sampling_notes = _recommended_sampling(metadata, recommended)
             draft_model = _open_draft(options.draft, context, offload) if options.draft else None
+            if options.grammar:
+                build_token_trie(model.tokenizer)
         except BaseException:
             context.close()
             model.close()
@@ -320,7 +325,7 @@ def _open_draft(draft: DraftSpec, target: Context, offload: GpuOffload) -> Draft
 # --- the file's metadata
 
 
-def _find_repairs(path: Path, metadata: Mapping[str, Value]) -> dict[str, float]:
+def _find_repairs(path: Path, metadata: Mapping[str, MetadataValue]) -> dict[str, float]:
     """Return metadata that the file lacks; the whole header is read only if something seems to be missing."""
     if missing_rope_base(metadata) is None:
         return {}
@@ -336,7 +341,7 @@ def _repair_notes(repairs: Mapping[str, float], model: Model) -> tuple[LoadNote,
 
 
 def _recommended_sampling(
-    metadata: Mapping[str, Value], recommended: Mapping[str, float]
+    metadata: Mapping[str, MetadataValue], recommended: Mapping[str, float]
 ) -> tuple[Sampling, tuple[LoadNote, ...]]:
     """Merge the file's recommendation over the catalog's; values out of range are ignored, with a note."""
     in_file = {name: metadata[key] for name, key in _SAMPLING_KEYS.items() if key in metadata}

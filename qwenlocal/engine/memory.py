@@ -16,7 +16,7 @@ from qwenlocal.engine.context import MAX_OUTPUTS, ContextOptions, pad_n_ctx
 from qwenlocal.errors import LowMemory
 from qwenlocal.ggml import tensor_type
 from qwenlocal.machine import Memory
-from qwenlocal.weights.gguf_reader import Value
+from qwenlocal.weights.gguf_reader import MetadataValue
 
 # Bytes for Python, the libraries, and llama.cpp's tables of Qwen's 151,936 tokens; measured: benchmarks/README.md.
 PROCESS_OVERHEAD = 150 << 20
@@ -46,7 +46,7 @@ class ModelDims:
     n_vocab: int = 152_064
 
     @classmethod
-    def from_metadata(cls, metadata: Mapping[str, Value]) -> ModelDims | None:
+    def from_metadata(cls, metadata: Mapping[str, MetadataValue]) -> ModelDims | None:
         """Read the dimensions from a file's metadata; None if it lacks them or gives one head count per layer."""
         architecture = metadata.get("general.architecture")
         try:

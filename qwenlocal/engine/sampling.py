@@ -16,8 +16,8 @@ class Sampling:
     Parameters for choosing the next token; the defaults are Qwen1.5's for its chat models.
 
     `temperature` 0 is greedy. `top_k` 0, `top_p` 1, `min_p` 0 and `repeat_penalty` 1 are off. `seed` None is random.
-    `grammar` (GBNF) constrains the answer; if the prompt ends with the beginning of such an answer, `begun` are its
-    tokens.
+    `grammar` (of `grammar_from_schema` or `grammar_from_gbnf`) constrains the answer; if the prompt ends with the
+    beginning of such an answer, `begun` are its tokens.
     """
 
     temperature: float = 0.7

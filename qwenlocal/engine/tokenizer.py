@@ -9,7 +9,6 @@ from typing import Any
 
 from qwenlocal.weights.gguf_reader import PADDING
 
-_MAX_BYTE_TOKEN = 1024  # byte-level vocabularies list the single bytes below this id
 _END_OF_TURN = "<|im_end|>"
 _ATTR_UNUSED = 1 << 1  # llama.h: LLAMA_TOKEN_ATTR_UNUSED
 _ATTR_CONTROL, _ATTR_USER_DEFINED = 1 << 3, 1 << 4  # llama.h: LLAMA_TOKEN_ATTR_CONTROL, …_USER_DEFINED
@@ -31,15 +30,12 @@ class Tokenizer:
     def __len__(self) -> int:
         return int(self._c.llama_vocab_n_tokens(self._vocab))
 
-    @property
-    def handle(self) -> Any:
-        """The C pointer, for grammars."""
-        return self._vocab
-
-    def single_bytes(self) -> dict[int, int]:
-        """Return the tokens of one byte as {id: byte}; byte-level vocabularies list them first."""
-        pieces = {token: self.piece(token) for token in range(min(len(self), _MAX_BYTE_TOKEN))}
-        return {token: piece[0] for token, piece in pieces.items() if len(piece) == 1}
+    def pieces(self) -> list[bytes]:
+        """Return `piece` of every token; 0.1 s for Qwen's 151,936."""
+        buffer = ctypes.create_string_buffer(256)
+        to_piece, vocab, size = self._c.llama_token_to_piece, self._vocab, len(buffer)
+        lengths = ((token, to_piece(vocab, token, buffer, size, 0, False)) for token in range(len(self)))
+        return [buffer.raw[:length] if length >= 0 else self.piece(token) for token, length in lengths]
 
     def ends(self) -> list[int]:
         """Return the ids of the end-of-text and end-of-turn tokens."""
@@ -81,7 +77,10 @@ class Tokenizer:
         return ids
 
     def _tokenize(self, text: str, *, special: bool, add_bos: bool) -> list[int]:
-        data = text.encode("utf-8", errors="replace")
+        return self.tokenize_bytes(text.encode("utf-8", errors="replace"), special=special, add_bos=add_bos)
+
+    def tokenize_bytes(self, data: bytes, *, special: bool = False, add_bos: bool = False) -> list[int]:
+        """Convert UTF-8 to token ids without normalization; spelled-out padding tokens are parsed."""
         capacity = len(data) + 8
         ids = (ctypes.c_int32 * capacity)()
         count = self._c.llama_tokenize(self._vocab, data, len(data), ids, capacity, add_bos, special)

@@ -1,0 +1,601 @@
+"""Answers that follow a grammar or a JSON schema, from models that would say anything else."""
+
+from __future__ import annotations
+
+import collections
+import decimal
+import gc
+import json
+import math
+import re
+import weakref
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy
+import pytest
+from conftest import Run
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from qwenlocal.engine.batching import BatchGenerator, BatchRequest
+from qwenlocal.engine.context import Context, ContextOptions
+from qwenlocal.engine.gbnf import grammar_from_gbnf
+from qwenlocal.engine.grammar import GrammarMatcher, build_token_trie
+from qwenlocal.engine.json_schema import ANY_OBJECT, grammar_from_schema
+from qwenlocal.engine.llama import Model
+from qwenlocal.engine.sampling import Sampling
+from qwenlocal.engine.sequence import TokenSequence
+from qwenlocal.engine.speculation import DEFAULT_COSTS, CostCurve, Speculation
+from qwenlocal.errors import UsageError
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 8},
+        "age": {"type": "integer"},
+        "tags": {"type": "array", "items": {"enum": ["red", "green"]}, "maxItems": 2},
+        "level": {"type": ["boolean", "null"]},
+    },
+    "required": ["name", "age", "tags", "level"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture
+def context(random_model: Path) -> Iterator[Context]:
+    found = Context(Model(random_model), ContextOptions(1024, threads=1, flash_attention=False))
+    yield found
+    found.close()
+    found.model.close()
+
+
+def answer(context: Context, grammar: str, limit: int = 300, **sampling: Any) -> str:
+    """The answer of a random model that follows a grammar."""
+    options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 4, **sampling}
+    sequence = TokenSequence(context, speculation=Speculation(CostCurve(dict.fromkeys(DEFAULT_COSTS, 1.0))))
+    vocabulary, data = context.model.tokenizer, b""
+    for step in sequence.generate([1, 2, 3, 4], Sampling(**options, grammar=grammar), limit=limit):
+        if isinstance(step, int):
+            if vocabulary.is_end(step):
+                return data.decode("utf-8", errors="replace")
+            data += vocabulary.piece(step)
+    return data.decode("utf-8", errors="replace")
+
+
+def gbnf_answer(context: Context, text: str, limit: int = 300, **sampling: Any) -> str:
+    return answer(context, grammar_from_gbnf(text), limit, **sampling)
+
+
+def check(value: Any) -> None:
+    assert set(value) == {"name", "age", "tags", "level"}
+    name = value["name"]  # bytes that are no UTF-8, which only a model of single bytes says, count otherwise
+    assert isinstance(name, str)
+    assert "\ufffd" in name or len(name) <= 8
+    assert isinstance(value["age"], int)
+    assert value["level"] in (True, False, None)
+    assert len(value["tags"]) <= 2 and set(value["tags"]) <= {"red", "green"}
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_an_answer_follows_the_schema(seed: int, context: Context) -> None:
+    check(json.loads(answer(context, grammar_from_schema(json.dumps(PERSON)), seed=seed)))
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"top_k": 20, "top_p": 0.8}, {"repeat_penalty": 1.3}])
+def test_an_answer_follows_the_schema_with_every_way_to_sample(sampling: dict[str, Any], context: Context) -> None:
+    check(json.loads(answer(context, grammar_from_schema(json.dumps(PERSON)), **sampling)))
+
+
+def test_an_answer_follows_a_gbnf_grammar(context: Context) -> None:
+    assert re.fullmatch(r"(yes|no)[!?]{3}", gbnf_answer(context, 'root ::= ("yes" | "no") [!?] [!?] [!?]'))
+
+
+def test_the_same_seed_gives_the_same_answer(context: Context) -> None:
+    grammar = grammar_from_schema(json.dumps(PERSON))
+    assert answer(context, grammar, seed=8) == answer(context, grammar, seed=8)
+
+
+def test_tokens_come_as_often_as_among_the_allowed_ones_alone(context: Context) -> None:
+    """Without top-k and top-p: the model's own probabilities of "a", "b" and "c", divided by their sum."""
+    row = context.decode([(0, [1, 2, 3, 4])])[0]
+    ids = [context.model.tokenizer.tokenize(letter, special=False)[0] for letter in "abc"]
+    scores = [math.exp(context.logits(row)[token]) for token in ids]
+    context.truncate(0, 0)
+    grammar = grammar_from_gbnf("root ::= [abc] [x]")
+    counts = collections.Counter(answer(context, grammar, seed=seed, limit=1) for seed in range(400))
+    for letter, score in zip("abc", scores, strict=True):
+        assert abs(counts[letter] / 400 - score / sum(scores)) < 0.08
+
+
+def test_forced_text_is_not_sampled(context: Context) -> None:
+    matcher, tokenize = matcher_of(context, 'root ::= "abc" ("d" | "e") "fgh"'), context.model.tokenizer.tokenize
+    assert matcher.forced_tokens() == tokenize("abc", special=False)
+    for token in tokenize("abc", special=False):
+        matcher.accept(token)
+    assert matcher.forced_tokens() == []
+    matcher.accept(tokenize("e", special=False)[0])
+    assert matcher.forced_tokens() == tokenize("fgh", special=False)
+
+
+@pytest.mark.parametrize("text", ["né中", "e\u0301galite\u0301", "😀"])
+def test_characters_of_several_bytes_are_forced_as_they_are(text: str, context: Context) -> None:
+    """Also accents that stand apart, which Qwen's own tokenizer would compose."""
+    forced = matcher_of(context, f'root ::= "{text}" [ab]').forced_tokens()
+    assert b"".join(map(context.model.tokenizer.piece, forced)).decode() == text
+    assert gbnf_answer(context, f'root ::= "{text}" [ab]')[:-1] == text
+
+
+def test_forced_text_is_computed_in_one_batch(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches: list[int] = []
+    usual = Context.decode
+
+    def counting(self: Context, batch: Any, **options: Any) -> list[int]:
+        batches.append(sum(len(ids) for _, ids in batch))
+        return usual(self, batch, **options)
+
+    monkeypatch.setattr(Context, "decode", counting)
+    text = gbnf_answer(context, 'root ::= "a long literal comes first, " [xy] " and another one after it."')
+    assert re.fullmatch("a long literal comes first, [xy] and another one after it.", text)
+    assert max(batches[1:]) > 20
+    assert len(batches) < 8
+
+
+def test_an_answer_that_was_cut_continues_within_its_grammar(context: Context) -> None:
+    grammar = grammar_from_gbnf('root ::= "[" [a-c] [d-f] [g-i] "]"')
+    begun = answer(context, grammar, limit=2)
+    ids = tuple(context.model.tokenizer.tokenize(begun, special=False))
+    assert re.fullmatch(r"[d-f][g-i]\]", answer(context, grammar, begun=ids))
+    with pytest.raises(UsageError, match="does not follow the grammar"):
+        answer(context, grammar, begun=ids[::-1])
+
+
+def test_an_answer_that_is_complete_ends_when_it_is_continued(context: Context) -> None:
+    begun = tuple(context.model.tokenizer.tokenize("abc", special=False))
+    assert gbnf_answer(context, 'root ::= "abc"', begun=begun) == ""
+
+
+def test_an_answer_is_not_longer_than_its_limit_even_if_text_is_forced(context: Context) -> None:
+    assert gbnf_answer(context, 'root ::= "a long literal"', limit=6) == "a long"
+
+
+def test_many_prompts_at_once_follow_the_grammar(random_model: Path) -> None:
+    model = Model(random_model)
+    context = Context(model, ContextOptions(2048, threads=1, n_seq_max=4, flash_attention=False))
+    sampling = Sampling(temperature=1.0, seed=3, grammar=grammar_from_schema(json.dumps(PERSON)))
+    requests = [BatchRequest(key, [1, 2, key + 3], sampling, 300) for key in range(6)]
+    results = list(BatchGenerator(context).generate(requests, model.tokenizer.is_end))
+    assert sorted(result.key for result in results) == list(range(6))
+    for result in results:
+        assert result.hit_eos
+        check(json.loads(b"".join(map(model.tokenizer.piece, result.ids)).decode("utf-8", errors="replace")))
+    context.close()
+    model.close()
+
+
+def test_only_an_end_token_is_a_control_token_that_a_grammar_allows(context: Context) -> None:
+    vocabulary, matcher = context.model.tokenizer, matcher_of(context, "root ::= .*")
+    scores = numpy.zeros(len(vocabulary), numpy.float32)
+    matcher.apply_mask(scores)
+    allowed = set(numpy.flatnonzero(scores == 0).tolist())
+    assert {token for token in range(len(vocabulary)) if vocabulary.is_control(token)} & allowed == {
+        token for token in range(len(vocabulary)) if vocabulary.is_end(token)
+    }
+    assert set(vocabulary.tokenize("a\n<|im_end|>", special=False)) <= allowed
+
+
+def test_the_mask_and_the_check_of_one_token_agree(context: Context) -> None:
+    vocabulary, grammar = context.model.tokenizer, grammar_from_schema(json.dumps(PERSON))
+    matcher = GrammarMatcher(grammar, vocabulary)
+    for token in vocabulary.tokenize(json.dumps({"name": "Bo é", "age": -3}, ensure_ascii=False)[:-1], special=False):
+        scores = numpy.zeros(len(vocabulary), numpy.float32)
+        matcher.apply_mask(scores)
+        assert [bool(score == 0) for score in scores] == [matcher.allows(other) for other in range(len(vocabulary))]
+        matcher.accept(token)
+
+
+def test_the_token_trie_of_a_model_is_built_once_and_freed_with_it(random_model: Path) -> None:
+    model = Model(random_model)
+    assert build_token_trie(model.tokenizer) is build_token_trie(model.tokenizer)
+    gone = weakref.ref(model.tokenizer)
+    model.close()
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def matcher_of(context: Context, text: str) -> GrammarMatcher:
+    return GrammarMatcher(grammar_from_gbnf(text), context.model.tokenizer)
+
+
+def accepts(context: Context, grammar: str, text: str) -> bool:
+    """Whether a text follows a grammar, checked byte by byte."""
+    matcher, vocabulary = GrammarMatcher(grammar, context.model.tokenizer), context.model.tokenizer
+    for byte in text.encode():
+        token = vocabulary.pieces().index(bytes([byte]))
+        if not matcher.allows(token):
+            return False
+        matcher.accept(token)
+    return any(matcher.allows(end) for end in vocabulary.ends())
+
+
+def test_a_free_object_may_have_any_usual_layout(context: Context) -> None:
+    for layout in ({"indent": None}, {"indent": 2}, {"indent": 4}, {"separators": (",", ":")}):
+        text = json.dumps({"a": [1, {"b": None}, "x"], "c": {"d": -2.5, "e": []}, "f": True}, **layout)
+        assert accepts(context, grammar_from_schema(ANY_OBJECT), text), text
+    assert accepts(context, grammar_from_schema(ANY_OBJECT), '{ "colours": ["red", "blue"] }')
+    assert not accepts(context, grammar_from_schema(ANY_OBJECT), '{"a" 1}')
+    assert not accepts(context, grammar_from_schema(ANY_OBJECT), '{"a": 1,}')
+    assert not accepts(context, grammar_from_schema(ANY_OBJECT), '{\n\n\n"a": 1}')  # white space ends somewhere
+
+
+def test_named_properties_have_one_blank_after_colons_and_commas(context: Context) -> None:
+    grammar = grammar_from_schema(
+        '{"properties": {"a": {"type": "integer"}, "b": {"items": {"type": "null"}}}, "required": ["a", "b"]}'
+    )
+    assert accepts(context, grammar, '{"a": 1, "b": [null, null]}')
+    assert not accepts(context, grammar, '{"a":1, "b": []}')
+    assert not accepts(context, grammar, '{ "a": 1, "b": []}')
+    assert not accepts(context, grammar, '{"a": 1, "b": []}\n')
+
+
+def test_a_free_object_among_named_properties_is_written_like_the_rest(context: Context) -> None:
+    grammar = grammar_from_schema(
+        '{"properties": {"a": {"type": "integer"}, "b": {"type": "object"}}, "required": ["a", "b"]}'
+    )
+    assert accepts(context, grammar, '{"a": 1, "b": {"c": [2, {"d": null}]}}')
+    assert not accepts(context, grammar, '{"a": 1, "b": {\n  "c": 2\n}}')
+    assert not accepts(context, grammar, '{"a": 1, "b": 2}')
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [{"type": "array"}, {}, {"type": "array", "items": {"type": "object"}}, {"$ref": "#/$defs/a", "$defs": {"a": {}}}],
+)
+def test_an_answer_that_begins_with_a_free_value_may_have_any_usual_layout(
+    schema: dict[str, Any], context: Context
+) -> None:
+    assert accepts(context, grammar_from_schema(json.dumps(schema)), '[{"a":1},\n  { "b": 2 }\n]')
+
+
+def test_an_object_with_named_properties_has_no_others_unless_the_schema_says_so(context: Context) -> None:
+    named = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    assert not accepts(context, grammar_from_schema(json.dumps(named)), '{"a": 1, "b": 2}')
+    more = {**named, "additionalProperties": {"type": "integer"}}
+    assert accepts(context, grammar_from_schema(json.dumps(more)), '{"a": 1, "b": 2}')
+    joined = {"allOf": [named, {"properties": {"b": {"type": "integer"}}}]}
+    assert accepts(context, grammar_from_schema(json.dumps(joined)), '{"a": 1, "b": 2}')
+
+
+def test_a_property_cannot_be_written_with_another_spelling_of_its_name(context: Context) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "additionalProperties": True}
+    assert not accepts(context, grammar_from_schema(json.dumps(schema)), '{"\\u0061": "x"}')
+    assert not accepts(context, grammar_from_schema(json.dumps(schema)), '{"b": 1, "a": "x"}')
+
+
+def test_chinese_in_a_schema_is_written_as_it_is(context: Context) -> None:
+    schema = {"properties": {"颜色": {"enum": ["红", "绿"]}}, "required": ["颜色"]}
+    grammar = grammar_from_schema(json.dumps(schema))
+    assert accepts(context, grammar, '{"颜色": "红"}')
+    assert not accepts(context, grammar, json.dumps({"颜色": "红"}))
+    assert answer(context, grammar).startswith('{"颜色": "')
+
+
+def test_a_property_may_have_the_name_of_a_keyword(context: Context) -> None:
+    nested = {"type": "object", "properties": {"x": {"const": 1}}, "required": ["x"]}
+    schema = {"type": "object", "properties": {"ws": nested, "not": nested}, "required": ["ws", "not"]}
+    assert accepts(context, grammar_from_schema(json.dumps(schema)), '{"ws": {"x": 1}, "not": {"x": 1}}')
+
+
+@pytest.mark.parametrize(
+    ("grammar", "good", "bad"),
+    [
+        ('root ::= ("a" | "abc") "bd"', ["abd", "abcbd"], ["ab", "abc"]),
+        ('root ::= word "s"\nword ::= [a-z]+', ["cats", "ss"], ["s", "cat"]),
+        ('root ::= root "a" | "b"', ["b", "baa"], ["a", "ab"]),
+        ('root ::= "" | "x" root', ["", "xxx"], ["y"]),
+        ("root ::= | [ab] ( | [cd] )", ["", "a", "bd"], ["c", "acd"]),
+        (r'root ::= "\u00e9ab\x41\U0001F600" [\]\[\\/-]', ["éabA😀]", "éabA😀/", "éabA😀-"], ["éabA😀x"]),
+        ('root ::= [^"\\n] .', ["ab", "a\n", "中文"], ['"a', "\na"]),
+        ("root ::= [a-c-] [x^&&]", ["-x", "b^", "a&"], ["d^"]),
+        ('root ::= "ab"{2} [0-9]{1, 2} "c"{2,}', ["abab1cc", "abab12ccc"], ["ab1cc", "abab123cc", "abab1c"]),
+        ('# comment "x\nroot ::= (   # another\n  "a"\n  | B-2 )\r\nB-2 ::=\n  "b"', ["a", "b"], ["c"]),
+        ('root ::= x\nx ::= y "!"\ny ::= "a" | x "b"', ["a!", "a!b!"], ["ab"]),
+        ('root ::= Foo foo\nFoo ::= "F"\nfoo ::= "f"', ["Ff"], ["ff"]),
+    ],
+)
+def test_gbnf_means_what_it_means_in_llama_cpp(grammar: str, good: list[str], bad: list[str], context: Context) -> None:
+    translated = grammar_from_gbnf(grammar)
+    assert [text for text in good if not accepts(context, translated, text)] == []
+    assert [text for text in bad if accepts(context, translated, text)] == []
+
+
+# --- schemas and grammars that are refused
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        ("{", "not readable JSON"),
+        ("[1]", "must be a JSON object"),
+        ('{"type": "objekt"}', "Invalid type: objekt"),
+        ('{"type": "object", "uniqueItems": true}', "the keyword “uniqueItems” at #"),
+        ('{"properties": {"a": {"type": "number", "minimun": 2}}}', "“minimun” at #/properties/a"),
+        ('{"items": {"not": {}}}', "“not” at #/items"),
+        ('{"$defs": {"a": {"if": {}}}, "$ref": "#/$defs/a"}', "“if” at #/$defs/a"),
+        ('{"not": {}, "if": {}}', "(and 1 more)"),
+        ('{"type": "string", "nullable": true}', "“nullable”"),
+        ('{"x-guidance": {"lenient": true}, "not": {}}', "“x-guidance”"),
+        ('{"type": "string", "format": "foo"}', "Unknown format: foo"),
+        ('{"$ref": "https://example.org/x.json"}', "leads out of it"),
+        ('{"$ref": "#/$defs/missing"}', "/$defs/missing"),
+        ('{"anyOf": [3]}', "3 at #/anyOf/0 is not a schema"),
+        ('{"type": ["string", 3]}', '["string", 3] is not a value of “type”'),
+        ('{"properties": {"a": {"required": "b"}}}', '"b" is not a value of “required”'),
+        ('{"items": [{}]}', "[{}] at #/items is not a schema"),
+        ('{"items": ' * 100 + "{}" + "}" * 100, ""),
+        ('{"items": ' * 500 + "{}" + "}" * 500, "nested too deeply"),
+        ('{"items": ' * 100000 + "{}" + "}" * 100000, "The schema"),
+        ('{"allOf": [{"type": "string"}, {"type": "integer"}]}', "no value satisfies it: incompatible types"),
+        ('{"enum": [1], "type": "string"}', "no value satisfies it"),
+        ('{"type": "integer", "minimum": 5, "maximum": 3}', "minimum (5) is greater than maximum (3)"),
+        ('{"$ref": "#"}', "no value satisfies it"),
+        ('{"oneOf": [{"type": "number"}, {"type": "integer"}]}', "“oneOf” do not exclude each other"),
+        ('{"oneOf": [{}, {}]}', "“oneOf” do not exclude each other"),
+        ('{"type": "object", "minProperties": 2}', "“minProperties”"),
+        (r'{"type": "string", "pattern": "^\\bword$"}', "not supported"),
+        (
+            '{"type": "string", "pattern": "^(?=a)$"}',
+            "look-around, including look-ahead and look-behind, is not supported",
+        ),
+        ('{"type": "string", "pattern": "^[a$"}', "unclosed character class"),
+        (r'{"type": "string", "pattern": "a\\"}', "the pattern"),
+        ('{"type": "string", "pattern": "[[a]b]"}', "the pattern"),
+        ('{"type": "string", "pattern": "[a-z&&b]"}', "the pattern"),
+        ('{"type": "string", "pattern": 3}', "3 is not a value of “pattern”"),
+        (r'{"const": "a\u0000b"}', "control character"),
+        ('{"const": "a\x7fb"}', "control character"),
+        (r'{"type": "string", "pattern": "^[^\\u0000-\\u001f]$"}', ""),
+        (r'{"const": "\ud800"}', "end of hex escape"),
+    ],
+)
+def test_a_schema_that_cannot_be_followed_is_refused_in_one_sentence(schema: str, message: str) -> None:
+    try:
+        grammar_from_schema(schema)
+        assert message == ""
+    except UsageError as refused:
+        assert message in str(refused)
+        assert "\n" not in str(refused)
+        assert len(str(refused)) < 300
+
+
+@pytest.mark.parametrize(
+    ("schema", "kept", "others"),
+    [
+        ({"properties": {"c": {"allOf": [{"$ref": "#/$defs/C"}]}}, "required": ["c"], "type": "object",
+          "$defs": {"C": {"enum": ["red", "blue"], "type": "string"}}},
+         ['{"c": "red"}'], ['{"c": {}}', '{"c": "green"}']),
+        ({"type": ["string", "null"], "maxLength": 3}, ['"abc"', "null"], ['"abcd"', "1"]),
+        ({"type": ["string", "null"], "enum": ["a", None]}, ['"a"', "null"], ['"b"', '"ab"']),
+        ({"type": "object", "allOf": [{"properties": {"a": {"const": 1}}, "required": ["a"]},
+                                      {"properties": {"b": {"const": 2}}, "required": ["b"]}]},
+         ['{"a": 1, "b": 2}'], ['{"a": 1}', '{"a": 1, "b": 3}']),
+        ({"allOf": [{"properties": {"a": {"type": "integer"}}}, {"properties": {"a": {"minimum": 3}}}],
+          "type": "object", "required": ["a"]}, ['{"a": 3}'], ['{"a": 2}', "{}"]),
+        ({"const": 'say ":" space, "," space'}, [json.dumps('say ":" space, "," space')], ['"say"']),
+        ({"type": "array", "minItems": 2, "maxItems": 2}, ["[1, true]"], ["[1]", "[1, 2, 3]"]),
+        ({"type": "integer", "enum": [1, 2.5, 3.0, "x", True, None]}, ["1", "3"], ["2.5", '"x"', "true", "null"]),
+        ({"title": "anything"}, ["1", "{}", "null"], []),
+        ({"properties": {'a"b': {"const": "x\\y\n"}}, "required": ['a"b']}, [r'{"a\"b": "x\\y\n"}'], ['{"a"b": 1}']),
+        ({"prefixItems": [{"type": "string"}, {"const": 1}], "items": False, "minItems": 2},
+         ['["a", 1]'], ["[1, 1]", '["a"]', '["a", 1, 1]']),
+        ({"prefixItems": [{"type": "string"}], "items": {"type": "integer"}}, ['["a", 1, 2]'], ['["a", "b"]']),
+        ({"properties": {"x": {}}, "required": ["x"]}, ['{"x": 1}', '{"x": null}'], ["{}", "1"]),
+        ({"type": "object", "required": ["a"]}, ['{"a": 1}', '{"a": 1, "b": 2}'], ["{}", '{"b": 1}']),
+        ({"type": "object", "patternProperties": {"^n_": {"type": "integer"}}, "additionalProperties": False},
+         ['{"n_a": 1}', "{}"], ['{"n_a": "x"}', '{"m": 1}']),
+        ({"type": "object", "minProperties": 1}, ['{"a": 1}'], ["{}"]),
+        ({"type": "object", "additionalProperties": {"type": "null"}, "maxProperties": 1}, ['{"a": null}', "{}"],
+         ['{"a": null, "b": null}', '{"a": 1}']),
+        ({"maxLength": 3}, ['"abc"', "5"], ['"abcd"']),
+        ({"properties": {"kind": {}}, "type": "object", "anyOf": [{"required": ["kind"]}]}, ['{"kind": 1}'], ["{}"]),
+        ({"oneOf": [{"type": "string"}, {"type": "integer"}]}, ['"a"', "1"], ["null", "1.5"]),
+        ({"oneOf": [{"$ref": "#/$defs/Cat"}, {"$ref": "#/$defs/Dog"}], "discriminator": {"propertyName": "kind"},
+          "$defs": {"Cat": {"type": "object", "properties": {"kind": {"const": "cat"}}, "required": ["kind"]},
+                    "Dog": {"type": "object", "required": ["kind", "age"],
+                            "properties": {"kind": {"enum": ["dog", "wolf"]}, "age": {"type": "integer"}}}}},
+         ['{"kind": "cat"}', '{"kind": "wolf", "age": 3}'], ['{"kind": "dog"}', '{"kind": "cow"}']),
+        ({"$defs": {"tree": {"type": "object", "properties": {"children": {"type": "array", "items": {"$ref":
+          "#/$defs/tree"}}}, "required": ["children"]}}, "$ref": "#/$defs/tree"},
+         ['{"children": [{"children": []}]}'], ['{"children": [1]}']),
+        ({"type": "integer", "minimum": -3, "exclusiveMaximum": 12}, ["-3", "0", "11"], ["-4", "12", "1.5"]),
+        ({"type": "number", "exclusiveMinimum": 0, "maximum": 1.5}, ["0.1", "1.5"], ["0", "0.0", "1.6", "-1"]),
+        ({"type": "integer", "multipleOf": 7}, ["0", "7", "-14"], ["8", "1"]),
+        ({"type": "number", "multipleOf": 0.01}, ["0.25", "3"], ["0.255"]),
+        ({"type": "string", "format": "email"}, ['"a@example.org"'], ['"a"']),
+        ({"type": "string", "format": "date", "maxLength": 10}, ['"2024-02-29"'], ['"2024-02-31"', '"x"']),
+        ({"type": "string", "pattern": "abc", "maxLength": 4}, ['"abc"', '"xabc"'], ['"ab"', '"xxabc"']),
+        ({"type": "string", "pattern": r"^\d{3}-\w+\.[^a]$"}, ['"123-ab.c"'],
+         ['"123-ab.a"', '"12-a.b"', '"123-ab."', '"123-abxc"', '"١٢٣-a.b"']),
+        ({"type": "string", "pattern": "^(a|b)$"}, ['"a"', '"b"'], ['"a', 'b"', '"ab"']),
+        ({"type": "string", "pattern": "^a|b$"}, ['"a"', '"b"', '"ab"', '"axx"'], ['"a', '"xa"']),
+        ({"type": "string", "pattern": "^a+?$"}, ['"a"', '"aa"'], ['"b"']),
+        ({"type": "string", "pattern": r"^\$(\(\d\)|x)?$"}, ['"$"', '"$(1)"', '"$x"'], ['"(1)"']),
+        ({"type": "string", "pattern": "^.*$"}, ['"a b"', '""', r'"a\""'], ['"a"b"', '"a\n"', r'"a\n"']),
+    ],
+)  # fmt: skip
+def test_every_keyword_of_a_schema_is_followed(
+    schema: dict[str, Any], kept: list[str], others: list[str], context: Context
+) -> None:
+    grammar = grammar_from_schema(json.dumps(schema))
+    assert [text for text in kept if not accepts(context, grammar, text)] == []
+    assert [text for text in others if accepts(context, grammar, text)] == []
+
+
+@pytest.mark.parametrize(
+    ("grammar", "reason"),
+    [
+        ("", "it is empty"),
+        ("  ", "it is empty"),
+        ('root ::= "a\0"', "a zero byte"),
+        ('root ::= "a', "unexpected ““a” in line 1".replace("““", '“"')),
+        ("other ::= [a-z]", "it has no rule “root”"),
+        ("root ::= missing", "the rule “missing” in line 1 is not defined"),
+        ('root ::= "a"\nroot ::= "b"', "the rule “root” is defined twice"),
+        ("(((", "it has no rule “root”"),
+        ('root ::= ("a"', "a parenthesis in line 1 has no partner"),
+        ('root ::= "a")\nb ::= "c"', "a parenthesis in line 1 has no partner"),
+        ('root ::= ("a"\nb ::= "c")', "a parenthesis in line 2 has no partner"),
+        ("root ::= * [a]", "unexpected “*” in line 1"),
+        ('"a" root ::= [a]', "unexpected “a” in line 1"),
+        ("root ::= [a]\n\nother ::= <think>", "unexpected “<think>” in line 3"),
+        (r'root ::= "\q"', r"an escape in “\\q” in line 1 is unknown"),
+        ("root ::= [z-a]", "invalid character class range"),
+        ('root ::= "a"{3,2}', "range end must be >= start"),
+        ('root ::= "a"{99999999999}', "number too large"),
+        (f"root ::= {'(' * 5000}[a]{')' * 5000}", "nested too deeply"),
+        ('root ::= root "a"', "no answer can follow it"),
+    ],
+)
+def test_a_grammar_that_cannot_be_followed_is_refused_in_one_sentence(
+    grammar: str, reason: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(
+        UsageError,
+        match=f"The grammar cannot be (read|used): .*{re.escape(reason).replace(chr(92) * 4, chr(92) * 2)}",
+    ) as caught:
+        grammar_from_gbnf(grammar)
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_answer_that_reaches_a_dead_end_is_refused_in_one_sentence(
+    context: Context, capfd: pytest.CaptureFixture[str]
+) -> None:
+    grammar = grammar_from_gbnf(r'root ::= "a" [^\U00000000-\U0010FFFF]')
+    with pytest.raises(UsageError, match="leaves nothing that this model could say"):
+        answer(context, grammar)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_text_that_is_no_grammar_of_llguidance_is_refused(context: Context) -> None:
+    with pytest.raises(UsageError, match="The grammar cannot be used"):
+        GrammarMatcher('root ::= "a"', context.model.tokenizer)
+
+
+@given(st.text(st.sampled_from('root::= \n"a|()[]*+?{2,}^-.\\xu#'), max_size=30))
+def test_any_text_is_a_grammar_or_refused_in_one_sentence(text: str) -> None:
+    try:
+        grammar_from_gbnf("root ::= " + text)
+    except UsageError as refused:
+        assert str(refused).startswith("The grammar cannot be")
+
+
+KEYWORDS = ("type", "properties", "items", "enum", "anyOf", "$ref", "const", "x", "pattern", "allOf", "required",
+            "minItems", "additionalProperties", "prefixItems", "maxItems", "minLength", "format", "$defs",
+            "oneOf", "minimum", "maximum", "multipleOf", "patternProperties", "minProperties")  # fmt: skip
+SIMPLE = st.none() | st.booleans() | st.integers() | st.text(max_size=5)
+
+
+def nested(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYWORDS), inner, max_size=4)
+
+
+@given(st.recursive(SIMPLE, nested, max_leaves=8))
+def test_any_json_is_a_schema_or_refused_in_one_sentence(schema: Any) -> None:
+    try:
+        assert grammar_from_schema(json.dumps(schema))
+    except UsageError as refused:
+        assert str(refused).startswith("The schema")
+
+
+TYPES = st.sampled_from(("object", "array", "string", "number", "integer", "boolean", "null"))
+VALUES = st.sampled_from(("x", 'y"q', "a\\b", "é", 1, 2.5, None, True, [1], {"k": "v"}))
+PLAIN: dict[str, st.SearchStrategy[Any]] = {
+    "type": TYPES | st.lists(TYPES, min_size=1, max_size=3, unique=True),
+    "enum": st.lists(VALUES, min_size=1, max_size=3), "const": VALUES, "title": st.just("t"),
+    "minLength": st.integers(0, 3), "maxLength": st.integers(2, 5), "format": st.sampled_from(("date", "uuid")),
+    "pattern": st.sampled_from((r"^\d+$", "^a|b$", "^[^x]{2}$", r"^(ab|c)*\.$", "^.$")),
+    "minItems": st.integers(0, 2), "maxItems": st.integers(1, 3),
+    "required": st.lists(st.sampled_from("abc"), max_size=2, unique=True),
+    "minimum": st.integers(-9, 3), "exclusiveMaximum": st.integers(3, 200), "multipleOf": st.sampled_from((2, 7, 0.5)),
+    "minProperties": st.integers(0, 2), "maxProperties": st.integers(1, 3),
+}  # fmt: skip
+
+
+def with_parts(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    parts = st.lists(inner, min_size=1, max_size=2)
+    named = st.dictionaries(st.sampled_from("abc"), inner, min_size=1, max_size=3)
+    patterns = st.dictionaries(st.sampled_from(("^a", "b$")), inner, max_size=1)
+    return some_of({**PLAIN, "properties": named, "items": inner, "additionalProperties": inner | st.booleans(),
+                    "prefixItems": parts, "anyOf": parts, "allOf": parts, "oneOf": parts,
+                    "patternProperties": patterns})  # fmt: skip
+
+
+@st.composite
+def some_of(draw: st.DrawFn, keywords: Mapping[str, st.SearchStrategy[Any]]) -> dict[str, Any]:
+    """A schema of few keywords, since most that are thrown together exclude each other."""
+    chosen = draw(st.lists(st.sampled_from(sorted(keywords)), max_size=3, unique=True))
+    return {key: draw(keywords[key]) for key in chosen}
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(schema=st.recursive(some_of(PLAIN), with_parts, max_leaves=5), seed=st.integers(0, 9))
+def test_an_answer_satisfies_its_schema_or_the_schema_is_refused(
+    schema: dict[str, Any], seed: int, context: Context
+) -> None:
+    try:
+        grammar = grammar_from_schema(json.dumps(schema))
+    except UsageError:
+        return
+    text = answer(context, grammar, limit=250, seed=seed)
+    if "\ufffd" in text or not is_complete(context, grammar, text):
+        return  # bytes that are no text, or it was cut at the limit
+    exact = json.loads(json.dumps(schema), parse_float=number)
+    jsonschema.Draft202012Validator(exact).validate(json.loads(text, parse_float=number))
+
+
+def number(text: str) -> decimal.Decimal | float:
+    """A number as it is written, so that 0.7 is a multiple of 0.1; infinity if it is beyond all bounds."""
+    try:
+        return decimal.Decimal(text)
+    except decimal.InvalidOperation:
+        return float(text)
+
+
+def is_complete(context: Context, grammar: str, text: str) -> bool:
+    """Whether an answer may end where it does."""
+    matcher = GrammarMatcher(grammar, context.model.tokenizer)
+    matcher.accept_beginning(context.model.tokenizer.tokenize_bytes(text.encode()))
+    return any(matcher.allows(end) for end in context.model.tokenizer.ends())
+
+
+# --- the command
+
+
+def test_run_answers_with_json_that_follows_the_schema(random_model: Path, invoke: Run, tmp_path: Path) -> None:
+    (tmp_path / "s.json").write_text(json.dumps(PERSON))
+    result = invoke("run", str(random_model), "Hi", "--schema", "s.json", "--seed", "2", "-n", "300")
+    assert result.returncode == 0, result.stderr
+    check(json.loads(result.stdout))
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--schema", "missing.json"], 3, "Cannot read the file missing.json"),
+        (["--schema", "bad.json"], 2, "not readable JSON"),
+        (["--grammar", "bad.json"], 2, "The grammar cannot be read"),
+        (["--json", "--schema", "bad.json"], 2, "exclude each other"),
+    ],
+)
+def test_run_refuses_a_schema_or_grammar_before_anything_is_loaded(
+    options: list[str], code: int, message: str, invoke: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "bad.json").write_text("{nonsense")
+    result = invoke("run", "./missing.gguf", "Hi", *options)
+    assert result.returncode == code
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr

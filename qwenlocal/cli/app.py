@@ -149,23 +149,37 @@ def run(
     force: Annotated[bool, typer.Option("--force", help="Load the model even if it does not seem to fit.")] = False,
     temperature: Annotated[
         Optional[float],  # noqa: UP045
-        typer.Option("--temp", metavar="X", help="Temperature; 0 always takes the most likely token."),
+        typer.Option(
+            "--temp", metavar="X", help="Temperature; 0 always takes the most likely token. [default: the model's]"
+        ),
     ] = None,
     top_k: Annotated[
-        int | None, typer.Option("--top-k", metavar="N", help="Sample from the N most likely tokens; 0 means all.")
+        int | None,
+        typer.Option(
+            "--top-k", metavar="N", help="Sample from the N most likely tokens; 0 means all. [default: the model's]"
+        ),
     ] = None,
     top_p: Annotated[
         float | None,
         typer.Option(
-            "--top-p", metavar="X", help="Nucleus sampling: keep the smallest set of tokens with total probability X."
+            "--top-p",
+            metavar="X",
+            help="Nucleus sampling: keep the smallest set of tokens with total probability X. [default: the model's]",
         ),
     ] = None,
     min_p: Annotated[
         float | None,
-        typer.Option("--min-p", metavar="X", help="Drop tokens less likely than X times the most likely one."),
+        typer.Option(
+            "--min-p",
+            metavar="X",
+            help="Drop tokens less likely than X times the most likely one. [default: the model's]",
+        ),
     ] = None,
     repeat_penalty: Annotated[
-        float | None, typer.Option("--repeat-penalty", metavar="X", help="Penalize repeated tokens; 1 means off.")
+        float | None,
+        typer.Option(
+            "--repeat-penalty", metavar="X", help="Penalize repeated tokens; 1 means off. [default: the model's]"
+        ),
     ] = None,
     seed: Annotated[
         Optional[int],  # noqa: UP045

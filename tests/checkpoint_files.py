@@ -65,12 +65,12 @@ datasets: [o/d]
 
 
 def write_minimal(folder: Path, config: Mapping[str, Any] | None = None, **options: Any) -> Path:
-    """A checkpoint of one layer, 32 wide."""
+    """Write a checkpoint of one layer, 32 wide."""
     return write_checkpoint(folder / "model", config={**MINIMAL, **(config or {})}, **options)
 
 
 def set_json(folder: Path, file: str, **values: Any) -> Path:
-    """Set values in one of a checkpoint's JSON files; `...` takes one away."""
+    """Set values in a JSON file of a checkpoint; `...` removes a key."""
     path = folder / file
     document = {**(json.loads(path.read_text()) if path.exists() else {}), **values}
     path.write_text(json.dumps({key: value for key, value in document.items() if value is not ...}))
@@ -78,7 +78,7 @@ def set_json(folder: Path, file: str, **values: Any) -> Path:
 
 
 def set_bpe_model(folder: Path, **values: Any) -> Path:
-    """Set values of the vocabulary proper in tokenizer.json."""
+    """Set values of "model" in tokenizer.json."""
     model = json.loads((folder / "tokenizer.json").read_text())["model"]
     return set_json(folder, "tokenizer.json", model={**model, **values})
 
@@ -89,7 +89,7 @@ def load_vocab(folder: Path) -> dict[str, int]:
 
 
 def set_weights(folder: Path, name: str, row: int, *values: float, dtype: str = "BF16") -> None:
-    """Set numbers at the beginning of a row."""
+    """Overwrite the first numbers of a row of a tensor."""
     stored = Checkpoint.open(folder).tensors[name]
     columns = stored.shape[-1] if len(stored.shape) > 1 else 1
     with numpy.errstate(over="ignore"):
@@ -100,7 +100,7 @@ def set_weights(folder: Path, name: str, row: int, *values: float, dtype: str = 
 
 
 def flip_bit(path: Path, at: int = -1) -> bytes:
-    """Turn one bit over; returns what was there before."""
+    """Flip one bit of a file; returns the content before."""
     before = path.read_bytes()
     content = bytearray(before)
     content[at] ^= 1
@@ -113,19 +113,19 @@ def file_names(folder: Path) -> set[str]:
 
 
 def make_plan(folder: Path, **options: Any) -> Plan:
-    """All that is read before anything is written."""
+    """Plan a conversion to f16, which reads everything and writes nothing."""
     return plan_conversion(Checkpoint.open(folder), [(folder / "out.gguf", file_type("f16"))], Options(**options))
 
 
 def plan_metadata(folder: Path, **options: Any) -> dict[str, Any]:
-    """The keys that the GGUF file would have."""
+    """Return the keys of the planned GGUF file."""
     path = folder / "header"
     path.write_bytes(make_plan(folder, **options).job.outputs[0].header)
     return {key: gguf.decode(value) for key, value in read_pairs(path).items()}
 
 
 def plan_tensor_names(folder: Path) -> set[str]:
-    """The tensors that the GGUF file would have."""
+    """Return the tensor names of the planned GGUF file."""
     return {tensor.name for tensor in make_plan(folder).files[0].tensors}
 
 
@@ -135,7 +135,7 @@ def load_vocabulary(folder: Path, size: int = VOCAB_SIZE, **options: Any) -> Voc
 
 
 def plan_job(source: Path, *targets: Path) -> Job:
-    """Write `source` to files that are named after their types: "x.q8_0.gguf"."""
+    """Plan a conversion of `source` to files named after their types, such as "x.q8_0.gguf"."""
     outputs = [(target, file_type(target.suffixes[-2][1:])) for target in targets]
     return plan_conversion(Checkpoint.open(source), outputs, Options(name="tiny")).job
 

@@ -12,29 +12,29 @@ from conftest import Run
 
 
 def expect_exit(result: subprocess.CompletedProcess[str], code: int) -> str:
-    """The error output of a run that must have ended with `code`, and never with a traceback."""
+    """Check the exit code, and that there is no traceback; returns the error output."""
     assert "Traceback" not in result.stderr + result.stdout
     assert result.returncode == code, result.stderr + result.stdout
     return result.stderr
 
 
 def expect_error(result: subprocess.CompletedProcess[str]) -> str:
-    """The error output of a run that must have failed, whatever its code."""
+    """Check that a command failed with an exit code of ours; returns the error output."""
     assert result.returncode in (2, 3, 5), result.stderr
     return expect_exit(result, result.returncode)
 
 
 def parse_json(text: str) -> Any:
-    """JSON as every program reads it: without NaN."""
+    """Parse JSON strictly: NaN and Infinity are not allowed."""
     return json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
 
 
 def parse_plan(text: str) -> dict[str, Any]:
-    """A plan as --json has it, without what the clock says and what names the source."""
+    """Parse the plan of --json, without the time and sizes that depend on the source."""
     plan = parse_json(text)
     del plan["seconds"]
     for file in plan["files"]:
-        del file["size"]  # where it came from stands in the header
+        del file["size"]  # the header holds the address of the source
     return dict(plan)
 
 
@@ -43,12 +43,12 @@ def list_models(run: Run) -> dict[str, dict[str, Any]]:
 
 
 def model_states(run: Run) -> dict[str, str]:
-    """What is here, being made or coming, by name."""
+    """Return the state of every listed model by its name."""
     return {name: str(entry["state"]) for name, entry in list_models(run).items()}
 
 
 def installed_path(run: Run) -> str:
-    """The path of the one model that is whole."""
+    """Return the path of the only installed model."""
     (path,) = (entry["path"] for entry in parse_json(run("list", "--json").stdout) if entry["state"] == "here")
     return str(path)
 

@@ -210,7 +210,7 @@ def no_rope_base(tiny_f32: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def checkpoint_copy(tiny_checkpoint: Path, tmp_path: Path) -> Path:
-    """A checkpoint to be changed."""
+    """A checkpoint that the test may change."""
     return Path(shutil.copytree(tiny_checkpoint, tmp_path / tiny_checkpoint.name))
 
 
@@ -223,7 +223,7 @@ def hub_checkpoint(hub: HubServer, tiny_checkpoint: Path) -> str:
 
 @pytest.fixture
 def weight_requests(hub: HubServer) -> WeightRequests:
-    """The bytes of safetensors files that the hub is asked for."""
+    """The byte ranges of safetensors files that are requested."""
     return WeightRequests(hub)
 
 

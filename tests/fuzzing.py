@@ -9,7 +9,7 @@ fuzz = settings(max_examples=60, deadline=None, suppress_health_check=list(Healt
 
 
 def mutations(content: bytes) -> st.SearchStrategy[bytes]:
-    """`content` with some bytes changed, taken out or put in, or cut off."""
+    """Generate copies of `content` with bytes changed, removed or inserted, or truncated."""
 
     def mutate(edits: list[tuple[float, int, bytes]], cut: float | None) -> bytes:
         data = bytearray(content)

@@ -31,7 +31,7 @@ def write_f32_gguf(path: Path, pairs: Mapping[str, gguf.Encoded], tensors: Mappi
 
 
 def copy_with_metadata(source: Path, target: Path, pairs: Mapping[str, bytes | None]) -> Path:
-    """A copy of a GGUF file of any types with other values in its header; None takes one away."""
+    """Copy a GGUF file with other metadata; None removes a key."""
     header, metadata = read_header(source), read_pairs(source)
     metadata = {key: value for key, value in {**metadata, **pairs}.items() if value is not None}
     kinds = {tensor.name: ggml.tensor_type_by_number(tensor.type) for tensor in header.tensors}
@@ -41,7 +41,7 @@ def copy_with_metadata(source: Path, target: Path, pairs: Mapping[str, bytes | N
 
 
 def copy_with_tensor_info(source: Path, target: Path, name: str, **changes: Any) -> Path:
-    """A copy in which the header describes one tensor otherwise: another `type` (a number) or `shape`."""
+    """Copy a GGUF file with another `type` (a number) or `shape` in the description of one tensor."""
     header, infos = read_header(source), []
     for tensor in header.tensors:
         shape = changes.get("shape", tensor.shape) if tensor.name == name else tensor.shape
@@ -60,7 +60,7 @@ def copy_with_tensor_info(source: Path, target: Path, name: str, **changes: Any)
 
 
 def copy_with_weights(source: Path, target: Path, name: str, *numbers: float) -> Path:
-    """A copy of a file of f32 with other numbers at the beginning of a tensor."""
+    """Copy an f32 GGUF file with other numbers at the beginning of a tensor."""
     header = read_header(source)
     tensor = next(tensor for tensor in header.tensors if tensor.name == name)
     content = bytearray(source.read_bytes())
@@ -71,7 +71,7 @@ def copy_with_weights(source: Path, target: Path, name: str, *numbers: float) ->
 
 
 def copy_with_tensors(source: Path, target: Path, *, without: str = "", **more: numpy.ndarray) -> Path:
-    """A copy of a file of f32 with a tensor less, or with others in it as well ("." is written "__" in names)."""
+    """Copy an f32 GGUF file without one tensor, or with additional ones ("__" in names stands for ".")."""
     header, data = read_header(source), data_of(source)
     kind = ggml.tensor_type("f32")
     shapes = {tensor.name: tensor.shape for tensor in header.tensors if tensor.name != without}
@@ -90,7 +90,7 @@ def copy_with_tensors(source: Path, target: Path, *, without: str = "", **more: 
 
 
 def split_gguf(source: Path, folder: Path) -> None:
-    """As llama-gguf-split does: all keys in the first part, tensors in both."""
+    """Split a GGUF file as llama-gguf-split does: all keys in the first part, tensors in both."""
     header, content = read_header(source), source.read_bytes()
     for number, tensors in enumerate((header.tensors[:5], header.tensors[5:])):
         pairs = read_pairs(source) if number == 0 else {}
@@ -109,6 +109,6 @@ def split_gguf(source: Path, folder: Path) -> None:
 
 
 def old_token_types(good: Path) -> bytes:
-    """As converters before mid-2024 marked padding: user defined, so that its name in a text becomes the token."""
+    """Return token types with padding as user-defined tokens, as converters before mid-2024 wrote them."""
     kinds = gguf.decode(read_pairs(good)["tokenizer.ggml.token_type"])
     return gguf.i32s([USER_DEFINED if kind == 5 else kind for kind in kinds])

@@ -32,14 +32,14 @@ each_command = pytest.mark.parametrize("command", COMMANDS, ids=lambda command: 
 
 
 def publish(hub: HubServer, folder: Path, repo: str = REPO) -> None:
-    """Put a checkpoint on the hub."""
+    """Put the files of a checkpoint on the hub."""
     hub.repository(repo).files = {
         path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
     }
 
 
 class WeightRequests:
-    """The bytes of safetensors files that the hub was asked for."""
+    """The byte ranges of safetensors files that were requested."""
 
     def __init__(self, hub: HubServer) -> None:
         self.spans: list[tuple[str, int, int]] = []
@@ -56,22 +56,22 @@ class WeightRequests:
 
     @property
     def weights(self) -> set[str]:
-        """Files of which more than the header was asked for."""
+        """Files of which more than the header was requested."""
         files = self._hub.repository(REPO).files
         return {file for file, _, end in self.spans if end > 8 + int.from_bytes(files[file][:8], "little")}
 
     @property
     def saw_headers_only(self) -> bool:
-        """Not a byte of a weight was asked for."""
+        """True if no byte of a weight was requested."""
         return not self.weights
 
 
 def fetched_files(hub: HubServer) -> list[str]:
-    """The files of which bytes were asked for."""
+    """Return the names of the files that were requested."""
     return [path.rpartition("/")[2] for path in hub.requests if "/resolve/" in path]
 
 
 def read_tree(folder: Path) -> dict[str, bytes]:
-    """Files with their content, links by what they lead to; locks do not count."""
+    """Return the content of all files by path, of links that of their targets; without locks."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.parent.name != "locks"]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}

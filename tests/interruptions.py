@@ -34,7 +34,7 @@ print(carry_out(plan_job(source, *targets), threads=1, replace=replace).resumed)
 
 
 def count_slabs(target: Path) -> int:
-    """Slabs that the journal speaks of."""
+    """Count the finished slabs in the journal."""
     try:
         return journal_of(target).read_text().count("\n") - 1
     except OSError:
@@ -42,7 +42,7 @@ def count_slabs(target: Path) -> int:
 
 
 def start_conversion(source: Path, *targets: Path, replace: str = "") -> subprocess.Popen[str]:
-    """Another process that writes."""
+    """Start a conversion in another process."""
     arguments = [str(Path(__file__).parent), str(source), ",".join(map(str, targets)), replace]
     return subprocess.Popen(
         [sys.executable, "-c", CONVERT, *arguments],
@@ -57,7 +57,7 @@ def signal_after(child: subprocess.Popen[str], target: Path, after: int, how: in
     """Wait until so many slabs are done, and send a signal; returns what it said on stderr."""
     while count_slabs(target) < after and child.poll() is None:
         time.sleep(0.002)
-    assert child.poll() is None, "it was done before it could be stopped"
+    assert child.poll() is None, "it finished before it could be stopped"
     child.send_signal(how)
     return child.communicate(timeout=60)[1]
 
@@ -87,7 +87,7 @@ def interrupt_conversion(job: Job, **options: Any) -> None:
 
 @contextlib.contextmanager
 def expect_interrupted() -> Iterator[None]:
-    """What is interrupted in here says that what was done is kept."""
+    """Check that an interrupt inside is reported with the hint that the work is kept."""
     try:
         yield
     except Interrupted as stop:

@@ -142,7 +142,7 @@ class TestWeightFiles:
         assert not (tmp_path / "harm").exists()
 
     def test_a_broken_link_is_refused(self, tmp_path: Path) -> None:
-        """As in the hub's cache, when the download of a blob was not finished."""
+        """The Hugging Face cache has such links after an interrupted download."""
         folder = write_minimal(tmp_path)
         (folder / "model.safetensors").unlink()
         (folder / "model.safetensors").symlink_to(tmp_path / "blob")
@@ -274,7 +274,7 @@ JSON_VALUES = st.recursive(
 
 
 def replace_value(document: Any, data: st.DataObject) -> Any:
-    """`document` with one value in it, however deep, replaced by any other, or taken out."""
+    """Replace or remove one value of `document`, at any depth."""
     if isinstance(document, dict) and document and data.draw(st.integers(0, 9)):
         key = data.draw(st.sampled_from(list(document)[:40]))
         if not data.draw(st.integers(0, 9)):

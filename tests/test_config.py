@@ -187,7 +187,7 @@ class TestRope:
         assert "qwen2.rope.scaling.original_context_length" not in metadata
 
     def test_yarn_scaling_is_written_in_llama_cpps_terms(self, tmp_path: Path) -> None:
-        """Which multiplies its own factor of the attention, 0.1 ln 4 + 1, with the file's."""
+        """llama.cpp multiplies its own attention factor, 0.1 ln 4 + 1, with that of the file."""
         yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "attention_factor": 1.5,
                 "beta_fast": 32, "beta_slow": 1}  # fmt: skip
         metadata = plan_metadata(write_minimal(tmp_path, {"rope_scaling": yarn}))

@@ -193,7 +193,7 @@ class TestTypes:
         expect_exit(invoke("convert", str(tiny_checkpoint), *options), 0)
         types = {t.name: ggml.tensor_type_by_number(t.type).name for t in read_header(tmp_path / "x.gguf").tensors}
         chosen = [types[f"blk.0.ffn_{name}.weight"] for name in ("up", "down", "gate")]
-        assert chosen == ["f16", "q4_0", "q8_0"], "the first that fits counts"
+        assert chosen == ["f16", "q4_0", "q8_0"], "the first match counts"
 
     def test_tensor_type_applies_to_unquantized_files(self, tiny_checkpoint: Path, invoke: Run, tmp_path: Path) -> None:
         command = ("convert", str(tiny_checkpoint), "--tensor-type", "ffn_down=q8_0", "--type", "f16", "-o", "x.gguf")

@@ -104,7 +104,7 @@ def test_a_damaged_header_is_read_or_refused(speaking_model: Path, tmp_path: Pat
 
 class TestDuplicates:
     def write_duplicate(self, good: Path, target: Path, what: str) -> Path:
-        """A file in which a key, or a tensor, stands twice."""
+        """Write a file with a duplicate key or tensor."""
         if what == "key":
             copy_with_metadata(good, target, {"my.key1": gguf.u32(1), "my.key2": gguf.u32(2)})
             target.write_bytes(target.read_bytes().replace(b"my.key2", b"my.key1"))
@@ -130,7 +130,8 @@ class TestDuplicates:
         for command in (("inspect", "./x.gguf"), ("inspect", "./x.gguf", "--fix", "-o", "y.gguf"),
                         ("diff", "./x.gguf", str(tiny_f32)), ("diff", str(tiny_f32), "./x.gguf"),
                         ("quantize", "./x.gguf", "y.gguf", "q8_0"), ("show", "./x.gguf"), ("verify", "./x.gguf"),
-                        ("verify", "./x.gguf", "--against", str(tiny_checkpoint)), ("run", "./x.gguf", "Hi")):  # fmt: skip
+                        ("verify", "./x.gguf", "--against", str(tiny_checkpoint)),
+                        ("run", "./x.gguf", "Hi")):  # fmt: skip
             assert "x.gguf" in expect_exit(invoke(*command), 5), command
         assert not (tmp_path / "y.gguf").exists()
 
@@ -154,7 +155,7 @@ class TestUnreadableFiles:
 
     @pytest.fixture
     def unreadable(self, tiny_f32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-        """A file of somebody else's; to root, too."""
+        """A file without read permission, even for root."""
         shutil.copy(tiny_f32, tmp_path / "x.gguf")
         open_ = Path.open
 
@@ -169,7 +170,8 @@ class TestUnreadableFiles:
     def test_a_file_without_read_permission_is_refused_by_every_command(
         self, unreadable: str, tiny_f32: Path, invoke: Run
     ) -> None:
-        for command in (("inspect", unreadable), ("diff", unreadable, str(tiny_f32)), ("diff", str(tiny_f32), unreadable),
+        for command in (("inspect", unreadable), ("diff", unreadable, str(tiny_f32)),
+                        ("diff", str(tiny_f32), unreadable),
                         ("quantize", unreadable, "y.gguf", "q8_0"), ("show", unreadable),
                         ("run", unreadable, "Hi")):  # fmt: skip
             assert "x.gguf: cannot read it (Permission denied)" in expect_exit(invoke(*command), 5), command

@@ -68,7 +68,7 @@ class TestExistingOutputs:
         assert target.read_bytes() == b"old"
 
     def test_the_output_may_replace_its_source(self, unaligned_checkpoint: Path, tmp_path: Path) -> None:
-        """As in: quantize x.gguf x.gguf q8_0 --force."""
+        """quantize x.gguf x.gguf q8_0 --force."""
         from qwenlocal.weights.quantize import plan_quantization
 
         path = tmp_path / "x.f16.gguf"
@@ -104,7 +104,7 @@ class TestExistingOutputs:
             time.sleep(0.002)
         with pytest.raises(QwenlocalError, match="Another qwenlocal is writing"):
             carry_out(plan_job(large_checkpoint, slow_output), threads=1)
-        assert child.poll() is None, "the other one was still at it"
+        assert child.poll() is None, "the other process was still writing"
         assert child.communicate(timeout=60)[0] == "0\n"
         assert slow_output.read_bytes() == large_gguf
         assert file_names(slow_output.parent) == {slow_output.name}
@@ -158,7 +158,7 @@ Path(sys.argv[4]).write_bytes(target.read_bytes())
 
 
 def can_mount_tmpfs() -> bool:
-    """Whether this user may mount a file system in memory, in a name space of its own."""
+    """Return True if this user may mount a tmpfs in a namespace of its own."""
     try:
         command = ["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/tmp"]
         return subprocess.run(command, capture_output=True).returncode == 0

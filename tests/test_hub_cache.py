@@ -31,7 +31,7 @@ from qwenlocal.testing import write_checkpoint
 
 
 def add_to_hub_cache(folders: Folders, source: Path, *, without: tuple[str, ...] = (), main: bool = True) -> Path:
-    """Put a checkpoint into the hub's cache, as another program does; returns its snapshot."""
+    """Put a checkpoint into the Hugging Face cache; returns its snapshot folder."""
     repo = folders.hub_cache / f"models--{REPO.replace('/', '--')}"
     snapshot = repo / "snapshots" / COMMIT
     snapshot.mkdir(parents=True)
@@ -56,8 +56,8 @@ class TestUse:
     @pytest.mark.parametrize("environment_", [OFFLINE, UNREACHABLE], ids=["offline", "nobody answers"])
     @each_command
     def test_a_cached_checkpoint_is_found_without_network(
-        self, command: tuple[str, ...], environment_: dict[str, str], tiny_checkpoint: Path, folders: Folders, hub: HubServer,
-        invoke: Run, qwenlocal: Run,
+        self, command: tuple[str, ...], environment_: dict[str, str], tiny_checkpoint: Path, folders: Folders,
+        hub: HubServer, invoke: Run, qwenlocal: Run,
     ) -> None:  # fmt: skip
         snapshot = add_to_hub_cache(folders, tiny_checkpoint)
         before = read_tree(snapshot.parents[1])

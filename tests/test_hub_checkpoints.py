@@ -86,7 +86,7 @@ class TestHuggingFace:
         assert "Converting" not in expect_exit(second, 0)
         assert "Fetching" not in second.stderr
         assert second.stdout == first.stdout
-        assert len(hub.requests) == before, "nobody was asked"
+        assert len(hub.requests) == before, "no request was sent"
 
     def test_another_type_is_converted_without_a_download(self, hub_checkpoint: str, invoke: Run) -> None:
         expect_exit(invoke("pull", hub_checkpoint), 0)
@@ -165,7 +165,7 @@ class TestModelScope:
 class TestPinnedRevision:
     @pytest.fixture
     def pinned_checkpoint(self, hub_checkpoint: str, invoke: Run) -> str:
-        """The name of its checkpoint, which is here."""
+        """The name of a downloaded checkpoint of a pinned revision."""
         expect_exit(invoke("pull", PINNED_NAME), 0)
         return PINNED_NAME + CHECKPOINT
 
@@ -244,7 +244,7 @@ class TestPinnedRevision:
     ) -> None:
         weight_requests.spans.clear()
         expect_exit(invoke("pull", hub_checkpoint), 0)
-        assert weight_requests.saw_headers_only, "the bytes were here"
+        assert weight_requests.saw_headers_only, "the weights were in the cache"
         expect_exit(invoke("rm", pinned_checkpoint), 0)
         expect_exit(invoke("verify", f"{hub_checkpoint}{CHECKPOINT}", environment=UNREACHABLE), 0)
         expect_exit(invoke("convert", hub_checkpoint, environment=UNREACHABLE), 0)
@@ -260,5 +260,5 @@ class TestPinnedRevision:
 
 
 def find_digit(content: bytes) -> int:
-    """Where a digit is, so that one bit more or less leaves readable JSON, but another."""
+    """Return the offset of a digit in JSON: one flipped bit there leaves it readable, but different."""
     return next(match.start() for match in re.finditer(rb"[0-9](?=[,}])", content))

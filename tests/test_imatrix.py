@@ -32,7 +32,7 @@ class TestReading:
     def test_the_weight_of_a_column_is_its_sum_divided_by_its_count(self, tmp_path: Path) -> None:
         sums, counts = [[2.0, 4.0], [3.0, 9.0], [5.0, 5.0]], [[2.0], [3.0], [0.0]]
         imatrix = read_importance(write_f32_gguf(tmp_path / "im.gguf", IMATRIX, imatrix_tensors(sums, counts)))
-        assert imatrix.weights["blk.0.x.weight"].tolist() == [[1.0, 2.0], [1.0, 3.0], [1.0, 1.0]], "1 if never asked"
+        assert imatrix.weights["blk.0.x.weight"].tolist() == [[1.0, 2.0], [1.0, 3.0], [1.0, 1.0]], "1 if never measured"
         assert imatrix.of("blk.0.x.weight", 1, 3, 2).tolist() == [1.0, 3.0]
         assert imatrix.of("blk.0.y.weight", 0, 1, 2) is None
 

@@ -208,7 +208,7 @@ class TestInspect:
 class TestFix:
     @pytest.fixture
     def old_padding(self, tiny_f32: Path, tmp_path: Path) -> Path:
-        """A file with a fault that only changes bytes of the header."""
+        """A file with a fault whose fix keeps the size of the header."""
         return copy_with_metadata(
             tiny_f32, tmp_path / "old.gguf", {"tokenizer.ggml.token_type": old_token_types(tiny_f32)}
         )
@@ -286,7 +286,7 @@ class TestFix:
         assert old_padding.read_bytes() == content
 
     def test_a_merged_file_is_fixed_in_place(self, tiny_f32: Path, invoke: Run, tmp_path: Path) -> None:
-        """llama-gguf-split leaves its keys in what it puts together."""
+        """llama-gguf-split leaves its keys in the files that it merges."""
         none = struct.pack("<IH", 2, 0)
         of_one = {"split.no": none, "split.count": none, "tokenizer.ggml.token_type": old_token_types(tiny_f32)}
         path = copy_with_metadata(tiny_f32, tmp_path / "merged.gguf", of_one)

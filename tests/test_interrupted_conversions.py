@@ -139,7 +139,7 @@ class TestCtrlC:
 
 
 class Leftover(NamedTuple):
-    """A small file that was interrupted just before it got its name, and what it should be."""
+    """A conversion that was interrupted just before the file got its name, and the complete file."""
 
     job: Job
     folder: Path
@@ -152,13 +152,13 @@ class Leftover(NamedTuple):
         return self.job.outputs[0].path
 
     def put(self) -> None:
-        """As it was after the interruption."""
+        """Restore the part file and the journal of the interruption."""
         self.target.unlink(missing_ok=True)
         part_of(self.target).write_bytes(self.part)
         journal_of(self.target).write_bytes(self.journal)
 
     def finish(self) -> Written:
-        """Go on; the result must be what it always is, whatever was left."""
+        """Continue the conversion; the result must be the complete file."""
         written = carry_out(self.job, threads=1)
         assert self.target.read_bytes() == self.good
         assert file_names(self.folder) == {self.target.name}
@@ -197,7 +197,7 @@ class TestPartFiles:
         for tensor in header.tensors:
             at, size = begin + tensor.offset, tensor_bytes(tensor) or 0
             damaged[at : at + size] = leftover.part[at : at + size]
-        assert bytes(damaged) != leftover.part, "there are such bytes"
+        assert bytes(damaged) != leftover.part, "the file has padding"
         leftover.put()
         part_of(leftover.target).write_bytes(damaged)
         leftover.finish()

@@ -29,7 +29,7 @@ from qwenlocal.weights import writing
 from qwenlocal.weights.header import read_metadata
 from qwenlocal.weights.writing import Written, carry_out
 
-# Every write takes 50 ms, so that there is time to stop the process.
+# Each write takes 50 ms, which leaves time to stop the process.
 SLOW_PULL = """
 import sys, time
 from qwenlocal.cli.app import app
@@ -46,7 +46,7 @@ app(sys.argv[1:])
 
 
 def count_journal_slabs(folders: Folders) -> int:
-    """How many slabs of rows the journal of the one conversion speaks of."""
+    """Count the finished slabs in the journal of the only conversion."""
     for journal in (folders.files / "converted").glob("*/*.journal"):
         return journal.read_text().count("\n") - 1
     return 0
@@ -54,7 +54,7 @@ def count_journal_slabs(folders: Folders) -> int:
 
 @pytest.fixture
 def interrupt_pull(invoke: Run) -> Callable[..., None]:
-    """Pull until all is written but has no name yet, and press Ctrl-C."""
+    """Press Ctrl-C during a pull, when the file is complete but not renamed yet."""
 
     def cut(name: str, **options: Any) -> None:
         with pytest.MonkeyPatch.context() as patched:
@@ -66,7 +66,7 @@ def interrupt_pull(invoke: Run) -> Callable[..., None]:
 
 @pytest.fixture
 def conversions(monkeypatch: pytest.MonkeyPatch) -> list[Written]:
-    """What conversions in this process come to."""
+    """The results of all conversions in this process."""
     results: list[Written] = []
 
     def record(*arguments: Any, **options: Any) -> Written:
@@ -101,7 +101,9 @@ class TestInterruptedPulls:
         assert child.returncode == -signal.SIGKILL, message
         assert model_states(invoke) == {name: "cut short", hub_checkpoint + CHECKPOINT: "checkpoint"}
         assert list_models(invoke)[name]["size"] > 0
-        assert re.search(rf"^{re.escape(name)} .*conversion interrupted; pull continues it", invoke("list").stdout, re.MULTILINE)
+        assert re.search(
+            rf"^{re.escape(name)} .*conversion interrupted; pull continues it", invoke("list").stdout, re.MULTILINE
+        )
         assert "Downloading the checkpoint" not in expect_exit(invoke("pull", name), 0)
         weights = (tiny_checkpoint / "model.safetensors").stat().st_size
         assert [0 < each.resumed < weights for each in conversions] == [True]
@@ -219,7 +221,7 @@ class TestInterruptedChecksums:
         if command == "pull":
             expect_exit(invoke("pull", str(checkpoint_copy)), 0)
             assert file_names(Path(installed_path(invoke)).parent) == {Path(installed_path(invoke)).name}
-            assert len(conversions) == 1 or conversions[1].resumed, "it was written already"
+            assert len(conversions) == 1 or conversions[1].resumed, "the file was complete"
 
     def test_a_change_after_interrupted_checksums_is_converted(
         self, checkpoint_copy: Path, invoke: Run, interrupt_pull: Callable[..., None]

@@ -142,7 +142,7 @@ class TestDeletedCheckpoints:
         invoke: Run,
         tmp_path: Path,
     ) -> None:
-        """As trainers leave them: out/ is a checkpoint, and out/checkpoint-500 an earlier one."""
+        """Trainers write such folders: out/ is a checkpoint, and out/checkpoint-500 an earlier one."""
         shutil.copy(tiny_f32, tmp_path / "y.gguf")
         inner = Path(shutil.copytree(tiny_checkpoint, checkpoint_copy / "checkpoint-500"))
         expect_exit(invoke("pull", str(inner)), 0)

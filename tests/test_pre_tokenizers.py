@@ -67,7 +67,7 @@ class TestUnknownPreTokenizers:
 
 
 def load_pre_tokenizers(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """How a checkpoint's tokenizer.json cuts text: by an expression, then into bytes."""
+    """Return the two pre-tokenizers of a checkpoint: Split by an expression, and ByteLevel."""
     split, level = json.loads((folder / "tokenizer.json").read_text())["pre_tokenizer"]["pretokenizers"]
     return split, level
 
@@ -129,7 +129,7 @@ class TestByteLevelTokenizers:
             load_vocabulary(set_pre_tokenizers(folder, *load_pre_tokenizers(folder), more))
 
     def test_a_missing_use_regex_counts_as_true_and_is_refused(self, tmp_path: Path) -> None:
-        """Hugging Face's tokenizers, byte_level.rs: `use_regex` is true where it is not said."""
+        """Hugging Face's tokenizers, byte_level.rs: `use_regex` is true by default."""
         folder = write_minimal(tmp_path)
         split, level = load_pre_tokenizers(folder)
         del level["use_regex"]
@@ -138,7 +138,7 @@ class TestByteLevelTokenizers:
 
     @pytest.mark.parametrize("order", [(0,), (1, 0), (0, 1, 1)], ids=str)
     def test_another_order_of_pre_tokenizers_is_refused(self, order: tuple[int, ...], tmp_path: Path) -> None:
-        """Without ByteLevel, bytes are no letters; before Split, it would have no spaces to cut at."""
+        """Without ByteLevel, bytes are not mapped to letters; after ByteLevel, Split finds no spaces."""
         folder = write_minimal(tmp_path)
         cutting = load_pre_tokenizers(folder)
         with pytest.raises(UnsupportedCheckpoint):

@@ -36,7 +36,7 @@ def encode_piece(text: str, score: float, kind: int) -> bytes:
 
 
 def write_sentencepiece(path: Path, pieces: list[Piece], *, adds_space: bool | None = None) -> Path:
-    """A BPE model, as CodeQwen1.5's is; its normalizer does nothing else than adding a space, or not even that."""
+    """Write a BPE model like that of CodeQwen1.5, with a normalizer that only adds a space or does nothing."""
     content = b"".join(encode_message(1, encode_piece(*each)) for each in pieces) + encode_message(2, b"\x18\x02")
     if adds_space is not None:
         content += encode_message(3, encode_message(1, b"identity") + b"\x18" + encode_varint(adds_space) + b"\x20\x00")
@@ -156,7 +156,7 @@ class TestTokenizerModel:
 
 
 class TestByteFallback:
-    """A SentencePiece vocabulary in the form of tokenizer.json, as fast tokenizers of CodeQwen1.5 have it."""
+    """A SentencePiece vocabulary in tokenizer.json, as the fast tokenizer of CodeQwen1.5 has it."""
 
     def write_checkpoint(self, folder: Path, **more: Any) -> Path:
         checkpoint = write_minimal(folder, {"vocab_size": 12})

@@ -19,7 +19,7 @@ from qwenlocal.testing import write_checkpoint
 
 @pytest.fixture
 def sharded(hub: HubServer, tmp_path: Path) -> Path:
-    """A checkpoint in two shards, which the hub has."""
+    """A checkpoint in two shards, which is on the hub."""
     folder = write_checkpoint(tmp_path / "shards", config=SMALL, shards=2)
     publish(hub, folder)
     return folder

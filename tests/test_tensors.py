@@ -247,7 +247,7 @@ class TestNonFiniteWeights:
             carry_out(plan_job(source, tmp_path / "x.q8_0.gguf"), threads=2)
 
     def test_allowing_nan_after_a_refusal_writes_the_file(self, tmp_path: Path) -> None:
-        """--allow-nan, which the refusal suggests, goes on from there."""
+        """The message of the refusal suggests --allow-nan."""
         source = write_checkpoint(tmp_path / "model", config=UNALIGNED)
         set_weights(source, "lm_head.weight", 5, numpy.nan)
         job = plan_job(source, tmp_path / "x.q8_0.gguf")

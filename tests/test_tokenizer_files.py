@@ -192,8 +192,8 @@ class TestAddedTokens:
         with pytest.raises(BadCheckpoint):
             load_vocabulary(folder)
 
-    # llama.cpp aborts where it loads a file in which two ids have one text; a text ends there at a zero byte, and what
-    # is no character would be written as "?"
+    # llama.cpp aborts when two ids have the same text; a text ends at a zero byte there, and a lone surrogate would be
+    # written as "?".
     @pytest.mark.parametrize("text", ["A", "[PAD262]", "A\0b", "\ud800"], ids=ascii)
     def test_a_text_that_two_ids_share_is_refused(self, text: str, tmp_path: Path) -> None:
         folder = set_json(write_minimal(tmp_path), "tokenizer.json", added_tokens=[{"id": 261, "content": text}])

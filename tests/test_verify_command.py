@@ -27,14 +27,14 @@ from qwenlocal.weights.numbers import errors_by_row
 
 
 def change_entry(file: Path, key: str, at: int, value: Any) -> bytes:
-    """A list of a file's header with one entry changed."""
+    """Return an array of the vocabulary with one entry changed."""
     values = gguf.decode(read_pairs(file)[f"tokenizer.ggml.{key}"])
     values[at] = value
     return gguf.i32s(values) if isinstance(value, int) else gguf.strings(values)
 
 
 def verify_problems(invoke: Run, file: Path, checkpoint: Path, code: int) -> list[str]:
-    """What verify --against finds wrong; it says the same for people and for programs."""
+    """Return the problems that verify --against reports, and check that text and JSON agree."""
     text, data = (invoke("verify", str(file), "--against", str(checkpoint), *more) for more in ((), ("--json",)))
     expect_exit(text, code)
     expect_exit(data, code)
@@ -51,7 +51,7 @@ def measure_fidelity(checkpoint: Path, file: Path, memory: int = 0) -> Fidelity:
 
 @pytest.fixture
 def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There is no memory for weights; and no time is spent on running them."""
+    """Leave no memory for the weights, so that logits are not computed."""
 
     def measure_without_memory(*arguments: Any, **options: Any) -> Fidelity:
         return compare_with_checkpoint(*arguments, **{**options, "memory": 0})
@@ -149,8 +149,8 @@ class TestAgainst:
         ],
     )
     def test_missing_and_damaged_files_are_reported(
-        self, file: str, checkpoint: str, code: int, tiny_checkpoint: Path, tiny_f32: Path, speaking_model: Path, invoke: Run,
-        tmp_path: Path,
+        self, file: str, checkpoint: str, code: int, tiny_checkpoint: Path, tiny_f32: Path, speaking_model: Path,
+        invoke: Run, tmp_path: Path,
     ) -> None:  # fmt: skip
         shutil.copytree(tiny_checkpoint, tmp_path / "tiny")
         shutil.copytree(tiny_checkpoint, tmp_path / "broken")

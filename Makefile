@@ -41,7 +41,7 @@ test-reference: setup-dev
 
 bench: setup-dev
 	@benchmarks/rival.sh
-	@$(BIN)/python benchmarks/against_llama_cpp.py $(if $(MODEL),--model $(MODEL))
+	@$(BIN)/python benchmarks/end_to_end.py $(if $(MODEL),--model $(MODEL))
 	@if [ -n "$(MODEL)" ]; then for settings in equal chosen; do \
 		$(BIN)/python benchmarks/engine.py $$settings $(MODEL) || exit 1; done; \
 		$(BIN)/python benchmarks/memory.py $(MODEL) && $(BIN)/python benchmarks/lookup.py $(MODEL); fi

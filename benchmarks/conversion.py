@@ -1,13 +1,13 @@
 """
-Converting a checkpoint, side by side with llama.cpp's own two steps: convert_hf_to_gguf.py, then llama-quantize.
+Compare the conversion of a checkpoint with llama.cpp's two steps: convert_hf_to_gguf.py, then llama-quantize.
 
-    benchmarks/rival.sh                               builds llama-quantize, once
-    make test-reference                               makes build/reference, a Python with torch and transformers
-    .venv/bin/python benchmarks/conversion.py         a checkpoint of Qwen1.5-0.5B's shape; about ten minutes
-    .venv/bin/python benchmarks/conversion.py --large and of the 7B's (15 GB) and a mixture's: time and memory
+    benchmarks/rival.sh                                   build llama-quantize, once
+    make test-reference                                   create build/reference, a Python with torch and transformers
+    .venv/bin/python benchmarks/conversion.py             a checkpoint of Qwen1.5-0.5B's shape; about ten minutes
+    .venv/bin/python benchmarks/conversion.py --large     Qwen1.5-7B's shape (15 GB) and a mixture of experts
 
-The checkpoints have random weights and Qwen's vocabulary, and are kept in build/shapes. Both sides are measured in
-turn, A B A B …; the first run of each does not count. Memory is the largest resident set of any process of a side.
+The checkpoints have random weights and Qwen's vocabulary, and are kept in build/shapes. Runs are interleaved; the first
+one of each side does not count. Memory is the peak resident set of any process of a side.
 """
 
 from __future__ import annotations
@@ -22,72 +22,102 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy
+from comparison import COLUMNS, LLAMA_CPP, QWENLOCAL, ROOT, interleave, median_ratio, table_header, table_row
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from from_gguf import tokenizer_files  # noqa: E402
-from oracle import data_of  # noqa: E402
-from shapes import write_shape  # noqa: E402
+from from_gguf import tokenizer_files
+from oracle import data_of
+from random_checkpoint import write_random_checkpoint
 
-from qwenlocal import ggml  # noqa: E402
-from qwenlocal.weights.checkpoint import Checkpoint  # noqa: E402
-from qwenlocal.weights.conversion_plan import ConversionPlan  # noqa: E402
-from qwenlocal.weights.convert import plan_conversion  # noqa: E402
-from qwenlocal.weights.quant_mix import file_type  # noqa: E402
+from qwenlocal import ggml
+from qwenlocal.weights.checkpoint import Checkpoint
+from qwenlocal.weights.conversion_plan import ConversionPlan
+from qwenlocal.weights.convert import plan_conversion
+from qwenlocal.weights.file_types import file_type
 
-SOURCE = next(ROOT.glob("build/llama_cpp_python-*/vendor/llama.cpp"))
-QUANTIZE = ROOT / "build" / "rival" / "bin" / "llama-quantize"
-PROGRAM = ROOT / ".venv" / "bin" / "qwenlocal"
+LLAMA_CPP_SOURCE = next(ROOT.glob("build/llama_cpp_python-*/vendor/llama.cpp"))
 FOLDER = ROOT / "build" / "shapes"
+_BUFFER = 8 << 20  # bytes per read or write of the disk limits
+_SAMPLE_SECONDS = 0.5  # per quantizer
 
 
 @dataclass(frozen=True)
 class Run:
-    """Seconds on the clock, and the largest resident set in bytes."""
+    """Wall time, and the peak resident set in bytes."""
 
     seconds: float
     memory: int
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of the table."""
+class Comparison:
+    """A row of the table."""
 
     what: str
     ours: str
     theirs: str
     ratio: float
-    wanted: str
+    target: str
     runs: int
 
     def __str__(self) -> str:
-        return f"| {self.what} | {self.ours} | {self.theirs} | {self.ratio:.3f} | {self.wanted} | {self.runs} |"
+        return table_row(self.what, self.ours, self.theirs, f"{self.ratio:.3f}", self.target, self.runs)
 
 
-def run(*commands: Sequence[str | Path]) -> Run:
-    """Commands one after the other; what they print is thrown away."""
-    begin, memory = time.perf_counter(), 0
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--large", action="store_true")
+    parser.add_argument("--reference", type=Path, default=ROOT / "build" / "reference" / "bin" / "python")
+    parser.add_argument("--json", type=Path, help="save the results to this file")
+    options = parser.parse_args()
+    tokenizer = tokenizer_files(LLAMA_CPP_SOURCE / "models" / "ggml-vocab-qwen2.gguf", sizes=(151643, 151646))
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    if options.large:
+        runs = min(3, options.runs)
+        results = [*compare_with_limits("7b", "q8_0", tokenizer, runs)]
+        results += compare_with_limits("moe", "q4_k_m", tokenizer, runs)
+    else:
+        small, medium = (write_random_checkpoint(FOLDER / shape, shape, tokenizer) for shape in ("0.5b", "1.8b"))
+        results = compare_with_llama_cpp(small, options.reference, options.runs)
+        results += [compare_threads(small, "0.5B", options.runs), compare_threads(medium, "1.8B", options.runs)]
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    print(f"{machine}, {time.strftime('%d %B %Y')}\n")
+    print(table_header(*COLUMNS))
+    for result in results:
+        print(result)
+    if options.json:
+        options.json.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n")
+
+
+# --- runs
+
+
+def run_commands(*commands: Sequence[str | Path]) -> Run:
+    """Run commands one after the other, without their output."""
+    started, memory = time.perf_counter(), 0
     for command in commands:
         process = subprocess.Popen(
             [str(word) for word in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         while process.poll() is None:
-            memory = max(memory, peak_of(process.pid))
+            memory = max(memory, peak_memory(process.pid))
             time.sleep(0.02)
         if process.returncode:
-            raise SystemExit(f"{' '.join(map(str, command))} failed with {process.returncode}")
-    return Run(time.perf_counter() - begin, memory)
+            raise SystemExit(f"{' '.join(map(str, command))} failed with exit code {process.returncode}")
+    return Run(time.perf_counter() - started, memory)
 
 
-def peak_of(pid: int) -> int:
+def peak_memory(pid: int) -> int:
     """
-    The largest resident set so far. Asked of the kernel while it runs: what it reports at the end (ru_maxrss) begins
-    with this process's own size, from which the other one was forked.
+    Return the peak resident set of a running process in bytes; 0 if it has ended.
+
+    ru_maxrss would include the size of this process, from which the other one was forked.
     """
     try:
         status = Path(f"/proc/{pid}/status").read_text()
@@ -97,158 +127,164 @@ def peak_of(pid: int) -> int:
     return int(lines[0].split()[1]) * 1024 if lines else 0
 
 
-def ours(source: Path, kind: str, target: Path, *more: str) -> Run:
+def convert(source: Path, kind: str, target: Path, *options: str) -> Run:
     target.unlink(missing_ok=True)
-    return run([PROGRAM, "convert", source, "-o", target, "--type", kind, *more])
+    return run_commands([QWENLOCAL, "convert", source, "-o", target, "--type", kind, *options])
 
 
-def theirs(source: Path, kind: str, target: Path, python: Path, threads: int) -> Run:
-    between = target.with_suffix(".bf16.gguf")
-    for file in (target, between):
+def convert_with_llama_cpp(source: Path, kind: str, target: Path, python: Path, threads: int) -> Run:
+    intermediate = target.with_suffix(".bf16.gguf")
+    for file in (target, intermediate):
         file.unlink(missing_ok=True)
-    return run(
-        [python, SOURCE / "convert_hf_to_gguf.py", source, "--outtype", "bf16", "--outfile", between],
-        [QUANTIZE, between, target, kind, str(threads)],
+    return run_commands(
+        [python, LLAMA_CPP_SOURCE / "convert_hf_to_gguf.py", source, "--outtype", "bf16", "--outfile", intermediate],
+        [LLAMA_CPP / "llama-quantize", intermediate, target, kind, str(threads)],
     )
 
 
-def in_turn(one: Callable[[], Run], other: Callable[[], Run], runs: int) -> list[tuple[Run, Run]]:
-    one()
-    other()
-    return [(one(), other()) for _ in range(runs)]
+# --- small checkpoints: against llama.cpp, and one thread against two
 
 
-def median(values: Sequence[float]) -> float:
-    return statistics.median(values)
-
-
-def row(what: str, pairs: list[tuple[Run, Run]], wanted: str) -> Row:
-    sides = [
-        f"{median([run.seconds for run in side]):.1f} s, {max(run.memory for run in side) / 1e6:.0f} MB"
-        for side in zip(*pairs, strict=True)
-    ]
-    return Row(what, *sides, median([a.seconds / b.seconds for a, b in pairs]), wanted, len(pairs))
-
-
-# --- a 0.5B
-
-
-def side_by_side(source: Path, python: Path, runs: int) -> list[Row]:
+def compare_with_llama_cpp(source: Path, python: Path, runs: int) -> list[Comparison]:
     threads = os.cpu_count() or 1
-    rows = []
+    results = []
     for kind in ("q4_k_m", "q8_0"):
-        mine, other = FOLDER / f"ours-{kind}.gguf", FOLDER / f"theirs-{kind}.gguf"
-        pairs = in_turn(
-            lambda kind=kind, mine=mine: ours(source, kind, mine),
-            lambda kind=kind, other=other: theirs(source, kind, other, python, threads),
+        ours, theirs = FOLDER / f"ours-{kind}.gguf", FOLDER / f"theirs-{kind}.gguf"
+        pairs = interleave(
+            lambda kind=kind, target=ours: convert(source, kind, target),
+            lambda kind=kind, target=theirs: convert_with_llama_cpp(source, kind, target, python, threads),
             runs,
         )
-        rows.append(row(f"0.5B bf16 to {kind}, wall and memory", pairs, "<= 0.4"))
-        check_equal(source, kind, other)
-    return rows
+        results.append(summarize(f"0.5B bf16 to {kind}, wall and memory", pairs, "<= 0.4"))
+        check_equal(source, kind, theirs)
+    return results
 
 
-def threads_against_one(source: Path, shape: str, runs: int) -> Row:
-    single = in_turn(
-        lambda: ours(source, "q4_k_m", FOLDER / "two.gguf", "-t", "2"),
-        lambda: ours(source, "q4_k_m", FOLDER / "one.gguf", "-t", "1"),
+def compare_threads(source: Path, shape: str, runs: int) -> Comparison:
+    pairs = interleave(
+        lambda: convert(source, "q4_k_m", FOLDER / "two.gguf", "-t", "2"),
+        lambda: convert(source, "q4_k_m", FOLDER / "one.gguf", "-t", "1"),
         runs,
     )
-    return row(f"{shape} to q4_k_m, two threads against one", single, "<= 0.556 (1.8 x)")
+    return summarize(f"{shape} to q4_k_m, two threads against one", pairs, "<= 0.556 (1.8 x)")
 
 
-def check_equal(source: Path, kind: str, other: Path) -> None:
-    """The very bytes of llama.cpp's two steps, with the tied head kept as they keep it."""
-    like = FOLDER / f"like-{kind}.gguf"
-    ours(source, kind, like, "--like", "llama.cpp")
-    if data_of(like) != data_of(other):
-        raise SystemExit(f"{like} and {other} differ")
-    like.unlink()
+def summarize(what: str, pairs: list[tuple[Run, Run]], target: str) -> Comparison:
+    sides = [
+        f"{statistics.median(run.seconds for run in side):.1f} s, {max(run.memory for run in side) / 1e6:.0f} MB"
+        for side in zip(*pairs, strict=True)
+    ]
+    return Comparison(what, *sides, median_ratio((a.seconds, b.seconds) for a, b in pairs), target, len(pairs))
 
 
-# --- large ones
+def check_equal(source: Path, kind: str, theirs: Path) -> None:
+    """
+    Check that a conversion with llama.cpp's types, which keep the tied head, has llama.cpp's bytes.
+
+    Raises
+    ------
+    SystemExit: the files differ.
+    """
+    ours = FOLDER / f"like-{kind}.gguf"
+    convert(source, kind, ours, "--like", "llama.cpp")
+    if data_of(ours) != data_of(theirs):
+        raise SystemExit(f"{ours} and {theirs} differ")
+    ours.unlink()
 
 
-def large(shape: str, kind: str, tokenizer: dict[str, dict[str, object]], runs: int) -> list[Row]:
-    """Time against the larger of copying and quantizing alone, with ggml's quantizers and with our own, and memory."""
-    source, target = write_shape(FOLDER / shape, shape, tokenizer), FOLDER / f"{shape}-{kind}.gguf"
+# --- large checkpoints: against the limits of disk and processor
+
+
+def compare_with_limits(shape: str, kind: str, tokenizer: dict[str, dict[str, object]], runs: int) -> list[Comparison]:
+    """Compare the time with the longer of copying and quantizing alone, and the memory with its limit."""
+    source, target = write_random_checkpoint(FOLDER / shape, shape, tokenizer), FOLDER / f"{shape}-{kind}.gguf"
     plan = plan_conversion(Checkpoint.open(source), [(target, file_type(kind))])
-    read, write = plan.job.read_bytes, plan.files[0].size
-    weights, found = source / "model.safetensors", []
-    limits: dict[str, list[float]] = {"copying or ggml's quantizers": [], "copying or our own quantizers": []}
-    limits["reading, then writing"] = []
+    read_bytes, write_bytes = plan.job.read_bytes, plan.files[0].size
+    weights, results = source / "model.safetensors", []
+    limits: dict[str, list[float]] = {
+        "copying or ggml's quantizers": [],
+        "copying or our own quantizers": [],
+        "reading, then writing": [],
+    }
     for number in range(runs):
-        theirs, own = quantize_seconds(plan, ggml.quantize_with_ggml), quantize_seconds(plan, ggml.quantize)
-        start_afresh(weights, target)
+        ggml_seconds, own_seconds = (
+            estimate_seconds(plan, ggml.quantize_with_ggml),
+            estimate_seconds(plan, ggml.quantize),
+        )
+        flush_disk(weights, target)
         reading = read_seconds(weights)
-        start_afresh(weights, target)
-        writing = write_seconds(target, write)
+        flush_disk(weights, target)
+        writing = write_seconds(target, write_bytes)
         sides: dict[str, Callable[[], Run]] = {  # one right after the other: the disk's speed changes by the minute
-            "copying": lambda: Run(copy_seconds(weights, target, write), 0),
-            "ours": lambda: ours(source, kind, target),
+            "copying": lambda: Run(copy_seconds(weights, target, write_bytes), 0),
+            "ours": lambda: convert(source, kind, target),
         }
         measured = {}
         for side in sorted(sides, reverse=bool(number % 2)):
-            start_afresh(weights, target)
+            flush_disk(weights, target)
             measured[side] = sides[side]()
         copying = measured["copying"].seconds
-        found.append(measured["ours"])
-        limits["copying or ggml's quantizers"].append(max(copying, theirs))
-        limits["copying or our own quantizers"].append(max(copying, own))
+        results.append(measured["ours"])
+        limits["copying or ggml's quantizers"].append(max(copying, ggml_seconds))
+        limits["copying or our own quantizers"].append(max(copying, own_seconds))
         limits["reading, then writing"].append(reading + writing)
         print(
             f"{shape}: copying {copying:.1f} s, reading {reading:.1f} s, writing {writing:.1f} s, quantizing "
-            f"{theirs:.1f} s with ggml's, {own:.1f} s with our own quantizers, all of it {found[-1].seconds:.1f} s",
+            f"{ggml_seconds:.1f} s with ggml's quantizers, {own_seconds:.1f} s with our own, converting "
+            f"{results[-1].seconds:.1f} s",
             file=sys.stderr,
         )
-    bare = run([sys.executable, "-c", "import numpy, time; time.sleep(0.2)"]).memory
-    above = max(run.memory for run in found) - bare
     target.unlink(missing_ok=True)
-    what = f"{shape}-shaped, {read / 1e9:.1f} GB bf16 to {kind} ({write / 1e9:.1f} GB), off the disk"
+    what = f"{shape}-shaped, {read_bytes / 1e9:.1f} GB bf16 to {kind} ({write_bytes / 1e9:.1f} GB), cold cache"
     return [
-        *(limit_row(f"{what}, against {whose}", found, limit) for whose, limit in limits.items()),
-        Row(f"{shape}-shaped: memory above Python with numpy", f"{above / 1e6:.0f} MB", "300 MB", above / 300e6,
-            "<= 1", runs),
-    ]  # fmt: skip
+        *(compare_with_limit(f"{what}, against {name}", results, seconds) for name, seconds in limits.items()),
+        compare_memory(shape, results),
+    ]
 
 
-def limit_row(what: str, found: Sequence[Run], limits: Sequence[float]) -> Row:
-    ratio = median([run.seconds / limit for run, limit in zip(found, limits, strict=True)])
-    seconds = median([run.seconds for run in found])
-    return Row(what, f"{seconds:.1f} s", f"{median(limits):.1f} s", ratio, "<= 1.25", len(found))
+def compare_with_limit(what: str, results: Sequence[Run], limits: Sequence[float]) -> Comparison:
+    pairs = [(run.seconds, limit) for run, limit in zip(results, limits, strict=True)]
+    ours, limit = (statistics.median(side) for side in zip(*pairs, strict=True))
+    return Comparison(what, f"{ours:.1f} s", f"{limit:.1f} s", median_ratio(pairs), "<= 1.25", len(pairs))
 
 
-def copy_seconds(source: Path, target: Path, write: int) -> float:
-    """Reading all of `source` off the disk and writing `write` bytes of it, 8 MiB at a time, until they are there."""
-    begin, left = time.perf_counter(), write
-    buffer = bytearray(8 << 20)
-    with source.open("rb", buffering=0) as here, target.open("wb", buffering=0) as there:
-        while count := here.readinto(buffer):
-            there.write(memoryview(buffer)[: min(count, left)])
-            left -= min(count, left)
-        os.fdatasync(there.fileno())
-    seconds = time.perf_counter() - begin
+def compare_memory(shape: str, results: Sequence[Run]) -> Comparison:
+    python = run_commands([sys.executable, "-c", "import numpy, time; time.sleep(0.2)"]).memory
+    above = max(run.memory for run in results) - python
+    what, ours = f"{shape}-shaped: memory above Python with numpy", f"{above / 1e6:.0f} MB"
+    return Comparison(what, ours, "300 MB", above / 300e6, "<= 1", len(results))
+
+
+def copy_seconds(source: Path, target: Path, size: int) -> float:
+    """Read all of `source` and write `size` bytes of it, until they are on the disk."""
+    started, remaining = time.perf_counter(), size
+    buffer = bytearray(_BUFFER)
+    with source.open("rb", buffering=0) as reader, target.open("wb", buffering=0) as writer:
+        while count := reader.readinto(buffer):
+            writer.write(memoryview(buffer)[: min(count, remaining)])
+            remaining -= min(count, remaining)
+        os.fdatasync(writer.fileno())
+    seconds = time.perf_counter() - started
     target.unlink()
     return seconds
 
 
 def read_seconds(source: Path) -> float:
-    """Reading all of `source` off the disk, 8 MiB at a time, and doing nothing else."""
-    begin, buffer = time.perf_counter(), bytearray(8 << 20)
-    with source.open("rb", buffering=0) as here:
-        while here.readinto(buffer):
+    started, buffer = time.perf_counter(), bytearray(_BUFFER)
+    with source.open("rb", buffering=0) as reader:
+        while reader.readinto(buffer):
             pass
-    return time.perf_counter() - begin
+    return time.perf_counter() - started
 
 
-def write_seconds(target: Path, write: int) -> float:
-    """Writing `write` bytes to the disk, 8 MiB at a time, until they are there, and doing nothing else."""
-    begin, left, data = time.perf_counter(), write, os.urandom(8 << 20)
-    with target.open("wb", buffering=0) as there:
-        while left:
-            left -= there.write(memoryview(data)[: min(len(data), left)])
-        os.fdatasync(there.fileno())
-    seconds = time.perf_counter() - begin
+def write_seconds(target: Path, size: int) -> float:
+    """Write `size` bytes, until they are on the disk."""
+    started, remaining, data = time.perf_counter(), size, os.urandom(_BUFFER)
+    with target.open("wb", buffering=0) as writer:
+        while remaining:
+            remaining -= writer.write(memoryview(data)[: min(len(data), remaining)])
+        os.fdatasync(writer.fileno())
+    seconds = time.perf_counter() - started
     target.unlink()
     return seconds
 
@@ -256,76 +292,49 @@ def write_seconds(target: Path, write: int) -> float:
 Quantize = Callable[[ggml.TensorType, int, int, int, int], None]
 
 
-def quantize_seconds(plan: ConversionPlan, quantize: Quantize) -> float:
-    """Quantizing as many numbers of each type as the plan has, out of the cache, on all cores; from a sample."""
-    work: dict[str, int] = {}
-    for strip in plan.job.strips:
-        for target in strip.targets:
-            if target.type != strip.type:
-                work[target.type.name] = work.get(target.type.name, 0) + strip.rows * strip.columns
-    return sum(count / numbers_per_second(name, quantize) for name, count in work.items())
+def estimate_seconds(plan: ConversionPlan, quantize: Quantize) -> float:
+    """Estimate from samples how long all cores take to quantize the values of the plan from the cache."""
+    values: dict[str, int] = {}
+    for rows in plan.job.ranges:
+        for target in rows.targets:
+            if target.type != rows.type:
+                values[target.type.name] = values.get(target.type.name, 0) + rows.row_count * rows.columns
+    return sum(count / values_per_second(name, quantize) for name, count in values.items())
 
 
-def numbers_per_second(name: str, quantize: Quantize, rows: int = 128, columns: int = 4096) -> float:
-    """All cores at once for half a second, each with a sample and a result of its own that stay in its cache."""
+def values_per_second(name: str, quantize: Quantize, rows: int = 128, columns: int = 4096) -> float:
+    """Quantize on all cores for half a second; each core's sample and result stay in its cache."""
     kind, cores = ggml.tensor_type(name), os.cpu_count() or 1
     random = numpy.random.default_rng(0)
     samples = [random.standard_t(5, (rows, columns)).astype(numpy.float32) for _ in range(cores)]
     results = [numpy.empty(rows * kind.row_bytes(columns), numpy.uint8) for _ in range(cores)]
 
     def work(core: int) -> None:
-        while time.perf_counter() < begin + 0.5:
+        while time.perf_counter() < started + _SAMPLE_SECONDS:
             quantize(kind, samples[core].ctypes.data, results[core].ctypes.data, rows, columns)
             rounds[core] += 1
 
     rounds = [0] * cores
     threads = [threading.Thread(target=work, args=(core,)) for core in range(cores)]
-    begin = time.perf_counter()
+    started = time.perf_counter()
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return rows * columns * sum(rounds) / (time.perf_counter() - begin)
+    return rows * columns * sum(rounds) / (time.perf_counter() - started)
 
 
-def start_afresh(source: Path, target: Path) -> None:
+def flush_disk(source: Path, target: Path) -> None:
     """
-    Without `target`, with `source` out of the kernel's cache and a disk that has nothing left to do.
+    Delete `target`, wait until the disk is idle, and drop `source` from the page cache.
 
-    Eight gigabytes that were deleted just before keep it busy for seconds, which whoever comes next would pay for.
+    Deleting eight gigabytes keeps the disk busy for seconds, which would count for the next run.
     """
     target.unlink(missing_ok=True)
     os.sync()
     time.sleep(2)
     with source.open("rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--large", action="store_true")
-    parser.add_argument("--reference", type=Path, default=ROOT / "build" / "reference" / "bin" / "python")
-    parser.add_argument("--json", type=Path)
-    asked = parser.parse_args()
-    tokenizer = tokenizer_files(SOURCE / "models" / "ggml-vocab-qwen2.gguf", sizes=(151643, 151646))
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    if asked.large:
-        rows = [
-            *large("7b", "q8_0", tokenizer, min(3, asked.runs)),
-            *large("moe", "q4_k_m", tokenizer, min(3, asked.runs)),
-        ]
-    else:
-        small, middle = (write_shape(FOLDER / shape, shape, tokenizer) for shape in ("0.5b", "1.8b"))
-        rows = side_by_side(small, asked.reference, asked.runs)
-        rows += [threads_against_one(small, "0.5B", asked.runs), threads_against_one(middle, "1.8B", asked.runs)]
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-    print(f"{machine}, {time.strftime('%d %B %Y')}\n")
-    print("| what | ours | theirs | ratio (median of pairs) | wanted | runs |\n|---|---|---|---|---|---|")
-    for line in rows:
-        print(line)
-    if asked.json:
-        asked.json.write_text(json.dumps([vars(line) for line in rows], indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """
-Prompt lookup on and off, in turn, on texts that copy and on texts that do not: speed, and whether greedy text is the
-same.
+Measure prompt lookup: decode speed with and without it, for answers that copy from the prompt and for free writing.
 
     .venv/bin/python benchmarks/lookup.py MODEL.gguf [--runs 3] [--json FILE]
 
-What counts is the median of the ratios pair by pair. Time is that of the answer, from its first token to its last.
+Runs are interleaved; the result is the median of the ratios pair by pair. The time of an answer is measured from its
+first token to its last. Greedy answers are compared as well.
 """
 
 from __future__ import annotations
@@ -14,21 +14,24 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from comparison import ROOT, interleave, median_ratio, table_header, table_row
 
 from qwenlocal.chat.chat_model import ChatModel, load_chat_model
 from qwenlocal.chat.chat_template import encode_messages
 from qwenlocal.engine.load_plan import LoadRequest
 from qwenlocal.engine.loader import LoadOptions
+from qwenlocal.engine.prefix_cache import common_prefix
 from qwenlocal.engine.sampling import Sampling
 from qwenlocal.engine.sequence import TokenSequence
 from qwenlocal.engine.speculation import CostCurve, Speculation
+from qwenlocal.engine.tokenizer import Tokenizer
 from qwenlocal.machine import this_machine
 
-ROOT = Path(__file__).resolve().parent.parent
-TEXTS = ROOT / "benchmarks" / "texts"  # fixed ones: what the model makes of them is part of the result
+TEXTS = ROOT / "benchmarks" / "texts"  # fixed, since the speed depends on what the model answers
 CODE = (TEXTS / "code.txt").read_text()
 PROSE = (TEXTS / "prose.txt").read_text()
 RECORDS = "\n".join(
@@ -40,7 +43,7 @@ RECORDS = "\n".join(
 )  # fmt: skip
 
 COPYING = {
-    "edit code": "Rename the class IncrementalDetokenizer to Utf8Decoder in this file and print the whole file, nothing else:\n\n"
+    "edit code": "Rename the class TextStream to Utf8Stream in this file and print the whole file, nothing else:\n\n"
     f"{CODE}",
     "quote text": f"Repeat the following text word for word, nothing else:\n\n{PROSE}",
     "fill JSON": "Write these people as a JSON array of objects with the keys name, born, town, job and phone, nothing "
@@ -51,22 +54,87 @@ WRITING = {
     "advice": "How should I prepare for a job interview? Answer in several paragraphs.",
     "an explanation": "Explain how a refrigerator works to a curious child.",
 }
+SAMPLING = {"greedy": Sampling(temperature=0, repeat_penalty=1), "sampled": Sampling(seed=1)}
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Tokens, and seconds from the first to the last."""
+    """Token ids, and the seconds from the first to the last."""
 
     tokens: tuple[int, ...]
     seconds: float
 
     @property
     def speed(self) -> float:
-        """Tokens a second."""
+        """Tokens per second."""
         return (len(self.tokens) - 1) / self.seconds if self.seconds else 0.0
 
 
-def answer(sequence: TokenSequence, loaded: ChatModel, ids: Sequence[int], sampling: Sampling, limit: int) -> Answer:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--limit", type=int, default=400, help="tokens per answer")
+    parser.add_argument("--json", type=Path, help="save the results to this file")
+    parser.add_argument("--only", default="", help="run a part of the tasks, for example: copying, greedy")
+    options = parser.parse_args()
+    chat_model = load_chat_model(
+        options.model, LoadOptions(LoadRequest(n_ctx=4096)), this_machine(), name=options.model.name, size=1
+    )
+    costs, results = CostCurve(), []
+    print(table_header("task", "with lookup", "without", "ratio (median of pairs)", "greedy text", "tokens"))
+    for kind, how, name, prompt in select_tasks(options.only):
+        pairs = compare(chat_model, prompt, costs, SAMPLING[how], options.runs, options.limit)
+        ratio = median_ratio((a.speed, b.speed) for a, b in pairs)
+        with_lookup, without = (statistics.median(answer.speed for answer in side) for side in zip(*pairs, strict=True))
+        tokens, text = len(pairs[-1][0].tokens), describe_difference(*pairs[-1]) if how == "greedy" else ""
+        speeds = f"{with_lookup:.1f}", f"{without:.1f}", f"{ratio:.2f}"
+        print(table_row(f"{kind}: {name}, {how}", *speeds, text, tokens), flush=True)
+        results.append({"kind": kind, "task": name, "how": how, "ratio": ratio, "tokens": tokens, "text": text})
+    learned = ", ".join(f"{count}: {cost:.2f}" for count, cost in costs.known.items())
+    print(f"\nlearned costs: {learned}", file=sys.stderr)
+    for kind in dict.fromkeys(result["kind"] for result in results):
+        ratios = [result["ratio"] for result in results if result["kind"] == kind]
+        print(f"\n{kind}: median ratio {statistics.median(ratios):.2f}, minimum {min(ratios):.2f}")
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+    chat_model.close()
+
+
+def select_tasks(only: str) -> Iterator[tuple[str, str, str, str]]:
+    """Yield kind, sampling, name and prompt of each task that has all words of `only`."""
+    words = {word.strip() for word in only.split(",")} - {""}
+    for kind, tasks in (("copying", COPYING), ("writing", WRITING)):
+        for how in SAMPLING:
+            if words <= {kind, how}:
+                yield from ((kind, how, name, prompt) for name, prompt in tasks.items())
+
+
+def compare(
+    chat_model: ChatModel, prompt: str, costs: CostCurve, sampling: Sampling, runs: int, limit: int
+) -> list[tuple[Answer, Answer]]:
+    """Return pairs of answers, with and without lookup; both share the cached prompt."""
+    assert chat_model.template
+    tokenizer = chat_model.model.tokenizer
+    ids = encode_messages(chat_model.template, [{"role": "user", "content": prompt}], tokenizer)
+    plain = TokenSequence(chat_model.context, 0)
+
+    def answer_without() -> Answer:
+        return generate_answer(plain, tokenizer, ids, sampling, limit)
+
+    def answer_with() -> Answer:
+        speculative = TokenSequence(chat_model.context, 0, speculation=Speculation(costs))
+        speculative.adopt(plain.cached_ids)
+        answer = generate_answer(speculative, tokenizer, ids, sampling, limit)
+        plain.adopt(speculative.cached_ids)
+        return answer
+
+    return [(with_lookup, without) for without, with_lookup in interleave(answer_without, answer_with, runs)]
+
+
+def generate_answer(
+    sequence: TokenSequence, tokenizer: Tokenizer, ids: Sequence[int], sampling: Sampling, limit: int
+) -> Answer:
     tokens: list[int] = []
     first = last = time.perf_counter()
     for step in sequence.generate(ids, sampling, limit=limit):
@@ -74,77 +142,15 @@ def answer(sequence: TokenSequence, loaded: ChatModel, ids: Sequence[int], sampl
             last = time.perf_counter()
             first = first if tokens else last
             tokens.append(step)
-            if loaded.model.tokenizer.is_end(step):
+            if tokenizer.is_end(step):
                 break
     return Answer(tuple(tokens), last - first)
 
 
-def pairs(
-    loaded: ChatModel, prompt: str, costs: CostCurve, sampling: Sampling, runs: int, limit: int
-) -> list[tuple[Answer, Answer]]:
-    assert loaded.template
-    ids = encode_messages(loaded.template, [{"role": "user", "content": prompt}], loaded.model.tokenizer)
-    plain = TokenSequence(loaded.context, 0)
-    found = []
-    for _ in range(runs + 1):
-        without = answer(plain, loaded, ids, sampling, limit)
-        looking = TokenSequence(loaded.context, 0, speculation=Speculation(costs))
-        looking.adopt(plain.cached_ids)
-        with_it = answer(looking, loaded, ids, sampling, limit)
-        plain.adopt(looking.cached_ids)
-        found.append((with_it, without))
-    return found[1:]
-
-
-def common(one: Sequence[int], other: Sequence[int]) -> int:
-    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--limit", type=int, default=400)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--only", default="", help="for example: copying, greedy")
-    asked = parser.parse_args()
-    loaded = load_chat_model(
-        asked.model, LoadOptions(LoadRequest(n_ctx=4096)), this_machine(), name=asked.model.name, size=1
-    )
-    costs, rows = CostCurve(), []
-    print(
-        "| task | with lookup | without | ratio (median of pairs) | greedy text | tokens |\n|---|---|---|---|---|---|"
-    )
-    for kind, tasks in (("copying", COPYING), ("writing", WRITING)):
-        for sampling in (Sampling(temperature=0, repeat_penalty=1), Sampling(seed=1)):
-            how = "greedy" if sampling.temperature == 0 else "sampled"
-            if any(word.strip() not in (kind, how, "") for word in asked.only.split(",")):
-                continue
-            for name, prompt in tasks.items():
-                found = pairs(loaded, prompt, costs, sampling, asked.runs, asked.limit)
-                ratio = statistics.median(a.speed / b.speed for a, b in found)
-                a, b = found[-1]
-                same = common(a.tokens, b.tokens)
-                greedy = sampling.temperature == 0
-                text = "" if not greedy else "the same" if a.tokens == b.tokens else f"differs from token {same} on"
-                speeds = [statistics.median(x.speed for x in side) for side in zip(*found, strict=True)]
-                print(
-                    f"| {kind}: {name}, {how} | {speeds[0]:.1f} | {speeds[1]:.1f} | {ratio:.2f} | {text} | "
-                    f"{len(a.tokens)} |",
-                    flush=True,
-                )
-                rows.append(
-                    {"kind": kind, "task": name, "how": how, "ratio": ratio, "tokens": len(a.tokens), "text": text}
-                )
-    print("\nlearnt costs: " + ", ".join(f"{k}: {v:.2f}" for k, v in costs.known.items()), file=sys.stderr)
-    for kind in dict.fromkeys(row["kind"] for row in rows):
-        print(
-            f"\n{kind}: median ratio {statistics.median(r['ratio'] for r in rows if r['kind'] == kind):.2f}, "
-            f"least {min(r['ratio'] for r in rows if r['kind'] == kind):.2f}"
-        )
-    if asked.json:
-        asked.json.write_text(json.dumps(rows, indent=1) + "\n")
-    loaded.close()
+def describe_difference(one: Answer, other: Answer) -> str:
+    if one.tokens == other.tokens:
+        return "the same"
+    return f"differs from token {common_prefix(one.tokens, other.tokens)} on"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds llama.cpp's own programs in build/rival, from the very source that the bindings were compiled from
-# (make setup leaves it in build/), with llama.cpp's own defaults.
+# Build llama.cpp's own programs in build/rival, with llama.cpp's defaults, from the source that the bindings were
+# compiled from (make setup keeps it in build/).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source=$(echo build/llama_cpp_python-*/vendor/llama.cpp)

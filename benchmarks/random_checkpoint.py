@@ -1,4 +1,4 @@
-"""Checkpoints of published shapes with random weights, as large as the real ones."""
+"""Checkpoints in the shapes of published models, as large as the real ones, with random weights."""
 
 from __future__ import annotations
 
@@ -22,36 +22,41 @@ SHAPES: dict[str, dict[str, Any]] = {
             "num_attention_heads": 16, "num_key_value_heads": 16, "num_experts": 60, "num_experts_per_tok": 4,
             "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632, "max_position_embeddings": 8192},
 }  # fmt: skip
-_BLOCK = 1 << 24  # random numbers; what is longer repeats them, shifted
+_BLOCK = 1 << 24  # random values; longer tensors repeat them, shifted
+_TIED = ("lm_head.weight", "model.embed_tokens.weight")  # written with the same values
 
 
-def write_shape(folder: Path, shape: str, tokenizer: dict[str, Any]) -> Path:
-    """A bf16 checkpoint of that shape, with these documents as its tokenizer; kept if it is there already."""
-    if (folder / "whole").exists():
+def write_random_checkpoint(folder: Path, shape: str, tokenizer: dict[str, Any]) -> Path:
+    """
+    Write a bf16 checkpoint of a shape in `SHAPES`, unless `folder` has one.
+
+    `tokenizer` is the contents of the tokenizer's JSON files by file name.
+    """
+    complete = folder / "whole"
+    if complete.exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     config = SHAPES[shape]
-    shapes = checkpoint_shapes(config, store_tied_head=True)
-    entries, at = {}, 0
-    for name, dimensions in shapes.items():
+    header, offset = {}, 0
+    for name, dimensions in checkpoint_shapes(config, store_tied_head=True).items():
         size = int(numpy.prod(dimensions)) * 2
-        entries[name] = {"dtype": "BF16", "shape": list(dimensions), "data_offsets": [at, at + size]}
-        at += size
-    text = json.dumps(entries).encode()
+        header[name] = {"dtype": "BF16", "shape": list(dimensions), "data_offsets": [offset, offset + size]}
+        offset += size
+    header_bytes = json.dumps(header).encode()
     random = numpy.random.default_rng(0)
     block = memoryview(as_dtype(random.standard_t(5, _BLOCK).astype(numpy.float32) * numpy.float32(0.02), "BF16"))
     with (folder / "model.safetensors").open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name, entry in entries.items():
-            begin, end = entry["data_offsets"]
-            shift = 0 if name in ("lm_head.weight", "model.embed_tokens.weight") else begin // 7 % (_BLOCK // 2) * 2
-            left = end - begin
-            while left:
-                piece = block[shift : shift + left]
-                file.write(piece)
-                left, shift = left - len(piece), 0
+        file.write(len(header_bytes).to_bytes(8, "little") + header_bytes)
+        for name, entry in header.items():
+            start, end = entry["data_offsets"]
+            shift = 0 if name in _TIED else start // 7 % (_BLOCK // 2) * 2
+            remaining = end - start
+            while remaining:
+                values = block[shift : shift + remaining]
+                file.write(values)
+                remaining, shift = remaining - len(values), 0
     (folder / "config.json").write_text(json.dumps(config))
     for name, document in tokenizer.items():
         (folder / name).write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
-    (folder / "whole").touch()
+    complete.touch()
     return folder

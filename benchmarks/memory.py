@@ -15,11 +15,11 @@ import time
 from pathlib import Path
 
 from comparison import run_python, table_header, table_row
-from qwenlocal.weights.quant_mix import weights_size
 
 from qwenlocal.engine.context import ContextOptions
 from qwenlocal.engine.memory import ModelDims, estimate_memory
 from qwenlocal.weights.gguf_reader import read_header
+from qwenlocal.weights.quant_mix import weights_size
 
 LAYOUTS = (
     ContextOptions(2048, key_type="f16", value_type="f16", flash_attention=False, n_ubatch=128),

@@ -20,17 +20,17 @@ from qwenlocal import ggml
 from qwenlocal.measure.fidelity import Fidelity, compare_with_checkpoint
 from qwenlocal.measure.tokenization import known_texts
 from qwenlocal.testing import write_checkpoint
-from qwenlocal.weights import gguf
+from qwenlocal.weights import gguf_writer
 from qwenlocal.weights.checkpoint import Checkpoint
-from qwenlocal.weights.header import read_header, read_pairs, tensor_bytes
-from qwenlocal.weights.numbers import errors_by_row
+from qwenlocal.weights.gguf_reader import decode_value, read_header, read_raw_metadata, tensor_bytes
+from qwenlocal.weights.tensor_values import compare_rows
 
 
 def change_entry(file: Path, key: str, at: int, value: Any) -> bytes:
     """Return an array of the vocabulary with one entry changed."""
-    values = gguf.decode(read_pairs(file)[f"tokenizer.ggml.{key}"])
+    values = decode_value(read_raw_metadata(file)[f"tokenizer.ggml.{key}"])
     values[at] = value
-    return gguf.i32s(values) if isinstance(value, int) else gguf.strings(values)
+    return gguf_writer.i32s(values) if isinstance(value, int) else gguf_writer.strings(values)
 
 
 def verify_problems(invoke: Run, file: Path, checkpoint: Path, code: int) -> list[str]:
@@ -44,8 +44,8 @@ def verify_problems(invoke: Run, file: Path, checkpoint: Path, code: int) -> lis
 
 
 def measure_fidelity(checkpoint: Path, file: Path, memory: int = 0) -> Fidelity:
-    pairs = read_pairs(file)
-    texts = known_texts(*(gguf.decode(pairs[f"tokenizer.ggml.{key}"]) for key in ("tokens", "token_type")))
+    pairs = read_raw_metadata(file)
+    texts = known_texts(*(decode_value(pairs[f"tokenizer.ggml.{key}"]) for key in ("tokens", "token_type")))
     return compare_with_checkpoint(Checkpoint.open(checkpoint), file, texts, threads=1, memory=memory)
 
 
@@ -83,7 +83,7 @@ class TestAgainst:
         convert_checkpoint(other, tmp_path / "x.gguf", "q8_0")
         result = invoke("verify", "./x.gguf", "--against", str(tiny_checkpoint))
         assert "differences" in expect_exit(result, 5)
-        assert "it was made from another model" in result.stdout
+        assert "the file was made from another model" in result.stdout
         assert "“qwen2.feed_forward_length” is 128; the checkpoint says 64" in result.stdout
 
     def test_one_changed_weight_is_found(
@@ -177,16 +177,16 @@ class TestMetadata:
     @pytest.mark.parametrize(
         ("key", "value", "message"),
         [
-            ("qwen2.rope.freq_base", gguf.f32(10000), "is 10,000; the checkpoint says 1,000,000"),
+            ("qwen2.rope.freq_base", gguf_writer.f32(10000), "is 10,000; the checkpoint says 1,000,000"),
             ("qwen2.rope.freq_base", None, "is missing; the checkpoint says 1,000,000"),
-            ("qwen2.attention.layer_norm_rms_epsilon", gguf.f32(1e-5), "; the checkpoint says 9.99999997"),
-            ("qwen2.context_length", gguf.u32(1024), "is 1024; the checkpoint says 2048"),
-            ("qwen2.attention.head_count_kv", gguf.u32(4), "is 4; the checkpoint says 2"),
-            ("tokenizer.chat_template", gguf.string("{{ 1 }}"), "is '{{ 1 }}'; the checkpoint says"),
-            ("tokenizer.ggml.eos_token_id", gguf.u32(258), "is 258; the checkpoint says 260"),
-            ("tokenizer.ggml.pre", gguf.string("llama-bpe"), "is 'llama-bpe'; the checkpoint says 'qwen2'"),
-            ("tokenizer.ggml.merges", gguf.strings(["t h"]), "has 1 entries; the checkpoint has 2"),
-            ("tokenizer.ggml.add_bos_token", gguf.boolean(True), "is True; the checkpoint says False"),
+            ("qwen2.attention.layer_norm_rms_epsilon", gguf_writer.f32(1e-5), "; the checkpoint says 9.99999997"),
+            ("qwen2.context_length", gguf_writer.u32(1024), "is 1024; the checkpoint says 2048"),
+            ("qwen2.attention.head_count_kv", gguf_writer.u32(4), "is 4; the checkpoint says 2"),
+            ("tokenizer.chat_template", gguf_writer.string("{{ 1 }}"), "is '{{ 1 }}'; the checkpoint says"),
+            ("tokenizer.ggml.eos_token_id", gguf_writer.u32(258), "is 258; the checkpoint says 260"),
+            ("tokenizer.ggml.pre", gguf_writer.string("llama-bpe"), "is 'llama-bpe'; the checkpoint says 'qwen2'"),
+            ("tokenizer.ggml.merges", gguf_writer.strings(["t h"]), "has 1 entries; the checkpoint has 2"),
+            ("tokenizer.ggml.add_bos_token", gguf_writer.boolean(True), "is True; the checkpoint says False"),
         ],
         ids=lambda value: value if isinstance(value, str) and " " not in value else "",
     )
@@ -202,7 +202,7 @@ class TestMetadata:
     def test_text_and_json_report_the_same_keys(
         self, text: str, tiny_checkpoint: Path, tiny_f32: Path, invoke: Run, tmp_path: Path
     ) -> None:
-        pairs = {"qwen2.rope.freq_base": gguf.f32(10000), "tokenizer.chat_template": gguf.string(text)}
+        pairs = {"qwen2.rope.freq_base": gguf_writer.f32(10000), "tokenizer.chat_template": gguf_writer.string(text)}
         problems = verify_problems(invoke, copy_with_metadata(tiny_f32, tmp_path / "x.gguf", pairs), tiny_checkpoint, 5)
         assert "“qwen2.rope.freq_base” is 10,000; the checkpoint says 1,000,000" in problems
         assert [len(problem) < 200 for problem in problems if "“tokenizer.chat_template”" in problem] == [True]
@@ -229,7 +229,7 @@ class TestMetadata:
     ) -> None:
         unsaid = ("eot_token_id", "padding_token_id", "bos_token_id", "add_bos_token", "suppress_tokens")
         pairs = {"tokenizer.chat_template": None, **{f"tokenizer.ggml.{key}": None for key in unsaid}}
-        assert set(pairs) <= set(read_pairs(tiny_f32)) | {"tokenizer.ggml.bos_token_id"}
+        assert set(pairs) <= set(read_raw_metadata(tiny_f32)) | {"tokenizer.ggml.bos_token_id"}
         assert (
             measure_fidelity(tiny_checkpoint, copy_with_metadata(tiny_f32, tmp_path / "x.gguf", pairs)).problems == []
         )
@@ -237,7 +237,11 @@ class TestMetadata:
     def test_names_licenses_and_unknown_keys_are_ignored(
         self, tiny_checkpoint: Path, tiny_f32: Path, tmp_path: Path
     ) -> None:
-        pairs = {"general.name": gguf.string("other"), "general.license": gguf.string("mit"), "my.key": gguf.u32(5)}
+        pairs = {
+            "general.name": gguf_writer.string("other"),
+            "general.license": gguf_writer.string("mit"),
+            "my.key": gguf_writer.u32(5),
+        }
         assert (
             measure_fidelity(tiny_checkpoint, copy_with_metadata(tiny_f32, tmp_path / "x.gguf", pairs)).problems == []
         )
@@ -245,9 +249,9 @@ class TestMetadata:
     @pytest.mark.parametrize(
         "pairs",
         [
-            {"qwen2.rope.scaling.type": gguf.string("linear"), "qwen2.rope.scaling.factor": gguf.f32(4)},
-            {"qwen2.rope.scaling.type": gguf.string("yarn"), "qwen2.rope.scaling.factor": gguf.f32(4),
-             "qwen2.rope.scaling.original_context_length": gguf.u32(2048)},
+            {"qwen2.rope.scaling.type": gguf_writer.string("linear"), "qwen2.rope.scaling.factor": gguf_writer.f32(4)},
+            {"qwen2.rope.scaling.type": gguf_writer.string("yarn"), "qwen2.rope.scaling.factor": gguf_writer.f32(4),
+             "qwen2.rope.scaling.original_context_length": gguf_writer.u32(2048)},
         ],
         ids=["linear", "yarn"],
     )  # fmt: skip
@@ -325,7 +329,7 @@ class TestTensors:
             assert fidelity.logits
         result = invoke("verify", "./q8_0.gguf", "--against", str(checkpoint_copy))
         assert "q8_0.gguf matches" in expect_exit(result, 0)
-        assert "note     3 weights are NaN or infinite in the checkpoint, zero here" in result.stdout
+        assert "note     3 weights are NaN or infinite in the checkpoint, zero in the file" in result.stdout
 
     def test_nan_in_the_file_is_found(self, checkpoint_copy: Path, tiny_f32: Path, tmp_path: Path) -> None:
         set_weights(checkpoint_copy, UP_PROJ, 0, numpy.nan)
@@ -338,7 +342,7 @@ def test_errors_are_computed_for_each_row() -> None:
         numpy.array([[3, 4, 6, 8, 1e-9, 0]], numpy.float32),
         numpy.array([[3, 4, 6, 9, 0, 0]], numpy.float32),
     )
-    whole, row, worst = errors_by_row([true], [other], 2)
+    whole, row, worst = compare_rows([true], [other], 2)
     assert (round(whole, 4), row, round(worst, 4)) == (0.0894, 1, 0.1)
 
 
@@ -353,11 +357,11 @@ class TestWithoutMemory:
     def test_another_vocabulary_is_still_found(
         self, at: int, tiny_checkpoint: Path, tiny_f32: Path, tmp_path: Path
     ) -> None:
-        tokens = gguf.decode(read_pairs(tiny_f32)["tokenizer.ggml.tokens"])
+        tokens = decode_value(read_raw_metadata(tiny_f32)["tokenizer.ggml.tokens"])
         tokens[at], tokens[at + 1] = tokens[at + 1], tokens[at]
         fidelity = measure_fidelity(
             tiny_checkpoint,
-            copy_with_metadata(tiny_f32, tmp_path / "x.gguf", {"tokenizer.ggml.tokens": gguf.strings(tokens)}),
+            copy_with_metadata(tiny_f32, tmp_path / "x.gguf", {"tokenizer.ggml.tokens": gguf_writer.strings(tokens)}),
         )
         assert fidelity.logits is None
         assert fidelity.wrong_texts

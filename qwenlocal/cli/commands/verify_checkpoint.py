@@ -52,7 +52,7 @@ def _compare(file: Path, checkpoint: LocalCheckpoint) -> Fidelity:
     from qwenlocal.measure.tokenization import known_texts
     from qwenlocal.terminal.progress import StatusLine
     from qwenlocal.weights.checkpoint import Checkpoint
-    from qwenlocal.weights.convert import Options
+    from qwenlocal.weights.convert import ConversionOptions
     from qwenlocal.weights.gguf_reader import decode_value, read_raw_metadata
 
     pairs, keys = read_raw_metadata(file), ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type")
@@ -66,7 +66,7 @@ def _compare(file: Path, checkpoint: LocalCheckpoint) -> Fidelity:
             known_texts(*(decode_value(pairs[key]) for key in keys)),
             threads=machine.cores,
             memory=machine.memory().available,
-            options=Options(checkpoint.name, checkpoint.repo),
+            options=ConversionOptions(checkpoint.name, checkpoint.repo),
             report=lambda task, done, total: line.show(f"{task}: {done} of {total}"),
         )
     except KeyboardInterrupt as stop:
@@ -96,7 +96,7 @@ def _show(fidelity: Fidelity) -> None:
 
 def _show_behavior(fidelity: Fidelity) -> None:
     sys.stdout.write(
-        f"tokens   {fidelity.texts - len(fidelity.wrong_texts)} of {fidelity.texts} texts are tokenized alike\n"
+        f"tokens   {fidelity.texts - len(fidelity.wrong_texts)} of {fidelity.texts} texts have the same token ids\n"
     )
     if error := fidelity.logits:
         sys.stdout.write(

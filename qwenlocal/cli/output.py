@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -29,6 +28,8 @@ def say_dimmed(sentence: str) -> None:
 
 def print_json(data: Any) -> None:
     """Print `data` as JSON; NaN and infinity, which JSON lacks, become strings."""
+    import json
+
     sys.stdout.write(json.dumps(_finite(data), ensure_ascii=False, indent=1, default=str, allow_nan=False) + "\n")
 
 

@@ -82,7 +82,7 @@ def _show(diagnosis: Diagnosis, *, tensors: bool) -> None:
     for finding in diagnosis.findings:
         label = "error" if finding.is_serious else "note"
         suffix = "  (repairable: --fix)" if finding.can_be_fixed else ""
-        sys.stdout.write(f"{label:<6} {escape_controls(finding.what)}{suffix}\n")
+        sys.stdout.write(f"{label:<6} {escape_controls(finding.problem)}{suffix}\n")
 
 
 def _show_tensors(header: Header) -> None:
@@ -102,7 +102,7 @@ def _facts(diagnosis: Diagnosis) -> dict[str, Any]:
     header = diagnosis.header
     return {
         "path": str(diagnosis.path),
-        "size": diagnosis.parts.size,
+        "size": diagnosis.model.size,
         "version": header.version,
         **header_facts(header),
         "metadata": {
@@ -113,7 +113,9 @@ def _facts(diagnosis: Diagnosis) -> dict[str, Any]:
             {"name": t.name, "shape": list(t.shape), "type": tensor_type_name(t.type), "size": tensor_bytes(t)}
             for t in header.tensors
         ],
-        "findings": [{"what": f.what, "serious": f.is_serious, "fixable": f.can_be_fixed} for f in diagnosis.findings],
+        "findings": [
+            {"what": f.problem, "serious": f.is_serious, "fixable": f.can_be_fixed} for f in diagnosis.findings
+        ],
     }
 
 
@@ -154,9 +156,9 @@ def _repair_in_place(app: AppContext, record: ModelRecord, diagnosis: Diagnosis)
             f"{record.path} is a published file, or another program's; --fix does not change it.",
             hint=f"Write a repaired copy: --fix -o FILE. {_REPAIRED_ON_LOAD}",
         )
-    if len(diagnosis.parts.paths) > 1:
+    if len(diagnosis.model.paths) > 1:
         raise UsageError(
-            f"The model is split into {len(diagnosis.parts.paths)} files. {_REPAIRED_ON_LOAD}",
+            f"The model is split into {len(diagnosis.model.paths)} files. {_REPAIRED_ON_LOAD}",
             hint="Write a repaired copy as one file: --fix -o FILE",
         )
     if not fits_in_place(diagnosis, layout):

@@ -41,7 +41,7 @@ def list_models(*, include_available: bool, as_json: bool) -> None:
     rows = [(r.name, format_bytes(r.size), _record_state(r, names)) for r in installed]
     rows += [(p.name, format_bytes(p.size), f"{p.done / max(1, p.size):.0%} downloaded") for p in partial]
     rows += [(c.name, format_bytes(c.size), _conversion_state(c)) for c in conversions]
-    rows += _card_rows(cards)
+    rows += _card_rows(cards) if cards else []
     if not rows:
         app.say(tr("No model is installed. To start: qwenlocal run (qwenlocal list --all shows all models)"))
         return

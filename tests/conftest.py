@@ -34,7 +34,7 @@ typer.testing._get_command = functools.cache(typer.testing._get_command)  # type
 
 # Tests whose ids hold one of these run in one process: they share half a gigabyte of weights (the starter), Qwen's
 # vocabulary, or tables of ggml for the smallest types, which all take seconds to load.
-SHARED = ("test_real.py", "test_tokens.py", "test_with_an_importance_matrix")
+SHARED = ("test_real.py", "test_tokens.py", "test_tensors_with_an_imatrix")
 
 
 def pytest_configure() -> None:

@@ -86,7 +86,7 @@ class TestBytes:
             if kind not in ("bf16", *NEEDY) and (model, kind) != ("dense", "q1_0")
         ],
     )
-    def test_tensors_are_those_that_llama_quantize_makes_of_the_bf16_file(
+    def test_tensors_equal_those_of_llama_quantize(
         self, kind: str, model: str, sources: dict[str, Path], plain: dict[str, Path], tmp_path: Path
     ) -> None:
         ours = convert(sources[model], tmp_path / "ours.gguf", kind)
@@ -102,7 +102,7 @@ class TestBytes:
             *((model, kind) for model in ("dense", "mixture") for kind in ("q4_0", "q4_k_m", "iq4_xs")),
         ],
     )
-    def test_with_an_importance_matrix_too(
+    def test_tensors_with_an_imatrix_equal_those_of_llama_quantize(
         self, kind: str, model: str, sources: dict[str, Path], plain: dict[str, Path], tmp_path: Path
     ) -> None:
         weights = importance_of(plain[model])
@@ -112,30 +112,24 @@ class TestBytes:
         assert data_of(ours) == data_of(tmp_path / "theirs.gguf")
 
     @pytest.mark.parametrize("dtype", ["F32", "F16"])
-    def test_a_checkpoint_in_other_floats_gives_what_llama_quantize_makes_of_the_file_in_those_floats(
-        self, dtype: str, tmp_path: Path
-    ) -> None:
+    def test_tensors_from_f32_and_f16_equal_those_of_llama_quantize(self, dtype: str, tmp_path: Path) -> None:
         source = write_checkpoint(tmp_path / "model", dtype=dtype)
         same = convert(source, tmp_path / "same.gguf", dtype.lower())
         ours = convert(source, tmp_path / "ours.gguf", "q4_k_m")
         llama_quantize(same, tmp_path / "theirs.gguf", file_type("q4_k_m"))
         assert data_of(ours) == data_of(tmp_path / "theirs.gguf")
 
-    def test_without_quantizing_the_weights_are_the_checkpoints_own_bytes(
-        self, dense: Path, plain: dict[str, Path]
-    ) -> None:
+    def test_unquantized_weights_keep_their_bytes(self, dense: Path, plain: dict[str, Path]) -> None:
         stored = Checkpoint.open(dense).tensors["model.layers.3.mlp.down_proj.weight"]
         with stored.file.open("rb") as file:
             file.seek(stored.offset)
             assert data_of(plain["dense"])["blk.3.ffn_down.weight"][1] == file.read(stored.size)
 
-    def test_the_whole_file_is_the_same_with_any_number_of_threads(self, dense: Path, tmp_path: Path) -> None:
+    def test_the_number_of_threads_does_not_change_the_file(self, dense: Path, tmp_path: Path) -> None:
         files = [convert(dense, tmp_path / f"{n}.gguf", "q4_k_m", threads=n) for n in (1, 2, 5)]
         assert len({file.read_bytes() for file in files}) == 1
 
-    def test_several_types_from_one_reading_are_the_files_that_each_would_be_alone(
-        self, dense: Path, tmp_path: Path
-    ) -> None:
+    def test_several_outputs_equal_separate_conversions(self, dense: Path, tmp_path: Path) -> None:
         wanted = [(tmp_path / f"{kind}.gguf", file_type(kind)) for kind in ("q8_0", "q4_k_m", "f16")]
         plan = plan_conversion(Checkpoint.open(dense), wanted)
         carry_out(plan.job, threads=2)
@@ -145,7 +139,7 @@ class TestBytes:
             assert path.read_bytes() == alone.read_bytes()
 
     @pytest.mark.parametrize("fused", [False, True])
-    def test_experts_stored_one_by_one_or_fused_give_the_same_file(self, fused: bool, tmp_path: Path) -> None:
+    def test_separate_and_fused_experts_give_the_same_file(self, fused: bool, tmp_path: Path) -> None:
         """transformers 4 stores each expert's matrices, transformers 5 those of all experts of a layer together."""
         separate = write_checkpoint(tmp_path / "one" / "model", config=MOE_CONFIG)
         stored = {name: read_tensor(separate, name) for name in Checkpoint.open(separate).tensors}
@@ -179,7 +173,7 @@ def fuse(name: str, stored: dict[str, bytes]) -> bytes:
     return b"".join(stored[f"{at}experts.{number}.{kind}.weight"] for number in numbers for kind in kinds)
 
 
-def test_the_same_checkpoint_becomes_what_this_edition_makes_of_it(sources: dict[str, Path], tmp_path: Path) -> None:
+def test_the_output_changes_only_with_the_converter_version(sources: dict[str, Path], tmp_path: Path) -> None:
     digests = {}
     for name in ("dense", "mixture"):
         files = [convert(sources[name], tmp_path / f"{name}-{kind}.gguf", kind) for kind in ("bf16", "q4_k_m", "q8_0")]
@@ -197,7 +191,7 @@ class TestTypes:
     }  # fmt: skip
 
     @pytest.mark.parametrize("size", [*SHAPES, "moe", "moe of 8"])
-    def test_are_those_that_llama_quantize_announces(self, size: str, tmp_path: Path) -> None:
+    def test_tensor_types_equal_those_of_llama_quantize(self, size: str, tmp_path: Path) -> None:
         source = sparse_checkpoint(tmp_path / "model", self.config(size))
         checkpoint = Checkpoint.open(source)
         plain = plan_conversion(checkpoint, [(tmp_path / "bf16.gguf", file_type("bf16"))])
@@ -207,7 +201,7 @@ class TestTypes:
             needs = kind in NEEDY
             options = Options(wishes=Wishes(has_importance=False))
             if needs:
-                options = dataclasses.replace(options, importance=_Everything())
+                options = dataclasses.replace(options, importance=AnyImportance())
             planned = plan_conversion(checkpoint, [(tmp_path / "x.gguf", file_type(kind))], options).files[0]
             log = llama_quantize(tmp_path / "bf16.gguf", tmp_path / "no.gguf", file_type(kind), dry_run=True)
             ours = {tensor.name: tensor.choice.type.name for tensor in planned.tensors}
@@ -224,7 +218,7 @@ class TestTypes:
                  "num_attention_heads": heads, "num_key_value_heads": keys}  # fmt: skip
         return {**CONFIG, **sizes, "tie_word_embeddings": size == "0.5b"}
 
-    def test_a_wish_for_some_tensors_goes_before_the_mix(self, dense: Path, tmp_path: Path) -> None:
+    def test_tensor_type_overrides_go_before_the_mix(self, dense: Path, tmp_path: Path) -> None:
         wishes = Wishes(parse_overrides([r"ffn_down=q6_k", r"blk\.[01]\.attn_q=q8_0"]))
         path = convert(dense, tmp_path / "x.gguf", "q4_0", Options(wishes=wishes))
         types = {tensor.name: tensor.type for tensor in read_header(path).tensors}
@@ -234,17 +228,17 @@ class TestTypes:
         assert types["blk.5.ffn_down.weight"] == number["q8_0"], "288 is no multiple of 256, so Q6_K becomes Q8_0"
 
 
-class _Everything(Importance):
+class AnyImportance(Importance):
     """Weights for whatever is asked, none of them ever used."""
 
     def __init__(self) -> None:
-        super().__init__(_Always(), {})
+        super().__init__(AnyKey(), {})
 
     def of(self, name: str, expert: int, experts: int, columns: int) -> None:
         return None
 
 
-class _Always(dict[str, Any]):
+class AnyKey(dict[str, Any]):
     def __contains__(self, name: object) -> bool:
         return True
 

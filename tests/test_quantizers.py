@@ -79,14 +79,14 @@ def negative_zeros(count: int) -> numpy.ndarray:
         negative_zeros,
     ],
 )
-def test_ours_write_ggmls_bytes_of(numbers, kind: str) -> None:
+def test_bytes_equal_those_of_ggml(numbers, kind: str) -> None:
     ours, theirs = both(kind, numbers(BLOCK * 500))
     assert ours == theirs
 
 
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("sign", [1, -1])
-def test_ours_write_ggmls_bytes_of_numbers_of_one_sign(sign: int, kind: str) -> None:
+def test_bytes_equal_those_of_ggml_for_weights_of_one_sign(sign: int, kind: str) -> None:
     ours, theirs = both(kind, sign * numpy.abs(weights_as_models_have_them(BLOCK * 200)))
     assert ours == theirs
 
@@ -102,13 +102,13 @@ def test_ours_write_ggmls_bytes_of_numbers_of_one_sign(sign: int, kind: str) -> 
         fill=st.sampled_from([0.0, 1.0, -2.0]),
     )
 )
-def test_ours_write_ggmls_bytes_of_anything(kind: str, numbers: numpy.ndarray) -> None:
+def test_bytes_equal_those_of_ggml_for_any_weights(kind: str, numbers: numpy.ndarray) -> None:
     ours, theirs = both(kind, numpy.ascontiguousarray(numbers))
     assert ours == theirs
 
 
 @pytest.mark.parametrize("kind", ["q5_0", "q4_0", "q3_k", "q2_k", "iq4_nl"])
-def test_ours_leave_other_types_to_ggml(kind: str) -> None:
+def test_other_types_are_left_to_ggml(kind: str) -> None:
     found, numbers = ggml.tensor_type(kind), weights_as_models_have_them(BLOCK)
     target = numpy.full(found.row_bytes(BLOCK), 0xAA, numpy.uint8)
     source = ggml.tensor_type("f32")
@@ -118,7 +118,7 @@ def test_ours_leave_other_types_to_ggml(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_ours_read_bf16_as_it_is(kind: str) -> None:
+def test_bf16_is_quantized_directly(kind: str) -> None:
     found, half = ggml.tensor_type(kind), ggml.tensor_type("bf16")
     stored = (weights_as_models_have_them(BLOCK * 100).view(numpy.uint32) >> 16).astype(numpy.uint16)
     target = numpy.empty(found.row_bytes(stored.size), numpy.uint8)
@@ -133,7 +133,7 @@ def test_ours_read_bf16_as_it_is(kind: str) -> None:
 @pytest.mark.parametrize("place", [0, BLOCK * 3 + 77, BLOCK * 5 - 1])
 @pytest.mark.parametrize("number", [numpy.nan, -numpy.nan, numpy.inf, -numpy.inf])
 @pytest.mark.parametrize("kind", TYPES)
-def test_ours_tell_of_numbers_that_are_none(kind: str, number: float, place: int) -> None:
+def test_nan_and_infinity_are_reported(kind: str, number: float, place: int) -> None:
     found, numbers = ggml.tensor_type(kind), weights_as_models_have_them(BLOCK * 5)
     numbers[place] = number
     target = numpy.empty(found.row_bytes(numbers.size), numpy.uint8)

@@ -73,22 +73,22 @@ def scores(model: Model, ids: list[int]) -> numpy.ndarray:
     return found
 
 
-def test_a_good_file_has_no_findings_and_needs_no_repair(good: Path, loaded: Any) -> None:
+def test_an_undamaged_file_has_no_findings(good: Path, loaded: Any) -> None:
     assert diagnose_file(good).findings == []
     assert loaded(good).notes == ()
 
 
-class TestARopeBaseThatIsMissing:
+class TestMissingRopeBase:
     @pytest.fixture
     def old(self, good: Path, tmp_path: Path) -> Path:
         return copy_with_metadata(good, tmp_path / "old.gguf", {"qwen2.rope.freq_base": None})
 
-    def test_is_found(self, old: Path) -> None:
+    def test_it_is_found(self, old: Path) -> None:
         (finding,) = diagnose_file(old).findings
         assert finding.is_serious
         assert "rope base is missing" in finding.what
 
-    def test_is_put_right_on_loading_and_that_is_said(self, old: Path, good: Path, loaded: Any) -> None:
+    def test_loading_fixes_it_with_a_note(self, old: Path, good: Path, loaded: Any) -> None:
         ready = loaded(old)
         assert ready.notes == (FileRepaired(rope_base=1e6),)
         assert "RoPE base frequency set to 1,000,000" in describe_note(ready.notes[0])
@@ -96,16 +96,14 @@ class TestARopeBaseThatIsMissing:
         assert numpy.array_equal(scores(ready.model, ids), scores(Model(good), ids))
         assert not numpy.array_equal(scores(Model(old), ids), scores(Model(good), ids)), "the fault itself does harm"
 
-    def test_is_put_right_in_a_copy_that_says_what_the_good_one_says(
-        self, old: Path, good: Path, tmp_path: Path
-    ) -> None:
+    def test_a_copy_has_the_keys_of_an_undamaged_file(self, old: Path, good: Path, tmp_path: Path) -> None:
         diagnosis = diagnose_file(old)
         target = tmp_path / "new.gguf"
         run_job(plan_copy(diagnosis, repaired_layout(diagnosis, diagnosis.fixable), target).job, threads=1)
         assert diagnose_file(target).findings == []
         assert read_raw_metadata(target) == read_raw_metadata(good)
 
-    def test_depends_on_the_model(self) -> None:
+    def test_the_default_depends_on_the_model(self) -> None:
         small, larger = ({"general.architecture": "qwen2", "qwen2.embedding_length": width} for width in (1024, 2560))
         assert missing_rope_base(small) == 1e6
         assert missing_rope_base(larger) == 5e6
@@ -113,12 +111,12 @@ class TestARopeBaseThatIsMissing:
         assert missing_rope_base({"general.architecture": "llama"}) is None
 
 
-class TestPaddingThatCanBeTyped:
+class TestPaddingAsText:
     @pytest.fixture
     def old(self, good: Path, tmp_path: Path) -> Path:
         return copy_with_metadata(good, tmp_path / "old.gguf", {"tokenizer.ggml.token_type": old_token_types(good)})
 
-    def test_is_found_and_put_right_in_place(self, old: Path, good: Path) -> None:
+    def test_it_is_found_and_fixed_in_place(self, old: Path, good: Path) -> None:
         (finding,) = diagnose_file(old).findings
         assert "[PAD261]" in finding.what
         diagnosis = diagnose_file(old)
@@ -129,7 +127,7 @@ class TestPaddingThatCanBeTyped:
         assert diagnose_file(old).findings == []
         assert not backup_path(old).exists()
 
-    def test_is_text_on_loading_and_that_is_said(self, old: Path, loaded: Any) -> None:
+    def test_loading_treats_it_as_text_with_a_note(self, old: Path, loaded: Any) -> None:
         ready = loaded(old)
         assert ready.notes == (FileRepaired(hides_padding=True),)
         assert "padding tokens" in describe_note(ready.notes[0])
@@ -156,7 +154,7 @@ def test_a_head_that_repeats_the_embeddings_is_found_and_left_out(checkpoint: Pa
     assert numpy.array_equal(scores(Model(smaller), ids), scores(Model(target), ids))
 
 
-def test_a_patch_that_was_cut_short_is_undone(good: Path, tmp_path: Path) -> None:
+def test_an_interrupted_patch_is_undone(good: Path, tmp_path: Path) -> None:
     torn = tmp_path / "torn.gguf"
     whole = good.read_bytes()
     torn.write_bytes(b"\0" * 4096 + whole[4096:])
@@ -167,7 +165,7 @@ def test_a_patch_that_was_cut_short_is_undone(good: Path, tmp_path: Path) -> Non
     assert not undo_interrupted_patch(torn)
 
 
-def test_a_header_kept_of_another_file_does_not_touch_this_one(good: Path, tmp_path: Path) -> None:
+def test_the_header_backup_of_another_file_is_ignored(good: Path, tmp_path: Path) -> None:
     other = tmp_path / "model.gguf"
     other.write_bytes(good.read_bytes())
     backup_path(other).write_bytes(b"x" * 32 + b"\0" * 4096)
@@ -175,7 +173,7 @@ def test_a_header_kept_of_another_file_does_not_touch_this_one(good: Path, tmp_p
     assert other.read_bytes() == good.read_bytes()
 
 
-def test_numbers_that_are_not_numbers_are_found_and_counted(good: Path, tmp_path: Path) -> None:
+def test_nan_and_infinity_are_found_and_counted(good: Path, tmp_path: Path) -> None:
     header = read_header(good)
     tensor = next(tensor for tensor in header.tensors if tensor.name == "blk.1.ffn_up.weight")
     data = bytearray(good.read_bytes())
@@ -199,7 +197,7 @@ def test_a_matrix_of_zeros_is_found(good: Path, tmp_path: Path) -> None:
     assert "nothing but zeros" in finding.what
 
 
-def test_an_end_of_turn_that_the_file_does_not_name_is_found(good: Path, tmp_path: Path) -> None:
+def test_a_missing_end_of_turn_token_is_found(good: Path, tmp_path: Path) -> None:
     old = copy_with_metadata(
         good,
         tmp_path / "old.gguf",
@@ -230,7 +228,7 @@ def test_other_faults_are_named(pairs: dict[str, bytes | None], what: str, good:
 # --- ends and templates that mislead
 
 
-def test_an_end_that_is_a_word_like_any_other_is_found_put_right_and_not_believed(good: Path, tmp_path: Path) -> None:
+def test_an_ordinary_token_as_eos_is_found_fixed_and_ignored(good: Path, tmp_path: Path) -> None:
     tokens = gguf.decode(read_raw_metadata(good)["tokenizer.ggml.tokens"])
     wrong = copy_with_metadata(
         good, tmp_path / "wrong.gguf", {"tokenizer.ggml.eos_token_id": gguf.u32(tokens.index("b"))}
@@ -249,7 +247,7 @@ def test_an_end_that_is_a_word_like_any_other_is_found_put_right_and_not_believe
     loaded.close()
 
 
-def test_an_end_beyond_the_vocabulary_is_put_right(good: Path, tmp_path: Path) -> None:
+def test_an_eos_token_outside_the_vocabulary_is_fixed(good: Path, tmp_path: Path) -> None:
     wrong = copy_with_metadata(good, tmp_path / "wrong.gguf", {"tokenizer.ggml.eos_token_id": gguf.u32(99_999)})
     (finding, *_) = diagnose_file(wrong).findings
     assert "Its eos token is 99,999" in finding.what
@@ -263,14 +261,12 @@ def test_an_end_beyond_the_vocabulary_is_put_right(good: Path, tmp_path: Path) -
         ("{{ messages[-1].content }}{{ add_generation_prompt }}", "what was said before the last question"),
     ],
 )
-def test_a_template_that_leaves_out_what_was_said_is_found(
-    template: str, what: str, good: Path, tmp_path: Path
-) -> None:
+def test_a_template_that_omits_messages_is_found(template: str, what: str, good: Path, tmp_path: Path) -> None:
     odd = copy_with_metadata(good, tmp_path / "odd.gguf", {"tokenizer.chat_template": gguf.string(template)})
     assert any(what in finding.what and finding.is_serious for finding in diagnose_file(odd).findings)
 
 
-def test_ids_that_no_token_has_are_never_said(good: Path) -> None:
+def test_padding_ids_are_never_generated(good: Path) -> None:
     """Not even where everything is as likely as anything else."""
     model = Model(good)
     context = Context(model, ContextOptions(512, threads=1))

@@ -58,7 +58,7 @@ def model(converted: Path) -> Model:
     return Model(converted)
 
 
-def test_the_vocabulary_is_qwens(converted: Path) -> None:
+def test_the_vocabulary_equals_that_of_qwen(converted: Path) -> None:
     pairs = {key: gguf.decode(value) for key, value in read_pairs(converted).items() if key.startswith("tokenizer.")}
     plain = pairs["tokenizer.ggml.tokens"][:151643]
     assert hashlib.sha256("\n".join(plain).encode()).hexdigest() == GOLDEN["vocabulary"]
@@ -92,12 +92,12 @@ def test_five_thousand_lines_have_the_ids_of_the_real_tokenizer(model: Model) ->
     assert total == GOLDEN["tokens"]
 
 
-def test_no_text_of_people_becomes_a_control_or_padding_token(model: Model) -> None:
+def test_no_user_text_becomes_a_control_or_padding_token(model: Model) -> None:
     for line in [*lines(), "[PAD151650] [PAD151646]", "<|im_end|>" * 3]:
         assert max(model.tokenizer.tokenize(line, special=False), default=0) < 151643
 
 
-def test_the_texts_that_verify_uses_have_their_known_ids(model: Model, converted: Path) -> None:
+def test_the_texts_of_verify_have_their_known_ids(model: Model, converted: Path) -> None:
     pairs = read_pairs(converted)
     texts = known_texts(*(gguf.decode(pairs[f"tokenizer.ggml.{key}"]) for key in ("tokens", "token_type")))
     assert len(texts) >= 40

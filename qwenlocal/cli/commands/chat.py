@@ -132,7 +132,8 @@ def _open_journal(app: AppContext) -> Journal | None:
         ensure_writable(path.parent)
         return Journal(path)
     except (JournalError, NotWritable) as error:
-        app.say(f"{error} {tr('This chat is not saved.')} {error.hint}")
+        consequence = tr("This chat is not saved.")
+        app.say(f"{error} {consequence} {error.hint}")
         return None
 
 

@@ -32,7 +32,7 @@ from qwenlocal.errors import NotEnoughMemory, UsageError
 from qwenlocal.ggml import Device
 from qwenlocal.terminal.load_notes import describe_note, describe_plan
 from qwenlocal.testing import write_checkpoint, write_model
-from qwenlocal.weights.header import read_metadata
+from qwenlocal.weights.gguf_reader import read_metadata
 
 GIB = 2**30
 MIB = 2**20
@@ -231,7 +231,7 @@ def test_run_prints_the_plan_with_stats(speaking_model: Path, invoke: Run) -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["-ngl", "3"], "llama.cpp finds none here"),
+        (["-ngl", "3"], "llama.cpp finds none"),
         (["-ngl", "-1"], "-ngl must be a number of layers, auto or all"),
         (["-ngl", "many"], "-ngl must be a number of layers, auto or all"),
         (["--kv", "q4_k"], "Choose one of: f16"),
@@ -282,14 +282,14 @@ def test_run_works_with_every_kv_cache_type(kind: str, tmp_path: Path, invoke: R
 def wide_headed(folder: Path) -> Path:
     """Convert a model with a head size of 64, which quantized keys need (blocks of 32)."""
     from qwenlocal.weights.checkpoint import Checkpoint
-    from qwenlocal.weights.convert import Options, plan_conversion
-    from qwenlocal.weights.mix import file_type
-    from qwenlocal.weights.writing import carry_out
+    from qwenlocal.weights.convert import ConversionOptions, plan_conversion
+    from qwenlocal.weights.file_types import file_type
+    from qwenlocal.weights.write_workers import run_job
 
     sizes = {"hidden_size": 128, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
     source = write_checkpoint(folder / "wide", config=sizes)
-    plan = plan_conversion(Checkpoint.open(source), [(folder / "wide.gguf", file_type("f32"))], Options())
-    carry_out(plan.job, threads=1)
+    plan = plan_conversion(Checkpoint.open(source), [(folder / "wide.gguf", file_type("f32"))], ConversionOptions())
+    run_job(plan.job, threads=1)
     return folder / "wide.gguf"
 
 
@@ -341,4 +341,4 @@ def test_a_split_model_is_counted_and_verified_as_one(
     parts[1].unlink()
     for command, *more in (["verify"], ["plan"], ["run", "Hi"]):
         result = invoke(command, f"./{parts[0].name}", *more)
-        assert (result.returncode, f"{parts[1].name} is not beside it" in result.stderr) == (5, True)
+        assert (result.returncode, f"{parts[1].name} is missing" in result.stderr) == (5, True)

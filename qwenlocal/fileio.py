@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import os
 import sys
@@ -42,6 +41,13 @@ else:  # Windows has neither: seek and write under the lock
         return len(data)
 
 
+def write_all(file: int, data: memoryview, offset: int, lock: threading.Lock) -> None:
+    """Write all of `data` at `offset`."""
+    while data:
+        written = write_at(file, data, offset, lock)
+        data, offset = data[written:], offset + written
+
+
 def start_writeback(file: int) -> bool:
     """
     Ask the disk to start writing the dirty pages of `file`; return False if that is unsupported or refused.
@@ -55,6 +61,8 @@ def start_writeback(file: int) -> bool:
 
 @functools.cache
 def _sync_file_range() -> Any | None:
+    import ctypes  # 2 ms, which `list` does not need
+
     if not sys.platform.startswith("linux"):
         return None
     function = getattr(ctypes.CDLL(None), "sync_file_range", None)

@@ -12,14 +12,14 @@ import pytest
 
 from qwenlocal.errors import BadCheckpoint, BadWeights
 from qwenlocal.testing import CONFIG, MOE_CONFIG, as_dtype, write_checkpoint
-from qwenlocal.weights import gguf
 from qwenlocal.weights.checkpoint import Checkpoint
-from qwenlocal.weights.convert import Options, plan_conversion
-from qwenlocal.weights.header import read_pairs
-from qwenlocal.weights.mix import file_type
-from qwenlocal.weights.plan import Plan
+from qwenlocal.weights.conversion_plan import ConversionPlan
+from qwenlocal.weights.convert import ConversionOptions, plan_conversion
+from qwenlocal.weights.file_types import file_type
+from qwenlocal.weights.gguf_reader import decode_value, read_raw_metadata
 from qwenlocal.weights.vocabulary import Vocabulary, read_vocabulary
-from qwenlocal.weights.writing import Job, carry_out
+from qwenlocal.weights.write_job import WriteJob
+from qwenlocal.weights.write_workers import run_job
 
 MINIMAL = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1,
          "num_hidden_layers": 1}  # fmt: skip
@@ -35,7 +35,7 @@ SMALL = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
 UNALIGNED = {"hidden_size": 36, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1}
 
 
-# About a second of work for one thread, in 30 slabs: time enough to be interrupted in the middle.
+# About a second of work for one thread, in 30 chunks: long enough to be interrupted in the middle.
 LARGE = {"hidden_size": 512, "intermediate_size": 1024, "vocab_size": 3072}
 
 
@@ -112,16 +112,18 @@ def file_names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def make_plan(folder: Path, **options: Any) -> Plan:
+def make_plan(folder: Path, **options: Any) -> ConversionPlan:
     """Plan a conversion to f16, which reads everything and writes nothing."""
-    return plan_conversion(Checkpoint.open(folder), [(folder / "out.gguf", file_type("f16"))], Options(**options))
+    return plan_conversion(
+        Checkpoint.open(folder), [(folder / "out.gguf", file_type("f16"))], ConversionOptions(**options)
+    )
 
 
 def plan_metadata(folder: Path, **options: Any) -> dict[str, Any]:
     """Return the keys of the planned GGUF file."""
     path = folder / "header"
     path.write_bytes(make_plan(folder, **options).job.outputs[0].header)
-    return {key: gguf.decode(value) for key, value in read_pairs(path).items()}
+    return {key: decode_value(value) for key, value in read_raw_metadata(path).items()}
 
 
 def plan_tensor_names(folder: Path) -> set[str]:
@@ -134,15 +136,15 @@ def load_vocabulary(folder: Path, size: int = VOCAB_SIZE, **options: Any) -> Voc
     return read_vocabulary(folder, config, size, **options)
 
 
-def plan_job(source: Path, *targets: Path) -> Job:
+def plan_job(source: Path, *targets: Path) -> WriteJob:
     """Plan a conversion of `source` to files named after their types, such as "x.q8_0.gguf"."""
     outputs = [(target, file_type(target.suffixes[-2][1:])) for target in targets]
-    return plan_conversion(Checkpoint.open(source), outputs, Options(name="tiny")).job
+    return plan_conversion(Checkpoint.open(source), outputs, ConversionOptions(name="tiny")).job
 
 
 def convert_checkpoint(source: Path, target: Path, kind: str, **options: Any) -> Path:
-    plan = plan_conversion(Checkpoint.open(source), [(target, file_type(kind))], Options(**options))
-    carry_out(plan.job, threads=1)
+    plan = plan_conversion(Checkpoint.open(source), [(target, file_type(kind))], ConversionOptions(**options))
+    run_job(plan.job, threads=1)
     return target
 
 

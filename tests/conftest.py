@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 from qwenlocal.cli.app import app
 from qwenlocal.paths import Folders
 from qwenlocal.testing import write_checkpoint, write_model
-from qwenlocal.weights.writing import carry_out
+from qwenlocal.weights.write_workers import run_job
 
 SAYS = "Paris, fun"
 # Building all commands from their signatures takes typer 60 ms, at every call.
@@ -237,7 +237,7 @@ def large_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def large_gguf(large_checkpoint: Path) -> bytes:
     """The uninterrupted conversion of `large_checkpoint`."""
     target = large_checkpoint.parent / f"whole.{SLOW_TYPE}.gguf"
-    carry_out(plan_job(large_checkpoint, target), threads=2)
+    run_job(plan_job(large_checkpoint, target), threads=2)
     return target.read_bytes()
 
 

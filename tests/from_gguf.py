@@ -11,8 +11,7 @@ import numpy
 from qwenlocal import ggml
 from qwenlocal.chat.chat_template import CHATML
 from qwenlocal.testing import as_dtype
-from qwenlocal.weights import gguf
-from qwenlocal.weights.header import Header, Tensor, read_header, read_pairs, tensor_bytes
+from qwenlocal.weights.gguf_reader import Header, TensorInfo, decode_value, read_header, read_raw_metadata, tensor_bytes
 
 NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -54,7 +53,7 @@ def write_checkpoint_of(source: Path, folder: Path, dtype: str = "BF16") -> Path
     return folder
 
 
-def numbers(path: Path, header: Header, tensor: Tensor) -> numpy.ndarray:
+def numbers(path: Path, header: Header, tensor: TensorInfo) -> numpy.ndarray:
     """A tensor's numbers as float32."""
     kind = ggml.tensor_type_by_number(tensor.type)
     data = numpy.fromfile(path, numpy.uint8, tensor_bytes(tensor), offset=header.data_offset + tensor.offset)
@@ -71,7 +70,7 @@ def _name(name: str) -> str:
 
 
 def _documents(source: Path, header: Header) -> dict[str, object]:
-    pairs = {key: gguf.decode(value) for key, value in read_pairs(source).items()}
+    pairs = {key: decode_value(value) for key, value in read_raw_metadata(source).items()}
 
     def said(key: str) -> object:
         return pairs[f"qwen2.{key}"]
@@ -96,7 +95,9 @@ def tokenizer_files(source: Path, sizes: tuple[int, int] | None = None) -> dict[
 
     `sizes` are the number of plain tokens and of all tokens, for a file whose kinds do not tell them apart.
     """
-    pairs = {key: gguf.decode(value) for key, value in read_pairs(source).items() if key.startswith("tokenizer.")}
+    pairs = {
+        key: decode_value(value) for key, value in read_raw_metadata(source).items() if key.startswith("tokenizer.")
+    }
     tokens, kinds = pairs["tokenizer.ggml.tokens"], pairs["tokenizer.ggml.token_type"]
     if sizes:
         kinds = [1] * sizes[0] + [3] * (sizes[1] - sizes[0]) + [5] * (len(tokens) - sizes[1])

@@ -11,15 +11,14 @@ import numpy
 from oracle import data_of
 
 from qwenlocal import ggml
-from qwenlocal.weights import gguf
-from qwenlocal.weights.header import read_header, read_pairs
-from qwenlocal.weights.kinds import USER_DEFINED
+from qwenlocal.weights import gguf_writer
+from qwenlocal.weights.gguf_reader import USER_DEFINED, EncodedValue, decode_value, read_header, read_raw_metadata
 
 
-def write_f32_gguf(path: Path, pairs: Mapping[str, gguf.Encoded], tensors: Mapping[str, numpy.ndarray]) -> Path:
+def write_f32_gguf(path: Path, pairs: Mapping[str, EncodedValue], tensors: Mapping[str, numpy.ndarray]) -> Path:
     kind = ggml.tensor_type("f32")
-    layout = gguf.lay_out(
-        pairs, [gguf.Described(name, tuple(reversed(data.shape)), kind) for name, data in tensors.items()]
+    layout = gguf_writer.make_layout(
+        pairs, [gguf_writer.TensorSpec(name, tuple(reversed(data.shape)), kind) for name, data in tensors.items()]
     )
     with path.open("wb") as file:
         file.write(layout.header)
@@ -32,11 +31,11 @@ def write_f32_gguf(path: Path, pairs: Mapping[str, gguf.Encoded], tensors: Mappi
 
 def copy_with_metadata(source: Path, target: Path, pairs: Mapping[str, bytes | None]) -> Path:
     """Copy a GGUF file with other metadata; None removes a key."""
-    header, metadata = read_header(source), read_pairs(source)
+    header, metadata = read_header(source), read_raw_metadata(source)
     metadata = {key: value for key, value in {**metadata, **pairs}.items() if value is not None}
     kinds = {tensor.name: ggml.tensor_type_by_number(tensor.type) for tensor in header.tensors}
-    described = [gguf.Described(t.name, t.shape, kinds[t.name]) for t in header.tensors if kinds[t.name]]
-    target.write_bytes(gguf.lay_out(metadata, described).header + source.read_bytes()[header.data_offset :])
+    described = [gguf_writer.TensorSpec(t.name, t.shape, kinds[t.name]) for t in header.tensors if kinds[t.name]]
+    target.write_bytes(gguf_writer.make_layout(metadata, described).header + source.read_bytes()[header.data_offset :])
     return target
 
 
@@ -51,9 +50,9 @@ def copy_with_tensor_info(source: Path, target: Path, name: str, **changes: Any)
             len(text).to_bytes(8, "little") + text
             + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, number, tensor.offset)
         )  # fmt: skip
-    front = gguf.lay_out(read_pairs(source), []).header
-    pairs = front[24 : 24 + sum(8 + len(k.encode()) + len(v) for k, v in read_pairs(source).items())]
-    content = b"GGUF" + struct.pack("<IQQ", 3, len(infos), len(read_pairs(source))) + pairs + b"".join(infos)
+    front = gguf_writer.make_layout(read_raw_metadata(source), []).header
+    pairs = front[24 : 24 + sum(8 + len(k.encode()) + len(v) for k, v in read_raw_metadata(source).items())]
+    content = b"GGUF" + struct.pack("<IQQ", 3, len(infos), len(read_raw_metadata(source))) + pairs + b"".join(infos)
     content += bytes(-len(content) % 32)
     target.write_bytes(content + source.read_bytes()[header.data_offset :])
     return target
@@ -79,7 +78,9 @@ def copy_with_tensors(source: Path, target: Path, *, without: str = "", **more: 
     for name, numbers in more.items():
         shapes[name.replace("__", ".")] = tuple(reversed(numbers.shape))
         contents[name.replace("__", ".")] = numbers.astype(numpy.float32).tobytes()
-    layout = gguf.lay_out(read_pairs(source), [gguf.Described(name, shape, kind) for name, shape in shapes.items()])
+    layout = gguf_writer.make_layout(
+        read_raw_metadata(source), [gguf_writer.TensorSpec(name, shape, kind) for name, shape in shapes.items()]
+    )
     with target.open("wb") as file:
         file.write(layout.header)
         for name, content in contents.items():
@@ -93,12 +94,12 @@ def split_gguf(source: Path, folder: Path) -> None:
     """Split a GGUF file as llama-gguf-split does: all keys in the first part, tensors in both."""
     header, content = read_header(source), source.read_bytes()
     for number, tensors in enumerate((header.tensors[:5], header.tensors[5:])):
-        pairs = read_pairs(source) if number == 0 else {}
+        pairs = read_raw_metadata(source) if number == 0 else {}
         count = struct.pack("<IH", 2, 2)
         pairs |= {"split.no": struct.pack("<IH", 2, number), "split.count": count}
         pairs["split.tensors.count"] = struct.pack("<Ii", 5, len(header.tensors))
-        described = [gguf.Described(t.name, t.shape, ggml.tensor_type_by_number(t.type)) for t in tensors]
-        layout = gguf.lay_out(pairs, described)
+        described = [gguf_writer.TensorSpec(t.name, t.shape, ggml.tensor_type_by_number(t.type)) for t in tensors]
+        layout = gguf_writer.make_layout(pairs, described)
         with (folder / f"x-0000{number + 1}-of-00002.gguf").open("wb") as file:
             file.write(layout.header)
             for tensor, place in zip(tensors, described, strict=True):
@@ -110,5 +111,5 @@ def split_gguf(source: Path, folder: Path) -> None:
 
 def old_token_types(good: Path) -> bytes:
     """Return token types with padding as user-defined tokens, as converters before mid-2024 wrote them."""
-    kinds = gguf.decode(read_pairs(good)["tokenizer.ggml.token_type"])
-    return gguf.i32s([USER_DEFINED if kind == 5 else kind for kind in kinds])
+    kinds = decode_value(read_raw_metadata(good)["tokenizer.ggml.token_type"])
+    return gguf_writer.i32s([USER_DEFINED if kind == 5 else kind for kind in kinds])

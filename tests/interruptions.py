@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 
 from qwenlocal.errors import Interrupted
-from qwenlocal.weights.writing import Job, carry_out, journal_of, part_of
+from qwenlocal.resumable import journal_path, part_path
+from qwenlocal.weights.write_job import WriteJob
+from qwenlocal.weights.write_workers import run_job
 
 on_posix = pytest.mark.skipif(sys.platform == "win32", reason="there are no such signals")
 
@@ -27,16 +29,16 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from checkpoint_files import plan_job
-from qwenlocal.weights.writing import carry_out
+from qwenlocal.weights.write_workers import run_job
 source, targets, replace = Path(sys.argv[2]), [Path(text) for text in sys.argv[3].split(",")], sys.argv[4] == "replace"
-print(carry_out(plan_job(source, *targets), threads=1, replace=replace).resumed)
+print(run_job(plan_job(source, *targets), threads=1, replace=replace).resumed)
 """
 
 
-def count_slabs(target: Path) -> int:
-    """Count the finished slabs in the journal."""
+def count_chunks(target: Path) -> int:
+    """Count the finished chunks in the journal."""
     try:
-        return journal_of(target).read_text().count("\n") - 1
+        return journal_path(target).read_text().count("\n") - 1
     except OSError:
         return 0
 
@@ -54,8 +56,8 @@ def start_conversion(source: Path, *targets: Path, replace: str = "") -> subproc
 
 
 def signal_after(child: subprocess.Popen[str], target: Path, after: int, how: int = signal.SIGKILL) -> str:
-    """Wait until so many slabs are done, and send a signal; returns what it said on stderr."""
-    while count_slabs(target) < after and child.poll() is None:
+    """Wait until so many chunks are finished, and send a signal; returns the error output."""
+    while count_chunks(target) < after and child.poll() is None:
         time.sleep(0.002)
     assert child.poll() is None, "it finished before it could be stopped"
     child.send_signal(how)
@@ -74,15 +76,15 @@ def stop_before_rename(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "replace", stop)
 
 
-def interrupt_conversion(job: Job, **options: Any) -> None:
-    """Ctrl-C at the first report: at least one slab is done by then, of a small job all."""
+def interrupt_conversion(job: WriteJob, **options: Any) -> None:
+    """Press Ctrl-C at the first report, after at least one chunk; of a small job, after all."""
 
     def stop(_done: int, _all: int) -> None:
         raise KeyboardInterrupt
 
     with contextlib.suppress(Interrupted, KeyboardInterrupt):
-        carry_out(job, threads=1, report=stop, **options)
-    assert part_of(job.outputs[0].path).exists()
+        run_job(job, threads=1, report=stop, **options)
+    assert part_path(job.outputs[0].path).exists()
 
 
 @contextlib.contextmanager

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy
 
 from qwenlocal.engine.llama import load_library
-from qwenlocal.weights.header import read_header, tensor_bytes
-from qwenlocal.weights.mix import FileType
+from qwenlocal.weights.file_types import FileType
+from qwenlocal.weights.gguf_reader import read_header, tensor_bytes
 
 
 def llama_quantize(

@@ -1,4 +1,4 @@
-"""Chat templates of checkpoints: which file they come from, their exact bytes, and unreadable ones."""
+"""Chat templates of checkpoints: their source files, their exact bytes, and invalid ones."""
 
 from __future__ import annotations
 
@@ -15,20 +15,19 @@ from hub_checkpoints import CHECKPOINT, HF_NAME, WeightRequests, publish, read_t
 
 from qwenlocal.chat.chat_template import CHATML
 from qwenlocal.errors import BadCheckpoint
-from qwenlocal.weights import gguf
-from qwenlocal.weights.header import read_pairs
+from qwenlocal.weights.gguf_reader import decode_value, read_raw_metadata
 
 
 class TestSources:
     def test_the_template_of_tokenizer_config_is_used(self, tmp_path: Path) -> None:
         assert dict(load_vocabulary(write_minimal(tmp_path)).templates) == {"": CHATML}
 
-    def test_chat_template_jinja_goes_before_tokenizer_config(self, tmp_path: Path) -> None:
+    def test_chat_template_jinja_takes_precedence_over_tokenizer_config(self, tmp_path: Path) -> None:
         folder = write_minimal(tmp_path)
         (folder / "chat_template.jinja").write_bytes("{{ 'é' }}\r\n".encode())
         assert dict(load_vocabulary(folder).templates) == {"": "{{ 'é' }}\r\n"}
 
-    def test_chat_template_json_goes_after_tokenizer_config(self, tmp_path: Path) -> None:
+    def test_tokenizer_config_takes_precedence_over_chat_template_json(self, tmp_path: Path) -> None:
         folder = set_json(write_minimal(tmp_path, template=None), "chat_template.json", chat_template="from json")
         assert dict(load_vocabulary(folder).templates) == {"": "from json"}
         set_json(folder, "tokenizer_config.json", chat_template="first")
@@ -62,7 +61,7 @@ class TestSources:
 
     @pytest.mark.parametrize("wrong", [5, True, {}, [], ["text"], [{"name": "x"}], [{"name": 5, "template": "t"}]])
     def test_a_malformed_template_is_refused(self, wrong: object, tmp_path: Path) -> None:
-        with pytest.raises(BadCheckpoint, match="“chat_template” has the wrong form"):
+        with pytest.raises(BadCheckpoint, match="“chat_template” is malformed"):
             load_vocabulary(set_json(write_minimal(tmp_path), "tokenizer_config.json", chat_template=wrong))
 
     def test_a_template_file_that_is_not_text_is_refused(self, tmp_path: Path) -> None:
@@ -83,9 +82,9 @@ class TestConversion:
         (checkpoint_copy / file).write_bytes(self.CRLF)
         expect_exit(invoke("convert", str(checkpoint_copy), "-o", "x.gguf", "--type", "q8_0"), 0)
         key = "tokenizer.chat_template" + (".tool_use" if "/" in file else "")
-        kind, length = struct.unpack_from("<IQ", read_pairs(tmp_path / "x.gguf")[key])
+        kind, length = struct.unpack_from("<IQ", read_raw_metadata(tmp_path / "x.gguf")[key])
         assert (kind, length) == (8, len(self.CRLF))
-        assert read_pairs(tmp_path / "x.gguf")[key][12:] == self.CRLF
+        assert read_raw_metadata(tmp_path / "x.gguf")[key][12:] == self.CRLF
 
     def test_template_files_of_a_hub_are_kept_byte_for_byte_and_removed_with_the_checkpoint(
         self, checkpoint_copy: Path, hub: HubServer, invoke: Run, environment: dict[str, str], tmp_path: Path
@@ -95,8 +94,8 @@ class TestConversion:
         (checkpoint_copy / "additional_chat_templates" / "rag.jinja").write_bytes(self.CRLF)
         publish(hub, checkpoint_copy)
         expect_exit(invoke("convert", HF_NAME, "-o", "x.gguf", "--type", "q8_0"), 0)
-        pairs = read_pairs(tmp_path / "x.gguf")
-        assert gguf.decode(pairs["tokenizer.chat_templates"]) == ["rag", "tool_use"]
+        pairs = read_raw_metadata(tmp_path / "x.gguf")
+        assert decode_value(pairs["tokenizer.chat_templates"]) == ["rag", "tool_use"]
         for name in ("rag", "tool_use"):
             assert pairs[f"tokenizer.chat_template.{name}"][12:] == self.CRLF
         assert "freed" in expect_exit(invoke("rm", HF_NAME + CHECKPOINT), 0)
@@ -126,8 +125,8 @@ class TestConversion:
         file = checkpoint_copy / "tokenizer_config.json"
         broken = "{% for message in messages %}\n{{ message.content "
         file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": broken}))
-        assert "The chat template cannot be read (line 2: " in expect_exit(
+        assert "The chat template is invalid (line 2: " in expect_exit(
             invoke("convert", str(checkpoint_copy), "-o", "x.gguf", "--type", "f32"), 0
         )
-        assert "wrong  Its chat template cannot be read (line 2" in invoke("inspect", "./x.gguf").stdout
+        assert "error  The chat template is invalid (line 2" in invoke("inspect", "./x.gguf").stdout
         assert "chat template: it is not valid Jinja" in expect_exit(invoke("run", "./x.gguf", "Hi"), 5)

@@ -1,4 +1,4 @@
-"""config.json: the values that are accepted, those that are refused by name, and the GGUF keys they become."""
+"""config.json: accepted values, their GGUF keys, and invalid values, which are refused by name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from checkpoint_files import MINIMAL_MOE, assert_planned_or_refused, make_plan, 
 
 from qwenlocal.errors import BadCheckpoint, UnsupportedCheckpoint
 from qwenlocal.testing import CONFIG
-from qwenlocal.weights.architecture import examine
+from qwenlocal.weights.architecture import check_convertible
 
 COUNTS = [
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
@@ -33,21 +33,21 @@ class TestNumbers:
     @pytest.mark.parametrize("value", INVALID_COUNTS)
     def test_an_impossible_size_is_refused_by_name(self, key: str, value: object, tmp_path: Path) -> None:
         folder = set_json(write_minimal(tmp_path), "config.json", **{key: value})
-        with pytest.raises(BadCheckpoint, match=f"“{key}” is .*, which cannot be") as caught:
-            examine(folder)
+        with pytest.raises(BadCheckpoint, match=f"“{key}” is .*, which is invalid") as caught:
+            check_convertible(folder)
         assert str(folder / "config.json") in str(caught.value)
 
     @pytest.mark.parametrize("key", EXPERT_COUNTS)
     @pytest.mark.parametrize("value", ["4", 0, -1, 1.5, 1 << 31])
     def test_an_impossible_expert_size_is_refused_by_name(self, key: str, value: object, tmp_path: Path) -> None:
-        with pytest.raises(BadCheckpoint, match=f"“{key}” is .*, which cannot be"):
-            examine(set_json(write_minimal(tmp_path, MINIMAL_MOE), "config.json", **{key: value}))
+        with pytest.raises(BadCheckpoint, match=f"“{key}” is .*, which is invalid"):
+            check_convertible(set_json(write_minimal(tmp_path, MINIMAL_MOE), "config.json", **{key: value}))
 
     @pytest.mark.parametrize("key", [key for key in COUNTS if key != "num_key_value_heads"])
     @pytest.mark.parametrize("value", [..., None])
     def test_a_missing_size_is_refused_by_name(self, key: str, value: object, tmp_path: Path) -> None:
         with pytest.raises(BadCheckpoint, match=f"“{key}” is missing"):
-            examine(set_json(write_minimal(tmp_path), "config.json", **{key: value}))
+            check_convertible(set_json(write_minimal(tmp_path), "config.json", **{key: value}))
 
     def test_key_value_heads_default_to_the_number_of_heads(self, tmp_path: Path) -> None:
         folder = set_json(write_minimal(tmp_path, {"num_key_value_heads": 2}), "config.json", num_key_value_heads=...)
@@ -56,13 +56,13 @@ class TestNumbers:
     @pytest.mark.parametrize("key", ["rms_norm_eps", "rope_theta"])
     @pytest.mark.parametrize("value", INVALID_NUMBERS)
     def test_an_impossible_number_is_refused_by_name(self, key: str, value: object, tmp_path: Path) -> None:
-        with pytest.raises(BadCheckpoint, match=f"“{key}” is .*, which cannot be"):
-            examine(set_json(write_minimal(tmp_path), "config.json", **{key: value}))
+        with pytest.raises(BadCheckpoint, match=f"“{key}” is .*, which is invalid"):
+            check_convertible(set_json(write_minimal(tmp_path), "config.json", **{key: value}))
 
     @pytest.mark.parametrize("key", ["rms_norm_eps", "rope_theta"])
     @pytest.mark.parametrize("value", [10**400, 1e300, 1e39, 1e-60], ids=["10**400", "1e300", "1e39", "1e-60"])
     def test_a_number_outside_float32_is_refused_by_name(self, key: str, value: object, tmp_path: Path) -> None:
-        with pytest.raises(BadCheckpoint, match=f"“{key}” is .*, which cannot be"):
+        with pytest.raises(BadCheckpoint, match=f"“{key}” is .*, which is invalid"):
             make_plan(set_json(write_minimal(tmp_path), "config.json", **{key: value}))
 
     @pytest.mark.parametrize(("key", "value"), [("rms_norm_eps", 1e-6), ("rope_theta", 10000.0)])
@@ -75,57 +75,57 @@ class TestNumbers:
     @pytest.mark.parametrize("value", ["false", "true", 0, 1, [], {}])
     def test_a_flag_must_be_true_or_false(self, key: str, value: object, tmp_path: Path) -> None:
         with pytest.raises(BadCheckpoint, match=f"“{key}” is .*; it should be true or false"):
-            examine(set_json(write_minimal(tmp_path), "config.json", **{key: value}))
+            check_convertible(set_json(write_minimal(tmp_path), "config.json", **{key: value}))
 
 
 class TestArchitecture:
     @pytest.mark.parametrize("value", [..., None, [], "Qwen2ForCausalLM", {}, 5])
     def test_a_config_without_an_architecture_is_refused(self, value: object, tmp_path: Path) -> None:
-        with pytest.raises(BadCheckpoint, match="does not say what kind of model it is") as caught:
-            examine(set_json(write_minimal(tmp_path), "config.json", architectures=value))
+        with pytest.raises(BadCheckpoint, match="does not name the kind of model") as caught:
+            check_convertible(set_json(write_minimal(tmp_path), "config.json", architectures=value))
         assert "Qwen2MoeForCausalLM" in caught.value.hint
 
     @pytest.mark.parametrize("name", ["Qwen3ForCausalLM", "LlamaForCausalLM", "Qwen2ForSequenceClassification", ""])
     def test_another_architecture_is_refused_by_name(self, name: str, tmp_path: Path) -> None:
-        with pytest.raises(UnsupportedCheckpoint, match=f"a {name} is not a Qwen1.5 model") as caught:
-            examine(set_json(write_minimal(tmp_path), "config.json", architectures=[name]))
+        with pytest.raises(UnsupportedCheckpoint, match=f"{name} is not a Qwen1.5 architecture") as caught:
+            check_convertible(set_json(write_minimal(tmp_path), "config.json", architectures=[name]))
         assert "convert_hf_to_gguf.py" in caught.value.hint
 
     @pytest.mark.parametrize("name", [[], {}, ["Qwen2ForCausalLM"], 5, True])
     def test_an_architecture_that_is_not_text_is_refused(self, name: object, tmp_path: Path) -> None:
         with pytest.raises((BadCheckpoint, UnsupportedCheckpoint)):
-            examine(set_json(write_minimal(tmp_path), "config.json", architectures=[name]))
+            check_convertible(set_json(write_minimal(tmp_path), "config.json", architectures=[name]))
 
     @pytest.mark.parametrize("act", ["gelu", "relu", "swish", None, 5, ["silu"]])
     def test_another_activation_is_refused(self, act: object, tmp_path: Path) -> None:
         with pytest.raises(UnsupportedCheckpoint, match="activation"):
-            examine(set_json(write_minimal(tmp_path), "config.json", hidden_act=act))
+            check_convertible(set_json(write_minimal(tmp_path), "config.json", hidden_act=act))
 
     def test_a_model_without_causal_attention_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(UnsupportedCheckpoint, match="is_causal"):
-            examine(write_minimal(tmp_path, {"is_causal": False}))
+            check_convertible(write_minimal(tmp_path, {"is_causal": False}))
         with pytest.raises(BadCheckpoint, match="“is_causal” is"):
-            examine(set_json(tmp_path / "model", "config.json", is_causal="no"))
+            check_convertible(set_json(tmp_path / "model", "config.json", is_causal="no"))
 
     def test_heads_that_do_not_divide_the_width_are_refused(self, tmp_path: Path) -> None:
         folder = write_minimal(tmp_path)
-        with pytest.raises(UnsupportedCheckpoint, match="3 heads do not share a width of 32 evenly"):
-            examine(set_json(folder, "config.json", num_attention_heads=3))
-        with pytest.raises(UnsupportedCheckpoint, match=r"its heads are .* wide \(head_dim\), not 16"):
-            examine(set_json(folder, "config.json", num_attention_heads=2, head_dim=64))
-        examine(set_json(folder, "config.json", head_dim=16))
+        with pytest.raises(UnsupportedCheckpoint, match="a width of 32 cannot be divided evenly into 3 heads"):
+            check_convertible(set_json(folder, "config.json", num_attention_heads=3))
+        with pytest.raises(UnsupportedCheckpoint, match=r"“head_dim” is 64; llama\.cpp needs 16"):
+            check_convertible(set_json(folder, "config.json", num_attention_heads=2, head_dim=64))
+        check_convertible(set_json(folder, "config.json", head_dim=16))
 
     def test_partial_rotary_embeddings_are_refused(self, tmp_path: Path) -> None:
         folder = write_minimal(tmp_path)
-        with pytest.raises(UnsupportedCheckpoint, match=r"partial_rotary_factor 0\.5"):
-            examine(set_json(folder, "config.json", partial_rotary_factor=0.5))
-        examine(set_json(folder, "config.json", partial_rotary_factor=1.0))
+        with pytest.raises(UnsupportedCheckpoint, match=r"“partial_rotary_factor” is 0\.5"):
+            check_convertible(set_json(folder, "config.json", partial_rotary_factor=0.5))
+        check_convertible(set_json(folder, "config.json", partial_rotary_factor=1.0))
 
     def test_key_value_heads_that_do_not_divide_the_heads_are_refused(self, tmp_path: Path) -> None:
         folder = write_minimal(tmp_path)
         for heads, keys in ((4, 3), (2, 4)):
-            with pytest.raises(BadCheckpoint, match=f"{heads} heads over {keys} key-value heads"):
-                examine(set_json(folder, "config.json", num_attention_heads=heads, num_key_value_heads=keys))
+            with pytest.raises(BadCheckpoint, match=f"{heads} heads cannot share {keys} key-value heads"):
+                check_convertible(set_json(folder, "config.json", num_attention_heads=heads, num_key_value_heads=keys))
 
 
 class TestSlidingWindow:
@@ -145,29 +145,29 @@ class TestSlidingWindow:
         ],
     )
     def test_a_window_without_effect_is_accepted(self, config: dict[str, Any], tmp_path: Path) -> None:
-        examine(write_minimal(tmp_path, {"use_sliding_window": True, **config}))
+        check_convertible(write_minimal(tmp_path, {"use_sliding_window": True, **config}))
 
     @pytest.mark.parametrize(
         "config", [{"max_window_layers": 0}, {"layer_types": ["sliding_attention"], "max_window_layers": 28}]
     )
     def test_a_window_in_use_is_refused_with_a_workaround(self, config: dict[str, Any], tmp_path: Path) -> None:
         folder = write_minimal(tmp_path, {"use_sliding_window": True, "sliding_window": 16, **config})
-        with pytest.raises(UnsupportedCheckpoint, match="only the last 16 tokens") as caught:
-            examine(folder)
+        with pytest.raises(UnsupportedCheckpoint, match="attend only to the last 16 tokens") as caught:
+            check_convertible(folder)
         assert "“max_position_embeddings” to 16" in caught.value.hint
-        examine(set_json(folder, "config.json", use_sliding_window=False, max_position_embeddings=16))
+        check_convertible(set_json(folder, "config.json", use_sliding_window=False, max_position_embeddings=16))
 
     @pytest.mark.parametrize("window", [0, -1, "16", 1.5])
     def test_an_impossible_window_length_is_refused(self, window: object, tmp_path: Path) -> None:
         with pytest.raises(BadCheckpoint, match="“sliding_window” is"):
-            examine(
+            check_convertible(
                 write_minimal(tmp_path, {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 0})
             )
 
     @pytest.mark.parametrize("first", ["none", [], {}, float("nan"), float("inf")])
     def test_max_window_layers_that_is_not_a_number_is_refused(self, first: object, tmp_path: Path) -> None:
         with pytest.raises((BadCheckpoint, UnsupportedCheckpoint)):
-            examine(
+            check_convertible(
                 write_minimal(tmp_path, {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": first})
             )
 
@@ -187,7 +187,7 @@ class TestRope:
         assert "qwen2.rope.scaling.original_context_length" not in metadata
 
     def test_yarn_scaling_is_written_in_llama_cpps_terms(self, tmp_path: Path) -> None:
-        """llama.cpp multiplies its own attention factor, 0.1 ln 4 + 1, with that of the file."""
+        """llama.cpp multiplies its own attention factor, 0.1 ln 4 + 1, by the one in the file."""
         yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "attention_factor": 1.5,
                 "beta_fast": 32, "beta_slow": 1}  # fmt: skip
         metadata = plan_metadata(write_minimal(tmp_path, {"rope_scaling": yarn}))
@@ -202,7 +202,7 @@ class TestRope:
     @pytest.mark.parametrize("other", [{"beta_fast": 16}, {"beta_slow": 2}, {"truncate": False}])
     def test_yarn_options_that_llama_cpp_lacks_are_refused(self, other: dict[str, Any], tmp_path: Path) -> None:
         with pytest.raises(UnsupportedCheckpoint, match="YaRN with"):
-            examine(write_minimal(tmp_path, {"rope_scaling": {"type": "yarn", "factor": 4.0, **other}}))
+            check_convertible(write_minimal(tmp_path, {"rope_scaling": {"type": "yarn", "factor": 4.0, **other}}))
 
     def test_the_original_context_of_yarn_defaults_to_the_whole_context(self, tmp_path: Path) -> None:
         metadata = plan_metadata(write_minimal(tmp_path, {"rope_scaling": {"type": "yarn", "factor": 4.0}}))
@@ -210,8 +210,8 @@ class TestRope:
 
     @pytest.mark.parametrize("kind", ["dynamic", "longrope", "llama3", "mrope", "su", "", None, 5, ["yarn"], {}])
     def test_other_scaling_types_are_refused(self, kind: object, tmp_path: Path) -> None:
-        with pytest.raises((BadCheckpoint, UnsupportedCheckpoint), match="rope"):
-            examine(write_minimal(tmp_path, {"rope_scaling": {"type": kind, "factor": 2.0}}))
+        with pytest.raises((BadCheckpoint, UnsupportedCheckpoint), match="RoPE"):
+            check_convertible(write_minimal(tmp_path, {"rope_scaling": {"type": kind, "factor": 2.0}}))
 
     @pytest.mark.parametrize(
         "scaling",
@@ -226,21 +226,21 @@ class TestRope:
         ],
     )
     def test_scaling_by_impossible_numbers_is_refused(self, scaling: dict[str, Any], tmp_path: Path) -> None:
-        with pytest.raises(BadCheckpoint, match="which cannot be"):
-            examine(write_minimal(tmp_path, {"rope_scaling": scaling}))
+        with pytest.raises(BadCheckpoint, match="which is invalid"):
+            check_convertible(write_minimal(tmp_path, {"rope_scaling": scaling}))
 
     @pytest.mark.parametrize(
         "more", [{"original_max_position_embeddings": 1 << 40}, {"factor": 1e300}, {"beta_fast": 1e39}]
     )
     def test_scaling_by_numbers_outside_the_file_format_is_refused(self, more: dict[str, Any], tmp_path: Path) -> None:
-        with pytest.raises(BadCheckpoint, match="which cannot be"):
+        with pytest.raises(BadCheckpoint, match="which is invalid"):
             make_plan(write_minimal(tmp_path, {"rope_scaling": {"type": "yarn", "factor": 4.0, **more}}))
 
     @pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
     @pytest.mark.parametrize("value", ["linear", ["linear"], 4.0, True])
     def test_rope_parameters_that_are_not_an_object_are_refused(self, key: str, value: object, tmp_path: Path) -> None:
-        with pytest.raises(BadCheckpoint, match="the rope parameters are"):
-            examine(write_minimal(tmp_path, {key: value}))
+        with pytest.raises(BadCheckpoint, match="the RoPE parameters are"):
+            check_convertible(write_minimal(tmp_path, {key: value}))
 
     def test_rope_parameters_of_transformers_5_are_read(self, tmp_path: Path) -> None:
         folder = write_minimal(tmp_path, {"rope_parameters": {"rope_theta": 7000.0, "rope_type": "default"}})
@@ -254,12 +254,14 @@ class TestRope:
     def test_contradicting_rope_parameters_and_rope_scaling_are_refused(self, tmp_path: Path) -> None:
         new = {"rope_theta": 7000.0, "rope_type": "yarn", "factor": 2.0}
         with pytest.raises(BadCheckpoint, match="contradict each other"):
-            examine(
+            check_convertible(
                 write_minimal(
                     tmp_path, {"rope_parameters": new, "rope_scaling": {"type": "linear", "rope_type": "linear"}}
                 )
             )
-        examine(set_json(tmp_path / "model", "config.json", rope_scaling={"rope_type": "yarn", "factor": 2.0}))
+        check_convertible(
+            set_json(tmp_path / "model", "config.json", rope_scaling={"rope_type": "yarn", "factor": 2.0})
+        )
         for value in (True, 5, [5], "yarn", {"rope_type": {}}):
             assert_planned_or_refused(set_json(tmp_path / "model", "config.json", rope_scaling=value))
 
@@ -271,26 +273,26 @@ class TestExperts:
         assert [metadata[f"qwen2moe.{key}"] for key in keys] == [4, 2, 64, 32]
 
     def test_more_experts_per_token_than_experts_are_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(BadCheckpoint, match="5 experts a token, of 4"):
-            examine(set_json(write_minimal(tmp_path, MINIMAL_MOE), "config.json", num_experts_per_tok=5))
+        with pytest.raises(BadCheckpoint, match="uses 5 experts per token, but has only 4"):
+            check_convertible(set_json(write_minimal(tmp_path, MINIMAL_MOE), "config.json", num_experts_per_tok=5))
 
     def test_normalized_router_weights_are_refused(self, tmp_path: Path) -> None:
         with pytest.raises(UnsupportedCheckpoint, match="norm_topk_prob"):
-            examine(write_minimal(tmp_path, {**MINIMAL_MOE, "norm_topk_prob": True}))
+            check_convertible(write_minimal(tmp_path, {**MINIMAL_MOE, "norm_topk_prob": True}))
 
     @pytest.mark.parametrize(
         "config", [{"decoder_sparse_step": 2}, {"mlp_only_layers": [0]}, {"decoder_sparse_step": 0}]
     )
     def test_layers_without_experts_are_refused(self, config: dict[str, Any], tmp_path: Path) -> None:
-        with pytest.raises(UnsupportedCheckpoint, match="some of its layers have no experts"):
-            examine(set_json(write_minimal(tmp_path, MINIMAL_MOE), "config.json", **config))
+        with pytest.raises(UnsupportedCheckpoint, match="some layers have no experts"):
+            check_convertible(set_json(write_minimal(tmp_path, MINIMAL_MOE), "config.json", **config))
 
     @pytest.mark.parametrize(
         "config", [{"mlp_only_layers": []}, {"mlp_only_layers": None}, {"decoder_sparse_step": ...}]
     )
     def test_a_config_with_experts_in_all_layers_is_accepted(self, config: dict[str, Any], tmp_path: Path) -> None:
-        examine(set_json(write_minimal(tmp_path, MINIMAL_MOE), "config.json", **config))
+        check_convertible(set_json(write_minimal(tmp_path, MINIMAL_MOE), "config.json", **config))
 
     @pytest.mark.parametrize("config", [{"decoder_sparse_step": 2}, {"norm_topk_prob": True}, {"mlp_only_layers": [0]}])
     def test_expert_settings_of_a_dense_model_are_ignored(self, config: dict[str, Any], tmp_path: Path) -> None:
-        examine(set_json(write_minimal(tmp_path), "config.json", **config))
+        check_convertible(set_json(write_minimal(tmp_path), "config.json", **config))

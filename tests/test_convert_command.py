@@ -20,18 +20,18 @@ from oracle import data_of
 from qwenlocal import ggml
 from qwenlocal.testing import MOE_CONFIG, write_checkpoint
 from qwenlocal.weights.checkpoint import Checkpoint
-from qwenlocal.weights.header import read_header, tensor_type_name
+from qwenlocal.weights.gguf_reader import read_header, tensor_type_name
 
 
 def test_every_conversion_command_runs_as_a_process(tiny_checkpoint: Path, qwenlocal: Run, tmp_path: Path) -> None:
-    made_file, half = str(tmp_path / "x.gguf"), str(tmp_path / "y.gguf")
+    f16, q8_0 = str(tmp_path / "x.gguf"), str(tmp_path / "y.gguf")
     for command, code, output in (
-        (("convert", str(tiny_checkpoint), "-o", made_file, "--type", "f16"), 0, "Wrote"),
-        (("quantize", made_file, half, "q8_0"), 0, "Wrote"),
-        (("inspect", half, "--json"), 0, '"architecture": "qwen2"'),
-        (("diff", made_file, half), 1, "Q8_0"),
-        (("verify", half, "--against", str(tiny_checkpoint)), 0, "matches"),
-        (("run", half, "--raw", "abc", "-n", "2"), 0, ""),
+        (("convert", str(tiny_checkpoint), "-o", f16, "--type", "f16"), 0, "Wrote"),
+        (("quantize", f16, q8_0, "q8_0"), 0, "Wrote"),
+        (("inspect", q8_0, "--json"), 0, '"architecture": "qwen2"'),
+        (("diff", f16, q8_0), 1, "Q8_0"),
+        (("verify", q8_0, "--against", str(tiny_checkpoint)), 0, "matches"),
+        (("run", q8_0, "--raw", "abc", "-n", "2"), 0, ""),
     ):
         result = qwenlocal(*command)
         expect_exit(result, code)
@@ -225,12 +225,12 @@ class TestTypes:
         kinds = {ggml.tensor_type_by_number(t.type).name for t in read_header(tmp_path / "x.gguf").tensors}
         assert kinds == {"q4_k", "f32"}
 
-    def test_like_llama_cpp_keeps_a_copy_of_the_tied_head(self, invoke: Run, tmp_path: Path) -> None:
+    def test_like_llama_cpp_keeps_a_copy_of_the_tied_output_matrix(self, invoke: Run, tmp_path: Path) -> None:
         tied = write_checkpoint(tmp_path / "tied", config={**SMALL, "tie_word_embeddings": True}, store_tied_head=True)
-        assert "Left out: lm_head.weight" in expect_exit(invoke("convert", str(tied), "-o", "ours.gguf"), 0)
+        assert "Left out lm_head.weight" in expect_exit(invoke("convert", str(tied), "-o", "ours.gguf"), 0)
         expect_exit(invoke("convert", str(tied), "--like", "llama.cpp", "-o", "theirs.gguf"), 0)
-        heads = ["output.weight" in data_of(tmp_path / f"{name}.gguf") for name in ("ours", "theirs")]
-        assert heads == [False, True]
+        has_output = ["output.weight" in data_of(tmp_path / f"{name}.gguf") for name in ("ours", "theirs")]
+        assert has_output == [False, True]
 
     def test_a_mixture_of_experts_is_converted_and_run(self, invoke: Run, tmp_path: Path) -> None:
         config = {**MOE_CONFIG, **SMALL, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64}
@@ -245,14 +245,14 @@ class TestOptions:
         ("options", "message"),
         [
             (["--type", "q4_k_x"], "Did you mean q4_k_"),
-            (["--type", "nonsense"], "There are: f32, f16"),
+            (["--type", "nonsense"], "Choose one of: f32, f16"),
             (["--type", ""], "is not a type"),
             (["--type", ","], "is not a type"),
             (["--type", "f16,q8_0", "-o", "x.gguf"], "All 2 types would be written to x.gguf"),
-            (["--tensor-type", "ffn_down"], "not of the form EXPRESSION=TYPE"),
-            (["--tensor-type", "=q8_0"], "not of the form EXPRESSION=TYPE"),
+            (["--tensor-type", "ffn_down"], "not of the form REGEX=TYPE"),
+            (["--tensor-type", "=q8_0"], "not of the form REGEX=TYPE"),
             (["--tensor-type", "(=q8_0"], "is not a regular expression"),
-            (["--tensor-type", "a=q4_k_m"], "is not a tensor's type"),
+            (["--tensor-type", "a=q4_k_m"], "is not a tensor type"),
             (["-t", "0"], "-t must be at least 1"),
             (["-t", "-5"], "-t must be at least 1"),
             (["--like", "ollama"], "--like must be llama.cpp"),
@@ -318,7 +318,7 @@ class TestSources:
         self, checkpoint_copy: Path, invoke: Run, tiny_f32: Path
     ) -> None:
         shutil.copy(checkpoint_copy / "model.safetensors", checkpoint_copy / "other.safetensors")
-        assert "no model.safetensors.index.json to say" in expect_exit(invoke("convert", str(checkpoint_copy)), 5)
+        assert "no model.safetensors.index.json states" in expect_exit(invoke("convert", str(checkpoint_copy)), 5)
         expect_exit(invoke("convert", str(checkpoint_copy / "other.safetensors"), "--type", "f32", "-o", "x.gguf"), 0)
         assert data_of(checkpoint_copy.parent / "x.gguf") == data_of(tiny_f32)
 
@@ -326,7 +326,7 @@ class TestSources:
         folder = write_checkpoint(tmp_path / "shards", config=SMALL, shards=2)
         message = expect_exit(invoke("convert", str(folder / "model-00001-of-00002.safetensors")), 5)
         assert "one of 2 files" in message
-        assert "Give the folder" in message
+        assert "Pass the folder" in message
 
     @pytest.mark.skipif(sys.platform == "win32", reason="there are no pipes in folders there")
     def test_a_pipe_is_refused(self, checkpoint_copy: Path, invoke: Run) -> None:
@@ -339,8 +339,8 @@ class TestSources:
         [
             ("model.safetensors", b"", "the file is empty"),
             ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
-            ("config.json", b"{", "not readable JSON"),
-            ("config.json", b"{}", "“architectures” does not say"),
+            ("config.json", b"{", "not valid JSON"),
+            ("config.json", b"{}", "“architectures” does not name"),
             ("tokenizer.json", b"[]", "not a JSON object"),
         ],
     )
@@ -356,11 +356,11 @@ class TestSources:
     def test_quantized_weights_are_recognized_by_tensor_names(self, checkpoint_copy: Path, invoke: Run) -> None:
         path = checkpoint_copy / "model.safetensors"
         path.write_bytes(path.read_bytes().replace(b"mlp.up_proj.weight", b"mlp.up_pro.qweight"))
-        assert "packed already (GPTQ or AWQ)" in expect_exit(invoke("convert", str(checkpoint_copy)), 5)
+        assert "quantized already (GPTQ or AWQ)" in expect_exit(invoke("convert", str(checkpoint_copy)), 5)
 
     def test_an_adapter_is_refused(self, checkpoint_copy: Path, invoke: Run) -> None:
         (checkpoint_copy / "model.safetensors").rename(checkpoint_copy / "adapter_model.safetensors")
-        assert "it is an adapter (LoRA)" in expect_exit(invoke("convert", str(checkpoint_copy)), 5)
+        assert "it is a LoRA adapter" in expect_exit(invoke("convert", str(checkpoint_copy)), 5)
 
     def test_nan_is_refused_with_tensor_row_and_hint(self, checkpoint_copy: Path, invoke: Run, tmp_path: Path) -> None:
         set_weights(checkpoint_copy, "model.layers.0.mlp.up_proj.weight", 40, numpy.nan, numpy.inf)
@@ -377,4 +377,4 @@ class TestSources:
         set_weights(checkpoint_copy, "model.layers.0.mlp.up_proj.weight", 0, 1e9)
         message = expect_exit(invoke("convert", str(checkpoint_copy), "--type", "f16"), 5)
         assert "too large for f16" in message
-        assert "Take bf16 or f32" in message
+        assert "Use bf16 or f32" in message

@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 
 from qwenlocal.cli.app import app
 from qwenlocal.testing import write_checkpoint
-from qwenlocal.weights import gguf
-from qwenlocal.weights.header import read_pairs
+from qwenlocal.weights import gguf_writer
+from qwenlocal.weights.gguf_reader import decode_value, read_raw_metadata
 
 
 class TestDiff:
@@ -40,11 +40,11 @@ class TestDiff:
         assert "ffn_norm" not in result.stdout
 
     def test_different_keys_are_listed_with_both_values(self, tiny_f32: Path, invoke: Run, tmp_path: Path) -> None:
-        kinds = gguf.decode(read_pairs(tiny_f32)["tokenizer.ggml.token_type"])
+        kinds = decode_value(read_raw_metadata(tiny_f32)["tokenizer.ggml.token_type"])
         pairs = {
             "general.name": None,
-            "my.key": gguf.string("mine"),
-            "tokenizer.ggml.token_type": gguf.i32s([*kinds[:270], 4, *kinds[271:]]),
+            "my.key": gguf_writer.string("mine"),
+            "tokenizer.ggml.token_type": gguf_writer.i32s([*kinds[:270], 4, *kinds[271:]]),
         }
         copy_with_metadata(tiny_f32, tmp_path / "x.gguf", pairs)
         result = invoke("diff", str(tiny_f32), "./x.gguf")

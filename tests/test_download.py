@@ -22,15 +22,9 @@ from qwenlocal.library.artifact import Artifact, DownloadedFile, DownloadPolicy,
 from qwenlocal.library.byte_source import HttpSource, UrlSegment
 from qwenlocal.library.download import download_artifact
 from qwenlocal.library.http import HttpClient, Timeouts, TransferError, parse_retry_after
-from qwenlocal.library.partial_file import (
-    FileIdentity,
-    PartialFile,
-    journal_path,
-    part_path,
-    read_journal,
-    write_journal,
-)
+from qwenlocal.library.partial_file import FileIdentity, PartialFile, read_download_journal, write_download_journal
 from qwenlocal.library.progress import TaskProgress
+from qwenlocal.resumable import journal_path, part_path
 
 BLOCK = 1 << 16
 CONTENT = random.Random(1).randbytes(10 * BLOCK + 777)
@@ -306,7 +300,7 @@ def test_a_disk_that_fills_up_keeps_finished_blocks(tmp_path: Path, hub: HubServ
     )
     result = _process(code, hub, tmp_path, wait=True)
     assert str(result).startswith("NotWritable")
-    journal = read_journal(journal_path(tmp_path / "x.bin"))
+    journal = read_download_journal(journal_path(tmp_path / "x.bin"))
     assert journal
     assert len(journal[2]) <= 5
     assert _process(_FETCH_SCRIPT, hub, tmp_path, wait=True) == "done\n"
@@ -341,7 +335,7 @@ def test_an_interruption_keeps_finished_blocks(download: Download, hub: HubServe
         download(stop=stop)
     assert time.monotonic() - started < 5
     assert "is kept. To continue, run the same command again." in caught.value.hint
-    journal = read_journal(journal_path(tmp_path / "out" / "x.bin"))
+    journal = read_download_journal(journal_path(tmp_path / "out" / "x.bin"))
     assert journal
     hub.always, hub.ranges = [], []
     assert download().sha256 == DIGEST
@@ -406,7 +400,7 @@ def test_kill_9_loses_at_most_the_blocks_in_flight(hub: HubServer, tmp_path: Pat
     child.kill()
     child.communicate()
     assert not (tmp_path / "x.bin").exists()
-    journal = read_journal(journal_path(tmp_path / "x.bin"))
+    journal = read_download_journal(journal_path(tmp_path / "x.bin"))
     finished = len(journal[2]) if journal else 0
     hub.always, hub.ranges = [], []
     assert _process(_FETCH_SCRIPT, hub, tmp_path, wait=True) == "done\n"
@@ -430,7 +424,7 @@ def test_two_processes_share_one_download(hub: HubServer, tmp_path: Path) -> Non
 def test_an_invalid_journal_is_ignored(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     path = tmp_path_factory.mktemp("journals") / "x.part.journal"
     path.write_bytes(content)
-    assert read_journal(path) is None
+    assert read_download_journal(path) is None
 
 
 @given(st.dictionaries(st.integers(0, 50), st.integers(0, 2**32 - 1)), st.integers(0, 400))
@@ -439,10 +433,10 @@ def test_a_torn_journal_counts_up_to_its_last_complete_line(
 ) -> None:
     base = tmp_path_factory.mktemp("journals") / "x"
     identity = FileIdentity("x", 1 << 30, DIGEST, None, "model")
-    write_journal(base, identity, 1 << 20, blocks)
+    write_download_journal(base, identity, 1 << 20, blocks)
     content = journal_path(base).read_bytes()
     journal_path(base).write_bytes(content[: len(content) - min(torn, len(content))])
-    read = read_journal(journal_path(base))
+    read = read_download_journal(journal_path(base))
     if read is not None:
         assert read[:2] == (identity, 1 << 20)
         assert read[2].items() <= blocks.items()

@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qwenlocal.errors import BadWeights
-from qwenlocal.weights import gguf
-from qwenlocal.weights.header import LongArray, read_header, read_metadata, read_pairs
+from qwenlocal.weights import gguf_writer
+from qwenlocal.weights.gguf_reader import LongArray, read_header, read_metadata, read_raw_metadata
 
 
 class TestHeader:
@@ -67,7 +67,7 @@ class TestHeader:
             (b"GGUF\x01\x00\x00\x00" + bytes(16), "its version is 1"),
             (b"GGUF\x00\x00\x00\x03" + bytes(16), "it is big-endian"),
             (b"GGUF\x03\x00\x00\x00\x00\x00", "the file ends inside the number of tensors"),
-            (b"GGUF\x03\x00\x00\x00" + b"\xff" * 16, "which no real file has"),
+            (b"GGUF\x03\x00\x00\x00" + b"\xff" * 16, "more than any real file has"),
         ],
     )
     def test_another_format_is_refused_with_the_reason(self, tmp_path: Path, content: bytes, reason: str) -> None:
@@ -106,10 +106,10 @@ class TestDuplicates:
     def write_duplicate(self, good: Path, target: Path, what: str) -> Path:
         """Write a file with a duplicate key or tensor."""
         if what == "key":
-            copy_with_metadata(good, target, {"my.key1": gguf.u32(1), "my.key2": gguf.u32(2)})
+            copy_with_metadata(good, target, {"my.key1": gguf_writer.u32(1), "my.key2": gguf_writer.u32(2)})
             target.write_bytes(target.read_bytes().replace(b"my.key2", b"my.key1"))
         elif what == "long key":
-            words = gguf.strings(["x"] * 2000)
+            words = gguf_writer.strings(["x"] * 2000)
             copy_with_metadata(good, target, {"my.key1": words, "my.key2": words})
             target.write_bytes(target.read_bytes().replace(b"my.key2", b"my.key1"))
         else:
@@ -118,8 +118,8 @@ class TestDuplicates:
 
     @pytest.mark.parametrize(
         ("what", "message"),
-        [("key", "the key “my.key1” stands there twice"), ("long key", "the key “my.key1” stands there twice"),
-         ("tensor", "the tensor “blk.0.attn_q.weight” stands there twice")],
+        [("key", "the key “my.key1” occurs twice"), ("long key", "the key “my.key1” occurs twice"),
+         ("tensor", "the tensor “blk.0.attn_q.weight” occurs twice")],
     )  # fmt: skip
     def test_a_duplicate_key_or_tensor_is_refused_by_every_command(
         self, what: str, message: str, tiny_f32: Path, tiny_checkpoint: Path, invoke: Run, tmp_path: Path
@@ -137,8 +137,8 @@ class TestDuplicates:
 
     @pytest.mark.parametrize("what", ["key", "long key"])
     def test_a_duplicate_key_is_refused_by_read_pairs(self, what: str, tiny_f32: Path, tmp_path: Path) -> None:
-        with pytest.raises(BadWeights, match="stands there twice"):
-            read_pairs(self.write_duplicate(tiny_f32, tmp_path / "x.gguf", what))
+        with pytest.raises(BadWeights, match="occurs twice"):
+            read_raw_metadata(self.write_duplicate(tiny_f32, tmp_path / "x.gguf", what))
 
 
 class TestUnreadableFiles:
@@ -208,7 +208,7 @@ class TestSplitFiles:
         split_gguf(tiny_f32, tmp_path)
         result = invoke("diff", "./x-00001-of-00002.gguf", str(tiny_f32))
         assert expect_exit(result, 0) == ""
-        assert "The same" in result.stdout
+        assert "The files have the same keys and tensors." in result.stdout
 
     def test_verify_compares_all_parts_with_the_checkpoint(
         self, tiny_checkpoint: Path, tiny_f32: Path, invoke: Run, tmp_path: Path
@@ -229,7 +229,7 @@ class TestSplitFiles:
         first = f"./x-0000{part}-of-00002.gguf"
         expect_exit(invoke("inspect", first, "--fix", "-o", "y.gguf"), 0)
         assert expect_exit(invoke("diff", "./y.gguf", str(tiny_f32)), 0) == ""
-        assert not [key for key in read_pairs(tmp_path / "y.gguf") if key.startswith("split.")]
+        assert not [key for key in read_raw_metadata(tmp_path / "y.gguf") if key.startswith("split.")]
 
     def test_a_fix_in_place_is_refused(self, no_rope_base: Path, invoke: Run, tmp_path: Path) -> None:
         split_gguf(no_rope_base, tmp_path)

@@ -16,14 +16,16 @@ import filelock
 import numpy
 import pytest
 from checkpoint_files import LARGE, UNALIGNED, file_names, plan_job, set_weights
-from interruptions import CONVERT, SLOW_TYPE, count_slabs, interrupt_conversion, on_posix, start_conversion
+from interruptions import CONVERT, SLOW_TYPE, count_chunks, interrupt_conversion, on_posix, start_conversion
 
 from qwenlocal.errors import BadWeights, DiskFull, NotWritable, OutputExists, QwenlocalError
 from qwenlocal.fileio import start_writeback
+from qwenlocal.resumable import part_path
 from qwenlocal.testing import write_checkpoint
-from qwenlocal.weights.header import read_header
-from qwenlocal.weights.mix import file_type
-from qwenlocal.weights.writing import carry_out, memory_needed, part_of
+from qwenlocal.weights.file_types import file_type
+from qwenlocal.weights.gguf_reader import read_header
+from qwenlocal.weights.write_job import memory_needed
+from qwenlocal.weights.write_workers import run_job
 
 
 class TestExistingOutputs:
@@ -32,11 +34,11 @@ class TestExistingOutputs:
         target.write_bytes(b"old")
         job = plan_job(unaligned_checkpoint, target)
         with pytest.raises(OutputExists) as caught:
-            carry_out(job, threads=1)
+            run_job(job, threads=1)
         assert str(target) in str(caught.value)
         assert "--force" in caught.value.hint
         assert (target.read_bytes(), file_names(tmp_path)) == (b"old", {target.name})
-        carry_out(job, threads=1, replace=True)
+        run_job(job, threads=1, replace=True)
         assert read_header(target).architecture == "qwen2"
         assert file_names(tmp_path) == {target.name}
 
@@ -46,7 +48,7 @@ class TestExistingOutputs:
         targets = tmp_path / "x.f16.gguf", tmp_path / "x.q8_0.gguf"
         targets[1].write_bytes(b"old")
         with pytest.raises(OutputExists):
-            carry_out(plan_job(unaligned_checkpoint, *targets), threads=1)
+            run_job(plan_job(unaligned_checkpoint, *targets), threads=1)
         assert file_names(tmp_path) == {targets[1].name}
 
     @pytest.mark.parametrize("kind", ["folder", "link into nothing"])
@@ -56,7 +58,7 @@ class TestExistingOutputs:
         target = tmp_path / "x.q8_0.gguf"
         target.mkdir() if kind == "folder" else target.symlink_to(tmp_path / "nowhere")
         with pytest.raises(OutputExists):
-            carry_out(plan_job(unaligned_checkpoint, target), threads=1)
+            run_job(plan_job(unaligned_checkpoint, target), threads=1)
         assert file_names(tmp_path) == {target.name}
 
     def test_an_existing_file_stays_if_the_new_one_fails(self, tmp_path: Path) -> None:
@@ -64,7 +66,7 @@ class TestExistingOutputs:
         set_weights(source, "lm_head.weight", 5, numpy.nan)
         target.write_bytes(b"old")
         with pytest.raises(BadWeights):
-            carry_out(plan_job(source, target), threads=1, replace=True)
+            run_job(plan_job(source, target), threads=1, replace=True)
         assert target.read_bytes() == b"old"
 
     def test_the_output_may_replace_its_source(self, unaligned_checkpoint: Path, tmp_path: Path) -> None:
@@ -72,9 +74,9 @@ class TestExistingOutputs:
         from qwenlocal.weights.quantize import plan_quantization
 
         path = tmp_path / "x.f16.gguf"
-        carry_out(plan_job(unaligned_checkpoint, path), threads=1)
-        carry_out(plan_quantization(path, [(tmp_path / "other.gguf", file_type("q8_0"))]).job, threads=1)
-        carry_out(plan_quantization(path, [(path, file_type("q8_0"))]).job, threads=1, replace=True)
+        run_job(plan_job(unaligned_checkpoint, path), threads=1)
+        run_job(plan_quantization(path, [(tmp_path / "other.gguf", file_type("q8_0"))]).job, threads=1)
+        run_job(plan_quantization(path, [(path, file_type("q8_0"))]).job, threads=1, replace=True)
         assert path.read_bytes() == (tmp_path / "other.gguf").read_bytes()
 
     @on_posix
@@ -82,7 +84,7 @@ class TestExistingOutputs:
         self, unaligned_checkpoint: Path, tmp_path: Path
     ) -> None:
         target = tmp_path / "x.q8_0.gguf"
-        lock = filelock.FileLock(f"{part_of(target)}.lock", thread_local=False)
+        lock = filelock.FileLock(f"{part_path(target)}.lock", thread_local=False)
         lock.acquire()
 
         def finish() -> None:
@@ -92,7 +94,7 @@ class TestExistingOutputs:
         timer = threading.Timer(0.2, finish)
         timer.start()
         with pytest.raises(OutputExists):
-            carry_out(plan_job(unaligned_checkpoint, target), threads=1)
+            run_job(plan_job(unaligned_checkpoint, target), threads=1)
         timer.join()
         assert target.read_bytes() == b"theirs"
 
@@ -100,10 +102,10 @@ class TestExistingOutputs:
         self, large_checkpoint: Path, large_gguf: bytes, slow_output: Path
     ) -> None:
         child = start_conversion(large_checkpoint, slow_output)
-        while not count_slabs(slow_output) and child.poll() is None:
+        while not count_chunks(slow_output) and child.poll() is None:
             time.sleep(0.002)
         with pytest.raises(QwenlocalError, match="Another qwenlocal is writing"):
-            carry_out(plan_job(large_checkpoint, slow_output), threads=1)
+            run_job(plan_job(large_checkpoint, slow_output), threads=1)
         assert child.poll() is None, "the other process was still writing"
         assert child.communicate(timeout=60)[0] == "0\n"
         assert slow_output.read_bytes() == large_gguf
@@ -116,11 +118,11 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from checkpoint_files import plan_job
 from qwenlocal.errors import QwenlocalError
-from qwenlocal.weights.writing import carry_out
+from qwenlocal.weights.write_workers import run_job
 job = plan_job(Path(sys.argv[2]), Path(sys.argv[3]))
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 try:
-    carry_out(job, threads=1)
+    run_job(job, threads=1)
 except QwenlocalError as error:
     print(type(error).__name__, error)
 """
@@ -132,7 +134,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from checkpoint_files import plan_job
 from qwenlocal.errors import DiskFull
-from qwenlocal.weights.writing import carry_out
+from qwenlocal.weights.write_workers import run_job
 target = Path(sys.argv[3])
 filler = target.with_name("filler")
 job = plan_job(Path(sys.argv[2]), target)
@@ -148,11 +150,11 @@ def fill(done, all):
             pass
 
 try:
-    carry_out(job, threads=1, report=fill)
+    run_job(job, threads=1, report=fill)
 except DiskFull as full:
     print("full", full.needed > 0, full.free < 4096, target.exists())
 filler.unlink()
-print("resumed", carry_out(job, threads=2).resumed > 0)
+print("resumed", run_job(job, threads=2).resumed > 0)
 Path(sys.argv[4]).write_bytes(target.read_bytes())
 """
 
@@ -174,7 +176,7 @@ def fake_free_space(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
 class TestFullDisks:
     @pytest.mark.slow
     @pytest.mark.skipif(not can_mount_tmpfs(), reason="needs a small disk that may be filled")
-    def test_a_disk_that_fills_up_is_reported_and_finished_slabs_are_kept(
+    def test_a_disk_that_fills_up_is_reported_and_finished_chunks_are_kept(
         self, large_checkpoint: Path, large_gguf: bytes, tmp_path: Path
     ) -> None:
         (tmp_path / "disk").mkdir()
@@ -198,9 +200,9 @@ class TestFullDisks:
         code = [sys.executable, "-c", LIMITED, str(Path(__file__).parent), str(unaligned_checkpoint), str(target)]
         result = subprocess.run(code, capture_output=True, text=True, timeout=60)
         assert result.stdout.startswith("NotWritable"), result.stderr
-        assert "files of this size are not allowed there" in result.stdout
+        assert "it does not allow files of this size" in result.stdout
         assert not target.exists()
-        carry_out(plan_job(unaligned_checkpoint, target), threads=1)
+        run_job(plan_job(unaligned_checkpoint, target), threads=1)
         assert target.exists()
 
     def test_too_little_space_is_reported_before_writing(
@@ -209,18 +211,18 @@ class TestFullDisks:
         job = plan_job(unaligned_checkpoint, tmp_path / "x.f16.gguf")
         fake_free_space(monkeypatch, job.outputs[0].size - 1)
         with pytest.raises(DiskFull) as caught:
-            carry_out(job, threads=1)
+            run_job(job, threads=1)
         assert (caught.value.needed, caught.value.free) == (job.outputs[0].size, job.outputs[0].size - 1)
         assert str(tmp_path) in str(caught.value)
         fake_free_space(monkeypatch, job.outputs[0].size)
-        carry_out(job, threads=1)
+        run_job(job, threads=1)
 
     def test_too_little_space_leaves_no_file(
         self, unaligned_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         fake_free_space(monkeypatch, 5)
         with pytest.raises(DiskFull):
-            carry_out(plan_job(unaligned_checkpoint, tmp_path / "x.f16.gguf"), threads=1)
+            run_job(plan_job(unaligned_checkpoint, tmp_path / "x.f16.gguf"), threads=1)
         assert file_names(tmp_path) == set()
 
     def test_the_space_of_several_outputs_is_added(
@@ -229,19 +231,19 @@ class TestFullDisks:
         job = plan_job(unaligned_checkpoint, tmp_path / "x.f16.gguf", tmp_path / "x.q8_0.gguf")
         fake_free_space(monkeypatch, max(output.size for output in job.outputs))
         with pytest.raises(DiskFull):
-            carry_out(job, threads=1)
+            run_job(job, threads=1)
 
     def test_continuing_needs_space_only_for_the_rest(
         self, unaligned_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         job = plan_job(unaligned_checkpoint, tmp_path / "x.f16.gguf")
         interrupt_conversion(job)
-        missing = job.outputs[0].size - part_of(job.outputs[0].path).stat().st_blocks * 512
+        missing = job.outputs[0].size - part_path(job.outputs[0].path).stat().st_blocks * 512
         fake_free_space(monkeypatch, max(0, missing))
-        assert carry_out(job, threads=1).resumed
+        assert run_job(job, threads=1).resumed
 
     @pytest.mark.skipif(not hasattr(os, "fdatasync"), reason="fsync is called there")
-    def test_an_error_of_fdatasync_is_reported_and_finished_slabs_are_kept(
+    def test_an_error_of_fdatasync_is_reported_and_finished_chunks_are_kept(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         source = write_checkpoint(tmp_path / "model", config=LARGE)
@@ -253,19 +255,19 @@ class TestFullDisks:
         with monkeypatch.context() as patched:
             patched.setattr(os, "fdatasync", fails)
             with pytest.raises(NotWritable, match="Input/output error"):
-                carry_out(plan_job(source, target), threads=1)
+                run_job(plan_job(source, target), threads=1)
         assert not target.exists()
-        assert carry_out(plan_job(source, target), threads=2).resumed == plan_job(source, target).read_bytes
+        assert run_job(plan_job(source, target), threads=2).resumed == plan_job(source, target).read_bytes
 
     @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="there is no such request elsewhere")
     def test_writeback_starts_during_the_conversion(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         source = write_checkpoint(tmp_path / "model", config=LARGE)
         accepted: list[bool] = []
-        monkeypatch.setattr("qwenlocal.weights.writing._TO_DISK", 1)
+        monkeypatch.setattr("qwenlocal.weights.write_workers._WRITEBACK_SIZE", 1)
         monkeypatch.setattr(
-            "qwenlocal.weights.writing.start_writeback", lambda file: accepted.append(start_writeback(file))
+            "qwenlocal.weights.write_workers.start_writeback", lambda file: accepted.append(start_writeback(file))
         )
-        carry_out(plan_job(source, tmp_path / f"x.{SLOW_TYPE}.gguf"), threads=1)
+        run_job(plan_job(source, tmp_path / f"x.{SLOW_TYPE}.gguf"), threads=1)
         assert accepted
         assert all(accepted)
         assert not start_writeback(-1)
@@ -274,20 +276,20 @@ class TestFullDisks:
 class TestFolders:
     def test_a_missing_folder_is_created(self, unaligned_checkpoint: Path, tmp_path: Path) -> None:
         target = tmp_path / "some" / "where" / "x.q8_0.gguf"
-        carry_out(plan_job(unaligned_checkpoint, target), threads=1)
+        run_job(plan_job(unaligned_checkpoint, target), threads=1)
         assert file_names(target.parent) == {target.name}
 
     def test_a_file_in_place_of_the_folder_is_refused(self, unaligned_checkpoint: Path, tmp_path: Path) -> None:
         (tmp_path / "file").touch()
         with pytest.raises(NotWritable):
-            carry_out(plan_job(unaligned_checkpoint, tmp_path / "file" / "x.q8_0.gguf"), threads=1)
+            run_job(plan_job(unaligned_checkpoint, tmp_path / "file" / "x.q8_0.gguf"), threads=1)
 
     @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write everywhere")
     def test_a_folder_without_write_permission_is_refused(self, unaligned_checkpoint: Path, tmp_path: Path) -> None:
         folder = tmp_path / "mine"
         folder.mkdir(mode=0o500)
         with pytest.raises(NotWritable, match="permission denied"):
-            carry_out(plan_job(unaligned_checkpoint, folder / "x.q8_0.gguf"), threads=1)
+            run_job(plan_job(unaligned_checkpoint, folder / "x.q8_0.gguf"), threads=1)
         assert file_names(folder) == set()
 
     @pytest.mark.skipif(not can_mount_tmpfs(), reason="needs a disk that may not be written")
@@ -313,11 +315,11 @@ class TestFolders:
         target = tmp_path / "x.q8_0.gguf"
         target.with_name(target.name + name).mkdir()
         with pytest.raises(NotWritable, match="Is a directory"):
-            carry_out(plan_job(unaligned_checkpoint, target), threads=1)
+            run_job(plan_job(unaligned_checkpoint, target), threads=1)
 
     def test_a_name_too_long_for_the_part_file_is_reported(self, unaligned_checkpoint: Path, tmp_path: Path) -> None:
         with pytest.raises(NotWritable, match="too long"):
-            carry_out(plan_job(unaligned_checkpoint, tmp_path / ("x" * 240 + ".q8_0.gguf")), threads=1)
+            run_job(plan_job(unaligned_checkpoint, tmp_path / ("x" * 240 + ".q8_0.gguf")), threads=1)
 
 
 class TestSource:
@@ -326,7 +328,7 @@ class TestSource:
         job = plan_job(source, target)
         os.truncate(source / "model.safetensors", 1000 + (source / "model.safetensors").stat().st_size // 2)
         with pytest.raises(BadWeights, match="became shorter"):
-            carry_out(job, threads=2)
+            run_job(job, threads=2)
         assert not target.exists()
 
     def test_a_source_deleted_after_planning_is_named(self, tmp_path: Path) -> None:
@@ -334,17 +336,17 @@ class TestSource:
         job = plan_job(source, target)
         (source / "model.safetensors").unlink()
         with pytest.raises(BadWeights, match=r"model.safetensors"):
-            carry_out(job, threads=2)
+            run_job(job, threads=2)
 
     def test_progress_is_monotonic_and_ends_at_the_total(self, large_checkpoint: Path, tmp_path: Path) -> None:
         seen: list[tuple[int, int]] = []
         job = plan_job(large_checkpoint, tmp_path / "x.q4_k_m.gguf")
-        carry_out(job, threads=2, report=lambda count, total: seen.append((count, total)))
+        run_job(job, threads=2, report=lambda count, total: seen.append((count, total)))
         assert seen == sorted(seen)
         assert seen[-1] == (job.read_bytes, job.read_bytes)
         assert {total for _, total in seen} == {job.read_bytes}
 
-    def test_memory_depends_on_slabs_and_not_on_the_model(self, large_checkpoint: Path, tmp_path: Path) -> None:
+    def test_memory_depends_on_chunks_and_not_on_the_model(self, large_checkpoint: Path, tmp_path: Path) -> None:
         needed = {
             count: memory_needed(plan_job(large_checkpoint, tmp_path / "x.q8_0.gguf"), count) for count in (1, 2, 3)
         }

@@ -27,7 +27,7 @@ from oracle import data_of
 
 from qwenlocal.paths import Folders
 from qwenlocal.testing import write_checkpoint
-from qwenlocal.weights.header import read_header
+from qwenlocal.weights.gguf_reader import read_header
 
 
 @pytest.fixture

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 
 from qwenlocal.errors import BadWeights, ModelNotFound
 from qwenlocal.testing import write_checkpoint
-from qwenlocal.weights import gguf
-from qwenlocal.weights.header import read_header
-from qwenlocal.weights.importance import Importance, read_importance
+from qwenlocal.weights import gguf_writer
+from qwenlocal.weights.gguf_reader import decode_value, read_header
+from qwenlocal.weights.imatrix import ImportanceMatrix, read_imatrix
 
-IMATRIX = {"general.type": gguf.string("imatrix")}
+IMATRIX = {"general.type": gguf_writer.string("imatrix")}
 
 
 def imatrix_tensors(sums: Any = ((2.0, 4.0),), counts: Any = ((2.0,),)) -> dict[str, numpy.ndarray]:
@@ -31,15 +31,15 @@ def imatrix_tensors(sums: Any = ((2.0, 4.0),), counts: Any = ((2.0,),)) -> dict[
 class TestReading:
     def test_the_weight_of_a_column_is_its_sum_divided_by_its_count(self, tmp_path: Path) -> None:
         sums, counts = [[2.0, 4.0], [3.0, 9.0], [5.0, 5.0]], [[2.0], [3.0], [0.0]]
-        imatrix = read_importance(write_f32_gguf(tmp_path / "im.gguf", IMATRIX, imatrix_tensors(sums, counts)))
+        imatrix = read_imatrix(write_f32_gguf(tmp_path / "im.gguf", IMATRIX, imatrix_tensors(sums, counts)))
         assert imatrix.weights["blk.0.x.weight"].tolist() == [[1.0, 2.0], [1.0, 3.0], [1.0, 1.0]], "1 if never measured"
-        assert imatrix.of("blk.0.x.weight", 1, 3, 2).tolist() == [1.0, 3.0]
-        assert imatrix.of("blk.0.y.weight", 0, 1, 2) is None
+        assert imatrix.column_weights("blk.0.x.weight", 1, 3, 2).tolist() == [1.0, 3.0]
+        assert imatrix.column_weights("blk.0.y.weight", 0, 1, 2) is None
 
     def test_the_metadata_of_the_imatrix_is_kept_for_the_gguf_file(self, tmp_path: Path) -> None:
-        more = {"imatrix.datasets": gguf.strings(["wiki.txt"]), "imatrix.chunk_count": gguf.u32(5)}
-        imatrix = read_importance(write_f32_gguf(tmp_path / "im.gguf", {**IMATRIX, **more}, imatrix_tensors()))
-        assert {key: gguf.decode(value) for key, value in imatrix.pairs.items()} == {
+        more = {"imatrix.datasets": gguf_writer.strings(["wiki.txt"]), "imatrix.chunk_count": gguf_writer.u32(5)}
+        imatrix = read_imatrix(write_f32_gguf(tmp_path / "im.gguf", {**IMATRIX, **more}, imatrix_tensors()))
+        assert {key: decode_value(value) for key, value in imatrix.metadata.items()} == {
             "quantize.imatrix.file": "im.gguf",
             "quantize.imatrix.dataset": "wiki.txt",
             "quantize.imatrix.entries_count": 1,
@@ -48,23 +48,23 @@ class TestReading:
 
     @pytest.mark.parametrize(("experts", "columns"), [(2, 2), (1, 3), (1, 1)])
     def test_an_imatrix_of_another_model_is_refused(self, experts: int, columns: int) -> None:
-        imatrix = Importance({"x": numpy.ones((1, 2), numpy.float32)}, {})
+        imatrix = ImportanceMatrix({"x": numpy.ones((1, 2), numpy.float32)}, {})
         with pytest.raises(BadWeights, match="1 x 2 weights for “x”") as caught:
-            imatrix.of("x", 0, experts, columns)
+            imatrix.column_weights("x", 0, experts, columns)
         assert "another model" in caught.value.hint
 
     @pytest.mark.parametrize(
         ("pairs", "tensors", "reason"),
         [
-            ({}, imatrix_tensors(), "this is no importance matrix"),
-            ({"general.type": gguf.string("model")}, imatrix_tensors(), "this is no importance matrix"),
-            (IMATRIX, {}, "there are no weights in it"),
-            (IMATRIX, {"other": numpy.ones(2)}, "there are no weights in it"),
-            (IMATRIX, {"x.in_sum2": numpy.ones((1, 2))}, "does not say how often “x” was measured"),
-            (IMATRIX, imatrix_tensors(counts=[[1.0], [1.0]]), "counts of “blk.0.x.weight” do not fit"),
+            ({}, imatrix_tensors(), "this is not an importance matrix"),
+            ({"general.type": gguf_writer.string("model")}, imatrix_tensors(), "this is not an importance matrix"),
+            (IMATRIX, {}, "it contains no weights"),
+            (IMATRIX, {"other": numpy.ones(2)}, "it contains no weights"),
+            (IMATRIX, {"x.in_sum2": numpy.ones((1, 2))}, "the counts of “x” are missing"),
+            (IMATRIX, imatrix_tensors(counts=[[1.0], [1.0]]), "counts of “blk.0.x.weight” do not match"),
             (IMATRIX, imatrix_tensors(sums=[[numpy.nan, 1.0]]), "NaN or infinite"),
             (IMATRIX, imatrix_tensors(sums=[[numpy.inf, 1.0]]), "NaN or infinite"),
-            (IMATRIX, imatrix_tensors(sums=numpy.ones((1, 1, 1, 2))), "is no matrix of float32"),
+            (IMATRIX, imatrix_tensors(sums=numpy.ones((1, 1, 1, 2))), "is not a float32 matrix"),
         ],
     )
     def test_a_damaged_imatrix_is_refused_with_the_reason(
@@ -72,41 +72,41 @@ class TestReading:
     ) -> None:
         path = write_f32_gguf(tmp_path / "im.gguf", pairs, tensors)
         with pytest.raises(BadWeights, match=reason) as caught:
-            read_importance(path)
+            read_imatrix(path)
         assert str(path) in str(caught.value)
 
     def test_a_matrix_without_columns_is_refused(self, tmp_path: Path) -> None:
         tensors = imatrix_tensors(sums=numpy.ones((3, 0)), counts=numpy.ones((3, 1)))
         with pytest.raises(BadWeights):
-            read_importance(write_f32_gguf(tmp_path / "im.gguf", IMATRIX, tensors))
+            read_imatrix(write_f32_gguf(tmp_path / "im.gguf", IMATRIX, tensors))
 
-    @pytest.mark.parametrize("chunks", [gguf.i32(-1), struct.pack("<IQ", 10, 1 << 40)])
+    @pytest.mark.parametrize("chunks", [gguf_writer.i32(-1), struct.pack("<IQ", 10, 1 << 40)])
     def test_an_impossible_chunk_count_is_refused_or_ignored(self, chunks: bytes, tmp_path: Path) -> None:
         pairs = {**IMATRIX, "imatrix.chunk_count": chunks}
         try:
-            imatrix = read_importance(write_f32_gguf(tmp_path / "im.gguf", pairs, imatrix_tensors()))
+            imatrix = read_imatrix(write_f32_gguf(tmp_path / "im.gguf", pairs, imatrix_tensors()))
         except BadWeights:
             return
-        assert "quantize.imatrix.chunks_count" not in imatrix.pairs
+        assert "quantize.imatrix.chunks_count" not in imatrix.metadata
 
     def test_a_missing_file_and_another_format_are_refused(self, tmp_path: Path) -> None:
         with pytest.raises(ModelNotFound, match="There is no file"):
-            read_importance(tmp_path / "im.gguf")
+            read_imatrix(tmp_path / "im.gguf")
         with pytest.raises(BadWeights, match="Is a directory"):
-            read_importance(tmp_path)
+            read_imatrix(tmp_path)
         (tmp_path / "im.dat").write_bytes(b"\x02\0\0\0 the old form of it")
         with pytest.raises(BadWeights, match="not a GGUF file"):
-            read_importance(tmp_path / "im.dat")
+            read_imatrix(tmp_path / "im.dat")
 
 
 @fuzz
 @given(data=st.data())
 def test_any_damaged_bytes_are_read_or_refused(data: st.DataObject, tmp_path: Path) -> None:
-    more = {"imatrix.datasets": gguf.strings(["a"]), "imatrix.chunk_count": gguf.u32(5)}
+    more = {"imatrix.datasets": gguf_writer.strings(["a"]), "imatrix.chunk_count": gguf_writer.u32(5)}
     path = write_f32_gguf(tmp_path / "im.gguf", {**IMATRIX, **more}, imatrix_tensors())
     path.write_bytes(data.draw(mutations(path.read_bytes())))
     try:
-        assert read_importance(path).weights
+        assert read_imatrix(path).weights
     except BadWeights as refused:
         assert str(path) in str(refused)
 
@@ -118,13 +118,13 @@ class TestConversion:
         for name in (*names, "blk.0.ffn_down.weight"):
             tensors[f"{name}.in_sum2"] = numpy.ones((1, columns))
             tensors[f"{name}.counts"] = numpy.ones((1, 1))
-        return write_f32_gguf(path, {"general.type": gguf.string("imatrix")}, tensors)
+        return write_f32_gguf(path, {"general.type": gguf_writer.string("imatrix")}, tensors)
 
     def test_the_smallest_types_need_an_imatrix(self, invoke: Run, tmp_path: Path) -> None:
         config = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
         wide = str(write_checkpoint(tmp_path / "wide", config=config))
         message = expect_exit(invoke("convert", wide, "--type", "iq2_xxs", "-o", "x.gguf"), 2)
-        assert "garbage without an importance matrix" in message
+        assert "is garbage as iq2_xxs without an importance matrix" in message
         assert "--imatrix FILE" in message
         self.write_imatrix(tmp_path / "im.gguf", 256)
         expect_exit(invoke("convert", wide, "--type", "iq2_xxs", "-o", "x.gguf", "--imatrix", "im.gguf"), 0)
@@ -154,6 +154,6 @@ class TestConversion:
         self, tiny_checkpoint: Path, invoke: Run, tmp_path: Path
     ) -> None:
         (tmp_path / "m.json").write_text('{"blk.0.ffn_up.weight": [1.0]}' * 9)
-        assert "llama-imatrix makes one" in expect_exit(
+        assert "Create one with llama-imatrix" in expect_exit(
             invoke("convert", str(tiny_checkpoint), "--imatrix", "m.json"), 5
         )

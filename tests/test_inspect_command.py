@@ -1,4 +1,4 @@
-"""qwenlocal inspect: what it shows and finds, and --fix in place and into a copy."""
+"""qwenlocal inspect: its output, its findings, and --fix in place and into a copy."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from typer.testing import CliRunner
 
 from qwenlocal.cli.app import app
 from qwenlocal.testing import write_checkpoint
-from qwenlocal.weights import gguf
-from qwenlocal.weights.header import read_header, read_pairs
-from qwenlocal.weights.repair import backup_bytes
+from qwenlocal.weights import gguf_writer
+from qwenlocal.weights.gguf_reader import read_header, read_raw_metadata
+from qwenlocal.weights.repair import encode_backup
 
 
 class TestInspect:
@@ -44,7 +44,7 @@ class TestInspect:
         for tensor in read_header(tiny_bf16).tensors:
             assert re.search(rf"^{re.escape(tensor.name)} +{tensor.shape[0]}", result.stdout, re.MULTILINE)
 
-    def test_json_holds_everything(self, tiny_bf16: Path, invoke: Run) -> None:
+    def test_json_contains_everything(self, tiny_bf16: Path, invoke: Run) -> None:
         result = invoke("inspect", str(tiny_bf16), "--json")
         assert expect_exit(result, 0) == ""
         report = parse_json(result.stdout)
@@ -60,23 +60,23 @@ class TestInspect:
         old = str(copy_with_metadata(tiny_f32, tmp_path / "old.gguf", pairs))
         result = invoke("inspect", old)
         expect_exit(result, 5)
-        wrong, *notes = [line for line in result.stdout.splitlines() if line.startswith(("error ", "note "))]
-        assert "rope base is missing" in wrong
-        assert "(repairable: --fix)" in wrong
+        error, *notes = [line for line in result.stdout.splitlines() if line.startswith(("error ", "note "))]
+        assert "RoPE base is missing" in error
+        assert "(repairable: --fix)" in error
         assert any("“[PAD261]”" in note and "(repairable: --fix)" in note for note in notes)
-        assert any("no chat template" in note and "--fix" not in note for note in notes)
+        assert any("chat template is missing" in note and "--fix" not in note for note in notes)
         report = parse_json(invoke("inspect", old, "--json").stdout)["findings"]
         assert [(f["serious"], f["fixable"]) for f in report] == [(True, True), (False, True), (False, False)]
 
     def test_quick_does_not_read_the_weights(self, tiny_f32: Path, invoke: Run, tmp_path: Path) -> None:
         broken = str(copy_with_weights(tiny_f32, tmp_path / "x.gguf", "blk.0.ffn_up.weight", numpy.nan, 1.0, numpy.inf))
-        assert "“blk.0.ffn_up.weight” has 2 numbers that are NaN or infinite" in invoke("inspect", broken).stdout
+        assert "“blk.0.ffn_up.weight” has 2 values that are NaN or infinite" in invoke("inspect", broken).stdout
         assert "No problems found" in invoke("inspect", broken, "--quick").stdout
 
-    def test_a_repeated_head_is_found_and_left_out_of_a_copy(self, invoke: Run, tmp_path: Path) -> None:
+    def test_a_duplicate_output_matrix_is_found_and_left_out_of_a_copy(self, invoke: Run, tmp_path: Path) -> None:
         tied = write_checkpoint(tmp_path / "tied", config={**SMALL, "tie_word_embeddings": True}, store_tied_head=True)
         convert_checkpoint(tied, tmp_path / "x.gguf", "f16", like_llama_cpp=True)
-        assert "The head repeats the embeddings byte for byte" in invoke("inspect", "./x.gguf").stdout
+        assert "The output matrix is a copy of the embeddings" in invoke("inspect", "./x.gguf").stdout
         assert "--fix -o FILE" in expect_exit(invoke("inspect", "./x.gguf", "--fix"), 2)
         assert "Wrote y.gguf" in expect_exit(invoke("inspect", "./x.gguf", "--fix", "-o", "y.gguf"), 0)
         assert "output.weight" not in data_of(tmp_path / "y.gguf")
@@ -98,26 +98,28 @@ class TestInspect:
         result = invoke("inspect", "./x.gguf")
         expect_exit(result, 5)
         assert message in result.stdout
-        assert "have no place" in result.stdout or "llama.cpp will not load the file" in result.stdout
+        assert "llama.cpp cannot load the file" in result.stdout
 
     def test_an_eos_token_outside_the_vocabulary_is_found(self, tiny_f32: Path, invoke: Run, tmp_path: Path) -> None:
-        path = copy_with_metadata(tiny_f32, tmp_path / "x.gguf", {"tokenizer.ggml.eos_token_id": gguf.u32(99_999)})
-        assert "Its eos token is 99,999" in invoke("inspect", str(path), "--quick").stdout
+        path = copy_with_metadata(
+            tiny_f32, tmp_path / "x.gguf", {"tokenizer.ggml.eos_token_id": gguf_writer.u32(99_999)}
+        )
+        assert "The eos token has the id 99,999" in invoke("inspect", str(path), "--quick").stdout
 
     def test_the_exit_code_is_5_for_a_serious_finding(self, tiny_f32: Path, invoke: Run, tmp_path: Path) -> None:
         base = "qwen2.rope.freq_base"
-        rootless = copy_with_metadata(tiny_f32, tmp_path / "x.gguf", {base: None})
-        expect_exit(invoke("inspect", str(rootless)), 5)
-        expect_exit(invoke("inspect", str(rootless), "--json"), 5)
-        expect_exit(invoke("inspect", str(rootless), "--fix", "-o", "fixed.gguf"), 0)
+        no_base = copy_with_metadata(tiny_f32, tmp_path / "x.gguf", {base: None})
+        expect_exit(invoke("inspect", str(no_base)), 5)
+        expect_exit(invoke("inspect", str(no_base), "--json"), 5)
+        expect_exit(invoke("inspect", str(no_base), "--fix", "-o", "fixed.gguf"), 0)
         expect_exit(invoke("inspect", "./fixed.gguf"), 0)
 
     @pytest.mark.parametrize(
         ("text", "code", "message"),
         [
             ("./nowhere.gguf", 3, "There is no file"),
-            ("./cut.gguf", 5, "it is cut off"),
-            ("./cut-in-header.gguf", 5, "it is cut off or damaged"),
+            ("./cut.gguf", 5, "it is incomplete"),
+            ("./cut-in-header.gguf", 5, "it is incomplete or damaged"),
             ("./empty.gguf", 5, "the file is empty"),
             ("./text.gguf", 5, "not a GGUF file"),
             ("nonsense", 3, "No model is called"),
@@ -139,36 +141,36 @@ class TestInspect:
     @pytest.mark.parametrize(
         "pairs",
         [
-            {"tokenizer.ggml.tokens": gguf.u32(7)},
-            {"tokenizer.ggml.tokens": gguf.string("text")},
-            {"tokenizer.ggml.tokens": gguf.i32s([1, 2, 3])},
-            {"tokenizer.ggml.token_type": gguf.u32(1)},
-            {"tokenizer.ggml.token_type": gguf.string("text")},
-            {"tokenizer.ggml.token_type": gguf.strings(["1"] * 288)},
-            {"tokenizer.chat_template": gguf.u32(5)},
-            {"tokenizer.chat_template": gguf.strings(["a"])},
-            {"tokenizer.ggml.eos_token_id": gguf.string("x"), "tokenizer.ggml.eot_token_id": None},
-            {"tokenizer.ggml.eos_token_id": gguf.i32s([1]), "tokenizer.ggml.eot_token_id": gguf.f32(1)},
-            {"general.architecture": gguf.u32(5)},
-            {"general.architecture": gguf.strings(["qwen2"])},
-            {"general.file_type": gguf.string("x")},
-            {"general.file_type": gguf.u32(1 << 31)},
-            {"general.name": gguf.strings(["a", "b"])},
-            {"general.license": gguf.u32(5)},
-            {"qwen2.attention.head_count": gguf.u32(0)},
-            {"qwen2.attention.head_count": gguf.i32s([4, 4])},
-            {"qwen2.attention.head_count": gguf.string("x")},
-            {"qwen2.attention.head_count_kv": gguf.u32(0)},
-            {"qwen2.embedding_length": gguf.u32(0)},
-            {"qwen2.embedding_length": gguf.string("x")},
-            {"qwen2.context_length": gguf.string("x")},
-            {"qwen2.context_length": gguf.i32(-5)},
-            {"qwen2.block_count": gguf.i32(-1)},
-            {"qwen2.block_count": gguf.f32(1.0)},
-            {"qwen2.rope.freq_base": gguf.string("x")},
-            {"qwen2.rope.freq_base": gguf.f32(float("nan"))},
-            {"my.key": gguf.f32(float("inf"))},
-            {"my.key": gguf.f32s([float("nan")])},
+            {"tokenizer.ggml.tokens": gguf_writer.u32(7)},
+            {"tokenizer.ggml.tokens": gguf_writer.string("text")},
+            {"tokenizer.ggml.tokens": gguf_writer.i32s([1, 2, 3])},
+            {"tokenizer.ggml.token_type": gguf_writer.u32(1)},
+            {"tokenizer.ggml.token_type": gguf_writer.string("text")},
+            {"tokenizer.ggml.token_type": gguf_writer.strings(["1"] * 288)},
+            {"tokenizer.chat_template": gguf_writer.u32(5)},
+            {"tokenizer.chat_template": gguf_writer.strings(["a"])},
+            {"tokenizer.ggml.eos_token_id": gguf_writer.string("x"), "tokenizer.ggml.eot_token_id": None},
+            {"tokenizer.ggml.eos_token_id": gguf_writer.i32s([1]), "tokenizer.ggml.eot_token_id": gguf_writer.f32(1)},
+            {"general.architecture": gguf_writer.u32(5)},
+            {"general.architecture": gguf_writer.strings(["qwen2"])},
+            {"general.file_type": gguf_writer.string("x")},
+            {"general.file_type": gguf_writer.u32(1 << 31)},
+            {"general.name": gguf_writer.strings(["a", "b"])},
+            {"general.license": gguf_writer.u32(5)},
+            {"qwen2.attention.head_count": gguf_writer.u32(0)},
+            {"qwen2.attention.head_count": gguf_writer.i32s([4, 4])},
+            {"qwen2.attention.head_count": gguf_writer.string("x")},
+            {"qwen2.attention.head_count_kv": gguf_writer.u32(0)},
+            {"qwen2.embedding_length": gguf_writer.u32(0)},
+            {"qwen2.embedding_length": gguf_writer.string("x")},
+            {"qwen2.context_length": gguf_writer.string("x")},
+            {"qwen2.context_length": gguf_writer.i32(-5)},
+            {"qwen2.block_count": gguf_writer.i32(-1)},
+            {"qwen2.block_count": gguf_writer.f32(1.0)},
+            {"qwen2.rope.freq_base": gguf_writer.string("x")},
+            {"qwen2.rope.freq_base": gguf_writer.f32(float("nan"))},
+            {"my.key": gguf_writer.f32(float("inf"))},
+            {"my.key": gguf_writer.f32s([float("nan")])},
         ],
         ids=" ".join,
     )
@@ -189,7 +191,7 @@ class TestInspect:
     ) -> None:
         import resource
 
-        copy_with_metadata(tiny_f32, tmp_path / "x.gguf", {"qwen2.block_count": gguf.u32((1 << 32) - 1)})
+        copy_with_metadata(tiny_f32, tmp_path / "x.gguf", {"qwen2.block_count": gguf_writer.u32((1 << 32) - 1)})
         limit = 2 << 30
         result = qwenlocal(
             "inspect", "./x.gguf", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -218,7 +220,10 @@ class TestFix:
     ) -> None:
         result = invoke("inspect", str(old_padding), "--fix")
         assert f"Repaired {old_padding} in place." in expect_exit(result, 0)
-        assert (read_pairs(old_padding), data_of(old_padding)) == (read_pairs(tiny_f32), data_of(tiny_f32))
+        assert (read_raw_metadata(old_padding), data_of(old_padding)) == (
+            read_raw_metadata(tiny_f32),
+            data_of(tiny_f32),
+        )
         assert "No problems found" in invoke("inspect", str(old_padding)).stdout
         assert file_names(tmp_path) == {old_padding.name}
 
@@ -230,7 +235,7 @@ class TestFix:
         assert "Wrote new.gguf" in message
         assert "repaired 1 of 1 problems" in message
         assert no_rope_base.read_bytes() == before
-        assert read_pairs(tmp_path / "new.gguf") == read_pairs(tiny_f32)
+        assert read_raw_metadata(tmp_path / "new.gguf") == read_raw_metadata(tiny_f32)
         assert data_of(tmp_path / "new.gguf") == data_of(tiny_f32)
         assert not list(tmp_path.glob("*.part*"))
 
@@ -279,7 +284,7 @@ class TestFix:
         self, old_padding: Path, tiny_f32: Path, invoke: Run, tmp_path: Path
     ) -> None:
         content = old_padding.read_bytes()
-        (tmp_path / "old.gguf.old-header").write_bytes(backup_bytes(old_padding, content[:4096]))
+        (tmp_path / "old.gguf.old-header").write_bytes(encode_backup(old_padding, content[:4096]))
         old_padding.write_bytes(tiny_f32.read_bytes()[:100] + bytes(1000) + content[1100:])
         result = invoke("inspect", str(old_padding))
         assert "its changes were undone" in expect_exit(result, 0)

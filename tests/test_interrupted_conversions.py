@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from interruptions import (
     SLOW_TYPE,
-    count_slabs,
+    count_chunks,
     expect_interrupted,
     interrupt_conversion,
     on_posix,
@@ -28,13 +28,15 @@ from interruptions import (
 )
 
 from qwenlocal.errors import BadWeights, Interrupted
+from qwenlocal.resumable import journal_path, part_path
 from qwenlocal.testing import write_checkpoint
+from qwenlocal.weights import CONVERTER_VERSION
 from qwenlocal.weights.checkpoint import Checkpoint
-from qwenlocal.weights.convert import Options, plan_conversion
-from qwenlocal.weights.edition import EDITION
-from qwenlocal.weights.header import read_header, tensor_bytes
-from qwenlocal.weights.mix import file_type
-from qwenlocal.weights.writing import Job, Written, carry_out, journal_of, part_of
+from qwenlocal.weights.convert import ConversionOptions, plan_conversion
+from qwenlocal.weights.file_types import file_type
+from qwenlocal.weights.gguf_reader import read_header, tensor_bytes
+from qwenlocal.weights.write_job import WriteJob
+from qwenlocal.weights.write_workers import WriteResult, run_job
 
 
 @on_posix
@@ -45,9 +47,9 @@ class TestKilled:
     ) -> None:
         signal_after(start_conversion(large_checkpoint, slow_output), slow_output, after)
         assert not slow_output.exists()
-        assert {part_of(slow_output).name, journal_of(slow_output).name} <= file_names(slow_output.parent)
+        assert {part_path(slow_output).name, journal_path(slow_output).name} <= file_names(slow_output.parent)
         job = plan_job(large_checkpoint, slow_output)
-        assert 0 < carry_out(job, threads=2).resumed < job.read_bytes
+        assert 0 < run_job(job, threads=2).resumed < job.read_bytes
         assert slow_output.read_bytes() == large_gguf
         assert file_names(slow_output.parent) == {slow_output.name}, "nothing is left behind"
 
@@ -57,7 +59,7 @@ class TestKilled:
         for after in (2, 5, 9):
             signal_after(start_conversion(large_checkpoint, slow_output), slow_output, after)
             assert not slow_output.exists()
-        carry_out(plan_job(large_checkpoint, slow_output), threads=2)
+        run_job(plan_job(large_checkpoint, slow_output), threads=2)
         assert slow_output.read_bytes() == large_gguf
 
     def test_two_outputs_of_one_conversion_are_both_finished(
@@ -67,9 +69,9 @@ class TestKilled:
         signal_after(start_conversion(large_checkpoint, slow_output, other), slow_output, 6)
         assert not slow_output.exists()
         assert not other.exists()
-        assert carry_out(plan_job(large_checkpoint, slow_output, other), threads=2).resumed
+        assert run_job(plan_job(large_checkpoint, slow_output, other), threads=2).resumed
         alone = tmp_path / "alone.q8_0.gguf"
-        carry_out(plan_job(large_checkpoint, alone), threads=2)
+        run_job(plan_job(large_checkpoint, alone), threads=2)
         assert slow_output.read_bytes() == large_gguf
         assert other.read_bytes() == alone.read_bytes()
         assert file_names(tmp_path) == {slow_output.name, other.name, alone.name}
@@ -80,7 +82,7 @@ class TestKilled:
         slow_output.write_bytes(b"old")
         signal_after(start_conversion(large_checkpoint, slow_output, replace="replace"), slow_output, 3)
         assert slow_output.read_bytes() == b"old"
-        carry_out(plan_job(large_checkpoint, slow_output), threads=2, replace=True)
+        run_job(plan_job(large_checkpoint, slow_output), threads=2, replace=True)
         assert slow_output.read_bytes() == large_gguf
 
 
@@ -102,29 +104,29 @@ class TestCtrlC:
         message = signal_after(child, target, 3, signal.SIGINT)
         assert child.returncode == 130
         assert "Traceback" not in message
-        assert "What was done is kept" in message
+        assert "Finished work is kept" in message
         assert not target.exists()
         second = qwenlocal(*command)
         assert second.returncode == 0, second.stderr
         assert "An earlier attempt had already processed" in second.stderr
-        carry_out(
+        run_job(
             plan_conversion(Checkpoint.open(large_checkpoint), [(tmp_path / "y.gguf", file_type(SLOW_TYPE))]).job,
             threads=2,
         )
         assert target.read_bytes() == (tmp_path / "y.gguf").read_bytes()
 
-    def test_finished_slabs_are_kept(self, large_checkpoint: Path, large_gguf: bytes, slow_output: Path) -> None:
+    def test_finished_chunks_are_kept(self, large_checkpoint: Path, large_gguf: bytes, slow_output: Path) -> None:
         def stop(_done: int, _all: int) -> None:
             raise KeyboardInterrupt
 
         job = plan_job(large_checkpoint, slow_output)
         with expect_interrupted():
-            carry_out(job, threads=1, report=stop)
-        assert 0 < carry_out(job, threads=2).resumed < job.read_bytes
+            run_job(job, threads=1, report=stop)
+        assert 0 < run_job(job, threads=2).resumed < job.read_bytes
         assert slow_output.read_bytes() == large_gguf
 
     @pytest.mark.skipif(not hasattr(os, "fdatasync"), reason="the wait for the disk has another name there")
-    def test_an_interrupt_during_fdatasync_keeps_all_slabs(
+    def test_an_interrupt_during_fdatasync_keeps_all_chunks(
         self, unaligned_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def stop(_file: int) -> None:
@@ -133,15 +135,15 @@ class TestCtrlC:
         job = plan_job(unaligned_checkpoint, tmp_path / "x.q8_0.gguf")
         with monkeypatch.context() as patched, expect_interrupted():
             patched.setattr(os, "fdatasync", stop)
-            carry_out(job, threads=1)
+            run_job(job, threads=1)
         assert not job.outputs[0].path.exists()
-        assert carry_out(job, threads=1) == Written(0, job.read_bytes)
+        assert run_job(job, threads=1) == WriteResult(0, job.read_bytes)
 
 
 class Leftover(NamedTuple):
     """A conversion that was interrupted just before the file got its name, and the complete file."""
 
-    job: Job
+    job: WriteJob
     folder: Path
     part: bytes
     journal: bytes
@@ -154,12 +156,12 @@ class Leftover(NamedTuple):
     def put(self) -> None:
         """Restore the part file and the journal of the interruption."""
         self.target.unlink(missing_ok=True)
-        part_of(self.target).write_bytes(self.part)
-        journal_of(self.target).write_bytes(self.journal)
+        part_path(self.target).write_bytes(self.part)
+        journal_path(self.target).write_bytes(self.journal)
 
-    def finish(self) -> Written:
+    def finish(self) -> WriteResult:
         """Continue the conversion; the result must be the complete file."""
-        written = carry_out(self.job, threads=1)
+        written = run_job(self.job, threads=1)
         assert self.target.read_bytes() == self.good
         assert file_names(self.folder) == {self.target.name}
         return written
@@ -171,8 +173,8 @@ def leftover(unaligned_checkpoint: Path, tmp_path_factory: pytest.TempPathFactor
     job = plan_job(unaligned_checkpoint, folder / "x.q8_0.gguf")
     target = job.outputs[0].path
     interrupt_conversion(job)
-    part, journal = part_of(target).read_bytes(), journal_of(target).read_bytes()
-    carry_out(job, threads=1)
+    part, journal = part_path(target).read_bytes(), journal_path(target).read_bytes()
+    run_job(job, threads=1)
     return Leftover(job, folder, part, journal, target.read_bytes())
 
 
@@ -185,7 +187,7 @@ class TestPartFiles:
         header = read_header(leftover.target)
         for tensor in header.tensors:
             leftover.put()
-            with part_of(leftover.target).open("r+b") as file:
+            with part_path(leftover.target).open("r+b") as file:
                 file.seek(header.data_offset + tensor.offset)
                 file.write(b"\xa5\x5a")
             assert leftover.finish().resumed < leftover.job.read_bytes
@@ -199,7 +201,7 @@ class TestPartFiles:
             damaged[at : at + size] = leftover.part[at : at + size]
         assert bytes(damaged) != leftover.part, "the file has padding"
         leftover.put()
-        part_of(leftover.target).write_bytes(damaged)
+        part_path(leftover.target).write_bytes(damaged)
         leftover.finish()
 
     @settings(fuzz, max_examples=40)
@@ -209,22 +211,22 @@ class TestPartFiles:
         damaged = bytearray(leftover.part)
         damaged[at : at + len(value)] = value
         leftover.put()
-        part_of(leftover.target).write_bytes(damaged)
+        part_path(leftover.target).write_bytes(damaged)
         leftover.finish()
 
     @pytest.mark.parametrize("size", [0, 1, 1000, -1000, -1])
     def test_a_truncated_part_file_is_completed(self, size: int, leftover: Leftover) -> None:
         leftover.put()
-        part_of(leftover.target).write_bytes(leftover.part[:size])
+        part_path(leftover.target).write_bytes(leftover.part[:size])
         leftover.finish()
 
     def test_a_part_file_that_is_too_long_is_truncated(self, leftover: Leftover) -> None:
         leftover.put()
-        part_of(leftover.target).write_bytes(leftover.part + b"more")
+        part_path(leftover.target).write_bytes(leftover.part + b"more")
         assert leftover.finish().resumed == leftover.job.read_bytes
 
     def test_a_part_file_without_journal_or_a_journal_without_part_file_starts_again(self, leftover: Leftover) -> None:
-        for gone in (journal_of, part_of):
+        for gone in (journal_path, part_path):
             leftover.put()
             gone(leftover.target).unlink()
             assert leftover.finish().resumed == 0
@@ -234,7 +236,7 @@ class TestJournal:
     @pytest.mark.parametrize("cut", [1, 2, 5, 9, 20])
     def test_a_truncated_last_line_is_ignored(self, cut: int, leftover: Leftover) -> None:
         leftover.put()
-        journal_of(leftover.target).write_bytes(leftover.journal[:-cut])
+        journal_path(leftover.target).write_bytes(leftover.journal[:-cut])
         assert 0 < leftover.finish().resumed < leftover.job.read_bytes
 
     @pytest.mark.parametrize(
@@ -258,7 +260,7 @@ class TestJournal:
     )
     def test_a_damaged_line_is_ignored(self, line: bytes, leftover: Leftover) -> None:
         leftover.put()
-        journal_of(leftover.target).write_bytes(leftover.journal + line + b"\n")
+        journal_path(leftover.target).write_bytes(leftover.journal + line + b"\n")
         leftover.finish()
 
     @pytest.mark.parametrize(
@@ -266,7 +268,7 @@ class TestJournal:
     )
     def test_a_journal_of_another_conversion_starts_again(self, first: bytes, leftover: Leftover) -> None:
         leftover.put()
-        journal_of(leftover.target).write_bytes(first + b"\n" + leftover.journal.partition(b"\n")[2])
+        journal_path(leftover.target).write_bytes(first + b"\n" + leftover.journal.partition(b"\n")[2])
         assert leftover.finish().resumed == 0
 
     @settings(fuzz, max_examples=40)
@@ -279,7 +281,7 @@ class TestJournal:
             at = int(where * len(journal))
             journal[at : at + len(data) + 1] = data
         leftover.put()
-        journal_of(leftover.target).write_bytes(journal)
+        journal_path(leftover.target).write_bytes(journal)
         leftover.finish()
 
 
@@ -291,18 +293,18 @@ class TestChangedConversions:
         with monkeypatch.context() as patched:
             stop_before_rename(patched)
             with pytest.raises(Interrupted):
-                carry_out(plan_job(unaligned_checkpoint, target), threads=1)
-        assert count_slabs(target)
-        monkeypatch.setattr("qwenlocal.weights.edition.EDITION", EDITION + 1)
-        assert carry_out(plan_job(unaligned_checkpoint, target), threads=1).resumed == 0
+                run_job(plan_job(unaligned_checkpoint, target), threads=1)
+        assert count_chunks(target)
+        monkeypatch.setattr("qwenlocal.weights.CONVERTER_VERSION", CONVERTER_VERSION + 1)
+        assert run_job(plan_job(unaligned_checkpoint, target), threads=1).resumed == 0
 
     def test_a_changed_source_starts_again(self, tmp_path: Path) -> None:
         source, target = write_checkpoint(tmp_path / "a", config=UNALIGNED), tmp_path / "out" / "x.q8_0.gguf"
         interrupt_conversion(plan_job(source, target))
         write_checkpoint(source, config=UNALIGNED, seed=1)
         os.utime(source / "model.safetensors", ns=(10**18, 10**18))
-        assert carry_out(plan_job(source, target), threads=1).resumed == 0
-        carry_out(plan_job(source, target.with_name("y.q8_0.gguf")), threads=1)
+        assert run_job(plan_job(source, target), threads=1).resumed == 0
+        run_job(plan_job(source, target.with_name("y.q8_0.gguf")), threads=1)
         assert target.read_bytes() == target.with_name("y.q8_0.gguf").read_bytes()
 
     @pytest.mark.parametrize("change", ["another type", "another name of the model"])
@@ -310,9 +312,9 @@ class TestChangedConversions:
         target = tmp_path / "x.q8_0.gguf"
         interrupt_conversion(plan_job(unaligned_checkpoint, target))
         kind = file_type("q4_0" if change == "another type" else "q8_0")
-        options = Options(name="tiny" if change == "another type" else "other")
+        options = ConversionOptions(name="tiny" if change == "another type" else "other")
         job = plan_conversion(Checkpoint.open(unaligned_checkpoint), [(target, kind)], options).job
-        assert carry_out(job, threads=1).resumed == 0
+        assert run_job(job, threads=1).resumed == 0
 
     def test_nan_allowed_in_an_earlier_attempt_is_refused_without_the_option(self, tmp_path: Path) -> None:
         source = write_checkpoint(tmp_path / "model", config=UNALIGNED)
@@ -320,11 +322,11 @@ class TestChangedConversions:
         job = plan_job(source, tmp_path / "x.q8_0.gguf")
         interrupt_conversion(job, allow_nan=True)
         with pytest.raises(BadWeights, match="NaN or infinite"):
-            carry_out(job, threads=1)
+            run_job(job, threads=1)
 
     def test_nan_zeroed_by_an_earlier_attempt_is_counted(self, tmp_path: Path) -> None:
         source = write_checkpoint(tmp_path / "model", config=UNALIGNED)
         set_weights(source, "lm_head.weight", 5, numpy.nan)
         job = plan_job(source, tmp_path / "x.q8_0.gguf")
         interrupt_conversion(job, allow_nan=True)
-        assert carry_out(job, threads=1, allow_nan=True) == Written(1, job.read_bytes)
+        assert run_job(job, threads=1, allow_nan=True) == WriteResult(1, job.read_bytes)

@@ -25,28 +25,28 @@ from oracle import data_of
 
 from qwenlocal import fileio
 from qwenlocal.paths import Folders
-from qwenlocal.weights import writing
-from qwenlocal.weights.header import read_metadata
-from qwenlocal.weights.writing import Written, carry_out
+from qwenlocal.weights import write_workers
+from qwenlocal.weights.gguf_reader import read_metadata
+from qwenlocal.weights.write_workers import WriteResult, run_job
 
 # Each write takes 50 ms, which leaves time to stop the process.
 SLOW_PULL = """
 import sys, time
 from qwenlocal.cli.app import app
-from qwenlocal.weights import writing
-write_at = writing.write_at
+from qwenlocal.weights import write_workers
+write_all = write_workers.write_all
 
 def slow(*arguments):
     time.sleep(0.05)
-    return write_at(*arguments)
+    write_all(*arguments)
 
-writing.write_at = slow
+write_workers.write_all = slow
 app(sys.argv[1:])
 """
 
 
-def count_journal_slabs(folders: Folders) -> int:
-    """Count the finished slabs in the journal of the only conversion."""
+def count_journal_chunks(folders: Folders) -> int:
+    """Count the finished chunks in the journal of the only conversion."""
     for journal in (folders.files / "converted").glob("*/*.journal"):
         return journal.read_text().count("\n") - 1
     return 0
@@ -65,15 +65,15 @@ def interrupt_pull(invoke: Run) -> Callable[..., None]:
 
 
 @pytest.fixture
-def conversions(monkeypatch: pytest.MonkeyPatch) -> list[Written]:
+def conversions(monkeypatch: pytest.MonkeyPatch) -> list[WriteResult]:
     """The results of all conversions in this process."""
-    results: list[Written] = []
+    results: list[WriteResult] = []
 
-    def record(*arguments: Any, **options: Any) -> Written:
-        results.append(carry_out(*arguments, **options))
+    def record(*arguments: Any, **options: Any) -> WriteResult:
+        results.append(run_job(*arguments, **options))
         return results[-1]
 
-    monkeypatch.setattr(writing, "carry_out", record)
+    monkeypatch.setattr(write_workers, "run_job", record)
     return results
 
 
@@ -81,7 +81,7 @@ class TestInterruptedPulls:
     @on_posix
     def test_a_killed_pull_is_listed_and_continued(
         self, hub_checkpoint: str, tiny_checkpoint: Path, environment: dict[str, str], folders: Folders, invoke: Run,
-        conversions: list[Written], tmp_path: Path,
+        conversions: list[WriteResult], tmp_path: Path,
     ) -> None:  # fmt: skip
         name = f"{hub_checkpoint}:q8_0"
         child = subprocess.Popen(
@@ -91,7 +91,7 @@ class TestInterruptedPulls:
             stderr=subprocess.PIPE,
             text=True,
         )
-        while count_journal_slabs(folders) < 3 and child.poll() is None:
+        while count_journal_chunks(folders) < 3 and child.poll() is None:
             time.sleep(0.002)
         child.send_signal(signal.SIGSTOP)
         assert model_states(invoke)[name] == "converting"
@@ -141,7 +141,7 @@ class TestInterruptedPulls:
         assert set(list_models(invoke)) == {PINNED_NAME + CHECKPOINT}
 
     def test_an_interrupted_pull_of_a_folder_is_listed_continued_and_removed(
-        self, checkpoint_copy: Path, invoke: Run, interrupt_pull: Callable[..., None], conversions: list[Written]
+        self, checkpoint_copy: Path, invoke: Run, interrupt_pull: Callable[..., None], conversions: list[WriteResult]
     ) -> None:
         interrupt_pull(str(checkpoint_copy))
         assert {name: entry["state"] for name, entry in list_models(invoke).items()} == {
@@ -206,7 +206,7 @@ class TestInterruptedPulls:
 class TestInterruptedChecksums:
     @pytest.mark.parametrize("command", ["list", "rm", "pull"])
     def test_list_rm_and_pull_know_a_pull_interrupted_during_checksums(
-        self, command: str, checkpoint_copy: Path, invoke: Run, folders: Folders, conversions: list[Written]
+        self, command: str, checkpoint_copy: Path, invoke: Run, folders: Folders, conversions: list[WriteResult]
     ) -> None:
         def stop(*_: object) -> None:
             raise KeyboardInterrupt

@@ -12,8 +12,8 @@ from checkpoint_files import file_names, flip_bit
 from commands import expect_error, expect_exit, installed_path, list_models, parse_json
 from conftest import Run
 
-from qwenlocal.weights.edition import EDITION
-from qwenlocal.weights.header import read_header
+from qwenlocal.weights import CONVERTER_VERSION
+from qwenlocal.weights.gguf_reader import read_header
 
 
 class TestPull:
@@ -236,7 +236,7 @@ class TestChangedCheckpoints:
         self, checkpoint_copy: Path, invoke: Run, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         expect_exit(invoke("pull", str(checkpoint_copy)), 0)
-        monkeypatch.setattr("qwenlocal.weights.edition.EDITION", EDITION + 1)
+        monkeypatch.setattr("qwenlocal.weights.CONVERTER_VERSION", CONVERTER_VERSION + 1)
         assert "Converting it once" in expect_exit(invoke("pull", str(checkpoint_copy)), 0)
         assert "Converting it once" not in expect_exit(invoke("pull", str(checkpoint_copy)), 0)
 
@@ -245,7 +245,7 @@ class TestChangedCheckpoints:
     ) -> None:
         expect_exit(invoke("pull", hub_checkpoint), 0)
         assert "another version" not in expect_exit(invoke("pull", hub_checkpoint), 0)
-        monkeypatch.setattr("qwenlocal.weights.edition.EDITION", EDITION + 1)
+        monkeypatch.setattr("qwenlocal.weights.CONVERTER_VERSION", CONVERTER_VERSION + 1)
         message = expect_exit(invoke("pull", hub_checkpoint), 0)
         assert "converted by another version of qwenlocal" in " ".join(message.split())
         expect_exit(invoke("rm", hub_checkpoint), 0)

@@ -17,10 +17,10 @@ from qwenlocal.errors import QwenlocalError, UnsupportedCheckpoint
 from qwenlocal.measure.reference import ReferenceTensors, load_reference, plan_reference
 from qwenlocal.testing import MOE_CONFIG, write_checkpoint
 from qwenlocal.weights.checkpoint import Checkpoint
-from qwenlocal.weights.convert import Options, plan_conversion
-from qwenlocal.weights.mix import file_type
-from qwenlocal.weights.plan import Plan
-from qwenlocal.weights.writing import carry_out
+from qwenlocal.weights.conversion_plan import ConversionPlan
+from qwenlocal.weights.convert import ConversionOptions, plan_conversion
+from qwenlocal.weights.file_types import file_type
+from qwenlocal.weights.write_workers import run_job
 
 GOLDENS = Path(__file__).resolve().parent / "goldens"
 GOLDEN = json.loads((GOLDENS / "logits.json").read_text("utf-8"))
@@ -65,7 +65,7 @@ def checkpoint(case: dict[str, Any], maker: Any, tmp_path: Path) -> Path:
 
 def converted(source: Path, kind: str = "f32") -> Path:
     target = source.parent / f"{kind}.gguf"
-    carry_out(plan_conversion(Checkpoint.open(source), [(target, file_type(kind))]).job, threads=2)
+    run_job(plan_conversion(Checkpoint.open(source), [(target, file_type(kind))]).job, threads=2)
     return target
 
 
@@ -112,12 +112,12 @@ def test_what_verify_takes_for_the_truth_is_as_close_to_transformers_as_the_chec
     case: dict[str, Any], checkpoint: Path, maker: Any, tmp_path: Path
 ) -> None:
     """With weights of 16 bits, llama.cpp rounds what they are multiplied with to the same 16 bits."""
-    plan = plan_reference(Checkpoint.open(checkpoint), tmp_path / "header.gguf", Options())
+    plan = plan_reference(Checkpoint.open(checkpoint), tmp_path / "header.gguf", ConversionOptions())
     allowed = {"f32": CLOSE, "f16": 2e-3, "bf16": 1e-2}[plan.files[0].type.name]
     assert error(logits(in_memory(plan)), case, maker) <= allowed
 
 
-def in_memory(plan: Plan) -> Model:
+def in_memory(plan: ConversionPlan) -> Model:
     """The model of a plan whose weights are read from the checkpoint, without a file of them."""
     output = plan.job.outputs[0]
     output.path.write_bytes(output.header)

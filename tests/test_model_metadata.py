@@ -1,4 +1,4 @@
-"""general.* keys of GGUF files: the name taken apart, the README's front matter, sampling defaults."""
+"""general.* keys of GGUF files: the parts of the name, the front matter of README.md, sampling defaults."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qwenlocal.errors import BadCheckpoint
-from qwenlocal.weights import gguf
-from qwenlocal.weights.about import Parameters, read_about
+from qwenlocal.weights.gguf_reader import decode_value
+from qwenlocal.weights.model_metadata import ParameterCounts, read_model_metadata
 
 
 def load_general_keys(folder: Path, name: str = "Qwen1.5-0.5B-Chat", repo: str = "") -> dict[str, Any]:
-    metadata = read_about(folder, {}, name, Parameters(463_987_712), repo)
-    return {key.removeprefix("general."): gguf.decode(value) for key, value in metadata.pairs.items()}
+    metadata = read_model_metadata(folder, {}, name, ParameterCounts(463_987_712), repo)
+    return {key.removeprefix("general."): decode_value(value) for key, value in metadata.pairs.items()}
 
 
 class TestModelMetadata:
@@ -57,7 +57,7 @@ class TestModelMetadata:
     def test_a_readme_without_front_matter_adds_nothing(self, text: str, tmp_path: Path) -> None:
         (tmp_path / "README.md").write_text(text)
         assert "license" not in load_general_keys(tmp_path)
-        assert not read_about(tmp_path, {}, "x", Parameters(1)).notes
+        assert not read_model_metadata(tmp_path, {}, "x", ParameterCounts(1)).notes
 
     @pytest.mark.parametrize(
         "front",
@@ -70,12 +70,12 @@ class TestModelMetadata:
         folder = write_minimal(tmp_path)
         (folder / "README.md").write_text(f"---\n{front}\n---\n")
         plan = make_plan(folder)
-        assert [note for note in plan.notes if "README.md cannot be read" in note]
+        assert [note for note in plan.notes if "cannot read the front matter of README.md" in note]
 
     def test_a_readme_that_is_not_text_is_noted_and_ignored(self, tmp_path: Path) -> None:
         folder = write_minimal(tmp_path)
         (folder / "README.md").write_bytes(b"---\nlicense: \xff\n---\n")
-        assert [note for note in make_plan(folder).notes if "README.md cannot be read" in note]
+        assert [note for note in make_plan(folder).notes if "cannot read the front matter of README.md" in note]
 
     @pytest.mark.parametrize(
         "front",
@@ -98,7 +98,7 @@ class TestModelMetadata:
         lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 5)]
         for key in ("license", "tags", "name"):
             (tmp_path / "README.md").write_text("\n".join(["---", *lines, f"{key}: *a4", "---", ""]))
-            metadata = read_about(tmp_path, {}, "x", Parameters(1))
+            metadata = read_model_metadata(tmp_path, {}, "x", ParameterCounts(1))
             assert sum(len(value) for value in metadata.pairs.values()) < 10_000
 
     def test_sampling_defaults_of_generation_config_are_written(self, tmp_path: Path) -> None:
@@ -114,13 +114,13 @@ class TestModelMetadata:
     @pytest.mark.parametrize("value", ['"20"', "true", "[20]", "{}", "1e10", "-1e10", "NaN", "Infinity", "9" * 400])
     def test_impossible_sampling_values_are_refused(self, key: str, value: str, tmp_path: Path) -> None:
         (tmp_path / "generation_config.json").write_text(f'{{"{key}": {value}}}')
-        with pytest.raises(BadCheckpoint, match=f"“{key}” is .*, which cannot be"):
+        with pytest.raises(BadCheckpoint, match=f"“{key}” is .*, which is invalid"):
             load_general_keys(tmp_path)
 
     @pytest.mark.parametrize("name", [5, None, [], "", "a/b/c", "/home/x/models/y", "Qwen/Qwen1.5-0.5B", "\0"])
     def test_any_name_or_path_in_the_config_is_accepted(self, name: object, tmp_path: Path) -> None:
-        metadata = read_about(tmp_path, {"_name_or_path": name}, "Qwen1.5-0.5B", Parameters(1))
-        assert gguf.decode(metadata.pairs["general.type"]) == "model"
+        metadata = read_model_metadata(tmp_path, {"_name_or_path": name}, "Qwen1.5-0.5B", ParameterCounts(1))
+        assert decode_value(metadata.pairs["general.type"]) == "model"
 
 
 FRONT_MATTER_LINES = st.one_of(
@@ -140,4 +140,4 @@ FRONT_MATTER_LINES = st.one_of(
 @example(lines=["name: 2024-02-30"])
 def test_any_front_matter_is_accepted(lines: list[str], tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("\n".join(["---", *lines, "---", ""]), encoding="utf-8", errors="replace")
-    assert read_about(tmp_path, {}, "Qwen1.5-0.5B", Parameters(1)).pairs
+    assert read_model_metadata(tmp_path, {}, "Qwen1.5-0.5B", ParameterCounts(1)).pairs

@@ -22,7 +22,7 @@ from hub import HubServer
 from hub_checkpoints import HF_NAME, WeightRequests, publish
 
 from qwenlocal.errors import UnsupportedCheckpoint, UsageError
-from qwenlocal.weights.header import read_header
+from qwenlocal.weights.gguf_reader import read_header
 
 
 class TestUnknownPreTokenizers:
@@ -42,7 +42,7 @@ class TestUnknownPreTokenizers:
     )
     def test_an_unknown_pre_tokenizer_needs_a_name(self, pre: object, tmp_path: Path) -> None:
         folder = set_json(write_minimal(tmp_path), "tokenizer.json", pre_tokenizer=pre)
-        with pytest.raises(UnsupportedCheckpoint, match=r"in a way that is not Qwen1.5's") as caught:
+        with pytest.raises(UnsupportedCheckpoint, match=r"splits text into words differently from Qwen1.5") as caught:
             load_vocabulary(folder)
         assert "--pre NAME" in caught.value.hint
         assert load_vocabulary(folder, pre="qwen2").pre == "qwen2"
@@ -72,8 +72,8 @@ def load_pre_tokenizers(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return split, level
 
 
-def set_pre_tokenizers(folder: Path, *cutting: dict[str, Any]) -> Path:
-    return set_json(folder, "tokenizer.json", pre_tokenizer={"type": "Sequence", "pretokenizers": list(cutting)})
+def set_pre_tokenizers(folder: Path, *steps: dict[str, Any]) -> Path:
+    return set_json(folder, "tokenizer.json", pre_tokenizer={"type": "Sequence", "pretokenizers": list(steps)})
 
 
 class TestByteLevelTokenizers:
@@ -88,7 +88,7 @@ class TestByteLevelTokenizers:
         ids=str,
     )  # fmt: skip
     def test_other_normalizers_are_refused(self, normalizer: dict[str, Any], tmp_path: Path) -> None:
-        with pytest.raises(UnsupportedCheckpoint, match="it changes text before cutting it") as caught:
+        with pytest.raises(UnsupportedCheckpoint, match="it changes text before tokenizing") as caught:
             load_vocabulary(set_json(write_minimal(tmp_path), "tokenizer.json", normalizer=normalizer))
         assert "tokenizer.json" in str(caught.value)
 
@@ -112,10 +112,10 @@ class TestByteLevelTokenizers:
     )  # fmt: skip
     def test_other_pre_tokenizer_settings_are_refused(self, step: int, key: str, value: Any, tmp_path: Path) -> None:
         folder = write_minimal(tmp_path)
-        cutting = load_pre_tokenizers(folder)
-        cutting[step][key] = value
-        with pytest.raises(UnsupportedCheckpoint, match=rf"not Qwen1\.5's .{key} is {value!r}") as caught:
-            load_vocabulary(set_pre_tokenizers(folder, *cutting))
+        steps = load_pre_tokenizers(folder)
+        steps[step][key] = value
+        with pytest.raises(UnsupportedCheckpoint, match=rf"differently from Qwen1\.5 .{key} is {value!r}") as caught:
+            load_vocabulary(set_pre_tokenizers(folder, *steps))
         assert "--pre NAME" in caught.value.hint
 
     @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ class TestByteLevelTokenizers:
     )
     def test_an_additional_pre_tokenizer_is_refused(self, more: dict[str, Any], tmp_path: Path) -> None:
         folder = write_minimal(tmp_path)
-        with pytest.raises(UnsupportedCheckpoint, match=r"not Qwen1\.5's"):
+        with pytest.raises(UnsupportedCheckpoint, match=r"differently from Qwen1\.5"):
             load_vocabulary(set_pre_tokenizers(folder, *load_pre_tokenizers(folder), more))
 
     def test_a_missing_use_regex_counts_as_true_and_is_refused(self, tmp_path: Path) -> None:
@@ -140,9 +140,9 @@ class TestByteLevelTokenizers:
     def test_another_order_of_pre_tokenizers_is_refused(self, order: tuple[int, ...], tmp_path: Path) -> None:
         """Without ByteLevel, bytes are not mapped to letters; after ByteLevel, Split finds no spaces."""
         folder = write_minimal(tmp_path)
-        cutting = load_pre_tokenizers(folder)
+        steps = load_pre_tokenizers(folder)
         with pytest.raises(UnsupportedCheckpoint):
-            load_vocabulary(set_pre_tokenizers(folder, *(cutting[number] for number in order)))
+            load_vocabulary(set_pre_tokenizers(folder, *(steps[number] for number in order)))
 
     @pytest.mark.parametrize(
         ("key", "value"),

@@ -15,8 +15,8 @@ from gguf_files import copy_with_metadata, copy_with_weights, split_gguf
 from oracle import data_of
 
 from qwenlocal.testing import write_model
-from qwenlocal.weights import gguf
-from qwenlocal.weights.header import read_pairs
+from qwenlocal.weights import gguf_writer
+from qwenlocal.weights.gguf_reader import read_raw_metadata
 
 
 class TestQuantize:
@@ -31,9 +31,9 @@ class TestQuantize:
         )
 
     def test_all_other_keys_are_copied(self, tiny_bf16: Path, invoke: Run, tmp_path: Path) -> None:
-        own = copy_with_metadata(tiny_bf16, tmp_path / "own.gguf", {"my.own.key": gguf.strings(["a", "b"])})
+        own = copy_with_metadata(tiny_bf16, tmp_path / "own.gguf", {"my.own.key": gguf_writer.strings(["a", "b"])})
         expect_exit(invoke("quantize", str(own), "x.gguf", "q8_0"), 0)
-        before, after = read_pairs(own), read_pairs(tmp_path / "x.gguf")
+        before, after = read_raw_metadata(own), read_raw_metadata(tmp_path / "x.gguf")
         different = {key for key in {*before, *after} if before.get(key) != after.get(key)}
         assert different == {"general.file_type"}
 
@@ -80,21 +80,21 @@ class TestQuantize:
     def test_a_split_file_needs_all_its_parts(self, tiny_bf16: Path, invoke: Run, tmp_path: Path) -> None:
         shutil.copy(tiny_bf16, tmp_path / "x-00001-of-00002.gguf")
         message = expect_exit(invoke("quantize", "./x-00001-of-00002.gguf", "y.gguf", "q8_0"), 5)
-        assert "x-00002-of-00002.gguf is not beside it" in message
+        assert "x-00002-of-00002.gguf is missing" in message
 
     def test_a_split_file_becomes_one_file(self, tiny_bf16: Path, invoke: Run, tmp_path: Path) -> None:
         split_gguf(tiny_bf16, tmp_path)
         expect_exit(invoke("quantize", "./x-00001-of-00002.gguf", "y.gguf", "q8_0"), 0)
         expect_exit(invoke("quantize", str(tiny_bf16), "z.gguf", "q8_0"), 0)
         assert data_of(tmp_path / "y.gguf") == data_of(tmp_path / "z.gguf")
-        assert not [key for key in read_pairs(tmp_path / "y.gguf") if key.startswith("split.")]
+        assert not [key for key in read_raw_metadata(tmp_path / "y.gguf") if key.startswith("split.")]
 
     @pytest.mark.parametrize(
         ("arguments", "code", "message"),
         [
             (("./nowhere.gguf", "x.gguf", "q8_0"), 3, "There is no file"),
             (("./text.gguf", "x.gguf", "q8_0"), 5, "this is not a GGUF file"),
-            (("./cut.gguf", "x.gguf", "q8_0"), 5, "cut off"),
+            (("./cut.gguf", "x.gguf", "q8_0"), 5, "incomplete"),
             (("./half.gguf", "x.gguf", "nonsense"), 2, "is not a type"),
             (("./half.gguf", "x.gguf", "f16,q8_0"), 2, "All 2 types would be written"),
             (("./half.gguf", "file/x.gguf", "q8_0"), 6, "Cannot write to"),

@@ -124,8 +124,8 @@ def starters_checkpoint(starter: Path, tmp_path_factory: pytest.TempPathFactory)
 def again(starters_checkpoint: Path) -> Path:
     from qwenlocal.weights.checkpoint import Checkpoint
     from qwenlocal.weights.convert import plan_conversion
-    from qwenlocal.weights.quant_mix import file_type
-    from qwenlocal.weights.writing import run_job
+    from qwenlocal.weights.file_types import file_type
+    from qwenlocal.weights.write_workers import run_job
 
     target = starters_checkpoint.parent / "again.gguf"
     run_job(plan_conversion(Checkpoint.open(starters_checkpoint), [(target, file_type("f16"))]).job, threads=2)

@@ -26,12 +26,12 @@ from oracle import data_of
 from qwenlocal.engine.llama import Model
 from qwenlocal.errors import QwenlocalError
 from qwenlocal.testing import MOE_CONFIG, write_checkpoint
-from qwenlocal.weights import gguf
+from qwenlocal.weights import gguf_writer
 from qwenlocal.weights.checkpoint import Checkpoint
-from qwenlocal.weights.convert import Options, plan_conversion
-from qwenlocal.weights.header import read_header, read_pairs
-from qwenlocal.weights.mix import file_type
-from qwenlocal.weights.writing import carry_out
+from qwenlocal.weights.convert import ConversionOptions, plan_conversion
+from qwenlocal.weights.file_types import file_type
+from qwenlocal.weights.gguf_reader import decode_value, read_header, read_raw_metadata
+from qwenlocal.weights.write_workers import run_job
 
 pytestmark = [pytest.mark.reference, pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
@@ -70,9 +70,9 @@ def _have_their_programs() -> None:
             pytest.skip(f"{name} is not installed: make test-reference installs it")
 
 
-def convert(source: Path, kind: str, options: Options = Options(like_llama_cpp=True)) -> Path:
+def convert(source: Path, kind: str, options: ConversionOptions = ConversionOptions(like_llama_cpp=True)) -> Path:
     target = source.parent / f"ours-{kind}.gguf"
-    carry_out(plan_conversion(Checkpoint.open(source), [(target, file_type(kind))], options).job, threads=2)
+    run_job(plan_conversion(Checkpoint.open(source), [(target, file_type(kind))], options).job, threads=2)
     return target
 
 
@@ -105,13 +105,13 @@ def assert_same_tensors(ours: Path, theirs: Path) -> None:
 
 def assert_same_metadata(ours: Path, theirs: Path, *, but: Iterable[str] = ()) -> None:
     """Key by key, types of values included. `but` are the keys that are looked at otherwise."""
-    mine, others = read_pairs(ours), read_pairs(theirs)
+    mine, others = read_raw_metadata(ours), read_raw_metadata(theirs)
     different = [key for key in mine.keys() | others.keys() if mine.get(key) != others.get(key) and key not in but]
     assert {key: (shown(mine.get(key)), shown(others.get(key))) for key in different} == {}
 
 
 def shown(value: bytes | None) -> str:
-    return "nothing" if value is None else repr(gguf.decode(value))[:200]
+    return "nothing" if value is None else repr(decode_value(value))[:200]
 
 
 # --- byte-level BPE, with Qwen's own vocabulary
@@ -268,8 +268,8 @@ def code_checkpoint(
     return path
 
 
-def numbers_of(path: Path, key: str) -> list[Any]:
-    found: list[Any] = gguf.decode(read_pairs(path)[f"tokenizer.ggml.{key}"])
+def read_values(path: Path, key: str) -> list[Any]:
+    found: list[Any] = decode_value(read_raw_metadata(path)[f"tokenizer.ggml.{key}"])
     return found
 
 
@@ -277,7 +277,7 @@ def test_a_sentencepiece_vocabulary_is_the_one_of_llama_cpps_converter(tmp_path:
     source = code_checkpoint(tmp_path, files={"added_tokens.json": {"<repository>": 1200, "<file>": 1201}})
     ours, theirs = both(source, "bf16")
     assert_same_metadata(ours, theirs)
-    kinds = numbers_of(ours, "token_type")
+    kinds = read_values(ours, "token_type")
     assert [kinds.count(kind) for kind in (1, 2, 3, 4, 5, 6)] == [941, 1, 2, 2, 78, 256]
 
 
@@ -290,9 +290,9 @@ def test_tokens_that_tokenizer_config_adds_to_it_are_those_of_llama_cpps_convert
     assert_same_metadata(ours, theirs, but=[f"tokenizer.ggml.{key}" for key in apart])
     # Theirs makes <unk> a control token and gives the three a score of -1000; ours keeps what tokenizer.model says.
     for key in apart:
-        assert numbers_of(ours, key)[3:] == numbers_of(theirs, key)[3:]
-    assert numbers_of(ours, "token_type")[:3] == [2, 3, 3]
-    assert numbers_of(ours, "scores")[:3] == [0.0, 0.0, 0.0]
+        assert read_values(ours, key)[3:] == read_values(theirs, key)[3:]
+    assert read_values(ours, "token_type")[:3] == [2, 3, 3]
+    assert read_values(ours, "scores")[:3] == [0.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("adds", [(False, False), (True, False), (False, True)])
@@ -333,7 +333,7 @@ def test_token_ids_are_those_of_sentencepiece(options: dict[str, Any], tmp_path:
 
     model, texts = train(**options), [*TEXTS, *LEADING]
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    file = convert(code_checkpoint(tmp_path, model=model), "bf16", Options())
+    file = convert(code_checkpoint(tmp_path, model=model), "bf16", ConversionOptions())
     assert ids_of(file, texts) == [processor.encode(text) for text in texts]
 
 
@@ -342,7 +342,7 @@ def test_pieces_that_were_given_to_the_training_are_found_and_written_as_sentenc
 
     model = train(user_defined_symbols=["▁▁", "▁▁▁▁", "\t"])
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    file = convert(code_checkpoint(tmp_path, model=model), "bf16", Options())
+    file = convert(code_checkpoint(tmp_path, model=model), "bf16", ConversionOptions())
     vocabulary = Model(file).tokenizer
     for text in ("a  b    c", "x\ty", "\tz", "def f():\n    return 1"):
         ids = vocabulary.tokenize(text, special=False)
@@ -418,7 +418,7 @@ def test_token_ids_of_a_tokenizer_json_with_byte_fallback_are_those_of_hugging_f
     source = code_checkpoint(tmp_path, files={"tokenizer.json": document})
     (source / "tokenizer.model").unlink()
     expected = [real.encode(text, add_special_tokens=False).ids for text in texts]
-    assert ids_of(convert(source, "bf16", Options()), texts) == expected
+    assert ids_of(convert(source, "bf16", ConversionOptions()), texts) == expected
 
 
 @pytest.mark.parametrize("first", [[], [{"SpecialToken": {"id": "<s>", "type_id": 0}}]], ids=["no", "yes"])
@@ -433,5 +433,5 @@ def test_a_begin_token_is_put_before_texts_where_tokenizer_json_puts_one(first: 
     document = {**hugging_faces_tokenizer(), "post_processor": {**template, "special_tokens": special}}
     source = code_checkpoint(tmp_path, files={"tokenizer.json": document})
     (source / "tokenizer.model").unlink()
-    pairs = read_pairs(convert(source, "bf16", Options()))
-    assert pairs.get("tokenizer.ggml.add_bos_token") == gguf.boolean(bool(first))
+    pairs = read_raw_metadata(convert(source, "bf16", ConversionOptions()))
+    assert pairs.get("tokenizer.ggml.add_bos_token") == gguf_writer.boolean(bool(first))

@@ -1,4 +1,4 @@
-"""Old faults of GGUF files: found, put right in a file, and put right on loader."""
+"""Known faults of old GGUF files: diagnosed, repaired in a file, and worked around on loading."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from qwenlocal.engine.sequence import TokenSequence
 from qwenlocal.machine import this_machine
 from qwenlocal.terminal.load_notes import describe_note
 from qwenlocal.testing import CONFIG, write_checkpoint
-from qwenlocal.weights import gguf
+from qwenlocal.weights import gguf_writer
 from qwenlocal.weights.checkpoint import Checkpoint
-from qwenlocal.weights.convert import Options, plan_conversion
+from qwenlocal.weights.convert import ConversionOptions, plan_conversion
 from qwenlocal.weights.diagnosis import diagnose_file, missing_rope_base
-from qwenlocal.weights.gguf_reader import read_header, read_raw_metadata
-from qwenlocal.weights.quant_mix import file_type
+from qwenlocal.weights.file_types import file_type
+from qwenlocal.weights.gguf_reader import decode_value, read_header, read_raw_metadata
 from qwenlocal.weights.repair import (
     backup_path,
     encode_backup,
@@ -35,7 +35,7 @@ from qwenlocal.weights.repair import (
     repaired_layout,
     undo_interrupted_patch,
 )
-from qwenlocal.weights.writing import run_job
+from qwenlocal.weights.write_workers import run_job
 
 
 @pytest.fixture(scope="module")
@@ -61,16 +61,16 @@ def loaded(request: pytest.FixtureRequest) -> Iterator[Any]:
         return ready[-1]
 
     yield load
-    for one in ready:
-        one.close()
+    for model in ready:
+        model.close()
 
 
-def scores(model: Model, ids: list[int]) -> numpy.ndarray:
+def compute_logits(model: Model, ids: list[int]) -> numpy.ndarray:
     context = Context(model, ContextOptions(512, threads=1))
     (row,) = context.decode([(0, ids)])
-    found = numpy.ctypeslib.as_array(context.logits(row), (len(model.tokenizer),)).copy()
+    logits = numpy.ctypeslib.as_array(context.logits(row), (len(model.tokenizer),)).copy()
     context.close()
-    return found
+    return logits
 
 
 def test_an_undamaged_file_has_no_findings(good: Path, loaded: Any) -> None:
@@ -83,27 +83,29 @@ class TestMissingRopeBase:
     def old(self, good: Path, tmp_path: Path) -> Path:
         return copy_with_metadata(good, tmp_path / "old.gguf", {"qwen2.rope.freq_base": None})
 
-    def test_it_is_found(self, old: Path) -> None:
+    def test_it_is_diagnosed(self, old: Path) -> None:
         (finding,) = diagnose_file(old).findings
         assert finding.is_serious
-        assert "rope base is missing" in finding.what
+        assert "RoPE base is missing" in finding.problem
 
-    def test_loading_fixes_it_with_a_note(self, old: Path, good: Path, loaded: Any) -> None:
+    def test_it_is_corrected_on_loading_with_a_note(self, old: Path, good: Path, loaded: Any) -> None:
         ready = loaded(old)
         assert ready.notes == (FileRepaired(rope_base=1e6),)
         assert "RoPE base frequency set to 1,000,000" in describe_note(ready.notes[0])
         ids = list(range(40, 140))
-        assert numpy.array_equal(scores(ready.model, ids), scores(Model(good), ids))
-        assert not numpy.array_equal(scores(Model(old), ids), scores(Model(good), ids)), "the fault itself does harm"
+        assert numpy.array_equal(compute_logits(ready.model, ids), compute_logits(Model(good), ids))
+        assert not numpy.array_equal(compute_logits(Model(old), ids), compute_logits(Model(good), ids)), (
+            "the fault changes the logits"
+        )
 
-    def test_a_copy_has_the_keys_of_an_undamaged_file(self, old: Path, good: Path, tmp_path: Path) -> None:
+    def test_a_repaired_copy_has_the_metadata_of_a_good_file(self, old: Path, good: Path, tmp_path: Path) -> None:
         diagnosis = diagnose_file(old)
         target = tmp_path / "new.gguf"
         run_job(plan_copy(diagnosis, repaired_layout(diagnosis, diagnosis.fixable), target).job, threads=1)
         assert diagnose_file(target).findings == []
         assert read_raw_metadata(target) == read_raw_metadata(good)
 
-    def test_the_default_depends_on_the_model(self) -> None:
+    def test_the_missing_base_depends_on_the_model(self) -> None:
         small, larger = ({"general.architecture": "qwen2", "qwen2.embedding_length": width} for width in (1024, 2560))
         assert missing_rope_base(small) == 1e6
         assert missing_rope_base(larger) == 5e6
@@ -111,14 +113,14 @@ class TestMissingRopeBase:
         assert missing_rope_base({"general.architecture": "llama"}) is None
 
 
-class TestPaddingAsText:
+class TestTypeablePadding:
     @pytest.fixture
     def old(self, good: Path, tmp_path: Path) -> Path:
         return copy_with_metadata(good, tmp_path / "old.gguf", {"tokenizer.ggml.token_type": old_token_types(good)})
 
-    def test_it_is_found_and_fixed_in_place(self, old: Path, good: Path) -> None:
+    def test_it_is_diagnosed_and_repaired_in_place(self, old: Path, good: Path) -> None:
         (finding,) = diagnose_file(old).findings
-        assert "[PAD261]" in finding.what
+        assert "[PAD261]" in finding.problem
         diagnosis = diagnose_file(old)
         layout = repaired_layout(diagnosis, diagnosis.fixable)
         assert fits_in_place(diagnosis, layout)
@@ -127,7 +129,7 @@ class TestPaddingAsText:
         assert diagnose_file(old).findings == []
         assert not backup_path(old).exists()
 
-    def test_loading_treats_it_as_text_with_a_note(self, old: Path, loaded: Any) -> None:
+    def test_it_is_text_after_loading_with_a_note(self, old: Path, loaded: Any) -> None:
         ready = loaded(old)
         assert ready.notes == (FileRepaired(hides_padding=True),)
         assert "padding tokens" in describe_note(ready.notes[0])
@@ -140,18 +142,20 @@ class TestPaddingAsText:
         ]
 
 
-def test_a_head_that_repeats_the_embeddings_is_found_and_left_out(checkpoint: Path, tmp_path: Path) -> None:
+def test_an_output_matrix_that_duplicates_the_embeddings_is_diagnosed_and_left_out(
+    checkpoint: Path, tmp_path: Path
+) -> None:
     target = tmp_path / "double.gguf"
-    options = Options(like_llama_cpp=True)
+    options = ConversionOptions(like_llama_cpp=True)
     run_job(plan_conversion(Checkpoint.open(checkpoint), [(target, file_type("f32"))], options).job, threads=1)
     diagnosis = diagnose_file(target)
     (finding,) = [finding for finding in diagnosis.findings if finding.drops]
-    assert "byte for byte" in finding.what
+    assert "a copy of the embeddings" in finding.problem
     smaller = tmp_path / "single.gguf"
     run_job(plan_copy(diagnosis, repaired_layout(diagnosis, [finding]), smaller).job, threads=1)
     assert "output.weight" not in [tensor.name for tensor in read_header(smaller).tensors]
     ids = list(range(10, 60))
-    assert numpy.array_equal(scores(Model(smaller), ids), scores(Model(target), ids))
+    assert numpy.array_equal(compute_logits(Model(smaller), ids), compute_logits(Model(target), ids))
 
 
 def test_an_interrupted_patch_is_undone(good: Path, tmp_path: Path) -> None:
@@ -165,7 +169,7 @@ def test_an_interrupted_patch_is_undone(good: Path, tmp_path: Path) -> None:
     assert not undo_interrupted_patch(torn)
 
 
-def test_the_header_backup_of_another_file_is_ignored(good: Path, tmp_path: Path) -> None:
+def test_the_backup_of_another_file_is_ignored(good: Path, tmp_path: Path) -> None:
     other = tmp_path / "model.gguf"
     other.write_bytes(good.read_bytes())
     backup_path(other).write_bytes(b"x" * 32 + b"\0" * 4096)
@@ -173,7 +177,7 @@ def test_the_header_backup_of_another_file_is_ignored(good: Path, tmp_path: Path
     assert other.read_bytes() == good.read_bytes()
 
 
-def test_nan_and_infinity_are_found_and_counted(good: Path, tmp_path: Path) -> None:
+def test_nan_and_infinity_are_counted(good: Path, tmp_path: Path) -> None:
     header = read_header(good)
     tensor = next(tensor for tensor in header.tensors if tensor.name == "blk.1.ffn_up.weight")
     data = bytearray(good.read_bytes())
@@ -182,11 +186,11 @@ def test_nan_and_infinity_are_found_and_counted(good: Path, tmp_path: Path) -> N
     broken = tmp_path / "nan.gguf"
     broken.write_bytes(data)
     (finding,) = diagnose_file(broken).findings
-    assert finding.what == "“blk.1.ffn_up.weight” has 2 numbers that are NaN or infinite."
+    assert finding.problem == "“blk.1.ffn_up.weight” has 2 values that are NaN or infinite."
     assert diagnose_file(broken, weights=False).findings == []
 
 
-def test_a_matrix_of_zeros_is_found(good: Path, tmp_path: Path) -> None:
+def test_a_matrix_of_zeros_is_diagnosed(good: Path, tmp_path: Path) -> None:
     header = read_header(good)
     tensor = next(tensor for tensor in header.tensors if tensor.name == "blk.0.attn_q.weight")
     data = bytearray(good.read_bytes())
@@ -194,49 +198,49 @@ def test_a_matrix_of_zeros_is_found(good: Path, tmp_path: Path) -> None:
     data[at : at + tensor.elements * 4] = bytes(tensor.elements * 4)
     (tmp_path / "zeros.gguf").write_bytes(data)
     (finding,) = diagnose_file(tmp_path / "zeros.gguf").findings
-    assert "nothing but zeros" in finding.what
+    assert "all zeros" in finding.problem
 
 
-def test_a_missing_end_of_turn_token_is_found(good: Path, tmp_path: Path) -> None:
+def test_a_missing_end_of_turn_token_is_diagnosed(good: Path, tmp_path: Path) -> None:
     old = copy_with_metadata(
         good,
         tmp_path / "old.gguf",
-        {"tokenizer.ggml.eos_token_id": gguf.u32(258), "tokenizer.ggml.eot_token_id": None},
+        {"tokenizer.ggml.eos_token_id": gguf_writer.u32(258), "tokenizer.ggml.eot_token_id": None},
     )
     (finding,) = diagnose_file(old).findings
-    assert "<|endoftext|> as the end only" in finding.what
-    assert gguf.decode(finding.pairs["tokenizer.ggml.eot_token_id"]) == 260
+    assert "the end token is <|endoftext|>: some programs do not stop" in finding.problem
+    assert decode_value(finding.fixed_keys["tokenizer.ggml.eot_token_id"]) == 260
 
 
 @pytest.mark.parametrize(
-    ("pairs", "what"),
+    ("pairs", "problem"),
     [
-        ({"tokenizer.chat_template": None}, "no chat template"),
-        ({"tokenizer.chat_template": gguf.string("  ")}, "template is empty"),
-        ({"tokenizer.chat_template": gguf.string("hello")}, "never looks at the messages"),
-        ({"tokenizer.ggml.tokens": gguf.strings(["a", "b"])}, "2 tokens, the embeddings have 288 rows"),
-        ({"qwen2.block_count": gguf.u32(3)}, "“blk.2.attn_norm.weight” is missing"),
-        ({"qwen2.feed_forward_length": gguf.u32(256)}, "by the header it should be"),
-        ({"qwen2.block_count": gguf.u32(1)}, "have no place in this architecture"),
+        ({"tokenizer.chat_template": None}, "chat template is missing"),
+        ({"tokenizer.chat_template": gguf_writer.string("  ")}, "template is empty"),
+        ({"tokenizer.chat_template": gguf_writer.string("hello")}, "does not use the messages"),
+        ({"tokenizer.ggml.tokens": gguf_writer.strings(["a", "b"])}, "2 tokens, but the embeddings have 288 rows"),
+        ({"qwen2.block_count": gguf_writer.u32(3)}, "“blk.2.attn_norm.weight” is missing"),
+        ({"qwen2.feed_forward_length": gguf_writer.u32(256)}, "the metadata implies"),
+        ({"qwen2.block_count": gguf_writer.u32(1)}, "do not belong to this architecture"),
     ],
 )
-def test_other_faults_are_named(pairs: dict[str, bytes | None], what: str, good: Path, tmp_path: Path) -> None:
+def test_other_problems_are_diagnosed(pairs: dict[str, bytes | None], problem: str, good: Path, tmp_path: Path) -> None:
     old = copy_with_metadata(good, tmp_path / "old.gguf", pairs)
-    assert any(what in finding.what for finding in diagnose_file(old).findings)
+    assert any(problem in finding.problem for finding in diagnose_file(old).findings)
 
 
-# --- ends and templates that mislead
+# --- misleading end tokens and templates
 
 
-def test_an_ordinary_token_as_eos_is_found_fixed_and_ignored(good: Path, tmp_path: Path) -> None:
-    tokens = gguf.decode(read_raw_metadata(good)["tokenizer.ggml.tokens"])
+def test_an_end_token_that_is_a_normal_token_is_diagnosed_repaired_and_ignored(good: Path, tmp_path: Path) -> None:
+    tokens = decode_value(read_raw_metadata(good)["tokenizer.ggml.tokens"])
     wrong = copy_with_metadata(
-        good, tmp_path / "wrong.gguf", {"tokenizer.ggml.eos_token_id": gguf.u32(tokens.index("b"))}
+        good, tmp_path / "wrong.gguf", {"tokenizer.ggml.eos_token_id": gguf_writer.u32(tokens.index("b"))}
     )
     (finding,) = diagnose_file(wrong).findings
     assert finding.is_serious
-    assert finding.what == "Its eos token is “b”, a token like any other: answers break off before it."
-    assert gguf.decode(finding.pairs["tokenizer.ggml.eos_token_id"]) == tokens.index("<|im_end|>")
+    assert finding.problem == "The eos token is “b”, which is a normal token: answers stop wherever it occurs."
+    assert decode_value(finding.fixed_keys["tokenizer.ggml.eos_token_id"]) == tokens.index("<|im_end|>")
     model = Model(wrong)
     assert not model.tokenizer.is_end(tokens.index("b"))
     assert model.tokenizer.is_end(tokens.index("<|im_end|>"))
@@ -247,34 +251,34 @@ def test_an_ordinary_token_as_eos_is_found_fixed_and_ignored(good: Path, tmp_pat
     loaded.close()
 
 
-def test_an_eos_token_outside_the_vocabulary_is_fixed(good: Path, tmp_path: Path) -> None:
-    wrong = copy_with_metadata(good, tmp_path / "wrong.gguf", {"tokenizer.ggml.eos_token_id": gguf.u32(99_999)})
+def test_an_end_token_outside_of_the_vocabulary_is_repaired(good: Path, tmp_path: Path) -> None:
+    wrong = copy_with_metadata(good, tmp_path / "wrong.gguf", {"tokenizer.ggml.eos_token_id": gguf_writer.u32(99_999)})
     (finding, *_) = diagnose_file(wrong).findings
-    assert "Its eos token is 99,999" in finding.what
+    assert "The eos token has the id 99,999" in finding.problem
     assert finding.can_be_fixed
 
 
 @pytest.mark.parametrize(
-    ("template", "what"),
+    ("template", "lost"),
     [
-        ("{{ messages[0].content }}", "does not show the model the last question"),
-        ("{{ messages[-1].content }}{{ add_generation_prompt }}", "what was said before the last question"),
+        ("{{ messages[0].content }}", "leaves out the last question"),
+        ("{{ messages[-1].content }}{{ add_generation_prompt }}", "the messages before the last question"),
     ],
 )
-def test_a_template_that_omits_messages_is_found(template: str, what: str, good: Path, tmp_path: Path) -> None:
-    odd = copy_with_metadata(good, tmp_path / "odd.gguf", {"tokenizer.chat_template": gguf.string(template)})
-    assert any(what in finding.what and finding.is_serious for finding in diagnose_file(odd).findings)
+def test_a_template_that_leaves_out_messages_is_diagnosed(template: str, lost: str, good: Path, tmp_path: Path) -> None:
+    odd = copy_with_metadata(good, tmp_path / "odd.gguf", {"tokenizer.chat_template": gguf_writer.string(template)})
+    assert any(lost in finding.problem and finding.is_serious for finding in diagnose_file(odd).findings)
 
 
-def test_padding_ids_are_never_generated(good: Path) -> None:
-    """Not even where everything is as likely as anything else."""
+def test_padding_tokens_are_never_generated(good: Path) -> None:
+    """Not even if all tokens are about equally likely."""
     model = Model(good)
     context = Context(model, ContextOptions(512, threads=1))
     padding = set(model.tokenizer.padding)
     assert len(padding) >= 8
     sampling = Sampling(temperature=9.0, top_k=0, top_p=1.0, repeat_penalty=1.0, seed=1)
-    said = [step for step in TokenSequence(context).generate([1, 2, 3], sampling, limit=400) if isinstance(step, int)]
-    assert len(said) == 400
-    assert not padding & set(said)
+    ids = [step for step in TokenSequence(context).generate([1, 2, 3], sampling, limit=400) if isinstance(step, int)]
+    assert len(ids) == 400
+    assert not padding & set(ids)
     context.close()
     model.close()

@@ -1,4 +1,4 @@
-"""safetensors files: the header that is read, and every defect that is refused."""
+"""safetensors files: reading headers, and refusing defective ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from qwenlocal.errors import BadCheckpoint
 from qwenlocal.testing import write_safetensors
-from qwenlocal.weights.safetensors import LONGEST_HEADER, read_tensors
+from qwenlocal.weights.safetensors import MAX_HEADER_SIZE, read_tensors
 
 
 def tensor_entry(dtype: str, shape: list[int], begin: int, end: int) -> dict[str, Any]:
@@ -64,9 +64,9 @@ class TestRefusals:
         ("content", "reason"),
         [
             (b"", "the file is empty"),
-            (b"\x10\0\0", "cut off"),
-            (bytes(8), "no JSON object"),
-            (b"<html><body>Not found</body></html>", "not a safetensors file, or cut off"),
+            (b"\x10\0\0", "incomplete"),
+            (bytes(8), "not a JSON object"),
+            (b"<html><body>Not found</body></html>", "not a safetensors file, or incomplete"),
             (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n", "git-lfs pointer.*git lfs pull"),
             ((100).to_bytes(8, "little") + b"{}", "a header of 100 bytes in a file of 10"),
             ((100 * 10**9).to_bytes(8, "little") + b"{}", "a header of 100,000,000,000 bytes in a file of 10"),
@@ -84,21 +84,21 @@ class TestRefusals:
         path = write_header(tmp_path / "x.safetensors", {}, length=100 * 10**9)
         with path.open("r+b") as file:
             file.truncate(8 + 100 * 10**9)
-        assert f"{LONGEST_HEADER:,} are allowed" in expect_refusal(read_tensors, path)
+        assert f"the limit is {MAX_HEADER_SIZE:,}" in expect_refusal(read_tensors, path)
 
     @pytest.mark.parametrize(
         ("header", "reason"),
         [
-            (b"[]", "no JSON object"),
-            (b" {}", "no JSON object"),
-            (b"{", "not readable JSON"),
-            (b'{"a": \xff}', "not readable JSON"),
-            (b"{}{}", "not readable JSON"),
-            (b'{"a":' * 50_000, "not readable JSON"),
-            (b'{"a": ' + b"[" * 50_000, r"not readable JSON \(too many brackets within brackets\)"),
+            (b"[]", "not a JSON object"),
+            (b" {}", "not a JSON object"),
+            (b"{", "not valid JSON"),
+            (b'{"a": \xff}', "not valid JSON"),
+            (b"{}{}", "not valid JSON"),
+            (b'{"a":' * 50_000, "not valid JSON"),
+            (b'{"a": ' + b"[" * 50_000, r"not valid JSON \(too deeply nested\)"),
             (
                 b'{"a": ' + b"9" * 5000 + b"}",
-                r"not readable JSON \(a number of thousands of digits\)|not a description",
+                r"not valid JSON \(a number with thousands of digits\)|not a description",
             ),
         ],
     )
@@ -133,7 +133,7 @@ class TestRefusals:
     )
     def test_an_entry_with_a_missing_or_mistyped_field_is_refused(self, entry: object, tmp_path: Path) -> None:
         path = write_header(tmp_path / "x.safetensors", {"a": entry}, bytes(4))
-        assert "does not say what “a” is" in expect_refusal(read_tensors, path)
+        assert "description of “a” is incomplete" in expect_refusal(read_tensors, path)
 
     @pytest.mark.parametrize("shape", [{}, {"0": 1}])
     def test_an_object_as_shape_is_refused(self, shape: object, tmp_path: Path) -> None:
@@ -171,15 +171,15 @@ class TestRefusals:
     @pytest.mark.parametrize("dtype", ["F33", "f32", "", "Q4_K", "F32 "])
     def test_an_unknown_dtype_is_refused(self, dtype: str, tmp_path: Path) -> None:
         path = write_header(tmp_path / "x.safetensors", {"a": tensor_entry(dtype, [1], 0, 4)}, bytes(4))
-        assert "which the format does not know" in expect_refusal(read_tensors, path)
+        assert "which the format does not have" in expect_refusal(read_tensors, path)
 
     @pytest.mark.parametrize(
         ("entry", "reason"),
         [
-            (tensor_entry("F32", [2], 0, 4), "“a” is F32 [2], 8 bytes, but its place has 4"),
-            (tensor_entry("BF16", [2], 0, 8), "“a” is BF16 [2], 4 bytes, but its place has 8"),
-            (tensor_entry("F32", [1], 4, 0), "“a” is F32 [1], 4 bytes, but its place has -4"),
-            (tensor_entry("F32", [1 << 40, 1 << 40], 0, 4), "bytes, but its place has 4"),
+            (tensor_entry("F32", [2], 0, 4), "“a” is F32 [2], which takes 8 bytes, but its offsets span 4"),
+            (tensor_entry("BF16", [2], 0, 8), "“a” is BF16 [2], which takes 4 bytes, but its offsets span 8"),
+            (tensor_entry("F32", [1], 4, 0), "“a” is F32 [1], which takes 4 bytes, but its offsets span -4"),
+            (tensor_entry("F32", [1 << 40, 1 << 40], 0, 4), "bytes, but its offsets span 4"),
         ],
     )
     def test_a_byte_count_that_contradicts_shape_and_dtype_is_refused(
@@ -195,8 +195,8 @@ class TestRefusals:
             ([(0, 8), (0, 4)], "overlaps the tensor before it"),
             ([(0, 4), (6, 8)], "2 bytes before “b” belong to no tensor"),
             ([(1, 4), (4, 8)], "1 bytes before “a” belong to no tensor"),
-            ([(0, 4), (4, 9)], "but the file has .*; it is cut off"),
-            ([(0, 4), (4, 1 << 40)], "it is cut off"),
+            ([(0, 4), (4, 9)], "but the file has .*; it is incomplete"),
+            ([(0, 4), (4, 1 << 40)], "it is incomplete"),
             ([(0, 4), (4, 7)], "1 bytes at its end belong to no tensor"),
         ],
     )

@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwenlocal.errors import BadCheckpoint, UnsupportedCheckpoint
-from qwenlocal.weights.kinds import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
-from qwenlocal.weights.sentencepiece import Piece, read_pieces
+from qwenlocal.weights.gguf_reader import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
+from qwenlocal.weights.sentencepiece import Piece, read_sentencepiece
 
 
 def encode_varint(value: int) -> bytes:
@@ -53,7 +53,7 @@ PIECES = [
 class TestTokenizerModel:
     @pytest.mark.parametrize("adds_space", [True, False, None])
     def test_pieces_and_the_leading_space_are_read(self, adds_space: bool | None, tmp_path: Path) -> None:
-        model = read_pieces(write_sentencepiece(tmp_path / "tokenizer.model", PIECES, adds_space=adds_space))
+        model = read_sentencepiece(write_sentencepiece(tmp_path / "tokenizer.model", PIECES, adds_space=adds_space))
         assert model.pieces == PIECES
         assert model.adds_space is (adds_space is not False)
 
@@ -61,50 +61,50 @@ class TestTokenizerModel:
         path = write_sentencepiece(tmp_path / "tokenizer.model", PIECES)
         more = encode_message(4, b"self-test") + b"\x51" + bytes(8) + b"\x58\x05" + b"\x65" + bytes(4)
         path.write_bytes(more + path.read_bytes() + more)
-        assert read_pieces(path).pieces == PIECES
+        assert read_sentencepiece(path).pieces == PIECES
 
     @pytest.mark.parametrize(
         ("content", "reason"),
         [
-            (b"", "there are no pieces in it"),
-            (b"\x58\x05", "there are no pieces in it"),
+            (b"", "it contains no pieces"),
+            (b"\x58\x05", "it contains no pieces"),
             (b"\x0a", "it ends too early"),
             (b"\x0a\x7f", "it ends too early"),
             (b"\x0a\xff\xff\xff\xff\xff\xff\xff\xff\x7f", "it ends too early"),
-            (b"\xff" * 20, "a number without end"),
-            (b"\x0b", "unknown kind 3"),
+            (b"\xff" * 20, "a number does not end"),
+            (b"\x0b", "unknown wire type 3"),
             (b"\x15\0", "unpack"),
             (encode_message(1, encode_message(1, b"\xff")), "utf-8"),
-            (encode_message(1, b"\x08\x01"), "wrong form"),
-            (encode_message(1, encode_message(1, b"a") + b"\x10\x01"), "wrong form"),
-            (encode_message(1, encode_message(1, b"a") + b"\x18\x07"), "wrong form"),
-            (encode_message(1, encode_message(1, b"a") + encode_message(3, b"")), "wrong form"),
+            (encode_message(1, b"\x08\x01"), "malformed"),
+            (encode_message(1, encode_message(1, b"a") + b"\x10\x01"), "malformed"),
+            (encode_message(1, encode_message(1, b"a") + b"\x18\x07"), "malformed"),
+            (encode_message(1, encode_message(1, b"a") + encode_message(3, b"")), "malformed"),
         ],
     )
     def test_damaged_data_is_refused_with_the_reason(self, content: bytes, reason: str, tmp_path: Path) -> None:
         path = tmp_path / "tokenizer.model"
         path.write_bytes(content)
-        assert re.search(reason, expect_refusal(read_pieces, path))
+        assert re.search(reason, expect_refusal(read_sentencepiece, path))
 
     @pytest.mark.parametrize(
         ("spec", "reason"),
         [
-            (encode_message(2, b""), "it is no BPE model"),
-            (encode_message(2, b"\x18\x01"), "it is no BPE model"),
-            (encode_message(2, b"\x18\x03"), "it is no BPE model"),
-            (encode_message(3, b""), "takes spaces away"),
-            (encode_message(3, b"\x20\x01"), "takes spaces away"),
-            (encode_message(3, encode_message(2, b"table") + b"\x20\x00"), "changes letters"),
+            (encode_message(2, b""), "it is not a BPE model"),
+            (encode_message(2, b"\x18\x01"), "it is not a BPE model"),
+            (encode_message(2, b"\x18\x03"), "it is not a BPE model"),
+            (encode_message(3, b""), "removes spaces"),
+            (encode_message(3, b"\x20\x01"), "removes spaces"),
+            (encode_message(3, encode_message(2, b"table") + b"\x20\x00"), "replaces characters"),
         ],
     )
     def test_settings_that_llama_cpp_lacks_are_refused(self, spec: bytes, reason: str, tmp_path: Path) -> None:
         path = write_sentencepiece(tmp_path / "tokenizer.model", PIECES)
         path.write_bytes(path.read_bytes() + spec)
         with pytest.raises(UnsupportedCheckpoint, match=reason):
-            read_pieces(path)
+            read_sentencepiece(path)
 
     def test_a_missing_file_is_refused(self, tmp_path: Path) -> None:
-        assert "No such file" in expect_refusal(read_pieces, tmp_path / "tokenizer.model")
+        assert "No such file" in expect_refusal(read_sentencepiece, tmp_path / "tokenizer.model")
 
     def write_checkpoint(self, folder: Path, **options: Any) -> Path:
         """A checkpoint with tokenizer.model."""
@@ -119,9 +119,9 @@ class TestTokenizerModel:
         vocabulary = load_vocabulary(self.write_checkpoint(tmp_path, adds_space=False), 12)
         assert (vocabulary.model, vocabulary.pre, list(vocabulary.merges)) == ("llama", "default", [])
         assert list(vocabulary.tokens[:7]) == ["<unk>", "<s>", "</s>", "<0x0A>", "▁the", "a", "[PAD6]"]
-        assert list(vocabulary.kinds[:7]) == [2, 3, 3, 6, 1, 1, 5]
+        assert list(vocabulary.token_types[:7]) == [2, 3, 3, 6, 1, 1, 5]
         assert list(vocabulary.scores[4:7]) == [-1.5, -2.5, -10000.0]
-        assert dict(vocabulary.adds) == {"space": False}
+        assert dict(vocabulary.add_flags) == {"space": False}
 
     def test_added_tokens_come_from_three_files(self, tmp_path: Path) -> None:
         folder = self.write_checkpoint(tmp_path)
@@ -129,7 +129,7 @@ class TestTokenizerModel:
         set_json(folder, "tokenizer.json", added_tokens=[{"id": 7, "content": "two", "special": True}])
         set_json(folder, "tokenizer_config.json", added_tokens_decoder={"8": {"content": "<|im_end|>"}})
         vocabulary = load_vocabulary(folder, 12)
-        assert list(zip(vocabulary.tokens[6:9], vocabulary.kinds[6:9], strict=True)) == [
+        assert list(zip(vocabulary.tokens[6:9], vocabulary.token_types[6:9], strict=True)) == [
             ("one", USER_DEFINED), ("two", CONTROL), ("<|im_end|>", CONTROL)
         ]  # fmt: skip
         assert list(vocabulary.scores[6:9]) == [-1000.0] * 3
@@ -138,11 +138,11 @@ class TestTokenizerModel:
         folder = set_json(
             self.write_checkpoint(tmp_path), "tokenizer.json", added_tokens=[{"id": 0, "content": "<unk>"}]
         )
-        assert load_vocabulary(folder, 12).kinds[0] == UNKNOWN
+        assert load_vocabulary(folder, 12).token_types[0] == UNKNOWN
 
     def test_an_added_token_with_the_id_of_another_piece_is_refused(self, tmp_path: Path) -> None:
         folder = set_json(self.write_checkpoint(tmp_path), "tokenizer.json", added_tokens=[{"id": 5, "content": "b"}])
-        with pytest.raises(BadCheckpoint, match="the id 5 is given twice"):
+        with pytest.raises(BadCheckpoint, match="“a” and “b” have the same id, 5"):
             load_vocabulary(folder, 12)
 
     @pytest.mark.parametrize("number", ["6", None, [], {}, 6.5, -1, 12, True])
@@ -171,7 +171,7 @@ class TestByteFallback:
     def test_scores_follow_the_order_of_merges(self, tmp_path: Path) -> None:
         vocabulary = load_vocabulary(self.write_checkpoint(tmp_path), 12)
         assert vocabulary.model == "llama"
-        assert list(vocabulary.kinds[:9]) == [2, 6, 1, 1, 1, 1, 1, 3, 5]
+        assert list(vocabulary.token_types[:9]) == [2, 6, 1, 1, 1, 1, 1, 3, 5]
         assert list(vocabulary.scores[2:7]) == [-2.0, -2.0, -2.0, 0.0, -1.0]
 
     @pytest.mark.parametrize(
@@ -188,13 +188,13 @@ class TestByteFallback:
     def test_the_leading_space_follows_normalizer_and_pre_tokenizer(
         self, step: dict[str, Any], adds: bool, tmp_path: Path
     ) -> None:
-        assert dict(load_vocabulary(self.write_checkpoint(tmp_path, **step), 12).adds) == {"space": adds}
+        assert dict(load_vocabulary(self.write_checkpoint(tmp_path, **step), 12).add_flags) == {"space": adds}
 
     @pytest.mark.parametrize(
         "step", [{"type": "NFKC"}, {"type": "Sequence", "normalizers": [{"type": "Lowercase"}]}, {}, {"type": []}]
     )
     def test_other_normalizers_are_refused(self, step: dict[str, Any], tmp_path: Path) -> None:
-        with pytest.raises(UnsupportedCheckpoint, match="it changes text before cutting it"):
+        with pytest.raises(UnsupportedCheckpoint, match="it changes text before tokenizing"):
             load_vocabulary(self.write_checkpoint(tmp_path, normalizer=step), 12)
 
     def test_a_missing_id_is_refused(self, tmp_path: Path) -> None:
@@ -228,17 +228,17 @@ class TestByteFallbackNormalizers:
         ids=str,
     )  # fmt: skip
     def test_replacing_anything_but_spaces_is_refused(self, step: dict[str, Any], tmp_path: Path) -> None:
-        with pytest.raises(UnsupportedCheckpoint, match="it changes text before cutting it"):
+        with pytest.raises(UnsupportedCheckpoint, match="it changes text before tokenizing"):
             load_vocabulary(self.write_checkpoint(tmp_path, step), 12)
 
     def test_replacing_and_prepending_spaces_is_accepted(self, tmp_path: Path) -> None:
         prepend = {"type": "Prepend", "prepend": "▁"}
         replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-        assert dict(load_vocabulary(self.write_checkpoint(tmp_path, prepend, replace), 12).adds)["space"] is True
+        assert dict(load_vocabulary(self.write_checkpoint(tmp_path, prepend, replace), 12).add_flags)["space"] is True
 
     def test_replacing_spaces_alone_is_accepted(self, tmp_path: Path) -> None:
         replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-        assert dict(load_vocabulary(self.write_checkpoint(tmp_path, replace), 12).adds)["space"] is False
+        assert dict(load_vocabulary(self.write_checkpoint(tmp_path, replace), 12).add_flags)["space"] is False
 
 
 @fuzz
@@ -249,7 +249,7 @@ class TestByteFallbackNormalizers:
     adds_space=st.booleans(),
 )
 def test_written_pieces_are_read_back_unchanged(pieces: list[Piece], adds_space: bool, tmp_path: Path) -> None:
-    model = read_pieces(write_sentencepiece(tmp_path / "tokenizer.model", pieces, adds_space=adds_space))
+    model = read_sentencepiece(write_sentencepiece(tmp_path / "tokenizer.model", pieces, adds_space=adds_space))
     assert (model.pieces, model.adds_space) == (pieces, adds_space)
 
 
@@ -260,6 +260,6 @@ def test_any_bytes_are_read_or_refused(data: st.DataObject, tmp_path: Path) -> N
     content = data.draw(st.one_of(st.binary(max_size=60), mutations(path.read_bytes())))
     path.write_bytes(content)
     try:
-        assert read_pieces(path).pieces
+        assert read_sentencepiece(path).pieces
     except (BadCheckpoint, UnsupportedCheckpoint) as refused:
         assert str(path) in str(refused)

@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint: their names and shapes, the output head, experts, and values that cannot be written."""
+"""Tensors of a checkpoint: their names and shapes, the output matrix, experts, and values that no type can store."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from qwenlocal.errors import BadCheckpoint, BadWeights, NonFiniteWeights, Unsupp
 from qwenlocal.testing import MOE_CONFIG, write_checkpoint, write_safetensors
 from qwenlocal.weights.checkpoint import Checkpoint
 from qwenlocal.weights.safetensors import read_tensors
-from qwenlocal.weights.writing import carry_out
+from qwenlocal.weights.write_workers import run_job
 
 OUTPUT_BIAS = "model.layers.0.self_attn.o_proj.bias"
 
@@ -74,7 +74,7 @@ class TestTensors:
     def test_another_shape_is_refused(self, shape: tuple[int, ...], tmp_path: Path) -> None:
         name = "model.layers.0.mlp.up_proj.weight"
         folder = write_minimal(tmp_path, tensors={name: shape or (1,)})
-        with pytest.raises(BadCheckpoint, match=r"by config.json it should be \[32, 32\]"):
+        with pytest.raises(BadCheckpoint, match=r"config.json implies \[32, 32\]"):
             make_plan(folder)
 
     @pytest.mark.parametrize("dtype", ["F64", "I8", "F8_E4M3", "U8", "I64", "BOOL"])
@@ -85,7 +85,7 @@ class TestTensors:
         stored = {t.name: (t.dtype, t.shape, data[t.offset : t.offset + t.size]) for t in read_tensors(path)}
         width = {"F64": 8, "I64": 8}.get(dtype, 1)
         write_safetensors(path, {**stored, name: (dtype, (32, 32), bytes(1024 * width))})
-        with pytest.raises(UnsupportedCheckpoint, match=f"of type {dtype}; plain f32, f16 and bf16 are converted"):
+        with pytest.raises(UnsupportedCheckpoint, match=f"has the type {dtype}; only f32, f16 and bf16"):
             make_plan(folder)
 
     @pytest.mark.parametrize(
@@ -96,17 +96,17 @@ class TestTensors:
         with pytest.raises(UnsupportedCheckpoint, match=f"“{name}” is not zero"):
             make_plan(folder)
         notes = make_plan(zero_tensor(folder, name)).notes
-        assert [note for note in notes if name in note and "a bias of nothing but zeros" in note]
+        assert [note for note in notes if name in note and "a bias that is all zeros" in note]
 
     def test_rotary_frequencies_are_left_out(self, tmp_path: Path) -> None:
         name = "model.layers.0.self_attn.rotary_emb.inv_freq"
         (note,) = make_plan(write_minimal(tmp_path, tensors={name: (8,)})).notes
-        assert note == f"Left out: {name}, computed anew by llama.cpp (0.0 MB)."
+        assert note == f"Left out {name} (0.0 MB): computed by llama.cpp itself."
 
     def test_several_dropped_tensors_make_one_note(self, tmp_path: Path) -> None:
         freqs = {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": (8,) for n in range(2)}
         (note,) = make_plan(write_minimal(tmp_path, {"num_hidden_layers": 2}, tensors=freqs)).notes
-        assert note.startswith("Left out: 2 tensors, computed anew")
+        assert note.startswith("Left out 2 tensors (0.0 MB): computed by")
 
     def test_attention_biases_may_be_missing_only_if_the_config_says_so(self, tmp_path: Path) -> None:
         biases = {f"model.layers.0.self_attn.{letter}_proj.bias": None for letter in "qkv"}
@@ -116,23 +116,23 @@ class TestTensors:
             make_plan(set_json(folder, "config.json", qkv_bias=...))
 
 
-class TestOutputHead:
-    def test_a_tied_head_may_be_missing(self, tmp_path: Path) -> None:
+class TestOutputMatrix:
+    def test_a_tied_output_matrix_may_be_missing(self, tmp_path: Path) -> None:
         assert "output.weight" not in plan_tensor_names(write_minimal(tmp_path, {"tie_word_embeddings": True}))
 
-    def test_a_stored_copy_of_a_tied_head_is_left_out_with_a_note(self, tmp_path: Path) -> None:
+    def test_a_stored_copy_of_a_tied_output_matrix_is_left_out_with_a_note(self, tmp_path: Path) -> None:
         folder = write_minimal(tmp_path, {"tie_word_embeddings": True}, store_tied_head=True)
         assert "output.weight" not in plan_tensor_names(folder)
         (note,) = make_plan(folder).notes
-        assert "lm_head.weight, the same as the embeddings, to which it is tied" in note
+        assert "lm_head.weight (0.0 MB): tied to the embeddings and equal to them" in note
 
-    def test_a_stored_copy_of_a_tied_head_is_kept_like_llama_cpp(self, tmp_path: Path) -> None:
+    def test_a_stored_copy_of_a_tied_output_matrix_is_kept_like_llama_cpp(self, tmp_path: Path) -> None:
         folder = write_minimal(tmp_path, {"tie_word_embeddings": True}, store_tied_head=True)
         tensors = make_plan(folder, like_llama_cpp=True).files[0].tensors
         assert "output.weight" in {tensor.name for tensor in tensors}
 
     @pytest.mark.parametrize("at", [0, 1, VOCAB_SIZE * 32 // 2 * 2, VOCAB_SIZE * 32 * 2 - 1])
-    def test_a_tied_head_that_differs_in_one_byte_is_refused(self, at: int, tmp_path: Path) -> None:
+    def test_a_tied_output_matrix_that_differs_in_one_byte_is_refused(self, at: int, tmp_path: Path) -> None:
         folder = write_minimal(tmp_path, {"tie_word_embeddings": True}, store_tied_head=True)
         stored = Checkpoint.open(folder).tensors["lm_head.weight"]
         with stored.file.open("r+b") as file:
@@ -140,23 +140,23 @@ class TestOutputHead:
             byte = file.read(1)[0]
             file.seek(-1, 1)
             file.write(bytes([byte ^ 1]))
-        with pytest.raises(BadCheckpoint, match="ties the head to the embeddings, but another") as caught:
+        with pytest.raises(BadCheckpoint, match="ties the output matrix to the embeddings, but") as caught:
             make_plan(folder)
         assert "“tie_word_embeddings” to false" in caught.value.hint
         assert "output.weight" in plan_tensor_names(set_json(folder, "config.json", tie_word_embeddings=False))
 
-    def test_an_untied_head_must_be_stored(self, tmp_path: Path) -> None:
-        with pytest.raises(BadCheckpoint, match=r"“lm_head.weight” is missing, and config.json does not say"):
+    def test_an_untied_output_matrix_must_be_stored(self, tmp_path: Path) -> None:
+        with pytest.raises(BadCheckpoint, match=r"“lm_head.weight” is missing, and “tie_word_embeddings”"):
             make_plan(write_minimal(tmp_path, tensors={"lm_head.weight": None}))
 
-    def test_a_base_model_has_no_head_and_no_name_prefix(self, tmp_path: Path) -> None:
+    def test_a_base_model_has_no_output_matrix_and_no_name_prefix(self, tmp_path: Path) -> None:
         folder = write_minimal(tmp_path, {"architectures": ["Qwen2Model"]})
         assert "embed_tokens.weight" in Checkpoint.open(folder).tensors
         names = plan_tensor_names(folder)
         assert "token_embd.weight" in names
         assert "output.weight" not in names
 
-    def test_a_base_model_with_a_head_is_refused(self, tmp_path: Path) -> None:
+    def test_a_base_model_with_an_output_matrix_is_refused(self, tmp_path: Path) -> None:
         folder = write_minimal(
             tmp_path, {"architectures": ["Qwen2Model"]}, tensors={"lm_head.weight": (VOCAB_SIZE, 32)}
         )
@@ -165,11 +165,11 @@ class TestOutputHead:
 
 
 class TestExperts:
-    def test_a_tied_head_is_written_from_the_embeddings_because_llama_cpp_needs_it(self, tmp_path: Path) -> None:
+    def test_a_tied_output_matrix_is_written_because_llama_cpp_needs_it(self, tmp_path: Path) -> None:
         folder = write_minimal(tmp_path, {**MINIMAL_MOE, "tie_word_embeddings": True})
         assert "output.weight" in plan_tensor_names(folder)
         plan = make_plan(folder)
-        assert [len(strip.targets) for strip in plan.job.strips].count(2) == 1, "one reading, two places"
+        assert [len(rows.targets) for rows in plan.job.ranges].count(2) == 1, "read once, written twice"
 
     def test_a_missing_expert_is_named(self, tmp_path: Path) -> None:
         name = "model.layers.0.mlp.experts.3.up_proj.weight"
@@ -178,12 +178,12 @@ class TestExperts:
 
     def test_an_additional_expert_is_refused(self, tmp_path: Path) -> None:
         name = "model.layers.0.mlp.experts.4.up_proj.weight"
-        with pytest.raises(BadCheckpoint, match="it holds what this architecture does not have"):
+        with pytest.raises(BadCheckpoint, match="it contains tensors that this architecture does not have"):
             make_plan(write_minimal(tmp_path, MINIMAL_MOE, tensors={name: (32, 32)}))
 
     def test_fused_experts_of_another_shape_are_refused(self, tmp_path: Path) -> None:
         name = "model.layers.0.mlp.experts.gate_up_proj"
-        with pytest.raises(BadCheckpoint, match=r"is \[4, 32, 32\]; by config.json it should be \[4, 64, 32\]"):
+        with pytest.raises(BadCheckpoint, match=r"has the shape \[4, 32, 32\]; config.json implies \[4, 64, 32\]"):
             make_plan(write_minimal(tmp_path, MINIMAL_MOE, fused_experts=True, tensors={name: (4, 32, 32)}))
 
 
@@ -200,31 +200,31 @@ class TestNonFiniteWeights:
         with pytest.raises(
             NonFiniteWeights, match=r"“blk.0.ffn_up.weight” has weights.*NaN or infinite.*row 17$"
         ) as caught:
-            carry_out(plan_job(source, target), threads=2)
+            run_job(plan_job(source, target), threads=2)
         assert "model.safetensors" in str(caught.value)
         assert (caught.value.tensor, caught.value.row) == ("blk.0.ffn_up.weight", 17)
-        assert not list(tmp_path.glob("x.*"))  # nor what was begun: it would be met again
+        assert not list(tmp_path.glob("x.*"))  # no partial file either: resuming would fail, too
 
     def test_nan_in_a_vector_is_refused(self, tmp_path: Path) -> None:
         source = write_checkpoint(tmp_path / "model", config=UNALIGNED)
         set_weights(source, "model.norm.weight", 0, numpy.nan)
         with pytest.raises(BadWeights, match=r"“output_norm.weight”"):
-            carry_out(plan_job(source, tmp_path / "x.q8_0.gguf"), threads=1)
+            run_job(plan_job(source, tmp_path / "x.q8_0.gguf"), threads=1)
 
     def test_nan_far_down_in_a_matrix_is_refused_with_its_row(self, tmp_path: Path) -> None:
         source = write_checkpoint(tmp_path / "model", config={**UNALIGNED, "hidden_size": 32, "vocab_size": 20_000})
         set_weights(source, "lm_head.weight", 18_765, numpy.nan)
         with pytest.raises(BadWeights, match=r"“output.weight”.* row 18,765"):
-            carry_out(plan_job(source, tmp_path / "x.q8_0.gguf"), threads=1)
+            run_job(plan_job(source, tmp_path / "x.q8_0.gguf"), threads=1)
 
     @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
     def test_allowed_nan_becomes_zero_and_is_counted(self, dtype: str, tmp_path: Path) -> None:
         source, target = write_checkpoint(tmp_path / "model", config=UNALIGNED, dtype=dtype), tmp_path / "x.f32.gguf"
         good = tmp_path / "good.f32.gguf"
-        carry_out(plan_job(source, good), threads=1)
+        run_job(plan_job(source, good), threads=1)
         set_weights(source, UP_PROJ, 3, numpy.nan, 1.0, numpy.inf, dtype=dtype)
         set_weights(source, "model.norm.weight", 0, -numpy.inf, dtype=dtype)
-        assert carry_out(plan_job(source, target), threads=2, allow_nan=True).not_finite == 3
+        assert run_job(plan_job(source, target), threads=2, allow_nan=True).non_finite == 3
         before, after = (
             {name: numpy.frombuffer(data, numpy.float32).copy() for name, (_, data) in data_of(path).items()}
             for path in (good, target)
@@ -237,23 +237,23 @@ class TestNonFiniteWeights:
         source = write_checkpoint(tmp_path / "model", config=UNALIGNED)
         set_weights(source, UP_PROJ, 3, numpy.nan)
         targets = [tmp_path / f"x.{kind}.gguf" for kind in ("f32", "f16", "q8_0", "q4_0")]
-        assert carry_out(plan_job(source, *targets), threads=2, allow_nan=True).not_finite == 1
+        assert run_job(plan_job(source, *targets), threads=2, allow_nan=True).non_finite == 1
 
     def test_nan_in_an_expert_is_refused_with_its_tensor(self, tmp_path: Path) -> None:
         config = {**MOE_CONFIG, **UNALIGNED, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
         source = write_checkpoint(tmp_path / "model", config=config)
         set_weights(source, "model.layers.0.mlp.experts.2.up_proj.weight", 7, numpy.nan)
         with pytest.raises(BadWeights, match=r"“blk.0.ffn_up_exps.weight, expert 2”"):
-            carry_out(plan_job(source, tmp_path / "x.q8_0.gguf"), threads=2)
+            run_job(plan_job(source, tmp_path / "x.q8_0.gguf"), threads=2)
 
     def test_allowing_nan_after_a_refusal_writes_the_file(self, tmp_path: Path) -> None:
-        """The message of the refusal suggests --allow-nan."""
+        """The error of the refusal suggests --allow-nan."""
         source = write_checkpoint(tmp_path / "model", config=UNALIGNED)
         set_weights(source, "lm_head.weight", 5, numpy.nan)
         job = plan_job(source, tmp_path / "x.q8_0.gguf")
         with pytest.raises(BadWeights):
-            carry_out(job, threads=1)
-        assert carry_out(job, threads=1, allow_nan=True).not_finite == 1
+            run_job(job, threads=1)
+        assert run_job(job, threads=1, allow_nan=True).non_finite == 1
         assert file_names(tmp_path) == {"model", "x.q8_0.gguf"}
 
 
@@ -279,7 +279,7 @@ class TestWeightsOutOfRange:
         name = "model.layers.0.mlp.down_proj.weight"  # rows of 64: a multiple of 32
         set_weights(source, name, 17, value, dtype=dtype)
         with pytest.raises(BadWeights, match=f"“blk.0.ffn_down.weight” has weights.*too large for {kind}") as caught:
-            carry_out(plan_job(source, target), threads=2)
+            run_job(plan_job(source, target), threads=2)
         assert "bf16 or f32" in caught.value.hint
         assert not target.exists()
 
@@ -290,4 +290,4 @@ class TestWeightsOutOfRange:
             tmp_path / f"x.{kind}.gguf",
         )
         set_weights(source, "model.layers.0.mlp.down_proj.weight", 17, value, dtype="F32")
-        assert carry_out(plan_job(source, target), threads=2).not_finite == 0
+        assert run_job(plan_job(source, target), threads=2).non_finite == 0

@@ -13,16 +13,16 @@ from conftest import Run
 
 from qwenlocal.errors import BadCheckpoint, UnsupportedCheckpoint
 from qwenlocal.testing import SPECIALS
-from qwenlocal.weights.kinds import CONTROL, USER_DEFINED
+from qwenlocal.weights.gguf_reader import CONTROL, USER_DEFINED
 
 
 class TestVocabulary:
     def test_every_embedding_row_gets_a_token_and_unused_rows_get_padding(self, tmp_path: Path) -> None:
         vocabulary = load_vocabulary(write_minimal(tmp_path))
         assert (vocabulary.model, vocabulary.pre) == ("gpt2", "qwen2")
-        assert len(vocabulary.tokens) == len(vocabulary.kinds) == VOCAB_SIZE
+        assert len(vocabulary.tokens) == len(vocabulary.token_types) == VOCAB_SIZE
         assert list(vocabulary.tokens[256:263]) == ["th", "the", *SPECIALS, "[PAD261]", "[PAD262]"]
-        assert list(vocabulary.kinds[256:263]) == [1, 1, 3, 3, 3, 5, 5]
+        assert list(vocabulary.token_types[256:263]) == [1, 1, 3, 3, 3, 5, 5]
         assert vocabulary.first_unused == 261
         assert list(vocabulary.merges) == ["t h", "th e"]
 
@@ -30,12 +30,12 @@ class TestVocabulary:
         folder = write_minimal(tmp_path)
         tokens = load_vocab(folder)
         del tokens["A"]
-        with pytest.raises(BadCheckpoint, match="no token has the id 65, though others go up to 257"):
+        with pytest.raises(BadCheckpoint, match="no token has the id 65, although the ids go up to 257"):
             load_vocabulary(set_bpe_model(folder, vocab=tokens))
 
     def test_a_duplicate_id_is_refused(self, tmp_path: Path) -> None:
         folder = write_minimal(tmp_path)
-        with pytest.raises(BadCheckpoint, match="the id 65 is given twice, to “A” and to “B”"):
+        with pytest.raises(BadCheckpoint, match="“A” and “B” have the same id, 65"):
             load_vocabulary(set_bpe_model(folder, vocab={**load_vocab(folder), "B": 65}))
 
     @pytest.mark.parametrize("number", [VOCAB_SIZE, 10**9, 10**30])
@@ -47,7 +47,7 @@ class TestVocabulary:
     @pytest.mark.parametrize("number", [-1, "65", 65.0, None, True, [65], {}])
     def test_an_id_that_is_not_a_number_is_refused(self, number: object, tmp_path: Path) -> None:
         folder = write_minimal(tmp_path)
-        with pytest.raises(BadCheckpoint, match="has the wrong form"):
+        with pytest.raises(BadCheckpoint, match="is malformed"):
             load_vocabulary(set_bpe_model(folder, vocab={**load_vocab(folder), "new": number}))
 
     def test_an_empty_vocabulary_is_refused(self, tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ class TestMerges:
 
     @pytest.mark.parametrize("merges", [[], None, {}, "t h", 5])
     def test_a_vocabulary_without_merges_is_refused(self, merges: object, tmp_path: Path) -> None:
-        with pytest.raises(BadCheckpoint, match="there are no merges in it"):
+        with pytest.raises(BadCheckpoint, match="it contains no merges"):
             load_vocabulary(set_bpe_model(write_minimal(tmp_path), merges=merges))
 
     @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ class TestMerges:
 
     @pytest.mark.parametrize("merge", ["t x", "th x", "xx yy", "e th"])
     def test_a_merge_of_an_unknown_token_is_refused(self, merge: str, tmp_path: Path) -> None:
-        with pytest.raises(BadCheckpoint, match="needs a token that is not there"):
+        with pytest.raises(BadCheckpoint, match="needs a token that is not in the vocabulary"):
             load_vocabulary(set_bpe_model(write_minimal(tmp_path), merges=["t h", merge]))
 
     def test_an_object_as_merge_is_refused(self, tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ class TestMerges:
 class TestVocabAndMergesFiles:
     """vocab.json and merges.txt, which older checkpoints have in place of tokenizer.json."""
 
-    def write_parts(self, folder: Path) -> Path:
+    def write_vocab_and_merges(self, folder: Path) -> Path:
         checkpoint = write_minimal(folder)
         tokens = load_vocab(checkpoint)
         (checkpoint / "tokenizer.json").unlink()
@@ -112,30 +112,32 @@ class TestVocabAndMergesFiles:
         return checkpoint
 
     def test_both_files_give_the_same_vocabulary_as_tokenizer_json(self, tmp_path: Path) -> None:
-        assert load_vocabulary(self.write_parts(tmp_path / "parts")) == load_vocabulary(write_minimal(tmp_path))
+        assert load_vocabulary(self.write_vocab_and_merges(tmp_path / "old")) == load_vocabulary(
+            write_minimal(tmp_path)
+        )
 
     def test_crlf_line_ends_in_merges_are_accepted(self, tmp_path: Path) -> None:
-        folder = self.write_parts(tmp_path)
+        folder = self.write_vocab_and_merges(tmp_path)
         (folder / "merges.txt").write_bytes(b"#version: 0.2\r\nt h\r\nth e\r\n")
         assert list(load_vocabulary(folder).merges) == ["t h", "th e"]
 
     @pytest.mark.parametrize("kind", [..., None, "LlamaTokenizer", 5])
     def test_the_pre_tokenizer_must_be_known_or_given(self, kind: object, tmp_path: Path) -> None:
-        folder = set_json(self.write_parts(tmp_path), "tokenizer_config.json", tokenizer_class=kind)
-        with pytest.raises(UnsupportedCheckpoint, match="not said how text is cut") as caught:
+        folder = set_json(self.write_vocab_and_merges(tmp_path), "tokenizer_config.json", tokenizer_class=kind)
+        with pytest.raises(UnsupportedCheckpoint, match="unknown how text is split into words") as caught:
             load_vocabulary(folder)
         assert "--pre qwen2" in caught.value.hint
         assert load_vocabulary(folder, pre="qwen2").pre == "qwen2"
 
     def test_a_missing_merges_file_is_named(self, tmp_path: Path) -> None:
-        folder = self.write_parts(tmp_path)
+        folder = self.write_vocab_and_merges(tmp_path)
         (folder / "merges.txt").unlink()
         with pytest.raises(BadCheckpoint, match=r"merges.txt: cannot read it"):
             load_vocabulary(folder)
 
     @pytest.mark.parametrize("content", [b"\xff\xfe t h", b"", b"#version: 0.2\n", b"th\n", b"t h e\n", b"x y\n"])
     def test_a_damaged_merges_file_is_refused(self, content: bytes, tmp_path: Path) -> None:
-        folder = self.write_parts(tmp_path)
+        folder = self.write_vocab_and_merges(tmp_path)
         (folder / "merges.txt").write_bytes(content)
         with pytest.raises(BadCheckpoint, match=r"merges.txt|vocab.json"):
             load_vocabulary(folder)
@@ -147,33 +149,33 @@ class TestAddedTokens:
             write_minimal(tmp_path), "tokenizer.json", added_tokens=[{"id": 270, "content": "xx", "special": False}]
         )
         vocabulary = load_vocabulary(folder)
-        assert (vocabulary.tokens[270], vocabulary.kinds[270]) == ("xx", USER_DEFINED)
-        assert (vocabulary.tokens[260], vocabulary.kinds[260]) == ("<|im_end|>", CONTROL)
+        assert (vocabulary.tokens[270], vocabulary.token_types[270]) == ("xx", USER_DEFINED)
+        assert (vocabulary.tokens[260], vocabulary.token_types[260]) == ("<|im_end|>", CONTROL)
 
     def test_a_token_that_looks_like_a_control_token_becomes_one(self, tmp_path: Path) -> None:
         entries = [{"id": 270, "content": "<|extra|>", "special": False}]
         assert (
-            load_vocabulary(set_json(write_minimal(tmp_path), "tokenizer.json", added_tokens=entries)).kinds[270]
+            load_vocabulary(set_json(write_minimal(tmp_path), "tokenizer.json", added_tokens=entries)).token_types[270]
             == CONTROL
         )
 
     def test_an_id_with_different_tokens_in_both_files_is_refused(self, tmp_path: Path) -> None:
         folder = set_json(write_minimal(tmp_path), "tokenizer.json", added_tokens=[{"id": 260, "content": "x"}])
-        with pytest.raises(BadCheckpoint, match=r"the id 260 is given twice, to “<\|im_end\|>” and to “x”"):
+        with pytest.raises(BadCheckpoint, match=r"“<\|im_end\|>” and “x” have the same id, 260"):
             load_vocabulary(folder)
 
     def test_an_id_of_another_vocabulary_token_is_refused(self, tmp_path: Path) -> None:
         folder = set_json(
             write_minimal(tmp_path), "tokenizer.json", added_tokens=[{"id": 65, "content": "new", "special": True}]
         )
-        with pytest.raises(BadCheckpoint, match="the id 65 is given twice"):
+        with pytest.raises(BadCheckpoint, match="“A” and “new” have the same id, 65"):
             load_vocabulary(folder)
 
     def test_an_added_token_of_the_vocabulary_takes_its_type(self, tmp_path: Path) -> None:
         folder = set_json(
             write_minimal(tmp_path), "tokenizer.json", added_tokens=[{"id": 65, "content": "A", "special": True}]
         )
-        assert load_vocabulary(folder).kinds[65] == CONTROL
+        assert load_vocabulary(folder).token_types[65] == CONTROL
 
     @pytest.mark.parametrize(
         "entry",
@@ -220,10 +222,10 @@ class TestSpecialTokens:
         vocabulary = load_vocabulary(folder)
         assert vocabulary.special["eos"] == 260
         assert list(vocabulary.notes) == [
-            "The files disagree on eos: tokenizer_config.json's <|im_end|> is kept, not <|endoftext|>."
+            "The eos token is <|im_end|>, as in tokenizer_config.json, although config.json says <|endoftext|>."
         ]
 
-    def test_the_end_of_turn_is_set_beside_the_end_of_text(self, tmp_path: Path) -> None:
+    def test_the_end_of_turn_is_set_in_addition_to_the_end_of_text(self, tmp_path: Path) -> None:
         folder = set_json(write_minimal(tmp_path), "tokenizer_config.json", eos_token="<|endoftext|>")
         vocabulary = load_vocabulary(set_json(folder, "config.json", eos_token_id=...))
         assert (vocabulary.special["eos"], vocabulary.special["eot"]) == (258, 260)
@@ -232,7 +234,7 @@ class TestSpecialTokens:
         folder = set_json(write_minimal(tmp_path), "generation_config.json", eos_token_id=[260, 258, 65, 66])
         vocabulary = load_vocabulary(folder)
         assert (vocabulary.special["eot"], vocabulary.special["eom"]) == (260, 65)
-        assert list(vocabulary.notes) == ["GGUF has no place for further end tokens: B."]
+        assert list(vocabulary.notes) == ["Left out end tokens for which GGUF has no key: B."]
 
     @pytest.mark.parametrize("value", [-1, VOCAB_SIZE, 10**30, "260", 260.0, True, None, [[260]], {"a": 1}])
     def test_invalid_eos_ids_are_ignored(self, value: object, tmp_path: Path) -> None:
@@ -247,13 +249,18 @@ class TestSpecialTokens:
     @pytest.mark.parametrize(
         ("file", "key", "value", "note"),
         [
-            ("config.json", "eos_token_id", "end", "config.json's eos_token_id, 'end', is no token's"),
-            ("config.json", "pad_token_id", -5, "config.json's pad_token_id, -5, is no token's"),
+            (
+                "config.json",
+                "eos_token_id",
+                "end",
+                "Ignored eos_token_id in config.json: 'end' is not the id of a token",
+            ),
+            ("config.json", "pad_token_id", -5, "Ignored pad_token_id in config.json: -5 is not the id of a token"),
             (
                 "tokenizer_config.json",
                 "eos_token",
                 "<nope>",
-                "tokenizer_config.json's eos_token, '<nope>', is no token",
+                "Ignored eos_token in tokenizer_config.json: '<nope>' is not a token",
             ),
         ],
     )
@@ -268,20 +275,19 @@ class TestSpecialTokens:
     def test_a_byte_level_post_processor_adds_neither_bos_nor_eos(self, tmp_path: Path) -> None:
         folder = write_minimal(tmp_path)
         neither = {"bos": False, "eos": False}
-        assert dict(load_vocabulary(folder).adds) == neither
+        assert dict(load_vocabulary(folder).add_flags) == neither
         post = {"type": "Sequence", "processors": [{"type": "ByteLevel"}, {"type": "ByteLevel"}]}
-        assert dict(load_vocabulary(set_json(folder, "tokenizer.json", post_processor=post)).adds) == neither
+        assert dict(load_vocabulary(set_json(folder, "tokenizer.json", post_processor=post)).add_flags) == neither
 
     @pytest.mark.parametrize(
         "post", [None, {"type": "TemplateProcessing"}, [], 5, {"processors": [5]}, {"type": []}, {"type": {}}]
     )
     def test_an_unknown_post_processor_leaves_bos_and_eos_open(self, post: object, tmp_path: Path) -> None:
-        assert (
-            dict(load_vocabulary(set_json(write_minimal(tmp_path), "tokenizer.json", post_processor=post)).adds) == {}
-        )
+        folder = set_json(write_minimal(tmp_path), "tokenizer.json", post_processor=post)
+        assert dict(load_vocabulary(folder).add_flags) == {}
 
     @pytest.mark.parametrize(
-        ("single", "adds"),
+        ("single", "flags"),
         [
             ([{"SpecialToken": {"id": "<s>"}}, {"Sequence": {"id": "A"}}], {"bos": True, "eos": False}),
             ([{"Sequence": {"id": "A"}}, {"SpecialToken": {"id": "</s>"}}], {"bos": False, "eos": True}),
@@ -289,15 +295,14 @@ class TestSpecialTokens:
         ],
     )
     def test_bos_and_eos_follow_the_template_of_the_post_processor(
-        self, single: list[Any], adds: dict[str, bool], tmp_path: Path
+        self, single: list[Any], flags: dict[str, bool], tmp_path: Path
     ) -> None:
         post = {"type": "TemplateProcessing", "single": single}
-        assert (
-            dict(load_vocabulary(set_json(write_minimal(tmp_path), "tokenizer.json", post_processor=post)).adds) == adds
-        )
+        folder = set_json(write_minimal(tmp_path), "tokenizer.json", post_processor=post)
+        assert dict(load_vocabulary(folder).add_flags) == flags
 
     @pytest.mark.parametrize("post", [None, {"single": [{}]}, {"processors": [{"single": [5]}]}])
     def test_add_bos_token_is_read_from_tokenizer_config(self, post: object, tmp_path: Path) -> None:
         folder = set_json(write_minimal(tmp_path), "tokenizer.json", post_processor=post)
         set_json(folder, "tokenizer_config.json", add_bos_token=True, add_eos_token="no")
-        assert dict(load_vocabulary(folder).adds) == {"bos": True}
+        assert dict(load_vocabulary(folder).add_flags) == {"bos": True}

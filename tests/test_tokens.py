@@ -17,12 +17,11 @@ from from_gguf import tokenizer_files
 from qwenlocal.engine.llama import Model
 from qwenlocal.measure.tokenization import known_texts
 from qwenlocal.testing import CONFIG, write_checkpoint
-from qwenlocal.weights import gguf
 from qwenlocal.weights.checkpoint import Checkpoint
 from qwenlocal.weights.convert import plan_conversion
-from qwenlocal.weights.header import read_pairs
-from qwenlocal.weights.mix import file_type
-from qwenlocal.weights.writing import carry_out
+from qwenlocal.weights.file_types import file_type
+from qwenlocal.weights.gguf_reader import decode_value, read_raw_metadata
+from qwenlocal.weights.write_workers import run_job
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = json.loads((ROOT / "tests" / "goldens" / "corpus_ids.json").read_text("utf-8"))
@@ -49,7 +48,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     files = tokenizer_files(qwens_vocabulary(), sizes=(151643, 151646))
     folder = write_checkpoint(tmp_path_factory.mktemp("real") / "tiny", config=QWEN, files=files)
     target = folder.parent / "tiny.gguf"
-    carry_out(plan_conversion(Checkpoint.open(folder), [(target, file_type("q8_0"))]).job, threads=2)
+    run_job(plan_conversion(Checkpoint.open(folder), [(target, file_type("q8_0"))]).job, threads=2)
     return target
 
 
@@ -59,7 +58,9 @@ def model(converted: Path) -> Model:
 
 
 def test_the_vocabulary_equals_that_of_qwen(converted: Path) -> None:
-    pairs = {key: gguf.decode(value) for key, value in read_pairs(converted).items() if key.startswith("tokenizer.")}
+    pairs = {
+        key: decode_value(value) for key, value in read_raw_metadata(converted).items() if key.startswith("tokenizer.")
+    }
     plain = pairs["tokenizer.ggml.tokens"][:151643]
     assert hashlib.sha256("\n".join(plain).encode()).hexdigest() == GOLDEN["vocabulary"]
     assert hashlib.sha256("\n".join(pairs["tokenizer.ggml.merges"]).encode()).hexdigest() == GOLDEN["merges"]
@@ -98,8 +99,8 @@ def test_no_user_text_becomes_a_control_or_padding_token(model: Model) -> None:
 
 
 def test_the_texts_of_verify_have_their_known_ids(model: Model, converted: Path) -> None:
-    pairs = read_pairs(converted)
-    texts = known_texts(*(gguf.decode(pairs[f"tokenizer.ggml.{key}"]) for key in ("tokens", "token_type")))
+    pairs = read_raw_metadata(converted)
+    texts = known_texts(*(decode_value(pairs[f"tokenizer.ggml.{key}"]) for key in ("tokens", "token_type")))
     assert len(texts) >= 40
     for text, ids in texts:
         assert model.tokenizer.tokenize(text, special=False) == ids

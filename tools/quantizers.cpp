@@ -1,9 +1,10 @@
-// Q4_K, Q5_K, Q6_K and Q8_0 of ggml, the same bytes in a fraction of the time. Compiled into libggml-base by tools/setup.py.
+// Quantizers for Q4_K, Q5_K, Q6_K and Q8_0 that give the same bytes as ggml's, in a fraction of the time. Compiled into
+// libggml-base by tools/setup.py.
 //
-// For every small block ggml-quants.c tries some twenty scales, and for each adds up the block's numbers one after the
-// other: the processor waits for each addition. The order of additions decides the last bit, so they cannot be
-// reordered; but eight blocks can go side by side, one in each lane of a vector. A lane does what the function of
-// ggml that is named beside it does, operation by operation (which is also why contracted multiplications are off).
+// For every small block, ggml-quants.c tries some twenty scales, and for each it sums the block's values one after the
+// other, so the processor waits for each addition. The order of additions decides the last bit, so they cannot be
+// reordered; but eight blocks can be processed at once, one per lane of a vector. Each lane does what the function of
+// ggml named in the comment does, operation by operation (this is also why floating-point contraction is off).
 
 #include <cmath>
 #include <cstdint>
@@ -25,8 +26,8 @@ constexpr int LANES = 8;
 typedef float floats __attribute__((vector_size(4 * LANES), may_alias));
 typedef int32_t ints __attribute__((vector_size(4 * LANES), may_alias));
 
-// The first `LANES` blocks of N numbers at `source`: result[i] has number i of each.
-template <int N> inline void side_by_side(const float * source, floats * result) {
+// Transposes `LANES` blocks of N values at `source`: result[i] has value i of each block.
+template <int N> inline void transpose(const float * source, floats * result) {
     for (int i = 0; i < N; ++i) {
         for (int lane = 0; lane < LANES; ++lane) result[i][lane] = source[N * lane + i];
     }
@@ -62,12 +63,13 @@ inline bool any(ints mask) {
     return false;
 }
 
-// make_qkx2_quants with the weights of quantize_row_q4_K_ref: scales, minima (negated) and levels of eight blocks of 32
+// make_qkx2_quants with the weights of quantize_row_q4_K_ref: computes scales, (negated) minima and levels of eight
+// blocks of 32 values.
 void scales_and_minima(const float * source, int top, float first, int steps, float * scales, float * minima,
                        uint8_t * levels) {
     constexpr int N = 32;
     floats x[N], weight[N], level[N];
-    side_by_side<N>(source, x);
+    transpose<N>(source, x);
 
     floats sum_x2 = {};
     for (int i = 0; i < N; ++i) sum_x2 += x[i] * x[i];
@@ -86,8 +88,8 @@ void scales_and_minima(const float * source, int top, float first, int steps, fl
     const ints is_flat = high == low;
     const floats lowest = low;
 
-    // The levels are those of the best scale tried; it is enough to remember which one that was, and above what.
-    floats inverse = (float)top / (high - low), best_inverse = inverse, best_above = low;
+    // The levels follow from the best scale and the minimum at that time, so only these two are kept.
+    floats inverse = (float)top / (high - low), best_inverse = inverse, best_low = low;
     floats scale = 1 / inverse, error = {};
     for (int i = 0; i < N; ++i) {
         const floats difference = scale * to_float(clamp(nearest(inverse * (x[i] - low)), 0, top)) + low - x[i];
@@ -116,7 +118,7 @@ void scales_and_minima(const float * source, int top, float first, int steps, fl
         }
         const ints is_better = (determinant > 0.f) & (this_error < error);
         best_inverse = is_better ? inverse : best_inverse;
-        best_above = is_better ? low : best_above;
+        best_low = is_better ? low : best_low;
         error = is_better ? this_error : error;
         scale = is_better ? this_scale : scale;
         low = is_better ? this_low : low;
@@ -124,8 +126,8 @@ void scales_and_minima(const float * source, int top, float first, int steps, fl
     scale = is_flat ? floats{} : scale;
     low = is_flat ? lowest : low;
     for (int i = 0; i < N; ++i) {
-        const ints found = clamp(nearest(best_inverse * (x[i] - best_above)), 0, top);
-        for (int lane = 0; lane < LANES; ++lane) levels[N * lane + i] = is_flat[lane] ? 0 : found[lane];
+        const ints best_level = clamp(nearest(best_inverse * (x[i] - best_low)), 0, top);
+        for (int lane = 0; lane < LANES; ++lane) levels[N * lane + i] = is_flat[lane] ? 0 : best_level[lane];
     }
     for (int lane = 0; lane < LANES; ++lane) {
         scales[lane] = scale[lane];
@@ -133,9 +135,9 @@ void scales_and_minima(const float * source, int top, float first, int steps, fl
     }
 }
 
-// What quantize_row_q4_K_ref and quantize_row_q5_K_ref have in common: the header of a block, and its 256 levels
+// The common part of quantize_row_q4_K_ref and quantize_row_q5_K_ref: the header of a block, and its 256 levels.
 template <typename Block>
-void scaled_with_minima(const float * x, int top, float first, int steps, Block & block, uint8_t * levels) {
+void quantize_with_minima(const float * x, int top, float first, int steps, Block & block, uint8_t * levels) {
     float scales[LANES], minima[LANES];
     scales_and_minima(x, top, first, steps, scales, minima, levels);
     float max_scale = 0, max_min = 0;
@@ -160,7 +162,7 @@ void scaled_with_minima(const float * x, int top, float first, int steps, Block 
     block.dmin = ggml_fp32_to_fp16(max_min / 63.f);
     for (int j = 0; j < LANES; ++j) {
         const float d = ggml_fp16_to_fp32(block.d) * scale_of[j];
-        if (!d) continue;  // the levels of the search stay
+        if (!d) continue;  // keep the levels of the search
         const float dm = ggml_fp16_to_fp32(block.dmin) * min_of[j];
         for (int i = 32 * j; i < 32 * j + 32; ++i) levels[i] = clamp(nearest((x[i] + dm) / d), 0, top);
     }
@@ -168,7 +170,7 @@ void scaled_with_minima(const float * x, int top, float first, int steps, Block 
 
 void to_q4_K(const float * x, block_q4_K & block) {
     uint8_t levels[QK_K];
-    scaled_with_minima(x, 15, -1.f, 20, block, levels);
+    quantize_with_minima(x, 15, -1.f, 20, block, levels);
     for (int i = 0; i < QK_K / 2; ++i) {
         const int at = i / 32 * 64 + i % 32;
         block.qs[i] = levels[at] | levels[at + 32] << 4;
@@ -177,7 +179,7 @@ void to_q4_K(const float * x, block_q4_K & block) {
 
 void to_q5_K(const float * x, block_q5_K & block) {
     uint8_t levels[QK_K];
-    scaled_with_minima(x, 31, -0.5f, 15, block, levels);
+    quantize_with_minima(x, 31, -0.5f, 15, block, levels);
     memset(block.qh, 0, sizeof(block.qh));
     for (int i = 0; i < QK_K / 2; ++i) {
         const int pair = i / 32, at = pair * 64 + i % 32;
@@ -186,11 +188,11 @@ void to_q5_K(const float * x, block_q5_K & block) {
     }
 }
 
-// make_qx_quants with n = 16, nmax = 32 and weights x * x: scales and levels of eight blocks of 16
+// make_qx_quants with n = 16, nmax = 32 and weights x * x: computes scales and levels of eight blocks of 16 values.
 void signed_scales(const float * source, float * scales, int8_t * levels) {
     constexpr int N = 16, TOP = 32;
     floats x[N], weight[N], weighted[N];
-    side_by_side<N>(source, x);
+    transpose<N>(source, x);
     floats extreme = {}, largest = {};
     for (int i = 0; i < N; ++i) {
         const floats size = magnitude(x[i]);
@@ -202,8 +204,8 @@ void signed_scales(const float * source, float * scales, int8_t * levels) {
     }
     const ints is_zero = largest < 1e-15f;  // GROUP_MAX_EPS
     floats scale = {}, best = {}, best_inverse = {};
-    for (int turn = 0; turn <= 18; ++turn) {  // 0 first, then -9 … 9 without it
-        const int step = turn == 0 ? 0 : turn <= 9 ? turn - 10 : turn - 9;
+    for (int trial = 0; trial <= 18; ++trial) {  // steps 0, -9 … -1, 1 … 9
+        const int step = trial == 0 ? 0 : trial <= 9 ? trial - 10 : trial - 9;
         const floats inverse = (step ? -(TOP + 0.1f * step) : -TOP) / extreme;
         floats sum_lx = {}, sum_l2 = {};
         for (int i = 0; i < N; ++i) {
@@ -211,7 +213,7 @@ void signed_scales(const float * source, float * scales, int8_t * levels) {
             sum_lx += weighted[i] * level;
             sum_l2 += weight[i] * level * level;
         }
-        if (turn == 0) {
+        if (trial == 0) {
             scale = sum_l2 != 0.f ? sum_lx / sum_l2 : floats{};
             best = scale * sum_lx;
             best_inverse = inverse;
@@ -224,8 +226,8 @@ void signed_scales(const float * source, float * scales, int8_t * levels) {
         best = is_better ? scale * sum_lx : best;
     }
     for (int i = 0; i < N; ++i) {
-        const ints found = clamp(nearest(best_inverse * x[i]), -TOP, TOP - 1) + TOP;
-        for (int lane = 0; lane < LANES; ++lane) levels[N * lane + i] = is_zero[lane] ? 0 : found[lane];
+        const ints best_level = clamp(nearest(best_inverse * x[i]), -TOP, TOP - 1) + TOP;
+        for (int lane = 0; lane < LANES; ++lane) levels[N * lane + i] = is_zero[lane] ? 0 : best_level[lane];
     }
     for (int lane = 0; lane < LANES; ++lane) scales[lane] = is_zero[lane] ? 0 : scale[lane];
 }
@@ -253,7 +255,7 @@ void to_q6_K(const float * x, block_q6_K & block) {
         const int scale = nearest(inverse * scales[j]);
         block.scales[j] = scale < 127 ? scale : 127;
         const float d = ggml_fp16_to_fp32(block.d) * block.scales[j];
-        if (!d) continue;  // the levels of the search stay
+        if (!d) continue;  // keep the levels of the search
         for (int i = 16 * j; i < 16 * j + 16; ++i) levels[i] = clamp(nearest(x[i] / d), -32, 31) + 32;
     }
     for (int half = 0; half < 2; ++half) {
@@ -267,7 +269,7 @@ void to_q6_K(const float * x, block_q6_K & block) {
     }
 }
 
-// To the nearest half-precision number, as ggml does it; by the processor where it can, since Q8_0 asks every 32 numbers.
+// Rounds to half precision like ggml, with the processor's instruction if it has one: Q8_0 needs it every 32 values.
 inline ggml_fp16_t to_half(float x) {
 #ifdef __F16C__
     return _cvtss_sh(x, 0);
@@ -276,29 +278,29 @@ inline ggml_fp16_t to_half(float x) {
 #endif
 }
 
-// roundf, to whole numbers: what is half-way goes away from zero; what is no number stays what conversion makes of it
+// roundf: halves are rounded away from zero. NaN and infinity give whatever the conversion to int gives.
 inline ints rounded(floats x) {
     const ints whole = __builtin_convertvector(x, ints);
     const floats rest = x - to_float(whole);
     return whole - ((rest >= 0.5f) & (rest < 1.f)) + ((rest <= -0.5f) & (rest > -1.f));
 }
 
-// quantize_row_q8_0_ref: it rounds by a function call for each number, which nobody can put into vectors. `x` lies at a
-// multiple of 32 bytes.
+// quantize_row_q8_0_ref, which calls a function to round each value, so compilers cannot vectorize it. `x` must be
+// aligned to 32 bytes.
 void to_q8_0(const float * x, block_q8_0 & block) {
     constexpr int N = QK8_0 / LANES;
-    const floats * parts = (const floats *)x;
+    const floats * vectors = (const floats *)x;
     floats largest = {};
     for (int i = 0; i < N; ++i) {
-        const floats size = magnitude(parts[i]);
+        const floats size = magnitude(vectors[i]);
         largest = size > largest ? size : largest;
     }
-    float most = 0;
-    for (int lane = 0; lane < LANES; ++lane) most = largest[lane] > most ? largest[lane] : most;
-    const float scale = most / 127, inverse = scale ? 1.f / scale : 0.f;
+    float max = 0;
+    for (int lane = 0; lane < LANES; ++lane) max = largest[lane] > max ? largest[lane] : max;
+    const float scale = max / 127, inverse = scale ? 1.f / scale : 0.f;
     block.d = to_half(scale);
     alignas(32) int32_t levels[QK8_0];
-    for (int i = 0; i < N; ++i) *(ints *)(levels + LANES * i) = rounded(parts[i] * inverse);
+    for (int i = 0; i < N; ++i) *(ints *)(levels + LANES * i) = rounded(vectors[i] * inverse);
     for (int i = 0; i < QK8_0; ++i) block.qs[i] = levels[i];
 }
 
@@ -306,14 +308,14 @@ inline float as_float(float x) { return x; }
 
 inline float as_float(bf16 x) {
     const uint32_t bits = (uint32_t)x << 16;
-    float found;
-    memcpy(&found, &bits, sizeof(found));
-    return found;
+    float value;
+    memcpy(&value, &bits, sizeof(value));
+    return value;
 }
 
-// Each block is made of floats that never leave the first cache. Returns the largest magnitude, as a float's bits.
+// Quantizes blocks one at a time, with floats that stay in the L1 cache. Returns the bits of the largest magnitude.
 template <int N, typename Block, void quantize(const float *, Block &), typename Number>
-int64_t all_blocks(const Number * source, void * target, int64_t count) {
+int64_t quantize_blocks(const Number * source, void * target, int64_t count) {
     Block * blocks = static_cast<Block *>(target);
     ints largest = {};
     for (int64_t block = 0; block < count / N; ++block, source += N) {
@@ -325,26 +327,26 @@ int64_t all_blocks(const Number * source, void * target, int64_t count) {
         }
         quantize(x, blocks[block]);
     }
-    int32_t most = 0;
-    for (int lane = 0; lane < LANES; ++lane) most = largest[lane] > most ? largest[lane] : most;
-    return most;
+    int32_t max = 0;
+    for (int lane = 0; lane < LANES; ++lane) max = largest[lane] > max ? largest[lane] : max;
+    return max;
 }
 
 template <typename Number> int64_t quantize_from(const Number * source, int type, void * target, int64_t count) {
     switch (type) {
-        case GGML_TYPE_Q4_K: return all_blocks<QK_K, block_q4_K, to_q4_K>(source, target, count);
-        case GGML_TYPE_Q5_K: return all_blocks<QK_K, block_q5_K, to_q5_K>(source, target, count);
-        case GGML_TYPE_Q6_K: return all_blocks<QK_K, block_q6_K, to_q6_K>(source, target, count);
-        case GGML_TYPE_Q8_0: return all_blocks<QK8_0, block_q8_0, to_q8_0>(source, target, count);
+        case GGML_TYPE_Q4_K: return quantize_blocks<QK_K, block_q4_K, to_q4_K>(source, target, count);
+        case GGML_TYPE_Q5_K: return quantize_blocks<QK_K, block_q5_K, to_q5_K>(source, target, count);
+        case GGML_TYPE_Q6_K: return quantize_blocks<QK_K, block_q6_K, to_q6_K>(source, target, count);
+        case GGML_TYPE_Q8_0: return quantize_blocks<QK8_0, block_q8_0, to_q8_0>(source, target, count);
         default: return -1;
     }
 }
 
 }  // namespace
 
-// Writes `count` numbers (whole blocks) of type `from` as `type` to `target`, and returns the bits of the largest
-// magnitude among them as a float: from 0x7f800000 on, one is infinite or NaN, and what was written is worth nothing.
-// -1 where there is nothing better than ggml's own.
+// Quantizes `count` values (whole blocks) of type `from` to `type` at `target`. Returns the bits of the largest
+// magnitude as float32: from 0x7f800000 on, a value is infinite or NaN, and the output is invalid. Returns -1 and
+// writes nothing if a type is not supported.
 extern "C" __attribute__((visibility("default"))) int64_t qwenlocal_quantize_blocks(int from, const void * source,
                                                                                   int type, void * target,
                                                                                   int64_t count) {

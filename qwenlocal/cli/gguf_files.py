@@ -217,7 +217,7 @@ def show_plan(plan: ConversionPlan, options: WriteOptions) -> None:
                 t.source.name,
                 t.choice.type.name,
                 format_bytes(t.size),
-                t.choice.why,
+                t.choice.reason,
             )
             for t in file.tensors
         ]
@@ -243,7 +243,7 @@ def _file_facts(file: PlannedFile, *, tensors: bool = False) -> Mapping[str, Any
     if tensors:
         facts["tensors"] = [
             {"name": t.name, "shape": list(t.shape), "from": t.source.name, "to": t.choice.type.name, "size": t.size,
-             "why": t.choice.why}
+             "why": t.choice.reason}
             for t in file.tensors
         ]  # fmt: skip
     return facts

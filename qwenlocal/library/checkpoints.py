@@ -53,7 +53,7 @@ class HubCheckpoint:
         from qwenlocal.weights.checkpoint import Checkpoint
 
         fronts = self.remote.headers
-        return None if fronts is None else Checkpoint.outline(self.remote.folder, fronts)
+        return None if fronts is None else Checkpoint.from_headers(self.remote.folder, fronts)
 
     def download(self, *, reserve: int = 0) -> LocalCheckpoint:
         """
@@ -83,12 +83,12 @@ class CheckpointFinder:
         UsageError: it is not a checkpoint, or only a part of one.
         Everything that `Puller.inspect_checkpoint` raises.
         """
-        from qwenlocal.weights.checkpoint import PICKLED, pickled
+        from qwenlocal.weights.checkpoint import PICKLED, pickled_weights
 
         if isinstance(name, HubCheckpointName):
             name = name.source
         if isinstance(name, PathName) and name.path.suffix in PICKLED:
-            raise pickled(name.path.parent, name.path.name)
+            raise pickled_weights(name.path.parent, name.path.name)
         if isinstance(name, LocalCheckpointName):
             yield local_checkpoint(name.path)
             return

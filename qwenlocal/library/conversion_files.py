@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from qwenlocal import weights
 from qwenlocal.errors import QwenlocalError
 from qwenlocal.i18n import tr
 from qwenlocal.paths import Folders, ensure_writable
-from qwenlocal.weights import edition
 
 _REMOVE_TIMEOUT = 0.5  # seconds to wait for a lock that `list` may hold briefly
 _PROBE_TIMEOUT = 0.1  # seconds to wait for the lock of a conversion that may be running
@@ -23,13 +23,13 @@ _NOTE = "conversion.json"  # next to the output while it is written: the model's
 
 def conversion_stamp(fingerprint: str) -> str:
     """Add the converter version to a source's fingerprint: `conversion_stamp("5eb63bbbe01e")` is "1:5eb63bbbe01e"."""
-    return f"{edition.EDITION}:{fingerprint}"
+    return f"{weights.CONVERTER_VERSION}:{fingerprint}"
 
 
 def is_current_stamp(stamp: str) -> bool:
     """Return True if the stamp is of this converter version."""
     version, colon, _ = stamp.partition(":")
-    return (version if colon else "1") == str(edition.EDITION)
+    return (version if colon else "1") == str(weights.CONVERTER_VERSION)
 
 
 @dataclass(frozen=True)

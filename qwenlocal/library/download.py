@@ -34,9 +34,10 @@ from qwenlocal.library.artifact import (
 from qwenlocal.library.byte_source import RangesUnsupported
 from qwenlocal.library.failover import SourceSelector, SourceState
 from qwenlocal.library.http import HttpClient, TransferError
-from qwenlocal.library.partial_file import BLOCK_SIZE, PartialFile, journal_path, lock_path, part_path, read_journal
+from qwenlocal.library.partial_file import BLOCK_SIZE, PartialFile, lock_path, read_download_journal
 from qwenlocal.library.progress import TaskProgress
 from qwenlocal.paths import ensure_writable
+from qwenlocal.resumable import journal_path, part_path
 
 _DISK_RESERVE = 32 << 20
 _SYNC_EVERY = 4  # blocks that a power cut may cost
@@ -109,7 +110,7 @@ def _verify_existing(artifact: Artifact, target: Path) -> DownloadedFile | None:
 
 
 def _check_disk_space(artifact: Artifact, base: Path, block_size: int) -> None:
-    journal = read_journal(journal_path(base))
+    journal = read_download_journal(journal_path(base))
     present = len(journal.checksums) * block_size if journal and part_path(base).exists() else 0
     needed, free = max(0, artifact.size - present) + _DISK_RESERVE, shutil.disk_usage(base.parent).free
     if free < needed:
@@ -125,7 +126,7 @@ def _exclusive_lock(artifact: Artifact, base: Path, locks: Path, report: ReportP
             lock.acquire(timeout=0.3)
             break
         except filelock.Timeout:
-            journal = read_journal(journal_path(base))
+            journal = read_download_journal(journal_path(base))
             done = len(journal.checksums) * journal.block_size if journal else 0
             phase = "waiting for another qwenlocal"
             report(TaskProgress(artifact.name, min(done, artifact.size), artifact.size, phase))

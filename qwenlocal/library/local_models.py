@@ -23,7 +23,7 @@ from qwenlocal.library.store import ModelRecord, Store, StoredFile
 from qwenlocal.model_files import parse_shard
 from qwenlocal.paths import Folders
 from qwenlocal.weights.checkpoint import has_vocabulary, is_checkpoint, weight_files
-from qwenlocal.weights.parts import files_of
+from qwenlocal.weights.split_model import shard_paths
 
 
 def known_file(name: CatalogName) -> KnownFile | None:
@@ -60,7 +60,7 @@ class LocalModels:
         BadWeights: its file was changed, or one of its files is missing.
         """
         if isinstance(name, PathName):
-            files = [StoredFile.from_path(path, "") for path in files_of(name.path)]
+            files = [StoredFile.from_path(path, "") for path in shard_paths(name.path)]
             return ModelRecord(str(name.path), files, "a file on this disk", owned=False)
         record = self._store.get(str(name))
         if record and not record.is_checkpoint and (unchanged := self._store.check_unchanged(record)):

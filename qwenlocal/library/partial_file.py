@@ -1,16 +1,14 @@
 """
-Partial files: `<name>.part` holds the bytes, `<name>.part.journal` lists the finished blocks.
+Partial downloads: resumable files (see `resumable`) whose blocks arrive in any order.
 
-The first line of the journal is the identity of the file as JSON; each further line is a block number and the CRC-32
-of its bytes, appended after the bytes were written. After a crash or a power cut the checksums decide which blocks
-count, since resuming reads every block anyway to hash the whole file.
+The first line of the journal is the identity of the file and the block size; each further line is a block number and
+the CRC-32 of its bytes. Checking the checksums costs nothing: resuming reads every block anyway to hash the whole file.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import shutil
 import sys
@@ -21,10 +19,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qwenlocal.errors import DiskFull, NotWritable
-from qwenlocal.fileio import read_at, write_at
+from qwenlocal.fileio import read_at, write_all
+from qwenlocal.resumable import (
+    JournalAppender,
+    journal_path,
+    part_path,
+    read_journal,
+    write_journal,
+)
 
 BLOCK_SIZE = 16 << 20  # with four blocks in flight, a crash costs at most 64 MiB
 _READ_SIZE = 1 << 20
+_FORGOTTEN = -1  # in place of the CRC-32 of a block whose bytes are damaged
 
 
 class FileIdentity(NamedTuple):
@@ -66,10 +72,10 @@ class PartialFile:
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
             if not resumed:
                 os.ftruncate(self._file, 0)
-                write_journal(base, identity, block_size, {})
+                write_download_journal(base, identity, block_size, {})
             if sys.platform != "win32":  # where it would write zeros over the whole size
                 os.ftruncate(self._file, identity.size)
-            self._journal = self.journal_path.open("a", encoding="ascii")
+            self._journal = JournalAppender(self.journal_path)
         except OSError as reason:
             raise self._write_error(reason) from reason
 
@@ -79,7 +85,7 @@ class PartialFile:
         return NotWritable(self.folder, reason.strerror or str(reason))
 
     def _resume(self) -> bool:
-        journal = read_journal(self.journal_path)
+        journal = read_download_journal(self.journal_path)
         if journal is None or not self.path.exists():
             return False
         old, new = journal.identity, self.identity
@@ -121,12 +127,9 @@ class PartialFile:
         ------
         DiskFull: there is no space.
         """
-        view = memoryview(data)
         try:
             with self._write_lock:  # the kernel lets one thread write to a file at a time; the others would spin
-                while view:
-                    written = write_at(self._file, view, offset, self._lock)
-                    view, offset = view[written:], offset + written
+                write_all(self._file, memoryview(data), offset, self._lock)
         except OSError as reason:
             raise self._write_error(reason) from reason
 
@@ -134,19 +137,18 @@ class PartialFile:
         """Mark a block as finished; `crc` is the CRC-32 of its bytes."""
         with self._lock:
             self._checksums[number] = crc
-        self._append_line(f"{number} {crc}\n")
+        self._append(number, crc)
 
     def forget(self, number: int) -> None:
         """Mark a block as missing, because its bytes are damaged."""
         with self._lock:
             self._checksums.pop(number, None)
-        self._append_line(f"{number} -1\n")
+        self._append(number, _FORGOTTEN)
 
-    def _append_line(self, line: str) -> None:
+    def _append(self, number: int, crc: int) -> None:
         try:
             with self._lock:
-                self._journal.write(line)
-                self._journal.flush()
+                self._journal.append(number, crc)
         except OSError as reason:
             raise self._write_error(reason) from reason
 
@@ -218,16 +220,6 @@ class PartialFile:
             self._file = -1
 
 
-def part_path(base: Path) -> Path:
-    """Return the path of the file that collects the bytes."""
-    return base.with_name(base.name + ".part")
-
-
-def journal_path(base: Path) -> Path:
-    """Return the path of the journal."""
-    return base.with_name(base.name + ".part.journal")
-
-
 def scratch_folder(base: Path) -> Path:
     """Return the folder for temporary files of a byte source, such as the wheels that contain the file."""
     return base.with_name(base.name + ".wheels")
@@ -245,36 +237,33 @@ def remove_partial(base: Path) -> None:
     shutil.rmtree(scratch_folder(base), ignore_errors=True)
 
 
-def read_journal(path: Path) -> DownloadJournal | None:
-    """
-    Read a journal; None if there is none or its first line is damaged.
-
-    Torn or garbled lines are ignored: their blocks are fetched again.
-    """
+def read_download_journal(path: Path) -> DownloadJournal | None:
+    """Read the journal of a partial download; None if there is none or its first line is damaged."""
+    content = read_journal(path)
+    if content is None:
+        return None
+    first = content.identity
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-        first = json.loads(lines[0])
         identity = FileIdentity(
             str(first["name"]), int(first["size"]), first["sha256"], first["etag"], str(first["model"])
         )
         block_size = int(first["block"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return None
     if block_size <= 0 or identity.size < 0:
         return None
     checksums: dict[int, int] = {}
-    for line in lines[1:-1]:  # text after the last line break is a torn line
-        number, _, crc = line.partition(" ")
-        if number.isdigit() and crc.removeprefix("-").isdigit():
-            if int(crc) < 0:
-                checksums.pop(int(number), None)
-            else:
-                checksums[int(number)] = int(crc)
+    for entry in content.entries:
+        if len(entry) != 2 or entry[0] < 0:
+            continue
+        number, crc = entry
+        if crc < 0:
+            checksums.pop(number, None)
+        else:
+            checksums[number] = crc
     return DownloadJournal(identity, block_size, checksums)
 
 
-def write_journal(base: Path, identity: FileIdentity, block_size: int, checksums: Mapping[int, int]) -> None:
+def write_download_journal(base: Path, identity: FileIdentity, block_size: int, checksums: Mapping[int, int]) -> None:
     """Write a journal that lists the given blocks, for example those of a damaged file that are still good."""
-    first = json.dumps({**identity._asdict(), "block": block_size})
-    lines = [first, *(f"{number} {crc}" for number, crc in checksums.items())]
-    journal_path(base).write_text("\n".join(lines) + "\n")
+    write_journal(journal_path(base), {**identity._asdict(), "block": block_size}, checksums.items())

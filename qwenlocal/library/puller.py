@@ -18,14 +18,15 @@ from qwenlocal.library.download import download_artifact
 from qwenlocal.library.http import HttpClient, TransferError
 from qwenlocal.library.local_models import LocalModels
 from qwenlocal.library.names import CatalogName, HubName, ModelName, checkpoint_record_name
-from qwenlocal.library.partial_file import part_path, write_journal
+from qwenlocal.library.partial_file import write_download_journal
 from qwenlocal.library.remote_checkpoint import RemoteCheckpoint, read_headers, write_prefix
 from qwenlocal.library.resolver import FileRequest, ResolvedCheckpoint, ResolvedModel, Resolver
 from qwenlocal.library.store import FileDamage, ModelRecord, Store, StoredFile
 from qwenlocal.paths import Folders, ensure_writable
-from qwenlocal.weights.architecture import examine
+from qwenlocal.resumable import part_path
+from qwenlocal.weights.architecture import check_convertible
 from qwenlocal.weights.checkpoint import weight_names
-from qwenlocal.weights.header import read_metadata
+from qwenlocal.weights.gguf_reader import read_metadata
 
 
 class DownloadedCheckpoint(NamedTuple):
@@ -131,7 +132,7 @@ class Puller:
         if self._store.get(checkpoint_record_name(resolved.name)) is None:
             missing = sum(request.artifact.size for request in large.values())
             self._record_checkpoint(resolved, documents, missing, owned=is_ours)
-        examine(resolved.folder)
+        check_convertible(resolved.folder)
         weights = [large[file] for file in weight_names(resolved.folder, large)]
         try:
             headers = read_headers(resolved.folder, weights)
@@ -247,7 +248,7 @@ class Puller:
         if damaged.blocks is not None and damaged.block_size == self._policy.block_size:
             good = {n: crc for n, crc in enumerate(damaged.file.checksums) if n not in damaged.blocks}
         ensure_writable(request.part.parent)
-        write_journal(request.part, request.artifact.identity, self._policy.block_size, good)
+        write_download_journal(request.part, request.artifact.identity, self._policy.block_size, good)
         shutil.move(damaged.file.path, part_path(request.part))
 
     # --- all files

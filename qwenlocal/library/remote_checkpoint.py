@@ -15,7 +15,7 @@ from qwenlocal.library.byte_source import ByteSource, RangesUnsupported
 from qwenlocal.library.http import TransferError, with_retries
 from qwenlocal.library.resolver import FileRequest, ResolvedCheckpoint
 from qwenlocal.library.store import StoredFile
-from qwenlocal.weights.safetensors import Front, read_front
+from qwenlocal.weights.safetensors import RawHeader, read_raw_header
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class RemoteCheckpoint:
     resolved: ResolvedCheckpoint
     documents: Sequence[StoredFile]
     weights: Sequence[FileRequest]
-    headers: Sequence[Front] | None
+    headers: Sequence[RawHeader] | None
     is_ours: bool
 
     @property
@@ -44,7 +44,7 @@ class RemoteCheckpoint:
         return self.resolved.folder
 
 
-def read_headers(folder: Path, weights: Sequence[FileRequest]) -> list[Front] | None:
+def read_headers(folder: Path, weights: Sequence[FileRequest]) -> list[RawHeader] | None:
     """
     Read the headers of weight files on the hub or in `folder`; None if the hub only sends whole files.
 
@@ -73,12 +73,12 @@ def write_prefix(request: FileRequest, path: Path, count: int) -> None:
         file.truncate(size)
 
 
-def _read_header(folder: Path, request: FileRequest) -> Front:
+def _read_header(folder: Path, request: FileRequest) -> RawHeader:
     path, size = folder / request.artifact.name, request.artifact.size
     if request.target.exists():
         with request.target.open("rb") as file:
-            return read_front(path, size, lambda start, end: (file.seek(start), file.read(end - start))[1])
-    return read_front(path, size, lambda start, end: _read_range(request.artifact.sources, start, end))
+            return read_raw_header(path, size, lambda start, end: (file.seek(start), file.read(end - start))[1])
+    return read_raw_header(path, size, lambda start, end: _read_range(request.artifact.sources, start, end))
 
 
 def _read_range(sources: Sequence[ByteSource], start: int, end: int) -> bytes:

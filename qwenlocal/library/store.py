@@ -20,8 +20,9 @@ from typing import NamedTuple
 
 from qwenlocal.errors import BadWeights, NotWritable, QwenlocalError
 from qwenlocal.i18n import tr
-from qwenlocal.library.partial_file import FileIdentity, lock_path, part_path, read_journal, remove_partial
+from qwenlocal.library.partial_file import FileIdentity, lock_path, read_download_journal, remove_partial
 from qwenlocal.paths import Folders, ensure_writable
+from qwenlocal.resumable import part_path
 
 _JOURNAL_ENDING = ".part.journal"
 
@@ -215,7 +216,7 @@ class Store:
         downloads = []
         for path in sorted(self._folders.partial.glob(f"*{_JOURNAL_ENDING}")):
             base = path.with_name(path.name.removesuffix(_JOURNAL_ENDING))
-            journal = read_journal(path)
+            journal = read_download_journal(path)
             if journal and part_path(base).exists():
                 done = min(journal.identity.size, journal.block_size * len(journal.checksums))
                 downloads.append(PartialDownload(base, journal.identity, done))

@@ -20,10 +20,10 @@ from qwenlocal.measure.metadata_diff import MetadataDifference, diff_metadata
 from qwenlocal.measure.reference import ReferenceTensors, load_reference, plan_reference
 from qwenlocal.measure.tensor_errors import TensorError, compare_tensors
 from qwenlocal.measure.tokenization import KnownText, TokenizationError, compare_tokens
-from qwenlocal.weights import gguf
+from qwenlocal.weights import gguf_writer
 from qwenlocal.weights.checkpoint import Checkpoint
-from qwenlocal.weights.convert import Options
-from qwenlocal.weights.gguf_reader import read_raw_metadata
+from qwenlocal.weights.convert import ConversionOptions
+from qwenlocal.weights.gguf_reader import decode_value, read_raw_metadata
 from qwenlocal.weights.split_model import read_split_model
 
 _MIN_NMSE = 1e-2  # the engine itself rounds activations, too
@@ -102,7 +102,7 @@ def compare_with_checkpoint(
     *,
     threads: int,
     memory: int,
-    options: Options = Options(),
+    options: ConversionOptions = ConversionOptions(),
     report: Report = lambda step, done, total: None,
 ) -> Fidelity:
     """
@@ -146,14 +146,14 @@ def compare_with_checkpoint(
 
 
 def _layers(metadata: Mapping[str, bytes]) -> int:
-    return int(gguf.decode(metadata[f"{gguf.decode(metadata['general.architecture'])}.block_count"]))
+    return int(decode_value(metadata[f"{decode_value(metadata['general.architecture'])}.block_count"]))
 
 
 def _compare_vocabularies(
     file: Path, header: Path, metadata: Mapping[str, bytes], texts: Sequence[KnownText]
 ) -> list[TokenizationError]:
     """Compare token ids without loading any weights."""
-    header.write_bytes(gguf.make_layout(metadata, []).header)
+    header.write_bytes(gguf_writer.make_layout(metadata, []).header)
     with (
         contextlib.closing(Model(file, vocab_only=True)) as model,
         contextlib.closing(Model(header, vocab_only=True)) as reference,

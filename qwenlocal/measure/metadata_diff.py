@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from qwenlocal.weights.gguf_reader import EncodedValue
+from qwenlocal.weights.gguf_reader import EncodedValue, decode_value
 
 # Tokenizer keys that a file must have. Older converters left out the others, but no value may differ.
 _REQUIRED = ("model", "pre", "tokens", "token_type", "merges", "scores", "eos_token_id")

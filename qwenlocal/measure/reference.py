@@ -11,8 +11,8 @@ from qwenlocal.engine.llama import InMemoryModel
 from qwenlocal.ggml import InMemoryTensor
 from qwenlocal.weights.checkpoint import Checkpoint
 from qwenlocal.weights.conversion_plan import ConversionPlan
-from qwenlocal.weights.convert import Options, plan_conversion
-from qwenlocal.weights.quant_mix import file_type
+from qwenlocal.weights.convert import ConversionOptions, plan_conversion
+from qwenlocal.weights.file_types import file_type
 from qwenlocal.weights.tensor_values import read_rows
 from qwenlocal.weights.write_job import RowRange
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 OUTPUT, EMBEDDINGS = "output.weight", "token_embd.weight"
 
 
-def plan_reference(checkpoint: Checkpoint, path: Path, options: Options) -> ConversionPlan:
+def plan_reference(checkpoint: Checkpoint, path: Path, options: ConversionOptions) -> ConversionPlan:
     """Plan a conversion of `checkpoint` to its own float type; only the header of that file is ever written."""
     dtypes = {tensor.dtype for tensor in checkpoint.tensors.values() if len(tensor.shape) > 1}
     dtype = dtypes.pop().lower() if len(dtypes) == 1 else "f32"
@@ -35,7 +35,7 @@ class ReferenceTensors:
     """The values of a checkpoint's tensors under their GGUF names, read from its files on demand."""
 
     def __init__(self, plan: ConversionPlan) -> None:
-        self.tensors, self._strips = plan.files[0].tensors, _strips_by_tensor(plan)
+        self.tensors, self._ranges = plan.files[0].tensors, _ranges_by_tensor(plan)
         self._non_finite: dict[str, int] = {}
 
     @property
@@ -44,15 +44,15 @@ class ReferenceTensors:
         return sum(self._non_finite.values())
 
     def __contains__(self, name: str) -> bool:
-        return name in self._strips
+        return name in self._ranges
 
     def values(self, name: str) -> Iterator[numpy.ndarray]:
         """Yield a tensor's values in chunks of whole rows; NaN and infinity become 0, as in `convert --allow-nan`."""
         import numpy
 
         non_finite = 0
-        for strip in self._strips[name]:
-            for values in read_rows(strip.file, strip.offset, strip.type, strip.rows, strip.columns):
+        for rows in self._ranges[name]:
+            for values in read_rows(rows.file, rows.offset, rows.type, rows.row_count, rows.columns):
                 is_finite = numpy.isfinite(values)
                 if not is_finite.all():
                     non_finite += values.size - int(is_finite.sum())
@@ -61,18 +61,18 @@ class ReferenceTensors:
         self._non_finite[name] = non_finite
 
 
-def _strips_by_tensor(plan: ConversionPlan) -> dict[str, list[RowRange]]:
+def _ranges_by_tensor(plan: ConversionPlan) -> dict[str, list[RowRange]]:
     """Group the planned row ranges by tensor, in file order."""
     by_tensor: dict[str, list[RowRange]] = {}
-    placed = [(target.offset, strip) for strip in plan.job.strips for target in strip.targets]
-    in_order = iter(sorted(placed, key=lambda pair: pair[0]))
+    by_offset = [(target.offset, rows) for rows in plan.job.ranges for target in rows.targets]
+    in_order = iter(sorted(by_offset, key=lambda pair: pair[0]))
     for tensor in plan.files[0].tensors:
-        rows, strips = tensor.elements // tensor.shape[0], list[RowRange]()
-        while rows:
-            _, strip = next(in_order)
-            strips.append(strip)
-            rows -= strip.rows
-        by_tensor[tensor.name] = strips
+        missing, ranges = tensor.elements // tensor.shape[0], list[RowRange]()
+        while missing:
+            _, rows = next(in_order)
+            ranges.append(rows)
+            missing -= rows.row_count
+        by_tensor[tensor.name] = ranges
     return by_tensor
 
 

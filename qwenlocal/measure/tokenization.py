@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwenlocal.engine.llama import Model
-from qwenlocal.weights.kinds import NORMAL
+from qwenlocal.weights.gguf_reader import NORMAL
 
 KnownText = tuple[str, Sequence[int] | None]
 """A text and its token ids; None if they are those of the checkpoint's own vocabulary."""

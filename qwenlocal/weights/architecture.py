@@ -1,9 +1,8 @@
 """
-What a checkpoint computes, from its config.json: sizes, rope, experts.
+The architecture of a checkpoint, from its config.json: dimensions, RoPE, experts.
 
 The names are those of llama.cpp (conversion/qwen.py, src/models/qwen2.cpp, src/models/qwen2moe.cpp). llama.cpp has one
-graph for each architecture; what a config asks for beyond it is refused here, since the file would load and answer
-wrongly.
+graph per architecture. A config that needs another graph is refused, since the file would load and give wrong answers.
 """
 
 from __future__ import annotations
@@ -15,17 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from qwenlocal.errors import BadCheckpoint, UnsupportedCheckpoint
-from qwenlocal.weights.checkpoint import Checkpoint, read_config, shortly
+from qwenlocal.weights.checkpoint import Checkpoint, brief_repr, read_config
 
 _ARCHITECTURES = {"Qwen2ForCausalLM": "qwen2", "Qwen2Model": "qwen2", "Qwen2MoeForCausalLM": "qwen2moe"}
-_MOST = 1 << 31
-_LEAST, _LARGEST = 1e-37, 3e38  # of a float of four bytes, as GGUF has them
-_USUAL_FIRST_WINDOW = 28  # transformers' Qwen2Config: max_window_layers
+_COUNT_LIMIT = 1 << 31
+_MIN_FLOAT, _MAX_FLOAT = 1e-37, 3e38  # the range of a 4-byte float, as GGUF stores them
+_DEFAULT_MAX_WINDOW_LAYERS = 28  # transformers' Qwen2Config
 
 
 @dataclass(frozen=True)
-class Experts:
-    """A mixture of experts: how many, how many are asked for each token, and how wide they are."""
+class ExpertDims:
+    """A mixture of experts: their number, how many a token uses, and the widths of an expert and of the shared one."""
 
     count: int
     used: int
@@ -34,11 +33,11 @@ class Experts:
 
 
 @dataclass(frozen=True)
-class RopeScaling:
+class RopeScalingConfig:
     """
-    How positions beyond those trained for are reached: "linear" or "yarn" by `factor`.
+    RoPE scaling of the `kind` "linear" or "yarn" by `factor`, beyond `original_context` tokens.
 
-    `attention` multiplies what YaRN does to the rotations' length by itself, 0.1 ln(factor) + 1; mostly it is 1.
+    `attention` multiplies YaRN's own scaling of the attention, 0.1 ln(factor) + 1; it is usually 1.
     """
 
     kind: str
@@ -49,7 +48,12 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """The sizes of a Qwen1.5 model, in the words of GGUF. `tied`: the head is the embedding matrix."""
+    """
+    The hyperparameters of a Qwen1.5 model.
+
+    `is_tied`: the output matrix is the embedding matrix. `is_bare`: the checkpoint is a Qwen2Model, whose tensor names
+    lack "model." and which has no output matrix. `has_qkv_bias`: q, k and v have biases.
+    """
 
     architecture: str
     context: int
@@ -58,21 +62,21 @@ class Hyperparameters:
     feed_forward: int
     heads: int
     kv_heads: int
-    vocabulary: int
+    vocab_size: int
     rope_base: float
     epsilon: float
-    tied: bool
-    bare: bool  # a Qwen2Model: names without "model.", no head
-    biased: bool  # q, k and v have biases
-    experts: Experts | None = None
-    scaling: RopeScaling | None = None
+    is_tied: bool
+    is_bare: bool
+    has_qkv_bias: bool
+    experts: ExpertDims | None = None
+    scaling: RopeScalingConfig | None = None
 
 
 # --- config.json
 
 
-class _Config:
-    """Reads a config value by value; what has the wrong form is an error that names it."""
+class _ConfigReader:
+    """Reads values of a config; a missing or malformed one raises `BadCheckpoint` with its name."""
 
     def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
         self.path, self.values = path, values
@@ -82,36 +86,36 @@ class _Config:
         value = default if value is None else value
         if value is None:
             raise BadCheckpoint(self.path, f"“{key}” is missing")
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < _MOST:
-            raise BadCheckpoint(self.path, f"“{key}” is {shortly(value)}, which cannot be")
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < _COUNT_LIMIT:
+            raise BadCheckpoint(self.path, f"“{key}” is {brief_repr(value)}, which is invalid")
         return value
 
     def number(self, key: str, value: Any) -> float:
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not _LEAST < value < _LARGEST:
-            raise BadCheckpoint(self.path, f"“{key}” is {shortly(value)}, which cannot be")
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not _MIN_FLOAT < value < _MAX_FLOAT:
+            raise BadCheckpoint(self.path, f"“{key}” is {brief_repr(value)}, which is invalid")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
         value = self.values.get(key)
         if value is not None and not isinstance(value, bool):
-            raise BadCheckpoint(self.path, f"“{key}” is {shortly(value)}; it should be true or false")
+            raise BadCheckpoint(self.path, f"“{key}” is {brief_repr(value)}; it should be true or false")
         return default if value is None else value
 
 
-def hyperparameters(checkpoint: Checkpoint) -> Hyperparameters:
+def read_hyperparameters(checkpoint: Checkpoint) -> Hyperparameters:
     """
-    What config.json says, checked.
+    Read and check config.json.
 
     Raises
     ------
     BadCheckpoint: a value is missing or impossible.
-    UnsupportedCheckpoint: llama.cpp would compute something else than the config asks for.
+    UnsupportedCheckpoint: llama.cpp would not compute what the config describes.
     """
-    config = _Config(checkpoint.folder / "config.json", checkpoint.config)
+    config = _ConfigReader(checkpoint.folder / "config.json", checkpoint.config)
     name = _architecture(config)
     heads = config.count("num_attention_heads")
     scaling, base = _rope(config)
-    found = Hyperparameters(
+    model = Hyperparameters(
         architecture=_ARCHITECTURES[name],
         context=config.count("max_position_embeddings"),
         width=config.count("hidden_size"),
@@ -119,166 +123,180 @@ def hyperparameters(checkpoint: Checkpoint) -> Hyperparameters:
         feed_forward=config.count("intermediate_size"),
         heads=heads,
         kv_heads=config.count("num_key_value_heads", heads),
-        vocabulary=config.count("vocab_size"),
+        vocab_size=config.count("vocab_size"),
         rope_base=base,
         epsilon=config.number("rms_norm_eps", config.values.get("rms_norm_eps", 1e-6)),
-        tied=config.flag("tie_word_embeddings", False),
-        bare=name == "Qwen2Model",
-        biased=config.flag("qkv_bias", True),
+        is_tied=config.flag("tie_word_embeddings", False),
+        is_bare=name == "Qwen2Model",
+        has_qkv_bias=config.flag("qkv_bias", True),
         experts=_experts(config) if name == "Qwen2MoeForCausalLM" else None,
         scaling=scaling,
     )
-    _refuse_other_graphs(config, found)
-    return found
+    _check_graph(config, model)
+    return model
 
 
-def _architecture(config: _Config) -> str:
-    named = config.values.get("architectures")
-    name = named[0] if isinstance(named, list) and named else None
+def _architecture(config: _ConfigReader) -> str:
+    names = config.values.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
     if isinstance(name, str) and name in _ARCHITECTURES:
         return name
-    hint = "Converted are " + ", ".join(_ARCHITECTURES) + "; for others see llama.cpp's convert_hf_to_gguf.py."
+    hint = f"Supported are {', '.join(_ARCHITECTURES)}. For others, use llama.cpp's convert_hf_to_gguf.py."
     if name is None:
-        raise BadCheckpoint(config.path, "“architectures” does not say what kind of model it is", hint=hint)
-    what = name if isinstance(name, str) and len(name) <= 80 else shortly(name)
-    raise UnsupportedCheckpoint(config.path, f"a {what} is not a Qwen1.5 model", hint=hint)
+        raise BadCheckpoint(config.path, "“architectures” does not name the kind of model", hint=hint)
+    shown = name if isinstance(name, str) and len(name) <= 80 else brief_repr(name)
+    raise UnsupportedCheckpoint(config.path, f"{shown} is not a Qwen1.5 architecture", hint=hint)
 
 
-def _experts(config: _Config) -> Experts:
-    found = Experts(
+def _experts(config: _ConfigReader) -> ExpertDims:
+    experts = ExpertDims(
         config.count("num_experts"),
         config.count("num_experts_per_tok"),
         config.count("moe_intermediate_size"),
         config.count("shared_expert_intermediate_size"),
     )
-    if found.used > found.count:
-        raise BadCheckpoint(config.path, f"{found.used} experts a token, of {found.count}: that cannot be")
-    return found
+    if experts.used > experts.count:
+        raise BadCheckpoint(config.path, f"it uses {experts.used} experts per token, but has only {experts.count}")
+    return experts
 
 
-def _rope(config: _Config) -> tuple[RopeScaling | None, float]:
-    """transformers 4 writes rope_theta and rope_scaling, transformers 5 both into rope_parameters."""
+def _rope(config: _ConfigReader) -> tuple[RopeScalingConfig | None, float]:
+    """Read the RoPE settings: transformers 4 has rope_theta and rope_scaling, transformers 5 has rope_parameters."""
     new, old = config.values.get("rope_parameters") or {}, config.values.get("rope_scaling") or {}
     rope = new or old
     if not isinstance(rope, Mapping) or any(isinstance(value, dict) for value in rope.values()):
-        raise BadCheckpoint(config.path, f"the rope parameters are {shortly(rope)}, which cannot be")
-    if new and isinstance(old, Mapping) and old and (_kind(new), new.get("factor")) != (_kind(old), old.get("factor")):
+        raise BadCheckpoint(config.path, f"the RoPE parameters are {brief_repr(rope)}, which is invalid")
+    if (
+        new
+        and isinstance(old, Mapping)
+        and old
+        and (_rope_type(new), new.get("factor")) != (_rope_type(old), old.get("factor"))
+    ):
         raise BadCheckpoint(config.path, "“rope_parameters” and “rope_scaling” contradict each other")
-    theta = rope.get("rope_theta", config.values.get("rope_theta", 10000.0))  # the default of transformers
+    theta = rope.get("rope_theta", config.values.get("rope_theta", 10000.0))  # transformers' default
     base = config.number("rope_theta", theta)
-    kind = _kind(rope)
+    kind = _rope_type(rope)
     if kind == "default":
         return None, base
     if kind not in ("linear", "yarn"):
         raise UnsupportedCheckpoint(
-            config.path, f"rope scaling of the kind {shortly(kind)} is not in llama.cpp's graph of Qwen models"
+            config.path, f"llama.cpp's graph of Qwen models has no RoPE scaling of the type {brief_repr(kind)}"
         )
-    key = "original_max_position_embeddings"  # transformers looks for it outside first
+    key = "original_max_position_embeddings"  # transformers reads it from the top level first
     original = config.values.get(key) or rope.get(key) or config.values.get("max_position_embeddings")
-    factor = config.number("rope factor", rope.get("factor"))
+    factor = config.number("RoPE factor", rope.get("factor"))
     attention = _yarn_attention(config, rope, factor) if kind == "yarn" else 1.0
     if not 1e-6 < attention < 1e6:
-        raise BadCheckpoint(config.path, f"its YaRN settings stretch the rotations by {attention:.3g}, which cannot be")
+        raise BadCheckpoint(config.path, f"its YaRN settings scale the attention by {attention:.3g}, which is invalid")
     context = config.number("original_max_position_embeddings", original)
-    if context >= _MOST:
-        raise BadCheckpoint(config.path, f"“original_max_position_embeddings” is {shortly(original)}, which cannot be")
-    return RopeScaling(kind, factor, int(context), attention), base
+    if context >= _COUNT_LIMIT:
+        raise BadCheckpoint(
+            config.path, f"“original_max_position_embeddings” is {brief_repr(original)}, which is invalid"
+        )
+    return RopeScalingConfig(kind, factor, int(context), attention), base
 
 
-def _kind(rope: Mapping[str, Any]) -> Any:
+def _rope_type(rope: Mapping[str, Any]) -> Any:
     return rope.get("rope_type", rope.get("type", "default"))
 
 
-def _yarn_attention(config: _Config, rope: Mapping[str, Any], factor: float) -> float:
+def _yarn_attention(config: _ConfigReader, rope: Mapping[str, Any], factor: float) -> float:
     """
-    transformers takes attention_factor as it stands (modeling_rope_utils.py: _compute_yarn_parameters), llama.cpp
-    multiplies its own 0.1 ln(factor) + 1 with what the file says (llama-context.cpp: yarn_attn_factor).
+    Compute `RopeScalingConfig.attention`.
+
+    transformers takes attention_factor as the whole factor (modeling_rope_utils.py: _compute_yarn_parameters);
+    llama.cpp multiplies its own 0.1 ln(factor) + 1 by the value in the file (llama-context.cpp: yarn_attn_factor).
     """
-    for key, usual in (("beta_fast", 32), ("beta_slow", 1), ("truncate", True)):
+    for key, default in (("beta_fast", 32), ("beta_slow", 1), ("truncate", True)):
         if rope.get(key) is not None and key != "truncate":
             config.number(key, rope[key])
-        if rope.get(key) not in (None, usual):
+        if rope.get(key) not in (None, default):
             raise UnsupportedCheckpoint(
-                config.path, f"YaRN with {key} = {shortly(rope[key])} is not what llama.cpp computes"
+                config.path, f"llama.cpp does not support YaRN with {key} = {brief_repr(rope[key])}"
             )
     own = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
     if rope.get("attention_factor") is not None:
         return config.number("attention_factor", rope["attention_factor"]) / own
     if rope.get("mscale") and rope.get("mscale_all_dim"):
         scales = (config.number(key, rope[key]) for key in ("mscale", "mscale_all_dim"))
-        one, all_ = (0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0 for scale in scales)
-        return one / all_ / own
+        scale, scale_all_dim = (0.1 * value * math.log(factor) + 1 if factor > 1 else 1.0 for value in scales)
+        return scale / scale_all_dim / own
     return 1.0
 
 
-def _refuse_other_graphs(config: _Config, found: Hyperparameters) -> None:
-    values = config.values
-    if values.get("head_dim") not in (None, found.width // found.heads):
-        what = f"its heads are {shortly(values['head_dim'])} wide (head_dim), not {found.width // found.heads}"
-        raise UnsupportedCheckpoint(config.path, what)
-    if found.width % found.heads:
-        raise UnsupportedCheckpoint(config.path, f"{found.heads} heads do not share a width of {found.width} evenly")
-    if found.heads % found.kv_heads:
-        raise BadCheckpoint(config.path, f"{found.heads} heads over {found.kv_heads} key-value heads: that cannot be")
+def _check_graph(config: _ConfigReader, model: Hyperparameters) -> None:
+    """
+    Check everything in which llama.cpp's graph is fixed.
+
+    Raises
+    ------
+    BadCheckpoint: values contradict each other.
+    UnsupportedCheckpoint: llama.cpp computes something else.
+    """
+    values, path = config.values, config.path
+    if values.get("head_dim") not in (None, model.width // model.heads):
+        head_dim = brief_repr(values["head_dim"])
+        raise UnsupportedCheckpoint(path, f"“head_dim” is {head_dim}; llama.cpp needs {model.width // model.heads}")
+    if model.width % model.heads:
+        raise UnsupportedCheckpoint(path, f"a width of {model.width} cannot be divided evenly into {model.heads} heads")
+    if model.heads % model.kv_heads:
+        raise BadCheckpoint(path, f"{model.heads} heads cannot share {model.kv_heads} key-value heads evenly")
     rope = values.get("rope_parameters")
-    turned = (rope if isinstance(rope, dict) else values).get("partial_rotary_factor")
-    if turned is None:
-        turned = values.get("partial_rotary_factor")
-    if turned not in (None, 1):
-        what = (
-            f"only a part of each head is turned (partial_rotary_factor {shortly(turned)}); llama.cpp turns all of it"
+    rotary_factor = (rope if isinstance(rope, dict) else values).get("partial_rotary_factor")
+    if rotary_factor is None:
+        rotary_factor = values.get("partial_rotary_factor")
+    if rotary_factor not in (None, 1):
+        raise UnsupportedCheckpoint(
+            path, f"“partial_rotary_factor” is {brief_repr(rotary_factor)}; llama.cpp rotates whole heads"
         )
-        raise UnsupportedCheckpoint(config.path, what)
     if values.get("hidden_act", "silu") != "silu":
         raise UnsupportedCheckpoint(
-            config.path, f"its activation is {shortly(values['hidden_act'])}; llama.cpp computes silu for Qwen models"
+            path, f"its activation is {brief_repr(values['hidden_act'])}; llama.cpp computes silu for Qwen models"
         )
     if not config.flag("is_causal", True):
-        raise UnsupportedCheckpoint(
-            config.path, "“is_causal” is false; llama.cpp lets a token see only those before it"
-        )
-    _refuse_sliding_window(config, found)
-    if not found.experts:
+        raise UnsupportedCheckpoint(path, "“is_causal” is false; in llama.cpp, tokens attend only to earlier ones")
+    _check_sliding_window(config, model)
+    if not model.experts:
         return
     if config.flag("norm_topk_prob", False):
         raise UnsupportedCheckpoint(
-            config.path, "“norm_topk_prob” is true; llama.cpp does not normalise the experts' weights of this model"
+            path, "“norm_topk_prob” is true; llama.cpp does not normalize the expert weights of this architecture"
         )
     if values.get("decoder_sparse_step", 1) != 1 or values.get("mlp_only_layers"):
         raise UnsupportedCheckpoint(
-            config.path,
-            "some of its layers have no experts (decoder_sparse_step, mlp_only_layers); llama.cpp expects them in all",
+            path,
+            "some layers have no experts (decoder_sparse_step, mlp_only_layers); llama.cpp needs them in all layers",
         )
 
 
-def _refuse_sliding_window(config: _Config, found: Hyperparameters) -> None:
+def _check_sliding_window(config: _ConfigReader, model: Hyperparameters) -> None:
     window = config.values.get("sliding_window")
     if not config.flag("use_sliding_window", False) or window is None:
         return
     config.count("sliding_window")
-    kinds, first = config.values.get("layer_types"), config.values.get("max_window_layers")
+    layer_types, first = config.values.get("layer_types"), config.values.get("max_window_layers")
     if first is None:
-        first = _USUAL_FIRST_WINDOW
+        first = _DEFAULT_MAX_WINDOW_LAYERS
     elif not isinstance(first, int) or isinstance(first, bool) or first < 0:
-        raise BadCheckpoint(config.path, f"“max_window_layers” is {shortly(first)}, which cannot be")
-    slides = "sliding_attention" in kinds if isinstance(kinds, list) else first < found.layers
-    if (slides or found.experts) and window < found.context:
+        raise BadCheckpoint(config.path, f"“max_window_layers” is {brief_repr(first)}, which is invalid")
+    is_used = "sliding_attention" in layer_types if isinstance(layer_types, list) else first < model.layers
+    if (is_used or model.experts) and window < model.context:
         raise UnsupportedCheckpoint(
             config.path,
-            f"some of its layers see only the last {window:,} tokens (sliding window); llama.cpp's graph of this "
+            f"some layers attend only to the last {window:,} tokens (sliding window); llama.cpp's graph of this "
             "architecture has full attention only",
-            hint=f"Within {window:,} tokens both are the same: set “use_sliding_window” to false and "
+            hint=f"Up to {window:,} tokens both are the same: set “use_sliding_window” to false and "
             f"“max_position_embeddings” to {window} in a copy of config.json.",
         )
 
 
-def examine(folder: Path) -> None:
+def check_convertible(folder: Path) -> None:
     """
-    Whether the checkpoint in `folder` could be converted, as far as its config.json tells; its weights may be missing.
+    Check whether the checkpoint in `folder` can be converted, as far as config.json tells; the weights may be missing.
 
     Raises
     ------
-    BadCheckpoint, UnsupportedCheckpoint: it could not.
+    BadCheckpoint, UnsupportedCheckpoint: it cannot.
     """
     config = read_config(folder)
-    hyperparameters(Checkpoint(folder, config, {}))
+    read_hyperparameters(Checkpoint(folder, config, {}))

@@ -1,8 +1,8 @@
 """
-Byte-level BPE as GGUF wants it, from tokenizer.json, or from vocab.json and merges.txt: Qwen1.5's kind of vocabulary.
+Byte-level BPE vocabularies, Qwen1.5's kind: from tokenizer.json, or from vocab.json and merges.txt.
 
-llama.cpp has its own code for cutting text into words and merging bytes. So whatever a tokenizer.json asks for beyond
-that, another normalizer or another way of cutting, is refused: the model would read other tokens than it was taught.
+llama.cpp has its own code for splitting text into words and for merging bytes. A tokenizer.json that needs anything
+else, such as another normalizer, is refused: the model would get other tokens than in its training.
 """
 
 from __future__ import annotations
@@ -13,16 +13,22 @@ from pathlib import Path
 from typing import Any
 
 from qwenlocal.errors import BadCheckpoint, UnsupportedCheckpoint
-from qwenlocal.weights.checkpoint import read_json, shortly
-from qwenlocal.weights.draft import Draft, added_tokens, adds, merge_pairs, steps_of
-from qwenlocal.weights.kinds import NORMAL
+from qwenlocal.weights.checkpoint import brief_repr, read_json
+from qwenlocal.weights.gguf_reader import NORMAL
+from qwenlocal.weights.vocab_builder import (
+    VocabBuilder,
+    flatten_steps,
+    parse_add_flags,
+    parse_added_tokens,
+    parse_merges,
+)
 
-# The sha256 of the regular expression that cuts text into words, and llama.cpp's name for it (llama-vocab.cpp).
+# llama.cpp's name (llama-vocab.cpp) for the regular expression that splits text into words, by its sha256.
 PRE_TOKENIZERS = {
     # (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+
     "1ff7f41064896984db5d1bb6ff64fa4bc29007d08c1b439e505b7392777a319e": "qwen2",
 }
-# Those that llama.cpp knows (llama-vocab.cpp: tokenizer_pre); with another one it does not load the file.
+# All names that llama.cpp accepts (llama-vocab.cpp: tokenizer_pre); it does not load a file with another one.
 PRE_TOKENIZER_NAMES = frozenset(
     """
     a.x-4.0 afmoe bailingmoe bailingmoe2 bloom chameleon chatglm-bpe codeshell cohere2moe command-r dbrx deepseek-coder
@@ -33,128 +39,138 @@ PRE_TOKENIZER_NAMES = frozenset(
     midm-2.0 minerva-7b minicpm5 minimax-m2 modern-bert mpt olmo phi-2 pixtral poro-chat qwen2 qwen35 refact roberta-bpe
     sarvam-moe seed-coder smaug-bpe smollm solar-open spark2_5 stablelm2 starcoder superbpe talkie tekken tiny_aya
     trillion ufakzeka viking whitespace youtu
-    """.split()  # noqa: SIM905 - a hundred quotes would not read better
+    """.split()  # noqa: SIM905 - a hundred quotes would be less readable
 )
 
 
-def byte_level(
+def build_byte_bpe(
     file: Path,
     data: Mapping[str, Any],
     added: Mapping[int, tuple[str, int]],
     settings: Mapping[str, Any],
     size: int,
     pre: str | None,
-) -> Draft:
+) -> VocabBuilder:
     """
-    The vocabulary of a tokenizer.json, whose content `data` is; `pre` as `vocabulary.read_vocabulary` has it.
+    Build the vocabulary of a tokenizer.json with the content `data`; `pre` is that of `vocabulary.read_vocabulary`.
 
     Raises
     ------
-    BadCheckpoint: it does not hang together.
-    UnsupportedCheckpoint: llama.cpp would cut texts otherwise.
+    BadCheckpoint: the vocabulary is inconsistent.
+    UnsupportedCheckpoint: llama.cpp would tokenize differently.
     """
     model = data["model"]
-    _refuse_other_normalizers(file, data.get("normalizer"))
-    _refuse_other_merging(file, model)
-    draft = Draft.empty(file, "gpt2", pre or _pre_tokenizer(file, data), size)
-    draft.adds = adds(data.get("post_processor"), settings)
-    _fill(draft, model["vocab"], merge_pairs(file, model.get("merges")), added)
-    return draft
+    _check_normalizer(file, data.get("normalizer"))
+    _check_merging(file, model)
+    builder = VocabBuilder.empty(file, "gpt2", pre or _find_pre_tokenizer(file, data), size)
+    builder.add_flags = parse_add_flags(data.get("post_processor"), settings)
+    _fill(builder, model["vocab"], parse_merges(file, model.get("merges")), added)
+    return builder
 
 
-def from_parts(folder: Path, settings: Mapping[str, Any], size: int, pre: str | None) -> Draft:
+def build_from_vocab_json(folder: Path, settings: Mapping[str, Any], size: int, pre: str | None) -> VocabBuilder:
     """
-    vocab.json and merges.txt, which Qwen's repositories have beside tokenizer.json.
+    Build the vocabulary of vocab.json and merges.txt, which Qwen's repositories have next to tokenizer.json.
 
     Raises
     ------
-    As `byte_level`.
+    As `build_byte_bpe`.
     """
     file, merges_file = folder / "vocab.json", folder / "merges.txt"
     if pre is None and settings.get("tokenizer_class") not in ("Qwen2Tokenizer", "Qwen2TokenizerFast"):
         raise UnsupportedCheckpoint(
             file,
-            "without tokenizer.json it is not said how text is cut into words",
-            hint="If you know, say: --pre qwen2",
+            "without tokenizer.json, it is unknown how text is split into words",
+            hint="If it is split as in Qwen1.5: --pre qwen2",
         )
     try:
         lines = merges_file.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as reason:
         raise BadCheckpoint(merges_file, f"cannot read it ({reason})") from reason
-    merges = merge_pairs(merges_file, [line for line in lines if line and not line.startswith("#version")])
-    draft = Draft.empty(file, "gpt2", pre or "qwen2", size)
-    draft.adds = {"bos": False, "eos": False}
-    _fill(draft, read_json(file, "the vocabulary"), merges, added_tokens(file, None, settings))
-    return draft
+    merges = parse_merges(merges_file, [line for line in lines if line and not line.startswith("#version")])
+    builder = VocabBuilder.empty(file, "gpt2", pre or "qwen2", size)
+    builder.add_flags = {"bos": False, "eos": False}
+    _fill(builder, read_json(file, "the vocabulary"), merges, parse_added_tokens(file, None, settings))
+    return builder
 
 
 def _fill(
-    draft: Draft, vocabulary: Mapping[str, Any], merges: list[tuple[str, str]], added: Mapping[int, tuple[str, int]]
+    builder: VocabBuilder,
+    vocabulary: Mapping[str, Any],
+    merges: list[tuple[str, str]],
+    added: Mapping[int, tuple[str, int]],
 ) -> None:
-    draft.put_all(vocabulary, NORMAL)
-    draft.check_holes(vocabulary)
-    _check_merges(draft.file, vocabulary, merges)
-    draft.merges = [f"{left} {right}" for left, right in merges]
-    draft.add(added)
+    builder.put_all(vocabulary, NORMAL)
+    builder.check_ids(vocabulary)
+    _check_merges(builder.file, vocabulary, merges)
+    builder.merges = [f"{left} {right}" for left, right in merges]
+    builder.add(added)
 
 
 def _check_merges(file: Path, vocabulary: Mapping[str, Any], merges: list[tuple[str, str]]) -> None:
-    needed = {token for pair in merges for token in pair} | {left + right for left, right in merges}
-    if needed <= vocabulary.keys():
+    tokens = {token for pair in merges for token in pair} | {left + right for left, right in merges}
+    if tokens <= vocabulary.keys():
         return
     for left, right in merges:
         if left not in vocabulary or right not in vocabulary or left + right not in vocabulary:
-            raise BadCheckpoint(file, f"the merge of “{left}” and “{right}” needs a token that is not there")
+            raise BadCheckpoint(
+                file, f"the merge of “{left}” and “{right}” needs a token that is not in the vocabulary"
+            )
 
 
-def _pre_tokenizer(file: Path, data: Mapping[str, Any]) -> str:
-    """llama.cpp's name for how the file says text is cut into words."""
-    steps = list(steps_of(data.get("pre_tokenizer"), "pretokenizers"))
+def _find_pre_tokenizer(file: Path, data: Mapping[str, Any]) -> str:
+    """
+    Return llama.cpp's name for the pre-tokenizer of a tokenizer.json.
+
+    Raises
+    ------
+    UnsupportedCheckpoint: it is not a known one.
+    """
+    steps = list(flatten_steps(data.get("pre_tokenizer"), "pretokenizers"))
     splits = [step for step in steps if step.get("type") == "Split"]
-    expressions = [str(_expression(step)) for step in splits]
+    expressions = [str(_split_pattern(step)) for step in splits]
     digest = hashlib.sha256("".join(expressions).encode(errors="replace")).hexdigest()
     name = PRE_TOKENIZERS.get(digest)
     if name is None:
-        shown = shortly(expressions[0]) if expressions else "none"
-        raise _other_cutting(file, f"the expression {shown}")
+        raise _other_pre_tokenizer(file, f"the regex is {brief_repr(expressions[0]) if expressions else 'missing'}")
     if [step.get("type") for step in steps] != ["Split", "ByteLevel"]:
-        raise _other_cutting(file, f"the steps {', '.join(str(step.get('type')) for step in steps)}")
-    split, level = steps
-    for step, key, usual, wanted in (
+        raise _other_pre_tokenizer(file, f"the steps are {', '.join(str(step.get('type')) for step in steps)}")
+    split, byte_level = steps
+    for step, key, default, expected in (
         (split, "behavior", None, "Isolated"),
         (split, "invert", False, False),
-        (level, "add_prefix_space", True, False),  # what is usual: tokenizers, byte_level.rs
-        (level, "use_regex", True, False),
+        (byte_level, "add_prefix_space", True, False),  # the defaults: tokenizers, byte_level.rs
+        (byte_level, "use_regex", True, False),
     ):
-        if step.get(key, usual) != wanted:
-            raise _other_cutting(file, f"{key} is {shortly(step.get(key, usual))}")
+        if step.get(key, default) != expected:
+            raise _other_pre_tokenizer(file, f"{key} is {brief_repr(step.get(key, default))}")
     return name
 
 
-def _other_cutting(file: Path, what: str) -> UnsupportedCheckpoint:
+def _other_pre_tokenizer(file: Path, difference: str) -> UnsupportedCheckpoint:
     return UnsupportedCheckpoint(
         file,
-        f"it cuts text into words in a way that is not Qwen1.5's ({what})",
-        hint="If you know llama.cpp's name of it, say so: --pre NAME",
+        f"it splits text into words differently from Qwen1.5 ({difference})",
+        hint="If llama.cpp supports it, pass llama.cpp's name for it: --pre NAME",
     )
 
 
-def _expression(step: Mapping[str, Any]) -> Any:
+def _split_pattern(step: Mapping[str, Any]) -> Any:
     pattern = step.get("pattern")
     return pattern.get("Regex") if isinstance(pattern, dict) else pattern
 
 
-def _refuse_other_normalizers(file: Path, found: Any) -> None:
-    """NFC is what the engine does before llama.cpp gets a text (`engine/text.py`)."""
-    for step in steps_of(found, "normalizers"):
+def _check_normalizer(file: Path, normalizer: Any) -> None:
+    """Accept NFC only, which `engine.tokenizer` applies before llama.cpp gets a text."""
+    for step in flatten_steps(normalizer, "normalizers"):
         if step.get("type") != "NFC":
-            kind = shortly(step.get("type"))
-            raise UnsupportedCheckpoint(file, f"it changes text before cutting it ({kind}), which llama.cpp does not")
+            kind = brief_repr(step.get("type"))
+            raise UnsupportedCheckpoint(file, f"it changes text before tokenizing ({kind}), which llama.cpp does not")
 
 
-def _refuse_other_merging(file: Path, model: Mapping[str, Any]) -> None:
+def _check_merging(file: Path, model: Mapping[str, Any]) -> None:
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges"):
         if model.get(key):
             raise UnsupportedCheckpoint(
-                file, f"its tokenizer has {key} = {shortly(model[key])}, which llama.cpp does not know"
+                file, f"its tokenizer has {key} = {brief_repr(model[key])}, which llama.cpp does not support"
             )

@@ -1,75 +1,76 @@
-"""What will be written, tensor by tensor, before anything is: types and why, sizes, places, time."""
+"""The plan of GGUF files before they are written: the type of each tensor and why, sizes, offsets, duration."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qwenlocal import ggml
 from qwenlocal.errors import UsageError
 from qwenlocal.ggml import TensorType
-from qwenlocal.weights import gguf
-from qwenlocal.weights.gguf import Described
-from qwenlocal.weights.importance import Importance
-from qwenlocal.weights.mix import Candidate, Choice, FileType, ModelFacts, Wishes, choose_types, importance_is_needed
-from qwenlocal.weights.writing import Job, Output, Strip, Target
+from qwenlocal.weights import gguf_writer
+from qwenlocal.weights.file_types import FileType, QuantOverrides
+from qwenlocal.weights.gguf_reader import EncodedValue
+from qwenlocal.weights.gguf_writer import TensorSpec
+from qwenlocal.weights.imatrix import ImportanceMatrix
+from qwenlocal.weights.quant_mix import Candidate, ModelFacts, TypeChoice, choose_types, needs_imatrix
+from qwenlocal.weights.write_job import OutputFile, RowRange, RowTarget, WriteJob
 
 _QUANTIZATION_VERSION = 2  # ggml.h: GGML_QNT_VERSION
-_SAMPLE_ROWS, _SAMPLE_COLUMNS = 32, 4096  # of random weights, to see how fast this machine quantizes
+_SAMPLE_ROWS, _SAMPLE_COLUMNS = 32, 4096  # random weights, to measure how fast this machine quantizes
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """Rows that lie together in a file, as type `type`."""
+class SourceRows:
+    """Contiguous rows of the type `type` in a file."""
 
     file: Path
     offset: int
-    rows: int
+    row_count: int
     type: TensorType
 
 
 @dataclass(frozen=True)
 class SourceTensor:
     """
-    A tensor to be written: its name and shape in the GGUF file, and where its rows are now, in order.
+    A tensor to write: its name and shape in the GGUF file, and the rows it is read from, in order.
 
-    `exact` ones become float32 in every file; others may be quantized. `experts`: how many matrices lie one behind the
-    other in it, each a stretch of its own.
+    `keep_f32`: it is float32 in files of every type. A tensor of several experts has one `SourceRows` per expert.
     """
 
     name: str
     shape: tuple[int, ...]
-    stretches: Sequence[Stretch]
-    exact: bool = False
+    rows: Sequence[SourceRows]
+    keep_f32: bool = False
 
     @property
     def type(self) -> TensorType:
-        """The type that its numbers have now."""
-        return self.stretches[0].type
+        """The type in the source."""
+        return self.rows[0].type
 
     @property
     def elements(self) -> int:
-        """How many numbers it holds."""
-        return sum(stretch.rows for stretch in self.stretches) * self.shape[0]
+        """The number of its values."""
+        return sum(rows.row_count for rows in self.rows) * self.shape[0]
 
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor with its type in a file, and why that."""
+    """A tensor with its type in the source and in the file; `size` in bytes."""
 
     name: str
     shape: tuple[int, ...]
     source: TensorType
-    choice: Choice
+    choice: TypeChoice
     size: int
     elements: int
 
 
 @dataclass(frozen=True)
 class PlannedFile:
-    """A file to be: what is in it, and how large it will be."""
+    """A file to write: its tensors, and its size in bytes."""
 
     path: Path
     type: FileType
@@ -78,148 +79,152 @@ class PlannedFile:
 
     @property
     def bits_per_weight(self) -> float:
-        """Of all tensors together."""
+        """The mean over all tensors."""
         return sum(t.size for t in self.tensors) * 8 / max(1, sum(t.elements for t in self.tensors))
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Files to be written from one reading of the source. `notes` are sentences for people."""
+class ConversionPlan:
+    """Files to write, from one pass over the source. `notes` are sentences for display."""
 
     files: Sequence[PlannedFile]
-    job: Job
+    job: WriteJob
     notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
-class Goal:
-    """One file that is wanted."""
+class OutputSpec:
+    """A requested file: its path, its type, and its metadata."""
 
     path: Path
     type: FileType
-    metadata: Mapping[str, gguf.Encoded]
+    metadata: Mapping[str, EncodedValue]
 
 
-def make_goals(
-    wanted: Sequence[tuple[Path, FileType]],
-    pairs: Mapping[str, gguf.Encoded],
-    importance: Importance | None,
-    last: Mapping[str, gguf.Encoded] = {},
-) -> list[Goal]:
-    """A goal for each path and type: the pairs, what says which type it is, and `last` the long ones (vocabulary)."""
+def make_output_specs(
+    targets: Sequence[tuple[Path, FileType]],
+    metadata: Mapping[str, EncodedValue],
+    imatrix: ImportanceMatrix | None,
+    vocabulary: Mapping[str, EncodedValue] = {},
+) -> list[OutputSpec]:
+    """Add the keys that depend on the file type to `metadata`, and then the long ones of `vocabulary`."""
     return [
-        Goal(
+        OutputSpec(
             path,
             kind,
             {
-                **pairs,
-                "general.file_type": gguf.u32(kind.number),
-                "general.quantization_version": gguf.u32(_QUANTIZATION_VERSION),
-                **last,
-                **(importance.pairs if importance else {}),
+                **metadata,
+                "general.file_type": gguf_writer.u32(kind.number),
+                "general.quantization_version": gguf_writer.u32(_QUANTIZATION_VERSION),
+                **vocabulary,
+                **(imatrix.metadata if imatrix else {}),
             },
         )
-        for path, kind in wanted
+        for path, kind in targets
     ]
 
 
 def make_plan(
     tensors: Sequence[SourceTensor],
-    goals: Sequence[Goal],
+    specs: Sequence[OutputSpec],
     facts: ModelFacts,
-    wishes: Wishes,
-    importance: Importance | None = None,
+    overrides: QuantOverrides,
+    imatrix: ImportanceMatrix | None = None,
     notes: Sequence[str] = (),
-) -> Plan:
+) -> ConversionPlan:
     """
-    Decide on every tensor's type and place in every file. `tensors` come by layer, then name.
+    Choose the type and the offset of each tensor in each file. `tensors` must be in the order of `layer_order`.
 
     Raises
     ------
-    UsageError: a type needs an importance matrix and there is none.
+    UsageError: a type needs an importance matrix, and there is none.
     BadWeights: the importance matrix is of another model.
     """
-    files, outputs, types, places = [], [], [], []
-    for goal in goals:
-        candidates = [Candidate(t.name, t.shape, ggml.tensor_type("f32") if t.exact else t.type) for t in tensors]
-        choices = choose_types(candidates, goal.type, facts, wishes)
-        _check_importance(goal, candidates, choices, importance)
-        described = [Described(t.name, t.shape, c.type) for t, c in zip(tensors, choices, strict=True)]
-        layout = gguf.lay_out(goal.metadata, described)
+    files, outputs, types, offsets = [], [], [], []
+    for spec in specs:
+        candidates = [Candidate(t.name, t.shape, ggml.tensor_type("f32") if t.keep_f32 else t.type) for t in tensors]
+        choices = choose_types(candidates, spec.type, facts, overrides)
+        _check_imatrix(spec, candidates, choices, imatrix)
+        tensor_specs = [TensorSpec(t.name, t.shape, c.type) for t, c in zip(tensors, choices, strict=True)]
+        layout = gguf_writer.make_layout(spec.metadata, tensor_specs)
         planned = [
-            PlannedTensor(t.name, t.shape, t.type, choice, d.size, t.elements)
-            for t, choice, d in zip(tensors, choices, described, strict=True)
+            PlannedTensor(t.name, t.shape, t.type, choice, tensor_spec.size, t.elements)
+            for t, choice, tensor_spec in zip(tensors, choices, tensor_specs, strict=True)
         ]
-        files.append(PlannedFile(goal.path, goal.type, planned, layout.size))
-        outputs.append(Output(goal.path, layout.header, layout.size))
+        files.append(PlannedFile(spec.path, spec.type, planned, layout.size))
+        outputs.append(OutputFile(spec.path, layout.header, layout.size))
         types.append([choice.type for choice in choices])
-        places.append(layout.offsets)
-    strips = []
+        offsets.append(layout.offsets)
+    ranges = []
     for index, tensor in enumerate(tensors):
         kinds = [kind[index] for kind in types]
-        strips += _strips(tensor, kinds, [place[tensor.name] for place in places], importance)
-    return Plan(files, Job(outputs, _together(strips)), notes)
+        ranges += _row_ranges(tensor, kinds, [file_offsets[tensor.name] for file_offsets in offsets], imatrix)
+    return ConversionPlan(files, WriteJob(outputs, _merge_ranges(ranges)), notes)
 
 
-def _strips(
-    tensor: SourceTensor, kinds: Sequence[TensorType], places: Sequence[int], importance: Importance | None
-) -> list[Strip]:
-    columns, before, strips = tensor.shape[0], 0, []
+def _row_ranges(
+    tensor: SourceTensor, kinds: Sequence[TensorType], offsets: Sequence[int], imatrix: ImportanceMatrix | None
+) -> list[RowRange]:
+    columns, first, ranges = tensor.shape[0], 0, []
     experts = tensor.shape[2] if len(tensor.shape) > 2 else 1
-    per_expert = tensor.shape[1] if len(tensor.shape) > 1 else 1
-    for stretch in tensor.stretches:
-        weights = importance.of(tensor.name, before // per_expert, experts, columns) if importance else None
+    rows_per_expert = tensor.shape[1] if len(tensor.shape) > 1 else 1
+    for rows in tensor.rows:
+        expert = first // rows_per_expert
+        weights = imatrix.column_weights(tensor.name, expert, experts, columns) if imatrix else None
         targets = [
-            Target(output, place + before * kind.row_bytes(columns), kind, weights if kind.is_quantized else None)
-            for output, (kind, place) in enumerate(zip(kinds, places, strict=True))
+            RowTarget(output, offset + first * kind.row_bytes(columns), kind, weights if kind.is_quantized else None)
+            for output, (kind, offset) in enumerate(zip(kinds, offsets, strict=True))
         ]
-        name = f"{tensor.name}, expert {before // per_expert}" if experts > 1 else tensor.name
-        strips.append(Strip(name, stretch.file, stretch.offset, stretch.type, stretch.rows, columns, targets))
-        before += stretch.rows
-    return strips
+        name = f"{tensor.name}, expert {expert}" if experts > 1 else tensor.name
+        ranges.append(RowRange(name, rows.file, rows.offset, rows.type, rows.row_count, columns, targets))
+        first += rows.row_count
+    return ranges
 
 
-def _together(strips: Sequence[Strip]) -> list[Strip]:
-    """Rows that two tensors want are read once."""
-    found: dict[tuple[Path, int, int, int], Strip] = {}
-    for strip in strips:
-        key = (strip.file, strip.offset, strip.rows, strip.columns)
-        if key in found:
-            first = found[key]
-            targets = [*first.targets, *strip.targets]
-            strip = Strip(first.name, strip.file, strip.offset, strip.type, strip.rows, strip.columns, targets)
-        found[key] = strip
-    return list(found.values())
+def _merge_ranges(ranges: Sequence[RowRange]) -> list[RowRange]:
+    """Merge ranges with the same source rows, which two tensors need, so that they are read once."""
+    merged: dict[tuple[Path, int, int, int], RowRange] = {}
+    for rows in ranges:
+        key = (rows.file, rows.offset, rows.row_count, rows.columns)
+        if key in merged:
+            rows = replace(merged[key], targets=[*merged[key].targets, *rows.targets])
+        merged[key] = rows
+    return list(merged.values())
 
 
-def _check_importance(
-    goal: Goal, candidates: Sequence[Candidate], choices: Sequence[Choice], importance: Importance | None
+def _check_imatrix(
+    spec: OutputSpec,
+    candidates: Sequence[Candidate],
+    choices: Sequence[TypeChoice],
+    imatrix: ImportanceMatrix | None,
 ) -> None:
     for tensor, choice in zip(candidates, choices, strict=True):
-        if choice.type == tensor.type or not importance_is_needed(tensor.name, choice.type, goal.type):
+        if choice.type == tensor.type or not needs_imatrix(tensor.name, choice.type, spec.type):
             continue
-        if importance is None or tensor.name not in importance.weights:
+        if imatrix is None or tensor.name not in imatrix.weights:
             raise UsageError(
-                f"{choice.type.name} is garbage without an importance matrix, for “{tensor.name}” for example.",
-                hint="Give one with --imatrix FILE (llama-imatrix measures it), or take q2_k, iq3_s or q3_k_m.",
+                f"“{tensor.name}” is garbage as {choice.type.name} without an importance matrix.",
+                hint="Pass one with --imatrix FILE (created with llama-imatrix), or use q2_k, iq3_s or q3_k_m.",
             )
 
 
-def estimate_seconds(plan: Plan, threads: int) -> float:
+def estimate_seconds(plan: ConversionPlan, threads: int) -> float:
     """
-    How long the quantizing takes on this machine, from a sample of random weights for each type that occurs.
+    Estimate how long quantizing takes on this machine, from a sample of random weights for each type.
 
-    Reading and writing come on top where the disk is slower than that.
+    Reading and writing take longer than that only if the disk is slower.
     """
-    work: dict[str, int] = {}
-    for strip in plan.job.strips:
-        for target in strip.targets:
-            if target.type != strip.type:
-                work[target.type.name] = work.get(target.type.name, 0) + strip.rows * strip.columns
-    return sum(count * _seconds_per_number(ggml.tensor_type(name)) for name, count in work.items()) / max(1, threads)
+    values: dict[str, int] = {}
+    for rows in plan.job.ranges:
+        for target in rows.targets:
+            if target.type != rows.type:
+                values[target.type.name] = values.get(target.type.name, 0) + rows.row_count * rows.columns
+    seconds = sum(count * _measure_quantization(ggml.tensor_type(name)) for name, count in values.items())
+    return seconds / max(1, threads)
 
 
-def _seconds_per_number(kind: TensorType) -> float:
+def _measure_quantization(kind: TensorType) -> float:
+    """Return the seconds per value."""
     import numpy
 
     rows, columns = _SAMPLE_ROWS, _SAMPLE_COLUMNS

@@ -1,9 +1,11 @@
 """
-From a checkpoint to the plan of one or several GGUF files: what is in the files is decided here, nothing is written.
+The plan for converting a checkpoint to one or several GGUF files. It decides what they contain; nothing is written.
 
-    checkpoint.py    what is there       architecture.py  what it computes
-    placement.py     where tensors go    vocabulary.py    how it spells
-    about.py         what it is called   mix.py, plan.py  types, sizes, places; writing.py carries it out
+    checkpoint.py      files                architecture.py                   hyperparameters
+    tensor_map.py      tensors              vocabulary.py                     tokenizer
+    model_metadata.py  name, license, …     quant_mix.py, conversion_plan.py  types, sizes, offsets
+
+write_workers.py executes the plan.
 """
 
 from __future__ import annotations
@@ -13,173 +15,177 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qwenlocal import ggml
-from qwenlocal.weights import gguf
-from qwenlocal.weights.about import Parameters, read_about
-from qwenlocal.weights.architecture import Hyperparameters, hyperparameters
+from qwenlocal.weights import gguf_writer
+from qwenlocal.weights.architecture import Hyperparameters, read_hyperparameters
 from qwenlocal.weights.checkpoint import Checkpoint
-from qwenlocal.weights.importance import Importance
-from qwenlocal.weights.mix import FileType, ModelFacts, Wishes
-from qwenlocal.weights.placement import Placed, Placement, place_tensors
-from qwenlocal.weights.plan import Plan, SourceTensor, Stretch, make_goals, make_plan
+from qwenlocal.weights.conversion_plan import ConversionPlan, SourceRows, SourceTensor, make_output_specs, make_plan
+from qwenlocal.weights.file_types import FileType, QuantOverrides
+from qwenlocal.weights.gguf_reader import EncodedValue
+from qwenlocal.weights.imatrix import ImportanceMatrix
+from qwenlocal.weights.model_metadata import ParameterCounts, read_model_metadata
+from qwenlocal.weights.quant_mix import ModelFacts
+from qwenlocal.weights.tensor_map import MappedTensor, TensorMap, map_tensors
 from qwenlocal.weights.vocabulary import Vocabulary, read_vocabulary
+
+_TOKEN_ID_KEYS = {
+    "unk": "unknown_token_id",
+    "sep": "seperator_token_id",  # sic: llama.cpp's spelling
+    "pad": "padding_token_id",
+}
 
 
 @dataclass(frozen=True)
-class Options:
+class ConversionOptions:
     """
-    How to convert. `name` and `repo` are what the checkpoint is called and where it came from.
+    How to convert. `name` and `repo` are the checkpoint's name and the repository it came from.
 
-    `like_llama_cpp` leaves out what we do otherwise than llama.cpp's own converter: a tied head that is stored twice
-    is kept, and end-of-turn and suppressed tokens are not named.
+    `like_llama_cpp` does without our differences from llama.cpp's converter: it keeps an output matrix that equals the
+    embeddings to which it is tied, and leaves out end-of-turn and suppressed tokens and the repository.
     """
 
     name: str = ""
     repo: str = ""
     pre: str | None = None
     like_llama_cpp: bool = False
-    wishes: Wishes = field(default_factory=Wishes)
-    importance: Importance | None = None
+    overrides: QuantOverrides = field(default_factory=QuantOverrides)
+    imatrix: ImportanceMatrix | None = None
 
 
 def plan_conversion(
-    checkpoint: Checkpoint, wanted: Sequence[tuple[Path, FileType]], options: Options = Options()
-) -> Plan:
+    checkpoint: Checkpoint,
+    targets: Sequence[tuple[Path, FileType]],
+    options: ConversionOptions = ConversionOptions(),
+) -> ConversionPlan:
     """
-    The plan for writing `wanted` (paths and types) from one reading of `checkpoint`.
+    Plan to write `targets` (paths and types) from one pass over `checkpoint`.
 
     Raises
     ------
-    BadCheckpoint: a file of it is damaged, missing, or contradicts another.
+    BadCheckpoint: a file is damaged or missing, or contradicts another.
     UnsupportedCheckpoint: llama.cpp would compute something else.
-    BadWeights: a type needs an importance matrix.
+    UsageError: a type needs an importance matrix, or an option does not fit the checkpoint.
+    BadWeights: the importance matrix is of another model.
     """
-    model = hyperparameters(checkpoint)
-    placement = place_tensors(checkpoint, model, keep_tied_head=options.like_llama_cpp)
-    vocabulary = read_vocabulary(checkpoint.folder, checkpoint.config, model.vocabulary, pre=options.pre)
-    about = read_about(
+    model = read_hyperparameters(checkpoint)
+    tensor_map = map_tensors(checkpoint, model, keep_tied_output=options.like_llama_cpp)
+    vocabulary = read_vocabulary(checkpoint.folder, checkpoint.config, model.vocab_size, pre=options.pre)
+    model_metadata = read_model_metadata(
         checkpoint.folder,
         checkpoint.config,
         options.name or checkpoint.folder.name,
-        _parameters(placement, model),
+        _count_parameters(tensor_map, model),
         options.repo,
         like_llama_cpp=options.like_llama_cpp,
     )
-    pairs = {
-        "general.architecture": gguf.string(model.architecture),
-        **about.pairs,
-        **_sizes(model),
+    metadata = {
+        "general.architecture": gguf_writer.string(model.architecture),
+        **model_metadata.pairs,
+        **_hyperparameter_keys(model),
     }
-    spelling = _spelling(vocabulary, like_llama_cpp=options.like_llama_cpp)
-    goals = make_goals(wanted, pairs, options.importance, spelling)
+    tokenizer = _tokenizer_keys(vocabulary, like_llama_cpp=options.like_llama_cpp)
+    specs = make_output_specs(targets, metadata, options.imatrix, tokenizer)
     facts = ModelFacts(
         model.architecture, model.layers, model.heads // model.kv_heads, model.experts.count if model.experts else 0
     )
-    notes = [*about.notes, *vocabulary.notes, *_dropped(placement)]
-    return make_plan(_sources(placement.tensors), goals, facts, options.wishes, options.importance, notes)
+    notes = [*model_metadata.notes, *vocabulary.notes, *_drop_notes(tensor_map)]
+    return make_plan(_source_tensors(tensor_map.tensors), specs, facts, options.overrides, options.imatrix, notes)
 
 
-def _parameters(placement: Placement, model: Hyperparameters) -> Parameters:
-    total = sum(tensor.elements for tensor in placement.tensors)
-    inside = sum(tensor.elements for tensor in placement.tensors if "_exps." in tensor.name)
-    return Parameters(total, inside, model.experts.count if model.experts else 0)
+def _count_parameters(tensor_map: TensorMap, model: Hyperparameters) -> ParameterCounts:
+    total = sum(tensor.elements for tensor in tensor_map.tensors)
+    in_experts = sum(tensor.elements for tensor in tensor_map.tensors if "_exps." in tensor.name)
+    return ParameterCounts(total, in_experts, model.experts.count if model.experts else 0)
 
 
-def _dropped(placement: Placement) -> list[str]:
-    """One sentence for each reason, not for each tensor."""
-    reasons: dict[str, list[int]] = {}
-    for dropped in placement.dropped:
-        reasons.setdefault(dropped.reason, []).append(dropped.size)
-    names = {dropped.reason: dropped.name for dropped in placement.dropped}
+def _drop_notes(tensor_map: TensorMap) -> list[str]:
+    """Return one sentence per reason, not per tensor."""
+    sizes: dict[str, list[int]] = {}
+    for dropped in tensor_map.dropped:
+        sizes.setdefault(dropped.reason, []).append(dropped.size)
+    names = {dropped.reason: dropped.name for dropped in tensor_map.dropped}
     return [
-        f"Left out: {names[why] if len(sizes) == 1 else f'{len(sizes)} tensors'}, {why} ({sum(sizes) / 1e6:,.1f} MB)."
-        for why, sizes in reasons.items()
+        f"Left out {names[why] if len(each) == 1 else f'{len(each)} tensors'} ({sum(each) / 1e6:,.1f} MB): {why}."
+        for why, each in sizes.items()
     ]
 
 
-def _sources(placed: Sequence[Placed]) -> list[SourceTensor]:
+def _source_tensors(tensors: Sequence[MappedTensor]) -> list[SourceTensor]:
     return [
         SourceTensor(
             tensor.name,
             tensor.shape,
             [
-                Stretch(
+                SourceRows(
                     rows.tensor.file,
                     rows.tensor.offset
                     + rows.first * (kind := ggml.tensor_type(rows.tensor.dtype.lower())).row_bytes(tensor.shape[0]),
                     rows.count,
                     kind,
                 )
-                for rows in tensor.parts
+                for rows in tensor.rows
             ],
-            tensor.exact,
+            tensor.keep_f32,
         )
-        for tensor in placed
+        for tensor in tensors
     ]
 
 
-def _sizes(model: Hyperparameters) -> dict[str, gguf.Encoded]:
-    """The keys that llama.cpp's loader asks for (conversion/base.py: set_gguf_parameters; conversion/qwen.py)."""
+def _hyperparameter_keys(model: Hyperparameters) -> dict[str, EncodedValue]:
+    """Encode the keys that llama.cpp's loader reads (conversion/base.py: set_gguf_parameters; conversion/qwen.py)."""
     pairs = {
-        "block_count": gguf.u32(model.layers),
-        "context_length": gguf.u32(model.context),
-        "embedding_length": gguf.u32(model.width),
-        "feed_forward_length": gguf.u32(model.feed_forward),
-        "attention.head_count": gguf.u32(model.heads),
-        "attention.head_count_kv": gguf.u32(model.kv_heads),
+        "block_count": gguf_writer.u32(model.layers),
+        "context_length": gguf_writer.u32(model.context),
+        "embedding_length": gguf_writer.u32(model.width),
+        "feed_forward_length": gguf_writer.u32(model.feed_forward),
+        "attention.head_count": gguf_writer.u32(model.heads),
+        "attention.head_count_kv": gguf_writer.u32(model.kv_heads),
     }
     if scaling := model.scaling:
-        pairs["rope.scaling.type"] = gguf.string(scaling.kind)
-        pairs["rope.scaling.factor"] = gguf.f32(scaling.factor)
+        pairs["rope.scaling.type"] = gguf_writer.string(scaling.kind)
+        pairs["rope.scaling.factor"] = gguf_writer.f32(scaling.factor)
         if scaling.kind == "yarn":
-            pairs["rope.scaling.original_context_length"] = gguf.u32(scaling.original_context)
+            pairs["rope.scaling.original_context_length"] = gguf_writer.u32(scaling.original_context)
             if scaling.attention != 1:
-                pairs["rope.scaling.attn_factor"] = gguf.f32(scaling.attention)
-    pairs["rope.freq_base"] = gguf.f32(model.rope_base)
-    pairs["attention.layer_norm_rms_epsilon"] = gguf.f32(model.epsilon)
+                pairs["rope.scaling.attn_factor"] = gguf_writer.f32(scaling.attention)
+    pairs["rope.freq_base"] = gguf_writer.f32(model.rope_base)
+    pairs["attention.layer_norm_rms_epsilon"] = gguf_writer.f32(model.epsilon)
     if experts := model.experts:
-        pairs["expert_count"] = gguf.u32(experts.count)
-        pairs["expert_used_count"] = gguf.u32(experts.used)
-        pairs["expert_feed_forward_length"] = gguf.u32(experts.width)
-        pairs["expert_shared_feed_forward_length"] = gguf.u32(experts.shared_width)
+        pairs["expert_count"] = gguf_writer.u32(experts.count)
+        pairs["expert_used_count"] = gguf_writer.u32(experts.used)
+        pairs["expert_feed_forward_length"] = gguf_writer.u32(experts.width)
+        pairs["expert_shared_feed_forward_length"] = gguf_writer.u32(experts.shared_width)
     return {f"{model.architecture}.{key}": value for key, value in pairs.items()}
 
 
-def _spelling(vocabulary: Vocabulary, *, like_llama_cpp: bool) -> dict[str, gguf.Encoded]:
-    pairs: dict[str, gguf.Encoded] = {
-        "model": gguf.string(vocabulary.model),
-        "pre": gguf.string(vocabulary.pre),
-        "tokens": gguf.strings(vocabulary.tokens),
+def _tokenizer_keys(vocabulary: Vocabulary, *, like_llama_cpp: bool) -> dict[str, EncodedValue]:
+    pairs: dict[str, EncodedValue] = {
+        "model": gguf_writer.string(vocabulary.model),
+        "pre": gguf_writer.string(vocabulary.pre),
+        "tokens": gguf_writer.strings(vocabulary.tokens),
     }
     if vocabulary.scores:
-        pairs["scores"] = gguf.f32s(vocabulary.scores)
-    pairs["token_type"] = gguf.i32s(vocabulary.kinds)
+        pairs["scores"] = gguf_writer.f32s(vocabulary.scores)
+    pairs["token_type"] = gguf_writer.i32s(vocabulary.token_types)
     if vocabulary.merges:
-        pairs["merges"] = gguf.strings(vocabulary.merges)
+        pairs["merges"] = gguf_writer.strings(vocabulary.merges)
     special = {role: id for role, id in vocabulary.special.items() if not (like_llama_cpp and role in ("eot", "eom"))}
     for role, number in special.items():
-        pairs[_ROLES.get(role, f"{role}_token_id")] = gguf.u32(number)
-    for what, flag in vocabulary.adds.items():
-        if what == "space" and not like_llama_cpp:
-            pairs["add_space_prefix"] = gguf.boolean(flag)
-        elif what != "space":
-            pairs[f"add_{what}_token"] = gguf.boolean(flag)
+        pairs[_TOKEN_ID_KEYS.get(role, f"{role}_token_id")] = gguf_writer.u32(number)
+    for name, flag in vocabulary.add_flags.items():
+        if name == "space" and not like_llama_cpp:
+            pairs["add_space_prefix"] = gguf_writer.boolean(flag)
+        elif name != "space":
+            pairs[f"add_{name}_token"] = gguf_writer.boolean(flag)
     first, count = vocabulary.first_unused, len(vocabulary.tokens)
     if first < count and not like_llama_cpp:
-        pairs["suppress_tokens"] = gguf.i32s(range(first, count))
-    found = {f"tokenizer.ggml.{key}": value for key, value in pairs.items()}
-    return {**found, **_templates(vocabulary.templates)}
+        pairs["suppress_tokens"] = gguf_writer.i32s(range(first, count))
+    keys = {f"tokenizer.ggml.{key}": value for key, value in pairs.items()}
+    return {**keys, **_template_keys(vocabulary.templates)}
 
 
-_ROLES = {
-    "unk": "unknown_token_id",
-    "sep": "seperator_token_id",
-    "pad": "padding_token_id",
-}  # sic: llama.cpp's spelling
-
-
-def _templates(templates: Mapping[str, str]) -> dict[str, gguf.Encoded]:
+def _template_keys(templates: Mapping[str, str]) -> dict[str, EncodedValue]:
     named = [name for name in templates if name]
-    pairs = {"tokenizer.chat_templates": gguf.strings(named)} if named else {}
+    pairs = {"tokenizer.chat_templates": gguf_writer.strings(named)} if named else {}
     for name, text in templates.items():
-        pairs[f"tokenizer.chat_template{f'.{name}' if name else ''}"] = gguf.string(text)
+        pairs[f"tokenizer.chat_template{f'.{name}' if name else ''}"] = gguf_writer.string(text)
     return pairs

@@ -1,23 +1,22 @@
-"""What two GGUF files have not in common: keys, tensors, types, and how far their numbers are apart."""
+"""Differences between two GGUF files: keys, tensors, types, and the error of the weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwenlocal.weights import gguf
-from qwenlocal.weights.header import Tensor, read_pairs, tensor_type_name
-from qwenlocal.weights.numbers import is_readable, numbers_of, place_of, relative_error, same_bytes
-from qwenlocal.weights.parts import OF_THE_FILE, Located, Parts, read_parts
+from qwenlocal.weights.gguf_reader import EncodedValue, decode_value, read_raw_metadata, tensor_type_name
+from qwenlocal.weights.split_model import FILE_KEYS, LocatedTensor, SplitModel, read_split_model
+from qwenlocal.weights.tensor_values import can_read_values, have_same_bytes, read_values, relative_rmse, tensor_range
 
 Report = Callable[[int, int], object]
 
 
 @dataclass(frozen=True)
 class KeyDifference:
-    """A key with its values; None where the file does not have it. `where` is the first place in which lists differ."""
+    """A key with its values; None stands for a missing one. `where` is the first index at which two lists differ."""
 
     key: str
     left: Any
@@ -28,9 +27,9 @@ class KeyDifference:
 @dataclass(frozen=True)
 class TensorDifference:
     """
-    A tensor that is only in one file ("" for the other's type), or differs.
+    A tensor that differs, or that is in one file only (then the other's type is "").
 
-    `rmse` is the root of the mean squared difference over that of the left one's numbers: 0.05 is five per cent.
+    `rmse` is relative to the left file's values: 0.05 is five percent. None if the values cannot be compared.
     """
 
     name: str
@@ -41,7 +40,7 @@ class TensorDifference:
 
 
 @dataclass(frozen=True)
-class Difference:
+class GgufDiff:
     """All differences of two files."""
 
     keys: Sequence[KeyDifference]
@@ -49,66 +48,69 @@ class Difference:
 
     @property
     def is_empty(self) -> bool:
-        """Whether the files say and weigh the same."""
+        """True if the metadata and the weights are equal."""
         return not self.keys and not self.tensors
 
 
-def compare(left: Path, right: Path, report: Report = lambda done, all: None) -> Difference:
+def compare_files(left: Path, right: Path, report: Report = lambda done, total: None) -> GgufDiff:
     """
-    Compare two files; numbers are dequantised where the types differ. `report` gets tensors done and altogether.
+    Compare two files; weights of different types are dequantized. `report` gets tensors done and the total.
 
     Raises
     ------
-    BadWeights: one of them is not a GGUF file, or damaged.
+    BadWeights: a file is not a GGUF file, or is damaged.
     """
-    sides = read_parts(left), read_parts(right)
-    keys = _keys(*({key: value for key, value in read_pairs(side.paths[0]).items() if key not in OF_THE_FILE}
-                   for side in sides))  # fmt: skip
-    return Difference(keys, _tensors(*sides, report))
+    models = read_split_model(left), read_split_model(right)
+    left_metadata, right_metadata = map(_read_model_metadata, models)
+    return GgufDiff(_diff_keys(left_metadata, right_metadata), _diff_tensors(*models, report))
 
 
-def _keys(left: dict[str, gguf.Encoded], right: dict[str, gguf.Encoded]) -> list[KeyDifference]:
-    found = []
+def _read_model_metadata(model: SplitModel) -> dict[str, EncodedValue]:
+    return {key: value for key, value in read_raw_metadata(model.paths[0]).items() if key not in FILE_KEYS}
+
+
+def _diff_keys(left: Mapping[str, EncodedValue], right: Mapping[str, EncodedValue]) -> list[KeyDifference]:
+    differences = []
     for key in dict.fromkeys([*left, *right]):
         if left.get(key) == right.get(key):
             continue
-        one, other = (gguf.decode(pairs[key]) if key in pairs else None for pairs in (left, right))
+        left_value, right_value = (decode_value(pairs[key]) if key in pairs else None for pairs in (left, right))
         where = None
-        if isinstance(one, list) and isinstance(other, list):
-            pairs = enumerate(zip(one, other, strict=False))
-            where = next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))
-        found.append(KeyDifference(key, one, other, where))
-    return found
+        if isinstance(left_value, list) and isinstance(right_value, list):
+            entries = enumerate(zip(left_value, right_value, strict=False))
+            where = next((n for n, (a, b) in entries if a != b), min(len(left_value), len(right_value)))
+        differences.append(KeyDifference(key, left_value, right_value, where))
+    return differences
 
 
-def _tensors(left: Parts, right: Parts, report: Report) -> list[TensorDifference]:
-    here, there = left.by_name, right.by_name
-    found, names = [], list(dict.fromkeys([*here, *there]))
+def _diff_tensors(left_model: SplitModel, right_model: SplitModel, report: Report) -> list[TensorDifference]:
+    left_tensors, right_tensors = left_model.by_name, right_model.by_name
+    differences, names = [], list(dict.fromkeys([*left_tensors, *right_tensors]))
     for number, name in enumerate(names):
         report(number, len(names))
-        left_one, right_one = here.get(name), there.get(name)
-        one, other = left_one and left_one.tensor, right_one and right_one.tensor
-        types = _type_name(one), _type_name(other)
-        shapes = (one.shape if one else None, other.shape if other else None)
-        if not left_one or not right_one or one is None or other is None or one.shape != other.shape:
-            found.append(TensorDifference(name, *types, shapes))
+        left, right = left_tensors.get(name), right_tensors.get(name)
+        types = _type_name(left), _type_name(right)
+        shapes = (left.tensor.shape if left else None, right.tensor.shape if right else None)
+        if not left or not right or shapes[0] != shapes[1]:
+            differences.append(TensorDifference(name, *types, shapes))
             continue
-        rmse = _error(left_one, right_one)
-        if rmse is None or rmse or one.type != other.type:
-            found.append(TensorDifference(name, *types, shapes, rmse))
+        rmse = _compute_error(left, right)
+        if rmse is None or rmse or left.tensor.type != right.tensor.type:
+            differences.append(TensorDifference(name, *types, shapes, rmse))
     report(len(names), len(names))
-    return found
+    return differences
 
 
-def _type_name(tensor: Tensor | None) -> str:
-    return tensor_type_name(tensor.type) if tensor else ""
+def _type_name(located: LocatedTensor | None) -> str:
+    return tensor_type_name(located.tensor.type) if located else ""
 
 
-def _error(left: Located, right: Located) -> float | None:
-    """None where the numbers of one of them cannot be read."""
-    known = place_of(*left).size > 0
-    if known and left.tensor.type == right.tensor.type and same_bytes(place_of(*left), place_of(*right)):
+def _compute_error(left: LocatedTensor, right: LocatedTensor) -> float | None:
+    """Compute the relative RMSE; None if the values of a tensor cannot be read."""
+    left_range, right_range = tensor_range(*left), tensor_range(*right)
+    has_same_type = left.tensor.type == right.tensor.type
+    if has_same_type and left_range.size > 0 and have_same_bytes(left_range, right_range):
         return 0.0
-    if not (is_readable(left.tensor) and is_readable(right.tensor)):
+    if not (can_read_values(left.tensor) and can_read_values(right.tensor)):
         return None
-    return relative_error(numbers_of(*left), numbers_of(*right))
+    return relative_rmse(read_values(*left), read_values(*right))

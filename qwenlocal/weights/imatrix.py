@@ -1,9 +1,9 @@
 """
-An importance matrix: how much each column of each matrix matters, as llama-imatrix measures it.
+Importance matrices: how much each column of each matrix matters, as measured by llama-imatrix.
 
-The file is a GGUF with two tensors a matrix: `<name>.in_sum2`, the sums of squares of what the columns were multiplied
-with, and `<name>.counts`, of how many rows (llama.cpp, tools/imatrix/imatrix.cpp: save_imatrix). A column's weight is
-the quotient, 1 for an expert that was never asked (tools/quantize/quantize.cpp: load_imatrix).
+The file is a GGUF file with two tensors per matrix: `<name>.in_sum2`, the sums of squares of the inputs of each column,
+and `<name>.counts`, the number of inputs (llama.cpp, tools/imatrix/imatrix.cpp: save_imatrix). A column's weight is the
+quotient, or 1 for an expert that was never used (tools/quantize/quantize.cpp: load_imatrix).
 """
 
 from __future__ import annotations
@@ -14,63 +14,67 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwenlocal.errors import BadWeights, ModelNotFound
-from qwenlocal.weights import gguf
-from qwenlocal.weights.header import Header, Tensor, read_header
+from qwenlocal.weights import gguf_writer
+from qwenlocal.weights.gguf_reader import EncodedValue, Header, TensorInfo, read_header
 
 if TYPE_CHECKING:
     import numpy
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
+_HINT = "Create one with llama-imatrix, in GGUF format (--output-format gguf)."
 
 
 @dataclass(frozen=True)
-class Importance:
-    """`weights[name]` is float32 of shape (experts or 1, columns); `pairs` say in a GGUF file what was used."""
+class ImportanceMatrix:
+    """
+    `weights[name]` is float32 of shape (experts or 1, columns); `metadata` describes the matrix in quantized files.
+    """
 
     weights: Mapping[str, numpy.ndarray]
-    pairs: Mapping[str, gguf.Encoded]
+    metadata: Mapping[str, EncodedValue]
 
-    def of(self, name: str, expert: int, experts: int, columns: int) -> numpy.ndarray | None:
+    def column_weights(self, name: str, expert: int, experts: int, columns: int) -> numpy.ndarray | None:
         """
-        The weights of one expert's columns (0 of 1 for ordinary matrices); None where the matrix was not measured.
+        Return the column weights of one expert (0 of 1 for ordinary matrices); None if the matrix was not measured.
 
         Raises
         ------
-        BadWeights: the shape is another one.
+        BadWeights: the matrix has another shape.
         """
-        found = self.weights.get(name)
-        if found is None:
+        weights = self.weights.get(name)
+        if weights is None:
             return None
-        if found.shape != (experts, columns):
+        if weights.shape != (experts, columns):
             raise BadWeights(
                 "the importance matrix",
-                f"it has {found.shape[0]} x {found.shape[1]:,} weights for “{name}”, where the model has "
+                f"it has {weights.shape[0]} x {weights.shape[1]:,} weights for “{name}”, but the model has "
                 f"{experts} x {columns:,}",
-                hint="It was measured with another model.",
+                hint="It was measured with another model. Measure one with this model.",
             )
-        weights: numpy.ndarray = found[expert]
-        return weights
+        expert_weights: numpy.ndarray = weights[expert]
+        return expert_weights
 
 
-def read_importance(path: Path) -> Importance:
+def read_imatrix(path: Path) -> ImportanceMatrix:
     """
+    Read an importance matrix.
+
     Raises
     ------
     ModelNotFound: there is no such file.
-    BadWeights: the file is no importance matrix, or is damaged.
+    BadWeights: the file is not an importance matrix, or is damaged.
     """
     import numpy
 
     if not path.exists():
-        raise ModelNotFound(str(path), reason=f"There is no file {path}.", hint="llama-imatrix makes one, as GGUF.")
-    hint = "llama-imatrix makes one, as GGUF (with --output-format gguf)."
+        raise ModelNotFound(str(path), reason=f"There is no file {path}.", hint=_HINT)
     try:
         header = read_header(path)
-    except BadWeights as problem:
-        problem.hint = hint
+    except BadWeights as error:
+        error.hint = _HINT
         raise
     if header.metadata.get("general.type") != "imatrix":
-        raise BadWeights(path, "this is no importance matrix", hint=hint)
+        raise BadWeights(path, "this is not an importance matrix", hint=_HINT)
     tensors = {tensor.name: tensor for tensor in header.tensors}
     weights = {}
     for name, tensor in tensors.items():
@@ -78,38 +82,38 @@ def read_importance(path: Path) -> Importance:
             continue
         matrix = name.removesuffix(_SUMS)
         if matrix + _COUNTS not in tensors:
-            raise BadWeights(path, f"it does not say how often “{matrix}” was measured")
-        sums, counts = _numbers(path, header, tensor), _numbers(path, header, tensors[matrix + _COUNTS])
+            raise BadWeights(path, f"the counts of “{matrix}” are missing")
+        sums, counts = _read_floats(path, header, tensor), _read_floats(path, header, tensors[matrix + _COUNTS])
         sums = sums.reshape(-1, tensor.shape[0])
         if len(counts) != len(sums):
-            raise BadWeights(path, f"its counts of “{matrix}” do not fit its sums")
+            raise BadWeights(path, f"the counts of “{matrix}” do not match its sums")
         counts = counts.reshape(-1, 1)
-        with numpy.errstate(over="ignore", invalid="ignore"):  # what comes of it is looked at
-            found = numpy.divide(sums, counts, out=numpy.ones_like(sums), where=counts > 0).astype(numpy.float32)
-        if not numpy.isfinite(found).all():
-            raise BadWeights(path, f"its weights of “{matrix}” are NaN or infinite")
-        weights[matrix] = numpy.ascontiguousarray(found)
+        with numpy.errstate(over="ignore", invalid="ignore"):  # the result is checked
+            quotients = numpy.divide(sums, counts, out=numpy.ones_like(sums), where=counts > 0).astype(numpy.float32)
+        if not numpy.isfinite(quotients).all():
+            raise BadWeights(path, f"weights of “{matrix}” are NaN or infinite")
+        weights[matrix] = numpy.ascontiguousarray(quotients)
     if not weights:
-        raise BadWeights(path, "there are no weights in it")
-    return Importance(weights, _pairs(path, header, len(weights)))
+        raise BadWeights(path, "it contains no weights")
+    return ImportanceMatrix(weights, _metadata(path, header, len(weights)))
 
 
-def _numbers(path: Path, header: Header, tensor: Tensor) -> numpy.ndarray:
+def _read_floats(path: Path, header: Header, tensor: TensorInfo) -> numpy.ndarray:
     import numpy
 
     if tensor.type != 0 or not 1 <= len(tensor.shape) <= 3 or not tensor.elements:
-        raise BadWeights(path, f"“{tensor.name}” is no matrix of float32")
+        raise BadWeights(path, f"“{tensor.name}” is not a float32 matrix")
     return numpy.fromfile(path, numpy.float32, tensor.elements, offset=header.data_offset + tensor.offset)
 
 
-def _pairs(path: Path, header: Header, entries: int) -> dict[str, gguf.Encoded]:
-    """As llama-quantize writes them (tools/quantize/quantize.cpp)."""
-    pairs = {"quantize.imatrix.file": gguf.string(path.name)}
+def _metadata(path: Path, header: Header, entries: int) -> dict[str, EncodedValue]:
+    """Return the keys that llama-quantize writes (tools/quantize/quantize.cpp)."""
+    pairs = {"quantize.imatrix.file": gguf_writer.string(path.name)}
     datasets = header.metadata.get("imatrix.datasets")
     if isinstance(datasets, list) and datasets:
-        pairs["quantize.imatrix.dataset"] = gguf.string(str(datasets[0]))
-    pairs["quantize.imatrix.entries_count"] = gguf.u32(entries)
+        pairs["quantize.imatrix.dataset"] = gguf_writer.string(str(datasets[0]))
+    pairs["quantize.imatrix.entries_count"] = gguf_writer.u32(entries)
     chunks = header.metadata.get("imatrix.chunk_count")
     if isinstance(chunks, int) and 0 <= chunks < 1 << 32:
-        pairs["quantize.imatrix.chunks_count"] = gguf.u32(chunks)
+        pairs["quantize.imatrix.chunks_count"] = gguf_writer.u32(chunks)
     return pairs

@@ -1,8 +1,8 @@
 """
-What a model says of itself, from its checkpoint: name, licence, languages, what it was made from, sampling.
+Metadata of a model from its checkpoint: name, license, languages, base models, recommended sampling.
 
-The names' parts ("Qwen1.5-0.5B-Chat": base name Qwen1.5, size 0.5B, finetune Chat) are told apart by gguf.Metadata,
-llama.cpp's own library for it; the licence and the rest stand at the top of the model's README.md.
+gguf.Metadata, llama.cpp's own library, splits the name into parts ("Qwen1.5-0.5B-Chat": base name Qwen1.5, size 0.5B,
+finetune Chat). The license and the rest are in the front matter of the model's README.md.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from qwenlocal.errors import BadCheckpoint
-from qwenlocal.weights import gguf
-from qwenlocal.weights.checkpoint import read_json, shortly
+from qwenlocal.weights import gguf_writer
+from qwenlocal.weights.checkpoint import brief_repr, read_json
+from qwenlocal.weights.gguf_reader import EncodedValue
 
-# generation_config.json's names and GGUF's (gguf-py, constants.py: Keys.General.SAMPLING_*).
+# Names in generation_config.json and in GGUF (gguf-py, constants.py: Keys.General.SAMPLING_*).
 _SAMPLING = {
     "top_k": "top_k",
     "top_p": "top_p",
@@ -25,14 +26,14 @@ _SAMPLING = {
     "temperature": "temp",
     "repetition_penalty": "penalty_repeat",
 }
-_STRANGE = (ValueError, TypeError, AttributeError, KeyError, IndexError, RecursionError, OverflowError)
-_MOST, _LONGEST = 64, 2000  # entries of a list, characters of a text
-_PACKING = ("gptq-int4", "gptq-int8", "gptq", "awq", "gguf")
+_METADATA_ERRORS = (ValueError, TypeError, AttributeError, KeyError, IndexError, RecursionError, OverflowError)
+_MAX_ENTRIES, _MAX_TEXT = 64, 2000  # entries of a list, characters of a text
+_QUANTIZATION_SUFFIXES = ("gptq-int4", "gptq-int8", "gptq", "awq", "gguf")
 
 
 @dataclass(frozen=True)
-class Parameters:
-    """How many numbers a model has: altogether, and in its experts."""
+class ParameterCounts:
+    """The number of parameters, in total and in all experts, and the number of experts."""
 
     total: int
     in_experts: int = 0
@@ -40,24 +41,24 @@ class Parameters:
 
 
 @dataclass(frozen=True)
-class About:
-    """The pairs under `general.`, and what could not be read."""
+class ModelMetadata:
+    """The key-value pairs under `general.`, and notes about what could not be read."""
 
-    pairs: Mapping[str, gguf.Encoded]
+    pairs: Mapping[str, EncodedValue]
     notes: tuple[str, ...] = ()
 
 
-def read_about(
+def read_model_metadata(
     folder: Path,
     config: Mapping[str, Any],
     name: str,
-    parameters: Parameters,
+    parameters: ParameterCounts,
     repo: str = "",
     *,
     like_llama_cpp: bool = False,
-) -> About:
+) -> ModelMetadata:
     """
-    `name` is what the checkpoint is called ("Qwen1.5-0.5B-Chat"), `repo` where it came from ("Qwen/Qwen1.5-0.5B-Chat").
+    Read the metadata of a checkpoint, `name` ("Qwen1.5-0.5B-Chat") from repository `repo` ("Qwen/Qwen1.5-0.5B-Chat").
 
     `like_llama_cpp` leaves out the repository, which llama.cpp's converter does not write.
 
@@ -67,96 +68,97 @@ def read_about(
     """
     from gguf import Metadata, size_label
 
-    card, notes = _model_card(folder)
-    known = {key: value for key, value in config.items() if key == "_name_or_path" and isinstance(value, str)}
-    place = Path(_without_packing(name))
+    card, notes = _read_model_card(folder)
+    model_config = {key: value for key, value in config.items() if key == "_name_or_path" and isinstance(value, str)}
+    path = Path(_strip_quantization(name))
     try:
-        found = Metadata.apply_metadata_heuristic(Metadata(), card, known, place, parameters.total)
-    except _STRANGE as reason:
-        notes = (*notes, _unreadable(reason))
-        found = Metadata.apply_metadata_heuristic(Metadata(), {}, {}, place, parameters.total)
+        metadata = Metadata.apply_metadata_heuristic(Metadata(), card, model_config, path, parameters.total)
+    except _METADATA_ERRORS as reason:
+        notes = (*notes, _readme_note(reason))
+        metadata = Metadata.apply_metadata_heuristic(Metadata(), {}, {}, path, parameters.total)
     shared = parameters.total - parameters.in_experts
-    each = parameters.in_experts // max(1, parameters.experts)
-    label = found.size_label or size_label(parameters.total, shared, each, parameters.experts)
-    pairs: dict[str, gguf.Encoded] = {
-        "general.type": gguf.string("model"),
-        **_sampling(folder),
+    per_expert = parameters.in_experts // max(1, parameters.experts)
+    label = metadata.size_label or size_label(parameters.total, shared, per_expert, parameters.experts)
+    pairs: dict[str, EncodedValue] = {
+        "general.type": gguf_writer.string("model"),
+        **_read_sampling(folder),
     }
     for key, value in (
-        ("name", found.name or name),
-        ("author", found.author),
-        ("version", found.version),
-        ("organization", found.organization),
-        ("finetune", found.finetune),
-        ("basename", found.basename),
-        ("description", found.description),
+        ("name", metadata.name or name),
+        ("author", metadata.author),
+        ("version", metadata.version),
+        ("organization", metadata.organization),
+        ("finetune", metadata.finetune),
+        ("basename", metadata.basename),
+        ("description", metadata.description),
         ("size_label", label),
-        ("license", ",".join(_texts(found.license)) if isinstance(found.license, list) else found.license),
-        ("license.name", found.license_name),
-        ("license.link", found.license_link),
+        ("license", ",".join(_texts(metadata.license)) if isinstance(metadata.license, list) else metadata.license),
+        ("license.name", metadata.license_name),
+        ("license.link", metadata.license_link),
         ("source.repo_url", f"https://huggingface.co/{repo}" if repo and not like_llama_cpp else None),
     ):
         for text in _texts([value]):
-            pairs[f"general.{key}"] = gguf.string(text)
-    pairs |= _entries("base_model", found.base_models) | _entries("dataset", found.datasets)
-    for key, values in (("tags", found.tags), ("languages", found.languages)):
+            pairs[f"general.{key}"] = gguf_writer.string(text)
+    pairs |= _encode_entries("base_model", metadata.base_models) | _encode_entries("dataset", metadata.datasets)
+    for key, values in (("tags", metadata.tags), ("languages", metadata.languages)):
         if values and (texts := _texts(values)):
-            pairs[f"general.{key}"] = gguf.strings(texts)
-    return About(pairs, notes)
+            pairs[f"general.{key}"] = gguf_writer.strings(texts)
+    return ModelMetadata(pairs, notes)
 
 
-def _without_packing(name: str) -> str:
-    """`_without_packing("Qwen1.5-7B-Chat-GPTQ-Int4")` is "Qwen1.5-7B-Chat"."""
-    for ending in _PACKING:
+def _strip_quantization(name: str) -> str:
+    """`_strip_quantization("Qwen1.5-7B-Chat-GPTQ-Int4")` is "Qwen1.5-7B-Chat"."""
+    for ending in _QUANTIZATION_SUFFIXES:
         if name.lower().endswith(f"-{ending}"):
             return name[: -len(ending) - 1]
     return name
 
 
-def _model_card(folder: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _read_model_card(folder: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     import yaml
     from gguf import Metadata
 
     try:
         return Metadata.load_model_card(folder), ()
-    except (OSError, yaml.YAMLError, *_STRANGE) as reason:
-        return {}, (_unreadable(reason),)
+    except (OSError, yaml.YAMLError, *_METADATA_ERRORS) as reason:
+        return {}, (_readme_note(reason),)
 
 
-def _unreadable(reason: BaseException) -> str:
-    what = (str(reason).splitlines() or [type(reason).__name__])[0]
-    return f"The top of README.md cannot be read ({what[:200]}): licence and languages are not known."
+def _readme_note(error: BaseException) -> str:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return f"The license and the languages are unknown: cannot read the front matter of README.md ({reason[:200]})."
 
 
 def _texts(values: Iterable[Any]) -> list[str]:
-    """What is text, or a number or date, as text; not too much of it, since anybody may have written it."""
-    plain = [str(value) for value in values if isinstance(value, (str, int, float, date)) and value != ""]
-    return [text[:_LONGEST] for text in plain[:_MOST]]
+    """Return the texts, numbers and dates among `values` as text, shortened, since the file may be malicious."""
+    texts = [str(value) for value in values if isinstance(value, (str, int, float, date)) and value != ""]
+    return [text[:_MAX_TEXT] for text in texts[:_MAX_ENTRIES]]
 
 
-def _sampling(folder: Path) -> dict[str, gguf.Encoded]:
+def _read_sampling(folder: Path) -> dict[str, EncodedValue]:
     file = folder / "generation_config.json"
     if not file.exists():
         return {}
-    said = read_json(file, "how to sample")
-    found: dict[str, gguf.Encoded] = {}
-    for theirs, ours in _SAMPLING.items():
-        value = said.get(theirs)
+    config = read_json(file, "the sampling defaults")
+    pairs: dict[str, EncodedValue] = {}
+    for name, gguf_name in _SAMPLING.items():
+        value = config.get(name)
         if value is None:
             continue
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not -1e9 < value < 1e9:
-            raise BadCheckpoint(file, f"“{theirs}” is {shortly(value)}, which cannot be")
-        found[f"general.sampling.{ours}"] = gguf.i32(int(value)) if ours == "top_k" else gguf.f32(value)
-    return found
+            raise BadCheckpoint(file, f"“{name}” is {brief_repr(value)}, which is invalid")
+        encoded = gguf_writer.i32(int(value)) if gguf_name == "top_k" else gguf_writer.f32(value)
+        pairs[f"general.sampling.{gguf_name}"] = encoded
+    return pairs
 
 
-def _entries(kind: str, found: list[dict[str, Any]] | None) -> dict[str, gguf.Encoded]:
-    if not found:
+def _encode_entries(kind: str, listed: list[dict[str, Any]] | None) -> dict[str, EncodedValue]:
+    if not listed:
         return {}
-    entries = [entry for entry in found if isinstance(entry, dict)][:_MOST]
-    pairs = {f"general.{kind}.count": gguf.u32(len(entries))}
+    entries = [entry for entry in listed if isinstance(entry, dict)][:_MAX_ENTRIES]
+    pairs = {f"general.{kind}.count": gguf_writer.u32(len(entries))}
     for number, entry in enumerate(entries):
         for key in ("name", "author", "version", "organization", "description", "url", "doi", "uuid", "repo_url"):
             for text in _texts([entry.get(key)]):
-                pairs[f"general.{kind}.{number}.{key}"] = gguf.string(text)
+                pairs[f"general.{kind}.{number}.{key}"] = gguf_writer.string(text)
     return pairs

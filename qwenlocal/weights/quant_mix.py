@@ -1,23 +1,24 @@
 """
-Which tensor gets which type: llama.cpp's mixes, so that "q4_k_m" means the same file everywhere.
+The types of a file's tensors: llama.cpp's mixes, so that "q4_k_m" means the same file everywhere.
 
 A port of src/llama-quant.cpp (llama_tensor_get_type and what it calls) for the architectures qwen2 and qwen2moe. A mix
-visits the tensors by layer, then name, and counts as it goes: Q4_K_M gives Q6_K to every third of the value matrices
-and the first and last eighth of them, for example.
+visits the tensors by layer, then name, and counts on the way: Q4_K_M, for example, gives Q6_K to the first and the last
+eighth of the value matrices, and to every third in between.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from qwenlocal.errors import UsageError
-from qwenlocal.ggml import TensorType, requires_imatrix, tensor_type, tensor_types
-from qwenlocal.model_files import FILE_TYPE_ALIASES, FILE_TYPES
+from qwenlocal.ggml import TensorType, requires_imatrix, tensor_type, tensor_type_by_number
+from qwenlocal.weights.file_types import FileType, QuantOverrides, file_type
+from qwenlocal.weights.gguf_reader import Header, tensor_bytes
 
-# What is taken where a row's length is no multiple of a type's block (llama-quant.cpp: tensor_type_fallback).
+# The type to use if the row length is not a multiple of the block size (llama-quant.cpp: tensor_type_fallback).
 _FALLBACK = {
     **dict.fromkeys(("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq4_xs"), "iq4_nl"),
     **dict.fromkeys(("q2_0", "q2_k", "q3_k", "tq1_0", "tq2_0"), "q4_0"),
@@ -25,39 +26,40 @@ _FALLBACK = {
     "q5_k": "q5_1",
     "q6_k": "q8_0",
 }
-# Mixtures of eight experts, Mixtral's number, get more for what all experts share.
-_MORE_FOR_EIGHT = ("q2_k", "iq3_xs", "iq3_xxs", "q3_k_s", "q3_k_m", "iq4_nl", "q4_k_s", "q4_k_m", "iq3_s", "iq3_m",
-                   "iq4_xs")  # fmt: skip
-_TINY_MIXES = ("iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq1_s", "iq1_m")
+# The types in which attn_output gets more bits if there are eight experts, as in Mixtral.
+_MORE_BITS_FOR_8_EXPERTS = ("q2_k", "iq3_xs", "iq3_xxs", "q3_k_s", "q3_k_m", "iq4_nl", "q4_k_s", "q4_k_m", "iq3_s",
+                            "iq3_m", "iq4_xs")  # fmt: skip
+_SMALL_MIXES = ("iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq1_s", "iq1_m")
 
+COMMON_TYPES = ("q4_0", "q4_k_m", "q5_k_m", "q6_k", "q8_0", "f16")
 
-@dataclass(frozen=True)
-class FileType:
-    """A mix: its name, the number that says so in the file, and the type of most tensors."""
-
-    name: str
-    number: int
-    default: TensorType
+# Types that llama.cpp repacks for vector units, by CPU feature (ggml-cpu/repack.cpp:
+# ggml_repack_get_optimal_repack_type).
+_REPACKED = {
+    "avx2": ("q4_0", "q4_k", "iq4_nl", "mxfp4"),
+    "avx512f": ("q2_k",),
+    "asimddp": ("q4_0", "q4_k", "q5_k", "q6_k", "q8_0", "iq4_nl", "mxfp4"),
+}
 
 
 class Candidate(NamedTuple):
-    """A tensor to be given a type: its shape in ggml's order, and the type it has now."""
+    """A tensor that is to get a type: its shape in ggml's order, and its present type."""
 
     name: str
     shape: tuple[int, ...]
     type: TensorType
 
 
-class Choice(NamedTuple):
-    """The type a tensor gets, and why, for people."""
+class TypeChoice(NamedTuple):
+    """The type for a tensor, and the reason for display."""
 
     type: TensorType
-    why: str
+    reason: str
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What the mixes look at beside the tensors. `gqa`: heads for each key-value head."""
+    """The facts about a model that the mixes depend on. `gqa`: heads per key-value head."""
 
     architecture: str
     layers: int
@@ -65,117 +67,43 @@ class ModelFacts:
     experts: int = 0
 
 
-@dataclass(frozen=True)
-class Wishes:
-    """
-    What a person wants otherwise: types for tensors whose name a regular expression is found in, the first that fits.
-
-    With `pure` all tensors get the default type. `has_importance`: there is an importance matrix.
-    """
-
-    overrides: Sequence[tuple[re.Pattern[str], TensorType]] = ()
-    pure: bool = False
-    has_importance: bool = False
-
-
-def file_type(name: str) -> FileType:
-    """
-    The mix of that name, in any of its spellings: `file_type("Q4_K_M").number` is 15.
-
-    Raises
-    ------
-    UsageError: there is none; close ones are named.
-    """
-    import difflib
-
-    wanted = name.strip().lower().replace("-", "_")
-    wanted = FILE_TYPE_ALIASES.get(wanted, wanted)
-    if wanted not in FILE_TYPES:
-        close = difflib.get_close_matches(wanted, FILE_TYPES, n=3)
-        raise UsageError(
-            f"“{name}” is not a type.",
-            hint=f"Did you mean {' or '.join(close)}?" if close else "There are: " + ", ".join(FILE_TYPES),
-        )
-    number, default = FILE_TYPES[wanted]
-    return FileType(wanted, number, tensor_type(default))
-
-
-def file_types() -> list[str]:
-    """The names of all mixes."""
-    return list(FILE_TYPES)
-
-
-def file_type_numbered(number: int) -> str:
-    """`file_type_numbered(15)` is "q4_k_m"; "" for a number that is not known."""
-    return next((name for name, (known, _) in FILE_TYPES.items() if known == number), "")
-
-
-def parse_overrides(texts: Sequence[str]) -> list[tuple[re.Pattern[str], TensorType]]:
-    """
-    `parse_overrides(["ffn_down=q6_k"])`: tensors with "ffn_down" in their names become Q6_K.
-
-    Raises
-    ------
-    UsageError: it is not EXPRESSION=TYPE, the expression is none, or the type is not one a tensor can have.
-    """
-    found = []
-    for text in texts:
-        expression, equals, kind = text.rpartition("=")
-        if not equals or not expression:
-            raise UsageError(f"“{text}” is not of the form EXPRESSION=TYPE.", hint="For example: ffn_down=q6_k")
-        try:
-            pattern = re.compile(expression)
-        except re.error as reason:
-            raise UsageError(
-                f"“{expression}” is not a regular expression: {reason}.", hint="For example: 'blk.0.*ffn_down=q6_k'"
-            ) from reason
-        known = tensor_types().get(kind.strip().lower())
-        if known is None or known.name not in _tensor_type_names():
-            raise UsageError(f"“{kind}” is not a tensor's type.", hint="There are: " + ", ".join(_tensor_type_names()))
-        found.append((pattern, known))
-    return found
-
-
-def _tensor_type_names() -> list[str]:
-    return sorted({default for _, default in FILE_TYPES.values()})
-
-
 def choose_types(
-    tensors: Sequence[Candidate], goal: FileType, facts: ModelFacts, wishes: Wishes = Wishes()
-) -> list[Choice]:
+    tensors: Sequence[Candidate], file_type: FileType, facts: ModelFacts, overrides: QuantOverrides = QuantOverrides()
+) -> list[TypeChoice]:
     """
-    The type of each tensor; `tensors` come by layer, then name.
+    Choose the type of each tensor; `tensors` must be in the order of `layer_order`.
 
     Raises
     ------
-    UsageError: a wish is for tensors that are not there.
+    UsageError: a regular expression of `overrides` matches no tensor.
     """
-    for pattern, _ in wishes.overrides:
+    for pattern, _ in overrides.tensor_types:
         if not any(pattern.search(tensor.name) and is_quantizable(tensor) for tensor in tensors):
             raise UsageError(
-                f"No tensor that is quantized has “{pattern.pattern}” in its name.",
-                hint="Their names: the same command with --dry-run instead of --tensor-type.",
+                f"“{pattern.pattern}” matches no tensor that can be quantized.",
+                hint="To list the tensors, use --dry-run instead of --tensor-type.",
             )
-    mix = _Mix(goal, facts, wishes, tensors)
+    mix = _Mix(file_type, facts, overrides, tensors)
     return [mix.choose(tensor) for tensor in tensors]
 
 
-def by_layer(name: str) -> tuple[int, str]:
-    """The order in which llama.cpp visits tensors: by layer, then name (llama-model-loader.h: weight_name_comparer)."""
+def layer_order(name: str) -> tuple[int, str]:
+    """Sort key of llama.cpp's order of tensors: by layer, then name (llama-model-loader.h: weight_name_comparer)."""
     match = re.match(r"blk\.(\d+)\.", name)
     return (int(match[1]) if match else -1, name)
 
 
-def importance_is_needed(name: str, chosen: TensorType, goal: FileType) -> bool:
-    """Whether the result is garbage without an importance matrix (llama-quant.cpp: tensor_requires_imatrix)."""
+def needs_imatrix(name: str, kind: TensorType, file_type: FileType) -> bool:
+    """Return True if the weights are garbage without an imatrix (llama-quant.cpp: tensor_requires_imatrix)."""
     if name in ("token_embd.weight", "output.weight"):
-        return requires_imatrix(chosen)
-    needy = {"iq3_xxs", "iq2_xxs", "iq2_xs", "iq2_s", "iq1_m", "iq1_s", *(["q2_k"] if goal.name == "q2_k_s" else [])}
-    return chosen.name in needy
+        return requires_imatrix(kind)
+    if kind.name == "q2_k":
+        return file_type.name == "q2_k_s"
+    return kind.name in ("iq3_xxs", "iq2_xxs", "iq2_xs", "iq2_s", "iq1_m", "iq1_s")
 
 
 def is_quantizable(tensor: Candidate) -> bool:
-    """Matrices named weight, but norms and routers (llama-quant.cpp: tensor_allows_quantization)."""
+    """Return True for matrices except norms and routers (llama-quant.cpp: tensor_allows_quantization)."""
     dimensions = [size for size in tensor.shape[1:] if size > 1]
     return (
         bool(dimensions)
@@ -186,81 +114,81 @@ def is_quantizable(tensor: Candidate) -> bool:
 
 
 class _Mix:
-    """One walk over the tensors of a model."""
+    """One pass over the tensors of a model, in order; methods that count tensors must be called once per tensor."""
 
-    def __init__(self, goal: FileType, facts: ModelFacts, wishes: Wishes, tensors: Sequence[Candidate]) -> None:
-        self.goal, self.facts, self.wishes = goal, facts, wishes
+    def __init__(
+        self, file_type: FileType, facts: ModelFacts, overrides: QuantOverrides, tensors: Sequence[Candidate]
+    ) -> None:
+        self.mix, self.default = file_type.name, file_type.default
+        self.facts, self.overrides = facts, overrides
         names = {tensor.name for tensor in tensors}
-        self.tied = "output.weight" not in names
-        self.values = sum("attn_v.weight" in name for name in names)
-        self.seen: dict[str, int] = {"attn_v": 0, "ffn_down": 0, "ffn_gate": 0, "ffn_up": 0}
+        self.is_tied = "output.weight" not in names
+        self.attn_v_count = sum("attn_v.weight" in name for name in names)
+        self.counts: dict[str, int] = {"attn_v": 0, "ffn_down": 0, "ffn_gate": 0, "ffn_up": 0}
 
-    def choose(self, tensor: Candidate) -> Choice:
+    def choose(self, tensor: Candidate) -> TypeChoice:
         if not is_quantizable(tensor):
-            return Choice(tensor.type, "never quantized: small, and it matters")
-        for pattern, wanted in self.wishes.overrides:
+            return TypeChoice(tensor.type, "never quantized (small and sensitive)")
+        for pattern, kind in self.overrides.tensor_types:
             if pattern.search(tensor.name):
-                return self._fitting(tensor, Choice(wanted, f"asked for: {pattern.pattern}"))
-        if not self.goal.default.is_quantized:
-            return Choice(self.goal.default, f"{self.goal.name} file")
-        if self.wishes.pure:
-            return self._fitting(tensor, Choice(self.goal.default, "asked for: the same for all"))
-        return self._fitting(tensor, self._by_mix(tensor))
+                return self._with_fallback(tensor, TypeChoice(kind, f"--tensor-type {pattern.pattern}"))
+        if not self.default.is_quantized:
+            return TypeChoice(self.default, f"{self.mix} file")
+        if self.overrides.pure:
+            return self._with_fallback(tensor, TypeChoice(self.default, "--pure"))
+        return self._with_fallback(tensor, self._choose_by_mix(tensor))
 
-    def _fitting(self, tensor: Candidate, choice: Choice) -> Choice:
-        """Another type where the rows do not divide into blocks."""
-        columns, chosen = tensor.shape[0], choice.type
-        if columns % chosen.block_size == 0:
+    def _with_fallback(self, tensor: Candidate, choice: TypeChoice) -> TypeChoice:
+        """Replace the type if the rows cannot be divided into its blocks."""
+        columns, kind = tensor.shape[0], choice.type
+        if columns % kind.block_size == 0:
             return choice
-        instead = tensor_type(_FALLBACK.get(chosen.name, chosen.name))
-        if columns % instead.block_size:
-            instead = tensor_type("f16")
-        return Choice(instead, f"{chosen.name} wants multiples of {chosen.block_size}; rows here have {columns:,}")
+        fallback = tensor_type(_FALLBACK.get(kind.name, kind.name))
+        if columns % fallback.block_size:
+            fallback = tensor_type("f16")
+        return TypeChoice(fallback, f"rows of {columns:,} are not a multiple of {kind.block_size} ({kind.name})")
 
-    def _by_mix(self, tensor: Candidate) -> Choice:
-        default, name = self.goal.default, tensor.name
-        chosen, why = default, f"{self.goal.name}"
-        if name == "output.weight" or (name == "token_embd.weight" and self.tied):
-            chosen, why = self._head(tensor), "the head"
-            if self.tied:
-                why = "embeddings that are the head, too"
-        elif self.goal.name == "mxfp4":
-            chosen = tensor_type("mxfp4" if len(tensor.shape) > 2 and tensor.shape[2] > 1 else "q8_0")
+    def _choose_by_mix(self, tensor: Candidate) -> TypeChoice:
+        name = tensor.name
+        if name == "output.weight" or (name == "token_embd.weight" and self.is_tied):
+            return TypeChoice(
+                self._output_type(tensor),
+                "embeddings, also used as the output matrix" if self.is_tied else "output matrix",
+            )
+        if self.mix == "mxfp4":
+            kind = tensor_type("mxfp4" if len(tensor.shape) > 2 and tensor.shape[2] > 1 else "q8_0")
         else:
-            chosen = tensor_type(self._named(name) or default.name)
-        if chosen != default and why == self.goal.name:
-            why = f"{self.goal.name} has another type here"
-        return Choice(chosen, why)
+            kind = tensor_type(self._type_for(name) or self.default.name)
+        return TypeChoice(kind, self.mix if kind == self.default else f"{self.mix} mix")
 
-    def _head(self, tensor: Candidate) -> TensorType:
-        default = self.goal.default
-        if self.goal.name == "mxfp4" or tensor.shape[0] % default.block_size:
+    def _output_type(self, tensor: Candidate) -> TensorType:
+        if self.mix == "mxfp4" or tensor.shape[0] % self.default.block_size:
             return tensor_type("q8_0")
-        if self.goal.name in ("iq2_xxs", "iq2_xs", "iq3_xxs", "iq1_s", "iq2_s", "iq2_m", "iq1_m"):
+        if self.mix in ("iq2_xxs", "iq2_xs", "iq3_xxs", "iq1_s", "iq2_s", "iq2_m", "iq1_m"):
             return tensor_type("q5_k")
-        return default if default.name == "q8_0" else tensor_type("q6_k")
+        return self.default if self.default.name == "q8_0" else tensor_type("q6_k")
 
-    def _named(self, name: str) -> str | None:
-        """The type's name where the mix has one for this kind of tensor."""
+    def _type_for(self, name: str) -> str | None:
+        """Return the name of the type that the mix has for this kind of tensor; None for the default type."""
         if name == "token_embd.weight":
             return self._embedding()
-        if self.goal.name in _TINY_MIXES:
-            return self._tiny(name)
+        if self.mix in _SMALL_MIXES:
+            return self._small_mix(name)
         if "attn_v.weight" in name:
-            return self._value()
+            return self._attn_v()
         if self.facts.experts == 8 and "attn_k.weight" in name:
             return "q8_0"
         if "attn_k.weight" in name or "attn_q.weight" in name:
-            return {"iq3_xs": "iq3_xxs", "iq3_xxs": "iq2_s"}.get(self.goal.name)
+            return {"iq3_xs": "iq3_xxs", "iq3_xxs": "iq2_s"}.get(self.mix)
         if "ffn_down" in name:
-            return self._down(name)
+            return self._ffn_down(name)
         if "attn_output.weight" in name:
             if self.facts.experts == 8:
-                return "q5_k" if self.goal.name in _MORE_FOR_EIGHT else None
-            others = {"q2_k": "q3_k", "iq3_xxs": "iq3_s", "q3_k_m": "q4_k", "q3_k_l": "q5_k", "iq3_m": "q4_k"}
-            return others.get(self.goal.name)
+                return "q5_k" if self.mix in _MORE_BITS_FOR_8_EXPERTS else None
+            types = {"q2_k": "q3_k", "iq3_xxs": "iq3_s", "q3_k_m": "q4_k", "q3_k_l": "q5_k", "iq3_m": "q4_k"}
+            return types.get(self.mix)
         if "ffn_gate" in name or "ffn_up" in name:
-            return self._gate_or_up(name)
+            return self._ffn_gate_or_up(name)
         return None
 
     def _embedding(self) -> str | None:
@@ -269,93 +197,138 @@ class _Mix:
             **dict.fromkeys(("iq2_s", "iq2_m", "iq3_xxs"), "iq3_s"),
             **dict.fromkeys(("tq1_0", "tq2_0", "q2_0"), "q4_k"),
         }
-        return types.get(self.goal.name)
+        return types.get(self.mix)
 
-    def _tiny(self, name: str) -> str | None:
-        larger = self.goal.name in ("iq2_s", "iq2_m")
+    def _small_mix(self, name: str) -> str | None:
+        is_larger = self.mix in ("iq2_s", "iq2_m")
         if "attn_v.weight" in name:
-            many = self.facts.gqa >= 4 or self.facts.experts >= 4
-            return "q4_k" if many else "iq3_s" if larger else "q2_k"
+            has_shared_values = self.facts.gqa >= 4 or self.facts.experts >= 4
+            return "q4_k" if has_shared_values else "iq3_s" if is_larger else "q2_k"
         if self.facts.experts == 8 and "attn_k.weight" in name:
             return "q4_k"
         if "ffn_down" in name:
-            first = self._count("ffn_down") < self.facts.layers // 8
-            return ("iq3_s" if larger else "q2_k") if first else None
+            is_first = self._count("ffn_down") < self.facts.layers // 8
+            return ("iq3_s" if is_larger else "q2_k") if is_first else None
         if "attn_output.weight" in name:
             if self.facts.experts == 8:
                 return "q5_k"
-            return "iq2_xxs" if self.goal.name in ("iq1_s", "iq1_m") else "iq3_s" if larger else None
+            return "iq2_xxs" if self.mix in ("iq1_s", "iq1_m") else "iq3_s" if is_larger else None
         return None
 
-    def _value(self) -> str | None:
-        goal, layer, many = self.goal.name, self._count("attn_v"), self.facts.gqa >= 4
-        chosen: str | None = None
-        if goal == "q2_k":
-            chosen = "q4_k" if many else "q3_k"
-        elif goal == "iq3_xxs" and not many:
-            chosen = "iq3_xxs" if self.wishes.has_importance else "iq3_s"
-        elif (goal in ("q2_k_s", "iq3_xxs", "iq3_xs", "iq3_s") and many) or goal == "iq3_m":
-            chosen = "q4_k"
-        elif goal == "q3_k_m":
-            chosen = "q5_k" if layer < 2 else "q4_k"
-        elif goal == "q3_k_l" or (goal in ("iq4_nl", "iq4_xs") and many):
-            chosen = "q5_k"
-        elif goal in ("q4_k_m", "q5_k_m") and _gets_more(layer, self.values):
-            chosen = "q6_k"
-        elif goal == "q4_k_s" and layer < 4:
-            chosen = "q5_k"
+    def _attn_v(self) -> str | None:
+        mix, layer, has_gqa = self.mix, self._count("attn_v"), self.facts.gqa >= 4
+        kind: str | None = None
+        if mix == "q2_k":
+            kind = "q4_k" if has_gqa else "q3_k"
+        elif mix == "iq3_xxs" and not has_gqa:
+            kind = "iq3_xxs" if self.overrides.has_imatrix else "iq3_s"
+        elif (mix in ("q2_k_s", "iq3_xxs", "iq3_xs", "iq3_s") and has_gqa) or mix == "iq3_m":
+            kind = "q4_k"
+        elif mix == "q3_k_m":
+            kind = "q5_k" if layer < 2 else "q4_k"
+        elif mix == "q3_k_l" or (mix in ("iq4_nl", "iq4_xs") and has_gqa):
+            kind = "q5_k"
+        elif mix in ("q4_k_m", "q5_k_m") and _use_more_bits(layer, self.attn_v_count):
+            kind = "q6_k"
+        elif mix == "q4_k_s" and layer < 4:
+            kind = "q5_k"
         if self.facts.experts == 8:
             return "q8_0"
         is_70b = self.facts.architecture == "qwen2" and self.facts.layers == 80
-        if is_70b and (chosen or self.goal.default.name) in ("q3_k", "q4_k"):
+        if is_70b and (kind or self.default.name) in ("q3_k", "q4_k"):
             return "q5_k"
-        return chosen
+        return kind
 
-    def _down(self, name: str) -> str | None:
-        goal, layers = self.goal.name, self.facts.layers
+    def _ffn_down(self, name: str) -> str | None:
+        mix, layers = self.mix, self.facts.layers
         layer = self._layer(self._count("ffn_down"), name)
-        first = layer < layers // 8
-        if goal == "q2_k":
+        is_first = layer < layers // 8
+        if mix == "q2_k":
             return "q3_k"
-        if goal == "q2_k_s" and first:
+        if mix == "q2_k_s" and is_first:
             return "q4_k"
-        if goal == "iq3_xxs" and not self.wishes.has_importance:
-            return "q4_k" if first else "q3_k"
-        if goal == "q3_k_m":
+        if mix == "iq3_xxs" and not self.overrides.has_imatrix:
+            return "q4_k" if is_first else "q3_k"
+        if mix == "q3_k_m":
             return "q5_k" if layer < layers // 16 else "q4_k"
-        if goal == "iq3_m" and (first or (self.facts.experts == 8 and _gets_more(layer, layers))):
+        if mix == "iq3_m" and (is_first or (self.facts.experts == 8 and _use_more_bits(layer, layers))):
             return "q4_k"
-        if goal == "q3_k_l":
+        if mix == "q3_k_l":
             return "q5_k"
-        if goal in ("q4_k_m", "q5_k_m"):
-            return "q6_k" if _gets_more(layer, layers) else None
-        if goal in ("iq4_nl", "iq4_xs") and first and not self.wishes.has_importance:
+        if mix in ("q4_k_m", "q5_k_m"):
+            return "q6_k" if _use_more_bits(layer, layers) else None
+        if mix in ("iq4_nl", "iq4_xs") and is_first and not self.overrides.has_imatrix:
             return "q5_k"
-        if goal == "q4_k_s" and first:
+        if mix == "q4_k_s" and is_first:
             return "q5_k"
-        if goal in ("q4_0", "q5_0") and first and self.wishes.has_importance:
-            return "q4_1" if goal == "q4_0" else "q5_1"
+        if mix in ("q4_0", "q5_0") and is_first and self.overrides.has_imatrix:
+            return "q4_1" if mix == "q4_0" else "q5_1"
         return None
 
-    def _gate_or_up(self, name: str) -> str | None:
-        kind, layers = "ffn_gate" if "ffn_gate" in name else "ffn_up", self.facts.layers
-        layer = self._layer(self._count(kind), name)
-        if self.goal.name == "iq3_xs" and layers // 8 <= layer < 7 * layers // 8:
+    def _ffn_gate_or_up(self, name: str) -> str | None:
+        part, layers = "ffn_gate" if "ffn_gate" in name else "ffn_up", self.facts.layers
+        layer = self._layer(self._count(part), name)
+        if self.mix == "iq3_xs" and layers // 8 <= layer < 7 * layers // 8:
             return "iq3_xxs"
         return None
 
-    def _count(self, kind: str) -> int:
-        """How many of this kind came before; counts this one."""
-        before = self.seen[kind]
-        self.seen[kind] += 1
+    def _count(self, part: str) -> int:
+        """Count a tensor of this kind, and return the number of earlier ones."""
+        before = self.counts[part]
+        self.counts[part] += 1
         return before
 
-    def _layer(self, counted: int, name: str) -> int:
-        """A mixture of experts has several such matrices in a layer, so that its names are asked instead."""
+    def _layer(self, count: int, name: str) -> int:
+        """Return the layer: the count, or with experts, of which a layer has several matrices, the one in the name."""
         match = re.match(r"blk\.(\d+)\.", name)
-        return int(match[1]) if self.facts.experts > 1 and match else counted
+        return int(match[1]) if self.facts.experts > 1 and match else count
 
 
-def _gets_more(layer: int, layers: int) -> bool:
-    """llama-quant.cpp, use_more_bits: of 32 layers 0–3, 6, 9, 12, 15, 18, 21, 24 and 27–31."""
+def _use_more_bits(layer: int, layers: int) -> bool:
+    """llama-quant.cpp: use_more_bits. True for layers 0–3, 6, 9, 12, 15, 18, 21, 24 and 27–31 of 32."""
     return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
+
+
+def estimate_sizes(header: Header, facts: ModelFacts, types: Sequence[str] = COMMON_TYPES) -> dict[str, int]:
+    """
+    Estimate the bytes of weights for each of the file types `types`, as if made from unquantized weights.
+
+    Qwen1.5-0.5B: q4_0 286 MiB, q8_0 466 MiB, without a duplicate output matrix.
+    """
+    f32 = tensor_type("f32")
+    tensors = sorted(header.tensors, key=lambda tensor: layer_order(tensor.name))
+    kinds = [tensor_type_by_number(tensor.type) for tensor in tensors]
+    candidates = [
+        Candidate(tensor.name, tensor.shape, f32 if kind == f32 or kind is None else tensor_type("bf16"))
+        for tensor, kind in zip(tensors, kinds, strict=True)
+    ]
+    sizes = {}
+    for name in types:
+        choices = choose_types(candidates, file_type(name), facts)
+        sizes[name] = sum(
+            choice.type.row_bytes(tensor.shape[0]) * (tensor.elements // tensor.shape[0])
+            for tensor, choice in zip(tensors, choices, strict=True)
+        )
+    return sizes
+
+
+def weights_size(header: Header) -> int:
+    """Return the bytes of weights in the file."""
+    return sum(tensor_bytes(tensor) or 0 for tensor in header.tensors)
+
+
+def find_slow_types(header: Header, features: Collection[str]) -> tuple[float, list[str]]:
+    """
+    Return the share of the matrices' bytes in types without a fast kernel for these CPU features, and these types.
+
+    The official Q4_K_M of a 0.5B with 896 columns, not a multiple of 256, on AVX2: (0.85, ["q5_0", "q8_0"]).
+    """
+    fast = {name for feature in features for name in _REPACKED.get(feature, ())}
+    sizes: dict[str, int] = {}
+    for tensor in header.tensors:
+        kind = tensor_type_by_number(tensor.type)
+        if kind is not None and kind.is_quantized and len(tensor.shape) > 1 and tensor.name != "token_embd.weight":
+            sizes[kind.name] = sizes.get(kind.name, 0) + (tensor_bytes(tensor) or 0)
+    slow = {name: size for name, size in sizes.items() if name not in fast}
+    total = sum(sizes.values())
+    return (sum(slow.values()) / total if total else 0.0), sorted(slow, key=lambda name: -slow[name])

@@ -1,4 +1,4 @@
-"""From one GGUF file to another with other types: everything but the tensors is carried over untouched."""
+"""The plan for quantizing a GGUF file: metadata is copied unchanged, tensors get other types."""
 
 from __future__ import annotations
 
@@ -8,58 +8,61 @@ from pathlib import Path
 
 from qwenlocal import ggml
 from qwenlocal.errors import BadWeights, UnsupportedCheckpoint, UsageError
-from qwenlocal.weights.header import Header, Tensor, read_pairs
-from qwenlocal.weights.importance import Importance
-from qwenlocal.weights.mix import FileType, ModelFacts, Wishes, by_layer, file_type_numbered
-from qwenlocal.weights.parts import OF_THE_FILE, read_parts
-from qwenlocal.weights.plan import Plan, SourceTensor, Stretch, make_goals, make_plan
+from qwenlocal.weights.conversion_plan import ConversionPlan, SourceRows, SourceTensor, make_output_specs, make_plan
+from qwenlocal.weights.file_types import FileType, QuantOverrides, file_type_name
+from qwenlocal.weights.gguf_reader import Header, TensorInfo, read_raw_metadata
+from qwenlocal.weights.imatrix import ImportanceMatrix
+from qwenlocal.weights.quant_mix import ModelFacts, layer_order
+from qwenlocal.weights.split_model import FILE_KEYS, read_split_model
 
-_MIXES_KNOWN = ("qwen2", "qwen2moe")
+_ARCHITECTURES = ("qwen2", "qwen2moe")  # those of `quant_mix`
 
 
 @dataclass(frozen=True)
-class Options:
-    """How to quantize. Without `again`, weights that are quantized already are not quantized once more."""
+class QuantizationOptions:
+    """How to quantize. `requantize`: also quantize weights that are quantized already."""
 
-    wishes: Wishes = field(default_factory=Wishes)
-    importance: Importance | None = None
-    again: bool = False
+    overrides: QuantOverrides = field(default_factory=QuantOverrides)
+    imatrix: ImportanceMatrix | None = None
+    requantize: bool = False
 
 
-def plan_quantization(source: Path, wanted: Sequence[tuple[Path, FileType]], options: Options = Options()) -> Plan:
+def plan_quantization(
+    source: Path, targets: Sequence[tuple[Path, FileType]], options: QuantizationOptions = QuantizationOptions()
+) -> ConversionPlan:
     """
-    The plan for writing `wanted` from the GGUF file `source` (of a split one, the first part).
+    Plan to write `targets` (paths and types) from the GGUF file `source`, or from any file of a split model.
 
     Raises
     ------
     BadWeights: the file is damaged.
-    UsageError: it is quantized already (not with `again`).
-    UnsupportedCheckpoint: the mixes of its architecture are not known here (with `pure` they are not needed).
+    UsageError: it is quantized already (not with `requantize`).
+    UnsupportedCheckpoint: the mixes of its architecture are not supported (not with `pure`).
     """
-    parts = read_parts(source)
-    first = parts.headers[0]
-    facts = _facts(source, first, pure=options.wishes.pure)
+    model = read_split_model(source)
+    header = model.headers[0]
+    facts = _model_facts(source, header, pure=options.overrides.pure)
     tensors = sorted(
-        (source_tensor(*located) for located in parts.located),
-        key=lambda tensor: by_layer(tensor.name),
+        (source_tensor(*located) for located in model.located),
+        key=lambda tensor: layer_order(tensor.name),
     )
-    strange = next((tensor for tensor in tensors if not ggml.can_dequantize(tensor.type)), None)
-    if strange:
-        raise BadWeights(source, f"“{strange.name}” has numbers of type {strange.type.name}, which are no weights")
-    pairs = {key: value for key, value in read_pairs(parts.paths[0]).items() if key not in OF_THE_FILE}
-    goals = make_goals(wanted, pairs, options.importance)
-    plan = make_plan(tensors, goals, facts, options.wishes, options.importance)
-    if not options.again:
-        _refuse_again(source, first, plan)
+    unreadable = next((tensor for tensor in tensors if not ggml.can_dequantize(tensor.type)), None)
+    if unreadable:
+        raise BadWeights(source, f"“{unreadable.name}” has the type {unreadable.type.name}, which weights cannot have")
+    metadata = {key: value for key, value in read_raw_metadata(model.paths[0]).items() if key not in FILE_KEYS}
+    specs = make_output_specs(targets, metadata, options.imatrix)
+    plan = make_plan(tensors, specs, facts, options.overrides, options.imatrix)
+    if not options.requantize:
+        _refuse_requantizing(source, header, plan)
     return plan
 
 
-def _facts(source: Path, header: Header, *, pure: bool) -> ModelFacts:
-    if header.architecture not in _MIXES_KNOWN and not pure:
+def _model_facts(source: Path, header: Header, *, pure: bool) -> ModelFacts:
+    if header.architecture not in _ARCHITECTURES and not pure:
         raise UnsupportedCheckpoint(
             source,
-            f"which tensors of the architecture “{header.architecture}” llama.cpp gives other types is not known here",
-            hint="The same type for all works: --pure. Or take llama.cpp's own llama-quantize.",
+            f"llama.cpp's mixes of types for the architecture “{header.architecture}” are not supported",
+            hint="Use the same type for all tensors (--pure), or llama.cpp's own llama-quantize.",
         )
 
     def number(key: str, default: int) -> int:
@@ -75,36 +78,39 @@ def _facts(source: Path, header: Header, *, pure: bool) -> ModelFacts:
     )
 
 
-def source_tensor(part: Path, header: Header, tensor: Tensor) -> SourceTensor:
+def source_tensor(path: Path, header: Header, tensor: TensorInfo) -> SourceTensor:
     """
-    A tensor of a GGUF file as something to be written.
+    Describe a tensor of the GGUF file `path` as the source of a conversion.
 
     Raises
     ------
-    BadWeights: its type is not known, or cannot have such rows.
+    BadWeights: its type is unknown, or rows of that length cannot have it.
     """
     kind = ggml.tensor_type_by_number(tensor.type)
     if kind is None or not tensor.shape or not tensor.elements:
-        what = "is of the unknown type" if kind is None else "has no numbers of type"
-        raise BadWeights(part, f"“{tensor.name}” {what} {tensor.type}")
+        problem = "has the unknown type" if kind is None else "has no values of the type"
+        raise BadWeights(path, f"“{tensor.name}” {problem} {tensor.type}")
     columns, *more = tensor.shape
     if columns % kind.block_size:
-        raise BadWeights(part, f"“{tensor.name}” has rows of {columns:,}, which {kind.name} cannot have")
-    rows = tensor.elements // columns if columns else 0
-    at = header.data_offset + tensor.offset
+        raise BadWeights(path, f"“{tensor.name}” has rows of {columns:,}, not a multiple of {kind.name}'s blocks")
+    row_count = tensor.elements // columns if columns else 0
+    offset = header.data_offset + tensor.offset
     experts = more[1] if len(more) > 1 else 1
-    each = rows // experts
-    stretches = [Stretch(part, at + n * each * kind.row_bytes(columns), each, kind) for n in range(experts)]
-    return SourceTensor(tensor.name, tensor.shape, stretches)
+    per_expert = row_count // experts
+    rows = [
+        SourceRows(path, offset + n * per_expert * kind.row_bytes(columns), per_expert, kind) for n in range(experts)
+    ]
+    return SourceTensor(tensor.name, tensor.shape, rows)
 
 
-def _refuse_again(source: Path, header: Header, plan: Plan) -> None:
+def _refuse_requantizing(source: Path, header: Header, plan: ConversionPlan) -> None:
     for file in plan.files:
         for tensor in file.tensors:
             if tensor.source.is_quantized and tensor.choice.type != tensor.source:
                 number = header.metadata.get("general.file_type")
-                now = file_type_numbered(number) if isinstance(number, int) else ""
+                type_name = file_type_name(number) if isinstance(number, int) else ""
                 raise UsageError(
-                    f"{source} is quantized already ({now or tensor.source.name}); twice loses more than once.",
-                    hint="Start from the checkpoint or an f16 or bf16 file. To do it all the same: --requantize",
+                    f"{source} is quantized already ({type_name or tensor.source.name}); quantizing it again loses "
+                    "more quality.",
+                    hint="Start from the checkpoint, or from an f16 or bf16 file. To do it anyway: --requantize",
                 )

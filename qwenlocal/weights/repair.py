@@ -1,8 +1,8 @@
 """
-A GGUF file put right: in place where the header keeps its length, otherwise as a new file.
+Repair of GGUF files: in place if the header keeps its length, otherwise as a new file.
 
-In place is done so that it can be undone: the old header is kept beside the file until the new one is on the disk, and
-`finish_interrupted` puts it back where the program was killed in between.
+An in-place repair can be undone: the old header is saved next to the file until the new one is on the disk, and
+`undo_interrupted_patch` restores it if the program was killed in between.
 """
 
 from __future__ import annotations
@@ -14,152 +14,144 @@ from pathlib import Path
 
 from qwenlocal import ggml
 from qwenlocal.errors import BadWeights, NotWritable
-from qwenlocal.weights import gguf
-from qwenlocal.weights.checkup import Checkup, Finding
-from qwenlocal.weights.gguf import Described, Layout
-from qwenlocal.weights.header import read_pairs
-from qwenlocal.weights.mix import Choice, file_type, file_type_numbered
-from qwenlocal.weights.parts import ALIGNMENT, OF_THE_FILE
-from qwenlocal.weights.plan import Plan, PlannedFile, PlannedTensor
+from qwenlocal.weights import gguf_writer
+from qwenlocal.weights.conversion_plan import ConversionPlan, PlannedFile, PlannedTensor
+from qwenlocal.weights.diagnosis import Diagnosis, Finding
+from qwenlocal.weights.file_types import file_type, file_type_name
+from qwenlocal.weights.gguf_reader import EncodedValue, read_raw_metadata
+from qwenlocal.weights.gguf_writer import FileLayout, TensorSpec
+from qwenlocal.weights.quant_mix import TypeChoice
 from qwenlocal.weights.quantize import source_tensor
-from qwenlocal.weights.writing import Job, Output, Strip, Target
+from qwenlocal.weights.split_model import ALIGNMENT_KEY, FILE_KEYS
+from qwenlocal.weights.write_job import OutputFile, RowRange, RowTarget, WriteJob
 
-_IN_A_COPY = "Put it right in a copy: qwenlocal inspect FILE --fix -o COPY"
-_MARK = 32  # bytes of the digest before a header that is kept
+_COPY_HINT = "Write a repaired copy instead: qwenlocal inspect FILE --fix -o COPY"
+_DIGEST_SIZE = 32  # bytes before the header in a backup
+_DIGESTED_SIZE = 1 << 16  # bytes after the header that the digest covers
 
 
-def backup_of(path: Path) -> Path:
-    """Where the old header is while a new one is written."""
+def backup_path(path: Path) -> Path:
+    """Return where the old header is saved while a new one is written."""
     return path.with_name(path.name + ".old-header")
 
 
-def repaired_layout(checkup: Checkup, findings: Sequence[Finding]) -> Layout:
-    """The header that the file should have (of a split model, one for all), and where its tensors would be then."""
-    pairs, is_split = read_pairs(checkup.parts.paths[0]), len(checkup.parts.paths) > 1
-    for key in OF_THE_FILE if is_split else [ALIGNMENT]:
-        pairs.pop(key, None)
+def repaired_layout(diagnosis: Diagnosis, findings: Sequence[Finding]) -> FileLayout:
+    """Lay out the file with all `findings` repaired (a split model as one file)."""
+    metadata, is_split = read_raw_metadata(diagnosis.model.paths[0]), len(diagnosis.model.paths) > 1
+    for key in FILE_KEYS if is_split else [ALIGNMENT_KEY]:
+        metadata.pop(key, None)
     for finding in findings:
-        pairs |= finding.pairs
+        metadata |= finding.fixed_keys
     dropped = {finding.drops for finding in findings}
-    described = [
-        Described(tensor.name, tensor.shape, _kind(checkup, tensor.type))
-        for tensor in checkup.header.tensors
+    specs = [
+        TensorSpec(tensor.name, tensor.shape, _tensor_type(diagnosis, tensor.type))
+        for tensor in diagnosis.header.tensors
         if tensor.name not in dropped
     ]
-    return gguf.lay_out(_in_order(pairs), described)
+    return gguf_writer.make_layout(_move_vocabulary_last(metadata), specs)
 
 
-def _in_order(pairs: dict[str, gguf.Encoded]) -> dict[str, gguf.Encoded]:
-    """New keys go with their kind: those of the architecture before the vocabulary, where readers look for them."""
-    late = {key: value for key, value in pairs.items() if key.startswith("tokenizer.")}
-    return {**{key: value for key, value in pairs.items() if key not in late}, **late}
+def _move_vocabulary_last(metadata: dict[str, EncodedValue]) -> dict[str, EncodedValue]:
+    """Put new keys of the architecture before the vocabulary, where `read_metadata` finds them."""
+    vocabulary = {key: value for key, value in metadata.items() if key.startswith("tokenizer.")}
+    return {**{key: value for key, value in metadata.items() if key not in vocabulary}, **vocabulary}
 
 
-def _kind(checkup: Checkup, number: int) -> ggml.TensorType:
+def _tensor_type(diagnosis: Diagnosis, number: int) -> ggml.TensorType:
     kind = ggml.tensor_type_by_number(number)
     if kind is None:
-        raise BadWeights(checkup.path, f"it has tensors of a type that is not known here ({number})")
+        raise BadWeights(diagnosis.path, f"it has tensors of the unknown type {number}")
     return kind
 
 
-def fits_in_place(checkup: Checkup, layout: Layout) -> bool:
-    """Whether only the header changes, and not its length: every tensor would stay where it is."""
-    now = {t.name: checkup.header.data_offset + t.offset for t in checkup.header.tensors}
-    return dict(layout.offsets) == now and len(layout.header) == checkup.header.data_offset
+def fits_in_place(diagnosis: Diagnosis, layout: FileLayout) -> bool:
+    """Return True if only the header changes, and not its length, so that every tensor stays at its offset."""
+    offsets = {t.name: diagnosis.header.data_offset + t.offset for t in diagnosis.header.tensors}
+    return dict(layout.offsets) == offsets and len(layout.header) == diagnosis.header.data_offset
 
 
-def patch(checkup: Checkup, layout: Layout) -> None:
+def patch_header(diagnosis: Diagnosis, layout: FileLayout) -> None:
     """
-    Write the new header over the old one.
+    Overwrite the header with the new one.
 
     Raises
     ------
-    NotWritable: the file may not be changed.
+    NotWritable: the file cannot be written.
     """
-    path, backup = checkup.path, backup_of(checkup.path)
+    path, backup = diagnosis.path, backup_path(diagnosis.path)
     try:
         with path.open("r+b") as file:
-            old = file.read(len(layout.header))
-            draft = backup.with_name(backup.name + ".tmp")
-            _write_through(draft, backup_bytes(path, old))
-            draft.replace(backup)
+            old_header = file.read(len(layout.header))
+            temporary = backup.with_name(backup.name + ".tmp")
+            _write_synced(temporary, encode_backup(path, old_header), "wb")
+            temporary.replace(backup)
             file.seek(0)
             file.write(layout.header)
             file.flush()
             os.fsync(file.fileno())
         backup.unlink()
     except OSError as reason:
-        raise NotWritable(path.parent, reason.strerror or str(reason), hint=_IN_A_COPY) from reason
+        raise NotWritable(path.parent, reason.strerror or str(reason), hint=_COPY_HINT) from reason
 
 
-def finish_interrupted(path: Path) -> bool:
+def undo_interrupted_patch(path: Path) -> bool:
     """
-    Undo a patch that was cut short; returns whether there was one.
+    Restore the header if `patch_header` was interrupted; return True if it was.
 
-    What lies behind the header must be what it was; otherwise it is another file by now, and is left alone.
+    If the data after the header has changed, it is another file by now, and stays as it is.
 
     Raises
     ------
-    NotWritable: the file may not be changed.
+    NotWritable: the file cannot be written.
     """
-    backup = backup_of(path)
+    backup = backup_path(path)
     if not backup.exists():
         return False
     try:
-        kept = backup.read_bytes()
-        old = kept[_MARK:]
-        if backup_bytes(path, old) != kept:
+        saved = backup.read_bytes()
+        old_header = saved[_DIGEST_SIZE:]
+        if encode_backup(path, old_header) != saved:
             return False
-        _restore(path, old)
+        _write_synced(path, old_header, "r+b")
         backup.unlink()
     except OSError as reason:
-        raise NotWritable(path.parent, reason.strerror or str(reason), hint=_IN_A_COPY) from reason
+        raise NotWritable(path.parent, reason.strerror or str(reason), hint=_COPY_HINT) from reason
     return True
 
 
-def backup_bytes(path: Path, header: bytes) -> bytes:
-    """A header to be kept, behind a digest of the file's size and of what follows the header in it."""
+def encode_backup(path: Path, header: bytes) -> bytes:
+    """Return a backup: a digest of the file's size and of the data after the header, then the header."""
     with path.open("rb") as file:
         file.seek(len(header))
-        behind = file.read(1 << 16)
-    return hashlib.sha256(b"%d " % path.stat().st_size + behind).digest() + header
+        data = file.read(_DIGESTED_SIZE)
+    return hashlib.sha256(b"%d " % path.stat().st_size + data).digest() + header
 
 
-def _restore(path: Path, header: bytes) -> None:
-    with path.open("r+b") as file:
-        file.write(header)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _write_through(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
+def _write_synced(path: Path, data: bytes, mode: str) -> None:
+    """Write `data` at the beginning of a file, and wait until it is on the disk."""
+    with path.open(mode) as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
 
 
-def plan_copy(checkup: Checkup, layout: Layout, target: Path) -> Plan:
-    """The plan for a new file with that header, the tensors' bytes carried over."""
-    number = checkup.header.metadata.get("general.file_type")
-    kind = file_type(file_type_numbered(number) or "f16") if isinstance(number, int) else file_type("f16")
-    strips, planned = [], []
-    for located in checkup.parts.located:
+def plan_copy(diagnosis: Diagnosis, layout: FileLayout, target: Path) -> ConversionPlan:
+    """Plan a new file with the header of `layout` and copies of the tensors."""
+    number = diagnosis.header.metadata.get("general.file_type")
+    kind = file_type(file_type_name(number) or "f16") if isinstance(number, int) else file_type("f16")
+    ranges, planned = [], []
+    for located in diagnosis.model.located:
         tensor = located.tensor
         if tensor.name not in layout.offsets:
             continue
         source = source_tensor(*located)
-        at = layout.offsets[tensor.name]
-        for stretch in source.stretches:
-            target_place = [Target(0, at, stretch.type)]
-            columns = tensor.shape[0]
-            strips.append(
-                Strip(tensor.name, stretch.file, stretch.offset, stretch.type, stretch.rows, columns, target_place)
-            )
-            at += stretch.rows * stretch.type.row_bytes(columns)
-        size = Described(tensor.name, tensor.shape, source.type).size
-        choice = Choice(source.type, "carried over")
+        columns, offset = tensor.shape[0], layout.offsets[tensor.name]
+        for rows in source.rows:
+            targets = [RowTarget(0, offset, rows.type)]
+            ranges.append(RowRange(tensor.name, rows.file, rows.offset, rows.type, rows.row_count, columns, targets))
+            offset += rows.row_count * rows.type.row_bytes(columns)
+        size = TensorSpec(tensor.name, tensor.shape, source.type).size
+        choice = TypeChoice(source.type, "copied")
         planned.append(PlannedTensor(tensor.name, tensor.shape, source.type, choice, size, tensor.elements))
-    return Plan(
-        [PlannedFile(target, kind, planned, layout.size)], Job([Output(target, layout.header, layout.size)], strips)
-    )
+    output = OutputFile(target, layout.header, layout.size)
+    return ConversionPlan([PlannedFile(target, kind, planned, layout.size)], WriteJob([output], ranges))

@@ -1,10 +1,10 @@
 """
-The header of a safetensors file: which tensors it holds and where they lie.
+Headers of safetensors files: tensors and where their data is.
 
-Layout (huggingface/safetensors, README, "Format"): the header's length as u64, little-endian; that many bytes of JSON,
-`{"name": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [0, 12]}, "__metadata__": {…}}`; then the data, which the
-offsets, counted from its beginning, cover without gaps and overlaps. Files come from strangers: nothing in the
-header is believed before it was compared with the file.
+Format (huggingface/safetensors, README, "Format"): the length of the header as u64, little-endian; that many bytes of
+JSON, `{"name": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [0, 12]}, "__metadata__": {…}}`; then the data, which
+the offsets, relative to its start, cover without gaps and overlaps. Files may be malicious: every number in the header
+is checked against the file.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from qwenlocal.errors import BadCheckpoint
 
-LONGEST_HEADER = 100_000_000  # what the format's own library allows
+MAX_HEADER_SIZE = 100_000_000  # the limit of the format's own library
 
 _WIDTHS = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1,
@@ -30,7 +30,7 @@ _WIDTHS = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor: its shape in the usual order (slowest first), and its bytes' place in `file`."""
+    """A tensor: its shape with the slowest dimension first, as in PyTorch, and where in `file` its bytes are."""
 
     name: str
     dtype: str
@@ -41,12 +41,12 @@ class StoredTensor:
 
     @property
     def elements(self) -> int:
-        """How many numbers it holds."""
+        """The number of its values."""
         return math.prod(self.shape)
 
 
-class Front(NamedTuple):
-    """A file of `size` bytes in a checkpoint, of which only the header may be here yet: its JSON, `text`."""
+class RawHeader(NamedTuple):
+    """The header of a file of `size` bytes, as JSON `text`; the rest of the file may not be downloaded yet."""
 
     path: Path
     size: int
@@ -55,18 +55,18 @@ class Front(NamedTuple):
 
 def read_tensors(path: Path) -> list[StoredTensor]:
     """
-    Every tensor of a safetensors file, in the order in which they lie there.
+    List the tensors of a safetensors file by offset.
 
     Raises
     ------
-    BadCheckpoint: the file is cut off, or its header is damaged or contradicts the file.
+    BadCheckpoint: the file cannot be read or is incomplete, or its header is damaged.
     """
     try:
         size = path.stat().st_size
-        if not (path.is_file() or path.is_dir()):  # opening a pipe waits for somebody who writes to it
+        if not (path.is_file() or path.is_dir()):  # opening a pipe would wait for a writer
             raise BadCheckpoint(path, "it is not a regular file")
         with path.open("rb") as file:
-            return tensors_of(read_front(path, size, lambda start, end: _read(file, start, end)))
+            return parse_header(read_raw_header(path, size, lambda start, end: _read(file, start, end)))
     except OSError as reason:
         raise BadCheckpoint.unreadable(path, reason) from reason
 
@@ -76,100 +76,101 @@ def _read(file: BinaryIO, start: int, end: int) -> bytes:
     return file.read(end - start)
 
 
-def read_front(path: Path, size: int, read: Callable[[int, int], bytes]) -> Front:
+def read_raw_header(path: Path, size: int, read: Callable[[int, int], bytes]) -> RawHeader:
     """
-    The header of a file of `size` bytes that is, or will be, at `path`; `read(start, end)` gives bytes of it.
+    Read the header of a file of `size` bytes at `path`; `read(start, end)` returns its bytes, from disk or network.
 
     Raises
     ------
-    BadCheckpoint: the file begins with no header, or with one that is longer than the file.
+    BadCheckpoint: the file does not start with a header, or the header is longer than the file.
     """
     length = int.from_bytes(read(0, min(8, size)), "little")
     if size < 8 or length > size - 8:
-        raise BadCheckpoint(path, _too_short(read(0, min(64, size)), size, length))
-    if length > LONGEST_HEADER:
-        raise BadCheckpoint(path, f"its header would be {length:,} bytes long; {LONGEST_HEADER:,} are allowed")
-    return Front(path, size, read(8, 8 + length))
+        raise BadCheckpoint(path, _describe_short_file(read(0, min(64, size)), size, length))
+    if length > MAX_HEADER_SIZE:
+        raise BadCheckpoint(path, f"its header would have {length:,} bytes; the limit is {MAX_HEADER_SIZE:,}")
+    return RawHeader(path, size, read(8, 8 + length))
 
 
-def tensors_of(front: Front) -> list[StoredTensor]:
+def parse_header(header: RawHeader) -> list[StoredTensor]:
     """
-    `read_tensors`, of a file whose header is known.
+    List the tensors that a header describes, by offset.
 
     Raises
     ------
     BadCheckpoint: the header is damaged or contradicts the file's size.
     """
-    path, data = front.path, 8 + len(front.text)
-    tensors = [_tensor(path, name, entry, data) for name, entry in _entries(path, front.text) if name != "__metadata__"]
+    path, start = header.path, 8 + len(header.text)
+    entries = _parse_entries(path, header.text)
+    tensors = [_parse_tensor(path, name, entry, start) for name, entry in entries if name != "__metadata__"]
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.size))
-    _check_cover(path, tensors, data, front.size)
+    _check_coverage(path, tensors, start, header.size)
     return tensors
 
 
-def _too_short(begin: bytes, size: int, length: int) -> str:
+def _describe_short_file(begin: bytes, size: int, length: int) -> str:
     if begin.startswith(b"version https://git-lfs"):
         return "this is a git-lfs pointer, not the file itself; fetch it with: git lfs pull"
     if size == 0:
         return "the file is empty"
-    return f"it is not a safetensors file, or cut off: a header of {length:,} bytes in a file of {size:,}"
+    return f"it is not a safetensors file, or incomplete: a header of {length:,} bytes in a file of {size:,}"
 
 
-def _entries(path: Path, text: bytes) -> list[tuple[str, Any]]:
-    """The header's entries; a name that comes twice is not taken for one."""
+def _parse_entries(path: Path, text: bytes) -> list[tuple[str, Any]]:
+    """Return the entries of the header; duplicate names are an error."""
     if not text.startswith(b"{"):
-        raise BadCheckpoint(path, "its header is no JSON object; it is damaged, or no safetensors file")
+        raise BadCheckpoint(path, "its header is not a JSON object; it is damaged, or not a safetensors file")
     try:
         entries = json.loads(text, object_pairs_hook=_Pairs)
     except (ValueError, RecursionError) as reason:
-        raise BadCheckpoint(path, f"its header is not readable JSON ({json_fault(reason)})") from reason
-    if (twice := first_twice(name for name, _ in entries)) is not None:
-        raise BadCheckpoint(path, f"its header names “{twice}” twice")
+        raise BadCheckpoint(path, f"its header is not valid JSON ({describe_json_error(reason)})") from reason
+    if (duplicate := find_duplicate(name for name, _ in entries)) is not None:
+        raise BadCheckpoint(path, f"its header names “{duplicate}” twice")
     return list(entries)
 
 
-def first_twice(names: Iterable[str]) -> str | None:
-    """The first of `names` that has come before; None where all differ."""
+def find_duplicate(names: Iterable[str]) -> str | None:
+    """Return the first of `names` that occurred before; None if all differ."""
     seen: set[str] = set()
     return next((name for name in names if name in seen or seen.add(name)), None)  # type: ignore[func-returns-value]
 
 
-def json_fault(reason: Exception) -> str:
-    """Why JSON cannot be read, in words of its own where Python's are about Python."""
+def describe_json_error(reason: Exception) -> str:
+    """Return why JSON cannot be parsed, rephrased if Python's message is about Python's own limits."""
     if isinstance(reason, RecursionError):
-        return "too many brackets within brackets"
-    return "a number of thousands of digits" if "int_max_str_digits" in str(reason) else str(reason)
+        return "too deeply nested"
+    return "a number with thousands of digits" if "int_max_str_digits" in str(reason) else str(reason)
 
 
 class _Pairs(list[tuple[str, Any]]):
-    """A JSON object as it stands there, duplicates and all."""
+    """A JSON object as a list of pairs, with duplicates."""
 
 
-def _tensor(path: Path, name: str, entry: Any, data: int) -> StoredTensor:
+def _parse_tensor(path: Path, name: str, entry: Any, start: int) -> StoredTensor:
     if not isinstance(entry, _Pairs):
         raise BadCheckpoint(path, f"the header's entry “{name}” is not a description of a tensor")
     fields = dict(entry)
     if len(fields) < len(entry):
-        raise BadCheckpoint(path, f"the header's entry “{name}” says something twice")
+        raise BadCheckpoint(path, f"the header's entry “{name}” has a duplicate field")
     dtype, shape, span = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
     if not isinstance(dtype, str) or not isinstance(shape, list) or not isinstance(span, list):
-        raise BadCheckpoint(path, f"the header does not say what “{name}” is")
-    if not _are_counts(shape) or not _are_counts(span) or len(span) != 2:
-        raise BadCheckpoint(path, f"the header describes “{name}” with impossible numbers")
+        raise BadCheckpoint(path, f"the header's description of “{name}” is incomplete")
+    if not _are_sizes(shape) or not _are_sizes(span) or len(span) != 2:
+        raise BadCheckpoint(path, f"the header's description of “{name}” has impossible numbers")
     width = _WIDTHS.get(dtype)
     if width is None:
-        raise BadCheckpoint(path, f"“{name}” is of type {dtype}, which the format does not know")
+        raise BadCheckpoint(path, f"“{name}” has the type {dtype}, which the format does not have")
     begin, end = span
-    needed = math.prod(shape) * width
-    if end - begin != needed:
+    size = math.prod(shape) * width
+    if end - begin != size:
         raise BadCheckpoint(
-            path, f"“{name}” is {dtype} {list(shape)}, {needed:,} bytes, but its place has {end - begin:,}"
+            path, f"“{name}” is {dtype} {list(shape)}, which takes {size:,} bytes, but its offsets span {end - begin:,}"
         )
-    return StoredTensor(name, dtype, tuple(shape), path, data + begin, needed)
+    return StoredTensor(name, dtype, tuple(shape), path, start + begin, size)
 
 
-def _are_counts(values: list[Any]) -> bool:
-    """A JSON list, no object, of whole numbers that could be sizes."""
+def _are_sizes(values: list[Any]) -> bool:
+    """Return True for a JSON list, not an object, of integers that can be sizes."""
     return (
         type(values) is list
         and len(values) <= 16
@@ -177,20 +178,20 @@ def _are_counts(values: list[Any]) -> bool:
     )
 
 
-def _check_cover(path: Path, tensors: list[StoredTensor], data: int, size: int) -> None:
-    """The tensors follow each other without gaps and overlaps, to the very end of the file."""
-    at = data
+def _check_coverage(path: Path, tensors: list[StoredTensor], start: int, size: int) -> None:
+    """Check that the tensors follow each other without gaps and overlaps up to the end of the file."""
+    end = start
     for tensor in tensors:
-        if tensor.offset < at:
+        if tensor.offset < end:
             raise BadCheckpoint(path, f"“{tensor.name}” overlaps the tensor before it")
         if tensor.offset + tensor.size > size:
             raise BadCheckpoint(
                 path,
                 f"“{tensor.name}” would end at byte {tensor.offset + tensor.size:,}, but the file has {size:,}; it is "
-                "cut off, or its header lies",
+                "incomplete, or its header is wrong",
             )
-        if tensor.offset > at:
-            raise BadCheckpoint(path, f"{tensor.offset - at:,} bytes before “{tensor.name}” belong to no tensor")
-        at += tensor.size
-    if at < size:
-        raise BadCheckpoint(path, f"{size - at:,} bytes at its end belong to no tensor")
+        if tensor.offset > end:
+            raise BadCheckpoint(path, f"{tensor.offset - end:,} bytes before “{tensor.name}” belong to no tensor")
+        end += tensor.size
+    if end < size:
+        raise BadCheckpoint(path, f"{size - end:,} bytes at its end belong to no tensor")

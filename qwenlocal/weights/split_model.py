@@ -1,4 +1,4 @@
-"""A model in one GGUF file, or in several that llama.cpp opens together: "x-00001-of-00003.gguf" and its siblings."""
+"""Models in one GGUF file, or split into several that llama.cpp opens together, like "x-00001-of-00003.gguf"."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import NamedTuple
 
 from qwenlocal.errors import BadWeights
 from qwenlocal.model_files import parse_shard
-from qwenlocal.weights.header import Header, Tensor, read_header
+from qwenlocal.weights.gguf_reader import Header, TensorInfo, read_header
 
-# Keys that speak of a file and not of the model in it; one that is written anew has its own.
-ALIGNMENT = "general.alignment"
-OF_THE_FILE = ("split.no", "split.count", "split.tensors.count", ALIGNMENT)
+# Keys that describe a file, not the model in it; they are not copied to another file.
+ALIGNMENT_KEY = "general.alignment"
+FILE_KEYS = ("split.no", "split.count", "split.tensors.count", ALIGNMENT_KEY)
 
 
-class Located(NamedTuple):
-    """A tensor, the file it lies in, and that file's header."""
+class LocatedTensor(NamedTuple):
+    """A tensor with its file and the header of the file."""
 
     path: Path
     header: Header
-    tensor: Tensor
+    tensor: TensorInfo
 
 
 @dataclass(frozen=True)
-class Parts:
+class SplitModel:
     """The files of a model and their headers, in order."""
 
     paths: Sequence[Path]
@@ -33,56 +33,56 @@ class Parts:
 
     @property
     def header(self) -> Header:
-        """What the first file says, with the tensors of all; the offsets of the others' are their own files'."""
-        together = [tensor for header in self.headers for tensor in header.tensors]
-        return replace(self.headers[0], tensors=tuple(together))
+        """The metadata of the first file with the tensors of all; offsets are relative to each tensor's own file."""
+        tensors = [tensor for header in self.headers for tensor in header.tensors]
+        return replace(self.headers[0], tensors=tuple(tensors))
 
     @property
-    def located(self) -> Sequence[Located]:
+    def located(self) -> Sequence[LocatedTensor]:
         """Every tensor, in order."""
-        both = zip(self.paths, self.headers, strict=True)
-        return [Located(path, header, tensor) for path, header in both for tensor in header.tensors]
+        files = zip(self.paths, self.headers, strict=True)
+        return [LocatedTensor(path, header, tensor) for path, header in files for tensor in header.tensors]
 
     @property
-    def by_name(self) -> Mapping[str, Located]:
+    def by_name(self) -> Mapping[str, LocatedTensor]:
         """Every tensor by its name."""
         return {located.tensor.name: located for located in self.located}
 
     @property
     def size(self) -> int:
-        """Bytes altogether."""
+        """Bytes of all files."""
         return sum(path.stat().st_size for path in self.paths)
 
 
-def read_parts(source: Path) -> Parts:
+def read_split_model(source: Path) -> SplitModel:
     """
-    The headers of a model, of which `source` is the file, or one of the files.
+    Read the headers of a model; `source` is its file, or any of its files.
 
     Raises
     ------
-    BadWeights: one is missing, damaged, or has a tensor that another has, too.
+    BadWeights: a file is missing or damaged, or two have the same tensor.
     """
-    paths = files_of(source)
-    parts = Parts(paths, [read_header(path) for path in paths])
+    paths = shard_paths(source)
+    model = SplitModel(paths, [read_header(path) for path in paths])
     seen: dict[str, Path] = {}
-    for path, _, tensor in parts.located:
+    for path, _, tensor in model.located:
         if seen.setdefault(tensor.name, path) != path:
-            raise BadWeights(path, f"the tensor “{tensor.name}” is in {seen[tensor.name].name}, too")
-    return parts
+            raise BadWeights(path, f"the tensor “{tensor.name}” is also in {seen[tensor.name].name}")
+    return model
 
 
-def files_of(source: Path) -> list[Path]:
+def shard_paths(source: Path) -> list[Path]:
     """
-    The files of a model, of which `source` is the file, or one of the files; in order.
+    List the files of a model in order; `source` is its file, or any of its files.
 
     Raises
     ------
-    BadWeights: one is missing.
+    BadWeights: a file is missing.
     """
     shard = parse_shard(source.name)
     if not shard:
         return [source]
     missing = [name for name in shard.siblings if not (source.parent / name).is_file()]
     if missing:
-        raise BadWeights(source, f"it is split in {shard.total} files, and {missing[0]} is not beside it")
+        raise BadWeights(source, f"the model is split into {shard.total} files, and {missing[0]} is missing")
     return [source.parent / name for name in shard.siblings]

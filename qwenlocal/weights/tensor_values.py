@@ -1,4 +1,4 @@
-"""The numbers of tensors in files: read piece by piece, so that memory stays small, and compared."""
+"""The values of tensors in files: read in chunks, so that little memory is needed, and compared."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from qwenlocal import ggml
 from qwenlocal.errors import BadWeights
-from qwenlocal.weights.header import Header, Tensor, tensor_bytes
+from qwenlocal.weights.gguf_reader import Header, TensorInfo, tensor_bytes
 
 if TYPE_CHECKING:
     import numpy
 
-_BYTES = 1 << 20  # compared at once
-_NUMBERS = 1 << 20  # read at once, in whole rows
-_SMALL_ROW = 1e-4  # of the mean of the rows' squares
+_COMPARE_SIZE = 1 << 20  # bytes compared at once
+_CHUNK_SIZE = 1 << 20  # values read at once, in whole rows
+_SMALL_ROW = 1e-4  # relative to the mean of the rows' squares
 
 
-class Place(NamedTuple):
+class FileRange(NamedTuple):
     """Bytes in a file."""
 
     file: Path
@@ -27,60 +27,60 @@ class Place(NamedTuple):
     size: int
 
 
-def place_of(path: Path, header: Header, tensor: Tensor) -> Place:
-    """Where the data of a GGUF file's tensor lies; of size 0 for a type that is not known."""
-    return Place(path, header.data_offset + tensor.offset, tensor_bytes(tensor) or 0)
+def tensor_range(path: Path, header: Header, tensor: TensorInfo) -> FileRange:
+    """Return where the data of a GGUF file's tensor is; the size is 0 if the type is unknown."""
+    return FileRange(path, header.data_offset + tensor.offset, tensor_bytes(tensor) or 0)
 
 
-def same_bytes(one: Place, other: Place) -> bool:
+def have_same_bytes(left: FileRange, right: FileRange) -> bool:
     """
-    Whether both places hold the same, in two halves by two threads: reading 311 MB twice takes 0.2 s.
+    Return True if both ranges contain the same bytes. Two threads compare one half each: 311 MB take 0.2 s.
 
-    Whole buffers are compared (memcmp); memoryviews go number by number.
+    Whole bytearrays are compared (memcmp); memoryviews would be compared value by value.
     """
     from concurrent.futures import ThreadPoolExecutor
 
-    if one.size != other.size:
+    if left.size != right.size:
         return False
-    half = one.size // 2
+    half = left.size // 2
     with ThreadPoolExecutor(2) as pool:
-        return all(pool.map(lambda span: _same_span(one, other, *span), ((0, half), (half, one.size))))
+        return all(pool.map(lambda span: _have_same_span(left, right, *span), ((0, half), (half, left.size))))
 
 
-def _same_span(one: Place, other: Place, begin: int, end: int) -> bool:
-    left, right = bytearray(_BYTES), bytearray(_BYTES)
-    with one.file.open("rb", buffering=0) as here, other.file.open("rb", buffering=0) as there:
-        here.seek(one.offset + begin)
-        there.seek(other.offset + begin)
+def _have_same_span(left_range: FileRange, right_range: FileRange, begin: int, end: int) -> bool:
+    left, right = bytearray(_COMPARE_SIZE), bytearray(_COMPARE_SIZE)
+    with left_range.file.open("rb", buffering=0) as left_file, right_range.file.open("rb", buffering=0) as right_file:
+        left_file.seek(left_range.offset + begin)
+        right_file.seek(right_range.offset + begin)
         while begin < end:
-            count = min(_BYTES, end - begin)
-            if count < _BYTES:
+            count = min(_COMPARE_SIZE, end - begin)
+            if count < _COMPARE_SIZE:
                 left, right = bytearray(count), bytearray(count)
-            if here.readinto(left) != count or there.readinto(right) != count or left != right:
+            if left_file.readinto(left) != count or right_file.readinto(right) != count or left != right:
                 return False
             begin += count
     return True
 
 
-def floats(kind: ggml.TensorType, data: bytes, count: int) -> numpy.ndarray:
-    """`count` numbers of type `kind` as float32."""
+def decode_values(kind: ggml.TensorType, data: bytes, count: int) -> numpy.ndarray:
+    """Dequantize `count` values of type `kind` to float32."""
     import numpy
 
     source = numpy.frombuffer(data, numpy.uint8)
-    found: numpy.ndarray = numpy.empty(count, numpy.float32)
-    ggml.dequantize(kind, source.ctypes.data, found.ctypes.data, count)
-    return found
+    values: numpy.ndarray = numpy.empty(count, numpy.float32)
+    ggml.dequantize(kind, source.ctypes.data, values.ctypes.data, count)
+    return values
 
 
 def read_rows(file: Path, offset: int, kind: ggml.TensorType, rows: int, columns: int) -> Iterator[numpy.ndarray]:
     """
-    Rows that lie together, as float32 in pieces of whole rows, about a million numbers each.
+    Yield contiguous rows as float32, in chunks of whole rows with about a million values each.
 
     Raises
     ------
-    BadWeights: the file ends before they do.
+    BadWeights: the file ends too early.
     """
-    step = max(1, _NUMBERS // columns)
+    step = max(1, _CHUNK_SIZE // columns)
     with file.open("rb") as source:
         source.seek(offset)
         for start in range(0, rows, step):
@@ -88,19 +88,19 @@ def read_rows(file: Path, offset: int, kind: ggml.TensorType, rows: int, columns
             data = source.read(count * kind.row_bytes(columns))
             if len(data) < count * kind.row_bytes(columns):
                 raise BadWeights(file, "it became shorter while it was read")
-            yield floats(kind, data, count * columns)
+            yield decode_values(kind, data, count * columns)
 
 
-def is_readable(tensor: Tensor) -> bool:
-    """Whether its numbers can be had as float32: a type that ggml reads, and rows that divide into its blocks."""
+def can_read_values(tensor: TensorInfo) -> bool:
+    """Return True if ggml can dequantize the type, and rows can be divided into its blocks."""
     kind = ggml.tensor_type_by_number(tensor.type)
     return (
         kind is not None and ggml.can_dequantize(kind) and bool(tensor.shape) and tensor.shape[0] % kind.block_size == 0
     )
 
 
-def numbers_of(path: Path, header: Header, tensor: Tensor) -> Iterator[numpy.ndarray]:
-    """A GGUF file's tensor as float32, matrix by matrix, in pieces of whole rows; nothing for an unknown type."""
+def read_values(path: Path, header: Header, tensor: TensorInfo) -> Iterator[numpy.ndarray]:
+    """Yield a tensor of a GGUF file as float32, in chunks of whole rows of a matrix; nothing if its type is unknown."""
     kind = ggml.tensor_type_by_number(tensor.type)
     if kind is None or not tensor.elements:
         return
@@ -112,19 +112,19 @@ def numbers_of(path: Path, header: Header, tensor: Tensor) -> Iterator[numpy.nda
 
 
 class RowError(NamedTuple):
-    """The relative error of a tensor (see `relative_error`), and the largest that a row of it has."""
+    """The relative RMSE of a tensor, its worst row, and the relative RMSE of that row."""
 
     whole: float
     row: int
     worst: float
 
 
-def errors_by_row(true: Iterable[numpy.ndarray], other: Iterable[numpy.ndarray], columns: int) -> RowError:
+def compare_rows(true: Iterable[numpy.ndarray], other: Iterable[numpy.ndarray], columns: int) -> RowError:
     """
-    `relative_error` of pieces of whole rows, of all together and of the worst row.
+    Compute the `relative_rmse` of all rows together and of the worst row; the chunks must consist of whole rows.
 
-    Rows that are a hundred times smaller than the others count for the whole only: a type may have no numbers that
-    small. `errors_by_row([[3, 4, 6, 8]], [[3, 4, 6, 9]], 2)` is RowError(0.0894, 1, 0.1).
+    Rows that are a hundred times smaller than the others only count for the whole: a type may not have values that
+    small. `compare_rows([[3, 4, 6, 8]], [[3, 4, 6, 9]], 2)` is RowError(0.0894, 1, 0.1).
     """
     import numpy
 
@@ -137,7 +137,7 @@ def errors_by_row(true: Iterable[numpy.ndarray], other: Iterable[numpy.ndarray],
 
 
 def _squares_by_row(left: numpy.ndarray, right: numpy.ndarray, columns: int) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """Sums over each row: of the squares of `left`, and of the differences'."""
+    """Sum, for each row, the squares of `left` and the squared differences."""
     import numpy
 
     left, right = left.reshape(-1, columns).astype(numpy.float64), right.reshape(-1, columns)
@@ -150,18 +150,18 @@ def _relative(squares: float, differences: float) -> float:
     return math.sqrt(differences / squares) if squares else math.sqrt(differences)
 
 
-def relative_error(true: Iterable[numpy.ndarray], other: Iterable[numpy.ndarray]) -> float:
+def relative_rmse(true: Iterable[numpy.ndarray], other: Iterable[numpy.ndarray]) -> float:
     """
-    The root of the mean squared difference over that of the true numbers; the pieces must have the same lengths.
+    Compute the root mean square of the differences relative to that of the true values, in chunks of equal lengths.
 
-    `relative_error([[3, 4]], [[3, 5]])` is 0.2: sqrt(1 / 25).
+    `relative_rmse([[3, 4]], [[3, 5]])` is 0.2: sqrt(1 / 25).
     """
     import numpy
 
     squares = differences = 0.0
     for left, right in zip(true, other, strict=True):
-        left, right = left.astype(numpy.float64), right.astype(numpy.float64)  # damaged ones may be 1e38
-        with numpy.errstate(invalid="ignore"):  # infinite ones give NaN, which is an answer
+        left, right = left.astype(numpy.float64), right.astype(numpy.float64)  # damaged values may be 1e38
+        with numpy.errstate(invalid="ignore"):  # infinite values give NaN, a valid result
             difference = right - left
         squares += float(left @ left)
         differences += float(difference @ difference)

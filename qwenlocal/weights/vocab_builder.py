@@ -1,4 +1,4 @@
-"""A vocabulary while it is put together from the files of a checkpoint."""
+"""The vocabulary of a checkpoint while its files are read, and parsers of what the tokenizer formats share."""
 
 from __future__ import annotations
 
@@ -9,71 +9,93 @@ from pathlib import Path
 from typing import Any
 
 from qwenlocal.errors import BadCheckpoint, UnsupportedCheckpoint
-from qwenlocal.weights.checkpoint import shortly
-from qwenlocal.weights.kinds import CONTROL, UNUSED, USER_DEFINED
+from qwenlocal.weights.checkpoint import brief_repr
+from qwenlocal.weights.gguf_reader import CONTROL, UNUSED, USER_DEFINED
 
 
 @dataclass
-class Draft:
-    """A vocabulary while it is put together. `file` is where it comes from."""
+class VocabBuilder:
+    """
+    A vocabulary under construction, one token per row of the embeddings; `file` is its source, for errors.
+
+    `add_flags`: whether to add a "bos" or "eos" token, or a "space", to a text.
+    """
 
     file: Path
     model: str
     pre: str
     tokens: list[str]
-    kinds: list[int]
+    token_types: list[int]
     scores: list[float] = field(default_factory=list)
     merges: list[str] = field(default_factory=list)
-    adds: dict[str, bool] = field(default_factory=dict)
+    add_flags: dict[str, bool] = field(default_factory=dict)
 
     @classmethod
-    def empty(cls, file: Path, model: str, pre: str, size: int) -> Draft:
-        """Nothing but ids without a token, which no text can reach."""
+    def empty(cls, file: Path, model: str, pre: str, size: int) -> VocabBuilder:
+        """Return a vocabulary of `size` unused ids, which no text can produce."""
         return cls(file, model, pre, [f"[PAD{number}]" for number in range(size)], [UNUSED] * size)
 
-    def put(self, number: Any, token: Any, kind: int) -> None:
+    def put(self, number: Any, token: Any, token_type: int) -> None:
         """
-        Give an id its token, whatever it was before.
+        Give an id its token, replacing any earlier one.
 
         Raises
         ------
-        BadCheckpoint: the embeddings have no such row, or it is no id and token at all.
+        BadCheckpoint: the embeddings have no such row, or the id or the token is malformed.
         """
         if not isinstance(number, int) or isinstance(number, bool) or not isinstance(token, str) or number < 0:
             raise BadCheckpoint(
-                self.file, f"the token {shortly(token)} with the id {shortly(number)} has the wrong form"
+                self.file, f"the token {brief_repr(token)} with the id {brief_repr(number)} is malformed"
             )
         if number >= len(self.tokens):
             raise BadCheckpoint(
                 self.file, f"“{token}” has the id {number:,}, but the embeddings have only {len(self.tokens):,} rows"
             )
-        self.tokens[number], self.kinds[number] = token, kind
+        self.tokens[number], self.token_types[number] = token, token_type
 
-    def put_all(self, vocabulary: Mapping[str, Any], kind: int) -> None:
-        """`put` for many; a hundred and fifty thousand at once where all have the right form."""
+    def put_all(self, vocabulary: Mapping[str, Any], token_type: int) -> None:
+        """Call `put` for each token; if all ids are valid, without a function call for each of the 150,000."""
         numbers = vocabulary.values()
         if set(map(type, numbers)) != {int} or min(numbers) < 0 or max(numbers) >= len(self.tokens):
             for token, number in vocabulary.items():
-                self.put(number, token, kind)
+                self.put(number, token, token_type)
             return
         for token, number in vocabulary.items():
             self.tokens[number] = token
-            self.kinds[number] = kind
+            self.token_types[number] = token_type
 
     def add(self, added: Mapping[int, tuple[str, int]]) -> None:
-        """Tokens beside the vocabulary proper; an id that it has given to another token is not theirs."""
-        for number, (token, kind) in added.items():
+        """
+        Put tokens that are not part of the vocabulary proper.
+
+        Raises
+        ------
+        BadCheckpoint: an id has another token already.
+        """
+        for number, (token, token_type) in added.items():
             self.check_free(number, token)
-            self.put(number, token, kind)
+            self.put(number, token, token_type)
 
     def check_free(self, number: int, token: str) -> None:
-        """The id has no token yet, or this very one."""
-        known = self.tokens[number] if 0 <= number < len(self.tokens) else token
-        if known != token and self.kinds[number] != UNUSED:
-            raise BadCheckpoint(self.file, f"the id {number} is given twice, to “{known}” and to “{token}”")
+        """
+        Check that the id has no token yet, or the same one.
 
-    def check_holes(self, vocabulary: Mapping[str, Any]) -> None:
-        """Ids of the vocabulary proper are given to one token each, without gaps."""
+        Raises
+        ------
+        BadCheckpoint: it has another one.
+        """
+        known = self.tokens[number] if 0 <= number < len(self.tokens) else token
+        if known != token and self.token_types[number] != UNUSED:
+            raise _same_id(self.file, number, known, token)
+
+    def check_ids(self, vocabulary: Mapping[str, Any]) -> None:
+        """
+        Check that the ids of the vocabulary proper are contiguous, with one token each.
+
+        Raises
+        ------
+        BadCheckpoint: they are not, or there are none.
+        """
         if not vocabulary:
             raise BadCheckpoint(self.file, "its vocabulary is empty")
         last = max(vocabulary.values())
@@ -84,105 +106,131 @@ class Draft:
         seen: dict[int, str] = {}
         for token, number in vocabulary.items():
             if number in seen:
-                raise BadCheckpoint(self.file, f"the id {number} is given twice, to “{seen[number]}” and to “{token}”")
+                raise _same_id(self.file, number, seen[number], token)
             seen[number] = token
-        hole = next(number for number in range(last) if number not in seen)
-        raise BadCheckpoint(self.file, f"no token has the id {hole}, though others go up to {last}")
+        gap = next(number for number in range(last) if number not in seen)
+        raise BadCheckpoint(self.file, f"no token has the id {gap}, although the ids go up to {last}")
 
     def check_texts(self) -> None:
-        """Each token has a text of its own, and one that llama.cpp can keep: it ends texts at a zero byte."""
-        whole = "".join(self.tokens)
-        if "\0" in whole or not _is_text(whole):
-            wrong = next(token for token in self.tokens if "\0" in token or not _is_text(token))
-            raise UnsupportedCheckpoint(self.file, f"the token {shortly(wrong)} cannot stand in a GGUF file")
+        """
+        Check that the tokens differ, and that llama.cpp can store them: it ends strings at a zero byte.
+
+        Raises
+        ------
+        BadCheckpoint: two ids have the same token.
+        UnsupportedCheckpoint: a token contains a zero byte or is not valid Unicode.
+        """
+        text = "".join(self.tokens)
+        if "\0" in text or not _is_unicode(text):
+            invalid = next(token for token in self.tokens if "\0" in token or not _is_unicode(token))
+            raise UnsupportedCheckpoint(self.file, f"a GGUF file cannot store the token {brief_repr(invalid)}")
         if len(set(self.tokens)) < len(self.tokens):
-            first: dict[str, int] = {}
+            seen: dict[str, int] = {}
             for number, token in enumerate(self.tokens):
-                if token in first:
-                    raise BadCheckpoint(self.file, f"“{token}” has two ids, {first[token]} and {number}")
-                first[token] = number
+                if token in seen:
+                    raise BadCheckpoint(self.file, f"“{token}” has two ids, {seen[token]} and {number}")
+                seen[token] = number
 
 
-def _is_text(value: str) -> bool:
+def _same_id(file: Path, number: int, first: str, second: str) -> BadCheckpoint:
+    return BadCheckpoint(file, f"“{first}” and “{second}” have the same id, {number}")
+
+
+def _is_unicode(text: str) -> bool:
     try:
-        value.encode()
+        text.encode()
     except UnicodeEncodeError:
         return False
     return True
 
 
-def adds(post: Any, settings: Mapping[str, Any]) -> dict[str, bool]:
+def parse_add_flags(post_processor: Any, settings: Mapping[str, Any]) -> dict[str, bool]:
     """
-    Whether a token is put at a text's beginning or end.
+    Return whether a token is added at the beginning ("bos") or the end ("eos") of a text.
 
-    tokenizer.json's post-processor says so, or does not (ByteLevel, as Qwen's is); where it is silent, the settings do.
+    tokenizer.json's post-processor decides, if it is one that could add a token, or Qwen's (ByteLevel), which adds
+    none; otherwise `settings`, which is tokenizer_config.json.
     """
-    found = {role: flag for role in ("bos", "eos") if isinstance(flag := settings.get(f"add_{role}_token"), bool)}
-    inner = post.get("processors") if isinstance(post, dict) else None
-    for step in inner if isinstance(inner, list) else [post]:
+    flags = {role: flag for role in ("bos", "eos") if isinstance(flag := settings.get(f"add_{role}_token"), bool)}
+    steps = post_processor.get("processors") if isinstance(post_processor, dict) else None
+    for step in steps if isinstance(steps, list) else [post_processor]:
         single = step.get("single") if isinstance(step, dict) else None
         if isinstance(step, dict) and step.get("type") == "ByteLevel":
-            found = {"bos": False, "eos": False}
+            flags = {"bos": False, "eos": False}
         elif isinstance(single, list) and single and step.get("type") == "TemplateProcessing":
             ends = (isinstance(single[n], dict) and "SpecialToken" in single[n] for n in (0, -1))
-            found = dict(zip(("bos", "eos"), ends, strict=True))
-    return found
+            flags = dict(zip(("bos", "eos"), ends, strict=True))
+    return flags
 
 
-def added_tokens(file: Path, listed: Any, settings: Mapping[str, Any]) -> dict[int, tuple[str, int]]:
-    """Tokens beside the vocabulary proper, as tokenizer.json and tokenizer_config.json list them: id → text, kind."""
-    found: dict[int, tuple[str, int]] = {}
+def parse_added_tokens(file: Path, entries: Any, settings: Mapping[str, Any]) -> dict[int, tuple[str, int]]:
+    """
+    Return the text and the type of each added token by id.
+
+    `entries` is the list in tokenizer.json; `settings`, tokenizer_config.json, has another one.
+
+    Raises
+    ------
+    BadCheckpoint: a list or an entry is malformed, or the two contradict each other.
+    """
+    added: dict[int, tuple[str, int]] = {}
     decoder = settings.get("added_tokens_decoder")
-    entries: list[Any] = [
+    all_entries: list[Any] = [
         {**entry, "id": int(number) if re.fullmatch(r"[0-9]{1,9}", number) else number}
         for number, entry in (decoder.items() if isinstance(decoder, dict) else ())
         if isinstance(entry, dict)
     ]
-    if not isinstance(listed, (list, type(None))):
-        raise BadCheckpoint(file, f"its “added_tokens” is {shortly(listed)}, no list of tokens")
-    entries += listed or []
-    for entry in entries:
+    if not isinstance(entries, (list, type(None))):
+        raise BadCheckpoint(file, f"its “added_tokens” is not a list of tokens but {brief_repr(entries)}")
+    all_entries += entries or []
+    for entry in all_entries:
         number, token = (entry.get("id"), entry.get("content")) if isinstance(entry, dict) else (None, None)
         if not isinstance(number, int) or isinstance(number, bool) or not isinstance(token, str) or not token:
-            raise BadCheckpoint(file, f"the added token {shortly(entry)} has the wrong form")
-        known = found.get(number)
+            raise BadCheckpoint(file, f"the added token {brief_repr(entry)} is malformed")
+        known = added.get(number)
         if known and known[0] != token:
-            raise BadCheckpoint(file, f"the id {number} is given twice, to “{known[0]}” and to “{token}”")
-        found[number] = (token, CONTROL if entry.get("special") or _looks_special(token) else USER_DEFINED)
-    return found
+            raise _same_id(file, number, known[0], token)
+        added[number] = (token, CONTROL if entry.get("special") or _looks_special(token) else USER_DEFINED)
+    return added
 
 
 def _looks_special(token: str) -> bool:
     return token.startswith("<|") and token.endswith("|>")
 
 
-def merge_pairs(file: Path, found: Any) -> list[tuple[str, str]]:
-    """transformers 4 writes "a b", transformers 5 pairs."""
-    if not isinstance(found, list) or not found:
-        raise BadCheckpoint(file, "there are no merges in it")
-    if set(map(type, found)) == {str}:
-        pairs = [entry.partition(" ") for entry in found]
+def parse_merges(file: Path, entries: Any) -> list[tuple[str, str]]:
+    """
+    Parse a list of merges: "a b" as transformers 4 writes it, pairs as transformers 5 does.
+
+    Raises
+    ------
+    BadCheckpoint: the list is empty, or an entry is not a pair of tokens.
+    """
+    if not isinstance(entries, list) or not entries:
+        raise BadCheckpoint(file, "it contains no merges")
+    if set(map(type, entries)) == {str}:
+        pairs = [entry.partition(" ") for entry in entries]
         if all(left and right and " " not in right for left, _, right in pairs):
             return [(left, right) for left, _, right in pairs]
     merges: list[tuple[str, str]] = []
-    for entry in found:
+    for entry in entries:
         try:
             left, right = entry.split(" ") if isinstance(entry, str) else entry
             if not left or not right or type(entry) is dict:
                 raise ValueError
             merges.append((left.replace(" ", "Ġ"), right.replace(" ", "Ġ")))
-        except (ValueError, TypeError, AttributeError) as wrong:
-            raise BadCheckpoint(file, f"the merge {shortly(entry)} is not a pair of tokens") from wrong
+        except (ValueError, TypeError, AttributeError) as invalid:
+            raise BadCheckpoint(file, f"the merge {brief_repr(entry)} is not a pair of tokens") from invalid
     return merges
 
 
-def steps_of(found: Any, inside: str) -> Iterable[Mapping[str, Any]]:
-    """The steps of a sequence, or the one step that there is; `inside` is the name of the list."""
-    if not isinstance(found, dict):
+def flatten_steps(step: Any, key: str) -> Iterable[Mapping[str, Any]]:
+    """Yield the steps of a normalizer or pre-tokenizer; `key` is where a sequence of them has its list."""
+    if not isinstance(step, dict):
         return
-    inner = found.get(inside)
-    if found.get("type") == "Sequence" and isinstance(inner, list):
-        for step in inner:
-            yield from steps_of(step, inside)
+    steps = step.get(key)
+    if step.get("type") == "Sequence" and isinstance(steps, list):
+        for inner in steps:
+            yield from flatten_steps(inner, key)
     else:
-        yield found
+        yield step

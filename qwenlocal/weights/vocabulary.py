@@ -1,9 +1,8 @@
 """
-A checkpoint's vocabulary as GGUF wants it: tokens, kinds, merges or scores, special tokens, chat template.
+The vocabulary of a checkpoint for a GGUF file: tokens, types, merges or scores, special tokens, chat templates.
 
-Everything is read from the checkpoint's own files; a vocabulary that does not hang together is an error, since its
-model would load and speak nonsense. Two kinds are known: byte-level BPE (`byte_bpe.py`) and SentencePiece
-(`pieces.py`).
+Two kinds are supported: byte-level BPE (`byte_bpe`) and SentencePiece (`sentencepiece`). An inconsistent vocabulary is
+an error, because the model would load and answer with nonsense.
 """
 
 from __future__ import annotations
@@ -15,101 +14,100 @@ from typing import Any
 
 from qwenlocal.errors import BadCheckpoint, UnsupportedCheckpoint, UsageError
 from qwenlocal.jinja import find_template_error
-from qwenlocal.weights.byte_bpe import PRE_TOKENIZER_NAMES, byte_level, from_parts
-from qwenlocal.weights.checkpoint import optional_json, read_json
-from qwenlocal.weights.draft import Draft, added_tokens, merge_pairs
-from qwenlocal.weights.kinds import UNUSED
-from qwenlocal.weights.pieces import from_byte_fallback, from_pieces
-from qwenlocal.weights.special import special_tokens
-from qwenlocal.weights.templates import chat_templates
+from qwenlocal.weights.byte_bpe import PRE_TOKENIZER_NAMES, build_byte_bpe, build_from_vocab_json
+from qwenlocal.weights.checkpoint import read_json, read_optional_json
+from qwenlocal.weights.gguf_reader import UNUSED
+from qwenlocal.weights.sentencepiece import build_byte_fallback, build_sentencepiece
+from qwenlocal.weights.tokenizer_config import read_chat_templates, read_special_tokens
+from qwenlocal.weights.vocab_builder import VocabBuilder, parse_added_tokens, parse_merges
 
 
 @dataclass(frozen=True)
 class Vocabulary:
     """
-    `tokens[id]` and `kinds[id]` (GGUF's numbers: 1 normal, 3 control, 5 unused, …) for every row of the embeddings.
+    `tokens[id]` and `token_types[id]` (GGUF's numbers: 1 normal, 3 control, 5 unused, …) for each embedding row.
 
     Byte-level BPE has `merges` ("a b" in order of rank), SentencePiece has `scores`. `special` are ids by role ("eos",
-    "bos", "pad", "eot", …). `templates` are chat templates by name, the usual one under "".
+    "bos", "pad", "eot", …). `add_flags` say whether a "bos" or "eos" token or a "space" is added to a text. `templates`
+    are chat templates by name, the default one under "".
     """
 
     model: str
     pre: str
     tokens: Sequence[str]
-    kinds: Sequence[int]
+    token_types: Sequence[int]
     merges: Sequence[str] = ()
     scores: Sequence[float] = ()
     special: Mapping[str, int] = field(default_factory=dict)
-    adds: Mapping[str, bool] = field(
-        default_factory=dict
-    )  # "bos", "eos": put one at the text's ends; "space": likewise
+    add_flags: Mapping[str, bool] = field(default_factory=dict)
     templates: Mapping[str, str] = field(default_factory=dict)
     notes: Sequence[str] = ()
 
     @property
     def first_unused(self) -> int:
-        """The id from which on there are only ids without a token."""
-        at = len(self.kinds)
-        while at and self.kinds[at - 1] == UNUSED:
-            at -= 1
-        return at
+        """The id from which on all ids are unused."""
+        end = len(self.token_types)
+        while end and self.token_types[end - 1] == UNUSED:
+            end -= 1
+        return end
 
 
 def read_vocabulary(folder: Path, config: Mapping[str, Any], size: int, *, pre: str | None = None) -> Vocabulary:
     """
-    The vocabulary of the checkpoint in `folder`, filled up to `size` ids, the rows of its embedding matrix.
+    Read the vocabulary of the checkpoint in `folder`, padded to `size` ids, the rows of its embedding matrix.
 
-    `pre` names the pre-tokenizer where the checkpoint's regular expression is not a known one.
+    `pre` names the pre-tokenizer if the checkpoint's regular expression is not a known one.
 
     Raises
     ------
-    BadCheckpoint: a file is missing or damaged, an id is named twice or out of range, or ids are missing in between.
+    BadCheckpoint: a file is missing or damaged, or ids are duplicate, out of range or missing in between.
     UnsupportedCheckpoint: llama.cpp has no such tokenizer.
+    UsageError: llama.cpp has no pre-tokenizer `pre`.
     """
-    settings = optional_json(folder / "tokenizer_config.json", "special tokens")
+    settings = read_optional_json(folder / "tokenizer_config.json", "the special tokens")
     if (folder / "tokenizer.model").exists():
-        draft = from_pieces(folder, settings, size)
+        builder = build_sentencepiece(folder, settings, size)
     elif (folder / "tokenizer.json").exists():
-        draft = _from_json(folder, settings, size, pre)
+        builder = _build_from_tokenizer_json(folder, settings, size, pre)
     elif (folder / "vocab.json").exists():
-        draft = from_parts(folder, settings, size, pre)
+        builder = build_from_vocab_json(folder, settings, size, pre)
     else:
         raise BadCheckpoint(folder, "it has no tokenizer.json (nor tokenizer.model, nor vocab.json)")
-    draft.check_texts()
-    special, notes = special_tokens(folder, settings, config, draft)
-    templates = chat_templates(folder, settings)
-    if draft.pre not in PRE_TOKENIZER_NAMES:
-        raise UsageError(f"llama.cpp has no pre-tokenizer called “{draft.pre}”.", hint="Qwen1.5's is: --pre qwen2")
+    builder.check_texts()
+    special, notes = read_special_tokens(folder, settings, config, builder)
+    templates = read_chat_templates(folder, settings)
+    if builder.pre not in PRE_TOKENIZER_NAMES:
+        raise UsageError(f"llama.cpp has no pre-tokenizer called “{builder.pre}”.", hint="Use Qwen1.5's: --pre qwen2")
     return Vocabulary(
-        draft.model,
-        draft.pre,
-        draft.tokens,
-        draft.kinds,
-        draft.merges,
-        draft.scores,
+        builder.model,
+        builder.pre,
+        builder.tokens,
+        builder.token_types,
+        builder.merges,
+        builder.scores,
         special,
-        draft.adds,
+        builder.add_flags,
         templates,
-        [*notes, *_unreadable(templates)],
+        [*notes, *_template_notes(templates)],
     )
 
 
-def _unreadable(templates: Mapping[str, str]) -> list[str]:
+def _template_notes(templates: Mapping[str, str]) -> list[str]:
     return [
-        f"The chat template{f' “{name}”' if name else ''} cannot be read ({fault}); it is carried over as it is."
+        f"The chat template{f' “{name}”' if name else ''} is invalid ({error}); it is copied unchanged."
         for name, text in templates.items()
-        if (fault := find_template_error(text))
+        if (error := find_template_error(text))
     ]
 
 
-def _from_json(folder: Path, settings: Mapping[str, Any], size: int, pre: str | None) -> Draft:
-    """tokenizer.json holds either kind; byte fallback is SentencePiece's."""
+def _build_from_tokenizer_json(folder: Path, settings: Mapping[str, Any], size: int, pre: str | None) -> VocabBuilder:
+    """Build either kind of vocabulary; byte fallback is SentencePiece's."""
     file = folder / "tokenizer.json"
     data = read_json(file, "the vocabulary")
     model = data.get("model")
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or not isinstance(model.get("vocab"), dict):
-        raise UnsupportedCheckpoint(file, "its tokenizer is not BPE, which all Qwen1.5 models have")
-    added = added_tokens(file, data.get("added_tokens"), settings)
+        raise UnsupportedCheckpoint(file, "its tokenizer is not BPE, as that of every Qwen1.5 model is")
+    added = parse_added_tokens(file, data.get("added_tokens"), settings)
     if model.get("byte_fallback"):
-        return from_byte_fallback(file, data, merge_pairs(file, model.get("merges")), added, settings, size)
-    return byte_level(file, data, added, settings, size, pre)
+        return build_byte_fallback(file, data, parse_merges(file, model.get("merges")), added, settings, size)
+    return build_byte_bpe(file, data, added, settings, size, pre)

@@ -25,7 +25,7 @@ from qwenlocal.library.checkpoints import HubCheckpoint, LocalCheckpoint
 
 if TYPE_CHECKING:
     from qwenlocal.weights.conversion_plan import ConversionPlan
-    from qwenlocal.weights.convert import Options
+    from qwenlocal.weights.convert import ConversionOptions
     from qwenlocal.weights.file_types import FileType
 
 LIKE_LLAMA_CPP = "llama.cpp"
@@ -43,7 +43,7 @@ class ConvertOptions:
 
 def convert_checkpoint(options: WriteOptions, convert_options: ConvertOptions) -> None:
     """Convert a checkpoint; with `--dry-run`, only show the plan."""
-    from qwenlocal.weights.convert import Options
+    from qwenlocal.weights.convert import ConversionOptions
 
     if convert_options.like not in (None, LIKE_LLAMA_CPP):
         raise UsageError(f"--like must be {LIKE_LLAMA_CPP}, not {convert_options.like}.")
@@ -56,7 +56,7 @@ def convert_checkpoint(options: WriteOptions, convert_options: ConvertOptions) -
         targets = [(output_path(options.out, name, type, len(types)), type) for type in types]
         if not options.dry_run:
             refuse_existing(targets, options)
-        plan_options = Options(
+        plan_options = ConversionOptions(
             name,
             checkpoint.repo,
             convert_options.pre_tokenizer,
@@ -73,7 +73,7 @@ def _plan(
     app: AppContext,
     checkpoint: LocalCheckpoint | HubCheckpoint,
     targets: Sequence[tuple[Path, FileType]],
-    plan_options: Options,
+    plan_options: ConversionOptions,
     options: WriteOptions,
 ) -> ConversionPlan | None:
     """Return the plan, once the weights are on this disk; None for a dry run on a hub, which ends with the plan."""

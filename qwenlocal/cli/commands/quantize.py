@@ -19,7 +19,7 @@ from qwenlocal.library.names import LocalCheckpointName
 
 def quantize_file(options: WriteOptions, *, requantize: bool) -> None:
     """Quantize a GGUF file; with `--dry-run`, only show the plan."""
-    from qwenlocal.weights.quantize import Options, plan_quantization
+    from qwenlocal.weights.quantize import QuantizationOptions, plan_quantization
 
     types = parse_types(options)
     overrides, importance = read_overrides(options)
@@ -34,5 +34,5 @@ def quantize_file(options: WriteOptions, *, requantize: bool) -> None:
     for path, _ in targets:
         if os.path.exists(path) and path.samefile(record.path):  # Path.exists raises without permission
             raise UsageError(f"{path} is both input and output.", hint="Write to another file.")
-    plan = plan_quantization(record.path, targets, Options(overrides, importance, requantize))
+    plan = plan_quantization(record.path, targets, QuantizationOptions(overrides, importance, requantize))
     write_or_show(app, plan, options)

@@ -1,0 +1,98 @@
+"""Types of GGUF files ("q4_k_m"), and the user's changes to the types of single tensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qwenlocal.errors import UsageError
+from qwenlocal.ggml import TensorType, tensor_type, tensor_types
+from qwenlocal.model_files import FILE_TYPE_ALIASES, FILE_TYPES
+
+
+@dataclass(frozen=True)
+class FileType:
+    """A type of file: its name, its number in the metadata, and the type of most tensors."""
+
+    name: str
+    number: int
+    default: TensorType
+
+
+@dataclass(frozen=True)
+class QuantOverrides:
+    """
+    Deviations from llama.cpp's mixes.
+
+    The first of `tensor_types` whose regular expression is found in a tensor's name decides its type. With `pure`, all
+    other tensors get the default type. `has_imatrix`: an importance matrix is used, which changes some mixes.
+    """
+
+    tensor_types: Sequence[tuple[re.Pattern[str], TensorType]] = ()
+    pure: bool = False
+    has_imatrix: bool = False
+
+
+def file_type(name: str) -> FileType:
+    """
+    Look up a file type in any spelling: `file_type("Q4_K_M").number` is 15.
+
+    Raises
+    ------
+    UsageError: there is no such type; the hint names similar ones.
+    """
+    import difflib
+
+    known = name.strip().lower().replace("-", "_")
+    known = FILE_TYPE_ALIASES.get(known, known)
+    if known not in FILE_TYPES:
+        similar = difflib.get_close_matches(known, FILE_TYPES, n=3)
+        raise UsageError(
+            f"“{name}” is not a type.",
+            hint=f"Did you mean {' or '.join(similar)}?" if similar else "Choose one of: " + ", ".join(FILE_TYPES),
+        )
+    number, default = FILE_TYPES[known]
+    return FileType(known, number, tensor_type(default))
+
+
+def file_types() -> list[str]:
+    """List the names of all file types."""
+    return list(FILE_TYPES)
+
+
+def file_type_name(number: int) -> str:
+    """`file_type_name(15)` is "q4_k_m"; "" for an unknown number."""
+    return next((name for name, (known, _) in FILE_TYPES.items() if known == number), "")
+
+
+def parse_tensor_types(texts: Sequence[str]) -> list[tuple[re.Pattern[str], TensorType]]:
+    """
+    Parse the values of --tensor-type: `["ffn_down=q6_k"]` makes tensors with "ffn_down" in their names Q6_K.
+
+    Raises
+    ------
+    UsageError: a text is not of the form REGEX=TYPE, or the expression or the type is invalid.
+    """
+    parsed = []
+    for text in texts:
+        expression, equals, type_name = text.rpartition("=")
+        if not equals or not expression:
+            raise UsageError(f"“{text}” is not of the form REGEX=TYPE.", hint="For example: ffn_down=q6_k")
+        try:
+            pattern = re.compile(expression)
+        except re.error as reason:
+            raise UsageError(
+                f"“{expression}” is not a regular expression: {reason}.", hint="For example: 'blk.0.*ffn_down=q6_k'"
+            ) from reason
+        kind = tensor_types().get(type_name.strip().lower())
+        if kind is None or kind.name not in _tensor_type_names():
+            raise UsageError(
+                f"“{type_name}” is not a tensor type.", hint="Choose one of: " + ", ".join(_tensor_type_names())
+            )
+        parsed.append((pattern, kind))
+    return parsed
+
+
+def _tensor_type_names() -> list[str]:
+    return sorted({default for _, default in FILE_TYPES.values()})

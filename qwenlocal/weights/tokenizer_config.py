@@ -1,0 +1,120 @@
+"""Special tokens and chat templates, which several files of a checkpoint define."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwenlocal.errors import BadCheckpoint
+from qwenlocal.weights.checkpoint import brief_repr, read_optional_json
+from qwenlocal.weights.gguf_reader import UNUSED
+from qwenlocal.weights.vocab_builder import VocabBuilder
+
+if TYPE_CHECKING:
+    from typing import TypeGuard
+
+_ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+_END_OF_TURN = "<|im_end|>"
+
+
+def read_special_tokens(
+    folder: Path, settings: Mapping[str, Any], config: Mapping[str, Any], builder: VocabBuilder
+) -> tuple[dict[str, int], list[str]]:
+    """
+    Return the ids of special tokens by role, and notes about contradictions.
+
+    tokenizer_config.json, `settings`, takes precedence over config.json; generation_config.json adds end tokens.
+    """
+    ids = {token: number for number, token in enumerate(builder.tokens) if builder.token_types[number] != UNUSED}
+    special: dict[str, int] = {}
+    notes: list[str] = []
+    for role in _ROLES:
+        entry = settings.get(f"{role}_token")
+        text = entry.get("content") if isinstance(entry, dict) else entry
+        if isinstance(text, str) and text in ids:
+            special[role] = ids[text]
+        elif text:
+            notes.append(f"Ignored {role}_token in tokenizer_config.json: {brief_repr(text)} is not a token.")
+        number = config.get(f"{role}_token_id")
+        if _is_id(number, builder):
+            if role in special and special[role] != number:
+                kept, other = builder.tokens[special[role]], builder.tokens[number]
+                notes.append(
+                    f"The {role} token is {kept}, as in tokenizer_config.json, although config.json says {other}."
+                )
+            special.setdefault(role, number)
+        elif number is not None:
+            notes.append(f"Ignored {role}_token_id in config.json: {brief_repr(number)} is not the id of a token.")
+    ends = _end_tokens(folder, special, builder, ids)
+    for role, number in zip(("eot", "eom"), ends, strict=False):
+        special[role] = number
+    left_out = [builder.tokens[number] for number in ends[2:]]
+    if left_out:
+        notes.append(f"Left out end tokens for which GGUF has no key: {', '.join(left_out)}.")
+    return special, notes
+
+
+def _end_tokens(folder: Path, special: Mapping[str, int], builder: VocabBuilder, ids: Mapping[str, int]) -> list[int]:
+    """Return the end tokens other than eos: the end of a turn, then those in generation_config.json."""
+    listed = read_optional_json(folder / "generation_config.json", "").get("eos_token_id")
+    numbers = [ids[_END_OF_TURN]] if _END_OF_TURN in ids else []
+    numbers += [number for number in (listed if isinstance(listed, list) else [listed]) if _is_id(number, builder)]
+    known = {number for number in (special.get("eos"), ids.get("<|endoftext|>")) if number != ids.get(_END_OF_TURN)}
+    return [number for number in dict.fromkeys(numbers) if number not in known]
+
+
+def _is_id(number: Any, builder: VocabBuilder) -> TypeGuard[int]:
+    return isinstance(number, int) and not isinstance(number, bool) and 0 <= number < len(builder.tokens)
+
+
+def read_chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    """
+    Return the chat templates by name; the default one has the name "".
+
+    As in transformers, chat_template.jinja takes precedence over tokenizer_config.json (`settings`), and that over
+    chat_template.json.
+
+    Raises
+    ------
+    BadCheckpoint: a file cannot be read, or is malformed.
+    """
+    file = folder / "chat_template.jinja"
+    template: Any = settings.get("chat_template")
+    if file.exists():
+        template = _read_text(file)
+    elif template is None:
+        template = read_optional_json(folder / "chat_template.json", "").get("chat_template")
+    if template is None:
+        return {}
+    if isinstance(template, str):
+        return {"": template, **_read_additional_templates(folder)}
+    named = {
+        _sanitize(entry["name"]): entry["template"]
+        for entry in (template if isinstance(template, list) else ())
+        if isinstance(entry, dict) and isinstance(entry.get("name"), str) and isinstance(entry.get("template"), str)
+    }
+    if not named:
+        raise BadCheckpoint(folder / "tokenizer_config.json", "its “chat_template” is malformed")
+    named[""] = named.pop("default", next(iter(named.values())))
+    return dict(sorted(named.items()))
+
+
+def _read_additional_templates(folder: Path) -> dict[str, str]:
+    """Read the named templates of transformers 5, one per file."""
+    files = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    return {_sanitize(file.stem): _read_text(file) for file in files}
+
+
+def _read_text(file: Path) -> str:
+    """Read a file byte for byte, without translating line breaks."""
+    try:
+        return file.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as reason:
+        raise BadCheckpoint(file, f"cannot read it ({reason})") from reason
+
+
+def _sanitize(name: str) -> str:
+    """Keep letters and digits, since the name becomes part of a key (gguf-py, gguf_writer.py: add_chat_template)."""
+    return re.sub(r"[^A-Za-z0-9]", "_", name)

@@ -1,0 +1,123 @@
+"""
+The job of writing GGUF files: which rows are read, and at which byte of which file they go in which type.
+
+Every offset is known before the work starts, so threads need not wait for each other, and the result does not depend
+on their number. The work is divided into chunks of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from qwenlocal.ggml import TensorType
+
+if TYPE_CHECKING:
+    import numpy
+
+CHUNK_SIZE = 1 << 19  # values per chunk: 2 MiB as float32, which stay in a core's cache
+_PROCESS_SIZE = 100 << 20  # bytes, measured: Python, numpy, and Qwen's 151,936 tokens while they are read
+
+
+class RowTarget(NamedTuple):
+    """The destination of rows: the index of the output, the byte offset in it, their type, and column weights."""
+
+    output: int
+    offset: int
+    type: TensorType
+    imatrix: numpy.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class RowRange:
+    """Contiguous rows of one tensor in a file, and their targets; read once for all targets."""
+
+    name: str
+    file: Path
+    offset: int
+    type: TensorType
+    row_count: int
+    columns: int
+    targets: Sequence[RowTarget]
+
+    @property
+    def chunk_rows(self) -> int:
+        """Rows per chunk."""
+        return min(self.row_count, max(1, CHUNK_SIZE // max(1, self.columns)))
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """A file to write: its header, and its total size in bytes."""
+
+    path: Path
+    header: bytes
+    size: int
+
+
+@dataclass(frozen=True)
+class WriteJob:
+    """Everything to read and write."""
+
+    outputs: Sequence[OutputFile]
+    ranges: Sequence[RowRange]
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes to read."""
+        return sum(rows.row_count * rows.type.row_bytes(rows.columns) for rows in self.ranges)
+
+
+class RowChunk(NamedTuple):
+    """`row_count` rows of a range from `first` on: the unit of work, and of what the journal records."""
+
+    range: RowRange
+    first: int
+    row_count: int
+
+    @property
+    def source_offset(self) -> int:
+        """The byte offset of the rows in the source file."""
+        return self.range.offset + self.first * self.range.type.row_bytes(self.range.columns)
+
+    @property
+    def source_size(self) -> int:
+        """Bytes to read."""
+        return self.row_count * self.range.type.row_bytes(self.range.columns)
+
+    def target_offset(self, target: RowTarget) -> int:
+        """Return the byte offset of the rows in the output."""
+        return target.offset + self.first * target.type.row_bytes(self.range.columns)
+
+    def target_size(self, target: RowTarget) -> int:
+        """Return the bytes to write to `target`."""
+        return self.row_count * target.type.row_bytes(self.range.columns)
+
+    @property
+    def write_size(self) -> int:
+        """Bytes to write to all targets together."""
+        return sum(map(self.target_size, self.range.targets))
+
+
+def split_into_chunks(job: WriteJob) -> Iterator[RowChunk]:
+    """Yield all chunks in the order in which the rows lie on the disk."""
+    for rows in sorted(job.ranges, key=lambda rows: (str(rows.file), rows.offset)):
+        step = rows.chunk_rows
+        for first in range(0, rows.row_count, max(1, step)):
+            yield RowChunk(rows, first, min(step, rows.row_count - first))
+
+
+def memory_needed(job: WriteJob, threads: int) -> int:
+    """
+    Compute the bytes of memory that `job` takes: per thread a chunk as read, as float32, and as written.
+
+    A 7B to Q8_0 with two threads: 2 x (1.0 + 2.1 + 0.6) MB, and 100 MB for Python and the vocabulary.
+    """
+    values = max((rows.chunk_rows * rows.columns for rows in job.ranges), default=0)
+    read = max((rows.type.type_size / rows.type.block_size for rows in job.ranges), default=0)
+    written = max(
+        (target.type.type_size / target.type.block_size for rows in job.ranges for target in rows.targets), default=0
+    )
+    return _PROCESS_SIZE + int(threads * values * (read + 4 + written))

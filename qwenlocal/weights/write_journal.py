@@ -1,0 +1,77 @@
+"""
+The journal of a write job, next to its first output: finished chunks, with the CRC-32 of the bytes written.
+
+`qwenlocal.resumable` describes the format. An entry is the chunk's number, the CRC-32 over all its targets, and the
+number of weights that were NaN or infinite and became zero.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from qwenlocal import __version__, resumable, weights
+from qwenlocal.errors import BadWeights
+from qwenlocal.weights.write_job import CHUNK_SIZE, WriteJob
+
+_JOURNAL_VERSION = 1
+
+
+class FinishedChunk(NamedTuple):
+    """The CRC-32 of what was written, and how many weights became zero."""
+
+    crc: int
+    zeroed: int
+
+
+def job_identity(job: WriteJob, *, allow_nan: bool) -> str:
+    """
+    Return a digest that differs as soon as the inputs, the outputs, or the conversion between them differ.
+
+    Raises
+    ------
+    BadWeights: a source file cannot be read.
+    """
+    digest = hashlib.sha256(f"{__version__} {weights.CONVERTER_VERSION} {CHUNK_SIZE} {allow_nan}".encode())
+    for output in job.outputs:
+        digest.update(f"{output.path.name} {output.size}\n".encode(errors="replace") + output.header)
+    states = {path: _stat(path) for path in {rows.file for rows in job.ranges}}
+    for rows in job.ranges:
+        state = states[rows.file]
+        place = f"{rows.file} {state.st_size} {state.st_mtime_ns} {rows.offset} {rows.row_count} {rows.columns}"
+        digest.update(place.encode(errors="replace"))
+        for target in rows.targets:
+            digest.update(f" {target.output} {target.offset} {target.type.name}".encode())
+            if target.imatrix is not None:
+                digest.update(target.imatrix.tobytes())
+    return digest.hexdigest()
+
+
+def _stat(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except OSError as reason:
+        raise BadWeights(path, f"cannot read it ({reason.strerror})") from reason
+
+
+def read_finished(path: Path, identity: str) -> dict[int, FinishedChunk] | None:
+    """Return the finished chunks of an earlier attempt at the same job; None if there was none."""
+    content = resumable.read_journal(path)
+    if content is None:
+        return None
+    if (content.identity.get("version"), content.identity.get("identity")) != (_JOURNAL_VERSION, identity):
+        return None
+    return {
+        entry[0]: FinishedChunk(entry[1], entry[2])
+        for entry in content.entries
+        if len(entry) == 3 and all(number >= 0 for number in entry)
+    }
+
+
+def write_finished(path: Path, identity: str, finished: Mapping[int, FinishedChunk]) -> None:
+    """Write a new journal that lists the finished chunks."""
+    entries = [(number, *chunk) for number, chunk in finished.items()]
+    resumable.write_journal(path, {"version": _JOURNAL_VERSION, "identity": identity}, entries)

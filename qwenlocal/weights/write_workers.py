@@ -1,0 +1,310 @@
+"""
+The execution of a write job: several threads read chunks of rows in order, convert them, and write them in place.
+
+Files grow as `<file>.part`, and a journal records the finished chunks. An interrupted job, even after `kill -9`,
+continues from there. A file gets its name only when it is complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from qwenlocal.errors import (
+    BadWeights,
+    DiskFull,
+    FileInUse,
+    Interrupted,
+    NonFiniteWeights,
+    NotWritable,
+    OutputExists,
+    QwenlocalError,
+)
+from qwenlocal.fileio import read_at, start_writeback, write_all
+from qwenlocal.paths import ensure_writable
+from qwenlocal.resumable import JournalAppender, journal_path, part_path
+from qwenlocal.weights.worker_buffers import WorkerBuffers
+from qwenlocal.weights.write_job import RowChunk, WriteJob, split_into_chunks
+from qwenlocal.weights.write_journal import FinishedChunk, job_identity, read_finished, write_finished
+
+_WRITEBACK_SIZE = 64 << 20  # bytes written between two requests to start writeback
+_LOCK_TIMEOUT = 0.5  # seconds: `qwenlocal list` holds a lock for a moment to see if it is in use
+
+Report = Callable[[int, int], object]
+
+
+class WriteResult(NamedTuple):
+    """The number of weights that were NaN or infinite and became zero, and the bytes read by an earlier attempt."""
+
+    non_finite: int
+    resumed: int
+
+
+def run_job(
+    job: WriteJob,
+    *,
+    threads: int,
+    replace: bool = False,
+    allow_nan: bool = False,
+    report: Report = lambda done, total: None,
+) -> WriteResult:
+    """
+    Write the files of `job`. `report` gets bytes read and bytes to read.
+
+    Raises
+    ------
+    OutputExists: a file exists (not with `replace`).
+    DiskFull, NotWritable: there is no space or no permission. Finished chunks are kept.
+    FileInUse: another process is writing one of the files.
+    NonFiniteWeights: a weight is NaN or infinite (not with `allow_nan`).
+    BadWeights: a source cannot be read, or a weight is too large for its type.
+    Interrupted: Ctrl-C. The same call continues.
+    """
+    import filelock
+
+    for output in job.outputs:
+        ensure_writable(output.path.parent)
+    _refuse_existing(job, replace=replace)
+    locks = sorted(part_path(output.path).with_suffix(".part.lock") for output in job.outputs)
+    lock = locks[0]
+    try:
+        with contextlib.ExitStack() as stack:
+            for lock in locks:
+                stack.enter_context(filelock.FileLock(lock, timeout=_LOCK_TIMEOUT))
+                stack.callback(_unlink, lock)
+            _refuse_existing(job, replace=replace)  # the process that had the lock may have written it
+            return _JobRun(job, allow_nan=allow_nan, report=report).run(threads)
+    except filelock.Timeout as busy:
+        if not lock.exists():  # nobody holds it: it cannot be created
+            raise NotWritable(lock.parent, "no files can be created there") from busy
+        raise FileInUse(job.outputs[0].path) from busy
+    except OSError as reason:
+        raise _write_error(lock.parent, reason, 0) from reason
+
+
+def _refuse_existing(job: WriteJob, *, replace: bool) -> None:
+    for output in job.outputs:
+        if not replace and os.path.lexists(output.path):
+            raise OutputExists(output.path)
+
+
+class _JobRun:
+    """One attempt at a job: the open files, the finished chunks, and the state that the threads share."""
+
+    def __init__(self, job: WriteJob, *, allow_nan: bool, report: Report) -> None:
+        self._job, self._allow_nan, self._report = job, allow_nan, report
+        self._chunks = list(split_into_chunks(job))
+        self._lock, self._seek_lock = threading.Lock(), threading.Lock()
+        self._finished: dict[int, FinishedChunk] = {}
+        self._read = self._written = self._flushed = 0  # bytes
+        self._failure: BaseException | None = None
+        self._is_stopped = False
+        self._files: list[int] = []
+        self._sources: dict[Path, int] = {}
+
+    def run(self, threads: int) -> WriteResult:
+        folder = self._job.outputs[0].path.parent
+        with contextlib.ExitStack() as stack:
+            try:
+                self._open(stack)
+                resumed = self._read
+                self._run_workers(threads)
+                self._publish(stack)
+            except OSError as reason:
+                raise _write_error(folder, reason, self._missing_size()) from reason
+            except NonFiniteWeights:  # the next attempt would fail, too: finished chunks are of no use
+                self._discard(stack)
+                raise
+            except KeyboardInterrupt as stop:
+                raise Interrupted("Finished work is kept. Run the same command again to continue.") from stop
+        return WriteResult(sum(chunk.zeroed for chunk in self._finished.values()), resumed)
+
+    # --- opening and closing
+
+    def _open(self, stack: contextlib.ExitStack) -> None:
+        journal = journal_path(self._job.outputs[0].path)
+        identity = job_identity(self._job, allow_nan=self._allow_nan)
+        finished = read_finished(journal, identity)
+        self._check_disk_space()
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0) | (0 if finished is not None else os.O_TRUNC)
+        for output in self._job.outputs:
+            file = os.open(part_path(output.path), flags, 0o644)
+            stack.callback(os.close, file)
+            self._files.append(file)
+            os.ftruncate(file, output.size)
+            self._write(len(self._files) - 1, memoryview(output.header), 0)
+        self._clear_gaps()
+        for path in {rows.file for rows in self._job.ranges}:
+            self._sources[path] = _open_source(path)
+            stack.callback(os.close, self._sources[path])
+        self._resume(finished or {})
+        write_finished(journal, identity, self._finished)
+        self._journal = JournalAppender(journal)
+        stack.callback(self._journal.close)
+
+    def _clear_gaps(self) -> None:
+        """Write zeros between the tensors, whatever an earlier attempt left there."""
+        ends = [len(output.header) for output in self._job.outputs]
+        spans = [
+            (target.output, target.offset, rows.row_count * target.type.row_bytes(rows.columns))
+            for rows in self._job.ranges
+            for target in rows.targets
+        ]
+        spans += [(number, output.size, 0) for number, output in enumerate(self._job.outputs)]
+        for output, offset, size in sorted(spans):
+            if offset > ends[output]:
+                self._write(output, memoryview(bytes(offset - ends[output])), ends[output])
+            ends[output] = offset + size
+
+    def _check_disk_space(self) -> None:
+        """Check the free space; the files of an earlier attempt have theirs already."""
+        folder = self._job.outputs[0].path.parent
+        allocated = 0
+        for output in self._job.outputs:
+            with contextlib.suppress(OSError):
+                state = part_path(output.path).stat()
+                allocated += getattr(state, "st_blocks", 0) * 512
+        needed = sum(output.size for output in self._job.outputs) - allocated
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            raise DiskFull(folder, needed, free)
+
+    def _resume(self, finished: Mapping[int, FinishedChunk]) -> None:
+        """Skip the chunks whose bytes on the disk still have the CRC-32 in the journal."""
+        for number, chunk in finished.items():
+            if number < len(self._chunks) and self._crc_on_disk(self._chunks[number]) == chunk.crc:
+                self._finished[number] = chunk
+                self._read += self._chunks[number].source_size
+
+    def _crc_on_disk(self, chunk: RowChunk) -> int:
+        crc = 0
+        for target in chunk.range.targets:
+            buffer = memoryview(bytearray(chunk.target_size(target)))
+            self._read_into(self._files[target.output], buffer, chunk.target_offset(target))
+            crc = zlib.crc32(buffer, crc)
+        return crc
+
+    def _publish(self, opened: contextlib.ExitStack) -> None:
+        """Flush the complete files to the disk, close them, and give them their names."""
+        for file in self._files:
+            getattr(os, "fdatasync", os.fsync)(file)
+        opened.close()
+        for output in self._job.outputs:
+            part_path(output.path).replace(output.path)
+        journal_path(self._job.outputs[0].path).unlink(missing_ok=True)
+
+    def _discard(self, opened: contextlib.ExitStack) -> None:
+        opened.close()
+        for output in self._job.outputs:
+            part_path(output.path).unlink(missing_ok=True)
+        journal_path(self._job.outputs[0].path).unlink(missing_ok=True)
+
+    def _missing_size(self) -> int:
+        """Return the bytes that are still to be written."""
+        return sum(chunk.write_size for number, chunk in enumerate(self._chunks) if number not in self._finished)
+
+    # --- the threads
+
+    def _run_workers(self, threads: int) -> None:
+        pending = iter([number for number in range(len(self._chunks)) if number not in self._finished])
+        workers = [threading.Thread(target=self._work, args=(pending,), daemon=True) for _ in range(max(1, threads))]
+        total = self._job.read_bytes
+        try:
+            for worker in workers:
+                _start(worker)
+            for worker in workers:
+                while worker.is_alive():
+                    worker.join(0.1)
+                    self._report(self._read, total)
+                    self._start_writeback()
+        finally:  # no thread may write to a file that is closed
+            self._is_stopped = True
+            for worker in workers:
+                if worker.ident is not None:
+                    worker.join()
+        if self._failure:
+            raise self._failure
+        self._report(total, total)
+
+    def _start_writeback(self) -> None:
+        """Let the disk write while the threads compute; otherwise the final fdatasync waits for everything."""
+        if self._written - self._flushed >= _WRITEBACK_SIZE:
+            self._flushed = self._written
+            for file in self._files:
+                start_writeback(file)
+
+    def _work(self, pending: Iterator[int]) -> None:
+        try:
+            buffers = WorkerBuffers(self._job, allow_nan=self._allow_nan)
+            while not self._is_stopped:
+                with self._lock:
+                    number = next(pending, None)
+                if number is None:
+                    return
+                self._convert_chunk(number, buffers)
+        except BaseException as failure:
+            with self._lock:
+                self._failure = self._failure or failure
+            self._is_stopped = True
+
+    def _convert_chunk(self, number: int, buffers: WorkerBuffers) -> None:
+        chunk = self._chunks[number]
+        data = buffers.source(chunk.source_size)
+        self._read_into(self._sources[chunk.range.file], data, chunk.source_offset)
+        buffers.load(chunk)
+        crc = 0
+        for target in chunk.range.targets:
+            result = buffers.convert(chunk, target)
+            crc = zlib.crc32(result, crc)
+            self._write(target.output, result, chunk.target_offset(target))
+        with self._lock:
+            self._finished[number] = FinishedChunk(crc, buffers.zeroed)
+            self._read += len(data)
+            self._written += chunk.write_size
+            self._journal.append(number, crc, buffers.zeroed)
+
+    def _read_into(self, file: int, buffer: memoryview, offset: int) -> None:
+        while buffer:
+            count = read_at(file, buffer, offset, self._seek_lock)
+            if not count:
+                raise BadWeights("the source", "a file became shorter while it was read")
+            buffer, offset = buffer[count:], offset + count
+
+    def _write(self, output: int, data: memoryview, offset: int) -> None:
+        write_all(self._files[output], data, offset, self._seek_lock)
+
+
+def _unlink(path: Path) -> None:
+    with contextlib.suppress(OSError):  # Windows keeps a file that another process has open
+        path.unlink(missing_ok=True)
+
+
+def _open_source(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    except OSError as reason:
+        raise BadWeights(path, f"cannot read it ({reason.strerror})") from reason
+
+
+def _start(worker: threading.Thread) -> None:
+    try:
+        worker.start()
+    except RuntimeError as reason:
+        raise QwenlocalError(
+            "This system does not allow more threads.", hint="Use one thread: -t 1. Finished work is kept."
+        ) from reason
+
+
+def _write_error(folder: Path, reason: OSError, missing: int) -> QwenlocalError:
+    if reason.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
+        return DiskFull(folder, missing, shutil.disk_usage(folder).free)
+    if reason.errno == errno.EFBIG:
+        return NotWritable(folder, "it does not allow files of this size")
+    return NotWritable(folder, reason.strerror or str(reason))

@@ -36,8 +36,8 @@ from random_checkpoint import write_random_checkpoint
 
 from qwenlocal import ggml
 from qwenlocal.weights.checkpoint import Checkpoint
+from qwenlocal.weights.conversion import plan_conversion
 from qwenlocal.weights.conversion_plan import ConversionPlan
-from qwenlocal.weights.convert import plan_conversion
 from qwenlocal.weights.file_types import file_type
 
 LLAMA_CPP_SOURCE = next(ROOT.glob("build/llama_cpp_python-*/vendor/llama.cpp"))

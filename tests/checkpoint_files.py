@@ -13,8 +13,8 @@ import pytest
 from qwenlocal.errors import BadCheckpoint, BadWeights
 from qwenlocal.testing import CONFIG, MOE_CONFIG, as_dtype, write_checkpoint
 from qwenlocal.weights.checkpoint import Checkpoint
+from qwenlocal.weights.conversion import ConversionOptions, plan_conversion
 from qwenlocal.weights.conversion_plan import ConversionPlan
-from qwenlocal.weights.convert import ConversionOptions, plan_conversion
 from qwenlocal.weights.file_types import file_type
 from qwenlocal.weights.gguf_reader import decode_value, read_raw_metadata
 from qwenlocal.weights.vocabulary import Vocabulary, read_vocabulary

@@ -34,8 +34,8 @@ def copy_with_metadata(source: Path, target: Path, pairs: Mapping[str, bytes | N
     header, metadata = read_header(source), read_raw_metadata(source)
     metadata = {key: value for key, value in {**metadata, **pairs}.items() if value is not None}
     kinds = {tensor.name: ggml.tensor_type_by_number(tensor.type) for tensor in header.tensors}
-    described = [gguf_writer.TensorSpec(t.name, t.shape, kinds[t.name]) for t in header.tensors if kinds[t.name]]
-    target.write_bytes(gguf_writer.make_layout(metadata, described).header + source.read_bytes()[header.data_offset :])
+    specs = [gguf_writer.TensorSpec(t.name, t.shape, kinds[t.name]) for t in header.tensors if kinds[t.name]]
+    target.write_bytes(gguf_writer.make_layout(metadata, specs).header + source.read_bytes()[header.data_offset :])
     return target
 
 
@@ -50,8 +50,8 @@ def copy_with_tensor_info(source: Path, target: Path, name: str, **changes: Any)
             len(text).to_bytes(8, "little") + text
             + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, number, tensor.offset)
         )  # fmt: skip
-    front = gguf_writer.make_layout(read_raw_metadata(source), []).header
-    pairs = front[24 : 24 + sum(8 + len(k.encode()) + len(v) for k, v in read_raw_metadata(source).items())]
+    header_start = gguf_writer.make_layout(read_raw_metadata(source), []).header
+    pairs = header_start[24 : 24 + sum(8 + len(k.encode()) + len(v) for k, v in read_raw_metadata(source).items())]
     content = b"GGUF" + struct.pack("<IQQ", 3, len(infos), len(read_raw_metadata(source))) + pairs + b"".join(infos)
     content += bytes(-len(content) % 32)
     target.write_bytes(content + source.read_bytes()[header.data_offset :])
@@ -98,14 +98,14 @@ def split_gguf(source: Path, folder: Path) -> None:
         count = struct.pack("<IH", 2, 2)
         pairs |= {"split.no": struct.pack("<IH", 2, number), "split.count": count}
         pairs["split.tensors.count"] = struct.pack("<Ii", 5, len(header.tensors))
-        described = [gguf_writer.TensorSpec(t.name, t.shape, ggml.tensor_type_by_number(t.type)) for t in tensors]
-        layout = gguf_writer.make_layout(pairs, described)
+        specs = [gguf_writer.TensorSpec(t.name, t.shape, ggml.tensor_type_by_number(t.type)) for t in tensors]
+        layout = gguf_writer.make_layout(pairs, specs)
         with (folder / f"x-0000{number + 1}-of-00002.gguf").open("wb") as file:
             file.write(layout.header)
-            for tensor, place in zip(tensors, described, strict=True):
+            for tensor, spec in zip(tensors, specs, strict=True):
                 begin = header.data_offset + tensor.offset
                 file.seek(layout.offsets[tensor.name])
-                file.write(content[begin : begin + place.size])
+                file.write(content[begin : begin + spec.size])
             file.truncate(layout.size)
 
 

@@ -14,8 +14,8 @@ from oracle import data_of, dry_run_types, llama_quantize
 from qwenlocal.testing import CONFIG, MOE_CONFIG, checkpoint_shapes, write_checkpoint
 from qwenlocal.weights import CONVERTER_VERSION
 from qwenlocal.weights.checkpoint import Checkpoint
+from qwenlocal.weights.conversion import ConversionOptions, plan_conversion
 from qwenlocal.weights.conversion_plan import ConversionPlan
-from qwenlocal.weights.convert import ConversionOptions, plan_conversion
 from qwenlocal.weights.file_types import QuantOverrides, file_type, file_types, parse_tensor_types
 from qwenlocal.weights.gguf_reader import read_header
 from qwenlocal.weights.imatrix import ImportanceMatrix

@@ -136,7 +136,7 @@ class TestDuplicates:
         assert not (tmp_path / "y.gguf").exists()
 
     @pytest.mark.parametrize("what", ["key", "long key"])
-    def test_a_duplicate_key_is_refused_by_read_pairs(self, what: str, tiny_f32: Path, tmp_path: Path) -> None:
+    def test_a_duplicate_key_is_refused_by_read_raw_metadata(self, what: str, tiny_f32: Path, tmp_path: Path) -> None:
         with pytest.raises(BadWeights, match="occurs twice"):
             read_raw_metadata(self.write_duplicate(tiny_f32, tmp_path / "x.gguf", what))
 

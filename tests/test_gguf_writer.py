@@ -71,7 +71,7 @@ class TestExistingOutputs:
 
     def test_the_output_may_replace_its_source(self, unaligned_checkpoint: Path, tmp_path: Path) -> None:
         """quantize x.gguf x.gguf q8_0 --force."""
-        from qwenlocal.weights.quantize import plan_quantization
+        from qwenlocal.weights.quantization import plan_quantization
 
         path = tmp_path / "x.f16.gguf"
         run_job(plan_job(unaligned_checkpoint, path), threads=1)

@@ -1,4 +1,4 @@
-"""Writing a GGUF file that is interrupted: kill -9, Ctrl-C, and going on from a part file and a journal."""
+"""Interrupted conversions: kill -9, Ctrl-C, and resuming from a part file and a journal."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from qwenlocal.resumable import journal_path, part_path
 from qwenlocal.testing import write_checkpoint
 from qwenlocal.weights import CONVERTER_VERSION
 from qwenlocal.weights.checkpoint import Checkpoint
-from qwenlocal.weights.convert import ConversionOptions, plan_conversion
+from qwenlocal.weights.conversion import ConversionOptions, plan_conversion
 from qwenlocal.weights.file_types import file_type
 from qwenlocal.weights.gguf_reader import read_header, tensor_bytes
 from qwenlocal.weights.write_job import WriteJob

@@ -282,7 +282,7 @@ def test_run_works_with_every_kv_cache_type(kind: str, tmp_path: Path, invoke: R
 def wide_headed(folder: Path) -> Path:
     """Convert a model with a head size of 64, which quantized keys need (blocks of 32)."""
     from qwenlocal.weights.checkpoint import Checkpoint
-    from qwenlocal.weights.convert import ConversionOptions, plan_conversion
+    from qwenlocal.weights.conversion import ConversionOptions, plan_conversion
     from qwenlocal.weights.file_types import file_type
     from qwenlocal.weights.write_workers import run_job
 

@@ -1,4 +1,4 @@
-"""Checkpoints on this disk: run and pull convert them once, and know them after a change or a deletion."""
+"""Local checkpoints: run and pull convert them once, and recognize them after a change or a deletion."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Our own quantizers write the bytes that ggml's write; ggml is asked each time."""
+"""Our own quantizers: the same bytes as ggml's, compared with them."""
 
 from __future__ import annotations
 
@@ -14,50 +14,50 @@ TYPES = ("q4_k", "q5_k", "q6_k", "q8_0")
 BLOCK = 256
 
 
-def both(kind: str, numbers: numpy.ndarray) -> tuple[bytes, bytes]:
-    """What ours and ggml's make of float32 numbers, a multiple of 256 of them."""
-    found = ggml.tensor_type(kind)
-    ours, theirs = (numpy.full(found.row_bytes(numbers.size), 0xAA, numpy.uint8) for _ in range(2))
-    most = ggml.quantize_fast(ggml.tensor_type("f32"), numbers.ctypes.data, found, ours.ctypes.data, numbers.size)
-    if most is None:
+def quantize_both(kind: str, numbers: numpy.ndarray) -> tuple[bytes, bytes]:
+    """Quantize a multiple of 256 float32 values with our quantizer and with ggml's."""
+    type_ = ggml.tensor_type(kind)
+    ours, theirs = (numpy.full(type_.row_bytes(numbers.size), 0xAA, numpy.uint8) for _ in range(2))
+    largest = ggml.quantize_fast(ggml.tensor_type("f32"), numbers.ctypes.data, type_, ours.ctypes.data, numbers.size)
+    if largest is None:
         pytest.skip("this libggml was compiled without our quantizers")
-    ggml.quantize_with_ggml(found, numbers.ctypes.data, theirs.ctypes.data, numbers.size // BLOCK, BLOCK)
+    ggml.quantize_with_ggml(type_, numbers.ctypes.data, theirs.ctypes.data, numbers.size // BLOCK, BLOCK)
     return ours.tobytes(), theirs.tobytes()
 
 
-def weights_as_models_have_them(count: int) -> numpy.ndarray:
+def typical_weights(count: int) -> numpy.ndarray:
     random = numpy.random.default_rng(7)
     return (random.standard_t(5, count) * 0.02).astype(numpy.float32)
 
 
-def several_sizes_at_once(count: int) -> numpy.ndarray:
+def mixed_magnitudes(count: int) -> numpy.ndarray:
     random = numpy.random.default_rng(8)
     sizes = 10.0 ** random.integers(-38, 5, (count // 16, 1))
     return (random.standard_normal((count // 16, 16)) * sizes).astype(numpy.float32).reshape(-1)
 
 
-def mostly_zero(count: int) -> numpy.ndarray:
+def sparse_weights(count: int) -> numpy.ndarray:
     random = numpy.random.default_rng(9)
     return numpy.where(random.random(count) < 0.95, 0, random.standard_normal(count)).astype(numpy.float32)
 
 
-def flat_blocks(count: int) -> numpy.ndarray:
+def constant_blocks(count: int) -> numpy.ndarray:
     return numpy.repeat(numpy.random.default_rng(10).standard_normal(count // 32), 32).astype(numpy.float32)
 
 
-def whole_numbers(count: int) -> numpy.ndarray:
+def integers(count: int) -> numpy.ndarray:
     return numpy.random.default_rng(11).integers(-4, 5, count).astype(numpy.float32)
 
 
-def half_way(count: int) -> numpy.ndarray:
-    """Between two levels of Q8_0, or the next float before that."""
+def halves(count: int) -> numpy.ndarray:
+    """Return values halfway between two levels of Q8_0, or the next float toward zero."""
     numbers = (numpy.random.default_rng(12).integers(-253, 254, (count // 32, 32)) / 2).astype(numpy.float32)
     numbers[::2] = numpy.nextafter(numbers[::2], numpy.float32(0))
     numbers[:, 0] = 127
     return numbers.reshape(-1)
 
 
-def too_small_for_a_scale(count: int) -> numpy.ndarray:
+def tiny_weights(count: int) -> numpy.ndarray:
     return (numpy.random.default_rng(13).standard_normal(count) * 1e-38).astype(numpy.float32)
 
 
@@ -69,25 +69,25 @@ def negative_zeros(count: int) -> numpy.ndarray:
 @pytest.mark.parametrize(
     "numbers",
     [
-        weights_as_models_have_them,
-        several_sizes_at_once,
-        mostly_zero,
-        flat_blocks,
-        whole_numbers,
-        half_way,
-        too_small_for_a_scale,
+        typical_weights,
+        mixed_magnitudes,
+        sparse_weights,
+        constant_blocks,
+        integers,
+        halves,
+        tiny_weights,
         negative_zeros,
     ],
 )
 def test_bytes_equal_those_of_ggml(numbers, kind: str) -> None:
-    ours, theirs = both(kind, numbers(BLOCK * 500))
+    ours, theirs = quantize_both(kind, numbers(BLOCK * 500))
     assert ours == theirs
 
 
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("sign", [1, -1])
 def test_bytes_equal_those_of_ggml_for_weights_of_one_sign(sign: int, kind: str) -> None:
-    ours, theirs = both(kind, sign * numpy.abs(weights_as_models_have_them(BLOCK * 200)))
+    ours, theirs = quantize_both(kind, sign * numpy.abs(typical_weights(BLOCK * 200)))
     assert ours == theirs
 
 
@@ -103,42 +103,42 @@ def test_bytes_equal_those_of_ggml_for_weights_of_one_sign(sign: int, kind: str)
     )
 )
 def test_bytes_equal_those_of_ggml_for_any_weights(kind: str, numbers: numpy.ndarray) -> None:
-    ours, theirs = both(kind, numpy.ascontiguousarray(numbers))
+    ours, theirs = quantize_both(kind, numpy.ascontiguousarray(numbers))
     assert ours == theirs
 
 
 @pytest.mark.parametrize("kind", ["q5_0", "q4_0", "q3_k", "q2_k", "iq4_nl"])
-def test_other_types_are_left_to_ggml(kind: str) -> None:
-    found, numbers = ggml.tensor_type(kind), weights_as_models_have_them(BLOCK)
-    target = numpy.full(found.row_bytes(BLOCK), 0xAA, numpy.uint8)
+def test_other_types_are_not_supported(kind: str) -> None:
+    type_, numbers = ggml.tensor_type(kind), typical_weights(BLOCK)
+    target = numpy.full(type_.row_bytes(BLOCK), 0xAA, numpy.uint8)
     source = ggml.tensor_type("f32")
-    assert ggml.quantize_fast(source, numbers.ctypes.data, found, target.ctypes.data, BLOCK) is None
-    assert not ggml.can_quantize_fast(source, found)
+    assert ggml.quantize_fast(source, numbers.ctypes.data, type_, target.ctypes.data, BLOCK) is None
+    assert not ggml.can_quantize_fast(source, type_)
     assert (target == 0xAA).all()
 
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_bf16_is_quantized_directly(kind: str) -> None:
-    found, half = ggml.tensor_type(kind), ggml.tensor_type("bf16")
-    stored = (weights_as_models_have_them(BLOCK * 100).view(numpy.uint32) >> 16).astype(numpy.uint16)
-    target = numpy.empty(found.row_bytes(stored.size), numpy.uint8)
-    most = ggml.quantize_fast(half, stored.ctypes.data, found, target.ctypes.data, stored.size)
-    if most is None:
+    type_, half = ggml.tensor_type(kind), ggml.tensor_type("bf16")
+    stored = (typical_weights(BLOCK * 100).view(numpy.uint32) >> 16).astype(numpy.uint16)
+    target = numpy.empty(type_.row_bytes(stored.size), numpy.uint8)
+    largest = ggml.quantize_fast(half, stored.ctypes.data, type_, target.ctypes.data, stored.size)
+    if largest is None:
         pytest.skip("this libggml was compiled without our quantizers")
     numbers = (stored.astype(numpy.uint32) << 16).view(numpy.float32)
-    assert target.tobytes() == both(kind, numbers)[1]
-    assert most == numpy.abs(numbers).max()
+    assert target.tobytes() == quantize_both(kind, numbers)[1]
+    assert largest == numpy.abs(numbers).max()
 
 
 @pytest.mark.parametrize("place", [0, BLOCK * 3 + 77, BLOCK * 5 - 1])
 @pytest.mark.parametrize("number", [numpy.nan, -numpy.nan, numpy.inf, -numpy.inf])
 @pytest.mark.parametrize("kind", TYPES)
 def test_nan_and_infinity_are_reported(kind: str, number: float, place: int) -> None:
-    found, numbers = ggml.tensor_type(kind), weights_as_models_have_them(BLOCK * 5)
+    type_, numbers = ggml.tensor_type(kind), typical_weights(BLOCK * 5)
     numbers[place] = number
-    target = numpy.empty(found.row_bytes(numbers.size), numpy.uint8)
+    target = numpy.empty(type_.row_bytes(numbers.size), numpy.uint8)
     source = ggml.tensor_type("f32")
-    most = ggml.quantize_fast(source, numbers.ctypes.data, found, target.ctypes.data, numbers.size)
-    if most is None:
+    largest = ggml.quantize_fast(source, numbers.ctypes.data, type_, target.ctypes.data, numbers.size)
+    if largest is None:
         pytest.skip("this libggml was compiled without our quantizers")
-    assert most == numpy.inf
+    assert largest == numpy.inf

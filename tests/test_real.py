@@ -123,7 +123,7 @@ def starters_checkpoint(starter: Path, tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture(scope="module")
 def again(starters_checkpoint: Path) -> Path:
     from qwenlocal.weights.checkpoint import Checkpoint
-    from qwenlocal.weights.convert import plan_conversion
+    from qwenlocal.weights.conversion import plan_conversion
     from qwenlocal.weights.file_types import file_type
     from qwenlocal.weights.write_workers import run_job
 

@@ -28,7 +28,7 @@ from qwenlocal.errors import QwenlocalError
 from qwenlocal.testing import MOE_CONFIG, write_checkpoint
 from qwenlocal.weights import gguf_writer
 from qwenlocal.weights.checkpoint import Checkpoint
-from qwenlocal.weights.convert import ConversionOptions, plan_conversion
+from qwenlocal.weights.conversion import ConversionOptions, plan_conversion
 from qwenlocal.weights.file_types import file_type
 from qwenlocal.weights.gguf_reader import decode_value, read_header, read_raw_metadata
 from qwenlocal.weights.write_workers import run_job

@@ -22,7 +22,7 @@ from qwenlocal.terminal.load_notes import describe_note
 from qwenlocal.testing import CONFIG, write_checkpoint
 from qwenlocal.weights import gguf_writer
 from qwenlocal.weights.checkpoint import Checkpoint
-from qwenlocal.weights.convert import ConversionOptions, plan_conversion
+from qwenlocal.weights.conversion import ConversionOptions, plan_conversion
 from qwenlocal.weights.diagnosis import diagnose_file, missing_rope_base
 from qwenlocal.weights.file_types import file_type
 from qwenlocal.weights.gguf_reader import decode_value, read_header, read_raw_metadata

@@ -18,7 +18,7 @@ from qwenlocal.engine.llama import Model
 from qwenlocal.measure.tokenization import known_texts
 from qwenlocal.testing import CONFIG, write_checkpoint
 from qwenlocal.weights.checkpoint import Checkpoint
-from qwenlocal.weights.convert import plan_conversion
+from qwenlocal.weights.conversion import plan_conversion
 from qwenlocal.weights.file_types import file_type
 from qwenlocal.weights.gguf_reader import decode_value, read_raw_metadata
 from qwenlocal.weights.write_workers import run_job

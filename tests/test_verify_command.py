@@ -289,14 +289,18 @@ class TestTensors:
         return write_checkpoint(tmp_path / "tied", config=config, store_tied_head=True)
 
     @pytest.mark.parametrize("kind", ["f32", "q8_0"])
-    def test_a_stored_copy_of_a_tied_head_is_accepted(self, kind: str, tied_checkpoint: Path, tmp_path: Path) -> None:
+    def test_a_stored_copy_of_a_tied_output_matrix_is_accepted(
+        self, kind: str, tied_checkpoint: Path, tmp_path: Path
+    ) -> None:
         file = convert_checkpoint(tied_checkpoint, tmp_path / "x.gguf", kind, like_llama_cpp=True)
         assert "output.weight" in data_of(file)
         fidelity = measure_fidelity(tied_checkpoint, file, ENOUGH_MEMORY)
         assert fidelity.logits
         assert fidelity.problems == []
 
-    def test_a_stored_head_that_differs_from_the_tied_one_is_found(self, tied_checkpoint: Path, tmp_path: Path) -> None:
+    def test_a_stored_output_matrix_that_differs_from_the_tied_one_is_found(
+        self, tied_checkpoint: Path, tmp_path: Path
+    ) -> None:
         file = convert_checkpoint(tied_checkpoint, tmp_path / "x.gguf", "f32", like_llama_cpp=True)
         other = copy_with_weights(file, tmp_path / "y.gguf", "output.weight", 5.0, 5.0)
         assert any(

@@ -90,8 +90,8 @@ def read_overrides(options: WriteOptions) -> tuple[QuantOverrides, ImportanceMat
 
     if options.threads is not None and options.threads < 1:
         raise UsageError(f"-t must be at least 1, not {options.threads}.")
-    importance = read_imatrix(parse_path(options.imatrix)) if options.imatrix else None
-    return QuantOverrides(parse_tensor_types(options.tensor_types), options.pure, importance is not None), importance
+    imatrix = read_imatrix(parse_path(options.imatrix)) if options.imatrix else None
+    return QuantOverrides(parse_tensor_types(options.tensor_types), options.pure, imatrix is not None), imatrix
 
 
 def output_path(out: str | None, name: str, type: FileType, count: int) -> Path:

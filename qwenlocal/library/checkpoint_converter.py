@@ -198,7 +198,7 @@ def fingerprint(path: Path) -> str:
 
 
 def _plan(weights: Checkpoint, checkpoint: LocalCheckpoint | HubCheckpoint, target: Path, level: str) -> ConversionPlan:
-    from qwenlocal.weights.convert import ConversionOptions, plan_conversion
+    from qwenlocal.weights.conversion import ConversionOptions, plan_conversion
     from qwenlocal.weights.file_types import file_type
 
     return plan_conversion(weights, [(target, file_type(level))], ConversionOptions(checkpoint.name, checkpoint.repo))

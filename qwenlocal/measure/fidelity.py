@@ -22,7 +22,7 @@ from qwenlocal.measure.tensor_errors import TensorError, compare_tensors
 from qwenlocal.measure.tokenization import KnownText, TokenizationError, compare_tokens
 from qwenlocal.weights import gguf_writer
 from qwenlocal.weights.checkpoint import Checkpoint
-from qwenlocal.weights.convert import ConversionOptions
+from qwenlocal.weights.conversion import ConversionOptions
 from qwenlocal.weights.gguf_reader import decode_value, read_raw_metadata
 from qwenlocal.weights.split_model import read_split_model
 

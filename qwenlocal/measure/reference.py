@@ -10,8 +10,8 @@ from qwenlocal import ggml
 from qwenlocal.engine.llama import InMemoryModel
 from qwenlocal.ggml import InMemoryTensor
 from qwenlocal.weights.checkpoint import Checkpoint
+from qwenlocal.weights.conversion import ConversionOptions, plan_conversion
 from qwenlocal.weights.conversion_plan import ConversionPlan
-from qwenlocal.weights.convert import ConversionOptions, plan_conversion
 from qwenlocal.weights.file_types import file_type
 from qwenlocal.weights.tensor_values import read_rows
 from qwenlocal.weights.write_job import RowRange

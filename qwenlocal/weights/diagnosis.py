@@ -8,7 +8,6 @@ many store a tied output matrix twice. `repair.py` writes files without them.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 from qwenlocal import ggml
 from qwenlocal.jinja import compile_template, find_template_error
 from qwenlocal.weights import gguf_writer
+from qwenlocal.weights.expected_tensors import OPTIONAL_TENSORS, embedding_rows, expected_shapes
 from qwenlocal.weights.gguf_reader import (
     NORMAL,
     PADDING,
@@ -31,15 +31,13 @@ from qwenlocal.weights.gguf_reader import (
     tensor_type_name,
 )
 from qwenlocal.weights.split_model import LocatedTensor, SplitModel, read_split_model
-from qwenlocal.weights.tensor_values import have_same_bytes, read_rows, tensor_range
+from qwenlocal.weights.tensor_values import SCAN_SIZE, have_same_bytes, read_rows, scan_values, tensor_range
 
 QWEN = ("qwen2", "qwen2moe")
 _NO_TOKEN = 0xFFFFFFFF  # llama.cpp's -1
 _END_OF_TURN, _END_OF_TEXT = "<|im_end|>", "<|endoftext|>"
-_READ_SIZE = 1 << 22
 _SAMPLE_ROWS = 64  # rows of a matrix that are compared closely
 _MIN_CORRELATION = 0.98
-_EXPONENT = 0x7F800000  # the exponent bits of a float32; all are set if it is infinite or NaN
 
 # rope_theta of the published checkpoints (in their config.json): 1e6; only the 4B, 2,560 wide, has 5e6.
 _ROPE_BASE, _ROPE_BASE_4B, _WIDTH_4B = 1_000_000.0, 5_000_000.0, 2560
@@ -135,7 +133,7 @@ def _vocabulary_findings(header: Header, pairs: Mapping[str, EncodedValue]) -> I
     if not tokens:
         yield Finding("The vocabulary is missing, so the model cannot process text.", True)
         return
-    rows = _embedding_rows(header)
+    rows = embedding_rows(header)
     if rows is not None and rows != len(tokens):
         yield Finding(f"The vocabulary has {len(tokens):,} tokens, but the embeddings have {rows:,} rows.", True)
     if token_types and len(token_types) != len(tokens):
@@ -159,10 +157,6 @@ def _vocabulary_findings(header: Header, pairs: Mapping[str, EncodedValue]) -> I
     yield from _token_id_findings(tokens, pairs)
     normal_end = list(_normal_end_findings(tokens, token_types, pairs))
     yield from normal_end or _end_of_turn_findings(tokens, pairs)
-
-
-def _embedding_rows(header: Header) -> int | None:
-    return next((t.shape[1] for t in header.tensors if t.name == "token_embd.weight" and len(t.shape) == 2), None)
 
 
 def _token_id_findings(tokens: Sequence[str], pairs: Mapping[str, EncodedValue]) -> Iterator[Finding]:
@@ -273,7 +267,7 @@ def _tensor_findings(header: Header) -> Iterator[Finding]:
     """Compare the tensors with those that llama.cpp's loader requires (src/models/qwen2.cpp, qwen2moe.cpp)."""
     shapes = {tensor.name: tensor.shape for tensor in header.tensors}
     expected = set()
-    for name, shape in _expected_shapes(header):
+    for name, shape in expected_shapes(header):
         expected.add(name)
         if name not in shapes:
             if name == "output.weight" and header.architecture == "qwen2":
@@ -283,8 +277,7 @@ def _tensor_findings(header: Header) -> Iterator[Finding]:
         if None not in shape and _trim(shapes[name]) != _trim(shape):
             yield Finding(f"“{name}” has the shape {list(shapes[name])}; the metadata implies {list(shape)}.", True)
             return
-    optional = re.compile(r"blk\.\d+\.attn_[qkv]\.bias|output\.bias|.*\.(scale|input_scale)|rope_freqs\.weight")
-    unknown = [name for name in shapes if name not in expected and not optional.fullmatch(name)]
+    unknown = [name for name in shapes if name not in expected and not OPTIONAL_TENSORS.fullmatch(name)]
     if unknown:
         yield Finding(f"{len(unknown)} tensors do not belong to this architecture, such as “{unknown[0]}”.", True)
 
@@ -295,47 +288,6 @@ def _trim(shape: Sequence[Any]) -> list[Any]:
     while len(trimmed) > 1 and trimmed[-1] == 1:
         trimmed.pop()
     return trimmed
-
-
-def _expected_shapes(header: Header) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """Yield the names and shapes of all tensors; None stands for a size that the metadata lacks."""
-
-    def number(key: str, default: Any = None) -> Any:
-        value = header.hyperparameter(key)
-        return value if isinstance(value, int) else default
-
-    width, heads = number("embedding_length"), number("attention.head_count")
-    kv_width = width // heads * number("attention.head_count_kv", heads) if width and heads else None
-    rows = _embedding_rows(header)
-    yield "token_embd.weight", (width, rows)
-    yield "output.weight", (width, rows)
-    yield "output_norm.weight", (width,)
-    for layer in range(number("block_count", 0)):
-        prefix = f"blk.{layer}."
-        for name in ("attn_norm", "ffn_norm"):
-            yield f"{prefix}{name}.weight", (width,)
-        for name, size in (("attn_q", width), ("attn_k", kv_width), ("attn_v", kv_width), ("attn_output", width)):
-            yield f"{prefix}{name}.weight", (width, size)
-        yield from _expected_feed_forward(header.architecture, prefix, width, number)
-
-
-def _expected_feed_forward(
-    architecture: str, prefix: str, width: Any, number: Callable[..., Any]
-) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    inner = number("feed_forward_length")
-    if architecture == "qwen2":
-        for name, shape in (("gate", (width, inner)), ("up", (width, inner)), ("down", (inner, width))):
-            yield f"{prefix}ffn_{name}.weight", shape
-        return
-    count, expert_width = number("expert_count"), number("expert_feed_forward_length")
-    shared = number("expert_shared_feed_forward_length", inner)
-    yield f"{prefix}ffn_gate_inp.weight", (width, count)
-    yield f"{prefix}ffn_gate_inp_shexp.weight", (width,)
-    for name in ("gate", "up"):
-        yield f"{prefix}ffn_{name}_exps.weight", (width, expert_width, count)
-        yield f"{prefix}ffn_{name}_shexp.weight", (width, shared)
-    yield f"{prefix}ffn_down_exps.weight", (expert_width, width, count)
-    yield f"{prefix}ffn_down_shexp.weight", (shared, width)
 
 
 # --- the weights
@@ -395,7 +347,7 @@ def _weight_findings(model: SplitModel, report: Report) -> Iterator[Finding]:
     import numpy
 
     total, done = sum(tensor_bytes(located.tensor) or 0 for located in model.located), 0
-    buffer = numpy.empty(_READ_SIZE, numpy.uint8)
+    buffer = numpy.empty(SCAN_SIZE, numpy.uint8)
     for path, header in zip(model.paths, model.headers, strict=True):
         with path.open("rb") as file:
             for tensor in header.tensors:
@@ -404,7 +356,7 @@ def _weight_findings(model: SplitModel, report: Report) -> Iterator[Finding]:
                     yield Finding(f"“{tensor.name}” has the unknown type {tensor.type}.", True)
                     continue
                 file.seek(header.data_offset + tensor.offset)
-                non_finite, all_zero = _scan(
+                non_finite, all_zero = scan_values(
                     file,
                     kind,
                     size,
@@ -416,34 +368,3 @@ def _weight_findings(model: SplitModel, report: Report) -> Iterator[Finding]:
                     yield Finding(f"“{tensor.name}” has {non_finite:,} values that are NaN or infinite.", True)
                 if all_zero and len(tensor.shape) > 1:
                     yield Finding(f"“{tensor.name}” is all zeros: it is damaged, or was never completed.", True)
-
-
-def _scan(
-    file: Any, kind: ggml.TensorType, size: int, buffer: Any, report: Callable[[int], object]
-) -> tuple[int, bool]:
-    """Read a tensor; return the number of NaN and infinite values, and True if all values are zero."""
-    import numpy
-
-    step = _READ_SIZE // kind.type_size * kind.type_size
-    floats = numpy.empty(step // kind.type_size * kind.block_size, numpy.float32)
-    non_finite, all_zero = 0, True
-    for start in range(0, size, step):
-        data = buffer[: min(step, size - start)]
-        if file.readinto(data) != data.size:
-            break
-        all_zero = all_zero and not data.any()
-        values = floats[: data.size // kind.type_size * kind.block_size]
-        try:
-            ggml.dequantize(kind, data.ctypes.data, values.ctypes.data, values.size)
-        except ValueError:
-            return 0, False
-        non_finite += _count_non_finite(values)
-        report(start + data.size)
-    return non_finite, all_zero
-
-
-def _count_non_finite(values: Any) -> int:
-    import numpy
-
-    exponents = values.view(numpy.uint32) & _EXPONENT
-    return int((exponents == _EXPONENT).sum()) if exponents.size and int(exponents.max()) == _EXPONENT else 0

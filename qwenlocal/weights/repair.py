@@ -21,7 +21,7 @@ from qwenlocal.weights.file_types import file_type, file_type_name
 from qwenlocal.weights.gguf_reader import EncodedValue, read_raw_metadata
 from qwenlocal.weights.gguf_writer import FileLayout, TensorSpec
 from qwenlocal.weights.quant_mix import TypeChoice
-from qwenlocal.weights.quantize import source_tensor
+from qwenlocal.weights.quantization import source_tensor
 from qwenlocal.weights.split_model import ALIGNMENT_KEY, FILE_KEYS
 from qwenlocal.weights.write_job import OutputFile, RowRange, RowTarget, WriteJob
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qwenlocal import ggml
 from qwenlocal.errors import BadWeights
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 _COMPARE_SIZE = 1 << 20  # bytes compared at once
 _CHUNK_SIZE = 1 << 20  # values read at once, in whole rows
 _SMALL_ROW = 1e-4  # relative to the mean of the rows' squares
+_EXPONENT = 0x7F800000  # the exponent bits of a float32; all are set if it is infinite or NaN
+SCAN_SIZE = 1 << 22  # bytes
 
 
 class FileRange(NamedTuple):
@@ -62,7 +64,7 @@ def _have_same_span(left_range: FileRange, right_range: FileRange, begin: int, e
     return True
 
 
-def decode_values(kind: ggml.TensorType, data: bytes, count: int) -> numpy.ndarray:
+def _dequantize(kind: ggml.TensorType, data: bytes, count: int) -> numpy.ndarray:
     """Dequantize `count` values of type `kind` to float32."""
     import numpy
 
@@ -88,7 +90,7 @@ def read_rows(file: Path, offset: int, kind: ggml.TensorType, rows: int, columns
             data = source.read(count * kind.row_bytes(columns))
             if len(data) < count * kind.row_bytes(columns):
                 raise BadWeights(file, "it became shorter while it was read")
-            yield decode_values(kind, data, count * columns)
+            yield _dequantize(kind, data, count * columns)
 
 
 def can_read_values(tensor: TensorInfo) -> bool:
@@ -109,6 +111,41 @@ def read_values(path: Path, header: Header, tensor: TensorInfo) -> Iterator[nump
     for matrix in range(matrices):
         offset = header.data_offset + tensor.offset + matrix * rows * kind.row_bytes(columns)
         yield from read_rows(path, offset, kind, rows, columns)
+
+
+def scan_values(
+    file: Any, kind: ggml.TensorType, size: int, buffer: Any, report: Callable[[int], object]
+) -> tuple[int, bool]:
+    """
+    Read `size` bytes of a tensor at the position of `file`, using `buffer` of `SCAN_SIZE` bytes.
+
+    Returns the number of NaN and infinite values, and True if all bytes are zero. `report` gets bytes read.
+    """
+    import numpy
+
+    step = SCAN_SIZE // kind.type_size * kind.type_size
+    floats = numpy.empty(step // kind.type_size * kind.block_size, numpy.float32)
+    non_finite, all_zero = 0, True
+    for start in range(0, size, step):
+        data = buffer[: min(step, size - start)]
+        if file.readinto(data) != data.size:
+            break
+        all_zero = all_zero and not data.any()
+        values = floats[: data.size // kind.type_size * kind.block_size]
+        try:
+            ggml.dequantize(kind, data.ctypes.data, values.ctypes.data, values.size)
+        except ValueError:
+            return 0, False
+        non_finite += _count_non_finite(values)
+        report(start + data.size)
+    return non_finite, all_zero
+
+
+def _count_non_finite(values: Any) -> int:
+    import numpy
+
+    exponents = values.view(numpy.uint32) & _EXPONENT
+    return int((exponents == _EXPONENT).sum()) if exponents.size and int(exponents.max()) == _EXPONENT else 0
 
 
 class RowError(NamedTuple):

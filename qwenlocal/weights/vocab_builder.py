@@ -1,4 +1,4 @@
-"""The vocabulary of a checkpoint while its files are read, and parsers of what the tokenizer formats share."""
+"""Vocabularies under construction, and parsers of the parts that the tokenizer formats share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class VocabBuilder:
     """
     A vocabulary under construction, one token per row of the embeddings; `file` is its source, for errors.
 
-    `add_flags`: whether to add a "bos" or "eos" token, or a "space", to a text.
+    `add_flags`: True if a "bos" or "eos" token, or a "space", is added to a text.
     """
 
     file: Path

@@ -71,7 +71,7 @@ class WriteJob:
 
 
 class RowChunk(NamedTuple):
-    """`row_count` rows of a range from `first` on: the unit of work, and of what the journal records."""
+    """`row_count` rows of a range from `first` on: the unit of work and of the journal."""
 
     range: RowRange
     first: int

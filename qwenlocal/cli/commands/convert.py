@@ -24,8 +24,8 @@ from qwenlocal.library.checkpoint_converter import download_cost
 from qwenlocal.library.checkpoints import HubCheckpoint, LocalCheckpoint
 
 if TYPE_CHECKING:
+    from qwenlocal.weights.conversion import ConversionOptions
     from qwenlocal.weights.conversion_plan import ConversionPlan
-    from qwenlocal.weights.convert import ConversionOptions
     from qwenlocal.weights.file_types import FileType
 
 LIKE_LLAMA_CPP = "llama.cpp"
@@ -43,13 +43,13 @@ class ConvertOptions:
 
 def convert_checkpoint(options: WriteOptions, convert_options: ConvertOptions) -> None:
     """Convert a checkpoint; with `--dry-run`, only show the plan."""
-    from qwenlocal.weights.convert import ConversionOptions
+    from qwenlocal.weights.conversion import ConversionOptions
 
     if convert_options.like not in (None, LIKE_LLAMA_CPP):
         raise UsageError(f"--like must be {LIKE_LLAMA_CPP}, not {convert_options.like}.")
     gc.disable()  # there are no reference cycles here, and scanning a vocabulary's 300,000 strings takes 0.2 s
     types = parse_types(options)
-    overrides, importance = read_overrides(options)
+    overrides, imatrix = read_overrides(options)
     app = AppContext(quiet=options.as_json, limit_rate=convert_options.limit_rate)
     with app.checkpoints.find(app.models.parse(options.source)) as checkpoint:
         name = convert_options.name or checkpoint.name
@@ -62,7 +62,7 @@ def convert_checkpoint(options: WriteOptions, convert_options: ConvertOptions) -
             convert_options.pre_tokenizer,
             convert_options.like is not None,
             overrides,
-            importance,
+            imatrix,
         )
         plan = _plan(app, checkpoint, targets, plan_options, options)
     if plan:
@@ -78,7 +78,7 @@ def _plan(
 ) -> ConversionPlan | None:
     """Return the plan, once the weights are on this disk; None for a dry run on a hub, which ends with the plan."""
     from qwenlocal.weights.checkpoint import Checkpoint
-    from qwenlocal.weights.convert import plan_conversion
+    from qwenlocal.weights.conversion import plan_conversion
 
     if isinstance(checkpoint, HubCheckpoint):
         outline = checkpoint.read_outline()

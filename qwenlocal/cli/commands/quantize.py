@@ -19,10 +19,10 @@ from qwenlocal.library.names import LocalCheckpointName
 
 def quantize_file(options: WriteOptions, *, requantize: bool) -> None:
     """Quantize a GGUF file; with `--dry-run`, only show the plan."""
-    from qwenlocal.weights.quantize import QuantizationOptions, plan_quantization
+    from qwenlocal.weights.quantization import QuantizationOptions, plan_quantization
 
     types = parse_types(options)
-    overrides, importance = read_overrides(options)
+    overrides, imatrix = read_overrides(options)
     app = AppContext(quiet=options.as_json)
     name = app.models.parse(options.source)
     if isinstance(name, LocalCheckpointName):
@@ -34,5 +34,5 @@ def quantize_file(options: WriteOptions, *, requantize: bool) -> None:
     for path, _ in targets:
         if os.path.exists(path) and path.samefile(record.path):  # Path.exists raises without permission
             raise UsageError(f"{path} is both input and output.", hint="Write to another file.")
-    plan = plan_quantization(record.path, targets, QuantizationOptions(overrides, importance, requantize))
+    plan = plan_quantization(record.path, targets, QuantizationOptions(overrides, imatrix, requantize))
     write_or_show(app, plan, options)

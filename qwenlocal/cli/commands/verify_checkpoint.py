@@ -52,7 +52,7 @@ def _compare(file: Path, checkpoint: LocalCheckpoint) -> Fidelity:
     from qwenlocal.measure.tokenization import known_texts
     from qwenlocal.terminal.progress import StatusLine
     from qwenlocal.weights.checkpoint import Checkpoint
-    from qwenlocal.weights.convert import ConversionOptions
+    from qwenlocal.weights.conversion import ConversionOptions
     from qwenlocal.weights.gguf_reader import decode_value, read_raw_metadata
 
     pairs, keys = read_raw_metadata(file), ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type")

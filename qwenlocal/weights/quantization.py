@@ -20,7 +20,7 @@ _ARCHITECTURES = ("qwen2", "qwen2moe")  # those of `quant_mix`
 
 @dataclass(frozen=True)
 class QuantizationOptions:
-    """How to quantize. `requantize`: also quantize weights that are quantized already."""
+    """Options of a quantization. `requantize`: also quantize weights that are quantized already."""
 
     overrides: QuantOverrides = field(default_factory=QuantOverrides)
     imatrix: ImportanceMatrix | None = None

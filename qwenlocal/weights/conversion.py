@@ -37,7 +37,7 @@ _TOKEN_ID_KEYS = {
 @dataclass(frozen=True)
 class ConversionOptions:
     """
-    How to convert. `name` and `repo` are the checkpoint's name and the repository it came from.
+    Options of a conversion. `name` and `repo` are the checkpoint's name and the repository it came from.
 
     `like_llama_cpp` does without our differences from llama.cpp's converter: it keeps an output matrix that equals the
     embeddings to which it is tied, and leaves out end-of-turn and suppressed tokens and the repository.

@@ -171,7 +171,7 @@ from qwenlocal.library.http import HttpClient
 url, size, digest = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 client = HttpClient()
 with tempfile.TemporaryDirectory() as folder:
-    artifact = Artifact("x", size, digest, [HttpSource("x", client, [UrlSegment(url, 0, size)])])
+    artifact = Artifact("x", size, digest, [HttpSource("x", client, [UrlSegment(url, size)])])
     started, used = time.perf_counter(), time.process_time()
     download_artifact(artifact, Path(folder) / "x", client=client, locks=Path(folder) / "locks")
     taken = time.perf_counter() - started

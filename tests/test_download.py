@@ -54,7 +54,7 @@ def download(hub: HubServer, client: HttpClient, tmp_path: Path) -> Download:
         **options: object,
     ) -> DownloadedFile:
         sources = [
-            HttpSource(path, client, [UrlSegment(hub.url + path, 0, len(CONTENT))], etag=etag or "") for path in paths
+            HttpSource(path, client, [UrlSegment(hub.url + path, len(CONTENT))], etag=etag or "") for path in paths
         ]
         artifact = Artifact("x.bin", len(CONTENT), sha256, sources, etag=etag)
         return download_artifact(
@@ -253,7 +253,7 @@ def test_without_a_digest_the_file_is_still_hashed(download: Download) -> None:
 
 
 def test_an_unreachable_server_fails_quickly(client: HttpClient, tmp_path: Path) -> None:
-    source = HttpSource("nobody", client, [UrlSegment("http://127.0.0.1:9/x", 0, 100)])
+    source = HttpSource("nobody", client, [UrlSegment("http://127.0.0.1:9/x", 100)])
     started = time.monotonic()
     with pytest.raises(SourceUnreachable, match="Connection refused"):
         download_artifact(
@@ -309,7 +309,7 @@ def test_a_disk_that_fills_up_keeps_finished_blocks(tmp_path: Path, hub: HubServ
 def test_the_rate_can_be_limited(hub: HubServer, tmp_path: Path) -> None:
     hub.files["/x"] = CONTENT
     client = HttpClient(limit_rate=len(CONTENT))
-    source = HttpSource("hub", client, [UrlSegment(f"{hub.url}/x", 0, len(CONTENT))])
+    source = HttpSource("hub", client, [UrlSegment(f"{hub.url}/x", len(CONTENT))])
     started = time.monotonic()
     download_artifact(
         Artifact("x", len(CONTENT), DIGEST, [source]), tmp_path / "x", client=client, locks=tmp_path / "l"
@@ -347,7 +347,7 @@ def test_segments_are_joined_and_each_is_verified(hub: HubServer, client: HttpCl
     segments, sections, at = [], [], 0
     for name, part in zip("ab", parts, strict=True):
         hub.files[f"/x.gguf.{name}"] = part
-        segments.append(UrlSegment(f"{hub.url}/x.gguf.{name}", at, at + len(part)))
+        segments.append(UrlSegment(f"{hub.url}/x.gguf.{name}", len(part)))
         sections.append(Section(at, at + len(part), hashlib.sha256(part).hexdigest()))
         at += len(part)
     hub.faults = [only_on(".b", corrupt_bytes)]  # the first response for the second segment is wrong
@@ -370,7 +370,7 @@ from qwenlocal.library.byte_source import *
 from qwenlocal.library.http import HttpClient
 BLOCK = {block}
 folder = Path(sys.argv[1]); client = HttpClient()
-source = HttpSource("hub", client, [UrlSegment(sys.argv[2] + "/x.bin", 0, {size})])
+source = HttpSource("hub", client, [UrlSegment(sys.argv[2] + "/x.bin", {size})])
 try:
     artifact = Artifact("x.bin", {size}, "{digest}", [source])
     policy = DownloadPolicy(block_size=BLOCK, connections=4)

@@ -1,20 +1,24 @@
-"""Byte sources of a file to download: the protocol, and the HTTP implementation."""
+"""Byte sources of a file to download: the base class, and the HTTP implementation."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from qwenlocal.library.http import HttpClient, TransferError
 
 
-class ByteSource(Protocol):
-    """A source of the bytes of one file. `sequential` sources can only be read from the first byte to the last."""
+class ByteSource(ABC):
+    """A source of the bytes of one file, read by several threads; most of them keep nothing between reads."""
 
-    label: str
-    sequential: bool
+    sequential = False  # True if it can only be read from the first byte to the last
 
+    def __init__(self, label: str) -> None:
+        self.label = label
+
+    @abstractmethod
     def read(self, start: int, end: int) -> Iterator[bytes]:
         """
         Yield bytes `start` to `end` (exclusive), in order, in chunks of any length.
@@ -24,35 +28,49 @@ class ByteSource(Protocol):
         TransferError: the source fails, for now or for good.
         RangesUnsupported: the source only sends whole files; read (0, size) instead.
         """
-        ...
 
     def buffered(self) -> int:
         """Return the bytes fetched already but not yet read, for the progress display."""
-        ...
+        return 0
 
-    def stop(self) -> None:
-        """Make a read in another thread end soon."""
-        ...
+    def stop(self) -> None:  # noqa: B027
+        """Make reads in other threads end soon, if closing the client's connections does not end them."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Release what is kept for later reads."""
-        ...
 
 
 class RangesUnsupported(Exception):
     """The source only sends whole files."""
 
 
+class _Segment(Protocol):
+    @property
+    def size(self) -> int: ...
+
+
+SegmentT = TypeVar("SegmentT", bound=_Segment)
+
+
+def split_range(segments: Iterable[SegmentT], start: int, end: int) -> Iterator[tuple[SegmentT, int, int]]:
+    """Yield the consecutive segments of a file that bytes `start` to `end` fall into, and the range within each."""
+    offset = 0
+    for segment in segments:
+        first, last = max(0, start - offset), min(segment.size, end - offset)
+        if first < last:
+            yield segment, first, last
+        offset += segment.size
+
+
 @dataclass(frozen=True)
 class UrlSegment:
-    """Bytes `start` to `end` of a file, which are the whole content of `url`."""
+    """The content of `url`, which is `size` bytes of a file."""
 
     url: str
-    start: int
-    end: int
+    size: int
 
 
-class HttpSource:
+class HttpSource(ByteSource):
     """A file on a web server, whole or in consecutive segments."""
 
     def __init__(
@@ -64,38 +82,30 @@ class HttpSource:
         headers: Mapping[str, str] = {},
         etag: str = "",
     ) -> None:
-        self.label, self._client, self._segments, self._headers, self._etag = label, client, segments, headers, etag
-        self.sequential = False
+        super().__init__(label)
+        self._client, self._segments, self._headers, self._etag = client, segments, headers, etag
 
     def read(self, start: int, end: int) -> Iterator[bytes]:
-        for segment in self._segments:
-            first, last = max(start, segment.start), min(end, segment.end)
-            if first < last:
-                yield from self._read_segment(segment, first - segment.start, last - segment.start)
+        for segment, first, last in split_range(self._segments, start, end):
+            yield from self._read_segment(segment, first, last)
 
     def _read_segment(self, segment: UrlSegment, start: int, end: int) -> Iterator[bytes]:
-        size = segment.end - segment.start
-        ranged = not self.sequential
+        size, ranged = segment.size, not self.sequential
         if not ranged and end - start < size:
             raise RangesUnsupported  # another thread has just found out
         headers = {**self._headers, **({"If-Range": self._etag} if self._etag and ranged else {})}
-        response = self._client.open(
-            segment.url, headers=headers, start=start if ranged else 0, end=end if ranged else None
-        )
+        response = self._client.open(segment.url, headers=headers, start=start, end=end if ranged else None)
         try:
             self._check_unchanged(response.size, response.etag, size)
             if response.body.status == 200 and end - start < size:
                 raise RangesUnsupported
-            if response.start != (start if ranged else 0):
+            if response.start != start:
                 raise TransferError("the server sent another range than requested", retryable=False)
-            remaining, skip = end - start, start - response.start
+            remaining = end - start
             for chunk in self._client.read(response):
-                data = chunk[skip:] if skip else chunk
-                skip = max(0, skip - len(chunk))
-                if data:
-                    yield data[:remaining]
-                    remaining -= len(data[:remaining])
-                if not remaining:
+                yield chunk[:remaining]
+                remaining -= len(chunk)
+                if remaining <= 0:
                     return
             raise TransferError("the connection ended early", retryable=True)
         finally:
@@ -109,12 +119,3 @@ class HttpSource:
             )
         if self._etag and etag and etag != self._etag:
             raise TransferError("the file on the server has changed during the download", retryable=False)
-
-    def buffered(self) -> int:
-        return 0
-
-    def stop(self) -> None:
-        """Do nothing: closing the client's connections ends every read."""
-
-    def close(self) -> None:
-        """Do nothing: no data is kept."""

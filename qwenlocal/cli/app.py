@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from qwenlocal import __version__
 from qwenlocal.cli.boundary import ErrorBoundary
@@ -56,7 +57,7 @@ def _print_version(is_requested: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+        bool, Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
     """Options of the program itself."""
@@ -65,30 +66,26 @@ def options(
 @app.command(short_help="Chat with a model, or ask it one question.", rich_help_panel="Chat")
 def run(
     positional: Annotated[
-        Optional[list[str]],  # noqa: UP045 - typer on Python 3.10
-        typer.Argument(
+        list[str] | None,
+        Argument(
             metavar="[MODEL] [PROMPT]",
             help="Model to run, and prompt to answer; without a prompt, a chat opens.",
             autocompletion=complete_models,
         ),
     ] = None,
     model: Annotated[
-        str | None,
-        typer.Option("-m", "--model", metavar="MODEL", help="Model to run.", autocompletion=complete_models),
+        str | None, Option("-m", "--model", metavar="MODEL", help="Model to run.", autocompletion=complete_models)
     ] = None,
     file: Annotated[
         str | None,
-        typer.Option(
+        Option(
             "-f", "--file", metavar="FILE", help="Read the prompt from FILE; with -i or --batch, the system prompt."
         ),
     ] = None,
-    interactive: Annotated[
-        bool, typer.Option("-i", "--interactive", help="Open a chat even if there is a prompt.")
-    ] = False,
-    system: Annotated[Optional[str], typer.Option("--system", metavar="TEXT", help="System prompt.")] = None,  # noqa: UP045
+    interactive: Annotated[bool, Option("-i", "--interactive", help="Open a chat even if there is a prompt.")] = False,
+    system: Annotated[str | None, Option("--system", metavar="TEXT", help="System prompt.")] = None,
     max_tokens: Annotated[
-        int | None,
-        typer.Option("-n", "--max-tokens", metavar="N", help="Limit answers to N tokens. [default: no limit]"),
+        int | None, Option("-n", "--max-tokens", metavar="N", help="Limit answers to N tokens. [default: no limit]")
     ] = None,
     n_ctx: ContextOption = None,
     threads: ThreadsOption = None,
@@ -97,12 +94,11 @@ def run(
     flash_attention: FlashAttentionOption = "auto",
     rope: RopeOption = None,
     lookup: Annotated[
-        bool,
-        typer.Option("--lookup/--no-lookup", help="Use prompt lookup decoding: draft tokens from earlier text."),
+        bool, Option("--lookup/--no-lookup", help="Use prompt lookup decoding: draft tokens from earlier text.")
     ] = True,
     draft: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
+        str | None,
+        Option(
             "--draft",
             metavar="MODEL",
             help="Draft model for speculative decoding; switched off if it is slower here.",
@@ -111,57 +107,52 @@ def run(
     ] = None,
     keep_cache: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--keep-cache/--no-keep-cache", help="Save the KV cache on disk, so that the next start needs no prefill."
         ),
     ] = True,
     template: Annotated[
         str | None,
-        typer.Option(
+        Option(
             "--template", metavar="TEXT", help="Prompt with placeholders, for example 'Translate to {lang}: {input}'."
         ),
     ] = None,
     var: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option("--var", metavar="NAME=TEXT", help="Set a placeholder of --template; may be repeated."),
+        list[str] | None, Option("--var", metavar="NAME=TEXT", help="Set a placeholder of --template; may be repeated.")
     ] = None,
     batch: Annotated[
         str | None,
-        typer.Option(
-            "--batch", metavar="FILE", help="Answer every line of FILE: text, or JSON with a prompt or messages."
-        ),
+        Option("--batch", metavar="FILE", help="Answer every line of FILE: text, or JSON with a prompt or messages."),
     ] = None,
     output: Annotated[
         str | None,
-        typer.Option(
+        Option(
             "-o", "--output", metavar="FILE", help="Append the answers of --batch to FILE; continues an earlier run."
         ),
     ] = None,
-    continue_last: Annotated[bool, typer.Option("--continue", help="Continue the last chat.")] = False,
+    continue_last: Annotated[bool, Option("--continue", help="Continue the last chat.")] = False,
     resume: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--resume", metavar="[CHAT]", help="Continue a chat by number; without a number, choose one."),
+        str | None,
+        Option("--resume", metavar="[CHAT]", help="Continue a chat by number; without a number, choose one."),
     ] = None,
-    journal: Annotated[bool, typer.Option("--journal/--no-journal", help="Save the chat on this machine.")] = True,
+    journal: Annotated[bool, Option("--journal/--no-journal", help="Save the chat on this machine.")] = True,
     markdown: Annotated[
-        bool, typer.Option("--markdown/--no-markdown", help="Render Markdown in a chat, or print plain text.")
+        bool, Option("--markdown/--no-markdown", help="Render Markdown in a chat, or print plain text.")
     ] = True,
-    force: Annotated[bool, typer.Option("--force", help="Load the model even if it does not seem to fit.")] = False,
+    force: Annotated[bool, Option("--force", help="Load the model even if it does not seem to fit.")] = False,
     temperature: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option(
-            "--temp", metavar="X", help="Temperature; 0 always takes the most likely token. [default: the model's]"
-        ),
+        float | None,
+        Option("--temp", metavar="X", help="Temperature; 0 always takes the most likely token. [default: the model's]"),
     ] = None,
     top_k: Annotated[
         int | None,
-        typer.Option(
+        Option(
             "--top-k", metavar="N", help="Sample from the N most likely tokens; 0 means all. [default: the model's]"
         ),
     ] = None,
     top_p: Annotated[
         float | None,
-        typer.Option(
+        Option(
             "--top-p",
             metavar="X",
             help="Nucleus sampling: keep the smallest set of tokens with total probability X. [default: the model's]",
@@ -169,7 +160,7 @@ def run(
     ] = None,
     min_p: Annotated[
         float | None,
-        typer.Option(
+        Option(
             "--min-p",
             metavar="X",
             help="Drop tokens less likely than X times the most likely one. [default: the model's]",
@@ -177,43 +168,37 @@ def run(
     ] = None,
     repeat_penalty: Annotated[
         float | None,
-        typer.Option(
-            "--repeat-penalty", metavar="X", help="Penalize repeated tokens; 1 means off. [default: the model's]"
-        ),
+        Option("--repeat-penalty", metavar="X", help="Penalize repeated tokens; 1 means off. [default: the model's]"),
     ] = None,
     seed: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option("--seed", metavar="N", help="Seed of the random numbers. [default: random]"),
+        int | None, Option("--seed", metavar="N", help="Seed of the random numbers. [default: random]")
     ] = None,
     stop: Annotated[
-        list[str] | None,
-        typer.Option("--stop", metavar="TEXT", help="End the answer before TEXT; may be repeated."),
+        list[str] | None, Option("--stop", metavar="TEXT", help="End the answer before TEXT; may be repeated.")
     ] = None,
     overflow: Annotated[
         str,
-        typer.Option(
+        Option(
             "--overflow",
             metavar="MODE",
             help="When the context is full: shift (drop old turns), summarise them, or stop.",
         ),
     ] = "shift",
-    as_json: Annotated[bool, typer.Option("--json", help="Answer with a JSON object.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Answer with a JSON object.")] = False,
     schema: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--schema", metavar="FILE", help="Answer with JSON that follows the JSON schema in FILE."),
+        str | None, Option("--schema", metavar="FILE", help="Answer with JSON that follows the JSON schema in FILE.")
     ] = None,
     grammar: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--grammar", metavar="FILE", help="Answer with text that follows the GBNF grammar in FILE."),
+        str | None, Option("--grammar", metavar="FILE", help="Answer with text that follows the GBNF grammar in FILE.")
     ] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the text without a chat template.")] = False,
+    raw: Annotated[bool, Option("--raw", help="Continue the text without a chat template.")] = False,
     stats: Annotated[
-        bool, typer.Option("--stats", help="Print the load plan and the speed of each answer on stderr.")
+        bool, Option("--stats", help="Print the load plan and the speed of each answer on stderr.")
     ] = False,
     limit_rate: RateOption = None,
     yes: YesOption = False,
-    _cml: Annotated[bool, typer.Option("-cml", "--chatml", hidden=True)] = False,
-    _color: Annotated[bool, typer.Option("--color", hidden=True)] = False,
+    _cml: Annotated[bool, Option("-cml", "--chatml", hidden=True)] = False,
+    _color: Annotated[bool, Option("--color", hidden=True)] = False,
 ) -> None:
     """Chat with a model, or ask it one question; downloads the model first if necessary.
 
@@ -285,9 +270,7 @@ def pull(model: ModelArgument, limit_rate: RateOption = None, yes: YesOption = F
 
 @app.command("list", short_help="List installed models.", rich_help_panel="Models")
 def list_(
-    include_available: Annotated[
-        bool, typer.Option("--all", "-a", help="Include models that can be downloaded.")
-    ] = False,
+    include_available: Annotated[bool, Option("--all", "-a", help="Include models that can be downloaded.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """List installed models and unfinished downloads."""
@@ -315,10 +298,10 @@ def rm(model: InstalledModelArgument) -> None:
 @app.command(short_help="Verify a model, and repair it.", rich_help_panel="Models")
 def verify(
     model: InstalledModelArgument,
-    no_repair: Annotated[bool, typer.Option("--no-repair", help="Report damage; download nothing.")] = False,
+    no_repair: Annotated[bool, Option("--no-repair", help="Report damage; download nothing.")] = False,
     against: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--against", metavar="SRC", help="Compare with the checkpoint SRC that it was converted from."),
+        str | None,
+        Option("--against", metavar="SRC", help="Compare with the checkpoint SRC that it was converted from."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -342,19 +325,19 @@ def verify(
 def convert(
     source: Annotated[
         str,
-        typer.Argument(
+        Argument(
             metavar="SRC",
             help="Checkpoint: a directory, hf:owner/repo, a model name or a safetensors file.",
             autocompletion=complete_models,
         ),
     ],
     out: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("-o", "--out", metavar="OUT", help="File or folder to write; {type} is replaced by the type."),
+        str | None,
+        Option("-o", "--out", metavar="OUT", help="File or folder to write; {type} is replaced by the type."),
     ] = None,
     types: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(
+        list[str] | None,
+        Option(
             "--type",
             metavar="TYPE[,TYPE…]",
             help="Types to write: q4_k_m, q8_0, f16, …; the checkpoint is read once. [default: q4_k_m]",
@@ -369,16 +352,13 @@ def convert(
     as_json: JsonOption = False,
     allow_nan: AllowNanOption = False,
     name: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--name", metavar="NAME", help="Name of the model in the file. [default: from SRC]"),
+        str | None, Option("--name", metavar="NAME", help="Name of the model in the file. [default: from SRC]")
     ] = None,
     pre_tokenizer: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--pre", metavar="NAME", help="llama.cpp's name of the pre-tokenizer. [default: detected]"),
+        str | None, Option("--pre", metavar="NAME", help="llama.cpp's name of the pre-tokenizer. [default: detected]")
     ] = None,
     like: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--like", metavar="llama.cpp", help="Write the same bytes as llama.cpp's own converter."),
+        str | None, Option("--like", metavar="llama.cpp", help="Write the same bytes as llama.cpp's own converter.")
     ] = None,
     limit_rate: RateOption = None,
 ) -> None:
@@ -389,7 +369,7 @@ def convert(
     qwenlocal convert hf:Qwen/Qwen1.5-1.8B --type q4_0,q8_0  writes two files, reads the checkpoint once
     qwenlocal convert ./Qwen1.5-0.5B --dry-run               shows what it would write
     """
-    from qwenlocal.cli.commands.convert import ConvertOptions, convert_checkpoint
+    from qwenlocal.cli.commands.convert import convert_checkpoint
     from qwenlocal.cli.gguf_files import WriteOptions
     from qwenlocal.cli.options import parse_rate, split_list
 
@@ -407,23 +387,25 @@ def convert(
             as_json=as_json,
             allow_nan=allow_nan,
         ),
-        ConvertOptions(pre_tokenizer, name, like, parse_rate(limit_rate)),
+        name=name,
+        pre_tokenizer=pre_tokenizer,
+        like=like,
+        limit_rate=parse_rate(limit_rate),
     )
 
 
 @app.command(short_help="Quantize a GGUF file.", rich_help_panel="Weights")
 def quantize(
     source: Annotated[
-        str,
-        typer.Argument(metavar="IN", help="GGUF file or model to read.", autocompletion=complete_installed_models),
+        str, Argument(metavar="IN", help="GGUF file or model to read.", autocompletion=complete_installed_models)
     ],
-    out: Annotated[str, typer.Argument(metavar="OUT", help="File or folder to write.")],
-    types: Annotated[str, typer.Argument(metavar="TYPE[,TYPE…]", help="Types to write: q4_k_m, q8_0, f16, …")],
+    out: Annotated[str, Argument(metavar="OUT", help="File or folder to write.")],
+    types: Annotated[str, Argument(metavar="TYPE[,TYPE…]", help="Types to write: q4_k_m, q8_0, f16, …")],
     tensor_type: TensorTypeOption = None,
     imatrix: ImatrixOption = None,
     pure: PureOption = False,
     requantize: Annotated[
-        bool, typer.Option("--requantize", help="Allow weights that are quantized already; costs quality.")
+        bool, Option("--requantize", help="Allow weights that are quantized already; costs quality.")
     ] = False,
     threads: ThreadsOption = None,
     force: ForceOption = False,
@@ -462,17 +444,13 @@ def quantize(
 @app.command(short_help="Show and check a GGUF file.", rich_help_panel="Weights")
 def inspect(
     model: Annotated[
-        str,
-        typer.Argument(metavar="FILE", help="GGUF file or installed model.", autocompletion=complete_installed_models),
+        str, Argument(metavar="FILE", help="GGUF file or installed model.", autocompletion=complete_installed_models)
     ],
-    tensors: Annotated[bool, typer.Option("--tensors", help="List all tensors.")] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="Check the header only, not the weights.")] = False,
-    fix: Annotated[
-        bool, typer.Option("--fix", help="Repair the file in place, or write a repaired copy (-o).")
-    ] = False,
+    tensors: Annotated[bool, Option("--tensors", help="List all tensors.")] = False,
+    quick: Annotated[bool, Option("--quick", help="Check the header only, not the weights.")] = False,
+    fix: Annotated[bool, Option("--fix", help="Repair the file in place, or write a repaired copy (-o).")] = False,
     out: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("-o", "--out", metavar="OUT", help="File for the repaired copy of --fix."),
+        str | None, Option("-o", "--out", metavar="OUT", help="File for the repaired copy of --fix.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -484,12 +462,8 @@ def inspect(
 
 @app.command(short_help="Compare two GGUF files.", rich_help_panel="Weights")
 def diff(
-    left: Annotated[
-        str, typer.Argument(metavar="A", help="First GGUF file.", autocompletion=complete_installed_models)
-    ],
-    right: Annotated[
-        str, typer.Argument(metavar="B", help="Second GGUF file.", autocompletion=complete_installed_models)
-    ],
+    left: Annotated[str, Argument(metavar="A", help="First GGUF file.", autocompletion=complete_installed_models)],
+    right: Annotated[str, Argument(metavar="B", help="Second GGUF file.", autocompletion=complete_installed_models)],
     as_json: JsonOption = False,
 ) -> None:
     """Compare two GGUF files: metadata, tensors, types and weights. Exits with 1 if they differ."""
@@ -501,21 +475,15 @@ def diff(
 @app.command(short_help="Benchmark models.", rich_help_panel="This machine")
 def bench(
     models: Annotated[
-        list[str],
-        typer.Argument(metavar="MODEL…", help="Models to benchmark.", autocompletion=complete_installed_models),
+        list[str], Argument(metavar="MODEL…", help="Models to benchmark.", autocompletion=complete_installed_models)
     ],
     threads: ThreadsOption = None,
-    repetitions: Annotated[int, typer.Option("-r", "--repetitions", metavar="N", help="Repeat each test N times.")] = 5,
-    depths: Annotated[
-        str, typer.Option("--depths", metavar="N,…", help="Decode after N tokens of context.")
-    ] = "0,512,4096",
+    repetitions: Annotated[int, Option("-r", "--repetitions", metavar="N", help="Repeat each test N times.")] = 5,
+    depths: Annotated[str, Option("--depths", metavar="N,…", help="Decode after N tokens of context.")] = "0,512,4096",
     kv_type: KvTypeOption = None,
     flash_attention: FlashAttentionOption = "auto",
-    ubatch: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option("--ubatch", metavar="N", help="Size of the physical batch in tokens."),
-    ] = None,
-    plot: Annotated[bool, typer.Option("--plot", help="Draw bars.")] = False,
+    ubatch: Annotated[int | None, Option("--ubatch", metavar="N", help="Size of the physical batch in tokens.")] = None,
+    plot: Annotated[bool, Option("--plot", help="Draw bars.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Benchmark models: pp512 and tg128 as in llama-bench, load time, and time to first token."""
@@ -529,7 +497,7 @@ def bench(
 @app.command(short_help="Find the fastest settings.", rich_help_panel="This machine")
 def tune(
     model: InstalledModelArgument,
-    seconds: Annotated[float, typer.Option("--seconds", metavar="N", help="Measure for about N seconds.")] = 20.0,
+    seconds: Annotated[float, Option("--seconds", metavar="N", help="Measure for about N seconds.")] = 20.0,
     as_json: JsonOption = False,
 ) -> None:
     """Find and save the fastest settings for a model on this machine.
@@ -562,7 +530,7 @@ def plan(
 @app.command(short_help="Check this machine.", rich_help_panel="This machine")
 def doctor(
     as_json: JsonOption = False,
-    offline: Annotated[bool, typer.Option("--offline", help="Skip the checks that use the network.")] = False,
+    offline: Annotated[bool, Option("--offline", help="Skip the checks that use the network.")] = False,
 ) -> None:
     """Check processor, memory, devices, folders and sources, and give advice."""
     from qwenlocal.cli.commands.doctor import check_machine

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from qwenlocal.cli.option_types import ForceOption, JsonOption
 
-ChatArgument = Annotated[str, typer.Argument(metavar="CHAT", help="Number of a chat, or last.")]
+ChatArgument = Annotated[str, Argument(metavar="CHAT", help="Number of a chat, or last.")]
 
 chats_app = typer.Typer(
     rich_markup_mode=None, help="List, search and export chats; they are saved on this machine only."
@@ -41,9 +42,7 @@ def show(chat: ChatArgument, as_json: JsonOption = False) -> None:
 
 @chats_app.command(short_help="Search all chats.")
 def search(
-    words: Annotated[
-        list[str], typer.Argument(metavar="WORDS", help="Words that a message must contain, in any order.")
-    ],
+    words: Annotated[list[str], Argument(metavar="WORDS", help="Words that a message must contain, in any order.")],
     as_json: JsonOption = False,
 ) -> None:
     """Search all chats for messages that contain all words, ignoring case."""
@@ -53,7 +52,7 @@ def search(
 
 
 @chats_app.command(short_help="Rename a chat.")
-def rename(chat: ChatArgument, title: Annotated[list[str], typer.Argument(metavar="TITLE", help="New title.")]) -> None:
+def rename(chat: ChatArgument, title: Annotated[list[str], Argument(metavar="TITLE", help="New title.")]) -> None:
     """Rename a chat."""
     from qwenlocal.cli.commands.chats import rename_chat
 
@@ -61,7 +60,7 @@ def rename(chat: ChatArgument, title: Annotated[list[str], typer.Argument(metava
 
 
 @chats_app.command(short_help="Delete chats.")
-def rm(chats: Annotated[list[str], typer.Argument(metavar="CHAT", help="Numbers of chats, or last.")]) -> None:
+def rm(chats: Annotated[list[str], Argument(metavar="CHAT", help="Numbers of chats, or last.")]) -> None:
     """Delete chats permanently."""
     from qwenlocal.cli.commands.chats import remove_chats
 
@@ -72,12 +71,10 @@ def rm(chats: Annotated[list[str], typer.Argument(metavar="CHAT", help="Numbers 
 def export(
     chat: ChatArgument,
     output: Annotated[
-        Optional[Path],  # noqa: UP045 - typer on Python 3.10
-        typer.Option("-o", "--output", metavar="FILE", help="File to write. [default: standard output]"),
+        Path | None, Option("-o", "--output", metavar="FILE", help="File to write. [default: standard output]")
     ] = None,
     format: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--format", metavar="FORMAT", help="md, json or html. [default: from the file name, or md]"),
+        str | None, Option("--format", metavar="FORMAT", help="md, json or html. [default: from the file name, or md]")
     ] = None,
     force: ForceOption = False,
 ) -> None:

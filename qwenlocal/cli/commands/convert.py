@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,42 +27,25 @@ if TYPE_CHECKING:
     from qwenlocal.weights.conversion_plan import ConversionPlan
     from qwenlocal.weights.file_types import FileType
 
-LIKE_LLAMA_CPP = "llama.cpp"
 
-
-@dataclass(frozen=True)
-class ConvertOptions:
-    """The options of `convert` alone."""
-
-    pre_tokenizer: str | None = None
-    name: str | None = None
-    like: str | None = None
-    limit_rate: int = 0
-
-
-def convert_checkpoint(options: WriteOptions, convert_options: ConvertOptions) -> None:
+def convert_checkpoint(
+    options: WriteOptions, *, name: str | None, pre_tokenizer: str | None, like: str | None, limit_rate: int
+) -> None:
     """Convert a checkpoint; with `--dry-run`, only show the plan."""
     from qwenlocal.weights.conversion import ConversionOptions
 
-    if convert_options.like not in (None, LIKE_LLAMA_CPP):
-        raise UsageError(f"--like must be {LIKE_LLAMA_CPP}, not {convert_options.like}.")
+    if like not in (None, "llama.cpp"):
+        raise UsageError(f"--like must be llama.cpp, not {like}.")
     gc.disable()  # there are no reference cycles here, and scanning a vocabulary's 300,000 strings takes 0.2 s
     types = parse_types(options)
     overrides, imatrix = read_overrides(options)
-    app = AppContext(quiet=options.as_json, limit_rate=convert_options.limit_rate)
+    app = AppContext(quiet=options.as_json, limit_rate=limit_rate)
     with app.checkpoints.find(app.models.parse(options.source)) as checkpoint:
-        name = convert_options.name or checkpoint.name
+        name = name or checkpoint.name
         targets = [(output_path(options.out, name, type, len(types)), type) for type in types]
         if not options.dry_run:
             refuse_existing(targets, options)
-        plan_options = ConversionOptions(
-            name,
-            checkpoint.repo,
-            convert_options.pre_tokenizer,
-            convert_options.like is not None,
-            overrides,
-            imatrix,
-        )
+        plan_options = ConversionOptions(name, checkpoint.repo, pre_tokenizer, like is not None, overrides, imatrix)
         plan = _plan(app, checkpoint, targets, plan_options, options)
     if plan:
         write_or_show(app, plan, options)

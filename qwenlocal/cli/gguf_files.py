@@ -64,44 +64,45 @@ def find_installed(app: AppContext, text: str) -> ModelRecord:
     raise ModelNotFound(text, reason=f"There is no GGUF file of {text} on this disk.", hint=hint)
 
 
-def parse_types(options: WriteOptions) -> list[FileType]:
+def read_options(options: WriteOptions) -> tuple[list[FileType], QuantOverrides, ImportanceMatrix | None]:
     """
-    Return the types to write, each once.
+    Return the types to write, how the options override the usual mix of types, and the importance matrix.
 
     Raises
     ------
-    UsageError: there is no such type.
+    UsageError: `-t`, a type or `--tensor-type` is invalid. BadWeights: the importance matrix cannot be read.
     """
-    from qwenlocal.weights.file_types import file_type
-
-    return list(dict.fromkeys(file_type(text) for text in options.types))
-
-
-def read_overrides(options: WriteOptions) -> tuple[QuantOverrides, ImportanceMatrix | None]:
-    """
-    Return how the options override the usual mix of types, and the importance matrix.
-
-    Raises
-    ------
-    UsageError: `-t` or `--tensor-type` is invalid. BadWeights: the importance matrix cannot be read.
-    """
-    from qwenlocal.weights.file_types import QuantOverrides, parse_tensor_types
+    from qwenlocal.weights.file_types import QuantOverrides, file_type, parse_tensor_types
     from qwenlocal.weights.imatrix import read_imatrix
 
+    types = list(dict.fromkeys(file_type(text) for text in options.types))
     if options.threads is not None and options.threads < 1:
         raise UsageError(f"-t must be at least 1, not {options.threads}.")
     imatrix = read_imatrix(parse_path(options.imatrix)) if options.imatrix else None
-    return QuantOverrides(parse_tensor_types(options.tensor_types), options.pure, imatrix is not None), imatrix
+    return types, QuantOverrides(parse_tensor_types(options.tensor_types), options.pure, imatrix is not None), imatrix
 
 
-def output_path(out: str | None, name: str, type: FileType, count: int) -> Path:
+def choose_targets(options: WriteOptions, name: str, types: Sequence[FileType]) -> list[tuple[Path, FileType]]:
     """
-    Return the file to write for one of `count` types: `output_path(None, "Qwen1.5-0.5B", q8_0, 1)` is
-    Qwen1.5-0.5B-q8_0.gguf. `out` may be a folder, or contain {type}.
+    Return the file to write for each type of the model `name`.
+
+    Unless nothing will be written, check that the files can be created, before anything is downloaded or read.
 
     Raises
     ------
-    UsageError: several types would be written to the same file.
+    OutputExists: a file exists, without `--force`. UsageError, NotWritable: the path cannot be a new file.
+    """
+    targets = [(_output_path(options.out, name, type, len(types)), type) for type in types]
+    if not options.dry_run:
+        for path, _ in targets:
+            _refuse_existing(path, force=options.force)
+    return targets
+
+
+def _output_path(out: str | None, name: str, type: FileType, count: int) -> Path:
+    """
+    Return the file to write for one of `count` types: `_output_path(None, "Qwen1.5-0.5B", q8_0, 1)` is
+    Qwen1.5-0.5B-q8_0.gguf. `out` may be a folder, or contain {type}.
     """
     default = f"{name.strip('/') or 'model'}-{type.name}.gguf".replace("/", "-")
     if out is None:
@@ -116,24 +117,16 @@ def output_path(out: str | None, name: str, type: FileType, count: int) -> Path:
     return path if path.name.lower().endswith(".gguf") else path.with_name(path.name + ".gguf")
 
 
-def refuse_existing(targets: Sequence[tuple[Path, FileType]], options: WriteOptions) -> None:
-    """
-    Check that the files can be created, before anything is downloaded or read.
-
-    Raises
-    ------
-    OutputExists: a file exists, without `--force`. UsageError, NotWritable: the path cannot be a new file.
-    """
-    for path, _ in targets:
-        try:
-            if path.is_dir():
-                raise UsageError(f"{path} is a folder.", hint="Name a file, or pass a folder to write into with -o.")
-            if not options.force and path.exists():
-                raise OutputExists(path)
-        except PermissionError as error:
-            raise NotWritable(path.parent, "permission denied", hint=_OTHER_FOLDER) from error
-        except OSError as error:
-            raise UsageError(f"{path} cannot be a file name: {error.strerror}.", hint="Name it: -o FILE") from error
+def _refuse_existing(path: Path, *, force: bool) -> None:
+    try:
+        if path.is_dir():
+            raise UsageError(f"{path} is a folder.", hint="Name a file, or pass a folder to write into with -o.")
+        if not force and path.exists():
+            raise OutputExists(path)
+    except PermissionError as error:
+        raise NotWritable(path.parent, "permission denied", hint=_OTHER_FOLDER) from error
+    except OSError as error:
+        raise UsageError(f"{path} cannot be a file name: {error.strerror}.", hint="Name it: -o FILE") from error
 
 
 def write_files(

@@ -8,15 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwenlocal.cli.context import AppContext
-from qwenlocal.cli.gguf_files import (
-    WriteOptions,
-    output_path,
-    parse_types,
-    read_overrides,
-    refuse_existing,
-    show_plan,
-    write_or_show,
-)
+from qwenlocal.cli.gguf_files import WriteOptions, choose_targets, read_options, show_plan, write_or_show
 from qwenlocal.errors import DownloadFailed, UsageError
 from qwenlocal.formatting import format_bytes
 from qwenlocal.library.checkpoint_converter import download_cost
@@ -37,14 +29,11 @@ def convert_checkpoint(
     if like not in (None, "llama.cpp"):
         raise UsageError(f"--like must be llama.cpp, not {like}.")
     gc.disable()  # there are no reference cycles here, and scanning a vocabulary's 300,000 strings takes 0.2 s
-    types = parse_types(options)
-    overrides, imatrix = read_overrides(options)
+    types, overrides, imatrix = read_options(options)
     app = AppContext(quiet=options.as_json, limit_rate=limit_rate)
     with app.checkpoints.find(app.models.parse(options.source)) as checkpoint:
         name = name or checkpoint.name
-        targets = [(output_path(options.out, name, type, len(types)), type) for type in types]
-        if not options.dry_run:
-            refuse_existing(targets, options)
+        targets = choose_targets(options, name, types)
         plan_options = ConversionOptions(name, checkpoint.repo, pre_tokenizer, like is not None, overrides, imatrix)
         plan = _plan(app, checkpoint, targets, plan_options, options)
     if plan:

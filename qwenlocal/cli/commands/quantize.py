@@ -5,14 +5,7 @@ from __future__ import annotations
 import os
 
 from qwenlocal.cli.context import AppContext
-from qwenlocal.cli.gguf_files import (
-    WriteOptions,
-    output_path,
-    parse_types,
-    read_overrides,
-    refuse_existing,
-    write_or_show,
-)
+from qwenlocal.cli.gguf_files import WriteOptions, choose_targets, read_options, write_or_show
 from qwenlocal.errors import UsageError
 from qwenlocal.library.names import LocalCheckpointName
 
@@ -21,16 +14,13 @@ def quantize_file(options: WriteOptions, *, requantize: bool) -> None:
     """Quantize a GGUF file; with `--dry-run`, only show the plan."""
     from qwenlocal.weights.quantization import QuantizationOptions, plan_quantization
 
-    types = parse_types(options)
-    overrides, imatrix = read_overrides(options)
+    types, overrides, imatrix = read_options(options)
     app = AppContext(quiet=options.as_json)
     name = app.models.parse(options.source)
     if isinstance(name, LocalCheckpointName):
         raise UsageError(f"{options.source} is a checkpoint.", hint=f"Convert it: qwenlocal convert {options.source}")
     record = app.models.ensure_model(name)
-    targets = [(output_path(options.out, record.path.stem, type, len(types)), type) for type in types]
-    if not options.dry_run:
-        refuse_existing(targets, options)
+    targets = choose_targets(options, record.path.stem, types)
     for path, _ in targets:
         if os.path.exists(path) and path.samefile(record.path):  # Path.exists raises without permission
             raise UsageError(f"{path} is both input and output.", hint="Write to another file.")

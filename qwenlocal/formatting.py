@@ -25,6 +25,11 @@ def shorten(text: str, limit: int = 40) -> str:
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
+def replace_surrogates(text: str) -> str:
+    """Replace lone surrogates, a terminal's bytes that are not UTF-8, by question marks."""
+    return text.encode("utf-8", errors="replace").decode("utf-8")
+
+
 def display_width(text: str) -> int:
     """Count the terminal columns of a line: color escapes take none, Chinese characters two."""
     text = _ESCAPES.sub("", text)

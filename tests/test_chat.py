@@ -23,6 +23,7 @@ from qwenlocal.engine.sampling import Sampling
 from qwenlocal.engine.sequence import Prefill, TokenSequence
 from qwenlocal.engine.tokenizer import Tokenizer
 from qwenlocal.errors import BadWeights, ContextFull, TextTooLong, UsageError
+from qwenlocal.terminal.view import describe_eviction, describe_stats
 from qwenlocal.testing import ScriptedGenerator
 
 END = 258
@@ -217,7 +218,7 @@ def test_speeds_are_computed_from_the_clock(vocabulary: Tokenizer) -> None:
     assert done.stats.first_token == 2
     assert done.stats.prompt_speed == 25
     assert done.stats.answer_speed == 1
-    assert done.stats.describe(done.finish_reason) == (
+    assert describe_stats(done) == (
         "prompt 50 tokens, 25.0 tokens/s | first token after 2.00 s | answer 3 tokens, 1.0 tokens/s | token limit"
     )
 
@@ -234,7 +235,8 @@ def test_a_conversation_remembers_both_sides(vocabulary: Tokenizer) -> None:
     talk = conversation(generator, vocabulary, system="Be kind.")
     list(talk.ask("Hi"))
     list(talk.ask("See you"))
-    assert [message["content"] for message in talk.prompt_messages] == ["Be kind.", "Hi", "Hello.", "See you", "Bye."]
+    texts = [message["content"] for message in talk.thread.prompt_messages]
+    assert texts == ["Be kind.", "Hi", "Hello.", "See you", "Bye."]
     assert generator.prompts[1][: len(generator.prompts[0])] == generator.prompts[0]
 
 
@@ -272,8 +274,8 @@ def test_a_message_that_does_not_fit_is_not_added_to_the_conversation(vocabulary
 def test_clearing_keeps_the_system_prompt(vocabulary: Tokenizer) -> None:
     talk = conversation(ScriptedGenerator([[END]]), vocabulary, system="Be kind.")
     list(talk.ask("Hi"))
-    talk.clear()
-    assert talk.prompt_messages == [{"role": "system", "content": "Be kind."}]
+    talk.thread.clear()
+    assert talk.thread.prompt_messages == [{"role": "system", "content": "Be kind."}]
 
 
 def test_a_saved_conversation_has_the_json_format_of_chat_apis(vocabulary: Tokenizer, tmp_path: Path) -> None:
@@ -308,7 +310,7 @@ def test_a_full_context_evicts_whole_turns_oldest_first_and_reports_it(vocabular
     (event,) = [event for events in evicted for event in events]
     assert event.first == "Question 0, with some more words in it?"
     assert event.turns >= 2
-    assert f"the oldest {event.turns} turns" in event.describe()
+    assert f"the oldest {event.turns} turns" in describe_eviction(event)
     read = b"".join(vocabulary.piece(token, special=True) for token in generator.prompts[-1]).decode()
     assert "Be kind." in read
     assert "Question 0" not in read
@@ -355,8 +357,8 @@ def test_clearing_resets_evictions(vocabulary: Tokenizer) -> None:
     talk, _ = long_talk(vocabulary)
     for n in range(8):
         evictions(talk, f"Question {n}, with some more words in it?")
-    talk.clear()
-    assert talk.prompt_messages == [{"role": "system", "content": "Be kind."}]
+    talk.thread.clear()
+    assert talk.thread.prompt_messages == [{"role": "system", "content": "Be kind."}]
     assert evictions(talk, "Again?") == []
 
 
@@ -444,7 +446,7 @@ def test_the_model_can_summarize_turns_before_they_are_evicted(vocabulary: Token
     events = list(talk.ask("And now? " + "y" * 150))
     (evicted,) = [event for event in events if isinstance(event, TurnsEvicted)]
     assert evicted.summary == "They greeted each other."
-    assert evicted.describe().endswith("removed from it. Summary: They greeted each other.")
+    assert describe_eviction(evicted).endswith("removed from it. Summary: They greeted each other.")
     assert any(isinstance(event, Summarizing) for event in events)
     asked = read(generator, vocabulary, -2)
     assert "Question 0" in asked and "Summarise our conversation" in asked
@@ -524,9 +526,9 @@ def test_a_cut_answer_continues_exactly_after_its_last_token(vocabulary: Tokeniz
     talk.config.max_tokens = len(euro) - 2
     list(talk.ask("How much"))
     talk.config.max_tokens = None
-    begun = generator.prompts[0] + euro[:-2]
+    expected = generator.prompts[0] + euro[:-2]
     list(talk.continue_answer())
-    assert generator.prompts[1] == begun
+    assert generator.prompts[1] == expected
     assert talk.messages[-1] == {"role": "assistant", "content": "5 € more"}
     assert talk.thread.path[-1].finish_reason == FinishReason.EOS.value
 

@@ -21,8 +21,10 @@ from qwenlocal.engine.sampling import Sampling
 from qwenlocal.engine.sequence import TokenSequence
 from qwenlocal.engine.speculation import DEFAULT_COSTS, CostCurve, NoSpeculation, Speculation
 from qwenlocal.errors import NotEnoughMemory, UsageError
+from qwenlocal.i18n import tr
 from qwenlocal.machine import Machine, Memory, this_machine
 from qwenlocal.terminal.load_notes import describe_plan
+from qwenlocal.terminal.view import DRAFT_UNLOADED
 from qwenlocal.testing import write_model
 
 GREEDY = Sampling(temperature=0, repeat_penalty=1)
@@ -405,10 +407,10 @@ def test_a_draft_model_is_unloaded_when_memory_is_low_and_the_answer_goes_on(
     machine = Machine(1, lambda: Memory(8 << 30, memory.pop(0)))
     with loaded(large, small, machine) as model:
         assert model.draft_stats is not None
-        assert model.draft_stats.describe_unloading() == ""
+        assert not model.draft_stats.is_unloaded
         assert answer(model.sequence, PROMPT) == plain
         assert model.draft_stats.is_unloaded
-        assert model.draft_stats.describe_unloading() == "The draft model was unloaded because memory is low."
+        assert tr(DRAFT_UNLOADED) == "The draft model was unloaded because memory is low."
 
 
 def test_the_numbers_of_an_answer_tell_how_many_drafted_tokens_were_accepted(

@@ -35,7 +35,7 @@ from qwenlocal.chat.chat_template import CHATML, ChatTemplate
 from qwenlocal.testing import ScriptedGenerator
 talk = Conversation(ScriptedGenerator([]), None, ChatTemplate(CHATML), GenerationConfig())
 for number in range(10**9):
-    talk.clear()
+    talk.thread.clear()
     talk.thread.add("user", "x" * 50_000 + str(number))
     talk.save(Path(sys.argv[1]) / "talk.json", "m")
     print(number, flush=True)

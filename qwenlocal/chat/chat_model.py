@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -70,7 +71,8 @@ def load_chat_model(
     ------
     BadWeights: the template is invalid. The errors of `EngineLoader.load`.
     """
-    warm_up = threading.Thread(target=_import_template_engine, daemon=True)
+    # Import jinja2 (40 ms) while llama.cpp reads the weights.
+    warm_up = threading.Thread(target=importlib.import_module, args=("jinja2.sandbox",), daemon=True)
     warm_up.start()
     loaded = (loader or EngineLoader()).load(
         path, options, machine, name=name, size=size, recommended=recommended, report=report
@@ -82,11 +84,6 @@ def load_chat_model(
         loaded.close()
         raise
     return ChatModel(**{**vars(loaded), "notes": (*loaded.notes, *notes)}, template=template)
-
-
-def _import_template_engine() -> None:
-    """Import jinja2 (40 ms) while llama.cpp reads the weights."""
-    import jinja2.sandbox  # noqa: F401
 
 
 def _choose_template(model: Model) -> tuple[ChatTemplate | None, tuple[LoadNote, ...]]:

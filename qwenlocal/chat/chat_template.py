@@ -10,10 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from qwenlocal.errors import BadWeights, TextTooLong
 from qwenlocal.jinja import compile_template
+
+if TYPE_CHECKING:
+    from qwenlocal.engine.tokenizer import Tokenizer
 
 # Qwen1.5's template, for ChatML models whose file has none (some of the first GGUF files).
 CHATML = (
@@ -28,14 +31,6 @@ _SEPARATORS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 _HINT = 'To run without a chat template: qwenlocal run MODEL --raw "TEXT TO CONTINUE"'
 
 ChatMessage = Mapping[str, Any]
-
-
-class TokenEncoder(Protocol):
-    """The part of a tokenizer that turns text into ids."""
-
-    def tokenize(self, text: str, *, special: bool, add_bos: bool = False) -> list[int]: ...
-    def piece(self, token: int, *, special: bool = False) -> bytes: ...
-    def is_control(self, token: int) -> bool: ...
 
 
 class ChatTemplate:
@@ -79,7 +74,7 @@ class ChatTemplate:
             raise BadWeights("chat template", f"it fails: {error}", hint=_HINT) from error
 
 
-def encode_messages(template: ChatTemplate, messages: Sequence[ChatMessage], tokenizer: TokenEncoder) -> list[int]:
+def encode_messages(template: ChatTemplate, messages: Sequence[ChatMessage], tokenizer: Tokenizer) -> list[int]:
     """
     Return the ids of the prompt that the model continues with the assistant's answer.
 
@@ -108,7 +103,7 @@ def encode_messages(template: ChatTemplate, messages: Sequence[ChatMessage], tok
         contents = split
 
 
-def _control_spellings(ids: Iterable[int], tokenizer: TokenEncoder) -> list[str]:
+def _control_spellings(ids: Iterable[int], tokenizer: Tokenizer) -> list[str]:
     """Return the spellings of the control tokens among `ids`, the longest first."""
     spellings = {
         tokenizer.piece(token, special=True).decode("utf-8", errors="replace")

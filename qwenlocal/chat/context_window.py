@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 
-from qwenlocal.chat.thread import Message, Thread, Turn
+from qwenlocal.chat.thread import Thread, Turn
 
 OVERFLOW_POLICIES = ("shift", "summarise", "stop")  # values of --overflow
 # As fractions of the context: above the first, turns are evicted, until the prompt is no longer than the second.
 EVICTION_THRESHOLD, EVICTION_TARGET = 0.875, 0.5
-_EXCERPT = 40  # characters
 _SUMMARY_REQUEST = (
     "Summarise our conversation so far for yourself, in at most 120 words and in its language: who wants what, names, "
     "numbers, decisions, open questions. Only the summary."
@@ -22,7 +21,7 @@ def select_messages(thread: Thread, evicted: Collection[int] = ()) -> list[dict[
     context. `evicted` are the numbers of further questions whose turns are left out.
     """
     turns = [turn for turn in thread.turns if is_in_context(thread, turn) and turn.question.number not in evicted]
-    return [*_system_message(thread), *_to_dicts(message for turn in turns for message in turn.messages)]
+    return [*_system_message(thread), *_turn_messages(turns)]
 
 
 def evictable_turns(thread: Thread) -> list[Turn]:
@@ -38,14 +37,11 @@ def is_in_context(thread: Thread, turn: Turn) -> bool:
 
 def build_summary_request(thread: Thread, turns: Sequence[Turn]) -> list[dict[str, str]]:
     """Return the messages that ask the model to summarize `turns` together with the summary of earlier ones."""
-    messages = _to_dicts(message for turn in turns for message in turn.messages)
-    return [*_system_message(thread), *messages, {"role": "user", "content": _SUMMARY_REQUEST}]
+    return [*_system_message(thread), *_turn_messages(turns), {"role": "user", "content": _SUMMARY_REQUEST}]
 
 
-def shorten(text: str) -> str:
-    """Return the beginning of `text` in one line."""
-    line = " ".join(text.split())
-    return line if len(line) <= _EXCERPT else line[: _EXCERPT - 1] + "…"
+def _turn_messages(turns: Iterable[Turn]) -> list[dict[str, str]]:
+    return [message.to_dict() for turn in turns for message in turn.messages]
 
 
 def _system_message(thread: Thread) -> list[dict[str, str]]:
@@ -53,7 +49,3 @@ def _system_message(thread: Thread) -> list[dict[str, str]]:
     if thread.summary:
         text = f"{text or 'You are a helpful assistant.'}\n\nSummary of the earlier conversation:\n{thread.summary}"
     return [{"role": "system", "content": text}] if text else []
-
-
-def _to_dicts(messages: Iterable[Message]) -> list[dict[str, str]]:
-    return [{"role": message.role, "content": message.text} for message in messages]

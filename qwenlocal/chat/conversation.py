@@ -9,31 +9,26 @@ import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
 
-from qwenlocal.chat.chat_template import ChatTemplate, TokenEncoder, encode_messages
+from qwenlocal.chat.chat_template import ChatTemplate, encode_messages
 from qwenlocal.chat.context_window import (
     EVICTION_TARGET,
     EVICTION_THRESHOLD,
     build_summary_request,
     evictable_turns,
     select_messages,
-    shorten,
 )
 from qwenlocal.chat.events import Done, Event, FinishReason, Summarizing, Text, TurnsEvicted
-from qwenlocal.chat.generate import TokenDecoder, stream_answer
+from qwenlocal.chat.generate import stream_answer
 from qwenlocal.chat.thread import ASSISTANT, USER, Message, Thread, Turn
-from qwenlocal.engine.detokenizer import IncrementalDetokenizer
 from qwenlocal.engine.sampling import Sampling
 from qwenlocal.engine.sequence import TokenGenerator
+from qwenlocal.engine.tokenizer import IncrementalDetokenizer, Tokenizer
 from qwenlocal.errors import UsageError
+from qwenlocal.formatting import shorten
 from qwenlocal.i18n import tr
 
 _SUMMARY_TOKENS = 256
-
-
-class ChatTokenizer(TokenEncoder, TokenDecoder, Protocol):
-    """The parts of a tokenizer that a conversation uses."""
 
 
 @dataclass
@@ -62,7 +57,7 @@ class Conversation:
     def __init__(
         self,
         generator: TokenGenerator,
-        tokenizer: ChatTokenizer,
+        tokenizer: Tokenizer,
         template: ChatTemplate,
         config: GenerationConfig,
         thread: Thread | None = None,
@@ -174,22 +169,12 @@ class Conversation:
         """Stop the answer that is being generated; can be called from any thread."""
         self._generator.stop()
 
-    def clear(self) -> None:
-        """Start over; the system prompt stays."""
-        self.thread.clear()
-
     # --- reading
 
     @property
     def messages(self) -> list[dict[str, str]]:
         """The messages on the path."""
-        return [{"role": message.role, "content": message.text} for message in self.thread.path]
-
-    @property
-    def prompt_messages(self) -> list[dict[str, str]]:
-        """The system prompt, if there is one, and the messages on the path."""
-        system = [{"role": "system", "content": self.thread.system}] if self.thread.system else []
-        return [*system, *self.messages]
+        return [message.to_dict() for message in self.thread.path]
 
     def count_tokens(self, text: str) -> int:
         """Return the number of tokens of a text."""
@@ -203,14 +188,14 @@ class Conversation:
     def count_turn_tokens(self, turn: Turn) -> int:
         """Return the number of tokens that a turn adds to the prompt, including the template's markup."""
         before = [{"role": USER, "content": ""}, {"role": ASSISTANT, "content": ""}]
-        messages = [{"role": message.role, "content": message.text} for message in turn.messages]
+        messages = [message.to_dict() for message in turn.messages]
         without = encode_messages(self._template, before, self._tokenizer)
         return len(encode_messages(self._template, [*before, *messages], self._tokenizer)) - len(without)
 
     def save(self, path: Path, model: str) -> None:
         """Write the conversation as JSON, {"model", "messages"} as in chat APIs; replaces the file atomically."""
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        data = {"model": model, "messages": self.prompt_messages}
+        data = {"model": model, "messages": self.thread.prompt_messages}
         temporary.write_text(json.dumps(data, ensure_ascii=False, indent=1) + "\n", encoding="utf-8", errors="replace")
         temporary.replace(path)
 

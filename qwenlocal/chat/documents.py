@@ -6,12 +6,13 @@ Text and code are read as they are; PDF, DOCX and HTML through libraries.
 
 from __future__ import annotations
 
+import bisect
 import collections
 import math
 import mimetypes
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -177,8 +178,8 @@ def find_mentions(text: str, folder: Path) -> list[Path]:
     `find_mentions("compare @a.txt with (@b.txt)", folder)` returns both if they exist. Chinese needs no spaces:
     `find_mentions("总结@a.txt，谢谢", folder)` returns a.txt.
     """
-    paths = [path for word in _mentioned_words(text) if (path := _find_file(word, folder))]
-    return list(dict.fromkeys(paths))
+    paths = (_find_file(match[1] or match[2], folder) for match in _MENTION.finditer(text))
+    return list(dict.fromkeys(path for path in paths if path))
 
 
 def find_missing_mentions(text: str, folder: Path) -> list[str]:
@@ -188,15 +189,9 @@ def find_missing_mentions(text: str, folder: Path) -> list[str]:
     Those are `@"in quotes"`, `@./with/a/folder` and `@name.txt`, with a suffix of a known type. "@alice" and "@app.get"
     do not look like files.
     """
-    quoted = {match[1] for match in _MENTION.finditer(text) if match[1]}
-    missing = [word for word in _mentioned_words(text) if _find_file(word, folder) is None]
-    names = [word if word in quoted else _extract_name(word) for word in missing]
+    missing = (match for match in _MENTION.finditer(text) if _find_file(match[1] or match[2], folder) is None)
+    names = (match[1] or _extract_name(match[2]) for match in missing)
     return list(dict.fromkeys(name for name in names if name))
-
-
-def _mentioned_words(text: str) -> Iterator[str]:
-    for match in _MENTION.finditer(text):
-        yield match[1] or match[2]
 
 
 def _find_file(word: str, folder: Path) -> Path | None:
@@ -232,13 +227,10 @@ def _looks_like_file(name: str) -> bool:
 def truncate_to_tokens(text: str, max_tokens: int, count_tokens: Callable[[str], int]) -> str:
     """Return the beginning of `text` in whole lines, at most `max_tokens`, followed by "…"."""
     lines = text.splitlines()
-    low, high = 0, len(lines)
-    while low < high:
-        middle = (low + high + 1) // 2
-        fits = count_tokens("\n".join(lines[:middle])) <= max_tokens
-        low, high = (middle, high) if fits else (low, middle - 1)
-    if low:
-        return "\n".join(lines[:low]) + "\n…"
+    counts = range(1, len(lines) + 1)
+    fitting = bisect.bisect_right(counts, max_tokens, key=lambda count: count_tokens("\n".join(lines[:count])))
+    if fitting:
+        return "\n".join(lines[:fitting]) + "\n…"
     return text[: max_tokens * 2] + "…"  # the first line is too long: two characters a token is a low estimate
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from qwenlocal.i18n import mark, tr
+from qwenlocal.i18n import mark
 
 
 class FinishReason(str, Enum):
@@ -52,18 +52,6 @@ class TurnsEvicted:
     first: str
     summary: str = ""
 
-    def describe(self) -> str:
-        """Return `The context is full: the oldest 3 turns, starting with “Hello, …”, were removed from it.`"""
-        if self.turns == 1:
-            text = tr("The context is full: the oldest turn, “{first}”, was removed from it.", first=self.first)
-        else:
-            text = tr(
-                "The context is full: the oldest {turns} turns, starting with “{first}”, were removed from it.",
-                turns=self.turns,
-                first=self.first,
-            )
-        return text + " " + tr("Summary: {summary}", summary=self.summary) if self.summary else text
-
 
 @dataclass(frozen=True)
 class Text:
@@ -97,21 +85,6 @@ class GenerationStats:
         """Answer tokens per second, from the first to the last; 0 for answers of a single token."""
         return (self.answer_tokens - 1) / self.answer if self.answer and self.answer_tokens > 1 else 0.0
 
-    def describe(self, reason: FinishReason) -> str:
-        """Return all numbers and the finish reason in one line."""
-        reused = " " + tr("({count:,} reused)", count=self.reused_tokens) if self.reused_tokens else ""
-        parts = (
-            tr("prompt {count:,} tokens", count=self.prompt_tokens) + reused + ", " + _speed(self.prompt_speed),
-            tr("first token after {seconds:.2f} s", seconds=self.first_token),
-            tr("answer {count:,} tokens", count=self.answer_tokens) + ", " + _speed(self.answer_speed),
-            tr(reason.value),
-        )
-        return " | ".join(parts)
-
-
-def _speed(tokens_per_second: float) -> str:
-    return tr("{speed:.1f} tokens/s", speed=tokens_per_second)
-
 
 @dataclass(frozen=True)
 class DraftStats:
@@ -120,18 +93,6 @@ class DraftStats:
     drafted: int
     accepted: int
     is_unloaded: bool
-
-    def describe(self) -> str:
-        """`draft model: 61 of 80 drafted tokens accepted`"""
-        return tr(
-            "draft model: {accepted:,} of {drafted:,} drafted tokens accepted",
-            accepted=self.accepted,
-            drafted=self.drafted,
-        )
-
-    def describe_unloading(self) -> str:
-        """Say why the draft model is no longer used; "" if it is."""
-        return tr("The draft model was unloaded because memory is low.") if self.is_unloaded else ""
 
 
 @dataclass(frozen=True)

@@ -32,23 +32,20 @@ def export_json(thread: Thread, title: str, model: str) -> str:
 
     Each message of the tree has its number, its parent's number (0: none), and the reason why an answer ended ("why").
     """
-    system = [{"role": "system", "content": thread.system}] if thread.system else []
     tree = [
         {
             "number": message.number,
             "parent": message.parent,
-            "role": message.role,
-            "content": message.text,
+            **message.to_dict(),
             "why": message.finish_reason,
             "model": message.model,
             "pinned": message.pinned,
             "dropped": message.dropped,
-            "created": _iso_time(message.created),
+            "created": datetime.fromtimestamp(message.created, timezone.utc).isoformat(timespec="seconds"),
         }
         for message in thread.messages.values()
     ]
-    messages = [*system, *({"role": message.role, "content": message.text} for message in thread.path)]
-    data = {"title": title, "model": model, "messages": messages, "tree": tree}
+    data = {"title": title, "model": model, "messages": thread.prompt_messages, "tree": tree}
     return json.dumps(data, ensure_ascii=False, indent=1) + "\n"
 
 
@@ -68,7 +65,3 @@ def export_html(thread: Thread, title: str) -> str:
 def _heading(message: Message) -> str:
     author = "You" if message.role == USER else message.model or "Model"
     return f"{author}, {datetime.fromtimestamp(message.created):%Y-%m-%d %H:%M}"
-
-
-def _iso_time(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="seconds")

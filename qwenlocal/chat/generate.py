@@ -5,24 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Protocol
 
 from qwenlocal.chat.events import Done, Event, FinishReason, GenerationStats, PromptProgress, Text
-from qwenlocal.engine.detokenizer import IncrementalDetokenizer
 from qwenlocal.engine.sampling import Sampling
 from qwenlocal.engine.sequence import Prefill, TokenGenerator
-
-
-class TokenDecoder(Protocol):
-    """The part of a tokenizer that turns ids into bytes."""
-
-    def piece(self, token: int, *, special: bool = False) -> bytes: ...
-    def is_end(self, token: int) -> bool: ...
+from qwenlocal.engine.tokenizer import IncrementalDetokenizer, Tokenizer
 
 
 def stream_answer(
     generator: TokenGenerator,
-    tokenizer: TokenDecoder,
+    tokenizer: Tokenizer,
     ids: Sequence[int],
     sampling: Sampling,
     *,
@@ -48,7 +40,7 @@ def stream_answer(
     answer = list(prefix)
     start = first = last = clock()
     if sampling.grammar is not None:
-        sampling = replace(sampling, begun=tuple(prefix))
+        sampling = replace(sampling, answer_prefix=tuple(prefix))
     for step in generator.generate([*ids, *prefix], sampling, limit=max_tokens or 1 << 30):
         if isinstance(step, Prefill):
             reused = step.reused
@@ -68,8 +60,7 @@ def stream_answer(
             break
     if text := detokenizer.finish():
         yield Text(text, count)
-    if reason is None:
-        reason = _finish_reason(generator)
+    reason = reason or _finish_reason(generator)
     if not count:
         first = clock()
     yield Done(

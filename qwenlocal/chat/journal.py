@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwenlocal.chat.context_window import shorten
 from qwenlocal.chat.journal_writer import JournalWriter, describe_error, is_corruption
 from qwenlocal.chat.thread import USER, Message, Thread
 from qwenlocal.errors import ChatNotFound, JournalError
+from qwenlocal.formatting import replace_surrogates, shorten
 from qwenlocal.i18n import tr
 
 VERSION = 1
@@ -311,23 +311,19 @@ def _has_run_since(process: int, moment: float) -> bool:
 
 def _default_title(thread: Thread) -> str:
     first = next((message.text for message in thread.messages.values() if message.role == USER), "")
-    return shorten(_replace_surrogates(first)) or tr("(no title)")
-
-
-def _replace_surrogates(text: str) -> str:
-    """Replace lone surrogates, which SQLite rejects: a terminal's bytes that are not UTF-8."""
-    return text.encode("utf-8", errors="replace").decode("utf-8")
+    return shorten(replace_surrogates(first)) or tr("(no title)")
 
 
 def _to_sql(row: Sequence[Any]) -> list[object]:
-    return [_replace_surrogates(value) if isinstance(value, str) else value for value in row]
+    """Replace lone surrogates, which SQLite rejects."""
+    return [replace_surrogates(value) if isinstance(value, str) else value for value in row]
 
 
 def _to_row(message: Message) -> tuple[object, ...]:
     ids = array.array("i", message.ids).tobytes()
     return (
         message.number, message.parent, message.role, message.text, message.finish_reason, ids, message.model,
-        int(message.pinned), int(message.dropped), message.created,
+        message.pinned, message.dropped, message.created,
     )  # fmt: skip
 
 

@@ -4,40 +4,29 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from qwenlocal.chat.thread import USER, Message, Thread
+from qwenlocal.chat.thread import USER, Message, Thread, ThreadObserver
 from qwenlocal.i18n import tr
+
+if TYPE_CHECKING:
+    from qwenlocal.chat.journal import Journal
 
 WRITE_INTERVAL = 0.5  # seconds between two writes of a growing answer
 _RETRY_INTERVAL = 5.0  # seconds after a failed write: waiting for a locked file holds up the answer
 
 
-class ThreadStore(Protocol):
-    """The target of a `JournalWriter`: a `Journal`."""
-
-    def write_thread(self, writer: JournalWriter, messages: Sequence[Message], removed: Sequence[int]) -> None:
-        """
-        Write the changes of the writer's thread, and set `chat_id` if the chat is new.
-
-        Raises
-        ------
-        sqlite3.Error: the file cannot be written now.
-        """
-        ...
-
-
-class JournalWriter:
+class JournalWriter(ThreadObserver):
     """
-    Writes a thread into the journal as it changes. Implements `ThreadObserver`.
+    Writes a thread into the journal as it changes.
 
     `chat_id` is None until the first message is written. `error` says why the last write failed, "" if it succeeded;
     what could not be written is written with the next change.
     """
 
     def __init__(
-        self, journal: ThreadStore, thread: Thread, model: str, clock: Callable[[], float] = time.monotonic
+        self, journal: Journal, thread: Thread, model: str, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.thread, self.model = thread, model
         self.chat_id: int | None = None

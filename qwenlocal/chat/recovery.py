@@ -23,8 +23,8 @@ def recover(path: Path, target: Path) -> tuple[int, int]:
     ------
     JournalError: the file is not a journal, one of its chats is open, or `target` is not writable.
     """
-    copy, counts = Journal(target), []
-    with translate_errors(path), contextlib.closing(_open_read_only(path)) as damaged:
+    copy, counts, source = Journal(target), [], f"{path.absolute().as_uri()}?mode=ro"
+    with translate_errors(path), contextlib.closing(sqlite3.connect(source, uri=True)) as damaged:
         with contextlib.suppress(sqlite3.DatabaseError):  # the list of open chats may be among what is damaged
             if find_chats_open_elsewhere(damaged):
                 raise JournalError(path, tr("a chat is open in another window"))
@@ -37,10 +37,6 @@ def recover(path: Path, target: Path) -> tuple[int, int]:
             counts.append(len(rows))
     copy.close()
     return counts[0], counts[1]
-
-
-def _open_read_only(path: Path) -> sqlite3.Connection:
-    return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
 
 
 def _readable_rows(db: sqlite3.Connection, table: str, columns: Sequence[str]) -> Iterator[Sequence[Any]]:

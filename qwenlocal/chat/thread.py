@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 USER, ASSISTANT = "user", "assistant"
 
@@ -35,6 +34,10 @@ class Message:
     dropped: bool = False
     created: float = 0.0
 
+    def to_dict(self) -> dict[str, str]:
+        """Return the message as chat APIs represent it."""
+        return {"role": self.role, "content": self.text}
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -56,33 +59,17 @@ class Turn:
         return self.question.dropped
 
 
-class ThreadObserver(Protocol):
-    """Receives every change of a thread."""
+class ThreadObserver:
+    """Receives every change of a thread; this base class ignores them."""
 
     def changed(self, message: Message) -> None:
         """A message was added or updated."""
-        ...
 
     def removed(self, message: Message) -> None:
         """A message was removed."""
-        ...
 
     def moved(self, thread: Thread) -> None:
         """The leaf, the system prompt, the evicted turns or their summary changed."""
-        ...
-
-
-class NullObserver:
-    """Ignores all changes. Implements `ThreadObserver`."""
-
-    def changed(self, message: Message) -> None:
-        pass
-
-    def removed(self, message: Message) -> None:
-        pass
-
-    def moved(self, thread: Thread) -> None:
-        pass
 
 
 @dataclass
@@ -99,7 +86,7 @@ class Thread:
     messages: dict[int, Message] = field(default_factory=dict)
     evicted: set[int] = field(default_factory=set)
     summary: str = ""
-    observer: ThreadObserver = field(default_factory=NullObserver)
+    observer: ThreadObserver = field(default_factory=ThreadObserver)
     now: Callable[[], float] = time.time
 
     # --- reading
@@ -112,6 +99,12 @@ class Thread:
             path.append(self.messages[number])
             number = self.messages[number].parent
         return path[::-1]
+
+    @property
+    def prompt_messages(self) -> list[dict[str, str]]:
+        """The system prompt, if there is one, and the messages on the path, as chat APIs represent them."""
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return [*system, *(message.to_dict() for message in self.path)]
 
     @property
     def turns(self) -> list[Turn]:

@@ -122,19 +122,17 @@ def iterate_in_thread(make: Callable[[], Iterator[T]], stop: Callable[[], None])
 
 
 def _drain(items: queue.SimpleQueue[T | _End]) -> Iterator[T]:
-    while not isinstance(item := _get(items), _End):
+    timeout = 0.1 if sys.platform == "win32" else None  # there a wait without a timeout does not notice Ctrl-C
+    while True:
+        try:
+            item = items.get(timeout=timeout)
+        except queue.Empty:
+            continue
+        if isinstance(item, _End):
+            break
         yield item
     if item.exception is not None:
         raise item.exception
-
-
-def _get(items: queue.SimpleQueue[T | _End]) -> T | _End:
-    """Return the next item. On Windows a wait without a timeout does not notice Ctrl-C."""
-    while True:
-        try:
-            return items.get(timeout=0.1 if sys.platform == "win32" else None)
-        except queue.Empty:
-            continue
 
 
 @contextlib.contextmanager

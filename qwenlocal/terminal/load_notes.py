@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from qwenlocal.engine.context import ContextOptions
 from qwenlocal.engine.load_plan import (
     ChatTemplateMissing,
     CoarseKeys,
@@ -15,8 +14,6 @@ from qwenlocal.engine.load_plan import (
 )
 from qwenlocal.i18n import tr
 
-_GIB = 2**30
-
 
 def describe_plan(plan: LoadPlan) -> str:
     """
@@ -27,23 +24,21 @@ def describe_plan(plan: LoadPlan) -> str:
     if plan.memory is None:
         return tr("context of {count:,} tokens; memory use unknown", count=plan.options.n_ctx)
     memory = plan.memory
-    sizes = (memory.weights, memory.kv_cache, memory.compute + memory.overhead)
-    weights, kv_cache, compute = (f"{size / _GIB:.1f}" for size in sizes)
-    types = _describe_kv_types(plan.options)
+    key_type, value_type = plan.options.key_type, plan.options.value_type
+    types = key_type if key_type == value_type else f"{key_type} keys, {value_type} values"
+    kv_cache = _to_gib(memory.kv_cache)
     parts = [
-        tr("weights {size}", size=weights),
+        tr("weights {size}", size=_to_gib(memory.weights)),
         tr("KV {size} ({count:,} tokens, {types})", size=kv_cache, count=plan.options.n_ctx, types=types),
-        tr("compute {size}", size=compute),
+        tr("compute {size}", size=_to_gib(memory.compute + memory.overhead)),
     ]
     if plan.draft_bytes:
-        parts.append(tr("draft model {size}", size=f"{plan.draft_bytes / _GIB:.1f}"))
-    return " + ".join(parts) + " " + tr("of {available:.1f} GiB free", available=plan.available / _GIB)
+        parts.append(tr("draft model {size}", size=_to_gib(plan.draft_bytes)))
+    return " + ".join(parts) + " " + tr("of {available:.1f} GiB free", available=plan.available / 2**30)
 
 
-def _describe_kv_types(options: ContextOptions) -> str:
-    if options.key_type == options.value_type:
-        return options.key_type
-    return f"{options.key_type} keys, {options.value_type} values"
+def _to_gib(size: int) -> str:
+    return f"{size / 2**30:.1f}"
 
 
 def describe_note(note: LoadNote) -> str:

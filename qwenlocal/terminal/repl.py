@@ -15,6 +15,7 @@ from qwenlocal.chat.documents import find_mentions, find_missing_mentions, read_
 from qwenlocal.chat.events import Done, DraftStats, Event, FinishReason
 from qwenlocal.chat.worker import iterate_in_thread
 from qwenlocal.errors import ContextFull, QwenlocalError
+from qwenlocal.formatting import replace_surrogates
 from qwenlocal.i18n import tr
 from qwenlocal.terminal.ansi import supports_ansi, supports_color
 from qwenlocal.terminal.attachments import attach_documents
@@ -25,7 +26,14 @@ from qwenlocal.terminal.screen import Screen, TerminalSize
 from qwenlocal.terminal.session import AnswerStarter, Session
 from qwenlocal.terminal.tty import disable_echo
 from qwenlocal.terminal.type_ahead import TypeAhead, capture_keys
-from qwenlocal.terminal.view import AnswerProgress, AnswerView, print_answer
+from qwenlocal.terminal.view import (
+    DRAFT_UNLOADED,
+    AnswerProgress,
+    AnswerView,
+    describe_draft_stats,
+    describe_stats,
+    print_answer,
+)
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
@@ -123,7 +131,7 @@ class Repl:
             raise EOFError
         default = session.default_text or type_ahead.text
         session.default_text = type_ahead.text = ""
-        return self._pastes.expand(_replace_surrogates(editor.prompt(PROMPT, default=default)))
+        return self._pastes.expand(replace_surrogates(editor.prompt(PROMPT, default=default)))
 
     def _process(self, line: str) -> None:
         """Run a command, or send a message; print errors."""
@@ -195,9 +203,9 @@ class Repl:
             hint = " " + tr("Type /continue for more.") if can_continue else ""
             session.say(f"[{tr(reason.value)}]{hint}")
         if session.show_stats:
-            session.say(done.stats.describe(reason))
+            session.say(describe_stats(done))
             if draft_stats := self._draft_stats():
-                session.say(draft_stats.describe())
+                session.say(describe_draft_stats(draft_stats))
         self._print_notes()
         sys.stdout.write("\n")
         sys.stdout.flush()
@@ -221,8 +229,8 @@ class Repl:
         session = self._session
         draft_stats = self._draft_stats()
         is_unloaded = draft_stats is not None and draft_stats.is_unloaded
-        if draft_stats and is_unloaded and not self._printed_unloading:
-            session.say(draft_stats.describe_unloading())
+        if is_unloaded and not self._printed_unloading:
+            session.say(tr(DRAFT_UNLOADED))
         self._printed_unloading = is_unloaded
         save_error = session.journal_writer.error if session.journal_writer else ""
         if save_error and save_error != self._printed_save_error:
@@ -279,8 +287,3 @@ def terminal_size() -> TerminalSize:
 def render_options() -> RenderOptions:
     """Return the current width and color support of the terminal."""
     return RenderOptions(max(20, terminal_size().columns), color=supports_color(sys.stdout))
-
-
-def _replace_surrogates(line: str) -> str:
-    """Replace bytes that are not text, which arrive from the terminal as lone surrogates."""
-    return line.encode("utf-8", errors="replace").decode("utf-8")

@@ -11,6 +11,7 @@ from typing import TextIO
 
 from qwenlocal.chat.events import (
     Done,
+    DraftStats,
     Event,
     FinishReason,
     GenerationStats,
@@ -20,7 +21,7 @@ from qwenlocal.chat.events import (
     TurnsEvicted,
 )
 from qwenlocal.formatting import display_width
-from qwenlocal.i18n import tr
+from qwenlocal.i18n import mark, tr
 from qwenlocal.terminal.ansi import escape_controls, wrap
 from qwenlocal.terminal.markdown import MarkdownStream, RenderedLines, RenderOptions
 from qwenlocal.terminal.progress import StatusLine
@@ -29,6 +30,7 @@ from qwenlocal.terminal.screen import Screen
 _MIN_INTERVAL, _MAX_INTERVAL = 0.04, 0.4  # seconds between two redraws
 _REST_FACTOR = 40  # the pause after a redraw, as a multiple of the time it took
 _STATUS_DELAY = 0.3  # seconds before prompt progress is shown
+DRAFT_UNLOADED = mark("The draft model was unloaded because memory is low.")
 _NO_ANSWER = Done(FinishReason.EOS, GenerationStats(0, 0, 0, 0.0, 0.0))
 
 
@@ -54,7 +56,7 @@ def print_answer(events: Iterable[Event], out: TextIO, err: TextIO) -> Done:
             last = event.text[-1]
         elif isinstance(event, TurnsEvicted):
             status.clear()
-            err.write(wrap(escape_controls(event.describe()), err) + "\n")
+            err.write(wrap(escape_controls(describe_eviction(event)), err) + "\n")
             err.flush()
         else:
             done = event
@@ -134,7 +136,7 @@ class AnswerProgress:
         parts = []
         if self._answer_tokens > 1 and now > self._first_text_at:
             speed = (self._answer_tokens - 1) / (now - self._first_text_at)
-            parts.append(tr("{speed:.1f} tokens/s", speed=speed))
+            parts.append(_describe_speed(speed))
         if self._n_ctx:
             used = self._prompt_tokens + self._answer_tokens
             parts.append(tr("{used:,} of {n_ctx:,} tokens of context", used=used, n_ctx=self._n_ctx))
@@ -152,6 +154,45 @@ def _describe_prompt_progress(event: PromptProgress) -> str:
 
 def _describe_summarizing(event: Summarizing) -> str:
     return tr("context full, summarizing {turns} turns: {words} words", turns=event.turns, words=event.words)
+
+
+def describe_eviction(event: TurnsEvicted) -> str:
+    """Return `The context is full: the oldest 3 turns, starting with “Hello, …”, were removed from it.`"""
+    if event.turns == 1:
+        text = tr("The context is full: the oldest turn, “{first}”, was removed from it.", first=event.first)
+    else:
+        text = tr(
+            "The context is full: the oldest {turns} turns, starting with “{first}”, were removed from it.",
+            turns=event.turns,
+            first=event.first,
+        )
+    return text + " " + tr("Summary: {summary}", summary=event.summary) if event.summary else text
+
+
+def describe_stats(done: Done) -> str:
+    """Return all numbers of an answer and the reason why it ended in one line."""
+    stats = done.stats
+    reused = " " + tr("({count:,} reused)", count=stats.reused_tokens) if stats.reused_tokens else ""
+    parts = (
+        tr("prompt {count:,} tokens", count=stats.prompt_tokens) + reused + ", " + _describe_speed(stats.prompt_speed),
+        tr("first token after {seconds:.2f} s", seconds=stats.first_token),
+        tr("answer {count:,} tokens", count=stats.answer_tokens) + ", " + _describe_speed(stats.answer_speed),
+        tr(done.finish_reason.value),
+    )
+    return " | ".join(parts)
+
+
+def describe_draft_stats(stats: DraftStats) -> str:
+    """Return `draft model: 61 of 80 drafted tokens accepted`."""
+    return tr(
+        "draft model: {accepted:,} of {drafted:,} drafted tokens accepted",
+        accepted=stats.accepted,
+        drafted=stats.drafted,
+    )
+
+
+def _describe_speed(tokens_per_second: float) -> str:
+    return tr("{speed:.1f} tokens/s", speed=tokens_per_second)
 
 
 def _format_duration(seconds: float) -> str:
@@ -199,7 +240,7 @@ class AnswerView:
                         self._stream.feed(event.text)
                         self._has_new_text = True
                     elif isinstance(event, TurnsEvicted):
-                        self._notes += _dim_paragraph(escape_controls(event.describe()), self._options())
+                        self._notes += _dim_paragraph(escape_controls(describe_eviction(event)), self._options())
                     elif isinstance(event, Done):
                         done = event
         with self._lock:

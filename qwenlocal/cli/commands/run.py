@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from qwenlocal.chat.prompt_template import fill_placeholders
+from qwenlocal.cli.console import can_chat
 from qwenlocal.cli.context import AppContext
 from qwenlocal.cli.options import RunOptions
-from qwenlocal.cli.questions import can_chat
 from qwenlocal.cli.text_input import read_prompt_file, read_stdin
 from qwenlocal.errors import BadWeights, Interrupted, LowMemory, UsageError
 from qwenlocal.i18n import tr
@@ -163,7 +163,7 @@ def _print_answer(options: RunOptions, loaded: ChatModel, prompt: str, system: s
     from qwenlocal.chat.events import FinishReason
     from qwenlocal.chat.thread import Thread
     from qwenlocal.chat.worker import iterate_in_thread
-    from qwenlocal.terminal.view import print_answer
+    from qwenlocal.terminal.view import DRAFT_UNLOADED, describe_draft_stats, describe_stats, print_answer
 
     config = options.generation_config(loaded.sampling)
     if loaded.template is None:
@@ -177,11 +177,11 @@ def _print_answer(options: RunOptions, loaded: ChatModel, prompt: str, system: s
         done = print_answer(events, sys.stdout, sys.stderr)
     draft_stats = loaded.draft_stats
     if options.stats:
-        sys.stderr.write(done.stats.describe(done.finish_reason) + "\n")
+        sys.stderr.write(describe_stats(done) + "\n")
         if draft_stats:
-            sys.stderr.write(draft_stats.describe() + "\n")
+            sys.stderr.write(describe_draft_stats(draft_stats) + "\n")
     if draft_stats and draft_stats.is_unloaded:
-        sys.stderr.write(f"qwenlocal: {draft_stats.describe_unloading()}\n")
+        sys.stderr.write(f"qwenlocal: {tr(DRAFT_UNLOADED)}\n")
     if done.finish_reason is FinishReason.INTERRUPTED:
         raise Interrupted
     if done.finish_reason is FinishReason.CONTEXT_FULL:

@@ -7,6 +7,7 @@ from qwenlocal.chat.thread import Turn
 from qwenlocal.formatting import pad, shorten
 from qwenlocal.i18n import tr
 from qwenlocal.terminal.session import Session
+from qwenlocal.terminal.view import describe_stats
 
 _BAR_WIDTH = 40
 _STATE_WIDTH = 14
@@ -90,7 +91,7 @@ def toggle_stats(session: Session, _argument: str) -> None:
     session.show_stats = not session.show_stats
     session.say(tr("Statistics on.") if session.show_stats else tr("Statistics off."))
     if session.show_stats and session.last_result:
-        session.say(session.last_result.stats.describe(session.last_result.finish_reason))
+        session.say(describe_stats(session.last_result))
 
 
 def toggle_markdown(session: Session, _argument: str) -> None:

@@ -368,30 +368,22 @@ class ScriptedGenerator:
 
     def __init__(self, script: Sequence[Sequence[int]], *, n_ctx: int = 4096) -> None:
         self._script, self._n_ctx = list(script), n_ctx
-        self._stop = self._full = False
+        self.was_stopped = self.is_full = False
         self.prompts: list[list[int]] = []
 
     def generate(self, ids: Sequence[int], sampling: Sampling, *, limit: int) -> Iterator[Prefill | int]:
         self.prompts.append(list(ids))
-        self._stop = self._full = False
+        self.was_stopped = self.is_full = False
         if len(ids) >= self._n_ctx:
             raise ContextFull(len(ids), self._n_ctx, self._n_ctx)
         yield Prefill(len(ids), len(ids), 0)
         for produced, token in enumerate(self._script[len(self.prompts) - 1]):
-            if self._stop or produced >= limit:
+            if self.was_stopped or produced >= limit:
                 return
             if len(ids) + produced >= self._n_ctx:
-                self._full = True
+                self.is_full = True
                 return
             yield token
 
-    @property
-    def is_full(self) -> bool:
-        return self._full
-
-    @property
-    def was_stopped(self) -> bool:
-        return self._stop
-
     def stop(self) -> None:
-        self._stop = True
+        self.was_stopped = True

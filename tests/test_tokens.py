@@ -15,7 +15,7 @@ from corpus import lines
 from from_gguf import tokenizer_files
 
 from qwenlocal.engine.llama import Model
-from qwenlocal.measure.tokenization import known_texts
+from qwenlocal.measure.fidelity import known_texts
 from qwenlocal.testing import CONFIG, write_checkpoint
 from qwenlocal.weights.checkpoint import Checkpoint
 from qwenlocal.weights.conversion import plan_conversion

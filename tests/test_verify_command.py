@@ -17,8 +17,7 @@ from hub_checkpoints import CHECKPOINT
 from oracle import data_of
 
 from qwenlocal import ggml
-from qwenlocal.measure.fidelity import Fidelity, compare_with_checkpoint
-from qwenlocal.measure.tokenization import known_texts
+from qwenlocal.measure.fidelity import Fidelity, compare_with_checkpoint, known_texts
 from qwenlocal.testing import write_checkpoint
 from qwenlocal.weights import gguf_writer
 from qwenlocal.weights.checkpoint import Checkpoint

@@ -14,20 +14,19 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qwenlocal.engine.context import Context, ContextOptions
-from qwenlocal.engine.detokenizer import IncrementalDetokenizer
 from qwenlocal.engine.llama import Model
 from qwenlocal.engine.sampling import Sampling
 from qwenlocal.engine.sequence import TokenSequence
+from qwenlocal.engine.tokenizer import IncrementalDetokenizer
 
 PROMPT, ANSWER = 512, 128
 DEPTHS = (0, 512, 4096)
-_ENERGY = Path("/sys/class/powercap")
-_STATUS = Path("/proc/self/status")
+
+Report = Callable[[str], object]
 
 
 @dataclass(frozen=True)
@@ -62,10 +61,7 @@ class BenchResult:
     first_warm: float
     memory: int | None
     joules: float | None
-    options: ContextOptions = field(default_factory=lambda: ContextOptions(0))
-
-
-Report = Callable[[str], object]
+    options: ContextOptions
 
 
 def run_benchmarks(
@@ -93,8 +89,7 @@ def run_benchmarks(
     started = time.perf_counter()
     model = Model(path)
     load = time.perf_counter() - started
-    context = Context(model, options)
-    try:
+    with contextlib.closing(model), contextlib.closing(Context(model, options)) as context:
         speeds = {"pp512": _repeat(lambda: prefill_speed(context, PROMPT), repetitions, report, "pp512")}
         context.truncate(0, 0)
         with measure_energy() as joules:
@@ -105,9 +100,6 @@ def run_benchmarks(
             fill_cache(context, depth)
             speeds[name] = _repeat(lambda: decode_speed(context, ANSWER), repetitions, report, name)
         speeds["end to end"] = _repeat(lambda: answer_speed(context), repetitions, report, "end to end")
-    finally:
-        context.close()
-        model.close()
     per_token = joules[0] / (ANSWER * (repetitions + 1)) if joules else None
     return BenchResult(speeds, load, first_cold, first_warm, peak_memory(), per_token, options)
 
@@ -168,16 +160,11 @@ def answer_speed(context: Context) -> float:
 def _time_to_first_token(path: Path, options: ContextOptions) -> float:
     """Load the model and answer a short question; returns seconds until the first token."""
     started = time.perf_counter()
-    model = Model(path)
-    context = Context(model, options)
-    try:
+    with contextlib.closing(Model(path)) as model, contextlib.closing(Context(model, options)) as context:
         ids = model.tokenizer.tokenize("What is the capital of France?", special=False) or [0]
         steps = TokenSequence(context).generate(ids, Sampling(temperature=0), limit=1)
         next(step for step in steps if isinstance(step, int))
         return time.perf_counter() - started
-    finally:
-        context.close()
-        model.close()
 
 
 def _random_ids(context: Context, count: int) -> list[int]:
@@ -206,7 +193,7 @@ def _reset_peak_memory() -> None:
 def peak_memory() -> int | None:
     """Return the peak resident set size of this process in bytes."""
     try:
-        lines = [line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:")]
+        lines = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
         return int(lines[0].split()[1]) * 1024
     except (OSError, IndexError):
         pass
@@ -220,8 +207,8 @@ def peak_memory() -> int | None:
         return None
 
 
-@contextmanager
-def measure_energy(folder: Path = _ENERGY) -> Iterator[list[float]]:
+@contextlib.contextmanager
+def measure_energy(folder: Path = Path("/sys/class/powercap")) -> Iterator[list[float]]:
     """Measure the energy used by the processor (Linux, RAPL): a list that gets the joules, or stays empty."""
     counters = sorted(folder.glob("intel-rapl:[0-9]/energy_uj"))
     joules: list[float] = []

@@ -8,28 +8,30 @@ difference comes from conversion and quantization. No torch is needed.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qwenlocal.engine.llama import Model
 from qwenlocal.measure.logits import LogitsError, compare_logits
 from qwenlocal.measure.metadata_diff import MetadataDifference, diff_metadata
-from qwenlocal.measure.reference import ReferenceTensors, load_reference, plan_reference
+from qwenlocal.measure.reference import ReferenceTensors, Report, load_reference, plan_reference
 from qwenlocal.measure.tensor_errors import TensorError, compare_tensors
-from qwenlocal.measure.tokenization import KnownText, TokenizationError, compare_tokens
 from qwenlocal.weights import gguf_writer
 from qwenlocal.weights.checkpoint import Checkpoint
 from qwenlocal.weights.conversion import ConversionOptions
-from qwenlocal.weights.gguf_reader import decode_value, read_raw_metadata
+from qwenlocal.weights.gguf_reader import NORMAL, decode_value, read_raw_metadata
 from qwenlocal.weights.split_model import read_split_model
 
 _MIN_NMSE = 1e-2  # the engine itself rounds activations, too
 _TOLERANCE = 50  # tiny models with random weights amplify an error that much more than real ones
 
-Report = Callable[[str, int, int], object]
+KnownText = tuple[str, Sequence[int] | None]
+"""A text and its token ids; None if they are those of the checkpoint's own vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,9 @@ class Fidelity:
     The result of a comparison.
 
     `missing` and `surplus` are tensors that only one side has or that differ in shape. If there are any, or if the
-    dimensions in the metadata differ, the file is not run: no texts, no logits. `logits` is also None if both models
-    do not fit into memory together. `non_finite` counts weights of the checkpoint that are NaN or infinite; they are
-    compared as zero.
+    dimensions in the metadata differ, the file is not run: no texts, no logits. `wrong_texts` are those of the `texts`
+    compared whose token ids differ. `logits` is also None if both models do not fit into memory together. `non_finite`
+    counts weights of the checkpoint that are NaN or infinite; they are compared as zero.
     """
 
     tensors: Sequence[TensorError]
@@ -48,7 +50,7 @@ class Fidelity:
     surplus: Sequence[str] = ()
     metadata: Sequence[MetadataDifference] = ()
     texts: int = 0
-    wrong_texts: Sequence[TokenizationError] = ()
+    wrong_texts: Sequence[str] = ()
     logits: LogitsError | None = None
     layers: int = 0
     non_finite: int = 0
@@ -68,7 +70,7 @@ class Fidelity:
             problems.append(f"{_join(self.surplus)} in the file but not in the checkpoint")
         problems += [str(difference) for difference in self.metadata]
         problems += [str(tensor) for tensor in self.tensors if not tensor.is_explained]
-        problems += [f"the text {wrong.text!r} gives different token ids" for wrong in self.wrong_texts]
+        problems += [f"the text {text!r} gives different token ids" for text in self.wrong_texts]
         if self.logits and not math.isfinite(self.logits.nmse):
             problems.append("its logits are not finite")
         elif self.logits and self.logits.nmse > self.nmse_limit:
@@ -119,19 +121,14 @@ def compare_with_checkpoint(
         plan = plan_reference(checkpoint, header, options)
         header.write_bytes(plan.job.outputs[0].header)
         tensors = ReferenceTensors(plan)
-        comparison = compare_tensors(tensors, file, report)
+        errors, missing, surplus = compare_tensors(tensors, file, report)
         metadata = read_raw_metadata(header)
         differences = diff_metadata(metadata, read_raw_metadata(file))
         fidelity = Fidelity(
-            comparison.errors,
-            comparison.missing,
-            comparison.surplus,
-            differences,
-            layers=_layers(metadata),
-            non_finite=tensors.non_finite,
+            errors, missing, surplus, differences, layers=_layers(metadata), non_finite=tensors.non_finite
         )
         is_runnable = all(difference.key.startswith("tokenizer.") for difference in differences)
-        if comparison.missing or comparison.surplus or not is_runnable:
+        if missing or surplus or not is_runnable:
             return fidelity
         if plan.files[0].size + read_split_model(file).size < memory:
             report("loading the checkpoint", 0, 1)
@@ -139,7 +136,7 @@ def compare_with_checkpoint(
                 contextlib.closing(Model(file)) as model,
                 contextlib.closing(load_reference(header, tensors)) as reference,
             ):
-                wrong = compare_tokens(reference, model, texts)
+                wrong = _compare_tokens(reference, model, texts)
                 logits = compare_logits(reference, model, threads, report)
             return replace(fidelity, texts=len(texts), wrong_texts=wrong, logits=logits)
         return replace(fidelity, texts=len(texts), wrong_texts=_compare_vocabularies(file, header, metadata, texts))
@@ -151,11 +148,37 @@ def _layers(metadata: Mapping[str, bytes]) -> int:
 
 def _compare_vocabularies(
     file: Path, header: Path, metadata: Mapping[str, bytes], texts: Sequence[KnownText]
-) -> list[TokenizationError]:
+) -> list[str]:
     """Compare token ids without loading any weights."""
     header.write_bytes(gguf_writer.make_layout(metadata, []).header)
     with (
         contextlib.closing(Model(file, vocab_only=True)) as model,
         contextlib.closing(Model(header, vocab_only=True)) as reference,
     ):
-        return compare_tokens(reference, model, texts)
+        return _compare_tokens(reference, model, texts)
+
+
+# --- token ids
+
+
+def known_texts(tokens: Sequence[str], types: Sequence[int]) -> list[KnownText]:
+    """
+    Return texts of many kinds and languages to compare a vocabulary of `tokens` with token `types`.
+
+    If it is Qwen1.5's vocabulary, the texts come with the ids of the original tokenizer (made with Hugging Face's
+    tokenizers by tests/goldens/make_tokens.py), otherwise with None.
+    """
+    golden = json.loads((Path(__file__).parent / "qwen1.5-tokens.json").read_text(encoding="utf-8"))
+    normal = [token for token, type_ in zip(tokens, types, strict=True) if type_ == NORMAL]
+    is_qwen = hashlib.sha256("\n".join(normal).encode()).hexdigest() == golden["vocabulary"]
+    return [(text, ids if is_qwen else None) for text, ids in golden["texts"]]
+
+
+def _compare_tokens(reference: Model, model: Model, texts: Sequence[KnownText]) -> list[str]:
+    """Tokenize `texts` with both models and return those whose ids differ."""
+    wrong = []
+    for text, known in texts:
+        expected = list(known) if known is not None else reference.tokenizer.tokenize(text, special=False)
+        if model.tokenizer.tokenize(text, special=False) != expected:
+            wrong.append(text)
+    return wrong

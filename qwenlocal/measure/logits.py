@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from qwenlocal.engine.context import Context, ContextOptions
 from qwenlocal.engine.llama import Model
+from qwenlocal.measure.reference import Report
 
 _BATCH = 32  # tokens whose logits are in memory at once
 
@@ -23,8 +24,6 @@ def quicksort(items):
 Сегодня хорошая погода. 東京の天気は晴れです。 오늘은 날씨가 좋아요. الطقس جميل اليوم. हिन्दी में लिखो।
 | name | price |\n|------|-------|\n| tea  | 3.50 € |\n🙂👍🏽 "Why?" — she asked…
 """
-
-Report = Callable[[str, int, int], object]
 
 
 @dataclass(frozen=True)

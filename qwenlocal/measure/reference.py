@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     import numpy
 
 OUTPUT, EMBEDDINGS = "output.weight", "token_embd.weight"
+
+Report = Callable[[str, int, int], object]
+"""Gets the step of a comparison, and its progress: done and total."""
 
 
 def plan_reference(checkpoint: Checkpoint, path: Path, options: ConversionOptions) -> ConversionPlan:

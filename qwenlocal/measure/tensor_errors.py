@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from qwenlocal.measure.reference import EMBEDDINGS, OUTPUT, ReferenceTensors
+from qwenlocal.measure.reference import EMBEDDINGS, OUTPUT, ReferenceTensors, Report
 from qwenlocal.weights.gguf_reader import tensor_type_name
 from qwenlocal.weights.split_model import LocatedTensor, read_split_model
 from qwenlocal.weights.tensor_values import can_read_values, compare_rows, read_values
@@ -26,8 +25,6 @@ _TYPICAL_RMSE = {
 }  # fmt: skip
 _UNKNOWN_TYPE_RMSE = 0.85
 _LIMIT = 0.98  # a tensor of zeros has a relative RMSE of 1
-
-Report = Callable[[str, int, int], object]
 
 
 class TensorError(NamedTuple):
@@ -60,17 +57,15 @@ class TensorError(NamedTuple):
         )
 
 
-@dataclass(frozen=True)
-class TensorComparison:
-    """Errors of the tensors that both sides have, and names of those that are `missing` or `surplus` in the file."""
+def compare_tensors(
+    reference: ReferenceTensors, file: Path, report: Report
+) -> tuple[list[TensorError], list[str], list[str]]:
+    """
+    Compare every tensor of the GGUF file with the checkpoint's; one of another shape counts as missing.
 
-    errors: list[TensorError]
-    missing: list[str]
-    surplus: list[str]
-
-
-def compare_tensors(reference: ReferenceTensors, file: Path, report: Report) -> TensorComparison:
-    """Compare every tensor of the GGUF file with the checkpoint's; one of another shape counts as missing."""
+    Returns the errors of the tensors that both sides have, and the names of those that are missing in the file, and of
+    those that only the file has.
+    """
     in_file = read_split_model(file).by_name
     errors, missing = [], []
     for number, planned in enumerate(reference.tensors):
@@ -86,7 +81,7 @@ def compare_tensors(reference: ReferenceTensors, file: Path, report: Report) -> 
     if output and OUTPUT in surplus and output.tensor.shape == embeddings_shape and can_read_values(output.tensor):
         errors.append(_tensor_error(reference.values(EMBEDDINGS), output))  # tied, and stored twice
         surplus.remove(OUTPUT)
-    return TensorComparison(errors, missing, surplus)
+    return errors, missing, surplus
 
 
 def _tensor_error(reference: Iterator[numpy.ndarray], located: LocatedTensor) -> TensorError:

@@ -17,14 +17,12 @@ from qwenlocal.engine.context import Context, ContextOptions
 from qwenlocal.engine.llama import Model
 from qwenlocal.engine.speculation import DEFAULT_COSTS
 from qwenlocal.engine.tuned_settings import TunedSettings
-from qwenlocal.measure.bench import decode_speed, fill_cache, prefill_speed
+from qwenlocal.measure.bench import Report, decode_speed, fill_cache, prefill_speed
 
 T = TypeVar("T")
 _DEPTH, _SAMPLE = 512, 8  # cached tokens while decoding is measured, and tokens per sample
 _MARGIN = 1.03  # a candidate this much faster wins over an earlier one
 _UBATCH_SIZES = (128, 512)
-
-Report = Callable[[str], object]
 
 
 def thread_counts(cores: int, processors: int) -> list[int]:
@@ -63,7 +61,10 @@ def tune(
 
     def context_with(*, flash: bool, n_ubatch: int, count: int) -> Context:
         if (flash, n_ubatch) not in contexts:
-            contexts[flash, n_ubatch] = _context(model, count, flash=flash, n_ubatch=n_ubatch)
+            options = ContextOptions(
+                2 * _DEPTH, threads=count, batch_threads=count, flash_attention=flash, n_ubatch=n_ubatch
+            )
+            contexts[flash, n_ubatch] = Context(model, options)
         contexts[flash, n_ubatch].set_threads(count)
         return contexts[flash, n_ubatch]
 
@@ -91,13 +92,6 @@ def tune(
         for context in contexts.values():
             context.close()
         model.close()
-
-
-def _context(model: Model, threads: int, *, flash: bool, n_ubatch: int) -> Context:
-    options = ContextOptions(
-        2 * _DEPTH, threads=threads, batch_threads=threads, flash_attention=flash, n_ubatch=n_ubatch
-    )
-    return Context(model, options)
 
 
 def _batch_costs(context: Context, rounds: int = 3) -> dict[int, float]:

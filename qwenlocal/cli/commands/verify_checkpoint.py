@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwenlocal.cli.console import print_json
 from qwenlocal.cli.context import AppContext
-from qwenlocal.cli.output import print_json
 from qwenlocal.errors import BadWeights, Interrupted, ModelNotFound
 from qwenlocal.library.checkpoints import HubCheckpoint, LocalCheckpoint
 
@@ -48,8 +48,7 @@ def verify_checkpoint(text: str, source: str, *, as_json: bool) -> None:
 
 def _compare(file: Path, checkpoint: LocalCheckpoint) -> Fidelity:
     from qwenlocal.machine import this_machine
-    from qwenlocal.measure.fidelity import compare_with_checkpoint
-    from qwenlocal.measure.tokenization import known_texts
+    from qwenlocal.measure.fidelity import compare_with_checkpoint, known_texts
     from qwenlocal.terminal.progress import StatusLine
     from qwenlocal.weights.checkpoint import Checkpoint
     from qwenlocal.weights.conversion import ConversionOptions
@@ -117,7 +116,7 @@ def _facts(fidelity: Fidelity) -> Mapping[str, Any]:
         "not finite": fidelity.non_finite,
         "worst": fidelity.worst.name if fidelity.worst else None,
         "texts": fidelity.texts,
-        "wrong texts": [wrong.text for wrong in fidelity.wrong_texts],
+        "wrong texts": list(fidelity.wrong_texts),
         "logits": {"tokens": error.tokens, "nmse": error.nmse, "kl": error.kl, "agreement": error.agreement}
         if error
         else None,

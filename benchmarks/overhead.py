@@ -22,11 +22,11 @@ from typing import Any
 from comparison import table_header, table_row
 
 from qwenlocal.engine.context import Context, ContextOptions
-from qwenlocal.engine.detokenizer import IncrementalDetokenizer
 from qwenlocal.engine.llama import Model, load_library
 from qwenlocal.engine.sampling import Sampling
 from qwenlocal.engine.sequence import TokenSequence
 from qwenlocal.engine.speculation import CostCurve, NoSpeculation, Speculation
+from qwenlocal.engine.tokenizer import IncrementalDetokenizer
 
 _WINDOW = 500  # tokens per row
 _PROMPT = "A lighthouse keeper finds a message in a bottle. This is the whole story:\n\n"

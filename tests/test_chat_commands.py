@@ -209,7 +209,7 @@ def test_settings_are_shown_changed_and_validated(terminal: Open, speaking_model
 
 
 def test_every_sampling_parameter_is_a_setting() -> None:
-    assert set(Sampling.__dataclass_fields__) - {"grammar", "begun"} <= set(SETTINGS)
+    assert set(Sampling.__dataclass_fields__) - {"grammar", "answer_prefix"} <= set(SETTINGS)
 
 
 def test_prompts_are_the_bundled_ones_and_the_users(

@@ -211,7 +211,7 @@ def test_penalized_choices_are_exact(random_model: Path, opened: Callable[..., C
     logits = list(context.logits(row)[:259])
     for penalty in (1.05, 1.5, 10.0):
         sampler = Sampler(Sampling(temperature=0, repeat_penalty=penalty), context.model.tokenizer)
-        sampler.remember(ids)
+        sampler.accept_prompt(ids)
         penalized = [
             (score / penalty if score > 0 else score * penalty) if token in ids else score
             for token, score in enumerate(logits)

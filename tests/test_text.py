@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwenlocal.engine.detokenizer import IncrementalDetokenizer
+from qwenlocal.engine.tokenizer import IncrementalDetokenizer
 
 
 def split_bytes(data: bytes, cuts: list[int]) -> list[bytes]:

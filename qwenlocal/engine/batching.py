@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from qwenlocal.engine.context import CacheFull, Context
-from qwenlocal.engine.detokenizer import IncrementalDetokenizer
 from qwenlocal.engine.prefix_cache import common_prefix
 from qwenlocal.engine.sampler import Sampler
 from qwenlocal.engine.sampling import Sampling
 from qwenlocal.engine.speculation import CostCurve
+from qwenlocal.engine.tokenizer import IncrementalDetokenizer
 
 _MIN_GAIN = 1.1  # in speed, for a larger batch to be worth its memory
 _PREFIX = 0  # the sequence that holds the common prefix of the prompts
@@ -127,7 +127,7 @@ class BatchGenerator:
             self._free.append(number)
             sampler.close()
             return self._shorten_prefix(request.ids) and self._start(request)
-        sampler.remember(request.ids)
+        sampler.accept_prompt(request.ids)
         self._slots[number] = slot
         self._sample(slot, row)
         return True
@@ -160,7 +160,6 @@ class BatchGenerator:
         self._prefix = (self._prefix or [])[: self._context.truncate(_PREFIX, length)]
 
     def _sample(self, slot: _Slot, row: int) -> None:
-        self._context.check_logits(row)
         slot.ids.append(slot.sampler.sample(self._context, row))
         if slot.request.stops:
             slot.detokenizer.feed(self._context.model.tokenizer.piece(slot.ids[-1]))

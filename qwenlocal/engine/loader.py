@@ -9,7 +9,6 @@ from pathlib import Path
 
 from qwenlocal.engine.context import Context, ContextOptions
 from qwenlocal.engine.draft_model import DraftModel, ModelDrafter, shares_vocabulary
-from qwenlocal.engine.grammar import build_token_trie
 from qwenlocal.engine.llama import LoadCancelled, Model
 from qwenlocal.engine.load_plan import (
     PREFERRED_CONTEXT,
@@ -157,7 +156,7 @@ class EngineLoader:
             sampling, sampling_notes = _recommended_sampling(metadata, recommended)
             draft_model = _open_draft(options.draft, context, offload) if options.draft else None
             if options.grammar:
-                build_token_trie(model.tokenizer)
+                model.tokenizer.token_trie()
         except BaseException:
             context.close()
             model.close()

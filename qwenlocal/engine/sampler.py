@@ -1,11 +1,11 @@
-"""Choosing the next token: llama.cpp's own chain of samplers, in llama.cpp's order."""
+"""Sampling of tokens: llama.cpp's chain of samplers, in llama.cpp's order."""
 
 from __future__ import annotations
 
 import collections
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from qwenlocal.engine.context import Context
@@ -18,40 +18,39 @@ _PENALTY_WINDOW = 64
 
 
 class Sampler:
-    """A sampler chain in llama.cpp: penalties, top-k, top-p, min-p, temperature, then a draw."""
+    """A chain of llama.cpp's samplers: penalties, top-k, top-p, min-p, temperature, random choice; and a grammar."""
 
-    def __init__(self, sampling: Sampling, vocabulary: Tokenizer) -> None:
+    def __init__(self, sampling: Sampling, tokenizer: Tokenizer) -> None:
         """
         Raises
         ------
-        UsageError: the grammar cannot be used, or does not allow what was begun.
+        UsageError: the grammar is invalid, or does not allow the answer's prefix.
         """
         self._c = c = load_library().c
-        self._matcher = GrammarMatcher(sampling.grammar, vocabulary) if sampling.grammar is not None else None
+        self._matcher = GrammarMatcher(sampling.grammar, tokenizer) if sampling.grammar is not None else None
         if self._matcher:
-            self._matcher.accept_beginning(sampling.begun)
+            self._matcher.accept_prefix(sampling.answer_prefix)
         self._penalties: Any = None
         self._recent: collections.deque[int] = collections.deque(maxlen=_PENALTY_WINDOW)
-        self._padding = vocabulary.padding
-        self._size = len(vocabulary)
+        self._n_vocab = len(tokenizer)
         self._chain = c.llama_sampler_chain_init(c.llama_sampler_chain_default_params())
         self.seed = int.from_bytes(os.urandom(4), "little") % (2**32 - 1) if sampling.seed is None else sampling.seed
-        for link in self._links(sampling, len(vocabulary)):
-            c.llama_sampler_chain_add(self._chain, link)
+        for sampler in self._samplers(sampling, tokenizer.padding):
+            c.llama_sampler_chain_add(self._chain, sampler)
 
-    def _links(self, sampling: Sampling, vocabulary_size: int) -> Iterable[Any]:
+    def _samplers(self, sampling: Sampling, padding: list[int]) -> Iterable[Any]:
         c = self._c
-        if self._padding:
-            never = (c.llama_logit_bias * len(self._padding))(*((token, -math.inf) for token in self._padding))
-            yield c.llama_sampler_init_logit_bias(vocabulary_size, len(never), never)
-        kept = 1 if sampling.temperature == 0 else sampling.top_k
-        if sampling.repeat_penalty > 1 and kept:
-            # A penalty lowers at most as many tokens as its window holds, so those that can be chosen afterwards are
-            # among this many before; penalising 84 candidates instead of 151,936 takes half the time of it all.
-            yield c.llama_sampler_init_top_k(kept + _PENALTY_WINDOW)
+        if padding:
+            biases = (c.llama_logit_bias * len(padding))(*((token, -math.inf) for token in padding))
+            yield c.llama_sampler_init_logit_bias(self._n_vocab, len(biases), biases)
+        top_k = 1 if sampling.temperature == 0 else sampling.top_k
+        if sampling.repeat_penalty > 1 and top_k:
+            # A penalty lowers at most as many tokens as its window holds, so the candidates left by top-k afterwards
+            # are among this many before; penalizing 84 candidates instead of 151,936 halves the time of sampling.
+            yield c.llama_sampler_init_top_k(top_k + _PENALTY_WINDOW)
         if sampling.repeat_penalty != 1:
             self._penalties = c.llama_sampler_init_penalties(
-                vocabulary_size, _PENALTY_WINDOW, sampling.repeat_penalty, 0.0, 0.0
+                self._n_vocab, _PENALTY_WINDOW, sampling.repeat_penalty, 0.0, 0.0
             )
             yield self._penalties
         if sampling.temperature == 0:
@@ -66,26 +65,33 @@ class Sampler:
         yield c.llama_sampler_init_temp(sampling.temperature)
         yield c.llama_sampler_init_dist(self.seed)
 
-    def remember(self, ids: Iterable[int]) -> None:
-        """Tell the repeat penalty what stands before the answer."""
-        for token in list(ids)[-_PENALTY_WINDOW:]:
+    def accept_prompt(self, ids: Sequence[int]) -> None:
+        """Count the last tokens of the prompt as earlier text for the repeat penalty."""
+        for token in ids[-_PENALTY_WINDOW:]:
             self._c.llama_sampler_accept(self._chain, token)
             self._recent.append(token)
 
     def sample(self, context: Context, row: int) -> int:
-        """The next token after the given row of logits; the chain takes note of it."""
+        """
+        Sample and accept the token after a row of logits.
+
+        Raises
+        ------
+        BadWeights: the logits are NaN. UsageError: the grammar allows no token.
+        """
+        context.check_logits(row)
         token = int(self._c.llama_sampler_sample(self._chain, context.handle, row))
         if self._matcher:
             if not self._matcher.allows(token):
-                self._take_back()
-                self._matcher.apply_mask(self._scores(context, row))
+                self._withdraw_last()
+                self._matcher.apply_mask(self._logits(context, row))
                 token = int(self._c.llama_sampler_sample(self._chain, context.handle, row))
             self._matcher.accept(token)
         self._recent.append(token)
         return token
 
-    def forced(self) -> list[int]:
-        """Tokens that must come now, by the grammar; they are taken note of."""
+    def accept_forced(self) -> list[int]:
+        """Return the tokens that the grammar forces next, and accept them."""
         tokens = self._matcher.forced_tokens() if self._matcher else []
         for token in tokens:
             self._c.llama_sampler_accept(self._chain, token)
@@ -93,21 +99,21 @@ class Sampler:
             self._recent.append(token)
         return tokens
 
-    def _scores(self, context: Context, row: int) -> Any:
-        """The scores of a row, where llama.cpp's samplers read them."""
+    def _logits(self, context: Context, row: int) -> Any:
+        """Return a row of logits as a numpy array in llama.cpp's memory."""
         import numpy
 
-        return numpy.ctypeslib.as_array(context.logits(row), (self._size,))
+        return numpy.ctypeslib.as_array(context.logits(row), (self._n_vocab,))
 
-    def _take_back(self) -> None:
-        """A token that was sampled is not said; the penalties must not know it."""
+    def _withdraw_last(self) -> None:
+        """Remove the token that was just sampled from the penalties."""
         if self._penalties:
             self._c.llama_sampler_reset(self._penalties)
             for token in self._recent:
                 self._c.llama_sampler_accept(self._penalties, token)
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         if self._chain:
             self._c.llama_sampler_free(self._chain)
             self._chain = None

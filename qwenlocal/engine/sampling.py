@@ -16,8 +16,8 @@ class Sampling:
     Parameters for choosing the next token; the defaults are Qwen1.5's for its chat models.
 
     `temperature` 0 is greedy. `top_k` 0, `top_p` 1, `min_p` 0 and `repeat_penalty` 1 are off. `seed` None is random.
-    `grammar` (of `grammar_from_schema` or `grammar_from_gbnf`) constrains the answer; if the prompt ends with the
-    beginning of such an answer, `begun` are its tokens.
+    `grammar` (of `grammar_from_schema` or `grammar_from_gbnf`) constrains the answer, including `answer_prefix`: the
+    tokens at the end of the prompt with which the answer starts.
     """
 
     temperature: float = 0.7
@@ -27,7 +27,7 @@ class Sampling:
     repeat_penalty: float = 1.05
     seed: int | None = None
     grammar: str | None = None
-    begun: tuple[int, ...] = ()
+    answer_prefix: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         _check_range("temperature", self.temperature, 0, 10)

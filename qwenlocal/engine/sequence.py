@@ -134,17 +134,17 @@ class TokenSequence:
     def _generate(self, ids: Sequence[int], sampler: Sampler, limit: int) -> Iterator[Prefill | int]:
         context = self._context
         row = yield from self._prefill(ids)
-        sampler.remember(ids)
+        sampler.accept_prompt(ids)
         self._speculation.begin(ids)
         draft: Sequence[int] = ()
         left, seconds, unchecked = limit, None, 0  # unchecked: tokens since the last memory check
-        if forced := sampler.forced()[:left]:
+        if forced := sampler.accept_forced()[:left]:
             row = yield from self._force((), forced)
             left -= len(forced)
         while left:
             new_tokens: list[int] = []
             for position in range(len(draft) + 1):
-                token = self._sample(sampler, row + position)
+                token = sampler.sample(context, row + position)
                 new_tokens.append(token)
                 yield token
                 if len(new_tokens) == left:
@@ -164,7 +164,7 @@ class TokenSequence:
                 raise Aborted
             if len(self._cached) >= context.n_ctx:
                 raise CacheFull
-            if forced := sampler.forced()[:left]:
+            if forced := sampler.accept_forced()[:left]:
                 row, draft, seconds = (yield from self._force((token,), forced)), (), None
                 self._speculation.learn(forced, 0, None)
                 left -= len(forced)
@@ -197,10 +197,6 @@ class TokenSequence:
             self._cached.extend(new)
         yield from forced
         return row
-
-    def _sample(self, sampler: Sampler, row: int) -> int:
-        self._context.check_logits(row)
-        return sampler.sample(self._context, row)
 
     def _prefill(self, ids: Sequence[int]) -> collections.abc.Generator[Prefill, None, int]:
         """Compute the part of `ids` that is not cached, at least the last token; return the row of logits."""

@@ -1,15 +1,19 @@
-"""The tokenizer that a model file defines: text to token ids and back, through llama.cpp."""
+"""The tokenizer that a model file defines, through llama.cpp, and incremental detokenization with stop strings."""
 
 from __future__ import annotations
 
+import codecs
 import ctypes
 import functools
 import unicodedata
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from qwenlocal.errors import UsageError
+from qwenlocal.i18n import tr
 from qwenlocal.weights.gguf_reader import PADDING
 
-_END_OF_TURN = "<|im_end|>"
 _ATTR_UNUSED = 1 << 1  # llama.h: LLAMA_TOKEN_ATTR_UNUSED
 _ATTR_CONTROL, _ATTR_USER_DEFINED = 1 << 3, 1 << 4  # llama.h: LLAMA_TOKEN_ATTR_CONTROL, …_USER_DEFINED
 
@@ -20,6 +24,7 @@ class Tokenizer:
     def __init__(self, c: Any, model: Any, pre_tokenizer: str) -> None:
         self._c = c
         self._vocab = c.llama_model_get_vocab(model)
+        self._trie: Any = None
         # Qwen's tokenizer.json starts with Unicode normalization form C; llama.cpp omits it.
         self._normalize = pre_tokenizer == "qwen2"
         self.hides_padding = self._has_reachable_padding()
@@ -42,6 +47,31 @@ class Tokenizer:
         ids = (self._c.llama_vocab_eos(self._vocab), self._c.llama_vocab_eot(self._vocab))
         return sorted({token for token in ids if token >= 0})
 
+    def token_trie(self) -> Any:
+        """
+        Return the trie of tokens that llguidance walks (its `LLTokenizer`), built once; 0.3 s for Qwen's 151,936.
+
+        Control tokens and padding have no bytes in it, so no grammar allows them.
+
+        Raises
+        ------
+        UsageError: no token ends an answer.
+        """
+        if self._trie is None:
+            pieces = self.pieces()
+            without_text = (token for token, piece in enumerate(pieces) if not piece)
+            ends = [token for token in dict.fromkeys((*self.ends(), *without_text)) if self.is_end(token)]
+            if not ends:
+                raise UsageError(
+                    tr("The model has no token that ends an answer, so its answers cannot follow a grammar."),
+                    hint=tr("Use another model: qwenlocal list --all"),
+                )
+            for token in (*ends, *self.padding):
+                pieces[token] = b""
+            tokenizer = weakref.proxy(self)  # llguidance's objects are invisible to the garbage collector
+            self._trie = build_token_trie(pieces, ends, lambda text: tokenizer.tokenize_bytes(text))
+        return self._trie
+
     def tokenize(self, text: str, *, special: bool, add_bos: bool = False) -> list[int]:
         """
         Convert `text` to token ids; with `special`, spellings like `<|im_end|>` become control tokens.
@@ -50,9 +80,12 @@ class Tokenizer:
         """
         if self._normalize:
             text = unicodedata.normalize("NFC", text)
-        if self.hides_padding and PADDING.search(text):
-            return self._tokenize_around_padding(text, special=special, add_bos=add_bos)
-        return self._tokenize(text, special=special, add_bos=add_bos)
+        parts = _split_padding(text) if self.hides_padding and PADDING.search(text) else [text]
+        ids: list[int] = []
+        for number, part in enumerate(parts):
+            data = part.encode("utf-8", errors="replace")
+            ids += self.tokenize_bytes(data, special=special, add_bos=add_bos and number == 0)
+        return ids
 
     def _has_reachable_padding(self) -> bool:
         """
@@ -63,21 +96,6 @@ class Tokenizer:
         last = len(self) - 1
         is_reachable = self._c.llama_vocab_get_attr(self._vocab, last) & _ATTR_USER_DEFINED
         return bool(is_reachable and PADDING.fullmatch(self.text_of(last)))
-
-    def _tokenize_around_padding(self, text: str, *, special: bool, add_bos: bool) -> list[int]:
-        """
-        Tokenize "[PAD5]" as text: split it before its last bracket, and tokenize the parts separately.
-
-        Qwen's pre-tokenizer splits at every digit, so the ids are those of the whole text.
-        """
-        ids: list[int] = []
-        parts = PADDING.sub(lambda match: f"{match[0][:-1]}\0]", text.replace("\0", "")).split("\0")
-        for number, part in enumerate(parts):
-            ids += self._tokenize(part, special=special, add_bos=add_bos and number == 0)
-        return ids
-
-    def _tokenize(self, text: str, *, special: bool, add_bos: bool) -> list[int]:
-        return self.tokenize_bytes(text.encode("utf-8", errors="replace"), special=special, add_bos=add_bos)
 
     def tokenize_bytes(self, data: bytes, *, special: bool = False, add_bos: bool = False) -> list[int]:
         """Convert UTF-8 to token ids without normalization; spelled-out padding tokens are parsed."""
@@ -103,7 +121,7 @@ class Tokenizer:
         return bool(self._c.llama_vocab_is_eog(self._vocab, token)) and token != self.false_end
 
     def _has_end_of_turn(self) -> bool:
-        ids = self._tokenize(_END_OF_TURN, special=True, add_bos=False)
+        ids = self.tokenize_bytes(b"<|im_end|>", special=True)
         return len(ids) == 1 and self.is_control(ids[0])
 
     @functools.cached_property
@@ -141,3 +159,86 @@ class Tokenizer:
     def adds_bos(self) -> bool:
         """True if plain text starts with a beginning-of-text token (not for Qwen)."""
         return bool(self._c.llama_vocab_get_add_bos(self._vocab))
+
+
+def _split_padding(text: str) -> list[str]:
+    """
+    Split "[PAD5]" before its last bracket, so that tokenizing the parts separately yields text.
+
+    Qwen's pre-tokenizer splits at every digit, so the ids are those of the whole text.
+    """
+    return PADDING.sub(lambda match: f"{match[0][:-1]}\0]", text.replace("\0", "")).split("\0")
+
+
+class _Vocabulary:
+    """The tokens in the form that llguidance's `TokenizerWrapper` reads."""
+
+    bos_token_id = None
+    special_token_ids: Sequence[int] = ()
+
+    def __init__(self, tokens: Sequence[bytes], end: int, tokenize: Callable[[bytes], list[int]]) -> None:
+        self.tokens, self.eos_token_id, self._tokenize = tokens, end, tokenize
+
+    def __call__(self, text: bytes) -> list[int]:
+        return self._tokenize(text)
+
+
+def build_token_trie(tokens: Sequence[bytes], ends: list[int], tokenize: Callable[[bytes], list[int]]) -> Any:
+    """
+    Build llguidance's trie of `tokens`, of which `ends` end an answer; `tokenize` splits forced text.
+
+    Without its "slices", masks take 0.1 ms longer and the trie 0.15 s less, which pays off for answers of up to 1,500
+    tokens.
+    """
+    from llguidance import LLTokenizer, TokenizerWrapper
+
+    return LLTokenizer(TokenizerWrapper(_Vocabulary(tokens, ends[0], tokenize)), eos_token=ends, slices=[])
+
+
+class IncrementalDetokenizer:
+    """
+    A decoder that turns the bytes of tokens into text as soon as the text is certain.
+
+    It holds back the bytes of an incomplete character, and text that may be the beginning of a stop string. The work
+    per token depends on the lengths of the token and the stop strings, not on the length of the answer.
+    `IncrementalDetokenizer(["END"])`: `feed(b"an E")` returns "an ", `feed(b"NDX")` returns "" and `matched_stop` is
+    "END".
+    """
+
+    def __init__(self, stops: Sequence[str] = ()) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._stops = tuple(stop for stop in stops if stop)
+        self._pending = ""
+        self.matched_stop: str | None = None
+
+    def feed(self, data: bytes) -> str:
+        """Add the bytes of a token and return the text that is now certain; "" after a stop string."""
+        if self.matched_stop is not None:
+            return ""
+        return self._release(self._pending + self._decoder.decode(data))
+
+    def finish(self) -> str:
+        """Return the pending text; an incomplete character becomes U+FFFD."""
+        if self.matched_stop is not None:
+            return ""
+        text = self._release(self._pending + self._decoder.decode(b"", final=True))
+        text, self._pending = text + self._pending, ""
+        return text
+
+    def _release(self, text: str) -> str:
+        matches = [(at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if matches:
+            at, self.matched_stop = min(matches)
+            self._pending = ""
+            return text[:at]
+        cut = len(text) - max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._pending = text[cut:]
+        return text[:cut]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return the length of the longest suffix of `text` that is a prefix of `stop`: `_overlap("an E", "END")` is 1."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0

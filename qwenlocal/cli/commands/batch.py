@@ -24,7 +24,7 @@ from qwenlocal.cli.options import RunOptions
 from qwenlocal.cli.text_input import read_prompt_file, read_text
 from qwenlocal.engine.batching import BatchGenerator, BatchRequest, BatchResult, choose_batch_size
 from qwenlocal.engine.context import Context
-from qwenlocal.engine.detokenizer import IncrementalDetokenizer
+from qwenlocal.engine.tokenizer import IncrementalDetokenizer
 from qwenlocal.errors import ContextFull, Interrupted, NotWritable, UsageError
 from qwenlocal.i18n import tr
 from qwenlocal.paths import parse_path

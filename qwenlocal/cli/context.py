@@ -6,26 +6,30 @@ Each part is imported with its first use, so that `list` starts as fast as Pytho
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from qwenlocal.cli.output import say
-from qwenlocal.errors import NotWritable
+from qwenlocal.cli.console import can_ask, confirm, say
+from qwenlocal.errors import ChatNotFound, DownloadFailed, NotWritable
+from qwenlocal.formatting import format_bytes
 from qwenlocal.i18n import tr
 from qwenlocal.library.store import Store
 from qwenlocal.paths import Folders, bundled_folder
 
 if TYPE_CHECKING:
+    from qwenlocal.chat.journal import ChatInfo, Journal
     from qwenlocal.library.catalog import Catalog
     from qwenlocal.library.checkpoints import CheckpointFinder
     from qwenlocal.library.external_caches import ExternalFile
     from qwenlocal.library.local_models import LocalModels
     from qwenlocal.library.provider import ModelProvider
     from qwenlocal.library.puller import Puller
+    from qwenlocal.library.resolver import ResolvedModel
 
 
 @dataclass
@@ -107,11 +111,92 @@ class AppContext:
         if not self.quiet:
             say(sentence)
 
-    def open_puller(self) -> AbstractContextManager[Puller]:
-        """Open a downloader; this imports the network code."""
-        from qwenlocal.cli.network import open_puller
+    # --- downloads
 
-        return open_puller(self)
+    @contextlib.contextmanager
+    def open_puller(self) -> Iterator[Puller]:
+        """Open a downloader with every source that this machine can ask; it shows its progress on stderr."""
+        from qwenlocal.library.artifact import DownloadPolicy
+        from qwenlocal.library.http import HttpClient
+        from qwenlocal.library.hubs import Hub, HuggingFace, ModelScope
+        from qwenlocal.library.package_index import PackageIndex, index_url
+        from qwenlocal.library.puller import Puller
+        from qwenlocal.library.resolver import Resolver
+        from qwenlocal.terminal.progress import show_progress
+
+        client, policy = HttpClient(limit_rate=self.limit_rate), DownloadPolicy()
+        offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+        hubs: list[Hub] = [HuggingFace(), ModelScope(client)]
+        resolver = Resolver(
+            self.catalog, self.folders, client, hubs, lambda: PackageIndex(index_url(), client), policy, offline=offline
+        )
+        with show_progress(sys.stderr) as show:
+            yield Puller(
+                self.folders,
+                self.store,
+                self.local,
+                resolver,
+                client,
+                on_start=self._announce,
+                report=show,
+                policy=policy,
+            )
+
+    def _announce(self, model: ResolvedModel) -> None:
+        """
+        Say what will be downloaded. Files of a third party need consent, or without a terminal at least this notice.
+
+        Raises
+        ------
+        DownloadFailed: the user declined. Interrupted: Ctrl-C or Ctrl-D.
+        """
+        name, size, count = model.name, format_bytes(model.size), len(model.files)
+        if model.is_checkpoint:
+            self.say(
+                tr("Downloading the checkpoint {name} ({size}, {count} file(s)).", name=name, size=size, count=count)
+            )
+        else:
+            self.say(tr("Downloading {name} from {origin} ({size}).", name=name, origin=model.origin, size=size))
+        if model.license:
+            self.say(tr("License: {license}", license=model.license))
+        if not model.is_third_party or self.assume_yes or not can_ask():
+            return
+        if not confirm(tr("Download {name} from this third party? Its sha256 is checked.", name=name)):
+            raise DownloadFailed(
+                tr("{name} was not downloaded.", name=name),
+                hint=tr("To use another model: qwenlocal list --all. To skip the question: --yes"),
+            )
+
+    # --- chats
+
+    def open_existing_journal(self) -> Journal | None:
+        """
+        Open the journal, if there is one.
+
+        Raises
+        ------
+        JournalError: it is damaged, locked, or of a newer version.
+        """
+        from qwenlocal.chat.journal import Journal
+
+        path = self.folders.journal
+        return Journal(path) if path.exists() else None
+
+    def find_chat(self, text: str) -> tuple[Journal, ChatInfo]:
+        """
+        Find the chat of a number, or the last one.
+
+        Raises
+        ------
+        ChatNotFound: there is none. JournalError: the journal cannot be used.
+        """
+        journal = self.open_existing_journal()
+        chats = journal.list_chats() if journal else []
+        if text != "last":
+            chats = [chat for chat in chats if str(chat.id) == text.lstrip("#")]
+        if journal is None or not chats:
+            raise ChatNotFound("" if text == "last" else text)
+        return journal, chats[0]
 
 
 def _show_hashing(file: ExternalFile, done: int, total: int) -> None:

@@ -7,8 +7,8 @@ import threading
 import time
 from dataclasses import dataclass
 
+from qwenlocal.cli.console import can_ask, choose_number
 from qwenlocal.cli.context import AppContext
-from qwenlocal.cli.questions import can_ask, choose_number
 from qwenlocal.engine.memory import PROCESS_OVERHEAD
 from qwenlocal.formatting import format_bytes, pad
 from qwenlocal.i18n import tr
@@ -85,7 +85,7 @@ def _describe(number: int, choice: ModelChoice, *, is_default: bool) -> str:
     fit = pad(speed if choice.fits else tr("does not fit here"), 22)
     mark = "  " + tr("(default: press Enter)") if is_default else ""
     size, memory = format_bytes(choice.size), tr("{size:.1f} GiB of memory", size=choice.memory / 2**30)
-    return f"{number:>3}  {choice.card.name:<22} {size:>8}  {pad(memory, 19)}  {fit}  {choice.card.licence}{mark}"
+    return f"{number:>3}  {choice.card.name:<22} {size:>8}  {pad(memory, 19)}  {fit}  {choice.card.license}{mark}"
 
 
 def measure_bandwidth(cores: int) -> float:

@@ -22,7 +22,7 @@ def record_facts(record: ModelRecord) -> dict[str, Any]:
         "path": str(record.path),
         "sha256": record.files[0].sha256 or None,
         "origin": record.origin,
-        "licence": record.licence or None,
+        "licence": record.license or None,
         "owned": record.owned,
         "added": record.added or None,
     }
@@ -35,7 +35,7 @@ def card_facts(card: ModelCard) -> dict[str, Any]:
         "state": "available" if card.gguf or card.files else "checkpoint",
         "size": card.default_file.size if card.default_file else None,
         "repository": card.gguf or card.checkpoint,
-        "licence": card.licence,
+        "licence": card.license,
     }
 
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from qwenlocal.chat.worker import BackgroundTask
+from qwenlocal.cli.console import say_dimmed
 from qwenlocal.cli.context import AppContext
 from qwenlocal.cli.options import RunOptions
-from qwenlocal.cli.output import say_dimmed
 from qwenlocal.errors import NotEnoughMemory
 from qwenlocal.i18n import tr
 from qwenlocal.library.provider import ProvidedModel

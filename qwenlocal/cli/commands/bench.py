@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from qwenlocal.cli.console import print_json, print_table
 from qwenlocal.cli.context import AppContext
-from qwenlocal.cli.output import print_json, print_table
 from qwenlocal.errors import UsageError
 from qwenlocal.formatting import format_bytes
 

@@ -9,12 +9,10 @@ from datetime import datetime
 from qwenlocal.chat.journal import ChatInfo, Journal
 from qwenlocal.chat.journal_writer import JournalWriter
 from qwenlocal.chat.thread import Thread
+from qwenlocal.cli.console import ask_or_skip, can_ask, choose_number, say_dimmed
 from qwenlocal.cli.context import AppContext
-from qwenlocal.cli.journal_lookup import find_chat, open_existing_journal
 from qwenlocal.cli.model_pool import ModelPool
 from qwenlocal.cli.options import RunOptions
-from qwenlocal.cli.output import say_dimmed
-from qwenlocal.cli.questions import ask_or_skip, can_ask, choose_number
 from qwenlocal.errors import ChatNotFound, JournalError, NotWritable, UsageError
 from qwenlocal.formatting import shorten
 from qwenlocal.i18n import tr
@@ -89,18 +87,15 @@ def select_chat(app: AppContext, choice: str) -> ResumedChat:
     ------
     ChatNotFound: there is none. JournalError: the journal cannot be read. Interrupted: the user did not pick.
     """
-    if choice != PICK:
-        journal, info = find_chat(app, choice)
-        return ResumedChat(journal, info, journal.load_thread(info.id))
-    existing = open_existing_journal(app)
-    chats = existing.list_chats() if existing else []
-    if existing is None or not chats:
+    journal, info = _pick_chat(app) if choice == PICK else app.find_chat(choice)
+    return ResumedChat(journal, info, journal.load_thread(info.id))
+
+
+def _pick_chat(app: AppContext) -> tuple[Journal, ChatInfo]:
+    journal = app.open_existing_journal()
+    chats = journal.list_chats() if journal else []
+    if journal is None or not chats:
         raise ChatNotFound("")
-    info = _pick(chats)
-    return ResumedChat(existing, info, existing.load_thread(info.id))
-
-
-def _pick(chats: list[ChatInfo]) -> ChatInfo:
     if not can_ask():
         raise UsageError(
             tr("--resume without a number needs a terminal to choose a chat in."),
@@ -110,7 +105,7 @@ def _pick(chats: list[ChatInfo]) -> ChatInfo:
         day = f"{datetime.fromtimestamp(info.changed):%Y-%m-%d %H:%M}"
         count = tr("{count} messages", count=info.messages)
         sys.stderr.write(f"{place:>3}  {day}  {escape_controls(info.title)}  ({count}, {info.model})\n")
-    return chats[int(choose_number(min(len(chats), _MAX_CHOICES), default=1)) - 1]
+    return journal, chats[int(choose_number(min(len(chats), _MAX_CHOICES), default=1)) - 1]
 
 
 def _record_in_journal(session: Session, app: AppContext, model: str, resumed: ResumedChat | None) -> None:

@@ -8,9 +8,8 @@ import sys
 from datetime import datetime
 from pathlib import Path
 
+from qwenlocal.cli.console import print_json, print_table
 from qwenlocal.cli.context import AppContext
-from qwenlocal.cli.journal_lookup import find_chat, open_existing_journal
-from qwenlocal.cli.output import print_json, print_table
 from qwenlocal.errors import NotWritable, OutputExists, UsageError
 from qwenlocal.i18n import tr
 from qwenlocal.terminal.ansi import escape_controls, supports_color
@@ -20,7 +19,7 @@ FORMATS = ("md", "json", "html")
 
 def list_chats(*, as_json: bool) -> None:
     """List all chats, the newest first."""
-    journal = open_existing_journal(AppContext())
+    journal = AppContext().open_existing_journal()
     chats = journal.list_chats() if journal else []
     if as_json:
         print_json([vars(chat) for chat in chats])
@@ -35,7 +34,7 @@ def show_chat(text: str, *, as_json: bool) -> None:
     """Print a chat as Markdown or JSON."""
     from qwenlocal.chat.export import export_json, export_markdown
 
-    journal, chat = find_chat(AppContext(), text)
+    journal, chat = AppContext().find_chat(text)
     thread = journal.load_thread(chat.id)
     if as_json:
         sys.stdout.write(export_json(thread, chat.title, chat.model))
@@ -56,7 +55,7 @@ def search_chats(words: str, *, as_json: bool) -> None:
         raise UsageError(
             tr("There are no words to search for."), hint=tr("For example: qwenlocal chats search tokenizer")
         )
-    journal = open_existing_journal(AppContext())
+    journal = AppContext().open_existing_journal()
     hits = journal.search(words) if journal else []
     if as_json:
         print_json([vars(hit) for hit in hits])
@@ -73,7 +72,7 @@ def rename_chat(text: str, title: str) -> None:
     """Rename a chat."""
     if not title.strip():
         raise UsageError(tr("The title is empty."))
-    journal, chat = find_chat(AppContext(), text)
+    journal, chat = AppContext().find_chat(text)
     journal.rename_chat(chat.id, title.strip())
 
 
@@ -88,7 +87,7 @@ def remove_chats(texts: list[str]) -> None:
     from qwenlocal.engine.prompt_cache import delete_prompt_caches
 
     app = AppContext()
-    chats = {chat.id: (journal, chat) for journal, chat in (find_chat(app, text) for text in texts)}
+    chats = {chat.id: (journal, chat) for journal, chat in map(app.find_chat, texts)}
     for journal, chat in chats.values():
         if journal.is_open_elsewhere(chat.id):
             raise UsageError(
@@ -120,7 +119,7 @@ def export_chat(text: str, format: str | None, output: Path | None, *, force: bo
             tr("Unknown format: {format}.", format=format),
             hint=tr("Formats: {names}", names=", ".join(FORMATS)),
         )
-    journal, chat = find_chat(AppContext(), text)
+    journal, chat = AppContext().find_chat(text)
     thread = journal.load_thread(chat.id)
     content = {
         "md": lambda: export_markdown(thread, chat.title),

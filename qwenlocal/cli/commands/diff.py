@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from qwenlocal.cli.console import print_json
 from qwenlocal.cli.context import AppContext
 from qwenlocal.cli.gguf_files import find_installed
-from qwenlocal.cli.output import print_json
 from qwenlocal.formatting import shorten
 
 if TYPE_CHECKING:

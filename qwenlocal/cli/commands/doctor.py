@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
 from qwenlocal import __version__
+from qwenlocal.cli.console import print_json
 from qwenlocal.cli.context import AppContext
-from qwenlocal.cli.output import print_json
 from qwenlocal.errors import QwenlocalError
 from qwenlocal.machine import Machine, this_machine
 from qwenlocal.paths import Folders, ensure_writable

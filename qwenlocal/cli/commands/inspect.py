@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from qwenlocal.cli.console import print_json, print_table
 from qwenlocal.cli.context import AppContext
 from qwenlocal.cli.gguf_files import find_installed, write_files
 from qwenlocal.cli.model_facts import describe_template, describe_value, header_facts
-from qwenlocal.cli.output import print_json, print_table
 from qwenlocal.errors import BadWeights, OutputExists, UsageError
 from qwenlocal.formatting import format_bytes
 from qwenlocal.library.progress import TaskProgress

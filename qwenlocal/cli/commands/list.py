@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from qwenlocal.cli.console import print_json, print_table
 from qwenlocal.cli.context import AppContext
-from qwenlocal.cli.output import print_json, print_table
 from qwenlocal.formatting import format_bytes
 from qwenlocal.i18n import tr
 from qwenlocal.library.conversion_files import UnfinishedConversion, unfinished_conversions

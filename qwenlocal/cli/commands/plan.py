@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwenlocal.cli.console import print_json, print_table
 from qwenlocal.cli.context import AppContext
-from qwenlocal.cli.output import print_json, print_table
 from qwenlocal.errors import NotEnoughMemory, UnsupportedCheckpoint, UsageError
 from qwenlocal.formatting import format_bytes
 from qwenlocal.library.names import LocalCheckpointName, ModelName

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from qwenlocal.cli.console import print_json
 from qwenlocal.cli.context import AppContext
 from qwenlocal.cli.model_facts import (
     card_facts,
@@ -15,7 +16,6 @@ from qwenlocal.cli.model_facts import (
     header_facts,
     record_facts,
 )
-from qwenlocal.cli.output import print_json
 from qwenlocal.errors import ModelNotFound
 from qwenlocal.formatting import format_bytes
 from qwenlocal.i18n import tr

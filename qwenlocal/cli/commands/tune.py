@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
+from qwenlocal.cli.console import print_json
 from qwenlocal.cli.context import AppContext
-from qwenlocal.cli.output import print_json
 from qwenlocal.errors import NotWritable, UsageError
 
 

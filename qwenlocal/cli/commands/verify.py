@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
+from qwenlocal.cli.console import print_json
 from qwenlocal.cli.context import AppContext
 from qwenlocal.cli.model_facts import record_facts
-from qwenlocal.cli.output import print_json
 from qwenlocal.errors import BadWeights, Interrupted, ModelNotFound, UsageError
 from qwenlocal.i18n import tr
 from qwenlocal.library.progress import TaskProgress

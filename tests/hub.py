@@ -42,7 +42,7 @@ class Repository:
     """The files of a repository, served by both hubs."""
 
     files: dict[str, bytes] = field(default_factory=dict)
-    licence: str = "apache-2.0"
+    license: str = "apache-2.0"
     gated: bool = False
 
 
@@ -145,7 +145,7 @@ class HubServer:
             "downloads": 0,
             "likes": 0,
             "siblings": siblings,
-            "cardData": {"license": repository.licence},
+            "cardData": {"license": repository.license},
         }
         return _json(path, data)
 

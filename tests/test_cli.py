@@ -88,7 +88,7 @@ def test_the_first_run_announces_its_download_on_standard_error(qwenlocal: Run, 
     result = qwenlocal("run", model, "Hi")
     assert result.stdout == SAYS + "\n"
     assert f"Downloading hf:{REPO}/tiny-q4_0.gguf" in clean(result, 0)
-    assert "Licence: apache-2.0" in result.stderr
+    assert "License: apache-2.0" in result.stderr
 
 
 def test_piped_text_is_the_prompt_or_joins_it(qwenlocal: Run, speaking_model: Path) -> None:

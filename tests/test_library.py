@@ -21,7 +21,7 @@ from qwenlocal.library.hubs import HuggingFace, ModelScope, RemoteFile
 from qwenlocal.library.local_models import LocalModels
 from qwenlocal.library.names import ModelName, parse_name
 from qwenlocal.library.package_index import PackageIndex, index_url
-from qwenlocal.library.puller import DownloadSummary, Puller
+from qwenlocal.library.puller import Puller
 from qwenlocal.library.repo_files import group_models
 from qwenlocal.library.resolver import Resolver
 from qwenlocal.library.store import ModelRecord, Store
@@ -38,7 +38,6 @@ class Library:
     def __init__(self, hub: HubServer, folders: Folders, content: bytes) -> None:
         self.hub, self.folders, self.content = hub, folders, content
         self.external_files: list[ExternalFile] = []
-        self.downloads: list[DownloadSummary] = []
         self.has_known_file = True
         self.wheels: tuple[Wheel, ...] = ()
         self.hugging_face_url = self.modelscope_url = hub.url
@@ -52,7 +51,7 @@ class Library:
         file = KnownFile(FILE, len(self.content), self.digest, None, self.wheels)
         return ModelCard(
             family="tiny", title="Tiny", size="1b", variant="chat", checkpoint="Qwen/Tiny-Chat", gguf=REPO,
-            mirrors=["ms"], level="q4_k_m", context=4096, licence="test licence", kv_bytes_per_token=None,
+            mirrors=["ms"], level="q4_k_m", context=4096, license="test license", kv_bytes_per_token=None,
             sampling={}, files=[file] if self.has_known_file else [], sizes_in_family=2, is_default=True,
         )  # fmt: skip
 
@@ -85,7 +84,7 @@ class Library:
             local,
             resolver,
             client,
-            on_start=self.downloads.append,
+            on_start=lambda _: None,
             report=lambda _: None,
             policy=policy,
         )
@@ -114,7 +113,7 @@ def test_files_of_the_hub_are_stored_in_its_cache_layout(library: Library) -> No
     assert record.path.readlink() == Path(f"../../blobs/{library.digest}")
     assert record.path.read_bytes() == library.content
     assert (repo / "refs" / "main").read_text() == COMMIT
-    assert (record.name, record.licence) == ("tiny:1b-chat-q4_k_m", "apache-2.0")
+    assert (record.name, record.license) == ("tiny:1b-chat-q4_k_m", "apache-2.0")
 
 
 def test_huggingface_hub_finds_the_file(library: Library) -> None:

@@ -36,7 +36,7 @@ def test_every_size_of_qwen15_has_chat_and_base(size: str) -> None:
     assert base
     assert base.gguf is None
     assert (chat.gguf is None) == (size == "moe")
-    assert chat.licence
+    assert chat.license
     assert chat.kv_bytes_per_token
     assert chat.context == (8192 if size == "moe" else 32768)
 

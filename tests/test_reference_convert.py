@@ -167,7 +167,7 @@ def test_a_checkpoint_becomes_the_file_that_llama_cpps_converter_makes(name: str
 
 
 def test_what_a_checkpoint_says_of_itself_is_told_as_llama_cpps_converter_tells_it(tmp_path: Path) -> None:
-    """Added tokens of both kinds, several templates, a licence, sampling, and where it came from."""
+    """Added tokens of both kinds, several templates, a license, sampling, and where it came from."""
     files = qwens_files()
     added = [
         *files["tokenizer.json"]["added_tokens"],

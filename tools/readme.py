@@ -19,7 +19,7 @@ from qwenlocal.cli.app import app
 from qwenlocal.engine.memory import PROCESS_OVERHEAD
 from qwenlocal.library.catalog import Catalog, ModelCard
 from qwenlocal.terminal.commands.models import SETTINGS
-from qwenlocal.terminal.commands.table import COMMANDS, KEYS
+from qwenlocal.terminal.commands.table import COMMAND_GROUPS, KEYS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "chat.md")
@@ -49,7 +49,7 @@ def update_tables(text: str) -> str:
 
 def models_table() -> str:
     rows = [
-        (f"`{card.name.removesuffix('-chat')}`", file_size(card), memory(card), card.licence)
+        (f"`{card.name.removesuffix('-chat')}`", file_size(card), memory(card), card.license)
         for card in Catalog.read(ROOT / "models").cards
         if card.variant == "chat"
     ]
@@ -79,8 +79,8 @@ def commands_table() -> str:
 
 def chat_commands_tables() -> str:
     sections = []
-    for group in dict.fromkeys(command.group for command in COMMANDS):
-        rows = [(f"`{escape(command.usage)}`", command.help) for command in COMMANDS if command.group == group]
+    for group, commands in COMMAND_GROUPS.items():
+        rows = [(f"`{escape(command.usage)}`", command.help) for command in commands]
         sections.append(f"### {group}\n\n{format_table(('command', 'what it does'), rows)}")
     return "\n\n".join(sections)
 

@@ -61,7 +61,7 @@ class ModelCard:
     mirrors: Sequence[str]
     level: str
     context: int
-    licence: str
+    license: str
     kv_bytes_per_token: int | None
     sampling: Mapping[str, float]
     files: Sequence[KnownFile]
@@ -227,7 +227,7 @@ def _parse_size(
 ) -> tuple[list[ModelCard], list[str]]:
     size = table.pop_matching("name", _NAME)
     aliases = table.pop_strings("aliases", _NAME)
-    licence = table.pop("licence", str)
+    license = table.pop("licence", str)
     context = table.pop("context", int, shared["context"])
     kv_bytes_per_token = table.pop("kv_bytes_per_token", int, None)
     sampling = table.pop_sampling("sampling") or shared["sampling"]
@@ -246,7 +246,7 @@ def _parse_size(
             mirrors=shared["mirrors"],
             level=shared["level"],
             context=context,
-            licence=licence,
+            license=license,
             kv_bytes_per_token=kv_bytes_per_token,
             sampling=sampling if variant == "chat" else {},
             files=files if variant == "chat" else (),

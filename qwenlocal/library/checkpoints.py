@@ -46,14 +46,14 @@ class HubCheckpoint:
     @property
     def repo(self) -> str:
         """The Hugging Face repository, "" for other hubs."""
-        return self.remote.resolved.repo if self.remote.resolved.is_from_hugging_face else ""
+        return self.remote.resolved.repo if self.remote.resolved.origin.startswith("hf:") else ""
 
     def read_outline(self) -> Checkpoint | None:
         """Read tensor names, types and shapes from the headers; None if the hub sends whole files only."""
         from qwenlocal.weights.checkpoint import Checkpoint
 
-        fronts = self.remote.headers
-        return None if fronts is None else Checkpoint.from_headers(self.remote.folder, fronts)
+        headers = self.remote.headers
+        return None if headers is None else Checkpoint.from_headers(self.remote.resolved.folder, headers)
 
     def download(self, *, reserve: int = 0) -> LocalCheckpoint:
         """
@@ -63,8 +63,8 @@ class HubCheckpoint:
         ------
         Everything that `Puller.pull_checkpoint` raises.
         """
-        downloaded = self.puller.pull_checkpoint(self.remote, extra_space=reserve)
-        return LocalCheckpoint(downloaded.folder, self.name, self.repo)
+        self.puller.pull_checkpoint(self.remote, extra_space=reserve)
+        return LocalCheckpoint(self.remote.resolved.folder, self.name, self.repo)
 
 
 class CheckpointFinder:

@@ -31,12 +31,12 @@ class ExternalFile:
 
 @dataclass(frozen=True)
 class FileQuery:
-    """A file to look for: its name, and its size, digest and repository if known."""
+    """A file to look for: its name, and its size, digest and repository if known ("" otherwise)."""
 
     file: str
     size: int | None
     sha256: str | None
-    repo: str | None
+    repo: str
 
 
 def find_external_files(

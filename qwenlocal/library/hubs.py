@@ -35,12 +35,12 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class RepoListing:
-    """The files of a repository at `commit`, and the licence it states ("" if none)."""
+    """The files of a repository at `commit`, and the license it states ("" if none)."""
 
     repo: str
     commit: str
     files: Sequence[RemoteFile]
-    licence: str = ""
+    license: str = ""
 
 
 class Hub(Protocol):
@@ -76,12 +76,7 @@ class HuggingFace:
 
     def __init__(self, timeout: float = 10.0, environ: Mapping[str, str] = os.environ) -> None:
         self._timeout = timeout
-        self._endpoint = (environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-
-    @property
-    def endpoint(self) -> str:
-        """The base URL."""
-        return self._endpoint
+        self.endpoint = (environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
     def list_files(self, repo: str, revision: str | None) -> RepoListing:
         import httpx2
@@ -96,13 +91,13 @@ class HuggingFace:
         )
 
         try:
-            info = HfApi(endpoint=self._endpoint, library_name="qwenlocal").model_info(
+            info = HfApi(endpoint=self.endpoint, library_name="qwenlocal").model_info(
                 repo, revision=revision, files_metadata=True, timeout=self._timeout
             )
         except OfflineModeIsEnabled as reason:
             raise TransferError("HF_HUB_OFFLINE is set", retryable=False, unreachable=True) from reason
         except GatedRepoError as reason:
-            raise _gated_error(repo, self._endpoint) from reason
+            raise _gated_error(repo, self.endpoint) from reason
         except RevisionNotFoundError as reason:
             raise ModelNotFound(
                 repo,
@@ -125,17 +120,17 @@ class HuggingFace:
             raise TransferError(_first_line(reason), retryable=True, unreachable=True) from reason
         except (ValueError, KeyError, TypeError) as reason:  # a captive portal or proxy responded
             raise TransferError(
-                f"{self._endpoint} sent an invalid response", retryable=False, unreachable=True
+                f"{self.endpoint} sent an invalid response", retryable=False, unreachable=True
             ) from reason
         files = [
             RemoteFile(s.rfilename, s.size or 0, s.lfs.sha256 if s.lfs else None, None if s.lfs else s.blob_id)
             for s in info.siblings or []
         ]
         card: dict[str, object] = dict(vars(info.card_data)) if info.card_data else {}
-        return RepoListing(repo, info.sha or revision or "main", files, _licence_text(card))
+        return RepoListing(repo, info.sha or revision or "main", files, _license_text(card))
 
     def url(self, repo: str, commit: str, path: str) -> str:
-        return f"{self._endpoint}/{repo}/resolve/{quote(commit, safe='')}/{quote(path)}"
+        return f"{self.endpoint}/{repo}/resolve/{quote(commit, safe='')}/{quote(path)}"
 
     def headers(self) -> Mapping[str, str]:
         from huggingface_hub import get_token
@@ -151,17 +146,12 @@ class ModelScope:
 
     def __init__(self, client: HttpClient, environ: Mapping[str, str] = os.environ) -> None:
         domain = environ.get("MODELSCOPE_DOMAIN") or "www.modelscope.cn"
-        self._endpoint = domain.rstrip("/") if "://" in domain else f"https://{domain.rstrip('/')}"
+        self.endpoint = (domain if "://" in domain else f"https://{domain}").rstrip("/")
         self._client = client
-
-    @property
-    def endpoint(self) -> str:
-        """The base URL."""
-        return self._endpoint
 
     def list_files(self, repo: str, revision: str | None) -> RepoListing:
         revision = revision or "master"
-        url = f"{self._endpoint}/api/v1/models/{repo}/repo/files?Revision={quote(revision, safe='')}&Recursive=true"
+        url = f"{self.endpoint}/api/v1/models/{repo}/repo/files?Revision={quote(revision, safe='')}&Recursive=true"
         try:
             text = self._client.read_text(url)
         except TransferError as error:
@@ -189,18 +179,18 @@ class ModelScope:
 
     def url(self, repo: str, commit: str, path: str) -> str:
         query = f"Revision={quote(commit, safe='')}&FilePath={quote(path, safe='')}"
-        return f"{self._endpoint}/api/v1/models/{repo}/repo?{query}"
+        return f"{self.endpoint}/api/v1/models/{repo}/repo?{query}"
 
     def headers(self) -> Mapping[str, str]:
         return {}
 
 
-def _licence_text(card: Mapping[str, object]) -> str:
+def _license_text(card: Mapping[str, object]) -> str:
     name, link = card.get("license_name"), card.get("license_link")
-    licence = card.get("license") or ""
-    if name and licence in ("", "other"):
-        licence = name
-    return f"{licence} ({link})" if licence and link else str(licence)
+    license = card.get("license") or ""
+    if name and license in ("", "other"):
+        license = name
+    return f"{license} ({link})" if license and link else str(license)
 
 
 def _gated_error(repo: str, endpoint: str) -> QwenlocalError:

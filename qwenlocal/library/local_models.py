@@ -83,7 +83,7 @@ class LocalModels:
         return snapshot if _is_complete(snapshot) else None
 
     def adopt(
-        self, name: str, query: FileQuery, origin: str = "", licence: str = "", aliases: Sequence[str] = ()
+        self, name: str, query: FileQuery, origin: str = "", license: str = "", aliases: Sequence[str] = ()
     ) -> ModelRecord | None:
         """Use a file of another program in place. A file that matches by name only is hashed first."""
         for external in find_external_files(query, self._folders):
@@ -94,7 +94,7 @@ class LocalModels:
                 self._on_external_file(external)
             file = own_file or StoredFile.from_path(external.path, query.sha256 or "")
             owned = own_file is not None
-            record = ModelRecord(name, [file], origin or external.program, licence, owned=owned, aliases=tuple(aliases))
+            record = ModelRecord(name, [file], origin or external.program, license, owned=owned, aliases=tuple(aliases))
             with contextlib.suppress(NotWritable):  # on a read-only disk it is usable without a record
                 return self._store.add(record)
             return record
@@ -116,7 +116,7 @@ class LocalModels:
 def _file_query(name: ModelName) -> FileQuery | None:
     """Return how to find a model's file on this disk without asking a hub; None if that is impossible."""
     if isinstance(name, CatalogName) and (known := known_file(name)):
-        return FileQuery(known.path, known.size, known.sha256, name.card.gguf)
+        return FileQuery(known.path, known.size, known.sha256, name.card.gguf or "")
     if (
         isinstance(name, HubName)
         and name.file

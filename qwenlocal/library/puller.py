@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 from qwenlocal.errors import BadWeights, DigestMismatch, DiskFull, DownloadFailed, SourceUnreachable
 from qwenlocal.fileio import git_blob_sha1, hash_file
@@ -15,12 +14,13 @@ from qwenlocal.i18n import tr
 from qwenlocal.library.artifact import DownloadedFile, DownloadPolicy, ReportProgress
 from qwenlocal.library.byte_source import RangesUnsupported
 from qwenlocal.library.download import download_artifact
+from qwenlocal.library.external_caches import FileQuery
 from qwenlocal.library.http import HttpClient, TransferError
 from qwenlocal.library.local_models import LocalModels
 from qwenlocal.library.names import CatalogName, HubName, ModelName, checkpoint_record_name
 from qwenlocal.library.partial_file import write_download_journal
 from qwenlocal.library.remote_checkpoint import RemoteCheckpoint, read_headers, write_prefix
-from qwenlocal.library.resolver import FileRequest, ResolvedCheckpoint, ResolvedModel, Resolver
+from qwenlocal.library.resolver import FileRequest, ResolvedModel, Resolver
 from qwenlocal.library.store import FileDamage, ModelRecord, Store, StoredFile
 from qwenlocal.paths import Folders, ensure_writable
 from qwenlocal.resumable import part_path
@@ -29,28 +29,8 @@ from qwenlocal.weights.checkpoint import weight_names
 from qwenlocal.weights.gguf_reader import read_metadata
 
 
-class DownloadedCheckpoint(NamedTuple):
-    """A checkpoint on this disk: its folder, its repository, and whether that is on the Hugging Face hub."""
-
-    folder: Path
-    repo: str
-    is_from_hugging_face: bool
-
-
-class DownloadSummary(NamedTuple):
-    """A download about to start, for display."""
-
-    name: str
-    origin: str
-    size: int
-    file_count: int
-    licence: str
-    is_checkpoint: bool = False
-    is_third_party: bool = False
-
-
 class Puller:
-    """Downloads models. `on_start` gets a summary of each download, `report` its progress."""
+    """Downloads models. `on_start` gets each model or checkpoint about to be downloaded, `report` the progress."""
 
     def __init__(
         self,
@@ -60,9 +40,9 @@ class Puller:
         resolver: Resolver,
         client: HttpClient,
         *,
-        on_start: Callable[[DownloadSummary], None],
+        on_start: Callable[[ResolvedModel], None],
         report: ReportProgress,
-        policy: DownloadPolicy = DownloadPolicy(),
+        policy: DownloadPolicy,
     ) -> None:
         self._folders, self._store, self._local = folders, store, local
         self._resolver, self._client = resolver, client
@@ -86,8 +66,9 @@ class Puller:
         if record and (unchanged := self._store.check_unchanged(record)):
             return self._store.add(replace(unchanged, aliases=sorted({*unchanged.aliases, *aliases})))
         if len(resolved.files) == 1:
-            query = resolved.files[0].query
-            adopted = self._local.adopt(resolved.name, query, resolved.origin, resolved.licence, aliases)
+            artifact = resolved.files[0].artifact
+            query = FileQuery(artifact.name, artifact.size, artifact.sha256, resolved.repo)
+            adopted = self._local.adopt(resolved.name, query, resolved.origin, resolved.license, aliases)
             if adopted:
                 return adopted
         return self._download_all(resolved, aliases)
@@ -140,7 +121,7 @@ class Puller:
             raise SourceUnreachable(resolved.name, [f"{resolved.origin}: {error}"]) from error
         return RemoteCheckpoint(resolved, documents, weights, headers, is_ours)
 
-    def pull_checkpoint(self, checkpoint: RemoteCheckpoint, *, extra_space: int = 0) -> DownloadedCheckpoint:
+    def pull_checkpoint(self, checkpoint: RemoteCheckpoint, *, extra_space: int = 0) -> None:
         """
         Download the weights of a checkpoint; the disk must have `extra_space` bytes more than they take.
 
@@ -149,10 +130,7 @@ class Puller:
         All errors of `download_artifact`.
         """
         resolved, weights = checkpoint.resolved, checkpoint.weights
-        size = sum(request.artifact.size for request in weights)
-        self._on_start(
-            DownloadSummary(resolved.name, resolved.origin, size, len(weights), resolved.licence, is_checkpoint=True)
-        )
+        self._on_start(replace(resolved, files=weights))
         self._check_disk_space(weights, extra_space)
         stored = [self._find_stored_weights(request) for request in weights]
         self._record_weights(checkpoint, stored)
@@ -161,7 +139,6 @@ class Puller:
             if known is None or request.target.stat().st_mtime_ns != known.mtime_ns:
                 stored[number] = self._store_file(request, self._download(request))
                 self._record_weights(checkpoint, stored)
-        return DownloadedCheckpoint(resolved.folder, resolved.repo, resolved.is_from_hugging_face)
 
     def repair(self, name: ModelName, record: ModelRecord, damage: Sequence[FileDamage]) -> ModelRecord:
         """
@@ -216,16 +193,12 @@ class Puller:
             if blob and (actual := git_blob_sha1(target)) != blob:
                 target.unlink()
                 raise DigestMismatch(request.artifact.name, blob, actual, source="the hub")
-        path, link = target, ""
-        if request.snapshot:
-            path, link = _link_snapshot(path, request.snapshot, request.ref)
+        path, link = _link_snapshot(request)
         return StoredFile.from_path(path, hash_file(path), link=link)
 
     def _store_file(self, request: FileRequest, downloaded: DownloadedFile) -> StoredFile:
         """Link a downloaded file into the hub's cache, and describe it."""
-        path, link = downloaded.path, ""
-        if request.snapshot:
-            path, link = _link_snapshot(path, request.snapshot, request.ref)
+        path, link = _link_snapshot(request)
         if not downloaded.checksums and (known := self._find_stored_file(path, downloaded.sha256)):
             return known
         block_size = downloaded.block_size if downloaded.checksums else 0
@@ -254,26 +227,17 @@ class Puller:
     # --- all files
 
     def _download_all(self, resolved: ResolvedModel, aliases: Sequence[str]) -> ModelRecord:
-        self._on_start(
-            DownloadSummary(
-                resolved.name,
-                resolved.origin,
-                resolved.size,
-                len(resolved.files),
-                resolved.licence,
-                is_third_party=resolved.is_third_party,
-            )
-        )
+        self._on_start(resolved)
         self._check_disk_space(resolved.files)
         files = []
         for request in resolved.files:
             files.append(self._store_file(request, self._download(request)))
             missing = sum(other.artifact.size for other in resolved.files[len(files) :])
             if missing:  # recorded already, so that it can be listed and removed if it is never completed
-                self._store.add(ModelRecord(resolved.name, files, resolved.origin, resolved.licence, missing=missing))
-        record = ModelRecord(resolved.name, files, resolved.origin, resolved.licence, aliases=tuple(aliases))
+                self._store.add(ModelRecord(resolved.name, files, resolved.origin, resolved.license, missing=missing))
+        record = ModelRecord(resolved.name, files, resolved.origin, resolved.license, aliases=tuple(aliases))
         self._check_header(record)
-        self.downloaded = [*self.downloaded, *files]
+        self.downloaded += files
         return self._store.add(record)
 
     def _check_disk_space(self, requests: Sequence[FileRequest], extra_space: int = 0) -> None:
@@ -313,7 +277,7 @@ class Puller:
         self._record_checkpoint(checkpoint.resolved, files, missing, owned=checkpoint.is_ours)
 
     def _record_checkpoint(
-        self, resolved: ResolvedCheckpoint, files: Sequence[StoredFile], missing: int, *, owned: bool
+        self, resolved: ResolvedModel, files: Sequence[StoredFile], missing: int, *, owned: bool
     ) -> None:
         """Record the present files of a checkpoint, so that it can be listed and removed if it is never completed."""
         if files:
@@ -322,7 +286,7 @@ class Puller:
                     checkpoint_record_name(resolved.name),
                     tuple(files),
                     resolved.origin,
-                    resolved.licence,
+                    resolved.license,
                     owned,
                     missing=missing,
                     is_checkpoint=True,
@@ -330,18 +294,21 @@ class Puller:
             )
 
 
-def _link_snapshot(blob: Path, snapshot: Path, ref: str | None) -> tuple[Path, str]:
+def _link_snapshot(request: FileRequest) -> tuple[Path, str]:
     """
-    Link a blob of the hub's cache into a snapshot as huggingface_hub does, and write the commit that `ref` points to.
+    Link a blob of the hub's cache into a snapshot as huggingface_hub does, and write the commit that the ref points to.
 
-    Returns the path of the file and of the link. If links are not permitted (Windows without the privilege), the file
-    itself moves to the snapshot, as with huggingface_hub.
+    Returns the path of the file and of the link, "" for a file outside the hub's cache. If links are not permitted
+    (Windows without the privilege), the file itself moves to the snapshot, as with huggingface_hub.
     """
+    blob, snapshot = request.target, request.snapshot
+    if snapshot is None:
+        return blob, ""
     ensure_writable(snapshot.parent)
     repo = blob.parent.parent
-    if ref:
-        commit = snapshot.relative_to(repo / "snapshots").parts[0]
-        (ensure_writable((repo / "refs" / ref).parent) / Path(ref).name).write_text(commit, encoding="utf-8")
+    if request.ref:
+        ref, commit = repo / "refs" / request.ref, snapshot.relative_to(repo / "snapshots").parts[0]
+        (ensure_writable(ref.parent) / ref.name).write_text(commit, encoding="utf-8")
     snapshot.unlink(missing_ok=True)
     try:
         snapshot.symlink_to(os.path.relpath(blob, snapshot.parent))

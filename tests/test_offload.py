@@ -21,7 +21,7 @@ from qwenlocal.chat.chat_model import load_chat_model
 from qwenlocal.engine import loader
 from qwenlocal.engine.context import ContextOptions
 from qwenlocal.engine.llama import Model
-from qwenlocal.engine.load_plan import FewerGpuLayers, GpuOffload, LoadRequest
+from qwenlocal.engine.load_plan import ALL_LAYERS, FewerGpuLayers, GpuOffload, LoadRequest
 from qwenlocal.engine.loader import LoadOptions
 from qwenlocal.engine.memory import ModelDims
 from qwenlocal.errors import BadWeights, ContextNotCreated, NotEnoughMemory
@@ -191,7 +191,7 @@ def test_layers_that_are_not_offloaded_need_memory() -> None:
     assert offload == GpuOffload(1, 33)
     with pytest.raises(NotEnoughMemory):
         loader.plan_load_with_offload("x", seven, 8 << 30, 3 << 30, LoadRequest(), offload)
-    everything = loader.choose_offload(seven, 8 << 30, LoadRequest(), [card], loader.ALL_LAYERS)
+    everything = loader.choose_offload(seven, 8 << 30, LoadRequest(), [card], ALL_LAYERS)
     assert everything == GpuOffload(33, 33)
     assert loader.plan_load_with_offload("x", seven, 8 << 30, 6 << 30, LoadRequest(), everything).options.n_ctx == 4096
 

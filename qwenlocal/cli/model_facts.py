@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from qwenlocal.formatting import format_gib
+from qwenlocal.formatting import format_bytes, format_gib
 
 if TYPE_CHECKING:
     from qwenlocal.library.catalog import ModelCard
@@ -29,21 +30,16 @@ def record_facts(record: ModelRecord) -> dict[str, Any]:
 
 
 def card_facts(card: ModelCard) -> dict[str, Any]:
-    """Return the facts of a model in the catalog."""
+    """Return the facts of a model in the catalog; its name is that of the default file."""
+    from qwenlocal.library.names import CatalogName
+
     return {
-        "name": card_name(card),
+        "name": str(CatalogName(card)),
         "state": "available" if card.gguf or card.files else "checkpoint",
         "size": card.default_file.size if card.default_file else None,
         "repository": card.gguf or card.checkpoint,
         "licence": card.license,
     }
-
-
-def card_name(card: ModelCard) -> str:
-    """Return the full name of a card's default file."""
-    from qwenlocal.library.names import CatalogName
-
-    return str(CatalogName(card))
 
 
 def header_facts(header: Header) -> dict[str, Any]:
@@ -86,9 +82,15 @@ def header_facts(header: Header) -> dict[str, Any]:
     }
 
 
-def describe_template(template: str) -> str:
-    """Summarize a chat template, which is a page long."""
-    return f"yes, {len(template):,} characters (--json shows it)"
+def print_facts(facts: Mapping[str, Any]) -> None:
+    """Print facts in two columns, without those that are unknown or empty."""
+    from qwenlocal.terminal.ansi import escape_controls
+
+    width = max(map(len, facts))
+    for key, value in facts.items():
+        if value not in (None, "", {}):
+            text = escape_controls(_describe(key, value)).replace("\n", "\n" + " " * (width + 2))
+            sys.stdout.write(f"{key:<{width}}  {text}\n")
 
 
 def describe_kv_memory(bytes_per_token: int, max_tokens: int) -> str:
@@ -97,8 +99,12 @@ def describe_kv_memory(bytes_per_token: int, max_tokens: int) -> str:
     return ", ".join(f"{format_gib(bytes_per_token * count)} at {count:,} tokens" for count in counts)
 
 
-def describe_value(value: Any) -> str:
-    """Spell a value for people: `describe_value(151936)` is "151,936"."""
+def _describe(key: str, value: Any) -> str:
+    """Spell a value for people: `_describe("vocabulary", 151936)` is "151,936"."""
+    if key == "chat template":
+        return f"yes, {len(value):,} characters (--json shows it)"
+    if key == "size":
+        return f"{format_bytes(value)} ({value:,} bytes)"
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {number}" for name, number in value.items())
     if isinstance(value, bool):

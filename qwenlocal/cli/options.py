@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 _ON_OFF = {"auto": None, "on": True, "off": False}
 _ROPE_SCALINGS = ("yarn", "linear", "none")
-_ALL_LAYERS = 1 << 16  # more than any model has; `engine.loader.ALL_LAYERS`, whose import takes 0.2 s
 _MAX_RATE = 1e15  # bytes per second
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3}
 
@@ -142,12 +141,14 @@ def parse_gpu_layers(text: str) -> int | None:
     ------
     UsageError: it is neither of these nor a number.
     """
+    from qwenlocal.engine.load_plan import ALL_LAYERS
+
     word = text.strip().lower()
     if word in ("auto", ""):
         return None
     if word == "all":
-        return _ALL_LAYERS
-    if not word.isdecimal() or int(word) > _ALL_LAYERS:
+        return ALL_LAYERS
+    if not word.isdecimal() or int(word) > ALL_LAYERS:
         raise UsageError(tr("-ngl must be a number of layers, auto or all, not {text}.", text=text))
     return int(word)
 

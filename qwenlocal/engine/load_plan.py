@@ -22,6 +22,7 @@ PREFERRED_CONTEXT = 4096  # tokens; below this, keys become q8_0 before the cont
 MIN_CONTEXT = 1024
 DEFAULT_CONTEXT = 4096  # if the model's dimensions are unknown
 MAX_ROPE_FACTOR = 8
+ALL_LAYERS = 1 << 16  # more than any model has
 _PREFIX_CACHE_ENTRIES = 3  # abandoned branches of the conversation
 _STEP = 1024
 _N_UBATCH = 128  # on a CPU as fast as 512, with a quarter of the memory

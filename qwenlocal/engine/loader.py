@@ -11,6 +11,7 @@ from qwenlocal.engine.context import Context, ContextOptions
 from qwenlocal.engine.draft_model import DraftModel, ModelDrafter, shares_vocabulary
 from qwenlocal.engine.llama import LoadCancelled, Model
 from qwenlocal.engine.load_plan import (
+    ALL_LAYERS,
     PREFERRED_CONTEXT,
     FewerGpuLayers,
     FileRepaired,
@@ -36,7 +37,6 @@ from qwenlocal.machine import Machine
 from qwenlocal.weights.diagnosis import missing_rope_base
 from qwenlocal.weights.gguf_reader import MetadataValue, read_header, read_metadata
 
-ALL_LAYERS = 1 << 16  # more than any model has
 _WEIGHTS_MARGIN = 1.3  # a model of unknown shape goes to a GPU with this much space relative to its file
 
 # Recommended sampling in a GGUF file (gguf-py, constants.py: Keys.General.SAMPLING_*).

@@ -10,7 +10,7 @@ import typer
 from qwenlocal.cli.console import print_json, print_table
 from qwenlocal.cli.context import AppContext
 from qwenlocal.cli.gguf_files import find_installed, write_files
-from qwenlocal.cli.model_facts import describe_template, describe_value, header_facts
+from qwenlocal.cli.model_facts import header_facts, print_facts
 from qwenlocal.errors import BadWeights, OutputExists, UsageError
 from qwenlocal.formatting import format_bytes
 from qwenlocal.library.progress import TaskProgress
@@ -67,13 +67,8 @@ def _examine(record: ModelRecord) -> Diagnosis:
 def _show(diagnosis: Diagnosis, *, tensors: bool) -> None:
     from qwenlocal.terminal.ansi import escape_controls
 
-    facts = header_facts(diagnosis.header)
-    width = max(len(key) for key in facts)
     sys.stdout.write(f"{diagnosis.path}\n\n")
-    for key, value in facts.items():
-        if value not in (None, "", {}):
-            text = describe_template(value) if key == "chat template" else describe_value(value)
-            sys.stdout.write(f"{key:<{width}}  {escape_controls(text)}\n")
+    print_facts(header_facts(diagnosis.header))
     if tensors:
         _show_tensors(diagnosis.header)
     sys.stdout.write("\n")

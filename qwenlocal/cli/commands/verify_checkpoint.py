@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from qwenlocal.cli.console import print_json
 from qwenlocal.cli.context import AppContext
-from qwenlocal.errors import BadWeights, Interrupted, ModelNotFound
+from qwenlocal.cli.gguf_files import find_installed
+from qwenlocal.errors import BadWeights, Interrupted
 from qwenlocal.library.checkpoints import HubCheckpoint, LocalCheckpoint
 
 if TYPE_CHECKING:
@@ -25,10 +26,7 @@ def verify_checkpoint(text: str, source: str, *, as_json: bool) -> None:
     ModelNotFound: the file is not on this disk. BadWeights: it differs from the checkpoint.
     """
     app = AppContext(quiet=as_json)
-    name = app.models.parse(text)
-    record = app.local.find(name)
-    if record is None:
-        raise ModelNotFound(text, reason=f"{name} is not downloaded.", hint=f"Download it: qwenlocal pull {name}")
+    record = find_installed(app, text)
     with app.checkpoints.find(app.models.parse(source)) as source_checkpoint:
         checkpoint = source_checkpoint.download() if isinstance(source_checkpoint, HubCheckpoint) else source_checkpoint
     fidelity = _compare(record.path, checkpoint)

@@ -66,6 +66,18 @@ class ModelFacts:
     gqa: int
     experts: int = 0
 
+    @classmethod
+    def from_header(cls, header: Header) -> ModelFacts:
+        """Read the facts from a GGUF header."""
+
+        def number(key: str, default: int) -> int:
+            value = header.hyperparameter(key)
+            return value if isinstance(value, int) else default
+
+        heads = number("attention.head_count", 1)
+        gqa = heads // max(1, number("attention.head_count_kv", heads))
+        return cls(header.architecture, number("block_count", 0), gqa, number("expert_count", 0))
+
 
 def choose_types(
     tensors: Sequence[Candidate], file_type: FileType, facts: ModelFacts, overrides: QuantOverrides = QuantOverrides()
@@ -289,7 +301,7 @@ def _use_more_bits(layer: int, layers: int) -> bool:
     return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
 
 
-def estimate_sizes(header: Header, facts: ModelFacts, types: Sequence[str] = COMMON_TYPES) -> dict[str, int]:
+def estimate_sizes(header: Header, types: Sequence[str] = COMMON_TYPES) -> dict[str, int]:
     """
     Estimate the bytes of weights for each of the file types `types`, as if made from unquantized weights.
 
@@ -302,7 +314,7 @@ def estimate_sizes(header: Header, facts: ModelFacts, types: Sequence[str] = COM
         Candidate(tensor.name, tensor.shape, f32 if kind == f32 or kind is None else tensor_type("bf16"))
         for tensor, kind in zip(tensors, kinds, strict=True)
     ]
-    sizes = {}
+    facts, sizes = ModelFacts.from_header(header), {}
     for name in types:
         choices = choose_types(candidates, file_type(name), facts)
         sizes[name] = sum(

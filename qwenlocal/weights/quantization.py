@@ -64,18 +64,7 @@ def _model_facts(source: Path, header: Header, *, pure: bool) -> ModelFacts:
             f"llama.cpp's mixes of types for the architecture “{header.architecture}” are not supported",
             hint="Use the same type for all tensors (--pure), or llama.cpp's own llama-quantize.",
         )
-
-    def number(key: str, default: int) -> int:
-        value = header.hyperparameter(key)
-        return value if isinstance(value, int) else default
-
-    heads = number("attention.head_count", 1)
-    return ModelFacts(
-        header.architecture,
-        number("block_count", 0),
-        heads // max(1, number("attention.head_count_kv", heads)),
-        number("expert_count", 0),
-    )
+    return ModelFacts.from_header(header)
 
 
 def source_tensor(path: Path, header: Header, tensor: TensorInfo) -> SourceTensor:

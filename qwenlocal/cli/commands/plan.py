@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +15,9 @@ from qwenlocal.formatting import format_bytes
 from qwenlocal.library.names import LocalCheckpointName, ModelName
 
 if TYPE_CHECKING:
-    from qwenlocal.engine.load_plan import LoadRequest
+    from qwenlocal.engine.load_plan import LoadPlan, LoadRequest
     from qwenlocal.engine.memory import ModelDims
     from qwenlocal.weights.gguf_reader import Header
-    from qwenlocal.weights.quant_mix import ModelFacts
 
 _HEADER_BYTES = 8 << 20  # the header of every Qwen model is smaller
 _CONTEXTS = (2048, 4096, 8192, 16384, 32768)
@@ -30,12 +27,18 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class ModelOutline:
-    """A model's header and the size of its weights, installed or not."""
+    """A model's header, its dimensions and the size of its weights, installed or not."""
 
     name: str
     header: Header
+    dims: ModelDims
     size: int
     is_installed: bool
+
+    @property
+    def has_known_mixes(self) -> bool:
+        """True if the size of its weights in other types can be estimated."""
+        return self.header.architecture in ("qwen2", "qwen2moe")
 
 
 def plan_model(text: str, request: LoadRequest, *, as_json: bool) -> None:
@@ -46,32 +49,31 @@ def plan_model(text: str, request: LoadRequest, *, as_json: bool) -> None:
     ------
     UsageError: it is a checkpoint. UnsupportedCheckpoint: the header lacks the model's dimensions.
     """
-    from qwenlocal.engine.memory import ModelDims
+    from qwenlocal.engine.load_plan import plan_load
     from qwenlocal.machine import this_machine
 
     app = AppContext(quiet=as_json)
     name = app.models.parse(text)
     if isinstance(name, LocalCheckpointName):
         raise UsageError(f"{text} is a checkpoint.", hint=f"To plan its conversion: qwenlocal convert {text} --dry-run")
-    with _read_outline(app, name) as model:
-        dims = ModelDims.from_metadata(model.header.metadata)
-        if dims is None:
-            raise UnsupportedCheckpoint(
-                model.name, "the header lacks the dimensions of the model", hint="Try to run it: qwenlocal run"
-            )
-        machine = this_machine()
-        request = replace(request, threads=request.threads or machine.cores)
-        available = machine.memory().available
-        table = _table(model, dims, request)
-        if as_json:
-            print_json(_facts(model, dims, request, available, table))
-        else:
-            _show(model, dims, request, available, table, machine.features)
+    model, machine = _read_outline(app, name), this_machine()
+    request = replace(request, threads=request.threads or machine.cores)
+    available = machine.memory().available
+    plan: LoadPlan | NotEnoughMemory
+    try:
+        plan = plan_load(model.name, model.dims, model.size, available, request)
+    except NotEnoughMemory as error:
+        plan = error
+    table = _memory_by_type(model, request)
+    if as_json:
+        print_json(_facts(model, plan, available, table))
+    else:
+        _show(model, plan, available, table, machine.features)
 
 
-@contextmanager
-def _read_outline(app: AppContext, name: ModelName) -> Iterator[ModelOutline]:
+def _read_outline(app: AppContext, name: ModelName) -> ModelOutline:
     """Read the header of the installed file, or from the first bytes of the file on a hub."""
+    from qwenlocal.engine.memory import ModelDims
     from qwenlocal.weights.gguf_reader import read_header
     from qwenlocal.weights.quant_mix import weights_size
     from qwenlocal.weights.split_model import read_split_model
@@ -79,25 +81,30 @@ def _read_outline(app: AppContext, name: ModelName) -> Iterator[ModelOutline]:
     record = app.local.find(name)
     if record is not None:
         header = read_split_model(record.path).header
-        yield ModelOutline(str(name), header, weights_size(header) or record.size, True)
-        return
-    with tempfile.TemporaryDirectory() as folder, app.open_puller() as puller:
-        path, size = puller.download_prefix(name, Path(folder), _HEADER_BYTES)
-        yield ModelOutline(str(name), read_header(path), size, False)
+        size = weights_size(header) or record.size
+    else:
+        with tempfile.TemporaryDirectory() as folder, app.open_puller() as puller:
+            path, size = puller.download_prefix(name, Path(folder), _HEADER_BYTES)
+            header = read_header(path)
+    dims = ModelDims.from_metadata(header.metadata)
+    if dims is None:
+        raise UnsupportedCheckpoint(
+            str(name), "the header lacks the dimensions of the model", hint="Try to run it: qwenlocal run"
+        )
+    return ModelOutline(str(name), header, dims, size, record is not None)
 
 
-def _table(model: ModelOutline, dims: ModelDims, request: LoadRequest) -> dict[str, dict[int, int]]:
+def _memory_by_type(model: ModelOutline, request: LoadRequest) -> dict[str, dict[int, int]]:
     """Return bytes by type and context; the file itself comes first, as "as it is", a key of the JSON output."""
     from qwenlocal.engine.context import ContextOptions
     from qwenlocal.engine.memory import estimate_memory
     from qwenlocal.weights.quant_mix import estimate_sizes
 
-    levels = {"as it is": model.size}
-    if model.header.architecture in ("qwen2", "qwen2moe"):
-        levels |= estimate_sizes(model.header, _model_facts(model))
+    levels = {"as it is": model.size, **(estimate_sizes(model.header) if model.has_known_mixes else {})}
     kv_type = request.kv_type or "f16"
     flash_attention = bool(request.flash_attention) or kv_type not in ("f16", "bf16")
-    contexts = [n_ctx for n_ctx in _CONTEXTS if n_ctx <= dims.n_ctx_train] or [dims.n_ctx_train]
+    n_ctx_train = model.dims.n_ctx_train
+    contexts = [n_ctx for n_ctx in _CONTEXTS if n_ctx <= n_ctx_train] or [n_ctx_train]
 
     def total(weights: int, n_ctx: int) -> int:
         options = ContextOptions(
@@ -107,43 +114,26 @@ def _table(model: ModelOutline, dims: ModelDims, request: LoadRequest) -> dict[s
             value_type=kv_type,
             flash_attention=flash_attention,
         )
-        return estimate_memory(dims, weights, options).total
+        return estimate_memory(model.dims, weights, options).total
 
     return {level: {n_ctx: total(weights, n_ctx) for n_ctx in contexts} for level, weights in levels.items()}
 
 
-def _model_facts(model: ModelOutline) -> ModelFacts:
-    from qwenlocal.engine.memory import ModelDims
-    from qwenlocal.weights.quant_mix import ModelFacts
-
-    dims = ModelDims.from_metadata(model.header.metadata)
-    experts = model.header.hyperparameter("expert_count")
-    gqa = (dims.n_heads or dims.n_kv_heads) // max(1, dims.n_kv_heads) if dims else 1
-    layers = dims.n_layers if dims else 0
-    return ModelFacts(model.header.architecture, layers, gqa, experts if isinstance(experts, int) else 0)
-
-
-def _describe_plan(model: ModelOutline, dims: ModelDims, request: LoadRequest, available: int) -> str:
-    from qwenlocal.engine.load_plan import plan_load
-    from qwenlocal.terminal.load_notes import describe_note, describe_plan
-
-    try:
-        plan = plan_load(model.name, dims, model.size, available, request)
-        return "\n".join((describe_plan(plan), *map(describe_note, plan.notes)))
-    except NotEnoughMemory as error:
-        return f"{error} {error.hint}"
-
-
 def _show(
     model: ModelOutline,
-    dims: ModelDims,
-    request: LoadRequest,
+    plan: LoadPlan | NotEnoughMemory,
     available: int,
     table: dict[str, dict[int, int]],
     features: frozenset[str],
 ) -> None:
+    from qwenlocal.terminal.load_notes import describe_note, describe_plan
+
+    if isinstance(plan, NotEnoughMemory):
+        description = f"{plan} {plan.hint}"
+    else:
+        description = "\n".join((describe_plan(plan), *map(describe_note, plan.notes)))
     state = "installed" if model.is_installed else "not downloaded; only its header was read"
-    sys.stdout.write(f"{model.name} ({state})\n{_describe_plan(model, dims, request, available)}\n\n")
+    sys.stdout.write(f"{model.name} ({state})\n{description}\n\n")
     contexts = list(next(iter(table.values())))
     rows = [
         (level, *(f"{size / _GIB:.1f} GiB{'' if size <= available else ' *'}" for size in sizes.values()))
@@ -161,9 +151,9 @@ def _advice(model: ModelOutline, features: frozenset[str]) -> str:
     from qwenlocal.weights.quant_mix import estimate_sizes, find_slow_types
 
     share, types = find_slow_types(model.header, features)
-    if share < _MIN_SLOW_SHARE or model.header.architecture not in ("qwen2", "qwen2moe"):
+    if share < _MIN_SLOW_SHARE or not model.has_known_mixes:
         return ""
-    size = estimate_sizes(model.header, _model_facts(model), ["q4_0"])["q4_0"]
+    size = estimate_sizes(model.header, ["q4_0"])["q4_0"]
     return (
         f"{share:.0%} of the matrices ({', '.join(types)}) have types without fast llama.cpp kernels on this "
         f"processor. As q4_0 the model takes {format_bytes(size)} and answers faster, with a small loss of quality."
@@ -171,27 +161,23 @@ def _advice(model: ModelOutline, features: frozenset[str]) -> str:
 
 
 def _facts(
-    model: ModelOutline, dims: ModelDims, request: LoadRequest, available: int, table: dict[str, dict[int, int]]
+    model: ModelOutline, plan: LoadPlan | NotEnoughMemory, available: int, table: dict[str, dict[int, int]]
 ) -> dict[str, Any]:
-    from qwenlocal.engine.load_plan import plan_load
-
     facts: dict[str, Any] = {"name": model.name, "here": model.is_installed, "available": available, "memory": table}
-    try:
-        plan = plan_load(model.name, dims, model.size, available, request)
-    except NotEnoughMemory as error:
-        return {**facts, "plan": None, "reason": str(error)}
-    memory = plan.memory
+    if isinstance(plan, NotEnoughMemory):
+        return {**facts, "plan": None, "reason": str(plan)}
+    options, memory = plan.options, plan.memory
+    assert memory is not None  # the dimensions are known
     return {
         **facts,
         "plan": {
-            "n_ctx": plan.options.n_ctx,
-            "key_type": plan.options.key_type,
-            "value_type": plan.options.value_type,
-            "flash_attention": plan.options.flash_attention,
-            **(
-                {"weights": memory.weights, "kv": memory.kv_cache, "compute": memory.compute, "total": memory.total}
-                if memory
-                else {}
-            ),
+            "n_ctx": options.n_ctx,
+            "key_type": options.key_type,
+            "value_type": options.value_type,
+            "flash_attention": options.flash_attention,
+            "weights": memory.weights,
+            "kv": memory.kv_cache,
+            "compute": memory.compute,
+            "total": memory.total,
         },
     }

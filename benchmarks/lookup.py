@@ -117,13 +117,13 @@ def compare(
     assert chat_model.template
     tokenizer = chat_model.model.tokenizer
     ids = encode_messages(chat_model.template, [{"role": "user", "content": prompt}], tokenizer)
-    plain = TokenSequence(chat_model.context, 0)
+    plain = TokenSequence(chat_model.context)
 
     def answer_without() -> Answer:
         return generate_answer(plain, tokenizer, ids, sampling, limit)
 
     def answer_with() -> Answer:
-        speculative = TokenSequence(chat_model.context, 0, speculation=Speculation(costs))
+        speculative = TokenSequence(chat_model.context, speculation=Speculation(costs))
         speculative.adopt(plain.cached_ids)
         answer = generate_answer(speculative, tokenizer, ids, sampling, limit)
         plain.adopt(speculative.cached_ids)

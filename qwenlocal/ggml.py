@@ -7,6 +7,7 @@ second ggml in the process would have a device list of its own.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib.util
@@ -14,7 +15,7 @@ import math
 import os
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,19 +60,26 @@ class TensorType(NamedTuple):
         return columns // self.block_size * self.type_size
 
 
-def tensor_types() -> dict[str, TensorType]:
+@functools.cache
+def tensor_types() -> Mapping[str, TensorType]:
     """Return all types of this ggml by lowercase name."""
-    return _tensor_types()
+    types: dict[str, TensorType] = {}
+    for number in range(_TYPE_COUNT):
+        traits = _base().ggml_get_type_traits(number).contents
+        if traits.type_name and traits.type_size and traits.blck_size:  # removed types have empty entries
+            name = traits.type_name.decode().lower()
+            types[name] = TensorType(number, name, traits.blck_size, traits.type_size)
+    return types
 
 
 def tensor_type(name: str) -> TensorType:
     """Look up a type by name, for example "f32" or "q4_k". Raises KeyError if ggml has no such type."""
-    return _tensor_types()[name]
+    return tensor_types()[name]
 
 
 def tensor_type_by_number(number: int) -> TensorType | None:
     """Look up a type by its number in GGUF files; None if this ggml has no such type."""
-    return next((kind for kind in _tensor_types().values() if kind.number == number), None)
+    return next((kind for kind in tensor_types().values() if kind.number == number), None)
 
 
 def requires_imatrix(kind: TensorType) -> bool:
@@ -176,55 +184,38 @@ class InMemoryTensor(NamedTuple):
         _base().ggml_backend_tensor_set(self.handle, data, offset, size)
 
 
-class GgufHeader:
-    """The header of a GGUF file, as ggml reads it; the file needs no weights."""
+@contextlib.contextmanager
+def open_gguf_header(path: Path) -> Iterator[Address]:
+    """
+    Have ggml read the header of a GGUF file, which needs no weights; yields its `struct gguf_context *`.
 
-    def __init__(self, path: Path) -> None:
-        """
-        Read the header of `path`.
-
-        Raises
-        ------
-        ValueError: ggml cannot read it.
-        """
-        self.handle: Address | None = _base().gguf_init_from_file(os.fsencode(path), _GgufParams(True, None))
-        if not self.handle:
-            raise ValueError(f"ggml cannot read {path}")
-
-    def close(self) -> None:
-        """Free the memory."""
-        if self.handle:
-            _base().gguf_free(self.handle)
-            self.handle = None
+    Raises
+    ------
+    ValueError: ggml cannot read it.
+    """
+    handle = _base().gguf_init_from_file(os.fsencode(path), _GgufParams(True, None))
+    if not handle:
+        raise ValueError(f"ggml cannot read {path}")
+    try:
+        yield handle
+    finally:
+        _base().gguf_free(handle)
 
 
 def list_devices() -> list[Device]:
     """List the devices that ggml found: the CPU, and any GPUs."""
     ggml = _library("ggml")
-    count = ggml.ggml_backend_dev_count
-    count.restype = ctypes.c_size_t
-    get = ggml.ggml_backend_dev_get
-    get.restype, get.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-    return [_describe(get(index)) for index in range(count())]
+    ggml.ggml_backend_dev_count.restype = ctypes.c_size_t
+    ggml.ggml_backend_dev_get.restype, ggml.ggml_backend_dev_get.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    return [_describe(ggml.ggml_backend_dev_get(index)) for index in range(ggml.ggml_backend_dev_count())]
 
 
-def _describe(device: Any) -> Device:
-    base = _library("ggml-base")
-    name, description, memory = (
-        base.ggml_backend_dev_name,
-        base.ggml_backend_dev_description,
-        base.ggml_backend_dev_memory,
-    )
-    for function in (name, description):
-        function.restype, function.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
-    size = ctypes.POINTER(ctypes.c_size_t)
-    memory.restype, memory.argtypes = None, [ctypes.c_void_p, size, size]
-    free, total = ctypes.c_size_t(), ctypes.c_size_t()
-    memory(device, ctypes.byref(free), ctypes.byref(total))
-    kind = base.ggml_backend_dev_type
-    kind.restype, kind.argtypes = ctypes.c_int, [ctypes.c_void_p]
-    is_gpu = kind(device) in _GPU_TYPES
-    return Device(name(device).decode(), description(device).decode(), free.value, total.value, is_gpu)
+def _describe(device: Address) -> Device:
+    base, free, total = _base(), ctypes.c_size_t(), ctypes.c_size_t()
+    base.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
+    name, description = base.ggml_backend_dev_name(device), base.ggml_backend_dev_description(device)
+    is_gpu = base.ggml_backend_dev_type(device) in _GPU_TYPES
+    return Device(name.decode(), description.decode(), free.value, total.value, is_gpu)
 
 
 class _GgufParams(ctypes.Structure):
@@ -277,6 +268,10 @@ def _base() -> ctypes.CDLL:
         ("gguf_init_from_file", pointer, [ctypes.c_char_p, _GgufParams]),
         ("gguf_free", None, [pointer]),
         ("ggml_set_abort_callback", pointer, [pointer]),
+        ("ggml_backend_dev_name", ctypes.c_char_p, [pointer]),
+        ("ggml_backend_dev_description", ctypes.c_char_p, [pointer]),
+        ("ggml_backend_dev_memory", None, [pointer, ctypes.POINTER(size), ctypes.POINTER(size)]),
+        ("ggml_backend_dev_type", ctypes.c_int, [pointer]),
     ):
         function = getattr(base, name)
         function.restype, function.argtypes = result, arguments
@@ -294,30 +289,11 @@ def _fast_quantizer() -> Any | None:
 
 
 @functools.cache
-def _tensor_types() -> dict[str, TensorType]:
-    types: dict[str, TensorType] = {}
-    for number in range(_TYPE_COUNT):
-        traits = _base().ggml_get_type_traits(number).contents
-        if traits.type_name and traits.type_size and traits.blck_size:  # removed types have empty entries
-            name = traits.type_name.decode().lower()
-            types[name] = TensorType(number, name, traits.blck_size, traits.type_size)
-    return types
-
-
-@functools.cache
 def _library(name: str) -> ctypes.CDLL:
+    names = {"win32": (f"{name}.dll",), "darwin": (f"lib{name}.0.dylib", f"lib{name}.dylib")}
     spec = importlib.util.find_spec("llama_cpp")
-    folders = [Path(location) / "lib" for location in (spec.submodule_search_locations or [])] if spec else []
-    for folder in folders:
-        for file in _file_names(name):
-            if (folder / file).exists():
-                return ctypes.CDLL(str(folder / file))
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        for file in names.get(sys.platform, (f"lib{name}.so.0", f"lib{name}.so")):
+            if (path := Path(folder) / "lib" / file).exists():
+                return ctypes.CDLL(str(path))
     raise OSError(f"lib{name} is missing from llama-cpp-python")
-
-
-def _file_names(name: str) -> list[str]:
-    if sys.platform == "win32":
-        return [f"{name}.dll"]
-    if sys.platform == "darwin":
-        return [f"lib{name}.0.dylib", f"lib{name}.dylib"]
-    return [f"lib{name}.so.0", f"lib{name}.so"]

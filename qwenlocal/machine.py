@@ -14,21 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # CPU features that llama.cpp's kernels use, by their names in Linux (/proc/cpuinfo).
-CPU_FEATURES = (
-    "avx",
-    "avx2",
-    "f16c",
-    "fma",
-    "bmi2",
-    "avx512f",
-    "avx512_vnni",
-    "avx_vnni",
-    "amx_int8",
-    "asimd",
-    "asimddp",
-    "i8mm",
-    "sve",
-)
+_CPU_FEATURES = frozenset(
+    ("avx", "avx2", "f16c", "fma", "bmi2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimd", "asimddp", "i8mm",
+     "sve")
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -97,12 +86,10 @@ def _physical_cores(root: Path) -> int | None:
 
 def _fast_cores(root: Path) -> int | None:
     """Count the performance cores of a hybrid processor (Intel on Linux, Apple silicon); None for other ones."""
-    cpu_list = _read(root / "sys/devices/cpu_core/cpus")
-    if cpu_list:
-        threads = _count_cpus(cpu_list)
+    if cpu_list := _read(root / "sys/devices/cpu_core/cpus"):
         siblings = _read(root / "sys/devices/system/cpu/cpu0/topology/thread_siblings_list") or "0"
         per_core = 2 if _count_cpus(siblings) > 1 else 1
-        return threads // per_core
+        return _count_cpus(cpu_list) // per_core
     if sys.platform == "darwin" and root == Path("/"):
         output = os.popen("sysctl -n hw.perflevel0.physicalcpu 2>/dev/null").read().strip()
         return int(output) if output.isdigit() else None
@@ -133,15 +120,14 @@ def _quota(root: Path) -> int | None:
 def _memory(root: Path) -> Memory:
     import psutil
 
-    state = psutil.virtual_memory()
-    total, available = int(state.total), int(state.available)
-    if root != Path("/"):
+    if root == Path("/"):
+        state = psutil.virtual_memory()
+        memory = Memory(int(state.total), int(state.available))
+    else:
         fields = dict(line.split(":", 1) for line in _read(root / "proc/meminfo").splitlines() if ":" in line)
-        total, available = (int(fields[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable"))
+        memory = Memory(*(int(fields[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable")))
     limit = _container_memory(root)
-    if limit:
-        total, available = min(total, limit.total), min(available, limit.available)
-    return Memory(total, available)
+    return Memory(min(memory.total, limit.total), min(memory.available, limit.available)) if limit else memory
 
 
 def _container_memory(root: Path) -> Memory | None:
@@ -171,19 +157,21 @@ def _memory_pressure(root: Path) -> float:
     return worst
 
 
+def _cpuinfo(root: Path, *keys: str) -> str:
+    """Return the value of the first line of /proc/cpuinfo that starts with one of `keys`; "" if there is none."""
+    lines = _read(root / "proc/cpuinfo").splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.lower().startswith(keys)), "")
+
+
 def _processor(root: Path) -> str:
-    for line in _read(root / "proc/cpuinfo").splitlines():
-        if line.lower().startswith(("model name", "hardware")):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return _cpuinfo(root, "model name", "hardware") or platform.processor() or platform.machine()
 
 
 def _features(root: Path) -> frozenset[str]:
-    for line in _read(root / "proc/cpuinfo").splitlines():
-        if line.lower().startswith(("flags", "features")):
-            return frozenset(line.partition(":")[2].split()) & frozenset(CPU_FEATURES)
+    if features := _cpuinfo(root, "flags", "features"):
+        return _CPU_FEATURES.intersection(features.split())
     if sys.platform == "darwin" and platform.machine() == "arm64":
         output = os.popen("sysctl hw.optional.arm 2>/dev/null").read()
-        features = {"FEAT_DotProd: 1": "asimddp", "FEAT_I8MM: 1": "i8mm"}
-        return frozenset({"asimd", *(feature for line, feature in features.items() if line in output)})
+        optional = {"FEAT_DotProd: 1": "asimddp", "FEAT_I8MM: 1": "i8mm"}
+        return frozenset({"asimd", *(feature for line, feature in optional.items() if line in output)})
     return frozenset()

@@ -85,7 +85,7 @@ class ScriptedDraftModel:
 
 
 class ScriptedAnswers:
-    """A target model whose every token is the number of tokens before it; k at once take `CostCurve().relative(k)`."""
+    """A target model whose every token is the number of tokens before it; k at once take `CostCurve().known[k]`."""
 
     def __init__(self, **draft_model: float | bool) -> None:
         self.clock = Clock()

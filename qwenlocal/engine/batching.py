@@ -65,7 +65,7 @@ def choose_batch_size(costs: CostCurve, max_size: int) -> int:
     """
     best, best_speed = 1, 1.0
     for size in costs.known:
-        speed = size / costs.relative(size)
+        speed = size / costs.known[size]
         if size <= max_size and speed >= best_speed * _MIN_GAIN:
             best, best_speed = size, speed
     return best
@@ -98,9 +98,7 @@ class BatchGenerator:
         waiting = collections.deque(requests)
         try:
             while (waiting or self._slots) and not self._stopped:
-                while waiting and self._free and not self._stopped and not (self._is_tight and self._slots):
-                    if not self._start(waiting[0]):
-                        break
+                while waiting and self._free and not (self._stopped or self._is_tight) and self._start(waiting[0]):
                     waiting.popleft()
                 if not self._slots:
                     if waiting and not self._stopped:
@@ -117,18 +115,15 @@ class BatchGenerator:
         used = sum(len(slot.request.ids) + len(slot.ids) for slot in self._slots.values())
         if used + len(request.ids) + 1 >= self._context.n_ctx:
             return False
-        number = self._free.pop()
         sampler = Sampler(request.sampling, self._context.model.tokenizer)
-        slot = _Slot(request, sampler, IncrementalDetokenizer(request.stops))
+        number = self._free.pop()
+        self._slots[number] = slot = _Slot(request, sampler, IncrementalDetokenizer(request.stops))
         try:
             row = self._prefill(number, request.ids)
         except CacheFull:
-            self._context.truncate(number, 0)
-            self._free.append(number)
-            sampler.close()
+            self._close(number)
             return self._shorten_prefix(request.ids) and self._start(request)
         sampler.accept_prompt(request.ids)
-        self._slots[number] = slot
         self._sample(slot, row)
         return True
 
@@ -171,7 +166,7 @@ class BatchGenerator:
             if hit_eos or hit_stop or len(slot.ids) >= slot.request.limit:
                 ids = slot.ids[:-1] if hit_eos else slot.ids
                 yield BatchResult(slot.request.key, tuple(ids), hit_eos=hit_eos, is_full=False, hit_stop=hit_stop)
-                self._finish(number)
+                self._close(number)
 
     def _step(self, waiting: collections.deque[BatchRequest]) -> Iterator[BatchResult]:
         """Generate a token for each slot; if the cache is full, the newest slot goes back to the queue."""
@@ -190,19 +185,16 @@ class BatchGenerator:
         newest = self._slots[numbers[-1]]
         if len(numbers) > 1:
             waiting.appendleft(newest.request)
-            self._is_tight = True  # start no request until another one has finished
             self._close(numbers[-1])
+            self._is_tight = True  # start no request until another one has finished
         elif self._prefix:
             self._truncate_prefix(0)
         else:
             yield BatchResult(newest.request.key, tuple(newest.ids), hit_eos=False, is_full=True)
-            self._finish(numbers[-1])
-
-    def _finish(self, number: int) -> None:
-        self._is_tight = False
-        self._close(number)
+            self._close(numbers[-1])
 
     def _close(self, number: int) -> None:
+        self._is_tight = False
         self._slots.pop(number).sampler.close()
         self._context.truncate(number, 0)
         self._free.append(number)

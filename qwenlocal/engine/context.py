@@ -182,13 +182,8 @@ class Context:
         """
         rows: list[int] = []
         position = 0
-        token, pos, count, seq, logits = (
-            self._batch.token,
-            self._batch.pos,
-            self._batch.n_seq_id,
-            self._batch.seq_id,
-            self._batch.logits,
-        )
+        c_batch = self._batch
+        token, pos, count, seq, logits = c_batch.token, c_batch.pos, c_batch.n_seq_id, c_batch.seq_id, c_batch.logits
         for sequence, ids in batch:
             start = self.length(sequence)
             rows.append(position if all_logits else position + len(ids) - 1)
@@ -200,7 +195,7 @@ class Context:
                 logits[position] = all_logits
                 position += 1
             logits[position - 1] = True
-        self._batch.n_tokens = position
+        c_batch.n_tokens = position
         self._run()
         return rows
 

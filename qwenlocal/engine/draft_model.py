@@ -229,7 +229,7 @@ class ModelDrafter:
         best, best_gain = 0, _MIN_GAIN
         for count in (known - 1 for known in self._costs.known if 1 < known <= limit + 1):
             tokens = sum(acceptance**place for place in range(count + 1))
-            gain = 1 / ((self._costs.relative(count + 1) + count * drafting) / tokens + extra)
+            gain = 1 / ((self._costs.known[count + 1] + count * drafting) / tokens + extra)
             if gain > best_gain:
                 best, best_gain = count, gain
         return best
@@ -268,7 +268,7 @@ class ModelDrafter:
             self._acceptance.add(accepted, min(accepted + 1, len(self._proposed)))
             self.drafted += len(self._proposed)
             self.accepted += accepted
-            self._add_loss(self._spent + self._costs.relative(checked + 1) - len(tokens))
+            self._add_loss(self._spent + self._costs.known[checked + 1] - len(tokens))
             self._lookup.learn(tokens, 0, None)
         else:
             self._plain_tokens += len(tokens)

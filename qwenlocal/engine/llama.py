@@ -19,21 +19,19 @@ import sys
 import threading
 import types
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from qwenlocal.engine.tokenizer import Tokenizer
 from qwenlocal.errors import BadWeights, QwenlocalError
-from qwenlocal.ggml import GgufHeader, InMemoryTensor, set_abort_callback
+from qwenlocal.ggml import InMemoryTensor, open_gguf_header, set_abort_callback
 
 FillTensor = Callable[[InMemoryTensor], None]
 
 _LOG_ERROR, _LOG_CONTINUED = 4, 5  # ggml.h: enum ggml_log_level
 
 
-@dataclass(frozen=True)
-class LogLine:
+class LogLine(NamedTuple):
     """A line of llama.cpp's log."""
 
     level: int
@@ -64,19 +62,16 @@ class LlamaLibrary:
         if self.echo:
             self.echo(line)
         if level == _LOG_CONTINUED and self.log:
-            last = self.log[-1]
-            self.log[-1] = LogLine(last.level, last.text + line)
-        else:
-            self.log.append(LogLine(level, line))
+            level, before = self.log.pop()
+            line = before + line
+        self.log.append(LogLine(level, line))
 
     def first_error(self) -> str:
         """Return the first error logged since `log` was cleared, without the function's name; "" if there is none."""
-        errors = [line.text.strip() for line in self.log if line.level == _LOG_ERROR and line.text.strip()]
-        if not errors:
-            return ""
-        first = errors[0]
-        name, colon, rest = first.partition(": ")
-        return rest if colon and " " not in name else first
+        texts = (text.strip() for level, text in self.log if level == _LOG_ERROR)
+        error = next(filter(None, texts), "")
+        name, colon, rest = error.partition(": ")
+        return rest if colon and " " not in name else error
 
     @property
     def system_info(self) -> str:
@@ -281,12 +276,9 @@ class InMemoryModel(Model):
             except BaseException as failure:  # it must not pass through C
                 failures.append(failure)
 
-        gguf = GgufHeader(header)
-        try:
+        with open_gguf_header(header) as gguf:
             callback = self._c.llama_model_set_tensor_data_t(set_tensor_data)
-            self._model = self._c.llama_model_init_from_user(gguf.handle, callback, ctypes.c_void_p(0), params)
-        finally:
-            gguf.close()
+            self._model = self._c.llama_model_init_from_user(gguf, callback, ctypes.c_void_p(0), params)
         if failures:
             self.close()
             raise failures[0]
@@ -300,20 +292,15 @@ def _override_array(c: Any, numbers: Mapping[str, float]) -> Any:
     overrides = (c.llama_model_kv_override * (len(numbers) + 1))()
     for override, (key, number) in zip(overrides, numbers.items(), strict=False):
         override.key = key.encode()
-        override.tag = c.LLAMA_KV_OVERRIDE_TYPE_FLOAT if isinstance(number, float) else c.LLAMA_KV_OVERRIDE_TYPE_INT
         if isinstance(number, float):
-            override.value.val_f64 = number
+            override.tag, override.value.val_f64 = c.LLAMA_KV_OVERRIDE_TYPE_FLOAT, number
         else:
-            override.value.val_i64 = number
+            override.tag, override.value.val_i64 = c.LLAMA_KV_OVERRIDE_TYPE_INT, number
     return overrides
 
 
 def _load_error(path: Path, reason: str) -> QwenlocalError:
     if "unknown model architecture" in reason:
-        return BadWeights(
-            path,
-            f"llama.cpp does not support its architecture ({reason})",
-            hint="The file needs a newer llama.cpp than the built-in one. For Qwen models that run: "
-            "qwenlocal list --all",
-        )
+        hint = "The file needs a newer llama.cpp than the built-in one. For Qwen models that run: qwenlocal list --all"
+        return BadWeights(path, f"llama.cpp does not support its architecture ({reason})", hint=hint)
     return BadWeights(path, f"llama.cpp cannot load it: {reason or 'no reason given'}")

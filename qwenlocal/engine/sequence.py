@@ -17,6 +17,7 @@ from qwenlocal.engine.sampling import Sampling
 from qwenlocal.engine.speculation import Drafter, NoSpeculation
 from qwenlocal.errors import ContextFull
 
+_SEQUENCE = 0  # the others of the context belong to the prefix cache
 _FIRST_CHUNK, _MIN_CHUNK = 256, 64  # tokens of a prompt per `decode`
 _SLOW, _FAST = 3.0, 0.5  # seconds for a chunk; slower ones are halved, faster ones doubled
 
@@ -63,13 +64,12 @@ class TokenGenerator(Protocol):
 
 
 class TokenSequence:
-    """A generator in sequence `number` of a context; implements `TokenGenerator`."""
+    """A generator in sequence 0 of a context; implements `TokenGenerator`."""
 
     def __init__(
         self,
         context: Context,
-        number: int = 0,
-        clock: Callable[[], float] = time.monotonic,
+        *,
         speculation: Drafter | None = None,
         prefix_cache: PrefixCache | None = None,
         prompt_cache: PromptCache | None = None,
@@ -82,14 +82,12 @@ class TokenSequence:
         go to `prefix_cache`; prefixes found there or in `prompt_cache` are not computed again. `check_memory` is called
         regularly while generating; an exception that it raises ends the answer.
         """
-        self._context, self._number, self._clock = context, number, clock
+        self._context, self._check_memory = context, check_memory
         self._speculation, self._prompt_cache = speculation or NoSpeculation(), prompt_cache
-        self._check_memory = check_memory
         self._prefix_cache = prefix_cache or PrefixCache(context, context.options.n_seq_max)  # one without capacity
         self._computed, self._seconds = 0, 0.0  # prompt tokens, and the time to compute them
         self._cached: list[int] = []  # the tokens in the KV cache
-        self._full = False
-        self._stopped = False
+        self.is_full = self.was_stopped = False
 
     @property
     def cached_ids(self) -> tuple[int, ...]:
@@ -101,14 +99,6 @@ class TokenSequence:
         self._cached = list(ids)
         self._sync_cache()
 
-    @property
-    def is_full(self) -> bool:
-        return self._full
-
-    @property
-    def was_stopped(self) -> bool:
-        return self._stopped
-
     def stop(self) -> None:
         self._context.abort.set()
 
@@ -117,16 +107,16 @@ class TokenSequence:
             raise ValueError("the prompt is empty")
         if len(ids) >= self._context.n_ctx:
             raise ContextFull(len(ids), self._context.n_ctx, self._context.model.n_ctx_train)
-        self._full = self._stopped = False
+        self.is_full = self.was_stopped = False
         self._context.abort.clear()
         self._sync_cache()
         sampler = Sampler(sampling, self._context.model.tokenizer)
         try:
             yield from self._generate(ids, sampler, limit)
         except Aborted:
-            self._stopped = True
+            self.was_stopped = True
         except CacheFull:
-            self._full = True
+            self.is_full = True
         finally:
             sampler.close()
             self._sync_cache()
@@ -136,12 +126,22 @@ class TokenSequence:
         row = yield from self._prefill(ids)
         sampler.accept_prompt(ids)
         self._speculation.begin(ids)
+        last: Sequence[int] = ()  # the last sampled token, which is not in the KV cache yet
         draft: Sequence[int] = ()
         left, seconds, unchecked = limit, None, 0  # unchecked: tokens since the last memory check
-        if forced := sampler.accept_forced()[:left]:
-            row = yield from self._force((), forced)
-            left -= len(forced)
-        while left:
+        while True:
+            if forced := sampler.accept_forced()[:left]:
+                row, draft, seconds = (yield from self._force(last, forced)), (), None
+                self._speculation.learn(forced, 0, None)
+                left -= len(forced)
+            elif last:
+                draft = self._speculation.propose(min(left, context.n_ctx - len(self._cached)) - 1)
+                started = time.monotonic()
+                row = self._decode((*last, *draft), all_logits=bool(draft))
+                seconds = time.monotonic() - started
+                self._cached.extend(last)
+            if not left:
+                return
             new_tokens: list[int] = []
             for position in range(len(draft) + 1):
                 token = sampler.sample(context, row + position)
@@ -152,6 +152,7 @@ class TokenSequence:
                 if position == len(draft) or token != draft[position]:
                     break
                 self._cached.append(token)  # its keys and values are in the cache already
+            last = (token,)
             left -= len(new_tokens)
             unchecked += len(new_tokens)
             if unchecked >= CHECK_INTERVAL:
@@ -164,22 +165,12 @@ class TokenSequence:
                 raise Aborted
             if len(self._cached) >= context.n_ctx:
                 raise CacheFull
-            if forced := sampler.accept_forced()[:left]:
-                row, draft, seconds = (yield from self._force((token,), forced)), (), None
-                self._speculation.learn(forced, 0, None)
-                left -= len(forced)
-                continue
-            draft = self._speculation.propose(min(left, context.n_ctx - len(self._cached)) - 1)
-            started = self._clock()
-            row = self._decode((token, *draft), all_logits=bool(draft))
-            seconds = self._clock() - started
-            self._cached.append(token)
 
     def _decode(self, ids: Sequence[int], *, all_logits: bool = False) -> int:
         """Decode in this sequence; if the KV cache is full, evict entries of the prefix cache."""
         while True:
             try:
-                return self._context.decode([(self._number, ids)], all_logits=all_logits)[0]
+                return self._context.decode([(_SEQUENCE, ids)], all_logits=all_logits)[0]
             except CacheFull:
                 if not self._prefix_cache.evict_oldest():
                     raise
@@ -201,7 +192,8 @@ class TokenSequence:
     def _prefill(self, ids: Sequence[int]) -> collections.abc.Generator[Prefill, None, int]:
         """Compute the part of `ids` that is not cached, at least the last token; return the row of logits."""
         self._reuse_cache(ids)
-        self._truncate(min(common_prefix(self._cached, ids), len(ids) - 1))
+        del self._cached[min(common_prefix(self._cached, ids), len(ids) - 1) :]
+        self._sync_cache()
         reused = len(self._cached)
         yield Prefill(reused, len(ids), reused)
         chunk, row = min(_FIRST_CHUNK, self._context.n_batch), -1
@@ -210,10 +202,10 @@ class TokenSequence:
                 raise Aborted
             new = ids[len(self._cached) : len(self._cached) + chunk]
             self._check_memory()
-            started = self._clock()
+            started = time.monotonic()
             row = self._decode(new)
             self._cached.extend(new)
-            seconds = self._clock() - started
+            seconds = time.monotonic() - started
             self._computed, self._seconds = self._computed + len(new), self._seconds + seconds
             yield Prefill(len(self._cached), len(ids), reused)
             chunk = self._next_chunk(chunk, seconds)
@@ -223,10 +215,10 @@ class TokenSequence:
         """Switch to the prefix cache or the prompt cache if it has a longer prefix of `ids` than this sequence."""
         shared = common_prefix(self._cached, ids)
         if len(self._cached) - shared >= MIN_PREFIX_TOKENS:
-            self._prefix_cache.insert(self._number, self._cached)
+            self._prefix_cache.insert(_SEQUENCE, self._cached)
         entry = self._prefix_cache.find_longest_prefix(ids, shared)
         if entry is not None:
-            self._cached = self._prefix_cache.copy_to(self._number, entry)
+            self._cached = self._prefix_cache.copy_to(_SEQUENCE, entry)
             shared = common_prefix(self._cached, ids)
         if self._prompt_cache is None or len(ids) <= shared + MIN_PREFIX_TOKENS:
             return
@@ -234,7 +226,7 @@ class TokenSequence:
         if saved and len(saved.tokens) < self._context.n_ctx:
             while self._prefix_cache.evict_oldest():  # llama.cpp needs room for the whole state at once
                 pass
-            is_loaded = self._prompt_cache.load(saved, self._context, self._number)
+            is_loaded = self._prompt_cache.load(saved, self._context, _SEQUENCE)
             self._cached = list(saved.tokens) if is_loaded else []
             self._sync_cache()
 
@@ -242,7 +234,7 @@ class TokenSequence:
         """Save the sequence to the prompt cache if loading it is faster than computing it; return whether it was."""
         if self._prompt_cache is None or not self._computed:
             return False
-        return self._prompt_cache.save(self._context, self._number, self._cached, self._seconds / self._computed)
+        return self._prompt_cache.save(self._context, _SEQUENCE, self._cached, self._seconds / self._computed)
 
     def _next_chunk(self, chunk: int, seconds: float) -> int:
         """Adapt the chunk size: large chunks are faster (256 by a tenth over 64), small ones show more progress."""
@@ -250,15 +242,11 @@ class TokenSequence:
             return max(_MIN_CHUNK, chunk // 2)
         return min(chunk * 2, self._context.n_batch) if seconds < _FAST else chunk
 
-    def _truncate(self, length: int) -> None:
-        if length < len(self._cached):
-            del self._cached[self._context.truncate(self._number, length) :]
-
     def _sync_cache(self) -> None:
         """
         Remove tokens from the KV cache that are not in `_cached`, so that the model does not see them.
 
         They remain after an abort, a rejected draft, or the work of another sequence object.
         """
-        if self._context.length(self._number) > len(self._cached):
-            del self._cached[self._context.truncate(self._number, len(self._cached)) :]
+        if self._context.length(_SEQUENCE) > len(self._cached):
+            del self._cached[self._context.truncate(_SEQUENCE, len(self._cached)) :]

@@ -10,6 +10,7 @@ drops at once, which a single p cannot express.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
@@ -52,35 +53,20 @@ class CostCurve:
     """
     The time to decode k tokens in one batch relative to one token; updated by measurements.
 
-    `CostCurve().relative(4)` is 2.3 until a batch of four was timed.
+    `CostCurve().known[4]` is 2.3 until a batch of four was timed.
     """
 
-    def __init__(self, relative: Mapping[int, float] = DEFAULT_COSTS) -> None:
-        self._relative = dict(sorted(relative.items()))
-        self._one: float | None = None
-
-    @property
-    def known(self) -> Mapping[int, float]:
-        """t(k) / t(1) by k."""
-        return self._relative
-
-    @property
-    def one(self) -> float | None:
-        """Seconds for one token; None before any was timed."""
-        return self._one
-
-    def relative(self, count: int) -> float:
-        """Return t(count) / t(1), for a count that is in `known`."""
-        return self._relative[count]
+    def __init__(self, known: Mapping[int, float] = DEFAULT_COSTS) -> None:
+        self.known = dict(sorted(known.items()))  # t(k) / t(1) by k
+        self.one: float | None = None  # seconds for one token; None before any was timed
 
     def observe(self, count: int, seconds: float) -> None:
         """Add a measurement: decoding `count` tokens took `seconds`."""
         if count == 1:
-            self._one = seconds if self._one is None else self._one + _LEARN * (seconds - self._one)
-        elif self._one and count in self._relative:
-            before = self._relative[count]
-            now = max(1.0, min(count * 1.5, seconds / self._one))
-            self._relative[count] = before + _LEARN * (now - before)
+            self.one = seconds if self.one is None else self.one + _LEARN * (seconds - self.one)
+        elif self.one and count in self.known:
+            measured = max(1.0, min(count * 1.5, seconds / self.one))
+            self.known[count] += _LEARN * (measured - self.known[count])
 
 
 class Acceptance:
@@ -116,10 +102,7 @@ class Speculation:
             for twice in (False, True)
         }
         self._guess = NO_GUESS
-        self._watched, self._correct = (
-            NO_GUESS,
-            0,
-        )  # an unchecked guess, and its correct tokens so far
+        self._watched, self._correct = NO_GUESS, 0  # an unchecked guess, and its correct tokens so far
         self.drafted = self.accepted = 0
 
     def begin(self, ids: Sequence[int]) -> None:
@@ -137,9 +120,7 @@ class Speculation:
     def _best_length(self, guess: Guess) -> int:
         best, best_gain = 0, _MIN_GAIN
         for count, expected in enumerate(self._acceptance_of(guess).expected_tokens(len(guess.tokens)), start=1):
-            if count + 1 not in self.costs.known:
-                continue
-            gain = expected / self.costs.relative(count + 1)
+            gain = expected / self.costs.known.get(count + 1, math.inf)
             if gain > best_gain:
                 best, best_gain = count, gain
         return best

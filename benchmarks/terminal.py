@@ -30,7 +30,7 @@ from qwenlocal.engine.loader import LoadOptions
 from qwenlocal.engine.sampling import Sampling
 from qwenlocal.machine import this_machine
 from qwenlocal.terminal.markdown import MarkdownStream, RenderOptions, warm_up
-from qwenlocal.terminal.screen import Screen, TerminalSize
+from qwenlocal.terminal.screen import Screen
 from qwenlocal.terminal.view import AnswerProgress, AnswerView
 
 QUESTION = (
@@ -157,7 +157,7 @@ def measure_rendering(model: Path, tokens: int) -> tuple[float, float]:
     warm_up()
     conversation = chat_model.conversation(GenerationConfig(Sampling(temperature=0), max_tokens=tokens))
     view = AnswerView(
-        Screen(io.StringIO(), lambda: TerminalSize(100, 40)),
+        Screen(io.StringIO(), lambda: os.terminal_size((100, 40))),
         lambda: RenderOptions(100, color=True),
         AnswerProgress(4096),
     )

@@ -23,7 +23,7 @@ from qwenlocal.library.byte_source import HttpSource, UrlSegment
 from qwenlocal.library.download import download_artifact
 from qwenlocal.library.http import HttpClient, Timeouts, TransferError, parse_retry_after
 from qwenlocal.library.partial_file import FileIdentity, PartialFile, read_download_journal, write_download_journal
-from qwenlocal.library.progress import TaskProgress
+from qwenlocal.progress import TaskProgress
 from qwenlocal.resumable import journal_path, part_path
 
 BLOCK = 1 << 16

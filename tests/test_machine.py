@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 from pathlib import Path
 
@@ -9,8 +10,8 @@ import pytest
 
 from qwenlocal.engine.memory import ModelDims
 from qwenlocal.ggml import list_devices
-from qwenlocal.library.progress import TaskProgress
 from qwenlocal.machine import Machine, this_machine
+from qwenlocal.progress import TaskProgress
 from qwenlocal.terminal.ansi import escape_controls
 from qwenlocal.terminal.progress import PlainProgress, show_progress
 
@@ -126,7 +127,7 @@ def test_dimensions_are_read_from_metadata() -> None:
 def test_plain_progress_prints_a_line_every_few_seconds_and_one_at_the_end() -> None:
     ticks = iter([0.0, 1.0, 6.0, 6.0, 7.0, 8.0])
     out = io.StringIO()
-    with PlainProgress(out, clock=lambda: next(ticks)) as show:
+    with contextlib.closing(PlainProgress(out, clock=lambda: next(ticks))) as show:
         show(TaskProgress("x", 0, 10_000_000, "downloading"))
         show(TaskProgress("x", 5_000_000, 10_000_000, "downloading"))
         show(TaskProgress("x", 10_000_000, 10_000_000, "downloading"))
@@ -136,7 +137,8 @@ def test_plain_progress_prints_a_line_every_few_seconds_and_one_at_the_end() -> 
 
 
 def test_a_pipe_gets_plain_lines() -> None:
-    assert isinstance(show_progress(io.StringIO()), PlainProgress)
+    with show_progress(io.StringIO()) as show:
+        assert isinstance(show, PlainProgress)
 
 
 @pytest.mark.parametrize(

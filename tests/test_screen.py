@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 
 import pyte
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from qwenlocal.formatting import display_width
 from qwenlocal.terminal.markdown import MarkdownStream, RenderOptions
-from qwenlocal.terminal.screen import Screen, TerminalSize, rows_of
+from qwenlocal.terminal.screen import Screen, rows_of
 
 
 class Terminal:
@@ -21,7 +22,7 @@ class Terminal:
         self.emulator = pyte.HistoryScreen(columns, rows, history=10_000, ratio=0.5)
         self._stream = pyte.Stream(self.emulator)
         self.out = io.StringIO()
-        self.screen = Screen(self, lambda: TerminalSize(self.emulator.columns, self.emulator.lines))  # type: ignore[arg-type]
+        self.screen = Screen(self, lambda: os.terminal_size((self.emulator.columns, self.emulator.lines)))  # type: ignore[arg-type]
 
     def write(self, text: str) -> None:
         self.out.write(text)

@@ -15,8 +15,8 @@ from qwenlocal.cli.context import AppContext
 from qwenlocal.errors import ModelNotFound, NotWritable, OutputExists, UsageError
 from qwenlocal.formatting import format_bytes
 from qwenlocal.library.names import LocalCheckpointName
-from qwenlocal.library.progress import TaskProgress
 from qwenlocal.paths import parse_path
+from qwenlocal.progress import TaskProgress
 
 if TYPE_CHECKING:
     from qwenlocal.library.store import ModelRecord

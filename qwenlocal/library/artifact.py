@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qwenlocal.library.byte_source import ByteSource
 from qwenlocal.library.partial_file import BLOCK_SIZE, FileIdentity
-from qwenlocal.library.progress import TaskProgress
+from qwenlocal.progress import TaskProgress
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,12 @@ from qwenlocal.library.checkpoints import (
 )
 from qwenlocal.library.conversion_files import conversion_stamp, mark_recorded, prepare_target, remove_unfinished
 from qwenlocal.library.names import CatalogName, HubCheckpointName, HubName, LocalCheckpointName
-from qwenlocal.library.progress import TaskProgress
 from qwenlocal.library.store import ModelRecord, Store, StoredFile
 from qwenlocal.paths import Folders
+from qwenlocal.progress import TaskProgress
 
 if TYPE_CHECKING:
-    from qwenlocal.library.progress import Say
+    from qwenlocal.progress import Say
     from qwenlocal.weights.checkpoint import Checkpoint
     from qwenlocal.weights.conversion_plan import ConversionPlan
 

@@ -35,8 +35,8 @@ from qwenlocal.library.byte_source import RangesUnsupported
 from qwenlocal.library.failover import SourceSelector, SourceState
 from qwenlocal.library.http import HttpClient, TransferError
 from qwenlocal.library.partial_file import BLOCK_SIZE, PartialFile, lock_path, read_download_journal
-from qwenlocal.library.progress import TaskProgress
 from qwenlocal.paths import ensure_writable
+from qwenlocal.progress import TaskProgress
 from qwenlocal.resumable import journal_path, part_path
 
 _DISK_RESERVE = 32 << 20

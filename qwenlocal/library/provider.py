@@ -27,7 +27,7 @@ from qwenlocal.paths import Folders
 if TYPE_CHECKING:
     from qwenlocal.library.catalog import Catalog
     from qwenlocal.library.local_models import LocalModels
-    from qwenlocal.library.progress import Say
+    from qwenlocal.progress import Say
 
 
 class ProvidedModel(NamedTuple):

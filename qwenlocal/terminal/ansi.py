@@ -9,7 +9,7 @@ import textwrap
 from typing import TextIO
 
 _CONTROL_CHARS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-_CONTROL_PICTURES = 0x2400  # Unicode's block of visible control characters: ␛ for escape
+_CONTROL_PICTURES = {code: chr(0x2400 + code) for code in range(0x20)} | {0x7F: "␡"}  # such as ␛ for escape
 
 
 def escape_controls(text: str) -> str:
@@ -18,14 +18,7 @@ def escape_controls(text: str) -> str:
 
     Line breaks and tabs stay: `escape_controls("\\x1b[2J")` is "␛[2J".
     """
-    return _CONTROL_CHARS.sub(lambda match: _control_picture(match[0]), text)
-
-
-def _control_picture(character: str) -> str:
-    code = ord(character)
-    if code == 0x7F:
-        return chr(0x2421)
-    return chr(_CONTROL_PICTURES + code) if code < 0x20 else "\N{REPLACEMENT CHARACTER}"
+    return _CONTROL_CHARS.sub(lambda match: _CONTROL_PICTURES.get(ord(match[0]), "\N{REPLACEMENT CHARACTER}"), text)
 
 
 def supports_ansi(out: TextIO) -> bool:
@@ -48,8 +41,5 @@ def wrap(text: str, out: TextIO) -> str:
     if not out.isatty():
         return text
     width = max(20, shutil.get_terminal_size().columns)
-    lines = (
-        textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False, drop_whitespace=True) or [""]
-        for line in text.split("\n")
-    )
-    return "\n".join(part for line in lines for part in line)
+    lines = text.split("\n")
+    return "\n".join(textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False) for line in lines)

@@ -7,26 +7,26 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from prompt_toolkit import PromptSession
 from prompt_toolkit.application import get_app
+from prompt_toolkit.auto_suggest import AutoSuggestFromHistory
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
+from prompt_toolkit.enums import EditingMode
 from prompt_toolkit.filters import Condition, is_searching
-from prompt_toolkit.input import Input
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.input import Input, create_input
 from prompt_toolkit.input.vt100_parser import Vt100Parser
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.keys import Keys
+from prompt_toolkit.styles import Style
 
 from qwenlocal.errors import NotWritable
 from qwenlocal.paths import ensure_writable
 from qwenlocal.terminal.ansi import escape_controls
 from qwenlocal.terminal.commands.models import SETTINGS
 from qwenlocal.terminal.commands.table import COMMANDS, find_command
-
-if TYPE_CHECKING:
-    from prompt_toolkit import PromptSession
-    from prompt_toolkit.history import History
 
 _FOLD_LINES, _FOLD_CHARACTERS = 8, 1000  # fold a paste from this size on
 _MAX_HISTORY_CHARACTERS = 100_000  # longer pastes are not written to the history
@@ -49,16 +49,6 @@ def create_line_editor(
 
     While `is_editing` returns True, Ctrl-C raises KeyboardInterrupt even if the line is not empty.
     """
-    from prompt_toolkit import PromptSession
-    from prompt_toolkit.auto_suggest import AutoSuggestFromHistory
-    from prompt_toolkit.enums import EditingMode
-    from prompt_toolkit.formatted_text import FormattedText
-    from prompt_toolkit.input import create_input
-    from prompt_toolkit.styles import Style
-
-    def format_toolbar() -> FormattedText:
-        return FormattedText([("class:toolbar", toolbar())])
-
     return PromptSession(
         history=_open_history(history, pastes),
         key_bindings=_bind_keys(pastes, is_editing),
@@ -71,7 +61,7 @@ def create_line_editor(
         enable_suspend=True,
         tempfile_suffix=".md",
         editing_mode=EditingMode.VI if vi else EditingMode.EMACS,
-        bottom_toolbar=format_toolbar,
+        bottom_toolbar=lambda: [("class:toolbar", toolbar())],
         reserve_space_for_menu=4,
         input=_with_paste_parser(create_input()),
         style=Style.from_dict({"bottom-toolbar": "noreverse", "toolbar": "noreverse fg:ansibrightblack"}),
@@ -121,8 +111,6 @@ def _has_text() -> bool:
 
 def _open_history(path: Path | None, pastes: PasteStore) -> History:
     """Return the history in `path`; one in memory if there is no path or the file is not writable."""
-    from prompt_toolkit.history import FileHistory, InMemoryHistory
-
     if path is None:
         return InMemoryHistory()
     try:

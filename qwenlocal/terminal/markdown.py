@@ -43,7 +43,6 @@ _STYLES = {  # in the terminal's own colors
     "markdown.table.header": "bold",
 }
 _SELF_CLOSING = ("fence", "heading_open", "hr")
-_ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 _TRAILING_MARK = re.compile(r"(\*{1,3}|_{1,3}|~~|`+)$")
 # Chinese and Japanese text breaks between characters, except before closing and after opening punctuation. rich breaks
 # only at white space, so a control character that counts as white space marks the places; it is removed afterwards.
@@ -291,17 +290,16 @@ def _render_block(block: str, options: RenderOptions) -> list[str]:
     console = _console(options)
     element = _markdown_class()(_BREAK_POINTS.sub(_BREAK_MARK, block), hyperlinks=False)
     rows = console.render_lines(element, console.options, pad=False)
-    lines = ["".join(_render_segment(part, options) for part in row if not part.control) for row in rows]
-    lines = [line.replace(_BREAK_MARK, "").rstrip() for line in lines]
-    while lines and _is_blank(lines[-1]):
-        lines.pop()
-    while lines and _is_blank(lines[0]):
-        lines.pop(0)
-    return lines
+    while rows and _is_blank(rows[-1]):
+        rows.pop()
+    while rows and _is_blank(rows[0]):
+        rows.pop(0)
+    lines = ("".join(_render_segment(part, options) for part in row if not part.control) for row in rows)
+    return [line.replace(_BREAK_MARK, "").rstrip() for line in lines]
 
 
-def _is_blank(line: str) -> bool:
-    return not _ESCAPES.sub("", line).strip()
+def _is_blank(row: Sequence[Segment]) -> bool:
+    return not any(part.text.strip() for part in row if not part.control)
 
 
 def _render_segment(segment: Segment, options: RenderOptions) -> str:

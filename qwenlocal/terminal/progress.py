@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from qwenlocal.formatting import format_bytes
 from qwenlocal.i18n import tr
@@ -14,43 +13,33 @@ from qwenlocal.terminal.ansi import supports_ansi
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
 
-_STATUS_DELAY = 0.7  # seconds; shorter tasks show no status
+    from qwenlocal.progress import TaskProgress
+
+_PRINT_INTERVAL = 5.0  # seconds
 _ERASE_LINE = "\r\x1b[K"
-
-
-class ProgressState(Protocol):
-    """The state of a task, in bytes; `library.progress.TaskProgress` is one, but this package does not import it."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def done(self) -> int: ...
-    @property
-    def total(self) -> int: ...
-    @property
-    def doing(self) -> str: ...
 
 
 class PlainProgress:
     """Prints a line every few seconds, and one at the end."""
 
-    def __init__(self, out: TextIO, clock: Callable[[], float] = time.monotonic, every: float = 5.0) -> None:
-        self._out, self._clock, self._every = out, clock, every
+    def __init__(self, out: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
+        self._out, self._clock = out, clock
         self._printed_at = self._started_at = clock()
         self._initial: int | None = None  # bytes that were done at the start
-        self._last: ProgressState | None = None
+        self._last: TaskProgress | None = None
 
-    def __call__(self, state: ProgressState) -> None:
+    def __call__(self, state: TaskProgress) -> None:
         if self._initial is None:
             self._initial = state.done
         self._last = state
         now = self._clock()
-        if now - self._printed_at >= self._every:
+        if now - self._printed_at >= _PRINT_INTERVAL:
             self._printed_at = now
             self._print(state)
 
-    def _print(self, state: ProgressState) -> None:
+    def _print(self, state: TaskProgress) -> None:
         seconds = max(1e-9, self._clock() - self._started_at)
         speed = (state.done - (self._initial or 0)) / seconds
         left = f", {(state.total - state.done) / speed:.0f} s left" if speed > 0 and state.done < state.total else ""
@@ -59,12 +48,8 @@ class PlainProgress:
         self._out.write(f"{state.doing} {state.name}: {share:.0%} of {format_bytes(state.total)}{rate}{left}\n")
         self._out.flush()
 
-    def __enter__(self) -> PlainProgress:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Print the end of a finished task."""
         if self._last is not None and self._last.done >= self._last.total:
             self._print(self._last)
 
@@ -75,9 +60,9 @@ class ProgressBar:
     def __init__(self, out: TextIO) -> None:
         self._out = out
         self._bar: RichProgress | None = None
-        self._tasks: dict[str, Any] = {}
+        self._tasks: dict[str, TaskID] = {}
 
-    def __call__(self, state: ProgressState) -> None:
+    def __call__(self, state: TaskProgress) -> None:
         if self._bar is None:
             self._bar = self._start()
         if state.name not in self._tasks:
@@ -111,25 +96,21 @@ class ProgressBar:
         bar.start()
         return bar
 
-    def __enter__(self) -> ProgressBar:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Erase the bar."""
         if self._bar is not None:
             self._bar.stop()
 
 
-def show_progress(out: TextIO) -> ProgressBar | PlainProgress:
-    """Return a bar if `out` is a terminal, otherwise plain lines."""
-    return ProgressBar(out) if supports_ansi(out) else PlainProgress(out)
+def show_progress(out: TextIO) -> contextlib.closing[ProgressBar | PlainProgress]:
+    """Open a bar if `out` is a terminal, otherwise plain lines."""
+    return contextlib.closing(ProgressBar(out) if supports_ansi(out) else PlainProgress(out))
 
 
 class StatusLine:
     """Shows one changing line once a task takes longer than `delay` seconds; nothing if `out` is not a terminal."""
 
-    def __init__(self, out: TextIO, clock: Callable[[], float] = time.monotonic, delay: float = _STATUS_DELAY) -> None:
+    def __init__(self, out: TextIO, clock: Callable[[], float] = time.monotonic, delay: float = 0.7) -> None:
         self._out, self._clock, self._delay = out, clock, delay
         self._started_at = clock()
         self._shown = ""

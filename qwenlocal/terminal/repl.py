@@ -22,7 +22,7 @@ from qwenlocal.terminal.attachments import attach_documents
 from qwenlocal.terminal.commands.models import find_prompt_files
 from qwenlocal.terminal.commands.table import ExitChat, describe_unknown, find_command, is_command, unescape_slashes
 from qwenlocal.terminal.markdown import RenderOptions, warm_up
-from qwenlocal.terminal.screen import Screen, TerminalSize
+from qwenlocal.terminal.screen import Screen
 from qwenlocal.terminal.session import AnswerStarter, Session
 from qwenlocal.terminal.tty import disable_echo
 from qwenlocal.terminal.type_ahead import TypeAhead, capture_keys
@@ -215,7 +215,7 @@ class Repl:
         if not supports_ansi(sys.stdout):
             return print_answer(events, sys.stdout, sys.stderr)
         view = AnswerView(
-            Screen(sys.stdout, terminal_size),
+            Screen(sys.stdout, shutil.get_terminal_size),
             render_options,
             AnswerProgress(session.conversation.n_ctx),
             lambda: self._type_ahead.text,
@@ -278,12 +278,6 @@ class Repl:
         return " | ".join(parts)
 
 
-def terminal_size() -> TerminalSize:
-    """Return the current size of the terminal."""
-    size = shutil.get_terminal_size()
-    return TerminalSize(max(1, size.columns), max(2, size.lines))
-
-
 def render_options() -> RenderOptions:
     """Return the current width and color support of the terminal."""
-    return RenderOptions(max(20, terminal_size().columns), color=supports_color(sys.stdout))
+    return RenderOptions(max(20, shutil.get_terminal_size().columns), color=supports_color(sys.stdout))

@@ -7,20 +7,14 @@ the screen is never printed again.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TextIO
+from typing import TextIO
 
 from qwenlocal.formatting import display_width
 
 _BEGIN, _END = "\x1b[?2026h", "\x1b[?2026l"  # synchronized update, for terminals that support it
 _MIN_ROWS = 3
-
-
-class TerminalSize(NamedTuple):
-    """The size of a terminal in character cells."""
-
-    columns: int
-    rows: int
 
 
 class Screen:
@@ -30,7 +24,7 @@ class Screen:
     Lines contain no line breaks, and no escape sequences except colors. They may be wider than the terminal.
     """
 
-    def __init__(self, out: TextIO, size: Callable[[], TerminalSize]) -> None:
+    def __init__(self, out: TextIO, size: Callable[[], os.terminal_size]) -> None:
         self._out, self._size = out, size
         self._shown: list[str] = []  # lines on the screen that may still change
         self._scrolled = 0  # number of pending lines that had to scroll away before they were finished
@@ -47,7 +41,7 @@ class Screen:
         if finished:  # the lines that had scrolled away are the first of these
             self._scrolled = 0
         shown = list(pending[self._scrolled :])
-        free_rows = max(_MIN_ROWS, size.rows - 1) - sum(rows_of(line, size.columns) for line in footer)
+        free_rows = max(_MIN_ROWS, size.lines - 1) - sum(rows_of(line, size.columns) for line in footer)
         while len(shown) > 1 and sum(rows_of(line, size.columns) for line in shown) > free_rows:
             final.append(shown.pop(0))
             self._scrolled += 1
@@ -60,7 +54,7 @@ class Screen:
         self._scrolled = 0
         self._draw(final, [], size)
 
-    def _draw(self, final: Sequence[str], shown: Sequence[str], size: TerminalSize) -> None:
+    def _draw(self, final: Sequence[str], shown: Sequence[str], size: os.terminal_size) -> None:
         unchanged = 0
         if not final:
             while unchanged < min(len(shown), len(self._shown)) and shown[unchanged] == self._shown[unchanged]:
@@ -75,7 +69,7 @@ class Screen:
         self._out.flush()
         self._shown = list(shown)
 
-    def _move_to_line(self, index: int, size: TerminalSize) -> str:
+    def _move_to_line(self, index: int, size: os.terminal_size) -> str:
         """Return the sequence that moves the cursor from the end of the shown lines to the start of line `index`."""
         if not self._shown:
             return "\r" if index == 0 else ""

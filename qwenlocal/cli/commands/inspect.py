@@ -13,8 +13,8 @@ from qwenlocal.cli.gguf_files import find_installed, write_files
 from qwenlocal.cli.model_facts import header_facts, print_facts
 from qwenlocal.errors import BadWeights, OutputExists, UsageError
 from qwenlocal.formatting import format_bytes
-from qwenlocal.library.progress import TaskProgress
 from qwenlocal.paths import parse_path
+from qwenlocal.progress import TaskProgress
 
 if TYPE_CHECKING:
     from qwenlocal.library.store import ModelRecord

@@ -10,8 +10,8 @@ from qwenlocal.cli.context import AppContext
 from qwenlocal.cli.model_facts import record_facts
 from qwenlocal.errors import BadWeights, Interrupted, ModelNotFound, UsageError
 from qwenlocal.i18n import tr
-from qwenlocal.library.progress import TaskProgress
 from qwenlocal.library.store import FileDamage, ModelRecord
+from qwenlocal.progress import TaskProgress
 
 if TYPE_CHECKING:
     from qwenlocal.library.names import ModelName
@@ -100,7 +100,7 @@ def _describe_digests(record: ModelRecord) -> str:
 
 
 def _describe_damage(damage: FileDamage) -> str:
-    file, size = damage.file, damage.block_size
+    file, size = damage.file, damage.file.block
     if damage.blocks is None:
         return f"{file.path} is damaged: its sha256 is {damage.sha256[:16]}…, not {file.sha256[:16]}…."
     spans = ", ".join(f"{n} (bytes {n * size:,} to {(n + 1) * size:,})" for n in damage.blocks[:8])

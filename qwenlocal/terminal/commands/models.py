@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from qwenlocal.chat.context_window import OVERFLOW_POLICIES
 from qwenlocal.errors import UsageError
 from qwenlocal.i18n import mark, tr
 from qwenlocal.terminal.session import Session
@@ -104,7 +105,7 @@ def change_setting(session: Session, argument: str) -> None:
 def _apply_setting(session: Session, name: str, value: str) -> None:
     config = session.conversation.config
     if name == "overflow":
-        if value not in ("shift", "summarise", "stop"):
+        if value not in OVERFLOW_POLICIES:
             raise UsageError(tr("overflow must be shift, summarise or stop, not {value}.", value=value))
         config.overflow = value
     elif name == "max_tokens":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from qwenlocal.i18n import mark, tr
@@ -32,7 +32,6 @@ class Command:
     usage: str
     help: str
     handler: Handler
-    group: str
     completes: str = ""
 
     @property
@@ -51,83 +50,70 @@ def _show_help(session: Session, argument: str) -> None:
         session.say(f"{command.usage}  {tr(command.help)}" if command else describe_unknown(f"/{name}"))
         return
     width = max(len(command.usage) for command in COMMANDS)
-    for group in dict.fromkeys(command.group for command in COMMANDS):
+    for group, commands in COMMAND_GROUPS.items():
         session.say(f"{tr(group)}:")
-        for command in COMMANDS:
-            if command.group == group:
-                session.say(f"  {command.usage:<{width}}  {tr(command.help)}")
+        for command in commands:
+            session.say(f"  {command.usage:<{width}}  {tr(command.help)}")
     session.say(tr("Keys:"))
     width = max(len(keys) for keys, _ in KEYS)
     for keys, effect in KEYS:
         session.say(f"  {keys:<{width}}  {tr(effect)}")
 
 
-_TURNS, _CONTEXT, _MODEL = mark("Turns"), mark("Context"), mark("Model and settings")
-_FILES, _OTHER = mark("Files and chats"), mark("Other")
-
-COMMANDS: Sequence[Command] = (
-    Command("/undo", mark("Take back the last question and edit it"), turns.undo_turn, _TURNS),
-    Command("/retry [N]", mark("Give another answer to the last question, or N others"), turns.retry_answer, _TURNS),
-    Command(
-        "/versions [N]",
-        mark("List all answers to the last question, or use number N"),
-        turns.show_versions,
-        _TURNS,
+COMMAND_GROUPS: Mapping[str, Sequence[Command]] = {
+    mark("Turns"): (
+        Command("/undo", mark("Take back the last question and edit it"), turns.undo_turn),
+        Command("/retry [N]", mark("Give another answer to the last question, or N others"), turns.retry_answer),
+        Command("/versions [N]", mark("List all answers to the last question, or use number N"), turns.show_versions),
+        Command("/edit [TURN]", mark("Edit a question and ask it again"), turns.edit_question, "turn"),
+        Command("/answer [TURN]", mark("Edit an answer of the model"), turns.edit_answer, "turn"),
+        Command("/continue", mark("Continue an answer that was cut off"), turns.continue_answer),
+        Command("/branch [N]", mark("List the branches of this chat, or switch to number N"), turns.show_branches),
+        Command("/fork [TURN]", mark("Start a new chat with the turns up to this one"), turns.fork_chat, "turn"),
+        Command("/clear", mark("Start a new chat with the same system prompt"), turns.clear_chat),
     ),
-    Command("/edit [TURN]", mark("Edit a question and ask it again"), turns.edit_question, _TURNS, "turn"),
-    Command("/answer [TURN]", mark("Edit an answer of the model"), turns.edit_answer, _TURNS, "turn"),
-    Command("/continue", mark("Continue an answer that was cut off"), turns.continue_answer, _TURNS),
-    Command("/branch [N]", mark("List the branches of this chat, or switch to number N"), turns.show_branches, _TURNS),
-    Command("/fork [TURN]", mark("Start a new chat with the turns up to this one"), turns.fork_chat, _TURNS, "turn"),
-    Command("/clear", mark("Start a new chat with the same system prompt"), turns.clear_chat, _TURNS),
-    Command("/ctx", mark("Show what is in the context, turn by turn"), context.show_context, _CONTEXT),
-    Command(
-        "/pin [TURN]", mark("Keep a turn when the context is full, or unpin it"), context.toggle_pin, _CONTEXT, "turn"
+    mark("Context"): (
+        Command("/ctx", mark("Show what is in the context, turn by turn"), context.show_context),
+        Command("/pin [TURN]", mark("Keep a turn when the context is full, or unpin it"), context.toggle_pin, "turn"),
+        Command("/drop [TURN]", mark("Remove a turn from the context, or put it back"), context.toggle_drop, "turn"),
+        Command("/tokens [TEXT]", mark("Count the tokens of a text, or of the chat"), context.count_tokens),
+        Command("/stats", mark("Show or hide statistics after each answer"), context.toggle_stats),
     ),
-    Command(
-        "/drop [TURN]", mark("Remove a turn from the context, or put it back"), context.toggle_drop, _CONTEXT, "turn"
+    mark("Model and settings"): (
+        Command(
+            "/model [NAME]", mark("Switch to another model, or show the current one"), models.switch_model, "model"
+        ),
+        Command("/system [TEXT]", mark("Set the system prompt, or show it"), models.set_system_prompt),
+        Command(
+            "/prompt [NAME]",
+            mark("Use a system prompt from a file, or list the files"),
+            models.use_prompt_file,
+            "prompt",
+        ),
+        Command(
+            "/set [NAME VALUE]",
+            mark("Change a setting (temperature, seed, …), or show all"),
+            models.change_setting,
+            "setting",
+        ),
     ),
-    Command("/tokens [TEXT]", mark("Count the tokens of a text, or of the chat"), context.count_tokens, _CONTEXT),
-    Command("/stats", mark("Show or hide statistics after each answer"), context.toggle_stats, _CONTEXT),
-    Command(
-        "/model [NAME]", mark("Switch to another model, or show the current one"), models.switch_model, _MODEL, "model"
+    mark("Files and chats"): (
+        Command("/read FILE", mark("Add a file to the next message"), files.attach_file, "file"),
+        Command("/copy [code|N]", mark("Copy the last answer, its last code block, or answer N"), files.copy_answer),
+        Command("/save [FILE]", mark("Save the conversation as JSON"), files.save_chat, "file"),
+        Command(
+            "/load FILE|CHAT", mark("Continue a saved conversation, or a chat by its number"), files.load_chat, "file"
+        ),
+        Command("/export FILE", mark("Export the chat as .md, .json or .html"), files.export_chat, "file"),
+        Command("/title TEXT", mark("Rename this chat"), files.rename_chat),
     ),
-    Command("/system [TEXT]", mark("Set the system prompt, or show it"), models.set_system_prompt, _MODEL),
-    Command(
-        "/prompt [NAME]",
-        mark("Use a system prompt from a file, or list the files"),
-        models.use_prompt_file,
-        _MODEL,
-        "prompt",
+    mark("Other"): (
+        Command("/markdown", mark("Turn Markdown rendering on or off"), context.toggle_markdown),
+        Command("/help [COMMAND]", mark("Show this help"), _show_help),
+        Command("/exit", mark("Exit (also Ctrl-D)"), _exit),
     ),
-    Command(
-        "/set [NAME VALUE]",
-        mark("Change a setting (temperature, seed, …), or show all"),
-        models.change_setting,
-        _MODEL,
-        "setting",
-    ),
-    Command("/read FILE", mark("Add a file to the next message"), files.attach_file, _FILES, "file"),
-    Command(
-        "/copy [code|N]",
-        mark("Copy the last answer, its last code block, or answer N"),
-        files.copy_answer,
-        _FILES,
-    ),
-    Command("/save [FILE]", mark("Save the conversation as JSON"), files.save_chat, _FILES, "file"),
-    Command(
-        "/load FILE|CHAT",
-        mark("Continue a saved conversation, or a chat by its number"),
-        files.load_chat,
-        _FILES,
-        "file",
-    ),
-    Command("/export FILE", mark("Export the chat as .md, .json or .html"), files.export_chat, _FILES, "file"),
-    Command("/title TEXT", mark("Rename this chat"), files.rename_chat, _FILES),
-    Command("/markdown", mark("Turn Markdown rendering on or off"), context.toggle_markdown, _OTHER),
-    Command("/help [COMMAND]", mark("Show this help"), _show_help, _OTHER),
-    Command("/exit", mark("Exit (also Ctrl-D)"), _exit, _OTHER),
-)
+}
+COMMANDS = [command for group in COMMAND_GROUPS.values() for command in group]
 
 KEYS: Sequence[tuple[str, str]] = (
     ("Enter", mark("Send the message")),

@@ -22,7 +22,7 @@ def undo_turn(session: Session, _argument: str) -> None:
 def retry_answer(session: Session, argument: str) -> list[AnswerStarter]:
     """Answer the last question again, several times if `argument` is a number."""
     session.find_turn("")
-    count = _parse_number(argument, 1, _MAX_RETRIES) or 1
+    count = _parse_number(argument, _MAX_RETRIES) or 1
     return [session.conversation.retry] * count
 
 
@@ -32,7 +32,7 @@ def show_versions(session: Session, argument: str) -> None:
     if turn.answer is None:
         raise UsageError(tr("The last question has no answer yet."))
     versions = session.thread.versions(turn.answer)
-    number = _parse_number(argument, 1, len(versions))
+    number = _parse_number(argument, len(versions))
     if number:
         version = versions[number - 1]
         session.thread.select_version(version)
@@ -70,7 +70,7 @@ def show_branches(session: Session, argument: str) -> None:
     leaves = sorted(_find_leaves(session.thread), key=lambda message: -message.number)
     if not leaves:
         raise UsageError(tr("There are no questions yet."))
-    number = _parse_number(argument, 1, len(leaves))
+    number = _parse_number(argument, len(leaves))
     if number:
         leaf = leaves[number - 1]
         session.thread.set_leaf(leaf.number)
@@ -129,9 +129,9 @@ def clear_chat(session: Session, _argument: str) -> None:
     session.say(note)
 
 
-def _parse_number(text: str, minimum: int, maximum: int) -> int | None:
+def _parse_number(text: str, maximum: int) -> int | None:
     """
-    Parse a number from `minimum` to `maximum`; return None for an empty text.
+    Parse a number from 1 to `maximum`; return None for an empty text.
 
     Raises
     ------
@@ -140,8 +140,6 @@ def _parse_number(text: str, minimum: int, maximum: int) -> int | None:
     word = text.strip()
     if not word:
         return None
-    if not word.isdecimal() or not minimum <= int(word) <= maximum:
-        raise UsageError(
-            tr("“{word}” is not a number from {minimum} to {maximum}.", word=word, minimum=minimum, maximum=maximum)
-        )
+    if not word.isdecimal() or not 1 <= int(word) <= maximum:
+        raise UsageError(tr("“{word}” is not a number from 1 to {maximum}.", word=word, maximum=maximum))
     return int(word)

@@ -406,10 +406,10 @@ def test_a_draft_model_is_unloaded_when_memory_is_low_and_the_answer_goes_on(
     memory = [8 << 30, 8 << 30, 50 << 20, 8 << 30]  # for the plan, before the prompt, after 32 tokens, after 64
     machine = Machine(1, lambda: Memory(8 << 30, memory.pop(0)))
     with loaded(large, small, machine) as model:
-        assert model.draft_stats is not None
-        assert not model.draft_stats.is_unloaded
+        assert model.drafter is not None
+        assert not model.drafter.has_given_up
         assert answer(model.sequence, PROMPT) == plain
-        assert model.draft_stats.is_unloaded
+        assert model.drafter.has_given_up
         assert tr(DRAFT_UNLOADED) == "The draft model was unloaded because memory is low."
 
 

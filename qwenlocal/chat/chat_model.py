@@ -10,7 +10,6 @@ from pathlib import Path
 
 from qwenlocal.chat.chat_template import CHATML, ChatTemplate
 from qwenlocal.chat.conversation import Conversation, GenerationConfig
-from qwenlocal.chat.events import DraftStats
 from qwenlocal.chat.thread import Thread
 from qwenlocal.engine.llama import Model
 from qwenlocal.engine.load_plan import ChatTemplateMissing, LoadNote
@@ -41,12 +40,6 @@ class ChatModel(LoadedModel):
             )
         n_ctx, tokenizer = self.context.n_ctx, self.model.tokenizer
         return Conversation(self.sequence, tokenizer, self.template, config, thread, n_ctx=n_ctx, model=self.name)
-
-    @property
-    def draft_stats(self) -> DraftStats | None:
-        """Counts of the draft model so far; None without one."""
-        drafter = self.drafter
-        return DraftStats(drafter.drafted, drafter.accepted, drafter.has_given_up) if drafter else None
 
 
 def load_chat_model(

@@ -86,9 +86,9 @@ class Conversation:
         if last and last.role == USER:
             original = last.text
             thread.update(last, text=f"{original}\n\n{text}")
-            return self._start(lambda: thread.update(last, text=original))
+            return self._answer(lambda: thread.update(last, text=original))
         question = thread.add(USER, text)
-        return self._start(lambda: thread.remove(question))
+        return self._answer(lambda: thread.remove(question))
 
     def edit(self, turn: Turn, text: str) -> Iterator[Event]:
         """
@@ -106,7 +106,7 @@ class Conversation:
             thread.remove(question)
             thread.set_leaf(leaf)
 
-        return self._start(undo)
+        return self._answer(undo)
 
     def retry(self) -> Iterator[Event]:
         """
@@ -121,7 +121,7 @@ class Conversation:
         if turn.answer:
             thread.set_leaf(turn.question.number)
         version = len(thread.versions(turn.answer)) if turn.answer else 0
-        return self._start(lambda: thread.set_leaf(leaf), version=version)
+        return self._answer(lambda: thread.set_leaf(leaf), version=version)
 
     def continue_answer(self) -> Iterator[Event]:
         """
@@ -133,19 +133,18 @@ class Conversation:
         """
         turn = self._last_turn()
         if turn.answer is None:
-            return self._start(lambda: None)
+            return self._answer(lambda: None)
         message = turn.answer
         prefix = list(message.ids) or self._tokenizer.tokenize(message.text, special=False)
         self.thread.set_leaf(turn.question.number)
         ids = self._encode_prompt()
         self.thread.set_leaf(message.number)
-        events = self._stream(ids, self.config.sampling, prefix)
-        first = next(events)
+        events = _start(self._stream(ids, self.config.sampling, prefix))
         if message.ids:  # the text may end with U+FFFD for half a character, which the next tokens complete
             detokenizer = IncrementalDetokenizer(self.config.stop_strings)
             text = "".join(detokenizer.feed(self._tokenizer.piece(token)) for token in prefix)
             self.thread.update(message, text=text)
-        return self._record(itertools.chain([first], events), message)
+        return self._record(events, message)
 
     def replace_answer(self, turn: Turn, text: str) -> None:
         """Make `text` the answer of a turn; its earlier answer and what follows it stay in the thread."""
@@ -207,10 +206,9 @@ class Conversation:
             raise UsageError(tr("There is no question yet."), hint=tr("Type a question first."))
         return turns[-1]
 
-    def _start(self, undo: Callable[[], object], version: int = 0) -> Iterator[Event]:
+    def _answer(self, undo: Callable[[], object], version: int = 0) -> Iterator[Event]:
         """Start the answer to the question at the leaf; if it fails before its first event, call `undo`."""
-        events = self._respond(undo, version)
-        return itertools.chain([next(events)], events)
+        return _start(self._respond(undo, version))
 
     def _respond(self, undo: Callable[[], object], version: int) -> Iterator[Event]:
         sampling = self.config.sampling
@@ -221,12 +219,11 @@ class Conversation:
             if interrupted:
                 yield interrupted
                 return
-            events = self._stream(self._encode_prompt(), sampling)
-            first = next(events)
+            events = _start(self._stream(self._encode_prompt(), sampling))
         except BaseException:
             undo()
             raise
-        yield from self._record(itertools.chain([first], events), None)
+        yield from self._record(events, None)
 
     def _make_room(self) -> Generator[Event, None, Done | None]:
         """
@@ -321,3 +318,8 @@ class Conversation:
                 if message:
                     thread.update(message, finish_reason=event.finish_reason.value, ids=event.ids)
             yield event
+
+
+def _start(events: Iterator[Event]) -> Iterator[Event]:
+    """Wait for the first event, so that errors before it are raised here."""
+    return itertools.chain([next(events)], events)

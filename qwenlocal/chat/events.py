@@ -87,15 +87,6 @@ class GenerationStats:
 
 
 @dataclass(frozen=True)
-class DraftStats:
-    """Tokens that a draft model drafted so far, those that were accepted, and whether it was unloaded."""
-
-    drafted: int
-    accepted: int
-    is_unloaded: bool
-
-
-@dataclass(frozen=True)
 class Done:
     """
     The answer has ended.

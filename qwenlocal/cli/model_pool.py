@@ -18,9 +18,9 @@ from qwenlocal.terminal.progress import StatusLine
 if TYPE_CHECKING:
     from qwenlocal.chat.chat_model import ChatModel
     from qwenlocal.chat.conversation import Conversation, GenerationConfig
-    from qwenlocal.chat.events import DraftStats
     from qwenlocal.chat.thread import Thread
     from qwenlocal.cli.model_loader import ModelLoader
+    from qwenlocal.engine.draft_model import ModelDrafter
     from qwenlocal.engine.load_plan import LoadNote
 
 
@@ -95,10 +95,10 @@ class ModelPool:
         return [record.name for record in self._app.store.records()]
 
     @property
-    def draft_stats(self) -> DraftStats | None:
-        """Counts of the current model's draft model; None without one."""
+    def drafter(self) -> ModelDrafter | None:
+        """The current model's drafter; None without a draft model."""
         pooled = self._pooled.get(self._current)
-        return pooled.loaded.draft_stats if pooled else None
+        return pooled.loaded.drafter if pooled else None
 
     def switch(self, name: str, thread: Thread) -> Conversation:
         """

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwenlocal.chat.documents import find_mentions, find_missing_mentions, read_document
-from qwenlocal.chat.events import Done, DraftStats, Event, FinishReason
+from qwenlocal.chat.events import Done, Event, FinishReason
 from qwenlocal.chat.worker import iterate_in_thread
 from qwenlocal.errors import ContextFull, QwenlocalError
 from qwenlocal.formatting import replace_surrogates
@@ -30,7 +30,7 @@ from qwenlocal.terminal.view import (
     DRAFT_UNLOADED,
     AnswerProgress,
     AnswerView,
-    describe_draft_stats,
+    describe_drafting,
     describe_stats,
     print_answer,
 )
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
     from prompt_toolkit.application import Application
     from prompt_toolkit.formatted_text import StyleAndTextTuples
+
+    from qwenlocal.engine.draft_model import ModelDrafter
 
 PROMPT: StyleAndTextTuples = [("bold fg:ansigreen", "> ")]
 
@@ -51,19 +53,19 @@ class Repl:
         session: Session,
         *,
         history: Path | None,
-        draft_stats: Callable[[], DraftStats | None] = lambda: None,
-        on_ready: Callable[[], object] = lambda: None,
+        drafter: Callable[[], ModelDrafter | None],
+        on_ready: Callable[[], object],
     ) -> None:
         """
         Prepare the loop; the lines typed are appended to the file `history`, if given.
 
-        `draft_stats` returns the counts of the draft model, if there is one. `on_ready` is called when the input line
-        is shown for the first time, so that the model can load while the user types.
+        `drafter` returns the drafter of the current model, if it has a draft model. `on_ready` is called when the input
+        line is shown for the first time, so that the model can load while the user types.
         """
         from qwenlocal.terminal.input import PasteStore
 
         self._session, self._history = session, history
-        self._draft_stats, self._printed_unloading = draft_stats, False
+        self._drafter, self._printed_unloading = drafter, False
         self._on_ready = on_ready
         self._app: Application[str] | None = None
         self._type_ahead = TypeAhead()
@@ -204,8 +206,8 @@ class Repl:
             session.say(f"[{tr(reason.value)}]{hint}")
         if session.show_stats:
             session.say(describe_stats(done))
-            if draft_stats := self._draft_stats():
-                session.say(describe_draft_stats(draft_stats))
+            if drafter := self._drafter():
+                session.say(describe_drafting(drafter))
         self._print_notes()
         sys.stdout.write("\n")
         sys.stdout.flush()
@@ -227,8 +229,8 @@ class Repl:
     def _print_notes(self) -> None:
         """Say that the draft model was unloaded, or that the journal cannot be written, once each."""
         session = self._session
-        draft_stats = self._draft_stats()
-        is_unloaded = draft_stats is not None and draft_stats.is_unloaded
+        drafter = self._drafter()
+        is_unloaded = drafter is not None and drafter.has_given_up
         if is_unloaded and not self._printed_unloading:
             session.say(tr(DRAFT_UNLOADED))
         self._printed_unloading = is_unloaded

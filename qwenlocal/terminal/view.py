@@ -7,11 +7,10 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from qwenlocal.chat.events import (
     Done,
-    DraftStats,
     Event,
     FinishReason,
     GenerationStats,
@@ -26,6 +25,9 @@ from qwenlocal.terminal.ansi import escape_controls, wrap
 from qwenlocal.terminal.markdown import MarkdownStream, RenderedLines, RenderOptions
 from qwenlocal.terminal.progress import StatusLine
 from qwenlocal.terminal.screen import Screen
+
+if TYPE_CHECKING:
+    from qwenlocal.engine.draft_model import ModelDrafter
 
 _MIN_INTERVAL, _MAX_INTERVAL = 0.04, 0.4  # seconds between two redraws
 _REST_FACTOR = 40  # the pause after a redraw, as a multiple of the time it took
@@ -182,12 +184,12 @@ def describe_stats(done: Done) -> str:
     return " | ".join(parts)
 
 
-def describe_draft_stats(stats: DraftStats) -> str:
+def describe_drafting(drafter: ModelDrafter) -> str:
     """Return `draft model: 61 of 80 drafted tokens accepted`."""
     return tr(
         "draft model: {accepted:,} of {drafted:,} drafted tokens accepted",
-        accepted=stats.accepted,
-        drafted=stats.drafted,
+        accepted=drafter.accepted,
+        drafted=drafter.drafted,
     )
 
 

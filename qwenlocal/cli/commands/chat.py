@@ -67,7 +67,7 @@ def run_chat(
     repl = Repl(
         session,
         history=app.folders.history if options.journal else None,
-        draft_stats=lambda: pool.draft_stats,
+        drafter=lambda: pool.drafter,
         on_ready=pool.start_loading,
     )
     pool.on_first_loaded = repl.on_model_loaded

@@ -163,7 +163,7 @@ def _print_answer(options: RunOptions, loaded: ChatModel, prompt: str, system: s
     from qwenlocal.chat.events import FinishReason
     from qwenlocal.chat.thread import Thread
     from qwenlocal.chat.worker import iterate_in_thread
-    from qwenlocal.terminal.view import DRAFT_UNLOADED, describe_draft_stats, describe_stats, print_answer
+    from qwenlocal.terminal.view import DRAFT_UNLOADED, describe_drafting, describe_stats, print_answer
 
     config = options.generation_config(loaded.sampling)
     if loaded.template is None:
@@ -175,12 +175,12 @@ def _print_answer(options: RunOptions, loaded: ChatModel, prompt: str, system: s
         begin, stop = functools.partial(conversation.ask, prompt), conversation.stop
     with iterate_in_thread(begin, stop) as events:
         done = print_answer(events, sys.stdout, sys.stderr)
-    draft_stats = loaded.draft_stats
+    drafter = loaded.drafter
     if options.stats:
         sys.stderr.write(describe_stats(done) + "\n")
-        if draft_stats:
-            sys.stderr.write(describe_draft_stats(draft_stats) + "\n")
-    if draft_stats and draft_stats.is_unloaded:
+        if drafter:
+            sys.stderr.write(describe_drafting(drafter) + "\n")
+    if drafter and drafter.has_given_up:
         sys.stderr.write(f"qwenlocal: {tr(DRAFT_UNLOADED)}\n")
     if done.finish_reason is FinishReason.INTERRUPTED:
         raise Interrupted

@@ -7,6 +7,7 @@ other programs find them; `HF_HOME` and `HF_HUB_CACHE` move that.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Mapping
@@ -31,14 +32,16 @@ class Folders:
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Folders:
         """Build from the defaults and `QWENLOCAL_HOME`, `HF_HUB_CACHE`, `HF_HOME` and `XDG_CACHE_HOME`."""
-        import platformdirs
-
         user = Path(environ.get("HOME") or Path.home())
         xdg_cache = Path(environ.get("XDG_CACHE_HOME") or user / ".cache")
         hub_home = Path(environ.get("HF_HOME") or xdg_cache / "huggingface").expanduser()
         hub_cache = environ.get("HF_HUB_CACHE") or environ.get("HUGGINGFACE_HUB_CACHE") or hub_home / "hub"
-        home = environ.get("QWENLOCAL_HOME") or platformdirs.user_data_dir("qwenlocal", appauthor=False)
-        cache = Path(platformdirs.user_cache_dir()) if sys.platform in ("darwin", "win32") else xdg_cache
+        home, cache = environ.get("QWENLOCAL_HOME"), xdg_cache
+        if not home or sys.platform in ("darwin", "win32"):
+            import platformdirs  # 3 ms
+
+            home = home or platformdirs.user_data_dir("qwenlocal", appauthor=False)
+            cache = Path(platformdirs.user_cache_dir()) if sys.platform in ("darwin", "win32") else xdg_cache
         return cls(Path(home).expanduser().absolute(), Path(hub_cache).expanduser().absolute(), user, cache)
 
     @property
@@ -90,13 +93,10 @@ class Folders:
 
 def _device(folder: Path) -> int:
     """Return the device number of the disk that a folder is on, or would be on if it existed."""
-    while True:
-        try:
-            return folder.stat().st_dev
-        except OSError:
-            if folder == folder.parent:
-                return 0
-            folder = folder.parent
+    for existing in (folder, *folder.parents):
+        with contextlib.suppress(OSError):
+            return existing.stat().st_dev
+    return 0
 
 
 def bundled_folder(kind: str) -> Path:

@@ -51,8 +51,10 @@ def _report_errors() -> Iterator[None]:
     try:
         yield
     except QwenlocalError as error:
-        with _ignore_broken_pipe():
+        try:
             print_error(error)
+        except BrokenPipeError:  # the exit code still reports the error
+            _discard_output()
         raise typer.Exit(error.exit_code) from error
     except KeyboardInterrupt as stop:
         raise typer.Exit(Interrupted.exit_code) from stop
@@ -66,15 +68,6 @@ def _report_errors() -> Iterator[None]:
         with contextlib.suppress(OSError):  # the terminal may be gone
             print_error(OutputError(reason.strerror or str(reason)))
         raise typer.Exit(OutputError.exit_code) from reason
-
-
-@contextlib.contextmanager
-def _ignore_broken_pipe() -> Iterator[None]:
-    """Ignore that stderr is closed; the exit code still reports the error."""
-    try:
-        yield
-    except BrokenPipeError:
-        _discard_output()
 
 
 def _discard_output() -> None:

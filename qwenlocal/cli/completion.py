@@ -2,34 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
+
+from qwenlocal.errors import QwenlocalError
 
 
 def complete_installed_models(incomplete: str) -> list[str]:
     """Complete the name of an installed model."""
-    return _complete(_installed(), incomplete)
+    return _complete(incomplete, _installed_names)
 
 
 def complete_models(incomplete: str) -> list[str]:
     """Complete the name of any model, installed ones first."""
-    return _complete([*_installed(), *_catalog()], incomplete)
+    return _complete(incomplete, _installed_names, _catalog_names)
 
 
-def _complete(names: Iterable[str], incomplete: str) -> list[str]:
+def _complete(incomplete: str, *sources: Callable[[], list[str]]) -> list[str]:
     """
-    Return the names that begin with `incomplete`.
+    Return the names from all sources that begin with `incomplete`.
 
     bash splits words at colons: for `qwen1.5:7` it asks for `7`, and expects what follows the colon. The words before
     are in COMP_WORDS, as `qwenlocal run qwen1.5 : 7`.
     """
-    prefix = _before_colon(os.environ.get("COMP_WORDS", ""), incomplete) if _is_bash() else ""
+    is_bash = os.environ.get("_QWENLOCAL_COMPLETE") == "complete_bash"
+    names: list[str] = []
+    for source in sources:
+        with contextlib.suppress(QwenlocalError, OSError):
+            names += source()
+    prefix = _before_colon(os.environ.get("COMP_WORDS", ""), incomplete) if is_bash else ""
     matches = dict.fromkeys(name for name in names if name.startswith(prefix + incomplete))
     return [name[len(prefix) :] for name in matches]
-
-
-def _is_bash() -> bool:
-    return os.environ.get("_QWENLOCAL_COMPLETE") == "complete_bash"
 
 
 def _before_colon(words: str, incomplete: str) -> str:
@@ -41,23 +45,15 @@ def _before_colon(words: str, incomplete: str) -> str:
     return f"{head.rstrip().split()[-1]}:" if head.split() else ""
 
 
-def _installed() -> Iterator[str]:
-    from qwenlocal.errors import QwenlocalError
+def _installed_names() -> list[str]:
     from qwenlocal.library.store import Store
     from qwenlocal.paths import Folders
 
-    try:
-        yield from (record.name for record in Store(Folders.from_environment()).records())
-    except (QwenlocalError, OSError):
-        return
+    return [record.name for record in Store(Folders.from_environment()).records()]
 
 
-def _catalog() -> Iterator[str]:
-    from qwenlocal.errors import QwenlocalError
+def _catalog_names() -> list[str]:
     from qwenlocal.library.catalog import Catalog
     from qwenlocal.paths import bundled_folder
 
-    try:
-        yield from (card.name for card in Catalog.read(bundled_folder("models")).cards)
-    except (QwenlocalError, OSError):
-        return
+    return [card.name for card in Catalog.read(bundled_folder("models")).cards]

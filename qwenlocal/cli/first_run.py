@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from qwenlocal.cli.console import can_ask, choose_number
@@ -93,18 +93,15 @@ def measure_bandwidth(cores: int) -> float:
     import numpy
 
     data = numpy.ones(_PROBE_BYTES // 8)
-    bytes_read = [0] * cores
-    end = time.perf_counter() + _PROBE_SECONDS
-
-    def read(core: int) -> None:
-        while time.perf_counter() < end:
-            data.sum()
-            bytes_read[core] += data.nbytes
-
     begin = time.perf_counter()
-    threads = [threading.Thread(target=read, args=(core,)) for core in range(cores)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return sum(bytes_read) / (time.perf_counter() - begin)
+
+    def read(_core: int) -> int:
+        bytes_read = 0
+        while time.perf_counter() < begin + _PROBE_SECONDS:
+            data.sum()
+            bytes_read += data.nbytes
+        return bytes_read
+
+    with ThreadPoolExecutor(cores) as pool:
+        total = sum(pool.map(read, range(cores)))
+    return total / (time.perf_counter() - begin)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 from qwenlocal import __version__
 from qwenlocal.cli.console import print_json
@@ -17,6 +18,9 @@ from qwenlocal.cli.context import AppContext
 from qwenlocal.errors import QwenlocalError
 from qwenlocal.machine import Machine, this_machine
 from qwenlocal.paths import Folders, ensure_writable
+
+if TYPE_CHECKING:
+    from qwenlocal.ggml import Device
 
 # Processor features, and their names in llama.cpp's system info, which lists how it was compiled.
 _COMPILED_NAMES = {
@@ -89,7 +93,7 @@ def _engine(machine: Machine) -> list[Check]:
         for part in system_info.split("|")
         if part.strip().endswith("1")
     }
-    return [_processor(machine, compiled), *(_device(d.name, d.description, d.free, d.total) for d in devices)]
+    return [_processor(machine, compiled), *map(_device, devices)]
 
 
 def _processor(machine: Machine, compiled: set[str]) -> Check:
@@ -101,29 +105,24 @@ def _processor(machine: Machine, compiled: set[str]) -> Check:
     )
     used = ", ".join(sorted(compiled & set(_COMPILED_NAMES.values()))) or "no vector units"
     state = f"{machine.processor}, {machine.cores} fast cores; llama.cpp uses {used}"
+    advice = ""
     if unused:
-        return Check(
-            "processor", state, f"It could also use {', '.join(unused)}. Compile it for this machine: make setup"
-        )
-    if missing and machine.features:
-        return Check(
-            "processor",
-            state,
-            f"It was compiled for another processor ({', '.join(missing)}). Compile it again: make setup",
-        )
-    return Check("processor", state)
+        advice = f"It could also use {', '.join(unused)}. Compile it for this machine: make setup"
+    elif missing and machine.features:
+        advice = f"It was compiled for another processor ({', '.join(missing)}). Compile it again: make setup"
+    return Check("processor", state, advice)
 
 
-def _device(name: str, description: str, free: int, total: int) -> Check:
-    return Check("device", f"{name}: {description}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free")
+def _device(device: Device) -> Check:
+    free, total = device.free / 2**30, device.total / 2**30
+    return Check("device", f"{device.name}: {device.description}, {free:.1f} of {total:.1f} GiB free")
 
 
 def _memory(machine: Machine) -> Check:
     memory = machine.memory()
     state = f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB available"
-    if memory.available < 1 << 30:
-        return Check("memory", state, "Close other programs; the smallest model needs about 1 GiB.")
-    return Check("memory", state)
+    is_low = memory.available < 1 << 30
+    return Check("memory", state, "Close other programs; the smallest model needs about 1 GiB." if is_low else "")
 
 
 def _folders(folders: Folders) -> list[Check]:

@@ -13,7 +13,7 @@ import pytest
 
 from qwenlocal.engine.context import Aborted, AbortFlag, CacheFull, Context, ContextOptions
 from qwenlocal.engine.llama import LoadCancelled, Model, load_library
-from qwenlocal.engine.memory import MemoryWatch
+from qwenlocal.engine.memory import check_memory
 from qwenlocal.engine.prefix_cache import common_prefix
 from qwenlocal.engine.sampler import Sampler
 from qwenlocal.engine.sampling import Sampling
@@ -305,7 +305,7 @@ def test_a_generator_that_outlives_its_context_ends_quietly(random_model: Path) 
 def test_low_memory_ends_an_answer_and_keeps_its_tokens(endless_model: Path, opened: Callable[..., Context]) -> None:
     left = iter([Memory(8 << 30, 4 << 30)] * 2 + [Memory(8 << 30, 90 << 20)] * 9)
     context = opened(endless_model)
-    sequence = TokenSequence(context, check_memory=MemoryWatch(lambda: next(left)))
+    sequence = TokenSequence(context, check_memory=lambda: check_memory(lambda: next(left)))
     ids: list[int] = []
     with pytest.raises(LowMemory) as caught:
         ids.extend(step for step in sequence.generate([1, 2, 3, 10], GREEDY, limit=400) if isinstance(step, int))
@@ -315,21 +315,20 @@ def test_low_memory_ends_an_answer_and_keeps_its_tokens(endless_model: Path, ope
 
 
 def test_the_memory_limit_scales_with_small_containers() -> None:
-    MemoryWatch(lambda: Memory(1 << 30, 100 << 20))()
+    check_memory(lambda: Memory(1 << 30, 100 << 20))
     with pytest.raises(LowMemory):
-        MemoryWatch(lambda: Memory(1 << 30, 50 << 20))()
+        check_memory(lambda: Memory(1 << 30, 50 << 20))
 
 
 def test_memory_pressure_ends_an_answer() -> None:
     plenty = Memory(8 << 30, 1 << 30)
-    MemoryWatch(lambda: plenty, lambda: 0.2)()
+    check_memory(lambda: plenty, lambda: 0.2)
     with pytest.raises(LowMemory, match=r"is swapping \(63% of its time; 1,024 MiB left\)"):
-        MemoryWatch(lambda: plenty, lambda: 0.63)()
+        check_memory(lambda: plenty, lambda: 0.63)
 
 
 def test_optional_memory_is_freed_before_an_answer_ends() -> None:
     freed = iter([True, False])
-    watch = MemoryWatch(lambda: Memory(8 << 30, 50 << 20), free_memory=lambda: next(freed))
-    watch()
+    check_memory(lambda: Memory(8 << 30, 50 << 20), free_memory=lambda: next(freed))
     with pytest.raises(LowMemory):
-        watch()
+        check_memory(lambda: Memory(8 << 30, 50 << 20), free_memory=lambda: next(freed))

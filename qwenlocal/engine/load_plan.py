@@ -19,9 +19,8 @@ from qwenlocal.i18n import tr
 
 KV_TYPES = ("f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 PREFERRED_CONTEXT = 4096  # tokens; below this, keys become q8_0 before the context is shortened further
-MIN_CONTEXT = 1024
-DEFAULT_CONTEXT = 4096  # if the model's dimensions are unknown
-MAX_ROPE_FACTOR = 8
+_MIN_CONTEXT = 1024
+_MAX_ROPE_FACTOR = 8
 ALL_LAYERS = 1 << 16  # more than any model has
 _PREFIX_CACHE_ENTRIES = 3  # abandoned branches of the conversation
 _STEP = 1024
@@ -149,7 +148,7 @@ def plan_load(
     """
     check_load_request(request)
     if dims is None:
-        return LoadPlan(replace(_all_layouts(request)[0], n_ctx=request.n_ctx or DEFAULT_CONTEXT), None, available)
+        return LoadPlan(replace(_all_layouts(request)[0], n_ctx=request.n_ctx or PREFERRED_CONTEXT), None, available)
     rope = _rope_scaling(dims, request)
     for options in _candidates(dims, weights, available, request):
         memory = estimate_memory(dims, weights, options)
@@ -173,9 +172,9 @@ def _candidates(dims: ModelDims, weights: int, available: int, request: LoadRequ
         return
     room = available - weights
     sizes = [(layout, _comfortable_context(dims, weights, room, layout)) for layout in layouts]
-    for minimum in (min(PREFERRED_CONTEXT, dims.n_ctx_train), min(MIN_CONTEXT, dims.n_ctx_train)):
+    for minimum in (min(PREFERRED_CONTEXT, dims.n_ctx_train), min(_MIN_CONTEXT, dims.n_ctx_train)):
         yield from (replace(layout, n_ctx=size) for layout, size in sizes if size >= minimum)
-    yield from (replace(layout, n_ctx=min(MIN_CONTEXT, dims.n_ctx_train)) for layout in layouts)
+    yield from (replace(layout, n_ctx=min(_MIN_CONTEXT, dims.n_ctx_train)) for layout in layouts)
 
 
 def _layouts(dims: ModelDims, request: LoadRequest) -> list[ContextOptions]:
@@ -240,7 +239,7 @@ def _rope_scaling(dims: ModelDims, request: LoadRequest) -> RopeScaling | None:
     if not request.n_ctx or request.n_ctx <= dims.n_ctx_train or request.rope == "none":
         return None
     factor = request.n_ctx / dims.n_ctx_train
-    if factor > MAX_ROPE_FACTOR:
+    if factor > _MAX_ROPE_FACTOR:
         raise UsageError(
             tr(
                 "A context of {n_ctx:,} tokens is {factor:.0f} times the {n_ctx_train:,} that this model was trained "
@@ -248,9 +247,9 @@ def _rope_scaling(dims: ModelDims, request: LoadRequest) -> RopeScaling | None:
                 n_ctx=request.n_ctx,
                 factor=factor,
                 n_ctx_train=dims.n_ctx_train,
-                max_factor=MAX_ROPE_FACTOR,
+                max_factor=_MAX_ROPE_FACTOR,
             ),
-            hint=tr("Use at most -c {max_n_ctx}", max_n_ctx=dims.n_ctx_train * MAX_ROPE_FACTOR),
+            hint=tr("Use at most -c {max_n_ctx}", max_n_ctx=dims.n_ctx_train * _MAX_ROPE_FACTOR),
         )
     return RopeScaling(request.rope or "yarn", factor, dims.n_ctx_train)
 
@@ -258,7 +257,7 @@ def _rope_scaling(dims: ModelDims, request: LoadRequest) -> RopeScaling | None:
 def _not_enough_memory(
     name: str, dims: ModelDims, weights: int, available: int, request: LoadRequest
 ) -> NotEnoughMemory:
-    n_ctx = request.n_ctx or min(MIN_CONTEXT, dims.n_ctx_train)
+    n_ctx = request.n_ctx or min(_MIN_CONTEXT, dims.n_ctx_train)
     layouts = _layouts(dims, request)
     needed = estimate_memory(dims, weights, replace(layouts[-1], n_ctx=n_ctx)).total
     if request.n_ctx:
@@ -273,7 +272,7 @@ def _not_enough_memory(
 
 def _max_context(dims: ModelDims, weights: int, available: int, layout: ContextOptions) -> int:
     """Return the longest context that fits, in steps of 256."""
-    low, high = 0, pad_n_ctx(dims.n_ctx_train * MAX_ROPE_FACTOR) // 256
+    low, high = 0, pad_n_ctx(dims.n_ctx_train * _MAX_ROPE_FACTOR) // 256
     while low < high:
         middle = (low + high + 1) // 2
         fits = estimate_memory(dims, weights, replace(layout, n_ctx=middle * 256)).total <= available
@@ -293,7 +292,7 @@ class GpuOffload:
         return GpuOffload(self.layers * 3 // 4, self.total)
 
 
-def plan_gpu_offload(dims: ModelDims, weights: int, options: ContextOptions, devices: Sequence[Device]) -> GpuOffload:
+def plan_gpu_offload(dims: ModelDims, weights: int, options: ContextOptions, gpus: Sequence[Device]) -> GpuOffload:
     """
     Offload as many layers as fit into the GPUs, each with its share of the weights and the KV cache.
 
@@ -303,5 +302,5 @@ def plan_gpu_offload(dims: ModelDims, weights: int, options: ContextOptions, dev
     total = dims.n_layers + 1
     kv_cache = dims.kv_cache_bytes(pad_n_ctx(options.n_ctx), options.key_type, options.value_type)
     layer_bytes = weights / total + kv_cache / total
-    room = sum(max(0, device.free - _GPU_MARGIN) for device in devices if device.is_gpu)
+    room = sum(max(0, gpu.free - _GPU_MARGIN) for gpu in gpus)
     return GpuOffload(min(total, int(room / layer_bytes)), total)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,7 @@ from qwenlocal.engine.load_plan import (
     plan_gpu_offload,
     plan_load,
 )
-from qwenlocal.engine.memory import MemoryWatch, ModelDims, estimate_memory
+from qwenlocal.engine.memory import ModelDims, check_memory, estimate_memory
 from qwenlocal.engine.prefix_cache import PrefixCache
 from qwenlocal.engine.prompt_cache import PromptCache, compute_cache_key
 from qwenlocal.engine.sampling import Sampling
@@ -170,8 +171,8 @@ class EngineLoader:
             speculation=drafter or lookup,
             prefix_cache=PrefixCache(context),
             prompt_cache=PromptCache(caches, compute_cache_key(path, plan.options)) if caches else None,
-            check_memory=MemoryWatch(
-                machine.memory, machine.memory_pressure, drafter.give_up if drafter else lambda: False
+            check_memory=functools.partial(
+                check_memory, machine.memory, machine.memory_pressure, drafter.give_up if drafter else lambda: False
             ),
         )
         notes = (*_repair_notes(repairs, model), *offload_notes, *plan.notes, *sampling_notes)
@@ -183,14 +184,10 @@ class EngineLoader:
 
 def _apply_tuned_settings(request: LoadRequest, tuned: TunedSettings, cores: int) -> LoadRequest:
     flash = request.flash_attention
-    if flash is None and tuned.flash_attention:  # off is the plan's default, which it may have to give up
-        flash = True
-    return replace(
-        request,
-        threads=request.threads or tuned.threads or cores,
-        flash_attention=flash,
-        n_ubatch=request.n_ubatch or tuned.n_ubatch,
-    )
+    if flash is None:
+        flash = tuned.flash_attention or None  # not False: the plan may need flash attention
+    threads = request.threads or tuned.threads or cores
+    return replace(request, threads=threads, flash_attention=flash, n_ubatch=request.n_ubatch or tuned.n_ubatch)
 
 
 def choose_offload(
@@ -226,7 +223,7 @@ def plan_load_with_offload(
     if not offload.layers:
         return plan_load(name, dims, size, available, request)
     on_cpu = round(size * (1 - min(1.0, offload.layers / max(1, offload.total))))
-    n_ctx = request.n_ctx or (min(PREFERRED_CONTEXT, dims.n_ctx_train) if dims else PREFERRED_CONTEXT)
+    n_ctx = request.n_ctx or min(PREFERRED_CONTEXT, dims.n_ctx_train if dims else PREFERRED_CONTEXT)
     plan = plan_load(name, dims, on_cpu, available, replace(request, n_ctx=n_ctx))
     options = replace(plan.options, flash_attention=request.flash_attention, n_ubatch=request.n_ubatch or 512)
     return replace(plan, options=options)

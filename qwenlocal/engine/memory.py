@@ -1,5 +1,5 @@
 """
-Memory of a model: its dimensions, an estimate of what loading it needs, and a watch while it answers.
+Memory of a model: its dimensions, an estimate of what loading it needs, and a check while it answers.
 
 The weights are mapped into memory. llama.cpp copies those that it repacks for the processor's vector units, and the
 kernel can drop their pages of the file, so each weight counts once. The KV cache is allocated and zeroed in full. The
@@ -20,7 +20,7 @@ from qwenlocal.weights.gguf_reader import MetadataValue
 
 # Bytes for Python, the libraries, and llama.cpp's tables of Qwen's 151,936 tokens; measured: benchmarks/README.md.
 PROCESS_OVERHEAD = 150 << 20
-CHECK_INTERVAL = 32  # tokens between two calls of a `MemoryWatch`
+CHECK_INTERVAL = 32  # tokens between two calls of `check_memory`
 _DEFAULT_N_CTX_TRAIN = 8192  # if the file does not state it
 _FLOAT_BYTES = 4
 _MIN_AVAILABLE = 128 << 20  # bytes; below this, the kernel's OOM killer is near
@@ -76,13 +76,8 @@ class ModelDims:
 
         Qwen1.5-0.5B (24 layers, 16 heads of 64) with 2,048 tokens in f16: 192 MiB; with q8_0 keys: 147 MiB.
         """
-        columns = self.n_kv_heads * self.head_dim
-        return n_ctx * self.n_layers * sum(_row_bytes(name, columns) for name in (key_type, value_type))
-
-
-def _row_bytes(type_name: str, columns: int) -> int:
-    kind = tensor_type(type_name)
-    return -(-columns // kind.block_size) * kind.type_size
+        kinds, columns = (tensor_type(key_type), tensor_type(value_type)), self.n_kv_heads * self.head_dim
+        return n_ctx * self.n_layers * sum(-(-columns // kind.block_size) * kind.type_size for kind in kinds)
 
 
 @dataclass(frozen=True)
@@ -124,33 +119,22 @@ def _compute_bytes(dims: ModelDims, n_ctx: int, options: ContextOptions) -> int:
     return max(attention, feed_forward, output) + output  # the logits are copied to a buffer for the samplers
 
 
-class MemoryWatch:
+def check_memory(
+    read_memory: Callable[[], Memory],
+    read_pressure: Callable[[], float] = lambda: 0.0,
+    free_memory: Callable[[], bool] = lambda: False,
+) -> None:
     """
-    A check that stops generating before the kernel's OOM killer acts.
+    Stop generating before the kernel's OOM killer acts.
 
     `read_memory` returns the memory of the machine. `read_pressure` returns the share (0 to 1) of the last ten seconds
     in which everything waited for memory. `free_memory` releases something optional and returns whether it did.
+
+    Raises
+    ------
+    LowMemory: memory is nearly used up, and there is nothing optional to free.
     """
-
-    def __init__(
-        self,
-        read_memory: Callable[[], Memory],
-        read_pressure: Callable[[], float] = lambda: 0.0,
-        free_memory: Callable[[], bool] = lambda: False,
-        min_available: int = _MIN_AVAILABLE,
-    ) -> None:
-        self._read_memory, self._read_pressure = read_memory, read_pressure
-        self._free_memory, self._min_available = free_memory, min_available
-
-    def __call__(self) -> None:
-        """
-        Check the memory once.
-
-        Raises
-        ------
-        LowMemory: memory is nearly used up, and there is nothing optional to free.
-        """
-        memory, pressure = self._read_memory(), self._read_pressure()
-        is_low = memory.available < min(self._min_available, memory.total // 16)
-        if (is_low or pressure > _MAX_PRESSURE) and not self._free_memory():
-            raise LowMemory(memory.available, 0.0 if is_low else pressure)
+    memory, pressure = read_memory(), read_pressure()
+    is_low = memory.available < min(_MIN_AVAILABLE, memory.total // 16)
+    if (is_low or pressure > _MAX_PRESSURE) and not free_memory():
+        raise LowMemory(memory.available, 0.0 if is_low else pressure)

@@ -9,7 +9,9 @@ deleted. Nothing depends on them: a damaged file is deleted, and its tokens are 
 
 from __future__ import annotations
 
+import array
 import contextlib
+import ctypes
 import hashlib
 import importlib.metadata
 import json
@@ -20,14 +22,11 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qwenlocal.engine.context import Context, ContextOptions
 from qwenlocal.engine.prefix_cache import common_prefix
 from qwenlocal.errors import NotWritable, QwenlocalError
-
-if TYPE_CHECKING:
-    import array
 
 _VERSION = 1
 _DISK_SHARE = 0.1  # of the disk's free space
@@ -41,13 +40,8 @@ _DISK_SPEED = 300e6  # bytes per second that a slow disk reads
 def compute_cache_key(model: Path, options: ContextOptions) -> str:
     """Hash everything that a state depends on: the model file, the KV cache's layout, the version of llama.cpp."""
     layout = (options.key_type, options.value_type, options.flash_attention, options.rope)
-    parts = (
-        _VERSION,
-        importlib.metadata.version("llama-cpp-python"),
-        layout,
-        fingerprint_model(model),
-        model.stat().st_mtime_ns,
-    )
+    version = importlib.metadata.version("llama-cpp-python")
+    parts = (_VERSION, version, layout, fingerprint_model(model), model.stat().st_mtime_ns)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
@@ -113,7 +107,7 @@ class PromptCache:
                 file.seek(cached.offset)
                 is_valid = file.readinto(data) == cached.size
             is_valid = is_valid and zlib.crc32(data, zlib.crc32(_pack(cached.tokens))) == cached.crc
-            if is_valid and context.set_state(sequence, _as_c_array(data)):
+            if is_valid and context.set_state(sequence, (ctypes.c_uint8 * len(data)).from_buffer(data)):
                 os.utime(cached.path)
                 return True
             cached.path.unlink(missing_ok=True)
@@ -138,12 +132,8 @@ class PromptCache:
 
     def _write(self, data: Any, ids: Sequence[int]) -> Path:
         tokens = _pack(ids)
-        header = {
-            "version": _VERSION,
-            "tokens": len(ids),
-            "size": len(data),
-            "crc": zlib.crc32(data, zlib.crc32(tokens)),
-        }
+        crc = zlib.crc32(data, zlib.crc32(tokens))
+        header = {"version": _VERSION, "tokens": len(ids), "size": len(data), "crc": crc}
         path = self._folder / f"{hashlib.sha256(tokens).hexdigest()[:24]}.kv"
         temporary = path.with_suffix(f".{os.getpid()}.part")
         try:
@@ -183,8 +173,6 @@ class PromptCache:
 
 def _read_header(path: Path) -> CachedPrompt | None:
     """Read the first line and the tokens of a file; if they are invalid, delete it and return None."""
-    import array
-
     try:
         with path.open("rb") as file:
             line = file.readline(1000)
@@ -203,12 +191,4 @@ def _read_header(path: Path) -> CachedPrompt | None:
 
 
 def _pack(ids: Sequence[int]) -> bytes:
-    import array
-
     return array.array("i", ids).tobytes()
-
-
-def _as_c_array(data: bytearray) -> Any:
-    import ctypes
-
-    return (ctypes.c_uint8 * len(data)).from_buffer(data)

@@ -65,7 +65,7 @@ def write_tuned_settings(folder: Path, model: str, power: str, settings: TunedSe
     ------
     OSError: the folder cannot be written.
     """
-    _write(folder / f"{model}.json", power, settings.to_json())
+    _update(folder / f"{model}.json", power, settings.to_json())
 
 
 def write_costs(folder: Path, model: str, power: str, costs: Mapping[int, float]) -> None:
@@ -77,8 +77,7 @@ def write_costs(folder: Path, model: str, power: str, costs: Mapping[int, float]
     OSError: the folder cannot be written.
     """
     rounded = {count: round(cost, 3) for count, cost in costs.items()}
-    entry = _read(folder / f"{model}.json").get(power)
-    _write(folder / f"{model}.json", power, {**(entry if isinstance(entry, dict) else {}), "costs": rounded})
+    _update(folder / f"{model}.json", power, {"costs": rounded})
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -88,8 +87,11 @@ def _read(path: Path) -> dict[str, Any]:
     return {}
 
 
-def _write(path: Path, power: str, entry: Mapping[str, Any]) -> None:
+def _update(path: Path, power: str, values: Mapping[str, Any]) -> None:
+    entries = _read(path)
+    entry = entries.get(power)
+    entries[power] = {**(entry if isinstance(entry, dict) else {}), **values}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps({**_read(path), power: entry}, indent=1) + "\n")
+    temporary.write_text(json.dumps(entries, indent=1) + "\n")
     temporary.replace(path)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
+import shutil
 import sys
 import threading
 import zlib
@@ -11,13 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from qwenlocal.errors import DiskFull, NotWritable
+
 _READ_SIZE = 1 << 20
 _SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 
 if hasattr(os, "preadv"):
 
-    def write_at(file: int, data: memoryview, offset: int, lock: threading.Lock) -> int:
-        """Write at least part of `data` at `offset` and return the number of bytes written."""
+    def _write_at(file: int, data: memoryview, offset: int, lock: threading.Lock) -> int:
         return os.pwrite(file, data, offset)
 
     def read_at(file: int, buffer: memoryview, offset: int, lock: threading.Lock) -> int:
@@ -26,14 +29,12 @@ if hasattr(os, "preadv"):
 
 else:  # Windows has neither: seek and write under the lock
 
-    def write_at(file: int, data: memoryview, offset: int, lock: threading.Lock) -> int:
-        """Write at least part of `data` at `offset` and return the number of bytes written."""
+    def _write_at(file: int, data: memoryview, offset: int, lock: threading.Lock) -> int:
         with lock:
             os.lseek(file, offset, os.SEEK_SET)
             return os.write(file, data)
 
     def read_at(file: int, buffer: memoryview, offset: int, lock: threading.Lock) -> int:
-        """Read into `buffer` from `offset` and return the number of bytes read, 0 at the end of the file."""
         with lock:
             os.lseek(file, offset, os.SEEK_SET)
             data = os.read(file, len(buffer))
@@ -44,8 +45,17 @@ else:  # Windows has neither: seek and write under the lock
 def write_all(file: int, data: memoryview, offset: int, lock: threading.Lock) -> None:
     """Write all of `data` at `offset`."""
     while data:
-        written = write_at(file, data, offset, lock)
+        written = _write_at(file, data, offset, lock)
         data, offset = data[written:], offset + written
+
+
+def write_error(folder: Path, reason: OSError, missing: int) -> DiskFull | NotWritable:
+    """Build the error for a failed write to `folder`; `missing` bytes are still to be written."""
+    if reason.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
+        return DiskFull(folder, missing, shutil.disk_usage(folder).free)
+    if reason.errno == errno.EFBIG:
+        return NotWritable(folder, "it does not allow files of this size")
+    return NotWritable(folder, reason.strerror or str(reason))
 
 
 def start_writeback(file: int) -> bool:

@@ -10,6 +10,7 @@ Model files that other programs downloaded: used in place, never copied, never c
 from __future__ import annotations
 
 import glob
+import itertools
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -43,7 +44,9 @@ def find_external_files(
     query: FileQuery, folders: Folders, environ: Mapping[str, str] = os.environ
 ) -> Iterator[ExternalFile]:
     """Yield existing files that match the query by digest or by name, and by size if known; by digest first."""
-    for candidate in _candidates(query, folders, environ):
+    by_digest = _candidates_by_digest(query.sha256, query.repo, folders, environ) if query.sha256 else ()
+    by_name = _candidates_by_name(query.file, query.repo, folders, environ) if query.repo else ()
+    for candidate in itertools.chain(by_digest, by_name):
         try:
             size = candidate.path.stat().st_size
         except OSError:
@@ -57,15 +60,8 @@ def hub_cache_folder(hub_cache: Path, repo: str) -> Path:
     return hub_cache / f"models--{repo.replace('/', '--')}"
 
 
-def _candidates(query: FileQuery, folders: Folders, environ: Mapping[str, str]) -> Iterator[ExternalFile]:
-    if query.sha256:
-        yield from _candidates_by_digest(query.sha256, query.repo, folders, environ)
-    if query.repo:
-        yield from _candidates_by_name(query.file, query.repo, folders, environ)
-
-
 def _candidates_by_digest(
-    sha256: str, repo: str | None, folders: Folders, environ: Mapping[str, str]
+    sha256: str, repo: str, folders: Folders, environ: Mapping[str, str]
 ) -> Iterator[ExternalFile]:
     if repo:
         path = hub_cache_folder(folders.hub_cache, repo) / "blobs" / sha256

@@ -68,7 +68,7 @@ class HubCheckpointName:
     source: HubName
 
     def __str__(self) -> str:
-        return checkpoint_record_name(str(self.source))
+        return f"{self.source}{CHECKPOINT_SUFFIX}"
 
 
 @dataclass(frozen=True)
@@ -110,11 +110,6 @@ ModelName = CatalogName | HubName | HubCheckpointName | UrlName | PathName | Loc
 CHECKPOINT_SUFFIX = "@checkpoint"
 
 
-def checkpoint_record_name(repo: str) -> str:
-    """Return the name of a checkpoint's record: `checkpoint_record_name("hf:o/r")` is "hf:o/r@checkpoint"."""
-    return f"{repo}{CHECKPOINT_SUFFIX}"
-
-
 def parse_name(text: str, load_catalog: Callable[[], Catalog]) -> ModelName:
     """
     Parse a model name as typed. Asks no network; a path must exist, a catalog name must be known.
@@ -145,7 +140,7 @@ def parse_name(text: str, load_catalog: Callable[[], Catalog]) -> ModelName:
         if os.path.exists(text) or _first_locked_folder(Path(text)) is not None:
             return _parse_path(text)
         if text.lower().endswith((".gguf", ".safetensors")):
-            similar = suggest_names(text, load_catalog())
+            similar = _suggest_names(text, load_catalog())
             raise ModelNotFound(text, reason=tr("There is no file {text}.", text=text), suggestions=similar) from None
         if text.count("/") == 1 and _HUB.fullmatch(text) and ".." not in text:
             return _parse_hub_name("hf", text)
@@ -169,11 +164,10 @@ def level_from_filename(file: str) -> str | None:
     return max(matching, key=len, default=None)
 
 
-def suggest_names(text: str, catalog: Catalog, count: int = 3) -> list[str]:
-    """Return up to `count` model names similar to `text`."""
+def _suggest_names(text: str, catalog: Catalog) -> list[str]:
     spellings = {normalize_name(alias): alias for alias in catalog.aliases}
-    similar = difflib.get_close_matches(normalize_name(text), spellings, n=count * 3, cutoff=0.6)
-    return list(dict.fromkeys(catalog.aliases[spellings[match]] for match in similar))[:count]
+    similar = difflib.get_close_matches(normalize_name(text), spellings, n=9, cutoff=0.6)
+    return list(dict.fromkeys(catalog.aliases[spellings[match]] for match in similar))[:3]
 
 
 def _parse_remote(text: str) -> ModelName | None:
@@ -213,16 +207,16 @@ def _looks_like_path(text: str) -> bool:
 
 def _parse_path(text: str) -> ModelName:
     path = Path(os.path.expanduser(text))
-    if os.path.isdir(path) and _first_locked_folder(path) is None:
-        if os.path.isfile(path / "config.json"):
-            return LocalCheckpointName(path.resolve())
-        raise _not_a_checkpoint(path)
     if (locked := _first_locked_folder(path)) is not None:
         raise ModelNotFound(
             text,
             reason=tr("The folder {folder} is not accessible.", folder=locked),
             hint=tr("Grant access: chmod u+rx {folder}", folder=locked),
         )
+    if os.path.isdir(path):
+        if os.path.isfile(path / "config.json"):
+            return LocalCheckpointName(path.resolve())
+        raise _not_a_checkpoint(path)
     if os.path.exists(path):
         is_checkpoint = path.name.lower().endswith(".safetensors")
         if path.name.lower().endswith(".part"):
@@ -290,7 +284,7 @@ def _parse_level(text: str) -> str:
 def _parse_catalog_name(text: str, catalog: Catalog) -> CatalogName:
     stem = text[: -len(".gguf")] if text.lower().endswith(".gguf") else text
     if not re.fullmatch(r"[\w.:\s-]+", stem):
-        raise ModelNotFound(text, suggestions=suggest_names(text, catalog))
+        raise ModelNotFound(text, suggestions=_suggest_names(text, catalog))
     normalized = normalize_name(stem)
     spellings, levels = {normalize_name(alias): name for alias, name in catalog.aliases.items()}, _levels_by_spelling()
     for end in range(len(normalized), 0, -1):  # the longest prefix that is a model; a level may follow
@@ -299,4 +293,4 @@ def _parse_catalog_name(text: str, catalog: Catalog) -> CatalogName:
             card = catalog.get(name)
             if card:
                 return CatalogName(card, levels.get(level))
-    raise ModelNotFound(text, suggestions=suggest_names(stem, catalog))
+    raise ModelNotFound(text, suggestions=_suggest_names(stem, catalog))

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qwenlocal.errors import DiskFull, NotWritable
-from qwenlocal.fileio import read_at, write_all
+from qwenlocal.fileio import read_at, write_all, write_error
 from qwenlocal.resumable import (
     JournalAppender,
     journal_path,
@@ -80,9 +80,7 @@ class PartialFile:
             raise self._write_error(reason) from reason
 
     def _write_error(self, reason: OSError) -> DiskFull | NotWritable:
-        if reason.errno == errno.ENOSPC:
-            return DiskFull(self.folder, self.identity.size - self.done, 0)
-        return NotWritable(self.folder, reason.strerror or str(reason))
+        return write_error(self.folder, reason, self.identity.size - self.done)
 
     def _resume(self) -> bool:
         journal = read_download_journal(self.journal_path)

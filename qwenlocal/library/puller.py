@@ -17,7 +17,7 @@ from qwenlocal.library.download import download_artifact
 from qwenlocal.library.external_caches import FileQuery
 from qwenlocal.library.http import HttpClient, TransferError
 from qwenlocal.library.local_models import LocalModels
-from qwenlocal.library.names import CatalogName, HubName, ModelName, checkpoint_record_name
+from qwenlocal.library.names import CHECKPOINT_SUFFIX, CatalogName, HubName, ModelName
 from qwenlocal.library.partial_file import write_download_journal
 from qwenlocal.library.remote_checkpoint import RemoteCheckpoint, read_headers, write_prefix
 from qwenlocal.library.resolver import FileRequest, ResolvedModel, Resolver
@@ -110,7 +110,7 @@ class Puller:
         own_paths = {file.path for record in self._store.records() if record.owned for file in record.files}
         is_ours = all(str(r.target) in own_paths for r in resolved.files if r.target.exists())
         documents = [self._download_document(request) for request in small]
-        if self._store.get(checkpoint_record_name(resolved.name)) is None:
+        if self._store.get(f"{resolved.name}{CHECKPOINT_SUFFIX}") is None:
             missing = sum(request.artifact.size for request in large.values())
             self._record_checkpoint(resolved, documents, missing, owned=is_ours)
         check_convertible(resolved.folder)
@@ -132,7 +132,10 @@ class Puller:
         resolved, weights = checkpoint.resolved, checkpoint.weights
         self._on_start(replace(resolved, files=weights))
         self._check_disk_space(weights, extra_space)
-        stored = [self._find_stored_weights(request) for request in weights]
+        stored = [
+            self._find_stored_file(request.target, request.artifact.sha256 or "") if request.target.exists() else None
+            for request in weights
+        ]
         self._record_weights(checkpoint, stored)
         for number, request in enumerate(weights):
             known = stored[number]
@@ -209,16 +212,10 @@ class Puller:
         files = (file for record in self._store.records() for file in record.files)
         return next((file for file in files if file.path == str(path) and file.sha256 == sha256), None)
 
-    def _find_stored_weights(self, request: FileRequest) -> StoredFile | None:
-        """Return the recorded description of an existing file, even if the file was touched since."""
-        return (
-            self._find_stored_file(request.target, request.artifact.sha256 or "") if request.target.exists() else None
-        )
-
     def _make_partial(self, request: FileRequest, damaged: FileDamage) -> None:
         """Turn a damaged file into a partial download in which only the damaged blocks are missing."""
         good: dict[int, int] = {}
-        if damaged.blocks is not None and damaged.block_size == self._policy.block_size:
+        if damaged.blocks is not None and damaged.file.block == self._policy.block_size:
             good = {n: crc for n, crc in enumerate(damaged.file.checksums) if n not in damaged.blocks}
         ensure_writable(request.part.parent)
         write_download_journal(request.part, request.artifact.identity, self._policy.block_size, good)
@@ -280,18 +277,9 @@ class Puller:
         self, resolved: ResolvedModel, files: Sequence[StoredFile], missing: int, *, owned: bool
     ) -> None:
         """Record the present files of a checkpoint, so that it can be listed and removed if it is never completed."""
-        if files:
-            self._store.add(
-                ModelRecord(
-                    checkpoint_record_name(resolved.name),
-                    tuple(files),
-                    resolved.origin,
-                    resolved.license,
-                    owned,
-                    missing=missing,
-                    is_checkpoint=True,
-                )
-            )
+        name = f"{resolved.name}{CHECKPOINT_SUFFIX}"
+        origin, license = resolved.origin, resolved.license
+        self._store.add(ModelRecord(name, files, origin, license, owned, missing=missing, is_checkpoint=True))
 
 
 def _link_snapshot(request: FileRequest) -> tuple[Path, str]:

@@ -78,9 +78,8 @@ def select_model(listing: RepoListing, name: HubName) -> ModelFiles:
     if len(models) == 1:
         return models[0]
     for level in _PREFERRED_LEVELS:
-        matching = [model for model in models if model.level == level]
-        if matching:
-            return min(matching, key=lambda model: len(model.name))
+        if model := _find_level(models, level):
+            return model
     raise ModelNotFound(
         str(name),
         reason=tr("{repo} has several models, but none of the usual quantization levels.", repo=listing.repo),
@@ -97,8 +96,7 @@ def select_checkpoint_files(listing: RepoListing) -> list[RemoteFile]:
     ModelNotFound: there are no safetensors weights or no config.json.
     """
     by_path = {file.path: file for file in listing.files}
-    weights = [file for path, file in by_path.items() if path.endswith(".safetensors") and "/" not in path]
-    weights = [file for file in weights if not file.path.startswith("adapter_")]
+    weights = [file for file in listing.files if re.fullmatch(r"(?!adapter_)[^/]+\.safetensors", file.path)]
     if not weights:
         raise _no_safetensors_error(listing)
     if "config.json" not in by_path:
@@ -139,15 +137,19 @@ def _select_by_file(listing: RepoListing, models: Sequence[ModelFiles], name: Hu
 
 
 def _select_by_level(listing: RepoListing, models: Sequence[ModelFiles], level: str) -> ModelFiles:
-    matching = [model for model in models if model.level == level]
-    if not matching:
-        levels = sorted({model.level for model in models if model.level})
-        raise ModelNotFound(
-            f"{listing.repo}:{level}",
-            reason=tr("{repo} has no {level} file.", repo=listing.repo, level=level),
-            hint=tr("Available: ") + (", ".join(levels) or ", ".join(model.name for model in models)),
-        )
-    return min(matching, key=lambda model: len(model.name))
+    if model := _find_level(models, level):
+        return model
+    levels = sorted({model.level for model in models if model.level})
+    raise ModelNotFound(
+        f"{listing.repo}:{level}",
+        reason=tr("{repo} has no {level} file.", repo=listing.repo, level=level),
+        hint=tr("Available: ") + (", ".join(levels) or ", ".join(model.name for model in models)),
+    )
+
+
+def _find_level(models: Sequence[ModelFiles], level: str) -> ModelFiles | None:
+    """Return the model with this level; of several, the one with the shortest name."""
+    return min((model for model in models if model.level == level), key=lambda model: len(model.name), default=None)
 
 
 def _no_gguf_error(listing: RepoListing) -> ModelNotFound:

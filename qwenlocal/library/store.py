@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qwenlocal.errors import BadWeights, NotWritable, QwenlocalError
+from qwenlocal.fileio import hash_blocks, hash_file
 from qwenlocal.i18n import tr
 from qwenlocal.library.partial_file import FileIdentity, lock_path, read_download_journal, remove_partial
 from qwenlocal.paths import Folders, ensure_writable
@@ -84,7 +85,6 @@ class FileDamage(NamedTuple):
     file: StoredFile
     sha256: str
     blocks: Sequence[int] | None
-    block_size: int
 
 
 class PartialDownload(NamedTuple):
@@ -159,7 +159,7 @@ class Store:
             if state.st_size != file.size:
                 raise _changed(record, file, f"it has {state.st_size:,} bytes instead of {file.size:,}")
             if state.st_mtime_ns != file.mtime_ns:
-                if file.sha256 and not _has_recorded_digest(file):
+                if file.sha256 and hash_file(Path(file.path)) != file.sha256:
                     raise _changed(record, file, "it has changed since it was downloaded")
                 file = replace(file, mtime_ns=state.st_mtime_ns)
             files.append(file)
@@ -179,8 +179,6 @@ class Store:
         ------
         BadWeights: a file is missing or unreadable.
         """
-        from qwenlocal.fileio import hash_blocks
-
         damage, offset = [], 0
         for file in record.files:
             if not Path(file.path).is_file():
@@ -200,7 +198,7 @@ class Store:
                 raise BadWeights(file.path, problem, hint=tr("Check its permissions.")) from reason
             offset += file.size
             if file.sha256 and sha256 != file.sha256:
-                damage.append(FileDamage(file, sha256, _bad_blocks(file, checksums), file.block))
+                damage.append(FileDamage(file, sha256, _bad_blocks(file, checksums)))
         return damage
 
     def remove(self, record: ModelRecord) -> int:
@@ -259,12 +257,6 @@ def _read_record(path: Path) -> ModelRecord | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return record if files else None
-
-
-def _has_recorded_digest(file: StoredFile) -> bool:
-    from qwenlocal.fileio import hash_file
-
-    return hash_file(Path(file.path)) == file.sha256
 
 
 def _changed(record: ModelRecord, file: StoredFile, problem: str) -> BadWeights:

@@ -8,7 +8,6 @@ continues from there. A file gets its name only when it is complete.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import shutil
 import threading
@@ -27,7 +26,7 @@ from qwenlocal.errors import (
     OutputExists,
     QwenlocalError,
 )
-from qwenlocal.fileio import read_at, start_writeback, write_all
+from qwenlocal.fileio import read_at, start_writeback, write_all, write_error
 from qwenlocal.paths import ensure_writable
 from qwenlocal.resumable import JournalAppender, journal_path, part_path
 from qwenlocal.weights.worker_buffers import WorkerBuffers
@@ -86,7 +85,7 @@ def run_job(
             raise NotWritable(lock.parent, "no files can be created there") from busy
         raise FileInUse(job.outputs[0].path) from busy
     except OSError as reason:
-        raise _write_error(lock.parent, reason, 0) from reason
+        raise write_error(lock.parent, reason, 0) from reason
 
 
 def _refuse_existing(job: WriteJob, *, replace: bool) -> None:
@@ -118,7 +117,7 @@ class _JobRun:
                 self._run_workers(threads)
                 self._publish(stack)
             except OSError as reason:
-                raise _write_error(folder, reason, self._missing_size()) from reason
+                raise write_error(folder, reason, self._missing_size()) from reason
             except NonFiniteWeights:  # the next attempt would fail, too: finished chunks are of no use
                 self._discard(stack)
                 raise
@@ -300,11 +299,3 @@ def _start(worker: threading.Thread) -> None:
         raise QwenlocalError(
             "This system does not allow more threads.", hint="Use one thread: -t 1. Finished work is kept."
         ) from reason
-
-
-def _write_error(folder: Path, reason: OSError, missing: int) -> QwenlocalError:
-    if reason.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
-        return DiskFull(folder, missing, shutil.disk_usage(folder).free)
-    if reason.errno == errno.EFBIG:
-        return NotWritable(folder, "it does not allow files of this size")
-    return NotWritable(folder, reason.strerror or str(reason))

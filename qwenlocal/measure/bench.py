@@ -79,8 +79,15 @@ def run_benchmarks(
     ------
     BadWeights, ContextNotCreated: the model cannot be loaded.
     """
-    deepest = max((*depths, PROMPT))
-    options = replace(options, n_ctx=deepest + ANSWER + 8)
+    speeds: dict[str, Speed] = {}
+
+    def measure(name: str, speed: Callable[[], float]) -> None:
+        """Call `speed` once to warm up, then `repetitions` times."""
+        report(name)
+        speed()
+        speeds[name] = Speed([speed() for _ in range(max(1, repetitions))])
+
+    options = replace(options, n_ctx=max((*depths, PROMPT)) + ANSWER + 8)
     report("loading, cold")
     first_cold = _time_to_first_token(path, options) if drop_from_page_cache(path) else None
     report("loading, warm")
@@ -90,25 +97,17 @@ def run_benchmarks(
     model = Model(path)
     load = time.perf_counter() - started
     with contextlib.closing(model), contextlib.closing(Context(model, options)) as context:
-        speeds = {"pp512": _repeat(lambda: prefill_speed(context, PROMPT), repetitions, report, "pp512")}
+        measure("pp512", lambda: prefill_speed(context, PROMPT))
         context.truncate(0, 0)
         with measure_energy() as joules:
-            speeds["tg128"] = _repeat(lambda: decode_speed(context, ANSWER), repetitions, report, "tg128")
+            measure("tg128", lambda: decode_speed(context, ANSWER))
         for depth in sorted(depth for depth in depths if depth):
-            name = f"tg128 @ d{depth}"
             report(f"evaluating {depth:,} tokens")
             fill_cache(context, depth)
-            speeds[name] = _repeat(lambda: decode_speed(context, ANSWER), repetitions, report, name)
-        speeds["end to end"] = _repeat(lambda: answer_speed(context), repetitions, report, "end to end")
+            measure(f"tg128 @ d{depth}", lambda: decode_speed(context, ANSWER))
+        measure("end to end", lambda: answer_speed(context))
     per_token = joules[0] / (ANSWER * (repetitions + 1)) if joules else None
     return BenchResult(speeds, load, first_cold, first_warm, peak_memory(), per_token, options)
-
-
-def _repeat(measure: Callable[[], float], repetitions: int, report: Report, name: str) -> Speed:
-    """Call `measure` once to warm up, then `repetitions` times."""
-    report(name)
-    measure()
-    return Speed([measure() for _ in range(max(1, repetitions))])
 
 
 def prefill_speed(context: Context, tokens: int) -> float:

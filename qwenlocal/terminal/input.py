@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,8 +25,9 @@ from prompt_toolkit.styles import Style
 from qwenlocal.errors import NotWritable
 from qwenlocal.paths import ensure_writable
 from qwenlocal.terminal.ansi import escape_controls
-from qwenlocal.terminal.commands.models import SETTINGS
+from qwenlocal.terminal.commands.models import SETTINGS, find_prompt_files
 from qwenlocal.terminal.commands.table import COMMANDS, find_command
+from qwenlocal.terminal.session import Session
 
 _FOLD_LINES, _FOLD_CHARACTERS = 8, 1000  # fold a paste from this size on
 _MAX_HISTORY_CHARACTERS = 100_000  # longer pastes are not written to the history
@@ -36,31 +37,22 @@ _PASTE_END = "\x1b[201~"
 
 
 def create_line_editor(
-    completer: Completer,
-    pastes: PasteStore,
-    history: Path | None,
-    *,
-    toolbar: Callable[[], str],
-    is_editing: Callable[[], bool],
-    vi: bool,
+    session: Session, pastes: PasteStore, history: Path | None, toolbar: Callable[[], str]
 ) -> PromptSession[str]:
-    """
-    Create the line editor; earlier lines come from the file `history`, if given.
-
-    While `is_editing` returns True, Ctrl-C raises KeyboardInterrupt even if the line is not empty.
-    """
+    """Create the line editor; earlier lines come from the file `history`, if given."""
+    is_vi = os.environ.get("QWENLOCAL_KEYS", "").lower() == "vi"
     return PromptSession(
         history=_open_history(history, pastes),
-        key_bindings=_bind_keys(pastes, is_editing),
+        key_bindings=_bind_keys(session, pastes),
         multiline=True,
         prompt_continuation="  ",
-        completer=completer,
+        completer=ChatCompleter(session),
         complete_while_typing=False,
         auto_suggest=AutoSuggestFromHistory(),
         enable_open_in_editor=True,
         enable_suspend=True,
         tempfile_suffix=".md",
-        editing_mode=EditingMode.VI if vi else EditingMode.EMACS,
+        editing_mode=EditingMode.VI if is_vi else EditingMode.EMACS,
         bottom_toolbar=lambda: [("class:toolbar", toolbar())],
         reserve_space_for_menu=4,
         input=_with_paste_parser(create_input()),
@@ -68,11 +60,11 @@ def create_line_editor(
     )
 
 
-def _bind_keys(pastes: PasteStore, is_editing: Callable[[], bool]) -> KeyBindings:
+def _bind_keys(session: Session, pastes: PasteStore) -> KeyBindings:
     """
     Bind Enter (send), Alt-Enter, Ctrl-J and backslash Enter (new line), Ctrl-C (clear the line), and pastes (fold).
 
-    On an empty line, Ctrl-C is left to prompt_toolkit, which raises KeyboardInterrupt.
+    On an empty line, and during /edit and /answer, Ctrl-C is left to prompt_toolkit, which raises KeyboardInterrupt.
     """
     keys = KeyBindings()
 
@@ -92,7 +84,7 @@ def _bind_keys(pastes: PasteStore, is_editing: Callable[[], bool]) -> KeyBinding
     def _insert_line_break(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text("\n")
 
-    @keys.add("c-c", filter=Condition(lambda: _has_text() and not is_editing()))
+    @keys.add("c-c", filter=Condition(lambda: _has_text() and session.pending_edit is None))
     def _clear_line(event: KeyPressEvent) -> None:
         event.current_buffer.append_to_history()
         event.current_buffer.reset()
@@ -130,51 +122,46 @@ def _open_history(path: Path | None, pastes: PasteStore) -> History:
 class ChatCompleter(Completer):
     """Completes commands at the start of a line, their arguments, and files after an @."""
 
-    def __init__(
-        self,
-        list_models: Callable[[], Sequence[str]],
-        list_prompts: Callable[[], Sequence[str]],
-        count_turns: Callable[[], int],
-    ) -> None:
-        self._list_models, self._list_prompts, self._count_turns = list_models, list_prompts, count_turns
-        self._paths = PathCompleter(expanduser=True)
+    def __init__(self, session: Session) -> None:
+        self._session, self._paths = session, PathCompleter(expanduser=True)
 
     def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
         before = document.text_before_cursor
         if before.startswith("/") and not before.startswith("//") and "\n" not in before:
             name, space, argument = before.partition(" ")
-            if space:
-                yield from self._complete_argument(name, argument, complete_event)
+            command = find_command(name)
+            kind = (command.completes if command else "") if space else "command"
+            if kind == "file":
+                yield from self._complete_path(argument, complete_event)
             else:
-                yield from _complete_from(((command.name, command.help) for command in COMMANDS), before)
+                yield from self._complete_word(kind, argument if space else name)
         elif match := _MENTION.search(before):
             yield from self._complete_path(match[2], complete_event)
 
-    def _complete_argument(self, name: str, argument: str, event: CompleteEvent) -> Iterator[Completion]:
-        command = find_command(name)
-        kind = command.completes if command else ""
-        if kind == "file":
-            yield from self._complete_path(argument, event)
-        elif kind == "setting":
-            yield from _complete_from(SETTINGS.items(), argument) if " " not in argument else ()
-        elif kind == "turn":
-            yield from _complete_from(((str(index + 1), "") for index in range(self._count_turns())), argument)
-        elif kind in ("model", "prompt"):
-            names = self._list_models() if kind == "model" else self._list_prompts()
-            yield from _complete_from(((name, "") for name in names), argument)
-        elif name == "/copy":
-            yield from _complete_from((("code", "the last code block of the last answer"),), argument)
-        elif name == "/help":
-            yield from _complete_from(((command.name, command.help) for command in COMMANDS), argument)
+    def _complete_word(self, kind: str, typed: str) -> Iterator[Completion]:
+        for word, description in self._words(kind):
+            if word.startswith(typed):
+                yield Completion(word, start_position=-len(typed), display_meta=description)
+
+    def _words(self, kind: str) -> Iterable[tuple[str, str]]:
+        """Return words with their descriptions; `kind` is that of `Command.completes`."""
+        match kind:
+            case "command":
+                return [(command.name, command.help) for command in COMMANDS]
+            case "setting":
+                return SETTINGS.items()
+            case "turn":
+                return [(str(number), "") for number in range(1, len(self._session.thread.turns) + 1)]
+            case "model":
+                return [(name, "") for name in self._session.models.names()]
+            case "prompt":
+                return [(name, "") for name in find_prompt_files(self._session.prompt_folders)]
+            case "code":
+                return [("code", "the last code block of the last answer")]
+        return []
 
     def _complete_path(self, typed: str, event: CompleteEvent) -> Iterable[Completion]:
         return self._paths.get_completions(Document(typed, len(typed)), event)
-
-
-def _complete_from(candidates: Iterable[tuple[str, str]], typed: str) -> Iterator[Completion]:
-    for word, description in candidates:
-        if word.startswith(typed):
-            yield Completion(word, start_position=-len(typed), display_meta=description)
 
 
 @dataclass

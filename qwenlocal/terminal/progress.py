@@ -133,10 +133,17 @@ class StatusLine:
 
 
 @contextlib.contextmanager
-def loading_status(out: TextIO, name: str) -> Iterator[Callable[[float], None]]:
-    """Yield a function that takes the loaded fraction of a model, from 0 to 1, and shows it."""
-    line = StatusLine(out)
+def status_line(out: TextIO, delay: float = 0.7) -> Iterator[Callable[[str], None]]:
+    """Yield `StatusLine.show`; the line is erased at the end."""
+    line = StatusLine(out, delay=delay)
     try:
-        yield lambda fraction: line.show(tr("loading {name}: {fraction:.0%}", name=name, fraction=fraction))
+        yield line.show
     finally:
         line.clear()
+
+
+@contextlib.contextmanager
+def loading_status(out: TextIO, name: str) -> Iterator[Callable[[float], None]]:
+    """Yield a function that takes the loaded fraction of a model, from 0 to 1, and shows it."""
+    with status_line(out) as show:
+        yield lambda fraction: show(tr("loading {name}: {fraction:.0%}", name=name, fraction=fraction))

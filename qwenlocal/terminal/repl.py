@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import shutil
 import sys
 import threading
@@ -19,7 +18,6 @@ from qwenlocal.formatting import replace_surrogates
 from qwenlocal.i18n import tr
 from qwenlocal.terminal.ansi import supports_ansi, supports_color
 from qwenlocal.terminal.attachments import attach_documents
-from qwenlocal.terminal.commands.models import find_prompt_files
 from qwenlocal.terminal.commands.table import ExitChat, describe_unknown, find_command, is_command, unescape_slashes
 from qwenlocal.terminal.markdown import RenderOptions, warm_up
 from qwenlocal.terminal.screen import Screen
@@ -75,7 +73,10 @@ class Repl:
 
     def run(self, first_message: str | None = None) -> None:
         """Chat until the user exits; `first_message` is sent at once."""
-        session, editor = self._session, self._create_line_editor()
+        from qwenlocal.terminal.input import create_line_editor
+
+        session = self._session
+        editor = create_line_editor(session, self._pastes, self._history, self._format_toolbar)
         self._app = editor.app
         editor.app.after_render.add_handler(self._after_render)
         session.say(tr("Chatting with {model}. /help for commands, Ctrl-D to exit.", model=session.model))
@@ -238,27 +239,6 @@ class Repl:
         if save_error and save_error != self._printed_save_error:
             session.say(tr("Cannot save this chat: {reason}. Will try again.", reason=save_error))
         self._printed_save_error = save_error
-
-    # --- the line editor
-
-    def _create_line_editor(self) -> PromptSession[str]:
-        from qwenlocal.terminal.input import ChatCompleter, create_line_editor
-
-        session = self._session
-        completer = ChatCompleter(
-            session.models.names,
-            lambda: list(find_prompt_files(session.prompt_folders)),
-            lambda: len(session.thread.turns),
-        )
-        vi = os.environ.get("QWENLOCAL_KEYS", "").lower() == "vi"
-        return create_line_editor(
-            completer,
-            self._pastes,
-            self._history,
-            toolbar=self._format_toolbar,
-            is_editing=lambda: session.pending_edit is not None,
-            vi=vi,
-        )
 
     def _format_toolbar(self) -> str:
         """Return the line below the input line: the model, and numbers of the last answer."""

@@ -118,6 +118,11 @@ class Session:
         """The messages so far; available before the model is loaded."""
         return self.loaded_conversation.thread if self.loaded_conversation else self.initial_thread
 
+    @property
+    def chat_id(self) -> int | None:
+        """The number of the chat in the journal; None if it is not saved, or not yet."""
+        return self.journal_writer.chat_id if self.journal_writer else None
+
     def find_turn(self, text: str) -> Turn:
         """
         Return the turn with a number, counted from 1; the last one for "", and from the end for negative numbers.

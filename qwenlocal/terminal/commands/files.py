@@ -112,16 +112,16 @@ def rename_chat(session: Session, argument: str) -> None:
     title = argument.strip()
     if not title:
         session.say(_chat_title(session))
-    elif session.journal is None or session.journal_writer is None or session.journal_writer.chat_id is None:
+    elif session.journal is None or session.chat_id is None:
         raise UsageError(tr("This chat is not saved yet."), hint=tr("Ask something first."))
     else:
-        session.journal.rename_chat(session.journal_writer.chat_id, title)
+        session.journal.rename_chat(session.chat_id, title)
         session.say(tr("Renamed this chat to “{title}”.", title=title))
 
 
 def _chat_title(session: Session) -> str:
-    if session.journal and session.journal_writer and session.journal_writer.chat_id:
-        return session.journal.get_chat(session.journal_writer.chat_id).title
+    if session.journal and session.chat_id:
+        return session.journal.get_chat(session.chat_id).title
     turns = session.thread.turns
     return shorten(turns[0].question.text) if turns else tr("Untitled chat")
 

@@ -109,7 +109,7 @@ def _apply_setting(session: Session, name: str, value: str) -> None:
             raise UsageError(tr("overflow must be shift, summarise or stop, not {value}.", value=value))
         config.overflow = value
     elif name == "max_tokens":
-        config.max_tokens = None if value in _NONE else _parse_positive(name, value)
+        config.max_tokens = None if value in _NONE else int(_parse_number(name, value, int))
     elif name == "seed" and value in _NONE:
         config.sampling = replace(config.sampling, seed=None)
     else:
@@ -117,22 +117,15 @@ def _apply_setting(session: Session, name: str, value: str) -> None:
         config.sampling = config.sampling.with_overrides({name: _parse_number(name, value, kind)})
 
 
-def _parse_positive(name: str, value: str) -> int:
-    number = int(_parse_number(name, value, int))
-    if number < 1:
-        raise _invalid_value(name, value)
-    return number
-
-
 def _parse_number(name: str, value: str, kind: type[int] | type[float]) -> float | int:
     try:
-        return kind(value.replace(",", "." if kind is float else ""))
+        number = kind(value.replace(",", "." if kind is float else ""))
+        if name == "max_tokens" and number < 1:
+            raise ValueError
     except ValueError as error:
-        raise _invalid_value(name, value) from error
-
-
-def _invalid_value(name: str, value: str) -> UsageError:
-    return UsageError(tr("“{value}” is not a valid {name}: {range}.", value=value, name=name, range=tr(SETTINGS[name])))
+        message = tr("“{value}” is not a valid {name}: {range}.", value=value, name=name, range=tr(SETTINGS[name]))
+        raise UsageError(message) from error
+    return number
 
 
 def _format_value(value: object) -> str:

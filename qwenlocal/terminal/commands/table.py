@@ -25,8 +25,8 @@ class Command:
     A slash command.
 
     `usage` is its name with its arguments. `handler` takes the session and the argument; it may return answers that the
-    model is to start. `completes` names the completion of the argument: "model", "prompt", "setting", "file", "turn"
-    or "" for none.
+    model is to start. `completes` names the completion of the argument: "model", "prompt", "setting", "file", "turn",
+    "command", "code" (that word) or "" for none.
     """
 
     usage: str
@@ -99,7 +99,9 @@ COMMAND_GROUPS: Mapping[str, Sequence[Command]] = {
     ),
     mark("Files and chats"): (
         Command("/read FILE", mark("Add a file to the next message"), files.attach_file, "file"),
-        Command("/copy [code|N]", mark("Copy the last answer, its last code block, or answer N"), files.copy_answer),
+        Command(
+            "/copy [code|N]", mark("Copy the last answer, its last code block, or answer N"), files.copy_answer, "code"
+        ),
         Command("/save [FILE]", mark("Save the conversation as JSON"), files.save_chat, "file"),
         Command(
             "/load FILE|CHAT", mark("Continue a saved conversation, or a chat by its number"), files.load_chat, "file"
@@ -109,7 +111,7 @@ COMMAND_GROUPS: Mapping[str, Sequence[Command]] = {
     ),
     mark("Other"): (
         Command("/markdown", mark("Turn Markdown rendering on or off"), context.toggle_markdown),
-        Command("/help [COMMAND]", mark("Show this help"), _show_help),
+        Command("/help [COMMAND]", mark("Show this help"), _show_help, "command"),
         Command("/exit", mark("Exit (also Ctrl-D)"), _exit),
     ),
 }

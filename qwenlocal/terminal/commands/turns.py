@@ -115,8 +115,8 @@ def fork_chat(session: Session, argument: str) -> None:
             break
     session.switch_thread(copy)
     note = tr("Started a new chat with {count} messages.", count=len(copy.messages))
-    if session.journal_writer and session.journal_writer.chat_id:
-        note += " " + tr("It is chat {id}.", id=session.journal_writer.chat_id)
+    if session.chat_id:
+        note += " " + tr("It is chat {id}.", id=session.chat_id)
     session.say(note)
 
 

@@ -168,12 +168,12 @@ def download_cost(checkpoint: HubCheckpoint, plan: ConversionPlan) -> str:
     )
 
 
-def estimated_seconds(plan: ConversionPlan, threads: int = 0) -> int:
-    """Estimate the seconds of a conversion with `threads` threads (0: one per fast core), at least 1."""
+def estimated_seconds(plan: ConversionPlan) -> int:
+    """Estimate the seconds of a conversion with one thread per fast core, at least 1."""
     from qwenlocal.machine import this_machine
     from qwenlocal.weights.conversion_plan import estimate_seconds
 
-    return max(1, round(estimate_seconds(plan, threads or this_machine().cores)))
+    return max(1, round(estimate_seconds(plan, this_machine().cores)))
 
 
 def fingerprint(path: Path) -> str:

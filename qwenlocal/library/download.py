@@ -53,7 +53,6 @@ def download_artifact(
     part: Path | None = None,
     report: ReportProgress = lambda _: None,
     policy: DownloadPolicy = DownloadPolicy(),
-    clock: Callable[[], float] = time.monotonic,
     stop: threading.Event | None = None,
 ) -> DownloadedFile:
     """
@@ -79,7 +78,7 @@ def download_artifact(
         _check_disk_space(artifact, base, policy.block_size)
         partial = PartialFile(base, artifact.identity, block_size=policy.block_size)
         try:
-            download = _Download(artifact, partial, client, policy, clock)
+            download = _Download(artifact, partial, client, policy)
             try:
                 sha256 = download.run(report, stop or threading.Event())
             except KeyboardInterrupt:
@@ -154,26 +153,13 @@ class _SharedState:
         with self.condition:
             self.in_flight[number] = count
 
-    def fail(self, reason: BaseException) -> None:
-        with self.condition:
-            self.failure = self.failure or reason
-            self.stop.set()
-            self.condition.notify_all()
-
 
 class _Download:
     """The download of one file in this process."""
 
-    def __init__(
-        self,
-        artifact: Artifact,
-        partial: PartialFile,
-        client: HttpClient,
-        policy: DownloadPolicy,
-        clock: Callable[[], float],
-    ) -> None:
+    def __init__(self, artifact: Artifact, partial: PartialFile, client: HttpClient, policy: DownloadPolicy) -> None:
         self._artifact, self._partial, self._client, self._policy = artifact, partial, client, policy
-        self._selector = SourceSelector(artifact.name, artifact.sources, policy, clock)
+        self._selector = SourceSelector(artifact.name, artifact.sources, policy)
         self._sections = list(artifact.sections)
         if artifact.sha256:
             self._sections = [Section(0, artifact.size, artifact.sha256)]
@@ -263,19 +249,19 @@ class _Download:
         try:
             job()
         except BaseException as reason:
-            self._shared.fail(reason)
+            with self._shared.condition:
+                self._shared.failure = self._shared.failure or reason
+                self._shared.stop.set()
+                self._shared.condition.notify_all()
 
     # --- fetching
 
     def _fetch_blocks(self) -> None:
         while (number := self._next_block()) is not None:
             try:
-                done = self._try_block(number)
-            except BaseException:
-                self._requeue(number)
-                raise
-            if not done:
-                self._requeue(number)
+                self._try_block(number)
+            finally:
+                self._requeue_if_missing(number)
 
     def _next_block(self) -> int | None:
         """Return the next block to fetch; None when all are hashed or the download stops."""
@@ -287,34 +273,31 @@ class _Download:
                 shared.condition.wait(0.2)
             return None if shared.stop.is_set() else shared.queue.popleft()
 
-    def _requeue(self, number: int) -> None:
+    def _requeue_if_missing(self, number: int) -> None:
         with self._shared.condition:
             self._shared.in_flight.pop(number, None)
             if not self._partial.has(number):
                 self._shared.queue.appendleft(number)
 
-    def _try_block(self, number: int) -> bool:
-        """Try to fetch a block; return False if it must be tried again."""
+    def _try_block(self, number: int) -> None:
+        """Try to fetch a block from the best source; wait if none is ready."""
         if self._partial.has(number):
-            return True
+            return
         state, wait = self._selector.select()
         if state is None:
             self._shared.stop.wait(min(wait, 0.5))
-            return False
+            return
         try:
             if state.source.sequential:
-                return self._stream(state)
-            self._fetch_block(state, number)
+                self._stream(state)
+            else:
+                self._fetch_block(state, number)
+                self._selector.record_success(state)
         except RangesUnsupported:
             state.source.sequential = True
-            return False
         except TransferError as error:
-            if self._shared.stop.is_set():
-                return False
-            self._selector.record_failure(state, error)
-            return False
-        self._selector.record_success(state)
-        return True
+            if not self._shared.stop.is_set():
+                self._selector.record_failure(state, error)
 
     def _fetch_block(self, state: SourceState, number: int) -> None:
         start, end = self._partial.span(number)
@@ -335,17 +318,17 @@ class _Download:
             self._shared.senders[number] = state
             self._shared.condition.notify_all()
 
-    def _stream(self, state: SourceState) -> bool:
+    def _stream(self, state: SourceState) -> None:
         """Read a source without range support once from the start, keeping the blocks that are missing."""
         if not self._streaming.acquire(timeout=0.5):
-            return False
+            return
         try:
             number, crc, offset, is_missing = 0, 0, 0, not self._partial.has(0)
             for chunk in state.source.read(0, self._artifact.size):
                 data = memoryview(chunk)
                 while data:
                     if self._shared.stop.is_set():
-                        return False
+                        return
                     start, end = self._partial.span(number)
                     part, data = data[: end - offset], data[end - offset :]
                     if is_missing:
@@ -360,7 +343,6 @@ class _Download:
                         is_missing = not self._partial.has(number)
         finally:
             self._streaming.release()
-        return True
 
     # --- hashing and syncing
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qwenlocal.errors import DownloadFailed, SourceUnreachable
@@ -31,14 +32,12 @@ class SourceState:
 class SourceSelector:
     """The sources of one file, used in order of preference; failing ones back off exponentially. Thread-safe."""
 
-    def __init__(
-        self, name: str, sources: Sequence[ByteSource], policy: DownloadPolicy, clock: Callable[[], float]
-    ) -> None:
-        self._name, self._policy, self._clock = name, policy, clock
+    def __init__(self, name: str, sources: Sequence[ByteSource], policy: DownloadPolicy) -> None:
+        self._name, self._policy = name, policy
         self.states = [SourceState(source) for source in sources]
         self._lock = threading.Lock()
         self._last_success: float | None = None
-        self._started = clock()
+        self._started = time.monotonic()
 
     def select(self) -> tuple[SourceState | None, float]:
         """
@@ -49,7 +48,7 @@ class SourceSelector:
         DownloadFailed, SourceUnreachable: no source is left, or none has delivered for too long.
         """
         with self._lock:
-            now = self._clock()
+            now = time.monotonic()
             enabled = [state for state in self.states if not state.disabled]
             ready = [state for state in enabled if state.paused_until <= now]
             if ready:
@@ -58,18 +57,15 @@ class SourceSelector:
                 raise self._failure()
             wait = min(state.paused_until for state in enabled) - now
             idle = now - (self._started if self._last_success is None else self._last_success)
-            if idle + wait > self._patience(enabled):
+            nothing_reached = self._last_success is None and _all_unreachable(enabled)
+            if idle + wait > (self._policy.first_patience if nothing_reached else self._policy.patience):
                 raise self._failure()
             return None, wait
-
-    def _patience(self, enabled: Sequence[SourceState]) -> float:
-        nothing_reached = self._last_success is None and _all_unreachable(enabled)
-        return self._policy.first_patience if nothing_reached else self._policy.patience
 
     def record_success(self, state: SourceState) -> None:
         """Reset the back-off of a source that delivered a block."""
         with self._lock:
-            state.failures, self._last_success = 0, self._clock()
+            state.failures, self._last_success = 0, time.monotonic()
 
     def record_failure(self, state: SourceState, error: TransferError) -> None:
         """Pause a source after a failure, or disable it if a retry cannot help."""
@@ -78,11 +74,12 @@ class SourceSelector:
             if not error.retryable:
                 state.disabled = str(error)
                 return
-            if self._clock() < state.paused_until and not error.retry_after:
+            now = time.monotonic()
+            if now < state.paused_until and not error.retry_after:
                 return  # several threads see the same failure; count it once
             state.failures += 1
             pause = error.retry_after or min(_MAX_BACKOFF, 0.5 * 2 ** (state.failures - 1))
-            state.paused_until = max(state.paused_until, self._clock() + pause)
+            state.paused_until = max(state.paused_until, now + pause)
 
     def select_sole_source(self, senders: Sequence[SourceState]) -> SourceState | None:
         """

@@ -189,15 +189,13 @@ def write_or_show(app: AppContext, plan: ConversionPlan, options: WriteOptions) 
 
 def show_plan(plan: ConversionPlan, options: WriteOptions) -> None:
     """Print what a plan would write: files, tensors, and what it takes."""
-    from qwenlocal.library.checkpoint_converter import estimated_seconds
     from qwenlocal.machine import this_machine
     from qwenlocal.weights.conversion_plan import estimate_seconds
     from qwenlocal.weights.write_job import memory_needed
 
     threads = options.threads or this_machine().cores
-    memory = memory_needed(plan.job, threads)
+    memory, seconds = memory_needed(plan.job, threads), estimate_seconds(plan, threads)
     if options.as_json:
-        seconds = estimate_seconds(plan, threads)
         summary = {"seconds": round(seconds, 1), "memory": memory, "threads": threads, "read": plan.job.read_bytes}
         files = [_file_facts(file, tensors=True) for file in plan.files]
         print_json({**summary, "files": files, "notes": list(plan.notes)})
@@ -217,7 +215,7 @@ def show_plan(plan: ConversionPlan, options: WriteOptions) -> None:
         print_table(("TENSOR", "SHAPE", "FROM", "TO", "SIZE", "REASON"), rows)
         sys.stdout.write(f"\n{file.path}: {_describe_file(file)}, {len(file.tensors)} tensors\n")
     sys.stdout.write(
-        f"reads {format_bytes(plan.job.read_bytes)}, takes about {estimated_seconds(plan, threads)} s with {threads} "
+        f"reads {format_bytes(plan.job.read_bytes)}, takes about {max(1, round(seconds))} s with {threads} "
         f"thread{'s' if threads > 1 else ''} and {format_bytes(memory)} of memory; nothing was written\n"
     )
 

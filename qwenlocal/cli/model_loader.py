@@ -32,10 +32,7 @@ class ModelLoader:
         self._engine_loader = EngineLoader()
 
     def load(
-        self,
-        model: ProvidedModel,
-        report: Callable[[float], None] = lambda _: None,
-        n_ctx: int | None = None,
+        self, model: ProvidedModel, report: Callable[[float], None] = lambda _: None, n_ctx: int | None = None
     ) -> ChatModel:
         """
         Load a model in this thread; `report` gets fractions from 0 to 1, `n_ctx` overrides the context's size.
@@ -73,10 +70,7 @@ class ModelLoader:
         )
 
     def load_in_thread(
-        self,
-        model: ProvidedModel,
-        report: Callable[[float], None] = lambda _: None,
-        n_ctx: int | None = None,
+        self, model: ProvidedModel, report: Callable[[float], None] = lambda _: None, n_ctx: int | None = None
     ) -> ChatModel:
         """Load a model in a worker thread, so that Ctrl-C can stop it."""
 

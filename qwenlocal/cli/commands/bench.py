@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,6 @@ from qwenlocal.formatting import format_bytes
 if TYPE_CHECKING:
     from qwenlocal.engine.load_plan import LoadRequest
     from qwenlocal.measure.bench import BenchResult
-    from qwenlocal.terminal.progress import StatusLine
 
 _BAR_WIDTH = 40  # columns
 
@@ -35,7 +34,7 @@ def bench_models(
     from qwenlocal.engine.memory import ModelDims
     from qwenlocal.machine import this_machine
     from qwenlocal.measure.bench import ANSWER, run_benchmarks
-    from qwenlocal.terminal.progress import StatusLine
+    from qwenlocal.terminal.progress import status_line
     from qwenlocal.weights.gguf_reader import read_metadata
 
     if not 1 <= repetitions <= 1000:
@@ -52,15 +51,14 @@ def bench_models(
         n_ctx = max(max_depth, 512) + ANSWER + 8
         bench_request = replace(request, rope="none", threads=request.threads or machine.cores, n_ctx=n_ctx)
         plan = plan_load(text, dims, record.size, machine.memory().available, bench_request)
-        line = StatusLine(sys.stderr, delay=0)
-        result = run_benchmarks(
-            record.path,
-            plan.options,
-            repetitions=repetitions,
-            depths=[depth for depth in all_depths if depth <= max_depth],
-            report=functools.partial(_show_task, line, text),
-        )
-        line.clear()
+        with status_line(sys.stderr, delay=0) as show:
+            result = run_benchmarks(
+                record.path,
+                plan.options,
+                repetitions=repetitions,
+                depths=[depth for depth in all_depths if depth <= max_depth],
+                report=functools.partial(_show_task, show, text),
+            )
         results.append(_facts(text, result))
         if not as_json:
             _show(text, result, plot=plot)
@@ -68,8 +66,8 @@ def bench_models(
         print_json(results)
 
 
-def _show_task(line: StatusLine, name: str, task: str) -> None:
-    line.show(f"{name}: {task}")
+def _show_task(show: Callable[[str], None], name: str, task: str) -> None:
+    show(f"{name}: {task}")
 
 
 def _parse_depths(text: str) -> list[int]:

@@ -22,18 +22,15 @@ _MAX_VALUE = 100  # characters
 
 def diff_files(left: str, right: str, *, as_json: bool) -> None:
     """Compare keys, tensors, types and weights of two files. Exits with 1 if they differ."""
-    from qwenlocal.terminal.progress import StatusLine
+    from qwenlocal.terminal.progress import status_line
     from qwenlocal.weights.gguf_diff import compare_files
 
     app = AppContext(quiet=as_json)
     left_path, right_path = (find_installed(app, text).path for text in (left, right))
-    line = StatusLine(sys.stderr)
-    try:
+    with status_line(sys.stderr) as show:
         difference = compare_files(
-            left_path, right_path, lambda done, total: line.show(f"comparing: {done} of {total} tensors")
+            left_path, right_path, lambda done, total: show(f"comparing: {done} of {total} tensors")
         )
-    finally:
-        line.clear()
     if as_json:
         print_json(asdict(difference))
     else:

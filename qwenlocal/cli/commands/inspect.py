@@ -123,10 +123,10 @@ def _repair(app: AppContext, record: ModelRecord, diagnosis: Diagnosis, out: str
     if not diagnosis.fixable:
         app.say("There is nothing that --fix can repair.")
         return
-    layout = repaired_layout(diagnosis, diagnosis.fixable)
     if out is None:
         _repair_in_place(app, record, diagnosis)
         return
+    layout = repaired_layout(diagnosis, diagnosis.fixable)
     target = parse_path(out)
     if target.exists():
         raise OutputExists(target, hint="Write to another file: -o FILE")

@@ -17,12 +17,7 @@ def pull_model(text: str, *, limit_rate: int, assume_yes: bool) -> None:
         return
     record = app.models.ensure_model(name)
     app.say(
-        tr(
-            "{name} is installed: {path} ({size})",
-            name=record.name,
-            path=record.path,
-            size=format_bytes(record.size),
-        )
+        tr("{name} is installed: {path} ({size})", name=record.name, path=record.path, size=format_bytes(record.size))
     )
 
 

@@ -14,7 +14,6 @@ from qwenlocal.cli.options import RunOptions
 from qwenlocal.cli.text_input import read_prompt_file, read_stdin
 from qwenlocal.errors import BadWeights, Interrupted, LowMemory, UsageError
 from qwenlocal.i18n import tr
-from qwenlocal.library.provider import ProvidedModel
 
 if TYPE_CHECKING:
     from qwenlocal.chat.chat_model import ChatModel
@@ -42,8 +41,7 @@ def run_model(options: RunOptions) -> None:
     if prompt is None or options.interactive or options.resume is not None:
         _chat(app, options, prompt, system)
         return
-    model, draft = app.models.ensure_models(options.model_name, options.draft)
-    _answer_once(app, options, model, draft, prompt, system)
+    _answer_once(app, options, prompt, system)
 
 
 def _chat(app: AppContext, options: RunOptions, prompt: str | None, system: str) -> None:
@@ -134,15 +132,10 @@ def _no_text() -> UsageError:
 # --- one answer
 
 
-def _answer_once(
-    app: AppContext,
-    options: RunOptions,
-    model: ProvidedModel,
-    draft: ProvidedModel | None,
-    prompt: str,
-    system: str,
-) -> None:
-    from qwenlocal.cli.model_loader import ModelLoader
+def _answer_once(app: AppContext, options: RunOptions, prompt: str, system: str) -> None:
+    model, draft = app.models.ensure_models(options.model_name, options.draft)
+
+    from qwenlocal.cli.model_loader import ModelLoader  # imports llama.cpp, once there is a model
     from qwenlocal.terminal.load_notes import describe_note, describe_plan
 
     loader = ModelLoader(app, options, draft)

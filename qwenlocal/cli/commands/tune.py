@@ -22,18 +22,17 @@ def tune_model(text: str, *, seconds: float, as_json: bool) -> None:
     from qwenlocal.engine.tuned_settings import write_tuned_settings
     from qwenlocal.machine import power_source, this_machine
     from qwenlocal.measure.tune import thread_counts, tune
-    from qwenlocal.terminal.progress import StatusLine
+    from qwenlocal.terminal.progress import status_line
 
     if not 1 <= seconds <= 3600:
         raise UsageError(f"--seconds must be between 1 and 3,600, not {seconds:g}.")
     app = AppContext(quiet=as_json)
     record, machine = app.models.ensure_model(app.models.parse(text)), this_machine()
-    line = StatusLine(sys.stderr, delay=0)
     if hasattr(os, "getloadavg") and os.getloadavg()[0] > machine.cores / 2:
         app.say("Other programs keep this machine busy, so the results may not hold when it is idle.")
     counts = thread_counts(machine.cores, os.cpu_count() or 1)
-    settings = tune(record.path, counts, seconds=seconds, report=lambda task: line.show(f"measuring {task}"))
-    line.clear()
+    with status_line(sys.stderr, delay=0) as show:
+        settings = tune(record.path, counts, seconds=seconds, report=lambda task: show(f"measuring {task}"))
     power, folder = power_source(), app.folders.tuned
     try:
         write_tuned_settings(folder, fingerprint_model(record.path), power, settings)

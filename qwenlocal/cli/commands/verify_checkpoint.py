@@ -29,7 +29,10 @@ def verify_checkpoint(text: str, source: str, *, as_json: bool) -> None:
     record = find_installed(app, text)
     with app.checkpoints.find(app.models.parse(source)) as source_checkpoint:
         checkpoint = source_checkpoint.download() if isinstance(source_checkpoint, HubCheckpoint) else source_checkpoint
-    fidelity = _compare(record.path, checkpoint)
+    try:
+        fidelity = _compare(record.path, checkpoint)
+    except KeyboardInterrupt as stop:
+        raise Interrupted("Nothing was changed.") from stop
     if as_json:
         print_json(_facts(fidelity))
     else:
@@ -47,7 +50,7 @@ def verify_checkpoint(text: str, source: str, *, as_json: bool) -> None:
 def _compare(file: Path, checkpoint: LocalCheckpoint) -> Fidelity:
     from qwenlocal.machine import this_machine
     from qwenlocal.measure.fidelity import compare_with_checkpoint, known_texts
-    from qwenlocal.terminal.progress import StatusLine
+    from qwenlocal.terminal.progress import status_line
     from qwenlocal.weights.checkpoint import Checkpoint
     from qwenlocal.weights.conversion import ConversionOptions
     from qwenlocal.weights.gguf_reader import decode_value, read_raw_metadata
@@ -55,8 +58,8 @@ def _compare(file: Path, checkpoint: LocalCheckpoint) -> Fidelity:
     pairs, keys = read_raw_metadata(file), ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type")
     if any(key not in pairs for key in keys):
         raise BadWeights(file, "the file has no vocabulary")
-    machine, line = this_machine(), StatusLine(sys.stderr)
-    try:
+    machine = this_machine()
+    with status_line(sys.stderr) as show:
         return compare_with_checkpoint(
             Checkpoint.open(checkpoint.path),
             file,
@@ -64,12 +67,8 @@ def _compare(file: Path, checkpoint: LocalCheckpoint) -> Fidelity:
             threads=machine.cores,
             memory=machine.memory().available,
             options=ConversionOptions(checkpoint.name, checkpoint.repo),
-            report=lambda task, done, total: line.show(f"{task}: {done} of {total}"),
+            report=lambda task, done, total: show(f"{task}: {done} of {total}"),
         )
-    except KeyboardInterrupt as stop:
-        raise Interrupted("Nothing was changed.") from stop
-    finally:
-        line.clear()
 
 
 def _show(fidelity: Fidelity) -> None:

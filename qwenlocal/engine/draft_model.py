@@ -9,6 +9,7 @@ no draft.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 
@@ -174,9 +175,9 @@ class ModelDrafter:
     """
     Drafts from `lookup`, or from a draft model if that finds nothing. Implements `Drafter`.
 
-    All time of the draft model counts: drafts, empty ones too, and reading text that it did not draft. Losses add up to
-    a debt that later gains pay off. A draft model that does not pay is probed again after plain decoding for a hundred
-    times the debt, so it costs about 1 % of the time, and less the longer it loses.
+    The draft model's time adds to a debt: drafts, empty ones too, and reading text that it did not draft. Accepted
+    tokens pay it off. A draft model that does not pay is probed again after plain decoding for a hundred times the
+    debt, so it costs about 1 % of the time, and less the longer it loses.
 
     `costs` is the target model's curve. Times are in steps of the target model.
     """
@@ -190,9 +191,8 @@ class ModelDrafter:
         self._drafting, self._reading = _RunningAverage(_INITIAL_DRAFTING), _RunningAverage(_INITIAL_READING)
         self._is_cold = True  # the first draft also reads the weights from disk
         self._proposed: list[int] = []  # the draft model's last draft
-        self._spent = 0.0  # time for that draft
         self._debt = 0.0
-        self._plain_tokens = 0  # decoded without a draft since the last loss
+        self._plain_tokens = 0  # decoded since the last draft
         self.drafted = self.accepted = 0  # tokens of the draft model
         self.has_given_up = False
 
@@ -212,27 +212,15 @@ class ModelDrafter:
         limit = min(limit, MAX_DRAFT)
         reading = min(model.unread, _WINDOW) * self._reading.value if model.unread > _SMALL_BATCH else 0.0
         price = self._debt + reading
-        count = self._best_length(limit, price / _PAYBACK if reading else 0.0)
+        expected = itertools.accumulate(self._acceptance.value**place for place in range(limit + 1))
+        count = self._costs.best_draft_length(
+            expected, drafting=self._drafting.value, extra=price / _PAYBACK if reading else 0.0, min_gain=_MIN_GAIN
+        )
         if not count and self._plain_tokens * _MAX_LOSS >= price:
             count = self._decodable(min(limit, _PROBE))
         if count:
             self._proposed = self._draft(model, count, step)
         return self._proposed
-
-    def _best_length(self, limit: int, extra: float) -> int:
-        """
-        Return the draft length with the most tokens per second, 0 for plain decoding.
-
-        `extra` is additional time per token.
-        """
-        acceptance, drafting = self._acceptance.value, self._drafting.value
-        best, best_gain = 0, _MIN_GAIN
-        for count in (known - 1 for known in self._costs.known if 1 < known <= limit + 1):
-            tokens = sum(acceptance**place for place in range(count + 1))
-            gain = 1 / ((self._costs.known[count + 1] + count * drafting) / tokens + extra)
-            if gain > best_gain:
-                best, best_gain = count, gain
-        return best
 
     def _decodable(self, count: int) -> int:
         """Return the largest efficient draft length up to `count`: 1, 3, 7, 11, … (see `DEFAULT_COSTS`)."""
@@ -249,18 +237,12 @@ class ModelDrafter:
             self._debt += spent
         started = self._clock()
         drafted = model.draft(count)
-        self._spent = min((self._clock() - started) / step, 2.0 * count)
+        spent = min((self._clock() - started) / step, 2.0 * count)
         drafted = drafted[: self._decodable(len(drafted))]
-        self._drafting.add(self._spent, len(drafted))
-        if not drafted:
-            self._add_loss(self._spent)
+        self._drafting.add(spent, len(drafted))
+        self._debt += spent
+        self._plain_tokens = 0
         return drafted
-
-    def _add_loss(self, loss: float) -> None:
-        """Add a loss to the debt; a negative loss is a gain."""
-        self._debt = max(0.0, self._debt + loss)
-        if loss > 0:
-            self._plain_tokens = 0
 
     def learn(self, tokens: Sequence[int], checked: int, seconds: float | None) -> None:
         if self._proposed:
@@ -268,7 +250,7 @@ class ModelDrafter:
             self._acceptance.add(accepted, min(accepted + 1, len(self._proposed)))
             self.drafted += len(self._proposed)
             self.accepted += accepted
-            self._add_loss(self._spent + self._costs.known[checked + 1] - len(tokens))
+            self._debt = max(0.0, self._debt + self._costs.known[checked + 1] - len(tokens))
             self._lookup.learn(tokens, 0, None)
         else:
             self._plain_tokens += len(tokens)

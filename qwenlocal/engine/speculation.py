@@ -10,8 +10,8 @@ drops at once, which a single p cannot express.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from qwenlocal.engine.lookup import MATCH_LENGTHS, MAX_DRAFT, NO_GUESS, Guess, NgramIndex
@@ -68,6 +68,23 @@ class CostCurve:
             measured = max(1.0, min(count * 1.5, seconds / self.one))
             self.known[count] += _LEARN * (measured - self.known[count])
 
+    def best_draft_length(
+        self, expected: Iterable[float], *, drafting: float = 0.0, extra: float = 0.0, min_gain: float
+    ) -> int:
+        """
+        Return the length of the draft with the most tokens per second; 0 if plain decoding is nearly as fast.
+
+        Checking a draft of 0, 1, 2, … tokens yields `expected` tokens. Drafting a token takes `drafting`, every token
+        of the answer `extra`; both are relative to plain decoding, like `min_gain`, the lowest speed worth a draft.
+        """
+        best, best_gain = 0, min_gain
+        for count, tokens in enumerate(expected):
+            if count + 1 in self.known:
+                gain = 1 / ((self.known[count + 1] + count * drafting) / tokens + extra)
+                if gain > best_gain:
+                    best, best_gain = count, gain
+        return best
+
 
 class Acceptance:
     """Share of recent drafts whose first 1, 2, 3, … tokens were all accepted."""
@@ -77,11 +94,8 @@ class Acceptance:
         self._seen = [_WEIGHT] * MAX_DRAFT
 
     def expected_tokens(self, limit: int) -> Iterator[float]:
-        """Yield the expected number of tokens from checking a draft of 1, 2, … tokens, including the one sampled."""
-        total = 1.0
-        for share in self._share[:limit]:
-            total += share
-            yield total
+        """Yield the expected tokens from checking a draft of 0, 1, 2, … tokens, including the one sampled after it."""
+        return itertools.accumulate((1.0, *self._share[:limit]))
 
     def add(self, accepted: int, checked: int) -> None:
         """Add a draft of `checked` tokens with `accepted` ones; a rejected token rejects all that follow it."""
@@ -115,15 +129,10 @@ class Speculation:
 
     def propose(self, limit: int) -> Sequence[int]:
         self._guess = guess = self._index.guess(min(limit, MAX_DRAFT))
-        return guess.tokens[: self._best_length(guess)] if guess.tokens else ()
-
-    def _best_length(self, guess: Guess) -> int:
-        best, best_gain = 0, _MIN_GAIN
-        for count, expected in enumerate(self._acceptance_of(guess).expected_tokens(len(guess.tokens)), start=1):
-            gain = expected / self.costs.known.get(count + 1, math.inf)
-            if gain > best_gain:
-                best, best_gain = count, gain
-        return best
+        if not guess.tokens:
+            return ()
+        expected = self._acceptance_of(guess).expected_tokens(len(guess.tokens))
+        return guess.tokens[: self.costs.best_draft_length(expected, min_gain=_MIN_GAIN)]
 
     def learn(self, tokens: Sequence[int], checked: int, seconds: float | None) -> None:
         """Learn from new tokens; a guess that was not checked is compared with them as well, at no cost."""

@@ -13,7 +13,7 @@ from qwenlocal.engine.context import Context, ContextOptions
 from qwenlocal.engine.llama import Model
 from qwenlocal.engine.sampling import Sampling
 from qwenlocal.engine.sequence import TokenSequence
-from qwenlocal.engine.speculation import USUAL_COSTS, CostCurve
+from qwenlocal.engine.speculation import DEFAULT_COSTS, CostCurve
 from qwenlocal.errors import UsageError
 
 GREEDY = Sampling(temperature=0, repeat_penalty=1)
@@ -113,8 +113,8 @@ def test_stopping_ends_all_answers(endless_model: Path, opened: Opened) -> None:
 
 
 def test_the_batch_size_follows_the_costs() -> None:
-    assert choose_batch_size(CostCurve(dict.fromkeys(USUAL_COSTS, 1.0)), 16) == 16
-    assert choose_batch_size(CostCurve({count: float(count) for count in USUAL_COSTS}), 16) == 1
+    assert choose_batch_size(CostCurve(dict.fromkeys(DEFAULT_COSTS, 1.0)), 16) == 16
+    assert choose_batch_size(CostCurve({count: float(count) for count in DEFAULT_COSTS}), 16) == 1
     assert choose_batch_size(CostCurve(), 8) == 8
 
 

@@ -15,8 +15,7 @@ from qwenlocal.engine.context import Aborted, AbortFlag, CacheFull, Context, Con
 from qwenlocal.engine.llama import LoadCancelled, Model, load_library
 from qwenlocal.engine.memory import check_memory
 from qwenlocal.engine.prefix_cache import common_prefix
-from qwenlocal.engine.sampler import Sampler
-from qwenlocal.engine.sampling import Sampling
+from qwenlocal.engine.sampling import Sampler, Sampling
 from qwenlocal.engine.sequence import Prefill, TokenSequence
 from qwenlocal.errors import BadWeights, ContextFull, LowMemory, UsageError
 from qwenlocal.machine import Memory

@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 
 from qwenlocal.engine.context import CacheFull, Context
 from qwenlocal.engine.prefix_cache import common_prefix
-from qwenlocal.engine.sampler import Sampler
-from qwenlocal.engine.sampling import Sampling
+from qwenlocal.engine.sampling import Sampler, Sampling
 from qwenlocal.engine.speculation import CostCurve
 from qwenlocal.engine.tokenizer import IncrementalDetokenizer
 

@@ -1,13 +1,30 @@
-"""Sampling parameters."""
+"""Sampling of tokens: its parameters, and llama.cpp's chain of samplers, in llama.cpp's order."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import collections
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from qwenlocal.engine.context import Context
+from qwenlocal.engine.grammar import GrammarMatcher
+from qwenlocal.engine.llama import load_library
+from qwenlocal.engine.tokenizer import Tokenizer
 from qwenlocal.errors import UsageError
 from qwenlocal.i18n import tr
+
+_PENALTY_WINDOW = 64
+_RANGES = {
+    "temperature": (0, 10),
+    "top_k": (0, 1_000_000),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    "repeat_penalty": (0.01, 10),
+    "seed": (0, 2**32 - 2),
+}
 
 
 @dataclass(frozen=True)
@@ -30,13 +47,18 @@ class Sampling:
     answer_prefix: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        _check_range("temperature", self.temperature, 0, 10)
-        _check_range("top_k", self.top_k, 0, 1_000_000)
-        _check_range("top_p", self.top_p, 0, 1)
-        _check_range("min_p", self.min_p, 0, 1)
-        _check_range("repeat_penalty", self.repeat_penalty, 0.01, 10)
-        if self.seed is not None:
-            _check_range("seed", self.seed, 0, 2**32 - 2)
+        for name, (minimum, maximum) in _RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not minimum <= value <= maximum:
+                raise UsageError(
+                    tr(
+                        "{name} must be between {minimum:g} and {maximum:g}, not {value:g}.",
+                        name=name,
+                        minimum=minimum,
+                        maximum=maximum,
+                        value=value,
+                    )
+                )
 
     def with_overrides(self, values: Mapping[str, float | int | None]) -> Sampling:
         """Return a copy with the values that are not None."""
@@ -44,14 +66,103 @@ class Sampling:
         return replace(self, **overrides)
 
 
-def _check_range(name: str, value: float, minimum: float, maximum: float) -> None:
-    if not minimum <= value <= maximum:
-        raise UsageError(
-            tr(
-                "{name} must be between {minimum:g} and {maximum:g}, not {value:g}.",
-                name=name,
-                minimum=minimum,
-                maximum=maximum,
-                value=value,
+class Sampler:
+    """A chain of llama.cpp's samplers: penalties, top-k, top-p, min-p, temperature, random choice; and a grammar."""
+
+    def __init__(self, sampling: Sampling, tokenizer: Tokenizer) -> None:
+        """
+        Raises
+        ------
+        UsageError: the grammar is invalid, or does not allow the answer's prefix.
+        """
+        self._c = c = load_library().c
+        self._matcher = GrammarMatcher(sampling.grammar, tokenizer) if sampling.grammar is not None else None
+        if self._matcher:
+            self._matcher.accept_prefix(sampling.answer_prefix)
+        self._penalties: Any = None
+        self._recent: collections.deque[int] = collections.deque(maxlen=_PENALTY_WINDOW)
+        self._n_vocab = len(tokenizer)
+        self._chain = c.llama_sampler_chain_init(c.llama_sampler_chain_default_params())
+        self.seed = int.from_bytes(os.urandom(4), "little") % (2**32 - 1) if sampling.seed is None else sampling.seed
+        for sampler in self._samplers(sampling, tokenizer.padding):
+            c.llama_sampler_chain_add(self._chain, sampler)
+
+    def _samplers(self, sampling: Sampling, padding: list[int]) -> Iterable[Any]:
+        c = self._c
+        if padding:
+            biases = (c.llama_logit_bias * len(padding))(*((token, -math.inf) for token in padding))
+            yield c.llama_sampler_init_logit_bias(self._n_vocab, len(biases), biases)
+        top_k = 1 if sampling.temperature == 0 else sampling.top_k
+        if sampling.repeat_penalty > 1 and top_k:
+            # A penalty lowers at most as many tokens as its window holds, so the candidates left by top-k afterwards
+            # are among this many before; penalizing 84 candidates instead of 151,936 halves the time of sampling.
+            yield c.llama_sampler_init_top_k(top_k + _PENALTY_WINDOW)
+        if sampling.repeat_penalty != 1:
+            self._penalties = c.llama_sampler_init_penalties(
+                self._n_vocab, _PENALTY_WINDOW, sampling.repeat_penalty, 0.0, 0.0
             )
-        )
+            yield self._penalties
+        if sampling.temperature == 0:
+            yield c.llama_sampler_init_greedy()
+            return
+        if sampling.top_k:
+            yield c.llama_sampler_init_top_k(sampling.top_k)
+        if sampling.top_p < 1:
+            yield c.llama_sampler_init_top_p(sampling.top_p, 1)
+        if sampling.min_p > 0:
+            yield c.llama_sampler_init_min_p(sampling.min_p, 1)
+        yield c.llama_sampler_init_temp(sampling.temperature)
+        yield c.llama_sampler_init_dist(self.seed)
+
+    def accept_prompt(self, ids: Sequence[int]) -> None:
+        """Count the last tokens of the prompt as earlier text for the repeat penalty."""
+        for token in ids[-_PENALTY_WINDOW:]:
+            self._c.llama_sampler_accept(self._chain, token)
+            self._recent.append(token)
+
+    def sample(self, context: Context, row: int) -> int:
+        """
+        Sample and accept the token after a row of logits.
+
+        Raises
+        ------
+        BadWeights: the logits are NaN. UsageError: the grammar allows no token.
+        """
+        context.check_logits(row)
+        token = int(self._c.llama_sampler_sample(self._chain, context.handle, row))
+        if self._matcher:
+            if not self._matcher.allows(token):
+                self._withdraw_last()
+                self._matcher.apply_mask(self._logits(context, row))
+                token = int(self._c.llama_sampler_sample(self._chain, context.handle, row))
+            self._matcher.accept(token)
+        self._recent.append(token)
+        return token
+
+    def accept_forced(self) -> list[int]:
+        """Return the tokens that the grammar forces next, and accept them."""
+        tokens = self._matcher.forced_tokens() if self._matcher else []
+        for token in tokens:
+            self._c.llama_sampler_accept(self._chain, token)
+            self._matcher.accept(token)  # type: ignore[union-attr]
+            self._recent.append(token)
+        return tokens
+
+    def _logits(self, context: Context, row: int) -> Any:
+        """Return a row of logits as a numpy array in llama.cpp's memory."""
+        import numpy
+
+        return numpy.ctypeslib.as_array(context.logits(row), (self._n_vocab,))
+
+    def _withdraw_last(self) -> None:
+        """Remove the token that was just sampled from the penalties."""
+        if self._penalties:
+            self._c.llama_sampler_reset(self._penalties)
+            for token in self._recent:
+                self._c.llama_sampler_accept(self._penalties, token)
+
+    def close(self) -> None:
+        """Free the memory."""
+        if self._chain:
+            self._c.llama_sampler_free(self._chain)
+            self._chain = None

@@ -12,8 +12,7 @@ from qwenlocal.engine.context import Aborted, CacheFull, Context
 from qwenlocal.engine.memory import CHECK_INTERVAL
 from qwenlocal.engine.prefix_cache import MIN_PREFIX_TOKENS, PrefixCache, common_prefix
 from qwenlocal.engine.prompt_cache import PromptCache
-from qwenlocal.engine.sampler import Sampler
-from qwenlocal.engine.sampling import Sampling
+from qwenlocal.engine.sampling import Sampler, Sampling
 from qwenlocal.engine.speculation import Drafter, NoSpeculation
 from qwenlocal.errors import ContextFull
 

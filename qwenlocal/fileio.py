@@ -1,4 +1,4 @@
-"""File I/O at explicit offsets from several threads, and hashes of whole files."""
+"""File I/O at explicit offsets from several threads, atomic replacement, and hashes of whole files."""
 
 from __future__ import annotations
 
@@ -56,6 +56,13 @@ def write_error(folder: Path, reason: OSError, missing: int) -> DiskFull | NotWr
     if reason.errno == errno.EFBIG:
         return NotWritable(folder, "it does not allow files of this size")
     return NotWritable(folder, reason.strerror or str(reason))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write `text` next to `path` and rename it, so that the file is never incomplete."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8", errors="replace")
+    temporary.replace(path)
 
 
 def start_writeback(file: int) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import itertools
 import json
-import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from qwenlocal.engine.sampling import Sampling
 from qwenlocal.engine.sequence import TokenGenerator
 from qwenlocal.engine.tokenizer import IncrementalDetokenizer, Tokenizer
 from qwenlocal.errors import UsageError
+from qwenlocal.fileio import replace_text
 from qwenlocal.formatting import shorten
 from qwenlocal.i18n import tr
 
@@ -193,10 +193,8 @@ class Conversation:
 
     def save(self, path: Path, model: str) -> None:
         """Write the conversation as JSON, {"model", "messages"} as in chat APIs; replaces the file atomically."""
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         data = {"model": model, "messages": self.thread.prompt_messages}
-        temporary.write_text(json.dumps(data, ensure_ascii=False, indent=1) + "\n", encoding="utf-8", errors="replace")
-        temporary.replace(path)
+        replace_text(path, json.dumps(data, ensure_ascii=False, indent=1) + "\n")
 
     # --- answering
 

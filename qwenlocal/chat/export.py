@@ -8,6 +8,7 @@ from datetime import datetime, timezone
 
 from qwenlocal.chat.thread import USER, Message, Thread
 
+FORMATS = ("md", "json", "html")
 _STYLE = (
     "body{max-width:46rem;margin:2rem auto;padding:0 1rem;font:16px/1.5 system-ui,sans-serif}"
     "pre{overflow-x:auto;padding:.7rem;background:#8881;border-radius:.4rem}"
@@ -15,6 +16,13 @@ _STYLE = (
     "td,th{border:1px solid #8885;padding:.2rem .5rem}"
     "@media(prefers-color-scheme:dark){body{background:#111;color:#ddd}}"
 )
+
+
+def export_thread(thread: Thread, title: str, model: str, format: str) -> str:
+    """Return the thread in one of the `FORMATS`."""
+    if format == "json":
+        return export_json(thread, title, model)
+    return export_html(thread, title) if format == "html" else export_markdown(thread, title)
 
 
 def export_markdown(thread: Thread, title: str) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from qwenlocal.engine.speculation import DEFAULT_COSTS
+from qwenlocal.fileio import replace_text
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,4 @@ def _update(path: Path, power: str, values: Mapping[str, Any]) -> None:
     entry = entries.get(power)
     entries[power] = {**(entry if isinstance(entry, dict) else {}), **values}
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(entries, indent=1) + "\n")
-    temporary.replace(path)
+    replace_text(path, json.dumps(entries, indent=1) + "\n")

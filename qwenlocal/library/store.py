@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qwenlocal.errors import BadWeights, NotWritable, QwenlocalError
-from qwenlocal.fileio import hash_blocks, hash_file
+from qwenlocal.fileio import hash_blocks, hash_file, replace_text
 from qwenlocal.i18n import tr
 from qwenlocal.library.partial_file import FileIdentity, lock_path, read_download_journal, remove_partial
 from qwenlocal.paths import Folders, ensure_writable
@@ -130,10 +130,8 @@ class Store:
         record = replace(record, added=record.added or datetime.now(timezone.utc).isoformat(timespec="seconds"))
         path = self._record_path(record.name)
         ensure_writable(path.parent)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
-            temporary.write_text(json.dumps(_to_json(record), indent=1), encoding="utf-8")
-            temporary.replace(path)
+            replace_text(path, json.dumps(_to_json(record), indent=1))
         except OSError as reason:
             raise NotWritable(path.parent, reason.strerror or str(reason)) from reason
         return record

@@ -14,8 +14,6 @@ from qwenlocal.errors import NotWritable, OutputExists, UsageError
 from qwenlocal.i18n import tr
 from qwenlocal.terminal.ansi import escape_controls, supports_color
 
-FORMATS = ("md", "json", "html")
-
 
 def list_chats(*, as_json: bool) -> None:
     """List all chats, the newest first."""
@@ -110,7 +108,8 @@ def export_chat(text: str, format: str | None, output: Path | None, *, force: bo
     ------
     UsageError: there is no such format. OutputExists: the file exists. NotWritable: it cannot be written.
     """
-    from qwenlocal.chat.export import export_html, export_json, export_markdown
+    from qwenlocal.chat.export import FORMATS, export_thread
+    from qwenlocal.fileio import replace_text
 
     format = format or (output.suffix.lstrip(".").lower() if output else "md")
     format = {"markdown": "md", "htm": "html"}.get(format, format)
@@ -121,20 +120,14 @@ def export_chat(text: str, format: str | None, output: Path | None, *, force: bo
         )
     journal, chat = AppContext().find_chat(text)
     thread = journal.load_thread(chat.id)
-    content = {
-        "md": lambda: export_markdown(thread, chat.title),
-        "json": lambda: export_json(thread, chat.title, chat.model),
-        "html": lambda: export_html(thread, chat.title),
-    }[format]()
+    content = export_thread(thread, chat.title, chat.model, format)
     if output is None:
         sys.stdout.write(content)
         return
     if os.path.exists(output) and not force:  # Path.exists raises without permission
         raise OutputExists(output)
-    draft = output.with_name(f"{output.name}.{os.getpid()}.tmp")
     try:
-        draft.write_text(content, encoding="utf-8")
-        draft.replace(output)
+        replace_text(output, content)
     except OSError as error:
         raise NotWritable(output, error.strerror or str(error), hint=tr("Choose another folder.")) from error
     sys.stderr.write(tr("Saved: {path}", path=output) + "\n")

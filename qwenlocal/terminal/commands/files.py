@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import base64
-import functools
 import json
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from qwenlocal.chat.documents import read_document
 from qwenlocal.chat.events import FinishReason
-from qwenlocal.chat.export import export_html, export_json, export_markdown
+from qwenlocal.chat.export import FORMATS, export_thread
 from qwenlocal.chat.thread import ASSISTANT, USER, Thread
 from qwenlocal.errors import NotWritable, OutputExists, UsageError
 from qwenlocal.formatting import shorten
@@ -74,16 +73,11 @@ def export_chat(session: Session, argument: str) -> None:
     if not argument.strip():
         raise UsageError(tr("No file given."), hint=tr("Use /export FILE.md, FILE.json or FILE.html"))
     path = _output_path(session, argument, "")
-    exporters: Mapping[str, Callable[[Thread, str], str]] = {
-        ".md": export_markdown,
-        ".html": export_html,
-        ".json": functools.partial(export_json, model=session.model),
-    }
-    exporter = exporters.get(path.suffix.lower())
-    if exporter is None:
-        suffixes = ", ".join(exporters)
+    format = path.suffix.lower().removeprefix(".")
+    if format not in FORMATS:
+        suffixes = ", ".join(f".{name}" for name in FORMATS)
         raise UsageError(tr("Cannot export to {name}: use one of {suffixes}.", name=path.name, suffixes=suffixes))
-    text = exporter(session.thread, _chat_title(session))
+    text = export_thread(session.thread, _chat_title(session), session.model, format)
     _write_file(session, path, lambda: path.write_text(text, encoding="utf-8", errors="replace"))
 
 

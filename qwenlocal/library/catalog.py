@@ -199,27 +199,18 @@ def _parse_family(path: Path, data: dict[str, Any]) -> tuple[list[ModelCard], di
     sizes = table.pop_tables("size")
     table.check_empty()
     cards: list[ModelCard] = []
-    aliases: dict[str, str] = {}
+    endings: dict[str, str] = {}  # ending of a spelling, such as ":7b-chat": card name
     for size in sizes:
         size_cards, size_aliases = _parse_size(size, name, title, shared, len(sizes), default)
         cards += size_cards
-        for card in size_cards:
-            for alias in size_aliases:
-                aliases[f"{name}:{alias}-{card.variant}"] = card.name
-            aliases[f"{name}:{card.size}-{card.variant}"] = card.name
         for alias in (size_cards[0].size, *size_aliases):
-            aliases[f"{name}:{alias}"] = size_cards[0].name
+            endings[f":{alias}"] = size_cards[0].name
+            endings |= {f":{alias}-{card.variant}": card.name for card in size_cards}
     default_card = next((card for card in cards if card.size == default and card.variant == "chat"), None)
     if default_card is None:
         raise table.error(f"there is no chat model of the default size “{default}”")
-    for spelling in (name, *family_aliases):
-        aliases[spelling] = default_card.name
-        aliases |= {
-            spelling + alias.removeprefix(name): card
-            for alias, card in list(aliases.items())
-            if alias.startswith(f"{name}:")
-        }
-    return cards, aliases
+    endings[""] = default_card.name
+    return cards, {alias + ending: card for alias in (name, *family_aliases) for ending, card in endings.items()}
 
 
 def _parse_size(
@@ -264,15 +255,15 @@ def _parse_size(
 def _parse_file(table: _Table) -> KnownFile:
     path, size = table.pop("path", str), table.pop("size", int)
     digest, revision = table.pop_matching("sha256", _SHA256), table.pop("revision", str, None)
-    wheels = []
-    for wheel in table.pop_tables("wheel"):
-        wheels.append(
-            Wheel(
-                wheel.pop("project", str), wheel.pop("version", str), wheel.pop("member", str), wheel.pop("size", int)
-            )
-        )
-        wheel.check_empty()
+    wheels = [_parse_wheel(wheel) for wheel in table.pop_tables("wheel")]
     if wheels and sum(wheel.size for wheel in wheels) != size:
         raise table.error("the sizes of the wheels do not add up to the size of the file")
     table.check_empty()
     return KnownFile(path, size, digest, revision, wheels)
+
+
+def _parse_wheel(table: _Table) -> Wheel:
+    project, version, member = (table.pop(key, str) for key in ("project", "version", "member"))
+    size = table.pop("size", int)
+    table.check_empty()
+    return Wheel(project, version, member, size)

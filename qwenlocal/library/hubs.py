@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 from urllib.parse import quote
 
-from qwenlocal.errors import ModelNotFound, QwenlocalError
+from qwenlocal.errors import ModelNotFound
 from qwenlocal.i18n import tr
 from qwenlocal.library.http import HttpClient, TransferError
 
@@ -97,7 +97,15 @@ class HuggingFace:
         except OfflineModeIsEnabled as reason:
             raise TransferError("HF_HUB_OFFLINE is set", retryable=False, unreachable=True) from reason
         except GatedRepoError as reason:
-            raise _gated_error(repo, self.endpoint) from reason
+            raise ModelNotFound(
+                repo,
+                reason=tr("{repo} is gated: its owner requires you to accept terms first.", repo=repo),
+                hint=tr(
+                    "Accept them at {endpoint}/{repo}, then set HF_TOKEN to a token of your account.",
+                    endpoint=self.endpoint,
+                    repo=repo,
+                ),
+            ) from reason
         except RevisionNotFoundError as reason:
             raise ModelNotFound(
                 repo,
@@ -191,18 +199,6 @@ def _license_text(card: Mapping[str, object]) -> str:
     if name and license in ("", "other"):
         license = name
     return f"{license} ({link})" if license and link else str(license)
-
-
-def _gated_error(repo: str, endpoint: str) -> QwenlocalError:
-    return ModelNotFound(
-        repo,
-        reason=tr("{repo} is gated: its owner requires you to accept terms first.", repo=repo),
-        hint=tr(
-            "Accept them at {endpoint}/{repo}, then set HF_TOKEN to a token of your account.",
-            endpoint=endpoint,
-            repo=repo,
-        ),
-    )
 
 
 def _first_line(reason: BaseException) -> str:

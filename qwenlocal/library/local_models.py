@@ -102,11 +102,8 @@ class LocalModels:
 
     def _find_own_file(self, external: ExternalFile) -> StoredFile | None:
         """Return the record of the very same file if qwenlocal downloaded it under another name."""
-        for record in self._store.records():
-            for file in record.files:
-                if record.owned and str(external.path) in (file.path, file.link):
-                    return file
-        return None
+        own_files = (file for record in self._store.records() if record.owned for file in record.files)
+        return next((file for file in own_files if str(external.path) in (file.path, file.link)), None)
 
     def _hash(self, external: ExternalFile) -> str:
         size = external.path.stat().st_size

@@ -20,13 +20,7 @@ from typing import NamedTuple
 
 from qwenlocal.errors import DiskFull, NotWritable
 from qwenlocal.fileio import read_at, write_all, write_error
-from qwenlocal.resumable import (
-    JournalAppender,
-    journal_path,
-    part_path,
-    read_journal,
-    write_journal,
-)
+from qwenlocal.resumable import JournalAppender, journal_path, part_path, read_journal, write_journal
 
 BLOCK_SIZE = 16 << 20  # with four blocks in flight, a crash costs at most 64 MiB
 _READ_SIZE = 1 << 20
@@ -67,7 +61,7 @@ class PartialFile:
         self.count = -(-identity.size // block_size)
         self._lock, self._write_lock = threading.Lock(), threading.Lock()
         self._checksums: dict[int, int] = {}
-        try:
+        with self._write_errors():
             resumed = self._resume()
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
             if not resumed:
@@ -76,11 +70,13 @@ class PartialFile:
             if sys.platform != "win32":  # where it would write zeros over the whole size
                 os.ftruncate(self._file, identity.size)
             self._journal = JournalAppender(self.journal_path)
-        except OSError as reason:
-            raise self._write_error(reason) from reason
 
-    def _write_error(self, reason: OSError) -> DiskFull | NotWritable:
-        return write_error(self.folder, reason, self.identity.size - self.done)
+    @contextlib.contextmanager
+    def _write_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as reason:
+            raise write_error(self.folder, reason, self.identity.size - self.done) from reason
 
     def _resume(self) -> bool:
         journal = read_download_journal(self.journal_path)
@@ -125,11 +121,9 @@ class PartialFile:
         ------
         DiskFull: there is no space.
         """
-        try:
-            with self._write_lock:  # the kernel lets one thread write to a file at a time; the others would spin
-                write_all(self._file, memoryview(data), offset, self._lock)
-        except OSError as reason:
-            raise self._write_error(reason) from reason
+        # The kernel lets one thread write to a file at a time; without the lock the others would spin.
+        with self._write_errors(), self._write_lock:
+            write_all(self._file, memoryview(data), offset, self._lock)
 
     def complete(self, number: int, crc: int) -> None:
         """Mark a block as finished; `crc` is the CRC-32 of its bytes."""
@@ -144,11 +138,8 @@ class PartialFile:
         self._append(number, _FORGOTTEN)
 
     def _append(self, number: int, crc: int) -> None:
-        try:
-            with self._lock:
-                self._journal.append(number, crc)
-        except OSError as reason:
-            raise self._write_error(reason) from reason
+        with self._write_errors(), self._lock:
+            self._journal.append(number, crc)
 
     def read(self, number: int) -> Iterator[memoryview]:
         """Yield the bytes of a finished block; each chunk is valid until the next one is requested."""
@@ -170,10 +161,8 @@ class PartialFile:
 
     def sync(self) -> None:
         """Flush everything written to the disk."""
-        try:
+        with self._write_errors():
             getattr(os, "fdatasync", os.fsync)(self._file)
-        except OSError as reason:
-            raise self._write_error(reason) from reason
 
     def publish(self, target: Path) -> None:
         """Move the complete file to `target` in one step, and delete the journal."""
@@ -194,14 +183,14 @@ class PartialFile:
         free = shutil.disk_usage(target.parent).free
         if free < self.identity.size:
             raise DiskFull(target.parent, self.identity.size, free)
-        try:
-            shutil.copyfile(self.path, temporary)
-            with temporary.open("r+b") as copy:
-                os.fsync(copy.fileno())
-            temporary.replace(target)
-        except OSError as reason:
-            temporary.unlink(missing_ok=True)
-            raise self._write_error(reason) from reason
+        with self._write_errors():
+            try:
+                shutil.copyfile(self.path, temporary)
+                with temporary.open("r+b") as copy:
+                    os.fsync(copy.fileno())
+                temporary.replace(target)
+            finally:
+                temporary.unlink(missing_ok=True)
         self.path.unlink()
 
     def discard(self) -> None:

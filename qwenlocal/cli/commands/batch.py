@@ -10,6 +10,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -28,7 +29,7 @@ from qwenlocal.engine.tokenizer import IncrementalDetokenizer
 from qwenlocal.errors import ContextFull, Interrupted, NotWritable, UsageError
 from qwenlocal.i18n import tr
 from qwenlocal.paths import parse_path
-from qwenlocal.terminal.progress import StatusLine
+from qwenlocal.terminal.progress import status_line
 
 if TYPE_CHECKING:
     from qwenlocal.chat.chat_model import ChatModel
@@ -219,48 +220,41 @@ def answer_batch(
     context = Context(loaded.model, replace(loaded.context.options, n_seq_max=batch_size + 1))
     generator, tokenizer, n_ctx = BatchGenerator(context), loaded.model.tokenizer, context.n_ctx
     sampling = options.merge_sampling(loaded.sampling)
-    requests = [
-        BatchRequest(
-            place,
-            encode_messages(loaded.template, item.messages, tokenizer),
-            sampling,
-            options.max_tokens or n_ctx,
-            options.stop,
-        )
-        for place, item in enumerate(items)
-    ]
+    limit = options.max_tokens or n_ctx
+    prompts = (encode_messages(loaded.template, item.messages, tokenizer) for item in items)
+    requests = [BatchRequest(key, ids, sampling, limit, options.stop) for key, ids in enumerate(prompts)]
 
     def generate() -> Iterator[BatchResult]:
         return generator.generate(requests, tokenizer.is_end)
 
-    status, begin, tokens, finished = StatusLine(sys.stderr), time.monotonic(), 0, 0
-    too_long: list[int] = []
-    try:
-        with _open_output(output) as out, iterate_in_thread(generate, generator.stop) as results:
-            for result in results:
-                finished += 1
-                tokens += len(result.ids)
-                detokenizer = IncrementalDetokenizer(options.stop)
-                text = "".join(detokenizer.feed(tokenizer.piece(id)) for id in result.ids) + detokenizer.finish()
-                too_long += [result.key] if result.is_full and not result.ids else []
-                _write(out, items[result.key], text, result, len(requests[result.key].ids))
-                status.show(
-                    tr(
-                        "{done} of {total} answered, {count} at once, {speed:.1f} tokens/s",
-                        done=finished_before + finished,
-                        total=finished_before + len(items),
-                        count=batch_size,
-                        speed=tokens / max(0.001, time.monotonic() - begin),
-                    )
+    begin, tokens, finished = time.monotonic(), 0, 0
+    too_long: list[BatchRequest] = []
+    with (
+        contextlib.closing(context),
+        status_line(sys.stderr) as show,
+        _open_output(output) as out,
+        iterate_in_thread(generate, generator.stop) as results,
+    ):
+        for finished, result in enumerate(results, start=1):
+            tokens += len(result.ids)
+            request, detokenizer = requests[result.key], IncrementalDetokenizer(options.stop)
+            text = "".join(detokenizer.feed(tokenizer.piece(id)) for id in result.ids) + detokenizer.finish()
+            if result.is_full and not result.ids:
+                too_long.append(request)
+            _write(out, items[result.key], text, result, len(request.ids))
+            show(
+                tr(
+                    "{done} of {total} answered, {count} at once, {speed:.1f} tokens/s",
+                    done=finished_before + finished,
+                    total=finished_before + len(items),
+                    count=batch_size,
+                    speed=tokens / max(0.001, time.monotonic() - begin),
                 )
-    finally:
-        status.clear()
-        context.close()
+            )
     if finished < len(items):
         raise Interrupted(tr("Finished answers are kept. To continue, run the same command with the same -o."))
     if too_long:
-        first = requests[too_long[0]]
-        raise ContextFull(len(first.ids), n_ctx, loaded.model.n_ctx_train)
+        raise ContextFull(len(too_long[0].ids), n_ctx, loaded.model.n_ctx_train)
 
 
 def _write(out: TextIO, item: BatchItem, text: str, result: BatchResult, prompt_tokens: int) -> None:
@@ -283,15 +277,11 @@ def _finish_reason(result: BatchResult) -> FinishReason:
     return FinishReason.CONTEXT_FULL if result.is_full else FinishReason.LENGTH
 
 
-@contextlib.contextmanager
-def _open_output(path: Path | None) -> Iterator[TextIO]:
+def _open_output(path: Path | None) -> AbstractContextManager[TextIO]:
     """Open the output for appending; standard output for None."""
     if path is None:
-        yield sys.stdout
-        return
+        return contextlib.nullcontext(sys.stdout)
     try:
-        file = path.open("a", encoding="utf-8")
+        return path.open("a", encoding="utf-8")
     except OSError as error:
         raise NotWritable(path.parent, error.strerror or str(error), hint=tr("Choose another folder.")) from error
-    with file:
-        yield file

@@ -73,8 +73,9 @@ def write_model(
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_rope_freq_base(10000.0)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    adders = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
     for key, value in (metadata or {}).items():
-        _add(writer, key, value)
+        adders[type(value)](key, value)
     _add_vocabulary(writer, template)
     for name, data in _weights(reply, ends, seed, layers):
         writer.add_tensor(name, data)
@@ -83,11 +84,6 @@ def write_model(
     writer.write_tensors_to_file()
     writer.close()
     return path
-
-
-def _add(writer: Any, key: str, value: Any) -> None:
-    kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
-    kinds[type(value)](key, value)
 
 
 def _add_vocabulary(writer: Any, template: str | None) -> None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from qwenlocal.chat.chat_template import CHATML, ChatTemplate, encode_messages
 from qwenlocal.chat.conversation import Conversation, GenerationConfig
 from qwenlocal.chat.events import Done, FinishReason, PromptProgress, Summarizing, Text, TurnsEvicted
+from qwenlocal.chat.export import export_messages
 from qwenlocal.chat.generate import stream_answer
 from qwenlocal.chat.thread import Thread
 from qwenlocal.engine.context import Context, ContextOptions
@@ -23,6 +24,7 @@ from qwenlocal.engine.sampling import Sampling
 from qwenlocal.engine.sequence import Prefill, TokenSequence
 from qwenlocal.engine.tokenizer import Tokenizer
 from qwenlocal.errors import BadWeights, ContextFull, TextTooLong, UsageError
+from qwenlocal.fileio import replace_text
 from qwenlocal.terminal.view import describe_eviction, describe_stats
 from qwenlocal.testing import ScriptedGenerator
 
@@ -278,11 +280,10 @@ def test_clearing_keeps_the_system_prompt(vocabulary: Tokenizer) -> None:
     assert talk.thread.prompt_messages == [{"role": "system", "content": "Be kind."}]
 
 
-def test_a_saved_conversation_has_the_json_format_of_chat_apis(vocabulary: Tokenizer, tmp_path: Path) -> None:
+def test_a_saved_conversation_has_the_json_format_of_chat_apis(vocabulary: Tokenizer) -> None:
     talk = conversation(ScriptedGenerator([[*tokens("你好", vocabulary), END]]), vocabulary)
     list(talk.ask("Hi"))
-    talk.save(tmp_path / "talk.json", "tiny")
-    assert json.loads((tmp_path / "talk.json").read_text("utf-8")) == {
+    assert json.loads(export_messages(talk.thread, "tiny")) == {
         "model": "tiny",
         "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "你好"}],
     }
@@ -365,7 +366,7 @@ def test_clearing_resets_evictions(vocabulary: Tokenizer) -> None:
 def test_a_conversation_with_lone_surrogates_can_be_saved(vocabulary: Tokenizer, tmp_path: Path) -> None:
     talk = conversation(ScriptedGenerator([[END]]), vocabulary)
     list(talk.ask("caf\udce9"))
-    talk.save(tmp_path / "x.json", "m")
+    replace_text(tmp_path / "x.json", export_messages(talk.thread, "m"))
     assert json.loads((tmp_path / "x.json").read_text("utf-8"))["messages"][0]["content"] == "caf?"
 
 

@@ -30,14 +30,13 @@ for number in range(10**9):
 CONVERSATION = """
 import sys
 from pathlib import Path
-from qwenlocal.chat.conversation import Conversation, GenerationConfig
-from qwenlocal.chat.chat_template import CHATML, ChatTemplate
-from qwenlocal.testing import ScriptedGenerator
-talk = Conversation(ScriptedGenerator([]), None, ChatTemplate(CHATML), GenerationConfig())
+from qwenlocal.chat.export import export_messages
+from qwenlocal.chat.thread import Thread
+from qwenlocal.fileio import replace_text
 for number in range(10**9):
-    talk.thread.clear()
-    talk.thread.add("user", "x" * 50_000 + str(number))
-    talk.save(Path(sys.argv[1]) / "talk.json", "m")
+    thread = Thread()
+    thread.add("user", "x" * 50_000 + str(number))
+    replace_text(Path(sys.argv[1]) / "talk.json", export_messages(thread, "m"))
     print(number, flush=True)
 """
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import bisect
 import itertools
-import json
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from qwenlocal.chat.chat_template import ChatTemplate, encode_messages
 from qwenlocal.chat.context_window import (
@@ -17,14 +15,13 @@ from qwenlocal.chat.context_window import (
     evictable_turns,
     select_messages,
 )
-from qwenlocal.chat.events import Done, Event, FinishReason, Summarizing, Text, TurnsEvicted
+from qwenlocal.chat.events import Done, Event, FinishReason, PromptProgress, Summarizing, Text, TurnsEvicted
 from qwenlocal.chat.generate import stream_answer
 from qwenlocal.chat.thread import ASSISTANT, USER, Message, Thread, Turn
 from qwenlocal.engine.sampling import Sampling
 from qwenlocal.engine.sequence import TokenGenerator
 from qwenlocal.engine.tokenizer import IncrementalDetokenizer, Tokenizer
 from qwenlocal.errors import UsageError
-from qwenlocal.fileio import replace_text
 from qwenlocal.formatting import shorten
 from qwenlocal.i18n import tr
 
@@ -191,11 +188,6 @@ class Conversation:
         without = encode_messages(self._template, before, self._tokenizer)
         return len(encode_messages(self._template, [*before, *messages], self._tokenizer)) - len(without)
 
-    def save(self, path: Path, model: str) -> None:
-        """Write the conversation as JSON, {"model", "messages"} as in chat APIs; replaces the file atomically."""
-        data = {"model": model, "messages": self.thread.prompt_messages}
-        replace_text(path, json.dumps(data, ensure_ascii=False, indent=1) + "\n")
-
     # --- answering
 
     def _last_turn(self) -> Turn:
@@ -213,9 +205,7 @@ class Conversation:
         if version and sampling.seed is not None:
             sampling = replace(sampling, seed=(sampling.seed + version) % (2**32 - 1))
         try:
-            interrupted = yield from self._make_room()
-            if interrupted:
-                yield interrupted
+            if (yield from self._make_room()):
                 return
             events = _start(self._stream(self._encode_prompt(), sampling))
         except BaseException:
@@ -223,29 +213,22 @@ class Conversation:
             raise
         yield from self._record(events, None)
 
-    def _make_room(self) -> Generator[Event, None, Done | None]:
+    def _make_room(self) -> Generator[Event, None, bool]:
         """
         Evict the oldest turns if the prompt leaves too little space for an answer.
 
         Half of the context is freed at once, because everything behind an evicted turn has to be processed again.
-        Returns the event that ended the summary if it was interrupted.
+        Returns True if the summary was interrupted.
         """
-        n_ctx = self.n_ctx
-        if self.config.overflow == "stop" or n_ctx is None:
-            return None
-        if len(self._encode_prompt()) <= n_ctx * EVICTION_THRESHOLD:
-            return None
+        n_ctx, overflow = self.n_ctx, self.config.overflow
+        if overflow == "stop" or n_ctx is None or len(self._encode_prompt()) <= n_ctx * EVICTION_THRESHOLD:
+            return False
         turns = self._choose_turns_to_evict(n_ctx)
-        if not turns:
-            return None
-        summary = ""
-        if self.config.overflow == "summarise":
-            summary, interrupted = yield from self._summarize(turns)
-            if interrupted:
-                return interrupted
-        self.thread.evict_turns([turn.question.number for turn in turns], summary)
-        yield TurnsEvicted(len(turns), shorten(turns[0].question.text), summary)
-        return None
+        summary = (yield from self._summarize(turns)) if turns and overflow == "summarise" else ""
+        if turns and summary is not None:
+            self.thread.evict_turns([turn.question.number for turn in turns], summary)
+            yield TurnsEvicted(len(turns), shorten(turns[0].question.text), summary)
+        return summary is None
 
     def _choose_turns_to_evict(self, n_ctx: int) -> list[Turn]:
         """Return the fewest oldest turns that free half of the context; none if the question does not fit even then."""
@@ -261,27 +244,27 @@ class Conversation:
         )
         return turns[:count] if length_without(count) < limit else []
 
-    def _summarize(self, turns: Sequence[Turn]) -> Generator[Event, None, tuple[str, Done | None]]:
+    def _summarize(self, turns: Sequence[Turn]) -> Generator[Event, None, str | None]:
         """
         Have the model summarize the turns.
 
-        Returns the summary, or the previous one if the turns do not fit into the context; and the event that ended it
-        if it was interrupted.
+        Returns the summary, the previous one if the turns do not fit into the context, or None if it was interrupted.
         """
         ids = encode_messages(self._template, build_summary_request(self.thread, turns), self._tokenizer)
         if self.n_ctx is not None and len(ids) + _SUMMARY_TOKENS > self.n_ctx:
-            return self.thread.summary, None
+            return self.thread.summary
         text = ""
         greedy = Sampling(temperature=0)
         for event in stream_answer(self._generator, self._tokenizer, ids, greedy, max_tokens=_SUMMARY_TOKENS):
             if isinstance(event, Text):
                 text += event.text
                 yield Summarizing(len(turns), len(text.split()))
-            elif isinstance(event, Done) and event.finish_reason is FinishReason.INTERRUPTED:
-                return "", event
-            elif not isinstance(event, Done):
+            elif isinstance(event, PromptProgress):
                 yield event
-        return text.strip(), None
+            elif isinstance(event, Done) and event.finish_reason is FinishReason.INTERRUPTED:
+                yield event
+                return None
+        return text.strip()
 
     def _encode_prompt(self) -> list[int]:
         return self._encode(select_messages(self.thread))

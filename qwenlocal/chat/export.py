@@ -57,6 +57,12 @@ def export_json(thread: Thread, title: str, model: str) -> str:
     return json.dumps(data, ensure_ascii=False, indent=1) + "\n"
 
 
+def export_messages(thread: Thread, model: str) -> str:
+    """Return the path as JSON, {"model", "messages"} as in chat APIs."""
+    data = {"model": model, "messages": thread.prompt_messages}
+    return json.dumps(data, ensure_ascii=False, indent=1) + "\n"
+
+
 def export_html(thread: Thread, title: str) -> str:
     """Return the path as a self-contained HTML page. HTML in messages is escaped."""
     from markdown_it import MarkdownIt

@@ -7,6 +7,7 @@ faster than fewer, which leave the machine to its owner.
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -56,21 +57,21 @@ def tune(
     BadWeights, ContextNotCreated: the model cannot be loaded.
     """
     small, large = _UBATCH_SIZES
-    model = Model(path)
     contexts: dict[tuple[bool, int], Context] = {}
+    with contextlib.ExitStack() as stack:
+        model = stack.enter_context(contextlib.closing(Model(path)))
 
-    def context_with(*, flash: bool, n_ubatch: int, count: int) -> Context:
-        if (flash, n_ubatch) not in contexts:
-            options = ContextOptions(
-                2 * _DEPTH, threads=count, batch_threads=count, flash_attention=flash, n_ubatch=n_ubatch
-            )
-            contexts[flash, n_ubatch] = Context(model, options)
-        contexts[flash, n_ubatch].set_threads(count)
-        return contexts[flash, n_ubatch]
+        def open_context(*, flash: bool, n_ubatch: int, count: int) -> Context:
+            if (flash, n_ubatch) not in contexts:
+                options = ContextOptions(
+                    2 * _DEPTH, threads=count, batch_threads=count, flash_attention=flash, n_ubatch=n_ubatch
+                )
+                contexts[flash, n_ubatch] = stack.enter_context(contextlib.closing(Context(model, options)))
+            contexts[flash, n_ubatch].set_threads(count)
+            return contexts[flash, n_ubatch]
 
-    try:
         report("threads")
-        context = context_with(flash=False, n_ubatch=small, count=threads[-1])
+        context = open_context(flash=False, n_ubatch=small, count=threads[-1])
         fill_cache(context, _DEPTH)
 
         def speed_with_threads(count: int) -> float:
@@ -80,18 +81,14 @@ def tune(
         count = find_fastest(threads, speed_with_threads, seconds / 4)
         report("flash attention")
         for flash in (False, True):
-            fill_cache(context_with(flash=flash, n_ubatch=small, count=count), _DEPTH)
+            fill_cache(open_context(flash=flash, n_ubatch=small, count=count), _DEPTH)
         flash = find_fastest([False, True], lambda on: decode_speed(contexts[on, small], _SAMPLE), seconds / 4)
         report("decoding several tokens at once")
         costs = _batch_costs(contexts[flash, small])
         report("micro-batch size")
-        context_with(flash=flash, n_ubatch=large, count=count)
+        open_context(flash=flash, n_ubatch=large, count=count)
         n_ubatch = find_fastest(_UBATCH_SIZES, lambda size: prefill_speed(contexts[flash, size], _DEPTH), seconds / 4)
         return TunedSettings(count, flash, n_ubatch, costs)
-    finally:
-        for context in contexts.values():
-            context.close()
-        model.close()
 
 
 def _batch_costs(context: Context, rounds: int = 3) -> dict[int, float]:

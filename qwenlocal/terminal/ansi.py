@@ -31,9 +31,9 @@ def supports_color(out: TextIO) -> bool:
     return supports_ansi(out) and not os.environ.get("NO_COLOR")
 
 
-def dim(text: str, out: TextIO) -> str:
-    """Dim `text` if `out` shows colors."""
-    return f"\x1b[2m{text}\x1b[0m" if supports_color(out) else text
+def dim(text: str, out: TextIO | None = None) -> str:
+    """Dim `text`, if `out` is not given or shows colors."""
+    return f"\x1b[2m{text}\x1b[0m" if out is None or supports_color(out) else text
 
 
 def wrap(text: str, out: TextIO) -> str:

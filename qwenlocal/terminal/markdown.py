@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qwenlocal.terminal.ansi import escape_controls
+from qwenlocal.terminal.ansi import dim, escape_controls
 from qwenlocal.terminal.highlight import Highlighter
 
 if TYPE_CHECKING:
@@ -159,8 +159,8 @@ class _CodeBlock:
         name = info.strip().split(" ")[0]
         width = max(8, min(options.width, 60))
         label = f"── {name} " if name else ""
-        self.top_rule = _dim(label + "─" * max(2, width - len(label)))
-        self.bottom_rule = _dim("─" * width)
+        self.top_rule = dim(label + "─" * max(2, width - len(label)))
+        self.bottom_rule = dim("─" * width)
 
     def take_lines(self, content: str, *, is_complete: bool) -> tuple[list[str], list[str]]:
         """Return the new finished lines, and the last one if it is not finished."""
@@ -231,10 +231,6 @@ def _close_marks(text: str) -> str:
         if len(pattern.findall(prose)) % 2 and not prose.endswith(" "):
             last += mark
     return f"{body}{line_break}{last}"
-
-
-def _dim(text: str) -> str:
-    return f"\x1b[2m{text}\x1b[0m"
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from qwenlocal.formatting import format_bytes
 from qwenlocal.i18n import tr
-from qwenlocal.terminal.ansi import supports_ansi
+from qwenlocal.terminal.ansi import dim, supports_ansi
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -120,7 +120,7 @@ class StatusLine:
         if text == self._shown or not supports_ansi(self._out) or self._clock() - self._started_at < self._delay:
             return
         self._shown = text
-        self._out.write(f"{_ERASE_LINE}\x1b[2m{text}\x1b[0m")
+        self._out.write(f"{_ERASE_LINE}{dim(text)}")
         self._out.flush()
 
     def clear(self) -> None:

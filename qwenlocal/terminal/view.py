@@ -21,7 +21,7 @@ from qwenlocal.chat.events import (
 )
 from qwenlocal.formatting import display_width
 from qwenlocal.i18n import mark, tr
-from qwenlocal.terminal.ansi import escape_controls, wrap
+from qwenlocal.terminal.ansi import dim, escape_controls, wrap
 from qwenlocal.terminal.markdown import MarkdownStream, RenderedLines, RenderOptions
 from qwenlocal.terminal.progress import StatusLine
 from qwenlocal.terminal.screen import Screen
@@ -301,11 +301,11 @@ class AnswerView:
 
 
 def _dim_paragraph(text: str, options: RenderOptions) -> list[str]:
-    return [f"\x1b[2m{line}\x1b[0m" for line in textwrap.wrap(text, options.width)]
+    return [dim(line) for line in textwrap.wrap(text, options.width)]
 
 
 def _dim_line(text: str, options: RenderOptions) -> str:
     """Dim `text`, cut to one row."""
     while display_width(text) > options.width:
         text = text[:-2] + "…"
-    return f"\x1b[2m{text}\x1b[0m"
+    return dim(text)

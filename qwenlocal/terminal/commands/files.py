@@ -7,16 +7,16 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from qwenlocal.chat.documents import read_document
 from qwenlocal.chat.events import FinishReason
-from qwenlocal.chat.export import FORMATS, export_thread
+from qwenlocal.chat.export import FORMATS, export_messages, export_thread
 from qwenlocal.chat.thread import ASSISTANT, USER, Thread
 from qwenlocal.errors import NotWritable, OutputExists, UsageError
+from qwenlocal.fileio import replace_text
 from qwenlocal.formatting import shorten
 from qwenlocal.i18n import tr
 from qwenlocal.paths import ensure_writable, parse_path
@@ -65,7 +65,7 @@ def copy_answer(session: Session, argument: str) -> None:
 def save_chat(session: Session, argument: str) -> None:
     """Save the conversation as JSON messages in the format of chat APIs."""
     path = _output_path(session, argument, f"{datetime.now():%Y-%m-%d-%H%M%S}.json")
-    _write_file(session, path, lambda: session.conversation.save(path, session.model))
+    _write_file(session, path, export_messages(session.thread, session.model))
 
 
 def export_chat(session: Session, argument: str) -> None:
@@ -78,7 +78,7 @@ def export_chat(session: Session, argument: str) -> None:
         suffixes = ", ".join(f".{name}" for name in FORMATS)
         raise UsageError(tr("Cannot export to {name}: use one of {suffixes}.", name=path.name, suffixes=suffixes))
     text = export_thread(session.thread, _chat_title(session), session.model, format)
-    _write_file(session, path, lambda: path.write_text(text, encoding="utf-8", errors="replace"))
+    _write_file(session, path, text)
 
 
 def load_chat(session: Session, argument: str) -> None:
@@ -160,9 +160,9 @@ def _output_path(session: Session, argument: str, default_name: str) -> Path:
     return parse_path(word).absolute() if word else ensure_writable(session.save_folder) / default_name
 
 
-def _write_file(session: Session, path: Path, write: Callable[[], object]) -> None:
+def _write_file(session: Session, path: Path, text: str) -> None:
     """
-    Call `write`, unless `path` is an existing file that this chat did not write.
+    Write `text`, unless `path` is an existing file that this chat did not write.
 
     Raises
     ------
@@ -171,7 +171,7 @@ def _write_file(session: Session, path: Path, write: Callable[[], object]) -> No
     if os.path.exists(path) and path not in session.written_files:  # Path.exists raises without permission
         raise OutputExists(path, hint=tr("Choose another name."))
     try:
-        write()
+        replace_text(path, text)
     except OSError as error:
         raise NotWritable(path.parent, error.strerror or str(error), hint=tr("Choose another folder.")) from error
     session.written_files.add(path)

@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 
 from qwenlocal.engine.context import Context, ContextOptions
 from qwenlocal.engine.llama import Model
-from qwenlocal.engine.lookup import NgramIndex
 from qwenlocal.engine.sampling import Sampling
 from qwenlocal.engine.sequence import TokenSequence
-from qwenlocal.engine.speculation import DEFAULT_COSTS, CostCurve, Speculation
+from qwenlocal.engine.speculation import DEFAULT_COSTS, CostCurve, NgramIndex, Speculation
 
 GREEDY = Sampling(temperature=0, repeat_penalty=1)
 CHEAP = dict.fromkeys(DEFAULT_COSTS, 1.0)  # checking any number takes as long as one: everything is drafted

@@ -15,9 +15,8 @@ from collections.abc import Callable, Sequence
 
 from qwenlocal.engine.context import CacheFull, Context
 from qwenlocal.engine.llama import Model
-from qwenlocal.engine.lookup import MAX_DRAFT
 from qwenlocal.engine.prefix_cache import common_prefix
-from qwenlocal.engine.speculation import CostCurve, Drafter
+from qwenlocal.engine.speculation import MAX_DRAFT, CostCurve, Drafter
 from qwenlocal.weights.gguf_reader import PADDING
 
 _MIN_PROBABILITY = 0.5  # of a drafted token; what follows a wrong token is wrong as well

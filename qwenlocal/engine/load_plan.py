@@ -8,6 +8,7 @@ which need flash attention and halve the speed of a CPU in long texts; then it r
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -186,19 +187,17 @@ def _layouts(dims: ModelDims, request: LoadRequest) -> list[ContextOptions]:
     UsageError: the head size is not a multiple of the requested type's block size.
     """
     layouts = _all_layouts(request)
-    suitable = [layout for layout in layouts if not dims.head_dim % tensor_type(layout.key_type).block_size]
-    if not suitable:
-        raise UsageError(
-            tr(
-                "The KV cache cannot be {kv_type}: this model's head size, {head_dim}, is not a multiple of "
-                "{block_size}.",
-                kv_type=request.kv_type,
-                head_dim=dims.head_dim,
-                block_size=tensor_type(layouts[0].key_type).block_size,
-            ),
-            hint=tr("Omit --kv."),
-        )
-    return suitable
+    if suitable := [layout for layout in layouts if not dims.head_dim % tensor_type(layout.key_type).block_size]:
+        return suitable
+    raise UsageError(
+        tr(
+            "The KV cache cannot be {kv_type}: this model's head size, {head_dim}, is not a multiple of {block_size}.",
+            kv_type=request.kv_type,
+            head_dim=dims.head_dim,
+            block_size=tensor_type(layouts[0].key_type).block_size,
+        ),
+        hint=tr("Omit --kv."),
+    )
 
 
 def _all_layouts(request: LoadRequest) -> list[ContextOptions]:
@@ -257,27 +256,25 @@ def _rope_scaling(dims: ModelDims, request: LoadRequest) -> RopeScaling | None:
 def _not_enough_memory(
     name: str, dims: ModelDims, weights: int, available: int, request: LoadRequest
 ) -> NotEnoughMemory:
-    n_ctx = request.n_ctx or min(_MIN_CONTEXT, dims.n_ctx_train)
-    layouts = _layouts(dims, request)
+    hint = tr("Close other programs, or use a smaller file (qwenlocal plan NAME). To try anyway: --force")
+    n_ctx, layouts = request.n_ctx or min(_MIN_CONTEXT, dims.n_ctx_train), _layouts(dims, request)
     needed = estimate_memory(dims, weights, replace(layouts[-1], n_ctx=n_ctx)).total
     if request.n_ctx:
         name = f"{name} with a context of {request.n_ctx:,} tokens"
         fits = max(_max_context(dims, weights, available, layout) for layout in layouts)
         if fits >= _MIN_SUGGESTED_CONTEXT:
             hint = tr("At most -c {fits} fits. To try anyway: --force", fits=fits)
-            return NotEnoughMemory(name, needed, available, hint=hint)
-    hint = tr("Close other programs, or use a smaller file (qwenlocal plan NAME). To try anyway: --force")
     return NotEnoughMemory(name, needed, available, hint=hint)
 
 
 def _max_context(dims: ModelDims, weights: int, available: int, layout: ContextOptions) -> int:
     """Return the longest context that fits, in steps of 256."""
-    low, high = 0, pad_n_ctx(dims.n_ctx_train * _MAX_ROPE_FACTOR) // 256
-    while low < high:
-        middle = (low + high + 1) // 2
-        fits = estimate_memory(dims, weights, replace(layout, n_ctx=middle * 256)).total <= available
-        low, high = (middle, high) if fits else (low, middle - 1)
-    return low * 256
+    sizes = range(0, pad_n_ctx(dims.n_ctx_train * _MAX_ROPE_FACTOR) + 1, 256)
+
+    def needed(n_ctx: int) -> int:
+        return estimate_memory(dims, weights, replace(layout, n_ctx=n_ctx)).total
+
+    return sizes[max(0, bisect.bisect_right(sizes, available, key=needed) - 1)]
 
 
 @dataclass(frozen=True)

@@ -283,15 +283,14 @@ def open_model(
         try:
             model = Model(path, gpu_layers=offload.layers, kv_overrides=kv_overrides, on_progress=on_progress)
             context = Context(model, options)
+            is_reduced = offload.layers < requested
+            return model, context, (FewerGpuLayers(offload.layers, requested),) if is_reduced else ()
         except (BadWeights, ContextNotCreated) as reason:
             if model:
                 model.close()
             if not offload.layers or "alloc" not in str(reason) + getattr(reason, "reason", ""):
                 raise
             offload = offload.reduced()
-            continue
-        is_reduced = offload.layers < requested
-        return model, context, (FewerGpuLayers(offload.layers, requested),) if is_reduced else ()
 
 
 def _open_draft(draft: DraftSpec, target: Context, offload: GpuOffload) -> DraftModel:

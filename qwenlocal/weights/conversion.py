@@ -14,17 +14,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qwenlocal import ggml
 from qwenlocal.weights import gguf_writer
 from qwenlocal.weights.architecture import Hyperparameters, read_hyperparameters
 from qwenlocal.weights.checkpoint import Checkpoint
-from qwenlocal.weights.conversion_plan import ConversionPlan, SourceRows, SourceTensor, make_output_specs, make_plan
+from qwenlocal.weights.conversion_plan import ConversionPlan, make_output_specs, make_plan
 from qwenlocal.weights.file_types import FileType, QuantOverrides
 from qwenlocal.weights.gguf_reader import EncodedValue
 from qwenlocal.weights.imatrix import ImportanceMatrix
 from qwenlocal.weights.model_metadata import ParameterCounts, read_model_metadata
 from qwenlocal.weights.quant_mix import ModelFacts
-from qwenlocal.weights.tensor_map import MappedTensor, TensorMap, map_tensors
+from qwenlocal.weights.tensor_map import TensorMap, map_tensors
 from qwenlocal.weights.vocabulary import Vocabulary, read_vocabulary
 
 _TOKEN_ID_KEYS = {
@@ -88,7 +87,7 @@ def plan_conversion(
         model.architecture, model.layers, model.heads // model.kv_heads, model.experts.count if model.experts else 0
     )
     notes = [*model_metadata.notes, *vocabulary.notes, *_drop_notes(tensor_map)]
-    return make_plan(_source_tensors(tensor_map.tensors), specs, facts, options.overrides, options.imatrix, notes)
+    return make_plan(tensor_map.tensors, specs, facts, options.overrides, options.imatrix, notes)
 
 
 def _count_parameters(tensor_map: TensorMap, model: Hyperparameters) -> ParameterCounts:
@@ -106,27 +105,6 @@ def _drop_notes(tensor_map: TensorMap) -> list[str]:
     return [
         f"Left out {names[why] if len(each) == 1 else f'{len(each)} tensors'} ({sum(each) / 1e6:,.1f} MB): {why}."
         for why, each in sizes.items()
-    ]
-
-
-def _source_tensors(tensors: Sequence[MappedTensor]) -> list[SourceTensor]:
-    return [
-        SourceTensor(
-            tensor.name,
-            tensor.shape,
-            [
-                SourceRows(
-                    rows.tensor.file,
-                    rows.tensor.offset
-                    + rows.first * (kind := ggml.tensor_type(rows.tensor.dtype.lower())).row_bytes(tensor.shape[0]),
-                    rows.count,
-                    kind,
-                )
-                for rows in tensor.rows
-            ],
-            tensor.keep_f32,
-        )
-        for tensor in tensors
     ]
 
 

@@ -37,7 +37,8 @@ class SourceTensor:
     """
     A tensor to write: its name and shape in the GGUF file, and the rows it is read from, in order.
 
-    `keep_f32`: it is float32 in files of every type. A tensor of several experts has one `SourceRows` per expert.
+    `keep_f32`: it is float32 in files of every type, like norms, biases and routers (llama.cpp, conversion/base.py:
+    prepare_tensors). A tensor of several experts has one `SourceRows` per expert.
     """
 
     name: str

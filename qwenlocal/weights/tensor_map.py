@@ -11,50 +11,23 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from qwenlocal import ggml
 from qwenlocal.errors import BadCheckpoint, UnsupportedCheckpoint
 from qwenlocal.weights.architecture import ExpertDims, Hyperparameters
 from qwenlocal.weights.checkpoint import Checkpoint
+from qwenlocal.weights.conversion_plan import SourceRows, SourceTensor
 from qwenlocal.weights.quant_mix import layer_order
 from qwenlocal.weights.safetensors import StoredTensor
 from qwenlocal.weights.tensor_values import FileRange, have_same_bytes
 
 _FLOAT_TYPES = {"F32", "F16", "BF16"}
-_READ_SIZE = 1 << 20
+_OUTPUT = "lm_head.weight"
 _RECOMPUTED = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 
 
 @dataclass(frozen=True)
-class TensorRows:
-    """`count` consecutive rows of a stored matrix from `first` on."""
-
-    tensor: StoredTensor
-    first: int
-    count: int
-
-
-@dataclass(frozen=True)
-class MappedTensor:
-    """
-    A tensor of the GGUF file: its shape in ggml's order (fastest dimension first), and the rows it consists of.
-
-    `keep_f32`: it is float32 in files of every type, like norms, biases and routers (llama.cpp, conversion/base.py:
-    prepare_tensors).
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    rows: Sequence[TensorRows]
-    keep_f32: bool
-
-    @property
-    def elements(self) -> int:
-        """The number of its values."""
-        return sum(rows.count for rows in self.rows) * self.shape[0]
-
-
-@dataclass(frozen=True)
 class DroppedTensor:
-    """A stored tensor that the file does not need."""
+    """A stored tensor that the GGUF file does not need."""
 
     name: str
     reason: str
@@ -65,7 +38,7 @@ class DroppedTensor:
 class TensorMap:
     """The tensors of the GGUF file, and the stored tensors that are not in it."""
 
-    tensors: Sequence[MappedTensor]
+    tensors: Sequence[SourceTensor]
     dropped: Sequence[DroppedTensor]
 
 
@@ -103,11 +76,14 @@ class _StoredTensors:
             elif name.endswith("_proj.bias") and not re.search(r"self_attn\.[qkv]_proj\.bias$", name):
                 self._drop_zero_bias(name)
 
-    def has(self, name: str, *, prefix: str | None = None) -> bool:
-        return (self._prefix if prefix is None else prefix) + name in self._left
+    def has(self, name: str) -> bool:
+        return self._full_name(name) in self._left
 
-    def take(self, name: str, *shape: int, prefix: str | None = None) -> StoredTensor:
-        full = (self._prefix if prefix is None else prefix) + name
+    def _full_name(self, name: str) -> str:
+        return name if name == _OUTPUT else self._prefix + name
+
+    def take(self, name: str, *shape: int) -> StoredTensor:
+        full = self._full_name(name)
         tensor = self._left.pop(full, None)
         if tensor is None:
             raise BadCheckpoint(self.folder, f"“{full}” is missing")
@@ -121,12 +97,12 @@ class _StoredTensors:
             )
         return tensor
 
-    def matrix(self, target: str, source: str, rows: int, columns: int, *, keep_f32: bool = False) -> MappedTensor:
+    def matrix(self, target: str, source: str, rows: int, columns: int, *, keep_f32: bool = False) -> SourceTensor:
         tensor = self.take(f"{source}.weight", rows, columns)
-        return MappedTensor(f"{target}.weight", (columns, rows), [TensorRows(tensor, 0, rows)], keep_f32)
+        return SourceTensor(f"{target}.weight", (columns, rows), [_rows(tensor, 0, rows)], keep_f32)
 
-    def vector(self, target: str, source: str, size: int) -> MappedTensor:
-        return MappedTensor(target, (size,), [TensorRows(self.take(source, size), 0, 1)], keep_f32=True)
+    def vector(self, target: str, source: str, size: int) -> SourceTensor:
+        return SourceTensor(target, (size,), [_rows(self.take(source, size), 0, 1)], keep_f32=True)
 
     def drop(self, name: str, reason: str) -> None:
         self.dropped.append(DroppedTensor(name, reason, self._left.pop(name).size))
@@ -152,39 +128,37 @@ class _StoredTensors:
 
 
 def _is_zero(tensor: StoredTensor) -> bool:
-    with tensor.file.open("rb") as file:
-        file.seek(tensor.offset)
-        left = tensor.size
-        while left:
-            data = file.read(min(left, _READ_SIZE))
-            if not data or any(data):
-                return False
-            left -= len(data)
-    return True
+    import numpy
+
+    return not (tensor.size and numpy.memmap(tensor.file, numpy.uint8, "r", tensor.offset, (tensor.size,)).any())
 
 
-def _whole_model(stored: _StoredTensors, model: Hyperparameters, *, keep_tied_output: bool) -> Iterator[MappedTensor]:
+def _rows(tensor: StoredTensor, first: int, count: int) -> SourceRows:
+    """Describe `count` rows of a stored matrix (or one of several stacked matrices) from `first` on."""
+    kind = ggml.tensor_type(tensor.dtype.lower())
+    return SourceRows(tensor.file, tensor.offset + first * kind.row_bytes(tensor.shape[-1]), count, kind)
+
+
+def _whole_model(stored: _StoredTensors, model: Hyperparameters, *, keep_tied_output: bool) -> Iterator[SourceTensor]:
     embedding = stored.take("embed_tokens.weight", model.vocab_size, model.width)
-    table = [TensorRows(embedding, 0, model.vocab_size)]
+    table = [_rows(embedding, 0, model.vocab_size)]
     shape = (model.width, model.vocab_size)
-    yield MappedTensor("token_embd.weight", shape, table, keep_f32=False)
+    yield SourceTensor("token_embd.weight", shape, table)
     yield stored.vector("output_norm.weight", "norm.weight", model.width)
     if model.is_bare:
         return  # llama.cpp uses the embeddings as the output matrix
-    if stored.has("lm_head.weight", prefix=""):
-        output = stored.take("lm_head.weight", model.vocab_size, model.width, prefix="")
+    if stored.has(_OUTPUT):
+        output = stored.take(_OUTPUT, model.vocab_size, model.width)
         if model.is_tied and not keep_tied_output and not model.experts:
             if stored.has_weights:
                 _check_equal(output, embedding)
             stored.dropped.append(DroppedTensor(output.name, "tied to the embeddings and equal to them", output.size))
         else:
-            yield MappedTensor("output.weight", shape, [TensorRows(output, 0, model.vocab_size)], keep_f32=False)
+            yield SourceTensor("output.weight", shape, [_rows(output, 0, model.vocab_size)])
     elif not model.is_tied:
         raise BadCheckpoint(stored.folder, "“lm_head.weight” is missing, and “tie_word_embeddings” is not set")
-    elif model.experts:
-        yield MappedTensor(
-            "output.weight", shape, table, keep_f32=False
-        )  # required by llama.cpp's loader of this architecture
+    elif model.experts:  # llama.cpp's loader of this architecture requires it
+        yield SourceTensor("output.weight", shape, table)
 
 
 def _check_equal(output: StoredTensor, embedding: StoredTensor) -> None:
@@ -198,7 +172,7 @@ def _check_equal(output: StoredTensor, embedding: StoredTensor) -> None:
     )
 
 
-def _attention(stored: _StoredTensors, model: Hyperparameters, layer: int) -> Iterator[MappedTensor]:
+def _attention(stored: _StoredTensors, model: Hyperparameters, layer: int) -> Iterator[SourceTensor]:
     source, target = f"layers.{layer}.", f"blk.{layer}."
     head_dim = model.width // model.heads
     yield stored.vector(f"{target}attn_norm.weight", f"{source}input_layernorm.weight", model.width)
@@ -210,19 +184,19 @@ def _attention(stored: _StoredTensors, model: Hyperparameters, layer: int) -> It
     yield stored.matrix(f"{target}attn_output", f"{source}self_attn.o_proj", model.width, model.width)
 
 
-def _dense(stored: _StoredTensors, model: Hyperparameters, layer: int) -> Iterator[MappedTensor]:
+def _dense(stored: _StoredTensors, model: Hyperparameters, layer: int) -> Iterator[SourceTensor]:
     yield from _feed_forward(stored, f"layers.{layer}.mlp.", f"blk.{layer}.", "", model.width, model.feed_forward)
 
 
 def _feed_forward(
     stored: _StoredTensors, source: str, target: str, ending: str, width: int, inner: int
-) -> Iterator[MappedTensor]:
+) -> Iterator[SourceTensor]:
     yield stored.matrix(f"{target}ffn_gate{ending}", f"{source}gate_proj", inner, width)
     yield stored.matrix(f"{target}ffn_up{ending}", f"{source}up_proj", inner, width)
     yield stored.matrix(f"{target}ffn_down{ending}", f"{source}down_proj", width, inner)
 
 
-def _moe(stored: _StoredTensors, model: Hyperparameters, experts: ExpertDims, layer: int) -> Iterator[MappedTensor]:
+def _moe(stored: _StoredTensors, model: Hyperparameters, experts: ExpertDims, layer: int) -> Iterator[SourceTensor]:
     source, target, width = f"layers.{layer}.mlp.", f"blk.{layer}.", model.width
     yield stored.matrix(f"{target}ffn_gate_inp", f"{source}gate", experts.count, width, keep_f32=True)
     yield stored.matrix(f"{target}ffn_gate_inp_shexp", f"{source}shared_expert_gate", 1, width, keep_f32=True)
@@ -233,31 +207,30 @@ def _moe(stored: _StoredTensors, model: Hyperparameters, experts: ExpertDims, la
         else _separate_experts(stored, experts, source, width)
     )
     inner, count = experts.width, experts.count
-    yield MappedTensor(f"{target}ffn_gate_exps.weight", (width, inner, count), gate, keep_f32=False)
-    yield MappedTensor(f"{target}ffn_up_exps.weight", (width, inner, count), up, keep_f32=False)
-    yield MappedTensor(f"{target}ffn_down_exps.weight", (inner, width, count), down, keep_f32=False)
+    yield SourceTensor(f"{target}ffn_gate_exps.weight", (width, inner, count), gate)
+    yield SourceTensor(f"{target}ffn_up_exps.weight", (width, inner, count), up)
+    yield SourceTensor(f"{target}ffn_down_exps.weight", (inner, width, count), down)
 
 
-def _separate_experts(stored: _StoredTensors, experts: ExpertDims, source: str, width: int) -> list[list[TensorRows]]:
+def _separate_experts(stored: _StoredTensors, experts: ExpertDims, source: str, width: int) -> list[list[SourceRows]]:
     """Take the matrices of transformers 4: three per expert."""
-    matrices = []
-    for kind, rows, columns in (
-        ("gate", experts.width, width),
-        ("up", experts.width, width),
-        ("down", width, experts.width),
-    ):
-        names = [f"{source}experts.{number}.{kind}_proj.weight" for number in range(experts.count)]
-        matrices.append([TensorRows(stored.take(name, rows, columns), 0, rows) for name in names])
-    return matrices
+    shapes = {"gate": (experts.width, width), "up": (experts.width, width), "down": (width, experts.width)}
+    return [
+        [
+            _rows(stored.take(f"{source}experts.{number}.{kind}_proj.weight", *shape), 0, shape[0])
+            for number in range(experts.count)
+        ]
+        for kind, shape in shapes.items()
+    ]
 
 
-def _fused_experts(stored: _StoredTensors, experts: ExpertDims, source: str, width: int) -> list[list[TensorRows]]:
+def _fused_experts(stored: _StoredTensors, experts: ExpertDims, source: str, width: int) -> list[list[SourceRows]]:
     """Take the tensors of transformers 5: two for all experts; in one, each expert's gate is above its up matrix."""
     inner = experts.width
     gate_up = stored.take(f"{source}experts.gate_up_proj", experts.count, 2 * inner, width)
     down = stored.take(f"{source}experts.down_proj", experts.count, width, inner)
     return [
-        [TensorRows(gate_up, expert * 2 * inner, inner) for expert in range(experts.count)],
-        [TensorRows(gate_up, expert * 2 * inner + inner, inner) for expert in range(experts.count)],
-        [TensorRows(down, expert * width, width) for expert in range(experts.count)],
+        [_rows(gate_up, expert * 2 * inner, inner) for expert in range(experts.count)],
+        [_rows(gate_up, expert * 2 * inner + inner, inner) for expert in range(experts.count)],
+        [_rows(down, expert * width, width) for expert in range(experts.count)],
     ]

@@ -8,6 +8,7 @@ many store a tied output matrix twice. `repair.py` writes files without them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,8 @@ from qwenlocal.weights.split_model import LocatedTensor, SplitModel, read_split_
 from qwenlocal.weights.tensor_values import SCAN_SIZE, have_same_bytes, read_rows, scan_values, tensor_range
 
 QWEN = ("qwen2", "qwen2moe")
+_TOKEN_ID = re.compile(r"tokenizer\.ggml\..*_token_id")
+_END_KEYS = {role: f"tokenizer.ggml.{role}_token_id" for role in ("eos", "eot")}
 _NO_TOKEN = 0xFFFFFFFF  # llama.cpp's -1
 _END_OF_TURN, _END_OF_TEXT = "<|im_end|>", "<|endoftext|>"
 _SAMPLE_ROWS = 64  # rows of a matrix that are compared closely
@@ -102,8 +105,7 @@ def diagnose_file(path: Path, report: Report = lambda done, total: None, *, weig
     """
     model = read_split_model(path)
     header = model.header
-    findings = [*_header_findings(header, read_raw_metadata(model.paths[0]))]
-    findings += _duplicate_output_findings(header.architecture, model)
+    findings = [*_header_findings(header, model.paths[0]), *_duplicate_output_findings(model)]
     if weights:
         findings += _weight_findings(model, report)
     return Diagnosis(path, header, sorted(findings, key=lambda finding: not finding.is_serious), model)
@@ -112,7 +114,7 @@ def diagnose_file(path: Path, report: Report = lambda done, total: None, *, weig
 # --- the header
 
 
-def _header_findings(header: Header, pairs: Mapping[str, EncodedValue]) -> Iterator[Finding]:
+def _header_findings(header: Header, path: Path) -> Iterator[Finding]:
     base = missing_rope_base(header.metadata)
     if base is not None:
         yield Finding(
@@ -121,8 +123,8 @@ def _header_findings(header: Header, pairs: Mapping[str, EncodedValue]) -> Itera
             True,
             {f"{header.architecture}.rope.freq_base": gguf_writer.f32(base)},
         )
-    yield from _vocabulary_findings(header, pairs)
-    yield from _template_findings(pairs)
+    yield from _vocabulary_findings(header, read_raw_metadata(path))
+    yield from _template_findings(_chat_template(header))
     if header.architecture in QWEN:
         yield from _tensor_findings(header)
 
@@ -154,73 +156,63 @@ def _vocabulary_findings(header: Header, pairs: Mapping[str, EncodedValue]) -> I
             False,
             {"tokenizer.ggml.token_type": gguf_writer.i32s(fixed_types)},
         )
-    yield from _token_id_findings(tokens, pairs)
-    normal_end = list(_normal_end_findings(tokens, token_types, pairs))
-    yield from normal_end or _end_of_turn_findings(tokens, pairs)
+    ids = {key: value for key, value in header.metadata.items() if _TOKEN_ID.fullmatch(key) and isinstance(value, int)}
+    yield from _token_id_findings(tokens, ids)
+    normal_end = list(_normal_end_findings(tokens, token_types, ids))
+    yield from normal_end or _end_of_turn_findings(tokens, ids, _chat_template(header) or "")
 
 
-def _token_id_findings(tokens: Sequence[str], pairs: Mapping[str, EncodedValue]) -> Iterator[Finding]:
+def _token_id_findings(tokens: Sequence[str], ids: Mapping[str, int]) -> Iterator[Finding]:
     """Find ids of special tokens that are outside of the vocabulary."""
-    for key in pairs:
-        if key.startswith("tokenizer.ggml.") and key.endswith("_token_id"):
-            number = decode_value(pairs[key])
-            if isinstance(number, int) and number != _NO_TOKEN and not 0 <= number < len(tokens):
-                role = key.removeprefix("tokenizer.ggml.").removesuffix("_token_id")
-                end = _find_end(tokens) if role == "eos" else None
-                yield Finding(
-                    f"The {role} token has the id {number:,}, but the last id is {len(tokens) - 1:,}.",
-                    True,
-                    {key: gguf_writer.u32(end)} if end is not None else {},
-                )
+    for key, number in ids.items():
+        if number != _NO_TOKEN and not 0 <= number < len(tokens):
+            role = key.removeprefix("tokenizer.ggml.").removesuffix("_token_id")
+            yield Finding(
+                f"The {role} token has the id {number:,}, but the last id is {len(tokens) - 1:,}.",
+                True,
+                _fix_end(key, tokens) if role == "eos" else {},
+            )
 
 
-def _find_end(tokens: Sequence[str]) -> int | None:
-    """Return the token with which Qwen's models end a turn, or else a text."""
-    return next((tokens.index(end) for end in (_END_OF_TURN, _END_OF_TEXT) if end in tokens), None)
+def _fix_end(key: str, tokens: Sequence[str]) -> dict[str, EncodedValue]:
+    """Make `key` the token with which Qwen's models end a turn, or else a text; {} if there is neither."""
+    end = next((tokens.index(end) for end in (_END_OF_TURN, _END_OF_TEXT) if end in tokens), None)
+    return {} if end is None else {key: gguf_writer.u32(end)}
 
 
 def _normal_end_findings(
-    tokens: Sequence[str], token_types: Sequence[int], pairs: Mapping[str, EncodedValue]
+    tokens: Sequence[str], token_types: Sequence[int], ids: Mapping[str, int]
 ) -> Iterator[Finding]:
     """Find end tokens that are normal tokens, which stop an answer in the middle of a text."""
-    for role in ("eos", "eot"):
-        key = f"tokenizer.ggml.{role}_token_id"
-        number = decode_value(pairs[key]) if key in pairs else None
-        if not isinstance(number, int) or not 0 <= number < len(token_types) or token_types[number] != NORMAL:
-            continue
-        end = _find_end(tokens)
-        yield Finding(
-            f"The {role} token is “{tokens[number]}”, which is a normal token: answers stop wherever it occurs.",
-            True,
-            {key: gguf_writer.u32(end)} if end is not None else {},
-        )
+    for role, key in _END_KEYS.items():
+        number = ids.get(key, -1)
+        if 0 <= number < len(token_types) and token_types[number] == NORMAL:
+            yield Finding(
+                f"The {role} token is “{tokens[number]}”, which is a normal token: answers stop wherever it occurs.",
+                True,
+                _fix_end(key, tokens),
+            )
 
 
-def _end_of_turn_findings(tokens: Sequence[str], pairs: Mapping[str, EncodedValue]) -> Iterator[Finding]:
-    template = _decode_text(pairs, "tokenizer.chat_template") or ""
+def _end_of_turn_findings(tokens: Sequence[str], ids: Mapping[str, int], template: str) -> Iterator[Finding]:
     if _END_OF_TURN not in template or _END_OF_TURN not in tokens:
         return
     end = tokens.index(_END_OF_TURN)
-    ends = {
-        role: decode_value(pairs[f"tokenizer.ggml.{role}_token_id"])
-        for role in ("eos", "eot")
-        if f"tokenizer.ggml.{role}_token_id" in pairs
-    }
-    if end in ends.values():
+    if end in (ids.get(key) for key in _END_KEYS.values()):
         return
-    eos = ends.get("eos")
-    name = tokens[eos] if isinstance(eos, int) and 0 <= eos < len(tokens) else "missing"
+    eos = ids.get(_END_KEYS["eos"], -1)
+    name = tokens[eos] if 0 <= eos < len(tokens) else "missing"
     is_known = name in (_END_OF_TEXT, _END_OF_TURN)
     yield Finding(
         f"The chat template ends turns with {_END_OF_TURN}, but the end token is {name}"
         + (": some programs do not stop at the end of a turn." if is_known else "."),
         False,
-        {"tokenizer.ggml.eot_token_id": gguf_writer.u32(end)},
+        {_END_KEYS["eot"]: gguf_writer.u32(end)},
     )
 
 
-def _decode_text(pairs: Mapping[str, EncodedValue], key: str) -> str | None:
-    value = decode_value(pairs[key]) if key in pairs else None
+def _chat_template(header: Header) -> str | None:
+    value = header.metadata.get("tokenizer.chat_template")
     return value if isinstance(value, str) else None
 
 
@@ -230,8 +222,7 @@ def _decode_list(pairs: Mapping[str, EncodedValue], key: str, kind: type) -> lis
     return value if isinstance(value, list) and all(type(entry) is kind for entry in value) else []
 
 
-def _template_findings(pairs: Mapping[str, EncodedValue]) -> Iterator[Finding]:
-    template = _decode_text(pairs, "tokenizer.chat_template")
+def _template_findings(template: str | None) -> Iterator[Finding]:
     if template is None:
         yield Finding("The chat template is missing: programs must guess the format of a chat.", False)
     elif not template.strip():
@@ -293,13 +284,13 @@ def _trim(shape: Sequence[Any]) -> list[Any]:
 # --- the weights
 
 
-def _duplicate_output_findings(architecture: str, model: SplitModel) -> Iterator[Finding]:
+def _duplicate_output_findings(model: SplitModel) -> Iterator[Finding]:
     """Find an output matrix that duplicates the embeddings: byte for byte, or in another type."""
     by_name = model.by_name
     output, embeddings = by_name.get("output.weight"), by_name.get("token_embd.weight")
-    if architecture != "qwen2" or output is None or embeddings is None:
+    if not output or not embeddings or output.tensor.shape != embeddings.tensor.shape:
         return
-    if output.tensor.shape != embeddings.tensor.shape:
+    if model.headers[0].architecture != "qwen2":
         return
     size = tensor_bytes(output.tensor) or 0
     if output.tensor.type == embeddings.tensor.type:

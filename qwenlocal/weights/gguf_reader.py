@@ -84,16 +84,50 @@ class Header:
         """Return `metadata["<architecture>.<key>"]`; `hyperparameter("block_count")` of a 0.5B is 24."""
         return self.metadata.get(f"{self.architecture}.{key}")
 
+    def dimension(self, key: str, default: Any = None) -> Any:
+        """Return the hyperparameter `key` if it is an integer, else `default`."""
+        value = self.hyperparameter(key)
+        return value if isinstance(value, int) else default
+
 
 class _Reader:
-    """Reads little-endian values; raises `BadWeights` if the file ends too early."""
+    """
+    Reads little-endian values; raises `BadWeights` if the file ends too early.
 
-    def __init__(self, file: BinaryIO, path: Path, size: int) -> None:
-        self.file, self.path, self.size = file, path, size
+    `version`, `tensor_count` and `key_count` are the fixed fields at the beginning.
+    """
 
-    def bytes(self, count: int, part: str) -> bytes:
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        self.file, self.path, self.size = file, path, path.stat().st_size
+        self._check_magic()
+        self.version = int(self.number("<I", "the version"))
+        if self.version not in (2, 3):
+            is_swapped = int.from_bytes(self.version.to_bytes(4, "little"), "big") in (2, 3)
+            unsupported = f"its version is {self.version}; versions 2 and 3 are supported"
+            why = "it is big-endian" if is_swapped else unsupported
+            raise BadWeights(path, f"this GGUF file is not supported: {why}")
+        self.tensor_count = self.count("<Q", "the number of tensors", _MAX_TENSORS)
+        self.key_count = self.count("<Q", "the number of keys", _MAX_KEYS)
+
+    def _check_magic(self) -> None:
+        if self.size == 0:
+            raise BadWeights(self.path, "the file is empty")
+        magic = self.file.read(4)
+        if magic != MAGIC:
+            kind = "a web page" if magic.lstrip().startswith(b"<") else "another kind of file"
+            raise BadWeights(
+                self.path,
+                f"this is not a GGUF file: it begins like {kind}",
+                hint="Models are .gguf files. List the names that work instead: qwenlocal list --all",
+            )
+
+    def require(self, count: int, part: str) -> None:
+        """Check that `count` more bytes follow."""
         if count > self.size - self.file.tell():
             raise BadWeights(self.path, f"the file ends inside {part}; it is incomplete or damaged")
+
+    def bytes(self, count: int, part: str) -> bytes:
+        self.require(count, part)
         return self.file.read(count)
 
     def number(self, format: str, part: str) -> int | float | bool:
@@ -109,98 +143,70 @@ class _Reader:
     def string(self, part: str) -> str:
         return self.bytes(int(self.number("<Q", part)), part).decode("utf-8", errors="replace")
 
-    def value(self, kind: int, key: str) -> MetadataValue:
+    def value(self, part: str) -> MetadataValue:
+        kind = int(self.number("<I", part))
         if kind in SCALARS:
-            return self.number(SCALARS[kind], key)
+            return self.number(SCALARS[kind], part)
         if kind == _STRING:
-            return self.string(key)
+            return self.string(part)
         if kind == _ARRAY:
-            return self.array(key)
-        raise BadWeights(self.path, f"“{key}” has the unknown value type {kind}; the file is damaged or too new")
+            return self.array(part)
+        raise BadWeights(self.path, f"{part} has the unknown value type {kind}; the file is damaged or too new")
 
-    def array(self, key: str) -> MetadataValue:
-        element = int(self.number("<I", key))
-        length = int(self.number("<Q", key))
+    def array(self, part: str) -> MetadataValue:
+        element, length = int(self.number("<I", part)), int(self.number("<Q", part))
         if element == _STRING:
-            if length > _MAX_ARRAY:
-                self._skip_strings(length, key)
-                return LongArray(element, length)
-            return [self.string(key) for _ in range(self._check_length(length, 8, key))]
+            self.require(8 * length, part)
+            if length <= _MAX_ARRAY:
+                return [self.string(part) for _ in range(length)]
+            for _ in range(length):
+                size = int(self.number("<Q", part))
+                self.require(size, part)
+                self.file.seek(size, 1)
+            return LongArray(element, length)
         if element not in SCALARS:
-            raise BadWeights(self.path, f"“{key}” is an array of the unknown type {element}; the file is damaged")
+            raise BadWeights(self.path, f"{part} is an array of the unknown type {element}; the file is damaged")
         form = SCALARS[element]
-        data = self.bytes(length * struct.calcsize(form), key)
+        data = self.bytes(length * struct.calcsize(form), part)
         if length > _MAX_ARRAY:
             return LongArray(element, length)
         return list(struct.unpack(f"<{length}{form[1:]}", data))
 
-    def _check_length(self, length: int, width: int, key: str) -> int:
-        if length * width > self.size - self.file.tell():
-            raise BadWeights(self.path, f"the file ends inside “{key}”; it is incomplete or damaged")
-        return length
-
-    def _skip_strings(self, length: int, key: str) -> None:
-        for _ in range(self._check_length(length, 8, key)):
-            size = int(self.number("<Q", key))
-            if size > self.size - self.file.tell():
-                raise BadWeights(self.path, f"the file ends inside “{key}”; it is incomplete or damaged")
-            self.file.seek(size, 1)
-
-    def key(self) -> str:
-        length = self.count("<Q", "the length of a key", _MAX_KEY_SIZE)
-        return self.bytes(length, "a key").decode("utf-8", errors="replace")
+    def iterate_keys(self) -> Iterator[str]:
+        """Yield each key; its value must be read before the next one."""
+        seen = set[str]()
+        for _ in range(self.key_count):
+            length = self.count("<Q", "the length of a key", _MAX_KEY_SIZE)
+            key = self.bytes(length, "a key").decode("utf-8", errors="replace")
+            if key in seen:
+                raise BadWeights(self.path, f"the key “{key}” occurs twice; the file is damaged")
+            seen.add(key)
+            yield key
 
 
 @contextlib.contextmanager
-def _open_file(path: Path) -> Iterator[tuple[BinaryIO, int]]:
-    """Open the file and yield it with its size; errors of the operating system become `BadWeights`."""
+def _open_file(path: Path) -> Iterator[_Reader]:
+    """Open the file and read its fixed fields; errors of the operating system become `BadWeights`."""
     try:
         with path.open("rb") as file:
-            yield file, path.stat().st_size
+            yield _Reader(file, path)
     except OSError as reason:
         problem = reason.strerror or str(reason)
         raise BadWeights(path, f"cannot read it ({problem})", hint="Check the path and its permissions.") from reason
 
 
-def _read_preamble(path: Path, file: BinaryIO, size: int) -> tuple[_Reader, int, int, int]:
-    """Return a reader behind the fixed fields, the version, and the numbers of tensors and of keys."""
-    if size == 0:
-        raise BadWeights(path, "the file is empty")
-    reader = _Reader(file, path, size)
-    magic = file.read(4)
-    if magic != MAGIC:
-        kind = "a web page" if magic.lstrip().startswith(b"<") else "another kind of file"
-        raise BadWeights(
-            path,
-            f"this is not a GGUF file: it begins like {kind}",
-            hint="Models are .gguf files. List the names that work instead: qwenlocal list --all",
-        )
-    version = int(reader.number("<I", "the version"))
-    if version not in (2, 3):
-        swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
-        why = "it is big-endian" if swapped in (2, 3) else f"its version is {version}; versions 2 and 3 are supported"
-        raise BadWeights(path, f"this GGUF file is not supported: {why}")
-    tensors = reader.count("<Q", "the number of tensors", _MAX_TENSORS)
-    keys = reader.count("<Q", "the number of keys", _MAX_KEYS)
-    return reader, version, tensors, keys
-
-
-def _read_pairs(reader: _Reader, keys: int, *, stop_before_vocabulary: bool) -> dict[str, MetadataValue]:
+def _read_pairs(reader: _Reader, *, stop_before_vocabulary: bool) -> dict[str, MetadataValue]:
     metadata: dict[str, MetadataValue] = {}
-    for _ in range(keys):
-        key = reader.key()
-        kind = int(reader.number("<I", key))
+    for key in reader.iterate_keys():
         if stop_before_vocabulary and key == "tokenizer.ggml.tokens":
             break
-        if key in metadata:
-            raise BadWeights(reader.path, f"the key “{key}” occurs twice; the file is damaged")
-        metadata[key] = reader.value(kind, key)
+        metadata[key] = reader.value(f"“{key}”")
     return metadata
 
 
-def _read_tensor_infos(reader: _Reader, count: int) -> list[TensorInfo]:
+def _read_tensor_infos(reader: _Reader) -> list[TensorInfo]:
     tensors, names = [], set[str]()
-    for index in range(count):
+    for index in range(reader.tensor_count):
         part = f"the description of tensor {index}"
         name = reader.string(part)
         if name in names:
@@ -221,9 +227,8 @@ def read_metadata(path: Path) -> Mapping[str, MetadataValue]:
     ------
     BadWeights: the file cannot be read, is empty, not GGUF, of another version, or ends inside these keys.
     """
-    with _open_file(path) as (file, size):
-        reader, _, _, keys = _read_preamble(path, file, size)
-        return _read_pairs(reader, keys, stop_before_vocabulary=True)
+    with _open_file(path) as reader:
+        return _read_pairs(reader, stop_before_vocabulary=True)
 
 
 def read_header(path: Path) -> Header:
@@ -234,15 +239,15 @@ def read_header(path: Path) -> Header:
     ------
     BadWeights: as `read_metadata`, or a tensor's data would lie beyond the end of the file.
     """
-    with _open_file(path) as (file, size):
-        reader, version, count, keys = _read_preamble(path, file, size)
-        metadata = _read_pairs(reader, keys, stop_before_vocabulary=False)
-        tensors = _read_tensor_infos(reader, count)
+    with _open_file(path) as reader:
+        metadata = _read_pairs(reader, stop_before_vocabulary=False)
+        tensors = _read_tensor_infos(reader)
         alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or alignment <= 0:
             raise BadWeights(path, f"general.alignment is {alignment!r}; the file is damaged")
-        header = Header(version, metadata, tuple(tensors), -(-file.tell() // alignment) * alignment)
-    _check_extent(path, header, size)
+        data_offset = -(-reader.file.tell() // alignment) * alignment
+        header = Header(reader.version, metadata, tuple(tensors), data_offset)
+    _check_extent(path, header, reader.size)
     return header
 
 
@@ -254,18 +259,14 @@ def read_raw_metadata(path: Path) -> dict[str, EncodedValue]:
     ------
     BadWeights: as `read_metadata`.
     """
-    with _open_file(path) as (file, size):
-        reader, _, _, keys = _read_preamble(path, file, size)
+    with _open_file(path) as reader:
         pairs: dict[str, EncodedValue] = {}
-        for _ in range(keys):
-            key = reader.key()
-            if key in pairs:
-                raise BadWeights(path, f"the key “{key}” occurs twice; the file is damaged")
-            begin = file.tell()
-            reader.value(int(reader.number("<I", key)), key)
-            end = file.tell()
-            file.seek(begin)
-            pairs[key] = file.read(end - begin)
+        for key in reader.iterate_keys():
+            begin = reader.file.tell()
+            reader.value(f"“{key}”")
+            size = reader.file.tell() - begin
+            reader.file.seek(begin)
+            pairs[key] = reader.file.read(size)
         return pairs
 
 

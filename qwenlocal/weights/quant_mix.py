@@ -69,14 +69,9 @@ class ModelFacts:
     @classmethod
     def from_header(cls, header: Header) -> ModelFacts:
         """Read the facts from a GGUF header."""
-
-        def number(key: str, default: int) -> int:
-            value = header.hyperparameter(key)
-            return value if isinstance(value, int) else default
-
-        heads = number("attention.head_count", 1)
-        gqa = heads // max(1, number("attention.head_count_kv", heads))
-        return cls(header.architecture, number("block_count", 0), gqa, number("expert_count", 0))
+        heads = header.dimension("attention.head_count", 1)
+        gqa = heads // max(1, header.dimension("attention.head_count_kv", heads))
+        return cls(header.architecture, header.dimension("block_count", 0), gqa, header.dimension("expert_count", 0))
 
 
 def choose_types(

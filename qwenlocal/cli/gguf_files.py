@@ -140,20 +140,20 @@ def write_files(
     memory_hint: str = "",
 ) -> WriteResult:
     """Carry out a plan, with its progress on stderr. "" keeps the hint of an error."""
-    from qwenlocal.library.plan_execution import execute_plan, replace_hints
+    from qwenlocal.library.plan_execution import execute_plan
     from qwenlocal.terminal.progress import show_progress
 
     name = plan.files[0].path.name if len(plan.files) == 1 else f"{len(plan.files)} files"
-    with (
-        replace_hints(disk=disk_hint, not_finite=not_finite_hint, memory=memory_hint),
-        show_progress(sys.stderr) as show,
-    ):
+    with show_progress(sys.stderr) as show:
         return execute_plan(
             plan,
             threads=threads or 0,
             replace=replace,
             allow_nan=allow_nan,
             report=lambda done, total: show(TaskProgress(name, done, total, "writing")),
+            disk_hint=disk_hint,
+            not_finite_hint=not_finite_hint,
+            memory_hint=memory_hint,
         )
 
 

@@ -11,9 +11,8 @@ from qwenlocal.cli.console import say_dimmed
 from qwenlocal.cli.context import AppContext
 from qwenlocal.cli.options import RunOptions
 from qwenlocal.errors import NotEnoughMemory
-from qwenlocal.i18n import tr
 from qwenlocal.library.provider import ProvidedModel
-from qwenlocal.terminal.progress import StatusLine
+from qwenlocal.terminal.progress import loading_status
 
 if TYPE_CHECKING:
     from qwenlocal.chat.chat_model import ChatModel
@@ -44,7 +43,7 @@ class ModelPool:
         self._pooled: dict[str, _PooledModel] = {}
         self._loader: ModelLoader | None = None
         self._config: GenerationConfig | None = None
-        self._status, self._fraction = StatusLine(sys.stderr), 0.0
+        self._fraction = 0.0  # of the first model that is loaded
         self._first_load = BackgroundTask(
             self._load_first, self._stop_first, lambda failure: self.on_first_loaded(failure)
         )
@@ -60,11 +59,11 @@ class ModelPool:
         """Return the conversation of `thread` with the first model, once it is loaded; say how it was loaded."""
         from qwenlocal.terminal.load_notes import describe_note, describe_plan
 
-        while not self._first_load.is_done:
-            self._first_load.start()
-            self._status.show(tr("loading {name}: {fraction:.0%}", name=self._first.name, fraction=self._fraction))
-            self._first_load.wait(0.1)
-        self._status.clear()
+        with loading_status(sys.stderr, str(self._first.name)) as show:
+            while not self._first_load.is_done:
+                self._first_load.start()
+                show(self._fraction)
+                self._first_load.wait(0.1)
         loaded = self._first_load.result()
         self._pooled[str(self._first.name)] = _PooledModel(self._first, loaded)
         self._config = self._options.generation_config(loaded.sampling)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwenlocal.cli.console import print_json, print_table
 from qwenlocal.cli.context import AppContext
+from qwenlocal.cli.options import split_list
 from qwenlocal.errors import UsageError
 from qwenlocal.formatting import format_bytes
 
@@ -71,8 +72,8 @@ def _show_task(show: Callable[[str], None], name: str, task: str) -> None:
 
 
 def _parse_depths(text: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not parts or not all(part.isdecimal() and len(part) < 8 and int(part) <= 1 << 20 for part in parts):
+    parts = split_list(text)
+    if not all(part.isdecimal() and len(part) < 8 and int(part) <= 1 << 20 for part in parts):
         raise UsageError(f"--depths must be a list of token counts, not {text}.", hint="For example: 0,512,4096")
     return sorted({0, *map(int, parts)})
 

@@ -69,11 +69,11 @@ def _show_preview(
     """Show the plan for weights that are not downloaded."""
     if plan is None:
         raise DownloadFailed(
-            f"{checkpoint.remote.resolved.origin} sends whole files only, so the headers of {checkpoint.name} "
+            f"{checkpoint.resolved.origin} sends whole files only, so the headers of {checkpoint.name} "
             "cannot be read before the download.",
             hint="Run the command without --dry-run; the download is kept.",
         )
     for note in plan.notes:
         app.say(note)
-    app.say(f"{format_bytes(checkpoint.remote.missing_size)} to download first; only the headers were downloaded now.")
+    app.say(f"{format_bytes(checkpoint.missing_size)} to download first; only the headers were downloaded now.")
     show_plan(plan, options)

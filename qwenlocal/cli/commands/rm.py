@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from qwenlocal.cli.context import AppContext
 from qwenlocal.errors import ModelNotFound
 from qwenlocal.formatting import format_bytes
 from qwenlocal.i18n import tr
 from qwenlocal.library.conversion_files import remove_unfinished, unfinished_conversions
-from qwenlocal.library.names import LocalCheckpointName, PathName
-
-if TYPE_CHECKING:
-    from qwenlocal.library.names import ModelName
+from qwenlocal.library.names import LocalCheckpointName, ModelName, PathName
 
 
 def remove_model(text: str) -> None:

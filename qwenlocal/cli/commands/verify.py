@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
 
 from qwenlocal.cli.console import print_json
 from qwenlocal.cli.context import AppContext
 from qwenlocal.cli.model_facts import record_facts
 from qwenlocal.errors import BadWeights, Interrupted, ModelNotFound, UsageError
 from qwenlocal.i18n import tr
+from qwenlocal.library.names import LocalCheckpointName, ModelName
 from qwenlocal.library.store import FileDamage, ModelRecord
 from qwenlocal.progress import TaskProgress
-
-if TYPE_CHECKING:
-    from qwenlocal.library.names import ModelName
 
 
 def verify_model(text: str, *, repair: bool, as_json: bool) -> None:
@@ -52,8 +49,6 @@ def verify_model(text: str, *, repair: bool, as_json: bool) -> None:
 
 
 def _installed_record(app: AppContext, text: str, name: ModelName) -> ModelRecord:
-    from qwenlocal.library.names import LocalCheckpointName
-
     record = app.store.get(str(name)) or app.local.find(name)
     if record is not None and not record.missing:
         return record

@@ -25,12 +25,11 @@ from pathlib import Path
 from typing import Any
 
 from qwenlocal.engine.context import Context, ContextOptions
-from qwenlocal.engine.prefix_cache import common_prefix
+from qwenlocal.engine.prefix_cache import MIN_PREFIX_TOKENS, common_prefix
 from qwenlocal.errors import NotWritable, QwenlocalError
 
 _VERSION = 1
 _DISK_SHARE = 0.1  # of the disk's free space
-_MIN_TOKENS = 64  # fewer are quick to compute
 _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16  # parts of a model file that are hashed, and their size
 _CONTAINED = 0.9  # share of a file's tokens that a newer file must also hold to replace it
 _ABANDONED_SECONDS = 3600.0  # a temporary file of this age is no longer being written
@@ -117,7 +116,7 @@ class PromptCache:
 
     def save(self, context: Context, sequence: int, ids: Sequence[int], seconds_per_token: float) -> bool:
         """Save the sequence, which holds `ids`, if reading it is faster than computing it and there is space."""
-        if len(ids) < _MIN_TOKENS or context.length(sequence) != len(ids):
+        if len(ids) < MIN_PREFIX_TOKENS or context.length(sequence) != len(ids):
             return False
         with contextlib.suppress(OSError, MemoryError, QwenlocalError):
             data = context.get_state(sequence)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import collections.abc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -45,21 +44,17 @@ class TokenGenerator(Protocol):
         ContextFull: the prompt leaves no room for an answer.
         BadWeights: the model computes NaN.
         """
-        ...
 
     @property
     def is_full(self) -> bool:
         """True if the last answer ended because the context is full."""
-        ...
 
     def stop(self) -> None:
         """Stop generating within milliseconds, from any thread."""
-        ...
 
     @property
     def was_stopped(self) -> bool:
         """True if `stop` ended the last answer."""
-        ...
 
 
 class TokenSequence:
@@ -136,9 +131,8 @@ class TokenSequence:
             elif last:
                 draft = self._speculation.propose(min(left, context.n_ctx - len(self._cached)) - 1)
                 started = time.monotonic()
-                row = self._decode((*last, *draft), all_logits=bool(draft))
+                row = self._decode(last, draft)
                 seconds = time.monotonic() - started
-                self._cached.extend(last)
             if not left:
                 return
             new_tokens: list[int] = []
@@ -165,18 +159,19 @@ class TokenSequence:
             if len(self._cached) >= context.n_ctx:
                 raise CacheFull
 
-    def _decode(self, ids: Sequence[int], *, all_logits: bool = False) -> int:
-        """Decode in this sequence; if the KV cache is full, evict entries of the prefix cache."""
+    def _decode(self, ids: Sequence[int], draft: Sequence[int] = ()) -> int:
+        """Compute `ids`, and `draft` after them; if the KV cache is full, evict entries of the prefix cache."""
         while True:
             try:
-                return self._context.decode([(_SEQUENCE, ids)], all_logits=all_logits)[0]
+                row = self._context.decode([(_SEQUENCE, (*ids, *draft))], all_logits=bool(draft))[0]
             except CacheFull:
                 if not self._prefix_cache.evict_oldest():
                     raise
+            else:
+                self._cached.extend(ids)
+                return row
 
-    def _force(
-        self, before: Sequence[int], forced: Sequence[int]
-    ) -> collections.abc.Generator[Prefill | int, None, int]:
+    def _force(self, before: Sequence[int], forced: Sequence[int]) -> Generator[int, None, int]:
         """Compute `before` and the tokens that a grammar forces, yield the latter, and return the row of logits."""
         row, rest = -1, [*before, *forced]
         while rest:
@@ -184,11 +179,10 @@ class TokenSequence:
             if len(self._cached) + len(new) > self._context.n_ctx:
                 raise CacheFull
             row = self._decode(new)
-            self._cached.extend(new)
         yield from forced
         return row
 
-    def _prefill(self, ids: Sequence[int]) -> collections.abc.Generator[Prefill, None, int]:
+    def _prefill(self, ids: Sequence[int]) -> Generator[Prefill, None, int]:
         """Compute the part of `ids` that is not cached, at least the last token; return the row of logits."""
         self._reuse_cache(ids)
         del self._cached[min(common_prefix(self._cached, ids), len(ids) - 1) :]
@@ -203,7 +197,6 @@ class TokenSequence:
             self._check_memory()
             started = time.monotonic()
             row = self._decode(new)
-            self._cached.extend(new)
             seconds = time.monotonic() - started
             self._computed, self._seconds = self._computed + len(new), self._seconds + seconds
             yield Prefill(len(self._cached), len(ids), reused)

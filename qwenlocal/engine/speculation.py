@@ -40,11 +40,9 @@ class Drafter(Protocol):
 
     def begin(self, ids: Sequence[int]) -> None:
         """Start an answer to `ids`."""
-        ...
 
     def propose(self, limit: int) -> Sequence[int]:
         """Return at most `limit` tokens to check after the last one; none if plain decoding is faster."""
-        ...
 
     def learn(self, tokens: Sequence[int], checked: int, seconds: float | None) -> None:
         """
@@ -52,7 +50,6 @@ class Drafter(Protocol):
 
         Decoding the drafted tokens with the one before them took `seconds`; None if it was not timed.
         """
-        ...
 
 
 class CostCurve:

@@ -31,7 +31,7 @@ from qwenlocal.engine.sampling import Sampling
 from qwenlocal.machine import this_machine
 from qwenlocal.terminal.markdown import MarkdownStream, RenderOptions, warm_up
 from qwenlocal.terminal.screen import Screen
-from qwenlocal.terminal.view import AnswerProgress, AnswerView
+from qwenlocal.terminal.view import AnswerView
 
 QUESTION = (
     "Write a long tutorial about Python lists in Markdown: headings, numbered lists, a table of methods, and many "
@@ -159,7 +159,7 @@ def measure_rendering(model: Path, tokens: int) -> tuple[float, float]:
     view = AnswerView(
         Screen(io.StringIO(), lambda: os.terminal_size((100, 40))),
         lambda: RenderOptions(100, color=True),
-        AnswerProgress(4096),
+        4096,
     )
     started = time.perf_counter()
     view.show(conversation.ask(QUESTION))

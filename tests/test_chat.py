@@ -229,7 +229,12 @@ def test_speeds_are_computed_from_the_clock(vocabulary: Tokenizer) -> None:
 
 
 def conversation(generator: ScriptedGenerator, vocabulary: Tokenizer, system: str = "") -> Conversation:
-    return Conversation(generator, vocabulary, ChatTemplate(CHATML), GenerationConfig(), Thread(system))
+    template = ChatTemplate(CHATML)
+    return Conversation(generator, vocabulary, template, GenerationConfig(), Thread(system), n_ctx=4096)
+
+
+def messages(talk: Conversation) -> list[dict[str, str]]:
+    return [message.to_dict() for message in talk.thread.path]
 
 
 def test_a_conversation_remembers_both_sides(vocabulary: Tokenizer) -> None:
@@ -248,7 +253,7 @@ def test_the_text_of_an_interrupted_answer_is_kept(vocabulary: Tokenizer) -> Non
     for count, _event in enumerate(talk.ask("Tell me")):
         if count == 5:
             talk.stop()
-    assert talk.messages == [{"role": "user", "content": "Tell me"}, {"role": "assistant", "content": "Once "}]
+    assert messages(talk) == [{"role": "user", "content": "Tell me"}, {"role": "assistant", "content": "Once "}]
 
 
 def test_a_question_interrupted_before_its_answer_is_merged_with_the_next(vocabulary: Tokenizer) -> None:
@@ -258,7 +263,7 @@ def test_a_question_interrupted_before_its_answer_is_merged_with_the_next(vocabu
     talk.stop()
     list(events)
     list(talk.ask("Second"))
-    assert talk.messages[0] == {"role": "user", "content": "First\n\nSecond"}
+    assert messages(talk)[0] == {"role": "user", "content": "First\n\nSecond"}
 
 
 def test_a_message_that_does_not_fit_is_not_added_to_the_conversation(vocabulary: Tokenizer) -> None:
@@ -270,7 +275,7 @@ def test_a_message_that_does_not_fit_is_not_added_to_the_conversation(vocabulary
     talk = conversation(Full([]), vocabulary)
     with pytest.raises(ContextFull):
         talk.ask("too long")
-    assert talk.messages == []
+    assert messages(talk) == []
 
 
 def test_clearing_keeps_the_system_prompt(vocabulary: Tokenizer) -> None:
@@ -317,7 +322,7 @@ def test_a_full_context_evicts_whole_turns_oldest_first_and_reports_it(vocabular
     assert "Question 0" not in read
     assert "Answer 0" not in read
     assert "Question 6" in read
-    assert len(talk.messages) == 16  # nothing is forgotten by the conversation itself
+    assert len(messages(talk)) == 16  # nothing is forgotten by the conversation itself
 
 
 def test_half_of_the_context_is_freed_at_once(vocabulary: Tokenizer) -> None:
@@ -341,7 +346,7 @@ def test_a_question_longer_than_the_context_is_refused(random_model: Path, vocab
     talk = Conversation(TokenSequence(context), model.tokenizer, ChatTemplate(CHATML), GenerationConfig(), n_ctx=256)
     with pytest.raises(ContextFull):
         list(talk.ask("word " * 200))
-    assert talk.messages == []
+    assert messages(talk) == []
     context.close()
     model.close()
 
@@ -351,7 +356,7 @@ def test_a_text_longer_than_any_context_is_refused_without_tokenizing_it(vocabul
     with pytest.raises(TextTooLong) as caught:
         list(talk.ask("word " * 2_000_000))
     assert (caught.value.characters, caught.value.exit_code) == (10_000_000, 7)
-    assert talk.messages == []
+    assert messages(talk) == []
 
 
 def test_clearing_resets_evictions(vocabulary: Tokenizer) -> None:
@@ -400,7 +405,8 @@ def test_pinned_turns_stay_in_a_full_context(vocabulary: Tokenizer) -> None:
 def test_prompt_tokens_of_an_empty_conversation_can_be_counted(vocabulary: Tokenizer) -> None:
     wants_a_message = "{%- if messages[0]['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{%- endif %}"
     generator = ScriptedGenerator([[*tokens("Fine.", vocabulary), END]])
-    talk = Conversation(generator, vocabulary, ChatTemplate(wants_a_message + CHATML), GenerationConfig())
+    template = ChatTemplate(wants_a_message + CHATML)
+    talk = Conversation(generator, vocabulary, template, GenerationConfig(), n_ctx=4096)
     around = talk.prompt_tokens
     assert around >= len("Be kind.")
     list(talk.ask("Hi there"))
@@ -453,7 +459,7 @@ def test_the_model_can_summarize_turns_before_they_are_evicted(vocabulary: Token
     assert "Question 0" in asked and "Summarise our conversation" in asked
     assert "Be kind.\n\nSummary of the earlier conversation:\nThey greeted each other." in read(generator, vocabulary)
     assert "Question 0" not in read(generator, vocabulary)
-    assert "Summarise" not in json.dumps(talk.messages)
+    assert "Summarise" not in json.dumps(messages(talk))
 
 
 def test_an_interrupted_summary_evicts_nothing_and_keeps_the_question(vocabulary: Tokenizer) -> None:
@@ -463,7 +469,7 @@ def test_an_interrupted_summary_evicts_nothing_and_keeps_the_question(vocabulary
     talk.stop()
     *_, done = events
     assert isinstance(done, Done) and done.finish_reason is FinishReason.INTERRUPTED
-    assert talk.messages[-1]["content"].startswith("And now?")
+    assert messages(talk)[-1]["content"].startswith("And now?")
     assert not talk.thread.evicted
 
 
@@ -480,11 +486,11 @@ def test_retrying_keeps_the_earlier_answer(vocabulary: Tokenizer) -> None:
     list(talk.ask("Count"))
     list(talk.retry())
     assert generator.prompts[0] == generator.prompts[1]
-    assert talk.messages[-1]["content"] == "two"
+    assert messages(talk)[-1]["content"] == "two"
     versions = talk.thread.versions(talk.thread.path[-1])
     assert [message.text for message in versions] == ["one", "two"]
     talk.thread.select_version(versions[0])
-    assert talk.messages == [{"role": "user", "content": "Count"}, {"role": "assistant", "content": "one"}]
+    assert messages(talk) == [{"role": "user", "content": "Count"}, {"role": "assistant", "content": "one"}]
 
 
 def test_an_edited_question_starts_a_branch(vocabulary: Tokenizer) -> None:
@@ -492,11 +498,11 @@ def test_an_edited_question_starts_a_branch(vocabulary: Tokenizer) -> None:
     list(talk.ask("First"))
     list(talk.ask("Second"))
     list(talk.edit(talk.thread.turns[0], "Other"))
-    assert [message["content"] for message in talk.messages] == ["Other", "three"]
+    assert [message["content"] for message in messages(talk)] == ["Other", "three"]
     assert "First" not in read(generator, vocabulary)
     first, other = talk.thread.versions(talk.thread.path[0])
     talk.thread.select_version(first)
-    assert [message["content"] for message in talk.messages] == ["First", "one", "Second", "two"]
+    assert [message["content"] for message in messages(talk)] == ["First", "one", "Second", "two"]
     assert other.text == "Other"
 
 
@@ -505,7 +511,7 @@ def test_an_answer_can_be_replaced(vocabulary: Tokenizer) -> None:
     list(talk.ask("First"))
     talk.replace_answer(talk.thread.turns[0], "uno")
     list(talk.ask("Second"))
-    assert [message["content"] for message in talk.messages] == ["First", "uno", "Second", "two"]
+    assert [message["content"] for message in messages(talk)] == ["First", "uno", "Second", "two"]
     assert "uno" in read(generator, vocabulary)
 
 
@@ -514,7 +520,7 @@ def test_undo_goes_back_one_turn_and_returns_it(vocabulary: Tokenizer) -> None:
     list(talk.ask("First"))
     list(talk.ask("Second"))
     assert talk.undo().question.text == "Second"
-    assert [message["content"] for message in talk.messages] == ["First", "one"]
+    assert [message["content"] for message in messages(talk)] == ["First", "one"]
     talk.undo()
     with pytest.raises(UsageError, match="no question yet"):
         talk.undo()
@@ -530,7 +536,7 @@ def test_a_cut_answer_continues_exactly_after_its_last_token(vocabulary: Tokeniz
     expected = generator.prompts[0] + euro[:-2]
     list(talk.continue_answer())
     assert generator.prompts[1] == expected
-    assert talk.messages[-1] == {"role": "assistant", "content": "5 € more"}
+    assert messages(talk)[-1] == {"role": "assistant", "content": "5 € more"}
     assert talk.thread.path[-1].finish_reason == FinishReason.EOS.value
 
 
@@ -543,7 +549,7 @@ def test_a_full_context_leaves_the_conversation_unchanged(vocabulary: Tokenizer)
 
     talk = conversation(Full([[65, END]]), vocabulary)
     list(talk.ask("First"))
-    before = talk.messages
+    before = messages(talk)
     for attempt in (
         lambda: talk.ask("x"),
         lambda: talk.edit(talk.thread.turns[0], "x"),
@@ -552,4 +558,4 @@ def test_a_full_context_leaves_the_conversation_unchanged(vocabulary: Tokenizer)
     ):
         with pytest.raises(ContextFull):
             attempt()
-        assert talk.messages == before
+        assert messages(talk) == before

@@ -49,16 +49,15 @@ def load_chat_model(
     *,
     name: str,
     size: int,
-    raw: bool | None = None,
-    is_base: bool = False,
+    raw: bool = False,
     recommended: Mapping[str, float] = {},
     report: Callable[[float], None] = lambda fraction: None,
     loader: EngineLoader | None = None,
 ) -> ChatModel:
     """
-    Load a model with `loader` and choose its chat template; the other parameters are those of `EngineLoader.load`.
+    Load a model with `loader` and choose its chat template, none if it is `raw`.
 
-    `raw` ignores the template; None does so for base models (`is_base`).
+    The other parameters are those of `EngineLoader.load`.
 
     Raises
     ------
@@ -72,7 +71,7 @@ def load_chat_model(
     )
     try:
         warm_up.join()
-        template, notes = (None, ()) if (is_base if raw is None else raw) else _choose_template(loaded.model)
+        template, notes = (None, ()) if raw else _choose_template(loaded.model)
     except BaseException:
         loaded.close()
         raise

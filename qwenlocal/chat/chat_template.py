@@ -48,13 +48,13 @@ class ChatTemplate:
         """
         from jinja2 import TemplateError
 
-        self.source, self._tokens = source, {"bos_token": bos, "eos_token": eos}
+        self._tokens = {"bos_token": bos, "eos_token": eos}
         try:
             self._template = compile_template(source, now)
         except TemplateError as error:
             raise BadWeights("chat template", f"it is not valid Jinja: {error}", hint=_HINT) from error
 
-    def render(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True, **variables: Any) -> str:
+    def render(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True) -> str:
         """
         Return the text of `messages` ({"role": …, "content": …}), ending with the header of the assistant's turn.
 
@@ -65,9 +65,7 @@ class ChatTemplate:
         from jinja2 import TemplateError
 
         try:
-            return self._template.render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **self._tokens, **variables
-            )
+            return self._template.render(messages=messages, add_generation_prompt=add_generation_prompt, **self._tokens)
         except TemplateError as error:
             raise BadWeights("chat template", f"it rejects the conversation: {error}", hint=_HINT) from error
         except (TypeError, ValueError, KeyError, ZeroDivisionError, OverflowError) as error:

@@ -27,12 +27,12 @@ def select_messages(thread: Thread, evicted: Collection[int] = ()) -> list[dict[
 def evictable_turns(thread: Thread) -> list[Turn]:
     """Return the turns that may leave the context, the oldest first: not the pinned ones, and not the last one."""
     in_context = [turn for turn in thread.turns if is_in_context(thread, turn)]
-    return [turn for turn in in_context[:-1] if not turn.pinned]
+    return [turn for turn in in_context[:-1] if not turn.question.pinned]
 
 
 def is_in_context(thread: Thread, turn: Turn) -> bool:
     """True if the model reads the turn: it is waiting for an answer, or was neither dropped nor evicted."""
-    return turn.answer is None or not (turn.dropped or turn.question.number in thread.evicted)
+    return turn.answer is None or not (turn.question.dropped or turn.question.number in thread.evicted)
 
 
 def build_summary_request(thread: Thread, turns: Sequence[Turn]) -> list[dict[str, str]]:

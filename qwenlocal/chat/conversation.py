@@ -59,10 +59,10 @@ class Conversation:
         config: GenerationConfig,
         thread: Thread | None = None,
         *,
-        n_ctx: int | None = None,
+        n_ctx: int,
         model: str = "",
     ) -> None:
-        """`n_ctx` is the generator's context in tokens, None if unknown; `model` is the model's name."""
+        """`n_ctx` is the generator's context in tokens, `model` the model's name."""
         self._generator, self._tokenizer, self._template = generator, tokenizer, template
         self.config, self.thread, self.n_ctx, self._model = config, thread or Thread(), n_ctx, model
         self._last_encoded: tuple[list[dict[str, str]] | None, list[int]] = None, []
@@ -167,11 +167,6 @@ class Conversation:
 
     # --- reading
 
-    @property
-    def messages(self) -> list[dict[str, str]]:
-        """The messages on the path."""
-        return [message.to_dict() for message in self.thread.path]
-
     def count_tokens(self, text: str) -> int:
         """Return the number of tokens of a text."""
         return len(self._tokenizer.tokenize(text, special=False))
@@ -220,27 +215,27 @@ class Conversation:
         Half of the context is freed at once, because everything behind an evicted turn has to be processed again.
         Returns True if the summary was interrupted.
         """
-        n_ctx, overflow = self.n_ctx, self.config.overflow
-        if overflow == "stop" or n_ctx is None or len(self._encode_prompt()) <= n_ctx * EVICTION_THRESHOLD:
+        overflow = self.config.overflow
+        if overflow == "stop" or len(self._encode_prompt()) <= self.n_ctx * EVICTION_THRESHOLD:
             return False
-        turns = self._choose_turns_to_evict(n_ctx)
+        turns = self._choose_turns_to_evict()
         summary = (yield from self._summarize(turns)) if turns and overflow == "summarise" else ""
         if turns and summary is not None:
             self.thread.evict_turns([turn.question.number for turn in turns], summary)
             yield TurnsEvicted(len(turns), shorten(turns[0].question.text), summary)
         return summary is None
 
-    def _choose_turns_to_evict(self, n_ctx: int) -> list[Turn]:
+    def _choose_turns_to_evict(self) -> list[Turn]:
         """Return the fewest oldest turns that free half of the context; none if the question does not fit even then."""
         turns = evictable_turns(self.thread)
-        limit = n_ctx - (_SUMMARY_TOKENS if self.config.overflow == "summarise" else 0)
+        limit = self.n_ctx - (_SUMMARY_TOKENS if self.config.overflow == "summarise" else 0)
 
         def length_without(count: int) -> int:
             evicted = {turn.question.number for turn in turns[:count]}
             return len(self._encode(select_messages(self.thread, evicted)))
 
         count = bisect.bisect_left(
-            range(len(turns)), True, key=lambda count: length_without(count) <= n_ctx * EVICTION_TARGET
+            range(len(turns)), True, key=lambda count: length_without(count) <= self.n_ctx * EVICTION_TARGET
         )
         return turns[:count] if length_without(count) < limit else []
 
@@ -251,7 +246,7 @@ class Conversation:
         Returns the summary, the previous one if the turns do not fit into the context, or None if it was interrupted.
         """
         ids = encode_messages(self._template, build_summary_request(self.thread, turns), self._tokenizer)
-        if self.n_ctx is not None and len(ids) + _SUMMARY_TOKENS > self.n_ctx:
+        if len(ids) + _SUMMARY_TOKENS > self.n_ctx:
             return self.thread.summary
         text = ""
         greedy = Sampling(temperature=0)

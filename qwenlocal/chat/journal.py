@@ -16,7 +16,7 @@ import sqlite3
 import threading
 import time
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ class SearchHit:
 class Journal:
     """The open journal at `path`."""
 
-    def __init__(self, path: Path, now: Callable[[], float] = time.time, *, lock_timeout: float = 2.0) -> None:
+    def __init__(self, path: Path, *, lock_timeout: float = 2.0) -> None:
         """
         Open the file, or create it. Waits up to `lock_timeout` seconds for another process to finish writing.
 
@@ -83,7 +83,7 @@ class Journal:
         ------
         JournalError: the file is damaged, of a newer version, locked or not writable.
         """
-        self.path, self._now, self._lock = path, now, threading.RLock()
+        self.path, self._lock = path, threading.RLock()
         with translate_errors(path):
             # Chats are private. SQLite creates its -wal and -shm files with the mode of the database.
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
@@ -250,7 +250,7 @@ class Journal:
         ------
         sqlite3.Error: the file cannot be written now.
         """
-        thread, now = writer.thread, self._now()
+        thread, now = writer.thread, time.time()
         state = (thread.system, thread.leaf, json.dumps(sorted(thread.evicted)), thread.summary, writer.model, now)
         process = os.getpid() if writer.is_open else 0
         with self.transaction() as db:

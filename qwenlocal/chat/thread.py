@@ -8,7 +8,7 @@ model reads the path from the first message to the leaf.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 USER, ASSISTANT = "user", "assistant"
@@ -50,14 +50,6 @@ class Turn:
     def messages(self) -> list[Message]:
         return [self.question, *([self.answer] if self.answer else [])]
 
-    @property
-    def pinned(self) -> bool:
-        return self.question.pinned
-
-    @property
-    def dropped(self) -> bool:
-        return self.question.dropped
-
 
 class ThreadObserver:
     """Receives every change of a thread; this base class ignores them."""
@@ -87,7 +79,6 @@ class Thread:
     evicted: set[int] = field(default_factory=set)
     summary: str = ""
     observer: ThreadObserver = field(default_factory=ThreadObserver)
-    now: Callable[[], float] = time.time
 
     # --- reading
 
@@ -133,7 +124,7 @@ class Thread:
     def add(self, role: str, text: str, *, model: str = "") -> Message:
         """Append a message after the leaf and make it the leaf."""
         number = max(self.messages, default=0) + 1
-        message = Message(number, self.leaf, role, text, model=model, created=self.now())
+        message = Message(number, self.leaf, role, text, model=model, created=time.time())
         self.messages[number] = message
         self.observer.changed(message)
         self.set_leaf(number)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 from qwenlocal.chat.chat_model import ChatModel, load_chat_model
@@ -72,12 +72,8 @@ class ModelLoader:
         self, model: ProvidedModel, report: Callable[[float], None] = lambda _: None, n_ctx: int | None = None
     ) -> ChatModel:
         """Load a model in a worker thread, so that Ctrl-C can stop it."""
-
-        def load() -> Iterator[ChatModel]:
-            yield self.load(model, report, n_ctx)
-
         self._engine_loader = EngineLoader()  # the one before may have been cancelled
-        with iterate_in_thread(load, self.stop) as items:
+        with iterate_in_thread(lambda: iter([self.load(model, report, n_ctx)]), self.stop) as items:
             return next(items)
 
     def load_with_status(self, model: ProvidedModel) -> ChatModel:

@@ -50,7 +50,7 @@ def describe_cost(session: Session, document: Document) -> str:
 def _free_tokens(session: Session) -> int:
     """Return the number of tokens that the next message may have."""
     conversation = session.conversation
-    return int((conversation.n_ctx or 1 << 20) * (1 - _ANSWER_SHARE)) - conversation.prompt_tokens
+    return int(conversation.n_ctx * (1 - _ANSWER_SHARE)) - conversation.prompt_tokens
 
 
 def _join(documents: Sequence[Document], text: str) -> str:
@@ -111,5 +111,5 @@ def _widen_context(session: Session, needed: int) -> bool:
     except (NotEnoughMemory, UsageError) as error:
         session.say(f"{error} {error.hint}")
         return False
-    session.say(tr("The context now holds {n_ctx:,} tokens.", n_ctx=session.conversation.n_ctx or 0))
+    session.say(tr("The context now holds {n_ctx:,} tokens.", n_ctx=session.conversation.n_ctx))
     return True

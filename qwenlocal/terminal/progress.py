@@ -110,14 +110,13 @@ def show_progress(out: TextIO) -> contextlib.closing[ProgressBar | PlainProgress
 class StatusLine:
     """Shows one changing line once a task takes longer than `delay` seconds; nothing if `out` is not a terminal."""
 
-    def __init__(self, out: TextIO, clock: Callable[[], float] = time.monotonic, delay: float = 0.7) -> None:
-        self._out, self._clock, self._delay = out, clock, delay
-        self._started_at = clock()
+    def __init__(self, out: TextIO, delay: float = 0.7) -> None:
+        self._out, self._delay, self._started_at = out, delay, time.monotonic()
         self._shown = ""
 
     def show(self, text: str) -> None:
         """Replace the line by `text`."""
-        if text == self._shown or not supports_ansi(self._out) or self._clock() - self._started_at < self._delay:
+        if text == self._shown or not supports_ansi(self._out) or time.monotonic() - self._started_at < self._delay:
             return
         self._shown = text
         self._out.write(f"{_ERASE_LINE}{dim(text)}")
@@ -128,14 +127,13 @@ class StatusLine:
         if self._shown:
             self._out.write(_ERASE_LINE)
             self._out.flush()
-        self._shown = ""
-        self._started_at = self._clock()
+        self._shown, self._started_at = "", time.monotonic()
 
 
 @contextlib.contextmanager
 def status_line(out: TextIO, delay: float = 0.7) -> Iterator[Callable[[str], None]]:
     """Yield `StatusLine.show`; the line is erased at the end."""
-    line = StatusLine(out, delay=delay)
+    line = StatusLine(out, delay)
     try:
         yield line.show
     finally:

@@ -26,7 +26,6 @@ from qwenlocal.terminal.tty import disable_echo
 from qwenlocal.terminal.type_ahead import TypeAhead, capture_keys
 from qwenlocal.terminal.view import (
     DRAFT_UNLOADED,
-    AnswerProgress,
     AnswerView,
     describe_drafting,
     describe_stats,
@@ -220,7 +219,7 @@ class Repl:
         view = AnswerView(
             Screen(sys.stdout, shutil.get_terminal_size),
             render_options,
-            AnswerProgress(session.conversation.n_ctx),
+            session.conversation.n_ctx,
             lambda: self._type_ahead.text,
             markdown=session.render_markdown,
         )
@@ -247,11 +246,7 @@ class Repl:
         if session.last_result:
             stats, n_ctx = session.last_result.stats, session.conversation.n_ctx
             used = stats.prompt_tokens + stats.answer_tokens
-            parts.append(
-                tr("{used:,} of {n_ctx:,} tokens", used=used, n_ctx=n_ctx)
-                if n_ctx
-                else tr("{count:,} tokens", count=used)
-            )
+            parts.append(tr("{used:,} of {n_ctx:,} tokens", used=used, n_ctx=n_ctx))
             if stats.answer_speed:
                 speed, seconds = stats.answer_speed, stats.first_token
                 parts.append(

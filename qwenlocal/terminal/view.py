@@ -94,9 +94,8 @@ class PlainTextStream:
 class AnswerProgress:
     """Describes in one line what the model is doing; `n_ctx` is the size of its context."""
 
-    def __init__(self, n_ctx: int | None, clock: Callable[[], float] = time.monotonic) -> None:
-        self._n_ctx, self._clock = n_ctx, clock
-        self._started_at = clock()
+    def __init__(self, n_ctx: int) -> None:
+        self._n_ctx, self._started_at = n_ctx, time.monotonic()
         self._first_text_at: float | None = None
         self._prompt_tokens = self._answer_tokens = 0
         self._event: Event | None = None
@@ -107,7 +106,7 @@ class AnswerProgress:
         if isinstance(event, PromptProgress):
             self._prompt_tokens = event.total
         elif isinstance(event, Text):
-            self._first_text_at = self._first_text_at or self._clock()
+            self._first_text_at = self._first_text_at or time.monotonic()
             self._answer_tokens = event.tokens
 
     def describe(self) -> str:
@@ -117,7 +116,7 @@ class AnswerProgress:
         It is `reading prompt: 1,024 of 4,096 tokens (25%), 12 s left`, and later `37.2 tokens/s, 512 of 8,192 tokens
         of context`.
         """
-        now = self._clock()
+        now = time.monotonic()
         if isinstance(self._event, PromptProgress):
             return self._describe_prompt(self._event, now - self._started_at)
         if isinstance(self._event, Summarizing):
@@ -139,9 +138,8 @@ class AnswerProgress:
         if self._answer_tokens > 1 and now > self._first_text_at:
             speed = (self._answer_tokens - 1) / (now - self._first_text_at)
             parts.append(_describe_speed(speed))
-        if self._n_ctx:
-            used = self._prompt_tokens + self._answer_tokens
-            parts.append(tr("{used:,} of {n_ctx:,} tokens of context", used=used, n_ctx=self._n_ctx))
+        used = self._prompt_tokens + self._answer_tokens
+        parts.append(tr("{used:,} of {n_ctx:,} tokens of context", used=used, n_ctx=self._n_ctx))
         return ", ".join(parts)
 
 
@@ -205,7 +203,8 @@ def _format_duration(seconds: float) -> str:
 
 class AnswerView:
     """
-    Draws an answer on `screen`; `options` returns the current render options, `typed` the line being typed.
+    Draws an answer on `screen`; `options` returns the current render options, `typed` the line being typed. `n_ctx` is
+    the size of the model's context.
 
     It redraws at most 25 times a second, and rarely enough that rendering takes 1/40 of the time. Keys are drawn at
     once.
@@ -215,15 +214,13 @@ class AnswerView:
         self,
         screen: Screen,
         options: Callable[[], RenderOptions],
-        progress: AnswerProgress,
+        n_ctx: int,
         typed: Callable[[], str] = lambda: "",
         *,
         markdown: bool = True,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._screen, self._options, self._progress, self._typed = screen, options, progress, typed
+        self._screen, self._options, self._progress, self._typed = screen, options, AnswerProgress(n_ctx), typed
         self._stream: MarkdownStream | PlainTextStream = MarkdownStream() if markdown else PlainTextStream()
-        self._clock = clock
         self._lock = threading.Lock()
         self._pending: Sequence[str] = []
         self._notes: list[str] = []  # lines to print before the answer
@@ -272,7 +269,7 @@ class AnswerView:
 
     def _redraw(self) -> None:
         with self._lock:
-            start = self._clock()
+            start = time.monotonic()
             if start < self._next_redraw:
                 return
             options, finished = self._options(), list[str]()
@@ -284,7 +281,7 @@ class AnswerView:
                 self._screen.end(self._notes)
                 self._notes = []
             self._screen.update(finished, self._pending, self._footer(options))
-            elapsed = self._clock() - start
+            elapsed = time.monotonic() - start
             self.drawing_seconds += elapsed
             self._next_redraw = start + min(_MAX_INTERVAL, _REST_FACTOR * elapsed)
 

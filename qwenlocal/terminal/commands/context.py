@@ -16,18 +16,10 @@ _STATE_WIDTH = 14
 def show_context(session: Session, _argument: str) -> None:
     """Show how full the context is, and a line for each turn."""
     conversation, thread = session.conversation, session.thread
-    used, n_ctx = conversation.prompt_tokens, conversation.n_ctx or 0
-    if n_ctx:
-        filled = min(_BAR_WIDTH, round(_BAR_WIDTH * used / n_ctx))
-        session.say(
-            tr(
-                "[{bar}] {used:,} of {n_ctx:,} tokens ({share:.0%})",
-                bar="#" * filled + "." * (_BAR_WIDTH - filled),
-                used=used,
-                n_ctx=n_ctx,
-                share=used / n_ctx,
-            )
-        )
+    used, n_ctx = conversation.prompt_tokens, conversation.n_ctx
+    filled = min(_BAR_WIDTH, round(_BAR_WIDTH * used / n_ctx))
+    bar, share = "#" * filled + "." * (_BAR_WIDTH - filled), used / n_ctx
+    session.say(tr("[{bar}] {used:,} of {n_ctx:,} tokens ({share:.0%})", bar=bar, used=used, n_ctx=n_ctx, share=share))
     counts = [conversation.count_turn_tokens(turn) for turn in thread.turns]
     in_context = [count for turn, count in zip(thread.turns, counts, strict=True) if is_in_context(thread, turn)]
     system_tokens = used - sum(in_context)
@@ -48,20 +40,20 @@ def show_context(session: Session, _argument: str) -> None:
 
 
 def _describe_state(turn: Turn, *, evicted: bool) -> str:
-    if turn.dropped:
+    if turn.question.dropped:
         return tr("dropped")
-    if turn.pinned:
+    if turn.question.pinned:
         return tr("pinned")
     return tr("out of context") if evicted else ""
 
 
 def toggle_pin(session: Session, argument: str) -> None:
     """Keep a turn in a full context, or no longer."""
-    turn = session.find_turn(argument)
-    session.thread.update(turn.question, pinned=not turn.pinned, dropped=False)
-    session.thread.evicted.discard(turn.question.number)
-    text = shorten(turn.question.text)
-    if turn.pinned:
+    question = session.find_turn(argument).question
+    session.thread.update(question, pinned=not question.pinned, dropped=False)
+    session.thread.evicted.discard(question.number)
+    text = shorten(question.text)
+    if question.pinned:
         session.say(tr("Pinned “{text}”: it stays in the context.", text=text))
     else:
         session.say(tr("Unpinned “{text}”.", text=text))
@@ -69,10 +61,10 @@ def toggle_pin(session: Session, argument: str) -> None:
 
 def toggle_drop(session: Session, argument: str) -> None:
     """Remove a turn from the context, or put it back."""
-    turn = session.find_turn(argument)
-    session.thread.update(turn.question, dropped=not turn.dropped, pinned=False)
-    text = shorten(turn.question.text)
-    if turn.dropped:
+    question = session.find_turn(argument).question
+    session.thread.update(question, dropped=not question.dropped, pinned=False)
+    text = shorten(question.text)
+    if question.dropped:
         session.say(tr("Dropped “{text}”: the model no longer sees it.", text=text))
     else:
         session.say(tr("“{text}” is back in the context.", text=text))

@@ -35,13 +35,8 @@ def switch_model(session: Session, argument: str) -> None:
     session.model = name.rpartition("/")[2] if name.startswith((".", "/", "~")) else name
     if session.journal_writer:
         session.journal_writer.model = session.models.current
-    session.say(
-        tr(
-            "Switched to {model} with a context of {n_ctx:,} tokens.",
-            model=session.model,
-            n_ctx=session.conversation.n_ctx or 0,
-        )
-    )
+    n_ctx = session.conversation.n_ctx
+    session.say(tr("Switched to {model} with a context of {n_ctx:,} tokens.", model=session.model, n_ctx=n_ctx))
 
 
 def set_system_prompt(session: Session, argument: str) -> None:

@@ -91,21 +91,21 @@ class CheckpointConverter:
             return checkpoint.download(reserve=size)
 
     def _convert(self, checkpoint: LocalCheckpoint, level: str, target: Path, argument: str) -> None:
-        from qwenlocal.library.plan_execution import execute_plan, replace_hints
+        from qwenlocal.library.plan_execution import execute_plan
         from qwenlocal.weights.checkpoint import Checkpoint
 
-        hints = replace_hints(
-            disk="Free disk space (qwenlocal list, qwenlocal rm NAME), or set QWENLOCAL_HOME to a larger disk.",
-            not_finite=f"The weights are damaged. To write zeros instead: qwenlocal convert {argument} --allow-nan",
-        )
         try:
             plan = _plan(Checkpoint.open(checkpoint.path), checkpoint, target, level)
             self._announce(plan, checkpoint)
-            with hints, self._open_progress() as show:
+            with self._open_progress() as show:
                 execute_plan(
                     plan,
                     replace=True,
                     report=lambda done, total: show(TaskProgress(target.name, done, total, "writing")),
+                    disk_hint="Free disk space (qwenlocal list, qwenlocal rm NAME), "
+                    "or set QWENLOCAL_HOME to a larger disk.",
+                    not_finite_hint="The weights are damaged. "
+                    f"To write zeros instead: qwenlocal convert {argument} --allow-nan",
                 )
         except BadWeights:  # the next attempt would fail in the same way
             remove_unfinished(target.parent, self._store.file_paths())
@@ -163,7 +163,7 @@ def download_cost(checkpoint: HubCheckpoint, plan: ConversionPlan) -> str:
     """Say what a checkpoint on a hub costs: bytes to download, bytes to write, seconds of conversion."""
     files = ", ".join(f"{file.type.name} {format_bytes(file.size)}" for file in plan.files)
     return (
-        f"{checkpoint.name} is a checkpoint: {format_bytes(checkpoint.remote.missing_size)} to download, then about "
+        f"{checkpoint.name} is a checkpoint: {format_bytes(checkpoint.missing_size)} to download, then about "
         f"{estimated_seconds(plan)} s to convert it ({files})."
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +16,10 @@ from qwenlocal.library.names import CatalogName, HubCheckpointName, HubName, Loc
 if TYPE_CHECKING:
     from qwenlocal.library.local_models import LocalModels
     from qwenlocal.library.puller import Puller
-    from qwenlocal.library.remote_checkpoint import RemoteCheckpoint
+    from qwenlocal.library.resolver import FileRequest, ResolvedModel
+    from qwenlocal.library.store import StoredFile
     from qwenlocal.weights.checkpoint import Checkpoint
+    from qwenlocal.weights.safetensors import RawHeader
 
 OpenPuller = Callable[[], AbstractContextManager["Puller"]]
 
@@ -33,27 +35,40 @@ class LocalCheckpoint:
 
 @dataclass(frozen=True)
 class HubCheckpoint:
-    """A checkpoint on a hub, of which everything but the weights is on this disk."""
+    """
+    A checkpoint on a hub, whose small files are in `resolved.folder`; `puller` downloads its weights.
 
-    remote: RemoteCheckpoint
+    `headers` are the headers of the weight files, None if the hub only sends whole files. `is_ours`: no other program
+    downloaded files of it.
+    """
+
+    resolved: ResolvedModel
+    documents: Sequence[StoredFile]
+    weights: Sequence[FileRequest]
+    headers: Sequence[RawHeader] | None
+    is_ours: bool
     puller: Puller
 
     @property
     def name(self) -> str:
         """The repository's name without its owner."""
-        return self.remote.resolved.repo.partition("/")[2]
+        return self.resolved.repo.partition("/")[2]
 
     @property
     def repo(self) -> str:
         """The Hugging Face repository, "" for other hubs."""
-        return self.remote.resolved.repo if self.remote.resolved.origin.startswith("hf:") else ""
+        return self.resolved.repo if self.resolved.origin.startswith("hf:") else ""
+
+    @property
+    def missing_size(self) -> int:
+        """Bytes of weights that are not on this disk."""
+        return sum(request.artifact.size for request in self.weights if not request.target.exists())
 
     def read_outline(self) -> Checkpoint | None:
         """Read tensor names, types and shapes from the headers; None if the hub sends whole files only."""
         from qwenlocal.weights.checkpoint import Checkpoint
 
-        headers = self.remote.headers
-        return None if headers is None else Checkpoint.from_headers(self.remote.resolved.folder, headers)
+        return None if self.headers is None else Checkpoint.from_headers(self.resolved.folder, self.headers)
 
     def download(self, *, reserve: int = 0) -> LocalCheckpoint:
         """
@@ -63,8 +78,8 @@ class HubCheckpoint:
         ------
         Everything that `Puller.pull_checkpoint` raises.
         """
-        self.puller.pull_checkpoint(self.remote, extra_space=reserve)
-        return LocalCheckpoint(self.remote.resolved.folder, self.name, self.repo)
+        self.puller.pull_checkpoint(self, extra_space=reserve)
+        return LocalCheckpoint(self.resolved.folder, self.name, self.repo)
 
 
 class CheckpointFinder:
@@ -111,7 +126,7 @@ class CheckpointFinder:
             yield LocalCheckpoint(folder, repo.repo.partition("/")[2], repo.repo if repo.hub == "hf" else "")
             return
         with self._open_puller() as puller:
-            yield HubCheckpoint(puller.inspect_checkpoint(name), puller)
+            yield puller.inspect_checkpoint(name)
 
 
 def checkpoint_repo(name: CatalogName | HubName) -> HubName:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from qwenlocal.errors import DiskFull, NonFiniteWeights, NotEnoughMemory, NotWritable
@@ -22,9 +21,14 @@ def execute_plan(
     replace: bool = False,
     allow_nan: bool = False,
     report: Callable[[int, int], None] = lambda done, total: None,
+    disk_hint: str = "",
+    not_finite_hint: str = "",
+    memory_hint: str = "",
 ) -> WriteResult:
     """
     Write the files of `plan` with `threads` threads (0: one per fast core); `report` gets bytes read and bytes in all.
+
+    The hints replace those of the errors, because the next step depends on the command; "" keeps the error's own.
 
     Raises
     ------
@@ -35,21 +39,13 @@ def execute_plan(
     count = threads or machine.cores
     needed, available = write_job.memory_needed(plan.job, count), machine.memory().available
     if needed > available:
-        raise NotEnoughMemory("Converting", needed, available, hint="Close other programs, and try again.")
-    return write_workers.run_job(plan.job, threads=count, replace=replace, allow_nan=allow_nan, report=report)
-
-
-@contextlib.contextmanager
-def replace_hints(*, disk: str = "", not_finite: str = "", memory: str = "") -> Iterator[None]:
-    """Replace the hints of `execute_plan`'s errors: the next step depends on the command. "" keeps the error's own."""
+        hint = memory_hint or "Close other programs, and try again."
+        raise NotEnoughMemory("Converting", needed, available, hint=hint)
     try:
-        yield
+        return write_workers.run_job(plan.job, threads=count, replace=replace, allow_nan=allow_nan, report=report)
     except (DiskFull, NotWritable) as error:
-        error.hint = disk or error.hint
+        error.hint = disk_hint or error.hint
         raise
     except NonFiniteWeights as error:
-        error.hint = not_finite or error.hint
-        raise
-    except NotEnoughMemory as error:
-        error.hint = memory or error.hint
+        error.hint = not_finite_hint or error.hint
         raise

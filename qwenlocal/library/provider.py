@@ -163,7 +163,7 @@ class ModelProvider:
         Raises
         ------
         BadWeights: another program owns the file.
-        Everything that `Puller.repair`, `Puller.pull_checkpoint` and `CheckpointConverter.ensure_converted` raise.
+        Everything that `Puller.repair`, `HubCheckpoint.download` and `CheckpointConverter.ensure_converted` raise.
         """
         if record.made_from and isinstance(name, (CatalogName, LocalCheckpointName, HubName)):
             return self._converter.ensure_converted(name, force=True)
@@ -179,7 +179,7 @@ class ModelProvider:
                     ),
                 )
             self._discard_damaged(record, damage)
-            puller.pull_checkpoint(puller.inspect_checkpoint(name.source))
+            puller.inspect_checkpoint(name.source).download()
         return self.stored_checkpoint(name)
 
     def stored_checkpoint(self, name: HubCheckpointName) -> ModelRecord:

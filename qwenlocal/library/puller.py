@@ -13,13 +13,14 @@ from qwenlocal.fileio import git_blob_sha1, hash_file
 from qwenlocal.i18n import tr
 from qwenlocal.library.artifact import DownloadedFile, DownloadPolicy, ReportProgress
 from qwenlocal.library.byte_source import RangesUnsupported
+from qwenlocal.library.checkpoints import HubCheckpoint
 from qwenlocal.library.download import download_artifact
 from qwenlocal.library.external_caches import FileQuery
 from qwenlocal.library.http import HttpClient, TransferError
 from qwenlocal.library.local_models import LocalModels
 from qwenlocal.library.names import CHECKPOINT_SUFFIX, CatalogName, HubName, ModelName
 from qwenlocal.library.partial_file import write_download_journal
-from qwenlocal.library.remote_checkpoint import RemoteCheckpoint, read_headers, write_prefix
+from qwenlocal.library.remote_headers import read_headers, write_prefix
 from qwenlocal.library.resolver import FileRequest, ResolvedModel, Resolver
 from qwenlocal.library.store import FileDamage, ModelRecord, Store, StoredFile
 from qwenlocal.paths import Folders, ensure_writable
@@ -94,7 +95,7 @@ class Puller:
             ) from reason
         return path, resolved.size
 
-    def inspect_checkpoint(self, name: CatalogName | HubName) -> RemoteCheckpoint:
+    def inspect_checkpoint(self, name: CatalogName | HubName) -> HubCheckpoint:
         """
         Download the small files of a checkpoint, and read the headers of its weights.
 
@@ -119,9 +120,9 @@ class Puller:
             headers = read_headers(resolved.folder, weights)
         except TransferError as error:
             raise SourceUnreachable(resolved.name, [f"{resolved.origin}: {error}"]) from error
-        return RemoteCheckpoint(resolved, documents, weights, headers, is_ours)
+        return HubCheckpoint(resolved, documents, weights, headers, is_ours, self)
 
-    def pull_checkpoint(self, checkpoint: RemoteCheckpoint, *, extra_space: int = 0) -> None:
+    def pull_checkpoint(self, checkpoint: HubCheckpoint, *, extra_space: int = 0) -> None:
         """
         Download the weights of a checkpoint; the disk must have `extra_space` bytes more than they take.
 
@@ -140,7 +141,7 @@ class Puller:
         for number, request in enumerate(weights):
             known = stored[number]
             if known is None or request.target.stat().st_mtime_ns != known.mtime_ns:
-                stored[number] = self._store_file(request, self._download(request))
+                stored[number] = self._store_file(request)
                 self._record_weights(checkpoint, stored)
 
     def repair(self, name: ModelName, record: ModelRecord, damage: Sequence[FileDamage]) -> ModelRecord:
@@ -199,8 +200,9 @@ class Puller:
         path, link = _link_snapshot(request)
         return StoredFile.from_path(path, hash_file(path), link=link)
 
-    def _store_file(self, request: FileRequest, downloaded: DownloadedFile) -> StoredFile:
-        """Link a downloaded file into the hub's cache, and describe it."""
+    def _store_file(self, request: FileRequest) -> StoredFile:
+        """Download a file, link it into the hub's cache, and describe it."""
+        downloaded = self._download(request)
         path, link = _link_snapshot(request)
         if not downloaded.checksums and (known := self._find_stored_file(path, downloaded.sha256)):
             return known
@@ -228,7 +230,7 @@ class Puller:
         self._check_disk_space(resolved.files)
         files = []
         for request in resolved.files:
-            files.append(self._store_file(request, self._download(request)))
+            files.append(self._store_file(request))
             missing = sum(other.artifact.size for other in resolved.files[len(files) :])
             if missing:  # recorded already, so that it can be listed and removed if it is never completed
                 self._store.add(ModelRecord(resolved.name, files, resolved.origin, resolved.license, missing=missing))
@@ -267,7 +269,7 @@ class Puller:
 
     # --- records of checkpoints
 
-    def _record_weights(self, checkpoint: RemoteCheckpoint, stored: Sequence[StoredFile | None]) -> None:
+    def _record_weights(self, checkpoint: HubCheckpoint, stored: Sequence[StoredFile | None]) -> None:
         """Record which weight files are complete; None stands for a missing one."""
         missing = sum(r.artifact.size for r, file in zip(checkpoint.weights, stored, strict=True) if file is None)
         files = [*checkpoint.documents, *(file for file in stored if file)]

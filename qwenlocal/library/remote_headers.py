@@ -1,5 +1,5 @@
 """
-Checkpoints on a hub before their weights are downloaded: the small files, and the headers of the large ones.
+Headers of model files on a hub, read before the files are downloaded.
 
 A safetensors file starts with the names, types and shapes of its tensors, so a few kilobytes of a multi-gigabyte
 checkpoint tell if it can be converted, and what the result will be.
@@ -8,35 +8,12 @@ checkpoint tell if it can be converted, and what the result will be.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from qwenlocal.library.byte_source import ByteSource, RangesUnsupported
 from qwenlocal.library.http import TransferError, with_retries
-from qwenlocal.library.resolver import FileRequest, ResolvedModel
-from qwenlocal.library.store import StoredFile
+from qwenlocal.library.resolver import FileRequest
 from qwenlocal.weights.safetensors import RawHeader, read_raw_header
-
-
-@dataclass(frozen=True)
-class RemoteCheckpoint:
-    """
-    A checkpoint whose small files are in `resolved.folder`, and whose weights may still be on the hub.
-
-    `headers` are the headers of the weight files, None if the hub only sends whole files. `is_ours`: no other program
-    downloaded files of it.
-    """
-
-    resolved: ResolvedModel
-    documents: Sequence[StoredFile]
-    weights: Sequence[FileRequest]
-    headers: Sequence[RawHeader] | None
-    is_ours: bool
-
-    @property
-    def missing_size(self) -> int:
-        """Bytes of weights that are not on this disk."""
-        return sum(request.artifact.size for request in self.weights if not request.target.exists())
 
 
 def read_headers(folder: Path, weights: Sequence[FileRequest]) -> list[RawHeader] | None:

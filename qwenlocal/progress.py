@@ -1,4 +1,4 @@
-"""Progress of a task that reads or writes a file."""
+"""Progress of tasks: bytes of a file, tokens of a prompt."""
 
 from __future__ import annotations
 
@@ -16,3 +16,11 @@ class TaskProgress(NamedTuple):
     total: int
     doing: str
     source: str = ""
+
+
+class PromptProgress(NamedTuple):
+    """`done` of `total` prompt tokens are in the KV cache; `reused` of them were there already."""
+
+    done: int
+    total: int
+    reused: int

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from qwenlocal.chat.chat_template import CHATML
 from qwenlocal.engine.sampling import Sampling
-from qwenlocal.engine.sequence import Prefill
 from qwenlocal.errors import ContextFull
+from qwenlocal.progress import PromptProgress
 
 if TYPE_CHECKING:
     import numpy
@@ -367,12 +367,12 @@ class ScriptedGenerator:
         self.was_stopped = self.is_full = False
         self.prompts: list[list[int]] = []
 
-    def generate(self, ids: Sequence[int], sampling: Sampling, *, limit: int) -> Iterator[Prefill | int]:
+    def generate(self, ids: Sequence[int], sampling: Sampling, *, limit: int) -> Iterator[PromptProgress | int]:
         self.prompts.append(list(ids))
         self.was_stopped = self.is_full = False
         if len(ids) >= self._n_ctx:
             raise ContextFull(len(ids), self._n_ctx, self._n_ctx)
-        yield Prefill(len(ids), len(ids), 0)
+        yield PromptProgress(len(ids), len(ids), 0)
         for produced, token in enumerate(self._script[len(self.prompts) - 1]):
             if self.was_stopped or produced >= limit:
                 return

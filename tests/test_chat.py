@@ -14,17 +14,18 @@ from hypothesis import strategies as st
 
 from qwenlocal.chat.chat_template import CHATML, ChatTemplate, encode_messages
 from qwenlocal.chat.conversation import Conversation, GenerationConfig
-from qwenlocal.chat.events import Done, FinishReason, PromptProgress, Summarizing, Text, TurnsEvicted
+from qwenlocal.chat.events import Done, FinishReason, Summarizing, Text, TurnsEvicted
 from qwenlocal.chat.export import export_messages
 from qwenlocal.chat.generate import stream_answer
 from qwenlocal.chat.thread import Thread
 from qwenlocal.engine.context import Context, ContextOptions
 from qwenlocal.engine.llama import Model
 from qwenlocal.engine.sampling import Sampling
-from qwenlocal.engine.sequence import Prefill, TokenSequence
+from qwenlocal.engine.sequence import TokenSequence
 from qwenlocal.engine.tokenizer import Tokenizer
 from qwenlocal.errors import BadWeights, ContextFull, TextTooLong, UsageError
 from qwenlocal.fileio import replace_text
+from qwenlocal.progress import PromptProgress
 from qwenlocal.terminal.view import describe_eviction, describe_stats
 from qwenlocal.testing import ScriptedGenerator
 
@@ -433,7 +434,7 @@ class SummaryGenerator(ScriptedGenerator):
         super().__init__([], n_ctx=2000)
         self._vocabulary = vocabulary
 
-    def generate(self, ids: Sequence[int], sampling: Sampling, *, limit: int) -> Iterator[Prefill | int]:
+    def generate(self, ids: Sequence[int], sampling: Sampling, *, limit: int) -> Iterator[PromptProgress | int]:
         text = b"".join(self._vocabulary.piece(token) for token in ids).decode()
         said = "They greeted each other." if "Summarise our" in text else f"Answer {len(self.prompts)}. " + "x" * 60
         self._script.append([*tokens(said, self._vocabulary), END])

@@ -16,9 +16,10 @@ from qwenlocal.engine.llama import LoadCancelled, Model, load_library
 from qwenlocal.engine.memory import check_memory
 from qwenlocal.engine.prefix_cache import common_prefix
 from qwenlocal.engine.sampling import Sampler, Sampling
-from qwenlocal.engine.sequence import Prefill, TokenSequence
+from qwenlocal.engine.sequence import TokenSequence
 from qwenlocal.errors import BadWeights, ContextFull, LowMemory, UsageError
 from qwenlocal.machine import Memory
+from qwenlocal.progress import PromptProgress
 from qwenlocal.testing import write_model
 
 GREEDY = Sampling(temperature=0, repeat_penalty=1)
@@ -59,7 +60,7 @@ def test_cached_tokens_are_not_computed_again(random_model: Path, opened: Callab
     first = answer(sequence, [1, 2, 3, 4, 5], 6)
     again = [1, 2, 3, 4, 5, *first, 9, 10]
     steps = list(sequence.generate(again, GREEDY, limit=8))
-    assert steps[0] == Prefill(done=10, total=13, reused=10)  # the sixth token of the answer was never fed back
+    assert steps[0] == PromptProgress(done=10, total=13, reused=10)  # the sixth token of the answer was never fed back
     fresh = TokenSequence(opened(random_model))
     assert [step for step in steps if isinstance(step, int)] == answer(fresh, again, 8)
 
@@ -69,7 +70,7 @@ def test_an_edited_prompt_is_computed_from_the_edit_on(random_model: Path, opene
     answer(sequence, [1, 2, 3, 4, 5], 4)
     edited = [1, 2, 9, 4, 5]
     steps = list(sequence.generate(edited, GREEDY, limit=5))
-    assert steps[0] == Prefill(done=2, total=5, reused=2)
+    assert steps[0] == PromptProgress(done=2, total=5, reused=2)
     fresh = TokenSequence(opened(random_model))
     assert [step for step in steps if isinstance(step, int)] == answer(fresh, edited, 5)
 
@@ -78,7 +79,7 @@ def test_a_repeated_prompt_computes_only_its_last_token(random_model: Path, open
     sequence = TokenSequence(opened(random_model))
     first = answer(sequence, [1, 2, 3], 5)
     steps = list(sequence.generate([1, 2, 3], GREEDY, limit=5))
-    assert steps[0] == Prefill(done=2, total=3, reused=2)
+    assert steps[0] == PromptProgress(done=2, total=3, reused=2)
     assert [step for step in steps if isinstance(step, int)] == first
 
 
@@ -111,7 +112,7 @@ def test_all_logits_returns_a_row_per_token(random_model: Path, opened: Callable
 def test_a_prompt_is_prefilled_in_chunks_with_progress(endless_model: Path, opened: Callable[..., Context]) -> None:
     context = opened(endless_model, n_ctx=2048)
     steps = list(TokenSequence(context).generate([65] * 1000, GREEDY, limit=1))
-    counts = [step.done for step in steps if isinstance(step, Prefill)]
+    counts = [step.done for step in steps if isinstance(step, PromptProgress)]
     assert counts[0] == 0
     assert counts[-1] == 1000
     assert counts == sorted(counts)
@@ -163,10 +164,10 @@ def test_stopping_during_prefill_takes_milliseconds(endless_model: Path, opened:
     steps = list(sequence.generate(prompt, GREEDY, limit=1))
     assert sequence.was_stopped
     assert time.monotonic() - stopped_at[0] < 2
-    read = max(step.done for step in steps if isinstance(step, Prefill))
+    read = max(step.done for step in steps if isinstance(step, PromptProgress))
     assert 0 < read < 50_000
     first = next(sequence.generate(prompt, GREEDY, limit=1))
-    assert first == Prefill(read, 50_000, read)
+    assert first == PromptProgress(read, 50_000, read)
 
 
 def test_the_abort_flag_ends_a_running_decode(endless_model: Path, opened: Callable[..., Context]) -> None:

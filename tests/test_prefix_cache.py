@@ -11,7 +11,8 @@ from qwenlocal.engine.context import Context, ContextOptions
 from qwenlocal.engine.llama import Model
 from qwenlocal.engine.prefix_cache import PrefixCache
 from qwenlocal.engine.sampling import Sampling
-from qwenlocal.engine.sequence import Prefill, TokenSequence
+from qwenlocal.engine.sequence import TokenSequence
+from qwenlocal.progress import PromptProgress
 
 GREEDY = Sampling(temperature=0, repeat_penalty=1)
 COMMON = [n % 200 for n in range(100)]
@@ -40,7 +41,7 @@ def cached_sequence(context: Context) -> TokenSequence:
 def ask(sequence: TokenSequence, ids: list[int]) -> tuple[int, list[int]]:
     """Return the number of reused tokens, and the answer."""
     steps = list(sequence.generate(ids, GREEDY, limit=12))
-    assert isinstance(steps[0], Prefill)
+    assert isinstance(steps[0], PromptProgress)
     return steps[0].reused, [step for step in steps if isinstance(step, int)]
 
 

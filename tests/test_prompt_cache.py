@@ -24,7 +24,8 @@ from qwenlocal.engine.llama import Model
 from qwenlocal.engine.prefix_cache import PrefixCache
 from qwenlocal.engine.prompt_cache import PromptCache, compute_cache_key, delete_prompt_caches
 from qwenlocal.engine.sampling import Sampling
-from qwenlocal.engine.sequence import Prefill, TokenSequence
+from qwenlocal.engine.sequence import TokenSequence
+from qwenlocal.progress import PromptProgress
 from qwenlocal.testing import write_model
 
 GREEDY = Sampling(temperature=0, repeat_penalty=1)
@@ -65,7 +66,7 @@ def answer_and_save(context: Context, cache: PromptCache, prompt: list[int] = PR
 def answer_again(context: Context, cache: PromptCache | None, prompt: list[int]) -> tuple[int, list[int]]:
     """Return the number of reused tokens, and the answer."""
     steps = list(TokenSequence(context, prompt_cache=cache).generate(prompt, GREEDY, limit=20))
-    assert isinstance(steps[0], Prefill)
+    assert isinstance(steps[0], PromptProgress)
     return steps[0].reused, [step for step in steps if isinstance(step, int)]
 
 
@@ -258,6 +259,6 @@ def test_the_prefix_cache_makes_room_for_a_saved_state(
     for other in (200, 201, 202):
         list(sequence.generate([other] * 150, GREEDY, limit=2))
     steps = list(sequence.generate([*PROMPT, 1], GREEDY, limit=20))
-    assert steps[0] == Prefill(300, 301, 300)
+    assert steps[0] == PromptProgress(300, 301, 300)
     assert [step for step in steps if isinstance(step, int)] == answer_again(opened(), None, [*PROMPT, 1])[1]
     assert len(saved_files(tmp_path)) == 1

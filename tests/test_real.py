@@ -13,13 +13,14 @@ import pytest
 
 from qwenlocal.chat.chat_model import ChatModel, load_chat_model
 from qwenlocal.chat.conversation import GenerationConfig
-from qwenlocal.chat.events import PromptProgress, Text
+from qwenlocal.chat.events import Text
 from qwenlocal.engine.load_plan import LoadRequest
 from qwenlocal.engine.loader import LoadOptions
 from qwenlocal.engine.sampling import Sampling
 from qwenlocal.library.catalog import Catalog
 from qwenlocal.machine import this_machine
 from qwenlocal.paths import bundled_folder
+from qwenlocal.progress import PromptProgress
 
 pytestmark = pytest.mark.real
 

@@ -15,7 +15,7 @@ from qwenlocal.chat.context_window import (
     evictable_turns,
     select_messages,
 )
-from qwenlocal.chat.events import Done, Event, FinishReason, PromptProgress, Summarizing, Text, TurnsEvicted
+from qwenlocal.chat.events import Done, Event, FinishReason, Summarizing, Text, TurnsEvicted
 from qwenlocal.chat.generate import stream_answer
 from qwenlocal.chat.thread import ASSISTANT, USER, Message, Thread, Turn
 from qwenlocal.engine.sampling import Sampling
@@ -24,6 +24,7 @@ from qwenlocal.engine.tokenizer import IncrementalDetokenizer, Tokenizer
 from qwenlocal.errors import UsageError
 from qwenlocal.formatting import shorten
 from qwenlocal.i18n import tr
+from qwenlocal.progress import PromptProgress
 
 _SUMMARY_TOKENS = 256
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from qwenlocal.i18n import mark
+from qwenlocal.progress import PromptProgress
 
 
 class FinishReason(str, Enum):
@@ -21,15 +22,6 @@ class FinishReason(str, Enum):
     LENGTH = mark("token limit")
     CONTEXT_FULL = mark("context full")
     INTERRUPTED = mark("interrupted")
-
-
-@dataclass(frozen=True)
-class PromptProgress:
-    """`done` of `total` prompt tokens are in the KV cache; `reused` of them were there already."""
-
-    done: int
-    total: int
-    reused: int
 
 
 @dataclass(frozen=True)

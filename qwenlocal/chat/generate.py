@@ -6,10 +6,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from qwenlocal.chat.events import Done, Event, FinishReason, GenerationStats, PromptProgress, Text
+from qwenlocal.chat.events import Done, Event, FinishReason, GenerationStats, Text
 from qwenlocal.engine.sampling import Sampling
-from qwenlocal.engine.sequence import Prefill, TokenGenerator
+from qwenlocal.engine.sequence import TokenGenerator
 from qwenlocal.engine.tokenizer import IncrementalDetokenizer, Tokenizer
+from qwenlocal.progress import PromptProgress
 
 
 def stream_answer(
@@ -42,9 +43,9 @@ def stream_answer(
     if sampling.grammar is not None:
         sampling = replace(sampling, answer_prefix=tuple(prefix))
     for step in generator.generate([*ids, *prefix], sampling, limit=max_tokens or 1 << 30):
-        if isinstance(step, Prefill):
+        if isinstance(step, PromptProgress):
             reused = step.reused
-            yield PromptProgress(step.done, step.total, step.reused)
+            yield step
             continue
         count, last = count + 1, clock()
         if count == 1:

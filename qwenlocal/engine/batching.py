@@ -110,7 +110,7 @@ class BatchGenerator:
                 self._close(number)
 
     def _start(self, request: BatchRequest) -> bool:
-        """Prefill a prompt into a free sequence; return False if there is no room now."""
+        """Process a prompt into a free sequence; return False if there is no room now."""
         used = sum(len(slot.request.ids) + len(slot.ids) for slot in self._slots.values())
         if used + len(request.ids) + 1 >= self._context.n_ctx:
             return False

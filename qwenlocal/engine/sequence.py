@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 from qwenlocal.engine.context import Aborted, CacheFull, Context
@@ -14,27 +13,19 @@ from qwenlocal.engine.prompt_cache import PromptCache
 from qwenlocal.engine.sampling import Sampler, Sampling
 from qwenlocal.engine.speculation import Drafter, NoSpeculation
 from qwenlocal.errors import ContextFull
+from qwenlocal.progress import PromptProgress
 
 _SEQUENCE = 0  # the others of the context belong to the prefix cache
 _FIRST_CHUNK, _MIN_CHUNK = 256, 64  # tokens of a prompt per `decode`
 _SLOW, _FAST = 3.0, 0.5  # seconds for a chunk; slower ones are halved, faster ones doubled
 
 
-@dataclass(frozen=True)
-class Prefill:
-    """Progress of a prefill: `done` of `total` prompt tokens are in the KV cache, `reused` of them from before."""
-
-    done: int
-    total: int
-    reused: int
-
-
 class TokenGenerator(Protocol):
     """A source of tokens that continue a prompt: a `TokenSequence`, or a scheduler of several."""
 
-    def generate(self, ids: Sequence[int], sampling: Sampling, *, limit: int) -> Iterator[Prefill | int]:
+    def generate(self, ids: Sequence[int], sampling: Sampling, *, limit: int) -> Iterator[PromptProgress | int]:
         """
-        Yield `Prefill` during the prefill, then the ids of the answer, at most `limit`.
+        Yield `PromptProgress` during the prefill, then the ids of the answer, at most `limit`.
 
         End tokens are yielded like any other; to stop there, close the iterator. The iterator ends early if it is
         stopped or the context is full (`is_full`).
@@ -96,7 +87,7 @@ class TokenSequence:
     def stop(self) -> None:
         self._context.abort.set()
 
-    def generate(self, ids: Sequence[int], sampling: Sampling, *, limit: int) -> Iterator[Prefill | int]:
+    def generate(self, ids: Sequence[int], sampling: Sampling, *, limit: int) -> Iterator[PromptProgress | int]:
         if not ids:
             raise ValueError("the prompt is empty")
         if len(ids) >= self._context.n_ctx:
@@ -115,7 +106,7 @@ class TokenSequence:
             sampler.close()
             self._sync_cache()
 
-    def _generate(self, ids: Sequence[int], sampler: Sampler, limit: int) -> Iterator[Prefill | int]:
+    def _generate(self, ids: Sequence[int], sampler: Sampler, limit: int) -> Iterator[PromptProgress | int]:
         context = self._context
         row = yield from self._prefill(ids)
         sampler.accept_prompt(ids)
@@ -182,13 +173,13 @@ class TokenSequence:
         yield from forced
         return row
 
-    def _prefill(self, ids: Sequence[int]) -> Generator[Prefill, None, int]:
+    def _prefill(self, ids: Sequence[int]) -> Generator[PromptProgress, None, int]:
         """Compute the part of `ids` that is not cached, at least the last token; return the row of logits."""
         self._reuse_cache(ids)
         del self._cached[min(common_prefix(self._cached, ids), len(ids) - 1) :]
         self._sync_cache()
         reused = len(self._cached)
-        yield Prefill(reused, len(ids), reused)
+        yield PromptProgress(reused, len(ids), reused)
         chunk, row = min(_FIRST_CHUNK, self._context.n_batch), -1
         while len(self._cached) < len(ids):
             if self._context.abort:
@@ -199,7 +190,7 @@ class TokenSequence:
             row = self._decode(new)
             seconds = time.monotonic() - started
             self._computed, self._seconds = self._computed + len(new), self._seconds + seconds
-            yield Prefill(len(self._cached), len(ids), reused)
+            yield PromptProgress(len(self._cached), len(ids), reused)
             chunk = self._next_chunk(chunk, seconds)
         return row
 

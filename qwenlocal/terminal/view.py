@@ -9,18 +9,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, TextIO
 
-from qwenlocal.chat.events import (
-    Done,
-    Event,
-    FinishReason,
-    GenerationStats,
-    PromptProgress,
-    Summarizing,
-    Text,
-    TurnsEvicted,
-)
+from qwenlocal.chat.events import Done, Event, FinishReason, GenerationStats, Summarizing, Text, TurnsEvicted
 from qwenlocal.formatting import display_width
 from qwenlocal.i18n import mark, tr
+from qwenlocal.progress import PromptProgress
 from qwenlocal.terminal.ansi import dim, escape_controls, wrap
 from qwenlocal.terminal.markdown import MarkdownStream, RenderedLines, RenderOptions
 from qwenlocal.terminal.progress import StatusLine

@@ -89,7 +89,7 @@ def requires_imatrix(kind: TensorType) -> bool:
 
 def can_dequantize(kind: TensorType) -> bool:
     """Return whether `dequantize` supports `kind`: floats, and all quantized types that files can store."""
-    return kind.name in ("f32", "f16", "bf16") or bool(_base().ggml_get_type_traits(kind.number).contents.to_float)
+    return kind.name == "f32" or bool(_base().ggml_get_type_traits(kind.number).contents.to_float)
 
 
 def dequantize(kind: TensorType, source: Address, target: Address, count: int) -> None:
@@ -102,10 +102,6 @@ def dequantize(kind: TensorType, source: Address, target: Address, count: int) -
     """
     if kind.name == "f32":
         ctypes.memmove(target, source, count * 4)
-    elif kind.name == "bf16":
-        _base().ggml_bf16_to_fp32_row(source, target, count)
-    elif kind.name == "f16":
-        _base().ggml_fp16_to_fp32_row(source, target, count)
     else:
         traits = _base().ggml_get_type_traits(kind.number).contents
         if not traits.to_float:
@@ -256,8 +252,6 @@ def _base() -> ctypes.CDLL:
     """Load libggml-base and declare the signatures of ggml.h."""
     base, pointer, i64, size = _library("ggml-base"), ctypes.c_void_p, ctypes.c_int64, ctypes.c_size_t
     for name, result, arguments in (
-        ("ggml_bf16_to_fp32_row", None, [pointer, pointer, i64]),
-        ("ggml_fp16_to_fp32_row", None, [pointer, pointer, i64]),
         ("ggml_get_type_traits", ctypes.POINTER(_Traits), [ctypes.c_int]),
         ("ggml_quantize_chunk", size, [ctypes.c_int, pointer, pointer, i64, i64, i64, pointer]),
         ("ggml_quantize_requires_imatrix", ctypes.c_bool, [ctypes.c_int]),

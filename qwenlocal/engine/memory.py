@@ -49,15 +49,12 @@ class ModelDims:
     def from_metadata(cls, metadata: Mapping[str, MetadataValue]) -> ModelDims | None:
         """Read the dimensions from a file's metadata; None if it lacks them or gives one head count per layer."""
         architecture = metadata.get("general.architecture")
+
+        def number(key: str, default: int | None = None) -> int:
+            return int(metadata.get(f"{architecture}.{key}", default))  # type: ignore[arg-type]
+
         try:
-            n_layers, n_embd, n_heads = (
-                int(metadata[f"{architecture}.{key}"])  # type: ignore[arg-type]
-                for key in ("block_count", "embedding_length", "attention.head_count")
-            )
-
-            def number(key: str, default: int) -> int:
-                return int(metadata.get(f"{architecture}.{key}", default))  # type: ignore[arg-type]
-
+            n_layers, n_embd, n_heads = map(number, ("block_count", "embedding_length", "attention.head_count"))
             return cls(
                 n_layers,
                 number("attention.head_count_kv", n_heads),
@@ -67,7 +64,7 @@ class ModelDims:
                 number("feed_forward_length", 4 * n_embd),
                 n_heads,
             )
-        except (KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError):
+        except (TypeError, ValueError, OverflowError, ZeroDivisionError):
             return None
 
     def kv_cache_bytes(self, n_ctx: int, key_type: str = "f16", value_type: str = "f16") -> int:

@@ -162,7 +162,7 @@ def write_or_show(app: AppContext, plan: ConversionPlan, options: WriteOptions) 
     for note in plan.notes:
         app.say(note)
     if options.dry_run:
-        show_plan(plan, options)
+        _show_plan(plan, options)
         return
     begin = time.monotonic()
     written = write_files(
@@ -187,7 +187,7 @@ def write_or_show(app: AppContext, plan: ConversionPlan, options: WriteOptions) 
         app.say(f"An earlier attempt had already processed {format_bytes(written.resumed)}.")
 
 
-def show_plan(plan: ConversionPlan, options: WriteOptions) -> None:
+def _show_plan(plan: ConversionPlan, options: WriteOptions) -> None:
     """Print what a plan would write: files, tensors, and what it takes."""
     from qwenlocal.machine import this_machine
     from qwenlocal.weights.conversion_plan import estimate_seconds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -48,13 +49,9 @@ def header_facts(header: Header) -> dict[str, Any]:
     from qwenlocal.weights.file_types import file_type_name
     from qwenlocal.weights.gguf_reader import tensor_bytes, tensor_type_name
 
-    counts: dict[str, int] = {}
-    size = parameters = 0
-    for tensor in header.tensors:
-        type_name = tensor_type_name(tensor.type)
-        counts[type_name] = counts.get(type_name, 0) + 1
-        size += tensor_bytes(tensor) or 0
-        parameters += tensor.elements
+    types = collections.Counter(tensor_type_name(tensor.type) for tensor in header.tensors)
+    size = sum(tensor_bytes(tensor) or 0 for tensor in header.tensors)
+    parameters = sum(tensor.elements for tensor in header.tensors)
     dims, metadata = ModelDims.from_metadata(header.metadata), header.metadata
     template, tokens, file_type = (
         metadata.get(key) for key in ("tokenizer.chat_template", "tokenizer.ggml.tokens", "general.file_type")
@@ -66,7 +63,7 @@ def header_facts(header: Header) -> dict[str, Any]:
         "type": file_type_name(file_type) if isinstance(file_type, int) else None,
         "parameters": parameters,
         "bits per weight": round(size * 8 / parameters, 2) if parameters else None,
-        "tensors": dict(sorted(counts.items(), key=lambda item: -item[1])),
+        "tensors": dict(types.most_common()),
         "layers": header.hyperparameter("block_count"),
         "embedding": header.hyperparameter("embedding_length"),
         "heads": header.hyperparameter("attention.head_count"),

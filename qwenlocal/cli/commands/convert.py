@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwenlocal.cli.context import AppContext
-from qwenlocal.cli.gguf_files import WriteOptions, choose_targets, read_options, show_plan, write_or_show
+from qwenlocal.cli.gguf_files import WriteOptions, choose_targets, read_options, write_or_show
 from qwenlocal.errors import DownloadFailed, UsageError
 from qwenlocal.formatting import format_bytes
 from qwenlocal.library.checkpoint_converter import download_cost
@@ -36,8 +36,7 @@ def convert_checkpoint(
         targets = choose_targets(options, name, types)
         plan_options = ConversionOptions(name, checkpoint.repo, pre_tokenizer, like is not None, overrides, imatrix)
         plan = _plan(app, checkpoint, targets, plan_options, options)
-    if plan:
-        write_or_show(app, plan, options)
+    write_or_show(app, plan, options)
 
 
 def _plan(
@@ -46,8 +45,8 @@ def _plan(
     targets: Sequence[tuple[Path, FileType]],
     plan_options: ConversionOptions,
     options: WriteOptions,
-) -> ConversionPlan | None:
-    """Return the plan, once the weights are on this disk; None for a dry run on a hub, which ends with the plan."""
+) -> ConversionPlan:
+    """Return the plan, once the weights are on this disk; for a dry run the headers are enough."""
     from qwenlocal.weights.checkpoint import Checkpoint
     from qwenlocal.weights.conversion import plan_conversion
 
@@ -55,25 +54,16 @@ def _plan(
         outline = checkpoint.read_outline()
         preview = plan_conversion(outline, targets, plan_options) if outline else None
         if options.dry_run:
-            _show_preview(app, checkpoint, preview, options)
-            return None
+            if preview is None:
+                raise DownloadFailed(
+                    f"{checkpoint.resolved.origin} sends whole files only, so the headers of {checkpoint.name} "
+                    "cannot be read before the download.",
+                    hint="Run the command without --dry-run; the download is kept.",
+                )
+            size = format_bytes(checkpoint.missing_size)
+            app.say(f"{size} to download first; only the headers were downloaded now.")
+            return preview
         if preview:
             app.say(download_cost(checkpoint, preview))
         checkpoint = checkpoint.download(reserve=sum(file.size for file in preview.files) if preview else 0)
     return plan_conversion(Checkpoint.open(checkpoint.path), targets, plan_options)
-
-
-def _show_preview(
-    app: AppContext, checkpoint: HubCheckpoint, plan: ConversionPlan | None, options: WriteOptions
-) -> None:
-    """Show the plan for weights that are not downloaded."""
-    if plan is None:
-        raise DownloadFailed(
-            f"{checkpoint.resolved.origin} sends whole files only, so the headers of {checkpoint.name} "
-            "cannot be read before the download.",
-            hint="Run the command without --dry-run; the download is kept.",
-        )
-    for note in plan.notes:
-        app.say(note)
-    app.say(f"{format_bytes(checkpoint.missing_size)} to download first; only the headers were downloaded now.")
-    show_plan(plan, options)

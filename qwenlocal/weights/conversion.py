@@ -17,13 +17,13 @@ from pathlib import Path
 from qwenlocal.weights import gguf_writer
 from qwenlocal.weights.architecture import Hyperparameters, read_hyperparameters
 from qwenlocal.weights.checkpoint import Checkpoint
-from qwenlocal.weights.conversion_plan import ConversionPlan, make_output_specs, make_plan
+from qwenlocal.weights.conversion_plan import ConversionPlan, SourceTensor, make_plan
 from qwenlocal.weights.file_types import FileType, QuantOverrides
 from qwenlocal.weights.gguf_reader import EncodedValue
 from qwenlocal.weights.imatrix import ImportanceMatrix
 from qwenlocal.weights.model_metadata import ParameterCounts, read_model_metadata
 from qwenlocal.weights.quant_mix import ModelFacts
-from qwenlocal.weights.tensor_map import TensorMap, map_tensors
+from qwenlocal.weights.tensor_map import DroppedTensor, map_tensors
 from qwenlocal.weights.vocabulary import Vocabulary, read_vocabulary
 
 _TOKEN_ID_KEYS = {
@@ -66,15 +66,14 @@ def plan_conversion(
     BadWeights: the importance matrix is of another model.
     """
     model = read_hyperparameters(checkpoint)
-    tensor_map = map_tensors(checkpoint, model, keep_tied_output=options.like_llama_cpp)
+    tensors, dropped = map_tensors(checkpoint, model, keep_tied_output=options.like_llama_cpp)
     vocabulary = read_vocabulary(checkpoint.folder, checkpoint.config, model.vocab_size, pre=options.pre)
     model_metadata = read_model_metadata(
         checkpoint.folder,
         checkpoint.config,
         options.name or checkpoint.folder.name,
-        _count_parameters(tensor_map, model),
-        options.repo,
-        like_llama_cpp=options.like_llama_cpp,
+        _count_parameters(tensors, model),
+        "" if options.like_llama_cpp else options.repo,
     )
     metadata = {
         "general.architecture": gguf_writer.string(model.architecture),
@@ -82,29 +81,28 @@ def plan_conversion(
         **_hyperparameter_keys(model),
     }
     tokenizer = _tokenizer_keys(vocabulary, like_llama_cpp=options.like_llama_cpp)
-    specs = make_output_specs(targets, metadata, options.imatrix, tokenizer)
     facts = ModelFacts(
         model.architecture, model.layers, model.heads // model.kv_heads, model.experts.count if model.experts else 0
     )
-    notes = [*model_metadata.notes, *vocabulary.notes, *_drop_notes(tensor_map)]
-    return make_plan(tensor_map.tensors, specs, facts, options.overrides, options.imatrix, notes)
+    notes = [*model_metadata.notes, *vocabulary.notes, *_drop_notes(dropped)]
+    return make_plan(tensors, targets, metadata, facts, options.overrides, options.imatrix, tokenizer, notes)
 
 
-def _count_parameters(tensor_map: TensorMap, model: Hyperparameters) -> ParameterCounts:
-    total = sum(tensor.elements for tensor in tensor_map.tensors)
-    in_experts = sum(tensor.elements for tensor in tensor_map.tensors if "_exps." in tensor.name)
+def _count_parameters(tensors: Sequence[SourceTensor], model: Hyperparameters) -> ParameterCounts:
+    total = sum(tensor.elements for tensor in tensors)
+    in_experts = sum(tensor.elements for tensor in tensors if "_exps." in tensor.name)
     return ParameterCounts(total, in_experts, model.experts.count if model.experts else 0)
 
 
-def _drop_notes(tensor_map: TensorMap) -> list[str]:
+def _drop_notes(dropped: Sequence[DroppedTensor]) -> list[str]:
     """Return one sentence per reason, not per tensor."""
-    sizes: dict[str, list[int]] = {}
-    for dropped in tensor_map.dropped:
-        sizes.setdefault(dropped.reason, []).append(dropped.size)
-    names = {dropped.reason: dropped.name for dropped in tensor_map.dropped}
+    by_reason: dict[str, list[DroppedTensor]] = {}
+    for tensor in dropped:
+        by_reason.setdefault(tensor.reason, []).append(tensor)
     return [
-        f"Left out {names[why] if len(each) == 1 else f'{len(each)} tensors'} ({sum(each) / 1e6:,.1f} MB): {why}."
-        for why, each in sizes.items()
+        f"Left out {group[0].name if len(group) == 1 else f'{len(group)} tensors'} "
+        f"({sum(tensor.size for tensor in group) / 1e6:,.1f} MB): {reason}."
+        for reason, group in by_reason.items()
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from qwenlocal.weights.file_types import FileType, QuantOverrides
 from qwenlocal.weights.gguf_reader import EncodedValue
 from qwenlocal.weights.gguf_writer import TensorSpec
 from qwenlocal.weights.imatrix import ImportanceMatrix
-from qwenlocal.weights.quant_mix import Candidate, ModelFacts, TypeChoice, choose_types, needs_imatrix
+from qwenlocal.weights.quant_mix import ModelFacts, TypeChoice, choose_types, needs_imatrix
 from qwenlocal.weights.write_job import OutputFile, RowRange, RowTarget, WriteJob
 
 _QUANTIZATION_VERSION = 2  # ggml.h: GGML_QNT_VERSION
@@ -54,19 +55,27 @@ class SourceTensor:
     @property
     def elements(self) -> int:
         """The number of its values."""
-        return sum(rows.row_count for rows in self.rows) * self.shape[0]
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor with its type in the source and in the file; `size` in bytes."""
+    """A tensor with its type in the source and in the file."""
 
     name: str
     shape: tuple[int, ...]
     source: TensorType
     choice: TypeChoice
-    size: int
-    elements: int
+
+    @property
+    def elements(self) -> int:
+        """The number of its values."""
+        return math.prod(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Bytes in the file."""
+        return self.choice.type.row_bytes(self.elements)
 
 
 @dataclass(frozen=True)
@@ -93,79 +102,56 @@ class ConversionPlan:
     notes: Sequence[str] = ()
 
 
-@dataclass(frozen=True)
-class OutputSpec:
-    """A requested file: its path, its type, and its metadata."""
-
-    path: Path
-    type: FileType
-    metadata: Mapping[str, EncodedValue]
-
-
-def make_output_specs(
-    targets: Sequence[tuple[Path, FileType]],
-    metadata: Mapping[str, EncodedValue],
-    imatrix: ImportanceMatrix | None,
-    vocabulary: Mapping[str, EncodedValue] = {},
-) -> list[OutputSpec]:
-    """Add the keys that depend on the file type to `metadata`, and then the long ones of `vocabulary`."""
-    return [
-        OutputSpec(
-            path,
-            kind,
-            {
-                **metadata,
-                "general.file_type": gguf_writer.u32(kind.number),
-                "general.quantization_version": gguf_writer.u32(_QUANTIZATION_VERSION),
-                **vocabulary,
-                **(imatrix.metadata if imatrix else {}),
-            },
-        )
-        for path, kind in targets
-    ]
-
-
 def make_plan(
     tensors: Sequence[SourceTensor],
-    specs: Sequence[OutputSpec],
+    targets: Sequence[tuple[Path, FileType]],
+    metadata: Mapping[str, EncodedValue],
     facts: ModelFacts,
     overrides: QuantOverrides,
     imatrix: ImportanceMatrix | None = None,
+    vocabulary: Mapping[str, EncodedValue] = {},
     notes: Sequence[str] = (),
 ) -> ConversionPlan:
     """
-    Choose the type and the offset of each tensor in each file. `tensors` must be in the order of `layer_order`.
+    Choose the type and the offset of each tensor in each of `targets` (paths and types).
+
+    `tensors` must be in the order of `layer_order`. A file's metadata are `metadata`, the keys that depend on its type,
+    then the long ones of `vocabulary`.
 
     Raises
     ------
     UsageError: a type needs an importance matrix, and there is none.
     BadWeights: the importance matrix is of another model.
     """
-    files, outputs, types, offsets = [], [], [], []
-    for spec in specs:
-        candidates = [Candidate(t.name, t.shape, ggml.tensor_type("f32") if t.keep_f32 else t.type) for t in tensors]
-        choices = choose_types(candidates, spec.type, facts, overrides)
-        _check_imatrix(spec, candidates, choices, imatrix)
-        tensor_specs = [TensorSpec(t.name, t.shape, c.type) for t, c in zip(tensors, choices, strict=True)]
-        layout = gguf_writer.make_layout(spec.metadata, tensor_specs)
-        planned = [
-            PlannedTensor(t.name, t.shape, t.type, choice, tensor_spec.size, t.elements)
-            for t, choice, tensor_spec in zip(tensors, choices, tensor_specs, strict=True)
-        ]
-        files.append(PlannedFile(spec.path, spec.type, planned, layout.size))
-        outputs.append(OutputFile(spec.path, layout.header, layout.size))
-        types.append([choice.type for choice in choices])
-        offsets.append(layout.offsets)
+    specs = [TensorSpec(t.name, t.shape, ggml.tensor_type("f32") if t.keep_f32 else t.type) for t in tensors]
+    files, outputs, destinations = [], [], []
+    for path, kind in targets:
+        choices = choose_types(specs, kind, facts, overrides)
+        _check_imatrix(kind, specs, choices, imatrix)
+        pairs = {**metadata, **_type_keys(kind), **vocabulary, **(imatrix.metadata if imatrix else {})}
+        chosen = [spec._replace(type=choice.type) for spec, choice in zip(specs, choices, strict=True)]
+        layout = gguf_writer.make_layout(pairs, chosen)
+        planned = [PlannedTensor(t.name, t.shape, t.type, choice) for t, choice in zip(tensors, choices, strict=True)]
+        files.append(PlannedFile(path, kind, planned, layout.size))
+        outputs.append(OutputFile(path, layout.header, layout.size))
+        destinations.append([(spec.type, layout.offsets[spec.name]) for spec in chosen])
     ranges = []
-    for index, tensor in enumerate(tensors):
-        kinds = [kind[index] for kind in types]
-        ranges += _row_ranges(tensor, kinds, [file_offsets[tensor.name] for file_offsets in offsets], imatrix)
+    for tensor, tensor_destinations in zip(tensors, zip(*destinations, strict=True), strict=True):
+        ranges += row_ranges(tensor, tensor_destinations, imatrix)
     return ConversionPlan(files, WriteJob(outputs, _merge_ranges(ranges)), notes)
 
 
-def _row_ranges(
-    tensor: SourceTensor, kinds: Sequence[TensorType], offsets: Sequence[int], imatrix: ImportanceMatrix | None
+def _type_keys(kind: FileType) -> dict[str, EncodedValue]:
+    return {
+        "general.file_type": gguf_writer.u32(kind.number),
+        "general.quantization_version": gguf_writer.u32(_QUANTIZATION_VERSION),
+    }
+
+
+def row_ranges(
+    tensor: SourceTensor, destinations: Sequence[tuple[TensorType, int]], imatrix: ImportanceMatrix | None = None
 ) -> list[RowRange]:
+    """Return the rows of a tensor to read and write; `destinations` are its type and its offset in each output."""
     columns, first, ranges = tensor.shape[0], 0, []
     experts = tensor.shape[2] if len(tensor.shape) > 2 else 1
     rows_per_expert = tensor.shape[1] if len(tensor.shape) > 1 else 1
@@ -174,7 +160,7 @@ def _row_ranges(
         weights = imatrix.column_weights(tensor.name, expert, experts, columns) if imatrix else None
         targets = [
             RowTarget(output, offset + first * kind.row_bytes(columns), kind, weights if kind.is_quantized else None)
-            for output, (kind, offset) in enumerate(zip(kinds, offsets, strict=True))
+            for output, (kind, offset) in enumerate(destinations)
         ]
         name = f"{tensor.name}, expert {expert}" if experts > 1 else tensor.name
         ranges.append(RowRange(name, rows.file, rows.offset, rows.type, rows.row_count, columns, targets))
@@ -194,13 +180,10 @@ def _merge_ranges(ranges: Sequence[RowRange]) -> list[RowRange]:
 
 
 def _check_imatrix(
-    spec: OutputSpec,
-    candidates: Sequence[Candidate],
-    choices: Sequence[TypeChoice],
-    imatrix: ImportanceMatrix | None,
+    kind: FileType, specs: Sequence[TensorSpec], choices: Sequence[TypeChoice], imatrix: ImportanceMatrix | None
 ) -> None:
-    for tensor, choice in zip(candidates, choices, strict=True):
-        if choice.type == tensor.type or not needs_imatrix(tensor.name, choice.type, spec.type):
+    for tensor, choice in zip(specs, choices, strict=True):
+        if choice.type == tensor.type or not needs_imatrix(tensor.name, choice.type, kind):
             continue
         if imatrix is None or tensor.name not in imatrix.weights:
             raise UsageError(

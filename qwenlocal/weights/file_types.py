@@ -61,8 +61,8 @@ def file_types() -> list[str]:
     return list(FILE_TYPES)
 
 
-def file_type_name(number: int) -> str:
-    """`file_type_name(15)` is "q4_k_m"; "" for an unknown number."""
+def file_type_name(number: object) -> str:
+    """`file_type_name(15)` is "q4_k_m"; "" for anything but a known number."""
     return next((name for name, (known, _) in FILE_TYPES.items() if known == number), "")
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwenlocal.weights.gguf_reader import EncodedValue, decode_value, read_raw_metadata, tensor_type_name
-from qwenlocal.weights.split_model import FILE_KEYS, LocatedTensor, SplitModel, read_split_model
+from qwenlocal.weights.gguf_reader import EncodedValue, decode_value, tensor_type_name
+from qwenlocal.weights.split_model import LocatedTensor, SplitModel, read_model_keys, read_split_model
 from qwenlocal.weights.tensor_values import can_read_values, have_same_bytes, read_values, relative_rmse, tensor_range
 
 Report = Callable[[int, int], object]
@@ -61,12 +61,7 @@ def compare_files(left: Path, right: Path, report: Report = lambda done, total: 
     BadWeights: a file is not a GGUF file, or is damaged.
     """
     models = read_split_model(left), read_split_model(right)
-    left_metadata, right_metadata = map(_read_model_metadata, models)
-    return GgufDiff(_diff_keys(left_metadata, right_metadata), _diff_tensors(*models, report))
-
-
-def _read_model_metadata(model: SplitModel) -> dict[str, EncodedValue]:
-    return {key: value for key, value in read_raw_metadata(model.paths[0]).items() if key not in FILE_KEYS}
+    return GgufDiff(_diff_keys(*map(read_model_keys, models)), _diff_tensors(*models, report))
 
 
 def _diff_keys(left: Mapping[str, EncodedValue], right: Mapping[str, EncodedValue]) -> list[KeyDifference]:

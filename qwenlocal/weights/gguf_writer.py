@@ -8,6 +8,7 @@ number of its type, then the value), so that values of another file can be copie
 from __future__ import annotations
 
 import functools
+import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ _VERSION = 3
 
 
 class TensorSpec(NamedTuple):
-    """A tensor to write; its shape is in ggml's order, fastest dimension first."""
+    """A tensor of a GGUF file; its shape is in ggml's order, fastest dimension first."""
 
     name: str
     shape: tuple[int, ...]
@@ -30,11 +31,7 @@ class TensorSpec(NamedTuple):
     @property
     def size(self) -> int:
         """Bytes of its data."""
-        columns, *rows = self.shape
-        total = self.type.row_bytes(columns)
-        for count in rows:
-            total *= count
-        return total
+        return self.type.row_bytes(math.prod(self.shape))
 
 
 @dataclass(frozen=True)

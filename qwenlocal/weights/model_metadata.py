@@ -7,6 +7,7 @@ finetune Chat). The license and the rest are in the front matter of the model's 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import date
@@ -28,7 +29,6 @@ _SAMPLING = {
 }
 _METADATA_ERRORS = (ValueError, TypeError, AttributeError, KeyError, IndexError, RecursionError, OverflowError)
 _MAX_ENTRIES, _MAX_TEXT = 64, 2000  # entries of a list, characters of a text
-_QUANTIZATION_SUFFIXES = ("gptq-int4", "gptq-int8", "gptq", "awq", "gguf")
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,9 @@ def read_model_metadata(
     name: str,
     parameters: ParameterCounts,
     repo: str = "",
-    *,
-    like_llama_cpp: bool = False,
 ) -> ModelMetadata:
     """
     Read the metadata of a checkpoint, `name` ("Qwen1.5-0.5B-Chat") from repository `repo` ("Qwen/Qwen1.5-0.5B-Chat").
-
-    `like_llama_cpp` leaves out the repository, which llama.cpp's converter does not write.
 
     Raises
     ------
@@ -79,10 +75,7 @@ def read_model_metadata(
     shared = parameters.total - parameters.in_experts
     per_expert = parameters.in_experts // max(1, parameters.experts)
     label = metadata.size_label or size_label(parameters.total, shared, per_expert, parameters.experts)
-    pairs: dict[str, EncodedValue] = {
-        "general.type": gguf_writer.string("model"),
-        **_read_sampling(folder),
-    }
+    pairs = {"general.type": gguf_writer.string("model"), **_read_sampling(folder)}
     for key, value in (
         ("name", metadata.name or name),
         ("author", metadata.author),
@@ -95,7 +88,7 @@ def read_model_metadata(
         ("license", ",".join(_texts(metadata.license)) if isinstance(metadata.license, list) else metadata.license),
         ("license.name", metadata.license_name),
         ("license.link", metadata.license_link),
-        ("source.repo_url", f"https://huggingface.co/{repo}" if repo and not like_llama_cpp else None),
+        ("source.repo_url", f"https://huggingface.co/{repo}" if repo else None),
     ):
         for text in _texts([value]):
             pairs[f"general.{key}"] = gguf_writer.string(text)
@@ -108,10 +101,7 @@ def read_model_metadata(
 
 def _strip_quantization(name: str) -> str:
     """`_strip_quantization("Qwen1.5-7B-Chat-GPTQ-Int4")` is "Qwen1.5-7B-Chat"."""
-    for ending in _QUANTIZATION_SUFFIXES:
-        if name.lower().endswith(f"-{ending}"):
-            return name[: -len(ending) - 1]
-    return name
+    return re.sub(r"-(gptq-int4|gptq-int8|gptq|awq|gguf)\Z", "", name, flags=re.IGNORECASE)
 
 
 def _read_model_card(folder: Path) -> tuple[dict[str, Any], tuple[str, ...]]:

@@ -9,14 +9,15 @@ eighth of the value matrices, and to every third in between.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from qwenlocal.errors import UsageError
 from qwenlocal.ggml import TensorType, requires_imatrix, tensor_type, tensor_type_by_number
 from qwenlocal.weights.file_types import FileType, QuantOverrides, file_type
-from qwenlocal.weights.gguf_reader import Header, tensor_bytes
+from qwenlocal.weights.gguf_reader import Header, TensorInfo, tensor_bytes
+from qwenlocal.weights.gguf_writer import TensorSpec
 
 # The type to use if the row length is not a multiple of the block size (llama-quant.cpp: tensor_type_fallback).
 _FALLBACK = {
@@ -29,6 +30,11 @@ _FALLBACK = {
 # The types in which attn_output gets more bits if there are eight experts, as in Mixtral.
 _MORE_BITS_FOR_8_EXPERTS = ("q2_k", "iq3_xs", "iq3_xxs", "q3_k_s", "q3_k_m", "iq4_nl", "q4_k_s", "q4_k_m", "iq3_s",
                             "iq3_m", "iq4_xs")  # fmt: skip
+_EMBEDDING_TYPES = {
+    **dict.fromkeys(("iq2_xxs", "iq2_xs", "iq1_s", "iq1_m"), "q2_k"),
+    **dict.fromkeys(("iq2_s", "iq2_m", "iq3_xxs"), "iq3_s"),
+    **dict.fromkeys(("tq1_0", "tq2_0", "q2_0"), "q4_k"),
+}
 _SMALL_MIXES = ("iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq1_s", "iq1_m")
 
 COMMON_TYPES = ("q4_0", "q4_k_m", "q5_k_m", "q6_k", "q8_0", "f16")
@@ -40,14 +46,6 @@ _REPACKED = {
     "avx512f": ("q2_k",),
     "asimddp": ("q4_0", "q4_k", "q5_k", "q6_k", "q8_0", "iq4_nl", "mxfp4"),
 }
-
-
-class Candidate(NamedTuple):
-    """A tensor that is to get a type: its shape in ggml's order, and its present type."""
-
-    name: str
-    shape: tuple[int, ...]
-    type: TensorType
 
 
 class TypeChoice(NamedTuple):
@@ -75,10 +73,10 @@ class ModelFacts:
 
 
 def choose_types(
-    tensors: Sequence[Candidate], file_type: FileType, facts: ModelFacts, overrides: QuantOverrides = QuantOverrides()
+    tensors: Sequence[TensorSpec], file_type: FileType, facts: ModelFacts, overrides: QuantOverrides = QuantOverrides()
 ) -> list[TypeChoice]:
     """
-    Choose the type of each tensor; `tensors` must be in the order of `layer_order`.
+    Choose the type of each tensor from its present one; `tensors` must be in the order of `layer_order`.
 
     Raises
     ------
@@ -109,7 +107,7 @@ def needs_imatrix(name: str, kind: TensorType, file_type: FileType) -> bool:
     return kind.name in ("iq3_xxs", "iq2_xxs", "iq2_xs", "iq2_s", "iq1_m", "iq1_s")
 
 
-def is_quantizable(tensor: Candidate) -> bool:
+def is_quantizable(tensor: TensorSpec) -> bool:
     """Return True for matrices except norms and routers (llama-quant.cpp: tensor_allows_quantization)."""
     dimensions = [size for size in tensor.shape[1:] if size > 1]
     return (
@@ -124,7 +122,7 @@ class _Mix:
     """One pass over the tensors of a model, in order; methods that count tensors must be called once per tensor."""
 
     def __init__(
-        self, file_type: FileType, facts: ModelFacts, overrides: QuantOverrides, tensors: Sequence[Candidate]
+        self, file_type: FileType, facts: ModelFacts, overrides: QuantOverrides, tensors: Sequence[TensorSpec]
     ) -> None:
         self.mix, self.default = file_type.name, file_type.default
         self.facts, self.overrides = facts, overrides
@@ -133,7 +131,7 @@ class _Mix:
         self.attn_v_count = sum("attn_v.weight" in name for name in names)
         self.counts: dict[str, int] = {"attn_v": 0, "ffn_down": 0, "ffn_gate": 0, "ffn_up": 0}
 
-    def choose(self, tensor: Candidate) -> TypeChoice:
+    def choose(self, tensor: TensorSpec) -> TypeChoice:
         if not is_quantizable(tensor):
             return TypeChoice(tensor.type, "never quantized (small and sensitive)")
         for pattern, kind in self.overrides.tensor_types:
@@ -145,7 +143,7 @@ class _Mix:
             return self._with_fallback(tensor, TypeChoice(self.default, "--pure"))
         return self._with_fallback(tensor, self._choose_by_mix(tensor))
 
-    def _with_fallback(self, tensor: Candidate, choice: TypeChoice) -> TypeChoice:
+    def _with_fallback(self, tensor: TensorSpec, choice: TypeChoice) -> TypeChoice:
         """Replace the type if the rows cannot be divided into its blocks."""
         columns, kind = tensor.shape[0], choice.type
         if columns % kind.block_size == 0:
@@ -155,7 +153,7 @@ class _Mix:
             fallback = tensor_type("f16")
         return TypeChoice(fallback, f"rows of {columns:,} are not a multiple of {kind.block_size} ({kind.name})")
 
-    def _choose_by_mix(self, tensor: Candidate) -> TypeChoice:
+    def _choose_by_mix(self, tensor: TensorSpec) -> TypeChoice:
         name = tensor.name
         if name == "output.weight" or (name == "token_embd.weight" and self.is_tied):
             return TypeChoice(
@@ -168,7 +166,7 @@ class _Mix:
             kind = tensor_type(self._type_for(name) or self.default.name)
         return TypeChoice(kind, self.mix if kind == self.default else f"{self.mix} mix")
 
-    def _output_type(self, tensor: Candidate) -> TensorType:
+    def _output_type(self, tensor: TensorSpec) -> TensorType:
         if self.mix == "mxfp4" or tensor.shape[0] % self.default.block_size:
             return tensor_type("q8_0")
         if self.mix in ("iq2_xxs", "iq2_xs", "iq3_xxs", "iq1_s", "iq2_s", "iq2_m", "iq1_m"):
@@ -178,7 +176,7 @@ class _Mix:
     def _type_for(self, name: str) -> str | None:
         """Return the name of the type that the mix has for this kind of tensor; None for the default type."""
         if name == "token_embd.weight":
-            return self._embedding()
+            return _EMBEDDING_TYPES.get(self.mix)
         if self.mix in _SMALL_MIXES:
             return self._small_mix(name)
         if "attn_v.weight" in name:
@@ -197,14 +195,6 @@ class _Mix:
         if "ffn_gate" in name or "ffn_up" in name:
             return self._ffn_gate_or_up(name)
         return None
-
-    def _embedding(self) -> str | None:
-        types: Mapping[str, str] = {
-            **dict.fromkeys(("iq2_xxs", "iq2_xs", "iq1_s", "iq1_m"), "q2_k"),
-            **dict.fromkeys(("iq2_s", "iq2_m", "iq3_xxs"), "iq3_s"),
-            **dict.fromkeys(("tq1_0", "tq2_0", "q2_0"), "q4_k"),
-        }
-        return types.get(self.mix)
 
     def _small_mix(self, name: str) -> str | None:
         is_larger = self.mix in ("iq2_s", "iq2_m")
@@ -302,21 +292,18 @@ def estimate_sizes(header: Header, types: Sequence[str] = COMMON_TYPES) -> dict[
 
     Qwen1.5-0.5B: q4_0 286 MiB, q8_0 466 MiB, without a duplicate output matrix.
     """
-    f32 = tensor_type("f32")
-    tensors = sorted(header.tensors, key=lambda tensor: layer_order(tensor.name))
-    kinds = [tensor_type_by_number(tensor.type) for tensor in tensors]
-    candidates = [
-        Candidate(tensor.name, tensor.shape, f32 if kind == f32 or kind is None else tensor_type("bf16"))
-        for tensor, kind in zip(tensors, kinds, strict=True)
-    ]
+    specs = [_unquantized(tensor) for tensor in sorted(header.tensors, key=lambda tensor: layer_order(tensor.name))]
     facts, sizes = ModelFacts.from_header(header), {}
     for name in types:
-        choices = choose_types(candidates, file_type(name), facts)
-        sizes[name] = sum(
-            choice.type.row_bytes(tensor.shape[0]) * (tensor.elements // tensor.shape[0])
-            for tensor, choice in zip(tensors, choices, strict=True)
-        )
+        choices = choose_types(specs, file_type(name), facts)
+        sizes[name] = sum(spec._replace(type=choice.type).size for spec, choice in zip(specs, choices, strict=True))
     return sizes
+
+
+def _unquantized(tensor: TensorInfo) -> TensorSpec:
+    f32 = tensor_type("f32")
+    is_f32 = tensor_type_by_number(tensor.type) in (f32, None)
+    return TensorSpec(tensor.name, tensor.shape, f32 if is_f32 else tensor_type("bf16"))
 
 
 def weights_size(header: Header) -> int:

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from qwenlocal import ggml
 from qwenlocal.errors import BadWeights, UnsupportedCheckpoint, UsageError
-from qwenlocal.weights.conversion_plan import ConversionPlan, SourceRows, SourceTensor, make_output_specs, make_plan
+from qwenlocal.weights.conversion_plan import ConversionPlan, SourceRows, SourceTensor, make_plan
 from qwenlocal.weights.file_types import FileType, QuantOverrides, file_type_name
-from qwenlocal.weights.gguf_reader import Header, TensorInfo, read_raw_metadata
+from qwenlocal.weights.gguf_reader import Header, TensorInfo
 from qwenlocal.weights.imatrix import ImportanceMatrix
 from qwenlocal.weights.quant_mix import ModelFacts, layer_order
-from qwenlocal.weights.split_model import FILE_KEYS, read_split_model
+from qwenlocal.weights.split_model import read_model_keys, read_split_model
 
 _ARCHITECTURES = ("qwen2", "qwen2moe")  # those of `quant_mix`
 
@@ -42,16 +42,12 @@ def plan_quantization(
     model = read_split_model(source)
     header = model.headers[0]
     facts = _model_facts(source, header, pure=options.overrides.pure)
-    tensors = sorted(
-        (source_tensor(*located) for located in model.located),
-        key=lambda tensor: layer_order(tensor.name),
-    )
+    tensors = sorted((source_tensor(*located) for located in model.located), key=lambda t: layer_order(t.name))
     unreadable = next((tensor for tensor in tensors if not ggml.can_dequantize(tensor.type)), None)
     if unreadable:
         raise BadWeights(source, f"“{unreadable.name}” has the type {unreadable.type.name}, which weights cannot have")
-    metadata = {key: value for key, value in read_raw_metadata(model.paths[0]).items() if key not in FILE_KEYS}
-    specs = make_output_specs(targets, metadata, options.imatrix)
-    plan = make_plan(tensors, specs, facts, options.overrides, options.imatrix)
+    metadata = read_model_keys(model)
+    plan = make_plan(tensors, targets, metadata, facts, options.overrides, options.imatrix)
     if not options.requantize:
         _refuse_requantizing(source, header, plan)
     return plan
@@ -82,13 +78,10 @@ def source_tensor(path: Path, header: Header, tensor: TensorInfo) -> SourceTenso
     columns, *more = tensor.shape
     if columns % kind.block_size:
         raise BadWeights(path, f"“{tensor.name}” has rows of {columns:,}, not a multiple of {kind.name}'s blocks")
-    row_count = tensor.elements // columns if columns else 0
-    offset = header.data_offset + tensor.offset
     experts = more[1] if len(more) > 1 else 1
-    per_expert = row_count // experts
-    rows = [
-        SourceRows(path, offset + n * per_expert * kind.row_bytes(columns), per_expert, kind) for n in range(experts)
-    ]
+    row_count = tensor.elements // columns // experts
+    offset, size = header.data_offset + tensor.offset, row_count * kind.row_bytes(columns)
+    rows = [SourceRows(path, offset + expert * size, row_count, kind) for expert in range(experts)]
     return SourceTensor(tensor.name, tensor.shape, rows)
 
 
@@ -96,8 +89,7 @@ def _refuse_requantizing(source: Path, header: Header, plan: ConversionPlan) -> 
     for file in plan.files:
         for tensor in file.tensors:
             if tensor.source.is_quantized and tensor.choice.type != tensor.source:
-                number = header.metadata.get("general.file_type")
-                type_name = file_type_name(number) if isinstance(number, int) else ""
+                type_name = file_type_name(header.metadata.get("general.file_type"))
                 raise UsageError(
                     f"{source} is quantized already ({type_name or tensor.source.name}); quantizing it again loses "
                     "more quality.",

@@ -15,7 +15,7 @@ from pathlib import Path
 from qwenlocal import ggml
 from qwenlocal.errors import BadWeights, NotWritable
 from qwenlocal.weights import gguf_writer
-from qwenlocal.weights.conversion_plan import ConversionPlan, PlannedFile, PlannedTensor
+from qwenlocal.weights.conversion_plan import ConversionPlan, PlannedFile, PlannedTensor, row_ranges
 from qwenlocal.weights.diagnosis import Diagnosis, Finding
 from qwenlocal.weights.file_types import file_type, file_type_name
 from qwenlocal.weights.gguf_reader import EncodedValue, read_raw_metadata
@@ -23,7 +23,7 @@ from qwenlocal.weights.gguf_writer import FileLayout, TensorSpec
 from qwenlocal.weights.quant_mix import TypeChoice
 from qwenlocal.weights.quantization import source_tensor
 from qwenlocal.weights.split_model import ALIGNMENT_KEY, FILE_KEYS
-from qwenlocal.weights.write_job import OutputFile, RowRange, RowTarget, WriteJob
+from qwenlocal.weights.write_job import OutputFile, WriteJob
 
 _COPY_HINT = "Write a repaired copy instead: qwenlocal inspect FILE --fix -o COPY"
 _DIGEST_SIZE = 32  # bytes before the header in a backup
@@ -85,10 +85,7 @@ def patch_header(diagnosis: Diagnosis, layout: FileLayout) -> None:
             temporary = backup.with_name(backup.name + ".tmp")
             _write_synced(temporary, encode_backup(path, old_header), "wb")
             temporary.replace(backup)
-            file.seek(0)
-            file.write(layout.header)
-            file.flush()
-            os.fsync(file.fileno())
+            _write_synced(path, layout.header, "r+b")
         backup.unlink()
     except OSError as reason:
         raise NotWritable(path.parent, reason.strerror or str(reason), hint=_COPY_HINT) from reason
@@ -137,21 +134,12 @@ def _write_synced(path: Path, data: bytes, mode: str) -> None:
 
 def plan_copy(diagnosis: Diagnosis, layout: FileLayout, target: Path) -> ConversionPlan:
     """Plan a new file with the header of `layout` and copies of the tensors."""
-    number = diagnosis.header.metadata.get("general.file_type")
-    kind = file_type(file_type_name(number) or "f16") if isinstance(number, int) else file_type("f16")
+    kind = file_type(file_type_name(diagnosis.header.metadata.get("general.file_type")) or "f16")
     ranges, planned = [], []
     for located in diagnosis.model.located:
-        tensor = located.tensor
-        if tensor.name not in layout.offsets:
-            continue
-        source = source_tensor(*located)
-        columns, offset = tensor.shape[0], layout.offsets[tensor.name]
-        for rows in source.rows:
-            targets = [RowTarget(0, offset, rows.type)]
-            ranges.append(RowRange(tensor.name, rows.file, rows.offset, rows.type, rows.row_count, columns, targets))
-            offset += rows.row_count * rows.type.row_bytes(columns)
-        size = TensorSpec(tensor.name, tensor.shape, source.type).size
-        choice = TypeChoice(source.type, "copied")
-        planned.append(PlannedTensor(tensor.name, tensor.shape, source.type, choice, size, tensor.elements))
+        if (offset := layout.offsets.get(located.tensor.name)) is not None:
+            tensor = source_tensor(*located)
+            ranges += row_ranges(tensor, [(tensor.type, offset)])
+            planned.append(PlannedTensor(tensor.name, tensor.shape, tensor.type, TypeChoice(tensor.type, "copied")))
     output = OutputFile(target, layout.header, layout.size)
     return ConversionPlan([PlannedFile(target, kind, planned, layout.size)], WriteJob([output], ranges))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from qwenlocal.errors import BadWeights
 from qwenlocal.model_files import parse_shard
-from qwenlocal.weights.gguf_reader import Header, TensorInfo, read_header
+from qwenlocal.weights.gguf_reader import EncodedValue, Header, TensorInfo, read_header, read_raw_metadata
 
 # Keys that describe a file, not the model in it; they are not copied to another file.
 ALIGNMENT_KEY = "general.alignment"
@@ -69,6 +69,11 @@ def read_split_model(source: Path) -> SplitModel:
         if seen.setdefault(tensor.name, path) != path:
             raise BadWeights(path, f"the tensor “{tensor.name}” is also in {seen[tensor.name].name}")
     return model
+
+
+def read_model_keys(model: SplitModel) -> dict[str, EncodedValue]:
+    """Read the metadata of a model, without the keys that describe a file."""
+    return {key: value for key, value in read_raw_metadata(model.paths[0]).items() if key not in FILE_KEYS}
 
 
 def shard_paths(source: Path) -> list[Path]:

@@ -8,7 +8,7 @@ tensor is mapped, dropped for a stated reason, or an error.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from qwenlocal import ggml
@@ -34,17 +34,11 @@ class DroppedTensor:
     size: int
 
 
-@dataclass(frozen=True)
-class TensorMap:
-    """The tensors of the GGUF file, and the stored tensors that are not in it."""
-
-    tensors: Sequence[SourceTensor]
-    dropped: Sequence[DroppedTensor]
-
-
-def map_tensors(checkpoint: Checkpoint, model: Hyperparameters, *, keep_tied_output: bool = False) -> TensorMap:
+def map_tensors(
+    checkpoint: Checkpoint, model: Hyperparameters, *, keep_tied_output: bool
+) -> tuple[list[SourceTensor], list[DroppedTensor]]:
     """
-    Map all tensors, in llama.cpp's order: by layer, then by name.
+    Return the tensors of the GGUF file in llama.cpp's order, by layer, then by name, and those that are not in it.
 
     An output matrix that is tied to the embeddings but stored as well is dropped if it is equal (a fifth of a 0.5B
     file), unless `keep_tied_output`.
@@ -60,7 +54,7 @@ def map_tensors(checkpoint: Checkpoint, model: Hyperparameters, *, keep_tied_out
         mapped += _attention(stored, model, layer)
         mapped += _moe(stored, model, model.experts, layer) if model.experts else _dense(stored, model, layer)
     stored.check_nothing_left()
-    return TensorMap(sorted(mapped, key=lambda tensor: layer_order(tensor.name)), stored.dropped)
+    return sorted(mapped, key=lambda tensor: layer_order(tensor.name)), stored.dropped
 
 
 class _StoredTensors:

@@ -58,7 +58,7 @@ class Library:
     @property
     def catalog(self) -> Catalog:
         base = replace(self.card, variant="base", gguf=None, files=(), checkpoint="Qwen/Tiny", is_default=False)
-        return Catalog([self.card, base], {"tiny": "tiny:1b-chat", "tiny:1b-base": "tiny:1b-base"})
+        return Catalog([self.card, base], {"tiny": self.card, "tiny:1b-base": base})
 
     @property
     def store(self) -> Store:

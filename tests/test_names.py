@@ -31,9 +31,8 @@ FAMILY = 'name = "x"\ntitle = "X"\ndefault = "1b"\nlevel = "q4_0"\n'
 
 @pytest.mark.parametrize("size", ["0.5b", "1.8b", "4b", "7b", "14b", "32b", "72b", "110b", "moe"])
 def test_every_size_of_qwen15_has_chat_and_base(size: str) -> None:
-    chat, base = CATALOG.get(f"qwen1.5:{size}-chat"), CATALOG.get(f"qwen1.5:{size}-base")
-    assert chat
-    assert base
+    chat, base = CATALOG.aliases[f"qwen1.5:{size}-chat"], CATALOG.aliases[f"qwen1.5:{size}-base"]
+    assert (chat.name, base.name) == (f"qwen1.5:{size}-chat", f"qwen1.5:{size}-base")
     assert base.gguf is None
     assert (chat.gguf is None) == (size == "moe")
     assert chat.license

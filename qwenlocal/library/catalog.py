@@ -89,9 +89,8 @@ class ModelCard:
 class Catalog:
     """All model cards, and the spellings that lead to them."""
 
-    def __init__(self, cards: Sequence[ModelCard], aliases: Mapping[str, str]) -> None:
-        self.cards = tuple(cards)
-        self.aliases = dict(aliases)  # spelling: card name
+    def __init__(self, cards: Sequence[ModelCard], aliases: Mapping[str, ModelCard]) -> None:
+        self.cards, self.aliases = tuple(cards), dict(aliases)
 
     @classmethod
     def read(cls, folder: Path) -> Catalog:
@@ -105,7 +104,7 @@ class Catalog:
         if not folder.is_dir():
             raise BadCatalog(folder, "the folder is missing")
         cards: list[ModelCard] = []
-        aliases: dict[str, str] = {}
+        aliases: dict[str, ModelCard] = {}
         for path in sorted(folder.glob("*.toml")):
             family_cards, family_aliases = _parse_family(path, _load_toml(path))
             cards += family_cards
@@ -121,10 +120,6 @@ class Catalog:
     def starter(self) -> ModelCard:
         """The model that runs instead of the default if only a package index is reachable."""
         return next(card for card in self.cards if card.family == "starter")
-
-    def get(self, name: str) -> ModelCard | None:
-        """Return the card of exactly this name."""
-        return next((card for card in self.cards if card.name == name), None)
 
 
 def _load_toml(path: Path) -> dict[str, Any]:
@@ -185,7 +180,7 @@ class _Table:
             raise self.error(f"unknown: {', '.join(self._remaining)}")
 
 
-def _parse_family(path: Path, data: dict[str, Any]) -> tuple[list[ModelCard], dict[str, str]]:
+def _parse_family(path: Path, data: dict[str, Any]) -> tuple[list[ModelCard], dict[str, ModelCard]]:
     table = _Table(path, "the family", data)
     name = table.pop_matching("name", _NAME)
     title, default = table.pop("title", str), table.pop("default", str)
@@ -199,17 +194,17 @@ def _parse_family(path: Path, data: dict[str, Any]) -> tuple[list[ModelCard], di
     sizes = table.pop_tables("size")
     table.check_empty()
     cards: list[ModelCard] = []
-    endings: dict[str, str] = {}  # ending of a spelling, such as ":7b-chat": card name
+    endings: dict[str, ModelCard] = {}  # by the end of a spelling, such as ":7b-chat"
     for size in sizes:
         size_cards, size_aliases = _parse_size(size, name, title, shared, len(sizes), default)
         cards += size_cards
         for alias in (size_cards[0].size, *size_aliases):
-            endings[f":{alias}"] = size_cards[0].name
-            endings |= {f":{alias}-{card.variant}": card.name for card in size_cards}
+            endings[f":{alias}"] = size_cards[0]
+            endings |= {f":{alias}-{card.variant}": card for card in size_cards}
     default_card = next((card for card in cards if card.size == default and card.variant == "chat"), None)
     if default_card is None:
         raise table.error(f"there is no chat model of the default size “{default}”")
-    endings[""] = default_card.name
+    endings[""] = default_card
     return cards, {alias + ending: card for alias in (name, *family_aliases) for ending, card in endings.items()}
 
 

@@ -75,7 +75,7 @@ def download_artifact(
     with _exclusive_lock(artifact, base, ensure_writable(locks), report):
         if target.exists() and (complete := _verify_existing(artifact, target)):
             return complete
-        _check_disk_space(artifact, base, policy.block_size)
+        _check_disk_space(artifact, base)
         partial = PartialFile(base, artifact.identity, block_size=policy.block_size)
         try:
             download = _Download(artifact, partial, client, policy)
@@ -108,9 +108,9 @@ def _verify_existing(artifact: Artifact, target: Path) -> DownloadedFile | None:
     return DownloadedFile(target, sha256, checksums)
 
 
-def _check_disk_space(artifact: Artifact, base: Path, block_size: int) -> None:
+def _check_disk_space(artifact: Artifact, base: Path) -> None:
     journal = read_download_journal(journal_path(base))
-    present = len(journal.checksums) * block_size if journal and part_path(base).exists() else 0
+    present = journal.done if journal and part_path(base).exists() else 0
     needed, free = max(0, artifact.size - present) + _DISK_RESERVE, shutil.disk_usage(base.parent).free
     if free < needed:
         raise DiskFull(base.parent, needed, free)
@@ -126,9 +126,8 @@ def _exclusive_lock(artifact: Artifact, base: Path, locks: Path, report: ReportP
             break
         except filelock.Timeout:
             journal = read_download_journal(journal_path(base))
-            done = len(journal.checksums) * journal.block_size if journal else 0
-            phase = "waiting for another qwenlocal"
-            report(TaskProgress(artifact.name, min(done, artifact.size), artifact.size, phase))
+            done = min(journal.done, artifact.size) if journal else 0
+            report(TaskProgress(artifact.name, done, artifact.size, "waiting for another qwenlocal"))
         except OSError as reason:
             raise NotWritable(locks, reason.strerror or str(reason)) from reason
     try:

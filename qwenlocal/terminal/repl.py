@@ -10,6 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from prompt_toolkit.application import Application
+from prompt_toolkit.formatted_text import StyleAndTextTuples
+
 from qwenlocal.chat.documents import find_mentions, find_missing_mentions, read_document
 from qwenlocal.chat.events import Done, Event, FinishReason
 from qwenlocal.chat.worker import iterate_in_thread
@@ -19,24 +22,15 @@ from qwenlocal.i18n import tr
 from qwenlocal.terminal.ansi import supports_ansi, supports_color
 from qwenlocal.terminal.attachments import attach_documents
 from qwenlocal.terminal.commands.table import ExitChat, describe_unknown, find_command, is_command, unescape_slashes
+from qwenlocal.terminal.input import PasteStore, create_line_editor
 from qwenlocal.terminal.markdown import RenderOptions, warm_up
 from qwenlocal.terminal.screen import Screen
 from qwenlocal.terminal.session import AnswerStarter, Session
 from qwenlocal.terminal.tty import disable_echo
 from qwenlocal.terminal.type_ahead import TypeAhead, capture_keys
-from qwenlocal.terminal.view import (
-    DRAFT_UNLOADED,
-    AnswerView,
-    describe_drafting,
-    describe_stats,
-    print_answer,
-)
+from qwenlocal.terminal.view import DRAFT_UNLOADED, AnswerView, describe_drafting, describe_stats, print_answer
 
 if TYPE_CHECKING:
-    from prompt_toolkit import PromptSession
-    from prompt_toolkit.application import Application
-    from prompt_toolkit.formatted_text import StyleAndTextTuples
-
     from qwenlocal.engine.draft_model import ModelDrafter
 
 PROMPT: StyleAndTextTuples = [("bold fg:ansigreen", "> ")]
@@ -59,36 +53,26 @@ class Repl:
         `drafter` returns the drafter of the current model, if it has a draft model. `on_ready` is called when the input
         line is shown for the first time, so that the model can load while the user types.
         """
-        from qwenlocal.terminal.input import PasteStore
-
-        self._session, self._history = session, history
-        self._drafter, self._printed_unloading = drafter, False
-        self._on_ready = on_ready
-        self._app: Application[str] | None = None
-        self._type_ahead = TypeAhead()
-        self._pastes = PasteStore()
-        self._printed_save_error = ""
-        self._is_warm = False
+        self._session, self._drafter, self._on_ready = session, drafter, on_ready
+        self._type_ahead, self._pastes = TypeAhead(), PasteStore()
+        self._editor = create_line_editor(session, self._pastes, history, self._format_toolbar)
+        self._editor.app.after_render.add_handler(self._after_render)
+        self._printed_unloading, self._printed_save_error, self._is_warm = False, "", False
 
     def run(self, first_message: str | None = None) -> None:
         """Chat until the user exits; `first_message` is sent at once."""
-        from qwenlocal.terminal.input import create_line_editor
-
         session = self._session
-        editor = create_line_editor(session, self._pastes, self._history, self._format_toolbar)
-        self._app = editor.app
-        editor.app.after_render.add_handler(self._after_render)
         session.say(tr("Chatting with {model}. /help for commands, Ctrl-D to exit.", model=session.model))
         try:
             with disable_echo(sys.stdin, sys.stdout):
-                self._loop(editor, first_message)
+                self._loop(first_message)
         except (EOFError, ExitChat):
             return
         finally:
             if session.journal_writer:
                 session.journal_writer.close()
 
-    def _loop(self, editor: PromptSession[str], first_message: str | None) -> None:
+    def _loop(self, first_message: str | None) -> None:
         """Process lines until the user presses Ctrl-C twice."""
         session = self._session
         has_warned = False
@@ -96,7 +80,7 @@ class Repl:
             self._process(first_message)
         while True:
             try:
-                self._process(self._read_line(editor))
+                self._process(self._read_line())
                 has_warned = False
             except KeyboardInterrupt:
                 if session.pending_edit:
@@ -110,8 +94,8 @@ class Repl:
 
     def on_model_loaded(self, failure: BaseException | None) -> None:
         """End the chat with `failure` if the model could not be loaded. Can be called from any thread."""
-        app = self._app
-        if failure is not None and app is not None and app.is_running and app.loop is not None:
+        app = self._editor.app
+        if failure is not None and app.is_running and app.loop is not None:
             app.loop.call_soon_threadsafe(functools.partial(app.exit, exception=failure))
 
     def _after_render(self, _app: Application[str]) -> None:
@@ -122,7 +106,7 @@ class Repl:
 
     # --- input
 
-    def _read_line(self, editor: PromptSession[str]) -> str:
+    def _read_line(self) -> str:
         """Return the next line: one that was sent during the last answer, or one typed now."""
         session, type_ahead = self._session, self._type_ahead
         if type_ahead.submitted:
@@ -133,7 +117,7 @@ class Repl:
             raise EOFError
         default = session.default_text or type_ahead.text
         session.default_text = type_ahead.text = ""
-        return self._pastes.expand(replace_surrogates(editor.prompt(PROMPT, default=default)))
+        return self._pastes.expand(replace_surrogates(self._editor.prompt(PROMPT, default=default)))
 
     def _process(self, line: str) -> None:
         """Run a command, or send a message; print errors."""

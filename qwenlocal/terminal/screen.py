@@ -49,10 +49,8 @@ class Screen:
 
     def end(self, finished: Sequence[str]) -> None:
         """Print the last lines, erase the footer, and leave the cursor at the start of a line."""
-        size = self._size()
-        final = list(finished[self._scrolled :])
+        self.update(finished, [])
         self._scrolled = 0
-        self._draw(final, [], size)
 
     def _draw(self, final: Sequence[str], shown: Sequence[str], size: os.terminal_size) -> None:
         unchanged = 0

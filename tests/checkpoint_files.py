@@ -17,7 +17,8 @@ from qwenlocal.weights.conversion import ConversionOptions, plan_conversion
 from qwenlocal.weights.conversion_plan import ConversionPlan
 from qwenlocal.weights.file_types import file_type
 from qwenlocal.weights.gguf_reader import decode_value, read_raw_metadata
-from qwenlocal.weights.vocabulary import Vocabulary, read_vocabulary
+from qwenlocal.weights.vocabulary import Vocabulary
+from qwenlocal.weights.vocabulary_reader import read_vocabulary
 from qwenlocal.weights.write_job import WriteJob
 from qwenlocal.weights.write_workers import run_job
 

@@ -15,8 +15,8 @@ from typing import Any
 from qwenlocal.errors import BadCheckpoint, UnsupportedCheckpoint
 from qwenlocal.weights.checkpoint import brief_repr, read_json
 from qwenlocal.weights.gguf_reader import NORMAL
-from qwenlocal.weights.vocab_builder import (
-    VocabBuilder,
+from qwenlocal.weights.vocabulary import (
+    Vocabulary,
     flatten_steps,
     parse_add_flags,
     parse_added_tokens,
@@ -50,9 +50,9 @@ def build_byte_bpe(
     settings: Mapping[str, Any],
     size: int,
     pre: str | None,
-) -> VocabBuilder:
+) -> Vocabulary:
     """
-    Build the vocabulary of a tokenizer.json with the content `data`; `pre` is that of `vocabulary.read_vocabulary`.
+    Build the vocabulary of a tokenizer.json with the content `data`; `pre` is that of `read_vocabulary`.
 
     Raises
     ------
@@ -62,13 +62,13 @@ def build_byte_bpe(
     model = data["model"]
     _check_normalizer(file, data.get("normalizer"))
     _check_merging(file, model)
-    builder = VocabBuilder.empty(file, "gpt2", pre or _find_pre_tokenizer(file, data), size)
-    builder.add_flags = parse_add_flags(data.get("post_processor"), settings)
-    _fill(builder, model["vocab"], parse_merges(file, model.get("merges")), added)
-    return builder
+    vocabulary = Vocabulary.empty(file, "gpt2", pre or _find_pre_tokenizer(file, data), size)
+    vocabulary.add_flags = parse_add_flags(data.get("post_processor"), settings)
+    _fill(vocabulary, model["vocab"], parse_merges(file, model.get("merges")), added)
+    return vocabulary
 
 
-def build_from_vocab_json(folder: Path, settings: Mapping[str, Any], size: int, pre: str | None) -> VocabBuilder:
+def build_from_vocab_json(folder: Path, settings: Mapping[str, Any], size: int, pre: str | None) -> Vocabulary:
     """
     Build the vocabulary of vocab.json and merges.txt, which Qwen's repositories have next to tokenizer.json.
 
@@ -88,23 +88,23 @@ def build_from_vocab_json(folder: Path, settings: Mapping[str, Any], size: int, 
     except (OSError, UnicodeDecodeError) as reason:
         raise BadCheckpoint(merges_file, f"cannot read it ({reason})") from reason
     merges = parse_merges(merges_file, [line for line in lines if line and not line.startswith("#version")])
-    builder = VocabBuilder.empty(file, "gpt2", pre or "qwen2", size)
-    builder.add_flags = {"bos": False, "eos": False}
-    _fill(builder, read_json(file, "the vocabulary"), merges, parse_added_tokens(file, None, settings))
-    return builder
+    vocabulary = Vocabulary.empty(file, "gpt2", pre or "qwen2", size)
+    vocabulary.add_flags = {"bos": False, "eos": False}
+    _fill(vocabulary, read_json(file, "the vocabulary"), merges, parse_added_tokens(file, None, settings))
+    return vocabulary
 
 
 def _fill(
-    builder: VocabBuilder,
-    vocabulary: Mapping[str, Any],
+    vocabulary: Vocabulary,
+    ids: Mapping[str, Any],
     merges: list[tuple[str, str]],
     added: Mapping[int, tuple[str, int]],
 ) -> None:
-    builder.put_all(vocabulary, NORMAL)
-    builder.check_ids(vocabulary)
-    _check_merges(builder.file, vocabulary, merges)
-    builder.merges = [f"{left} {right}" for left, right in merges]
-    builder.add(added)
+    vocabulary.put_all(ids, NORMAL)
+    vocabulary.check_ids(ids)
+    _check_merges(vocabulary.file, ids, merges)
+    vocabulary.merges = [f"{left} {right}" for left, right in merges]
+    vocabulary.add(added)
 
 
 def _check_merges(file: Path, vocabulary: Mapping[str, Any], merges: list[tuple[str, str]]) -> None:

@@ -2,7 +2,7 @@
 The plan for converting a checkpoint to one or several GGUF files. It decides what they contain; nothing is written.
 
     checkpoint.py      files                architecture.py                   hyperparameters
-    tensor_map.py      tensors              vocabulary.py                     tokenizer
+    tensor_map.py      tensors              vocabulary_reader.py              tokenizer
     model_metadata.py  name, license, …     quant_mix.py, conversion_plan.py  types, sizes, offsets
 
 write_workers.py executes the plan.
@@ -24,7 +24,8 @@ from qwenlocal.weights.imatrix import ImportanceMatrix
 from qwenlocal.weights.model_metadata import ParameterCounts, read_model_metadata
 from qwenlocal.weights.quant_mix import ModelFacts
 from qwenlocal.weights.tensor_map import DroppedTensor, map_tensors
-from qwenlocal.weights.vocabulary import Vocabulary, read_vocabulary
+from qwenlocal.weights.vocabulary import Vocabulary
+from qwenlocal.weights.vocabulary_reader import read_vocabulary
 
 _TOKEN_ID_KEYS = {
     "unk": "unknown_token_id",

@@ -129,10 +129,10 @@ def _parse_entries(path: Path, text: bytes) -> list[tuple[str, Any]]:
     return list(entries)
 
 
-def find_duplicate(names: Iterable[str]) -> str | None:
-    """Return the first of `names` that occurred before; None if all differ."""
-    seen: set[str] = set()
-    return next((name for name in names if name in seen or seen.add(name)), None)  # type: ignore[func-returns-value]
+def find_duplicate(values: Iterable[Any]) -> Any:
+    """Return the first of `values` that occurred before; None if all differ."""
+    seen = set[Any]()
+    return next((value for value in values if value in seen or seen.add(value)), None)  # type: ignore[func-returns-value]
 
 
 def describe_json_error(reason: Exception) -> str:

@@ -17,13 +17,10 @@ from typing import Any, NamedTuple
 from qwenlocal.errors import BadCheckpoint, UnsupportedCheckpoint
 from qwenlocal.weights.checkpoint import brief_repr, read_optional_json
 from qwenlocal.weights.gguf_reader import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
-from qwenlocal.weights.vocab_builder import VocabBuilder, flatten_steps, parse_add_flags, parse_added_tokens
+from qwenlocal.weights.vocabulary import Vocabulary, flatten_steps, parse_add_flags, parse_added_tokens
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
-_UNUSED_SCORE, _ADDED_SCORE = (
-    -10000.0,
-    -1000.0,
-)  # as llama.cpp's converter (conversion/base.py: _create_vocab_sentencepiece)
+_UNUSED_SCORE, _ADDED_SCORE = -10000.0, -1000.0  # conversion/base.py: _create_vocab_sentencepiece
 
 
 class Piece(NamedTuple):
@@ -135,7 +132,7 @@ def _read_varint(data: bytes, position: int) -> tuple[int, int]:
 # --- vocabularies
 
 
-def build_sentencepiece(folder: Path, settings: Mapping[str, Any], size: int) -> VocabBuilder:
+def build_sentencepiece(folder: Path, settings: Mapping[str, Any], size: int) -> Vocabulary:
     """
     Build the vocabulary of tokenizer.model and the tokens that the other files add.
 
@@ -145,13 +142,13 @@ def build_sentencepiece(folder: Path, settings: Mapping[str, Any], size: int) ->
     """
     file = folder / "tokenizer.model"
     model = read_sentencepiece(file)
-    builder = VocabBuilder.empty(file, "llama", "default", size)
-    builder.scores = [_UNUSED_SCORE] * size
+    vocabulary = Vocabulary.empty(file, "llama", "default", size)
+    vocabulary.scores = [_UNUSED_SCORE] * size
     for number, piece in enumerate(model.pieces):
-        builder.put(number, *_for_llama_cpp(piece.text, piece.token_type))
-        builder.scores[number] = piece.score
+        vocabulary.put(number, *_for_llama_cpp(piece.text, piece.token_type))
+        vocabulary.scores[number] = piece.score
     tokenizer = read_optional_json(folder / "tokenizer.json", "the vocabulary")
-    builder.add_flags = {"space": model.adds_space, **parse_add_flags(tokenizer.get("post_processor"), settings)}
+    vocabulary.add_flags = {"space": model.adds_space, **parse_add_flags(tokenizer.get("post_processor"), settings)}
     extra = read_optional_json(folder / "added_tokens.json", "the added tokens")
     entries = [{"id": number, "content": token} for token, number in extra.items()]
     added = {
@@ -160,20 +157,20 @@ def build_sentencepiece(folder: Path, settings: Mapping[str, Any], size: int) ->
     }
     for number, (token, token_type) in added.items():
         is_row = 0 <= number < size
-        known, known_type = (builder.tokens[number], builder.token_types[number]) if is_row else ("", UNUSED)
+        known, known_type = (vocabulary.tokens[number], vocabulary.token_types[number]) if is_row else ("", UNUSED)
         if known_type in (UNKNOWN, CONTROL) and known == token:
             continue
         if known_type in (NORMAL, BYTE) and known != token:
             raise BadCheckpoint(file, f"“{known}” and “{token}” have the same id, {number}")
-        _put_added(builder, number, token, token_type)
-    return builder
+        _put_added(vocabulary, number, token, token_type)
+    return vocabulary
 
 
-def _put_added(builder: VocabBuilder, number: int, token: str, token_type: int) -> None:
+def _put_added(vocabulary: Vocabulary, number: int, token: str, token_type: int) -> None:
     text, token_type = _for_llama_cpp(token, token_type)
-    builder.put(number, text, token_type)
+    vocabulary.put(number, text, token_type)
     if token_type != NORMAL:
-        builder.scores[number] = _ADDED_SCORE
+        vocabulary.scores[number] = _ADDED_SCORE
 
 
 def _for_llama_cpp(text: str, token_type: int) -> tuple[str, int]:
@@ -197,7 +194,7 @@ def build_byte_fallback(
     added: Mapping[int, tuple[str, int]],
     settings: Mapping[str, Any],
     size: int,
-) -> VocabBuilder:
+) -> Vocabulary:
     """
     Build a SentencePiece vocabulary from the content `data` of a tokenizer.json, which has merges instead of scores.
 
@@ -209,17 +206,17 @@ def build_byte_fallback(
     BadCheckpoint: the vocabulary is inconsistent.
     UnsupportedCheckpoint: llama.cpp would tokenize differently.
     """
-    vocabulary = data["model"]["vocab"]
-    builder = VocabBuilder.empty(file, "llama", "default", size)
-    builder.scores = [_UNUSED_SCORE] * size
+    ids = data["model"]["vocab"]
+    vocabulary = Vocabulary.empty(file, "llama", "default", size)
+    vocabulary.scores = [_UNUSED_SCORE] * size
     ranks: dict[str, int] = {}
     for rank, (left, right) in enumerate(merges):
         ranks.setdefault(left.replace("Ġ", " ") + right.replace("Ġ", " "), rank)
-    for token, number in vocabulary.items():
+    for token, number in ids.items():
         is_byte = len(token) == 6 and token.startswith("<0x") and token.endswith(">")
-        builder.put(number, token, BYTE if is_byte else NORMAL)
-        builder.scores[number] = -float(ranks.get(token, len(merges)))
-    builder.check_ids(vocabulary)
+        vocabulary.put(number, token, BYTE if is_byte else NORMAL)
+        vocabulary.scores[number] = -float(ranks.get(token, len(merges)))
+    vocabulary.check_ids(ids)
     steps = [
         *flatten_steps(data.get("normalizer"), "normalizers"),
         *flatten_steps(data.get("pre_tokenizer"), "pretokenizers"),
@@ -227,11 +224,11 @@ def build_byte_fallback(
     for step in steps:
         _check_step(file, step)
     for number, (token, token_type) in added.items():
-        builder.check_free(number, token)
-        _put_added(builder, number, token, UNKNOWN if token == "<unk>" else token_type)
+        vocabulary.check_free(number, token)
+        _put_added(vocabulary, number, token, UNKNOWN if token == "<unk>" else token_type)
     adds_space = any(_prepends_space(step) for step in steps)
-    builder.add_flags = {"space": adds_space, **parse_add_flags(data.get("post_processor"), settings)}
-    return builder
+    vocabulary.add_flags = {"space": adds_space, **parse_add_flags(data.get("post_processor"), settings)}
+    return vocabulary
 
 
 def _check_step(file: Path, step: Mapping[str, Any]) -> None:

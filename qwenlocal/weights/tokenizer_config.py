@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from qwenlocal.errors import BadCheckpoint
 from qwenlocal.weights.checkpoint import brief_repr, read_optional_json
 from qwenlocal.weights.gguf_reader import UNUSED
-from qwenlocal.weights.vocab_builder import VocabBuilder
+from qwenlocal.weights.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from typing import TypeGuard
@@ -20,14 +20,14 @@ _END_OF_TURN = "<|im_end|>"
 
 
 def read_special_tokens(
-    folder: Path, settings: Mapping[str, Any], config: Mapping[str, Any], builder: VocabBuilder
+    folder: Path, settings: Mapping[str, Any], config: Mapping[str, Any], vocabulary: Vocabulary
 ) -> tuple[dict[str, int], list[str]]:
     """
     Return the ids of special tokens by role, and notes about contradictions.
 
     tokenizer_config.json, `settings`, takes precedence over config.json; generation_config.json adds end tokens.
     """
-    ids = {token: number for number, token in enumerate(builder.tokens) if builder.token_types[number] != UNUSED}
+    ids = {token: number for number, token in enumerate(vocabulary.tokens) if vocabulary.token_types[number] != UNUSED}
     special: dict[str, int] = {}
     notes: list[str] = []
     for role in _ROLES:
@@ -38,35 +38,35 @@ def read_special_tokens(
         elif text:
             notes.append(f"Ignored {role}_token in tokenizer_config.json: {brief_repr(text)} is not a token.")
         number = config.get(f"{role}_token_id")
-        if _is_id(number, builder):
+        if _is_id(number, vocabulary):
             if role in special and special[role] != number:
-                kept, other = builder.tokens[special[role]], builder.tokens[number]
+                kept, other = vocabulary.tokens[special[role]], vocabulary.tokens[number]
                 notes.append(
                     f"The {role} token is {kept}, as in tokenizer_config.json, although config.json says {other}."
                 )
             special.setdefault(role, number)
         elif number is not None:
             notes.append(f"Ignored {role}_token_id in config.json: {brief_repr(number)} is not the id of a token.")
-    ends = _end_tokens(folder, special, builder, ids)
+    ends = _end_tokens(folder, special, vocabulary, ids)
     for role, number in zip(("eot", "eom"), ends, strict=False):
         special[role] = number
-    left_out = [builder.tokens[number] for number in ends[2:]]
+    left_out = [vocabulary.tokens[number] for number in ends[2:]]
     if left_out:
         notes.append(f"Left out end tokens for which GGUF has no key: {', '.join(left_out)}.")
     return special, notes
 
 
-def _end_tokens(folder: Path, special: Mapping[str, int], builder: VocabBuilder, ids: Mapping[str, int]) -> list[int]:
+def _end_tokens(folder: Path, special: Mapping[str, int], vocabulary: Vocabulary, ids: Mapping[str, int]) -> list[int]:
     """Return the end tokens other than eos: the end of a turn, then those in generation_config.json."""
     listed = read_optional_json(folder / "generation_config.json", "").get("eos_token_id")
     numbers = [ids[_END_OF_TURN]] if _END_OF_TURN in ids else []
-    numbers += [number for number in (listed if isinstance(listed, list) else [listed]) if _is_id(number, builder)]
+    numbers += [number for number in (listed if isinstance(listed, list) else [listed]) if _is_id(number, vocabulary)]
     known = {number for number in (special.get("eos"), ids.get("<|endoftext|>")) if number != ids.get(_END_OF_TURN)}
     return [number for number in dict.fromkeys(numbers) if number not in known]
 
 
-def _is_id(number: Any, builder: VocabBuilder) -> TypeGuard[int]:
-    return isinstance(number, int) and not isinstance(number, bool) and 0 <= number < len(builder.tokens)
+def _is_id(number: Any, vocabulary: Vocabulary) -> TypeGuard[int]:
+    return isinstance(number, int) and not isinstance(number, bool) and 0 <= number < len(vocabulary.tokens)
 
 
 def read_chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:

@@ -1,47 +1,41 @@
-"""
-The vocabulary of a checkpoint for a GGUF file: tokens, types, merges or scores, special tokens, chat templates.
-
-Two kinds are supported: byte-level BPE (`byte_bpe`) and SentencePiece (`sentencepiece`). An inconsistent vocabulary is
-an error, because the model would load and answer with nonsense.
-"""
+"""Vocabularies, and parsers of the parts that the tokenizer formats share."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qwenlocal.errors import BadCheckpoint, UnsupportedCheckpoint, UsageError
-from qwenlocal.jinja import find_template_error
-from qwenlocal.weights.byte_bpe import PRE_TOKENIZER_NAMES, build_byte_bpe, build_from_vocab_json
-from qwenlocal.weights.checkpoint import read_json, read_optional_json
-from qwenlocal.weights.gguf_reader import UNUSED
-from qwenlocal.weights.sentencepiece import build_byte_fallback, build_sentencepiece
-from qwenlocal.weights.tokenizer_config import read_chat_templates, read_special_tokens
-from qwenlocal.weights.vocab_builder import VocabBuilder, parse_added_tokens, parse_merges
+from qwenlocal.errors import BadCheckpoint, UnsupportedCheckpoint
+from qwenlocal.weights.checkpoint import brief_repr
+from qwenlocal.weights.gguf_reader import CONTROL, UNUSED, USER_DEFINED
+from qwenlocal.weights.safetensors import find_duplicate
 
 
-@dataclass(frozen=True)
+@dataclass
 class Vocabulary:
     """
-    `tokens[id]` and `token_types[id]` (GGUF's numbers: 1 normal, 3 control, 5 unused, …) for each embedding row.
+    The vocabulary of a model, with one token per row of the embeddings; `file` is its source, for errors.
 
-    Byte-level BPE has `merges` ("a b" in order of rank), SentencePiece has `scores`. `special` are ids by role ("eos",
-    "bos", "pad", "eot", …). `add_flags` say whether a "bos" or "eos" token or a "space" is added to a text. `templates`
-    are chat templates by name, the default one under "".
+    `tokens[id]` and `token_types[id]` (GGUF's numbers: 1 normal, 3 control, 5 unused, …) describe an id. Byte-level BPE
+    has `merges` ("a b" in order of rank), SentencePiece has `scores`. `special` are ids by role ("eos", "bos", "pad",
+    "eot", …). `add_flags` say whether a "bos" or "eos" token or a "space" is added to a text. `templates` are chat
+    templates by name, the default one under "".
     """
 
+    file: Path = field(compare=False)
     model: str
     pre: str
-    tokens: Sequence[str]
-    token_types: Sequence[int]
-    merges: Sequence[str] = ()
-    scores: Sequence[float] = ()
-    special: Mapping[str, int] = field(default_factory=dict)
-    add_flags: Mapping[str, bool] = field(default_factory=dict)
-    templates: Mapping[str, str] = field(default_factory=dict)
-    notes: Sequence[str] = ()
+    tokens: list[str]
+    token_types: list[int]
+    scores: list[float] = field(default_factory=list)
+    merges: list[str] = field(default_factory=list)
+    add_flags: dict[str, bool] = field(default_factory=dict)
+    special: dict[str, int] = field(default_factory=dict)
+    templates: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def first_unused(self) -> int:
@@ -51,63 +45,201 @@ class Vocabulary:
             end -= 1
         return end
 
+    @classmethod
+    def empty(cls, file: Path, model: str, pre: str, size: int) -> Vocabulary:
+        """Return a vocabulary of `size` unused ids, which no text can produce."""
+        return cls(file, model, pre, [f"[PAD{number}]" for number in range(size)], [UNUSED] * size)
 
-def read_vocabulary(folder: Path, config: Mapping[str, Any], size: int, *, pre: str | None = None) -> Vocabulary:
+    def put(self, number: Any, token: Any, token_type: int) -> None:
+        """
+        Give an id its token, replacing any earlier one.
+
+        Raises
+        ------
+        BadCheckpoint: the embeddings have no such row, or the id or the token is malformed.
+        """
+        if not isinstance(number, int) or isinstance(number, bool) or not isinstance(token, str) or number < 0:
+            raise BadCheckpoint(
+                self.file, f"the token {brief_repr(token)} with the id {brief_repr(number)} is malformed"
+            )
+        if number >= len(self.tokens):
+            raise BadCheckpoint(
+                self.file, f"“{token}” has the id {number:,}, but the embeddings have only {len(self.tokens):,} rows"
+            )
+        self.tokens[number], self.token_types[number] = token, token_type
+
+    def put_all(self, vocabulary: Mapping[str, Any], token_type: int) -> None:
+        """Call `put` for each token; if all ids are valid, without a function call for each of the 150,000."""
+        numbers = vocabulary.values()
+        if set(map(type, numbers)) != {int} or min(numbers) < 0 or max(numbers) >= len(self.tokens):
+            for token, number in vocabulary.items():
+                self.put(number, token, token_type)
+            return
+        for token, number in vocabulary.items():
+            self.tokens[number] = token
+            self.token_types[number] = token_type
+
+    def add(self, added: Mapping[int, tuple[str, int]]) -> None:
+        """
+        Put tokens that are not part of the vocabulary proper.
+
+        Raises
+        ------
+        BadCheckpoint: an id has another token already.
+        """
+        for number, (token, token_type) in added.items():
+            self.check_free(number, token)
+            self.put(number, token, token_type)
+
+    def check_free(self, number: int, token: str) -> None:
+        """
+        Check that the id has no token yet, or the same one.
+
+        Raises
+        ------
+        BadCheckpoint: it has another one.
+        """
+        known = self.tokens[number] if 0 <= number < len(self.tokens) else token
+        if known != token and self.token_types[number] != UNUSED:
+            raise _same_id(self.file, number, known, token)
+
+    def check_ids(self, vocabulary: Mapping[str, Any]) -> None:
+        """
+        Check that the ids of the vocabulary proper are contiguous, with one token each.
+
+        Raises
+        ------
+        BadCheckpoint: they are not, or there are none.
+        """
+        if not vocabulary:
+            raise BadCheckpoint(self.file, "its vocabulary is empty")
+        numbers, last = set(vocabulary.values()), max(vocabulary.values())
+        if len(numbers) < len(vocabulary):
+            number = find_duplicate(vocabulary.values())
+            first, second, *_ = (token for token in vocabulary if vocabulary[token] == number)
+            raise _same_id(self.file, number, first, second)
+        if last + 1 > len(numbers):
+            gap = min(set(range(last)) - numbers)
+            raise BadCheckpoint(self.file, f"no token has the id {gap}, although the ids go up to {last}")
+
+    def check_texts(self) -> None:
+        """
+        Check that the tokens differ, and that llama.cpp can store them: it ends strings at a zero byte.
+
+        Raises
+        ------
+        BadCheckpoint: two ids have the same token.
+        UnsupportedCheckpoint: a token contains a zero byte or is not valid Unicode.
+        """
+        text = "".join(self.tokens)
+        if "\0" in text or not _is_unicode(text):
+            invalid = next(token for token in self.tokens if "\0" in token or not _is_unicode(token))
+            raise UnsupportedCheckpoint(self.file, f"a GGUF file cannot store the token {brief_repr(invalid)}")
+        if len(set(self.tokens)) < len(self.tokens):
+            token = find_duplicate(self.tokens)
+            first, second, *_ = (number for number, other in enumerate(self.tokens) if other == token)
+            raise BadCheckpoint(self.file, f"“{token}” has two ids, {first} and {second}")
+
+
+def _same_id(file: Path, number: int, first: str, second: str) -> BadCheckpoint:
+    return BadCheckpoint(file, f"“{first}” and “{second}” have the same id, {number}")
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def parse_add_flags(post_processor: Any, settings: Mapping[str, Any]) -> dict[str, bool]:
     """
-    Read the vocabulary of the checkpoint in `folder`, padded to `size` ids, the rows of its embedding matrix.
+    Return whether a token is added at the beginning ("bos") or the end ("eos") of a text.
 
-    `pre` names the pre-tokenizer if the checkpoint's regular expression is not a known one.
+    tokenizer.json's post-processor decides, if it is one that could add a token, or Qwen's (ByteLevel), which adds
+    none; otherwise `settings`, which is tokenizer_config.json.
+    """
+    flags = {role: flag for role in ("bos", "eos") if isinstance(flag := settings.get(f"add_{role}_token"), bool)}
+    steps = post_processor.get("processors") if isinstance(post_processor, dict) else None
+    for step in steps if isinstance(steps, list) else [post_processor]:
+        single = step.get("single") if isinstance(step, dict) else None
+        if isinstance(step, dict) and step.get("type") == "ByteLevel":
+            flags = {"bos": False, "eos": False}
+        elif isinstance(single, list) and single and step.get("type") == "TemplateProcessing":
+            ends = (isinstance(single[n], dict) and "SpecialToken" in single[n] for n in (0, -1))
+            flags = dict(zip(("bos", "eos"), ends, strict=True))
+    return flags
+
+
+def parse_added_tokens(file: Path, entries: Any, settings: Mapping[str, Any]) -> dict[int, tuple[str, int]]:
+    """
+    Return the text and the type of each added token by id.
+
+    `entries` is the list in tokenizer.json; `settings`, tokenizer_config.json, has another one.
 
     Raises
     ------
-    BadCheckpoint: a file is missing or damaged, or ids are duplicate, out of range or missing in between.
-    UnsupportedCheckpoint: llama.cpp has no such tokenizer.
-    UsageError: llama.cpp has no pre-tokenizer `pre`.
+    BadCheckpoint: a list or an entry is malformed, or the two contradict each other.
     """
-    settings = read_optional_json(folder / "tokenizer_config.json", "the special tokens")
-    if (folder / "tokenizer.model").exists():
-        builder = build_sentencepiece(folder, settings, size)
-    elif (folder / "tokenizer.json").exists():
-        builder = _build_from_tokenizer_json(folder, settings, size, pre)
-    elif (folder / "vocab.json").exists():
-        builder = build_from_vocab_json(folder, settings, size, pre)
-    else:
-        raise BadCheckpoint(folder, "it has no tokenizer.json (nor tokenizer.model, nor vocab.json)")
-    builder.check_texts()
-    special, notes = read_special_tokens(folder, settings, config, builder)
-    templates = read_chat_templates(folder, settings)
-    if builder.pre not in PRE_TOKENIZER_NAMES:
-        raise UsageError(f"llama.cpp has no pre-tokenizer called “{builder.pre}”.", hint="Use Qwen1.5's: --pre qwen2")
-    return Vocabulary(
-        builder.model,
-        builder.pre,
-        builder.tokens,
-        builder.token_types,
-        builder.merges,
-        builder.scores,
-        special,
-        builder.add_flags,
-        templates,
-        [*notes, *_template_notes(templates)],
-    )
-
-
-def _template_notes(templates: Mapping[str, str]) -> list[str]:
-    return [
-        f"The chat template{f' “{name}”' if name else ''} is invalid ({error}); it is copied unchanged."
-        for name, text in templates.items()
-        if (error := find_template_error(text))
+    added: dict[int, tuple[str, int]] = {}
+    decoder = settings.get("added_tokens_decoder")
+    all_entries: list[Any] = [
+        {**entry, "id": int(number) if re.fullmatch(r"[0-9]{1,9}", number) else number}
+        for number, entry in (decoder.items() if isinstance(decoder, dict) else ())
+        if isinstance(entry, dict)
     ]
+    if not isinstance(entries, (list, type(None))):
+        raise BadCheckpoint(file, f"its “added_tokens” is not a list of tokens but {brief_repr(entries)}")
+    all_entries += entries or []
+    for entry in all_entries:
+        number, token = (entry.get("id"), entry.get("content")) if isinstance(entry, dict) else (None, None)
+        if not isinstance(number, int) or isinstance(number, bool) or not isinstance(token, str) or not token:
+            raise BadCheckpoint(file, f"the added token {brief_repr(entry)} is malformed")
+        known = added.get(number)
+        if known and known[0] != token:
+            raise _same_id(file, number, known[0], token)
+        added[number] = (token, CONTROL if entry.get("special") or _looks_special(token) else USER_DEFINED)
+    return added
 
 
-def _build_from_tokenizer_json(folder: Path, settings: Mapping[str, Any], size: int, pre: str | None) -> VocabBuilder:
-    """Build either kind of vocabulary; byte fallback is SentencePiece's."""
-    file = folder / "tokenizer.json"
-    data = read_json(file, "the vocabulary")
-    model = data.get("model")
-    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or not isinstance(model.get("vocab"), dict):
-        raise UnsupportedCheckpoint(file, "its tokenizer is not BPE, as that of every Qwen1.5 model is")
-    added = parse_added_tokens(file, data.get("added_tokens"), settings)
-    if model.get("byte_fallback"):
-        return build_byte_fallback(file, data, parse_merges(file, model.get("merges")), added, settings, size)
-    return build_byte_bpe(file, data, added, settings, size, pre)
+def _looks_special(token: str) -> bool:
+    return token.startswith("<|") and token.endswith("|>")
+
+
+def parse_merges(file: Path, entries: Any) -> list[tuple[str, str]]:
+    """
+    Parse a list of merges: "a b" as transformers 4 writes it, pairs as transformers 5 does.
+
+    Raises
+    ------
+    BadCheckpoint: the list is empty, or an entry is not a pair of tokens.
+    """
+    if not isinstance(entries, list) or not entries:
+        raise BadCheckpoint(file, "it contains no merges")
+    if set(map(type, entries)) == {str}:
+        pairs = [entry.partition(" ") for entry in entries]
+        if all(left and right and " " not in right for left, _, right in pairs):
+            return [(left, right) for left, _, right in pairs]
+    merges: list[tuple[str, str]] = []
+    for entry in entries:
+        try:
+            left, right = entry.split(" ") if isinstance(entry, str) else entry
+            if not left or not right or type(entry) is dict:
+                raise ValueError
+            merges.append((left.replace(" ", "Ġ"), right.replace(" ", "Ġ")))
+        except (ValueError, TypeError, AttributeError) as invalid:
+            raise BadCheckpoint(file, f"the merge {brief_repr(entry)} is not a pair of tokens") from invalid
+    return merges
+
+
+def flatten_steps(step: Any, key: str) -> Iterable[Mapping[str, Any]]:
+    """Yield the steps of a normalizer or pre-tokenizer; `key` is where a sequence of them has its list."""
+    if not isinstance(step, dict):
+        return
+    steps = step.get(key)
+    if step.get("type") == "Sequence" and isinstance(steps, list):
+        for inner in steps:
+            yield from flatten_steps(inner, key)
+    else:
+        yield step

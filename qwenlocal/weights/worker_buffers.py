@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from qwenlocal import ggml
 from qwenlocal.errors import BadWeights, NonFiniteWeights
 from qwenlocal.ggml import TensorType
-from qwenlocal.weights.write_job import RowChunk, RowTarget, WriteJob
+from qwenlocal.weights.write_job import RowChunk, RowTarget, WriteJob, buffer_sizes
 
 if TYPE_CHECKING:
     import numpy
@@ -53,11 +53,7 @@ class WorkerBuffers:
     def __init__(self, job: WriteJob, *, allow_nan: bool) -> None:
         import numpy
 
-        ranges = job.ranges
-        values = max((rows.chunk_rows * rows.columns for rows in ranges), default=0)
-        read = max((rows.chunk_rows * rows.type.row_bytes(rows.columns) for rows in ranges), default=0)
-        types = [(rows, target.type) for rows in ranges for target in rows.targets]
-        written = max((rows.chunk_rows * kind.row_bytes(rows.columns) for rows, kind in types), default=0)
+        read, values, written = buffer_sizes(job)
         self._numpy = numpy
         self._read, self._written = numpy.empty(read, numpy.uint8), numpy.empty(written, numpy.uint8)
         self._floats = numpy.empty(values, numpy.float32)

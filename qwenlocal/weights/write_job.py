@@ -109,15 +109,20 @@ def split_into_chunks(job: WriteJob) -> Iterator[RowChunk]:
             yield RowChunk(rows, first, min(step, rows.row_count - first))
 
 
+def buffer_sizes(job: WriteJob) -> tuple[int, int, int]:
+    """Return what the largest chunks take: bytes as read, values as float32, bytes as written for one target."""
+    chunks = [RowChunk(rows, 0, rows.chunk_rows) for rows in job.ranges]
+    read = max((chunk.source_size for chunk in chunks), default=0)
+    values = max((chunk.row_count * chunk.range.columns for chunk in chunks), default=0)
+    written = max((chunk.target_size(target) for chunk in chunks for target in chunk.range.targets), default=0)
+    return read, values, written
+
+
 def memory_needed(job: WriteJob, threads: int) -> int:
     """
     Compute the bytes of memory that `job` takes: per thread a chunk as read, as float32, and as written.
 
     A 7B to Q8_0 with two threads: 2 x (1.0 + 2.1 + 0.6) MB, and 100 MB for Python and the vocabulary.
     """
-    values = max((rows.chunk_rows * rows.columns for rows in job.ranges), default=0)
-    read = max((rows.type.type_size / rows.type.block_size for rows in job.ranges), default=0)
-    written = max(
-        (target.type.type_size / target.type.block_size for rows in job.ranges for target in rows.targets), default=0
-    )
-    return _PROCESS_SIZE + int(threads * values * (read + 4 + written))
+    read, values, written = buffer_sizes(job)
+    return _PROCESS_SIZE + threads * (read + 4 * values + written)

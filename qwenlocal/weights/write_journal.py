@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from qwenlocal import __version__, resumable, weights
 from qwenlocal.errors import BadWeights
@@ -27,9 +26,9 @@ class FinishedChunk(NamedTuple):
     zeroed: int
 
 
-def job_identity(job: WriteJob, *, allow_nan: bool) -> str:
+def job_identity(job: WriteJob, *, allow_nan: bool) -> dict[str, Any]:
     """
-    Return a digest that differs as soon as the inputs, the outputs, or the conversion between them differ.
+    Return the first line of the journal, which differs as soon as the inputs, the outputs, or the conversion differ.
 
     Raises
     ------
@@ -47,7 +46,7 @@ def job_identity(job: WriteJob, *, allow_nan: bool) -> str:
             digest.update(f" {target.output} {target.offset} {target.type.name}".encode())
             if target.imatrix is not None:
                 digest.update(target.imatrix.tobytes())
-    return digest.hexdigest()
+    return {"version": _JOURNAL_VERSION, "identity": digest.hexdigest()}
 
 
 def _stat(path: Path) -> os.stat_result:
@@ -57,21 +56,13 @@ def _stat(path: Path) -> os.stat_result:
         raise BadWeights(path, f"cannot read it ({reason.strerror})") from reason
 
 
-def read_finished(path: Path, identity: str) -> dict[int, FinishedChunk] | None:
+def read_finished(path: Path, identity: dict[str, Any]) -> dict[int, FinishedChunk] | None:
     """Return the finished chunks of an earlier attempt at the same job; None if there was none."""
     content = resumable.read_journal(path)
-    if content is None:
-        return None
-    if (content.identity.get("version"), content.identity.get("identity")) != (_JOURNAL_VERSION, identity):
+    if content is None or content.identity != identity:
         return None
     return {
         entry[0]: FinishedChunk(entry[1], entry[2])
         for entry in content.entries
         if len(entry) == 3 and all(number >= 0 for number in entry)
     }
-
-
-def write_finished(path: Path, identity: str, finished: Mapping[int, FinishedChunk]) -> None:
-    """Write a new journal that lists the finished chunks."""
-    entries = [(number, *chunk) for number, chunk in finished.items()]
-    resumable.write_journal(path, {"version": _JOURNAL_VERSION, "identity": identity}, entries)

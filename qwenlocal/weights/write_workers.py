@@ -28,10 +28,10 @@ from qwenlocal.errors import (
 )
 from qwenlocal.fileio import read_at, start_writeback, write_all, write_error
 from qwenlocal.paths import ensure_writable
-from qwenlocal.resumable import JournalAppender, journal_path, part_path
+from qwenlocal.resumable import JournalAppender, journal_path, part_path, write_journal
 from qwenlocal.weights.worker_buffers import WorkerBuffers
 from qwenlocal.weights.write_job import RowChunk, WriteJob, split_into_chunks
-from qwenlocal.weights.write_journal import FinishedChunk, job_identity, read_finished, write_finished
+from qwenlocal.weights.write_journal import FinishedChunk, job_identity, read_finished
 
 _WRITEBACK_SIZE = 64 << 20  # bytes written between two requests to start writeback
 _LOCK_TIMEOUT = 0.5  # seconds: `qwenlocal list` holds a lock for a moment to see if it is in use
@@ -99,6 +99,7 @@ class _JobRun:
 
     def __init__(self, job: WriteJob, *, allow_nan: bool, report: Report) -> None:
         self._job, self._allow_nan, self._report = job, allow_nan, report
+        self._folder, self._journal_path = job.outputs[0].path.parent, journal_path(job.outputs[0].path)
         self._chunks = list(split_into_chunks(job))
         self._lock, self._seek_lock = threading.Lock(), threading.Lock()
         self._finished: dict[int, FinishedChunk] = {}
@@ -109,7 +110,6 @@ class _JobRun:
         self._sources: dict[Path, int] = {}
 
     def run(self, threads: int) -> WriteResult:
-        folder = self._job.outputs[0].path.parent
         with contextlib.ExitStack() as stack:
             try:
                 self._open(stack)
@@ -117,7 +117,7 @@ class _JobRun:
                 self._run_workers(threads)
                 self._publish(stack)
             except OSError as reason:
-                raise write_error(folder, reason, self._missing_size()) from reason
+                raise write_error(self._folder, reason, self._missing_size()) from reason
             except NonFiniteWeights:  # the next attempt would fail, too: finished chunks are of no use
                 self._discard(stack)
                 raise
@@ -128,9 +128,8 @@ class _JobRun:
     # --- opening and closing
 
     def _open(self, stack: contextlib.ExitStack) -> None:
-        journal = journal_path(self._job.outputs[0].path)
         identity = job_identity(self._job, allow_nan=self._allow_nan)
-        finished = read_finished(journal, identity)
+        finished = read_finished(self._journal_path, identity)
         self._check_disk_space()
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0) | (0 if finished is not None else os.O_TRUNC)
         for output in self._job.outputs:
@@ -144,8 +143,8 @@ class _JobRun:
             self._sources[path] = _open_source(path)
             stack.callback(os.close, self._sources[path])
         self._resume(finished or {})
-        write_finished(journal, identity, self._finished)
-        self._journal = JournalAppender(journal)
+        write_journal(self._journal_path, identity, ((number, *chunk) for number, chunk in self._finished.items()))
+        self._journal = JournalAppender(self._journal_path)
         stack.callback(self._journal.close)
 
     def _clear_gaps(self) -> None:
@@ -164,16 +163,15 @@ class _JobRun:
 
     def _check_disk_space(self) -> None:
         """Check the free space; the files of an earlier attempt have theirs already."""
-        folder = self._job.outputs[0].path.parent
         allocated = 0
         for output in self._job.outputs:
             with contextlib.suppress(OSError):
                 state = part_path(output.path).stat()
                 allocated += getattr(state, "st_blocks", 0) * 512
         needed = sum(output.size for output in self._job.outputs) - allocated
-        free = shutil.disk_usage(folder).free
+        free = shutil.disk_usage(self._folder).free
         if free < needed:
-            raise DiskFull(folder, needed, free)
+            raise DiskFull(self._folder, needed, free)
 
     def _resume(self, finished: Mapping[int, FinishedChunk]) -> None:
         """Skip the chunks whose bytes on the disk still have the CRC-32 in the journal."""
@@ -197,13 +195,13 @@ class _JobRun:
         opened.close()
         for output in self._job.outputs:
             part_path(output.path).replace(output.path)
-        journal_path(self._job.outputs[0].path).unlink(missing_ok=True)
+        self._journal_path.unlink(missing_ok=True)
 
     def _discard(self, opened: contextlib.ExitStack) -> None:
         opened.close()
         for output in self._job.outputs:
             part_path(output.path).unlink(missing_ok=True)
-        journal_path(self._job.outputs[0].path).unlink(missing_ok=True)
+        self._journal_path.unlink(missing_ok=True)
 
     def _missing_size(self) -> int:
         """Return the bytes that are still to be written."""

@@ -24,13 +24,7 @@ import filelock
 from qwenlocal.errors import DigestMismatch, DiskFull, Interrupted, NotWritable
 from qwenlocal.fileio import hash_blocks
 from qwenlocal.i18n import tr
-from qwenlocal.library.artifact import (
-    Artifact,
-    DownloadedFile,
-    DownloadPolicy,
-    ReportProgress,
-    Section,
-)
+from qwenlocal.library.artifact import Artifact, DownloadedFile, DownloadPolicy, ReportProgress, Section
 from qwenlocal.library.byte_source import RangesUnsupported
 from qwenlocal.library.failover import SourceSelector, SourceState
 from qwenlocal.library.http import HttpClient, TransferError

@@ -11,14 +11,7 @@ from qwenlocal.errors import BadCheckpoint, NotWritable
 from qwenlocal.fileio import hash_file
 from qwenlocal.library.catalog import KnownFile
 from qwenlocal.library.external_caches import ExternalFile, FileQuery, find_external_files, hub_cache_folder
-from qwenlocal.library.names import (
-    CatalogName,
-    HubCheckpointName,
-    HubName,
-    ModelName,
-    PathName,
-    level_from_filename,
-)
+from qwenlocal.library.names import CatalogName, HubCheckpointName, HubName, ModelName, PathName, level_from_filename
 from qwenlocal.library.store import ModelRecord, Store, StoredFile
 from qwenlocal.model_files import parse_shard
 from qwenlocal.paths import Folders

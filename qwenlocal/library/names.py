@@ -240,13 +240,10 @@ def _not_a_checkpoint(path: Path) -> BadWeights:
     except OSError as reason:
         return BadWeights(path, f"the directory cannot be read ({reason.strerror})")
     models = [name for name in names if name.endswith(".gguf")]
+    problem = "this is a directory, but not a checkpoint"
+    hint = "A model is a .gguf file, or a directory with config.json."
     if any(name.endswith(".safetensors") for name in names):
         problem, hint = "the checkpoint has no config.json", "Download the whole checkpoint again."
-    else:
-        problem, hint = (
-            "this is a directory, but not a checkpoint",
-            "A model is a .gguf file, or a directory with config.json.",
-        )
     return BadWeights(path, problem, hint=tr("Did you mean {path}?", path=path / models[0]) if models else hint)
 
 

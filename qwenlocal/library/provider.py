@@ -171,13 +171,8 @@ class ModelProvider:
             if not isinstance(name, HubCheckpointName):
                 return puller.repair(name, record, damage)
             if not record.owned:
-                raise BadWeights(
-                    record.path.parent,
-                    "a file of the checkpoint is damaged",
-                    hint=tr(
-                        "Another program owns this file. Delete it there, then run: qwenlocal pull {name}", name=name
-                    ),
-                )
+                hint = tr("Another program owns this file. Delete it there, then run: qwenlocal pull {name}", name=name)
+                raise BadWeights(record.path.parent, "a file of the checkpoint is damaged", hint=hint)
             self._discard_damaged(record, damage)
             puller.inspect_checkpoint(name.source).download()
         return self.stored_checkpoint(name)

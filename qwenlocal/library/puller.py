@@ -154,15 +154,11 @@ class Puller:
         Also all errors of `Resolver.resolve` (before the damaged file is touched) and `download_artifact`.
         """
         if not record.owned:
-            raise BadWeights(
-                record.path,
-                "the file is damaged",
-                hint=tr(
-                    "The file belongs to {origin}. Delete it there, then: qwenlocal pull {name}",
-                    origin=record.origin,
-                    name=name,
-                ),
+            origin = record.origin
+            hint = tr(
+                "The file belongs to {origin}. Delete it there, then: qwenlocal pull {name}", origin=origin, name=name
             )
+            raise BadWeights(record.path, "the file is damaged", hint=hint)
         resolved = self._resolver.resolve(name)
         for damaged in damage:
             request = next((r for r in resolved.files if _is_same_file(r, damaged)), None)

@@ -209,13 +209,7 @@ class Resolver:
         return ResolvedModel(full_name, listing.repo, files, origin, license)
 
     def _request_file(
-        self,
-        name: str,
-        hub: Hub,
-        listing: RepoListing,
-        file: RemoteFile,
-        card: ModelCard | None,
-        revision: str | None,
+        self, name: str, hub: Hub, listing: RepoListing, file: RemoteFile, card: ModelCard | None, revision: str | None
     ) -> FileRequest:
         url = hub.url(listing.repo, listing.commit, file.path)
         sources: list[ByteSource] = [self._hub_source(hub, listing.repo, listing.commit, [file])]

@@ -180,11 +180,8 @@ class Store:
         damage, offset = [], 0
         for file in record.files:
             if not Path(file.path).is_file():
-                raise BadWeights(
-                    file.path,
-                    "the file is missing",
-                    hint=tr("Download it again: qwenlocal pull {name}", name=record.name),
-                )
+                hint = tr("Download it again: qwenlocal pull {name}", name=record.name)
+                raise BadWeights(file.path, "the file is missing", hint=hint)
 
             def report_file(done: int, offset: int = offset) -> None:
                 report(offset + done, record.size)

@@ -85,7 +85,11 @@ class Thread:
     @property
     def path(self) -> list[Message]:
         """The messages from the first to the leaf."""
-        path, number = [], self.leaf
+        return self.path_to(self.leaf)
+
+    def path_to(self, number: int) -> list[Message]:
+        """Return the messages from the first to `number`."""
+        path = []
         while number:
             path.append(self.messages[number])
             number = self.messages[number].parent

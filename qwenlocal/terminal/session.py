@@ -33,16 +33,13 @@ class ChatModels(Protocol):
         ------
         QwenlocalError: the model cannot be loaded. KeyboardInterrupt: the user did not wait for it.
         """
-        ...
 
     @property
     def current(self) -> str:
         """The name of the current model, valid in any working directory."""
-        ...
 
     def names(self) -> Sequence[str]:
         """List the installed models."""
-        ...
 
     def switch(self, name: str, thread: Thread) -> Conversation:
         """
@@ -52,7 +49,6 @@ class ChatModels(Protocol):
         ------
         QwenlocalError: there is no such model, or it cannot be loaded; the current model stays.
         """
-        ...
 
     def resize_context(self, n_ctx: int, thread: Thread) -> Conversation:
         """
@@ -62,7 +58,6 @@ class ChatModels(Protocol):
         ------
         NotEnoughMemory: the context does not fit; nothing changes.
         """
-        ...
 
 
 @dataclass(frozen=True)
@@ -99,7 +94,6 @@ class Session:
     written_files: set[Path] = field(default_factory=set)  # by this chat; they may be overwritten
     default_text: str = ""  # the initial text of the next input line
     pending_edit: PendingEdit | None = None
-
     loaded_conversation: Conversation | None = None
 
     @property
@@ -134,7 +128,7 @@ class Session:
         turns = self.thread.turns
         if not turns:
             raise UsageError(tr("There are no questions yet."))
-        word = text.strip().lstrip("#") or "-1"
+        word = text.lstrip("#") or "-1"
         hint = tr("List the turns: /ctx")
         if not word.lstrip("-").isdecimal() or not word.lstrip("-"):
             raise UsageError(tr("“{text}” is not a turn number.", text=text), hint=hint)

@@ -30,9 +30,9 @@ _MAX_COPIED_CHARACTERS = 100_000  # terminals accept no more in one escape seque
 
 def attach_file(session: Session, argument: str) -> None:
     """Add a file to the next message."""
-    if not argument.strip():
+    if not argument:
         raise UsageError(tr("No file given."), hint=tr("Use /read FILE, or @FILE in a message."))
-    path = parse_path(argument.strip().strip('"'))
+    path = parse_path(argument.strip('"'))
     document = read_document(path)
     session.say(describe_cost(session, document))
     name = f'"{path}"' if " " in str(path) else str(path)
@@ -42,7 +42,7 @@ def attach_file(session: Session, argument: str) -> None:
 
 def copy_answer(session: Session, argument: str) -> None:
     """Copy an answer, or the last code block of the last one, through the terminal (OSC 52; also works over SSH)."""
-    choice = argument.strip().lower()
+    choice = argument.lower()
     turn = session.find_turn("" if choice == "code" else choice)
     text = turn.answer.text if turn.answer else ""
     if choice == "code":
@@ -64,15 +64,18 @@ def copy_answer(session: Session, argument: str) -> None:
 
 def save_chat(session: Session, argument: str) -> None:
     """Save the conversation as JSON messages in the format of chat APIs."""
-    path = _output_path(session, argument, f"{datetime.now():%Y-%m-%d-%H%M%S}.json")
+    if argument:
+        path = parse_path(argument).absolute()
+    else:
+        path = ensure_writable(session.save_folder) / f"{datetime.now():%Y-%m-%d-%H%M%S}.json"
     _write_file(session, path, export_messages(session.thread, session.model))
 
 
 def export_chat(session: Session, argument: str) -> None:
     """Export the chat as Markdown, JSON or HTML, depending on the suffix of the file."""
-    if not argument.strip():
+    if not argument:
         raise UsageError(tr("No file given."), hint=tr("Use /export FILE.md, FILE.json or FILE.html"))
-    path = _output_path(session, argument, "")
+    path = parse_path(argument).absolute()
     format = path.suffix.lower().removeprefix(".")
     if format not in FORMATS:
         suffixes = ", ".join(f".{name}" for name in FORMATS)
@@ -81,9 +84,8 @@ def export_chat(session: Session, argument: str) -> None:
     _write_file(session, path, text)
 
 
-def load_chat(session: Session, argument: str) -> None:
+def load_chat(session: Session, word: str) -> None:
     """Continue a conversation from a file that /save wrote, or a chat of the journal by its number."""
-    word = argument.strip()
     if not word:
         raise UsageError(
             tr("No file or chat given."), hint=tr("Use /load FILE or /load NUMBER. List your chats: qwenlocal chats")
@@ -101,9 +103,8 @@ def load_chat(session: Session, argument: str) -> None:
     )
 
 
-def rename_chat(session: Session, argument: str) -> None:
+def rename_chat(session: Session, title: str) -> None:
     """Rename the chat; without a title, show the current one."""
-    title = argument.strip()
     if not title:
         session.say(_chat_title(session))
     elif session.journal is None or session.chat_id is None:
@@ -153,11 +154,6 @@ def _is_message(message: Any) -> bool:
         and message.get("role") in ("system", USER, ASSISTANT)
         and isinstance(message.get("content"), str)
     )
-
-
-def _output_path(session: Session, argument: str, default_name: str) -> Path:
-    word = argument.strip()
-    return parse_path(word).absolute() if word else ensure_writable(session.save_folder) / default_name
 
 
 def _write_file(session: Session, path: Path, text: str) -> None:

@@ -24,9 +24,8 @@ SETTINGS = {
 _NONE = ("none", "off", "-")
 
 
-def switch_model(session: Session, argument: str) -> None:
+def switch_model(session: Session, name: str) -> None:
     """Continue with another model; without a name, show the current and the installed ones."""
-    name = argument.strip()
     if not name:
         names = ", ".join(session.models.names()) or tr("none")
         session.say(tr("Current model: {model}. Installed: {names}.", model=session.model, names=names))
@@ -48,10 +47,9 @@ def set_system_prompt(session: Session, argument: str) -> None:
         session.say(session.thread.system or tr("(the model's default system prompt)"))
 
 
-def use_prompt_file(session: Session, argument: str) -> None:
+def use_prompt_file(session: Session, name: str) -> None:
     """Set the system prompt from a file; without a name, list the files."""
     files = find_prompt_files(session.prompt_folders)
-    name = argument.strip()
     names = ", ".join(files)
     if not name:
         session.say(tr("Prompts: {names}. Add your own in {folder}.", names=names, folder=session.prompt_folders[-1]))
@@ -75,7 +73,8 @@ def find_prompt_files(folders: Sequence[Path]) -> dict[str, Path]:
 
 def change_setting(session: Session, argument: str) -> None:
     """Change a setting (`/set temperature 0.3`); without a value, show it; without a name, show all."""
-    name, _, value = argument.strip().replace("=", " ").partition(" ")
+    name, _, value = argument.replace("=", " ").partition(" ")
+    name, value = name.replace("-", "_"), value.strip()
     config = session.conversation.config
     current = {key: setting for key, setting in asdict(config.sampling).items() if key in SETTINGS}
     current |= {"max_tokens": config.max_tokens, "overflow": config.overflow}
@@ -83,18 +82,17 @@ def change_setting(session: Session, argument: str) -> None:
         for setting, description in SETTINGS.items():
             session.say(f"  {setting:<14}  {_format_value(current[setting]):<8}  {tr(description)}")
         return
-    name = name.replace("-", "_")
     if name not in SETTINGS:
         raise UsageError(
             tr("No setting is called “{name}”.", name=name),
             hint=tr("Available settings: {names}", names=", ".join(SETTINGS)),
         )
-    if not value.strip():
+    if not value:
         shown = _format_value(current[name])
         session.say(tr("{name} is {value} ({range})", name=name, value=shown, range=tr(SETTINGS[name])))
         return
-    _apply_setting(session, name, value.strip().lower())
-    session.say(tr("{name} is now {value}.", name=name, value=value.strip()))
+    _apply_setting(session, name, value.lower())
+    session.say(tr("{name} is now {value}.", name=name, value=value))
 
 
 def _apply_setting(session: Session, name: str, value: str) -> None:

@@ -24,9 +24,9 @@ class Command:
     """
     A slash command.
 
-    `usage` is its name with its arguments. `handler` takes the session and the argument; it may return answers that the
-    model is to start. `completes` names the completion of the argument: "model", "prompt", "setting", "file", "turn",
-    "command", "code" (that word) or "" for none.
+    `usage` is its name with its arguments. `handler` takes the session and the stripped argument; it may return answers
+    that the model is to start. `completes` names the completion of the argument: "model", "prompt", "setting", "file",
+    "turn", "command", "code" (that word) or "" for none.
     """
 
     usage: str
@@ -44,7 +44,7 @@ def _exit(session: Session, _argument: str) -> None:
 
 
 def _show_help(session: Session, argument: str) -> None:
-    name = argument.strip().lstrip("/")
+    name = argument.lstrip("/")
     if name:
         command = find_command(f"/{name}")
         session.say(f"{command.usage}  {tr(command.help)}" if command else describe_unknown(f"/{name}"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qwenlocal.chat.thread import Message, Thread
+from qwenlocal.chat.thread import Thread
 from qwenlocal.errors import UsageError
 from qwenlocal.formatting import shorten
 from qwenlocal.i18n import tr
@@ -67,7 +67,9 @@ def continue_answer(session: Session, _argument: str) -> AnswerStarter:
 
 def show_branches(session: Session, argument: str) -> None:
     """List the branches of the chat, the newest first; with a number, switch to that one."""
-    leaves = sorted(_find_leaves(session.thread), key=lambda message: -message.number)
+    messages = session.thread.messages.values()
+    parents = {message.parent for message in messages}
+    leaves = sorted((m for m in messages if m.number not in parents), key=lambda message: -message.number)
     if not leaves:
         raise UsageError(tr("There are no questions yet."))
     number = _parse_number(argument, len(leaves))
@@ -82,37 +84,21 @@ def show_branches(session: Session, argument: str) -> None:
                 "{marker} {number}  {depth} messages, last: {text}",
                 marker="*" if leaf.number == session.thread.leaf else " ",
                 number=number,
-                depth=_count_messages(session.thread, leaf),
+                depth=len(session.thread.path_to(leaf.number)),
                 text=shorten(leaf.text),
             )
         )
 
 
-def _find_leaves(thread: Thread) -> list[Message]:
-    parents = {message.parent for message in thread.messages.values()}
-    return [message for message in thread.messages.values() if message.number not in parents]
-
-
-def _count_messages(thread: Thread, leaf: Message) -> int:
-    """Count the messages from the first one to `leaf`."""
-    message, count = leaf, 1
-    while message.parent:
-        message, count = thread.messages[message.parent], count + 1
-    return count
-
-
 def fork_chat(session: Session, argument: str) -> None:
     """Start a new chat with a copy of the messages up to a turn."""
     turn = session.find_turn(argument)
-    last = (turn.answer or turn.question).number
     copy = Thread(session.thread.system)
-    for message in session.thread.path:
+    for message in session.thread.path_to((turn.answer or turn.question).number):
         added = copy.add(message.role, message.text, model=message.model)
         copy.update(
             added, finish_reason=message.finish_reason, ids=message.ids, pinned=message.pinned, dropped=message.dropped
         )
-        if message.number == last:
-            break
     session.switch_thread(copy)
     note = tr("Started a new chat with {count} messages.", count=len(copy.messages))
     if session.chat_id:
@@ -129,7 +115,7 @@ def clear_chat(session: Session, _argument: str) -> None:
     session.say(note)
 
 
-def _parse_number(text: str, maximum: int) -> int | None:
+def _parse_number(word: str, maximum: int) -> int | None:
     """
     Parse a number from 1 to `maximum`; return None for an empty text.
 
@@ -137,7 +123,6 @@ def _parse_number(text: str, maximum: int) -> int | None:
     ------
     UsageError: it is not such a number.
     """
-    word = text.strip()
     if not word:
         return None
     if not word.isdecimal() or not 1 <= int(word) <= maximum:

@@ -231,7 +231,7 @@ class Journal:
         if chat_id is not None and not self.is_open_elsewhere(chat_id):
             writer.chat_id = chat_id
             writer.moved(thread)
-        elif thread.messages:
+        else:
             for message in thread.messages.values():
                 writer.changed(message)
         thread.observer = writer

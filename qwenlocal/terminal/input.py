@@ -84,7 +84,10 @@ def _bind_keys(session: Session, pastes: PasteStore) -> KeyBindings:
     def _insert_line_break(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text("\n")
 
-    @keys.add("c-c", filter=Condition(lambda: _has_text() and session.pending_edit is None))
+    def can_clear() -> bool:
+        return bool(get_app().current_buffer.text) and not is_searching() and session.pending_edit is None
+
+    @keys.add("c-c", filter=Condition(can_clear))
     def _clear_line(event: KeyPressEvent) -> None:
         event.current_buffer.append_to_history()
         event.current_buffer.reset()
@@ -95,10 +98,6 @@ def _bind_keys(session: Session, pastes: PasteStore) -> KeyBindings:
         event.current_buffer.insert_text(pastes.fold(escape_controls(text)))
 
     return keys
-
-
-def _has_text() -> bool:
-    return bool(get_app().current_buffer.text) and not is_searching()
 
 
 def _open_history(path: Path | None, pastes: PasteStore) -> History:

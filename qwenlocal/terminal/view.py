@@ -231,7 +231,8 @@ class AnswerView:
                         self._stream.feed(event.text)
                         self._has_new_text = True
                     elif isinstance(event, TurnsEvicted):
-                        self._notes += _dim_paragraph(escape_controls(describe_eviction(event)), self._options())
+                        note = escape_controls(describe_eviction(event))
+                        self._notes += [dim(line) for line in textwrap.wrap(note, self._options().width)]
                     elif isinstance(event, Done):
                         done = event
         with self._lock:
@@ -287,10 +288,6 @@ class AnswerView:
                 end = end[1:]
             lines.append(f"> {end}")
         return lines
-
-
-def _dim_paragraph(text: str, options: RenderOptions) -> list[str]:
-    return [dim(line) for line in textwrap.wrap(text, options.width)]
 
 
 def _dim_line(text: str, options: RenderOptions) -> str:

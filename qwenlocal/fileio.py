@@ -58,11 +58,20 @@ def write_error(folder: Path, reason: OSError, missing: int) -> DiskFull | NotWr
     return NotWritable(folder, reason.strerror or str(reason))
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write `text` next to `path` and rename it, so that the file is never incomplete."""
+def replace_text(path: Path, text: str, *, hint: str = "") -> None:
+    """
+    Write `text` next to `path` and rename it, so that the file is never incomplete.
+
+    Raises
+    ------
+    NotWritable: the folder cannot be written; with this hint.
+    """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8", errors="replace")
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8", errors="replace")
+        temporary.replace(path)
+    except OSError as error:
+        raise NotWritable(path.parent, error.strerror or str(error), hint=hint) from error
 
 
 def start_writeback(file: int) -> bool:

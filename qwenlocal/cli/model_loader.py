@@ -15,6 +15,7 @@ from qwenlocal.engine.llama import load_library
 from qwenlocal.engine.loader import DraftSpec, EngineLoader, LoadOptions
 from qwenlocal.engine.prompt_cache import fingerprint_model
 from qwenlocal.engine.tuned_settings import TunedSettings, read_tuned_settings, write_costs
+from qwenlocal.errors import NotWritable
 from qwenlocal.library.names import CatalogName
 from qwenlocal.library.provider import ProvidedModel
 from qwenlocal.library.store import ModelRecord
@@ -92,7 +93,7 @@ class ModelLoader:
             if keep:
                 loaded.sequence.save_prompt_cache()
                 if loaded.costs.one is not None:
-                    with contextlib.suppress(OSError):  # the next run measures them again
+                    with contextlib.suppress(NotWritable):  # the next run measures them again
                         write_costs(
                             self._app.folders.tuned, fingerprint_model(record.path), power_source(), loaded.costs.known
                         )

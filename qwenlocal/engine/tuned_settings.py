@@ -11,6 +11,7 @@ from typing import Any
 
 from qwenlocal.engine.speculation import DEFAULT_COSTS
 from qwenlocal.fileio import replace_text
+from qwenlocal.paths import ensure_writable
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def write_tuned_settings(folder: Path, model: str, power: str, settings: TunedSe
 
     Raises
     ------
-    OSError: the folder cannot be written.
+    NotWritable: the folder cannot be written.
     """
     _update(folder / f"{model}.json", power, settings.to_json())
 
@@ -74,7 +75,7 @@ def write_costs(folder: Path, model: str, power: str, costs: Mapping[int, float]
 
     Raises
     ------
-    OSError: the folder cannot be written.
+    NotWritable: the folder cannot be written.
     """
     rounded = {count: round(cost, 3) for count, cost in costs.items()}
     _update(folder / f"{model}.json", power, {"costs": rounded})
@@ -91,5 +92,5 @@ def _update(path: Path, power: str, values: Mapping[str, Any]) -> None:
     entries = _read(path)
     entry = entries.get(power)
     entries[power] = {**(entry if isinstance(entry, dict) else {}), **values}
-    path.parent.mkdir(parents=True, exist_ok=True)
+    ensure_writable(path.parent)
     replace_text(path, json.dumps(entries, indent=1) + "\n")

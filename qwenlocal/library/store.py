@@ -51,6 +51,11 @@ class StoredFile:
         state = path.stat()
         return cls(str(path), state.st_size, state.st_mtime_ns, sha256, block_size, tuple(checksums), link)
 
+    def delete(self) -> None:
+        """Delete the file and its link."""
+        for path in filter(None, (self.link, self.path)):
+            Path(path).unlink(missing_ok=True)
+
 
 @dataclass(frozen=True)
 class ModelRecord:
@@ -130,10 +135,7 @@ class Store:
         record = replace(record, added=record.added or datetime.now(timezone.utc).isoformat(timespec="seconds"))
         path = self._record_path(record.name)
         ensure_writable(path.parent)
-        try:
-            replace_text(path, json.dumps(_to_json(record), indent=1))
-        except OSError as reason:
-            raise NotWritable(path.parent, reason.strerror or str(reason)) from reason
+        replace_text(path, json.dumps(_to_json(record), indent=1))
         return record
 
     def check_unchanged(self, record: ModelRecord) -> ModelRecord | None:

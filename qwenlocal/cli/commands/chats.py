@@ -126,10 +126,7 @@ def export_chat(text: str, format: str | None, output: Path | None, *, force: bo
         return
     if os.path.exists(output) and not force:  # Path.exists raises without permission
         raise OutputExists(output)
-    try:
-        replace_text(output, content)
-    except OSError as error:
-        raise NotWritable(output, error.strerror or str(error), hint=tr("Choose another folder.")) from error
+    replace_text(output, content, hint=tr("Choose another folder."))
     sys.stderr.write(tr("Saved: {path}", path=output) + "\n")
 
 

@@ -7,7 +7,7 @@ import sys
 
 from qwenlocal.cli.console import print_json
 from qwenlocal.cli.context import AppContext
-from qwenlocal.errors import NotWritable, UsageError
+from qwenlocal.errors import UsageError
 
 
 def tune_model(text: str, *, seconds: float, as_json: bool) -> None:
@@ -33,11 +33,8 @@ def tune_model(text: str, *, seconds: float, as_json: bool) -> None:
     counts = thread_counts(machine.cores, os.cpu_count() or 1)
     with status_line(sys.stderr, delay=0) as show:
         settings = tune(record.path, counts, seconds=seconds, report=lambda task: show(f"measuring {task}"))
-    power, folder = power_source(), app.folders.tuned
-    try:
-        write_tuned_settings(folder, fingerprint_model(record.path), power, settings)
-    except OSError as error:
-        raise NotWritable(folder, error.strerror or str(error)) from error
+    power = power_source()
+    write_tuned_settings(app.folders.tuned, fingerprint_model(record.path), power, settings)
     if as_json:
         print_json({"model": text, "power": power, **settings.to_json()})
         return

@@ -15,7 +15,7 @@ from qwenlocal.chat.documents import read_document
 from qwenlocal.chat.events import FinishReason
 from qwenlocal.chat.export import FORMATS, export_messages, export_thread
 from qwenlocal.chat.thread import ASSISTANT, USER, Thread
-from qwenlocal.errors import NotWritable, OutputExists, UsageError
+from qwenlocal.errors import OutputExists, UsageError
 from qwenlocal.fileio import replace_text
 from qwenlocal.formatting import shorten
 from qwenlocal.i18n import tr
@@ -166,9 +166,6 @@ def _write_file(session: Session, path: Path, text: str) -> None:
     """
     if os.path.exists(path) and path not in session.written_files:  # Path.exists raises without permission
         raise OutputExists(path, hint=tr("Choose another name."))
-    try:
-        replace_text(path, text)
-    except OSError as error:
-        raise NotWritable(path.parent, error.strerror or str(error), hint=tr("Choose another folder.")) from error
+    replace_text(path, text, hint=tr("Choose another folder."))
     session.written_files.add(path)
     session.say(tr("Saved: {path}", path=path))

@@ -11,12 +11,13 @@ import numpy
 import pytest
 from oracle import data_of, dry_run_types, llama_quantize
 
+from qwenlocal.model_files import FILE_TYPES
 from qwenlocal.testing import CONFIG, MOE_CONFIG, checkpoint_shapes, write_checkpoint
 from qwenlocal.weights import CONVERTER_VERSION
 from qwenlocal.weights.checkpoint import Checkpoint
 from qwenlocal.weights.conversion import ConversionOptions, plan_conversion
 from qwenlocal.weights.conversion_plan import ConversionPlan
-from qwenlocal.weights.file_types import QuantOverrides, file_type, file_types, parse_tensor_types
+from qwenlocal.weights.file_types import QuantOverrides, file_type, parse_tensor_types
 from qwenlocal.weights.gguf_reader import read_header
 from qwenlocal.weights.imatrix import ImportanceMatrix
 from qwenlocal.weights.write_workers import run_job
@@ -84,7 +85,7 @@ class TestBytes:
         [
             (model, kind)
             for model in ("dense", "moe")
-            for kind in file_types()
+            for kind in FILE_TYPES
             # llama-quantize has no fallback for rows of 288 values and Q1_0, whose blocks have 128
             if kind not in ("bf16", *IMATRIX_TYPES) and (model, kind) != ("dense", "q1_0")
         ],
@@ -201,7 +202,7 @@ class TestTypes:
         checkpoint = Checkpoint.open(source)
         plain = plan_conversion(checkpoint, [(tmp_path / "bf16.gguf", file_type("bf16"))])
         write_sparse(plain)
-        kinds = [kind for kind in file_types() if kind not in ("f32", "f16", "bf16")]
+        kinds = [kind for kind in FILE_TYPES if kind not in ("f32", "f16", "bf16")]
         for kind in kinds:
             options = ConversionOptions(overrides=QuantOverrides(has_imatrix=False))
             if kind in IMATRIX_TYPES:

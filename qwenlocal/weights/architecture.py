@@ -81,19 +81,22 @@ class _ConfigReader:
     def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
         self.path, self.values = path, values
 
-    def count(self, key: str, default: int | None = None) -> int:
+    def count(self, key: str, default: int | None = None, *, minimum: int = 1) -> int:
         value = self.values.get(key)
         value = default if value is None else value
         if value is None:
             raise BadCheckpoint(self.path, f"“{key}” is missing")
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < _COUNT_LIMIT:
-            raise BadCheckpoint(self.path, f"“{key}” is {brief_repr(value)}, which is invalid")
+        if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value < _COUNT_LIMIT:
+            raise self.invalid(key, value)
         return value
 
     def number(self, key: str, value: Any) -> float:
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not _MIN_FLOAT < value < _MAX_FLOAT:
-            raise BadCheckpoint(self.path, f"“{key}” is {brief_repr(value)}, which is invalid")
+            raise self.invalid(key, value)
         return float(value)
+
+    def invalid(self, key: str, value: Any) -> BadCheckpoint:
+        return BadCheckpoint(self.path, f"“{key}” is {brief_repr(value)}, which is invalid")
 
     def flag(self, key: str, default: bool) -> bool:
         value = self.values.get(key)
@@ -188,11 +191,9 @@ def _rope(config: _ConfigReader) -> tuple[RopeScalingConfig | None, float]:
     attention = _yarn_attention(config, rope, factor) if kind == "yarn" else 1.0
     if not 1e-6 < attention < 1e6:
         raise BadCheckpoint(config.path, f"its YaRN settings scale the attention by {attention:.3g}, which is invalid")
-    context = config.number("original_max_position_embeddings", original)
+    context = config.number(key, original)
     if context >= _COUNT_LIMIT:
-        raise BadCheckpoint(
-            config.path, f"“original_max_position_embeddings” is {brief_repr(original)}, which is invalid"
-        )
+        raise config.invalid(key, original)
     return RopeScalingConfig(kind, factor, int(context), attention), base
 
 
@@ -274,11 +275,8 @@ def _check_sliding_window(config: _ConfigReader, model: Hyperparameters) -> None
     if not config.flag("use_sliding_window", False) or window is None:
         return
     config.count("sliding_window")
-    layer_types, first = config.values.get("layer_types"), config.values.get("max_window_layers")
-    if first is None:
-        first = _DEFAULT_MAX_WINDOW_LAYERS
-    elif not isinstance(first, int) or isinstance(first, bool) or first < 0:
-        raise BadCheckpoint(config.path, f"“max_window_layers” is {brief_repr(first)}, which is invalid")
+    layer_types = config.values.get("layer_types")
+    first = config.count("max_window_layers", _DEFAULT_MAX_WINDOW_LAYERS, minimum=0)
     is_used = "sliding_attention" in layer_types if isinstance(layer_types, list) else first < model.layers
     if (is_used or model.experts) and window < model.context:
         raise UnsupportedCheckpoint(

@@ -7,7 +7,6 @@ else, such as another normalizer, is refused: the model would get other tokens t
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,10 @@ from qwenlocal.weights.vocabulary import (
     parse_merges,
 )
 
-# llama.cpp's name (llama-vocab.cpp) for the regular expression that splits text into words, by its sha256.
-PRE_TOKENIZERS = {
-    # (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+
-    "1ff7f41064896984db5d1bb6ff64fa4bc29007d08c1b439e505b7392777a319e": "qwen2",
-}
+# The regular expression that splits text into words, called "qwen2" in llama.cpp (llama-vocab.cpp).
+_QWEN2_REGEX = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 # All names that llama.cpp accepts (llama-vocab.cpp: tokenizer_pre); it does not load a file with another one.
 PRE_TOKENIZER_NAMES = frozenset(
     """
@@ -104,7 +102,9 @@ def _fill(
     vocabulary.check_ids(ids)
     _check_merges(vocabulary.file, ids, merges)
     vocabulary.merges = [f"{left} {right}" for left, right in merges]
-    vocabulary.add(added)
+    for number, (token, token_type) in added.items():
+        vocabulary.check_free(number, token)
+        vocabulary.put(number, token, token_type)
 
 
 def _check_merges(file: Path, vocabulary: Mapping[str, Any], merges: list[tuple[str, str]]) -> None:
@@ -124,14 +124,11 @@ def _find_pre_tokenizer(file: Path, data: Mapping[str, Any]) -> str:
 
     Raises
     ------
-    UnsupportedCheckpoint: it is not a known one.
+    UnsupportedCheckpoint: it is not that of Qwen1.5.
     """
     steps = list(flatten_steps(data.get("pre_tokenizer"), "pretokenizers"))
-    splits = [step for step in steps if step.get("type") == "Split"]
-    expressions = [str(_split_pattern(step)) for step in splits]
-    digest = hashlib.sha256("".join(expressions).encode(errors="replace")).hexdigest()
-    name = PRE_TOKENIZERS.get(digest)
-    if name is None:
+    expressions = [str(_split_pattern(step)) for step in steps if step.get("type") == "Split"]
+    if "".join(expressions) != _QWEN2_REGEX:
         raise _other_pre_tokenizer(file, f"the regex is {brief_repr(expressions[0]) if expressions else 'missing'}")
     if [step.get("type") for step in steps] != ["Split", "ByteLevel"]:
         raise _other_pre_tokenizer(file, f"the steps are {', '.join(str(step.get('type')) for step in steps)}")
@@ -144,7 +141,7 @@ def _find_pre_tokenizer(file: Path, data: Mapping[str, Any]) -> str:
     ):
         if step.get(key, default) != expected:
             raise _other_pre_tokenizer(file, f"{key} is {brief_repr(step.get(key, default))}")
-    return name
+    return "qwen2"
 
 
 def _other_pre_tokenizer(file: Path, difference: str) -> UnsupportedCheckpoint:

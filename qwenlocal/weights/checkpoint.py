@@ -59,8 +59,8 @@ class Checkpoint:
             )
         config = read_config(folder)
         files = [path] if path.is_file() else weight_files(folder)
-        tensors = _merge_tensors(folder, (read_tensors(file) for file in files))
-        if path.is_dir() and (folder / _INDEX).exists():
+        tensors = _merge_tensors(folder, map(read_tensors, files))
+        if path.is_dir():
             _check_index(folder, tensors)
         return cls(folder, config, tensors)
 
@@ -73,9 +73,8 @@ class Checkpoint:
         ------
         As `open`.
         """
-        tensors = _merge_tensors(folder, (parse_header(header) for header in headers))
-        if (folder / _INDEX).exists():
-            _check_index(folder, tensors)
+        tensors = _merge_tensors(folder, map(parse_header, headers))
+        _check_index(folder, tensors)
         return cls(folder, read_config(folder), tensors, has_weights=False)
 
 
@@ -216,7 +215,9 @@ def _read_weight_map(index: Path) -> Mapping[str, str]:
 
 
 def _check_index(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
-    for name, file in _read_weight_map(folder / _INDEX).items():
+    """Check that the index, if there is one, agrees with the files."""
+    index = folder / _INDEX
+    for name, file in _read_weight_map(index).items() if index.exists() else ():
         if name not in tensors:
             raise BadCheckpoint(folder / file, f"it does not contain “{name}”, although {_INDEX} says so")
         if tensors[name].file.name != file:

@@ -17,7 +17,6 @@ from typing import Any
 from qwenlocal import ggml
 from qwenlocal.jinja import compile_template, find_template_error
 from qwenlocal.weights import gguf_writer
-from qwenlocal.weights.expected_tensors import OPTIONAL_TENSORS, embedding_rows, expected_shapes
 from qwenlocal.weights.gguf_reader import (
     NORMAL,
     PADDING,
@@ -35,6 +34,7 @@ from qwenlocal.weights.split_model import LocatedTensor, SplitModel, read_split_
 from qwenlocal.weights.tensor_values import SCAN_SIZE, have_same_bytes, read_rows, scan_values, tensor_range
 
 QWEN = ("qwen2", "qwen2moe")
+_OPTIONAL_TENSORS = re.compile(r"blk\.\d+\.attn_[qkv]\.bias|output\.bias|.*\.(scale|input_scale)|rope_freqs\.weight")
 _TOKEN_ID = re.compile(r"tokenizer\.ggml\..*_token_id")
 _END_KEYS = {role: f"tokenizer.ggml.{role}_token_id" for role in ("eos", "eot")}
 _NO_TOKEN = 0xFFFFFFFF  # llama.cpp's -1
@@ -135,7 +135,7 @@ def _vocabulary_findings(header: Header, pairs: Mapping[str, EncodedValue]) -> I
     if not tokens:
         yield Finding("The vocabulary is missing, so the model cannot process text.", True)
         return
-    rows = embedding_rows(header)
+    rows = _embedding_rows(header)
     if rows is not None and rows != len(tokens):
         yield Finding(f"The vocabulary has {len(tokens):,} tokens, but the embeddings have {rows:,} rows.", True)
     if token_types and len(token_types) != len(tokens):
@@ -258,7 +258,7 @@ def _tensor_findings(header: Header) -> Iterator[Finding]:
     """Compare the tensors with those that llama.cpp's loader requires (src/models/qwen2.cpp, qwen2moe.cpp)."""
     shapes = {tensor.name: tensor.shape for tensor in header.tensors}
     expected = set()
-    for name, shape in expected_shapes(header):
+    for name, shape in _expected_shapes(header):
         expected.add(name)
         if name not in shapes:
             if name == "output.weight" and header.architecture == "qwen2":
@@ -268,7 +268,7 @@ def _tensor_findings(header: Header) -> Iterator[Finding]:
         if None not in shape and _trim(shapes[name]) != _trim(shape):
             yield Finding(f"“{name}” has the shape {list(shapes[name])}; the metadata implies {list(shape)}.", True)
             return
-    unknown = [name for name in shapes if name not in expected and not OPTIONAL_TENSORS.fullmatch(name)]
+    unknown = [name for name in shapes if name not in expected and not _OPTIONAL_TENSORS.fullmatch(name)]
     if unknown:
         yield Finding(f"{len(unknown)} tensors do not belong to this architecture, such as “{unknown[0]}”.", True)
 
@@ -279,6 +279,45 @@ def _trim(shape: Sequence[Any]) -> list[Any]:
     while len(trimmed) > 1 and trimmed[-1] == 1:
         trimmed.pop()
     return trimmed
+
+
+def _embedding_rows(header: Header) -> int | None:
+    """Return the number of rows of the embedding matrix; None if there is none."""
+    return next((t.shape[1] for t in header.tensors if t.name == "token_embd.weight" and len(t.shape) == 2), None)
+
+
+def _expected_shapes(header: Header) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Yield the names and shapes of all tensors; None stands for a size that the metadata lacks."""
+    width, heads = header.dimension("embedding_length"), header.dimension("attention.head_count")
+    kv_width = width // heads * header.dimension("attention.head_count_kv", heads) if width and heads else None
+    rows = _embedding_rows(header)
+    yield "token_embd.weight", (width, rows)
+    yield "output.weight", (width, rows)
+    yield "output_norm.weight", (width,)
+    for layer in range(header.dimension("block_count", 0)):
+        prefix = f"blk.{layer}."
+        for name in ("attn_norm", "ffn_norm"):
+            yield f"{prefix}{name}.weight", (width,)
+        for name, size in (("attn_q", width), ("attn_k", kv_width), ("attn_v", kv_width), ("attn_output", width)):
+            yield f"{prefix}{name}.weight", (width, size)
+        yield from _feed_forward_shapes(header, prefix, width)
+
+
+def _feed_forward_shapes(header: Header, prefix: str, width: Any) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    inner = header.dimension("feed_forward_length")
+    if header.architecture == "qwen2":
+        for name, shape in (("gate", (width, inner)), ("up", (width, inner)), ("down", (inner, width))):
+            yield f"{prefix}ffn_{name}.weight", shape
+        return
+    count, expert_width = header.dimension("expert_count"), header.dimension("expert_feed_forward_length")
+    shared = header.dimension("expert_shared_feed_forward_length", inner)
+    yield f"{prefix}ffn_gate_inp.weight", (width, count)
+    yield f"{prefix}ffn_gate_inp_shexp.weight", (width,)
+    for name in ("gate", "up"):
+        yield f"{prefix}ffn_{name}_exps.weight", (width, expert_width, count)
+        yield f"{prefix}ffn_{name}_shexp.weight", (width, shared)
+    yield f"{prefix}ffn_down_exps.weight", (expert_width, width, count)
+    yield f"{prefix}ffn_down_shexp.weight", (shared, width)
 
 
 # --- the weights

@@ -56,11 +56,6 @@ def file_type(name: str) -> FileType:
     return FileType(known, number, tensor_type(default))
 
 
-def file_types() -> list[str]:
-    """List the names of all file types."""
-    return list(FILE_TYPES)
-
-
 def file_type_name(number: object) -> str:
     """`file_type_name(15)` is "q4_k_m"; "" for anything but a known number."""
     return next((name for name, (known, _) in FILE_TYPES.items() if known == number), "")

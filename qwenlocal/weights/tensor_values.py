@@ -177,8 +177,8 @@ def _squares_by_row(left: numpy.ndarray, right: numpy.ndarray, columns: int) -> 
     """Sum, for each row, the squares of `left` and the squared differences."""
     import numpy
 
-    left, right = left.reshape(-1, columns).astype(numpy.float64), right.reshape(-1, columns)
-    with numpy.errstate(invalid="ignore"):
+    left, right = left.reshape(-1, columns).astype(numpy.float64), right.reshape(-1, columns)  # 1e38 if damaged
+    with numpy.errstate(invalid="ignore"):  # infinite values give NaN, a valid result
         difference = right - left
     return numpy.einsum("ij,ij->i", left, left), numpy.einsum("ij,ij->i", difference, difference)
 
@@ -193,13 +193,9 @@ def relative_rmse(true: Iterable[numpy.ndarray], other: Iterable[numpy.ndarray])
 
     `relative_rmse([[3, 4]], [[3, 5]])` is 0.2: sqrt(1 / 25).
     """
-    import numpy
-
     squares = differences = 0.0
     for left, right in zip(true, other, strict=True):
-        left, right = left.astype(numpy.float64), right.astype(numpy.float64)  # damaged values may be 1e38
-        with numpy.errstate(invalid="ignore"):  # infinite values give NaN, a valid result
-            difference = right - left
-        squares += float(left @ left)
-        differences += float(difference @ difference)
+        left_squares, left_differences = _squares_by_row(left, right, left.size)
+        squares += float(left_squares[0])
+        differences += float(left_differences[0])
     return _relative(squares, differences)

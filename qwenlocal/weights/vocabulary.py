@@ -79,18 +79,6 @@ class Vocabulary:
             self.tokens[number] = token
             self.token_types[number] = token_type
 
-    def add(self, added: Mapping[int, tuple[str, int]]) -> None:
-        """
-        Put tokens that are not part of the vocabulary proper.
-
-        Raises
-        ------
-        BadCheckpoint: an id has another token already.
-        """
-        for number, (token, token_type) in added.items():
-            self.check_free(number, token)
-            self.put(number, token, token_type)
-
     def check_free(self, number: int, token: str) -> None:
         """
         Check that the id has no token yet, or the same one.

@@ -23,7 +23,7 @@ from hub_checkpoints import CHECKPOINT, HF_NAME, PINNED_NAME, publish, read_tree
 from interruptions import on_posix, stop_before_rename
 from oracle import data_of
 
-from qwenlocal import fileio
+from qwenlocal.library import checkpoint_converter
 from qwenlocal.paths import Folders
 from qwenlocal.weights import write_workers
 from qwenlocal.weights.gguf_reader import read_metadata
@@ -188,7 +188,7 @@ class TestInterruptedPulls:
         environment: dict[str, str],
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        module, name = (Path, "replace") if stage == "written" else (fileio, "hash_blocks")
+        module, name = (Path, "replace") if stage == "written" else (checkpoint_converter, "hash_blocks")
         original, removals = getattr(module, name), list[subprocess.CompletedProcess[str]]()
 
         def remove_first(*arguments: Any) -> Any:
@@ -212,7 +212,7 @@ class TestInterruptedChecksums:
             raise KeyboardInterrupt
 
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr("qwenlocal.fileio.hash_blocks", stop)
+            patched.setattr("qwenlocal.library.checkpoint_converter.hash_blocks", stop)
             expect_exit(invoke("pull", str(checkpoint_copy)), 130)
         assert command != "list" or str(checkpoint_copy) in list_models(invoke)
         if command == "rm":
@@ -230,7 +230,7 @@ class TestInterruptedChecksums:
             raise KeyboardInterrupt
 
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr("qwenlocal.fileio.hash_blocks", stop)
+            patched.setattr("qwenlocal.library.checkpoint_converter.hash_blocks", stop)
             expect_exit(invoke("pull", str(checkpoint_copy)), 130)
         set_json(checkpoint_copy, "config.json", rope_theta=10000.0)
         interrupt_pull(str(checkpoint_copy))

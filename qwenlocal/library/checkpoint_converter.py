@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwenlocal.errors import BadCheckpoint, BadWeights
+from qwenlocal.fileio import hash_blocks
 from qwenlocal.formatting import format_bytes
 from qwenlocal.library.checkpoints import (
     CheckpointFinder,
@@ -21,6 +22,7 @@ from qwenlocal.library.checkpoints import (
 )
 from qwenlocal.library.conversion_files import conversion_stamp, mark_recorded, prepare_target, remove_unfinished
 from qwenlocal.library.names import CatalogName, HubCheckpointName, HubName, LocalCheckpointName
+from qwenlocal.library.partial_file import BLOCK_SIZE
 from qwenlocal.library.store import ModelRecord, Store, StoredFile
 from qwenlocal.paths import Folders
 from qwenlocal.progress import TaskProgress
@@ -59,21 +61,20 @@ class CheckpointConverter:
         record_name = _record_name(name)
         record = self._store.get(record_name)
         ready = self._store.check_unchanged(record) if record and not force else None
-        if ready and not isinstance(name, LocalCheckpointName):
-            return ready
-        if ready and isinstance(name, LocalCheckpointName) and not is_present(name.path):
-            self._say(f"The checkpoint {name} was deleted; using the model converted from it.")
-            return ready
+        if ready:
+            if not isinstance(name, LocalCheckpointName):
+                return ready
+            if not is_present(name.path):
+                self._say(f"The checkpoint {name} was deleted; using the model converted from it.")
+                return ready
         checkpoint = local_checkpoint(name.path) if isinstance(name, LocalCheckpointName) else self._download(name)
         stamp = conversion_stamp(fingerprint(checkpoint.path))
         if ready and ready.made_from == stamp:
             return ready
-        aliases = {str(name), *(record.aliases if record else ())} - {record_name}
-        target = prepare_target(
-            self._folders, record_name, checkpoint.name, _level(name), stamp, self._store.file_paths()
-        )
+        aliases, level = {str(name), *(record.aliases if record else ())} - {record_name}, _level(name)
+        target = prepare_target(self._folders, record_name, checkpoint.name, level, stamp, self._store.file_paths())
         if not target.is_complete:
-            self._convert(checkpoint, _level(name), target.path, _checkpoint_argument(name))
+            self._convert(checkpoint, level, target.path, _checkpoint_argument(name))
         converted = self._record(record_name, checkpoint, target.path, sorted(aliases), stamp)
         self._mention_kept_checkpoint(name)
         return converted
@@ -136,8 +137,6 @@ class CheckpointConverter:
 
     def _checked_file(self, path: Path) -> StoredFile:
         """Read the finished file back and compute its digests, which a download would have."""
-        from qwenlocal.fileio import hash_blocks
-        from qwenlocal.library.partial_file import BLOCK_SIZE
         from qwenlocal.weights.gguf_reader import read_header
 
         size = path.stat().st_size

@@ -221,8 +221,7 @@ class ModelProvider:
         """Delete a checkpoint's damaged files and record them as missing, whether or not a hub answers later."""
         damaged = [each.file for each in damage]
         for file in damaged:
-            for path in filter(None, (file.link, file.path)):
-                Path(path).unlink(missing_ok=True)
+            file.delete()
         intact = [file for file in record.files if file not in damaged]
         self._store.add(replace(record, files=intact, missing=sum(file.size for file in damaged)))
 

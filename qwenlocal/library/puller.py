@@ -254,9 +254,7 @@ class Puller:
             read_metadata(Path(record.files[0].path))
         except BadWeights as bad:
             for file in record.files:
-                Path(file.path).unlink(missing_ok=True)
-                if file.link:
-                    Path(file.link).unlink(missing_ok=True)
+                file.delete()
             raise BadWeights(
                 record.origin,
                 f"the downloaded file is not a model: {bad.reason}",

@@ -169,12 +169,8 @@ def _rope(config: _ConfigReader) -> tuple[RopeScalingConfig | None, float]:
     rope = new or old
     if not isinstance(rope, Mapping) or any(isinstance(value, dict) for value in rope.values()):
         raise BadCheckpoint(config.path, f"the RoPE parameters are {brief_repr(rope)}, which is invalid")
-    if (
-        new
-        and isinstance(old, Mapping)
-        and old
-        and (_rope_type(new), new.get("factor")) != (_rope_type(old), old.get("factor"))
-    ):
+    has_both = new and old and isinstance(old, Mapping)
+    if has_both and (_rope_type(new), new.get("factor")) != (_rope_type(old), old.get("factor")):
         raise BadCheckpoint(config.path, "“rope_parameters” and “rope_scaling” contradict each other")
     theta = rope.get("rope_theta", config.values.get("rope_theta", 10000.0))  # transformers' default
     base = config.number("rope_theta", theta)
@@ -226,14 +222,7 @@ def _yarn_attention(config: _ConfigReader, rope: Mapping[str, Any], factor: floa
 
 
 def _check_graph(config: _ConfigReader, model: Hyperparameters) -> None:
-    """
-    Check everything in which llama.cpp's graph is fixed.
-
-    Raises
-    ------
-    BadCheckpoint: values contradict each other.
-    UnsupportedCheckpoint: llama.cpp computes something else.
-    """
+    """Check everything in which llama.cpp's graph is fixed."""
     values, path = config.values, config.path
     if values.get("head_dim") not in (None, model.width // model.heads):
         head_dim = brief_repr(values["head_dim"])

@@ -119,13 +119,7 @@ def _check_merges(file: Path, vocabulary: Mapping[str, Any], merges: list[tuple[
 
 
 def _find_pre_tokenizer(file: Path, data: Mapping[str, Any]) -> str:
-    """
-    Return llama.cpp's name for the pre-tokenizer of a tokenizer.json.
-
-    Raises
-    ------
-    UnsupportedCheckpoint: it is not that of Qwen1.5.
-    """
+    """Return llama.cpp's name for the pre-tokenizer of a tokenizer.json, which must be that of Qwen1.5."""
     steps = list(flatten_steps(data.get("pre_tokenizer"), "pretokenizers"))
     expressions = [str(_split_pattern(step)) for step in steps if step.get("type") == "Split"]
     if "".join(expressions) != _QWEN2_REGEX:

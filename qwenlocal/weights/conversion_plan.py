@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -198,12 +199,12 @@ def estimate_seconds(plan: ConversionPlan, threads: int) -> float:
 
     Reading and writing take longer than that only if the disk is slower.
     """
-    values: dict[str, int] = {}
+    values = Counter[TensorType]()
     for rows in plan.job.ranges:
         for target in rows.targets:
             if target.type != rows.type:
-                values[target.type.name] = values.get(target.type.name, 0) + rows.row_count * rows.columns
-    seconds = sum(count * _measure_quantization(ggml.tensor_type(name)) for name, count in values.items())
+                values[target.type] += rows.row_count * rows.columns
+    seconds = sum(count * _measure_quantization(kind) for kind, count in values.items())
     return seconds / max(1, threads)
 
 

@@ -9,6 +9,7 @@ eighth of the value matrices, and to every third in between.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -129,7 +130,7 @@ class _Mix:
         names = {tensor.name for tensor in tensors}
         self.is_tied = "output.weight" not in names
         self.attn_v_count = sum("attn_v.weight" in name for name in names)
-        self.counts: dict[str, int] = {"attn_v": 0, "ffn_down": 0, "ffn_gate": 0, "ffn_up": 0}
+        self.counts = Counter[str]()
 
     def choose(self, tensor: TensorSpec) -> TypeChoice:
         if not is_quantizable(tensor):
@@ -318,11 +319,10 @@ def find_slow_types(header: Header, features: Collection[str]) -> tuple[float, l
     The official Q4_K_M of a 0.5B with 896 columns, not a multiple of 256, on AVX2: (0.85, ["q5_0", "q8_0"]).
     """
     fast = {name for feature in features for name in _REPACKED.get(feature, ())}
-    sizes: dict[str, int] = {}
+    sizes = Counter[str]()
     for tensor in header.tensors:
         kind = tensor_type_by_number(tensor.type)
         if kind is not None and kind.is_quantized and len(tensor.shape) > 1 and tensor.name != "token_embd.weight":
-            sizes[kind.name] = sizes.get(kind.name, 0) + (tensor_bytes(tensor) or 0)
-    slow = {name: size for name, size in sizes.items() if name not in fast}
-    total = sum(sizes.values())
-    return (sum(slow.values()) / total if total else 0.0), sorted(slow, key=lambda name: -slow[name])
+            sizes[kind.name] += tensor_bytes(tensor) or 0
+    slow = [name for name, _ in sizes.most_common() if name not in fast]
+    return sum(sizes[name] for name in slow) / max(1, sizes.total()), slow

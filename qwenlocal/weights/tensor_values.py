@@ -64,16 +64,6 @@ def _have_same_span(left_range: FileRange, right_range: FileRange, begin: int, e
     return True
 
 
-def _dequantize(kind: ggml.TensorType, data: bytes, count: int) -> numpy.ndarray:
-    """Dequantize `count` values of type `kind` to float32."""
-    import numpy
-
-    source = numpy.frombuffer(data, numpy.uint8)
-    values: numpy.ndarray = numpy.empty(count, numpy.float32)
-    ggml.dequantize(kind, source.ctypes.data, values.ctypes.data, count)
-    return values
-
-
 def read_rows(file: Path, offset: int, kind: ggml.TensorType, rows: int, columns: int) -> Iterator[numpy.ndarray]:
     """
     Yield contiguous rows as float32, in chunks of whole rows with about a million values each.
@@ -82,6 +72,8 @@ def read_rows(file: Path, offset: int, kind: ggml.TensorType, rows: int, columns
     ------
     BadWeights: the file ends too early.
     """
+    import numpy
+
     step = max(1, _CHUNK_SIZE // columns)
     with file.open("rb") as source:
         source.seek(offset)
@@ -90,7 +82,9 @@ def read_rows(file: Path, offset: int, kind: ggml.TensorType, rows: int, columns
             data = source.read(count * kind.row_bytes(columns))
             if len(data) < count * kind.row_bytes(columns):
                 raise BadWeights(file, "it became shorter while it was read")
-            yield _dequantize(kind, data, count * columns)
+            encoded, values = numpy.frombuffer(data, numpy.uint8), numpy.empty(count * columns, numpy.float32)
+            ggml.dequantize(kind, encoded.ctypes.data, values.ctypes.data, values.size)
+            yield values
 
 
 def can_read_values(tensor: TensorInfo) -> bool:

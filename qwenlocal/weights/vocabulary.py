@@ -80,25 +80,13 @@ class Vocabulary:
             self.token_types[number] = token_type
 
     def check_free(self, number: int, token: str) -> None:
-        """
-        Check that the id has no token yet, or the same one.
-
-        Raises
-        ------
-        BadCheckpoint: it has another one.
-        """
+        """Raise `BadCheckpoint` if the id has another token already."""
         known = self.tokens[number] if 0 <= number < len(self.tokens) else token
         if known != token and self.token_types[number] != UNUSED:
             raise _same_id(self.file, number, known, token)
 
     def check_ids(self, vocabulary: Mapping[str, Any]) -> None:
-        """
-        Check that the ids of the vocabulary proper are contiguous, with one token each.
-
-        Raises
-        ------
-        BadCheckpoint: they are not, or there are none.
-        """
+        """Raise `BadCheckpoint` unless the ids of the vocabulary proper are contiguous, with one token each."""
         if not vocabulary:
             raise BadCheckpoint(self.file, "its vocabulary is empty")
         numbers, last = set(vocabulary.values()), max(vocabulary.values())

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from qwenlocal import __version__, resumable, weights
-from qwenlocal.errors import BadWeights
 from qwenlocal.weights.write_job import CHUNK_SIZE, WriteJob
 
 _JOURNAL_VERSION = 1
@@ -26,18 +26,16 @@ class FinishedChunk(NamedTuple):
     zeroed: int
 
 
-def job_identity(job: WriteJob, *, allow_nan: bool) -> dict[str, Any]:
+def job_identity(job: WriteJob, sources: Mapping[Path, int], *, allow_nan: bool) -> dict[str, Any]:
     """
     Return the first line of the journal, which differs as soon as the inputs, the outputs, or the conversion differ.
 
-    Raises
-    ------
-    BadWeights: a source file cannot be read.
+    `sources` are the open source files.
     """
     digest = hashlib.sha256(f"{__version__} {weights.CONVERTER_VERSION} {CHUNK_SIZE} {allow_nan}".encode())
     for output in job.outputs:
         digest.update(f"{output.path.name} {output.size}\n".encode(errors="replace") + output.header)
-    states = {path: _stat(path) for path in {rows.file for rows in job.ranges}}
+    states = {path: os.fstat(file) for path, file in sources.items()}
     for rows in job.ranges:
         state = states[rows.file]
         place = f"{rows.file} {state.st_size} {state.st_mtime_ns} {rows.offset} {rows.row_count} {rows.columns}"
@@ -47,13 +45,6 @@ def job_identity(job: WriteJob, *, allow_nan: bool) -> dict[str, Any]:
             if target.imatrix is not None:
                 digest.update(target.imatrix.tobytes())
     return {"version": _JOURNAL_VERSION, "identity": digest.hexdigest()}
-
-
-def _stat(path: Path) -> os.stat_result:
-    try:
-        return path.stat()
-    except OSError as reason:
-        raise BadWeights(path, f"cannot read it ({reason.strerror})") from reason
 
 
 def read_finished(path: Path, identity: dict[str, Any]) -> dict[int, FinishedChunk] | None:

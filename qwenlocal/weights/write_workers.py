@@ -128,7 +128,10 @@ class _JobRun:
     # --- opening and closing
 
     def _open(self, stack: contextlib.ExitStack) -> None:
-        identity = job_identity(self._job, allow_nan=self._allow_nan)
+        for path in {rows.file for rows in self._job.ranges}:
+            self._sources[path] = _open_source(path)
+            stack.callback(os.close, self._sources[path])
+        identity = job_identity(self._job, self._sources, allow_nan=self._allow_nan)
         finished = read_finished(self._journal_path, identity)
         self._check_disk_space()
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0) | (0 if finished is not None else os.O_TRUNC)
@@ -139,9 +142,6 @@ class _JobRun:
             os.ftruncate(file, output.size)
             self._write(len(self._files) - 1, memoryview(output.header), 0)
         self._clear_gaps()
-        for path in {rows.file for rows in self._job.ranges}:
-            self._sources[path] = _open_source(path)
-            stack.callback(os.close, self._sources[path])
         self._resume(finished or {})
         write_journal(self._journal_path, identity, ((number, *chunk) for number, chunk in self._finished.items()))
         self._journal = JournalAppender(self._journal_path)

@@ -378,23 +378,19 @@ def _weight_findings(model: SplitModel, report: Report) -> Iterator[Finding]:
 
     total, done = sum(tensor_bytes(located.tensor) or 0 for located in model.located), 0
     buffer = numpy.empty(SCAN_SIZE, numpy.uint8)
-    for path, header in zip(model.paths, model.headers, strict=True):
-        with path.open("rb") as file:
-            for tensor in header.tensors:
-                kind, size = ggml.tensor_type_by_number(tensor.type), tensor_bytes(tensor)
-                if kind is None or size is None:
-                    yield Finding(f"“{tensor.name}” has the unknown type {tensor.type}.", True)
-                    continue
-                file.seek(header.data_offset + tensor.offset)
-                non_finite, all_zero = scan_values(
-                    file,
-                    kind,
-                    size,
-                    buffer,
-                    lambda count, before=done: report(before + count, total),  # type: ignore[misc]
-                )
-                done += size
-                if non_finite:
-                    yield Finding(f"“{tensor.name}” has {non_finite:,} values that are NaN or infinite.", True)
-                if all_zero and len(tensor.shape) > 1:
-                    yield Finding(f"“{tensor.name}” is all zeros: it is damaged, or was never completed.", True)
+    for path, header, tensor in model.located:
+        kind, span = ggml.tensor_type_by_number(tensor.type), tensor_range(path, header, tensor)
+        if kind is None:
+            yield Finding(f"“{tensor.name}” has the unknown type {tensor.type}.", True)
+            continue
+        non_finite, all_zero = scan_values(
+            span,
+            kind,
+            buffer,
+            lambda count, before=done: report(before + count, total),  # type: ignore[misc]
+        )
+        done += span.size
+        if non_finite:
+            yield Finding(f"“{tensor.name}” has {non_finite:,} values that are NaN or infinite.", True)
+        if all_zero and len(tensor.shape) > 1:
+            yield Finding(f"“{tensor.name}” is all zeros: it is damaged, or was never completed.", True)

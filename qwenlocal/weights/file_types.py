@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qwenlocal.errors import UsageError
-from qwenlocal.ggml import TensorType, tensor_type, tensor_types
+from qwenlocal.ggml import TensorType, tensor_type
 from qwenlocal.model_files import FILE_TYPE_ALIASES, FILE_TYPES
 
 
@@ -69,6 +69,7 @@ def parse_tensor_types(texts: Sequence[str]) -> list[tuple[re.Pattern[str], Tens
     ------
     UsageError: a text is not of the form REGEX=TYPE, or the expression or the type is invalid.
     """
+    names = sorted({default for _, default in FILE_TYPES.values()})
     parsed = []
     for text in texts:
         expression, equals, type_name = text.rpartition("=")
@@ -80,14 +81,8 @@ def parse_tensor_types(texts: Sequence[str]) -> list[tuple[re.Pattern[str], Tens
             raise UsageError(
                 f"“{expression}” is not a regular expression: {reason}.", hint="For example: 'blk.0.*ffn_down=q6_k'"
             ) from reason
-        kind = tensor_types().get(type_name.strip().lower())
-        if kind is None or kind.name not in _tensor_type_names():
-            raise UsageError(
-                f"“{type_name}” is not a tensor type.", hint="Choose one of: " + ", ".join(_tensor_type_names())
-            )
-        parsed.append((pattern, kind))
+        name = type_name.strip().lower()
+        if name not in names:
+            raise UsageError(f"“{type_name}” is not a tensor type.", hint="Choose one of: " + ", ".join(names))
+        parsed.append((pattern, tensor_type(name)))
     return parsed
-
-
-def _tensor_type_names() -> list[str]:
-    return sorted({default for _, default in FILE_TYPES.values()})

@@ -86,11 +86,8 @@ def _diff_tensors(left_model: SplitModel, right_model: SplitModel, report: Repor
         left, right = left_tensors.get(name), right_tensors.get(name)
         types = _type_name(left), _type_name(right)
         shapes = (left.tensor.shape if left else None, right.tensor.shape if right else None)
-        if not left or not right or shapes[0] != shapes[1]:
-            differences.append(TensorDifference(name, *types, shapes))
-            continue
-        rmse = _compute_error(left, right)
-        if rmse is None or rmse or left.tensor.type != right.tensor.type:
+        rmse = _compute_error(left, right) if left and right and shapes[0] == shapes[1] else None
+        if rmse != 0 or types[0] != types[1]:
             differences.append(TensorDifference(name, *types, shapes, rmse))
     report(len(names), len(names))
     return differences

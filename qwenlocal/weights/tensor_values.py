@@ -108,10 +108,10 @@ def read_values(path: Path, header: Header, tensor: TensorInfo) -> Iterator[nump
 
 
 def scan_values(
-    file: Any, kind: ggml.TensorType, size: int, buffer: Any, report: Callable[[int], object]
+    span: FileRange, kind: ggml.TensorType, buffer: Any, report: Callable[[int], object]
 ) -> tuple[int, bool]:
     """
-    Read `size` bytes of a tensor at the position of `file`, using `buffer` of `SCAN_SIZE` bytes.
+    Read the values of a tensor of type `kind`, using `buffer` of `SCAN_SIZE` bytes.
 
     Returns the number of NaN and infinite values, and True if all bytes are zero. `report` gets bytes read.
     """
@@ -120,18 +120,20 @@ def scan_values(
     step = SCAN_SIZE // kind.type_size * kind.type_size
     floats = numpy.empty(step // kind.type_size * kind.block_size, numpy.float32)
     non_finite, all_zero = 0, True
-    for start in range(0, size, step):
-        data = buffer[: min(step, size - start)]
-        if file.readinto(data) != data.size:
-            break
-        all_zero = all_zero and not data.any()
-        values = floats[: data.size // kind.type_size * kind.block_size]
-        try:
-            ggml.dequantize(kind, data.ctypes.data, values.ctypes.data, values.size)
-        except ValueError:
-            return 0, False
-        non_finite += _count_non_finite(values)
-        report(start + data.size)
+    with span.file.open("rb") as file:
+        file.seek(span.offset)
+        for start in range(0, span.size, step):
+            data = buffer[: min(step, span.size - start)]
+            if file.readinto(data) != data.size:
+                break
+            all_zero = all_zero and not data.any()
+            values = floats[: data.size // kind.type_size * kind.block_size]
+            try:
+                ggml.dequantize(kind, data.ctypes.data, values.ctypes.data, values.size)
+            except ValueError:
+                return 0, False
+            non_finite += _count_non_finite(values)
+            report(start + data.size)
     return non_finite, all_zero
 
 

@@ -278,8 +278,8 @@ class _Mix:
 
     def _layer(self, count: int, name: str) -> int:
         """Return the layer: the count, or with experts, of which a layer has several matrices, the one in the name."""
-        match = re.match(r"blk\.(\d+)\.", name)
-        return int(match[1]) if self.facts.experts > 1 and match else count
+        layer, _ = layer_order(name)
+        return layer if self.facts.experts > 1 and layer >= 0 else count
 
 
 def _use_more_bits(layer: int, layers: int) -> bool:

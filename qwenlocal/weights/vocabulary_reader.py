@@ -7,17 +7,24 @@ an error, because the model would load and answer with nonsense.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwenlocal.errors import BadCheckpoint, UnsupportedCheckpoint, UsageError
 from qwenlocal.jinja import find_template_error
 from qwenlocal.weights.byte_bpe import PRE_TOKENIZER_NAMES, build_byte_bpe, build_from_vocab_json
-from qwenlocal.weights.checkpoint import read_json, read_optional_json
+from qwenlocal.weights.checkpoint import brief_repr, read_json, read_optional_json
+from qwenlocal.weights.gguf_reader import UNUSED
 from qwenlocal.weights.sentencepiece import build_byte_fallback, build_sentencepiece
-from qwenlocal.weights.tokenizer_config import read_chat_templates, read_special_tokens
 from qwenlocal.weights.vocabulary import Vocabulary, parse_added_tokens, parse_merges
+
+if TYPE_CHECKING:
+    from typing import TypeGuard
+
+_ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+_END_OF_TURN = "<|im_end|>"
 
 
 def read_vocabulary(folder: Path, config: Mapping[str, Any], size: int, *, pre: str | None = None) -> Vocabulary:
@@ -42,8 +49,8 @@ def read_vocabulary(folder: Path, config: Mapping[str, Any], size: int, *, pre: 
     else:
         raise BadCheckpoint(folder, "it has no tokenizer.json (nor tokenizer.model, nor vocab.json)")
     vocabulary.check_texts()
-    vocabulary.special, notes = read_special_tokens(folder, settings, config, vocabulary)
-    vocabulary.templates = read_chat_templates(folder, settings)
+    vocabulary.special, notes = _read_special_tokens(folder, settings, config, vocabulary)
+    vocabulary.templates = _read_chat_templates(folder, settings)
     if vocabulary.pre not in PRE_TOKENIZER_NAMES:
         raise UsageError(
             f"llama.cpp has no pre-tokenizer called “{vocabulary.pre}”.", hint="Use Qwen1.5's: --pre qwen2"
@@ -71,3 +78,107 @@ def _build_from_tokenizer_json(folder: Path, settings: Mapping[str, Any], size: 
     if model.get("byte_fallback"):
         return build_byte_fallback(file, data, parse_merges(file, model.get("merges")), added, settings, size)
     return build_byte_bpe(file, data, added, settings, size, pre)
+
+
+# --- special tokens and chat templates, which several files define
+
+
+def _read_special_tokens(
+    folder: Path, settings: Mapping[str, Any], config: Mapping[str, Any], vocabulary: Vocabulary
+) -> tuple[dict[str, int], list[str]]:
+    """
+    Return the ids of special tokens by role, and notes about contradictions.
+
+    tokenizer_config.json, `settings`, takes precedence over config.json; generation_config.json adds end tokens.
+    """
+    ids = {token: number for number, token in enumerate(vocabulary.tokens) if vocabulary.token_types[number] != UNUSED}
+    special: dict[str, int] = {}
+    notes: list[str] = []
+    for role in _ROLES:
+        entry = settings.get(f"{role}_token")
+        text = entry.get("content") if isinstance(entry, dict) else entry
+        if isinstance(text, str) and text in ids:
+            special[role] = ids[text]
+        elif text:
+            notes.append(f"Ignored {role}_token in tokenizer_config.json: {brief_repr(text)} is not a token.")
+        number = config.get(f"{role}_token_id")
+        if _is_id(number, vocabulary):
+            if role in special and special[role] != number:
+                kept, other = vocabulary.tokens[special[role]], vocabulary.tokens[number]
+                notes.append(
+                    f"The {role} token is {kept}, as in tokenizer_config.json, although config.json says {other}."
+                )
+            special.setdefault(role, number)
+        elif number is not None:
+            notes.append(f"Ignored {role}_token_id in config.json: {brief_repr(number)} is not the id of a token.")
+    ends = _end_tokens(folder, special, vocabulary, ids)
+    for role, number in zip(("eot", "eom"), ends, strict=False):
+        special[role] = number
+    left_out = [vocabulary.tokens[number] for number in ends[2:]]
+    if left_out:
+        notes.append(f"Left out end tokens for which GGUF has no key: {', '.join(left_out)}.")
+    return special, notes
+
+
+def _end_tokens(folder: Path, special: Mapping[str, int], vocabulary: Vocabulary, ids: Mapping[str, int]) -> list[int]:
+    """Return the end tokens other than eos: the end of a turn, then those in generation_config.json."""
+    listed = read_optional_json(folder / "generation_config.json", "").get("eos_token_id")
+    numbers = [ids[_END_OF_TURN]] if _END_OF_TURN in ids else []
+    numbers += [number for number in (listed if isinstance(listed, list) else [listed]) if _is_id(number, vocabulary)]
+    known = {number for number in (special.get("eos"), ids.get("<|endoftext|>")) if number != ids.get(_END_OF_TURN)}
+    return [number for number in dict.fromkeys(numbers) if number not in known]
+
+
+def _is_id(number: Any, vocabulary: Vocabulary) -> TypeGuard[int]:
+    return isinstance(number, int) and not isinstance(number, bool) and 0 <= number < len(vocabulary.tokens)
+
+
+def _read_chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    """
+    Return the chat templates by name; the default one has the name "".
+
+    As in transformers, chat_template.jinja takes precedence over tokenizer_config.json (`settings`), and that over
+    chat_template.json.
+
+    Raises
+    ------
+    BadCheckpoint: a file cannot be read, or is malformed.
+    """
+    file = folder / "chat_template.jinja"
+    template: Any = settings.get("chat_template")
+    if file.exists():
+        template = _read_text(file)
+    elif template is None:
+        template = read_optional_json(folder / "chat_template.json", "").get("chat_template")
+    if template is None:
+        return {}
+    if isinstance(template, str):
+        return {"": template, **_read_additional_templates(folder)}
+    named = {
+        _sanitize(entry["name"]): entry["template"]
+        for entry in (template if isinstance(template, list) else ())
+        if isinstance(entry, dict) and isinstance(entry.get("name"), str) and isinstance(entry.get("template"), str)
+    }
+    if not named:
+        raise BadCheckpoint(folder / "tokenizer_config.json", "its “chat_template” is malformed")
+    named[""] = named.pop("default", next(iter(named.values())))
+    return dict(sorted(named.items()))
+
+
+def _read_additional_templates(folder: Path) -> dict[str, str]:
+    """Read the named templates of transformers 5, one per file."""
+    files = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    return {_sanitize(file.stem): _read_text(file) for file in files}
+
+
+def _read_text(file: Path) -> str:
+    """Read a file byte for byte, without translating line breaks."""
+    try:
+        return file.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as reason:
+        raise BadCheckpoint(file, f"cannot read it ({reason})") from reason
+
+
+def _sanitize(name: str) -> str:
+    """Keep letters and digits, since the name becomes part of a key (gguf-py, gguf_writer.py: add_chat_template)."""
+    return re.sub(r"[^A-Za-z0-9]", "_", name)

@@ -30,8 +30,14 @@ from qwenlocal.fileio import read_at, start_writeback, write_all, write_error
 from qwenlocal.paths import ensure_writable
 from qwenlocal.resumable import JournalAppender, journal_path, part_path, write_journal
 from qwenlocal.weights.worker_buffers import WorkerBuffers
-from qwenlocal.weights.write_job import RowChunk, WriteJob, split_into_chunks
-from qwenlocal.weights.write_journal import FinishedChunk, job_identity, read_finished
+from qwenlocal.weights.write_job import (
+    FinishedChunk,
+    RowChunk,
+    WriteJob,
+    job_identity,
+    read_finished,
+    split_into_chunks,
+)
 
 _WRITEBACK_SIZE = 64 << 20  # bytes written between two requests to start writeback
 _LOCK_TIMEOUT = 0.5  # seconds: `qwenlocal list` holds a lock for a moment to see if it is in use

@@ -4,7 +4,8 @@ Errors that a user of qwenlocal can act on.
     QwenlocalError                 1  base class: a sentence and a next step
     ├── EngineCrashed              1  llama.cpp ends the process: a device is gone
     ├── UsageError                 2  arguments that are invalid or contradict each other
-    ├── OutputExists               2  the output file exists already
+    │   └── InvalidChoice          2  an argument that is not one of the known values
+    ├── OutputExists               2  the output file already exists
     ├── ModelNotFound              3  no such name, path, file or repository
     │   └── CheckpointOnly         3  the model is published as a checkpoint, not as GGUF
     ├── ChatNotFound               3  no such chat in the journal
@@ -51,6 +52,11 @@ class QwenlocalError(Exception):
         self.hint = hint
 
 
+def _join_or(words: Sequence[str]) -> str:
+    """`_join_or(["yarn", "linear", "none"])` is "yarn, linear or none"."""
+    return tr(" or ").join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
 class EngineCrashed(QwenlocalError):
     """llama.cpp is about to end the process; `reason` is its message without the source line."""
 
@@ -59,7 +65,7 @@ class EngineCrashed(QwenlocalError):
         self.reason = (message if ".c" in location or ".m" in location else reason).strip().rstrip(".")
         super().__init__(
             tr("llama.cpp stopped: {reason}.", reason=self.reason),
-            hint=tr("If a graphics card was disconnected or is out of memory, run without it: -ngl 0"),
+            hint=tr("If a GPU was disconnected or is out of memory, run without it: -ngl 0"),
         )
 
 
@@ -69,15 +75,26 @@ class UsageError(QwenlocalError):
     exit_code, http_status = 2, 400
 
 
+class InvalidChoice(UsageError):
+    """The value of `option` is not one of `choices`."""
+
+    def __init__(self, option: str, choices: Sequence[str], value: str, *, hint: str = "") -> None:
+        self.option, self.choices, self.value = option, tuple(choices), value
+        super().__init__(
+            tr("{option} must be {choices}, not {value}.", option=option, choices=_join_or(choices), value=value),
+            hint=hint,
+        )
+
+
 class OutputExists(QwenlocalError):
-    """The output file `path` exists already."""
+    """The output file `path` already exists."""
 
     exit_code, http_status = 2, 409
 
     def __init__(self, path: Path, *, hint: str = "") -> None:
         self.path = path
         super().__init__(
-            tr("{path} exists already.", path=path),
+            tr("{path} already exists.", path=path),
             hint=hint or tr("Choose another file, or overwrite it with --force."),
         )
 
@@ -95,6 +112,15 @@ class ModelNotFound(QwenlocalError):
             reason or tr("No model is called “{name}”.", name=name),
             hint=hint or tr("List the models: qwenlocal list --all"),
         )
+
+    @classmethod
+    def unreadable(cls, path: Path | str, error: OSError | None = None) -> ModelNotFound:
+        """Build the error for a file that does not exist, or that cannot be read because of `error`."""
+        if error is None or isinstance(error, FileNotFoundError):
+            return cls(str(path), reason=tr("There is no file {path}.", path=path), hint=tr("Check the path."))
+        hint = tr("Check its permissions.") if isinstance(error, PermissionError) else tr("Check the path.")
+        reason = tr("Cannot read {path}: {reason}.", path=path, reason=error.strerror)
+        return cls(str(path), reason=reason, hint=hint)
 
 
 class CheckpointOnly(ModelNotFound):
@@ -139,8 +165,25 @@ class SourceUnreachable(DownloadFailed):
                 name=name,
                 sources="; ".join(sources),
             ),
-            hint=hint or tr("Check the network (qwenlocal doctor), or set HF_ENDPOINT or HTTPS_PROXY."),
+            hint=hint
+            or tr(
+                "Check the network (qwenlocal doctor), or set {variables}.", variables=_join_or(_variables_for(sources))
+            ),
         )
+
+
+# Beginnings of the descriptions of a source, and the environment variable that names a mirror of it.
+_MIRROR_VARIABLES = {
+    "HF_ENDPOINT": ("Hugging Face", "hf:"),
+    "MODELSCOPE_DOMAIN": ("ModelScope", "ms:"),
+    "PIP_INDEX_URL": ("the package index", "wheels"),
+}
+
+
+def _variables_for(sources: Sequence[str]) -> list[str]:
+    """Return the environment variables that can make `sources` reachable."""
+    mirrors = [name for name, labels in _MIRROR_VARIABLES.items() if any(s.startswith(labels) for s in sources)]
+    return [*mirrors, "HTTPS_PROXY"]
 
 
 class DigestMismatch(DownloadFailed):
@@ -161,16 +204,24 @@ class DigestMismatch(DownloadFailed):
 
 
 class BadWeights(QwenlocalError):
-    """The file `path` cannot be used as a model; `reason` says why."""
+    """The file `path` cannot be used as a model; `reason` says why. `message` replaces "path: reason"."""
 
     exit_code, http_status = 5, 500
 
-    def __init__(self, path: Path | str, reason: str, *, hint: str = "") -> None:
-        self.path, self.reason = str(path), reason
+    def __init__(self, path: Path | str, reason: str, *, hint: str = "", message: str = "") -> None:
+        self.path, self.reason, self.has_own_hint = str(path), reason, bool(hint)
         super().__init__(
-            f"{path}: {reason}",
+            message or f"{path}: {reason}",
             hint=hint or tr("The file may be wrong or incomplete. To repair a download: qwenlocal verify NAME"),
         )
+
+    @classmethod
+    def unreadable(cls, path: Path | str, error: OSError) -> BadWeights:
+        """Build the error for a file that exists but cannot be read."""
+        hint = tr("Check its permissions.") if isinstance(error, PermissionError) else ""
+        cause = error.strerror or str(error)
+        message = tr("Cannot read {path}: {reason}.", path=path, reason=cause)
+        return cls(path, tr("cannot read it ({reason})", reason=cause), hint=hint, message=message)
 
 
 class NonFiniteWeights(BadWeights):
@@ -188,14 +239,8 @@ class NonFiniteWeights(BadWeights):
 class BadCheckpoint(BadWeights):
     """A file of a checkpoint is damaged or missing, or contradicts another one."""
 
-    def __init__(self, path: Path | str, reason: str, *, hint: str = "") -> None:
-        super().__init__(path, reason, hint=hint or tr("Download the complete checkpoint again."))
-
-    @classmethod
-    def unreadable(cls, path: Path | str, reason: OSError) -> BadCheckpoint:
-        """Build the error for a file that exists but cannot be read."""
-        hint = tr("Check its permissions.") if isinstance(reason, PermissionError) else ""
-        return cls(path, tr("cannot read it ({reason})", reason=reason.strerror), hint=hint)
+    def __init__(self, path: Path | str, reason: str, *, hint: str = "", message: str = "") -> None:
+        super().__init__(path, reason, hint=hint or tr("Download the complete checkpoint again."), message=message)
 
 
 _SUPPORTED = mark(

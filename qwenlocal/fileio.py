@@ -98,14 +98,14 @@ def _sync_file_range() -> Any | None:
 
 
 def hash_file(path: Path, report: Callable[[int], object] = lambda _done: None) -> str:
-    """Return the sha256 of a file; `report` gets the number of bytes read so far."""
+    """Return the SHA-256 of a file; `report` gets the number of bytes read so far."""
     return hash_blocks(path, 0, report)[0]
 
 
 def hash_blocks(
     path: Path, block_size: int, report: Callable[[int], object] = lambda _done: None
 ) -> tuple[str, list[int]]:
-    """Return the sha256 of a file and the CRC-32 of each block of `block_size` bytes (no CRCs if that is 0)."""
+    """Return the SHA-256 of a file and the CRC-32 of each block of `block_size` bytes (no CRCs if that is 0)."""
     import hashlib
 
     digest, checksums, done, crc = hashlib.sha256(), list[int](), 0, 0

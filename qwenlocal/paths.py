@@ -1,7 +1,7 @@
 """
 Folders and paths.
 
-`QWENLOCAL_HOME` moves all of qwenlocal's own files. Files from the Hugging Face hub are in the hub's cache, so that
+`QWENLOCAL_HOME` moves all of qwenlocal's own files. Files from the Hugging Face Hub are in the Hub's cache, so that
 other programs find them; `HF_HOME` and `HF_HUB_CACHE` move that.
 """
 
@@ -24,8 +24,8 @@ _PACKAGE = Path(__file__).resolve().parent
 class Folders:
     """The folders that qwenlocal reads and writes; tests use temporary ones."""
 
-    home: Path  # records, settings, history, files from sources other than the hub
-    hub_cache: Path  # the Hugging Face hub's cache
+    home: Path  # records, settings, history, files from sources other than the Hub
+    hub_cache: Path  # the Hugging Face Hub's cache
     user: Path  # the user's home directory, for models of other programs
     cache: Path  # the platform's cache folder, likewise
 
@@ -61,12 +61,12 @@ class Folders:
 
     @property
     def files(self) -> Path:
-        """Model files from sources other than the hub, and converted ones."""
+        """Model files from sources other than the Hub, and converted ones."""
         return self.home / "files"
 
     @property
     def partial(self) -> Path:
-        """Unfinished downloads, on the same disk as the hub's cache so that most can be renamed into place."""
+        """Unfinished downloads, on the same disk as the Hub's cache so that most can be renamed into place."""
         same_disk = _device(self.home) == _device(self.hub_cache)
         return self.home / "partial" if same_disk else self.hub_cache.parent / "qwenlocal-partial"
 

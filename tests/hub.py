@@ -1,5 +1,5 @@
 """
-A loopback server that implements the Hugging Face hub, ModelScope and a package index, with faults on demand.
+A loopback server that implements the Hugging Face Hub, ModelScope and a package index, with faults on demand.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Repository:
 
 
 def _sibling(name: str, content: bytes) -> dict[str, object]:
-    """Describe a file as the Hugging Face hub does: small text files have a git hash only, others are in LFS."""
+    """Describe a file as the Hugging Face Hub does: small text files have a git hash only, others are in LFS."""
     entry = {
         "rfilename": name,
         "size": len(content),

@@ -71,6 +71,7 @@ def test_a_table_and_bars_are_printed(random_model: Path, invoke: Run) -> None:
     assert "flash attention on" in result.stdout
     assert "pp512" in result.stdout
     assert "█" in result.stdout
+    assert "±" not in result.stdout, "one repetition has no deviation"
 
 
 @pytest.mark.parametrize(
@@ -81,7 +82,7 @@ def test_a_table_and_bars_are_printed(random_model: Path, invoke: Run) -> None:
         (["--depths", "-1"], "--depths must be a list of token counts"),
         (["-t", "-2"], "-t must be between"),
         (["--ubatch", "0"], "--ubatch must be between"),
-        (["--kv", "q9"], "Choose one of: f16"),
+        (["--kv", "q9"], "--kv must be f16, bf16"),
     ],
 )
 def test_invalid_options_are_refused(options: list[str], message: str, random_model: Path, invoke: Run) -> None:

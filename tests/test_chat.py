@@ -137,7 +137,7 @@ class RecordingTokenizer:
         return self._tokenizer.is_end(token)
 
 
-@pytest.mark.parametrize("overflow", ["shift", "summarise", "stop"])
+@pytest.mark.parametrize("overflow", ["shift", "summarize", "stop"])
 def test_each_message_is_tokenized_once_for_an_answer(overflow: str, vocabulary: Tokenizer) -> None:
     generator = ScriptedGenerator([[*tokens(text, vocabulary), END] for text in ("Hello.", "Bye.")], n_ctx=1000)
     tokenizer = RecordingTokenizer(vocabulary)
@@ -380,7 +380,7 @@ def read(generator: ScriptedGenerator, vocabulary: Tokenizer, place: int = -1) -
     return b"".join(vocabulary.piece(token, special=True) for token in generator.prompts[place]).decode()
 
 
-@pytest.mark.parametrize("overflow", ["shift", "summarise"])
+@pytest.mark.parametrize("overflow", ["shift", "summarize"])
 def test_a_question_that_is_too_long_on_its_own_evicts_nothing(overflow: str, vocabulary: Tokenizer) -> None:
     talk, generator = long_talk(vocabulary, overflow)
     for number in range(3):
@@ -442,7 +442,7 @@ class SummaryGenerator(ScriptedGenerator):
 
 
 def talk_before_summary(vocabulary: Tokenizer) -> tuple[Conversation, SummaryGenerator]:
-    generator, config = SummaryGenerator(vocabulary), GenerationConfig(overflow="summarise")
+    generator, config = SummaryGenerator(vocabulary), GenerationConfig(overflow="summarize")
     talk = Conversation(generator, vocabulary, ChatTemplate(CHATML), config, Thread("Be kind."), n_ctx=2000)
     while talk.prompt_tokens < 1700:
         assert not evictions(talk, f"Question {len(generator.prompts)}, with some more words in it?")

@@ -202,6 +202,8 @@ def test_settings_are_shown_changed_and_validated(terminal: Open, speaking_model
     text = enter(chat, "/set", "overflow +shift")
     assert re.search(r"temperature +0\.3 ", text)
     enter(chat, "/set temperature 99", "temperature must be between 0 and 10")
+    enter(chat, "/set overflow summarise", "overflow is now summarise")
+    enter(chat, "/set overflow drop", "overflow must be shift, summarize or stop, not drop")
     enter(chat, "/set max-tokens -5", "“-5” is not a valid max_tokens")
     enter(chat, "/set temprature 1", "No setting is called “temprature”")
     enter(chat, "/set seed x", "“x” is not a valid seed")
@@ -509,7 +511,7 @@ def test_chats_are_listed_shown_searched_renamed_exported_and_deleted(
     assert qwenlocal("chats", "export", "last", "-o", "x.html").returncode == 0
     assert "About tokens" in (tmp_path / "x.html").read_text("utf-8")
     again = qwenlocal("chats", "export", "last", "-o", "x.html")
-    assert (again.returncode, "exists already" in again.stderr) == (2, True)
+    assert (again.returncode, "already exists" in again.stderr) == (2, True)
     states = Path(environment["QWENLOCAL_HOME"]) / "states"
     states.mkdir(exist_ok=True)
     assert qwenlocal("chats", "rm", "1", "1").returncode == 0

@@ -81,7 +81,7 @@ class TestOutputs:
     def test_an_existing_file_is_kept_without_force(self, tiny_checkpoint: Path, invoke: Run, tmp_path: Path) -> None:
         (tmp_path / "x.gguf").write_bytes(b"old")
         message = expect_exit(invoke("convert", str(tiny_checkpoint), "-o", "x.gguf"), 2)
-        assert "x.gguf exists already" in message
+        assert "x.gguf already exists" in message
         assert "--force" in message
         assert (tmp_path / "x.gguf").read_bytes() == b"old"
         expect_exit(invoke("convert", str(tiny_checkpoint), "-o", "x.gguf", "--force"), 0)
@@ -245,14 +245,14 @@ class TestOptions:
         ("options", "message"),
         [
             (["--type", "q4_k_x"], "Did you mean q4_k_"),
-            (["--type", "nonsense"], "Choose one of: f32, f16"),
-            (["--type", ""], "is not a type"),
-            (["--type", ","], "is not a type"),
+            (["--type", "nonsense"], "--type must be f32, f16"),
+            (["--type", ""], "--type must be f32, f16"),
+            (["--type", ","], "--type must be f32, f16"),
             (["--type", "f16,q8_0", "-o", "x.gguf"], "All 2 types would be written to x.gguf"),
             (["--tensor-type", "ffn_down"], "not of the form REGEX=TYPE"),
             (["--tensor-type", "=q8_0"], "not of the form REGEX=TYPE"),
             (["--tensor-type", "(=q8_0"], "is not a regular expression"),
-            (["--tensor-type", "a=q4_k_m"], "is not a tensor type"),
+            (["--tensor-type", "a=q4_k_m"], "The type of --tensor-type must be bf16"),
             (["-t", "0"], "-t must be at least 1"),
             (["-t", "-5"], "-t must be at least 1"),
             (["--like", "ollama"], "--like must be llama.cpp"),
@@ -283,7 +283,7 @@ class TestSources:
             ("./nowhere", 3, "There is no file nowhere"),
             ("nonsense", 3, "No model is called"),
             ("hf:owner/nothing", 3, "has no repository “owner/nothing”"),
-            ("./empty", 5, "this is a directory"),
+            ("./empty", 5, "is not a checkpoint: it has no config.json"),
             ("./model.gguf", 2, "is not a checkpoint"),
             ("https://127.0.0.1:1/x.gguf", 2, "is not a checkpoint"),
             ("./file.safetensors", 5, "it has no config.json"),
@@ -312,7 +312,7 @@ class TestSources:
         (checkpoint_copy / "config.json").unlink()
         for command in ("convert", "pull"):
             for text in (str(checkpoint_copy), checkpoint_copy.name, f"./{checkpoint_copy.name}/"):
-                assert "the checkpoint has no config.json" in expect_exit(invoke(command, text), 5)
+                assert "is not a checkpoint: it has no config.json" in expect_exit(invoke(command, text), 5)
 
     def test_one_safetensors_file_of_a_folder_is_converted(
         self, checkpoint_copy: Path, invoke: Run, tiny_f32: Path

@@ -26,7 +26,7 @@ class TestDiff:
         shutil.copy(tiny_f32, tmp_path / "copy.gguf")
         result = invoke("diff", str(tiny_f32), "./copy.gguf")
         assert expect_exit(result, 0) == ""
-        assert result.stdout == "The files have the same keys and tensors.\n"
+        assert result.stdout == "The files have the same metadata and tensors.\n"
 
     def test_other_types_are_listed_with_the_error_of_each_tensor(
         self, tiny_checkpoint: Path, tiny_f32: Path, invoke: Run, tmp_path: Path

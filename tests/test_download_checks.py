@@ -142,7 +142,7 @@ class TestBeforeTheDownload:
     ) -> None:
         (tmp_path / "x.gguf").write_bytes(b"old")
         for options in ((), ("--json",), ("--type", "q8_0")):
-            assert "x.gguf exists already" in expect_exit(
+            assert "x.gguf already exists" in expect_exit(
                 invoke("convert", hub_checkpoint, "-o", "x.gguf", *options), 2
             )
         assert weight_requests.saw_headers_only

@@ -582,7 +582,7 @@ def test_run_prints_json_that_follows_the_schema(random_model: Path, invoke: Run
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        (["--schema", "missing.json"], 3, "Cannot read the file missing.json"),
+        (["--schema", "missing.json"], 3, "There is no file missing.json"),
         (["--schema", "bad.json"], 2, "not valid JSON"),
         (["--grammar", "bad.json"], 2, "Cannot read the grammar"),
         (["--json", "--schema", "bad.json"], 2, "exclude each other"),

@@ -56,8 +56,8 @@ class TestReading:
     @pytest.mark.parametrize(
         ("pairs", "tensors", "reason"),
         [
-            ({}, imatrix_tensors(), "this is not an importance matrix"),
-            ({"general.type": gguf_writer.string("model")}, imatrix_tensors(), "this is not an importance matrix"),
+            ({}, imatrix_tensors(), "is not an importance matrix"),
+            ({"general.type": gguf_writer.string("model")}, imatrix_tensors(), "is not an importance matrix"),
             (IMATRIX, {}, "it contains no weights"),
             (IMATRIX, {"other": numpy.ones(2)}, "it contains no weights"),
             (IMATRIX, {"x.in_sum2": numpy.ones((1, 2))}, "the counts of “x” are missing"),

@@ -256,7 +256,7 @@ class TestFix:
     def test_an_existing_output_is_refused(self, no_rope_base: Path, invoke: Run, tmp_path: Path) -> None:
         (tmp_path / "there.gguf").write_bytes(b"old")
         for out in ("there.gguf", str(no_rope_base)):
-            assert "exists already" in expect_exit(invoke("inspect", str(no_rope_base), "--fix", "-o", out), 2)
+            assert "already exists" in expect_exit(invoke("inspect", str(no_rope_base), "--fix", "-o", out), 2)
         assert (tmp_path / "there.gguf").read_bytes() == b"old"
 
     def test_an_output_needs_fix(self, tiny_f32: Path, invoke: Run) -> None:
@@ -274,6 +274,12 @@ class TestFix:
         assert "--fix -o FILE" in message
         expect_exit(invoke("inspect", "hf:o/old-GGUF", "--fix", "-o", "new.gguf"), 0)
         assert "is intact" in expect_exit(invoke("verify", "hf:o/old-GGUF"), 0)
+
+    def test_verify_is_no_hint_for_a_file_given_by_path(self, no_rope_base: Path, invoke: Run, tmp_path: Path) -> None:
+        (tmp_path / "cut.gguf").write_bytes(no_rope_base.read_bytes()[:100])
+        message = expect_exit(invoke("inspect", "./cut.gguf"), 5)
+        assert "Copy or download the file again." in message
+        assert "qwenlocal verify" not in message
 
     def test_json_prints_only_json(self, old_padding: Path, invoke: Run) -> None:
         result = invoke("inspect", str(old_padding), "--fix", "--json")

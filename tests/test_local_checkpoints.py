@@ -37,7 +37,7 @@ class TestPull:
         assert file_names(path.parent) == {path.name}
         assert "installed, converted here" in invoke("list").stdout
         assert json.loads(invoke("show", str(checkpoint_copy), "--json").stdout)["type"] == "q4_k_m"
-        assert "is intact: sha256" in expect_exit(invoke("verify", str(checkpoint_copy)), 0)
+        assert "is intact: SHA-256" in expect_exit(invoke("verify", str(checkpoint_copy)), 0)
         expect_exit(invoke("inspect", str(checkpoint_copy)), 0)
         assert "Your checkpoint stays" in expect_exit(invoke("rm", str(checkpoint_copy)), 0)
         assert not path.exists()

@@ -171,9 +171,15 @@ def test_a_folder_does_not_shadow_a_catalog_name(tmp_path: Path, monkeypatch: py
 
 
 def test_an_unknown_level_gets_suggestions() -> None:
-    with pytest.raises(ModelNotFound, match="not a quantization level") as caught:
+    with pytest.raises(ModelNotFound, match="There is no quantization type") as caught:
         parse_name("hf:o/r:q4_k_x", lambda: CATALOG)
     assert "q4_k_" in caught.value.hint
+
+
+def test_an_unknown_quantization_type_is_named() -> None:
+    with pytest.raises(ModelNotFound, match=r"There is no quantization type q9_9\.") as caught:
+        parse_name("qwen1.5:7b-q9_9", lambda: CATALOG)
+    assert "Known types: f32, f16" in caught.value.hint
 
 
 def test_an_existing_path_is_that_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,7 +194,7 @@ def test_an_existing_path_is_that_file(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_directory_is_not_a_model_but_suggests_one_in_it(tmp_path: Path) -> None:
     (tmp_path / "inside.gguf").touch()
-    with pytest.raises(BadWeights, match="a directory") as caught:
+    with pytest.raises(BadWeights, match="is not a checkpoint: it has no config.json") as caught:
         parse_name(str(tmp_path), lambda: CATALOG)
     assert "inside.gguf" in caught.value.hint
 

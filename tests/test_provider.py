@@ -122,3 +122,16 @@ def test_a_deleted_checkpoint_is_a_name_while_its_model_is_installed(library: Li
 def test_a_short_name_is_spelled_out(library: Library) -> None:
     assert library.provider.parse("qwen1.5") == DEFAULT
     assert library.sentences == [f"qwen1.5 is {describe(DEFAULT)}."]
+
+
+@pytest.mark.parametrize(
+    ("sources", "variables"),
+    [
+        (["Hugging Face: timed out"], "HF_ENDPOINT or HTTPS_PROXY"),
+        (["Hugging Face: timed out", "ModelScope: timed out"], "HF_ENDPOINT, MODELSCOPE_DOMAIN or HTTPS_PROXY"),
+        (["the package index: timed out"], "PIP_INDEX_URL or HTTPS_PROXY"),
+        (["127.0.0.1: Connection refused"], "HTTPS_PROXY"),
+    ],
+)
+def test_the_hint_names_the_variables_of_the_unreachable_sources(sources: list[str], variables: str) -> None:
+    assert SourceUnreachable("x", sources).hint.endswith(f"or set {variables}.")

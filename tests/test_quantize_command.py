@@ -93,9 +93,9 @@ class TestQuantize:
         ("arguments", "code", "message"),
         [
             (("./nowhere.gguf", "x.gguf", "q8_0"), 3, "There is no file"),
-            (("./text.gguf", "x.gguf", "q8_0"), 5, "this is not a GGUF file"),
+            (("./text.gguf", "x.gguf", "q8_0"), 5, "is not a GGUF file"),
             (("./cut.gguf", "x.gguf", "q8_0"), 5, "incomplete"),
-            (("./half.gguf", "x.gguf", "nonsense"), 2, "is not a type"),
+            (("./half.gguf", "x.gguf", "nonsense"), 2, "TYPE must be f32, f16"),
             (("./half.gguf", "x.gguf", "f16,q8_0"), 2, "All 2 types would be written"),
             (("./half.gguf", "file/x.gguf", "q8_0"), 6, "Cannot write to"),
             (("./half.gguf", "x.gguf"), 2, "Missing argument"),

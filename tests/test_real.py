@@ -66,7 +66,7 @@ def test_the_starter_has_the_official_digest(home: dict[str, str], starter: Path
     result = qwenlocal(home, "verify", "starter", "--no-repair")
     assert result.returncode == 0, result.stderr
     official = Catalog.read(bundled_folder("models")).starter.files[0].sha256
-    assert f"is intact: sha256 {official}" in result.stderr
+    assert f"is intact: SHA-256 {official}" in result.stderr
 
 
 def test_it_knows_the_capital_of_france(home: dict[str, str], starter: Path) -> None:

@@ -6,7 +6,8 @@ from collections.abc import Collection, Iterable, Sequence
 
 from qwenlocal.chat.thread import Thread, Turn
 
-OVERFLOW_POLICIES = ("shift", "summarise", "stop")  # values of --overflow
+OVERFLOW_POLICIES = ("shift", "summarize", "stop")  # values of --overflow
+OVERFLOW_ALIASES = {"summarise": "summarize"}
 # As fractions of the context: above the first, turns are evicted, until the prompt is no longer than the second.
 EVICTION_THRESHOLD, EVICTION_TARGET = 0.875, 0.5
 _SUMMARY_REQUEST = (

@@ -34,7 +34,7 @@ class GenerationConfig:
     """
     Settings for answers: sampling, the token limit (None: until the context is full), and strings to stop at.
 
-    `overflow` says what to do when a conversation outgrows the context: "shift" evicts its oldest turns, "summarise"
+    `overflow` says what to do when a conversation outgrows the context: "shift" evicts its oldest turns, "summarize"
     has the model summarize them first, "stop" raises `ContextFull`.
     """
 
@@ -220,7 +220,7 @@ class Conversation:
         if overflow == "stop" or len(self._encode_prompt()) <= self.n_ctx * EVICTION_THRESHOLD:
             return False
         turns = self._choose_turns_to_evict()
-        summary = (yield from self._summarize(turns)) if turns and overflow == "summarise" else ""
+        summary = (yield from self._summarize(turns)) if turns and overflow == "summarize" else ""
         if turns and summary is not None:
             self.thread.evict_turns([turn.question.number for turn in turns], summary)
             yield TurnsEvicted(len(turns), shorten(turns[0].question.text), summary)
@@ -229,7 +229,7 @@ class Conversation:
     def _choose_turns_to_evict(self) -> list[Turn]:
         """Return the fewest oldest turns that free half of the context; none if the question does not fit even then."""
         turns = evictable_turns(self.thread)
-        limit = self.n_ctx - (_SUMMARY_TOKENS if self.config.overflow == "summarise" else 0)
+        limit = self.n_ctx - (_SUMMARY_TOKENS if self.config.overflow == "summarize" else 0)
 
         def length_without(count: int) -> int:
             evicted = {turn.question.number for turn in turns[:count]}

@@ -8,7 +8,7 @@ import typer
 from typer import Argument, Option
 
 from qwenlocal import __version__
-from qwenlocal.cli.boundary import ErrorBoundary
+from qwenlocal.cli.boundary import CliApp, ErrorBoundary
 from qwenlocal.cli.chats_app import chats_app
 from qwenlocal.cli.completion import complete_installed_models, complete_models
 from qwenlocal.cli.option_types import (
@@ -31,7 +31,7 @@ from qwenlocal.cli.option_types import (
     YesOption,
 )
 
-app = typer.Typer(
+app = CliApp(
     cls=ErrorBoundary,
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -41,8 +41,8 @@ app = typer.Typer(
     "Start here:  qwenlocal run\n\n"
     "A MODEL is a name (qwen1.5, qwen1.5:7b, codeqwen1.5, starter), a file (./x.gguf), a repository "
     "(hf:owner/repo, hf:owner/repo:q4_0, ms:owner/repo) or a URL (https://…/x.gguf).",
-    epilog="Exit codes: 0 done, 2 usage, 3 not found, 4 download, 5 bad weights, 6 memory or disk, 7 context full, "
-    "130 interrupted, 141 closed pipe.",
+    epilog="Exit codes: 0 success, 1 files differ (diff), 2 usage, 3 not found, 4 download, "
+    "5 damaged or unusable file, 6 memory or disk, 7 context full, 130 interrupted, 141 closed pipe.",
 )
 
 app.add_typer(chats_app, name="chats", rich_help_panel="Chat", short_help="List, search and export saved chats.")
@@ -79,7 +79,7 @@ def run(
     file: Annotated[
         str | None,
         Option(
-            "-f", "--file", metavar="FILE", help="Read the prompt from FILE; with -i or --batch, the system prompt."
+            "-f", "--file", metavar="FILE", help="Append FILE to the prompt; with -i or --batch, the system prompt."
         ),
     ] = None,
     interactive: Annotated[bool, Option("-i", "--interactive", help="Open a chat even if there is a prompt.")] = False,
@@ -181,7 +181,7 @@ def run(
         Option(
             "--overflow",
             metavar="MODE",
-            help="When the context is full: shift (drop old turns), summarise them, or stop.",
+            help="When the context is full: shift (leave out old turns), summarize (them first), or stop.",
         ),
     ] = "shift",
     as_json: Annotated[bool, Option("--json", help="Answer with a JSON object.")] = False,
@@ -210,6 +210,7 @@ def run(
     qwenlocal run qwen1.5 "Why is the sky blue?"     print one answer
     qwenlocal run qwen1.5 "Sum this up:" < text.txt  append text from a pipe to the prompt
     """
+    from qwenlocal.chat.context_window import OVERFLOW_ALIASES
     from qwenlocal.cli.commands.run import run_model
     from qwenlocal.cli.options import (
         RunOptions,
@@ -234,7 +235,7 @@ def run(
             draft=draft,
             keep_cache=keep_cache,
             grammar=grammar_from(as_json, schema, grammar),
-            overflow=overflow,
+            overflow=OVERFLOW_ALIASES.get(overflow, overflow),
             sampling={
                 "temperature": temperature,
                 "top_k": top_k,
@@ -428,6 +429,7 @@ def quantize(
             source=source,
             out=out,
             types=split_list(types),
+            types_option="TYPE",
             tensor_types=tuple(tensor_type or ()),
             imatrix=imatrix,
             pure=pure,
@@ -497,12 +499,14 @@ def bench(
 @app.command(short_help="Find the fastest settings.", rich_help_panel="This machine")
 def tune(
     model: InstalledModelArgument,
-    seconds: Annotated[float, Option("--seconds", metavar="N", help="Measure for about N seconds.")] = 20.0,
+    seconds: Annotated[
+        float, Option("--seconds", metavar="N", help="Measure for about N seconds. [default: 20]", show_default=False)
+    ] = 20.0,
     as_json: JsonOption = False,
 ) -> None:
     """Find and save the fastest settings for a model on this machine.
 
-    Measures threads, flash attention and the size of the physical batch, separately for mains and battery power.
+    Measures threads, flash attention and the size of the physical batch, separately for AC and battery power.
     """
     from qwenlocal.cli.commands.tune import tune_model
 

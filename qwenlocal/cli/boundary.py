@@ -6,13 +6,18 @@ import contextlib
 import errno
 import os
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
 
 import typer
 import typer.core
 
-from qwenlocal.errors import Interrupted, OutputError, QwenlocalError
+from qwenlocal.errors import BadWeights, Interrupted, OutputError, QwenlocalError
+from qwenlocal.i18n import tr
+from qwenlocal.paths import Folders
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 CLOSED_PIPE = 141  # as a shell reports a program that SIGPIPE ended
 _OUTPUT_ERRORS = {errno.ENOSPC, errno.EIO, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
@@ -43,6 +48,20 @@ class ErrorBoundary(typer.core.TyperGroup):
             result = super().invoke(ctx)
             sys.stdout.flush()
             return result
+
+
+class CliCommand(typer.core.TyperCommand):
+    """A command whose usage names required arguments without braces."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
+
+
+class CliApp(typer.Typer):
+    """A group of such commands."""
+
+    def command(self, *arguments: Any, **options: Any) -> Callable[[_Function], _Function]:
+        return super().command(*arguments, cls=CliCommand, **options)
 
 
 @contextlib.contextmanager
@@ -86,5 +105,14 @@ def print_error(error: QwenlocalError) -> None:
     mark, plain = ("\x1b[1;31m", "\x1b[0m") if supports_color(sys.stderr) else ("", "")
     sentence = wrap(f"qwenlocal: {escape_controls(str(error))}", sys.stderr).removeprefix("qwenlocal:")
     sys.stderr.write(f"{mark}qwenlocal:{plain}{sentence}\n")
-    if error.hint:
-        sys.stderr.write(dim(wrap("  " + escape_controls(error.hint), sys.stderr), sys.stderr) + "\n")
+    if hint := _hint_for(error):
+        sys.stderr.write(dim(wrap("  " + escape_controls(hint), sys.stderr), sys.stderr) + "\n")
+
+
+def _hint_for(error: QwenlocalError) -> str:
+    """Return the hint of an error; only files in folders of downloads can be repaired by `verify`."""
+    if not isinstance(error, BadWeights) or error.has_own_hint:
+        return error.hint
+    folders, path = Folders.from_environment(), Path(error.path).absolute()
+    is_download = any(path.is_relative_to(folder.absolute()) for folder in (folders.home, folders.hub_cache))
+    return error.hint if is_download else tr("Copy or download the file again.")

@@ -8,13 +8,12 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
+from qwenlocal.cli.boundary import CliApp
 from qwenlocal.cli.option_types import ForceOption, JsonOption
 
 ChatArgument = Annotated[str, Argument(metavar="CHAT", help="Number of a chat, or last.")]
 
-chats_app = typer.Typer(
-    rich_markup_mode=None, help="List, search and export chats; they are saved on this machine only."
-)
+chats_app = CliApp(rich_markup_mode=None, help="List, search and export chats; they are saved on this machine only.")
 
 
 @chats_app.callback(invoke_without_command=True)
@@ -42,7 +41,7 @@ def show(chat: ChatArgument, as_json: JsonOption = False) -> None:
 
 @chats_app.command(short_help="Search all chats.")
 def search(
-    words: Annotated[list[str], Argument(metavar="WORDS", help="Words that a message must contain, in any order.")],
+    words: Annotated[list[str], Argument(metavar="WORD…", help="Words that a message must contain, in any order.")],
     as_json: JsonOption = False,
 ) -> None:
     """Search all chats for messages that contain all words, ignoring case."""
@@ -52,7 +51,7 @@ def search(
 
 
 @chats_app.command(short_help="Rename a chat.")
-def rename(chat: ChatArgument, title: Annotated[list[str], Argument(metavar="TITLE", help="New title.")]) -> None:
+def rename(chat: ChatArgument, title: Annotated[list[str], Argument(metavar="TITLE…", help="New title.")]) -> None:
     """Rename a chat."""
     from qwenlocal.cli.commands.chats import rename_chat
 
@@ -60,7 +59,7 @@ def rename(chat: ChatArgument, title: Annotated[list[str], Argument(metavar="TIT
 
 
 @chats_app.command(short_help="Delete chats.")
-def rm(chats: Annotated[list[str], Argument(metavar="CHAT", help="Numbers of chats, or last.")]) -> None:
+def rm(chats: Annotated[list[str], Argument(metavar="CHAT…", help="Numbers of chats, or last.")]) -> None:
     """Delete chats permanently."""
     from qwenlocal.cli.commands.chats import remove_chats
 

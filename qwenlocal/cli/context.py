@@ -151,7 +151,10 @@ class AppContext:
         DownloadFailed: the user declined. Interrupted: Ctrl-C or Ctrl-D.
         """
         name, size, count = model.name, format_bytes(model.size), len(model.files)
-        if model.is_checkpoint:
+        asks = model.is_third_party and not self.assume_yes and can_ask()
+        if asks:
+            self.say(tr("Source of {name} ({size}): {origin}.", name=name, size=size, origin=model.origin))
+        elif model.is_checkpoint:
             self.say(
                 tr("Downloading the checkpoint {name} ({size}, {count} file(s)).", name=name, size=size, count=count)
             )
@@ -159,9 +162,7 @@ class AppContext:
             self.say(tr("Downloading {name} from {origin} ({size}).", name=name, origin=model.origin, size=size))
         if model.license:
             self.say(tr("License: {license}", license=model.license))
-        if not model.is_third_party or self.assume_yes or not can_ask():
-            return
-        if not confirm(tr("Download {name} from this third party? Its sha256 is checked.", name=name)):
+        if asks and not confirm(tr("Download {name} from this third party?", name=name)):
             raise DownloadFailed(
                 tr("{name} was not downloaded.", name=name),
                 hint=tr("To use another model: qwenlocal list --all. To skip the question: --yes"),

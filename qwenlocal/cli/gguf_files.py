@@ -35,6 +35,7 @@ class WriteOptions:
     source: str
     out: str | None
     types: Sequence[str]
+    types_option: str = "--type"  # as errors name it
     tensor_types: Sequence[str] = ()
     imatrix: str | None = None
     pure: bool = False
@@ -75,7 +76,7 @@ def read_options(options: WriteOptions) -> tuple[list[FileType], QuantOverrides,
     from qwenlocal.weights.file_types import QuantOverrides, file_type, parse_tensor_types
     from qwenlocal.weights.imatrix import read_imatrix
 
-    types = list(dict.fromkeys(file_type(text) for text in options.types))
+    types = list(dict.fromkeys(file_type(text, option=options.types_option) for text in options.types))
     if options.threads is not None and options.threads < 1:
         raise UsageError(f"-t must be at least 1, not {options.threads}.")
     imatrix = read_imatrix(parse_path(options.imatrix)) if options.imatrix else None

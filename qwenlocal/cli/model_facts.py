@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from qwenlocal.library.store import ModelRecord
     from qwenlocal.weights.gguf_reader import Header
 
+_LABELS = {"licence": "license", "owned": "managed by qwenlocal"}  # where they differ from the keys
+
 
 def record_facts(record: ModelRecord) -> dict[str, Any]:
     """Return the facts of an installed model."""
@@ -83,11 +85,12 @@ def print_facts(facts: Mapping[str, Any]) -> None:
     """Print facts in two columns, without those that are unknown or empty."""
     from qwenlocal.terminal.ansi import escape_controls
 
-    width = max(map(len, facts))
+    labels = {key: _LABELS.get(key, key) for key in facts}
+    width = max(map(len, labels.values()))
     for key, value in facts.items():
         if value not in (None, "", {}):
             text = escape_controls(_describe(key, value)).replace("\n", "\n" + " " * (width + 2))
-            sys.stdout.write(f"{key:<{width}}  {text}\n")
+            sys.stdout.write(f"{labels[key]:<{width}}  {text}\n")
 
 
 def describe_kv_memory(bytes_per_token: int, max_tokens: int) -> str:
@@ -100,6 +103,8 @@ def _describe(key: str, value: Any) -> str:
     """Spell a value for people: `_describe("vocabulary", 151936)` is "151,936"."""
     if key == "chat template":
         return f"yes, {len(value):,} characters (--json shows it)"
+    if key == "state" and value == "here":
+        return "installed"
     if key == "size":
         return f"{format_bytes(value)} ({value:,} bytes)"
     if isinstance(value, Mapping):

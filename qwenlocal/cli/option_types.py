@@ -32,7 +32,12 @@ GpuLayersOption = Annotated[
     str, Option("-ngl", "--gpu-layers", metavar="N", help="Number of layers on a GPU, auto or all.")
 ]
 KvTypeOption = Annotated[
-    str | None, Option("--kv", metavar="TYPE", help="Type of the KV cache: f16, q8_0, q4_0, … [default: what fits]")
+    str | None,
+    Option(
+        "--kv",
+        metavar="TYPE",
+        help="Type of the KV cache: f16, bf16 or q8_0; smaller types damage answers. [default: what fits]",
+    ),
 ]
 FlashAttentionOption = Annotated[
     str,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qwenlocal.cli.text_input import read_text
-from qwenlocal.errors import UsageError
+from qwenlocal.errors import InvalidChoice, UsageError
 from qwenlocal.i18n import tr
 
 if TYPE_CHECKING:
@@ -19,6 +19,14 @@ if TYPE_CHECKING:
 
 _ON_OFF = {"auto": None, "on": True, "off": False}
 _ROPE_SCALINGS = ("yarn", "linear", "none")
+_SAMPLING_OPTIONS = {
+    "temperature": "--temp",
+    "top_k": "--top-k",
+    "top_p": "--top-p",
+    "min_p": "--min-p",
+    "repeat_penalty": "--repeat-penalty",
+    "seed": "--seed",
+}
 _MAX_RATE = 1e15  # bytes per second
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3}
 
@@ -81,6 +89,10 @@ class RunOptions:
         ------
         UsageError: a value is out of range.
         """
+        from qwenlocal.engine.sampling import check_parameter
+
+        for name, option in _SAMPLING_OPTIONS.items():
+            check_parameter(name, self.sampling.get(name), label=option)
         return replace(recommended.with_overrides(self.sampling), grammar=self.grammar)
 
     def generation_config(self, recommended: Sampling) -> GenerationConfig:
@@ -122,11 +134,9 @@ def parse_load_request(
                 )
             )
     if flash_attention not in _ON_OFF:
-        raise UsageError(
-            tr("--flash-attention must be auto, on or off, not {flash_attention}.", flash_attention=flash_attention)
-        )
+        raise InvalidChoice("--flash-attention", tuple(_ON_OFF), flash_attention)
     if rope is not None and rope not in _ROPE_SCALINGS:
-        raise UsageError(tr("--rope must be one of {names}, not {rope}.", names=", ".join(_ROPE_SCALINGS), rope=rope))
+        raise InvalidChoice("--rope", _ROPE_SCALINGS, rope)
     normalized_kv_type = kv_type.strip().lower() if kv_type else None
     request = LoadRequest(n_ctx, normalized_kv_type, _ON_OFF[flash_attention], rope, threads or 0, ubatch, force)
     check_load_request(request)

@@ -29,8 +29,7 @@ def read_text(name: str, *, limit: int = _MAX_BYTES) -> str:
         with path.open("rb") as file:
             return _decode(file, str(path), limit)
     except OSError as error:
-        reason = tr("Cannot read the file {name}: {reason}.", name=name, reason=error.strerror)
-        raise ModelNotFound(name, reason=reason, hint=tr("Check the path.")) from error
+        raise ModelNotFound.unreadable(name, error) from error
 
 
 def read_stdin() -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from qwenlocal.engine.context import ContextOptions, RopeScaling, pad_n_ctx
 from qwenlocal.engine.memory import MemoryEstimate, ModelDims, estimate_memory
-from qwenlocal.errors import NotEnoughMemory, UsageError
+from qwenlocal.errors import InvalidChoice, NotEnoughMemory, UsageError
 from qwenlocal.ggml import Device, tensor_type
 from qwenlocal.i18n import tr
 
@@ -52,7 +52,7 @@ def check_load_request(request: LoadRequest) -> None:
     UsageError: the KV cache type is unknown or needs flash attention.
     """
     if request.kv_type is not None and request.kv_type not in KV_TYPES:
-        raise UsageError(f"Unknown KV cache type “{request.kv_type}”.", hint="Choose one of: " + ", ".join(KV_TYPES))
+        raise InvalidChoice("--kv", KV_TYPES, request.kv_type)
     is_quantized = request.kv_type not in (None, "f16", "bf16")
     if is_quantized and request.flash_attention is False:
         raise UsageError(

@@ -47,23 +47,35 @@ class Sampling:
     answer_prefix: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, (minimum, maximum) in _RANGES.items():
-            value = getattr(self, name)
-            if value is not None and not minimum <= value <= maximum:
-                raise UsageError(
-                    tr(
-                        "{name} must be between {minimum:g} and {maximum:g}, not {value:g}.",
-                        name=name,
-                        minimum=minimum,
-                        maximum=maximum,
-                        value=value,
-                    )
-                )
+        for name in _RANGES:
+            check_parameter(name, getattr(self, name))
 
     def with_overrides(self, values: Mapping[str, float | int | None]) -> Sampling:
         """Return a copy with the values that are not None."""
         overrides: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
         return replace(self, **overrides)
+
+
+def check_parameter(name: str, value: float | None, *, label: str = "") -> None:
+    """
+    Check the range of a parameter; errors call it `label`, or by its name.
+
+    Raises
+    ------
+    UsageError: it is out of range.
+    """
+    minimum, maximum = _RANGES[name]
+    if value is not None and not minimum <= value <= maximum:
+        is_whole = abs(value) < 1e15 and value == int(value)  # not for infinity and NaN
+        raise UsageError(
+            tr(
+                "{name} must be between {minimum:,} and {maximum:,}, not {value:,}.",
+                name=label or name,
+                minimum=minimum,
+                maximum=maximum,
+                value=int(value) if is_whole else value,
+            )
+        )
 
 
 class Sampler:

@@ -13,7 +13,7 @@ from qwenlocal.progress import TaskProgress
 
 @dataclass(frozen=True)
 class Section:
-    """Bytes `start` to `end` of a file, and their sha256."""
+    """Bytes `start` to `end` of a file, and their SHA-256."""
 
     start: int
     end: int

@@ -1,4 +1,4 @@
-"""Checkpoints: in a local directory, in the hub's cache, or in a repository of a hub."""
+"""Checkpoints: in a local directory, in the Hub's cache, or in a repository of a hub."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ class CheckpointFinder:
 
     @contextlib.contextmanager
     def find_on_hub(self, name: CatalogName | HubName) -> Iterator[LocalCheckpoint | HubCheckpoint]:
-        """Find the checkpoint of a repository: in the hub's cache if all of it is there, otherwise on the hub."""
+        """Find the checkpoint of a repository: in the Hub's cache if all of it is there, otherwise on the hub."""
         repo = checkpoint_repo(name)
         if folder := self._local.find_checkpoint(repo):
             yield LocalCheckpoint(folder, repo.repo.partition("/")[2], repo.repo if repo.hub == "hf" else "")
@@ -141,7 +141,7 @@ def is_present(path: Path) -> bool:
 
 def local_checkpoint(path: Path) -> LocalCheckpoint:
     """
-    Describe the checkpoint at `path`; in the hub's cache, the folder above names its repository.
+    Describe the checkpoint at `path`; in the Hub's cache, the folder above names its repository.
 
     Raises
     ------

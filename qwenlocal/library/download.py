@@ -162,7 +162,7 @@ class _Download:
         self._reported = 0
 
     def run(self, report: ReportProgress, stop: threading.Event) -> str:
-        """Download all missing blocks and return the sha256 of the file."""
+        """Download all missing blocks and return the SHA-256 of the file."""
         while True:
             *digests, whole = self._run_pass(report, stop)
             wrong = [(s, digest) for s, digest in zip(self._sections, digests, strict=True) if digest != s.sha256]

@@ -56,7 +56,7 @@ def find_external_files(
 
 
 def hub_cache_folder(hub_cache: Path, repo: str) -> Path:
-    """Return the folder of a repository in the hub's cache, such as `models--Qwen--Qwen1.5-0.5B-Chat-GGUF`."""
+    """Return the folder of a repository in the Hub's cache, such as `models--Qwen--Qwen1.5-0.5B-Chat-GGUF`."""
     return hub_cache / f"models--{repo.replace('/', '--')}"
 
 

@@ -1,7 +1,7 @@
 """
 Model hubs: the files of a repository with sizes and digests, pinned to a commit.
 
-The Hugging Face hub is queried through huggingface_hub, which honors `HF_ENDPOINT`, `HF_TOKEN` and `HF_HUB_OFFLINE`;
+The Hugging Face Hub is queried through huggingface_hub, which honors `HF_ENDPOINT`, `HF_TOKEN` and `HF_HUB_OFFLINE`;
 ModelScope through the two endpoints that its own client uses (modelscope, hub/api.py and hub/file_download.py).
 """
 
@@ -23,7 +23,7 @@ from qwenlocal.library.http import HttpClient, TransferError
 @dataclass(frozen=True)
 class RemoteFile:
     """
-    A file in a repository: its path, size and sha256 (None for small text files, for which the hub states git's own
+    A file in a repository: its path, size and SHA-256 (None for small text files, for which the hub states git's own
     hash, `blob`).
     """
 
@@ -70,7 +70,7 @@ class Hub(Protocol):
 
 
 class HuggingFace:
-    """The Hugging Face hub, or the mirror that `HF_ENDPOINT` names."""
+    """The Hugging Face Hub, or the mirror that `HF_ENDPOINT` names."""
 
     label, scheme = "Hugging Face", "hf"
 

@@ -34,7 +34,7 @@ _WEB_HUB = re.compile(r"(?:https?://)?(?:huggingface\.co|hf\.co)/(?P<rest>[\w.-]
 
 @dataclass(frozen=True)
 class CatalogName:
-    """A model of the catalog, and a quantization level of it (None: the default one)."""
+    """A model of the catalog, and a quantization type of it (None: the default one)."""
 
     card: ModelCard
     level: str | None = None
@@ -48,7 +48,7 @@ class CatalogName:
 
 @dataclass(frozen=True)
 class HubName:
-    """A repository on a hub ("hf" or "ms"), and optionally a file or a level in it."""
+    """A repository on a hub ("hf" or "ms"), and optionally a file or a quantization type in it."""
 
     hub: str
     repo: str
@@ -141,7 +141,9 @@ def parse_name(text: str, load_catalog: Callable[[], Catalog]) -> ModelName:
             return _parse_path(text)
         if text.lower().endswith((".gguf", ".safetensors")):
             similar = _suggest_names(text, load_catalog())
-            raise ModelNotFound(text, reason=tr("There is no file {text}.", text=text), suggestions=similar) from None
+            if not similar:
+                raise ModelNotFound.unreadable(text) from None
+            raise ModelNotFound(text, reason=tr("There is no file {path}.", path=text), suggestions=similar) from None
         if text.count("/") == 1 and _HUB.fullmatch(text) and ".." not in text:
             return _parse_hub_name("hf", text)
         raise
@@ -158,7 +160,7 @@ def normalize_name(text: str) -> str:
 
 
 def level_from_filename(file: str) -> str | None:
-    """Return the quantization level in a file name: `level_from_filename("x-q4_k_m.gguf")` is "q4_k_m"."""
+    """Return the quantization type in a file name: `level_from_filename("x-q4_k_m.gguf")` is "q4_k_m"."""
     stem = re.sub(r"(\.gguf)?(\.[a-z]|-\d{5}-of-\d{5}(\.gguf)?)?$", "", file.casefold())
     matching = [level for level in _LEVELS if re.search(rf"(^|[-_.]){level}$", stem)]
     return max(matching, key=len, default=None)
@@ -221,11 +223,9 @@ def _parse_path(text: str) -> ModelName:
         is_checkpoint = path.name.lower().endswith(".safetensors")
         if path.name.lower().endswith(".part"):
             raise BadWeights(path, "the file is unfinished", hint=tr("Run the command that was writing it again."))
-        resolved = path.parent.resolve() / path.name  # a link keeps its name: in the hub's cache it points to a digest
+        resolved = path.parent.resolve() / path.name  # a link keeps its name: in the Hub's cache it points to a digest
         return LocalCheckpointName(resolved) if is_checkpoint else PathName(path.absolute())
-    raise ModelNotFound(
-        text, reason=tr("There is no file {path}, or it is not readable.", path=path), hint=tr("Check the path.")
-    )
+    raise ModelNotFound.unreadable(path)
 
 
 def _first_locked_folder(path: Path) -> Path | None:
@@ -238,13 +238,17 @@ def _not_a_checkpoint(path: Path) -> BadWeights:
     try:
         names = sorted(file.name for file in path.iterdir())
     except OSError as reason:
-        return BadWeights(path, f"the directory cannot be read ({reason.strerror})")
+        return BadWeights.unreadable(path, reason)
     models = [name for name in names if name.endswith(".gguf")]
-    problem = "this is a directory, but not a checkpoint"
     hint = "A model is a .gguf file, or a directory with config.json."
     if any(name.endswith(".safetensors") for name in names):
-        problem, hint = "the checkpoint has no config.json", "Download the whole checkpoint again."
-    return BadWeights(path, problem, hint=tr("Did you mean {path}?", path=path / models[0]) if models else hint)
+        hint = "Download the whole checkpoint again."
+    return BadWeights(
+        path,
+        "it has no config.json",
+        hint=tr("Did you mean {path}?", path=path / models[0]) if models else hint,
+        message=tr("{path} is not a checkpoint: it has no config.json.", path=path),
+    )
 
 
 def _parse_hub_name(hub: str, text: str) -> HubName:
@@ -271,9 +275,9 @@ def _parse_level(text: str) -> str:
         similar = difflib.get_close_matches(text.casefold(), _LEVELS, n=3)
         raise ModelNotFound(
             text,
-            reason=tr("“{text}” is not a quantization level.", text=text),
+            reason=tr("There is no quantization type {type}.", type=text),
             suggestions=similar,
-            hint="" if similar else tr("Levels look like q4_k_m, q8_0, f16."),
+            hint="" if similar else tr("Known types: ") + ", ".join(FILE_TYPES),
         )
     return level
 
@@ -288,4 +292,7 @@ def _parse_catalog_name(text: str, catalog: Catalog) -> CatalogName:
         card, level = spellings.get(normalized[:end]), normalized[end:]
         if card and (not level or level in levels):
             return CatalogName(card, levels.get(level))
+    typed = re.fullmatch(r"(?P<model>.+)[-:](?P<type>(?:i?q|b?f)\d\w*)", stem, re.IGNORECASE)
+    if typed and normalize_name(typed["model"]) in spellings:
+        _parse_level(typed["type"])
     raise ModelNotFound(text, suggestions=_suggest_names(stem, catalog))

@@ -41,7 +41,7 @@ _READ_SIZE = 1 << 20
 
 @dataclass(frozen=True)
 class WheelLink:
-    """A wheel on an index, and the sha256 that the index states for it."""
+    """A wheel on an index, and the SHA-256 that the index states for it."""
 
     name: str
     url: str

@@ -214,7 +214,7 @@ class ModelProvider:
         with self._open_puller() as puller:
             record = puller.pull(name)
         if puller.downloaded:
-            self._say(tr("Downloaded and verified: sha256 ") + ", ".join(file.sha256 for file in puller.downloaded))
+            self._say(tr("Downloaded and verified: SHA-256 ") + ", ".join(file.sha256 for file in puller.downloaded))
         return record
 
     def _discard_damaged(self, record: ModelRecord, damage: Sequence[FileDamage]) -> None:
@@ -230,6 +230,7 @@ def describe(name: ModelName) -> str:
     """Spell a name for people: "qwen1.5:0.5b-chat-q4_k_m (Qwen1.5 0.5B chat)"."""
     if isinstance(name, CatalogName):
         card = name.card
-        title = card.title if card.sizes_in_family == 1 else f"{card.title} {card.size.upper()} {card.variant}"
+        size = card.size.upper().replace("MOE", "MoE")
+        title = card.title if card.sizes_in_family == 1 else f"{card.title} {size} {card.variant}"
         return f"{name} ({title})"
     return str(name)

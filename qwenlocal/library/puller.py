@@ -197,7 +197,7 @@ class Puller:
         return StoredFile.from_path(path, hash_file(path), link=link)
 
     def _store_file(self, request: FileRequest) -> StoredFile:
-        """Download a file, link it into the hub's cache, and describe it."""
+        """Download a file, link it into the Hub's cache, and describe it."""
         downloaded = self._download(request)
         path, link = _link_snapshot(request)
         if not downloaded.checksums and (known := self._find_stored_file(path, downloaded.sha256)):
@@ -280,9 +280,9 @@ class Puller:
 
 def _link_snapshot(request: FileRequest) -> tuple[Path, str]:
     """
-    Link a blob of the hub's cache into a snapshot as huggingface_hub does, and write the commit that the ref points to.
+    Link a blob of the Hub's cache into a snapshot as huggingface_hub does, and write the commit that the ref points to.
 
-    Returns the path of the file and of the link, "" for a file outside the hub's cache. If links are not permitted
+    Returns the path of the file and of the link, "" for a file outside the Hub's cache. If links are not permitted
     (Windows without the privilege), the file itself moves to the snapshot, as with huggingface_hub.
     """
     blob, snapshot = request.target, request.snapshot

@@ -38,7 +38,7 @@ class ModelFiles:
 
     @property
     def level(self) -> str | None:
-        """The quantization level in the file name."""
+        """The quantization type in the file name."""
         return level_from_filename(self.name)
 
 
@@ -82,7 +82,7 @@ def select_model(listing: RepoListing, name: HubName) -> ModelFiles:
             return model
     raise ModelNotFound(
         str(name),
-        reason=tr("{repo} has several models, but none of the usual quantization levels.", repo=listing.repo),
+        reason=tr("{repo} has several models, but none of the usual quantization types.", repo=listing.repo),
         hint=tr("Choose one: ") + ", ".join(f"{name.hub}:{listing.repo}/{model.name}" for model in models[:5]),
     )
 

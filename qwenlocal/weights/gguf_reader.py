@@ -114,10 +114,11 @@ class _Reader:
             raise BadWeights(self.path, "the file is empty")
         magic = self.file.read(4)
         if magic != MAGIC:
-            kind = "a web page" if magic.lstrip().startswith(b"<") else "another kind of file"
+            cause = ": it is a web page" if magic.lstrip().startswith(b"<") else ""
             raise BadWeights(
                 self.path,
-                f"this is not a GGUF file: it begins like {kind}",
+                f"it is not a GGUF file{cause}",
+                message=f"{self.path} is not a GGUF file{cause}.",
                 hint="Models are .gguf files. List the names that work instead: qwenlocal list --all",
             )
 
@@ -191,8 +192,7 @@ def _open_file(path: Path) -> Iterator[_Reader]:
         with path.open("rb") as file:
             yield _Reader(file, path)
     except OSError as reason:
-        problem = reason.strerror or str(reason)
-        raise BadWeights(path, f"cannot read it ({problem})", hint="Check the path and its permissions.") from reason
+        raise BadWeights.unreadable(path, reason) from reason
 
 
 def _read_pairs(reader: _Reader, *, stop_before_vocabulary: bool) -> dict[str, MetadataValue]:

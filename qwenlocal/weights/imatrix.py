@@ -67,14 +67,16 @@ def read_imatrix(path: Path) -> ImportanceMatrix:
     import numpy
 
     if not path.exists():
-        raise ModelNotFound(str(path), reason=f"There is no file {path}.", hint=_HINT)
+        raise ModelNotFound.unreadable(path)
     try:
         header = read_header(path)
     except BadWeights as error:
         error.hint = _HINT
         raise
     if header.metadata.get("general.type") != "imatrix":
-        raise BadWeights(path, "this is not an importance matrix", hint=_HINT)
+        raise BadWeights(
+            path, "it is not an importance matrix", hint=_HINT, message=f"{path} is not an importance matrix."
+        )
     tensors = {tensor.name: tensor for tensor in header.tensors}
     weights = {}
     for name, tensor in tensors.items():

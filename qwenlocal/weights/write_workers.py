@@ -293,7 +293,7 @@ def _open_source(path: Path) -> int:
     try:
         return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
     except OSError as reason:
-        raise BadWeights(path, f"cannot read it ({reason.strerror})") from reason
+        raise BadWeights.unreadable(path, reason) from reason
 
 
 def _start(worker: threading.Thread) -> None:

@@ -16,7 +16,7 @@ from qwenlocal.formatting import format_bytes
 
 if TYPE_CHECKING:
     from qwenlocal.engine.load_plan import LoadRequest
-    from qwenlocal.measure.bench import BenchResult
+    from qwenlocal.measure.bench import BenchResult, Speed
 
 _BAR_WIDTH = 40  # columns
 
@@ -84,16 +84,20 @@ def _show(name: str, result: BenchResult, *, plot: bool) -> None:
         f"{name}: {options.threads} threads, {options.key_type} keys, {options.value_type} values, flash attention "
         f"{'on' if options.flash_attention else 'off'}, {options.n_ubatch} tokens per physical batch\n"
     )
-    rows = [(test, f"{speed.mean:.2f} ± {speed.deviation:.2f}") for test, speed in result.speeds.items()]
-    print_table(("", "TOKENS/S"), rows)
-    times = {"load": result.load, "first token, warm": result.first_warm, "first token, cold": result.first_cold}
-    facts = [f"{label} {seconds:.2f} s" for label, seconds in times.items() if seconds is not None]
+    print_table(("", "TOKENS/S"), [(test, _describe_speed(speed)) for test, speed in result.speeds.items()])
+    facts = [f"load {result.load:.2f} s", f"first token {result.first_warm:.2f} s warm"]
+    facts += [f"{result.first_cold:.2f} s cold"] if result.first_cold is not None else []
     facts += [f"memory {format_bytes(result.memory)}"] if result.memory is not None else []
     facts += [f"{result.joules:.2f} J per token"] if result.joules is not None else []
     sys.stdout.write(", ".join(facts) + "\n")
     if plot:
         _plot(result)
     sys.stdout.write("\n")
+
+
+def _describe_speed(speed: Speed) -> str:
+    deviation = f" ± {speed.deviation:.2f}" if len(speed.samples) > 1 else ""
+    return f"{speed.mean:.2f}{deviation}"
 
 
 def _plot(result: BenchResult) -> None:

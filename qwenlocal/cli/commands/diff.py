@@ -43,7 +43,7 @@ def _show(difference: GgufDiff) -> None:
     from qwenlocal.terminal.ansi import escape_controls
 
     if difference.is_empty:
-        sys.stdout.write("The files have the same keys and tensors.\n")
+        sys.stdout.write("The files have the same metadata and tensors.\n")
     for key in difference.keys:
         left, right = (_describe(value, key.where) for value in (key.left, key.right))
         sys.stdout.write(escape_controls(f"{key.key}\n  < {left}\n  > {right}\n"))

@@ -54,7 +54,7 @@ def check_machine(*, as_json: bool, offline: bool) -> None:
     machine = this_machine()
     checks = [_versions(), *_engine(machine), _memory(machine), *_folders(app.folders), _models(app)]
     if not offline:
-        checks += _sources()
+        checks += _sources(has_models=any(not record.missing for record in app.store.records()))
     if as_json:
         print_json([{**asdict(check), "ok": not check.advice} for check in checks])
         return
@@ -127,7 +127,7 @@ def _memory(machine: Machine) -> Check:
 
 def _folders(folders: Folders) -> list[Check]:
     checks = []
-    for subject, folder in (("home", folders.home), ("hub cache", folders.hub_cache)):
+    for subject, folder in (("home", folders.home), ("Hub cache", folders.hub_cache)):
         try:
             ensure_writable(folder)
         except QwenlocalError as error:
@@ -146,7 +146,7 @@ def _models(app: AppContext) -> Check:
     return Check("models", state, "" if records else "Download the default model: qwenlocal run")
 
 
-def _sources() -> list[Check]:
+def _sources(*, has_models: bool) -> list[Check]:
     from qwenlocal.library.http import HttpClient, Timeouts, TransferError
     from qwenlocal.library.hubs import HuggingFace, ModelScope
     from qwenlocal.library.package_index import index_url, remove_login
@@ -167,7 +167,8 @@ def _sources() -> list[Check]:
         except TransferError as error:
             if not error.unreachable and error.retryable is False:
                 return Check(label, f"{shown_address} answers")
-            return Check(label, f"{shown_address} is not reachable: {error}", "Installed models run without it.")
+            advice = "Installed models run without it." if has_models else "Check the network, or set HTTPS_PROXY."
+            return Check(label, f"{shown_address} is not reachable: {error}", advice)
         return Check(label, f"{shown_address} answers")
 
     with ThreadPoolExecutor() as pool:

@@ -12,7 +12,7 @@ from qwenlocal.cli.console import can_chat
 from qwenlocal.cli.context import AppContext
 from qwenlocal.cli.options import RunOptions
 from qwenlocal.cli.text_input import read_prompt_file, read_stdin
-from qwenlocal.errors import BadWeights, Interrupted, LowMemory, UsageError
+from qwenlocal.errors import BadWeights, Interrupted, InvalidChoice, LowMemory, UsageError
 from qwenlocal.i18n import tr
 
 if TYPE_CHECKING:
@@ -73,13 +73,7 @@ def _check_options(options: RunOptions) -> None:
             tr("-o is only for --batch."), hint=tr("To save one answer: qwenlocal run MODEL PROMPT > FILE")
         )
     if options.overflow not in OVERFLOW_POLICIES:
-        raise UsageError(
-            tr(
-                "--overflow must be one of {names}, not {overflow}.",
-                names=", ".join(OVERFLOW_POLICIES),
-                overflow=options.overflow,
-            )
-        )
+        raise InvalidChoice("--overflow", OVERFLOW_POLICIES, options.overflow)
     if options.raw and (options.system or options.interactive):
         raise UsageError(tr("--raw continues plain text, so it excludes --system and -i."))
     if options.batch is not None and (

@@ -42,7 +42,8 @@ def tune_model(text: str, *, seconds: float, as_json: bool) -> None:
     threads = "1 thread" if settings.threads == 1 else f"{settings.threads} threads"
     flash = "on" if settings.flash_attention else "off"
     sys.stdout.write(
-        f"{text}, on {power}: {threads}, flash attention {flash}, {settings.n_ubatch} tokens per physical batch\n"
+        f"{text}, on {'AC' if power == 'mains' else 'battery'} power: {threads}, flash attention {flash}, "
+        f"{settings.n_ubatch} tokens per physical batch\n"
         f"cost of decoding several tokens at once, relative to one: {costs}\n"
         "Saved; qwenlocal run uses these settings from now on.\n"
     )

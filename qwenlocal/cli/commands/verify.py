@@ -33,7 +33,10 @@ def verify_model(text: str, *, repair: bool, as_json: bool) -> None:
         app.say(tr("{name} is repaired{proof}.", name=record.name, proof=_describe_digests(record)))
     elif not damage:
         _check_readable(record)
-        app.say(tr("{name} is intact{proof}.", name=record.name, proof=_describe_digests(record)))
+        if any(file.sha256 for file in record.files):
+            app.say(tr("{name} is intact{proof}.", name=record.name, proof=_describe_digests(record)))
+        else:
+            app.say(tr("The header is valid; there is no published digest to compare with."))
     if as_json:
         print_json(
             {
@@ -90,14 +93,14 @@ def _check_readable(record: ModelRecord) -> None:
 def _describe_digests(record: ModelRecord) -> str:
     digests = [file.sha256 for file in record.files if file.sha256]
     if not digests:
-        return " as far as its header shows (no digest of it is known)"
-    return f": sha256 {digests[0]}" + (f" and {len(digests) - 1} more" if len(digests) > 1 else "")
+        return ""
+    return f": SHA-256 {digests[0]}" + (f" and {len(digests) - 1} more" if len(digests) > 1 else "")
 
 
 def _describe_damage(damage: FileDamage) -> str:
     file, size = damage.file, damage.file.block
     if damage.blocks is None:
-        return f"{file.path} is damaged: its sha256 is {damage.sha256[:16]}…, not {file.sha256[:16]}…."
+        return f"{file.path} is damaged: its SHA-256 is {damage.sha256[:16]}…, not {file.sha256[:16]}…."
     spans = ", ".join(f"{n} (bytes {n * size:,} to {(n + 1) * size:,})" for n in damage.blocks[:8])
     more = f" and {len(damage.blocks) - 8} more" if len(damage.blocks) > 8 else ""
     return f"{file.path} is damaged in block {spans}{more}."

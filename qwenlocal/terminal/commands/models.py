@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from qwenlocal.chat.context_window import OVERFLOW_POLICIES
-from qwenlocal.errors import UsageError
+from qwenlocal.chat.context_window import OVERFLOW_ALIASES, OVERFLOW_POLICIES
+from qwenlocal.errors import InvalidChoice, UsageError
 from qwenlocal.i18n import mark, tr
 from qwenlocal.terminal.session import Session
 
@@ -19,7 +19,7 @@ SETTINGS = {
     "repeat_penalty": mark("0.01 to 10; penalize repeated tokens, 1 is off"),
     "seed": mark("an integer, or none for a new one each time"),
     "max_tokens": mark("1 or more, or none to answer until the context is full"),
-    "overflow": mark("shift, summarise or stop; what to do when the context is full"),
+    "overflow": mark("shift, summarize or stop; what to do when the context is full"),
 }
 _NONE = ("none", "off", "-")
 
@@ -98,8 +98,9 @@ def change_setting(session: Session, argument: str) -> None:
 def _apply_setting(session: Session, name: str, value: str) -> None:
     config = session.conversation.config
     if name == "overflow":
+        value = OVERFLOW_ALIASES.get(value, value)
         if value not in OVERFLOW_POLICIES:
-            raise UsageError(tr("overflow must be shift, summarise or stop, not {value}.", value=value))
+            raise InvalidChoice("overflow", OVERFLOW_POLICIES, value)
         config.overflow = value
     elif name == "max_tokens":
         config.max_tokens = None if value in _NONE else int(_parse_number(name, value, int))

@@ -143,8 +143,8 @@ class ChatNotFound(QwenlocalError):
     def __init__(self, id: int | str) -> None:
         self.id = id
         super().__init__(
-            tr("There is no chat {id}.", id=id) if id else tr("There is no chat to continue."),
-            hint=tr("List your chats: qwenlocal chats"),
+            tr("There is no chat {id}.", id=id) if id else tr("There are no chats yet."),
+            hint=tr("List your chats: qwenlocal chats") if id else tr("To start one: qwenlocal run"),
         )
 
 

@@ -1,11 +1,33 @@
-"""Text for people: byte counts, one-line excerpts, column widths."""
+"""Text for people: counts, byte counts, model names, one-line excerpts, column widths."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
+
+from qwenlocal.i18n import mark, tr
 
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
+_UNITS = {
+    "character": (mark("1 character"), mark("{count:,} characters")),
+    "chat": (mark("1 chat"), mark("{count:,} chats")),
+    "message": (mark("1 message"), mark("{count:,} messages")),
+    "token": (mark("1 token"), mark("{count:,} tokens")),
+    "turn": (mark("1 turn"), mark("{count:,} turns")),
+    "word": (mark("1 word"), mark("{count:,} words")),
+}
+
+
+def format_count(count: int, unit: str) -> str:
+    """`format_count(1200, "token")` is "1,200 tokens", `format_count(1, "token")` "1 token", both translated."""
+    one, other = _UNITS[unit]
+    return tr(one) if count == 1 else tr(other, count=count)
+
+
+def format_model_name(name: str) -> str:
+    """`format_model_name("/models/tiny.gguf")` is "tiny.gguf"; names other than paths stay."""
+    return Path(name).name if Path(name).is_absolute() else name
 
 
 def format_bytes(size: float) -> str:

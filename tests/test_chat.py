@@ -454,7 +454,7 @@ def test_the_model_can_summarize_turns_before_they_are_evicted(vocabulary: Token
     events = list(talk.ask("And now? " + "y" * 150))
     (evicted,) = [event for event in events if isinstance(event, TurnsEvicted)]
     assert evicted.summary == "They greeted each other."
-    assert describe_eviction(evicted).endswith("removed from it. Summary: They greeted each other.")
+    assert describe_eviction(evicted).endswith("left the context. Summary: They greeted each other.")
     assert any(isinstance(event, Summarizing) for event in events)
     asked = read(generator, vocabulary, -2)
     assert "Question 0" in asked and "Summarise our conversation" in asked
@@ -541,6 +541,18 @@ def test_a_cut_answer_continues_exactly_after_its_last_token(vocabulary: Tokeniz
     assert talk.thread.path[-1].finish_reason == FinishReason.EOS.value
 
 
+def test_a_complete_answer_cannot_be_continued_unless_it_was_edited(vocabulary: Tokenizer) -> None:
+    generator = ScriptedGenerator([[65, END], [66, END]])
+    talk = conversation(generator, vocabulary)
+    list(talk.ask("Hi"))
+    with pytest.raises(UsageError, match="The last answer is complete"):
+        talk.continue_answer()
+    assert len(generator.prompts) == 1
+    talk.replace_answer(talk.thread.turns[-1], "A")
+    list(talk.continue_answer())
+    assert messages(talk)[-1]["content"] == "AB"
+
+
 def test_a_full_context_leaves_the_conversation_unchanged(vocabulary: Tokenizer) -> None:
     class Full(ScriptedGenerator):
         def generate(self, ids, sampling, *, limit):  # type: ignore[no-untyped-def]
@@ -550,6 +562,7 @@ def test_a_full_context_leaves_the_conversation_unchanged(vocabulary: Tokenizer)
 
     talk = conversation(Full([[65, END]]), vocabulary)
     list(talk.ask("First"))
+    talk.thread.update(talk.thread.path[-1], finish_reason=FinishReason.LENGTH.value)
     before = messages(talk)
     for attempt in (
         lambda: talk.ask("x"),

@@ -169,6 +169,7 @@ def test_another_model_continues_the_same_chat(
     write_model(tmp_path / "other.gguf", reply="Rome")
     chat = start_chat(terminal, speaking_model)
     enter(chat, "Hi", re.escape(SAYS))
+    enter(chat, "/model", r"Current model: \S+\.gguf\. No other model is installed\.")
     enter(chat, "/model ./nowhere.gguf", "There is no file")
     enter(chat, "/model ./other.gguf", "Switched to other.gguf with a context of 4,096 tokens")
     enter(chat, "And you?", "^Rome")
@@ -199,6 +200,9 @@ def test_settings_are_shown_changed_and_validated(terminal: Open, speaking_model
     chat = start_chat(terminal, speaking_model)
     enter(chat, "/set temperature 0.3", "temperature is now 0.3")
     enter(chat, "/set max-tokens 3", "max_tokens is now 3")
+    enter(chat, "/set temp 0.2", "temperature is now 0.2")
+    enter(chat, "/set --temp 0.3", "temperature is now 0.3.*temperature is now 0.3")
+    enter(chat, "/set n 3", "max_tokens is now 3.*max_tokens is now 3")
     text = enter(chat, "/set", "overflow +shift")
     assert re.search(r"temperature +0\.3 ", text)
     enter(chat, "/set temperature 99", "temperature must be between 0 and 10")
@@ -222,7 +226,7 @@ def test_prompts_are_the_bundled_ones_and_the_users(
     own.write_text("Talk like a pirate.")
     chat = start_chat(terminal, speaking_model)
     enter(chat, "/prompt", r"Prompts: .*programmer.*pirate")
-    enter(chat, "/prompt pirate", "System prompt set")
+    enter(chat, "/prompt pirate", "System prompt set: pirate")
     enter(chat, "/system", "Talk like a pirate.")
     enter(chat, "/prompt captain", "No prompt is called “captain”")
 
@@ -258,7 +262,10 @@ def test_the_user_chooses_how_to_cut_a_long_file(
         enter(chat, letter, r"Nothing was sent. Your message is below.*^> Where is the needle")
         assert journal().list_chats() == []
         return
-    enter(chat, letter, re.escape(SAYS))
+    text = enter(chat, letter, re.escape(SAYS))
+    if letter in ("h", "p"):
+        (count,) = re.findall(r"long.txt: ([\d,]+) tokens, ", text)
+        assert re.search(rf"long.txt: sending \d+ of {count} tokens", text)
     question = journal().load_thread(1).path[0].text
     assert kept in question
     assert question.endswith("Where is the needle? @long.txt")
@@ -283,7 +290,7 @@ def test_a_chat_is_saved_loaded_exported_and_renamed(
     enter(chat, "/export talk.doc", "Cannot export to talk.doc: use one of")
     enter(chat, "/export nowhere/talk.md", r"Cannot\s+write\s+to.*nowhere\s*:.*Choose\s+another\s+folder")
     enter(chat, "/save " + "x" * 300, "Invalid file name")
-    enter(chat, "/title About Paris", "Renamed this chat to “About Paris”")
+    enter(chat, "/title About Paris", "Renamed chat 1 to “About Paris”")
     enter(chat, "/clear", "Started a new chat")
     enter(chat, "/load talk.json", "Loaded 2 messages. Last question: Hi")
     enter(chat, "/load 1", "Loaded 2 messages.*Loaded 2 messages")
@@ -335,8 +342,10 @@ def test_resume_picks_a_chat_from_a_list(terminal: Open, speaking_model: Path) -
         chat.type("\x04")
         chat.wait_for_exit()
     chat = terminal("run", "--resume")
-    chat.wait_for(r"1 .*About dogs.*2 .*About cats.*Which one\? \[1\]")
-    chat.type("2\r")
+    chat.wait_for(r"2 .*About dogs.*\(2 messages, \S+\.gguf\).*1 .*About cats.*Which one\? \[2\]")
+    chat.type("3\r")
+    chat.wait_for(r"Enter one of these numbers.*Which one\? \[2\]")
+    chat.type("1\r")
     chat.wait_for("Continuing chat 1, “About cats”")
     direct = terminal("run", "--resume", "2")
     direct.wait_for("Continuing chat 2, “About dogs”")
@@ -470,6 +479,22 @@ def test_command_names_are_unique() -> None:
     assert all(find_command(name) for name in names)
     quit_, nothing = find_command("/quit"), find_command("/nothing")
     assert quit_ and quit_.name == "/exit" and nothing is None
+    assert find_command("/Undo") is find_command("/undo")
+
+
+@pytest.mark.parametrize("name", ["/clear", "/continue", "/ctx", "/exit", "/markdown", "/stats", "/undo"])
+def test_commands_without_parameters_are_known(name: str) -> None:
+    command = find_command(name)
+    assert command is not None and not command.takes_argument
+
+
+def test_mistyped_commands_get_one_sentence(terminal: Open, speaking_model: Path) -> None:
+    chat = start_chat(terminal, speaking_model)
+    enter(chat, "/stats now", "/stats takes no argument.$")
+    enter(chat, "/exit 1", "/exit takes no argument.$")
+    enter(chat, "/help nosuch", "There is no command /nosuch.$")
+    enter(chat, "/help udno", r"There is no command /udno. Did you mean /undo\?$")
+    enter(chat, "/HELP Exit", r"^/exit  Exit.*\nAliases: /quit, /bye, /q$")
 
 
 # --- qwenlocal chats
@@ -499,15 +524,19 @@ def test_chats_are_listed_shown_searched_renamed_exported_and_deleted(
     terminal: Open, speaking_model: Path, qwenlocal: Run, tmp_path: Path, environment: dict[str, str]
 ) -> None:
     assert "There are no chats yet" in qwenlocal("chats").stdout
+    assert "There are no chats yet.\n  To start one: qwenlocal run" in qwenlocal("chats", "show", "last").stderr
     chat = start_chat(terminal, speaking_model)
     enter(chat, "什么是分词器？", re.escape(SAYS))
     chat.type("\x04")
     chat.wait_for_exit()
-    assert re.search(r"1 +\d{4}-\d\d-\d\d .*2 +什么是分词器", qwenlocal("chats", "list").stdout)
+    listed = qwenlocal("chats", "list").stdout
+    assert re.search(r"1 +\d{4}-\d\d-\d\d .*2 +什么是分词器", listed)
+    assert speaking_model.name in listed and str(speaking_model) not in listed
     assert json.loads(qwenlocal("chats", "list", "--json").stdout)[0]["messages"] == 2
-    assert SAYS in qwenlocal("chats", "show", "1").stdout
-    assert "…什么是分词器？…" in qwenlocal("chats", "search", "分词").stdout
-    assert qwenlocal("chats", "rename", "1", "About", "tokens").returncode == 0
+    shown = qwenlocal("chats", "show", "1").stdout
+    assert SAYS in shown and f"## {speaking_model.name}, " in shown
+    assert qwenlocal("chats", "search", "分词").stdout.endswith("user: 什么是分词器？\n")
+    assert qwenlocal("chats", "rename", "1", "About", "tokens").stderr == "Renamed chat 1 to “About tokens”.\n"
     assert qwenlocal("chats", "export", "last", "-o", "x.html").returncode == 0
     assert "About tokens" in (tmp_path / "x.html").read_text("utf-8")
     again = qwenlocal("chats", "export", "last", "-o", "x.html")

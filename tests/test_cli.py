@@ -145,7 +145,7 @@ def test_stats_follow_the_load_plan_on_standard_error(qwenlocal: Run, speaking_m
 def test_raw_text_is_continued_without_a_template(qwenlocal: Run, speaking_model: Path) -> None:
     result = qwenlocal("run", str(speaking_model), "--raw", "P", "--stats")
     assert result.stdout == SAYS[1:] + "\n"
-    assert "prompt 1 tokens" in result.stderr
+    assert "prompt 1 token, " in result.stderr
 
 
 def test_an_answer_that_fills_the_context_says_so(qwenlocal: Run, endless_model: Path) -> None:

@@ -171,6 +171,10 @@ def test_search_hits_show_their_context(journal: Journal) -> None:
     assert hit.found == "needle"
     assert hit.before.endswith("x ") and hit.after.startswith(" in hay y")
     assert len(hit.before) + len(hit.after) <= 80
+    assert hit.cut_before and hit.cut_after
+    talk(journal, "a thread")
+    (whole,) = journal.search("thread")
+    assert not whole.cut_before and not whole.cut_after
 
 
 def test_percent_and_underscore_are_not_wildcards(journal: Journal) -> None:

@@ -19,7 +19,7 @@ from qwenlocal.cli.app import app
 from qwenlocal.engine.memory import PROCESS_OVERHEAD
 from qwenlocal.library.catalog import Catalog, ModelCard
 from qwenlocal.terminal.commands.models import SETTINGS
-from qwenlocal.terminal.commands.table import COMMAND_GROUPS, KEYS
+from qwenlocal.terminal.commands.table import ALIASES, COMMAND_GROUPS, KEYS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "chat.md")
@@ -82,7 +82,8 @@ def chat_commands_tables() -> str:
     for group, commands in COMMAND_GROUPS.items():
         rows = [(f"`{escape(command.usage)}`", command.help) for command in commands]
         sections.append(f"### {group}\n\n{format_table(('command', 'what it does'), rows)}")
-    return "\n\n".join(sections)
+    aliases = ", ".join(f"`{alias}` ({name})" for alias, name in ALIASES.items())
+    return "\n\n".join([*sections, f"Aliases: {aliases}."])
 
 
 def chat_keys_table() -> str:

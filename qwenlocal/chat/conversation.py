@@ -127,12 +127,14 @@ class Conversation:
 
         Raises
         ------
-        UsageError: there is no question. ContextFull: there is no space for more.
+        UsageError: there is no question, or the model has ended the answer. ContextFull: there is no space for more.
         """
         turn = self._last_turn()
         if turn.answer is None:
             return self._answer(lambda: None)
         message = turn.answer
+        if message.ids and message.finish_reason == FinishReason.EOS.value:  # edited answers have no ids
+            raise UsageError(tr("The last answer is complete."))
         prefix = list(message.ids) or self._tokenizer.tokenize(message.text, special=False)
         self.thread.set_leaf(turn.question.number)
         ids = self._encode_prompt()

@@ -7,6 +7,7 @@ import json
 from datetime import datetime, timezone
 
 from qwenlocal.chat.thread import USER, Message, Thread
+from qwenlocal.formatting import format_model_name
 
 FORMATS = ("md", "json", "html")
 _STYLE = (
@@ -77,5 +78,5 @@ def export_html(thread: Thread, title: str) -> str:
 
 
 def _heading(message: Message) -> str:
-    author = "You" if message.role == USER else message.model or "Model"
+    author = "You" if message.role == USER else format_model_name(message.model) or "Model"
     return f"{author}, {datetime.fromtimestamp(message.created):%Y-%m-%d %H:%M}"

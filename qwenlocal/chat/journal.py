@@ -60,6 +60,8 @@ class SearchHit:
     """
     A message that contains all words of a search; `before`, `found` and `after` are an excerpt around the first word.
 
+    `cut_before` and `cut_after` are True if the message has more text there.
+
     The field names are the keys of `chats search --json`.
     """
 
@@ -70,6 +72,8 @@ class SearchHit:
     found: str
     after: str
     created: float
+    cut_before: bool
+    cut_after: bool
 
 
 class Journal:
@@ -356,7 +360,8 @@ def _search_hit(row: Sequence[Any], normalized: str, term: str) -> SearchHit:
     """Cut the excerpt around `term`. If normalizing changed the length of the text, which is rare, it is a bit off."""
     chat, title, role, text, created = row
     start = normalized.index(term)
-    end = start + len(term)
-    before = " ".join(str(text)[max(0, start - _HIT_CONTEXT) : start].splitlines())
-    after = " ".join(str(text)[end : end + _HIT_CONTEXT].splitlines())
-    return SearchHit(chat, title, role, before, str(text)[start:end], after, created)
+    end, text = start + len(term), str(text)
+    before = " ".join(text[max(0, start - _HIT_CONTEXT) : start].splitlines())
+    after = " ".join(text[end : end + _HIT_CONTEXT].splitlines())
+    cut_before, cut_after = start > _HIT_CONTEXT, end + _HIT_CONTEXT < len(text)
+    return SearchHit(chat, title, role, before, text[start:end], after, created, cut_before, cut_after)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from qwenlocal.errors import Interrupted
+from qwenlocal.errors import Interrupted, QwenlocalError
 from qwenlocal.formatting import display_width, pad
 from qwenlocal.i18n import tr
 
@@ -88,9 +88,13 @@ def ask_or_skip(question: str) -> str:
         return ""
 
 
-def choose_number(count: int, default: int, *, allow_text: bool = False) -> int | str:
+def choose_number(
+    numbers: Collection[int], default: int, *, check_text: Callable[[str], object] | None = None
+) -> int | str:
     """
-    Ask for a number from 1 to `count`; Enter takes `default`. With `allow_text`, any other word is returned as it is.
+    Ask for one of `numbers` until the answer is one; Enter takes `default`.
+
+    Any other text is returned as well if `check_text` is given and does not raise a `QwenlocalError`.
 
     Raises
     ------
@@ -98,10 +102,17 @@ def choose_number(count: int, default: int, *, allow_text: bool = False) -> int 
     """
     while True:
         word = ask(tr("Which one? [{default}] ", default=default)) or str(default)
-        if word.isdecimal():
-            if 1 <= int(word) <= count:
-                return int(word)
-        elif allow_text:
+        number = word.removeprefix("#")
+        if number in map(str, numbers):
+            return int(number)
+        if number.isdecimal() or check_text is None:
+            say(tr("Enter one of these numbers."))
+            continue
+        try:
+            check_text(word)
+        except QwenlocalError as error:
+            say(f"{error} {error.hint}")
+        else:
             return word
 
 

@@ -13,7 +13,7 @@ from qwenlocal.engine.memory import PROCESS_OVERHEAD
 from qwenlocal.formatting import format_bytes, pad
 from qwenlocal.i18n import tr
 from qwenlocal.library.catalog import ModelCard
-from qwenlocal.library.names import CatalogName
+from qwenlocal.library.names import CatalogName, parse_name
 from qwenlocal.machine import Machine, this_machine
 
 _N_CTX = 4096  # tokens of context in the memory estimate
@@ -73,7 +73,9 @@ def choose_model(app: AppContext) -> str | None:
     app.say(tr("No model is installed. Choose one; larger models answer better, but slower.") + "\n")
     for number, choice in enumerate(choices, 1):
         app.say(_describe(number, choice, is_default=number == default))
-    answer = choose_number(len(choices), default, allow_text=True)
+    answer = choose_number(
+        range(1, len(choices) + 1), default, check_text=lambda text: parse_name(text, lambda: app.catalog)
+    )
     if isinstance(answer, str):
         return answer
     return None if answer == default else choices[answer - 1].card.name

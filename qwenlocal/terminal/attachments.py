@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from qwenlocal.chat.documents import Document, select_passages, truncate_to_tokens
 from qwenlocal.errors import NotEnoughMemory, UsageError
+from qwenlocal.formatting import format_count
 from qwenlocal.i18n import tr
 from qwenlocal.terminal.session import Session
 
@@ -32,15 +33,16 @@ def attach_documents(session: Session, text: str, documents: Sequence[Document])
 def describe_cost(session: Session, document: Document) -> str:
     """Return `notes.txt: 12,431 tokens, 152% of the free context, about 5 min to read`."""
     count, free = session.conversation.count_tokens(document.to_markdown()), _free_tokens(session)
+    tokens = format_count(count, "token")
     if free > 0:
         cost = tr(
-            "{name}: {count:,} tokens, {share:.0%} of the free context",
+            "{name}: {tokens}, {share:.0%} of the free context",
             name=document.name,
-            count=count,
+            tokens=tokens,
             share=count / free,
         )
     else:
-        cost = tr("{name}: {count:,} tokens, but the context is full", name=document.name, count=count)
+        cost = tr("{name}: {tokens}, but the context is full", name=document.name, tokens=tokens)
     speed = session.prompt_speed
     seconds = count / speed if speed > 0 and count > _MIN_TIMED_TOKENS else 0
     time = f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
@@ -91,15 +93,16 @@ def _cut_to_fit(session: Session, text: str, documents: Sequence[Document], *, s
             excerpt = select_passages(document.text, text, limit, count)
         else:
             excerpt = truncate_to_tokens(document.text, limit, count)
+        shortened = Document(document.name, excerpt)
         session.say(
             tr(
                 "{name}: sending {count:,} of {total:,} tokens.",
                 name=document.name,
-                count=count(excerpt),
-                total=count(document.text),
+                count=count(shortened.to_markdown()),
+                total=count(document.to_markdown()),
             )
         )
-        cut.append(Document(document.name, excerpt))
+        cut.append(shortened)
     return _join(cut, text)
 
 

@@ -16,7 +16,7 @@ from prompt_toolkit.formatted_text import StyleAndTextTuples
 from qwenlocal.chat.documents import find_mentions, find_missing_mentions, read_document
 from qwenlocal.chat.events import Done, Event, FinishReason
 from qwenlocal.chat.worker import iterate_in_thread
-from qwenlocal.errors import ContextFull, QwenlocalError
+from qwenlocal.errors import ContextFull, QwenlocalError, UsageError
 from qwenlocal.formatting import replace_surrogates
 from qwenlocal.i18n import tr
 from qwenlocal.terminal.ansi import supports_ansi, supports_color
@@ -134,15 +134,18 @@ class Repl:
                 self._send(unescape_slashes(line))
         except QwenlocalError as error:
             is_full = isinstance(error, ContextFull)
-            hint = tr("Or start a new chat (/clear), or remove a turn (/drop).") if is_full else ""
+            hint = tr("Or start a new chat (/clear), or drop a turn (/drop).") if is_full else ""
             session.say(" ".join(part for part in (str(error), error.hint, hint) if part))
 
     def _run_command(self, line: str) -> None:
         name, _, argument = line.partition(" ")
         command = find_command(name.strip())
         if command is None:
-            self._session.say(describe_unknown(name.strip()))
+            hint = tr("/help lists the commands, // starts a message with a slash.")
+            self._session.say(f"{describe_unknown(name.strip())} {hint}")
             return
+        if argument.strip() and not command.takes_argument:
+            raise UsageError(tr("{name} takes no argument.", name=command.name))
         result = command.handler(self._session, argument.strip())
         for start in [result] if callable(result) else result or ():
             self._answer(start)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, TextIO
 
 from qwenlocal.chat.events import Done, Event, FinishReason, GenerationStats, Summarizing, Text, TurnsEvicted
-from qwenlocal.formatting import display_width
+from qwenlocal.formatting import display_width, format_count
 from qwenlocal.i18n import mark, tr
 from qwenlocal.progress import PromptProgress
 from qwenlocal.terminal.ansi import dim, escape_controls, wrap
@@ -145,16 +145,17 @@ def _describe_prompt_progress(event: PromptProgress) -> str:
 
 
 def _describe_summarizing(event: Summarizing) -> str:
-    return tr("context full, summarizing {turns} turns: {words} words", turns=event.turns, words=event.words)
+    turns, words = format_count(event.turns, "turn"), format_count(event.words, "word")
+    return tr("context full, summarizing {turns}: {words}", turns=turns, words=words)
 
 
 def describe_eviction(event: TurnsEvicted) -> str:
-    """Return `The context is full: the oldest 3 turns, starting with “Hello, …”, were removed from it.`"""
+    """Return `To make room, the oldest 3 turns, starting with “Hello, …”, left the context.`"""
     if event.turns == 1:
-        text = tr("The context is full: the oldest turn, “{first}”, was removed from it.", first=event.first)
+        text = tr("To make room, the oldest turn, “{first}”, left the context.", first=event.first)
     else:
         text = tr(
-            "The context is full: the oldest {turns} turns, starting with “{first}”, were removed from it.",
+            "To make room, the oldest {turns} turns, starting with “{first}”, left the context.",
             turns=event.turns,
             first=event.first,
         )
@@ -164,11 +165,13 @@ def describe_eviction(event: TurnsEvicted) -> str:
 def describe_stats(done: Done) -> str:
     """Return all numbers of an answer and the reason why it ended in one line."""
     stats = done.stats
+    prompt = tr("prompt {tokens}", tokens=format_count(stats.prompt_tokens, "token"))
+    answer = tr("answer {tokens}", tokens=format_count(stats.answer_tokens, "token"))
     reused = " " + tr("({count:,} reused)", count=stats.reused_tokens) if stats.reused_tokens else ""
     parts = (
-        tr("prompt {count:,} tokens", count=stats.prompt_tokens) + reused + ", " + _describe_speed(stats.prompt_speed),
+        f"{prompt}{reused}, {_describe_speed(stats.prompt_speed)}",
         tr("first token after {seconds:.2f} s", seconds=stats.first_token),
-        tr("answer {count:,} tokens", count=stats.answer_tokens) + ", " + _describe_speed(stats.answer_speed),
+        f"{answer}, {_describe_speed(stats.answer_speed)}",
         tr(done.finish_reason.value),
     )
     return " | ".join(parts)

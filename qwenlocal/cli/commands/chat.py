@@ -14,7 +14,7 @@ from qwenlocal.cli.context import AppContext
 from qwenlocal.cli.model_pool import ModelPool
 from qwenlocal.cli.options import RunOptions
 from qwenlocal.errors import ChatNotFound, JournalError, NotWritable, UsageError
-from qwenlocal.formatting import shorten
+from qwenlocal.formatting import format_count, format_model_name, shorten
 from qwenlocal.i18n import tr
 from qwenlocal.library.names import PathName
 from qwenlocal.library.provider import ProvidedModel
@@ -101,11 +101,12 @@ def _pick_chat(app: AppContext) -> tuple[Journal, ChatInfo]:
             tr("--resume without a number needs a terminal to choose a chat in."),
             hint=tr("Use --resume NUMBER, or --continue."),
         )
-    for place, info in enumerate(chats[:_MAX_CHOICES], start=1):
+    for info in chats[:_MAX_CHOICES]:
         day = f"{datetime.fromtimestamp(info.changed):%Y-%m-%d %H:%M}"
-        count = tr("{count} messages", count=info.messages)
-        sys.stderr.write(f"{place:>3}  {day}  {escape_controls(info.title)}  ({count}, {info.model})\n")
-    return journal, chats[int(choose_number(min(len(chats), _MAX_CHOICES), default=1)) - 1]
+        count, model = format_count(info.messages, "message"), format_model_name(info.model)
+        sys.stderr.write(f"{info.id:>3}  {day}  {escape_controls(info.title)}  ({count}, {model})\n")
+    by_id = {info.id: info for info in chats}  # older chats that are not shown can be chosen, too
+    return journal, by_id[int(choose_number(by_id, default=chats[0].id))]
 
 
 def _record_in_journal(session: Session, app: AppContext, model: str, resumed: ResumedChat | None) -> None:
@@ -137,10 +138,10 @@ def _say_resumed(resumed: ResumedChat, writer: JournalWriter) -> None:
     info, turns = resumed.info, resumed.thread.turns
     say_dimmed(
         tr(
-            "Continuing chat {id}, “{title}”: {count} messages.",
+            "Continuing chat {id}, “{title}”: {messages}.",
             id=info.id,
             title=info.title,
-            count=len(resumed.thread.path),
+            messages=format_count(len(resumed.thread.path), "message"),
         )
     )
     if writer.chat_id is not None and writer.chat_id != info.id:

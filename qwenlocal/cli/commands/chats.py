@@ -11,6 +11,7 @@ from pathlib import Path
 from qwenlocal.cli.console import print_json, print_table
 from qwenlocal.cli.context import AppContext
 from qwenlocal.errors import NotWritable, OutputExists, UsageError
+from qwenlocal.formatting import format_count, format_model_name
 from qwenlocal.i18n import tr
 from qwenlocal.terminal.ansi import escape_controls, supports_color
 
@@ -24,7 +25,10 @@ def list_chats(*, as_json: bool) -> None:
     elif not chats:
         sys.stdout.write(tr("There are no chats yet. To start one: qwenlocal run") + "\n")
     else:
-        rows = [(str(c.id), _day(c.changed), c.model, str(c.messages), escape_controls(c.title)) for c in chats]
+        rows = [
+            (str(c.id), _day(c.changed), format_model_name(c.model), str(c.messages), escape_controls(c.title))
+            for c in chats
+        ]
         print_table(("CHAT", "LAST", "MODEL", "MESSAGES", "TITLE"), rows)
 
 
@@ -61,7 +65,9 @@ def search_chats(words: str, *, as_json: bool) -> None:
     bold, reset = ("\x1b[1m", "\x1b[0m") if supports_color(sys.stdout) else ("", "")
     for hit in hits:
         before, match, after = map(escape_controls, (hit.before, hit.found, hit.after))
-        sys.stdout.write(f"{hit.chat}  {_day(hit.created)}  {hit.role}: …{before}{bold}{match}{reset}{after}…\n")
+        start, end = "…" if hit.cut_before else "", "…" if hit.cut_after else ""
+        excerpt = f"{start}{before}{bold}{match}{reset}{after}{end}"
+        sys.stdout.write(f"{hit.chat}  {_day(hit.created)}  {hit.role}: {excerpt}\n")
     if not hits:
         sys.stderr.write(tr("No message contains “{words}”.", words=escape_controls(words)) + "\n")
 
@@ -72,6 +78,8 @@ def rename_chat(text: str, title: str) -> None:
         raise UsageError(tr("The title is empty."))
     journal, chat = AppContext().find_chat(text)
     journal.rename_chat(chat.id, title.strip())
+    renamed = tr("Renamed chat {id} to “{title}”.", id=chat.id, title=escape_controls(title.strip()))
+    sys.stderr.write(renamed + "\n")
 
 
 def remove_chats(texts: list[str]) -> None:
@@ -156,7 +164,11 @@ def recover_chats() -> None:
         copy.rename(path)
     except OSError as error:
         raise NotWritable(path, error.strerror or str(error)) from error
-    summary = tr("Recovered {chats:,} chats with {messages:,} messages.", chats=chats, messages=messages)
+    summary = tr(
+        "Recovered {chats} with {messages}.",
+        chats=format_count(chats, "chat"),
+        messages=format_count(messages, "message"),
+    )
     sys.stderr.write(summary + " " + tr("The damaged file is kept: {path}", path=damaged) + "\n")
 
 

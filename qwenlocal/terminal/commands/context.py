@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qwenlocal.chat.context_window import is_in_context
 from qwenlocal.chat.thread import Turn
-from qwenlocal.formatting import pad, shorten
+from qwenlocal.formatting import format_count, pad, shorten
 from qwenlocal.i18n import tr
 from qwenlocal.terminal.session import Session
 from qwenlocal.terminal.view import describe_stats
@@ -73,7 +73,7 @@ def toggle_drop(session: Session, argument: str) -> None:
 def count_tokens(session: Session, argument: str) -> None:
     """Count the tokens of a text, or of the chat."""
     if argument:
-        session.say(tr("{count:,} tokens", count=session.conversation.count_tokens(argument)))
+        session.say(format_count(session.conversation.count_tokens(argument), "token"))
     else:
         session.say(tr("This chat takes {count:,} tokens of the context.", count=session.conversation.prompt_tokens))
 

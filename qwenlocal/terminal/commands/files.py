@@ -17,7 +17,7 @@ from qwenlocal.chat.export import FORMATS, export_messages, export_thread
 from qwenlocal.chat.thread import ASSISTANT, USER, Thread
 from qwenlocal.errors import OutputExists, UsageError
 from qwenlocal.fileio import replace_text
-from qwenlocal.formatting import shorten
+from qwenlocal.formatting import format_count, shorten
 from qwenlocal.i18n import tr
 from qwenlocal.paths import ensure_writable, parse_path
 from qwenlocal.terminal.attachments import describe_cost
@@ -59,7 +59,7 @@ def copy_answer(session: Session, argument: str) -> None:
         )
     sys.stdout.write(f"\x1b]52;c;{base64.b64encode(text.encode('utf-8', 'replace')).decode()}\x07")
     sys.stdout.flush()
-    session.say(tr("Copied {count:,} characters, if the terminal allows it.", count=len(text)))
+    session.say(tr("Copied {characters}, if the terminal allows it.", characters=format_count(len(text), "character")))
 
 
 def save_chat(session: Session, argument: str) -> None:
@@ -95,11 +95,11 @@ def load_chat(session: Session, word: str) -> None:
         session.switch_thread(session.journal.load_thread(number), chat_id=number)
     else:
         session.switch_thread(_read_thread(parse_path(word)))
-    turns, count = session.thread.turns, len(session.thread.path)
+    turns, messages = session.thread.turns, format_count(len(session.thread.path), "message")
     session.say(
-        tr("Loaded {count} messages. Last question: {text}", count=count, text=shorten(turns[-1].question.text))
+        tr("Loaded {messages}. Last question: {text}", messages=messages, text=shorten(turns[-1].question.text))
         if turns
-        else tr("Loaded {count} messages.", count=count)
+        else tr("Loaded {messages}.", messages=messages)
     )
 
 
@@ -111,7 +111,7 @@ def rename_chat(session: Session, title: str) -> None:
         raise UsageError(tr("This chat is not saved yet."), hint=tr("Ask something first."))
     else:
         session.journal.rename_chat(session.chat_id, title)
-        session.say(tr("Renamed this chat to “{title}”.", title=title))
+        session.say(tr("Renamed chat {id} to “{title}”.", id=session.chat_id, title=title))
 
 
 def _chat_title(session: Session) -> str:

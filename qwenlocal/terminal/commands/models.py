@@ -21,14 +21,19 @@ SETTINGS = {
     "max_tokens": mark("1 or more, or none to answer until the context is full"),
     "overflow": mark("shift, summarize or stop; what to do when the context is full"),
 }
+_OPTION_NAMES = {"temp": "temperature", "n": "max_tokens"}  # options of `run` whose names differ
 _NONE = ("none", "off", "-")
 
 
 def switch_model(session: Session, name: str) -> None:
     """Continue with another model; without a name, show the current and the installed ones."""
     if not name:
-        names = ", ".join(session.models.names()) or tr("none")
-        session.say(tr("Current model: {model}. Installed: {names}.", model=session.model, names=names))
+        names = session.models.names()
+        if set(names) <= {session.model, session.models.current}:
+            session.say(tr("Current model: {model}. No other model is installed.", model=session.model))
+        else:
+            installed = ", ".join(names)
+            session.say(tr("Current model: {model}. Installed: {names}.", model=session.model, names=installed))
         return
     session.conversation = session.models.switch(name, session.thread)
     session.model = name.rpartition("/")[2] if name.startswith((".", "/", "~")) else name
@@ -62,7 +67,8 @@ def use_prompt_file(session: Session, name: str) -> None:
         text = files[name].read_text("utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(tr("Cannot read the prompt {name}: {reason}.", name=name, reason=error)) from error
-    set_system_prompt(session, text)
+    session.thread.set_system_prompt(text)
+    session.say(tr("System prompt set: {name}. It applies from the next message on.", name=name))
 
 
 def find_prompt_files(folders: Sequence[Path]) -> dict[str, Path]:
@@ -74,7 +80,8 @@ def find_prompt_files(folders: Sequence[Path]) -> dict[str, Path]:
 def change_setting(session: Session, argument: str) -> None:
     """Change a setting (`/set temperature 0.3`); without a value, show it; without a name, show all."""
     name, _, value = argument.replace("=", " ").partition(" ")
-    name, value = name.replace("-", "_"), value.strip()
+    name, value = name.lstrip("-").replace("-", "_"), value.strip()
+    name = _OPTION_NAMES.get(name, name)
     config = session.conversation.config
     current = {key: setting for key, setting in asdict(config.sampling).items() if key in SETTINGS}
     current |= {"max_tokens": config.max_tokens, "overflow": config.overflow}

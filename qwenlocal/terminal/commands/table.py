@@ -38,6 +38,14 @@ class Command:
     def name(self) -> str:
         return self.usage.split()[0]
 
+    @property
+    def takes_argument(self) -> bool:
+        return self.usage != self.name
+
+    @property
+    def aliases(self) -> list[str]:
+        return [alias for alias, name in ALIASES.items() if name == self.name]
+
 
 def _exit(session: Session, _argument: str) -> None:
     raise ExitChat
@@ -48,6 +56,8 @@ def _show_help(session: Session, argument: str) -> None:
     if name:
         command = find_command(f"/{name}")
         session.say(f"{command.usage}  {tr(command.help)}" if command else describe_unknown(f"/{name}"))
+        if command and command.aliases:
+            session.say(tr("Aliases: {names}", names=", ".join(command.aliases)))
         return
     width = max(len(command.usage) for command in COMMANDS)
     for group, commands in COMMAND_GROUPS.items():
@@ -132,7 +142,7 @@ KEYS: Sequence[tuple[str, str]] = (
     ("//", mark("Start a message with a slash")),
 )
 
-_ALIASES = {"/quit": "/exit", "/bye": "/exit", "/?": "/help", "/new": "/clear", "/regen": "/retry", "/q": "/exit"}
+ALIASES = {"/quit": "/exit", "/bye": "/exit", "/q": "/exit", "/?": "/help", "/new": "/clear", "/regen": "/retry"}
 
 
 def is_command(line: str) -> bool:
@@ -147,14 +157,13 @@ def unescape_slashes(line: str) -> str:
 
 
 def find_command(name: str) -> Command | None:
-    """Return the command with this name or alias."""
-    name = _ALIASES.get(name, name)
+    """Return the command with this name or alias; case is ignored."""
+    name = ALIASES.get(name.lower(), name.lower())
     return next((command for command in COMMANDS if command.name == name), None)
 
 
 def describe_unknown(name: str) -> str:
     """Return the error for an unknown command, with a suggestion if a similar one exists."""
-    similar = difflib.get_close_matches(name, [command.name for command in COMMANDS], n=1, cutoff=0.5)
+    similar = difflib.get_close_matches(name.lower(), [command.name for command in COMMANDS], n=1, cutoff=0.6)
     suggestion = [tr("Did you mean {name}?", name=similar[0])] if similar else []
-    hint = tr("/help lists the commands, // starts a message with a slash.")
-    return " ".join([tr("Unknown command {name}.", name=name), *suggestion, hint])
+    return " ".join([tr("There is no command {name}.", name=name), *suggestion])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qwenlocal.chat.thread import Thread
 from qwenlocal.errors import UsageError
-from qwenlocal.formatting import shorten
+from qwenlocal.formatting import format_count, shorten
 from qwenlocal.i18n import tr
 from qwenlocal.terminal.session import AnswerStarter, PendingEdit, Session
 
@@ -81,10 +81,10 @@ def show_branches(session: Session, argument: str) -> None:
     for number, leaf in enumerate(leaves, start=1):
         session.say(
             tr(
-                "{marker} {number}  {depth} messages, last: {text}",
+                "{marker} {number}  {messages}, last: {text}",
                 marker="*" if leaf.number == session.thread.leaf else " ",
                 number=number,
-                depth=len(session.thread.path_to(leaf.number)),
+                messages=format_count(len(session.thread.path_to(leaf.number)), "message"),
                 text=shorten(leaf.text),
             )
         )
@@ -100,7 +100,7 @@ def fork_chat(session: Session, argument: str) -> None:
             added, finish_reason=message.finish_reason, ids=message.ids, pinned=message.pinned, dropped=message.dropped
         )
     session.switch_thread(copy)
-    note = tr("Started a new chat with {count} messages.", count=len(copy.messages))
+    note = tr("Started a new chat with {messages}.", messages=format_count(len(copy.messages), "message"))
     if session.chat_id:
         note += " " + tr("It is chat {id}.", id=session.chat_id)
     session.say(note)

@@ -216,11 +216,13 @@ class BadWeights(QwenlocalError):
         )
 
     @classmethod
-    def unreadable(cls, path: Path | str, error: OSError) -> BadWeights:
-        """Build the error for a file that exists but cannot be read."""
+    def unreadable(cls, path: Path | str, error: OSError | UnicodeDecodeError) -> BadWeights:
+        """Build the error for a file of a model that cannot be read because of `error`."""
         hint = tr("Check its permissions.") if isinstance(error, PermissionError) else ""
-        cause = error.strerror or str(error)
+        cause = (error.strerror if isinstance(error, OSError) else "") or str(error)
         message = tr("Cannot read {path}: {reason}.", path=path, reason=cause)
+        if isinstance(error, FileNotFoundError):
+            message = tr("There is no file {path}.", path=path)
         return cls(path, tr("cannot read it ({reason})", reason=cause), hint=hint, message=message)
 
 

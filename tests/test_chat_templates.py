@@ -67,7 +67,7 @@ class TestSources:
     def test_a_template_file_that_is_not_text_is_refused(self, tmp_path: Path) -> None:
         folder = write_minimal(tmp_path)
         (folder / "chat_template.jinja").write_bytes(b"\xff\xfe")
-        with pytest.raises(BadCheckpoint, match=r"chat_template.jinja: cannot read it"):
+        with pytest.raises(BadCheckpoint, match=r"Cannot read .*chat_template\.jinja: .* can't decode"):
             load_vocabulary(folder)
 
 
@@ -108,7 +108,7 @@ class TestConversion:
         (checkpoint_copy / file).parent.mkdir(exist_ok=True)
         (checkpoint_copy / file).write_bytes(b"a\xff\xfe")
         for command in (("convert", str(checkpoint_copy), "-o", "x.gguf"), ("pull", str(checkpoint_copy))):
-            assert f"{Path(file).name}: cannot read it" in expect_exit(invoke(*command), 5)
+            assert f"{Path(file).name}: 'utf-8' codec" in expect_exit(invoke(*command), 5)
         assert not (tmp_path / "x.gguf").exists()
         assert list_models(invoke) == {}
 
@@ -118,7 +118,7 @@ class TestConversion:
         (checkpoint_copy / "additional_chat_templates").mkdir()
         (checkpoint_copy / "additional_chat_templates" / "x.jinja").write_bytes(b"\xff")
         publish(hub, checkpoint_copy)
-        assert "x.jinja: cannot read it" in expect_exit(invoke("pull", HF_NAME), 5)
+        assert "x.jinja: 'utf-8' codec" in expect_exit(invoke("pull", HF_NAME), 5)
         assert weight_requests.saw_headers_only
 
     def test_a_syntax_error_is_reported_by_convert_inspect_and_run(self, checkpoint_copy: Path, invoke: Run) -> None:

@@ -194,7 +194,7 @@ def test_an_existing_path_is_that_file(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_directory_is_not_a_model_but_suggests_one_in_it(tmp_path: Path) -> None:
     (tmp_path / "inside.gguf").touch()
-    with pytest.raises(BadWeights, match="is not a checkpoint: it has no config.json") as caught:
+    with pytest.raises(BadWeights, match=r"is not a checkpoint: it has no config\.json\.") as caught:
         parse_name(str(tmp_path), lambda: CATALOG)
     assert "inside.gguf" in caught.value.hint
 

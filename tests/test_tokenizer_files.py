@@ -132,7 +132,7 @@ class TestVocabAndMergesFiles:
     def test_a_missing_merges_file_is_named(self, tmp_path: Path) -> None:
         folder = self.write_vocab_and_merges(tmp_path)
         (folder / "merges.txt").unlink()
-        with pytest.raises(BadCheckpoint, match=r"merges.txt: cannot read it"):
+        with pytest.raises(BadCheckpoint, match=r"There is no file .*merges\.txt\."):
             load_vocabulary(folder)
 
     @pytest.mark.parametrize("content", [b"\xff\xfe t h", b"", b"#version: 0.2\n", b"th\n", b"t h e\n", b"x y\n"])

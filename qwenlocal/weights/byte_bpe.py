@@ -84,7 +84,7 @@ def build_from_vocab_json(folder: Path, settings: Mapping[str, Any], size: int, 
     try:
         lines = merges_file.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as reason:
-        raise BadCheckpoint(merges_file, f"cannot read it ({reason})") from reason
+        raise BadCheckpoint.unreadable(merges_file, reason) from reason
     merges = parse_merges(merges_file, [line for line in lines if line and not line.startswith("#version")])
     vocabulary = Vocabulary.empty(file, "gpt2", pre or "qwen2", size)
     vocabulary.add_flags = {"bos": False, "eos": False}

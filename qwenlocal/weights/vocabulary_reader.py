@@ -176,7 +176,7 @@ def _read_text(file: Path) -> str:
     try:
         return file.read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as reason:
-        raise BadCheckpoint(file, f"cannot read it ({reason})") from reason
+        raise BadCheckpoint.unreadable(file, reason) from reason
 
 
 def _sanitize(name: str) -> str:

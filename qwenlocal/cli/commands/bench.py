@@ -80,8 +80,9 @@ def _parse_depths(text: str) -> list[int]:
 
 def _show(name: str, result: BenchResult, *, plot: bool) -> None:
     options = result.options
+    threads = "1 thread" if options.threads == 1 else f"{options.threads} threads"
     sys.stdout.write(
-        f"{name}: {options.threads} threads, {options.key_type} keys, {options.value_type} values, flash attention "
+        f"{name}: {threads}, {options.key_type} keys, {options.value_type} values, flash attention "
         f"{'on' if options.flash_attention else 'off'}, {options.n_ubatch} tokens per physical batch\n"
     )
     print_table(("", "TOKENS/S"), [(test, _describe_speed(speed)) for test, speed in result.speeds.items()])

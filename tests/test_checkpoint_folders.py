@@ -147,7 +147,7 @@ class TestWeightFiles:
         folder = write_minimal(tmp_path)
         (folder / "model.safetensors").unlink()
         (folder / "model.safetensors").symlink_to(tmp_path / "blob")
-        with pytest.raises(BadCheckpoint, match="No such file"):
+        with pytest.raises(BadCheckpoint, match="There is no file"):
             Checkpoint.open(folder)
 
     @pytest.mark.parametrize(

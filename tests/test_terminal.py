@@ -127,7 +127,7 @@ def test_save_does_not_overwrite_other_files(terminal: Open, speaking_model: Pat
     chat = terminal("run", str(speaking_model))
     chat.wait_for_prompt()
     chat.type("/save mine.json\r")
-    chat.wait_for(r"exists\s+already. Choose another name")
+    chat.wait_for(r"already\s+exists. Choose another name")
     assert (tmp_path / "mine.json").read_text() == "precious"
     chat.type("/save /nonexistent/x.json\r")
     chat.wait_for("Cannot write to /nonexistent: No such file or directory")

@@ -35,9 +35,13 @@ def sentences(tree: ast.Module) -> Iterator[tuple[int, str]]:
     """Yield every string literal with a space that is not a docstring: most of them are printed."""
     inside = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value:
-            if id(node) not in inside:
-                yield node.lineno, node.value
+        if (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and " " in node.value
+            and id(node) not in inside
+        ):
+            yield node.lineno, node.value
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -36,12 +36,13 @@ class Folders:
         xdg_cache = Path(environ.get("XDG_CACHE_HOME") or user / ".cache")
         hub_home = Path(environ.get("HF_HOME") or xdg_cache / "huggingface").expanduser()
         hub_cache = environ.get("HF_HUB_CACHE") or environ.get("HUGGINGFACE_HUB_CACHE") or hub_home / "hub"
-        home, cache = environ.get("QWENLOCAL_HOME"), xdg_cache
-        if not home or sys.platform in ("darwin", "win32"):
-            import platformdirs  # 3 ms
+        data, cache = Path(environ.get("XDG_DATA_HOME") or user / ".local/share") / "qwenlocal", xdg_cache
+        if sys.platform in ("darwin", "win32"):  # elsewhere platformdirs gives the same, in 3 ms of every start
+            import platformdirs
 
-            home = home or platformdirs.user_data_dir("qwenlocal", appauthor=False)
-            cache = Path(platformdirs.user_cache_dir()) if sys.platform in ("darwin", "win32") else xdg_cache
+            data = Path(platformdirs.user_data_dir("qwenlocal", appauthor=False))
+            cache = Path(platformdirs.user_cache_dir())
+        home = environ.get("QWENLOCAL_HOME") or data
         return cls(Path(home).expanduser().absolute(), Path(hub_cache).expanduser().absolute(), user, cache)
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -582,3 +583,12 @@ def test_an_unfinished_download_is_listed_and_can_be_removed(library: Library) -
 def test_files_not_in_the_catalog_are_listed_by_the_hub(library: Library) -> None:
     library.has_known_file = False
     assert library.pull().files[0].sha256 == library.digest
+
+
+@pytest.mark.skipif(sys.platform in ("darwin", "win32"), reason="platformdirs itself is used there")
+@pytest.mark.parametrize("variable", ["", "/data"])
+def test_the_home_folder_is_where_platformdirs_puts_it(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import platformdirs
+
+    monkeypatch.setenv("XDG_DATA_HOME", variable)
+    assert str(Folders.from_environment().home) == platformdirs.user_data_dir("qwenlocal", appauthor=False)

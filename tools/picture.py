@@ -23,8 +23,9 @@ from rich.text import Text
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS, LINES = 92, 40
 MESSAGES = [
-    "A Python function that tells whether a word is a palindrome, then a table of two examples.",
-    "用一句话解释它。",
+    "Python: a function reverse(text). Only the code, no comments.",
+    "A Markdown table of the capitals of France, Japan and Kenya. Only the table.",
+    "法国的首都是哪里？",
     "/ctx",
 ]
 

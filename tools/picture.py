@@ -21,7 +21,7 @@ from rich.terminal_theme import SVG_EXPORT_THEME
 from rich.text import Text
 
 ROOT = Path(__file__).resolve().parent.parent
-COLUMNS, LINES = 92, 40
+COLUMNS, LINES = 92, 28
 MESSAGES = [
     "Python: a function reverse(text). Only the code, no comments.",
     "A Markdown table of the capitals of France, Japan and Kenya. Only the table.",

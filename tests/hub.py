@@ -74,6 +74,7 @@ class HubServer:
         self.faults: list[Fault] = []  # each applies to one response with file content
         self.always: list[Fault] = []
         self.requests: list[str] = []
+        self.authorizations: list[str | None] = []  # the header of each request
         self.ranges: list[tuple[int, int]] = []
         self.sent = 0
         self.html_index = False
@@ -198,6 +199,7 @@ class HubServer:
             disable_nagle_algorithm = True  # head and body are sent apart: TCP would wait 40 ms between them
 
             def do_GET(self) -> None:
+                hub.authorizations.append(self.headers.get("Authorization"))
                 response = hub.respond(self.path, self.headers.get("Range"))
                 self.send_response(response.status)
                 for name, value in response.headers.items():

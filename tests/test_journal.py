@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sqlite3
@@ -252,7 +253,8 @@ def test_a_process_that_reuses_an_id_has_no_chat_open(tmp_path: Path) -> None:
 
 
 def test_a_journal_of_a_newer_version_is_not_changed(journal: Journal) -> None:
-    journal._db.execute("PRAGMA user_version = 99")
+    with contextlib.closing(sqlite3.connect(journal.path)) as database:
+        database.execute("PRAGMA user_version = 99")
     before = journal.path.read_bytes()
     with pytest.raises(JournalError, match="newer version") as caught:
         Journal(journal.path)
@@ -270,19 +272,19 @@ def test_a_file_that_is_not_a_journal_is_not_changed(content: bytes, tmp_path: P
 
 
 def test_a_locked_journal_is_reported(journal: Journal) -> None:
-    journal._db.execute("BEGIN EXCLUSIVE")
-    with pytest.raises(JournalError, match="it is locked by another program"):
-        Journal(journal.path, lock_timeout=0.05)
-    journal._db.execute("ROLLBACK")
+    with contextlib.closing(sqlite3.connect(journal.path, isolation_level=None)) as database:
+        database.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(JournalError, match="it is locked by another program"):
+            Journal(journal.path, lock_timeout=0.05)
 
 
 def test_a_failed_write_is_repeated_with_the_next_one(journal: Journal) -> None:
     other = Journal(journal.path, lock_timeout=0.05)
     thread, writer = talk(other, "Q", "A")
-    journal._db.execute("BEGIN IMMEDIATE")
-    thread.add(USER, "while it is locked")
-    assert writer.error == "it is locked by another program"
-    journal._db.execute("ROLLBACK")
+    with contextlib.closing(sqlite3.connect(journal.path, isolation_level=None)) as database:
+        database.execute("BEGIN IMMEDIATE")
+        thread.add(USER, "while it is locked")
+        assert writer.error == "it is locked by another program"
     thread.add(ASSISTANT, "afterwards")
     assert writer.error == ""
     assert [message.text for message in journal.load_thread(1).path] == ["Q", "A", "while it is locked", "afterwards"]

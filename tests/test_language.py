@@ -54,7 +54,7 @@ def test_a_chinese_locale_is_chinese(locale: str, monkeypatch: pytest.MonkeyPatc
     assert tr("{count:,} tokens", count=1234) == "1,234 个词元"
 
 
-def test_a_sentence_without_a_translation_is_said_in_english(chinese: None) -> None:
+def test_a_sentence_without_a_translation_stays_english(chinese: None) -> None:
     assert tr("No such sentence with {places}.", places="a place") == "No such sentence with a place."
     assert tr("") == ""
 
@@ -114,7 +114,7 @@ def test_a_chat_speaks_the_language_of_the_terminal(terminal: Open, speaking_mod
     chat.wait_for("已用 ")
 
 
-def test_an_error_is_said_in_the_language_of_the_terminal(qwenlocal: Run) -> None:
+def test_an_error_uses_the_language_of_the_terminal(qwenlocal: Run) -> None:
     result = qwenlocal("run", "./nothing.gguf", "Hi", environment={"LANG": "zh_CN.UTF-8"})
     assert result.returncode == 3
     assert "qwenlocal: " in result.stderr

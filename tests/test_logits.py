@@ -44,7 +44,7 @@ def maker(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.fixture
 def f32_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cache keys and values as float32; the usual 16 bits cause relative errors of 1e-3."""
-    original = context._parameters
+    original = context.context_parameters
 
     def parameters(c: Any, options: ContextOptions) -> Any:
         result = original(c, options)
@@ -52,7 +52,7 @@ def f32_cache(monkeypatch: pytest.MonkeyPatch) -> None:
         result.flash_attn_type = _NO_FLASH
         return result
 
-    monkeypatch.setattr(context, "_parameters", parameters)
+    monkeypatch.setattr(context, "context_parameters", parameters)
 
 
 @pytest.fixture

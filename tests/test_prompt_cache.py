@@ -138,14 +138,10 @@ def test_a_flipped_byte_is_always_detected(
     whole = bytearray((tmp_path / "whole").read_bytes())
     at = data.draw(st.integers(0, len(whole) - 1))
     whole[at] ^= data.draw(st.integers(1, 255))
-    folder = tmp_path / "states" / key_folder(cache)
+    (folder,) = (tmp_path / "states").iterdir()
     (folder / "x.kv").write_bytes(whole)
     cached = cache.find_longest_prefix(PROMPT[:80], 10)
     assert cached is None or not cache.load(cached, opened(), 0)
-
-
-def key_folder(cache: PromptCache) -> str:
-    return cache._folder.name
 
 
 def test_the_key_depends_on_the_model_and_the_layout(random_model: Path, speaking_model: Path) -> None:
@@ -168,7 +164,7 @@ def test_the_key_changes_when_the_model_file_is_repaired(random_model: Path, tmp
 
 
 def test_the_oldest_files_are_deleted_to_stay_within_the_share(
-    opened: Callable[..., Context], cache: PromptCache, tmp_path: Path
+    opened: Callable[..., Context], cache: PromptCache, random_model: Path, tmp_path: Path
 ) -> None:
     answer_and_save(opened(), cache, [5] * 100)
     (first,) = saved_files(tmp_path)
@@ -176,7 +172,7 @@ def test_the_oldest_files_are_deleted_to_stay_within_the_share(
     answer_and_save(opened(), cache, [6] * 100)
     size = first.stat().st_size
     free = shutil.disk_usage(tmp_path).free
-    tight = PromptCache(tmp_path / "states", key_folder(cache), share=2.5 * size / free)
+    tight = PromptCache(tmp_path / "states", compute_cache_key(random_model, OPTIONS), share=2.5 * size / free)
     answer_and_save(opened(), tight, [7] * 100)
     assert len(saved_files(tmp_path)) == 2
     assert first not in saved_files(tmp_path)

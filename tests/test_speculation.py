@@ -56,7 +56,7 @@ def test_the_latest_occurrence_counts_and_the_longest_agreement_before_it() -> N
     assert index.guess(1) == ([9], 3, True)
 
 
-def test_what_came_twice_is_guessed_as_far_as_it_came_twice() -> None:
+def test_a_guess_ends_where_two_occurrences_differ() -> None:
     index = NgramIndex()
     index.extend([1, 2, 3, 40, 41, 50, 1, 2, 3, 40, 41, 60, 1, 2, 3])
     assert index.guess(9) == ([40, 41], 3, True)
@@ -73,7 +73,7 @@ def test_a_long_agreement_is_told_from_a_shorter_one() -> None:
 
 
 @given(st.lists(st.integers(0, 3), max_size=60))
-def test_a_guess_really_came_after_as_many_equal_tokens_as_it_says(ids: list[int]) -> None:
+def test_a_guess_followed_an_equal_ngram_before(ids: list[int]) -> None:
     index = NgramIndex()
     index.extend(ids)
     tokens, agreed, twice = index.guess(5)
@@ -90,7 +90,7 @@ def test_a_guess_really_came_after_as_many_equal_tokens_as_it_says(ids: list[int
 # --- how much to guess
 
 
-def test_nothing_is_drafted_where_checking_costs_more_than_it_gives() -> None:
+def test_nothing_is_drafted_if_checking_costs_more_than_it_gains() -> None:
     dear = Speculation(CostCurve({count: float(count) for count in DEFAULT_COSTS}))
     dear.begin([1, 2, 3, 4] * 8)
     assert list(dear.propose(31)) == []
@@ -99,21 +99,19 @@ def test_nothing_is_drafted_where_checking_costs_more_than_it_gives() -> None:
 def test_drafts_become_shorter_when_they_are_wrong_and_come_back_when_they_would_have_been_right() -> None:
     speculation = Speculation(CostCurve())
     pattern = [*range(10, 30)]
-    speculation.begin(pattern * 2)
+    text = pattern * 2
+    speculation.begin(text)
     assert len(speculation.propose(31)) >= 7
     for wrong in range(200, 220):
         checked = len(speculation.propose(31))
         speculation.learn([wrong], checked, 0.01)
-        speculation.begin([*speculation_ids(speculation), *pattern])
+        text = [*text, wrong, *pattern]
+        speculation.begin(text)
     assert len(speculation.propose(31)) == 0
     for token in pattern * 6:  # nothing is checked, but the text repeats itself
         speculation.learn([token], 0, 0.01)
         speculation.propose(31)
     assert len(speculation.propose(31)) > 0
-
-
-def speculation_ids(speculation: Speculation) -> list[int]:
-    return list(speculation._index.ids)
 
 
 def test_costs_are_learnt_from_what_was_timed() -> None:

@@ -97,7 +97,7 @@ def pad_n_ctx(n_ctx: int) -> int:
     return -(-n_ctx // 256) * 256
 
 
-def _parameters(c: Any, options: ContextOptions) -> Any:
+def context_parameters(c: Any, options: ContextOptions) -> Any:
     """Convert `options` to llama.h's struct llama_context_params."""
     params = c.llama_context_default_params()
     params.n_ctx, params.n_batch, params.n_ubatch = pad_n_ctx(options.n_ctx), options.n_batch, options.n_ubatch
@@ -135,7 +135,7 @@ class Context:
         self._lib = load_library()
         self._c = c = self._lib.c
         self.abort = AbortFlag() if abort is None else abort  # not `or`: an unset flag is false
-        params = _parameters(c, options)
+        params = context_parameters(c, options)
         params.abort_callback = ctypes.cast(_strlen(), type(params.abort_callback))
         params.abort_callback_data = self.abort.address
         self._lib.log.clear()

@@ -44,7 +44,7 @@ def test_energy_is_the_difference_of_the_counters(tmp_path: Path) -> None:
         counter.write_text("3500000")
     assert used == [2.5]
     with bench.measure_energy(tmp_path) as used:
-        counter.write_text("5")  # the counter began anew
+        counter.write_text("5")  # the counter restarted
     assert used == []
     with bench.measure_energy(tmp_path / "nowhere") as used:
         pass

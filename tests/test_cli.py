@@ -273,7 +273,7 @@ def test_completion_offers_models(qwenlocal: Run) -> None:
 def test_without_a_hub_the_starter_replaces_the_default_model(
     qwenlocal: Run, hub: HubServer, speaking_model: Path
 ) -> None:
-    """The starter of the catalogue cannot be had here, so what is tried and what is said is looked at."""
+    """The sources of the starter are unreachable here, so the test looks at the attempts and the messages."""
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "MODELSCOPE_DOMAIN": "http://127.0.0.1:9"}
     message = clean(qwenlocal("run", "-n", "2", "--system", "x", input="Hi", environment=nowhere), 4)
     assert "qwen1.5:0.5b-chat-q4_k_m cannot be downloaded" in message

@@ -35,7 +35,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         return archive.namelist()
 
 
-def test_the_catalogue_and_the_prompts_are_shipped(wheel: list[str]) -> None:
+def test_the_catalog_and_the_prompts_are_shipped(wheel: list[str]) -> None:
     for kind in ("models", "prompts"):
         for path in (ROOT / kind).iterdir():
             if path.suffix in (".toml", ".txt"):

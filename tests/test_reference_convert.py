@@ -143,7 +143,7 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
     "in three shards": {"shards": 3},
     "with a head of its own for each key": {"config": {**QWEN, "num_key_value_heads": 4, "rms_norm_eps": 1e-5}},
     "tied": {"config": {**QWEN, "tie_word_embeddings": True}},
-    "tied, the head stored all the same": {
+    "tied, with a stored head": {
         "config": {**QWEN, "tie_word_embeddings": True},
         "store_tied_head": True,
     },

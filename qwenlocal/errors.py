@@ -38,6 +38,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from qwenlocal.formatting import format_bytes
 from qwenlocal.i18n import mark, tr
 
 
@@ -323,10 +324,6 @@ class ContextNotCreated(QwenlocalError):
         )
 
 
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB" if size < 10e6 else f"{size / 1e6:,.0f} MB"
-
-
 class DiskFull(QwenlocalError):
     """`folder` has `free` bytes of disk space left, but `needed` more are needed."""
 
@@ -338,8 +335,8 @@ class DiskFull(QwenlocalError):
             tr(
                 "Not enough disk space in {folder}: {needed} needed, {free} free.",
                 folder=folder,
-                free=_megabytes(free),
-                needed=_megabytes(needed),
+                free=format_bytes(free),
+                needed=format_bytes(needed),
             ),
             hint=tr("Free some space (qwenlocal list, qwenlocal rm NAME), or move QWENLOCAL_HOME or HF_HOME."),
         )

@@ -37,7 +37,7 @@ class AppContext:
     """
     Container of a command's collaborators.
 
-    `quiet` suppresses sentences on stderr; `limit_rate` limits downloads to so many bytes per second (0: no limit);
+    `quiet` suppresses sentences on stderr; `limit_rate` limits downloads, in bytes per second (0: no limit);
     `assume_yes` answers questions about downloads with yes.
     """
 

@@ -55,7 +55,6 @@ class ModelLoader:
             if is_tuned
             else TunedSettings(),
             draft=self._draft,
-            grammar=options.grammar is not None,
         )
         load_library().on_abort = exit_after_crash
         return load_chat_model(

@@ -65,8 +65,7 @@ class LoadOptions:
     Options for loading a model.
 
     `request` constrains the load plan; `tuned` fills what it leaves open. `gpu_layers` None puts as many layers on GPUs
-    as fit. `lookup` enables prompt lookup. Prompt caches are kept in the folder `prompt_caches`, or not at all. With
-    `grammar`, the token trie for grammars is built while loading.
+    as fit. `lookup` enables prompt lookup. Prompt caches are kept in the folder `prompt_caches`, or not at all.
     """
 
     request: LoadRequest = field(default_factory=LoadRequest)
@@ -75,7 +74,6 @@ class LoadOptions:
     prompt_caches: Path | None = None
     tuned: TunedSettings = field(default_factory=TunedSettings)
     draft: DraftSpec | None = None
-    grammar: bool = False
 
 
 @dataclass(frozen=True)
@@ -156,8 +154,6 @@ class EngineLoader:
         try:
             sampling, sampling_notes = _recommended_sampling(metadata, recommended)
             draft_model = _open_draft(options.draft, context, offload) if options.draft else None
-            if options.grammar:
-                model.tokenizer.token_trie()
         except BaseException:
             context.close()
             model.close()

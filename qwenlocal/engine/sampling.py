@@ -17,6 +17,7 @@ from qwenlocal.errors import UsageError
 from qwenlocal.i18n import tr
 
 _PENALTY_WINDOW = 64
+_MAX_CANDIDATES = 4096  # where a grammar rejects a token and top-k is off, the tokens to choose another one from
 _RANGES = {
     "temperature": (0, 10),
     "top_k": (0, 1_000_000),
@@ -94,6 +95,11 @@ class Sampler:
         self._penalties: Any = None
         self._recent: collections.deque[int] = collections.deque(maxlen=_PENALTY_WINDOW)
         self._n_vocab = len(tokenizer)
+        self._temperature = sampling.temperature
+        top_k = 1 if sampling.temperature == 0 else sampling.top_k
+        # A penalty lowers at most as many tokens as its window holds, so the candidates left by top-k afterwards are
+        # among this many before.
+        self._n_candidates = top_k + _PENALTY_WINDOW if top_k and sampling.repeat_penalty >= 1 else None
         self._chain = c.llama_sampler_chain_init(c.llama_sampler_chain_default_params())
         self.seed = int.from_bytes(os.urandom(4), "little") % (2**32 - 1) if sampling.seed is None else sampling.seed
         for sampler in self._samplers(sampling, tokenizer.padding):
@@ -104,11 +110,9 @@ class Sampler:
         if padding:
             biases = (c.llama_logit_bias * len(padding))(*((token, -math.inf) for token in padding))
             yield c.llama_sampler_init_logit_bias(self._n_vocab, len(biases), biases)
-        top_k = 1 if sampling.temperature == 0 else sampling.top_k
-        if sampling.repeat_penalty > 1 and top_k:
-            # A penalty lowers at most as many tokens as its window holds, so the candidates left by top-k afterwards
-            # are among this many before; penalizing 84 candidates instead of 151,936 halves the time of sampling.
-            yield c.llama_sampler_init_top_k(top_k + _PENALTY_WINDOW)
+        if sampling.repeat_penalty > 1 and self._n_candidates:
+            # Penalizing 84 candidates instead of 151,936 halves the time of sampling.
+            yield c.llama_sampler_init_top_k(self._n_candidates)
         if sampling.repeat_penalty != 1:
             self._penalties = c.llama_sampler_init_penalties(
                 self._n_vocab, _PENALTY_WINDOW, sampling.repeat_penalty, 0.0, 0.0
@@ -145,7 +149,8 @@ class Sampler:
         if self._matcher:
             if not self._matcher.allows(token):
                 self._withdraw_last()
-                self._matcher.apply_mask(self._logits(context, row))
+                limit = self._n_candidates or _MAX_CANDIDATES
+                self._matcher.apply_mask(self._logits(context, row), limit, self._temperature)
                 token = int(self._c.llama_sampler_sample(self._chain, context.handle, row))
             self._matcher.accept(token)
         self._recent.append(token)

@@ -30,7 +30,7 @@ def tune_model(text: str, *, seconds: float, as_json: bool) -> None:
     record, machine = app.models.ensure_model(app.models.parse(text)), this_machine()
     if hasattr(os, "getloadavg") and os.getloadavg()[0] > machine.cores / 2:
         app.say("Other programs keep this machine busy, so the results may not hold when it is idle.")
-    counts = thread_counts(machine.cores, os.cpu_count() or 1)
+    counts = thread_counts(machine.cores, machine.logical_cores)
     with status_line(sys.stderr, delay=0) as show:
         settings = tune(record.path, counts, seconds=seconds, report=lambda task: show(f"measuring {task}"))
     power = power_source()

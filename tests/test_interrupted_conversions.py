@@ -307,6 +307,54 @@ class TestChangedConversions:
         run_job(plan_job(source, target.with_name("y.q8_0.gguf")), threads=1)
         assert target.read_bytes() == target.with_name("y.q8_0.gguf").read_bytes()
 
+    @pytest.mark.parametrize("how", ["overwritten", "replaced", "one tensor overwritten"])
+    def test_a_changed_source_of_the_same_size_and_time_starts_again(self, how: str, tmp_path: Path) -> None:
+        source, target = write_checkpoint(tmp_path / "a", config=UNALIGNED), tmp_path / "out" / "x.q8_0.gguf"
+        path = source / "model.safetensors"
+        interrupt_conversion(plan_job(source, target))
+        state = path.stat()
+        other = write_checkpoint(tmp_path / "b", config=UNALIGNED, seed=1) / "model.safetensors"
+        if how == "replaced":
+            other.replace(path)
+        elif how == "overwritten":
+            path.write_bytes(other.read_bytes())
+        else:
+            set_weights(source, "model.norm.weight", 0, 3.0)
+        os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+        assert (path.stat().st_size, path.stat().st_mtime_ns) == (state.st_size, state.st_mtime_ns)
+        assert run_job(plan_job(source, target), threads=1).resumed == 0
+        run_job(plan_job(source, target.with_name("y.q8_0.gguf")), threads=1)
+        assert target.read_bytes() == target.with_name("y.q8_0.gguf").read_bytes()
+
+    def test_a_source_that_is_overwritten_during_the_conversion_is_refused(self, tmp_path: Path) -> None:
+        source, target = write_checkpoint(tmp_path / "a", config=UNALIGNED), tmp_path / "x.q8_0.gguf"
+
+        def overwrite(_done: int, _all: int) -> None:
+            set_weights(source, "model.norm.weight", 0, 3.0)
+
+        with pytest.raises(BadWeights, match="it was changed while it was read") as caught:
+            run_job(plan_job(source, target), threads=1, report=overwrite)
+        assert "same command again" in caught.value.hint
+        assert not target.exists()
+        assert run_job(plan_job(source, target), threads=1).resumed == 0
+
+    @on_posix
+    @pytest.mark.parametrize("how", ["deleted", "replaced"])
+    def test_a_source_that_is_deleted_or_replaced_during_the_conversion_is_read_to_its_end(
+        self, how: str, tmp_path: Path
+    ) -> None:
+        source, target = write_checkpoint(tmp_path / "a", config=UNALIGNED), tmp_path / "x.q8_0.gguf"
+        job, path = plan_job(source, target), source / "model.safetensors"
+        run_job(plan_job(source, tmp_path / "y.q8_0.gguf"), threads=1)
+
+        def change(_done: int, _all: int) -> None:
+            path.unlink(missing_ok=True)
+            if how == "replaced":
+                path.write_bytes(b"other")
+
+        run_job(job, threads=1, report=change)
+        assert target.read_bytes() == (tmp_path / "y.q8_0.gguf").read_bytes()
+
     @pytest.mark.parametrize("change", ["another type", "another name of the model"])
     def test_another_type_or_name_starts_again(self, change: str, unaligned_checkpoint: Path, tmp_path: Path) -> None:
         target = tmp_path / "x.q8_0.gguf"

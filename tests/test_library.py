@@ -492,6 +492,15 @@ def test_a_touched_file_is_hashed_once_and_accepted(library: Library) -> None:
     assert library.pull().files[0].mtime_ns == 10**9
 
 
+def test_a_changed_file_of_the_same_size_and_time_is_detected(library: Library) -> None:
+    blob = Path(library.pull().files[0].path)
+    state = blob.stat()
+    blob.write_bytes(b"\0" * len(library.content))
+    os.utime(blob, ns=(state.st_atime_ns, state.st_mtime_ns))
+    with pytest.raises(BadWeights, match="has changed since it was downloaded"):
+        library.pull()
+
+
 def test_repair_downloads_only_the_damaged_block(library: Library) -> None:
     record = library.pull()
     with Path(record.files[0].path).open("r+b") as file:
@@ -555,7 +564,7 @@ def test_the_file_format_of_records_is_stable(library: Library) -> None:
         "name", "files", "origin", "licence", "owned", "added", "asked", "missing", "made_from", "is_checkpoint",
     ]  # fmt: skip
     assert data["asked"] == [f"hf:{REPO}:q4_k_m"]
-    assert list(data["files"][0]) == ["path", "size", "mtime_ns", "sha256", "block", "checksums", "link"]
+    assert list(data["files"][0]) == ["path", "size", "mtime_ns", "sha256", "block", "checksums", "link", "ctime_ns"]
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"name": 1}', "\x00"])

@@ -56,6 +56,7 @@ class TestPull:
 
     def test_one_safetensors_file_of_a_folder_can_be_pulled(self, checkpoint_copy: Path, invoke: Run) -> None:
         shutil.copy(checkpoint_copy / "model.safetensors", checkpoint_copy / "other.safetensors")
+        (checkpoint_copy / "model.safetensors").rename(checkpoint_copy / "one.safetensors")
         expect_exit(invoke("pull", str(checkpoint_copy)), 5)
         expect_exit(invoke("pull", str(checkpoint_copy / "other.safetensors")), 0)
 
@@ -194,6 +195,21 @@ class TestChangedCheckpoints:
         os.utime(checkpoint_copy / "config.json", ns=(10**18, 10**18))
         assert "Converting" in expect_exit(invoke("pull", str(checkpoint_copy)), 0)
         assert len(json.loads(invoke("list", "--json").stdout)) == 1
+
+    @pytest.mark.parametrize("file", ["model.safetensors", "generation_config.json"])
+    def test_a_changed_file_of_the_same_size_and_time_causes_a_new_conversion(
+        self, file: str, checkpoint_copy: Path, invoke: Run
+    ) -> None:
+        expect_exit(invoke("pull", str(checkpoint_copy)), 0)
+        path = checkpoint_copy / file
+        state = path.stat()
+        if file == "model.safetensors":
+            flip_bit(path, at=-2)
+        else:
+            path.write_text(path.read_text().replace("0.7", "0.6"))
+        assert path.stat().st_size == state.st_size
+        os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+        assert "Converting" in expect_exit(invoke("pull", str(checkpoint_copy)), 0)
 
     @pytest.mark.parametrize(
         ("file", "content", "key", "value"),

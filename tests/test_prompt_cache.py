@@ -163,6 +163,18 @@ def test_the_key_changes_when_the_model_file_is_repaired(random_model: Path, tmp
     assert compute_cache_key(path, OPTIONS) != before
 
 
+def test_the_key_changes_with_the_content_of_any_shard(random_model: Path, tmp_path: Path) -> None:
+    first, second = (tmp_path / f"x-0000{number}-of-00002.gguf" for number in (1, 2))
+    for path in (first, second):
+        shutil.copy(random_model, path)
+    before, state = compute_cache_key(first, OPTIONS), second.stat()
+    with second.open("r+b") as file:
+        file.seek(-100, os.SEEK_END)
+        file.write(b"other")
+    os.utime(second, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert compute_cache_key(first, OPTIONS) != before
+
+
 def test_the_oldest_files_are_deleted_to_stay_within_the_share(
     opened: Callable[..., Context], cache: PromptCache, random_model: Path, tmp_path: Path
 ) -> None:

@@ -27,10 +27,11 @@ from typing import Any
 from qwenlocal.engine.context import Context, ContextOptions
 from qwenlocal.engine.prefix_cache import MIN_PREFIX_TOKENS, common_prefix
 from qwenlocal.errors import NotWritable, QwenlocalError
+from qwenlocal.fileio import fingerprint_file, hash_samples
+from qwenlocal.weights.split_model import shard_paths
 
 _VERSION = 1
 _DISK_SHARE = 0.1  # of the disk's free space
-_SAMPLES, _SAMPLE_BYTES = 16, 1 << 16  # parts of a model file that are hashed, and their size
 _CONTAINED = 0.9  # share of a file's tokens that a newer file must also hold to replace it
 _ABANDONED_SECONDS = 3600.0  # a temporary file of this age is no longer being written
 _DISK_SPEED = 300e6  # bytes per second that a slow disk reads
@@ -40,19 +41,19 @@ def compute_cache_key(model: Path, options: ContextOptions) -> str:
     """Hash everything that a state depends on: the model file, the KV cache's layout, the version of llama.cpp."""
     layout = (options.key_type, options.value_type, options.flash_attention, options.rope)
     version = importlib.metadata.version("llama-cpp-python")
-    parts = (_VERSION, version, layout, fingerprint_model(model), model.stat().st_mtime_ns)
+    parts = (_VERSION, version, layout, list(map(_fingerprint, shard_paths(model))))
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
+def _fingerprint(file: Path) -> str:
+    with file.open("rb") as opened:
+        return fingerprint_file(opened.fileno())
+
+
 def fingerprint_model(model: Path) -> str:
-    """Hash the size of a model file and samples over its length: enough to tell it from others without reading it."""
-    size = model.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
+    """Hash samples of a model file; copies of it have the same hash."""
     with model.open("rb") as file:
-        for number in range(_SAMPLES):
-            file.seek(max(0, size - _SAMPLE_BYTES) * number // (_SAMPLES - 1))
-            digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()[:32]
+        return hash_samples(file.fileno())[:32]
 
 
 def delete_prompt_caches(folder: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwenlocal.errors import BadCheckpoint, BadWeights
-from qwenlocal.fileio import hash_blocks
+from qwenlocal.fileio import fingerprint_file, hash_blocks
 from qwenlocal.formatting import format_bytes
 from qwenlocal.library.checkpoints import (
     CheckpointFinder,
@@ -159,11 +159,15 @@ class CheckpointConverter:
 
 
 def download_cost(checkpoint: HubCheckpoint, plan: ConversionPlan) -> str:
-    """Say what a checkpoint on a hub costs: bytes to download, bytes to write, seconds of conversion."""
+    """
+    Say what a checkpoint on a hub costs: bytes to download, bytes to write, seconds of conversion.
+
+    A note about weight files that are not downloaded follows.
+    """
     files = ", ".join(f"{file.type.name} {format_bytes(file.size)}" for file in plan.files)
     return (
         f"{checkpoint.name} is a checkpoint: {format_bytes(checkpoint.missing_size)} to download, then about "
-        f"{estimated_seconds(plan)} s to convert it ({files})."
+        f"{estimated_seconds(plan)} s to convert it ({files}). {checkpoint.files.note}".rstrip()
     )
 
 
@@ -177,20 +181,18 @@ def estimated_seconds(plan: ConversionPlan) -> int:
 
 def fingerprint(path: Path) -> str:
     """
-    Hash the names, sizes and modification times of a checkpoint's files.
+    Hash the names and the `fingerprint_file` of a checkpoint's files.
 
     Raises
     ------
-    BadCheckpoint: the folder cannot be read.
+    BadCheckpoint: the folder or one of them cannot be read.
     """
-    folder = path if path.is_dir() else path.parent
+    folder, states = path if path.is_dir() else path.parent, []
     try:
-        files = sorted([*folder.iterdir(), *(folder / "additional_chat_templates").glob("*.jinja")])
-        states = [
-            (file.name, file.stat().st_size, file.stat().st_mtime_ns)
-            for file in files
-            if file.suffix in _INPUT_SUFFIXES
-        ]
+        for file in sorted([*folder.iterdir(), *(folder / "additional_chat_templates").glob("*.jinja")]):
+            if file.suffix in _INPUT_SUFFIXES and file.is_file():
+                with file.open("rb") as opened:
+                    states.append((file.name, fingerprint_file(opened.fileno())))
     except OSError as reason:
         raise BadCheckpoint.unreadable(folder, reason) from reason
     return hashlib.sha256(repr((path.name, states)).encode(errors="replace")).hexdigest()[:16]

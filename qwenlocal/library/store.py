@@ -32,7 +32,8 @@ _JOURNAL_ENDING = ".part.journal"
 class StoredFile:
     """
     One file of a model. `checksums` are the CRC-32 of its blocks of `block` bytes, empty if another program downloaded
-    it; `link` is its path in a snapshot of the Hub's cache.
+    it; `link` is its path in a snapshot of the Hub's cache. `ctime_ns` is the time when its inode changed, which
+    programs cannot set.
     """
 
     path: str
@@ -42,6 +43,7 @@ class StoredFile:
     block: int = 0
     checksums: Sequence[int] = ()
     link: str = ""
+    ctime_ns: int = 0
 
     @classmethod
     def from_path(
@@ -49,7 +51,12 @@ class StoredFile:
     ) -> StoredFile:
         """Describe a file by its present size and time of change."""
         state = path.stat()
-        return cls(str(path), state.st_size, state.st_mtime_ns, sha256, block_size, tuple(checksums), link)
+        times = (state.st_mtime_ns, state.st_ctime_ns)
+        return cls(str(path), state.st_size, times[0], sha256, block_size, tuple(checksums), link, times[1])
+
+    def has_times(self, state: os.stat_result) -> bool:
+        """Return True if the file had the same times of change when it was recorded."""
+        return (state.st_mtime_ns, state.st_ctime_ns) == (self.mtime_ns, self.ctime_ns)
 
     def delete(self) -> None:
         """Delete the file and its link."""
@@ -158,10 +165,10 @@ class Store:
                 return None
             if state.st_size != file.size:
                 raise _changed(record, file, f"it has {state.st_size:,} bytes instead of {file.size:,}")
-            if state.st_mtime_ns != file.mtime_ns:
+            if not file.has_times(state):
                 if file.sha256 and hash_file(Path(file.path)) != file.sha256:
                     raise _changed(record, file, "it has changed since it was downloaded")
-                file = replace(file, mtime_ns=state.st_mtime_ns)
+                file = replace(file, mtime_ns=state.st_mtime_ns, ctime_ns=state.st_ctime_ns)
             files.append(file)
         if files != list(record.files):
             record = replace(record, files=tuple(files))

@@ -10,13 +10,13 @@ number of weights that were NaN or infinite and became zero.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qwenlocal import __version__, resumable, weights
+from qwenlocal.fileio import fingerprint_file
 from qwenlocal.ggml import TensorType
 
 if TYPE_CHECKING:
@@ -153,10 +153,9 @@ def job_identity(job: WriteJob, sources: Mapping[Path, int], *, allow_nan: bool)
     digest = hashlib.sha256(f"{__version__} {weights.CONVERTER_VERSION} {CHUNK_SIZE} {allow_nan}".encode())
     for output in job.outputs:
         digest.update(f"{output.path.name} {output.size}\n".encode(errors="replace") + output.header)
-    states = {path: os.fstat(file) for path, file in sources.items()}
+    fingerprints = {path: fingerprint_file(file) for path, file in sources.items()}
     for rows in job.ranges:
-        state = states[rows.file]
-        place = f"{rows.file} {state.st_size} {state.st_mtime_ns} {rows.offset} {rows.row_count} {rows.columns}"
+        place = f"{rows.file} {fingerprints[rows.file]} {rows.offset} {rows.row_count} {rows.columns}"
         digest.update(place.encode(errors="replace"))
         for target in rows.targets:
             digest.update(f" {target.output} {target.offset} {target.type.name}".encode())

@@ -114,6 +114,7 @@ class _JobRun:
         self._is_stopped = False
         self._files: list[int] = []
         self._sources: dict[Path, int] = {}
+        self._states: dict[Path, os.stat_result] = {}  # of the sources, when they were opened
 
     def run(self, threads: int) -> WriteResult:
         with contextlib.ExitStack() as stack:
@@ -121,6 +122,7 @@ class _JobRun:
                 self._open(stack)
                 resumed = self._read
                 self._run_workers(threads)
+                self._check_sources()
                 self._publish(stack)
             except OSError as reason:
                 raise write_error(self._folder, reason, self._missing_size()) from reason
@@ -137,6 +139,7 @@ class _JobRun:
         for path in {rows.file for rows in self._job.ranges}:
             self._sources[path] = _open_source(path)
             stack.callback(os.close, self._sources[path])
+            self._states[path] = os.fstat(self._sources[path])
         identity = job_identity(self._job, self._sources, allow_nan=self._allow_nan)
         finished = read_finished(self._journal_path, identity)
         self._check_disk_space()
@@ -193,6 +196,17 @@ class _JobRun:
             self._read_into(self._files[target.output], buffer, chunk.target_offset(target))
             crc = zlib.crc32(buffer, crc)
         return crc
+
+    def _check_sources(self) -> None:
+        """Check that no source was overwritten meanwhile. One that was deleted or replaced is still open unchanged."""
+        for path, before in self._states.items():
+            after = os.fstat(self._sources[path])
+            if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+                raise BadWeights(
+                    path,
+                    "it was changed while it was read",
+                    hint="Run the same command again when no other program writes to it.",
+                )
 
     def _publish(self, opened: contextlib.ExitStack) -> None:
         """Flush the complete files to the disk, close them, and give them their names."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ import numpy
 import pytest
 
 from qwenlocal.errors import BadCheckpoint, BadWeights
-from qwenlocal.testing import CONFIG, MOE_CONFIG, as_dtype, write_checkpoint
+from qwenlocal.testing import CONFIG, MOE_CONFIG, as_dtype, write_checkpoint, write_safetensors
 from qwenlocal.weights.checkpoint import Checkpoint
 from qwenlocal.weights.conversion import ConversionOptions, plan_conversion
 from qwenlocal.weights.conversion_plan import ConversionPlan
 from qwenlocal.weights.file_types import file_type
 from qwenlocal.weights.gguf_reader import decode_value, read_raw_metadata
+from qwenlocal.weights.safetensors import read_tensors
 from qwenlocal.weights.vocabulary import Vocabulary
 from qwenlocal.weights.vocabulary_reader import read_vocabulary
 from qwenlocal.weights.write_job import WriteJob
@@ -98,6 +100,19 @@ def set_weights(folder: Path, name: str, row: int, *values: float, dtype: str = 
     with stored.file.open("r+b") as file:
         file.seek(stored.offset + row * columns * stored.size // stored.elements)
         file.write(data)
+
+
+def rename_tensors(folder: Path, rename: Callable[[str], str], more: Mapping[str, tuple[int, ...]] = {}) -> Path:
+    """Rename the tensors of a checkpoint in one file, and add `more` of zeros, by name and shape."""
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    stored = {
+        rename(tensor.name): (tensor.dtype, tensor.shape, data[tensor.offset : tensor.offset + tensor.size])
+        for tensor in read_tensors(path)
+    }
+    zeros = {name: ("BF16", shape, bytes(2 * math.prod(shape))) for name, shape in more.items()}
+    write_safetensors(path, {**stored, **zeros})
+    return folder
 
 
 def flip_bit(path: Path, at: int = -1) -> bytes:

@@ -57,7 +57,7 @@ class TestWeightFiles:
         folder = write_minimal(tmp_path, shards=2)
         (folder / INDEX).unlink()
         shutil.copy(folder / "model-00001-of-00002.safetensors", folder / "other-00001-of-00002.safetensors")
-        assert expect_refusal(Checkpoint.open, folder) == "it mixes files of several models"
+        assert "it mixes files of several models (model-00001-of-00002" in expect_refusal(Checkpoint.open, folder)
 
     def test_a_missing_shard_is_refused_with_its_name(self, tmp_path: Path) -> None:
         folder = write_minimal(tmp_path, shards=5)
@@ -74,27 +74,27 @@ class TestWeightFiles:
 
     def test_a_shard_name_that_no_file_can_have_is_refused(self, tmp_path: Path) -> None:
         for name in ("x" * 300, "a\0b", "\ud800"):
-            set_json(write_minimal(tmp_path), INDEX, weight_map={"a": name})
+            set_json(write_minimal(tmp_path, shards=2), INDEX, weight_map={"a": name})
             assert "missing" in expect_refusal(Checkpoint.open, tmp_path / "model")
 
     @pytest.mark.parametrize(
         "file", ["../x", "/etc/passwd", "a/b", "a\\b", "..\\x", "", ".", "..", "./x", "x/", 5, None, ["x"], {}]
     )
     def test_an_index_with_a_path_outside_the_folder_is_refused(self, file: object, tmp_path: Path) -> None:
-        folder = set_json(write_minimal(tmp_path), INDEX, weight_map={"model.norm.weight": file})
-        (tmp_path / "x").write_bytes((folder / "model.safetensors").read_bytes())
+        folder = set_json(write_minimal(tmp_path, shards=2), INDEX, weight_map={"model.norm.weight": file})
+        (tmp_path / "x").write_bytes((folder / "model-00001-of-00002.safetensors").read_bytes())
         with pytest.raises(BadCheckpoint, match="which is not the name of a file in the same folder") as caught:
             Checkpoint.open(folder)
         assert "malicious" in caught.value.hint
 
     def test_an_index_with_a_duplicate_tensor_is_refused(self, tmp_path: Path) -> None:
-        folder = write_minimal(tmp_path)
+        folder = write_minimal(tmp_path, shards=2)
         (folder / INDEX).write_text('{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}')
         assert "“a” occurs twice" in expect_refusal(Checkpoint.open, folder)
 
     @pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": []}, {"weight_map": "model.safetensors"}])
     def test_an_index_without_a_weight_map_is_refused(self, index: object, tmp_path: Path) -> None:
-        folder = write_minimal(tmp_path)
+        folder = write_minimal(tmp_path, shards=2)
         (folder / INDEX).write_text(json.dumps(index))
         assert expect_refusal(Checkpoint.open, folder) == "it has no “weight_map”"
 
@@ -116,7 +116,8 @@ class TestWeightFiles:
     def test_several_unrelated_weight_files_need_a_choice(self, tmp_path: Path) -> None:
         folder = write_minimal(tmp_path)
         shutil.copy(folder / "model.safetensors", folder / "other.safetensors")
-        assert "2 safetensors files (model.safetensors, other.safetensors)" in expect_refusal(Checkpoint.open, folder)
+        (folder / "model.safetensors").rename(folder / "one.safetensors")
+        assert "2 safetensors files (one.safetensors, other.safetensors)" in expect_refusal(Checkpoint.open, folder)
         assert weight_files(Checkpoint.open(folder / "other.safetensors")) == {folder / "other.safetensors"}
 
     def test_an_adapter_beside_the_weights_is_ignored_and_alone_is_refused(self, tmp_path: Path) -> None:
@@ -124,7 +125,7 @@ class TestWeightFiles:
         shutil.copy(folder / "model.safetensors", folder / "adapter_model.safetensors")
         assert weight_files(Checkpoint.open(folder)) == {folder / "model.safetensors"}
         (folder / "model.safetensors").unlink()
-        assert "it is a LoRA adapter" in expect_refusal(Checkpoint.open, folder)
+        assert expect_refusal(Checkpoint.open, folder) == "it is a LoRA adapter, not a model"
         (folder / "adapter_model.safetensors").unlink()
         assert expect_refusal(Checkpoint.open, folder) == "it contains no safetensors files"
 
@@ -195,7 +196,7 @@ class TestJsonFiles:
     def test_unreadable_json_is_refused_with_the_file_name(
         self, file: str, content: str, reason: str, tmp_path: Path
     ) -> None:
-        path = write_minimal(tmp_path) / file
+        path = write_minimal(tmp_path, shards=2) / file
         path.write_text(content)
         with pytest.raises(BadCheckpoint, match=reason) as caught:
             make_plan(path.parent)
@@ -204,7 +205,7 @@ class TestJsonFiles:
     @pytest.mark.parametrize("file", DOCUMENTS)
     @pytest.mark.parametrize("content", [b"\xff\xfe\x00", b'{"a": "\xc3("}', b"\x80" * 8])
     def test_invalid_utf8_is_refused_with_the_file_name(self, file: str, content: bytes, tmp_path: Path) -> None:
-        path = write_minimal(tmp_path) / file
+        path = write_minimal(tmp_path, shards=2) / file
         path.write_bytes(content)
         with pytest.raises(BadCheckpoint) as caught:
             make_plan(path.parent)
@@ -212,7 +213,7 @@ class TestJsonFiles:
 
     @pytest.mark.parametrize("file", DOCUMENTS)
     def test_a_file_over_200_mb_is_refused(self, file: str, tmp_path: Path) -> None:
-        path = write_minimal(tmp_path) / file
+        path = write_minimal(tmp_path, shards=2) / file
         with path.open("r+b" if path.exists() else "wb") as opened:
             opened.truncate(200_000_001)
         with pytest.raises(BadCheckpoint, match="200,000,001 bytes, more than any real one"):
@@ -235,7 +236,7 @@ class TestJsonFiles:
 
     @pytest.mark.parametrize("file", DOCUMENTS)
     def test_a_folder_in_place_of_a_file_is_refused(self, file: str, tmp_path: Path) -> None:
-        path = write_minimal(tmp_path) / file
+        path = write_minimal(tmp_path, shards=2) / file
         path.unlink(missing_ok=True)
         path.mkdir()
         with pytest.raises(BadCheckpoint, match="Is a directory"):

@@ -71,6 +71,35 @@ class TestNumbers:
         gguf_key = {"rms_norm_eps": "attention.layer_norm_rms_epsilon", "rope_theta": "rope.freq_base"}[key]
         assert metadata[f"qwen2.{gguf_key}"] == pytest.approx(value)
 
+    @pytest.mark.parametrize(
+        ("key", "value", "expected"),
+        [
+            ("rms_norm_eps", 2**63, "a number from 1e-15 to 1"),
+            ("rms_norm_eps", 1.5, "a number from 1e-15 to 1"),
+            ("rope_theta", 1e13, "a number from 1 to 1e+12"),
+            ("rope_theta", 0.5, "a number from 1 to 1e+12"),
+            ("num_hidden_layers", 513, "an integer from 1 to 512"),
+            ("hidden_size", 1 << 30, "an integer from 1 to 16,777,216"),
+            ("vocab_size", 1 << 30, "an integer from 1 to 16,777,216"),
+            ("max_position_embeddings", (1 << 31) - 1, "an integer from 1 to 1,073,741,824"),
+        ],
+    )
+    def test_a_number_beyond_all_models_is_refused_with_the_possible_range(
+        self, key: str, value: float, expected: str, tmp_path: Path
+    ) -> None:
+        with pytest.raises(BadCheckpoint) as caught:
+            check_convertible(set_json(write_minimal(tmp_path), "config.json", **{key: value}))
+        assert caught.value.reason == f"“{key}” is {value}, which is invalid: it must be {expected}"
+        assert "correct the value" in caught.value.hint
+
+    def test_more_experts_than_llama_cpp_has_room_for_are_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(BadCheckpoint, match=r"“num_experts” is 1025, .* from 1 to 1,024"):
+            check_convertible(set_json(write_minimal(tmp_path, MINIMAL_MOE), "config.json", num_experts=1025))
+
+    def test_heads_with_an_odd_number_of_values_are_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(BadCheckpoint, match="heads of 1 values cannot be rotated"):
+            check_convertible(set_json(write_minimal(tmp_path), "config.json", num_attention_heads=32))
+
     @pytest.mark.parametrize("key", ["tie_word_embeddings", "use_sliding_window", "qkv_bias"])
     @pytest.mark.parametrize("value", ["false", "true", 0, 1, [], {}])
     def test_a_flag_must_be_true_or_false(self, key: str, value: object, tmp_path: Path) -> None:
@@ -79,17 +108,51 @@ class TestNumbers:
 
 
 class TestArchitecture:
-    @pytest.mark.parametrize("value", [..., None, [], "Qwen2ForCausalLM", {}, 5])
-    def test_a_config_without_an_architecture_is_refused(self, value: object, tmp_path: Path) -> None:
-        with pytest.raises(BadCheckpoint, match="does not name the kind of model") as caught:
+    @pytest.mark.parametrize("value", ["Qwen2ForCausalLM", {}, 5])
+    def test_malformed_architectures_are_refused(self, value: object, tmp_path: Path) -> None:
+        with pytest.raises(BadCheckpoint, match="does not name the kind of model"):
             check_convertible(set_json(write_minimal(tmp_path), "config.json", architectures=value))
+
+    @pytest.mark.parametrize("value", [..., None, []])
+    def test_a_config_without_architecture_and_model_type_is_refused(self, value: object, tmp_path: Path) -> None:
+        with pytest.raises(BadCheckpoint, match="does not name the kind of model") as caught:
+            check_convertible(set_json(write_minimal(tmp_path), "config.json", architectures=value, model_type=...))
         assert "Qwen2MoeForCausalLM" in caught.value.hint
 
-    @pytest.mark.parametrize("name", ["Qwen3ForCausalLM", "LlamaForCausalLM", "Qwen2ForSequenceClassification", ""])
-    def test_another_architecture_is_refused_by_name(self, name: str, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(
+        "names", [..., None, [], ["FSDPQwen2ForCausalLM"], ["LigerQwen2ForCausalLM"], ["Qwen2MoeForCausalLM"]]
+    )
+    def test_model_type_decides_whatever_a_trainer_left_in_architectures(self, names: object, tmp_path: Path) -> None:
+        """AutoModelForCausalLM loads all of them as Qwen2ForCausalLM."""
+        metadata = plan_metadata(set_json(write_minimal(tmp_path), "config.json", architectures=names))
+        assert metadata["general.architecture"] == "qwen2"
+
+    def test_a_mixture_of_experts_is_recognized_by_its_model_type(self, tmp_path: Path) -> None:
+        folder = set_json(
+            write_minimal(tmp_path, MINIMAL_MOE), "config.json", architectures=["FSDPQwen2MoeForCausalLM"]
+        )
+        assert plan_metadata(folder)["general.architecture"] == "qwen2moe"
+
+    def test_a_missing_model_type_is_taken_from_the_architecture(self, tmp_path: Path) -> None:
+        folder = set_json(write_minimal(tmp_path), "config.json", model_type=...)
+        assert plan_metadata(folder)["general.architecture"] == "qwen2"
+
+    @pytest.mark.parametrize(
+        ("name", "model_type"),
+        [("Qwen3ForCausalLM", "qwen3"), ("LlamaForCausalLM", "llama"), ("Qwen2ForSequenceClassification", "qwen2"),
+         ("Qwen2VLForConditionalGeneration", "qwen2_vl"), ("", "qwen2")],
+    )  # fmt: skip
+    def test_another_architecture_is_refused_by_name(self, name: str, model_type: str, tmp_path: Path) -> None:
+        folder = set_json(write_minimal(tmp_path), "config.json", architectures=[name], model_type=model_type)
         with pytest.raises(UnsupportedCheckpoint, match=f"{name} is not a Qwen1.5 architecture") as caught:
-            check_convertible(set_json(write_minimal(tmp_path), "config.json", architectures=[name]))
+            check_convertible(folder)
         assert "convert_hf_to_gguf.py" in caught.value.hint
+
+    def test_an_unknown_model_type_is_refused_by_name(self, tmp_path: Path) -> None:
+        for names in ([], ["Qwen2ForCausalLM"]):
+            folder = set_json(write_minimal(tmp_path), "config.json", architectures=names, model_type="qwen3")
+            with pytest.raises(UnsupportedCheckpoint, match=r"qwen3 is not a Qwen1\.5 architecture"):
+                check_convertible(folder)
 
     @pytest.mark.parametrize("name", [[], {}, ["Qwen2ForCausalLM"], 5, True])
     def test_an_architecture_that_is_not_text_is_refused(self, name: object, tmp_path: Path) -> None:

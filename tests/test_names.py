@@ -192,6 +192,19 @@ def test_an_existing_path_is_that_file(tmp_path: Path, monkeypatch: pytest.Monke
     )
 
 
+def test_spaces_around_an_existing_path_are_part_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("x.gguf ", " y.gguf", "folder "):
+        (tmp_path / name).mkdir() if name == "folder " else (tmp_path / name).touch()
+    (tmp_path / "folder " / "config.json").touch()
+    (tmp_path / "z.gguf").touch()
+    assert parse_name("x.gguf ", lambda: CATALOG) == PathName(tmp_path / "x.gguf ")
+    assert parse_name(f"{tmp_path}/x.gguf ", lambda: CATALOG) == PathName(tmp_path / "x.gguf ")
+    assert parse_name(" y.gguf", lambda: CATALOG) == PathName(tmp_path / " y.gguf")
+    assert parse_name("./folder ", lambda: CATALOG) == LocalCheckpointName(tmp_path / "folder ")
+    assert parse_name(" z.gguf ", lambda: CATALOG) == PathName(tmp_path / "z.gguf"), "typed by mistake"
+
+
 def test_a_directory_is_not_a_model_but_suggests_one_in_it(tmp_path: Path) -> None:
     (tmp_path / "inside.gguf").touch()
     with pytest.raises(BadWeights, match=r"is not a checkpoint: it has no config\.json\.") as caught:

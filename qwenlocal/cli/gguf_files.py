@@ -52,13 +52,16 @@ def find_installed(app: AppContext, text: str) -> ModelRecord:
 
     Raises
     ------
-    ModelNotFound: it is not on this disk.
+    ModelNotFound: it is not on this disk. BadCheckpoint, UnsupportedCheckpoint: it is a checkpoint of another kind.
     """
+    from qwenlocal.weights.checkpoint import Checkpoint
+
     name = app.models.parse(text)
     record = app.local.find(name)
     if record is not None:
         return record
     if isinstance(name, LocalCheckpointName):
+        Checkpoint.open(name.path)
         hint = f"It is a checkpoint; convert it: qwenlocal convert {text}"
     else:
         hint = f"Download it: qwenlocal pull {name}"

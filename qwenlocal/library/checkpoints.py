@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from qwenlocal.library.store import StoredFile
     from qwenlocal.weights.checkpoint import Checkpoint
     from qwenlocal.weights.safetensors import RawHeader
+    from qwenlocal.weights.weight_files import WeightFiles
 
 OpenPuller = Callable[[], AbstractContextManager["Puller"]]
 
@@ -38,12 +39,13 @@ class HubCheckpoint:
     """
     A checkpoint on a hub, whose small files are in `resolved.folder`; `puller` downloads its weights.
 
-    `headers` are the headers of the weight files, None if the hub only sends whole files. `is_ours`: no other program
-    downloaded files of it.
+    `files` are the names of the weight files and `headers` their headers, None if the hub only sends whole files.
+    `is_ours`: no other program downloaded files of it.
     """
 
     resolved: ResolvedModel
     documents: Sequence[StoredFile]
+    files: WeightFiles
     weights: Sequence[FileRequest]
     headers: Sequence[RawHeader] | None
     is_ours: bool
@@ -68,7 +70,7 @@ class HubCheckpoint:
         """Read tensor names, types and shapes from the headers; None if the hub sends whole files only."""
         from qwenlocal.weights.checkpoint import Checkpoint
 
-        return None if self.headers is None else Checkpoint.from_headers(self.resolved.folder, self.headers)
+        return None if self.headers is None else Checkpoint.from_headers(self.resolved.folder, self.files, self.headers)
 
     def download(self, *, reserve: int = 0) -> LocalCheckpoint:
         """
@@ -98,7 +100,7 @@ class CheckpointFinder:
         UsageError: it is not a checkpoint, or only a part of one.
         Everything that `Puller.inspect_checkpoint` raises.
         """
-        from qwenlocal.weights.checkpoint import PICKLED, pickled_weights
+        from qwenlocal.weights.other_formats import PICKLED, pickled_weights
 
         if isinstance(name, HubCheckpointName):
             name = name.source

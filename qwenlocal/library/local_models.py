@@ -15,8 +15,10 @@ from qwenlocal.library.names import CatalogName, HubCheckpointName, HubName, Mod
 from qwenlocal.library.store import ModelRecord, Store, StoredFile
 from qwenlocal.model_files import parse_shard
 from qwenlocal.paths import Folders
-from qwenlocal.weights.checkpoint import has_vocabulary, is_checkpoint, weight_files
+from qwenlocal.weights.checkpoint import has_vocabulary
+from qwenlocal.weights.json_files import read_json
 from qwenlocal.weights.split_model import shard_paths
+from qwenlocal.weights.weight_files import find_weight_files
 
 
 def known_file(name: CatalogName) -> KnownFile | None:
@@ -121,6 +123,8 @@ def _file_query(name: ModelName) -> FileQuery | None:
 def _is_complete(folder: Path) -> bool:
     """Return True if the folder has everything that a conversion needs."""
     try:
-        return is_checkpoint(folder) and has_vocabulary(folder) and all(file.is_file() for file in weight_files(folder))
+        config = read_json(folder / "config.json", "the model's configuration")
+        names = find_weight_files(folder, config).names
     except BadCheckpoint:
         return False
+    return has_vocabulary(folder) and all((folder / name).is_file() for name in names)

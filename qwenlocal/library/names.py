@@ -26,6 +26,7 @@ from qwenlocal.errors import BadWeights, ModelNotFound
 from qwenlocal.i18n import tr
 from qwenlocal.library.catalog import Catalog, ModelCard
 from qwenlocal.model_files import FILE_TYPES
+from qwenlocal.weights.other_formats import ADAPTER_CONFIG, adapter_only
 
 _LEVELS = [*FILE_TYPES, "q3_k", "q4_k", "q5_k"]  # as in file names; the last three without S, M or L
 _HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+?))?(?:(?P<mark>[:/])(?P<rest>.+))?")
@@ -123,6 +124,8 @@ def parse_name(text: str, load_catalog: Callable[[], Catalog]) -> ModelName:
     BadWeights: it is a directory without a checkpoint.
     BadCatalog: the catalog is needed and cannot be read.
     """
+    if text != text.strip() and os.path.lexists(os.path.expanduser(text)):  # the spaces are part of the file's name
+        return _parse_path(text)
     text = text.strip()
     if not text or "\0" in text:
         raise ModelNotFound(text.replace("\0", "?"), reason=tr("The model name is empty or has a null character."))
@@ -234,12 +237,22 @@ def _first_locked_folder(path: Path) -> Path | None:
     return next((folder for folder in folders if not os.access(folder, os.X_OK)), None)
 
 
+def _step(folder: str) -> int:
+    """Return the step of a folder that a trainer saved: `_step("checkpoint-500")` is 500, of another folder 0."""
+    match = re.search(r"-(\d{1,9})$", folder)
+    return int(match[1]) if match else 0
+
+
 def _not_a_checkpoint(path: Path) -> BadWeights:
     try:
         names = sorted(file.name for file in path.iterdir())
     except OSError as reason:
         return BadWeights.unreadable(path, reason)
+    if ADAPTER_CONFIG in names:
+        return adapter_only(path)
     models = [name for name in names if name.endswith(".gguf")]
+    folders = [name for name in names for file in ("config.json", ADAPTER_CONFIG) if os.path.isfile(path / name / file)]
+    models += sorted(folders, key=_step, reverse=True)
     hint = "A model is a .gguf file, or a directory with config.json."
     if any(name.endswith(".safetensors") for name in names):
         hint = "Download the whole checkpoint again."

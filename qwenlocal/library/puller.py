@@ -26,8 +26,9 @@ from qwenlocal.library.store import FileDamage, ModelRecord, Store, StoredFile
 from qwenlocal.paths import Folders, ensure_writable
 from qwenlocal.resumable import part_path
 from qwenlocal.weights.architecture import check_convertible
-from qwenlocal.weights.checkpoint import weight_names
+from qwenlocal.weights.checkpoint import read_config
 from qwenlocal.weights.gguf_reader import read_metadata
+from qwenlocal.weights.weight_files import choose_weight_files
 
 
 class Puller:
@@ -115,12 +116,13 @@ class Puller:
             missing = sum(request.artifact.size for request in large.values())
             self._record_checkpoint(resolved, documents, missing, owned=is_ours)
         check_convertible(resolved.folder)
-        weights = [large[file] for file in weight_names(resolved.folder, large)]
+        files = choose_weight_files(resolved.folder, read_config(resolved.folder), large)
+        weights = [large[name] for name in files.names]
         try:
             headers = read_headers(resolved.folder, weights)
         except TransferError as error:
             raise SourceUnreachable(resolved.name, [f"{resolved.origin}: {error}"]) from error
-        return HubCheckpoint(resolved, documents, weights, headers, is_ours, self)
+        return HubCheckpoint(resolved, documents, files, weights, headers, is_ours, self)
 
     def pull_checkpoint(self, checkpoint: HubCheckpoint, *, extra_space: int = 0) -> None:
         """
@@ -140,7 +142,7 @@ class Puller:
         self._record_weights(checkpoint, stored)
         for number, request in enumerate(weights):
             known = stored[number]
-            if known is None or request.target.stat().st_mtime_ns != known.mtime_ns:
+            if known is None or not known.has_times(request.target.stat()):
                 stored[number] = self._store_file(request)
                 self._record_weights(checkpoint, stored)
 

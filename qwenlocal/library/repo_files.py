@@ -11,7 +11,15 @@ from qwenlocal.i18n import tr
 from qwenlocal.library.hubs import RemoteFile, RepoListing
 from qwenlocal.library.names import HubName, level_from_filename
 from qwenlocal.model_files import parse_shard
-from qwenlocal.weights.checkpoint import PICKLED, pickled_hint
+from qwenlocal.weights.other_formats import (
+    ADAPTER_CONFIG,
+    PICKLED,
+    PICKLED_MODELS,
+    adapter_hint,
+    find_pickled_model,
+    pickled_hint,
+)
+from qwenlocal.weights.weight_files import INDEX, SINGLE_FILE
 
 _RAW_SPLIT = re.compile(r"\.gguf[.-](?:split-)?([a-z])$", re.IGNORECASE)
 _NOT_MODELS = re.compile(r"mmproj|imatrix", re.IGNORECASE)
@@ -97,30 +105,52 @@ def select_checkpoint_files(listing: RepoListing) -> list[RemoteFile]:
     """
     by_path = {file.path: file for file in listing.files}
     weights = [file for file in listing.files if re.fullmatch(r"(?!adapter_)[^/]+\.safetensors", file.path)]
-    if not weights:
-        raise _no_safetensors_error(listing)
-    if "config.json" not in by_path:
-        raise ModelNotFound(
-            listing.repo, reason=tr("{repo} is not a checkpoint: it has no config.json.", repo=listing.repo)
-        )
+    is_pickled = not by_path.keys() & {SINGLE_FILE, INDEX} and by_path.keys() & set(PICKLED_MODELS)
+    if not weights or is_pickled or "config.json" not in by_path:
+        raise _no_checkpoint_error(listing)
     vocabulary = () if "tokenizer.json" in by_path else ("vocab.json", "merges.txt")
     templates = [path for path in by_path if re.fullmatch(r"additional_chat_templates/[\w.-]+\.jinja", path)]
     documents = [by_path[path] for path in (*_CHECKPOINT_DOCUMENTS, *vocabulary, *templates) if path in by_path]
     return [*documents, *sorted(weights, key=lambda file: file.path)]
 
 
-def _no_safetensors_error(listing: RepoListing) -> ModelNotFound:
-    pickled = [file.path for file in listing.files if file.path.endswith(PICKLED)]
-    if pickled:
+def _no_checkpoint_error(listing: RepoListing) -> ModelNotFound:
+    """Return the error for a repository without the files of a checkpoint, after what it has instead."""
+    repo, paths = listing.repo, {file.path for file in listing.files}
+    folders = sorted(path.removesuffix("/config.json") for path in paths if path.endswith("/config.json"))
+    if ADAPTER_CONFIG in paths:
+        return ModelNotFound(
+            repo, reason=tr("{repo} is a LoRA adapter, not a model.", repo=repo), hint=adapter_hint(repo)
+        )
+    if folders and "config.json" not in paths:
+        name, folder = repo.rpartition("/")[2], folders[-1]
+        return ModelNotFound(
+            repo,
+            reason=tr(
+                "{repo} has its checkpoints in folders ({folders}), which cannot be named.",
+                repo=repo,
+                folders=", ".join(folders[:5]),
+            ),
+            hint=tr(
+                "Download one with the program hf of Hugging Face: hf download {repo} --include '{folder}/*' "
+                "--local-dir {name}; then: qwenlocal convert {name}/{folder}",
+                repo=repo,
+                folder=folder,
+                name=name,
+            ),
+        )
+    if pickled := find_pickled_model(path for path in paths if "/" not in path):
         reason = tr(
             "{repo} has no safetensors files, only pickled weights ({pickled}), which can run arbitrary code.",
-            repo=listing.repo,
-            pickled=pickled[0],
+            repo=repo,
+            pickled=pickled,
         )
-        return ModelNotFound(listing.repo, reason=reason, hint=pickled_hint(listing.repo))
+        return ModelNotFound(repo, reason=reason, hint=pickled_hint(repo))
+    if "config.json" not in paths:
+        return ModelNotFound(repo, reason=tr("{repo} is not a checkpoint: it has no config.json.", repo=repo))
     return ModelNotFound(
-        listing.repo,
-        reason=tr("{repo} has no weights.", repo=listing.repo),
+        repo,
+        reason=tr("{repo} has no weights.", repo=repo),
         hint=tr("Choose a repository with safetensors or GGUF files."),
     )
 

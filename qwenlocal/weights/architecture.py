@@ -14,11 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from qwenlocal.errors import BadCheckpoint, UnsupportedCheckpoint
-from qwenlocal.weights.checkpoint import Checkpoint, brief_repr, read_config
+from qwenlocal.weights.checkpoint import Checkpoint, read_config
+from qwenlocal.weights.json_files import brief_repr
 
 _ARCHITECTURES = {"Qwen2ForCausalLM": "qwen2", "Qwen2Model": "qwen2", "Qwen2MoeForCausalLM": "qwen2moe"}
-_COUNT_LIMIT = 1 << 31
-_MIN_FLOAT, _MAX_FLOAT = 1e-37, 3e38  # the range of a 4-byte float, as GGUF stores them
+_MODEL_TYPES = {"qwen2": "Qwen2ForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM"}
+_MAX_SIZE = 1 << 24  # of a width or a vocabulary: a hundred times the largest ones
+_MAX_CONTEXT = 1 << 30
+_MAX_LAYERS, _MAX_EXPERTS = 512, 1024  # llama.cpp ends the process beyond (llama-hparams.h)
+_EPSILON_RANGE, _ROPE_BASE_RANGE, _FACTOR_RANGE = (1e-15, 1.0), (1.0, 1e12), (1e-6, 1e6)
 _DEFAULT_MAX_WINDOW_LAYERS = 28  # transformers' Qwen2Config
 
 
@@ -51,8 +55,8 @@ class Hyperparameters:
     """
     The hyperparameters of a Qwen1.5 model.
 
-    `is_tied`: the output matrix is the embedding matrix. `is_bare`: the checkpoint is a Qwen2Model, whose tensor names
-    lack "model." and which has no output matrix. `has_qkv_bias`: q, k and v have biases.
+    `is_tied`: the output matrix is the embedding matrix. `is_bare`: the checkpoint is a Qwen2Model, which may have no
+    output matrix. `has_qkv_bias`: q, k and v have biases.
     """
 
     architecture: str
@@ -81,22 +85,27 @@ class _ConfigReader:
     def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
         self.path, self.values = path, values
 
-    def count(self, key: str, default: int | None = None, *, minimum: int = 1) -> int:
+    def count(self, key: str, default: int | None = None, *, minimum: int = 1, maximum: int = _MAX_SIZE) -> int:
         value = self.values.get(key)
         value = default if value is None else value
         if value is None:
             raise BadCheckpoint(self.path, f"“{key}” is missing")
-        if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value < _COUNT_LIMIT:
-            raise self.invalid(key, value)
+        if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= maximum:
+            raise self._invalid(key, value, f"an integer from {minimum:,} to {maximum:,}")
         return value
 
-    def number(self, key: str, value: Any) -> float:
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not _MIN_FLOAT < value < _MAX_FLOAT:
-            raise self.invalid(key, value)
+    def number(self, key: str, value: Any, limits: tuple[float, float]) -> float:
+        low, high = limits
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
+            raise self._invalid(key, value, f"a number from {low:g} to {high:g}")
         return float(value)
 
-    def invalid(self, key: str, value: Any) -> BadCheckpoint:
-        return BadCheckpoint(self.path, f"“{key}” is {brief_repr(value)}, which is invalid")
+    def _invalid(self, key: str, value: Any, expected: str) -> BadCheckpoint:
+        return BadCheckpoint(
+            self.path,
+            f"“{key}” is {brief_repr(value)}, which is invalid: it must be {expected}",
+            hint="Download config.json again, or correct the value in it.",
+        )
 
     def flag(self, key: str, default: bool) -> bool:
         value = self.values.get(key)
@@ -120,15 +129,15 @@ def read_hyperparameters(checkpoint: Checkpoint) -> Hyperparameters:
     scaling, base = _rope(config)
     model = Hyperparameters(
         architecture=_ARCHITECTURES[name],
-        context=config.count("max_position_embeddings"),
+        context=config.count("max_position_embeddings", maximum=_MAX_CONTEXT),
         width=config.count("hidden_size"),
-        layers=config.count("num_hidden_layers"),
+        layers=config.count("num_hidden_layers", maximum=_MAX_LAYERS),
         feed_forward=config.count("intermediate_size"),
         heads=heads,
         kv_heads=config.count("num_key_value_heads", heads),
         vocab_size=config.count("vocab_size"),
         rope_base=base,
-        epsilon=config.number("rms_norm_eps", config.values.get("rms_norm_eps", 1e-6)),
+        epsilon=config.number("rms_norm_eps", config.values.get("rms_norm_eps", 1e-6), _EPSILON_RANGE),
         is_tied=config.flag("tie_word_embeddings", False),
         is_bare=name == "Qwen2Model",
         has_qkv_bias=config.flag("qkv_bias", True),
@@ -140,21 +149,32 @@ def read_hyperparameters(checkpoint: Checkpoint) -> Hyperparameters:
 
 
 def _architecture(config: _ConfigReader) -> str:
-    names = config.values.get("architectures")
+    """
+    Return the name of the architecture, a key of `_ARCHITECTURES`.
+
+    transformers chooses it by "model_type", whatever name a trainer (FSDPQwen2ForCausalLM) left in "architectures";
+    llama.cpp chooses it by "architectures".
+    """
+    names, model_type = config.values.get("architectures"), config.values.get("model_type")
     name = names[0] if isinstance(names, list) and names else None
-    if isinstance(name, str) and name in _ARCHITECTURES:
-        return name
+    by_type = _MODEL_TYPES.get(model_type) if isinstance(model_type, str) else None
+    is_known = isinstance(name, str) and name in _ARCHITECTURES
+    if is_known and (model_type is None or (name, by_type) == ("Qwen2Model", "Qwen2ForCausalLM")):
+        return str(name)
+    if by_type and (names in (None, []) or (isinstance(name, str) and name.endswith("ForCausalLM"))):
+        return by_type
     hint = f"Supported are {', '.join(_ARCHITECTURES)}. For others, use llama.cpp's convert_hf_to_gguf.py."
-    if name is None:
+    if name is None and (by_type or model_type is None):
         raise BadCheckpoint(config.path, "“architectures” does not name the kind of model", hint=hint)
-    shown = name if isinstance(name, str) and len(name) <= 80 else brief_repr(name)
+    kind = model_type if name is None or is_known else name
+    shown = kind if isinstance(kind, str) and len(kind) <= 80 else brief_repr(kind)
     raise UnsupportedCheckpoint(config.path, f"{shown} is not a Qwen1.5 architecture", hint=hint)
 
 
 def _experts(config: _ConfigReader) -> ExpertDims:
     experts = ExpertDims(
-        config.count("num_experts"),
-        config.count("num_experts_per_tok"),
+        config.count("num_experts", maximum=_MAX_EXPERTS),
+        config.count("num_experts_per_tok", maximum=_MAX_EXPERTS),
         config.count("moe_intermediate_size"),
         config.count("shared_expert_intermediate_size"),
     )
@@ -173,7 +193,7 @@ def _rope(config: _ConfigReader) -> tuple[RopeScalingConfig | None, float]:
     if has_both and (_rope_type(new), new.get("factor")) != (_rope_type(old), old.get("factor")):
         raise BadCheckpoint(config.path, "“rope_parameters” and “rope_scaling” contradict each other")
     theta = rope.get("rope_theta", config.values.get("rope_theta", 10000.0))  # transformers' default
-    base = config.number("rope_theta", theta)
+    base = config.number("rope_theta", theta, _ROPE_BASE_RANGE)
     kind = _rope_type(rope)
     if kind == "default":
         return None, base
@@ -183,14 +203,11 @@ def _rope(config: _ConfigReader) -> tuple[RopeScalingConfig | None, float]:
         )
     key = "original_max_position_embeddings"  # transformers reads it from the top level first
     original = config.values.get(key) or rope.get(key) or config.values.get("max_position_embeddings")
-    factor = config.number("RoPE factor", rope.get("factor"))
+    factor = config.number("RoPE factor", rope.get("factor"), _FACTOR_RANGE)
     attention = _yarn_attention(config, rope, factor) if kind == "yarn" else 1.0
     if not 1e-6 < attention < 1e6:
         raise BadCheckpoint(config.path, f"its YaRN settings scale the attention by {attention:.3g}, which is invalid")
-    context = config.number(key, original)
-    if context >= _COUNT_LIMIT:
-        raise config.invalid(key, original)
-    return RopeScalingConfig(kind, factor, int(context), attention), base
+    return RopeScalingConfig(kind, factor, int(config.number(key, original, (1, _MAX_CONTEXT))), attention), base
 
 
 def _rope_type(rope: Mapping[str, Any]) -> Any:
@@ -206,16 +223,16 @@ def _yarn_attention(config: _ConfigReader, rope: Mapping[str, Any], factor: floa
     """
     for key, default in (("beta_fast", 32), ("beta_slow", 1), ("truncate", True)):
         if rope.get(key) is not None and key != "truncate":
-            config.number(key, rope[key])
+            config.number(key, rope[key], _FACTOR_RANGE)
         if rope.get(key) not in (None, default):
             raise UnsupportedCheckpoint(
                 config.path, f"llama.cpp does not support YaRN with {key} = {brief_repr(rope[key])}"
             )
     own = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
     if rope.get("attention_factor") is not None:
-        return config.number("attention_factor", rope["attention_factor"]) / own
+        return config.number("attention_factor", rope["attention_factor"], _FACTOR_RANGE) / own
     if rope.get("mscale") and rope.get("mscale_all_dim"):
-        scales = (config.number(key, rope[key]) for key in ("mscale", "mscale_all_dim"))
+        scales = (config.number(key, rope[key], _FACTOR_RANGE) for key in ("mscale", "mscale_all_dim"))
         scale, scale_all_dim = (0.1 * value * math.log(factor) + 1 if factor > 1 else 1.0 for value in scales)
         return scale / scale_all_dim / own
     return 1.0
@@ -229,6 +246,8 @@ def _check_graph(config: _ConfigReader, model: Hyperparameters) -> None:
         raise UnsupportedCheckpoint(path, f"“head_dim” is {head_dim}; llama.cpp needs {model.width // model.heads}")
     if model.width % model.heads:
         raise UnsupportedCheckpoint(path, f"a width of {model.width} cannot be divided evenly into {model.heads} heads")
+    if model.width // model.heads % 2:
+        raise BadCheckpoint(path, f"heads of {model.width // model.heads} values cannot be rotated (RoPE): it is odd")
     if model.heads % model.kv_heads:
         raise BadCheckpoint(path, f"{model.heads} heads cannot share {model.kv_heads} key-value heads evenly")
     rope = values.get("rope_parameters")
@@ -263,7 +282,7 @@ def _check_sliding_window(config: _ConfigReader, model: Hyperparameters) -> None
     window = config.values.get("sliding_window")
     if not config.flag("use_sliding_window", False) or window is None:
         return
-    config.count("sliding_window")
+    config.count("sliding_window", maximum=_MAX_CONTEXT)
     layer_types = config.values.get("layer_types")
     first = config.count("max_window_layers", _DEFAULT_MAX_WINDOW_LAYERS, minimum=0)
     is_used = "sliding_attention" in layer_types if isinstance(layer_types, list) else first < model.layers

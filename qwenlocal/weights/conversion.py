@@ -67,7 +67,7 @@ def plan_conversion(
     BadWeights: the importance matrix is of another model.
     """
     model = read_hyperparameters(checkpoint)
-    tensors, dropped = map_tensors(checkpoint, model, keep_tied_output=options.like_llama_cpp)
+    tensors, dropped, tensor_notes = map_tensors(checkpoint, model, keep_tied_output=options.like_llama_cpp)
     vocabulary = read_vocabulary(checkpoint.folder, checkpoint.config, model.vocab_size, pre=options.pre)
     model_metadata = read_model_metadata(
         checkpoint.folder,
@@ -85,7 +85,7 @@ def plan_conversion(
     facts = ModelFacts(
         model.architecture, model.layers, model.heads // model.kv_heads, model.experts.count if model.experts else 0
     )
-    notes = [*model_metadata.notes, *vocabulary.notes, *_drop_notes(dropped)]
+    notes = [*checkpoint.notes, *tensor_notes, *model_metadata.notes, *vocabulary.notes, *_drop_notes(dropped)]
     return make_plan(tensors, targets, metadata, facts, options.overrides, options.imatrix, tokenizer, notes)
 
 

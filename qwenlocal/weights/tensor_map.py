@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from qwenlocal import ggml
 from qwenlocal.errors import BadCheckpoint, UnsupportedCheckpoint
@@ -21,7 +22,7 @@ from qwenlocal.weights.safetensors import StoredTensor
 from qwenlocal.weights.tensor_values import FileRange, have_same_bytes
 
 _FLOAT_TYPES = {"F32", "F16", "BF16"}
-_OUTPUT = "lm_head.weight"
+_EMBEDDING, _OUTPUT = "embed_tokens.weight", "lm_head.weight"
 _RECOMPUTED = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 
 
@@ -34,36 +35,50 @@ class DroppedTensor:
     size: int
 
 
-def map_tensors(
-    checkpoint: Checkpoint, model: Hyperparameters, *, keep_tied_output: bool
-) -> tuple[list[SourceTensor], list[DroppedTensor]]:
+class TensorMap(NamedTuple):
+    """The tensors of a GGUF file, those of the checkpoint that are not in it, and sentences for display."""
+
+    tensors: list[SourceTensor]
+    dropped: list[DroppedTensor]
+    notes: list[str]
+
+
+def map_tensors(checkpoint: Checkpoint, model: Hyperparameters, *, keep_tied_output: bool) -> TensorMap:
     """
-    Return the tensors of the GGUF file in llama.cpp's order, by layer, then by name, and those that are not in it.
+    Return the tensors of the GGUF file in llama.cpp's order, by layer, then by name.
 
     An output matrix that is tied to the embeddings but stored as well is dropped if it is equal (a fifth of a 0.5B
-    file), unless `keep_tied_output`.
+    file), unless `keep_tied_output`. If it differs it is used, as transformers 5 (modeling_utils.py:
+    tie_weights) and llama.cpp's converter do.
 
     Raises
     ------
     BadCheckpoint: a tensor is missing, unknown, or has another shape than config.json implies.
     UnsupportedCheckpoint: llama.cpp's graph has no such tensor, or the type of one is not supported.
     """
-    stored = _StoredTensors(checkpoint, "" if model.is_bare else "model.")
+    stored = _StoredTensors(checkpoint)
     mapped = [*_whole_model(stored, model, keep_tied_output=keep_tied_output)]
     for layer in range(model.layers):
         mapped += _attention(stored, model, layer)
         mapped += _moe(stored, model, model.experts, layer) if model.experts else _dense(stored, model, layer)
     stored.check_nothing_left()
-    return sorted(mapped, key=lambda tensor: layer_order(tensor.name)), stored.dropped
+    return TensorMap(sorted(mapped, key=lambda tensor: layer_order(tensor.name)), stored.dropped, stored.notes)
 
 
 class _StoredTensors:
-    """The tensors of a checkpoint, each of which must be taken or dropped once."""
+    """
+    The tensors of a checkpoint, each of which must be taken or dropped once.
 
-    def __init__(self, checkpoint: Checkpoint, prefix: str) -> None:
-        self.folder, self._prefix, self.has_weights = checkpoint.folder, prefix, checkpoint.has_weights
+    Their names begin with "model.", or do not, if the model was saved without its output matrix; transformers loads
+    both, whatever config.json says.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.folder, self.has_weights = checkpoint.folder, checkpoint.has_weights
         self._left = dict(checkpoint.tensors)
+        self._prefix = "" if any(name.startswith("layers.") for name in self._left) else "model."
         self.dropped: list[DroppedTensor] = []
+        self.notes: list[str] = []
         for name in list(self._left):
             if name.endswith(_RECOMPUTED):
                 self.drop(name, "computed by llama.cpp itself")
@@ -90,6 +105,17 @@ class _StoredTensors:
                 tensor.file, f"“{full}” has the type {tensor.dtype}; only f32, f16 and bf16 can be converted"
             )
         return tensor
+
+    def take_vocabulary(self, name: str, rows: int, columns: int) -> StoredTensor:
+        """Take a matrix with a row for each token."""
+        stored = self._left.get(self._full_name(name))
+        if stored and len(stored.shape) == 2 and stored.shape != (rows, columns) and stored.shape[1] == columns:
+            raise BadCheckpoint(
+                self.folder / "config.json",
+                f"“vocab_size” is {rows:,}, but “{stored.name}” has {stored.shape[0]:,} rows",
+                hint=f"If config.json is older than the weights, set “vocab_size” to {stored.shape[0]} in it.",
+            )
+        return self.take(name, rows, columns)
 
     def matrix(self, target: str, source: str, rows: int, columns: int, *, keep_f32: bool = False) -> SourceTensor:
         tensor = self.take(f"{source}.weight", rows, columns)
@@ -134,36 +160,38 @@ def _rows(tensor: StoredTensor, first: int, count: int) -> SourceRows:
 
 
 def _whole_model(stored: _StoredTensors, model: Hyperparameters, *, keep_tied_output: bool) -> Iterator[SourceTensor]:
-    embedding = stored.take("embed_tokens.weight", model.vocab_size, model.width)
+    is_in_output = model.is_tied and stored.has(_OUTPUT) and not stored.has(_EMBEDDING)  # saved under the other name
+    embedding = stored.take_vocabulary(_OUTPUT if is_in_output else _EMBEDDING, model.vocab_size, model.width)
     table = [_rows(embedding, 0, model.vocab_size)]
     shape = (model.width, model.vocab_size)
     yield SourceTensor("token_embd.weight", shape, table)
     yield stored.vector("output_norm.weight", "norm.weight", model.width)
-    if model.is_bare:
-        return  # llama.cpp uses the embeddings as the output matrix
     if stored.has(_OUTPUT):
-        output = stored.take(_OUTPUT, model.vocab_size, model.width)
-        if model.is_tied and not keep_tied_output and not model.experts:
-            if stored.has_weights:
-                _check_equal(output, embedding)
+        output = stored.take_vocabulary(_OUTPUT, model.vocab_size, model.width)
+        is_copy = model.is_tied and (not stored.has_weights or _have_same_values(output, embedding))
+        if is_copy and not keep_tied_output and not model.experts:
             stored.dropped.append(DroppedTensor(output.name, "tied to the embeddings and equal to them", output.size))
-        else:
-            yield SourceTensor("output.weight", shape, [_rows(output, 0, model.vocab_size)])
-    elif not model.is_tied:
-        raise BadCheckpoint(stored.folder, "“lm_head.weight” is missing, and “tie_word_embeddings” is not set")
-    elif model.experts:  # llama.cpp's loader of this architecture requires it
+            return
+        if model.is_tied and not is_copy:
+            stored.notes.append(
+                "config.json ties the output matrix to the embeddings (tie_word_embeddings), but “lm_head.weight” "
+                "differs from them and is used, as transformers 5 does."
+            )
+        yield SourceTensor("output.weight", shape, [_rows(output, 0, model.vocab_size)])
+    elif model.is_tied and model.experts:  # llama.cpp's loader of this architecture requires it
         yield SourceTensor("output.weight", shape, table)
+    elif not model.is_tied and not model.is_bare:  # without it, llama.cpp uses the embeddings as the output matrix
+        raise BadCheckpoint(
+            stored.folder,
+            "“lm_head.weight” is missing, and “tie_word_embeddings” is not set",
+            hint="If the model was trained with tied embeddings, set “tie_word_embeddings” to true in config.json. "
+            "Otherwise the checkpoint is incomplete: download or save it again.",
+        )
 
 
-def _check_equal(output: StoredTensor, embedding: StoredTensor) -> None:
+def _have_same_values(output: StoredTensor, embedding: StoredTensor) -> bool:
     ranges = (FileRange(tensor.file, tensor.offset, tensor.size) for tensor in (output, embedding))
-    if output.dtype == embedding.dtype and have_same_bytes(*ranges):
-        return
-    raise BadCheckpoint(
-        output.file,
-        "config.json ties the output matrix to the embeddings, but “lm_head.weight” differs from them",
-        hint="To use “lm_head.weight”, set “tie_word_embeddings” to false in config.json.",
-    )
+    return output.dtype == embedding.dtype and have_same_bytes(*ranges)
 
 
 def _attention(stored: _StoredTensors, model: Hyperparameters, layer: int) -> Iterator[SourceTensor]:

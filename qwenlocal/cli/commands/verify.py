@@ -56,6 +56,9 @@ def _installed_record(app: AppContext, text: str, name: ModelName) -> ModelRecor
     if record is not None and not record.missing:
         return record
     if isinstance(name, LocalCheckpointName):
+        from qwenlocal.weights.checkpoint import Checkpoint
+
+        Checkpoint.open(name.path)
         raise UsageError(
             tr("{text} is a checkpoint that has not been converted.", text=text),
             hint=tr("To compare a GGUF file with it: qwenlocal verify FILE --against {text}", text=text),

@@ -1,0 +1,143 @@
+"""
+Checkpoints that cannot be converted as they are: adapters, pickled, quantized and rearranged weights.
+
+Each is recognized by its files, its config.json or the names of its tensors, and refused with what to do.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from qwenlocal.errors import BadCheckpoint, UnsupportedCheckpoint
+
+ADAPTER_CONFIG = "adapter_config.json"
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+PICKLED_MODELS = ("pytorch_model.bin", "pytorch_model.bin.index.json")  # transformers: WEIGHTS_NAME, WEIGHTS_INDEX_NAME
+
+_TRAINER_STATE = re.compile(r"(optimizer|scheduler|scaler|rng_state|random_states|training_args)\b.*")
+_PEFT = re.compile(r"^base_model\.model\.|\.(lora_\w+|base_layer|modules_to_save|ia3_l|oft_\w+|vera_\w+)(\.|$)")
+_GPTQ = re.compile(r"\.(qweight|qzeros)$")
+_MLX = re.compile(r"\.(scales|biases)$")
+_COMPRESSED = re.compile(r"\.(weight_packed|weight_scale|weight_scale_inv|absmax|quant_state\..+|quant_map)$")
+
+
+def find_pickled_model(files: Iterable[str]) -> str | None:
+    """Return the file that PyTorch pickled and that has the weights, if there is one; a trainer's state has none."""
+    names = sorted(files)
+    others = (name for name in names if name.endswith(PICKLED) and not _TRAINER_STATE.fullmatch(name))
+    return next((name for name in PICKLED_MODELS if name in names), None) or next(others, None)
+
+
+def pickled_weights(folder: Path, file: str) -> BadCheckpoint:
+    """Return the error for weights that PyTorch pickled, which are never read."""
+    return BadCheckpoint(
+        folder,
+        f"its weights are pickled ({file}), and unpickling a file can execute code hidden in it",
+        hint=pickled_hint(str(folder)),
+    )
+
+
+def pickled_hint(model: str) -> str:
+    """Return how to convert pickled weights to safetensors."""
+    safe = f"{model.rstrip('/').rpartition('/')[2]}-safe"
+    calls = (
+        f"{kind}.from_pretrained({model!r}).save_pretrained({safe!r})"
+        for kind in ("AutoModelForCausalLM", "AutoTokenizer")
+    )
+    return f"If you trust it, convert it to safetensors with transformers: {'; '.join(calls)}"
+
+
+def no_weights(folder: Path, files: Iterable[str]) -> BadCheckpoint:
+    """Return the error for a folder that has `files`, and no safetensors file with a model."""
+    files = set(files)
+    if any(name.startswith("adapter_") for name in files):
+        return adapter_only(folder)
+    if pickled := find_pickled_model(files):
+        return pickled_weights(folder, pickled)
+    if "zero_to_fp32.py" in files:
+        return BadCheckpoint(
+            folder,
+            "its weights are in the shards of DeepSpeed",
+            hint=f"Join them: cd {folder} && python zero_to_fp32.py . . --safe_serialization",
+        )
+    return BadCheckpoint(folder, "it contains no safetensors files")
+
+
+def adapter_only(folder: Path) -> BadCheckpoint:
+    """Return the error for the folder of an adapter; its adapter_config.json may name the base model."""
+    try:
+        config = json.loads((folder / ADAPTER_CONFIG).read_bytes())
+        kind, base = config.get("peft_type"), config.get("base_model_name_or_path")
+    except (OSError, ValueError, RecursionError, AttributeError):
+        kind = base = None
+    name = kind if isinstance(kind, str) and kind.isidentifier() and kind != "LORA" else "LoRA"
+    model = f" for {base}" if isinstance(base, str) and base.isprintable() and 0 < len(base) < 200 else ""
+    article = "an" if name[0] in "AEIO" else "a"
+    return BadCheckpoint(folder, f"it is {article} {name} adapter{model}, not a model", hint=adapter_hint(str(folder)))
+
+
+def adapter_hint(adapter: str) -> str:
+    """Return how to make a model of an adapter and its base model."""
+    merged = f"{adapter.rstrip('/').rpartition('/')[2]}-merged"
+    return (
+        f"Merge it into its base model with peft: AutoPeftModelForCausalLM.from_pretrained({adapter!r})"
+        f".merge_and_unload().save_pretrained({merged!r}). Then copy the tokenizer's files there, and convert {merged}."
+    )
+
+
+def check_quantization(folder: Path, config: Mapping[str, Any]) -> None:
+    """
+    Check that config.json does not say that the weights are quantized.
+
+    Raises
+    ------
+    UnsupportedCheckpoint: it does.
+    """
+    settings = config.get("quantization_config") or config.get("quantization")
+    if not settings:
+        return
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    raise _quantized_weights(folder, method or ("MLX" if config.get("quantization") else "an unknown method"))
+
+
+def check_tensor_names(folder: Path, names: Iterable[str]) -> None:
+    """
+    Check that no tensor is one that only other formats have; config.json does not always state them.
+
+    Raises
+    ------
+    BadCheckpoint: an adapter is not merged. UnsupportedCheckpoint: the weights are quantized or rearranged.
+    """
+    names = list(names)
+    if peft := next(filter(_PEFT.search, names), None):
+        raise BadCheckpoint(
+            folder,
+            f"it has an adapter that is not merged (“{peft}”)",
+            hint="Load it as in training, merge it (merge_and_unload of peft), save the result with save_pretrained, "
+            "and convert that.",
+        )
+    if any(map(_GPTQ.search, names)):
+        raise _quantized_weights(folder, "GPTQ or AWQ")
+    if any(map(_MLX.search, names)):
+        raise _quantized_weights(folder, "MLX")
+    if compressed := next(filter(_COMPRESSED.search, names), None):
+        raise _quantized_weights(folder, f"“{compressed}”")
+    if any(".switch_mlp." in name for name in names):
+        raise UnsupportedCheckpoint(
+            folder,
+            "its experts are stored as MLX stacks them (switch_mlp)",
+            hint="Convert the checkpoint that the MLX model was made from.",
+        )
+
+
+def _quantized_weights(folder: Path, method: object) -> UnsupportedCheckpoint:
+    name = f", whose name has no “-{method.upper()}”" if method in ("gptq", "awq") else ""
+    return UnsupportedCheckpoint(
+        folder,
+        f"its weights are quantized already ({method}); only f32, f16 and bf16 can be converted",
+        hint=f"Convert the original checkpoint{name}.",
+    )

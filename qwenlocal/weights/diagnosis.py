@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from qwenlocal import ggml
-from qwenlocal.jinja import compile_template, find_template_error
+from qwenlocal.formatting import format_bytes, shorten
+from qwenlocal.jinja import TemplateFailure, TemplateRejection, compile_template, find_template_error
 from qwenlocal.weights import gguf_writer
 from qwenlocal.weights.gguf_reader import (
     NORMAL,
@@ -30,11 +31,10 @@ from qwenlocal.weights.gguf_reader import (
     tensor_bytes,
     tensor_type_name,
 )
+from qwenlocal.weights.load_errors import QWEN, find_load_errors
 from qwenlocal.weights.split_model import LocatedTensor, SplitModel, read_split_model
 from qwenlocal.weights.tensor_values import SCAN_SIZE, have_same_bytes, read_rows, scan_values, tensor_range
 
-QWEN = ("qwen2", "qwen2moe")
-_OPTIONAL_TENSORS = re.compile(r"blk\.\d+\.attn_[qkv]\.bias|output\.bias|.*\.(scale|input_scale)|rope_freqs\.weight")
 _TOKEN_ID = re.compile(r"tokenizer\.ggml\..*_token_id")
 _END_KEYS = {role: f"tokenizer.ggml.{role}_token_id" for role in ("eos", "eot")}
 _NO_TOKEN = 0xFFFFFFFF  # llama.cpp's -1
@@ -105,7 +105,13 @@ def diagnose_file(path: Path, report: Report = lambda done, total: None, *, weig
     """
     model = read_split_model(path)
     header = model.header
-    findings = [*_header_findings(header, model.paths[0]), *_duplicate_output_findings(model)]
+    pairs = read_raw_metadata(model.paths[0])
+    load_errors = [
+        Finding(f"llama.cpp cannot run the file: {error}.", True) for error in find_load_errors(model, pairs)
+    ]
+    findings = [*load_errors, *_header_findings(header, pairs)]
+    if not load_errors:
+        findings += _duplicate_output_findings(model)
     if weights:
         findings += _weight_findings(model, report)
     return Diagnosis(path, header, sorted(findings, key=lambda finding: not finding.is_serious), model)
@@ -114,7 +120,7 @@ def diagnose_file(path: Path, report: Report = lambda done, total: None, *, weig
 # --- the header
 
 
-def _header_findings(header: Header, path: Path) -> Iterator[Finding]:
+def _header_findings(header: Header, pairs: Mapping[str, EncodedValue]) -> Iterator[Finding]:
     base = missing_rope_base(header.metadata)
     if base is not None:
         yield Finding(
@@ -123,43 +129,34 @@ def _header_findings(header: Header, path: Path) -> Iterator[Finding]:
             True,
             {f"{header.architecture}.rope.freq_base": gguf_writer.f32(base)},
         )
-    yield from _vocabulary_findings(header, read_raw_metadata(path))
+    yield from _vocabulary_findings(header, pairs)
     yield from _template_findings(_chat_template(header))
-    if header.architecture in QWEN:
-        yield from _tensor_findings(header)
 
 
 def _vocabulary_findings(header: Header, pairs: Mapping[str, EncodedValue]) -> Iterator[Finding]:
     tokens = _decode_list(pairs, "tokenizer.ggml.tokens", str)
     token_types = _decode_list(pairs, "tokenizer.ggml.token_type", int)
-    if not tokens:
-        yield Finding("The vocabulary is missing, so the model cannot process text.", True)
-        return
-    rows = _embedding_rows(header)
-    if rows is not None and rows != len(tokens):
-        yield Finding(f"The vocabulary has {len(tokens):,} tokens, but the embeddings have {rows:,} rows.", True)
-    if token_types and len(token_types) != len(tokens):
-        yield Finding(f"The vocabulary has {len(tokens):,} tokens, but {len(token_types):,} token types.", True)
-        return
+    if len(token_types) > len(tokens) > 0:
+        yield Finding(f"The vocabulary has {len(tokens):,} tokens, but {len(token_types):,} token types.", False)
     typeable = [
         number
-        for number, token_type in enumerate(token_types)
-        if token_type in (NORMAL, USER_DEFINED) and PADDING.fullmatch(tokens[number])
+        for number, (token, token_type) in enumerate(zip(tokens, token_types, strict=False))
+        if token_type in (NORMAL, USER_DEFINED) and PADDING.fullmatch(token)
     ]
     if typeable:
         fixed_types = list(token_types)
         for number in typeable:
             fixed_types[number] = UNUSED
         yield Finding(
-            f"{len(typeable)} padding tokens can be typed: the text “{tokens[typeable[0]]}” becomes a token that was "
-            "never trained.",
+            f"{len(typeable):,} padding token{'s' * (len(typeable) > 1)} can be typed: the text "
+            f"“{shorten(tokens[typeable[0]])}” becomes a token that was never trained.",
             False,
             {"tokenizer.ggml.token_type": gguf_writer.i32s(fixed_types)},
         )
     ids = {key: value for key, value in header.metadata.items() if _TOKEN_ID.fullmatch(key) and isinstance(value, int)}
     yield from _token_id_findings(tokens, ids)
-    normal_end = list(_normal_end_findings(tokens, token_types, ids))
-    yield from normal_end or _end_of_turn_findings(tokens, ids, _chat_template(header) or "")
+    false_end = list(_false_end_findings(tokens, token_types, ids))
+    yield from false_end or _end_of_turn_findings(tokens, ids, _chat_template(header) or "")
 
 
 def _token_id_findings(tokens: Sequence[str], ids: Mapping[str, int]) -> Iterator[Finding]:
@@ -168,8 +165,8 @@ def _token_id_findings(tokens: Sequence[str], ids: Mapping[str, int]) -> Iterato
         if number != _NO_TOKEN and not 0 <= number < len(tokens):
             role = key.removeprefix("tokenizer.ggml.").removesuffix("_token_id")
             yield Finding(
-                f"The {role} token has the id {number:,}, but the last id is {len(tokens) - 1:,}.",
-                True,
+                f"The {shorten(role)} token has the id {number:,}, but the last id is {len(tokens) - 1:,}.",
+                role == "eos",  # llama.cpp ends answers at token 11 instead, and ignores the others
                 _fix_end(key, tokens) if role == "eos" else {},
             )
 
@@ -180,18 +177,22 @@ def _fix_end(key: str, tokens: Sequence[str]) -> dict[str, EncodedValue]:
     return {} if end is None else {key: gguf_writer.u32(end)}
 
 
-def _normal_end_findings(
+def _false_end_findings(
     tokens: Sequence[str], token_types: Sequence[int], ids: Mapping[str, int]
 ) -> Iterator[Finding]:
-    """Find end tokens that are normal tokens, which stop an answer in the middle of a text."""
+    """Find end tokens that are normal tokens, which stop an answer in the middle of a text, or that are padding."""
     for role, key in _END_KEYS.items():
         number = ids.get(key, -1)
-        if 0 <= number < len(token_types) and token_types[number] == NORMAL:
-            yield Finding(
-                f"The {role} token is “{tokens[number]}”, which is a normal token: answers stop wherever it occurs.",
-                True,
-                _fix_end(key, tokens),
-            )
+        if not 0 <= number < min(len(tokens), len(token_types)):
+            continue
+        token = shorten(tokens[number])
+        if token_types[number] == UNUSED or PADDING.fullmatch(tokens[number]):
+            problem = f"The {role} token is “{token}”, which is padding: no answer ends with it."
+        elif token_types[number] == NORMAL:
+            problem = f"The {role} token is “{token}”, which is a normal token: answers stop wherever it occurs."
+        else:
+            continue
+        yield Finding(problem, True, _fix_end(key, tokens))
 
 
 def _end_of_turn_findings(tokens: Sequence[str], ids: Mapping[str, int], template: str) -> Iterator[Finding]:
@@ -204,7 +205,7 @@ def _end_of_turn_findings(tokens: Sequence[str], ids: Mapping[str, int], templat
     name = tokens[eos] if 0 <= eos < len(tokens) else "missing"
     is_known = name in (_END_OF_TEXT, _END_OF_TURN)
     yield Finding(
-        f"The chat template ends turns with {_END_OF_TURN}, but the end token is {name}"
+        f"The chat template ends turns with {_END_OF_TURN}, but the end token is {shorten(name)}"
         + (": some programs do not stop at the end of a turn." if is_known else "."),
         False,
         {_END_KEYS["eot"]: gguf_writer.u32(end)},
@@ -231,93 +232,27 @@ def _template_findings(template: str | None) -> Iterator[Finding]:
         yield Finding(f"The chat template is invalid ({error}): the model runs with --raw only.", True)
     elif "messages" not in template:
         yield Finding("The chat template does not use the messages, so it is not one for chats.", False)
-    elif lost := _find_lost_messages(template):
-        yield Finding(f"The chat template leaves out {lost}.", True)
+    elif problem := _find_chat_problem(template):
+        yield Finding(f"The chat template {problem}.", True)
     elif "add_generation_prompt" not in template and "<|im_start|>" in template:
         yield Finding("The chat template cannot start the assistant's turn (no add_generation_prompt).", False)
 
 
-def _find_lost_messages(template: str) -> str:
-    """Return the messages of a short chat that a template leaves out; "" if none, or if it rejects the chat."""
-    from jinja2 import TemplateError
-
+def _find_chat_problem(template: str) -> str:
+    """Return what is wrong with a template's text of a short chat; "" if nothing, or if it rejects the chat."""
     chat = [("user", "qfirst"), ("assistant", "afirst"), ("user", "qlast")]
     messages = [{"role": role, "content": text} for role, text in chat]
     try:
         text = compile_template(template).render(
-            messages=messages, add_generation_prompt=True, bos_token="", eos_token="", tools=None
+            messages=messages, tools=None, documents=None, add_generation_prompt=True, bos_token="", eos_token=""
         )
-    except (TemplateError, TypeError, ValueError, KeyError, ZeroDivisionError, OverflowError, RecursionError):
+    except TemplateRejection:
         return ""
+    except TemplateFailure as error:
+        return f"fails ({error}): the model runs with --raw only"
     if "qlast" not in text:
-        return "the last question"
-    return "" if "qfirst" in text and "afirst" in text else "the messages before the last question"
-
-
-def _tensor_findings(header: Header) -> Iterator[Finding]:
-    """Compare the tensors with those that llama.cpp's loader requires (src/models/qwen2.cpp, qwen2moe.cpp)."""
-    shapes = {tensor.name: tensor.shape for tensor in header.tensors}
-    expected = set()
-    for name, shape in _expected_shapes(header):
-        expected.add(name)
-        if name not in shapes:
-            if name == "output.weight" and header.architecture == "qwen2":
-                continue
-            yield Finding(f"“{name}” is missing, so llama.cpp cannot load the file.", True)
-            return
-        if None not in shape and _trim(shapes[name]) != _trim(shape):
-            yield Finding(f"“{name}” has the shape {list(shapes[name])}; the metadata implies {list(shape)}.", True)
-            return
-    unknown = [name for name in shapes if name not in expected and not _OPTIONAL_TENSORS.fullmatch(name)]
-    if unknown:
-        yield Finding(f"{len(unknown)} tensors do not belong to this architecture, such as “{unknown[0]}”.", True)
-
-
-def _trim(shape: Sequence[Any]) -> list[Any]:
-    """Remove ones at the end of a shape, which ggml ignores."""
-    trimmed = list(shape)
-    while len(trimmed) > 1 and trimmed[-1] == 1:
-        trimmed.pop()
-    return trimmed
-
-
-def _embedding_rows(header: Header) -> int | None:
-    """Return the number of rows of the embedding matrix; None if there is none."""
-    return next((t.shape[1] for t in header.tensors if t.name == "token_embd.weight" and len(t.shape) == 2), None)
-
-
-def _expected_shapes(header: Header) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """Yield the names and shapes of all tensors; None stands for a size that the metadata lacks."""
-    width, heads = header.dimension("embedding_length"), header.dimension("attention.head_count")
-    kv_width = width // heads * header.dimension("attention.head_count_kv", heads) if width and heads else None
-    rows = _embedding_rows(header)
-    yield "token_embd.weight", (width, rows)
-    yield "output.weight", (width, rows)
-    yield "output_norm.weight", (width,)
-    for layer in range(header.dimension("block_count", 0)):
-        prefix = f"blk.{layer}."
-        for name in ("attn_norm", "ffn_norm"):
-            yield f"{prefix}{name}.weight", (width,)
-        for name, size in (("attn_q", width), ("attn_k", kv_width), ("attn_v", kv_width), ("attn_output", width)):
-            yield f"{prefix}{name}.weight", (width, size)
-        yield from _feed_forward_shapes(header, prefix, width)
-
-
-def _feed_forward_shapes(header: Header, prefix: str, width: Any) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    inner = header.dimension("feed_forward_length")
-    if header.architecture == "qwen2":
-        for name, shape in (("gate", (width, inner)), ("up", (width, inner)), ("down", (inner, width))):
-            yield f"{prefix}ffn_{name}.weight", shape
-        return
-    count, expert_width = header.dimension("expert_count"), header.dimension("expert_feed_forward_length")
-    shared = header.dimension("expert_shared_feed_forward_length", inner)
-    yield f"{prefix}ffn_gate_inp.weight", (width, count)
-    yield f"{prefix}ffn_gate_inp_shexp.weight", (width,)
-    for name in ("gate", "up"):
-        yield f"{prefix}ffn_{name}_exps.weight", (width, expert_width, count)
-        yield f"{prefix}ffn_{name}_shexp.weight", (width, shared)
-    yield f"{prefix}ffn_down_exps.weight", (expert_width, width, count)
-    yield f"{prefix}ffn_down_shexp.weight", (shared, width)
+        return "leaves out the last question"
+    return "" if "qfirst" in text and "afirst" in text else "leaves out the messages before the last question"
 
 
 # --- the weights
@@ -335,7 +270,7 @@ def _duplicate_output_findings(model: SplitModel) -> Iterator[Finding]:
     if output.tensor.type == embeddings.tensor.type:
         if have_same_bytes(tensor_range(*output), tensor_range(*embeddings)):
             yield Finding(
-                f"The output matrix is a copy of the embeddings, which wastes {size / 1e6:,.0f} MB.",
+                f"The output matrix is a copy of the embeddings, which wastes {format_bytes(size)}.",
                 False,
                 drops="output.weight",
             )
@@ -344,7 +279,7 @@ def _duplicate_output_findings(model: SplitModel) -> Iterator[Finding]:
         yield Finding(
             f"The output matrix is a copy of the embeddings in another type ({tensor_type_name(output.tensor.type)} "
             f"and {tensor_type_name(embeddings.tensor.type)}). If the two are tied in the checkpoint, converting it "
-            f"gives a file {saved / 1e6:,.0f} MB smaller.",
+            f"gives a file {format_bytes(saved)} smaller.",
             False,
         )
 
@@ -359,9 +294,10 @@ def _are_similar(one: LocatedTensor, other: LocatedTensor) -> bool:
         left, right = (numpy.stack([_read_row(*located, row) for row in rows]) for located in (one, other))
     except ValueError:
         return False
-    if not (numpy.isfinite(left).all() and numpy.isfinite(right).all()) or not left.std() or not right.std():
+    if not (numpy.isfinite(left).all() and numpy.isfinite(right).all()):
         return False
-    return bool(numpy.corrcoef(left.ravel(), right.ravel())[0, 1] > _MIN_CORRELATION)
+    with numpy.errstate(all="ignore"):  # damaged values may be too large, or all the same: the result is NaN
+        return bool(numpy.corrcoef(left.ravel(), right.ravel())[0, 1] > _MIN_CORRELATION)
 
 
 def _read_row(path: Path, header: Header, tensor: TensorInfo, row: int) -> Any:
@@ -381,7 +317,6 @@ def _weight_findings(model: SplitModel, report: Report) -> Iterator[Finding]:
     for path, header, tensor in model.located:
         kind, span = ggml.tensor_type_by_number(tensor.type), tensor_range(path, header, tensor)
         if kind is None:
-            yield Finding(f"“{tensor.name}” has the unknown type {tensor.type}.", True)
             continue
         non_finite, all_zero = scan_values(
             span,
@@ -391,6 +326,7 @@ def _weight_findings(model: SplitModel, report: Report) -> Iterator[Finding]:
         )
         done += span.size
         if non_finite:
-            yield Finding(f"“{tensor.name}” has {non_finite:,} values that are NaN or infinite.", True)
-        if all_zero and len(tensor.shape) > 1:
+            values = "1 value that is" if non_finite == 1 else f"{non_finite:,} values that are"
+            yield Finding(f"“{tensor.name}” has {values} NaN or infinite.", True)
+        if all_zero and any(size > 1 for size in tensor.shape[1:]):
             yield Finding(f"“{tensor.name}” is all zeros: it is damaged, or was never completed.", True)

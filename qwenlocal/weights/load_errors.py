@@ -1,0 +1,278 @@
+"""
+Reasons why llama.cpp refuses a GGUF file, or ends the process over it.
+
+`gguf_reader` checks the layout of a file, as gguf.cpp does. Here are the types and values of the metadata
+(llama-model-loader.cpp: get_key), the vocabulary (llama-vocab.cpp: load), and the tensors of Qwen models.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+
+from qwenlocal import ggml
+from qwenlocal.errors import BadWeights
+from qwenlocal.formatting import format_shape, shorten
+from qwenlocal.model_files import parse_shard
+from qwenlocal.weights.byte_bpe import PRE_TOKENIZER_NAMES
+from qwenlocal.weights.gguf_reader import EncodedValue, TensorInfo, decode_value, read_raw_metadata, tensor_type_name
+from qwenlocal.weights.hyperparameters import PER_LAYER, Hyperparameters
+from qwenlocal.weights.split_model import LocatedTensor, SplitModel
+
+QWEN = ("qwen2", "qwen2moe")
+
+Type = tuple[int, int | None]
+"""A type of values, and for an array that of its elements (gguf.h: enum gguf_type)."""
+
+_UINT16, _UINT32, _FLOAT32, _BOOL, _STRING = ((type_, None) for type_ in (2, 4, 6, 7, 8))
+_UINT32S, _INT32S, _FLOAT32S, _BOOLS, _STRINGS = ((9, element) for element in (4, 5, 6, 7, 8))
+_TYPE_NAMES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "float32", "bool", "string", "array", "uint64",
+               "int64", "float64")  # fmt: skip
+
+_TYPES: Mapping[str, tuple[Type, ...]] = {
+    **dict.fromkeys(("general.architecture", "general.name", "tokenizer.ggml.model", "tokenizer.ggml.pre"), (_STRING,)),
+    **dict.fromkeys(("general.alignment", "general.file_type", "tokenizer.ggml.token_type_count"), (_UINT32,)),
+    "split.count": (_UINT16,),
+    **dict.fromkeys((f"tokenizer.ggml.{key}" for key in (
+        "add_bos_token", "add_eos_token", "add_sep_token", "add_space_prefix", "remove_extra_whitespaces",
+        "normalizer.lowercase", "normalizer.strip_accents")), (_BOOL,)),
+    **dict.fromkeys((f"tokenizer.ggml.{role}_token_id" for role in (
+        "bos", "eos", "eot", "eom", "unknown", "seperator", "padding", "mask", "fim_pre", "fim_suf", "fim_mid",
+        "fim_pad", "fim_rep", "fim_sep", "prefix", "suffix", "middle")), (_UINT32,)),
+    **dict.fromkeys(("tokenizer.ggml.tokens", "tokenizer.ggml.merges"), (_STRINGS,)),
+    **dict.fromkeys(("tokenizer.ggml.token_type", "tokenizer.ggml.suppress_tokens"), (_INT32S,)),
+    "tokenizer.ggml.scores": (_FLOAT32S, _INT32S),
+}  # fmt: skip
+_REQUIRED = ("context_length", "embedding_length", "block_count")  # of all architectures
+_REQUIRED_QWEN = (*_REQUIRED, "attention.head_count", "attention.layer_norm_rms_epsilon")
+# Keys of Qwen's architectures, after "qwen2." or "qwen2moe.".
+_QWEN_TYPES: Mapping[str, tuple[Type, ...]] = {
+    **dict.fromkeys((*_REQUIRED, "embedding_length_out", "pooling_type", "classifier.pooling_type",
+                     "nextn_predict_layers", "expert_count", "expert_group_count", "expert_group_used_count",
+                     "expert_shared_feed_forward_length", "rope.scaling.original_context_length",
+                     "attention.key_length", "attention.value_length", "rope.dimension_count",
+                     "attention.key_length_swa", "attention.value_length_swa", "rope.dimension_count_swa"), (_UINT32,)),
+    **dict.fromkeys(("rope.freq_base", "rope.scaling.factor", "rope.scale_linear", "rope.scaling.attn_factor",
+                     "rope.scaling.alpha", "attention.layer_norm_rms_epsilon"), (_FLOAT32,)),
+    **dict.fromkeys(("attention.causal", "rope.scaling.finetuned"), (_BOOL,)),
+    **dict.fromkeys(PER_LAYER, (_UINT32, _UINT32S, _INT32S, _BOOLS)),
+    "rope.scaling.type": (_STRING,),
+}  # fmt: skip
+_ONLY_MOE = ("expert_feed_forward_length", "expert_shared_feed_forward_length")
+_TOKENIZERS = ("llama", "bert", "gpt2", "hybriddna", "whitespace", "t5", "rwkv", "test", "plamo2", "gemma4")
+_BYTE_BPE = ("gpt2", "hybriddna", "whitespace")
+_MIN_ALIGNMENT = 32  # ggml-impl.h: TENSOR_ALIGNMENT
+
+Pairs = Mapping[str, EncodedValue]
+
+
+def find_load_errors(model: SplitModel, pairs: Pairs) -> list[str]:
+    """
+    Return one sentence for each reason why llama.cpp cannot load or run the model; `pairs` is its raw metadata.
+
+    Other architectures than Qwen's are checked only for what all files have in common.
+    """
+    checks: Sequence[Callable[[SplitModel, Pairs], Iterator[str]]] = (
+        _find_wrong_types,
+        _find_split_errors,
+        _find_vocabulary_errors,
+        _find_hyperparameter_errors,
+        _find_tensor_errors,
+        _find_unusable_tensors,
+    )
+    for check in checks:  # each relies on those before
+        if errors := list(check(model, pairs)):
+            return errors
+    return []
+
+
+def require_loadable(model: SplitModel) -> None:
+    """
+    Check that llama.cpp can load the model.
+
+    Raises
+    ------
+    BadWeights: it cannot; the error states the first reason.
+    """
+    if errors := find_load_errors(model, read_raw_metadata(model.paths[0])):
+        raise BadWeights(model.paths[0], f"llama.cpp cannot run it: {errors[0]}")
+
+
+# --- the metadata
+
+
+def _find_wrong_types(model: SplitModel, pairs: Pairs) -> Iterator[str]:
+    """Find keys that are missing, or whose types are not exactly those that llama.cpp asks for."""
+    architecture = model.headers[0].architecture
+    if not architecture:
+        yield "“general.architecture” is missing"
+        return
+    of_architecture = _REQUIRED_QWEN if architecture in QWEN else _REQUIRED
+    required = ("tokenizer.ggml.model", "tokenizer.ggml.tokens", *(f"{architecture}.{key}" for key in of_architecture))
+    yield from (f"“{shorten(key)}” is missing" for key in required if key not in pairs)
+    for key, allowed in _allowed_types(architecture, pairs).items():
+        if key in pairs and _type_of(pairs[key]) not in allowed:
+            yield f"“{shorten(key)}” is of type {_type_name(_type_of(pairs[key]))}, not {_type_name(allowed[0])}"
+
+
+def _allowed_types(architecture: str, pairs: Pairs) -> Mapping[str, tuple[Type, ...]]:
+    """Return the types that llama.cpp accepts for the keys that it reads."""
+    if architecture not in QWEN:
+        return {**_TYPES, **{f"{architecture}.{key}": (_UINT32,) for key in _REQUIRED}}
+    ignored = {"rope.scale_linear"} if f"{architecture}.rope.scaling.factor" in pairs else set[str]()
+    ignored |= {*_ONLY_MOE} if architecture == "qwen2" else set()
+    types = {f"{architecture}.{key}": allowed for key, allowed in _QWEN_TYPES.items() if key not in ignored}
+    labels = f"{architecture}.classifier.output_labels"
+    if _type_of(pairs.get(labels, b""))[1] is not None:  # other values than arrays are ignored
+        types[labels] = (_STRINGS,)
+    return {**_TYPES, **types}
+
+
+def _type_of(value: EncodedValue) -> Type:
+    type_ = int.from_bytes(value[:4], "little")
+    return (type_, int.from_bytes(value[4:8], "little")) if type_ == _STRINGS[0] else (type_, None)
+
+
+def _type_name(type_: Type) -> str:
+    """`_type_name((9, 8))` is "array of string"."""
+    number, element = type_
+    return _TYPE_NAMES[number] if element is None else f"array of {_TYPE_NAMES[element]}"
+
+
+def _find_split_errors(model: SplitModel, pairs: Pairs) -> Iterator[str]:
+    """Find a number of files that contradicts the name of the file."""
+    count = decode_value(pairs["split.count"]) if "split.count" in pairs else 0
+    shard = parse_shard(model.paths[0].name)
+    expected = shard.total if shard else 1
+    if max(1, count) != expected:
+        yield f"“split.count” is {count:,}, but by its name the model has {expected:,} file{'s' * (expected > 1)}"
+    elif count > 1:
+        yield from _find_errors_of_parts(model)
+
+
+def _find_errors_of_parts(model: SplitModel) -> Iterator[str]:
+    total = sum(len(header.tensors) for header in model.headers)
+    for number, (path, header) in enumerate(zip(model.paths, model.headers, strict=True)):
+        if header.metadata.get("split.no") != number:
+            yield f"“split.no” of {path.name} is {header.metadata.get('split.no')}, not {number}"
+    if model.headers[0].metadata.get("split.tensors.count") != total:
+        yield f"“split.tensors.count” is {model.headers[0].metadata.get('split.tensors.count')}, not {total:,}"
+
+
+def _find_hyperparameter_errors(model: SplitModel, pairs: Pairs) -> Iterator[str]:
+    architecture = model.headers[0].architecture
+    if architecture in QWEN:
+        yield from Hyperparameters(architecture, pairs).find_errors()
+    elif architecture not in _known_architectures():
+        yield f"it does not support the architecture “{shorten(architecture)}”"
+
+
+def _known_architectures() -> Collection[str]:
+    from gguf.constants import MODEL_ARCH_NAMES
+
+    return list(MODEL_ARCH_NAMES.values())
+
+
+# --- the vocabulary
+
+
+def _find_vocabulary_errors(model: SplitModel, pairs: Pairs) -> Iterator[str]:
+    tokenizer, tokens = (decode_value(pairs[f"tokenizer.ggml.{key}"]) for key in ("model", "tokens"))
+    if tokenizer not in _TOKENIZERS:
+        yield f"it does not know the tokenizer “{shorten(tokenizer)}”"
+    if not tokens:
+        yield "the vocabulary is empty"
+    twice = next((token for token, count in collections.Counter(tokens).items() if count > 1 and token), None)
+    if twice is not None:
+        yield f"the vocabulary has the token “{shorten(twice)}” twice"
+    for name in ("scores", "token_type"):
+        key = f"tokenizer.ggml.{name}"
+        if key in pairs and (count := len(decode_value(pairs[key]))) < len(tokens):
+            yield f"the vocabulary has {len(tokens):,} tokens, but “{key}” has {count:,} entries"
+    if tokenizer == "llama" and (byte := _find_missing_byte(tokens)):
+        yield f"the vocabulary has no token for the byte {byte}"
+    if tokenizer in _BYTE_BPE:
+        if "tokenizer.ggml.merges" not in pairs:
+            yield "“tokenizer.ggml.merges” is missing"
+        pre = decode_value(pairs["tokenizer.ggml.pre"]) if "tokenizer.ggml.pre" in pairs else ""
+        if pre and pre not in PRE_TOKENIZER_NAMES:
+            yield f"it does not know the pre-tokenizer “{shorten(pre)}”"
+
+
+def _find_missing_byte(tokens: Sequence[str]) -> str:
+    """Return a byte without a token in a SentencePiece vocabulary, such as "<0x0A>"; "" if all have one."""
+    known = set(tokens)
+    names = ((f"<0x{byte:02X}>", byte) for byte in range(256))
+    return next((name for name, byte in names if name not in known and not (byte < 128 and chr(byte) in known)), "")
+
+
+# --- the tensors
+
+
+def _find_tensor_errors(model: SplitModel, pairs: Pairs) -> Iterator[str]:
+    """Compare the tensors with those that llama.cpp creates: it refuses a file with others, or without one of them."""
+    architecture = model.headers[0].architecture
+    if architecture not in QWEN:
+        return
+    vocabulary = len(decode_value(pairs["tokenizer.ggml.tokens"]))
+    hyperparameters = Hyperparameters(architecture, pairs)
+    tensors = {tensor.name: tensor for tensor in model.header.tensors}
+    known = set[str]()
+    embeddings = tensors.get("token_embd.weight")
+    if embeddings and len(embeddings.shape) == 2 and embeddings.shape[1] != vocabulary:
+        yield f"the vocabulary has {vocabulary:,} tokens, but the embeddings have {embeddings.shape[1]:,} rows"
+        return
+    for name, shape in hyperparameters.required_tensors(vocabulary, tensors):
+        known.add(name)
+        if name not in tensors:
+            yield f"the tensor “{name}” is missing"
+            return
+        if error := _describe_wrong_shape(tensors[name], shape):
+            yield error
+            return
+    for name, shape in hyperparameters.optional_tensors(vocabulary, tensors):
+        known.add(name)
+        if name in tensors and (error := _describe_wrong_shape(tensors[name], shape)):
+            yield error
+            return
+    if unknown := [name for name in tensors if name not in known]:
+        more = f" and {len(unknown) - 1:,} more do" if len(unknown) > 1 else " does"
+        yield f"the tensor “{shorten(unknown[0])}”{more} not belong to this architecture"
+
+
+def _describe_wrong_shape(tensor: TensorInfo, expected: Sequence[int]) -> str:
+    if _trim(tensor.shape) == _trim(expected):
+        return ""
+    return (
+        f"the tensor “{tensor.name}” has the shape {format_shape(tensor.shape)}; the metadata implies "
+        f"{format_shape(expected)}"
+    )
+
+
+def _trim(shape: Sequence[int]) -> list[int]:
+    """Remove ones at the end of a shape, which ggml ignores."""
+    trimmed = list(shape)
+    while trimmed and trimmed[-1] == 1:
+        trimmed.pop()
+    return trimmed
+
+
+def _find_unusable_tensors(model: SplitModel, pairs: Pairs) -> Iterator[str]:
+    """Find a tensor of a type with which llama.cpp cannot compute, or at an address that ggml's buffers cannot have."""
+    for located in model.located:
+        if error := _describe_unusable(located):
+            yield error
+            return
+
+
+def _describe_unusable(located: LocatedTensor) -> str:
+    _, header, tensor = located
+    kind, offset = ggml.tensor_type_by_number(tensor.type), header.data_offset + tensor.offset
+    is_vector = tensor.name.endswith(("_norm.weight", ".bias", "scale"))
+    if kind is None or not ggml.can_dequantize(kind) or (is_vector and kind.name != "f32"):
+        return f"the tensor “{shorten(tensor.name)}” has the type {tensor_type_name(tensor.type)}" + (
+            ", but must be F32" if is_vector else ", with which it cannot compute"
+        )
+    if offset % _MIN_ALIGNMENT:
+        return f"the data of “{shorten(tensor.name)}” begins at byte {offset:,}, not at a multiple of {_MIN_ALIGNMENT}"
+    return ""

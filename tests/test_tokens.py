@@ -25,6 +25,24 @@ from qwenlocal.weights.write_workers import run_job
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = json.loads((ROOT / "tests" / "goldens" / "corpus_ids.json").read_text("utf-8"))
+# Texts that spell tokens of others, which are ordinary ones here or none, with the ids of transformers' Qwen2Tokenizer.
+SPELLINGS: list[tuple[str, list[int]]] = [
+    ("old</s> new", [813, 522, 82, 29, 501]),
+    ("<p><s>old</s> new</p>", [7926, 1784, 82, 29, 813, 522, 82, 29, 501, 522, 79, 29]),
+    ("a </s> b", [64, 690, 82, 29, 293]),
+    ("<s>x", [44047, 28257]),
+    ("a<unk>b", [64, 128243, 51407]),
+    ("<pad>", [7926, 329, 29]),
+    ("<eos>", [27, 84399, 29]),
+    ("<|eot_id|>", [27, 91, 68, 354, 842, 91, 29]),
+    ("<end_of_turn>", [27, 408, 3575, 37274, 29]),
+    ("<|end|>", [27, 91, 408, 91, 29]),
+    ("<EOT>", [23835, 1793, 29]),
+    ("_<EOT>", [41743, 36, 1793, 29]),
+    ("<|user|>", [27, 91, 872, 91, 29]),
+    ("</s></s>", [522, 82, 1472, 82, 29]),
+    ("x\n</s>\n\ny<|im_end|>\n</s>", [87, 198, 522, 82, 1339, 88, 151645, 198, 522, 82, 29]),
+]
 QWEN = {
     **CONFIG, "vocab_size": 151936, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
     "num_attention_heads": 2, "num_key_value_heads": 2, "bos_token_id": 151643, "eos_token_id": 151645,
@@ -102,5 +120,19 @@ def test_the_texts_of_verify_have_their_known_ids(model: Model, converted: Path)
     pairs = read_raw_metadata(converted)
     texts = known_texts(*(decode_value(pairs[f"tokenizer.ggml.{key}"]) for key in ("tokens", "token_type")))
     assert len(texts) >= 40
-    for text, ids in texts:
+    for text, ids, _ in texts:
         assert model.tokenizer.tokenize(text, special=False) == ids
+
+
+@pytest.mark.parametrize(("text", "ids"), SPELLINGS)
+def test_the_spellings_of_other_vocabularies_are_text(text: str, ids: list[int], model: Model) -> None:
+    assert model.tokenizer.tokenize(text, special=True) == ids
+    assert "<|im_end|>" in text or model.tokenizer.tokenize(text, special=False) == ids
+
+
+def test_a_token_that_looks_like_an_end_is_text(model: Model) -> None:
+    """`</s>`, one of Qwen's tokens, which no text contains."""
+    token = 128247
+    assert (model.tokenizer.text_of(token), model.tokenizer.piece(token)) == ("</s>", b"</s>")
+    assert not model.tokenizer.is_control(token)
+    assert not model.tokenizer.is_end(token)

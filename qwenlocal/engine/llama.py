@@ -206,7 +206,7 @@ class Model:
         if not self._c.llama_vocab_type(self._c.llama_model_get_vocab(self._model)):  # llama.cpp would abort later
             self.close()
             raise BadWeights(self.path, "the file has no vocabulary", hint="This model cannot be used for text.")
-        self.tokenizer = Tokenizer(self._c, self._model, self.metadata("tokenizer.ggml.pre"))
+        self.tokenizer = Tokenizer(self._c, self._model, self.path, self.metadata)
 
     def metadata(self, key: str) -> str:
         """Return the value of `key` in the file's metadata as text; "" if it is missing."""

@@ -5,72 +5,61 @@ from __future__ import annotations
 import codecs
 import ctypes
 import functools
+import re
 import unicodedata
-import weakref
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-from qwenlocal.errors import UsageError
-from qwenlocal.i18n import tr
-from qwenlocal.weights.gguf_reader import PADDING
+from qwenlocal.engine.token_types import (
+    ATTR_CONTROL,
+    ATTR_NORMAL,
+    ATTR_UNKNOWN,
+    ATTR_UNUSED,
+    ATTR_USER_DEFINED,
+    FORCED_TEXTS,
+    TokenTypes,
+)
+from qwenlocal.weights.gguf_reader import PADDING, read_token_types
 
-_ATTR_UNUSED = 1 << 1  # llama.h: LLAMA_TOKEN_ATTR_UNUSED
-_ATTR_CONTROL, _ATTR_USER_DEFINED = 1 << 3, 1 << 4  # llama.h: LLAMA_TOKEN_ATTR_CONTROL, …_USER_DEFINED
+# "tokenizer.ggml.<role>_token_id" (llama-arch.cpp), spelled as there
+_ROLES = (
+    "bos", "eos", "eot", "eom", "unknown", "seperator", "padding", "mask", "cls",
+    "fim_pre", "fim_suf", "fim_mid", "fim_pad", "fim_rep", "fim_sep", "prefix", "suffix", "middle",
+)  # fmt: skip
+_SPACE = "▁".encode()
+# Where a text is cut so that llama.cpp does not find `FORCED_TEXTS` in it; Qwen's pre-tokenizer splits there, too.
+_FORCED_CUT = re.compile("|".join(f"(?<=<\\|)(?={re.escape(text[2:])})" for text in sorted(FORCED_TEXTS)).encode())
 
 
 class Tokenizer:
-    """The tokenizer of `model`, a C pointer; `c` holds llama.cpp's functions."""
+    """
+    The tokenizer of `model`, a C pointer; `c` holds llama.cpp's functions.
 
-    def __init__(self, c: Any, model: Any, pre_tokenizer: str) -> None:
+    `metadata` returns a value of the model file `path` as text, "" if it is missing.
+    """
+
+    def __init__(self, c: Any, model: Any, path: Path, metadata: Callable[[str], str]) -> None:
         self._c = c
         self._vocab = c.llama_model_get_vocab(model)
-        self._trie: Any = None
+        self._types = TokenTypes(c, self._vocab, functools.partial(read_token_types, path))
         # Qwen's tokenizer.json starts with Unicode normalization form C; llama.cpp omits it.
-        self._normalize = pre_tokenizer == "qwen2"
+        self._normalize = metadata("tokenizer.ggml.pre") == "qwen2"
         self.hides_padding = self._has_reachable_padding()
-        eos = c.llama_vocab_eos(self._vocab)
-        # If the EOS token is an ordinary word, it would cut answers short; the model ends its turns with another token.
-        self.false_end: int | None = eos if eos >= 0 and not self.is_control(eos) and self._has_end_of_turn() else None
+        ids = {role: metadata(f"tokenizer.ggml.{role}_token_id") for role in _ROLES}
+        roles = {role: int(number) for role, number in ids.items() if number}
+        # Tokens to which the file gives a role keep the types that llama.cpp gives them.
+        self._with_role: frozenset[int] = frozenset()
+        self.false_end = self._find_false_end(roles.get("eos", -1))
+        self._with_role = frozenset(roles.values()) - {self.false_end}
 
     def __len__(self) -> int:
         return int(self._c.llama_vocab_n_tokens(self._vocab))
 
-    def pieces(self) -> list[bytes]:
-        """Return `piece` of every token; 0.1 s for Qwen's 151,936."""
-        buffer = ctypes.create_string_buffer(256)
-        to_piece, vocab, size = self._c.llama_token_to_piece, self._vocab, len(buffer)
-        lengths = ((token, to_piece(vocab, token, buffer, size, 0, False)) for token in range(len(self)))
-        return [buffer.raw[:length] if length >= 0 else self.piece(token) for token, length in lengths]
-
     def ends(self) -> list[int]:
         """Return the ids of the end-of-text and end-of-turn tokens."""
         ids = (self._c.llama_vocab_eos(self._vocab), self._c.llama_vocab_eot(self._vocab))
-        return sorted({token for token in ids if token >= 0})
-
-    def token_trie(self) -> Any:
-        """
-        Return the trie of tokens that llguidance walks (its `LLTokenizer`), built once; 0.3 s for Qwen's 151,936.
-
-        Control tokens and padding have no bytes in it, so no grammar allows them.
-
-        Raises
-        ------
-        UsageError: no token ends an answer.
-        """
-        if self._trie is None:
-            pieces = self.pieces()
-            without_text = (token for token, piece in enumerate(pieces) if not piece)
-            ends = [token for token in dict.fromkeys((*self.ends(), *without_text)) if self.is_end(token)]
-            if not ends:
-                raise UsageError(
-                    tr("The model has no token that ends an answer, so its answers cannot follow a grammar."),
-                    hint=tr("Use another model: qwenlocal list --all"),
-                )
-            for token in (*ends, *self.padding):
-                pieces[token] = b""
-            tokenizer = weakref.proxy(self)  # llguidance's objects are invisible to the garbage collector
-            self._trie = build_token_trie(pieces, ends, lambda text: tokenizer.tokenize_bytes(text))
-        return self._trie
+        return sorted({token for token in ids if token >= 0 and self.is_end(token)})
 
     def tokenize(self, text: str, *, special: bool, add_bos: bool = False) -> list[int]:
         """
@@ -81,10 +70,9 @@ class Tokenizer:
         if self._normalize:
             text = unicodedata.normalize("NFC", text)
         parts = _split_padding(text) if self.hides_padding and PADDING.search(text) else [text]
-        ids: list[int] = []
-        for number, part in enumerate(parts):
-            data = part.encode("utf-8", errors="replace")
-            ids += self.tokenize_bytes(data, special=special, add_bos=add_bos and number == 0)
+        ids = [self._c.llama_vocab_bos(self._vocab)] if add_bos else []
+        for part in parts:
+            ids += self.tokenize_bytes(part.encode("utf-8", errors="replace"), special=special)
         return ids
 
     def _has_reachable_padding(self) -> bool:
@@ -94,42 +82,96 @@ class Tokenizer:
         Padding tokens are at the end of the vocabulary, so the last one is enough to tell.
         """
         last = len(self) - 1
-        is_reachable = self._c.llama_vocab_get_attr(self._vocab, last) & _ATTR_USER_DEFINED
+        is_reachable = self._c.llama_vocab_get_attr(self._vocab, last) & ATTR_USER_DEFINED
         return bool(is_reachable and PADDING.fullmatch(self.text_of(last)))
 
-    def tokenize_bytes(self, data: bytes, *, special: bool = False, add_bos: bool = False) -> list[int]:
+    def tokenize_bytes(self, data: bytes, *, special: bool = False) -> list[int]:
         """Convert UTF-8 to token ids without normalization; spelled-out padding tokens are parsed."""
+        ids = self._tokenize(data, special=True)
+        if not any(self._is_misread(token, special) for token in set(ids)):
+            return ids
+        ids = []
+        for number, part in enumerate(self._special_pattern(special).split(data)):
+            if number % 2:
+                ids.append(self._specials[part])
+                continue
+            for text in _FORCED_CUT.split(part):
+                ids += self._tokenize(text, special=False)
+        return ids
+
+    def _tokenize(self, data: bytes, *, special: bool) -> list[int]:
+        """Call llama.cpp; with `special`, it finds all tokens in the text that it considers special."""
         capacity = len(data) + 8
         ids = (ctypes.c_int32 * capacity)()
-        count = self._c.llama_tokenize(self._vocab, data, len(data), ids, capacity, add_bos, special)
+        count = self._c.llama_tokenize(self._vocab, data, len(data), ids, capacity, False, special)
         if count < 0:
             ids = (ctypes.c_int32 * -count)()
-            count = self._c.llama_tokenize(self._vocab, data, len(data), ids, -count, add_bos, special)
+            count = self._c.llama_tokenize(self._vocab, data, len(data), ids, -count, False, special)
         return ids[:count]
+
+    def _is_misread(self, token: int, special: bool) -> bool:
+        """Return whether llama.cpp may have found `token` in a text that, by the file, does not spell it."""
+        attributes = self._attributes(token)
+        if attributes & (ATTR_CONTROL | ATTR_UNKNOWN):
+            return not special
+        is_special = self._c.llama_vocab_get_attr(self._vocab, token) & (ATTR_CONTROL | ATTR_USER_DEFINED)
+        return bool(is_special) and not attributes & ATTR_USER_DEFINED
+
+    @functools.cached_property
+    def _specials(self) -> dict[bytes, int]:
+        """The ids of the tokens that are found in a text as a whole, by spelling."""
+        is_special = ATTR_CONTROL | ATTR_UNKNOWN | ATTR_USER_DEFINED
+        ids = (token for token in range(len(self)) if self._attributes(token) & is_special)
+        return {self.text_of(token).encode(): token for token in ids}
+
+    def _special_pattern(self, special: bool) -> re.Pattern[bytes]:
+        """Return a pattern of the tokens in `_specials`, the longest first; without `special`, of user-defined ones."""
+        is_spelled = ATTR_CONTROL | ATTR_UNKNOWN | ATTR_USER_DEFINED if special else ATTR_USER_DEFINED
+        texts = [text for text, token in self._specials.items() if self._attributes(token) & is_spelled]
+        longest_first: list[bytes] = sorted(map(re.escape, texts), key=len, reverse=True)
+        return re.compile(b"(%b)" % (b"|".join(longest_first) or b"(?!)"))
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
         """Return the bytes of `token`, often incomplete UTF-8; control tokens have none unless `special`."""
+        attributes = self._attributes(token)
+        if not special and attributes & (ATTR_CONTROL | ATTR_UNKNOWN):
+            return b""
         buffer = ctypes.create_string_buffer(256)  # one per call: several threads decode answers
-        size = self._c.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, special)
+        size = self._c.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, True)
         if size < 0:
             buffer = ctypes.create_string_buffer(-size)
-            size = self._c.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, special)
-        return buffer.raw[:size]
+            size = self._c.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, True)
+        # llama.cpp spells normal tokens of SentencePiece with spaces, but not those that it considers special.
+        return buffer.raw[:size].replace(_SPACE, b" ") if attributes == ATTR_NORMAL else buffer.raw[:size]
 
     def is_end(self, token: int) -> bool:
         """Return whether `token` ends the turn or the text."""
-        return bool(self._c.llama_vocab_is_eog(self._vocab, token)) and token != self.false_end
+        if token == self.false_end or not self._c.llama_vocab_is_eog(self._vocab, token):
+            return False
+        return token in self._with_role or self.is_control(token)
 
-    def _has_end_of_turn(self) -> bool:
+    def _find_false_end(self, eos: int) -> int | None:
+        """
+        Return the end-of-text token if it is an ordinary word, which would cut answers short.
+
+        The model must have another token that ends its turns.
+        """
+        if not 0 <= eos < len(self) or self._types.attributes(eos) & (ATTR_CONTROL | ATTR_USER_DEFINED):
+            return None
         ids = self.tokenize_bytes(b"<|im_end|>", special=True)
-        return len(ids) == 1 and self.is_control(ids[0])
+        return eos if len(ids) == 1 and self.is_control(ids[0]) else None
+
+    def _attributes(self, token: int) -> int:
+        if token in self._with_role:
+            return int(self._c.llama_vocab_get_attr(self._vocab, token))
+        return self._types.attributes(token)
 
     @functools.cached_property
     def padding(self) -> list[int]:
         """Ids at the end of the vocabulary that stand for no token; the model must not generate them."""
         ids: list[int] = []
         for token in range(len(self) - 1, -1, -1):
-            is_unused = self._c.llama_vocab_get_attr(self._vocab, token) & _ATTR_UNUSED
+            is_unused = self._c.llama_vocab_get_attr(self._vocab, token) & ATTR_UNUSED
             if not (is_unused or PADDING.fullmatch(self.text_of(token))):
                 break
             ids.append(token)
@@ -137,7 +179,7 @@ class Tokenizer:
 
     def is_control(self, token: int) -> bool:
         """Return whether `token` is a control token, which user input must never produce."""
-        return bool(self._c.llama_vocab_get_attr(self._vocab, token) & _ATTR_CONTROL)
+        return bool(self._attributes(token) & ATTR_CONTROL)
 
     def text_of(self, token: int) -> str:
         """Return the spelling of `token` in the vocabulary; "" for -1 (no token)."""
@@ -148,17 +190,22 @@ class Tokenizer:
     @property
     def bos(self) -> str:
         """The spelling of the beginning-of-text token; "" if the model has none."""
-        return self.text_of(self._c.llama_vocab_bos(self._vocab))
+        return self._spell_role(self._c.llama_vocab_bos(self._vocab))
 
     @property
     def eos(self) -> str:
         """The spelling of the end-of-text token; "" if the model has none."""
-        return self.text_of(self._c.llama_vocab_eos(self._vocab))
+        return self._spell_role(self._c.llama_vocab_eos(self._vocab))
+
+    def _spell_role(self, token: int) -> str:
+        """Spell a token, unless it is an ordinary one that llama.cpp assumes, such as 11 for any byte-level BPE."""
+        is_known = token in self._with_role or (token >= 0 and self.is_control(token))
+        return self.text_of(token) if is_known else ""
 
     @property
     def adds_bos(self) -> bool:
         """True if plain text starts with a beginning-of-text token (not for Qwen)."""
-        return bool(self._c.llama_vocab_get_add_bos(self._vocab))
+        return bool(self.bos) and bool(self._c.llama_vocab_get_add_bos(self._vocab))
 
 
 def _split_padding(text: str) -> list[str]:
@@ -168,31 +215,6 @@ def _split_padding(text: str) -> list[str]:
     Qwen's pre-tokenizer splits at every digit, so the ids are those of the whole text.
     """
     return PADDING.sub(lambda match: f"{match[0][:-1]}\0]", text.replace("\0", "")).split("\0")
-
-
-class _Vocabulary:
-    """The tokens in the form that llguidance's `TokenizerWrapper` reads."""
-
-    bos_token_id = None
-    special_token_ids: Sequence[int] = ()
-
-    def __init__(self, tokens: Sequence[bytes], end: int, tokenize: Callable[[bytes], list[int]]) -> None:
-        self.tokens, self.eos_token_id, self._tokenize = tokens, end, tokenize
-
-    def __call__(self, text: bytes) -> list[int]:
-        return self._tokenize(text)
-
-
-def build_token_trie(tokens: Sequence[bytes], ends: list[int], tokenize: Callable[[bytes], list[int]]) -> Any:
-    """
-    Build llguidance's trie of `tokens`, of which `ends` end an answer; `tokenize` splits forced text.
-
-    Without its "slices", masks take 0.1 ms longer and the trie 0.15 s less, which pays off for answers of up to 1,500
-    tokens.
-    """
-    from llguidance import LLTokenizer, TokenizerWrapper
-
-    return LLTokenizer(TokenizerWrapper(_Vocabulary(tokens, ends[0], tokenize)), eos_token=ends, slices=[])
 
 
 class IncrementalDetokenizer:

@@ -84,6 +84,8 @@ class TestByteLevelTokenizers:
             {"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": "a"}, "content": "b"},
             {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]},
             {"type": "Sequence", "normalizers": [{"type": "Sequence", "normalizers": [{"type": "NFKC"}]}]},
+            {"type": "Sequence", "normalizers": [{"type": "NFC"}, "NFKC"]}, {"type": "Sequence", "normalizers": 5},
+            "NFKC", [{"type": "NFKC"}], [], {}, 5, False,
         ],
         ids=str,
     )  # fmt: skip

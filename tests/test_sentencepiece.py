@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwenlocal.errors import BadCheckpoint, UnsupportedCheckpoint
-from qwenlocal.weights.gguf_reader import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
+from qwenlocal.weights.gguf_reader import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 from qwenlocal.weights.sentencepiece import Piece, read_sentencepiece
 
 
@@ -108,7 +108,7 @@ class TestTokenizerModel:
 
     def write_checkpoint(self, folder: Path, **options: Any) -> Path:
         """A checkpoint with tokenizer.model."""
-        checkpoint = write_minimal(folder, {"vocab_size": 12})
+        checkpoint = write_minimal(folder, {"vocab_size": 12, "eos_token_id": 2})
         (checkpoint / "tokenizer.json").unlink()
         (checkpoint / "tokenizer_config.json").write_text("{}")
         (checkpoint / "generation_config.json").unlink()
@@ -123,16 +123,20 @@ class TestTokenizerModel:
         assert list(vocabulary.scores[4:7]) == [-1.5, -2.5, -10000.0]
         assert dict(vocabulary.add_flags) == {"space": False}
 
-    def test_added_tokens_come_from_three_files(self, tmp_path: Path) -> None:
+    def test_added_tokens_come_from_tokenizer_json_and_one_of_two_other_files(self, tmp_path: Path) -> None:
         folder = self.write_checkpoint(tmp_path)
         set_json(folder, "added_tokens.json", one=6)
         set_json(folder, "tokenizer.json", added_tokens=[{"id": 7, "content": "two", "special": True}])
+        vocabulary = load_vocabulary(folder, 12)
+        assert list(zip(vocabulary.tokens[6:9], vocabulary.token_types[6:9], strict=True)) == [
+            ("one", USER_DEFINED), ("two", CONTROL), ("[PAD8]", UNUSED)
+        ]  # fmt: skip
         set_json(folder, "tokenizer_config.json", added_tokens_decoder={"8": {"content": "<|im_end|>"}})
         vocabulary = load_vocabulary(folder, 12)
         assert list(zip(vocabulary.tokens[6:9], vocabulary.token_types[6:9], strict=True)) == [
-            ("one", USER_DEFINED), ("two", CONTROL), ("<|im_end|>", CONTROL)
+            ("[PAD6]", UNUSED), ("two", CONTROL), ("<|im_end|>", CONTROL)
         ]  # fmt: skip
-        assert list(vocabulary.scores[6:9]) == [-1000.0] * 3
+        assert list(vocabulary.scores[7:9]) == [-1000.0] * 2
 
     def test_an_added_token_that_is_a_piece_keeps_its_type(self, tmp_path: Path) -> None:
         folder = set_json(
@@ -163,7 +167,9 @@ class TestByteFallback:
         vocab = {"<unk>": 0, "<0x0A>": 1, "▁": 2, "t": 3, "h": 4, "th": 5, "▁th": 6}
         model = {"type": "BPE", "byte_fallback": True, "vocab": vocab, "merges": ["t h", "▁ th"]}
         added = [{"id": 0, "content": "<unk>", "special": True}, {"id": 7, "content": "<|im_end|>", "special": True}]
-        (checkpoint / "tokenizer.json").write_text(json.dumps({"model": model, "added_tokens": added, **more}))
+        replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+        document = {"model": model, "added_tokens": added, "normalizer": replace, **more}
+        (checkpoint / "tokenizer.json").write_text(json.dumps(document))
         (checkpoint / "tokenizer_config.json").write_text("{}")
         (checkpoint / "generation_config.json").unlink()
         return checkpoint
@@ -177,11 +183,9 @@ class TestByteFallback:
     @pytest.mark.parametrize(
         ("step", "adds"),
         [
-            ({"normalizer": {"type": "Prepend", "prepend": "▁"}}, True),
-            ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend"}]}}, True),
+            ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend"}, {"type": "Replace"}]}}, True),
             ({"pre_tokenizer": {"type": "Metaspace"}}, True),
             ({"pre_tokenizer": {"type": "Metaspace", "prepend_scheme": "never"}}, False),
-            ({"normalizer": None, "pre_tokenizer": 5}, False),
             ({"normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}}, False),
         ],
     )
@@ -191,7 +195,25 @@ class TestByteFallback:
         assert dict(load_vocabulary(self.write_checkpoint(tmp_path, **step), 12).add_flags) == {"space": adds}
 
     @pytest.mark.parametrize(
-        "step", [{"type": "NFKC"}, {"type": "Sequence", "normalizers": [{"type": "Lowercase"}]}, {}, {"type": []}]
+        "step", [None, {"type": "Prepend", "prepend": "▁"}, {"type": "Sequence", "normalizers": []}]
+    )
+    def test_a_tokenizer_that_keeps_spaces_is_refused(self, step: Any, tmp_path: Path) -> None:
+        with pytest.raises(UnsupportedCheckpoint, match="it keeps spaces before tokenizing"):
+            load_vocabulary(self.write_checkpoint(tmp_path, normalizer=step), 12)
+
+    @pytest.mark.parametrize("pre_tokenizer", [5, [], {"type": "Metaspace", "prepend_scheme": "first"}])
+    def test_other_pre_tokenizers_are_refused(self, pre_tokenizer: Any, tmp_path: Path) -> None:
+        with pytest.raises(UnsupportedCheckpoint, match="it changes text before tokenizing"):
+            load_vocabulary(self.write_checkpoint(tmp_path, pre_tokenizer=pre_tokenizer), 12)
+
+    @pytest.mark.parametrize("key", ["dropout", "continuing_subword_prefix", "ignore_merges"])
+    def test_other_bpe_settings_are_refused(self, key: str, tmp_path: Path) -> None:
+        with pytest.raises(UnsupportedCheckpoint, match=f"its tokenizer has {key} = "):
+            load_vocabulary(set_bpe_model(self.write_checkpoint(tmp_path), **{key: 1}), 12)
+
+    @pytest.mark.parametrize(
+        "step",
+        [{"type": "NFKC"}, {"type": "Sequence", "normalizers": [{"type": "Lowercase"}]}, {}, {"type": []}, [], "NFC"],
     )
     def test_other_normalizers_are_refused(self, step: dict[str, Any], tmp_path: Path) -> None:
         with pytest.raises(UnsupportedCheckpoint, match="it changes text before tokenizing"):

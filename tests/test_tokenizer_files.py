@@ -11,9 +11,9 @@ from checkpoint_files import VOCAB_SIZE, load_vocab, load_vocabulary, make_plan,
 from commands import expect_exit
 from conftest import Run
 
-from qwenlocal.errors import BadCheckpoint, UnsupportedCheckpoint
+from qwenlocal.errors import BadCheckpoint, BadWeights, UnsupportedCheckpoint
 from qwenlocal.testing import SPECIALS
-from qwenlocal.weights.gguf_reader import CONTROL, USER_DEFINED
+from qwenlocal.weights.gguf_reader import CONTROL, UNUSED, USER_DEFINED
 
 
 class TestVocabulary:
@@ -128,6 +128,81 @@ class TestVocabAndMergesFiles:
             load_vocabulary(folder)
         assert "--pre qwen2" in caught.value.hint
         assert load_vocabulary(folder, pre="qwen2").pre == "qwen2"
+
+    def write_slow_tokenizer(self, folder: Path, **settings: Any) -> Path:
+        """The files of a slow tokenizer, as older trainers write them: no list of added tokens in the settings."""
+        checkpoint = self.write_vocab_and_merges(folder)
+        set_json(
+            checkpoint, "added_tokens.json", **{token: 258 + n for n, token in enumerate(SPECIALS)}, **{"<x>": 261}
+        )
+        roles = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+        set_json(
+            checkpoint, "special_tokens_map.json", **roles, additional_special_tokens=["<|im_start|>", "<|im_end|>"]
+        )
+        return set_json(checkpoint, "tokenizer_config.json", added_tokens_decoder=..., **settings)
+
+    def test_added_tokens_json_completes_a_slow_tokenizer(self, tmp_path: Path) -> None:
+        vocabulary = load_vocabulary(self.write_slow_tokenizer(tmp_path))
+        assert vocabulary.tokens[258:263] == [*SPECIALS, "<x>", "[PAD262]"]
+        assert vocabulary.token_types[258:263] == [CONTROL, CONTROL, CONTROL, USER_DEFINED, UNUSED]
+        assert vocabulary.special == {"bos": 258, "eos": 260, "unk": 258, "pad": 258, "eot": 260}
+        assert vocabulary.notes == []
+
+    @pytest.mark.parametrize("key", ["additional_special_tokens", "extra_special_tokens"])
+    def test_special_tokens_without_a_role_are_control_tokens(self, key: str, tmp_path: Path) -> None:
+        folder = self.write_slow_tokenizer(tmp_path, **{key: ["<x>"]})
+        assert load_vocabulary(folder).token_types[261] == CONTROL
+        set_json(folder, "special_tokens_map.json", **{key: [{"content": "<y>", "lstrip": False}]})
+        set_json(folder, "added_tokens.json", **{"<y>": 262})
+        assert load_vocabulary(folder).token_types[261:263] == [CONTROL, CONTROL]
+
+    def test_roles_in_special_tokens_map_take_precedence_over_old_settings(self, tmp_path: Path) -> None:
+        folder = self.write_slow_tokenizer(tmp_path, eos_token="<|endoftext|>")
+        assert load_vocabulary(folder).special["eos"] == 260
+        set_json(folder, "special_tokens_map.json", eos_token={"content": "<|endoftext|>", "special": True})
+        assert load_vocabulary(folder).special["eos"] == 258
+
+    def test_newer_settings_take_precedence_over_both_files(self, tmp_path: Path) -> None:
+        decoder = {str(258 + n): {"content": token, "special": True} for n, token in enumerate(SPECIALS)}
+        folder = self.write_slow_tokenizer(tmp_path)
+        set_json(folder, "tokenizer_config.json", added_tokens_decoder=decoder, eos_token="<|endoftext|>")
+        vocabulary = load_vocabulary(folder)
+        assert (vocabulary.tokens[261], vocabulary.special["eos"]) == ("[PAD261]", 258)
+
+    def test_a_tokenizer_json_is_completed_in_the_same_way(self, tmp_path: Path) -> None:
+        folder = write_minimal(tmp_path)
+        set_json(folder, "tokenizer.json", added_tokens=[])
+        set_json(folder, "tokenizer_config.json", added_tokens_decoder=...)
+        with pytest.raises(BadCheckpoint, match=r"its eos_token, '<\|im_end\|>', is not a token") as caught:
+            load_vocabulary(folder)
+        assert "Copy the tokenizer files of its base model" in caught.value.hint
+        set_json(folder, "added_tokens.json", **{token: 258 + n for n, token in enumerate(SPECIALS)})
+        assert load_vocabulary(folder).special["eos"] == 260
+
+    def test_a_missing_end_names_the_file_that_has_it(self, tmp_path: Path) -> None:
+        folder = self.write_slow_tokenizer(tmp_path)
+        (folder / "added_tokens.json").unlink()
+        with pytest.raises(BadCheckpoint, match=r"special_tokens_map\.json: its eos_token"):
+            load_vocabulary(folder)
+
+    def test_the_end_of_text_is_appended_to_text_alone(self, tmp_path: Path) -> None:
+        """As by Qwen2Tokenizer: Qwen1.5's vocab.json has 151,643 tokens, and `<|endoftext|>` the id after them."""
+        folder = self.write_vocab_and_merges(tmp_path)
+        set_json(folder, "tokenizer_config.json", added_tokens_decoder=..., eos_token="<|endoftext|>")
+        vocabulary = load_vocabulary(folder)
+        assert (vocabulary.tokens[258], vocabulary.token_types[258]) == ("<|endoftext|>", CONTROL)
+        assert vocabulary.special["eos"] == 258
+
+    @pytest.mark.parametrize("value", [[], 5, "x"])
+    def test_malformed_files_are_refused(self, value: Any, tmp_path: Path) -> None:
+        for name in ("added_tokens.json", "special_tokens_map.json"):
+            folder = self.write_slow_tokenizer(tmp_path / name)
+            (folder / name).write_text(json.dumps(value))
+            with pytest.raises(BadCheckpoint, match=name):
+                load_vocabulary(folder)
+        folder = set_json(write_minimal(tmp_path), "tokenizer_config.json", added_tokens_decoder=value)
+        with pytest.raises(BadCheckpoint, match="added_tokens_decoder"):
+            load_vocabulary(folder)
 
     def test_a_missing_merges_file_is_named(self, tmp_path: Path) -> None:
         folder = self.write_vocab_and_merges(tmp_path)
@@ -258,9 +333,9 @@ class TestSpecialTokens:
             ("config.json", "pad_token_id", -5, "Ignored pad_token_id in config.json: -5 is not the id of a token"),
             (
                 "tokenizer_config.json",
-                "eos_token",
+                "pad_token",
                 "<nope>",
-                "Ignored eos_token in tokenizer_config.json: '<nope>' is not a token",
+                "Ignored pad_token in tokenizer_config.json: '<nope>' is not a token",
             ),
         ],
     )
@@ -279,19 +354,25 @@ class TestSpecialTokens:
         post = {"type": "Sequence", "processors": [{"type": "ByteLevel"}, {"type": "ByteLevel"}]}
         assert dict(load_vocabulary(set_json(folder, "tokenizer.json", post_processor=post)).add_flags) == neither
 
-    @pytest.mark.parametrize(
-        "post", [None, {"type": "TemplateProcessing"}, [], 5, {"processors": [5]}, {"type": []}, {"type": {}}]
-    )
-    def test_an_unknown_post_processor_leaves_bos_and_eos_open(self, post: object, tmp_path: Path) -> None:
-        folder = set_json(write_minimal(tmp_path), "tokenizer.json", post_processor=post)
+    def test_without_a_post_processor_bos_and_eos_stay_open(self, tmp_path: Path) -> None:
+        folder = set_json(write_minimal(tmp_path), "tokenizer.json", post_processor=None)
         assert dict(load_vocabulary(folder).add_flags) == {}
+
+    @pytest.mark.parametrize(
+        "post",
+        [[], 5, {"processors": [5]}, {"type": []}, {"type": {}}, {"single": [{}]}, {"type": "RobertaProcessing"},
+         {"type": "Sequence", "processors": [{"type": "BertProcessing"}]}],
+    )  # fmt: skip
+    def test_an_unknown_post_processor_is_refused(self, post: object, tmp_path: Path) -> None:
+        with pytest.raises(UnsupportedCheckpoint, match="it changes tokens after tokenizing"):
+            load_vocabulary(set_json(write_minimal(tmp_path), "tokenizer.json", post_processor=post))
 
     @pytest.mark.parametrize(
         ("single", "flags"),
         [
-            ([{"SpecialToken": {"id": "<s>"}}, {"Sequence": {"id": "A"}}], {"bos": True, "eos": False}),
-            ([{"Sequence": {"id": "A"}}, {"SpecialToken": {"id": "</s>"}}], {"bos": False, "eos": True}),
-            ([5, None], {"bos": False, "eos": False}),
+            ([{"SpecialToken": {"id": "<|endoftext|>"}}, {"Sequence": {"id": "A"}}], {"bos": True, "eos": False}),
+            ([{"Sequence": {"id": "A"}}, {"SpecialToken": {"id": "<|im_end|>"}}], {"bos": False, "eos": True}),
+            ([{"Sequence": {"id": "A"}}], {"bos": False, "eos": False}),
         ],
     )
     def test_bos_and_eos_follow_the_template_of_the_post_processor(
@@ -299,10 +380,103 @@ class TestSpecialTokens:
     ) -> None:
         post = {"type": "TemplateProcessing", "single": single}
         folder = set_json(write_minimal(tmp_path), "tokenizer.json", post_processor=post)
-        assert dict(load_vocabulary(folder).add_flags) == flags
+        set_json(folder, "config.json", bos_token_id=...)
+        vocabulary = load_vocabulary(folder)
+        assert dict(vocabulary.add_flags) == flags
+        assert vocabulary.special.get("bos") == (258 if flags["bos"] else None)
 
-    @pytest.mark.parametrize("post", [None, {"single": [{}]}, {"processors": [{"single": [5]}]}])
-    def test_add_bos_token_is_read_from_tokenizer_config(self, post: object, tmp_path: Path) -> None:
-        folder = set_json(write_minimal(tmp_path), "tokenizer.json", post_processor=post)
+    @pytest.mark.parametrize(
+        ("single", "reason"),
+        [
+            (None, "its post-processor is malformed"),
+            ([5, None], "its post-processor contains 5, which is malformed"),
+            ([{"SpecialToken": {"id": "<s>"}}, {"Sequence": {"id": "A"}}], "adds “<s>”, which is not a token"),
+            ([{"Sequence": {"id": "A"}}, {"SpecialToken": {"id": "<|endoftext|>"}}], "but the eos token is"),
+            ([{"SpecialToken": {"id": "a"}}, {"SpecialToken": {"id": "b"}}, {"Sequence": {"id": "A"}}],
+             "it adds several tokens to a text"),
+        ],
+    )  # fmt: skip
+    def test_other_templates_are_refused(self, single: Any, reason: str, tmp_path: Path) -> None:
+        post = {"type": "TemplateProcessing", "single": single}
+        with pytest.raises(BadWeights, match=reason):
+            load_vocabulary(set_json(write_minimal(tmp_path), "tokenizer.json", post_processor=post))
+
+    def test_add_bos_token_is_read_from_tokenizer_config(self, tmp_path: Path) -> None:
+        folder = set_json(write_minimal(tmp_path), "tokenizer.json", post_processor=None)
         set_json(folder, "tokenizer_config.json", add_bos_token=True, add_eos_token="no")
         assert dict(load_vocabulary(folder).add_flags) == {"bos": True}
+
+    def test_an_end_of_text_that_is_no_token_is_refused(self, tmp_path: Path) -> None:
+        folder = set_json(write_minimal(tmp_path), "tokenizer_config.json", eos_token="<nope>")
+        with pytest.raises(BadCheckpoint, match=r"tokenizer_config\.json: its eos_token, '<nope>', is not a token"):
+            load_vocabulary(folder)
+
+    def test_the_id_of_padding_is_not_an_end(self, tmp_path: Path) -> None:
+        folder = set_json(write_minimal(tmp_path), "config.json", eos_token_id=270)
+        assert load_vocabulary(folder).special["eos"] == 260
+        set_json(folder, "tokenizer.json", added_tokens=[])
+        set_json(folder, "tokenizer_config.json", eos_token=..., pad_token=..., added_tokens_decoder={})
+        with pytest.raises(BadCheckpoint, match=r"config\.json: its eos_token_id is not the id of a token"):
+            load_vocabulary(folder)
+
+    def test_a_list_of_ends_in_config_is_read(self, tmp_path: Path) -> None:
+        folder = set_json(write_minimal(tmp_path), "config.json", eos_token_id=[258, 65])
+        set_json(folder, "tokenizer_config.json", eos_token=...)
+        (folder / "generation_config.json").unlink()
+        special = load_vocabulary(folder).special
+        assert (special["eos"], special["eot"], special["eom"]) == (258, 260, 65)
+
+
+class TestFlagsOfAddedTokens:
+    """What the tokenizers do with added tokens, and llama.cpp does not."""
+
+    @pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word"])
+    @pytest.mark.parametrize("special", [True, False])
+    def test_they_are_refused_in_either_file(self, flag: str, special: bool, tmp_path: Path) -> None:
+        entry = {"content": "<MASK>", flag: True, "special": special}
+        one = set_json(write_minimal(tmp_path / "1"), "tokenizer.json", added_tokens=[{"id": 270, **entry}])
+        other = set_json(write_minimal(tmp_path / "2"), "tokenizer_config.json", added_tokens_decoder={"270": entry})
+        for folder in (one, other):
+            with pytest.raises(UnsupportedCheckpoint, match=f"“<MASK>”.* \\({flag}\\), which llama.cpp does not") as no:
+                load_vocabulary(folder)
+            assert f'set "{flag}"' in no.value.hint
+
+    def test_tokenizer_config_takes_precedence(self, tmp_path: Path) -> None:
+        folder = set_json(
+            write_minimal(tmp_path), "tokenizer.json", added_tokens=[{"id": 270, "content": "<MASK>", "lstrip": True}]
+        )
+        entry = {"content": "<MASK>", "lstrip": False, "special": True}
+        set_json(folder, "tokenizer_config.json", added_tokens_decoder={"270": entry}, eos_token="<MASK>")
+        assert load_vocabulary(folder).token_types[270] == CONTROL
+
+    def test_a_token_that_no_text_contains_is_refused(self, tmp_path: Path) -> None:
+        entries = [{"id": 270, "content": "e\u0301"}]
+        with pytest.raises(UnsupportedCheckpoint, match="texts are composed"):
+            load_vocabulary(set_json(write_minimal(tmp_path), "tokenizer.json", added_tokens=entries))
+
+    def test_verify_refuses_them_too(self, checkpoint_copy: Path, tiny_f32: Path, invoke: Run) -> None:
+        entry = {"id": 270, "content": "<MASK>", "lstrip": True}
+        set_json(checkpoint_copy, "tokenizer.json", added_tokens=[entry])
+        error = expect_exit(invoke("verify", str(tiny_f32), "--against", str(checkpoint_copy)), 5)
+        assert "removes the spaces before “<MASK>” (lstrip)" in error
+
+
+def test_a_space_before_every_text_is_refused(tmp_path: Path) -> None:
+    folder = set_json(write_minimal(tmp_path), "tokenizer_config.json", add_prefix_space=True)
+    with pytest.raises(UnsupportedCheckpoint, match="a space before every text"):
+        load_vocabulary(folder)
+
+
+def test_settings_without_effect_on_prompts_are_accepted(tmp_path: Path) -> None:
+    folder = write_minimal(tmp_path)
+    expected = load_vocabulary(folder)
+    set_json(folder, "tokenizer.json", truncation={"max_length": 5}, padding={"strategy": "BatchLongest"}, version="9")
+    set_json(folder, "tokenizer_config.json", split_special_tokens=True, model_max_length=5, errors="replace")
+    assert load_vocabulary(folder) == expected
+
+
+@pytest.mark.parametrize(("normalizer", "pre"), [(None, "qwen2"), ({"type": "NFC"}, "deepseek-r1-qwen")])
+def test_a_difference_in_composing_characters_is_noted(normalizer: Any, pre: str, tmp_path: Path) -> None:
+    folder = set_json(write_minimal(tmp_path), "tokenizer.json", normalizer=normalizer)
+    (note,) = load_vocabulary(folder, pre=pre).notes
+    assert "NFC" in note

@@ -27,7 +27,8 @@ _PREFERRED_LEVELS = ("q4_k_m", "q4_k_s", "q4_0", "q5_k_m", "q5_0", "q8_0", "f16"
 # Files of a checkpoint, other than its weights, that the converter reads.
 _CHECKPOINT_DOCUMENTS = (
     "config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json", "tokenizer.model",
-    "added_tokens.json", "chat_template.jinja", "chat_template.json", "README.md", "model.safetensors.index.json",
+    "added_tokens.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json", "README.md",
+    "model.safetensors.index.json",
 )  # fmt: skip
 
 

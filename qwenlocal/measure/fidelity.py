@@ -12,11 +12,17 @@ import hashlib
 import json
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from qwenlocal.engine.llama import Model
+from qwenlocal.measure.independent_tokenizer import (
+    IndependentTokenizer,
+    added_token_texts,
+    open_independent_tokenizer,
+)
 from qwenlocal.measure.logits import LogitsError, compare_logits
 from qwenlocal.measure.metadata_diff import MetadataDifference, diff_metadata
 from qwenlocal.measure.reference import ReferenceTensors, Report, load_reference, plan_reference
@@ -30,8 +36,17 @@ from qwenlocal.weights.split_model import read_split_model
 _MIN_NMSE = 1e-2  # the engine itself rounds activations, too
 _TOLERANCE = 50  # tiny models with random weights amplify an error that much more than real ones
 
-KnownText = tuple[str, Sequence[int] | None]
-"""A text and its token ids; None if they are those of the checkpoint's own vocabulary."""
+
+class KnownText(NamedTuple):
+    """
+    A text and its token ids; None if they are those of the checkpoint's own vocabulary.
+
+    With `special`, control tokens in the text are parsed.
+    """
+
+    text: str
+    ids: Sequence[int] | None
+    special: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,8 +56,9 @@ class Fidelity:
 
     `missing` and `surplus` are tensors that only one side has or that differ in shape. If there are any, or if the
     dimensions in the metadata differ, the file is not run: no texts, no logits. `wrong_texts` are those of the `texts`
-    compared whose token ids differ. `logits` is also None if both models do not fit into memory together. `non_finite`
-    counts weights of the checkpoint that are NaN or infinite; they are compared as zero.
+    compared whose token ids differ. `tokenizer` is the independent one, if one is installed. `logits` is also None if
+    both models do not fit into memory together. `non_finite` counts weights of the checkpoint that are NaN or infinite;
+    they are compared as zero.
     """
 
     tensors: Sequence[TensorError]
@@ -51,6 +67,7 @@ class Fidelity:
     metadata: Sequence[MetadataDifference] = ()
     texts: int = 0
     wrong_texts: Sequence[str] = ()
+    tokenizer: IndependentTokenizer | None = None
     logits: LogitsError | None = None
     layers: int = 0
     non_finite: int = 0
@@ -130,6 +147,10 @@ def compare_with_checkpoint(
         is_runnable = all(difference.key.startswith("tokenizer.") for difference in differences)
         if missing or surplus or not is_runnable:
             return fidelity
+        tokenizer = open_independent_tokenizer(checkpoint.folder)
+        if tokenizer and tokenizer.encode:
+            texts = _encode_texts(tokenizer.encode, texts, metadata)
+        fidelity = replace(fidelity, texts=len(texts), tokenizer=tokenizer)
         if plan.files[0].size + read_split_model(file).size < memory:
             report("loading the checkpoint", 0, 1)
             with (
@@ -138,8 +159,8 @@ def compare_with_checkpoint(
             ):
                 wrong = _compare_tokens(reference, model, texts)
                 logits = compare_logits(reference, model, threads, report)
-            return replace(fidelity, texts=len(texts), wrong_texts=wrong, logits=logits)
-        return replace(fidelity, texts=len(texts), wrong_texts=_compare_vocabularies(file, header, metadata, texts))
+            return replace(fidelity, wrong_texts=wrong, logits=logits)
+        return replace(fidelity, wrong_texts=_compare_vocabularies(file, header, metadata, texts))
 
 
 def _layers(metadata: Mapping[str, bytes]) -> int:
@@ -171,14 +192,30 @@ def known_texts(tokens: Sequence[str], types: Sequence[int]) -> list[KnownText]:
     golden = json.loads((Path(__file__).parent / "qwen1.5-tokens.json").read_text(encoding="utf-8"))
     normal = [token for token, type_ in zip(tokens, types, strict=True) if type_ == NORMAL]
     is_qwen = hashlib.sha256("\n".join(normal).encode()).hexdigest() == golden["vocabulary"]
-    return [(text, ids if is_qwen else None) for text, ids in golden["texts"]]
+    return [KnownText(text, ids if is_qwen else None) for text, ids in golden["texts"]]
+
+
+def _encode_texts(
+    encode: Callable[[str], list[int]], texts: Sequence[KnownText], metadata: Mapping[str, bytes]
+) -> list[KnownText]:
+    """Return `texts`, and others with added tokens, with the ids of an independent tokenizer if they are not known."""
+    model, tokens, types = (
+        decode_value(metadata[f"tokenizer.ggml.{key}"]) for key in ("model", "tokens", "token_type")
+    )
+    others = [KnownText(text, None) for text in added_token_texts(tokens, types)]
+    return [
+        each if each.ids is not None else KnownText(each.text, encode(each.text), special=True)
+        for each in [*texts, *others]
+        # With SentencePiece, Hugging Face's tokenizers disagree among each other on spaces at the beginning.
+        if model == "gpt2" or not each.text.startswith(" ")
+    ]
 
 
 def _compare_tokens(reference: Model, model: Model, texts: Sequence[KnownText]) -> list[str]:
     """Tokenize `texts` with both models and return those whose ids differ."""
     wrong = []
-    for text, known in texts:
-        expected = list(known) if known is not None else reference.tokenizer.tokenize(text, special=False)
-        if model.tokenizer.tokenize(text, special=False) != expected:
+    for text, known, special in texts:
+        expected = list(known) if known is not None else reference.tokenizer.tokenize(text, special=special)
+        if model.tokenizer.tokenize(text, special=special) != expected:
             wrong.append(text)
     return wrong

@@ -7,21 +7,26 @@ else, such as another normalizer, is refused: the model would get other tokens t
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qwenlocal.errors import BadCheckpoint, UnsupportedCheckpoint
-from qwenlocal.weights.checkpoint import brief_repr, read_json
-from qwenlocal.weights.gguf_reader import NORMAL
+from qwenlocal.weights.added_tokens import ROLE_NAMES, SETTINGS, additional_tokens, read_added_tokens, token_text
+from qwenlocal.weights.gguf_reader import CONTROL, NORMAL
+from qwenlocal.weights.json_files import brief_repr, read_json
 from qwenlocal.weights.vocabulary import (
     Vocabulary,
+    apply_post_processor,
     flatten_steps,
-    parse_add_flags,
-    parse_added_tokens,
     parse_merges,
 )
 
+# With the pre-tokenizer "qwen2", `engine.tokenizer` composes texts; a GGUF file cannot say whether to do that.
+_NORMALIZED = "The tokenizer composes characters (NFC, é from e and ´), but qwenlocal only does with --pre qwen2."
+_NOT_NORMALIZED = "The tokenizer does not compose characters (NFC, é from e and ´), but qwenlocal does, as for Qwen1.5."
+_END_OF_TEXT = "<|endoftext|>"
 # The regular expression that splits text into words, called "qwen2" in llama.cpp (llama-vocab.cpp).
 _QWEN2_REGEX = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -59,11 +64,25 @@ def build_byte_bpe(
     """
     model = data["model"]
     _check_normalizer(file, data.get("normalizer"))
-    _check_merging(file, model)
+    check_merging(file, model)
+    _check_prefix_space(file, settings)
     vocabulary = Vocabulary.empty(file, "gpt2", pre or _find_pre_tokenizer(file, data), size)
-    vocabulary.add_flags = parse_add_flags(data.get("post_processor"), settings)
     _fill(vocabulary, model["vocab"], parse_merges(file, model.get("merges")), added)
+    apply_post_processor(vocabulary, data.get("post_processor"), settings)
+    is_normalized = any(flatten_steps(data.get("normalizer"), "normalizers"))
+    if vocabulary.pre == "qwen2":
+        _check_composed(file, added)
+    if is_normalized != (vocabulary.pre == "qwen2"):
+        vocabulary.notes.append(_NORMALIZED if is_normalized else _NOT_NORMALIZED)
     return vocabulary
+
+
+def _check_composed(file: Path, added: Mapping[int, tuple[str, int]]) -> None:
+    for token, _ in added.values():
+        if not unicodedata.is_normalized("NFC", token):
+            raise UnsupportedCheckpoint(
+                file, f"texts are composed (Unicode NFC), so none contains the added token {brief_repr(token)}"
+            )
 
 
 def build_from_vocab_json(folder: Path, settings: Mapping[str, Any], size: int, pre: str | None) -> Vocabulary:
@@ -86,10 +105,27 @@ def build_from_vocab_json(folder: Path, settings: Mapping[str, Any], size: int, 
     except (OSError, UnicodeDecodeError) as reason:
         raise BadCheckpoint.unreadable(merges_file, reason) from reason
     merges = parse_merges(merges_file, [line for line in lines if line and not line.startswith("#version")])
+    _check_prefix_space(file, settings)
     vocabulary = Vocabulary.empty(file, "gpt2", pre or "qwen2", size)
     vocabulary.add_flags = {"bos": False, "eos": False}
-    _fill(vocabulary, read_json(file, "the vocabulary"), merges, parse_added_tokens(file, None, settings))
+    ids = read_json(file, "the vocabulary")
+    added = read_added_tokens(file, None, settings)
+    _fill(vocabulary, ids, merges, added or _default_tokens(ids, settings, size))
     return vocabulary
+
+
+def _default_tokens(ids: Mapping[str, Any], settings: Mapping[str, Any], size: int) -> dict[int, tuple[str, int]]:
+    """
+    Return the token that Qwen2Tokenizer appends to a vocabulary of text alone.
+
+    It appends all special tokens that have no id, in the order of their roles (tokenization_qwen2.py). More than that
+    one would get ids that the model was hardly trained with, so they stay unknown.
+    """
+    defaults = dict.fromkeys(("eos_token", "unk_token", "pad_token"), _END_OF_TEXT)
+    roles = {**defaults, **settings}
+    tokens = [token_text(roles.get(f"{role}_token")) for role in ROLE_NAMES] + additional_tokens(settings)
+    missing = {token for token in tokens if isinstance(token, str) and token not in ids}
+    return {len(ids): (_END_OF_TEXT, CONTROL)} if missing == {_END_OF_TEXT} and len(ids) < size else {}
 
 
 def _fill(
@@ -152,14 +188,24 @@ def _split_pattern(step: Mapping[str, Any]) -> Any:
 
 
 def _check_normalizer(file: Path, normalizer: Any) -> None:
-    """Accept NFC only, which `engine.tokenizer` applies before llama.cpp gets a text."""
+    """Accept NFC only, which `engine.tokenizer` applies before llama.cpp gets a text, or nothing."""
     for step in flatten_steps(normalizer, "normalizers"):
         if step.get("type") != "NFC":
             kind = brief_repr(step.get("type"))
             raise UnsupportedCheckpoint(file, f"it changes text before tokenizing ({kind}), which llama.cpp does not")
 
 
-def _check_merging(file: Path, model: Mapping[str, Any]) -> None:
+def _check_prefix_space(file: Path, settings: Mapping[str, Any]) -> None:
+    if settings.get("add_prefix_space"):
+        raise UnsupportedCheckpoint(
+            file.parent / SETTINGS,
+            "its tokenizer puts a space before every text (add_prefix_space), which llama.cpp does not",
+            hint='If the model was trained without that, set "add_prefix_space" to false in the file.',
+        )
+
+
+def check_merging(file: Path, model: Mapping[str, Any]) -> None:
+    """Raise `UnsupportedCheckpoint` if a BPE model has options that change how a word becomes tokens."""
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges"):
         if model.get(key):
             raise UnsupportedCheckpoint(

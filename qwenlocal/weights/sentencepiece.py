@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qwenlocal.errors import BadCheckpoint, UnsupportedCheckpoint
-from qwenlocal.weights.checkpoint import brief_repr, read_optional_json
+from qwenlocal.weights.added_tokens import read_added_tokens
 from qwenlocal.weights.gguf_reader import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
-from qwenlocal.weights.vocabulary import Vocabulary, flatten_steps, parse_add_flags, parse_added_tokens
+from qwenlocal.weights.json_files import brief_repr, read_optional_json
+from qwenlocal.weights.vocabulary import Vocabulary, apply_post_processor, flatten_steps, same_id
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _UNUSED_SCORE, _ADDED_SCORE = -10000.0, -1000.0  # conversion/base.py: _create_vocab_sentencepiece
@@ -148,21 +149,16 @@ def build_sentencepiece(folder: Path, settings: Mapping[str, Any], size: int) ->
         vocabulary.put(number, *_for_llama_cpp(piece.text, piece.token_type))
         vocabulary.scores[number] = piece.score
     tokenizer = read_optional_json(folder / "tokenizer.json", "the vocabulary")
-    vocabulary.add_flags = {"space": model.adds_space, **parse_add_flags(tokenizer.get("post_processor"), settings)}
-    extra = read_optional_json(folder / "added_tokens.json", "the added tokens")
-    entries = [{"id": number, "content": token} for token, number in extra.items()]
-    added = {
-        **parse_added_tokens(folder / "added_tokens.json", entries, {}),
-        **parse_added_tokens(file, tokenizer.get("added_tokens"), settings),
-    }
-    for number, (token, token_type) in added.items():
+    vocabulary.add_flags = {"space": model.adds_space}
+    for number, (token, token_type) in read_added_tokens(file, tokenizer.get("added_tokens"), settings).items():
         is_row = 0 <= number < size
         known, known_type = (vocabulary.tokens[number], vocabulary.token_types[number]) if is_row else ("", UNUSED)
         if known_type in (UNKNOWN, CONTROL) and known == token:
             continue
         if known_type in (NORMAL, BYTE) and known != token:
-            raise BadCheckpoint(file, f"“{known}” and “{token}” have the same id, {number}")
+            raise same_id(file, number, known, token)
         _put_added(vocabulary, number, token, token_type)
+    apply_post_processor(vocabulary, tokenizer.get("post_processor"), settings)
     return vocabulary
 
 
@@ -223,11 +219,13 @@ def build_byte_fallback(
     ]
     for step in steps:
         _check_step(file, step)
+    if all(step.get("type") == "Prepend" for step in steps):
+        raise UnsupportedCheckpoint(file, "it keeps spaces before tokenizing; llama.cpp replaces them by “▁”")
     for number, (token, token_type) in added.items():
         vocabulary.check_free(number, token)
         _put_added(vocabulary, number, token, UNKNOWN if token == "<unk>" else token_type)
-    adds_space = any(_prepends_space(step) for step in steps)
-    vocabulary.add_flags = {"space": adds_space, **parse_add_flags(data.get("post_processor"), settings)}
+    vocabulary.add_flags = {"space": any(_prepends_space(step) for step in steps)}
+    apply_post_processor(vocabulary, data.get("post_processor"), settings)
     return vocabulary
 
 
@@ -239,7 +237,8 @@ def _check_step(file: Path, step: Mapping[str, Any]) -> None:
         "Metaspace": {"replacement": "▁"},
     }
     rule = rules.get(str(step.get("type")))
-    if rule is None or any(step.get(key, value) != value for key, value in rule.items()):
+    is_other = rule is None or any(step.get(key, value) != value for key, value in rule.items())
+    if is_other or step.get("prepend_scheme") == "first":  # llama.cpp also prepends after control tokens
         raise UnsupportedCheckpoint(
             file, f"it changes text before tokenizing ({brief_repr(step)}), which llama.cpp does not"
         )

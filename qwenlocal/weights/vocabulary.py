@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from qwenlocal.errors import BadCheckpoint, UnsupportedCheckpoint
-from qwenlocal.weights.checkpoint import brief_repr
-from qwenlocal.weights.gguf_reader import CONTROL, UNUSED, USER_DEFINED
+from qwenlocal.weights.gguf_reader import UNUSED
+from qwenlocal.weights.json_files import brief_repr
 from qwenlocal.weights.safetensors import find_duplicate
 
 
@@ -83,7 +82,7 @@ class Vocabulary:
         """Raise `BadCheckpoint` if the id has another token already."""
         known = self.tokens[number] if 0 <= number < len(self.tokens) else token
         if known != token and self.token_types[number] != UNUSED:
-            raise _same_id(self.file, number, known, token)
+            raise same_id(self.file, number, known, token)
 
     def check_ids(self, vocabulary: Mapping[str, Any]) -> None:
         """Raise `BadCheckpoint` unless the ids of the vocabulary proper are contiguous, with one token each."""
@@ -93,7 +92,7 @@ class Vocabulary:
         if len(numbers) < len(vocabulary):
             number = find_duplicate(vocabulary.values())
             first, second, *_ = (token for token in vocabulary if vocabulary[token] == number)
-            raise _same_id(self.file, number, first, second)
+            raise same_id(self.file, number, first, second)
         if last + 1 > len(numbers):
             gap = min(set(range(last)) - numbers)
             raise BadCheckpoint(self.file, f"no token has the id {gap}, although the ids go up to {last}")
@@ -117,7 +116,8 @@ class Vocabulary:
             raise BadCheckpoint(self.file, f"“{token}” has two ids, {first} and {second}")
 
 
-def _same_id(file: Path, number: int, first: str, second: str) -> BadCheckpoint:
+def same_id(file: Path, number: int, first: str, second: str) -> BadCheckpoint:
+    """Create the error for an id that two tokens have."""
     return BadCheckpoint(file, f"“{first}” and “{second}” have the same id, {number}")
 
 
@@ -129,58 +129,59 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def parse_add_flags(post_processor: Any, settings: Mapping[str, Any]) -> dict[str, bool]:
+def apply_post_processor(vocabulary: Vocabulary, post_processor: Any, settings: Mapping[str, Any]) -> None:
     """
-    Return whether a token is added at the beginning ("bos") or the end ("eos") of a text.
+    Set whether a token is added at the beginning ("bos") or the end ("eos") of a text, and which one that is.
 
     tokenizer.json's post-processor decides, if it is one that could add a token, or Qwen's (ByteLevel), which adds
     none; otherwise `settings`, which is tokenizer_config.json.
-    """
-    flags = {role: flag for role in ("bos", "eos") if isinstance(flag := settings.get(f"add_{role}_token"), bool)}
-    steps = post_processor.get("processors") if isinstance(post_processor, dict) else None
-    for step in steps if isinstance(steps, list) else [post_processor]:
-        single = step.get("single") if isinstance(step, dict) else None
-        if isinstance(step, dict) and step.get("type") == "ByteLevel":
-            flags = {"bos": False, "eos": False}
-        elif isinstance(single, list) and single and step.get("type") == "TemplateProcessing":
-            ends = (isinstance(single[n], dict) and "SpecialToken" in single[n] for n in (0, -1))
-            flags = dict(zip(("bos", "eos"), ends, strict=True))
-    return flags
-
-
-def parse_added_tokens(file: Path, entries: Any, settings: Mapping[str, Any]) -> dict[int, tuple[str, int]]:
-    """
-    Return the text and the type of each added token by id.
-
-    `entries` is the list in tokenizer.json; `settings`, tokenizer_config.json, has another one.
 
     Raises
     ------
-    BadCheckpoint: a list or an entry is malformed, or the two contradict each other.
+    BadCheckpoint: the post-processor is malformed, or adds a token that does not exist.
+    UnsupportedCheckpoint: it adds other tokens.
     """
-    added: dict[int, tuple[str, int]] = {}
-    decoder = settings.get("added_tokens_decoder")
-    all_entries: list[Any] = [
-        {**entry, "id": int(number) if re.fullmatch(r"[0-9]{1,9}", number) else number}
-        for number, entry in (decoder.items() if isinstance(decoder, dict) else ())
-        if isinstance(entry, dict)
-    ]
-    if not isinstance(entries, (list, type(None))):
-        raise BadCheckpoint(file, f"its “added_tokens” is not a list of tokens but {brief_repr(entries)}")
-    all_entries += entries or []
-    for entry in all_entries:
-        number, token = (entry.get("id"), entry.get("content")) if isinstance(entry, dict) else (None, None)
-        if not isinstance(number, int) or isinstance(number, bool) or not isinstance(token, str) or not token:
-            raise BadCheckpoint(file, f"the added token {brief_repr(entry)} is malformed")
-        known = added.get(number)
-        if known and known[0] != token:
-            raise _same_id(file, number, known[0], token)
-        added[number] = (token, CONTROL if entry.get("special") or _looks_special(token) else USER_DEFINED)
-    return added
+    flags = {role: flag for role in ("bos", "eos") if isinstance(flag := settings.get(f"add_{role}_token"), bool)}
+    for step in flatten_steps(post_processor, "processors"):
+        if step.get("type") == "ByteLevel":
+            flags = {"bos": False, "eos": False}
+        elif step.get("type") == "TemplateProcessing":
+            ends = dict(zip(("bos", "eos"), _parse_template(vocabulary.file, step.get("single")), strict=True))
+            flags = {role: token is not None for role, token in ends.items()}
+            vocabulary.special |= {role: _find_token(vocabulary, token) for role, token in ends.items() if token}
+        else:
+            raise UnsupportedCheckpoint(
+                vocabulary.file,
+                f"it changes tokens after tokenizing ({brief_repr(step.get('type'))}), which llama.cpp does not",
+            )
+    vocabulary.add_flags |= flags
 
 
-def _looks_special(token: str) -> bool:
-    return token.startswith("<|") and token.endswith("|>")
+def _parse_template(file: Path, parts: Any) -> tuple[str | None, str | None]:
+    """
+    Return the tokens that a template puts before and after a text.
+
+    `_parse_template(file, [{"SpecialToken": {"id": "<s>"}}, {"Sequence": {"id": "A"}}])` is `("<s>", None)`.
+    """
+    texts: list[str | None] = []
+    for part in parts if isinstance(parts, list) else ():
+        token = part.get("SpecialToken") if isinstance(part, dict) else None
+        text = token.get("id") if isinstance(token, dict) else None
+        if not isinstance(text, str) and not (isinstance(part, dict) and "Sequence" in part):
+            raise BadCheckpoint(file, f"its post-processor contains {brief_repr(part)}, which is malformed")
+        texts.append(text)
+    if texts.count(None) != 1:
+        raise BadCheckpoint(file, f"its post-processor is malformed: {brief_repr(parts)}")
+    at = texts.index(None)
+    if at > 1 or len(texts) - at > 2:
+        raise UnsupportedCheckpoint(file, f"it adds several tokens to a text ({brief_repr(parts)}); llama.cpp does not")
+    return (texts[0] if at else None), (texts[-1] if at + 1 < len(texts) else None)
+
+
+def _find_token(vocabulary: Vocabulary, token: str) -> int:
+    if token not in vocabulary.tokens:
+        raise BadCheckpoint(vocabulary.file, f"its post-processor adds “{token}”, which is not a token")
+    return vocabulary.tokens.index(token)
 
 
 def parse_merges(file: Path, entries: Any) -> list[tuple[str, str]]:
@@ -210,12 +211,14 @@ def parse_merges(file: Path, entries: Any) -> list[tuple[str, str]]:
 
 
 def flatten_steps(step: Any, key: str) -> Iterable[Mapping[str, Any]]:
-    """Yield the steps of a normalizer or pre-tokenizer; `key` is where a sequence of them has its list."""
-    if not isinstance(step, dict):
-        return
-    steps = step.get(key)
-    if step.get("type") == "Sequence" and isinstance(steps, list):
+    """
+    Yield the steps of a normalizer or pre-tokenizer; `key` is where a sequence of them has its list.
+
+    A step that is no object becomes the type of one, which nobody knows.
+    """
+    steps = step.get(key) if isinstance(step, dict) else None
+    if isinstance(steps, list) and step.get("type") == "Sequence":
         for inner in steps:
             yield from flatten_steps(inner, key)
-    else:
-        yield step
+    elif step is not None:
+        yield step if isinstance(step, dict) else {"type": step}

@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 from qwenlocal.errors import BadCheckpoint, UnsupportedCheckpoint, UsageError
 from qwenlocal.jinja import find_template_error
-from qwenlocal.weights.byte_bpe import PRE_TOKENIZER_NAMES, build_byte_bpe, build_from_vocab_json
-from qwenlocal.weights.checkpoint import brief_repr, read_json, read_optional_json
+from qwenlocal.weights.added_tokens import ROLE_NAMES, read_added_tokens, read_settings, token_text
+from qwenlocal.weights.byte_bpe import PRE_TOKENIZER_NAMES, build_byte_bpe, build_from_vocab_json, check_merging
 from qwenlocal.weights.gguf_reader import UNUSED
+from qwenlocal.weights.json_files import brief_repr, read_json, read_optional_json
 from qwenlocal.weights.sentencepiece import build_byte_fallback, build_sentencepiece
-from qwenlocal.weights.vocabulary import Vocabulary, parse_added_tokens, parse_merges
+from qwenlocal.weights.vocabulary import Vocabulary, parse_merges
 
 if TYPE_CHECKING:
     from typing import TypeGuard
 
-_ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _END_OF_TURN = "<|im_end|>"
 
 
@@ -39,7 +39,7 @@ def read_vocabulary(folder: Path, config: Mapping[str, Any], size: int, *, pre: 
     UnsupportedCheckpoint: llama.cpp has no such tokenizer.
     UsageError: llama.cpp has no pre-tokenizer `pre`.
     """
-    settings = read_optional_json(folder / "tokenizer_config.json", "the special tokens")
+    settings, files = read_settings(folder)
     if (folder / "tokenizer.model").exists():
         vocabulary = build_sentencepiece(folder, settings, size)
     elif (folder / "tokenizer.json").exists():
@@ -49,13 +49,13 @@ def read_vocabulary(folder: Path, config: Mapping[str, Any], size: int, *, pre: 
     else:
         raise BadCheckpoint(folder, "it has no tokenizer.json (nor tokenizer.model, nor vocab.json)")
     vocabulary.check_texts()
-    vocabulary.special, notes = _read_special_tokens(folder, settings, config, vocabulary)
+    notes = _read_special_tokens(folder, settings, files, config, vocabulary)
     vocabulary.templates = _read_chat_templates(folder, settings)
     if vocabulary.pre not in PRE_TOKENIZER_NAMES:
         raise UsageError(
             f"llama.cpp has no pre-tokenizer called “{vocabulary.pre}”.", hint="Use Qwen1.5's: --pre qwen2"
         )
-    vocabulary.notes = [*notes, *_template_notes(vocabulary.templates)]
+    vocabulary.notes += [*notes, *_template_notes(vocabulary.templates)]
     return vocabulary
 
 
@@ -74,8 +74,9 @@ def _build_from_tokenizer_json(folder: Path, settings: Mapping[str, Any], size: 
     model = data.get("model")
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or not isinstance(model.get("vocab"), dict):
         raise UnsupportedCheckpoint(file, "its tokenizer is not BPE, as that of every Qwen1.5 model is")
-    added = parse_added_tokens(file, data.get("added_tokens"), settings)
+    added = read_added_tokens(file, data.get("added_tokens"), settings)
     if model.get("byte_fallback"):
+        check_merging(file, model)
         return build_byte_fallback(file, data, parse_merges(file, model.get("merges")), added, settings, size)
     return build_byte_bpe(file, data, added, settings, size, pre)
 
@@ -84,53 +85,89 @@ def _build_from_tokenizer_json(folder: Path, settings: Mapping[str, Any], size: 
 
 
 def _read_special_tokens(
-    folder: Path, settings: Mapping[str, Any], config: Mapping[str, Any], vocabulary: Vocabulary
-) -> tuple[dict[str, int], list[str]]:
+    folder: Path,
+    settings: Mapping[str, Any],
+    files: Mapping[str, str],
+    config: Mapping[str, Any],
+    vocabulary: Vocabulary,
+) -> list[str]:
     """
-    Return the ids of special tokens by role, and notes about contradictions.
+    Set the ids of special tokens by role, and return notes about contradictions.
 
-    tokenizer_config.json, `settings`, takes precedence over config.json; generation_config.json adds end tokens.
+    The tokenizer's `settings`, from the `files`, take precedence over config.json; generation_config.json adds end
+    tokens.
+
+    Raises
+    ------
+    BadCheckpoint: the end of a text is no token, so answers would not end.
+    UnsupportedCheckpoint: another token is put around a text.
     """
     ids = {token: number for number, token in enumerate(vocabulary.tokens) if vocabulary.token_types[number] != UNUSED}
     special: dict[str, int] = {}
     notes: list[str] = []
-    for role in _ROLES:
-        entry = settings.get(f"{role}_token")
-        text = entry.get("content") if isinstance(entry, dict) else entry
+    for role in ROLE_NAMES:
+        key = f"{role}_token"
+        text, listed = token_text(settings.get(key)), config.get(f"{key}_id")
+        number = listed[0] if isinstance(listed, list) and listed else listed
         if isinstance(text, str) and text in ids:
             special[role] = ids[text]
+        elif text and role == "eos":
+            raise _missing_end(folder / files[key], f"its {key}, {brief_repr(text)}, is not a token")
         elif text:
-            notes.append(f"Ignored {role}_token in tokenizer_config.json: {brief_repr(text)} is not a token.")
-        number = config.get(f"{role}_token_id")
-        if _is_id(number, vocabulary):
+            notes.append(f"Ignored {key} in {files[key]}: {brief_repr(text)} is not a token.")
+        if _is_token(number, vocabulary):
             if role in special and special[role] != number:
                 kept, other = vocabulary.tokens[special[role]], vocabulary.tokens[number]
-                notes.append(
-                    f"The {role} token is {kept}, as in tokenizer_config.json, although config.json says {other}."
-                )
+                notes.append(f"The {role} token is {kept}, as in {files[key]}, although config.json says {other}.")
             special.setdefault(role, number)
         elif number is not None:
-            notes.append(f"Ignored {role}_token_id in config.json: {brief_repr(number)} is not the id of a token.")
-    ends = _end_tokens(folder, special, vocabulary, ids)
+            notes.append(f"Ignored {key}_id in config.json: {brief_repr(number)} is not the id of a token.")
+    for role, number in vocabulary.special.items():
+        if special.setdefault(role, number) != number:
+            added, other = vocabulary.tokens[number], vocabulary.tokens[special[role]]
+            raise UnsupportedCheckpoint(
+                vocabulary.file, f"it adds “{added}” to every text, but the {role} token is “{other}”"
+            )
+    ends = _end_tokens(folder, special, config, vocabulary, ids)
+    if config.get("eos_token_id") is not None and "eos" not in special and not ends:
+        raise _missing_end(folder / "config.json", "its eos_token_id is not the id of a token")
     for role, number in zip(("eot", "eom"), ends, strict=False):
         special[role] = number
     left_out = [vocabulary.tokens[number] for number in ends[2:]]
     if left_out:
         notes.append(f"Left out end tokens for which GGUF has no key: {', '.join(left_out)}.")
-    return special, notes
+    vocabulary.special = special
+    vocabulary.add_flags |= {
+        role: False for role in ("bos", "eos") if role in vocabulary.add_flags and role not in special
+    }
+    return notes
 
 
-def _end_tokens(folder: Path, special: Mapping[str, int], vocabulary: Vocabulary, ids: Mapping[str, int]) -> list[int]:
-    """Return the end tokens other than eos: the end of a turn, then those in generation_config.json."""
-    listed = read_optional_json(folder / "generation_config.json", "").get("eos_token_id")
+def _missing_end(path: Path, reason: str) -> BadCheckpoint:
+    return BadCheckpoint(path, reason, hint=f"Copy the tokenizer files of its base model to {path.parent}")
+
+
+def _end_tokens(
+    folder: Path,
+    special: Mapping[str, int],
+    config: Mapping[str, Any],
+    vocabulary: Vocabulary,
+    ids: Mapping[str, int],
+) -> list[int]:
+    """Return the end tokens other than eos: the end of a turn, then those in generation_config.json and config.json."""
     numbers = [ids[_END_OF_TURN]] if _END_OF_TURN in ids else []
-    numbers += [number for number in (listed if isinstance(listed, list) else [listed]) if _is_id(number, vocabulary)]
+    generation = read_optional_json(folder / "generation_config.json", "")
+    for listed in (generation.get("eos_token_id"), config.get("eos_token_id")):
+        numbers += [n for n in (listed if isinstance(listed, list) else ()) if _is_token(n, vocabulary)]
+    if _is_token(generation.get("eos_token_id"), vocabulary):
+        numbers.append(generation["eos_token_id"])
     known = {number for number in (special.get("eos"), ids.get("<|endoftext|>")) if number != ids.get(_END_OF_TURN)}
     return [number for number in dict.fromkeys(numbers) if number not in known]
 
 
-def _is_id(number: Any, vocabulary: Vocabulary) -> TypeGuard[int]:
-    return isinstance(number, int) and not isinstance(number, bool) and 0 <= number < len(vocabulary.tokens)
+def _is_token(number: Any, vocabulary: Vocabulary) -> TypeGuard[int]:
+    is_id = isinstance(number, int) and not isinstance(number, bool) and 0 <= number < len(vocabulary.tokens)
+    return is_id and vocabulary.token_types[number] != UNUSED
 
 
 def _read_chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:

@@ -15,6 +15,7 @@ from qwenlocal.library.checkpoints import HubCheckpoint, LocalCheckpoint
 
 if TYPE_CHECKING:
     from qwenlocal.measure.fidelity import Fidelity
+    from qwenlocal.measure.independent_tokenizer import IndependentTokenizer
 
 
 def verify_checkpoint(text: str, source: str, *, as_json: bool) -> None:
@@ -92,8 +93,13 @@ def _show(fidelity: Fidelity) -> None:
 
 def _show_behavior(fidelity: Fidelity) -> None:
     sys.stdout.write(
-        f"tokens   {fidelity.texts - len(fidelity.wrong_texts)} of {fidelity.texts} texts have the same token ids\n"
+        f"tokens   {fidelity.texts - len(fidelity.wrong_texts)} of {fidelity.texts} texts have the same token ids"
+        f"{_describe_tokenizer(fidelity.tokenizer)}\n"
     )
+    if fidelity.tokenizer is None:
+        sys.stdout.write("note     for an independent tokenizer: pip install transformers\n")
+    elif fidelity.tokenizer.error:
+        sys.stdout.write(f"note     {fidelity.tokenizer.name} cannot read the tokenizer: {fidelity.tokenizer.error}\n")
     if error := fidelity.logits:
         sys.stdout.write(
             f"logits   over {error.tokens} tokens: NMSE {error.nmse:.2e}, KL {error.kl:.2e} nats, "
@@ -101,6 +107,10 @@ def _show_behavior(fidelity: Fidelity) -> None:
         )
     else:
         sys.stdout.write("logits   not compared: both models together do not fit into memory\n")
+
+
+def _describe_tokenizer(tokenizer: IndependentTokenizer | None) -> str:
+    return f" as with {tokenizer.name}" if tokenizer and tokenizer.encode else ""
 
 
 def _facts(fidelity: Fidelity) -> Mapping[str, Any]:
@@ -114,6 +124,7 @@ def _facts(fidelity: Fidelity) -> Mapping[str, Any]:
         "worst": fidelity.worst.name if fidelity.worst else None,
         "texts": fidelity.texts,
         "wrong texts": list(fidelity.wrong_texts),
+        "tokenizer": fidelity.tokenizer.name if fidelity.tokenizer and fidelity.tokenizer.encode else None,
         "logits": {"tokens": error.tokens, "nmse": error.nmse, "kl": error.kl, "agreement": error.agreement}
         if error
         else None,

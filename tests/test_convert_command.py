@@ -318,6 +318,7 @@ class TestSources:
         self, checkpoint_copy: Path, invoke: Run, tiny_f32: Path
     ) -> None:
         shutil.copy(checkpoint_copy / "model.safetensors", checkpoint_copy / "other.safetensors")
+        (checkpoint_copy / "model.safetensors").rename(checkpoint_copy / "one.safetensors")
         assert "no model.safetensors.index.json states" in expect_exit(invoke("convert", str(checkpoint_copy)), 5)
         expect_exit(invoke("convert", str(checkpoint_copy / "other.safetensors"), "--type", "f32", "-o", "x.gguf"), 0)
         assert data_of(checkpoint_copy.parent / "x.gguf") == data_of(tiny_f32)

@@ -41,7 +41,7 @@ class TestIndex:
     def test_only_the_files_of_the_index_are_downloaded(
         self, sharded: Path, hub: HubServer, weight_requests: WeightRequests, invoke: Run, tmp_path: Path
     ) -> None:
-        for stray in ("consolidated.safetensors", "model.safetensors", "zzz-00001-of-00002.safetensors"):
+        for stray in ("consolidated.safetensors", "model.fp16.safetensors", "zzz-00001-of-00002.safetensors"):
             hub.repository(REPO).files[stray] = (sharded / "model-00001-of-00002.safetensors").read_bytes()
         expect_exit(invoke("convert", HF_NAME, "--type", "f32", "-o", "x.gguf"), 0)
         assert weight_requests.files == {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}

@@ -44,6 +44,13 @@ class TestFolders:
         (note,) = make_plan(folder).notes
         assert note == f"The weights are read from model.safetensors. Ignored: {SHARDS[0]}, {SHARDS[1]}."
 
+    def test_ignored_files_are_named_if_tensors_are_missing(self, tmp_path: Path) -> None:
+        folder = write_minimal(tmp_path, shards=2)
+        shutil.copy(folder / SHARDS[0], folder / "model.safetensors")
+        with pytest.raises(BadCheckpoint, match="is missing") as caught:
+            make_plan(folder)
+        assert caught.value.hint == f"The weights are read from model.safetensors. Ignored: {SHARDS[0]}, {SHARDS[1]}."
+
     @pytest.mark.parametrize("index", ['{"weight_map": {"a": "gone.safetensors"}}', "{", "{}"])
     def test_a_stale_index_beside_one_file_is_not_read(self, index: str, tmp_path: Path) -> None:
         folder = write_minimal(tmp_path)

@@ -75,7 +75,7 @@ class _StoredTensors:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.folder, self.has_weights = checkpoint.folder, checkpoint.has_weights
-        self._left = dict(checkpoint.tensors)
+        self._left, self._checkpoint_notes = dict(checkpoint.tensors), checkpoint.notes
         self._prefix = "" if any(name.startswith("layers.") for name in self._left) else "model."
         self.dropped: list[DroppedTensor] = []
         self.notes: list[str] = []
@@ -95,7 +95,7 @@ class _StoredTensors:
         full = self._full_name(name)
         tensor = self._left.pop(full, None)
         if tensor is None:
-            raise BadCheckpoint(self.folder, f"“{full}” is missing")
+            raise BadCheckpoint(self.folder, f"“{full}” is missing", hint=" ".join(self._checkpoint_notes))
         if tensor.shape != shape:
             raise BadCheckpoint(
                 tensor.file, f"“{full}” has the shape {list(tensor.shape)}; config.json implies {list(shape)}"

@@ -163,3 +163,10 @@ def test_verify_finds_the_converted_one_true_to_its_checkpoint(
     assert found["wrong texts"] == []
     assert found["logits"]["agreement"] > 0.99
     assert found["logits"]["kl"] < 1e-4
+
+
+def test_a_page_with_struck_out_text_is_continued(starter: Path, home: dict[str, str]) -> None:
+    """llama.cpp takes `</s>` for the end of the text."""
+    page = "<p><s>one</s> <s>two</s> <s>three"
+    result = qwenlocal(home, "run", "-m", str(starter), "--raw", "--temp", "0", "-n", "8", page)
+    assert result.stdout.startswith("</s> <s>four</")

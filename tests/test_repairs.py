@@ -251,6 +251,14 @@ def test_an_end_token_that_is_a_normal_token_is_diagnosed_repaired_and_ignored(g
     loaded.close()
 
 
+def test_an_end_token_that_is_padding_is_diagnosed_and_repaired(good: Path, tmp_path: Path) -> None:
+    wrong = copy_with_metadata(good, tmp_path / "wrong.gguf", {"tokenizer.ggml.eos_token_id": gguf_writer.u32(270)})
+    (finding,) = diagnose_file(wrong).findings
+    assert finding.is_serious
+    assert finding.problem == "The eos token is “[PAD270]”, which is padding: no answer ends with it."
+    assert decode_value(finding.fixed_keys["tokenizer.ggml.eos_token_id"]) == 260
+
+
 def test_an_end_token_outside_of_the_vocabulary_is_repaired(good: Path, tmp_path: Path) -> None:
     wrong = copy_with_metadata(good, tmp_path / "wrong.gguf", {"tokenizer.ggml.eos_token_id": gguf_writer.u32(99_999)})
     (finding, *_) = diagnose_file(wrong).findings

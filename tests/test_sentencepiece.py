@@ -201,7 +201,14 @@ class TestByteFallback:
         with pytest.raises(UnsupportedCheckpoint, match="it keeps spaces before tokenizing"):
             load_vocabulary(self.write_checkpoint(tmp_path, normalizer=step), 12)
 
-    @pytest.mark.parametrize("pre_tokenizer", [5, [], {"type": "Metaspace", "prepend_scheme": "first"}])
+    def test_a_space_before_the_first_word_only_is_noted(self, tmp_path: Path) -> None:
+        """transformers 5 writes Llama's tokenizers like that."""
+        step = {"type": "Metaspace", "prepend_scheme": "first", "split": False}
+        vocabulary = load_vocabulary(self.write_checkpoint(tmp_path, pre_tokenizer=step), 12)
+        assert vocabulary.add_flags["space"] is True
+        assert any("llama.cpp also does after control tokens" in note for note in vocabulary.notes)
+
+    @pytest.mark.parametrize("pre_tokenizer", [5, [], {"type": "Metaspace", "replacement": "_"}])
     def test_other_pre_tokenizers_are_refused(self, pre_tokenizer: Any, tmp_path: Path) -> None:
         with pytest.raises(UnsupportedCheckpoint, match="it changes text before tokenizing"):
             load_vocabulary(self.write_checkpoint(tmp_path, pre_tokenizer=pre_tokenizer), 12)

@@ -123,6 +123,15 @@ def test_an_end_that_the_file_declares_is_one_whatever_its_type(
     assert tokenizer.tokenize("a</s>", special=True) == [*b"a", NEW]
 
 
+def test_a_normal_token_declared_as_the_end_of_text_is_text_if_turns_end_otherwise(
+    open_vocabulary: OpenVocabulary,
+) -> None:
+    tokenizer = open_vocabulary({"</s>": NORMAL}, eos=NEW)
+    assert (tokenizer.false_end, tokenizer.is_end(NEW), tokenizer.is_end(END)) == (NEW, False, True)
+    assert tokenizer.tokenize("a</s>", special=True) == list(b"a</s>")
+    assert tokenizer.eos == ""
+
+
 def test_a_file_without_types_keeps_those_of_llama_cpp(open_vocabulary: OpenVocabulary) -> None:
     tokenizer = open_vocabulary({"</s>": NORMAL}, types=False, eos=END)
     assert tokenizer.is_end(NEW)

@@ -70,6 +70,41 @@ class TestAgainst:
         assert re.search(r"^tokens +(\d+) of \1 texts have the same token ids$", result.stdout, re.MULTILINE)
         assert "logits   over" in result.stdout
 
+    def test_without_an_independent_tokenizer_that_is_said(
+        self, tiny_checkpoint: Path, tiny_f32: Path, qwenlocal: Run, tmp_path: Path
+    ) -> None:
+        for name in ("transformers", "tokenizers"):
+            (tmp_path / f"{name}.py").write_text("raise ImportError")
+        command = ("verify", str(tiny_f32), "--against", str(tiny_checkpoint))
+        result = qwenlocal(*command, environment={"PYTHONPATH": str(tmp_path)})
+        assert "pip install transformers" in result.stdout
+        result = qwenlocal(*command, "--json", environment={"PYTHONPATH": str(tmp_path)})
+        assert parse_json(result.stdout)["tokenizer"] is None
+
+    @pytest.mark.parametrize(
+        ("code", "output", "exit_code"),
+        [
+            ("[1]", "tokens   0 of 46 texts have the same token ids as with transformers 9.9", 5),
+            ("1/0", "note     transformers 9.9 cannot read the tokenizer: division by zero", 0),
+        ],
+    )
+    def test_an_independent_tokenizer_has_the_last_word(
+        self, code: str, output: str, exit_code: int, tiny_checkpoint: Path, tiny_f32: Path, qwenlocal: Run,
+        tmp_path: Path,
+    ) -> None:  # fmt: skip
+        """A stand-in for the library, whose tokenizer knows one token, or cannot be opened."""
+        (tmp_path / "transformers.py").write_text(
+            "class logging:\n    set_verbosity_error = staticmethod(lambda: None)\n"
+            "class AutoTokenizer:\n    def from_pretrained(*a, **k):\n"
+            f"        ids = {code}\n        tokenizer = AutoTokenizer()\n"
+            "        tokenizer.encode = lambda text, add_special_tokens: ids\n        return tokenizer\n"
+            "__version__ = '9.9'\n"
+        )
+        command = ("verify", str(tiny_f32), "--against", str(tiny_checkpoint))
+        result = qwenlocal(*command, environment={"PYTHONPATH": str(tmp_path)})
+        expect_exit(result, exit_code)
+        assert output in result.stdout
+
     def test_other_weights_are_found(self, tiny_checkpoint: Path, invoke: Run, tmp_path: Path) -> None:
         other = write_checkpoint(tmp_path / "other", config=SMALL, seed=1)
         convert_checkpoint(other, tmp_path / "x.gguf", "q8_0")

@@ -225,6 +225,10 @@ def build_byte_fallback(
         vocabulary.check_free(number, token)
         _put_added(vocabulary, number, token, UNKNOWN if token == "<unk>" else token_type)
     vocabulary.add_flags = {"space": any(_prepends_space(step) for step in steps)}
+    if any(step.get("prepend_scheme") == "first" for step in steps):
+        vocabulary.notes.append(
+            "The tokenizer puts a space before the first word of a prompt; llama.cpp also does after control tokens."
+        )
     apply_post_processor(vocabulary, data.get("post_processor"), settings)
     return vocabulary
 
@@ -238,7 +242,7 @@ def _check_step(file: Path, step: Mapping[str, Any]) -> None:
     }
     rule = rules.get(str(step.get("type")))
     is_other = rule is None or any(step.get(key, value) != value for key, value in rule.items())
-    if is_other or step.get("prepend_scheme") == "first":  # llama.cpp also prepends after control tokens
+    if is_other:
         raise UnsupportedCheckpoint(
             file, f"it changes text before tokenizing ({brief_repr(step)}), which llama.cpp does not"
         )

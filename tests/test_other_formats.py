@@ -180,14 +180,24 @@ class TestTrainersFolders:
         assert "out is not a checkpoint: it has no config.json." in message
         assert "Did you mean out/checkpoint-1000?" in message
 
+    def test_a_checkpoint_inside_a_folder_without_weights_is_suggested(self, tmp_path: Path) -> None:
+        folder = write_minimal(tmp_path)
+        shutil.copytree(folder, folder / "checkpoint-20")
+        (folder / "model.safetensors").unlink()
+        with pytest.raises(BadCheckpoint, match="it contains no safetensors files") as caught:
+            Checkpoint.open(folder)
+        assert caught.value.hint == f"Did you mean {folder / 'checkpoint-20'}?"
+
     def test_checkpoints_in_folders_of_a_repository_are_named(
         self, hub: HubServer, invoke: Run, tmp_path: Path
     ) -> None:
         folder = write_minimal(tmp_path)
-        hub.repository(REPO).files = {f"checkpoint-500/{path.name}": path.read_bytes() for path in folder.iterdir()}
+        hub.repository(REPO).files = {
+            f"checkpoint-{step}/{path.name}": path.read_bytes() for path in folder.iterdir() for step in (1000, 500)
+        }
         message = expect_exit(invoke("convert", HF_NAME), 3)
-        assert f"{REPO} has its checkpoints in folders (checkpoint-500)" in message
-        assert f"hf download {REPO} --include 'checkpoint-500/*' --local-dir Tiny-Qwen-0.1B" in message
+        assert f"{REPO} has its checkpoints in folders (checkpoint-1000, checkpoint-500)" in message
+        assert f"hf download {REPO} --include 'checkpoint-1000/*' --local-dir Tiny-Qwen-0.1B" in message
 
     def test_shards_of_deepspeed_are_refused_with_the_command_that_joins_them(self, tmp_path: Path) -> None:
         folder = write_minimal(tmp_path)

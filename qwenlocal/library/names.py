@@ -26,7 +26,7 @@ from qwenlocal.errors import BadWeights, ModelNotFound
 from qwenlocal.i18n import tr
 from qwenlocal.library.catalog import Catalog, ModelCard
 from qwenlocal.model_files import FILE_TYPES
-from qwenlocal.weights.other_formats import ADAPTER_CONFIG, adapter_only
+from qwenlocal.weights.other_formats import ADAPTER_CONFIG, adapter_only, find_inner_checkpoints
 
 _LEVELS = [*FILE_TYPES, "q3_k", "q4_k", "q5_k"]  # as in file names; the last three without S, M or L
 _HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+?))?(?:(?P<mark>[:/])(?P<rest>.+))?")
@@ -237,12 +237,6 @@ def _first_locked_folder(path: Path) -> Path | None:
     return next((folder for folder in folders if not os.access(folder, os.X_OK)), None)
 
 
-def _step(folder: str) -> int:
-    """Return the step of a folder that a trainer saved: `_step("checkpoint-500")` is 500, of another folder 0."""
-    match = re.search(r"-(\d{1,9})$", folder)
-    return int(match[1]) if match else 0
-
-
 def _not_a_checkpoint(path: Path) -> BadWeights:
     try:
         names = sorted(file.name for file in path.iterdir())
@@ -250,16 +244,14 @@ def _not_a_checkpoint(path: Path) -> BadWeights:
         return BadWeights.unreadable(path, reason)
     if ADAPTER_CONFIG in names:
         return adapter_only(path)
-    models = [name for name in names if name.endswith(".gguf")]
-    folders = [name for name in names for file in ("config.json", ADAPTER_CONFIG) if os.path.isfile(path / name / file)]
-    models += sorted(folders, key=_step, reverse=True)
+    models = [path / name for name in names if name.endswith(".gguf")] + find_inner_checkpoints(path)
     hint = "A model is a .gguf file, or a directory with config.json."
     if any(name.endswith(".safetensors") for name in names):
         hint = "Download the whole checkpoint again."
     return BadWeights(
         path,
         "it has no config.json",
-        hint=tr("Did you mean {path}?", path=path / models[0]) if models else hint,
+        hint=tr("Did you mean {path}?", path=models[0]) if models else hint,
         message=tr("{path} is not a checkpoint: it has no config.json.", path=path),
     )
 

@@ -18,6 +18,7 @@ from qwenlocal.weights.other_formats import (
     adapter_hint,
     find_pickled_model,
     pickled_hint,
+    training_step,
 )
 from qwenlocal.weights.weight_files import INDEX, SINGLE_FILE
 
@@ -118,13 +119,13 @@ def select_checkpoint_files(listing: RepoListing) -> list[RemoteFile]:
 def _no_checkpoint_error(listing: RepoListing) -> ModelNotFound:
     """Return the error for a repository without the files of a checkpoint, after what it has instead."""
     repo, paths = listing.repo, {file.path for file in listing.files}
-    folders = sorted(path.removesuffix("/config.json") for path in paths if path.endswith("/config.json"))
+    folders = [path.removesuffix("/config.json") for path in sorted(paths) if path.endswith("/config.json")]
     if ADAPTER_CONFIG in paths:
         return ModelNotFound(
             repo, reason=tr("{repo} is a LoRA adapter, not a model.", repo=repo), hint=adapter_hint(repo)
         )
     if folders and "config.json" not in paths:
-        name, folder = repo.rpartition("/")[2], folders[-1]
+        name, folder = repo.rpartition("/")[2], max(folders, key=training_step)
         return ModelNotFound(
             repo,
             reason=tr(

@@ -7,6 +7,7 @@ Each is recognized by its files, its config.json or the names of its tensors, an
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -23,6 +24,23 @@ _PEFT = re.compile(r"^base_model\.model\.|\.(lora_\w+|base_layer|modules_to_save
 _GPTQ = re.compile(r"\.(qweight|qzeros)$")
 _MLX = re.compile(r"\.(scales|biases)$")
 _COMPRESSED = re.compile(r"\.(weight_packed|weight_scale|weight_scale_inv|absmax|quant_state\..+|quant_map)$")
+
+
+def training_step(folder: str) -> int:
+    """Return the step of a folder that a trainer saved: `training_step("checkpoint-500")` is 500; 0 for other names."""
+    match = re.search(r"-(\d{1,9})$", folder)
+    return int(match[1]) if match else 0
+
+
+def find_inner_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints and adapters in a folder, which a trainer may have saved there, the last one first."""
+    try:
+        children = sorted(folder.iterdir())
+    except OSError:
+        return []
+    files = [(child, child / name) for child in children for name in ("config.json", ADAPTER_CONFIG)]
+    inner = [child for child, file in files if os.path.isfile(file)]  # Path.is_file raises without permission
+    return sorted(inner, key=lambda path: training_step(path.name), reverse=True)
 
 
 def find_pickled_model(files: Iterable[str]) -> str | None:
@@ -64,7 +82,9 @@ def no_weights(folder: Path, files: Iterable[str]) -> BadCheckpoint:
             "its weights are in the shards of DeepSpeed",
             hint=f"Join them: cd {folder} && python zero_to_fp32.py . . --safe_serialization",
         )
-    return BadCheckpoint(folder, "it contains no safetensors files")
+    inner = find_inner_checkpoints(folder)
+    hint = f"Did you mean {inner[0]}?" if inner else ""
+    return BadCheckpoint(folder, "it contains no safetensors files", hint=hint)
 
 
 def adapter_only(folder: Path) -> BadCheckpoint:

@@ -12,7 +12,7 @@ import pytest
 from checkpoint_files import SMALL, UP_PROJ, convert_checkpoint, file_names, set_weights
 from commands import expect_exit, list_models, model_states, parse_json, parse_plan
 from conftest import Run
-from hub import HubServer, only_on, whole_file
+from hub import HubServer, cut, only_on, whole_file
 from hub_checkpoints import (
     CHECKPOINT,
     COMMANDS,
@@ -41,6 +41,14 @@ class TestDryRun:
         assert weight_requests.saw_headers_only
         assert hub.sent < sum(len(c) for n, c in hub.repository(REPO).files.items() if n != "model.safetensors") + 8192
         assert file_names(tmp_path) == {"person"}
+
+    def test_headers_are_read_over_a_line_that_breaks_every_connection(
+        self, hub_checkpoint: str, hub: HubServer, weight_requests: WeightRequests, invoke: Run
+    ) -> None:
+        hub.always.append(only_on("model.safetensors", cut(600)))
+        expect_exit(invoke("convert", hub_checkpoint, "--dry-run"), 0)
+        assert weight_requests.saw_headers_only
+        assert [start for _, start, _ in weight_requests.spans][:4] == [0, 8, 608, 1208]
 
     @pytest.mark.parametrize(
         "options",

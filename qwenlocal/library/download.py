@@ -2,8 +2,8 @@
 Downloads: resumable, verified, from several sources, shared between processes.
 
 A file is split into blocks. Threads fetch the next missing block from the best available source, and one more thread
-hashes the blocks in order. When a source fails, the next block comes from another one, so a download continues in the
-middle of the file. See `partial_file.py` for crash safety and `failover.py` for the choice of sources.
+hashes the blocks in order. When a source fails, the rest of the block comes from the next one; every byte that has
+arrived is kept. See `partial_file.py` for crash safety and `failover.py` for the choice of sources.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import hashlib
 import shutil
 import threading
 import time
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -34,7 +33,8 @@ from qwenlocal.progress import TaskProgress
 from qwenlocal.resumable import journal_path, part_path
 
 _DISK_RESERVE = 32 << 20
-_SYNC_EVERY = 4  # blocks that a power cut may cost
+_RECORD_INTERVAL = 1.0  # seconds of transfer that a crash may cost
+_SYNC_EVERY = 64 << 20  # bytes that a power cut may cost
 _JOIN_TIMEOUT = 1.0  # seconds; a thread that waits for a server's first byte is left behind
 
 
@@ -61,7 +61,7 @@ def download_artifact(
     DownloadFailed, SourceUnreachable: no source delivered the file.
     DigestMismatch: the bytes are not the published file; they were deleted.
     DiskFull, NotWritable: there is no space, or no permission.
-    Interrupted: Ctrl-C; the finished blocks are kept.
+    Interrupted: Ctrl-C; what has arrived is kept.
     """
     base = part or target
     for folder in (target.parent, base.parent):
@@ -76,10 +76,9 @@ def download_artifact(
             try:
                 sha256 = download.run(report, stop or threading.Event())
             except KeyboardInterrupt:
-                share = partial.done / max(1, artifact.size)
                 hint = tr(
                     "{share:.0%} of {name} is kept. To continue, run the same command again.",
-                    share=share,
+                    share=download.arrived() / max(1, artifact.size),
                     name=artifact.name,
                 )
                 raise Interrupted(hint) from None
@@ -138,13 +137,7 @@ class _SharedState:
     condition: threading.Condition = field(default_factory=threading.Condition)
     stop: threading.Event = field(default_factory=threading.Event)
     failure: BaseException | None = None
-    in_flight: dict[int, int] = field(default_factory=dict)  # block: bytes received
-    senders: dict[int, SourceState] = field(default_factory=dict)  # block: source it came from in this run
     digests: list[str] | None = None  # of each section and of the whole file, once everything is hashed
-
-    def record_received(self, number: int, count: int) -> None:
-        with self.condition:
-            self.in_flight[number] = count
 
 
 class _Download:
@@ -156,7 +149,8 @@ class _Download:
         self._sections = list(artifact.sections)
         if artifact.sha256:
             self._sections = [Section(0, artifact.size, artifact.sha256)]
-        self._from_earlier_run = {number for number in range(partial.count) if partial.has(number)}
+        self._from_earlier_run = set(partial.begun())
+        self._senders: dict[int, set[SourceState]] = {n: set() for n in range(partial.count)}  # of blocks, in this run
         self._shared = _SharedState(deque(partial.missing()))
         self._streaming = threading.Lock()
         self._reported = 0
@@ -181,23 +175,24 @@ class _Download:
         blocks = [n for n in range(self._partial.count) if any(_overlaps(self._partial.span(n), s) for s in wrong)]
         doubtful = [n for n in blocks if n in self._from_earlier_run]
         if not doubtful:
-            senders = [self._shared.senders[n] for n in blocks]
+            senders = {state for n in blocks for state in self._senders[n]}
             sole_source = self._selector.select_sole_source(senders)
             if sole_source is None:
                 self._partial.discard()
-                labels = " and ".join(dict.fromkeys(sender.source.label for sender in senders))
+                labels = " and ".join(state.source.label for state in self._selector.states if state in senders)
                 raise DigestMismatch(self._artifact.name, wrong[0].sha256, first_digest, source=labels)
-            doubtful = [n for n in blocks if self._shared.senders[n] is not sole_source]
+            doubtful = [n for n in blocks if self._senders[n] != {sole_source}]
         for number in doubtful:
             self._partial.forget(number)
             self._from_earlier_run.discard(number)
-        self._shared = _SharedState(deque(doubtful), senders=self._shared.senders)
+            self._senders[number].clear()
+        self._shared = _SharedState(deque(doubtful))
 
     def _run_pass(self, report: ReportProgress, stop: threading.Event) -> list[str]:
         """Run the threads until every block is hashed; return the digests of the sections and of the whole file."""
         shared = self._shared
         workers = min(self._policy.connections, max(1, len(shared.queue)))
-        jobs = [*[self._fetch_blocks] * workers, self._hash_blocks, self._sync_periodically]
+        jobs = [*[self._fetch_blocks] * workers, self._hash_blocks, self._record_periodically]
         threads = [threading.Thread(target=self._run_job, args=(job,), daemon=True) for job in jobs]
         for thread in threads:
             thread.start()
@@ -225,16 +220,19 @@ class _Download:
             for thread in threads:
                 thread.join(max(0.0, deadline - time.monotonic()))
 
+    def arrived(self) -> int:
+        """Return the bytes that have arrived, including those that a source keeps."""
+        buffered = max((state.source.buffered() for state in self._enabled_states()), default=0)
+        return min(self._artifact.size, self._partial.done + buffered)
+
+    def _enabled_states(self) -> list[SourceState]:
+        return [state for state in self._selector.states if not state.disabled]
+
     def _progress(self) -> TaskProgress:
-        with self._shared.condition:
-            in_flight = sum(self._shared.in_flight.values())
         done = self._partial.done
-        enabled = [state.source for state in self._selector.states if not state.disabled]
-        buffered = max((source.buffered() for source in enabled), default=0)
-        # A finished block briefly counts neither as in flight nor as done: never report less than before.
-        self._reported = max(self._reported, min(self._artifact.size, done + max(in_flight, buffered)))
+        self._reported = max(self._reported, self.arrived())  # never less than before, even if a block was damaged
         phase = "checking" if done == self._artifact.size else "downloading"
-        label = enabled[0].label if enabled else ""
+        label = next((state.source.label for state in self._enabled_states()), "")
         return TaskProgress(self._artifact.name, self._reported, self._artifact.size, phase, label)
 
     def _run_job(self, job: Callable[[], None]) -> None:
@@ -268,7 +266,6 @@ class _Download:
 
     def _requeue_if_missing(self, number: int) -> None:
         with self._shared.condition:
-            self._shared.in_flight.pop(number, None)
             if not self._partial.has(number):
                 self._shared.queue.appendleft(number)
 
@@ -284,60 +281,38 @@ class _Download:
             if state.source.sequential:
                 self._stream(state)
             else:
-                self._fetch_block(state, number)
-                self._selector.record_success(state)
+                self._read_source(state, *self._partial.rest(number))
         except RangesUnsupported:
             state.source.sequential = True
         except TransferError as error:
             if not self._shared.stop.is_set():
                 self._selector.record_failure(state, error)
 
-    def _fetch_block(self, state: SourceState, number: int) -> None:
-        start, end = self._partial.span(number)
-        crc, offset = 0, start
-        for data in state.source.read(start, end):
-            if self._shared.stop.is_set():
-                raise TransferError("stopped", retryable=True)
-            self._partial.write(offset, data)
-            crc = zlib.crc32(data, crc)
-            offset += len(data)
-            self._shared.record_received(number, offset - start)
-        self._finish_block(state, number, crc)
-
-    def _finish_block(self, state: SourceState, number: int, crc: int) -> None:
-        self._partial.complete(number, crc)
-        with self._shared.condition:
-            self._shared.in_flight.pop(number, None)
-            self._shared.senders[number] = state
-            self._shared.condition.notify_all()
-
     def _stream(self, state: SourceState) -> None:
-        """Read a source without range support once from the start, keeping the blocks that are missing."""
+        """Read a source without range support from the first byte to the last, in one thread."""
         if not self._streaming.acquire(timeout=0.5):
             return
         try:
-            number, crc, offset, is_missing = 0, 0, 0, not self._partial.has(0)
-            for chunk in state.source.read(0, self._artifact.size):
-                data = memoryview(chunk)
-                while data:
-                    if self._shared.stop.is_set():
-                        return
-                    start, end = self._partial.span(number)
-                    part, data = data[: end - offset], data[end - offset :]
-                    if is_missing:
-                        self._partial.write(offset, part)
-                        self._shared.record_received(number, offset + len(part) - start)
-                    crc, offset = zlib.crc32(part, crc), offset + len(part)
-                    if offset == end:
-                        if is_missing:
-                            self._finish_block(state, number, crc)
-                            self._selector.record_success(state)
-                        number, crc = number + 1, 0
-                        is_missing = not self._partial.has(number)
+            self._read_source(state, 0, self._artifact.size)
         finally:
             self._streaming.release()
 
-    # --- hashing and syncing
+    def _read_source(self, state: SourceState, start: int, end: int) -> None:
+        """Keep the bytes `start` to `end` of a source as they arrive."""
+        for data in state.source.read(start, end):
+            if self._shared.stop.is_set():
+                raise TransferError("stopped", retryable=True)
+            extended = self._partial.write(start, data)
+            start += len(data)
+            if extended:
+                self._selector.record_arrival(state, len(data))
+            for number in extended:
+                self._senders[number].add(state)
+                if self._partial.has(number):
+                    with self._shared.condition:
+                        self._shared.condition.notify_all()
+
+    # --- hashing and recording
 
     def _hash_blocks(self) -> None:
         """Hash each section and the whole file, in order, as the blocks arrive."""
@@ -377,18 +352,14 @@ class _Download:
                 shared.queue.appendleft(number)
                 shared.condition.notify_all()
 
-    def _sync_periodically(self) -> None:
-        """Flush to the disk every few blocks, so that a power cut costs little."""
-        shared, synced = self._shared, 0
-        while True:
-            with shared.condition:
-                shared.condition.wait(0.2)
-                finished = len(shared.senders)
-                if shared.stop.is_set() or shared.digests is not None:
-                    return
-            if finished - synced >= _SYNC_EVERY:
+    def _record_periodically(self) -> None:
+        """Record what has arrived, and flush it to the disk now and then, so that a crash costs little."""
+        shared, synced = self._shared, self._partial.done
+        while not shared.stop.wait(_RECORD_INTERVAL):
+            self._partial.record()
+            if self._partial.done - synced >= _SYNC_EVERY:
                 self._partial.sync()
-                synced = finished
+                synced = self._partial.done
 
 
 def _overlaps(span: tuple[int, int], section: Section) -> bool:

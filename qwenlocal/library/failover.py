@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from qwenlocal.errors import DownloadFailed, SourceUnreachable
@@ -14,14 +14,16 @@ from qwenlocal.library.byte_source import ByteSource
 from qwenlocal.library.http import TransferError
 
 _MAX_BACKOFF = 30.0
+_SUCCESS_SIZE = 64 << 10  # bytes; a connection that delivers as much and breaks is worth another one
 
 
-@dataclass
+@dataclass(eq=False)
 class SourceState:
     """The history of one source in this download."""
 
     source: ByteSource
     failures: int = 0
+    arrived: int = 0  # bytes since the last success
     paused_until: float = 0.0
     disabled: str = ""  # the reason, if the source is not used any more
     last_error: TransferError | None = None
@@ -62,10 +64,12 @@ class SourceSelector:
                 raise self._failure()
             return None, wait
 
-    def record_success(self, state: SourceState) -> None:
-        """Reset the back-off of a source that delivered a block."""
+    def record_arrival(self, state: SourceState, count: int) -> None:
+        """Count bytes that a source delivered; enough of them are a success, which resets its back-off."""
         with self._lock:
-            state.failures, self._last_success = 0, time.monotonic()
+            state.arrived += count
+            if state.arrived >= _SUCCESS_SIZE:
+                state.failures, state.arrived, self._last_success = 0, 0, time.monotonic()
 
     def record_failure(self, state: SourceState, error: TransferError) -> None:
         """Pause a source after a failure, or disable it if a retry cannot help."""
@@ -81,14 +85,14 @@ class SourceSelector:
             pause = error.retry_after or min(_MAX_BACKOFF, 0.5 * 2 ** (state.failures - 1))
             state.paused_until = max(state.paused_until, now + pause)
 
-    def select_sole_source(self, senders: Sequence[SourceState]) -> SourceState | None:
+    def select_sole_source(self, senders: Collection[SourceState]) -> SourceState | None:
         """
         Choose one source to deliver everything alone, and set the others aside; None if each was tried alone.
 
         Used after a digest mismatch: if several sources sent parts, it is unknown which one sent wrong bytes.
         """
-        if all(sender is senders[0] for sender in senders):
-            senders[0].was_sole_source = True
+        if len(senders) == 1:
+            next(iter(senders)).was_sole_source = True
         untried = (state for state in self.states if not state.was_sole_source)
         chosen = next((state for state in untried if not state.disabled or state.is_set_aside), None)
         if chosen is None:

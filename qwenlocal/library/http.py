@@ -291,6 +291,8 @@ def _status_error(response: urllib3.BaseHTTPResponse, host: str) -> TransferErro
         return TransferError(f"{host} refuses access (HTTP {status})", retryable=False, status=status)
     if status in (404, 410):
         return TransferError(f"{host} does not have the file (HTTP {status})", retryable=False, status=status)
+    if status == 416:  # the requested range is outside the file
+        return TransferError(f"the file on {host} has changed: it is shorter now", retryable=False, status=status)
     return TransferError(f"{host} returned HTTP {status}", retryable=False, status=status)
 
 

@@ -1,8 +1,9 @@
 """
-Partial downloads: resumable files (see `resumable`) whose blocks arrive in any order.
+Partial downloads: resumable files (see `resumable`) whose blocks arrive in any order, each from its start to its end.
 
-The first line of the journal is the identity of the file and the block size; each further line is a block number and
-the CRC-32 of its bytes. Checking the checksums costs nothing: resuming reads every block anyway to hash the whole file.
+The first line of the journal is the identity of the file and the block size. Each further line is a block number, the
+CRC-32 of the bytes that have arrived, and their number (may be left out if the block is complete). Checking the CRC-32
+costs nothing: resuming reads every block anyway to hash the whole file.
 """
 
 from __future__ import annotations
@@ -22,9 +23,8 @@ from qwenlocal.errors import DiskFull, NotWritable
 from qwenlocal.fileio import read_at, write_all, write_error
 from qwenlocal.resumable import JournalAppender, journal_path, part_path, read_journal, write_journal
 
-BLOCK_SIZE = 16 << 20  # with four blocks in flight, a crash costs at most 64 MiB
+BLOCK_SIZE = 16 << 20
 _READ_SIZE = 1 << 20
-_FORGOTTEN = -1  # in place of the CRC-32 of a block whose bytes are damaged
 
 
 class FileIdentity(NamedTuple):
@@ -37,21 +37,28 @@ class FileIdentity(NamedTuple):
     model: str = ""  # model name, for display
 
 
+class BlockPrefix(NamedTuple):
+    """The bytes of a block that have arrived: how many, from its start, and their CRC-32."""
+
+    length: int = 0
+    crc: int = 0
+
+
 class DownloadJournal(NamedTuple):
-    """The content of a journal: the file, the block size, and the CRC-32 of each finished block."""
+    """The content of a journal: the file, the block size, and what has arrived of each block."""
 
     identity: FileIdentity
     block_size: int
-    checksums: dict[int, int]
+    prefixes: dict[int, BlockPrefix]
 
     @property
     def done(self) -> int:
-        """Bytes in finished blocks."""
-        return min(self.identity.size, self.block_size * len(self.checksums))
+        """Bytes that have arrived."""
+        return sum(prefix.length for prefix in self.prefixes.values())
 
 
 class PartialFile:
-    """The blocks of one file, written in any order by several threads."""
+    """The blocks of one file, written by several threads."""
 
     def __init__(self, base: Path, identity: FileIdentity, *, block_size: int = BLOCK_SIZE) -> None:
         """
@@ -64,8 +71,9 @@ class PartialFile:
         self._base, self.folder, self.identity, self.block_size = base, base.parent, identity, block_size
         self.path, self.journal_path = part_path(base), journal_path(base)
         self.count = -(-identity.size // block_size)
-        self._lock, self._write_lock = threading.Lock(), threading.Lock()
-        self._checksums: dict[int, int] = {}
+        self._lock, self._write_lock, self._seek_lock = threading.Lock(), threading.Lock(), threading.Lock()
+        self._prefixes: dict[int, BlockPrefix] = {}
+        self._unrecorded: set[int] = set()
         with self._write_errors():
             resumed = self._resume()
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
@@ -92,63 +100,104 @@ class PartialFile:
             return False
         if new.sha256 is None and old.etag != new.etag:
             return False
-        self._checksums = {number: crc for number, crc in journal.checksums.items() if number < self.count}
+        self._prefixes = journal.prefixes
         return True
 
     def span(self, number: int) -> tuple[int, int]:
         """Return the start and end (exclusive) of block `number` in bytes."""
-        return number * self.block_size, min((number + 1) * self.block_size, self.identity.size)
+        return _span(number, self.block_size, self.identity.size)
+
+    def rest(self, number: int) -> tuple[int, int]:
+        """Return the start and end of the bytes of a block that have not arrived."""
+        start, end = self.span(number)
+        return start + self._prefix(number).length, end
 
     def has(self, number: int) -> bool:
-        """Return True if the block is finished."""
-        return number in self._checksums
+        """Return True if the block is complete."""
+        start, end = self.rest(number)
+        return start == end
 
     def missing(self) -> list[int]:
-        """Return the unfinished blocks, in order."""
-        return [number for number in range(self.count) if number not in self._checksums]
+        """Return the incomplete blocks, in order."""
+        return [number for number in range(self.count) if not self.has(number)]
+
+    def begun(self) -> list[int]:
+        """Return the blocks of which any byte has arrived."""
+        return [number for number in range(self.count) if self._prefix(number).length]
 
     @property
     def done(self) -> int:
-        """Bytes in finished blocks."""
+        """Bytes that have arrived."""
         with self._lock:
-            return sum(end - start for start, end in map(self.span, self._checksums))
+            return sum(prefix.length for prefix in self._prefixes.values())
 
     @property
     def checksums(self) -> list[int]:
-        """The CRC-32 of every block, once all are finished."""
-        return [self._checksums[number] for number in range(self.count)]
+        """The CRC-32 of every block, once all are complete."""
+        return [self._prefix(number).crc for number in range(self.count)]
 
-    def write(self, offset: int, data: bytes | memoryview) -> None:
+    def _prefix(self, number: int) -> BlockPrefix:
+        return self._prefixes.get(number, BlockPrefix())
+
+    def write(self, offset: int, data: bytes | memoryview) -> list[int]:
         """
-        Write bytes at their offset.
+        Write bytes that belong at `offset`, and return the blocks that they extend.
+
+        Bytes that have arrived before, or do not follow directly those of their block, are ignored.
 
         Raises
         ------
         DiskFull: there is no space.
         """
-        # The kernel lets one thread write to a file at a time; without the lock the others would spin.
-        with self._write_errors(), self._write_lock:
-            write_all(self._file, memoryview(data), offset, self._lock)
+        data, extended = memoryview(data), []
+        while data:
+            number = offset // self.block_size
+            part = data[: self.span(number)[1] - offset]
+            # The kernel lets one thread write to a file at a time; without the lock the others would spin.
+            with self._write_errors(), self._write_lock:
+                if self._extend(number, offset, part):
+                    extended.append(number)
+            data, offset = data[len(part) :], offset + len(part)
+        return extended
 
-    def complete(self, number: int, crc: int) -> None:
-        """Mark a block as finished; `crc` is the CRC-32 of its bytes."""
-        self._record(number, crc)
+    def _extend(self, number: int, offset: int, data: memoryview) -> bool:
+        prefix, (position, _) = self._prefix(number), self.rest(number)
+        new = data[max(0, position - offset) :]
+        if offset > position or not new:
+            return False
+        write_all(self._file, new, position, self._seek_lock)
+        self._set(number, BlockPrefix(prefix.length + len(new), zlib.crc32(new, prefix.crc)))
+        return True
 
     def forget(self, number: int) -> None:
         """Mark a block as missing, because its bytes are damaged."""
-        self._record(number, _FORGOTTEN)
+        self._set(number, BlockPrefix())
 
-    def _record(self, number: int, crc: int) -> None:
+    def _set(self, number: int, prefix: BlockPrefix) -> None:
+        with self._lock:
+            self._prefixes[number] = prefix
+            self._unrecorded.add(number)
+
+    def record(self) -> None:
+        """
+        Record in the journal what has arrived since the last call; a crash costs only what is not recorded.
+
+        Raises
+        ------
+        DiskFull: there is no space.
+        """
         with self._write_errors(), self._lock:
-            _update(self._checksums, number, crc)
-            self._journal.append(number, crc)
+            for number in self._unrecorded:
+                prefix = self._prefixes[number]
+                self._journal.append(number, prefix.crc, prefix.length)
+            self._unrecorded.clear()
 
     def read(self, number: int) -> Iterator[memoryview]:
-        """Yield the bytes of a finished block; each chunk is valid until the next one is requested."""
+        """Yield the bytes of a complete block; each chunk is valid until the next one is requested."""
         start, end = self.span(number)
         buffer = memoryview(bytearray(min(_READ_SIZE, end - start)))  # reused: allocating per chunk is slow
         while start < end:
-            count = read_at(self._file, buffer[: end - start], start, self._lock)
+            count = read_at(self._file, buffer[: end - start], start, self._seek_lock)
             if not count:
                 return
             yield buffer[:count]
@@ -159,7 +208,7 @@ class PartialFile:
         crc = 0
         for data in self.read(number):
             crc = zlib.crc32(data, crc)
-        return crc == self._checksums.get(number)
+        return crc == self._prefix(number).crc
 
     def sync(self) -> None:
         """Flush everything written to the disk."""
@@ -201,12 +250,17 @@ class PartialFile:
         remove_partial(self._base)
 
     def close(self) -> None:
-        """Close the files; their content stays."""
-        with contextlib.suppress(OSError):
-            self._journal.close()
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        """Record what has arrived, and close the files; their content stays."""
+        with self._write_lock:  # a thread that is left behind may be writing
+            file, self._file = self._file, -1
+        if file < 0:
+            return
+        try:
+            self.record()
+        finally:
+            with contextlib.suppress(OSError):
+                self._journal.close()
+            os.close(file)
 
 
 def scratch_folder(base: Path) -> Path:
@@ -241,21 +295,19 @@ def read_download_journal(path: Path) -> DownloadJournal | None:
         return None
     if block_size <= 0 or identity.size < 0:
         return None
-    checksums: dict[int, int] = {}
-    for entry in content.entries:
-        if len(entry) == 2 and entry[0] >= 0:
-            _update(checksums, *entry)
-    return DownloadJournal(identity, block_size, checksums)
+    prefixes: dict[int, BlockPrefix] = {}
+    for number, crc, *lengths in (entry for entry in content.entries if 2 <= len(entry) <= 3):
+        start, end = _span(number, block_size, identity.size)
+        length = lengths[0] if lengths else end - start
+        if 0 <= start < end and 0 <= length <= end - start:
+            prefixes[number] = BlockPrefix(length, crc)
+    return DownloadJournal(identity, block_size, prefixes)
 
 
-def _update(checksums: dict[int, int], number: int, crc: int) -> None:
-    """Apply a journal entry."""
-    if crc < 0:
-        checksums.pop(number, None)
-    else:
-        checksums[number] = crc
+def _span(number: int, block_size: int, size: int) -> tuple[int, int]:
+    return number * block_size, min((number + 1) * block_size, size)
 
 
 def write_download_journal(base: Path, identity: FileIdentity, block_size: int, checksums: Mapping[int, int]) -> None:
-    """Write a journal that lists the given blocks, for example those of a damaged file that are still good."""
+    """Write a journal with the CRC-32 of complete blocks, such as those of a damaged file that are still good."""
     write_journal(journal_path(base), {**identity._asdict(), "block": block_size}, checksums.items())

@@ -54,10 +54,24 @@ def _read_header(folder: Path, request: FileRequest) -> RawHeader:
 
 
 def _read_range(sources: Sequence[ByteSource], start: int, end: int) -> bytes:
-    """Read from the first source that delivers."""
+    """Read from the first source that delivers; after a failure, go on where it happened as long as bytes arrive."""
+    data = bytearray()
+
+    def read_rest(source: ByteSource) -> None:
+        for chunk in source.read(start + len(data), end):
+            data.extend(chunk)
+
     for source in sources[:-1]:
         try:
-            return b"".join(source.read(start, end))
+            read_rest(source)
+            return bytes(data)
         except (TransferError, RangesUnsupported):
             continue
-    return with_retries(lambda: b"".join(sources[-1].read(start, end)))
+    while True:
+        before = len(data)
+        try:
+            with_retries(lambda: read_rest(sources[-1]))
+            return bytes(data)
+        except TransferError as error:
+            if not error.retryable or len(data) == before:
+                raise

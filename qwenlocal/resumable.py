@@ -1,7 +1,7 @@
 """
 Files that are written in blocks and can be resumed: partial downloads and interrupted conversions.
 
-`<name>.part` holds the bytes, `<name>.part.journal` lists the finished blocks. A journal is append-only text: its first
+`<name>.part` holds the bytes, `<name>.part.journal` lists the blocks. A journal is append-only text: its first
 line is a JSON object that identifies the file, each further line describes a block by whole numbers (its number, the
 CRC-32 of its bytes, …) and is appended after the bytes were written. After a crash or a power cut the checksums decide
 which blocks count.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +10,16 @@ from typing import NamedTuple
 
 from qwenlocal.errors import BadWeights
 from qwenlocal.model_files import parse_shard
-from qwenlocal.weights.gguf_reader import EncodedValue, Header, TensorInfo, read_header, read_raw_metadata
+from qwenlocal.weights.gguf_reader import (
+    DEFAULT_ALIGNMENT,
+    MAGIC,
+    EncodedValue,
+    Header,
+    TensorInfo,
+    read_header,
+    read_raw_metadata,
+    tensor_bytes,
+)
 
 # Keys that describe a file, not the model in it; they are not copied to another file.
 ALIGNMENT_KEY = "general.alignment"
@@ -60,10 +70,14 @@ def read_split_model(source: Path) -> SplitModel:
 
     Raises
     ------
-    BadWeights: a file is missing or damaged, or two have the same tensor.
+    BadWeights: a file is missing, damaged or misnamed, or two have the same tensor.
     """
     paths = shard_paths(source)
     model = SplitModel(paths, [read_header(path) for path in paths])
+    for number, (path, header) in enumerate(zip(paths, model.headers, strict=True), 1):
+        part = _read_part(header)
+        if part.total > 1 and part != (number, len(paths)):
+            raise _misnamed(path, header, part)
     seen: dict[str, Path] = {}
     for path, _, tensor in model.located:
         if seen.setdefault(tensor.name, path) != path:
@@ -80,14 +94,68 @@ def shard_paths(source: Path) -> list[Path]:
     """
     List the files of a model in order; `source` is its file, or any of its files.
 
+    Files are renamed, so their headers count. llama.cpp finds the other files of a model by their names all the same.
+
     Raises
     ------
-    BadWeights: a file is missing.
+    BadWeights: a file is missing, or misnamed.
     """
     shard = parse_shard(source.name)
-    if not shard:
+    if not shard or shard.total < 2:
         return [source]
+    header = read_header(source)
+    part = _read_part(header)
+    if part.total < 2:
+        return [source]
+    if part != (shard.number, shard.total):
+        raise _misnamed(source, header, part)
     missing = [name for name in shard.siblings if not (source.parent / name).is_file()]
     if missing:
-        raise BadWeights(source, f"the model is split into {shard.total} files, and {missing[0]} is missing")
+        raise BadWeights(
+            source,
+            f"the model is split into {shard.total} files, and {missing[0]} is missing",
+            hint="Download it into the same folder. If it is there under another name, rename it.",
+        )
     return [source.parent / name for name in shard.siblings]
+
+
+class _Part(NamedTuple):
+    """The number of a file among those of its model, from 1, and their total number."""
+
+    number: int
+    total: int
+
+
+def _read_part(header: Header) -> _Part:
+    number, total = (header.metadata.get(key) for key in ("split.no", "split.count"))
+    return _Part(number + 1 if isinstance(number, int) else 1, total if isinstance(total, int) else 1)
+
+
+def _misnamed(path: Path, header: Header, part: _Part) -> BadWeights:
+    """Build the error for a part of a model that llama.cpp does not recognize by its name, or for several in one."""
+    shard = parse_shard(path.name)
+    stem = shard.stem if shard else path.stem
+    names = [f"{stem}-{number:05}-of-{part.total:05}.gguf" for number in (part.number, part.total)]
+    if _is_joined(path, header):
+        return BadWeights(
+            path,
+            f"it is {part.total} parts of a split model, joined into one file, which llama.cpp cannot load",
+            hint=f"Download the parts again and leave them as they are; the last one is called {names[1]}",
+        )
+    return BadWeights(
+        path,
+        f"it is part {part.number} of {part.total} of a split model, but its name does not say so, and llama.cpp finds "
+        "the parts by their names",
+        hint=f"Rename every part, this one: mv {shlex.quote(str(path))} {shlex.quote(str(path.with_name(names[0])))}",
+    )
+
+
+def _is_joined(path: Path, header: Header) -> bool:
+    """Return True if another GGUF file follows the tensors."""
+    alignment = header.metadata.get(ALIGNMENT_KEY, DEFAULT_ALIGNMENT)
+    if not isinstance(alignment, int) or alignment < 1:
+        return False
+    end = max((tensor.offset + (tensor_bytes(tensor) or 0) for tensor in header.tensors), default=0)
+    with path.open("rb") as file:
+        file.seek(header.data_offset + -(-end // alignment) * alignment)
+        return file.read(len(MAGIC)) == MAGIC

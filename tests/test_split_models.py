@@ -1,0 +1,98 @@
+"""Models that are split into several GGUF files: their headers count, whatever the files are called."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from commands import expect_exit
+from conftest import Run
+from gguf_files import split_gguf
+
+from qwenlocal.errors import BadWeights
+from qwenlocal.weights.split_model import read_split_model, shard_paths
+
+COMMANDS = [("inspect",), ("plan",), ("run", "Hi", "-n", "1"), ("quantize", "out.gguf", "q8_0")]
+each_command = pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
+FIRST, SECOND = "x-00001-of-00002.gguf", "x-00002-of-00002.gguf"
+
+
+def call(run: Run, command: tuple[str, ...], path: Path) -> subprocess.CompletedProcess[str]:
+    return run(command[0], str(path), *command[1:])
+
+
+@pytest.fixture
+def parts(random_model: Path, tmp_path: Path) -> Path:
+    """A folder with the two parts of a model."""
+    split_gguf(random_model, tmp_path)
+    return tmp_path
+
+
+@each_command
+@pytest.mark.parametrize("file", [FIRST, SECOND])
+def test_any_part_stands_for_the_model(command: tuple[str, ...], file: str, parts: Path, invoke: Run) -> None:
+    expect_exit(call(invoke, command, parts / file), 0)
+
+
+@each_command
+@pytest.mark.parametrize("name", ["x-00001-of-00013.gguf", "x-00013-of-00013.gguf", "x-00001-of-00001.gguf"])
+def test_a_whole_file_may_be_called_like_a_part(
+    command: tuple[str, ...], name: str, random_model: Path, tmp_path: Path, invoke: Run
+) -> None:
+    path = Path(shutil.copy(random_model, tmp_path / name))
+    assert shard_paths(path) == [path]
+    expect_exit(call(invoke, command, path), 0)
+
+
+@each_command
+@pytest.mark.parametrize(
+    ("file", "name", "number"),
+    [
+        (FIRST, "my model.gguf", 1),
+        (SECOND, "model.gguf", 2),
+        (FIRST, "x-00001-of-00003.gguf", 1),
+        (SECOND, "y-00001-of-00002.gguf", 2),
+    ],
+)
+def test_a_misnamed_part_is_named_with_the_command_that_renames_it(
+    command: tuple[str, ...], file: str, name: str, number: int, parts: Path, invoke: Run
+) -> None:
+    path = (parts / file).rename(parts / name)
+    message = expect_exit(call(invoke, command, path), 5)
+    assert f"it is part {number} of 2 of a split model, but its name does not say so" in message
+    stem = name.removesuffix(".gguf").partition("-0")[0]
+    right = parts / f"{stem}-0000{number}-of-00002.gguf"
+    assert f"mv {shlex.quote(str(path))} {shlex.quote(str(right))}" in message
+
+
+@each_command
+def test_swapped_names_are_noticed(command: tuple[str, ...], parts: Path, invoke: Run) -> None:
+    (parts / FIRST).rename(parts / "other")
+    (parts / SECOND).rename(parts / FIRST)
+    (parts / "other").rename(parts / SECOND)
+    assert "it is part 2 of 2" in expect_exit(call(invoke, command, parts / FIRST), 5)
+
+
+@each_command
+@pytest.mark.parametrize("order", [(FIRST, SECOND), (SECOND, FIRST)])
+def test_joined_parts_are_recognized(
+    command: tuple[str, ...], order: tuple[str, str], parts: Path, invoke: Run
+) -> None:
+    path = parts / "joined.gguf"
+    path.write_bytes(b"".join((parts / name).read_bytes() for name in order))
+    assert "it is 2 parts of a split model, joined into one file" in expect_exit(call(invoke, command, path), 5)
+
+
+@each_command
+def test_a_missing_part_is_named(command: tuple[str, ...], parts: Path, invoke: Run) -> None:
+    (parts / SECOND).unlink()
+    assert f"split into 2 files, and {SECOND} is missing" in expect_exit(call(invoke, command, parts / FIRST), 5)
+
+
+def test_a_part_of_another_model_is_noticed(parts: Path, random_model: Path) -> None:
+    shutil.copy(parts / FIRST, parts / SECOND)
+    with pytest.raises(BadWeights, match="it is part 1 of 2"):
+        read_split_model(parts / FIRST)

@@ -198,6 +198,19 @@ def open_gguf_header(path: Path) -> Iterator[Address]:
         _base().gguf_free(handle)
 
 
+def read_tensor_types(path: Path) -> set[int]:
+    """
+    Read the numbers of the types that the tensors of a GGUF file have. Takes 20 ms for Qwen's vocabulary.
+
+    Raises
+    ------
+    ValueError: ggml cannot read the file.
+    """
+    base = _base()
+    with open_gguf_header(path) as handle:
+        return {base.gguf_get_tensor_type(handle, index) for index in range(base.gguf_get_n_tensors(handle))}
+
+
 def list_devices() -> list[Device]:
     """List the devices that ggml found: the CPU, and any GPUs."""
     ggml = _library("ggml")
@@ -261,6 +274,8 @@ def _base() -> ctypes.CDLL:
         ("ggml_backend_tensor_set", None, [pointer, pointer, size, size]),
         ("gguf_init_from_file", pointer, [ctypes.c_char_p, _GgufParams]),
         ("gguf_free", None, [pointer]),
+        ("gguf_get_n_tensors", i64, [pointer]),
+        ("gguf_get_tensor_type", ctypes.c_int, [pointer, i64]),
         ("ggml_set_abort_callback", pointer, [pointer]),
         ("ggml_backend_dev_name", ctypes.c_char_p, [pointer]),
         ("ggml_backend_dev_description", ctypes.c_char_p, [pointer]),

@@ -136,7 +136,9 @@ def _header_findings(header: Header, pairs: Mapping[str, EncodedValue]) -> Itera
 def _vocabulary_findings(header: Header, pairs: Mapping[str, EncodedValue]) -> Iterator[Finding]:
     tokens = _decode_list(pairs, "tokenizer.ggml.tokens", str)
     token_types = _decode_list(pairs, "tokenizer.ggml.token_type", int)
-    if len(token_types) > len(tokens) > 0:
+    if not tokens:
+        return
+    if len(token_types) > len(tokens):
         yield Finding(f"The vocabulary has {len(tokens):,} tokens, but {len(token_types):,} token types.", False)
     typeable = [
         number

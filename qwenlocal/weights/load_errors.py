@@ -8,12 +8,12 @@ Reasons why llama.cpp refuses a GGUF file, or ends the process over it.
 from __future__ import annotations
 
 import collections
+import struct
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from qwenlocal import ggml
 from qwenlocal.errors import BadWeights
 from qwenlocal.formatting import format_shape, shorten
-from qwenlocal.model_files import parse_shard
 from qwenlocal.weights.byte_bpe import PRE_TOKENIZER_NAMES
 from qwenlocal.weights.gguf_reader import EncodedValue, TensorInfo, decode_value, read_raw_metadata, tensor_type_name
 from qwenlocal.weights.hyperparameters import PER_LAYER, Hyperparameters
@@ -64,6 +64,7 @@ _BYTE_BPE = ("gpt2", "hybriddna", "whitespace")
 _MIN_ALIGNMENT = 32  # ggml-impl.h: TENSOR_ALIGNMENT
 
 Pairs = Mapping[str, EncodedValue]
+Check = Callable[[SplitModel, Pairs], Iterator[str]]
 
 
 def find_load_errors(model: SplitModel, pairs: Pairs) -> list[str]:
@@ -72,30 +73,42 @@ def find_load_errors(model: SplitModel, pairs: Pairs) -> list[str]:
 
     Other architectures than Qwen's are checked only for what all files have in common.
     """
-    checks: Sequence[Callable[[SplitModel, Pairs], Iterator[str]]] = (
-        _find_wrong_types,
-        _find_split_errors,
-        _find_vocabulary_errors,
-        _find_hyperparameter_errors,
-        _find_tensor_errors,
-        _find_unusable_tensors,
-    )
-    for check in checks:  # each relies on those before
-        if errors := list(check(model, pairs)):
-            return errors
-    return []
+    checks = (*_METADATA_CHECKS, _find_hyperparameter_errors, _find_tensor_errors, _find_unusable_tensors)
+    return _run_checks(checks, model, pairs)
+
+
+def _run_checks(checks: Sequence[Check], model: SplitModel, pairs: Pairs) -> list[str]:
+    """Return the errors of the first check that fails; each relies on those before."""
+    return next((errors for check in checks if (errors := list(check(model, pairs)))), [])
 
 
 def require_loadable(model: SplitModel) -> None:
     """
-    Check that llama.cpp can load the model.
+    Check that llama.cpp can load and run the model.
 
     Raises
     ------
     BadWeights: it cannot; the error states the first reason.
     """
-    if errors := find_load_errors(model, read_raw_metadata(model.paths[0])):
-        raise BadWeights(model.paths[0], f"llama.cpp cannot run it: {errors[0]}")
+    _raise_first(model, find_load_errors(model, read_raw_metadata(model.paths[0])))
+
+
+def require_valid_metadata(model: SplitModel) -> None:
+    """
+    Check the types of the metadata and the vocabulary, whatever the values and the tensors are.
+
+    Raises
+    ------
+    BadWeights: llama.cpp cannot load the model; the error states the first reason.
+    """
+    _raise_first(model, _run_checks(_METADATA_CHECKS, model, read_raw_metadata(model.paths[0])))
+
+
+def _raise_first(model: SplitModel, errors: Sequence[str]) -> None:
+    if errors:
+        path = model.paths[0]
+        hint = f"To see all that is wrong with it: qwenlocal inspect {path}"
+        raise BadWeights(path, f"llama.cpp cannot run it: {errors[0]}", hint=hint)
 
 
 # --- the metadata
@@ -109,10 +122,10 @@ def _find_wrong_types(model: SplitModel, pairs: Pairs) -> Iterator[str]:
         return
     of_architecture = _REQUIRED_QWEN if architecture in QWEN else _REQUIRED
     required = ("tokenizer.ggml.model", "tokenizer.ggml.tokens", *(f"{architecture}.{key}" for key in of_architecture))
-    yield from (f"“{shorten(key)}” is missing" for key in required if key not in pairs)
+    yield from (f"“{shorten(key, 80)}” is missing" for key in required if key not in pairs)
     for key, allowed in _allowed_types(architecture, pairs).items():
         if key in pairs and _type_of(pairs[key]) not in allowed:
-            yield f"“{shorten(key)}” is of type {_type_name(_type_of(pairs[key]))}, not {_type_name(allowed[0])}"
+            yield f"“{shorten(key, 80)}” is of type {_type_name(_type_of(pairs[key]))}, not {_type_name(allowed[0])}"
 
 
 def _allowed_types(architecture: str, pairs: Pairs) -> Mapping[str, tuple[Type, ...]]:
@@ -140,23 +153,16 @@ def _type_name(type_: Type) -> str:
 
 
 def _find_split_errors(model: SplitModel, pairs: Pairs) -> Iterator[str]:
-    """Find a number of files that contradicts the name of the file."""
-    count = decode_value(pairs["split.count"]) if "split.count" in pairs else 0
-    shard = parse_shard(model.paths[0].name)
-    expected = shard.total if shard else 1
-    if max(1, count) != expected:
-        yield f"“split.count” is {count:,}, but by its name the model has {expected:,} file{'s' * (expected > 1)}"
-    elif count > 1:
-        yield from _find_errors_of_parts(model)
-
-
-def _find_errors_of_parts(model: SplitModel) -> Iterator[str]:
+    """Compare the numbers of the files of a split model, and their tensors, with what they state."""
+    if len(model.paths) < 2:
+        return
+    for number, path in enumerate(model.paths):
+        stated = pairs if number == 0 else read_raw_metadata(path)
+        if stated.get("split.no") != struct.pack("<IH", _UINT16[0], number):
+            yield f"“split.no” of {path.name} is not {number} (uint16)"
     total = sum(len(header.tensors) for header in model.headers)
-    for number, (path, header) in enumerate(zip(model.paths, model.headers, strict=True)):
-        if header.metadata.get("split.no") != number:
-            yield f"“split.no” of {path.name} is {header.metadata.get('split.no')}, not {number}"
-    if model.headers[0].metadata.get("split.tensors.count") != total:
-        yield f"“split.tensors.count” is {model.headers[0].metadata.get('split.tensors.count')}, not {total:,}"
+    if pairs.get("split.tensors.count") != struct.pack("<Ii", _INT32S[1], total):
+        yield f"“split.tensors.count” is not {total:,} (int32)"
 
 
 def _find_hyperparameter_errors(model: SplitModel, pairs: Pairs) -> Iterator[str]:
@@ -164,7 +170,7 @@ def _find_hyperparameter_errors(model: SplitModel, pairs: Pairs) -> Iterator[str
     if architecture in QWEN:
         yield from Hyperparameters(architecture, pairs).find_errors()
     elif architecture not in _known_architectures():
-        yield f"it does not support the architecture “{shorten(architecture)}”"
+        yield f"llama.cpp does not support the architecture “{shorten(architecture)}”"
 
 
 def _known_architectures() -> Collection[str]:
@@ -179,7 +185,7 @@ def _known_architectures() -> Collection[str]:
 def _find_vocabulary_errors(model: SplitModel, pairs: Pairs) -> Iterator[str]:
     tokenizer, tokens = (decode_value(pairs[f"tokenizer.ggml.{key}"]) for key in ("model", "tokens"))
     if tokenizer not in _TOKENIZERS:
-        yield f"it does not know the tokenizer “{shorten(tokenizer)}”"
+        yield f"llama.cpp does not know the tokenizer “{shorten(tokenizer)}”"
     if not tokens:
         yield "the vocabulary is empty"
     twice = next((token for token, count in collections.Counter(tokens).items() if count > 1 and token), None)
@@ -196,7 +202,7 @@ def _find_vocabulary_errors(model: SplitModel, pairs: Pairs) -> Iterator[str]:
             yield "“tokenizer.ggml.merges” is missing"
         pre = decode_value(pairs["tokenizer.ggml.pre"]) if "tokenizer.ggml.pre" in pairs else ""
         if pre and pre not in PRE_TOKENIZER_NAMES:
-            yield f"it does not know the pre-tokenizer “{shorten(pre)}”"
+            yield f"llama.cpp does not know the pre-tokenizer “{shorten(pre)}”"
 
 
 def _find_missing_byte(tokens: Sequence[str]) -> str:
@@ -271,8 +277,11 @@ def _describe_unusable(located: LocatedTensor) -> str:
     is_vector = tensor.name.endswith(("_norm.weight", ".bias", "scale"))
     if kind is None or not ggml.can_dequantize(kind) or (is_vector and kind.name != "f32"):
         return f"the tensor “{shorten(tensor.name)}” has the type {tensor_type_name(tensor.type)}" + (
-            ", but must be F32" if is_vector else ", with which it cannot compute"
+            ", but must be F32" if is_vector else ", with which llama.cpp cannot compute"
         )
     if offset % _MIN_ALIGNMENT:
         return f"the data of “{shorten(tensor.name)}” begins at byte {offset:,}, not at a multiple of {_MIN_ALIGNMENT}"
     return ""
+
+
+_METADATA_CHECKS: Sequence[Check] = (_find_wrong_types, _find_split_errors, _find_vocabulary_errors)

@@ -12,6 +12,7 @@ from qwenlocal.weights.conversion_plan import ConversionPlan, SourceRows, Source
 from qwenlocal.weights.file_types import FileType, QuantOverrides, file_type_name
 from qwenlocal.weights.gguf_reader import Header, TensorInfo
 from qwenlocal.weights.imatrix import ImportanceMatrix
+from qwenlocal.weights.load_errors import require_loadable
 from qwenlocal.weights.quant_mix import ModelFacts, layer_order
 from qwenlocal.weights.split_model import read_model_keys, read_split_model
 
@@ -35,17 +36,15 @@ def plan_quantization(
 
     Raises
     ------
-    BadWeights: the file is damaged.
+    BadWeights: the file is damaged, or llama.cpp cannot run it.
     UsageError: it is quantized already (not with `requantize`).
     UnsupportedCheckpoint: the mixes of its architecture are not supported (not with `pure`).
     """
     model = read_split_model(source)
+    require_loadable(model)
     header = model.headers[0]
     facts = _model_facts(source, header, pure=options.overrides.pure)
     tensors = sorted((source_tensor(*located) for located in model.located), key=lambda t: layer_order(t.name))
-    unreadable = next((tensor for tensor in tensors if not ggml.can_dequantize(tensor.type)), None)
-    if unreadable:
-        raise BadWeights(source, f"“{unreadable.name}” has the type {unreadable.type.name}, which weights cannot have")
     metadata = read_model_keys(model)
     plan = make_plan(tensors, targets, metadata, facts, options.overrides, options.imatrix)
     if not options.requantize:

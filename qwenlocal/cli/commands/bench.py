@@ -29,7 +29,7 @@ def bench_models(
 
     Raises
     ------
-    UsageError: the repetitions or depths are invalid.
+    UsageError: the repetitions or depths are invalid. BadWeights: llama.cpp cannot run a model.
     """
     from qwenlocal.engine.load_plan import plan_load
     from qwenlocal.engine.memory import ModelDims
@@ -37,6 +37,8 @@ def bench_models(
     from qwenlocal.measure.bench import ANSWER, run_benchmarks
     from qwenlocal.terminal.progress import status_line
     from qwenlocal.weights.gguf_reader import read_metadata
+    from qwenlocal.weights.load_errors import require_loadable
+    from qwenlocal.weights.split_model import read_split_model
 
     if not 1 <= repetitions <= 1000:
         raise UsageError(f"-r must be between 1 and 1,000, not {repetitions}.")
@@ -45,6 +47,7 @@ def bench_models(
     records = [(text, app.models.ensure_model(app.models.parse(text))) for text in names]
     results = []
     for text, record in records:
+        require_loadable(read_split_model(record.path))
         dims = ModelDims.from_metadata(read_metadata(record.path))
         max_depth = max(
             (depth for depth in all_depths if dims is None or depth + ANSWER <= dims.n_ctx_train), default=0

@@ -16,18 +16,22 @@ def tune_model(text: str, *, seconds: float, as_json: bool) -> None:
 
     Raises
     ------
-    UsageError: `seconds` is out of range. NotWritable: the settings cannot be saved.
+    UsageError: `seconds` is out of range. BadWeights: llama.cpp cannot run the model. NotWritable: the settings cannot
+    be saved.
     """
     from qwenlocal.engine.prompt_cache import fingerprint_model
     from qwenlocal.engine.tuned_settings import write_tuned_settings
     from qwenlocal.machine import power_source, this_machine
     from qwenlocal.measure.tune import thread_counts, tune
     from qwenlocal.terminal.progress import status_line
+    from qwenlocal.weights.load_errors import require_loadable
+    from qwenlocal.weights.split_model import read_split_model
 
     if not 1 <= seconds <= 3600:
         raise UsageError(f"--seconds must be between 1 and 3,600, not {seconds:g}.")
     app = AppContext(quiet=as_json)
     record, machine = app.models.ensure_model(app.models.parse(text)), this_machine()
+    require_loadable(read_split_model(record.path))
     if hasattr(os, "getloadavg") and os.getloadavg()[0] > machine.cores / 2:
         app.say("Other programs keep this machine busy, so the results may not hold when it is idle.")
     counts = thread_counts(machine.cores, machine.logical_cores)

@@ -83,14 +83,15 @@ def _find_damage(app: AppContext, record: ModelRecord) -> list[FileDamage]:
 
 
 def _check_readable(record: ModelRecord) -> None:
-    """Read the headers: a file may be damaged before its first digest is computed."""
+    """Check the headers: a file may be damaged before its first digest is computed."""
     from qwenlocal.weights.checkpoint import Checkpoint
+    from qwenlocal.weights.load_errors import require_loadable
     from qwenlocal.weights.split_model import read_split_model
 
     if record.is_checkpoint:
         Checkpoint.open(record.path.parent)
     else:
-        read_split_model(record.path)
+        require_loadable(read_split_model(record.path))
 
 
 def _describe_digests(record: ModelRecord) -> str:

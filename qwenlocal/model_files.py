@@ -1,4 +1,7 @@
-"""Naming conventions of model files: quantization types such as q4_k_m, and shards such as x-00001-of-00003.gguf."""
+"""
+Naming conventions of model files: quantization types such as q4_k_m, shards such as x-00001-of-00003.gguf, and pieces
+of large files such as x.gguf.part1of3.
+"""
 
 from __future__ import annotations
 
@@ -55,6 +58,7 @@ FILE_TYPE_ALIASES: Mapping[str, str] = {
 }
 
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.gguf|\.safetensors)", re.IGNORECASE)
+_PIECE = re.compile(r"(.*\.gguf)(?:[.-](?:split-)?([a-z])|[.-]part(\d+)of(\d+))", re.IGNORECASE)
 
 
 class Shard(NamedTuple):
@@ -76,3 +80,25 @@ def parse_shard(name: str) -> Shard | None:
     """Return the shard that a file name denotes, None for a file that is not split."""
     match = _SHARD.fullmatch(name)
     return Shard(match[1], int(match[2]), int(match[3]), match[4]) if match else None
+
+
+class Piece(NamedTuple):
+    """
+    A piece of a GGUF file that was cut by size, by its name: x.gguf.part2of3 is `("x.gguf", 2, 3)`.
+
+    x.gguf.b and x.gguf-split-b are `("x.gguf", 2, 0)`: such names do not tell how many there are.
+    """
+
+    file: str
+    number: int
+    total: int
+
+
+def parse_piece(name: str) -> Piece | None:
+    """Return the piece of a file that a file name denotes, None for a whole file."""
+    match = _PIECE.fullmatch(name)
+    if not match:
+        return None
+    if match[2]:
+        return Piece(match[1], ord(match[2].lower()) - ord("a") + 1, 0)
+    return Piece(match[1], int(match[3]), int(match[4]))

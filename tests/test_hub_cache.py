@@ -89,10 +89,24 @@ class TestUse:
         expect_exit(invoke("pull", f"{HF_NAME}@main", environment=OFFLINE), 0)
         expect_exit(invoke("pull", f"{HF_NAME}@other", environment=OFFLINE), 4)
 
-    def test_a_pinned_revision_needs_no_branch(self, tiny_checkpoint: Path, folders: Folders, invoke: Run) -> None:
+    @pytest.mark.parametrize("name", [PINNED_NAME, HF_NAME])
+    def test_a_checkpoint_that_was_fetched_by_commit_is_found(
+        self, name: str, tiny_checkpoint: Path, folders: Folders, invoke: Run
+    ) -> None:
         add_to_hub_cache(folders, tiny_checkpoint, main=False)
-        expect_exit(invoke("pull", PINNED_NAME, environment=OFFLINE), 0)
-        expect_exit(invoke("pull", HF_NAME, environment=OFFLINE), 4)
+        for command in ("pull", "convert"):
+            expect_exit(invoke(command, name, environment=OFFLINE), 0)
+        expect_exit(invoke("pull", f"{HF_NAME}@main", environment=OFFLINE), 4)
+
+    def test_a_complete_snapshot_is_preferred_to_an_incomplete_one_of_the_branch(
+        self, tiny_checkpoint: Path, folders: Folders, invoke: Run
+    ) -> None:
+        snapshot = add_to_hub_cache(folders, tiny_checkpoint)
+        (snapshot.parents[1] / "refs" / "main").write_text("1" * 40)
+        newer = snapshot.parent / ("1" * 40)
+        newer.mkdir()
+        (newer / "config.json").write_bytes((tiny_checkpoint / "config.json").read_bytes())
+        expect_exit(invoke("pull", HF_NAME, environment=OFFLINE), 0)
 
     def test_removing_the_converted_model_keeps_the_cached_checkpoint(
         self, tiny_checkpoint: Path, folders: Folders, invoke: Run

@@ -18,12 +18,12 @@ from qwenlocal.library.artifact import DownloadPolicy
 from qwenlocal.library.catalog import Catalog, KnownFile, ModelCard, Wheel
 from qwenlocal.library.external_caches import ExternalFile
 from qwenlocal.library.http import HttpClient, Timeouts
-from qwenlocal.library.hubs import HuggingFace, ModelScope, RemoteFile
+from qwenlocal.library.hubs import HuggingFace, ModelScope, RemoteFile, RepoListing
 from qwenlocal.library.local_models import LocalModels
-from qwenlocal.library.names import ModelName, parse_name
+from qwenlocal.library.names import HubName, ModelName, parse_name
 from qwenlocal.library.package_index import PackageIndex, index_url
 from qwenlocal.library.puller import Puller
-from qwenlocal.library.repo_files import group_models
+from qwenlocal.library.repo_files import group_models, select_model
 from qwenlocal.library.resolver import Resolver
 from qwenlocal.library.store import ModelRecord, Store
 from qwenlocal.paths import Folders
@@ -213,6 +213,41 @@ def test_a_missing_level_lists_the_available_ones(library: Library) -> None:
     assert caught.value.hint == "Available: q4_k_m"
 
 
+TAGGED = [
+    "x-Q4_K_M.gguf", "x-UD-Q4_K_M.gguf", "x-UD-Q4_K_XL-00001-of-00002.gguf", "x-UD-Q4_K_XL-00002-of-00002.gguf",
+    "x-I-Compact.gguf", "x-Q4_0_4_4.gguf", "BF16/x-BF16-imat.gguf", "x.Q6_K.gguf.part1of2", "x.Q6_K.gguf.part2of2",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("tag", "file"),
+    [
+        ("UD-Q4_K_XL", "x-UD-Q4_K_XL-00001-of-00002.gguf"),
+        ("ud-q4_k_xl", "x-UD-Q4_K_XL-00001-of-00002.gguf"),
+        ("Q4_K_XL", "x-UD-Q4_K_XL-00001-of-00002.gguf"),
+        ("UD-Q4_K_M", "x-UD-Q4_K_M.gguf"),
+        ("q4_k_m", "x-Q4_K_M.gguf"),
+        ("I-Compact", "x-I-Compact.gguf"),
+        ("q4_0_4_4", "x-Q4_0_4_4.gguf"),
+        ("imat", "BF16/x-BF16-imat.gguf"),
+        ("q6_k", "x.Q6_K.gguf"),
+    ],
+)
+def test_a_tag_stands_for_the_file_that_has_it_in_its_name(library: Library, tag: str, file: str) -> None:
+    name = library.name(f"hf:o/r:{tag}")
+    assert isinstance(name, HubName)
+    assert select_model(RepoListing("o/r", "", [RemoteFile(path, 1, None) for path in TAGGED]), name).name == file
+
+
+@pytest.mark.parametrize("tag", ["q4_0", "q4_k", "q4_k_x", "compac", "x-ud-q4"])
+def test_an_unknown_tag_lists_what_there_is(library: Library, tag: str) -> None:
+    listing = RepoListing("o/r", "", [RemoteFile(path, 1, None) for path in TAGGED])
+    with pytest.raises(ModelNotFound, match=f"o/r has no {tag} file") as caught:
+        select_model(listing, HubName("hf", "o/r", level=tag))
+    assert "q4_k_m" in caught.value.hint
+    assert "x-I-Compact.gguf" in caught.value.hint
+
+
 def test_a_gated_repository_has_a_hint(library: Library) -> None:
     library.hub.repository(REPO).gated = True
     with pytest.raises(ModelNotFound) as caught:
@@ -258,9 +293,11 @@ def test_a_busy_hub_is_retried(library: Library) -> None:
 
 def test_an_installed_revision_does_not_stand_for_another(library: Library) -> None:
     library.pull(f"hf:{REPO}")
+    with pytest.raises(ModelNotFound, match="has no revision"):
+        library.pull(f"hf:{REPO}@v9/{FILE}")
     library.hub.requests.clear()
     library.pull(f"hf:{REPO}@{COMMIT}/{FILE}")
-    assert library.hub.requests != []
+    assert library.hub.requests == []
 
 
 def test_revisions_of_modelscope_do_not_overwrite_each_other(library: Library, tmp_path: Path) -> None:
@@ -350,16 +387,54 @@ def test_the_package_index_is_the_one_pip_uses() -> None:
 # --- split files
 
 
-def test_raw_parts_are_joined(library: Library) -> None:
-    half = len(library.content) // 2
-    library.hub.repository("o/raw").files = {
-        "big-q4_k_m.gguf.a": library.content[:half],
-        "big-q4_k_m.gguf.b": library.content[half:],
-    }
+def divide(content: bytes, count: int) -> list[bytes]:
+    size = -(-len(content) // count)
+    return [content[number * size : (number + 1) * size] for number in range(count)]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["big-q4_k_m.gguf.a", "big-q4_k_m.gguf.b"],
+        ["big-q4_k_m.gguf-split-a", "big-q4_k_m.gguf-split-b"],
+        [f"big-q4_k_m.gguf.part{number}of11" for number in range(1, 12)],
+    ],
+)
+def test_pieces_are_joined(library: Library, names: list[str]) -> None:
+    library.hub.repository("o/raw").files = dict(zip(names, divide(library.content, len(names)), strict=True))
     record = library.pull("hf:o/raw:q4_k_m")
     assert record.path.name == "big-q4_k_m.gguf"
     assert record.path.read_bytes() == library.content
     assert record.files[0].sha256 == library.digest
+
+
+@pytest.mark.parametrize(
+    ("names", "lost"),
+    [
+        (["x.gguf.part1of3", "x.gguf.part3of3"], "part 2 of x.gguf"),
+        (["x.gguf.part1of2"], "part 2 of x.gguf"),
+        (["x.gguf-split-b"], "part 1 of x.gguf"),
+        (["x-00001-of-00003.gguf", "x-00002-of-00003.gguf"], "part 3 of x-00001-of-00003.gguf"),
+    ],
+)
+def test_a_repository_without_a_part_is_refused_before_the_download(
+    library: Library, names: list[str], lost: str
+) -> None:
+    library.hub.repository("o/raw").files = dict(zip(names, divide(library.content, len(names)), strict=True))
+    with pytest.raises(ModelNotFound, match=f"o/raw lacks {lost}"):
+        library.pull("hf:o/raw")
+
+
+def test_a_whole_file_that_is_called_like_a_shard_is_downloaded(library: Library) -> None:
+    library.hub.repository("o/named").files = {"x-00001-of-00013.gguf": library.content}
+    assert library.pull("hf:o/named").path.read_bytes() == library.content
+
+
+def test_a_lone_shard_is_refused_after_the_download(library: Library, tmp_path: Path) -> None:
+    library.hub.repository("o/lone").files = {"x-00001-of-00002.gguf": split_model(library, tmp_path)[0]}
+    with pytest.raises(BadWeights, match=r"split into 2 files, and x-00002-of-00002\.gguf is missing"):
+        library.pull("hf:o/lone")
+    assert library.store.records() == []
 
 
 def test_shards_are_stored_together_and_the_first_is_loaded(library: Library, tmp_path: Path) -> None:

@@ -43,6 +43,8 @@ class Library:
     def find(self, name: ModelName) -> ModelRecord | None:
         return self.installed.get(str(name))
 
+    find_offline = find
+
     def find_checkpoint(self, _name: ModelName) -> Path | None:
         return None
 

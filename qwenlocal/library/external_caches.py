@@ -2,15 +2,17 @@
 Model files that other programs downloaded: used in place, never copied, never changed.
 
     Hugging Face cache   models--<owner>--<repo>/blobs/<sha256>, with file names in snapshots/<commit>/
-    Ollama               blobs/sha256-<digest>
+    Ollama               blobs/sha256-<digest>, named in manifests/hf.co/<owner>/<repo>/<tag>
     LM Studio            <owner>/<repo>/<file>.gguf
     llama.cpp            <owner>_<repo>_<file>.gguf in its own cache
 """
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import itertools
+import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -28,6 +30,19 @@ class ExternalFile:
     path: Path
     program: str
     has_digest_path: bool
+
+
+@dataclass(frozen=True)
+class CachedRepository:
+    """
+    The GGUF files of a hub's repository in a cache, by their paths in the repository.
+
+    `has_tags_only`: the cache keeps no file names; here the files are called after their tags.
+    """
+
+    program: str
+    files: Mapping[str, Path]
+    has_tags_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,6 +68,48 @@ def find_external_files(
             continue
         if candidate.path.is_file() and size > 0 and query.size in (None, size):
             yield candidate
+
+
+def find_cached_repositories(
+    repo: str, revision: str | None, folders: Folders, environ: Mapping[str, str] = os.environ
+) -> Iterator[CachedRepository]:
+    """Yield what programs have of a Hugging Face repository; only the Hub's own cache tells revisions apart."""
+    for snapshot in find_snapshots(folders.hub_cache, repo, revision):
+        yield CachedRepository(_HUGGING_FACE, gguf_files(snapshot))
+    if revision:
+        return
+    for folder in _lm_studio_folders(folders):
+        yield CachedRepository("LM Studio", gguf_files(folder / repo))
+    prefix = f"{repo.replace('/', '_')}_"
+    for folder in _llama_cpp_folders(folders, environ):
+        files = {
+            name.removeprefix(prefix): path for name, path in gguf_files(folder).items() if name.startswith(prefix)
+        }
+        yield CachedRepository("llama.cpp", files)
+    for folder in _ollama_folders(folders, environ):
+        yield CachedRepository("Ollama", _read_manifests(folder, repo), has_tags_only=True)
+
+
+def find_snapshots(hub_cache: Path, repo: str, revision: str | None) -> list[Path]:
+    """
+    Return the snapshots of a repository in the Hub's cache that a revision means.
+
+    Without a revision, that is the one of the branch main, then all others (fetched by commit), the newest first.
+    """
+    folder, commit = hub_cache_folder(hub_cache, repo), revision or "main"
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        commit = (folder / "refs" / commit).read_text(encoding="utf-8").strip()
+    snapshot = folder / "snapshots" / commit
+    if revision:
+        return [snapshot]
+    others = [path for path in folder.glob("snapshots/*") if path.is_dir() and path != snapshot]
+    return [snapshot, *sorted(others, key=lambda path: path.stat().st_mtime, reverse=True)]
+
+
+def gguf_files(folder: Path) -> dict[str, Path]:
+    """Return the GGUF files in a folder and below, by their paths in the folder."""
+    files = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() == ".gguf" and path.is_file())
+    return {path.relative_to(folder).as_posix(): path for path in files}
 
 
 def hub_cache_folder(hub_cache: Path, repo: str) -> Path:
@@ -81,6 +138,18 @@ def _candidates_by_name(file: str, repo: str, folders: Folders, environ: Mapping
     flat_name = f"{repo.replace('/', '_')}_{file.replace('/', '_')}"
     for folder in _llama_cpp_folders(folders, environ):
         yield ExternalFile(folder / flat_name, "llama.cpp", has_digest_path=False)
+
+
+def _read_manifests(ollama: Path, repo: str) -> dict[str, Path]:
+    """Read which blobs the tags of a Hugging Face repository are."""
+    files = {}
+    for manifest in sorted((ollama / "manifests" / "hf.co" / repo).glob("*")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not a manifest
+            for layer in json.loads(manifest.read_text(encoding="utf-8"))["layers"]:
+                blob = ollama / "blobs" / layer["digest"].replace(":", "-")
+                if layer["mediaType"] == "application/vnd.ollama.image.model" and blob.is_file():
+                    files[f"{manifest.name}.gguf"] = blob
+    return files
 
 
 def _ollama_folders(folders: Folders, environ: Mapping[str, str]) -> Iterator[Path]:

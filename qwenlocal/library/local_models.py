@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from qwenlocal.errors import BadCheckpoint, NotWritable
+from qwenlocal.errors import BadCheckpoint, BadWeights, ModelNotFound, NotWritable
 from qwenlocal.fileio import hash_file
 from qwenlocal.library.catalog import KnownFile
-from qwenlocal.library.external_caches import ExternalFile, FileQuery, find_external_files, hub_cache_folder
+from qwenlocal.library.external_caches import (
+    CachedRepository,
+    ExternalFile,
+    FileQuery,
+    find_cached_repositories,
+    find_external_files,
+    find_snapshots,
+    gguf_files,
+)
 from qwenlocal.library.names import CatalogName, HubCheckpointName, HubName, ModelName, PathName, level_from_filename
 from qwenlocal.library.store import ModelRecord, Store, StoredFile
-from qwenlocal.model_files import parse_shard
 from qwenlocal.paths import Folders
 from qwenlocal.weights.checkpoint import has_vocabulary
 from qwenlocal.weights.json_files import read_json
@@ -25,6 +32,11 @@ def known_file(name: CatalogName) -> KnownFile | None:
     """Return the file of a catalog name if its digest is in the catalog."""
     level = name.level or name.card.level
     return next((file for file in name.card.files if level_from_filename(file.path) == level), None)
+
+
+def own_folder(folders: Folders, hub: str, repo: str) -> Path:
+    """Return the folder for files of a repository that do not go into the Hub's cache, in folders by commit."""
+    return folders.files / hub / repo.replace("/", "--")
 
 
 class LocalModels:
@@ -60,8 +72,105 @@ class LocalModels:
         record = self._store.get(str(name))
         if record and not record.is_checkpoint and (unchanged := self._store.check_unchanged(record)):
             return unchanged
-        query = _file_query(name)
-        return self.adopt(str(name), query) if query else None
+        if isinstance(name, CatalogName):
+            return self._find_catalog_model(name)
+        return self._find_in_repository(name) if isinstance(name, HubName) and (name.file or name.level) else None
+
+    def find_offline(self, name: ModelName) -> ModelRecord | None:
+        """
+        Return the model, or if the name leaves the choice to a hub, the best one of the repository on this disk.
+
+        Raises
+        ------
+        BadWeights: as `find`.
+        """
+        return self.find(name) or (self._find_in_repository(name) if isinstance(name, HubName) else None)
+
+    def _find_catalog_model(self, name: CatalogName) -> ModelRecord | None:
+        card = name.card
+        if known := known_file(name):
+            return self.adopt(str(name), FileQuery(known.path, known.size, known.sha256, card.gguf or ""))
+        if card.gguf is None:
+            return None
+        level = name.level or card.level
+        records = (self._find_in_repository(HubName(hub, card.gguf, level=level)) for hub in ("hf", *card.mirrors))
+        return next((record for record in records if record), None)
+
+    def _find_in_repository(self, name: HubName) -> ModelRecord | None:
+        """
+        Return the model of a repository that `name` means, among its files on this disk.
+
+        Raises
+        ------
+        BadWeights: its file was changed.
+        """
+        for cached in self._cached_repositories(name):
+            if file := _select_file(name, cached.files):
+                try:
+                    paths = shard_paths(cached.files[file])
+                except BadWeights:  # a part of the model is missing
+                    continue
+                return self._use_cached_files(name, cached, file, paths)
+        return None
+
+    def _cached_repositories(self, name: HubName) -> Iterator[CachedRepository]:
+        """Yield what is on this disk of a repository: files and conversions of our own, and those of other programs."""
+        own = own_folder(self._folders, name.hub, name.repo)
+        for folder in [own / name.revision.replace("/", "--")] if name.revision else sorted(own.glob("*")):
+            yield CachedRepository("", gguf_files(folder))
+        files = {file: record.path for file, record in self._records_of(name).items() if record.path.is_file()}
+        yield CachedRepository("", files)
+        if name.hub == "hf":
+            yield from find_cached_repositories(name.repo, name.revision, self._folders)
+
+    def _use_cached_files(
+        self, name: HubName, cached: CachedRepository, file: str, paths: Sequence[Path]
+    ) -> ModelRecord:
+        known = self._find_record(paths[0])
+        record = self._store.check_unchanged(known) if known else None
+        if record is None:
+            tag = file.removesuffix(".gguf").casefold()
+            full_name = (
+                replace(name, file=None, level=tag) if cached.has_tags_only else replace(name, file=file, level=None)
+            )
+            origin, owned = cached.program or f"{name.hub}:{name.repo}", not cached.program
+            record = ModelRecord(
+                str(full_name), [StoredFile.from_path(path, "") for path in paths], origin, owned=owned
+            )
+            if not owned:
+                self._on_external_file(ExternalFile(paths[0], cached.program, has_digest_path=False))
+        if (name.file or name.level) and str(name) != record.name:
+            record = replace(record, aliases=sorted({*record.aliases, str(name)}))
+        if record == known:
+            return record
+        with contextlib.suppress(NotWritable):  # on a read-only disk it is usable without a record
+            return self._store.add(record)
+        return record
+
+    def _find_record(self, path: Path) -> ModelRecord | None:
+        """Return the record of a model whose first file is `path`, under any name."""
+        records = (record for record in self._store.records() if not record.is_checkpoint)
+        paths = {str(path), str(path.resolve())}
+        return next((record for record in records if paths & {record.files[0].path, record.files[0].link}), None)
+
+    def find_record(self, name: ModelName) -> ModelRecord | None:
+        """Return the record that `name` means, whether or not its files are still there and unchanged."""
+        record = self._store.get(str(name))
+        if record or not isinstance(name, HubName) or not name.level:
+            return record
+        records = self._records_of(name)
+        file = _select_file(name, records)
+        return records[file] if file else None
+
+    def _records_of(self, name: HubName) -> dict[str, ModelRecord]:
+        """Return the records of a repository's models by file; that of a conversion is called after its type."""
+        repo, records = str(HubName(name.hub, name.repo, name.revision)), dict[str, ModelRecord]()
+        for record in self._store.records():
+            if record.name.startswith(f"{repo}/"):
+                records[record.name.removeprefix(f"{repo}/")] = record
+            elif record.name.startswith(f"{repo}:"):
+                records[record.name.removeprefix(f"{repo}:") + ".gguf"] = record
+        return records
 
     def find_checkpoint(self, name: HubName) -> Path | None:
         """Return the folder of a repository's checkpoint if all of it is on this disk, whoever downloaded it."""
@@ -70,12 +179,8 @@ class LocalModels:
             return record.path.parent
         if name.hub != "hf":
             return None
-        folder = hub_cache_folder(self._folders.hub_cache, name.repo)
-        commit = name.revision or "main"
-        with contextlib.suppress(OSError, UnicodeDecodeError):
-            commit = (folder / "refs" / commit).read_text(encoding="utf-8").strip()
-        snapshot = folder / "snapshots" / commit
-        return snapshot if _is_complete(snapshot) else None
+        snapshots = find_snapshots(self._folders.hub_cache, name.repo, name.revision)
+        return next(filter(_is_complete, snapshots), None)
 
     def adopt(
         self, name: str, query: FileQuery, origin: str = "", license: str = "", aliases: Sequence[str] = ()
@@ -105,19 +210,16 @@ class LocalModels:
         return hash_file(external.path, lambda done: self._report_hashing(external, done, size))
 
 
-def _file_query(name: ModelName) -> FileQuery | None:
-    """Return how to find a model's file on this disk without asking a hub; None if that is impossible."""
-    if isinstance(name, CatalogName) and (known := known_file(name)):
-        return FileQuery(known.path, known.size, known.sha256, name.card.gguf or "")
-    if (
-        isinstance(name, HubName)
-        and name.file
-        and name.hub == "hf"
-        and not name.revision
-        and not parse_shard(name.file)
-    ):
-        return FileQuery(name.file, None, None, name.repo)
-    return None
+def _select_file(name: HubName, files: Iterable[str]) -> str | None:
+    """Return the file of a repository that `name` means, of those that are given; None if there is none."""
+    from qwenlocal.library.hubs import RemoteFile, RepoListing  # 30 ms
+    from qwenlocal.library.repo_files import select_model
+
+    try:
+        model = select_model(RepoListing(name.repo, "", [RemoteFile(file, 0, None) for file in files]), name)
+    except ModelNotFound:
+        return None
+    return None if model.is_cut else model.name
 
 
 def _is_complete(folder: Path) -> bool:

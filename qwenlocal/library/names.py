@@ -3,6 +3,7 @@ Model names: the forms users can type, and parsing them.
 
     qwen1.5  qwen1.5:7b  qwen1.5:7b-base  qwen1.5:7b-chat-q5_k_m  codeqwen1.5  starter      catalog names
     hf:owner/repo  hf:owner/repo:q4_0  hf:owner/repo/file.gguf  hf:owner/repo@revision      Hugging Face
+    hf:owner/repo:UD-Q4_K_XL                                                                a tag in file names
     ms:owner/repo …                                                                         ModelScope
     https://host/x.gguf                                                                     any web server
     ./x.gguf  /models/x.gguf                                                                a local file
@@ -25,7 +26,7 @@ from urllib.parse import urlsplit
 from qwenlocal.errors import BadWeights, ModelNotFound
 from qwenlocal.i18n import tr
 from qwenlocal.library.catalog import Catalog, ModelCard
-from qwenlocal.model_files import FILE_TYPES
+from qwenlocal.model_files import FILE_TYPES, parse_piece
 from qwenlocal.weights.other_formats import ADAPTER_CONFIG, adapter_only, find_inner_checkpoints
 
 _LEVELS = [*FILE_TYPES, "q3_k", "q4_k", "q5_k"]  # as in file names; the last three without S, M or L
@@ -49,7 +50,11 @@ class CatalogName:
 
 @dataclass(frozen=True)
 class HubName:
-    """A repository on a hub ("hf" or "ms"), and optionally a file or a quantization type in it."""
+    """
+    A repository on a hub ("hf" or "ms"), and optionally a file or a level in it.
+
+    The level is a quantization type, or another tag that file names have, in lower case: "q4_0", "ud-q4_k_xl".
+    """
 
     hub: str
     repo: str
@@ -164,7 +169,8 @@ def normalize_name(text: str) -> str:
 
 def level_from_filename(file: str) -> str | None:
     """Return the quantization type in a file name: `level_from_filename("x-q4_k_m.gguf")` is "q4_k_m"."""
-    stem = re.sub(r"(\.gguf)?(\.[a-z]|-\d{5}-of-\d{5}(\.gguf)?)?$", "", file.casefold())
+    piece = parse_piece(file)
+    stem = re.sub(r"(-\d{5}-of-\d{5})?(\.gguf)?$", "", (piece.file if piece else file).casefold())
     matching = [level for level in _LEVELS if re.search(rf"(^|[-_.]){level}$", stem)]
     return max(matching, key=len, default=None)
 
@@ -258,7 +264,7 @@ def _not_a_checkpoint(path: Path) -> BadWeights:
 
 def _parse_hub_name(hub: str, text: str) -> HubName:
     match = _HUB.fullmatch(text)
-    if not match or ".." in text:
+    if not match or ".." in text or (match["mark"] == ":" and not re.fullmatch(r"[\w.-]+", match["rest"])):
         raise ModelNotFound(
             f"{hub}:{text}",
             reason=tr("“{hub}:{text}” is not a valid repository name.", hub=hub, text=text),
@@ -267,14 +273,25 @@ def _parse_hub_name(hub: str, text: str) -> HubName:
     rest = match["rest"]
     if match["mark"] == "/" and rest:
         return HubName(hub, match["repo"], match["revision"], file=rest)
-    return HubName(hub, match["repo"], match["revision"], level=_parse_level(rest) if rest else None)
+    return HubName(hub, match["repo"], match["revision"], level=_parse_tag(rest) if rest else None)
 
 
 def _levels_by_spelling() -> dict[str, str]:
     return {form: level for level in _LEVELS for form in (normalize_name(level), level.replace("_", ""))}
 
 
-def _parse_level(text: str) -> str:
+def _parse_tag(text: str) -> str:
+    return _levels_by_spelling().get(normalize_name(text), text.casefold())
+
+
+def parse_level(text: str) -> str:
+    """
+    Return the quantization type that `text` spells.
+
+    Raises
+    ------
+    ModelNotFound: there is no such type.
+    """
     level = _levels_by_spelling().get(normalize_name(text))
     if level is None:
         similar = difflib.get_close_matches(text.casefold(), _LEVELS, n=3)
@@ -299,5 +316,5 @@ def _parse_catalog_name(text: str, catalog: Catalog) -> CatalogName:
             return CatalogName(card, levels.get(level))
     typed = re.fullmatch(r"(?P<model>.+)[-:](?P<type>(?:i?q|b?f)\d\w*)", stem, re.IGNORECASE)
     if typed and normalize_name(typed["model"]) in spellings:
-        _parse_level(typed["type"])
+        parse_level(typed["type"])
     raise ModelNotFound(text, suggestions=_suggest_names(stem, catalog))

@@ -19,6 +19,7 @@ from qwenlocal.library.names import (
     LocalCheckpointName,
     ModelName,
     PathName,
+    parse_level,
     parse_name,
 )
 from qwenlocal.library.store import FileDamage, ModelRecord, Store
@@ -207,7 +208,11 @@ class ModelProvider:
             if not isinstance(name, (CatalogName, HubName)) or (isinstance(name, HubName) and name.file):
                 raise
             if isinstance(reason, SourceUnreachable) and self._local.find_checkpoint(checkpoint_repo(name)) is None:
+                if record := self._local.find_offline(name):
+                    return record
                 raise
+            if name.level:
+                parse_level(name.level)  # a tag of file names is no type to convert to
             return self._converter.ensure_converted(name)
 
     def _download(self, name: ModelName) -> ModelRecord:

@@ -28,6 +28,7 @@ from qwenlocal.resumable import part_path
 from qwenlocal.weights.architecture import check_convertible
 from qwenlocal.weights.checkpoint import read_config
 from qwenlocal.weights.gguf_reader import read_metadata
+from qwenlocal.weights.split_model import shard_paths
 from qwenlocal.weights.weight_files import choose_weight_files
 
 
@@ -253,7 +254,8 @@ class Puller:
 
     def _check_header(self, record: ModelRecord) -> None:
         try:
-            read_metadata(Path(record.files[0].path))
+            read_metadata(record.path)
+            shard_paths(record.path)
         except BadWeights as bad:
             for file in record.files:
                 file.delete()

@@ -10,7 +10,7 @@ from qwenlocal.errors import CheckpointOnly, ModelNotFound
 from qwenlocal.i18n import tr
 from qwenlocal.library.hubs import RemoteFile, RepoListing
 from qwenlocal.library.names import HubName, level_from_filename
-from qwenlocal.model_files import parse_shard
+from qwenlocal.model_files import FILE_TYPES, parse_piece, parse_shard
 from qwenlocal.weights.other_formats import (
     ADAPTER_CONFIG,
     PICKLED,
@@ -22,7 +22,6 @@ from qwenlocal.weights.other_formats import (
 )
 from qwenlocal.weights.weight_files import INDEX, SINGLE_FILE
 
-_RAW_SPLIT = re.compile(r"\.gguf[.-](?:split-)?([a-z])$", re.IGNORECASE)
 _NOT_MODELS = re.compile(r"mmproj|imatrix", re.IGNORECASE)
 _PREFERRED_LEVELS = ("q4_k_m", "q4_k_s", "q4_0", "q5_k_m", "q5_0", "q8_0", "f16", "bf16")
 # Files of a checkpoint, other than its weights, that the converter reads.
@@ -35,38 +34,50 @@ _CHECKPOINT_DOCUMENTS = (
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model in a repository: one file, its shards, or raw parts to be joined (`is_raw_split`)."""
+    """A model in a repository: one file, its shards, or the pieces of a file, to be joined (`is_cut`)."""
 
     files: Sequence[RemoteFile]
-    is_raw_split: bool
+    is_cut: bool = False
 
     @property
     def name(self) -> str:
-        """The path of the first or only file, without the suffix of a raw part."""
+        """The path of the first or only file, or of the file that was cut."""
         first = self.files[0].path
-        return _RAW_SPLIT.sub(".gguf", first) if self.is_raw_split else first
+        piece = parse_piece(first) if self.is_cut else None
+        return piece.file if piece else first
 
     @property
     def level(self) -> str | None:
         """The quantization type in the file name."""
         return level_from_filename(self.name)
 
+    @property
+    def missing_numbers(self) -> list[int]:
+        """The numbers of the shards or pieces that the repository lacks; a lone shard may be a whole file."""
+        if len(self.files) == 1 and not self.is_cut:
+            return []
+        parts = [parse_piece(file.path) if self.is_cut else parse_shard(file.path) for file in self.files]
+        numbers = {part.number for part in parts if part}
+        total = max(part.total for part in parts if part) or max(numbers)
+        return sorted({*range(1, total + 1)} - numbers)
+
 
 def group_models(files: Sequence[RemoteFile]) -> list[ModelFiles]:
-    """Group a repository's files into models, with shards and raw parts in order."""
-    single_files, shards, raw_parts = [], dict[str, list[RemoteFile]](), dict[str, list[RemoteFile]]()
+    """Group a repository's files into models, with shards and pieces in order."""
+    single_files: list[RemoteFile] = []
+    shards, pieces = dict[object, dict[int, RemoteFile]](), dict[object, dict[int, RemoteFile]]()
     for file in sorted(files, key=lambda file: file.path):
         if _NOT_MODELS.search(file.path):
             continue
         if (shard := parse_shard(file.path)) and shard.ending == ".gguf":
-            shards.setdefault(shard.stem, []).append(file)
-        elif _RAW_SPLIT.search(file.path):
-            raw_parts.setdefault(_RAW_SPLIT.sub("", file.path), []).append(file)
+            shards.setdefault((shard.stem, shard.total), {})[shard.number] = file
+        elif piece := parse_piece(file.path):
+            pieces.setdefault((piece.file, piece.total), {})[piece.number] = file
         elif file.path.lower().endswith(".gguf"):
             single_files.append(file)
-    models = [ModelFiles([file], is_raw_split=False) for file in single_files]
-    models += [ModelFiles(parts, is_raw_split=False) for parts in shards.values()]
-    models += [ModelFiles(parts, is_raw_split=True) for parts in raw_parts.values()]
+    models = [ModelFiles([file]) for file in single_files]
+    models += [ModelFiles([file for _, file in sorted(group.items())]) for group in shards.values()]
+    models += [ModelFiles([file for _, file in sorted(group.items())], is_cut=True) for group in pieces.values()]
     return models
 
 
@@ -78,7 +89,17 @@ def select_model(listing: RepoListing, name: HubName) -> ModelFiles:
     ------
     ModelNotFound, CheckpointOnly: the repository does not have it, or the choice is ambiguous.
     """
-    models = group_models(listing.files)
+    model = _select_model(listing, group_models(listing.files), name)
+    if missing := model.missing_numbers:
+        raise ModelNotFound(
+            str(name),
+            reason=tr("{repo} lacks part {number} of {file}.", repo=listing.repo, number=missing[0], file=model.name),
+            hint=tr("Choose another file or repository."),
+        )
+    return model
+
+
+def _select_model(listing: RepoListing, models: Sequence[ModelFiles], name: HubName) -> ModelFiles:
     if name.file:
         return _select_by_file(listing, models, name)
     if not models:
@@ -171,17 +192,20 @@ def _select_by_file(listing: RepoListing, models: Sequence[ModelFiles], name: Hu
 def _select_by_level(listing: RepoListing, models: Sequence[ModelFiles], level: str) -> ModelFiles:
     if model := _find_level(models, level):
         return model
-    levels = sorted({model.level for model in models if model.level})
     raise ModelNotFound(
         f"{listing.repo}:{level}",
         reason=tr("{repo} has no {level} file.", repo=listing.repo, level=level),
-        hint=tr("Available: ") + (", ".join(levels) or ", ".join(model.name for model in models)),
+        hint=tr("Available: ") + ", ".join(sorted({model.level or model.name for model in models})),
     )
 
 
 def _find_level(models: Sequence[ModelFiles], level: str) -> ModelFiles | None:
-    """Return the model with this level; of several, the one with the shortest name."""
-    return min((model for model in models if model.level == level), key=lambda model: len(model.name), default=None)
+    """Return the model with this quantization type or tag; of several, the one with the shortest name."""
+    matching = [model for model in models if model.level == level]
+    if level not in FILE_TYPES:
+        tag = re.compile(rf"(?<![a-z0-9]){re.escape(level)}(?![a-z0-9_])")
+        matching += [model for model in models if tag.search(model.name.casefold())]
+    return min(matching, key=lambda model: len(model.name), default=None)
 
 
 def _no_gguf_error(listing: RepoListing) -> ModelNotFound:

@@ -20,7 +20,7 @@ from qwenlocal.library.catalog import Catalog, KnownFile, ModelCard
 from qwenlocal.library.external_caches import hub_cache_folder
 from qwenlocal.library.http import HttpClient, TransferError, with_retries
 from qwenlocal.library.hubs import Hub, RemoteFile, RepoListing
-from qwenlocal.library.local_models import known_file
+from qwenlocal.library.local_models import known_file, own_folder
 from qwenlocal.library.names import CatalogName, HubName, ModelName, UrlName
 from qwenlocal.library.package_index import PackageIndex, WheelSource
 from qwenlocal.library.partial_file import scratch_folder
@@ -200,7 +200,7 @@ class Resolver:
     ) -> ResolvedModel:
         model = select_model(listing, hub_name)
         full_name = name or str(HubName(hub.scheme, listing.repo, hub_name.revision, file=model.name))
-        if model.is_raw_split:
+        if model.is_cut:
             files = [self._request_joined_file(full_name, hub, listing, model)]
         else:
             files = [self._request_file(full_name, hub, listing, file, card, hub_name.revision) for file in model.files]
@@ -248,7 +248,7 @@ class Resolver:
         return repo / "blobs" / digest, repo / "snapshots" / listing.commit / file.path
 
     def _own_folder(self, hub: Hub, listing: RepoListing) -> Path:
-        return self._folders.files / hub.scheme / listing.repo.replace("/", "--") / listing.commit.replace("/", "--")
+        return own_folder(self._folders, hub.scheme, listing.repo) / listing.commit.replace("/", "--")
 
     # --- the web
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwenlocal.cli.console import print_json, print_table
 from qwenlocal.cli.context import AppContext
-from qwenlocal.errors import NotEnoughMemory, UnsupportedCheckpoint, UsageError
+from qwenlocal.errors import NotEnoughMemory, SourceUnreachable, UnsupportedCheckpoint, UsageError
 from qwenlocal.formatting import format_bytes
 from qwenlocal.library.names import LocalCheckpointName, ModelName
 
@@ -80,15 +80,20 @@ def _read_outline(app: AppContext, name: ModelName) -> ModelOutline:
     from qwenlocal.weights.split_model import read_split_model
 
     record = app.local.find(name)
+    if record is None:
+        try:
+            with tempfile.TemporaryDirectory() as folder, app.open_puller() as puller:
+                path, size = puller.download_prefix(name, Path(folder), _HEADER_BYTES)
+                header = read_header(path)
+        except SourceUnreachable:
+            record = app.local.find_offline(name)
+            if record is None:
+                raise
     if record is not None:
         split_model = read_split_model(record.path)
         require_loadable(split_model)
         header = split_model.header
         size = weights_size(header) or record.size
-    else:
-        with tempfile.TemporaryDirectory() as folder, app.open_puller() as puller:
-            path, size = puller.download_prefix(name, Path(folder), _HEADER_BYTES)
-            header = read_header(path)
     dims = ModelDims.from_metadata(header.metadata)
     if dims is None:
         raise UnsupportedCheckpoint(

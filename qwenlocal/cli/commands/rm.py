@@ -27,7 +27,7 @@ def remove_model(text: str) -> None:
             hint=tr("Delete it with rm."),
         )
     has_removed_parts = _remove_unfinished(app, name)
-    record = app.store.get(str(name))
+    record = app.local.find_record(name)
     if record is None:
         if not has_removed_parts:
             raise ModelNotFound(

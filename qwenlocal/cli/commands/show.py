@@ -31,7 +31,7 @@ def _facts(app: AppContext, text: str) -> dict[str, Any]:
     name = app.models.parse(text)
     if isinstance(name, HubCheckpointName):
         return record_facts(app.models.stored_checkpoint(name))
-    if record := app.local.find(name):
+    if record := app.local.find_offline(name):
         facts = record_facts(record)
         if isinstance(name, PathName):
             facts["name"] = record.path.name

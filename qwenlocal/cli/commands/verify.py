@@ -52,7 +52,7 @@ def verify_model(text: str, *, repair: bool, as_json: bool) -> None:
 
 
 def _installed_record(app: AppContext, text: str, name: ModelName) -> ModelRecord:
-    record = app.store.get(str(name)) or app.local.find(name)
+    record = app.store.get(str(name)) or app.local.find_offline(name)
     if record is not None and not record.missing:
         return record
     if isinstance(name, LocalCheckpointName):

@@ -10,7 +10,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 from qwenlocal.chat.export import export_html, export_json, export_markdown
 from qwenlocal.chat.journal import Journal
 from qwenlocal.chat.journal_writer import JournalWriter
-from qwenlocal.chat.recovery import recover
 from qwenlocal.chat.thread import ASSISTANT, USER, Thread
 from qwenlocal.errors import ChatNotFound, JournalError
 
@@ -98,7 +97,7 @@ def test_only_the_owner_can_read_the_files(journal: Journal) -> None:
         pytest.skip("Windows has no such bits")
     talk(journal, "Q", "A")
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in journal.path.parent.iterdir()}
-    assert modes == dict.fromkeys(("chats.db", "chats.db-wal", "chats.db-shm"), 0o600)
+    assert modes == dict.fromkeys(("chats.db", "chats.db-wal", "chats.db-shm", "chats.db-locks"), 0o600)
 
 
 def test_an_answer_is_written_every_half_second_and_at_its_end(journal: Journal) -> None:
@@ -187,21 +186,154 @@ def test_percent_and_underscore_are_not_wildcards(journal: Journal) -> None:
 # --- several chats and processes
 
 
-def test_a_chat_that_is_open_elsewhere_continues_as_a_copy(tmp_path: Path) -> None:
+HOLDING = """
+import sys
+from pathlib import Path
+from qwenlocal.chat.journal import Journal
+journal = Journal(Path(sys.argv[1]))
+print(journal.acquire(1), flush=True)
+for words in sys.stdin:
+    journal.load_thread(1)
+    thread = journal.load_thread(1)
+    journal.open_writer(thread, model="other", chat_id=1)
+    thread.add("user", words.strip())
+    print("added", flush=True)
+"""
+
+
+@contextlib.contextmanager
+def chat_1_open_elsewhere(path: Path) -> Iterator[Callable[[str], None]]:
+    """Open chat 1 in another process, to which the function adds questions."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", HOLDING, str(path)], text=True, **pipes) as child:  # type: ignore[call-overload]
+        assert child.stdout.readline() == "True\n"
+
+        def add(text: str) -> None:
+            child.stdin.write(text + "\n")
+            child.stdin.flush()
+            assert child.stdout.readline() == "added\n"
+
+        yield add
+        child.stdin.close()
+
+
+def texts(journal: Journal, chat_id: int) -> list[str]:
+    return [message.text for message in journal.load_thread(chat_id).path]
+
+
+def test_a_chat_that_is_open_elsewhere_is_copied_with_the_first_new_message(journal: Journal) -> None:
+    _, writer = talk(journal, "Q", "A", system="Be kind.")
+    writer.close()
+    journal.rename_chat(1, "My title")
+    with chat_1_open_elsewhere(journal.path):
+        thread = journal.load_thread(1)
+        copying = journal.open_writer(thread, model="tiny", chat_id=1)
+        thread.set_leaf(1)
+        thread.set_leaf(2)
+        assert (copying.chat_id, copying.original) == (None, 1)
+        assert len(journal.list_chats()) == 1
+        thread.add(USER, "And?")
+        assert copying.chat_id == 2
+    assert [texts(journal, number) for number in (1, 2)] == [["Q", "A"], ["Q", "A", "And?"]]
+    assert journal.load_thread(2).system == "Be kind."
+    assert {chat.title for chat in journal.list_chats()} == {"My title"}
+
+
+def test_reading_a_chat_that_is_open_elsewhere_adds_no_copies(journal: Journal) -> None:
+    _, writer = talk(journal, "Q", "A")
+    writer.close()
+    with chat_1_open_elsewhere(journal.path):
+        for _ in range(10):
+            journal.open_writer(journal.load_thread(1), model="tiny", chat_id=1).close()
+    assert [chat.id for chat in journal.list_chats()] == [1]
+
+
+def test_a_copy_has_the_answer_that_is_growing_elsewhere(tmp_path: Path) -> None:
     path = tmp_path / "chats.db"
-    code = STREAMING.replace("10**9", "10**4")
-    child = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen([sys.executable, "-c", STREAMING, str(path)], stdout=subprocess.PIPE, text=True)
     assert child.stdout
-    for _ in range(3):
+    for _ in range(90):
         child.stdout.readline()
     journal = Journal(path)
     thread = journal.load_thread(1)
+    shown = thread.path[1].text
     writer = journal.open_writer(thread, model="tiny", chat_id=1)
+    thread.add(USER, "And?")
     child.kill()
     child.communicate()
     assert writer.chat_id == 2
-    again = journal.open_writer(journal.load_thread(1), model="tiny", chat_id=1)  # nobody has it open any more
-    assert again.chat_id == 1
+    assert shown.startswith("0 1 2 ") and texts(journal, 2) == ["Count", shown, "And?"]
+    assert journal.load_thread(2).path[1].finish_reason == "interrupted"
+
+
+def test_a_chat_that_was_closed_elsewhere_continues_without_a_copy(journal: Journal) -> None:
+    _, writer = talk(journal, "Q", "A")
+    writer.close()
+    with chat_1_open_elsewhere(journal.path):
+        thread = journal.load_thread(1)
+        waiting = journal.open_writer(thread, model="tiny", chat_id=1)
+    thread.add(USER, "And?")
+    assert (waiting.chat_id, waiting.original) == (1, None)
+    assert texts(journal, 1) == ["Q", "A", "And?"]
+    assert len(journal.list_chats()) == 1
+
+
+def test_a_chat_that_was_changed_elsewhere_is_copied_so_that_no_message_is_overwritten(journal: Journal) -> None:
+    _, writer = talk(journal, "Q", "A")
+    writer.close()
+    with chat_1_open_elsewhere(journal.path) as add:
+        thread = journal.load_thread(1)
+        journal.open_writer(thread, model="tiny", chat_id=1)
+        add("From the other window")
+    thread.add(USER, "And?")
+    assert texts(journal, 1) == ["Q", "A", "From the other window"]
+    assert texts(journal, 2) == ["Q", "A", "And?"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no zombies")
+def test_a_killed_process_has_no_chat_open_even_before_its_parent_notices(tmp_path: Path) -> None:
+    path = tmp_path / "chats.db"
+    child = subprocess.Popen([sys.executable, "-c", STREAMING, str(path)], stdout=subprocess.PIPE, text=True)
+    assert child.stdout
+    child.stdout.readline()
+    journal = Journal(path)
+    assert not journal.acquire(1)
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it stays a zombie
+    assert journal.acquire(1)
+    child.communicate()
+
+
+def test_a_process_number_in_the_journal_means_nothing(journal: Journal) -> None:
+    _, writer = talk(journal, "Q", "A")
+    writer.close()
+    with journal.transaction() as db:
+        db.execute("UPDATE chats SET open_by = ?", (os.getppid(),))  # as earlier versions wrote it
+    assert journal.acquire(1)
+
+
+def test_closing_a_chat_during_an_answer_keeps_all_of_it_and_frees_the_chat(journal: Journal) -> None:
+    thread, writer = talk(journal, "Q")
+    answer = thread.add(ASSISTANT, "")
+    thread.update(answer, text="The beginning")
+    writer.close()
+    thread.update(answer, text="The beginning and more, too late")
+    writer.close()
+    assert texts(journal, 1) == ["Q", "The beginning"]
+    assert journal.load_thread(1).path[1].finish_reason == "interrupted"
+    code = "import sys; from pathlib import Path; from qwenlocal.chat.journal import Journal\n"
+    code += "print(Journal(Path(sys.argv[1])).acquire(1))"
+    other = subprocess.run([sys.executable, "-c", code, str(journal.path)], capture_output=True, text=True, check=True)
+    assert other.stdout == "True\n"
+
+
+def test_an_interrupted_transaction_is_rolled_back_and_the_next_one_succeeds(journal: Journal) -> None:
+    talk(journal, "Q", "A")
+    with pytest.raises(SystemExit), journal.transaction() as db:
+        db.execute("DELETE FROM messages")
+        raise SystemExit
+    journal.rename_chat(1, "New")
+    assert texts(journal, 1) == ["Q", "A"]
 
 
 def test_continuing_a_chat_appends_to_it(journal: Journal) -> None:
@@ -238,15 +370,6 @@ def test_a_chat_deleted_while_open_continues_as_a_new_one(journal: Journal) -> N
     writer.close()
     (chat,) = journal.list_chats()
     assert [message.text for message in journal.load_thread(chat.id).path] == ["before", "after"]
-
-
-def test_a_process_that_reuses_an_id_has_no_chat_open(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "chats.db")
-    talk(journal, "Q", "A")
-    for changed in (1e9, time.time()):
-        with journal.transaction() as db:
-            db.execute("UPDATE chats SET open_by = ?, changed = ?", (os.getppid(), changed))
-        assert journal.is_open_elsewhere(1) == (changed > 1e9)
 
 
 # --- unusable files
@@ -301,42 +424,52 @@ def test_an_unwritable_folder_is_reported(tmp_path: Path) -> None:
         Journal(path)
 
 
-def test_readable_messages_of_a_damaged_journal_are_recovered(tmp_path: Path) -> None:
-    path = tmp_path / "chats.db"
-    journal = Journal(path)
-    for number in range(30):
-        talk(journal, f"Question {number} " + "q" * 900, f"Answer {number} " + "a" * 900)
-    journal.close()
-    data = bytearray(path.read_bytes())
-    middle = len(data) // 2 // 4096 * 4096
-    data[middle : middle + 8192] = b"\xa5" * 8192
-    path.write_bytes(data)
-    chats, messages = recover(path, tmp_path / "copy.db")
-    assert chats == 30
-    assert 40 <= messages < 60
-    copied = Journal(tmp_path / "copy.db")
-    texts = [message.text for chat in copied.list_chats() for message in copied.load_thread(chat.id).messages.values()]
-    assert len(texts) >= 30
-    assert all(text.startswith(("Question ", "Answer ")) for text in texts)
-    assert path.read_bytes() == data
+IMPOSSIBLE = [
+    "UPDATE chats SET changed = 1e300",
+    "UPDATE chats SET changed = 'yesterday'",
+    "UPDATE chats SET created = 9e999",
+    "UPDATE chats SET created = -1",
+    "UPDATE chats SET title = x'ff'",
+    "UPDATE chats SET title = CAST(x'ff' AS TEXT)",
+    "UPDATE chats SET title = CAST(zeroblob(9) AS TEXT)",
+    "UPDATE chats SET leaf = -1",
+    "UPDATE chats SET leaf = 77",
+    "UPDATE chats SET left_out = '{'",
+    "UPDATE chats SET left_out = '[' || replace(hex(zeroblob(9000)), '00', '[')",
+    "UPDATE chats SET id = -5",
+    "UPDATE messages SET role = 'system' WHERE number = 1",
+    "UPDATE messages SET parent = 5 WHERE number = 2",
+    "UPDATE messages SET parent = 2 WHERE number = 1",
+    "UPDATE messages SET number = 9223372036854775807 WHERE number = 2",
+    "UPDATE messages SET text = CAST(x'fffe' AS TEXT) WHERE number = 2",
+    "UPDATE messages SET text = x'00' WHERE number = 2",
+    "UPDATE messages SET why = 'bored' WHERE number = 2",
+    "UPDATE messages SET ids = x'01' WHERE number = 2",
+    "UPDATE messages SET ids = x'ffffffff' WHERE number = 2",
+    "UPDATE messages SET pinned = 7 WHERE number = 2",
+    "UPDATE messages SET created = 253402300799 WHERE number = 2",
+    "DELETE FROM messages WHERE number = 1",
+]
 
 
-def test_a_journal_with_an_open_chat_is_not_recovered(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "chats.db")
+@pytest.mark.parametrize("statement", IMPOSSIBLE)
+def test_impossible_values_are_reported_as_damage(journal: Journal, statement: str) -> None:
     talk(journal, "Q", "A")
     with journal.transaction() as db:
-        db.execute("UPDATE chats SET open_by = ?, changed = ?", (os.getppid(), time.time()))
-    with pytest.raises(JournalError, match="open in another window"):
-        recover(journal.path, tmp_path / "copy.db")
+        db.execute(statement)
+    with pytest.raises(JournalError, match="damaged") as caught:
+        for chat in journal.list_chats():
+            journal.load_thread(chat.id)
+    assert "chats recover" in caught.value.hint
 
 
-def test_recovery_works_in_folders_with_special_characters(tmp_path: Path) -> None:
-    folder = tmp_path / "a#b?c%41"
-    folder.mkdir()
-    journal = Journal(folder / "chats.db")
+@pytest.mark.parametrize("changes", ["role = 'x'", "text = x'00'", "created = 1e300"])
+def test_search_reports_impossible_values_as_damage(journal: Journal, changes: str) -> None:
     talk(journal, "Q", "A")
-    journal.close()
-    assert recover(folder / "chats.db", folder / "copy.db") == (1, 2)
+    with journal.transaction() as db:
+        db.execute(f"UPDATE messages SET {changes}")
+    with pytest.raises(JournalError, match="damaged"):
+        journal.search("A")
 
 
 @settings(max_examples=25, deadline=None)

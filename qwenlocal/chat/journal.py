@@ -3,12 +3,11 @@ The journal: all chats in one SQLite file.
 
 A message is written before it is shown, an answer at most half a second later. The file is in WAL mode, so several
 chats can be open at once, and a killed process loses nothing that was written. Nothing in it leaves the machine. The
-format is `_SCHEMA`; `PRAGMA user_version` is its version.
+format is `journal_rows.SCHEMA`; `PRAGMA user_version` is its version.
 """
 
 from __future__ import annotations
 
-import array
 import contextlib
 import json
 import os
@@ -21,7 +20,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwenlocal.chat.chat_locks import ChatLocks
+from qwenlocal.chat.journal_rows import (
+    CHAT_COLUMNS,
+    MESSAGE_COLUMNS,
+    SCHEMA,
+    ChatRow,
+    check_text,
+    message_to_sql,
+    parse_chat,
+    parse_message,
+    replace_row_surrogates,
+)
 from qwenlocal.chat.journal_writer import JournalWriter, describe_error, is_corruption
+from qwenlocal.chat.sqlite_pages import has_damaged_log
 from qwenlocal.chat.thread import USER, Message, Thread
 from qwenlocal.errors import ChatNotFound, JournalError
 from qwenlocal.formatting import replace_surrogates, shorten
@@ -30,17 +42,6 @@ from qwenlocal.i18n import tr
 VERSION = 1
 _APPLICATION_ID = 0x71776C63  # "qwlc": PRAGMA application_id
 _HIT_CONTEXT = 40  # characters shown on each side of a search hit
-_SCHEMA = """
-CREATE TABLE chats(
-    id INTEGER PRIMARY KEY AUTOINCREMENT, title TEXT NOT NULL, model TEXT NOT NULL, system TEXT NOT NULL,
-    leaf INTEGER NOT NULL, left_out TEXT NOT NULL, summary TEXT NOT NULL,
-    created REAL NOT NULL, changed REAL NOT NULL, open_by INTEGER NOT NULL);
-CREATE TABLE messages(
-    chat INTEGER NOT NULL, number INTEGER NOT NULL, parent INTEGER NOT NULL, role TEXT NOT NULL, text TEXT NOT NULL,
-    why TEXT NOT NULL, ids BLOB NOT NULL, model TEXT NOT NULL, pinned INTEGER NOT NULL, dropped INTEGER NOT NULL,
-    created REAL NOT NULL, PRIMARY KEY(chat, number));
-"""
-_COLUMNS = "number, parent, role, text, why, ids, model, pinned, dropped, created"
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,12 @@ class Journal:
         JournalError: the file is damaged, of a newer version, locked or not writable.
         """
         self.path, self._lock = path, threading.RLock()
+        self._chat_locks = ChatLocks(lock_path(path))
         with translate_errors(path):
-            # Chats are private. SQLite creates its -wal and -shm files with the mode of the database.
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+            _check_file(path, lock_timeout)
+            if not path.exists():
+                # Chats are private. SQLite creates its -wal and -shm files with the mode of the database.
+                os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
             self._db = sqlite3.connect(path, timeout=lock_timeout, isolation_level=None, check_same_thread=False)
             try:
                 self._prepare()
@@ -100,15 +104,13 @@ class Journal:
 
     def _prepare(self) -> None:
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
-        if version > VERSION:
-            raise JournalError(self.path, tr("it was written by a newer version of qwenlocal"))
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = NORMAL")
         self._db.execute("PRAGMA secure_delete = ON")  # overwrite deleted messages
         if version == 0:
             with self.transaction():
                 if not self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'chats'").fetchone():
-                    for statement in _SCHEMA.split(";\n"):
+                    for statement in SCHEMA.split(";\n"):
                         self._db.execute(statement)
                 self._db.execute(f"PRAGMA user_version = {VERSION}")
                 self._db.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
@@ -116,21 +118,23 @@ class Journal:
         self._db.execute("ROLLBACK")
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file and its chats."""
         with self._lock, contextlib.suppress(sqlite3.Error):
+            self._chat_locks.close()
             self._db.close()
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """Run the block in a transaction; an exception rolls it back."""
         with self._lock:
-            self._db.execute("BEGIN IMMEDIATE")
             try:
+                self._db.execute("BEGIN IMMEDIATE")
                 yield self._db
+                self._db.execute("COMMIT")
             except BaseException:
-                self._db.execute("ROLLBACK")
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
                 raise
-            self._db.execute("COMMIT")
 
     # --- reading
 
@@ -138,10 +142,11 @@ class Journal:
         """Return all chats, the most recently changed one first."""
         with self._lock, translate_errors(self.path):
             rows = self._db.execute(
-                "SELECT id, title, model, created, changed, (SELECT count(*) FROM messages WHERE chat = chats.id) "
+                f"SELECT {CHAT_COLUMNS}, (SELECT count(*) FROM messages WHERE chat = chats.id) "
                 "FROM chats ORDER BY changed DESC, id DESC"
             ).fetchall()
-        return [ChatInfo(*row) for row in rows]
+            chats = [(parse_chat(row), row[-1]) for row in rows]
+        return [ChatInfo(chat.id, chat.title, chat.model, chat.created, chat.changed, count) for chat, count in chats]
 
     def get_chat(self, chat_id: int) -> ChatInfo:
         """
@@ -162,22 +167,20 @@ class Journal:
 
         Raises
         ------
-        ChatNotFound: there is no such chat.
+        ChatNotFound: there is no such chat. JournalError: it is damaged.
         """
         with self._lock, translate_errors(self.path):
-            chat = self._db.execute(
-                "SELECT system, leaf, left_out, summary FROM chats WHERE id = ?", (chat_id,)
-            ).fetchone()
+            row = self._db.execute(f"SELECT {CHAT_COLUMNS} FROM chats WHERE id = ?", (chat_id,)).fetchone()
             rows = self._db.execute(
-                f"SELECT {_COLUMNS} FROM messages WHERE chat = ? ORDER BY number", (chat_id,)
+                f"SELECT {MESSAGE_COLUMNS} FROM messages WHERE chat = ? ORDER BY number", (chat_id,)
             ).fetchall()
-            if chat is None:
+            if row is None:
                 raise ChatNotFound(chat_id)
-            system, leaf, evicted, summary = chat
-            messages = {message.number: message for message in map(_from_row, rows)}
-            rooted = {number: message for number, message in messages.items() if _is_rooted(message, messages)}
-            leaf = leaf if leaf == 0 or leaf in rooted else max(rooted, default=0)
-            return Thread(system, leaf, rooted, set(json.loads(evicted)), summary)
+            chat, messages = parse_chat(row), {message.number: message for message in map(parse_message, rows)}
+            missing = {chat.leaf, *(message.parent for message in messages.values())} - {0, *messages}
+            if missing:
+                raise ValueError(f"chat {chat_id} has no message {min(missing)}")
+            return Thread(chat.system, chat.leaf, messages, set(chat.evicted), chat.summary)
 
     def search(self, words: str) -> list[SearchHit]:
         """
@@ -193,7 +196,10 @@ class Journal:
                 "SELECT chat, title, role, text, messages.created FROM messages JOIN chats ON chats.id = chat "
                 "ORDER BY messages.created DESC"
             )
-            texts = [(row, _normalize(row[3])) for row in rows]
+            texts = []
+            for row in rows:
+                check_text(*row[2:])
+                texts.append((row, _normalize(row[3])))
             return [_search_hit(row, text, terms[0]) for row, text in texts if all(term in text for term in terms)]
 
     # --- writing
@@ -207,6 +213,7 @@ class Journal:
         ChatNotFound: there is no such chat.
         """
         with translate_errors(self.path), self.transaction() as db:
+            title = replace_surrogates(title).replace("\0", "")
             if not db.execute("UPDATE chats SET title = ? WHERE id = ?", (title, chat_id)).rowcount:
                 raise ChatNotFound(chat_id)
 
@@ -225,65 +232,76 @@ class Journal:
         with translate_errors(self.path), self._lock:
             self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
+    def acquire(self, chat_id: int) -> bool:
+        """Open a chat in this process until `release` or the end of the process; False if another one has it open."""
+        with self._lock, translate_errors(self.path):
+            return self._chat_locks.acquire(chat_id)
+
+    def release(self, chat_id: int) -> None:
+        """Let other processes open a chat."""
+        with self._lock:
+            self._chat_locks.release(chat_id)
+
     def open_writer(self, thread: Thread, *, model: str, chat_id: int | None = None) -> JournalWriter:
         """
-        Write `thread` and its future changes: to the chat `chat_id`, or to a new one.
+        Write `thread` and its future changes: to the chat `chat_id`, which it was loaded from, or to a new one.
 
-        If another process has that chat open, the thread is written to a copy of it.
+        If another process has that chat open, the first change writes the thread to a copy of it.
         """
-        writer = JournalWriter(self, thread, model)
-        if chat_id is not None and not self.is_open_elsewhere(chat_id):
-            writer.chat_id = chat_id
-            writer.moved(thread)
-        else:
-            for message in thread.messages.values():
-                writer.changed(message)
+        writer = JournalWriter(self, thread, model, chat_id)
         thread.observer = writer
         return writer
 
-    def is_open_elsewhere(self, chat_id: int) -> bool:
-        """True if another running process has the chat open."""
-        with self._lock, translate_errors(self.path):
-            return chat_id in find_chats_open_elsewhere(self._db)
-
-    def write_thread(self, writer: JournalWriter, messages: Sequence[Message], removed: Sequence[int]) -> None:
+    def write_thread(self, writer: JournalWriter, messages: Sequence[Message], removed: Sequence[int]) -> int:
         """
-        Write the changes of the writer's thread; create the chat if it is new.
+        Write the changes of the writer's thread, and return the number of its chat, which is created if it is new.
 
         Raises
         ------
-        sqlite3.Error: the file cannot be written now.
+        sqlite3.Error, OSError: the file cannot be written now.
         """
-        thread, now = writer.thread, time.time()
-        state = (thread.system, thread.leaf, json.dumps(sorted(thread.evicted)), thread.summary, writer.model, now)
-        process = os.getpid() if writer.is_open else 0
+        thread, now, chat_id = writer.thread, time.time(), writer.chat_id
+        evicted = json.dumps(sorted(thread.evicted))
+        state = replace_row_surrogates((thread.system, thread.leaf, evicted, thread.summary, writer.model, now))
         with self.transaction() as db:
-            chat_id = writer.chat_id
             if (
                 chat_id is not None
                 and not db.execute(
-                    "UPDATE chats SET system = ?, leaf = ?, left_out = ?, summary = ?, model = ?, changed = ?, "
-                    "open_by = ? WHERE id = ?",
-                    (*_to_sql(state), process, chat_id),
+                    "UPDATE chats SET system = ?, leaf = ?, left_out = ?, summary = ?, model = ?, changed = ? "
+                    "WHERE id = ?",
+                    (*state, chat_id),
                 ).rowcount
             ):
                 # The chat was deleted meanwhile: write all of it to a new one.
                 chat_id, messages = None, list(thread.messages.values())
             if chat_id is None:
-                chat_id = db.execute(
-                    "INSERT INTO chats(title, created, open_by, system, leaf, left_out, summary, model, changed) "
-                    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                    (_default_title(thread), now, process, *_to_sql(state)),
-                ).lastrowid
-            for message in messages:
-                db.execute(
-                    f"INSERT OR REPLACE INTO messages(chat, {_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                    (chat_id, *_to_sql(_to_row(message))),
+                chat_id = int(
+                    db.execute(
+                        "INSERT INTO chats(title, created, open_by, system, leaf, left_out, summary, model, changed) "
+                        "VALUES (coalesce((SELECT title FROM chats WHERE id = ?), ?), ?, 0, ?, ?, ?, ?, ?, ?)",
+                        (writer.original, _default_title(thread), now, *state),
+                    ).lastrowid
+                    or 0
                 )
+                self._chat_locks.acquire(chat_id)
+            _insert_messages(db, chat_id, messages)
             db.executemany(
                 "DELETE FROM messages WHERE chat = ? AND number = ?", [(chat_id, number) for number in removed]
             )
-        writer.chat_id = chat_id
+        return chat_id
+
+    def insert_chat(self, chat: ChatRow, messages: Sequence[Message]) -> None:
+        """
+        Add a chat that is complete and not open.
+
+        Raises
+        ------
+        sqlite3.Error: the file cannot be written, or has the chat already.
+        """
+        row = chat.to_sql()
+        with self.transaction() as db:
+            db.execute(f"INSERT INTO chats({CHAT_COLUMNS}) VALUES ({', '.join('?' * len(row))})", row)
+            _insert_messages(db, chat.id, messages)
 
 
 @contextlib.contextmanager
@@ -295,61 +313,45 @@ def translate_errors(path: Path) -> Iterator[None]:
         raise JournalError(path, describe_error(error), damaged=is_corruption(error)) from error
 
 
-def find_chats_open_elsewhere(db: sqlite3.Connection) -> set[int]:
-    """Return the ids of the chats that other running processes have open."""
-    rows = db.execute("SELECT id, open_by, changed FROM chats WHERE open_by NOT IN (0, ?)", (os.getpid(),)).fetchall()
-    return {chat_id for chat_id, process, changed in rows if _has_run_since(process, changed)}
+def _check_file(path: Path, lock_timeout: float) -> None:
+    """
+    Check the structure of a journal, if there is one, and change nothing.
+
+    A connection that can write would, when it is closed, move the log into the file and drop what is damaged.
+
+    Raises
+    ------
+    JournalError: it is of a newer version. sqlite3.Error: it is damaged or cannot be read.
+    """
+    # Another process may be writing to the log: what is read half-written once is whole the second time.
+    if has_damaged_log(path) and has_damaged_log(path):
+        raise sqlite3.DatabaseError("a frame of the write-ahead log has a wrong checksum")
+    if not path.exists():
+        return
+    uri = f"{path.absolute().as_uri()}?mode=ro"
+    with contextlib.closing(sqlite3.connect(uri, timeout=lock_timeout, uri=True)) as db:
+        (version,) = db.execute("PRAGMA user_version").fetchone()
+        if version > VERSION:
+            raise JournalError(path, tr("it was written by a newer version of qwenlocal"))
+        (verdict,) = db.execute("PRAGMA quick_check(1)").fetchone()  # takes 1 ms per megabyte
+        if verdict != "ok":
+            raise sqlite3.DatabaseError("database disk image is malformed")
 
 
-def _has_run_since(process: int, moment: float) -> bool:
-    """True if a process is running and started before `moment`; one that started later only reuses the id."""
-    import psutil
-
-    try:
-        return bool(psutil.Process(process).create_time() <= moment)
-    except psutil.NoSuchProcess:
-        return False
-    except psutil.Error:  # it is running, but denies access
-        return True
+def lock_path(path: Path) -> Path:
+    """Return the path of the file with the locks of the journal at `path`."""
+    return path.with_name(f"{path.name}-locks")
 
 
 def _default_title(thread: Thread) -> str:
     first = next((message.text for message in thread.messages.values() if message.role == USER), "")
-    return shorten(replace_surrogates(first)) or tr("(no title)")
+    return shorten(replace_surrogates(first).replace("\0", "")) or tr("(no title)")
 
 
-def _to_sql(row: Sequence[Any]) -> list[object]:
-    """Replace lone surrogates, which SQLite rejects."""
-    return [replace_surrogates(value) if isinstance(value, str) else value for value in row]
-
-
-def _to_row(message: Message) -> tuple[object, ...]:
-    ids = array.array("i", message.ids).tobytes()
-    return (
-        message.number, message.parent, message.role, message.text, message.finish_reason, ids, message.model,
-        message.pinned, message.dropped, message.created,
-    )  # fmt: skip
-
-
-def _from_row(row: Sequence[Any]) -> Message:
-    number, parent, role, text, finish_reason, ids, model, pinned, dropped, created = row
-    tokens = array.array("i")
-    tokens.frombytes(ids[: len(ids) // tokens.itemsize * tokens.itemsize])
-    return Message(
-        number, parent, role, text, finish_reason, tuple(tokens), model, bool(pinned), bool(dropped), created
-    )
-
-
-def _is_rooted(message: Message, messages: dict[int, Message]) -> bool:
-    """True if all ancestors of a message exist; in a damaged journal some may be missing."""
-    visited: set[int] = set()
-    while message.parent:
-        visited.add(message.number)
-        parent = messages.get(message.parent)
-        if parent is None or parent.number in visited:
-            return False
-        message = parent
-    return True
+def _insert_messages(db: sqlite3.Connection, chat_id: int, messages: Sequence[Message]) -> None:
+    rows = [message_to_sql(chat_id, message) for message in messages]
+    placeholders = ", ".join("?" * len(MESSAGE_COLUMNS.split(",")))
+    db.executemany(f"INSERT OR REPLACE INTO messages({MESSAGE_COLUMNS}) VALUES ({placeholders})", rows)
 
 
 def _normalize(text: str) -> str:

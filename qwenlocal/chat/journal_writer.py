@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
+import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from qwenlocal.chat.events import FinishReason
 from qwenlocal.chat.thread import USER, Message, Thread, ThreadObserver
+from qwenlocal.errors import ChatNotFound, JournalError
 from qwenlocal.i18n import tr
 
 if TYPE_CHECKING:
@@ -15,62 +20,117 @@ if TYPE_CHECKING:
 
 WRITE_INTERVAL = 0.5  # seconds between two writes of a growing answer
 _RETRY_INTERVAL = 5.0  # seconds after a failed write: waiting for a locked file holds up the answer
+_ACCESS_PROBLEMS = ("locked", "busy", "readonly", "unable to open", "is full", "disk I/O")  # in messages of SQLite
 
 
 class JournalWriter(ThreadObserver):
     """
-    Writes a thread into the journal as it changes.
+    Writes a thread into the journal as it changes, until it is closed.
 
-    `chat_id` is None until the first message is written. `error` says why the last write failed, "" if it succeeded;
-    what could not be written is written with the next change.
+    `chat_id` is None until the first message is written. `original` is the chat that the thread was loaded from if
+    another process has it open; the first change goes to a copy of it, or to the chat itself if it has become free.
+    `error` says why the last write failed, "" if it succeeded; what could not be written is written with the next
+    change.
     """
 
     def __init__(
-        self, journal: Journal, thread: Thread, model: str, clock: Callable[[], float] = time.monotonic
+        self,
+        journal: Journal,
+        thread: Thread,
+        model: str,
+        chat_id: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """
+        Open the chat `chat_id`, which the thread was loaded from, or a new one if the thread has messages.
+
+        Raises
+        ------
+        JournalError: the chat cannot be locked.
+        """
         self.thread, self.model = thread, model
         self.chat_id: int | None = None
-        self.is_open = True
+        self.original: int | None = None
         self.error = ""
         self._journal, self._clock = journal, clock
+        self._lock = threading.RLock()  # an answer grows in another thread than the one that closes the window
+        self._is_closed = False
+        self._loaded = {number: replace(message) for number, message in thread.messages.items()}
         self._changed: dict[int, Message] = {}
         self._removed: set[int] = set()
         self._last_write = -WRITE_INTERVAL
-
-    def changed(self, message: Message) -> None:
-        self._changed[message.number] = message
-        is_growing = message.role != USER and not message.finish_reason
-        interval = _RETRY_INTERVAL if self.error else WRITE_INTERVAL
-        if not is_growing or self._clock() - self._last_write >= interval:
-            self.write()
-
-    def removed(self, message: Message) -> None:
-        self._changed.pop(message.number, None)
-        self._removed.add(message.number)
+        self._finish_answers()
+        if chat_id is None:
+            self._changed = dict(thread.messages)
+        elif journal.acquire(chat_id):
+            self.chat_id = chat_id
+        else:
+            self.original = chat_id
+            return
         self.write()
 
-    def moved(self, thread: Thread) -> None:
-        if self.chat_id is not None or self._changed:
+    def changed(self, message: Message) -> None:
+        with self._lock:
+            self._changed[message.number] = message
+            is_growing = message.role != USER and not message.finish_reason
+            interval = _RETRY_INTERVAL if self.error else WRITE_INTERVAL
+            if not is_growing or self._clock() - self._last_write >= interval:
+                self.write()
+
+    def removed(self, message: Message) -> None:
+        with self._lock:
+            self._changed.pop(message.number, None)
+            self._removed.add(message.number)
             self.write()
+
+    def moved(self, thread: Thread) -> None:
+        self.write()
 
     def write(self) -> None:
         """Write all pending changes."""
-        if self.chat_id is None and not self._changed:
-            return
-        self._last_write = self._clock()
-        try:
-            self._journal.write_thread(self, list(self._changed.values()), list(self._removed))
-        except sqlite3.Error as error:
-            self.error = describe_error(error)
-            return
-        self.error = ""
-        self._changed.clear()
-        self._removed.clear()
+        with self._lock:
+            if self._is_closed or (self.chat_id is None and not self._changed):
+                return
+            self._last_write = self._clock()
+            try:
+                if self.original is not None and self.chat_id is None:
+                    self._open_original()
+                self.chat_id = self._journal.write_thread(self, list(self._changed.values()), list(self._removed))
+            except (sqlite3.Error, OSError) as error:
+                self.error = describe_error(error)
+                return
+            self.error = ""
+            self._changed.clear()
+            self._removed.clear()
 
     def close(self) -> None:
-        """Write pending changes and release the chat, so that another process can open it."""
-        self.is_open = False
-        self.write()
+        """Write pending changes and release the chat, so that another process can open it. Later changes are lost."""
+        with self._lock:
+            if not self._is_closed:
+                self._finish_answers()
+                self.write()
+                self._is_closed = True
+                if self.chat_id is not None:
+                    self._journal.release(self.chat_id)
+
+    def _finish_answers(self) -> None:
+        """Mark answers that nothing will be added to as interrupted."""
+        for message in list(self.thread.messages.values()):
+            if message.role != USER and not message.finish_reason:
+                message.finish_reason = FinishReason.INTERRUPTED.value
+                self._changed[message.number] = message
+
+    def _open_original(self) -> None:
+        """Open the original chat if it is free and still has the messages that were loaded; else prepare a copy."""
+        original = self.original
+        assert original is not None
+        with contextlib.suppress(JournalError, ChatNotFound):
+            is_free = self._journal.acquire(original)
+            if is_free and self._journal.load_thread(original).messages == self._loaded:
+                self.chat_id, self.original = original, None
+                return
+        self._journal.release(original)
+        self._changed = dict(self.thread.messages)
 
 
 def describe_error(error: Exception) -> str:
@@ -88,4 +148,5 @@ def describe_error(error: Exception) -> str:
 
 def is_corruption(error: Exception) -> bool:
     """True if the file's contents are at fault, and not access to it."""
-    return not isinstance(error, (OSError, sqlite3.OperationalError))
+    is_access = isinstance(error, sqlite3.OperationalError) and any(text in str(error) for text in _ACCESS_PROBLEMS)
+    return not isinstance(error, OSError) and not is_access

@@ -59,11 +59,14 @@ def rename(chat: ChatArgument, title: Annotated[list[str], Argument(metavar="TIT
 
 
 @chats_app.command(short_help="Delete chats.")
-def rm(chats: Annotated[list[str], Argument(metavar="CHAT…", help="Numbers of chats, or last.")]) -> None:
+def rm(
+    chats: Annotated[list[str], Argument(metavar="CHAT…", help="Numbers of chats, ranges such as 3-7, or last.")],
+    yes: Annotated[bool, Option("-y", "--yes", help="Delete without asking.")] = False,
+) -> None:
     """Delete chats permanently."""
     from qwenlocal.cli.commands.chats import remove_chats
 
-    remove_chats(chats)
+    remove_chats(chats, assume_yes=yes)
 
 
 @chats_app.command(short_help="Export a chat as Markdown, JSON or HTML.")

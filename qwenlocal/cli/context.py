@@ -179,9 +179,10 @@ class AppContext:
         JournalError: it is damaged, locked, or of a newer version.
         """
         from qwenlocal.chat.journal import Journal
+        from qwenlocal.chat.sqlite_pages import wal_path
 
         path = self.folders.journal
-        return Journal(path) if path.exists() else None
+        return Journal(path) if path.exists() or wal_path(path).exists() else None
 
     def find_chat(self, text: str) -> tuple[Journal, ChatInfo]:
         """

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import shutil
 import sys
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from qwenlocal.cli.console import print_json, print_table
+from qwenlocal.cli.console import can_ask, confirm, print_json, print_table
 from qwenlocal.cli.context import AppContext
-from qwenlocal.errors import NotWritable, OutputExists, UsageError
+from qwenlocal.errors import ChatNotFound, InvalidChoice, NotWritable, OutputExists, QwenlocalError, UsageError
 from qwenlocal.formatting import format_count, format_model_name
 from qwenlocal.i18n import tr
 from qwenlocal.terminal.ansi import escape_controls, supports_color
+
+if TYPE_CHECKING:
+    from qwenlocal.chat.journal import ChatInfo
+
+_RANGE = re.compile(r"#?(\d{1,9})-#?(\d{1,9})")
 
 
 def list_chats(*, as_json: bool) -> None:
@@ -82,30 +90,62 @@ def rename_chat(text: str, title: str) -> None:
     sys.stderr.write(renamed + "\n")
 
 
-def remove_chats(texts: list[str]) -> None:
+def remove_chats(texts: list[str], *, assume_yes: bool) -> None:
     """
-    Delete chats permanently, and all prompt caches on disk, which contain their text.
+    Delete chats permanently, and all prompt caches on disk, which contain their text. At a terminal, ask first.
 
     Raises
     ------
-    UsageError: a chat is open in another window; nothing is deleted.
+    ChatNotFound, UsageError: there is no such chat, or one is open in another window; nothing is deleted.
     """
     from qwenlocal.engine.prompt_cache import delete_prompt_caches
 
     app = AppContext()
-    chats = {chat.id: (journal, chat) for journal, chat in map(app.find_chat, texts)}
-    for journal, chat in chats.values():
-        if journal.is_open_elsewhere(chat.id):
+    journal = app.open_existing_journal()
+    if journal is None:
+        raise ChatNotFound("")
+    chats = _find_chats(journal.list_chats(), texts)
+    for chat in chats:
+        if not journal.acquire(chat.id):
             raise UsageError(
                 tr("Chat {id} is open in another window.", id=chat.id),
                 hint=tr("Close it first. Nothing was deleted."),
             )
+    if not assume_yes and can_ask():
+        for chat in chats:
+            sys.stderr.write(f"{chat.id:>3}  {_day(chat.changed)}  {escape_controls(chat.title)}\n")
+        if not confirm(tr("Delete {chats} permanently?", chats=format_count(len(chats), "chat"))):
+            raise QwenlocalError(tr("Nothing was deleted."))
     try:
-        for journal, chat in chats.values():
+        for chat in chats:
             journal.delete_chat(chat.id)
             sys.stderr.write(f"Deleted: {chat.id} {escape_controls(chat.title)}\n")
     finally:
         delete_prompt_caches(app.folders.states)
+
+
+def _find_chats(chats: list[ChatInfo], texts: list[str]) -> list[ChatInfo]:
+    """
+    Return the chats with these numbers, those in ranges such as 3-7, and the last one for "last".
+
+    Raises
+    ------
+    ChatNotFound: there is none for one of the texts. UsageError: a range ends before it begins.
+    """
+    selected: dict[int, ChatInfo] = {}
+    for text in texts:
+        matches = chats[:1] if text == "last" else [chat for chat in chats if str(chat.id) == text.lstrip("#")]
+        if ends := _RANGE.fullmatch(text):
+            first, last = map(int, ends.groups())
+            if first > last:
+                raise UsageError(
+                    tr("“{text}” is not a range of chats.", text=text), hint=tr("For example: qwenlocal chats rm 3-7")
+                )
+            matches = [chat for chat in reversed(chats) if first <= chat.id <= last]
+        if not matches:
+            raise ChatNotFound("" if text == "last" else text)
+        selected.update({chat.id: chat for chat in matches})
+    return list(selected.values())
 
 
 def export_chat(text: str, format: str | None, output: Path | None, *, force: bool) -> None:
@@ -114,7 +154,7 @@ def export_chat(text: str, format: str | None, output: Path | None, *, force: bo
 
     Raises
     ------
-    UsageError: there is no such format. OutputExists: the file exists. NotWritable: it cannot be written.
+    InvalidChoice: there is no such format. OutputExists: the file exists. NotWritable: it cannot be written.
     """
     from qwenlocal.chat.export import FORMATS, export_thread
     from qwenlocal.fileio import replace_text
@@ -122,10 +162,7 @@ def export_chat(text: str, format: str | None, output: Path | None, *, force: bo
     format = format or (output.suffix.lstrip(".").lower() if output else "md")
     format = {"markdown": "md", "htm": "html"}.get(format, format)
     if format not in FORMATS:
-        raise UsageError(
-            tr("Unknown format: {format}.", format=format),
-            hint=tr("Formats: {names}", names=", ".join(FORMATS)),
-        )
+        raise InvalidChoice(tr("The format"), FORMATS, format)
     journal, chat = AppContext().find_chat(text)
     thread = journal.load_thread(chat.id)
     content = export_thread(thread, chat.title, chat.model, format)
@@ -144,32 +181,64 @@ def recover_chats() -> None:
 
     Raises
     ------
-    NotWritable: the files cannot be renamed.
+    JournalError: nothing is readable. NotWritable: the files cannot be renamed.
     """
     from qwenlocal.chat.recovery import recover
+    from qwenlocal.chat.sqlite_pages import wal_path
 
     path = AppContext().folders.journal
-    if not path.exists():
+    if not path.exists() and not wal_path(path).exists():
         sys.stderr.write(tr("There are no chats yet.") + "\n")
         return
     copy = path.with_name(path.name + ".recovering")
-    copy.unlink(missing_ok=True)
-    chats, messages = recover(path, copy)
-    damaged = path.with_name(f"{path.name}.damaged-{datetime.now():%Y%m%d-%H%M%S}")
+    for leftover in (copy, wal_path(copy)):
+        leftover.unlink(missing_ok=True)
+    recovered = recover(path, copy)
     try:
-        path.rename(damaged)
-        with contextlib.suppress(FileNotFoundError):  # the latest writes, readable or not
-            path.with_name(f"{path.name}-wal").rename(damaged.with_name(f"{damaged.name}-wal"))
-        path.with_name(f"{path.name}-shm").unlink(missing_ok=True)
-        copy.rename(path)
+        damaged = _replace_journal(path, copy)
     except OSError as error:
         raise NotWritable(path, error.strerror or str(error)) from error
-    summary = tr(
-        "Recovered {chats} with {messages}.",
-        chats=format_count(chats, "chat"),
-        messages=format_count(messages, "message"),
-    )
-    sys.stderr.write(summary + " " + tr("The damaged file is kept: {path}", path=damaged) + "\n")
+    chats, messages, cut, lost = recovered
+    sentences = [
+        tr(
+            "Recovered {chats} with {messages}.",
+            chats=format_count(chats, "chat"),
+            messages=format_count(messages, "message"),
+        ),
+        *([tr("Lost: {messages}, marked in the chats.", messages=format_count(lost, "message"))] if lost else []),
+        *([tr("Only the beginning is left of {messages}.", messages=format_count(cut, "message"))] if cut else []),
+        tr("The damaged file is kept: {path}", path=damaged),
+    ]
+    sys.stderr.write(" ".join(sentences) + "\n")
+
+
+def _replace_journal(path: Path, copy: Path) -> Path:
+    """
+    Put the recovered `copy` in place of the journal, and return the new name of the damaged one.
+
+    At every moment there is a journal, and no log next to it that belongs to another one.
+    """
+    from qwenlocal.chat.sqlite_pages import wal_path
+
+    name, number = f"{path.name}.damaged-{datetime.now():%Y%m%d-%H%M%S}", 1
+    damaged = path.with_name(name)
+    while damaged.exists():
+        number += 1
+        damaged = path.with_name(f"{name}-{number}")
+    with contextlib.suppress(FileNotFoundError):  # there may be nothing but a log
+        try:
+            os.link(path, damaged)
+        except FileNotFoundError:
+            raise
+        except OSError:  # the disk has no hard links
+            shutil.copy2(path, damaged)
+    log = wal_path(path)
+    if log.exists() and log.stat().st_size:
+        log.rename(wal_path(damaged))  # the latest writes, readable or not
+    log.unlink(missing_ok=True)
+    path.with_name(f"{path.name}-shm").unlink(missing_ok=True)
+    copy.replace(path)
+    return damaged
 
 
 def _day(seconds: float) -> str:

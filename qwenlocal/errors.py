@@ -27,6 +27,7 @@ Errors that a user of qwenlocal can act on.
     ├── JournalError               6  the journal of chats cannot be used
     ├── ContextFull                7  the prompt does not fit into the context
     ├── TextTooLong                7  the text is too long to be tokenized
+    ├── IncompleteAnswer           8  an answer was cut before it followed its grammar
     └── Interrupted              130  Ctrl-C
 
 Packages below `cli` raise these where the cause is known; only `cli` prints them and sets the exit code. Any other
@@ -38,7 +39,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from qwenlocal.formatting import format_bytes
+from qwenlocal.formatting import cut_long_words, format_bytes
 from qwenlocal.i18n import mark, tr
 
 
@@ -49,8 +50,8 @@ class QwenlocalError(Exception):
     http_status = 500
 
     def __init__(self, message: str, *, hint: str = "") -> None:
-        super().__init__(message)
-        self.hint = hint
+        super().__init__(cut_long_words(message))
+        self.hint = cut_long_words(hint)
 
 
 def _join_or(words: Sequence[str]) -> str:
@@ -385,12 +386,13 @@ class JournalError(QwenlocalError):
 
     exit_code, http_status = 6, 507
 
-    def __init__(self, path: Path, reason: str, *, damaged: bool = False) -> None:
+    def __init__(self, path: Path, reason: str, *, damaged: bool = False, hint: str = "") -> None:
         self.path, self.reason = path, reason
-        hint = tr("Recover what is readable: qwenlocal chats recover")
+        default_hint = tr("Recover what is readable: qwenlocal chats recover")
         if not damaged:
-            hint = tr("The file was not changed. To chat without saving: --no-journal")
-        super().__init__(tr("Cannot use the chats in {path}: {reason}.", path=path, reason=reason), hint=hint)
+            default_hint = tr("The file was not changed. To chat without saving: --no-journal")
+        message = tr("Cannot use the chats in {path}: {reason}.", path=path, reason=reason)
+        super().__init__(message, hint=hint or default_hint)
 
 
 class TextTooLong(QwenlocalError):
@@ -426,6 +428,12 @@ class ContextFull(QwenlocalError):
             tr("The text has {n_prompt:,} tokens; the context holds {n_ctx:,}.", n_prompt=n_prompt, n_ctx=n_ctx),
             hint=hint,
         )
+
+
+class IncompleteAnswer(QwenlocalError):
+    """An answer was cut before it followed its JSON schema or grammar; `message` says by what."""
+
+    exit_code, http_status = 8, 500
 
 
 class Interrupted(QwenlocalError):

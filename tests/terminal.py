@@ -32,7 +32,7 @@ class Terminal:
         self._child.delaybeforesend = None
         self._raw = b""
 
-    def type(self, text: str) -> None:
+    def type(self, text: str | bytes) -> None:
         self._child.send(text)
 
     def paste(self, text: str) -> None:
@@ -90,6 +90,10 @@ class Terminal:
         """Kill the program with SIGKILL."""
         self._child.kill(9)
         self._child.wait()
+
+    def terminate(self) -> None:
+        """Ask the program to end with SIGTERM."""
+        self._child.kill(15)
 
     def hang_up(self) -> None:
         """Close the window."""

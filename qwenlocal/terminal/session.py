@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from qwenlocal.chat.thread import Thread, Turn
 
 AnswerStarter = Callable[[], Iterator[Event]]
+_TURN_NUMBER = re.compile(r"#?-?\d{1,9}")
 _MIN_TIMED_TOKENS = 24  # new prompt tokens; the speed of shorter prompts means little
 
 
@@ -40,6 +42,9 @@ class ChatModels(Protocol):
 
     def names(self) -> Sequence[str]:
         """List the installed models."""
+
+    def nearby_files(self) -> Sequence[str]:
+        """List the paths of the GGUF files in the folder of the current model."""
 
     def switch(self, name: str, thread: Thread) -> Conversation:
         """
@@ -91,7 +96,6 @@ class Session:
     render_markdown: bool = True
     last_result: Done | None = None
     prompt_speed: float = 0.0  # tokens per second of the last long prompt, 0 if there was none
-    written_files: set[Path] = field(default_factory=set)  # by this chat; they may be overwritten
     default_text: str = ""  # the initial text of the next input line
     pending_edit: PendingEdit | None = None
     loaded_conversation: Conversation | None = None
@@ -128,11 +132,10 @@ class Session:
         turns = self.thread.turns
         if not turns:
             raise UsageError(tr("There are no questions yet."))
-        word = text.lstrip("#") or "-1"
         hint = tr("List the turns: /ctx")
-        if not word.lstrip("-").isdecimal() or not word.lstrip("-"):
+        if not _TURN_NUMBER.fullmatch(text or "-1"):
             raise UsageError(tr("“{text}” is not a turn number.", text=text), hint=hint)
-        number = int(word)
+        number = int(text.lstrip("#") or "-1")
         if number == 0 or abs(number) > len(turns):
             raise UsageError(
                 tr("There is no turn {number}; this chat has {count}.", number=number, count=len(turns)), hint=hint

@@ -4,43 +4,47 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import sys
 import threading
 from collections.abc import Iterator
 from typing import TextIO
 
-from qwenlocal.errors import EngineCrashed
+from qwenlocal.errors import QwenlocalError
 from qwenlocal.terminal.ansi import supports_ansi
 
 _PASTE_ON, _PASTE_OFF = "\x1b[?2004h", "\x1b[?2004l"  # bracketed paste
 
 
 @contextlib.contextmanager
-def disable_echo(terminal: TextIO, out: TextIO) -> Iterator[None]:
+def disable_echo(terminal: TextIO, out: TextIO) -> Iterator[bytes]:
     """
     Turn off echo and line editing, and turn on bracketed paste; also again after a suspension.
 
     Keys pressed while nobody reads them keep their meaning: Enter stays a carriage return, Ctrl-D stays Ctrl-D. Ctrl-C
-    and Ctrl-Z still send their signals.
+    and Ctrl-Z still send their signals, but discard nothing. Yields the bytes that had been typed before.
     """
     if sys.platform == "win32" or not terminal.isatty():
-        yield
+        yield b""
         return
     import signal
     import termios
 
     original = termios.tcgetattr(terminal)
     no_echo = termios.tcgetattr(terminal)
-    no_echo[0] &= ~termios.ICRNL
-    no_echo[3] &= ~(termios.ECHO | termios.ICANON)
+    no_echo[0] &= ~(termios.ICRNL | termios.INLCR | termios.IGNCR | termios.IXON)
+    no_echo[3] &= ~(termios.ECHO | termios.ICANON | termios.IEXTEN)
+    no_echo[3] |= termios.NOFLSH
 
     def enable(*_signal: object) -> None:
-        termios.tcsetattr(terminal, termios.TCSANOW, no_echo)
-        _write_sequence(out, _PASTE_ON)
+        with contextlib.suppress(termios.error, OSError):  # the window was closed
+            termios.tcsetattr(terminal, termios.TCSANOW, no_echo)
+            enable_bracketed_paste(out)
 
     def restore() -> None:
-        termios.tcsetattr(terminal, termios.TCSANOW, original)
-        _write_sequence(out, _PASTE_OFF)
+        with contextlib.suppress(termios.error, OSError):
+            termios.tcsetattr(terminal, termios.TCSANOW, original)
+            _write_sequence(out, _PASTE_OFF)
 
     def suspend(_number: int, _frame: object) -> None:
         restore()
@@ -51,13 +55,25 @@ def disable_echo(terminal: TextIO, out: TextIO) -> Iterator[None]:
     if is_main:
         signal.signal(signal.SIGTSTP, suspend)
         signal.signal(signal.SIGCONT, enable)
-    enable()
     try:
-        yield
+        enable()
+        yield _read_available(terminal.fileno())
     finally:
         for number, handler in handlers:
             signal.signal(number, handler)
         restore()
+
+
+def _read_available(descriptor: int) -> bytes:
+    data = b""
+    while select.select([descriptor], [], [], 0)[0] and (more := os.read(descriptor, 1 << 16)):
+        data += more
+    return data
+
+
+def enable_bracketed_paste(out: TextIO) -> None:
+    """Ask the terminal to mark pasted text."""
+    _write_sequence(out, _PASTE_ON)
 
 
 def _write_sequence(out: TextIO, sequence: str) -> None:
@@ -66,13 +82,12 @@ def _write_sequence(out: TextIO, sequence: str) -> None:
         out.flush()
 
 
-def exit_after_crash(reason: str) -> None:
+def exit_after_crash(error: QwenlocalError) -> None:
     """
-    Restore the terminal, print llama.cpp's `reason` and the next step, and end the process.
+    Restore the terminal, print the error and the next step, and end the process.
 
     llama.cpp's abort callback calls this; no other Python code can run after it.
     """
-    error = EngineCrashed(reason)
     _restore_echo()
     os.write(2, f"\nqwenlocal: {error}\n{error.hint}\n".encode())
     os._exit(error.exit_code)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
+import threading
 from dataclasses import dataclass
 from datetime import datetime
 
 from qwenlocal.chat.journal import ChatInfo, Journal
 from qwenlocal.chat.journal_writer import JournalWriter
 from qwenlocal.chat.thread import Thread
-from qwenlocal.cli.console import ask_or_skip, can_ask, choose_number, say_dimmed
+from qwenlocal.cli.console import can_ask, choose_number, say_dimmed
 from qwenlocal.cli.context import AppContext
 from qwenlocal.cli.model_pool import ModelPool
 from qwenlocal.cli.options import RunOptions
@@ -20,6 +23,7 @@ from qwenlocal.library.names import PathName
 from qwenlocal.library.provider import ProvidedModel
 from qwenlocal.paths import bundled_folder, ensure_writable
 from qwenlocal.terminal.ansi import escape_controls
+from qwenlocal.terminal.commands.turns import OPEN_ELSEWHERE, describe_cut
 from qwenlocal.terminal.repl import Repl
 from qwenlocal.terminal.session import Session
 
@@ -45,8 +49,9 @@ def run_chat(
     resumed: ResumedChat | None,
     system: str,
     prompt: str | None,
+    early_bytes: bytes,
 ) -> None:
-    """Chat until the user leaves; `prompt` is asked at once."""
+    """Chat until the user leaves; `prompt` is asked at once. `early_bytes` were typed before."""
     thread = resumed.thread if resumed else Thread(system)
     if resumed and system:
         thread.set_system_prompt(system)
@@ -56,7 +61,7 @@ def run_chat(
         name.path.name if isinstance(name, PathName) else str(name),
         pool,
         say_dimmed,
-        ask_or_skip,
+        lambda question: repl.ask(question),
         [bundled_folder("prompts"), app.folders.home / "prompts"],
         app.folders.chats,
         show_stats=options.stats,
@@ -64,11 +69,13 @@ def run_chat(
     )
     if options.journal:
         _record_in_journal(session, app, str(name), resumed)
+    _end_on_signals(session)
     repl = Repl(
         session,
         history=app.folders.history if options.journal else None,
         drafter=lambda: pool.drafter,
         on_ready=pool.start_loading,
+        early_bytes=early_bytes,
     )
     pool.on_first_loaded = repl.on_model_loaded
     keep = False
@@ -77,17 +84,54 @@ def run_chat(
         keep = True
     finally:
         pool.close(keep=keep)
+    _say_how_to_return(session)
+
+
+def _end_on_signals(session: Session) -> None:
+    """
+    Let SIGHUP (the window is closed) and SIGTERM end the chat: write the cut answer, free the chat, exit.
+
+    The chat is closed in another thread, because the signal may interrupt this one while it writes; and before the
+    model, which takes longer.
+    """
+    numbers = [getattr(signal, name) for name in ("SIGHUP", "SIGTERM") if hasattr(signal, name)]
+
+    def end(number: int, _frame: object) -> None:
+        for other in numbers:  # the terminal and the shell both send SIGHUP
+            signal.signal(other, signal.SIG_IGN)
+        if session.journal_writer:
+            threading.Thread(target=session.journal_writer.close).start()
+        sys.exit(128 + number)
+
+    for number in numbers:  # even if a parent ignores them, as nohup does: there is no chat without a terminal
+        signal.signal(number, end)
+
+
+def _say_how_to_return(session: Session) -> None:
+    """Name the command that continues the chat, if it is saved and somebody reads this."""
+    writer = session.journal_writer
+    if writer is not None and writer.error:
+        session.say(tr("The end of this chat was not saved: {reason}.", reason=writer.error))
+        return
+    if session.journal is None or writer is None or not sys.stderr.isatty():
+        return
+    with contextlib.suppress(JournalError):
+        ids = [chat.id for chat in session.journal.list_chats()]
+        if writer.chat_id in ids:
+            way = "--continue" if writer.chat_id == ids[0] else f"--resume {writer.chat_id}"
+            say_dimmed(tr("To continue this chat: {command}", command=f"qwenlocal run {way}"))
 
 
 def select_chat(app: AppContext, choice: str) -> ResumedChat:
     """
-    Find the chat to continue: a number, "last", or one that the user picks from a list (`PICK`).
+    Find and open the chat to continue: a number, "last", or one that the user picks from a list (`PICK`).
 
     Raises
     ------
     ChatNotFound: there is none. JournalError: the journal cannot be read. Interrupted: the user did not pick.
     """
     journal, info = _pick_chat(app) if choice == PICK else app.find_chat(choice)
+    journal.acquire(info.id)  # first, so that no other process changes it after it is loaded
     return ResumedChat(journal, info, journal.load_thread(info.id))
 
 
@@ -144,10 +188,12 @@ def _say_resumed(resumed: ResumedChat, writer: JournalWriter) -> None:
             messages=format_count(len(resumed.thread.path), "message"),
         )
     )
-    if writer.chat_id is not None and writer.chat_id != info.id:
-        say_dimmed(tr("It is open in another window, so this is a copy: chat {id}.", id=writer.chat_id))
+    if writer.original is not None:
+        say_dimmed(tr(OPEN_ELSEWHERE))
     if turns:
         say_dimmed(f"> {shorten(turns[-1].question.text)}")
         lines = (turns[-1].answer.text if turns[-1].answer else tr("(no answer yet)")).strip().splitlines()
         for line in [*(["…"] if len(lines) > _MAX_LINES else []), *lines[-_MAX_LINES:]]:
             say_dimmed(line)
+        if cut := describe_cut(turns[-1]):
+            say_dimmed(cut)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qwenlocal.chat.prompt_template import fill_placeholders
@@ -12,13 +13,23 @@ from qwenlocal.cli.console import can_chat
 from qwenlocal.cli.context import AppContext
 from qwenlocal.cli.options import RunOptions
 from qwenlocal.cli.text_input import read_prompt_file, read_stdin
-from qwenlocal.errors import BadWeights, Interrupted, InvalidChoice, LowMemory, UsageError
+from qwenlocal.errors import (
+    BadWeights,
+    IncompleteAnswer,
+    Interrupted,
+    InvalidChoice,
+    JournalError,
+    LowMemory,
+    UsageError,
+)
+from qwenlocal.formatting import format_count
 from qwenlocal.i18n import tr
+from qwenlocal.terminal.tty import disable_echo
 
 if TYPE_CHECKING:
     from qwenlocal.chat.chat_model import ChatModel
     from qwenlocal.chat.conversation import GenerationConfig
-    from qwenlocal.chat.events import Event
+    from qwenlocal.chat.events import Event, FinishReason
 
 
 def run_model(options: RunOptions) -> None:
@@ -45,16 +56,25 @@ def run_model(options: RunOptions) -> None:
 
 
 def _chat(app: AppContext, options: RunOptions, prompt: str | None, system: str) -> None:
-    from qwenlocal.cli.commands.chat import run_chat, select_chat
+    resumed = None
+    if options.resume is not None:
+        from qwenlocal.cli.commands.chat import select_chat
 
-    resumed = select_chat(app, options.resume) if options.resume is not None else None
+        try:
+            resumed = select_chat(app, options.resume)
+        except JournalError as error:
+            app.say(f"{error} {tr('A new chat starts; it is not saved.')} {error.hint}")
+            options = replace(options, journal=False)
     model_name = options.model_name or (resumed.info.model if resumed else None)
     if model_name is None and prompt is None and not app.store.records():
         from qwenlocal.cli.first_run import choose_model
 
         model_name = choose_model(app)
     model, draft = app.models.ensure_models(model_name, options.draft)
-    run_chat(app, options, model, draft, resumed, system, prompt)
+    with disable_echo(sys.stdin, sys.stdout) as early_bytes:  # before the imports: who types meanwhile sees it later
+        from qwenlocal.cli.commands.chat import run_chat
+
+        run_chat(app, options, model, draft, resumed, system, prompt, early_bytes)
 
 
 # --- options and prompts
@@ -99,12 +119,12 @@ def _read_prompts(options: RunOptions) -> tuple[str | None, str]:
     if options.file:
         text = read_prompt_file(options.file)
         if options.interactive:
-            system = system or text.rstrip("\n")
+            system = system or text.rstrip("\r\n")
         else:
-            parts.append(text if options.raw else text.rstrip("\n"))
-    piped = "" if sys.stdin is None or sys.stdin.isatty() else read_stdin()
-    if piped.strip():
-        parts.append(piped if options.raw else piped.rstrip("\n"))
+            parts.append(text if options.raw else text.rstrip("\r\n"))
+    if sys.stdin is not None and not sys.stdin.isatty():
+        piped = read_stdin(is_optional=any(part.strip() for part in parts))
+        parts.append(piped if options.raw else piped.rstrip("\r\n"))
     parts = [part for part in parts if part.strip()]
     prompt = "\n\n".join(parts) if parts else None
     if options.raw and prompt is None:
@@ -171,9 +191,35 @@ def _print_answer(options: RunOptions, loaded: ChatModel, prompt: str, system: s
         sys.stderr.write(f"qwenlocal: {tr(DRAFT_UNLOADED)}\n")
     if done.finish_reason is FinishReason.INTERRUPTED:
         raise Interrupted
+    if done.is_incomplete:
+        raise _incomplete_answer(done.finish_reason, config.max_tokens, loaded.context.n_ctx)
     if done.finish_reason is FinishReason.CONTEXT_FULL:
         full = tr("the answer stopped because the context of {n_ctx:,} tokens is full.", n_ctx=loaded.context.n_ctx)
         sys.stderr.write(f"qwenlocal: {full}\n")
+
+
+def _incomplete_answer(reason: FinishReason, max_tokens: int | None, n_ctx: int) -> IncompleteAnswer:
+    from qwenlocal.chat.events import FinishReason
+
+    if reason is FinishReason.LENGTH:
+        return IncompleteAnswer(
+            tr(
+                "The answer is incomplete: it was cut after {tokens}, before it followed the grammar.",
+                tokens=format_count(max_tokens or 0, "token"),
+            ),
+            hint=tr("Allow more tokens: -n {more}", more=max(256, 2 * (max_tokens or 0))),
+        )
+    if reason is FinishReason.CONTEXT_FULL:
+        return IncompleteAnswer(
+            tr(
+                "The answer is incomplete: the context of {n_ctx:,} tokens was full before it followed the grammar.",
+                n_ctx=n_ctx,
+            ),
+            hint=tr("Use a longer context: -c {needed}", needed=2 * n_ctx),
+        )
+    return IncompleteAnswer(
+        tr("The answer is incomplete: a stop string ended it before it followed the grammar."), hint=tr("Omit --stop.")
+    )
 
 
 def _continuation(

@@ -5,13 +5,12 @@ from __future__ import annotations
 import base64
 import json
 import os
-import re
 import sys
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from qwenlocal.chat.documents import read_document
+from qwenlocal.chat.documents import format_mention, read_document
 from qwenlocal.chat.events import FinishReason
 from qwenlocal.chat.export import FORMATS, export_messages, export_thread
 from qwenlocal.chat.thread import ASSISTANT, USER, Thread
@@ -19,11 +18,14 @@ from qwenlocal.errors import OutputExists, UsageError
 from qwenlocal.fileio import replace_text
 from qwenlocal.formatting import format_count, shorten
 from qwenlocal.i18n import tr
-from qwenlocal.paths import ensure_writable, parse_path
+from qwenlocal.paths import ensure_writable, parse_typed_path
 from qwenlocal.terminal.attachments import describe_cost
+from qwenlocal.terminal.commands.models import check_system_prompt
+from qwenlocal.terminal.commands.turns import OPEN_ELSEWHERE, describe_cut
+from qwenlocal.terminal.markdown import find_code_blocks
 from qwenlocal.terminal.session import Session
+from qwenlocal.text_encoding import read_text
 
-_CODE_BLOCK = re.compile(r"^(`{3,}|~{3,})[^\n]*\n(.*?)^\1[`~]*\s*$", re.MULTILINE | re.DOTALL)
 _MAX_ID_DIGITS = 18  # SQLite's integers end at 2**63
 _MAX_COPIED_CHARACTERS = 100_000  # terminals accept no more in one escape sequence
 
@@ -32,11 +34,10 @@ def attach_file(session: Session, argument: str) -> None:
     """Add a file to the next message."""
     if not argument:
         raise UsageError(tr("No file given."), hint=tr("Use /read FILE, or @FILE in a message."))
-    path = parse_path(argument.strip('"'))
+    path = parse_typed_path(argument)
     document = read_document(path)
     session.say(describe_cost(session, document))
-    name = f'"{path}"' if " " in str(path) else str(path)
-    session.default_text = f"@{name} "
+    session.default_text = f"{format_mention(str(path))} "
     session.say(tr("It is sent with the next message."))
 
 
@@ -46,10 +47,10 @@ def copy_answer(session: Session, argument: str) -> None:
     turn = session.find_turn("" if choice == "code" else choice)
     text = turn.answer.text if turn.answer else ""
     if choice == "code":
-        blocks = _CODE_BLOCK.findall(text)
+        blocks = find_code_blocks(text)
         if not blocks:
             raise UsageError(tr("There is no code block in the last answer."))
-        text = blocks[-1][1].rstrip("\n")
+        text = blocks[-1].rstrip("\n")
     if not text:
         raise UsageError(tr("There is no answer to copy."))
     if len(text) > _MAX_COPIED_CHARACTERS:
@@ -63,25 +64,27 @@ def copy_answer(session: Session, argument: str) -> None:
 
 
 def save_chat(session: Session, argument: str) -> None:
-    """Save the conversation as JSON messages in the format of chat APIs."""
-    if argument:
-        path = parse_path(argument).absolute()
+    """Save the conversation as JSON messages in the format of chat APIs; `--force` after the file overwrites it."""
+    name, force = _split_force(argument)
+    if name:
+        path = parse_typed_path(name).absolute()
     else:
         path = ensure_writable(session.save_folder) / f"{datetime.now():%Y-%m-%d-%H%M%S}.json"
-    _write_file(session, path, export_messages(session.thread, session.model))
+    _write_file(session, path, export_messages(session.thread, session.model), force=force)
 
 
 def export_chat(session: Session, argument: str) -> None:
-    """Export the chat as Markdown, JSON or HTML, depending on the suffix of the file."""
-    if not argument:
+    """Export the chat as Markdown, JSON or HTML, depending on the suffix of the file; `--force` overwrites it."""
+    name, force = _split_force(argument)
+    if not name:
         raise UsageError(tr("No file given."), hint=tr("Use /export FILE.md, FILE.json or FILE.html"))
-    path = parse_path(argument).absolute()
+    path = parse_typed_path(name).absolute()
     format = path.suffix.lower().removeprefix(".")
     if format not in FORMATS:
         suffixes = ", ".join(f".{name}" for name in FORMATS)
         raise UsageError(tr("Cannot export to {name}: use one of {suffixes}.", name=path.name, suffixes=suffixes))
     text = export_thread(session.thread, _chat_title(session), session.model, format)
-    _write_file(session, path, text)
+    _write_file(session, path, text, force=force)
 
 
 def load_chat(session: Session, word: str) -> None:
@@ -91,16 +94,22 @@ def load_chat(session: Session, word: str) -> None:
             tr("No file or chat given."), hint=tr("Use /load FILE or /load NUMBER. List your chats: qwenlocal chats")
         )
     if word.lstrip("#").isdecimal() and len(word) <= _MAX_ID_DIGITS and session.journal and not os.path.exists(word):
-        number = int(word.lstrip("#"))
+        number = session.journal.get_chat(int(word.lstrip("#"))).id
+        session.journal.acquire(number)  # first, so that no other process changes it after it is loaded
         session.switch_thread(session.journal.load_thread(number), chat_id=number)
     else:
-        session.switch_thread(_read_thread(parse_path(word)))
+        session.switch_thread(_read_thread(parse_typed_path(word)))
     turns, messages = session.thread.turns, format_count(len(session.thread.path), "message")
     session.say(
         tr("Loaded {messages}. Last question: {text}", messages=messages, text=shorten(turns[-1].question.text))
         if turns
         else tr("Loaded {messages}.", messages=messages)
     )
+    if session.journal_writer and session.journal_writer.original is not None:
+        session.say(tr(OPEN_ELSEWHERE))
+    if turns and (cut := describe_cut(turns[-1])):
+        session.say(cut)
+    check_system_prompt(session)
 
 
 def rename_chat(session: Session, title: str) -> None:
@@ -127,13 +136,11 @@ def _read_thread(path: Path) -> Thread:
 
     Raises
     ------
-    UsageError: the file cannot be read, or is not a saved conversation.
+    ModelNotFound: the file cannot be read. UsageError: it is not a saved conversation.
     """
     try:
-        data = json.loads(path.read_text("utf-8-sig"))
-    except OSError as error:
-        raise UsageError(tr("Cannot read {path}: {reason}.", path=path, reason=error.strerror)) from error
-    except ValueError as error:
+        data = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
         raise UsageError(tr("{path} is not a saved conversation: it is not JSON.", path=path)) from error
     messages = data.get("messages") if isinstance(data, dict) else data
     if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
@@ -156,16 +163,21 @@ def _is_message(message: Any) -> bool:
     )
 
 
-def _write_file(session: Session, path: Path, text: str) -> None:
+def _split_force(argument: str) -> tuple[str, bool]:
+    """`_split_force("a b.md --force")` is ("a b.md", True)."""
+    name, _, last = argument.rpartition(" ")
+    return (name.strip(), True) if last == "--force" else (argument, False)
+
+
+def _write_file(session: Session, path: Path, text: str, *, force: bool) -> None:
     """
-    Write `text`, unless `path` is an existing file that this chat did not write.
+    Write `text`; replace an existing file only with `force`.
 
     Raises
     ------
     OutputExists: the file exists. NotWritable: the file cannot be written.
     """
-    if os.path.exists(path) and path not in session.written_files:  # Path.exists raises without permission
-        raise OutputExists(path, hint=tr("Choose another name."))
+    if os.path.exists(path) and not force:  # Path.exists raises without permission
+        raise OutputExists(path, hint=tr("Choose another name, or add --force to overwrite it."))
     replace_text(path, text, hint=tr("Choose another folder."))
-    session.written_files.add(path)
     session.say(tr("Saved: {path}", path=path))

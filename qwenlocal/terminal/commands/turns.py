@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from qwenlocal.chat.thread import Thread
+import re
+
+from qwenlocal.chat.events import FinishReason
+from qwenlocal.chat.thread import Thread, Turn
 from qwenlocal.errors import UsageError
 from qwenlocal.formatting import format_count, shorten
-from qwenlocal.i18n import tr
+from qwenlocal.i18n import mark, tr
 from qwenlocal.terminal.session import AnswerStarter, PendingEdit, Session
 
 _MAX_RETRIES = 20
+OPEN_ELSEWHERE = mark(
+    "It is open in another window. Your next message starts a copy, unless that window is closed by then."
+)
 
 
 def undo_turn(session: Session, _argument: str) -> None:
@@ -63,6 +69,15 @@ def continue_answer(session: Session, _argument: str) -> AnswerStarter:
     """Continue the last answer."""
     session.find_turn("")
     return session.conversation.continue_answer
+
+
+def describe_cut(turn: Turn) -> str:
+    """Return a note that offers /continue if the turn has no answer or an unfinished one, else ""."""
+    if turn.answer is None:
+        return tr("The last question has no answer yet; /continue answers it.")
+    if turn.answer.finish_reason in (FinishReason.INTERRUPTED.value, FinishReason.LENGTH.value):
+        return tr("The last answer was cut off; /continue finishes it.")
+    return ""
 
 
 def show_branches(session: Session, argument: str) -> None:
@@ -125,6 +140,6 @@ def _parse_number(word: str, maximum: int) -> int | None:
     """
     if not word:
         return None
-    if not word.isdecimal() or not 1 <= int(word) <= maximum:
+    if not re.fullmatch(r"\d{1,9}", word) or not 1 <= int(word) <= maximum:
         raise UsageError(tr("“{word}” is not a number from 1 to {maximum}.", word=word, maximum=maximum))
     return int(word)

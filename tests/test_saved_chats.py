@@ -1,0 +1,232 @@
+"""Saved chats in real terminals: closed windows, two windows, damaged journals, `chats rm`, /export and /save."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import SAYS, Run
+from terminal import Open, Terminal
+
+from qwenlocal.chat.journal import Journal
+from qwenlocal.chat.thread import USER, Thread
+
+
+@pytest.fixture
+def journal(environment: dict[str, str]) -> Callable[[], Journal]:
+    return lambda: Journal(Path(environment["QWENLOCAL_HOME"]) / "chats.db")
+
+
+def enter(terminal: Terminal, line: str, pattern: str) -> str:
+    terminal.type(f"{line}\r")
+    return terminal.wait_for(pattern)
+
+
+def start(terminal: Open, *arguments: str) -> Terminal:
+    chat = terminal("run", *arguments)
+    chat.wait_for_prompt()
+    return chat
+
+
+def save_chats(home: Path, count: int) -> None:
+    home.mkdir(parents=True, exist_ok=True)
+    journal = Journal(home / "chats.db")
+    for number in range(1, count + 1):
+        thread = Thread()
+        writer = journal.open_writer(thread, model="tiny")
+        thread.add(USER, f"Question {number}")
+        writer.close()
+    journal.close()
+
+
+def chat_ids(journal: Callable[[], Journal]) -> list[int]:
+    opened = journal()
+    ids = sorted(chat.id for chat in opened.list_chats())
+    opened.close()
+    return ids
+
+
+# --- closed windows
+
+
+@pytest.mark.parametrize(
+    ("end", "words"),
+    [(Terminal.hang_up, 40), (Terminal.terminate, 40), (Terminal.kill, 1)],
+    ids=["hup", "term", "kill"],
+)
+def test_a_chat_whose_window_was_closed_continues_at_once_with_the_cut_answer(
+    terminal: Open, endless_model: Path, journal: Callable[[], Journal], end: Callable[[Terminal], None], words: int
+) -> None:
+    chat = start(terminal, str(endless_model), "-c", "60000")
+    enter(chat, "Go", r"(abcdefgh\s){40}")
+    end(chat)
+    again = start(terminal, "--continue", "-n", "9")
+    text = again.text.replace("\n", " ")
+    assert "Continuing chat 1, “Go”: 2 messages" in text
+    assert "The last answer was cut off; /continue finishes it." in text
+    assert "another window" not in text
+    cut = journal().load_thread(1).path[1]
+    assert cut.finish_reason == "interrupted" and cut.text.count("abcdefgh") >= words
+    enter(again, "/continue", "token limit")
+    assert journal().load_thread(1).path[1].text == ("abcdefgh " * 1_000)[: len(cut.text) + 9]
+    assert chat_ids(journal) == [1]
+
+
+def test_a_window_that_is_closed_before_the_answer_offers_to_answer(
+    terminal: Open, speaking_model: Path, journal: Callable[[], Journal], environment: dict[str, str]
+) -> None:
+    save_chats(Path(environment["QWENLOCAL_HOME"]), 1)
+    again = start(terminal, str(speaking_model), "--continue")
+    assert "The last question has no answer yet; /continue answers it." in again.text
+    enter(again, "/continue", re.escape(SAYS))
+
+
+def test_reopening_a_closed_window_again_and_again_adds_no_chats(
+    terminal: Open, endless_model: Path, journal: Callable[[], Journal]
+) -> None:
+    chat = start(terminal, str(endless_model), "-c", "60000")
+    for number in range(4):
+        enter(chat, f"Question {number}", rf"> Question {number}\n.*abcdefgh abcdefgh")
+        chat.hang_up()
+        chat = start(terminal, "--continue", "-c", "60000")
+        assert chat_ids(journal) == [1]
+    assert [m.text for m in journal().load_thread(1).path if m.role == USER] == [f"Question {n}" for n in range(4)]
+
+
+def test_a_second_window_copies_the_chat_with_its_first_message_only(
+    terminal: Open, endless_model: Path, journal: Callable[[], Journal]
+) -> None:
+    first = start(terminal, str(endless_model), "-c", "60000")
+    enter(first, "Go", r"(abcdefgh\s){40}")
+    second = start(terminal, "--continue", "-n", "9")
+    assert "It is open in another window. Your next message starts a copy" in second.text
+    assert chat_ids(journal) == [1]
+    enter(second, "And?", "token limit")
+    assert chat_ids(journal) == [1, 2]
+    question, answer, *_ = journal().load_thread(2).path
+    assert question.text == "Go" and answer.text.startswith("abcdefgh ")
+    assert [m.text for m in journal().load_thread(2).path[2:]] == ["And?", "abcdefgh "]
+    enter(second, "/load 1", "It is open in another window")
+
+
+# --- a damaged journal
+
+
+def test_continue_with_a_damaged_journal_opens_a_chat_that_is_not_saved(
+    terminal: Open, speaking_model: Path, environment: dict[str, str]
+) -> None:
+    home = Path(environment["QWENLOCAL_HOME"])
+    save_chats(home, 3)
+    data = bytes(19) + (home / "chats.db").read_bytes()[19:]
+    (home / "chats.db").write_bytes(data)
+    for choice in (["--continue"], ["--resume", "2"], ["--resume"]):
+        chat = start(terminal, str(speaking_model), *choice)
+        text = re.sub(r"\s+", " ", chat.text)
+        assert "A new chat starts; it is not saved. Recover what is readable: qwenlocal chats recover" in text
+        enter(chat, "Hi", re.escape(SAYS))
+        chat.type("\x04")
+        assert chat.wait_for_exit() == 0
+        assert (home / "chats.db").read_bytes() == data
+
+
+# --- qwenlocal chats rm
+
+
+def test_ranges_of_chats_are_deleted(
+    qwenlocal: Run, journal: Callable[[], Journal], environment: dict[str, str]
+) -> None:
+    save_chats(Path(environment["QWENLOCAL_HOME"]), 12)
+    result = qwenlocal("chats", "rm", "3-7", "9", "6-8")
+    assert result.returncode == 0
+    assert result.stderr.splitlines() == [f"Deleted: {n} Question {n}" for n in (3, 4, 5, 6, 7, 9, 8)]
+    assert chat_ids(journal) == [1, 2, 10, 11, 12]
+    assert qwenlocal("chats", "rm", "#1-#10", "last").returncode == 0
+    assert chat_ids(journal) == [11]
+
+
+@pytest.mark.parametrize(
+    ("texts", "code", "message"),
+    [
+        (["2", "7-3"], 2, "“7-3” is not a range of chats."),
+        (["2", "4-9"], 3, "There is no chat 4-9."),
+        (["2", "99999999999999999999"], 3, "There is no chat 99999999999999999999."),
+        (["2", "1-2-3"], 3, "There is no chat 1-2-3."),
+        (["2", "²"], 3, "There is no chat ²."),
+    ],
+)
+def test_nothing_is_deleted_if_one_of_the_chats_is_not_there(
+    qwenlocal: Run,
+    journal: Callable[[], Journal],
+    environment: dict[str, str],
+    texts: list[str],
+    code: int,
+    message: str,
+) -> None:
+    save_chats(Path(environment["QWENLOCAL_HOME"]), 3)
+    result = qwenlocal("chats", "rm", *texts)
+    assert (result.returncode, message in result.stderr) == (code, True), result.stderr
+    assert chat_ids(journal) == [1, 2, 3]
+
+
+def test_nothing_is_deleted_if_one_of_the_chats_is_open(
+    qwenlocal: Run, journal: Callable[[], Journal], environment: dict[str, str]
+) -> None:
+    home = Path(environment["QWENLOCAL_HOME"])
+    save_chats(home, 3)
+    code = (
+        "import sys; from pathlib import Path; from qwenlocal.chat.journal import Journal; "
+        "Journal(Path(sys.argv[1])).acquire(2); print(flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(home / "chats.db")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout and holder.stdout.readline()
+        result = qwenlocal("chats", "rm", "1-3")
+        assert (result.returncode, "Chat 2 is open in another window." in result.stderr) == (2, True)
+        holder.communicate("")
+    assert chat_ids(journal) == [1, 2, 3]
+
+
+def test_a_terminal_asks_before_chats_are_deleted(
+    terminal: Open, journal: Callable[[], Journal], environment: dict[str, str]
+) -> None:
+    save_chats(Path(environment["QWENLOCAL_HOME"]), 4)
+    asking = terminal("chats", "rm", "2-3")
+    asking.wait_for(r"2 .*Question 2.*3 .*Question 3.*Delete 2 chats permanently\? \[Y/n\]")
+    asking.type("n\r")
+    assert asking.wait_for_exit() == 1
+    assert "Nothing was deleted." in asking.text
+    interrupted = terminal("chats", "rm", "2")
+    interrupted.wait_for("Delete 1 chat permanently")
+    interrupted.type("\x03")
+    assert interrupted.wait_for_exit() == 130
+    assert chat_ids(journal) == [1, 2, 3, 4]
+    agreed = terminal("chats", "rm", "2-3")
+    agreed.wait_for("Delete 2 chats")
+    agreed.type("y\r")
+    assert agreed.wait_for_exit() == 0
+    assert terminal("chats", "rm", "4", "--yes").wait_for_exit() == 0
+    assert chat_ids(journal) == [1]
+
+
+# --- /export and /save
+
+
+@pytest.mark.parametrize(
+    "command", ["/export talk.md", "/export talk.json", "/save talk.json", '/export "my talk.html"']
+)
+def test_files_are_overwritten_only_with_force(
+    terminal: Open, speaking_model: Path, tmp_path: Path, command: str
+) -> None:
+    chat = start(terminal, str(speaking_model))
+    enter(chat, "Hi", re.escape(SAYS))
+    path = tmp_path / command.split(" ", 1)[1].strip('"')
+    enter(chat, command, "Saved:")
+    path.write_text("mine")
+    enter(chat, command, r"already\s+exists\..*--force")
+    assert path.read_text() == "mine"
+    enter(chat, f"{command} --force", "Saved:.*Saved:")
+    assert SAYS in path.read_text()

@@ -1,68 +1,87 @@
-"""
-Jinja for chat templates, with the sandbox and the settings of transformers.
-
-Source: transformers, utils/chat_template_utils.py, `_compile_jinja_template`. Templates come from untrusted files, so
-they run in a sandbox.
-"""
+"""Chat templates as Jinja: compiled and rendered as in transformers, within limits of time and memory."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jinja2 import Template
 
+_MAX_REASON = 300  # characters
 
-def compile_template(source: str, now: Callable[[], datetime] = datetime.now) -> Template:
+
+class TemplateFailure(Exception):
+    """A template cannot be compiled or rendered; `str(error)` says why, as part of a sentence."""
+
+
+class TemplateRejection(TemplateFailure):
+    """A template rejects its input with `raise_exception`; `str(error)` is its message."""
+
+
+class CompiledTemplate:
+    """A template that can be rendered."""
+
+    def __init__(self, template: Template) -> None:
+        self._template = template
+
+    def render(self, **variables: Any) -> str:
+        """
+        Return the text that the template makes of `variables`.
+
+        Raises
+        ------
+        TemplateRejection: the template rejects them.
+        TemplateFailure: it fails, or takes too much time or memory.
+        """
+        from qwenlocal.jinja_sandbox import InputRejected, render_template
+
+        try:
+            return render_template(self._template, variables)
+        except InputRejected as error:
+            raise TemplateRejection(_describe(error)) from error
+        except Exception as error:  # a template can raise whatever Python's operators and methods raise
+            raise TemplateFailure(_describe(error)) from error
+
+
+def compile_template(source: str, now: Callable[[], datetime] = datetime.now) -> CompiledTemplate:
     """
-    Compile a chat template.
+    Compile a chat template. `now` is the clock behind `strftime_now`.
 
     Raises
     ------
-    jinja2.TemplateError: `source` is not valid Jinja.
+    TemplateFailure: `source` is not valid Jinja, or too long or nested too deeply.
     """
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from qwenlocal.jinja_sandbox import TemplateEnvironment
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda format: now().strftime(format)
-    return environment.from_string(source)
+    try:
+        return CompiledTemplate(TemplateEnvironment(now).compile_template(source))
+    except Exception as error:  # besides Jinja's errors, those of Python's compiler
+        raise TemplateFailure(_describe(error)) from error
 
 
 def find_template_error(source: str) -> str:
     """
-    Return the syntax error in a template; "" if there is none.
+    Return why a template cannot be compiled; "" if it can.
 
     `find_template_error("{% for message in messages %}")` is "line 1: Unexpected end of template. …".
     """
-    from jinja2 import TemplateError, TemplateSyntaxError
-
     try:
         compile_template(source)
-    except TemplateSyntaxError as reason:
-        return f"line {reason.lineno}: {reason.message}"
-    except (TemplateError, RecursionError) as reason:
-        return str(reason)
+    except TemplateFailure as error:
+        return str(error)
     return ""
 
 
-def _raise_exception(message: str) -> NoReturn:
-    from jinja2 import TemplateError
+def _describe(error: Exception) -> str:
+    """Describe an error in one line."""
+    from jinja2 import TemplateSyntaxError
 
-    raise TemplateError(message)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Convert to JSON like transformers; Jinja's own filter escapes HTML characters."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    if isinstance(error, TemplateSyntaxError):
+        return f"line {error.lineno}: {error.message}"
+    if isinstance(error, (RecursionError, SyntaxError)):  # Python's compiler allows 20 nested loops
+        return "it is nested too deeply"
+    if isinstance(error, MemoryError):
+        return "it needs too much memory"
+    return " ".join(str(error).split())[:_MAX_REASON].rstrip(".") or type(error).__name__

@@ -26,7 +26,7 @@ from qwenlocal.engine.tokenizer import Tokenizer
 from qwenlocal.errors import BadWeights, ContextFull, TextTooLong, UsageError
 from qwenlocal.fileio import replace_text
 from qwenlocal.progress import PromptProgress
-from qwenlocal.terminal.view import describe_eviction, describe_stats
+from qwenlocal.terminal.view import AnswerProgress, describe_eviction, describe_stats
 from qwenlocal.testing import ScriptedGenerator
 
 END = 258
@@ -87,7 +87,7 @@ def test_templates_get_the_variables_and_filters_of_transformers() -> None:
     [
         ("{% for %}", "not valid Jinja"),
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-        ("{{ messages.__class__.__mro__ }}", "rejects"),
+        ("{{ messages.__class__.__mro__ }}", "unsafe"),
         ("{{ 1 // 0 }}", "fails"),
         ("{{ messages[0].content + 1 }}", "fails"),
     ],
@@ -95,6 +95,45 @@ def test_templates_get_the_variables_and_filters_of_transformers() -> None:
 def test_a_failing_template_raises_an_error_with_the_reason(source: str, reason: str) -> None:
     with pytest.raises(BadWeights, match=reason):
         ChatTemplate(source).render([{"role": "user", "content": "x"}])
+
+
+# --- templates without system messages
+
+USERS_FIRST = (
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}"
+    "<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+REJECTS_SYSTEM = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + USERS_FIRST
+)
+OMITS_SYSTEM = "{% if messages[0]['role'] == 'system' %}{% set messages = messages[1:] %}{% endif %}" + USERS_FIRST
+
+
+@pytest.mark.parametrize("template", [REJECTS_SYSTEM, OMITS_SYSTEM])
+def test_without_system_messages_the_system_prompt_begins_the_first_question(
+    template: str, vocabulary: Tokenizer
+) -> None:
+    messages = [{"role": "system", "content": " Be kind."}, {"role": "user", "content": "Hi"}]
+    ids = encode_messages(ChatTemplate(template), messages, vocabulary)
+    text = b"".join(vocabulary.piece(token, special=True) for token in ids).decode()
+    assert text == "<|im_start|>user\nBe kind.\n\nHi<|im_end|>\n<|im_start|>assistant\n"
+    only_system = encode_messages(ChatTemplate(template), messages[:1], vocabulary)
+    assert b"Be kind." in b"".join(map(vocabulary.piece, only_system))
+
+
+def test_neighbors_of_the_same_role_are_joined_if_the_template_rejects_them(vocabulary: Tokenizer) -> None:
+    messages = [{"role": "user", "content": "One"}, {"role": "user", "content": "Two"}]
+    ids = encode_messages(ChatTemplate(REJECTS_SYSTEM), messages, vocabulary)
+    assert b"One\n\nTwo" in b"".join(map(vocabulary.piece, ids))
+    as_they_are = encode_messages(ChatTemplate(CHATML), messages, vocabulary)
+    assert b"One\n\nTwo" not in b"".join(map(vocabulary.piece, as_they_are))
+
+
+def test_a_template_that_rejects_joined_messages_raises_its_own_reason(vocabulary: Tokenizer) -> None:
+    with pytest.raises(BadWeights, match="never"):
+        encode_messages(ChatTemplate("{{ raise_exception('never') }}"), [{"role": "user", "content": "x"}], vocabulary)
 
 
 # --- prompt
@@ -417,6 +456,23 @@ def test_prompt_tokens_of_an_empty_conversation_can_be_counted(vocabulary: Token
     assert talk.prompt_tokens == around
 
 
+def test_all_counts_of_a_conversation_agree_and_stay_within_the_context(vocabulary: Tokenizer) -> None:
+    generator = ScriptedGenerator([[65] * 1000], n_ctx=512)
+    talk = Conversation(generator, vocabulary, ChatTemplate(CHATML), GenerationConfig(), n_ctx=512)
+    progress = AnswerProgress(512)
+    for done in talk.ask("Go"):
+        progress.update(done)
+    assert isinstance(done, Done) and done.finish_reason is FinishReason.CONTEXT_FULL
+    assert progress.describe().endswith("512 of 512 tokens of context")
+    assert talk.used_tokens == 512 < talk.prompt_tokens
+    generator = ScriptedGenerator([[*tokens("Fine.", vocabulary), END]])
+    talk = Conversation(generator, vocabulary, ChatTemplate(CHATML), GenerationConfig(), n_ctx=512)
+    *_, done = talk.ask("Hi")
+    assert isinstance(done, Done)
+    end_of_turn = len("\n")  # after the end token, which counts as part of the answer
+    assert talk.used_tokens == done.stats.prompt_tokens + done.stats.answer_tokens + end_of_turn
+
+
 def test_dropped_turns_are_not_read(vocabulary: Tokenizer) -> None:
     talk, generator = long_talk(vocabulary)
     for n in range(2):
@@ -461,6 +517,32 @@ def test_the_model_can_summarize_turns_before_they_are_evicted(vocabulary: Token
     assert "Be kind.\n\nSummary of the earlier conversation:\nThey greeted each other." in read(generator, vocabulary)
     assert "Question 0" not in read(generator, vocabulary)
     assert "Summarise" not in json.dumps(messages(talk))
+
+
+@pytest.mark.parametrize("template", [REJECTS_SYSTEM, OMITS_SYSTEM])
+@pytest.mark.parametrize("system", ["", "Be kind."])
+def test_without_system_messages_the_summary_begins_the_first_question(
+    template: str, system: str, vocabulary: Tokenizer
+) -> None:
+    generator, config = SummaryGenerator(vocabulary), GenerationConfig(overflow="summarize")
+    talk = Conversation(generator, vocabulary, ChatTemplate(template), config, Thread(system), n_ctx=2000)
+    while not talk.thread.evicted:
+        list(talk.ask(f"Question {len(generator.prompts)}, with some more words in it?"))
+    list(talk.ask("And now?"))
+    first_question = read(generator, vocabulary).split("<|im_end|>")[0]
+    assert "Summary of the earlier conversation:\nThey greeted each other." in first_question
+    assert system in first_question
+    assert talk.used_tokens < talk.n_ctx
+
+
+def test_a_small_context_leaves_space_for_a_summary(vocabulary: Tokenizer) -> None:
+    answers = [[*tokens("Yes.", vocabulary), END]] * 9
+    generator, config = ScriptedGenerator(answers, n_ctx=256), GenerationConfig(overflow="summarize")
+    talk = Conversation(generator, vocabulary, ChatTemplate(CHATML), config, n_ctx=256)
+    for _ in range(9):
+        list(talk.ask("Is that so?"))
+        assert talk.prompt_tokens < 256
+    assert talk.thread.evicted
 
 
 def test_an_interrupted_summary_evicts_nothing_and_keeps_the_question(vocabulary: Tokenizer) -> None:

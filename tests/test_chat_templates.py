@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import struct
+import subprocess
+import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
 from checkpoint_files import load_vocabulary, plan_metadata, set_json, write_minimal
 from commands import expect_exit, list_models
 from conftest import Run
+from gguf_files import copy_with_metadata
 from hub import HubServer
 from hub_checkpoints import CHECKPOINT, HF_NAME, WeightRequests, publish, read_tree
 
-from qwenlocal.chat.chat_template import CHATML
-from qwenlocal.errors import BadCheckpoint
+from qwenlocal.chat.chat_template import CHATML, ChatTemplate
+from qwenlocal.errors import BadCheckpoint, BadWeights
+from qwenlocal.testing import write_model
+from qwenlocal.weights import gguf_writer
 from qwenlocal.weights.gguf_reader import decode_value, read_raw_metadata
 
 
@@ -130,3 +136,152 @@ class TestConversion:
         )
         assert "error  The chat template is invalid (line 2" in invoke("inspect", "./x.gguf").stdout
         assert "chat template: it is not valid Jinja" in expect_exit(invoke("run", "./x.gguf", "Hi"), 5)
+
+
+CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+
+
+def render(source: str, count: int = 1) -> str:
+    return ChatTemplate(source).render(CHAT * count, add_generation_prompt=False)
+
+
+class TestRendering:
+    """As in transformers: utils/chat_template_utils.py, `_cached_compile_jinja_template`."""
+
+    @pytest.mark.parametrize(
+        ("source", "text"),
+        [
+            ("{% for m in messages %}{{ m.role }}:\n{% generation %}{{ m.content }}{% endgeneration %}\n{% endfor %}",
+             "user:\nHiassistant:\nHello"),
+            ("{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}", "21"),
+            ("{% for m in messages %}{% if loop.last %}{% continue %}{% endif %}{{ m.content }}{% endfor %}", "Hi"),
+            ("  {% if true %}\n  a\n  {% endif %}\nb", "  a\nb"),
+            ("{{ {'b': '<é>', 'a': [1]}|tojson }}", '{"b": "<é>", "a": [1]}'),
+            ("{{ {'b': 'é', 'a': 1}|tojson(ensure_ascii=true, separators=(',', ':'), sort_keys=true) }}",
+             '{"a":1,"b":"\\u00e9"}'),
+            ("{{ {'a': 1}|tojson(indent=2) }}", '{\n  "a": 1\n}'),
+            ("{% if tools is not none or documents is not none %}x{% endif %}-", "-"),
+            ("{% autoescape true %}{{ '<' ~ '<b>'|safe }}{% endautoescape %}{{ '<' ~ 1 ~ none }}", "&lt;<b><1None"),
+            ("{% set ns = namespace(x=[]) %}{% for m in messages[::-1] %}{% set ns.x = ns.x + [m.role] %}{% endfor %}"
+             "{{ ns.x|join('-') }}", "assistant-user"),
+            ("{% macro m(a, b=2) %}{{ a }}{{ b }}{{ caller() if caller }}{% endmacro %}{{ m(1) }}"
+             "{% call m(3, b=4) %}!{% endcall %}", "1234!"),
+            ("{{ '%5d|%s' % (1, 'a') }}{{ '{:>3}{x}'.format('b', x=1) }}{{ 'a'|center(3) }}"
+             "{{ 'aXbX'.replace('X', '-', 1) }}", "    1|a  b1 a a-bX"),
+            ("{% for key, value in {'a': 1}.items() %}{{ key }}{{ value }}{{ loop.length }}{% endfor %}", "a11"),
+            ("{% for x in [1, [2, [3]]] recursive %}{{ loop(x) if x is iterable else x }}{% endfor %}", "123"),
+            ("{{ messages|selectattr('role', 'equalto', 'user')|map(attribute='content')|first }}", "Hi"),
+        ],
+    )  # fmt: skip
+    def test_templates_render_as_in_transformers(self, source: str, text: str) -> None:
+        assert render(source) == text
+
+    def test_a_long_conversation_renders_quickly(self) -> None:
+        started = time.process_time()
+        assert len(render(CHATML, 1000)) > 60_000
+        assert time.process_time() - started < 1
+
+    def test_a_long_message_fits_into_the_limits(self) -> None:
+        long = [{"role": "user", "content": "word " * 780_000}]
+        source = "{% set text = messages[0].content|trim ~ '.' %}{{ '<' + text.replace('word', 'words') }}"
+        assert len(ChatTemplate(source).render(long)) == 6 * 780_000 + 1
+
+
+TIME, DEPTH, OUTPUT = "it takes longer than 2 seconds", "it is nested too deeply", "its output is too long"
+DOUBLING = (
+    "{% set ns = namespace(x=START) %}{% for i in range(60) %}{% set ns.x = NEXT %}{% endfor %}{{ ns.x == ns.x }}"
+)
+
+
+class TestLimits:
+    @pytest.mark.parametrize(
+        "source",
+        [
+            "{{ 'a' * 10**10 }}", "{{ [1] * 10**10 }}", "{{ 'a'|center(10**10) }}", "{{ 'a'.rjust(width=10**10) }}",
+            "{{ '%10000000000d' % 1 }}", "{{ '%*d' % (10**10, 1) }}", "{{ '{:10000000000}'.format(1) }}",
+            "{{ '{:{}}'.format(1, 10**10) }}", "{{ 'x{:10000000000}'['format'](1) }}",
+            "{{ '%10000000000d'|format(1) }}",
+            "{{ (1).to_bytes(10**10, 'big') }}", "{{ [1]|batch(10**10, 0)|list }}", "{{ [[1]]|tojson(indent=10**10) }}",
+            "{{ ('a' * 10000)|replace('a', 'b' * 100000) }}", "{{ ('a' * 10000)|replace(new='b' * 100000, old='a') }}",
+            "{{ (['x' * 100000] * 100000)|join }}", "{{ ['x' * 100000] * 100000 }}",
+            "{{ ('\\n' * 100000)|indent(100000) }}",
+            "{{ ('\\t' * 100000).expandtabs(100000) }}", "{{ ('x' * 100000).translate({120: 'y' * 100000}) }}",
+            "{{ range(100000)|map(attribute='x', default='y' * 1000000)|join }}",
+            "{{ ([[1] * 10000] * 10000)|sum(start=[]) }}",
+            "{% filter center(10**9) %}x{% endfilter %}", "{% macro m(a='x' * 10**9) %}{% endmacro %}{{ m() }}",
+            DOUBLING.replace("START", "'aaaa'").replace("NEXT", "ns.x + ns.x"),
+            DOUBLING.replace("START", "'aaaa'").replace("NEXT", "ns.x ~ ns.x"),
+            DOUBLING.replace("START", "'aaaa'").replace("NEXT", "'%s%s' % (ns.x, ns.x)"),
+            DOUBLING.replace("START", "[1]").replace("NEXT", "[ns.x, ns.x]"),
+            DOUBLING.replace("START", "1").replace("NEXT", "{'a': ns.x, 'b': ns.x}"),
+            DOUBLING.replace("START", "{'a': 1}").replace("NEXT", "dict(a=ns.x.items(), b=ns.x.items())"),
+        ],
+    )  # fmt: skip
+    def test_a_template_that_needs_much_memory_fails_before_it_gets_it(self, source: str) -> None:
+        tracemalloc.start()
+        with pytest.raises(BadWeights, match="chat template: it fails: it needs too much memory"):
+            render(source)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 100e6
+
+    @pytest.mark.parametrize(
+        ("source", "reason"),
+        [
+            ("{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}", TIME),
+            ("{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}", TIME),
+            ("{% for i in range(99999) recursive %}{{ loop(range(99999)) if loop.depth < 5 }}{% endfor %}", TIME),
+            ("{% for i in range(100000) %}" + "y" * 100_000 + "{% endfor %}", OUTPUT),
+            ("{% for i in range(99999) %}{{ messages }}{{ messages }}{{ messages }}{% endfor %}", OUTPUT),
+            ("{% for i in range(10**10) %}{% endfor %}", "Range too big"),
+            ("{{ 2 ** (10 ** 9) }}", "numbers that are too large"),
+            (DOUBLING.replace("START", "7").replace("NEXT", "ns.x * ns.x"), "numbers that are too large"),
+            ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", DEPTH),
+            ("{% block a %}{{ self.a() }}{% endblock %}", DEPTH),
+            (DOUBLING.replace("60", "99999").replace("START", "()").replace("NEXT", "(ns.x,)"), DEPTH),
+            ("{{ ('<!--a-->' * 100000)|striptags }}", "calls striptags with more than 2,000 characters"),
+            ("{{ ('é' * 100000).encode('punycode') }}", "calls encode with more than 2,000 characters"),
+            ("{% include 'x' %}", "no loader"),
+        ],
+    )  # fmt: skip
+    def test_a_template_that_runs_long_or_nests_deeply_fails(self, source: str, reason: str) -> None:
+        started = time.process_time()
+        with pytest.raises(BadWeights, match=f"chat template: it fails: .*{reason}"):
+            render(source)
+        assert time.process_time() - started < 4
+
+    @pytest.mark.parametrize(
+        ("source", "reason"),
+        [
+            ("{{ " + "[" * 5000 + "]" * 5000 + " }}", DEPTH),
+            ("{{ " + "+".join("1" * 5000) + " }}", DEPTH),
+            ("{% for a in [1] %}" * 25 + "{% endfor %}" * 25, DEPTH),
+            ("{% if 1 %}" * 120 + "{% endif %}" * 120, DEPTH),
+            ("{% if 0 %}" + "{% elif 0 %}" * 5000 + "{% endif %}", DEPTH),
+            ("x" * 200_001, "it is longer than 200,000 characters"),
+            ("{{ " + "1" * 5000 + " }}", "4300 digits"),
+            ("{{ messages|nonsense }}", "line 1: No filter named 'nonsense'."),
+        ],
+    )
+    def test_a_template_that_cannot_be_compiled_is_invalid(self, source: str, reason: str) -> None:
+        with pytest.raises(BadWeights, match=f"chat template: it is not valid Jinja: .*{reason}"):
+            ChatTemplate(source)
+
+    @pytest.mark.parametrize("source", ["{{ 'a' * 10**10 }}{{ messages }}", "{{ messages" + "[0]" * 5000 + " }}"])
+    def test_run_and_inspect_say_the_same(self, source: str, invoke: Run, tmp_path: Path) -> None:
+        good = write_model(tmp_path / "good.gguf", reply="Hi")
+        copy_with_metadata(good, tmp_path / "bad.gguf", {"tokenizer.chat_template": gguf_writer.string(source)})
+        for options in ((), ("--system", "Be brief."), ("--json",)):
+            assert "chat template: it " in expect_exit(invoke("run", "./bad.gguf", "Hi", *options), 5)
+        assert "runs with --raw only" in expect_inspection(invoke("inspect", "./bad.gguf"))
+        expect_exit(invoke("run", "./bad.gguf", "--raw", "Hi"), 0)
+
+    def test_convert_copies_such_a_template_with_a_note(self, checkpoint_copy: Path, invoke: Run) -> None:
+        (checkpoint_copy / "chat_template.jinja").write_text("{{ " + "[" * 5000 + "]" * 5000 + " }}")
+        result = invoke("convert", str(checkpoint_copy), "-o", "x.gguf", "--type", "q8_0")
+        assert "is invalid (it is nested too deeply); it is copied unchanged" in expect_exit(result, 0)
+
+
+def expect_inspection(result: subprocess.CompletedProcess[str]) -> str:
+    expect_exit(result, 5)
+    return result.stdout

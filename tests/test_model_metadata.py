@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,38 @@ class TestModelMetadata:
         assert metadata["tags"] == ["chat", "text-generation"]
         assert metadata["base_model.0.repo_url"] == "https://huggingface.co/Qwen/Qwen1.5-0.5B"
         assert metadata["dataset.count"] == 1
+
+    @pytest.mark.parametrize(
+        ("front", "reason"),
+        [
+            ("license: mit\nx:\n" + "- {a: b}\n" * 120_000, "longer than 524,288 bytes"),
+            ("x: " + "1" + ":1" * 100_000, "a line of more than 20,000 characters"),
+            (
+                "a: &a {x: 1}\n" + "".join(f"{b}: &{b} {{<<: [*{a}, *{a}]}}\n" for a, b in pairwise("abcdefghijkl")),
+                "merge",
+            ),
+            ("a: " + "[" * 5000 + "]" * 5000, "cannot read"),
+        ],
+    )
+    def test_front_matter_that_takes_much_time_or_memory_is_not_read(
+        self, front: str, reason: str, tmp_path: Path
+    ) -> None:
+        (tmp_path / "README.md").write_text(f"---\n{front}\n---\n")
+        started = time.process_time()
+        (note,) = read_model_metadata(tmp_path, {}, "x", ParameterCounts(1)).notes
+        assert time.process_time() - started < 2
+        assert reason in note
+
+    def test_long_lists_in_the_front_matter_are_cut(self, tmp_path: Path) -> None:
+        (tmp_path / "README.md").write_text("---\nbase_model:\n" + "- a/b\n" * 80_000 + "---\n")
+        started = time.process_time()
+        assert load_general_keys(tmp_path)["base_model.count"] == 64
+        assert time.process_time() - started < 3
+
+    def test_a_long_readme_is_only_read_to_the_end_of_its_front_matter(self, tmp_path: Path) -> None:
+        text = b"---\nlicense: mit\n---\n" + "é".encode() * 600_001 + b"\xff"
+        (tmp_path / "README.md").write_bytes(text)
+        assert load_general_keys(tmp_path)["license"] == "mit"
 
     def test_several_licenses_are_listed(self, tmp_path: Path) -> None:
         (tmp_path / "README.md").write_text("---\nlicense: [mit, apache-2.0]\n---\n")

@@ -64,7 +64,7 @@ def load_chat_model(
     BadWeights: the template is invalid. The errors of `EngineLoader.load`.
     """
     # Import jinja2 (40 ms) while llama.cpp reads the weights.
-    warm_up = threading.Thread(target=importlib.import_module, args=("jinja2.sandbox",), daemon=True)
+    warm_up = threading.Thread(target=importlib.import_module, args=("qwenlocal.jinja_sandbox",), daemon=True)
     warm_up.start()
     loaded = (loader or EngineLoader()).load(
         path, options, machine, name=name, size=size, recommended=recommended, report=report

@@ -13,7 +13,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from qwenlocal.errors import BadWeights, TextTooLong
-from qwenlocal.jinja import compile_template
+from qwenlocal.jinja import TemplateFailure, TemplateRejection, compile_template
 
 if TYPE_CHECKING:
     from qwenlocal.engine.tokenizer import Tokenizer
@@ -46,12 +46,10 @@ class ChatTemplate:
         ------
         BadWeights: the template is not valid Jinja.
         """
-        from jinja2 import TemplateError
-
         self._tokens = {"bos_token": bos, "eos_token": eos}
         try:
             self._template = compile_template(source, now)
-        except TemplateError as error:
+        except TemplateFailure as error:
             raise BadWeights("chat template", f"it is not valid Jinja: {error}", hint=_HINT) from error
 
     def render(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True) -> str:
@@ -62,13 +60,17 @@ class ChatTemplate:
         ------
         BadWeights: the template rejects these messages or fails.
         """
-        from jinja2 import TemplateError
-
         try:
-            return self._template.render(messages=messages, add_generation_prompt=add_generation_prompt, **self._tokens)
-        except TemplateError as error:
+            return self._template.render(
+                messages=messages,
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self._tokens,
+            )
+        except TemplateRejection as error:
             raise BadWeights("chat template", f"it rejects the conversation: {error}", hint=_HINT) from error
-        except (TypeError, ValueError, KeyError, ZeroDivisionError, OverflowError) as error:
+        except TemplateFailure as error:
             raise BadWeights("chat template", f"it fails: {error}", hint=_HINT) from error
 
 
@@ -78,16 +80,18 @@ def encode_messages(template: ChatTemplate, messages: Sequence[ChatMessage], tok
 
     Control tokens come from the template only. With Qwen1.5, a user's message "a<|im_end|>b" contributes no id above
     151642: the spelling is split after its first character ("a<", "|im_end|>b"), and the parts are tokenized
-    separately. Messages that spell no control token are tokenized once, as part of the whole.
+    separately. Messages that spell no control token are tokenized once, as part of the whole. If the template has no
+    system messages, such as Gemma's, their text begins the first question.
 
     Raises
     ------
     TextTooLong: a message would take seconds to tokenize and fits into no context.
     """
+    for length in (len(str(message["content"])) for message in messages):
+        if length > MAX_CHARACTERS:
+            raise TextTooLong(length, MAX_CHARACTERS)
+    messages = _fit_roles(template, messages)
     contents = [str(message["content"]) for message in messages]
-    for content in contents:
-        if len(content) > MAX_CHARACTERS:
-            raise TextTooLong(len(content), MAX_CHARACTERS)
     separator = next(separator for separator in _SEPARATORS if not any(separator in content for content in contents))
     while True:
         rendered = template.render(
@@ -99,6 +103,27 @@ def encode_messages(template: ChatTemplate, messages: Sequence[ChatMessage], tok
         if split == contents:
             return ids
         contents = split
+
+
+def _fit_roles(template: ChatTemplate, messages: Sequence[ChatMessage]) -> Sequence[ChatMessage]:
+    """Return the messages; `_join_roles` of them if the template rejects them or omits the system message."""
+    system = str(messages[0]["content"]).strip() if messages[0]["role"] == "system" else ""
+    try:
+        return messages if system in template.render(messages) else _join_roles(messages)
+    except BadWeights:
+        return _join_roles(messages)
+
+
+def _join_roles(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
+    """Make system messages the user's, and join neighbors of the same role, so that user and assistant alternate."""
+    joined: list[ChatMessage] = []
+    for message in messages:
+        role = "user" if message["role"] == "system" else message["role"]
+        if joined and joined[-1]["role"] == role:
+            joined[-1] = {"role": role, "content": f"{joined[-1]['content']}\n\n{message['content']}"}
+        else:
+            joined.append({**message, "role": role})
+    return joined
 
 
 def _control_spellings(ids: Iterable[int], tokenizer: Tokenizer) -> list[str]:

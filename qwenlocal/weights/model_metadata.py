@@ -7,6 +7,7 @@ finetune Chat). The license and the rest are in the front matter of the model's 
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,8 +17,8 @@ from typing import Any
 
 from qwenlocal.errors import BadCheckpoint
 from qwenlocal.weights import gguf_writer
-from qwenlocal.weights.checkpoint import brief_repr, read_json
 from qwenlocal.weights.gguf_reader import EncodedValue
+from qwenlocal.weights.json_files import brief_repr, read_json
 
 # Names in generation_config.json and in GGUF (gguf-py, constants.py: Keys.General.SAMPLING_*).
 _SAMPLING = {
@@ -29,6 +30,7 @@ _SAMPLING = {
 }
 _METADATA_ERRORS = (ValueError, TypeError, AttributeError, KeyError, IndexError, RecursionError, OverflowError)
 _MAX_ENTRIES, _MAX_TEXT = 64, 2000  # entries of a list, characters of a text
+_MAX_CARD, _MAX_LINE = 1 << 19, 20_000  # bytes of front matter (parsed in 0.5 s), characters of its lines
 
 
 @dataclass(frozen=True)
@@ -106,12 +108,50 @@ def _strip_quantization(name: str) -> str:
 
 def _read_model_card(folder: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     import yaml
-    from gguf import Metadata
 
     try:
-        return Metadata.load_model_card(folder), ()
+        card = _parse_front_matter(folder / "README.md")
     except (OSError, yaml.YAMLError, *_METADATA_ERRORS) as reason:
         return {}, (_readme_note(reason),)
+    return {key: value[:_MAX_ENTRIES] if isinstance(value, list) else value for key, value in card.items()}, ()
+
+
+def _parse_front_matter(file: Path) -> dict[str, Any]:
+    """
+    Parse the front matter of a model card like `gguf.Metadata.load_model_card`, but safely and eight times faster.
+
+    Raises
+    ------
+    ValueError: it is too large, or not UTF-8. yaml.YAMLError: it is not YAML, or has merge keys (`<<`), with which a
+    kilobyte can become gigabytes.
+    """
+    if not file.is_file():
+        return {}
+    with file.open("rb") as source:
+        text = codecs.getincrementaldecoder("utf-8")().decode(source.read(_MAX_CARD))
+    first, *lines = text.splitlines() or [""]
+    if first != "---":
+        return {}
+    if "---" in lines:
+        lines = lines[: lines.index("---")]
+    elif file.stat().st_size > _MAX_CARD:
+        raise ValueError(f"it is longer than {_MAX_CARD:,} bytes")
+    if any(len(line) > _MAX_LINE for line in lines):
+        raise ValueError(f"it has a line of more than {_MAX_LINE:,} characters")
+    # As in gguf: the language "no" is not false, and tabs are spaces.
+    data = _load_yaml(("\n".join(lines) + "\n").replace("- no\n", '- "no"\n').replace("\t", "  "))
+    return data if isinstance(data, dict) else {}
+
+
+def _load_yaml(text: str) -> Any:
+    import yaml
+
+    class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+        def flatten_mapping(self, node: yaml.MappingNode) -> None:
+            if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
+                raise yaml.YAMLError("merge keys are not supported")
+
+    return yaml.load(text, Loader)
 
 
 def _readme_note(error: BaseException) -> str:

@@ -13,6 +13,7 @@ from qwenlocal.chat.documents import (
     Document,
     find_mentions,
     find_missing_mentions,
+    format_mention,
     read_document,
     select_passages,
     truncate_to_tokens,
@@ -91,8 +92,8 @@ def test_pdf_is_converted_to_text(tmp_path: Path) -> None:
     [
         ("a.png", b"\x89PNG\r\n\x1a\n....", "is a PNG image"),
         ("a.jpg", b"\xff\xd8\xff\xe0..", "is a JPEG image"),
-        ("a.txt", b"abc\0def", "is a binary file"),
-        ("a.txt", b"caf\xe9 au lait", "is not UTF-8 text \\(byte 4 is 0xE9\\)"),
+        ("a.txt", b"abc\0\0def", "is a binary file"),
+        ("a.txt", b"caf\xe9 au lait", "is not UTF-8 text; it looks like WINDOWS-1252"),
         ("a.gguf", b"GGUF\3\0\0\0", "is a GGUF model"),
         ("a.txt", b"  \n ", "contains no text"),
         ("a.pdf", b"%PDF-1.4 nonsense", "Cannot read a.pdf"),
@@ -154,6 +155,49 @@ def test_punctuation_and_chinese_end_a_file_name(text: str, tmp_path: Path) -> N
     assert [path.name for path in find_mentions(text, tmp_path)] == ["a.txt"]
     assert find_missing_mentions(text, tmp_path) == []
     assert find_missing_mentions(text.replace("a.txt", "b.txt"), tmp_path) == ["b.txt"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '@"my notes.txt"',
+        "@'my notes.txt'",
+        "@“my notes.txt”？",
+        "see @my notes.txt, please",
+        "(@my notes.txt)",
+        "@my\\ notes.txt and more",
+        '@"my notes.txt',
+        "总结@my notes.txt谢谢",
+    ],
+)
+def test_a_name_with_spaces_is_found_with_and_without_quotes(text: str, tmp_path: Path) -> None:
+    (tmp_path / "my notes.txt").write_text("x")
+    assert [path.name for path in find_mentions(text, tmp_path)] == ["my notes.txt"]
+    assert find_missing_mentions(text, tmp_path) == []
+    assert find_missing_mentions(text.replace("my", "your"), tmp_path) == ["your notes.txt"]
+
+
+def test_words_in_code_are_no_missing_files(tmp_path: Path) -> None:
+    code = "@property def x.py\n@import theme.css\n@media print and style.css"
+    assert find_missing_mentions(code, tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a.txt",
+        "my notes.txt",
+        "it's.txt",
+        "it's (1) #2.txt",
+        '"x" y.txt',
+        "'a'.txt",
+        "größe 文件.txt",
+        "9.41\u202fAM.txt",
+    ],
+)
+def test_a_formatted_mention_is_found_again(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("x")
+    assert [path.name for path in find_mentions(f"see {format_mention(name)}, please", tmp_path)] == [name]
 
 
 @pytest.mark.parametrize("text", ["GGUF is a file format.", "MZ", "SQLite stores tables.", "GIF89a or PNG?"])

@@ -10,31 +10,24 @@ import bisect
 import collections
 import math
 import mimetypes
+import os
 import re
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from qwenlocal.errors import ModelNotFound, QwenlocalError, UsageError
-from qwenlocal.i18n import mark, tr
+from qwenlocal.i18n import tr
+from qwenlocal.paths import unquote_path
+from qwenlocal.text_encoding import MAX_BYTES, decode_text
 
-MAX_BYTES = 64 << 20
-_SNIFFED_BYTES = 8192
-_MENTION = re.compile(r'(?<![A-Za-z0-9_./@-])@(?:"([^"\n]+)"|(\S{1,4096}))')
+# A name in quotes, in which \" is a quote, or the word that a name begins with.
+_MENTION = re.compile(r"""(?<![A-Za-z0-9_./@-])@(?:"((?:\\"|[^"\n])+)"|'([^'\n]+)'|“([^”\n]+)”|(\S{1,4096}))""")
+_QUOTES = "\"'“"
+_MORE_WORDS = re.compile(r"(?:[^\S\n]+\S{1,100}){0,7}")  # of a name with spaces that is not in quotes
+_MAX_MISSING_WORDS = 4
 _CLOSING = ".,;:!?)]}'\"，。；：？！、）】」』”’"  # punctuation that may follow a file name without a space
-_BINARY_TYPES = {
-    b"\x89PNG": mark("a PNG image"),
-    b"\xff\xd8\xff": mark("a JPEG image"),
-    b"GIF8": mark("a GIF image"),
-    b"RIFF": mark("an audio, video or image file (RIFF)"),
-    b"\x1f\x8b": mark("a gzip archive"),
-    b"PK\x03\x04": mark("a ZIP archive"),
-    b"\x7fELF": mark("a program"),
-    b"MZ": mark("a program"),
-    b"GGUF": mark("a GGUF model"),
-    b"SQLite": mark("a SQLite database"),
-}
 # A character of Chinese, Japanese or Korean is a word of its own.
 _WORD = re.compile(r"[\u3400-\u9fff\u3040-\u30ff\uac00-\ud7af]|\w+")
 _K1, _B = 1.2, 0.75  # Robertson, Zaragoza: The Probabilistic Relevance Framework: BM25 and Beyond, 2009
@@ -86,42 +79,13 @@ def read_document(path: Path) -> Document:
         message = tr("Cannot read {path}: {reason}.", path=path, reason=error.strerror)
         raise ModelNotFound(str(path), reason=message, hint=tr("Check the path.")) from error
     reader = _READERS.get(path.suffix.lower())
-    text = _read_with(reader, path) if reader else _decode(path, data)
+    text = _read_with(reader, path) if reader else decode_text(data, path.name, file=path)
     if not text.strip():
         raise UsageError(
             tr("{name} contains no text.", name=path.name),
             hint=tr("Scanned pages are images; this model reads only text."),
         )
     return Document(path.name, text)
-
-
-def _decode(path: Path, data: bytes) -> str:
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return data.decode("utf-16", errors="replace")
-    if b"\0" in data[:_SNIFFED_BYTES]:
-        raise _binary_error(path, data) or UsageError(
-            tr("{name} is a binary file; this model reads only text.", name=path.name)
-        )
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise _binary_error(path, data) or UsageError(
-            tr(
-                "{name} is not UTF-8 text (byte {start:,} is 0x{data:02X}).",
-                name=path.name,
-                start=error.start + 1,
-                data=data[error.start],
-            ),
-            hint=tr("Convert text in another encoding: iconv -f GB18030 -t UTF-8 {name}", name=path.name),
-        ) from error
-
-
-def _binary_error(path: Path, data: bytes) -> UsageError | None:
-    """Return the error for a known binary type. Call it only if decoding failed: text may begin with “GGUF”, too."""
-    for magic, kind in _BINARY_TYPES.items():
-        if data.startswith(magic):
-            return UsageError(tr("{name} is {kind}; this model reads only text.", name=path.name, kind=tr(kind)))
-    return None
 
 
 def _read_with(reader: Callable[[Path], str], path: Path) -> str:
@@ -157,7 +121,7 @@ def _read_html(path: Path) -> str:
 
     converter = html2text.HTML2Text(bodywidth=0)
     converter.ignore_images = True
-    return str(converter.handle(_decode(path, path.read_bytes())))
+    return str(converter.handle(decode_text(path.read_bytes(), path.name, file=path)))
 
 
 _READERS: Mapping[str, Callable[[Path], str]] = {
@@ -171,14 +135,22 @@ _READERS: Mapping[str, Callable[[Path], str]] = {
 # --- mentions
 
 
+def format_mention(name: str) -> str:
+    """Return `@notes.txt`, or `@"my notes.txt"` for a name that needs quotes."""
+    if name[:1] not in _QUOTES and not re.search(r"\s", name):
+        return f"@{name}"
+    escaped = name.replace('"', '\\"')
+    return f'@"{escaped}"'
+
+
 def find_mentions(text: str, folder: Path) -> list[Path]:
     """
     Return the files that `text` mentions as `@path` or `@"a path"`; other words with an @ ("@alice") are ignored.
 
-    `find_mentions("compare @a.txt with (@b.txt)", folder)` returns both if they exist. Chinese needs no spaces:
-    `find_mentions("总结@a.txt，谢谢", folder)` returns a.txt.
+    `find_mentions("compare @a.txt with (@b.txt)", folder)` returns both if they exist. Quotes can be left out, and
+    Chinese needs no spaces: `find_mentions("总结@a.txt，谢谢", folder)` returns a.txt.
     """
-    paths = (_find_file(match[1] or match[2], folder) for match in _MENTION.finditer(text))
+    paths = (_find_file(quoted or rest, folder) for quoted, rest in _split_mentions(text))
     return list(dict.fromkeys(path for path in paths if path))
 
 
@@ -186,35 +158,59 @@ def find_missing_mentions(text: str, folder: Path) -> list[str]:
     """
     Return the names that `text` mentions like files although there are none.
 
-    Those are `@"in quotes"`, `@./with/a/folder` and `@name.txt`, with a suffix of a known type. "@alice" and "@app.get"
-    do not look like files.
+    Those are `@"in quotes"`, `@./with/a/folder` and `@name.txt`, with a suffix of a known type; also `@my name.txt` in
+    a text of one line, since code has other words with an @. "@alice" and "@app.get" do not look like files.
     """
-    missing = (match for match in _MENTION.finditer(text) if _find_file(match[1] or match[2], folder) is None)
-    names = (match[1] or _extract_name(match[2]) for match in missing)
+    is_prose = "\n" not in text
+    missing = ((quoted, rest) for quoted, rest in _split_mentions(text) if not _find_file(quoted or rest, folder))
+    names = (quoted or _extract_name(rest, max_words=_MAX_MISSING_WORDS if is_prose else 1) for quoted, rest in missing)
     return list(dict.fromkeys(name for name in names if name))
 
 
-def _find_file(word: str, folder: Path) -> Path | None:
-    """Return the file with the longest name that `word` begins with; a name may end before punctuation or 中文."""
-    for end in range(len(word), 0, -1):
-        if end == len(word) or word[end] in _CLOSING or not word[end].isascii():
-            try:
-                path = (folder / Path(word[:end]).expanduser()).resolve()
-                if path.is_file():
-                    return path
-            except (OSError, RuntimeError, ValueError):  # too long, ~unknown-user, or characters no name can have
-                continue
+def _split_mentions(text: str) -> Iterator[tuple[str, str]]:
+    """Yield for each mention its name in quotes, or "" and the words that may be one."""
+    for match in _MENTION.finditer(text):
+        quoted = (match[1] or "").replace('\\"', '"') or match[2] or match[3] or ""
+        more = _MORE_WORDS.match(text, match.end())
+        yield quoted, "" if quoted else (match[4] + (more[0] if more else "")).lstrip(_QUOTES)
+
+
+def _find_file(text: str, folder: Path) -> Path | None:
+    """Return the file with the longest name that `text` begins with, as typed or with the backslashes of a shell."""
+    for version in dict.fromkeys((text, unquote_path(text))):
+        for end in range(len(version), 0, -1):
+            if end == len(version) or _may_end_name(version[end]):
+                path = os.path.join(folder, os.path.expanduser(version[:end]))  # noqa: PTH118 - fast, never raises
+                if os.path.isfile(path):
+                    return Path(path).resolve()
     return None
 
 
-def _extract_name(word: str) -> str:
-    """Return the part of `word` that looks like a file name, "" if there is none."""
+def _may_end_name(following: str) -> bool:
+    """True if the name of a file may end before this character."""
+    return following in _CLOSING or following.isspace() or not following.isascii()
+
+
+def _extract_name(text: str, max_words: int) -> str:
+    """Return the beginning of `text` that looks like a file name, at most `max_words`, "" if there is none."""
+    words = text.replace("\\ ", " ").split()[:max_words]
+    for count, word in enumerate(words):
+        if count and (words[count - 1][-1] in _CLOSING or word.startswith("@")):
+            break
+        for last in _cut_word(word):
+            name = " ".join([*words[:count], last])
+            if _looks_like_file(name):
+                return name
+    return ""
+
+
+def _cut_word(word: str) -> tuple[str, str]:
+    """Return `word` up to punctuation that ends a file name, and its ASCII characters up to there."""
     before_punctuation = re.split(
         f"['\"’”]|[{re.escape(_CLOSING)}](?![A-Za-z0-9/.])", word.rstrip(_CLOSING), maxsplit=1
     )[0]
     ascii_only = re.match(r"[!-~]*", before_punctuation)
-    candidates = (before_punctuation, ascii_only[0] if ascii_only else "")
-    return next((name for name in candidates if _looks_like_file(name)), "")
+    return before_punctuation, ascii_only[0] if ascii_only else ""
 
 
 def _looks_like_file(name: str) -> bool:

@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from qwenlocal.cli.text_input import read_text
 from qwenlocal.errors import InvalidChoice, UsageError
 from qwenlocal.i18n import tr
+from qwenlocal.paths import parse_path
+from qwenlocal.text_encoding import read_text
 
 if TYPE_CHECKING:
     from qwenlocal.chat.conversation import GenerationConfig
@@ -176,12 +177,12 @@ def grammar_from(as_json: bool, schema: str | None, grammar: str | None) -> str 
     if grammar is not None:
         from qwenlocal.engine.gbnf import grammar_from_gbnf
 
-        return grammar_from_gbnf(read_text(grammar))
+        return grammar_from_gbnf(read_text(parse_path(grammar)))
     if schema is None and not as_json:
         return None
     from qwenlocal.engine.json_schema import ANY_OBJECT, grammar_from_schema
 
-    return grammar_from_schema(ANY_OBJECT if schema is None else read_text(schema))
+    return grammar_from_schema(ANY_OBJECT if schema is None else read_text(parse_path(schema)))
 
 
 def parse_rate(text: str | None) -> int:

@@ -1,46 +1,42 @@
-"""Text that a command reads: files, pipes and prompts."""
+"""Text that a command reads: prompt files and standard input."""
 
 from __future__ import annotations
 
 import os
 import sys
+import threading
 from pathlib import Path
-from typing import BinaryIO
 
+from qwenlocal.cli.console import say
 from qwenlocal.errors import ModelNotFound, UsageError
 from qwenlocal.i18n import tr
 from qwenlocal.paths import bundled_folder, parse_path
+from qwenlocal.text_encoding import MAX_BYTES, decode_text, read_text
 
-_MAX_BYTES = 64 << 20  # 32,768 tokens of text have about 150,000 bytes
+_PATIENCE = 1.5  # seconds of waiting for standard input until a note says so
 
 
-def read_text(name: str, *, limit: int = _MAX_BYTES) -> str:
+def read_stdin(*, is_optional: bool) -> str:
     """
-    Read the file `name`, which may be a pipe (`<(command)`), as UTF-8; a byte order mark is removed.
+    Read all of standard input; `is_optional` says that there is a prompt without it.
 
     Raises
     ------
-    ModelNotFound: it cannot be read. UsageError: it is a folder, not UTF-8, or larger than `limit` bytes.
+    UsageError: it cannot be read, is not text, or is longer than any model can read.
     """
-    path = parse_path(name)
+    note = tr("Waiting for the end of standard input …")
+    if is_optional:
+        note += " " + tr("To answer without it, press Ctrl-C and add: < /dev/null")
+    timer = threading.Timer(_PATIENCE, say, (note,))
+    timer.daemon = True
+    timer.start()
     try:
-        if path.is_dir():
-            raise UsageError(tr("{path} is a folder.", path=path), hint=tr("Name one of its files."))
-        with path.open("rb") as file:
-            return _decode(file, str(path), limit)
-    except OSError as error:
-        raise ModelNotFound.unreadable(name, error) from error
-
-
-def read_stdin() -> str:
-    """
-    Read all of standard input.
-
-    Raises
-    ------
-    UsageError: it is not UTF-8, or longer than any model can read.
-    """
-    return _decode(sys.stdin.buffer, tr("The text on standard input"), _MAX_BYTES)
+        data = sys.stdin.buffer.read(MAX_BYTES + 1)
+    except OSError as error:  # it is a folder, for example
+        raise UsageError(tr("Cannot read standard input: {reason}.", reason=error.strerror)) from error
+    finally:
+        timer.cancel()
+    return decode_text(data, tr("Standard input"))
 
 
 def read_prompt_file(name: str) -> str:
@@ -53,29 +49,9 @@ def read_prompt_file(name: str) -> str:
     """
     own = bundled_folder("prompts") / Path(name).name
     if not os.path.exists(parse_path(name)) and own.is_file():
-        return read_text(str(own))
+        return read_text(own)
     try:
-        return read_text(name)
+        return read_text(parse_path(name))
     except ModelNotFound as error:
         names = ", ".join(sorted(path.name for path in bundled_folder("prompts").glob("*.txt")))
         raise ModelNotFound(name, reason=str(error), hint=tr("Prompts that come with qwenlocal: ") + names) from error
-
-
-def _decode(file: BinaryIO, label: str, limit: int) -> str:
-    data = file.read(limit + 1)
-    if len(data) > limit:
-        raise UsageError(
-            tr("{what} is longer than {limit} MB; no model reads that much.", what=label, limit=limit >> 20)
-        )
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            tr(
-                "{what} is not UTF-8 text (byte {start:,} is 0x{data:02X}).",
-                what=label,
-                start=error.start + 1,
-                data=data[error.start],
-            ),
-            hint=tr("To convert it from another encoding: iconv -f LATIN1 -t UTF-8"),
-        ) from error

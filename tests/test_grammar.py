@@ -17,11 +17,13 @@ import pytest
 from conftest import Run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from terminal import Open
 
 from qwenlocal.engine.batching import BatchGenerator, BatchRequest
 from qwenlocal.engine.context import Context, ContextOptions
 from qwenlocal.engine.gbnf import grammar_from_gbnf
 from qwenlocal.engine.grammar import GrammarMatcher
+from qwenlocal.engine.grammar import is_complete as is_complete_text
 from qwenlocal.engine.json_schema import ANY_OBJECT, grammar_from_schema
 from qwenlocal.engine.llama import Model
 from qwenlocal.engine.sampling import Sampling
@@ -344,7 +346,7 @@ def test_gbnf_is_read_as_in_llama_cpp(grammar: str, good: list[str], bad: list[s
         ('{"items": {"not": {}}}', "“not” at #/items"),
         ('{"$defs": {"a": {"if": {}}}, "$ref": "#/$defs/a"}', "“if” at #/$defs/a"),
         ('{"not": {}, "if": {}}', "(and 1 more)"),
-        ('{"type": "string", "nullable": true}', "“nullable”"),
+        ('{"type": "string", "nullable": "yes"}', '"yes" is not a valid “nullable”'),
         ('{"x-guidance": {"lenient": true}, "not": {}}', "“x-guidance”"),
         ('{"type": "string", "format": "foo"}', "Unknown format: foo"),
         ('{"$ref": "https://example.org/x.json"}', "points outside the schema"),
@@ -614,3 +616,134 @@ def test_run_checks_a_schema_or_grammar_before_loading(
     assert result.returncode == code
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "reason", "hint"),
+    [
+        (["--schema", "s.json", "-n", "8"], "it was cut after 8 tokens, before it followed", "-n 256"),
+        (["--schema", "s.json", "-n", "1"], "it was cut after 1 token, before it followed", "-n 256"),
+        (["--json", "-n", "1"], "it was cut after 1 token", "-n 256"),
+        (["--grammar", "long.gbnf", "-n", "9"], "it was cut after 9 tokens", "-n 256"),
+        (["--grammar", "endless.gbnf", "-c", "256"], "the context of 256 tokens was full before it followed", "-c 512"),
+        (["--schema", "s.json", "--stop", "name"], "a stop string ended it before it followed", "Omit --stop"),
+        (["--raw", "--schema", "s.json", "-n", "8"], "it was cut after 8 tokens", "-n 256"),
+    ],
+)
+def test_run_says_that_an_answer_was_cut_before_it_followed_its_grammar(
+    options: list[str], reason: str, hint: str, random_model: Path, invoke: Run, tmp_path: Path
+) -> None:
+    write_structures(tmp_path)
+    result = invoke("run", str(random_model), "Hi", *options)
+    assert (result.returncode, f"The answer is incomplete: {reason}" in result.stderr) == (8, True), result.stderr
+    assert hint in result.stderr
+
+
+def write_structures(folder: Path) -> None:
+    (folder / "s.json").write_text(json.dumps(PERSON))
+    (folder / "long.gbnf").write_text('root ::= "0123456789"')
+    (folder / "endless.gbnf").write_text('root ::= [a]{9000} "b"')
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--grammar", "ten.gbnf", "-n", "10"], ["--grammar", "ten.gbnf", "--stop", "x"], ["-n", "2"], ["--stop", "a"]],
+)
+def test_a_cut_answer_that_follows_its_grammar_or_has_none_is_a_success(
+    options: list[str], random_model: Path, invoke: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "ten.gbnf").write_text('root ::= "0123456789" ("x" [a-z]*)?')
+    result = invoke("run", str(random_model), "Hi", "--seed", "1", *options)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_a_batch_marks_answers_that_were_cut(random_model: Path, invoke: Run, tmp_path: Path) -> None:
+    write_structures(tmp_path)
+    (tmp_path / "in.txt").write_text("one\ntwo\n")
+    command = ("run", str(random_model), "--batch", "in.txt", "--schema", "s.json", "--seed", "2")
+    cut = invoke(*command, "-n", "8")
+    assert [json.loads(line)["complete"] for line in cut.stdout.splitlines()] == [False, False]
+    assert (cut.returncode, "before they followed the grammar: 2 of 2 answers." in cut.stderr) == (8, True)
+    whole = invoke(*command, "-n", "300")
+    assert [json.loads(line)["complete"] for line in whole.stdout.splitlines()] == [True, True]
+    assert whole.returncode == 0
+    free = invoke("run", str(random_model), "--batch", "in.txt", "-n", "8")
+    assert (free.returncode, "complete" in free.stdout) == (0, False)
+
+
+def test_a_batch_says_how_many_answers_the_full_context_cut(endless_model: Path, invoke: Run, tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text("one\ntwo\n")
+    result = invoke("run", str(endless_model), "--batch", "in.txt", "-c", "256")
+    assert result.returncode == 0
+    assert "Cut because the context of 256 tokens is full: 2 of 2 answers." in result.stderr
+
+
+def test_a_chat_notes_that_an_answer_does_not_follow_its_grammar_yet(
+    terminal: Open, random_model: Path, tmp_path: Path
+) -> None:
+    write_structures(tmp_path)
+    chat = terminal("run", str(random_model), "--grammar", "long.gbnf", "-n", "4")
+    chat.wait_for_prompt()
+    chat.type("Hi\r")
+    chat.wait_for(r"0123\n+\[token limit\] The answer does not follow the grammar yet\. Type /continue")
+    chat.type("/continue\r")
+    chat.wait_for(r"4567\n+\[token limit\] The answer does not follow the grammar yet\.")
+    chat.type("/continue\r")
+    chat.wait_for(r"89\n+> ")
+
+
+# --- OpenAPI, large limits
+
+
+@pytest.mark.parametrize(
+    ("schema", "good", "bad"),
+    [
+        ({"type": "string", "example": "x", "xml": {"name": "a"}, "externalDocs": {"url": "u"}, "x-order": {"not": 3}},
+         ['"a"'], ["null"]),
+        ({"type": "string", "nullable": True}, ['"a"', "null"], ["1"]),
+        ({"type": "string", "nullable": False}, ['"a"'], ["null"]),
+        ({"type": "string", "nullable": True, "enum": ["a"]}, ['"a"'], ["null", '"b"']),
+        ({"type": "object", "properties": {"a": {"type": "integer", "nullable": True}}, "required": ["a"]},
+         ['{"a": 1}', '{"a": null}'], ["{}", "null"]),
+        ({"oneOf": [{"$ref": "#/$defs/Cat"}, {"$ref": "#/$defs/Dog"}],
+          "discriminator": {"propertyName": "kind", "mapping": {"cat": "#/$defs/Cat", "dog": "#/$defs/Dog"}},
+          "$defs": {"Cat": {"type": "object", "properties": {"kind": {"const": "cat", "default": "cat"}}},
+                    "Dog": {"type": "object", "properties": {"kind": {"const": "dog", "default": "dog"}}}}},
+         ['{"kind": "cat"}', '{"kind": "dog"}'], ["{}", '{"kind": "cow"}']),
+        ({"type": "string", "maxLength": 3.0}, ['"abc"'], ['"abcd"']),
+        ({"type": "string", "maxLength": 9223372036854775807}, ['"abcd"'], ["1"]),
+        ({"type": "array", "maxItems": 1e30, "minItems": 1.0}, ["[1]"], ["[]"]),
+    ],
+)  # fmt: skip
+def test_keywords_of_openapi_and_of_generators_are_read(
+    schema: dict[str, Any], good: list[str], bad: list[str]
+) -> None:
+    grammar = grammar_from_schema(json.dumps(schema))
+    assert [text for text in good if not is_complete_text(grammar, text)] == []
+    assert [text for text in bad if is_complete_text(grammar, text)] == []
+
+
+@pytest.mark.parametrize("count", [1500, 3000, 20_000])
+def test_large_limits_are_kept_exactly(count: int) -> None:
+    schemas: list[tuple[dict[str, Any], Any]] = [
+        ({"type": "string", "maxLength": count}, "é" * count),
+        ({"type": "array", "items": {"type": "string", "maxLength": count}}, ["é" * count]),
+        ({"type": "string", "pattern": "^[a-z]+$", "maxLength": count}, "x" * count),
+        ({"type": "string", "pattern": f"^x{{0,{count}}}$"}, "x" * count),
+        ({"type": "array", "items": {"type": "integer"}, "maxItems": count}, [7] * count),
+        ({"type": "object", "additionalProperties": {"type": "null"}, "maxProperties": count},
+         {str(number): None for number in range(count)}),
+    ]  # fmt: skip
+    for schema, value in schemas:
+        grammar, text = grammar_from_schema(json.dumps(schema)), json.dumps(value, ensure_ascii=False)
+        assert is_complete_text(grammar, text), schema
+        more = {'"': text[:-2] + 2 * text[-2] + '"', "]": text[:-1] + ", 7]", "}": text[:-1] + ', "x": null}'}
+        longer = text.replace("é", "éé", 1) if isinstance(value, list) and value[0] != 7 else more[text[-1]]
+        assert not is_complete_text(grammar, longer), schema
+    assert is_complete_text(grammar_from_gbnf(f'root ::= ("ab" | [c]){{0,{count}}}'), "ab" * count)
+    assert not is_complete_text(grammar_from_gbnf(f"root ::= [c]{{0,{count}}}"), "c" * (count + 1))
+
+
+def test_a_string_of_400000_characters_can_follow_a_schema() -> None:
+    grammar = grammar_from_schema(json.dumps({"type": "string", "maxLength": 400_000}))
+    assert is_complete_text(grammar, json.dumps("x" * 400_000))

@@ -84,12 +84,13 @@ class Done:
     The answer has ended.
 
     `ids` are its tokens without the one that ended it. They are empty after a stop string, which may begin in the
-    middle of a token.
+    middle of a token. `is_incomplete`: the answer was cut before it followed its grammar.
     """
 
     finish_reason: FinishReason
     stats: GenerationStats
     ids: tuple[int, ...] = ()
+    is_incomplete: bool = False
 
 
 Event = PromptProgress | Summarizing | TurnsEvicted | Text | Done

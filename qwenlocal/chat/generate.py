@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from qwenlocal.chat.events import Done, Event, FinishReason, GenerationStats, Text
+from qwenlocal.engine.grammar import is_complete
 from qwenlocal.engine.sampling import Sampling
 from qwenlocal.engine.sequence import TokenGenerator
 from qwenlocal.engine.tokenizer import IncrementalDetokenizer, Tokenizer
@@ -35,8 +36,8 @@ def stream_answer(
     ContextFull: the prompt leaves no space for an answer; raised before the first event.
     """
     detokenizer = IncrementalDetokenizer(stop_strings)
-    for token in prefix:  # its text is known, but it may end in the middle of a character
-        detokenizer.feed(tokenizer.piece(token))
+    # The text of the prefix is known, but it may end in the middle of a character.
+    answer_text = "".join(detokenizer.feed(tokenizer.piece(token)) for token in prefix)
     count, reused, reason = 0, 0, None
     answer = list(prefix)
     start = first = last = clock()
@@ -55,11 +56,13 @@ def stream_answer(
             break
         answer.append(step)
         if text := detokenizer.feed(tokenizer.piece(step)):
+            answer_text += text
             yield Text(text, count)
         if detokenizer.matched_stop is not None:
             reason = FinishReason.STOP_STRING
             break
     if text := detokenizer.finish():
+        answer_text += text
         yield Text(text, count)
     reason = reason or _finish_reason(generator)
     if not count:
@@ -68,6 +71,9 @@ def stream_answer(
         reason,
         GenerationStats(len(ids) + len(prefix), reused, count, first - start, last - first if count else 0.0),
         tuple(answer) if reason is not FinishReason.STOP_STRING else (),
+        reason is not FinishReason.EOS
+        and sampling.grammar is not None
+        and not is_complete(sampling.grammar, answer_text),
     )
 
 

@@ -42,7 +42,8 @@ app = CliApp(
     "A MODEL is a name (qwen1.5, qwen1.5:7b, codeqwen1.5, starter), a file (./x.gguf), a repository "
     "(hf:owner/repo, hf:owner/repo:q4_0, ms:owner/repo) or a URL (https://…/x.gguf).",
     epilog="Exit codes: 0 success, 1 files differ (diff), 2 usage, 3 not found, 4 download, "
-    "5 damaged or unusable file, 6 memory or disk, 7 context full, 130 interrupted, 141 closed pipe.",
+    "5 damaged or unusable file, 6 memory or disk, 7 context full, 8 incomplete answer, 130 interrupted, "
+    "141 closed pipe.",
 )
 
 app.add_typer(chats_app, name="chats", rich_help_panel="Chat", short_help="List, search and export saved chats.")

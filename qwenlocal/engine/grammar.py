@@ -23,6 +23,7 @@ from qwenlocal.errors import UsageError
 from qwenlocal.i18n import tr
 
 _NO_EXTENSION = "NoExtension"  # llguidance's stop reason if no token can follow (StopReason)
+_LEXER_FUEL = 10_000_000  # for strings of 400,000 characters with a maxLength; the default allows 99,000
 _NEGLIGIBLE = 10.0  # at temperature 1, a token whose logit is lower by this much is 22,000 times less probable
 
 
@@ -48,7 +49,8 @@ def _byte_tokenizer() -> Any:
 def _create_matcher(grammar: str) -> Any:
     from llguidance import LLMatcher, LLParserLimits
 
-    return LLMatcher(_byte_tokenizer(), grammar, log_level=0, limits=LLParserLimits(verbose_errors=False))
+    limits = LLParserLimits(initial_lexer_fuel=_LEXER_FUEL, verbose_errors=False)
+    return LLMatcher(_byte_tokenizer(), grammar, log_level=0, limits=limits)
 
 
 def find_grammar_error(grammar: str) -> str:
@@ -61,6 +63,12 @@ def find_grammar_error(grammar: str) -> str:
     if not matcher.is_error():
         matcher.compute_bitmask()
     return str(matcher.get_error())
+
+
+def is_complete(grammar: str, text: str) -> bool:
+    """Return True if a whole answer may be `text`. Needs no model."""
+    matcher, data = _create_matcher(grammar), text.encode()
+    return bool(matcher.try_consume_tokens(list(data)) == len(data) and matcher.is_accepting())
 
 
 class GrammarMatcher:

@@ -8,6 +8,9 @@ For small models, grammars are stricter than schemas in two ways. An object with
 the schema says so or combines schemas. Whitespace is one space after each colon and comma, so that the text between two
 values is forced. An answer that starts with an unconstrained object may have any usual layout: otherwise, small models
 start with `{}` and stop. A nested unconstrained object has the layout of the rest, because models do fill those.
+
+Schemas of OpenAPI 3.0 are read, too: `nullable` adds null to the types, and `discriminator` names a property that tells
+the subschemas of `oneOf` apart; other keywords of OpenAPI, and those that begin with `x-`, are annotations.
 """
 
 from __future__ import annotations
@@ -30,8 +33,11 @@ _SUPPORTED = frozenset(
 )  # fmt: skip
 _ANNOTATIONS = frozenset(
     ("title", "description", "default", "examples", "$schema", "$id", "$comment", "deprecated", "readOnly", "writeOnly",
-     "discriminator")
+     "discriminator", "example", "xml", "externalDocs", "nullable")
 )  # fmt: skip
+_EXTENSION = re.compile("x-(?!guidance)")  # not x-guidance, which changes how llguidance reads a schema
+_COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
+_MAX_COUNT = 2**31 - 1  # llguidance's regular expressions accept no more, and no answer is that long
 _SCHEMA_MAPS = ("properties", "patternProperties", "$defs", "definitions")
 _SCHEMA_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
 _SCHEMAS = ("items", "additionalProperties")
@@ -45,6 +51,7 @@ _VALUE_TYPES: dict[str, Any] = {
     "$ref": str,
     "pattern": str,
     "minProperties": (int, float),
+    "nullable": bool,
 }
 # A set within a set, or one of && -- ~~, which are operators in Rust's regular expressions but not in ECMAScript's.
 _RUST_SET_OPERATOR = re.compile(r"(?<!\\)\[(?:[^\]\\]|\\.)*?(?:\[|&&|--|~~)")
@@ -78,6 +85,7 @@ def grammar_from_schema(text: str) -> str:
             problems.append(tr("it contains a control character"))
         if problems:
             raise _unsupported(problems[0], more=len(problems) - 1)
+        schema = _normalize(schema)
         schema = _replace_exclusive_one_of(schema, schema)
         return _compile(schema if _combines_schemas(schema) else _restrict(schema))
     except RecursionError as reason:
@@ -131,7 +139,7 @@ def _find_problems(schema: Any, pointer: str) -> Iterator[str]:
         yield tr("{value} at {place} is not a schema", value=json.dumps(schema)[:40], place=pointer)
         return
     for key in schema:
-        if key not in _SUPPORTED | _ANNOTATIONS:
+        if key not in _SUPPORTED | _ANNOTATIONS and not _EXTENSION.match(key):
             yield tr("the keyword “{keyword}” at {place}", keyword=key, place=pointer)
     for key, value in schema.items():
         names = value if key in ("type", "required") and isinstance(value, list) else ()
@@ -171,6 +179,27 @@ def _map_subschemas(schema: Mapping[str, Any], convert: Callable[[Any], Any]) ->
     return copy
 
 
+def _normalize(schema: Any) -> Any:
+    """
+    Replace what llguidance does not know: `nullable`, counts such as 3.0, and maxima beyond its range.
+
+    `{"type": "string", "nullable": true, "maxLength": 9e18}` becomes `{"type": ["string", "null"], "maxLength":
+    2147483647}`.
+    """
+    if not isinstance(schema, Mapping):
+        return schema
+    copy = _map_subschemas(schema, _normalize)
+    if copy.pop("nullable", False) and "type" in copy:
+        types = [copy["type"]] if isinstance(copy["type"], str) else copy["type"]
+        copy["type"] = [*types, *(["null"] if "null" not in types else [])]
+    for key in copy.keys() & set(_COUNTS):
+        value = copy[key]
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        copy[key] = min(value, _MAX_COUNT) if key.startswith("max") and isinstance(value, int) else value
+    return copy
+
+
 # --- oneOf
 
 
@@ -178,14 +207,28 @@ def _replace_exclusive_one_of(schema: Any, root: Mapping[str, Any]) -> Any:
     """
     Replace `oneOf` by `anyOf` if a required property has other values in each subschema.
 
-    llguidance only recognizes subschemas as mutually exclusive if their types differ.
+    llguidance only recognizes subschemas as mutually exclusive if their types differ. The property that `discriminator`
+    names becomes required: without it, no reader could tell the subschemas apart.
     """
     if not isinstance(schema, Mapping):
         return schema
     copy = _map_subschemas(schema, lambda subschema: _replace_exclusive_one_of(subschema, root))
-    if "oneOf" in copy and "anyOf" not in copy and _are_exclusive(copy["oneOf"], root):
-        copy["anyOf"] = copy.pop("oneOf")
+    if "oneOf" not in copy or "anyOf" in copy:
+        return copy
+    discriminator = copy.get("discriminator")
+    name = discriminator.get("propertyName") if isinstance(discriminator, Mapping) else None
+    subschemas = [_require(_resolve_reference(one, root), name) for one in copy["oneOf"]] if name else copy["oneOf"]
+    if _are_exclusive(subschemas, root):
+        copy["anyOf"] = subschemas
+        del copy["oneOf"]
     return copy
+
+
+def _require(schema: Any, name: str) -> Any:
+    """Make the property `name` of an object required, if it has one."""
+    if not isinstance(schema, Mapping) or name not in schema.get("properties", {}):
+        return schema
+    return {**schema, "required": list(dict.fromkeys([*schema.get("required", ()), name]))}
 
 
 def _are_exclusive(schemas: list[Any], root: Mapping[str, Any]) -> bool:

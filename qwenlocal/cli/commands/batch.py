@@ -19,17 +19,20 @@ from qwenlocal.chat.chat_template import encode_messages
 from qwenlocal.chat.events import FinishReason
 from qwenlocal.chat.prompt_template import fill_placeholders
 from qwenlocal.chat.worker import iterate_in_thread
+from qwenlocal.cli.console import say
 from qwenlocal.cli.context import AppContext
 from qwenlocal.cli.model_loader import ModelLoader
 from qwenlocal.cli.options import RunOptions
-from qwenlocal.cli.text_input import read_prompt_file, read_text
+from qwenlocal.cli.text_input import read_prompt_file
 from qwenlocal.engine.batching import BatchGenerator, BatchRequest, BatchResult, choose_batch_size
 from qwenlocal.engine.context import Context
-from qwenlocal.engine.tokenizer import IncrementalDetokenizer
-from qwenlocal.errors import ContextFull, Interrupted, NotWritable, UsageError
+from qwenlocal.engine.grammar import is_complete
+from qwenlocal.engine.tokenizer import IncrementalDetokenizer, Tokenizer
+from qwenlocal.errors import ContextFull, IncompleteAnswer, Interrupted, NotWritable, UsageError
 from qwenlocal.i18n import tr
 from qwenlocal.paths import parse_path
 from qwenlocal.terminal.progress import status_line
+from qwenlocal.text_encoding import read_text
 
 if TYPE_CHECKING:
     from qwenlocal.chat.chat_model import ChatModel
@@ -54,7 +57,7 @@ def run_batch(app: AppContext, options: RunOptions) -> None:
     The file and the output are checked before a model is downloaded or loaded.
     """
     assert options.batch is not None
-    system = options.system or (read_prompt_file(options.file).rstrip("\n") if options.file else "")
+    system = options.system or (read_prompt_file(options.file).rstrip("\r\n") if options.file else "")
     items = read_batch(options.batch, system, options.template, options.variables)
     output = parse_path(options.output) if options.output else None
     if output and output.exists() and output.samefile(parse_path(options.batch)):
@@ -86,7 +89,7 @@ def read_batch(name: str, system: str, template: str | None, variables: Mapping[
     ------
     ModelNotFound: the file cannot be read. UsageError: a line has another form, or an id occurs twice.
     """
-    lines = read_text(name, limit=_MAX_BYTES).split("\n")  # splitlines() would cut JSON at U+2028
+    lines = read_text(parse_path(name), limit=_MAX_BYTES).split("\n")  # splitlines() would cut JSON at U+2028
     items = [
         _parse_line(number, line.rstrip("\r"), system, template, variables)
         for number, line in enumerate(lines, start=1)
@@ -209,7 +212,7 @@ def answer_batch(
     Raises
     ------
     Interrupted: Ctrl-C; the same command with the same output continues. ContextFull: a prompt alone is too long.
-    UsageError: the model is a base model.
+    IncompleteAnswer: an answer was cut before it followed its grammar. UsageError: the model is a base model.
     """
     if loaded.template is None:
         raise UsageError(
@@ -228,7 +231,7 @@ def answer_batch(
         return generator.generate(requests, tokenizer.is_end)
 
     begin, tokens, finished = time.monotonic(), 0, 0
-    too_long: list[BatchRequest] = []
+    cut: list[Mapping[str, Any]] = []  # the lines of answers that did not end by themselves
     with (
         contextlib.closing(context),
         status_line(sys.stderr) as show,
@@ -237,11 +240,11 @@ def answer_batch(
     ):
         for finished, result in enumerate(results, start=1):
             tokens += len(result.ids)
-            request, detokenizer = requests[result.key], IncrementalDetokenizer(options.stop)
-            text = "".join(detokenizer.feed(tokenizer.piece(id)) for id in result.ids) + detokenizer.finish()
-            if result.is_full and not result.ids:
-                too_long.append(request)
-            _write(out, items[result.key], text, result, len(request.ids))
+            line = _output_line(items[result.key].id, requests[result.key], result, tokenizer)
+            if not result.hit_eos:
+                cut.append(line)
+            out.write(json.dumps(line, ensure_ascii=False) + "\n")
+            out.flush()
             show(
                 tr(
                     "{done} of {total} answered, {count} at once, {speed:.1f} tokens/s",
@@ -253,20 +256,57 @@ def answer_batch(
             )
     if finished < len(items):
         raise Interrupted(tr("Finished answers are kept. To continue, run the same command with the same -o."))
-    if too_long:
-        raise ContextFull(len(too_long[0].ids), n_ctx, loaded.model.n_ctx_train)
+    _report_cut_answers(cut, len(items), n_ctx, loaded.model.n_ctx_train)
 
 
-def _write(out: TextIO, item: BatchItem, text: str, result: BatchResult, prompt_tokens: int) -> None:
+def _output_line(id: str | int, request: BatchRequest, result: BatchResult, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Build the line of an answer; `complete` says whether it follows its grammar, if there is one."""
+    detokenizer = IncrementalDetokenizer(request.stops)
+    text = "".join(detokenizer.feed(tokenizer.piece(id)) for id in result.ids) + detokenizer.finish()
     line = {
-        "id": item.id,
+        "id": id,
         "answer": text,
         "why": _finish_reason(result).value,
-        "prompt_tokens": prompt_tokens,
+        "prompt_tokens": len(request.ids),
         "answer_tokens": len(result.ids),
     }
-    out.write(json.dumps(line, ensure_ascii=False) + "\n")
-    out.flush()
+    if request.sampling.grammar is not None:
+        line["complete"] = result.hit_eos or is_complete(request.sampling.grammar, text)
+    return line
+
+
+def _report_cut_answers(cut: Sequence[Mapping[str, Any]], total: int, n_ctx: int, n_ctx_train: int) -> None:
+    """
+    Say how many answers the full context cut; what `-n` and `--stop` cut is what the user asked for.
+
+    Raises
+    ------
+    ContextFull: a prompt is too long. IncompleteAnswer: an answer does not follow its grammar.
+    """
+    too_long = [line for line in cut if _was_too_long(line)]
+    n_full = sum(line["why"] == FinishReason.CONTEXT_FULL.value for line in cut) - len(too_long)
+    if n_full:
+        say(
+            tr(
+                "Cut because the context of {n_ctx:,} tokens is full: {count:,} of {total:,} answers.",
+                n_ctx=n_ctx,
+                count=n_full,
+                total=total,
+            )
+        )
+    if too_long:
+        raise ContextFull(too_long[0]["prompt_tokens"], n_ctx, n_ctx_train)
+    if n_incomplete := sum(not line.get("complete", True) for line in cut):
+        raise IncompleteAnswer(
+            tr(
+                "Cut before they followed the grammar: {count:,} of {total:,} answers.",
+                count=n_incomplete,
+                total=total,
+            ),
+            hint=tr(
+                'Their lines have "complete": false. Allow more tokens (-n) or a longer context (-c), or omit --stop.'
+            ),
+        )
 
 
 def _finish_reason(result: BatchResult) -> FinishReason:

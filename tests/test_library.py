@@ -11,10 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hub import COMMIT, HubServer, Response, corrupt_bytes, cut, only_on, refuse
+from hub import COMMIT, HubServer, Response, corrupt_bytes, cut, only_on, pace, refuse
 
-from qwenlocal.errors import BadWeights, CheckpointOnly, DownloadFailed, ModelNotFound, SourceUnreachable
-from qwenlocal.library.artifact import DownloadPolicy
+from qwenlocal.errors import BadWeights, CheckpointOnly, DownloadFailed, Interrupted, ModelNotFound, SourceUnreachable
+from qwenlocal.library.artifact import DownloadPolicy, ReportProgress
 from qwenlocal.library.catalog import Catalog, KnownFile, ModelCard, Wheel
 from qwenlocal.library.external_caches import ExternalFile
 from qwenlocal.library.http import HttpClient, Timeouts
@@ -27,6 +27,7 @@ from qwenlocal.library.repo_files import group_models, select_model
 from qwenlocal.library.resolver import Resolver
 from qwenlocal.library.store import ModelRecord, Store
 from qwenlocal.paths import Folders
+from qwenlocal.progress import TaskProgress
 
 REPO = "Qwen/Tiny-Chat-GGUF"
 FILE = "tiny-chat-q4_k_m.gguf"
@@ -42,6 +43,7 @@ class Library:
         self.has_known_file = True
         self.wheels: tuple[Wheel, ...] = ()
         self.hugging_face_url = self.modelscope_url = hub.url
+        self.report: ReportProgress = lambda _: None
 
     @property
     def digest(self) -> str:
@@ -86,7 +88,7 @@ class Library:
             resolver,
             client,
             on_start=lambda _: None,
-            report=lambda _: None,
+            report=self.report,
             policy=policy,
         )
 
@@ -370,6 +372,24 @@ def test_a_corrupt_wheel_is_an_error(wheels_only: Library) -> None:
 def test_a_wheel_download_resumes(wheels_only: Library) -> None:
     wheels_only.hub.faults = [cut(1000), cut(5000)]
     assert wheels_only.pull().path.read_bytes() == wheels_only.content
+
+
+def test_an_interrupted_download_of_wheels_keeps_them(wheels_only: Library) -> None:
+    """No wheel is begun twice."""
+    wheels_only.hub.always = [pace(4e5)]
+    for share in (0.2, 0.45, 0.6, 0.8):
+
+        def interrupt(progress: TaskProgress, share: float = share) -> None:
+            if progress.done > share * progress.total:
+                raise KeyboardInterrupt
+
+        wheels_only.report = interrupt
+        with pytest.raises(Interrupted):
+            wheels_only.pull()
+    wheels_only.report = lambda _: None
+    assert wheels_only.pull().path.read_bytes() == wheels_only.content
+    assert [start for start, _ in wheels_only.hub.ranges].count(0) == 3
+    assert list(wheels_only.folders.partial.iterdir()) == []
 
 
 def test_the_login_is_sent_only_to_the_index() -> None:

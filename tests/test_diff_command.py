@@ -35,7 +35,7 @@ class TestDiff:
         result = invoke("diff", str(tiny_f32), "./q8.gguf")
         expect_exit(result, 1)
         assert "general.file_type\n  < 0\n  > 7\n" in result.stdout
-        (error,) = re.findall(r"^blk.0.ffn_up.weight: F32 \| Q8_0, error ([\d.]+)%$", result.stdout, re.MULTILINE)
+        (error,) = re.findall(r"^blk.0.ffn_up.weight: F32 \| Q8_0, relative RMSE ([\d.]+)%$", result.stdout, re.MULTILINE)
         assert 0 < float(error) < 2
         assert "ffn_norm" not in result.stdout
 
@@ -62,7 +62,7 @@ class TestDiff:
         expect_exit(result, 1)
         assert "output.weight: only in the first file (F32)" in result.stdout
         assert "output.weight: only in the second file (F32)" in invoke("diff", "./x.gguf", str(tiny_f32)).stdout
-        assert "blk.0.ffn_up.weight: [64, 64] | [64, 128]" in invoke("diff", str(tiny_f32), "./y.gguf").stdout
+        assert "blk.0.ffn_up.weight: F32, 64 x 64 | 64 x 128" in invoke("diff", str(tiny_f32), "./y.gguf").stdout
 
     def test_json_lists_the_same_differences(
         self, tiny_checkpoint: Path, tiny_f32: Path, invoke: Run, tmp_path: Path

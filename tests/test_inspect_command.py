@@ -233,7 +233,7 @@ class TestFix:
         before = no_rope_base.read_bytes()
         message = expect_exit(invoke("inspect", str(no_rope_base), "--fix", "-o", "new.gguf"), 0)
         assert "Wrote new.gguf" in message
-        assert "repaired 1 of 1 problems" in message
+        assert "repaired 1 of 1 problem." in message
         assert no_rope_base.read_bytes() == before
         assert read_raw_metadata(tmp_path / "new.gguf") == read_raw_metadata(tiny_f32)
         assert data_of(tmp_path / "new.gguf") == data_of(tiny_f32)

@@ -42,8 +42,9 @@ pointer = ctypes.c_void_p
 ENDLESS = """
 import threading, time
 from qwenlocal.engine.llama import load_library
+from qwenlocal.errors import EngineCrashed
 from qwenlocal.terminal.tty import exit_after_crash
-load_library().on_abort = exit_after_crash
+load_library().on_abort = lambda reason: exit_after_crash(EngineCrashed(reason))
 print("answering", flush=True)
 for step in loaded.sequence.generate([1, 2, 3], Sampling(temperature=0), limit=1 << 30):
     loaded.sequence.adopt([]) if len(loaded.sequence.cached_ids) > 400 else None

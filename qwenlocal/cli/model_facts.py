@@ -7,13 +7,14 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from qwenlocal.formatting import format_bytes, format_gib
+from qwenlocal.formatting import format_bytes, format_gib, format_quantity, shorten
 
 if TYPE_CHECKING:
     from qwenlocal.library.catalog import ModelCard
     from qwenlocal.library.store import ModelRecord
     from qwenlocal.weights.gguf_reader import Header
 
+_MAX_VALUE = 200  # characters
 _LABELS = {"licence": "license", "owned": "managed by qwenlocal"}  # where they differ from the keys
 
 
@@ -102,7 +103,7 @@ def describe_kv_memory(bytes_per_token: int, max_tokens: int) -> str:
 def _describe(key: str, value: Any) -> str:
     """Spell a value for people: `_describe("vocabulary", 151936)` is "151,936"."""
     if key == "chat template":
-        return f"yes, {len(value):,} characters (--json shows it)"
+        return f"yes, {format_quantity(len(value), 'character')} (--json shows it)"
     if key == "state" and value == "here":
         return "installed"
     if key == "size":
@@ -113,7 +114,9 @@ def _describe(key: str, value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:,.10g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return str(value) if key == "path" else shorten(str(value), _MAX_VALUE)
 
 
 def _array_length(value: object) -> int | None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 from qwenlocal.chat.chat_model import ChatModel, load_chat_model
 from qwenlocal.chat.worker import iterate_in_thread
@@ -15,13 +16,56 @@ from qwenlocal.engine.llama import load_library
 from qwenlocal.engine.loader import DraftSpec, EngineLoader, LoadOptions
 from qwenlocal.engine.prompt_cache import fingerprint_model
 from qwenlocal.engine.tuned_settings import TunedSettings, read_tuned_settings, write_costs
-from qwenlocal.errors import NotWritable
+from qwenlocal.errors import BadWeights, ContextNotCreated, EngineCrashed, NotEnoughMemory, NotWritable
+from qwenlocal.ggml import can_dequantize, read_tensor_types, tensor_type_by_number
+from qwenlocal.i18n import tr
 from qwenlocal.library.names import CatalogName
 from qwenlocal.library.provider import ProvidedModel
 from qwenlocal.library.store import ModelRecord
 from qwenlocal.machine import power_source, this_machine
 from qwenlocal.terminal.progress import loading_status
 from qwenlocal.terminal.tty import exit_after_crash
+from qwenlocal.weights.load_errors import require_loadable
+from qwenlocal.weights.split_model import read_split_model, shard_paths
+
+
+@contextlib.contextmanager
+def explain_bad_files(*files: Path) -> Iterator[None]:
+    """
+    Say what is wrong with model files that llama.cpp cannot load, and with those over which it ends the process later.
+
+    Raises
+    ------
+    BadWeights: in place of any error that a fault of a file explains.
+    """
+    load_library().on_abort = lambda reason: exit_after_crash(_find_fault(files) or EngineCrashed(reason))
+    try:
+        for file in files:
+            _refuse_unusable_types(file)
+        yield
+    except (BadWeights, ContextNotCreated, NotEnoughMemory) as error:
+        if fault := _find_fault(files):
+            raise fault from error
+        raise
+
+
+def _refuse_unusable_types(file: Path) -> None:
+    """Check for types of tensors such as i32, with which llama.cpp computes until the process crashes."""
+    for part in shard_paths(file):
+        with contextlib.suppress(ValueError):  # llama.cpp will say why it cannot read the file
+            kinds = map(tensor_type_by_number, read_tensor_types(part))
+            if not all(kind and can_dequantize(kind) for kind in kinds):
+                raise BadWeights(file, tr("it has tensors of a type with which llama.cpp cannot compute"))
+
+
+def _find_fault(files: Iterable[Path]) -> BadWeights | None:
+    """Return the reason why llama.cpp cannot run one of the files; None if they are all right."""
+    for file in files:
+        try:
+            require_loadable(read_split_model(file))
+        except BadWeights as error:
+            return error
+    return None
 
 
 class ModelLoader:
@@ -56,18 +100,18 @@ class ModelLoader:
             else TunedSettings(),
             draft=self._draft,
         )
-        load_library().on_abort = exit_after_crash
-        return load_chat_model(
-            record.path,
-            load_options,
-            this_machine(),
-            name=str(name),
-            size=record.size,
-            raw=options.raw or (card is not None and card.variant == "base"),
-            recommended=card.sampling if card else {},
-            report=report,
-            loader=self._engine_loader,
-        )
+        with explain_bad_files(record.path, *([self._draft.path] if self._draft else [])):
+            return load_chat_model(
+                record.path,
+                load_options,
+                this_machine(),
+                name=str(name),
+                size=record.size,
+                raw=options.raw or (card is not None and card.variant == "base"),
+                recommended=card.sampling if card else {},
+                report=report,
+                loader=self._engine_loader,
+            )
 
     def load_in_thread(
         self, model: ProvidedModel, report: Callable[[float], None] = lambda _: None, n_ctx: int | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from qwenlocal.formatting import format_quantity, shorten
 from qwenlocal.weights.gguf_reader import EncodedValue, decode_value
 
 # Tokenizer keys that a file must have. Older converters left out the others, but no value may differ.
@@ -54,11 +55,11 @@ def diff_metadata(reference: Mapping[str, EncodedValue], file: Mapping[str, Enco
 
 def _describe_lists(key: str, expected: list[Any], actual: list[Any]) -> str:
     if len(expected) != len(actual):
-        return f"“{key}” has {len(actual):,} entries; the checkpoint has {len(expected):,}"
+        return f"“{key}” has {format_quantity(len(actual), 'entry', 'entries')}; the checkpoint has {len(expected):,}"
     index = next(i for i, (left, right) in enumerate(zip(expected, actual, strict=True)) if left != right)
     return f"“{key}” has {_shorten(actual[index])} at {index:,}; the checkpoint has {_shorten(expected[index])}"
 
 
 def _shorten(value: Any) -> str:
     text = f"{value:,.10g}" if isinstance(value, float) else repr(value) if isinstance(value, str) else str(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"
+    return shorten(text, 60)

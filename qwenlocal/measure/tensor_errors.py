@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from qwenlocal.formatting import format_percent
 from qwenlocal.measure.reference import EMBEDDINGS, OUTPUT, ReferenceTensors, Report
 from qwenlocal.weights.gguf_reader import tensor_type_name
 from qwenlocal.weights.split_model import LocatedTensor, read_split_model
@@ -50,10 +51,11 @@ class TensorError(NamedTuple):
 
     def __str__(self) -> str:
         if not self.rmse <= self.allowed:  # also true for NaN
-            return f"“{self.name}” ({self.type}) is off by {self.rmse:.2%}; {self.type} explains {self.allowed:.2%}"
+            error, allowed = format_percent(self.rmse), format_percent(self.allowed)
+            return f"“{self.name}” ({self.type}) is off by {error}; up to {allowed} is normal for {self.type}"
         return (
-            f"row {self.row:,} of “{self.name}” ({self.type}) is off by {self.row_rmse:.2%}; "
-            f"{self.type} explains {self.row_allowed:.2%}"
+            f"row {self.row:,} of “{self.name}” ({self.type}) is off by {format_percent(self.row_rmse)}; "
+            f"up to {format_percent(self.row_allowed)} is normal for a row in {self.type}"
         )
 
 

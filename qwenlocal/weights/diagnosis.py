@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenlocal import ggml
-from qwenlocal.formatting import format_bytes, shorten
+from qwenlocal.formatting import format_bytes, format_quantity, shorten
 from qwenlocal.jinja import TemplateFailure, TemplateRejection, compile_template, find_template_error
 from qwenlocal.weights import gguf_writer
 from qwenlocal.weights.gguf_reader import (
@@ -139,7 +139,8 @@ def _vocabulary_findings(header: Header, pairs: Mapping[str, EncodedValue]) -> I
     if not tokens:
         return
     if len(token_types) > len(tokens):
-        yield Finding(f"The vocabulary has {len(tokens):,} tokens, but {len(token_types):,} token types.", False)
+        size = format_quantity(len(tokens), "token")
+        yield Finding(f"The vocabulary has {size}, but {format_quantity(len(token_types), 'token type')}.", False)
     typeable = [
         number
         for number, (token, token_type) in enumerate(zip(tokens, token_types, strict=False))
@@ -150,7 +151,7 @@ def _vocabulary_findings(header: Header, pairs: Mapping[str, EncodedValue]) -> I
         for number in typeable:
             fixed_types[number] = UNUSED
         yield Finding(
-            f"{len(typeable):,} padding token{'s' * (len(typeable) > 1)} can be typed: the text "
+            f"{format_quantity(len(typeable), 'padding token')} can be typed: the text "
             f"“{shorten(tokens[typeable[0]])}” becomes a token that was never trained.",
             False,
             {"tokenizer.ggml.token_type": gguf_writer.i32s(fixed_types)},
@@ -179,9 +180,7 @@ def _fix_end(key: str, tokens: Sequence[str]) -> dict[str, EncodedValue]:
     return {} if end is None else {key: gguf_writer.u32(end)}
 
 
-def _false_end_findings(
-    tokens: Sequence[str], token_types: Sequence[int], ids: Mapping[str, int]
-) -> Iterator[Finding]:
+def _false_end_findings(tokens: Sequence[str], token_types: Sequence[int], ids: Mapping[str, int]) -> Iterator[Finding]:
     """Find end tokens that are normal tokens, which stop an answer in the middle of a text, or that are padding."""
     for role, key in _END_KEYS.items():
         number = ids.get(key, -1)
@@ -231,7 +230,7 @@ def _template_findings(template: str | None) -> Iterator[Finding]:
     elif not template.strip():
         yield Finding("The chat template is empty.", False)
     elif error := find_template_error(template):
-        yield Finding(f"The chat template is invalid ({error}): the model runs with --raw only.", True)
+        yield Finding(f"The chat template is invalid ({shorten(error, 200)}): the model runs with --raw only.", True)
     elif "messages" not in template:
         yield Finding("The chat template does not use the messages, so it is not one for chats.", False)
     elif problem := _find_chat_problem(template):

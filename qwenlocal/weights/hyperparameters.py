@@ -10,7 +10,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from qwenlocal.formatting import shorten
+from qwenlocal.formatting import format_quantity, shorten
 from qwenlocal.weights.gguf_reader import EncodedValue, decode_value
 
 Shape = tuple[int, ...]
@@ -67,7 +67,7 @@ class Hyperparameters:
         yield from self._find_head_errors()
         yield from self._find_rope_errors()
         epsilon = self.number("attention.layer_norm_rms_epsilon")
-        if not 0 <= epsilon < math.inf:
+        if not epsilon >= 0:  # also true for NaN
             yield f"“{self._prefix}attention.layer_norm_rms_epsilon” is {epsilon:g}; it must be 0 or greater"
 
     def _find_layer_errors(self) -> Iterator[str]:
@@ -76,11 +76,13 @@ class Hyperparameters:
             yield f"“{self._prefix}block_count” is {layers:,}; it must be between 1 and {_MAX_LAYERS}"
             return
         if nextn >= layers:
-            yield f"“{self._prefix}nextn_predict_layers” is {nextn:,}, but the model has {layers:,} layers"
+            total = format_quantity(layers, "layer")
+            yield f"“{self._prefix}nextn_predict_layers” is {nextn:,}, but the model has {total}"
         for key in PER_LAYER if self.is_moe else PER_LAYER[:-1]:
             value = self._values.get(key)
             if isinstance(value, list) and len(value) != layers:
-                yield f"“{self._prefix}{key}” has {len(value):,} numbers, but the model has {layers:,} layers"
+                count = format_quantity(len(value), "number")
+                yield f"“{self._prefix}{key}” has {count} for {format_quantity(layers, 'layer')}"
 
     def _find_expert_errors(self) -> Iterator[str]:
         experts, groups = self.number("expert_count"), self.number("expert_group_count")
@@ -100,16 +102,19 @@ class Hyperparameters:
     def _find_head_errors(self) -> Iterator[str]:
         heads, kv_heads = self.heads, self.number("attention.head_count_kv", self.heads)
         if not heads or self.width % heads or not self.width:
-            yield f"“{self._prefix}embedding_length” is {self.width:,}, not a multiple of {heads:,} heads"
+            count = format_quantity(heads, "head")
+            yield f"“{self._prefix}embedding_length” is {self.width:,}, not a multiple of {count}"
             return
         if not kv_heads or heads % kv_heads:
-            yield f"“{self._prefix}attention.head_count” is {heads:,}, not a multiple of {kv_heads:,} key-value heads"
+            count = format_quantity(kv_heads, "key-value head")
+            yield f"“{self._prefix}attention.head_count” is {heads:,}, not a multiple of {count}"
         size = self.width // heads
         if size % 2:
-            yield f"the heads have {size:,} dimensions, an odd number"
+            yield f"the heads have an odd number of dimensions ({size:,})"
         for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
             if self.number(key, size) != size:
-                yield f"“{self._prefix}{key}” is {self.number(key):,}, but the heads have {size:,} dimensions"
+                dimensions = format_quantity(size, "dimension")
+                yield f"“{self._prefix}{key}” is {self.number(key):,}, but the heads have {dimensions}"
 
     def _find_rope_errors(self) -> Iterator[str]:
         scaling = self.number("rope.scaling.type", "linear")
@@ -138,7 +143,6 @@ class Hyperparameters:
         if not self.is_moe:
             yield "output.weight", (self.width, vocabulary)
             yield "output.bias", (vocabulary,)
-        yield from ((f"output.{suffix}", (1,)) for suffix in _SCALES)
         for layer in range(self.layers):
             prefix = f"blk.{layer}."
             for name, width in self._attention_widths(f"{prefix}attn_qkv.bias" in names):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from qwenlocal import ggml
 from qwenlocal.errors import BadWeights
-from qwenlocal.formatting import format_shape, shorten
+from qwenlocal.formatting import format_quantity, format_shape, shorten
 from qwenlocal.weights.byte_bpe import PRE_TOKENIZER_NAMES
 from qwenlocal.weights.gguf_reader import EncodedValue, TensorInfo, decode_value, read_raw_metadata, tensor_type_name
 from qwenlocal.weights.hyperparameters import PER_LAYER, Hyperparameters
@@ -194,7 +194,8 @@ def _find_vocabulary_errors(model: SplitModel, pairs: Pairs) -> Iterator[str]:
     for name in ("scores", "token_type"):
         key = f"tokenizer.ggml.{name}"
         if key in pairs and (count := len(decode_value(pairs[key]))) < len(tokens):
-            yield f"the vocabulary has {len(tokens):,} tokens, but “{key}” has {count:,} entries"
+            size = format_quantity(len(tokens), "token")
+            yield f"the vocabulary has {size}, but “{key}” has {format_quantity(count, 'entry', 'entries')}"
     if tokenizer == "llama" and (byte := _find_missing_byte(tokens)):
         yield f"the vocabulary has no token for the byte {byte}"
     if tokenizer in _BYTE_BPE:
@@ -226,7 +227,8 @@ def _find_tensor_errors(model: SplitModel, pairs: Pairs) -> Iterator[str]:
     known = set[str]()
     embeddings = tensors.get("token_embd.weight")
     if embeddings and len(embeddings.shape) == 2 and embeddings.shape[1] != vocabulary:
-        yield f"the vocabulary has {vocabulary:,} tokens, but the embeddings have {embeddings.shape[1]:,} rows"
+        size = format_quantity(vocabulary, "token")
+        yield f"the vocabulary has {size}, but the embeddings have {format_quantity(embeddings.shape[1], 'row')}"
         return
     for name, shape in hyperparameters.required_tensors(vocabulary, tensors):
         known.add(name)
@@ -241,6 +243,9 @@ def _find_tensor_errors(model: SplitModel, pairs: Pairs) -> Iterator[str]:
         if name in tensors and (error := _describe_wrong_shape(tensors[name], shape)):
             yield error
             return
+    output = tensors.get("output.weight", tensors["token_embd.weight"])
+    if tensor_type_name(output.type) == "NVFP4":
+        known |= {"output.scale", "output.input_scale"}
     if unknown := [name for name in tensors if name not in known]:
         more = f" and {len(unknown) - 1:,} more do" if len(unknown) > 1 else " does"
         yield f"the tensor “{shorten(unknown[0])}”{more} not belong to this architecture"

@@ -36,6 +36,7 @@ _EMBEDDING_TYPES = {
     **dict.fromkeys(("iq2_s", "iq2_m", "iq3_xxs"), "iq3_s"),
     **dict.fromkeys(("tq1_0", "tq2_0", "q2_0"), "q4_k"),
 }
+_DEFAULT = "default"  # the reason for the type that most tensors of a file have
 _SMALL_MIXES = ("iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq1_s", "iq1_m")
 
 COMMON_TYPES = ("q4_0", "q4_k_m", "q5_k_m", "q6_k", "q8_0", "f16")
@@ -139,7 +140,7 @@ class _Mix:
             if pattern.search(tensor.name):
                 return self._with_fallback(tensor, TypeChoice(kind, f"--tensor-type {pattern.pattern}"))
         if not self.default.is_quantized:
-            return TypeChoice(self.default, f"{self.mix} file")
+            return TypeChoice(self.default, _DEFAULT)
         if self.overrides.pure:
             return self._with_fallback(tensor, TypeChoice(self.default, "--pure"))
         return self._with_fallback(tensor, self._choose_by_mix(tensor))
@@ -165,7 +166,7 @@ class _Mix:
             kind = tensor_type("mxfp4" if len(tensor.shape) > 2 and tensor.shape[2] > 1 else "q8_0")
         else:
             kind = tensor_type(self._type_for(name) or self.default.name)
-        return TypeChoice(kind, self.mix if kind == self.default else f"{self.mix} mix")
+        return TypeChoice(kind, _DEFAULT if kind == self.default else f"{self.mix} mix")
 
     def _output_type(self, tensor: TensorSpec) -> TensorType:
         if self.mix == "mxfp4" or tensor.shape[0] % self.default.block_size:

@@ -11,10 +11,10 @@ import typer
 from qwenlocal.cli.console import print_json
 from qwenlocal.cli.context import AppContext
 from qwenlocal.cli.gguf_files import find_installed
-from qwenlocal.formatting import shorten
+from qwenlocal.formatting import format_quantity, format_shape, shorten
 
 if TYPE_CHECKING:
-    from qwenlocal.weights.gguf_diff import GgufDiff
+    from qwenlocal.weights.gguf_diff import GgufDiff, TensorDifference
 
 FILES_DIFFER = 1
 _MAX_VALUE = 100  # characters
@@ -44,17 +44,37 @@ def _show(difference: GgufDiff) -> None:
 
     if difference.is_empty:
         sys.stdout.write("The files have the same metadata and tensors.\n")
+        return
     for key in difference.keys:
         left, right = (_describe(value, key.where) for value in (key.left, key.right))
-        sys.stdout.write(escape_controls(f"{key.key}\n  < {left}\n  > {right}\n"))
+        sys.stdout.write(escape_controls(f"{shorten(key.key, _MAX_VALUE)}\n  < {left}\n  > {right}\n"))
     for tensor in difference.tensors:
-        if tensor.rmse is not None:
-            text = f"{tensor.left} | {tensor.right}, error {tensor.rmse:.4%}"
-        elif not tensor.left or not tensor.right:
-            text = f"only in the {'second' if not tensor.left else 'first'} file ({tensor.left or tensor.right})"
-        else:
-            text = f"{list(tensor.shapes[0] or ())} | {list(tensor.shapes[1] or ())}"
-        sys.stdout.write(escape_controls(f"{tensor.name}: {text}\n"))
+        sys.stdout.write(escape_controls(f"{tensor.name}: {_describe_tensor(tensor)}\n"))
+    sys.stdout.write(f"\n{_summarize(difference)}\n")
+
+
+def _describe_tensor(tensor: TensorDifference) -> str:
+    if not tensor.left or not tensor.right:
+        return f"only in the {'second' if not tensor.left else 'first'} file ({tensor.left or tensor.right})"
+    types = tensor.left if tensor.left == tensor.right else f"{tensor.left} | {tensor.right}"
+    if tensor.shapes[0] != tensor.shapes[1]:
+        return f"{types}, {' | '.join(format_shape(shape or ()) for shape in tensor.shapes)}"
+    if tensor.rmse is None:
+        return f"{types}, cannot be compared"
+    return f"{types}, relative RMSE {tensor.rmse:.4%}"
+
+
+def _summarize(difference: GgufDiff) -> str:
+    """Count the differences: "1 key and 3 tensors differ. Largest relative RMSE: 2.1% (blk.0.ffn_up.weight)."."""
+    counts = [(len(difference.keys), "key"), (len(difference.tensors), "tensor")]
+    total = sum(count for count, _ in counts)
+    listed = " and ".join(format_quantity(count, noun) for count, noun in counts if count)
+    summary = f"{listed} {'differs' if total == 1 else 'differ'}."
+    errors = [(tensor.rmse, tensor.name) for tensor in difference.tensors if tensor.rmse is not None]
+    if not errors:
+        return summary
+    worst, name = max(errors)
+    return f"{summary} Largest error of the weights, relative to the first file: {worst:.4%} ({name})."
 
 
 def _describe(value: Any, place: int | None) -> str:
@@ -62,7 +82,9 @@ def _describe(value: Any, place: int | None) -> str:
     if value is None:
         return "(missing)"
     if isinstance(value, list):
-        entry = "" if place is None or place >= len(value) else f", {value[place]!r} at {place:,}"
-        return f"{len(value):,} entries{entry}"
-    text = " ".join(str(value).split())
-    return text if len(text) <= _MAX_VALUE else f"{shorten(text, _MAX_VALUE)} ({len(str(value)):,} characters)"
+        entry = ""
+        if place is not None and place < len(value):
+            entry = f", {shorten(repr(value[place]), _MAX_VALUE)} at {place:,}"
+        return f"{format_quantity(len(value), 'entry', 'entries')}{entry}"
+    text = shorten(str(value), _MAX_VALUE)
+    return f"{text} ({len(str(value)):,} characters)" if len(str(value)) > _MAX_VALUE else text

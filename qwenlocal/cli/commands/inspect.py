@@ -12,7 +12,7 @@ from qwenlocal.cli.context import AppContext
 from qwenlocal.cli.gguf_files import find_installed, write_files
 from qwenlocal.cli.model_facts import header_facts, print_facts
 from qwenlocal.errors import BadWeights, OutputExists, UsageError
-from qwenlocal.formatting import format_bytes, format_shape
+from qwenlocal.formatting import format_bytes, format_quantity, format_shape
 from qwenlocal.paths import parse_path
 from qwenlocal.progress import TaskProgress
 
@@ -137,8 +137,8 @@ def _repair(app: AppContext, record: ModelRecord, diagnosis: Diagnosis, out: str
         not_finite_hint="The weights are damaged; download the model again.",
     )
     app.say(
-        f"Wrote {target} ({format_bytes(layout.size)}); repaired {len(diagnosis.fixable)} of {len(diagnosis.findings)} "
-        "problems."
+        f"Wrote {target} ({format_bytes(layout.size)}); repaired {len(diagnosis.fixable):,} of "
+        f"{format_quantity(len(diagnosis.findings), 'problem')}."
     )
 
 

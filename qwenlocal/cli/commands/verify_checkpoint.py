@@ -11,6 +11,7 @@ from qwenlocal.cli.console import print_json
 from qwenlocal.cli.context import AppContext
 from qwenlocal.cli.gguf_files import find_installed
 from qwenlocal.errors import BadWeights, Interrupted
+from qwenlocal.formatting import format_percent, format_quantity
 from qwenlocal.library.checkpoints import HubCheckpoint, LocalCheckpoint
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def verify_checkpoint(text: str, source: str, *, as_json: bool) -> None:
         count = len(fidelity.problems)
         raise BadWeights(
             record.path,
-            f"it does not match {checkpoint.path} ({'one difference' if count == 1 else f'{count} differences'})",
+            f"it does not match {checkpoint.path} ({format_quantity(count, 'difference')})",
             hint=f"If this is its checkpoint, convert it again: qwenlocal convert {source}",
         )
     app.say(f"{record.path.name} matches {checkpoint.name}.")
@@ -81,13 +82,15 @@ def _show(fidelity: Fidelity) -> None:
         types.setdefault(tensor.type, []).append(tensor.rmse)
     for type, errors in sorted(types.items(), key=lambda item: -max(item[1])):
         mean = sum(errors) / len(errors)
-        sys.stdout.write(f"weights  {type:<8} {len(errors):>4} tensors, error {mean:.3%}, at most {max(errors):.3%}\n")
-    if worst := fidelity.worst:
-        sys.stdout.write(f"worst    {worst.name} ({worst.type}): {worst.rmse:.3%}, explained {worst.allowed:.3%}\n")
+        count = f"{len(errors):>4} {'tensor' if len(errors) == 1 else 'tensors'}"
+        text = f"error {format_percent(mean)}, at most {format_percent(max(errors))}" if max(errors) else "identical"
+        sys.stdout.write(f"weights  {type:<8} {count}, {text}\n")
+    if (worst := fidelity.worst) and worst.rmse:
+        limit = f"up to {format_percent(worst.allowed)} is normal for {worst.type}"
+        sys.stdout.write(f"worst    {worst.name}: error {format_percent(worst.rmse)}; {limit}\n")
     if fidelity.non_finite:
-        sys.stdout.write(
-            f"note     {fidelity.non_finite:,} weights are NaN or infinite in the checkpoint, zero in the file\n"
-        )
+        weights = "1 weight is" if fidelity.non_finite == 1 else f"{fidelity.non_finite:,} weights are"
+        sys.stdout.write(f"note     {weights} NaN or infinite in the checkpoint, zero in the file\n")
     if fidelity.texts:
         _show_behavior(fidelity)
     for problem in fidelity.problems:
@@ -108,6 +111,11 @@ def _show_behavior(fidelity: Fidelity) -> None:
             f"logits   over {error.tokens} tokens: NMSE {error.nmse:.2e}, KL {error.kl:.2e} nats, "
             f"same most likely token {error.agreement:.1%} of the time\n"
         )
+        if error.nmse and not any(tensor.rmse for tensor in fidelity.tensors):
+            sys.stdout.write(
+                "note     the weights are identical: llama.cpp computes those of a file in another order than those in "
+                "memory, so the logits are rounded differently\n"
+            )
     else:
         sys.stdout.write("logits   not compared: both models together do not fit into memory\n")
 

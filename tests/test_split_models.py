@@ -92,6 +92,29 @@ def test_a_missing_part_is_named(command: tuple[str, ...], parts: Path, invoke: 
     assert f"split into 2 files, and {SECOND} is missing" in expect_exit(call(invoke, command, parts / FIRST), 5)
 
 
+@each_command
+@pytest.mark.parametrize("ending", ["-split-{letter}", ".{letter}", ".part{number}of11"])
+def test_pieces_are_joined_with_the_suggested_command(
+    command: tuple[str, ...], ending: str, random_model: Path, tmp_path: Path, invoke: Run
+) -> None:
+    content, size = random_model.read_bytes(), -(-random_model.stat().st_size // 11)
+    names = [f"x.gguf{ending.format(letter=chr(96 + number), number=number)}" for number in range(1, 12)]
+    for number, name in enumerate(names):
+        (tmp_path / name).write_bytes(content[number * size : (number + 1) * size])
+    for number in (1, 2):
+        message = expect_exit(call(invoke, command, tmp_path / names[number - 1]), 5)
+        assert f"it is piece {number} of x.gguf" in message
+    subprocess.run(message.partition("Join all pieces: ")[2], shell=True, check=True)
+    assert (tmp_path / "x.gguf").read_bytes() == content
+
+
+@each_command
+def test_a_whole_file_may_be_called_like_a_piece(
+    command: tuple[str, ...], random_model: Path, tmp_path: Path, invoke: Run
+) -> None:
+    expect_exit(call(invoke, command, Path(shutil.copy(random_model, tmp_path / "x.gguf.b"))), 0)
+
+
 def test_a_part_of_another_model_is_noticed(parts: Path, random_model: Path) -> None:
     shutil.copy(parts / FIRST, parts / SECOND)
     with pytest.raises(BadWeights, match="it is part 1 of 2"):

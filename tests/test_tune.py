@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,15 @@ def test_tuned_settings_apply_unless_options_override_them(random_model: Path) -
 
     assert load(LoadRequest()) == (1, True, 512)
     assert load(LoadRequest(threads=2, flash_attention=False, n_ubatch=64)) == (2, False, 64)
+
+
+def test_a_container_with_fewer_processors_limits_the_tuned_threads(random_model: Path) -> None:
+    machine = replace(this_machine(), cores=1, logical_cores=2)
+    loaded = load_chat_model(
+        random_model, LoadOptions(LoadRequest(), tuned=TunedSettings(8, True, 512)), machine, name="x", size=1
+    )
+    loaded.close()
+    assert loaded.plan.options.threads == 2
 
 
 def test_the_command_saves_the_settings_that_run_uses(random_model: Path, invoke: Run, tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ class EngineLoader:
         """
         metadata = read_metadata(path)
         repairs = _find_repairs(path, metadata)
-        request = _apply_tuned_settings(options.request, options.tuned, machine.cores)
+        request = _apply_tuned_settings(options.request, options.tuned, machine)
         dims = ModelDims.from_metadata(metadata)
         offload = choose_offload(dims, size, request, list_devices(), options.gpu_layers)
         available = machine.memory().available
@@ -178,11 +178,12 @@ class EngineLoader:
 # --- planning
 
 
-def _apply_tuned_settings(request: LoadRequest, tuned: TunedSettings, cores: int) -> LoadRequest:
+def _apply_tuned_settings(request: LoadRequest, tuned: TunedSettings, machine: Machine) -> LoadRequest:
     flash = request.flash_attention
     if flash is None:
         flash = tuned.flash_attention or None  # not False: the plan may need flash attention
-    threads = request.threads or tuned.threads or cores
+    # In a container, fewer processors than at the time of tuning may be left.
+    threads = request.threads or min(tuned.threads, machine.logical_cores) or machine.cores
     return replace(request, threads=threads, flash_attention=flash, n_ubatch=request.n_ubatch or tuned.n_ubatch)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qwenlocal.errors import BadWeights
-from qwenlocal.model_files import parse_shard
+from qwenlocal.model_files import Piece, parse_piece, parse_shard
 from qwenlocal.weights.gguf_reader import (
     DEFAULT_ALIGNMENT,
     MAGIC,
@@ -98,10 +98,11 @@ def shard_paths(source: Path) -> list[Path]:
 
     Raises
     ------
-    BadWeights: a file is missing, or misnamed.
+    BadWeights: a file is missing, misnamed, or a piece of one.
     """
     shard = parse_shard(source.name)
     if not shard or shard.total < 2:
+        _check_whole(source)
         return [source]
     header = read_header(source)
     part = _read_part(header)
@@ -117,6 +118,29 @@ def shard_paths(source: Path) -> list[Path]:
             hint="Download it into the same folder. If it is there under another name, rename it.",
         )
     return [source.parent / name for name in shard.siblings]
+
+
+def _check_whole(path: Path) -> None:
+    """Check that a file called like a piece of a file is none."""
+    if piece := parse_piece(path.name):
+        try:
+            read_header(path)
+        except BadWeights:
+            raise BadWeights(
+                path,
+                f"it is piece {piece.number} of {piece.file}",
+                hint=f"Join all pieces: {_join_command(path, piece)}",
+            ) from None
+
+
+def _join_command(path: Path, piece: Piece) -> str:
+    pieces = {}
+    for file in path.parent.iterdir():
+        other = parse_piece(file.name)
+        if other and (other.file, other.total) == (piece.file, piece.total):
+            pieces[other.number] = shlex.quote(str(file))
+    files = " ".join(pieces[number] for number in sorted(pieces))
+    return f"cat {files} > {shlex.quote(str(path.with_name(piece.file)))}"
 
 
 class _Part(NamedTuple):

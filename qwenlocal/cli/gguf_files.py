@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from qwenlocal.cli.console import print_json, print_table
 from qwenlocal.cli.context import AppContext
 from qwenlocal.errors import ModelNotFound, NotWritable, OutputExists, UsageError
-from qwenlocal.formatting import format_bytes, format_shape
+from qwenlocal.formatting import format_bytes, format_quantity, format_shape
 from qwenlocal.library.names import LocalCheckpointName
 from qwenlocal.paths import parse_path
 from qwenlocal.progress import TaskProgress
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from qwenlocal.weights.write_workers import WriteResult
 
 _OTHER_FOLDER = "Write to another folder. Finished work is kept: with more disk space, the same command continues."
+
+_MAX_THREADS = 512
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def find_installed(app: AppContext, text: str) -> ModelRecord:
     from qwenlocal.weights.checkpoint import Checkpoint
 
     name = app.models.parse(text)
-    record = app.local.find(name)
+    record = app.local.find_offline(name)
     if record is not None:
         return record
     if isinstance(name, LocalCheckpointName):
@@ -80,8 +82,8 @@ def read_options(options: WriteOptions) -> tuple[list[FileType], QuantOverrides,
     from qwenlocal.weights.imatrix import read_imatrix
 
     types = list(dict.fromkeys(file_type(text, option=options.types_option) for text in options.types))
-    if options.threads is not None and options.threads < 1:
-        raise UsageError(f"-t must be at least 1, not {options.threads}.")
+    if options.threads is not None and not 1 <= options.threads <= _MAX_THREADS:
+        raise UsageError(f"-t must be between 1 and {_MAX_THREADS}, not {options.threads:,}.")
     imatrix = read_imatrix(parse_path(options.imatrix)) if options.imatrix else None
     return types, QuantOverrides(parse_tensor_types(options.tensor_types), options.pure, imatrix is not None), imatrix
 
@@ -201,7 +203,14 @@ def _show_plan(plan: ConversionPlan, options: WriteOptions) -> None:
     memory, seconds = memory_needed(plan.job, threads), estimate_seconds(plan, threads)
     if options.as_json:
         summary = {"seconds": round(seconds, 1), "memory": memory, "threads": threads, "read": plan.job.read_bytes}
-        files = [{**_file_facts(file), "tensors": list(map(_tensor_facts, file.tensors))} for file in plan.files]
+        files = [
+            {
+                **_file_facts(file),
+                "exists": os.path.exists(file.path),
+                "tensors": list(map(_tensor_facts, file.tensors)),
+            }
+            for file in plan.files
+        ]
         print_json({**summary, "files": files, "notes": list(plan.notes)})
         return
     for file in plan.files:
@@ -210,10 +219,13 @@ def _show_plan(plan: ConversionPlan, options: WriteOptions) -> None:
             for t in file.tensors
         ]
         print_table(("TENSOR", "SHAPE", "FROM", "TO", "SIZE", "REASON"), rows)
-        sys.stdout.write(f"\n{file.path}: {_describe_file(file)}, {len(file.tensors)} tensors\n")
+        sys.stdout.write(f"\n{file.path}: {_describe_file(file)}, {format_quantity(len(file.tensors), 'tensor')}\n")
+        if os.path.exists(file.path):  # Path.exists raises without permission
+            advice = "it will be overwritten" if options.force else "to overwrite it, add --force"
+            sys.stdout.write(f"the file already exists; {advice}\n")
     sys.stdout.write(
-        f"reads {format_bytes(plan.job.read_bytes)}, takes about {max(1, round(seconds))} s with {threads} "
-        f"thread{'s' if threads > 1 else ''} and {format_bytes(memory)} of memory; nothing was written\n"
+        f"reads {format_bytes(plan.job.read_bytes)}, takes about {max(1, round(seconds))} s with "
+        f"{format_quantity(threads, 'thread')} and {format_bytes(memory)} of memory; nothing was written\n"
     )
 
 

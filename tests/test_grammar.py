@@ -689,7 +689,7 @@ def test_a_chat_notes_that_an_answer_does_not_follow_its_grammar_yet(
     chat.type("/continue\r")
     chat.wait_for(r"4567\n+\[token limit\] The answer does not follow the grammar yet\.")
     chat.type("/continue\r")
-    chat.wait_for(r"89\n+> ")
+    chat.wait_for(r"89\n+>$")
 
 
 # --- OpenAPI, large limits

@@ -160,7 +160,7 @@ class GrammarMatcher:
         """
         Return the tokens that must come next: those of `{"name": "` at the beginning of such an object.
 
-        If the answer goes on after them, the last one is omitted, because other bytes after it may make it another
+        If the answer continues after them, the last one is omitted, because other bytes after it may make it another
         token. Not so for an opening quote: it is nearly always a token of its own, and including it forces a fifth more
         tokens.
         """

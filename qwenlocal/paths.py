@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -144,3 +145,23 @@ def parse_path(text: str) -> Path:
         problem = getattr(reason, "strerror", None) or str(reason)
         raise UsageError(tr("Invalid file name: {reason}.", reason=problem)) from reason
     return path
+
+
+def parse_typed_path(text: str) -> Path:
+    """
+    Parse a path typed or dropped into the chat: `"my notes.txt"` and `my\\ notes.txt` are my notes.txt.
+
+    Quotes and backslashes stay if a file has them in its name.
+
+    Raises
+    ------
+    UsageError: no file can have this name.
+    """
+    return parse_path(text if os.path.exists(os.path.expanduser(text)) else unquote_path(text))
+
+
+def unquote_path(text: str) -> str:
+    """Remove quotes around a path, or the backslashes of a Unix shell."""
+    if len(text) > 2 and text[0] == text[-1] and text[0] in "\"'":
+        return text[1:-1]
+    return text if sys.platform == "win32" else re.sub(r"\\(.)", r"\1", text)

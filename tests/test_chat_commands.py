@@ -11,21 +11,37 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import SAYS, Run
 from terminal import Open, Terminal
 
+from qwenlocal.chat.chat_template import CHATML
 from qwenlocal.chat.journal import Journal
+from qwenlocal.chat.thread import ASSISTANT, USER, Thread
 from qwenlocal.engine.sampling import Sampling
+from qwenlocal.errors import UsageError
 from qwenlocal.terminal.commands.models import SETTINGS
 from qwenlocal.terminal.commands.table import COMMANDS, find_command
+from qwenlocal.terminal.markdown import find_code_blocks
+from qwenlocal.terminal.session import Session
 from qwenlocal.testing import write_model
 
 
 @pytest.fixture
 def journal(environment: dict[str, str]) -> Callable[[], Journal]:
     return lambda: Journal(Path(environment["QWENLOCAL_HOME"]) / "chats.db")
+
+
+@pytest.fixture
+def speaking_session() -> Session:
+    """A chat with one question and its answer, without a model."""
+    thread = Thread()
+    for role, text in ((USER, "Hi"), (ASSISTANT, SAYS)):
+        thread.add(role, text)
+    nothing: Any = None
+    return Session(thread, "m", nothing, lambda sentence: None, lambda question: "", [], Path())
 
 
 def enter(terminal: Terminal, line: str, pattern: str) -> str:
@@ -160,6 +176,55 @@ def test_the_context_is_shown_and_turns_can_be_pinned_and_dropped(terminal: Open
     enter(chat, "/stats", r"prompt \d+ tokens")
 
 
+@pytest.mark.parametrize("command", ["/ctx", "/tokens"])
+def test_the_context_is_counted_in_the_same_way_everywhere(command: str, terminal: Open, endless_model: Path) -> None:
+    chat = start_chat(terminal, endless_model, "-c", "512", "--overflow", "stop")
+    enter(chat, "Go", r"\[context full\]")
+    chat.wait_for(r"^endless.gguf \| 512 of 512 tokens")
+    enter(chat, command, r"512 of 512 tokens( \(100%\)|\.)$")
+
+
+def test_commands_that_only_read_answer_during_an_answer(terminal: Open, endless_model: Path) -> None:
+    chat = start_chat(terminal, endless_model, "-c", "60000", "--no-lookup")
+    enter(chat, "Go", "abcdefgh abcdefgh")
+    enter(chat, "queued", r"^> queued$")
+    enter(chat, "/ctx", r"^> /ctx\n\[[#.]{40}\] [\d,]+ of 60,160 tokens.*system prompt.*abcdefgh")
+    enter(chat, "/tokens abc", r"^> /tokens abc\n3 tokens$")
+    enter(chat, "/stats", r"^> /stats\nStatistics on.$")
+    enter(chat, "/help exit", r"^> /help exit\n/exit ")
+    enter(chat, "/help", r"^> /help\nTurns:")
+    chat.wait_for("^> queued$")
+    chat.type("\x03")
+    chat.wait_for(r"\[interrupted\].*first token after")
+    assert chat.text.count("/help exit") == 1
+
+
+def test_a_long_system_prompt_is_noticed_at_the_start_and_when_it_is_set(
+    terminal: Open, speaking_model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "long prompt.txt").write_text("You are kind. " * 100)
+    chat = terminal("run", str(speaking_model), "-c", "1024", "-i", "-f", "long prompt.txt")
+    text = chat.wait_for(r"The system prompt has 1,\d\d\d tokens.*start\s+again\s+with\s+a\s+longer\s+context: -c 3072")
+    assert text.count("The system prompt has") == 1
+    enter(chat, "/system Be brief.", "System prompt set")
+    enter(chat, '/system @"long prompt.txt"', r"The system prompt has.*The system prompt has")
+    enter(chat, "/system @short.txt", "There is no file short.txt")
+    enter(chat, "/system", "You are kind. You are kind.")
+
+
+def test_a_template_without_system_messages_survives_a_summary(
+    terminal: Open, tmp_path: Path, journal: Callable[[], Journal]
+) -> None:
+    template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
+    write_model(tmp_path / "m.gguf", reply="Rome", template=template)
+    chat = start_chat(terminal, tmp_path / "m.gguf", "-c", "1024", "--overflow", "summarize", "--system", "Be kind.")
+    for number in range(1, 19):
+        enter(chat, f"Question {number} of many, please?", rf"^> Question {number} .*^Rome")
+        chat.wait_for_prompt(number + 1)
+    assert "left the context. Summary: Rome" in " ".join(chat.text.split())
+    assert [m.text for m in journal().load_thread(1).path][1::2] == ["Rome"] * 18
+
+
 # --- model and settings
 
 
@@ -179,6 +244,41 @@ def test_another_model_continues_the_same_chat(
     assert path[3].model.endswith("other.gguf")
     enter(chat, f"/model {speaking_model}", "Switched to.*Switched to")
     enter(chat, "Again", r"^> Again$.*" + re.escape(SAYS))
+
+
+def test_a_space_at_the_end_of_a_file_name_is_kept_and_one_typed_by_mistake_is_not(
+    terminal: Open, speaking_model: Path, tmp_path: Path
+) -> None:
+    for name, reply in (("other.gguf", "Rome"), ("spaced.gguf ", "Bern")):
+        write_model(tmp_path / name, reply=reply)
+    (tmp_path / "notes ").write_text("Some notes")
+    chat = start_chat(terminal, speaking_model)
+    enter(chat, "/model ./spaced.gguf ", "Switched to spaced.gguf")
+    enter(chat, "Hi", "^Bern")
+    enter(chat, "/model ./other.gguf ", "Switched to other.gguf")
+    enter(chat, "Hi", "^Rome")
+    enter(chat, "/read ./notes ", "It is sent with the next message")
+
+
+def test_models_are_named_with_spaces_and_completed_in_the_folder_of_the_current_one(
+    terminal: Open, tmp_path: Path
+) -> None:
+    first = write_model(tmp_path / "models" / "first.gguf", reply="Bern")
+    write_model(tmp_path / "models" / "my other.gguf", reply="Rome")
+    (tmp_path / "models" / "broken.gguf").write_bytes(b"GGUF")
+    chat = start_chat(terminal, first)
+    chat.type("/model my\t")
+    chat.wait_for(r"^> /model ./models/my other.gguf")
+    chat.type("\r")
+    chat.wait_for("Switched to my other.gguf")
+    enter(chat, '/model "models/first.gguf"', "Switched to first.gguf")
+    text = enter(chat, "/model ./models/broken.gguf", r"Copy or download\s+the file again")
+    assert "verify" not in text
+
+
+def test_a_rounded_context_is_reported(terminal: Open, speaking_model: Path) -> None:
+    chat = start_chat(terminal, speaking_model, "-c", "300")
+    enter(chat, "/tokens", r"\(512 tokens, f16\).*The context has 512 tokens instead of 300")
 
 
 def test_options_apply_to_another_model_too(
@@ -246,7 +346,39 @@ def test_a_mentioned_file_is_attached_and_its_cost_shown(
     enter(chat, "/read nowhere.txt", "Cannot read nowhere.txt: No such file")
     (tmp_path / "pic.png").write_bytes(b"\x89PNG....")
     enter(chat, "@pic.png?", "pic.png is a PNG image")
-    enter(chat, "/read notes.txt", r"^> @notes.txt")
+    enter(chat, "\x15/read notes.txt", r"^> @notes.txt")
+
+
+def test_files_with_spaces_are_read_saved_loaded_and_exported(
+    terminal: Open, speaking_model: Path, tmp_path: Path, journal: Callable[[], Journal]
+) -> None:
+    (tmp_path / "my notes.txt").write_text("milk\n")
+    chat = start_chat(terminal, speaking_model)
+    chat.type("@my\t\r")
+    chat.wait_for(r'^> @"my notes.txt"$.*' + re.escape(SAYS))
+    chat.wait_for_prompt(2)
+    assert journal().load_thread(1).path[0].text == 'my notes.txt:\n```txt\nmilk\n```\n\n@"my notes.txt"'
+    enter(chat, "see @your notes.txt", "There is no file your notes.txt; sending the name as text")
+    enter(chat, '/read "my notes.txt"', r'^> @"my notes.txt"')
+    enter(chat, "\x15/save 'my talk.json'", r"Saved: .*my\s+talk.json")
+    enter(chat, '/export "my talk.html"', r"Saved: .*my\s+talk.html")
+    enter(chat, "/load my\\ talk.json", "Loaded 4 messages")
+    assert {path.name for path in tmp_path.glob("my *")} == {"my notes.txt", "my talk.json", "my talk.html"}
+
+
+@pytest.mark.parametrize(
+    ("answer", "code"),
+    [
+        ("Look:\n```python\nx = 1\n```\nand\n```\ny = 2\n```\n", ["x = 1\n", "y = 2\n"]),
+        ("```python\nx = 1\ny =", ["x = 1\ny ="]),
+        ("1. In a list:\n\n   ```sh\n   ls\n   ```\n", ["ls\n"]),
+        ("Indented:\n\n    ls -l\n\nend", ["ls -l\n"]),
+        ("~~~~\n```\n~~~~", ["```\n"]),
+        ("`x` is no block", []),
+    ],
+)
+def test_blocks_of_code_are_found_even_if_the_answer_was_cut(answer: str, code: list[str]) -> None:
+    assert find_code_blocks(answer) == code
 
 
 @pytest.mark.parametrize(("letter", "kept"), [("h", "line 0 "), ("p", "needle"), ("w", "line 32 "), ("c", "")])
@@ -300,7 +432,7 @@ def test_a_chat_is_saved_loaded_exported_and_renamed(
     found = {chat.id: (chat.title, chat.messages) for chat in journal().list_chats()}
     assert found[1] == ("About Paris", 4)
     (tmp_path / "bad.json").write_text("[1, 2]")
-    enter(chat, "/load " + "9" * 40, "Cannot read")
+    enter(chat, "/load " + "9" * 40, "There is no file 9")
     enter(chat, "/load bad.json", "it has no list of messages")
     enter(chat, "/load 99", "There is no chat 99")
 
@@ -392,6 +524,42 @@ def test_a_journal_of_a_newer_version_is_left_alone(
 # --- keys and terminals
 
 
+@pytest.mark.parametrize(
+    ("script", "answer"),
+    [
+        ("exit 0", r"^> draft$"),
+        ("echo changed > $1; exit 3", r"exit code 3\.\n> draft$"),
+        ("printf 'caf\\351' > $1", r"is not\s+UTF-8\s+text.*^> draft$"),
+        ("echo changed > $1", r"^> changed$.*" + re.escape(SAYS)),
+    ],
+)
+def test_a_message_is_sent_after_the_editor_has_changed_it(
+    script: str, answer: str, terminal: Open, speaking_model: Path, tmp_path: Path
+) -> None:
+    editor = tmp_path / "editor"
+    editor.write_text(f"#!/bin/sh\n{script}\n")
+    editor.chmod(0o755)
+    chat = terminal("run", str(speaking_model), EDITOR=str(editor))
+    chat.wait_for_prompt()
+    chat.type("draft\x18\x05")
+    chat.wait_for(answer)
+    chat.read(0.3)
+    assert (SAYS in chat.text) == ("changed" in answer) and "exception" not in chat.text
+
+
+def test_a_chat_that_can_be_continued_says_how(terminal: Open, speaking_model: Path) -> None:
+    chat = start_chat(terminal, speaking_model)
+    enter(chat, "Hi", re.escape(SAYS))
+    chat.type("\x04")
+    assert chat.wait_for_exit() == 0
+    assert chat.text.endswith("To continue this chat: qwenlocal run --continue")
+    for options in ((), ("--no-journal",)):
+        empty = start_chat(terminal, speaking_model, *options)
+        empty.type("\x04")
+        assert empty.wait_for_exit() == 0
+        assert "To continue" not in empty.text
+
+
 def test_type_ahead_is_shown_below_the_answer(terminal: Open, endless_model: Path) -> None:
     chat = start_chat(terminal, endless_model, "-c", "60000", "--no-lookup")
     enter(chat, "Go", "abcdefgh abcdefgh")
@@ -425,20 +593,20 @@ def test_commands_settings_and_files_are_completed(terminal: Open, speaking_mode
 def test_a_paste_of_a_megabyte_is_folded(terminal: Open, speaking_model: Path) -> None:
     chat = start_chat(terminal, speaking_model)
     chat.type("\x1b[200~" + ("x" * 79 + "\n") * 12_500 + "\x1b[201~")
-    chat.wait_for(r"^> \[paste 1: 12,501 lines\]")
+    chat.wait_for(r"^> \[paste 1: 12,500 lines\]")
     chat.type("\r")
-    chat.wait_for("tokens")
-    chat.wait_for(r"does not fit|tokens of context|start a new chat")
+    chat.wait_for(r"paste 1: 1,000,\d\d\d tokens.*Too long for the context")
 
 
 @pytest.mark.slow
 def test_a_paste_of_ten_megabytes_is_refused_and_the_chat_continues(terminal: Open, speaking_model: Path) -> None:
     chat = start_chat(terminal, speaking_model)
     chat.paste(("x" * 79 + "\n") * 131_072)
-    chat.wait_for(r"^> \[paste 1: 131,073 lines\]", 120)
+    chat.wait_for(r"^> \[paste 1: 131,072 lines\]", 120)
     chat.type("\r")
-    chat.wait_for(r"characters;\s+the\s+limit\s+is", 120)
-    enter(chat, "Hi", "Paris")
+    chat.wait_for(r"more than any context holds.*^h, p, w or c\?", 120)
+    enter(chat, "c", "Nothing was sent")
+    enter(chat, "\x15Hi", "Paris")
 
 
 def test_resizing_the_window_during_an_answer_loses_nothing(terminal: Open, endless_model: Path) -> None:
@@ -456,8 +624,11 @@ def test_twenty_columns_are_enough(terminal: Open, speaking_model: Path) -> None
     chat.resize(20, 10)
     chat.wait_for_prompt()
     enter(chat, "Hi", "Paris")
-    chat.type("/help\r")
-    chat.wait_for("//")
+    text = enter(chat, "/help", r"//.*^>$")
+    words = {word for command in COMMANDS for word in f"{command.usage} {command.help}".split()}
+    shown = text[text.index("/undo") : text.index("Keys:")].split()
+    assert words <= set(shown), "no word is broken"
+    enter(chat, "/ctx", r"tokens\n\(\d+%\)")
 
 
 @pytest.mark.parametrize("term", ["dumb", "unknown"])
@@ -482,6 +653,15 @@ def test_command_names_are_unique() -> None:
     assert find_command("/Undo") is find_command("/undo")
 
 
+@pytest.mark.parametrize("word", ["3 4", "x", "--1", "#", "-", "0", "9" * 5000])
+@pytest.mark.parametrize("name", [command.name for command in COMMANDS if re.search(r"\[(N|TURN)\]", command.usage)])
+def test_numbers_that_make_no_sense_are_errors(name: str, word: str, speaking_session: Session) -> None:
+    command = find_command(name)
+    assert command is not None
+    with pytest.raises(UsageError, match=r"turn|number"):
+        command.handler(speaking_session, word)
+
+
 @pytest.mark.parametrize("name", ["/clear", "/continue", "/ctx", "/exit", "/markdown", "/stats", "/undo"])
 def test_commands_without_parameters_are_known(name: str) -> None:
     command = find_command(name)
@@ -492,6 +672,8 @@ def test_mistyped_commands_get_one_sentence(terminal: Open, speaking_model: Path
     chat = start_chat(terminal, speaking_model)
     enter(chat, "/stats now", "/stats takes no argument.$")
     enter(chat, "/exit 1", "/exit takes no argument.$")
+    enter(chat, "/undo 3", "/undo takes no argument.$")
+    enter(chat, "/undo\x0a3", "/undo takes no argument.$.*/undo takes no argument.$")
     enter(chat, "/help nosuch", "There is no command /nosuch.$")
     enter(chat, "/help udno", r"There is no command /udno. Did you mean /undo\?$")
     enter(chat, "/HELP Exit", r"^/exit  Exit.*\nAliases: /quit, /bye, /q$")

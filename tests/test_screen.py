@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 
 import pyte
 import pytest
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 from qwenlocal.formatting import display_width
 from qwenlocal.terminal.markdown import MarkdownStream, RenderOptions
 from qwenlocal.terminal.screen import Screen, rows_of
+
+_ESCAPES = re.compile("\x1b\\[[0-9;]*m")
 
 
 class Terminal:
@@ -81,6 +84,18 @@ def test_lines_that_do_not_fit_scroll_away_once() -> None:
     assert terminal.lines == [f"line {n}" for n in range(20)]
 
 
+def test_lines_are_inserted_above_those_that_may_change() -> None:
+    terminal = Terminal(rows=6)
+    terminal.screen.update(["done"], [f"line {n}" for n in range(8)], ["status"])
+    terminal.screen.insert(["a note", "of two lines"])
+    terminal.screen.update([], [f"line {n}" for n in range(9)], ["status"])
+    terminal.screen.end([f"line {n}" for n in range(9)])
+    before = [f"line {n}" for n in range(4)]
+    assert terminal.lines == ["done", *before, "a note", "of two lines", *(f"line {n}" for n in range(4, 9))]
+    terminal.screen.insert(["below"])
+    assert terminal.lines[-1] == "below"
+
+
 def test_a_resized_terminal_is_redrawn() -> None:
     terminal = Terminal(columns=40)
     terminal.screen.update(["kept"], ["x" * 30], ["status"])
@@ -109,6 +124,26 @@ def test_finished_lines_survive_any_sequence_of_updates(blocks: list[list[str]],
     while expected and not expected[-1]:
         expected.pop()
     assert [line.replace("\0", "") for line in terminal.lines] == expected
+
+
+TABLE = """| setting | description | default |
+|---|---|---|
+| repeat_penalty | penalizes repetition of tokens | 1.1 |
+| 温度 | 回答的随机程度 | 0.7 |
+"""
+
+
+@pytest.mark.parametrize("width", [20, 26, 32, 40, 50, 80])
+def test_tables_break_no_words_in_narrow_terminals(width: int) -> None:
+    stream = MarkdownStream()
+    stream.feed(TABLE)
+    lines = [_ESCAPES.sub("", line) for line in stream.finish(RenderOptions(width, color=True)).finished]
+    assert all(display_width(line) <= width for line in lines)
+    words = " ".join(lines)
+    for word in ("setting", "description", "repeat_penalty", "penalizes", "repetition", "tokens", "1.1", "温度"):
+        assert word in words
+    assert "…" not in words
+    assert ("setting: repeat_penalty" in " ".join(words.split())) == (width < 40)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import functools
 import itertools
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,7 +27,8 @@ from qwenlocal.formatting import shorten
 from qwenlocal.i18n import tr
 from qwenlocal.progress import PromptProgress
 
-_SUMMARY_TOKENS = 256
+_SUMMARY_TOKENS, _SUMMARY_SHARE = 256, 0.25  # at most, and as a fraction of the context
+_EMPTY_QUESTION = [{"role": USER, "content": ""}]
 
 
 @dataclass
@@ -176,8 +178,31 @@ class Conversation:
 
     @property
     def prompt_tokens(self) -> int:
-        """The number of tokens that the model reads of the conversation; if it is empty, of an empty question."""
-        return len(self._encode(select_messages(self.thread) or [{"role": USER, "content": ""}]))
+        """
+        The number of tokens that the conversation takes in the context; if it is empty, those of an empty question.
+
+        It may be more than `n_ctx`: turns are evicted with the next question.
+        """
+        messages = select_messages(self.thread) or _EMPTY_QUESTION
+        return len(self._encode(messages)) - self._header_tokens
+
+    @property
+    def used_tokens(self) -> int:
+        """The number of tokens in the context, for people: `prompt_tokens`, but at most `n_ctx`."""
+        return min(self.prompt_tokens, self.n_ctx)
+
+    @property
+    def system_tokens(self) -> int:
+        """The number of tokens of the system prompt, with an empty question."""
+        messages = [{"role": "system", "content": self.thread.system}, *_EMPTY_QUESTION]
+        return len(encode_messages(self._template, messages, self._tokenizer))
+
+    @functools.cached_property
+    def _header_tokens(self) -> int:
+        """The number of tokens of the markup that begins an answer."""
+        prompt = self._template.render(_EMPTY_QUESTION)
+        question = self._template.render(_EMPTY_QUESTION, add_generation_prompt=False)
+        return len(self._tokenizer.tokenize(prompt.removeprefix(question), special=True))
 
     def count_turn_tokens(self, turn: Turn) -> int:
         """Return the number of tokens that a turn adds to the prompt, including the template's markup."""
@@ -231,7 +256,7 @@ class Conversation:
     def _choose_turns_to_evict(self) -> list[Turn]:
         """Return the fewest oldest turns that free half of the context; none if the question does not fit even then."""
         turns = evictable_turns(self.thread)
-        limit = self.n_ctx - (_SUMMARY_TOKENS if self.config.overflow == "summarize" else 0)
+        limit = self.n_ctx - (self._summary_tokens if self.config.overflow == "summarize" else 0)
 
         def length_without(count: int) -> int:
             evicted = {turn.question.number for turn in turns[:count]}
@@ -249,11 +274,11 @@ class Conversation:
         Returns the summary, the previous one if the turns do not fit into the context, or None if it was interrupted.
         """
         ids = encode_messages(self._template, build_summary_request(self.thread, turns), self._tokenizer)
-        if len(ids) + _SUMMARY_TOKENS > self.n_ctx:
+        if len(ids) + self._summary_tokens > self.n_ctx:
             return self.thread.summary
         text = ""
         greedy = Sampling(temperature=0)
-        for event in stream_answer(self._generator, self._tokenizer, ids, greedy, max_tokens=_SUMMARY_TOKENS):
+        for event in stream_answer(self._generator, self._tokenizer, ids, greedy, max_tokens=self._summary_tokens):
             if isinstance(event, Text):
                 text += event.text
                 yield Summarizing(len(turns), len(text.split()))
@@ -264,14 +289,20 @@ class Conversation:
                 return None
         return text.strip()
 
+    @property
+    def _summary_tokens(self) -> int:
+        """The maximum length of a summary."""
+        return min(_SUMMARY_TOKENS, int(self.n_ctx * _SUMMARY_SHARE))
+
     def _encode_prompt(self) -> list[int]:
         return self._encode(select_messages(self.thread))
 
     def _encode(self, messages: list[dict[str, str]]) -> list[int]:
         """Return the ids of the prompt. The latest are cached: tokenizing takes about a second per megabyte."""
-        if messages != self._last_encoded[0]:
-            self._last_encoded = messages, encode_messages(self._template, messages, self._tokenizer)
-        return self._last_encoded[1]
+        last = self._last_encoded  # other threads encode, too: commands while the model answers
+        if messages != last[0]:
+            self._last_encoded = last = messages, encode_messages(self._template, messages, self._tokenizer)
+        return last[1]
 
     def _stream(self, ids: Sequence[int], sampling: Sampling, prefix: Sequence[int] = ()) -> Iterator[Event]:
         return stream_answer(

@@ -7,15 +7,14 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, TypeVar
 
 import typer
 import typer.core
+from typer.exceptions import TyperException
 
-from qwenlocal.errors import BadWeights, Interrupted, OutputError, QwenlocalError
-from qwenlocal.i18n import tr
-from qwenlocal.paths import Folders
+from qwenlocal.errors import Interrupted, OutputError, QwenlocalError
+from qwenlocal.formatting import cut_long_words
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -75,6 +74,9 @@ def _report_errors() -> Iterator[None]:
         except BrokenPipeError:  # the exit code still reports the error
             _discard_output()
         raise typer.Exit(error.exit_code) from error
+    except TyperException as error:  # it quotes an argument that typer refuses
+        error.message = cut_long_words(error.message)
+        raise
     except KeyboardInterrupt as stop:
         raise typer.Exit(Interrupted.exit_code) from stop
     except BrokenPipeError as closed:
@@ -100,19 +102,12 @@ def _discard_output() -> None:
 
 def print_error(error: QwenlocalError) -> None:
     """Print the message and the hint on stderr."""
-    from qwenlocal.terminal.ansi import dim, escape_controls, supports_color, wrap
+    from qwenlocal.hints import find_hint
+    from qwenlocal.terminal.ansi import dim, escape_controls, supports_color
+    from qwenlocal.terminal.wrapping import wrap
 
     mark, plain = ("\x1b[1;31m", "\x1b[0m") if supports_color(sys.stderr) else ("", "")
     sentence = wrap(f"qwenlocal: {escape_controls(str(error))}", sys.stderr).removeprefix("qwenlocal:")
     sys.stderr.write(f"{mark}qwenlocal:{plain}{sentence}\n")
-    if hint := _hint_for(error):
+    if hint := find_hint(error):
         sys.stderr.write(dim(wrap("  " + escape_controls(hint), sys.stderr), sys.stderr) + "\n")
-
-
-def _hint_for(error: QwenlocalError) -> str:
-    """Return the hint of an error; only files in folders of downloads can be repaired by `verify`."""
-    if not isinstance(error, BadWeights) or error.has_own_hint:
-        return error.hint
-    folders, path = Folders.from_environment(), Path(error.path).absolute()
-    is_download = any(path.is_relative_to(folder.absolute()) for folder in (folders.home, folders.hub_cache))
-    return error.hint if is_download else tr("Copy or download the file again.")

@@ -14,7 +14,7 @@ from qwenlocal.i18n import tr
 
 def say(sentence: str) -> None:
     """Print a sentence on standard error, wrap at the terminal's width."""
-    from qwenlocal.terminal.ansi import wrap
+    from qwenlocal.terminal.wrapping import wrap
 
     sys.stderr.write(wrap(sentence, sys.stderr) + "\n")
     sys.stderr.flush()
@@ -22,7 +22,8 @@ def say(sentence: str) -> None:
 
 def say_dimmed(sentence: str) -> None:
     """Print a sentence in gray on standard error, between the answers of a chat."""
-    from qwenlocal.terminal.ansi import dim, escape_controls, wrap
+    from qwenlocal.terminal.ansi import dim, escape_controls
+    from qwenlocal.terminal.wrapping import wrap
 
     sys.stderr.write(dim(wrap(escape_controls(sentence), sys.stderr), sys.stderr) + "\n")
     sys.stderr.flush()
@@ -72,20 +73,17 @@ def ask(question: str) -> str:
     ------
     Interrupted: Ctrl-C or Ctrl-D.
     """
-    from prompt_toolkit import prompt
+    from prompt_toolkit import PromptSession
+
+    from qwenlocal.terminal.prompting import run_prompt
 
     try:
-        return prompt(question).strip()
+        answer, is_interrupted = run_prompt(PromptSession(), question)
     except (EOFError, KeyboardInterrupt) as stop:
         raise Interrupted from stop
-
-
-def ask_or_skip(question: str) -> str:
-    """Return the line that the user types, "" for Ctrl-C or Ctrl-D."""
-    try:
-        return ask(question)
-    except Interrupted:
-        return ""
+    if is_interrupted:
+        raise Interrupted
+    return answer.strip()
 
 
 def choose_number(

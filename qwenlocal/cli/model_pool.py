@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from qwenlocal.chat.worker import BackgroundTask
@@ -12,6 +13,7 @@ from qwenlocal.cli.context import AppContext
 from qwenlocal.cli.options import RunOptions
 from qwenlocal.errors import NotEnoughMemory
 from qwenlocal.library.provider import ProvidedModel
+from qwenlocal.model_files import parse_shard
 from qwenlocal.terminal.progress import loading_status
 
 if TYPE_CHECKING:
@@ -92,6 +94,14 @@ class ModelPool:
     def names(self) -> Sequence[str]:
         """Names of the installed models."""
         return [record.name for record in self._app.store.records()]
+
+    def nearby_files(self) -> Sequence[str]:
+        """Paths of the GGUF files in the folder of the current model, relative to the working directory if below it."""
+        pooled = self._pooled.get(self._current)
+        folder = (pooled.model if pooled else self._first).record.path.absolute().parent
+        is_below = folder.is_relative_to(Path.cwd())
+        paths = [path for path in sorted(folder.glob("*.gguf")) if not _is_later_shard(path)]
+        return [f"./{path.relative_to(Path.cwd())}" if is_below else str(path) for path in paths]
 
     @property
     def drafter(self) -> ModelDrafter | None:
@@ -175,3 +185,8 @@ class ModelPool:
             for name in others:
                 self._pooled.pop(name).loaded.close()
             return load()
+
+
+def _is_later_shard(path: Path) -> bool:
+    shard = parse_shard(path.name)
+    return shard is not None and shard.number > 1

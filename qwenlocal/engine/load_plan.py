@@ -70,6 +70,14 @@ class ContextExtended:
 
 
 @dataclass(frozen=True)
+class ContextRounded:
+    """The context has `n_ctx` tokens, not the `requested` number: llama.cpp rounds up to a multiple of 256."""
+
+    requested: int
+    n_ctx: int
+
+
+@dataclass(frozen=True)
 class CoarseKeys:
     """
     Keys have fewer than eight bits; Qwen's have a few numbers that are far larger than the others of their block.
@@ -115,7 +123,15 @@ class SamplingIgnored:
     value: object
 
 
-LoadNote = ContextExtended | CoarseKeys | FewerGpuLayers | FileRepaired | ChatTemplateMissing | SamplingIgnored
+LoadNote = (
+    ContextExtended
+    | ContextRounded
+    | CoarseKeys
+    | FewerGpuLayers
+    | FileRepaired
+    | ChatTemplateMissing
+    | SamplingIgnored
+)
 
 
 @dataclass(frozen=True)
@@ -149,7 +165,8 @@ def plan_load(
     """
     check_load_request(request)
     if dims is None:
-        return LoadPlan(replace(_all_layouts(request)[0], n_ctx=request.n_ctx or PREFERRED_CONTEXT), None, available)
+        notes = tuple(_notes(request, None))
+        return LoadPlan(replace(_all_layouts(request)[0], n_ctx=request.n_ctx or PREFERRED_CONTEXT), None, available, notes)
     rope = _rope_scaling(dims, request)
     for options in _candidates(dims, weights, available, request):
         memory = estimate_memory(dims, weights, options)
@@ -161,6 +178,8 @@ def plan_load(
 def _notes(request: LoadRequest, rope: RopeScaling | None) -> Iterator[LoadNote]:
     if rope is not None and request.n_ctx:
         yield ContextExtended(request.n_ctx, rope)
+    if request.n_ctx and pad_n_ctx(request.n_ctx) != request.n_ctx:
+        yield ContextRounded(request.n_ctx, pad_n_ctx(request.n_ctx))
     if request.kv_type not in (None, "f16", "bf16", "q8_0"):
         yield CoarseKeys(request.kv_type)
 

@@ -1,11 +1,9 @@
-"""Terminal capabilities and escape sequences: detect support, dim and wrap text, escape control characters."""
+"""Terminal capabilities and escape sequences: detect support, dim text, escape control characters."""
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
-import textwrap
 from typing import TextIO
 
 _CONTROL_CHARS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -34,12 +32,3 @@ def supports_color(out: TextIO) -> bool:
 def dim(text: str, out: TextIO | None = None) -> str:
     """Dim `text`, if `out` is not given or shows colors."""
     return f"\x1b[2m{text}\x1b[0m" if out is None or supports_color(out) else text
-
-
-def wrap(text: str, out: TextIO) -> str:
-    """Wrap `text` between words at the width of a terminal; return it unchanged for any other output."""
-    if not out.isatty():
-        return text
-    width = max(20, shutil.get_terminal_size().columns)
-    lines = text.split("\n")
-    return "\n".join(textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False) for line in lines)

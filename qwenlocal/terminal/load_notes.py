@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from qwenlocal.engine.context import pad_n_ctx
 from qwenlocal.engine.load_plan import (
     ChatTemplateMissing,
     CoarseKeys,
     ContextExtended,
+    ContextRounded,
     FewerGpuLayers,
     FileRepaired,
     LoadNote,
@@ -21,15 +23,16 @@ def describe_plan(plan: LoadPlan) -> str:
 
     For example: `weights 4.4 + KV 1.5 (4,096 tokens, q8_0 keys, f16 values) + compute 0.3 of 9.1 GiB free`.
     """
+    n_ctx = pad_n_ctx(plan.options.n_ctx)
     if plan.memory is None:
-        return tr("context of {count:,} tokens; memory use unknown", count=plan.options.n_ctx)
+        return tr("context of {count:,} tokens; memory use unknown", count=n_ctx)
     memory = plan.memory
     key_type, value_type = plan.options.key_type, plan.options.value_type
     types = key_type if key_type == value_type else f"{key_type} keys, {value_type} values"
     kv_cache = _to_gib(memory.kv_cache)
     parts = [
         tr("weights {size}", size=_to_gib(memory.weights)),
-        tr("KV {size} ({count:,} tokens, {types})", size=kv_cache, count=plan.options.n_ctx, types=types),
+        tr("KV {size} ({count:,} tokens, {types})", size=kv_cache, count=n_ctx, types=types),
         tr("compute {size}", size=_to_gib(memory.compute + memory.overhead)),
     ]
     if plan.draft_bytes:
@@ -52,6 +55,12 @@ def describe_note(note: LoadNote) -> str:
                 n_ctx_train=rope.original,
                 kind=rope.kind,
                 factor=rope.factor,
+            )
+        case ContextRounded(requested, n_ctx):
+            return tr(
+                "The context has {n_ctx:,} tokens instead of {requested:,}, rounded up to a multiple of 256.",
+                n_ctx=n_ctx,
+                requested=requested,
             )
         case CoarseKeys(kv_type):
             return tr(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwenlocal.terminal.ansi import dim, escape_controls
 from qwenlocal.terminal.highlight import Highlighter
+from qwenlocal.terminal.wrapping import BREAK_POINTS
 
 if TYPE_CHECKING:
     from markdown_it import MarkdownIt
@@ -44,14 +45,10 @@ _STYLES = {  # in the terminal's own colors
 }
 _SELF_CLOSING = ("fence", "heading_open", "hr")
 _TRAILING_MARK = re.compile(r"(\*{1,3}|_{1,3}|~~|`+)$")
-# Chinese and Japanese text breaks between characters, except before closing and after opening punctuation. rich breaks
-# only at white space, so a control character that counts as white space marks the places; it is removed afterwards.
-_WIDE = "\u2e80-\u303f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff00-\uffef"
-_CLOSING, _OPENING = "、。〉》」』】〕！），．：；？］｝”’…", "〈《「『【〔（［｛“‘"
+# rich breaks only at white space, so a control character that counts as white space marks the other places where text
+# may break; it is removed afterwards.
 _BREAK_MARK = "\x1f"
-_BREAK_POINTS = re.compile(
-    f"(?<=[{_WIDE}])(?<![{_OPENING}])(?=[{_WIDE}\\w])(?![{_CLOSING}])|(?<=[^\\W_])(?=[{_WIDE}])(?![{_CLOSING}])"
-)
+_ANY_WIDTH = 100_000
 _INLINE_CODE = re.compile(r"`[^`]*`")
 _EMPHASIS = {  # innermost first; marks that touch a letter, unlike the bullet of a list
     "*": re.compile(r"(?<!\*)\*(?=[^\s*])|(?<=[^\s*])\*(?!\*)"),
@@ -203,6 +200,11 @@ def _parse_blocks(text: str) -> list[Token]:
     return [token for token in _parser().parse(text) if token.level == 0 and token.nesting >= 0]
 
 
+def find_code_blocks(text: str) -> list[str]:
+    """Return the contents of all blocks of code, also of those in lists, and of a last one that was cut off."""
+    return [token.content for token in _parser().parse(text) if token.type in ("fence", "code_block")]
+
+
 def _parse_fence(text: str) -> Token | None:
     """Return the fence token if the first block is fenced code."""
     blocks = _parse_blocks(text)
@@ -235,10 +237,12 @@ def _close_marks(text: str) -> str:
 
 @functools.cache
 def _markdown_class() -> Any:
-    """Subclass rich's Markdown: headings left-aligned, numbered items with a dot."""
+    """Subclass rich's Markdown: headings left-aligned, numbered items with a dot, tables whose words stay whole."""
     from rich.console import ConsoleOptions, RenderResult
-    from rich.markdown import Heading, ListItem, Markdown
+    from rich.markdown import Heading, ListItem, Markdown, TableElement
     from rich.segment import Segment
+    from rich.table import Table
+    from rich.text import Text
 
     class LeftHeading(Heading):
         def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -259,11 +263,36 @@ def _markdown_class() -> Any:
                 yield Segment("\n")
                 prefix = Segment(" " * width)
 
-    return type(
-        "TerminalMarkdown",
-        (Markdown,),
-        {"elements": {**Markdown.elements, "heading_open": LeftHeading, "list_item_open": NumberedItem}},
-    )
+    class NarrowTable(TableElement):
+        """A table that breaks no words; if they do not fit, each row becomes lines of `heading: cell`."""
+
+        def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+            (table,) = super().__rich_console__(console, options)
+            assert isinstance(table, Table)
+            unlimited = options.update(max_width=_ANY_WIDTH)
+            whole = console.measure(table, options=unlimited)
+            if whole.minimum > options.max_width:
+                yield self._list_rows()
+                return
+            if whole.maximum > options.max_width:  # rich would shorten the words of wide columns
+                spare, wanted = options.max_width - whole.minimum, whole.maximum - whole.minimum
+                for column in table.columns:
+                    cells = [console.measure(cell, options=unlimited) for cell in (column.header, *column.cells)]
+                    shortest, longest = max(cell.minimum for cell in cells), max(cell.maximum for cell in cells)
+                    column.width = shortest + spare * (longest - shortest) // wanted
+            yield table
+
+        def _list_rows(self) -> Text:
+            headings = [cell.content for cell in self.header.row.cells] if self.header and self.header.row else []
+            rows = [[cell.content for cell in row.cells] for row in self.body.rows] if self.body else []
+            lines = [
+                Text("\n").join(Text.assemble(heading, ": ", cell) for heading, cell in zip(headings, row, strict=True))
+                for row in rows
+            ]
+            return Text("\n\n").join(lines) if lines else Text("\n").join(headings)
+
+    kinds = {"heading_open": LeftHeading, "list_item_open": NumberedItem, "table_open": NarrowTable}
+    return type("TerminalMarkdown", (Markdown,), {"elements": {**Markdown.elements, **kinds}})
 
 
 @functools.lru_cache(maxsize=4)
@@ -284,7 +313,7 @@ def _console(options: RenderOptions) -> Console:
 
 def _render_block(block: str, options: RenderOptions) -> list[str]:
     console = _console(options)
-    element = _markdown_class()(_BREAK_POINTS.sub(_BREAK_MARK, block), hyperlinks=False)
+    element = _markdown_class()(BREAK_POINTS.sub(_BREAK_MARK, block), hyperlinks=False)
     rows = console.render_lines(element, console.options, pad=False)
     while rows and _is_blank(rows[-1]):
         rows.pop()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TextIO
 from qwenlocal.formatting import format_bytes
 from qwenlocal.i18n import tr
 from qwenlocal.terminal.ansi import dim, supports_ansi
+from qwenlocal.terminal.wrapping import join_fitting, terminal_width
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -119,7 +120,7 @@ class StatusLine:
         if text == self._shown or not supports_ansi(self._out) or time.monotonic() - self._started_at < self._delay:
             return
         self._shown = text
-        self._out.write(f"{_ERASE_LINE}{dim(text)}")
+        self._out.write(f"{_ERASE_LINE}{dim(join_fitting([text], '', terminal_width() - 1))}")
         self._out.flush()
 
     def clear(self) -> None:

@@ -47,6 +47,11 @@ class Screen:
             self._scrolled += 1
         self._draw(final, [*shown, *footer], size)
 
+    def insert(self, lines: Sequence[str]) -> None:
+        """Print lines for good above the pending ones."""
+        if lines:
+            self._draw(lines, self._shown, self._size())
+
     def end(self, finished: Sequence[str]) -> None:
         """Print the last lines, erase the footer, and leave the cursor at the start of a line."""
         self.update(finished, [])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,10 +12,11 @@ from qwenlocal.chat.events import Done, Event, FinishReason, GenerationStats, Su
 from qwenlocal.formatting import display_width, format_count
 from qwenlocal.i18n import mark, tr
 from qwenlocal.progress import PromptProgress
-from qwenlocal.terminal.ansi import dim, escape_controls, wrap
+from qwenlocal.terminal.ansi import dim, escape_controls
 from qwenlocal.terminal.markdown import MarkdownStream, RenderedLines, RenderOptions
 from qwenlocal.terminal.progress import StatusLine
 from qwenlocal.terminal.screen import Screen
+from qwenlocal.terminal.wrapping import join_fitting, wrap, wrap_line
 
 if TYPE_CHECKING:
     from qwenlocal.engine.draft_model import ModelDrafter
@@ -130,7 +130,7 @@ class AnswerProgress:
         if self._answer_tokens > 1 and now > self._first_text_at:
             speed = (self._answer_tokens - 1) / (now - self._first_text_at)
             parts.append(_describe_speed(speed))
-        used = self._prompt_tokens + self._answer_tokens
+        used = min(self._prompt_tokens + self._answer_tokens, self._n_ctx)
         parts.append(tr("{used:,} of {n_ctx:,} tokens of context", used=used, n_ctx=self._n_ctx))
         return ", ".join(parts)
 
@@ -198,8 +198,8 @@ def _format_duration(seconds: float) -> str:
 
 class AnswerView:
     """
-    Draws an answer on `screen`; `options` returns the current render options, `typed` the line being typed. `n_ctx` is
-    the size of the model's context.
+    Draws an answer on `screen`; `options` returns the current render options, `typed` the lines typed meanwhile.
+    `n_ctx` is the size of the model's context.
 
     It redraws at most 25 times a second, and rarely enough that rendering takes 1/40 of the time. Keys are drawn at
     once.
@@ -210,7 +210,7 @@ class AnswerView:
         screen: Screen,
         options: Callable[[], RenderOptions],
         n_ctx: int,
-        typed: Callable[[], str] = lambda: "",
+        typed: Callable[[], Sequence[str]] = tuple,
         *,
         markdown: bool = True,
     ) -> None:
@@ -220,7 +220,7 @@ class AnswerView:
         self._pending: Sequence[str] = []
         self._notes: list[str] = []  # lines to print before the answer
         self._next_redraw = 0.0
-        self._has_new_text = False
+        self._has_new_text = self._has_ended = False
         self.drawing_seconds = 0.0
 
     def show(self, events: Iterable[Event]) -> Done:
@@ -234,26 +234,48 @@ class AnswerView:
                         self._stream.feed(event.text)
                         self._has_new_text = True
                     elif isinstance(event, TurnsEvicted):
-                        note = escape_controls(describe_eviction(event))
-                        self._notes += [dim(line) for line in textwrap.wrap(note, self._options().width)]
+                        self._add_note(describe_eviction(event))
                     elif isinstance(event, Done):
                         done = event
         with self._lock:
+            self._has_ended = True
+            self._print_notes()
             self._screen.end(self._stream.finish(self._options()).finished)
         return done
+
+    def add_note(self, text: str) -> None:
+        """
+        Print lines above the block of the answer that is being written, or below an answer that has ended.
+
+        Can be called from any thread.
+        """
+        with self._lock:
+            self._add_note(text)
+            if self._has_ended:
+                self._print_notes()
+
+    def _add_note(self, text: str) -> None:
+        rows = (row for line in escape_controls(text).split("\n") for row in wrap_line(line, self._options().width))
+        self._notes += map(dim, rows)
+
+    def _print_notes(self) -> None:
+        self._screen.insert(self._notes)
+        self._notes = []
 
     def redraw_footer(self) -> None:
         """Show a key that was just typed."""
         with self._lock:
-            self._screen.update([], self._pending, self._footer(self._options()))
+            if not self._has_ended:
+                self._screen.update([], self._pending, self._footer(self._options()))
 
     @contextlib.contextmanager
     def _redrawing(self) -> Iterator[None]:
         stop = threading.Event()
 
         def redraw_until_stopped() -> None:
-            while not stop.wait(_MIN_INTERVAL):
-                self._redraw()
+            with contextlib.suppress(OSError):  # the terminal is gone; writing the end of the answer reports it
+                while not stop.wait(_MIN_INTERVAL):
+                    self._redraw()
 
         thread = threading.Thread(target=redraw_until_stopped, daemon=True)
         thread.start()
@@ -272,29 +294,19 @@ class AnswerView:
             if self._has_new_text:
                 lines = self._stream.render(options)
                 finished, self._pending, self._has_new_text = list(lines.finished), lines.pending, False
-            if self._notes:
-                self._screen.update([], [])
-                self._screen.end(self._notes)
-                self._notes = []
+            self._print_notes()
             self._screen.update(finished, self._pending, self._footer(options))
             elapsed = time.monotonic() - start
             self.drawing_seconds += elapsed
             self._next_redraw = start + min(_MAX_INTERVAL, _REST_FACTOR * elapsed)
 
     def _footer(self, options: RenderOptions) -> list[str]:
-        """Return the status line and the line being typed."""
-        lines = [_dim_line(status, options)] if (status := self._progress.describe()) else []
-        typed = self._typed()
-        if typed:
-            end = escape_controls(typed.rpartition("\n")[2])
+        """Return the status line and the lines typed meanwhile."""
+        status = self._progress.describe()
+        lines = [dim(join_fitting(status.split(", "), ", ", options.width))] if status else []
+        for typed in self._typed():
+            end = escape_controls(typed.rpartition("\n")[2])[-options.width :]
             while display_width(end) > options.width - 3:
                 end = end[1:]
             lines.append(f"> {end}")
         return lines
-
-
-def _dim_line(text: str, options: RenderOptions) -> str:
-    """Dim `text`, cut to one row."""
-    while display_width(text) > options.width:
-        text = text[:-2] + "…"
-    return dim(text)

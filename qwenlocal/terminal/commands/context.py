@@ -8,21 +8,23 @@ from qwenlocal.formatting import format_count, pad, shorten
 from qwenlocal.i18n import tr
 from qwenlocal.terminal.session import Session
 from qwenlocal.terminal.view import describe_stats
+from qwenlocal.terminal.wrapping import terminal_width
 
-_BAR_WIDTH = 40
+_MAX_BAR = 40
 _STATE_WIDTH = 14
 
 
 def show_context(session: Session, _argument: str) -> None:
     """Show how full the context is, and a line for each turn."""
     conversation, thread = session.conversation, session.thread
-    used, n_ctx = conversation.prompt_tokens, conversation.n_ctx
-    filled = min(_BAR_WIDTH, round(_BAR_WIDTH * used / n_ctx))
-    bar, share = "#" * filled + "." * (_BAR_WIDTH - filled), used / n_ctx
+    total, used, n_ctx = conversation.prompt_tokens, conversation.used_tokens, conversation.n_ctx
+    width = min(_MAX_BAR, terminal_width() - len("[]"))
+    filled = round(width * used / n_ctx)
+    bar, share = "#" * filled + "." * (width - filled), used / n_ctx
     session.say(tr("[{bar}] {used:,} of {n_ctx:,} tokens ({share:.0%})", bar=bar, used=used, n_ctx=n_ctx, share=share))
     counts = [conversation.count_turn_tokens(turn) for turn in thread.turns]
     in_context = [count for turn, count in zip(thread.turns, counts, strict=True) if is_in_context(thread, turn)]
-    system_tokens = used - sum(in_context)
+    system_tokens = total - sum(in_context)
     session.say(tr("       {count:>7,} tokens  {state}  system prompt", count=system_tokens, state=" " * _STATE_WIDTH))
     if thread.summary:
         session.say(tr("  summary of earlier turns: {text}", text=shorten(thread.summary)))
@@ -37,6 +39,8 @@ def show_context(session: Session, _argument: str) -> None:
                 text=shorten(turn.question.text),
             )
         )
+    if total > n_ctx:
+        session.say(tr("The chat has {total:,} tokens, more than the context holds.", total=total))
 
 
 def _describe_state(turn: Turn, *, evicted: bool) -> str:
@@ -75,7 +79,8 @@ def count_tokens(session: Session, argument: str) -> None:
     if argument:
         session.say(format_count(session.conversation.count_tokens(argument), "token"))
     else:
-        session.say(tr("This chat takes {count:,} tokens of the context.", count=session.conversation.prompt_tokens))
+        used, n_ctx = session.conversation.used_tokens, session.conversation.n_ctx
+        session.say(tr("This chat takes {used:,} of {n_ctx:,} tokens.", used=used, n_ctx=n_ctx))
 
 
 def toggle_stats(session: Session, _argument: str) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from qwenlocal.chat.context_window import OVERFLOW_ALIASES, OVERFLOW_POLICIES
-from qwenlocal.errors import InvalidChoice, UsageError
+from qwenlocal.chat.context_window import EVICTION_THRESHOLD, OVERFLOW_ALIASES, OVERFLOW_POLICIES
+from qwenlocal.chat.documents import find_mentions, find_missing_mentions, read_document
+from qwenlocal.errors import InvalidChoice, ModelNotFound, UsageError
 from qwenlocal.i18n import mark, tr
+from qwenlocal.paths import parse_typed_path, unquote_path
 from qwenlocal.terminal.session import Session
+from qwenlocal.text_encoding import read_text
 
 SETTINGS = {
     "temperature": mark("0 to 10; 0 always takes the most likely token"),
@@ -23,6 +27,7 @@ SETTINGS = {
 }
 _OPTION_NAMES = {"temp": "temperature", "n": "max_tokens"}  # options of `run` whose names differ
 _NONE = ("none", "off", "-")
+_SHORT_PROMPT = 200  # characters, which any context holds; to count tokens, the model must be loaded
 
 
 def switch_model(session: Session, name: str) -> None:
@@ -35,21 +40,59 @@ def switch_model(session: Session, name: str) -> None:
             installed = ", ".join(names)
             session.say(tr("Current model: {model}. Installed: {names}.", model=session.model, names=installed))
         return
+    name = unquote_path(name) if not os.path.exists(name) else name
     session.conversation = session.models.switch(name, session.thread)
-    session.model = name.rpartition("/")[2] if name.startswith((".", "/", "~")) else name
+    session.model = Path(name).name if os.path.exists(os.path.expanduser(name)) else name
     if session.journal_writer:
         session.journal_writer.model = session.models.current
     n_ctx = session.conversation.n_ctx
     session.say(tr("Switched to {model} with a context of {n_ctx:,} tokens.", model=session.model, n_ctx=n_ctx))
+    check_system_prompt(session)
 
 
 def set_system_prompt(session: Session, argument: str) -> None:
-    """Set the system prompt; without a text, show it."""
+    """Set the system prompt, which may mention files; without a text, show it."""
     if argument:
-        session.thread.set_system_prompt(argument)
+        session.thread.set_system_prompt(_insert_files(argument))
         session.say(tr("System prompt set. It applies from the next message on."))
+        check_system_prompt(session)
     else:
         session.say(session.thread.system or tr("(the model's default system prompt)"))
+
+
+def _insert_files(text: str) -> str:
+    """
+    Return the text of the file if `text` is `@file`; otherwise put the files that it mentions before it.
+
+    Raises
+    ------
+    ModelNotFound: there is no such file. UsageError: a file contains no text.
+    """
+    documents = [read_document(path) for path in find_mentions(text, Path())]
+    if text.startswith("@"):
+        if os.path.isfile(parse_typed_path(text[1:])):
+            return documents[0].text.strip()
+        if missing := find_missing_mentions(text, Path()):
+            raise ModelNotFound.unreadable(missing[0])
+    return "\n\n".join([*(document.to_markdown() for document in documents), text])
+
+
+def check_system_prompt(session: Session) -> None:
+    """Say so if the system prompt leaves too little of the context."""
+    if len(session.thread.system) <= _SHORT_PROMPT:
+        return
+    conversation = session.conversation
+    count, n_ctx = conversation.system_tokens, conversation.n_ctx
+    if count > n_ctx * EVICTION_THRESHOLD:
+        session.say(
+            tr(
+                "The system prompt has {count:,} tokens, which leaves too little of the context of {n_ctx:,} tokens "
+                "for a chat. Shorten it with /system, or start again with a longer context: -c {needed}",
+                count=count,
+                n_ctx=n_ctx,
+                needed=-(-count * 2 // 1024) * 1024,
+            )
+        )
 
 
 def use_prompt_file(session: Session, name: str) -> None:
@@ -63,12 +106,9 @@ def use_prompt_file(session: Session, name: str) -> None:
         raise UsageError(
             tr("No prompt is called “{name}”.", name=name), hint=tr("Available prompts: {names}", names=names)
         )
-    try:
-        text = files[name].read_text("utf-8-sig").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(tr("Cannot read the prompt {name}: {reason}.", name=name, reason=error)) from error
-    session.thread.set_system_prompt(text)
+    session.thread.set_system_prompt(read_text(files[name]).strip())
     session.say(tr("System prompt set: {name}. It applies from the next message on.", name=name))
+    check_system_prompt(session)
 
 
 def find_prompt_files(folders: Sequence[Path]) -> dict[str, Path]:

@@ -26,13 +26,15 @@ class Command:
 
     `usage` is its name with its arguments. `handler` takes the session and the stripped argument; it may return answers
     that the model is to start. `completes` names the completion of the argument: "model", "prompt", "setting", "file",
-    "turn", "command", "code" (that word) or "" for none.
+    "turn", "command", "code" (that word) or "" for none. If it `works_at_once`, it is not queued while the model
+    answers: it changes nothing that an answer depends on.
     """
 
     usage: str
     help: str
     handler: Handler
     completes: str = ""
+    works_at_once: bool = False
 
     @property
     def name(self) -> str:
@@ -83,11 +85,16 @@ COMMAND_GROUPS: Mapping[str, Sequence[Command]] = {
         Command("/clear", mark("Start a new chat with the same system prompt"), turns.clear_chat),
     ),
     mark("Context"): (
-        Command("/ctx", mark("Show what is in the context, turn by turn"), context.show_context),
+        Command("/ctx", mark("Show what is in the context, turn by turn"), context.show_context, works_at_once=True),
         Command("/pin [TURN]", mark("Keep a turn when the context is full, or unpin it"), context.toggle_pin, "turn"),
         Command("/drop [TURN]", mark("Remove a turn from the context, or put it back"), context.toggle_drop, "turn"),
-        Command("/tokens [TEXT]", mark("Count the tokens of a text, or of the chat"), context.count_tokens),
-        Command("/stats", mark("Show or hide statistics after each answer"), context.toggle_stats),
+        Command(
+            "/tokens [TEXT]",
+            mark("Count the tokens of a text, or of the chat"),
+            context.count_tokens,
+            works_at_once=True,
+        ),
+        Command("/stats", mark("Show or hide statistics after each answer"), context.toggle_stats, works_at_once=True),
     ),
     mark("Model and settings"): (
         Command(
@@ -121,7 +128,7 @@ COMMAND_GROUPS: Mapping[str, Sequence[Command]] = {
     ),
     mark("Other"): (
         Command("/markdown", mark("Turn Markdown rendering on or off"), context.toggle_markdown),
-        Command("/help [COMMAND]", mark("Show this help"), _show_help, "command"),
+        Command("/help [COMMAND]", mark("Show this help"), _show_help, "command", works_at_once=True),
         Command("/exit", mark("Exit (also Ctrl-D)"), _exit),
     ),
 }
@@ -130,6 +137,7 @@ COMMANDS = [command for group in COMMAND_GROUPS.values() for command in group]
 KEYS: Sequence[tuple[str, str]] = (
     ("Enter", mark("Send the message")),
     ("Alt-Enter, Ctrl-J, \\ Enter", mark("Insert a line break")),
+    ('"""', mark("Begin and end a message of several lines")),
     ("Ctrl-C", mark("Stop an answer, clear the line, or exit (twice)")),
     ("Ctrl-D", mark("Exit")),
     ("Up, Down", mark("Recall earlier messages, also from other chats")),
@@ -160,6 +168,12 @@ def find_command(name: str) -> Command | None:
     """Return the command with this name or alias; case is ignored."""
     name = ALIASES.get(name.lower(), name.lower())
     return next((command for command in COMMANDS if command.name == name), None)
+
+
+def works_during_answer(line: str) -> bool:
+    """Return True for a command that need not wait until the answer ends."""
+    command = find_command(line.split()[0]) if is_command(line) else None
+    return command is not None and command.works_at_once
 
 
 def describe_unknown(name: str) -> str:

@@ -1,0 +1,122 @@
+"""Completion in the input line: commands, their arguments, and files after an @."""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator
+
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion
+from prompt_toolkit.document import Document
+
+from qwenlocal.chat.documents import format_mention
+from qwenlocal.i18n import tr
+from qwenlocal.terminal.commands.models import SETTINGS, find_prompt_files
+from qwenlocal.terminal.commands.table import COMMANDS, find_command
+from qwenlocal.terminal.session import Session
+
+# A quoted or unquoted name at the end of the text; `qwenlocal.chat.documents` reads such names.
+_MENTION = re.compile(r"""(?<![A-Za-z0-9_./@-])@(?:(["'])((?:(?!\1)[^\n])*)|((?!["'])\S*))$""")
+
+
+class ChatCompleter(Completer):
+    """Completes commands at the start of a line, their arguments, and files after an @."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
+        before = document.text_before_cursor
+        if before.startswith("/") and not before.startswith("//") and "\n" not in before:
+            name, space, argument = before.partition(" ")
+            if not space:
+                return self._complete_word("command", name)
+            command = find_command(name)
+            if command and command.completes:
+                return self._complete_argument(command.completes, argument.lstrip())
+        mention = _MENTION.search(before)
+        return _complete_mention(mention[0], mention[1] or "", mention[2] or mention[3] or "") if mention else ()
+
+    def _complete_argument(self, kind: str, typed: str) -> Iterable[Completion]:
+        if kind == "file":
+            return _complete_path(typed)
+        if kind == "model" and ("/" in typed or typed.startswith((".", "~", '"', "'"))):
+            return _complete_path(typed, suffix=".gguf")
+        return self._complete_word(kind, typed)
+
+    def _complete_word(self, kind: str, typed: str) -> Iterator[Completion]:
+        for word, description in self._words(kind):
+            if word.startswith(typed) or os.path.basename(word).startswith(typed):  # noqa: PTH119 - not always a path
+                yield Completion(word, start_position=-len(typed), display_meta=description)
+
+    def _words(self, kind: str) -> Iterable[tuple[str, str]]:
+        """Return words with their descriptions; `kind` is that of `Command.completes`."""
+        match kind:
+            case "command":
+                return [(command.name, tr(command.help)) for command in COMMANDS]
+            case "setting":
+                return [(name, tr(description)) for name, description in SETTINGS.items()]
+            case "turn":
+                return [(str(number), "") for number in range(1, len(self._session.thread.turns) + 1)]
+            case "model":
+                return [(name, "") for name in (*self._session.models.names(), *self._session.models.nearby_files())]
+            case "prompt":
+                return [(name, "") for name in find_prompt_files(self._session.prompt_folders)]
+            case "code":
+                return [("code", tr("the last code block of the last answer"))]
+        return []
+
+
+def _complete_mention(mention: str, quote: str, typed: str) -> Iterator[Completion]:
+    def spell(path: str, *, is_folder: bool) -> str:
+        if quote and quote not in path:
+            spelling = f"@{quote}{path}{quote}"
+        else:
+            spelling = format_mention(path)
+        return spelling.removesuffix(spelling[1]) if is_folder and spelling[1] in "\"'" else spelling
+
+    return _complete_files(typed, len(mention), spell)
+
+
+def _complete_path(typed: str, suffix: str = "") -> Iterator[Completion]:
+    """Complete a path that is the whole argument of a command, so that spaces need no quotes."""
+    quote = typed[:1] if typed.startswith(('"', "'")) else ""
+
+    def spell(path: str, *, is_folder: bool) -> str:
+        return f"{quote}{path}{'' if is_folder else quote}"
+
+    return _complete_files(typed[len(quote) :], len(typed), spell, suffix)
+
+
+def _complete_files(typed: str, length: int, spell: Callable[..., str], suffix: str = "") -> Iterator[Completion]:
+    """
+    Yield a completion for each folder, and each file with `suffix`, whose path begins with `typed`.
+
+    It replaces the last `length` characters by what `spell` makes of the path. Names that nobody could type (control
+    characters, bytes that are not UTF-8) are left out, and hidden files unless a dot is typed.
+    """
+    folder, prefix = os.path.split(typed)
+    try:
+        entries = sorted(os.scandir(os.path.expanduser(folder) or "."), key=lambda entry: entry.name)
+    except (OSError, ValueError):
+        return
+    for entry in entries:
+        name, is_folder = entry.name, entry.is_dir()
+        if not _normalize(name).startswith(_normalize(prefix)) or (name.startswith(".") and not prefix):
+            continue
+        if not _is_typable(name) or not (is_folder or name.lower().endswith(suffix)):
+            continue
+        path = typed[: len(typed) - len(prefix)] + name + ("/" if is_folder else "")
+        yield Completion(
+            spell(path, is_folder=is_folder), start_position=-length, display=name + ("/" if is_folder else "")
+        )
+
+
+def _normalize(name: str) -> str:
+    """Compose accents: macOS stores them as characters of their own, keyboards do not."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _is_typable(name: str) -> bool:
+    return not any(unicodedata.category(character) in ("Cc", "Cs") for character in name)

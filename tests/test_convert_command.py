@@ -133,6 +133,22 @@ class TestDryRun:
         assert result.stdout.endswith("nothing was written\n")
         assert file_names(tmp_path) == set()
 
+    def test_a_dry_run_shows_small_sizes_in_bytes_and_reasons_other_than_the_type(
+        self, tiny_checkpoint: Path, invoke: Run
+    ) -> None:
+        lines = invoke("convert", str(tiny_checkpoint), "--dry-run", "--type", "f16").stdout.splitlines()
+        table = {line.split()[0]: line for line in lines[1 : TENSOR_COUNT + 1]}
+        assert table["blk.0.ffn_up.weight"].endswith("f16  8 kB   default")
+        assert " 128 B " in table["blk.0.attn_k.bias"]
+
+    def test_a_dry_run_says_that_the_file_exists(self, tiny_checkpoint: Path, invoke: Run, tmp_path: Path) -> None:
+        (tmp_path / "x.gguf").touch()
+        command = ("convert", str(tiny_checkpoint), "--dry-run", "-o", "x.gguf")
+        assert "already exists; to overwrite it, add --force" in invoke(*command).stdout
+        assert "already exists; it will be overwritten" in invoke(*command, "--force").stdout
+        assert parse_json(invoke(*command, "--json").stdout)["files"][0]["exists"] is True
+        assert (tmp_path / "x.gguf").read_bytes() == b""
+
     def test_the_json_plan_matches_the_written_files(self, tiny_checkpoint: Path, invoke: Run, tmp_path: Path) -> None:
         command = ("convert", str(tiny_checkpoint), "--type", "q4_k_m,f16", "-o", "out/", "--json")
         result = invoke(*command, "--dry-run")
@@ -241,6 +257,17 @@ class TestTypes:
 
 
 class TestOptions:
+    @pytest.mark.parametrize(
+        "options", [["-t", "7" * 400], ["--type", "7" * 400], ["--like", "7" * 400], ["--" + "7" * 400], ["7" * 400]]
+    )
+    def test_an_endless_value_is_cut_in_the_message(
+        self, options: list[str], tiny_checkpoint: Path, invoke: Run
+    ) -> None:
+        result = invoke("convert", str(tiny_checkpoint), *options)
+        message = expect_exit(result, 2).replace("\n", "").replace(",", "")
+        assert "77…" in message
+        assert "7" * 101 not in message
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [

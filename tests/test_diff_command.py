@@ -35,9 +35,28 @@ class TestDiff:
         result = invoke("diff", str(tiny_f32), "./q8.gguf")
         expect_exit(result, 1)
         assert "general.file_type\n  < 0\n  > 7\n" in result.stdout
-        (error,) = re.findall(r"^blk.0.ffn_up.weight: F32 \| Q8_0, relative RMSE ([\d.]+)%$", result.stdout, re.MULTILINE)
+        (error,) = re.findall(
+            r"^blk.0.ffn_up.weight: F32 \| Q8_0, relative RMSE ([\d.]+)%$", result.stdout, re.MULTILINE
+        )
         assert 0 < float(error) < 2
         assert "ffn_norm" not in result.stdout
+
+    def test_a_summary_counts_the_differences_and_names_the_largest_error(
+        self, tiny_f32: Path, invoke: Run, tmp_path: Path
+    ) -> None:
+        copy_with_weights(tiny_f32, tmp_path / "x.gguf", "blk.0.ffn_up.weight", 5.0)
+        (error,) = re.findall(
+            r"^1 tensor differs. Largest error of the weights, relative to the first file: ([\d.]+)% "
+            r"\(blk.0.ffn_up.weight\).$",
+            invoke("diff", str(tiny_f32), "./x.gguf").stdout,
+            re.MULTILINE,
+        )
+        assert 0 < float(error) < 100
+        copy_with_metadata(tiny_f32, tmp_path / "y.gguf", {"a": gguf_writer.string("1" * 400), "b": gguf_writer.u32(1)})
+        text = invoke("diff", str(tiny_f32), "./y.gguf").stdout
+        assert text.endswith("\n2 keys differ.\n")
+        assert "1" * 101 not in text
+        assert "(400 characters)" in text
 
     def test_different_keys_are_listed_with_both_values(self, tiny_f32: Path, invoke: Run, tmp_path: Path) -> None:
         kinds = decode_value(read_raw_metadata(tiny_f32)["tokenizer.ggml.token_type"])

@@ -37,6 +37,14 @@ class TestQuantize:
         different = {key for key in {*before, *after} if before.get(key) != after.get(key)}
         assert different == {"general.file_type"}
 
+    def test_a_fault_of_the_metadata_that_is_copied_is_named(
+        self, no_rope_base: Path, invoke: Run, tmp_path: Path
+    ) -> None:
+        message = expect_exit(invoke("quantize", str(no_rope_base), "x.gguf", "q8_0"), 0).replace("\n", " ")
+        assert "The metadata has a fault, which is copied: The RoPE base is missing." in message
+        assert "qwenlocal inspect" in message
+        expect_exit(invoke("inspect", "./x.gguf"), 5)
+
     def test_several_types_are_written_into_a_folder(self, tiny_bf16: Path, invoke: Run, tmp_path: Path) -> None:
         expect_exit(invoke("quantize", str(tiny_bf16), "out/", "q8_0,q4_0"), 0)
         assert file_names(tmp_path / "out") == {"half-q8_0.gguf", "half-q4_0.gguf"}
@@ -78,7 +86,8 @@ class TestQuantize:
         expect_exit(invoke("quantize", "./llama.gguf", "x.gguf", "q8_0", "--pure"), 0)
 
     def test_a_split_file_needs_all_its_parts(self, tiny_bf16: Path, invoke: Run, tmp_path: Path) -> None:
-        shutil.copy(tiny_bf16, tmp_path / "x-00001-of-00002.gguf")
+        split_gguf(tiny_bf16, tmp_path)
+        (tmp_path / "x-00002-of-00002.gguf").unlink()
         message = expect_exit(invoke("quantize", "./x-00001-of-00002.gguf", "y.gguf", "q8_0"), 5)
         assert "x-00002-of-00002.gguf is missing" in message
 

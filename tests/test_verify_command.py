@@ -120,6 +120,39 @@ class TestAgainst:
         assert "the file was made from another model" in result.stdout
         assert "“qwen2.feed_forward_length” is 128; the checkpoint says 64" in result.stdout
 
+    def test_identical_weights_have_no_error_and_no_worst_tensor(
+        self, tiny_checkpoint: Path, tiny_f32: Path, invoke: Run
+    ) -> None:
+        result = invoke("verify", str(tiny_f32), "--against", str(tiny_checkpoint))
+        expect_exit(result, 0)
+        assert re.search(r"^weights  f32 +\d+ tensors, identical$", result.stdout, re.MULTILINE)
+        assert "worst" not in result.stdout
+
+    def test_errors_are_compared_with_what_is_normal_for_the_type(
+        self, tiny_checkpoint: Path, invoke: Run, tmp_path: Path
+    ) -> None:
+        convert_checkpoint(tiny_checkpoint, tmp_path / "x.gguf", "q8_0")
+        result = invoke("verify", "./x.gguf", "--against", str(tiny_checkpoint))
+        pattern = r"^worst    \S+: error 0\.\d+%; up to 1\.36% is normal for q8_0$"
+        assert re.search(pattern, result.stdout, re.MULTILINE)
+
+    @pytest.mark.parametrize(
+        "pairs",
+        [
+            {"tokenizer.ggml.token_type": gguf_writer.i32s([1])},
+            {"tokenizer.ggml.tokens": gguf_writer.u32(7)},
+            {"tokenizer.ggml.token_type": None},
+            {"qwen2.expert_group_count": gguf_writer.u32(9)},
+            {"general.alignment": gguf_writer.u32(1), "my.key": gguf_writer.boolean(True)},
+        ],
+        ids=" ".join,
+    )
+    def test_a_file_that_llama_cpp_cannot_run_is_refused(
+        self, pairs: dict[str, bytes | None], tiny_checkpoint: Path, tiny_f32: Path, invoke: Run, tmp_path: Path
+    ) -> None:
+        path = copy_with_metadata(tiny_f32, tmp_path / "x.gguf", pairs)
+        expect_exit(invoke("verify", str(path), "--against", str(tiny_checkpoint)), 5)
+
     def test_one_changed_weight_is_found(
         self, tiny_checkpoint: Path, tiny_f32: Path, invoke: Run, tmp_path: Path
     ) -> None:

@@ -12,6 +12,7 @@ from qwenlocal.library.names import LocalCheckpointName
 
 def quantize_file(options: WriteOptions, *, requantize: bool) -> None:
     """Quantize a GGUF file; with `--dry-run`, only show the plan."""
+    from qwenlocal.weights.diagnosis import diagnose_file
     from qwenlocal.weights.quantization import QuantizationOptions, plan_quantization
 
     types, overrides, imatrix = read_options(options)
@@ -25,4 +26,8 @@ def quantize_file(options: WriteOptions, *, requantize: bool) -> None:
         if os.path.exists(path) and path.samefile(record.path):  # Path.exists raises without permission
             raise UsageError(f"{path} is both input and output.", hint="Write to another file.")
     plan = plan_quantization(record.path, targets, QuantizationOptions(overrides, imatrix, requantize))
+    for finding in diagnose_file(record.path, weights=False).findings:
+        if finding.is_serious:
+            app.say(f"The metadata has a fault, which is copied: {finding.problem}")
+            app.say(f"To repair it first: qwenlocal inspect {options.source} --fix -o FILE")
     write_or_show(app, plan, options)

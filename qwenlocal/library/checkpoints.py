@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwenlocal.errors import ModelNotFound, UsageError
+from qwenlocal.errors import ModelNotFound, SourceUnreachable, UsageError
 from qwenlocal.library.names import CatalogName, HubCheckpointName, HubName, LocalCheckpointName, ModelName, PathName
 
 if TYPE_CHECKING:
@@ -124,11 +124,19 @@ class CheckpointFinder:
     def find_on_hub(self, name: CatalogName | HubName) -> Iterator[LocalCheckpoint | HubCheckpoint]:
         """Find the checkpoint of a repository: in the Hub's cache if all of it is there, otherwise on the hub."""
         repo = checkpoint_repo(name)
-        if folder := self._local.find_checkpoint(repo):
-            yield LocalCheckpoint(folder, repo.repo.partition("/")[2], repo.repo if repo.hub == "hf" else "")
-            return
-        with self._open_puller() as puller:
-            yield puller.inspect_checkpoint(name)
+        folder = self._local.find_checkpoint(repo)
+        if folder is None:
+            with self._open_puller() as puller:
+                try:
+                    checkpoint = puller.inspect_checkpoint(name)
+                except SourceUnreachable:
+                    folder = self._local.find_offline_checkpoint(repo)
+                    if folder is None:
+                        raise
+                else:
+                    yield checkpoint
+                    return
+        yield LocalCheckpoint(folder, repo.repo.partition("/")[2], repo.repo if repo.hub == "hf" else "")
 
 
 def checkpoint_repo(name: CatalogName | HubName) -> HubName:

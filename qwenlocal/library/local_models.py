@@ -177,10 +177,14 @@ class LocalModels:
         record = self._store.get(str(HubCheckpointName(replace(name, level=None, file=None))))
         if record and record.is_checkpoint and not record.missing and _is_complete(record.path.parent):
             return record.path.parent
-        if name.hub != "hf":
-            return None
-        snapshots = find_snapshots(self._folders.hub_cache, name.repo, name.revision)
-        return next(filter(_is_complete, snapshots), None)
+        return next(filter(_is_complete, self._snapshots(name)[:1]), None)
+
+    def find_offline_checkpoint(self, name: HubName) -> Path | None:
+        """Return the folder of a repository's checkpoint; without a revision, one fetched by commit will do."""
+        return self.find_checkpoint(name) or next(filter(_is_complete, self._snapshots(name)), None)
+
+    def _snapshots(self, name: HubName) -> list[Path]:
+        return find_snapshots(self._folders.hub_cache, name.repo, name.revision) if name.hub == "hf" else []
 
     def adopt(
         self, name: str, query: FileQuery, origin: str = "", license: str = "", aliases: Sequence[str] = ()

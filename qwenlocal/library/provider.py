@@ -207,7 +207,7 @@ class ModelProvider:
         except (CheckpointOnly, SourceUnreachable) as reason:
             if not isinstance(name, (CatalogName, HubName)) or (isinstance(name, HubName) and name.file):
                 raise
-            if isinstance(reason, SourceUnreachable) and self._local.find_checkpoint(checkpoint_repo(name)) is None:
+            if isinstance(reason, SourceUnreachable) and not self._local.find_offline_checkpoint(checkpoint_repo(name)):
                 if record := self._local.find_offline(name):
                     return record
                 raise

@@ -252,7 +252,7 @@ class TestMetadata:
             ("tokenizer.chat_template", gguf_writer.string("{{ 1 }}"), "is '{{ 1 }}'; the checkpoint says"),
             ("tokenizer.ggml.eos_token_id", gguf_writer.u32(258), "is 258; the checkpoint says 260"),
             ("tokenizer.ggml.pre", gguf_writer.string("llama-bpe"), "is 'llama-bpe'; the checkpoint says 'qwen2'"),
-            ("tokenizer.ggml.merges", gguf_writer.strings(["t h"]), "has 1 entries; the checkpoint has 2"),
+            ("tokenizer.ggml.merges", gguf_writer.strings(["t h"]), "has 1 entry; the checkpoint has 2"),
             ("tokenizer.ggml.add_bos_token", gguf_writer.boolean(True), "is True; the checkpoint says False"),
         ],
         ids=lambda value: value if isinstance(value, str) and " " not in value else "",

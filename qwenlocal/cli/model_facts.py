@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from qwenlocal.library.store import ModelRecord
     from qwenlocal.weights.gguf_reader import Header
 
-_MAX_VALUE = 200  # characters
+_MAX_VALUE = 100  # characters
 _LABELS = {"licence": "license", "owned": "managed by qwenlocal"}  # where they differ from the keys
 
 

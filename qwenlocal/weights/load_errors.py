@@ -15,8 +15,8 @@ from qwenlocal import ggml
 from qwenlocal.errors import BadWeights
 from qwenlocal.formatting import format_quantity, format_shape, shorten
 from qwenlocal.weights.byte_bpe import PRE_TOKENIZER_NAMES
+from qwenlocal.weights.gguf_hyperparameters import PER_LAYER, GgufHyperparameters
 from qwenlocal.weights.gguf_reader import EncodedValue, TensorInfo, decode_value, read_raw_metadata, tensor_type_name
-from qwenlocal.weights.hyperparameters import PER_LAYER, Hyperparameters
 from qwenlocal.weights.split_model import LocatedTensor, SplitModel
 
 QWEN = ("qwen2", "qwen2moe")
@@ -168,7 +168,7 @@ def _find_split_errors(model: SplitModel, pairs: Pairs) -> Iterator[str]:
 def _find_hyperparameter_errors(model: SplitModel, pairs: Pairs) -> Iterator[str]:
     architecture = model.headers[0].architecture
     if architecture in QWEN:
-        yield from Hyperparameters(architecture, pairs).find_errors()
+        yield from GgufHyperparameters(architecture, pairs).find_errors()
     elif architecture not in _known_architectures():
         yield f"llama.cpp does not support the architecture “{shorten(architecture)}”"
 
@@ -222,7 +222,7 @@ def _find_tensor_errors(model: SplitModel, pairs: Pairs) -> Iterator[str]:
     if architecture not in QWEN:
         return
     vocabulary = len(decode_value(pairs["tokenizer.ggml.tokens"]))
-    hyperparameters = Hyperparameters(architecture, pairs)
+    hyperparameters = GgufHyperparameters(architecture, pairs)
     tensors = {tensor.name: tensor for tensor in model.header.tensors}
     known = set[str]()
     embeddings = tensors.get("token_embd.weight")

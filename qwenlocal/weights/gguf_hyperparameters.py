@@ -23,7 +23,7 @@ PER_LAYER = ("feed_forward_length", "attention.head_count", "attention.head_coun
              "expert_feed_forward_length")  # fmt: skip
 
 
-class Hyperparameters:
+class GgufHyperparameters:
     """The keys of a file's architecture; their types must be right, and `find_errors` empty for all else to work."""
 
     def __init__(self, architecture: str, pairs: Mapping[str, EncodedValue]) -> None:

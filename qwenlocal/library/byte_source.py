@@ -36,6 +36,7 @@ class ByteSource(ABC):
     def stop(self) -> None:  # noqa: B027
         """Make reads in other threads end soon, if closing the client's connections does not end them."""
 
+
 class RangesUnsupported(Exception):
     """The source only sends whole files."""
 

@@ -1,53 +1,135 @@
-"""Type-ahead, folded pastes and slashes at the start of a line."""
+"""Keys, type-ahead, pastes and slashes at the start of a line."""
 
 from __future__ import annotations
+
+import sys
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from prompt_toolkit.key_binding import KeyPress
+from prompt_toolkit.keys import Keys
 
 from qwenlocal.terminal.commands.table import is_command, unescape_slashes
-from qwenlocal.terminal.input import PasteStore
-from qwenlocal.terminal.type_ahead import TypeAhead
+from qwenlocal.terminal.pastes import PasteStore
+from qwenlocal.terminal.type_ahead import LinePreview, is_open_block, unquote_block
+
+if sys.platform == "win32":
+    pytest.skip("needs a POSIX terminal", allow_module_level=True)
+
+from qwenlocal.terminal.keys import KeyParser
+
+
+def press(text: str) -> list[KeyPress]:
+    parser = KeyParser()
+    return [*parser.feed(text), *parser.flush()]
+
+
+def preview(text: str) -> LinePreview:
+    return LinePreview(press(text), PasteStore().fold)
 
 
 @pytest.mark.parametrize(
     ("keys", "submitted", "text"),
     [
-        (b"ab\x7fc\rd", ["ac"], "d"),
-        ("你好\x7f".encode(), [], "你"),
-        (b"one\rtwo\r", ["one", "two"], ""),
-        (b"\r\r", [], ""),
-        (b"a\nb\r", ["a\nb"], ""),
-        (b"some words\x17\x17x", [], "x"),
-        (b"gone\x15here", [], "here"),
-        (b"a\x1b[Db\x1b[1;5Cc\x1bOPd\x1bfe", [], "abcde"),
-        (b"\x1b[200~two\rlines\x1b[201~!\r", ["two\nlines!"], ""),
-        (b"\x1b[200~\x04\x1b[31mred\x1b[201~", [], "\x04\x1b[31mred"),
+        ("ab\x7fc\rd", ["ac"], "d"),
+        ("你好\x7f", [], "你"),
+        ("one\rtwo\r", ["one", "two"], ""),
+        ("\r\r", [], ""),
+        ("a\nb\r", ["a\nb"], ""),
+        ("a\x1b\rb\r", ["a\nb"], ""),
+        ("a\\\rb\r", ["a\nb"], ""),
+        ('"""a\rb\rc"""\rd', ['"""a\nb\nc"""'], "d"),
+        ("some words\x17\x17x", [], "x"),
+        ("gone\x15here", [], "here"),
+        ("ad\x1b[Db\x1b[Cc\x01-\x05+", [], "-abdc+"),
+        ("abc\x1b[D\x1b[D\x0b", [], "a"),
+        ("a\x1bOPb\x1bfc\x1b[31md\x1b]11;rgb:0/0/0\x07e\x1b[<0;1;1Mf\x1b[3;4Rg", [], "abcdefg"),
+        ("a\u3000b\u200cc\u200dd\u00a0e\u202ff\ufeffg", [], "a\u3000b\u200cc\u200dd\u00a0e\u202ff\ufeffg"),
+        ("\x1b[200~two\rlines\x1b[201~!\r", ["two\nlines!"], ""),
+        ("\x1b[200~\x04\x1b[31mred\x1b[201~", [], "␄␛[31mred"),
+        ("1\r2\r3\r4\r5\r", [], "1\n2\n3\n4\n5\n"),  # nobody types as fast: a paste
     ],
 )
-def test_keys_act_as_in_the_input_line(keys: bytes, submitted: list[str], text: str) -> None:
-    for step in (1, 2, len(keys)):
-        typed = TypeAhead()
-        for at in range(0, len(keys), step):
-            typed.feed(keys[at : at + step])
-        assert (typed.submitted, typed.text) == (submitted, text)
+def test_keys_act_as_in_the_input_line(keys: str, submitted: list[str], text: str) -> None:
+    shown = preview(keys)
+    assert (shown.submitted, shown.text) == (submitted, text)
+    if "1\r2" not in keys:
+        parser = KeyParser()
+        shown = LinePreview([key for character in keys for key in parser.feed(character)], PasteStore().fold)
+        assert (shown.submitted, shown.text) == (submitted, text)
 
 
-def test_ctrl_d_on_an_empty_line_is_eof() -> None:
-    typed = TypeAhead()
-    typed.feed(b"a\x04")
-    assert not typed.eof
-    typed.feed(b"\x7f\x04")
-    assert typed.eof
+@given(st.text(alphabet=st.sampled_from("ab\n\x1b[201~O;?3m\x7f\x17\x01\u3000你"), max_size=60), st.integers(1, 9))
+def test_a_cut_between_reads_changes_nothing(text: str, step: int) -> None:
+    one, two = KeyParser(), KeyParser()
+    whole = [key for start in range(0, len(text), step) for key in one.feed(text[start : start + step])]
+    assert whole == [key for character in text for key in two.feed(character)]
+    assert one.flush() == two.flush()
 
 
-@given(st.binary(max_size=100))
-def test_any_bytes_are_accepted(data: bytes) -> None:
-    typed = TypeAhead()
-    typed.feed(data)
-    assert "\r" not in typed.text + "".join(typed.submitted)
-    assert all(line.strip() for line in typed.submitted)
+@given(st.text(max_size=100))
+def test_any_text_is_accepted(text: str) -> None:
+    shown = preview(text)
+    assert all(line.strip() for line in shown.submitted)
+
+
+def test_a_lone_escape_is_a_key_once_nothing_follows() -> None:
+    parser = KeyParser()
+    assert parser.feed("\x1b") == []
+    assert [key.key for key in parser.flush()] == [Keys.Escape]
+    assert [key.key for key in parser.feed("[A")] == ["[", "A"]
+
+
+def test_a_paste_without_an_end_ends_after_a_pause() -> None:
+    now = [0.0]
+    parser = KeyParser(lambda: now[0])
+    assert parser.feed("\x1b[200~pasted") == []
+    now[0] = 10
+    assert parser.feed(" and more") == []  # nobody has read meanwhile
+    assert parser.flush() == []
+    now[0] = 20
+    assert [(key.key, key.data) for key in parser.feed("x")] == [(Keys.BracketedPaste, "pasted and more"), ("x", "x")]
+
+
+@pytest.mark.parametrize(
+    ("burst", "pasted"),
+    [
+        ("\r".join("abcde"), "a\rb\rc\rd\re"),
+        ("\r\n".join("abcde") + "\r\n", "a\r\nb\r\nc\r\nd\r\ne\r\n"),
+        ("\x1b[2;3R" + "\r".join("abcde"), "a\rb\rc\rd\re"),  # after the terminal's reply to a question
+        ("x" * 2000 + "\r", "x" * 2000),  # Enter sends it
+    ],
+)
+def test_a_burst_of_lines_is_a_paste(burst: str, pasted: str) -> None:
+    assert [key.data for key in press(burst) if key.key is Keys.BracketedPaste] == [pasted]
+
+
+@pytest.mark.parametrize("typed", ["one\rtwo\r/exit\r", "a\x1b\rb\x1b\rc\x1b\rd\x1b\re\r", "\r\r\r\r\r\r"])
+def test_a_few_lines_at_once_are_keys(typed: str) -> None:
+    assert all(key.key is not Keys.BracketedPaste for key in press(typed))
+
+
+# --- messages of several lines
+
+
+@pytest.mark.parametrize(
+    ("text", "is_open", "content"),
+    [
+        ('"""', True, None),
+        ('"""a\nb', True, None),
+        ('"""a\nb"""', False, "a\nb"),
+        ('"""\na\n"""  ', False, "a"),
+        ('"""a"""', False, "a"),
+        ('""""""', False, ""),
+        ('"""Docstring."""\nimport os', False, None),
+        ('"""a"""\nb = """c"""', False, None),
+        ('say """a"""', False, None),
+    ],
+)
+def test_three_quotes_enclose_a_message(text: str, is_open: bool, content: str | None) -> None:
+    assert is_open_block(text) == is_open
+    assert unquote_block(text) == content
 
 
 # --- pastes
@@ -57,23 +139,18 @@ def test_a_long_paste_is_folded_and_expanded() -> None:
     pastes = PasteStore()
     long = "\n".join(f"line {n}" for n in range(240))
     assert pastes.fold("short\npaste") == "short\npaste"
-    assert pastes.fold(long) == "[paste 1: 240 lines]"
-    assert pastes.fold("x" * 5000) == "[paste 2: 5,000 characters]"
-    line = "look: [paste 1: 240 lines] and [paste 2: 5,000 characters]; [paste 9: 3 lines]"
-    assert pastes.expand(line) == f"look: {long} and {'x' * 5000}; [paste 9: 3 lines]"
+    line = f"look: {pastes.fold(long)} and {pastes.fold('x' * 5000)}; [paste 1: 240 lines]"
+    assert pastes.describe(line) == "look: [paste 1: 240 lines] and [paste 2: 5,000 characters]; [paste 1: 240 lines]"
+    text = f"look: {long} and {'x' * 5000}; [paste 1: 240 lines]"
+    assert pastes.expand(line) == text
+    assert pastes.collapse(text) == line
+    assert pastes.find(text) == {"paste 1": long, "paste 2": "x" * 5000}
 
 
-def test_the_history_keeps_pastes_and_foreign_placeholders_stay_text() -> None:
+def test_the_same_paste_has_one_number() -> None:
     pastes = PasteStore()
-    line = "look: " + pastes.fold("x\n" * 30)
-    assert pastes.expand_for_history(line) == "look: " + "x\n" * 30
-    assert PasteStore().expand(line) == line
-    other = PasteStore()
-    other.fold("secret\n" * 200)
-    assert other.expand(line) == line
-    huge = pastes.expand_for_history(pastes.fold("y" * 200_000))
-    assert huge == "[omitted paste 2: 200,000 characters]"
-    assert pastes.expand(huge) == huge
+    assert pastes.fold("a\n" * 20) == pastes.fold("a\n" * 20)
+    assert pastes.describe(pastes.fold("a\n" * 20)) == "[paste 1: 20 lines]"
 
 
 @pytest.mark.parametrize(

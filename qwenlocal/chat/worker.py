@@ -113,7 +113,7 @@ def iterate_in_thread(make: Callable[[], Iterator[T]], stop: Callable[[], None])
             items.put(item)
 
     task = BackgroundTask(produce, stop, lambda exception: items.put(_End(exception)))
-    with _redirect_sigint(interrupt):
+    with redirect_sigint(interrupt):
         task.start()
         try:
             yield _drain(items)
@@ -136,7 +136,7 @@ def _drain(items: queue.SimpleQueue[T | _End]) -> Iterator[T]:
 
 
 @contextlib.contextmanager
-def _redirect_sigint(handler: Callable[[], None]) -> Iterator[None]:
+def redirect_sigint(handler: Callable[[], None]) -> Iterator[None]:
     """Call `handler` on Ctrl-C, so that no KeyboardInterrupt is raised halfway through writing a line."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -2,22 +2,61 @@
 
 from __future__ import annotations
 
-import io
-from typing import TYPE_CHECKING
+import os
+import sys
+
+TYPE_CHECKING = False  # typing and signal take milliseconds to import, in which Ctrl-C would print a traceback
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from types import FrameType
 
     import typer
     from typer.models import CommandInfo
 
+_INTERRUPTED = 130  # qwenlocal.errors.Interrupted, which is not imported yet
+_RETRY_SECONDS = 0.02
+
 
 def main() -> None:
-    """Run the program and exit."""
-    import os
-    import sys
+    """Run the program and exit; Ctrl-C never prints a traceback."""
+    try:
+        import signal
+        import threading  # noqa: F401 - for _interrupt
 
-    from qwenlocal.cli.app import app
+        can_interrupt = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not in the background
+        if can_interrupt:
+            signal.signal(signal.SIGINT, _interrupt)
+        try:
+            from qwenlocal.cli.app import app
+
+            _run(app)
+        finally:
+            if can_interrupt:
+                signal.signal(signal.SIGINT, _exit_at_once)
+    except KeyboardInterrupt:
+        os._exit(_INTERRUPTED)
+
+
+def _interrupt(_number: int, frame: FrameType | None) -> None:
+    """Raise KeyboardInterrupt, but not inside an import, where Python may print it and go on: try again after that."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            import _thread
+            import threading
+
+            threading.Timer(_RETRY_SECONDS, _thread.interrupt_main).start()
+            return
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+def _exit_at_once(_number: int, _frame: object) -> None:
+    os._exit(_INTERRUPTED)
+
+
+def _run(app: typer.Typer) -> None:
+    import io
 
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # None without a console; something else in tests

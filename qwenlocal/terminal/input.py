@@ -1,103 +1,262 @@
-"""The input line of the chat: keys, completion, history and pasted text, on top of prompt_toolkit."""
+"""The input line of the chat: keys, history and pasted text, on top of prompt_toolkit."""
 
 from __future__ import annotations
 
+import contextlib
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from prompt_toolkit import PromptSession
-from prompt_toolkit.application import get_app
+from prompt_toolkit import PromptSession, search
+from prompt_toolkit.application import Application, get_app, run_in_terminal
 from prompt_toolkit.auto_suggest import AutoSuggestFromHistory
-from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
-from prompt_toolkit.enums import EditingMode
-from prompt_toolkit.filters import Condition, is_searching
+from prompt_toolkit.enums import DEFAULT_BUFFER, EditingMode
+from prompt_toolkit.filters import Condition, emacs_mode, has_focus, is_searching, vi_navigation_mode
+from prompt_toolkit.formatted_text import StyleAndTextTuples
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
-from prompt_toolkit.input import Input, create_input
-from prompt_toolkit.input.vt100_parser import Vt100Parser
-from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.key_binding import KeyBindings, KeyPress, KeyPressEvent
 from prompt_toolkit.keys import Keys
 from prompt_toolkit.styles import Style
 
-from qwenlocal.errors import NotWritable
+from qwenlocal.errors import NotWritable, UsageError
+from qwenlocal.formatting import replace_surrogates
+from qwenlocal.hints import describe_error
+from qwenlocal.i18n import tr
 from qwenlocal.paths import ensure_writable
-from qwenlocal.terminal.ansi import escape_controls
-from qwenlocal.terminal.commands.models import SETTINGS, find_prompt_files
-from qwenlocal.terminal.commands.table import COMMANDS, find_command
+from qwenlocal.terminal.completer import ChatCompleter
+from qwenlocal.terminal.external_editor import edit_text
+from qwenlocal.terminal.pastes import PasteLabels, PasteStore
+from qwenlocal.terminal.prompting import run_prompt
 from qwenlocal.terminal.session import Session
+from qwenlocal.terminal.tty import enable_bracketed_paste
+from qwenlocal.terminal.type_ahead import LinePreview, capture_keys, clean_paste, is_open_block, press_enter
 
-_FOLD_LINES, _FOLD_CHARACTERS = 8, 1000  # fold a paste from this size on
-_MAX_HISTORY_CHARACTERS = 100_000  # longer pastes are not written to the history
-_PLACEHOLDER = re.compile(r"\[paste (\d+): [\d,]+ (?:lines|characters)\]")
-_MENTION = re.compile(r'(?<!\S)@("?)([^"\s]*)$')
-_PASTE_END = "\x1b[201~"
+if TYPE_CHECKING:
+    from qwenlocal.terminal.keys import TerminalInput
+
+_PROMPT: StyleAndTextTuples = [("bold fg:ansigreen", "> ")]
+_MAX_HISTORY_CHARACTERS = 100_000  # lines with longer pastes can be recalled in the same chat only
+_MAX_QUEUE_SHOWN = 3
+_SEARCH_ENDS = ("left", "right", "home", "end", "c-a", "c-b", "c-e", "c-f")  # as in readline
 
 
-def create_line_editor(
-    session: Session, pastes: PasteStore, history: Path | None, toolbar: Callable[[], str]
-) -> PromptSession[str]:
-    """Create the line editor; earlier lines come from the file `history`, if given."""
-    is_vi = os.environ.get("QWENLOCAL_KEYS", "").lower() == "vi"
-    return PromptSession(
-        history=_open_history(history, pastes),
-        key_bindings=_bind_keys(session, pastes),
-        multiline=True,
-        prompt_continuation="  ",
-        completer=ChatCompleter(session),
-        complete_while_typing=False,
-        auto_suggest=AutoSuggestFromHistory(),
-        enable_open_in_editor=True,
-        enable_suspend=True,
-        tempfile_suffix=".md",
-        editing_mode=EditingMode.VI if is_vi else EditingMode.EMACS,
-        bottom_toolbar=lambda: [("class:toolbar", toolbar())],
-        reserve_space_for_menu=4,
-        input=_with_paste_parser(create_input()),
-        style=Style.from_dict({"bottom-toolbar": "noreverse", "toolbar": "noreverse fg:ansibrightblack"}),
-    )
+class LineEditor:
+    """Reads messages and commands. Keys pressed between two messages wait for the next one."""
+
+    def __init__(
+        self,
+        session: Session,
+        pastes: PasteStore,
+        *,
+        history: Path | None,
+        toolbar: Callable[[], str],
+        early_bytes: bytes,
+    ) -> None:
+        """Earlier lines come from the file `history`, if given. `early_bytes` were typed before the chat began."""
+        self._session, self._pastes, self._toolbar = session, pastes, toolbar
+        self._terminal = _open_terminal(early_bytes)
+        self._preview = LinePreview([], pastes.fold)
+        self._prompt = self._create_prompt(_open_history(history, pastes))
+
+    def _create_prompt(self, history: History) -> PromptSession[str]:
+        is_vi = os.environ.get("QWENLOCAL_KEYS", "").lower() == "vi"
+        return PromptSession(
+            history=history,
+            key_bindings=_bind_keys(self._session, self._pastes),
+            multiline=True,
+            prompt_continuation="  ",
+            completer=ChatCompleter(self._session),
+            complete_while_typing=False,
+            auto_suggest=AutoSuggestFromHistory(),
+            enable_suspend=True,
+            editing_mode=EditingMode.VI if is_vi else EditingMode.EMACS,
+            bottom_toolbar=lambda: [("class:toolbar", self._describe_state())],
+            reserve_space_for_menu=4,
+            input=self._terminal,
+            input_processors=[PasteLabels(self._pastes)],
+            style=Style.from_dict({"bottom-toolbar": "noreverse", "toolbar": "noreverse fg:ansibrightblack"}),
+        )
+
+    @property
+    def app(self) -> Application[str]:
+        """prompt_toolkit's application, which runs while a message is typed."""
+        return self._prompt.app
+
+    def end(self, failure: BaseException) -> None:
+        """Raise `failure` from `read_line`; what was typed goes to the history."""
+        self._prompt.default_buffer.append_to_history()
+        self.app.exit(exception=failure)
+
+    def read_line(self, default: str) -> str:
+        """
+        Return the next message or command; `default` is its initial text.
+
+        Raises
+        ------
+        EOFError: Ctrl-D. KeyboardInterrupt: Ctrl-C on an empty line.
+        """
+        try:
+            line, is_interrupted = run_prompt(self._prompt, _PROMPT, self._pastes.collapse(default))
+        finally:
+            enable_bracketed_paste(sys.stdout)  # prompt_toolkit has disabled it
+        line = replace_surrogates(self._pastes.expand(line))
+        if is_interrupted:
+            self._session.default_text = line
+            raise KeyboardInterrupt
+        return line
+
+    def ask(self, question: str) -> str:
+        """Return the answer to a question, "" for Ctrl-C or Ctrl-D; keys pressed earlier wait for the message."""
+        earlier = self._terminal.take_waiting() if self._terminal else []
+        try:
+            answer, is_interrupted = run_prompt(PromptSession[str](input=self._terminal), question)
+            return "" if is_interrupted else answer.strip()
+        except (EOFError, KeyboardInterrupt):
+            return ""
+        finally:
+            if self._terminal:
+                self._terminal.put_back(earlier)
+            enable_bracketed_paste(sys.stdout)
+
+    @contextlib.contextmanager
+    def capture(
+        self, on_key: Callable[[], object], is_urgent: Callable[[str], bool], run: Callable[[str], object]
+    ) -> Iterator[None]:
+        """
+        Collect keys during an answer; lines that are urgent do not wait for its end but are passed to `run`.
+
+        `on_key` is called when `describe_typed` changes; it and `run` are called in another thread.
+        """
+        terminal = self._terminal
+        if terminal is None:
+            yield
+            return
+        waiting = terminal.take_waiting()
+        terminal.put_back(waiting)
+        self._preview = LinePreview(waiting, self._pastes.fold)
+
+        def press(keys: list[KeyPress]) -> None:
+            self._preview.feed(keys)
+            while line := next(filter(is_urgent, self._preview.submitted), None):
+                others = self._preview.remove(line, terminal.take_waiting())
+                terminal.put_back(others)
+                self._preview = LinePreview(others, self._pastes.fold)
+                self._prompt.history.append_string(line)
+                run(line)
+            on_key()
+
+        with capture_keys(terminal, press):
+            yield
+
+    def describe_typed(self) -> Sequence[str]:
+        """Return the last lines typed during the answer: those that wait to be sent, and the one being typed."""
+        preview = self._preview
+        lines = [*preview.submitted, *([preview.text] if preview.text else [])]
+        return [self._pastes.describe(line) for line in lines[-_MAX_QUEUE_SHOWN:]]
+
+    def drop_queue(self) -> int:
+        """Move the lines that wait to be sent to the history, and return their number."""
+        if self._terminal is None:
+            return 0
+        self._terminal.collect()
+        waiting = self._terminal.take_waiting()
+        preview = LinePreview(waiting, self._pastes.fold)
+        for line in preview.submitted:
+            self._prompt.history.append_string(line)
+        self._terminal.put_back(waiting[preview.keys_submitted :])
+        return len(preview.submitted)
+
+    def _describe_state(self) -> str:
+        if is_open_block(self._prompt.default_buffer.text):
+            return tr('To end the message, end a line with """')
+        return self._toolbar()
+
+
+def _open_terminal(early_bytes: bytes) -> TerminalInput | None:
+    """Return the keys of standard input; None where prompt_toolkit reads them by itself."""
+    if sys.platform == "win32" or not sys.stdin.isatty():
+        return None
+    from qwenlocal.terminal.keys import TerminalInput
+
+    terminal = TerminalInput(sys.stdin)
+    terminal.add_early_bytes(early_bytes)
+    return terminal
 
 
 def _bind_keys(session: Session, pastes: PasteStore) -> KeyBindings:
     """
-    Bind Enter (send), Alt-Enter, Ctrl-J and backslash Enter (new line), Ctrl-C (clear the line), and pastes (fold).
+    Bind Enter (send), Alt-Enter and Ctrl-J (new line), Ctrl-C (clear the line), pastes (fold), and the editor.
 
-    On an empty line, and during /edit and /answer, Ctrl-C is left to prompt_toolkit, which raises KeyboardInterrupt.
+    On an empty line, Ctrl-C is left to prompt_toolkit, which raises KeyboardInterrupt; so it does during /edit and
+    /answer. Text that it removes goes to the history.
     """
     keys = KeyBindings()
+    is_typing = has_focus(DEFAULT_BUFFER)  # not searching the history
 
-    @keys.add("enter")
+    @keys.add("enter", filter=is_typing)
     def _send(event: KeyPressEvent) -> None:
         buffer = event.current_buffer
-        if buffer.complete_state:  # Enter accepts the selected completion
+        if buffer.complete_state and len(buffer.complete_state.completions) > 1:  # Enter accepts the selected one
             buffer.complete_state = None
-        elif buffer.document.text_before_cursor.endswith("\\"):
-            buffer.delete_before_cursor()
-            buffer.insert_text("\n")
-        else:
+        elif press_enter(buffer):
             buffer.validate_and_handle()
 
-    @keys.add("escape", "enter")
-    @keys.add("c-j")
+    @keys.add("escape", "enter", filter=is_typing)
+    @keys.add("c-j", filter=is_typing)
     def _insert_line_break(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text("\n")
 
-    def can_clear() -> bool:
-        return bool(get_app().current_buffer.text) and not is_searching() and session.pending_edit is None
-
-    @keys.add("c-c", filter=Condition(can_clear))
+    @keys.add("c-c", filter=is_typing & Condition(lambda: bool(get_app().current_buffer.text)))
     def _clear_line(event: KeyPressEvent) -> None:
         event.current_buffer.append_to_history()
-        event.current_buffer.reset()
+        if session.pending_edit is None:
+            event.current_buffer.reset()
+            event.current_buffer.load_history_if_not_yet_loaded()
+        else:
+            event.app.exit(exception=KeyboardInterrupt, style="class:aborting")
 
     @keys.add(Keys.BracketedPaste)
     def _paste(event: KeyPressEvent) -> None:
-        text = event.data.replace("\r\n", "\n").replace("\r", "\n")
-        event.current_buffer.insert_text(pastes.fold(escape_controls(text)))
+        text = clean_paste(event.data)
+        event.current_buffer.insert_text(text.split("\n")[0] if is_searching() else pastes.fold(text))
 
+    _bind_search_keys(keys)
+    _bind_editor(keys, session, pastes)
     return keys
+
+
+def _bind_search_keys(keys: KeyBindings) -> None:
+    """Bind the keys that end a history search: they take the line that was found, and move the cursor in it."""
+
+    def end_search(event: KeyPressEvent) -> None:
+        search.accept_search()
+        event.key_processor.feed(event.key_sequence[0], first=True)
+
+    for name in _SEARCH_ENDS:
+        keys.add(name, filter=is_searching)(end_search)
+
+
+def _bind_editor(keys: KeyBindings, session: Session, pastes: PasteStore) -> None:
+    """Bind the keys that edit the message, with its pastes, in $EDITOR; it is sent if the editor has changed it."""
+    is_typing = has_focus(DEFAULT_BUFFER)
+
+    @keys.add("c-x", "c-e", filter=is_typing & emacs_mode)
+    @keys.add("v", filter=is_typing & vi_navigation_mode)
+    async def _edit(event: KeyPressEvent) -> None:
+        buffer = event.current_buffer
+        before = pastes.expand(buffer.text)
+        try:
+            text = await run_in_terminal(lambda: edit_text(before), in_executor=True)
+        except UsageError as error:
+            message = describe_error(error)
+            await run_in_terminal(lambda: session.say(message))
+            return
+        if text != before.removesuffix("\n"):
+            buffer.document = Document(pastes.collapse(text))
+            buffer.validate_and_handle()
 
 
 def _open_history(path: Path | None, pastes: PasteStore) -> History:
@@ -113,112 +272,9 @@ def _open_history(path: Path | None, pastes: PasteStore) -> History:
 
     class ExpandedHistory(FileHistory):
         def store_string(self, string: str) -> None:
-            super().store_string(pastes.expand_for_history(string))
+            text = pastes.expand(string)
+            if text == string or len(text) <= _MAX_HISTORY_CHARACTERS:
+                with contextlib.suppress(OSError):  # disk full: the line can still be recalled in this chat
+                    super().store_string(replace_surrogates(text))
 
     return ExpandedHistory(str(path))
-
-
-class ChatCompleter(Completer):
-    """Completes commands at the start of a line, their arguments, and files after an @."""
-
-    def __init__(self, session: Session) -> None:
-        self._session, self._paths = session, PathCompleter(expanduser=True)
-
-    def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
-        before = document.text_before_cursor
-        if before.startswith("/") and not before.startswith("//") and "\n" not in before:
-            name, space, argument = before.partition(" ")
-            command = find_command(name)
-            kind = (command.completes if command else "") if space else "command"
-            if kind == "file":
-                yield from self._complete_path(argument, complete_event)
-            else:
-                yield from self._complete_word(kind, argument if space else name)
-        elif match := _MENTION.search(before):
-            yield from self._complete_path(match[2], complete_event)
-
-    def _complete_word(self, kind: str, typed: str) -> Iterator[Completion]:
-        for word, description in self._words(kind):
-            if word.startswith(typed):
-                yield Completion(word, start_position=-len(typed), display_meta=description)
-
-    def _words(self, kind: str) -> Iterable[tuple[str, str]]:
-        """Return words with their descriptions; `kind` is that of `Command.completes`."""
-        match kind:
-            case "command":
-                return [(command.name, command.help) for command in COMMANDS]
-            case "setting":
-                return SETTINGS.items()
-            case "turn":
-                return [(str(number), "") for number in range(1, len(self._session.thread.turns) + 1)]
-            case "model":
-                return [(name, "") for name in self._session.models.names()]
-            case "prompt":
-                return [(name, "") for name in find_prompt_files(self._session.prompt_folders)]
-            case "code":
-                return [("code", "the last code block of the last answer")]
-        return []
-
-    def _complete_path(self, typed: str, event: CompleteEvent) -> Iterable[Completion]:
-        return self._paths.get_completions(Document(typed, len(typed)), event)
-
-
-@dataclass
-class PasteStore:
-    """Long pastes by the placeholders that the input line shows for them, such as `[paste 1: 240 lines]`."""
-
-    texts: dict[str, str] = field(default_factory=dict)
-
-    def fold(self, text: str) -> str:
-        """Store a long paste and return its placeholder; return a short one unchanged."""
-        lines = text.count("\n") + 1
-        if lines < _FOLD_LINES and len(text) < _FOLD_CHARACTERS:
-            return text
-        size = f"{lines:,} lines" if lines > 1 else f"{len(text):,} characters"
-        placeholder = f"[paste {len(self.texts) + 1}: {size}]"
-        self.texts[placeholder] = text
-        return placeholder
-
-    def expand(self, line: str) -> str:
-        """Replace the placeholders in `line` by the pastes."""
-        return _PLACEHOLDER.sub(lambda match: self.texts.get(match[0], match[0]), line)
-
-    def expand_for_history(self, line: str) -> str:
-        """Replace the placeholders in `line`, except those of pastes that are too long for the history."""
-        return _PLACEHOLDER.sub(lambda match: self._expand_short(match[0]), line)
-
-    def _expand_short(self, placeholder: str) -> str:
-        text = self.texts.get(placeholder, placeholder)
-        return text if len(text) <= _MAX_HISTORY_CHARACTERS else f"[omitted {placeholder[1:]}"
-
-
-class PasteParser(Vt100Parser):
-    """
-    Finds the end of a paste in linear time.
-
-    prompt_toolkit's parser searches the whole paste again for every kilobyte that arrives, which takes 5 s for 4 MB.
-    """
-
-    def reset(self, request: bool = False) -> None:
-        super().reset(request)
-        self._pieces: list[str] = []
-        self._tail = ""
-
-    def feed(self, data: str) -> None:
-        if not self._in_bracketed_paste:
-            super().feed(data)
-            return
-        self._pieces.append(data)
-        recent = self._tail + data
-        self._tail = recent[1 - len(_PASTE_END) :]
-        if _PASTE_END in recent:
-            paste, self._pieces, self._tail = "".join(self._pieces), [], ""
-            super().feed(paste)
-
-
-def _with_paste_parser(line_input: Input) -> Input:
-    """Give a terminal's `line_input` the faster parser; leave other inputs alone."""
-    parser = getattr(line_input, "vt100_parser", None)
-    if isinstance(parser, Vt100Parser):
-        line_input.vt100_parser = PasteParser(parser.feed_key_callback)  # type: ignore[attr-defined]
-    return line_input

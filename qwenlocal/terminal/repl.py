@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
+import os
 import shutil
 import sys
 import threading
@@ -10,30 +11,37 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prompt_toolkit.application import Application
-from prompt_toolkit.formatted_text import StyleAndTextTuples
+from prompt_toolkit.application import Application, run_in_terminal
 
-from qwenlocal.chat.documents import find_mentions, find_missing_mentions, read_document
+from qwenlocal.chat.documents import Document, find_mentions, find_missing_mentions, read_document
 from qwenlocal.chat.events import Done, Event, FinishReason
 from qwenlocal.chat.worker import iterate_in_thread
-from qwenlocal.errors import ContextFull, QwenlocalError, UsageError
-from qwenlocal.formatting import replace_surrogates
+from qwenlocal.errors import ContextFull, QwenlocalError, TextTooLong, UsageError
+from qwenlocal.formatting import format_count
+from qwenlocal.hints import describe_error
 from qwenlocal.i18n import tr
 from qwenlocal.terminal.ansi import supports_ansi, supports_color
-from qwenlocal.terminal.attachments import attach_documents
-from qwenlocal.terminal.commands.table import ExitChat, describe_unknown, find_command, is_command, unescape_slashes
-from qwenlocal.terminal.input import PasteStore, create_line_editor
+from qwenlocal.terminal.attachments import attach_documents, describe_cost, shorten_pastes
+from qwenlocal.terminal.commands.models import check_system_prompt
+from qwenlocal.terminal.commands.table import (
+    ExitChat,
+    describe_unknown,
+    find_command,
+    is_command,
+    unescape_slashes,
+    works_during_answer,
+)
+from qwenlocal.terminal.input import LineEditor
 from qwenlocal.terminal.markdown import RenderOptions, warm_up
+from qwenlocal.terminal.pastes import PasteStore
 from qwenlocal.terminal.screen import Screen
 from qwenlocal.terminal.session import AnswerStarter, Session
-from qwenlocal.terminal.tty import disable_echo
-from qwenlocal.terminal.type_ahead import TypeAhead, capture_keys
+from qwenlocal.terminal.type_ahead import unquote_block
 from qwenlocal.terminal.view import DRAFT_UNLOADED, AnswerView, describe_drafting, describe_stats, print_answer
+from qwenlocal.terminal.wrapping import join_fitting, terminal_width
 
 if TYPE_CHECKING:
     from qwenlocal.engine.draft_model import ModelDrafter
-
-PROMPT: StyleAndTextTuples = [("bold fg:ansigreen", "> ")]
 
 
 class Repl:
@@ -46,16 +54,20 @@ class Repl:
         history: Path | None,
         drafter: Callable[[], ModelDrafter | None],
         on_ready: Callable[[], object],
+        early_bytes: bytes,
     ) -> None:
         """
         Prepare the loop; the lines typed are appended to the file `history`, if given.
 
         `drafter` returns the drafter of the current model, if it has a draft model. `on_ready` is called when the input
-        line is shown for the first time, so that the model can load while the user types.
+        line is shown for the first time, so that the model can load while the user types. `early_bytes` were typed
+        before.
         """
         self._session, self._drafter, self._on_ready = session, drafter, on_ready
-        self._type_ahead, self._pastes = TypeAhead(), PasteStore()
-        self._editor = create_line_editor(session, self._pastes, history, self._format_toolbar)
+        self._pastes = PasteStore()
+        self._editor = LineEditor(
+            session, self._pastes, history=history, toolbar=self._format_toolbar, early_bytes=early_bytes
+        )
         self._editor.app.after_render.add_handler(self._after_render)
         self._printed_unloading, self._printed_save_error, self._is_warm = False, "", False
 
@@ -64,8 +76,7 @@ class Repl:
         session = self._session
         session.say(tr("Chatting with {model}. /help for commands, Ctrl-D to exit.", model=session.model))
         try:
-            with disable_echo(sys.stdin, sys.stdout):
-                self._loop(first_message)
+            self._loop(first_message)
         except (EOFError, ExitChat):
             return
         finally:
@@ -76,13 +87,12 @@ class Repl:
         """Process lines until the user presses Ctrl-C twice."""
         session = self._session
         has_warned = False
-        if first_message:
-            self._process(first_message)
         while True:
             try:
-                self._process(self._read_line())
+                self._process(self._read_line() if first_message is None else first_message)
                 has_warned = False
             except KeyboardInterrupt:
+                self._drop_queue()
                 if session.pending_edit:
                     session.pending_edit = None
                     session.say(tr("Nothing was changed."))
@@ -91,12 +101,26 @@ class Repl:
                     return
                 session.say(tr("(Press Ctrl-C again or Ctrl-D to exit.)"))
                 has_warned = True
+            finally:
+                first_message = None
 
     def on_model_loaded(self, failure: BaseException | None) -> None:
-        """End the chat with `failure` if the model could not be loaded. Can be called from any thread."""
+        """
+        End the chat with `failure`, or check the system prompt if there is none. Can be called from any thread.
+
+        While no line is being read, neither is necessary: the message that waits for the model gets the error.
+        """
         app = self._editor.app
-        if failure is not None and app.is_running and app.loop is not None:
-            app.loop.call_soon_threadsafe(functools.partial(app.exit, exception=failure))
+        if not app.is_running or app.loop is None:
+            return
+        if failure is not None:
+            app.loop.call_soon_threadsafe(self._editor.end, failure)
+        else:
+            app.loop.call_soon_threadsafe(run_in_terminal, self._check_system_prompt)
+
+    def _check_system_prompt(self) -> None:
+        with contextlib.suppress(QwenlocalError):  # the first message raises it again
+            check_system_prompt(self._session)
 
     def _after_render(self, _app: Application[str]) -> None:
         self._on_ready()
@@ -107,23 +131,39 @@ class Repl:
     # --- input
 
     def _read_line(self) -> str:
-        """Return the next line: one that was sent during the last answer, or one typed now."""
-        session, type_ahead = self._session, self._type_ahead
-        if type_ahead.submitted:
-            text = type_ahead.submitted.pop(0)
-            sys.stdout.write(f"> {text}\n")
-            return text
-        if type_ahead.eof:
-            raise EOFError
-        default = session.default_text or type_ahead.text
-        session.default_text = type_ahead.text = ""
-        return self._pastes.expand(replace_surrogates(self._editor.prompt(PROMPT, default=default)))
+        session = self._session
+        default, session.default_text = session.default_text, ""
+        return self._editor.read_line(default)
+
+    def ask(self, question: str) -> str:
+        """Return the answer to a question, "" for Ctrl-C or Ctrl-D."""
+        return self._editor.ask(question)
+
+    def _drop_queue(self) -> None:
+        """Send none of the lines that were typed ahead."""
+        if count := self._editor.drop_queue():
+            messages = format_count(count, "message")
+            self._session.say(tr("Not sent: {messages} typed ahead. Press Up to recall them.", messages=messages))
 
     def _process(self, line: str) -> None:
-        """Run a command, or send a message; print errors."""
+        """Run a command, or send a message; print errors. A message that was not sent is the text of the next line."""
         session = self._session
-        if line.strip() and not is_command(line):
-            _ = session.conversation  # outside `try`: without a model the chat ends
+        pending_edit, before = session.pending_edit, self._last_message()
+        try:
+            if line.strip() and not is_command(line):
+                _ = session.conversation  # without a model the chat ends
+            self._dispatch(line)
+        finally:
+            if line.strip() and not is_command(line) and self._last_message() == before:
+                session.pending_edit, session.default_text = pending_edit, line
+                self._drop_queue()
+
+    def _last_message(self) -> tuple[int | None, str]:
+        thread = self._session.thread
+        return thread.leaf, thread.last.text if thread.last else ""
+
+    def _dispatch(self, line: str) -> None:
+        session = self._session
         try:
             if session.pending_edit and not (is_command(line) and find_command(line.split()[0])):
                 self._finish_edit(line)
@@ -131,22 +171,23 @@ class Repl:
                 session.pending_edit = None
                 self._run_command(line)
             elif line.strip():
-                self._send(unescape_slashes(line))
+                self._send(_message_text(line), lambda message: session.conversation.ask(message))
         except QwenlocalError as error:
-            is_full = isinstance(error, ContextFull)
+            is_full = isinstance(error, ContextFull) and session.thread.turns
             hint = tr("Or start a new chat (/clear), or drop a turn (/drop).") if is_full else ""
-            session.say(" ".join(part for part in (str(error), error.hint, hint) if part))
+            session.say(f"{describe_error(error)} {hint}".rstrip())
 
     def _run_command(self, line: str) -> None:
-        name, _, argument = line.partition(" ")
-        command = find_command(name.strip())
+        name, argument = (*line.split(None, 1), "")[:2]
+        command = find_command(name)
         if command is None:
             hint = tr("/help lists the commands, // starts a message with a slash.")
-            self._session.say(f"{describe_unknown(name.strip())} {hint}")
+            self._session.say(f"{describe_unknown(name)} {hint}")
             return
-        if argument.strip() and not command.takes_argument:
+        if argument and not command.takes_argument:
             raise UsageError(tr("{name} takes no argument.", name=command.name))
-        result = command.handler(self._session, argument.strip())
+        is_path = os.path.exists(os.path.expanduser(argument))  # of a file whose name may end with a space
+        result = command.handler(self._session, argument if is_path else argument.strip())
         for start in [result] if callable(result) else result or ():
             self._answer(start)
             if self._session.last_result and self._session.last_result.finish_reason is FinishReason.INTERRUPTED:
@@ -161,14 +202,24 @@ class Repl:
             session.conversation.replace_answer(edit.turn, line)
             session.say(tr("Answer changed. What followed it is kept: /branch"))
         else:
-            message = self._attach_mentions(unescape_slashes(line))
-            if message is not None:
-                self._answer(lambda: session.conversation.edit(edit.turn, message))
+            self._send(_message_text(line), lambda message: session.conversation.edit(edit.turn, message))
 
-    def _send(self, text: str) -> None:
+    def _send(self, text: str, start: Callable[[str], Iterator[Event]]) -> None:
+        """Start the answer to `text`, with the files that it mentions; what is too long is cut as the user chooses."""
         message = self._attach_mentions(text)
-        if message is not None:
-            self._answer(lambda: self._session.conversation.ask(message))
+        if message is None:
+            return
+        pastes = [Document(name, paste) for name, paste in self._pastes.find(text).items()]
+        try:
+            for paste in pastes:
+                self._session.say(describe_cost(self._session, paste))
+            self._answer(lambda: start(message))
+        except (ContextFull, TextTooLong):
+            if not pastes:
+                raise
+            shorter = shorten_pastes(self._session, message, pastes)
+            if shorter is not None:
+                self._answer(lambda: start(shorter))
 
     def _attach_mentions(self, text: str) -> str | None:
         """Attach the files that `text` mentions and does not contain yet; return None if nothing is to be sent."""
@@ -187,10 +238,13 @@ class Repl:
             done = self._show(events)
         session.record_result(done)
         reason = done.finish_reason
-        if reason not in (FinishReason.EOS, FinishReason.STOP_STRING):
+        if reason not in (FinishReason.EOS, FinishReason.STOP_STRING) or done.is_incomplete:
             can_continue = reason in (FinishReason.LENGTH, FinishReason.INTERRUPTED) and done.ids
+            incomplete = " " + tr("The answer does not follow the grammar yet.") if done.is_incomplete else ""
             hint = " " + tr("Type /continue for more.") if can_continue else ""
-            session.say(f"[{tr(reason.value)}]{hint}")
+            session.say(f"[{tr(reason.value)}]{incomplete}{hint}")
+        if reason is FinishReason.INTERRUPTED:
+            self._drop_queue()
         if session.show_stats:
             session.say(describe_stats(done))
             if drafter := self._drafter():
@@ -207,11 +261,21 @@ class Repl:
             Screen(sys.stdout, shutil.get_terminal_size),
             render_options,
             session.conversation.n_ctx,
-            lambda: self._type_ahead.text,
+            self._editor.describe_typed,
             markdown=session.render_markdown,
         )
-        with capture_keys(sys.stdin, self._type_ahead, view.redraw_footer):
+        with self._editor.capture(view.redraw_footer, works_during_answer, lambda line: self._run_beside(view, line)):
             return view.show(events)
+
+    def _run_beside(self, view: AnswerView, line: str) -> None:
+        """Run a command while an answer is shown, and print what it says above the rest of the answer."""
+        session, say = self._session, self._session.say
+        view.add_note(f"\n> {line}")
+        session.say = view.add_note
+        try:
+            self._dispatch(line)
+        finally:
+            session.say = say
 
     def _print_notes(self) -> None:
         """Say that the draft model was unloaded, or that the journal cannot be written, once each."""
@@ -231,17 +295,24 @@ class Repl:
         session = self._session
         parts = [session.model]
         if session.last_result:
-            stats, n_ctx = session.last_result.stats, session.conversation.n_ctx
-            used = stats.prompt_tokens + stats.answer_tokens
-            parts.append(tr("{used:,} of {n_ctx:,} tokens", used=used, n_ctx=n_ctx))
+            stats, conversation = session.last_result.stats, session.conversation
+            with contextlib.suppress(QwenlocalError):  # the next message raises it again
+                used, n_ctx = conversation.used_tokens, conversation.n_ctx
+                parts.append(tr("{used:,} of {n_ctx:,} tokens", used=used, n_ctx=n_ctx))
             if stats.answer_speed:
                 speed, seconds = stats.answer_speed, stats.first_token
                 parts.append(
                     tr("{speed:.1f} tokens/s, first token after {seconds:.1f} s", speed=speed, seconds=seconds)
                 )
-        return " | ".join(parts)
+        return join_fitting(parts, " | ", terminal_width())
+
+
+def _message_text(line: str) -> str:
+    """Return what a line that is no command sends."""
+    block = unquote_block(line)
+    return unescape_slashes(line) if block is None else block
 
 
 def render_options() -> RenderOptions:
     """Return the current width and color support of the terminal."""
-    return RenderOptions(max(20, shutil.get_terminal_size().columns), color=supports_color(sys.stdout))
+    return RenderOptions(terminal_width(), color=supports_color(sys.stdout))

@@ -1,92 +1,162 @@
-"""Type-ahead: keys pressed while the model answers, shown below the answer and kept for the next message."""
+"""Type-ahead: keys pressed while the model answers. They wait for the next prompt, and are shown below the answer."""
 
 from __future__ import annotations
 
-import codecs
 import contextlib
-import os
 import re
-import select
-import sys
 import threading
-from collections.abc import Callable, Iterator
-from typing import TextIO
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-_PASTE_START, _PASTE_END = "\x1b[200~", "\x1b[201~"
-# Any sequence, known or not: prompt_toolkit's Vt100Parser would put unknown ones (replies of the terminal, keys of
-# newer keyboard protocols) into the text.
-_ESCAPE_SEQUENCE = re.compile("\x1b(?:\\[[0-9;?<]*[@-~]|O.|[^\\[O])", re.DOTALL)  # arrows, function keys, Alt + key
-_MAX_SEQUENCE = 16
+from prompt_toolkit.buffer import Buffer
+from prompt_toolkit.key_binding.key_processor import KeyPress
+from prompt_toolkit.keys import Keys
+
+from qwenlocal.terminal.ansi import escape_controls
+
+if TYPE_CHECKING:
+    from qwenlocal.terminal.keys import TerminalInput
+
 _POLL_SECONDS = 0.05  # longest delay until the reader notices the end of an answer
+_FLUSH_SECONDS = 0.5  # as in prompt_toolkit: a sequence that does not go on ends after this time
+_BLOCK = '"""'
+_BLOCK_END = re.compile(r'"""[ \t]*$', re.MULTILINE)
 
 
-class TypeAhead:
+# --- what Enter does
+
+
+def press_enter(buffer: Buffer) -> bool:
+    """Insert a line break after a backslash and in an open block; otherwise return True: the message is complete."""
+    if buffer.document.text_before_cursor.endswith("\\"):
+        buffer.delete_before_cursor()
+    elif not is_open_block(buffer.text):
+        return True
+    buffer.insert_text("\n")
+    return False
+
+
+def is_open_block(text: str) -> bool:
+    '''Tell whether `text` begins with `"""` and no line ends with another one.'''
+    return text.startswith(_BLOCK) and _BLOCK_END.search(text, len(_BLOCK)) is None
+
+
+def unquote_block(text: str) -> str | None:
+    '''Return the text between `"""` at the start and the end of a message; None if that is not all there is.'''
+    end = _BLOCK_END.search(text, len(_BLOCK)) if text.startswith(_BLOCK) else None
+    if end is None or text[end.end() :].strip():
+        return None
+    return text[len(_BLOCK) : end.start()].removeprefix("\n").removesuffix("\n")
+
+
+# --- the line that the keys make
+
+
+class LinePreview:
     """
-    Applies keys to a line as the input line would: `submitted` lines, and the `text` of the one still being typed.
+    The lines that keys will send, and the text of the one after them, without completion and history.
 
-    After the keys `a b ⌫ c ⏎ d`, `submitted` is ["ac"] and `text` is "d". `eof` is set by Ctrl-D on an empty line.
+    After the keys `a b ⌫ c ⏎ d`, `submitted` is ["ac"] and `text` is "d". `fold` shortens long pastes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, keys: Iterable[KeyPress], fold: Callable[[str], str]) -> None:
         self.submitted: list[str] = []
-        self.text = ""
-        self.eof = False
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._incomplete = ""  # the start of an escape sequence or a paste
+        self._ends = [0]  # number of keys up to the end of each line that was sent
+        self._fold, self._buffer, self._count, self._is_after_escape = fold, Buffer(), 0, False
+        self.feed(keys)
 
-    def feed(self, data: bytes) -> None:
-        """Process bytes from a terminal."""
-        text = self._incomplete + self._decoder.decode(data)
-        self._incomplete = ""
-        while text:
-            if text.startswith(_PASTE_START):
-                end = text.find(_PASTE_END)
-                if end < 0:
-                    self._incomplete = text
-                    return
-                self.text += text[len(_PASTE_START) : end].replace("\r\n", "\n").replace("\r", "\n")
-                text = text[end + len(_PASTE_END) :]
-            elif text[0] == "\x1b":
-                sequence = _ESCAPE_SEQUENCE.match(text)
-                if sequence is None and len(text) < _MAX_SEQUENCE:
-                    self._incomplete = text
-                    return
-                text = text[sequence.end() if sequence else 1 :]
+    @property
+    def text(self) -> str:
+        return self._buffer.text
+
+    @property
+    def keys_submitted(self) -> int:
+        """The number of keys up to the last line that was sent."""
+        return self._ends[-1]
+
+    def remove(self, line: str, keys: Sequence[KeyPress]) -> list[KeyPress]:
+        """Return `keys`, which made these lines, without those of `line`."""
+        index = self.submitted.index(line)
+        return [*keys[: self._ends[index]], *keys[self._ends[index + 1] :]]
+
+    def feed(self, keys: Iterable[KeyPress]) -> None:
+        """Press keys."""
+        for key in keys:
+            self._count += 1
+            was_escape, self._is_after_escape = self._is_after_escape, key.key is Keys.Escape
+            if was_escape and key.key is not Keys.ControlM:
+                continue
+            if key.key is Keys.ControlM and not was_escape:
+                self._press_enter()
+            elif key.key is Keys.BracketedPaste:
+                self._buffer.insert_text(self._fold(clean_paste(key.data)))
+            elif isinstance(key.key, Keys):
+                if key.key in _EDITS:
+                    _EDITS[key.key](self._buffer)
             else:
-                self._press(text[0])
-                text = text[1:]
+                self._buffer.insert_text(key.data)
 
-    def _press(self, key: str) -> None:
-        if key == "\r":
-            if self.text.strip():
-                self.submitted.append(self.text)
-            self.text = ""
-        elif key == "\n":  # Ctrl-J
-            self.text += "\n"
-        elif key in "\x7f\x08":
-            self.text = self.text[:-1]
-        elif key == "\x15":  # Ctrl-U
-            self.text = ""
-        elif key == "\x04" and not self.text:
-            self.eof = True
-        elif key == "\x17":  # Ctrl-W
-            self.text = self.text.rstrip().rpartition(" ")[0]
-        elif key.isprintable() or key == "\t":
-            self.text += key
+    def _press_enter(self) -> None:
+        if press_enter(self._buffer):
+            if self._buffer.text.strip():
+                self.submitted.append(self._buffer.text)
+                self._ends.append(self._count)
+            else:
+                self._ends[-1] = self._count
+            self._buffer.reset()
+
+
+def clean_paste(text: str) -> str:
+    """Return the text of a paste with plain line breaks, and control characters made visible."""
+    return escape_controls(text.replace("\r\n", "\n").replace("\r", "\n"))
+
+
+def _move(buffer: Buffer, distance: int) -> None:
+    buffer.cursor_position += distance
+
+
+def _delete_word(buffer: Buffer) -> None:
+    start = buffer.document.find_start_of_previous_word(WORD=True)
+    buffer.delete_before_cursor(-start if start else buffer.cursor_position)
+
+
+def _delete_to_line_start(buffer: Buffer) -> None:
+    start = buffer.document.get_start_of_line_position()
+    buffer.delete_before_cursor(-start or 1)  # at the start of a line, its line break
+
+
+def _delete_to_line_end(buffer: Buffer) -> None:
+    buffer.delete(buffer.document.get_end_of_line_position() or 1)
+
+
+_EDITS: Mapping[Keys, Callable[[Buffer], object]] = {
+    Keys.ControlM: lambda buffer: buffer.insert_text("\n"),  # after Escape
+    Keys.ControlJ: lambda buffer: buffer.insert_text("\n"),
+    Keys.ControlH: lambda buffer: buffer.delete_before_cursor(),
+    Keys.ControlD: lambda buffer: buffer.delete(),
+    Keys.Delete: lambda buffer: buffer.delete(),
+    Keys.ControlB: lambda buffer: buffer.cursor_left(),
+    Keys.Left: lambda buffer: buffer.cursor_left(),
+    Keys.ControlF: lambda buffer: buffer.cursor_right(),
+    Keys.Right: lambda buffer: buffer.cursor_right(),
+    Keys.ControlA: lambda buffer: _move(buffer, buffer.document.get_start_of_line_position()),
+    Keys.Home: lambda buffer: _move(buffer, buffer.document.get_start_of_line_position()),
+    Keys.ControlE: lambda buffer: _move(buffer, buffer.document.get_end_of_line_position()),
+    Keys.End: lambda buffer: _move(buffer, buffer.document.get_end_of_line_position()),
+    Keys.ControlW: _delete_word,
+    Keys.ControlU: _delete_to_line_start,
+    Keys.ControlK: _delete_to_line_end,
+}
+
+
+# --- reading
 
 
 @contextlib.contextmanager
-def capture_keys(terminal: TextIO, type_ahead: TypeAhead, on_key: Callable[[], object]) -> Iterator[None]:
-    """
-    Feed the keys of `terminal` to `type_ahead` in another thread, and call `on_key` there after each.
-
-    The terminal must be in the mode of `tty.disable_echo`.
-    """
-    if sys.platform == "win32" or not terminal.isatty():
-        yield
-        return
+def capture_keys(terminal: TerminalInput, on_keys: Callable[[list[KeyPress]], object]) -> Iterator[None]:
+    """Collect the keys of `terminal` in another thread, and call `on_keys` there with the new ones."""
     stop = threading.Event()
-    reader = threading.Thread(target=_read_keys, args=(terminal.fileno(), type_ahead, on_key, stop), daemon=True)
+    reader = threading.Thread(target=_collect_keys, args=(terminal, on_keys, stop), daemon=True)
     reader.start()
     try:
         yield
@@ -95,15 +165,13 @@ def capture_keys(terminal: TextIO, type_ahead: TypeAhead, on_key: Callable[[], o
         reader.join()
 
 
-def _read_keys(descriptor: int, type_ahead: TypeAhead, on_key: Callable[[], object], stop: threading.Event) -> None:
-    while not stop.is_set():
-        readable, _, _ = select.select([descriptor], [], [], _POLL_SECONDS)
-        if readable:
-            try:
-                data = os.read(descriptor, 65536)
-            except OSError:  # the terminal was closed
-                return
-            if not data:
-                return
-            type_ahead.feed(data)
-            on_key()
+def _collect_keys(terminal: TerminalInput, on_keys: Callable[[list[KeyPress]], object], stop: threading.Event) -> None:
+    quiet = 0.0
+    while not stop.is_set() and not terminal.closed:
+        if terminal.has_input(_POLL_SECONDS):
+            keys, quiet = terminal.collect(), 0.0
+        else:
+            quiet += _POLL_SECONDS
+            keys = terminal.collect_flushed() if quiet >= _FLUSH_SECONDS else []
+        if keys:
+            on_keys(keys)

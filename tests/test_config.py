@@ -97,7 +97,7 @@ class TestNumbers:
             check_convertible(set_json(write_minimal(tmp_path, MINIMAL_MOE), "config.json", num_experts=1025))
 
     def test_heads_with_an_odd_number_of_values_are_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(BadCheckpoint, match="heads of 1 values cannot be rotated"):
+        with pytest.raises(BadCheckpoint, match="heads of 1 value cannot be rotated"):
             check_convertible(set_json(write_minimal(tmp_path), "config.json", num_attention_heads=32))
 
     @pytest.mark.parametrize("key", ["tie_word_embeddings", "use_sliding_window", "qkv_bias"])

@@ -70,7 +70,7 @@ def describe_note(note: LoadNote) -> str:
             )
         case FewerGpuLayers(layers, planned):
             return tr(
-                "The GPU has less free memory than it reported; it holds {layers} layers instead of {planned}.",
+                "The GPU has less free memory than it reported; of {planned} planned layers it holds {layers}.",
                 layers=layers,
                 planned=planned,
             )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenlocal.errors import BadCheckpoint, UnsupportedCheckpoint
+from qwenlocal.formatting import format_quantity
 from qwenlocal.weights.checkpoint import Checkpoint, read_config
 from qwenlocal.weights.json_files import brief_repr
 
@@ -245,11 +246,14 @@ def _check_graph(config: _ConfigReader, model: Hyperparameters) -> None:
         head_dim = brief_repr(values["head_dim"])
         raise UnsupportedCheckpoint(path, f"“head_dim” is {head_dim}; llama.cpp needs {model.width // model.heads}")
     if model.width % model.heads:
-        raise UnsupportedCheckpoint(path, f"a width of {model.width} cannot be divided evenly into {model.heads} heads")
+        heads = format_quantity(model.heads, "head")
+        raise UnsupportedCheckpoint(path, f"a width of {model.width:,} cannot be divided evenly into {heads}")
     if model.width // model.heads % 2:
-        raise BadCheckpoint(path, f"heads of {model.width // model.heads} values cannot be rotated (RoPE): it is odd")
+        values_per_head = format_quantity(model.width // model.heads, "value")
+        raise BadCheckpoint(path, f"heads of {values_per_head} cannot be rotated (RoPE): the number is odd")
     if model.heads % model.kv_heads:
-        raise BadCheckpoint(path, f"{model.heads} heads cannot share {model.kv_heads} key-value heads evenly")
+        heads = format_quantity(model.heads, "head")
+        raise BadCheckpoint(path, f"{heads} cannot share {format_quantity(model.kv_heads, 'key-value head')} evenly")
     rope = values.get("rope_parameters")
     rotary_factor = (rope if isinstance(rope, dict) else values).get("partial_rotary_factor")
     if rotary_factor is None:

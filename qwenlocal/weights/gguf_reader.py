@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from qwenlocal.errors import BadWeights
-from qwenlocal.formatting import shorten
+from qwenlocal.formatting import format_quantity, shorten
 from qwenlocal.ggml import tensor_type_by_number
 
 MAGIC = b"GGUF"
@@ -242,7 +242,8 @@ def _describe_bad_tensor(tensor: TensorInfo) -> str:
         return "has more values than any file can hold"
     columns = tensor.shape[0] if tensor.shape else 1
     if columns % kind.block_size:
-        return f"has rows of {columns:,} values, not a multiple of the {kind.block_size} in a block of {kind.name}"
+        count = format_quantity(columns, "value")
+        return f"has rows of {count}, not a multiple of the {kind.block_size} in a block of {kind.name}"
     return ""
 
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from qwenlocal import ggml
 from qwenlocal.errors import BadCheckpoint, UnsupportedCheckpoint
+from qwenlocal.formatting import format_quantity
 from qwenlocal.weights.architecture import ExpertDims, Hyperparameters
 from qwenlocal.weights.checkpoint import Checkpoint
 from qwenlocal.weights.conversion_plan import SourceRows, SourceTensor
@@ -112,7 +113,7 @@ class _StoredTensors:
         if stored and len(stored.shape) == 2 and stored.shape != (rows, columns) and stored.shape[1] == columns:
             raise BadCheckpoint(
                 self.folder / "config.json",
-                f"“vocab_size” is {rows:,}, but “{stored.name}” has {stored.shape[0]:,} rows",
+                f"“vocab_size” is {rows:,}, but “{stored.name}” has {format_quantity(stored.shape[0], 'row')}",
                 hint=f"If config.json is older than the weights, set “vocab_size” to {stored.shape[0]} in it.",
             )
         return self.take(name, rows, columns)

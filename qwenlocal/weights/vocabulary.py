@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenlocal.errors import BadCheckpoint, UnsupportedCheckpoint
+from qwenlocal.formatting import format_quantity
 from qwenlocal.weights.gguf_reader import UNUSED
 from qwenlocal.weights.json_files import brief_repr
 from qwenlocal.weights.safetensors import find_duplicate
@@ -62,9 +63,8 @@ class Vocabulary:
                 self.file, f"the token {brief_repr(token)} with the id {brief_repr(number)} is malformed"
             )
         if number >= len(self.tokens):
-            raise BadCheckpoint(
-                self.file, f"“{token}” has the id {number:,}, but the embeddings have only {len(self.tokens):,} rows"
-            )
+            rows = format_quantity(len(self.tokens), "row")
+            raise BadCheckpoint(self.file, f"“{token}” has the id {number:,}, but the embeddings have only {rows}")
         self.tokens[number], self.token_types[number] = token, token_type
 
     def put_all(self, vocabulary: Mapping[str, Any], token_type: int) -> None:

@@ -65,7 +65,7 @@ def run_batch(app: AppContext, options: RunOptions) -> None:
     finished = read_finished_ids(output)
     remaining = [item for item in items if item.id not in finished]
     if not remaining:
-        app.say(tr("All {count:,} prompts are answered already.", count=len(items)))
+        app.say(tr("All prompts are answered already ({count:,}).", count=len(items)))
         return
     model, draft = app.models.ensure_models(options.model_name, options.draft)
     loader = ModelLoader(app, options, draft)

@@ -12,7 +12,7 @@ from qwenlocal.cli.console import print_json, print_table
 from qwenlocal.cli.context import AppContext
 from qwenlocal.cli.options import split_list
 from qwenlocal.errors import UsageError
-from qwenlocal.formatting import format_bytes
+from qwenlocal.formatting import format_bytes, format_quantity
 
 if TYPE_CHECKING:
     from qwenlocal.engine.load_plan import LoadRequest
@@ -83,7 +83,7 @@ def _parse_depths(text: str) -> list[int]:
 
 def _show(name: str, result: BenchResult, *, plot: bool) -> None:
     options = result.options
-    threads = "1 thread" if options.threads == 1 else f"{options.threads} threads"
+    threads = format_quantity(options.threads, "thread")
     sys.stdout.write(
         f"{name}: {threads}, {options.key_type} keys, {options.value_type} values, flash attention "
         f"{'on' if options.flash_attention else 'off'}, {options.n_ubatch} tokens per physical batch\n"

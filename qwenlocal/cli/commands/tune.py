@@ -8,6 +8,7 @@ import sys
 from qwenlocal.cli.console import print_json
 from qwenlocal.cli.context import AppContext
 from qwenlocal.errors import UsageError
+from qwenlocal.formatting import format_quantity
 
 
 def tune_model(text: str, *, seconds: float, as_json: bool) -> None:
@@ -43,7 +44,7 @@ def tune_model(text: str, *, seconds: float, as_json: bool) -> None:
         print_json({"model": text, "power": power, **settings.to_json()})
         return
     costs = ", ".join(f"{count}: {cost:.1f}" for count, cost in settings.costs.items())
-    threads = "1 thread" if settings.threads == 1 else f"{settings.threads} threads"
+    threads = format_quantity(settings.threads, "thread")
     flash = "on" if settings.flash_attention else "off"
     sys.stdout.write(
         f"{text}, on {'AC' if power == 'mains' else 'battery'} power: {threads}, flash attention {flash}, "

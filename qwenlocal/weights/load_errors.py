@@ -14,7 +14,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from qwenlocal import ggml
 from qwenlocal.errors import BadWeights
 from qwenlocal.formatting import format_quantity, format_shape, shorten
-from qwenlocal.weights.byte_bpe import PRE_TOKENIZER_NAMES
 from qwenlocal.weights.gguf_hyperparameters import PER_LAYER, GgufHyperparameters
 from qwenlocal.weights.gguf_reader import EncodedValue, TensorInfo, decode_value, read_raw_metadata, tensor_type_name
 from qwenlocal.weights.split_model import LocatedTensor, SplitModel
@@ -183,6 +182,8 @@ def _known_architectures() -> Collection[str]:
 
 
 def _find_vocabulary_errors(model: SplitModel, pairs: Pairs) -> Iterator[str]:
+    from qwenlocal.weights.byte_bpe import PRE_TOKENIZER_NAMES  # 10 ms that starting a chat does not need
+
     tokenizer, tokens = (decode_value(pairs[f"tokenizer.ggml.{key}"]) for key in ("model", "tokens"))
     if tokenizer not in _TOKENIZERS:
         yield f"llama.cpp does not know the tokenizer “{shorten(tokenizer)}”"

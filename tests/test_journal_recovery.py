@@ -262,8 +262,9 @@ def test_a_damaged_frame_that_others_follow_is_reported_and_the_log_is_kept(
     assert (recovered.chats, recovered.messages + recovered.lost) == (16, len(expected_texts(16)))
 
 
-def test_a_log_without_its_database_is_not_deleted(tmp_path: Path, healthy: JournalFiles) -> None:
-    path = write_files(tmp_path / "j", b"", healthy[1])
+@pytest.mark.parametrize("rest", [b"", b"S", b"SQ"])
+def test_a_log_without_its_database_is_not_deleted(tmp_path: Path, healthy: JournalFiles, rest: bytes) -> None:
+    path = write_files(tmp_path / "j", rest, healthy[1])
     with pytest.raises(JournalError, match="damaged"):
         Journal(path)
     assert path.with_name("chats.db-wal").read_bytes() == healthy[1]

@@ -63,6 +63,7 @@ def test_a_chat_whose_window_was_closed_continues_at_once_with_the_cut_answer(
 ) -> None:
     chat = start(terminal, str(endless_model), "-c", "60000")
     enter(chat, "Go", r"(abcdefgh\s){40}")
+    chat.read(0.7)  # kill -9 loses up to half a second
     end(chat)
     again = start(terminal, "--continue", "-n", "9")
     text = again.text.replace("\n", " ")

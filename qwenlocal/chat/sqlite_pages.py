@@ -61,13 +61,14 @@ def has_damaged_log(path: Path) -> bool:
     Return True if SQLite would silently drop transactions from the log of the database at `path`.
 
     It reads the log up to the first wrong checksum, because after a crash only an unfinished transaction can follow;
-    and it deletes the log of an empty file. A damaged last transaction cannot be told from an unfinished one.
+    and it deletes the log of a file of no or one byte (os_unix.c, unixFileSize). A damaged last transaction cannot be
+    told from an unfinished one.
     """
     log = _read(wal_path(path))
     if not log:
         return False
     frames = read_frames(log, _page_size(_read(path, _FILE_HEADER)))
-    is_readable = bool(_read(path, 1)) and _is_intact_wal_header(log)
+    is_readable = len(_read(path, 2)) == 2 and _is_intact_wal_header(log)
     for frame in frames:
         is_readable = is_readable and frame is not None and frame.is_intact
         if frame is not None and frame.is_commit and not is_readable:

@@ -266,7 +266,7 @@ class TestOptions:
         result = invoke("convert", str(tiny_checkpoint), *options)
         message = expect_exit(result, 2).replace("\n", "").replace(",", "")
         assert "77…" in message
-        assert "7" * 101 not in message
+        assert "7" * 151 not in message
 
     @pytest.mark.parametrize(
         ("options", "message"),

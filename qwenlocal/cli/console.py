@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from qwenlocal.errors import Interrupted, QwenlocalError
-from qwenlocal.formatting import display_width, pad
+from qwenlocal.formatting import cut_long_words, display_width, pad
 from qwenlocal.i18n import tr
 
 
@@ -16,7 +16,7 @@ def say(sentence: str) -> None:
     """Print a sentence on standard error, wrap at the terminal's width."""
     from qwenlocal.terminal.wrapping import wrap
 
-    sys.stderr.write(wrap(sentence, sys.stderr) + "\n")
+    sys.stderr.write(wrap(cut_long_words(sentence), sys.stderr) + "\n")
     sys.stderr.flush()
 
 

@@ -14,6 +14,7 @@ from qwenlocal.engine.load_plan import (
     LoadPlan,
     SamplingIgnored,
 )
+from qwenlocal.formatting import shorten
 from qwenlocal.i18n import tr
 
 
@@ -82,7 +83,7 @@ def describe_note(note: LoadNote) -> str:
         case ChatTemplateMissing():
             return tr("The file has no chat template; using Qwen1.5's.")
         case SamplingIgnored(name, value):
-            return f"Ignored an invalid sampling setting in the file: {name} = {value!r}."
+            return f"Ignored an invalid sampling setting in the file: {name} = {shorten(repr(value))}."
 
 
 def _describe_repairs(note: FileRepaired) -> list[str]:

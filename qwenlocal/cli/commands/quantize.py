@@ -12,6 +12,7 @@ from qwenlocal.library.names import LocalCheckpointName
 
 def quantize_file(options: WriteOptions, *, requantize: bool) -> None:
     """Quantize a GGUF file; with `--dry-run`, only show the plan."""
+    from qwenlocal.terminal.ansi import escape_controls
     from qwenlocal.weights.diagnosis import diagnose_file
     from qwenlocal.weights.quantization import QuantizationOptions, plan_quantization
 
@@ -28,6 +29,6 @@ def quantize_file(options: WriteOptions, *, requantize: bool) -> None:
     plan = plan_quantization(record.path, targets, QuantizationOptions(overrides, imatrix, requantize))
     for finding in diagnose_file(record.path, weights=False).findings:
         if finding.is_serious:
-            app.say(f"The metadata has a fault, which is copied: {finding.problem}")
+            app.say(f"The metadata has a fault, which is copied: {escape_controls(finding.problem)}")
             app.say(f"To repair it first: qwenlocal inspect {options.source} --fix -o FILE")
     write_or_show(app, plan, options)

@@ -82,7 +82,7 @@ def parse_shard(name: str) -> Shard | None:
     return Shard(match[1], int(match[2]), int(match[3]), match[4]) if match else None
 
 
-class Piece(NamedTuple):
+class FilePiece(NamedTuple):
     """
     A piece of a GGUF file that was cut by size, by its name: x.gguf.part2of3 is `("x.gguf", 2, 3)`.
 
@@ -94,11 +94,11 @@ class Piece(NamedTuple):
     total: int
 
 
-def parse_piece(name: str) -> Piece | None:
+def parse_piece(name: str) -> FilePiece | None:
     """Return the piece of a file that a file name denotes, None for a whole file."""
     match = _PIECE.fullmatch(name)
     if not match:
         return None
     if match[2]:
-        return Piece(match[1], ord(match[2].lower()) - ord("a") + 1, 0)
-    return Piece(match[1], int(match[3]), int(match[4]))
+        return FilePiece(match[1], ord(match[2].lower()) - ord("a") + 1, 0)
+    return FilePiece(match[1], int(match[3]), int(match[4]))

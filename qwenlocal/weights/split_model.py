@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qwenlocal.errors import BadWeights
-from qwenlocal.model_files import Piece, parse_piece, parse_shard
+from qwenlocal.model_files import FilePiece, parse_piece, parse_shard
 from qwenlocal.weights.gguf_reader import (
     DEFAULT_ALIGNMENT,
     MAGIC,
@@ -94,7 +94,7 @@ def shard_paths(source: Path) -> list[Path]:
     """
     List the files of a model in order; `source` is its file, or any of its files.
 
-    Files are renamed, so their headers count. llama.cpp finds the other files of a model by their names all the same.
+    Names can be wrong, so the headers decide; but llama.cpp finds the other files of a model by their names only.
 
     Raises
     ------
@@ -133,7 +133,7 @@ def _check_whole(path: Path) -> None:
             ) from None
 
 
-def _join_command(path: Path, piece: Piece) -> str:
+def _join_command(path: Path, piece: FilePiece) -> str:
     pieces = {}
     for file in path.parent.iterdir():
         other = parse_piece(file.name)

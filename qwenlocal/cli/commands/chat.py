@@ -118,8 +118,9 @@ def _say_how_to_return(session: Session) -> None:
     with contextlib.suppress(JournalError):
         ids = [chat.id for chat in session.journal.list_chats()]
         if writer.chat_id in ids:
-            way = "--continue" if writer.chat_id == ids[0] else f"--resume {writer.chat_id}"
-            say_dimmed(tr("To continue this chat: {command}", command=f"qwenlocal run {way}"))
+            option = "--continue" if writer.chat_id == ids[0] else f"--resume {writer.chat_id}"
+            command = f"qwenlocal run {option}"
+            say_dimmed(tr("To continue this chat: {command}", command=command))
 
 
 def select_chat(app: AppContext, choice: str) -> ResumedChat:

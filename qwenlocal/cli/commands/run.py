@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 from collections.abc import Callable, Iterator
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from qwenlocal.chat.events import Event, FinishReason
 
 
-def run_model(options: RunOptions) -> None:
+def run_model(options: RunOptions, early_bytes: bytes | None) -> None:
     """
     Answer a prompt, answer a batch of prompts, or open a chat.
 
@@ -50,12 +51,12 @@ def run_model(options: RunOptions) -> None:
         return
     prompt, system = _read_prompts(options)
     if prompt is None or options.interactive or options.resume is not None:
-        _chat(app, options, prompt, system)
+        _chat(app, options, prompt, system, early_bytes)
         return
     _answer_once(app, options, prompt, system)
 
 
-def _chat(app: AppContext, options: RunOptions, prompt: str | None, system: str) -> None:
+def _chat(app: AppContext, options: RunOptions, prompt: str | None, system: str, early_bytes: bytes | None) -> None:
     resumed = None
     if options.resume is not None:
         from qwenlocal.cli.commands.chat import select_chat
@@ -63,7 +64,8 @@ def _chat(app: AppContext, options: RunOptions, prompt: str | None, system: str)
         try:
             resumed = select_chat(app, options.resume)
         except JournalError as error:
-            app.say(f"{error} {tr('A new chat starts; it is not saved.')} {error.hint}")
+            consequence = tr("A new chat starts; it is not saved.")
+            app.say(f"{error} {consequence} {error.hint}")
             options = replace(options, journal=False)
     model_name = options.model_name or (resumed.info.model if resumed else None)
     if model_name is None and prompt is None and not app.store.records():
@@ -71,10 +73,11 @@ def _chat(app: AppContext, options: RunOptions, prompt: str | None, system: str)
 
         model_name = choose_model(app)
     model, draft = app.models.ensure_models(model_name, options.draft)
-    with disable_echo(sys.stdin, sys.stdout) as early_bytes:  # before the imports: who types meanwhile sees it later
+    keys_kept = disable_echo(sys.stdin, sys.stdout) if early_bytes is None else contextlib.nullcontext(early_bytes)
+    with keys_kept as typed:  # before the imports: what is typed meanwhile counts
         from qwenlocal.cli.commands.chat import run_chat
 
-        run_chat(app, options, model, draft, resumed, system, prompt, early_bytes)
+        run_chat(app, options, model, draft, resumed, system, prompt, typed)
 
 
 # --- options and prompts

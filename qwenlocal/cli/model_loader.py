@@ -44,7 +44,8 @@ def explain_bad_files(*files: Path) -> Iterator[None]:
             _refuse_unusable_types(file)
         yield
     except (BadWeights, ContextNotCreated, NotEnoughMemory) as error:
-        if fault := _find_fault(files):
+        is_explained = isinstance(error, BadWeights) and error.has_own_hint
+        if not is_explained and (fault := _find_fault(files)):
             raise fault from error
         raise
 

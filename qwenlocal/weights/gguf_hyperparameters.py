@@ -119,7 +119,7 @@ class GgufHyperparameters:
     def _find_rope_errors(self) -> Iterator[str]:
         scaling = self.number("rope.scaling.type", "linear")
         if scaling not in _ROPE_SCALINGS:
-            yield f"“{self._prefix}rope.scaling.type” is “{shorten(scaling)}”, which llama.cpp does not know"
+            yield f"“{self._prefix}rope.scaling.type” is “{shorten(scaling)}”, which is unknown"
         base = self.number("rope.freq_base", 1.0)
         if not base > 0:  # also true for NaN
             yield f"“{self._prefix}rope.freq_base” is {base:g}; it must be greater than 0"

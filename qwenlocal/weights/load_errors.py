@@ -169,7 +169,7 @@ def _find_hyperparameter_errors(model: SplitModel, pairs: Pairs) -> Iterator[str
     if architecture in QWEN:
         yield from GgufHyperparameters(architecture, pairs).find_errors()
     elif architecture not in _known_architectures():
-        yield f"llama.cpp does not support the architecture “{shorten(architecture)}”"
+        yield f"its architecture “{shorten(architecture)}” is unknown"
 
 
 def _known_architectures() -> Collection[str]:
@@ -186,7 +186,7 @@ def _find_vocabulary_errors(model: SplitModel, pairs: Pairs) -> Iterator[str]:
 
     tokenizer, tokens = (decode_value(pairs[f"tokenizer.ggml.{key}"]) for key in ("model", "tokens"))
     if tokenizer not in _TOKENIZERS:
-        yield f"llama.cpp does not know the tokenizer “{shorten(tokenizer)}”"
+        yield f"its tokenizer “{shorten(tokenizer)}” is unknown"
     if not tokens:
         yield "the vocabulary is empty"
     twice = next((token for token, count in collections.Counter(tokens).items() if count > 1 and token), None)
@@ -204,7 +204,7 @@ def _find_vocabulary_errors(model: SplitModel, pairs: Pairs) -> Iterator[str]:
             yield "“tokenizer.ggml.merges” is missing"
         pre = decode_value(pairs["tokenizer.ggml.pre"]) if "tokenizer.ggml.pre" in pairs else ""
         if pre and pre not in PRE_TOKENIZER_NAMES:
-            yield f"llama.cpp does not know the pre-tokenizer “{shorten(pre)}”"
+            yield f"its pre-tokenizer “{shorten(pre)}” is unknown"
 
 
 def _find_missing_byte(tokens: Sequence[str]) -> str:
@@ -283,7 +283,7 @@ def _describe_unusable(located: LocatedTensor) -> str:
     is_vector = tensor.name.endswith(("_norm.weight", ".bias", "scale"))
     if kind is None or not ggml.can_dequantize(kind) or (is_vector and kind.name != "f32"):
         return f"the tensor “{shorten(tensor.name)}” has the type {tensor_type_name(tensor.type)}" + (
-            ", but must be F32" if is_vector else ", with which llama.cpp cannot compute"
+            ", but must be F32" if is_vector else ", with which it cannot compute"
         )
     if offset % _MIN_ALIGNMENT:
         return f"the data of “{shorten(tensor.name)}” begins at byte {offset:,}, not at a multiple of {_MIN_ALIGNMENT}"

@@ -9,6 +9,7 @@ TYPE_CHECKING = False  # typing and signal take milliseconds to import, in which
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from contextlib import AbstractContextManager
     from types import FrameType
 
     import typer
@@ -28,9 +29,10 @@ def main() -> None:
         if can_interrupt:
             signal.signal(signal.SIGINT, _interrupt)
         try:
-            from qwenlocal.cli.app import app
+            with _keep_keys(sys.argv[1:]) as early_bytes:
+                from qwenlocal.cli.app import app
 
-            _run(app)
+                _run(app, early_bytes)
         finally:
             if can_interrupt:
                 signal.signal(signal.SIGINT, _exit_at_once)
@@ -55,7 +57,24 @@ def _exit_at_once(_number: int, _frame: object) -> None:
     os._exit(_INTERRUPTED)
 
 
-def _run(app: typer.Typer) -> None:
+def _keep_keys(arguments: Sequence[str]) -> AbstractContextManager[bytes | None]:
+    """
+    Let keys keep their meaning from now on if a chat opens: `run` or `run MODEL`. Yields what has been typed already.
+
+    The chat itself does so for other arguments, but its modules take tenths of a second to import.
+    """
+    import contextlib
+
+    names_model = len(arguments) == 2 and not arguments[1].startswith("-") and " " not in arguments[1]
+    opens_chat = arguments == ["run"] or (arguments[:1] == ["run"] and names_model)
+    if not opens_chat or not all(stream and stream.isatty() for stream in (sys.stdin, sys.stdout)):
+        return contextlib.nullcontext()
+    from qwenlocal.terminal.tty import disable_echo
+
+    return disable_echo(sys.stdin, sys.stdout)
+
+
+def _run(app: typer.Typer, early_bytes: bytes | None) -> None:
     import io
 
     for stream in (sys.stdout, sys.stderr):
@@ -63,7 +82,7 @@ def _run(app: typer.Typer) -> None:
             stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="replace")
     if "_QWENLOCAL_COMPLETE" not in os.environ:
         _skip_unused_options(app, sys.argv[1:])
-    app(prog_name="qwenlocal")
+    app(prog_name="qwenlocal", obj=early_bytes)
 
 
 def _skip_unused_options(app: typer.Typer, arguments: Sequence[str]) -> None:

@@ -66,6 +66,7 @@ def options(
 
 @app.command(short_help="Chat with a model, or ask it one question.", rich_help_panel="Chat")
 def run(
+    context: typer.Context,
     positional: Annotated[
         list[str] | None,
         Argument(
@@ -257,7 +258,8 @@ def run(
             stats=stats,
             limit_rate=parse_rate(limit_rate),
             assume_yes=yes,
-        )
+        ),
+        context.obj,
     )
 
 

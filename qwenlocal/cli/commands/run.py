@@ -37,6 +37,8 @@ def run_model(options: RunOptions, early_bytes: bytes | None) -> None:
     """
     Answer a prompt, answer a batch of prompts, or open a chat.
 
+    `early_bytes` have been typed before the terminal's echo was turned off; None if it is still on.
+
     Raises
     ------
     UsageError: the options contradict each other, or there is nothing to answer.

@@ -100,6 +100,7 @@ def _restore_echo() -> None:
     import termios
 
     mode = termios.tcgetattr(0)
-    mode[0] |= termios.ICRNL
-    mode[3] |= termios.ECHO | termios.ICANON | termios.ISIG
+    mode[0] |= termios.ICRNL | termios.IXON
+    mode[3] |= termios.ECHO | termios.ICANON | termios.ISIG | termios.IEXTEN
+    mode[3] &= ~termios.NOFLSH
     termios.tcsetattr(0, termios.TCSANOW, mode)

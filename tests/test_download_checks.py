@@ -272,9 +272,7 @@ class TestBeforeTheDownload:
         assert "config.json" in fetched_files(hub)
         assert "model.safetensors" not in fetched_files(hub)
 
-    @pytest.mark.parametrize(
-        "change", [{"model_type": "llama"}, {"hidden_act": "gelu"}, {"hidden_size": -1}]
-    )
+    @pytest.mark.parametrize("change", [{"model_type": "llama"}, {"hidden_act": "gelu"}, {"hidden_size": -1}])
     def test_an_unsupported_config_is_refused(
         self, change: dict[str, Any], hub_checkpoint: str, hub: HubServer, invoke: Run, tiny_checkpoint: Path
     ) -> None:

@@ -166,7 +166,9 @@ def plan_load(
     check_load_request(request)
     if dims is None:
         notes = tuple(_notes(request, None))
-        return LoadPlan(replace(_all_layouts(request)[0], n_ctx=request.n_ctx or PREFERRED_CONTEXT), None, available, notes)
+        return LoadPlan(
+            replace(_all_layouts(request)[0], n_ctx=request.n_ctx or PREFERRED_CONTEXT), None, available, notes
+        )
     rope = _rope_scaling(dims, request)
     for options in _candidates(dims, weights, available, request):
         memory = estimate_memory(dims, weights, options)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from qwenlocal.errors import UsageError
@@ -29,7 +31,8 @@ def edit_text(text: str) -> str:
         path = Path(folder, "message.md")
         path.write_text(text, "utf-8", errors="replace")
         try:
-            code = subprocess.call([*shlex.split(command), str(path)])
+            with _line_mode():
+                code = subprocess.call([*shlex.split(command), str(path)])
             edited = path.read_text("utf-8-sig")
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or str(error)
@@ -42,3 +45,12 @@ def edit_text(text: str) -> str:
     if code:
         raise UsageError(tr("{command} failed with exit code {code}.", command=command, code=code))
     return edited.removesuffix("\n")
+
+
+def _line_mode() -> AbstractContextManager[None]:
+    """Let the terminal echo and edit lines, as programs expect it."""
+    if sys.platform == "win32" or not sys.stdin.isatty():
+        return contextlib.nullcontext()
+    from prompt_toolkit.input.vt100 import cooked_mode
+
+    return cooked_mode(sys.stdin.fileno())

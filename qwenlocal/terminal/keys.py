@@ -6,16 +6,18 @@ import contextlib
 import os
 import re
 import select
+import termios
 import time
 from asyncio import get_running_loop
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import TextIO
 
 from prompt_toolkit.input.ansi_escape_sequences import ANSI_SEQUENCES
 from prompt_toolkit.input.posix_utils import PosixStdinReader
 from prompt_toolkit.input.typeahead import get_typeahead
-from prompt_toolkit.input.vt100 import Vt100Input
+from prompt_toolkit.input.vt100 import Vt100Input, raw_mode
 from prompt_toolkit.key_binding.key_processor import KeyPress
 from prompt_toolkit.keys import Keys
 
@@ -166,6 +168,14 @@ class _TerminalReader(PosixStdinReader):
         return self._stdin_decoder.decode(data)
 
 
+class _QuietMode(raw_mode):
+    """The mode of `tty.disable_echo`, in which keys wait unchanged while notes are printed above the prompt."""
+
+    @classmethod
+    def _patch_lflag(cls, attrs: int) -> int:
+        return super()._patch_lflag(attrs) | termios.ISIG
+
+
 class TerminalInput(Vt100Input):
     """
     The keys of a terminal, for prompt_toolkit; those that are pressed between two prompts wait for the next one.
@@ -237,6 +247,9 @@ class TerminalInput(Vt100Input):
         with super().attach(input_ready_callback):
             self._pass_on_later()
             yield
+
+    def cooked_mode(self) -> AbstractContextManager[None]:
+        return _QuietMode(self._fileno)
 
     def read_keys(self) -> list[KeyPress]:
         keys = self._parser.feed(self._read_burst())

@@ -12,6 +12,7 @@ from qwenlocal.i18n import mark, tr
 
 MAX_BYTES = 64 << 20  # 32,768 tokens of text have about 150,000 bytes
 _SNIFFED_BYTES = 8192
+_LOW_BYTES, _HIGH_BYTES = rb"[\0-\x08]", rb"[\x80-\xff]+"
 # The longest first: that of UTF-32 begins with that of UTF-16. Python's decoders remove them, except that of UTF-8.
 _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -33,29 +34,24 @@ _BINARY_TYPES = {
     b"SQLite": mark("a SQLite database"),
     b"%PDF": mark("a PDF document"),
 }
-_KANA = "あいうえおかがきくけこさしすせそただちつてでとどなにのはひへほまみもやよらりるれろわをんっゃゅょ、。ー・"
-_CYRILLIC = "абвгдежзийклмнопрстуфхцчшщъыьэюя"
-_HANGUL = "이다의는을에가고하한기도로지은사어리자있나그들시인해서대일보수부아것전정를상과여주소만라스장원조간"
-# The encodings of Chinese, Japanese and Korean by their names in iconv: the first bytes of the characters that their
-# standards list first, because they are common, and the commonest of these.
-_DOUBLE_BYTE = {
-    "GB18030": ((0xA1, 0xA3, 0xB0, 0xD7), "的一是不了在人有我他这个们中来上大为和国地到以说时要就出会可也你，。"),
-    "BIG5": ((0xA1, 0xA2, 0xA4, 0xC6), "的一是不了在人有我他這個們中來上大為和國地到以說時要就出會可也你，。"),
-    "SHIFT_JIS": ((0x81, 0x83, 0x88, 0x97), _KANA),
-    "EUC-JP": ((0xA1, 0xA5, 0xB0, 0xCF), _KANA),
-    "EUC-KR": ((0xA1, 0xA1, 0xB0, 0xC8), _HANGUL),
+_HAN = "的一是不了在人有我中上大和到以就出可也你文下面，。"  # the same in both scripts
+# The encodings that people have, by their names in iconv: their commonest characters, and the share of these among all
+# that are not ASCII.
+_COMMON_CHARACTERS = {
+    "GB18030": (_HAN + "他这个们来为国地说时要会请", 0.2),
+    "BIG5": (_HAN + "他這個們來為國地說時要會請", 0.2),
+    "SHIFT_JIS": (
+        "あいうえおかがきくけこさしすせそただちつてでとどなにのはひへほまみもやよらりるれろわをんっゃゅょ、。"
+        "アイウエオカキクグケコサシジスズセタダチッツテデトドナニネハバパビフブプベポマミムメモャュョラリルレロワンー・",
+        0.4,
+    ),
+    "EUC-KR": ("이다의는을에가고하한기도로지은사어리자있나그들시인해서대일보수부아것전정를상과여주만라요습니글", 0.3),
+    "WINDOWS-1251": ("оеаинтсрвлкмдпуыяОЕАИНТСРВЛКМДПУЫЯ", 0.7),
+    "WINDOWS-1252": ("éèêëàâáãåäæçìíîïñòóôõöøùúûüýÿßœÉÈÀÂÁÅÄÆÇÍÑÓÔÖØÚÜ¿¡«»‘’“”–—…€£°§·©®", 0.9),
 }
-# Encodings of Cyrillic, whose words have no ASCII letters: all small letters, and the commonest.
-_CYRILLIC_ENCODINGS = {
-    "WINDOWS-1251": (_CYRILLIC + "їієґё", "оеаинтсрвлкмдпу"),
-    "KOI8-R": (_CYRILLIC + "ё", "оеаинтсрвлкмдпу"),
-}
-# Encodings of Latin letters, which stand among ASCII letters.
-_LATIN = {
-    "WINDOWS-1252": "éèêëàâáãåäæçìíîïñòóôõöøùúûüýÿßœÉÈÀÂÁÅÄÆÇÍÑÓÔÖØÚÜ¿¡«»‘’“”–—…€£°§·©®",
-    "WINDOWS-1250": "ąćęłńóśźżáčďéěíňřšťúůýžőűăâîşţöüäĄĆĘŁŃŚŹŻČĚŘŠŤŮŽ„”–",
-}
-_MIN_SCORE = 0.8  # of 2
+_COMMON_IN_UTF16 = (
+    "\t\r\n" + "".join(map(chr, range(0x20, 0x7F))) + "".join(row[0] for row in _COMMON_CHARACTERS.values())
+)
 
 
 def read_text(path: Path, *, limit: int = MAX_BYTES) -> str:
@@ -92,40 +88,31 @@ def decode_text(data: bytes, label: str, *, file: Path | None = None, limit: int
         )
     encoding = next((name for bom, name in _BYTE_ORDER_MARKS if data.startswith(bom)), "")
     try:
-        if not encoding:
-            _check_zero_bytes(data, label, file)
         text = data.decode(encoding or "utf-8")
-        return text[1:] if encoding == "utf-8" else text
     except UnicodeDecodeError as error:
-        if kind := next((kind for magic, kind in _BINARY_TYPES.items() if data.startswith(magic)), ""):
-            raise UsageError(tr("{what} is {kind}, not text.", what=label, kind=tr(kind))) from error
         place = tr("byte {start:,} is 0x{data:02X}", start=error.start + 1, data=data[error.start])
         if encoding:
             raise UsageError(
                 tr("{what} is damaged {encoding} text ({place}).", what=label, encoding=encoding.upper(), place=place),
                 hint=tr("Save it as UTF-8."),
             ) from error
-        raise _wrong_encoding(label, place, _guess_encoding(data, error.start), file) from error
-
-
-def _check_zero_bytes(data: bytes, label: str, file: Path | None) -> None:
-    """
-    Raises
-    ------
-    UsageError: it is UTF-16 without a byte order mark, or binary. Single zero bytes are text (`find -print0`).
-    """
+        raise _not_utf8(data, label, place, file) from error
     beginning = data[:_SNIFFED_BYTES]
-    if b"\0" not in beginning:
-        return
-    even, odd = beginning[::2].count(0), beginning[1::2].count(0)
-    if b"\0\0" not in beginning and max(even, odd) > len(beginning) // 4 and min(even, odd) == 0:
-        raise _wrong_encoding(label, "", "UTF-16LE" if odd else "UTF-16BE", file)
-    if b"\0\0" in beginning:
-        kind = next((tr(kind) for magic, kind in _BINARY_TYPES.items() if data.startswith(magic)), "")
-        raise UsageError(tr("{what} is {kind}, not text.", what=label, kind=kind or tr("a binary file")))
+    has_low_bytes = re.search(_LOW_BYTES, beginning) and not encoding
+    if has_low_bytes and (b"\0\0" in beginning or _guess_utf16(beginning, 0.5)):  # single zeros: `find -print0`
+        raise _not_utf8(data, label, "", file)
+    return text[1:] if encoding == "utf-8" else text
 
 
-def _wrong_encoding(label: str, place: str, encoding: str, file: Path | None) -> UsageError:
+def _not_utf8(data: bytes, label: str, place: str, file: Path | None) -> UsageError:
+    """Build the error that says what data is: another kind of file, or text in another encoding."""
+    beginning = data[:_SNIFFED_BYTES]
+    kind = next((kind for magic, kind in _BINARY_TYPES.items() if data.startswith(magic)), "")
+    encoding = "" if kind else _guess_utf16(beginning, 0.2)
+    if kind or (b"\0\0" in beginning and not encoding):
+        return UsageError(tr("{what} is {kind}, not text.", what=label, kind=tr(kind or mark("a binary file"))))
+    if not encoding and not re.search(_LOW_BYTES, beginning):
+        encoding = _guess_encoding(data)
     if not encoding:
         return UsageError(
             tr("{what} is not UTF-8 text ({place}).", what=label, place=place), hint=tr("Save it as UTF-8.")
@@ -138,38 +125,34 @@ def _wrong_encoding(label: str, place: str, encoding: str, file: Path | None) ->
     return UsageError(message, hint=tr("To convert it: {command}", command=command))
 
 
-def _guess_encoding(data: bytes, error: int) -> str:
-    """Return the likely encoding of text that is not UTF-8 from byte `error` on; "" if none is likely."""
-    while error and data[error - 1] >= 0x80:
-        error -= 1
-    sample = data[max(0, error - 1) : error + _SNIFFED_BYTES]
-    runs = re.findall(rb"[\x80-\xff]+", sample)
-    touching = re.findall(rb"[A-Za-z][\x80-\xff]+|[\x80-\xff]+[A-Za-z]", sample)  # ASCII letters
-    candidates = {name: (_characters(name, *leads), common) for name, (leads, common) in _DOUBLE_BYTE.items()}
-    length = sum(map(len, runs)) / len(runs)
-    if length == 1 or (length < 2.5 and len(touching) >= len(runs) / 2):
-        candidates |= {name: (letters, letters) for name, letters in _LATIN.items()}
-    elif length >= 2:
-        candidates |= _CYRILLIC_ENCODINGS
-    scores = {
-        name: _share(sample, name, known) * (1 + _share(sample, name, common))
-        for name, (known, common) in candidates.items()
-    }
-    best = max(scores, key=lambda name: scores[name])
-    return best if scores[best] >= _MIN_SCORE else ""
+def _guess_utf16(data: bytes, min_share: float) -> str:
+    """Return the byte order of what looks like UTF-16 without a byte order mark; "" if it does not look so."""
+    names = ("UTF-16LE", "UTF-16BE")
+    return next((name for name in names if _share(_decode(data, name), _COMMON_IN_UTF16) > min_share), "")
 
 
-def _characters(encoding: str, first: int, last: int, first_han: int, last_han: int) -> str:
-    """Return the characters of two bytes whose first byte is in one of two ranges."""
-    leads = (*range(first, last + 1), *range(first_han, last_han + 1))
-    return b"".join(bytes((lead, trail)) for lead in leads for trail in range(0x40, 0xFF)).decode(encoding, "ignore")
+def _guess_encoding(data: bytes) -> str:
+    """Return the likely encoding of text with one or two bytes per character; "" if none is likely."""
+    sample = re.sub(rb"\A[\0-\x7f]+", b"", data)[:_SNIFFED_BYTES]
+    runs = re.findall(_HIGH_BYTES, sample)
+    has_single_accents = sum(map(len, runs)) < 1.8 * len(runs)
+    shares = {"": 0.0}
+    for name, (common, min_share) in _COMMON_CHARACTERS.items():
+        share = _share(re.sub(r"[\0-\x7f]", "", _decode(sample, name)), common)
+        if share >= min_share and name != ("WINDOWS-1251" if has_single_accents else "WINDOWS-1252"):
+            shares[name] = share
+    if len(shares) == 1 and re.fullmatch(r"[\0-\x7f\u4e00-\u9fff]+", _decode(sample, "gb2312")):
+        return "GB18030"  # a few words
+    return max(shares, key=lambda name: shares[name])
 
 
-def _share(sample: bytes, encoding: str, characters: str) -> float:
-    """Return the share of `characters` among those that are not ASCII; 0 if `sample` has another encoding."""
+def _decode(sample: bytes, encoding: str) -> str:
+    """Decode text whose last character may be cut; "" if it has another encoding."""
     try:
-        text = codecs.getincrementaldecoder(encoding)().decode(sample)  # the last character may be cut
+        return codecs.getincrementaldecoder(encoding)().decode(sample)
     except UnicodeDecodeError:
-        return 0.0
-    others, known = [character for character in text if not character.isascii()], set(characters)
-    return sum(character in known for character in others) / max(1, len(others))
+        return ""
+
+
+def _share(text: str, characters: str) -> float:
+    return sum(character in characters for character in text) / max(1, len(text))

@@ -142,7 +142,7 @@ def _damaged_metadata(good: GgufParts) -> Iterator[tuple[str, GgufParts]]:
 
 
 def _damaged_list(good: GgufParts, key: str, value: EncodedValue) -> Iterator[tuple[str, GgufParts]]:
-    """Change the length of a list, with and without the entries."""
+    """Change the length of a list, with and without the entries, and entries of lists of integers."""
     element, count = struct.unpack_from("<IQ", value, 4)
     if element != 8:
         size = (len(value) - 16) // count
@@ -150,6 +150,10 @@ def _damaged_list(good: GgufParts, key: str, value: EncodedValue) -> Iterator[tu
             data = (value[16:] + bytes(size))[: entries * size]
             changed = struct.pack("<IIQ", 9, element, entries) + data
             yield f"{key}: {entries} entries", replace(good, pairs={**good.pairs, key: changed})
+        for number in (-1, *range(8)) if element == 5 else ():
+            for place in (0, count - 1):
+                changed = gguf_writer.i32s([*(values := decode_value(value))[:place], number, *values[place + 1 :]])
+                yield f"{key}: {number} at {place}", replace(good, pairs={**good.pairs, key: changed})
     elif count > 1:
         texts = decode_value(value)
         for description, entries in (

@@ -38,6 +38,7 @@ FATAL = {
     "qwen2.rope.freq_base: f32s 2": "“qwen2.rope.freq_base” is of type array of float32, not float32",
     "tokenizer.ggml.pre: string x": "its pre-tokenizer “x” is unknown",
     "tokenizer.ggml.token_type: 287 entries": "has 288 tokens, but “tokenizer.ggml.token_type” has 287 entries",
+    "tokenizer.ggml.token_type: 6 at 0": "the token “Ā” is a byte by its type, but not by its name",
     "tokenizer.ggml.tokens: one entry twice": "the vocabulary has the token “Ā” twice",
     "alignment 1, longer header": "not at a multiple of 32",
     "alignment 48, as written": "“general.alignment” is 48, not a power of two",

@@ -6,7 +6,6 @@ Sources: llama-model.cpp (load_hparams, load_tensors, create_tensor_qkv), models
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -34,123 +33,95 @@ class GgufHyperparameters:
             if key.startswith(self._prefix)
         }
         self.is_moe = architecture == "qwen2moe"
+        self.width, self.heads = self.number("embedding_length"), self.number("attention.head_count")
+        self.kv_heads = self.number("attention.head_count_kv", self.heads)
+        # Those after them predict further tokens, and are not loaded.
+        self.layers = self.number("block_count") - self.number("nextn_predict_layers")
 
     def number(self, key: str, default: Any = 0) -> Any:
         """Return a number; of several, that of the first layer."""
         value = self._values.get(key, default)
         return next(iter(value), default) if isinstance(value, list) else value
 
-    @property
-    def width(self) -> int:
-        """The size of an embedding."""
-        return int(self.number("embedding_length"))
-
-    @property
-    def layers(self) -> int:
-        """The number of layers, without those that predict several tokens."""
-        return int(self.number("block_count") - self.number("nextn_predict_layers"))
-
-    @property
-    def heads(self) -> int:
-        """The number of attention heads."""
-        return int(self.number("attention.head_count"))
-
-    @property
-    def kv_width(self) -> int:
-        """The size of all keys of a token in a layer, and of all values."""
-        return self.width // self.heads * int(self.number("attention.head_count_kv", self.heads))
-
     def find_errors(self) -> Iterator[str]:
         """Yield a sentence for each value that llama.cpp refuses, or with which it computes nothing useful."""
         yield from self._find_layer_errors()
         yield from self._find_expert_errors()
         yield from self._find_head_errors()
-        yield from self._find_rope_errors()
-        epsilon = self.number("attention.layer_norm_rms_epsilon")
-        if not epsilon >= 0:  # also true for NaN
-            yield f"“{self._prefix}attention.layer_norm_rms_epsilon” is {epsilon:g}; it must be 0 or greater"
+        scaling = self.number("rope.scaling.type", "linear")
+        if scaling not in _ROPE_SCALINGS:
+            yield f"“{self._prefix}rope.scaling.type” is “{shorten(scaling)}”, which is unknown"
+        if not self.number("rope.freq_base", 1.0) > 0:  # also true for NaN, as in the next line
+            yield f"{self._state('rope.freq_base')}; it must be greater than 0"
+        if not self.number("attention.layer_norm_rms_epsilon") >= 0:
+            yield f"{self._state('attention.layer_norm_rms_epsilon')}; it must be 0 or greater"
+
+    def _state(self, key: str) -> str:
+        """`_state("block_count")` is "“qwen2.block_count” is 24"."""
+        value = self.number(key)
+        return f"“{self._prefix}{key}” is {f'{value:,}' if isinstance(value, int) else f'{value:g}'}"
 
     def _find_layer_errors(self) -> Iterator[str]:
-        layers, nextn = self.number("block_count"), self.number("nextn_predict_layers")
-        if not 0 < layers <= _MAX_LAYERS:
-            yield f"“{self._prefix}block_count” is {layers:,}; it must be between 1 and {_MAX_LAYERS}"
+        total = self.number("block_count")
+        if not 0 < total <= _MAX_LAYERS:
+            yield f"{self._state('block_count')}; it must be between 1 and {_MAX_LAYERS}"
             return
-        if nextn >= layers:
-            total = format_quantity(layers, "layer")
-            yield f"“{self._prefix}nextn_predict_layers” is {nextn:,}, but the model has {total}"
+        if self.layers < 1:
+            yield f"{self._state('nextn_predict_layers')}, but {self._state('block_count')}"
         for key in PER_LAYER if self.is_moe else PER_LAYER[:-1]:
             value = self._values.get(key)
-            if isinstance(value, list) and len(value) != layers:
+            if isinstance(value, list) and len(value) != total:
                 count = format_quantity(len(value), "number")
-                yield f"“{self._prefix}{key}” has {count} for {format_quantity(layers, 'layer')}"
+                yield f"“{self._prefix}{key}” has {count} for {format_quantity(total, 'layer')}"
 
     def _find_expert_errors(self) -> Iterator[str]:
         experts, groups = self.number("expert_count"), self.number("expert_group_count")
-        used = self._values.get("expert_used_count", 0)
-        used = max(used, default=0) if isinstance(used, list) else used
+        listed = self._values.get("expert_used_count", 0)
+        used = max(listed, default=0) if isinstance(listed, list) else listed
         if experts > _MAX_EXPERTS:
-            yield f"“{self._prefix}expert_count” is {experts:,}; it must be at most {_MAX_EXPERTS:,}"
+            yield f"{self._state('expert_count')}; it must be at most {_MAX_EXPERTS:,}"
         elif self.is_moe and not experts:
             yield f"“{self._prefix}expert_count” is missing or 0"
         elif (experts or used) and not 0 < used <= experts:
-            yield f"“{self._prefix}expert_used_count” is {used:,}, and “{self._prefix}expert_count” is {experts:,}"
+            yield f"“{self._prefix}expert_used_count” is {used:,}, and {self._state('expert_count')}"
         elif groups and (groups >= experts or experts % groups):
-            yield f"“{self._prefix}expert_group_count” is {groups:,}, and “{self._prefix}expert_count” is {experts:,}"
-        elif groups > 1 and not 0 < (used_groups := self.number("expert_group_used_count")) < groups:
-            yield f"“{self._prefix}expert_group_used_count” is {used_groups:,}, but there are {groups:,} groups"
+            yield f"{self._state('expert_group_count')}, and {self._state('expert_count')}"
+        elif groups > 1 and not 0 < self.number("expert_group_used_count") < groups:
+            yield f"{self._state('expert_group_used_count')}, and {self._state('expert_group_count')}"
 
     def _find_head_errors(self) -> Iterator[str]:
-        heads, kv_heads = self.heads, self.number("attention.head_count_kv", self.heads)
-        if not heads or self.width % heads or not self.width:
-            count = format_quantity(heads, "head")
-            yield f"“{self._prefix}embedding_length” is {self.width:,}, not a multiple of {count}"
+        if not self.width or not self.heads or self.width % self.heads:
+            yield f"{self._state('embedding_length')}, not a multiple of {format_quantity(self.heads, 'head')}"
             return
-        if not kv_heads or heads % kv_heads:
-            count = format_quantity(kv_heads, "key-value head")
-            yield f"“{self._prefix}attention.head_count” is {heads:,}, not a multiple of {count}"
-        size = self.width // heads
+        if not self.kv_heads or self.heads % self.kv_heads:
+            count = format_quantity(self.kv_heads, "key-value head")
+            yield f"{self._state('attention.head_count')}, not a multiple of {count}"
+        size = self.width // self.heads
         if size % 2:
             yield f"the heads have an odd number of dimensions ({size:,})"
         for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
             if self.number(key, size) != size:
-                dimensions = format_quantity(size, "dimension")
-                yield f"“{self._prefix}{key}” is {self.number(key):,}, but the heads have {dimensions}"
+                yield f"{self._state(key)}, but the heads have {format_quantity(size, 'dimension')}"
 
-    def _find_rope_errors(self) -> Iterator[str]:
-        scaling = self.number("rope.scaling.type", "linear")
-        if scaling not in _ROPE_SCALINGS:
-            yield f"“{self._prefix}rope.scaling.type” is “{shorten(scaling)}”, which is unknown"
-        base = self.number("rope.freq_base", 1.0)
-        if not base > 0:  # also true for NaN
-            yield f"“{self._prefix}rope.freq_base” is {base:g}; it must be greater than 0"
-        factor = "rope.scaling.factor" if "rope.scaling.factor" in self._values else "rope.scale_linear"
-        if math.isnan(self.number(factor, 0.0)):
-            yield f"“{self._prefix}{factor}” is NaN"
-        if not math.isfinite(self.number("rope.scaling.attn_factor", 1.0)):
-            yield f"“{self._prefix}rope.scaling.attn_factor” is {self.number('rope.scaling.attn_factor'):g}"
+    def tensors(self, vocabulary: int, names: Collection[str]) -> Iterator[tuple[str, Shape, bool]]:
+        """
+        Yield the tensors that llama.cpp creates for a file with the tensors `names` and that many tokens.
 
-    def required_tensors(self, vocabulary: int, names: Collection[str]) -> Iterator[tuple[str, Shape]]:
-        """Yield names and shapes of the tensors that a file with the tensors `names` and that many tokens must have."""
-        yield "token_embd.weight", (self.width, vocabulary)
-        yield "output_norm.weight", (self.width,)
-        if self.is_moe:
-            yield "output.weight", (self.width, vocabulary)
-        for layer in range(self.layers):
-            yield from self._layer_tensors(f"blk.{layer}.", names)
-
-    def optional_tensors(self, vocabulary: int, names: Collection[str]) -> Iterator[tuple[str, Shape]]:
-        """Yield names and shapes of the tensors that such a file may have besides."""
+        Each has a name, a shape, and True if it must be in the file.
+        """
+        yield "token_embd.weight", (self.width, vocabulary), True
+        yield "output_norm.weight", (self.width,), True
+        yield "output.weight", (self.width, vocabulary), self.is_moe
         if not self.is_moe:
-            yield "output.weight", (self.width, vocabulary)
-            yield "output.bias", (vocabulary,)
-        for layer in range(self.layers):
-            prefix = f"blk.{layer}."
+            yield "output.bias", (vocabulary,), False
+        for prefix in (f"blk.{layer}." for layer in range(self.layers)):
             for name, width in self._attention_widths(f"{prefix}attn_qkv.bias" in names):
-                yield f"{prefix}{name}.bias", (width,)
+                yield f"{prefix}{name}.bias", (width,), False
             for name, shape in self._layer_tensors(prefix, names):
-                stem = name.removesuffix("weight")
+                yield name, shape, True
                 if len(shape) > 1 and "ffn_gate_inp" not in name:
-                    yield from ((stem + suffix, (shape[2] if len(shape) > 2 else 1,)) for suffix in _SCALES)
+                    stem, matrices = name.removesuffix("weight"), shape[2] if len(shape) > 2 else 1
+                    yield from ((stem + suffix, (matrices,), False) for suffix in _SCALES)
 
     def _layer_tensors(self, prefix: str, names: Collection[str]) -> Iterator[tuple[str, Shape]]:
         width = self.width
@@ -172,10 +143,11 @@ class GgufHyperparameters:
 
     def _attention_widths(self, is_fused: bool) -> Iterator[tuple[str, int]]:
         """Yield the sizes of queries, keys and values, which may be the rows of one matrix."""
+        kv_width = self.width // self.heads * self.kv_heads
         if is_fused:
-            yield "attn_qkv", self.width + 2 * self.kv_width
+            yield "attn_qkv", self.width + 2 * kv_width
         else:
-            yield from (("attn_q", self.width), ("attn_k", self.kv_width), ("attn_v", self.kv_width))
+            yield from (("attn_q", self.width), ("attn_k", kv_width), ("attn_v", kv_width))
 
 
 def _feed_forward(name: str, width: int, inner: int, *experts: int) -> Iterator[tuple[str, Shape]]:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import collections
 import struct
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from qwenlocal import ggml
 from qwenlocal.errors import BadWeights
 from qwenlocal.formatting import format_quantity, format_shape, shorten
 from qwenlocal.weights.gguf_hyperparameters import PER_LAYER, GgufHyperparameters
-from qwenlocal.weights.gguf_reader import EncodedValue, TensorInfo, decode_value, read_raw_metadata, tensor_type_name
-from qwenlocal.weights.split_model import LocatedTensor, SplitModel
+from qwenlocal.weights.gguf_reader import BYTE, EncodedValue, decode_value, read_raw_metadata, tensor_type_name
+from qwenlocal.weights.split_model import SplitModel
 
 QWEN = ("qwen2", "qwen2moe")
 
@@ -60,52 +60,36 @@ _QWEN_TYPES: Mapping[str, tuple[Type, ...]] = {
 _ONLY_MOE = ("expert_feed_forward_length", "expert_shared_feed_forward_length")
 _TOKENIZERS = ("llama", "bert", "gpt2", "hybriddna", "whitespace", "t5", "rwkv", "test", "plamo2", "gemma4")
 _BYTE_BPE = ("gpt2", "hybriddna", "whitespace")
+_MIN_BYTE_NAME = 3  # bytes; llama.cpp reads the two digits of "<0x0A>" behind them (token_to_byte)
 _MIN_ALIGNMENT = 32  # ggml-impl.h: TENSOR_ALIGNMENT
 
 Pairs = Mapping[str, EncodedValue]
-Check = Callable[[SplitModel, Pairs], Iterator[str]]
 
 
-def find_load_errors(model: SplitModel, pairs: Pairs) -> list[str]:
+def find_load_errors(model: SplitModel, pairs: Pairs, *, with_tensors: bool = True) -> list[str]:
     """
-    Return one sentence for each reason why llama.cpp cannot load or run the model; `pairs` is its raw metadata.
+    Return sentences about why llama.cpp cannot load or run the model; `pairs` is its raw metadata.
 
-    Other architectures than Qwen's are checked only for what all files have in common.
+    Other architectures than Qwen's are checked only for what all files have in common. Without `with_tensors`, only the
+    types of the metadata and the vocabulary are checked.
     """
-    checks = (*_METADATA_CHECKS, _find_hyperparameter_errors, _find_tensor_errors, _find_unusable_tensors)
-    return _run_checks(checks, model, pairs)
-
-
-def _run_checks(checks: Sequence[Check], model: SplitModel, pairs: Pairs) -> list[str]:
-    """Return the errors of the first check that fails; each relies on those before."""
+    checks = [_find_wrong_types, _find_split_errors, _find_vocabulary_errors]
+    if with_tensors:
+        checks += [_find_hyperparameter_errors, _find_tensor_errors, _find_unusable_tensors]
+    # Each check relies on those before.
     return next((errors for check in checks if (errors := list(check(model, pairs)))), [])
 
 
-def require_loadable(model: SplitModel) -> None:
+def require_loadable(model: SplitModel, *, with_tensors: bool = True) -> None:
     """
-    Check that llama.cpp can load and run the model.
+    Check that llama.cpp can load and run the model, as `find_load_errors` does.
 
     Raises
     ------
     BadWeights: it cannot; the error states the first reason.
     """
-    _raise_first(model, find_load_errors(model, read_raw_metadata(model.paths[0])))
-
-
-def require_valid_metadata(model: SplitModel) -> None:
-    """
-    Check the types of the metadata and the vocabulary, whatever the values and the tensors are.
-
-    Raises
-    ------
-    BadWeights: llama.cpp cannot load the model; the error states the first reason.
-    """
-    _raise_first(model, _run_checks(_METADATA_CHECKS, model, read_raw_metadata(model.paths[0])))
-
-
-def _raise_first(model: SplitModel, errors: Sequence[str]) -> None:
-    if errors:
-        path = model.paths[0]
+    path = model.paths[0]
+    if errors := find_load_errors(model, read_raw_metadata(path), with_tensors=with_tensors):
         hint = f"To see all that is wrong with it: qwenlocal inspect {path}"
         raise BadWeights(path, f"llama.cpp cannot run it: {errors[0]}", hint=hint)
 
@@ -168,14 +152,11 @@ def _find_hyperparameter_errors(model: SplitModel, pairs: Pairs) -> Iterator[str
     architecture = model.headers[0].architecture
     if architecture in QWEN:
         yield from GgufHyperparameters(architecture, pairs).find_errors()
-    elif architecture not in _known_architectures():
-        yield f"its architecture “{shorten(architecture)}” is unknown"
-
-
-def _known_architectures() -> Collection[str]:
+        return
     from gguf.constants import MODEL_ARCH_NAMES
 
-    return list(MODEL_ARCH_NAMES.values())
+    if architecture not in MODEL_ARCH_NAMES.values():
+        yield f"its architecture “{shorten(architecture)}” is unknown"
 
 
 # --- the vocabulary
@@ -184,7 +165,9 @@ def _known_architectures() -> Collection[str]:
 def _find_vocabulary_errors(model: SplitModel, pairs: Pairs) -> Iterator[str]:
     from qwenlocal.weights.byte_bpe import PRE_TOKENIZER_NAMES  # 10 ms that starting a chat does not need
 
-    tokenizer, tokens = (decode_value(pairs[f"tokenizer.ggml.{key}"]) for key in ("model", "tokens"))
+    names = ("model", "pre", "tokens", "token_type", "scores")
+    values = {key: decode_value(pairs[f"tokenizer.ggml.{key}"]) for key in names if f"tokenizer.ggml.{key}" in pairs}
+    tokenizer, tokens, types = values["model"], values["tokens"], values.get("token_type", ())
     if tokenizer not in _TOKENIZERS:
         yield f"its tokenizer “{shorten(tokenizer)}” is unknown"
     if not tokens:
@@ -193,18 +176,20 @@ def _find_vocabulary_errors(model: SplitModel, pairs: Pairs) -> Iterator[str]:
     if twice is not None:
         yield f"the vocabulary has the token “{shorten(twice)}” twice"
     for name in ("scores", "token_type"):
-        key = f"tokenizer.ggml.{name}"
-        if key in pairs and (count := len(decode_value(pairs[key]))) < len(tokens):
-            size = format_quantity(len(tokens), "token")
-            yield f"the vocabulary has {size}, but “{key}” has {format_quantity(count, 'entry', 'entries')}"
+        if (count := len(values.get(name, tokens))) < len(tokens):
+            size, entries = format_quantity(len(tokens), "token"), format_quantity(count, "entry", "entries")
+            yield f"the vocabulary has {size}, but “tokenizer.ggml.{name}” has {entries}"
+    if BYTE in types and tokenizer in ("llama", *_BYTE_BPE):
+        in_pairs = zip(tokens, types, strict=False)
+        if short := [token for token, kind in in_pairs if kind == BYTE and len(token.encode()) < _MIN_BYTE_NAME]:
+            yield f"the token “{short[0]}” is a byte by its type, but not by its name"
     if tokenizer == "llama" and (byte := _find_missing_byte(tokens)):
         yield f"the vocabulary has no token for the byte {byte}"
     if tokenizer in _BYTE_BPE:
         if "tokenizer.ggml.merges" not in pairs:
             yield "“tokenizer.ggml.merges” is missing"
-        pre = decode_value(pairs["tokenizer.ggml.pre"]) if "tokenizer.ggml.pre" in pairs else ""
-        if pre and pre not in PRE_TOKENIZER_NAMES:
-            yield f"its pre-tokenizer “{shorten(pre)}” is unknown"
+        if values.get("pre", "default") not in ("", *PRE_TOKENIZER_NAMES):
+            yield f"its pre-tokenizer “{shorten(values['pre'])}” is unknown"
 
 
 def _find_missing_byte(tokens: Sequence[str]) -> str:
@@ -231,18 +216,15 @@ def _find_tensor_errors(model: SplitModel, pairs: Pairs) -> Iterator[str]:
         size = format_quantity(vocabulary, "token")
         yield f"the vocabulary has {size}, but the embeddings have {format_quantity(embeddings.shape[1], 'row')}"
         return
-    for name, shape in hyperparameters.required_tensors(vocabulary, tensors):
+    for name, shape, is_required in hyperparameters.tensors(vocabulary, tensors):
         known.add(name)
         if name not in tensors:
-            yield f"the tensor “{name}” is missing"
-            return
-        if error := _describe_wrong_shape(tensors[name], shape):
-            yield error
-            return
-    for name, shape in hyperparameters.optional_tensors(vocabulary, tensors):
-        known.add(name)
-        if name in tensors and (error := _describe_wrong_shape(tensors[name], shape)):
-            yield error
+            if is_required:
+                yield f"the tensor “{name}” is missing"
+                return
+        elif _trim(tensors[name].shape) != _trim(shape):
+            stored = format_shape(tensors[name].shape)
+            yield f"the tensor “{name}” has the shape {stored}; the metadata implies {format_shape(shape)}"
             return
     output = tensors.get("output.weight", tensors["token_embd.weight"])
     if tensor_type_name(output.type) == "NVFP4":
@@ -250,15 +232,6 @@ def _find_tensor_errors(model: SplitModel, pairs: Pairs) -> Iterator[str]:
     if unknown := [name for name in tensors if name not in known]:
         more = f" and {len(unknown) - 1:,} more do" if len(unknown) > 1 else " does"
         yield f"the tensor “{shorten(unknown[0])}”{more} not belong to this architecture"
-
-
-def _describe_wrong_shape(tensor: TensorInfo, expected: Sequence[int]) -> str:
-    if _trim(tensor.shape) == _trim(expected):
-        return ""
-    return (
-        f"the tensor “{tensor.name}” has the shape {format_shape(tensor.shape)}; the metadata implies "
-        f"{format_shape(expected)}"
-    )
 
 
 def _trim(shape: Sequence[int]) -> list[int]:
@@ -271,23 +244,13 @@ def _trim(shape: Sequence[int]) -> list[int]:
 
 def _find_unusable_tensors(model: SplitModel, pairs: Pairs) -> Iterator[str]:
     """Find a tensor of a type with which llama.cpp cannot compute, or at an address that ggml's buffers cannot have."""
-    for located in model.located:
-        if error := _describe_unusable(located):
-            yield error
+    for _, header, tensor in model.located:
+        kind, offset = ggml.tensor_type_by_number(tensor.type), header.data_offset + tensor.offset
+        is_vector, name = tensor.name.endswith(("_norm.weight", ".bias", "scale")), shorten(tensor.name)
+        if kind is None or not ggml.can_dequantize(kind) or (is_vector and kind.name != "f32"):
+            problem = "but must be F32" if is_vector else "with which it cannot compute"
+            yield f"the tensor “{name}” has the type {tensor_type_name(tensor.type)}, {problem}"
             return
-
-
-def _describe_unusable(located: LocatedTensor) -> str:
-    _, header, tensor = located
-    kind, offset = ggml.tensor_type_by_number(tensor.type), header.data_offset + tensor.offset
-    is_vector = tensor.name.endswith(("_norm.weight", ".bias", "scale"))
-    if kind is None or not ggml.can_dequantize(kind) or (is_vector and kind.name != "f32"):
-        return f"the tensor “{shorten(tensor.name)}” has the type {tensor_type_name(tensor.type)}" + (
-            ", but must be F32" if is_vector else ", with which it cannot compute"
-        )
-    if offset % _MIN_ALIGNMENT:
-        return f"the data of “{shorten(tensor.name)}” begins at byte {offset:,}, not at a multiple of {_MIN_ALIGNMENT}"
-    return ""
-
-
-_METADATA_CHECKS: Sequence[Check] = (_find_wrong_types, _find_split_errors, _find_vocabulary_errors)
+        if offset % _MIN_ALIGNMENT:
+            yield f"the data of “{name}” begins at byte {offset:,}, not at a multiple of {_MIN_ALIGNMENT}"
+            return

@@ -149,6 +149,12 @@ def fingerprint_file(file: int) -> str:
     return f"{hash_samples(file)} {state.st_mtime_ns} {state.st_ctime_ns}"
 
 
+def describe_pointer(begin: bytes) -> str:
+    """Return what a file is that begins with `begin` if git-lfs left a pointer in its place; otherwise ""."""
+    is_pointer = begin.startswith(b"version https://git-lfs")
+    return "it is a git-lfs pointer, not the file itself; fetch it with: git lfs pull" if is_pointer else ""
+
+
 def git_blob_sha1(path: Path) -> str:
     """Return git's hash of a small file, which is all a hub states for it: sha1 of "blob SIZE\\0" and the bytes."""
     import hashlib

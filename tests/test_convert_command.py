@@ -370,6 +370,7 @@ class TestSources:
             ("config.json", b"{", "not valid JSON"),
             ("config.json", b"{}", "“architectures” does not name"),
             ("tokenizer.json", b"[]", "not a JSON object"),
+            ("tokenizer.json", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         ],
     )
     def test_a_damaged_file_is_named(

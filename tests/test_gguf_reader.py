@@ -64,6 +64,7 @@ class TestHeader:
             (b"", "the file is empty"),
             (b"<html>not found</html>", "is not a GGUF file: it is a web page."),
             (b"PK\x03\x04 zip", "is not a GGUF file"),
+            (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "it is a git-lfs pointer"),
             (b"GGUF\x01\x00\x00\x00" + bytes(16), "its version is 1"),
             (b"GGUF\x00\x00\x00\x03" + bytes(16), "it is big-endian"),
             (b"GGUF\x03\x00\x00\x00\x00\x00", "the file ends inside the number of tensors"),

@@ -118,6 +118,7 @@ class TestInspect:
         ("text", "code", "message"),
         [
             ("./nowhere.gguf", 3, "There is no file"),
+            ("./loop.gguf", 3, "There is no file"),
             ("./cut.gguf", 5, "it is incomplete"),
             ("./cut-in-header.gguf", 5, "it is incomplete or damaged"),
             ("./empty.gguf", 5, "the file is empty"),
@@ -135,6 +136,7 @@ class TestInspect:
         content = tiny_f32.read_bytes()
         for name, data in (("cut", content[:-100]), ("cut-in-header", content[:1000]), ("empty", b""), ("text", b"hi")):
             (tmp_path / f"{name}.gguf").write_bytes(data)
+        (tmp_path / "loop.gguf").symlink_to("loop.gguf")
         output = expect_exit(invoke("inspect", text), code)
         assert message in output
 

@@ -60,6 +60,13 @@ class TestAdapters:
         with pytest.raises(BadCheckpoint, match="it is an IA3 adapter, not a model"):
             Checkpoint.open(write_adapter(tmp_path, peft_type="IA3"))
 
+    def test_an_adapter_of_mlx_is_refused_with_the_command_that_merges_it(self, tmp_path: Path) -> None:
+        folder = write_adapter(tmp_path, fine_tune_type="dora", model="Qwen/Qwen1.5-0.5B", lora_parameters={"rank": 8})
+        (folder / "adapter_model.safetensors").rename(folder / "adapters.safetensors")
+        with pytest.raises(BadCheckpoint, match=r"it is a dora adapter of MLX for Qwen/Qwen1\.5-0\.5B") as caught:
+            Checkpoint.open(folder)
+        assert f"mlx_lm.fuse --model Qwen/Qwen1.5-0.5B --adapter-path {folder} " in caught.value.hint
+
     def test_the_file_of_an_adapter_is_refused_like_its_folder(self, tmp_path: Path, invoke: Run) -> None:
         path = write_adapter(tmp_path) / "adapter_model.safetensors"
         assert "it is a LoRA adapter, not a model" in expect_exit(invoke("convert", str(path)), 5)
@@ -133,6 +140,8 @@ class TestQuantizedAndRearranged:
             (lambda name: name, {f"{UP}.scales": (32, 1), f"{UP}.biases": (32, 1)}, "MLX"),
             (lambda name: name, {f"{UP}.weight_scale_inv": (1, 1)}, f"“{UP}.weight_scale_inv”"),
             (lambda name: name.replace(f"{UP}.weight", f"{UP}.weight_packed"), {}, f"“{UP}.weight_packed”"),
+            (lambda name: name.replace(f"{UP}.weight", f"{UP}.W_q"), {}, f"“{UP}.W_q”"),
+            (lambda name: name.replace(f"{UP}.weight", f"{UP}.weight._data"), {}, f"“{UP}.weight._data”"),
         ],
     )
     def test_quantized_weights_are_recognized_by_their_names(
@@ -164,6 +173,21 @@ class TestQuantizedAndRearranged:
         folder = write_minimal(tmp_path, {"quantization_config": {"quant_method": "awq"}})
         message = expect_exit(invoke(*(word.replace("{}", str(folder)) for word in command)), 5)
         assert "quantized already (awq)" in message
+
+
+class TestHeads:
+    def test_a_value_head_is_left_out(self, tmp_path: Path) -> None:
+        """As by transformers; only training with rewards uses it."""
+        folder = rename_tensors(write_minimal(tmp_path), lambda name: name, {"v_head.summary.weight": (1, 32)})
+        (note,) = make_plan(folder).notes
+        assert note == "Left out v_head.summary.weight (0.0 MB): a value head, which only training uses."
+
+    @pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Qwen2ForSequenceClassification"])
+    def test_a_classifier_is_refused(self, architecture: str, tmp_path: Path) -> None:
+        folder = write_minimal(tmp_path, {"architectures": [architecture]})
+        rename_tensors(folder, lambda name: name.replace("lm_head.", "score."))
+        with pytest.raises(UnsupportedCheckpoint, match=r"it is a classifier \(“score\.weight”\)"):
+            Checkpoint.open(folder)
 
 
 class TestTrainersFolders:
@@ -206,6 +230,21 @@ class TestTrainersFolders:
         with pytest.raises(BadWeights, match="in the shards of DeepSpeed") as caught:
             Checkpoint.open(folder)
         assert "python zero_to_fp32.py . . --safe_serialization" in caught.value.hint
+
+    @pytest.mark.parametrize("inside", ["", "pytorch_model_fsdp_0"])
+    @pytest.mark.parametrize("has_config", [True, False])
+    def test_shards_of_fsdp_are_refused_with_the_command_that_joins_them(
+        self, has_config: bool, inside: str, tmp_path: Path, invoke: Run
+    ) -> None:
+        folder = write_minimal(tmp_path)
+        for file in ("model.safetensors", *(() if has_config else ("config.json",))):
+            (folder / file).unlink()
+        for shards in (folder / inside, folder / "optimizer_0"):
+            shards.mkdir(exist_ok=True)
+            (shards / "__0_0.distcp").write_bytes(b"")
+        message = expect_exit(invoke("convert", str(folder)), 5)
+        assert "in the shards of PyTorch's FSDP" in message
+        assert f"accelerate merge-weights {folder / inside} model-merged." in message
 
 
 def test_an_index_with_wrapped_names_is_checked_as_it_is(tmp_path: Path) -> None:

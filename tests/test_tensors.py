@@ -60,7 +60,7 @@ class TestTensors:
         with pytest.raises(BadCheckpoint, match=r"“model.layers.1.*and 9 more"):
             make_plan(set_json(folder, "config.json", num_hidden_layers=1))
 
-    @pytest.mark.parametrize("name", ["score.weight", "model.layers.0.self_attn.q_norm.weight"])
+    @pytest.mark.parametrize("name", ["model.scores.weight", "model.layers.0.self_attn.q_norm.weight"])
     def test_an_unknown_tensor_is_refused_by_name(self, name: str, tmp_path: Path) -> None:
         with pytest.raises(BadCheckpoint, match=f"does not have: “{name}”") as caught:
             make_plan(write_minimal(tmp_path, tensors={name: (4, 4)}))

@@ -441,13 +441,15 @@ class TestFlagsOfAddedTokens:
                 load_vocabulary(folder)
             assert f'set "{flag}"' in no.value.hint
 
-    def test_tokenizer_config_takes_precedence(self, tmp_path: Path) -> None:
-        folder = set_json(
-            write_minimal(tmp_path), "tokenizer.json", added_tokens=[{"id": 270, "content": "<MASK>", "lstrip": True}]
-        )
-        entry = {"content": "<MASK>", "lstrip": False, "special": True}
-        set_json(folder, "tokenizer_config.json", added_tokens_decoder={"270": entry}, eos_token="<MASK>")
-        assert load_vocabulary(folder).token_types[270] == CONTROL
+    @pytest.mark.parametrize("flags", [(True, False), (False, True)])
+    def test_they_are_refused_if_the_files_contradict_each_other(
+        self, flags: tuple[bool, bool], tmp_path: Path
+    ) -> None:
+        one, other = ({"id": 270, "content": "<MASK>", "special": True, "lstrip": flag} for flag in flags)
+        folder = set_json(write_minimal(tmp_path), "tokenizer.json", added_tokens=[one])
+        set_json(folder, "tokenizer_config.json", added_tokens_decoder={"270": other})
+        with pytest.raises(UnsupportedCheckpoint, match=r"“<MASK>” \(lstrip\)"):
+            load_vocabulary(folder)
 
     def test_a_token_that_no_text_contains_is_refused(self, tmp_path: Path) -> None:
         entries = [{"id": 270, "content": "e\u0301"}]

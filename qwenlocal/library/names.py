@@ -27,7 +27,7 @@ from qwenlocal.errors import BadWeights, ModelNotFound
 from qwenlocal.i18n import tr
 from qwenlocal.library.catalog import Catalog, ModelCard
 from qwenlocal.model_files import FILE_TYPES, parse_piece
-from qwenlocal.weights.other_formats import ADAPTER_CONFIG, adapter_only, find_inner_checkpoints
+from qwenlocal.weights.other_formats import ADAPTER_CONFIG, adapter_only, distributed_weights, find_inner_checkpoints
 
 _LEVELS = [*FILE_TYPES, "q3_k", "q4_k", "q5_k"]  # as in file names; the last three without S, M or L
 _HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+?))?(?:(?P<mark>[:/])(?P<rest>.+))?")
@@ -250,6 +250,8 @@ def _not_a_checkpoint(path: Path) -> BadWeights:
         return BadWeights.unreadable(path, reason)
     if ADAPTER_CONFIG in names:
         return adapter_only(path)
+    if error := distributed_weights(path):
+        return error
     models = [path / name for name in names if name.endswith(".gguf")] + find_inner_checkpoints(path)
     hint = "A model is a .gguf file, or a directory with config.json."
     if any(name.endswith(".safetensors") for name in names):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -69,7 +70,7 @@ class ModelProvider:
         try:
             name = parse_name(text, self._catalog)
         except (ModelNotFound, BadWeights):
-            path = Path(text).expanduser().resolve()
+            path = Path(os.path.realpath(os.path.expanduser(text)))  # Path.resolve raises if links form a loop
             converting = {conversion.name for conversion in unfinished_conversions(self._folders)}
             if self._store.get(str(path)) is None and str(path) not in converting:
                 raise

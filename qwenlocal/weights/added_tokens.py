@@ -84,12 +84,11 @@ def read_added_tokens(file: Path, entries: Any, settings: Mapping[str, Any]) -> 
         number, token = (entry.get("id"), entry.get("content")) if isinstance(entry, dict) else (None, None)
         if not isinstance(number, int) or isinstance(number, bool) or not isinstance(token, str) or not token:
             raise BadCheckpoint(file, f"the added token {brief_repr(entry)} is malformed")
+        _check_flags(file, token, entry)
         known = tokens.setdefault(number, entry)
         if known["content"] != token:
             raise same_id(file, number, known["content"], token)
         tokens[number] = {**entry, **known}
-    for entry in tokens.values():
-        _check_flags(file, entry)
     return {number: (entry["content"], _token_type(entry)) for number, entry in tokens.items()}
 
 
@@ -113,8 +112,7 @@ def _token_type(entry: Mapping[str, Any]) -> int:
     return CONTROL if entry.get("special") or CONTROL_LOOK.fullmatch(entry["content"]) else USER_DEFINED
 
 
-def _check_flags(file: Path, entry: Mapping[str, Any]) -> None:
-    token = entry["content"]
+def _check_flags(file: Path, token: str, entry: Mapping[str, Any]) -> None:
     for flag, effect in _FLAGS.items():
         if entry.get(flag):
             raise UnsupportedCheckpoint(

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from qwenlocal.errors import BadWeights
+from qwenlocal.fileio import describe_pointer
 from qwenlocal.formatting import format_quantity, shorten
 from qwenlocal.ggml import tensor_type_by_number
 
@@ -119,9 +120,12 @@ class _Reader:
     def _check_magic(self) -> None:
         if self.size == 0:
             raise BadWeights(self.path, "the file is empty")
-        magic = self.file.read(4)
-        if magic != MAGIC:
-            cause = ": it is a web page" if magic.lstrip().startswith(b"<") else ""
+        begin = self.file.read(64)
+        if pointer := describe_pointer(begin):
+            raise BadWeights(self.path, pointer)
+        self.file.seek(len(MAGIC))
+        if not begin.startswith(MAGIC):
+            cause = ": it is a web page" if begin.lstrip().startswith(b"<") else ""
             raise BadWeights(
                 self.path,
                 f"it is not a GGUF file{cause}",
@@ -355,6 +359,6 @@ def _check_layout(path: Path, header: Header, alignment: int, size: int) -> None
         if end > size:
             raise BadWeights(
                 path,
-                f"tensor {shorten(tensor.name)} would end at byte {end:,}, but the file has {size:,}; it is incomplete",
+                f"“{shorten(tensor.name)}” would end at byte {end:,}, but the file has {size:,}; it is incomplete",
             )
         expected += -(-length // alignment) * alignment

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenlocal.errors import BadCheckpoint
+from qwenlocal.fileio import describe_pointer
 from qwenlocal.weights.safetensors import describe_json_error, find_duplicate
 
 _MAX_SIZE = 200_000_000  # bytes
@@ -38,7 +39,10 @@ def read_json(path: Path, content: str) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MAX_SIZE:
             raise BadCheckpoint(path, f"it has {path.stat().st_size:,} bytes, more than any real one")
-        value = json.loads(path.read_bytes(), object_pairs_hook=_reject_duplicates)
+        data = path.read_bytes()
+        if pointer := describe_pointer(data):
+            raise BadCheckpoint(path, pointer)
+        value = json.loads(data, object_pairs_hook=_reject_duplicates)
     except FileNotFoundError as reason:
         raise BadCheckpoint(path.parent, f"it has no {path.name}, which contains {content}") from reason
     except OSError as reason:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,19 @@ from typing import Any
 from qwenlocal.errors import BadCheckpoint, UnsupportedCheckpoint
 
 ADAPTER_CONFIG = "adapter_config.json"
+_PEFT_KEYS, _MLX_KEYS = ("peft_type", "base_model_name_or_path"), ("fine_tune_type", "model")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 PICKLED_MODELS = ("pytorch_model.bin", "pytorch_model.bin.index.json")  # transformers: WEIGHTS_NAME, WEIGHTS_INDEX_NAME
 
 _TRAINER_STATE = re.compile(r"(optimizer|scheduler|scaler|rng_state|random_states|training_args)\b.*")
 _PEFT = re.compile(r"^base_model\.model\.|\.(lora_\w+|base_layer|modules_to_save|ia3_l|oft_\w+|vera_\w+)(\.|$)")
-_GPTQ = re.compile(r"\.(qweight|qzeros)$")
-_MLX = re.compile(r"\.(scales|biases)$")
-_COMPRESSED = re.compile(r"\.(weight_packed|weight_scale|weight_scale_inv|absmax|quant_state\..+|quant_map)$")
+_QUANTIZED = {
+    "GPTQ or AWQ": re.compile(r"\.(qweight|qzeros)$"),
+    "MLX": re.compile(r"\.(scales|biases)$"),
+    "": re.compile(
+        r"\.(weight_packed|weight_scale|weight_scale_inv|absmax|quant_state\..+|quant_map|W_q|weight\._data)$"
+    ),
+}
 
 
 def training_step(folder: str) -> int:
@@ -77,31 +83,57 @@ def no_weights(folder: Path, files: Iterable[str]) -> BadCheckpoint:
     if pickled := find_pickled_model(files):
         return pickled_weights(folder, pickled)
     if "zero_to_fp32.py" in files:
-        return BadCheckpoint(
-            folder,
-            "its weights are in the shards of DeepSpeed",
-            hint=f"Join them: cd {folder} && python zero_to_fp32.py . . --safe_serialization",
-        )
+        join = f"cd {folder} && python zero_to_fp32.py . . --safe_serialization"
+        return BadCheckpoint(folder, "its weights are in the shards of DeepSpeed", hint=f"Join them: {join}")
+    if error := distributed_weights(folder):
+        return error
     inner = find_inner_checkpoints(folder)
     hint = f"Did you mean {inner[0]}?" if inner else ""
     return BadCheckpoint(folder, "it contains no safetensors files", hint=hint)
 
 
+def distributed_weights(folder: Path) -> BadCheckpoint | None:
+    """Return the error for a folder with the shards of PyTorch's FSDP, in itself or a folder below; None without."""
+    shards = next(
+        (shard for pattern in ("*.distcp", "*model*/*.distcp") for shard in sorted(folder.glob(pattern))), None
+    )
+    if shards is None:
+        return None
+    join = f"accelerate merge-weights {shards.parent} {folder.name}-merged"
+    hint = (
+        f"Join them: {join}. Then copy config.json and the tokenizer's files there, and convert {folder.name}-merged."
+    )
+    return BadCheckpoint(folder, "its weights are in the shards of PyTorch's FSDP (.distcp)", hint=hint)
+
+
 def adapter_only(folder: Path) -> BadCheckpoint:
     """Return the error for the folder of an adapter; its adapter_config.json may name the base model."""
     try:
-        config = json.loads((folder / ADAPTER_CONFIG).read_bytes())
-        kind, base = config.get("peft_type"), config.get("base_model_name_or_path")
-    except (OSError, ValueError, RecursionError, AttributeError):
-        kind = base = None
-    name = kind if isinstance(kind, str) and kind.isidentifier() and kind != "LORA" else "LoRA"
-    model = f" for {base}" if isinstance(base, str) and base.isprintable() and 0 < len(base) < 200 else ""
-    article = "an" if name[0] in "AEIO" else "a"
-    return BadCheckpoint(folder, f"it is {article} {name} adapter{model}, not a model", hint=adapter_hint(str(folder)))
+        config = {**json.loads((folder / ADAPTER_CONFIG).read_bytes())}
+    except (OSError, ValueError, RecursionError, TypeError):
+        config = {}
+    is_mlx = "fine_tune_type" in config
+    kind, base = (config.get(key) for key in (_MLX_KEYS if is_mlx else _PEFT_KEYS))
+    name = kind if isinstance(kind, str) and kind.isidentifier() and kind.upper() != "LORA" else "LoRA"
+    model = base if isinstance(base, str) and base.isprintable() and 0 < len(base) < 200 else ""
+    return BadCheckpoint(
+        folder,
+        f"it is {'an' if name[0] in 'AEIO' else 'a'} {name} adapter{' of MLX' if is_mlx else ''}"
+        f"{f' for {model}' if model else ''}, not a model",
+        hint=_mlx_hint(folder, model) if is_mlx else adapter_hint(str(folder)),
+    )
+
+
+def _mlx_hint(adapter: Path, base: str) -> str:
+    merged = f"{adapter.name}-merged"
+    command = f"mlx_lm.fuse --model {shlex.quote(base or 'MODEL')} --adapter-path {shlex.quote(str(adapter))}"
+    return (
+        f"Merge it into its base model: {command} --save-path {merged} --dequantize; then: qwenlocal convert {merged}"
+    )
 
 
 def adapter_hint(adapter: str) -> str:
-    """Return how to make a model of an adapter and its base model."""
+    """Return how to make a model of an adapter of peft and its base model."""
     merged = f"{adapter.rstrip('/').rpartition('/')[2]}-merged"
     return (
         f"Merge it into its base model with peft: AutoPeftModelForCausalLM.from_pretrained({adapter!r})"
@@ -140,17 +172,18 @@ def check_tensor_names(folder: Path, names: Iterable[str]) -> None:
             hint="Load it as in training, merge it (merge_and_unload of peft), save the result with save_pretrained, "
             "and convert that.",
         )
-    if any(map(_GPTQ.search, names)):
-        raise _quantized_weights(folder, "GPTQ or AWQ")
-    if any(map(_MLX.search, names)):
-        raise _quantized_weights(folder, "MLX")
-    if compressed := next(filter(_COMPRESSED.search, names), None):
-        raise _quantized_weights(folder, f"“{compressed}”")
+    for method, pattern in _QUANTIZED.items():
+        if quantized := next(filter(pattern.search, names), None):
+            raise _quantized_weights(folder, method or f"“{quantized}”")
     if any(".switch_mlp." in name for name in names):
         raise UnsupportedCheckpoint(
             folder,
             "its experts are stored as MLX stacks them (switch_mlp)",
             hint="Convert the checkpoint that the MLX model was made from.",
+        )
+    if score := next((name for name in names if name.startswith("score.")), None):
+        raise UnsupportedCheckpoint(
+            folder, f"it is a classifier (“{score}”), which writes no text", hint="Convert the model it was made from."
         )
 
 

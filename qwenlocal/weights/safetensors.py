@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from qwenlocal.errors import BadCheckpoint
+from qwenlocal.fileio import describe_pointer
 
 MAX_HEADER_SIZE = 100_000_000  # the limit of the format's own library
 
@@ -109,8 +110,8 @@ def parse_header(header: RawHeader) -> list[StoredTensor]:
 
 
 def _describe_short_file(begin: bytes, size: int, length: int) -> str:
-    if begin.startswith(b"version https://git-lfs"):
-        return "this is a git-lfs pointer, not the file itself; fetch it with: git lfs pull"
+    if pointer := describe_pointer(begin):
+        return pointer
     if size == 0:
         return "the file is empty"
     return f"it is not a safetensors file, or incomplete: a header of {length:,} bytes in a file of {size:,}"

@@ -24,7 +24,10 @@ from qwenlocal.weights.tensor_values import FileRange, have_same_bytes
 
 _FLOAT_TYPES = {"F32", "F16", "BF16"}
 _EMBEDDING, _OUTPUT = "embed_tokens.weight", "lm_head.weight"
-_RECOMPUTED = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
+_UNUSED = {  # by what their names match
+    re.compile(r"\.(rotary_emb\.inv_freq|attention\.(masked_)?bias)$"): "computed by llama.cpp itself",
+    re.compile(r"^v_head\."): "a value head, which only training uses",
+}
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,8 @@ class _StoredTensors:
         self.dropped: list[DroppedTensor] = []
         self.notes: list[str] = []
         for name in list(self._left):
-            if name.endswith(_RECOMPUTED):
-                self.drop(name, "computed by llama.cpp itself")
+            if reason := next((reason for pattern, reason in _UNUSED.items() if pattern.search(name)), None):
+                self.drop(name, reason)
             elif name.endswith("_proj.bias") and not re.search(r"self_attn\.[qkv]_proj\.bias$", name):
                 self._drop_zero_bias(name)
 

@@ -9,11 +9,11 @@ https://docs.kernel.org/admin-guide/cgroup-v1/memory.html
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 _V2 = ""  # the name of the hierarchy without named controllers in /proc/self/cgroup
+_RECLAIMABLE = ("inactive_file", "active_file", "slab_reclaimable")  # keys of memory.stat
 
 
 class GroupMemory(NamedTuple):
@@ -23,42 +23,25 @@ class GroupMemory(NamedTuple):
     available: int
 
 
-class _MemoryFiles(NamedTuple):
-    """Names of a group's files, and the keys of its memory.stat whose pages the kernel can reclaim."""
-
-    controller: str
-    limits: Sequence[str]
-    usage: str
-    reclaimable: Sequence[str]
-
-
-_MEMORY_FILES = (
-    # Above memory.high, a group is not killed, but slowed down until it has swapped enough: a limit as well.
-    _MemoryFiles(
-        _V2, ("memory.max", "memory.high"), "memory.current", ("inactive_file", "active_file", "slab_reclaimable")
-    ),
-    # memory.memsw.limit_in_bytes, for memory and swap together, is never lower than this limit.
-    _MemoryFiles(
-        "memory", ("memory.limit_in_bytes",), "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")
-    ),
-)
-
-
 def read_memory_limits(root: Path) -> list[GroupMemory]:
     """Return the memory of each limited group that this process is in; reclaimable pages are available."""
-    memory = (_read_memory(folder, files) for files in _MEMORY_FILES for folder in _groups(root, files.controller))
-    return [group for group in memory if group is not None]
+    groups = map(_read_memory, [*_groups(root, _V2), *_groups(root, "memory")])
+    return [group for group in groups if group is not None]
 
 
-def _read_memory(folder: Path, files: _MemoryFiles) -> GroupMemory | None:
+def _read_memory(folder: Path) -> GroupMemory | None:
+    """Read the limit and the use of a group of either version; the names of their files differ."""
     stat = dict(line.split(" ", 1) for line in read_text(folder / "memory.stat").splitlines() if " " in line)
-    # A version 1 container cannot see the groups above it; the last value includes their limits.
-    texts = [*(read_text(folder / name) for name in files.limits), stat.get("hierarchical_memory_limit", "")]
-    limits, usage = [int(text) for text in texts if text.isdigit()], read_text(folder / files.usage)
+    # Above memory.high, a group is slowed down until it has swapped enough. A version 1 container cannot see the groups
+    # above it; hierarchical_memory_limit includes their limits.
+    texts = [read_text(folder / name) for name in ("memory.max", "memory.high", "memory.limit_in_bytes")]
+    limits = [int(text) for text in (*texts, stat.get("hierarchical_memory_limit", "")) if text.isdigit()]
+    usage = read_text(folder / "memory.current") or read_text(folder / "memory.usage_in_bytes")
     if not limits or not usage.isdigit():
         return None
-    used = int(usage) - sum(int(stat.get(key, "0")) for key in files.reclaimable)
-    return GroupMemory(min(limits), max(0, min(limits) - max(0, used)))
+    # In version 1, only the totals include the groups below.
+    reclaimable = sum(int(stat.get(f"total_{key}", stat.get(key, "0"))) for key in _RECLAIMABLE)
+    return GroupMemory(min(limits), max(0, min(limits) - max(0, int(usage) - reclaimable)))
 
 
 def read_cpu_quota(root: Path) -> float | None:

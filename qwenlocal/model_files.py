@@ -58,7 +58,10 @@ FILE_TYPE_ALIASES: Mapping[str, str] = {
 }
 
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.gguf|\.safetensors)", re.IGNORECASE)
-_PIECE = re.compile(r"(.*\.gguf)(?:[.-](?:split-)?([a-z])|[.-]part(\d+)of(\d+))", re.IGNORECASE)
+_PIECE = re.compile(
+    r"(.*\.gguf)[.-](?:(?:split-)?(?:a?(?P<letter>[a-z])|(?P<digits>\d{2,3}))|part(?P<part>\d+)(?:of(?P<total>\d+))?)",
+    re.IGNORECASE,
+)
 
 
 class Shard(NamedTuple):
@@ -86,7 +89,7 @@ class FilePiece(NamedTuple):
     """
     A piece of a GGUF file that was cut by size, by its name: x.gguf.part2of3 is `("x.gguf", 2, 3)`.
 
-    x.gguf.b and x.gguf-split-b are `("x.gguf", 2, 0)`: such names do not tell how many there are.
+    x.gguf.b, x.gguf-split-ab and x.gguf.002 are `("x.gguf", 2, 0)`: such names do not tell how many there are.
     """
 
     file: str
@@ -99,6 +102,6 @@ def parse_piece(name: str) -> FilePiece | None:
     match = _PIECE.fullmatch(name)
     if not match:
         return None
-    if match[2]:
-        return FilePiece(match[1], ord(match[2].lower()) - ord("a") + 1, 0)
-    return FilePiece(match[1], int(match[3]), int(match[4]))
+    letter = match["letter"]
+    number = ord(letter.lower()) - ord("a") + 1 if letter else int(match["digits"] or match["part"])
+    return FilePiece(match[1], number, int(match["total"] or 0))

@@ -228,7 +228,9 @@ TAGGED = [
         ("ud-q4_k_xl", "x-UD-Q4_K_XL-00001-of-00002.gguf"),
         ("Q4_K_XL", "x-UD-Q4_K_XL-00001-of-00002.gguf"),
         ("UD-Q4_K_M", "x-UD-Q4_K_M.gguf"),
+        ("UD_Q4_K_M", "x-UD-Q4_K_M.gguf"),
         ("q4_k_m", "x-Q4_K_M.gguf"),
+        ("q4_k", "x-Q4_K_M.gguf"),
         ("I-Compact", "x-I-Compact.gguf"),
         ("q4_0_4_4", "x-Q4_0_4_4.gguf"),
         ("imat", "BF16/x-BF16-imat.gguf"),
@@ -241,7 +243,7 @@ def test_a_tag_stands_for_the_file_that_has_it_in_its_name(library: Library, tag
     assert select_model(RepoListing("o/r", "", [RemoteFile(path, 1, None) for path in TAGGED]), name).name == file
 
 
-@pytest.mark.parametrize("tag", ["q4_0", "q4_k", "q4_k_x", "compac", "x-ud-q4"])
+@pytest.mark.parametrize("tag", ["q4_0", "q4_k_x", "compac", "x-ud-q4"])
 def test_an_unknown_tag_lists_what_there_is(library: Library, tag: str) -> None:
     listing = RepoListing("o/r", "", [RemoteFile(path, 1, None) for path in TAGGED])
     with pytest.raises(ModelNotFound, match=f"o/r has no {tag} file") as caught:

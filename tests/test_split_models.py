@@ -93,7 +93,9 @@ def test_a_missing_part_is_named(command: tuple[str, ...], parts: Path, invoke: 
 
 
 @each_command
-@pytest.mark.parametrize("ending", ["-split-{letter}", ".{letter}", ".part{number}of11"])
+@pytest.mark.parametrize(
+    "ending", [".{letter}", "-split-a{letter}", ".{number:03}", ".part{number}", ".part{number}of11"]
+)
 def test_pieces_are_joined_with_the_suggested_command(
     command: tuple[str, ...], ending: str, random_model: Path, tmp_path: Path, invoke: Run
 ) -> None:
@@ -106,6 +108,16 @@ def test_pieces_are_joined_with_the_suggested_command(
         assert f"it is piece {number} of x.gguf" in message
     subprocess.run(message.partition("Join all pieces: ")[2], shell=True, check=True)
     assert (tmp_path / "x.gguf").read_bytes() == content
+
+
+@pytest.mark.parametrize("names", [["x.gguf.a"], ["x.gguf.part1of3", "x.gguf.part3of3"]])
+def test_pieces_are_not_joined_if_one_is_missing(
+    names: list[str], random_model: Path, tmp_path: Path, invoke: Run
+) -> None:
+    for name in names:
+        (tmp_path / name).write_bytes(random_model.read_bytes()[:1000])
+    message = expect_exit(invoke("run", str(tmp_path / names[0]), "Hi"), 5)
+    assert "Download the other pieces into the same folder" in message
 
 
 @each_command

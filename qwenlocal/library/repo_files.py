@@ -10,7 +10,7 @@ from qwenlocal.errors import CheckpointOnly, ModelNotFound
 from qwenlocal.i18n import tr
 from qwenlocal.library.hubs import RemoteFile, RepoListing
 from qwenlocal.library.names import HubName, level_from_filename
-from qwenlocal.model_files import FILE_TYPES, parse_piece, parse_shard
+from qwenlocal.model_files import FILE_TYPE_ALIASES, FILE_TYPES, parse_piece, parse_shard
 from qwenlocal.weights.other_formats import (
     ADAPTER_CONFIG,
     PICKLED,
@@ -201,9 +201,10 @@ def _select_by_level(listing: RepoListing, models: Sequence[ModelFiles], level: 
 
 def _find_level(models: Sequence[ModelFiles], level: str) -> ModelFiles | None:
     """Return the model with this quantization type or tag; of several, the one with the shortest name."""
-    matching = [model for model in models if model.level == level]
+    matching = [model for model in models if model.level in (level, FILE_TYPE_ALIASES.get(level, level))]
     if level not in FILE_TYPES:
-        tag = re.compile(rf"(?<![a-z0-9]){re.escape(level)}(?![a-z0-9_])")
+        spelling = re.sub(r"[-_.]", "[-_.]", level)
+        tag = re.compile(rf"(?<![a-z0-9]){spelling}(?![a-z0-9_])")
         matching += [model for model in models if tag.search(model.name.casefold())]
     return min(matching, key=lambda model: len(model.name), default=None)
 

@@ -129,18 +129,20 @@ def _check_whole(path: Path) -> None:
             raise BadWeights(
                 path,
                 f"it is piece {piece.number} of {piece.file}",
-                hint=f"Join all pieces: {_join_command(path, piece)}",
+                hint=_join_hint(path, piece),
             ) from None
 
 
-def _join_command(path: Path, piece: FilePiece) -> str:
+def _join_hint(path: Path, piece: FilePiece) -> str:
     pieces = {}
     for file in path.parent.iterdir():
         other = parse_piece(file.name)
         if other and (other.file, other.total) == (piece.file, piece.total):
             pieces[other.number] = shlex.quote(str(file))
+    if len(pieces) < (piece.total or 2):
+        return f"Download the other pieces into the same folder; then join them: cat … > {piece.file}"
     files = " ".join(pieces[number] for number in sorted(pieces))
-    return f"cat {files} > {shlex.quote(str(path.with_name(piece.file)))}"
+    return f"Join all pieces: cat {files} > {shlex.quote(str(path.with_name(piece.file)))}"
 
 
 class _Part(NamedTuple):

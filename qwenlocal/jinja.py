@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from jinja2 import Template
+from types import CodeType
+from typing import Any
 
 _MAX_REASON = 300  # characters
 
@@ -23,8 +21,8 @@ class TemplateRejection(TemplateFailure):
 class CompiledTemplate:
     """A template that can be rendered."""
 
-    def __init__(self, template: Template) -> None:
-        self._template = template
+    def __init__(self, code: CodeType, now: Callable[[], datetime]) -> None:
+        self._code, self._now = code, now
 
     def render(self, **variables: Any) -> str:
         """
@@ -35,10 +33,10 @@ class CompiledTemplate:
         TemplateRejection: the template rejects them.
         TemplateFailure: it fails, or takes too much time or memory.
         """
-        from qwenlocal.jinja_sandbox import InputRejected, render_template
+        from qwenlocal.jinja_sandbox import InputRejected, render_code
 
         try:
-            return render_template(self._template, variables)
+            return render_code(self._code, variables, self._now)
         except InputRejected as error:
             raise TemplateRejection(_describe(error)) from error
         except Exception as error:  # a template can raise whatever Python's operators and methods raise
@@ -53,10 +51,10 @@ def compile_template(source: str, now: Callable[[], datetime] = datetime.now) ->
     ------
     TemplateFailure: `source` is not valid Jinja, or too long or nested too deeply.
     """
-    from qwenlocal.jinja_sandbox import TemplateEnvironment
+    from qwenlocal.jinja_sandbox import compile_source
 
     try:
-        return CompiledTemplate(TemplateEnvironment(now).compile_template(source))
+        return CompiledTemplate(compile_source(source), now)
     except Exception as error:  # besides Jinja's errors, those of Python's compiler
         raise TemplateFailure(_describe(error)) from error
 

@@ -2,52 +2,51 @@
 Jinja with the settings of transformers, and with limits: templates come from untrusted files.
 
 Jinja's sandbox protects the machine, but not its memory and time: `{{ 'a' * 10**10 }}` asks for 10 GB, and two nested
-loops over `range(100000)` run for minutes. Here every operator, call, filter, loop, slice and literal of a template
-goes through the `RenderMeter` of its rendering, which refuses results that are too large before they are computed.
+loops over `range(100000)` run for minutes.
 
 Source of the settings: transformers, utils/chat_template_utils.py, `_cached_compile_jinja_template`.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
 import time
-import types
-from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, ValuesView
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
 from datetime import datetime
+from types import CodeType
 from typing import Any, NoReturn
 
-from jinja2 import Template, TemplateError, TemplateRuntimeError, nodes, pass_context
+from jinja2 import Template, TemplateError, TemplateRuntimeError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.runtime import Context, markup_join, str_join
+from jinja2.runtime import Context, LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
+from markupsafe import soft_str
 
-MAX_SOURCE = 200_000  # characters; compiling them takes 1.5 s. The longest templates on the Hub have 30,000.
+MAX_SOURCE = 100_000  # characters; compiling them can take 3 s. The longest templates on the Hub have 30,000.
 MAX_SECONDS = 2.0  # of processor time for one rendering
-MAX_SIZE = 20_000_000  # of all values that one rendering makes, plus _INPUT_FACTOR times the size of the messages
-_INPUT_FACTOR = 20
-_MAX_DEPTH = 100  # of nested lists
-_ITEM, _CONTAINER = 8, 100  # sizes of an item of a list and of a list; a character is 1
-_SMALL = 256  # shorter texts are not remembered: they may be counted twice
+MAX_SIZE = 1_000_000  # characters of one value or of the output, plus 5 times the size of the messages
+_MAX_TOTAL = 100  # times that: all values of one rendering together, including those that are free again
 _MAX_BITS = 15_000  # of an integer; Python prints no longer ones
 
-_METER = "<meter>"  # the name of a variable that templates cannot spell
-# The size of the result, or the time, grows with the product of the sizes of all arguments; a number is its own size.
+# The memory or the time of these filters and methods grows with the product of their arguments.
 _PRODUCTS = frozenset(
-    ("join", "translate", "expandtabs", "indent", "tojson", "sum", "rfind", "rindex", "rsplit", "rpartition", "strip",
-     "lstrip", "rstrip", "trim")
+    ("batch", "center", "expandtabs", "indent", "join", "ljust", "lstrip", "replace", "rfind", "rindex", "rjust",
+     "rpartition", "rsplit", "rstrip", "slice", "strip", "sum", "to_bytes", "tojson", "translate", "trim", "zfill")
 )  # fmt: skip
-_PADDING = frozenset(("center", "ljust", "rjust", "zfill", "batch", "slice", "to_bytes"))
-_SLOW = frozenset(("striptags", "urlize", "xmlattr", "pprint", "wordwrap", "encode", "decode"))  # quadratic or worse
-_MAX_SLOW = 2000
+_SQUARES = frozenset(
+    ("decode", "encode", "pprint", "striptags", "urlize", "wordwrap", "xmlattr")
+)  # even with its square
 _FORMATS = frozenset(("format", "format_map"))
-_CONTAINERS = (list, tuple, set, frozenset, dict, KeysView, ValuesView, ItemsView)
 _SEQUENCES = (str, bytes, list, tuple)
+_CONTAINERS = (list, tuple, set, frozenset, dict, range, KeysView, ValuesView, ItemsView)
+# Filters that are compiled into a template, under names that it cannot spell.
+_ITERATE, _ADD, _TEXT = "<iterate>", "<add>", "<text>"
 
 
 class LimitExceeded(TemplateRuntimeError):
@@ -58,232 +57,191 @@ class InputRejected(TemplateError):
     """A template called `raise_exception`."""
 
 
-class RenderMeter:
-    """Counts the processor time of one rendering, and the sizes of the values that it makes."""
-
-    def __init__(self, variables: Mapping[str, Any]) -> None:
-        """`variables` are what the template is rendered with."""
-        self._deadline = time.thread_time() + MAX_SECONDS
-        self._known: dict[int, tuple[Any, int, int]] = {}  # by id: the value, its size and depth
-        self._used, self._written, self._limit = 0, 0, math.inf
-        size = sum(self.measure(value) for value in variables.values())
-        self._used, self._limit = 0, MAX_SIZE + _INPUT_FACTOR * size
-
-    def check_time(self) -> None:
-        """
-        Raises
-        ------
-        LimitExceeded: the rendering takes too long.
-        """
-        if time.thread_time() > self._deadline:
-            raise LimitExceeded(f"it takes longer than {MAX_SECONDS:g} seconds")
-
-    def reserve(self, size: float) -> None:
-        """
-        Check that a value of this size may be made.
-
-        Raises
-        ------
-        LimitExceeded: it would be too large.
-        """
-        if self._used + size > self._limit:
-            raise LimitExceeded("it needs too much memory")
-
-    def measure(self, value: Any) -> int:
-        """
-        Return the size of a value, counting what it holds as often as it occurs; what is new is added to the total.
-
-        Raises
-        ------
-        LimitExceeded: it is too large, or nested too deeply.
-        """
-        return self._measure(value)[0]
-
-    def _measure(self, value: Any) -> tuple[int, int]:
-        known = self._known.get(id(value))
-        if known is not None:
-            return known[1:]
-        size, depth, own = 1, 0, 0
-        if isinstance(value, (str, bytes)):
-            size = own = len(value)
-        elif isinstance(value, int):
-            self._check_bits(value.bit_length())
-        elif isinstance(value, Namespace):  # can change, so its size cannot be remembered
-            raise LimitExceeded("it uses a namespace as a value")
-        elif isinstance(value, _CONTAINERS):
-            own = _CONTAINER + _ITEM * len(value)
-            self.reserve(own)
-            size, depth = self._measure_items(value)
-        if own >= _CONTAINER and (depth or own >= _SMALL):
-            self._known[id(value)] = value, size, depth
-        self._used += own
-        self.reserve(size)
-        return size, depth
-
-    def _measure_items(self, container: Any) -> tuple[int, int]:
-        size, depth = _CONTAINER, 0
-        for item in [*container.keys(), *container.values()] if isinstance(container, dict) else container:
-            item_size, item_depth = self._measure(item)
-            size, depth = size + item_size + _ITEM, max(depth, item_depth)
-            if size > self._limit:
-                break
-        if depth >= _MAX_DEPTH:
-            raise LimitExceeded("it is nested too deeply")
-        return size, depth + 1
-
-    def _check_bits(self, bits: int) -> None:
-        if bits > _MAX_BITS:
-            raise LimitExceeded("it uses numbers that are too large")
-
-    def write(self, value: Any) -> None:
-        """Count a value that becomes part of the output, which repeats values that exist."""
-        self._written += self.measure(value)
-        if self._written > self._limit:
-            raise LimitExceeded("its output is too long")
-
-    def collect(self, value: Any) -> Any:
-        """Return a list of what a generator yields; any other value itself."""
-        if not isinstance(value, types.GeneratorType):
-            return value
-        items, size = [], 0
-        for item in value:
-            size += self.measure(item) + _ITEM
-            self.reserve(size)
-            items.append(item)
-        return items
-
-    def reserve_operator(self, operator: str, left: Any, right: Any) -> None:
-        """Check that an operator may be applied."""
-        self.check_time()
-        size: float = self.measure(left) + self.measure(right)
-        if operator == "**" and isinstance(left, int) and isinstance(right, int):
-            self._check_bits(left.bit_length() * right)
-        elif operator == "*" and isinstance(right, int) and isinstance(left, _SEQUENCES):
-            size = _shallow_size(left) * right
-        elif operator == "*" and isinstance(left, int) and isinstance(right, _SEQUENCES):
-            size = _shallow_size(right) * left
-        elif operator == "%" and isinstance(left, (str, bytes)):
-            values = right if isinstance(right, tuple) else (right,)
-            size = _format_size(left, size + sum(abs(value) for value in values if isinstance(value, int)))
-        self.reserve(size)
-
-    def reserve_result(self, name: str, arguments: list[Any]) -> None:
-        """Check that the filter or method `name` may be called with these arguments, the first one its receiver."""
-        self.check_time()
-        sizes = [0 if isinstance(value, Namespace) else self.measure(value) for value in arguments]
-        numbers = [abs(value) for value in arguments if isinstance(value, int)]
-        if name in _FORMATS:
-            self.reserve(_format_size(arguments[0], sum(sizes[1:]) + sum(numbers)))
-        elif name == "replace" and all(isinstance(value, str) for value in arguments[:3]):
-            text, old, new = arguments[:3]
-            self.reserve(text.count(old) * len(new))
-        elif name in _PRODUCTS:
-            self.reserve(math.prod(1 + size for size in sizes) * math.prod(1 + number for number in numbers))
-        elif name in _PADDING:
-            self.reserve(sum(numbers))
-        elif name in _SLOW and sum(sizes) + sum(numbers) > _MAX_SLOW:
-            raise LimitExceeded(f"it calls {name} with more than {_MAX_SLOW:,} characters")
-
-
-def _format_size(template: Any, size: float) -> float:
-    """Return the most characters that a format string makes of arguments of this size: `%s`, `{}`, `%1000d`."""
-    text = str(template)
-    widths = sum(int(digits[:20]) for digits in re.findall(r"\d{4,}", text))
-    return len(text) + widths + size * len(re.findall("[%{*]", text))
-
-
-def _shallow_size(value: Any) -> int:
-    return len(value) * (1 if isinstance(value, (str, bytes)) else _ITEM)
-
-
-class TemplateEnvironment(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox with transformers' settings and a `RenderMeter`."""
-
-    intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
-
-    def __init__(self, now: Callable[[], datetime]) -> None:
-        """`now` is the clock behind `strftime_now`."""
-        super().__init__(
-            trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols], optimized=False
-        )
-        self.filters["tojson"] = _tojson
-        self.filters = {name: _limit_filter(name, function) for name, function in self.filters.items()}
-        self.filters |= {_ITERATE: _iterate, _CONCATENATE: _concatenate, _CHECK: _check, _WRITE: _write}
-        self.globals["raise_exception"] = _raise_exception
-        self.globals["strftime_now"] = lambda format: now().strftime(format)
-        del self.globals["lipsum"]
-
-    def compile_template(self, source: str) -> Template:
-        """
-        Compile a template; render it with `render_template`.
-
-        Raises
-        ------
-        LimitExceeded: it is too long. Whatever Jinja and Python's compiler raise.
-        """
-        if len(source) > MAX_SOURCE:
-            raise LimitExceeded(f"it is longer than {MAX_SOURCE:,} characters")
-        tree = _AddChecks().visit(self.parse(source))
-        return self.template_class.from_code(self, self.compile(tree), self.make_globals(None))
-
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        _meter(context).reserve_operator(operator, left, right)
-        return _check(context, super().call_binop(context, operator, left, right))
-
-    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        meter = _meter(__context)
-        method = getattr(__obj, "__wrapped__", __obj)  # the sandbox wraps str.format
-        args = tuple(map(meter.collect, args))
-        receiver = getattr(method, "__self__", None)
-        meter.reserve_result(getattr(method, "__name__", ""), [receiver, *args, *_ordered(kwargs)])
-        result = super().call(__context, __obj, *args, **kwargs)
-        return _check(__context, result)
-
-
-def _ordered(keywords: Mapping[str, Any]) -> list[Any]:
-    """Return the values of keyword arguments in the order that `replace` declares them: `old`, `new`, `count`."""
-    return [keywords[name] for name in sorted(keywords, reverse=True)]
-
-
-def render_template(template: Template, variables: Mapping[str, Any]) -> str:
+def compile_source(source: str) -> CodeType:
     """
-    Render a template of a `TemplateEnvironment`.
+    Compile a template for `render_code`.
+
+    Raises
+    ------
+    LimitExceeded: it is too long. Whatever Jinja and Python's compiler raise.
+    """
+    if len(source) > MAX_SOURCE:
+        raise LimitExceeded(f"it is longer than {MAX_SOURCE:,} characters")
+    sandbox = _Sandbox(datetime.now, {})
+    return sandbox.compile(_AddChecks().visit(sandbox.parse(source)))
+
+
+def render_code(code: CodeType, variables: Mapping[str, Any], now: Callable[[], datetime]) -> str:
+    """
+    Render a compiled template; `now` is the clock behind `strftime_now`.
 
     Raises
     ------
     LimitExceeded: it takes too much time or memory. Whatever the template raises.
     """
-    return template.render({**variables, _METER: RenderMeter(variables)})
+    sandbox = _Sandbox(now, variables)
+    return Template.from_code(sandbox, code, sandbox.make_globals(None)).render(variables)
 
 
-def _meter(context: Context) -> RenderMeter:
-    meter: RenderMeter = context.parent[_METER]
-    return meter
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """
+    Jinja's sandbox for one rendering.
+
+    It checks the size of every value that a template makes: the result of an operator, call, filter, slice or literal.
+    What Python makes of its arguments at one go, such as `'a' * 10**10`, is estimated before.
+    """
+
+    intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
+
+    def __init__(self, now: Callable[[], datetime], variables: Mapping[str, Any]) -> None:
+        extensions = [_GenerationTag, loopcontrols]
+        super().__init__(
+            trim_blocks=True, lstrip_blocks=True, extensions=extensions, optimized=False, finalize=self._output
+        )
+        filters = {**self.filters, "tojson": _tojson}
+        self.filters = {name: self._limit(name, function) for name, function in filters.items()}
+        self.filters |= {_ITERATE: self._iterate, _ADD: self._add, _TEXT: soft_str}
+        self.globals |= {
+            "namespace": _OpaqueNamespace,
+            "raise_exception": _raise_exception,
+            "strftime_now": lambda format: now().strftime(format),
+        }
+        del self.globals["lipsum"]
+        self._deadline = time.thread_time() + MAX_SECONDS
+        self._sizes: dict[int, tuple[Any, int]] = {}  # of containers, by their id; the container keeps it taken
+        self._limit_size, self._total = math.inf, 0.0
+        self._limit_size = MAX_SIZE + 5 * self._measure(variables)
+
+    # --- limits
+
+    def _check_time(self) -> None:
+        if time.thread_time() > self._deadline:
+            raise LimitExceeded(f"it takes longer than {MAX_SECONDS:g} seconds")
+
+    def _reserve(self, size: float) -> None:
+        if self._total + size > self._limit_size * _MAX_TOTAL:
+            raise LimitExceeded("it needs too much memory")
+
+    def _measure(self, value: Any) -> int:
+        """
+        Return the size of a value in characters, counting a part as often as it occurs.
+
+        Each container adds a tenth to its contents. So it cannot contain others more than about 100 levels deep, which
+        Python might not survive.
+        """
+        if isinstance(value, (str, bytes)):
+            return 1 + len(value)
+        if isinstance(value, int) and value.bit_length() > _MAX_BITS:
+            raise LimitExceeded("it uses numbers that are too large")
+        if not isinstance(value, _CONTAINERS):
+            return 1
+        if id(value) not in self._sizes:
+            items = [*value.keys(), *value.values()] if isinstance(value, dict) else value
+            size = 100.0
+            for item in items:
+                size += 8 + self._measure(item) * 1.1
+                if size > self._limit_size:
+                    raise LimitExceeded("it needs too much memory")
+            self._sizes[id(value)] = value, int(size)
+        return self._sizes[id(value)][1]
+
+    def _add(self, value: Any) -> Any:
+        """Check a new value, and return it; instead of an iterator, a list of its items."""
+        self._check_time()
+        if isinstance(value, Iterator) and not isinstance(value, LoopContext):
+            value = list(self._iterate(value))
+        if self._measure(value) > self._limit_size:
+            raise LimitExceeded("it needs too much memory")
+        self._total += len(value) * (1 if isinstance(value, (str, bytes)) else 8) if hasattr(value, "__len__") else 1
+        self._reserve(0)
+        return value
+
+    # --- what a template does
+
+    def _iterate(self, iterable: Iterable[Any]) -> Iterator[Any]:
+        for number, item in enumerate(iterable):
+            if number % 64 == 0:  # reading the clock takes as long as an empty loop
+                self._check_time()
+            yield item
+
+    def _output(self, value: Any) -> Any:
+        return self._add(soft_str(value))
+
+    def concat(self, texts: Iterable[str]) -> str:
+        """Join the parts of the output, or of that of a macro or block."""
+        texts = list(texts)
+        self._reserve(sum(map(len, texts)))
+        return str(self._add("".join(texts)))
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        """Apply an operator."""
+        if operator == "**" and isinstance(left, int) and isinstance(right, int):
+            self._measure(1 << min(left.bit_length() * max(right, 0), _MAX_BITS + 1))
+        elif operator == "*":
+            for value, count in ((left, right), (right, left)):
+                if isinstance(value, _SEQUENCES) and isinstance(count, int):
+                    self._reserve(self._measure(value) * count)
+        elif operator == "%" and isinstance(left, (str, bytes)):
+            self._reserve(self._format_size(left, right if isinstance(right, tuple) else (right,)))
+        return self._add(super().call_binop(context, operator, left, right))
+
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call a function or method."""
+        method = getattr(__obj, "__wrapped__", __obj)  # the sandbox wraps str.format
+        receiver = getattr(method, "__self__", None)
+        __self._check_call(getattr(method, "__name__", ""), [receiver, *args, *kwargs.values()])
+        return __self._add(super().call(__context, __obj, *args, **kwargs))
+
+    def _limit(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a filter with a check of its arguments and of its result."""
+
+        @functools.wraps(function)
+        def limited(*args: Any, **kwargs: Any) -> Any:
+            self._check_call(name, [*args, *kwargs.values()])
+            return self._add(function(*args, **kwargs))
+
+        return limited
+
+    def _check_call(self, name: str, arguments: list[Any]) -> None:
+        texts = [value for value in arguments if isinstance(value, str)]
+        if name in _FORMATS:
+            self._reserve(self._format_size(arguments[0], arguments[1:]))
+        elif name == "replace" and len(texts) == 3:
+            text, *words = texts  # the old and the new one, in any order if they are keywords
+            self._reserve(max(text.count(word) for word in words) * max(map(len, words)))
+        elif name in _PRODUCTS or name in _SQUARES:
+            size = math.prod(abs(value) + 1 if isinstance(value, int) else self._measure(value) for value in arguments)
+            self._reserve(size**2 if name in _SQUARES else size)
+
+    def _format_size(self, template: Any, values: Iterable[Any]) -> float:
+        """Return the most characters that `%s`, `%1000d`, `%*d`, `{}`, `{:1000}` or `{:{}}` make of the values."""
+        text = str(template)
+        size, fields = sum(map(self._measure, values)), len(re.findall("[%{]", text))
+        widths = [int(digits[:20]) for digits in re.findall(r"\d{4,}", text)]
+        if re.search(r"%[^a-zA-Z%]*\*|\{[^}]*\{", text):  # a value is a width
+            widths += [abs(value) * fields for value in values if isinstance(value, int)]
+        return len(text) + sum(widths) + size * fields
 
 
-class GenerationTag(Extension):
-    """`{% generation %}…{% endgeneration %}`, which marks answers for training; it leaves them as they are."""
+class _OpaqueNamespace(Namespace):
+    """A namespace that does not print what it holds, which can change after it was measured."""
+
+    def __repr__(self) -> str:
+        return "<Namespace>"
+
+
+class _GenerationTag(Extension):
+    """`{% generation %}…{% endgeneration %}`, which marks answers for training; as in transformers, it is a scope."""
 
     tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Parser) -> nodes.Node:
-        """Parse the block like transformers' `AssistantTracker`, as a scope of its own."""
         line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_render_body"), [], [], body).set_lineno(line)
-
-    def _render_body(self, caller: Callable[[], str]) -> str:
-        return caller()
-
-
-# --- checks that are compiled into a template
-
-# Names that templates cannot spell.
-_ITERATE, _CONCATENATE, _CHECK, _WRITE = "<iterate>", "<concatenate>", "<check>", "<write>"
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
 
 class _AddChecks(NodeTransformer):
-    """Puts a filter around what Jinja's sandbox does not intercept: loops, `~`, output, literals and slices."""
+    """Puts filters around what Jinja's sandbox does not intercept: loops, literals and slices; makes `~` a `+`."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self.generic_visit(node)
@@ -292,75 +250,22 @@ class _AddChecks(NodeTransformer):
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
-        return _filter(nodes.List(node.nodes, lineno=node.lineno), _CONCATENATE)
-
-    def visit_Output(self, node: nodes.Output) -> nodes.Node:
-        self.generic_visit(node)
-        node.nodes = [_filter(child, _WRITE) for child in node.nodes]
-        return node
+        texts: list[nodes.Expr] = [_filter(child, _TEXT) for child in node.nodes]
+        return functools.reduce(lambda left, right: nodes.Add(left, right, lineno=node.lineno), texts)
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
         self.generic_visit(node)
-        return _filter(node, _CHECK) if isinstance(node.arg, nodes.Slice) else node
+        return _filter(node, _ADD) if isinstance(node.arg, nodes.Slice) else node
 
-    def _visit_literal(self, node: nodes.Expr) -> nodes.Node:
+    def visit_List(self, node: nodes.Expr) -> nodes.Node:
         self.generic_visit(node)
-        return _filter(node, _CHECK)
+        return node if getattr(node, "ctx", "load") == "store" else _filter(node, _ADD)
 
-    visit_List = visit_Dict = _visit_literal
-
-    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
-        return self._visit_literal(node) if node.ctx == "load" else node
+    visit_Dict = visit_Tuple = visit_List
 
 
 def _filter(node: nodes.Node, name: str) -> nodes.Filter:
     return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
-
-
-@pass_context
-def _iterate(context: Context, iterable: Any) -> Iterator[Any]:
-    meter = _meter(context)
-    for item in iterable:
-        meter.check_time()
-        yield item
-
-
-@pass_context
-def _concatenate(context: Context, values: list[Any]) -> str:
-    _meter(context).reserve(sum(map(_meter(context).measure, values)))
-    text = (markup_join if context.eval_ctx.autoescape else str_join)(values)
-    _meter(context).measure(text)
-    return text
-
-
-@pass_context
-def _check(context: Context, value: Any) -> Any:
-    if not isinstance(value, Namespace):
-        _meter(context).measure(value)
-    return value
-
-
-@pass_context
-def _write(context: Context, value: Any) -> Any:
-    _meter(context).write(value)
-    return value
-
-
-def _limit_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the filter with a check of its arguments and of its result."""
-    first_argument = getattr(function, "jinja_pass_arg", None)  # set by Jinja's pass_context and its like
-
-    @pass_context
-    def limited(context: Context, *args: Any, **kwargs: Any) -> Any:
-        meter = _meter(context)
-        args = tuple(map(meter.collect, args))
-        meter.reserve_result(name, [*args, *_ordered(kwargs)])
-        if first_argument is not None:
-            passed = {"context": context, "eval_context": context.eval_ctx, "environment": context.environment}
-            args = (passed[first_argument.name], *args)
-        return _check(context, function(*args, **kwargs))
-
-    return limited
 
 
 def _raise_exception(message: str) -> NoReturn:

@@ -7,13 +7,15 @@ import functools
 import os
 import shutil
 import sys
-import threading
 import zlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from qwenlocal.errors import DiskFull, NotWritable
+
+Lock = AbstractContextManager[Any]  # a lock or a reentrant one
 
 _READ_SIZE = 1 << 20
 _SAMPLES, _SAMPLE_SIZE = 16, 1 << 16  # parts of a file that `hash_samples` reads, and their bytes
@@ -21,21 +23,21 @@ _SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 
 if hasattr(os, "preadv"):
 
-    def _write_at(file: int, data: memoryview, offset: int, lock: threading.Lock) -> int:
+    def _write_at(file: int, data: memoryview, offset: int, lock: Lock) -> int:
         return os.pwrite(file, data, offset)
 
-    def read_at(file: int, buffer: memoryview, offset: int, lock: threading.Lock) -> int:
+    def read_at(file: int, buffer: memoryview, offset: int, lock: Lock) -> int:
         """Read into `buffer` from `offset` and return the number of bytes read, 0 at the end of the file."""
         return os.preadv(file, [buffer], offset)
 
 else:  # Windows has neither: seek and write under the lock
 
-    def _write_at(file: int, data: memoryview, offset: int, lock: threading.Lock) -> int:
+    def _write_at(file: int, data: memoryview, offset: int, lock: Lock) -> int:
         with lock:
             os.lseek(file, offset, os.SEEK_SET)
             return os.write(file, data)
 
-    def read_at(file: int, buffer: memoryview, offset: int, lock: threading.Lock) -> int:
+    def read_at(file: int, buffer: memoryview, offset: int, lock: Lock) -> int:
         with lock:
             os.lseek(file, offset, os.SEEK_SET)
             data = os.read(file, len(buffer))
@@ -43,7 +45,7 @@ else:  # Windows has neither: seek and write under the lock
         return len(data)
 
 
-def write_all(file: int, data: memoryview, offset: int, lock: threading.Lock) -> None:
+def write_all(file: int, data: memoryview, offset: int, lock: Lock) -> None:
     """Write all of `data` at `offset`."""
     while data:
         written = _write_at(file, data, offset, lock)

@@ -135,7 +135,7 @@ class _SharedState:
     condition: threading.Condition = field(default_factory=threading.Condition)
     stop: threading.Event = field(default_factory=threading.Event)
     failure: BaseException | None = None
-    digests: list[str] | None = None  # of each section and of the whole file, once everything is hashed
+    digests: list[str] | None = None  # of each section, the last of which is the whole file, once all is hashed
 
 
 class _Download:
@@ -144,9 +144,7 @@ class _Download:
     def __init__(self, artifact: Artifact, partial: PartialFile, client: HttpClient, policy: DownloadPolicy) -> None:
         self._artifact, self._partial, self._client, self._policy = artifact, partial, client, policy
         self._selector = SourceSelector(artifact.name, artifact.sources, policy)
-        self._sections = list(artifact.sections)
-        if artifact.sha256:
-            self._sections = [Section(0, artifact.size, artifact.sha256)]
+        self._sections = [*artifact.sections, Section(0, artifact.size, artifact.sha256 or "")]
         self._from_earlier_run = set(partial.begun())
         self._senders: dict[int, set[SourceState]] = {n: set() for n in range(partial.count)}  # of blocks, in this run
         self._shared = _SharedState(deque(partial.missing()))
@@ -156,10 +154,10 @@ class _Download:
     def run(self, report: ReportProgress, stop: threading.Event) -> str:
         """Download all missing blocks and return the SHA-256 of the file."""
         while True:
-            *digests, whole = self._run_pass(report, stop)
-            wrong = [(s, digest) for s, digest in zip(self._sections, digests, strict=True) if digest != s.sha256]
+            digests = self._run_pass(report, stop)
+            wrong = [(s, d) for s, d in zip(self._sections, digests, strict=True) if s.sha256 not in ("", d)]
             if not wrong:
-                return whole
+                return digests[-1]
             self._queue_doubtful_blocks([section for section, _ in wrong], wrong[0][1])
 
     def _queue_doubtful_blocks(self, wrong: Sequence[Section], first_digest: str) -> None:
@@ -187,7 +185,7 @@ class _Download:
         self._shared = _SharedState(deque(doubtful))
 
     def _run_pass(self, report: ReportProgress, stop: threading.Event) -> list[str]:
-        """Run the threads until every block is hashed; return the digests of the sections and of the whole file."""
+        """Run the threads until every block is hashed; return the digests of the sections."""
         shared = self._shared
         workers = min(self._policy.connections, max(1, len(shared.queue)))
         jobs = [*[self._fetch_blocks] * workers, self._hash_blocks, self._record_periodically]
@@ -313,22 +311,18 @@ class _Download:
     # --- hashing and recording
 
     def _hash_blocks(self) -> None:
-        """Hash each section and the whole file, in order, as the blocks arrive."""
-        whole = hashlib.sha256()
-        has_one_section = bool(self._artifact.sha256)
-        digests = [whole] if has_one_section else [hashlib.sha256() for _ in self._sections]
+        """Hash the sections, in order, as the blocks arrive."""
+        digests = [hashlib.sha256() for _ in self._sections]
         for number in range(self._partial.count):
             if not self._wait_for_block(number):
                 return
             offset, _ = self._partial.span(number)
             for data in self._partial.read(number):
-                whole.update(data)
-                if not has_one_section:
-                    for section, digest in zip(self._sections, digests, strict=True):
-                        digest.update(data[max(0, section.start - offset) : max(0, section.end - offset)])
+                for section, digest in zip(self._sections, digests, strict=True):
+                    digest.update(data[max(0, section.start - offset) : max(0, section.end - offset)])
                 offset += len(data)
         with self._shared.condition:
-            self._shared.digests = [digest.hexdigest() for digest in (*digests, whole)]
+            self._shared.digests = [digest.hexdigest() for digest in digests]
             self._shared.condition.notify_all()
 
     def _wait_for_block(self, number: int) -> bool:

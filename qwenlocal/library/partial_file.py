@@ -71,8 +71,9 @@ class PartialFile:
         self._base, self.folder, self.identity, self.block_size = base, base.parent, identity, block_size
         self.path, self.journal_path = part_path(base), journal_path(base)
         self.count = -(-identity.size // block_size)
-        self._lock, self._write_lock, self._seek_lock = threading.Lock(), threading.Lock(), threading.Lock()
-        self._prefixes: dict[int, BlockPrefix] = {}
+        # The kernel lets one thread write to a file at a time; without a lock the others would spin.
+        self._lock = threading.RLock()
+        self._prefixes = [BlockPrefix()] * self.count
         self._unrecorded: set[int] = set()
         with self._write_errors():
             resumed = self._resume()
@@ -100,7 +101,8 @@ class PartialFile:
             return False
         if new.sha256 is None and old.etag != new.etag:
             return False
-        self._prefixes = journal.prefixes
+        for number, prefix in journal.prefixes.items():
+            self._prefixes[number] = prefix
         return True
 
     def span(self, number: int) -> tuple[int, int]:
@@ -110,7 +112,7 @@ class PartialFile:
     def rest(self, number: int) -> tuple[int, int]:
         """Return the start and end of the bytes of a block that have not arrived."""
         start, end = self.span(number)
-        return start + self._prefix(number).length, end
+        return start + self._prefixes[number].length, end
 
     def has(self, number: int) -> bool:
         """Return True if the block is complete."""
@@ -123,21 +125,17 @@ class PartialFile:
 
     def begun(self) -> list[int]:
         """Return the blocks of which any byte has arrived."""
-        return [number for number in range(self.count) if self._prefix(number).length]
+        return [number for number, prefix in enumerate(self._prefixes) if prefix.length]
 
     @property
     def done(self) -> int:
         """Bytes that have arrived."""
-        with self._lock:
-            return sum(prefix.length for prefix in self._prefixes.values())
+        return sum(prefix.length for prefix in self._prefixes)
 
     @property
     def checksums(self) -> list[int]:
         """The CRC-32 of every block, once all are complete."""
-        return [self._prefix(number).crc for number in range(self.count)]
-
-    def _prefix(self, number: int) -> BlockPrefix:
-        return self._prefixes.get(number, BlockPrefix())
+        return [prefix.crc for prefix in self._prefixes]
 
     def write(self, offset: int, data: bytes | memoryview) -> list[int]:
         """
@@ -153,21 +151,16 @@ class PartialFile:
         while data:
             number = offset // self.block_size
             part = data[: self.span(number)[1] - offset]
-            # The kernel lets one thread write to a file at a time; without the lock the others would spin.
-            with self._write_errors(), self._write_lock:
-                if self._extend(number, offset, part):
+            with self._write_errors(), self._lock:
+                position, _ = self.rest(number)
+                new = part[max(0, position - offset) :]
+                if offset <= position and new:
+                    write_all(self._file, new, position, self._lock)
+                    prefix = self._prefixes[number]
+                    self._set(number, BlockPrefix(prefix.length + len(new), zlib.crc32(new, prefix.crc)))
                     extended.append(number)
             data, offset = data[len(part) :], offset + len(part)
         return extended
-
-    def _extend(self, number: int, offset: int, data: memoryview) -> bool:
-        prefix, (position, _) = self._prefix(number), self.rest(number)
-        new = data[max(0, position - offset) :]
-        if offset > position or not new:
-            return False
-        write_all(self._file, new, position, self._seek_lock)
-        self._set(number, BlockPrefix(prefix.length + len(new), zlib.crc32(new, prefix.crc)))
-        return True
 
     def forget(self, number: int) -> None:
         """Mark a block as missing, because its bytes are damaged."""
@@ -197,7 +190,7 @@ class PartialFile:
         start, end = self.span(number)
         buffer = memoryview(bytearray(min(_READ_SIZE, end - start)))  # reused: allocating per chunk is slow
         while start < end:
-            count = read_at(self._file, buffer[: end - start], start, self._seek_lock)
+            count = read_at(self._file, buffer[: end - start], start, self._lock)
             if not count:
                 return
             yield buffer[:count]
@@ -208,7 +201,7 @@ class PartialFile:
         crc = 0
         for data in self.read(number):
             crc = zlib.crc32(data, crc)
-        return crc == self._prefix(number).crc
+        return crc == self._prefixes[number].crc
 
     def sync(self) -> None:
         """Flush everything written to the disk."""
@@ -251,7 +244,7 @@ class PartialFile:
 
     def close(self) -> None:
         """Record what has arrived, and close the files; their content stays."""
-        with self._write_lock:  # a thread that is left behind may be writing
+        with self._lock:  # a thread that is left behind may be writing
             file, self._file = self._file, -1
         if file < 0:
             return

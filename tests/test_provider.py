@@ -45,7 +45,7 @@ class Library:
 
     find_offline = find
 
-    def find_offline_checkpoint(self, _name: ModelName) -> Path | None:
+    def find_checkpoint(self, _name: ModelName, *, is_offline: bool) -> Path | None:
         return None
 
     def ensure_converted(self, name: ModelName) -> ModelRecord:

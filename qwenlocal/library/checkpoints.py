@@ -130,7 +130,7 @@ class CheckpointFinder:
                 try:
                     checkpoint = puller.inspect_checkpoint(name)
                 except SourceUnreachable:
-                    folder = self._local.find_offline_checkpoint(repo)
+                    folder = self._local.find_checkpoint(repo, is_offline=True)
                     if folder is None:
                         raise
                 else:

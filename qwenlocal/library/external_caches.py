@@ -10,7 +10,6 @@ Model files that other programs downloaded: used in place, never copied, never c
 from __future__ import annotations
 
 import contextlib
-import glob
 import itertools
 import json
 import os
@@ -62,11 +61,8 @@ def find_external_files(
     by_digest = _candidates_by_digest(query.sha256, query.repo, folders, environ) if query.sha256 else ()
     by_name = _candidates_by_name(query.file, query.repo, folders, environ) if query.repo else ()
     for candidate in itertools.chain(by_digest, by_name):
-        try:
-            size = candidate.path.stat().st_size
-        except OSError:
-            continue
-        if candidate.path.is_file() and size > 0 and query.size in (None, size):
+        size = candidate.path.stat().st_size if candidate.path.is_file() else 0
+        if size > 0 and query.size in (None, size):
             yield candidate
 
 
@@ -130,14 +126,10 @@ def _candidates_by_digest(
 
 
 def _candidates_by_name(file: str, repo: str, folders: Folders, environ: Mapping[str, str]) -> Iterator[ExternalFile]:
-    for path in sorted(hub_cache_folder(folders.hub_cache, repo).glob(f"snapshots/*/{glob.escape(file)}")):
-        yield ExternalFile(path, _HUGGING_FACE, has_digest_path=False)
-    file_name = file.rpartition("/")[2]
-    for folder in _lm_studio_folders(folders):
-        yield ExternalFile(folder / repo / file_name, "LM Studio", has_digest_path=False)
-    flat_name = f"{repo.replace('/', '_')}_{file.replace('/', '_')}"
-    for folder in _llama_cpp_folders(folders, environ):
-        yield ExternalFile(folder / flat_name, "llama.cpp", has_digest_path=False)
+    names = {file, file.rpartition("/")[2], file.replace("/", "_")}  # not all programs keep the folders of a repository
+    for cached in find_cached_repositories(repo, None, folders, environ):
+        for name in names & cached.files.keys():
+            yield ExternalFile(cached.files[name], cached.program, has_digest_path=False)
 
 
 def _read_manifests(ollama: Path, repo: str) -> dict[str, Path]:

@@ -172,19 +172,17 @@ class LocalModels:
                 records[record.name.removeprefix(f"{repo}:") + ".gguf"] = record
         return records
 
-    def find_checkpoint(self, name: HubName) -> Path | None:
-        """Return the folder of a repository's checkpoint if all of it is on this disk, whoever downloaded it."""
+    def find_checkpoint(self, name: HubName, *, is_offline: bool = False) -> Path | None:
+        """
+        Return the folder of a repository's checkpoint if all of it is on this disk, whoever downloaded it.
+
+        Without a revision, that is the one of the branch main; offline, one that was fetched by commit will do.
+        """
         record = self._store.get(str(HubCheckpointName(replace(name, level=None, file=None))))
-        if record and record.is_checkpoint and not record.missing and _is_complete(record.path.parent):
-            return record.path.parent
-        return next(filter(_is_complete, self._snapshots(name)[:1]), None)
-
-    def find_offline_checkpoint(self, name: HubName) -> Path | None:
-        """Return the folder of a repository's checkpoint; without a revision, one fetched by commit will do."""
-        return self.find_checkpoint(name) or next(filter(_is_complete, self._snapshots(name)), None)
-
-    def _snapshots(self, name: HubName) -> list[Path]:
-        return find_snapshots(self._folders.hub_cache, name.repo, name.revision) if name.hub == "hf" else []
+        folders = [record.path.parent] if record and record.is_checkpoint and not record.missing else []
+        if name.hub == "hf":
+            folders += find_snapshots(self._folders.hub_cache, name.repo, name.revision)[: None if is_offline else 1]
+        return next(filter(_is_complete, folders), None)
 
     def adopt(
         self, name: str, query: FileQuery, origin: str = "", license: str = "", aliases: Sequence[str] = ()

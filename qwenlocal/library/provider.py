@@ -208,7 +208,8 @@ class ModelProvider:
         except (CheckpointOnly, SourceUnreachable) as reason:
             if not isinstance(name, (CatalogName, HubName)) or (isinstance(name, HubName) and name.file):
                 raise
-            if isinstance(reason, SourceUnreachable) and not self._local.find_offline_checkpoint(checkpoint_repo(name)):
+            checkpoint = self._local.find_checkpoint(checkpoint_repo(name), is_offline=True)
+            if isinstance(reason, SourceUnreachable) and checkpoint is None:
                 if record := self._local.find_offline(name):
                     return record
                 raise

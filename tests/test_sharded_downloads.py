@@ -60,7 +60,7 @@ class TestIndex:
         self, sharded: Path, hub: HubServer, weight_requests: WeightRequests, invoke: Run
     ) -> None:
         del hub.repository(REPO).files["model-00002-of-00002.safetensors"]
-        missing = f"model-00002-of-00002.safetensors (1 of 2 files) is missing, but listed in {INDEX}"
+        missing = f"1 of the 2 files in {INDEX} is missing: model-00002-of-00002.safetensors"
         for command in (*COMMANDS, ("convert", HF_NAME, "--dry-run")):
             assert missing in expect_exit(invoke(*command), 5), command
         assert weight_requests.spans == []

@@ -81,6 +81,15 @@ class TestFolders:
         with pytest.raises(BadCheckpoint, match="it contains no safetensors files"):
             Checkpoint.open(folder)
 
+    @pytest.mark.parametrize("shards", [1, 2])
+    def test_hidden_files_are_not_mentioned(self, shards: int, tmp_path: Path) -> None:
+        """macOS writes "._NAME" next to each file on a disk that is not its own."""
+        folder = write_minimal(tmp_path, shards=shards)
+        (folder / INDEX).unlink(missing_ok=True)
+        for name in used_files(folder):
+            (folder / f"._{name}").write_bytes(b"")
+        assert make_plan(folder).notes == []
+
     def test_weights_in_subfolders_are_not_the_model(self, tmp_path: Path) -> None:
         folder = write_minimal(tmp_path)
         for name in ("original", "checkpoint-500"):

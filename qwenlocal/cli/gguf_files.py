@@ -187,7 +187,7 @@ def write_or_show(app: AppContext, plan: ConversionPlan, options: WriteOptions) 
     for file in plan.files:
         app.say(f"Wrote {file.path}: {_describe_file(file)}, in {seconds:.1f} s.")
     if written.non_finite:
-        weights = "1 weight was" if written.non_finite == 1 else f"{written.non_finite:,} weights were"
+        weights = format_quantity(written.non_finite, "weight was", "weights were")
         app.say(f"{weights} NaN or infinite, and set to zero.")
     if written.resumed:
         app.say(f"An earlier attempt had already processed {format_bytes(written.resumed)}.")

@@ -6,8 +6,11 @@ import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qwenlocal.weights.gguf_reader import CONTROL, USER_DEFINED
+
+Encode = Callable[[str], list[int]]
 
 _MAX_TOKENS = 200  # added tokens in texts
 
@@ -24,43 +27,34 @@ class IndependentTokenizer:
     """
 
     name: str
-    encode: Callable[[str], list[int]] | None
+    encode: Encode | None
     error: str = ""
 
 
 def open_independent_tokenizer(folder: Path) -> IndependentTokenizer | None:
     """Open the tokenizer of the checkpoint in `folder` with transformers, or else tokenizers; None without both."""
-    for open_tokenizer in (_open_with_transformers, _open_with_tokenizers):
+    for name, open_tokenizer in (("transformers", _open_with_transformers), ("tokenizers", _open_with_tokenizers)):
         try:
-            return open_tokenizer(folder)
+            library = importlib.import_module(name)
         except ImportError:
             continue
+        title = f"{name} {library.__version__}"
+        try:
+            return IndependentTokenizer(title, open_tokenizer(library, folder))
+        except Exception as reason:  # whatever the library raises is its opinion on these files, which is reported
+            return IndependentTokenizer(title, None, next(iter(str(reason).splitlines()), type(reason).__name__))
     return None
 
 
-def _open_with_transformers(folder: Path) -> IndependentTokenizer:
-    transformers = importlib.import_module("transformers")
-    name = f"transformers {transformers.__version__}"
-    try:
-        transformers.logging.set_verbosity_error()
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as reason:  # whatever the library raises is its opinion on these files, which is reported
-        return IndependentTokenizer(name, None, _first_line(reason))
-    return IndependentTokenizer(name, lambda text: list(tokenizer.encode(text, add_special_tokens=False)))
+def _open_with_transformers(library: Any, folder: Path) -> Encode:
+    library.logging.set_verbosity_error()
+    tokenizer = library.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return lambda text: list(tokenizer.encode(text, add_special_tokens=False))
 
 
-def _open_with_tokenizers(folder: Path) -> IndependentTokenizer:
-    tokenizers = importlib.import_module("tokenizers")
-    name = f"tokenizers {tokenizers.__version__}"
-    try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except Exception as reason:  # the library raises nothing more specific
-        return IndependentTokenizer(name, None, _first_line(reason))
-    return IndependentTokenizer(name, lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids))
-
-
-def _first_line(reason: Exception) -> str:
-    return next(iter(str(reason).splitlines()), type(reason).__name__)
+def _open_with_tokenizers(library: Any, folder: Path) -> Encode:
+    tokenizer = library.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
 def added_token_texts(tokens: Iterable[str], token_types: Iterable[int]) -> list[str]:

@@ -327,7 +327,7 @@ def _weight_findings(model: SplitModel, report: Report) -> Iterator[Finding]:
         )
         done += span.size
         if non_finite:
-            values = "1 value that is" if non_finite == 1 else f"{non_finite:,} values that are"
+            values = format_quantity(non_finite, "value that is", "values that are")
             yield Finding(f"“{tensor.name}” has {values} NaN or infinite.", True)
         if all_zero and any(size > 1 for size in tensor.shape[1:]):
             yield Finding(f"“{tensor.name}” is all zeros: it is damaged, or was never completed.", True)

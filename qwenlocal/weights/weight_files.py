@@ -68,7 +68,8 @@ def choose_weight_files(folder: Path, config: Mapping[str, Any], files: Iterable
     ------
     As `find_weight_files`.
     """
-    available, named = set(files), config.get("transformers_weights")
+    available = {name for name in files if not name.startswith(".")}  # macOS writes "._model.safetensors" on USB sticks
+    named = config.get("transformers_weights")
     if named not in (None, SINGLE_FILE, INDEX):
         raise BadCheckpoint(
             folder / "config.json",
@@ -83,7 +84,10 @@ def choose_weight_files(folder: Path, config: Mapping[str, Any], files: Iterable
         weight_map = _read_weight_map(folder / INDEX)
         names = sorted(set(weight_map.values()))
         if missing := [name for name in names if name not in available]:
-            raise BadCheckpoint(folder, f"{_describe_missing(missing, len(names))} missing, but listed in {INDEX}")
+            count = (
+                f"{len(missing)} of the {len(names)} files in {INDEX} {'is' if len(missing) == 1 else 'are'} missing"
+            )
+            raise BadCheckpoint(folder, f"{count}: {_join_some(missing)}")
     else:
         names = candidates
         if not names or any(name in available for name in PICKLED_MODELS):
@@ -103,33 +107,18 @@ def _join_some(names: Collection[str]) -> str:
     return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
 
 
-def _describe_missing(names: list[str], total: int) -> str:
-    """`_describe_missing(["a.safetensors"], 3)` is "a.safetensors (1 of 3 files) is"."""
-    shown = ", ".join(names[:3]) + (" and others" if len(names) > 3 else "")
-    return f"{shown} ({len(names)} of {total} files) {'is' if len(names) == 1 else 'are'}"
-
-
 def _check_shards(folder: Path, names: list[str]) -> None:
     """Check files without an index: one file, or all of those numbered "-00001-of-00003" and no others."""
     numbered = [shard for name in names if (shard := parse_shard(name))]
-    if not numbered:
-        if len(names) > 1:
-            raise BadCheckpoint(
-                folder,
-                f"it has {len(names)} safetensors files ({_join_some(names)}), and no {INDEX} states which belong "
-                "together",
-                hint="Pass one of the files instead of the folder.",
-            )
-        return
-    count = numbered[0].total
-    missing = sorted(set(range(1, count + 1)) - {shard.number for shard in numbered})
-    if missing:
-        raise BadCheckpoint(folder, f"part {missing[0]} of {count} is missing")
-    if len(names) != count:
+    total = numbered[0].total if numbered else 1
+    if numbered and (missing := sorted(set(range(1, total + 1)) - {shard.number for shard in numbered})):
+        raise BadCheckpoint(folder, f"part {missing[0]} of {total} is missing")
+    if len(names) != total:
         raise BadCheckpoint(
             folder,
-            f"it mixes files of several models ({_join_some(names)}), and no {INDEX} states which belong together",
-            hint="Move the files of each model, and a copy of the others, to a folder of its own.",
+            f"it has {len(names)} safetensors files ({_join_some(names)}), and no {INDEX} states which belong together",
+            hint="If one of the files has the whole model, pass it instead of the folder. Otherwise move the files of "
+            "each model, and a copy of config.json and the tokenizer's files, to a folder of its own.",
         )
 
 

@@ -89,7 +89,7 @@ def _show(fidelity: Fidelity) -> None:
         limit = f"up to {format_percent(worst.allowed)} is normal for {worst.type}"
         sys.stdout.write(f"worst    {worst.name}: error {format_percent(worst.rmse)}; {limit}\n")
     if fidelity.non_finite:
-        weights = "1 weight is" if fidelity.non_finite == 1 else f"{fidelity.non_finite:,} weights are"
+        weights = format_quantity(fidelity.non_finite, "weight is", "weights are")
         sys.stdout.write(f"note     {weights} NaN or infinite in the checkpoint, zero in the file\n")
     if fidelity.texts:
         _show_behavior(fidelity)

@@ -36,6 +36,7 @@ exception is a bug and keeps its traceback.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -284,8 +285,8 @@ class NotEnoughMemory(QwenlocalError):
             tr(
                 "{name} needs about {needed:.1f} GiB of memory; {available:.1f} GiB are available.",
                 name=name,
-                needed=needed / 2**30,
-                available=available / 2**30,
+                needed=math.ceil(needed / 2**30 * 10) / 10,  # rounded apart, so that they are never the same
+                available=math.floor(available / 2**30 * 10) / 10,
             ),
             hint=hint,
         )

@@ -132,6 +132,11 @@ def test_a_requested_context_is_kept_or_the_error_suggests_one_that_fits() -> No
         plan_load("x", HALF, 400 * MIB, 2 * GIB, LoadRequest(fitting + 256))
 
 
+def test_a_refusal_never_states_the_same_number_twice() -> None:
+    refusal = NotEnoughMemory("x", 710 * MIB, 705 * MIB, hint="")
+    assert str(refusal) == "x needs about 0.7 GiB of memory; 0.6 GiB are available."
+
+
 @given(available=st.integers(0, 64 * GIB), weights=st.integers(1, 40 * GIB))
 def test_every_plan_fits(available: int, weights: int) -> None:
     try:

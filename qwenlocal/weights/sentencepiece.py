@@ -241,8 +241,7 @@ def _check_step(file: Path, step: Mapping[str, Any]) -> None:
         "Metaspace": {"replacement": "▁"},
     }
     rule = rules.get(str(step.get("type")))
-    is_other = rule is None or any(step.get(key, value) != value for key, value in rule.items())
-    if is_other:
+    if rule is None or any(step.get(key, value) != value for key, value in rule.items()):
         raise UnsupportedCheckpoint(
             file, f"it changes text before tokenizing ({brief_repr(step)}), which llama.cpp does not"
         )

@@ -76,8 +76,8 @@ def read_split_model(source: Path) -> SplitModel:
     model = SplitModel(paths, [read_header(path) for path in paths])
     for number, (path, header) in enumerate(zip(paths, model.headers, strict=True), 1):
         part = _read_part(header)
-        if part.total > 1 and part != (number, len(paths)):
-            raise _misnamed(path, header, part)
+        if part[1] > 1 and part != (number, len(paths)):
+            raise _misnamed(path, header)
     seen: dict[str, Path] = {}
     for path, _, tensor in model.located:
         if seen.setdefault(tensor.name, path) != path:
@@ -106,10 +106,10 @@ def shard_paths(source: Path) -> list[Path]:
         return [source]
     header = read_header(source)
     part = _read_part(header)
-    if part.total < 2:
+    if part[1] < 2:
         return [source]
     if part != (shard.number, shard.total):
-        raise _misnamed(source, header, part)
+        raise _misnamed(source, header)
     missing = [name for name in shard.siblings if not (source.parent / name).is_file()]
     if missing:
         raise BadWeights(
@@ -126,11 +126,8 @@ def _check_whole(path: Path) -> None:
         try:
             read_header(path)
         except BadWeights:
-            raise BadWeights(
-                path,
-                f"it is piece {piece.number} of {piece.file}",
-                hint=_join_hint(path, piece),
-            ) from None
+            reason = f"it is piece {piece.number} of {piece.file}"
+            raise BadWeights(path, reason, hint=_join_hint(path, piece)) from None
 
 
 def _join_hint(path: Path, piece: FilePiece) -> str:
@@ -145,42 +142,35 @@ def _join_hint(path: Path, piece: FilePiece) -> str:
     return f"Join all pieces: cat {files} > {shlex.quote(str(path.with_name(piece.file)))}"
 
 
-class _Part(NamedTuple):
-    """The number of a file among those of its model, from 1, and their total number."""
-
-    number: int
-    total: int
-
-
-def _read_part(header: Header) -> _Part:
+def _read_part(header: Header) -> tuple[int, int]:
+    """Return the number of a file among those of its model, from 1, and their total number."""
     number, total = (header.metadata.get(key) for key in ("split.no", "split.count"))
-    return _Part(number + 1 if isinstance(number, int) else 1, total if isinstance(total, int) else 1)
+    return (number + 1 if isinstance(number, int) else 1, total if isinstance(total, int) else 1)
 
 
-def _misnamed(path: Path, header: Header, part: _Part) -> BadWeights:
+def _misnamed(path: Path, header: Header) -> BadWeights:
     """Build the error for a part of a model that llama.cpp does not recognize by its name, or for several in one."""
-    shard = parse_shard(path.name)
+    shard, (number, total) = parse_shard(path.name), _read_part(header)
     stem = shard.stem if shard else path.stem
-    names = [f"{stem}-{number:05}-of-{part.total:05}.gguf" for number in (part.number, part.total)]
+    name, last = (f"{stem}-{part:05}-of-{total:05}.gguf" for part in (number, total))
     if _is_joined(path, header):
         return BadWeights(
             path,
-            f"it is {part.total} parts of a split model, joined into one file, which llama.cpp cannot load",
-            hint=f"Download the parts again and leave them as they are; the last one is called {names[1]}",
+            f"it is {total} parts of a split model, joined into one file, which llama.cpp cannot load",
+            hint=f"Download the parts again and leave them as they are; the last one is called {last}",
         )
     return BadWeights(
         path,
-        f"it is part {part.number} of {part.total} of a split model, but its name does not say so, and llama.cpp finds "
+        f"it is part {number} of {total} of a split model, but its name does not say so, and llama.cpp finds "
         "the parts by their names",
-        hint=f"Rename every part, this one: mv {shlex.quote(str(path))} {shlex.quote(str(path.with_name(names[0])))}",
+        hint=f"Rename every part, this one: mv {shlex.quote(str(path))} {shlex.quote(str(path.with_name(name)))}",
     )
 
 
 def _is_joined(path: Path, header: Header) -> bool:
     """Return True if another GGUF file follows the tensors."""
     alignment = header.metadata.get(ALIGNMENT_KEY, DEFAULT_ALIGNMENT)
-    if not isinstance(alignment, int) or alignment < 1:
-        return False
+    assert isinstance(alignment, int)  # `read_header` has checked it
     end = max((tensor.offset + (tensor_bytes(tensor) or 0) for tensor in header.tensors), default=0)
     with path.open("rb") as file:
         file.seek(header.data_offset + -(-end // alignment) * alignment)

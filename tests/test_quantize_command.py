@@ -45,6 +45,15 @@ class TestQuantize:
         assert "qwenlocal inspect" in message
         expect_exit(invoke("inspect", "./x.gguf"), 5)
 
+    def test_no_repair_is_suggested_for_a_fault_that_has_none(
+        self, tiny_bf16: Path, invoke: Run, tmp_path: Path
+    ) -> None:
+        template = {"tokenizer.chat_template": gguf_writer.string("{{ messages")}
+        path = copy_with_metadata(tiny_bf16, tmp_path / "no-chat.gguf", template)
+        message = expect_exit(invoke("quantize", str(path), "x.gguf", "q8_0"), 0)
+        assert "The chat template is invalid" in message
+        assert "qwenlocal inspect" not in message
+
     def test_several_types_are_written_into_a_folder(self, tiny_bf16: Path, invoke: Run, tmp_path: Path) -> None:
         expect_exit(invoke("quantize", str(tiny_bf16), "out/", "q8_0,q4_0"), 0)
         assert file_names(tmp_path / "out") == {"half-q8_0.gguf", "half-q4_0.gguf"}

@@ -27,8 +27,9 @@ def quantize_file(options: WriteOptions, *, requantize: bool) -> None:
         if os.path.exists(path) and path.samefile(record.path):  # Path.exists raises without permission
             raise UsageError(f"{path} is both input and output.", hint="Write to another file.")
     plan = plan_quantization(record.path, targets, QuantizationOptions(overrides, imatrix, requantize))
-    for finding in diagnose_file(record.path, weights=False).findings:
-        if finding.is_serious:
-            app.say(f"The metadata has a fault, which is copied: {escape_controls(finding.problem)}")
-            app.say(f"To repair it first: qwenlocal inspect {options.source} --fix -o FILE")
+    serious = [finding for finding in diagnose_file(record.path, weights=False).findings if finding.is_serious]
+    for finding in serious:
+        app.say(f"The metadata has a fault, which is copied: {escape_controls(finding.problem)}")
+    if any(finding.can_be_fixed for finding in serious):
+        app.say(f"To repair it first: qwenlocal inspect {options.source} --fix -o FILE")
     write_or_show(app, plan, options)

@@ -9,7 +9,7 @@ from pathlib import Path
 from qwenlocal.i18n import mark, tr
 
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
-_LONG_WORD = re.compile(r"[!-.0-\[\]-~]{151,}")  # without slashes and backslashes
+_LONG_WORD = re.compile(r"[!-.0-\[\]-~]{151,}|\S{1000,}")  # the first without slashes and backslashes
 _UNITS = {
     "character": (mark("1 character"), mark("{count:,} characters")),
     "chat": (mark("1 chat"), mark("{count:,} chats")),
@@ -67,7 +67,11 @@ def shorten(text: str, limit: int = 40) -> str:
 
 
 def cut_long_words(text: str) -> str:
-    """Cut words of more than 150 ASCII characters, as only damaged or malicious input has them; paths stay whole."""
+    """
+    Cut words of more than 150 ASCII characters, as only damaged or malicious input has them.
+
+    Paths stay whole, and so do Chinese sentences, unless they have 1,000 characters.
+    """
     return _LONG_WORD.sub(lambda match: f"{match[0][:60]}…", text)
 
 

@@ -409,6 +409,12 @@ def test_input_in_another_encoding_is_refused(qwenlocal: Run, speaking_model: Pa
     assert "Standard input is not UTF-8 text; it looks like WINDOWS-1252." in result.stderr.decode()
 
 
+@pytest.mark.parametrize("name", ["x" * 3000, "x/" * 1500, "模型" * 1500, f"hf:{'x' * 3000}/x"])
+def test_a_long_name_is_cut_in_the_message(name: str, invoke: Run) -> None:
+    result = invoke("show", name)
+    assert (result.returncode, len(result.stderr) < 250) == (3, True)
+
+
 @pytest.mark.parametrize("name", ["x" * 300, "~nobody-of-this-name/x"])
 @pytest.mark.parametrize("option", ["-f", "--schema", "--grammar", "--batch"])
 def test_an_impossible_file_name_is_reported(option: str, name: str, invoke: Run) -> None:

@@ -154,6 +154,8 @@ def test_a_misspelled_name_gets_suggestions(text: str, suggestion: str) -> None:
         "hf:o/r/../../x",
         "hf:o/r:a b",
         "hf:o/r:../x",
+        f"hf:{'o' * 300}/r",
+        f"hf:o/r@{'1' * 300}",
         "nonsense",
         "",
         "hf:",

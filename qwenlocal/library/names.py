@@ -30,7 +30,9 @@ from qwenlocal.model_files import FILE_TYPES, parse_piece
 from qwenlocal.weights.other_formats import ADAPTER_CONFIG, adapter_only, distributed_weights, find_inner_checkpoints
 
 _LEVELS = [*FILE_TYPES, "q3_k", "q4_k", "q5_k"]  # as in file names; the last three without S, M or L
-_HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+?))?(?:(?P<mark>[:/])(?P<rest>.+))?")
+_HUB = re.compile(  # repositories and revisions are folders of the Hub's cache, whose names cannot be longer
+    r"(?P<repo>[\w.-]{1,96}/[\w.-]{1,96})(?:@(?P<revision>[\w./-]{1,200}?))?(?:(?P<mark>[:/])(?P<rest>.+))?"
+)
 _WEB_HUB = re.compile(r"(?:https?://)?(?:huggingface\.co|hf\.co)/(?P<rest>[\w.-]+/[\w.-]+.*)")
 
 

@@ -46,8 +46,8 @@ class TestDiff:
     ) -> None:
         copy_with_weights(tiny_f32, tmp_path / "x.gguf", "blk.0.ffn_up.weight", 5.0)
         (error,) = re.findall(
-            r"^1 tensor differs. Largest error of the weights, relative to the first file: ([\d.]+)% "
-            r"\(blk.0.ffn_up.weight\).$",
+            r"^1 tensor differs. The largest relative RMSE is ([\d.]+)% "
+            r"\(blk.0.ffn_up.weight\), measured against the first file.$",
             invoke("diff", str(tiny_f32), "./x.gguf").stdout,
             re.MULTILINE,
         )

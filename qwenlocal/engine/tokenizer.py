@@ -28,6 +28,7 @@ _ROLES = (
     "fim_pre", "fim_suf", "fim_mid", "fim_pad", "fim_rep", "fim_sep", "prefix", "suffix", "middle",
 )  # fmt: skip
 _SPACE = "▁".encode()
+_CONTROL = ATTR_CONTROL | ATTR_UNKNOWN
 # Where a text is cut so that llama.cpp does not find `FORCED_TEXTS` in it; Qwen's pre-tokenizer splits there, too.
 _FORCED_CUT = re.compile("|".join(f"(?<=<\\|)(?={re.escape(text[2:])})" for text in sorted(FORCED_TEXTS)).encode())
 
@@ -112,7 +113,7 @@ class Tokenizer:
     def _is_misread(self, token: int, special: bool) -> bool:
         """Return whether llama.cpp may have found `token` in a text that, by the file, does not spell it."""
         attributes = self._attributes(token)
-        if attributes & (ATTR_CONTROL | ATTR_UNKNOWN):
+        if attributes & _CONTROL:
             return not special
         is_special = self._c.llama_vocab_get_attr(self._vocab, token) & (ATTR_CONTROL | ATTR_USER_DEFINED)
         return bool(is_special) and not attributes & ATTR_USER_DEFINED
@@ -120,21 +121,21 @@ class Tokenizer:
     @functools.cached_property
     def _specials(self) -> dict[bytes, int]:
         """The ids of the tokens that are found in a text as a whole, by spelling."""
-        is_special = ATTR_CONTROL | ATTR_UNKNOWN | ATTR_USER_DEFINED
-        ids = (token for token in range(len(self)) if self._attributes(token) & is_special)
+        ids = (token for token in range(len(self)) if self._attributes(token) & (_CONTROL | ATTR_USER_DEFINED))
         return {self.text_of(token).encode(): token for token in ids}
 
     def _special_pattern(self, special: bool) -> re.Pattern[bytes]:
         """Return a pattern of the tokens in `_specials`, the longest first; without `special`, of user-defined ones."""
-        is_spelled = ATTR_CONTROL | ATTR_UNKNOWN | ATTR_USER_DEFINED if special else ATTR_USER_DEFINED
-        texts = [text for text, token in self._specials.items() if self._attributes(token) & is_spelled]
-        longest_first: list[bytes] = sorted(map(re.escape, texts), key=len, reverse=True)
-        return re.compile(b"(%b)" % (b"|".join(longest_first) or b"(?!)"))
+        kinds = _CONTROL | ATTR_USER_DEFINED if special else ATTR_USER_DEFINED
+        texts: list[bytes] = [
+            re.escape(text) for text, token in self._specials.items() if self._attributes(token) & kinds
+        ]
+        return re.compile(b"(%b)" % (b"|".join(sorted(texts, key=len, reverse=True)) or b"(?!)"))
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
         """Return the bytes of `token`, often incomplete UTF-8; control tokens have none unless `special`."""
         attributes = self._attributes(token)
-        if not special and attributes & (ATTR_CONTROL | ATTR_UNKNOWN):
+        if not special and attributes & _CONTROL:
             return b""
         buffer = ctypes.create_string_buffer(256)  # one per call: several threads decode answers
         size = self._c.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, True)

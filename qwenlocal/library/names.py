@@ -247,7 +247,7 @@ def _first_locked_folder(path: Path) -> Path | None:
 
 def _not_a_checkpoint(path: Path) -> BadWeights:
     try:
-        names = sorted(file.name for file in path.iterdir())
+        names = sorted(file.name for file in path.iterdir() if not file.name.startswith("."))
     except OSError as reason:
         return BadWeights.unreadable(path, reason)
     if ADAPTER_CONFIG in names:

@@ -65,16 +65,15 @@ def _describe_tensor(tensor: TensorDifference) -> str:
 
 
 def _summarize(difference: GgufDiff) -> str:
-    """Count the differences: "1 key and 3 tensors differ. Largest relative RMSE: 2.1% (blk.0.ffn_up.weight)."."""
-    counts = [(len(difference.keys), "key"), (len(difference.tensors), "tensor")]
-    total = sum(count for count, _ in counts)
-    listed = " and ".join(format_quantity(count, noun) for count, noun in counts if count)
-    summary = f"{listed} {'differs' if total == 1 else 'differ'}."
+    """Count the differences, and name the tensor that differs most."""
+    counts = {"key": len(difference.keys), "tensor": len(difference.tensors)}
+    listed = " and ".join(format_quantity(count, noun) for noun, count in counts.items() if count)
+    summary = f"{listed} {'differs' if sum(counts.values()) == 1 else 'differ'}."
     errors = [(tensor.rmse, tensor.name) for tensor in difference.tensors if tensor.rmse is not None]
     if not errors:
         return summary
     worst, name = max(errors)
-    return f"{summary} Largest error of the weights, relative to the first file: {worst:.4%} ({name})."
+    return f"{summary} The largest relative RMSE is {worst:.4%} ({name}), measured against the first file."
 
 
 def _describe(value: Any, place: int | None) -> str:

@@ -60,7 +60,7 @@ def test_keys_typed_during_an_answer_give_the_same_line(
     data = keys.encode()
     for start in range(0, len(data), 1 if len(data) < 100 else 7):  # cuts characters and sequences
         chat.type(data[start : start + (1 if len(data) < 100 else 7)])
-        chat.read(0.001)
+        time.sleep(0.001)  # reads nothing: the terminal would answer a request in the middle of a key
     chat.wait_for("token limit.*" * (1 + len(sent)))
     assert read_questions(chat, tmp_path) == ["Go", *sent]
 
@@ -150,6 +150,17 @@ def test_a_failing_editor_keeps_the_message(terminal: Open, speaking_model: Path
     assert SAYS not in chat.text
 
 
+def test_keys_wait_until_the_editor_has_ended(terminal: Open, speaking_model: Path, tmp_path: Path) -> None:
+    editor = tmp_path / "editor"
+    editor.write_text("#!/bin/sh\nsleep 1\nprintf edited > $1\n")
+    editor.chmod(0o755)
+    chat = terminal("run", str(speaking_model), EDITOR=str(editor))
+    chat.wait_for_prompt()
+    chat.type("draft\x18\x05next\r")
+    chat.wait_for(rf"^> edited$.*{SAYS}.*^> next$.*{SAYS}")
+    assert read_questions(chat, tmp_path) == ["edited", "next"]
+
+
 def test_a_paste_is_recalled_in_a_later_chat(terminal: Open, speaking_model: Path, tmp_path: Path) -> None:
     first = terminal("run", str(speaking_model), "-c", "8000")
     first.wait_for_prompt()
@@ -196,6 +207,20 @@ def test_a_line_found_by_ctrl_r_is_taken(terminal: Open, speaking_model: Path, t
         chat.type(line)
     chat.wait_for_prompt(len(lines) + 1)
     assert read_questions(chat, tmp_path)[2:] == ["Xalpha one", "bYeta two", "Xalpha oneZ"]
+
+
+def test_enter_sends_after_escape_in_vi_mode(terminal: Open, speaking_model: Path, tmp_path: Path) -> None:
+    chat = terminal("run", str(speaking_model), QWENLOCAL_KEYS="vi")
+    chat.wait_for_prompt()
+    chat.type("abc\x1b")
+    chat.read(0.4)
+    chat.type("0x\r")
+    chat.wait_for(rf"^> bc$.*{SAYS}")
+    chat.wait_for_prompt(2)
+    chat.type("two\x1b\rlines\x1b")
+    chat.read(0.4)
+    chat.type("\r")
+    chat.wait_for(rf"^> two\n  lines$.*{SAYS}")
 
 
 def test_three_quotes_enclose_several_lines(terminal: Open, speaking_model: Path, tmp_path: Path) -> None:

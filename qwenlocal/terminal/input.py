@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 _PROMPT: StyleAndTextTuples = [("bold fg:ansigreen", "> ")]
 _MAX_HISTORY_CHARACTERS = 100_000  # lines with longer pastes can be recalled in the same chat only
 _MAX_QUEUE_SHOWN = 3
+_VI_ESCAPE_SECONDS = 0.1  # Enter this long after Escape is a key of its own, not Alt-Enter
 _SEARCH_ENDS = ("left", "right", "home", "end", "c-a", "c-b", "c-e", "c-f")  # as in readline
 
 
@@ -63,9 +64,9 @@ class LineEditor:
 
     def _create_prompt(self, history: History) -> PromptSession[str]:
         is_vi = os.environ.get("QWENLOCAL_KEYS", "").lower() == "vi"
-        return PromptSession(
+        prompt = PromptSession[str](
             history=history,
-            key_bindings=_bind_keys(self._session, self._pastes),
+            key_bindings=_bind_keys(self._session, self._pastes, self._terminal),
             multiline=True,
             prompt_continuation="  ",
             completer=ChatCompleter(self._session),
@@ -79,6 +80,9 @@ class LineEditor:
             input_processors=[PasteLabels(self._pastes)],
             style=Style.from_dict({"bottom-toolbar": "noreverse", "toolbar": "noreverse fg:ansibrightblack"}),
         )
+        if is_vi:
+            prompt.app.ttimeoutlen = _VI_ESCAPE_SECONDS
+        return prompt
 
     @property
     def app(self) -> Application[str]:
@@ -110,7 +114,9 @@ class LineEditor:
 
     def ask(self, question: str) -> str:
         """Return the answer to a question, "" for Ctrl-C or Ctrl-D; keys pressed earlier wait for the message."""
-        earlier = self._terminal.take_waiting() if self._terminal else []
+        earlier: list[KeyPress] = []
+        if self._terminal:
+            earlier, self._terminal.waiting = self._terminal.waiting, earlier
         try:
             answer, is_interrupted = run_prompt(PromptSession[str](input=self._terminal), question)
             return "" if is_interrupted else answer.strip()
@@ -118,7 +124,7 @@ class LineEditor:
             return ""
         finally:
             if self._terminal:
-                self._terminal.put_back(earlier)
+                self._terminal.waiting = earlier + self._terminal.waiting
             enable_bracketed_paste(sys.stdout)
 
     @contextlib.contextmanager
@@ -134,18 +140,15 @@ class LineEditor:
         if terminal is None:
             yield
             return
-        waiting = terminal.take_waiting()
-        terminal.put_back(waiting)
-        self._preview = LinePreview(waiting, self._pastes.fold)
+        preview = self._preview = LinePreview(terminal.waiting, self._pastes.fold)
 
         def press(keys: list[KeyPress]) -> None:
-            self._preview.feed(keys)
-            while line := next(filter(is_urgent, self._preview.submitted), None):
-                others = self._preview.remove(line, terminal.take_waiting())
-                terminal.put_back(others)
-                self._preview = LinePreview(others, self._pastes.fold)
-                self._prompt.history.append_string(line)
-                run(line)
+            preview.feed(keys)
+            for entry in [entry for entry in preview.queue if is_urgent(entry[0])]:
+                preview.queue.remove(entry)
+                terminal.waiting = preview.keys
+                self._prompt.history.append_string(entry[0])
+                run(entry[0])
             on_key()
 
         with capture_keys(terminal, press):
@@ -154,7 +157,7 @@ class LineEditor:
     def describe_typed(self) -> Sequence[str]:
         """Return the last lines typed during the answer: those that wait to be sent, and the one being typed."""
         preview = self._preview
-        lines = [*preview.submitted, *([preview.text] if preview.text else [])]
+        lines = [*(line for line, _ in preview.queue), *([preview.text] if preview.text else [])]
         return [self._pastes.describe(line) for line in lines[-_MAX_QUEUE_SHOWN:]]
 
     def drop_queue(self) -> int:
@@ -162,12 +165,11 @@ class LineEditor:
         if self._terminal is None:
             return 0
         self._terminal.collect()
-        waiting = self._terminal.take_waiting()
-        preview = LinePreview(waiting, self._pastes.fold)
-        for line in preview.submitted:
+        preview = LinePreview(self._terminal.waiting, self._pastes.fold)
+        for line, _ in preview.queue:
             self._prompt.history.append_string(line)
-        self._terminal.put_back(waiting[preview.keys_submitted :])
-        return len(preview.submitted)
+        self._terminal.waiting = preview.rest
+        return len(preview.queue)
 
     def _describe_state(self) -> str:
         if is_open_block(self._prompt.default_buffer.text):
@@ -181,12 +183,10 @@ def _open_terminal(early_bytes: bytes) -> TerminalInput | None:
         return None
     from qwenlocal.terminal.keys import TerminalInput
 
-    terminal = TerminalInput(sys.stdin)
-    terminal.add_early_bytes(early_bytes)
-    return terminal
+    return TerminalInput(sys.stdin, early_bytes)
 
 
-def _bind_keys(session: Session, pastes: PasteStore) -> KeyBindings:
+def _bind_keys(session: Session, pastes: PasteStore, terminal: TerminalInput | None) -> KeyBindings:
     """
     Bind Enter (send), Alt-Enter and Ctrl-J (new line), Ctrl-C (clear the line), pastes (fold), and the editor.
 
@@ -204,7 +204,7 @@ def _bind_keys(session: Session, pastes: PasteStore) -> KeyBindings:
         elif press_enter(buffer):
             buffer.validate_and_handle()
 
-    @keys.add("escape", "enter", filter=is_typing)
+    @keys.add("escape", "enter", filter=is_typing & emacs_mode)  # Alt-Enter on Windows
     @keys.add("c-j", filter=is_typing)
     def _insert_line_break(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text("\n")
@@ -224,7 +224,7 @@ def _bind_keys(session: Session, pastes: PasteStore) -> KeyBindings:
         event.current_buffer.insert_text(text.split("\n")[0] if is_searching() else pastes.fold(text))
 
     _bind_search_keys(keys)
-    _bind_editor(keys, session, pastes)
+    _bind_editor(keys, session, pastes, terminal)
     return keys
 
 
@@ -239,7 +239,7 @@ def _bind_search_keys(keys: KeyBindings) -> None:
         keys.add(name, filter=is_searching)(end_search)
 
 
-def _bind_editor(keys: KeyBindings, session: Session, pastes: PasteStore) -> None:
+def _bind_editor(keys: KeyBindings, session: Session, pastes: PasteStore, terminal: TerminalInput | None) -> None:
     """Bind the keys that edit the message, with its pastes, in $EDITOR; it is sent if the editor has changed it."""
     is_typing = has_focus(DEFAULT_BUFFER)
 
@@ -248,15 +248,16 @@ def _bind_editor(keys: KeyBindings, session: Session, pastes: PasteStore) -> Non
     async def _edit(event: KeyPressEvent) -> None:
         buffer = event.current_buffer
         before = pastes.expand(buffer.text)
-        try:
-            text = await run_in_terminal(lambda: edit_text(before), in_executor=True)
-        except UsageError as error:
-            message = describe_error(error)
-            await run_in_terminal(lambda: session.say(message))
-            return
-        if text != before.removesuffix("\n"):
-            buffer.document = Document(pastes.collapse(text))
-            buffer.validate_and_handle()
+        with terminal.hold_keys() if terminal else contextlib.nullcontext():
+            try:
+                text = await run_in_terminal(lambda: edit_text(before), in_executor=True)
+            except UsageError as error:
+                message = describe_error(error)
+                await run_in_terminal(lambda: session.say(message))
+                return
+            if text != before.removesuffix("\n"):
+                buffer.document = Document(pastes.collapse(text))
+                buffer.validate_and_handle()
 
 
 def _open_history(path: Path | None, pastes: PasteStore) -> History:

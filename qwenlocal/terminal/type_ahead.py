@@ -5,12 +5,17 @@ from __future__ import annotations
 import contextlib
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 from prompt_toolkit.buffer import Buffer
+from prompt_toolkit.clipboard import InMemoryClipboard
+from prompt_toolkit.key_binding.bindings.named_commands import get_by_name
 from prompt_toolkit.key_binding.key_processor import KeyPress
 from prompt_toolkit.keys import Keys
+from prompt_toolkit.output import DummyOutput
 
 from qwenlocal.terminal.ansi import escape_controls
 
@@ -56,13 +61,14 @@ class LinePreview:
     """
     The lines that keys will send, and the text of the one after them, without completion and history.
 
-    After the keys `a b ⌫ c ⏎ d`, `submitted` is ["ac"] and `text` is "d". `fold` shortens long pastes.
+    After the keys `a b ⌫ c ⏎ d`, `queue` has the line "ac" with its keys, `text` is "d". `fold` shortens long pastes.
     """
 
     def __init__(self, keys: Iterable[KeyPress], fold: Callable[[str], str]) -> None:
-        self.submitted: list[str] = []
-        self._ends = [0]  # number of keys up to the end of each line that was sent
-        self._fold, self._buffer, self._count, self._is_after_escape = fold, Buffer(), 0, False
+        self.queue: list[tuple[str, list[KeyPress]]] = []
+        self.rest: list[KeyPress] = []  # the keys of `text`
+        self._fold, self._buffer, self._is_after_escape = fold, Buffer(), False
+        self._app = SimpleNamespace(clipboard=InMemoryClipboard(), output=DummyOutput())
         self.feed(keys)
 
     @property
@@ -70,39 +76,32 @@ class LinePreview:
         return self._buffer.text
 
     @property
-    def keys_submitted(self) -> int:
-        """The number of keys up to the last line that was sent."""
-        return self._ends[-1]
-
-    def remove(self, line: str, keys: Sequence[KeyPress]) -> list[KeyPress]:
-        """Return `keys`, which made these lines, without those of `line`."""
-        index = self.submitted.index(line)
-        return [*keys[: self._ends[index]], *keys[self._ends[index + 1] :]]
+    def keys(self) -> list[KeyPress]:
+        """All keys, without those of lines that were removed from the queue."""
+        return [*(key for _, keys in self.queue for key in keys), *self.rest]
 
     def feed(self, keys: Iterable[KeyPress]) -> None:
         """Press keys."""
         for key in keys:
-            self._count += 1
+            self.rest.append(key)
             was_escape, self._is_after_escape = self._is_after_escape, key.key is Keys.Escape
-            if was_escape and key.key is not Keys.ControlM:
-                continue
-            if key.key is Keys.ControlM and not was_escape:
+            if key.key is Keys.ControlM:
                 self._press_enter()
+            elif key.key is Keys.ControlJ:
+                self._buffer.insert_text("\n")
             elif key.key is Keys.BracketedPaste:
                 self._buffer.insert_text(self._fold(clean_paste(key.data)))
-            elif isinstance(key.key, Keys):
-                if key.key in _EDITS:
-                    _EDITS[key.key](self._buffer)
-            else:
+            elif command := (_ALT_EDITS if was_escape else _EDITS).get(key.key):
+                event: Any = SimpleNamespace(current_buffer=self._buffer, arg=1, is_repeat=False, app=self._app)
+                get_by_name(command).handler(event)
+            elif not was_escape and not isinstance(key.key, Keys):
                 self._buffer.insert_text(key.data)
 
     def _press_enter(self) -> None:
         if press_enter(self._buffer):
-            if self._buffer.text.strip():
-                self.submitted.append(self._buffer.text)
-                self._ends.append(self._count)
-            else:
-                self._ends[-1] = self._count
+            if self.text.strip():
+                self.queue.append((self.text, self.rest))
+            self.rest = []
             self._buffer.reset()
 
 
@@ -111,41 +110,31 @@ def clean_paste(text: str) -> str:
     return escape_controls(text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
-def _move(buffer: Buffer, distance: int) -> None:
-    buffer.cursor_position += distance
-
-
-def _delete_word(buffer: Buffer) -> None:
-    start = buffer.document.find_start_of_previous_word(WORD=True)
-    buffer.delete_before_cursor(-start if start else buffer.cursor_position)
-
-
-def _delete_to_line_start(buffer: Buffer) -> None:
-    start = buffer.document.get_start_of_line_position()
-    buffer.delete_before_cursor(-start or 1)  # at the start of a line, its line break
-
-
-def _delete_to_line_end(buffer: Buffer) -> None:
-    buffer.delete(buffer.document.get_end_of_line_position() or 1)
-
-
-_EDITS: Mapping[Keys, Callable[[Buffer], object]] = {
-    Keys.ControlM: lambda buffer: buffer.insert_text("\n"),  # after Escape
-    Keys.ControlJ: lambda buffer: buffer.insert_text("\n"),
-    Keys.ControlH: lambda buffer: buffer.delete_before_cursor(),
-    Keys.ControlD: lambda buffer: buffer.delete(),
-    Keys.Delete: lambda buffer: buffer.delete(),
-    Keys.ControlB: lambda buffer: buffer.cursor_left(),
-    Keys.Left: lambda buffer: buffer.cursor_left(),
-    Keys.ControlF: lambda buffer: buffer.cursor_right(),
-    Keys.Right: lambda buffer: buffer.cursor_right(),
-    Keys.ControlA: lambda buffer: _move(buffer, buffer.document.get_start_of_line_position()),
-    Keys.Home: lambda buffer: _move(buffer, buffer.document.get_start_of_line_position()),
-    Keys.ControlE: lambda buffer: _move(buffer, buffer.document.get_end_of_line_position()),
-    Keys.End: lambda buffer: _move(buffer, buffer.document.get_end_of_line_position()),
-    Keys.ControlW: _delete_word,
-    Keys.ControlU: _delete_to_line_start,
-    Keys.ControlK: _delete_to_line_end,
+_EDITS: Mapping[str, str] = {  # prompt_toolkit's names of readline's commands
+    Keys.ControlH: "backward-delete-char",
+    Keys.Delete: "delete-char",
+    Keys.ControlD: "delete-char",
+    Keys.Left: "backward-char",
+    Keys.ControlB: "backward-char",
+    Keys.Right: "forward-char",
+    Keys.ControlF: "forward-char",
+    Keys.ControlLeft: "backward-word",
+    Keys.ControlRight: "forward-word",
+    Keys.Home: "beginning-of-line",
+    Keys.ControlA: "beginning-of-line",
+    Keys.End: "end-of-line",
+    Keys.ControlE: "end-of-line",
+    Keys.ControlW: "unix-word-rubout",
+    Keys.ControlU: "unix-line-discard",
+    Keys.ControlK: "kill-line",
+    Keys.ControlT: "transpose-chars",
+    Keys.ControlY: "yank",
+}
+_ALT_EDITS: Mapping[str, str] = {
+    "b": "backward-word",
+    "f": "forward-word",
+    "d": "kill-word",
+    Keys.ControlH: "backward-kill-word",
 }
 
 
@@ -166,12 +155,9 @@ def capture_keys(terminal: TerminalInput, on_keys: Callable[[list[KeyPress]], ob
 
 
 def _collect_keys(terminal: TerminalInput, on_keys: Callable[[list[KeyPress]], object], stop: threading.Event) -> None:
-    quiet = 0.0
+    last_input = time.monotonic()
     while not stop.is_set() and not terminal.closed:
         if terminal.has_input(_POLL_SECONDS):
-            keys, quiet = terminal.collect(), 0.0
-        else:
-            quiet += _POLL_SECONDS
-            keys = terminal.collect_flushed() if quiet >= _FLUSH_SECONDS else []
-        if keys:
+            last_input = time.monotonic()
+        if keys := terminal.collect(flush=time.monotonic() - last_input > _FLUSH_SECONDS):
             on_keys(keys)

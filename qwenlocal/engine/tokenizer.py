@@ -127,10 +127,9 @@ class Tokenizer:
     def _special_pattern(self, special: bool) -> re.Pattern[bytes]:
         """Return a pattern of the tokens in `_specials`, the longest first; without `special`, of user-defined ones."""
         kinds = _CONTROL | ATTR_USER_DEFINED if special else ATTR_USER_DEFINED
-        texts: list[bytes] = [
-            re.escape(text) for text, token in self._specials.items() if self._attributes(token) & kinds
-        ]
-        return re.compile(b"(%b)" % (b"|".join(sorted(texts, key=len, reverse=True)) or b"(?!)"))
+        texts = [re.escape(text) for text, token in self._specials.items() if self._attributes(token) & kinds]
+        texts.sort(key=len, reverse=True)
+        return re.compile(b"(%b)" % (b"|".join(texts) or b"(?!)"))
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
         """Return the bytes of `token`, often incomplete UTF-8; control tokens have none unless `special`."""

@@ -128,26 +128,27 @@ def hash_blocks(
     return digest.hexdigest(), checksums
 
 
-def hash_samples(file: int) -> str:
-    """Hash the size of an open file and samples over its length: enough to tell it from others without reading it."""
+def hash_samples(file: Path | int) -> str:
+    """Hash the size of a file and samples over its length: enough to tell it from others without reading all of it."""
     import hashlib
 
-    size = os.fstat(file).st_size
-    digest = hashlib.sha256(str(size).encode())
-    for number in range(_SAMPLES):
-        os.lseek(file, max(0, size - _SAMPLE_SIZE) * number // (_SAMPLES - 1), os.SEEK_SET)
-        digest.update(os.read(file, _SAMPLE_SIZE))
+    with open(file, "rb", buffering=0, closefd=not isinstance(file, int)) as opened:
+        size = os.fstat(opened.fileno()).st_size
+        digest = hashlib.sha256(str(size).encode())
+        for number in range(_SAMPLES):
+            opened.seek(max(0, size - _SAMPLE_SIZE) * number // (_SAMPLES - 1))
+            digest.update(opened.read(_SAMPLE_SIZE))
     return digest.hexdigest()
 
 
-def fingerprint_file(file: int) -> str:
+def fingerprint_file(file: Path | int) -> str:
     """
-    Hash everything cheap that differs if an open file is not what it was: samples of its contents, and its times.
+    Hash everything cheap that differs if a file is not what it was: samples of its contents, and its times.
 
     The time of modification can be set, and copying programs set it; the system alone sets the time of change of the
     inode. The inode's number does not help: exFAT and FUSE give out new ones after a restart.
     """
-    state = os.fstat(file)
+    state = os.stat(file)  # noqa: PTH116 - Path.stat takes no descriptor
     return f"{hash_samples(file)} {state.st_mtime_ns} {state.st_ctime_ns}"
 
 

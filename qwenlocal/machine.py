@@ -52,7 +52,7 @@ class Machine:
 def this_machine(root: Path = Path("/")) -> Machine:
     """Probe this machine; in tests, `root` is the file system of a simulated Linux machine."""
     return Machine(
-        _cores(root),
+        min(_physical_cores(root), _logical_cores(root)),
         lambda: _memory(root),
         _processor(root),
         _features(root),
@@ -67,10 +67,6 @@ def power_source() -> str:
 
     state = psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None
     return "battery" if state is not None and state.power_plugged is False else "mains"
-
-
-def _cores(root: Path) -> int:
-    return max(1, min(_physical_cores(root), _logical_cores(root)))
 
 
 def _logical_cores(root: Path) -> int:

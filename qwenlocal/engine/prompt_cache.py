@@ -41,19 +41,13 @@ def compute_cache_key(model: Path, options: ContextOptions) -> str:
     """Hash everything that a state depends on: the model file, the KV cache's layout, the version of llama.cpp."""
     layout = (options.key_type, options.value_type, options.flash_attention, options.rope)
     version = importlib.metadata.version("llama-cpp-python")
-    parts = (_VERSION, version, layout, list(map(_fingerprint, shard_paths(model))))
+    parts = (_VERSION, version, layout, list(map(fingerprint_file, shard_paths(model))))
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
-
-
-def _fingerprint(file: Path) -> str:
-    with file.open("rb") as opened:
-        return fingerprint_file(opened.fileno())
 
 
 def fingerprint_model(model: Path) -> str:
     """Hash samples of a model file; copies of it have the same hash."""
-    with model.open("rb") as file:
-        return hash_samples(file.fileno())[:32]
+    return hash_samples(model)[:32]
 
 
 def delete_prompt_caches(folder: Path) -> None:

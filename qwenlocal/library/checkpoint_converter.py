@@ -191,8 +191,7 @@ def fingerprint(path: Path) -> str:
     try:
         for file in sorted([*folder.iterdir(), *(folder / "additional_chat_templates").glob("*.jinja")]):
             if file.suffix in _INPUT_SUFFIXES and file.is_file():
-                with file.open("rb") as opened:
-                    states.append((file.name, fingerprint_file(opened.fileno())))
+                states.append((file.name, fingerprint_file(file)))
     except OSError as reason:
         raise BadCheckpoint.unreadable(folder, reason) from reason
     return hashlib.sha256(repr((path.name, states)).encode(errors="replace")).hexdigest()[:16]

@@ -14,6 +14,7 @@ from qwenlocal.library.byte_source import ByteSource
 from qwenlocal.library.http import TransferError
 
 _MAX_BACKOFF = 30.0
+_SET_ASIDE = "set aside: it may have sent wrong bytes"  # while another source is used alone
 _SUCCESS_SIZE = 64 << 10  # bytes; a connection that delivers as much and breaks is worth another one
 
 
@@ -28,7 +29,6 @@ class SourceState:
     disabled: str = ""  # the reason, if the source is not used any more
     last_error: TransferError | None = None
     was_sole_source: bool = False
-    is_set_aside: bool = False  # disabled only while another source is used alone
 
 
 class SourceSelector:
@@ -94,13 +94,12 @@ class SourceSelector:
         if len(senders) == 1:
             next(iter(senders)).was_sole_source = True
         untried = (state for state in self.states if not state.was_sole_source)
-        chosen = next((state for state in untried if not state.disabled or state.is_set_aside), None)
+        chosen = next((state for state in untried if state.disabled in ("", _SET_ASIDE)), None)
         if chosen is None:
             return None
         for state in self.states:
-            if not state.disabled:
-                state.disabled, state.is_set_aside = "set aside: it may have sent wrong bytes", True
-        chosen.was_sole_source, chosen.disabled, chosen.is_set_aside = True, "", False
+            state.disabled = state.disabled or _SET_ASIDE
+        chosen.was_sole_source, chosen.disabled = True, ""
         return chosen
 
     def _failure(self) -> DownloadFailed:

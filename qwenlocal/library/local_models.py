@@ -126,28 +126,26 @@ class LocalModels:
     def _use_cached_files(
         self, name: HubName, cached: CachedRepository, file: str, paths: Sequence[Path]
     ) -> ModelRecord:
-        known = self._find_record(paths[0])
+        known = self._find_record_of_file(paths[0])
         record = self._store.check_unchanged(known) if known else None
         if record is None:
-            tag = file.removesuffix(".gguf").casefold()
-            full_name = (
-                replace(name, file=None, level=tag) if cached.has_tags_only else replace(name, file=file, level=None)
-            )
-            origin, owned = cached.program or f"{name.hub}:{name.repo}", not cached.program
-            record = ModelRecord(
-                str(full_name), [StoredFile.from_path(path, "") for path in paths], origin, owned=owned
-            )
-            if not owned:
+            tag = file.removesuffix(".gguf").casefold() if cached.has_tags_only else None
+            full_name = replace(name, file=None if tag else file, level=tag)
+            files = [StoredFile.from_path(path, "") for path in paths]
+            origin = cached.program or f"{name.hub}:{name.repo}"
+            record = ModelRecord(str(full_name), files, origin, owned=not cached.program)
+            if cached.program:
                 self._on_external_file(ExternalFile(paths[0], cached.program, has_digest_path=False))
         if (name.file or name.level) and str(name) != record.name:
             record = replace(record, aliases=sorted({*record.aliases, str(name)}))
-        if record == known:
-            return record
+        return record if record == known else self._add(record)
+
+    def _add(self, record: ModelRecord) -> ModelRecord:
         with contextlib.suppress(NotWritable):  # on a read-only disk it is usable without a record
             return self._store.add(record)
         return record
 
-    def _find_record(self, path: Path) -> ModelRecord | None:
+    def _find_record_of_file(self, path: Path) -> ModelRecord | None:
         """Return the record of a model whose first file is `path`, under any name."""
         records = (record for record in self._store.records() if not record.is_checkpoint)
         paths = {str(path), str(path.resolve())}
@@ -196,10 +194,8 @@ class LocalModels:
                 self._on_external_file(external)
             file = own_file or StoredFile.from_path(external.path, query.sha256 or "")
             owned = own_file is not None
-            record = ModelRecord(name, [file], origin or external.program, license, owned=owned, aliases=tuple(aliases))
-            with contextlib.suppress(NotWritable):  # on a read-only disk it is usable without a record
-                return self._store.add(record)
-            return record
+            origin = origin or external.program
+            return self._add(ModelRecord(name, [file], origin, license, owned=owned, aliases=tuple(aliases)))
         return None
 
     def _find_own_file(self, external: ExternalFile) -> StoredFile | None:

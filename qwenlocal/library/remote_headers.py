@@ -7,6 +7,7 @@ checkpoint tell if it can be converted, and what the result will be.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def _read_header(folder: Path, request: FileRequest) -> RawHeader:
 
 
 def _read_range(sources: Sequence[ByteSource], start: int, end: int) -> bytes:
-    """Read from the first source that delivers; after a failure, go on where it happened as long as bytes arrive."""
+    """Read from the first source that delivers; after a failure, continue where it happened while bytes arrive."""
     data = bytearray()
 
     def read_rest(source: ByteSource) -> None:
@@ -62,11 +63,9 @@ def _read_range(sources: Sequence[ByteSource], start: int, end: int) -> bytes:
             data.extend(chunk)
 
     for source in sources[:-1]:
-        try:
+        with contextlib.suppress(TransferError, RangesUnsupported):
             read_rest(source)
             return bytes(data)
-        except (TransferError, RangesUnsupported):
-            continue
     while True:
         before = len(data)
         try:

@@ -51,8 +51,9 @@ class StoredFile:
     ) -> StoredFile:
         """Describe a file by its present size and time of change."""
         state = path.stat()
-        times = (state.st_mtime_ns, state.st_ctime_ns)
-        return cls(str(path), state.st_size, times[0], sha256, block_size, tuple(checksums), link, times[1])
+        return cls(
+            str(path), state.st_size, state.st_mtime_ns, sha256, block_size, tuple(checksums), link, state.st_ctime_ns
+        )
 
     def has_times(self, state: os.stat_result) -> bool:
         """Return True if the file had the same times of change when it was recorded."""

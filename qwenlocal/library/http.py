@@ -35,6 +35,13 @@ _KNOWN_CAUSES = (
     "Connection reset by peer",
 )  # fmt: skip
 _SECRET_HEADERS = ("authorization", "cookie")
+_FINAL_PROBLEMS = {
+    401: "refuses access",
+    403: "refuses access",
+    404: "does not have the file",
+    410: "does not have the file",
+    416: "has a shorter file now",  # the requested range is outside of it
+}
 
 
 class TransferError(Exception):
@@ -287,13 +294,8 @@ def _status_error(response: urllib3.BaseHTTPResponse, host: str) -> TransferErro
         return TransferError(
             f"{host} {problem} (HTTP {status})", retryable=True, retry_after=retry_after, status=status
         )
-    if status in (401, 403):
-        return TransferError(f"{host} refuses access (HTTP {status})", retryable=False, status=status)
-    if status in (404, 410):
-        return TransferError(f"{host} does not have the file (HTTP {status})", retryable=False, status=status)
-    if status == 416:  # the requested range is outside the file
-        return TransferError(f"the file on {host} has changed: it is shorter now", retryable=False, status=status)
-    return TransferError(f"{host} returned HTTP {status}", retryable=False, status=status)
+    problem = _FINAL_PROBLEMS.get(status, "refuses the request")
+    return TransferError(f"{host} {problem} (HTTP {status})", retryable=False, status=status)
 
 
 def with_retries(request: Callable[[], T]) -> T:

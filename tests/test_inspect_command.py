@@ -114,6 +114,14 @@ class TestInspect:
         expect_exit(invoke("inspect", str(no_base), "--fix", "-o", "fixed.gguf"), 0)
         expect_exit(invoke("inspect", "./fixed.gguf"), 0)
 
+    def test_the_model_in_a_folder_is_suggested_but_no_hidden_file(
+        self, tiny_f32: Path, invoke: Run, tmp_path: Path
+    ) -> None:
+        (tmp_path / "models").mkdir()
+        for name in ("._x.gguf", "x.gguf"):
+            shutil.copy(tiny_f32, tmp_path / "models" / name)
+        assert "Did you mean models/x.gguf?" in expect_exit(invoke("inspect", "./models"), 5)
+
     @pytest.mark.parametrize(
         ("text", "code", "message"),
         [

@@ -209,7 +209,7 @@ def test_a_line_found_by_ctrl_r_is_taken(terminal: Open, speaking_model: Path, t
     assert read_questions(chat, tmp_path)[2:] == ["Xalpha one", "bYeta two", "Xalpha oneZ"]
 
 
-def test_enter_sends_after_escape_in_vi_mode(terminal: Open, speaking_model: Path, tmp_path: Path) -> None:
+def test_enter_sends_after_escape_in_vi_mode(terminal: Open, speaking_model: Path) -> None:
     chat = terminal("run", str(speaking_model), QWENLOCAL_KEYS="vi")
     chat.wait_for_prompt()
     chat.type("abc\x1b")

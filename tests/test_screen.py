@@ -67,6 +67,16 @@ def test_unchanged_lines_are_not_written_again() -> None:
     assert len(terminal.out.getvalue()) == before
 
 
+def test_what_another_program_writes_meanwhile_stays() -> None:
+    terminal = Terminal()
+    terminal.screen.update([], ["one", "two"], ["status"])
+    terminal.screen.leave()
+    terminal.write("\nsuspended\n$ fg\n")
+    terminal.screen.update([], ["one", "two three"], ["status"])
+    terminal.screen.end(["one", "two three four"])
+    assert terminal.lines[-5:] == ["status", "suspended", "$ fg", "one", "two three four"]
+
+
 def test_wrapped_lines_count_as_several_rows() -> None:
     terminal = Terminal(columns=10)
     terminal.screen.update([], ["x" * 25, "y"], [])

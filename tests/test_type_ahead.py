@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,7 +13,7 @@ from prompt_toolkit.key_binding import KeyPress
 from prompt_toolkit.keys import Keys
 
 from qwenlocal.terminal.commands.table import is_command, unescape_slashes
-from qwenlocal.terminal.pastes import PasteStore
+from qwenlocal.terminal.pastes import InputDisplay, PasteStore
 from qwenlocal.terminal.type_ahead import LinePreview, is_open_block, unquote_block
 
 if sys.platform == "win32":
@@ -152,6 +154,19 @@ def test_the_same_paste_has_one_number() -> None:
     pastes = PasteStore()
     assert pastes.fold("a\n" * 20) == pastes.fold("a\n" * 20)
     assert pastes.describe(pastes.fold("a\n" * 20)) == "[paste 1: 20 lines]"
+
+
+def test_the_cursor_is_at_the_right_column_after_pastes_and_emoji() -> None:
+    pastes = PasteStore()
+    line = f"a{pastes.fold('x' * 2000)}b👩\u200d💻c👍🏽d🇩🇪e"
+    source: Any = SimpleNamespace(fragments=[("", line)])
+    shown = InputDisplay(pastes).apply_transformation(source)
+    text = shown.fragments[0][1]
+    assert text == "a[paste 1: 2,000 characters]b👩💻c👍dDEe"
+    for character in "b👩💻cde":
+        assert shown.source_to_display(line.index(character)) == text.rindex(character)
+        assert shown.display_to_source(text.rindex(character)) == line.index(character)
+    assert shown.source_to_display(len(line) + 1) == len(text) + 1
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from qwenlocal.i18n import tr
 from qwenlocal.paths import ensure_writable
 from qwenlocal.terminal.completer import ChatCompleter
 from qwenlocal.terminal.external_editor import edit_text
-from qwenlocal.terminal.pastes import PasteLabels, PasteStore
+from qwenlocal.terminal.pastes import InputDisplay, PasteStore
 from qwenlocal.terminal.prompting import run_prompt
 from qwenlocal.terminal.session import Session
 from qwenlocal.terminal.tty import enable_bracketed_paste
@@ -77,7 +77,7 @@ class LineEditor:
             bottom_toolbar=lambda: [("class:toolbar", self._describe_state())],
             reserve_space_for_menu=4,
             input=self._terminal,
-            input_processors=[PasteLabels(self._pastes)],
+            input_processors=[InputDisplay(self._pastes)],
             style=Style.from_dict({"bottom-toolbar": "noreverse", "toolbar": "noreverse fg:ansibrightblack"}),
         )
         if is_vi:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 import re
 from collections.abc import Mapping
 
@@ -14,6 +15,10 @@ _FOLD_LINES, _FOLD_CHARACTERS = 8, 1000  # fold a paste from this size on
 # typed stays text, and the editor's keys take the character as a whole.
 _FIRST, _COUNT = 0xD800, 0x400
 _STAND_IN = re.compile("[\ud800-\udbff]")
+_FLAG_LETTERS = {0x1F1E6 + index: chr(ord("A") + index) for index in range(26)}
+# Letters of flags, skin tones, the variation selector, joiners before emoji.
+_EMOJI_PART = "[\U0001f1e6-\U0001f1ff\U0001f3fb-\U0001f3ff\ufe0f]|\u200d(?=[\u2190-\u2bff\U0001f000-\U0001faff])"
+_SHOWN_DIFFERENTLY = re.compile(f"{_STAND_IN.pattern}|{_EMOJI_PART}")
 
 
 class PasteStore:
@@ -67,8 +72,12 @@ def count_lines(text: str) -> int:
     return text.removesuffix("\n").count("\n") + 1
 
 
-class PasteLabels(Processor):
-    """Shows the label of a paste in the input line in place of its character."""
+class InputDisplay(Processor):
+    """
+    Shows the label of a paste in the input line in place of its character, and composed emoji as their parts.
+
+    Terminals and prompt_toolkit disagree about the width of composed emoji, so the cursor would be in the wrong place.
+    """
 
     def __init__(self, pastes: PasteStore) -> None:
         self._pastes = pastes
@@ -77,13 +86,11 @@ class PasteLabels(Processor):
         shown: StyleAndTextTuples = []
         starts = [0]  # the display column of each source column
         for style, text, *_ in transformation_input.fragments:
-            label = self._pastes.describe(text)
-            shown.append((style, label))
-            if label == text:
-                starts.extend(range(starts[-1] + 1, starts[-1] + len(text) + 1))
-            else:
-                for character in text:
-                    starts.append(starts[-1] + len(self._pastes.describe(character)))
+            sizes = [1] * len(text)
+            for match in _SHOWN_DIFFERENTLY.finditer(text):
+                sizes[match.start()] = len(self._replace(match))
+            starts += itertools.accumulate(sizes, initial=starts.pop())
+            shown.append((style, _SHOWN_DIFFERENTLY.sub(self._replace, text)))
 
         def to_display(column: int) -> int:
             return starts[min(column, len(starts) - 1)] + max(0, column - len(starts) + 1)
@@ -92,3 +99,8 @@ class PasteLabels(Processor):
             return bisect.bisect_right(starts, column) - 1
 
         return Transformation(shown, to_display, to_source)
+
+    def _replace(self, match: re.Match[str]) -> str:
+        if _STAND_IN.match(match[0]):
+            return self._pastes.describe(match[0])
+        return _FLAG_LETTERS.get(ord(match[0]), "")

@@ -36,6 +36,7 @@ from qwenlocal.terminal.markdown import RenderOptions, warm_up
 from qwenlocal.terminal.pastes import PasteStore
 from qwenlocal.terminal.screen import Screen
 from qwenlocal.terminal.session import AnswerStarter, Session
+from qwenlocal.terminal.tty import call_on_resume
 from qwenlocal.terminal.type_ahead import unquote_block
 from qwenlocal.terminal.view import DRAFT_UNLOADED, AnswerView, describe_drafting, describe_stats, print_answer
 from qwenlocal.terminal.wrapping import join_fitting, terminal_width
@@ -257,14 +258,16 @@ class Repl:
         session = self._session
         if not supports_ansi(sys.stdout):
             return print_answer(events, sys.stdout, sys.stderr)
+        screen = Screen(sys.stdout, shutil.get_terminal_size)
         view = AnswerView(
-            Screen(sys.stdout, shutil.get_terminal_size),
+            screen,
             render_options,
             session.conversation.n_ctx,
             self._editor.describe_typed,
             markdown=session.render_markdown,
         )
-        with self._editor.capture(view.redraw_footer, works_during_answer, lambda line: self._run_beside(view, line)):
+        keys = self._editor.capture(view.redraw_footer, works_during_answer, lambda line: self._run_beside(view, line))
+        with keys, call_on_resume(screen.leave):
             return view.show(events)
 
     def _run_beside(self, view: AnswerView, line: str) -> None:

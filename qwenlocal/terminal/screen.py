@@ -28,6 +28,7 @@ class Screen:
         self._out, self._size = out, size
         self._shown: list[str] = []  # lines on the screen that may still change
         self._scrolled = 0  # number of pending lines that had to scroll away before they were finished
+        self._is_overwritten = False
 
     def update(self, finished: Sequence[str], pending: Sequence[str], footer: Sequence[str] = ()) -> None:
         """
@@ -57,7 +58,13 @@ class Screen:
         self.update(finished, [])
         self._scrolled = 0
 
+    def leave(self) -> None:
+        """Draw below the cursor from now on: another program has written to the terminal. Safe in signal handlers."""
+        self._is_overwritten = True
+
     def _draw(self, final: Sequence[str], shown: Sequence[str], size: os.terminal_size) -> None:
+        if self._is_overwritten:
+            self._shown, self._is_overwritten = [], False
         unchanged = 0
         if not final:
             while unchanged < min(len(shown), len(self._shown)) and shown[unchanged] == self._shown[unchanged]:

@@ -7,7 +7,8 @@ import os
 import select
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import TextIO
 
 from qwenlocal.errors import QwenlocalError
@@ -62,6 +63,28 @@ def disable_echo(terminal: TextIO, out: TextIO) -> Iterator[bytes]:
         for number, handler in handlers:
             signal.signal(number, handler)
         restore()
+
+
+@contextlib.contextmanager
+def call_on_resume(function: Callable[[], object]) -> Iterator[None]:
+    """Call `function`, too, whenever the process continues after a suspension. Only in the main thread."""
+    if sys.platform == "win32":
+        yield
+        return
+    import signal
+
+    previous = signal.getsignal(signal.SIGCONT)
+
+    def resume(number: int, frame: FrameType | None) -> None:
+        if callable(previous):
+            previous(number, frame)
+        function()
+
+    signal.signal(signal.SIGCONT, resume)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCONT, previous)
 
 
 def _read_available(descriptor: int) -> bytes:

@@ -31,12 +31,12 @@ def read_memory_limits(root: Path) -> list[GroupMemory]:
 
 def _read_memory(folder: Path) -> GroupMemory | None:
     """Read the limit and the use of a group of either version; the names of their files differ."""
-    stat = dict(line.split(" ", 1) for line in read_text(folder / "memory.stat").splitlines() if " " in line)
+    stat = dict(line.split(" ", 1) for line in read_kernel_file(folder / "memory.stat").splitlines() if " " in line)
     # Above memory.high, a group is slowed down until it has swapped enough. A version 1 container cannot see the groups
     # above it; hierarchical_memory_limit includes their limits.
-    texts = [read_text(folder / name) for name in ("memory.max", "memory.high", "memory.limit_in_bytes")]
+    texts = [read_kernel_file(folder / name) for name in ("memory.max", "memory.high", "memory.limit_in_bytes")]
     limits = [int(text) for text in (*texts, stat.get("hierarchical_memory_limit", "")) if text.isdigit()]
-    usage = read_text(folder / "memory.current") or read_text(folder / "memory.usage_in_bytes")
+    usage = read_kernel_file(folder / "memory.current") or read_kernel_file(folder / "memory.usage_in_bytes")
     if not limits or not usage.isdigit():
         return None
     # In version 1, only the totals include the groups below.
@@ -46,9 +46,9 @@ def _read_memory(folder: Path) -> GroupMemory | None:
 
 def read_cpu_quota(root: Path) -> float | None:
     """Return the processor time that this process may use, None without a limit; 1.5 is 150 ms every 100 ms."""
-    quotas = [read_text(folder / "cpu.max").split() for folder in _groups(root, _V2)]
+    quotas = [read_kernel_file(folder / "cpu.max").split() for folder in _groups(root, _V2)]
     names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
-    quotas += [[read_text(folder / name) for name in names] for folder in _groups(root, "cpu")]
+    quotas += [[read_kernel_file(folder / name) for name in names] for folder in _groups(root, "cpu")]
     limited = [quota for quota in quotas if len(quota) == 2 and all(map(str.isdigit, quota)) and int(quota[1])]
     return min((int(quota) / int(period) for quota, period in limited), default=None)
 
@@ -58,7 +58,7 @@ def memory_pressure_files(root: Path) -> list[Path]:
     return [folder / "memory.pressure" for folder in _groups(root, _V2)]
 
 
-def read_text(path: Path) -> str:
+def read_kernel_file(path: Path) -> str:
     """Return the text of a file of the kernel; "" if it cannot be read."""
     try:
         return path.read_text().strip()
@@ -81,7 +81,7 @@ def _groups(root: Path, controller: str) -> list[Path]:
 
 
 def _group_path(root: Path, controller: str) -> PurePosixPath | None:
-    for line in read_text(root / "proc/self/cgroup").splitlines():
+    for line in read_kernel_file(root / "proc/self/cgroup").splitlines():
         _, _, rest = line.partition(":")  # "4:cpu,cpuacct:/user.slice", "0::/user.slice"
         controllers, _, path = rest.partition(":")
         if controller in controllers.split(",") and path.startswith("/"):
@@ -92,7 +92,7 @@ def _group_path(root: Path, controller: str) -> PurePosixPath | None:
 def _mounts(root: Path, controller: str) -> list[tuple[PurePosixPath, PurePosixPath]]:
     """Return the group and the mount point of each mount of a hierarchy; see proc_pid_mountinfo(5)."""
     mounts = []
-    for line in read_text(root / "proc/self/mountinfo").splitlines():
+    for line in read_kernel_file(root / "proc/self/mountinfo").splitlines():
         left, _, right = line.partition(" - ")
         fields, (kind, _, options) = left.split(" "), (*right.split(" "), "", "", "")[:3]
         is_hierarchy = kind == "cgroup2" if controller == _V2 else kind == "cgroup" and controller in options.split(",")

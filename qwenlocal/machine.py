@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwenlocal.cgroups import memory_pressure_files, read_cpu_quota, read_memory_limits, read_text
+from qwenlocal.cgroups import memory_pressure_files, read_cpu_quota, read_kernel_file, read_memory_limits
 
 # CPU features that llama.cpp's kernels use, by their names in Linux (/proc/cpuinfo).
 _CPU_FEATURES = frozenset(
@@ -82,7 +82,7 @@ def _physical_cores(root: Path) -> int:
     on Apple silicon.
     """
     if cpus := _usable_cpus(root):
-        fast = cpus.keys() & _parse_cpus(read_text(root / "sys/devices/cpu_core/cpus"))
+        fast = cpus.keys() & _parse_cpus(read_kernel_file(root / "sys/devices/cpu_core/cpus"))
         return len({cpus[cpu] for cpu in fast or cpus})
     if sys.platform == "darwin":
         output = os.popen("sysctl -n hw.perflevel0.physicalcpu 2>/dev/null").read().strip()
@@ -100,11 +100,11 @@ def _usable_cpus(root: Path) -> dict[int, str]:
     The kernel keeps the affinity of a process within the cpuset of its control group.
     """
     topology = root.glob("sys/devices/system/cpu/cpu[0-9]*/topology/thread_siblings_list")
-    siblings = {int(path.parts[-3].removeprefix("cpu")): read_text(path) for path in topology}
+    siblings = {int(path.parts[-3].removeprefix("cpu")): read_kernel_file(path) for path in topology}
     if root == Path("/") and hasattr(os, "sched_getaffinity"):
         allowed = os.sched_getaffinity(0)
     else:
-        _, _, status = read_text(root / "proc/self/status").partition("Cpus_allowed_list:")
+        _, _, status = read_kernel_file(root / "proc/self/status").partition("Cpus_allowed_list:")
         allowed = _parse_cpus(status.partition("\n")[0]) or set(siblings)
     return {cpu: siblings.get(cpu, str(cpu)) for cpu in allowed}
 
@@ -126,7 +126,8 @@ def _memory(root: Path) -> Memory:
         state = psutil.virtual_memory()
         memory = Memory(int(state.total), int(state.available))
     else:
-        fields = dict(line.split(":", 1) for line in read_text(root / "proc/meminfo").splitlines() if ":" in line)
+        lines = read_kernel_file(root / "proc/meminfo").splitlines()
+        fields = dict(line.split(":", 1) for line in lines if ":" in line)
         memory = Memory(*(int(fields[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable")))
     groups = read_memory_limits(root)
     total = min([memory.total, *(group.limit for group in groups)])
@@ -141,7 +142,7 @@ def _memory_pressure(root: Path) -> float:
     """
     worst = 0.0
     for path in (root / "proc/pressure/memory", *memory_pressure_files(root)):
-        for line in read_text(path).splitlines():
+        for line in read_kernel_file(path).splitlines():
             kind, _, rest = line.partition(" avg10=")
             share = rest.split(" ")[0]
             if kind == "full" and share.replace(".", "", 1).isdigit():
@@ -151,7 +152,7 @@ def _memory_pressure(root: Path) -> float:
 
 def _cpuinfo(root: Path, *keys: str) -> str:
     """Return the value of the first line of /proc/cpuinfo that starts with one of `keys`; "" if there is none."""
-    lines = read_text(root / "proc/cpuinfo").splitlines()
+    lines = read_kernel_file(root / "proc/cpuinfo").splitlines()
     return next((line.partition(":")[2].strip() for line in lines if line.lower().startswith(keys)), "")
 
 

@@ -69,7 +69,7 @@ def find_external_files(
 def find_cached_repositories(
     repo: str, revision: str | None, folders: Folders, environ: Mapping[str, str] = os.environ
 ) -> Iterator[CachedRepository]:
-    """Yield what programs have of a Hugging Face repository; only the Hub's own cache tells revisions apart."""
+    """Yield the files of a Hugging Face repository in each cache; only the Hub's own cache tells revisions apart."""
     for snapshot in find_snapshots(folders.hub_cache, repo, revision):
         yield CachedRepository(_HUGGING_FACE, gguf_files(snapshot))
     if revision:

@@ -114,7 +114,7 @@ class LocalModels:
         return None
 
     def _cached_repositories(self, name: HubName) -> Iterator[CachedRepository]:
-        """Yield what is on this disk of a repository: files and conversions of our own, and those of other programs."""
+        """Yield the files of a repository on this disk: ours, our conversions, those of other programs."""
         own = own_folder(self._folders, name.hub, name.repo)
         for folder in [own / name.revision.replace("/", "--")] if name.revision else sorted(own.glob("*")):
             yield CachedRepository("", gguf_files(folder))

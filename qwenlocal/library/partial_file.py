@@ -107,7 +107,7 @@ class PartialFile:
 
     def span(self, number: int) -> tuple[int, int]:
         """Return the start and end (exclusive) of block `number` in bytes."""
-        return _span(number, self.block_size, self.identity.size)
+        return number * self.block_size, min((number + 1) * self.block_size, self.identity.size)
 
     def rest(self, number: int) -> tuple[int, int]:
         """Return the start and end of the bytes of a block that have not arrived."""
@@ -290,15 +290,11 @@ def read_download_journal(path: Path) -> DownloadJournal | None:
         return None
     prefixes: dict[int, BlockPrefix] = {}
     for number, crc, *lengths in (entry for entry in content.entries if 2 <= len(entry) <= 3):
-        start, end = _span(number, block_size, identity.size)
-        length = lengths[0] if lengths else end - start
-        if 0 <= start < end and 0 <= length <= end - start:
+        full_length = min(block_size, identity.size - number * block_size)
+        length = lengths[0] if lengths else full_length
+        if number >= 0 and full_length > 0 and 0 <= length <= full_length:
             prefixes[number] = BlockPrefix(length, crc)
     return DownloadJournal(identity, block_size, prefixes)
-
-
-def _span(number: int, block_size: int, size: int) -> tuple[int, int]:
-    return number * block_size, min((number + 1) * block_size, size)
 
 
 def write_download_journal(base: Path, identity: FileIdentity, block_size: int, checksums: Mapping[int, int]) -> None:

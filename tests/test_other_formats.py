@@ -67,6 +67,15 @@ class TestAdapters:
             Checkpoint.open(folder)
         assert f"mlx_lm.fuse --model Qwen/Qwen1.5-0.5B --adapter-path {folder} " in caught.value.hint
 
+    @pytest.mark.parametrize("config", ['{"peft_type": "LORA"}', '{"fine_tune_type": "lora"}'])
+    def test_an_adapter_in_the_current_folder_is_named(
+        self, config: str, tmp_path: Path, invoke: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "my adapter").mkdir()
+        (tmp_path / "my adapter" / "adapter_config.json").write_text(config)
+        monkeypatch.chdir(tmp_path / "my adapter")
+        assert "'my adapter-merged'" in expect_exit(invoke("convert", "."), 5)
+
     def test_the_file_of_an_adapter_is_refused_like_its_folder(self, tmp_path: Path, invoke: Run) -> None:
         path = write_adapter(tmp_path) / "adapter_model.safetensors"
         assert "it is a LoRA adapter, not a model" in expect_exit(invoke("convert", str(path)), 5)

@@ -83,7 +83,7 @@ def no_weights(folder: Path, files: Iterable[str]) -> BadCheckpoint:
     if pickled := find_pickled_model(files):
         return pickled_weights(folder, pickled)
     if "zero_to_fp32.py" in files:
-        join = f"cd {folder} && python zero_to_fp32.py . . --safe_serialization"
+        join = f"cd {shlex.quote(str(folder))} && python zero_to_fp32.py . . --safe_serialization"
         return BadCheckpoint(folder, "its weights are in the shards of DeepSpeed", hint=f"Join them: {join}")
     if error := distributed_weights(folder):
         return error
@@ -99,10 +99,9 @@ def distributed_weights(folder: Path) -> BadCheckpoint | None:
     )
     if shards is None:
         return None
-    join = f"accelerate merge-weights {shards.parent} {folder.name}-merged"
-    hint = (
-        f"Join them: {join}. Then copy config.json and the tokenizer's files there, and convert {folder.name}-merged."
-    )
+    merged = f"{folder.resolve().name}-merged"
+    join = f"accelerate merge-weights {shlex.quote(str(shards.parent))} {shlex.quote(merged)}"
+    hint = f"Join them: {join}. Then copy config.json and the tokenizer's files there, and convert {merged}."
     return BadCheckpoint(folder, "its weights are in the shards of PyTorch's FSDP (.distcp)", hint=hint)
 
 
@@ -120,12 +119,12 @@ def adapter_only(folder: Path) -> BadCheckpoint:
         folder,
         f"it is {'an' if name[0] in 'AEIO' else 'a'} {name} adapter{' of MLX' if is_mlx else ''}"
         f"{f' for {model}' if model else ''}, not a model",
-        hint=_mlx_hint(folder, model) if is_mlx else adapter_hint(str(folder)),
+        hint=_mlx_hint(folder.resolve(), model) if is_mlx else adapter_hint(str(folder.resolve())),
     )
 
 
 def _mlx_hint(adapter: Path, base: str) -> str:
-    merged = f"{adapter.name}-merged"
+    merged = shlex.quote(f"{adapter.name}-merged")
     command = f"mlx_lm.fuse --model {shlex.quote(base or 'MODEL')} --adapter-path {shlex.quote(str(adapter))}"
     return (
         f"Merge it into its base model: {command} --save-path {merged} --dequantize; then: qwenlocal convert {merged}"

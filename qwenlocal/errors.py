@@ -388,7 +388,7 @@ class JournalError(QwenlocalError):
     exit_code, http_status = 6, 507
 
     def __init__(self, path: Path, reason: str, *, damaged: bool = False, hint: str = "") -> None:
-        self.path, self.reason = path, reason
+        self.path, self.reason, self.damaged = path, reason, damaged
         default_hint = tr("Recover what is readable: qwenlocal chats recover")
         if not damaged:
             default_hint = tr("The file was not changed. To chat without saving: --no-journal")

@@ -403,7 +403,39 @@ def test_a_journal_without_any_readable_message_is_kept_and_recovery_fails(invok
 
 def test_recovering_twice_keeps_both_files(invoke: Run, healthy: JournalFiles, folders: Folders) -> None:
     folders.home.mkdir(parents=True)
-    folders.journal.write_bytes(healthy[0])
     for _ in range(2):
+        folders.journal.write_bytes(b"?" * 19 + healthy[0][19:])
         assert invoke("chats", "recover").returncode == 0
     assert len(list(folders.home.glob("chats.db.damaged-*"))) == 2
+
+
+def test_recovering_logs_without_their_journals_keeps_all_of_them(
+    invoke: Run, healthy: JournalFiles, folders: Folders
+) -> None:
+    folders.home.mkdir(parents=True)
+    for _ in range(2):
+        folders.journal.unlink(missing_ok=True)
+        (folders.home / "chats.db-wal").write_bytes(healthy[1])
+        assert invoke("chats", "recover").returncode == 0
+    assert len(list(folders.home.glob("chats.db.damaged-*"))) == 2
+
+
+def test_a_journal_that_is_not_damaged_or_newer_is_left_as_it_is(
+    invoke: Run, healthy: JournalFiles, folders: Folders
+) -> None:
+    folders.home.mkdir(parents=True)
+    folders.journal.write_bytes(healthy[0])
+    result = invoke("chats", "recover")
+    assert (result.returncode, "not damaged; nothing was changed" in result.stderr) == (0, True)
+    with contextlib.closing(sqlite3.connect(folders.journal)) as db:
+        db.execute("PRAGMA user_version = 2")
+    result = invoke("chats", "recover")
+    assert (result.returncode, "written by a newer version" in result.stderr) == (6, True)
+    assert not list(folders.home.glob("*damaged*"))
+
+
+def test_a_folder_in_place_of_the_journal_is_an_error(invoke: Run, folders: Folders) -> None:
+    folders.journal.mkdir(parents=True)
+    for command in ((), ("recover",)):
+        result = invoke("chats", *command)
+        assert (result.returncode, "it is not a file" in result.stderr) == (6, True)

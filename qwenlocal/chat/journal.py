@@ -33,7 +33,7 @@ from qwenlocal.chat.journal_rows import (
     replace_row_surrogates,
 )
 from qwenlocal.chat.journal_writer import JournalWriter, describe_error, is_corruption
-from qwenlocal.chat.sqlite_pages import has_damaged_log
+from qwenlocal.chat.sqlite_pages import PAGE_SIZE, has_damaged_log
 from qwenlocal.chat.thread import USER, Message, Thread
 from qwenlocal.errors import ChatNotFound, JournalError
 from qwenlocal.formatting import replace_surrogates, shorten
@@ -104,6 +104,7 @@ class Journal:
 
     def _prepare(self) -> None:
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
+        self._db.execute(f"PRAGMA page_size = {PAGE_SIZE}")  # SQLite's default, on which recovery relies
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = NORMAL")
         self._db.execute("PRAGMA secure_delete = ON")  # overwrite deleted messages
@@ -328,6 +329,8 @@ def _check_file(path: Path, lock_timeout: float) -> None:
         raise sqlite3.DatabaseError("a frame of the write-ahead log has a wrong checksum")
     if not path.exists():
         return
+    if not path.is_file():
+        raise JournalError(path, tr("it is not a file"))
     uri = f"{path.absolute().as_uri()}?mode=ro"
     with contextlib.closing(sqlite3.connect(uri, timeout=lock_timeout, uri=True)) as db:
         (version,) = db.execute("PRAGMA user_version").fetchone()

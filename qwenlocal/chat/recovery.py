@@ -50,6 +50,27 @@ class Recovered(NamedTuple):
     lost: int
 
 
+def is_intact(path: Path) -> bool:
+    """
+    Return True if every chat of a journal can be read; reading changes nothing.
+
+    Raises
+    ------
+    JournalError: it cannot be read for another reason than damage.
+    """
+    if not path.exists() or not path.stat().st_size:  # there may be a log
+        return False
+    try:
+        with contextlib.closing(Journal(path)) as journal:
+            for chat in journal.list_chats():
+                journal.load_thread(chat.id)
+    except JournalError as error:
+        if error.damaged:
+            return False
+        raise
+    return True
+
+
 def recover(path: Path, target: Path) -> Recovered:
     """
     Copy what is readable of a damaged journal to a new one at `target`.

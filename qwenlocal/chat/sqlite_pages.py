@@ -2,22 +2,21 @@
 The pages of an SQLite file, read without SQLite, which gives up where its structure is damaged.
 
 Only what holds rows is read: leaf pages of tables, their overflow pages, and the frames of the write-ahead log. The
-tree above the leaves is ignored. The format: https://www.sqlite.org/fileformat2.html
+tree above the leaves is ignored. The format: https://www.sqlite.org/fileformat2.html (the sections below are its own)
 """
 
 from __future__ import annotations
 
 import struct
-import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-DEFAULT_PAGE_SIZE = 4096
-_MAGIC = b"SQLite format 3\0"
+PAGE_SIZE = 4096
 _FILE_HEADER = 100  # bytes, on page 1 before the header of its tree
 _LEAF_OF_TABLE, _LEAF_HEADER = 0x0D, 8
+_WAL_MAGIC = b"\x37\x7f\x06\x82"  # of logs with checksums of little-endian words, as all supported machines write
 _WAL_HEADER, _FRAME_HEADER = 32, 24
 _INTEGER_SIZES = {1: 1, 2: 2, 3: 3, 4: 4, 5: 6, 6: 8}  # by serial type
 
@@ -51,9 +50,7 @@ class Frame(NamedTuple):
 
 def read_records(path: Path) -> list[Record]:
     """Return all rows on readable pages of a database and its log, in no particular order; some are outdated."""
-    database, log = _read(path), _read(wal_path(path))
-    sizes = {DEFAULT_PAGE_SIZE, _page_size(database)}
-    return max((_Pages(database, log, size).records() for size in sizes), key=len)
+    return _Pages(_read(path), _read(wal_path(path))).records()
 
 
 def has_damaged_log(path: Path) -> bool:
@@ -65,11 +62,8 @@ def has_damaged_log(path: Path) -> bool:
     told from an unfinished one.
     """
     log = _read(wal_path(path))
-    if not log:
-        return False
-    frames = read_frames(log, _page_size(_read(path, _FILE_HEADER)))
-    is_readable = len(_read(path, 2)) == 2 and _is_intact_wal_header(log)
-    for frame in frames:
+    is_readable = _is_intact_wal_header(log) and len(_read(path, 2)) == 2
+    for frame in _read_frames(log):
         is_readable = is_readable and frame is not None and frame.is_intact
         if frame is not None and frame.is_commit and not is_readable:
             return True
@@ -81,23 +75,21 @@ def wal_path(path: Path) -> Path:
     return path.with_name(f"{path.name}-wal")
 
 
-def read_frames(log: bytes, page_size: int) -> list[Frame | None]:
+def _read_frames(log: bytes) -> list[Frame | None]:
     """
-    Return the frames of the write-ahead log since it was last started over, None for those with another salt.
+    Return the frames of the log since it was last started over, None for those with another salt.
 
     Each checksum continues that of the frame before (section 4), so one damaged frame does not spoil all that follow.
     If the header of the log is damaged, the first intact frame has the right salt.
     """
-    size = _FRAME_HEADER + page_size
-    has_header = _is_intact_wal_header(log)
-    order = "big" if has_header and log[3] & 1 else "little" if has_header else sys.byteorder
-    salt, checksum, frames = log[16:24] if has_header else None, log[24:32], list[Frame | None]()
+    salt, checksum, frames = log[16:24] if _is_intact_wal_header(log) else None, log[24:32], list[Frame | None]()
+    size = _FRAME_HEADER + PAGE_SIZE
     for start in range(_WAL_HEADER, len(log) - size + 1, size):
         header, data = log[start : start + _FRAME_HEADER], log[start + _FRAME_HEADER : start + size]
         frame = None
         if salt in (None, header[8:16]):
             page, pages_after_commit = struct.unpack(">2I", header[:8])
-            is_intact = page > 0 and _wal_checksum(checksum, header[:8] + data, order) == header[16:24]
+            is_intact = page > 0 and _wal_checksum(checksum, header[:8] + data) == header[16:24]
             frame = Frame(page, data, pages_after_commit > 0, is_intact)
             salt = header[8:16] if is_intact else salt
         frames.append(frame)
@@ -108,15 +100,13 @@ def read_frames(log: bytes, page_size: int) -> list[Frame | None]:
 
 
 def _is_intact_wal_header(log: bytes) -> bool:
-    if len(log) < _WAL_HEADER or log[:3] != b"\x37\x7f\x06" or log[3] not in (0x82, 0x83):
-        return False
-    return _wal_checksum(bytes(8), log[:24], "big" if log[3] & 1 else "little") == log[24:32]
+    return log[:4] == _WAL_MAGIC and len(log) >= _WAL_HEADER and _wal_checksum(bytes(8), log[:24]) == log[24:32]
 
 
-def _wal_checksum(start: bytes, data: bytes, byte_order: str) -> bytes:
+def _wal_checksum(start: bytes, data: bytes) -> bytes:
     """Return the checksum of `data` that continues the checksum `start` (section 4.2)."""
     first, second = struct.unpack(">2I", start)
-    words = struct.unpack(f"{'>' if byte_order == 'big' else '<'}{len(data) // 4}I", data)
+    words = struct.unpack(f"<{len(data) // 4}I", data)
     for even, odd in zip(words[::2], words[1::2], strict=True):
         first = (first + even + second) & 0xFFFFFFFF
         second = (second + odd + first) & 0xFFFFFFFF
@@ -126,12 +116,11 @@ def _wal_checksum(start: bytes, data: bytes, byte_order: str) -> bytes:
 class _Pages:
     """The pages of a database, each in the versions that may be the current one, the newest last."""
 
-    def __init__(self, database: bytes, log: bytes, page_size: int) -> None:
-        self._size = page_size
+    def __init__(self, database: bytes, log: bytes) -> None:
         self._versions: defaultdict[int, list[tuple[int, bytes]]] = defaultdict(list)
-        for number, start in enumerate(range(0, len(database), page_size), start=1):
-            self._versions[number] = [(0, database[start : start + page_size])]
-        for rank, frame in enumerate(read_frames(log, page_size), start=1):
+        for number, start in enumerate(range(0, len(database), PAGE_SIZE), start=1):
+            self._versions[number] = [(0, database[start : start + PAGE_SIZE])]
+        for rank, frame in enumerate(_read_frames(log), start=1):
             if frame is not None:
                 if frame.is_intact:
                     self._versions[frame.page].clear()
@@ -159,26 +148,20 @@ class _Pages:
 
     def _payload(self, page: bytes, start: int, size: int) -> bytes:
         """Return the payload of a cell; less than `size` bytes if its overflow pages are damaged (section 1.6)."""
-        most, least = self._size - 35, (self._size - 12) * 32 // 255 - 23
-        local = size
-        if size > most:
-            local = least + (size - least) % (self._size - 4)
-            local = local if local <= most else least
-        payload = page[start : start + local]
-        if local == size or len(payload) < local:
-            return payload
-        parts, missing = [payload], size - local
-        next_page, visited = int.from_bytes(page[start + local : start + local + 4], "big"), set[int]()
-        while missing > 0 and next_page in self._versions and next_page not in visited:
+        most, least = PAGE_SIZE - 35, (PAGE_SIZE - 12) * 32 // 255 - 23
+        local = size if size <= most else least + (size - least) % (PAGE_SIZE - 4)
+        local = local if local <= most else least
+        end, payload = start + local, page[start : start + local]
+        next_page, visited = int.from_bytes(page[end : end + 4], "big"), set[int]()
+        while len(payload) < size and next_page in self._versions and next_page not in visited:
             visited.add(next_page)
             _, overflow = self._versions[next_page][-1]
-            next_page, part = int.from_bytes(overflow[:4], "big"), overflow[4 : 4 + missing]
-            is_last = missing <= len(part)
+            next_page, part = int.from_bytes(overflow[:4], "big"), overflow[4 : 4 + size - len(payload)]
+            is_last = len(payload) + len(part) == size
             if is_last != (next_page == 0):  # only the last page of a chain has no next one
                 break
-            parts.append(part)
-            missing -= len(part)
-        return b"".join(parts)
+            payload += part
+        return payload
 
 
 def _columns(payload: bytes) -> list[Any]:
@@ -230,13 +213,6 @@ def _read_varint(data: bytes, start: int) -> tuple[int, int]:
         if byte < 0x80:
             return value, position + 1
     return value << 8 | data[start + 8], start + 9
-
-
-def _page_size(database: bytes) -> int:
-    """Return the page size in the header of a database; the default if it has none."""
-    size = int.from_bytes(database[16:18], "big") if database[:16] == _MAGIC else 0
-    size = 65536 if size == 1 else size
-    return size if size >= 512 and size & (size - 1) == 0 else DEFAULT_PAGE_SIZE
 
 
 def _read(path: Path, size: int = -1) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import os
 import re
 import shutil
@@ -181,24 +181,26 @@ def recover_chats() -> None:
 
     Raises
     ------
-    JournalError: nothing is readable. NotWritable: the files cannot be renamed.
+    JournalError: nothing is readable, or a newer version wrote it. NotWritable: the files cannot be replaced.
     """
-    from qwenlocal.chat.recovery import recover
+    from qwenlocal.chat.recovery import is_intact, recover
     from qwenlocal.chat.sqlite_pages import wal_path
 
     path = AppContext().folders.journal
     if not path.exists() and not wal_path(path).exists():
         sys.stderr.write(tr("There are no chats yet.") + "\n")
         return
+    if is_intact(path):
+        sys.stderr.write(tr("The chats are not damaged; nothing was changed.") + "\n")
+        return
     copy = path.with_name(path.name + ".recovering")
-    for leftover in (copy, wal_path(copy)):
-        leftover.unlink(missing_ok=True)
-    recovered = recover(path, copy)
     try:
+        for leftover in (copy, wal_path(copy)):
+            leftover.unlink(missing_ok=True)
+        chats, messages, cut, lost = recover(path, copy)
         damaged = _replace_journal(path, copy)
     except OSError as error:
         raise NotWritable(path, error.strerror or str(error)) from error
-    chats, messages, cut, lost = recovered
     sentences = [
         tr(
             "Recovered {chats} with {messages}.",
@@ -220,18 +222,10 @@ def _replace_journal(path: Path, copy: Path) -> Path:
     """
     from qwenlocal.chat.sqlite_pages import wal_path
 
-    name, number = f"{path.name}.damaged-{datetime.now():%Y%m%d-%H%M%S}", 1
-    damaged = path.with_name(name)
-    while damaged.exists():
-        number += 1
-        damaged = path.with_name(f"{name}-{number}")
-    with contextlib.suppress(FileNotFoundError):  # there may be nothing but a log
-        try:
-            os.link(path, damaged)
-        except FileNotFoundError:
-            raise
-        except OSError:  # the disk has no hard links
-            shutil.copy2(path, damaged)
+    names = (path.with_name(f"{path.name}.damaged-{number}") for number in itertools.count(1))
+    damaged = next(name for name in names if not name.exists() and not wal_path(name).exists())
+    if path.exists():  # there may be nothing but a log
+        shutil.copy2(path, damaged)
     log = wal_path(path)
     if log.exists() and log.stat().st_size:
         log.rename(wal_path(damaged))  # the latest writes, readable or not

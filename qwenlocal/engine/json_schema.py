@@ -181,7 +181,7 @@ def _map_subschemas(schema: Mapping[str, Any], convert: Callable[[Any], Any]) ->
 
 def _normalize(schema: Any) -> Any:
     """
-    Replace what llguidance does not know: `nullable`, counts such as 3.0, and maxima beyond its range.
+    Replace what llguidance does not know: `nullable`, and counts such as 3.0 or beyond its range.
 
     `{"type": "string", "nullable": true, "maxLength": 9e18}` becomes `{"type": ["string", "null"], "maxLength":
     2147483647}`.
@@ -194,9 +194,8 @@ def _normalize(schema: Any) -> Any:
         copy["type"] = [*types, *(["null"] if "null" not in types else [])]
     for key in copy.keys() & set(_COUNTS):
         value = copy[key]
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        copy[key] = min(value, _MAX_COUNT) if key.startswith("max") and isinstance(value, int) else value
+        if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
+            copy[key] = min(int(value), _MAX_COUNT)
     return copy
 
 
@@ -217,16 +216,16 @@ def _replace_exclusive_one_of(schema: Any, root: Mapping[str, Any]) -> Any:
         return copy
     discriminator = copy.get("discriminator")
     name = discriminator.get("propertyName") if isinstance(discriminator, Mapping) else None
-    subschemas = [_require(_resolve_reference(one, root), name) for one in copy["oneOf"]] if name else copy["oneOf"]
+    subschemas = [_require(_resolve_reference(one, root), name) for one in copy["oneOf"]]
     if _are_exclusive(subschemas, root):
         copy["anyOf"] = subschemas
         del copy["oneOf"]
     return copy
 
 
-def _require(schema: Any, name: str) -> Any:
+def _require(schema: Any, name: object) -> Any:
     """Make the property `name` of an object required, if it has one."""
-    if not isinstance(schema, Mapping) or name not in schema.get("properties", {}):
+    if not isinstance(schema, Mapping) or name not in list(schema.get("properties", {})):
         return schema
     return {**schema, "required": list(dict.fromkeys([*schema.get("required", ()), name]))}
 

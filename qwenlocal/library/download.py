@@ -13,7 +13,6 @@ import hashlib
 import shutil
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -131,7 +130,7 @@ def _exclusive_lock(artifact: Artifact, base: Path, locks: Path, report: ReportP
 class _SharedState:
     """The state shared by the threads of one pass, under one condition."""
 
-    queue: deque[int]
+    claimed: set[int] = field(default_factory=set)  # blocks that a thread is fetching
     condition: threading.Condition = field(default_factory=threading.Condition)
     stop: threading.Event = field(default_factory=threading.Event)
     failure: BaseException | None = None
@@ -147,7 +146,7 @@ class _Download:
         self._sections = [*artifact.sections, Section(0, artifact.size, artifact.sha256 or "")]
         self._from_earlier_run = set(partial.begun())
         self._senders: dict[int, set[SourceState]] = {n: set() for n in range(partial.count)}  # of blocks, in this run
-        self._shared = _SharedState(deque(partial.missing()))
+        self._shared = _SharedState()
         self._streaming = threading.Lock()
         self._reported = 0
 
@@ -158,11 +157,11 @@ class _Download:
             wrong = [(s, d) for s, d in zip(self._sections, digests, strict=True) if s.sha256 not in ("", d)]
             if not wrong:
                 return digests[-1]
-            self._queue_doubtful_blocks([section for section, _ in wrong], wrong[0][1])
+            self._forget_doubtful_blocks([section for section, _ in wrong], wrong[0][1])
 
-    def _queue_doubtful_blocks(self, wrong: Sequence[Section], first_digest: str) -> None:
+    def _forget_doubtful_blocks(self, wrong: Sequence[Section], first_digest: str) -> None:
         """
-        Queue the blocks of wrong sections again: those of an earlier run first, then all from one source at a time.
+        Mark blocks of wrong sections as missing: those of an earlier run first, then all from one source at a time.
 
         Raises
         ------
@@ -182,12 +181,12 @@ class _Download:
             self._partial.forget(number)
             self._from_earlier_run.discard(number)
             self._senders[number].clear()
-        self._shared = _SharedState(deque(doubtful))
+        self._shared = _SharedState()
 
     def _run_pass(self, report: ReportProgress, stop: threading.Event) -> list[str]:
         """Run the threads until every block is hashed; return the digests of the sections."""
         shared = self._shared
-        workers = min(self._policy.connections, max(1, len(shared.queue)))
+        workers = min(self._policy.connections, max(1, len(self._partial.missing())))
         jobs = [*[self._fetch_blocks] * workers, self._hash_blocks, self._record_periodically]
         threads = [threading.Thread(target=self._run_job, args=(job,), daemon=True) for job in jobs]
         for thread in threads:
@@ -244,26 +243,24 @@ class _Download:
     # --- fetching
 
     def _fetch_blocks(self) -> None:
-        while (number := self._next_block()) is not None:
+        claimed = self._shared.claimed
+        while (number := self._claim_block()) is not None:
             try:
                 self._try_block(number)
             finally:
-                self._requeue_if_missing(number)
+                claimed.discard(number)
 
-    def _next_block(self) -> int | None:
-        """Return the next block to fetch; None when all are hashed or the download stops."""
+    def _claim_block(self) -> int | None:
+        """Return the first missing block that no thread is fetching; None when all are hashed or the download stops."""
         shared = self._shared
         with shared.condition:
-            while not shared.queue:
-                if shared.stop.is_set() or shared.digests is not None:
-                    return None
+            while not shared.stop.is_set() and shared.digests is None:
+                for number in self._partial.missing():
+                    if number not in shared.claimed:
+                        shared.claimed.add(number)
+                        return number
                 shared.condition.wait(0.2)
-            return None if shared.stop.is_set() else shared.queue.popleft()
-
-    def _requeue_if_missing(self, number: int) -> None:
-        with self._shared.condition:
-            if not self._partial.has(number):
-                self._shared.queue.appendleft(number)
+        return None
 
     def _try_block(self, number: int) -> None:
         """Try to fetch a block from the best source; wait if none is ready."""
@@ -289,7 +286,8 @@ class _Download:
         if not self._streaming.acquire(timeout=0.5):
             return
         try:
-            self._read_source(state, 0, self._artifact.size)
+            if self._partial.missing():  # another thread has not read it meanwhile
+                self._read_source(state, 0, self._artifact.size)
         finally:
             self._streaming.release()
 
@@ -341,7 +339,6 @@ class _Download:
             self._from_earlier_run.discard(number)
             self._partial.forget(number)
             with shared.condition:
-                shared.queue.appendleft(number)
                 shared.condition.notify_all()
 
     def _record_periodically(self) -> None:

@@ -11,6 +11,7 @@ import pytest
 from commands import expect_exit
 from conftest import Run
 from gguf_files import split_gguf
+from hub import HubServer
 
 from qwenlocal.errors import BadWeights
 from qwenlocal.weights.split_model import read_split_model, shard_paths
@@ -131,3 +132,13 @@ def test_a_part_of_another_model_is_noticed(parts: Path, random_model: Path) -> 
     shutil.copy(parts / FIRST, parts / SECOND)
     with pytest.raises(BadWeights, match="it is part 1 of 2"):
         read_split_model(parts / FIRST)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_the_url_of_one_shard_stands_for_all(number: int, parts: Path, hub: HubServer, invoke: Run) -> None:
+    for name in (FIRST, SECOND):
+        hub.files[f"/w/{name}"] = (parts / name).read_bytes()
+    result = invoke("run", f"{hub.url}/w/{(FIRST, SECOND)[number - 1]}?download=true", "Hi", "-n", "1")
+    expect_exit(result, 0)
+    del hub.files[f"/w/{SECOND}"]
+    assert f"There is nothing at {hub.url}/w/{SECOND}" in expect_exit(invoke("pull", f"{hub.url}/w/{FIRST}"), 3)

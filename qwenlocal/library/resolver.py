@@ -25,6 +25,7 @@ from qwenlocal.library.names import CatalogName, HubName, ModelName, UrlName
 from qwenlocal.library.package_index import PackageIndex, WheelSource
 from qwenlocal.library.partial_file import scratch_folder
 from qwenlocal.library.repo_files import ModelFiles, select_checkpoint_files, select_model
+from qwenlocal.model_files import parse_shard
 from qwenlocal.paths import Folders
 
 
@@ -253,6 +254,16 @@ class Resolver:
     # --- the web
 
     def _resolve_url(self, name: UrlName) -> ResolvedModel:
+        """Resolve a URL; that of one shard stands for all of them."""
+        names, shard = [name], parse_shard(name.file)
+        if shard and shard.ending.lower() == ".gguf":
+            before, _, after = name.url.rpartition(name.file)
+            names = [UrlName(f"{before}{file}{after}") for file in shard.siblings]
+        folder = self._folders.files / "web" / hashlib.sha256(name.url.encode()).hexdigest()[:12]
+        requests = [self._request_url(file, name.url, folder) for file in names]
+        return ResolvedModel(name.url, "", requests, origin=name.url, license="")
+
+    def _request_url(self, name: UrlName, model: str, folder: Path) -> FileRequest:
         try:
             response = self._client.probe(name.url)
         except TransferError as error:
@@ -269,10 +280,8 @@ class Resolver:
             )
         segments = [UrlSegment(name.url, response.size)]
         source = HttpSource("the server", self._client, segments, etag=response.etag or "")
-        artifact = Artifact(name.file, response.size, None, [source], etag=response.etag, model=name.url)
-        folder = self._folders.files / "web" / hashlib.sha256(name.url.encode()).hexdigest()[:12]
-        request = FileRequest(artifact, folder / name.file, self._part_base(name.url))
-        return ResolvedModel(name.url, "", [request], origin=name.url, license="")
+        artifact = Artifact(name.file, response.size, None, [source], etag=response.etag, model=model)
+        return FileRequest(artifact, folder / name.file, self._part_base(name.url))
 
     def _part_base(self, key: str) -> Path:
         return self._folders.partial / hashlib.sha256(key.encode()).hexdigest()[:24]

@@ -130,6 +130,13 @@ def test_a_batch_is_not_its_own_output(invoke: Run, tmp_path: Path) -> None:
     assert (result.returncode, "is both input and output" in result.stderr) == (2, True)
 
 
+def test_a_cut_structure_is_answered_again(tmp_path: Path) -> None:
+    fields = [{"id": 1, "complete": True}, {"id": 2, "complete": False}, {"id": 3}]
+    output = tmp_path / "out.jsonl"
+    output.write_text("".join(json.dumps({**line, "answer": "{", "why": "token limit"}) + "\n" for line in fields))
+    assert read_finished_ids(output) == {1, 3}
+
+
 @given(st.text() | st.integers(), st.text(), st.integers(0, 400))
 def test_an_incomplete_line_is_recognized_wherever_it_ends(id: str | int, answer: str, length: int) -> None:
     line = json.dumps({"id": id, "answer": answer, "why": "x"}, ensure_ascii=False).encode("utf-8", "replace")

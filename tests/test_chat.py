@@ -119,6 +119,10 @@ def test_without_system_messages_the_system_prompt_begins_the_first_question(
     ids = encode_messages(ChatTemplate(template), messages, vocabulary)
     text = b"".join(vocabulary.piece(token, special=True) for token in ids).decode()
     assert text == "<|im_start|>user\nBe kind.\n\nHi<|im_end|>\n<|im_start|>assistant\n"
+    messages[0]["content"] = "H"  # occurs in the question, too
+    ids = encode_messages(ChatTemplate(template), messages, vocabulary)
+    assert b"\nH\n\nHi" in b"".join(vocabulary.piece(token, special=True) for token in ids)
+    messages[0]["content"] = "Be kind."
     only_system = encode_messages(ChatTemplate(template), messages[:1], vocabulary)
     assert b"Be kind." in b"".join(map(vocabulary.piece, only_system))
 

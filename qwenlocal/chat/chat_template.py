@@ -107,11 +107,13 @@ def encode_messages(template: ChatTemplate, messages: Sequence[ChatMessage], tok
 
 def _fit_roles(template: ChatTemplate, messages: Sequence[ChatMessage]) -> Sequence[ChatMessage]:
     """Return the messages; `_join_roles` of them if the template rejects them or omits the system message."""
-    system = str(messages[0]["content"]).strip() if messages[0]["role"] == "system" else ""
+    has_system = messages[0]["role"] == "system"
+    marker = _SEPARATORS[0] if has_system else ""  # the text itself may occur elsewhere
     try:
-        return messages if system in template.render(messages) else _join_roles(messages)
+        rendered = template.render([{**messages[0], "content": marker}, *messages[1:]] if has_system else messages)
     except BadWeights:
         return _join_roles(messages)
+    return messages if marker in rendered else _join_roles(messages)
 
 
 def _join_roles(messages: Sequence[ChatMessage]) -> list[ChatMessage]:

@@ -161,7 +161,9 @@ def _are_messages(data: object) -> bool:
 
 def read_finished_ids(output: Path | None) -> set[str | int]:
     """
-    Return the ids that an output has answers for; an incomplete last line is removed from the file.
+    Return the ids that an output has answers for, without those that were cut before they followed their grammar.
+
+    An incomplete last line is removed from the file.
 
     Raises
     ------
@@ -177,7 +179,7 @@ def read_finished_ids(output: Path | None) -> set[str | int]:
             raise ValueError("other lines than a batch writes")
         if end < len(data):
             os.truncate(output, end)
-        return {line["id"] for line in lines if not _was_too_long(line)}
+        return {line["id"] for line in lines if line.get("complete", True) and not _was_too_long(line)}
     except OSError as error:
         raise NotWritable(output.parent, error.strerror or str(error), hint=tr("Choose another folder.")) from error
     except (ValueError, KeyError, TypeError) as error:

@@ -21,7 +21,7 @@ from qwenlocal.terminal.ansi import escape_controls, supports_color
 if TYPE_CHECKING:
     from qwenlocal.chat.journal import ChatInfo
 
-_RANGE = re.compile(r"#?(\d{1,9})-#?(\d{1,9})")
+_NUMBERS = re.compile(r"#?(\d{1,18})(?:-#?(\d{1,18}))?")  # one, or a range
 
 
 def list_chats(*, as_json: bool) -> None:
@@ -134,9 +134,9 @@ def _find_chats(chats: list[ChatInfo], texts: list[str]) -> list[ChatInfo]:
     """
     selected: dict[int, ChatInfo] = {}
     for text in texts:
-        matches = chats[:1] if text == "last" else [chat for chat in chats if str(chat.id) == text.lstrip("#")]
-        if ends := _RANGE.fullmatch(text):
-            first, last = map(int, ends.groups())
+        matches = chats[:1] if text == "last" else []
+        if numbers := _NUMBERS.fullmatch(text):
+            first, last = int(numbers[1]), int(numbers[2] or numbers[1])
             if first > last:
                 raise UsageError(
                     tr("“{text}” is not a range of chats.", text=text), hint=tr("For example: qwenlocal chats rm 3-7")

@@ -102,7 +102,7 @@ def test_a_paste_in_a_terminal_without_bracketed_paste_is_one_message(
     chat.type(PASTE.replace("\n", line_end))
     chat.wait_for(r"^> \[paste 1: 201 lines\]$")
     chat.type("\r")
-    assert re.search(r"paste 1: [\d,]+ tokens, \d+% of the free context", chat.wait_for(SAYS))
+    assert re.search(rf"paste 1: {len(PASTE):,} tokens, \d+% of the free context", chat.wait_for(SAYS))
     assert read_questions(chat, tmp_path) == [PASTE]
 
 

@@ -13,7 +13,7 @@ from prompt_toolkit.key_binding import KeyPress
 from prompt_toolkit.keys import Keys
 
 from qwenlocal.terminal.commands.table import is_command, unescape_slashes
-from qwenlocal.terminal.pastes import InputDisplay, PasteStore
+from qwenlocal.terminal.pastes import InputDisplay, Paste, PasteStore
 from qwenlocal.terminal.type_ahead import LinePreview, is_open_block, unquote_block
 
 if sys.platform == "win32":
@@ -147,7 +147,7 @@ def test_a_long_paste_is_folded_and_expanded() -> None:
     text = f"look: {long} and {'x' * 5000}; [paste 1: 240 lines]"
     assert pastes.expand(line) == text
     assert pastes.collapse(text) == line
-    assert pastes.find(text) == {"paste 1": long, "paste 2": "x" * 5000}
+    assert pastes.find(text) == [Paste("paste 1", long), Paste("paste 2", "x" * 5000)]
 
 
 def test_the_same_paste_has_one_number() -> None:

@@ -61,12 +61,12 @@ def _keep_keys(arguments: Sequence[str]) -> AbstractContextManager[bytes | None]
     """
     Let keys keep their meaning from now on if a chat opens: `run` or `run MODEL`. Yields what has been typed already.
 
-    The chat itself does so for other arguments, but its modules take tenths of a second to import.
+    For other arguments, the chat itself does so, once its modules are imported.
     """
     import contextlib
 
-    names_model = len(arguments) == 2 and not arguments[1].startswith("-") and " " not in arguments[1]
-    opens_chat = arguments == ["run"] or (arguments[:1] == ["run"] and names_model)
+    command, *names = arguments or [""]
+    opens_chat = command == "run" and not names[1:] and not any(name[:1] == "-" or " " in name for name in names)
     if not opens_chat or not all(stream and stream.isatty() for stream in (sys.stdin, sys.stdout)):
         return contextlib.nullcontext()
     from qwenlocal.terminal.tty import disable_echo

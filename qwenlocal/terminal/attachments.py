@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from qwenlocal.chat.chat_template import MAX_CHARACTERS
 from qwenlocal.chat.documents import Document, select_passages, truncate_to_tokens
 from qwenlocal.errors import NotEnoughMemory, TextTooLong, UsageError
 from qwenlocal.formatting import format_count
+from qwenlocal.hints import describe_error
 from qwenlocal.i18n import tr
+from qwenlocal.terminal.pastes import Paste
 from qwenlocal.terminal.session import Session
 
 _ANSWER_SHARE = 0.1  # of the context, reserved for the answer
@@ -26,13 +29,12 @@ def attach_documents(session: Session, text: str, documents: Sequence[Document])
         return text
     for document in documents:
         session.say(describe_cost(session, document))
+    draft = _Draft(session, text, documents, lambda parts: _join(parts, text), _free_tokens(session))
     message = _join(documents, text)
-    if session.conversation.count_tokens(message) <= _free_tokens(session):
-        return message
-    return _ask_how_to_fit(session, text, documents, lambda parts: _join(parts, text), _free_tokens(session))
+    return message if session.conversation.count_tokens(message) <= draft.room else draft.ask_how_to_fit()
 
 
-def shorten_pastes(session: Session, text: str, pastes: Sequence[Document]) -> str | None:
+def shorten_pastes(session: Session, text: str, pastes: Sequence[Paste]) -> str | None:
     """
     Let the user choose what to send of `text`, which is too long and contains the pastes.
 
@@ -47,8 +49,8 @@ def shorten_pastes(session: Session, text: str, pastes: Sequence[Document]) -> s
 
     can_evict = session.conversation.config.overflow != "stop"  # older turns make room for half of the context
     room = max(_free_tokens(session), session.conversation.n_ctx // 2 if can_evict else 0)
-    question = replace_pastes([Document(paste.name, "") for paste in pastes])
-    return _ask_how_to_fit(session, question, pastes, replace_pastes, room)
+    question = replace_pastes([replace(paste, text="") for paste in pastes])
+    return _Draft(session, question, pastes, replace_pastes, room).ask_how_to_fit()
 
 
 def describe_cost(session: Session, document: Document) -> str:
@@ -83,57 +85,55 @@ def _join(documents: Sequence[Document], text: str) -> str:
     return "\n\n".join([*(document.to_markdown() for document in documents), text])
 
 
-def _ask_how_to_fit(
-    session: Session,
-    question: str,
-    documents: Sequence[Document],
-    join: Callable[[Sequence[Document]], str],
-    room: int,
-) -> str | None:
-    """Return the message that `join` makes of the documents, cut to `room` tokens or in a longer context."""
-    session.say(
-        tr(
-            "Too long for the context. Send the [h]ead or the [p]assages that match the question, [w]iden the context, "
-            "or [c]ancel?"
+@dataclass(frozen=True)
+class _Draft:
+    """
+    A message that is too long: a question and documents, which `join` makes one text.
+
+    There is room for `room` tokens.
+    """
+
+    session: Session
+    question: str
+    documents: Sequence[Document]
+    join: Callable[[Sequence[Document]], str]
+    room: int
+
+    def ask_how_to_fit(self) -> str | None:
+        """Return the message with its documents cut, or whole in a longer context; None if nothing is to be sent."""
+        self.session.say(
+            tr(
+                "Too long for the context. Send the [h]ead or the [p]assages that match the question, [w]iden the "
+                "context, or [c]ancel?"
+            )
         )
-    )
-    while True:
-        choice = session.ask(tr("h, p, w or c? ")).strip().lower()[:1]
-        if choice == "w":
-            if _widen_context(session, join(documents)):
-                return join(documents)
-        elif choice in ("h", "p"):
-            return join(_cut_to_fit(session, question, documents, join, room, select=choice == "p"))
-        elif choice in ("c", "", "\x03"):
-            session.say(tr("Nothing was sent. Your message is below."))
-            return None
+        while True:
+            choice = self.session.ask(tr("h, p, w or c? ")).strip().lower()[:1]
+            if choice == "w" and self._widen_context():
+                return self.join(self.documents)
+            if choice in ("h", "p"):
+                return self.join(self._cut_documents(select=choice == "p"))
+            if choice in ("c", ""):
+                self.session.say(tr("Nothing was sent. Your message is below."))
+                return None
 
+    def _cut_documents(self, *, select: bool) -> Sequence[Document]:
+        """Cut each long document to its best passages (`select`) or to its beginning."""
+        count = self.session.conversation.count_tokens
+        overhead = count(self.join([replace(document, text="") for document in self.documents]))
+        limit = max(64, (self.room - overhead) // len(self.documents) - 16)
+        return [self._cut(document, limit, count, select=select) for document in self.documents]
 
-def _cut_to_fit(
-    session: Session,
-    question: str,
-    documents: Sequence[Document],
-    join: Callable[[Sequence[Document]], str],
-    room: int,
-    *,
-    select: bool,
-) -> Sequence[Document]:
-    """Cut each long document to its best passages (`select`) or to its beginning."""
-    count = session.conversation.count_tokens
-    overhead = count(join([Document(document.name, "") for document in documents]))
-    limit = max(64, (room - overhead) // len(documents) - 16)
-    cut = []
-    for document in documents:
+    def _cut(self, document: Document, limit: int, count: Callable[[str], int], *, select: bool) -> Document:
         head = document.text[: limit * _MAX_TOKEN_CHARACTERS]
         if len(head) == len(document.text) and count(head) <= limit:
-            cut.append(document)
-            continue
+            return document
         if select:
-            excerpt = select_passages(document.text, question, limit, count)
+            excerpt = select_passages(document.text, self.question, limit, count)
         else:
             excerpt = truncate_to_tokens(head, limit, count)
-        shortened = Document(document.name, excerpt)
-        session.say(
+        shortened = replace(document, text=excerpt)
+        self.session.say(
             tr(
                 "{name}: sending {count:,} of {total:,} tokens.",
                 name=document.name,
@@ -141,22 +141,19 @@ def _cut_to_fit(
                 total=count(document.to_markdown()),
             )
         )
-        cut.append(shortened)
-    return cut
+        return shortened
 
-
-def _widen_context(session: Session, message: str) -> bool:
-    if len(message) > MAX_CHARACTERS:
-        error = TextTooLong(len(message), MAX_CHARACTERS)
-        session.say(str(error))
-        return False
-    needed = session.conversation.count_tokens(message)
-    minimum = int((session.conversation.prompt_tokens + needed) / (1 - _ANSWER_SHARE))
-    n_ctx = -(-minimum // 1024) * 1024 + 1024
-    try:
-        session.conversation = session.models.resize_context(n_ctx, session.thread)
-    except (NotEnoughMemory, UsageError) as error:
-        session.say(f"{error} {error.hint}")
-        return False
-    session.say(tr("The context now holds {n_ctx:,} tokens.", n_ctx=session.conversation.n_ctx))
-    return True
+    def _widen_context(self) -> bool:
+        session, message = self.session, self.join(self.documents)
+        if len(message) > MAX_CHARACTERS:
+            session.say(str(TextTooLong(len(message), MAX_CHARACTERS)))
+            return False
+        try:
+            needed = session.conversation.prompt_tokens + session.conversation.count_tokens(message)
+            n_ctx = -(-int(needed / (1 - _ANSWER_SHARE)) // 1024) * 1024 + 1024
+            session.conversation = session.models.resize_context(n_ctx, session.thread)
+        except (NotEnoughMemory, UsageError) as error:
+            session.say(describe_error(error))
+            return False
+        session.say(tr("The context now holds {n_ctx:,} tokens.", n_ctx=session.conversation.n_ctx))
+        return True

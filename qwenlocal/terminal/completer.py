@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion
 from prompt_toolkit.document import Document
@@ -69,32 +69,27 @@ class ChatCompleter(Completer):
 
 
 def _complete_mention(mention: str, quote: str, typed: str) -> Iterator[Completion]:
-    def spell(path: str, *, is_folder: bool) -> str:
-        if quote and quote not in path:
-            spelling = f"@{quote}{path}{quote}"
-        else:
-            spelling = format_mention(path)
-        return spelling.removesuffix(spelling[1]) if is_folder and spelling[1] in "\"'" else spelling
-
-    return _complete_files(typed, len(mention), spell)
+    for path, name in _find_files(typed):
+        text = f"@{quote}{path}{quote}" if quote and quote not in path else format_mention(path)
+        if name.endswith("/") and text[1] in "\"'":  # the name goes on
+            text = text[:-1]
+        yield Completion(text, start_position=-len(mention), display=name)
 
 
 def _complete_path(typed: str, suffix: str = "") -> Iterator[Completion]:
     """Complete a path that is the whole argument of a command, so that spaces need no quotes."""
     quote = typed[:1] if typed.startswith(('"', "'")) else ""
-
-    def spell(path: str, *, is_folder: bool) -> str:
-        return f"{quote}{path}{'' if is_folder else quote}"
-
-    return _complete_files(typed[len(quote) :], len(typed), spell, suffix)
+    for path, name in _find_files(typed[len(quote) :], suffix):
+        closing = "" if name.endswith("/") else quote
+        yield Completion(f"{quote}{path}{closing}", start_position=-len(typed), display=name)
 
 
-def _complete_files(typed: str, length: int, spell: Callable[..., str], suffix: str = "") -> Iterator[Completion]:
+def _find_files(typed: str, suffix: str = "") -> Iterator[tuple[str, str]]:
     """
-    Yield a completion for each folder, and each file with `suffix`, whose path begins with `typed`.
+    Yield path and name of each folder, and of each file with `suffix`, whose path begins with `typed`.
 
-    It replaces the last `length` characters by what `spell` makes of the path. Names that nobody could type (control
-    characters, bytes that are not UTF-8) are left out, and hidden files unless a dot is typed.
+    Folders end with a slash. Names that nobody could type (control characters, bytes that are not UTF-8) are left out,
+    and hidden files unless a dot is typed.
     """
     folder, prefix = os.path.split(typed)
     try:
@@ -102,15 +97,11 @@ def _complete_files(typed: str, length: int, spell: Callable[..., str], suffix: 
     except (OSError, ValueError):
         return
     for entry in entries:
-        name, is_folder = entry.name, entry.is_dir()
-        if not _normalize(name).startswith(_normalize(prefix)) or (name.startswith(".") and not prefix):
-            continue
-        if not _is_typable(name) or not (is_folder or name.lower().endswith(suffix)):
-            continue
-        path = typed[: len(typed) - len(prefix)] + name + ("/" if is_folder else "")
-        yield Completion(
-            spell(path, is_folder=is_folder), start_position=-length, display=name + ("/" if is_folder else "")
-        )
+        name = entry.name + ("/" if entry.is_dir() else "")
+        is_wanted = name.endswith("/") or name.lower().endswith(suffix)
+        is_hidden = name.startswith(".") and not prefix
+        if is_wanted and not is_hidden and _is_typable(name) and _normalize(name).startswith(_normalize(prefix)):
+            yield typed.removesuffix(prefix) + name, name
 
 
 def _normalize(name: str) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import bisect
 import itertools
 import re
-from collections.abc import Mapping
 
 from prompt_toolkit.formatted_text import StyleAndTextTuples
 from prompt_toolkit.layout.processors import Processor, Transformation, TransformationInput
+
+from qwenlocal.chat.documents import Document
 
 _FOLD_LINES, _FOLD_CHARACTERS = 8, 1000  # fold a paste from this size on
 # High surrogates: no text that is typed, pasted or read from a file contains one. So what looks like a label but was
@@ -19,6 +20,13 @@ _FLAG_LETTERS = {0x1F1E6 + index: chr(ord("A") + index) for index in range(26)}
 # Letters of flags, skin tones, the variation selector, joiners before emoji.
 _EMOJI_PART = "[\U0001f1e6-\U0001f1ff\U0001f3fb-\U0001f3ff\ufe0f]|\u200d(?=[\u2190-\u2bff\U0001f000-\U0001faff])"
 _SHOWN_DIFFERENTLY = re.compile(f"{_STAND_IN.pattern}|{_EMOJI_PART}")
+
+
+class Paste(Document):
+    """A long paste, which is sent without a name and a code block."""
+
+    def to_markdown(self) -> str:
+        return self.text
 
 
 class PasteStore:
@@ -47,10 +55,10 @@ class PasteStore:
             text = text.replace(paste, chr(_FIRST + self._texts.index(paste)))
         return text
 
-    def find(self, text: str) -> Mapping[str, str]:
-        """Return the pastes in an expanded text by their names, such as "paste 1"."""
+    def find(self, text: str) -> list[Paste]:
+        """Return the pastes in an expanded text."""
         characters = dict.fromkeys(_STAND_IN.findall(self.collapse(text)))
-        return {f"paste {ord(character) - _FIRST + 1}": self._text(character) for character in characters}
+        return [Paste(f"paste {ord(character) - _FIRST + 1}", self._text(character)) for character in characters]
 
     def describe(self, line: str) -> str:
         """Replace the characters in `line` by labels: `look: [paste 1: 240 lines]`."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from prompt_toolkit.application import Application, run_in_terminal
 
-from qwenlocal.chat.documents import Document, find_mentions, find_missing_mentions, read_document
+from qwenlocal.chat.documents import find_mentions, find_missing_mentions, read_document
 from qwenlocal.chat.events import Done, Event, FinishReason
 from qwenlocal.chat.worker import iterate_in_thread
 from qwenlocal.errors import ContextFull, QwenlocalError, TextTooLong, UsageError
@@ -210,7 +210,7 @@ class Repl:
         message = self._attach_mentions(text)
         if message is None:
             return
-        pastes = [Document(name, paste) for name, paste in self._pastes.find(text).items()]
+        pastes = self._pastes.find(text)
         try:
             for paste in pastes:
                 self._session.say(describe_cost(self._session, paste))

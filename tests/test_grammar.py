@@ -621,12 +621,12 @@ def test_run_checks_a_schema_or_grammar_before_loading(
 @pytest.mark.parametrize(
     ("options", "reason", "hint"),
     [
-        (["--schema", "s.json", "-n", "8"], "it was cut after 8 tokens, before it followed", "-n 256"),
-        (["--schema", "s.json", "-n", "1"], "it was cut after 1 token, before it followed", "-n 256"),
+        (["--schema", "s.json", "-n", "8"], "it was cut after 8 tokens.", "-n 256"),
+        (["--schema", "s.json", "-n", "1"], "it was cut after 1 token.", "-n 256"),
         (["--json", "-n", "1"], "it was cut after 1 token", "-n 256"),
         (["--grammar", "long.gbnf", "-n", "9"], "it was cut after 9 tokens", "-n 256"),
-        (["--grammar", "endless.gbnf", "-c", "256"], "the context of 256 tokens was full before it followed", "-c 512"),
-        (["--schema", "s.json", "--stop", "name"], "a stop string ended it before it followed", "Omit --stop"),
+        (["--grammar", "endless.gbnf", "-c", "256"], "the context of 256 tokens is full.", "-c 512"),
+        (["--schema", "s.json", "--stop", "name"], "a stop string ended it.", "Omit --stop"),
         (["--raw", "--schema", "s.json", "-n", "8"], "it was cut after 8 tokens", "-n 256"),
     ],
 )
@@ -663,7 +663,7 @@ def test_a_batch_marks_answers_that_were_cut(random_model: Path, invoke: Run, tm
     command = ("run", str(random_model), "--batch", "in.txt", "--schema", "s.json", "--seed", "2")
     cut = invoke(*command, "-n", "8")
     assert [json.loads(line)["complete"] for line in cut.stdout.splitlines()] == [False, False]
-    assert (cut.returncode, "before they followed the grammar: 2 of 2 answers." in cut.stderr) == (8, True)
+    assert (cut.returncode, "Incomplete: 2 of 2 answers." in cut.stderr) == (8, True)
     whole = invoke(*command, "-n", "300")
     assert [json.loads(line)["complete"] for line in whole.stdout.splitlines()] == [True, True]
     assert whole.returncode == 0

@@ -77,15 +77,10 @@ class ChatLocks:
             self._file = None
             self._held.clear()
 
-    @property
-    def _descriptor(self) -> int:
+    def _try_lock(self, start: int, length: int) -> bool:
         if self._file is None:
             self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
-        return self._file
-
-    def _try_lock(self, start: int, length: int) -> bool:
-        file = self._descriptor
         with contextlib.suppress(PermissionError, BlockingIOError):  # POSIX allows either for a lock held elsewhere
-            _lock(file, start, length)
+            _lock(self._file, start, length)
             return True
         return False

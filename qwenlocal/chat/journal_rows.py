@@ -1,4 +1,8 @@
-"""The rows of the journal: their columns, and the checks without which no value of a damaged file gets further."""
+"""
+The rows of the journal: their columns, and checks of every value, which a damaged file may have changed.
+
+The functions that parse or check a value raise ValueError if it is impossible.
+"""
 
 from __future__ import annotations
 
@@ -54,49 +58,28 @@ class ChatRow:
 
 
 def parse_chat(row: Sequence[Any]) -> ChatRow:
-    """
-    Check the values of `CHAT_COLUMNS`, of which `open_by` may be missing.
-
-    Raises
-    ------
-    ValueError: one of them is impossible.
-    """
+    """Check the values of `CHAT_COLUMNS`, of which `open_by` may be missing."""
     chat_id, title, model, system, leaf, left_out, summary, created, changed = row[:9]
     _check("the number of a chat", is_number(chat_id, 1), chat_id)
-    for text in (title, model):
-        _check("the title or model of a chat", is_line(text), text)
-    for text in (system, left_out, summary):
-        _check("a text of a chat", isinstance(text, str), text)
+    _check("the title or model of a chat", is_line(title) and is_line(model), (title, model))
+    _check("a text of a chat", isinstance(system, str) and isinstance(summary, str), (system, summary))
     _check("the last message of a chat", is_number(leaf), leaf)
-    for moment in (created, changed):
-        _check("the time of a chat", is_time(moment), moment)
+    _check("the time of a chat", is_time(created) and is_time(changed), (created, changed))
     return ChatRow(chat_id, title, model, system, leaf, parse_evicted(left_out), summary, created, changed)
 
 
-def parse_evicted(text: str) -> tuple[int, ...]:
-    """
-    Parse the column `left_out`, a JSON list of message numbers.
-
-    Raises
-    ------
-    ValueError: it is something else.
-    """
+def parse_evicted(text: Any) -> tuple[int, ...]:
+    """Parse the column `left_out`, a JSON list of message numbers."""
     try:
         numbers = json.loads(text)
-    except RecursionError as error:
+    except (RecursionError, TypeError) as error:
         raise ValueError(str(error)) from error
     _check("a list of turns", isinstance(numbers, list) and all(map(is_number, numbers)), text)
     return tuple(numbers)
 
 
 def parse_message(row: Sequence[Any]) -> Message:
-    """
-    Check the values of `MESSAGE_COLUMNS`, and return the message without its chat.
-
-    Raises
-    ------
-    ValueError: one of them is impossible.
-    """
+    """Check the values of `MESSAGE_COLUMNS`, and return the message without its chat."""
     _chat, number, parent, role, text, finish_reason, ids, model, pinned, dropped, created = row
     _check("the number of a message", is_number(number, 1), number)
     _check("the parent of a message", is_number(parent) and parent < number, parent)
@@ -110,26 +93,14 @@ def parse_message(row: Sequence[Any]) -> Message:
 
 
 def check_text(role: object, text: object, created: object) -> None:
-    """
-    Check what is shown of a message.
-
-    Raises
-    ------
-    ValueError: one of the values is impossible.
-    """
+    """Check what is shown of a message."""
     _check("a role", role in ROLES, role)
     _check("the text of a message", isinstance(text, str) and ERASED not in text, text)
     _check("the time of a message", is_time(created), created)
 
 
 def parse_ids(data: object) -> tuple[int, ...]:
-    """
-    Parse the column `ids`: token ids as C integers.
-
-    Raises
-    ------
-    ValueError: it is something else.
-    """
+    """Parse the column `ids`: token ids as C integers."""
     ids = array.array("i")
     _check("the tokens of a message", isinstance(data, bytes) and len(data) % ids.itemsize == 0, data)
     assert isinstance(data, bytes)

@@ -173,7 +173,7 @@ def _repair_chat(chat_id: int, columns: Sequence[Any], messages: Mapping[int, Me
     """Build a chat from its columns, with defaults for damaged values."""
     _, title, model, system, leaf, left_out, summary, created, changed, _ = columns
     evicted: tuple[int, ...] = ()
-    with contextlib.suppress(ValueError, TypeError):
+    with contextlib.suppress(ValueError):
         evicted = tuple(number for number in parse_evicted(left_out) if number in messages)
     times = [message.created for message in messages.values() if message.created] or [0.0]
     return ChatRow(

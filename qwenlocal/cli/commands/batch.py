@@ -161,7 +161,7 @@ def _are_messages(data: object) -> bool:
 
 def read_finished_ids(output: Path | None) -> set[str | int]:
     """
-    Return the ids that an output has answers for, without those that were cut before they followed their grammar.
+    Return the ids that an output has answers for, without those that are incomplete.
 
     An incomplete last line is removed from the file.
 
@@ -300,11 +300,7 @@ def _report_cut_answers(cut: Sequence[Mapping[str, Any]], total: int, n_ctx: int
         raise ContextFull(too_long[0]["prompt_tokens"], n_ctx, n_ctx_train)
     if n_incomplete := sum(not line.get("complete", True) for line in cut):
         raise IncompleteAnswer(
-            tr(
-                "Cut before they followed the grammar: {count:,} of {total:,} answers.",
-                count=n_incomplete,
-                total=total,
-            ),
+            tr("Incomplete: {count:,} of {total:,} answers.", count=n_incomplete, total=total),
             hint=tr(
                 'Their lines have "complete": false. Allow more tokens (-n) or a longer context (-c), or omit --stop.'
             ),

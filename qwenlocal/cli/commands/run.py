@@ -206,25 +206,19 @@ def _print_answer(options: RunOptions, loaded: ChatModel, prompt: str, system: s
 def _incomplete_answer(reason: FinishReason, max_tokens: int | None, n_ctx: int) -> IncompleteAnswer:
     from qwenlocal.chat.events import FinishReason
 
-    if reason is FinishReason.LENGTH:
-        return IncompleteAnswer(
-            tr(
-                "The answer is incomplete: it was cut after {tokens}, before it followed the grammar.",
-                tokens=format_count(max_tokens or 0, "token"),
-            ),
-            hint=tr("Allow more tokens: -n {more}", more=max(256, 2 * (max_tokens or 0))),
-        )
-    if reason is FinishReason.CONTEXT_FULL:
-        return IncompleteAnswer(
-            tr(
-                "The answer is incomplete: the context of {n_ctx:,} tokens was full before it followed the grammar.",
-                n_ctx=n_ctx,
-            ),
-            hint=tr("Use a longer context: -c {needed}", needed=2 * n_ctx),
-        )
-    return IncompleteAnswer(
-        tr("The answer is incomplete: a stop string ended it before it followed the grammar."), hint=tr("Omit --stop.")
-    )
+    count = max_tokens or 0
+    message, hint = {
+        FinishReason.LENGTH: (
+            tr("The answer is incomplete: it was cut after {tokens}.", tokens=format_count(count, "token")),
+            tr("Allow more tokens: -n {more}", more=max(256, 2 * count)),
+        ),
+        FinishReason.CONTEXT_FULL: (
+            tr("The answer is incomplete: the context of {n_ctx:,} tokens is full.", n_ctx=n_ctx),
+            tr("Use a longer context: -c {needed}", needed=2 * n_ctx),
+        ),
+        FinishReason.STOP_STRING: (tr("The answer is incomplete: a stop string ended it."), tr("Omit --stop.")),
+    }[reason]
+    return IncompleteAnswer(message, hint=hint)
 
 
 def _continuation(

@@ -196,8 +196,8 @@ def test_a_terminal_asks_before_chats_are_deleted(
 ) -> None:
     save_chats(Path(environment["QWENLOCAL_HOME"]), 4)
     asking = terminal("chats", "rm", "2-3")
-    asking.wait_for(r"2 .*Question 2.*3 .*Question 3.*Delete 2 chats permanently\? \[Y/n\]")
-    asking.type("n\r")
+    asking.wait_for(r"2 .*Question 2.*3 .*Question 3.*Delete 2 chats permanently\? \[y/N\]")
+    asking.type("\r")
     assert asking.wait_for_exit() == 1
     assert "Nothing was deleted." in asking.text
     interrupted = terminal("chats", "rm", "2")

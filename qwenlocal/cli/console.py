@@ -114,17 +114,15 @@ def choose_number(
             return word
 
 
-def confirm(question: str) -> bool:
+def confirm(question: str, *, default: bool = True) -> bool:
     """
-    Ask a yes-or-no question; Enter means yes.
+    Ask a yes-or-no question; Enter gives the default.
 
     Raises
     ------
     Interrupted: Ctrl-C or Ctrl-D.
     """
     while True:
-        word = ask(f"{question} [Y/n] ").lower()
-        if word in ("", "y", "yes"):
-            return True
-        if word in ("n", "no"):
-            return False
+        word = ask(f"{question} {'[Y/n]' if default else '[y/N]'} ").lower()
+        if word in ("y", "yes", "n", "no", ""):
+            return word.startswith("y") if word else default

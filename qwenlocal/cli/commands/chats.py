@@ -114,7 +114,7 @@ def remove_chats(texts: list[str], *, assume_yes: bool) -> None:
     if not assume_yes and can_ask():
         for chat in chats:
             sys.stderr.write(f"{chat.id:>3}  {_day(chat.changed)}  {escape_controls(chat.title)}\n")
-        if not confirm(tr("Delete {chats} permanently?", chats=format_count(len(chats), "chat"))):
+        if not confirm(tr("Delete {chats} permanently?", chats=format_count(len(chats), "chat")), default=False):
             raise QwenlocalError(tr("Nothing was deleted."))
     try:
         for chat in chats:

@@ -99,7 +99,7 @@ def _copy_records(records: Sequence[Record], path: Path, target: Path) -> Recove
     with contextlib.closing(Journal(target)) as copy, translate_errors(target):
         for chat_id in chat_ids:
             readable = messages.get(chat_id, {})
-            chat = _repair_chat(chat_id, columns.get(chat_id) or _default_columns(readable), readable)
+            chat = _repair_chat(chat_id, columns.get(chat_id), readable)
             stand_ins = list(_stand_ins(chat, readable))
             for message in readable.values():
                 message.created = message.created or chat.created
@@ -162,31 +162,21 @@ def _is_chat(record: Record) -> bool:
     return chat_id is None and is_line(title) and is_line(model) and isinstance(system, str) and is_number(leaf)
 
 
-def _default_columns(messages: Mapping[int, Message]) -> list[object]:
-    """Return the columns of a chat of which only messages are left."""
-    first = next((message.text for _, message in sorted(messages.items()) if message.role == USER), "")
-    model = next((message.model for message in messages.values() if message.model), "")
-    return [None, shorten(first) or tr("(no title)"), model, "", max(messages), "[]", "", None, None, 0]
-
-
-def _repair_chat(chat_id: int, columns: Sequence[Any], messages: Mapping[int, Message]) -> ChatRow:
-    """Build a chat from its columns, with defaults for damaged values."""
+def _repair_chat(chat_id: int, columns: Sequence[Any] | None, messages: Mapping[int, Message]) -> ChatRow:
+    """Build a chat from its columns, None if only messages are left of it, with defaults for damaged values."""
+    if columns is None:
+        first = next((message.text for _, message in sorted(messages.items()) if message.role == USER), "")
+        model = next((message.model for message in messages.values() if message.model), "")
+        columns = [None, shorten(first) or tr("(no title)"), model, "", 0, "[]", "", None, None, 0]
     _, title, model, system, leaf, left_out, summary, created, changed, _ = columns
     evicted: tuple[int, ...] = ()
     with contextlib.suppress(ValueError):
         evicted = tuple(number for number in parse_evicted(left_out) if number in messages)
+    leaf = leaf or max(messages, default=0)  # else its messages would not be seen
     times = [message.created for message in messages.values() if message.created] or [0.0]
-    return ChatRow(
-        chat_id,
-        title,
-        model,
-        system,
-        leaf or max(messages, default=0),  # else its messages would not be seen
-        evicted,
-        summary if isinstance(summary, str) else "",
-        created if is_time(created) else min(times),
-        changed if is_time(changed) else max(times),
-    )
+    summary = summary if isinstance(summary, str) else ""
+    created, changed = created if is_time(created) else min(times), changed if is_time(changed) else max(times)
+    return ChatRow(chat_id, title, model, system, leaf, evicted, summary, created, changed)
 
 
 def _stand_ins(chat: ChatRow, messages: Mapping[int, Message]) -> Iterator[Message]:

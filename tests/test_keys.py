@@ -141,15 +141,6 @@ def test_a_folded_paste_is_edited_in_full(terminal: Open, speaking_model: Path, 
     assert read_questions(chat, tmp_path) == [f"{PASTE} edited"]
 
 
-def test_a_failing_editor_keeps_the_message(terminal: Open, speaking_model: Path) -> None:
-    chat = terminal("run", str(speaking_model), EDITOR="false")
-    chat.wait_for_prompt()
-    chat.type("unsent\x18\x05")
-    chat.read(1)
-    chat.wait_for("^> unsent$")
-    assert SAYS not in chat.text
-
-
 def test_keys_wait_until_the_editor_has_ended(terminal: Open, speaking_model: Path, tmp_path: Path) -> None:
     editor = tmp_path / "editor"
     editor.write_text("#!/bin/sh\nsleep 1\nprintf edited > $1\n")

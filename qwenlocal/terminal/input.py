@@ -18,6 +18,7 @@ from prompt_toolkit.filters import Condition, emacs_mode, has_focus, is_searchin
 from prompt_toolkit.formatted_text import StyleAndTextTuples
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPress, KeyPressEvent
+from prompt_toolkit.key_binding.bindings.completion import generate_completions
 from prompt_toolkit.keys import Keys
 from prompt_toolkit.styles import Style
 
@@ -188,7 +189,7 @@ def _open_terminal(early_bytes: bytes) -> TerminalInput | None:
 
 def _bind_keys(session: Session, pastes: PasteStore, terminal: TerminalInput | None) -> KeyBindings:
     """
-    Bind Enter (send), Alt-Enter and Ctrl-J (new line), Ctrl-C (clear the line), pastes (fold), and the editor.
+    Bind Enter (send), Tab, Alt-Enter and Ctrl-J (new line), Ctrl-C (clear the line), pastes (fold), and the editor.
 
     On an empty line, Ctrl-C is left to prompt_toolkit, which raises KeyboardInterrupt; so it does during /edit and
     /answer. Text that it removes goes to the history.
@@ -203,6 +204,15 @@ def _bind_keys(session: Session, pastes: PasteStore, terminal: TerminalInput | N
             buffer.complete_state = None
         elif press_enter(buffer):
             buffer.validate_and_handle()
+
+    @keys.add("tab", filter=is_typing)
+    def _complete(event: KeyPressEvent) -> None:
+        state = event.current_buffer.complete_state
+        if state and len(state.completions) == 1 and state.current_completion:
+            event.current_buffer.complete_state = (
+                None  # it is accepted: complete what follows, such as files in a folder
+            )
+        generate_completions(event)
 
     @keys.add("escape", "enter", filter=is_typing & emacs_mode)  # Alt-Enter on Windows
     @keys.add("c-j", filter=is_typing)

@@ -58,7 +58,10 @@ def disable_echo(terminal: TextIO, out: TextIO) -> Iterator[bytes]:
         signal.signal(signal.SIGCONT, enable)
     try:
         enable()
-        yield _read_available(terminal.fileno())
+        typed = _read_available(terminal.fileno())
+        if typed and not typed.endswith(b"\n"):
+            _write_sequence(out, "\n")  # below the echo
+        yield typed
     finally:
         for number, handler in handlers:
             signal.signal(number, handler)

@@ -169,9 +169,9 @@ def describe_stats(done: Done) -> str:
     answer = tr("answer {tokens}", tokens=format_count(stats.answer_tokens, "token"))
     reused = " " + tr("({count:,} reused)", count=stats.reused_tokens) if stats.reused_tokens else ""
     parts = (
-        f"{prompt}{reused}, {_describe_speed(stats.prompt_speed)}",
+        _append_speed(f"{prompt}{reused}", stats.prompt_speed),
         tr("first token after {seconds:.2f} s", seconds=stats.first_token),
-        f"{answer}, {_describe_speed(stats.answer_speed)}",
+        _append_speed(answer, stats.answer_speed),
         tr(done.finish_reason.value),
     )
     return " | ".join(parts)
@@ -188,6 +188,10 @@ def describe_drafting(drafter: ModelDrafter) -> str:
 
 def _describe_speed(tokens_per_second: float) -> str:
     return tr("{speed:.1f} tokens/s", speed=tokens_per_second)
+
+
+def _append_speed(text: str, tokens_per_second: float) -> str:
+    return f"{text}, {_describe_speed(tokens_per_second)}" if tokens_per_second else text  # 0 for a single token
 
 
 def _format_duration(seconds: float) -> str:

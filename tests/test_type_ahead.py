@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -93,6 +94,16 @@ def test_a_paste_without_an_end_ends_after_a_pause() -> None:
     assert parser.flush() == []
     now[0] = 20
     assert [(key.key, key.data) for key in parser.feed("x")] == [(Keys.BracketedPaste, "pasted and more"), ("x", "x")]
+
+
+def test_a_paste_in_many_pieces_takes_linear_time() -> None:
+    parser, piece = KeyParser(), ("x" * 79 + "\n") * 50
+    start = time.process_time()
+    assert parser.feed("\x1b[200~") == []
+    assert not any(parser.feed(piece) for _ in range(2500))
+    (key,) = parser.feed("\x1b[201~")
+    assert len(key.data) == 10_000_000
+    assert time.process_time() - start < 2
 
 
 @pytest.mark.parametrize(

@@ -57,14 +57,20 @@ class KeyParser:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock, self._fed_at, self._was_flushed = clock, clock(), False
-        self._rest = ""  # the start of an escape sequence or of a bracketed paste
+        self._rest: list[str] = []  # the start of an escape sequence or of a bracketed paste
+        self._tail, self._is_pasting = "", False  # the last characters, which may be the start of the paste's end mark
 
     def feed(self, text: str) -> list[KeyPress]:
         """Return the keys of a burst, replies about the cursor position first."""
         if self._is_pasting and self._was_flushed and self._clock() - self._fed_at > _PASTE_SECONDS:
             text = _PASTE_END + text  # its end was lost; without it, no key would ever work again
         self._fed_at, self._was_flushed = self._clock(), False
-        text, self._rest = self._rest + text, ""
+        self._rest.append(text)
+        recent = self._tail + text
+        self._tail = recent[1 - len(_PASTE_END) :]
+        if self._is_pasting and _PASTE_END not in recent:  # so that a long paste takes linear time
+            return []
+        text, self._rest, self._is_pasting = "".join(self._rest), [], False
         keys = [KeyPress(Keys.CPRResponse, response) for response in _CPR_RESPONSE.findall(text)]
         text = _CPR_RESPONSE.sub("", text)
         if _PASTE_START not in text and _is_paste(text):
@@ -73,7 +79,7 @@ class KeyParser:
             if token["paste"] is not None:
                 keys.append(KeyPress(Keys.BracketedPaste, token["paste"]))
             elif token["incomplete"]:
-                self._rest = token["incomplete"]
+                self._rest, self._is_pasting = [token[0]], token[0].startswith(_PASTE_START)
             else:
                 keys += _find_keys(token[0])
         return keys
@@ -83,12 +89,8 @@ class KeyParser:
         self._was_flushed = True
         if self._is_pasting:
             return []
-        text, self._rest = self._rest, ""
+        text, self._rest = "".join(self._rest), []
         return [key for character in text for key in _find_keys(character)]
-
-    @property
-    def _is_pasting(self) -> bool:
-        return self._rest.startswith(_PASTE_START)
 
 
 def _find_keys(sequence: str) -> list[KeyPress]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,6 +49,15 @@ def chat_ids(journal: Callable[[], Journal]) -> list[int]:
     ids = sorted(chat.id for chat in opened.list_chats())
     opened.close()
     return ids
+
+
+def wait_for_answer(journal: Journal) -> None:
+    """Wait until the beginning of the first answer is written, which takes half a second."""
+    deadline = time.monotonic() + 20
+    while not journal.load_thread(1).path[-1].text.startswith("abcdefgh"):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    journal.close()
 
 
 # --- closed windows
@@ -103,6 +113,7 @@ def test_a_second_window_copies_the_chat_with_its_first_message_only(
 ) -> None:
     first = start(terminal, str(endless_model), "-c", "60000")
     enter(first, "Go", r"(abcdefgh\s){40}")
+    wait_for_answer(journal())
     second = start(terminal, "--continue", "-n", "9")
     assert "It is open in another window. Your next message starts a copy" in second.text
     assert chat_ids(journal) == [1]

@@ -81,6 +81,10 @@ class Terminal:
         """Wait for the `count`-th input line, which is empty."""
         return self.wait_for(r"^>.*" * (count - 1) + r"^>$")
 
+    @property
+    def is_running(self) -> bool:
+        return bool(self._child.isalive())
+
     def resize(self, columns: int, lines: int) -> None:
         """Resize the window."""
         self._screen.resize(lines, columns)

@@ -255,7 +255,10 @@ def test_no_bytes_end_the_chat(is_answering: bool, terminal: Open, endless_model
     chat.type("\x07/stats\r")
     chat.read(2)
     assert not re.search("Traceback|Unhandled|Press ENTER", chat.text)
-    chat.type("\x03" * 4)
+    for _ in range(60):  # on a busy machine, some answers have not ended yet
+        if chat.is_running:
+            chat.type("\x03")
+            chat.read(0.25)
     assert chat.wait_for_exit() == 0
 
 

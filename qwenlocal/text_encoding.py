@@ -108,7 +108,7 @@ def _not_utf8(data: bytes, label: str, place: str, file: Path | None) -> UsageEr
     """Build the error that says what data is: another kind of file, or text in another encoding."""
     beginning = data[:_SNIFFED_BYTES]
     kind = next((kind for magic, kind in _BINARY_TYPES.items() if data.startswith(magic)), "")
-    encoding = "" if kind else _guess_utf16(beginning, 0.2)
+    encoding = "" if kind else _guess_utf16(beginning, 0.2 if place else 0.5)
     if kind or (b"\0\0" in beginning and not encoding):
         return UsageError(tr("{what} is {kind}, not text.", what=label, kind=tr(kind or mark("a binary file"))))
     if not encoding and not re.search(_LOW_BYTES, beginning):

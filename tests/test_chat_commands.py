@@ -366,8 +366,8 @@ def test_files_with_spaces_are_read_saved_loaded_and_exported(
     chat.wait_for(r'^> @"some folder/a.txt"$')
     enter(chat, "\x15see @your notes.txt", "There is no file your notes.txt; sending the name as text")
     enter(chat, '/read "my notes.txt"', r'^> @"my notes.txt"')
-    enter(chat, "\x15/save 'my talk.json'", r"Saved: .*my\s+talk.json")
-    enter(chat, '/export "my talk.html"', r"Saved: .*my\s+talk.html")
+    enter(chat, "\x15/save 'my talk.json'", r"Saved:\s.*my\s+talk.json")
+    enter(chat, '/export "my talk.html"', r"Saved:\s.*my\s+talk.html")
     enter(chat, "/load my\\ talk.json", "Loaded 4 messages")
     assert {path.name for path in tmp_path.glob("my *")} == {"my notes.txt", "my talk.json", "my talk.html"}
 

@@ -292,6 +292,15 @@ class TestLimits:
         assert "runs with --raw only" in expect_inspection(invoke("inspect", "./bad.gguf"))
         expect_exit(invoke("run", "./bad.gguf", "--raw", "Hi"), 0)
 
+    @pytest.mark.parametrize("source", ["{# no text #}", "{% if tools %}{{ messages }}{% endif %}"])
+    def test_a_template_that_renders_nothing_is_an_error(self, source: str, invoke: Run, tmp_path: Path) -> None:
+        write_model(tmp_path / "mute.gguf", template=source)
+        (tmp_path / "in.txt").write_text("one\ntwo\n")
+        for prompt in (("Hi",), ("--batch", "in.txt")):
+            message = expect_exit(invoke("run", "-m", "./mute.gguf", *prompt), 5)
+            assert "chat template: it turns the conversation into an empty text" in message
+        expect_exit(invoke("run", "./mute.gguf", "--raw", "Hi", "-n", "2"), 0)
+
     def test_convert_copies_such_a_template_with_a_note(self, checkpoint_copy: Path, invoke: Run) -> None:
         (checkpoint_copy / "chat_template.jinja").write_text("{{ " + "[" * 5000 + "]" * 5000 + " }}")
         result = invoke("convert", str(checkpoint_copy), "-o", "x.gguf", "--type", "q8_0")

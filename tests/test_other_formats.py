@@ -189,7 +189,7 @@ class TestHeads:
         """As by transformers; only training with rewards uses it."""
         folder = rename_tensors(write_minimal(tmp_path), lambda name: name, {"v_head.summary.weight": (1, 32)})
         (note,) = make_plan(folder).notes
-        assert note == "Left out v_head.summary.weight (0.0 MB): a value head, which only training uses."
+        assert note == "Left out v_head.summary.weight (64 B): a value head, which only training uses."
 
     @pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Qwen2ForSequenceClassification"])
     def test_a_classifier_is_refused(self, architecture: str, tmp_path: Path) -> None:

@@ -97,12 +97,12 @@ class TestTensors:
     def test_rotary_frequencies_are_left_out(self, tmp_path: Path) -> None:
         name = "model.layers.0.self_attn.rotary_emb.inv_freq"
         (note,) = make_plan(write_minimal(tmp_path, tensors={name: (8,)})).notes
-        assert note == f"Left out {name} (0.0 MB): computed by llama.cpp itself."
+        assert note == f"Left out {name} (16 B): computed by llama.cpp itself."
 
     def test_several_dropped_tensors_make_one_note(self, tmp_path: Path) -> None:
         freqs = {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": (8,) for n in range(2)}
         (note,) = make_plan(write_minimal(tmp_path, {"num_hidden_layers": 2}, tensors=freqs)).notes
-        assert note.startswith("Left out 2 tensors (0.0 MB): computed by")
+        assert note.startswith("Left out 2 tensors (32 B): computed by")
 
     @pytest.mark.parametrize("size", [VOCAB_SIZE - 8, VOCAB_SIZE + 12])
     def test_a_stale_vocabulary_size_is_refused_with_the_number_of_rows(self, size: int, tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ class TestOutputMatrix:
         folder = write_minimal(tmp_path, {"tie_word_embeddings": True}, store_tied_head=True)
         assert "output.weight" not in plan_tensor_names(folder)
         (note,) = make_plan(folder).notes
-        assert "lm_head.weight (0.0 MB): tied to the embeddings and equal to them" in note
+        assert "lm_head.weight (18 kB): tied to the embeddings and equal to them" in note
 
     def test_a_stored_copy_of_a_tied_output_matrix_is_kept_like_llama_cpp(self, tmp_path: Path) -> None:
         folder = write_minimal(tmp_path, {"tie_word_embeddings": True}, store_tied_head=True)

@@ -85,6 +85,7 @@ def encode_messages(template: ChatTemplate, messages: Sequence[ChatMessage], tok
 
     Raises
     ------
+    BadWeights: the template fails or rejects the messages.
     TextTooLong: a message would take seconds to tokenize and fits into no context.
     """
     for length in (len(str(message["content"])) for message in messages):
@@ -103,6 +104,19 @@ def encode_messages(template: ChatTemplate, messages: Sequence[ChatMessage], tok
         if split == contents:
             return ids
         contents = split
+
+
+def require_tokens(ids: Sequence[int]) -> Sequence[int]:
+    """
+    Return `ids`, a prompt; a model needs at least one token.
+
+    Raises
+    ------
+    BadWeights: there are none, because the template rendered the messages as an empty text.
+    """
+    if not ids:
+        raise BadWeights("chat template", "it turns the conversation into an empty text", hint=_HINT)
+    return ids
 
 
 def _fit_roles(template: ChatTemplate, messages: Sequence[ChatMessage]) -> Sequence[ChatMessage]:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
+from qwenlocal.chat.chat_template import require_tokens
 from qwenlocal.chat.events import Done, Event, FinishReason, GenerationStats, Text
 from qwenlocal.engine.grammar import is_complete
 from qwenlocal.engine.sampling import Sampling
@@ -34,6 +35,7 @@ def stream_answer(
     Raises
     ------
     ContextFull: the prompt leaves no space for an answer; raised before the first event.
+    BadWeights: the prompt has no tokens.
     """
     detokenizer = IncrementalDetokenizer(stop_strings)
     # The text of the prefix is known, but it may end in the middle of a character.
@@ -43,7 +45,7 @@ def stream_answer(
     start = first = last = clock()
     if sampling.grammar is not None:
         sampling = replace(sampling, answer_prefix=tuple(prefix))
-    for step in generator.generate([*ids, *prefix], sampling, limit=max_tokens or 1 << 30):
+    for step in generator.generate(require_tokens([*ids, *prefix]), sampling, limit=max_tokens or 1 << 30):
         if isinstance(step, PromptProgress):
             reused = step.reused
             yield step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -64,7 +65,7 @@ def find_installed(app: AppContext, text: str) -> ModelRecord:
         return record
     if isinstance(name, LocalCheckpointName):
         Checkpoint.open(name.path)
-        hint = f"It is a checkpoint; convert it: qwenlocal convert {text}"
+        hint = f"It is a checkpoint; convert it: qwenlocal convert {shlex.quote(text)}"
     else:
         hint = f"Download it: qwenlocal pull {name}"
     raise ModelNotFound(text, reason=f"There is no GGUF file of {text} on this disk.", hint=hint)

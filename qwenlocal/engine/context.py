@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -269,8 +270,9 @@ class Context:
         if math.isnan(self.logits(row)[0]):
             raise BadWeights(
                 self.model.path,
-                "the model computes NaN; its weights are damaged",
-                hint="To find the damaged tensors: qwenlocal inspect FILE. To repair a download: qwenlocal verify NAME",
+                "the model computes NaN; its weights or metadata are damaged",
+                hint=f"To find the damage: qwenlocal inspect {shlex.quote(str(self.model.path))}. "
+                "To repair a download: qwenlocal verify NAME",
             )
 
     def close(self) -> None:

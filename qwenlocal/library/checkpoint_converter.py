@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -106,7 +107,7 @@ class CheckpointConverter:
                     disk_hint="Free disk space (qwenlocal list, qwenlocal rm NAME), "
                     "or set QWENLOCAL_HOME to a larger disk.",
                     not_finite_hint="The weights are damaged. "
-                    f"To write zeros instead: qwenlocal convert {argument} --allow-nan",
+                    f"To write zeros instead: qwenlocal convert {shlex.quote(argument)} --allow-nan",
                 )
         except BadWeights:  # the next attempt would fail in the same way
             remove_unfinished(target.parent, self._store.file_paths())

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from qwenlocal.formatting import format_bytes
 from qwenlocal.weights import gguf_writer
 from qwenlocal.weights.architecture import Hyperparameters, read_hyperparameters
 from qwenlocal.weights.checkpoint import Checkpoint
@@ -102,7 +103,7 @@ def _drop_notes(dropped: Sequence[DroppedTensor]) -> list[str]:
         by_reason.setdefault(tensor.reason, []).append(tensor)
     return [
         f"Left out {group[0].name if len(group) == 1 else f'{len(group)} tensors'} "
-        f"({sum(tensor.size for tensor in group) / 1e6:,.1f} MB): {reason}."
+        f"({format_bytes(sum(tensor.size for tensor in group))}): {reason}."
         for reason, group in by_reason.items()
     ]
 

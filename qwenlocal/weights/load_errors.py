@@ -8,6 +8,7 @@ Reasons why llama.cpp refuses a GGUF file, or ends the process over it.
 from __future__ import annotations
 
 import collections
+import shlex
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -90,7 +91,7 @@ def require_loadable(model: SplitModel, *, with_tensors: bool = True) -> None:
     """
     path = model.paths[0]
     if errors := find_load_errors(model, read_raw_metadata(path), with_tensors=with_tensors):
-        hint = f"To see all that is wrong with it: qwenlocal inspect {path}"
+        hint = f"To see all that is wrong with it: qwenlocal inspect {shlex.quote(str(path))}"
         raise BadWeights(path, f"llama.cpp cannot run it: {errors[0]}", hint=hint)
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from qwenlocal.chat.chat_template import encode_messages
+from qwenlocal.chat.chat_template import encode_messages, require_tokens
 from qwenlocal.chat.events import FinishReason
 from qwenlocal.chat.prompt_template import fill_placeholders
 from qwenlocal.chat.worker import iterate_in_thread
@@ -227,7 +227,9 @@ def answer_batch(
     sampling = options.merge_sampling(loaded.sampling)
     limit = options.max_tokens or n_ctx
     prompts = (encode_messages(loaded.template, item.messages, tokenizer) for item in items)
-    requests = [BatchRequest(key, ids, sampling, limit, options.stop) for key, ids in enumerate(prompts)]
+    requests = [
+        BatchRequest(key, require_tokens(ids), sampling, limit, options.stop) for key, ids in enumerate(prompts)
+    ]
 
     def generate() -> Iterator[BatchResult]:
         return generator.generate(requests, tokenizer.is_end)

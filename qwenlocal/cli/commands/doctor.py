@@ -16,6 +16,7 @@ from qwenlocal import __version__
 from qwenlocal.cli.console import print_json
 from qwenlocal.cli.context import AppContext
 from qwenlocal.errors import QwenlocalError
+from qwenlocal.formatting import format_quantity
 from qwenlocal.machine import Machine, this_machine
 from qwenlocal.paths import Folders, ensure_writable
 
@@ -104,7 +105,7 @@ def _processor(machine: Machine, compiled: set[str]) -> Check:
         name for feature, name in _COMPILED_NAMES.items() if name in compiled and feature not in machine.features
     )
     used = ", ".join(sorted(compiled & set(_COMPILED_NAMES.values()))) or "no vector units"
-    state = f"{machine.processor}, {machine.cores} fast cores; llama.cpp uses {used}"
+    state = f"{machine.processor}, {format_quantity(machine.cores, 'fast core')}; llama.cpp uses {used}"
     advice = ""
     if unused:
         advice = f"It could also use {', '.join(unused)}. Compile it for this machine: make setup"

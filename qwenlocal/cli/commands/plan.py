@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import tempfile
 from dataclasses import dataclass, replace
@@ -55,7 +56,9 @@ def plan_model(text: str, request: LoadRequest, *, as_json: bool) -> None:
     app = AppContext(quiet=as_json)
     name = app.models.parse(text)
     if isinstance(name, LocalCheckpointName):
-        raise UsageError(f"{text} is a checkpoint.", hint=f"To plan its conversion: qwenlocal convert {text} --dry-run")
+        raise UsageError(
+            f"{text} is a checkpoint.", hint=f"To plan its conversion: qwenlocal convert {shlex.quote(text)} --dry-run"
+        )
     model, machine = _read_outline(app, name), this_machine()
     request = replace(request, threads=request.threads or machine.cores)
     available = machine.memory().available

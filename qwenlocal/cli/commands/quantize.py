@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 
 from qwenlocal.cli.context import AppContext
 from qwenlocal.cli.gguf_files import WriteOptions, choose_targets, read_options, write_or_show
@@ -20,7 +21,9 @@ def quantize_file(options: WriteOptions, *, requantize: bool) -> None:
     app = AppContext(quiet=options.as_json)
     name = app.models.parse(options.source)
     if isinstance(name, LocalCheckpointName):
-        raise UsageError(f"{options.source} is a checkpoint.", hint=f"Convert it: qwenlocal convert {options.source}")
+        raise UsageError(
+            f"{options.source} is a checkpoint.", hint=f"Convert it: qwenlocal convert {shlex.quote(options.source)}"
+        )
     record = app.models.ensure_model(name)
     targets = choose_targets(options, record.path.stem, types)
     for path, _ in targets:
@@ -31,5 +34,5 @@ def quantize_file(options: WriteOptions, *, requantize: bool) -> None:
     for finding in serious:
         app.say(f"The metadata has a fault, which is copied: {escape_controls(finding.problem)}")
     if any(finding.can_be_fixed for finding in serious):
-        app.say(f"To repair it first: qwenlocal inspect {options.source} --fix -o FILE")
+        app.say(f"To repair it first: qwenlocal inspect {shlex.quote(options.source)} --fix -o FILE")
     write_or_show(app, plan, options)

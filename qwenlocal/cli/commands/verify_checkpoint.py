@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,7 +45,7 @@ def verify_checkpoint(text: str, source: str, *, as_json: bool) -> None:
         raise BadWeights(
             record.path,
             f"it does not match {checkpoint.path} ({format_quantity(count, 'difference')})",
-            hint=f"If this is its checkpoint, convert it again: qwenlocal convert {source}",
+            hint=f"If this is its checkpoint, convert it again: qwenlocal convert {shlex.quote(source)}",
         )
     app.say(f"{record.path.name} matches {checkpoint.name}.")
 

@@ -13,6 +13,7 @@ _LONG_WORD = re.compile(r"[!-.0-\[\]-~]{151,}|\S{1000,}")  # the first without s
 _UNITS = {
     "character": (mark("1 character"), mark("{count:,} characters")),
     "chat": (mark("1 chat"), mark("{count:,} chats")),
+    "line": (mark("1 line"), mark("{count:,} lines")),
     "message": (mark("1 message"), mark("{count:,} messages")),
     "token": (mark("1 token"), mark("{count:,} tokens")),
     "turn": (mark("1 turn"), mark("{count:,} turns")),
@@ -29,6 +30,14 @@ def format_count(count: int, unit: str) -> str:
 def format_quantity(count: int, noun: str, plural: str = "") -> str:
     """`format_quantity(1, "tensor")` is "1 tensor", `format_quantity(2, "entry", "entries")` "2 entries" (English)."""
     return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
+def join_sentences(*sentences: str) -> str:
+    """Join sentences with spaces, after a Chinese full stop without; empty ones are left out."""
+    text = ""
+    for sentence in filter(None, sentences):
+        text += f"{'' if not text or text.endswith('。') else ' '}{sentence}"
+    return text
 
 
 def format_model_name(name: str) -> str:

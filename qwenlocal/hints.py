@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from qwenlocal.errors import BadWeights, QwenlocalError
+from qwenlocal.formatting import join_sentences
 from qwenlocal.i18n import tr
 from qwenlocal.paths import Folders
 
@@ -22,4 +23,4 @@ def describe_error(error: QwenlocalError) -> str:
     """Return the message and the hint in one line."""
     message, hint = str(error), find_hint(error)
     end = "" if message.endswith((".", "!", "?", "…", "。")) or not hint else "."
-    return f"{message}{end} {hint}".rstrip()
+    return join_sentences(f"{message}{end}", hint)

@@ -18,6 +18,7 @@ from terminal import Open
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import messages
 
+from qwenlocal.formatting import join_sentences
 from qwenlocal.i18n import tr
 from qwenlocal.terminal.commands.table import COMMANDS, KEYS
 
@@ -99,6 +100,11 @@ def test_the_catalogs_are_up_to_date(language: str) -> None:
 def test_every_command_and_key_is_explained_in_chinese(chinese: None) -> None:
     for english in [command.help for command in COMMANDS] + [what for _, what in KEYS]:
         assert tr(english) != english
+
+
+def test_chinese_sentences_have_no_space_between_them(chinese: None) -> None:
+    assert join_sentences("没有文件。", "", "换一个名称。") == "没有文件。换一个名称。"
+    assert join_sentences("", "One.", "", "Two.", "") == "One. Two."
 
 
 def test_a_chat_speaks_the_language_of_the_terminal(terminal: Open, speaking_model: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from qwenlocal.errors import Interrupted, QwenlocalError
-from qwenlocal.formatting import cut_long_words, display_width, pad
+from qwenlocal.formatting import cut_long_words, display_width, join_sentences, pad
 from qwenlocal.i18n import tr
 
 
@@ -109,7 +109,7 @@ def choose_number(
         try:
             check_text(word)
         except QwenlocalError as error:
-            say(f"{error} {error.hint}")
+            say(join_sentences(str(error), error.hint))
         else:
             return word
 

@@ -10,6 +10,8 @@ from prompt_toolkit.formatted_text import StyleAndTextTuples
 from prompt_toolkit.layout.processors import Processor, Transformation, TransformationInput
 
 from qwenlocal.chat.documents import Document
+from qwenlocal.formatting import format_count
+from qwenlocal.i18n import tr
 
 _FOLD_LINES, _FOLD_CHARACTERS = 8, 1000  # fold a paste from this size on
 # High surrogates: no text that is typed, pasted or read from a file contains one. So what looks like a label but was
@@ -58,7 +60,7 @@ class PasteStore:
     def find(self, text: str) -> list[Paste]:
         """Return the pastes in an expanded text."""
         characters = dict.fromkeys(_STAND_IN.findall(self.collapse(text)))
-        return [Paste(f"paste {ord(character) - _FIRST + 1}", self._text(character)) for character in characters]
+        return [Paste(_name(character), self._text(character)) for character in characters]
 
     def describe(self, line: str) -> str:
         """Replace the characters in `line` by labels: `look: [paste 1: 240 lines]`."""
@@ -67,12 +69,16 @@ class PasteStore:
     def _label(self, character: str) -> str:
         text = self._text(character)
         lines = count_lines(text)
-        size = f"{lines:,} lines" if lines > 1 else f"{len(text):,} characters"
-        return f"[paste {ord(character) - _FIRST + 1}: {size}]"
+        size = format_count(lines, "line") if lines > 1 else format_count(len(text), "character")
+        return tr("[{name}: {size}]", name=_name(character), size=size)
 
     def _text(self, character: str) -> str:
         index = ord(character) - _FIRST
         return self._texts[index] if index < len(self._texts) else ""
+
+
+def _name(character: str) -> str:
+    return tr("paste {number}", number=ord(character) - _FIRST + 1)
 
 
 def count_lines(text: str) -> int:

@@ -17,7 +17,7 @@ from qwenlocal.chat.documents import find_mentions, find_missing_mentions, read_
 from qwenlocal.chat.events import Done, Event, FinishReason
 from qwenlocal.chat.worker import iterate_in_thread
 from qwenlocal.errors import ContextFull, QwenlocalError, TextTooLong, UsageError
-from qwenlocal.formatting import format_count
+from qwenlocal.formatting import format_count, join_sentences
 from qwenlocal.hints import describe_error
 from qwenlocal.i18n import tr
 from qwenlocal.terminal.ansi import supports_ansi, supports_color
@@ -176,14 +176,14 @@ class Repl:
         except QwenlocalError as error:
             is_full = isinstance(error, ContextFull) and session.thread.turns
             hint = tr("Or start a new chat (/clear), or drop a turn (/drop).") if is_full else ""
-            session.say(f"{describe_error(error)} {hint}".rstrip())
+            session.say(join_sentences(describe_error(error), hint))
 
     def _run_command(self, line: str) -> None:
         name, argument = (*line.split(None, 1), "")[:2]
         command = find_command(name)
         if command is None:
             hint = tr("/help lists the commands, // starts a message with a slash.")
-            self._session.say(f"{describe_unknown(name)} {hint}")
+            self._session.say(join_sentences(describe_unknown(name), hint))
             return
         if argument and not command.takes_argument:
             raise UsageError(tr("{name} takes no argument.", name=command.name))
@@ -241,9 +241,9 @@ class Repl:
         reason = done.finish_reason
         if reason not in (FinishReason.EOS, FinishReason.STOP_STRING) or done.is_incomplete:
             can_continue = reason in (FinishReason.LENGTH, FinishReason.INTERRUPTED) and done.ids
-            incomplete = " " + tr("The answer does not follow the grammar yet.") if done.is_incomplete else ""
-            hint = " " + tr("Type /continue for more.") if can_continue else ""
-            session.say(f"[{tr(reason.value)}]{incomplete}{hint}")
+            incomplete = tr("The answer does not follow the grammar yet.") if done.is_incomplete else ""
+            hint = tr("Type /continue for more.") if can_continue else ""
+            session.say(join_sentences(f"[{tr(reason.value)}]", incomplete, hint))
         if reason is FinishReason.INTERRUPTED:
             self._drop_queue()
         if session.show_stats:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, TextIO
 
 from qwenlocal.chat.events import Done, Event, FinishReason, GenerationStats, Summarizing, Text, TurnsEvicted
-from qwenlocal.formatting import display_width, format_count
+from qwenlocal.formatting import display_width, format_count, join_sentences
 from qwenlocal.i18n import mark, tr
 from qwenlocal.progress import PromptProgress
 from qwenlocal.terminal.ansi import dim, escape_controls
@@ -159,7 +159,7 @@ def describe_eviction(event: TurnsEvicted) -> str:
             turns=event.turns,
             first=event.first,
         )
-    return text + " " + tr("Summary: {summary}", summary=event.summary) if event.summary else text
+    return join_sentences(text, tr("Summary: {summary}", summary=event.summary) if event.summary else "")
 
 
 def describe_stats(done: Done) -> str:

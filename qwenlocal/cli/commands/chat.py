@@ -17,7 +17,7 @@ from qwenlocal.cli.context import AppContext
 from qwenlocal.cli.model_pool import ModelPool
 from qwenlocal.cli.options import RunOptions
 from qwenlocal.errors import ChatNotFound, JournalError, NotWritable, UsageError
-from qwenlocal.formatting import format_count, format_model_name, shorten
+from qwenlocal.formatting import format_count, format_model_name, join_sentences, shorten
 from qwenlocal.i18n import tr
 from qwenlocal.library.names import PathName
 from qwenlocal.library.provider import ProvidedModel
@@ -174,7 +174,7 @@ def _open_journal(app: AppContext) -> Journal | None:
         return Journal(path)
     except (JournalError, NotWritable) as error:
         consequence = tr("This chat is not saved.")
-        app.say(f"{error} {consequence} {error.hint}")
+        app.say(join_sentences(str(error), consequence, error.hint))
         return None
 
 

@@ -23,7 +23,7 @@ from qwenlocal.errors import (
     LowMemory,
     UsageError,
 )
-from qwenlocal.formatting import format_count
+from qwenlocal.formatting import format_count, join_sentences
 from qwenlocal.i18n import tr
 from qwenlocal.terminal.tty import disable_echo
 
@@ -67,7 +67,7 @@ def _chat(app: AppContext, options: RunOptions, prompt: str | None, system: str,
             resumed = select_chat(app, options.resume)
         except JournalError as error:
             consequence = tr("A new chat starts; it is not saved.")
-            app.say(f"{error} {consequence} {error.hint}")
+            app.say(join_sentences(str(error), consequence, error.hint))
             options = replace(options, journal=False)
     model_name = options.model_name or (resumed.info.model if resumed else None)
     if model_name is None and prompt is None and not app.store.records():

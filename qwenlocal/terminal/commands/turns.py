@@ -7,7 +7,7 @@ import re
 from qwenlocal.chat.events import FinishReason
 from qwenlocal.chat.thread import Thread, Turn
 from qwenlocal.errors import UsageError
-from qwenlocal.formatting import format_count, shorten
+from qwenlocal.formatting import format_count, join_sentences, shorten
 from qwenlocal.i18n import mark, tr
 from qwenlocal.terminal.session import AnswerStarter, PendingEdit, Session
 
@@ -117,7 +117,7 @@ def fork_chat(session: Session, argument: str) -> None:
     session.switch_thread(copy)
     note = tr("Started a new chat with {messages}.", messages=format_count(len(copy.messages), "message"))
     if session.chat_id:
-        note += " " + tr("It is chat {id}.", id=session.chat_id)
+        note = join_sentences(note, tr("It is chat {id}.", id=session.chat_id))
     session.say(note)
 
 
@@ -126,7 +126,7 @@ def clear_chat(session: Session, _argument: str) -> None:
     session.switch_thread(Thread(session.thread.system))
     note = tr("Started a new chat.")
     if session.journal_writer:
-        note += " " + tr("The previous one is saved: qwenlocal chats")
+        note = join_sentences(note, tr("The previous one is saved: qwenlocal chats"))
     session.say(note)
 
 

@@ -333,5 +333,5 @@ class TestRunningDamagedFiles:
     def test_run_reports_a_model_that_computes_nan(self, tiny_f32: Path, invoke: Run, tmp_path: Path) -> None:
         copy_with_weights(tiny_f32, tmp_path / "x.gguf", "blk.0.ffn_up.weight", numpy.nan)
         result = invoke("run", "./x.gguf", "Hi")
-        assert "NaN; its weights are damaged" in expect_exit(result, 5)
+        assert "NaN; its weights or metadata are damaged" in expect_exit(result, 5)
         assert result.stdout == ""

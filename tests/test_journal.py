@@ -67,6 +67,14 @@ def test_all_versions_and_the_selected_leaf_are_kept(journal: Journal) -> None:
     assert found.path[1].text == "one"
 
 
+def test_a_message_with_zero_bytes_can_be_read_back(journal: Journal) -> None:
+    _, writer = talk(journal, "log: x" + "\0" * 128 + "y", "A")
+    assert [message.text for message in journal.load_thread(writer.chat_id or 0).path] == [
+        "log: x" + "\ufffd" * 128 + "y",
+        "A",
+    ]
+
+
 def test_an_empty_chat_is_not_written(journal: Journal) -> None:
     thread = Thread()
     journal.open_writer(thread, model="tiny").close()

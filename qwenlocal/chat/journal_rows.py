@@ -110,9 +110,14 @@ def parse_ids(data: object) -> tuple[int, ...]:
 
 
 def message_to_sql(chat_id: int, message: Message) -> list[object]:
-    """Return the values of `MESSAGE_COLUMNS`."""
+    """
+    Return the values of `MESSAGE_COLUMNS`.
+
+    Long runs of zero bytes, as at the end of a log after a power failure, become U+FFFD: they mark erased text.
+    """
+    text = message.text.replace(ERASED, "\ufffd" * len(ERASED))
     ids = array.array("i", message.ids).tobytes()
-    row = (chat_id, message.number, message.parent, message.role, message.text, message.finish_reason, ids)
+    row = (chat_id, message.number, message.parent, message.role, text, message.finish_reason, ids)
     return replace_row_surrogates((*row, message.model, message.pinned, message.dropped, message.created))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -31,7 +32,9 @@ def attach_documents(session: Session, text: str, documents: Sequence[Document])
         session.say(describe_cost(session, document))
     draft = _Draft(session, text, documents, lambda parts: _join(parts, text), _free_tokens(session))
     message = _join(documents, text)
-    return message if session.conversation.count_tokens(message) <= draft.room else draft.ask_how_to_fit()
+    is_huge = len(message) > MAX_CHARACTERS  # counting its tokens would take minutes
+    fits = not is_huge and session.conversation.count_tokens(message) <= draft.room
+    return message if fits else draft.ask_how_to_fit()
 
 
 def shorten_pastes(session: Session, text: str, pastes: Sequence[Paste]) -> str | None:
@@ -40,17 +43,17 @@ def shorten_pastes(session: Session, text: str, pastes: Sequence[Paste]) -> str 
 
     Return None if nothing is to be sent.
     """
-
-    def replace_pastes(parts: Sequence[Document]) -> str:
-        message = text
-        for paste, part in zip(pastes, parts, strict=True):
-            message = message.replace(paste.text, part.text)
-        return message
-
     can_evict = session.conversation.config.overflow != "stop"  # older turns make room for half of the context
     room = max(_free_tokens(session), session.conversation.n_ctx // 2 if can_evict else 0)
-    question = replace_pastes([replace(paste, text="") for paste in pastes])
-    return _Draft(session, question, pastes, replace_pastes, room).ask_how_to_fit()
+    question = replace_pastes(text, pastes, [replace(paste, text="") for paste in pastes])
+    return _Draft(session, question, pastes, lambda parts: replace_pastes(text, pastes, parts), room).ask_how_to_fit()
+
+
+def replace_pastes(text: str, pastes: Sequence[Paste], parts: Sequence[Document]) -> str:
+    """Replace each paste in `text` by its part; a paste inside a longer one belongs to that."""
+    replacements = {paste.text: part.text for paste, part in zip(pastes, parts, strict=True)}
+    longest_first = sorted(map(re.escape, replacements), key=len, reverse=True)
+    return re.sub("|".join(longest_first), lambda match: replacements[match[0]], text)
 
 
 def describe_cost(session: Session, document: Document) -> str:

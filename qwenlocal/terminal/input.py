@@ -191,8 +191,8 @@ def _bind_keys(session: Session, pastes: PasteStore, terminal: TerminalInput | N
     """
     Bind Enter (send), Tab, Alt-Enter and Ctrl-J (new line), Ctrl-C (clear the line), pastes (fold), and the editor.
 
-    On an empty line, Ctrl-C is left to prompt_toolkit, which raises KeyboardInterrupt; so it does during /edit and
-    /answer. Text that it removes goes to the history.
+    Ctrl-C saves the line in the history and clears it. On an empty line, and during /edit and /answer, it raises
+    KeyboardInterrupt.
     """
     keys = KeyBindings()
     is_typing = has_focus(DEFAULT_BUFFER)  # not searching the history

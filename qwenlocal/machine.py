@@ -51,13 +51,14 @@ class Machine:
 
 def this_machine(root: Path = Path("/")) -> Machine:
     """Probe this machine; in tests, `root` is the file system of a simulated Linux machine."""
+    logical_cores = _logical_cores(root)
     return Machine(
-        min(_physical_cores(root), _logical_cores(root)),
+        min(_physical_cores(root), logical_cores),
         lambda: _memory(root),
         _processor(root),
         _features(root),
         lambda: _memory_pressure(root),
-        _logical_cores(root),
+        logical_cores,
     )
 
 

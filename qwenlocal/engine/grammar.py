@@ -8,8 +8,8 @@ llguidance matches bytes here, not tokens, so it needs no trie of the vocabulary
 sampled without the grammar and its bytes are checked (1 µs). If the grammar rejects it, the tokens are checked in the
 order of falling logits (2 µs each), and another one is sampled from the most probable allowed ones, as in llama.cpp
 (common/sampling.cpp: common_sampler_sample). Without top-p and min-p, this yields the probabilities of the allowed
-tokens. With them, a token that they keep among all tokens stays possible even if they would remove it among the allowed
-ones.
+tokens, except for negligible ones (`GrammarMatcher.apply_mask`). With them, a token that they keep among all tokens
+stays possible even if they would remove it among the allowed ones.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def find_grammar_error(grammar: str) -> str:
 
 
 def is_complete(grammar: str, text: str) -> bool:
-    """Return True if a whole answer may be `text`. Needs no model."""
+    """Return True if `text` is a complete answer. Needs no model."""
     matcher, data = _create_matcher(grammar), text.encode()
     return bool(matcher.try_consume_tokens(list(data)) == len(data) and matcher.is_accepting())
 
@@ -91,7 +91,7 @@ class GrammarMatcher:
             )
 
     def allows(self, token: int) -> bool:
-        """Return True if the answer may continue, or end, with `token`; control tokens are never allowed otherwise."""
+        """Return True if `token` may come next. Control tokens are allowed only if they end the answer."""
         if self._tokenizer.is_end(token):
             return bool(self._matcher.is_accepting())
         text = b"" if token in self._padding else self._tokenizer.piece(token)
@@ -165,6 +165,8 @@ class GrammarMatcher:
         tokens.
         """
         forced = _whole_characters(self._matcher.compute_ff_bytes())
+        if not forced:
+            return []
         tokens = self._tokenizer.tokenize_bytes(forced)
         is_final = forced.endswith((b' "', b'{"', b'["')) or self._would_end_with(forced)
         return tokens if is_final else tokens[:-1]

@@ -92,7 +92,7 @@ class Tokenizer:
         if not any(self._is_misread(token, special) for token in set(ids)):
             return ids
         ids = []
-        for number, part in enumerate(self._special_pattern(special).split(data)):
+        for number, part in enumerate(self._special_patterns[special].split(data)):
             if number % 2:
                 ids.append(self._specials[part])
                 continue
@@ -124,8 +124,12 @@ class Tokenizer:
         ids = (token for token in range(len(self)) if self._attributes(token) & (_CONTROL | ATTR_USER_DEFINED))
         return {self.text_of(token).encode(): token for token in ids}
 
-    def _special_pattern(self, special: bool) -> re.Pattern[bytes]:
-        """Return a pattern of the tokens in `_specials`, the longest first; without `special`, of user-defined ones."""
+    @functools.cached_property
+    def _special_patterns(self) -> dict[bool, re.Pattern[bytes]]:
+        """Patterns of the user-defined tokens in `_specials` (False), and of all (True); longer ones match first."""
+        return {special: self._compile_specials(special) for special in (False, True)}
+
+    def _compile_specials(self, special: bool) -> re.Pattern[bytes]:
         kinds = _CONTROL | ATTR_USER_DEFINED if special else ATTR_USER_DEFINED
         texts = [re.escape(text) for text, token in self._specials.items() if self._attributes(token) & kinds]
         texts.sort(key=len, reverse=True)
@@ -158,7 +162,7 @@ class Tokenizer:
         """
         if not 0 <= eos < len(self) or self._types.attributes(eos) & (ATTR_CONTROL | ATTR_USER_DEFINED):
             return None
-        ids = self.tokenize_bytes(b"<|im_end|>", special=True)
+        ids = self._tokenize(b"<|im_end|>", special=True)
         return eos if len(ids) == 1 and self.is_control(ids[0]) else None
 
     def _attributes(self, token: int) -> int:

@@ -39,9 +39,8 @@ _PRODUCTS = frozenset(
     ("batch", "center", "expandtabs", "indent", "join", "ljust", "lstrip", "replace", "rfind", "rindex", "rjust",
      "rpartition", "rsplit", "rstrip", "slice", "strip", "sum", "to_bytes", "tojson", "translate", "trim", "zfill")
 )  # fmt: skip
-_SQUARES = frozenset(
-    ("decode", "encode", "pprint", "striptags", "urlize", "wordwrap", "xmlattr")
-)  # even with its square
+# The time of these may grow with the square of that product.
+_SQUARES = frozenset(("decode", "encode", "pprint", "striptags", "urlize", "wordwrap", "xmlattr"))
 _FORMATS = frozenset(("format", "format_map"))
 _SEQUENCES = (str, bytes, list, tuple)
 _CONTAINERS = (list, tuple, set, frozenset, dict, range, KeysView, ValuesView, ItemsView)
@@ -88,7 +87,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     Jinja's sandbox for one rendering.
 
     It checks the size of every value that a template makes: the result of an operator, call, filter, slice or literal.
-    What Python makes of its arguments at one go, such as `'a' * 10**10`, is estimated before.
+    What Python would build in one step, such as `'a' * 10**10`, is estimated beforehand.
     """
 
     intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)

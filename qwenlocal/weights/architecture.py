@@ -16,13 +16,13 @@ from typing import Any
 from qwenlocal.errors import BadCheckpoint, UnsupportedCheckpoint
 from qwenlocal.formatting import format_quantity
 from qwenlocal.weights.checkpoint import Checkpoint, read_config
+from qwenlocal.weights.gguf_hyperparameters import MAX_EXPERTS, MAX_LAYERS
 from qwenlocal.weights.json_files import brief_repr
 
 _ARCHITECTURES = {"Qwen2ForCausalLM": "qwen2", "Qwen2Model": "qwen2", "Qwen2MoeForCausalLM": "qwen2moe"}
 _MODEL_TYPES = {"qwen2": "Qwen2ForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM"}
 _MAX_SIZE = 1 << 24  # of a width or a vocabulary: a hundred times the largest ones
 _MAX_CONTEXT = 1 << 30
-_MAX_LAYERS, _MAX_EXPERTS = 512, 1024  # llama.cpp ends the process beyond (llama-hparams.h)
 _EPSILON_RANGE, _ROPE_BASE_RANGE, _FACTOR_RANGE = (1e-15, 1.0), (1.0, 1e12), (1e-6, 1e6)
 _DEFAULT_MAX_WINDOW_LAYERS = 28  # transformers' Qwen2Config
 
@@ -132,7 +132,7 @@ def read_hyperparameters(checkpoint: Checkpoint) -> Hyperparameters:
         architecture=_ARCHITECTURES[name],
         context=config.count("max_position_embeddings", maximum=_MAX_CONTEXT),
         width=config.count("hidden_size"),
-        layers=config.count("num_hidden_layers", maximum=_MAX_LAYERS),
+        layers=config.count("num_hidden_layers", maximum=MAX_LAYERS),
         feed_forward=config.count("intermediate_size"),
         heads=heads,
         kv_heads=config.count("num_key_value_heads", heads),
@@ -174,8 +174,8 @@ def _architecture(config: _ConfigReader) -> str:
 
 def _experts(config: _ConfigReader) -> ExpertDims:
     experts = ExpertDims(
-        config.count("num_experts", maximum=_MAX_EXPERTS),
-        config.count("num_experts_per_tok", maximum=_MAX_EXPERTS),
+        config.count("num_experts", maximum=MAX_EXPERTS),
+        config.count("num_experts_per_tok", maximum=MAX_EXPERTS),
         config.count("moe_intermediate_size"),
         config.count("shared_expert_intermediate_size"),
     )

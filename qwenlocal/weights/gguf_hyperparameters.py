@@ -14,7 +14,7 @@ from qwenlocal.weights.gguf_reader import EncodedValue, decode_value
 
 Shape = tuple[int, ...]
 
-_MAX_LAYERS, _MAX_EXPERTS = 512, 1024  # llama-hparams.h
+MAX_LAYERS, MAX_EXPERTS = 512, 1024  # llama.cpp ends the process beyond (llama-hparams.h)
 _ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")
 _SCALES = ("scale", "input_scale")  # of quantization types such as NVFP4
 # One number, or one for each layer.
@@ -23,7 +23,11 @@ PER_LAYER = ("feed_forward_length", "attention.head_count", "attention.head_coun
 
 
 class GgufHyperparameters:
-    """The keys of a file's architecture; their types must be right, and `find_errors` empty for all else to work."""
+    """
+    The keys of a file's architecture, whose types have been checked.
+
+    `layers`, `tensors` and so on are valid only if `find_errors` yields nothing.
+    """
 
     def __init__(self, architecture: str, pairs: Mapping[str, EncodedValue]) -> None:
         self._prefix = f"{architecture}."
@@ -63,8 +67,8 @@ class GgufHyperparameters:
 
     def _find_layer_errors(self) -> Iterator[str]:
         total = self.number("block_count")
-        if not 0 < total <= _MAX_LAYERS:
-            yield f"{self._state('block_count')}; it must be between 1 and {_MAX_LAYERS}"
+        if not 0 < total <= MAX_LAYERS:
+            yield f"{self._state('block_count')}; it must be between 1 and {MAX_LAYERS}"
             return
         if self.layers < 1:
             yield f"{self._state('nextn_predict_layers')}, but {self._state('block_count')}"
@@ -78,12 +82,15 @@ class GgufHyperparameters:
         experts, groups = self.number("expert_count"), self.number("expert_group_count")
         listed = self._values.get("expert_used_count", 0)
         used = max(listed, default=0) if isinstance(listed, list) else listed
-        if experts > _MAX_EXPERTS:
-            yield f"{self._state('expert_count')}; it must be at most {_MAX_EXPERTS:,}"
+        if experts > MAX_EXPERTS:
+            yield f"{self._state('expert_count')}; it must be at most {MAX_EXPERTS:,}"
         elif self.is_moe and not experts:
             yield f"“{self._prefix}expert_count” is missing or 0"
         elif (experts or used) and not 0 < used <= experts:
-            yield f"“{self._prefix}expert_used_count” is {used:,}, and {self._state('expert_count')}"
+            yield (
+                f"“{self._prefix}expert_used_count” is {used:,}; it must be between 1 and the number of experts "
+                f"({experts:,})"
+            )
         elif groups and (groups >= experts or experts % groups):
             yield f"{self._state('expert_group_count')}, and {self._state('expert_count')}"
         elif groups > 1 and not 0 < self.number("expert_group_used_count") < groups:
@@ -91,7 +98,8 @@ class GgufHyperparameters:
 
     def _find_head_errors(self) -> Iterator[str]:
         if not self.width or not self.heads or self.width % self.heads:
-            yield f"{self._state('embedding_length')}, not a multiple of {format_quantity(self.heads, 'head')}"
+            heads = f"the number of heads ({self.heads:,})"
+            yield f"{self._state('embedding_length')}; it must be a multiple of {heads}, and neither may be 0"
             return
         if not self.kv_heads or self.heads % self.kv_heads:
             count = format_quantity(self.kv_heads, "key-value head")

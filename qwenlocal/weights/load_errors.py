@@ -61,7 +61,7 @@ _QWEN_TYPES: Mapping[str, tuple[Type, ...]] = {
 _ONLY_MOE = ("expert_feed_forward_length", "expert_shared_feed_forward_length")
 _TOKENIZERS = ("llama", "bert", "gpt2", "hybriddna", "whitespace", "t5", "rwkv", "test", "plamo2", "gemma4")
 _BYTE_BPE = ("gpt2", "hybriddna", "whitespace")
-_MIN_BYTE_NAME = 3  # bytes; llama.cpp reads the two digits of "<0x0A>" behind them (token_to_byte)
+_MIN_BYTE_NAME = 3  # bytes; llama.cpp skips the "<0x" of "<0x0A>" and reads the digits after it (token_to_byte)
 _MIN_ALIGNMENT = 32  # ggml-impl.h: TENSOR_ALIGNMENT
 
 Pairs = Mapping[str, EncodedValue]

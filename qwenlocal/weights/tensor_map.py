@@ -184,7 +184,7 @@ def _whole_model(stored: _StoredTensors, model: Hyperparameters, *, keep_tied_ou
         yield SourceTensor("output.weight", shape, [_rows(output, 0, model.vocab_size)])
     elif model.is_tied and model.experts:  # llama.cpp's loader of this architecture requires it
         yield SourceTensor("output.weight", shape, table)
-    elif not model.is_tied and not model.is_bare:  # without it, llama.cpp uses the embeddings as the output matrix
+    elif not model.is_tied and not model.is_bare:  # those need none: llama.cpp uses the embeddings
         raise BadCheckpoint(
             stored.folder,
             "“lm_head.weight” is missing, and “tie_word_embeddings” is not set",

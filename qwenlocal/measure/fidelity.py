@@ -128,7 +128,8 @@ def compare_with_checkpoint(
     """
     Compare the GGUF file `file` with `checkpoint`.
 
-    `texts` are tokenized by both sides. `memory` is the number of bytes available for both models.
+    The file's token ids of `texts` are compared with known ones, or else with those of an independent tokenizer, if one
+    is installed, or of the checkpoint. `memory` is the number of bytes available for both models.
 
     Raises
     ------
@@ -208,7 +209,7 @@ def _encode_texts(
     return [
         each if each.ids is not None else KnownText(each.text, encode(each.text), special=True)
         for each in [*texts, *others]
-        # With SentencePiece, Hugging Face's tokenizers disagree among each other on spaces at the beginning.
+        # With SentencePiece, Hugging Face's tokenizers disagree with each other about spaces at the beginning.
         if model == "gpt2" or not each.text.startswith(" ")
     ]
 

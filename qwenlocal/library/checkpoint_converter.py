@@ -13,15 +13,9 @@ from typing import TYPE_CHECKING
 from qwenlocal.errors import BadCheckpoint, BadWeights
 from qwenlocal.fileio import fingerprint_file, hash_blocks
 from qwenlocal.formatting import format_bytes, join_sentences
-from qwenlocal.library.checkpoints import (
-    CheckpointFinder,
-    HubCheckpoint,
-    LocalCheckpoint,
-    checkpoint_repo,
-    is_present,
-    local_checkpoint,
-)
+from qwenlocal.library.checkpoints import CheckpointFinder, checkpoint_repo
 from qwenlocal.library.conversion_files import conversion_stamp, mark_recorded, prepare_target, remove_unfinished
+from qwenlocal.library.local_models import LocalCheckpoint, is_present, local_checkpoint
 from qwenlocal.library.names import CatalogName, HubCheckpointName, HubName, LocalCheckpointName
 from qwenlocal.library.partial_file import BLOCK_SIZE
 from qwenlocal.library.store import ModelRecord, Store, StoredFile
@@ -29,6 +23,7 @@ from qwenlocal.paths import Folders
 from qwenlocal.progress import TaskProgress
 
 if TYPE_CHECKING:
+    from qwenlocal.library.puller import HubCheckpoint
     from qwenlocal.progress import Say
     from qwenlocal.weights.checkpoint import Checkpoint
     from qwenlocal.weights.conversion_plan import ConversionPlan

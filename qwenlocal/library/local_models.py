@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qwenlocal.errors import BadCheckpoint, BadWeights, ModelNotFound, NotWritable
@@ -28,6 +29,15 @@ from qwenlocal.weights.split_model import shard_paths
 from qwenlocal.weights.weight_files import find_weight_files
 
 
+@dataclass(frozen=True)
+class LocalCheckpoint:
+    """A checkpoint on this disk; `repo` is its Hugging Face repository, "" if unknown."""
+
+    path: Path
+    name: str
+    repo: str
+
+
 def known_file(name: CatalogName) -> KnownFile | None:
     """Return the file of a catalog name if its digest is in the catalog."""
     level = name.level or name.card.level
@@ -37,6 +47,27 @@ def known_file(name: CatalogName) -> KnownFile | None:
 def own_folder(folders: Folders, hub: str, repo: str) -> Path:
     """Return the folder for files of a repository that do not go into the Hub's cache, in folders by commit."""
     return folders.files / hub / repo.replace("/", "--")
+
+
+def is_present(path: Path) -> bool:
+    """Tell whether `path`, a directory or one of its files, is still a checkpoint."""
+    return path.is_file() or (path / "config.json").is_file()
+
+
+def local_checkpoint(path: Path) -> LocalCheckpoint:
+    """
+    Describe the checkpoint at `path`; in the Hub's cache, the folder above names its repository.
+
+    Raises
+    ------
+    ModelNotFound: it was deleted.
+    """
+    if not is_present(path):
+        raise ModelNotFound(str(path), reason=f"The checkpoint {path} does not exist anymore.", hint="Check the path.")
+    folder = path if path.is_dir() else path.parent
+    if folder.parent.name == "snapshots" and (match := re.fullmatch(r"models--(.+?)--(.+)", folder.parents[1].name)):
+        return LocalCheckpoint(path, match[2], f"{match[1]}/{match[2]}")
+    return LocalCheckpoint(path, folder.name, "")
 
 
 class LocalModels:
@@ -170,9 +201,9 @@ class LocalModels:
                 records[record.name.removeprefix(f"{repo}:") + ".gguf"] = record
         return records
 
-    def find_checkpoint(self, name: HubName, *, is_offline: bool = False) -> Path | None:
+    def find_checkpoint(self, name: HubName, *, is_offline: bool = False) -> LocalCheckpoint | None:
         """
-        Return the folder of a repository's checkpoint if all of it is on this disk, whoever downloaded it.
+        Return a repository's checkpoint if all of it is on this disk, whoever downloaded it.
 
         Without a revision, that is the one of the branch main; offline, one that was fetched by commit will do.
         """
@@ -180,7 +211,8 @@ class LocalModels:
         folders = [record.path.parent] if record and record.is_checkpoint and not record.missing else []
         if name.hub == "hf":
             folders += find_snapshots(self._folders.hub_cache, name.repo, name.revision)[: None if is_offline else 1]
-        return next(filter(_is_complete, folders), None)
+        folder, repo = next(filter(_is_complete, folders), None), name.repo
+        return LocalCheckpoint(folder, repo.partition("/")[2], repo if name.hub == "hf" else "") if folder else None
 
     def adopt(
         self, name: str, query: FileQuery, origin: str = "", license: str = "", aliases: Sequence[str] = ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qwenlocal.errors import BadWeights, DigestMismatch, DiskFull, DownloadFailed, SourceUnreachable
@@ -13,11 +13,10 @@ from qwenlocal.fileio import git_blob_sha1, hash_file
 from qwenlocal.i18n import tr
 from qwenlocal.library.artifact import DownloadedFile, DownloadPolicy, ReportProgress
 from qwenlocal.library.byte_source import RangesUnsupported
-from qwenlocal.library.checkpoints import HubCheckpoint
 from qwenlocal.library.download import download_artifact
 from qwenlocal.library.external_caches import FileQuery
 from qwenlocal.library.http import HttpClient, TransferError
-from qwenlocal.library.local_models import LocalModels
+from qwenlocal.library.local_models import LocalCheckpoint, LocalModels
 from qwenlocal.library.names import CHECKPOINT_SUFFIX, CatalogName, HubName, ModelName
 from qwenlocal.library.partial_file import write_download_journal
 from qwenlocal.library.remote_headers import read_headers, write_prefix
@@ -26,10 +25,59 @@ from qwenlocal.library.store import FileDamage, ModelRecord, Store, StoredFile
 from qwenlocal.paths import Folders, ensure_writable
 from qwenlocal.resumable import part_path
 from qwenlocal.weights.architecture import check_convertible
-from qwenlocal.weights.checkpoint import read_config
+from qwenlocal.weights.checkpoint import Checkpoint, read_config
 from qwenlocal.weights.gguf_reader import read_metadata
+from qwenlocal.weights.safetensors import RawHeader
 from qwenlocal.weights.split_model import shard_paths
-from qwenlocal.weights.weight_files import choose_weight_files
+from qwenlocal.weights.weight_files import WeightFiles, choose_weight_files
+
+
+@dataclass(frozen=True)
+class HubCheckpoint:
+    """
+    A checkpoint on a hub, whose small files are in `resolved.folder`; `puller` downloads its weights.
+
+    `files` are the names of the weight files and `headers` their headers, None if the hub only sends whole files.
+    `is_ours`: no other program downloaded files of it.
+    """
+
+    resolved: ResolvedModel
+    documents: Sequence[StoredFile]
+    files: WeightFiles
+    weights: Sequence[FileRequest]
+    headers: Sequence[RawHeader] | None
+    is_ours: bool
+    puller: Puller
+
+    @property
+    def name(self) -> str:
+        """The repository's name without its owner."""
+        return self.resolved.repo.partition("/")[2]
+
+    @property
+    def repo(self) -> str:
+        """The Hugging Face repository, "" for other hubs."""
+        return self.resolved.repo if self.resolved.origin.startswith("hf:") else ""
+
+    @property
+    def missing_size(self) -> int:
+        """Bytes of weights that are not on this disk."""
+        return sum(request.artifact.size for request in self.weights if not request.target.exists())
+
+    def read_outline(self) -> Checkpoint | None:
+        """Read tensor names, types and shapes from the headers; None if the hub sends whole files only."""
+        return None if self.headers is None else Checkpoint.from_headers(self.resolved.folder, self.files, self.headers)
+
+    def download(self, *, reserve: int = 0) -> LocalCheckpoint:
+        """
+        Download the weights, if the disk has room for them and for `reserve` bytes more.
+
+        Raises
+        ------
+        Everything that `Puller.pull_checkpoint` raises.
+        """
+        self.puller.pull_checkpoint(self, extra_space=reserve)
+        return LocalCheckpoint(self.resolved.folder, self.name, self.repo)
 
 
 class Puller:

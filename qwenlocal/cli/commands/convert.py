@@ -12,9 +12,10 @@ from qwenlocal.cli.gguf_files import WriteOptions, choose_targets, read_options,
 from qwenlocal.errors import DownloadFailed, UsageError
 from qwenlocal.formatting import format_bytes
 from qwenlocal.library.checkpoint_converter import download_cost
-from qwenlocal.library.checkpoints import HubCheckpoint, LocalCheckpoint
+from qwenlocal.library.local_models import LocalCheckpoint
 
 if TYPE_CHECKING:
+    from qwenlocal.library.puller import HubCheckpoint
     from qwenlocal.weights.conversion import ConversionOptions
     from qwenlocal.weights.conversion_plan import ConversionPlan
     from qwenlocal.weights.file_types import FileType
@@ -50,7 +51,7 @@ def _plan(
     from qwenlocal.weights.checkpoint import Checkpoint
     from qwenlocal.weights.conversion import plan_conversion
 
-    if isinstance(checkpoint, HubCheckpoint):
+    if not isinstance(checkpoint, LocalCheckpoint):
         outline = checkpoint.read_outline()
         preview = plan_conversion(outline, targets, plan_options) if outline else None
         if options.dry_run:

@@ -23,8 +23,8 @@ def pull_model(text: str, *, limit_rate: int, assume_yes: bool) -> None:
 
 def _pull_checkpoint(app: AppContext, name: HubCheckpointName) -> None:
     """Download the weights as they were published, without converting them."""
-    from qwenlocal.library.checkpoints import HubCheckpoint
+    from qwenlocal.library.local_models import LocalCheckpoint
 
     with app.checkpoints.find_on_hub(name.source) as checkpoint:
-        local = checkpoint.download() if isinstance(checkpoint, HubCheckpoint) else checkpoint
+        local = checkpoint if isinstance(checkpoint, LocalCheckpoint) else checkpoint.download()
     app.say(tr("{name} is installed: {path}", name=name, path=local.path))

@@ -13,7 +13,7 @@ from qwenlocal.cli.context import AppContext
 from qwenlocal.cli.gguf_files import find_installed
 from qwenlocal.errors import BadWeights, Interrupted
 from qwenlocal.formatting import format_percent, format_quantity
-from qwenlocal.library.checkpoints import HubCheckpoint, LocalCheckpoint
+from qwenlocal.library.local_models import LocalCheckpoint
 
 if TYPE_CHECKING:
     from qwenlocal.measure.fidelity import Fidelity
@@ -30,8 +30,8 @@ def verify_checkpoint(text: str, source: str, *, as_json: bool) -> None:
     """
     app = AppContext(quiet=as_json)
     record = find_installed(app, text)
-    with app.checkpoints.find(app.models.parse(source)) as source_checkpoint:
-        checkpoint = source_checkpoint.download() if isinstance(source_checkpoint, HubCheckpoint) else source_checkpoint
+    with app.checkpoints.find(app.models.parse(source)) as found:
+        checkpoint = found if isinstance(found, LocalCheckpoint) else found.download()
     try:
         fidelity = _compare(record.path, checkpoint)
     except KeyboardInterrupt as stop:
@@ -82,10 +82,9 @@ def _show(fidelity: Fidelity) -> None:
     for tensor in fidelity.tensors:
         types.setdefault(tensor.type, []).append(tensor.rmse)
     for type, errors in sorted(types.items(), key=lambda item: -max(item[1])):
-        mean = sum(errors) / len(errors)
-        count = f"{len(errors):>4} {'tensor' if len(errors) == 1 else 'tensors'}"
+        mean, count = sum(errors) / len(errors), format_quantity(len(errors), "tensor")
         text = f"error {format_percent(mean)}, at most {format_percent(max(errors))}" if max(errors) else "identical"
-        sys.stdout.write(f"weights  {type:<8} {count}, {text}\n")
+        sys.stdout.write(f"weights  {type:<8} {count:>12}, {text}\n")
     if (worst := fidelity.worst) and worst.rmse:
         limit = f"up to {format_percent(worst.allowed)} is normal for {worst.type}"
         sys.stdout.write(f"worst    {worst.name}: error {format_percent(worst.rmse)}; {limit}\n")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -133,6 +133,43 @@ def test_neighbors_of_the_same_role_are_joined_if_the_template_rejects_them(voca
     assert b"One\n\nTwo" in b"".join(map(vocabulary.piece, ids))
     as_they_are = encode_messages(ChatTemplate(CHATML), messages, vocabulary)
     assert b"One\n\nTwo" not in b"".join(map(vocabulary.piece, as_they_are))
+
+
+class CountingTemplate(ChatTemplate):
+    """Counts how often it is rendered."""
+
+    renderings = 0
+
+    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
+        self.renderings += 1
+        return super().render(messages, add_generation_prompt=add_generation_prompt)
+
+
+@pytest.mark.parametrize("source", [CHATML, REJECTS_SYSTEM, OMITS_SYSTEM], ids=["has", "rejects", "omits"])
+def test_a_template_is_rendered_once_for_a_prompt_and_once_to_see_if_it_has_system_messages(
+    source: str, vocabulary: Tokenizer
+) -> None:
+    messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
+    template, renderings = CountingTemplate(source), []
+    for prompt in (messages[1:], messages, messages):
+        encode_messages(template, prompt, vocabulary)
+        renderings.append(template.renderings)
+    assert renderings == [1, 3, 4]
+
+
+@pytest.mark.parametrize("source", ["{{ 1 // 0 }}", "{{ raise_exception('never') }}"])
+def test_a_failing_template_is_rendered_once(source: str, vocabulary: Tokenizer) -> None:
+    template = CountingTemplate(source)
+    with pytest.raises(BadWeights):
+        encode_messages(template, [{"role": "user", "content": "Hi"}], vocabulary)
+    assert template.renderings == 1
+
+
+def test_later_system_messages_reach_a_template_that_omits_them(vocabulary: Tokenizer) -> None:
+    omits_all = "{% for m in messages if m.role != 'system' %}{{ m.content }}\n{% endfor %}"
+    messages = [{"role": "user", "content": "Hi"}, {"role": "system", "content": "Be kind."}]
+    ids = encode_messages(ChatTemplate(omits_all), messages, vocabulary)
+    assert b"Hi\n\nBe kind." in b"".join(map(vocabulary.piece, ids))
 
 
 def test_a_template_that_rejects_joined_messages_raises_its_own_reason(vocabulary: Tokenizer) -> None:

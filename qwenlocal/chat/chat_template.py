@@ -8,6 +8,7 @@ spells out stays text.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,10 @@ _SEPARATORS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 _HINT = 'To run without a chat template: qwenlocal run MODEL --raw "TEXT TO CONTINUE"'
 
 ChatMessage = Mapping[str, Any]
+
+
+class MessagesRejected(BadWeights):
+    """The template rejects the messages, often because of their roles."""
 
 
 class ChatTemplate:
@@ -58,7 +63,7 @@ class ChatTemplate:
 
         Raises
         ------
-        BadWeights: the template rejects these messages or fails.
+        MessagesRejected: the template rejects these messages. BadWeights: it fails.
         """
         try:
             return self._template.render(
@@ -69,9 +74,18 @@ class ChatTemplate:
                 **self._tokens,
             )
         except TemplateRejection as error:
-            raise BadWeights("chat template", f"it rejects the conversation: {error}", hint=_HINT) from error
+            raise MessagesRejected("chat template", f"it rejects the conversation: {error}", hint=_HINT) from error
         except TemplateFailure as error:
             raise BadWeights("chat template", f"it fails: {error}", hint=_HINT) from error
+
+    @functools.cached_property
+    def has_system_messages(self) -> bool:
+        """True if the template renders the text of system messages; some reject them, others omit them."""
+        marker = _SEPARATORS[0]
+        try:
+            return marker in self.render([{"role": "system", "content": marker}, {"role": "user", "content": "Hi"}])
+        except MessagesRejected:
+            return False
 
 
 def encode_messages(template: ChatTemplate, messages: Sequence[ChatMessage], tokenizer: Tokenizer) -> list[int]:
@@ -91,19 +105,16 @@ def encode_messages(template: ChatTemplate, messages: Sequence[ChatMessage], tok
     for length in (len(str(message["content"])) for message in messages):
         if length > MAX_CHARACTERS:
             raise TextTooLong(length, MAX_CHARACTERS)
-    messages = _fit_roles(template, messages)
-    contents = [str(message["content"]) for message in messages]
-    separator = next(separator for separator in _SEPARATORS if not any(separator in content for content in contents))
-    while True:
-        rendered = template.render(
-            [{**message, "content": content} for message, content in zip(messages, contents, strict=True)]
-        )
-        ids = [token for part in rendered.split(separator) for token in tokenizer.tokenize(part, special=True)]
-        spellings = _control_spellings(ids, tokenizer)
-        split = [_split_spellings(content, spellings, separator) for content in contents]
-        if split == contents:
-            return ids
-        contents = split
+    joined = _join_roles(messages)
+    has_system = any(message["role"] == "system" for message in messages)
+    if has_system and not template.has_system_messages:
+        messages = joined
+    try:
+        return _encode(template, messages, tokenizer)
+    except MessagesRejected:
+        if messages == joined:
+            raise
+    return _encode(template, joined, tokenizer)
 
 
 def require_tokens(ids: Sequence[int]) -> Sequence[int]:
@@ -119,15 +130,19 @@ def require_tokens(ids: Sequence[int]) -> Sequence[int]:
     return ids
 
 
-def _fit_roles(template: ChatTemplate, messages: Sequence[ChatMessage]) -> Sequence[ChatMessage]:
-    """Return the messages; `_join_roles` of them if the template rejects them or omits the system message."""
-    has_system = messages[0]["role"] == "system"
-    marker = _SEPARATORS[0] if has_system else ""  # the text itself may occur elsewhere
-    try:
-        rendered = template.render([{**messages[0], "content": marker}, *messages[1:]] if has_system else messages)
-    except BadWeights:
-        return _join_roles(messages)
-    return messages if marker in rendered else _join_roles(messages)
+def _encode(template: ChatTemplate, messages: Sequence[ChatMessage], tokenizer: Tokenizer) -> list[int]:
+    contents = [str(message["content"]) for message in messages]
+    separator = next(separator for separator in _SEPARATORS if not any(separator in content for content in contents))
+    while True:
+        rendered = template.render(
+            [{**message, "content": content} for message, content in zip(messages, contents, strict=True)]
+        )
+        ids = [token for part in rendered.split(separator) for token in tokenizer.tokenize(part, special=True)]
+        spellings = _control_spellings(ids, tokenizer)
+        split = [_split_spellings(content, spellings, separator) for content in contents]
+        if split == contents:
+            return ids
+        contents = split
 
 
 def _join_roles(messages: Sequence[ChatMessage]) -> list[ChatMessage]:

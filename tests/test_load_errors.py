@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from checkpoint_files import SMALL, convert_checkpoint
@@ -158,6 +159,19 @@ def test_run_says_what_is_wrong_with_the_file(damage: str, damaged: Callable[[st
     error = expect_exit(result, 5)
     assert FATAL[damage] in error.replace("\n", " ")
     assert "qwenlocal inspect" in error.replace("\n", " ")
+
+
+def test_the_file_over_which_llama_cpp_ends_a_chat_is_named_even_if_another_model_was_loaded_later(
+    terminal: Callable[..., Any], speaking_model: Path, damaged: Callable[[str], Path]
+) -> None:
+    damage = "output_norm.weight: type 1, laid out"
+    chat = terminal("run", str(damaged(damage)))
+    chat.wait_for_prompt()
+    chat.enter(f"/model {speaking_model}", "Switched to speaking.gguf")
+    chat.enter("/model ./x.gguf", "Switched to x.gguf")
+    chat.type("Hi\r")
+    assert chat.wait_for_exit() == 5
+    assert " ".join(chat.text.split()).count(FATAL[damage]) == 1, chat.text
 
 
 @pytest.mark.parametrize("command", ["bench", "tune"])

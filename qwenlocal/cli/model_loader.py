@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,29 +25,8 @@ from qwenlocal.library.store import ModelRecord
 from qwenlocal.machine import power_source, this_machine
 from qwenlocal.terminal.progress import loading_status
 from qwenlocal.terminal.tty import exit_after_crash
-from qwenlocal.weights.load_errors import require_loadable
-from qwenlocal.weights.split_model import read_split_model, shard_paths
-
-
-@contextlib.contextmanager
-def explain_bad_files(*files: Path) -> Iterator[None]:
-    """
-    Say what is wrong with model files that llama.cpp cannot load, and with those over which it ends the process later.
-
-    Raises
-    ------
-    BadWeights: in place of any error that a fault of a file explains.
-    """
-    load_library().on_abort = lambda reason: exit_after_crash(_find_fault(files) or EngineCrashed(reason))
-    try:
-        for file in files:
-            _refuse_unusable_types(file)
-        yield
-    except (BadWeights, ContextNotCreated, NotEnoughMemory) as error:
-        is_explained = isinstance(error, BadWeights) and error.has_own_hint
-        if not is_explained and (fault := _find_fault(files)):
-            raise fault from error
-        raise
+from qwenlocal.weights.load_errors import check_file
+from qwenlocal.weights.split_model import shard_paths
 
 
 def _refuse_unusable_types(file: Path) -> None:
@@ -63,7 +42,7 @@ def _find_fault(files: Iterable[Path]) -> BadWeights | None:
     """Return the reason why llama.cpp cannot run one of the files; None if they are all right."""
     for file in files:
         try:
-            require_loadable(read_split_model(file))
+            check_file(file)
         except BadWeights as error:
             return error
     return None
@@ -76,6 +55,8 @@ class ModelLoader:
         self._app, self._options = app, options
         self._draft = DraftSpec(str(draft.name), draft.record.path, draft.record.size) if draft else None
         self._engine_loader = EngineLoader()
+        self._loading: Sequence[Path] = ()
+        self._loaded: set[Path] = set()
 
     def load(
         self, model: ProvidedModel, report: Callable[[float], None] = lambda _: None, n_ctx: int | None = None
@@ -101,7 +82,7 @@ class ModelLoader:
             else TunedSettings(),
             draft=self._draft,
         )
-        with explain_bad_files(record.path, *([self._draft.path] if self._draft else [])):
+        with self._explain_bad_files(record.path, *([self._draft.path] if self._draft else [])):
             return load_chat_model(
                 record.path,
                 load_options,
@@ -113,6 +94,32 @@ class ModelLoader:
                 report=report,
                 loader=self._engine_loader,
             )
+
+    @contextlib.contextmanager
+    def _explain_bad_files(self, *files: Path) -> Iterator[None]:
+        """
+        Say what is wrong with files that llama.cpp cannot load, and with loaded ones over which it ends the process.
+
+        Raises
+        ------
+        BadWeights: in place of any error that a fault of a file explains.
+        """
+        self._loading = files
+        load_library().on_abort = lambda reason: exit_after_crash(
+            _find_fault([*self._loading, *self._loaded]) or EngineCrashed(reason)
+        )
+        try:
+            for file in files:
+                _refuse_unusable_types(file)
+            yield
+            self._loaded.update(files)
+        except (BadWeights, ContextNotCreated, NotEnoughMemory) as error:
+            is_explained = isinstance(error, BadWeights) and error.has_own_hint
+            if not is_explained and (fault := _find_fault(files)):
+                raise fault from error
+            raise
+        finally:
+            self._loading = ()
 
     def load_in_thread(
         self, model: ProvidedModel, report: Callable[[float], None] = lambda _: None, n_ctx: int | None = None

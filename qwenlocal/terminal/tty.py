@@ -15,6 +15,7 @@ from qwenlocal.errors import QwenlocalError
 from qwenlocal.terminal.ansi import supports_ansi
 
 _PASTE_ON, _PASTE_OFF = "\x1b[?2004h", "\x1b[?2004l"  # bracketed paste
+_crash_lock = threading.Lock()  # several threads of ggml may abort at once; only the first one reports it
 
 
 @contextlib.contextmanager
@@ -114,6 +115,7 @@ def exit_after_crash(error: QwenlocalError) -> None:
 
     llama.cpp's abort callback calls this; no other Python code can run after it.
     """
+    _crash_lock.acquire()
     _restore_echo()
     os.write(2, f"\nqwenlocal: {error}\n{error.hint}\n".encode())
     os._exit(error.exit_code)

@@ -9,6 +9,7 @@ import pytest
 from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
 
+from qwenlocal.chat.documents import find_mentions
 from qwenlocal.chat.thread import Thread
 from qwenlocal.paths import parse_typed_path
 from qwenlocal.terminal.completer import ChatCompleter
@@ -44,6 +45,13 @@ def complete(text: str) -> list[str]:
         ('@"my n', ['@"my notes.txt"']),
         ("@'my n", ["@'my notes.txt'"]),
         ("@my", ['@"my folder/', '@"my model.gguf"', '@"my notes.txt"']),
+        ("see @my\\ n", ['see @"my notes.txt"']),
+        ("@my\\ ", ['@"my folder/', '@"my model.gguf"', '@"my notes.txt"']),
+        ("@my\\ folder/a\\ ", ['@"my folder/a b.txt"']),
+        ('@"my\\ n', ['@"my notes.txt"']),
+        ("@it\\'s\\ \\(", ['@"it\'s (1) #2.txt"']),
+        ("@“my n", ["@“my notes.txt”"]),
+        ("@“my f", ["@“my folder/"]),
         ('@"my folder/', ['@"my folder/a b.txt"']),
         ('@"my notes.txt" and @pl', ['@"my notes.txt" and @plain.txt']),
         ("@~/at", ['@"~/at home.txt"']),
@@ -61,6 +69,7 @@ def test_mentioned_files_are_completed_with_the_quotes_they_need(typed: str, com
     ("typed", "completed"),
     [
         ("/read my n", ["/read my notes.txt"]),
+        ("/read my\\ n", ["/read my notes.txt"]),
         ('/load "my n', ['/load "my notes.txt"']),
         ("/export it", ["/export it's (1) #2.txt"]),
         ("/save my f", ["/save my folder/"]),
@@ -70,6 +79,7 @@ def test_mentioned_files_are_completed_with_the_quotes_they_need(typed: str, com
         ("/model q", ["/model qwen1.5:7b"]),
         ("/model ot", ["/model ./other.gguf"]),
         ("/model my", ["/model ./my model.gguf"]),
+        ("/model my\\ m", ["/model ./my model.gguf"]),
         ("/model ./o", ["/model ./other.gguf"]),
         ("/model ./p", []),
         ("/model ", ["/model qwen1.5:7b", "/model ./my model.gguf", "/model ./other.gguf"]),
@@ -77,6 +87,13 @@ def test_mentioned_files_are_completed_with_the_quotes_they_need(typed: str, com
 )
 def test_arguments_of_commands_are_completed(typed: str, completed: list[str]) -> None:
     assert complete(typed) == completed
+
+
+@pytest.mark.parametrize("typed", ["@5", '@"5', '@"5\\"', '@"5\\" d', '@5\\"', '@5"\\ d'])
+def test_quotes_in_mentioned_names_are_escaped(typed: str, tmp_path: Path) -> None:
+    (tmp_path / '5" disk.txt').write_text("x")
+    assert complete(typed) == ['@"5\\" disk.txt"']
+    assert find_mentions(complete(typed)[0], tmp_path) == [tmp_path / '5" disk.txt']
 
 
 def test_accents_are_completed_however_the_file_system_stores_them(tmp_path: Path) -> None:

@@ -22,9 +22,12 @@ from qwenlocal.i18n import tr
 from qwenlocal.paths import unquote_path
 from qwenlocal.text_encoding import MAX_BYTES, decode_text
 
+_QUOTES = {'"': '"', "'": "'", "“": "”"}  # opening and closing ones
+_AT, _DOUBLE, _SINGLE, _CURLY = r"(?<![A-Za-z0-9_./@-])@", r'(?:\\"|[^"\n])', r"[^'\n]", r"[^”\n]"
 # A name in quotes, in which \" is a quote, or the word that a name begins with.
-_MENTION = re.compile(r"""(?<![A-Za-z0-9_./@-])@(?:"((?:\\"|[^"\n])+)"|'([^'\n]+)'|“([^”\n]+)”|(\S{1,4096}))""")
-_QUOTES = "\"'“"
+_MENTION = re.compile(rf"""{_AT}(?:"({_DOUBLE}+)"|'({_SINGLE}+)'|“({_CURLY}+)”|(\S{{1,4096}}))""")
+# The same at the end of a text without the closing quote; in the word, a backslash may come before a space.
+_OPEN_MENTION = re.compile(rf"""{_AT}(?:"({_DOUBLE}*)|'({_SINGLE}*)|“({_CURLY}*)|((?!["'“])(?:\\.|[^\s\\])*\\?))\Z""")
 _MORE_WORDS = re.compile(r"(?:[^\S\n]+\S{1,100}){0,7}")  # of a name with spaces that is not in quotes
 _MAX_MISSING_WORDS = 4
 _CLOSING = ".,;:!?)]}'\"，。；：？！、）】」』”’"  # punctuation that may follow a file name without a space
@@ -32,6 +35,7 @@ _CLOSING = ".,;:!?)]}'\"，。；：？！、）】」』”’"  # punctuation 
 _WORD = re.compile(r"[\u3400-\u9fff\u3040-\u30ff\uac00-\ud7af]|\w+")
 _K1, _B = 1.2, 0.75  # Robertson, Zaragoza: The Probabilistic Relevance Framework: BM25 and Beyond, 2009
 _PASSAGE = 1200  # characters, about 300 tokens
+_MAX_MISFITS = 50  # passages too long for the rest of the limit, after which no more are tried
 
 
 @dataclass(frozen=True)
@@ -135,12 +139,27 @@ _READERS: Mapping[str, Callable[[Path], str]] = {
 # --- mentions
 
 
-def format_mention(name: str) -> str:
-    """Return `@notes.txt`, or `@"my notes.txt"` for a name that needs quotes."""
+def format_mention(name: str, quote: str = "") -> str:
+    """Return `@notes.txt`, or `@"my notes.txt"` for a name that needs quotes; they open with `quote` if possible."""
+    if quote and _QUOTES[quote] not in name:
+        return f"@{quote}{name}{_QUOTES[quote]}"
     if name[:1] not in _QUOTES and not re.search(r"\s", name):
         return f"@{name}"
     escaped = name.replace('"', '\\"')
     return f'@"{escaped}"'
+
+
+def split_open_mention(text: str) -> tuple[str, str, str] | None:
+    """
+    Return the mention at the end of `text` whose name may go on, its opening quote or "", and the name so far.
+
+    `split_open_mention('see @"my n')` is `('@"my n', '"', "my n")`.
+    """
+    match = _OPEN_MENTION.search(text)
+    if match is None:
+        return None
+    quote = match[0][1:2] if match[4] is None else ""
+    return match[0], quote, _quoted_name(match) or match[4] or ""
 
 
 def find_mentions(text: str, folder: Path) -> list[Path]:
@@ -170,9 +189,13 @@ def find_missing_mentions(text: str, folder: Path) -> list[str]:
 def _split_mentions(text: str) -> Iterator[tuple[str, str]]:
     """Yield for each mention its name in quotes, or "" and the words that may be one."""
     for match in _MENTION.finditer(text):
-        quoted = (match[1] or "").replace('\\"', '"') or match[2] or match[3] or ""
+        quoted = _quoted_name(match)
         more = _MORE_WORDS.match(text, match.end())
-        yield quoted, "" if quoted else (match[4] + (more[0] if more else "")).lstrip(_QUOTES)
+        yield quoted, "" if quoted else (match[4] + (more[0] if more else "")).lstrip("".join(_QUOTES))
+
+
+def _quoted_name(match: re.Match[str]) -> str:
+    return (match[1] or "").replace('\\"', '"') or match[2] or match[3] or ""
 
 
 def _find_file(text: str, folder: Path) -> Path | None:
@@ -239,12 +262,14 @@ def select_passages(text: str, question: str, max_tokens: int, count_tokens: Cal
     passages = _split_passages(text)
     scores = _bm25_scores(passages, question)
     selected: set[int] = set()
-    remaining = max_tokens
+    remaining, misfits = max_tokens, 0
     for index in sorted(range(len(passages)), key=lambda index: (-scores[index], index)):
         tokens = count_tokens(passages[index]) + 2
         if tokens <= remaining:
             selected.add(index)
             remaining -= tokens
+        elif (misfits := misfits + 1) == _MAX_MISFITS:
+            break
     parts, previous = [], -1
     for index in sorted(selected):
         if index != previous + 1:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from qwenlocal.chat.chat_template import MAX_CHARACTERS
 from qwenlocal.chat.documents import Document, select_passages, truncate_to_tokens
 from qwenlocal.errors import NotEnoughMemory, TextTooLong, UsageError
-from qwenlocal.formatting import format_count
+from qwenlocal.formatting import format_count, format_percent
 from qwenlocal.hints import describe_error
 from qwenlocal.i18n import tr
 from qwenlocal.terminal.pastes import Paste
@@ -17,7 +17,6 @@ from qwenlocal.terminal.session import Session
 
 _ANSWER_SHARE = 0.1  # of the context, reserved for the answer
 _MIN_TIMED_TOKENS = 200  # for shorter files no time is estimated
-_MAX_TOKEN_CHARACTERS = 128  # the longest token of Qwen's vocabulary is a run of as many spaces
 
 
 def attach_documents(session: Session, text: str, documents: Sequence[Document]) -> str | None:
@@ -128,20 +127,22 @@ class _Draft:
         return [self._cut(document, limit, count, select=select) for document in self.documents]
 
     def _cut(self, document: Document, limit: int, count: Callable[[str], int], *, select: bool) -> Document:
-        head = document.text[: limit * _MAX_TOKEN_CHARACTERS]
-        if len(head) == len(document.text) and count(head) <= limit:
+        text, size = document.text, 2 * limit
+        while (tokens := count(text[:size])) <= limit and size < len(text):
+            size *= 2
+        if tokens <= limit:
             return document
         if select:
-            excerpt = select_passages(document.text, self.question, limit, count)
+            excerpt = select_passages(text, self.question, limit, count)
         else:
-            excerpt = truncate_to_tokens(head, limit, count)
+            excerpt = truncate_to_tokens(text[:size], limit, count)
         shortened = replace(document, text=excerpt)
         self.session.say(
             tr(
-                "{name}: sending {count:,} of {total:,} tokens.",
+                "{name}: sending {tokens}, {share} of the text.",
                 name=document.name,
-                count=count(shortened.to_markdown()),
-                total=count(document.to_markdown()),
+                tokens=format_count(count(shortened.to_markdown()), "token"),
+                share=format_percent(len(excerpt) / len(text)),
             )
         )
         return shortened

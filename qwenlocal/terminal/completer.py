@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import os
-import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion
 from prompt_toolkit.document import Document
 
-from qwenlocal.chat.documents import format_mention
+from qwenlocal.chat.documents import format_mention, split_open_mention
 from qwenlocal.i18n import tr
+from qwenlocal.paths import unquote_path
 from qwenlocal.terminal.commands.models import SETTINGS, find_prompt_files
 from qwenlocal.terminal.commands.table import COMMANDS, find_command
 from qwenlocal.terminal.session import Session
-
-# A quoted or unquoted name at the end of the text; `qwenlocal.chat.documents` reads such names.
-_MENTION = re.compile(r"""(?<![A-Za-z0-9_./@-])@(?:(["'])((?:(?!\1)[^\n])*)|((?!["'])\S*))$""")
 
 
 class ChatCompleter(Completer):
@@ -35,8 +32,8 @@ class ChatCompleter(Completer):
             command = find_command(name)
             if command and command.completes:
                 return self._complete_argument(command.completes, argument.lstrip())
-        mention = _MENTION.search(before)
-        return _complete_mention(mention[0], mention[1] or "", mention[2] or mention[3] or "") if mention else ()
+        mention = split_open_mention(before)
+        return _complete_mention(*mention) if mention else ()
 
     def _complete_argument(self, kind: str, typed: str) -> Iterable[Completion]:
         if kind == "file":
@@ -46,8 +43,10 @@ class ChatCompleter(Completer):
         return self._complete_word(kind, typed)
 
     def _complete_word(self, kind: str, typed: str) -> Iterator[Completion]:
+        beginning = unquote_path(typed)
         for word, description in self._words(kind):
-            if word.startswith(typed) or os.path.basename(word).startswith(typed):  # noqa: PTH119 - not always a path
+            name = os.path.basename(word)  # noqa: PTH119 - not always a path
+            if word.startswith(beginning) or name.startswith(beginning):
                 yield Completion(word, start_position=-len(typed), display_meta=description)
 
     def _words(self, kind: str) -> Iterable[tuple[str, str]]:
@@ -70,8 +69,8 @@ class ChatCompleter(Completer):
 
 def _complete_mention(mention: str, quote: str, typed: str) -> Iterator[Completion]:
     for path, name in _find_files(typed):
-        text = f"@{quote}{path}{quote}" if quote and quote not in path else format_mention(path)
-        if name.endswith("/") and text[1] in "\"'":  # the name goes on
+        text = format_mention(path, quote)
+        if name.endswith("/") and not text.endswith("/"):  # the name goes on
             text = text[:-1]
         yield Completion(text, start_position=-len(mention), display=name)
 
@@ -84,7 +83,16 @@ def _complete_path(typed: str, suffix: str = "") -> Iterator[Completion]:
         yield Completion(f"{quote}{path}{closing}", start_position=-len(typed), display=name)
 
 
-def _find_files(typed: str, suffix: str = "") -> Iterator[tuple[str, str]]:
+def _find_files(typed: str, suffix: str = "") -> Sequence[tuple[str, str]]:
+    """
+    Return path and name of each folder, and of each file with `suffix`, whose path begins with `typed`.
+
+    If there are none, `typed` may have the backslashes of a shell.
+    """
+    return [*_match_files(typed, suffix)] or [*_match_files(unquote_path(typed), suffix)]
+
+
+def _match_files(typed: str, suffix: str) -> Iterator[tuple[str, str]]:
     """
     Yield path and name of each folder, and of each file with `suffix`, whose path begins with `typed`.
 

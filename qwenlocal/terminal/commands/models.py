@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ SETTINGS = {
 }
 _OPTION_NAMES = {"temp": "temperature", "n": "max_tokens"}  # options of `run` whose names differ
 _NONE = ("none", "off", "-")
+_INTEGER = re.compile(r"[+-]?(\d+|\d{1,3}(,\d{3})+)")
 _SHORT_PROMPT = 200  # characters, which any context holds; to count tokens, the model must be loaded
 
 
@@ -159,9 +161,11 @@ def _apply_setting(session: Session, name: str, value: str) -> None:
 
 
 def _parse_number(name: str, value: str, kind: type[int] | type[float]) -> float | int:
+    """Parse an integer such as 1,000, or a number with a decimal point or comma."""
+    is_number = _INTEGER.fullmatch(value) if kind is int else "_" not in value
     try:
         number = kind(value.replace(",", "." if kind is float else ""))
-        if name == "max_tokens" and number < 1:
+        if not is_number or (name == "max_tokens" and number < 1):
             raise ValueError
     except ValueError as error:
         message = tr("“{value}” is not a valid {name}: {range}.", value=value, name=name, range=tr(SETTINGS[name]))

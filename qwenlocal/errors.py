@@ -232,12 +232,12 @@ class BadWeights(QwenlocalError):
 class NonFiniteWeights(BadWeights):
     """The tensor `tensor` in the file `path` has weights that are NaN or infinite, the first of them in `row`."""
 
-    def __init__(self, path: Path | str, tensor: str, row: int, *, hint: str = "") -> None:
+    def __init__(self, path: Path | str, tensor: str, row: int) -> None:
         self.tensor, self.row = tensor, row
         super().__init__(
             path,
             tr("“{tensor}” has weights that are NaN or infinite, the first in row {row:,}", tensor=tensor, row=row),
-            hint=hint or tr("The model was damaged in training or in transit. Download it again."),
+            hint=tr("The model was damaged in training or in transit. Download it again."),
         )
 
 

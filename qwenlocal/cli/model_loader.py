@@ -15,7 +15,7 @@ from qwenlocal.cli.options import RunOptions
 from qwenlocal.engine.llama import load_library
 from qwenlocal.engine.loader import DraftSpec, EngineLoader, LoadOptions
 from qwenlocal.engine.prompt_cache import fingerprint_model
-from qwenlocal.engine.tuned_settings import TunedSettings, read_tuned_settings, write_costs
+from qwenlocal.engine.tuned_settings import read_tuned_settings, write_costs
 from qwenlocal.errors import BadWeights, ContextNotCreated, EngineCrashed, NotEnoughMemory, NotWritable
 from qwenlocal.ggml import can_dequantize, read_tensor_types, tensor_type_by_number
 from qwenlocal.i18n import tr
@@ -71,15 +71,12 @@ class ModelLoader:
         name, record = model
         options, folders = self._options, self._app.folders
         card = name.card if isinstance(name, CatalogName) else None
-        is_tuned = folders.tuned.is_dir()
         load_options = LoadOptions(
             replace(options.load_request, n_ctx=n_ctx) if n_ctx else options.load_request,
             options.gpu_layers,
             lookup=options.lookup,
             prompt_caches=folders.states if options.keep_cache and options.journal else None,
-            tuned=read_tuned_settings(folders.tuned, fingerprint_model(record.path), power_source())
-            if is_tuned
-            else TunedSettings(),
+            tuned=read_tuned_settings(folders.tuned, fingerprint_model(record.path), power_source()),
             draft=self._draft,
         )
         with self._explain_bad_files(record.path, *([self._draft.path] if self._draft else [])):

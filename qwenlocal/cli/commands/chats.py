@@ -42,15 +42,15 @@ def list_chats(*, as_json: bool) -> None:
 
 def show_chat(text: str, *, as_json: bool) -> None:
     """Print a chat as Markdown or JSON."""
-    from qwenlocal.chat.export import export_json, export_markdown
+    content = _export(text, "json" if as_json else "md")
+    sys.stdout.write(escape_controls(content) if sys.stdout.isatty() else content)
+
+
+def _export(text: str, format: str) -> str:
+    from qwenlocal.chat.export import export_thread
 
     journal, chat = AppContext().find_chat(text)
-    thread = journal.load_thread(chat.id)
-    if as_json:
-        sys.stdout.write(export_json(thread, chat.title, chat.model))
-        return
-    text = export_markdown(thread, chat.title)
-    sys.stdout.write(escape_controls(text) if sys.stdout.isatty() else text)
+    return export_thread(journal.load_thread(chat.id), chat.title, chat.model, format)
 
 
 def search_chats(words: str, *, as_json: bool) -> None:
@@ -156,16 +156,14 @@ def export_chat(text: str, format: str | None, output: Path | None, *, force: bo
     ------
     InvalidChoice: there is no such format. OutputExists: the file exists. NotWritable: it cannot be written.
     """
-    from qwenlocal.chat.export import FORMATS, export_thread
+    from qwenlocal.chat.export import FORMATS
     from qwenlocal.fileio import replace_text
 
     format = format or (output.suffix.lstrip(".").lower() if output else "md")
     format = {"markdown": "md", "htm": "html"}.get(format, format)
     if format not in FORMATS:
         raise InvalidChoice(tr("The format"), FORMATS, format)
-    journal, chat = AppContext().find_chat(text)
-    thread = journal.load_thread(chat.id)
-    content = export_thread(thread, chat.title, chat.model, format)
+    content = _export(text, format)
     if output is None:
         sys.stdout.write(content)
         return

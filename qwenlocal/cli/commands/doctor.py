@@ -98,18 +98,14 @@ def _engine(machine: Machine) -> list[Check]:
 
 
 def _processor(machine: Machine, compiled: set[str]) -> Check:
-    unused = sorted(
-        name for feature, name in _COMPILED_NAMES.items() if feature in machine.features and name not in compiled
-    )
-    missing = sorted(
-        name for feature, name in _COMPILED_NAMES.items() if name in compiled and feature not in machine.features
-    )
-    used = ", ".join(sorted(compiled & set(_COMPILED_NAMES.values()))) or "no vector units"
-    state = f"{machine.processor}, {format_quantity(machine.cores, 'fast core')}; llama.cpp uses {used}"
+    used = compiled & set(_COMPILED_NAMES.values())
+    available = {name for feature, name in _COMPILED_NAMES.items() if feature in machine.features}
+    names = ", ".join(sorted(used)) or "no vector units"
+    state = f"{machine.processor}, {format_quantity(machine.cores, 'fast core')}; llama.cpp uses {names}"
     advice = ""
-    if unused:
+    if unused := sorted(available - used):
         advice = f"It could also use {', '.join(unused)}. Compile it for this machine: make setup"
-    elif missing and machine.features:
+    elif machine.features and (missing := sorted(used - available)):
         advice = f"It was compiled for another processor ({', '.join(missing)}). Compile it again: make setup"
     return Check("processor", state, advice)
 

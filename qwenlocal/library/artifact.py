@@ -46,12 +46,11 @@ class Artifact:
 
 @dataclass(frozen=True)
 class DownloadedFile:
-    """A complete file: its digest, and the CRC-32 of each block (empty if another process downloaded it)."""
+    """A complete file: its digest, and the CRC-32 of each block of `DownloadPolicy.block_size` bytes."""
 
     path: Path
     sha256: str
-    checksums: Sequence[int] = ()
-    block_size: int = BLOCK_SIZE
+    checksums: Sequence[int]
 
 
 @dataclass(frozen=True)

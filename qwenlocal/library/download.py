@@ -26,7 +26,7 @@ from qwenlocal.library.artifact import Artifact, DownloadedFile, DownloadPolicy,
 from qwenlocal.library.byte_source import RangesUnsupported
 from qwenlocal.library.failover import SourceSelector, SourceState
 from qwenlocal.library.http import HttpClient, TransferError
-from qwenlocal.library.partial_file import BLOCK_SIZE, PartialFile, lock_path, read_download_journal
+from qwenlocal.library.partial_file import PartialFile, lock_path, read_download_journal
 from qwenlocal.paths import ensure_writable
 from qwenlocal.progress import TaskProgress
 from qwenlocal.resumable import journal_path, part_path
@@ -66,7 +66,7 @@ def download_artifact(
     for folder in (target.parent, base.parent):
         ensure_writable(folder)
     with _exclusive_lock(artifact, base, ensure_writable(locks), report):
-        if target.exists() and (complete := _verify_existing(artifact, target)):
+        if target.exists() and (complete := _verify_existing(artifact, target, policy.block_size)):
             return complete
         _check_disk_space(artifact, base)
         partial = PartialFile(base, artifact.identity, block_size=policy.block_size)
@@ -83,16 +83,16 @@ def download_artifact(
                 raise Interrupted(hint) from None
             checksums = partial.checksums
             partial.publish(target)
-            return DownloadedFile(target, sha256, checksums, policy.block_size)
+            return DownloadedFile(target, sha256, checksums)
         finally:
             partial.close()
 
 
-def _verify_existing(artifact: Artifact, target: Path) -> DownloadedFile | None:
+def _verify_existing(artifact: Artifact, target: Path, block_size: int) -> DownloadedFile | None:
     """Return the file at `target` if it has the artifact's digest: another process may have finished it meanwhile."""
     if target.stat().st_size != artifact.size:
         return None
-    sha256, checksums = hash_blocks(target, BLOCK_SIZE)
+    sha256, checksums = hash_blocks(target, block_size)
     if sha256 != artifact.sha256:  # also if that is None: the same size alone does not identify the file
         return None
     return DownloadedFile(target, sha256, checksums)

@@ -87,15 +87,12 @@ class HttpClient:
     """
     One connection pool for all downloads, limited to `limit_rate` bytes per second in total (0: unlimited).
 
-    Proxies come from the process's environment (`HTTPS_PROXY`, `NO_PROXY`) and the system's settings; `environ` can
-    name further certificates to trust (`SSL_CERT_FILE`, `REQUESTS_CA_BUNDLE`, `PIP_CERT`).
+    Proxies come from the environment (`HTTPS_PROXY`, `NO_PROXY`) and the system's settings; the environment can name
+    further certificates to trust (`SSL_CERT_FILE`, `REQUESTS_CA_BUNDLE`, `PIP_CERT`).
     """
 
-    def __init__(
-        self, timeouts: Timeouts = Timeouts(), *, limit_rate: int = 0, environ: Mapping[str, str] = os.environ
-    ) -> None:
-        self.timeouts, self._environ = timeouts, environ
-        self._limit_rate, self._next_chunk_time = limit_rate, 0.0
+    def __init__(self, timeouts: Timeouts = Timeouts(), *, limit_rate: int = 0) -> None:
+        self.timeouts, self._limit_rate, self._next_chunk_time = timeouts, limit_rate, 0.0
         self._pools: dict[str, urllib3.PoolManager] = {}
         self._lock = threading.Lock()
         self._open_responses: set[urllib3.BaseHTTPResponse] = set()
@@ -259,7 +256,7 @@ class HttpClient:
 
         context = truststore.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "PIP_CERT"):
-            path = self._environ.get(name)
+            path = os.environ.get(name)
             if path and os.path.isfile(path):
                 context.load_verify_locations(path)
         return context

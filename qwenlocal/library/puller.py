@@ -184,14 +184,13 @@ class Puller:
         resolved, weights = checkpoint.resolved, checkpoint.weights
         self._on_start(replace(resolved, files=weights))
         self._check_disk_space(weights, extra_space)
-        stored = [
-            self._find_stored_file(request.target, request.artifact.sha256 or "") if request.target.exists() else None
-            for request in weights
-        ]
+        known = {(file.path, file.sha256): file for record in self._store.records() for file in record.files}
+        keys = [(str(request.target), request.artifact.sha256 or "") for request in weights]
+        stored = [known.get(key) if Path(key[0]).exists() else None for key in keys]
         self._record_weights(checkpoint, stored)
         for number, request in enumerate(weights):
-            known = stored[number]
-            if known is None or not known.has_times(request.target.stat()):
+            file = stored[number]
+            if file is None or not file.has_times(request.target.stat()):
                 stored[number] = self._store_file(request)
                 self._record_weights(checkpoint, stored)
 
@@ -251,15 +250,7 @@ class Puller:
         """Download a file, link it into the Hub's cache, and describe it."""
         downloaded = self._download(request)
         path, link = _link_snapshot(request)
-        if not downloaded.checksums and (known := self._find_stored_file(path, downloaded.sha256)):
-            return known
-        block_size = downloaded.block_size if downloaded.checksums else 0
-        return StoredFile.from_path(path, downloaded.sha256, block_size, downloaded.checksums, link)
-
-    def _find_stored_file(self, path: Path, sha256: str) -> StoredFile | None:
-        """Return the description of this file in any record, such as one by the process that downloaded it."""
-        files = (file for record in self._store.records() for file in record.files)
-        return next((file for file in files if file.path == str(path) and file.sha256 == sha256), None)
+        return StoredFile.from_path(path, downloaded.sha256, self._policy.block_size, downloaded.checksums, link)
 
     def _make_partial(self, request: FileRequest, damaged: FileDamage) -> None:
         """Turn a damaged file into a partial download in which only the damaged blocks are missing."""

@@ -75,6 +75,11 @@ def shorten(text: str, limit: int = 40) -> str:
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
+def brief_repr(value: object) -> str:
+    """`brief_repr("x")` is "'x'"; values from files may be long, so it is cut to 80 characters."""
+    return shorten(repr(value), 80)
+
+
 def cut_long_words(text: str) -> str:
     """
     Cut words of more than 150 ASCII characters, as only damaged or malicious input has them.

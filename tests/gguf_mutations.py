@@ -241,11 +241,13 @@ def _damaged_descriptions(tensor: TensorInfo, other: TensorInfo) -> Iterator[tup
             yield f"type {number}", replace(tensor, type=number)
     yield "transposed", replace(tensor, shape=tuple(reversed(shape)) if len(shape) > 1 else (1, *shape))
     first, *rest, last = (1, *shape)[-2:] if len(shape) < 2 else shape
-    for changed in ((), (0,), (*shape, 1), (*shape, 0), (*shape, 2), (1, *shape), (1, 1, 1, 1, 1), (1 << 32, 1 << 32),
-                    (shape[0], 1 << 62), (first, *rest, last + 1), (first, *rest, last - 1), (first // 2, *rest, last),
-                    *((size, *shape[1:]) for size in (shape[0] - 1, shape[0] // 2, 1 << 40, 1 << 63))):  # fmt: skip
+    shapes = ((), (0,), (*shape, 1), (*shape, 0), (*shape, 2), (1, *shape), (1, 1, 1, 1, 1), (1 << 32, 1 << 32),
+              (shape[0], 1 << 62), (first, *rest, last + 1), (first, *rest, last - 1), (first // 2, *rest, last),
+              *((size, *shape[1:]) for size in (shape[0] - 1, shape[0] // 2, 1 << 40, 1 << 63)))  # fmt: skip
+    for changed in dict.fromkeys(shapes):
         yield f"shape {changed}", replace(tensor, shape=changed)
-    for offset in (0, tensor.offset + 32, tensor.offset + 1, other.offset, tensor.offset - 32, 1 << 40, (1 << 64) - 32):
+    begin = tensor.offset
+    for offset in dict.fromkeys((0, begin + 32, begin + 1, other.offset, begin - 32, 1 << 40, (1 << 64) - 32)):
         if offset != tensor.offset and offset >= 0:
             yield f"offset {offset}", replace(tensor, offset=offset)
     for name in ("", "x", "x" * 63, "x" * 64, other.name, tensor.name + " ", tensor.name.replace("weight", "wright")):

@@ -46,6 +46,8 @@ FATAL = {
     "blk.0.ffn_up.weight: type 26": "“blk.0.ffn_up.weight” has the type I32, with which it cannot compute",
     "output_norm.weight: type 1, laid out": "“output_norm.weight” has the type F16, but must be F32",
     "blk.0.ffn_down.weight: type 12": "has rows of 64 values, not a multiple of the 256 in a block of q4_k",
+    "qwen2.nextn_predict_layers: u32 3": "layers” is 3; it must be less than the number of layers (1)",
+    "qwen2.expert_group_count: u32 3": "is 3; it must be less than the number of experts (0), and divide it",
     "extra my.weight (8, 4)": "the tensor “my.weight” does not belong to this architecture",
 }  # fmt: skip
 

@@ -204,6 +204,23 @@ class TestVocabAndMergesFiles:
         with pytest.raises(BadCheckpoint, match="added_tokens_decoder"):
             load_vocabulary(folder)
 
+    @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "added_tokens.json"])
+    @pytest.mark.parametrize(
+        ("number", "reason"), [("x", "is malformed"), (-1, "is malformed"), (999, "the embeddings have only 288 rows")]
+    )
+    def test_a_bad_added_token_is_blamed_on_its_file(
+        self, number: object, reason: str, name: str, tmp_path: Path
+    ) -> None:
+        values = {
+            "tokenizer.json": {"added_tokens": [{"id": number, "content": "<z>"}]},
+            "tokenizer_config.json": {"added_tokens_decoder": {str(number): {"content": "<z>"}}},
+            "added_tokens.json": {"<z>": number},
+        }
+        folder = set_json(write_minimal(tmp_path), "tokenizer_config.json", added_tokens_decoder=...)
+        with pytest.raises(BadCheckpoint, match=reason) as caught:
+            load_vocabulary(set_json(folder, name, **values[name]))
+        assert caught.value.path == str(folder / name)
+
     def test_a_missing_merges_file_is_named(self, tmp_path: Path) -> None:
         folder = self.write_vocab_and_merges(tmp_path)
         (folder / "merges.txt").unlink()

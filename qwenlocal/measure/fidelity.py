@@ -31,8 +31,7 @@ from qwenlocal.weights import gguf_writer
 from qwenlocal.weights.checkpoint import Checkpoint
 from qwenlocal.weights.conversion import ConversionOptions
 from qwenlocal.weights.gguf_reader import NORMAL, decode_value, read_raw_metadata
-from qwenlocal.weights.load_errors import require_loadable
-from qwenlocal.weights.split_model import read_split_model
+from qwenlocal.weights.load_errors import check_file
 
 _MIN_NMSE = 1e-2  # the engine itself rounds activations, too
 _TOLERANCE = 50  # tiny models with random weights amplify an error that much more than real ones
@@ -149,12 +148,12 @@ def compare_with_checkpoint(
         is_runnable = all(difference.key.startswith("tokenizer.") for difference in differences)
         if missing or surplus or not is_runnable:
             return fidelity
-        require_loadable(read_split_model(file))
+        size = check_file(file).size
         tokenizer = open_independent_tokenizer(checkpoint.folder)
         if tokenizer and tokenizer.encode:
             texts = _encode_texts(tokenizer.encode, texts, metadata)
         fidelity = replace(fidelity, texts=len(texts), tokenizer=tokenizer)
-        if plan.files[0].size + read_split_model(file).size < memory:
+        if plan.files[0].size + size < memory:
             report("loading the checkpoint", 0, 1)
             with (
                 contextlib.closing(Model(file)) as model,

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from qwenlocal.errors import BadCheckpoint, UnsupportedCheckpoint
+from qwenlocal.formatting import brief_repr
 from qwenlocal.weights.gguf_reader import CONTROL, CONTROL_LOOK, USER_DEFINED
-from qwenlocal.weights.json_files import brief_repr, read_optional_json
-from qwenlocal.weights.vocabulary import same_id
+from qwenlocal.weights.json_files import is_integer, read_optional_json
+from qwenlocal.weights.vocabulary import no_such_row, same_id
 
 ROLE_NAMES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # in the order of transformers
 SETTINGS, ROLES, ADDED_TOKENS = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
@@ -42,9 +43,9 @@ def read_settings(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
     ------
     BadCheckpoint: a file cannot be read.
     """
-    settings, roles = read_optional_json(folder / SETTINGS, "the special tokens"), dict[str, Any]()
+    settings, roles = read_optional_json(folder / SETTINGS), dict[str, Any]()
     if _DECODER not in settings:
-        roles = read_optional_json(folder / ROLES, "the special tokens")
+        roles = read_optional_json(folder / ROLES)
     additional = {key: [*_as_list(settings.get(key)), *_as_list(roles.get(key))] for key in _ADDITIONAL}
     files = {**dict.fromkeys(settings, SETTINGS), **dict.fromkeys(roles, ROLES)}
     return {**settings, **roles, **{key: tokens for key, tokens in additional.items() if tokens}}, files
@@ -64,48 +65,51 @@ def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def read_added_tokens(file: Path, entries: Any, settings: Mapping[str, Any]) -> dict[int, tuple[str, int]]:
+def read_added_tokens(folder: Path, entries: Any, settings: Mapping[str, Any], size: int) -> dict[int, tuple[str, int]]:
     """
     Return the text and the type of each added token by id.
 
-    `entries` are the "added_tokens" of tokenizer.json, None without that file; `settings` are from `read_settings`.
-    Errors name `file`, the vocabulary, unless another file is wrong.
+    `entries` are the "added_tokens" of tokenizer.json, None without that file; `settings` are from `read_settings`; the
+    embeddings have `size` rows.
 
     Raises
     ------
     BadCheckpoint: a list or an entry is malformed, or two contradict each other.
     UnsupportedCheckpoint: the tokenizers do something around a token that llama.cpp does not.
     """
+    file = folder / "tokenizer.json"
     if not isinstance(entries, (list, type(None))):
         raise BadCheckpoint(file, f"its “added_tokens” is not a list of tokens but {brief_repr(entries)}")
-    elsewhere, entries = list(_listed_elsewhere(file.parent, settings)), entries or []
+    listed, others = [(file, entry) for entry in entries or ()], list(_read_other_files(folder, settings))
     tokens: dict[int, dict[str, Any]] = {}
-    for entry in [*elsewhere, *entries] if _DECODER in settings else [*entries, *elsewhere]:
+    for path, entry in [*others, *listed] if _DECODER in settings else [*listed, *others]:
         number, token = (entry.get("id"), entry.get("content")) if isinstance(entry, dict) else (None, None)
-        if not isinstance(number, int) or isinstance(number, bool) or not isinstance(token, str) or not token:
-            raise BadCheckpoint(file, f"the added token {brief_repr(entry)} is malformed")
-        _check_flags(file, token, entry)
+        if not is_integer(number) or number < 0 or not isinstance(token, str) or not token:
+            raise BadCheckpoint(path, f"the added token {brief_repr(entry)} is malformed")
+        if number >= size:
+            raise no_such_row(path, token, number, size)
+        _check_flags(path, token, entry)
         known = tokens.setdefault(number, entry)
         if known["content"] != token:
-            raise same_id(file, number, known["content"], token)
+            raise same_id(path, number, known["content"], token)
         tokens[number] = {**entry, **known}
     return {number: (entry["content"], _token_type(entry)) for number, entry in tokens.items()}
 
 
-def _listed_elsewhere(folder: Path, settings: Mapping[str, Any]) -> Iterator[Any]:
-    """Yield the added tokens of tokenizer_config.json or, if it has no such list, of added_tokens.json."""
-    decoder = settings.get(_DECODER, {})
-    if not isinstance(decoder, dict):
-        raise BadCheckpoint(folder / SETTINGS, f"its “{_DECODER}” is not an object but {brief_repr(decoder)}")
-    for number, entry in decoder.items():
-        if not isinstance(entry, dict):
-            raise BadCheckpoint(folder / SETTINGS, f"the added token {brief_repr(entry)} is malformed")
-        yield {**entry, "id": int(number) if re.fullmatch(r"[0-9]{1,9}", number) else number}
+def _read_other_files(folder: Path, settings: Mapping[str, Any]) -> Iterator[tuple[Path, Any]]:
+    """Yield the file and the added tokens of tokenizer_config.json or, if it has no list, of added_tokens.json."""
     if _DECODER in settings:
+        file, decoder = folder / SETTINGS, settings[_DECODER]
+        if not isinstance(decoder, dict):
+            raise BadCheckpoint(file, f"its “{_DECODER}” is not an object but {brief_repr(decoder)}")
+        for text, entry in decoder.items():
+            number = int(text) if re.fullmatch(r"[0-9]{1,9}", text) else text
+            yield file, {**entry, "id": number} if isinstance(entry, dict) else entry
         return
+    file = folder / ADDED_TOKENS
     special = [token_text(settings.get(f"{role}_token")) for role in ROLE_NAMES] + additional_tokens(settings)
-    for token, number in read_optional_json(folder / ADDED_TOKENS, "the added tokens").items():
-        yield {"id": number, "content": token, "special": token in special}
+    for token, number in read_optional_json(file).items():
+        yield file, {"id": number, "content": token, "special": token in special}
 
 
 def _token_type(entry: Mapping[str, Any]) -> int:

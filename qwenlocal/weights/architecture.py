@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from qwenlocal.errors import BadCheckpoint, UnsupportedCheckpoint
-from qwenlocal.formatting import format_quantity
+from qwenlocal.formatting import brief_repr, format_quantity
 from qwenlocal.weights.checkpoint import Checkpoint, read_config
 from qwenlocal.weights.gguf_hyperparameters import MAX_EXPERTS, MAX_LAYERS
-from qwenlocal.weights.json_files import brief_repr
+from qwenlocal.weights.json_files import is_integer
 
 _ARCHITECTURES = {"Qwen2ForCausalLM": "qwen2", "Qwen2Model": "qwen2", "Qwen2MoeForCausalLM": "qwen2moe"}
 _MODEL_TYPES = {"qwen2": "Qwen2ForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM"}
@@ -91,7 +91,7 @@ class _ConfigReader:
         value = default if value is None else value
         if value is None:
             raise BadCheckpoint(self.path, f"“{key}” is missing")
-        if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= maximum:
+        if not is_integer(value) or not minimum <= value <= maximum:
             raise self._invalid(key, value, f"an integer from {minimum:,} to {maximum:,}")
         return value
 
@@ -264,7 +264,8 @@ def _check_graph(config: _ConfigReader, model: Hyperparameters) -> None:
         )
     if values.get("hidden_act", "silu") != "silu":
         raise UnsupportedCheckpoint(
-            path, f"its activation is {brief_repr(values['hidden_act'])}; llama.cpp computes silu for Qwen models"
+            path,
+            f"its activation is {brief_repr(values['hidden_act'])}; llama.cpp computes silu for Qwen models",
         )
     if not config.flag("is_causal", True):
         raise UnsupportedCheckpoint(path, "“is_causal” is false; in llama.cpp, tokens attend only to earlier ones")

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from qwenlocal.errors import BadCheckpoint, UnsupportedCheckpoint
+from qwenlocal.formatting import brief_repr
 from qwenlocal.weights.added_tokens import ROLE_NAMES, SETTINGS, additional_tokens, read_added_tokens, token_text
 from qwenlocal.weights.gguf_reader import CONTROL, NORMAL
-from qwenlocal.weights.json_files import brief_repr, read_json
+from qwenlocal.weights.json_files import read_json
 from qwenlocal.weights.vocabulary import (
     Vocabulary,
     apply_post_processor,
@@ -109,7 +110,7 @@ def build_from_vocab_json(folder: Path, settings: Mapping[str, Any], size: int, 
     vocabulary = Vocabulary.empty(file, "gpt2", pre or "qwen2", size)
     vocabulary.add_flags = {"bos": False, "eos": False}
     ids = read_json(file, "the vocabulary")
-    added = read_added_tokens(file, None, settings)
+    added = read_added_tokens(folder, None, settings, size)
     _fill(vocabulary, ids, merges, added or _default_tokens(ids, settings, size))
     return vocabulary
 

@@ -71,7 +71,7 @@ class GgufHyperparameters:
             yield f"{self._state('block_count')}; it must be between 1 and {MAX_LAYERS}"
             return
         if self.layers < 1:
-            yield f"{self._state('nextn_predict_layers')}, but {self._state('block_count')}"
+            yield f"{self._state('nextn_predict_layers')}; it must be less than the number of layers ({total:,})"
         for key in PER_LAYER if self.is_moe else PER_LAYER[:-1]:
             value = self._values.get(key)
             if isinstance(value, list) and len(value) != total:
@@ -92,9 +92,11 @@ class GgufHyperparameters:
                 f"({experts:,})"
             )
         elif groups and (groups >= experts or experts % groups):
-            yield f"{self._state('expert_group_count')}, and {self._state('expert_count')}"
+            rule = f"it must be less than the number of experts ({experts:,}), and divide it"
+            yield f"{self._state('expert_group_count')}; {rule}"
         elif groups > 1 and not 0 < self.number("expert_group_used_count") < groups:
-            yield f"{self._state('expert_group_used_count')}, and {self._state('expert_group_count')}"
+            rule = f"it must be at least 1, and less than the number of groups ({groups:,})"
+            yield f"{self._state('expert_group_used_count')}; {rule}"
 
     def _find_head_errors(self) -> Iterator[str]:
         if not self.width or not self.heads or self.width % self.heads:

@@ -5,19 +5,33 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwenlocal.errors import BadCheckpoint
 from qwenlocal.fileio import describe_pointer
-from qwenlocal.weights.safetensors import describe_json_error, find_duplicate
+
+if TYPE_CHECKING:
+    from typing import TypeGuard
 
 _MAX_SIZE = 200_000_000  # bytes
 
 
-def brief_repr(value: Any) -> str:
-    """Return the repr of a value from a checkpoint, shortened to 78 characters."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}…"
+def is_integer(value: Any) -> TypeGuard[int]:
+    """Return True for an integer; in Python, True is one, but not in JSON."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def find_duplicate(values: Iterable[Any]) -> Any:
+    """Return the first of `values` that occurred before; None if all differ."""
+    seen = set[Any]()
+    return next((value for value in values if value in seen or seen.add(value)), None)  # type: ignore[func-returns-value]
+
+
+def describe_json_error(reason: Exception) -> str:
+    """Return why JSON cannot be parsed, rephrased if Python's message is about Python's own limits."""
+    if isinstance(reason, RecursionError):
+        return "too deeply nested"
+    return "a number with thousands of digits" if "int_max_str_digits" in str(reason) else str(reason)
 
 
 def _reject_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
@@ -54,6 +68,6 @@ def read_json(path: Path, content: str) -> dict[str, Any]:
     return value
 
 
-def read_optional_json(path: Path, content: str) -> dict[str, Any]:
+def read_optional_json(path: Path) -> dict[str, Any]:
     """Read a file like `read_json`; a missing file counts as an empty object."""
-    return read_json(path, content) if path.exists() else {}
+    return read_json(path, "") if path.exists() else {}

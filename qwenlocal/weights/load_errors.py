@@ -11,13 +11,14 @@ import collections
 import shlex
 import struct
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 from qwenlocal import ggml
 from qwenlocal.errors import BadWeights
 from qwenlocal.formatting import format_quantity, format_shape, shorten
 from qwenlocal.weights.gguf_hyperparameters import PER_LAYER, GgufHyperparameters
 from qwenlocal.weights.gguf_reader import BYTE, EncodedValue, decode_value, read_raw_metadata, tensor_type_name
-from qwenlocal.weights.split_model import SplitModel
+from qwenlocal.weights.split_model import SplitModel, read_split_model
 
 QWEN = ("qwen2", "qwen2moe")
 
@@ -81,18 +82,20 @@ def find_load_errors(model: SplitModel, pairs: Pairs, *, with_tensors: bool = Tr
     return next((errors for check in checks if (errors := list(check(model, pairs)))), [])
 
 
-def require_loadable(model: SplitModel, *, with_tensors: bool = True) -> None:
+def check_file(source: Path, *, with_tensors: bool = True) -> SplitModel:
     """
-    Check that llama.cpp can load and run the model, as `find_load_errors` does.
+    Check that llama.cpp can load and run a model, as `find_load_errors` does; `source` is one of its files.
 
     Raises
     ------
     BadWeights: it cannot; the error states the first reason.
     """
+    model = read_split_model(source)
     path = model.paths[0]
     if errors := find_load_errors(model, read_raw_metadata(path), with_tensors=with_tensors):
         hint = f"To see all that is wrong with it: qwenlocal inspect {shlex.quote(str(path))}"
         raise BadWeights(path, f"llama.cpp cannot run it: {errors[0]}", hint=hint)
+    return model
 
 
 # --- the metadata

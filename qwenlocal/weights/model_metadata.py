@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from qwenlocal.errors import BadCheckpoint
+from qwenlocal.formatting import brief_repr
 from qwenlocal.weights import gguf_writer
 from qwenlocal.weights.gguf_reader import EncodedValue
-from qwenlocal.weights.json_files import brief_repr, read_json
+from qwenlocal.weights.json_files import read_optional_json
 
 # Names in generation_config.json and in GGUF (gguf-py, constants.py: Keys.General.SAMPLING_*).
 _SAMPLING = {
@@ -167,10 +168,7 @@ def _texts(values: Iterable[Any]) -> list[str]:
 
 def _read_sampling(folder: Path) -> dict[str, EncodedValue]:
     file = folder / "generation_config.json"
-    if not file.exists():
-        return {}
-    config = read_json(file, "the sampling defaults")
-    pairs: dict[str, EncodedValue] = {}
+    config, pairs = read_optional_json(file), dict[str, EncodedValue]()
     for name, gguf_name in _SAMPLING.items():
         value = config.get(name)
         if value is None:

@@ -6,7 +6,6 @@ Each is recognized by its files, its config.json or the names of its tensors, an
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenlocal.errors import BadCheckpoint, UnsupportedCheckpoint
+from qwenlocal.weights.json_files import read_optional_json
 
 ADAPTER_CONFIG = "adapter_config.json"
 _PEFT_KEYS, _MLX_KEYS = ("peft_type", "base_model_name_or_path"), ("fine_tune_type", "model")
@@ -108,8 +108,8 @@ def distributed_weights(folder: Path) -> BadCheckpoint | None:
 def adapter_only(folder: Path) -> BadCheckpoint:
     """Return the error for the folder of an adapter; its adapter_config.json may name the base model."""
     try:
-        config = {**json.loads((folder / ADAPTER_CONFIG).read_bytes())}
-    except (OSError, ValueError, RecursionError, TypeError):
+        config = read_optional_json(folder / ADAPTER_CONFIG)
+    except BadCheckpoint:
         config = {}
     is_mlx = "fine_tune_type" in config
     kind, base = (config.get(key) for key in (_MLX_KEYS if is_mlx else _PEFT_KEYS))

@@ -12,11 +12,9 @@ from qwenlocal.weights.conversion_plan import ConversionPlan, SourceRows, Source
 from qwenlocal.weights.file_types import FileType, QuantOverrides, file_type_name
 from qwenlocal.weights.gguf_reader import Header, TensorInfo
 from qwenlocal.weights.imatrix import ImportanceMatrix
-from qwenlocal.weights.load_errors import require_loadable
+from qwenlocal.weights.load_errors import QWEN, check_file
 from qwenlocal.weights.quant_mix import ModelFacts, layer_order
-from qwenlocal.weights.split_model import read_model_keys, read_split_model
-
-_ARCHITECTURES = ("qwen2", "qwen2moe")  # those of `quant_mix`
+from qwenlocal.weights.split_model import read_model_keys
 
 
 @dataclass(frozen=True)
@@ -40,8 +38,7 @@ def plan_quantization(
     UsageError: it is quantized already (not with `requantize`).
     UnsupportedCheckpoint: the mixes of its architecture are not supported (not with `pure`).
     """
-    model = read_split_model(source)
-    require_loadable(model)
+    model = check_file(source)
     header = model.headers[0]
     facts = _model_facts(source, header, pure=options.overrides.pure)
     tensors = sorted((source_tensor(*located) for located in model.located), key=lambda t: layer_order(t.name))
@@ -53,7 +50,7 @@ def plan_quantization(
 
 
 def _model_facts(source: Path, header: Header, *, pure: bool) -> ModelFacts:
-    if header.architecture not in _ARCHITECTURES and not pure:
+    if header.architecture not in QWEN and not pure:
         raise UnsupportedCheckpoint(
             source,
             f"llama.cpp's mixes of types for the architecture “{header.architecture}” are not supported",

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from qwenlocal.errors import BadCheckpoint
 from qwenlocal.fileio import describe_pointer
+from qwenlocal.weights.json_files import describe_json_error, find_duplicate, is_integer
 
 MAX_HEADER_SIZE = 100_000_000  # the limit of the format's own library
 
@@ -130,19 +131,6 @@ def _parse_entries(path: Path, text: bytes) -> list[tuple[str, Any]]:
     return list(entries)
 
 
-def find_duplicate(values: Iterable[Any]) -> Any:
-    """Return the first of `values` that occurred before; None if all differ."""
-    seen = set[Any]()
-    return next((value for value in values if value in seen or seen.add(value)), None)  # type: ignore[func-returns-value]
-
-
-def describe_json_error(reason: Exception) -> str:
-    """Return why JSON cannot be parsed, rephrased if Python's message is about Python's own limits."""
-    if isinstance(reason, RecursionError):
-        return "too deeply nested"
-    return "a number with thousands of digits" if "int_max_str_digits" in str(reason) else str(reason)
-
-
 class _Pairs(list[tuple[str, Any]]):
     """A JSON object as a list of pairs, with duplicates."""
 
@@ -175,7 +163,7 @@ def _are_sizes(values: list[Any]) -> bool:
     return (
         type(values) is list
         and len(values) <= 16
-        and all(isinstance(number, int) and not isinstance(number, bool) and 0 <= number < 1 << 62 for number in values)
+        and all(is_integer(number) and 0 <= number < 1 << 62 for number in values)
     )
 
 

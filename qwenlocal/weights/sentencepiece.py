@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qwenlocal.errors import BadCheckpoint, UnsupportedCheckpoint
+from qwenlocal.formatting import brief_repr
 from qwenlocal.weights.added_tokens import read_added_tokens
-from qwenlocal.weights.gguf_reader import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
-from qwenlocal.weights.json_files import brief_repr, read_optional_json
+from qwenlocal.weights.gguf_reader import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
+from qwenlocal.weights.json_files import read_optional_json
 from qwenlocal.weights.vocabulary import Vocabulary, apply_post_processor, flatten_steps, same_id
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
@@ -148,11 +149,10 @@ def build_sentencepiece(folder: Path, settings: Mapping[str, Any], size: int) ->
     for number, piece in enumerate(model.pieces):
         vocabulary.put(number, *_for_llama_cpp(piece.text, piece.token_type))
         vocabulary.scores[number] = piece.score
-    tokenizer = read_optional_json(folder / "tokenizer.json", "the vocabulary")
+    tokenizer = read_optional_json(folder / "tokenizer.json")
     vocabulary.add_flags = {"space": model.adds_space}
-    for number, (token, token_type) in read_added_tokens(file, tokenizer.get("added_tokens"), settings).items():
-        is_row = 0 <= number < size
-        known, known_type = (vocabulary.tokens[number], vocabulary.token_types[number]) if is_row else ("", UNUSED)
+    for number, (token, token_type) in read_added_tokens(folder, tokenizer.get("added_tokens"), settings, size).items():
+        known, known_type = vocabulary.tokens[number], vocabulary.token_types[number]
         if known_type in (UNKNOWN, CONTROL) and known == token:
             continue
         if known_type in (NORMAL, BYTE) and known != token:

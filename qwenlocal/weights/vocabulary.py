@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from qwenlocal.errors import BadCheckpoint, UnsupportedCheckpoint
-from qwenlocal.formatting import format_quantity
+from qwenlocal.formatting import brief_repr, format_quantity
 from qwenlocal.weights.gguf_reader import UNUSED
-from qwenlocal.weights.json_files import brief_repr
-from qwenlocal.weights.safetensors import find_duplicate
+from qwenlocal.weights.json_files import find_duplicate, is_integer
 
 
 @dataclass
@@ -58,13 +57,12 @@ class Vocabulary:
         ------
         BadCheckpoint: the embeddings have no such row, or the id or the token is malformed.
         """
-        if not isinstance(number, int) or isinstance(number, bool) or not isinstance(token, str) or number < 0:
+        if not is_integer(number) or number < 0 or not isinstance(token, str):
             raise BadCheckpoint(
                 self.file, f"the token {brief_repr(token)} with the id {brief_repr(number)} is malformed"
             )
         if number >= len(self.tokens):
-            rows = format_quantity(len(self.tokens), "row")
-            raise BadCheckpoint(self.file, f"“{token}” has the id {number:,}, but the embeddings have only {rows}")
+            raise no_such_row(self.file, token, number, len(self.tokens))
         self.tokens[number], self.token_types[number] = token, token_type
 
     def put_all(self, vocabulary: Mapping[str, Any], token_type: int) -> None:
@@ -119,6 +117,12 @@ class Vocabulary:
 def same_id(file: Path, number: int, first: str, second: str) -> BadCheckpoint:
     """Create the error for an id that two tokens have."""
     return BadCheckpoint(file, f"“{first}” and “{second}” have the same id, {number}")
+
+
+def no_such_row(file: Path, token: str, number: int, size: int) -> BadCheckpoint:
+    """Create the error for an id beyond the `size` rows of the embeddings."""
+    rows = format_quantity(size, "row")
+    return BadCheckpoint(file, f"“{token}” has the id {number:,}, but the embeddings have only {rows}")
 
 
 def _is_unicode(text: str) -> bool:

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwenlocal.errors import BadCheckpoint, UnsupportedCheckpoint, UsageError
+from qwenlocal.formatting import brief_repr
 from qwenlocal.jinja import find_template_error
 from qwenlocal.weights.added_tokens import ROLE_NAMES, read_added_tokens, read_settings, token_text
 from qwenlocal.weights.byte_bpe import PRE_TOKENIZER_NAMES, build_byte_bpe, build_from_vocab_json, check_merging
 from qwenlocal.weights.gguf_reader import UNUSED
-from qwenlocal.weights.json_files import brief_repr, read_json, read_optional_json
+from qwenlocal.weights.json_files import is_integer, read_json, read_optional_json
 from qwenlocal.weights.sentencepiece import build_byte_fallback, build_sentencepiece
 from qwenlocal.weights.vocabulary import Vocabulary, parse_merges
 
@@ -74,7 +75,7 @@ def _build_from_tokenizer_json(folder: Path, settings: Mapping[str, Any], size: 
     model = data.get("model")
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or not isinstance(model.get("vocab"), dict):
         raise UnsupportedCheckpoint(file, "its tokenizer is not BPE, as that of every Qwen1.5 model is")
-    added = read_added_tokens(file, data.get("added_tokens"), settings)
+    added = read_added_tokens(folder, data.get("added_tokens"), settings, size)
     if model.get("byte_fallback"):
         check_merging(file, model)
         return build_byte_fallback(file, data, parse_merges(file, model.get("merges")), added, settings, size)
@@ -156,7 +157,7 @@ def _end_tokens(
 ) -> list[int]:
     """Return the end tokens other than eos: the end of a turn, then those in generation_config.json and config.json."""
     numbers = [ids[_END_OF_TURN]] if _END_OF_TURN in ids else []
-    generation = read_optional_json(folder / "generation_config.json", "")
+    generation = read_optional_json(folder / "generation_config.json")
     for listed in (generation.get("eos_token_id"), config.get("eos_token_id")):
         numbers += [n for n in (listed if isinstance(listed, list) else ()) if _is_token(n, vocabulary)]
     if _is_token(generation.get("eos_token_id"), vocabulary):
@@ -166,8 +167,7 @@ def _end_tokens(
 
 
 def _is_token(number: Any, vocabulary: Vocabulary) -> TypeGuard[int]:
-    is_id = isinstance(number, int) and not isinstance(number, bool) and 0 <= number < len(vocabulary.tokens)
-    return is_id and vocabulary.token_types[number] != UNUSED
+    return is_integer(number) and 0 <= number < len(vocabulary.tokens) and vocabulary.token_types[number] != UNUSED
 
 
 def _read_chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
@@ -186,7 +186,7 @@ def _read_chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str,
     if file.exists():
         template = _read_text(file)
     elif template is None:
-        template = read_optional_json(folder / "chat_template.json", "").get("chat_template")
+        template = read_optional_json(folder / "chat_template.json").get("chat_template")
     if template is None:
         return {}
     if isinstance(template, str):

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qwenlocal.errors import BadCheckpoint
+from qwenlocal.formatting import brief_repr
 from qwenlocal.model_files import parse_shard
-from qwenlocal.weights.json_files import brief_repr, read_json
+from qwenlocal.weights.json_files import read_json
 from qwenlocal.weights.other_formats import PICKLED_MODELS, no_weights
 
 SINGLE_FILE = "model.safetensors"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from qwenlocal.cli.console import print_json, print_table
 from qwenlocal.cli.context import AppContext
 from qwenlocal.cli.options import split_list
-from qwenlocal.errors import UsageError
+from qwenlocal.errors import OutOfRange, UsageError
 from qwenlocal.formatting import format_bytes, format_quantity
 
 if TYPE_CHECKING:
@@ -37,17 +37,16 @@ def bench_models(
     from qwenlocal.measure.bench import ANSWER, run_benchmarks
     from qwenlocal.terminal.progress import status_line
     from qwenlocal.weights.gguf_reader import read_metadata
-    from qwenlocal.weights.load_errors import require_loadable
-    from qwenlocal.weights.split_model import read_split_model
+    from qwenlocal.weights.load_errors import check_file
 
     if not 1 <= repetitions <= 1000:
-        raise UsageError(f"-r must be between 1 and 1,000, not {repetitions}.")
+        raise OutOfRange("-r", 1, 1000, repetitions)
     all_depths = _parse_depths(depths)
     app, machine = AppContext(quiet=as_json), this_machine()
     records = [(text, app.models.ensure_model(app.models.parse(text))) for text in names]
     results = []
     for text, record in records:
-        require_loadable(read_split_model(record.path))
+        check_file(record.path)
         dims = ModelDims.from_metadata(read_metadata(record.path))
         max_depth = max(
             (depth for depth in all_depths if dims is None or depth + ANSWER <= dims.n_ctx_train), default=0

@@ -78,9 +78,8 @@ def _read_outline(app: AppContext, name: ModelName) -> ModelOutline:
     """Read the header of the installed file, or from the first bytes of the file on a hub."""
     from qwenlocal.engine.memory import ModelDims
     from qwenlocal.weights.gguf_reader import read_header
-    from qwenlocal.weights.load_errors import require_loadable
+    from qwenlocal.weights.load_errors import check_file
     from qwenlocal.weights.quant_mix import weights_size
-    from qwenlocal.weights.split_model import read_split_model
 
     record = app.local.find(name)
     if record is None:
@@ -93,9 +92,7 @@ def _read_outline(app: AppContext, name: ModelName) -> ModelOutline:
             if record is None:
                 raise
     if record is not None:
-        split_model = read_split_model(record.path)
-        require_loadable(split_model)
-        header = split_model.header
+        header = check_file(record.path).header
         size = weights_size(header) or record.size
     dims = ModelDims.from_metadata(header.metadata)
     if dims is None:

@@ -7,7 +7,7 @@ import sys
 
 from qwenlocal.cli.console import print_json
 from qwenlocal.cli.context import AppContext
-from qwenlocal.errors import UsageError
+from qwenlocal.errors import OutOfRange
 from qwenlocal.formatting import format_quantity
 
 
@@ -25,14 +25,13 @@ def tune_model(text: str, *, seconds: float, as_json: bool) -> None:
     from qwenlocal.machine import power_source, this_machine
     from qwenlocal.measure.tune import thread_counts, tune
     from qwenlocal.terminal.progress import status_line
-    from qwenlocal.weights.load_errors import require_loadable
-    from qwenlocal.weights.split_model import read_split_model
+    from qwenlocal.weights.load_errors import check_file
 
     if not 1 <= seconds <= 3600:
-        raise UsageError(f"--seconds must be between 1 and 3,600, not {seconds:g}.")
+        raise OutOfRange("--seconds", 1, 3600, seconds)
     app = AppContext(quiet=as_json)
     record, machine = app.models.ensure_model(app.models.parse(text)), this_machine()
-    require_loadable(read_split_model(record.path))
+    check_file(record.path)
     if hasattr(os, "getloadavg") and os.getloadavg()[0] > machine.cores / 2:
         app.say("Other programs keep this machine busy, so the results may not hold when it is idle.")
     counts = thread_counts(machine.cores, machine.logical_cores)

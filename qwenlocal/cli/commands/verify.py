@@ -85,13 +85,12 @@ def _find_damage(app: AppContext, record: ModelRecord) -> list[FileDamage]:
 def _check_readable(record: ModelRecord) -> None:
     """Check the headers: a file may be damaged before its first digest is computed."""
     from qwenlocal.weights.checkpoint import Checkpoint
-    from qwenlocal.weights.load_errors import require_loadable
-    from qwenlocal.weights.split_model import read_split_model
+    from qwenlocal.weights.load_errors import check_file
 
     if record.is_checkpoint:
         Checkpoint.open(record.path.parent)
     else:
-        require_loadable(read_split_model(record.path))
+        check_file(record.path)
 
 
 def _describe_digests(record: ModelRecord) -> str:

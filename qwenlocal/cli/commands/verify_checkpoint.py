@@ -57,10 +57,9 @@ def _compare(file: Path, checkpoint: LocalCheckpoint) -> Fidelity:
     from qwenlocal.weights.checkpoint import Checkpoint
     from qwenlocal.weights.conversion import ConversionOptions
     from qwenlocal.weights.gguf_reader import decode_value, read_raw_metadata
-    from qwenlocal.weights.load_errors import require_loadable
-    from qwenlocal.weights.split_model import read_split_model
+    from qwenlocal.weights.load_errors import check_file
 
-    require_loadable(read_split_model(file), with_tensors=False)
+    check_file(file, with_tensors=False)
     pairs, keys = read_raw_metadata(file), ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type")
     if keys[1] not in pairs:
         raise BadWeights(file, f"“{keys[1]}” is missing")

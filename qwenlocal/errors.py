@@ -4,7 +4,8 @@ Errors that a user of qwenlocal can act on.
     QwenlocalError                 1  base class: a sentence and a next step
     ├── EngineCrashed              1  llama.cpp ends the process: a device is gone
     ├── UsageError                 2  arguments that are invalid or contradict each other
-    │   └── InvalidChoice          2  an argument that is not one of the known values
+    │   ├── InvalidChoice          2  an argument that is not one of the known values
+    │   └── OutOfRange             2  a number that is too small or too large
     ├── OutputExists               2  the output file already exists
     ├── ModelNotFound              3  no such name, path, file or repository
     │   └── CheckpointOnly         3  the model is published as a checkpoint, not as GGUF
@@ -86,6 +87,22 @@ class InvalidChoice(UsageError):
         super().__init__(
             tr("{option} must be {choices}, not {value}.", option=option, choices=_join_or(choices), value=value),
             hint=hint,
+        )
+
+
+class OutOfRange(UsageError):
+    """The value of `option` is not between `minimum` and `maximum`."""
+
+    def __init__(self, option: str, minimum: float, maximum: float, value: float) -> None:
+        is_whole = abs(value) < 1e15 and value == int(value)  # not for infinity and NaN
+        super().__init__(
+            tr(
+                "{name} must be between {minimum:,} and {maximum:,}, not {value:,}.",
+                name=option,
+                minimum=minimum,
+                maximum=maximum,
+                value=int(value) if is_whole else value,
+            )
         )
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwenlocal.cli.console import print_json, print_table
 from qwenlocal.cli.context import AppContext
-from qwenlocal.errors import ModelNotFound, NotWritable, OutputExists, UsageError
+from qwenlocal.errors import ModelNotFound, NotWritable, OutOfRange, OutputExists, UsageError
 from qwenlocal.formatting import format_bytes, format_quantity, format_shape
 from qwenlocal.library.names import LocalCheckpointName
 from qwenlocal.paths import parse_path
@@ -84,7 +84,7 @@ def read_options(options: WriteOptions) -> tuple[list[FileType], QuantOverrides,
 
     types = list(dict.fromkeys(file_type(text, option=options.types_option) for text in options.types))
     if options.threads is not None and not 1 <= options.threads <= _MAX_THREADS:
-        raise UsageError(f"-t must be between 1 and {_MAX_THREADS}, not {options.threads:,}.")
+        raise OutOfRange("-t", 1, _MAX_THREADS, options.threads)
     imatrix = read_imatrix(parse_path(options.imatrix)) if options.imatrix else None
     return types, QuantOverrides(parse_tensor_types(options.tensor_types), options.pure, imatrix is not None), imatrix
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from qwenlocal.errors import InvalidChoice, UsageError
+from qwenlocal.errors import InvalidChoice, OutOfRange, UsageError
 from qwenlocal.i18n import tr
 from qwenlocal.paths import parse_path
 from qwenlocal.text_encoding import read_text
@@ -125,15 +125,7 @@ def parse_load_request(
     ranges = (("-c", n_ctx, 16, 1 << 24), ("-t", threads, 1, 512), ("--ubatch", ubatch, 1, 4096))
     for option, value, minimum, maximum in ranges:
         if value is not None and not minimum <= value <= maximum:
-            raise UsageError(
-                tr(
-                    "{name} must be between {minimum:,} and {maximum:,}, not {value:,}.",
-                    name=option,
-                    minimum=minimum,
-                    maximum=maximum,
-                    value=value,
-                )
-            )
+            raise OutOfRange(option, minimum, maximum, value)
     if flash_attention not in _ON_OFF:
         raise InvalidChoice("--flash-attention", tuple(_ON_OFF), flash_attention)
     if rope is not None and rope not in _ROPE_SCALINGS:

@@ -13,8 +13,7 @@ from qwenlocal.engine.context import Context
 from qwenlocal.engine.grammar import GrammarMatcher
 from qwenlocal.engine.llama import load_library
 from qwenlocal.engine.tokenizer import Tokenizer
-from qwenlocal.errors import UsageError
-from qwenlocal.i18n import tr
+from qwenlocal.errors import OutOfRange
 
 _PENALTY_WINDOW = 64
 _MAX_CANDIDATES = 4096  # where a grammar rejects a token and top-k is off, the tokens to choose another one from
@@ -63,20 +62,11 @@ def check_parameter(name: str, value: float | None, *, label: str = "") -> None:
 
     Raises
     ------
-    UsageError: it is out of range.
+    OutOfRange: it is too small or too large.
     """
     minimum, maximum = _RANGES[name]
     if value is not None and not minimum <= value <= maximum:
-        is_whole = abs(value) < 1e15 and value == int(value)  # not for infinity and NaN
-        raise UsageError(
-            tr(
-                "{name} must be between {minimum:,} and {maximum:,}, not {value:,}.",
-                name=label or name,
-                minimum=minimum,
-                maximum=maximum,
-                value=int(value) if is_whole else value,
-            )
-        )
+        raise OutOfRange(label or name, minimum, maximum, value)
 
 
 class Sampler:

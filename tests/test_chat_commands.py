@@ -693,9 +693,9 @@ def test_recover_keeps_the_write_ahead_log_of_a_damaged_journal(qwenlocal: Run, 
     home.mkdir(parents=True)
     code = (
         "import sys, os; from pathlib import Path; from qwenlocal.chat.journal import Journal\n"
-        "from qwenlocal.chat.thread import Thread\n"
+        "from qwenlocal.chat.journal_writer import JournalWriter; from qwenlocal.chat.thread import Thread\n"
         "journal, thread = Journal(Path(sys.argv[1])), Thread()\n"
-        "writer = journal.open_writer(thread, model='m'); thread.add('user', 'my words'); os._exit(0)\n"
+        "writer = JournalWriter(journal, thread, 'm'); thread.add('user', 'my words'); os._exit(0)\n"
     )
     subprocess.run([sys.executable, "-c", code, str(home / "chats.db")], check=True)
     log = home / "chats.db-wal"

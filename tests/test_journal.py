@@ -34,7 +34,7 @@ def journal(tmp_path: Path) -> Iterator[Journal]:
 def talk(journal: Journal, *said: str, system: str = "") -> tuple[Thread, JournalWriter]:
     """A chat in which question and answer take turns."""
     thread = Thread(system)
-    writer = journal.open_writer(thread, model="tiny")
+    writer = JournalWriter(journal, thread, "tiny")
     for place, text in enumerate(said):
         message = thread.add((USER, ASSISTANT)[place % 2], text, model="tiny")
         if place % 2:
@@ -77,7 +77,7 @@ def test_a_message_with_zero_bytes_can_be_read_back(journal: Journal) -> None:
 
 def test_an_empty_chat_is_not_written(journal: Journal) -> None:
     thread = Thread()
-    journal.open_writer(thread, model="tiny").close()
+    JournalWriter(journal, thread, "tiny").close()
     thread.set_system_prompt("Be kind.")
     assert journal.list_chats() == []
 
@@ -112,7 +112,6 @@ def test_an_answer_is_written_every_half_second_and_at_its_end(journal: Journal)
     now = [0.0]
     thread = Thread()
     writer = JournalWriter(journal, thread, "tiny", clock=lambda: now[0])
-    thread.observer = writer
     thread.add(USER, "Q")
     answer = thread.add(ASSISTANT, "")
     on_disk = []
@@ -130,9 +129,10 @@ STREAMING = """
 import sys, time
 from pathlib import Path
 from qwenlocal.chat.journal import Journal
+from qwenlocal.chat.journal_writer import JournalWriter
 from qwenlocal.chat.thread import Thread
 journal, thread = Journal(Path(sys.argv[1])), Thread()
-journal.open_writer(thread, model="tiny")
+JournalWriter(journal, thread, "tiny")
 thread.add("user", "Count")
 answer = thread.add("assistant", "")
 for number in range(10**9):
@@ -198,12 +198,13 @@ HOLDING = """
 import sys
 from pathlib import Path
 from qwenlocal.chat.journal import Journal
+from qwenlocal.chat.journal_writer import JournalWriter
 journal = Journal(Path(sys.argv[1]))
 print(journal.acquire(1), flush=True)
 for words in sys.stdin:
     journal.load_thread(1)
     thread = journal.load_thread(1)
-    journal.open_writer(thread, model="other", chat_id=1)
+    JournalWriter(journal, thread, "other", 1)
     thread.add("user", words.strip())
     print("added", flush=True)
 """
@@ -225,6 +226,14 @@ def chat_1_open_elsewhere(path: Path) -> Iterator[Callable[[str], None]]:
         child.stdin.close()
 
 
+def can_open_elsewhere(journal: Journal, chat_id: int) -> bool:
+    """Return True if another process can open a chat."""
+    code = "import sys; from pathlib import Path; from qwenlocal.chat.journal import Journal\n"
+    code += f"print(Journal(Path(sys.argv[1])).acquire({chat_id}))"
+    other = subprocess.run([sys.executable, "-c", code, str(journal.path)], capture_output=True, text=True, check=True)
+    return other.stdout == "True\n"
+
+
 def texts(journal: Journal, chat_id: int) -> list[str]:
     return [message.text for message in journal.load_thread(chat_id).path]
 
@@ -235,7 +244,7 @@ def test_a_chat_that_is_open_elsewhere_is_copied_with_the_first_new_message(jour
     journal.rename_chat(1, "My title")
     with chat_1_open_elsewhere(journal.path):
         thread = journal.load_thread(1)
-        copying = journal.open_writer(thread, model="tiny", chat_id=1)
+        copying = JournalWriter(journal, thread, "tiny", 1)
         thread.set_leaf(1)
         thread.set_leaf(2)
         assert (copying.chat_id, copying.original) == (None, 1)
@@ -252,7 +261,7 @@ def test_reading_a_chat_that_is_open_elsewhere_adds_no_copies(journal: Journal) 
     writer.close()
     with chat_1_open_elsewhere(journal.path):
         for _ in range(10):
-            journal.open_writer(journal.load_thread(1), model="tiny", chat_id=1).close()
+            JournalWriter(journal, journal.load_thread(1), "tiny", 1).close()
     assert [chat.id for chat in journal.list_chats()] == [1]
 
 
@@ -265,7 +274,7 @@ def test_a_copy_has_the_answer_that_is_growing_elsewhere(tmp_path: Path) -> None
     journal = Journal(path)
     thread = journal.load_thread(1)
     shown = thread.path[1].text
-    writer = journal.open_writer(thread, model="tiny", chat_id=1)
+    writer = JournalWriter(journal, thread, "tiny", 1)
     thread.add(USER, "And?")
     child.kill()
     child.communicate()
@@ -279,7 +288,7 @@ def test_a_chat_that_was_closed_elsewhere_continues_without_a_copy(journal: Jour
     writer.close()
     with chat_1_open_elsewhere(journal.path):
         thread = journal.load_thread(1)
-        waiting = journal.open_writer(thread, model="tiny", chat_id=1)
+        waiting = JournalWriter(journal, thread, "tiny", 1)
     thread.add(USER, "And?")
     assert (waiting.chat_id, waiting.original) == (1, None)
     assert texts(journal, 1) == ["Q", "A", "And?"]
@@ -291,7 +300,7 @@ def test_a_chat_that_was_changed_elsewhere_is_copied_so_that_no_message_is_overw
     writer.close()
     with chat_1_open_elsewhere(journal.path) as add:
         thread = journal.load_thread(1)
-        journal.open_writer(thread, model="tiny", chat_id=1)
+        JournalWriter(journal, thread, "tiny", 1)
         add("From the other window")
     thread.add(USER, "And?")
     assert texts(journal, 1) == ["Q", "A", "From the other window"]
@@ -329,10 +338,7 @@ def test_closing_a_chat_during_an_answer_keeps_all_of_it_and_frees_the_chat(jour
     writer.close()
     assert texts(journal, 1) == ["Q", "The beginning"]
     assert journal.load_thread(1).path[1].finish_reason == "interrupted"
-    code = "import sys; from pathlib import Path; from qwenlocal.chat.journal import Journal\n"
-    code += "print(Journal(Path(sys.argv[1])).acquire(1))"
-    other = subprocess.run([sys.executable, "-c", code, str(journal.path)], capture_output=True, text=True, check=True)
-    assert other.stdout == "True\n"
+    assert can_open_elsewhere(journal, 1)
 
 
 def test_an_interrupted_transaction_is_rolled_back_and_the_next_one_succeeds(journal: Journal) -> None:
@@ -348,10 +354,43 @@ def test_continuing_a_chat_appends_to_it(journal: Journal) -> None:
     _, writer = talk(journal, "Q", "A")
     writer.close()
     thread = journal.load_thread(1)
-    journal.open_writer(thread, model="other", chat_id=1)
+    JournalWriter(journal, thread, "other", 1)
     thread.add(USER, "And?")
     assert [message.text for message in journal.load_thread(1).path] == ["Q", "A", "And?"]
     assert len(journal.list_chats()) == 1
+
+
+def test_a_chat_that_is_only_read_does_not_become_the_last_one(journal: Journal) -> None:
+    for question in ("First", "Second"):
+        talk(journal, question, "A")[1].close()
+    JournalWriter(journal, journal.open_thread(1), "other", 1).close()
+    assert [(chat.id, chat.model) for chat in journal.list_chats()] == [(2, "tiny"), (1, "tiny")]
+    thread = journal.open_thread(1)
+    writer = JournalWriter(journal, thread, "other", 1)
+    thread.set_system_prompt("Be kind.")
+    writer.close()
+    assert [(chat.id, chat.model) for chat in journal.list_chats()] == [(1, "other"), (2, "tiny")]
+    assert journal.load_thread(1).system == "Be kind."
+
+
+def test_an_answer_that_was_cut_when_its_process_was_killed_is_interrupted(journal: Journal) -> None:
+    thread, _ = talk(journal, "Q")
+    thread.add(ASSISTANT, "The beg")
+    assert journal.load_thread(1).path[1].finish_reason == "interrupted"
+
+
+def test_a_damaged_chat_that_cannot_be_opened_is_not_left_locked(journal: Journal) -> None:
+    for question in ("First", "Second"):
+        talk(journal, question, "A")[1].close()
+    journal.open_thread(2)
+    with journal.transaction() as db:
+        db.execute("UPDATE messages SET parent = 7 WHERE number = 2")
+    for chat_id in (1, 2):
+        with pytest.raises(JournalError, match="is damaged"):
+            journal.open_thread(chat_id)
+    with pytest.raises(ChatNotFound):
+        journal.open_thread(3)
+    assert [can_open_elsewhere(journal, chat_id) for chat_id in (1, 2, 3)] == [True, False, True]
 
 
 def test_chats_can_be_renamed_and_deleted(journal: Journal) -> None:
@@ -371,7 +410,7 @@ def test_chats_can_be_renamed_and_deleted(journal: Journal) -> None:
 
 def test_a_chat_deleted_while_open_continues_as_a_new_one(journal: Journal) -> None:
     thread = Thread()
-    writer = journal.open_writer(thread, model="tiny")
+    writer = JournalWriter(journal, thread, "tiny")
     thread.add(USER, "before")
     journal.delete_chat(1)
     thread.add(USER, "after")

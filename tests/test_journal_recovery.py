@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwenlocal.chat.journal import ChatInfo, Journal
+from qwenlocal.chat.journal_writer import JournalWriter
 from qwenlocal.chat.recovery import recover
 from qwenlocal.chat.thread import ASSISTANT, USER, Thread
 from qwenlocal.errors import JournalError
@@ -47,7 +48,7 @@ def message_text(chat: int, number: int) -> str:
 def write_chats(journal: Journal, chats: range) -> None:
     for chat in chats:
         thread = Thread("Be kind." if chat % 3 else "")
-        writer = journal.open_writer(thread, model="tiny")
+        writer = JournalWriter(journal, thread, "tiny")
         for number in range(1, 3 + chat % 4):
             message = thread.add((ASSISTANT, USER)[number % 2], message_text(chat, number), model="tiny")
             if message.role == ASSISTANT:
@@ -281,7 +282,7 @@ def test_a_lost_message_is_marked_in_its_place(tmp_path: Path) -> None:
     path = tmp_path / "chats.db"
     with contextlib.closing(Journal(path)) as journal:
         thread = Thread()
-        journal.open_writer(thread, model="tiny")
+        JournalWriter(journal, thread, "tiny")
         for number, text in enumerate(("Q1", "A1", "Q2", "A2", "Q3", "A3")):
             message = thread.add((USER, ASSISTANT)[number % 2], text)
             thread.update(message, finish_reason="end of answer" if number % 2 else "")
@@ -299,7 +300,7 @@ def test_the_beginning_of_a_long_message_is_recovered(tmp_path: Path) -> None:
     long = "".join(f"{number:06} " for number in range(5_000))
     with contextlib.closing(Journal(path)) as journal:
         thread = Thread()
-        journal.open_writer(thread, model="tiny")
+        JournalWriter(journal, thread, "tiny")
         thread.add(USER, "Count")
         thread.update(thread.add(ASSISTANT, long), finish_reason="end of answer")
     path.write_bytes(path.read_bytes()[: -2 * PAGE])
@@ -316,7 +317,7 @@ def test_deleted_chats_and_earlier_versions_of_an_answer_do_not_come_back(tmp_pa
         write_chats(journal, range(1, 5))
         journal.delete_chat(2)
         thread = Thread()
-        journal.open_writer(thread, model="tiny")
+        JournalWriter(journal, thread, "tiny")
         answer = thread.add(ASSISTANT, "")
         for length in range(1, 40):
             thread.update(answer, text="x" * 200 * length, finish_reason="token limit")

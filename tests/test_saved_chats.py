@@ -14,6 +14,7 @@ from conftest import SAYS, Run
 from terminal import Open, Terminal
 
 from qwenlocal.chat.journal import Journal
+from qwenlocal.chat.journal_writer import JournalWriter
 from qwenlocal.chat.thread import USER, Thread
 
 
@@ -38,7 +39,7 @@ def save_chats(home: Path, count: int) -> None:
     journal = Journal(home / "chats.db")
     for number in range(1, count + 1):
         thread = Thread()
-        writer = journal.open_writer(thread, model="tiny")
+        writer = JournalWriter(journal, thread, "tiny")
         thread.add(USER, f"Question {number}")
         writer.close()
     journal.close()

@@ -60,6 +60,10 @@ class ChatLocks:
             self._held.add(chat_id)
         return True
 
+    def is_held(self, chat_id: int) -> bool:
+        """Return True if this process has locked a chat."""
+        return chat_id in self._held
+
     def release(self, chat_id: int) -> None:
         """Unlock a chat, if it is locked."""
         if chat_id in self._held and self._file is not None:

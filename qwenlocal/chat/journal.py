@@ -32,7 +32,6 @@ from qwenlocal.chat.journal_rows import (
     parse_message,
     replace_row_surrogates,
 )
-from qwenlocal.chat.journal_writer import JournalWriter, describe_error, is_corruption
 from qwenlocal.chat.sqlite_pages import PAGE_SIZE, has_damaged_log
 from qwenlocal.chat.thread import USER, Message, Thread
 from qwenlocal.errors import ChatNotFound, JournalError
@@ -41,6 +40,7 @@ from qwenlocal.i18n import tr
 
 VERSION = 1
 _APPLICATION_ID = 0x71776C63  # "qwlc": PRAGMA application_id
+_ACCESS_PROBLEMS = ("locked", "busy", "readonly", "unable to open", "is full", "disk I/O")  # in messages of SQLite
 _HIT_CONTEXT = 40  # characters shown on each side of a search hit
 
 
@@ -164,7 +164,7 @@ class Journal:
 
     def load_thread(self, chat_id: int) -> Thread:
         """
-        Return the messages of a chat. Changes of the thread are not written; see `open_writer`.
+        Return the messages of a chat. Changes of the thread are not written; see `JournalWriter`.
 
         Raises
         ------
@@ -238,32 +238,51 @@ class Journal:
         with self._lock, translate_errors(self.path):
             return self._chat_locks.acquire(chat_id)
 
+    def open_thread(self, chat_id: int) -> Thread:
+        """
+        Open a chat, if no other process has it open, and load it: in this order, so that no other can change it since.
+
+        Raises
+        ------
+        ChatNotFound: there is no such chat. JournalError: it is damaged. The chat is not left open then.
+        """
+        with self._lock:
+            was_open = self._chat_locks.is_held(chat_id)
+            self.acquire(chat_id)
+            try:
+                return self.load_thread(chat_id)
+            except (ChatNotFound, JournalError):
+                if not was_open:
+                    self.release(chat_id)
+                raise
+
     def release(self, chat_id: int) -> None:
         """Let other processes open a chat."""
         with self._lock:
             self._chat_locks.release(chat_id)
 
-    def open_writer(self, thread: Thread, *, model: str, chat_id: int | None = None) -> JournalWriter:
+    def write_thread(
+        self,
+        thread: Thread,
+        messages: Sequence[Message],
+        removed: Sequence[int],
+        *,
+        model: str,
+        chat_id: int | None,
+        original: int | None = None,
+    ) -> int:
         """
-        Write `thread` and its future changes: to the chat `chat_id`, which it was loaded from, or to a new one.
+        Write a thread, with its changed `messages` and the numbers of `removed` ones, and return its chat's number.
 
-        If another process has that chat open, the first change writes the thread to a copy of it.
-        """
-        writer = JournalWriter(self, thread, model, chat_id)
-        thread.observer = writer
-        return writer
-
-    def write_thread(self, writer: JournalWriter, messages: Sequence[Message], removed: Sequence[int]) -> int:
-        """
-        Write the changes of the writer's thread, and return the number of its chat, which is created if it is new.
+        A chat that is None or was deleted is created, with the title of `original` if it is a copy of that chat.
 
         Raises
         ------
         sqlite3.Error, OSError: the file cannot be written now.
         """
-        thread, now, chat_id = writer.thread, time.time(), writer.chat_id
+        now = time.time()
         evicted = json.dumps(sorted(thread.evicted))
-        state = replace_row_surrogates((thread.system, thread.leaf, evicted, thread.summary, writer.model, now))
+        state = replace_row_surrogates((thread.system, thread.leaf, evicted, thread.summary, model, now))
         with self.transaction() as db:
             if (
                 chat_id is not None
@@ -273,14 +292,13 @@ class Journal:
                     (*state, chat_id),
                 ).rowcount
             ):
-                # The chat was deleted meanwhile: write all of it to a new one.
                 chat_id, messages = None, list(thread.messages.values())
             if chat_id is None:
                 chat_id = int(
                     db.execute(
                         "INSERT INTO chats(title, created, open_by, system, leaf, left_out, summary, model, changed) "
                         "VALUES (coalesce((SELECT title FROM chats WHERE id = ?), ?), ?, 0, ?, ?, ?, ?, ?, ?)",
-                        (writer.original, _default_title(thread), now, *state),
+                        (original, _default_title(thread), now, *state),
                     ).lastrowid
                     or 0
                 )
@@ -312,6 +330,25 @@ def translate_errors(path: Path) -> Iterator[None]:
         yield
     except (sqlite3.Error, OSError, ValueError, TypeError) as error:  # the last two: values in damaged rows
         raise JournalError(path, describe_error(error), damaged=is_corruption(error)) from error
+
+
+def describe_error(error: Exception) -> str:
+    """Return why SQLite could not read or write the file, as part of a sentence."""
+    text = str(error)
+    if "locked" in text or "busy" in text:
+        return tr("it is locked by another program")
+    is_inaccessible = isinstance(error, (PermissionError, FileNotFoundError))
+    if is_inaccessible or "readonly" in text or "unable to open" in text:
+        return tr("it cannot be written")
+    if isinstance(error, OSError):
+        return error.strerror or text
+    return tr("it is damaged ({text})", text=text) if is_corruption(error) else text
+
+
+def is_corruption(error: Exception) -> bool:
+    """True if the file's contents are at fault, and not access to it."""
+    is_access = isinstance(error, sqlite3.OperationalError) and any(text in str(error) for text in _ACCESS_PROBLEMS)
+    return not isinstance(error, OSError) and not is_access
 
 
 def _check_file(path: Path, lock_timeout: float) -> None:

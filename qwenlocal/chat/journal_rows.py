@@ -79,7 +79,11 @@ def parse_evicted(text: Any) -> tuple[int, ...]:
 
 
 def parse_message(row: Sequence[Any]) -> Message:
-    """Check the values of `MESSAGE_COLUMNS`, and return the message without its chat."""
+    """
+    Check the values of `MESSAGE_COLUMNS`, and return the message without its chat.
+
+    An answer without a finish reason was interrupted by the end of its process.
+    """
     _chat, number, parent, role, text, finish_reason, ids, model, pinned, dropped, created = row
     _check("the number of a message", is_number(number, 1), number)
     _check("the parent of a message", is_number(parent) and parent < number, parent)
@@ -87,6 +91,8 @@ def parse_message(row: Sequence[Any]) -> Message:
     _check("a finish reason", finish_reason in FINISH_REASONS, finish_reason)
     _check("the model of a message", isinstance(model, str), model)
     _check("a mark of a message", pinned in (0, 1) and dropped in (0, 1), (pinned, dropped))
+    if role == ASSISTANT:
+        finish_reason = finish_reason or FinishReason.INTERRUPTED.value
     return Message(
         number, parent, role, text, finish_reason, parse_ids(ids), model, bool(pinned), bool(dropped), created
     )

@@ -8,19 +8,13 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
-from qwenlocal.chat.events import FinishReason
+from qwenlocal.chat.journal import Journal, describe_error
 from qwenlocal.chat.thread import USER, Message, Thread, ThreadObserver
 from qwenlocal.errors import ChatNotFound, JournalError
-from qwenlocal.i18n import tr
-
-if TYPE_CHECKING:
-    from qwenlocal.chat.journal import Journal
 
 WRITE_INTERVAL = 0.5  # seconds between two writes of a growing answer
 _RETRY_INTERVAL = 5.0  # seconds after a failed write: waiting for a locked file holds up the answer
-_ACCESS_PROBLEMS = ("locked", "busy", "readonly", "unable to open", "is full", "disk I/O")  # in messages of SQLite
 
 
 class JournalWriter(ThreadObserver):
@@ -28,7 +22,7 @@ class JournalWriter(ThreadObserver):
     Writes a thread into the journal as it changes, until it is closed.
 
     `chat_id` is None until the first message is written. `original` is the chat that the thread was loaded from if
-    another process has it open; the first change goes to a copy of it, or to the chat itself if it has become free.
+    another process has it open; the first message goes to a copy of it, or to the chat itself if it has become free.
     `error` says why the last write failed, "" if it succeeded; what could not be written is written with the next
     change.
     """
@@ -44,6 +38,8 @@ class JournalWriter(ThreadObserver):
         """
         Open the chat `chat_id`, which the thread was loaded from, or a new one if the thread has messages.
 
+        A saved chat is not written before the thread changes: the last chat is the one that was written last.
+
         Raises
         ------
         JournalError: the chat cannot be locked.
@@ -54,20 +50,20 @@ class JournalWriter(ThreadObserver):
         self.error = ""
         self._journal, self._clock = journal, clock
         self._lock = threading.RLock()  # an answer grows in another thread than the one that closes the window
-        self._is_closed = False
-        self._loaded = {number: replace(message) for number, message in thread.messages.items()}
+        self._is_closed = self._has_moved = False
+        self._loaded: dict[int, Message] = {}
         self._changed: dict[int, Message] = {}
         self._removed: set[int] = set()
         self._last_write = -WRITE_INTERVAL
-        self._finish_answers()
         if chat_id is None:
             self._changed = dict(thread.messages)
+            self.write()
         elif journal.acquire(chat_id):
             self.chat_id = chat_id
         else:
             self.original = chat_id
-            return
-        self.write()
+            self._loaded = {number: replace(message) for number, message in thread.messages.items()}
+        thread.observer = self
 
     def changed(self, message: Message) -> None:
         with self._lock:
@@ -84,22 +80,33 @@ class JournalWriter(ThreadObserver):
             self.write()
 
     def moved(self, thread: Thread) -> None:
-        self.write()
+        with self._lock:
+            self._has_moved = True
+            self.write()
 
     def write(self) -> None:
-        """Write all pending changes."""
+        """Write all pending changes; those of a chat that is not saved yet wait for its first message."""
         with self._lock:
-            if self._is_closed or (self.chat_id is None and not self._changed):
+            is_pending = self._changed or (self.chat_id is not None and (self._removed or self._has_moved))
+            if self._is_closed or not is_pending:
                 return
             self._last_write = self._clock()
             try:
                 if self.original is not None and self.chat_id is None:
                     self._open_original()
-                self.chat_id = self._journal.write_thread(self, list(self._changed.values()), list(self._removed))
+                self.chat_id = self._journal.write_thread(
+                    self.thread,
+                    list(self._changed.values()),
+                    list(self._removed),
+                    model=self.model,
+                    chat_id=self.chat_id,
+                    original=self.original,
+                )
             except (sqlite3.Error, OSError) as error:
                 self.error = describe_error(error)
                 return
             self.error = ""
+            self._has_moved = False
             self._changed.clear()
             self._removed.clear()
 
@@ -107,18 +114,10 @@ class JournalWriter(ThreadObserver):
         """Write pending changes and release the chat, so that another process can open it. Later changes are lost."""
         with self._lock:
             if not self._is_closed:
-                self._finish_answers()
                 self.write()
                 self._is_closed = True
                 if self.chat_id is not None:
                     self._journal.release(self.chat_id)
-
-    def _finish_answers(self) -> None:
-        """Mark answers that nothing will be added to as interrupted."""
-        for message in list(self.thread.messages.values()):
-            if message.role != USER and not message.finish_reason:
-                message.finish_reason = FinishReason.INTERRUPTED.value
-                self._changed[message.number] = message
 
     def _open_original(self) -> None:
         """Open the original chat if it is free and still has the messages that were loaded; else prepare a copy."""
@@ -131,22 +130,3 @@ class JournalWriter(ThreadObserver):
                 return
         self._journal.release(original)
         self._changed = dict(self.thread.messages)
-
-
-def describe_error(error: Exception) -> str:
-    """Return why SQLite could not read or write the file, as part of a sentence."""
-    text = str(error)
-    if "locked" in text or "busy" in text:
-        return tr("it is locked by another program")
-    is_inaccessible = isinstance(error, (PermissionError, FileNotFoundError))
-    if is_inaccessible or "readonly" in text or "unable to open" in text:
-        return tr("it cannot be written")
-    if isinstance(error, OSError):
-        return error.strerror or text
-    return tr("it is damaged ({text})", text=text) if is_corruption(error) else text
-
-
-def is_corruption(error: Exception) -> bool:
-    """True if the file's contents are at fault, and not access to it."""
-    is_access = isinstance(error, sqlite3.OperationalError) and any(text in str(error) for text in _ACCESS_PROBLEMS)
-    return not isinstance(error, OSError) and not is_access

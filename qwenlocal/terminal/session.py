@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from qwenlocal.chat.events import Event
+from qwenlocal.chat.journal_writer import JournalWriter
 from qwenlocal.errors import UsageError
 from qwenlocal.i18n import tr
 
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from qwenlocal.chat.conversation import Conversation
     from qwenlocal.chat.events import Done
     from qwenlocal.chat.journal import Journal
-    from qwenlocal.chat.journal_writer import JournalWriter
     from qwenlocal.chat.thread import Thread, Turn
 
 AnswerStarter = Callable[[], Iterator[Event]]
@@ -155,5 +155,5 @@ class Session:
         self.conversation.thread = thread
         self.last_result = None
         self.journal_writer = (
-            self.journal.open_writer(thread, model=self.models.current, chat_id=chat_id) if self.journal else None
+            JournalWriter(self.journal, thread, self.models.current, chat_id) if self.journal else None
         )

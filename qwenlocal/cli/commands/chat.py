@@ -53,8 +53,6 @@ def run_chat(
 ) -> None:
     """Chat until the user leaves; `prompt` is asked at once. `early_bytes` were typed before."""
     thread = resumed.thread if resumed else Thread(system)
-    if resumed and system:
-        thread.set_system_prompt(system)
     pool, name = ModelPool(app, options, model, draft), model.name
     session = Session(
         thread,
@@ -69,6 +67,8 @@ def run_chat(
     )
     if options.journal:
         _record_in_journal(session, app, str(name), resumed)
+    if resumed and system:
+        thread.set_system_prompt(system)
     _end_on_signals(session)
     repl = Repl(
         session,
@@ -132,8 +132,7 @@ def select_chat(app: AppContext, choice: str) -> ResumedChat:
     ChatNotFound: there is none. JournalError: the journal cannot be read. Interrupted: the user did not pick.
     """
     journal, info = _pick_chat(app) if choice == PICK else app.find_chat(choice)
-    journal.acquire(info.id)  # first, so that no other process changes it after it is loaded
-    return ResumedChat(journal, info, journal.load_thread(info.id))
+    return ResumedChat(journal, info, journal.open_thread(info.id))
 
 
 def _pick_chat(app: AppContext) -> tuple[Journal, ChatInfo]:
@@ -159,9 +158,7 @@ def _record_in_journal(session: Session, app: AppContext, model: str, resumed: R
     if journal is None:
         return
     session.journal = journal
-    session.journal_writer = journal.open_writer(
-        session.thread, model=model, chat_id=resumed.info.id if resumed else None
-    )
+    session.journal_writer = JournalWriter(journal, session.thread, model, resumed.info.id if resumed else None)
     if resumed:
         _say_resumed(resumed, session.journal_writer)
 

@@ -95,8 +95,7 @@ def load_chat(session: Session, word: str) -> None:
         )
     if word.lstrip("#").isdecimal() and len(word) <= _MAX_ID_DIGITS and session.journal and not os.path.exists(word):
         number = session.journal.get_chat(int(word.lstrip("#"))).id
-        session.journal.acquire(number)  # first, so that no other process changes it after it is loaded
-        session.switch_thread(session.journal.load_thread(number), chat_id=number)
+        session.switch_thread(session.journal.open_thread(number), chat_id=number)
     else:
         session.switch_thread(_read_thread(parse_typed_path(word)))
     turns, messages = session.thread.turns, format_count(len(session.thread.path), "message")

@@ -136,6 +136,19 @@ def _drain(items: queue.SimpleQueue[T | _End]) -> Iterator[T]:
 
 
 @contextlib.contextmanager
+def run_alongside(function: Callable[[threading.Event], object]) -> Iterator[None]:
+    """Run `function` in a thread next to the block; it must return once its event is set."""
+    stop = threading.Event()
+    thread = threading.Thread(target=function, args=(stop,), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+@contextlib.contextmanager
 def redirect_sigint(handler: Callable[[], None]) -> Iterator[None]:
     """Call `handler` on Ctrl-C, so that no KeyboardInterrupt is raised halfway through writing a line."""
     if threading.current_thread() is not threading.main_thread():

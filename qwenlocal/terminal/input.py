@@ -22,6 +22,7 @@ from prompt_toolkit.key_binding.bindings.completion import generate_completions
 from prompt_toolkit.keys import Keys
 from prompt_toolkit.styles import Style
 
+from qwenlocal.chat.worker import run_alongside
 from qwenlocal.errors import NotWritable, UsageError
 from qwenlocal.formatting import replace_surrogates
 from qwenlocal.hints import describe_error
@@ -33,7 +34,7 @@ from qwenlocal.terminal.pastes import InputDisplay, PasteStore
 from qwenlocal.terminal.prompting import run_prompt
 from qwenlocal.terminal.session import Session
 from qwenlocal.terminal.tty import enable_bracketed_paste
-from qwenlocal.terminal.type_ahead import LinePreview, capture_keys, clean_paste, is_open_block, press_enter
+from qwenlocal.terminal.type_ahead import LinePreview, clean_paste, collect_keys, is_open_block, press_enter
 
 if TYPE_CHECKING:
     from qwenlocal.terminal.keys import TerminalInput
@@ -152,7 +153,7 @@ class LineEditor:
                 run(entry[0])
             on_key()
 
-        with capture_keys(terminal, press):
+        with run_alongside(lambda stop: collect_keys(terminal, press, stop)):
             yield
 
     def describe_typed(self) -> Sequence[str]:

@@ -24,7 +24,6 @@ from qwenlocal.terminal.ansi import supports_ansi, supports_color
 from qwenlocal.terminal.attachments import attach_documents, describe_cost, shorten_pastes
 from qwenlocal.terminal.commands.models import check_system_prompt
 from qwenlocal.terminal.commands.table import (
-    ExitChat,
     describe_unknown,
     find_command,
     is_command,
@@ -78,7 +77,7 @@ class Repl:
         session.say(tr("Chatting with {model}. /help for commands, Ctrl-D to exit.", model=session.model))
         try:
             self._loop(first_message)
-        except (EOFError, ExitChat):
+        except EOFError:  # Ctrl-D or /exit
             return
         finally:
             if session.journal_writer:
@@ -188,8 +187,7 @@ class Repl:
         if argument and not command.takes_argument:
             raise UsageError(tr("{name} takes no argument.", name=command.name))
         is_path = os.path.exists(os.path.expanduser(argument))  # of a file whose name may end with a space
-        result = command.handler(self._session, argument if is_path else argument.strip())
-        for start in [result] if callable(result) else result or ():
+        for start in command.handler(self._session, argument if is_path else argument.strip()) or ():
             self._answer(start)
             if self._session.last_result and self._session.last_result.finish_reason is FinishReason.INTERRUPTED:
                 break  # Ctrl-C also cancels the answers that have not started

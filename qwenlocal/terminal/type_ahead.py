@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -141,20 +140,8 @@ _ALT_EDITS: Mapping[str, str] = {
 # --- reading
 
 
-@contextlib.contextmanager
-def capture_keys(terminal: TerminalInput, on_keys: Callable[[list[KeyPress]], object]) -> Iterator[None]:
-    """Collect the keys of `terminal` in another thread, and call `on_keys` there with the new ones."""
-    stop = threading.Event()
-    reader = threading.Thread(target=_collect_keys, args=(terminal, on_keys, stop), daemon=True)
-    reader.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        reader.join()
-
-
-def _collect_keys(terminal: TerminalInput, on_keys: Callable[[list[KeyPress]], object], stop: threading.Event) -> None:
+def collect_keys(terminal: TerminalInput, on_keys: Callable[[list[KeyPress]], object], stop: threading.Event) -> None:
+    """Collect the keys of `terminal` until `stop` is set, and call `on_keys` with the new ones."""
     last_input = time.monotonic()
     while not stop.is_set() and not terminal.closed:
         if terminal.has_input(_POLL_SECONDS):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, TextIO
 
 from qwenlocal.chat.events import Done, Event, FinishReason, GenerationStats, Summarizing, Text, TurnsEvicted
+from qwenlocal.chat.worker import run_alongside
 from qwenlocal.formatting import display_width, format_count, join_sentences
 from qwenlocal.i18n import mark, tr
 from qwenlocal.progress import PromptProgress
@@ -159,6 +160,8 @@ def describe_eviction(event: TurnsEvicted) -> str:
             turns=event.turns,
             first=event.first,
         )
+    if event.lacks_room:
+        return join_sentences(text, tr("There was no room to summarize them."))
     return join_sentences(text, tr("Summary: {summary}", summary=event.summary) if event.summary else "")
 
 
@@ -230,7 +233,7 @@ class AnswerView:
     def show(self, events: Iterable[Event]) -> Done:
         """Draw the events until the answer ends, and return the last one."""
         done = _NO_ANSWER
-        with self._redrawing():
+        with run_alongside(self._redraw_until):
             for event in events:
                 with self._lock:
                     self._progress.update(event)
@@ -272,22 +275,10 @@ class AnswerView:
             if not self._has_ended:
                 self._screen.update([], self._pending, self._footer(self._options()))
 
-    @contextlib.contextmanager
-    def _redrawing(self) -> Iterator[None]:
-        stop = threading.Event()
-
-        def redraw_until_stopped() -> None:
-            with contextlib.suppress(OSError):  # the terminal is gone; writing the end of the answer reports it
-                while not stop.wait(_MIN_INTERVAL):
-                    self._redraw()
-
-        thread = threading.Thread(target=redraw_until_stopped, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join()
+    def _redraw_until(self, stop: threading.Event) -> None:
+        with contextlib.suppress(OSError):  # the terminal is gone; writing the end of the answer reports it
+            while not stop.wait(_MIN_INTERVAL):
+                self._redraw()
 
     def _redraw(self) -> None:
         with self._lock:

@@ -125,8 +125,7 @@ def change_setting(session: Session, argument: str) -> None:
     name, value = name.lstrip("-").replace("-", "_"), value.strip()
     name = _OPTION_NAMES.get(name, name)
     config = session.conversation.config
-    current = {key: setting for key, setting in asdict(config.sampling).items() if key in SETTINGS}
-    current |= {"max_tokens": config.max_tokens, "overflow": config.overflow}
+    current = {**asdict(config.sampling), "max_tokens": config.max_tokens, "overflow": config.overflow}
     if not name:
         for setting, description in SETTINGS.items():
             session.say(f"  {setting:<14}  {_format_value(current[setting]):<8}  {tr(description)}")

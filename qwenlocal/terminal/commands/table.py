@@ -11,12 +11,7 @@ from qwenlocal.i18n import mark, tr
 from qwenlocal.terminal.commands import context, files, models, turns
 from qwenlocal.terminal.session import AnswerStarter, Session
 
-
-class ExitChat(Exception):
-    """The user leaves the chat."""
-
-
-Handler = Callable[[Session, str], "AnswerStarter | Sequence[AnswerStarter] | None"]
+Handler = Callable[[Session, str], "Sequence[AnswerStarter] | None"]
 
 
 @dataclass(frozen=True)
@@ -44,13 +39,9 @@ class Command:
     def takes_argument(self) -> bool:
         return self.usage != self.name
 
-    @property
-    def aliases(self) -> list[str]:
-        return [alias for alias, name in ALIASES.items() if name == self.name]
-
 
 def _exit(session: Session, _argument: str) -> None:
-    raise ExitChat
+    raise EOFError  # as Ctrl-D does
 
 
 def _show_help(session: Session, argument: str) -> None:
@@ -58,8 +49,8 @@ def _show_help(session: Session, argument: str) -> None:
     if name:
         command = find_command(f"/{name}")
         session.say(f"{command.usage}  {tr(command.help)}" if command else describe_unknown(f"/{name}"))
-        if command and command.aliases:
-            session.say(tr("Aliases: {names}", names=", ".join(command.aliases)))
+        if aliases := [alias for alias, target in ALIASES.items() if command and target == command.name]:
+            session.say(tr("Aliases: {names}", names=", ".join(aliases)))
         return
     width = max(len(command.usage) for command in COMMANDS)
     for group, commands in COMMAND_GROUPS.items():

@@ -65,10 +65,10 @@ def edit_answer(session: Session, argument: str) -> None:
     session.say(tr("Edit it below and press Enter. An empty line cancels."))
 
 
-def continue_answer(session: Session, _argument: str) -> AnswerStarter:
+def continue_answer(session: Session, _argument: str) -> list[AnswerStarter]:
     """Continue the last answer."""
     session.find_turn("")
-    return session.conversation.continue_answer
+    return [session.conversation.continue_answer]
 
 
 def describe_cut(turn: Turn) -> str:

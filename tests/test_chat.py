@@ -586,6 +586,25 @@ def test_a_small_context_leaves_space_for_a_summary(vocabulary: Tokenizer) -> No
     assert talk.thread.evicted
 
 
+def test_turns_that_leave_no_room_for_a_summary_are_evicted_with_a_note(vocabulary: Tokenizer) -> None:
+    generator = ScriptedGenerator([[*tokens("Yes.", vocabulary), END]] * 3, n_ctx=1000)
+    config = GenerationConfig(overflow="summarize")
+    talk = Conversation(generator, vocabulary, ChatTemplate(CHATML), config, n_ctx=1000)
+    talk.thread.summary = "They met."
+    list(talk.ask("y" * 600))
+    (evicted,) = evictions(talk, "And " + "z" * 300)
+    assert (evicted.summary, evicted.lacks_room, talk.thread.summary) == ("", True, "They met.")
+    assert describe_eviction(evicted).endswith("left the context. There was no room for a summary.")
+
+
+def test_evicting_without_a_summary_keeps_an_earlier_one(vocabulary: Tokenizer) -> None:
+    talk, generator = long_talk(vocabulary)
+    talk.thread.summary = "They met."
+    (evicted,) = [event for n in range(8) for event in evictions(talk, f"Question {n}, with some more words in it?")]
+    assert (evicted.summary, evicted.lacks_room) == ("", False)
+    assert "Summary of the earlier conversation:\nThey met." in read(generator, vocabulary)
+
+
 def test_an_interrupted_summary_evicts_nothing_and_keeps_the_question(vocabulary: Tokenizer) -> None:
     talk, _ = talk_before_summary(vocabulary)
     events = talk.ask("And now? " + "y" * 150)

@@ -247,10 +247,13 @@ class Conversation:
         if overflow == "stop" or len(self._encode_prompt()) <= self.n_ctx * EVICTION_THRESHOLD:
             return False
         turns = self._choose_turns_to_evict()
-        summary = (yield from self._summarize(turns)) if turns and overflow == "summarize" else ""
+        wants_summary = bool(turns) and overflow == "summarize"
+        request = self._encode_summary_request(turns) if wants_summary else []
+        summary = (yield from self._summarize(request, len(turns))) if request else self.thread.summary
         if turns and summary is not None:
             self.thread.evict_turns([turn.question.number for turn in turns], summary)
-            yield TurnsEvicted(len(turns), shorten(turns[0].question.text), summary)
+            first, lacks_room = shorten(turns[0].question.text), wants_summary and not request
+            yield TurnsEvicted(len(turns), first, summary if request else "", lacks_room)
         return summary is None
 
     def _choose_turns_to_evict(self) -> list[Turn]:
@@ -267,21 +270,19 @@ class Conversation:
         )
         return turns[:count] if length_without(count) < limit else []
 
-    def _summarize(self, turns: Sequence[Turn]) -> Generator[Event, None, str | None]:
-        """
-        Have the model summarize the turns.
-
-        Returns the summary, the previous one if the turns do not fit into the context, or None if it was interrupted.
-        """
+    def _encode_summary_request(self, turns: Sequence[Turn]) -> list[int]:
+        """Return the ids of the prompt for a summary of the turns; none if a summary does not fit behind it."""
         ids = encode_messages(self._template, build_summary_request(self.thread, turns), self._tokenizer)
-        if len(ids) + self._summary_tokens > self.n_ctx:
-            return self.thread.summary
+        return ids if len(ids) + self._summary_tokens <= self.n_ctx else []
+
+    def _summarize(self, ids: Sequence[int], turns: int) -> Generator[Event, None, str | None]:
+        """Have the model summarize that many turns, and return the summary; None if it was interrupted."""
         text = ""
         greedy = Sampling(temperature=0)
         for event in stream_answer(self._generator, self._tokenizer, ids, greedy, max_tokens=self._summary_tokens):
             if isinstance(event, Text):
                 text += event.text
-                yield Summarizing(len(turns), len(text.split()))
+                yield Summarizing(turns, len(text.split()))
             elif isinstance(event, PromptProgress):
                 yield event
             elif isinstance(event, Done) and event.finish_reason is FinishReason.INTERRUPTED:

@@ -37,12 +37,14 @@ class TurnsEvicted:
     """
     The oldest `turns` did not fit and left the context; the first of them began with `first`.
 
-    `summary` replaces all evicted turns, "" if there is none.
+    `summary` is what the model has written to replace them and all turns that were evicted before, "" if it has written
+    nothing; `lacks_room` if there was no room for it. An earlier summary stays then.
     """
 
     turns: int
     first: str
     summary: str = ""
+    lacks_room: bool = False
 
 
 @dataclass(frozen=True)

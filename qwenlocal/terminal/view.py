@@ -161,7 +161,7 @@ def describe_eviction(event: TurnsEvicted) -> str:
             first=event.first,
         )
     if event.lacks_room:
-        return join_sentences(text, tr("There was no room to summarize them."))
+        text = join_sentences(text, tr("There was no room for a summary."))
     return join_sentences(text, tr("Summary: {summary}", summary=event.summary) if event.summary else "")
 
 

@@ -41,6 +41,7 @@ from qwenlocal.i18n import tr
 VERSION = 1
 _APPLICATION_ID = 0x71776C63  # "qwlc": PRAGMA application_id
 _ACCESS_PROBLEMS = ("locked", "busy", "readonly", "unable to open", "is full", "disk I/O")  # in messages of SQLite
+_MAX_ID_DIGITS = 18  # SQLite's integers end at 2**63
 _HIT_CONTEXT = 40  # characters shown on each side of a search hit
 
 
@@ -321,6 +322,12 @@ class Journal:
         with self.transaction() as db:
             db.execute(f"INSERT INTO chats({CHAT_COLUMNS}) VALUES ({', '.join('?' * len(row))})", row)
             _insert_messages(db, chat.id, messages)
+
+
+def parse_chat_number(text: str) -> int | None:
+    """`parse_chat_number("#03")` is 3; None for text that is no number of a chat."""
+    digits = text.lstrip("#")
+    return int(digits) if digits.isdecimal() and len(digits) <= _MAX_ID_DIGITS else None
 
 
 @contextlib.contextmanager

@@ -101,7 +101,7 @@ def choose_number(
     while True:
         word = ask(tr("Which one? [{default}] ", default=default)) or str(default)
         number = word.removeprefix("#")
-        if number in map(str, numbers):
+        if number.lstrip("0") in map(str, numbers):
             return int(number)
         if number.isdecimal() or check_text is None:
             say(tr("Enter one of these numbers."))

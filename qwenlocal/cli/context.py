@@ -192,10 +192,13 @@ class AppContext:
         ------
         ChatNotFound: there is none. JournalError: the journal cannot be used.
         """
+        from qwenlocal.chat.journal import parse_chat_number
+
         journal = self.open_existing_journal()
         chats = journal.list_chats() if journal else []
         if text != "last":
-            chats = [chat for chat in chats if str(chat.id) == text.lstrip("#")]
+            number = parse_chat_number(text)
+            chats = [chat for chat in chats if chat.id == number]
         if journal is None or not chats:
             raise ChatNotFound("" if text == "last" else text)
         return journal, chats[0]

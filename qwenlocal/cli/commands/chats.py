@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import re
 import shutil
 import sys
 from datetime import datetime
@@ -20,8 +19,6 @@ from qwenlocal.terminal.ansi import escape_controls, supports_color
 
 if TYPE_CHECKING:
     from qwenlocal.chat.journal import ChatInfo
-
-_NUMBERS = re.compile(r"#?(\d{1,18})(?:-#?(\d{1,18}))?")  # one, or a range
 
 
 def list_chats(*, as_json: bool) -> None:
@@ -132,11 +129,14 @@ def _find_chats(chats: list[ChatInfo], texts: list[str]) -> list[ChatInfo]:
     ------
     ChatNotFound: there is none for one of the texts. UsageError: a range ends before it begins.
     """
+    from qwenlocal.chat.journal import parse_chat_number
+
     selected: dict[int, ChatInfo] = {}
     for text in texts:
         matches = chats[:1] if text == "last" else []
-        if numbers := _NUMBERS.fullmatch(text):
-            first, last = int(numbers[1]), int(numbers[2] or numbers[1])
+        begin, dash, end = text.partition("-")
+        first, last = parse_chat_number(begin), parse_chat_number(end if dash else begin)
+        if first is not None and last is not None:
             if first > last:
                 raise UsageError(
                     tr("“{text}” is not a range of chats.", text=text), hint=tr("For example: qwenlocal chats rm 3-7")

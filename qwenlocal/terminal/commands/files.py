@@ -13,6 +13,7 @@ from typing import Any
 from qwenlocal.chat.documents import format_mention, read_document
 from qwenlocal.chat.events import FinishReason
 from qwenlocal.chat.export import FORMATS, export_messages, export_thread
+from qwenlocal.chat.journal import parse_chat_number
 from qwenlocal.chat.thread import ASSISTANT, USER, Thread
 from qwenlocal.errors import OutputExists, UsageError
 from qwenlocal.fileio import replace_text
@@ -26,7 +27,6 @@ from qwenlocal.terminal.markdown import find_code_blocks
 from qwenlocal.terminal.session import Session
 from qwenlocal.text_encoding import read_text
 
-_MAX_ID_DIGITS = 18  # SQLite's integers end at 2**63
 _MAX_COPIED_CHARACTERS = 100_000  # terminals accept no more in one escape sequence
 
 
@@ -93,8 +93,8 @@ def load_chat(session: Session, word: str) -> None:
         raise UsageError(
             tr("No file or chat given."), hint=tr("Use /load FILE or /load NUMBER. List your chats: qwenlocal chats")
         )
-    if word.lstrip("#").isdecimal() and len(word) <= _MAX_ID_DIGITS and session.journal and not os.path.exists(word):
-        number = session.journal.get_chat(int(word.lstrip("#"))).id
+    number = parse_chat_number(word)
+    if number is not None and session.journal and not os.path.exists(word):
         session.switch_thread(session.journal.open_thread(number), chat_id=number)
     else:
         session.switch_thread(_read_thread(parse_typed_path(word)))

@@ -89,7 +89,7 @@ class TestUse:
         expect_exit(invoke("pull", f"{HF_NAME}@main", environment=OFFLINE), 0)
         expect_exit(invoke("pull", f"{HF_NAME}@other", environment=OFFLINE), 4)
 
-    @pytest.mark.parametrize("name", [PINNED_NAME, HF_NAME])
+    @pytest.mark.parametrize("name", [PINNED_NAME, PINNED_NAME.removesuffix(COMMIT[8:]), HF_NAME, HF_NAME.lower()])
     def test_a_checkpoint_that_was_fetched_by_commit_is_found(
         self, name: str, tiny_checkpoint: Path, folders: Folders, invoke: Run
     ) -> None:

@@ -86,6 +86,23 @@ def test_another_type_is_not_on_this_disk(
         expect_exit(invoke("rm", name), 3)
 
 
+@each_cache
+def test_capitals_in_the_name_of_a_repository_do_not_matter(
+    cache: Callable[[Folders], Path], speaking_model: Path, folders: Folders, invoke: Run
+) -> None:
+    put(speaking_model, cache(folders))
+    for name in (NAME.lower(), f"hf:{REPO.upper()}:q4_1"):
+        assert "Paris, fun" in invoke("run", name, "Hi", environment=OFFLINE).stdout, name
+
+
+def test_a_short_commit_hash_means_the_commit_on_this_disk(speaking_model: Path, folders: Folders, invoke: Run) -> None:
+    put(speaking_model, hub_snapshot(folders) / FILE)
+    for name in (f"{NAME}@{COMMIT[:7]}", f"{NAME}@{COMMIT[:12]}:q4_1"):
+        assert "Paris, fun" in invoke("run", name, "Hi", environment=OFFLINE).stdout, name
+    for revision in (COMMIT[:4], f"{COMMIT[:7]}e", f"{COMMIT}0"):
+        expect_exit(invoke("run", f"{NAME}@{revision}", "Hi", environment=OFFLINE), 4)
+
+
 @pytest.mark.parametrize("pulled", [NAME, f"{NAME}:q4_1", f"{NAME}/{FILE}", f"{NAME}@{COMMIT}/{FILE}"])
 def test_a_pulled_model_is_found_by_every_name_of_it(
     pulled: str, speaking_model: Path, hub: HubServer, invoke: Run
@@ -93,7 +110,11 @@ def test_a_pulled_model_is_found_by_every_name_of_it(
     hub.repository(REPO).files = {FILE: speaking_model.read_bytes()}
     expect_exit(invoke("pull", pulled), 0)
     (installed,) = list_models(invoke)
-    for name in (NAME, f"{NAME}:q4_1", f"{NAME}/{FILE}", f"{NAME}@{COMMIT}:q4_1", f"{NAME}@{COMMIT}"):
+    repo = REPO.upper()
+    for name in (
+        NAME, f"{NAME}:q4_1", f"{NAME}/{FILE}", f"{NAME}@{COMMIT}:q4_1", f"{NAME}@{COMMIT}",
+        f"{NAME}@{COMMIT[:9]}:q4_1", f"hf:{repo}", f"hf:{repo}:q4_1", f"hf:{repo}/{FILE}",
+    ):  # fmt: skip
         expect_exit(invoke("run", name, "Hi", environment=OFFLINE), 0)
         assert list(list_models(invoke)) == [installed]
     assert "freed" in expect_exit(invoke("rm", f"{NAME}:q4_1"), 0)
@@ -104,7 +125,7 @@ def test_a_model_of_modelscope_is_found_by_its_type(speaking_model: Path, hub: H
     hub.repository(REPO).files = {FILE: speaking_model.read_bytes()}
     expect_exit(invoke("pull", f"ms:{REPO}/{FILE}"), 0)
     nobody = {"MODELSCOPE_DOMAIN": "http://127.0.0.1:1"}
-    for name in (f"ms:{REPO}", f"ms:{REPO}:q4_1", f"ms:{REPO}@master:q4_1"):
+    for name in (f"ms:{REPO}", f"ms:{REPO}:q4_1", f"ms:{REPO}@master:q4_1", f"ms:{REPO.lower()}:q4_1"):
         expect_exit(invoke("run", name, "Hi", environment=nobody), 0)
     expect_exit(invoke("run", NAME, "Hi", environment=OFFLINE), 4)
 

@@ -13,6 +13,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,35 +55,29 @@ class FileQuery:
     repo: str
 
 
-def find_external_files(
-    query: FileQuery, folders: Folders, environ: Mapping[str, str] = os.environ
-) -> Iterator[ExternalFile]:
+def find_external_files(query: FileQuery, folders: Folders) -> Iterator[ExternalFile]:
     """Yield existing files that match the query by digest or by name, and by size if known; by digest first."""
-    by_digest = _candidates_by_digest(query.sha256, query.repo, folders, environ) if query.sha256 else ()
-    by_name = _candidates_by_name(query.file, query.repo, folders, environ) if query.repo else ()
+    by_digest = _candidates_by_digest(query.sha256, query.repo, folders) if query.sha256 else ()
+    by_name = _candidates_by_name(query.file, query.repo, folders) if query.repo else ()
     for candidate in itertools.chain(by_digest, by_name):
         size = candidate.path.stat().st_size if candidate.path.is_file() else 0
         if size > 0 and query.size in (None, size):
             yield candidate
 
 
-def find_cached_repositories(
-    repo: str, revision: str | None, folders: Folders, environ: Mapping[str, str] = os.environ
-) -> Iterator[CachedRepository]:
+def find_cached_repositories(repo: str, revision: str | None, folders: Folders) -> Iterator[CachedRepository]:
     """Yield the files of a Hugging Face repository in each cache; only the Hub's own cache tells revisions apart."""
     for snapshot in find_snapshots(folders.hub_cache, repo, revision):
         yield CachedRepository(_HUGGING_FACE, gguf_files(snapshot))
     if revision:
         return
     for folder in _lm_studio_folders(folders):
-        yield CachedRepository("LM Studio", gguf_files(folder / repo))
-    prefix = f"{repo.replace('/', '_')}_"
-    for folder in _llama_cpp_folders(folders, environ):
-        files = {
-            name.removeprefix(prefix): path for name, path in gguf_files(folder).items() if name.startswith(prefix)
-        }
+        yield CachedRepository("LM Studio", gguf_files(find_ignoring_case(folder, repo)))
+    prefix = f"{repo.replace('/', '_')}_".lower()
+    for folder in _llama_cpp_folders(folders):
+        files = {n[len(prefix) :]: path for n, path in gguf_files(folder).items() if n.lower().startswith(prefix)}
         yield CachedRepository("llama.cpp", files)
-    for folder in _ollama_folders(folders, environ):
+    for folder in _ollama_folders(folders):
         yield CachedRepository("Ollama", _read_manifests(folder, repo), has_tags_only=True)
 
 
@@ -90,12 +85,15 @@ def find_snapshots(hub_cache: Path, repo: str, revision: str | None) -> list[Pat
     """
     Return the snapshots of a repository in the Hub's cache that a revision means.
 
-    Without a revision, that is the one of the branch main, then all others (fetched by commit), the newest first.
+    Without a revision, that is the one of the branch main, then all others (fetched by commit), the newest first. A
+    short commit hash means every commit that it begins.
     """
     folder, commit = hub_cache_folder(hub_cache, repo), revision or "main"
     with contextlib.suppress(OSError, UnicodeDecodeError):
         commit = (folder / "refs" / commit).read_text(encoding="utf-8").strip()
     snapshot = folder / "snapshots" / commit
+    if re.fullmatch(r"[0-9a-f]{7,39}", commit):
+        return sorted(folder.glob(f"snapshots/{commit}*"))
     if revision:
         return [snapshot]
     others = [path for path in folder.glob("snapshots/*") if path.is_dir() and path != snapshot]
@@ -110,24 +108,30 @@ def gguf_files(folder: Path) -> dict[str, Path]:
 
 def hub_cache_folder(hub_cache: Path, repo: str) -> Path:
     """Return the folder of a repository in the Hub's cache, such as `models--Qwen--Qwen1.5-0.5B-Chat-GGUF`."""
-    return hub_cache / f"models--{repo.replace('/', '--')}"
+    return find_ignoring_case(hub_cache, f"models--{repo.replace('/', '--')}")
 
 
-def _candidates_by_digest(
-    sha256: str, repo: str, folders: Folders, environ: Mapping[str, str]
-) -> Iterator[ExternalFile]:
+def find_ignoring_case(folder: Path, path: str) -> Path:
+    """Return the path in `folder`, spelled as it exists there: hubs ignore the case of repository names."""
+    for name in path.split("/"):
+        others = () if os.path.exists(folder / name) else sorted(folder.glob("*"))
+        folder = next((other for other in others if other.name.lower() == name.lower()), folder / name)
+    return folder
+
+
+def _candidates_by_digest(sha256: str, repo: str, folders: Folders) -> Iterator[ExternalFile]:
     if repo:
         path = hub_cache_folder(folders.hub_cache, repo) / "blobs" / sha256
         yield ExternalFile(path, _HUGGING_FACE, has_digest_path=True)
     for path in sorted(folders.hub_cache.glob(f"models--*/blobs/{sha256}")):
         yield ExternalFile(path, _HUGGING_FACE, has_digest_path=True)
-    for folder in _ollama_folders(folders, environ):
+    for folder in _ollama_folders(folders):
         yield ExternalFile(folder / "blobs" / f"sha256-{sha256}", "Ollama", has_digest_path=True)
 
 
-def _candidates_by_name(file: str, repo: str, folders: Folders, environ: Mapping[str, str]) -> Iterator[ExternalFile]:
+def _candidates_by_name(file: str, repo: str, folders: Folders) -> Iterator[ExternalFile]:
     names = {file, file.rpartition("/")[2], file.replace("/", "_")}  # not all programs keep the folders of a repository
-    for cached in find_cached_repositories(repo, None, folders, environ):
+    for cached in find_cached_repositories(repo, None, folders):
         for name in names & cached.files.keys():
             yield ExternalFile(cached.files[name], cached.program, has_digest_path=False)
 
@@ -135,7 +139,7 @@ def _candidates_by_name(file: str, repo: str, folders: Folders, environ: Mapping
 def _read_manifests(ollama: Path, repo: str) -> dict[str, Path]:
     """Read which blobs the tags of a Hugging Face repository are."""
     files = {}
-    for manifest in sorted((ollama / "manifests" / "hf.co" / repo).glob("*")):
+    for manifest in sorted(find_ignoring_case(ollama / "manifests" / "hf.co", repo).glob("*")):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not a manifest
             for layer in json.loads(manifest.read_text(encoding="utf-8"))["layers"]:
                 blob = ollama / "blobs" / layer["digest"].replace(":", "-")
@@ -144,9 +148,9 @@ def _read_manifests(ollama: Path, repo: str) -> dict[str, Path]:
     return files
 
 
-def _ollama_folders(folders: Folders, environ: Mapping[str, str]) -> Iterator[Path]:
-    if environ.get("OLLAMA_MODELS"):
-        yield Path(environ["OLLAMA_MODELS"])
+def _ollama_folders(folders: Folders) -> Iterator[Path]:
+    if folder := os.environ.get("OLLAMA_MODELS"):
+        yield Path(folder)
     yield folders.user / ".ollama" / "models"
     yield Path("/usr/share/ollama/.ollama/models")
 
@@ -156,7 +160,7 @@ def _lm_studio_folders(folders: Folders) -> Iterator[Path]:
     yield folders.user / ".cache" / "lm-studio" / "models"
 
 
-def _llama_cpp_folders(folders: Folders, environ: Mapping[str, str]) -> Iterator[Path]:
-    if environ.get("LLAMA_CACHE"):
-        yield Path(environ["LLAMA_CACHE"])
+def _llama_cpp_folders(folders: Folders) -> Iterator[Path]:
+    if folder := os.environ.get("LLAMA_CACHE"):
+        yield Path(folder)
     yield folders.cache / "llama.cpp"

@@ -17,6 +17,7 @@ from qwenlocal.library.external_caches import (
     FileQuery,
     find_cached_repositories,
     find_external_files,
+    find_ignoring_case,
     find_snapshots,
     gguf_files,
 )
@@ -46,7 +47,7 @@ def known_file(name: CatalogName) -> KnownFile | None:
 
 def own_folder(folders: Folders, hub: str, repo: str) -> Path:
     """Return the folder for files of a repository that do not go into the Hub's cache, in folders by commit."""
-    return folders.files / hub / repo.replace("/", "--")
+    return find_ignoring_case(folders.files / hub, repo.replace("/", "--"))
 
 
 def is_present(path: Path) -> bool:
@@ -193,12 +194,13 @@ class LocalModels:
 
     def _records_of(self, name: HubName) -> dict[str, ModelRecord]:
         """Return the records of a repository's models by file; that of a conversion is called after its type."""
-        repo, records = str(HubName(name.hub, name.repo, name.revision)), dict[str, ModelRecord]()
+        repo, revision = f"{name.hub}:{name.repo}".lower(), f"@{name.revision}" if name.revision else ""
+        records = {}
         for record in self._store.records():
-            if record.name.startswith(f"{repo}/"):
-                records[record.name.removeprefix(f"{repo}/")] = record
-            elif record.name.startswith(f"{repo}:"):
-                records[record.name.removeprefix(f"{repo}:") + ".gguf"] = record
+            start, rest = record.name[: len(repo)], record.name[len(repo) :]
+            if start.lower() == repo and rest.startswith((f"{revision}/", f"{revision}:")):
+                mark, file = rest[len(revision)], rest[len(revision) + 1 :]
+                records[file if mark == "/" else f"{file}.gguf"] = record
         return records
 
     def find_checkpoint(self, name: HubName, *, is_offline: bool = False) -> LocalCheckpoint | None:

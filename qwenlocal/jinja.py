@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import datetime
-from types import CodeType
 from typing import Any
 
 _MAX_REASON = 300  # characters
@@ -21,8 +20,21 @@ class TemplateRejection(TemplateFailure):
 class CompiledTemplate:
     """A template that can be rendered."""
 
-    def __init__(self, code: CodeType, now: Callable[[], datetime]) -> None:
-        self._code, self._now = code, now
+    def __init__(self, source: str, now: Callable[[], datetime] = datetime.now) -> None:
+        """
+        Compile a chat template. `now` is the clock behind `strftime_now`.
+
+        Raises
+        ------
+        TemplateFailure: `source` is not valid Jinja, or too long or nested too deeply.
+        """
+        from qwenlocal.jinja_sandbox import compile_source
+
+        self._now = now
+        try:
+            self._code = compile_source(source)
+        except Exception as error:  # besides Jinja's errors, those of Python's compiler
+            raise TemplateFailure(_describe(error)) from error
 
     def render(self, **variables: Any) -> str:
         """
@@ -37,26 +49,9 @@ class CompiledTemplate:
 
         try:
             return render_code(self._code, variables, self._now)
-        except InputRejected as error:
-            raise TemplateRejection(_describe(error)) from error
         except Exception as error:  # a template can raise whatever Python's operators and methods raise
-            raise TemplateFailure(_describe(error)) from error
-
-
-def compile_template(source: str, now: Callable[[], datetime] = datetime.now) -> CompiledTemplate:
-    """
-    Compile a chat template. `now` is the clock behind `strftime_now`.
-
-    Raises
-    ------
-    TemplateFailure: `source` is not valid Jinja, or too long or nested too deeply.
-    """
-    from qwenlocal.jinja_sandbox import compile_source
-
-    try:
-        return CompiledTemplate(compile_source(source), now)
-    except Exception as error:  # besides Jinja's errors, those of Python's compiler
-        raise TemplateFailure(_describe(error)) from error
+            kind = TemplateRejection if isinstance(error, InputRejected) else TemplateFailure
+            raise kind(_describe(error)) from error
 
 
 def find_template_error(source: str) -> str:
@@ -66,7 +61,7 @@ def find_template_error(source: str) -> str:
     `find_template_error("{% for message in messages %}")` is "line 1: Unexpected end of template. …".
     """
     try:
-        compile_template(source)
+        CompiledTemplate(source)
     except TemplateFailure as error:
         return str(error)
     return ""

@@ -14,7 +14,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from qwenlocal.errors import BadWeights, TextTooLong
-from qwenlocal.jinja import TemplateFailure, TemplateRejection, compile_template
+from qwenlocal.jinja import CompiledTemplate, TemplateFailure, TemplateRejection
 
 if TYPE_CHECKING:
     from qwenlocal.engine.tokenizer import Tokenizer
@@ -53,7 +53,7 @@ class ChatTemplate:
         """
         self._tokens = {"bos_token": bos, "eos_token": eos}
         try:
-            self._template = compile_template(source, now)
+            self._template = CompiledTemplate(source, now)
         except TemplateFailure as error:
             raise BadWeights("chat template", f"it is not valid Jinja: {error}", hint=_HINT) from error
 

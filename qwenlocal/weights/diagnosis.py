@@ -16,7 +16,7 @@ from typing import Any
 
 from qwenlocal import ggml
 from qwenlocal.formatting import format_bytes, format_quantity, shorten
-from qwenlocal.jinja import TemplateFailure, TemplateRejection, compile_template, find_template_error
+from qwenlocal.jinja import CompiledTemplate, TemplateFailure, TemplateRejection, find_template_error
 from qwenlocal.weights import gguf_writer
 from qwenlocal.weights.gguf_reader import (
     NORMAL,
@@ -244,7 +244,7 @@ def _find_chat_problem(template: str) -> str:
     chat = [("user", "qfirst"), ("assistant", "afirst"), ("user", "qlast")]
     messages = [{"role": role, "content": text} for role, text in chat]
     try:
-        text = compile_template(template).render(
+        text = CompiledTemplate(template).render(
             messages=messages, tools=None, documents=None, add_generation_prompt=True, bos_token="", eos_token=""
         )
     except TemplateRejection:

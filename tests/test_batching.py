@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qwenlocal.chat.prompt_template import fill_placeholders
+from qwenlocal.cli.text_input import fill_placeholders
 from qwenlocal.engine.batching import BatchGenerator, BatchRequest, BatchResult, choose_batch_size
 from qwenlocal.engine.context import Context, ContextOptions
 from qwenlocal.engine.llama import Model

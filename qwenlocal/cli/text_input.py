@@ -1,10 +1,12 @@
-"""Text that a command reads: prompt files and standard input."""
+"""Text that a command reads: prompt files, standard input and prompts with placeholders (--template)."""
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 from qwenlocal.cli.console import say
@@ -13,6 +15,7 @@ from qwenlocal.i18n import tr
 from qwenlocal.paths import bundled_folder, parse_path
 from qwenlocal.text_encoding import MAX_BYTES, decode_text, read_text
 
+_PLACEHOLDER = re.compile(r"\{\{|\}\}|\{(\w+)\}")
 _PATIENCE = 1.5  # seconds of waiting for standard input until a note says so
 
 
@@ -55,3 +58,25 @@ def read_prompt_file(name: str) -> str:
     except ModelNotFound as error:
         names = ", ".join(sorted(path.name for path in bundled_folder("prompts").glob("*.txt")))
         raise ModelNotFound(name, reason=str(error), hint=tr("Prompts that come with qwenlocal: ") + names) from error
+
+
+def fill_placeholders(template: str, values: Mapping[str, str]) -> str:
+    """
+    `fill_placeholders("To {lang}: {input} {{}}", {"lang": "French", "input": "Hi"})` is "To French: Hi {}".
+
+    Raises
+    ------
+    UsageError: a placeholder has no value.
+    """
+
+    def value(match: re.Match[str]) -> str:
+        if match[1] is None:
+            return match[0][0]
+        if match[1] not in values:
+            raise UsageError(
+                f"The placeholder {{{match[1]}}} of the template has no value.",
+                hint=f"Set it with --var {match[1]}=TEXT, or as a key in each line of the --batch file.",
+            )
+        return values[match[1]]
+
+    return _PLACEHOLDER.sub(value, template)

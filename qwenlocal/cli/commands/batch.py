@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from qwenlocal.chat.chat_template import encode_messages, require_tokens
 from qwenlocal.chat.events import FinishReason
-from qwenlocal.chat.prompt_template import fill_placeholders
 from qwenlocal.chat.worker import iterate_in_thread
 from qwenlocal.cli.console import say
 from qwenlocal.cli.context import AppContext
 from qwenlocal.cli.model_loader import ModelLoader
 from qwenlocal.cli.options import RunOptions
-from qwenlocal.cli.text_input import read_prompt_file
+from qwenlocal.cli.text_input import fill_placeholders, read_prompt_file
 from qwenlocal.engine.batching import BatchGenerator, BatchRequest, BatchResult, choose_batch_size
 from qwenlocal.engine.context import Context
 from qwenlocal.engine.grammar import is_complete

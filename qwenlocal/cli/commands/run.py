@@ -9,11 +9,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from qwenlocal.chat.prompt_template import fill_placeholders
 from qwenlocal.cli.console import can_chat
 from qwenlocal.cli.context import AppContext
 from qwenlocal.cli.options import RunOptions
-from qwenlocal.cli.text_input import read_prompt_file, read_stdin
+from qwenlocal.cli.text_input import fill_placeholders, read_prompt_file, read_stdin
 from qwenlocal.errors import (
     BadWeights,
     IncompleteAnswer,

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import example, given
@@ -18,7 +21,11 @@ from qwenlocal.chat.documents import (
     select_passages,
     truncate_to_tokens,
 )
+from qwenlocal.chat.thread import Thread
 from qwenlocal.errors import ModelNotFound, QwenlocalError, UsageError
+from qwenlocal.terminal.attachments import attach_documents, replace_pastes
+from qwenlocal.terminal.pastes import Paste
+from qwenlocal.terminal.session import Session
 
 
 def words(text: str) -> int:
@@ -231,6 +238,12 @@ def test_any_word_with_an_at_sign_is_handled(name: str) -> None:
     assert len(files) + len(missing) <= text.count("@")
 
 
+def test_a_paste_that_contains_another_is_shortened_as_a_whole() -> None:
+    inner, outer = Paste("paste 1", "x\n"), Paste("paste 2", "a\nx\nb\n")
+    parts = [replace(inner, text="[1]"), replace(outer, text="[2]")]
+    assert replace_pastes("x\n vs a\nx\nb\n", [inner, outer], parts) == "[1] vs [2]"
+
+
 # --- cutting
 
 LONG = "\n\n".join(f"Paragraph {n}. " + f"word{n} " * 120 for n in range(20))
@@ -256,3 +269,27 @@ def test_truncation_keeps_whole_lines() -> None:
     short = truncate_to_tokens(text, 30, words)
     assert short == "\n".join(f"line number {n}" for n in range(10)) + "\n…"
     assert truncate_to_tokens("x" * 10_000, 20, lambda t: len(t)).startswith("xxxx")
+
+
+@pytest.mark.parametrize(("letter", "kept"), [("h", "line 0 is long"), ("p", "the needle is here")])
+def test_a_part_of_a_huge_document_is_chosen_without_counting_all_of_it(letter: str, kept: str) -> None:
+    lines = [f"line {n} is long\n" for n in range(400_000)]
+    lines[300_000] = "\n\nthe needle is here\n\n"
+    counted = 0
+
+    def count_tokens(text: str) -> int:
+        nonlocal counted
+        counted += len(text)
+        return len(text.split())
+
+    said: list[str] = []
+    nothing: Any = None
+    session = Session(Thread(), "m", nothing, said.append, lambda question: letter, [], Path())
+    session.loaded_conversation = SimpleNamespace(n_ctx=2048, prompt_tokens=20, count_tokens=count_tokens)  # type: ignore[assignment]
+    document = Document("big.txt", "".join(lines))
+    message = attach_documents(session, "Where is the needle?", [document])
+    assert message and kept in message
+    assert 500 < len(message.split()) < 2048
+    assert "more than any context holds" in said[0]
+    assert "% of the text" in said[-1]
+    assert counted < len(document.text) / 20

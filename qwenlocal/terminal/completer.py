@@ -84,11 +84,7 @@ def _complete_path(typed: str, suffix: str = "") -> Iterator[Completion]:
 
 
 def _find_files(typed: str, suffix: str = "") -> Sequence[tuple[str, str]]:
-    """
-    Return path and name of each folder, and of each file with `suffix`, whose path begins with `typed`.
-
-    If there are none, `typed` may have the backslashes of a shell.
-    """
+    """Return what `_match_files` yields; if nothing, `typed` may have the backslashes of a shell."""
     return [*_match_files(typed, suffix)] or [*_match_files(unquote_path(typed), suffix)]
 
 

@@ -11,7 +11,7 @@ from qwenlocal.i18n import mark, tr
 from qwenlocal.terminal.commands import context, files, models, turns
 from qwenlocal.terminal.session import AnswerStarter, Session
 
-Handler = Callable[[Session, str], "Sequence[AnswerStarter] | None"]
+Handler = Callable[[Session, str], Sequence[AnswerStarter] | None]
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
@@ -667,6 +668,17 @@ def test_undo_goes_back_one_turn_and_returns_it(vocabulary: Tokenizer) -> None:
     talk.undo()
     with pytest.raises(UsageError, match="no question yet"):
         talk.undo()
+
+
+def test_a_process_that_is_killed_while_it_continues_an_answer_keeps_what_it_has_written(vocabulary: Tokenizer) -> None:
+    generator = ScriptedGenerator([tokens("Once upon", vocabulary), tokens(" a time", vocabulary), [END]])
+    talk = conversation(generator, vocabulary)
+    list(talk.ask("Tell me"))
+    list(itertools.islice(talk.continue_answer(), 4))
+    answer = talk.thread.path[-1]
+    assert (answer.text, answer.finish_reason) == ("Once upon a ", "")
+    list(talk.continue_answer())
+    assert (answer.text, answer.finish_reason) == ("Once upon a ", "end of answer")
 
 
 def test_a_cut_answer_continues_exactly_after_its_last_token(vocabulary: Tokenizer) -> None:

@@ -142,10 +142,11 @@ class Conversation:
         ids = self._encode_prompt()
         self.thread.set_leaf(message.number)
         events = _start(self._stream(ids, self.config.sampling, prefix))
+        text = message.text
         if message.ids:  # the text may end with U+FFFD for half a character, which the next tokens complete
             detokenizer = IncrementalDetokenizer(self.config.stop_strings)
             text = "".join(detokenizer.feed(self._tokenizer.piece(token)) for token in prefix)
-            self.thread.update(message, text=text)
+        self.thread.update(message, text=text, ids=(), finish_reason="")  # an answer that grows, as a new one does
         return self._record(events, message)
 
     def replace_answer(self, turn: Turn, text: str) -> None:

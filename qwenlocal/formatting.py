@@ -1,4 +1,4 @@
-"""Text for people: counts, byte counts, model names, one-line excerpts, column widths."""
+"""Text for people: counts, byte counts, times, model names, one-line excerpts, column widths."""
 
 from __future__ import annotations
 
@@ -67,6 +67,13 @@ def format_percent(share: float) -> str:
 def format_shape(shape: Iterable[int]) -> str:
     """`format_shape((1024, 2816))` is "1024 x 2816"."""
     return " x ".join(map(str, shape))
+
+
+def format_time(seconds: float) -> str:
+    """Format seconds since 1970 as the local "2024-02-05 12:30"."""
+    from datetime import datetime
+
+    return f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M}"
 
 
 def shorten(text: str, limit: int = 40) -> str:

@@ -7,7 +7,7 @@ import json
 from datetime import datetime, timezone
 
 from qwenlocal.chat.thread import USER, Message, Thread
-from qwenlocal.formatting import format_model_name
+from qwenlocal.formatting import format_model_name, format_time
 
 FORMATS = ("md", "json", "html")
 _STYLE = (
@@ -79,4 +79,4 @@ def export_html(thread: Thread, title: str) -> str:
 
 def _heading(message: Message) -> str:
     author = "You" if message.role == USER else format_model_name(message.model) or "Model"
-    return f"{author}, {datetime.fromtimestamp(message.created):%Y-%m-%d %H:%M}"
+    return f"{author}, {format_time(message.created)}"

@@ -7,7 +7,6 @@ import signal
 import sys
 import threading
 from dataclasses import dataclass
-from datetime import datetime
 
 from qwenlocal.chat.journal import ChatInfo, Journal
 from qwenlocal.chat.journal_writer import JournalWriter
@@ -17,7 +16,7 @@ from qwenlocal.cli.context import AppContext
 from qwenlocal.cli.model_pool import ModelPool
 from qwenlocal.cli.options import RunOptions
 from qwenlocal.errors import ChatNotFound, JournalError, NotWritable, UsageError
-from qwenlocal.formatting import format_count, format_model_name, join_sentences, shorten
+from qwenlocal.formatting import format_count, format_model_name, format_time, join_sentences, shorten
 from qwenlocal.i18n import tr
 from qwenlocal.library.names import PathName
 from qwenlocal.library.provider import ProvidedModel
@@ -146,9 +145,9 @@ def _pick_chat(app: AppContext) -> tuple[Journal, ChatInfo]:
             hint=tr("Use --resume NUMBER, or --continue."),
         )
     for info in chats[:_MAX_CHOICES]:
-        day = f"{datetime.fromtimestamp(info.changed):%Y-%m-%d %H:%M}"
         count, model = format_count(info.messages, "message"), format_model_name(info.model)
-        sys.stderr.write(f"{info.id:>3}  {day}  {escape_controls(info.title)}  ({count}, {model})\n")
+        title = escape_controls(info.title)
+        sys.stderr.write(f"{info.id:>3}  {format_time(info.changed)}  {title}  ({count}, {model})\n")
     by_id = {info.id: info for info in chats}  # older chats that are not shown can be chosen, too
     return journal, by_id[int(choose_number(by_id, default=chats[0].id))]
 

@@ -6,14 +6,13 @@ import itertools
 import os
 import shutil
 import sys
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwenlocal.cli.console import can_ask, confirm, print_json, print_table
 from qwenlocal.cli.context import AppContext
 from qwenlocal.errors import ChatNotFound, InvalidChoice, NotWritable, OutputExists, QwenlocalError, UsageError
-from qwenlocal.formatting import format_count, format_model_name
+from qwenlocal.formatting import format_count, format_model_name, format_time
 from qwenlocal.i18n import tr
 from qwenlocal.terminal.ansi import escape_controls, supports_color
 
@@ -31,7 +30,7 @@ def list_chats(*, as_json: bool) -> None:
         sys.stdout.write(tr("There are no chats yet. To start one: qwenlocal run") + "\n")
     else:
         rows = [
-            (str(c.id), _day(c.changed), format_model_name(c.model), str(c.messages), escape_controls(c.title))
+            (str(c.id), format_time(c.changed), format_model_name(c.model), str(c.messages), escape_controls(c.title))
             for c in chats
         ]
         print_table(("CHAT", "LAST", "MODEL", "MESSAGES", "TITLE"), rows)
@@ -72,7 +71,7 @@ def search_chats(words: str, *, as_json: bool) -> None:
         before, match, after = map(escape_controls, (hit.before, hit.found, hit.after))
         start, end = "…" if hit.cut_before else "", "…" if hit.cut_after else ""
         excerpt = f"{start}{before}{bold}{match}{reset}{after}{end}"
-        sys.stdout.write(f"{hit.chat}  {_day(hit.created)}  {hit.role}: {excerpt}\n")
+        sys.stdout.write(f"{hit.chat}  {format_time(hit.created)}  {hit.role}: {excerpt}\n")
     if not hits:
         sys.stderr.write(tr("No message contains “{words}”.", words=escape_controls(words)) + "\n")
 
@@ -110,7 +109,7 @@ def remove_chats(texts: list[str], *, assume_yes: bool) -> None:
             )
     if not assume_yes and can_ask():
         for chat in chats:
-            sys.stderr.write(f"{chat.id:>3}  {_day(chat.changed)}  {escape_controls(chat.title)}\n")
+            sys.stderr.write(f"{chat.id:>3}  {format_time(chat.changed)}  {escape_controls(chat.title)}\n")
         if not confirm(tr("Delete {chats} permanently?", chats=format_count(len(chats), "chat")), default=False):
             raise QwenlocalError(tr("Nothing was deleted."))
     try:
@@ -231,7 +230,3 @@ def _replace_journal(path: Path, copy: Path) -> Path:
     path.with_name(f"{path.name}-shm").unlink(missing_ok=True)
     copy.replace(path)
     return damaged
-
-
-def _day(seconds: float) -> str:
-    return f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M}"

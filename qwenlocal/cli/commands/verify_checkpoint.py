@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,7 +125,6 @@ def _describe_tokenizer(tokenizer: IndependentTokenizer | None) -> str:
 
 
 def _facts(fidelity: Fidelity) -> Mapping[str, Any]:
-    error = fidelity.logits
     return {
         "tensors": [tensor._asdict() for tensor in fidelity.tensors],
         "missing": list(fidelity.missing),
@@ -135,8 +135,6 @@ def _facts(fidelity: Fidelity) -> Mapping[str, Any]:
         "texts": fidelity.texts,
         "wrong texts": list(fidelity.wrong_texts),
         "tokenizer": fidelity.tokenizer.name if fidelity.tokenizer and fidelity.tokenizer.encode else None,
-        "logits": {"tokens": error.tokens, "nmse": error.nmse, "kl": error.kl, "agreement": error.agreement}
-        if error
-        else None,
+        "logits": asdict(fidelity.logits) if fidelity.logits else None,
         "problems": fidelity.problems,
     }

@@ -161,6 +161,19 @@ def test_ranges_of_chats_are_deleted(
     assert chat_ids(journal) == [11]
 
 
+def test_every_command_reads_numbers_of_chats_alike(
+    invoke: Run, journal: Callable[[], Journal], environment: dict[str, str]
+) -> None:
+    save_chats(Path(environment["QWENLOCAL_HOME"]), 4)
+    for text in ("2", "#2", "02", "#002"):
+        assert "Question 2" in invoke("chats", "show", text).stdout
+    for text in ("9", "1-2", "2-", "-2", "²", "two", "#", "", "9" * 5000):
+        assert invoke("chats", "show", "--", text).returncode == 3, text
+    assert invoke("chats", "rm", "02", "#03-04").returncode == 0
+    assert chat_ids(journal) == [1]
+    assert invoke("chats", "rm", "1-").returncode == 3
+
+
 @pytest.mark.parametrize(
     ("texts", "code", "message"),
     [

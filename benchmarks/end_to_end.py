@@ -173,7 +173,7 @@ client = HttpClient()
 with tempfile.TemporaryDirectory() as folder:
     artifact = Artifact("x", size, digest, [HttpSource("x", client, [UrlSegment(url, size)])])
     started, used = time.perf_counter(), time.process_time()
-    download_artifact(artifact, Path(folder) / "x", client=client, locks=Path(folder) / "locks")
+    download_artifact(artifact, Path(folder) / "x", locks=Path(folder) / "locks")
     taken = time.perf_counter() - started
     print(json.dumps([size / taken, (time.process_time() - used) / taken]))
 """

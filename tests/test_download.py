@@ -58,7 +58,7 @@ def download(hub: HubServer, client: HttpClient, tmp_path: Path) -> Download:
         ]
         artifact = Artifact("x.bin", len(CONTENT), sha256, sources, etag=etag)
         return download_artifact(
-            artifact, tmp_path / "out" / "x.bin", client=client, locks=tmp_path / "locks", policy=policy, **options
+            artifact, tmp_path / "out" / "x.bin", locks=tmp_path / "locks", policy=policy, **options
         )  # type: ignore[arg-type]
 
     return run
@@ -79,7 +79,7 @@ def test_each_block_is_requested_once(download: Download, hub: HubServer) -> Non
 
 def test_empty_file(hub: HubServer, client: HttpClient, tmp_path: Path) -> None:
     artifact = Artifact("empty", 0, hashlib.sha256(b"").hexdigest(), [])
-    assert download_artifact(artifact, tmp_path / "empty", client=client, locks=tmp_path / "l").path.read_bytes() == b""
+    assert download_artifact(artifact, tmp_path / "empty", locks=tmp_path / "l").path.read_bytes() == b""
 
 
 @pytest.mark.parametrize(
@@ -333,9 +333,7 @@ def test_an_unreachable_server_fails_quickly(client: HttpClient, tmp_path: Path)
     source = HttpSource("nobody", client, [UrlSegment("http://127.0.0.1:9/x", 100)])
     started = time.monotonic()
     with pytest.raises(SourceUnreachable, match="Connection refused"):
-        download_artifact(
-            Artifact("x", 100, None, [source]), tmp_path / "x", client=client, locks=tmp_path / "l", policy=POLICY
-        )
+        download_artifact(Artifact("x", 100, None, [source]), tmp_path / "x", locks=tmp_path / "l", policy=POLICY)
     assert time.monotonic() - started < 10
 
 
@@ -386,9 +384,7 @@ def test_the_rate_can_be_limited(hub: HubServer, tmp_path: Path) -> None:
     client = HttpClient(limit_rate=len(CONTENT))
     source = HttpSource("hub", client, [UrlSegment(f"{hub.url}/x", len(CONTENT))])
     started = time.monotonic()
-    download_artifact(
-        Artifact("x", len(CONTENT), DIGEST, [source]), tmp_path / "x", client=client, locks=tmp_path / "l"
-    )
+    download_artifact(Artifact("x", len(CONTENT), DIGEST, [source]), tmp_path / "x", locks=tmp_path / "l")
     assert time.monotonic() - started > 0.7
 
 
@@ -434,7 +430,7 @@ def test_segments_are_joined_and_each_is_verified(hub: HubServer, client: HttpCl
     artifact = Artifact(
         "x.gguf", at, None, [HttpSource("hub", client, segments), HttpSource("again", client, segments)], sections
     )
-    result = download_artifact(artifact, tmp_path / "x.gguf", client=client, locks=tmp_path / "l", policy=POLICY)
+    result = download_artifact(artifact, tmp_path / "x.gguf", locks=tmp_path / "l", policy=POLICY)
     assert result.path.read_bytes() == CONTENT
     assert result.sha256 == DIGEST
 
@@ -454,7 +450,7 @@ source = HttpSource("hub", client, [UrlSegment(sys.argv[2] + "/x.bin", {size})])
 try:
     artifact = Artifact("x.bin", {size}, "{digest}", [source])
     policy = DownloadPolicy(block_size=BLOCK, connections=4)
-    download_artifact(artifact, folder / "x.bin", client=client, locks=folder / "locks", policy=policy)
+    download_artifact(artifact, folder / "x.bin", locks=folder / "locks", policy=policy)
     print("done")
 except Exception as error:
     print(type(error).__name__, error)

@@ -55,12 +55,12 @@ class Library:
         return ModelCard(
             family="tiny", title="Tiny", size="1b", variant="chat", checkpoint="Qwen/Tiny-Chat", gguf=REPO,
             mirrors=["ms"], level="q4_k_m", context=4096, license="test license", kv_bytes_per_token=None,
-            sampling={}, files=[file] if self.has_known_file else [], sizes_in_family=2, is_default=True,
+            sampling={}, files=[file] if self.has_known_file else [], sizes_in_family=2,
         )  # fmt: skip
 
     @property
     def catalog(self) -> Catalog:
-        base = replace(self.card, variant="base", gguf=None, files=(), checkpoint="Qwen/Tiny", is_default=False)
+        base = replace(self.card, variant="base", gguf=None, files=(), checkpoint="Qwen/Tiny")
         return Catalog([self.card, base], {"tiny": self.card, "tiny:1b-base": base})
 
     @property
@@ -86,7 +86,6 @@ class Library:
             self.store,
             local,
             resolver,
-            client,
             on_start=lambda _: None,
             report=self.report,
             policy=policy,

@@ -18,6 +18,7 @@ from typer.main import get_command
 from qwenlocal.cli.app import app
 from qwenlocal.engine.memory import PROCESS_OVERHEAD
 from qwenlocal.library.catalog import Catalog, ModelCard
+from qwenlocal.library.names import CatalogName
 from qwenlocal.terminal.commands.models import SETTINGS
 from qwenlocal.terminal.commands.table import ALIASES, COMMAND_GROUPS, KEYS
 
@@ -57,16 +58,17 @@ def models_table() -> str:
 
 
 def file_size(card: ModelCard) -> str:
-    if card.default_file:
-        return f"{card.default_file.size / 1e9:.2f} GB"
+    if file := CatalogName(card).known_file:
+        return f"{file.size / 1e9:.2f} GB"
     return "several files" if card.gguf else "converted from the checkpoint on first use"
 
 
 def memory(card: ModelCard) -> str:
     """Format the memory for the file and a KV cache of 2,048 and 8,192 tokens."""
-    if not card.default_file or not card.kv_bytes_per_token:
+    file = CatalogName(card).known_file
+    if not file or not card.kv_bytes_per_token:
         return "–"
-    sizes = [card.default_file.size + PROCESS_OVERHEAD + card.kv_bytes_per_token * tokens for tokens in (2048, 8192)]
+    sizes = [file.size + PROCESS_OVERHEAD + card.kv_bytes_per_token * tokens for tokens in (2048, 8192)]
     return " / ".join(f"{size / 2**30:.1f} GiB" for size in sizes)
 
 

@@ -136,7 +136,6 @@ class AppContext:
                 self.store,
                 self.local,
                 resolver,
-                client,
                 on_start=self._announce,
                 report=show,
                 policy=policy,

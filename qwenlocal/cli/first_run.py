@@ -41,7 +41,7 @@ def list_choices(cards: list[ModelCard], machine: Machine, free_disk: int, bandw
     """
     available, choices = machine.memory().available, []
     for card in cards:
-        file = card.default_file
+        file = CatalogName(card).known_file
         if card.variant != "chat" or file is None or card.kv_bytes_per_token is None:
             continue
         memory = file.size + PROCESS_OVERHEAD + card.kv_bytes_per_token * _N_CTX

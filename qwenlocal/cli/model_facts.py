@@ -37,10 +37,11 @@ def card_facts(card: ModelCard) -> dict[str, Any]:
     """Return the facts of a model in the catalog; its name is that of the default file."""
     from qwenlocal.library.names import CatalogName
 
+    name = CatalogName(card)
     return {
-        "name": str(CatalogName(card)),
+        "name": str(name),
         "state": "available" if card.gguf or card.files else "checkpoint",
-        "size": card.default_file.size if card.default_file else None,
+        "size": name.known_file.size if name.known_file else None,
         "repository": card.gguf or card.checkpoint,
         "licence": card.license,
     }

@@ -34,7 +34,7 @@ class ByteSource(ABC):
         return 0
 
     def stop(self) -> None:  # noqa: B027
-        """Make reads in other threads end soon, if closing the client's connections does not end them."""
+        """Make reads in other threads end soon."""
 
 
 class RangesUnsupported(Exception):
@@ -85,6 +85,9 @@ class HttpSource(ByteSource):
     def read(self, start: int, end: int) -> Iterator[bytes]:
         for segment, first, last in split_range(self._segments, start, end):
             yield from self._read_segment(segment, first, last)
+
+    def stop(self) -> None:
+        self._client.close_all()
 
     def _read_segment(self, segment: UrlSegment, start: int, end: int) -> Iterator[bytes]:
         size, ranged = segment.size, not self.sequential

@@ -66,7 +66,6 @@ class ModelCard:
     sampling: Mapping[str, float]
     files: Sequence[KnownFile]
     sizes_in_family: int
-    is_default: bool
 
     @property
     def name(self) -> str:
@@ -74,16 +73,6 @@ class ModelCard:
         if self.sizes_in_family == 1 and self.variant == "chat":
             return self.family
         return f"{self.family}:{self.size}-{self.variant}"
-
-    def find_file(self, path: str) -> KnownFile | None:
-        """Return the known file with the file name of `path`."""
-        return next((file for file in self.files if file.path == path.rpartition("/")[2]), None)
-
-    @property
-    def default_file(self) -> KnownFile | None:
-        """The known file of the default level."""
-        ending = f"{self.level}.gguf"
-        return next((file for file in self.files if file.path.lower().endswith(ending)), None)
 
 
 class Catalog:
@@ -114,12 +103,12 @@ class Catalog:
     @property
     def default(self) -> ModelCard:
         """The model that runs if none is named: Qwen1.5's smallest chat model."""
-        return next(card for card in self.cards if card.is_default)
+        return self.aliases["qwen1.5"]
 
     @property
     def starter(self) -> ModelCard:
         """The model that runs instead of the default if only a package index is reachable."""
-        return next(card for card in self.cards if card.family == "starter")
+        return self.aliases["starter"]
 
 
 def _load_toml(path: Path) -> dict[str, Any]:
@@ -196,7 +185,7 @@ def _parse_family(path: Path, data: dict[str, Any]) -> tuple[list[ModelCard], di
     cards: list[ModelCard] = []
     endings: dict[str, ModelCard] = {}  # by the end of a spelling, such as ":7b-chat"
     for size in sizes:
-        size_cards, size_aliases = _parse_size(size, name, title, shared, len(sizes), default)
+        size_cards, size_aliases = _parse_size(size, name, title, shared, len(sizes))
         cards += size_cards
         for alias in (size_cards[0].size, *size_aliases):
             endings[f":{alias}"] = size_cards[0]
@@ -209,7 +198,7 @@ def _parse_family(path: Path, data: dict[str, Any]) -> tuple[list[ModelCard], di
 
 
 def _parse_size(
-    table: _Table, family: str, title: str, shared: Mapping[str, Any], sizes_in_family: int, default: str
+    table: _Table, family: str, title: str, shared: Mapping[str, Any], sizes_in_family: int
 ) -> tuple[list[ModelCard], list[str]]:
     size = table.pop_matching("name", _NAME)
     aliases = table.pop_strings("aliases", _NAME)
@@ -237,7 +226,6 @@ def _parse_size(
             sampling=sampling if variant == "chat" else {},
             files=files if variant == "chat" else (),
             sizes_in_family=sizes_in_family,
-            is_default=family == "qwen1.5" and size == default and variant == "chat",
         )
         for variant, repo in repos.items()
         if repo

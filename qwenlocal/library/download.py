@@ -25,7 +25,7 @@ from qwenlocal.i18n import tr
 from qwenlocal.library.artifact import Artifact, DownloadedFile, DownloadPolicy, ReportProgress, Section
 from qwenlocal.library.byte_source import RangesUnsupported
 from qwenlocal.library.failover import SourceSelector, SourceState
-from qwenlocal.library.http import HttpClient, TransferError
+from qwenlocal.library.http import TransferError
 from qwenlocal.library.partial_file import PartialFile, lock_path, read_download_journal
 from qwenlocal.paths import ensure_writable
 from qwenlocal.progress import TaskProgress
@@ -41,7 +41,6 @@ def download_artifact(
     artifact: Artifact,
     target: Path,
     *,
-    client: HttpClient,
     locks: Path,
     part: Path | None = None,
     report: ReportProgress = lambda _: None,
@@ -71,7 +70,7 @@ def download_artifact(
         _check_disk_space(artifact, base)
         partial = PartialFile(base, artifact.identity, block_size=policy.block_size)
         try:
-            download = _Download(artifact, partial, client, policy)
+            download = _Download(artifact, partial, policy)
             try:
                 sha256 = download.run(report, stop or threading.Event())
             except KeyboardInterrupt:
@@ -140,8 +139,8 @@ class _SharedState:
 class _Download:
     """The download of one file in this process."""
 
-    def __init__(self, artifact: Artifact, partial: PartialFile, client: HttpClient, policy: DownloadPolicy) -> None:
-        self._artifact, self._partial, self._client, self._policy = artifact, partial, client, policy
+    def __init__(self, artifact: Artifact, partial: PartialFile, policy: DownloadPolicy) -> None:
+        self._artifact, self._partial, self._policy = artifact, partial, policy
         self._selector = SourceSelector(artifact.name, artifact.sources, policy)
         self._sections = [*artifact.sections, Section(0, artifact.size, artifact.sha256 or "")]
         self._from_earlier_run = set(partial.begun())
@@ -208,7 +207,6 @@ class _Download:
             with shared.condition:
                 shared.condition.notify_all()
             if shared.digests is None:
-                self._client.close_all()
                 for source in self._artifact.sources:
                     source.stop()
             deadline = time.monotonic() + _JOIN_TIMEOUT

@@ -12,7 +12,6 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 from urllib.parse import quote
 
 from qwenlocal.errors import ModelNotFound
@@ -43,32 +42,6 @@ class RepoListing:
     license: str = ""
 
 
-class Hub(Protocol):
-    """A site with repositories of models."""
-
-    label: str
-    scheme: str
-
-    def list_files(self, repo: str, revision: str | None) -> RepoListing:
-        """
-        List the files of a repository.
-
-        Raises
-        ------
-        ModelNotFound: the hub has no such repository or revision, or it is gated.
-        TransferError: the hub does not respond.
-        """
-        ...
-
-    def url(self, repo: str, commit: str, path: str) -> str:
-        """Return the download URL of a file."""
-        ...
-
-    def headers(self) -> Mapping[str, str]:
-        """Return request headers, for example with a token."""
-        ...
-
-
 class HuggingFace:
     """The Hugging Face Hub, or the mirror that `HF_ENDPOINT` names."""
 
@@ -79,6 +52,14 @@ class HuggingFace:
         self.endpoint = (environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
     def list_files(self, repo: str, revision: str | None) -> RepoListing:
+        """
+        List the files of a repository.
+
+        Raises
+        ------
+        ModelNotFound: the hub has no such repository or revision, or it is gated.
+        TransferError: the hub does not respond.
+        """
         import httpx2
         from huggingface_hub import HfApi
         from huggingface_hub.errors import (
@@ -138,9 +119,11 @@ class HuggingFace:
         return RepoListing(repo, info.sha or revision or "main", files, _license_text(card))
 
     def url(self, repo: str, commit: str, path: str) -> str:
+        """Return the download URL of a file."""
         return f"{self.endpoint}/{repo}/resolve/{quote(commit, safe='')}/{quote(path)}"
 
     def headers(self) -> Mapping[str, str]:
+        """Return request headers, for example with a token."""
         from huggingface_hub import get_token
 
         token = get_token()
@@ -148,7 +131,7 @@ class HuggingFace:
 
 
 class ModelScope:
-    """The ModelScope hub, or the mirror that `MODELSCOPE_DOMAIN` names."""
+    """The ModelScope hub, or the mirror that `MODELSCOPE_DOMAIN` names; the methods are those of `HuggingFace`."""
 
     label, scheme = "ModelScope", "ms"
 
@@ -191,6 +174,9 @@ class ModelScope:
 
     def headers(self) -> Mapping[str, str]:
         return {}
+
+
+Hub = HuggingFace | ModelScope
 
 
 def _license_text(card: Mapping[str, object]) -> str:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from qwenlocal.errors import BadCheckpoint, BadWeights, ModelNotFound, NotWritable
 from qwenlocal.fileio import hash_file
-from qwenlocal.library.catalog import KnownFile
 from qwenlocal.library.external_caches import (
     CachedRepository,
     ExternalFile,
@@ -21,7 +20,7 @@ from qwenlocal.library.external_caches import (
     find_snapshots,
     gguf_files,
 )
-from qwenlocal.library.names import CatalogName, HubCheckpointName, HubName, ModelName, PathName, level_from_filename
+from qwenlocal.library.names import CatalogName, HubCheckpointName, HubName, ModelName, PathName
 from qwenlocal.library.store import ModelRecord, Store, StoredFile
 from qwenlocal.paths import Folders
 from qwenlocal.weights.checkpoint import has_vocabulary
@@ -37,12 +36,6 @@ class LocalCheckpoint:
     path: Path
     name: str
     repo: str
-
-
-def known_file(name: CatalogName) -> KnownFile | None:
-    """Return the file of a catalog name if its digest is in the catalog."""
-    level = name.level or name.card.level
-    return next((file for file in name.card.files if level_from_filename(file.path) == level), None)
 
 
 def own_folder(folders: Folders, hub: str, repo: str) -> Path:
@@ -120,7 +113,7 @@ class LocalModels:
 
     def _find_catalog_model(self, name: CatalogName) -> ModelRecord | None:
         card = name.card
-        if known := known_file(name):
+        if known := name.known_file:
             return self.adopt(str(name), FileQuery(known.path, known.size, known.sha256, card.gguf or ""))
         if card.gguf is None:
             return None
@@ -223,7 +216,8 @@ class LocalModels:
         for external in find_external_files(query, self._folders):
             if not external.has_digest_path and query.sha256 and self._hash(external) != query.sha256:
                 continue
-            own_file = self._find_own_file(external)
+            record = self._find_record_of_file(external.path)
+            own_file = record.files[0] if record and record.owned else None
             if own_file is None:
                 self._on_external_file(external)
             file = own_file or StoredFile.from_path(external.path, query.sha256 or "")
@@ -231,11 +225,6 @@ class LocalModels:
             origin = origin or external.program
             return self._add(ModelRecord(name, [file], origin, license, owned=owned, aliases=tuple(aliases)))
         return None
-
-    def _find_own_file(self, external: ExternalFile) -> StoredFile | None:
-        """Return the record of the very same file if qwenlocal downloaded it under another name."""
-        own_files = (file for record in self._store.records() if record.owned for file in record.files)
-        return next((file for file in own_files if str(external.path) in (file.path, file.link)), None)
 
     def _hash(self, external: ExternalFile) -> str:
         size = external.path.stat().st_size

@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 
 from qwenlocal.errors import BadWeights, ModelNotFound
 from qwenlocal.i18n import tr
-from qwenlocal.library.catalog import Catalog, ModelCard
+from qwenlocal.library.catalog import Catalog, KnownFile, ModelCard
 from qwenlocal.model_files import FILE_TYPES, parse_piece
 from qwenlocal.weights.other_formats import ADAPTER_CONFIG, adapter_only, distributed_weights, find_inner_checkpoints
 
@@ -42,6 +42,12 @@ class CatalogName:
 
     card: ModelCard
     level: str | None = None
+
+    @property
+    def known_file(self) -> KnownFile | None:
+        """The file, if its digest is in the catalog."""
+        level = self.level or self.card.level
+        return next((file for file in self.card.files if level_from_filename(file.path) == level), None)
 
     def __str__(self) -> str:
         is_default = self.level is None or self.level == self.card.level

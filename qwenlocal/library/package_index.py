@@ -228,7 +228,6 @@ class WheelSource(ByteSource):
             return download_artifact(
                 artifact,
                 self._folder / link.name,
-                client=self._client,
                 locks=self._locks,
                 report=report,
                 policy=self._policy,
@@ -243,3 +242,4 @@ class WheelSource(ByteSource):
 
     def stop(self) -> None:
         self._stop.set()
+        self._client.close_all()

@@ -15,7 +15,7 @@ from qwenlocal.library.artifact import DownloadedFile, DownloadPolicy, ReportPro
 from qwenlocal.library.byte_source import RangesUnsupported
 from qwenlocal.library.download import download_artifact
 from qwenlocal.library.external_caches import FileQuery
-from qwenlocal.library.http import HttpClient, TransferError
+from qwenlocal.library.http import TransferError
 from qwenlocal.library.local_models import LocalCheckpoint, LocalModels
 from qwenlocal.library.names import CHECKPOINT_SUFFIX, CatalogName, HubName, ModelName
 from qwenlocal.library.partial_file import write_download_journal
@@ -89,14 +89,12 @@ class Puller:
         store: Store,
         local: LocalModels,
         resolver: Resolver,
-        client: HttpClient,
         *,
         on_start: Callable[[ResolvedModel], None],
         report: ReportProgress,
         policy: DownloadPolicy,
     ) -> None:
-        self._folders, self._store, self._local = folders, store, local
-        self._resolver, self._client = resolver, client
+        self._folders, self._store, self._local, self._resolver = folders, store, local, resolver
         self._on_start, self._report, self._policy = on_start, report, policy
         self.downloaded: list[StoredFile] = []  # model files that came over the network
 
@@ -228,7 +226,6 @@ class Puller:
             request.artifact,
             request.target,
             part=request.part,
-            client=self._client,
             locks=self._folders.locks,
             report=self._report,
             policy=self._policy,

@@ -20,7 +20,7 @@ from qwenlocal.library.catalog import Catalog, KnownFile, ModelCard
 from qwenlocal.library.external_caches import hub_cache_folder
 from qwenlocal.library.http import HttpClient, TransferError, with_retries
 from qwenlocal.library.hubs import Hub, RemoteFile, RepoListing
-from qwenlocal.library.local_models import known_file, own_folder
+from qwenlocal.library.local_models import own_folder
 from qwenlocal.library.names import CatalogName, HubName, ModelName, UrlName
 from qwenlocal.library.package_index import PackageIndex, WheelSource
 from qwenlocal.library.partial_file import scratch_folder
@@ -135,7 +135,7 @@ class Resolver:
     # --- catalog names
 
     def _resolve_catalog_name(self, name: CatalogName) -> ResolvedModel:
-        card, known = name.card, known_file(name)
+        card, known = name.card, name.known_file
         if card.gguf is None and known is None:
             raise CheckpointOnly(str(name), card.checkpoint)
         reasons: list[str] = []
@@ -214,11 +214,11 @@ class Resolver:
     ) -> FileRequest:
         url = hub.url(listing.repo, listing.commit, file.path)
         sources: list[ByteSource] = [self._hub_source(hub, listing.repo, listing.commit, [file])]
-        known = card.find_file(file.path) if card else None
+        known = next((each for each in card.files if each.sha256 == file.sha256), None) if card else None
         mirrors = [self._hubs[scheme] for scheme in card.mirrors] if card and file.sha256 else []
         sources += [self._hub_source(mirror, listing.repo, "master", [file]) for mirror in mirrors if mirror is not hub]
         part = self._part_base(file.sha256 or url)
-        if known and known.wheels and known.sha256 == file.sha256:
+        if known and known.wheels:
             sources.append(self._wheel_source(known, part))
         artifact = Artifact(file.path, file.size, file.sha256, sources, model=name)
         target, snapshot = self._destination(hub, listing, file)

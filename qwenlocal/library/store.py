@@ -14,7 +14,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,7 +75,7 @@ class ModelRecord:
     license: str = ""
     owned: bool = True
     added: str = ""
-    aliases: Sequence[str] = field(default_factory=tuple)  # other names that led to the model
+    aliases: Sequence[str] = ()  # other names that led to the model
     missing: int = 0  # bytes of further files still to be downloaded
     made_from: str = ""  # converter version and fingerprint of the source, for a converted model
     is_checkpoint: bool = False  # original weights, which must be converted to run

@@ -9,7 +9,6 @@ from qwenlocal.cli.context import AppContext
 from qwenlocal.cli.model_facts import card_facts, describe_kv_memory, header_facts, print_facts, record_facts
 from qwenlocal.errors import ModelNotFound
 from qwenlocal.i18n import tr
-from qwenlocal.library.local_models import known_file
 from qwenlocal.library.names import CatalogName, HubCheckpointName, PathName
 
 if TYPE_CHECKING:
@@ -42,8 +41,8 @@ def _facts(app: AppContext, text: str) -> dict[str, Any]:
             reason=tr("{name} is not downloaded.", name=name),
             hint=tr("Download it: qwenlocal pull {name}", name=name),
         )
-    known = known_file(name)
-    return {**_catalog_facts(name.card), "name": str(name), "size": known.size if known else None}
+    size = name.known_file.size if name.known_file else None
+    return {**_catalog_facts(name.card), "name": str(name), "size": size}
 
 
 def _catalog_facts(card: ModelCard) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from comparison import run_python, table_header, table_row
 from qwenlocal.engine.context import ContextOptions
 from qwenlocal.engine.memory import ModelDims, estimate_memory
 from qwenlocal.weights.gguf_reader import read_header
-from qwenlocal.weights.quant_mix import weights_size
 
 LAYOUTS = (
     ContextOptions(2048, key_type="f16", value_type="f16", flash_attention=False, n_ubatch=128),
@@ -67,7 +66,7 @@ def main() -> None:
         dims = ModelDims.from_metadata(header.metadata)
         assert dims
         for layout in LAYOUTS:
-            estimated = estimate_memory(dims, weights_size(header), layout).total
+            estimated = estimate_memory(dims, header.weights_size, layout).total
             print(format_result(path.name, layout, estimated, measure_memory(path, layout)), flush=True)
 
 

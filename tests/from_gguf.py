@@ -11,7 +11,7 @@ import numpy
 from qwenlocal import ggml
 from qwenlocal.chat.chat_template import CHATML
 from qwenlocal.testing import as_dtype
-from qwenlocal.weights.gguf_reader import Header, TensorInfo, decode_value, read_header, read_raw_metadata, tensor_bytes
+from qwenlocal.weights.gguf_reader import Header, TensorInfo, decode_value, read_header, read_raw_metadata
 
 NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -47,18 +47,17 @@ def write_checkpoint_of(source: Path, folder: Path, dtype: str = "BF16") -> Path
     with (folder / "model.safetensors").open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in header.tensors:
-            file.write(as_dtype(numbers(source, header, tensor), dtype))
+            file.write(as_dtype(numbers(tensor), dtype))
     for name, document in _documents(source, header).items():
         (folder / name).write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
     return folder
 
 
-def numbers(path: Path, header: Header, tensor: TensorInfo) -> numpy.ndarray:
+def numbers(tensor: TensorInfo) -> numpy.ndarray:
     """A tensor's numbers as float32."""
-    kind = ggml.tensor_type_by_number(tensor.type)
-    data = numpy.fromfile(path, numpy.uint8, tensor_bytes(tensor), offset=header.data_offset + tensor.offset)
+    data = numpy.fromfile(tensor.file, numpy.uint8, tensor.size, offset=tensor.offset)
     found = numpy.empty(tensor.elements, numpy.float32)
-    ggml.dequantize(kind, data.ctypes.data, found.ctypes.data, tensor.elements)
+    ggml.dequantize(tensor.type, data.ctypes.data, found.ctypes.data, tensor.elements)
     return found
 
 

@@ -33,8 +33,7 @@ def copy_with_metadata(source: Path, target: Path, pairs: Mapping[str, bytes | N
     """Copy a GGUF file with other metadata; None removes a key."""
     header, metadata = read_header(source), read_raw_metadata(source)
     metadata = {key: value for key, value in {**metadata, **pairs}.items() if value is not None}
-    kinds = {tensor.name: ggml.tensor_type_by_number(tensor.type) for tensor in header.tensors}
-    specs = [gguf_writer.TensorSpec(t.name, t.shape, kinds[t.name]) for t in header.tensors if kinds[t.name]]
+    specs = [gguf_writer.TensorSpec(t.name, t.shape, t.type) for t in header.tensors]
     target.write_bytes(gguf_writer.make_layout(metadata, specs).header + source.read_bytes()[header.data_offset :])
     return target
 
@@ -44,11 +43,11 @@ def copy_with_tensor_info(source: Path, target: Path, name: str, **changes: Any)
     header, infos = read_header(source), []
     for tensor in header.tensors:
         shape = changes.get("shape", tensor.shape) if tensor.name == name else tensor.shape
-        number = changes.get("type", tensor.type) if tensor.name == name else tensor.type
+        number = changes.get("type", tensor.type.number) if tensor.name == name else tensor.type.number
         text = tensor.name.encode()
         infos.append(
             len(text).to_bytes(8, "little") + text
-            + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, number, tensor.offset)
+            + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, number, tensor.offset - header.data_offset)
         )  # fmt: skip
     header_start = gguf_writer.make_layout(read_raw_metadata(source), []).header
     pairs = header_start[24 : 24 + sum(8 + len(k.encode()) + len(v) for k, v in read_raw_metadata(source).items())]
@@ -60,10 +59,8 @@ def copy_with_tensor_info(source: Path, target: Path, name: str, **changes: Any)
 
 def copy_with_weights(source: Path, target: Path, name: str, *numbers: float) -> Path:
     """Copy an f32 GGUF file with other numbers at the beginning of a tensor."""
-    header = read_header(source)
-    tensor = next(tensor for tensor in header.tensors if tensor.name == name)
+    at = next(tensor.offset for tensor in read_header(source).tensors if tensor.name == name)
     content = bytearray(source.read_bytes())
-    at = header.data_offset + tensor.offset
     content[at : at + 4 * len(numbers)] = numpy.array(numbers, numpy.float32).tobytes()
     target.write_bytes(content)
     return target
@@ -98,14 +95,13 @@ def split_gguf(source: Path, folder: Path) -> None:
         count = struct.pack("<IH", 2, 2)
         pairs |= {"split.no": struct.pack("<IH", 2, number), "split.count": count}
         pairs["split.tensors.count"] = struct.pack("<Ii", 5, len(header.tensors))
-        specs = [gguf_writer.TensorSpec(t.name, t.shape, ggml.tensor_type_by_number(t.type)) for t in tensors]
+        specs = [gguf_writer.TensorSpec(t.name, t.shape, t.type) for t in tensors]
         layout = gguf_writer.make_layout(pairs, specs)
         with (folder / f"x-0000{number + 1}-of-00002.gguf").open("wb") as file:
             file.write(layout.header)
             for tensor, spec in zip(tensors, specs, strict=True):
-                begin = header.data_offset + tensor.offset
                 file.seek(layout.offsets[tensor.name])
-                file.write(content[begin : begin + spec.size])
+                file.write(content[tensor.offset : tensor.offset + spec.size])
             file.truncate(layout.size)
 
 

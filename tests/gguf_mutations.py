@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from qwenlocal import ggml
 from qwenlocal.weights import gguf_writer
-from qwenlocal.weights.gguf_reader import (
-    EncodedValue,
-    TensorInfo,
-    decode_value,
-    read_header,
-    read_raw_metadata,
-    tensor_bytes,
-)
+from qwenlocal.weights.gguf_reader import EncodedValue, decode_value, read_header, read_raw_metadata
 
 # Keys that llama.cpp reads in files of Qwen models, without the prefix of the architecture (llama-model.cpp,
 # llama-vocab.cpp); most files lack most of them.
@@ -85,11 +80,21 @@ _VALUES: Mapping[str, EncodedValue | None] = {
 
 
 @dataclass(frozen=True)
+class TensorDescription:
+    """The description of a tensor as in a file: the number of its type, and the offset from the end of the header."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: int
+    offset: int
+
+
+@dataclass(frozen=True)
 class GgufParts:
     """A GGUF file in parts, which need not fit together."""
 
     pairs: Mapping[str, EncodedValue]
-    tensors: tuple[TensorInfo, ...]
+    tensors: tuple[TensorDescription, ...]
     data: bytes
     version: int = 3
     alignment: int = 32
@@ -110,7 +115,9 @@ class GgufParts:
 
 def read_parts(path: Path) -> GgufParts:
     header = read_header(path)
-    return GgufParts(read_raw_metadata(path), header.tensors, path.read_bytes()[header.data_offset :])
+    begin = header.data_offset
+    tensors = tuple(TensorDescription(t.name, t.shape, t.type.number, t.offset - begin) for t in header.tensors)
+    return GgufParts(read_raw_metadata(path), tensors, path.read_bytes()[begin:])
 
 
 def _text(text: str) -> bytes:
@@ -190,10 +197,11 @@ def _damaged_layouts(good: GgufParts) -> Iterator[tuple[str, GgufParts]]:
     yield "no keys", replace(good, pairs={})
 
 
-def _size(tensor: TensorInfo) -> int | None:
+def _size(tensor: TensorDescription) -> int | None:
     """Return the bytes of a tensor; None if its type is unknown or no file could hold it."""
-    size = tensor_bytes(tensor)
-    return size if size is not None and size < _MAX_SIZE else None
+    kind = ggml.tensor_type_by_number(tensor.type)
+    size = kind.row_bytes(math.prod(tensor.shape)) if kind else _MAX_SIZE
+    return size if size < _MAX_SIZE else None
 
 
 def _lay_out(parts: GgufParts, sizes: Mapping[str, int] = {}) -> GgufParts:
@@ -230,11 +238,13 @@ def _damaged_tensors(good: GgufParts) -> Iterator[tuple[str, GgufParts]]:
                         ("blk.0.attn_q.input_scale", (1,)), ("blk.0.ffn_gate_inp.bias", (4,)),
                         ("blk.0.ffn_up.scale", (1,)), ("blk.0.ffn_up.scale", (2,)), ("blk.0.attn_v.scale", (1, 2)),
                         ("blk.0.ffn_up_exps.scale", (4,))):  # fmt: skip
-        extra = TensorInfo(name, shape, 0, size)
+        extra = TensorDescription(name, shape, 0, size)
         yield f"extra {name} {shape}", replace(good, tensors=(*tensors, extra), data=good.data + bytes(2048))
 
 
-def _damaged_descriptions(tensor: TensorInfo, other: TensorInfo) -> Iterator[tuple[str, TensorInfo]]:
+def _damaged_descriptions(
+    tensor: TensorDescription, other: TensorDescription
+) -> Iterator[tuple[str, TensorDescription]]:
     shape = tensor.shape
     for number in (*range(44), 99, -1):
         if number != tensor.type:

@@ -12,7 +12,7 @@ import numpy
 
 from qwenlocal.engine.llama import load_library
 from qwenlocal.weights.file_types import FileType
-from qwenlocal.weights.gguf_reader import read_header, tensor_bytes
+from qwenlocal.weights.gguf_reader import read_header
 
 
 def llama_quantize(
@@ -61,10 +61,9 @@ def dry_run_types(log: str, kind: FileType) -> dict[str, str]:
 
 def data_of(path: Path) -> dict[str, tuple[int, bytes]]:
     """Type and bytes of every tensor of a file."""
-    header = read_header(path)
     found = {}
     with path.open("rb") as file:
-        for tensor in header.tensors:
-            file.seek(header.data_offset + tensor.offset)
-            found[tensor.name] = (tensor.type, file.read(tensor_bytes(tensor)))
+        for tensor in read_header(path).tensors:
+            file.seek(tensor.offset)
+            found[tensor.name] = (tensor.type.number, file.read(tensor.size))
     return found

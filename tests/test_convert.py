@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy
 import pytest
+from checkpoint_files import convert_checkpoint, read_tensor
 from oracle import data_of, dry_run_types, llama_quantize
 
 from qwenlocal.model_files import FILE_TYPES
@@ -23,14 +25,6 @@ from qwenlocal.weights.imatrix import ImportanceMatrix
 from qwenlocal.weights.write_workers import run_job
 
 IMATRIX_TYPES = ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq3_xxs", "iq3_xs", "q2_k_s")
-
-
-def convert(
-    source: Path, target: Path, kind: str, options: ConversionOptions = ConversionOptions(), threads: int = 2
-) -> Path:
-    plan = plan_conversion(Checkpoint.open(source), [(target, file_type(kind))], options)
-    run_job(plan.job, threads=threads)
-    return target
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +59,7 @@ def sources(dense: Path, moe: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def plain(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Convert all of them to BF16 GGUF files, from which llama-quantize starts."""
     folder = tmp_path_factory.mktemp("plain")
-    return {name: convert(source, folder / f"{name}.gguf", "bf16") for name, source in sources.items()}
+    return {name: convert_checkpoint(source, folder / f"{name}.gguf", "bf16") for name, source in sources.items()}
 
 
 def random_imatrix(path: Path) -> dict[str, numpy.ndarray]:
@@ -93,7 +87,7 @@ class TestBytes:
     def test_tensors_equal_those_of_llama_quantize_from_the_bf16_file(
         self, kind: str, model: str, sources: dict[str, Path], plain: dict[str, Path], tmp_path: Path
     ) -> None:
-        ours = convert(sources[model], tmp_path / "ours.gguf", kind)
+        ours = convert_checkpoint(sources[model], tmp_path / "ours.gguf", kind)
         llama_quantize(plain[model], tmp_path / "theirs.gguf", file_type(kind))
         assert data_of(ours) == data_of(tmp_path / "theirs.gguf")
 
@@ -110,8 +104,8 @@ class TestBytes:
         self, kind: str, model: str, sources: dict[str, Path], plain: dict[str, Path], tmp_path: Path
     ) -> None:
         weights = random_imatrix(plain[model])
-        options = ConversionOptions(overrides=QuantOverrides(has_imatrix=True), imatrix=ImportanceMatrix(weights, {}))
-        ours = convert(sources[model], tmp_path / "ours.gguf", kind, options)
+        imatrix, overrides = ImportanceMatrix(weights, {}), QuantOverrides(has_imatrix=True)
+        ours = convert_checkpoint(sources[model], tmp_path / "ours.gguf", kind, imatrix=imatrix, overrides=overrides)
         llama_quantize(plain[model], tmp_path / "theirs.gguf", file_type(kind), imatrix=weights)
         assert data_of(ours) == data_of(tmp_path / "theirs.gguf")
 
@@ -120,19 +114,17 @@ class TestBytes:
         self, dtype: str, tmp_path: Path
     ) -> None:
         source = write_checkpoint(tmp_path / "model", dtype=dtype)
-        same = convert(source, tmp_path / "same.gguf", dtype.lower())
-        ours = convert(source, tmp_path / "ours.gguf", "q4_k_m")
+        same = convert_checkpoint(source, tmp_path / "same.gguf", dtype.lower())
+        ours = convert_checkpoint(source, tmp_path / "ours.gguf", "q4_k_m")
         llama_quantize(same, tmp_path / "theirs.gguf", file_type("q4_k_m"))
         assert data_of(ours) == data_of(tmp_path / "theirs.gguf")
 
     def test_weights_are_copied_byte_for_byte_without_quantizing(self, dense: Path, plain: dict[str, Path]) -> None:
-        stored = Checkpoint.open(dense).tensors["model.layers.3.mlp.down_proj.weight"]
-        with stored.file.open("rb") as file:
-            file.seek(stored.offset)
-            assert data_of(plain["dense"])["blk.3.ffn_down.weight"][1] == file.read(stored.size)
+        stored = read_tensor(dense, "model.layers.3.mlp.down_proj.weight")
+        assert data_of(plain["dense"])["blk.3.ffn_down.weight"][1] == stored
 
     def test_the_file_does_not_depend_on_the_number_of_threads(self, dense: Path, tmp_path: Path) -> None:
-        files = [convert(dense, tmp_path / f"{n}.gguf", "q4_k_m", threads=n) for n in (1, 2, 5)]
+        files = [convert_checkpoint(dense, tmp_path / f"{n}.gguf", "q4_k_m", threads=n) for n in (1, 2, 5)]
         assert len({file.read_bytes() for file in files}) == 1
 
     def test_several_types_in_one_pass_equal_separate_conversions(self, dense: Path, tmp_path: Path) -> None:
@@ -141,7 +133,7 @@ class TestBytes:
         run_job(plan.job, threads=2)
         assert plan.job.read_bytes <= sum(tensor.size for tensor in Checkpoint.open(dense).tensors.values())
         for path, kind in targets:
-            separate = convert(dense, tmp_path / f"separate-{kind.name}.gguf", kind.name)
+            separate = convert_checkpoint(dense, tmp_path / f"separate-{kind.name}.gguf", kind.name)
             assert path.read_bytes() == separate.read_bytes()
 
     @pytest.mark.parametrize("fused", [False, True])
@@ -151,15 +143,8 @@ class TestBytes:
         stored = {name: read_tensor(separate, name) for name in Checkpoint.open(separate).tensors}
         together = write_checkpoint(tmp_path / "two" / "model", config=MOE_CONFIG, fused_experts=True)
         overwrite(together, {name: fuse(name, stored) for name in Checkpoint.open(together).tensors})
-        one, two = (convert(source, source / "out.gguf", "q4_k_m") for source in (separate, together))
+        one, two = (convert_checkpoint(source, source / "out.gguf", "q4_k_m") for source in (separate, together))
         assert one.read_bytes() == two.read_bytes()
-
-
-def read_tensor(folder: Path, name: str) -> bytes:
-    stored = Checkpoint.open(folder).tensors[name]
-    with stored.file.open("rb") as file:
-        file.seek(stored.offset)
-        return file.read(stored.size)
 
 
 def overwrite(folder: Path, data: dict[str, bytes]) -> None:
@@ -182,7 +167,10 @@ def fuse(name: str, stored: dict[str, bytes]) -> bytes:
 def test_the_output_changes_only_with_the_converter_version(sources: dict[str, Path], tmp_path: Path) -> None:
     digests = {}
     for name in ("dense", "moe"):
-        files = [convert(sources[name], tmp_path / f"{name}-{kind}.gguf", kind) for kind in ("bf16", "q4_k_m", "q8_0")]
+        files = [
+            convert_checkpoint(sources[name], tmp_path / f"{name}-{kind}.gguf", kind)
+            for kind in ("bf16", "q4_k_m", "q8_0")
+        ]
         digests[name] = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
     assert digests == DIGESTS[CONVERTER_VERSION]
 
@@ -225,8 +213,8 @@ class TestTypes:
 
     def test_tensor_types_take_precedence_over_the_mix(self, dense: Path, tmp_path: Path) -> None:
         overrides = QuantOverrides(parse_tensor_types([r"ffn_down=q6_k", r"blk\.[01]\.attn_q=q8_0"]))
-        path = convert(dense, tmp_path / "x.gguf", "q4_0", ConversionOptions(overrides=overrides))
-        types = {tensor.name: tensor.type for tensor in read_header(path).tensors}
+        path = convert_checkpoint(dense, tmp_path / "x.gguf", "q4_0", overrides=overrides)
+        types = {tensor.name: tensor.type.number for tensor in read_header(path).tensors}
         number = {name: file_type(name).default.number for name in ("q6_k", "q8_0", "q4_0")}
         assert types["blk.0.attn_q.weight"] == types["blk.1.attn_q.weight"] == number["q8_0"]
         assert types["blk.2.attn_q.weight"] == number["q4_0"]
@@ -250,9 +238,7 @@ class _ContainsAll(dict[str, Any]):
 
 def sparse_checkpoint(folder: Path, config: dict[str, Any]) -> Path:
     """Write a checkpoint of any size that takes no space on the disk."""
-    import json
-
-    write_checkpoint(folder, config={**CONFIG})
+    write_checkpoint(folder)
     (folder / "config.json").write_text(json.dumps(config))
     entries, at = {}, 0
     for name, shape in checkpoint_shapes(config).items():

@@ -20,7 +20,7 @@ from oracle import data_of
 from qwenlocal import ggml
 from qwenlocal.testing import MOE_CONFIG, write_checkpoint
 from qwenlocal.weights.checkpoint import Checkpoint
-from qwenlocal.weights.gguf_reader import read_header, tensor_type_name
+from qwenlocal.weights.gguf_reader import read_header
 
 
 def test_every_conversion_command_runs_as_a_process(tiny_checkpoint: Path, qwenlocal: Run, tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ class TestDryRun:
         for announced, file in zip(plan["files"], files, strict=True):
             path = tmp_path / file["path"]
             assert (announced["path"], announced["size"]) == (file["path"], path.stat().st_size)
-            tensors = [(t.name, list(t.shape), ggml.tensor_type_by_number(t.type)) for t in read_header(path).tensors]
+            tensors = [(t.name, list(t.shape), t.type) for t in read_header(path).tensors]
             assert [(t["name"], t["shape"], ggml.tensor_type(t["to"])) for t in announced["tensors"]] == tensors
             assert all(t["why"] for t in announced["tensors"])
         assert plan["read"] == sum(tensor.size for tensor in Checkpoint.open(tiny_checkpoint).tensors.values())
@@ -207,14 +207,14 @@ class TestTypes:
             "x.gguf",
         )
         expect_exit(invoke("convert", str(tiny_checkpoint), *options), 0)
-        types = {t.name: ggml.tensor_type_by_number(t.type).name for t in read_header(tmp_path / "x.gguf").tensors}
+        types = {t.name: t.type.name for t in read_header(tmp_path / "x.gguf").tensors}
         chosen = [types[f"blk.0.ffn_{name}.weight"] for name in ("up", "down", "gate")]
         assert chosen == ["f16", "q4_0", "q8_0"], "the first match counts"
 
     def test_tensor_type_applies_to_unquantized_files(self, tiny_checkpoint: Path, invoke: Run, tmp_path: Path) -> None:
         command = ("convert", str(tiny_checkpoint), "--tensor-type", "ffn_down=q8_0", "--type", "f16", "-o", "x.gguf")
         expect_exit(invoke(*command), 0)
-        types = {t.name: tensor_type_name(t.type).lower() for t in read_header(tmp_path / "x.gguf").tensors}
+        types = {t.name: t.type.name for t in read_header(tmp_path / "x.gguf").tensors}
         assert types["blk.0.ffn_down.weight"] == "q8_0"
         assert {kind for name, kind in types.items() if "ffn_down" not in name} == {"f16", "f32"}
 
@@ -238,7 +238,7 @@ class TestTypes:
         config = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
         wide = write_checkpoint(tmp_path / "wide", config=config)
         expect_exit(invoke("convert", str(wide), "--type", "q4_k_m", "--pure", "-o", "x.gguf"), 0)
-        kinds = {ggml.tensor_type_by_number(t.type).name for t in read_header(tmp_path / "x.gguf").tensors}
+        kinds = {t.type.name for t in read_header(tmp_path / "x.gguf").tensors}
         assert kinds == {"q4_k", "f32"}
 
     def test_like_llama_cpp_keeps_a_copy_of_the_tied_output_matrix(self, invoke: Run, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from qwenlocal.weights import CONVERTER_VERSION
 from qwenlocal.weights.checkpoint import Checkpoint
 from qwenlocal.weights.conversion import ConversionOptions, plan_conversion
 from qwenlocal.weights.file_types import file_type
-from qwenlocal.weights.gguf_reader import read_header, tensor_bytes
+from qwenlocal.weights.gguf_reader import read_header
 from qwenlocal.weights.write_job import WriteJob
 from qwenlocal.weights.write_workers import WriteResult, run_job
 
@@ -188,7 +188,7 @@ class TestPartFiles:
         for tensor in header.tensors:
             leftover.put()
             with part_path(leftover.target).open("r+b") as file:
-                file.seek(header.data_offset + tensor.offset)
+                file.seek(tensor.offset)
                 file.write(b"\xa5\x5a")
             assert leftover.finish().resumed < leftover.job.read_bytes
 
@@ -197,8 +197,8 @@ class TestPartFiles:
         begin = header.data_offset
         damaged = bytearray(leftover.part[:begin] + b"\xa5" * (len(leftover.part) - begin))
         for tensor in header.tensors:
-            at, size = begin + tensor.offset, tensor_bytes(tensor) or 0
-            damaged[at : at + size] = leftover.part[at : at + size]
+            at, end = tensor.offset, tensor.offset + tensor.size
+            damaged[at:end] = leftover.part[at:end]
         assert bytes(damaged) != leftover.part, "the file has padding"
         leftover.put()
         part_path(leftover.target).write_bytes(damaged)

@@ -51,10 +51,9 @@ def header_facts(header: Header) -> dict[str, Any]:
     """Return the facts in a GGUF header."""
     from qwenlocal.engine.memory import ModelDims
     from qwenlocal.weights.file_types import file_type_name
-    from qwenlocal.weights.gguf_reader import tensor_bytes, tensor_type_name
 
-    types = collections.Counter(tensor_type_name(tensor.type) for tensor in header.tensors)
-    size = sum(tensor_bytes(tensor) or 0 for tensor in header.tensors)
+    types = collections.Counter(tensor.type.name.upper() for tensor in header.tensors)
+    size = header.weights_size
     parameters = sum(tensor.elements for tensor in header.tensors)
     dims, metadata = ModelDims.from_metadata(header.metadata), header.metadata
     template, tokens, file_type = (

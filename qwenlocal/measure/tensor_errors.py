@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from qwenlocal.formatting import format_percent
 from qwenlocal.measure.reference import EMBEDDINGS, OUTPUT, ReferenceTensors, Report
-from qwenlocal.weights.gguf_reader import tensor_type_name
-from qwenlocal.weights.split_model import LocatedTensor, read_split_model
+from qwenlocal.weights.gguf_reader import TensorInfo
+from qwenlocal.weights.split_model import read_split_model
 from qwenlocal.weights.tensor_values import can_read_values, compare_rows, read_values
 
 if TYPE_CHECKING:
@@ -68,27 +68,27 @@ def compare_tensors(
     Returns the errors of the tensors that both sides have, and the names of those that are missing in the file, and of
     those that only the file has.
     """
-    in_file = read_split_model(file).by_name
+    in_file = read_split_model(file).tensors
     errors, missing = [], []
     for number, planned in enumerate(reference.tensors):
         report("comparing weights", number, len(reference.tensors))
-        located = in_file.get(planned.name)
-        if located is None or located.tensor.shape != planned.shape or not can_read_values(located.tensor):
+        tensor = in_file.get(planned.name)
+        if tensor is None or tensor.shape != planned.shape or not can_read_values(tensor):
             missing.append(planned.name)
             continue
-        errors.append(_tensor_error(reference.values(planned.name), located))
+        errors.append(_tensor_error(reference.values(planned.name), tensor))
     surplus = sorted(set(in_file) - {planned.name for planned in reference.tensors})
     embeddings_shape = next((t.shape for t in reference.tensors if t.name == EMBEDDINGS), ())
     output = in_file.get(OUTPUT)
-    if output and OUTPUT in surplus and output.tensor.shape == embeddings_shape and can_read_values(output.tensor):
+    if output and OUTPUT in surplus and output.shape == embeddings_shape and can_read_values(output):
         errors.append(_tensor_error(reference.values(EMBEDDINGS), output))  # tied, and stored twice
         surplus.remove(OUTPUT)
     return errors, missing, surplus
 
 
-def _tensor_error(reference: Iterator[numpy.ndarray], located: LocatedTensor) -> TensorError:
-    type_ = tensor_type_name(located.tensor.type).lower()
+def _tensor_error(reference: Iterator[numpy.ndarray], tensor: TensorInfo) -> TensorError:
+    type_ = tensor.type.name
     typical = _TYPICAL_RMSE.get(type_, _UNKNOWN_TYPE_RMSE)
-    rmse, row, row_rmse = compare_rows(reference, read_values(*located), located.tensor.shape[0])
+    rmse, row, row_rmse = compare_rows(reference, read_values(tensor), tensor.shape[0])
     allowed, row_allowed = min(2 * typical, _LIMIT), min(4 * typical, _LIMIT)
-    return TensorError(located.tensor.name, type_, rmse, allowed, row, row_rmse, row_allowed)
+    return TensorError(tensor.name, type_, rmse, allowed, row, row_rmse, row_allowed)

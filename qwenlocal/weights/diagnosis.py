@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qwenlocal import ggml
 from qwenlocal.formatting import format_bytes, format_quantity, shorten
 from qwenlocal.jinja import CompiledTemplate, TemplateFailure, TemplateRejection, find_template_error
 from qwenlocal.weights import gguf_writer
@@ -28,12 +27,10 @@ from qwenlocal.weights.gguf_reader import (
     TensorInfo,
     decode_value,
     read_raw_metadata,
-    tensor_bytes,
-    tensor_type_name,
 )
 from qwenlocal.weights.load_errors import QWEN, find_load_errors
-from qwenlocal.weights.split_model import LocatedTensor, SplitModel, read_split_model
-from qwenlocal.weights.tensor_values import SCAN_SIZE, have_same_bytes, read_rows, scan_values, tensor_range
+from qwenlocal.weights.split_model import SplitModel, read_split_model
+from qwenlocal.weights.tensor_values import SCAN_SIZE, have_same_bytes, read_rows, scan_values
 
 _TOKEN_ID = re.compile(r"tokenizer\.ggml\..*_token_id")
 _END_KEYS = {role: f"tokenizer.ggml.{role}_token_id" for role in ("eos", "eot")}
@@ -261,71 +258,58 @@ def _find_chat_problem(template: str) -> str:
 
 def _duplicate_output_findings(model: SplitModel) -> Iterator[Finding]:
     """Find an output matrix that duplicates the embeddings: byte for byte, or in another type."""
-    by_name = model.by_name
-    output, embeddings = by_name.get("output.weight"), by_name.get("token_embd.weight")
-    if not output or not embeddings or output.tensor.shape != embeddings.tensor.shape:
+    output, embeddings = (model.tensors.get(name) for name in ("output.weight", "token_embd.weight"))
+    if not output or not embeddings or output.shape != embeddings.shape:
         return
     if model.headers[0].architecture != "qwen2":
         return
-    size = tensor_bytes(output.tensor) or 0
-    if output.tensor.type == embeddings.tensor.type:
-        if have_same_bytes(tensor_range(*output), tensor_range(*embeddings)):
+    if output.type == embeddings.type:
+        if have_same_bytes(output, embeddings):
             yield Finding(
-                f"The output matrix is a copy of the embeddings, which wastes {format_bytes(size)}.",
+                f"The output matrix is a copy of the embeddings, which wastes {format_bytes(output.size)}.",
                 False,
                 drops="output.weight",
             )
     elif _are_similar(output, embeddings):
-        saved = min(size, tensor_bytes(embeddings.tensor) or 0)
+        types = " and ".join(tensor.type.name.upper() for tensor in (output, embeddings))
         yield Finding(
-            f"The output matrix is a copy of the embeddings in another type ({tensor_type_name(output.tensor.type)} "
-            f"and {tensor_type_name(embeddings.tensor.type)}). If the two are tied in the checkpoint, converting it "
-            f"gives a file {format_bytes(saved)} smaller.",
+            f"The output matrix is a copy of the embeddings in another type ({types}). If the two are tied in the "
+            f"checkpoint, converting it gives a file {format_bytes(min(output.size, embeddings.size))} smaller.",
             False,
         )
 
 
-def _are_similar(one: LocatedTensor, other: LocatedTensor) -> bool:
+def _are_similar(one: TensorInfo, other: TensorInfo) -> bool:
     """Return True if rows spread over the matrices correlate by more than 0.98."""
     import numpy
 
-    count = one.tensor.shape[1]
+    columns, count = one.shape
     rows = range(0, count, max(1, count // _SAMPLE_ROWS))
-    try:
-        left, right = (numpy.stack([_read_row(*located, row) for row in rows]) for located in (one, other))
-    except ValueError:
-        return False
+
+    def read_samples(tensor: TensorInfo) -> Any:
+        offsets = [tensor.offset + row * tensor.type.row_bytes(columns) for row in rows]
+        return numpy.stack([next(read_rows(tensor.file, offset, tensor.type, 1, columns)) for offset in offsets])
+
+    left, right = read_samples(one), read_samples(other)
     if not (numpy.isfinite(left).all() and numpy.isfinite(right).all()):
         return False
     with numpy.errstate(all="ignore"):  # damaged values may be too large, or all the same: the result is NaN
         return bool(numpy.corrcoef(left.ravel(), right.ravel())[0, 1] > _MIN_CORRELATION)
 
 
-def _read_row(path: Path, header: Header, tensor: TensorInfo, row: int) -> Any:
-    kind = ggml.tensor_type_by_number(tensor.type)
-    if kind is None:
-        raise ValueError(tensor.type)
-    offset = header.data_offset + tensor.offset + row * kind.row_bytes(tensor.shape[0])
-    return next(read_rows(path, offset, kind, 1, tensor.shape[0]))
-
-
 def _weight_findings(model: SplitModel, report: Report) -> Iterator[Finding]:
     """Find NaN and infinite values, and matrices of zeros, which damaged downloads leave behind."""
     import numpy
 
-    total, done = sum(tensor_bytes(located.tensor) or 0 for located in model.located), 0
+    total, done = model.header.weights_size, 0
     buffer = numpy.empty(SCAN_SIZE, numpy.uint8)
-    for path, header, tensor in model.located:
-        kind, span = ggml.tensor_type_by_number(tensor.type), tensor_range(path, header, tensor)
-        if kind is None:
-            continue
+    for tensor in model.tensors.values():
         non_finite, all_zero = scan_values(
-            span,
-            kind,
+            tensor,
             buffer,
             lambda count, before=done: report(before + count, total),  # type: ignore[misc]
         )
-        done += span.size
+        done += tensor.size
         if non_finite:
             values = format_quantity(non_finite, "value that is", "values that are")
             yield Finding(f"“{tensor.name}” has {values} NaN or infinite.", True)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwenlocal.weights.gguf_reader import EncodedValue, decode_value, tensor_type_name
-from qwenlocal.weights.split_model import LocatedTensor, SplitModel, read_model_keys, read_split_model
-from qwenlocal.weights.tensor_values import can_read_values, have_same_bytes, read_values, relative_rmse, tensor_range
+from qwenlocal.weights.gguf_reader import EncodedValue, TensorInfo, decode_value
+from qwenlocal.weights.split_model import SplitModel, read_model_keys, read_split_model
+from qwenlocal.weights.tensor_values import can_read_values, have_same_bytes, read_values, relative_rmse
 
 Report = Callable[[int, int], object]
 
@@ -79,13 +79,13 @@ def _diff_keys(left: Mapping[str, EncodedValue], right: Mapping[str, EncodedValu
 
 
 def _diff_tensors(left_model: SplitModel, right_model: SplitModel, report: Report) -> list[TensorDifference]:
-    left_tensors, right_tensors = left_model.by_name, right_model.by_name
+    left_tensors, right_tensors = left_model.tensors, right_model.tensors
     differences, names = [], list(dict.fromkeys([*left_tensors, *right_tensors]))
     for number, name in enumerate(names):
         report(number, len(names))
         left, right = left_tensors.get(name), right_tensors.get(name)
         types = _type_name(left), _type_name(right)
-        shapes = (left.tensor.shape if left else None, right.tensor.shape if right else None)
+        shapes = (left.shape if left else None, right.shape if right else None)
         rmse = _compute_error(left, right) if left and right and shapes[0] == shapes[1] else None
         if rmse != 0 or types[0] != types[1]:
             differences.append(TensorDifference(name, *types, shapes, rmse))
@@ -93,16 +93,14 @@ def _diff_tensors(left_model: SplitModel, right_model: SplitModel, report: Repor
     return differences
 
 
-def _type_name(located: LocatedTensor | None) -> str:
-    return tensor_type_name(located.tensor.type) if located else ""
+def _type_name(tensor: TensorInfo | None) -> str:
+    return tensor.type.name.upper() if tensor else ""
 
 
-def _compute_error(left: LocatedTensor, right: LocatedTensor) -> float | None:
+def _compute_error(left: TensorInfo, right: TensorInfo) -> float | None:
     """Compute the relative RMSE; None if the values of a tensor cannot be read."""
-    left_range, right_range = tensor_range(*left), tensor_range(*right)
-    has_same_type = left.tensor.type == right.tensor.type
-    if has_same_type and left_range.size > 0 and have_same_bytes(left_range, right_range):
+    if left.type == right.type and have_same_bytes(left, right):
         return 0.0
-    if not (can_read_values(left.tensor) and can_read_values(right.tensor)):
+    if not (can_read_values(left) and can_read_values(right)):
         return None
-    return relative_rmse(read_values(*left), read_values(*right))
+    return relative_rmse(read_values(left), read_values(right))

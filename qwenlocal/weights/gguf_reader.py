@@ -15,14 +15,14 @@ import math
 import re
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from qwenlocal.errors import BadWeights
 from qwenlocal.fileio import describe_pointer
 from qwenlocal.formatting import format_quantity, shorten
-from qwenlocal.ggml import tensor_type_by_number
+from qwenlocal.ggml import TensorType, tensor_type_by_number
 
 MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32
@@ -61,17 +61,23 @@ MetadataValue = int | float | bool | str | list["int | float | bool | str"] | Lo
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor's description: dimensions in ggml's order, fastest first, and its offset after the header."""
+    """A tensor: dimensions in ggml's order, fastest first, and the offset of its data from the start of the file."""
 
     name: str
     shape: tuple[int, ...]
-    type: int
+    type: TensorType
+    file: Path
     offset: int
 
     @property
     def elements(self) -> int:
         """The number of its values."""
         return math.prod(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Bytes of its data."""
+        return self.type.row_bytes(self.elements)
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,11 @@ class Header:
     def architecture(self) -> str:
         """For example "qwen2"; empty if the file does not state it."""
         return str(self.metadata.get("general.architecture", ""))
+
+    @property
+    def weights_size(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.size for tensor in self.tensors)
 
     def hyperparameter(self, key: str) -> MetadataValue | None:
         """Return `metadata["<architecture>.<key>"]`; `hyperparameter("block_count")` of a 0.5B is 24."""
@@ -218,6 +229,7 @@ def _read_pairs(reader: _Reader, *, stop_before_vocabulary: bool) -> dict[str, M
 
 
 def _read_tensor_infos(reader: _Reader) -> list[TensorInfo]:
+    """Read the descriptions of the tensors; their offsets are still relative to the end of the header."""
     tensors, names = [], set[str]()
     for index in range(reader.tensor_count):
         part = f"the description of tensor {index}"
@@ -230,25 +242,44 @@ def _read_tensor_infos(reader: _Reader) -> list[TensorInfo]:
         names.add(name)
         dimensions = reader.count("<I", f"the number of dimensions of “{short}”", _MAX_DIMENSIONS)
         shape = tuple(int(reader.number("<Q", part)) for _ in range(dimensions))
-        kind, offset = int(reader.number("<I", part)), int(reader.number("<Q", part))
-        tensors.append(TensorInfo(name, shape, kind, offset))
-        if problem := _describe_bad_tensor(tensors[-1]):
+        number, offset = int(reader.number("<I", part)), int(reader.number("<Q", part))
+        kind = tensor_type_by_number(number)
+        problem = _describe_bad_shape(shape, kind) if kind else f"has the unknown type {number}"
+        if kind is None or problem:
             raise BadWeights(reader.path, f"the tensor “{short}” {problem}; the file is damaged or too new")
+        tensors.append(TensorInfo(name, shape, kind, reader.path, offset))
     return tensors
 
 
-def _describe_bad_tensor(tensor: TensorInfo) -> str:
-    """Say what is wrong with the type or the shape of a tensor (gguf.cpp: gguf_init_from_reader); "" if nothing is."""
-    kind = tensor_type_by_number(tensor.type)
-    if kind is None:
-        return f"has the unknown type {tensor.type}"
-    if math.prod(max(1, size) for size in tensor.shape) > _MAX_ELEMENTS // kind.type_size:
+def _describe_bad_shape(shape: tuple[int, ...], kind: TensorType) -> str:
+    """Say what is wrong with the shape of a tensor (gguf.cpp: gguf_init_from_reader); "" if nothing is."""
+    if math.prod(max(1, size) for size in shape) > _MAX_ELEMENTS // kind.type_size:
         return "has more values than any file can hold"
-    columns = tensor.shape[0] if tensor.shape else 1
+    columns = shape[0] if shape else 1
     if columns % kind.block_size:
         count = format_quantity(columns, "value")
         return f"has rows of {count}, not a multiple of the {kind.block_size} in a block of {kind.name}"
     return ""
+
+
+def _locate_tensors(tensors: list[TensorInfo], data_offset: int, alignment: int, size: int) -> Iterator[TensorInfo]:
+    """Check that the tensors follow each other without gaps, as ggml requires, in a file of `size` bytes."""
+    expected = 0
+    for tensor in tensors:
+        if tensor.offset != expected:
+            raise BadWeights(
+                tensor.file,
+                f"the data of “{shorten(tensor.name)}” begins at byte {tensor.offset:,} of the tensors, but byte "
+                f"{expected:,} follows the tensor before it; the file is damaged",
+            )
+        end = data_offset + expected + tensor.size
+        if end > size:
+            raise BadWeights(
+                tensor.file,
+                f"“{shorten(tensor.name)}” would end at byte {end:,}, but the file has {size:,}; it is incomplete",
+            )
+        yield replace(tensor, offset=data_offset + expected)
+        expected += -(-tensor.size // alignment) * alignment
 
 
 def read_metadata(path: Path) -> Mapping[str, MetadataValue]:
@@ -278,9 +309,8 @@ def read_header(path: Path) -> Header:
         if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
             raise BadWeights(path, f"“general.alignment” is {shorten(str(alignment))}, not a power of two")
         data_offset = -(-reader.file.tell() // alignment) * alignment
-        header = Header(reader.version, metadata, tuple(tensors), data_offset)
-    _check_layout(path, header, alignment, reader.size)
-    return header
+        located = tuple(_locate_tensors(tensors, data_offset, alignment, reader.size))
+        return Header(reader.version, metadata, located, data_offset)
 
 
 def read_raw_metadata(path: Path) -> dict[str, EncodedValue]:
@@ -330,35 +360,3 @@ def decode_value(encoded: EncodedValue) -> Any:
         texts.append(encoded[position + 8 : position + 8 + size].decode("utf-8", errors="replace"))
         position += 8 + size
     return texts
-
-
-def tensor_bytes(tensor: TensorInfo) -> int | None:
-    """Return the bytes of a tensor's data; None if its type is unknown."""
-    kind = tensor_type_by_number(tensor.type)
-    return kind.row_bytes(tensor.elements) if kind else None
-
-
-def tensor_type_name(number: int) -> str:
-    """`tensor_type_name(12)` is "Q4_K"."""
-    kind = tensor_type_by_number(number)
-    return kind.name.upper() if kind else f"type {number}"
-
-
-def _check_layout(path: Path, header: Header, alignment: int, size: int) -> None:
-    """Check that the tensors follow each other without gaps, as ggml requires, and that the file holds them all."""
-    expected = 0
-    for tensor in header.tensors:
-        length = tensor_bytes(tensor) or 0
-        if tensor.offset != expected:
-            raise BadWeights(
-                path,
-                f"the data of “{shorten(tensor.name)}” begins at byte {tensor.offset:,} of the tensors, but byte "
-                f"{expected:,} follows the tensor before it; the file is damaged",
-            )
-        end = header.data_offset + expected + length
-        if end > size:
-            raise BadWeights(
-                path,
-                f"“{shorten(tensor.name)}” would end at byte {end:,}, but the file has {size:,}; it is incomplete",
-            )
-        expected += -(-length // alignment) * alignment

@@ -85,7 +85,7 @@ def read_imatrix(path: Path) -> ImportanceMatrix:
         matrix = name.removesuffix(_SUMS)
         if matrix + _COUNTS not in tensors:
             raise BadWeights(path, f"the counts of “{matrix}” are missing")
-        sums, counts = _read_floats(path, header, tensor), _read_floats(path, header, tensors[matrix + _COUNTS])
+        sums, counts = _read_floats(tensor), _read_floats(tensors[matrix + _COUNTS])
         sums = sums.reshape(-1, tensor.shape[0])
         if len(counts) != len(sums):
             raise BadWeights(path, f"the counts of “{matrix}” do not match its sums")
@@ -100,12 +100,12 @@ def read_imatrix(path: Path) -> ImportanceMatrix:
     return ImportanceMatrix(weights, _metadata(path, header, len(weights)))
 
 
-def _read_floats(path: Path, header: Header, tensor: TensorInfo) -> numpy.ndarray:
+def _read_floats(tensor: TensorInfo) -> numpy.ndarray:
     import numpy
 
-    if tensor.type != 0 or not 1 <= len(tensor.shape) <= 3 or not tensor.elements:
-        raise BadWeights(path, f"“{tensor.name}” is not a float32 matrix")
-    return numpy.fromfile(path, numpy.float32, tensor.elements, offset=header.data_offset + tensor.offset)
+    if tensor.type.name != "f32" or not 1 <= len(tensor.shape) <= 3 or not tensor.elements:
+        raise BadWeights(tensor.file, f"“{tensor.name}” is not a float32 matrix")
+    return numpy.fromfile(tensor.file, numpy.float32, tensor.elements, offset=tensor.offset)
 
 
 def _metadata(path: Path, header: Header, entries: int) -> dict[str, EncodedValue]:

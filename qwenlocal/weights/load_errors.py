@@ -17,7 +17,7 @@ from qwenlocal import ggml
 from qwenlocal.errors import BadWeights
 from qwenlocal.formatting import format_quantity, format_shape, shorten
 from qwenlocal.weights.gguf_hyperparameters import PER_LAYER, GgufHyperparameters
-from qwenlocal.weights.gguf_reader import BYTE, EncodedValue, decode_value, read_raw_metadata, tensor_type_name
+from qwenlocal.weights.gguf_reader import BYTE, EncodedValue, decode_value, read_raw_metadata
 from qwenlocal.weights.split_model import SplitModel, read_split_model
 
 QWEN = ("qwen2", "qwen2moe")
@@ -213,8 +213,7 @@ def _find_tensor_errors(model: SplitModel, pairs: Pairs) -> Iterator[str]:
         return
     vocabulary = len(decode_value(pairs["tokenizer.ggml.tokens"]))
     hyperparameters = GgufHyperparameters(architecture, pairs)
-    tensors = {tensor.name: tensor for tensor in model.header.tensors}
-    known = set[str]()
+    tensors, known = model.tensors, set[str]()
     embeddings = tensors.get("token_embd.weight")
     if embeddings and len(embeddings.shape) == 2 and embeddings.shape[1] != vocabulary:
         size = format_quantity(vocabulary, "token")
@@ -231,7 +230,7 @@ def _find_tensor_errors(model: SplitModel, pairs: Pairs) -> Iterator[str]:
             yield f"the tensor “{name}” has the shape {stored}; the metadata implies {format_shape(shape)}"
             return
     output = tensors.get("output.weight", tensors["token_embd.weight"])
-    if tensor_type_name(output.type) == "NVFP4":
+    if output.type.name == "nvfp4":
         known |= {"output.scale", "output.input_scale"}
     if unknown := [name for name in tensors if name not in known]:
         more = f" and {len(unknown) - 1:,} more do" if len(unknown) > 1 else " does"
@@ -248,13 +247,12 @@ def _trim(shape: Sequence[int]) -> list[int]:
 
 def _find_unusable_tensors(model: SplitModel, pairs: Pairs) -> Iterator[str]:
     """Find a tensor of a type with which llama.cpp cannot compute, or at an address that ggml's buffers cannot have."""
-    for _, header, tensor in model.located:
-        kind, offset = ggml.tensor_type_by_number(tensor.type), header.data_offset + tensor.offset
+    for tensor in model.tensors.values():
         is_vector, name = tensor.name.endswith(("_norm.weight", ".bias", "scale")), shorten(tensor.name)
-        if kind is None or not ggml.can_dequantize(kind) or (is_vector and kind.name != "f32"):
+        if not ggml.can_dequantize(tensor.type) or (is_vector and tensor.type.name != "f32"):
             problem = "but must be F32" if is_vector else "with which it cannot compute"
-            yield f"the tensor “{name}” has the type {tensor_type_name(tensor.type)}, {problem}"
+            yield f"the tensor “{name}” has the type {tensor.type.name.upper()}, {problem}"
             return
-        if offset % _MIN_ALIGNMENT:
-            yield f"the data of “{name}” begins at byte {offset:,}, not at a multiple of {_MIN_ALIGNMENT}"
+        if tensor.offset % _MIN_ALIGNMENT:
+            yield f"the data of “{name}” begins at byte {tensor.offset:,}, not at a multiple of {_MIN_ALIGNMENT}"
             return

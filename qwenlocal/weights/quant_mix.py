@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from qwenlocal.errors import UsageError
-from qwenlocal.ggml import TensorType, requires_imatrix, tensor_type, tensor_type_by_number
+from qwenlocal.ggml import TensorType, requires_imatrix, tensor_type
 from qwenlocal.weights.file_types import FileType, QuantOverrides, file_type
-from qwenlocal.weights.gguf_reader import Header, TensorInfo, tensor_bytes
+from qwenlocal.weights.gguf_reader import Header, TensorInfo
 from qwenlocal.weights.gguf_writer import TensorSpec
 
 # The type to use if the row length is not a multiple of the block size (llama-quant.cpp: tensor_type_fallback).
@@ -304,13 +304,7 @@ def estimate_sizes(header: Header, types: Sequence[str] = COMMON_TYPES) -> dict[
 
 def _unquantized(tensor: TensorInfo) -> TensorSpec:
     f32 = tensor_type("f32")
-    is_f32 = tensor_type_by_number(tensor.type) in (f32, None)
-    return TensorSpec(tensor.name, tensor.shape, f32 if is_f32 else tensor_type("bf16"))
-
-
-def weights_size(header: Header) -> int:
-    """Return the bytes of weights in the file."""
-    return sum(tensor_bytes(tensor) or 0 for tensor in header.tensors)
+    return TensorSpec(tensor.name, tensor.shape, f32 if tensor.type == f32 else tensor_type("bf16"))
 
 
 def find_slow_types(header: Header, features: Collection[str]) -> tuple[float, list[str]]:
@@ -322,8 +316,7 @@ def find_slow_types(header: Header, features: Collection[str]) -> tuple[float, l
     fast = {name for feature in features for name in _REPACKED.get(feature, ())}
     sizes = Counter[str]()
     for tensor in header.tensors:
-        kind = tensor_type_by_number(tensor.type)
-        if kind is not None and kind.is_quantized and len(tensor.shape) > 1 and tensor.name != "token_embd.weight":
-            sizes[kind.name] += tensor_bytes(tensor) or 0
+        if tensor.type.is_quantized and len(tensor.shape) > 1 and tensor.name != "token_embd.weight":
+            sizes[tensor.type.name] += tensor.size
     slow = [name for name, _ in sizes.most_common() if name not in fast]
     return sum(sizes[name] for name in slow) / max(1, sizes.total()), slow

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qwenlocal import ggml
 from qwenlocal.errors import BadWeights, UnsupportedCheckpoint, UsageError
 from qwenlocal.weights.conversion_plan import ConversionPlan, SourceRows, SourceTensor, make_plan
 from qwenlocal.weights.file_types import FileType, QuantOverrides, file_type_name
@@ -41,7 +40,7 @@ def plan_quantization(
     model = check_file(source)
     header = model.headers[0]
     facts = _model_facts(source, header, pure=options.overrides.pure)
-    tensors = sorted((source_tensor(*located) for located in model.located), key=lambda t: layer_order(t.name))
+    tensors = sorted(map(source_tensor, model.tensors.values()), key=lambda t: layer_order(t.name))
     metadata = read_model_keys(model)
     plan = make_plan(tensors, targets, metadata, facts, options.overrides, options.imatrix)
     if not options.requantize:
@@ -59,25 +58,22 @@ def _model_facts(source: Path, header: Header, *, pure: bool) -> ModelFacts:
     return ModelFacts.from_header(header)
 
 
-def source_tensor(path: Path, header: Header, tensor: TensorInfo) -> SourceTensor:
+def source_tensor(tensor: TensorInfo) -> SourceTensor:
     """
-    Describe a tensor of the GGUF file `path` as the source of a conversion.
+    Describe a tensor of a GGUF file as the source of a conversion.
 
     Raises
     ------
-    BadWeights: its type is unknown, or rows of that length cannot have it.
+    BadWeights: it has no values.
     """
-    kind = ggml.tensor_type_by_number(tensor.type)
-    if kind is None or not tensor.shape or not tensor.elements:
-        problem = "has the unknown type" if kind is None else "has no values of the type"
-        raise BadWeights(path, f"“{tensor.name}” {problem} {tensor.type}")
+    if not tensor.shape or not tensor.elements:
+        raise BadWeights(tensor.file, f"“{tensor.name}” has no values")
     columns, *more = tensor.shape
-    if columns % kind.block_size:
-        raise BadWeights(path, f"“{tensor.name}” has rows of {columns:,}, not a multiple of {kind.name}'s blocks")
     experts = more[1] if len(more) > 1 else 1
     row_count = tensor.elements // columns // experts
-    offset, size = header.data_offset + tensor.offset, row_count * kind.row_bytes(columns)
-    rows = [SourceRows(path, offset + expert * size, row_count, kind) for expert in range(experts)]
+    size = row_count * tensor.type.row_bytes(columns)
+    offsets = [tensor.offset + expert * size for expert in range(experts)]
+    rows = [SourceRows(tensor.file, offset, row_count, tensor.type) for offset in offsets]
     return SourceTensor(tensor.name, tensor.shape, rows)
 
 

@@ -12,8 +12,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from qwenlocal import ggml
-from qwenlocal.errors import BadWeights, NotWritable
+from qwenlocal.errors import NotWritable
 from qwenlocal.weights import gguf_writer
 from qwenlocal.weights.conversion_plan import ConversionPlan, PlannedFile, PlannedTensor, row_ranges
 from qwenlocal.weights.diagnosis import Diagnosis, Finding
@@ -44,7 +43,7 @@ def repaired_layout(diagnosis: Diagnosis, findings: Sequence[Finding]) -> FileLa
         metadata |= finding.fixed_keys
     dropped = {finding.drops for finding in findings}
     specs = [
-        TensorSpec(tensor.name, tensor.shape, _tensor_type(diagnosis, tensor.type))
+        TensorSpec(tensor.name, tensor.shape, tensor.type)
         for tensor in diagnosis.header.tensors
         if tensor.name not in dropped
     ]
@@ -57,16 +56,9 @@ def _move_vocabulary_last(metadata: dict[str, EncodedValue]) -> dict[str, Encode
     return {**{key: value for key, value in metadata.items() if key not in vocabulary}, **vocabulary}
 
 
-def _tensor_type(diagnosis: Diagnosis, number: int) -> ggml.TensorType:
-    kind = ggml.tensor_type_by_number(number)
-    if kind is None:
-        raise BadWeights(diagnosis.path, f"it has tensors of the unknown type {number}")
-    return kind
-
-
 def fits_in_place(diagnosis: Diagnosis, layout: FileLayout) -> bool:
     """Return True if only the header changes, and not its length, so that every tensor stays at its offset."""
-    offsets = {t.name: diagnosis.header.data_offset + t.offset for t in diagnosis.header.tensors}
+    offsets = {tensor.name: tensor.offset for tensor in diagnosis.header.tensors}
     return dict(layout.offsets) == offsets and len(layout.header) == diagnosis.header.data_offset
 
 
@@ -136,9 +128,9 @@ def plan_copy(diagnosis: Diagnosis, layout: FileLayout, target: Path) -> Convers
     """Plan a new file with the header of `layout` and copies of the tensors."""
     kind = file_type(file_type_name(diagnosis.header.metadata.get("general.file_type")) or "f16")
     ranges, planned = [], []
-    for located in diagnosis.model.located:
-        if (offset := layout.offsets.get(located.tensor.name)) is not None:
-            tensor = source_tensor(*located)
+    for name, info in diagnosis.model.tensors.items():
+        if (offset := layout.offsets.get(name)) is not None:
+            tensor = source_tensor(info)
             ranges += row_ranges(tensor, [(tensor.type, offset)])
             planned.append(PlannedTensor(tensor.name, tensor.shape, tensor.type, TypeChoice(tensor.type, "copied")))
     output = OutputFile(target, layout.header, layout.size)

@@ -6,7 +6,6 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 from qwenlocal.errors import BadWeights
 from qwenlocal.model_files import FilePiece, parse_piece, parse_shard
@@ -18,20 +17,11 @@ from qwenlocal.weights.gguf_reader import (
     TensorInfo,
     read_header,
     read_raw_metadata,
-    tensor_bytes,
 )
 
 # Keys that describe a file, not the model in it; they are not copied to another file.
 ALIGNMENT_KEY = "general.alignment"
 FILE_KEYS = ("split.no", "split.count", "split.tensors.count", ALIGNMENT_KEY)
-
-
-class LocatedTensor(NamedTuple):
-    """A tensor with its file and the header of the file."""
-
-    path: Path
-    header: Header
-    tensor: TensorInfo
 
 
 @dataclass(frozen=True)
@@ -43,20 +33,13 @@ class SplitModel:
 
     @property
     def header(self) -> Header:
-        """The metadata of the first file with the tensors of all; offsets are relative to each tensor's own file."""
-        tensors = [tensor for header in self.headers for tensor in header.tensors]
-        return replace(self.headers[0], tensors=tuple(tensors))
+        """The metadata of the first file with the tensors of all."""
+        return replace(self.headers[0], tensors=tuple(tensor for header in self.headers for tensor in header.tensors))
 
     @property
-    def located(self) -> Sequence[LocatedTensor]:
-        """Every tensor, in order."""
-        files = zip(self.paths, self.headers, strict=True)
-        return [LocatedTensor(path, header, tensor) for path, header in files for tensor in header.tensors]
-
-    @property
-    def by_name(self) -> Mapping[str, LocatedTensor]:
-        """Every tensor by its name."""
-        return {located.tensor.name: located for located in self.located}
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every tensor by its name, in order."""
+        return {tensor.name: tensor for header in self.headers for tensor in header.tensors}
 
     @property
     def size(self) -> int:
@@ -79,9 +62,9 @@ def read_split_model(source: Path) -> SplitModel:
         if part[1] > 1 and part != (number, len(paths)):
             raise _misnamed(path, header)
     seen: dict[str, Path] = {}
-    for path, _, tensor in model.located:
-        if seen.setdefault(tensor.name, path) != path:
-            raise BadWeights(path, f"the tensor “{tensor.name}” is also in {seen[tensor.name].name}")
+    for tensor in model.header.tensors:
+        if seen.setdefault(tensor.name, tensor.file) != tensor.file:
+            raise BadWeights(tensor.file, f"the tensor “{tensor.name}” is also in {seen[tensor.name].name}")
     return model
 
 
@@ -171,7 +154,7 @@ def _is_joined(path: Path, header: Header) -> bool:
     """Return True if another GGUF file follows the tensors."""
     alignment = header.metadata.get(ALIGNMENT_KEY, DEFAULT_ALIGNMENT)
     assert isinstance(alignment, int)  # `read_header` has checked it
-    end = max((tensor.offset + (tensor_bytes(tensor) or 0) for tensor in header.tensors), default=0)
+    end = max((tensor.offset + tensor.size for tensor in header.tensors), default=header.data_offset)
     with path.open("rb") as file:
-        file.seek(header.data_offset + -(-end // alignment) * alignment)
+        file.seek(-(-end // alignment) * alignment)
         return file.read(len(MAGIC)) == MAGIC

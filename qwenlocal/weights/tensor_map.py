@@ -20,7 +20,7 @@ from qwenlocal.weights.checkpoint import Checkpoint
 from qwenlocal.weights.conversion_plan import SourceRows, SourceTensor
 from qwenlocal.weights.quant_mix import layer_order
 from qwenlocal.weights.safetensors import StoredTensor
-from qwenlocal.weights.tensor_values import FileRange, have_same_bytes
+from qwenlocal.weights.tensor_values import have_same_bytes
 
 _FLOAT_TYPES = {"F32", "F16", "BF16"}
 _EMBEDDING, _OUTPUT = "embed_tokens.weight", "lm_head.weight"
@@ -194,8 +194,7 @@ def _whole_model(stored: _StoredTensors, model: Hyperparameters, *, keep_tied_ou
 
 
 def _have_same_values(output: StoredTensor, embedding: StoredTensor) -> bool:
-    ranges = (FileRange(tensor.file, tensor.offset, tensor.size) for tensor in (output, embedding))
-    return output.dtype == embedding.dtype and have_same_bytes(*ranges)
+    return output.dtype == embedding.dtype and have_same_bytes(output, embedding)
 
 
 def _attention(stored: _StoredTensors, model: Hyperparameters, layer: int) -> Iterator[SourceTensor]:

@@ -81,18 +81,13 @@ def _show(diagnosis: Diagnosis, *, tensors: bool) -> None:
 
 
 def _show_tensors(header: Header) -> None:
-    from qwenlocal.weights.gguf_reader import tensor_bytes, tensor_type_name
-
-    rows = [
-        (t.name, format_shape(t.shape), tensor_type_name(t.type), format_bytes(tensor_bytes(t) or 0))
-        for t in header.tensors
-    ]
+    rows = [(t.name, format_shape(t.shape), t.type.name.upper(), format_bytes(t.size)) for t in header.tensors]
     sys.stdout.write("\n")
     print_table(("TENSOR", "SHAPE", "TYPE", "SIZE"), rows)
 
 
 def _facts(diagnosis: Diagnosis) -> dict[str, Any]:
-    from qwenlocal.weights.gguf_reader import LongArray, tensor_bytes, tensor_type_name
+    from qwenlocal.weights.gguf_reader import LongArray
 
     header = diagnosis.header
     return {
@@ -105,7 +100,7 @@ def _facts(diagnosis: Diagnosis) -> dict[str, Any]:
             for key, value in header.metadata.items()
         },
         "tensor list": [
-            {"name": t.name, "shape": list(t.shape), "type": tensor_type_name(t.type), "size": tensor_bytes(t)}
+            {"name": t.name, "shape": list(t.shape), "type": t.type.name.upper(), "size": t.size}
             for t in header.tensors
         ],
         "findings": [

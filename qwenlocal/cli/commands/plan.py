@@ -79,7 +79,6 @@ def _read_outline(app: AppContext, name: ModelName) -> ModelOutline:
     from qwenlocal.engine.memory import ModelDims
     from qwenlocal.weights.gguf_reader import read_header
     from qwenlocal.weights.load_errors import check_file
-    from qwenlocal.weights.quant_mix import weights_size
 
     record = app.local.find(name)
     if record is None:
@@ -93,7 +92,7 @@ def _read_outline(app: AppContext, name: ModelName) -> ModelOutline:
                 raise
     if record is not None:
         header = check_file(record.path).header
-        size = weights_size(header) or record.size
+        size = header.weights_size or record.size
     dims = ModelDims.from_metadata(header.metadata)
     if dims is None:
         raise UnsupportedCheckpoint(

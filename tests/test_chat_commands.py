@@ -343,7 +343,7 @@ def test_a_mentioned_file_is_attached_and_its_cost_shown(
     assert re.search(r"notes.txt: \d+ tokens, \d+% of the free\s+context", text)
     question = journal().load_thread(1).path[0].text
     assert question == "notes.txt:\n```txt\nremember the milk\n```\n\nWhat is in @notes.txt?"
-    enter(chat, "/read nowhere.txt", "Cannot read nowhere.txt: No such file")
+    enter(chat, "/read nowhere.txt", "There is no file nowhere.txt")
     (tmp_path / "pic.png").write_bytes(b"\x89PNG....")
     enter(chat, "@pic.png?", "pic.png is a PNG image")
     enter(chat, "\x15/read notes.txt", r"^> @notes.txt")

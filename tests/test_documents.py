@@ -114,7 +114,7 @@ def test_files_without_text_are_refused_with_the_reason(name: str, data: bytes, 
 
 
 def test_missing_files_and_folders_are_reported(tmp_path: Path) -> None:
-    with pytest.raises(ModelNotFound, match="No such file"):
+    with pytest.raises(ModelNotFound, match="There is no file"):
         read_document(tmp_path / "none.txt")
     with pytest.raises(UsageError, match="is a folder"):
         read_document(tmp_path)

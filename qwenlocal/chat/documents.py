@@ -80,8 +80,7 @@ def read_document(path: Path) -> Document:
             )
         data = path.read_bytes()
     except OSError as error:
-        message = tr("Cannot read {path}: {reason}.", path=path, reason=error.strerror)
-        raise ModelNotFound(str(path), reason=message, hint=tr("Check the path.")) from error
+        raise ModelNotFound.unreadable(path, error) from error
     reader = _READERS.get(path.suffix.lower())
     text = _read_with(reader, path) if reader else decode_text(data, path.name, file=path)
     if not text.strip():

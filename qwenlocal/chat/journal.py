@@ -15,7 +15,7 @@ import sqlite3
 import threading
 import time
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -299,7 +299,7 @@ class Journal:
                     db.execute(
                         "INSERT INTO chats(title, created, open_by, system, leaf, left_out, summary, model, changed) "
                         "VALUES (coalesce((SELECT title FROM chats WHERE id = ?), ?), ?, 0, ?, ?, ?, ?, ?, ?)",
-                        (original, _default_title(thread), now, *state),
+                        (original, default_title(thread.messages.values()), now, *state),
                     ).lastrowid
                     or 0
                 )
@@ -390,8 +390,9 @@ def lock_path(path: Path) -> Path:
     return path.with_name(f"{path.name}-locks")
 
 
-def _default_title(thread: Thread) -> str:
-    first = next((message.text for message in thread.messages.values() if message.role == USER), "")
+def default_title(messages: Iterable[Message]) -> str:
+    """Return the beginning of the first question."""
+    first = next((message.text for message in messages if message.role == USER), "")
     return shorten(replace_surrogates(first).replace("\0", "")) or tr("(no title)")
 
 

@@ -79,7 +79,7 @@ class JournalWriter(ThreadObserver):
             self._removed.add(message.number)
             self.write()
 
-    def moved(self, thread: Thread) -> None:
+    def moved(self) -> None:
         with self._lock:
             self._has_moved = True
             self.write()

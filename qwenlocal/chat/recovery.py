@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from qwenlocal.chat.chat_locks import ChatLocks
 from qwenlocal.chat.events import FinishReason
-from qwenlocal.chat.journal import Journal, lock_path, translate_errors
+from qwenlocal.chat.journal import Journal, default_title, lock_path, translate_errors
 from qwenlocal.chat.journal_rows import (
     CHAT_COLUMNS,
     ERASED,
@@ -28,7 +28,6 @@ from qwenlocal.chat.journal_rows import (
 from qwenlocal.chat.sqlite_pages import Record, read_records
 from qwenlocal.chat.thread import ASSISTANT, USER, Message
 from qwenlocal.errors import JournalError
-from qwenlocal.formatting import shorten
 from qwenlocal.i18n import tr
 
 _N_CHAT, _N_MESSAGE = len(CHAT_COLUMNS.split(",")), len(MESSAGE_COLUMNS.split(","))
@@ -165,9 +164,9 @@ def _is_chat(record: Record) -> bool:
 def _repair_chat(chat_id: int, columns: Sequence[Any] | None, messages: Mapping[int, Message]) -> ChatRow:
     """Build a chat from its columns, None if only messages are left of it, with defaults for damaged values."""
     if columns is None:
-        first = next((message.text for _, message in sorted(messages.items()) if message.role == USER), "")
+        title = default_title(message for _, message in sorted(messages.items()))
         model = next((message.model for message in messages.values() if message.model), "")
-        columns = [None, shorten(first) or tr("(no title)"), model, "", 0, "[]", "", None, None, 0]
+        columns = [None, title, model, "", 0, "[]", "", None, None, 0]
     _, title, model, system, leaf, left_out, summary, created, changed, _ = columns
     evicted: tuple[int, ...] = ()
     with contextlib.suppress(ValueError):

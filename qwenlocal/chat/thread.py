@@ -60,7 +60,7 @@ class ThreadObserver:
     def removed(self, message: Message) -> None:
         """A message was removed."""
 
-    def moved(self, thread: Thread) -> None:
+    def moved(self) -> None:
         """The leaf, the system prompt, the evicted turns or their summary changed."""
 
 
@@ -150,7 +150,7 @@ class Thread:
     def set_leaf(self, number: int) -> None:
         """Continue after message `number`; what follows it stays in the tree."""
         self.leaf = number
-        self.observer.moved(self)
+        self.observer.moved()
 
     def select_version(self, message: Message) -> None:
         """Go to a version, and from there along its most recent messages to their end."""
@@ -162,13 +162,13 @@ class Thread:
     def set_system_prompt(self, text: str) -> None:
         """Replace the system prompt."""
         self.system = text
-        self.observer.moved(self)
+        self.observer.moved()
 
     def evict_turns(self, questions: Sequence[int], summary: str) -> None:
         """Remove the turns of these questions from the context; `summary` replaces all evicted turns."""
         self.evicted |= set(questions)
         self.summary = summary
-        self.observer.moved(self)
+        self.observer.moved()
 
     def clear(self) -> None:
         """Start over with an empty path; all messages stay in the tree."""

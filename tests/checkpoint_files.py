@@ -158,10 +158,17 @@ def plan_job(source: Path, *targets: Path) -> WriteJob:
     return plan_conversion(Checkpoint.open(source), outputs, ConversionOptions(name="tiny")).job
 
 
-def convert_checkpoint(source: Path, target: Path, kind: str, **options: Any) -> Path:
+def convert_checkpoint(source: Path, target: Path, kind: str, *, threads: int = 1, **options: Any) -> Path:
     plan = plan_conversion(Checkpoint.open(source), [(target, file_type(kind))], ConversionOptions(**options))
-    run_job(plan.job, threads=1)
+    run_job(plan.job, threads=threads)
     return target
+
+
+def read_tensor(folder: Path, name: str) -> bytes:
+    stored = Checkpoint.open(folder).tensors[name]
+    with stored.file.open("rb") as file:
+        file.seek(stored.offset)
+        return file.read(stored.size)
 
 
 def expect_refusal(read: Callable[[Path], object], path: Path) -> str:

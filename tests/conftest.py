@@ -16,13 +16,17 @@ from typing import Any
 import pytest
 import typer.testing
 from checkpoint_files import LARGE, SMALL, UNALIGNED, convert_checkpoint, plan_job
+from generation import OpenContext
 from gguf_files import copy_with_metadata
 from hub import HubServer
 from hub_checkpoints import HF_NAME, WeightRequests, publish
 from interruptions import SLOW_TYPE
 from typer.testing import CliRunner
 
+from qwenlocal.chat.journal import Journal
 from qwenlocal.cli.app import app
+from qwenlocal.engine.context import Context, ContextOptions
+from qwenlocal.engine.llama import Model
 from qwenlocal.paths import Folders
 from qwenlocal.testing import write_checkpoint, write_model
 from qwenlocal.weights.write_workers import run_job
@@ -98,9 +102,32 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def open_context() -> Iterator[OpenContext]:
+    """Opens contexts with options of `ContextOptions`: `open_context(random_model, n_ctx=512)`."""
+    contexts: list[Context] = []
+
+    def open_(model: Path, n_ctx: int = 1024, **options: Any) -> Context:
+        # Flash attention rounds batches and single tokens further apart: on some processors a token differs.
+        settings = {"threads": 1, "flash_attention": False, **options}
+        contexts.append(Context(Model(model), ContextOptions(n_ctx, **settings)))
+        return contexts[-1]
+
+    yield open_
+    for context in contexts:
+        context.close()
+        context.model.close()
+
+
+@pytest.fixture
 def hub() -> Iterator[HubServer]:
     with HubServer() as server:
         yield server
+
+
+@pytest.fixture
+def journal(folders: Folders) -> Callable[[], Journal]:
+    """Opens the journal of the user."""
+    return lambda: Journal(folders.journal)
 
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]

@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import random
 import unicodedata
+from collections.abc import Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
 
 SENTENCES = {
     "English": "The quick brown fox jumps over the lazy dog while 17 others watch from the garden's edge, don't they?",
@@ -49,7 +53,7 @@ def lines(count: int = 5200) -> list[str]:
     return corpus[:count]
 
 
-def _pick(rng: random.Random, options: list[str]) -> str:
+def _pick(rng: random.Random, options: Sequence[T]) -> T:
     return options[int(rng.random() * len(options))]
 
 
@@ -86,11 +90,7 @@ def _code(rng: random.Random) -> str:
 
 def _mixed(rng: random.Random) -> str:
     kinds = [EMOJI, OTHER, CODE, SPACES]
-    return "".join(_pick(rng, _pick_list(rng, kinds))[:20] + _fragment(rng)[:8] for _ in range(5))
-
-
-def _pick_list(rng: random.Random, options: list[list[str]]) -> list[str]:
-    return options[int(rng.random() * len(options))]
+    return "".join(_pick(rng, _pick(rng, kinds))[:20] + _fragment(rng)[:8] for _ in range(5))
 
 
 def _digits(rng: random.Random) -> str:

@@ -18,6 +18,7 @@ from types import TracebackType
 from urllib.parse import parse_qs, unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+NO_HUB = {"HF_ENDPOINT": "http://127.0.0.1:9", "MODELSCOPE_DOMAIN": "http://127.0.0.1:9"}  # variables; nobody answers
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Callable
@@ -41,6 +42,11 @@ class Terminal:
         for start in range(0, len(data), 1 << 15):
             self._child.send(data[start : start + (1 << 15)])
             self.read(0.001)
+
+    def enter(self, line: str, pattern: str) -> str:
+        """Type a line and wait for the screen to show `pattern`."""
+        self.type(f"{line}\r")
+        return self.wait_for(pattern)
 
     def read(self, seconds: float = 0.05) -> None:
         """Read the output for a while, and answer prompt_toolkit's requests for the cursor position."""
@@ -112,8 +118,27 @@ class Terminal:
         self._child.close()
         return int(self._child.exitstatus if self._child.exitstatus is not None else -self._child.signalstatus)
 
+    def exit(self) -> int:
+        """Press Ctrl-D, and return the exit code."""
+        self.type("\x04")
+        return self.wait_for_exit()
+
     def close(self) -> None:
         self._child.close(force=True)
 
 
 Open = Callable[..., Terminal]
+
+
+def start_chat(terminal: Open, *arguments: str | Path, **variables: str) -> Terminal:
+    """Open `qwenlocal run` and wait for its input line."""
+    chat = terminal("run", *map(str, arguments), **variables)
+    chat.wait_for_prompt()
+    return chat
+
+
+def save_messages(chat: Terminal, folder: Path) -> list[dict[str, str]]:
+    """Save the chat, and return its messages."""
+    chat.enter("\x15/save talk.json", "Saved:")
+    messages: list[dict[str, str]] = json.loads((folder / "talk.json").read_text("utf-8"))["messages"]
+    return messages

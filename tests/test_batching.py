@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from generation import GREEDY, OpenContext, answer
 
 from qwenlocal.cli.text_input import fill_placeholders
 from qwenlocal.engine.batching import BatchGenerator, BatchRequest, BatchResult, choose_batch_size
-from qwenlocal.engine.context import Context, ContextOptions
-from qwenlocal.engine.llama import Model
-from qwenlocal.engine.sampling import Sampling
+from qwenlocal.engine.context import Context
 from qwenlocal.engine.sequence import TokenSequence
 from qwenlocal.engine.speculation import DEFAULT_COSTS, CostCurve
 from qwenlocal.errors import UsageError
-
-GREEDY = Sampling(temperature=0, repeat_penalty=1)
-Opened = Callable[..., Context]
-
-
-@pytest.fixture
-def opened() -> Iterator[Opened]:
-    contexts: list[Context] = []
-
-    def open_(path: Path, *, n_ctx: int = 1024, n_seq_max: int = 1) -> Context:
-        options = ContextOptions(n_ctx, threads=1, n_seq_max=n_seq_max, flash_attention=False)
-        contexts.append(Context(Model(path), options))
-        return contexts[-1]
-
-    yield open_
-    for context in contexts:
-        context.close()
-        context.model.close()
 
 
 def never(_token: int) -> bool:
@@ -46,24 +27,24 @@ def prompts(count: int) -> list[list[int]]:
 def alone(context: Context, ids: list[int], limit: int) -> tuple[int, ...]:
     sequence = TokenSequence(context)
     sequence.adopt([])
-    return tuple(step for step in sequence.generate(ids, GREEDY, limit=limit) if isinstance(step, int))
+    return tuple(answer(sequence, ids, limit))
 
 
 def by_key(results: Iterator[BatchResult]) -> dict[int, BatchResult]:
     return {result.key: result for result in results}
 
 
-def test_answers_equal_those_of_separate_runs(random_model: Path, opened: Opened) -> None:
-    generator = BatchGenerator(opened(random_model, n_seq_max=5))
-    expected = {key: alone(opened(random_model), ids, 10 + key) for key, ids in enumerate(prompts(9))}
+def test_answers_equal_those_of_separate_runs(random_model: Path, open_context: OpenContext) -> None:
+    generator = BatchGenerator(open_context(random_model, n_seq_max=5))
+    expected = {key: alone(open_context(random_model), ids, 10 + key) for key, ids in enumerate(prompts(9))}
     requests = [BatchRequest(key, ids, GREEDY, 10 + key) for key, ids in enumerate(prompts(9))]
     results_by_key = by_key(generator.generate(requests, never))
     assert {key: result.ids for key, result in results_by_key.items()} == expected
     assert not any(result.hit_eos or result.is_full for result in results_by_key.values())
 
 
-def test_an_end_token_ends_an_answer_and_is_not_part_of_it(speaking_model: Path, opened: Opened) -> None:
-    context = opened(speaking_model, n_seq_max=3)
+def test_an_end_token_ends_an_answer_and_is_not_part_of_it(speaking_model: Path, open_context: OpenContext) -> None:
+    context = open_context(speaking_model, n_seq_max=3)
     tokenizer = context.model.tokenizer
     requests = [BatchRequest(key, tokenizer.tokenize("x\n", special=False), GREEDY, 50) for key in range(4)]
     results_by_key = by_key(BatchGenerator(context).generate(requests, tokenizer.is_end))
@@ -71,40 +52,44 @@ def test_an_end_token_ends_an_answer_and_is_not_part_of_it(speaking_model: Path,
     assert {b"".join(map(tokenizer.piece, result.ids)) for result in results_by_key.values()} == {b"Paris, fun"}
 
 
-def test_results_are_yielded_as_they_finish(random_model: Path, opened: Opened) -> None:
-    requests = [BatchRequest(key, ids, GREEDY, limit) for key, (ids, limit) in enumerate(zip(prompts(2), (30, 3)))]  # noqa: B905
-    order = [result.key for result in BatchGenerator(opened(random_model, n_seq_max=3)).generate(requests, never)]
+def test_results_are_yielded_as_they_finish(random_model: Path, open_context: OpenContext) -> None:
+    requests = [
+        BatchRequest(key, ids, GREEDY, limit) for key, (ids, limit) in enumerate(zip(prompts(2), (30, 3), strict=True))
+    ]
+    order = [result.key for result in BatchGenerator(open_context(random_model, n_seq_max=3)).generate(requests, never)]
     assert order == [1, 0]
 
 
-def test_requests_wait_while_the_cache_is_full_and_all_are_answered(random_model: Path, opened: Opened) -> None:
-    generator = BatchGenerator(opened(random_model, n_ctx=256, n_seq_max=5))
+def test_requests_wait_while_the_cache_is_full_and_all_are_answered(
+    random_model: Path, open_context: OpenContext
+) -> None:
+    generator = BatchGenerator(open_context(random_model, n_ctx=256, n_seq_max=5))
     requests = [BatchRequest(key, ids, GREEDY, 90) for key, ids in enumerate(prompts(6))]
     results_by_key = by_key(generator.generate(requests, never))
     assert {key: result.ids for key, result in results_by_key.items()} == {
-        key: alone(opened(random_model, n_ctx=256), ids, 90) for key, ids in enumerate(prompts(6))
+        key: alone(open_context(random_model, n_ctx=256), ids, 90) for key, ids in enumerate(prompts(6))
     }
 
 
-def test_the_shared_prefix_makes_room_for_prompts_without_it(random_model: Path, opened: Opened) -> None:
+def test_the_shared_prefix_makes_room_for_prompts_without_it(random_model: Path, open_context: OpenContext) -> None:
     long = [[40 + start + place % 20 for place in range(300)] for start in (0, 30, 60)]
-    generator = BatchGenerator(opened(random_model, n_ctx=512, n_seq_max=3))
+    generator = BatchGenerator(open_context(random_model, n_ctx=512, n_seq_max=3))
     results_by_key = by_key(
         generator.generate([BatchRequest(key, ids, GREEDY, 4) for key, ids in enumerate(long)], never)
     )
-    assert [results_by_key[key].ids for key in range(3)] == [alone(opened(random_model), ids, 4) for ids in long]
+    assert [results_by_key[key].ids for key in range(3)] == [alone(open_context(random_model), ids, 4) for ids in long]
 
 
-def test_an_answer_ends_at_the_end_of_the_context(random_model: Path, opened: Opened) -> None:
-    generator = BatchGenerator(opened(random_model, n_ctx=256, n_seq_max=3))
+def test_an_answer_ends_at_the_end_of_the_context(random_model: Path, open_context: OpenContext) -> None:
+    generator = BatchGenerator(open_context(random_model, n_ctx=256, n_seq_max=3))
     requests = [BatchRequest(0, prompts(1)[0], GREEDY, 1000), BatchRequest(1, [40] * 300, GREEDY, 5)]
     results_by_key = by_key(generator.generate(requests, never))
     assert results_by_key[0].is_full and len(results_by_key[0].ids) >= 240
     assert results_by_key[1] == BatchResult(1, (), hit_eos=False, is_full=True)
 
 
-def test_stopping_ends_all_answers(endless_model: Path, opened: Opened) -> None:
-    generator = BatchGenerator(opened(endless_model, n_seq_max=3))
+def test_stopping_ends_all_answers(endless_model: Path, open_context: OpenContext) -> None:
+    generator = BatchGenerator(open_context(endless_model, n_seq_max=3))
     requests = [BatchRequest(key, [40, 41], GREEDY, 5 + 90 * key) for key in range(3)]
     results = generator.generate(requests, never)
     assert next(results).key == 0

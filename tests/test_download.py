@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hub import Fault, HubServer, Response, corrupt_bytes, cut, only_on, pace, refuse, stall, whole_file
@@ -51,7 +52,7 @@ def download(hub: HubServer, client: HttpClient, tmp_path: Path) -> Download:
         sha256: str | None = DIGEST,
         policy: DownloadPolicy = POLICY,
         etag: str | None = None,
-        **options: object,
+        **options: Any,
     ) -> DownloadedFile:
         sources = [
             HttpSource(path, client, [UrlSegment(hub.url + path, len(CONTENT))], etag=etag or "") for path in paths
@@ -59,7 +60,7 @@ def download(hub: HubServer, client: HttpClient, tmp_path: Path) -> Download:
         artifact = Artifact("x.bin", len(CONTENT), sha256, sources, etag=etag)
         return download_artifact(
             artifact, tmp_path / "out" / "x.bin", locks=tmp_path / "locks", policy=policy, **options
-        )  # type: ignore[arg-type]
+        )
 
     return run
 
@@ -77,7 +78,7 @@ def test_each_block_is_requested_once(download: Download, hub: HubServer) -> Non
     assert sorted(hub.ranges) == [(n * BLOCK, min((n + 1) * BLOCK, len(CONTENT))) for n in range(11)]
 
 
-def test_empty_file(hub: HubServer, client: HttpClient, tmp_path: Path) -> None:
+def test_an_empty_file_is_created_without_a_request(client: HttpClient, tmp_path: Path) -> None:
     artifact = Artifact("empty", 0, hashlib.sha256(b"").hexdigest(), [])
     assert download_artifact(artifact, tmp_path / "empty", locks=tmp_path / "l").path.read_bytes() == b""
 
@@ -145,30 +146,22 @@ def test_the_next_source_continues_when_one_fails_midway(download: Download, hub
     """Blocks that the first source delivered are not requested again."""
     delivered = 0
 
-    def after_three(response: object) -> None:
+    def after_three(response: Response) -> None:
         nonlocal delivered
         delivered += 1
         if delivered > 3:
-            only_on("/a/", fault)(response)  # type: ignore[arg-type]
+            only_on("/a/", fault)(response)
 
-    hub.always = [after_three]  # type: ignore[list-item]
-    assert (
-        download(["/a/x.bin", "/b/x.bin"], policy=DownloadPolicy(block_size=BLOCK, connections=1, patience=20)).sha256
-        == DIGEST
-    )
-    blocks_of_a = [
-        start // BLOCK for path, (start, _) in zip(_file_requests(hub), hub.ranges, strict=True) if "/a/" in path
-    ]
-    blocks_of_b = [
-        start // BLOCK for path, (start, _) in zip(_file_requests(hub), hub.ranges, strict=True) if "/b/" in path
-    ]
-    assert blocks_of_a[:3] == [0, 1, 2]
-    assert set(blocks_of_b) >= set(range(4, 11))
-    assert not {0, 1, 2} & set(blocks_of_b)
-
-
-def _file_requests(hub: HubServer) -> list[str]:
-    return [path for path in hub.requests if path.endswith("x.bin")]
+    hub.always = [after_three]
+    policy = DownloadPolicy(block_size=BLOCK, connections=1, patience=20)
+    assert download(["/a/x.bin", "/b/x.bin"], policy=policy).sha256 == DIGEST
+    requests = [path for path in hub.requests if path.endswith("x.bin")]
+    blocks: dict[str, list[int]] = {"a": [], "b": []}
+    for path, (start, _) in zip(requests, hub.ranges, strict=True):
+        blocks[path.split("/")[1]].append(start // BLOCK)
+    assert blocks["a"][:3] == [0, 1, 2]
+    assert set(blocks["b"]) >= set(range(4, 11))
+    assert not {0, 1, 2} & set(blocks["b"])
 
 
 def test_wrong_bytes_are_detected_and_the_next_source_is_used(download: Download, hub: HubServer) -> None:
@@ -340,11 +333,11 @@ def test_an_unreachable_server_fails_quickly(client: HttpClient, tmp_path: Path)
 def test_a_network_outage_is_waited_out(download: Download, hub: HubServer) -> None:
     away = time.monotonic() + 2
 
-    def gone(response: object) -> None:
+    def gone(response: Response) -> None:
         if time.monotonic() < away and hub.sent > 3 * BLOCK:
-            cut(0)(response)  # type: ignore[arg-type]
+            cut(0)(response)
 
-    hub.always = [gone]  # type: ignore[list-item]
+    hub.always = [gone]
     assert download().sha256 == DIGEST
 
 
@@ -370,13 +363,12 @@ def test_a_full_disk_is_reported_before_the_first_request(
 def test_a_disk_that_fills_up_keeps_what_has_arrived(tmp_path: Path, hub: HubServer) -> None:
     """A file-size limit stands in for the full disk: both raise an OSError."""
     hub.files["/x.bin"] = CONTENT
-    code = _FETCH_SCRIPT.replace(
+    code = FETCH_SCRIPT.replace(
         "download_artifact(", "resource.setrlimit(resource.RLIMIT_FSIZE, (5 * BLOCK, 5 * BLOCK)); download_artifact("
     )
-    result = _process(code, hub, tmp_path, wait=True)
-    assert str(result).startswith("NotWritable")
+    assert output_of(start_download(hub, tmp_path, code)).startswith("NotWritable")
     assert arrived_bytes(tmp_path / "x.bin") <= 5 * BLOCK
-    assert _process(_FETCH_SCRIPT, hub, tmp_path, wait=True) == "done\n"
+    assert output_of(start_download(hub, tmp_path)) == "done\n"
 
 
 def test_the_rate_can_be_limited(hub: HubServer, tmp_path: Path) -> None:
@@ -437,7 +429,7 @@ def test_segments_are_joined_and_each_is_verified(hub: HubServer, client: HttpCl
 
 # --- processes
 
-_FETCH_SCRIPT = """
+FETCH_SCRIPT = """
 import resource, sys
 from pathlib import Path
 from qwenlocal.library.artifact import *
@@ -457,12 +449,16 @@ except Exception as error:
 """
 
 
-def _process(code: str, hub: HubServer, folder: Path, *, wait: bool) -> object:
+def start_download(hub: HubServer, folder: Path, code: str = FETCH_SCRIPT) -> subprocess.Popen[str]:
+    """Download CONTENT in another process."""
     code = code.replace("{block}", str(BLOCK)).replace("{size}", str(len(CONTENT))).replace("{digest}", DIGEST)
-    child = subprocess.Popen(
+    return subprocess.Popen(
         [sys.executable, "-c", code, str(folder), hub.url], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    return child.communicate(timeout=60)[0] if wait else child
+
+
+def output_of(download: subprocess.Popen[str]) -> str:
+    return download.communicate(timeout=60)[0]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no kill -9")
@@ -470,8 +466,7 @@ def _process(code: str, hub: HubServer, folder: Path, *, wait: bool) -> object:
 def test_kill_9_loses_at_most_the_last_second(hub: HubServer, tmp_path: Path, seconds: float) -> None:
     hub.files["/x.bin"] = CONTENT
     hub.always = [pace(2e4)]
-    child = _process(_FETCH_SCRIPT, hub, tmp_path, wait=False)
-    assert isinstance(child, subprocess.Popen)
+    child = start_download(hub, tmp_path)
     while not hub.sent:
         time.sleep(0.01)
     time.sleep(seconds)
@@ -481,7 +476,7 @@ def test_kill_9_loses_at_most_the_last_second(hub: HubServer, tmp_path: Path, se
     kept = arrived_bytes(tmp_path / "x.bin")
     assert kept > hub.sent - 4 * 2e4 * 1.3
     hub.always, hub.ranges = [], []
-    assert _process(_FETCH_SCRIPT, hub, tmp_path, wait=True) == "done\n"
+    assert output_of(start_download(hub, tmp_path)) == "done\n"
     assert (tmp_path / "x.bin").read_bytes() == CONTENT
     assert requested_bytes(hub) == len(CONTENT) - kept
 
@@ -489,9 +484,8 @@ def test_kill_9_loses_at_most_the_last_second(hub: HubServer, tmp_path: Path, se
 def test_two_processes_share_one_download(hub: HubServer, tmp_path: Path) -> None:
     hub.files["/x.bin"] = CONTENT
     hub.always = [pace(3e5)]
-    children = [_process(_FETCH_SCRIPT, hub, tmp_path, wait=False) for _ in range(2)]
-    outputs = [child.communicate(timeout=60)[0] for child in children]  # type: ignore[attr-defined]
-    assert outputs == ["done\n", "done\n"]
+    children = [start_download(hub, tmp_path) for _ in range(2)]
+    assert [output_of(child) for child in children] == ["done\n", "done\n"]
     assert len(hub.ranges) == 11
 
 
@@ -577,7 +571,7 @@ def test_credentials_are_not_sent_to_another_host(hub: HubServer, client: HttpCl
     with HubServer() as other:
         other.files["/x"] = b"here"
 
-        def redirect(response) -> None:  # type: ignore[no-untyped-def]
+        def redirect(response: Response) -> None:
             response.status, response.body = 302, b""
             response.headers = {"Location": f"{other.url}/x".replace("127.0.0.1", "localhost")}
 
@@ -589,7 +583,7 @@ def test_credentials_are_not_sent_to_another_host(hub: HubServer, client: HttpCl
 
 
 def test_a_redirect_loop_is_an_error(hub: HubServer, client: HttpClient) -> None:
-    def redirect(response) -> None:  # type: ignore[no-untyped-def]
+    def redirect(response: Response) -> None:
         response.status, response.body, response.headers = 302, b"", {"Location": "/go"}
 
     hub.files["/go"] = b"two"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 from conftest import Run
-from terminal import Open
+from generation import CHEAP, GREEDY, OpenContext, answer
+from terminal import Open, start_chat
 
 from qwenlocal.chat.chat_model import ChatModel, load_chat_model
 from qwenlocal.engine.context import Aborted, Context, ContextOptions
@@ -27,11 +28,8 @@ from qwenlocal.terminal.load_notes import describe_plan
 from qwenlocal.terminal.view import DRAFT_UNLOADED
 from qwenlocal.testing import write_model
 
-GREEDY = Sampling(temperature=0, repeat_penalty=1)
-CHEAP = dict.fromkeys(DEFAULT_COSTS, 1.0)
 PROMPT = [40, 41, 42, 43, 44]
-# Flash attention rounds batches and single tokens further apart: on some processors a sampled token differs.
-OPTIONS = {"n_ctx": 1024, "threads": 1, "flash_attention": False}
+LIMIT = 80
 
 
 class Clock:
@@ -108,46 +106,33 @@ class ScriptedAnswers:
         return (self.clock.now - began) / answer
 
 
-@pytest.fixture
-def context() -> Iterator[Callable[..., Context]]:
-    contexts: list[Context] = []
-
-    def open_(path: Path, **options: int) -> Context:
-        contexts.append(Context(Model(path), ContextOptions(**{**OPTIONS, **options})))
-        return contexts[-1]
-
-    yield open_
-    for opened in contexts:
-        opened.close()
-        opened.model.close()
-
-
-def answer(sequence: TokenSequence, ids: Sequence[int], sampling: Sampling = GREEDY) -> list[int]:
-    return [step for step in sequence.generate(ids, sampling, limit=80) if isinstance(step, int)]
+def open_beside(target: Context, draft: Path) -> Context:
+    """Open a draft model that a stop of the target model ends, too."""
+    return Context(Model(draft), ContextOptions(1024, threads=1, flash_attention=False), target.abort)
 
 
 # --- the draft model
 
 
-def test_a_draft_is_the_greedy_continuation(endless_model: Path, context: Callable[..., Context]) -> None:
-    ids = context(endless_model).model.tokenizer.tokenize("abcd", special=False)
-    small = DraftModel(context(endless_model), 1 << 20)
+def test_a_draft_is_the_greedy_continuation(endless_model: Path, open_context: OpenContext) -> None:
+    ids = open_context(endless_model).model.tokenizer.tokenize("abcd", special=False)
+    small = DraftModel(open_context(endless_model), 1 << 20)
     small.begin(ids)
     assert bytes(ord("e") + place for place in range(4)) == b"".join(
-        context(endless_model).model.tokenizer.piece(token) for token in small.draft(4)
+        open_context(endless_model).model.tokenizer.piece(token) for token in small.draft(4)
     )
 
 
-def test_a_draft_ends_at_a_token_of_low_probability(random_model: Path, context: Callable[..., Context]) -> None:
-    small = DraftModel(context(random_model), 1 << 20)
+def test_a_draft_ends_at_a_token_of_low_probability(random_model: Path, open_context: OpenContext) -> None:
+    small = DraftModel(open_context(random_model), 1 << 20)
     small.begin(PROMPT)
     assert len(small.draft(8)) < 8
 
 
 def test_a_draft_continues_the_text_after_its_last_draft_was_rejected(
-    endless_model: Path, context: Callable[..., Context]
+    endless_model: Path, open_context: OpenContext
 ) -> None:
-    opened = context(endless_model)
+    opened = open_context(endless_model)
     word = opened.model.tokenizer
     small = DraftModel(opened, 1 << 20)
     small.begin(word.tokenize("abcd", special=False))
@@ -158,8 +143,8 @@ def test_a_draft_continues_the_text_after_its_last_draft_was_rejected(
     assert b"".join(map(word.piece, small.draft(1))) == b"h"
 
 
-def test_only_the_last_tokens_are_read_if_many_are_unread(endless_model: Path, context: Callable[..., Context]) -> None:
-    opened = context(endless_model)
+def test_only_the_last_tokens_are_read_if_many_are_unread(endless_model: Path, open_context: OpenContext) -> None:
+    opened = open_context(endless_model)
     word = opened.model.tokenizer
     small = DraftModel(opened, 1 << 20)
     ids = word.tokenize("abcdefgh " * 20 + "abc", special=False)
@@ -179,17 +164,17 @@ def test_only_the_last_tokens_are_read_if_many_are_unread(endless_model: Path, c
     assert opened.length(0) > 9
 
 
-def test_nothing_is_drafted_beyond_the_context(endless_model: Path, context: Callable[..., Context]) -> None:
-    small = DraftModel(context(endless_model, n_ctx=256), 1 << 20)
+def test_nothing_is_drafted_beyond_the_context(endless_model: Path, open_context: OpenContext) -> None:
+    small = DraftModel(open_context(endless_model, n_ctx=256), 1 << 20)
     small.begin([40] * 255)
     assert len(small.draft(8)) <= 2
     small.begin([40] * 300)
     assert small.draft(8) == []
 
 
-def test_one_stop_ends_both_models(endless_model: Path, context: Callable[..., Context]) -> None:
-    large = context(endless_model)
-    beside = Context(Model(endless_model), ContextOptions(512, threads=1), large.abort)
+def test_one_stop_ends_both_models(endless_model: Path, open_context: OpenContext) -> None:
+    large = open_context(endless_model)
+    beside = open_beside(large, endless_model)
     small = DraftModel(beside, 1 << 20)
     small.begin([40] * 300)
     large.abort.set()
@@ -220,26 +205,26 @@ def test_vocabularies_with_different_tokens_are_not_shared(endless_model: Path, 
 @pytest.mark.parametrize("seed", [7, 8])
 @pytest.mark.parametrize("repeats", [1, 80])  # 400 tokens are more than it reads to catch up
 def test_answers_are_the_same_with_good_and_bad_drafts(
-    sampling: Sampling, seed: int, repeats: int, random_model: Path, context: Callable[..., Context], tmp_path: Path
+    sampling: Sampling, seed: int, repeats: int, random_model: Path, open_context: OpenContext, tmp_path: Path
 ) -> None:
     prompt = PROMPT * repeats
-    plain = answer(TokenSequence(context(random_model)), prompt, sampling)
-    target, costs = context(random_model), CostCurve(CHEAP)
-    beside = Context(Model(write_model(tmp_path / "s.gguf", seed=seed)), ContextOptions(**OPTIONS), target.abort)
+    plain = answer(TokenSequence(open_context(random_model)), prompt, LIMIT, sampling)
+    target, costs = open_context(random_model), CostCurve(CHEAP)
+    beside = open_beside(target, write_model(tmp_path / "s.gguf", seed=seed))
     draft_model = DraftModel(beside, 1 << 20, min_probability=0.0)
     drafter = ModelDrafter(draft_model, Speculation(costs), costs, clock=lambda: 0.0)
-    assert answer(TokenSequence(target, speculation=drafter), prompt, sampling) == plain
+    assert answer(TokenSequence(target, speculation=drafter), prompt, LIMIT, sampling) == plain
     assert drafter.drafted > 0
     draft_model.close()
 
 
-def test_a_good_draft_saves_steps(endless_model: Path, context: Callable[..., Context]) -> None:
-    target, costs = context(endless_model), CostCurve(CHEAP)
-    draft_model = DraftModel(Context(Model(endless_model), ContextOptions(**OPTIONS), target.abort), 1 << 20)
+def test_a_good_draft_saves_steps(endless_model: Path, open_context: OpenContext) -> None:
+    target, costs = open_context(endless_model), CostCurve(CHEAP)
+    draft_model = DraftModel(open_beside(target, endless_model), 1 << 20)
     drafter = ModelDrafter(draft_model, NoSpeculation(), costs, clock=lambda: 0.0)
     ids = target.model.tokenizer.tokenize("abcd", special=False)
-    answer(TokenSequence(target, speculation=drafter), ids)
-    answer(TokenSequence(target, speculation=drafter), [*ids, *ids])
+    answer(TokenSequence(target, speculation=drafter), ids, LIMIT)
+    answer(TokenSequence(target, speculation=drafter), [*ids, *ids], LIMIT)
     assert drafter.accepted > 0
     assert drafter.accepted > 0.9 * drafter.drafted
     draft_model.close()
@@ -390,7 +375,7 @@ def loaded(large: Path, small: Path | None, machine: Machine | None = None) -> I
 
 def load(large: Path, small: Path | None, machine: Machine | None = None) -> tuple[list[int], str]:
     with loaded(large, small, machine) as model:
-        return answer(model.sequence, PROMPT), describe_plan(model.plan)
+        return answer(model.sequence, PROMPT, LIMIT), describe_plan(model.plan)
 
 
 def test_a_draft_model_is_part_of_the_plan(large_and_small: tuple[Path, Path]) -> None:
@@ -408,7 +393,7 @@ def test_a_draft_model_is_unloaded_when_memory_is_low_and_the_answer_goes_on(
     with loaded(large, small, machine) as model:
         assert model.drafter is not None
         assert not model.drafter.has_given_up
-        assert answer(model.sequence, PROMPT) == plain
+        assert answer(model.sequence, PROMPT, LIMIT) == plain
         assert model.drafter.has_given_up
         assert tr(DRAFT_UNLOADED) == "The draft model was unloaded because memory is low."
 
@@ -442,7 +427,5 @@ def test_both_models_must_fit(large_and_small: tuple[Path, Path]) -> None:
 
 def test_a_chat_shows_accepted_tokens_with_its_numbers(large_and_small: tuple[Path, Path], terminal: Open) -> None:
     large, small = map(str, large_and_small)
-    chat = terminal("run", large, "--draft", small, "--stats", "-n", "40", "-c", "512")
-    chat.wait_for_prompt()
-    chat.type("Hi\r")
-    chat.wait_for(r"draft model: \d+ of \d+ drafted tokens accepted")
+    chat = start_chat(terminal, large, "--draft", small, "--stats", "-n", "40", "-c", "512")
+    chat.enter("Hi", r"draft model: \d+ of \d+ drafted tokens accepted")

@@ -6,10 +6,10 @@ import concurrent.futures
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from generation import GREEDY, OpenContext, answer
 
 from qwenlocal.engine.context import Aborted, AbortFlag, CacheFull, Context, ContextOptions
 from qwenlocal.engine.llama import LoadCancelled, Model, load_library
@@ -22,95 +22,73 @@ from qwenlocal.machine import Memory
 from qwenlocal.progress import PromptProgress
 from qwenlocal.testing import write_model
 
-GREEDY = Sampling(temperature=0, repeat_penalty=1)
 
-
-@pytest.fixture
-def opened() -> Iterator[Callable[..., Context]]:
-    """Open contexts, and close them after the test."""
-    contexts: list[Context] = []
-
-    def open_(path: Path, **options: int) -> Context:
-        context = Context(Model(path), ContextOptions(**{"n_ctx": 512, "threads": 1, **options}))
-        contexts.append(context)
-        return context
-
-    yield open_
-    for context in contexts:
-        context.close()
-        context.model.close()
-
-
-def answer(sequence: TokenSequence, ids: list[int], limit: int, sampling: Sampling = GREEDY) -> list[int]:
-    return [step for step in sequence.generate(ids, sampling, limit=limit) if isinstance(step, int)]
-
-
-def test_a_scripted_model_generates_its_text_and_ends(speaking_model: Path, opened: Callable[..., Context]) -> None:
-    context = opened(speaking_model)
+def test_a_scripted_model_generates_its_text_and_ends(speaking_model: Path, open_context: OpenContext) -> None:
+    context = open_context(speaking_model)
     tokenizer = context.model.tokenizer
     ids = answer(TokenSequence(context), tokenizer.tokenize("say\n", special=True), 50)
     position = next(n for n, token in enumerate(ids) if tokenizer.is_end(token))
     assert b"".join(tokenizer.piece(token) for token in ids[:position]) == b"Paris, fun"
 
 
-def test_cached_tokens_are_not_computed_again(random_model: Path, opened: Callable[..., Context]) -> None:
+def test_cached_tokens_are_not_computed_again(random_model: Path, open_context: OpenContext) -> None:
     """The answer equals that of an empty cache; a single wrong token in it would change the answer."""
-    context = opened(random_model)
+    context = open_context(random_model)
     sequence = TokenSequence(context)
     first = answer(sequence, [1, 2, 3, 4, 5], 6)
     again = [1, 2, 3, 4, 5, *first, 9, 10]
     steps = list(sequence.generate(again, GREEDY, limit=8))
     assert steps[0] == PromptProgress(done=10, total=13, reused=10)  # the sixth token of the answer was never fed back
-    fresh = TokenSequence(opened(random_model))
+    fresh = TokenSequence(open_context(random_model))
     assert [step for step in steps if isinstance(step, int)] == answer(fresh, again, 8)
 
 
-def test_an_edited_prompt_is_computed_from_the_edit_on(random_model: Path, opened: Callable[..., Context]) -> None:
-    sequence = TokenSequence(opened(random_model))
+def test_an_edited_prompt_is_computed_from_the_edit_on(random_model: Path, open_context: OpenContext) -> None:
+    sequence = TokenSequence(open_context(random_model))
     answer(sequence, [1, 2, 3, 4, 5], 4)
     edited = [1, 2, 9, 4, 5]
     steps = list(sequence.generate(edited, GREEDY, limit=5))
     assert steps[0] == PromptProgress(done=2, total=5, reused=2)
-    fresh = TokenSequence(opened(random_model))
+    fresh = TokenSequence(open_context(random_model))
     assert [step for step in steps if isinstance(step, int)] == answer(fresh, edited, 5)
 
 
-def test_a_repeated_prompt_computes_only_its_last_token(random_model: Path, opened: Callable[..., Context]) -> None:
-    sequence = TokenSequence(opened(random_model))
+def test_a_repeated_prompt_computes_only_its_last_token(random_model: Path, open_context: OpenContext) -> None:
+    sequence = TokenSequence(open_context(random_model))
     first = answer(sequence, [1, 2, 3], 5)
     steps = list(sequence.generate([1, 2, 3], GREEDY, limit=5))
     assert steps[0] == PromptProgress(done=2, total=3, reused=2)
     assert [step for step in steps if isinstance(step, int)] == first
 
 
-def test_tokens_of_another_sequence_object_are_removed(random_model: Path, opened: Callable[..., Context]) -> None:
-    context = opened(random_model)
+def test_tokens_of_another_sequence_object_are_removed(random_model: Path, open_context: OpenContext) -> None:
+    context = open_context(random_model)
     answer(TokenSequence(context), [7, 8, 9, 10, 11, 12], 5)
     ids = [1, 2, 3]
-    assert answer(TokenSequence(context), ids, 8) == answer(TokenSequence(opened(random_model)), ids, 8)
+    assert answer(TokenSequence(context), ids, 8) == answer(TokenSequence(open_context(random_model)), ids, 8)
 
 
-def test_sequences_of_a_batch_are_independent(random_model: Path, opened: Callable[..., Context]) -> None:
-    both = opened(random_model, n_seq_max=2)
+def test_sequences_of_a_batch_are_independent(random_model: Path, open_context: OpenContext) -> None:
+    both = open_context(random_model, n_seq_max=2)
     rows = both.decode([(0, [1, 2, 3]), (1, [7, 8])])
     batched = [list(both.logits(row)[:259]) for row in rows]
-    alone = opened(random_model)
+    alone = open_context(random_model)
     (row,) = alone.decode([(0, [7, 8])])
     assert batched[1] == pytest.approx(list(alone.logits(row)[:259]), rel=1e-4, abs=1e-4)
     assert (both.length(0), both.length(1)) == (3, 2)
 
 
-def test_all_logits_returns_a_row_per_token(random_model: Path, opened: Callable[..., Context]) -> None:
-    context = opened(random_model)
+def test_all_logits_returns_a_row_per_token(random_model: Path, open_context: OpenContext) -> None:
+    context = open_context(random_model)
     (first,) = context.decode([(0, [1, 2, 3])], all_logits=True)
     rows = [list(context.logits(first + n)[:259]) for n in range(3)]
-    alone = opened(random_model)
+    alone = open_context(random_model)
     (row,) = alone.decode([(0, [1, 2])])
     assert rows[1] == pytest.approx(list(alone.logits(row)[:259]), rel=1e-4, abs=1e-4)
 
 
-def test_a_prompt_is_prefilled_in_chunks_with_progress(endless_model: Path, opened: Callable[..., Context]) -> None:
-    context = opened(endless_model, n_ctx=2048)
+def test_a_prompt_is_prefilled_in_chunks_with_progress(endless_model: Path, open_context: OpenContext) -> None:
+    context = open_context(endless_model, n_ctx=2048)
     steps = list(TokenSequence(context).generate([65] * 1000, GREEDY, limit=1))
     counts = [step.done for step in steps if isinstance(step, PromptProgress)]
     assert counts[0] == 0
@@ -119,40 +97,40 @@ def test_a_prompt_is_prefilled_in_chunks_with_progress(endless_model: Path, open
     assert len(counts) > 3
 
 
-def test_a_prompt_that_fills_the_context_is_an_error(random_model: Path, opened: Callable[..., Context]) -> None:
-    sequence = TokenSequence(opened(random_model, n_ctx=256))
+def test_a_prompt_that_fills_the_context_is_an_error(random_model: Path, open_context: OpenContext) -> None:
+    sequence = TokenSequence(open_context(random_model, n_ctx=256))
     with pytest.raises(ContextFull) as caught:
         answer(sequence, [1] * 256, 1)
     assert (caught.value.n_prompt, caught.value.n_ctx, caught.value.n_ctx_train) == (256, 256, 4096)
     assert caught.value.hint == "Use a longer context: -c 1024"
 
 
-def test_an_answer_ends_at_the_end_of_the_context(endless_model: Path, opened: Callable[..., Context]) -> None:
-    sequence = TokenSequence(opened(endless_model, n_ctx=256))
+def test_an_answer_ends_at_the_end_of_the_context(endless_model: Path, open_context: OpenContext) -> None:
+    sequence = TokenSequence(open_context(endless_model, n_ctx=256))
     tokens = answer(sequence, [10] * 200, 1000)
     assert sequence.is_full
     assert len(tokens) == 57  # 56 more fit into the cache, and the last one is not fed back
 
 
-def test_a_full_cache_is_an_error_and_keeps_its_tokens(random_model: Path, opened: Callable[..., Context]) -> None:
-    context = opened(random_model, n_ctx=256)
+def test_a_full_cache_is_an_error_and_keeps_its_tokens(random_model: Path, open_context: OpenContext) -> None:
+    context = open_context(random_model, n_ctx=256)
     context.decode([(0, [1] * 250)])
     with pytest.raises(CacheFull):
         context.decode([(0, [1] * 10)])
     assert context.length(0) == 250
 
 
-def test_stopping_from_another_thread_ends_an_answer(endless_model: Path, opened: Callable[..., Context]) -> None:
-    sequence = TokenSequence(opened(endless_model, n_ctx=100_000))
+def test_stopping_from_another_thread_ends_an_answer(endless_model: Path, open_context: OpenContext) -> None:
+    sequence = TokenSequence(open_context(endless_model, n_ctx=100_000))
     threading.Timer(0.1, sequence.stop).start()
     tokens = answer(sequence, [10, 11], 99_000)
     assert sequence.was_stopped
     assert 0 < len(tokens) < 99_000
 
 
-def test_stopping_during_prefill_takes_milliseconds(endless_model: Path, opened: Callable[..., Context]) -> None:
+def test_stopping_during_prefill_takes_milliseconds(endless_model: Path, open_context: OpenContext) -> None:
     """The computed part of the prompt stays cached for the next try."""
-    sequence = TokenSequence(opened(endless_model, n_ctx=60_000))
+    sequence = TokenSequence(open_context(endless_model, n_ctx=60_000))
     stopped_at: list[float] = []
 
     def stop() -> None:
@@ -170,8 +148,8 @@ def test_stopping_during_prefill_takes_milliseconds(endless_model: Path, opened:
     assert first == PromptProgress(read, 50_000, read)
 
 
-def test_the_abort_flag_ends_a_running_decode(endless_model: Path, opened: Callable[..., Context]) -> None:
-    context = opened(endless_model, n_ctx=4096)
+def test_the_abort_flag_ends_a_running_decode(endless_model: Path, open_context: OpenContext) -> None:
+    context = open_context(endless_model, n_ctx=4096)
     context.abort.set()
     with pytest.raises(Aborted):
         context.decode([(0, [1] * 512)])
@@ -189,23 +167,27 @@ def test_the_abort_flag_can_be_set_and_cleared() -> None:
     assert not flag
 
 
-def test_the_same_seed_gives_the_same_answer(random_model: Path, opened: Callable[..., Context]) -> None:
+def test_the_same_seed_gives_the_same_answer(random_model: Path, open_context: OpenContext) -> None:
     sampling = Sampling(temperature=5, top_k=0, top_p=1, seed=11)
-    first = answer(TokenSequence(opened(random_model)), [1, 2], 20, sampling)
-    second = answer(TokenSequence(opened(random_model)), [1, 2], 20, sampling)
-    other = answer(TokenSequence(opened(random_model)), [1, 2], 20, Sampling(temperature=5, top_k=0, top_p=1, seed=12))
+    first = answer(TokenSequence(open_context(random_model)), [1, 2], 20, sampling)
+    second = answer(TokenSequence(open_context(random_model)), [1, 2], 20, sampling)
+    other = answer(
+        TokenSequence(open_context(random_model)), [1, 2], 20, Sampling(temperature=5, top_k=0, top_p=1, seed=12)
+    )
     assert first == second != other
 
 
-def test_a_repeat_penalty_makes_a_model_repeat_less(random_model: Path, opened: Callable[..., Context]) -> None:
-    plain = answer(TokenSequence(opened(random_model)), [1, 2], 60)
-    penalized = answer(TokenSequence(opened(random_model)), [1, 2], 60, Sampling(temperature=0, repeat_penalty=10))
+def test_a_repeat_penalty_makes_a_model_repeat_less(random_model: Path, open_context: OpenContext) -> None:
+    plain = answer(TokenSequence(open_context(random_model)), [1, 2], 60)
+    penalized = answer(
+        TokenSequence(open_context(random_model)), [1, 2], 60, Sampling(temperature=0, repeat_penalty=10)
+    )
     assert len(set(penalized)) > len(set(plain))
 
 
-def test_penalized_choices_are_exact(random_model: Path, opened: Callable[..., Context]) -> None:
+def test_penalized_choices_are_exact(random_model: Path, open_context: OpenContext) -> None:
     """The penalty is applied to a subset of the candidates; the choice must be that of penalizing all of them."""
-    context = opened(random_model)
+    context = open_context(random_model)
     ids = list(range(40, 100))
     (row,) = context.decode([(0, ids)])
     logits = list(context.logits(row)[:259])
@@ -302,9 +284,9 @@ def test_a_generator_that_outlives_its_context_ends_quietly(random_model: Path) 
     del steps
 
 
-def test_low_memory_ends_an_answer_and_keeps_its_tokens(endless_model: Path, opened: Callable[..., Context]) -> None:
+def test_low_memory_ends_an_answer_and_keeps_its_tokens(endless_model: Path, open_context: OpenContext) -> None:
     left = iter([Memory(8 << 30, 4 << 30)] * 2 + [Memory(8 << 30, 90 << 20)] * 9)
-    context = opened(endless_model)
+    context = open_context(endless_model)
     sequence = TokenSequence(context, check_memory=lambda: check_memory(lambda: next(left)))
     ids: list[int] = []
     with pytest.raises(LowMemory) as caught:

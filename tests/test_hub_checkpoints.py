@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -30,18 +29,11 @@ from qwenlocal.testing import write_checkpoint
 from qwenlocal.weights.gguf_reader import read_header
 
 
-@pytest.fixture
-def hub_checkpoint(hub: HubServer, tiny_checkpoint: Path) -> str:
-    """The name of a repository with a checkpoint."""
-    hub.repository(REPO).files = {path.name: path.read_bytes() for path in tiny_checkpoint.iterdir()}
-    hub.repository(REPO).files["README.md"] = b"---\nlicense: mit\n---\n"
-    return f"hf:{REPO}"
-
-
 class TestHuggingFace:
     def test_convert_downloads_the_checkpoint_and_keeps_its_origin_and_license(
         self, hub_checkpoint: str, hub: HubServer, invoke: Run, tmp_path: Path, tiny_checkpoint: Path
     ) -> None:
+        hub.repository(REPO).files["README.md"] = b"---\nlicense: mit\n---\n"
         message = expect_exit(invoke("convert", hub_checkpoint, "--type", "q8_0"), 0)
         assert "Downloading the checkpoint" in message
         path = tmp_path / "Tiny-Qwen-0.1B-q8_0.gguf"
@@ -64,14 +56,11 @@ class TestHuggingFace:
     ) -> None:
         message = expect_exit(invoke("pull", hub_checkpoint), 0)
         assert "Converting it once to q4_k_m" in message
-        models = {entry["name"]: entry for entry in json.loads(invoke("list", "--json").stdout)}
-        assert {name: entry["state"] for name, entry in models.items()} == {
-            f"{hub_checkpoint}:q4_k_m": "here", f"{hub_checkpoint}@checkpoint": "checkpoint"
-        }  # fmt: skip
+        assert model_states(invoke) == {f"{HF_NAME}:q4_k_m": "here", HF_NAME + CHECKPOINT: "checkpoint"}
         assert "checkpoint; its conversion is installed" in invoke("list").stdout
         for name in (hub_checkpoint, f"{hub_checkpoint}@checkpoint"):
             assert "freed" in expect_exit(invoke("rm", name), 0)
-        assert json.loads(invoke("list", "--json").stdout) == []
+        assert list_models(invoke) == {}
         for folder in ("QWENLOCAL_HOME", "HF_HUB_CACHE"):
             left = [path for path in Path(environment[folder]).rglob("*") if path.is_file() or path.is_symlink()]
             assert [path for path in left if path.parent.name != "locks"] == []
@@ -93,18 +82,16 @@ class TestHuggingFace:
         message = expect_exit(invoke("pull", f"{hub_checkpoint}:q8_0"), 0)
         assert "Converting it once to q8_0" in message
         assert "Downloading the checkpoint" not in message
-        names = {entry["name"] for entry in json.loads(invoke("list", "--json").stdout)}
-        assert {f"{hub_checkpoint}:q4_k_m", f"{hub_checkpoint}:q8_0"} <= names
+        assert {f"{hub_checkpoint}:q4_k_m", f"{hub_checkpoint}:q8_0"} <= set(list_models(invoke))
 
     def test_shards_become_one_model(self, hub: HubServer, invoke: Run, tmp_path: Path) -> None:
         folder = write_checkpoint(tmp_path / "shards", config=SMALL, shards=3)
-        hub.repository(REPO).files = {path.name: path.read_bytes() for path in folder.iterdir()}
-        expect_exit(invoke("convert", f"hf:{REPO}", "--type", "f32", "-o", "x.gguf"), 0)
+        publish(hub, folder)
+        expect_exit(invoke("convert", HF_NAME, "--type", "f32", "-o", "x.gguf"), 0)
         assert data_of(tmp_path / "x.gguf") == data_of(convert_checkpoint(folder, tmp_path / "y.gguf", "f32"))
 
     def test_an_unreachable_hub_exits_4(self, invoke: Run) -> None:
-        nowhere = {"HF_ENDPOINT": "http://127.0.0.1:1"}
-        assert "can be reached" in expect_exit(invoke("convert", f"hf:{REPO}", environment=nowhere), 4)
+        assert "can be reached" in expect_exit(invoke("convert", HF_NAME, environment=UNREACHABLE), 4)
 
     def test_a_checkpoint_with_nan_is_refused_and_not_listed_as_a_model(
         self, hub_checkpoint: str, hub: HubServer, checkpoint_copy: Path, invoke: Run
@@ -112,7 +99,7 @@ class TestHuggingFace:
         set_weights(checkpoint_copy, "model.norm.weight", 0, numpy.nan)
         hub.repository(REPO).files["model.safetensors"] = (checkpoint_copy / "model.safetensors").read_bytes()
         assert "NaN or infinite" in expect_exit(invoke("pull", hub_checkpoint), 5)
-        assert [entry["state"] for entry in json.loads(invoke("list", "--json").stdout)] == ["checkpoint"]
+        assert list(model_states(invoke).values()) == ["checkpoint"]
 
     def test_a_checkpoint_beside_gguf_files_is_not_downloaded(
         self, hub_checkpoint: str, hub: HubServer, invoke: Run, speaking_model: Path
@@ -142,8 +129,7 @@ class TestModelScope:
         self, hub_checkpoint: str, hub: HubServer, invoke: Run, folders: Folders
     ) -> None:
         expect_exit(invoke("pull", self.NAME), 0)
-        states = {name: entry["state"] for name, entry in list_models(invoke).items()}
-        assert states == {f"{self.NAME}:q4_k_m": "here", self.NAME + CHECKPOINT: "checkpoint"}
+        assert model_states(invoke) == {f"{self.NAME}:q4_k_m": "here", self.NAME + CHECKPOINT: "checkpoint"}
         before = len(hub.requests)
         expect_exit(invoke("convert", self.NAME, "-o", "x.gguf"), 0)
         expect_exit(invoke("verify", self.NAME + CHECKPOINT), 0)

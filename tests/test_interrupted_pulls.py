@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -9,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,18 @@ def interrupt_pull(invoke: Run) -> Callable[..., None]:
             expect_exit(invoke("pull", name, **options), 130)
 
     return cut
+
+
+@contextlib.contextmanager
+def interrupted_checksums() -> Iterator[None]:
+    """Press Ctrl-C when the checksums of a converted file are about to be computed."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(checkpoint_converter, "hash_blocks", stop)
+        yield
 
 
 @pytest.fixture
@@ -144,12 +157,10 @@ class TestInterruptedPulls:
         self, checkpoint_copy: Path, invoke: Run, interrupt_pull: Callable[..., None], conversions: list[WriteResult]
     ) -> None:
         interrupt_pull(str(checkpoint_copy))
-        assert {name: entry["state"] for name, entry in list_models(invoke).items()} == {
-            str(checkpoint_copy): "cut short"
-        }
+        assert model_states(invoke) == {str(checkpoint_copy): "cut short"}
         expect_exit(invoke("pull", f"./{checkpoint_copy.name}"), 0)
         assert conversions[-1].resumed
-        assert {name: entry["state"] for name, entry in list_models(invoke).items()} == {str(checkpoint_copy): "here"}
+        assert model_states(invoke) == {str(checkpoint_copy): "here"}
         expect_exit(invoke("rm", str(checkpoint_copy)), 0)
         interrupt_pull(str(checkpoint_copy))
         assert "Removed the unfinished conversion" in expect_exit(invoke("rm", f"./{checkpoint_copy.name}"), 0)
@@ -208,11 +219,7 @@ class TestInterruptedChecksums:
     def test_list_rm_and_pull_know_a_pull_interrupted_during_checksums(
         self, command: str, checkpoint_copy: Path, invoke: Run, folders: Folders, conversions: list[WriteResult]
     ) -> None:
-        def stop(*_: object) -> None:
-            raise KeyboardInterrupt
-
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setattr("qwenlocal.library.checkpoint_converter.hash_blocks", stop)
+        with interrupted_checksums():
             expect_exit(invoke("pull", str(checkpoint_copy)), 130)
         assert command != "list" or str(checkpoint_copy) in list_models(invoke)
         if command == "rm":
@@ -226,11 +233,7 @@ class TestInterruptedChecksums:
     def test_a_change_after_interrupted_checksums_is_converted(
         self, checkpoint_copy: Path, invoke: Run, interrupt_pull: Callable[..., None]
     ) -> None:
-        def stop(*_: object) -> None:
-            raise KeyboardInterrupt
-
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setattr("qwenlocal.library.checkpoint_converter.hash_blocks", stop)
+        with interrupted_checksums():
             expect_exit(invoke("pull", str(checkpoint_copy)), 130)
         set_json(checkpoint_copy, "config.json", rope_theta=10000.0)
         interrupt_pull(str(checkpoint_copy))

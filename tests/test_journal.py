@@ -558,7 +558,7 @@ def test_export_as_markdown_json_and_html(journal: Journal) -> None:
     assert "<title>&lt;T&gt;</title>" in page
 
 
-def test_the_schema_version_and_mode(journal: Journal) -> None:
+def test_the_database_has_schema_version_1_and_a_write_ahead_log(journal: Journal) -> None:
     with sqlite3.connect(journal.path) as db:
         assert db.execute("PRAGMA user_version").fetchone() == (1,)
         assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)

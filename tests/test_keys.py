@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 import time
@@ -10,23 +9,14 @@ from pathlib import Path
 
 import pytest
 from conftest import SAYS
-from terminal import Open, Terminal
+from terminal import Open, Terminal, save_messages, start_chat
 
 PASTE = "\n".join(f"line {number}" for number in range(201))
 STUB = "[paste 1: 201 lines]"
 
 
 def read_questions(chat: Terminal, folder: Path) -> list[str]:
-    """Save the chat, and return its questions."""
-    saved = folder / "talk.json"
-    chat.type("\x15/save talk.json\r")
-    end = time.monotonic() + 30
-    while not saved.exists():
-        assert time.monotonic() < end, chat.text
-        chat.read()
-    chat.wait_for("Saved:")
-    messages = json.loads(saved.read_text("utf-8"))["messages"]
-    return [message["content"] for message in messages if message["role"] == "user"]
+    return [message["content"] for message in save_messages(chat, folder) if message["role"] == "user"]
 
 
 # --- the same keys at every moment
@@ -53,10 +43,8 @@ def test_keys_typed_before_the_prompt_count(terminal: Open, speaking_model: Path
 def test_keys_typed_during_an_answer_give_the_same_line(
     keys: str, sent: list[str], terminal: Open, endless_model: Path, tmp_path: Path
 ) -> None:
-    chat = terminal("run", str(endless_model), "-n", "200", "--no-lookup", "-c", "8000")
-    chat.wait_for_prompt()
-    chat.type("Go\r")
-    chat.wait_for("abcdefgh")
+    chat = start_chat(terminal, endless_model, "-n", "200", "--no-lookup", "-c", "8000")
+    chat.enter("Go", "abcdefgh")
     data = keys.encode()
     for start in range(0, len(data), 1 if len(data) < 100 else 7):  # cuts characters and sequences
         chat.type(data[start : start + (1 if len(data) < 100 else 7)])
@@ -68,19 +56,15 @@ def test_keys_typed_during_an_answer_give_the_same_line(
 def test_what_is_typed_before_a_menu_is_not_its_answer(terminal: Open, speaking_model: Path, tmp_path: Path) -> None:
     (tmp_path / "long.txt").write_text("word " * 9000)
     chat = terminal("run", str(speaking_model), "-c", "1024")
-    chat.type("@long.txt what?\rhello\r")
-    chat.wait_for("h, p, w or c")
-    chat.type("c\r")
-    chat.wait_for("Your message is below.*Not sent: 1 message typed ahead.*^> @long.txt what\\?$")
+    chat.enter("@long.txt what?\rhello", "h, p, w or c")
+    chat.enter("c", "Your message is below.*Not sent: 1 message typed ahead.*^> @long.txt what\\?$")
     chat.type("\x15\x1b[A")
     chat.wait_for(r"^> hello$")
 
 
 def test_ctrl_c_drops_what_waits_to_be_sent(terminal: Open, endless_model: Path, tmp_path: Path) -> None:
-    chat = terminal("run", str(endless_model), "-c", "60000", "--no-lookup")
-    chat.wait_for_prompt()
-    chat.type("Go\r")
-    chat.wait_for("abcdefgh")
+    chat = start_chat(terminal, endless_model, "-c", "60000", "--no-lookup")
+    chat.enter("Go", "abcdefgh")
     chat.type("two\rthree\rhalf")
     chat.wait_for("^> two\n> three\n> half")
     chat.type("\x03")
@@ -97,8 +81,7 @@ def test_ctrl_c_drops_what_waits_to_be_sent(terminal: Open, endless_model: Path,
 def test_a_paste_in_a_terminal_without_bracketed_paste_is_one_message(
     line_end: str, terminal: Open, speaking_model: Path, tmp_path: Path
 ) -> None:
-    chat = terminal("run", str(speaking_model), "-c", "8000")
-    chat.wait_for_prompt()
+    chat = start_chat(terminal, speaking_model, "-c", "8000")
     chat.type(PASTE.replace("\n", line_end))
     chat.wait_for(r"^> \[paste 1: 201 lines\]$")
     chat.type("\r")
@@ -132,8 +115,7 @@ def test_a_folded_paste_is_one_character(terminal: Open, speaking_model: Path, t
 def test_a_folded_paste_is_edited_in_full(terminal: Open, speaking_model: Path, tmp_path: Path) -> None:
     editor = tmp_path / "editor.py"
     editor.write_text("import sys\nwith open(sys.argv[1], 'a') as file:\n    file.write(' edited')\n")
-    chat = terminal("run", str(speaking_model), "-c", "8000", EDITOR=f"{sys.executable} {editor}")
-    chat.wait_for_prompt()
+    chat = start_chat(terminal, speaking_model, "-c", "8000", EDITOR=f"{sys.executable} {editor}")
     chat.paste(PASTE)
     chat.wait_for("201 lines")
     chat.type("\x18\x05")
@@ -145,43 +127,34 @@ def test_keys_wait_until_the_editor_has_ended(terminal: Open, speaking_model: Pa
     editor = tmp_path / "editor"
     editor.write_text("#!/bin/sh\nsleep 1\nprintf edited > $1\n")
     editor.chmod(0o755)
-    chat = terminal("run", str(speaking_model), EDITOR=str(editor))
-    chat.wait_for_prompt()
-    chat.type("draft\x18\x05next\r")
-    chat.wait_for(rf"^> edited$.*{SAYS}.*^> next$.*{SAYS}")
+    chat = start_chat(terminal, str(speaking_model), EDITOR=str(editor))
+    chat.enter("draft\x18\x05next", rf"^> edited$.*{SAYS}.*^> next$.*{SAYS}")
     assert read_questions(chat, tmp_path) == ["edited", "next"]
 
 
 def test_a_paste_is_recalled_in_a_later_chat(terminal: Open, speaking_model: Path, tmp_path: Path) -> None:
-    first = terminal("run", str(speaking_model), "-c", "8000")
-    first.wait_for_prompt()
+    first = start_chat(terminal, speaking_model, "-c", "8000")
     first.paste(PASTE)
     first.wait_for("201 lines")
     first.type("\r")
     first.wait_for(SAYS)
-    first.type("\x04")
-    first.wait_for_exit()
-    second = terminal("run", str(speaking_model), "-c", "8000")
-    second.wait_for_prompt()
-    second.type("\x1b[A\r")
-    second.wait_for(SAYS)
+    first.exit()
+    second = start_chat(terminal, speaking_model, "-c", "8000")
+    second.enter("\x1b[A", SAYS)
     assert read_questions(second, tmp_path) == [PASTE]
 
 
 def test_a_paste_that_is_too_long_is_cut_or_kept(terminal: Open, speaking_model: Path, tmp_path: Path) -> None:
-    chat = terminal("run", str(speaking_model), "-c", "1024")
-    chat.wait_for_prompt()
+    chat = start_chat(terminal, speaking_model, "-c", "1024")
     chat.type("sum up ")
     chat.paste(PASTE * 5)
     chat.wait_for(r"\[paste 1: [\d,]+ lines\]")
     chat.type("\r")
     chat.wait_for("Too long for the context.*h, p, w or c")
-    chat.type("c\r")
-    chat.wait_for(r"Your message is below.*^> sum up \[paste 1: [\d,]+ lines\]$")
+    chat.enter("c", r"Your message is below.*^> sum up \[paste 1: [\d,]+ lines\]$")
     chat.type("\r")
     chat.wait_for("Too long for the context.*Too long for the context.*h, p, w or c")
-    chat.type("h\r")
-    chat.wait_for(SAYS)
+    chat.enter("h", SAYS)
     (sent,) = read_questions(chat, tmp_path)
     assert sent.startswith("sum up line 0\nline 1\n")
     assert sent.endswith("\n…")
@@ -201,12 +174,10 @@ def test_a_line_found_by_ctrl_r_is_taken(terminal: Open, speaking_model: Path, t
 
 
 def test_enter_sends_after_escape_in_vi_mode(terminal: Open, speaking_model: Path) -> None:
-    chat = terminal("run", str(speaking_model), QWENLOCAL_KEYS="vi")
-    chat.wait_for_prompt()
+    chat = start_chat(terminal, speaking_model, QWENLOCAL_KEYS="vi")
     chat.type("abc\x1b")
     chat.read(0.4)
-    chat.type("0x\r")
-    chat.wait_for(rf"^> bc$.*{SAYS}")
+    chat.enter("0x", rf"^> bc$.*{SAYS}")
     chat.wait_for_prompt(2)
     chat.type("two\x1b\rlines\x1b")
     chat.read(0.4)
@@ -215,21 +186,16 @@ def test_enter_sends_after_escape_in_vi_mode(terminal: Open, speaking_model: Pat
 
 
 def test_three_quotes_enclose_several_lines(terminal: Open, speaking_model: Path, tmp_path: Path) -> None:
-    chat = terminal("run", str(speaking_model))
-    chat.wait_for_prompt()
-    chat.type('"""\r/help\r')
-    chat.wait_for('To end the message, end a line with """')
-    chat.type('is a word"""\r')
-    chat.wait_for(SAYS)
+    chat = start_chat(terminal, speaking_model)
+    chat.enter('"""\r/help', 'To end the message, end a line with """')
+    chat.enter('is a word"""', SAYS)
     assert read_questions(chat, tmp_path) == ["/help\nis a word"]
 
 
 def test_a_message_with_an_error_is_not_lost(terminal: Open, speaking_model: Path, tmp_path: Path) -> None:
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100))
-    chat = terminal("run", str(speaking_model))
-    chat.wait_for_prompt()
-    chat.type("What is in @picture.png?\r")
-    chat.wait_for(r"PNG image.*^> What is in @picture.png\?$")
+    chat = start_chat(terminal, speaking_model)
+    chat.enter("What is in @picture.png?", r"PNG image.*^> What is in @picture.png\?$")
 
 
 BYTES = (
@@ -243,8 +209,7 @@ BYTES = (
 
 @pytest.mark.parametrize("is_answering", [False, True])
 def test_no_bytes_end_the_chat(is_answering: bool, terminal: Open, endless_model: Path) -> None:
-    chat = terminal("run", str(endless_model), "-n", "100", "--no-lookup")
-    chat.wait_for_prompt()
+    chat = start_chat(terminal, endless_model, "-n", "100", "--no-lookup")
     for data in BYTES:
         if is_answering:
             chat.type("Go\r")
@@ -268,6 +233,5 @@ def test_ctrl_c_at_the_start_prints_no_traceback(seconds: float, terminal: Open,
     chat.read(seconds)
     chat.type("\x03")
     chat.read(1)
-    chat.type("\x04")
-    chat.wait_for_exit()
+    chat.exit()
     assert not re.search("Traceback|Exception|Warning", chat.text)

@@ -1,11 +1,9 @@
-"""What the program says, in the language of whoever reads it."""
+"""Translations: the choice of a language, complete catalogs, and messages in Chinese."""
 
 from __future__ import annotations
 
 import ast
 import string
-import sys
-from collections.abc import Iterator
 from gettext import GNUTranslations
 from pathlib import Path
 
@@ -14,43 +12,41 @@ from babel.messages import Catalog
 from babel.messages.pofile import read_po
 from conftest import SAYS, Run
 from terminal import Open
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
-import messages
+from tool_modules import load_tool
 
 from qwenlocal.formatting import join_sentences
 from qwenlocal.i18n import tr
 from qwenlocal.terminal.commands.table import COMMANDS, KEYS
 
+messages = load_tool("messages")
 LANGUAGES = sorted(path.name for path in messages.LOCALE.iterdir())
 
 
 @pytest.fixture
-def chinese(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def chinese(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LANGUAGE", raising=False)
     monkeypatch.setenv("LC_ALL", "zh_CN.UTF-8")
-    yield
 
 
-def places(text: str) -> set[str]:
-    """The places of a sentence, with how they are written: `{count:,}` is "count:,"."""
+def placeholders(text: str) -> set[str]:
+    """Return the placeholders of a sentence with their formats: `{count:,}` is "count:,!None"."""
     return {f"{name}:{spec}!{how}" for _, name, spec, how in string.Formatter().parse(text) if name is not None}
 
 
-def test_without_a_locale_it_is_english(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_locale_messages_are_english(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("LANGUAGE", "LC_ALL", "LC_MESSAGES", "LANG"):
         monkeypatch.delenv(name, raising=False)
     assert tr("{count:,} tokens", count=1234) == "1,234 tokens"
 
 
 @pytest.mark.parametrize("locale", ["C", "C.UTF-8", "en_GB.UTF-8", "xx_YY", "POSIX", "../../etc", "zh\x01"])
-def test_a_locale_that_nobody_translated_for_is_english(locale: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_locale_without_a_translation_gives_english(locale: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LANGUAGE", locale)
     assert tr("send") == "send"
 
 
 @pytest.mark.parametrize("locale", ["zh_CN.UTF-8", "zh", "zh_SG", "xx:zh"])
-def test_a_chinese_locale_is_chinese(locale: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chinese_locale_gives_chinese(locale: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LANGUAGE", locale)
     assert tr("{count:,} tokens", count=1234) == "1,234 个词元"
 
@@ -61,11 +57,11 @@ def test_a_sentence_without_a_translation_stays_english(chinese: None) -> None:
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_every_sentence_is_translated_and_keeps_its_places(language: str) -> None:
+def test_every_sentence_is_translated_and_keeps_its_placeholders(language: str) -> None:
     for message in messages.collect(language):
         if message.id:
             assert message.string, f"not translated: {message.id}"
-            assert places(str(message.string)) == places(str(message.id)), message.id
+            assert placeholders(str(message.string)) == placeholders(str(message.id)), message.id
 
 
 def test_every_sentence_of_the_code_is_found_by_the_tool() -> None:
@@ -111,13 +107,10 @@ def test_a_chat_speaks_the_language_of_the_terminal(terminal: Open, speaking_mod
     chat = terminal("run", str(speaking_model), LANG="zh_CN.UTF-8")
     chat.wait_for("查看命令，Ctrl-D 离开")
     chat.wait_for_prompt()
-    chat.type("Hi\r")
-    chat.wait_for(SAYS)
+    chat.enter("Hi", SAYS)
     chat.wait_for("个词元")
-    chat.type("/hlp\r")
-    chat.wait_for("没有 /hlp 这个命令")
-    chat.type("/ctx\r")
-    chat.wait_for("已用 ")
+    chat.enter("/hlp", "没有 /hlp 这个命令")
+    chat.enter("/ctx", "已用 ")
 
 
 def test_an_error_uses_the_language_of_the_terminal(qwenlocal: Run) -> None:

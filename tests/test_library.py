@@ -11,8 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from gguf_files import split_gguf
 from hub import COMMIT, HubServer, Response, corrupt_bytes, cut, only_on, pace, refuse
 
+from qwenlocal.engine.llama import Model
 from qwenlocal.errors import BadWeights, CheckpointOnly, DownloadFailed, Interrupted, ModelNotFound, SourceUnreachable
 from qwenlocal.library.artifact import DownloadPolicy, ReportProgress
 from qwenlocal.library.catalog import Catalog, KnownFile, ModelCard, Wheel
@@ -137,14 +139,14 @@ def test_the_mirror_continues_when_the_hub_fails_midway(library: Library) -> Non
     """ModelScope has the same bytes; blocks from the hub are not requested again."""
     responses = 0
 
-    def breaks_after_two(response: object) -> None:
+    def break_after_two(response: Response) -> None:
         nonlocal responses
-        if "/resolve/" in response.path:  # type: ignore[attr-defined]
+        if "/resolve/" in response.path:
             responses += 1
             if responses > 2:
-                refuse(404)(response)  # type: ignore[arg-type]
+                refuse(404)(response)
 
-    library.hub.always = [breaks_after_two]  # type: ignore[list-item]
+    library.hub.always = [break_after_two]
     record = library.pull()
     assert record.path.read_bytes() == library.content
     from_mirror = [path for path in library.hub.requests if path.endswith("/repo")]
@@ -467,40 +469,15 @@ def test_shards_are_stored_together_and_the_first_is_loaded(library: Library, tm
     record = library.pull("hf:o/split")
     assert record.path.name == "big-q2_k-00001-of-00002.gguf"
     assert (record.path.parent / "big-q2_k-00002-of-00002.gguf").read_bytes() == second
-    from qwenlocal.engine.llama import Model
-
     assert Model(record.path).n_ctx_train == 4096
 
 
-def split_model(library: Library, tmp_path: Path) -> tuple[bytes, bytes]:
-    """Split the tiny model in two as gguf-split does (llama.cpp, tools/gguf-split)."""
-    import gguf
-
-    source = tmp_path / "whole.gguf"
-    source.write_bytes(library.content)
-    reader = gguf.GGUFReader(source)
-    cuts = [reader.tensors[:5], reader.tensors[5:]]
-    contents = []
-    for number, tensors in enumerate(cuts):
-        path = tmp_path / f"part{number}"
-        writer = gguf.GGUFWriter(path, "qwen2")
-        if number == 0:
-            for field in reader.fields.values():
-                if not field.name.startswith("GGUF.") and field.name != "general.architecture":
-                    kind = field.types[0]
-                    sub = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
-                    writer.add_key_value(field.name, field.contents(), kind, sub)
-        writer.add_uint16("split.no", number)
-        writer.add_uint16("split.count", 2)
-        writer.add_int32("split.tensors.count", len(reader.tensors))
-        for tensor in tensors:
-            writer.add_tensor(tensor.name, tensor.data)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        contents.append(path.read_bytes())
-    return contents[0], contents[1]
+def split_model(library: Library, folder: Path) -> tuple[bytes, bytes]:
+    """Split the tiny model in two as llama-gguf-split does."""
+    (folder / "whole.gguf").write_bytes(library.content)
+    split_gguf(folder / "whole.gguf", folder)
+    first, second = ((folder / f"x-0000{number}-of-00002.gguf").read_bytes() for number in (1, 2))
+    return first, second
 
 
 def test_projectors_and_importance_matrices_are_not_models() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy
 import pytest
+from checkpoint_files import convert_checkpoint
 
 from qwenlocal.engine import context
 from qwenlocal.engine.context import Context, ContextOptions
@@ -20,7 +21,6 @@ from qwenlocal.weights.checkpoint import Checkpoint
 from qwenlocal.weights.conversion import ConversionOptions, plan_conversion
 from qwenlocal.weights.conversion_plan import ConversionPlan
 from qwenlocal.weights.file_types import file_type
-from qwenlocal.weights.write_workers import run_job
 
 GOLDENS = Path(__file__).resolve().parent / "goldens"
 GOLDEN = json.loads((GOLDENS / "logits.json").read_text("utf-8"))
@@ -65,10 +65,8 @@ def checkpoint(case: dict[str, Any], maker: Any, tmp_path: Path) -> Path:
     return folder
 
 
-def convert(source: Path, kind: str = "f32") -> Path:
-    target = source.parent / f"{kind}.gguf"
-    run_job(plan_conversion(Checkpoint.open(source), [(target, file_type(kind))]).job, threads=2)
-    return target
+def convert(source: Path) -> Path:
+    return convert_checkpoint(source, source.parent / "f32.gguf", "f32", threads=2)
 
 
 def compute_logits(model: Model) -> numpy.ndarray:

@@ -126,7 +126,7 @@ def test_an_unreadable_catalog_is_an_error(tmp_path: Path) -> None:
         ("https://a.example/x.gguf?a=b", "https://a.example/x.gguf?a=b"),
     ],
 )
-def test_parse_name(text: str, meaning: str) -> None:
+def test_a_name_is_parsed(text: str, meaning: str) -> None:
     assert str(parse_name(text, lambda: CATALOG)) == meaning
 
 
@@ -247,5 +247,5 @@ def test_any_text_is_a_name_or_a_qwenlocal_error(text: str) -> None:
         ("x-IQ4_XS.gguf", "iq4_xs"),
     ],
 )
-def test_level_from_filename(file: str, level: str | None) -> None:
+def test_a_quantization_type_is_read_from_a_file_name(file: str, level: str | None) -> None:
     assert level_from_filename(file) == level

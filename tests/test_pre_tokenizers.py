@@ -49,7 +49,7 @@ class TestUnknownPreTokenizers:
         assert plan_metadata(folder, pre="qwen2")["tokenizer.ggml.pre"] == "qwen2"
 
     def test_a_name_unknown_to_llama_cpp_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises((UnsupportedCheckpoint, UsageError), match="nonsense"):
+        with pytest.raises(UsageError, match="nonsense"):
             make_plan(write_minimal(tmp_path), pre="nonsense")
 
     def test_a_long_expression_is_shortened_in_the_message(self, tmp_path: Path) -> None:
@@ -171,9 +171,7 @@ class TestByteLevelTokenizers:
         self, command: str, checkpoint_copy: Path, invoke: Run, tmp_path: Path
     ) -> None:
         set_json(checkpoint_copy, "tokenizer.json", normalizer={"type": "NFKC"})
-        assert "“NFKC”" in expect_exit(invoke(command, str(checkpoint_copy)), 5).replace("'", "“", 1).replace(
-            "'", "”", 1
-        )
+        assert "NFKC" in expect_exit(invoke(command, str(checkpoint_copy)), 5)
         assert list_models(invoke) == {}
         assert file_names(tmp_path) - {"person"} == {checkpoint_copy.name}
 

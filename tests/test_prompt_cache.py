@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -10,12 +11,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import Run
+from generation import OpenContext, answer, answer_and_count
 from gguf_files import split_gguf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -24,28 +25,17 @@ from qwenlocal.engine.context import Context, ContextOptions, RopeScaling
 from qwenlocal.engine.llama import Model
 from qwenlocal.engine.prefix_cache import PrefixCache
 from qwenlocal.engine.prompt_cache import PromptCache, compute_cache_key, delete_prompt_caches
-from qwenlocal.engine.sampling import Sampling
 from qwenlocal.engine.sequence import TokenSequence
-from qwenlocal.progress import PromptProgress
 from qwenlocal.testing import write_model
 
-GREEDY = Sampling(temperature=0, repeat_penalty=1)
 OPTIONS = ContextOptions(1024, threads=1, flash_attention=False)
 PROMPT = [(7 * n) % 250 for n in range(300)]
 
 
 @pytest.fixture
-def opened(random_model: Path) -> Iterator[Callable[..., Context]]:
-    contexts: list[Context] = []
-
-    def open_(**changes: object) -> Context:
-        contexts.append(Context(Model(random_model), replace(OPTIONS, **changes)))  # type: ignore[arg-type]
-        return contexts[-1]
-
-    yield open_
-    for context in contexts:
-        context.close()
-        context.model.close()
+def open_random(random_model: Path, open_context: OpenContext) -> OpenContext:
+    """Opens contexts with `OPTIONS`."""
+    return functools.partial(open_context, random_model)
 
 
 @pytest.fixture
@@ -59,53 +49,50 @@ def saved_files(folder: Path) -> list[Path]:
 
 def answer_and_save(context: Context, cache: PromptCache, prompt: list[int] = PROMPT, limit: int = 20) -> list[int]:
     sequence = TokenSequence(context, prompt_cache=cache)
-    answer = [step for step in sequence.generate(prompt, GREEDY, limit=limit) if isinstance(step, int)]
+    ids = answer(sequence, prompt, limit)
     sequence.save_prompt_cache()
-    return answer
+    return ids
 
 
 def answer_again(context: Context, cache: PromptCache | None, prompt: list[int]) -> tuple[int, list[int]]:
-    """Return the number of reused tokens, and the answer."""
-    steps = list(TokenSequence(context, prompt_cache=cache).generate(prompt, GREEDY, limit=20))
-    assert isinstance(steps[0], PromptProgress)
-    return steps[0].reused, [step for step in steps if isinstance(step, int)]
+    return answer_and_count(TokenSequence(context, prompt_cache=cache), prompt, 20)
 
 
 def test_a_saved_chat_computes_only_new_tokens_and_gives_the_same_answer(
-    opened: Callable[..., Context], cache: PromptCache, tmp_path: Path
+    open_random: OpenContext, cache: PromptCache, tmp_path: Path
 ) -> None:
-    answer = answer_and_save(opened(), cache)
-    more = [*PROMPT, *answer, 9, 10, 11]
-    reused, again = answer_again(opened(), cache, more)
-    assert reused == len(PROMPT) + len(answer) - 1
-    assert again == answer_again(opened(), None, more)[1]
+    first = answer_and_save(open_random(), cache)
+    more = [*PROMPT, *first, 9, 10, 11]
+    reused, again = answer_again(open_random(), cache, more)
+    assert reused == len(PROMPT) + len(first) - 1
+    assert again == answer_again(open_random(), None, more)[1]
     (file,) = saved_files(tmp_path)
     assert file.stat().st_mode & 0o777 == 0o600
 
 
-def test_a_common_prefix_is_reused(opened: Callable[..., Context], cache: PromptCache) -> None:
-    answer_and_save(opened(), cache)
+def test_a_common_prefix_is_reused(open_random: OpenContext, cache: PromptCache) -> None:
+    answer_and_save(open_random(), cache)
     other = [*PROMPT[:200], *[249] * 80]
-    reused, answer = answer_again(opened(), cache, other)
+    reused, again = answer_again(open_random(), cache, other)
     assert reused == 200
-    assert answer == answer_again(opened(), None, other)[1]
+    assert again == answer_again(open_random(), None, other)[1]
 
 
 def test_a_longer_conversation_replaces_its_prefix(
-    opened: Callable[..., Context], cache: PromptCache, tmp_path: Path
+    open_random: OpenContext, cache: PromptCache, tmp_path: Path
 ) -> None:
-    answer = answer_and_save(opened(), cache)
-    answer_and_save(opened(), cache, [*PROMPT, *answer, *range(100)])
+    first = answer_and_save(open_random(), cache)
+    answer_and_save(open_random(), cache, [*PROMPT, *first, *range(100)])
     assert len(saved_files(tmp_path)) == 1
-    answer_and_save(opened(), cache, [3] * 200)
+    answer_and_save(open_random(), cache, [3] * 200)
     assert len(saved_files(tmp_path)) == 2
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "tokens", "nonsense", "empty", "not json", "huge"])
 def test_a_damaged_file_is_deleted_and_its_tokens_are_computed(
-    damage: str, opened: Callable[..., Context], cache: PromptCache, tmp_path: Path
+    damage: str, open_random: OpenContext, cache: PromptCache, tmp_path: Path
 ) -> None:
-    answer_and_save(opened(), cache)
+    answer_and_save(open_random(), cache)
     (file,) = saved_files(tmp_path)
     data = bytearray(file.read_bytes())
     head = data.index(b"\n")
@@ -119,21 +106,20 @@ def test_a_damaged_file_is_deleted_and_its_tokens_are_computed(
     else:
         data = {"cut": data[:-10], "nonsense": b"{}\n", "empty": b"", "not json": b"\xff" * 500}[damage]
     file.write_bytes(data)
-    reused, answer = answer_again(opened(), cache, [*PROMPT, 1])
+    reused, again = answer_again(open_random(), cache, [*PROMPT, 1])
     assert reused == 0
-    assert answer == answer_again(opened(), None, [*PROMPT, 1])[1]
+    assert again == answer_again(open_random(), None, [*PROMPT, 1])[1]
     assert saved_files(tmp_path) == []
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_flipped_byte_is_always_detected(
-    data: st.DataObject, opened: Callable[..., Context], cache: PromptCache, tmp_path: Path
+    data: st.DataObject, open_random: OpenContext, cache: PromptCache, tmp_path: Path
 ) -> None:
     if not (tmp_path / "whole").exists():
-        answer_and_save(opened(), cache, PROMPT[:80], 2)
+        answer_and_save(open_random(), cache, PROMPT[:80], 2)
         shutil.copy(saved_files(tmp_path)[0], tmp_path / "whole")
-        (tmp_path / "context").touch()
     for file in saved_files(tmp_path):
         file.unlink()
     whole = bytearray((tmp_path / "whole").read_bytes())
@@ -142,7 +128,7 @@ def test_a_flipped_byte_is_always_detected(
     (folder,) = (tmp_path / "states").iterdir()
     (folder / "x.kv").write_bytes(whole)
     cached = cache.find_longest_prefix(PROMPT[:80], 10)
-    assert cached is None or not cache.load(cached, opened(), 0)
+    assert cached is None or not cache.load(cached, open_random(), 0)
 
 
 def test_the_key_depends_on_the_model_and_the_layout(random_model: Path, speaking_model: Path) -> None:
@@ -176,32 +162,32 @@ def test_the_key_changes_with_the_content_of_any_shard(random_model: Path, tmp_p
 
 
 def test_the_oldest_files_are_deleted_to_stay_within_the_share(
-    opened: Callable[..., Context], cache: PromptCache, random_model: Path, tmp_path: Path
+    open_random: OpenContext, cache: PromptCache, random_model: Path, tmp_path: Path
 ) -> None:
-    answer_and_save(opened(), cache, [5] * 100)
+    answer_and_save(open_random(), cache, [5] * 100)
     (first,) = saved_files(tmp_path)
     os.utime(first, (1, 1))
-    answer_and_save(opened(), cache, [6] * 100)
+    answer_and_save(open_random(), cache, [6] * 100)
     size = first.stat().st_size
     free = shutil.disk_usage(tmp_path).free
     tight = PromptCache(tmp_path / "states", compute_cache_key(random_model, OPTIONS), share=2.5 * size / free)
-    answer_and_save(opened(), tight, [7] * 100)
+    answer_and_save(open_random(), tight, [7] * 100)
     assert len(saved_files(tmp_path)) == 2
     assert first not in saved_files(tmp_path)
 
 
-def test_a_share_of_zero_saves_nothing(opened: Callable[..., Context], random_model: Path, tmp_path: Path) -> None:
-    answer_and_save(opened(), PromptCache(tmp_path / "states", "k", share=0.0))
+def test_a_share_of_zero_saves_nothing(open_random: OpenContext, random_model: Path, tmp_path: Path) -> None:
+    answer_and_save(open_random(), PromptCache(tmp_path / "states", "k", share=0.0))
     assert saved_files(tmp_path) == []
 
 
-def test_an_unwritable_folder_only_prevents_saving(opened: Callable[..., Context], tmp_path: Path) -> None:
+def test_an_unwritable_folder_only_prevents_saving(open_random: OpenContext, tmp_path: Path) -> None:
     (tmp_path / "states").write_text("a file")
-    assert len(answer_and_save(opened(), PromptCache(tmp_path / "states", "k"))) == 20
+    assert len(answer_and_save(open_random(), PromptCache(tmp_path / "states", "k"))) == 20
 
 
-def test_short_prompts_are_not_saved(opened: Callable[..., Context], cache: PromptCache, tmp_path: Path) -> None:
-    answer_and_save(opened(), cache, PROMPT[:20], 2)
+def test_short_prompts_are_not_saved(open_random: OpenContext, cache: PromptCache, tmp_path: Path) -> None:
+    answer_and_save(open_random(), cache, PROMPT[:20], 2)
     assert saved_files(tmp_path) == []
 
 
@@ -259,14 +245,12 @@ def test_deleting_removes_the_folder(tmp_path: Path) -> None:
 
 
 def test_the_prefix_cache_makes_room_for_a_saved_state(
-    opened: Callable[..., Context], cache: PromptCache, tmp_path: Path
+    open_random: OpenContext, cache: PromptCache, tmp_path: Path
 ) -> None:
-    answer_and_save(opened(), cache)
-    context = opened(n_ctx=512, n_seq_max=4)
+    answer_and_save(open_random(), cache)
+    context = open_random(n_ctx=512, n_seq_max=4)
     sequence = TokenSequence(context, prefix_cache=PrefixCache(context), prompt_cache=cache)
     for other in (200, 201, 202):
-        list(sequence.generate([other] * 150, GREEDY, limit=2))
-    steps = list(sequence.generate([*PROMPT, 1], GREEDY, limit=20))
-    assert steps[0] == PromptProgress(300, 301, 300)
-    assert [step for step in steps if isinstance(step, int)] == answer_again(opened(), None, [*PROMPT, 1])[1]
+        answer(sequence, [other] * 150, 2)
+    assert answer_and_count(sequence, [*PROMPT, 1], 20) == (300, answer_again(open_random(), None, [*PROMPT, 1])[1])
     assert len(saved_files(tmp_path)) == 1

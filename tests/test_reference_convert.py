@@ -13,12 +13,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy
 import pytest
+from checkpoint_files import UP_PROJ, convert_checkpoint, set_weights
 from corpus import lines
 from from_gguf import tokenizer_files
 from oracle import data_of
@@ -27,11 +27,7 @@ from qwenlocal.engine.llama import Model
 from qwenlocal.errors import QwenlocalError
 from qwenlocal.testing import MOE_CONFIG, write_checkpoint
 from qwenlocal.weights import gguf_writer
-from qwenlocal.weights.checkpoint import Checkpoint
-from qwenlocal.weights.conversion import ConversionOptions, plan_conversion
-from qwenlocal.weights.file_types import file_type
 from qwenlocal.weights.gguf_reader import decode_value, read_header, read_raw_metadata
-from qwenlocal.weights.write_workers import run_job
 
 pytestmark = [pytest.mark.reference, pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
@@ -64,16 +60,16 @@ def llama_cpp() -> Path:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _have_their_programs() -> None:
+def _reference_programs() -> None:
     for name in ("torch", "transformers", "tokenizers", "sentencepiece"):
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"{name} is not installed: make test-reference installs it")
 
 
-def convert(source: Path, kind: str, options: ConversionOptions = ConversionOptions(like_llama_cpp=True)) -> Path:
-    target = source.parent / f"ours-{kind}.gguf"
-    run_job(plan_conversion(Checkpoint.open(source), [(target, file_type(kind))], options).job, threads=2)
-    return target
+def convert(source: Path, kind: str, *, like_llama_cpp: bool = True) -> Path:
+    return convert_checkpoint(
+        source, source.parent / f"ours-{kind}.gguf", kind, threads=2, like_llama_cpp=like_llama_cpp
+    )
 
 
 def convert_as_llama_cpp(source: Path, kind: str) -> Path:
@@ -90,7 +86,7 @@ def convert_as_llama_cpp(source: Path, kind: str) -> Path:
 
 
 def both(source: Path, kind: str) -> tuple[Path, Path]:
-    """Our file and theirs."""
+    """Convert with our converter and with llama.cpp's."""
     theirs = convert_as_llama_cpp(source, kind)
     return convert(source, kind), theirs
 
@@ -104,7 +100,7 @@ def assert_same_tensors(ours: Path, theirs: Path) -> None:
 
 
 def assert_same_metadata(ours: Path, theirs: Path, *, but: Iterable[str] = ()) -> None:
-    """Key by key, types of values included. `but` are the keys that are looked at otherwise."""
+    """Compare key by key, including the types of values, except for the keys in `but`."""
     mine, others = read_raw_metadata(ours), read_raw_metadata(theirs)
     different = [key for key in mine.keys() | others.keys() if mine.get(key) != others.get(key) and key not in but]
     assert {key: (shown(mine.get(key)), shown(others.get(key))) for key in different} == {}
@@ -118,7 +114,7 @@ def shown(value: bytes | None) -> str:
 
 
 @functools.cache
-def qwens_files() -> dict[str, Any]:
+def qwen_files() -> dict[str, Any]:
     vocabulary = llama_cpp() / "models" / "ggml-vocab-qwen2.gguf"
     if not vocabulary.exists():
         pytest.skip("llama.cpp's source has no vocabulary of Qwen's")
@@ -129,9 +125,9 @@ def qwens_files() -> dict[str, Any]:
 
 
 def qwen_checkpoint(folder: Path, *, files: dict[str, Any] | None = None, **more: Any) -> Path:
-    """Named like a real one, since names are taken apart."""
+    """Write a checkpoint with a real name, from which the converters derive metadata."""
     path = write_checkpoint(
-        folder / "Qwen1.5-0.5B-Chat", **{"config": QWEN, **more}, files=qwens_files() | (files or {})
+        folder / "Qwen1.5-0.5B-Chat", **{"config": QWEN, **more}, files=qwen_files() | (files or {})
     )
     (path / "README.md").write_text(CARD, encoding="utf-8")
     return path
@@ -166,9 +162,9 @@ def test_a_checkpoint_becomes_the_file_that_llama_cpps_converter_makes(name: str
     assert_same_metadata(ours, theirs)
 
 
-def test_what_a_checkpoint_says_of_itself_is_told_as_llama_cpps_converter_tells_it(tmp_path: Path) -> None:
-    """Added tokens of both kinds, several templates, a license, sampling, and where it came from."""
-    files = qwens_files()
+def test_all_metadata_equals_that_of_llama_cpps_converter(tmp_path: Path) -> None:
+    """Added tokens of both kinds, several templates, a license, sampling defaults, and the origin."""
+    files = qwen_files()
     added = [
         *files["tokenizer.json"]["added_tokens"],
         {**FLAGS, "id": 151646, "content": "<tool_call>", "special": False},
@@ -193,7 +189,7 @@ def test_what_a_checkpoint_says_of_itself_is_told_as_llama_cpps_converter_tells_
     assert_same_metadata(ours, theirs)
 
 
-def test_the_repetition_penalty_is_told_as_llama_cpps_converter_tells_it(tmp_path: Path) -> None:
+def test_the_repetition_penalty_is_written_as_by_llama_cpps_converter(tmp_path: Path) -> None:
     source = code_checkpoint(tmp_path, files={"generation_config.json": {"repetition_penalty": 1.1}})
     assert_same_metadata(*both(source, "bf16"))
 
@@ -213,28 +209,20 @@ EDGES = [
     ("dtype", "kind"),
     [(dtype, kind) for dtype in ("F32", "F16", "BF16") for kind in ("f32", "f16", "bf16", "q8_0")],
 )
-def test_floats_are_rounded_as_llama_cpps_converter_rounds_them(dtype: str, kind: str, tmp_path: Path) -> None:
+def test_floats_are_rounded_as_by_llama_cpps_converter(dtype: str, kind: str, tmp_path: Path) -> None:
     source = code_checkpoint(tmp_path, dtype=dtype)
     if dtype == "F32":
-        overwrite(source, "model.layers.0.mlp.up_proj.weight", EDGES)
+        set_weights(source, UP_PROJ, 0, *EDGES, dtype="F32")
     ours, theirs = both(source, kind)
     assert_same_tensors(ours, theirs)
     assert_same_metadata(ours, theirs)
-
-
-def overwrite(source: Path, name: str, numbers: Sequence[float]) -> None:
-    """Put these numbers to the beginning of a tensor of float32."""
-    stored = Checkpoint.open(source).tensors[name]
-    with stored.file.open("r+b") as file:
-        file.seek(stored.offset)
-        file.write(numpy.array(numbers, numpy.float32).tobytes())
 
 
 # --- SentencePiece
 
 
 def train(**options: Any) -> bytes:
-    """A SentencePiece model of the corpus, by default as Llama's and CodeQwen's are made."""
+    """A SentencePiece model of the corpus, by default as in Llama and CodeQwen."""
     import sentencepiece
 
     usual = {
@@ -273,7 +261,7 @@ def read_values(path: Path, key: str) -> list[Any]:
     return found
 
 
-def test_a_sentencepiece_vocabulary_is_the_one_of_llama_cpps_converter(tmp_path: Path) -> None:
+def test_a_sentencepiece_vocabulary_equals_that_of_llama_cpps_converter(tmp_path: Path) -> None:
     source = code_checkpoint(tmp_path, files={"added_tokens.json": {"<repository>": 1200, "<file>": 1201}})
     ours, theirs = both(source, "bf16")
     assert_same_metadata(ours, theirs)
@@ -281,7 +269,7 @@ def test_a_sentencepiece_vocabulary_is_the_one_of_llama_cpps_converter(tmp_path:
     assert [kinds.count(kind) for kind in (1, 2, 3, 4, 5, 6)] == [941, 1, 2, 2, 78, 256]
 
 
-def test_tokens_that_tokenizer_config_adds_to_it_are_those_of_llama_cpps_converter(tmp_path: Path) -> None:
+def test_added_tokens_of_a_sentencepiece_vocabulary_equal_those_of_llama_cpps_converter(tmp_path: Path) -> None:
     tokens = {0: "<unk>", 1: "<s>", 2: "</s>", 1200: "<|im_start|>", 1201: "<|im_end|>", 1202: "<fim_prefix>"}
     added = {str(n): {**FLAGS, "content": text, "special": n != 1202} for n, text in tokens.items()}
     source = code_checkpoint(tmp_path, files={"tokenizer_config.json": {"added_tokens_decoder": added}})
@@ -296,10 +284,8 @@ def test_tokens_that_tokenizer_config_adds_to_it_are_those_of_llama_cpps_convert
 
 
 @pytest.mark.parametrize("adds", [(False, False), (True, False), (False, True)])
-def test_begin_and_end_tokens_are_put_around_texts_as_tokenizer_config_says(
-    adds: tuple[bool, bool], tmp_path: Path
-) -> None:
-    """Without a word in the file, llama.cpp begins every text for SentencePiece with <s>."""
+def test_tokenizer_config_decides_about_bos_and_eos(adds: tuple[bool, bool], tmp_path: Path) -> None:
+    """If the file says nothing, llama.cpp begins every text for SentencePiece with <s>."""
     settings = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": adds[0], "add_eos_token": adds[1]}
     source = code_checkpoint(tmp_path, files={"tokenizer_config.json": settings})
     assert_same_metadata(*both(source, "bf16"))
@@ -333,16 +319,16 @@ def test_token_ids_are_those_of_sentencepiece(options: dict[str, Any], tmp_path:
 
     model, texts = train(**options), [*TEXTS, *LEADING]
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    file = convert(code_checkpoint(tmp_path, model=model), "bf16", ConversionOptions())
+    file = convert(code_checkpoint(tmp_path, model=model), "bf16", like_llama_cpp=False)
     assert ids_of(file, texts) == [processor.encode(text) for text in texts]
 
 
-def test_pieces_that_were_given_to_the_training_are_found_and_written_as_sentencepiece_does(tmp_path: Path) -> None:
+def test_user_defined_pieces_are_tokenized_as_by_sentencepiece(tmp_path: Path) -> None:
     import sentencepiece
 
     model = train(user_defined_symbols=["▁▁", "▁▁▁▁", "\t"])
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    file = convert(code_checkpoint(tmp_path, model=model), "bf16", ConversionOptions())
+    file = convert(code_checkpoint(tmp_path, model=model), "bf16", like_llama_cpp=False)
     vocabulary = Model(file).tokenizer
     for text in ("a  b    c", "x\ty", "\tz", "def f():\n    return 1"):
         ids = vocabulary.tokenize(text, special=False)
@@ -355,7 +341,7 @@ def test_pieces_that_were_given_to_the_training_are_found_and_written_as_sentenc
     [{"model_type": "unigram"}, {"normalization_rule_name": "nmt_nfkc"}, {"remove_extra_whitespaces": True}],
     ids=lambda options: next(iter(options)),
 )
-def test_a_sentencepiece_model_that_llama_cpp_would_read_otherwise_is_refused(
+def test_a_sentencepiece_model_that_llama_cpp_would_read_differently_is_refused(
     options: dict[str, Any], tmp_path: Path
 ) -> None:
     """llama.cpp merges by score and changes nothing but spaces."""
@@ -408,7 +394,7 @@ def without_a_space_before(found: dict[str, Any]) -> dict[str, Any]:
     ],
     ids=["as transformers 5", "as transformers 4", "without a space before"],
 )
-def test_token_ids_of_a_tokenizer_json_with_byte_fallback_are_those_of_hugging_faces_library(
+def test_token_ids_of_a_tokenizer_json_with_byte_fallback_are_those_of_tokenizers(
     change: Change, texts: list[str], tmp_path: Path
 ) -> None:
     document = change(hugging_faces_tokenizer())
@@ -418,11 +404,11 @@ def test_token_ids_of_a_tokenizer_json_with_byte_fallback_are_those_of_hugging_f
     source = code_checkpoint(tmp_path, files={"tokenizer.json": document})
     (source / "tokenizer.model").unlink()
     expected = [real.encode(text, add_special_tokens=False).ids for text in texts]
-    assert ids_of(convert(source, "bf16", ConversionOptions()), texts) == expected
+    assert ids_of(convert(source, "bf16", like_llama_cpp=False), texts) == expected
 
 
 @pytest.mark.parametrize("first", [[], [{"SpecialToken": {"id": "<s>", "type_id": 0}}]], ids=["no", "yes"])
-def test_a_begin_token_is_put_before_texts_where_tokenizer_json_puts_one(first: list[Any], tmp_path: Path) -> None:
+def test_the_post_processor_of_tokenizer_json_decides_about_bos(first: list[Any], tmp_path: Path) -> None:
     single = [*first, {"Sequence": {"id": "A", "type_id": 0}}]
     template = {
         "type": "TemplateProcessing",
@@ -433,5 +419,5 @@ def test_a_begin_token_is_put_before_texts_where_tokenizer_json_puts_one(first: 
     document = {**hugging_faces_tokenizer(), "post_processor": {**template, "special_tokens": special}}
     source = code_checkpoint(tmp_path, files={"tokenizer.json": document})
     (source / "tokenizer.model").unlink()
-    pairs = read_raw_metadata(convert(source, "bf16", ConversionOptions()))
+    pairs = read_raw_metadata(convert(source, "bf16", like_llama_cpp=False))
     assert pairs.get("tokenizer.ggml.add_bos_token") == gguf_writer.boolean(bool(first))

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy
 import pytest
-from gguf_files import copy_with_metadata, old_token_types
+from checkpoint_files import convert_checkpoint
+from gguf_files import copy_with_metadata, copy_with_weights, old_token_types
 
 from qwenlocal.chat.chat_model import ChatModel, load_chat_model
 from qwenlocal.engine.context import Context, ContextOptions
@@ -21,10 +22,7 @@ from qwenlocal.machine import this_machine
 from qwenlocal.terminal.load_notes import describe_note
 from qwenlocal.testing import CONFIG, write_checkpoint
 from qwenlocal.weights import gguf_writer
-from qwenlocal.weights.checkpoint import Checkpoint
-from qwenlocal.weights.conversion import ConversionOptions, plan_conversion
 from qwenlocal.weights.diagnosis import diagnose_file, missing_rope_base
-from qwenlocal.weights.file_types import file_type
 from qwenlocal.weights.gguf_reader import decode_value, read_header, read_raw_metadata
 from qwenlocal.weights.repair import (
     backup_path,
@@ -46,13 +44,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def good(checkpoint: Path) -> Path:
-    target = checkpoint.parent / "good.gguf"
-    run_job(plan_conversion(Checkpoint.open(checkpoint), [(target, file_type("f32"))]).job, threads=1)
-    return target
+    return convert_checkpoint(checkpoint, checkpoint.parent / "good.gguf", "f32")
 
 
 @pytest.fixture
-def loaded(request: pytest.FixtureRequest) -> Iterator[Any]:
+def loaded() -> Iterator[Any]:
     ready: list[ChatModel] = []
 
     def load(path: Path) -> ChatModel:
@@ -145,9 +141,7 @@ class TestTypeablePadding:
 def test_an_output_matrix_that_duplicates_the_embeddings_is_diagnosed_and_left_out(
     checkpoint: Path, tmp_path: Path
 ) -> None:
-    target = tmp_path / "double.gguf"
-    options = ConversionOptions(like_llama_cpp=True)
-    run_job(plan_conversion(Checkpoint.open(checkpoint), [(target, file_type("f32"))], options).job, threads=1)
+    target = convert_checkpoint(checkpoint, tmp_path / "double.gguf", "f32", like_llama_cpp=True)
     diagnosis = diagnose_file(target)
     (finding,) = [finding for finding in diagnosis.findings if finding.drops]
     assert "a copy of the embeddings" in finding.problem
@@ -178,26 +172,16 @@ def test_the_backup_of_another_file_is_ignored(good: Path, tmp_path: Path) -> No
 
 
 def test_nan_and_infinity_are_counted(good: Path, tmp_path: Path) -> None:
-    header = read_header(good)
-    tensor = next(tensor for tensor in header.tensors if tensor.name == "blk.1.ffn_up.weight")
-    data = bytearray(good.read_bytes())
-    at = header.data_offset + tensor.offset
-    data[at : at + 8] = numpy.array([numpy.nan, numpy.inf], numpy.float32).tobytes()
-    broken = tmp_path / "nan.gguf"
-    broken.write_bytes(data)
+    broken = copy_with_weights(good, tmp_path / "nan.gguf", "blk.1.ffn_up.weight", numpy.nan, numpy.inf)
     (finding,) = diagnose_file(broken).findings
     assert finding.problem == "“blk.1.ffn_up.weight” has 2 values that are NaN or infinite."
     assert diagnose_file(broken, weights=False).findings == []
 
 
 def test_a_matrix_of_zeros_is_diagnosed(good: Path, tmp_path: Path) -> None:
-    header = read_header(good)
-    tensor = next(tensor for tensor in header.tensors if tensor.name == "blk.0.attn_q.weight")
-    data = bytearray(good.read_bytes())
-    at = header.data_offset + tensor.offset
-    data[at : at + tensor.elements * 4] = bytes(tensor.elements * 4)
-    (tmp_path / "zeros.gguf").write_bytes(data)
-    (finding,) = diagnose_file(tmp_path / "zeros.gguf").findings
+    size = CONFIG["hidden_size"] ** 2
+    zeros = copy_with_weights(good, tmp_path / "zeros.gguf", "blk.0.attn_q.weight", *[0.0] * size)
+    (finding,) = diagnose_file(zeros).findings
     assert "all zeros" in finding.problem
 
 

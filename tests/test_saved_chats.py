@@ -11,27 +11,11 @@ from pathlib import Path
 
 import pytest
 from conftest import SAYS, Run
-from terminal import Open, Terminal
+from terminal import Open, Terminal, start_chat
 
 from qwenlocal.chat.journal import Journal
 from qwenlocal.chat.journal_writer import JournalWriter
 from qwenlocal.chat.thread import USER, Thread
-
-
-@pytest.fixture
-def journal(environment: dict[str, str]) -> Callable[[], Journal]:
-    return lambda: Journal(Path(environment["QWENLOCAL_HOME"]) / "chats.db")
-
-
-def enter(terminal: Terminal, line: str, pattern: str) -> str:
-    terminal.type(f"{line}\r")
-    return terminal.wait_for(pattern)
-
-
-def start(terminal: Open, *arguments: str) -> Terminal:
-    chat = terminal("run", *arguments)
-    chat.wait_for_prompt()
-    return chat
 
 
 def save_chats(home: Path, count: int) -> None:
@@ -72,18 +56,18 @@ def wait_for_answer(journal: Journal) -> None:
 def test_a_chat_whose_window_was_closed_continues_at_once_with_the_cut_answer(
     terminal: Open, endless_model: Path, journal: Callable[[], Journal], end: Callable[[Terminal], None], words: int
 ) -> None:
-    chat = start(terminal, str(endless_model), "-c", "60000")
-    enter(chat, "Go", r"(abcdefgh\s){40}")
+    chat = start_chat(terminal, endless_model, "-c", "60000")
+    chat.enter("Go", r"(abcdefgh\s){40}")
     chat.read(0.7)  # kill -9 loses up to half a second
     end(chat)
-    again = start(terminal, "--continue", "-n", "9")
+    again = start_chat(terminal, "--continue", "-n", "9")
     text = again.text.replace("\n", " ")
     assert "Continuing chat 1, “Go”: 2 messages" in text
     assert "The last answer was cut off; /continue finishes it." in text
     assert "another window" not in text
     cut = journal().load_thread(1).path[1]
     assert cut.finish_reason == "interrupted" and cut.text.count("abcdefgh") >= words
-    enter(again, "/continue", "token limit")
+    again.enter("/continue", "token limit")
     assert journal().load_thread(1).path[1].text == ("abcdefgh " * 1_000)[: len(cut.text) + 9]
     assert chat_ids(journal) == [1]
 
@@ -92,19 +76,19 @@ def test_a_window_that_is_closed_before_the_answer_offers_to_answer(
     terminal: Open, speaking_model: Path, journal: Callable[[], Journal], environment: dict[str, str]
 ) -> None:
     save_chats(Path(environment["QWENLOCAL_HOME"]), 1)
-    again = start(terminal, str(speaking_model), "--continue")
+    again = start_chat(terminal, speaking_model, "--continue")
     assert "The last question has no answer yet; /continue answers it." in again.text
-    enter(again, "/continue", re.escape(SAYS))
+    again.enter("/continue", re.escape(SAYS))
 
 
 def test_reopening_a_closed_window_again_and_again_adds_no_chats(
     terminal: Open, endless_model: Path, journal: Callable[[], Journal]
 ) -> None:
-    chat = start(terminal, str(endless_model), "-c", "60000")
+    chat = start_chat(terminal, endless_model, "-c", "60000")
     for number in range(4):
-        enter(chat, f"Question {number}", rf"> Question {number}\n.*abcdefgh abcdefgh")
+        chat.enter(f"Question {number}", rf"> Question {number}\n.*abcdefgh abcdefgh")
         chat.hang_up()
-        chat = start(terminal, "--continue", "-c", "60000")
+        chat = start_chat(terminal, "--continue", "-c", "60000")
         assert chat_ids(journal) == [1]
     assert [m.text for m in journal().load_thread(1).path if m.role == USER] == [f"Question {n}" for n in range(4)]
 
@@ -112,18 +96,18 @@ def test_reopening_a_closed_window_again_and_again_adds_no_chats(
 def test_a_second_window_copies_the_chat_with_its_first_message_only(
     terminal: Open, endless_model: Path, journal: Callable[[], Journal]
 ) -> None:
-    first = start(terminal, str(endless_model), "-c", "60000")
-    enter(first, "Go", r"(abcdefgh\s){40}")
+    first = start_chat(terminal, endless_model, "-c", "60000")
+    first.enter("Go", r"(abcdefgh\s){40}")
     wait_for_answer(journal())
-    second = start(terminal, "--continue", "-n", "9")
+    second = start_chat(terminal, "--continue", "-n", "9")
     assert "It is open in another window. Your next message starts a copy" in second.text
     assert chat_ids(journal) == [1]
-    enter(second, "And?", "token limit")
+    second.enter("And?", "token limit")
     assert chat_ids(journal) == [1, 2]
     question, answer, *_ = journal().load_thread(2).path
     assert question.text == "Go" and answer.text.startswith("abcdefgh ")
     assert [m.text for m in journal().load_thread(2).path[2:]] == ["And?", "abcdefgh "]
-    enter(second, "/load 1", "It is open in another window")
+    second.enter("/load 1", "It is open in another window")
 
 
 # --- a damaged journal
@@ -137,12 +121,11 @@ def test_continue_with_a_damaged_journal_opens_a_chat_that_is_not_saved(
     data = bytes(19) + (home / "chats.db").read_bytes()[19:]
     (home / "chats.db").write_bytes(data)
     for choice in (["--continue"], ["--resume", "2"], ["--resume"]):
-        chat = start(terminal, str(speaking_model), *choice)
+        chat = start_chat(terminal, speaking_model, *choice)
         text = re.sub(r"\s+", " ", chat.text)
         assert "A new chat starts; it is not saved. Recover what is readable: qwenlocal chats recover" in text
-        enter(chat, "Hi", re.escape(SAYS))
-        chat.type("\x04")
-        assert chat.wait_for_exit() == 0
+        chat.enter("Hi", re.escape(SAYS))
+        assert chat.exit() == 0
         assert (home / "chats.db").read_bytes() == data
 
 
@@ -247,12 +230,12 @@ def test_a_terminal_asks_before_chats_are_deleted(
 def test_files_are_overwritten_only_with_force(
     terminal: Open, speaking_model: Path, tmp_path: Path, command: str
 ) -> None:
-    chat = start(terminal, str(speaking_model))
-    enter(chat, "Hi", re.escape(SAYS))
+    chat = start_chat(terminal, speaking_model)
+    chat.enter("Hi", re.escape(SAYS))
     path = tmp_path / command.split(" ", 1)[1].strip('"')
-    enter(chat, command, "Saved:")
+    chat.enter(command, "Saved:")
     path.write_text("mine")
-    enter(chat, command, r"already\s+exists\..*--force")
+    chat.enter(command, r"already\s+exists\..*--force")
     assert path.read_text() == "mine"
-    enter(chat, f"{command} --force", "Saved:.*Saved:")
+    chat.enter(f"{command} --force", "Saved:.*Saved:")
     assert SAYS in path.read_text()

@@ -159,6 +159,9 @@ class TestTokenizerModel:
             load_vocabulary(self.write_checkpoint(tmp_path), 5)
 
 
+REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+
+
 class TestByteFallback:
     """A SentencePiece vocabulary in tokenizer.json, as the fast tokenizer of CodeQwen1.5 has it."""
 
@@ -167,8 +170,7 @@ class TestByteFallback:
         vocab = {"<unk>": 0, "<0x0A>": 1, "▁": 2, "t": 3, "h": 4, "th": 5, "▁th": 6}
         model = {"type": "BPE", "byte_fallback": True, "vocab": vocab, "merges": ["t h", "▁ th"]}
         added = [{"id": 0, "content": "<unk>", "special": True}, {"id": 7, "content": "<|im_end|>", "special": True}]
-        replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-        document = {"model": model, "added_tokens": added, "normalizer": replace, **more}
+        document = {"model": model, "added_tokens": added, "normalizer": REPLACE, **more}
         (checkpoint / "tokenizer.json").write_text(json.dumps(document))
         (checkpoint / "tokenizer_config.json").write_text("{}")
         (checkpoint / "generation_config.json").unlink()
@@ -186,7 +188,9 @@ class TestByteFallback:
             ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend"}, {"type": "Replace"}]}}, True),
             ({"pre_tokenizer": {"type": "Metaspace"}}, True),
             ({"pre_tokenizer": {"type": "Metaspace", "prepend_scheme": "never"}}, False),
-            ({"normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}}, False),
+            ({"normalizer": REPLACE}, False),
+            ({"normalizer": {"type": "Sequence", "normalizers": [REPLACE]}}, False),
+            ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, REPLACE]}}, True),
         ],
     )
     def test_the_leading_space_follows_normalizer_and_pre_tokenizer(
@@ -231,20 +235,6 @@ class TestByteFallback:
         with pytest.raises(BadCheckpoint, match="no token has the id 1"):
             load_vocabulary(folder, 12)
 
-
-class TestByteFallbackNormalizers:
-    def write_checkpoint(self, folder: Path, *normalizers: dict[str, Any]) -> Path:
-        """A SentencePiece vocabulary in the form of tokenizer.json."""
-        checkpoint = write_minimal(folder, {"vocab_size": 12})
-        vocab = {"<unk>": 0, "<0x0A>": 1, "▁": 2, "t": 3, "h": 4, "th": 5, "▁th": 6}
-        model = {"type": "BPE", "byte_fallback": True, "vocab": vocab, "merges": ["t h", "▁ th"]}
-        added = [{"id": 0, "content": "<unk>", "special": True}, {"id": 7, "content": "<|im_end|>", "special": True}]
-        set_json(checkpoint, "tokenizer.json", model=model, added_tokens=added, pre_tokenizer=...,
-               normalizer={"type": "Sequence", "normalizers": list(normalizers)})  # fmt: skip
-        (checkpoint / "tokenizer_config.json").write_text("{}")
-        (checkpoint / "generation_config.json").unlink()
-        return checkpoint
-
     @pytest.mark.parametrize(
         "step",
         [
@@ -257,17 +247,9 @@ class TestByteFallbackNormalizers:
         ids=str,
     )  # fmt: skip
     def test_replacing_anything_but_spaces_is_refused(self, step: dict[str, Any], tmp_path: Path) -> None:
+        steps = {"type": "Sequence", "normalizers": [step]}
         with pytest.raises(UnsupportedCheckpoint, match="it changes text before tokenizing"):
-            load_vocabulary(self.write_checkpoint(tmp_path, step), 12)
-
-    def test_replacing_and_prepending_spaces_is_accepted(self, tmp_path: Path) -> None:
-        prepend = {"type": "Prepend", "prepend": "▁"}
-        replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-        assert dict(load_vocabulary(self.write_checkpoint(tmp_path, prepend, replace), 12).add_flags)["space"] is True
-
-    def test_replacing_spaces_alone_is_accepted(self, tmp_path: Path) -> None:
-        replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-        assert dict(load_vocabulary(self.write_checkpoint(tmp_path, replace), 12).add_flags)["space"] is False
+            load_vocabulary(self.write_checkpoint(tmp_path, normalizer=steps), 12)
 
 
 @fuzz

@@ -1,12 +1,12 @@
-"""Several tokens checked at once where a text repeats itself: the same answers, in fewer steps."""
+"""Prompt lookup: drafts from earlier text give the same answers in fewer steps."""
 
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from generation import CHEAP, GREEDY, OpenContext, answer
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,29 +16,7 @@ from qwenlocal.engine.sampling import Sampling
 from qwenlocal.engine.sequence import TokenSequence
 from qwenlocal.engine.speculation import DEFAULT_COSTS, CostCurve, NgramIndex, Speculation
 
-GREEDY = Sampling(temperature=0, repeat_penalty=1)
-CHEAP = dict.fromkeys(DEFAULT_COSTS, 1.0)  # checking any number takes as long as one: everything is drafted
-
-
-@pytest.fixture
-def opened() -> Iterator[Callable[[Path], Context]]:
-    contexts: list[Context] = []
-
-    def open_(path: Path) -> Context:
-        contexts.append(Context(Model(path), ContextOptions(2048, threads=1, flash_attention=False)))
-        return contexts[-1]
-
-    yield open_
-    for context in contexts:
-        context.close()
-        context.model.close()
-
-
-def answer(sequence: TokenSequence, ids: Sequence[int], limit: int, sampling: Sampling = GREEDY) -> list[int]:
-    return [step for step in sequence.generate(ids, sampling, limit=limit) if isinstance(step, int)]
-
-
-# --- what came after the same tokens before
+# --- guesses
 
 
 def test_what_followed_the_last_tokens_before_is_the_draft() -> None:
@@ -48,7 +26,7 @@ def test_what_followed_the_last_tokens_before_is_the_draft() -> None:
     assert index.guess(1) == ([8], 3, False)
 
 
-def test_the_latest_occurrence_counts_and_the_longest_agreement_before_it() -> None:
+def test_the_latest_occurrence_with_the_longest_agreement_counts() -> None:
     index = NgramIndex()
     index.extend([1, 2, 3, 4, 5, 6, 77, 4, 5, 6, 9, 1, 2, 3, 4, 5, 6])
     assert index.guess(1) == ([77], 6, False)
@@ -64,7 +42,7 @@ def test_a_guess_ends_where_two_occurrences_differ() -> None:
     assert index.guess(9) == ((), 0, False)  # two ways on, and nothing speaks for one of them
 
 
-def test_a_long_agreement_is_told_from_a_shorter_one() -> None:
+def test_a_guess_says_how_many_tokens_agree() -> None:
     index = NgramIndex()
     index.extend([*range(100, 140), *range(100, 123)])
     assert index.guess(2) == ([123, 124], 12, False)
@@ -87,7 +65,7 @@ def test_a_guess_followed_an_equal_ngram_before(ids: list[int]) -> None:
     assert not twice or list(tokens) == came[-2]
 
 
-# --- how much to guess
+# --- the length of drafts
 
 
 def test_nothing_is_drafted_if_checking_costs_more_than_it_gains() -> None:
@@ -96,7 +74,7 @@ def test_nothing_is_drafted_if_checking_costs_more_than_it_gains() -> None:
     assert list(dear.propose(31)) == []
 
 
-def test_drafts_become_shorter_when_they_are_wrong_and_come_back_when_they_would_have_been_right() -> None:
+def test_wrong_drafts_become_shorter_and_return_once_they_would_have_been_right() -> None:
     speculation = Speculation(CostCurve())
     pattern = [*range(10, 30)]
     text = pattern * 2
@@ -128,23 +106,23 @@ def test_costs_are_learnt_from_what_was_timed() -> None:
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(seed=3), Sampling(temperature=1.0, top_k=5, seed=8)])
-def test_answers_are_the_same_with_and_without(
-    sampling: Sampling, random_model: Path, opened: Callable[[Path], Context]
+def test_answers_are_the_same_with_and_without_prompt_lookup(
+    sampling: Sampling, random_model: Path, open_context: OpenContext
 ) -> None:
     """The same draws from the same scores: also of sampled text not one token differs."""
     prompt = [40, 41, 42, 43, 44, 45] * 30
-    plain = answer(TokenSequence(opened(random_model)), prompt, 200, sampling)
+    plain = answer(TokenSequence(open_context(random_model)), prompt, 200, sampling)
     speculation = Speculation(CostCurve(CHEAP))
-    looking = TokenSequence(opened(random_model), speculation=speculation)
+    looking = TokenSequence(open_context(random_model), speculation=speculation)
     assert answer(looking, prompt, 200, sampling) == plain
     assert speculation.drafted > 0
 
 
-def test_sampled_tokens_keep_their_distribution(random_model: Path, opened: Callable[[Path], Context]) -> None:
+def test_sampled_tokens_keep_their_distribution(random_model: Path, open_context: OpenContext) -> None:
     """Third tokens of 600 answers with and without, compared by their counts (chi-square, two samples)."""
     prompt = [40, 41, 42] * 8
     sampling = Sampling(temperature=1.2, top_k=6, top_p=1.0, repeat_penalty=1.0)
-    context = opened(random_model)
+    context = open_context(random_model)
     counts = []
     for speculation in (None, Speculation(CostCurve(CHEAP))):
         sequence = TokenSequence(context, speculation=speculation)
@@ -156,21 +134,19 @@ def test_sampled_tokens_keep_their_distribution(random_model: Path, opened: Call
     assert square < 3 * len(often) + 30
 
 
-def test_a_text_that_repeats_itself_takes_fewer_steps(endless_model: Path, opened: Callable[[Path], Context]) -> None:
-    context = opened(endless_model)
+def test_a_text_that_repeats_itself_takes_fewer_steps(endless_model: Path, open_context: OpenContext) -> None:
+    context = open_context(endless_model)
     speculation = Speculation(CostCurve(CHEAP))
     sequence = TokenSequence(context, speculation=speculation)
     ids = context.model.tokenizer.tokenize("x\nabcdefgh abcdefgh abcdefgh abcdefgh ab", special=True)
     tokens = answer(sequence, ids, 300)
     assert context.model.tokenizer.tokenize("cdefgh abcdefgh ", special=False) == tokens[:16]
     assert speculation.accepted > 250
-    assert speculation.accepted == speculation.drafted or speculation.accepted > 0.9 * speculation.drafted
+    assert speculation.accepted > 0.9 * speculation.drafted
 
 
-def test_what_was_drafted_wrongly_is_not_left_in_the_cache(
-    random_model: Path, opened: Callable[[Path], Context]
-) -> None:
-    context = opened(random_model)
+def test_rejected_tokens_are_removed_from_the_cache(random_model: Path, open_context: OpenContext) -> None:
+    context = open_context(random_model)
     sequence = TokenSequence(context, speculation=Speculation(CostCurve(CHEAP)))
     prompt = [40, 41, 42, 43] * 20
     steps = sequence.generate(prompt, GREEDY, limit=50)
@@ -180,12 +156,10 @@ def test_what_was_drafted_wrongly_is_not_left_in_the_cache(
     steps.close()  # in the middle of a draft
     assert context.length(0) == len(sequence.cached_ids)
     more = [*sequence.cached_ids, 7, 8, 9]
-    assert answer(sequence, more, 20) == answer(TokenSequence(opened(random_model)), more, 20)
+    assert answer(sequence, more, 20) == answer(TokenSequence(open_context(random_model)), more, 20)
 
 
-def test_a_draft_never_reaches_beyond_the_context_or_the_limit(
-    endless_model: Path, opened: Callable[[Path], Context]
-) -> None:
+def test_a_draft_never_reaches_beyond_the_context_or_the_limit(endless_model: Path, open_context: OpenContext) -> None:
     context = Context(Model(endless_model), ContextOptions(256, threads=1))
     sequence = TokenSequence(context, speculation=Speculation(CostCurve(CHEAP)))
     ids = context.model.tokenizer.tokenize("x\n" + "abcdefgh " * 20, special=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import sys
@@ -10,7 +9,10 @@ from pathlib import Path
 
 import pytest
 from conftest import SAYS
-from terminal import Open, Terminal
+from hub import HubServer, pace
+from terminal import Open, Terminal, save_messages, start_chat
+
+from qwenlocal.testing import write_model
 
 
 def test_a_chat_answers_twice_and_exits_on_ctrl_d(terminal: Open, speaking_model: Path) -> None:
@@ -20,13 +22,11 @@ def test_a_chat_answers_twice_and_exits_on_ctrl_d(terminal: Open, speaking_model
     assert SAYS in chat.wait_for_prompt(2)
     chat.type("And again?\r")
     assert chat.wait_for_prompt(3).count(SAYS) == 2
-    chat.type("\x04")
-    assert chat.wait_for_exit() == 0
+    assert chat.exit() == 0
 
 
 def test_help_lists_the_commands(terminal: Open, speaking_model: Path) -> None:
-    chat = terminal("run", str(speaking_model))
-    chat.wait_for_prompt()
+    chat = start_chat(terminal, speaking_model)
     chat.type("/help\r")
     text = chat.wait_for(r"Ctrl-C +Stop an answer")
     for command in ("/help", "/clear", "/system [TEXT]", "/save [FILE]", "/exit"):
@@ -34,49 +34,34 @@ def test_help_lists_the_commands(terminal: Open, speaking_model: Path) -> None:
 
 
 def test_unknown_commands_suggest_similar_ones_and_two_slashes_send_one(terminal: Open, speaking_model: Path) -> None:
-    chat = terminal("run", str(speaking_model))
-    chat.wait_for_prompt()
+    chat = start_chat(terminal, speaking_model)
     chat.type("/hlep\r")
     assert "Did you mean /help?" in chat.wait_for("Did you mean")
-    chat.type("//help is a word\r")
-    chat.wait_for(re.escape(SAYS))
-    chat.type("/save talk.json\r")
-    chat.wait_for("Saved:")
+    chat.enter("//help is a word", re.escape(SAYS))
+    chat.enter("/save talk.json", "Saved:")
     chat.type("/exit\r")
     assert chat.wait_for_exit() == 0
 
 
 def test_save_writes_the_chat_with_its_system_prompt(terminal: Open, speaking_model: Path, tmp_path: Path) -> None:
-    chat = terminal("run", str(speaking_model), "--system", "Be kind.")
-    chat.wait_for_prompt()
-    chat.type("forgotten\r")
-    chat.wait_for(re.escape(SAYS))
-    chat.type("/clear\r")
-    chat.wait_for("Started a new chat")
-    chat.type("/system Be brief.\r")
-    chat.wait_for("System prompt set")
-    chat.type("Hi\r")
-    chat.wait_for(re.escape(SAYS) + ".*" + re.escape(SAYS))
-    chat.type("/save talk.json\r")
-    chat.wait_for("Saved:")
-    saved = json.loads((tmp_path / "talk.json").read_text("utf-8"))["messages"]
+    chat = start_chat(terminal, speaking_model, "--system", "Be kind.")
+    chat.enter("forgotten", re.escape(SAYS))
+    chat.enter("/clear", "Started a new chat")
+    chat.enter("/system Be brief.", "System prompt set")
+    chat.enter("Hi", re.escape(SAYS) + ".*" + re.escape(SAYS))
+    saved = save_messages(chat, tmp_path)
     assert [message["content"] for message in saved] == ["Be brief.", "Hi", SAYS]
 
 
 def test_ctrl_c_stops_an_answer_and_keeps_its_text(terminal: Open, endless_model: Path, tmp_path: Path) -> None:
-    chat = terminal("run", str(endless_model), "-c", "60000")
-    chat.wait_for_prompt()
-    chat.type("Go on\r")
-    chat.wait_for("abcdefgh abcdefgh")
+    chat = start_chat(terminal, endless_model, "-c", "60000")
+    chat.enter("Go on", "abcdefgh abcdefgh")
     chat.type("\x03")
     chat.wait_for(r"\[interrupted\]")
-    chat.type("/save talk.json\r")
-    chat.wait_for("Saved:")
-    said = json.loads((tmp_path / "talk.json").read_text())["messages"][-1]
+    said = save_messages(chat, tmp_path)[-1]
     assert said["role"] == "assistant"
     assert said["content"].startswith("abcdefgh abcdefgh")
-    chat.type("\x04")
-    assert chat.wait_for_exit() == 0
+    assert chat.exit() == 0
 
 
 @pytest.mark.skipif(not shutil.which("bash"), reason="needs bash for job control")
@@ -90,14 +75,12 @@ def test_ctrl_z_suspends_an_answer_and_fg_resumes_it(
         shell.wait_for("^sh:$")
         shell.type(f"{sys.executable} -m qwenlocal run {endless_model} -n 700 --no-lookup\r")
         shell.wait_for_prompt()
-        shell.type("Go\r")
-        shell.wait_for("abcdefgh abcdefgh")
+        shell.enter("Go", "abcdefgh abcdefgh")
         shell.type("\x1a")
         shell.wait_for(r"Stopped.*^sh:$")
         shell.type("echo still; stty -a | grep -c -- -echo\r")  # the terminal mode is restored
         shell.wait_for(r"^still$.*^sh:$")
-        shell.type("fg\r")
-        shell.wait_for(r"\[token limit\]")
+        shell.enter("fg", r"\[token limit\]")
         shell.wait_for_prompt()
         shell.type("\x04")
         shell.wait_for(r"^sh:$")
@@ -107,16 +90,11 @@ def test_ctrl_z_suspends_an_answer_and_fg_resumes_it(
 
 def test_a_line_typed_during_an_answer_is_the_next_message(terminal: Open, endless_model: Path, tmp_path: Path) -> None:
     """It does not appear inside the answer."""
-    chat = terminal("run", str(endless_model), "-n", "300")
-    chat.wait_for_prompt()
-    chat.type("Go\r")
-    chat.wait_for("abcdefgh abcdefgh")
-    chat.type("typed ahead\r")
-    chat.wait_for(r"^> typed ahead$")
+    chat = start_chat(terminal, endless_model, "-n", "300")
+    chat.enter("Go", "abcdefgh abcdefgh")
+    chat.enter("typed ahead", r"^> typed ahead$")
     chat.wait_for(r"^> typed ahead$.*abcdefgh.*token limit")
-    chat.type("/save talk.json\r")
-    chat.wait_for("Saved:")
-    messages = json.loads((tmp_path / "talk.json").read_text())["messages"]
+    messages = save_messages(chat, tmp_path)
     assert [message["content"] for message in messages if message["role"] == "user"] == ["Go", "typed ahead"]
     assert "typed" not in messages[1]["content"]
     assert chat.text.count("typed ahead") == 1
@@ -124,34 +102,27 @@ def test_a_line_typed_during_an_answer_is_the_next_message(terminal: Open, endle
 
 def test_save_does_not_overwrite_other_files(terminal: Open, speaking_model: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.json").write_text("precious")
-    chat = terminal("run", str(speaking_model))
-    chat.wait_for_prompt()
-    chat.type("/save mine.json\r")
-    chat.wait_for(r"already\s+exists. Choose another name")
+    chat = start_chat(terminal, speaking_model)
+    chat.enter("/save mine.json", r"already\s+exists. Choose another name")
     assert (tmp_path / "mine.json").read_text() == "precious"
-    chat.type("/save /nonexistent/x.json\r")
-    chat.wait_for("Cannot write to /nonexistent: No such file or directory")
+    chat.enter("/save /nonexistent/x.json", "Cannot write to /nonexistent: No such file or directory")
 
 
 def test_ctrl_c_during_prefill_keeps_the_question(terminal: Open, endless_model: Path, tmp_path: Path) -> None:
-    chat = terminal("run", str(endless_model), "-c", "90000")
-    chat.wait_for_prompt()
+    chat = start_chat(terminal, endless_model, "-c", "90000")
     chat.type("\x1b[200~" + "long " * 16_000 + "\x1b[201~")
     chat.read(2)
     chat.type("\r")
     chat.wait_for("reading prompt: [0-9,]+ of [0-9,]+ tokens")
     chat.type("\x03")
     chat.wait_for(r"\[interrupted\]")
-    chat.type("/save talk.json\r")
-    chat.wait_for("Saved:")
-    (message,) = json.loads((tmp_path / "talk.json").read_text())["messages"]
+    (message,) = save_messages(chat, tmp_path)
     assert message["role"] == "user"
     assert message["content"].startswith("long long")
 
 
 def test_two_ctrl_c_on_an_empty_line_exit(terminal: Open, speaking_model: Path) -> None:
-    chat = terminal("run", str(speaking_model))
-    chat.wait_for_prompt()
+    chat = start_chat(terminal, speaking_model)
     chat.type("\x03")
     chat.wait_for(re.escape("(Press Ctrl-C again or Ctrl-D to exit.)"))
     chat.type("\x03")
@@ -159,8 +130,7 @@ def test_two_ctrl_c_on_an_empty_line_exit(terminal: Open, speaking_model: Path) 
 
 
 def test_ctrl_c_clears_a_line_and_the_up_arrow_recalls_it(terminal: Open, speaking_model: Path) -> None:
-    chat = terminal("run", str(speaking_model))
-    chat.wait_for_prompt()
+    chat = start_chat(terminal, speaking_model)
     chat.type("half a thought")
     chat.wait_for("half a thought")
     chat.type("\x03\x03")
@@ -173,37 +143,25 @@ def test_ctrl_c_clears_a_line_and_the_up_arrow_recalls_it(terminal: Open, speaki
 
 
 def test_a_paste_of_several_lines_is_one_message(terminal: Open, speaking_model: Path, tmp_path: Path) -> None:
-    chat = terminal("run", str(speaking_model))
-    chat.wait_for_prompt()
-    chat.type("\x1b[200~first line\nsecond line\n你好\x1b[201~\r")
-    chat.wait_for(re.escape(SAYS))
-    chat.type("/save talk.json\r")
-    chat.wait_for("Saved:")
-    messages = json.loads((tmp_path / "talk.json").read_text("utf-8"))["messages"]
+    chat = start_chat(terminal, speaking_model)
+    chat.enter("\x1b[200~first line\nsecond line\n你好\x1b[201~", re.escape(SAYS))
+    messages = save_messages(chat, tmp_path)
     assert messages[0]["content"] == "first line\nsecond line\n你好"
 
 
 def test_alt_enter_inserts_a_line_break_and_arrows_move_the_cursor(
     terminal: Open, speaking_model: Path, tmp_path: Path
 ) -> None:
-    chat = terminal("run", str(speaking_model))
-    chat.wait_for_prompt()
-    chat.type("onX\x1b[D\x1b[3~e\x1b\rtwo\r")
-    chat.wait_for(re.escape(SAYS))
-    chat.type("/save talk.json\r")
-    chat.wait_for("Saved:")
-    assert json.loads((tmp_path / "talk.json").read_text())["messages"][0]["content"] == "one\ntwo"
+    chat = start_chat(terminal, speaking_model)
+    chat.enter("onX\x1b[D\x1b[3~e\x1b\rtwo", re.escape(SAYS))
+    assert save_messages(chat, tmp_path)[0]["content"] == "one\ntwo"
 
 
 def test_the_history_of_an_earlier_chat_is_recalled(terminal: Open, speaking_model: Path) -> None:
-    first = terminal("run", str(speaking_model))
-    first.wait_for_prompt()
-    first.type("remember me\r")
-    first.wait_for(re.escape(SAYS))
-    first.type("\x04")
-    first.wait_for_exit()
-    second = terminal("run", str(speaking_model))
-    second.wait_for_prompt()
+    first = start_chat(terminal, speaking_model)
+    first.enter("remember me", re.escape(SAYS))
+    first.exit()
+    second = start_chat(terminal, speaking_model)
     second.type("\x1b[A")
     second.wait_for("^> remember me")
 
@@ -214,27 +172,20 @@ def test_a_corrupt_history_file_does_not_stop_a_chat(
     history = Path(environment["QWENLOCAL_HOME"]) / "history"
     history.parent.mkdir(parents=True)
     history.write_bytes(b"\xff\x00\x01garbage\n+\xfe\n")
-    chat = terminal("run", str(speaking_model))
-    chat.wait_for_prompt()
-    chat.type("Hi\r")
-    chat.wait_for(re.escape(SAYS))
+    chat = start_chat(terminal, speaking_model)
+    chat.enter("Hi", re.escape(SAYS))
 
 
 def test_the_announced_command_line_opens_a_chat(terminal: Open, speaking_model: Path) -> None:
     """./main -m qwen1.5-7b-chat-q2_k.gguf -n 512 --color -i -cml -f prompts/chat-with-qwen.txt"""
     arguments = ("-n", "512", "--color", "-i", "-cml", "-f", "prompts/chat-with-qwen.txt")
-    chat = terminal("run", "-m", str(speaking_model), *arguments)
-    chat.wait_for_prompt()
-    chat.type("/system\r")
-    chat.wait_for(re.escape("You are a helpful assistant."))
+    chat = start_chat(terminal, "-m", speaking_model, *arguments)
+    chat.enter("/system", re.escape("You are a helpful assistant."))
 
 
 def test_escape_sequences_of_a_model_never_reach_the_terminal(terminal: Open, tmp_path: Path) -> None:
-    from qwenlocal.testing import write_model
-
     write_model(tmp_path / "evil.gguf", reply="a\x1b]0;pwn\x07b")
-    chat = terminal("run", "./evil.gguf")
-    chat.wait_for_prompt()
+    chat = start_chat(terminal, "./evil.gguf")
     chat.type("Hi\r")
     assert "a␛]0;pwn␇b" in chat.wait_for("a.*b")
     assert b"\x1b]0;pwn" not in chat.raw
@@ -254,10 +205,7 @@ def test_ctrl_c_ends_a_single_answer_with_130(terminal: Open, endless_model: Pat
     assert "Traceback" not in one.text
 
 
-def test_ctrl_c_in_a_download_keeps_the_partial_file(terminal: Open, hub: object, tmp_path: Path) -> None:
-    from hub import HubServer, pace
-
-    assert isinstance(hub, HubServer)
+def test_ctrl_c_in_a_download_keeps_the_partial_file(terminal: Open, hub: HubServer) -> None:
     hub.repository("o/big").files = {"big-q4_0.gguf": b"GGUF" + bytes(40 << 20)}
     hub.always = [pace(8e6)]
     one = terminal("pull", "hf:o/big")

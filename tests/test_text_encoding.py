@@ -13,7 +13,7 @@ import pytest
 from conftest import SAYS, Run
 from hypothesis import given
 from hypothesis import strategies as st
-from terminal import Open
+from terminal import Open, start_chat
 
 from qwenlocal.chat.documents import read_document
 from qwenlocal.errors import ModelNotFound, UsageError
@@ -116,7 +116,7 @@ class TestDecoding:
 
 @pytest.mark.parametrize("encoding", MARKED)
 class TestReaders:
-    def test_prompts_of_files_and_pipes(
+    def test_prompts_from_files_and_pipes_are_decoded(
         self, encoding: str, qwenlocal: Run, speaking_model: Path, tmp_path: Path
     ) -> None:
         (tmp_path / "p.txt").write_bytes(encode("Was hältst du davon?\r\n", encoding))
@@ -128,7 +128,9 @@ class TestReaders:
             assert (result.returncode, result.stdout) == (0, f"{SAYS}\n")
             assert f"{count} tokens" in result.stderr
 
-    def test_batches_schemas_and_grammars(self, encoding: str, invoke: Run, random_model: Path, tmp_path: Path) -> None:
+    def test_batches_schemas_and_grammars_are_decoded(
+        self, encoding: str, invoke: Run, random_model: Path, tmp_path: Path
+    ) -> None:
         (tmp_path / "in.jsonl").write_bytes(encode('{"prompt": "é", "id": "ü"}\r\nplain\r\n', encoding))
         (tmp_path / "s.json").write_bytes(encode('{"enum": ["é"]}\r\n', encoding))
         (tmp_path / "g.gbnf").write_bytes(encode('root ::= "é"\r\n', encoding))
@@ -139,7 +141,7 @@ class TestReaders:
         ]
         assert invoke("run", str(random_model), "Hi", "--grammar", "g.gbnf").stdout == "é\n"
 
-    def test_documents(self, encoding: str, tmp_path: Path) -> None:
+    def test_documents_are_decoded(self, encoding: str, tmp_path: Path) -> None:
         for name in ("a.txt", "a.html"):
             (tmp_path / name).write_bytes(encode("<p>né</p>", encoding))
             assert "né" in read_document(tmp_path / name).text
@@ -153,16 +155,11 @@ def test_chats_load_conversations_and_prompts_in_utf16(
     prompts = Path(environment["QWENLOCAL_HOME"]) / "prompts"
     prompts.mkdir(parents=True)
     (prompts / "kind.txt").write_bytes(encode("Sei nett zu Jürgen.", "utf-16-be"))
-    chat = terminal("run", str(speaking_model))
-    chat.wait_for_prompt()
-    chat.type("/load c.json\r")
-    chat.wait_for("Last question: Grüße")
-    chat.type("/prompt kind\r")
-    chat.wait_for("System prompt set: kind")
-    chat.type("/system\r")
-    chat.wait_for("Sei nett zu Jürgen")
-    chat.type("/load l1.json\r")
-    chat.wait_for("looks like WINDOWS-1252")
+    chat = start_chat(terminal, speaking_model)
+    chat.enter("/load c.json", "Last question: Grüße")
+    chat.enter("/prompt kind", "System prompt set: kind")
+    chat.enter("/system", "Sei nett zu Jürgen")
+    chat.enter("/load l1.json", "looks like WINDOWS-1252")
 
 
 # --- waiting for standard input

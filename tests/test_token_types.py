@@ -81,7 +81,7 @@ def test_a_normal_token_is_text_and_ends_nothing(name: str, open_vocabulary: Ope
     )
 
 
-def test_all_of_them_at_once_are_text(open_vocabulary: OpenVocabulary) -> None:
+def test_normal_tokens_of_all_these_names_together_are_text(open_vocabulary: OpenVocabulary) -> None:
     names = [name for name in GUESSED_NAMES if name not in SPECIALS]
     tokenizer = open_vocabulary(dict.fromkeys(names, NORMAL), eos=END)
     text = "".join(names)
@@ -184,17 +184,17 @@ class TestAnswers:
     def test_a_normal_token_is_printed_and_the_answer_goes_on(self, model: Path, qwenlocal: Run) -> None:
         assert qwenlocal("run", "-m", str(model), "Hi</s>").stdout == "a</s>b\n"
 
-    def test_also_with_a_grammar(self, model: Path, invoke: Run, tmp_path: Path) -> None:
+    def test_a_normal_token_is_printed_with_a_grammar(self, model: Path, invoke: Run, tmp_path: Path) -> None:
         (tmp_path / "g.gbnf").write_text('root ::= "a</s>b"')
         assert invoke("run", "-m", str(model), "Hi", "--grammar", "g.gbnf").stdout == "a</s>b\n"
 
-    def test_also_in_a_batch(self, model: Path, invoke: Run, tmp_path: Path) -> None:
+    def test_a_normal_token_is_printed_in_a_batch(self, model: Path, invoke: Run, tmp_path: Path) -> None:
         (tmp_path / "in.jsonl").write_text('{"prompt": "Hi"}\n{"prompt": "</s>"}\n')
         result = invoke("run", "-m", str(model), "--batch", "in.jsonl")
         expect_exit(result, 0)
         assert [json.loads(line)["answer"] for line in result.stdout.splitlines()] == ["a</s>b", "a</s>b"]
 
-    def test_counts_take_it_for_text(self, model: Path) -> None:
+    def test_a_normal_token_in_a_message_is_counted_as_text(self, model: Path) -> None:
         opened = Model(model, vocab_only=True)
         assert len(opened.tokenizer.tokenize("</s>", special=False)) == 4
         opened.close()

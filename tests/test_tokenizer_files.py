@@ -449,7 +449,7 @@ class TestFlagsOfAddedTokens:
 
     @pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word"])
     @pytest.mark.parametrize("special", [True, False])
-    def test_they_are_refused_in_either_file(self, flag: str, special: bool, tmp_path: Path) -> None:
+    def test_a_flag_is_refused_in_either_file(self, flag: str, special: bool, tmp_path: Path) -> None:
         entry = {"content": "<MASK>", flag: True, "special": special}
         one = set_json(write_minimal(tmp_path / "1"), "tokenizer.json", added_tokens=[{"id": 270, **entry}])
         other = set_json(write_minimal(tmp_path / "2"), "tokenizer_config.json", added_tokens_decoder={"270": entry})
@@ -459,7 +459,7 @@ class TestFlagsOfAddedTokens:
             assert f'set "{flag}"' in no.value.hint
 
     @pytest.mark.parametrize("flags", [(True, False), (False, True)])
-    def test_they_are_refused_if_the_files_contradict_each_other(
+    def test_a_flag_is_refused_if_the_files_contradict_each_other(
         self, flags: tuple[bool, bool], tmp_path: Path
     ) -> None:
         one, other = ({"id": 270, "content": "<MASK>", "special": True, "lstrip": flag} for flag in flags)
@@ -473,7 +473,7 @@ class TestFlagsOfAddedTokens:
         with pytest.raises(UnsupportedCheckpoint, match="texts are composed"):
             load_vocabulary(set_json(write_minimal(tmp_path), "tokenizer.json", added_tokens=entries))
 
-    def test_verify_refuses_them_too(self, checkpoint_copy: Path, tiny_f32: Path, invoke: Run) -> None:
+    def test_verify_refuses_a_flag(self, checkpoint_copy: Path, tiny_f32: Path, invoke: Run) -> None:
         entry = {"id": 270, "content": "<MASK>", "lstrip": True}
         set_json(checkpoint_copy, "tokenizer.json", added_tokens=[entry])
         error = expect_exit(invoke("verify", str(tiny_f32), "--against", str(checkpoint_copy)), 5)

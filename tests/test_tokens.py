@@ -11,17 +11,14 @@ import zlib
 from pathlib import Path
 
 import pytest
+from checkpoint_files import convert_checkpoint
 from corpus import lines
 from from_gguf import tokenizer_files
 
 from qwenlocal.engine.llama import Model
 from qwenlocal.measure.fidelity import known_texts
 from qwenlocal.testing import CONFIG, write_checkpoint
-from qwenlocal.weights.checkpoint import Checkpoint
-from qwenlocal.weights.conversion import plan_conversion
-from qwenlocal.weights.file_types import file_type
 from qwenlocal.weights.gguf_reader import decode_value, read_raw_metadata
-from qwenlocal.weights.write_workers import run_job
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = json.loads((ROOT / "tests" / "goldens" / "corpus_ids.json").read_text("utf-8"))
@@ -65,9 +62,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model with Qwen1.5's real vocabulary, converted."""
     files = tokenizer_files(qwens_vocabulary(), sizes=(151643, 151646))
     folder = write_checkpoint(tmp_path_factory.mktemp("real") / "tiny", config=QWEN, files=files)
-    target = folder.parent / "tiny.gguf"
-    run_job(plan_conversion(Checkpoint.open(folder), [(target, file_type("q8_0"))]).job, threads=2)
-    return target
+    return convert_checkpoint(folder, folder.parent / "tiny.gguf", "q8_0", threads=2)
 
 
 @pytest.fixture(scope="module")

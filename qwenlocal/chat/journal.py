@@ -9,7 +9,6 @@ format is `journal_rows.SCHEMA`; `PRAGMA user_version` is its version.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sqlite3
 import threading
@@ -30,7 +29,6 @@ from qwenlocal.chat.journal_rows import (
     message_to_sql,
     parse_chat,
     parse_message,
-    replace_row_surrogates,
 )
 from qwenlocal.chat.sqlite_pages import PAGE_SIZE, has_damaged_log
 from qwenlocal.chat.thread import USER, Message, Thread
@@ -282,29 +280,18 @@ class Journal:
         sqlite3.Error, OSError: the file cannot be written now.
         """
         now = time.time()
-        evicted = json.dumps(sorted(thread.evicted))
-        state = replace_row_surrogates((thread.system, thread.leaf, evicted, thread.summary, model, now))
         with self.transaction() as db:
-            if (
-                chat_id is not None
-                and not db.execute(
-                    "UPDATE chats SET system = ?, leaf = ?, left_out = ?, summary = ?, model = ?, changed = ? "
-                    "WHERE id = ?",
-                    (*state, chat_id),
-                ).rowcount
-            ):
+            saved = db.execute("SELECT title, created FROM chats WHERE id = ?", (chat_id or original,)).fetchone()
+            if saved is None:
                 chat_id, messages = None, list(thread.messages.values())
-            if chat_id is None:
-                chat_id = int(
-                    db.execute(
-                        "INSERT INTO chats(title, created, open_by, system, leaf, left_out, summary, model, changed) "
-                        "VALUES (coalesce((SELECT title FROM chats WHERE id = ?), ?), ?, 0, ?, ?, ?, ?, ?, ?)",
-                        (original, default_title(thread.messages.values()), now, *state),
-                    ).lastrowid
-                    or 0
-                )
-                self._chat_locks.acquire(chat_id)
-            _insert_messages(db, chat_id, messages)
+            title = saved[0] if saved else default_title(thread.messages.values())
+            created = saved[1] if chat_id else now
+            evicted = tuple(thread.evicted)
+            chat = ChatRow(
+                chat_id or 0, title, model, thread.system, thread.leaf, evicted, thread.summary, created, now
+            )
+            chat_id = _insert_chat(db, chat, messages)
+            self._chat_locks.acquire(chat_id)
             db.executemany(
                 "DELETE FROM messages WHERE chat = ? AND number = ?", [(chat_id, number) for number in removed]
             )
@@ -316,12 +303,10 @@ class Journal:
 
         Raises
         ------
-        sqlite3.Error: the file cannot be written, or has the chat already.
+        sqlite3.Error: the file cannot be written.
         """
-        row = chat.to_sql()
         with self.transaction() as db:
-            db.execute(f"INSERT INTO chats({CHAT_COLUMNS}) VALUES ({', '.join('?' * len(row))})", row)
-            _insert_messages(db, chat.id, messages)
+            _insert_chat(db, chat, messages)
 
 
 def parse_chat_number(text: str) -> int | None:
@@ -396,10 +381,18 @@ def default_title(messages: Iterable[Message]) -> str:
     return shorten(replace_surrogates(first).replace("\0", "")) or tr("(no title)")
 
 
-def _insert_messages(db: sqlite3.Connection, chat_id: int, messages: Sequence[Message]) -> None:
-    rows = [message_to_sql(chat_id, message) for message in messages]
-    placeholders = ", ".join("?" * len(MESSAGE_COLUMNS.split(",")))
-    db.executemany(f"INSERT OR REPLACE INTO messages({MESSAGE_COLUMNS}) VALUES ({placeholders})", rows)
+def _insert_chat(db: sqlite3.Connection, chat: ChatRow, messages: Sequence[Message]) -> int:
+    """Add a chat, or replace its row, with new and changed messages; return its number."""
+    chat_id = db.execute(_insert_statement("chats", CHAT_COLUMNS), chat.to_sql()).lastrowid or 0
+    db.executemany(
+        _insert_statement("messages", MESSAGE_COLUMNS), [message_to_sql(chat_id, message) for message in messages]
+    )
+    return chat_id
+
+
+def _insert_statement(table: str, columns: str) -> str:
+    placeholders = ", ".join("?" * len(columns.split(",")))
+    return f"INSERT OR REPLACE INTO {table}({columns}) VALUES ({placeholders})"
 
 
 def _normalize(text: str) -> str:

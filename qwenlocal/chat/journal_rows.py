@@ -38,7 +38,7 @@ _MAX_TIME = 253_370_764_800  # the year 9999 in seconds, the last that `datetime
 
 @dataclass(frozen=True)
 class ChatRow:
-    """A row of the table `chats`; `evicted` is its column `left_out`."""
+    """A row of the table `chats`; `evicted` is its column `left_out`, and `id` 0 stands for the next number."""
 
     id: int
     title: str
@@ -53,7 +53,7 @@ class ChatRow:
     def to_sql(self) -> list[object]:
         """Return the values of `CHAT_COLUMNS`."""
         evicted = json.dumps(sorted(self.evicted))
-        row = (self.id, self.title, self.model, self.system, self.leaf, evicted, self.summary)
+        row = (self.id or None, self.title, self.model, self.system, self.leaf, evicted, self.summary)
         return replace_row_surrogates((*row, self.created, self.changed, 0))
 
 

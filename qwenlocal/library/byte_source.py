@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
 
 from qwenlocal.library.http import HttpClient, TransferError
 
@@ -41,22 +40,14 @@ class RangesUnsupported(Exception):
     """The source only sends whole files."""
 
 
-class _Segment(Protocol):
-    @property
-    def size(self) -> int: ...
-
-
-SegmentT = TypeVar("SegmentT", bound=_Segment)
-
-
-def split_range(segments: Iterable[SegmentT], start: int, end: int) -> Iterator[tuple[SegmentT, int, int]]:
-    """Yield the consecutive segments of a file that bytes `start` to `end` fall into, and the range within each."""
+def split_range(sizes: Iterable[int], start: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """Yield the numbers of the consecutive segments that bytes `start` to `end` fall into, and the range in each."""
     offset = 0
-    for segment in segments:
-        first, last = max(0, start - offset), min(segment.size, end - offset)
+    for number, size in enumerate(sizes):
+        first, last = max(0, start - offset), min(size, end - offset)
         if first < last:
-            yield segment, first, last
-        offset += segment.size
+            yield number, first, last
+        offset += size
 
 
 @dataclass(frozen=True)
@@ -83,8 +74,8 @@ class HttpSource(ByteSource):
         self._client, self._segments, self._headers, self._etag = client, segments, headers, etag
 
     def read(self, start: int, end: int) -> Iterator[bytes]:
-        for segment, first, last in split_range(self._segments, start, end):
-            yield from self._read_segment(segment, first, last)
+        for number, first, last in split_range((segment.size for segment in self._segments), start, end):
+            yield from self._read_segment(self._segments[number], first, last)
 
     def stop(self) -> None:
         self._client.close_all()

@@ -54,7 +54,8 @@ class CheckpointConverter:
         NotEnoughMemory, DiskFull, NotWritable: it cannot be written here.
         Everything that `CheckpointFinder.find_on_hub` and `HubCheckpoint.download` raise.
         """
-        record_name = _record_name(name)
+        level = _level(name)
+        record_name = str(replace(name, level=level) if isinstance(name, HubName) else name)
         record = self._store.get(record_name)
         ready = self._store.check_unchanged(record) if record and not force else None
         if ready:
@@ -67,7 +68,7 @@ class CheckpointConverter:
         stamp = conversion_stamp(fingerprint(checkpoint.path))
         if ready and ready.made_from == stamp:
             return ready
-        aliases, level = {str(name), *(record.aliases if record else ())} - {record_name}, _level(name)
+        aliases = {str(name), *(record.aliases if record else ())} - {record_name}
         target = prepare_target(self._folders, record_name, checkpoint.name, level, stamp, self._store.file_paths())
         if not target.is_complete:
             self._convert(checkpoint, level, target.path, _checkpoint_argument(name))
@@ -199,10 +200,6 @@ def _plan(weights: Checkpoint, checkpoint: LocalCheckpoint | HubCheckpoint, targ
     from qwenlocal.weights.file_types import file_type
 
     return plan_conversion(weights, [(target, file_type(level))], ConversionOptions(checkpoint.name, checkpoint.repo))
-
-
-def _record_name(name: ConvertibleName) -> str:
-    return str(replace(name, level=_level(name)) if isinstance(name, HubName) else name)
 
 
 def _bare_repo(name: CatalogName | HubName) -> HubName:

@@ -283,15 +283,12 @@ def _parse_hub_name(hub: str, text: str) -> HubName:
     rest = match["rest"]
     if match["mark"] == "/" and rest:
         return HubName(hub, match["repo"], match["revision"], file=rest)
-    return HubName(hub, match["repo"], match["revision"], level=_parse_tag(rest) if rest else None)
+    level = _levels_by_spelling().get(normalize_name(rest), rest.casefold()) if rest else None
+    return HubName(hub, match["repo"], match["revision"], level=level)
 
 
 def _levels_by_spelling() -> dict[str, str]:
     return {form: level for level in _LEVELS for form in (normalize_name(level), level.replace("_", ""))}
-
-
-def _parse_tag(text: str) -> str:
-    return _levels_by_spelling().get(normalize_name(text), text.casefold())
 
 
 def parse_level(text: str) -> str:

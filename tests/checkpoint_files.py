@@ -98,7 +98,7 @@ def set_weights(folder: Path, name: str, row: int, *values: float, dtype: str = 
     with numpy.errstate(over="ignore"):
         data = as_dtype(numpy.array(values, numpy.float32), dtype)
     with stored.file.open("r+b") as file:
-        file.seek(stored.offset + row * columns * stored.size // stored.elements)
+        file.seek(stored.offset + row * columns * stored.size // math.prod(stored.shape))
         file.write(data)
 
 

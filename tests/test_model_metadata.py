@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 from qwenlocal.errors import BadCheckpoint
 from qwenlocal.weights.gguf_reader import decode_value
-from qwenlocal.weights.model_metadata import ParameterCounts, read_model_metadata
+from qwenlocal.weights.model_metadata import read_model_metadata
 
 
 def load_general_keys(folder: Path, name: str = "Qwen1.5-0.5B-Chat", repo: str = "") -> dict[str, Any]:
-    metadata = read_model_metadata(folder, {}, name, ParameterCounts(463_987_712), repo)
+    metadata = read_model_metadata(folder, {}, name, 463_987_712, repo)
     return {key.removeprefix("general."): decode_value(value) for key, value in metadata.pairs.items()}
 
 
@@ -66,7 +66,7 @@ class TestModelMetadata:
     ) -> None:
         (tmp_path / "README.md").write_text(f"---\n{front}\n---\n")
         started = time.process_time()
-        (note,) = read_model_metadata(tmp_path, {}, "x", ParameterCounts(1)).notes
+        (note,) = read_model_metadata(tmp_path, {}, "x", 1).notes
         assert time.process_time() - started < 2
         assert reason in note
 
@@ -91,7 +91,7 @@ class TestModelMetadata:
     def test_a_readme_without_front_matter_adds_nothing(self, text: str, tmp_path: Path) -> None:
         (tmp_path / "README.md").write_text(text)
         assert "license" not in load_general_keys(tmp_path)
-        assert not read_model_metadata(tmp_path, {}, "x", ParameterCounts(1)).notes
+        assert not read_model_metadata(tmp_path, {}, "x", 1).notes
 
     @pytest.mark.parametrize(
         "front",
@@ -132,7 +132,7 @@ class TestModelMetadata:
         lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 5)]
         for key in ("license", "tags", "name"):
             (tmp_path / "README.md").write_text("\n".join(["---", *lines, f"{key}: *a4", "---", ""]))
-            metadata = read_model_metadata(tmp_path, {}, "x", ParameterCounts(1))
+            metadata = read_model_metadata(tmp_path, {}, "x", 1)
             assert sum(len(value) for value in metadata.pairs.values()) < 10_000
 
     def test_sampling_defaults_of_generation_config_are_written(self, tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ class TestModelMetadata:
 
     @pytest.mark.parametrize("name", [5, None, [], "", "a/b/c", "/home/x/models/y", "Qwen/Qwen1.5-0.5B", "\0"])
     def test_any_name_or_path_in_the_config_is_accepted(self, name: object, tmp_path: Path) -> None:
-        metadata = read_model_metadata(tmp_path, {"_name_or_path": name}, "Qwen1.5-0.5B", ParameterCounts(1))
+        metadata = read_model_metadata(tmp_path, {"_name_or_path": name}, "Qwen1.5-0.5B", 1)
         assert decode_value(metadata.pairs["general.type"]) == "model"
 
 
@@ -174,4 +174,4 @@ FRONT_MATTER_LINES = st.one_of(
 @example(lines=["name: 2024-02-30"])
 def test_any_front_matter_is_accepted(lines: list[str], tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("\n".join(["---", *lines, "---", ""]), encoding="utf-8", errors="replace")
-    assert read_model_metadata(tmp_path, {}, "Qwen1.5-0.5B", ParameterCounts(1)).pairs
+    assert read_model_metadata(tmp_path, {}, "Qwen1.5-0.5B", 1).pairs

@@ -97,7 +97,7 @@ class TestMissingRopeBase:
     def test_a_repaired_copy_has_the_metadata_of_a_good_file(self, old: Path, good: Path, tmp_path: Path) -> None:
         diagnosis = diagnose_file(old)
         target = tmp_path / "new.gguf"
-        run_job(plan_copy(diagnosis, repaired_layout(diagnosis, diagnosis.fixable), target).job, threads=1)
+        run_job(plan_copy(diagnosis, repaired_layout(diagnosis), target).job, threads=1)
         assert diagnose_file(target).findings == []
         assert read_raw_metadata(target) == read_raw_metadata(good)
 
@@ -118,7 +118,7 @@ class TestTypeablePadding:
         (finding,) = diagnose_file(old).findings
         assert "[PAD261]" in finding.problem
         diagnosis = diagnose_file(old)
-        layout = repaired_layout(diagnosis, diagnosis.fixable)
+        layout = repaired_layout(diagnosis)
         assert fits_in_place(diagnosis, layout)
         patch_header(diagnosis, layout)
         assert read_raw_metadata(old) == read_raw_metadata(good)
@@ -146,7 +146,7 @@ def test_an_output_matrix_that_duplicates_the_embeddings_is_diagnosed_and_left_o
     (finding,) = [finding for finding in diagnosis.findings if finding.drops]
     assert "a copy of the embeddings" in finding.problem
     smaller = tmp_path / "single.gguf"
-    run_job(plan_copy(diagnosis, repaired_layout(diagnosis, [finding]), smaller).job, threads=1)
+    run_job(plan_copy(diagnosis, repaired_layout(diagnosis), smaller).job, threads=1)
     assert "output.weight" not in [tensor.name for tensor in read_header(smaller).tensors]
     ids = list(range(10, 60))
     assert numpy.array_equal(compute_logits(Model(smaller), ids), compute_logits(Model(target), ids))

@@ -18,11 +18,11 @@ from qwenlocal.formatting import format_bytes
 from qwenlocal.weights import gguf_writer
 from qwenlocal.weights.architecture import Hyperparameters, read_hyperparameters
 from qwenlocal.weights.checkpoint import Checkpoint
-from qwenlocal.weights.conversion_plan import ConversionPlan, SourceTensor, make_plan
+from qwenlocal.weights.conversion_plan import ConversionPlan, make_plan
 from qwenlocal.weights.file_types import FileType, QuantOverrides
 from qwenlocal.weights.gguf_reader import EncodedValue
 from qwenlocal.weights.imatrix import ImportanceMatrix
-from qwenlocal.weights.model_metadata import ParameterCounts, read_model_metadata
+from qwenlocal.weights.model_metadata import read_model_metadata
 from qwenlocal.weights.quant_mix import ModelFacts
 from qwenlocal.weights.tensor_map import DroppedTensor, map_tensors
 from qwenlocal.weights.vocabulary import Vocabulary
@@ -70,12 +70,15 @@ def plan_conversion(
     model = read_hyperparameters(checkpoint)
     tensors, dropped, tensor_notes = map_tensors(checkpoint, model, keep_tied_output=options.like_llama_cpp)
     vocabulary = read_vocabulary(checkpoint.folder, checkpoint.config, model.vocab_size, pre=options.pre)
+    experts = model.experts.count if model.experts else 0
     model_metadata = read_model_metadata(
         checkpoint.folder,
         checkpoint.config,
         options.name or checkpoint.folder.name,
-        _count_parameters(tensors, model),
+        sum(tensor.elements for tensor in tensors),
         "" if options.like_llama_cpp else options.repo,
+        in_experts=sum(tensor.elements for tensor in tensors if "_exps." in tensor.name),
+        experts=experts,
     )
     metadata = {
         "general.architecture": gguf_writer.string(model.architecture),
@@ -83,17 +86,9 @@ def plan_conversion(
         **_hyperparameter_keys(model),
     }
     tokenizer = _tokenizer_keys(vocabulary, like_llama_cpp=options.like_llama_cpp)
-    facts = ModelFacts(
-        model.architecture, model.layers, model.heads // model.kv_heads, model.experts.count if model.experts else 0
-    )
+    facts = ModelFacts(model.architecture, model.layers, model.heads // model.kv_heads, experts)
     notes = [*checkpoint.notes, *tensor_notes, *model_metadata.notes, *vocabulary.notes, *_drop_notes(dropped)]
     return make_plan(tensors, targets, metadata, facts, options.overrides, options.imatrix, tokenizer, notes)
-
-
-def _count_parameters(tensors: Sequence[SourceTensor], model: Hyperparameters) -> ParameterCounts:
-    total = sum(tensor.elements for tensor in tensors)
-    in_experts = sum(tensor.elements for tensor in tensors if "_exps." in tensor.name)
-    return ParameterCounts(total, in_experts, model.experts.count if model.experts else 0)
 
 
 def _drop_notes(dropped: Sequence[DroppedTensor]) -> list[str]:

@@ -64,12 +64,16 @@ class Finding:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """A file, its header (with the tensors of all files of a split model), and its problems, serious ones first."""
+    """A file, its model, and its problems, serious ones first."""
 
     path: Path
-    header: Header
-    findings: Sequence[Finding]
     model: SplitModel
+    findings: Sequence[Finding]
+
+    @property
+    def header(self) -> Header:
+        """The header, with the tensors of all files of a split model."""
+        return self.model.header
 
     @property
     def fixable(self) -> list[Finding]:
@@ -111,7 +115,7 @@ def diagnose_file(path: Path, report: Report = lambda done, total: None, *, weig
         findings += _duplicate_output_findings(model)
     if weights:
         findings += _weight_findings(model, report)
-    return Diagnosis(path, header, sorted(findings, key=lambda finding: not finding.is_serious), model)
+    return Diagnosis(path, model, sorted(findings, key=lambda finding: not finding.is_serious))
 
 
 # --- the header

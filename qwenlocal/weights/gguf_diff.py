@@ -9,7 +9,7 @@ from typing import Any
 
 from qwenlocal.weights.gguf_reader import EncodedValue, TensorInfo, decode_value
 from qwenlocal.weights.split_model import SplitModel, read_model_keys, read_split_model
-from qwenlocal.weights.tensor_values import can_read_values, have_same_bytes, read_values, relative_rmse
+from qwenlocal.weights.tensor_values import can_read_values, compare_rows, have_same_bytes, read_values
 
 Report = Callable[[int, int], object]
 
@@ -103,4 +103,4 @@ def _compute_error(left: TensorInfo, right: TensorInfo) -> float | None:
         return 0.0
     if not (can_read_values(left) and can_read_values(right)):
         return None
-    return relative_rmse(read_values(left), read_values(right))
+    return compare_rows(read_values(left), read_values(right), left.shape[0]).whole

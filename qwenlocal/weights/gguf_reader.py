@@ -119,7 +119,7 @@ class _Reader:
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self.file, self.path, self.size = file, path, path.stat().st_size
         self._check_magic()
-        self.version = int(self.number("<I", "the version"))
+        self.version = self.number("<I", "the version")
         if self.version not in (2, 3):
             is_swapped = int.from_bytes(self.version.to_bytes(4, "little"), "big") in (2, 3)
             unsupported = f"its version is {self.version}; versions 2 and 3 are supported"
@@ -153,47 +153,49 @@ class _Reader:
         self.require(count, part)
         return self.file.read(count)
 
-    def number(self, format: str, part: str) -> int | float | bool:
+    def number(self, format: str, part: str) -> int:
         (value,) = struct.unpack(format, self.bytes(struct.calcsize(format), part))
         return value  # type: ignore[no-any-return]
 
     def count(self, format: str, part: str, limit: int) -> int:
-        value = int(self.number(format, part))
+        value = self.number(format, part)
         if value > limit:
             raise BadWeights(self.path, f"{part} is {value:,}, more than any real file has; it is damaged")
         return value
 
+    def skip(self, count: int, part: str) -> None:
+        self.require(count, part)
+        self.file.seek(count, 1)
+
     def string(self, part: str) -> str:
-        return self.bytes(int(self.number("<Q", part)), part).decode("utf-8", errors="replace")
+        return self.bytes(self.number("<Q", part), part).decode("utf-8", errors="replace")
 
-    def value(self, part: str) -> MetadataValue:
-        kind = int(self.number("<I", part))
-        if kind in SCALARS:
-            return self.number(SCALARS[kind], part)
-        if kind == _STRING:
-            return self.string(part)
+    def value(self, part: str) -> EncodedValue:
+        """Read a value undecoded; its structure is checked."""
+        begin = self.file.tell()
+        kind = self.number("<I", part)
         if kind == _ARRAY:
-            return self.array(part)
-        raise BadWeights(self.path, f"{part} has the unknown value type {kind}; the file is damaged or too new")
+            self._skip_array(part)
+        elif kind == _STRING:
+            self.skip(self.number("<Q", part), part)
+        elif kind in SCALARS:
+            self.skip(struct.calcsize(SCALARS[kind]), part)
+        else:
+            raise BadWeights(self.path, f"{part} has the unknown value type {kind}; the file is damaged or too new")
+        size = self.file.tell() - begin
+        self.file.seek(begin)
+        return self.file.read(size)
 
-    def array(self, part: str) -> MetadataValue:
-        element, length = int(self.number("<I", part)), int(self.number("<Q", part))
+    def _skip_array(self, part: str) -> None:
+        element, length = self.number("<I", part), self.number("<Q", part)
         if element == _STRING:
             self.require(8 * length, part)
-            if length <= _MAX_ARRAY:
-                return [self.string(part) for _ in range(length)]
             for _ in range(length):
-                size = int(self.number("<Q", part))
-                self.require(size, part)
-                self.file.seek(size, 1)
-            return LongArray(element, length)
-        if element not in SCALARS:
+                self.skip(self.number("<Q", part), part)
+        elif element in SCALARS:
+            self.skip(length * struct.calcsize(SCALARS[element]), part)
+        else:
             raise BadWeights(self.path, f"{part} is an array of the unknown type {element}; the file is damaged")
-        form = SCALARS[element]
-        data = self.bytes(length * struct.calcsize(form), part)
-        if length > _MAX_ARRAY:
-            return LongArray(element, length)
-        return list(struct.unpack(f"<{length}{form[1:]}", data))
 
     def iterate_keys(self) -> Iterator[str]:
         """Yield each key; its value must be read before the next one."""
@@ -224,8 +226,17 @@ def _read_pairs(reader: _Reader, *, stop_before_vocabulary: bool) -> dict[str, M
     for key in reader.iterate_keys():
         if stop_before_vocabulary and key == "tokenizer.ggml.tokens":
             break
-        metadata[key] = reader.value(f"“{shorten(key)}”")
+        metadata[key] = _decode_short(reader.value(f"“{shorten(key)}”"))
     return metadata
+
+
+def _decode_short(encoded: EncodedValue) -> MetadataValue:
+    """Decode a value unless it is a long array."""
+    if encoded[0] == _ARRAY:
+        element, length = struct.unpack_from("<IQ", encoded, 4)
+        if length > _MAX_ARRAY:
+            return LongArray(element, length)
+    return decode_value(encoded)  # type: ignore[no-any-return]
 
 
 def _read_tensor_infos(reader: _Reader) -> list[TensorInfo]:
@@ -241,8 +252,8 @@ def _read_tensor_infos(reader: _Reader) -> list[TensorInfo]:
             raise BadWeights(reader.path, f"the tensor “{short}” occurs twice; the file is damaged")
         names.add(name)
         dimensions = reader.count("<I", f"the number of dimensions of “{short}”", _MAX_DIMENSIONS)
-        shape = tuple(int(reader.number("<Q", part)) for _ in range(dimensions))
-        number, offset = int(reader.number("<I", part)), int(reader.number("<Q", part))
+        shape = tuple(reader.number("<Q", part) for _ in range(dimensions))
+        number, offset = reader.number("<I", part), reader.number("<Q", part)
         kind = tensor_type_by_number(number)
         problem = _describe_bad_shape(shape, kind) if kind else f"has the unknown type {number}"
         if kind is None or problem:
@@ -322,14 +333,7 @@ def read_raw_metadata(path: Path) -> dict[str, EncodedValue]:
     BadWeights: as `read_metadata`.
     """
     with _open_file(path) as reader:
-        pairs: dict[str, EncodedValue] = {}
-        for key in reader.iterate_keys():
-            begin = reader.file.tell()
-            reader.value(f"“{shorten(key)}”")
-            size = reader.file.tell() - begin
-            reader.file.seek(begin)
-            pairs[key] = reader.file.read(size)
-        return pairs
+        return {key: reader.value(f"“{shorten(key)}”") for key in reader.iterate_keys()}
 
 
 def read_token_types(path: Path) -> list[int]:

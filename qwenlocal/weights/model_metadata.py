@@ -35,15 +35,6 @@ _MAX_CARD, _MAX_LINE = 1 << 19, 20_000  # bytes of front matter (parsed in 0.5 s
 
 
 @dataclass(frozen=True)
-class ParameterCounts:
-    """The number of parameters, in total and in all experts, and the number of experts."""
-
-    total: int
-    in_experts: int = 0
-    experts: int = 0
-
-
-@dataclass(frozen=True)
 class ModelMetadata:
     """The key-value pairs under `general.`, and notes about what could not be read."""
 
@@ -55,11 +46,16 @@ def read_model_metadata(
     folder: Path,
     config: Mapping[str, Any],
     name: str,
-    parameters: ParameterCounts,
+    parameters: int,
     repo: str = "",
+    *,
+    in_experts: int = 0,
+    experts: int = 0,
 ) -> ModelMetadata:
     """
     Read the metadata of a checkpoint, `name` ("Qwen1.5-0.5B-Chat") from repository `repo` ("Qwen/Qwen1.5-0.5B-Chat").
+
+    Of the `parameters`, `in_experts` are in all `experts` together.
 
     Raises
     ------
@@ -71,13 +67,12 @@ def read_model_metadata(
     model_config = {key: value for key, value in config.items() if key == "_name_or_path" and isinstance(value, str)}
     path = Path(_strip_quantization(name))
     try:
-        metadata = Metadata.apply_metadata_heuristic(Metadata(), card, model_config, path, parameters.total)
+        metadata = Metadata.apply_metadata_heuristic(Metadata(), card, model_config, path, parameters)
     except _METADATA_ERRORS as reason:
         notes = (*notes, _readme_note(reason))
-        metadata = Metadata.apply_metadata_heuristic(Metadata(), {}, {}, path, parameters.total)
-    shared = parameters.total - parameters.in_experts
-    per_expert = parameters.in_experts // max(1, parameters.experts)
-    label = metadata.size_label or size_label(parameters.total, shared, per_expert, parameters.experts)
+        metadata = Metadata.apply_metadata_heuristic(Metadata(), {}, {}, path, parameters)
+    per_expert = in_experts // max(1, experts)
+    label = metadata.size_label or size_label(parameters, parameters - in_experts, per_expert, experts)
     pairs = {"general.type": gguf_writer.string("model"), **_read_sampling(folder)}
     for key, value in (
         ("name", metadata.name or name),

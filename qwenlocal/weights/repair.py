@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 from qwenlocal.errors import NotWritable
 from qwenlocal.weights import gguf_writer
 from qwenlocal.weights.conversion_plan import ConversionPlan, PlannedFile, PlannedTensor, row_ranges
-from qwenlocal.weights.diagnosis import Diagnosis, Finding
+from qwenlocal.weights.diagnosis import Diagnosis
 from qwenlocal.weights.file_types import file_type, file_type_name
 from qwenlocal.weights.gguf_reader import EncodedValue, read_raw_metadata
 from qwenlocal.weights.gguf_writer import FileLayout, TensorSpec
@@ -34,14 +33,14 @@ def backup_path(path: Path) -> Path:
     return path.with_name(path.name + ".old-header")
 
 
-def repaired_layout(diagnosis: Diagnosis, findings: Sequence[Finding]) -> FileLayout:
-    """Lay out the file with all `findings` repaired (a split model as one file)."""
+def repaired_layout(diagnosis: Diagnosis) -> FileLayout:
+    """Lay out the file with everything repaired that can be (a split model as one file)."""
     metadata, is_split = read_raw_metadata(diagnosis.model.paths[0]), len(diagnosis.model.paths) > 1
     for key in FILE_KEYS if is_split else [ALIGNMENT_KEY]:
         metadata.pop(key, None)
-    for finding in findings:
+    for finding in diagnosis.findings:
         metadata |= finding.fixed_keys
-    dropped = {finding.drops for finding in findings}
+    dropped = {finding.drops for finding in diagnosis.findings}
     specs = [
         TensorSpec(tensor.name, tensor.shape, tensor.type)
         for tensor in diagnosis.header.tensors

@@ -41,11 +41,6 @@ class StoredTensor:
     offset: int
     size: int
 
-    @property
-    def elements(self) -> int:
-        """The number of its values."""
-        return math.prod(self.shape)
-
 
 class RawHeader(NamedTuple):
     """The header of a file of `size` bytes, as JSON `text`; the rest of the file may not be downloaded yet."""

@@ -78,14 +78,12 @@ def read_rows(file: Path, offset: int, kind: ggml.TensorType, rows: int, columns
 
 
 def can_read_values(tensor: TensorInfo) -> bool:
-    """Return True if the tensor has rows, and ggml can dequantize its type."""
-    return bool(tensor.shape) and ggml.can_dequantize(tensor.type)
+    """Return True if the tensor has values, and ggml can dequantize its type."""
+    return bool(tensor.shape) and tensor.elements > 0 and ggml.can_dequantize(tensor.type)
 
 
 def read_values(tensor: TensorInfo) -> Iterator[numpy.ndarray]:
     """Yield a tensor of a GGUF file as float32, in chunks of whole rows of a matrix."""
-    if not tensor.elements:
-        return
     columns, matrices = tensor.shape[0], tensor.shape[2] if len(tensor.shape) > 2 else 1
     rows = tensor.elements // columns // matrices
     for matrix in range(matrices):
@@ -138,8 +136,9 @@ class RowError(NamedTuple):
 
 def compare_rows(true: Iterable[numpy.ndarray], other: Iterable[numpy.ndarray], columns: int) -> RowError:
     """
-    Compute the `relative_rmse` of all rows together and of the worst row; the chunks must consist of whole rows.
+    Compute the root mean square of the differences relative to that of the true values, for all rows and for the worst.
 
+    The chunks must have equal lengths and consist of whole rows.
     Rows that are a hundred times smaller than the others only count for the whole: a type may not have values that
     small. `compare_rows([[3, 4, 6, 8]], [[3, 4, 6, 9]], 2)` is RowError(0.0894, 1, 0.1).
     """
@@ -150,7 +149,8 @@ def compare_rows(true: Iterable[numpy.ndarray], other: Iterable[numpy.ndarray], 
     counts = squares > _SMALL_ROW * squares.mean()
     relative = numpy.sqrt(numpy.divide(differences, squares, out=numpy.zeros_like(squares), where=counts))
     row = int(relative.argmax())
-    return RowError(_relative(float(squares.sum()), float(differences.sum())), row, float(relative[row]))
+    whole = math.sqrt(float(differences.sum()) / float(squares.sum() or 1))
+    return RowError(whole, row, float(relative[row]))
 
 
 def _squares_by_row(left: numpy.ndarray, right: numpy.ndarray, columns: int) -> tuple[numpy.ndarray, numpy.ndarray]:
@@ -161,21 +161,3 @@ def _squares_by_row(left: numpy.ndarray, right: numpy.ndarray, columns: int) -> 
     with numpy.errstate(invalid="ignore"):  # infinite values give NaN, a valid result
         difference = right - left
     return numpy.einsum("ij,ij->i", left, left), numpy.einsum("ij,ij->i", difference, difference)
-
-
-def _relative(squares: float, differences: float) -> float:
-    return math.sqrt(differences / squares) if squares else math.sqrt(differences)
-
-
-def relative_rmse(true: Iterable[numpy.ndarray], other: Iterable[numpy.ndarray]) -> float:
-    """
-    Compute the root mean square of the differences relative to that of the true values, in chunks of equal lengths.
-
-    `relative_rmse([[3, 4]], [[3, 5]])` is 0.2: sqrt(1 / 25).
-    """
-    squares = differences = 0.0
-    for left, right in zip(true, other, strict=True):
-        left_squares, left_differences = _squares_by_row(left, right, left.size)
-        squares += float(left_squares[0])
-        differences += float(left_differences[0])
-    return _relative(squares, differences)

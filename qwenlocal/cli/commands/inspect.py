@@ -121,7 +121,7 @@ def _repair(app: AppContext, record: ModelRecord, diagnosis: Diagnosis, out: str
     if out is None:
         _repair_in_place(app, record, diagnosis)
         return
-    layout = repaired_layout(diagnosis, diagnosis.fixable)
+    layout = repaired_layout(diagnosis)
     target = parse_path(out)
     if target.exists():
         raise OutputExists(target, hint="Write to another file: -o FILE")
@@ -140,7 +140,7 @@ def _repair(app: AppContext, record: ModelRecord, diagnosis: Diagnosis, out: str
 def _repair_in_place(app: AppContext, record: ModelRecord, diagnosis: Diagnosis) -> None:
     from qwenlocal.weights.repair import fits_in_place, patch_header, repaired_layout
 
-    layout = repaired_layout(diagnosis, diagnosis.fixable)
+    layout = repaired_layout(diagnosis)
     if record.owned or record.files[0].sha256:
         raise UsageError(
             f"{record.path} is a published file, or another program's; --fix does not change it.",

@@ -93,6 +93,17 @@ def test_reopening_a_closed_window_again_and_again_adds_no_chats(
     assert [m.text for m in journal().load_thread(1).path if m.role == USER] == [f"Question {n}" for n in range(4)]
 
 
+def test_looking_at_an_older_chat_does_not_make_it_the_last_one(
+    terminal: Open, speaking_model: Path, environment: dict[str, str]
+) -> None:
+    save_chats(Path(environment["QWENLOCAL_HOME"]), 2)
+    chat = start_chat(terminal, speaking_model, "--resume", "1")
+    chat.enter("/load 2", "Question 2")
+    chat.enter("/load 1", r"Loaded 1 message\. Last question: Question 1")
+    chat.enter("/exit", "To continue this chat: qwenlocal run --resume 1")
+    assert "Continuing chat 2" in start_chat(terminal, speaking_model, "--continue").text
+
+
 def test_a_second_window_copies_the_chat_with_its_first_message_only(
     terminal: Open, endless_model: Path, journal: Callable[[], Journal]
 ) -> None:

@@ -3,7 +3,8 @@
 # make test                                 set up, lint, check types, run the tests
 # make test SLOW=1                          include the tests that take more than ten seconds, as CI does
 # make test LATEST=1                        test against the newest dependencies instead of the locked ones
-# make setup                                set up only
+# make setup                                set up only; make setup-dev also installs what the tests need
+# make format                               format and fix lint
 # make lock                                 lock the newest dependencies that pyproject.toml allows
 # make bench MODEL=x.gguf                   measure side by side with llama.cpp's own programs (builds them once)
 # make test-reference                       compare conversions with transformers and llama.cpp's own converter
@@ -37,7 +38,7 @@ test: setup-dev lint types
 # Compares with transformers and llama.cpp's own converter, in a separate virtual environment with torch.
 test-reference: setup-dev
 	@$(BIN)/python tools/reference.py
-	@build/reference/bin/python -m pytest -m reference $(PYTEST_ARGS)
+	@build/reference/$(SCRIPTS)/python -m pytest -m reference $(PYTEST_ARGS)
 
 bench: setup-dev
 	@benchmarks/rival.sh

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 from tool_modules import ROOT, load_tool
+from typer.main import get_command
 
 from qwenlocal import errors
+from qwenlocal.cli.app import app
 
 README = (ROOT / "README.md").read_text("utf-8")
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")]
@@ -39,6 +41,18 @@ def test_every_error_class_is_in_the_list_at_the_top_of_its_module() -> None:
 def test_every_relative_link_leads_to_a_file(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text("utf-8")):
         assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_command_in_the_documentation_has_its_options(page: Path) -> None:
+    calls = re.findall(r"(?:`|^\$ (?:.*\| )?)qwenlocal ([a-z][^`\n|#]*)", page.read_text("utf-8"), re.MULTILINE)
+    for call in calls:
+        words, command = call.split(), get_command(app)
+        while words and words[0] in getattr(command, "commands", {}):
+            command = command.commands[words.pop(0)]  # type: ignore[attr-defined]
+        assert command.name, f"there is no such command: qwenlocal {call}"
+        options = {option for parameter in command.params for option in parameter.opts + parameter.secondary_opts}
+        assert {word.partition("=")[0] for word in words if re.match(r"--?[a-z]", word)} <= options | {"--help"}, call
 
 
 def test_the_readme_fits_on_one_page() -> None:

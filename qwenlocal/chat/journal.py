@@ -12,7 +12,6 @@ import contextlib
 import os
 import sqlite3
 import threading
-import time
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -77,7 +76,7 @@ class SearchHit:
 
 
 class Journal:
-    """The open journal at `path`."""
+    """The open journal at `path`; `chat_locks` tell other processes which chats are open here."""
 
     def __init__(self, path: Path, *, lock_timeout: float = 2.0) -> None:
         """
@@ -88,7 +87,7 @@ class Journal:
         JournalError: the file is damaged, of a newer version, locked or not writable.
         """
         self.path, self._lock = path, threading.RLock()
-        self._chat_locks = ChatLocks(lock_path(path))
+        self.chat_locks = ChatLocks(lock_path(path))
         with translate_errors(path):
             _check_file(path, lock_timeout)
             if not path.exists():
@@ -120,7 +119,7 @@ class Journal:
     def close(self) -> None:
         """Close the file and its chats."""
         with self._lock, contextlib.suppress(sqlite3.Error):
-            self._chat_locks.close()
+            self.chat_locks.close()
             self._db.close()
 
     @contextlib.contextmanager
@@ -235,7 +234,7 @@ class Journal:
     def acquire(self, chat_id: int) -> bool:
         """Open a chat in this process until `release` or the end of the process; False if another one has it open."""
         with self._lock, translate_errors(self.path):
-            return self._chat_locks.acquire(chat_id)
+            return self.chat_locks.acquire(chat_id)
 
     def open_thread(self, chat_id: int) -> Thread:
         """
@@ -246,7 +245,7 @@ class Journal:
         ChatNotFound: there is no such chat. JournalError: it is damaged. The chat is not left open then.
         """
         with self._lock:
-            was_open = self._chat_locks.is_held(chat_id)
+            was_open = self.chat_locks.is_held(chat_id)
             self.acquire(chat_id)
             try:
                 return self.load_thread(chat_id)
@@ -258,55 +257,7 @@ class Journal:
     def release(self, chat_id: int) -> None:
         """Let other processes open a chat."""
         with self._lock:
-            self._chat_locks.release(chat_id)
-
-    def write_thread(
-        self,
-        thread: Thread,
-        messages: Sequence[Message],
-        removed: Sequence[int],
-        *,
-        model: str,
-        chat_id: int | None,
-        original: int | None = None,
-    ) -> int:
-        """
-        Write a thread, with its changed `messages` and the numbers of `removed` ones, and return its chat's number.
-
-        A chat that is None or was deleted is created, with the title of `original` if it is a copy of that chat.
-
-        Raises
-        ------
-        sqlite3.Error, OSError: the file cannot be written now.
-        """
-        now = time.time()
-        with self.transaction() as db:
-            saved = db.execute("SELECT title, created FROM chats WHERE id = ?", (chat_id or original,)).fetchone()
-            if saved is None:
-                chat_id, messages = None, list(thread.messages.values())
-            title = saved[0] if saved else default_title(thread.messages.values())
-            created = saved[1] if chat_id else now
-            evicted = tuple(thread.evicted)
-            chat = ChatRow(
-                chat_id or 0, title, model, thread.system, thread.leaf, evicted, thread.summary, created, now
-            )
-            chat_id = _insert_chat(db, chat, messages)
-            self._chat_locks.acquire(chat_id)
-            db.executemany(
-                "DELETE FROM messages WHERE chat = ? AND number = ?", [(chat_id, number) for number in removed]
-            )
-        return chat_id
-
-    def insert_chat(self, chat: ChatRow, messages: Sequence[Message]) -> None:
-        """
-        Add a chat that is complete and not open.
-
-        Raises
-        ------
-        sqlite3.Error: the file cannot be written.
-        """
-        with self.transaction() as db:
-            _insert_chat(db, chat, messages)
+            self.chat_locks.release(chat_id)
 
 
 def parse_chat_number(text: str) -> int | None:
@@ -381,8 +332,14 @@ def default_title(messages: Iterable[Message]) -> str:
     return shorten(replace_surrogates(first).replace("\0", "")) or tr("(no title)")
 
 
-def _insert_chat(db: sqlite3.Connection, chat: ChatRow, messages: Sequence[Message]) -> int:
-    """Add a chat, or replace its row, with new and changed messages; return its number."""
+def insert_chat(db: sqlite3.Connection, chat: ChatRow, messages: Iterable[Message]) -> int:
+    """
+    Add a chat, or replace its row, with new and changed messages; return its number.
+
+    Raises
+    ------
+    sqlite3.Error: the file cannot be written now.
+    """
     chat_id = db.execute(_insert_statement("chats", CHAT_COLUMNS), chat.to_sql()).lastrowid or 0
     db.executemany(
         _insert_statement("messages", MESSAGE_COLUMNS), [message_to_sql(chat_id, message) for message in messages]

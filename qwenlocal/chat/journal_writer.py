@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from qwenlocal.chat.journal import Journal, describe_error
+from qwenlocal.chat.journal import Journal, default_title, describe_error, insert_chat
+from qwenlocal.chat.journal_rows import ChatRow
 from qwenlocal.chat.thread import USER, Message, Thread, ThreadObserver
 from qwenlocal.errors import ChatNotFound, JournalError
 
@@ -94,14 +95,7 @@ class JournalWriter(ThreadObserver):
             try:
                 if self.original is not None and self.chat_id is None:
                     self._open_original()
-                self.chat_id = self._journal.write_thread(
-                    self.thread,
-                    list(self._changed.values()),
-                    list(self._removed),
-                    model=self.model,
-                    chat_id=self.chat_id,
-                    original=self.original,
-                )
+                self.chat_id = self._write_chat()
             except (sqlite3.Error, OSError) as error:
                 self.error = describe_error(error)
                 return
@@ -109,6 +103,23 @@ class JournalWriter(ThreadObserver):
             self._has_moved = False
             self._changed.clear()
             self._removed.clear()
+
+    def _write_chat(self) -> int:
+        """Write the chat and its changed messages; return its number, a new one if it is new or was deleted."""
+        thread, chat_id, messages, now = self.thread, self.chat_id, self._changed, time.time()
+        with self._journal.transaction() as db:
+            saved = db.execute("SELECT title, created FROM chats WHERE id = ?", (chat_id or self.original,)).fetchone()
+            if saved is None:
+                chat_id, messages = None, thread.messages
+            title = saved[0] if saved else default_title(thread.messages.values())
+            state = (self.model, thread.system, thread.leaf, tuple(thread.evicted), thread.summary)
+            chat = ChatRow(chat_id or 0, title, *state, created=saved[1] if chat_id else now, changed=now)
+            chat_id = insert_chat(db, chat, messages.values())
+            self._journal.chat_locks.acquire(chat_id)
+            db.executemany(
+                "DELETE FROM messages WHERE chat = ? AND number = ?", [(chat_id, number) for number in self._removed]
+            )
+        return chat_id
 
     def close(self) -> None:
         """Write pending changes and release the chat, so that another process can open it. Later changes are lost."""

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from qwenlocal.chat.chat_locks import ChatLocks
 from qwenlocal.chat.events import FinishReason
-from qwenlocal.chat.journal import Journal, default_title, lock_path, translate_errors
+from qwenlocal.chat.journal import Journal, default_title, insert_chat, lock_path, translate_errors
 from qwenlocal.chat.journal_rows import (
     CHAT_COLUMNS,
     ERASED,
@@ -102,7 +102,8 @@ def _copy_records(records: Sequence[Record], path: Path, target: Path) -> Recove
             stand_ins = list(_stand_ins(chat, readable))
             for message in readable.values():
                 message.created = message.created or chat.created
-            copy.insert_chat(chat, [*readable.values(), *stand_ins])
+            with copy.transaction() as db:
+                insert_chat(db, chat, [*readable.values(), *stand_ins])
             lost += len(stand_ins)
     return Recovered(len(chat_ids), sum(map(len, messages.values())), len(cut), lost)
 

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qwenlocal.formatting import format_bytes
 from qwenlocal.weights import gguf_writer
 from qwenlocal.weights.architecture import Hyperparameters, read_hyperparameters
 from qwenlocal.weights.checkpoint import Checkpoint
@@ -24,7 +23,7 @@ from qwenlocal.weights.gguf_reader import EncodedValue
 from qwenlocal.weights.imatrix import ImportanceMatrix
 from qwenlocal.weights.model_metadata import read_model_metadata
 from qwenlocal.weights.quant_mix import ModelFacts
-from qwenlocal.weights.tensor_map import DroppedTensor, map_tensors
+from qwenlocal.weights.tensor_map import map_tensors
 from qwenlocal.weights.vocabulary import Vocabulary
 from qwenlocal.weights.vocabulary_reader import read_vocabulary
 
@@ -68,7 +67,7 @@ def plan_conversion(
     BadWeights: the importance matrix is of another model.
     """
     model = read_hyperparameters(checkpoint)
-    tensors, dropped, tensor_notes = map_tensors(checkpoint, model, keep_tied_output=options.like_llama_cpp)
+    tensors, tensor_notes = map_tensors(checkpoint, model, keep_tied_output=options.like_llama_cpp)
     vocabulary = read_vocabulary(checkpoint.folder, checkpoint.config, model.vocab_size, pre=options.pre)
     experts = model.experts.count if model.experts else 0
     model_metadata = read_model_metadata(
@@ -87,20 +86,8 @@ def plan_conversion(
     }
     tokenizer = _tokenizer_keys(vocabulary, like_llama_cpp=options.like_llama_cpp)
     facts = ModelFacts(model.architecture, model.layers, model.heads // model.kv_heads, experts)
-    notes = [*checkpoint.notes, *tensor_notes, *model_metadata.notes, *vocabulary.notes, *_drop_notes(dropped)]
+    notes = [*checkpoint.notes, *tensor_notes, *model_metadata.notes, *vocabulary.notes]
     return make_plan(tensors, targets, metadata, facts, options.overrides, options.imatrix, tokenizer, notes)
-
-
-def _drop_notes(dropped: Sequence[DroppedTensor]) -> list[str]:
-    """Return one sentence per reason, not per tensor."""
-    by_reason: dict[str, list[DroppedTensor]] = {}
-    for tensor in dropped:
-        by_reason.setdefault(tensor.reason, []).append(tensor)
-    return [
-        f"Left out {group[0].name if len(group) == 1 else f'{len(group)} tensors'} "
-        f"({format_bytes(sum(tensor.size for tensor in group))}): {reason}."
-        for reason, group in by_reason.items()
-    ]
 
 
 def _hyperparameter_keys(model: Hyperparameters) -> dict[str, EncodedValue]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from qwenlocal.errors import BadWeights, UnsupportedCheckpoint, UsageError
@@ -16,17 +15,13 @@ from qwenlocal.weights.quant_mix import ModelFacts, layer_order
 from qwenlocal.weights.split_model import read_model_keys
 
 
-@dataclass(frozen=True)
-class QuantizationOptions:
-    """Options of a quantization. `requantize`: also quantize weights that are quantized already."""
-
-    overrides: QuantOverrides = field(default_factory=QuantOverrides)
-    imatrix: ImportanceMatrix | None = None
-    requantize: bool = False
-
-
 def plan_quantization(
-    source: Path, targets: Sequence[tuple[Path, FileType]], options: QuantizationOptions = QuantizationOptions()
+    source: Path,
+    targets: Sequence[tuple[Path, FileType]],
+    overrides: QuantOverrides = QuantOverrides(),
+    imatrix: ImportanceMatrix | None = None,
+    *,
+    requantize: bool = False,
 ) -> ConversionPlan:
     """
     Plan to write `targets` (paths and types) from the GGUF file `source`, or from any file of a split model.
@@ -39,11 +34,11 @@ def plan_quantization(
     """
     model = check_file(source)
     header = model.headers[0]
-    facts = _model_facts(source, header, pure=options.overrides.pure)
+    facts = _model_facts(source, header, pure=overrides.pure)
     tensors = sorted(map(source_tensor, model.tensors.values()), key=lambda t: layer_order(t.name))
     metadata = read_model_keys(model)
-    plan = make_plan(tensors, targets, metadata, facts, options.overrides, options.imatrix)
-    if not options.requantize:
+    plan = make_plan(tensors, targets, metadata, facts, overrides, imatrix)
+    if not requantize:
         _refuse_requantizing(source, header, plan)
     return plan
 

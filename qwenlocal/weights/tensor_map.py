@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
 
 from qwenlocal import ggml
 from qwenlocal.errors import BadCheckpoint, UnsupportedCheckpoint
-from qwenlocal.formatting import format_quantity
+from qwenlocal.formatting import format_bytes, format_quantity
 from qwenlocal.weights.architecture import ExpertDims, Hyperparameters
 from qwenlocal.weights.checkpoint import Checkpoint
 from qwenlocal.weights.conversion_plan import SourceRows, SourceTensor
@@ -30,26 +28,11 @@ _UNUSED = {  # by what their names match
 }
 
 
-@dataclass(frozen=True)
-class DroppedTensor:
-    """A stored tensor that the GGUF file does not need."""
-
-    name: str
-    reason: str
-    size: int
-
-
-class TensorMap(NamedTuple):
-    """The tensors of a GGUF file, those of the checkpoint that are not in it, and sentences for display."""
-
-    tensors: list[SourceTensor]
-    dropped: list[DroppedTensor]
-    notes: list[str]
-
-
-def map_tensors(checkpoint: Checkpoint, model: Hyperparameters, *, keep_tied_output: bool) -> TensorMap:
+def map_tensors(
+    checkpoint: Checkpoint, model: Hyperparameters, *, keep_tied_output: bool
+) -> tuple[list[SourceTensor], list[str]]:
     """
-    Return the tensors of the GGUF file in llama.cpp's order, by layer, then by name.
+    Return the tensors of the GGUF file in llama.cpp's order, by layer, then by name, and sentences for display.
 
     An output matrix that is tied to the embeddings but stored as well is dropped if it is equal (a fifth of a 0.5B
     file), unless `keep_tied_output`. If it differs it is used, as transformers 5 (modeling_utils.py:
@@ -66,7 +49,7 @@ def map_tensors(checkpoint: Checkpoint, model: Hyperparameters, *, keep_tied_out
         mapped += _attention(stored, model, layer)
         mapped += _moe(stored, model, model.experts, layer) if model.experts else _dense(stored, model, layer)
     stored.check_nothing_left()
-    return TensorMap(sorted(mapped, key=lambda tensor: layer_order(tensor.name)), stored.dropped, stored.notes)
+    return sorted(mapped, key=lambda tensor: layer_order(tensor.name)), [*stored.notes, *stored.describe_dropped()]
 
 
 class _StoredTensors:
@@ -81,7 +64,7 @@ class _StoredTensors:
         self.folder, self.has_weights = checkpoint.folder, checkpoint.has_weights
         self._left, self._checkpoint_notes = dict(checkpoint.tensors), checkpoint.notes
         self._prefix = "" if any(name.startswith("layers.") for name in self._left) else "model."
-        self.dropped: list[DroppedTensor] = []
+        self.dropped: dict[str, list[StoredTensor]] = {}  # by the reason
         self.notes: list[str] = []
         for name in list(self._left):
             if reason := next((reason for pattern, reason in _UNUSED.items() if pattern.search(name)), None):
@@ -129,7 +112,15 @@ class _StoredTensors:
         return SourceTensor(target, (size,), [_rows(self.take(source, size), 0, 1)], keep_f32=True)
 
     def drop(self, name: str, reason: str) -> None:
-        self.dropped.append(DroppedTensor(name, reason, self._left.pop(name).size))
+        self.dropped.setdefault(reason, []).append(self._left.pop(name))
+
+    def describe_dropped(self) -> list[str]:
+        """Return one sentence per reason, not per tensor."""
+        return [
+            f"Left out {group[0].name if len(group) == 1 else f'{len(group)} tensors'} "
+            f"({format_bytes(sum(tensor.size for tensor in group))}): {reason}."
+            for reason, group in self.dropped.items()
+        ]
 
     def _drop_zero_bias(self, name: str) -> None:
         tensor = self._left[name]
@@ -174,7 +165,7 @@ def _whole_model(stored: _StoredTensors, model: Hyperparameters, *, keep_tied_ou
         output = stored.take_vocabulary(_OUTPUT, model.vocab_size, model.width)
         is_copy = model.is_tied and (not stored.has_weights or _have_same_values(output, embedding))
         if is_copy and not keep_tied_output and not model.experts:
-            stored.dropped.append(DroppedTensor(output.name, "tied to the embeddings and equal to them", output.size))
+            stored.dropped["tied to the embeddings and equal to them"] = [output]
             return
         if model.is_tied and not is_copy:
             stored.notes.append(

@@ -15,7 +15,7 @@ def quantize_file(options: WriteOptions, *, requantize: bool) -> None:
     """Quantize a GGUF file; with `--dry-run`, only show the plan."""
     from qwenlocal.terminal.ansi import escape_controls
     from qwenlocal.weights.diagnosis import diagnose_file
-    from qwenlocal.weights.quantization import QuantizationOptions, plan_quantization
+    from qwenlocal.weights.quantization import plan_quantization
 
     types, overrides, imatrix = read_options(options)
     app = AppContext(quiet=options.as_json)
@@ -29,7 +29,7 @@ def quantize_file(options: WriteOptions, *, requantize: bool) -> None:
     for path, _ in targets:
         if os.path.exists(path) and path.samefile(record.path):  # Path.exists raises without permission
             raise UsageError(f"{path} is both input and output.", hint="Write to another file.")
-    plan = plan_quantization(record.path, targets, QuantizationOptions(overrides, imatrix, requantize))
+    plan = plan_quantization(record.path, targets, overrides, imatrix, requantize=requantize)
     serious = [finding for finding in diagnose_file(record.path, weights=False).findings if finding.is_serious]
     for finding in serious:
         app.say(f"The metadata has a fault, which is copied: {escape_controls(finding.problem)}")

@@ -56,9 +56,12 @@ def token_text(entry: Any) -> Any:
     return entry.get("content") if isinstance(entry, dict) else entry
 
 
-def additional_tokens(settings: Mapping[str, Any]) -> list[Any]:
-    """Return the texts of special tokens that have no role."""
-    return [token_text(entry) for key in _ADDITIONAL for entry in _as_list(settings.get(key))]
+def special_tokens(settings: Mapping[str, Any]) -> list[Any]:
+    """Return the texts of the special tokens: those with a role, then the others."""
+    entries = [settings.get(f"{role}_token") for role in ROLE_NAMES]
+    for key in _ADDITIONAL:
+        entries += _as_list(settings.get(key))
+    return [token_text(entry) for entry in entries]
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -107,7 +110,7 @@ def _read_other_files(folder: Path, settings: Mapping[str, Any]) -> Iterator[tup
             yield file, {**entry, "id": number} if isinstance(entry, dict) else entry
         return
     file = folder / ADDED_TOKENS
-    special = [token_text(settings.get(f"{role}_token")) for role in ROLE_NAMES] + additional_tokens(settings)
+    special = special_tokens(settings)
     for token, number in read_optional_json(file).items():
         yield file, {"id": number, "content": token, "special": token in special}
 

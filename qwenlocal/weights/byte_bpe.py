@@ -14,7 +14,7 @@ from typing import Any
 
 from qwenlocal.errors import BadCheckpoint, UnsupportedCheckpoint
 from qwenlocal.formatting import brief_repr
-from qwenlocal.weights.added_tokens import ROLE_NAMES, SETTINGS, additional_tokens, read_added_tokens, token_text
+from qwenlocal.weights.added_tokens import SETTINGS, read_added_tokens, special_tokens
 from qwenlocal.weights.gguf_reader import CONTROL, NORMAL
 from qwenlocal.weights.json_files import read_json
 from qwenlocal.weights.vocabulary import (
@@ -123,8 +123,7 @@ def _default_tokens(ids: Mapping[str, Any], settings: Mapping[str, Any], size: i
     one would get ids that the model was hardly trained with, so they stay unknown.
     """
     defaults = dict.fromkeys(("eos_token", "unk_token", "pad_token"), _END_OF_TEXT)
-    roles = {**defaults, **settings}
-    tokens = [token_text(roles.get(f"{role}_token")) for role in ROLE_NAMES] + additional_tokens(settings)
+    tokens = special_tokens({**defaults, **settings})
     missing = {token for token in tokens if isinstance(token, str) and token not in ids}
     return {len(ids): (_END_OF_TEXT, CONTROL)} if missing == {_END_OF_TEXT} and len(ids) < size else {}
 

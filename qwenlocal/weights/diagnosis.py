@@ -306,14 +306,15 @@ def _weight_findings(model: SplitModel, report: Report) -> Iterator[Finding]:
     import numpy
 
     total, done = model.header.weights_size, 0
+
+    def report_read(count: int) -> None:
+        nonlocal done
+        done += count
+        report(done, total)
+
     buffer = numpy.empty(SCAN_SIZE, numpy.uint8)
     for tensor in model.tensors.values():
-        non_finite, all_zero = scan_values(
-            tensor,
-            buffer,
-            lambda count, before=done: report(before + count, total),  # type: ignore[misc]
-        )
-        done += tensor.size
+        non_finite, all_zero = scan_values(tensor, buffer, report_read)
         if non_finite:
             values = format_quantity(non_finite, "value that is", "values that are")
             yield Finding(f"“{tensor.name}” has {values} NaN or infinite.", True)

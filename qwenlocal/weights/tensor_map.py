@@ -47,7 +47,11 @@ def map_tensors(
     mapped = [*_whole_model(stored, model, keep_tied_output=keep_tied_output)]
     for layer in range(model.layers):
         mapped += _attention(stored, model, layer)
-        mapped += _moe(stored, model, model.experts, layer) if model.experts else _dense(stored, model, layer)
+        source, target = f"layers.{layer}.mlp.", f"blk.{layer}."
+        if model.experts:
+            mapped += _moe(stored, model.experts, source, target, model.width)
+        else:
+            mapped += _feed_forward(stored, source, target, "", model.width, model.feed_forward)
     stored.check_nothing_left()
     return sorted(mapped, key=lambda tensor: layer_order(tensor.name)), [*stored.notes, *stored.describe_dropped()]
 
@@ -200,10 +204,6 @@ def _attention(stored: _StoredTensors, model: Hyperparameters, layer: int) -> It
     yield stored.matrix(f"{target}attn_output", f"{source}self_attn.o_proj", model.width, model.width)
 
 
-def _dense(stored: _StoredTensors, model: Hyperparameters, layer: int) -> Iterator[SourceTensor]:
-    yield from _feed_forward(stored, f"layers.{layer}.mlp.", f"blk.{layer}.", "", model.width, model.feed_forward)
-
-
 def _feed_forward(
     stored: _StoredTensors, source: str, target: str, ending: str, width: int, inner: int
 ) -> Iterator[SourceTensor]:
@@ -212,8 +212,7 @@ def _feed_forward(
     yield stored.matrix(f"{target}ffn_down{ending}", f"{source}down_proj", width, inner)
 
 
-def _moe(stored: _StoredTensors, model: Hyperparameters, experts: ExpertDims, layer: int) -> Iterator[SourceTensor]:
-    source, target, width = f"layers.{layer}.mlp.", f"blk.{layer}.", model.width
+def _moe(stored: _StoredTensors, experts: ExpertDims, source: str, target: str, width: int) -> Iterator[SourceTensor]:
     yield stored.matrix(f"{target}ffn_gate_inp", f"{source}gate", experts.count, width, keep_f32=True)
     yield stored.matrix(f"{target}ffn_gate_inp_shexp", f"{source}shared_expert_gate", 1, width, keep_f32=True)
     yield from _feed_forward(stored, f"{source}shared_expert.", target, "_shexp", width, experts.shared_width)

@@ -95,7 +95,8 @@ def scan_values(tensor: TensorInfo, buffer: Any, report: Callable[[int], object]
     """
     Read the values of a tensor, using `buffer` of `SCAN_SIZE` bytes; none if ggml cannot dequantize them.
 
-    Returns the number of NaN and infinite values, and True if all bytes are zero. `report` gets bytes read.
+    Returns the number of NaN and infinite values, and True if all bytes are zero. `report` gets the bytes read since
+    its last call.
     """
     import numpy
 
@@ -115,7 +116,7 @@ def scan_values(tensor: TensorInfo, buffer: Any, report: Callable[[int], object]
             values = floats[: data.size // kind.type_size * kind.block_size]
             ggml.dequantize(kind, data.ctypes.data, values.ctypes.data, values.size)
             non_finite += _count_non_finite(values)
-            report(start + data.size)
+            report(data.size)
     return non_finite, all_zero
 
 

@@ -19,6 +19,7 @@ from hub_checkpoints import CHECKPOINT, HF_NAME, WeightRequests, publish, read_t
 
 from qwenlocal.chat.chat_template import CHATML, ChatTemplate
 from qwenlocal.errors import BadCheckpoint, BadWeights
+from qwenlocal.paths import Folders
 from qwenlocal.testing import write_model
 from qwenlocal.weights import gguf_writer
 from qwenlocal.weights.gguf_reader import decode_value, read_raw_metadata
@@ -93,7 +94,7 @@ class TestConversion:
         assert read_raw_metadata(tmp_path / "x.gguf")[key][12:] == self.CRLF
 
     def test_template_files_of_a_hub_are_kept_byte_for_byte_and_removed_with_the_checkpoint(
-        self, checkpoint_copy: Path, hub: HubServer, invoke: Run, environment: dict[str, str], tmp_path: Path
+        self, checkpoint_copy: Path, hub: HubServer, invoke: Run, folders: Folders, tmp_path: Path
     ) -> None:
         (checkpoint_copy / "additional_chat_templates").mkdir()
         (checkpoint_copy / "additional_chat_templates" / "tool_use.jinja").write_bytes(self.CRLF)
@@ -105,7 +106,7 @@ class TestConversion:
         for name in ("rag", "tool_use"):
             assert pairs[f"tokenizer.chat_template.{name}"][12:] == self.CRLF
         assert "freed" in expect_exit(invoke("rm", HF_NAME + CHECKPOINT), 0)
-        assert read_tree(Path(environment["HF_HUB_CACHE"])) == {}
+        assert read_tree(folders.hub_cache) == {}
 
     @pytest.mark.parametrize("file", ["chat_template.jinja", "additional_chat_templates/x.jinja"])
     def test_a_template_file_that_is_not_text_fails_convert_and_pull(

@@ -26,6 +26,7 @@ from hub_checkpoints import (
 )
 from oracle import data_of
 
+from qwenlocal.paths import Folders
 from qwenlocal.testing import write_checkpoint
 
 
@@ -87,23 +88,23 @@ class TestDryRun:
         assert (tmp_path / "x.gguf").read_bytes() == b"old"
 
     def test_a_dry_run_installs_nothing_and_its_files_can_be_removed(
-        self, hub_checkpoint: str, invoke: Run, environment: dict[str, str]
+        self, hub_checkpoint: str, invoke: Run, folders: Folders
     ) -> None:
         expect_exit(invoke("convert", hub_checkpoint, "--dry-run"), 0)
         assert set(model_states(invoke).values()) <= {"partial"}
         expect_exit(invoke("show", hub_checkpoint + CHECKPOINT), 3)
         assert "freed" in expect_exit(invoke("rm", hub_checkpoint + CHECKPOINT), 0)
         assert list_models(invoke) == {}
-        assert read_tree(Path(environment["HF_HUB_CACHE"])) == {}
+        assert read_tree(folders.hub_cache) == {}
 
     def test_a_pull_after_a_dry_run_can_be_removed_completely(
-        self, hub_checkpoint: str, invoke: Run, environment: dict[str, str]
+        self, hub_checkpoint: str, invoke: Run, folders: Folders
     ) -> None:
         expect_exit(invoke("convert", hub_checkpoint, "--dry-run"), 0)
         expect_exit(invoke("pull", hub_checkpoint), 0)
         for name in (hub_checkpoint, hub_checkpoint + CHECKPOINT):
             assert "freed" in expect_exit(invoke("rm", name), 0)
-        assert read_tree(Path(environment["HF_HUB_CACHE"])) == {}
+        assert read_tree(folders.hub_cache) == {}
 
     def test_a_hub_without_range_requests_fails_a_dry_run(
         self, hub_checkpoint: str, hub: HubServer, invoke: Run
@@ -241,7 +242,7 @@ class TestBeforeTheDownload:
         assert data_of(tmp_path / "x.gguf") == data_of(convert_checkpoint(tiny_checkpoint, tmp_path / "y.gguf", "q8_0"))
 
     def test_a_pull_succeeds_after_the_hub_has_replaced_a_broken_file(
-        self, hub_checkpoint: str, hub: HubServer, invoke: Run, environment: dict[str, str]
+        self, hub_checkpoint: str, hub: HubServer, invoke: Run, folders: Folders
     ) -> None:
         whole = hub.repository(REPO).files["tokenizer.json"]
         hub.repository(REPO).files["tokenizer.json"] = b"{"
@@ -250,7 +251,7 @@ class TestBeforeTheDownload:
         expect_exit(invoke("pull", hub_checkpoint), 0)
         for name in (hub_checkpoint, hub_checkpoint + CHECKPOINT):
             assert "freed" in expect_exit(invoke("rm", name), 0)
-        left = read_tree(Path(environment["HF_HUB_CACHE"]))
+        left = read_tree(folders.hub_cache)
         assert [name for name in left if "snapshots" in name] == []
 
     def test_a_tensor_type_that_matches_no_tensor_is_refused(

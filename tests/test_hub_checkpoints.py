@@ -212,10 +212,10 @@ class TestPinnedRevision:
         assert weights.read_bytes() == content
 
     def test_a_pinned_checkpoint_is_removed_by_its_own_name(
-        self, pinned_checkpoint: str, invoke: Run, environment: dict[str, str]
+        self, pinned_checkpoint: str, invoke: Run, folders: Folders
     ) -> None:
         assert "freed" in expect_exit(invoke("rm", pinned_checkpoint), 0)
-        assert read_tree(Path(environment["HF_HUB_CACHE"])) == {}
+        assert read_tree(folders.hub_cache) == {}
         assert set(list_models(invoke)) == {f"{PINNED_NAME}:q4_k_m"}
         assert "freed" in expect_exit(invoke("rm", PINNED_NAME), 0)
         assert list_models(invoke) == {}

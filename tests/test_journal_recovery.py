@@ -8,12 +8,11 @@ import random
 import re
 import shutil
 import sqlite3
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+from chat_holder import open_in_another_process
 from conftest import Run
 from fuzzing import fuzz
 from hypothesis import given
@@ -329,22 +328,12 @@ def test_deleted_chats_and_earlier_versions_of_an_answer_do_not_come_back(tmp_pa
         assert len(journal.load_thread(5).path[0].text) == 200 * 39
 
 
-HOLDING = (
-    "import sys; from pathlib import Path; from qwenlocal.chat.journal import Journal; "
-    "Journal(Path(sys.argv[1])).acquire(1); print(flush=True); sys.stdin.read()"
-)
-
-
 def test_a_journal_with_an_open_chat_is_not_recovered(tmp_path: Path) -> None:
     path = tmp_path / "chats.db"
     with contextlib.closing(Journal(path)) as journal:
         write_chats(journal, range(1, 2))
-    command = [sys.executable, "-c", HOLDING, str(path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
-        assert child.stdout and child.stdout.readline()
-        with pytest.raises(JournalError, match="open in another window"):
-            recover(path, tmp_path / "copy.db")
-        child.communicate("")
+    with open_in_another_process(path, 1), pytest.raises(JournalError, match="open in another window"):
+        recover(path, tmp_path / "copy.db")
     assert recover(path, tmp_path / "copy.db").chats == 1
 
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from chat_holder import open_in_another_process
 from conftest import SAYS, Run
 from terminal import Open, Terminal, start_chat
 
 from qwenlocal.chat.journal import Journal
 from qwenlocal.chat.journal_writer import JournalWriter
 from qwenlocal.chat.thread import USER, Thread
+from qwenlocal.paths import Folders
 
 
 def save_chats(home: Path, count: int) -> None:
@@ -73,9 +73,9 @@ def test_a_chat_whose_window_was_closed_continues_at_once_with_the_cut_answer(
 
 
 def test_a_window_that_is_closed_before_the_answer_offers_to_answer(
-    terminal: Open, speaking_model: Path, journal: Callable[[], Journal], environment: dict[str, str]
+    terminal: Open, speaking_model: Path, journal: Callable[[], Journal], folders: Folders
 ) -> None:
-    save_chats(Path(environment["QWENLOCAL_HOME"]), 1)
+    save_chats(folders.home, 1)
     again = start_chat(terminal, speaking_model, "--continue")
     assert "The last question has no answer yet; /continue answers it." in again.text
     again.enter("/continue", re.escape(SAYS))
@@ -94,9 +94,9 @@ def test_reopening_a_closed_window_again_and_again_adds_no_chats(
 
 
 def test_looking_at_an_older_chat_does_not_make_it_the_last_one(
-    terminal: Open, speaking_model: Path, environment: dict[str, str]
+    terminal: Open, speaking_model: Path, folders: Folders
 ) -> None:
-    save_chats(Path(environment["QWENLOCAL_HOME"]), 2)
+    save_chats(folders.home, 2)
     chat = start_chat(terminal, speaking_model, "--resume", "1")
     chat.enter("/load 2", "Question 2")
     chat.enter("/load 1", r"Loaded 1 message\. Last question: Question 1")
@@ -125,9 +125,9 @@ def test_a_second_window_copies_the_chat_with_its_first_message_only(
 
 
 def test_continue_with_a_damaged_journal_opens_a_chat_that_is_not_saved(
-    terminal: Open, speaking_model: Path, environment: dict[str, str]
+    terminal: Open, speaking_model: Path, folders: Folders
 ) -> None:
-    home = Path(environment["QWENLOCAL_HOME"])
+    home = folders.home
     save_chats(home, 3)
     data = bytes(19) + (home / "chats.db").read_bytes()[19:]
     (home / "chats.db").write_bytes(data)
@@ -143,10 +143,8 @@ def test_continue_with_a_damaged_journal_opens_a_chat_that_is_not_saved(
 # --- qwenlocal chats rm
 
 
-def test_ranges_of_chats_are_deleted(
-    qwenlocal: Run, journal: Callable[[], Journal], environment: dict[str, str]
-) -> None:
-    save_chats(Path(environment["QWENLOCAL_HOME"]), 12)
+def test_ranges_of_chats_are_deleted(qwenlocal: Run, journal: Callable[[], Journal], folders: Folders) -> None:
+    save_chats(folders.home, 12)
     result = qwenlocal("chats", "rm", "3-7", "9", "6-8")
     assert result.returncode == 0
     assert result.stderr.splitlines() == [f"Deleted: {n} Question {n}" for n in (3, 4, 5, 6, 7, 9, 8)]
@@ -156,9 +154,9 @@ def test_ranges_of_chats_are_deleted(
 
 
 def test_every_command_reads_numbers_of_chats_alike(
-    invoke: Run, journal: Callable[[], Journal], environment: dict[str, str]
+    invoke: Run, journal: Callable[[], Journal], folders: Folders
 ) -> None:
-    save_chats(Path(environment["QWENLOCAL_HOME"]), 4)
+    save_chats(folders.home, 4)
     for text in ("2", "#2", "02", "#002"):
         assert "Question 2" in invoke("chats", "show", text).stdout
     for text in ("9", "1-2", "2-", "-2", "²", "two", "#", "", "9" * 5000):
@@ -181,39 +179,32 @@ def test_every_command_reads_numbers_of_chats_alike(
 def test_nothing_is_deleted_if_one_of_the_chats_is_not_there(
     qwenlocal: Run,
     journal: Callable[[], Journal],
-    environment: dict[str, str],
+    folders: Folders,
     texts: list[str],
     code: int,
     message: str,
 ) -> None:
-    save_chats(Path(environment["QWENLOCAL_HOME"]), 3)
+    save_chats(folders.home, 3)
     result = qwenlocal("chats", "rm", *texts)
     assert (result.returncode, message in result.stderr) == (code, True), result.stderr
     assert chat_ids(journal) == [1, 2, 3]
 
 
 def test_nothing_is_deleted_if_one_of_the_chats_is_open(
-    qwenlocal: Run, journal: Callable[[], Journal], environment: dict[str, str]
+    qwenlocal: Run, journal: Callable[[], Journal], folders: Folders
 ) -> None:
-    home = Path(environment["QWENLOCAL_HOME"])
+    home = folders.home
     save_chats(home, 3)
-    code = (
-        "import sys; from pathlib import Path; from qwenlocal.chat.journal import Journal; "
-        "Journal(Path(sys.argv[1])).acquire(2); print(flush=True); sys.stdin.read()"
-    )
-    command = [sys.executable, "-c", code, str(home / "chats.db")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout and holder.stdout.readline()
+    with open_in_another_process(home / "chats.db", 2):
         result = qwenlocal("chats", "rm", "1-3")
         assert (result.returncode, "Chat 2 is open in another window." in result.stderr) == (2, True)
-        holder.communicate("")
     assert chat_ids(journal) == [1, 2, 3]
 
 
 def test_a_terminal_asks_before_chats_are_deleted(
-    terminal: Open, journal: Callable[[], Journal], environment: dict[str, str]
+    terminal: Open, journal: Callable[[], Journal], folders: Folders
 ) -> None:
-    save_chats(Path(environment["QWENLOCAL_HOME"]), 4)
+    save_chats(folders.home, 4)
     asking = terminal("chats", "rm", "2-3")
     asking.wait_for(r"2 .*Question 2.*3 .*Question 3.*Delete 2 chats permanently\? \[y/N\]")
     asking.type("\r")

@@ -14,6 +14,7 @@ from hub import HubServer, Response, only_on, refuse
 from hub_checkpoints import CHECKPOINT, COMMANDS, HF_NAME, REPO, UNREACHABLE, WeightRequests, publish, read_tree
 from oracle import data_of
 
+from qwenlocal.paths import Folders
 from qwenlocal.testing import write_checkpoint
 
 
@@ -115,7 +116,7 @@ class TestFailedDownloads:
 
     @pytest.mark.parametrize("then", ["weights are refused", "headers are refused"])
     def test_a_failed_download_can_be_removed_completely(
-        self, then: str, sharded: Path, hub: HubServer, invoke: Run, environment: dict[str, str]
+        self, then: str, sharded: Path, hub: HubServer, invoke: Run, folders: Folders
     ) -> None:
         refuse_weights(hub, "model-00002-of-00002.safetensors")
         for _ in range(2):
@@ -125,15 +126,15 @@ class TestFailedDownloads:
         for name in list_models(invoke):
             expect_exit(invoke("rm", name), 0)
         assert list_models(invoke) == {}
-        assert read_tree(Path(environment["HF_HUB_CACHE"])) == {}
+        assert read_tree(folders.hub_cache) == {}
 
 
 class TestFailedRepairs:
     def test_a_failed_repair_keeps_shards_with_a_new_modification_time(
-        self, sharded: Path, hub: HubServer, invoke: Run, environment: dict[str, str]
+        self, sharded: Path, hub: HubServer, invoke: Run, folders: Folders
     ) -> None:
         expect_exit(invoke("pull", HF_NAME), 0)
-        (folder,) = Path(environment["HF_HUB_CACHE"]).glob("*/snapshots/*")
+        (folder,) = folders.hub_cache.glob("*/snapshots/*")
         first, second = ((folder / f"model-0000{part}-of-00002.safetensors").resolve() for part in (1, 2))
         flip_bit(first)
         os.utime(second)
@@ -145,7 +146,7 @@ class TestFailedRepairs:
         expect_exit(invoke("pull", HF_NAME), 0)
         for name in list_models(invoke):
             expect_exit(invoke("rm", name), 0)
-        assert read_tree(Path(environment["HF_HUB_CACHE"])) == {}
+        assert read_tree(folders.hub_cache) == {}
 
     @pytest.mark.parametrize("file", ["model-00002-of-00002.safetensors", "config.json"])
     def test_a_repair_without_network_leaves_the_checkpoint_incomplete(
@@ -162,14 +163,14 @@ class TestFailedRepairs:
 
     @pytest.mark.parametrize("part", [1, 2])
     def test_a_failed_repair_leaves_the_checkpoint_listed_and_removable(
-        self, part: int, sharded: Path, hub: HubServer, invoke: Run, environment: dict[str, str]
+        self, part: int, sharded: Path, hub: HubServer, invoke: Run, folders: Folders
     ) -> None:
         expect_exit(invoke("pull", HF_NAME), 0)
-        (folder,) = Path(environment["HF_HUB_CACHE"]).glob("*/snapshots/*")
+        (folder,) = folders.hub_cache.glob("*/snapshots/*")
         flip_bit((folder / f"model-0000{part}-of-00002.safetensors").resolve())
         refuse_weights(hub, "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
         expect_exit(invoke("verify", HF_NAME + CHECKPOINT), 4)
         assert list_models(invoke)[HF_NAME + CHECKPOINT]["state"] == "partial"
         for name in list_models(invoke):
             expect_exit(invoke("rm", name), 0)
-        assert read_tree(Path(environment["HF_HUB_CACHE"])) == {}
+        assert read_tree(folders.hub_cache) == {}

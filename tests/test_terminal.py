@@ -12,6 +12,7 @@ from conftest import SAYS
 from hub import HubServer, pace
 from terminal import Open, Terminal, save_messages, start_chat
 
+from qwenlocal.paths import Folders
 from qwenlocal.testing import write_model
 
 
@@ -166,10 +167,8 @@ def test_the_history_of_an_earlier_chat_is_recalled(terminal: Open, speaking_mod
     second.wait_for("^> remember me")
 
 
-def test_a_corrupt_history_file_does_not_stop_a_chat(
-    terminal: Open, speaking_model: Path, environment: dict[str, str]
-) -> None:
-    history = Path(environment["QWENLOCAL_HOME"]) / "history"
+def test_a_corrupt_history_file_does_not_stop_a_chat(terminal: Open, speaking_model: Path, folders: Folders) -> None:
+    history = folders.home / "history"
     history.parent.mkdir(parents=True)
     history.write_bytes(b"\xff\x00\x01garbage\n+\xfe\n")
     chat = start_chat(terminal, speaking_model)

@@ -17,6 +17,7 @@ from terminal import Open, start_chat
 
 from qwenlocal.chat.documents import read_document
 from qwenlocal.errors import ModelNotFound, UsageError
+from qwenlocal.paths import Folders
 from qwenlocal.text_encoding import decode_text, read_text
 
 MARKED = {
@@ -148,11 +149,11 @@ class TestReaders:
 
 
 def test_chats_load_conversations_and_prompts_in_utf16(
-    terminal: Open, speaking_model: Path, environment: dict[str, str], tmp_path: Path
+    terminal: Open, speaking_model: Path, folders: Folders, tmp_path: Path
 ) -> None:
     (tmp_path / "c.json").write_bytes(encode('[{"role": "user", "content": "Grüße"}]', "utf-16-le"))
     (tmp_path / "l1.json").write_bytes('["é"]'.encode("latin-1"))
-    prompts = Path(environment["QWENLOCAL_HOME"]) / "prompts"
+    prompts = folders.home / "prompts"
     prompts.mkdir(parents=True)
     (prompts / "kind.txt").write_bytes(encode("Sei nett zu Jürgen.", "utf-16-be"))
     chat = start_chat(terminal, speaking_model)

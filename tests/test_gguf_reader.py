@@ -55,7 +55,7 @@ class TestHeader:
         writer.write_kv_data_to_file()
         writer.close()
         header = read_header(path)
-        assert header.metadata["tokenizer.ggml.tokens"] == LongArray(8, 5000)
+        assert header.metadata["tokenizer.ggml.tokens"] == LongArray(5000)
         assert header.metadata["after"] == "still read"
 
     @pytest.mark.parametrize(

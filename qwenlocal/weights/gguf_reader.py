@@ -50,9 +50,8 @@ EncodedValue = bytes
 
 @dataclass(frozen=True)
 class LongArray:
-    """An array that was skipped: its element type (GGUF's number) and its length."""
+    """An array that was skipped, and its length."""
 
-    element_type: int
     length: int
 
 
@@ -233,9 +232,9 @@ def _read_pairs(reader: _Reader, *, stop_before_vocabulary: bool) -> dict[str, M
 def _decode_short(encoded: EncodedValue) -> MetadataValue:
     """Decode a value unless it is a long array."""
     if encoded[0] == _ARRAY:
-        element, length = struct.unpack_from("<IQ", encoded, 4)
+        (length,) = struct.unpack_from("<Q", encoded, 8)
         if length > _MAX_ARRAY:
-            return LongArray(element, length)
+            return LongArray(length)
     return decode_value(encoded)  # type: ignore[no-any-return]
 
 

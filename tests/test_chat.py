@@ -422,7 +422,7 @@ def test_overflow_stop_evicts_nothing(vocabulary: Tokenizer) -> None:
     assert "Question 0" in b"".join(vocabulary.piece(token, special=True) for token in generator.prompts[-1]).decode()
 
 
-def test_a_question_longer_than_the_context_is_refused(random_model: Path, vocabulary: Tokenizer) -> None:
+def test_a_question_longer_than_the_context_is_refused(random_model: Path) -> None:
     model = Model(random_model)
     context = Context(model, ContextOptions(256, threads=1))
     talk = Conversation(TokenSequence(context), model.tokenizer, ChatTemplate(CHATML), GenerationConfig(), n_ctx=256)

@@ -483,9 +483,7 @@ def test_no_journal_keeps_nothing(terminal: Open, speaking_model: Path, folders:
     assert not (home / "states").exists()
 
 
-def test_a_damaged_journal_is_reported_and_left_alone(
-    terminal: Open, speaking_model: Path, folders: Folders, qwenlocal: Run
-) -> None:
+def test_a_damaged_journal_is_reported_and_left_alone(terminal: Open, speaking_model: Path, folders: Folders) -> None:
     path = folders.journal
     path.parent.mkdir(parents=True)
     path.write_bytes(b"garbage" * 1000)
@@ -614,9 +612,7 @@ def test_twenty_columns_are_enough(terminal: Open, speaking_model: Path) -> None
 
 
 @pytest.mark.parametrize("term", ["dumb", "unknown"])
-def test_a_dumb_terminal_gets_plain_text(
-    term: str, terminal: Open, speaking_model: Path, environment: dict[str, str]
-) -> None:
+def test_a_dumb_terminal_gets_plain_text(term: str, terminal: Open, speaking_model: Path) -> None:
     chat = terminal("run", str(speaking_model), "--no-markdown", term=term)
     chat.wait_for("^>")
     chat.read(0.3)

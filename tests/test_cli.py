@@ -144,9 +144,7 @@ def test_an_answer_that_fills_the_context_says_so(qwenlocal: Run, endless_model:
 # --- looking after models
 
 
-def test_a_model_is_pulled_listed_shown_verified_and_removed(
-    qwenlocal: Run, model: str, speaking_model: Path, tmp_path: Path
-) -> None:
+def test_a_model_is_pulled_listed_shown_verified_and_removed(qwenlocal: Run, model: str, speaking_model: Path) -> None:
     assert "No model is installed" in expect_exit(qwenlocal("list"), 0)
     expect_exit(qwenlocal("pull", model), 0)
     assert f"hf:{REPO}/tiny-q4_0.gguf" in qwenlocal("list").stdout
@@ -169,7 +167,7 @@ def test_list_all_shows_the_whole_catalog(qwenlocal: Run) -> None:
     assert "qwen1.5:0.5b-chat-q4_k_m" in names
 
 
-def test_verify_reports_damage_and_repairs_it(qwenlocal: Run, model: str, hub: HubServer) -> None:
+def test_verify_reports_damage_and_repairs_it(qwenlocal: Run, model: str) -> None:
     expect_exit(qwenlocal("pull", model), 0)
     (listed,) = json.loads(qwenlocal("list", "--json").stdout)
     path = Path(listed["path"]).resolve()
@@ -248,9 +246,7 @@ def test_doctor_runs_all_checks_and_gives_advice(qwenlocal: Run) -> None:
 # --- the default model
 
 
-def test_without_a_hub_the_starter_replaces_the_default_model(
-    qwenlocal: Run, hub: HubServer, speaking_model: Path
-) -> None:
+def test_without_a_hub_the_starter_replaces_the_default_model(qwenlocal: Run, hub: HubServer) -> None:
     """The sources of the starter are unreachable here, so the test looks at the attempts and the messages."""
     message = expect_exit(qwenlocal("run", "-n", "2", "--system", "x", input="Hi", environment=NO_HUB), 4)
     assert "qwen1.5:0.5b-chat-q4_k_m cannot be downloaded" in message
@@ -403,7 +399,7 @@ def test_an_endless_file_is_not_read_completely(option: str, invoke: Run) -> Non
         (["hi", "--limit-rate", "9" * 400], "is not a rate"),
     ],
 )
-def test_options_without_effect_are_refused(words: list[str], said: str, invoke: Run, tmp_path: Path) -> None:
+def test_options_without_effect_are_refused(words: list[str], said: str, invoke: Run) -> None:
     result = invoke("run", "-m", "./nothing.gguf", *words)
     assert (result.returncode, said in result.stderr) == (2, True)
 
@@ -507,7 +503,7 @@ def test_output_is_utf8_whatever_the_locale(qwenlocal: Run, tmp_path: Path) -> N
     assert qwenlocal("doctor", "--offline", environment=environment, text=False).returncode == 0
 
 
-def test_a_captive_portal_instead_of_the_hub_causes_no_traceback(qwenlocal: Run, hub: HubServer) -> None:
+def test_a_captive_portal_instead_of_the_hub_causes_no_traceback(qwenlocal: Run) -> None:
     """A hotel's login page, for example."""
 
     class Portal(HubServer):

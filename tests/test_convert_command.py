@@ -234,7 +234,7 @@ class TestTypes:
         options = ("--tensor-type", "ffn_down=q8_0", "--tensor-type", "nonsense=q8_0")
         assert "“nonsense”" in expect_exit(invoke("convert", str(tiny_checkpoint), *options, "--dry-run"), 2)
 
-    def test_pure_gives_all_matrices_the_same_type(self, tiny_checkpoint: Path, invoke: Run, tmp_path: Path) -> None:
+    def test_pure_gives_all_matrices_the_same_type(self, invoke: Run, tmp_path: Path) -> None:
         config = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
         wide = write_checkpoint(tmp_path / "wide", config=config)
         expect_exit(invoke("convert", str(wide), "--type", "q4_k_m", "--pure", "-o", "x.gguf"), 0)
@@ -335,7 +335,7 @@ class TestSources:
         assert "is not a checkpoint" in expect_exit(invoke("convert", text), 2)
         assert hub.requests == []
 
-    def test_a_folder_without_config_json_is_refused(self, checkpoint_copy: Path, invoke: Run, tmp_path: Path) -> None:
+    def test_a_folder_without_config_json_is_refused(self, checkpoint_copy: Path, invoke: Run) -> None:
         (checkpoint_copy / "config.json").unlink()
         for command in ("convert", "pull"):
             for text in (str(checkpoint_copy), checkpoint_copy.name, f"./{checkpoint_copy.name}/"):

@@ -78,7 +78,7 @@ def test_each_block_is_requested_once(download: Download, hub: HubServer) -> Non
     assert sorted(hub.ranges) == [(n * BLOCK, min((n + 1) * BLOCK, len(CONTENT))) for n in range(11)]
 
 
-def test_an_empty_file_is_created_without_a_request(client: HttpClient, tmp_path: Path) -> None:
+def test_an_empty_file_is_created_without_a_request(tmp_path: Path) -> None:
     artifact = Artifact("empty", 0, hashlib.sha256(b"").hexdigest(), [])
     assert download_artifact(artifact, tmp_path / "empty", locks=tmp_path / "l").path.read_bytes() == b""
 
@@ -297,7 +297,7 @@ def test_a_file_that_changed_on_the_server_is_refused(download: Download, hub: H
         download()
 
 
-def test_without_a_digest_a_changed_etag_is_an_error(download: Download, hub: HubServer) -> None:
+def test_without_a_digest_a_changed_etag_is_an_error(download: Download) -> None:
     with pytest.raises(DownloadFailed, match="has changed during the download"):
         download(sha256=None, etag='"another"')
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from commands import expect_exit
 from conftest import Run
 from generation import CHEAP, GREEDY, OpenContext, answer
 from terminal import Open, start_chat
@@ -22,10 +23,8 @@ from qwenlocal.engine.sampling import Sampling
 from qwenlocal.engine.sequence import TokenSequence
 from qwenlocal.engine.speculation import DEFAULT_COSTS, CostCurve, NoSpeculation, Speculation
 from qwenlocal.errors import NotEnoughMemory, UsageError
-from qwenlocal.i18n import tr
 from qwenlocal.machine import Machine, Memory, this_machine
 from qwenlocal.terminal.load_notes import describe_plan
-from qwenlocal.terminal.view import DRAFT_UNLOADED
 from qwenlocal.testing import write_model
 
 PROMPT = [40, 41, 42, 43, 44]
@@ -395,7 +394,18 @@ def test_a_draft_model_is_unloaded_when_memory_is_low_and_the_answer_goes_on(
         assert not model.drafter.has_given_up
         assert answer(model.sequence, PROMPT, LIMIT) == plain
         assert model.drafter.has_given_up
-        assert tr(DRAFT_UNLOADED) == "The draft model was unloaded because memory is low."
+
+
+def test_run_says_that_the_draft_model_was_unloaded(
+    large_and_small: tuple[Path, Path], invoke: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large, small = map(str, large_and_small)
+    command = ("run", large, "Hi", "--draft", small, "-n", "80", "-c", "512")
+    assert "unloaded" not in expect_exit(invoke(*command), 0)
+    memory = [8 << 30, 8 << 30, 50 << 20]  # for the plan, before the prompt, after 32 tokens
+    machine = Machine(1, lambda: Memory(8 << 30, memory.pop(0) if memory else 8 << 30))
+    monkeypatch.setattr("qwenlocal.cli.model_loader.this_machine", lambda: machine)
+    assert "The draft model was unloaded because memory is low." in expect_exit(invoke(*command), 0)
 
 
 def test_the_numbers_of_an_answer_tell_how_many_drafted_tokens_were_accepted(

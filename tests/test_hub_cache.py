@@ -20,7 +20,6 @@ from hub_checkpoints import (
     PINNED_NAME,
     REPO,
     UNREACHABLE,
-    WeightRequests,
     each_command,
     fetched_files,
     read_tree,
@@ -77,7 +76,6 @@ class TestUse:
         folders: Folders,
         hub_checkpoint: str,
         hub: HubServer,
-        weight_requests: WeightRequests,
         invoke: Run,
     ) -> None:
         add_to_hub_cache(folders, tiny_checkpoint)

@@ -52,7 +52,7 @@ class TestHuggingFace:
         assert fetched_files(hub)[before:] == []
 
     def test_a_pulled_checkpoint_is_listed_and_removed(
-        self, hub_checkpoint: str, hub: HubServer, invoke: Run, environment: dict[str, str]
+        self, hub_checkpoint: str, invoke: Run, environment: dict[str, str]
     ) -> None:
         message = expect_exit(invoke("pull", hub_checkpoint), 0)
         assert "Converting it once to q4_k_m" in message
@@ -176,7 +176,7 @@ class TestPinnedRevision:
         assert len(hub.requests) == before
 
     def test_repair_downloads_only_the_damaged_file(
-        self, pinned_checkpoint: str, hub: HubServer, weight_requests: WeightRequests, invoke: Run
+        self, pinned_checkpoint: str, weight_requests: WeightRequests, invoke: Run
     ) -> None:
         assert "is intact" in expect_exit(invoke("verify", pinned_checkpoint, environment=UNREACHABLE), 0)
         weights = (

@@ -356,7 +356,7 @@ def run_commands(invoke: Run) -> Mapping[str, int]:
 
 @pytest.mark.parametrize("seed", range(12))
 def test_commands_report_damage_and_recover_what_is_left(
-    tmp_path: Path, invoke: Run, healthy: JournalFiles, seed: int, folders: Folders
+    invoke: Run, healthy: JournalFiles, seed: int, folders: Folders
 ) -> None:
     generator = random.Random(seed)
     pages = [healthy[0][at : at + PAGE] for at in range(0, len(healthy[0]), PAGE)]

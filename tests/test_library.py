@@ -245,7 +245,7 @@ def test_a_tag_stands_for_the_file_that_has_it_in_its_name(library: Library, tag
 
 
 @pytest.mark.parametrize("tag", ["q4_0", "q4_k_x", "compac", "x-ud-q4"])
-def test_an_unknown_tag_lists_what_there_is(library: Library, tag: str) -> None:
+def test_an_unknown_tag_lists_what_there_is(tag: str) -> None:
     listing = RepoListing("o/r", "", [RemoteFile(path, 1, None) for path in TAGGED])
     with pytest.raises(ModelNotFound, match=f"o/r has no {tag} file") as caught:
         select_model(listing, HubName("hf", "o/r", level=tag))
@@ -305,7 +305,7 @@ def test_an_installed_revision_does_not_stand_for_another(library: Library) -> N
     assert library.hub.requests == []
 
 
-def test_revisions_of_modelscope_do_not_overwrite_each_other(library: Library, tmp_path: Path) -> None:
+def test_revisions_of_modelscope_do_not_overwrite_each_other(library: Library) -> None:
     first = library.pull(f"ms:{REPO}@v1/{FILE}")
     second_content = bytearray(library.content)
     second_content[-10] ^= 1

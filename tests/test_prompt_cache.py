@@ -176,7 +176,7 @@ def test_the_oldest_files_are_deleted_to_stay_within_the_share(
     assert first not in saved_files(tmp_path)
 
 
-def test_a_share_of_zero_saves_nothing(open_random: OpenContext, random_model: Path, tmp_path: Path) -> None:
+def test_a_share_of_zero_saves_nothing(open_random: OpenContext, tmp_path: Path) -> None:
     answer_and_save(open_random(), PromptCache(tmp_path / "states", "k", share=0.0))
     assert saved_files(tmp_path) == []
 
@@ -225,7 +225,7 @@ def test_a_kill_while_saving_leaves_no_damaged_file(tmp_path: Path) -> None:
         context.model.close()
 
 
-def test_run_saves_the_prompt_cache_and_the_next_run_reuses_it(random_model: Path, invoke: Run, tmp_path: Path) -> None:
+def test_run_saves_the_prompt_cache_and_the_next_run_reuses_it(random_model: Path, invoke: Run) -> None:
     text = "word " * 60
     command = ("run", str(random_model), "--raw", text, "-n", "4", "--stats", "--seed", "1")
     first, second = invoke(*command), invoke(*command)

@@ -37,9 +37,7 @@ class TestQuantize:
         different = {key for key in {*before, *after} if before.get(key) != after.get(key)}
         assert different == {"general.file_type"}
 
-    def test_a_fault_of_the_metadata_that_is_copied_is_named(
-        self, no_rope_base: Path, invoke: Run, tmp_path: Path
-    ) -> None:
+    def test_a_fault_of_the_metadata_that_is_copied_is_named(self, no_rope_base: Path, invoke: Run) -> None:
         message = expect_exit(invoke("quantize", str(no_rope_base), "x.gguf", "q8_0"), 0).replace("\n", " ")
         assert "The metadata has a fault, which is copied: The RoPE base is missing." in message
         assert "qwenlocal inspect" in message
@@ -130,9 +128,7 @@ class TestQuantize:
         assert message in expect_exit(invoke("quantize", *arguments), code)
         assert file_names(tmp_path) == before
 
-    def test_a_checkpoint_is_refused_with_a_hint_to_convert(
-        self, tiny_checkpoint: Path, invoke: Run, tmp_path: Path
-    ) -> None:
+    def test_a_checkpoint_is_refused_with_a_hint_to_convert(self, tiny_checkpoint: Path, invoke: Run) -> None:
         message = expect_exit(invoke("quantize", str(tiny_checkpoint), "x.gguf", "q8_0"), 2)
         assert "qwenlocal convert" in message
         assert json.loads(invoke("list", "--json").stdout) == []

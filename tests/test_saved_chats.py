@@ -73,7 +73,7 @@ def test_a_chat_whose_window_was_closed_continues_at_once_with_the_cut_answer(
 
 
 def test_a_window_that_is_closed_before_the_answer_offers_to_answer(
-    terminal: Open, speaking_model: Path, journal: Callable[[], Journal], folders: Folders
+    terminal: Open, speaking_model: Path, folders: Folders
 ) -> None:
     save_chats(folders.home, 1)
     again = start_chat(terminal, speaking_model, "--continue")

@@ -150,7 +150,7 @@ class TestFailedRepairs:
 
     @pytest.mark.parametrize("file", ["model-00002-of-00002.safetensors", "config.json"])
     def test_a_repair_without_network_leaves_the_checkpoint_incomplete(
-        self, file: str, sharded: Path, hub: HubServer, invoke: Run, environment: dict[str, str]
+        self, file: str, sharded: Path, invoke: Run, environment: dict[str, str]
     ) -> None:
         expect_exit(invoke("pull", HF_NAME), 0)
         (folder,) = Path(environment["HF_HUB_CACHE"]).glob("*/snapshots/*")

@@ -10,8 +10,6 @@ from generation import CHEAP, GREEDY, OpenContext, answer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwenlocal.engine.context import Context, ContextOptions
-from qwenlocal.engine.llama import Model
 from qwenlocal.engine.sampling import Sampling
 from qwenlocal.engine.sequence import TokenSequence
 from qwenlocal.engine.speculation import DEFAULT_COSTS, CostCurve, NgramIndex, Speculation
@@ -160,12 +158,10 @@ def test_rejected_tokens_are_removed_from_the_cache(random_model: Path, open_con
 
 
 def test_a_draft_never_reaches_beyond_the_context_or_the_limit(endless_model: Path, open_context: OpenContext) -> None:
-    context = Context(Model(endless_model), ContextOptions(256, threads=1))
+    context = open_context(endless_model, 256)
     sequence = TokenSequence(context, speculation=Speculation(CostCurve(CHEAP)))
     ids = context.model.tokenizer.tokenize("x\n" + "abcdefgh " * 20, special=True)
     assert len(answer(sequence, ids, 17)) == 17
     tokens = answer(sequence, ids, 10_000)
     assert sequence.is_full
     assert len(ids) + len(tokens) == 257
-    context.close()
-    context.model.close()

@@ -128,7 +128,7 @@ def test_a_whole_file_may_be_called_like_a_piece(
     expect_exit(call(invoke, command, Path(shutil.copy(random_model, tmp_path / "x.gguf.b"))), 0)
 
 
-def test_a_part_of_another_model_is_noticed(parts: Path, random_model: Path) -> None:
+def test_a_part_of_another_model_is_noticed(parts: Path) -> None:
     shutil.copy(parts / FIRST, parts / SECOND)
     with pytest.raises(BadWeights, match="it is part 1 of 2"):
         read_split_model(parts / FIRST)

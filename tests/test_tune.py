@@ -132,7 +132,7 @@ def test_a_container_with_fewer_processors_limits_the_tuned_threads(random_model
     assert loaded.plan.options.threads == 2
 
 
-def test_the_command_saves_the_settings_that_run_uses(random_model: Path, invoke: Run, tmp_path: Path) -> None:
+def test_the_command_saves_the_settings_that_run_uses(random_model: Path, invoke: Run) -> None:
     result = invoke("tune", str(random_model), "--seconds", "1")
     assert result.returncode == 0, result.stderr
     assert "Saved; qwenlocal run uses these settings" in result.stdout

@@ -123,7 +123,7 @@ class TestFolders:
         set_json(folder, "config.json", transformers_weights="model.safetensors")
         assert used_files(folder) == {"model.safetensors"}
 
-    def test_convert_and_verify_use_the_same_file(self, tiny_checkpoint: Path, tmp_path: Path, invoke: Run) -> None:
+    def test_convert_and_verify_use_the_same_file(self, tmp_path: Path, invoke: Run) -> None:
         folder = write_both(tmp_path)
         assert "Ignored: model-00001" in expect_exit(invoke("convert", str(folder), "--type", "f32", "-o", "x.gguf"), 0)
         alone = convert_checkpoint(folder / "model.safetensors", tmp_path / "y.gguf", "f32")

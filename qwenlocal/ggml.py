@@ -297,6 +297,19 @@ def _fast_quantizer() -> Any | None:
     return function
 
 
+def integer_operations(rounds: int) -> int:
+    """
+    Run `rounds` rounds of the processor's 8-bit multiply-accumulate instructions; return the number of operations.
+
+    Returns 0 if there are none, or if libggml was compiled without tools/integer_peak.c. Releases the GIL.
+    """
+    function = getattr(_base(), "qwenlocal_integer_peak", None)
+    if function is None:
+        return 0
+    function.restype, function.argtypes = ctypes.c_int64, [ctypes.c_int64]
+    return int(function(rounds))
+
+
 @functools.cache
 def _library(name: str) -> ctypes.CDLL:
     names = {"win32": (f"{name}.dll",), "darwin": (f"lib{name}.0.dylib", f"lib{name}.dylib")}

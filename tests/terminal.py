@@ -115,6 +115,7 @@ class Terminal:
         while self._child.isalive():
             assert time.monotonic() < end, f"the program did not end; the screen shows:\n{self.text}"
             self.read()
+        self.read()  # what it printed last
         self._child.close()
         return int(self._child.exitstatus if self._child.exitstatus is not None else -self._child.signalstatus)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ from conftest import Run
 from qwenlocal.engine.context import Context, ContextOptions
 from qwenlocal.engine.llama import Model
 from qwenlocal.measure import bench
-from qwenlocal.measure.bench import Speed, decode_speed, fill_cache, prefill_speed
+from qwenlocal.measure.bench import BenchPlan, BenchResult, Speed, decode_speed, fill_cache, prefill_speed
+from qwenlocal.measure.limits import MachineLimits, TokenWork
 from qwenlocal.testing import write_model
+from qwenlocal.weights.gguf_reader import read_header
 
 
 def test_speeds_have_a_mean_and_a_standard_deviation() -> None:
@@ -64,6 +67,44 @@ def test_json_has_llama_bench_tests_and_times_to_first_token(random_model: Path,
     assert first["first_token_warm_s"] > 0
     assert first["memory_bytes"] is None or first["memory_bytes"] > 1e6
     assert (first["threads"], first["flash_attention"]) == (1, False)
+    assert (
+        0
+        < first["bandwidth_share"]
+        == pytest.approx(first["bytes_per_token"] * first["tg128"]["tok_s"] / first["bandwidth_bytes_s"], rel=0.01)
+    )
+
+
+def test_the_quick_benchmark_measures_warm_starts_without_depths(random_model: Path, invoke: Run) -> None:
+    (facts,) = json.loads(invoke("bench", str(random_model), "--json").stdout)
+    (prefill,) = (test for test in facts if test.startswith("pp"))  # fewer tokens on a slow machine
+    assert len(facts[prefill]["samples"]) == 2
+    assert facts["first_token_cold_s"] is None
+    assert not [test for test in facts if "@" in test]
+
+
+def test_the_full_benchmark_measures_cold_starts_and_depths(random_model: Path, invoke: Run) -> None:
+    (facts,) = json.loads(invoke("bench", str(random_model), "--full", "-r", "1", "--json").stdout)
+    assert facts["tg128_@_d512"]["tok_s"] > 0
+    assert (facts["first_token_cold_s"] is None) == (not hasattr(os, "posix_fadvise"))
+
+
+@pytest.mark.parametrize(("speed", "size"), [(1000.0, 512), (100.0, 256), (10.0, 32), (0.1, 16)])
+def test_slow_models_are_measured_on_fewer_tokens(
+    speed: float, size: int, random_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "prefill_speed", lambda context, tokens: speed)
+    header = read_header(random_model)
+    result = bench.run_benchmarks(random_model, header, ContextOptions(0, threads=1), BenchPlan(2, seconds=10))
+    assert f"pp{size}" in result.speeds
+
+
+def test_the_shares_are_those_of_the_limits() -> None:
+    speeds = {"pp512": Speed([200.0]), "tg128": Speed([38.0]), "end to end": Speed([36.0])}
+    limits, work = MachineLimits(18.4e9, 4e12), TokenWork(307_000_000, 620_000_000)
+    result = BenchResult(speeds, 1.0, None, 1.0, None, None, ContextOptions(512), limits, work)
+    assert result.bandwidth_share == pytest.approx(0.634, abs=0.001)
+    assert result.operations_share == pytest.approx(0.031, abs=0.001)
+    assert result.text_seconds == pytest.approx(1 / 36 - 1 / 38)
 
 
 def test_a_table_and_bars_are_printed(random_model: Path, invoke: Run) -> None:
@@ -71,6 +112,7 @@ def test_a_table_and_bars_are_printed(random_model: Path, invoke: Run) -> None:
     assert "flash attention on" in result.stdout
     assert "pp512" in result.stdout
     assert "█" in result.stdout
+    assert "per token" in result.stdout
     assert "±" not in result.stdout, "one repetition has no deviation"
 
 
@@ -105,8 +147,8 @@ def test_tg128_starts_with_an_empty_cache_and_the_others_at_their_depth(
         return 1.0
 
     monkeypatch.setattr(bench, "decode_speed", recording)
-    bench.run_benchmarks(random_model, ContextOptions(0, threads=1), repetitions=1, depths=[0, 256])
-    assert depths == [0, 0, 256, 256]
+    bench.run_benchmarks(random_model, read_header(random_model), ContextOptions(0, threads=1), BenchPlan(1, [256]))
+    assert depths == [0, 0, 0, 256, 256]  # first to choose the size, and before each test without counting
 
 
 def test_a_model_with_a_tiny_context_is_benchmarked(invoke: Run, tmp_path: Path) -> None:

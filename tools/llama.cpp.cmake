@@ -5,8 +5,8 @@ set(LLAMA_BUILD_COMMON OFF)
 
 # llama.cpp compiles ggml-base, which has the quantizers, for any processor. Compiled for this one, Q6_K is a sixth faster
 # and Q8_0 twice as fast. Without contracted multiplications the results are the same bits on every machine. Our own
-# Q4_K, Q5_K, Q6_K and Q8_0 are added to the library.
-function(compile_quantizers_for_this_processor)
+# sources are added to the library: each states its reason.
+function(extend_ggml_base)
     if(MSVC OR NOT CMAKE_C_COMPILER_ID MATCHES "GNU|Clang")
         return()
     endif()
@@ -15,8 +15,13 @@ function(compile_quantizers_for_this_processor)
         list(APPEND options -march=native)
     endif()
     target_compile_options(ggml-base PRIVATE $<$<COMPILE_LANGUAGE:C>:${options}>)
-    set(quantizers "${CMAKE_CURRENT_FUNCTION_LIST_DIR}/quantizers.cpp")
-    target_sources(ggml-base PRIVATE "${quantizers}")
-    set_source_files_properties("${quantizers}" TARGET_DIRECTORY ggml-base PROPERTIES COMPILE_OPTIONS "${options}")
+    set(folder "${CMAKE_CURRENT_FUNCTION_LIST_DIR}")
+    target_sources(ggml-base PRIVATE "${folder}/quantizers.cpp" "${folder}/integer_peak.c")
+    set_source_files_properties(
+        "${folder}/quantizers.cpp" TARGET_DIRECTORY ggml-base PROPERTIES COMPILE_OPTIONS "${options}")
+    if(CMAKE_SYSTEM_NAME STREQUAL "Linux")
+        target_sources(ggml-base PRIVATE "${folder}/huge_pages.c")
+        target_link_options(ggml-base PRIVATE -Wl,--wrap=posix_memalign)
+    endif()
 endfunction()
-cmake_language(DEFER CALL compile_quantizers_for_this_processor)
+cmake_language(DEFER CALL extend_ggml_base)

@@ -35,7 +35,7 @@ REQUIREMENTS = ROOT / "requirements"
 
 # Changes to llama.cpp's own build; the file gives the reasons.
 CMAKE_INCLUDE = ROOT / "tools" / "llama.cpp.cmake"
-QUANTIZERS = ROOT / "tools" / "quantizers.cpp"
+LIBRARY_SOURCES = tuple(ROOT / "tools" / name for name in ("quantizers.cpp", "huge_pages.c", "integer_peak.c"))
 CMAKE_ARGS = "-DGGML_RPC=ON -DLLAVA_BUILD=OFF"
 
 
@@ -153,7 +153,7 @@ def fingerprint(dev: bool) -> str:
 
 def bindings_key() -> str:
     """Hash the bindings' version, their build options, the processor and the version of Python."""
-    ours = [file.read_text() for file in (CMAKE_INCLUDE, QUANTIZERS)]
+    ours = [file.read_text() for file in (CMAKE_INCLUDE, *LIBRARY_SOURCES)]
     parts = [bindings_version(), cmake_args(), *ours, processor(), platform.python_version()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 

@@ -18,6 +18,7 @@ from qwenlocal.cli.option_types import (
     FlashAttentionOption,
     ForceOption,
     GpuLayersOption,
+    HugePagesOption,
     ImatrixOption,
     InstalledModelArgument,
     JsonOption,
@@ -194,6 +195,7 @@ def run(
         str | None, Option("--grammar", metavar="FILE", help="Answer with text that follows the GBNF grammar in FILE.")
     ] = None,
     raw: Annotated[bool, Option("--raw", help="Continue the text without a chat template.")] = False,
+    huge_pages: HugePagesOption = True,
     stats: Annotated[
         bool, Option("--stats", help="Print the load plan and the speed of each answer on stderr.")
     ] = False,
@@ -222,7 +224,10 @@ def run(
         parse_rate,
         parse_variables,
     )
+    from qwenlocal.huge_pages import disable_huge_pages
 
+    if not huge_pages:
+        disable_huge_pages()
     run_model(
         RunOptions(
             positional=tuple(positional or ()),
@@ -483,20 +488,31 @@ def bench(
         list[str], Argument(metavar="MODEL…", help="Models to benchmark.", autocompletion=complete_installed_models)
     ],
     threads: ThreadsOption = None,
-    repetitions: Annotated[int, Option("-r", "--repetitions", metavar="N", help="Repeat each test N times.")] = 5,
-    depths: Annotated[str, Option("--depths", metavar="N,…", help="Decode after N tokens of context.")] = "0,512,4096",
+    full: Annotated[
+        bool, Option("--full", help="Run all tests in full: five times, cold start, 512 and 4,096 tokens of context.")
+    ] = False,
+    repetitions: Annotated[
+        int | None, Option("-r", "--repetitions", metavar="N", help="Repeat each test N times.")
+    ] = None,
+    depths: Annotated[
+        str | None, Option("--depths", metavar="N,…", help="Decode after N tokens of context as well.")
+    ] = None,
     kv_type: KvTypeOption = None,
     flash_attention: FlashAttentionOption = "auto",
     ubatch: Annotated[int | None, Option("--ubatch", metavar="N", help="Size of the physical batch in tokens.")] = None,
+    huge_pages: HugePagesOption = True,
     plot: Annotated[bool, Option("--plot", help="Draw bars.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Benchmark models: pp512 and tg128 as in llama-bench, load time, and time to first token."""
+    """Benchmark models in a minute: pp512 and tg128 as in llama-bench, first token, and the machine's limits."""
     from qwenlocal.cli.commands.bench import bench_models
     from qwenlocal.cli.options import parse_load_request
+    from qwenlocal.huge_pages import disable_huge_pages
 
     request = parse_load_request(None, threads, kv_type, flash_attention, None, ubatch)
-    bench_models(models, request, repetitions=repetitions, depths=depths, as_json=as_json, plot=plot)
+    if not huge_pages:
+        disable_huge_pages()
+    bench_models(models, request, full=full, repetitions=repetitions, depths=depths, as_json=as_json, plot=plot)
 
 
 @app.command(short_help="Find the fastest settings.", rich_help_panel="This machine")

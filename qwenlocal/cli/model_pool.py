@@ -59,7 +59,7 @@ class ModelPool:
 
     def load_first(self, thread: Thread) -> Conversation:
         """Return the conversation of `thread` with the first model, once it is loaded; say how it was loaded."""
-        from qwenlocal.terminal.load_notes import describe_note, describe_plan
+        from qwenlocal.terminal.load_notes import describe_load, describe_note
 
         with loading_status(sys.stderr, str(self._first.name)) as show:
             while not self._first_load.is_done:
@@ -70,7 +70,7 @@ class ModelPool:
         self._pooled[str(self._first.name)] = _PooledModel(self._first, loaded)
         self._config = self._options.generation_config(loaded.sampling)
         conversation = loaded.conversation(self._config, thread)
-        for sentence in (describe_plan(loaded.plan), *map(describe_note, loaded.notes)):
+        for sentence in (describe_load(loaded.plan), *map(describe_note, loaded.notes)):
             say_dimmed(sentence)
         return conversation
 
@@ -169,9 +169,9 @@ class ModelPool:
         return loaded.conversation(self._config, thread)
 
     def _say_plan(self, loaded: ChatModel, notes: Sequence[LoadNote]) -> None:
-        from qwenlocal.terminal.load_notes import describe_note, describe_plan
+        from qwenlocal.terminal.load_notes import describe_load, describe_note
 
-        for sentence in (*map(describe_note, notes), describe_plan(loaded.plan)):
+        for sentence in (*map(describe_note, notes), describe_load(loaded.plan)):
             self._app.say(sentence)
 
     def _make_room(self, load: Callable[[], ChatModel]) -> ChatModel:

@@ -63,3 +63,6 @@ PureOption = Annotated[bool, Option("--pure", help="Quantize all tensors to the 
 ForceOption = Annotated[bool, Option("--force", help="Overwrite existing files.")]
 DryRunOption = Annotated[bool, Option("--dry-run", help="Show the plan, tensor by tensor; write nothing.")]
 AllowNanOption = Annotated[bool, Option("--allow-nan", help="Write zeros for weights that are NaN or infinite.")]
+HugePagesOption = Annotated[
+    bool, Option("--huge-pages/--no-huge-pages", help="Keep weights and KV cache in pages of 2 MB (Linux).")
+]

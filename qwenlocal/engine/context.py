@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwenlocal.engine.llama import Model, defer_interrupt, load_library
+from qwenlocal.engine.threads import ThreadAdapter
 from qwenlocal.errors import BadWeights, ContextNotCreated, QwenlocalError
 from qwenlocal.ggml import tensor_type
 
@@ -124,15 +125,23 @@ class Context:
     Sequences are numbered from 0; each has its own tokens at positions 0, 1, 2, ….
     """
 
-    def __init__(self, model: Model, options: ContextOptions, abort: AbortFlag | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        options: ContextOptions,
+        abort: AbortFlag | None = None,
+        thread_adapter: ThreadAdapter | None = None,
+    ) -> None:
         """
         Create the context. Pass the `abort` flag of another context to stop both at once.
+
+        Without `thread_adapter`, it always computes with `options.threads`.
 
         Raises
         ------
         ContextNotCreated: llama.cpp cannot create it, usually for lack of memory.
         """
-        self.model, self.options = model, options
+        self.model, self.options, self.thread_adapter = model, options, thread_adapter
         self._lib = load_library()
         self._c = c = self._lib.c
         self.abort = AbortFlag() if abort is None else abort  # not `or`: an unset flag is false
@@ -201,6 +210,8 @@ class Context:
         return rows
 
     def _run(self) -> None:
+        if self.thread_adapter:
+            self.set_threads(self.thread_adapter.update())
         code = self._c.llama_decode(self._context, self._batch)
         if code == 0:
             return
@@ -212,6 +223,11 @@ class Context:
             f"llama.cpp failed to decode (code {code}): {self._lib.first_error() or 'no reason given'}",
             hint="This is a bug in qwenlocal or llama.cpp. To see llama.cpp's log, set QWENLOCAL_LLAMA_LOG=1.",
         )
+
+    @property
+    def threads(self) -> int:
+        """The number of threads that decode single tokens."""
+        return int(self._c.llama_n_threads(self._context))
 
     def set_threads(self, count: int) -> None:
         """Set the number of threads."""

@@ -30,14 +30,18 @@ from qwenlocal.engine.prompt_cache import PromptCache, compute_cache_key
 from qwenlocal.engine.sampling import Sampling
 from qwenlocal.engine.sequence import TokenSequence
 from qwenlocal.engine.speculation import CostCurve, Drafter, NoSpeculation, Speculation
+from qwenlocal.engine.threads import ThreadAdapter
 from qwenlocal.engine.tuned_settings import TunedSettings
 from qwenlocal.errors import BadWeights, ContextNotCreated, Interrupted, NotEnoughMemory, UsageError
 from qwenlocal.ggml import Device, list_devices
+from qwenlocal.huge_pages import read_ahead
 from qwenlocal.i18n import tr
 from qwenlocal.machine import Machine
 from qwenlocal.weights.diagnosis import missing_rope_base
 from qwenlocal.weights.gguf_reader import MetadataValue, read_header, read_metadata
+from qwenlocal.weights.split_model import shard_paths
 
+_READING_SHARE = 0.5  # of the progress of loading
 _WEIGHTS_MARGIN = 1.3  # a model of unknown shape goes to a GPU with this much space relative to its file
 
 # Recommended sampling in a GGUF file (gguf-py, constants.py: Keys.General.SAMPLING_*).
@@ -144,11 +148,13 @@ class EngineLoader:
             plan = plan_load_with_offload(name, dims, size, available, request, offload)
 
         def on_progress(fraction: float) -> bool:
-            report(fraction)
+            report(_READING_SHARE + (1 - _READING_SHARE) * fraction)
             return not self._cancelled.is_set()
 
+        adapter = ThreadAdapter(plan.options.threads, machine.cpu_times) if machine.cpu_times else None
         try:
-            model, context, offload_notes = open_model(path, plan.options, offload, repairs, on_progress)
+            self._read_ahead(shard_paths(path), report)
+            model, context, offload_notes = open_model(path, plan.options, offload, repairs, on_progress, adapter)
         except LoadCancelled as reason:
             raise Interrupted from reason
         try:
@@ -173,6 +179,17 @@ class EngineLoader:
         )
         notes = (*_repair_notes(repairs, model), *offload_notes, *plan.notes, *sampling_notes)
         return LoadedModel(name, model, context, sequence, sampling, plan, costs, notes, drafter)
+
+    def _read_ahead(self, files: Sequence[Path], report: Callable[[float], None]) -> None:
+        """Read the files into the page cache; llama.cpp would do the same, but in small pages and without progress."""
+
+        def report_file(fraction: float, index: int) -> None:
+            report(_READING_SHARE * (index + fraction) / len(files))
+            if self._cancelled.is_set():
+                raise LoadCancelled
+
+        for index, file in enumerate(files):
+            read_ahead(file, functools.partial(report_file, index=index))
 
 
 # --- planning
@@ -272,6 +289,7 @@ def open_model(
     offload: GpuOffload,
     kv_overrides: Mapping[str, float],
     on_progress: Callable[[float], bool],
+    thread_adapter: ThreadAdapter | None = None,
 ) -> tuple[Model, Context, tuple[LoadNote, ...]]:
     """Load the model and create its context; retry with fewer layers on GPUs if they have less memory than reported."""
     requested = offload.layers
@@ -279,7 +297,7 @@ def open_model(
         model = None
         try:
             model = Model(path, gpu_layers=offload.layers, kv_overrides=kv_overrides, on_progress=on_progress)
-            context = Context(model, options)
+            context = Context(model, options, thread_adapter=thread_adapter)
             is_reduced = offload.layers < requested
             return model, context, (FewerGpuLayers(offload.layers, requested),) if is_reduced else ()
         except (BadWeights, ContextNotCreated) as reason:
@@ -307,7 +325,7 @@ def _open_draft(draft: DraftSpec, target: Context, offload: GpuOffload) -> Draft
                 hint=tr("Use a small model of the same family, such as: --draft qwen1.5:0.5b"),
             )
         options = replace(target.options, n_seq_max=1, key_type="f16", value_type="f16", rope=None)
-        context = Context(model, options, target.abort)
+        context = Context(model, options, target.abort, target.thread_adapter)
     except BaseException:
         model.close()
         raise

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from qwenlocal.errors import DiskFull, NotWritable
 from qwenlocal.fileio import read_at, write_all, write_error
+from qwenlocal.huge_pages import PageCacheReservation
 from qwenlocal.resumable import JournalAppender, journal_path, part_path, read_journal, write_journal
 
 BLOCK_SIZE = 16 << 20
@@ -83,6 +84,7 @@ class PartialFile:
                 write_download_journal(base, identity, block_size, {})
             if sys.platform != "win32":  # where it would write zeros over the whole size
                 os.ftruncate(self._file, identity.size)
+            self._reservation = PageCacheReservation(self._file)
             self._journal = JournalAppender(self.journal_path)
 
     @contextlib.contextmanager
@@ -155,6 +157,7 @@ class PartialFile:
                 position, _ = self.rest(number)
                 new = part[max(0, position - offset) :]
                 if offset <= position and new:
+                    self._reservation.reserve(position, len(new))
                     write_all(self._file, new, position, self._lock)
                     prefix = self._prefixes[number]
                     self._set(number, BlockPrefix(prefix.length + len(new), zlib.crc32(new, prefix.crc)))
@@ -253,6 +256,7 @@ class PartialFile:
         finally:
             with contextlib.suppress(OSError):
                 self._journal.close()
+            self._reservation.close()
             os.close(file)
 
 

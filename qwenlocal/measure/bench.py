@@ -2,8 +2,8 @@
 Benchmarks of a model: llama-bench's tests, load time, time to first token, end-to-end speed and memory.
 
 pp512 evaluates 512 random tokens in an empty cache; tg128 decodes 128 tokens one by one, without sampling or
-detokenizing (llama.cpp, tools/llama-bench/llama-bench.cpp: test_prompt, test_gen). Each test runs `repetitions` times
-after one warm-up run.
+detokenizing (llama.cpp, tools/llama-bench/llama-bench.cpp: test_prompt, test_gen). Each test is repeated after a run
+that does not count.
 """
 
 from __future__ import annotations
@@ -22,11 +22,37 @@ from qwenlocal.engine.llama import Model
 from qwenlocal.engine.sampling import Sampling
 from qwenlocal.engine.sequence import TokenSequence
 from qwenlocal.engine.tokenizer import IncrementalDetokenizer
+from qwenlocal.measure.limits import MachineLimits, TokenWork, measure_limits, token_work
+from qwenlocal.weights.gguf_reader import Header
 
 PROMPT, ANSWER = 512, 128
-DEPTHS = (0, 512, 4096)
+_END_TO_END = "end to end"
+_TRIAL_PROMPT, _TRIAL_ANSWER, _MIN_SIZE = 32, 4, 16  # tokens
 
 Report = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class BenchPlan:
+    """
+    The tests to run: `repetitions` of each, and decoding at `depths` tokens of context.
+
+    With `seconds`, each test evaluates or decodes fewer tokens than usual if it would take longer, and only the basic
+    tests run. Without, the time to the first token is measured with the file out of the page cache as well.
+    """
+
+    repetitions: int
+    depths: Sequence[int] = ()
+    seconds: float | None = None
+
+    @property
+    def max_tokens(self) -> int:
+        """The context that the tests need."""
+        return max((*self.depths, PROMPT)) + ANSWER + 8
+
+
+FULL_PLAN = BenchPlan(5, (512, 4096))
+QUICK_PLAN = BenchPlan(2, seconds=10)
 
 
 @dataclass(frozen=True)
@@ -49,10 +75,10 @@ class Speed:
 @dataclass(frozen=True)
 class BenchResult:
     """
-    The measurements of one model. `speeds` are by test: "pp512", "tg128", "tg128 @ d4096", "end to end".
+    The measurements of one model. `speeds` are by test: "pp512", "tg128", "end to end", "tg128 @ d4096".
 
     `load` and the times to the first token, with the file out of the page cache (`first_cold`) and in it
-    (`first_warm`), are in seconds, `memory` in bytes, `joules` per token; None if the system cannot tell.
+    (`first_warm`), are in seconds, `memory` in bytes, `joules` per token; None if not measured.
     """
 
     speeds: Mapping[str, Speed]
@@ -62,15 +88,37 @@ class BenchResult:
     memory: int | None
     joules: float | None
     options: ContextOptions
+    limits: MachineLimits
+    work: TokenWork
+
+    @property
+    def prefill(self) -> float:
+        """Tokens per second of prefilling."""
+        return next(speed.mean for test, speed in self.speeds.items() if test.startswith("pp"))
+
+    @property
+    def decode(self) -> float:
+        """Tokens per second of decoding in an empty context."""
+        return next(speed.mean for test, speed in self.speeds.items() if test.startswith("tg"))
+
+    @property
+    def bandwidth_share(self) -> float:
+        """The share of the memory bandwidth that decoding uses: 307 MB x 38 tokens/s of 18.4 GB/s is 0.63."""
+        return self.decode * self.work.bytes / self.limits.bandwidth
+
+    @property
+    def operations_share(self) -> float | None:
+        """The share of the processor's peak that prefilling uses; None if the peak is unknown."""
+        return self.limits.operations and self.prefill * self.work.operations / self.limits.operations
+
+    @property
+    def text_seconds(self) -> float:
+        """Seconds per token that an answer takes in addition to decoding: sampling and detokenizing."""
+        return max(0.0, 1 / self.speeds[_END_TO_END].mean - 1 / self.decode)
 
 
 def run_benchmarks(
-    path: Path,
-    options: ContextOptions,
-    *,
-    repetitions: int = 5,
-    depths: Sequence[int] = DEPTHS,
-    report: Report = lambda step: None,
+    path: Path, header: Header, options: ContextOptions, plan: BenchPlan, report: Report = lambda step: None
 ) -> BenchResult:
     """
     Benchmark the model in `path` with `options`; the context is as long as the deepest test needs.
@@ -79,17 +127,19 @@ def run_benchmarks(
     ------
     BadWeights, ContextNotCreated: the model cannot be loaded.
     """
+    options = replace(options, n_ctx=plan.max_tokens)
     speeds: dict[str, Speed] = {}
 
     def measure(name: str, speed: Callable[[], float]) -> None:
-        """Call `speed` once to warm up, then `repetitions` times."""
         report(name)
-        speed()
-        speeds[name] = Speed([speed() for _ in range(max(1, repetitions))])
+        if plan.seconds is None:
+            speed()
+        speeds[name] = Speed([speed() for _ in range(plan.repetitions)])
 
-    options = replace(options, n_ctx=max((*depths, PROMPT)) + ANSWER + 8)
-    report("loading, cold")
-    first_cold = _time_to_first_token(path, options) if drop_from_page_cache(path) else None
+    first_cold = None
+    if plan.seconds is None:
+        report("loading, cold")
+        first_cold = _time_to_first_token(path, options) if drop_from_page_cache(path) else None
     report("loading, warm")
     first_warm = _time_to_first_token(path, options)
     _reset_peak_memory()
@@ -97,17 +147,29 @@ def run_benchmarks(
     model = Model(path)
     load = time.perf_counter() - started
     with contextlib.closing(model), contextlib.closing(Context(model, options)) as context:
-        measure("pp512", lambda: prefill_speed(context, PROMPT))
+        prompt = _choose_size(PROMPT, prefill_speed(context, _TRIAL_PROMPT), plan)
+        measure(f"pp{prompt}", lambda: prefill_speed(context, prompt))
         context.truncate(0, 0)
+        answer = _choose_size(ANSWER, decode_speed(context, _TRIAL_ANSWER), plan)
         with measure_energy() as joules:
-            measure("tg128", lambda: decode_speed(context, ANSWER))
-        for depth in sorted(depth for depth in depths if depth):
+            measure(f"tg{answer}", lambda: decode_speed(context, answer))
+        measure(_END_TO_END, lambda: answer_speed(context, answer))
+        for depth in sorted(depth for depth in plan.depths if depth):
             report(f"evaluating {depth:,} tokens")
             fill_cache(context, depth)
-            measure(f"tg128 @ d{depth}", lambda: decode_speed(context, ANSWER))
-        measure("end to end", lambda: answer_speed(context))
-    per_token = joules[0] / (ANSWER * (repetitions + 1)) if joules else None
-    return BenchResult(speeds, load, first_cold, first_warm, peak_memory(), per_token, options)
+            measure(f"tg{answer} @ d{depth}", lambda: decode_speed(context, answer))
+    memory = peak_memory()
+    report("the limits of this machine")
+    limits = measure_limits(options.threads)
+    per_token = joules[0] / (answer * (plan.repetitions + (plan.seconds is None))) if joules else None
+    return BenchResult(speeds, load, first_cold, first_warm, memory, per_token, options, limits, token_work(header))
+
+
+def _choose_size(size: int, speed: float, plan: BenchPlan) -> int:
+    """Halve `size` tokens until all repetitions at `speed` tokens per second take no longer than planned."""
+    while plan.seconds is not None and size > _MIN_SIZE and size * plan.repetitions > speed * plan.seconds:
+        size //= 2
+    return size
 
 
 def prefill_speed(context: Context, tokens: int) -> float:
@@ -140,14 +202,14 @@ def fill_cache(context: Context, tokens: int) -> None:
         context.decode([(0, ids[start : start + context.n_batch])])
 
 
-def answer_speed(context: Context) -> float:
+def answer_speed(context: Context, tokens: int) -> float:
     """Measure an answer end to end, sampled with Qwen's settings and detokenized; returns tokens per second."""
     context.truncate(0, 0)
     vocabulary, text = context.model.tokenizer, IncrementalDetokenizer()
     ids = vocabulary.tokenize("Once upon a time", special=False) or [0]
     first = last = time.perf_counter()
     count = 0
-    for step in TokenSequence(context).generate(ids, Sampling(seed=1), limit=ANSWER):
+    for step in TokenSequence(context).generate(ids, Sampling(seed=1), limit=tokens):
         if isinstance(step, int):
             text.feed(vocabulary.piece(step))
             last = time.perf_counter()

@@ -15,7 +15,16 @@ from qwenlocal.engine.load_plan import (
     SamplingIgnored,
 )
 from qwenlocal.formatting import shorten
+from qwenlocal.huge_pages import measure_huge_pages
 from qwenlocal.i18n import tr
+
+
+def describe_load(plan: LoadPlan) -> str:
+    """Describe the memory use of a plan that was followed: "… of 9.1 GiB free, 97% in huge pages"."""
+    memory = measure_huge_pages()
+    if memory is None or not memory.huge:
+        return describe_plan(plan)
+    return describe_plan(plan) + tr(", {share:.0%} in huge pages", share=memory.huge / memory.resident)
 
 
 def describe_plan(plan: LoadPlan) -> str:

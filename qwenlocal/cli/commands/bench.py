@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,14 @@ _BAR_WIDTH = 40  # columns
 
 
 def bench_models(
-    names: Sequence[str], request: LoadRequest, *, repetitions: int, depths: str, as_json: bool, plot: bool
+    names: Sequence[str],
+    request: LoadRequest,
+    *,
+    full: bool,
+    repetitions: int | None,
+    depths: str | None,
+    as_json: bool,
+    plot: bool,
 ) -> None:
     """
     Benchmark every model; print a table for each, or one JSON list.
@@ -34,33 +41,32 @@ def bench_models(
     from qwenlocal.engine.load_plan import plan_load
     from qwenlocal.engine.memory import ModelDims
     from qwenlocal.machine import this_machine
-    from qwenlocal.measure.bench import ANSWER, run_benchmarks
+    from qwenlocal.measure.bench import ANSWER, FULL_PLAN, QUICK_PLAN, run_benchmarks
     from qwenlocal.terminal.progress import status_line
-    from qwenlocal.weights.gguf_reader import read_metadata
     from qwenlocal.weights.load_errors import check_file
 
-    if not 1 <= repetitions <= 1000:
-        raise OutOfRange("-r", 1, 1000, repetitions)
-    all_depths = _parse_depths(depths)
+    tests = FULL_PLAN if full else QUICK_PLAN
+    if repetitions is not None:
+        if not 1 <= repetitions <= 1000:
+            raise OutOfRange("-r", 1, 1000, repetitions)
+        tests = replace(tests, repetitions=repetitions)
+    if depths is not None:
+        tests = replace(tests, depths=_parse_depths(depths))
     app, machine = AppContext(quiet=as_json), this_machine()
     records = [(text, app.models.ensure_model(app.models.parse(text))) for text in names]
     results = []
     for text, record in records:
-        check_file(record.path)
-        dims = ModelDims.from_metadata(read_metadata(record.path))
-        max_depth = max(
-            (depth for depth in all_depths if dims is None or depth + ANSWER <= dims.n_ctx_train), default=0
+        header = check_file(record.path).header
+        dims = ModelDims.from_metadata(header.metadata)
+        possible = [depth for depth in tests.depths if dims is None or depth + ANSWER <= dims.n_ctx_train]
+        model_tests = replace(tests, depths=possible)
+        bench_request = replace(
+            request, rope="none", threads=request.threads or machine.cores, n_ctx=model_tests.max_tokens
         )
-        n_ctx = max(max_depth, 512) + ANSWER + 8
-        bench_request = replace(request, rope="none", threads=request.threads or machine.cores, n_ctx=n_ctx)
         plan = plan_load(text, dims, record.size, machine.memory().available, bench_request)
         with status_line(sys.stderr, delay=0) as show:
             result = run_benchmarks(
-                record.path,
-                plan.options,
-                repetitions=repetitions,
-                depths=[depth for depth in all_depths if depth <= max_depth],
-                report=functools.partial(_show_task, show, text),
+                record.path, header, plan.options, model_tests, functools.partial(_show_task, show, text)
             )
         results.append(_facts(text, result))
         if not as_json:
@@ -77,7 +83,7 @@ def _parse_depths(text: str) -> list[int]:
     parts = split_list(text)
     if not all(part.isdecimal() and len(part) < 8 and int(part) <= 1 << 20 for part in parts):
         raise UsageError(f"--depths must be a list of token counts, not {text}.", hint="For example: 0,512,4096")
-    return sorted({0, *map(int, parts)})
+    return sorted({*map(int, parts)} - {0})
 
 
 def _show(name: str, result: BenchResult, *, plot: bool) -> None:
@@ -93,9 +99,29 @@ def _show(name: str, result: BenchResult, *, plot: bool) -> None:
     facts += [f"memory {format_bytes(result.memory)}"] if result.memory is not None else []
     facts += [f"{result.joules:.2f} J per token"] if result.joules is not None else []
     sys.stdout.write(", ".join(facts) + "\n")
+    sys.stdout.write("".join(f"{line}\n" for line in _describe_limits(result)))
     if plot:
         _plot(result)
     sys.stdout.write("\n")
+
+
+def _describe_limits(result: BenchResult) -> Iterator[str]:
+    """Tell how near the limits of the machine the model runs, and where the time of a token goes."""
+    work, limits, threads = result.work, result.limits, format_quantity(result.options.threads, "thread")
+    yield (
+        f"decoding reads {format_bytes(work.bytes)} per token: {result.bandwidth_share:.0%} of the "
+        f"{limits.bandwidth / 1e9:.1f} GB/s that {threads} can read from memory"
+    )
+    if limits.operations and result.operations_share:
+        yield (
+            f"prefilling takes {work.operations / 1e9:.2f} billion operations per token: {result.operations_share:.0%} "
+            f"of the {limits.operations / 1e12:.2f} trillion per second that {threads} can do on 8-bit integers"
+        )
+    total, reading = 1e3 / result.decode, 1e3 * work.bytes / limits.bandwidth
+    yield (
+        f"time per token: {total + 1e3 * result.text_seconds:.1f} ms = reading the weights {reading:.1f} + "
+        f"computing and waiting {max(0.0, total - reading):.1f} + sampling and text {1e3 * result.text_seconds:.1f}"
+    )
 
 
 def _describe_speed(speed: Speed) -> str:
@@ -130,6 +156,12 @@ def _facts(name: str, result: BenchResult) -> dict[str, Any]:
         "first_token_cold_s": None if result.first_cold is None else round(result.first_cold, 4),
         "memory_bytes": result.memory,
         "joules_per_token": result.joules,
+        "bytes_per_token": result.work.bytes,
+        "bandwidth_bytes_s": round(result.limits.bandwidth),
+        "bandwidth_share": round(result.bandwidth_share, 4),
+        "operations_per_token": result.work.operations,
+        "operations_s": result.limits.operations and round(result.limits.operations),
+        "operations_share": result.operations_share and round(result.operations_share, 4),
         "threads": options.threads,
         "key_type": options.key_type,
         "value_type": options.value_type,

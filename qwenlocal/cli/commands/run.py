@@ -154,11 +154,11 @@ def _answer_once(app: AppContext, options: RunOptions, prompt: str, system: str)
     model, draft = app.models.ensure_models(options.model_name, options.draft)
 
     from qwenlocal.cli.model_loader import ModelLoader  # imports llama.cpp, once there is a model
-    from qwenlocal.terminal.load_notes import describe_note, describe_plan
+    from qwenlocal.terminal.load_notes import describe_load, describe_note
 
     loader = ModelLoader(app, options, draft)
     loaded = loader.load_with_status(model)
-    for sentence in (*([describe_plan(loaded.plan)] if options.stats else []), *map(describe_note, loaded.notes)):
+    for sentence in (*([describe_load(loaded.plan)] if options.stats else []), *map(describe_note, loaded.notes)):
         app.say(sentence)
     keep = True
     try:

@@ -124,8 +124,8 @@ def test_options_change_the_answer(qwenlocal: Run, speaking_model: Path) -> None
 def test_stats_follow_the_load_plan_on_standard_error(qwenlocal: Run, speaking_model: Path) -> None:
     result = qwenlocal("run", str(speaking_model), "Hi", "--stats")
     assert re.fullmatch(
-        r"weights .* GiB free(, \d+% in huge pages)?\nprompt \d+ tokens, [\d.]+ tokens/s \| first token after [\d.]+ s \| "
-        r"answer 11 tokens, [\d.]+ tokens/s \| end of answer\n",
+        r"weights .* GiB free(, \d+% in huge pages)?\n"
+        r"prompt \d+ tokens, [\d.]+ tokens/s \| first token after [\d.]+ s \| answer 11 tokens, [\d.]+ tokens/s \| end of answer\n",
         result.stderr,
     )
 

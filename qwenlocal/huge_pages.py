@@ -7,8 +7,8 @@ A token reads every weight once. With pages of 4 KB, the processor spends 5 to 1
 - A model file stays mapped, shared with other processes and droppable. The page cache keeps it in huge pages if its
   first reader or writer asks for them, and if the file system has large folios: XFS, and ext4 since Linux 6.16
   (mm/filemap.c: do_sync_mmap_readahead, VM_HUGEPAGE). All later mappings of the file use the same pages.
-- llama.cpp's own buffers (repacked weights, the KV cache, activations) ask for them as they are allocated, see
-  tools/huge_pages.c.
+- llama.cpp's own buffers (repacked weights, the KV cache) are moved to huge pages after loading, while nobody waits:
+  moving a gigabyte takes a second, and asking for huge pages beforehand can stall the load for as long.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import ctypes
 import mmap
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +27,9 @@ from qwenlocal.cgroups import read_kernel_file
 HUGE_PAGE = 2 << 20
 _STEP = 64 << 20  # bytes read between two reports
 _WINDOW = 16 << 20  # bytes reserved at once
+_COLLAPSE_STEP = 8 << 20  # bytes moved at once
 _MADV_POPULATE_READ = 22  # linux/mman.h, since Linux 5.14
+_MADV_COLLAPSE = 25
 _PR_SET_THP_DISABLE = 41  # linux/prctl.h
 _CACHESTAT = 451  # number of the system call cachestat(2), since Linux 6.5
 
@@ -78,6 +80,34 @@ def read_ahead(path: Path, report: Callable[[float], object] = lambda fraction: 
                 size = min(_STEP, len(mapping) - start)
                 mapping.madvise(_MADV_POPULATE_READ, start, size)
                 report((start + size) / len(mapping))
+
+
+def collapse_buffers(is_stopped: Callable[[], bool] = lambda: False) -> None:
+    """
+    Move the large blocks of memory of this process to huge pages (madvise(2): MADV_COLLAPSE, since Linux 6.1).
+
+    A block that is freed meanwhile does no harm. `is_stopped` is asked every few milliseconds.
+    """
+    if huge_page_mode() not in ("always", "madvise"):
+        return
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    for start, end in _anonymous_blocks(read_kernel_file(Path("/proc/self/maps"))):
+        madvise(start, end - start, mmap.MADV_HUGEPAGE)
+        for address in range(start, end, _COLLAPSE_STEP):
+            if is_stopped():
+                return
+            madvise(address, min(_COLLAPSE_STEP, end - address), _MADV_COLLAPSE)
+
+
+def _anonymous_blocks(maps: str) -> Iterator[tuple[int, int]]:
+    """Yield the addresses of writable memory without a file, of at least two whole huge pages (proc_pid_maps(5))."""
+    for line in maps.splitlines():
+        addresses, permissions, _, _, inode, *name = line.split()
+        start, end = (int(address, 16) for address in addresses.split("-"))
+        start, end = -(-start // HUGE_PAGE) * HUGE_PAGE, end // HUGE_PAGE * HUGE_PAGE
+        if permissions == "rw-p" and inode == "0" and not name and end - start >= 2 * HUGE_PAGE:
+            yield start, end
 
 
 class PageCacheReservation:

@@ -124,10 +124,18 @@ def test_options_change_the_answer(qwenlocal: Run, speaking_model: Path) -> None
 def test_stats_follow_the_load_plan_on_standard_error(qwenlocal: Run, speaking_model: Path) -> None:
     result = qwenlocal("run", str(speaking_model), "Hi", "--stats")
     assert re.fullmatch(
-        r"weights .* GiB free(, \d+% in huge pages)?\n"
-        r"prompt \d+ tokens, [\d.]+ tokens/s \| first token after [\d.]+ s \| answer 11 tokens, [\d.]+ tokens/s \| end of answer\n",
+        r"weights .* GiB free(, \d+% in huge pages)?\nprompt \d+ tokens, [\d.]+ tokens/s \| "
+        r"first token after [\d.]+ s \| answer 11 tokens, [\d.]+ tokens/s \| end of answer\n",
         result.stderr,
     )
+
+
+@pytest.mark.parametrize(("options", "tokens"), [([], "4,096"), (["-n", "5"], "2,048"), (["-c", "3072"], "3,072")])
+def test_a_single_answer_gets_a_context_that_holds_it(
+    options: list[str], tokens: str, qwenlocal: Run, speaking_model: Path
+) -> None:
+    result = qwenlocal("run", str(speaking_model), "Hi", "--stats", *options)
+    assert f"({tokens} tokens, f16)" in result.stderr
 
 
 def test_raw_text_is_continued_without_a_template(qwenlocal: Run, speaking_model: Path) -> None:

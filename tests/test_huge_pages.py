@@ -16,7 +16,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qwenlocal.ggml import integer_operations
 from qwenlocal.huge_pages import (
     HUGE_PAGE,
     HugePageUsage,
@@ -205,11 +204,12 @@ import sys
 from pathlib import Path
 from qwenlocal.engine.context import Context, ContextOptions
 from qwenlocal.engine.llama import Model
-from qwenlocal.huge_pages import disable_huge_pages, measure_huge_pages
+from qwenlocal.huge_pages import collapse_buffers, disable_huge_pages, measure_huge_pages
 if "off" in sys.argv:
     disable_huge_pages()
 before = measure_huge_pages()
 context = Context(Model(Path(sys.argv[1])), ContextOptions(100_000))
+collapse_buffers(lambda: "stopped" in sys.argv)
 print(measure_huge_pages().huge - before.huge, measure_huge_pages().resident - before.resident)
 """
 
@@ -221,12 +221,12 @@ def load_in_process(model: Path, *options: str) -> tuple[int, int]:
     return int(huge), int(resident)
 
 
-@pytest.mark.skipif(huge_page_mode() not in ("always", "madvise"), reason="needs transparent huge pages")
-@pytest.mark.skipif(not integer_operations(1), reason="needs the library that make setup compiles")
-def test_the_kv_cache_is_in_huge_pages_unless_they_are_turned_off(random_model: Path) -> None:
+@pytest.mark.skipif(huge_page_mode() != "madvise", reason="needs transparent huge pages on request")
+def test_the_kv_cache_moves_to_huge_pages_unless_they_are_turned_off(random_model: Path) -> None:
     huge, resident = load_in_process(random_model)
     assert resident > 16 << 20
     assert huge > 0.7 * resident
+    assert load_in_process(random_model, "stopped")[0] == 0
     huge, resident_without = load_in_process(random_model, "off")
     assert huge == 0
     assert resident < 1.05 * resident_without + 3 * HUGE_PAGE

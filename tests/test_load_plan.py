@@ -344,3 +344,14 @@ def test_a_split_model_is_counted_and_verified_as_one(
     for command, *more in (["verify"], ["plan"], ["run", "Hi"]):
         result = invoke(command, f"./{parts[0].name}", *more)
         assert (result.returncode, f"{parts[1].name} is missing" in result.stderr) == (5, True)
+
+
+def test_a_context_that_is_enough_is_not_exceeded() -> None:
+    assert plan_load("x", HALF, 400 * MIB, 24 * GIB, LoadRequest(max_n_ctx=8192)).options.n_ctx == 8192
+    assert plan_load("x", HALF, 400 * MIB, 24 * GIB, LoadRequest(max_n_ctx=1 << 20)).options.n_ctx == 32768
+    assert plan_load("x", HALF, 400 * MIB, 24 * GIB, LoadRequest(16384, max_n_ctx=8192)).options.n_ctx == 16384
+
+
+def test_a_small_context_is_chosen_if_it_is_enough() -> None:
+    assert plan_load("x", HALF, 400 * MIB, 24 * GIB, LoadRequest(max_n_ctx=2048)).options.n_ctx == 2048
+    assert plan_load("x", HALF, 400 * MIB, 800 * MIB, LoadRequest(max_n_ctx=1 << 20)).options.n_ctx < 32768

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from qwenlocal.chat.chat_model import ChatModel, load_chat_model
-from qwenlocal.chat.worker import iterate_in_thread
+from qwenlocal.chat.worker import BackgroundTask, iterate_in_thread
 from qwenlocal.cli.context import AppContext
 from qwenlocal.cli.options import RunOptions
 from qwenlocal.engine.llama import load_library
@@ -29,13 +29,17 @@ from qwenlocal.weights.load_errors import check_file
 from qwenlocal.weights.split_model import shard_paths
 
 
-def _refuse_unusable_types(file: Path) -> None:
-    """Check for types of tensors such as i32, with which llama.cpp computes until the process crashes."""
-    for part in shard_paths(file):
-        with contextlib.suppress(ValueError):  # llama.cpp will say why it cannot read the file
-            kinds = map(tensor_type_by_number, read_tensor_types(part))
-            if not all(kind and can_dequantize(kind) for kind in kinds):
-                raise BadWeights(file, tr("it has tensors of a type with which llama.cpp cannot compute"))
+def _find_unusable_types(files: Iterable[Path]) -> list[Path]:
+    """List the files with types of tensors such as i32, with which llama.cpp computes until the process crashes."""
+    return [file for file in files if any(map(_has_unusable_types, shard_paths(file)))]
+
+
+def _has_unusable_types(part: Path) -> bool:
+    try:
+        kinds = [tensor_type_by_number(number) for number in read_tensor_types(part)]
+    except ValueError:  # llama.cpp will say why it cannot read the file
+        return False
+    return not all(kind and can_dequantize(kind) for kind in kinds)
 
 
 def _find_fault(files: Iterable[Path]) -> BadWeights | None:
@@ -79,8 +83,11 @@ class ModelLoader:
             tuned=read_tuned_settings(folders.tuned, fingerprint_model(record.path), power_source()),
             draft=self._draft,
         )
-        with self._explain_bad_files(record.path, *([self._draft.path] if self._draft else [])):
-            return load_chat_model(
+        files = [record.path, *([self._draft.path] if self._draft else [])]
+        check = BackgroundTask(lambda: _find_unusable_types(files), lambda: None, lambda _: None)
+        with self._explain_bad_files(*files):
+            check.start()
+            loaded = load_chat_model(
                 record.path,
                 load_options,
                 this_machine(),
@@ -91,6 +98,10 @@ class ModelLoader:
                 report=report,
                 loader=self._engine_loader,
             )
+            if unusable := check.result():
+                loaded.close()
+                raise BadWeights(unusable[0], tr("it has tensors of a type with which llama.cpp cannot compute"))
+            return loaded
 
     @contextlib.contextmanager
     def _explain_bad_files(self, *files: Path) -> Iterator[None]:
@@ -106,8 +117,6 @@ class ModelLoader:
             _find_fault([*self._loading, *self._loaded]) or EngineCrashed(reason)
         )
         try:
-            for file in files:
-                _refuse_unusable_types(file)
             yield
             self._loaded.update(files)
         except (BadWeights, ContextNotCreated, NotEnoughMemory) as error:

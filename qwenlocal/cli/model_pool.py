@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -46,6 +47,7 @@ class ModelPool:
         self._loader: ModelLoader | None = None
         self._config: GenerationConfig | None = None
         self._fraction = 0.0  # of the first model that is loaded
+        self._is_first_needed = threading.Event()
         self._first_load = BackgroundTask(
             self._load_first, self._stop_first, lambda failure: self.on_first_loaded(failure)
         )
@@ -61,6 +63,7 @@ class ModelPool:
         """Return the conversation of `thread` with the first model, once it is loaded; say how it was loaded."""
         from qwenlocal.terminal.load_notes import describe_load, describe_note
 
+        self._is_first_needed.set()
         with loading_status(sys.stderr, str(self._first.name)) as show:
             while not self._first_load.is_done:
                 self._first_load.start()
@@ -78,7 +81,11 @@ class ModelPool:
         def report(fraction: float) -> None:
             self._fraction = fraction
 
-        return self._model_loader.load(self._first, report)
+        from qwenlocal.huge_pages import collapse_buffers
+
+        loaded = self._model_loader.load(self._first, report)
+        threading.Thread(target=collapse_buffers, args=(self._is_first_needed.is_set,), daemon=True).start()
+        return loaded
 
     def _stop_first(self) -> None:
         if self._loader:

@@ -26,7 +26,7 @@ ContextOption = Annotated[
     int | None, Option("-c", "--context", metavar="N", help="Size of the context in tokens. [default: what fits]")
 ]
 ThreadsOption = Annotated[
-    int | None, Option("-t", "--threads", metavar="N", help="Number of threads. [default: one per fast core]")
+    int | None, Option("-t", "--threads", metavar="N", help="Use at most N threads. [default: one per fast core]")
 ]
 GpuLayersOption = Annotated[
     str, Option("-ngl", "--gpu-layers", metavar="N", help="Number of layers on a GPU, auto or all.")

@@ -32,7 +32,11 @@ _MIN_SUGGESTED_CONTEXT = 512
 
 @dataclass(frozen=True)
 class LoadRequest:
-    """Settings that the user asked for; None (0 threads) leaves one to the plan. `force` skips the memory check."""
+    """
+    Settings that the user asked for; None (0 threads) leaves one to the plan. `force` skips the memory check.
+
+    Without `n_ctx`, the plan's context has at most `max_n_ctx` tokens: a short one is created faster.
+    """
 
     n_ctx: int | None = None
     kv_type: str | None = None
@@ -41,6 +45,11 @@ class LoadRequest:
     threads: int = 0
     n_ubatch: int | None = None
     force: bool = False
+    max_n_ctx: int | None = None
+
+    def limit_n_ctx(self, n_ctx_train: int) -> int:
+        """Return the longest context to plan for a model that was trained with `n_ctx_train` tokens."""
+        return min(n_ctx_train, self.max_n_ctx or n_ctx_train)
 
 
 def check_load_request(request: LoadRequest) -> None:
@@ -192,11 +201,11 @@ def _candidates(dims: ModelDims, weights: int, available: int, request: LoadRequ
     if request.n_ctx:
         yield from (replace(layout, n_ctx=request.n_ctx) for layout in layouts)
         return
-    room = available - weights
-    sizes = [(layout, _comfortable_context(dims, weights, room, layout)) for layout in layouts]
-    for minimum in (min(PREFERRED_CONTEXT, dims.n_ctx_train), min(_MIN_CONTEXT, dims.n_ctx_train)):
+    room, limit = available - weights, request.limit_n_ctx(dims.n_ctx_train)
+    sizes = [(layout, _comfortable_context(dims, weights, room, layout, limit)) for layout in layouts]
+    for minimum in (min(PREFERRED_CONTEXT, limit), min(_MIN_CONTEXT, limit)):
         yield from (replace(layout, n_ctx=size) for layout, size in sizes if size >= minimum)
-    yield from (replace(layout, n_ctx=min(_MIN_CONTEXT, dims.n_ctx_train)) for layout in layouts)
+    yield from (replace(layout, n_ctx=min(_MIN_CONTEXT, limit)) for layout in layouts)
 
 
 def _layouts(dims: ModelDims, request: LoadRequest) -> list[ContextOptions]:
@@ -239,10 +248,10 @@ def _all_layouts(request: LoadRequest) -> list[ContextOptions]:
     return [base, q8_keys, replace(q8_keys, value_type="q8_0", flash_attention=True)]
 
 
-def _comfortable_context(dims: ModelDims, weights: int, room: int, layout: ContextOptions) -> int:
-    """Return the longest context, in steps of 1,024, whose KV cache takes half of `room`; 0 if none does."""
+def _comfortable_context(dims: ModelDims, weights: int, room: int, layout: ContextOptions, limit: int) -> int:
+    """Return the longest context up to `limit`, in steps of 1,024, whose KV cache takes half of `room`, or 0."""
     per_token = dims.kv_cache_bytes(1, layout.key_type, layout.value_type)
-    size = min(dims.n_ctx_train, room // 2 // max(1, per_token) // _STEP * _STEP)
+    size = min(limit, room // 2 // max(1, per_token) // _STEP * _STEP)
     while size > 0 and estimate_memory(dims, weights, replace(layout, n_ctx=size)).total - weights > room:
         size -= _STEP
     return max(0, size)

@@ -22,6 +22,7 @@ from qwenlocal.engine.llama import Model
 from qwenlocal.engine.sampling import Sampling
 from qwenlocal.engine.sequence import TokenSequence
 from qwenlocal.engine.tokenizer import IncrementalDetokenizer
+from qwenlocal.huge_pages import collapse_buffers
 from qwenlocal.measure.limits import MachineLimits, TokenWork, measure_limits, token_work
 from qwenlocal.weights.gguf_reader import Header
 
@@ -147,6 +148,7 @@ def run_benchmarks(
     model = Model(path)
     load = time.perf_counter() - started
     with contextlib.closing(model), contextlib.closing(Context(model, options)) as context:
+        collapse_buffers()
         prompt = _choose_size(PROMPT, prefill_speed(context, _TRIAL_PROMPT), plan)
         measure(f"pp{prompt}", lambda: prefill_speed(context, prompt))
         context.truncate(0, 0)

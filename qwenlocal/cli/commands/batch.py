@@ -28,6 +28,7 @@ from qwenlocal.engine.context import Context
 from qwenlocal.engine.grammar import is_complete
 from qwenlocal.engine.tokenizer import IncrementalDetokenizer, Tokenizer
 from qwenlocal.errors import ContextFull, IncompleteAnswer, Interrupted, NotWritable, UsageError
+from qwenlocal.huge_pages import collapse_buffers
 from qwenlocal.i18n import tr
 from qwenlocal.paths import parse_path
 from qwenlocal.terminal.progress import status_line
@@ -223,6 +224,7 @@ def answer_batch(
     batch_size = choose_batch_size(loaded.costs, min(MAX_BATCH_SIZE, len(items)))
     options_for_all = replace(loaded.context.options, n_seq_max=batch_size + 1)
     context = Context(loaded.model, options_for_all, thread_adapter=loaded.context.thread_adapter)
+    collapse_buffers()
     generator, tokenizer, n_ctx = BatchGenerator(context), loaded.model.tokenizer, context.n_ctx
     sampling = options.merge_sampling(loaded.sampling)
     limit = options.max_tokens or n_ctx

@@ -26,6 +26,9 @@ from qwenlocal.formatting import format_count, join_sentences
 from qwenlocal.i18n import tr
 from qwenlocal.terminal.tty import disable_echo
 
+_LONG_ANSWER = 8192  # tokens
+_TEMPLATE_TOKENS = 1024  # more than what chat templates add to a prompt
+
 if TYPE_CHECKING:
     from qwenlocal.chat.chat_model import ChatModel
     from qwenlocal.chat.conversation import GenerationConfig
@@ -152,6 +155,8 @@ def _no_text() -> UsageError:
 
 def _answer_once(app: AppContext, options: RunOptions, prompt: str, system: str) -> None:
     model, draft = app.models.ensure_models(options.model_name, options.draft)
+    enough = _enough_context(prompt + system, options.max_tokens)
+    options = replace(options, load_request=replace(options.load_request, max_n_ctx=enough))
 
     from qwenlocal.cli.model_loader import ModelLoader  # imports llama.cpp, once there is a model
     from qwenlocal.terminal.load_notes import describe_load, describe_note
@@ -168,6 +173,12 @@ def _answer_once(app: AppContext, options: RunOptions, prompt: str, system: str)
         raise
     finally:
         loader.close(loaded, model.record, keep=keep)
+
+
+def _enough_context(text: str, max_tokens: int | None) -> int:
+    """Return a context, in steps of 1,024 tokens, that holds the prompt `text` and a long answer, or `max_tokens`."""
+    tokens = len(text.encode(errors="replace")) + (max_tokens or _LONG_ANSWER) + _TEMPLATE_TOKENS
+    return -(-tokens // 1024) * 1024  # a token has at least one byte
 
 
 def _print_answer(options: RunOptions, loaded: ChatModel, prompt: str, system: str) -> None:

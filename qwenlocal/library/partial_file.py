@@ -21,7 +21,6 @@ from typing import NamedTuple
 
 from qwenlocal.errors import DiskFull, NotWritable
 from qwenlocal.fileio import read_at, write_all, write_error
-from qwenlocal.huge_pages import PageCacheReservation
 from qwenlocal.resumable import JournalAppender, journal_path, part_path, read_journal, write_journal
 
 BLOCK_SIZE = 16 << 20
@@ -69,6 +68,8 @@ class PartialFile:
         ------
         NotWritable: the folder cannot be written.
         """
+        from qwenlocal.huge_pages import PageCacheReservation  # 2 ms, which `list` need not spend
+
         self._base, self.folder, self.identity, self.block_size = base, base.parent, identity, block_size
         self.path, self.journal_path = part_path(base), journal_path(base)
         self.count = -(-identity.size // block_size)

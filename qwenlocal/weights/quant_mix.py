@@ -41,11 +41,13 @@ _SMALL_MIXES = ("iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq1_s", "iq1_m")
 
 COMMON_TYPES = ("q4_0", "q4_k_m", "q5_k_m", "q6_k", "q8_0", "f16")
 
-# Types that llama.cpp repacks for vector units, by CPU feature (ggml-cpu/repack.cpp:
-# ggml_repack_get_optimal_repack_type).
-_REPACKED = {
-    "avx2": ("q4_0", "q4_k", "iq4_nl", "mxfp4"),
-    "avx512f": ("q2_k",),
+# Types that llama.cpp multiplies in large pieces, by CPU feature: repacked (ggml-cpu/repack.cpp:
+# ggml_repack_get_optimal_repack_type) or in tiles (ggml-cpu/tiled/tiled.cpp: ggml_tiled_supported).
+_TILED = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq1_s",
+          "iq1_m")  # fmt: skip
+_FAST_TYPES = {
+    "avx": _TILED,
+    "avx2": ("q4_0", "iq4_nl", "mxfp4"),
     "asimddp": ("q4_0", "q4_k", "q5_k", "q6_k", "q8_0", "iq4_nl", "mxfp4"),
 }
 
@@ -313,7 +315,7 @@ def find_slow_types(header: Header, features: Collection[str]) -> tuple[float, l
 
     The official Q4_K_M of a 0.5B with 896 columns, not a multiple of 256, on AVX2: (0.85, ["q5_0", "q8_0"]).
     """
-    fast = {name for feature in features for name in _REPACKED.get(feature, ())}
+    fast = {name for feature in features for name in _FAST_TYPES.get(feature, ())}
     sizes = Counter[str]()
     for tensor in header.tensors:
         if tensor.type.is_quantized and len(tensor.shape) > 1 and tensor.name != "token_embd.weight":

@@ -35,7 +35,7 @@ path, threads, adapts = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "Tru
 adapter = ThreadAdapter(threads, this_machine().cpu_times) if adapts else None
 options = ContextOptions(1024, threads=threads, batch_threads=threads, n_ubatch=128, flash_attention=False)
 context = Context(Model(path), options, thread_adapter=adapter)
-decode_speed(context, 8)
+prefill_speed(context, 256)
 prefill = prefill_speed(context, 256)
 context.truncate(0, 0)
 started, tokens = time.perf_counter(), 0

@@ -26,14 +26,17 @@ import json, sys
 from pathlib import Path
 from qwenlocal.engine.context import Context, ContextOptions
 from qwenlocal.engine.llama import Model
+from qwenlocal.huge_pages import collapse_buffers
 from qwenlocal.measure.bench import decode_speed, fill_cache, prefill_speed
 path, depth, prompt, answer, threads, n_ubatch = Path(sys.argv[1]), *map(int, sys.argv[2:])
 options = ContextOptions(depth + prompt + answer + 64, threads=threads, batch_threads=threads, n_ubatch=n_ubatch,
                          flash_attention=False)
 context = Context(Model(path), options)
+collapse_buffers()
 fill_cache(context, 64)
 decode_speed(context, 8)
 if prompt:
+    prefill_speed(context, prompt)  # llama-bench warms up as well
     print(json.dumps(prefill_speed(context, prompt)))
 else:
     fill_cache(context, depth)

@@ -27,7 +27,6 @@ from qwenlocal.errors import (
     QwenlocalError,
 )
 from qwenlocal.fileio import read_at, start_writeback, write_all, write_error
-from qwenlocal.huge_pages import PageCacheReservation
 from qwenlocal.paths import ensure_writable
 from qwenlocal.resumable import JournalAppender, journal_path, part_path, write_journal
 from qwenlocal.weights.worker_buffers import WorkerBuffers
@@ -114,7 +113,6 @@ class _JobRun:
         self._failure: BaseException | None = None
         self._is_stopped = False
         self._files: list[int] = []
-        self._reservations: list[PageCacheReservation] = []  # of the files
         self._sources: dict[Path, int] = {}
         self._states: dict[Path, os.stat_result] = {}  # of the sources, when they were opened
 
@@ -151,7 +149,6 @@ class _JobRun:
             stack.callback(os.close, file)
             self._files.append(file)
             os.ftruncate(file, output.size)
-            self._reservations.append(stack.enter_context(contextlib.closing(PageCacheReservation(file))))
             self._write(len(self._files) - 1, memoryview(output.header), 0)
         self._clear_gaps()
         self._resume(finished or {})
@@ -298,8 +295,6 @@ class _JobRun:
             buffer, offset = buffer[count:], offset + count
 
     def _write(self, output: int, data: memoryview, offset: int) -> None:
-        with self._lock:
-            self._reservations[output].reserve(offset, len(data))
         write_all(self._files[output], data, offset, self._seek_lock)
 
 

@@ -82,22 +82,25 @@ def read_ahead(path: Path, report: Callable[[float], object] = lambda fraction: 
                 report((start + size) / len(mapping))
 
 
-def collapse_buffers(is_stopped: Callable[[], bool] = lambda: False) -> None:
+def collapse_buffers(limit: int = sys.maxsize, is_stopped: Callable[[], bool] = lambda: False) -> None:
     """
-    Move the large blocks of memory of this process to huge pages (madvise(2): MADV_COLLAPSE, since Linux 6.1).
+    Move large blocks of memory of this process to huge pages (madvise(2): MADV_COLLAPSE, since Linux 6.1).
 
-    A block that is freed meanwhile does no harm. `is_stopped` is asked every few milliseconds.
+    Moves at most `limit` bytes, the oldest blocks first: llama.cpp allocates the weights before the KV cache, and
+    Linux maps from the top down. A block that is freed meanwhile does no harm. `is_stopped` is asked every few
+    milliseconds.
     """
     if huge_page_mode() not in ("always", "madvise"):
         return
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    for start, end in _anonymous_blocks(read_kernel_file(Path("/proc/self/maps"))):
+    for start, end in reversed([*_anonymous_blocks(read_kernel_file(Path("/proc/self/maps")))]):
         madvise(start, end - start, mmap.MADV_HUGEPAGE)
         for address in range(start, end, _COLLAPSE_STEP):
-            if is_stopped():
+            if is_stopped() or limit <= 0:
                 return
-            madvise(address, min(_COLLAPSE_STEP, end - address), _MADV_COLLAPSE)
+            size = min(_COLLAPSE_STEP, end - address)
+            limit -= size if madvise(address, size, _MADV_COLLAPSE) == 0 else 0  # it fails for unused memory
 
 
 def _anonymous_blocks(maps: str) -> Iterator[tuple[int, int]]:

@@ -209,7 +209,8 @@ if "off" in sys.argv:
     disable_huge_pages()
 before = measure_huge_pages()
 context = Context(Model(Path(sys.argv[1])), ContextOptions(100_000))
-collapse_buffers(lambda: "stopped" in sys.argv)
+limit = 8 << 20 if "limited" in sys.argv else sys.maxsize
+collapse_buffers(limit, lambda: "stopped" in sys.argv)
 print(measure_huge_pages().huge - before.huge, measure_huge_pages().resident - before.resident)
 """
 
@@ -227,6 +228,7 @@ def test_the_kv_cache_moves_to_huge_pages_unless_they_are_turned_off(random_mode
     assert resident > 16 << 20
     assert huge > 0.7 * resident
     assert load_in_process(random_model, "stopped")[0] == 0
+    assert 0 < load_in_process(random_model, "limited")[0] <= 8 << 20
     huge, resident_without = load_in_process(random_model, "off")
     assert huge == 0
     assert resident < 1.05 * resident_without + 3 * HUGE_PAGE

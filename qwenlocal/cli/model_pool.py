@@ -84,7 +84,8 @@ class ModelPool:
         from qwenlocal.huge_pages import collapse_buffers
 
         loaded = self._model_loader.load(self._first, report)
-        threading.Thread(target=collapse_buffers, args=(self._is_first_needed.is_set,), daemon=True).start()
+        arguments = (self._first.record.size, self._is_first_needed.is_set)
+        threading.Thread(target=collapse_buffers, args=arguments, daemon=True).start()
         return loaded
 
     def _stop_first(self) -> None:

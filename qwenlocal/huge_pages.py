@@ -1,8 +1,8 @@
 """
 Huge pages: model files and llama.cpp's buffers in pages of 2 MB instead of 4 KB, on Linux.
 
-A token reads every weight once. With pages of 4 KB, the processor spends 5 to 10 % of that time translating addresses
-(benchmarks/README.md). Nothing here needs privileges, and everything works without it:
+A token reads every weight once. With pages of 4 KB, up to 7 % of that time goes into translating addresses
+(benchmarks/LOG.md). Nothing here needs privileges, and everything works without it:
 
 - A model file stays mapped, shared with other processes and droppable. The page cache keeps it in huge pages if its
   first reader or writer asks for them, and if the file system has large folios: XFS, and ext4 since Linux 6.16

@@ -78,10 +78,10 @@ class ModelPool:
         return conversation
 
     def _load_first(self) -> ChatModel:
+        from qwenlocal.huge_pages import collapse_buffers
+
         def report(fraction: float) -> None:
             self._fraction = fraction
-
-        from qwenlocal.huge_pages import collapse_buffers
 
         loaded = self._model_loader.load(self._first, report)
         arguments = (self._first.record.size, self._is_first_needed.is_set)

@@ -3,7 +3,7 @@ Benchmarks of a model: llama-bench's tests, load time, time to first token, end-
 
 pp512 evaluates 512 random tokens in an empty cache; tg128 decodes 128 tokens one by one, without sampling or
 detokenizing (llama.cpp, tools/llama-bench/llama-bench.cpp: test_prompt, test_gen). Each test is repeated after a run
-that does not count.
+that does not count, a short one in quick benchmarks.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class BenchPlan:
     """
     The tests to run: `repetitions` of each, and decoding at `depths` tokens of context.
 
-    With `seconds`, each test evaluates or decodes fewer tokens than usual if it would take longer, and only the basic
-    tests run. Without, the time to the first token is measured with the file out of the page cache as well.
+    With `seconds`, each test evaluates or decodes fewer tokens than usual if it would take longer. Without, the time to
+    the first token is measured with the file out of the page cache as well.
     """
 
     repetitions: int

@@ -222,8 +222,8 @@ def answer_batch(
         )
     loaded.context.close()
     batch_size = choose_batch_size(loaded.costs, min(MAX_BATCH_SIZE, len(items)))
-    options_for_all = replace(loaded.context.options, n_seq_max=batch_size + 1)
-    context = Context(loaded.model, options_for_all, thread_adapter=loaded.context.thread_adapter)
+    batch_options = replace(loaded.context.options, n_seq_max=batch_size + 1)
+    context = Context(loaded.model, batch_options, thread_adapter=loaded.context.thread_adapter)
     collapse_buffers()
     generator, tokenizer, n_ctx = BatchGenerator(context), loaded.model.tokenizer, context.n_ctx
     sampling = options.merge_sampling(loaded.sampling)

@@ -124,20 +124,14 @@ def _memory(machine: Machine) -> Check:
 
 
 def _huge_pages() -> list[Check]:
-    states = {
-        "always": "used for weights and the KV cache",
-        "madvise": "used for weights and the KV cache, on request",
-        "never": "off",
-    }
+    """Return nothing on systems without huge pages."""
     mode = huge_page_mode()
-    if mode not in states:
-        return []
-    advice = (
-        ""
-        if mode != "never"
-        else ("Answers would be some 5% faster: echo madvise | sudo tee /sys/kernel/mm/transparent_hugepage/enabled")
-    )
-    return [Check("huge pages", states[mode], advice)]
+    if mode == "never":
+        setting = "/sys/kernel/mm/transparent_hugepage/enabled"
+        return [
+            Check("huge pages", "off", f"Models can be up to 7% faster with them: echo madvise | sudo tee {setting}")
+        ]
+    return [Check("huge pages", "used for weights and the KV cache")] if mode else []
 
 
 def _folders(folders: Folders) -> list[Check]:

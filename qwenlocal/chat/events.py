@@ -48,11 +48,36 @@ class TurnsEvicted:
 
 
 @dataclass(frozen=True)
+class TokenLogprob:
+    """
+    A token's bytes and the natural logarithm of its probability before sampling changes it: at temperature 1, without
+    penalties. `alternatives` are the most probable tokens at its position, the most probable one first.
+    """
+
+    id: int
+    piece: bytes
+    logprob: float
+    alternatives: tuple[tuple[int, bytes, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class PromptLogprobs:
+    """The tokens of the prompt, if a request asked for their probabilities; the first one has none (NaN)."""
+
+    tokens: tuple[TokenLogprob, ...]
+
+
+@dataclass(frozen=True)
 class Text:
-    """The next text of the answer: whole characters, no control tokens. `tokens` counts the answer's tokens so far."""
+    """
+    The next text of the answer: whole characters, no control tokens.
+
+    `tokens` counts the answer's tokens so far. `logprobs` are of the tokens since the last event, if requested.
+    """
 
     text: str
     tokens: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)

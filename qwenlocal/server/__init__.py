@@ -1,0 +1,1 @@
+"""HTTP interfaces to the models of this machine: `qwenlocal serve`."""

@@ -1,0 +1,136 @@
+"""
+The seam between HTTP and models: requests and events that do not depend on a protocol.
+
+The interfaces (OpenAI, Anthropic, Ollama) turn HTTP requests into `GenerationRequest`s and the events of
+`chat.events` into HTTP responses. An `Engine` runs one model; a `ModelHost` finds engines by name and loads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from qwenlocal.chat.events import Event, PromptLogprobs
+
+
+@dataclass(frozen=True)
+class ChatPrompt:
+    """Messages ({"role": …, "content": text}) that the model's chat template turns into a prompt."""
+
+    messages: Sequence[Mapping[str, str]]
+
+
+@dataclass(frozen=True)
+class TextPrompt:
+    """Text to continue; control tokens spelled in it are parsed, as llama-server does."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class TokenPrompt:
+    """Token ids to continue."""
+
+    ids: Sequence[int]
+
+
+Prompt = ChatPrompt | TextPrompt | TokenPrompt
+EngineEvent = Event | PromptLogprobs
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """
+    A prompt and how to answer it.
+
+    `sampling` overrides the sampling that the model recommends: fields of `engine.sampling.Sampling` by name, such as
+    {"temperature": 0.0, "grammar": grammar_from_schema(schema)}. `max_tokens` None means no limit but the context.
+    `top_logprobs` asks for the logarithm of each token's probability and those of that many alternatives;
+    `prompt_logprobs` for the same of the prompt's tokens. `client` identifies who asks, so that one client's many
+    requests do not delay those of others.
+    """
+
+    prompt: Prompt
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    top_logprobs: int | None = None
+    prompt_logprobs: bool = False
+    cache_prompt: bool = True
+    client: str = ""
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A model on this disk. `size` in bytes, `modified` in seconds since 1970; the rest is 0 or "" unless loaded."""
+
+    name: str
+    size: int
+    modified: float
+    digest: str = ""
+    quantization: str = ""
+    is_loaded: bool = False
+    n_ctx: int = 0
+    n_ctx_train: int = 0
+    has_template: bool = True
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """The vector of a text, normalized to length 1, and how many tokens the text has."""
+
+    vector: Sequence[float]
+    tokens: int
+
+
+class Engine(Protocol):
+    """A loaded model. All methods can be called concurrently."""
+
+    @property
+    def info(self) -> ModelInfo:
+        """The model."""
+
+    def generate(self, request: GenerationRequest) -> AsyncIterator[EngineEvent]:
+        """
+        Yield the events of an answer: `PromptLogprobs` if requested, `PromptProgress`, `Text`, then one `Done`.
+
+        Closing the iterator (`aclose`, or cancelling the task that waits for it) ends the computation.
+
+        Raises
+        ------
+        ContextFull: the prompt is too long. UsageError: an option is not usable. TextTooLong, BadWeights.
+        EngineCrashed: the process of the model has ended.
+        """
+
+    async def tokenize(self, text: str, *, special: bool = True, add_bos: bool = False) -> list[int]:
+        """Return the token ids of `text`."""
+
+    async def pieces(self, ids: Sequence[int]) -> list[bytes]:
+        """Return the bytes of each token; joined and decoded as UTF-8, they are the text."""
+
+    async def apply_template(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """Return the text of the prompt for messages. Raises UsageError if the model has no chat template."""
+
+    async def count_tokens(self, prompt: Prompt) -> int:
+        """Return the number of tokens of a prompt."""
+
+    async def embed(self, prompts: Sequence[TextPrompt | TokenPrompt]) -> list[Embedding]:
+        """Return an embedding per prompt."""
+
+
+class ModelHost(Protocol):
+    """The models of this machine, loaded when they are needed."""
+
+    def models(self) -> list[ModelInfo]:
+        """All installed models, the loaded ones first."""
+
+    def open(self, name: str) -> AbstractAsyncContextManager[Engine]:
+        """
+        Load the model `name` ("" for the default one) and keep it loaded for the duration of the block.
+
+        Raises
+        ------
+        ModelNotFound: it is not on this disk. NotEnoughMemory, BadWeights: it cannot be loaded.
+        """

@@ -15,7 +15,7 @@ import argparse
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ class TimedContext(Context):
 
     seconds = 0.0
 
-    def decode(self, batch: Sequence[tuple[int, Sequence[int]]], *, all_logits: bool = False) -> list[int]:
+    def decode(self, batch: Sequence[tuple[int, Sequence[int]]], *, all_logits: Collection[int] = ()) -> list[int]:
         started = time.perf_counter()
         try:
             return super().decode(batch, all_logits=all_logits)

@@ -80,7 +80,7 @@ def test_sequences_of_a_batch_are_independent(random_model: Path, open_context: 
 
 def test_all_logits_returns_a_row_per_token(random_model: Path, open_context: OpenContext) -> None:
     context = open_context(random_model)
-    (first,) = context.decode([(0, [1, 2, 3])], all_logits=True)
+    (first,) = context.decode([(0, [1, 2, 3])], all_logits=(0,))
     rows = [list(context.logits(first + n)[:259]) for n in range(3)]
     alone = open_context(random_model)
     (row,) = alone.decode([(0, [1, 2])])

@@ -73,7 +73,7 @@ def compute_logits(model: Model) -> numpy.ndarray:
     """Compute the logits after each of `IDS`, and close the model."""
     context = Context(model, ContextOptions(256, threads=2, n_batch=32))
     try:
-        (first,) = context.decode([(0, IDS)], all_logits=True)
+        (first,) = context.decode([(0, IDS)], all_logits=(0,))
         size = len(model.tokenizer)
         rows = [numpy.ctypeslib.as_array(context.logits(first + n), (size,)).copy() for n in range(len(IDS))]
         return numpy.stack(rows)

@@ -1,24 +1,18 @@
-"""
-Continuous batching: many prompts in one context, each in its own sequence; every step decodes a token of each.
-
-A step of k tokens takes far less time than k steps of one (see `CostCurve`), because the weights are read once for all
-of them. A common prefix of the prompts is in the KV cache once.
-"""
+"""Answers to many prompts, several at once, on a `Scheduler`."""
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from qwenlocal.engine.context import CacheFull, Context
-from qwenlocal.engine.prefix_cache import common_prefix
-from qwenlocal.engine.sampling import Sampler, Sampling
+from qwenlocal.engine.context import Context
+from qwenlocal.engine.sampling import Sampling
+from qwenlocal.engine.scheduler import Ended, Sampled, Scheduler, SequenceRequest
 from qwenlocal.engine.speculation import CostCurve
 from qwenlocal.engine.tokenizer import IncrementalDetokenizer
+from qwenlocal.errors import ContextFull
 
 _MIN_GAIN = 1.1  # in speed, for a larger batch to be worth its memory
-_PREFIX = 0  # the sequence that holds the common prefix of the prompts
 
 
 @dataclass(frozen=True)
@@ -48,14 +42,6 @@ class BatchResult:
     hit_stop: bool = False
 
 
-@dataclass
-class _Slot:
-    request: BatchRequest
-    sampler: Sampler
-    detokenizer: IncrementalDetokenizer
-    ids: list[int] = field(default_factory=list)
-
-
 def choose_batch_size(costs: CostCurve, max_size: int) -> int:
     """
     Choose how many sequences to decode at once for the most tokens per second, at most `max_size`.
@@ -70,15 +56,35 @@ def choose_batch_size(costs: CostCurve, max_size: int) -> int:
     return best
 
 
+class _Answer:
+    """The tokens of a request so far."""
+
+    def __init__(self, request: BatchRequest, piece: Callable[[int], bytes], is_end: Callable[[int], bool]) -> None:
+        self._request, self._piece, self._is_end = request, piece, is_end
+        self._detokenizer = IncrementalDetokenizer(request.stops)
+        self._ids: list[int] = []
+
+    def add(self, token: int) -> BatchResult | None:
+        """Append a token; return the result if it ends the answer."""
+        if self._is_end(token):
+            return self.result(hit_eos=True)
+        self._ids.append(token)
+        if self._request.stops:
+            self._detokenizer.feed(self._piece(token))
+        return self.result() if self._detokenizer.matched_stop is not None else None
+
+    def result(self, *, hit_eos: bool = False, is_full: bool = False) -> BatchResult:
+        """Return the answer so far."""
+        hit_stop = self._detokenizer.matched_stop is not None
+        return BatchResult(self._request.key, tuple(self._ids), hit_eos=hit_eos, is_full=is_full, hit_stop=hit_stop)
+
+
 class BatchGenerator:
-    """A generator for many requests; `context` needs one sequence per concurrent request, plus one."""
+    """A generator for many requests, as many at once as `context` has sequences."""
 
     def __init__(self, context: Context) -> None:
-        self._context = context
-        self._free = list(range(context.options.n_seq_max - 1, _PREFIX, -1))
-        self._slots: dict[int, _Slot] = {}
-        self._prefix: list[int] | None = None
-        self._stopped = self._is_tight = False
+        self._context, self._stopped = context, False
+        self._scheduler = Scheduler(context, max(1, context.options.n_seq_max - 1))
 
     def stop(self) -> None:
         """Stop after the current step, from any thread; unfinished answers are lost."""
@@ -94,106 +100,37 @@ class BatchGenerator:
         ------
         BadWeights: the model computes NaN.
         """
-        waiting = collections.deque(requests)
+        source, answers = iter(requests), dict[int, _Answer]()
         try:
-            while (waiting or self._slots) and not self._stopped:
-                while waiting and self._free and not (self._stopped or self._is_tight) and self._start(waiting[0]):
-                    waiting.popleft()
-                if not self._slots:
-                    if waiting and not self._stopped:
-                        yield BatchResult(waiting.popleft().key, (), hit_eos=False, is_full=True)
-                    continue
-                yield from self._pop_finished(is_end)
-                yield from self._step(waiting)
+            while not self._stopped:
+                while not self._scheduler.n_waiting and (request := next(source, None)):
+                    answers[request.key] = answer = _Answer(request, self._context.model.tokenizer.piece, is_end)
+                    try:
+                        self._scheduler.submit(
+                            SequenceRequest(request.key, request.ids, request.sampling, request.limit)
+                        )
+                    except ContextFull:
+                        yield answer.result(is_full=True)
+                if self._scheduler.is_idle:
+                    return
+                yield from self._step(answers)
         finally:
-            for number in list(self._slots):
-                self._close(number)
+            self._scheduler.close()
 
-    def _start(self, request: BatchRequest) -> bool:
-        """Process a prompt into a free sequence; return False if there is no room now."""
-        used = sum(len(slot.request.ids) + len(slot.ids) for slot in self._slots.values())
-        if used + len(request.ids) + 1 >= self._context.n_ctx:
-            return False
-        sampler = Sampler(request.sampling, self._context.model.tokenizer)
-        number = self._free.pop()
-        self._slots[number] = slot = _Slot(request, sampler, IncrementalDetokenizer(request.stops))
-        try:
-            row = self._prefill(number, request.ids)
-        except CacheFull:
-            self._close(number)
-            return self._shorten_prefix(request.ids) and self._start(request)
-        sampler.accept_prompt(request.ids)
-        self._sample(slot, row)
-        return True
-
-    def _prefill(self, number: int, ids: Sequence[int]) -> int:
-        context = self._context
-        cached = min(common_prefix(self._prefix or (), ids), len(ids) - 1)
-        if cached:
-            context.copy(_PREFIX, number)
-            cached = context.truncate(number, cached)  # 0 for recurrent models
-        row = -1
-        for start in range(cached, len(ids), context.n_batch):
-            row = context.decode([(number, ids[start : start + context.n_batch])])[0]
-        if self._prefix is None:
-            context.copy(number, _PREFIX)
-            self._prefix = list(ids)
-        elif cached < len(self._prefix):  # keep only what all prompts share
-            self._truncate_prefix(cached)
-        return row
-
-    def _shorten_prefix(self, ids: Sequence[int]) -> bool:
-        """Free the part of the first prompt that is not a prefix of `ids`; return False if there is none."""
-        shared = common_prefix(self._prefix or (), ids)
-        if self._prefix is None or shared == len(self._prefix):
-            return False
-        self._truncate_prefix(shared)
-        return True
-
-    def _truncate_prefix(self, length: int) -> None:
-        self._prefix = (self._prefix or [])[: self._context.truncate(_PREFIX, length)]
-
-    def _sample(self, slot: _Slot, row: int) -> None:
-        slot.ids.append(slot.sampler.sample(self._context, row))
-        if slot.request.stops:
-            slot.detokenizer.feed(self._context.model.tokenizer.piece(slot.ids[-1]))
-
-    def _pop_finished(self, is_end: Callable[[int], bool]) -> Iterator[BatchResult]:
-        for number, slot in list(self._slots.items()):
-            hit_eos = is_end(slot.ids[-1])
-            hit_stop = slot.detokenizer.matched_stop is not None and not hit_eos
-            if hit_eos or hit_stop or len(slot.ids) >= slot.request.limit:
-                ids = slot.ids[:-1] if hit_eos else slot.ids
-                yield BatchResult(slot.request.key, tuple(ids), hit_eos=hit_eos, is_full=False, hit_stop=hit_stop)
-                self._close(number)
-
-    def _step(self, waiting: collections.deque[BatchRequest]) -> Iterator[BatchResult]:
-        """Generate a token for each slot; if the cache is full, the newest slot goes back to the queue."""
-        numbers = list(self._slots)
-        if not numbers:
-            return
-        try:
-            rows = self._context.decode([(number, self._slots[number].ids[-1:]) for number in numbers])
-        except CacheFull:
-            yield from self._make_room(numbers, waiting)
-            return
-        for number, row in zip(numbers, rows, strict=True):
-            self._sample(self._slots[number], row)
-
-    def _make_room(self, numbers: Sequence[int], waiting: collections.deque[BatchRequest]) -> Iterator[BatchResult]:
-        newest = self._slots[numbers[-1]]
-        if len(numbers) > 1:
-            waiting.appendleft(newest.request)
-            self._close(numbers[-1])
-            self._is_tight = True  # start no request until another one has finished
-        elif self._prefix:
-            self._truncate_prefix(0)
-        else:
-            yield BatchResult(newest.request.key, tuple(newest.ids), hit_eos=False, is_full=True)
-            self._close(numbers[-1])
-
-    def _close(self, number: int) -> None:
-        self._is_tight = False
-        self._slots.pop(number).sampler.close()
-        self._context.truncate(number, 0)
-        self._free.append(number)
+    def _step(self, answers: dict[int, _Answer]) -> Iterator[BatchResult]:
+        for event in self._scheduler.step():
+            answer = answers.get(event.key)  # none: it has ended by an earlier token of the same step
+            if answer is None:
+                continue
+            result = None
+            if isinstance(event, Sampled):
+                result = answer.add(event.id)
+                if result:
+                    self._scheduler.finish(event.key)
+            elif isinstance(event, Ended):
+                if event.error:
+                    raise event.error
+                result = answer.result(is_full=event.is_full)
+            if result:
+                del answers[event.key]
+                yield result

@@ -7,7 +7,7 @@ import functools
 import math
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,14 +176,14 @@ class Context:
         """The C pointer, for samplers."""
         return self._context
 
-    def decode(self, batch: Sequence[tuple[int, Sequence[int]]], *, all_logits: bool = False) -> list[int]:
+    def decode(self, batch: Sequence[tuple[int, Sequence[int]]], *, all_logits: Collection[int] = ()) -> list[int]:
         """
         Run the model over new tokens of one or more sequences, at most `n_batch` tokens in total.
 
         `batch` is a list of (sequence, ids); the ids are appended to the sequence. Returns one row of logits per
-        sequence (for `Context.logits` and samplers): the one after its last token, or with `all_logits` the one after
-        its first token, followed by the others. `decode([(0, [9, 8]), (1, [7])])` returns `[1, 2]`: rows are positions
-        in the batch.
+        sequence (for `Context.logits` and samplers): the one after its last token, or for the sequences in `all_logits`
+        the one after its first token, followed by the others. `decode([(0, [9, 8]), (1, [7])])` returns `[1, 2]`: rows
+        are positions in the batch.
 
         Raises
         ------
@@ -196,13 +196,14 @@ class Context:
         token, pos, count, seq, logits = c_batch.token, c_batch.pos, c_batch.n_seq_id, c_batch.seq_id, c_batch.logits
         for sequence, ids in batch:
             start = self.length(sequence)
-            rows.append(position if all_logits else position + len(ids) - 1)
+            has_all = sequence in all_logits
+            rows.append(position if has_all else position + len(ids) - 1)
             for offset, id in enumerate(ids):
                 token[position] = id
                 pos[position] = start + offset
                 count[position] = 1
                 seq[position][0] = sequence
-                logits[position] = all_logits
+                logits[position] = has_all
                 position += 1
             logits[position - 1] = True
         c_batch.n_tokens = position

@@ -23,6 +23,8 @@ _RANGES = {
     "top_p": (0, 1),
     "min_p": (0, 1),
     "repeat_penalty": (0.01, 10),
+    "frequency_penalty": (-2, 2),
+    "presence_penalty": (-2, 2),
     "seed": (0, 2**32 - 2),
 }
 
@@ -33,6 +35,9 @@ class Sampling:
     Parameters for choosing the next token; the defaults are Qwen1.5's for its chat models.
 
     `temperature` 0 is greedy. `top_k` 0, `top_p` 1, `min_p` 0 and `repeat_penalty` 1 are off. `seed` None is random.
+    The other two penalties are OpenAI's: subtracted from the logit of a token once for each time it occurs, and once if
+    it occurs. `logit_bias` is added to the logits of tokens, as pairs (id, bias); -100 excludes a token. `ignore_eos`
+    excludes all tokens that end an answer.
     `grammar` (of `grammar_from_schema` or `grammar_from_gbnf`) constrains the answer, including `answer_prefix`: the
     tokens at the end of the prompt with which the answer starts.
     """
@@ -42,6 +47,10 @@ class Sampling:
     top_p: float = 0.8
     min_p: float = 0.0
     repeat_penalty: float = 1.05
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    ignore_eos: bool = False
     seed: int | None = None
     grammar: str | None = None
     answer_prefix: tuple[int, ...] = ()
@@ -69,6 +78,21 @@ def check_parameter(name: str, value: float | None, *, label: str = "") -> None:
         raise OutOfRange(label or name, minimum, maximum, value)
 
 
+def _biases(sampling: Sampling, tokenizer: Tokenizer) -> list[tuple[int, float]]:
+    """
+    Return what is added to logits: what was asked for, and minus infinity for tokens that must not occur.
+
+    Raises
+    ------
+    OutOfRange: an id is not in the vocabulary.
+    """
+    for token, _ in sampling.logit_bias:
+        if not 0 <= token < len(tokenizer):
+            raise OutOfRange("logit_bias", 0, len(tokenizer) - 1, token)
+    excluded = [*tokenizer.padding, *(tokenizer.end_tokens if sampling.ignore_eos else ())]
+    return [*sampling.logit_bias, *((token, -math.inf) for token in excluded)]
+
+
 class Sampler:
     """A chain of llama.cpp's samplers: penalties, top-k, top-p, min-p, temperature, random choice; and a grammar."""
 
@@ -89,24 +113,24 @@ class Sampler:
         top_k = 1 if sampling.temperature == 0 else sampling.top_k
         # A penalty lowers at most as many tokens as its window holds, so the candidates left by top-k afterwards are
         # among this many before.
-        self._n_candidates = top_k + _PENALTY_WINDOW if top_k and sampling.repeat_penalty >= 1 else None
+        lowers = sampling.repeat_penalty >= 1 and sampling.frequency_penalty >= 0 and sampling.presence_penalty >= 0
+        self._n_candidates = top_k + _PENALTY_WINDOW if top_k and lowers else None
         self._chain = c.llama_sampler_chain_init(c.llama_sampler_chain_default_params())
         self.seed = int.from_bytes(os.urandom(4), "little") % (2**32 - 1) if sampling.seed is None else sampling.seed
-        for sampler in self._samplers(sampling, tokenizer.padding):
+        for sampler in self._samplers(sampling, _biases(sampling, tokenizer)):
             c.llama_sampler_chain_add(self._chain, sampler)
 
-    def _samplers(self, sampling: Sampling, padding: list[int]) -> Iterable[Any]:
+    def _samplers(self, sampling: Sampling, biases: Sequence[tuple[int, float]]) -> Iterable[Any]:
         c = self._c
-        if padding:
-            biases = (c.llama_logit_bias * len(padding))(*((token, -math.inf) for token in padding))
-            yield c.llama_sampler_init_logit_bias(self._n_vocab, len(biases), biases)
-        if sampling.repeat_penalty > 1 and self._n_candidates:
-            # Penalizing 84 candidates instead of 151,936 halves the time of sampling.
-            yield c.llama_sampler_init_top_k(self._n_candidates)
-        if sampling.repeat_penalty != 1:
-            self._penalties = c.llama_sampler_init_penalties(
-                self._n_vocab, _PENALTY_WINDOW, sampling.repeat_penalty, 0.0, 0.0
-            )
+        if biases:
+            array = (c.llama_logit_bias * len(biases))(*biases)
+            yield c.llama_sampler_init_logit_bias(self._n_vocab, len(array), array)
+        penalties = (sampling.repeat_penalty, sampling.frequency_penalty, sampling.presence_penalty)
+        if penalties != (1, 0, 0):
+            if self._n_candidates:
+                # Penalizing 84 candidates instead of 151,936 halves the time of sampling.
+                yield c.llama_sampler_init_top_k(self._n_candidates)
+            self._penalties = c.llama_sampler_init_penalties(self._n_vocab, _PENALTY_WINDOW, *penalties)
             yield self._penalties
         if sampling.temperature == 0:
             yield c.llama_sampler_init_greedy()

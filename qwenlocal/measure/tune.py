@@ -96,7 +96,7 @@ def _batch_costs(context: Context, rounds: int = 3) -> dict[int, float]:
     depth, seconds = context.length(0), dict.fromkeys(DEFAULT_COSTS, float("inf"))
     for count in [*DEFAULT_COSTS] * rounds:
         started = time.perf_counter()
-        context.decode([(0, [count] * count)], all_logits=True)
+        context.decode([(0, [count] * count)], all_logits=(0,))
         seconds[count] = min(seconds[count], time.perf_counter() - started)
         context.truncate(0, depth)
     return {count: round(max(1.0, taken / seconds[1]), 3) for count, taken in seconds.items()}

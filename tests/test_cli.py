@@ -470,8 +470,8 @@ def test_a_closed_pipe_ends_the_program_silently(environment: dict[str, str], en
 
 def test_an_invalid_catalog_file_is_named(environment: dict[str, str], tmp_path: Path) -> None:
     code = (
-        "import sys, pathlib, qwenlocal.cli.context as context\n"
-        f"context.bundled_folder = lambda kind: pathlib.Path({str(tmp_path)!r})\n"
+        "import sys, pathlib, qwenlocal.library.model_library as model_library\n"
+        f"model_library.bundled_folder = lambda kind: pathlib.Path({str(tmp_path)!r})\n"
         "sys.argv = ['qwenlocal', 'pull', 'qwen1.5']\n"
         "from qwenlocal.cli import main\nmain()\n"
     )
@@ -493,8 +493,8 @@ def test_a_model_given_by_path_runs_with_an_invalid_catalog(
     environment: dict[str, str], tmp_path: Path, speaking_model: Path
 ) -> None:
     code = (
-        "import sys, pathlib, qwenlocal.cli.context as context\n"
-        f"context.bundled_folder = lambda kind: pathlib.Path({str(tmp_path)!r})\n"
+        "import sys, pathlib, qwenlocal.library.model_library as model_library\n"
+        f"model_library.bundled_folder = lambda kind: pathlib.Path({str(tmp_path)!r})\n"
         f"sys.argv = ['qwenlocal', 'run', {str(speaking_model)!r}, 'Hi']\n"
         "from qwenlocal.cli import main\nmain()\n"
     )

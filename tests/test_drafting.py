@@ -404,7 +404,7 @@ def test_run_says_that_the_draft_model_was_unloaded(
     assert "unloaded" not in expect_exit(invoke(*command), 0)
     memory = [8 << 30, 8 << 30, 50 << 20]  # for the plan, before the prompt, after 32 tokens
     machine = Machine(1, lambda: Memory(8 << 30, memory.pop(0) if memory else 8 << 30))
-    monkeypatch.setattr("qwenlocal.cli.model_loader.this_machine", lambda: machine)
+    monkeypatch.setattr("qwenlocal.api.model_loader.this_machine", lambda: machine)
     assert "The draft model was unloaded because memory is low." in expect_exit(invoke(*command), 0)
 
 

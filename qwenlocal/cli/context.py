@@ -1,35 +1,25 @@
-"""
-The objects that commands share, built when first used.
-
-Each part is imported with its first use, so that `list` starts as fast as Python and its argument parser allow.
-"""
+"""The objects that commands share, and how they talk to the user."""
 
 from __future__ import annotations
 
-import contextlib
-import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from qwenlocal.cli.console import can_ask, confirm, say
-from qwenlocal.errors import ChatNotFound, DownloadFailed, NotWritable
+from qwenlocal.errors import ChatNotFound, DownloadFailed
 from qwenlocal.formatting import format_bytes
 from qwenlocal.i18n import tr
-from qwenlocal.library.store import Store
-from qwenlocal.paths import Folders, bundled_folder
+from qwenlocal.library.model_library import ModelLibrary
 
 if TYPE_CHECKING:
     from qwenlocal.chat.journal import ChatInfo, Journal
-    from qwenlocal.library.catalog import Catalog
-    from qwenlocal.library.checkpoints import CheckpointFinder
     from qwenlocal.library.external_caches import ExternalFile
-    from qwenlocal.library.local_models import LocalModels
-    from qwenlocal.library.provider import ModelProvider
-    from qwenlocal.library.puller import Puller
     from qwenlocal.library.resolver import ResolvedModel
+    from qwenlocal.progress import TaskProgress
 
 
 @dataclass
@@ -46,64 +36,20 @@ class AppContext:
     assume_yes: bool = False
 
     @cached_property
-    def folders(self) -> Folders:
+    def library(self) -> ModelLibrary:
         """
-        The folders of this machine.
+        The models of this machine; downloads and conversions show their progress on stderr.
 
         Raises
         ------
         NotWritable: the home folder cannot be read.
         """
-        folders = Folders.from_environment()
-        if folders.home.is_dir() and not os.access(folders.home, os.R_OK | os.X_OK):
-            raise NotWritable(folders.home, "permission denied")
-        return folders
-
-    @cached_property
-    def catalog(self) -> Catalog:
-        """The model catalog in `models/`."""
-        from qwenlocal.library.catalog import Catalog
-
-        return Catalog.read(bundled_folder("models"))
-
-    @cached_property
-    def store(self) -> Store:
-        """The records of installed models."""
-        return Store(self.folders)
-
-    @cached_property
-    def local(self) -> LocalModels:
-        """Models on this disk, including those of other programs."""
-        from qwenlocal.library.local_models import LocalModels
-
-        return LocalModels(
-            self.folders,
-            self.store,
-            on_external_file=lambda file: self.say(
-                tr("Using the file of {program}: {path}", program=file.program, path=file.path)
-            ),
+        return ModelLibrary(
+            say=self.say,
+            on_download=self._announce,
+            open_progress=_open_progress,
             report_hashing=_show_hashing,
-        )
-
-    @cached_property
-    def checkpoints(self) -> CheckpointFinder:
-        """Checkpoints on this disk and on hubs."""
-        from qwenlocal.library.checkpoints import CheckpointFinder
-
-        return CheckpointFinder(self.local, self.open_puller)
-
-    @cached_property
-    def models(self) -> ModelProvider:
-        """Models by name: local, downloaded or converted."""
-        from qwenlocal.library.checkpoint_converter import CheckpointConverter
-        from qwenlocal.library.provider import ModelProvider
-        from qwenlocal.terminal.progress import show_progress
-
-        converter = CheckpointConverter(
-            self.folders, self.store, self.checkpoints, say=self.say, open_progress=lambda: show_progress(sys.stderr)
-        )
-        return ModelProvider(
-            self.folders, lambda: self.catalog, self.store, self.local, converter, self.open_puller, say=self.say
+            limit_rate=self.limit_rate,
         )
 
     def say(self, sentence: str) -> None:
@@ -112,34 +58,6 @@ class AppContext:
             say(sentence)
 
     # --- downloads
-
-    @contextlib.contextmanager
-    def open_puller(self) -> Iterator[Puller]:
-        """Open a downloader with every source that this machine can ask; it shows its progress on stderr."""
-        from qwenlocal.library.artifact import DownloadPolicy
-        from qwenlocal.library.http import HttpClient
-        from qwenlocal.library.hubs import Hub, HuggingFace, ModelScope
-        from qwenlocal.library.package_index import PackageIndex, index_url
-        from qwenlocal.library.puller import Puller
-        from qwenlocal.library.resolver import Resolver
-        from qwenlocal.terminal.progress import show_progress
-
-        client, policy = HttpClient(limit_rate=self.limit_rate), DownloadPolicy()
-        offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-        hubs: list[Hub] = [HuggingFace(), ModelScope(client)]
-        resolver = Resolver(
-            self.catalog, self.folders, client, hubs, lambda: PackageIndex(index_url(), client), policy, offline=offline
-        )
-        with show_progress(sys.stderr) as show:
-            yield Puller(
-                self.folders,
-                self.store,
-                self.local,
-                resolver,
-                on_start=self._announce,
-                report=show,
-                policy=policy,
-            )
 
     def _announce(self, model: ResolvedModel) -> None:
         """
@@ -180,7 +98,7 @@ class AppContext:
         from qwenlocal.chat.journal import Journal
         from qwenlocal.chat.sqlite_pages import wal_path
 
-        path = self.folders.journal
+        path = self.library.folders.journal
         return Journal(path) if path.exists() or wal_path(path).exists() else None
 
     def find_chat(self, text: str) -> tuple[Journal, ChatInfo]:
@@ -201,6 +119,12 @@ class AppContext:
         if journal is None or not chats:
             raise ChatNotFound("" if text == "last" else text)
         return journal, chats[0]
+
+
+def _open_progress() -> AbstractContextManager[Callable[[TaskProgress], None]]:
+    from qwenlocal.terminal.progress import show_progress
+
+    return show_progress(sys.stderr)
 
 
 def _show_hashing(file: ExternalFile, done: int, total: int) -> None:

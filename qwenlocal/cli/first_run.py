@@ -60,21 +60,23 @@ def choose_model(app: AppContext) -> str | None:
     """
     if not can_ask():
         return None
-    preferred = (app.catalog.default, app.catalog.starter)
-    if any(app.local.find(CatalogName(card)) for card in preferred):
+    preferred = (app.library.catalog.default, app.library.catalog.starter)
+    if any(app.library.local.find(CatalogName(card)) for card in preferred):
         return None
     machine = this_machine()
-    folder = app.folders.home
+    folder = app.library.folders.home
     while not folder.exists():
         folder = folder.parent
     bandwidth = measure_bandwidth(machine.cores)
-    choices = list_choices(list(app.catalog.cards), machine, shutil.disk_usage(folder).free, bandwidth)
-    default = next((number for number, choice in enumerate(choices, 1) if choice.card == app.catalog.default), 1)
+    choices = list_choices(list(app.library.catalog.cards), machine, shutil.disk_usage(folder).free, bandwidth)
+    default = next(
+        (number for number, choice in enumerate(choices, 1) if choice.card == app.library.catalog.default), 1
+    )
     app.say(tr("No model is installed. Choose one; larger models answer better, but slower.") + "\n")
     for number, choice in enumerate(choices, 1):
         app.say(_describe(number, choice, is_default=number == default))
     answer = choose_number(
-        range(1, len(choices) + 1), default, check_text=lambda text: parse_name(text, lambda: app.catalog)
+        range(1, len(choices) + 1), default, check_text=lambda text: parse_name(text, lambda: app.library.catalog)
     )
     if isinstance(answer, str):
         return answer

@@ -59,8 +59,8 @@ def find_installed(app: AppContext, text: str) -> ModelRecord:
     """
     from qwenlocal.weights.checkpoint import Checkpoint
 
-    name = app.models.parse(text)
-    record = app.local.find_offline(name)
+    name = app.library.models.parse(text)
+    record = app.library.local.find_offline(name)
     if record is not None:
         return record
     if isinstance(name, LocalCheckpointName):

@@ -18,10 +18,10 @@ from qwenlocal.model_files import parse_shard
 from qwenlocal.terminal.progress import loading_status
 
 if TYPE_CHECKING:
+    from qwenlocal.api.model_loader import ModelLoader
     from qwenlocal.chat.chat_model import ChatModel
     from qwenlocal.chat.conversation import Conversation, GenerationConfig
     from qwenlocal.chat.thread import Thread
-    from qwenlocal.cli.model_loader import ModelLoader
     from qwenlocal.engine.draft_model import ModelDrafter
     from qwenlocal.engine.load_plan import LoadNote
 
@@ -101,7 +101,7 @@ class ModelPool:
 
     def names(self) -> Sequence[str]:
         """Names of the installed models."""
-        return [record.name for record in self._app.store.records()]
+        return [record.name for record in self._app.library.store.records()]
 
     def nearby_files(self) -> Sequence[str]:
         """Paths of the GGUF files in the folder of the current model, relative to the working directory if below it."""
@@ -127,10 +127,10 @@ class ModelPool:
         """
         if not self._pooled:
             self.load_first(thread)
-        parsed = self._app.models.parse(name)
+        parsed = self._app.library.models.parse(name)
         key = str(parsed)
         if key not in self._pooled:
-            model = ProvidedModel(parsed, self._app.models.ensure_model(parsed))
+            model = ProvidedModel(parsed, self._app.library.models.ensure_model(parsed))
             loaded = self._make_room(lambda: self._model_loader.load_in_thread(model))
             self._pooled[key] = _PooledModel(model, loaded)
         loaded = self._pooled[key].loaded
@@ -166,10 +166,10 @@ class ModelPool:
 
     @property
     def _model_loader(self) -> ModelLoader:
-        from qwenlocal.cli.model_loader import ModelLoader
+        from qwenlocal.cli.run_models import create_loader
 
         if self._loader is None:
-            self._loader = ModelLoader(self._app, self._options, self._draft)
+            self._loader = create_loader(self._app, self._options, self._draft)
         return self._loader
 
     def _conversation(self, loaded: ChatModel, thread: Thread) -> Conversation:

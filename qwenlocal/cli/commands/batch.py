@@ -20,8 +20,8 @@ from qwenlocal.chat.events import FinishReason
 from qwenlocal.chat.worker import iterate_in_thread
 from qwenlocal.cli.console import say
 from qwenlocal.cli.context import AppContext
-from qwenlocal.cli.model_loader import ModelLoader
 from qwenlocal.cli.options import RunOptions
+from qwenlocal.cli.run_models import create_loader, load_with_status
 from qwenlocal.cli.text_input import fill_placeholders, read_prompt_file
 from qwenlocal.engine.batching import BatchGenerator, BatchRequest, BatchResult, choose_batch_size
 from qwenlocal.engine.context import Context
@@ -67,9 +67,9 @@ def run_batch(app: AppContext, options: RunOptions) -> None:
     if not remaining:
         app.say(tr("All prompts are answered already ({count:,}).", count=len(items)))
         return
-    model, draft = app.models.ensure_models(options.model_name, options.draft)
-    loader = ModelLoader(app, options, draft)
-    loaded = loader.load_with_status(model)
+    model, draft = app.library.models.ensure_models(options.model_name, options.draft)
+    loader = create_loader(app, options, draft)
+    loaded = load_with_status(loader, model)
     try:
         answer_batch(options, loaded, remaining, output, len(items) - len(remaining))
     finally:

@@ -59,8 +59,8 @@ def run_chat(
         pool,
         say_dimmed,
         lambda question: repl.ask(question),
-        [bundled_folder("prompts"), app.folders.home / "prompts"],
-        app.folders.chats,
+        [bundled_folder("prompts"), app.library.folders.home / "prompts"],
+        app.library.folders.chats,
         show_stats=options.stats,
         render_markdown=options.markdown,
     )
@@ -71,7 +71,7 @@ def run_chat(
     _end_on_signals(session)
     repl = Repl(
         session,
-        history=app.folders.history if options.journal else None,
+        history=app.library.folders.history if options.journal else None,
         drafter=lambda: pool.drafter,
         on_ready=pool.start_loading,
         early_bytes=early_bytes,
@@ -164,7 +164,7 @@ def _record_in_journal(session: Session, app: AppContext, model: str, resumed: R
 
 def _open_journal(app: AppContext) -> Journal | None:
     """Open the journal; if it cannot be used, say so, and the chat continues without it."""
-    path = app.folders.journal
+    path = app.library.folders.journal
     try:
         ensure_writable(path.parent)
         return Journal(path)

@@ -117,7 +117,7 @@ def remove_chats(texts: list[str], *, assume_yes: bool) -> None:
             journal.delete_chat(chat.id)
             sys.stderr.write(f"Deleted: {chat.id} {escape_controls(chat.title)}\n")
     finally:
-        delete_prompt_caches(app.folders.states)
+        delete_prompt_caches(app.library.folders.states)
 
 
 def _find_chats(chats: list[ChatInfo], texts: list[str]) -> list[ChatInfo]:
@@ -183,7 +183,7 @@ def recover_chats() -> None:
     from qwenlocal.chat.recovery import is_intact, recover
     from qwenlocal.chat.sqlite_pages import wal_path
 
-    path = AppContext().folders.journal
+    path = AppContext().library.folders.journal
     if not path.exists() and not wal_path(path).exists():
         sys.stderr.write(tr("There are no chats yet.") + "\n")
         return

@@ -32,7 +32,7 @@ def convert_checkpoint(
     gc.disable()  # there are no reference cycles here, and scanning a vocabulary's 300,000 strings takes 0.2 s
     types, overrides, imatrix = read_options(options)
     app = AppContext(quiet=options.as_json, limit_rate=limit_rate)
-    with app.checkpoints.find(app.models.parse(options.source)) as checkpoint:
+    with app.library.checkpoints.find(app.library.models.parse(options.source)) as checkpoint:
         name = name or checkpoint.name
         targets = choose_targets(options, name, types)
         plan_options = ConversionOptions(name, checkpoint.repo, pre_tokenizer, like is not None, overrides, imatrix)

@@ -54,9 +54,16 @@ def check_machine(*, as_json: bool, offline: bool) -> None:
     """Run all checks and print them; problems do not change the exit code."""
     app = AppContext(quiet=True)
     machine = this_machine()
-    checks = [_versions(), *_engine(machine), _memory(machine), *_huge_pages(), *_folders(app.folders), _models(app)]
+    checks = [
+        _versions(),
+        *_engine(machine),
+        _memory(machine),
+        *_huge_pages(),
+        *_folders(app.library.folders),
+        _models(app),
+    ]
     if not offline:
-        checks += _sources(has_models=any(not record.missing for record in app.store.records()))
+        checks += _sources(has_models=any(not record.missing for record in app.library.store.records()))
     if as_json:
         print_json([{**asdict(check), "ok": not check.advice} for check in checks])
         return
@@ -149,8 +156,8 @@ def _folders(folders: Folders) -> list[Check]:
 
 
 def _models(app: AppContext) -> Check:
-    records = [record for record in app.store.records() if not record.missing]
-    partial = app.store.partial_downloads()
+    records = [record for record in app.library.store.records() if not record.missing]
+    partial = app.library.store.partial_downloads()
     state = f"{len(records)} installed" + (f", {len(partial)} unfinished" if partial else "")
     return Check("models", state, "" if records else "Download the default model: qwenlocal run")
 

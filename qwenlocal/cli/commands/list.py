@@ -19,12 +19,12 @@ _CARD_STATES = {"available": "available", "checkpoint": "available; converted af
 def list_models(*, include_available: bool, as_json: bool) -> None:
     """List what is installed and unfinished; with `include_available`, also the rest of the catalog."""
     app = AppContext()
-    records = app.store.records()
+    records = app.library.store.records()
     installed = [record for record in records if not record.missing]
-    partial = _partial_models(records, app.store.partial_downloads())
-    conversions = list(unfinished_conversions(app.folders))
+    partial = _partial_models(records, app.library.store.partial_downloads())
+    conversions = list(unfinished_conversions(app.library.folders))
     names = {record.name for record in installed}
-    cards = app.catalog.cards if include_available else ()
+    cards = app.library.catalog.cards if include_available else ()
     available = [facts for facts in map(card_facts, cards) if facts["name"] not in names]
     if as_json:
         _print_json(installed, partial, conversions, available)

@@ -54,7 +54,7 @@ def plan_model(text: str, request: LoadRequest, *, as_json: bool) -> None:
     from qwenlocal.machine import this_machine
 
     app = AppContext(quiet=as_json)
-    name = app.models.parse(text)
+    name = app.library.models.parse(text)
     if isinstance(name, LocalCheckpointName):
         raise UsageError(
             f"{text} is a checkpoint.", hint=f"To plan its conversion: qwenlocal convert {shlex.quote(text)} --dry-run"
@@ -80,14 +80,14 @@ def _read_outline(app: AppContext, name: ModelName) -> ModelOutline:
     from qwenlocal.weights.gguf_reader import read_header
     from qwenlocal.weights.load_errors import check_file
 
-    record = app.local.find(name)
+    record = app.library.local.find(name)
     if record is None:
         try:
-            with tempfile.TemporaryDirectory() as folder, app.open_puller() as puller:
+            with tempfile.TemporaryDirectory() as folder, app.library.open_puller() as puller:
                 path, size = puller.download_prefix(name, Path(folder), _HEADER_BYTES)
                 header = read_header(path)
         except SourceUnreachable:
-            record = app.local.find_offline(name)
+            record = app.library.local.find_offline(name)
             if record is None:
                 raise
     if record is not None:

@@ -19,12 +19,12 @@ def quantize_file(options: WriteOptions, *, requantize: bool) -> None:
 
     types, overrides, imatrix = read_options(options)
     app = AppContext(quiet=options.as_json)
-    name = app.models.parse(options.source)
+    name = app.library.models.parse(options.source)
     if isinstance(name, LocalCheckpointName):
         raise UsageError(
             f"{options.source} is a checkpoint.", hint=f"Convert it: qwenlocal convert {shlex.quote(options.source)}"
         )
-    record = app.models.ensure_model(name)
+    record = app.library.models.ensure_model(name)
     targets = choose_targets(options, record.path.stem, types)
     for path, _ in targets:
         if os.path.exists(path) and path.samefile(record.path):  # Path.exists raises without permission

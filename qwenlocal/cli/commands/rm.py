@@ -19,7 +19,7 @@ def remove_model(text: str) -> None:
     ModelNotFound: there is nothing of that name, or it is a file of the user's.
     """
     app = AppContext()
-    name = app.models.parse(text)
+    name = app.library.models.parse(text)
     if isinstance(name, PathName):
         raise ModelNotFound(
             text,
@@ -27,7 +27,7 @@ def remove_model(text: str) -> None:
             hint=tr("Delete it with rm."),
         )
     has_removed_parts = _remove_unfinished(app, name)
-    record = app.local.find_record(name)
+    record = app.library.local.find_record(name)
     if record is None:
         if not has_removed_parts:
             raise ModelNotFound(
@@ -36,7 +36,7 @@ def remove_model(text: str) -> None:
                 hint=tr("List installed models: qwenlocal list"),
             )
         return
-    freed = format_bytes(app.store.remove(record))
+    freed = format_bytes(app.library.store.remove(record))
     if isinstance(name, LocalCheckpointName):
         app.say(
             tr("Removed the model converted from {name} ({size}). Your checkpoint stays.", name=record.name, size=freed)
@@ -57,9 +57,9 @@ def remove_model(text: str) -> None:
 def _remove_unfinished(app: AppContext, name: ModelName) -> bool:
     """Remove unfinished downloads and conversions of a model; return whether there were any."""
     has_removed = False
-    for incomplete in app.store.partial_downloads():
+    for incomplete in app.library.store.partial_downloads():
         if str(name) in (incomplete.identity.model, incomplete.identity.name):
-            app.store.remove_partial(incomplete)
+            app.library.store.remove_partial(incomplete)
             has_removed = True
             app.say(
                 tr(
@@ -68,9 +68,9 @@ def _remove_unfinished(app: AppContext, name: ModelName) -> bool:
                     size=format_bytes(incomplete.done),
                 )
             )
-    for conversion in unfinished_conversions(app.folders):
+    for conversion in unfinished_conversions(app.library.folders):
         if conversion.name == str(name) or conversion.name.startswith(f"{name}:"):
-            remove_unfinished(conversion.folder, app.store.file_paths())
+            remove_unfinished(conversion.folder, app.library.store.file_paths())
             has_removed = True
             app.say(tr("Removed the unfinished conversion ({size}).", size=format_bytes(conversion.size)))
     return has_removed

@@ -72,11 +72,11 @@ def _chat(app: AppContext, options: RunOptions, prompt: str | None, system: str,
             app.say(join_sentences(str(error), consequence, error.hint))
             options = replace(options, journal=False)
     model_name = options.model_name or (resumed.info.model if resumed else None)
-    if model_name is None and prompt is None and not app.store.records():
+    if model_name is None and prompt is None and not app.library.store.records():
         from qwenlocal.cli.first_run import choose_model
 
         model_name = choose_model(app)
-    model, draft = app.models.ensure_models(model_name, options.draft)
+    model, draft = app.library.models.ensure_models(model_name, options.draft)
     keys_kept = disable_echo(sys.stdin, sys.stdout) if early_bytes is None else contextlib.nullcontext(early_bytes)
     with keys_kept as typed:  # before the imports: what is typed meanwhile counts
         from qwenlocal.cli.commands.chat import run_chat
@@ -154,15 +154,15 @@ def _no_text() -> UsageError:
 
 
 def _answer_once(app: AppContext, options: RunOptions, prompt: str, system: str) -> None:
-    model, draft = app.models.ensure_models(options.model_name, options.draft)
+    model, draft = app.library.models.ensure_models(options.model_name, options.draft)
     enough = _enough_context(prompt + system, options.max_tokens)
     options = replace(options, load_request=replace(options.load_request, max_n_ctx=enough))
 
-    from qwenlocal.cli.model_loader import ModelLoader  # imports llama.cpp, once there is a model
+    from qwenlocal.cli.run_models import create_loader, load_with_status  # imports llama.cpp, once there is a model
     from qwenlocal.terminal.load_notes import describe_load, describe_note
 
-    loader = ModelLoader(app, options, draft)
-    loaded = loader.load_with_status(model)
+    loader = create_loader(app, options, draft)
+    loaded = load_with_status(loader, model)
     for sentence in (*([describe_load(loaded.plan)] if options.stats else []), *map(describe_note, loaded.notes)):
         app.say(sentence)
     keep = True

@@ -27,10 +27,10 @@ def show_model(text: str, *, as_json: bool) -> None:
 def _facts(app: AppContext, text: str) -> dict[str, Any]:
     from qwenlocal.weights.split_model import read_split_model
 
-    name = app.models.parse(text)
+    name = app.library.models.parse(text)
     if isinstance(name, HubCheckpointName):
-        return record_facts(app.models.stored_checkpoint(name))
-    if record := app.local.find_offline(name):
+        return record_facts(app.library.models.stored_checkpoint(name))
+    if record := app.library.local.find_offline(name):
         facts = record_facts(record)
         if isinstance(name, PathName):
             facts["name"] = record.path.name

@@ -30,7 +30,7 @@ def tune_model(text: str, *, seconds: float, as_json: bool) -> None:
     if not 1 <= seconds <= 3600:
         raise OutOfRange("--seconds", 1, 3600, seconds)
     app = AppContext(quiet=as_json)
-    record, machine = app.models.ensure_model(app.models.parse(text)), this_machine()
+    record, machine = app.library.models.ensure_model(app.library.models.parse(text)), this_machine()
     check_file(record.path)
     if hasattr(os, "getloadavg") and os.getloadavg()[0] > machine.cores / 2:
         app.say("Other programs keep this machine busy, so the results may not hold when it is idle.")
@@ -38,7 +38,7 @@ def tune_model(text: str, *, seconds: float, as_json: bool) -> None:
     with status_line(sys.stderr, delay=0) as show:
         settings = tune(record.path, counts, seconds=seconds, report=lambda task: show(f"measuring {task}"))
     power = power_source()
-    write_tuned_settings(app.folders.tuned, fingerprint_model(record.path), power, settings)
+    write_tuned_settings(app.library.folders.tuned, fingerprint_model(record.path), power, settings)
     if as_json:
         print_json({"model": text, "power": power, **settings.to_json()})
         return

@@ -23,13 +23,13 @@ def verify_model(text: str, *, repair: bool, as_json: bool) -> None:
     BadWeights: the model is damaged, and was not repaired.
     """
     app = AppContext(quiet=as_json, assume_yes=True)  # repairs use the sources of the first download
-    name = app.models.parse(text)
+    name = app.library.models.parse(text)
     record = _installed_record(app, text, name)
     damage = _find_damage(app, record)
     for each in damage:
         app.say(_describe_damage(each))
     if damage and repair:
-        record, damage = app.models.repair(name, record, damage), []
+        record, damage = app.library.models.repair(name, record, damage), []
         app.say(tr("{name} is repaired{proof}.", name=record.name, proof=_describe_digests(record)))
     elif not damage:
         _check_readable(record)
@@ -52,7 +52,7 @@ def verify_model(text: str, *, repair: bool, as_json: bool) -> None:
 
 
 def _installed_record(app: AppContext, text: str, name: ModelName) -> ModelRecord:
-    record = app.store.get(str(name)) or app.local.find_offline(name)
+    record = app.library.store.get(str(name)) or app.library.local.find_offline(name)
     if record is not None and not record.missing:
         return record
     if isinstance(name, LocalCheckpointName):
@@ -75,7 +75,7 @@ def _find_damage(app: AppContext, record: ModelRecord) -> list[FileDamage]:
 
     try:
         with show_progress(sys.stderr) as show:
-            return app.store.find_damage(
+            return app.library.store.find_damage(
                 record, lambda done, total: show(TaskProgress(record.name, done, total, "reading"))
             )
     except KeyboardInterrupt as stop:

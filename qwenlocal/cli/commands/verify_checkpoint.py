@@ -31,7 +31,7 @@ def verify_checkpoint(text: str, source: str, *, as_json: bool) -> None:
     """
     app = AppContext(quiet=as_json)
     record = find_installed(app, text)
-    with app.checkpoints.find(app.models.parse(source)) as found:
+    with app.library.checkpoints.find(app.library.models.parse(source)) as found:
         checkpoint = found if isinstance(found, LocalCheckpoint) else found.download()
     try:
         fidelity = _compare(record.path, checkpoint)

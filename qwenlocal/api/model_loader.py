@@ -1,30 +1,30 @@
-"""Loading of models as `qwenlocal run` asks for it. Imports llama.cpp."""
+"""
+Loading of installed models, with what this machine knows about them: tuned settings, and faults of their files.
+
+Imports llama.cpp.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from qwenlocal.chat.chat_model import ChatModel, load_chat_model
 from qwenlocal.chat.worker import BackgroundTask, iterate_in_thread
-from qwenlocal.cli.context import AppContext
-from qwenlocal.cli.options import RunOptions
 from qwenlocal.engine.llama import load_library
 from qwenlocal.engine.loader import DraftSpec, EngineLoader, LoadOptions
 from qwenlocal.engine.prompt_cache import fingerprint_model
 from qwenlocal.engine.tuned_settings import read_tuned_settings, write_costs
-from qwenlocal.errors import BadWeights, ContextNotCreated, EngineCrashed, NotEnoughMemory, NotWritable
+from qwenlocal.errors import BadWeights, ContextNotCreated, EngineCrashed, NotEnoughMemory, NotWritable, QwenlocalError
 from qwenlocal.ggml import can_dequantize, read_tensor_types, tensor_type_by_number
 from qwenlocal.i18n import tr
 from qwenlocal.library.names import CatalogName
 from qwenlocal.library.provider import ProvidedModel
 from qwenlocal.library.store import ModelRecord
 from qwenlocal.machine import power_source, this_machine
-from qwenlocal.terminal.progress import loading_status
-from qwenlocal.terminal.tty import exit_after_crash
+from qwenlocal.paths import Folders
 from qwenlocal.weights.load_errors import check_file
 from qwenlocal.weights.split_model import shard_paths
 
@@ -53,10 +53,24 @@ def _find_fault(files: Iterable[Path]) -> BadWeights | None:
 
 
 class ModelLoader:
-    """Loads installed models with the options of a run, each with the same draft model, and closes them."""
+    """Loads installed models with the same options, each with the same draft model, and closes them."""
 
-    def __init__(self, app: AppContext, options: RunOptions, draft: ProvidedModel | None) -> None:
-        self._app, self._options = app, options
+    def __init__(
+        self,
+        folders: Folders,
+        options: LoadOptions,
+        draft: ProvidedModel | None = None,
+        *,
+        raw: bool = False,
+        on_crash: Callable[[QwenlocalError], object] = lambda error: None,
+    ) -> None:
+        """
+        Prepare to load with `options`, of which `tuned` and `draft` depend on the model and are filled in here.
+
+        `raw` models have no chat template. If llama.cpp is about to end the process, `on_crash` gets the reason, in a
+        thread of llama.cpp.
+        """
+        self._folders, self._options, self._raw, self._on_crash = folders, options, raw, on_crash
         self._draft = DraftSpec(str(draft.name), draft.record.path, draft.record.size) if draft else None
         self._engine_loader = EngineLoader()
         self._loading: Sequence[Path] = ()
@@ -73,14 +87,12 @@ class ModelLoader:
         BadWeights, NotEnoughMemory, ContextNotCreated: it cannot be loaded. Interrupted: `stop` was called.
         """
         name, record = model
-        options, folders = self._options, self._app.folders
         card = name.card if isinstance(name, CatalogName) else None
-        load_options = LoadOptions(
-            replace(options.load_request, n_ctx=n_ctx) if n_ctx else options.load_request,
-            options.gpu_layers,
-            lookup=options.lookup,
-            prompt_caches=folders.states if options.keep_cache and options.journal else None,
-            tuned=read_tuned_settings(folders.tuned, fingerprint_model(record.path), power_source()),
+        request = self._options.request
+        load_options = replace(
+            self._options,
+            request=replace(request, n_ctx=n_ctx) if n_ctx else request,
+            tuned=read_tuned_settings(self._folders.tuned, fingerprint_model(record.path), power_source()),
             draft=self._draft,
         )
         files = [record.path, *([self._draft.path] if self._draft else [])]
@@ -93,7 +105,7 @@ class ModelLoader:
                 this_machine(),
                 name=str(name),
                 size=record.size,
-                raw=options.raw or (card is not None and card.variant == "base"),
+                raw=self._raw or (card is not None and card.variant == "base"),
                 recommended=card.sampling if card else {},
                 report=report,
                 loader=self._engine_loader,
@@ -113,7 +125,7 @@ class ModelLoader:
         BadWeights: in place of any error that a fault of a file explains.
         """
         self._loading = files
-        load_library().on_abort = lambda reason: exit_after_crash(
+        load_library().on_abort = lambda reason: self._on_crash(
             _find_fault([*self._loading, *self._loaded]) or EngineCrashed(reason)
         )
         try:
@@ -135,11 +147,6 @@ class ModelLoader:
         with iterate_in_thread(lambda: iter([self.load(model, report, n_ctx)]), self.stop) as items:
             return next(items)
 
-    def load_with_status(self, model: ProvidedModel) -> ChatModel:
-        """Load a model with a status line on stderr; Ctrl-C stops it."""
-        with loading_status(sys.stderr, str(model.name)) as report:
-            return self.load_in_thread(model, report)
-
     def stop(self) -> None:
         """Stop loading, from another thread."""
         self._engine_loader.cancel()
@@ -152,7 +159,7 @@ class ModelLoader:
                 if loaded.costs.one is not None:
                     with contextlib.suppress(NotWritable):  # the next run measures them again
                         write_costs(
-                            self._app.folders.tuned, fingerprint_model(record.path), power_source(), loaded.costs.known
+                            self._folders.tuned, fingerprint_model(record.path), power_source(), loaded.costs.known
                         )
         finally:
             loaded.close()

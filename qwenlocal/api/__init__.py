@@ -1,0 +1,1 @@
+"""The Python interface: models that answer, and what loads them."""

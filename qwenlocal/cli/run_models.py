@@ -1,0 +1,33 @@
+"""Loading of models as `qwenlocal run` asks for it. Imports llama.cpp."""
+
+from __future__ import annotations
+
+import sys
+
+from qwenlocal.api.model_loader import ModelLoader
+from qwenlocal.chat.chat_model import ChatModel
+from qwenlocal.cli.context import AppContext
+from qwenlocal.cli.options import RunOptions
+from qwenlocal.engine.loader import LoadOptions
+from qwenlocal.library.provider import ProvidedModel
+from qwenlocal.terminal.progress import loading_status
+from qwenlocal.terminal.tty import exit_after_crash
+
+
+def create_loader(app: AppContext, options: RunOptions, draft: ProvidedModel | None) -> ModelLoader:
+    """Create the loader of a run; if llama.cpp crashes, the terminal is restored and the reason printed."""
+    folders = app.library.folders
+    keeps_cache = options.keep_cache and options.journal
+    load_options = LoadOptions(
+        options.load_request,
+        options.gpu_layers,
+        lookup=options.lookup,
+        prompt_caches=folders.states if keeps_cache else None,
+    )
+    return ModelLoader(folders, load_options, draft, raw=options.raw, on_crash=exit_after_crash)
+
+
+def load_with_status(loader: ModelLoader, model: ProvidedModel) -> ChatModel:
+    """Load a model with a status line on stderr; Ctrl-C stops it."""
+    with loading_status(sys.stderr, str(model.name)) as report:
+        return loader.load_in_thread(model, report)

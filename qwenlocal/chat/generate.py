@@ -7,12 +7,83 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from qwenlocal.chat.chat_template import require_tokens
-from qwenlocal.chat.events import Done, Event, FinishReason, GenerationStats, Text
+from qwenlocal.chat.events import Done, Event, FinishReason, GenerationStats, Text, TokenLogprob
 from qwenlocal.engine.grammar import is_complete
 from qwenlocal.engine.sampling import Sampling
 from qwenlocal.engine.sequence import TokenGenerator
 from qwenlocal.engine.tokenizer import IncrementalDetokenizer, Tokenizer
 from qwenlocal.progress import PromptProgress
+
+
+class AnswerBuilder:
+    """
+    The events of an answer, from its tokens as they come.
+
+    Feed every token to `add` until `finish_reason` is set, then call `finish`. A token that ends the answer or
+    completes a stop string sets it; the caller sets any other reason by passing it to `finish`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        n_prompt: int,
+        *,
+        grammar: str | None = None,
+        stop_strings: Sequence[str] = (),
+        prefix: Sequence[int] = (),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Start the clock of an answer to `n_prompt` tokens; `prefix` are its first tokens, known before."""
+        self._tokenizer, self._grammar, self._clock = tokenizer, grammar, clock
+        self._detokenizer = IncrementalDetokenizer(stop_strings)
+        # The text of the prefix is known, but it may end in the middle of a character.
+        self._text = "".join(self._detokenizer.feed(tokenizer.piece(token)) for token in prefix)
+        self._ids, self._n_prompt = list(prefix), n_prompt + len(prefix)
+        self._count, self._reused, self._logprobs = 0, 0, list[TokenLogprob]()
+        self._start = self._first = self._last = clock()
+        self.finish_reason: FinishReason | None = None
+
+    def report(self, progress: PromptProgress) -> PromptProgress:
+        """Note how much of the prompt was in the cache; return `progress`, which is an event itself."""
+        self._reused = progress.reused
+        return progress
+
+    def add(self, token: int, logprob: TokenLogprob | None = None) -> Iterator[Event]:
+        """Append a token and yield the text that it completes."""
+        self._count, self._last = self._count + 1, self._clock()
+        if self._count == 1:
+            self._first = self._last
+        if self._tokenizer.is_end(token):
+            self.finish_reason = FinishReason.EOS
+            return
+        self._ids.append(token)
+        if logprob is not None:
+            self._logprobs.append(logprob)
+        yield from self._emit(self._detokenizer.feed(self._tokenizer.piece(token)))
+        if self._detokenizer.matched_stop is not None:
+            self.finish_reason = FinishReason.STOP_STRING
+
+    def _emit(self, text: str) -> Iterator[Event]:
+        if text:
+            self._text += text
+            yield Text(text, self._count, tuple(self._logprobs))
+            self._logprobs.clear()
+
+    def finish(self, reason: FinishReason) -> Iterator[Event]:
+        """Yield the text that was held back, and `Done`; `reason` holds unless a token has ended the answer."""
+        reason = self.finish_reason or reason
+        yield from self._emit(self._detokenizer.finish())
+        if self._logprobs:
+            yield Text("", self._count, tuple(self._logprobs))
+        if not self._count:
+            self._first = self._clock()
+        first, answer = self._first - self._start, self._last - self._first if self._count else 0.0
+        yield Done(
+            reason,
+            GenerationStats(self._n_prompt, self._reused, self._count, first, answer),
+            tuple(self._ids) if reason is not FinishReason.STOP_STRING else (),
+            reason is not FinishReason.EOS and self._grammar is not None and not is_complete(self._grammar, self._text),
+        )
 
 
 def stream_answer(
@@ -37,46 +108,19 @@ def stream_answer(
     ContextFull: the prompt leaves no space for an answer; raised before the first event.
     BadWeights: the prompt has no tokens.
     """
-    detokenizer = IncrementalDetokenizer(stop_strings)
-    # The text of the prefix is known, but it may end in the middle of a character.
-    answer_text = "".join(detokenizer.feed(tokenizer.piece(token)) for token in prefix)
-    count, reused, reason = 0, 0, None
-    answer = list(prefix)
-    start = first = last = clock()
+    answer = AnswerBuilder(
+        tokenizer, len(ids), grammar=sampling.grammar, stop_strings=stop_strings, prefix=prefix, clock=clock
+    )
     if sampling.grammar is not None:
         sampling = replace(sampling, answer_prefix=tuple(prefix))
     for step in generator.generate(require_tokens([*ids, *prefix]), sampling, limit=max_tokens or 1 << 30):
         if isinstance(step, PromptProgress):
-            reused = step.reused
-            yield step
+            yield answer.report(step)
             continue
-        count, last = count + 1, clock()
-        if count == 1:
-            first = last
-        if tokenizer.is_end(step):
-            reason = FinishReason.EOS
+        yield from answer.add(step)
+        if answer.finish_reason:
             break
-        answer.append(step)
-        if text := detokenizer.feed(tokenizer.piece(step)):
-            answer_text += text
-            yield Text(text, count)
-        if detokenizer.matched_stop is not None:
-            reason = FinishReason.STOP_STRING
-            break
-    if text := detokenizer.finish():
-        answer_text += text
-        yield Text(text, count)
-    reason = reason or _finish_reason(generator)
-    if not count:
-        first = clock()
-    yield Done(
-        reason,
-        GenerationStats(len(ids) + len(prefix), reused, count, first - start, last - first if count else 0.0),
-        tuple(answer) if reason is not FinishReason.STOP_STRING else (),
-        reason is not FinishReason.EOS
-        and sampling.grammar is not None
-        and not is_complete(sampling.grammar, answer_text),
-    )
+    yield from answer.finish(_finish_reason(generator))
 
 
 def _finish_reason(generator: TokenGenerator) -> FinishReason:

@@ -18,6 +18,7 @@ from qwenlocal.chat.conversation import Conversation, GenerationConfig
 from qwenlocal.chat.events import Done, FinishReason, Summarizing, Text, TurnsEvicted
 from qwenlocal.chat.export import export_messages
 from qwenlocal.chat.generate import stream_answer
+from qwenlocal.chat.local_backend import LocalBackend
 from qwenlocal.chat.thread import Thread
 from qwenlocal.engine.context import Context, ContextOptions
 from qwenlocal.engine.llama import Model
@@ -223,7 +224,9 @@ def test_each_message_is_tokenized_once_for_an_answer(overflow: str, vocabulary:
     generator = ScriptedGenerator([[*tokens(text, vocabulary), END] for text in ("Hello.", "Bye.")], n_ctx=1000)
     tokenizer = RecordingTokenizer(vocabulary)
     config = GenerationConfig(overflow=overflow)
-    talk = Conversation(generator, tokenizer, ChatTemplate(CHATML), config, Thread("Be kind."), n_ctx=1000)
+    talk = Conversation(
+        LocalBackend(generator, tokenizer, ChatTemplate(CHATML), n_ctx=1000), config, Thread("Be kind.")
+    )
     for asked, texts in (("Hi", ["Be kind.", "Hi"]), ("See you", ["Be kind.", "Hi", "Hello.", "See you"])):
         tokenizer.texts.clear()
         list(talk.ask(asked))
@@ -233,7 +236,7 @@ def test_each_message_is_tokenized_once_for_an_answer(overflow: str, vocabulary:
 def test_eviction_tokenizes_the_conversation_a_logarithmic_number_of_times(vocabulary: Tokenizer) -> None:
     generator = ScriptedGenerator([[*tokens("Yes.", vocabulary), END]] * 100, n_ctx=3000)
     tokenizer = RecordingTokenizer(vocabulary)
-    talk = Conversation(generator, tokenizer, ChatTemplate(CHATML), GenerationConfig(), n_ctx=3000)
+    talk = Conversation(LocalBackend(generator, tokenizer, ChatTemplate(CHATML), n_ctx=3000), GenerationConfig())
     evicted: list[TurnsEvicted] = []
     while not evicted:
         tokenizer.texts.clear()
@@ -312,7 +315,7 @@ def test_speeds_are_computed_from_the_clock(vocabulary: Tokenizer) -> None:
 
 def conversation(generator: ScriptedGenerator, vocabulary: Tokenizer, system: str = "") -> Conversation:
     template = ChatTemplate(CHATML)
-    return Conversation(generator, vocabulary, template, GenerationConfig(), Thread(system), n_ctx=4096)
+    return Conversation(LocalBackend(generator, vocabulary, template, n_ctx=4096), GenerationConfig(), Thread(system))
 
 
 def messages(talk: Conversation) -> list[dict[str, str]]:
@@ -384,7 +387,9 @@ def long_talk(vocabulary: Tokenizer, overflow: str = "shift") -> tuple[Conversat
     answers = [[*tokens(f"Answer {n}. " + "x" * 60, vocabulary), END] for n in range(9)]
     generator = ScriptedGenerator(answers, n_ctx=1000)
     config = GenerationConfig(overflow=overflow)
-    talk = Conversation(generator, vocabulary, ChatTemplate(CHATML), config, Thread("Be kind."), n_ctx=1000)
+    talk = Conversation(
+        LocalBackend(generator, vocabulary, ChatTemplate(CHATML), n_ctx=1000), config, Thread("Be kind.")
+    )
     return talk, generator
 
 
@@ -425,7 +430,9 @@ def test_overflow_stop_evicts_nothing(vocabulary: Tokenizer) -> None:
 def test_a_question_longer_than_the_context_is_refused(random_model: Path) -> None:
     model = Model(random_model)
     context = Context(model, ContextOptions(256, threads=1))
-    talk = Conversation(TokenSequence(context), model.tokenizer, ChatTemplate(CHATML), GenerationConfig(), n_ctx=256)
+    talk = Conversation(
+        LocalBackend(TokenSequence(context), model.tokenizer, ChatTemplate(CHATML), n_ctx=256), GenerationConfig()
+    )
     with pytest.raises(ContextFull):
         list(talk.ask("word " * 200))
     assert messages(talk) == []
@@ -466,10 +473,14 @@ def test_a_question_that_is_too_long_on_its_own_evicts_nothing(overflow: str, vo
     talk, generator = long_talk(vocabulary, overflow)
     for number in range(3):
         list(talk.ask(f"Question {number}"))
-    before = talk.prompt_tokens
+    before = talk.window.count_prompt_tokens(talk.thread)
     with pytest.raises(ContextFull):
         list(talk.ask("word " * 300))
-    assert (talk.prompt_tokens, talk.thread.evicted, talk.thread.summary) == (before, set(), "")
+    assert (talk.window.count_prompt_tokens(talk.thread), talk.thread.evicted, talk.thread.summary) == (
+        before,
+        set(),
+        "",
+    )
     assert len(generator.prompts) == 4, "no summary was asked for"
 
 
@@ -488,31 +499,37 @@ def test_prompt_tokens_of_an_empty_conversation_can_be_counted(vocabulary: Token
     wants_a_message = "{%- if messages[0]['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{%- endif %}"
     generator = ScriptedGenerator([[*tokens("Fine.", vocabulary), END]])
     template = ChatTemplate(wants_a_message + CHATML)
-    talk = Conversation(generator, vocabulary, template, GenerationConfig(), n_ctx=4096)
-    around = talk.prompt_tokens
+    talk = Conversation(LocalBackend(generator, vocabulary, template, n_ctx=4096), GenerationConfig())
+    around = talk.window.count_prompt_tokens(talk.thread)
     assert around >= len("Be kind.")
     list(talk.ask("Hi there"))
     (turn,) = talk.thread.turns
-    assert len("Hi there") + len("Fine.") < talk.count_turn_tokens(turn) < talk.prompt_tokens
+    assert (
+        len("Hi there") + len("Fine.")
+        < talk.window.count_turn_tokens(turn)
+        < talk.window.count_prompt_tokens(talk.thread)
+    )
     talk.thread.update(turn.question, dropped=True)
-    assert talk.prompt_tokens == around
+    assert talk.window.count_prompt_tokens(talk.thread) == around
 
 
 def test_all_counts_of_a_conversation_agree_and_stay_within_the_context(vocabulary: Tokenizer) -> None:
     generator = ScriptedGenerator([[65] * 1000], n_ctx=512)
-    talk = Conversation(generator, vocabulary, ChatTemplate(CHATML), GenerationConfig(), n_ctx=512)
+    talk = Conversation(LocalBackend(generator, vocabulary, ChatTemplate(CHATML), n_ctx=512), GenerationConfig())
     progress = AnswerProgress(512)
     for done in talk.ask("Go"):
         progress.update(done)
     assert isinstance(done, Done) and done.finish_reason is FinishReason.CONTEXT_FULL
     assert progress.describe().endswith("512 of 512 tokens of context")
-    assert talk.used_tokens == 512 < talk.prompt_tokens
+    assert talk.window.count_used_tokens(talk.thread) == 512 < talk.window.count_prompt_tokens(talk.thread)
     generator = ScriptedGenerator([[*tokens("Fine.", vocabulary), END]])
-    talk = Conversation(generator, vocabulary, ChatTemplate(CHATML), GenerationConfig(), n_ctx=512)
+    talk = Conversation(LocalBackend(generator, vocabulary, ChatTemplate(CHATML), n_ctx=512), GenerationConfig())
     *_, done = talk.ask("Hi")
     assert isinstance(done, Done)
     end_of_turn = len("\n")  # after the end token, which counts as part of the answer
-    assert talk.used_tokens == done.stats.prompt_tokens + done.stats.answer_tokens + end_of_turn
+    assert (
+        talk.window.count_used_tokens(talk.thread) == done.stats.prompt_tokens + done.stats.answer_tokens + end_of_turn
+    )
 
 
 def test_dropped_turns_are_not_read(vocabulary: Tokenizer) -> None:
@@ -541,8 +558,10 @@ class SummaryGenerator(ScriptedGenerator):
 
 def talk_before_summary(vocabulary: Tokenizer) -> tuple[Conversation, SummaryGenerator]:
     generator, config = SummaryGenerator(vocabulary), GenerationConfig(overflow="summarize")
-    talk = Conversation(generator, vocabulary, ChatTemplate(CHATML), config, Thread("Be kind."), n_ctx=2000)
-    while talk.prompt_tokens < 1700:
+    talk = Conversation(
+        LocalBackend(generator, vocabulary, ChatTemplate(CHATML), n_ctx=2000), config, Thread("Be kind.")
+    )
+    while talk.window.count_prompt_tokens(talk.thread) < 1700:
         assert not evictions(talk, f"Question {len(generator.prompts)}, with some more words in it?")
     return talk, generator
 
@@ -567,30 +586,30 @@ def test_without_system_messages_the_summary_begins_the_first_question(
     template: str, system: str, vocabulary: Tokenizer
 ) -> None:
     generator, config = SummaryGenerator(vocabulary), GenerationConfig(overflow="summarize")
-    talk = Conversation(generator, vocabulary, ChatTemplate(template), config, Thread(system), n_ctx=2000)
+    talk = Conversation(LocalBackend(generator, vocabulary, ChatTemplate(template), n_ctx=2000), config, Thread(system))
     while not talk.thread.evicted:
         list(talk.ask(f"Question {len(generator.prompts)}, with some more words in it?"))
     list(talk.ask("And now?"))
     first_question = read(generator, vocabulary).split("<|im_end|>")[0]
     assert "Summary of the earlier conversation:\nThey greeted each other." in first_question
     assert system in first_question
-    assert talk.used_tokens < talk.n_ctx
+    assert talk.window.count_used_tokens(talk.thread) < talk.window.n_ctx
 
 
 def test_a_small_context_leaves_space_for_a_summary(vocabulary: Tokenizer) -> None:
     answers = [[*tokens("Yes.", vocabulary), END]] * 9
     generator, config = ScriptedGenerator(answers, n_ctx=256), GenerationConfig(overflow="summarize")
-    talk = Conversation(generator, vocabulary, ChatTemplate(CHATML), config, n_ctx=256)
+    talk = Conversation(LocalBackend(generator, vocabulary, ChatTemplate(CHATML), n_ctx=256), config)
     for _ in range(9):
         list(talk.ask("Is that so?"))
-        assert talk.prompt_tokens < 256
+        assert talk.window.count_prompt_tokens(talk.thread) < 256
     assert talk.thread.evicted
 
 
 def test_turns_that_leave_no_room_for_a_summary_are_evicted_with_a_note(vocabulary: Tokenizer) -> None:
     generator = ScriptedGenerator([[*tokens("Yes.", vocabulary), END]] * 3, n_ctx=1000)
     config = GenerationConfig(overflow="summarize")
-    talk = Conversation(generator, vocabulary, ChatTemplate(CHATML), config, n_ctx=1000)
+    talk = Conversation(LocalBackend(generator, vocabulary, ChatTemplate(CHATML), n_ctx=1000), config)
     talk.thread.summary = "They met."
     list(talk.ask("y" * 600))
     (evicted,) = evictions(talk, "And " + "z" * 300)

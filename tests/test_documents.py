@@ -285,7 +285,8 @@ def test_a_part_of_a_huge_document_is_chosen_without_counting_all_of_it(letter: 
     said: list[str] = []
     nothing: Any = None
     session = Session(Thread(), "m", nothing, said.append, lambda question: letter, [], Path())
-    session.loaded_conversation = SimpleNamespace(n_ctx=2048, prompt_tokens=20, count_tokens=count_tokens)  # type: ignore[assignment]
+    window = SimpleNamespace(n_ctx=2048, count_prompt_tokens=lambda thread: 20, count_tokens=count_tokens)
+    session.loaded_conversation = SimpleNamespace(window=window)  # type: ignore[assignment]
     document = Document("big.txt", "".join(lines))
     message = attach_documents(session, "Where is the needle?", [document])
     assert message and kept in message

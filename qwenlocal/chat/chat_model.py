@@ -10,6 +10,7 @@ from pathlib import Path
 
 from qwenlocal.chat.chat_template import CHATML, ChatTemplate
 from qwenlocal.chat.conversation import Conversation, GenerationConfig
+from qwenlocal.chat.local_backend import LocalBackend
 from qwenlocal.chat.thread import Thread
 from qwenlocal.engine.llama import Model
 from qwenlocal.engine.load_plan import ChatTemplateMissing, LoadNote
@@ -38,8 +39,10 @@ class ChatModel(LoadedModel):
                 tr("This model has no chat template: it continues text instead of answering."),
                 hint=tr('Pass the beginning of a text: qwenlocal run MODEL --raw "Once upon a time"'),
             )
-        n_ctx, tokenizer = self.context.n_ctx, self.model.tokenizer
-        return Conversation(self.sequence, tokenizer, self.template, config, thread, n_ctx=n_ctx, model=self.name)
+        backend = LocalBackend(
+            self.sequence, self.model.tokenizer, self.template, n_ctx=self.context.n_ctx, model=self.name
+        )
+        return Conversation(backend, config, thread)
 
 
 def load_chat_model(

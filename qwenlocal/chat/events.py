@@ -83,7 +83,7 @@ class Text:
 @dataclass(frozen=True)
 class GenerationStats:
     """
-    Counts in tokens, times in seconds.
+    Counts in tokens, times in seconds. All counts are 0 if they are not known: a prompt has at least one token.
 
     `first_token` is the time from the question to the first token of the answer, `answer` from there to the last one.
     """

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from qwenlocal.chat.chat_template import MAX_CHARACTERS
+from qwenlocal.chat.context_window import ContextWindow
 from qwenlocal.chat.documents import Document, select_passages, truncate_to_tokens
 from qwenlocal.errors import NotEnoughMemory, TextTooLong, UsageError
 from qwenlocal.formatting import format_count, format_percent
@@ -29,10 +30,12 @@ def attach_documents(session: Session, text: str, documents: Sequence[Document])
         return text
     for document in documents:
         session.say(describe_cost(session, document))
-    draft = _Draft(session, text, documents, lambda parts: _join(parts, text), _free_tokens(session))
-    message = _join(documents, text)
+    message, window = _join(documents, text), session.conversation.window
+    if window is None:
+        return message
+    draft = _Draft(session, window, text, documents, lambda parts: _join(parts, text), _free_tokens(session, window))
     is_huge = len(message) > MAX_CHARACTERS  # counting its tokens would take minutes
-    fits = not is_huge and session.conversation.count_tokens(message) <= draft.room
+    fits = not is_huge and window.count_tokens(message) <= draft.room
     return message if fits else draft.ask_how_to_fit()
 
 
@@ -42,10 +45,14 @@ def shorten_pastes(session: Session, text: str, pastes: Sequence[Paste]) -> str 
 
     Return None if nothing is to be sent.
     """
+    window = session.conversation.window
+    if window is None:
+        return None
     can_evict = session.conversation.config.overflow != "stop"  # older turns make room for half of the context
-    room = max(_free_tokens(session), session.conversation.n_ctx // 2 if can_evict else 0)
+    room = max(_free_tokens(session, window), window.n_ctx // 2 if can_evict else 0)
     question = replace_pastes(text, pastes, [replace(paste, text="") for paste in pastes])
-    return _Draft(session, question, pastes, lambda parts: replace_pastes(text, pastes, parts), room).ask_how_to_fit()
+    draft = _Draft(session, window, question, pastes, lambda parts: replace_pastes(text, pastes, parts), room)
+    return draft.ask_how_to_fit()
 
 
 def replace_pastes(text: str, pastes: Sequence[Paste], parts: Sequence[Document]) -> str:
@@ -57,10 +64,13 @@ def replace_pastes(text: str, pastes: Sequence[Paste], parts: Sequence[Document]
 
 def describe_cost(session: Session, document: Document) -> str:
     """Return `notes.txt: 12,431 tokens, 152% of the free context, about 5 min to read`."""
-    if len(document.text) > MAX_CHARACTERS:
+    window = session.conversation.window
+    if len(document.text) > MAX_CHARACTERS and window:
         characters = format_count(len(document.text), "character")
         return tr("{name}: {characters}, more than any context holds", name=document.name, characters=characters)
-    count, free = session.conversation.count_tokens(document.to_markdown()), _free_tokens(session)
+    if window is None:
+        return f"{document.name}: {format_count(len(document.text), 'character')}"
+    count, free = window.count_tokens(document.to_markdown()), _free_tokens(session, window)
     tokens = format_count(count, "token")
     if free > 0:
         cost = tr(
@@ -77,10 +87,9 @@ def describe_cost(session: Session, document: Document) -> str:
     return cost + (tr(", about {time} to read", time=time) if seconds >= 1 else "")
 
 
-def _free_tokens(session: Session) -> int:
+def _free_tokens(session: Session, window: ContextWindow) -> int:
     """Return the number of tokens that the next message may have."""
-    conversation = session.conversation
-    return int(conversation.n_ctx * (1 - _ANSWER_SHARE)) - conversation.prompt_tokens
+    return int(window.n_ctx * (1 - _ANSWER_SHARE)) - window.count_prompt_tokens(session.thread)
 
 
 def _join(documents: Sequence[Document], text: str) -> str:
@@ -96,6 +105,7 @@ class _Draft:
     """
 
     session: Session
+    window: ContextWindow
     question: str
     documents: Sequence[Document]
     join: Callable[[Sequence[Document]], str]
@@ -121,7 +131,7 @@ class _Draft:
 
     def _cut_documents(self, *, select: bool) -> Sequence[Document]:
         """Cut each long document to its best passages (`select`) or to its beginning."""
-        count = self.session.conversation.count_tokens
+        count = self.window.count_tokens
         overhead = count(self.join([replace(document, text="") for document in self.documents]))
         limit = max(64, (self.room - overhead) // len(self.documents) - 16)
         return [self._cut(document, limit, count, select=select) for document in self.documents]
@@ -153,11 +163,12 @@ class _Draft:
             session.say(str(TextTooLong(len(message), MAX_CHARACTERS)))
             return False
         try:
-            needed = session.conversation.prompt_tokens + session.conversation.count_tokens(message)
+            needed = self.window.count_prompt_tokens(session.thread) + self.window.count_tokens(message)
             n_ctx = -(-int(needed / (1 - _ANSWER_SHARE)) // 1024) * 1024 + 1024
             session.conversation = session.models.resize_context(n_ctx, session.thread)
         except (NotEnoughMemory, UsageError) as error:
             session.say(describe_error(error))
             return False
-        session.say(tr("The context now holds {n_ctx:,} tokens.", n_ctx=session.conversation.n_ctx))
+        if window := session.conversation.window:
+            session.say(tr("The context now holds {n_ctx:,} tokens.", n_ctx=window.n_ctx))
         return True

@@ -15,6 +15,7 @@ from prompt_toolkit.application import Application, run_in_terminal
 
 from qwenlocal.chat.documents import find_mentions, find_missing_mentions, read_document
 from qwenlocal.chat.events import Done, Event, FinishReason
+from qwenlocal.chat.thread import ASSISTANT
 from qwenlocal.chat.worker import iterate_in_thread
 from qwenlocal.errors import ContextFull, QwenlocalError, TextTooLong, UsageError
 from qwenlocal.formatting import format_count, join_sentences
@@ -238,7 +239,8 @@ class Repl:
         session.record_result(done)
         reason = done.finish_reason
         if reason not in (FinishReason.EOS, FinishReason.STOP_STRING) or done.is_incomplete:
-            can_continue = reason in (FinishReason.LENGTH, FinishReason.INTERRUPTED) and done.ids
+            has_answer = session.thread.last is not None and session.thread.last.role == ASSISTANT
+            can_continue = reason in (FinishReason.LENGTH, FinishReason.INTERRUPTED) and has_answer
             incomplete = tr("The answer does not follow the grammar yet.") if done.is_incomplete else ""
             hint = tr("Type /continue for more.") if can_continue else ""
             session.say(join_sentences(f"[{tr(reason.value)}]", incomplete, hint))
@@ -256,11 +258,11 @@ class Repl:
         session = self._session
         if not supports_ansi(sys.stdout):
             return print_answer(events, sys.stdout, sys.stderr)
-        screen = Screen(sys.stdout, shutil.get_terminal_size)
+        screen, window = Screen(sys.stdout, shutil.get_terminal_size), session.conversation.window
         view = AnswerView(
             screen,
             render_options,
-            session.conversation.n_ctx,
+            window.n_ctx if window else 0,
             self._editor.describe_typed,
             markdown=session.render_markdown,
         )
@@ -296,10 +298,11 @@ class Repl:
         session = self._session
         parts = [session.model]
         if session.last_result:
-            stats, conversation = session.last_result.stats, session.conversation
+            stats, window = session.last_result.stats, session.conversation.window
             with contextlib.suppress(QwenlocalError):  # the next message raises it again
-                used, n_ctx = conversation.used_tokens, conversation.n_ctx
-                parts.append(tr("{used:,} of {n_ctx:,} tokens", used=used, n_ctx=n_ctx))
+                if window:
+                    used, n_ctx = window.count_used_tokens(session.thread), window.n_ctx
+                    parts.append(tr("{used:,} of {n_ctx:,} tokens", used=used, n_ctx=n_ctx))
             if stats.answer_speed:
                 speed, seconds = stats.answer_speed, stats.first_token
                 parts.append(

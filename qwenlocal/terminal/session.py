@@ -14,6 +14,7 @@ from qwenlocal.errors import UsageError
 from qwenlocal.i18n import tr
 
 if TYPE_CHECKING:
+    from qwenlocal.chat.context_window import ContextWindow
     from qwenlocal.chat.conversation import Conversation
     from qwenlocal.chat.events import Done
     from qwenlocal.chat.journal import Journal
@@ -115,6 +116,21 @@ class Session:
     def thread(self) -> Thread:
         """The messages so far; available before the model is loaded."""
         return self.loaded_conversation.thread if self.loaded_conversation else self.initial_thread
+
+    def require_window(self, command: str) -> ContextWindow:
+        """
+        Return the context window, for a command that counts tokens.
+
+        Raises
+        ------
+        UsageError: the chat's engine does not count tokens.
+        """
+        window = self.conversation.window
+        if window is None:
+            raise UsageError(
+                tr("{command} needs token counts, which {model} does not offer.", command=command, model=self.model)
+            )
+        return window
 
     @property
     def chat_id(self) -> int | None:

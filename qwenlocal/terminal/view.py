@@ -85,7 +85,7 @@ class PlainTextStream:
 
 
 class AnswerProgress:
-    """Describes in one line what the model is doing; `n_ctx` is the size of its context."""
+    """Describes in one line what the model is doing; `n_ctx` is the size of its context, 0 if it is not known."""
 
     def __init__(self, n_ctx: int) -> None:
         self._n_ctx, self._started_at = n_ctx, time.monotonic()
@@ -131,8 +131,9 @@ class AnswerProgress:
         if self._answer_tokens > 1 and now > self._first_text_at:
             speed = (self._answer_tokens - 1) / (now - self._first_text_at)
             parts.append(_describe_speed(speed))
-        used = min(self._prompt_tokens + self._answer_tokens, self._n_ctx)
-        parts.append(tr("{used:,} of {n_ctx:,} tokens of context", used=used, n_ctx=self._n_ctx))
+        if self._n_ctx:
+            used = min(self._prompt_tokens + self._answer_tokens, self._n_ctx)
+            parts.append(tr("{used:,} of {n_ctx:,} tokens of context", used=used, n_ctx=self._n_ctx))
         return ", ".join(parts)
 
 
@@ -166,14 +167,17 @@ def describe_eviction(event: TurnsEvicted) -> str:
 
 
 def describe_stats(done: Done) -> str:
-    """Return all numbers of an answer and the reason why it ended in one line."""
+    """Return all known numbers of an answer and the reason why it ended in one line."""
     stats = done.stats
+    first_token = tr("first token after {seconds:.2f} s", seconds=stats.first_token)
+    if not stats.prompt_tokens:
+        return f"{first_token} | {tr(done.finish_reason.value)}"
     prompt = tr("prompt {tokens}", tokens=format_count(stats.prompt_tokens, "token"))
     answer = tr("answer {tokens}", tokens=format_count(stats.answer_tokens, "token"))
     reused = " " + tr("({count:,} reused)", count=stats.reused_tokens) if stats.reused_tokens else ""
     parts = (
         _append_speed(f"{prompt}{reused}", stats.prompt_speed),
-        tr("first token after {seconds:.2f} s", seconds=stats.first_token),
+        first_token,
         _append_speed(answer, stats.answer_speed),
         tr(done.finish_reason.value),
     )
@@ -206,7 +210,7 @@ def _format_duration(seconds: float) -> str:
 class AnswerView:
     """
     Draws an answer on `screen`; `options` returns the current render options, `typed` the lines typed meanwhile.
-    `n_ctx` is the size of the model's context.
+    `n_ctx` is the size of the model's context, 0 if it is not known.
 
     It redraws at most 25 times a second, and rarely enough that rendering takes 1/40 of the time. Keys are drawn at
     once.

@@ -16,13 +16,13 @@ _STATE_WIDTH = 14
 
 def show_context(session: Session, _argument: str) -> None:
     """Show how full the context is, and a line for each turn."""
-    conversation, thread = session.conversation, session.thread
-    total, used, n_ctx = conversation.prompt_tokens, conversation.used_tokens, conversation.n_ctx
+    window, thread = session.require_window("/ctx"), session.thread
+    total, used, n_ctx = window.count_prompt_tokens(thread), window.count_used_tokens(thread), window.n_ctx
     width = min(_MAX_BAR, terminal_width() - len("[]"))
     filled = round(width * used / n_ctx)
     bar, share = "#" * filled + "." * (width - filled), used / n_ctx
     session.say(tr("[{bar}] {used:,} of {n_ctx:,} tokens ({share:.0%})", bar=bar, used=used, n_ctx=n_ctx, share=share))
-    counts = [conversation.count_turn_tokens(turn) for turn in thread.turns]
+    counts = [window.count_turn_tokens(turn) for turn in thread.turns]
     in_context = [count for turn, count in zip(thread.turns, counts, strict=True) if is_in_context(thread, turn)]
     system_tokens = total - sum(in_context)
     session.say(tr("       {count:>7,} tokens  {state}  system prompt", count=system_tokens, state=" " * _STATE_WIDTH))
@@ -54,6 +54,7 @@ def _describe_state(turn: Turn, *, evicted: bool) -> str:
 def toggle_pin(session: Session, argument: str) -> None:
     """Keep a turn in a full context, or no longer."""
     question = session.find_turn(argument).question
+    session.require_window("/pin")  # without one, no turn leaves the context
     session.thread.update(question, pinned=not question.pinned, dropped=False)
     session.thread.evicted.discard(question.number)
     text = shorten(question.text)
@@ -76,10 +77,11 @@ def toggle_drop(session: Session, argument: str) -> None:
 
 def count_tokens(session: Session, argument: str) -> None:
     """Count the tokens of a text, or of the chat."""
+    window = session.require_window("/tokens")
     if argument:
-        session.say(format_count(session.conversation.count_tokens(argument), "token"))
+        session.say(format_count(window.count_tokens(argument), "token"))
     else:
-        used, n_ctx = session.conversation.used_tokens, session.conversation.n_ctx
+        used, n_ctx = window.count_used_tokens(session.thread), window.n_ctx
         session.say(tr("This chat takes {used:,} of {n_ctx:,} tokens.", used=used, n_ctx=n_ctx))
 
 

@@ -47,8 +47,11 @@ def switch_model(session: Session, name: str) -> None:
     session.model = Path(name).name if os.path.exists(os.path.expanduser(name)) else name
     if session.journal_writer:
         session.journal_writer.model = session.models.current
-    n_ctx = session.conversation.n_ctx
-    session.say(tr("Switched to {model} with a context of {n_ctx:,} tokens.", model=session.model, n_ctx=n_ctx))
+    if window := session.conversation.window:
+        n_ctx = window.n_ctx
+        session.say(tr("Switched to {model} with a context of {n_ctx:,} tokens.", model=session.model, n_ctx=n_ctx))
+    else:
+        session.say(tr("Switched to {model}.", model=session.model))
     check_system_prompt(session)
 
 
@@ -83,8 +86,10 @@ def check_system_prompt(session: Session) -> None:
     """Say so if the system prompt leaves too little of the context."""
     if len(session.thread.system) <= _SHORT_PROMPT:
         return
-    conversation = session.conversation
-    count, n_ctx = conversation.system_tokens, conversation.n_ctx
+    window = session.conversation.window
+    if window is None:
+        return
+    count, n_ctx = window.count_system_tokens(session.thread), window.n_ctx
     if count > n_ctx * EVICTION_THRESHOLD:
         session.say(
             tr(
@@ -146,6 +151,7 @@ def change_setting(session: Session, argument: str) -> None:
 def _apply_setting(session: Session, name: str, value: str) -> None:
     config = session.conversation.config
     if name == "overflow":
+        session.require_window("/set overflow")
         value = OVERFLOW_ALIASES.get(value, value)
         if value not in OVERFLOW_POLICIES:
             raise InvalidChoice("overflow", OVERFLOW_POLICIES, value)

@@ -1,0 +1,207 @@
+"""A model in a process of its own, as an `Engine` of the server's event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import multiprocessing
+import threading
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from typing import Any
+
+from qwenlocal.chat.events import Done
+from qwenlocal.errors import EngineCrashed, QwenlocalError, ServerBusy
+from qwenlocal.server.engine import (
+    Embedding,
+    EngineEvent,
+    GenerationRequest,
+    ModelInfo,
+    Prompt,
+    TextPrompt,
+    TokenPrompt,
+)
+from qwenlocal.server.engine_worker import WorkerSpec, run_worker
+from qwenlocal.server.wire import Call, Cancel, Emitted, Failed, Loading, Quit, Ready, Returned, Submit, WireError
+
+_QUIT_SECONDS = 10.0  # to save prompt caches
+_SECONDS_PER_REQUEST = 5  # of a queue, for Retry-After
+
+
+class EngineProcess:
+    """
+    Runs a model in a child process. Implements `Engine`; `start` first.
+
+    At most `max_waiting` requests wait beyond those that are answered at the same time.
+    """
+
+    def __init__(
+        self, spec: WorkerSpec, *, max_waiting: int = 64, report: Callable[[float], None] = lambda fraction: None
+    ) -> None:
+        """`report` gets the fraction of the model that is loaded, in the event loop."""
+        self._spec, self._max_waiting, self._report = spec, max_waiting, report
+        self._keys = itertools.count()
+        self._queues: dict[int, asyncio.Queue[EngineEvent | QwenlocalError]] = {}
+        self._calls: dict[int, asyncio.Future[Any]] = {}
+        self._failure: QwenlocalError | None = None
+        self._ready: asyncio.Future[Ready] | None = None
+
+    # --- life
+
+    async def start(self) -> Ready:
+        """
+        Start the process and load the model.
+
+        Raises
+        ------
+        BadWeights, NotEnoughMemory, ContextNotCreated: it cannot be loaded. EngineCrashed.
+        """
+        self._loop = asyncio.get_running_loop()
+        self._ready = self._loop.create_future()
+        processes = multiprocessing.get_context("spawn")
+        self._connection, theirs = processes.Pipe()
+        self._process = processes.Process(target=run_worker, args=(theirs, self._spec), daemon=True)
+        await asyncio.to_thread(self._process.start)
+        theirs.close()
+        threading.Thread(target=self._receive, args=(self._connection,), daemon=True).start()
+        try:
+            return await self._ready
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def stop(self) -> None:
+        """End the process; running requests fail."""
+        with suppress(OSError):
+            self._connection.send(Quit())
+        await asyncio.to_thread(self._process.join, _QUIT_SECONDS)
+        if self._process.is_alive():
+            self._process.kill()
+            await asyncio.to_thread(self._process.join)
+        self._connection.close()
+
+    @property
+    def is_alive(self) -> bool:
+        """False once the process has ended by itself."""
+        return self._failure is None
+
+    @property
+    def n_requests(self) -> int:
+        """The number of requests that are being answered or waiting."""
+        return len(self._queues)
+
+    @property
+    def info(self) -> ModelInfo:
+        assert self._ready is not None
+        return self._ready.result().info
+
+    # --- requests
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[EngineEvent, None]:
+        self._check()
+        n_waiting = len(self._queues) - self._spec.parallel
+        if n_waiting >= self._max_waiting:
+            raise ServerBusy(n_waiting, _SECONDS_PER_REQUEST * (1 + n_waiting // self._spec.parallel))
+        key, inbox = next(self._keys), asyncio.Queue[EngineEvent | QwenlocalError]()
+        self._queues[key] = inbox
+        self._send(Submit(key, request))
+        try:
+            while True:
+                item = await inbox.get()
+                if isinstance(item, QwenlocalError):
+                    raise item
+                yield item
+                if isinstance(item, Done):
+                    return
+        finally:
+            if self._queues.pop(key, None) is not None:
+                self._send(Cancel(key))
+
+    async def tokenize(self, text: str, *, special: bool = True, add_bos: bool = False) -> list[int]:
+        return list(await self._call("tokenize", text, special, add_bos))
+
+    async def pieces(self, ids: Sequence[int]) -> list[bytes]:
+        return list(await self._call("pieces", list(ids)))
+
+    async def apply_template(self, messages: Sequence[Mapping[str, str]]) -> str:
+        return str(await self._call("apply_template", list(messages)))
+
+    async def count_tokens(self, prompt: Prompt) -> int:
+        return int(await self._call("count_tokens", prompt))
+
+    async def embed(self, prompts: Sequence[TextPrompt | TokenPrompt]) -> list[Embedding]:
+        return list(await self._call("embed", list(prompts)))
+
+    async def _call(self, method: str, *arguments: Any) -> Any:
+        self._check()
+        key = next(self._keys)
+        self._calls[key] = future = self._loop.create_future()
+        self._send(Call(key, method, arguments))
+        try:
+            return await future
+        finally:
+            self._calls.pop(key, None)
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _send(self, message: object) -> None:
+        with suppress(OSError):  # the process has ended: `_receive` tells everybody
+            self._connection.send(message)
+
+    # --- replies
+
+    def _receive(self, connection: Connection) -> None:
+        """Pass messages to the event loop; runs in a thread of its own."""
+        with suppress(EOFError, OSError):
+            while True:
+                self._post(self._handle, connection.recv())
+        self._post(self._fail, EngineCrashed("the process of the model has ended"))
+
+    def _post(self, function: Callable[[Any], None], argument: object) -> None:
+        with suppress(RuntimeError):  # the event loop is closed
+            self._loop.call_soon_threadsafe(function, argument)
+
+    def _handle(self, message: object) -> None:
+        assert self._ready is not None
+        if isinstance(message, Emitted):
+            for key, item in message.items:
+                self._deliver(key, item)
+        elif isinstance(message, Returned):
+            self._resolve(message)
+        elif isinstance(message, Loading):
+            self._report(message.fraction)
+        elif isinstance(message, Failed):
+            self._fail(message.error.unpack())
+        elif isinstance(message, Ready) and not self._ready.done():
+            self._ready.set_result(message)
+
+    def _deliver(self, key: int, item: EngineEvent | WireError) -> None:
+        if isinstance(item, (Done, WireError)):
+            inbox = self._queues.pop(key, None)
+        else:
+            inbox = self._queues.get(key)
+        if inbox:
+            inbox.put_nowait(item.unpack() if isinstance(item, WireError) else item)
+
+    def _resolve(self, message: Returned) -> None:
+        future = self._calls.pop(message.key, None)
+        if future is None or future.done():
+            return
+        if isinstance(message.value, WireError):
+            future.set_exception(message.value.unpack())
+        else:
+            future.set_result(message.value)
+
+    def _fail(self, error: QwenlocalError) -> None:
+        """Tell everybody who waits that the process has ended; the first reason is the best one."""
+        self._failure = self._failure or error
+        for inbox in self._queues.values():
+            inbox.put_nowait(self._failure)
+        self._queues.clear()
+        for future in (*self._calls.values(), self._ready):
+            if future is not None and not future.done():
+                future.set_exception(self._failure)
+        self._calls.clear()

@@ -1,0 +1,316 @@
+"""
+The process that runs a model for a server.
+
+llama.cpp ends the process when it is misused or a device vanishes; the server survives that. The main thread receives
+messages, one thread prepares prompts, and one computes.
+"""
+
+from __future__ import annotations
+
+import functools
+import queue
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+
+from qwenlocal.api.model_loader import ModelLoader
+from qwenlocal.chat.chat_model import ChatModel
+from qwenlocal.chat.chat_template import ChatTemplate, encode_messages, require_tokens
+from qwenlocal.chat.events import Event, FinishReason, PromptLogprobs, TokenLogprob
+from qwenlocal.chat.generate import AnswerBuilder
+from qwenlocal.engine.context import Context
+from qwenlocal.engine.loader import LoadOptions
+from qwenlocal.engine.logprobs import Logprobs
+from qwenlocal.engine.memory import check_memory
+from qwenlocal.engine.prompt_cache import PromptCache, compute_cache_key
+from qwenlocal.engine.scheduler import Prefilled, Sampled, Scheduler, SchedulerEvent, SequenceRequest
+from qwenlocal.engine.speculation import NoSpeculation, Speculation
+from qwenlocal.errors import QwenlocalError, UsageError
+from qwenlocal.huge_pages import collapse_buffers
+from qwenlocal.i18n import tr
+from qwenlocal.library.provider import ProvidedModel
+from qwenlocal.machine import this_machine
+from qwenlocal.paths import Folders
+from qwenlocal.server.engine import ChatPrompt, EngineEvent, GenerationRequest, ModelInfo, Prompt, TextPrompt
+from qwenlocal.server.wire import Call, Cancel, Emitted, Failed, Loading, Quit, Ready, Returned, Submit, WireError
+
+_UNLIMITED = 1 << 30  # tokens
+_PARKED = 8  # finished sequences that stay in the KV cache
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """The model that a process runs, how to load it, and how many requests it answers at the same time."""
+
+    model: ProvidedModel
+    options: LoadOptions
+    parallel: int
+
+
+class _Answer:
+    """A request that is being answered."""
+
+    def __init__(self, key: int, ids: Sequence[int], request: GenerationRequest, builder: AnswerBuilder) -> None:
+        self.key, self.ids, self.request, self.builder = key, ids, request, builder
+        self.prompt_logprobs: list[TokenLogprob] = []
+
+
+class EngineLoop:
+    """Runs a scheduler in a thread: takes requests from other threads and sends their events."""
+
+    def __init__(self, model: ChatModel, scheduler: Scheduler, send: Callable[[Emitted], None]) -> None:
+        self._model, self._scheduler, self._send = model, scheduler, send
+        self._inbox: queue.SimpleQueue[_Answer | Cancel | Quit] = queue.SimpleQueue()
+        self._answers: dict[int, _Answer] = {}
+
+    def put(self, message: _Answer | Cancel | Quit) -> None:
+        """Pass a message to the thread that computes, from any thread."""
+        self._inbox.put(message)
+        if isinstance(message, Cancel) and self._scheduler.is_prefilling(message.key):
+            self._scheduler.interrupt()
+
+    def run(self) -> None:
+        """Compute until `Quit` arrives."""
+        while self._take_messages():
+            if self._scheduler.is_idle:
+                continue
+            items: list[tuple[int, EngineEvent | WireError]] = []
+            for event in self._scheduler.step():
+                if answer := self._answers.get(event.key):
+                    items.extend((answer.key, item) for item in self._handle(answer, event))
+            if items:
+                self._send(Emitted(items))
+
+    def _take_messages(self) -> bool:
+        """Handle all messages; wait for one if there is nothing to compute. Return False after `Quit`."""
+        while True:
+            try:
+                message = self._inbox.get(block=self._scheduler.is_idle)
+            except queue.Empty:
+                return True
+            if isinstance(message, Quit):
+                return False
+            if isinstance(message, Cancel):
+                self._answers.pop(message.key, None)
+                self._scheduler.finish(message.key)
+            else:
+                self._submit(message)
+
+    def _submit(self, answer: _Answer) -> None:
+        request = answer.request
+        try:
+            sampling = self._model.sampling.with_overrides(request.sampling)
+            limit = _UNLIMITED if request.max_tokens is None else request.max_tokens
+            self._scheduler.submit(
+                SequenceRequest(
+                    answer.key,
+                    answer.ids,
+                    sampling,
+                    limit,
+                    request.client,
+                    request.top_logprobs,
+                    request.prompt_logprobs,
+                    request.cache_prompt,
+                )
+            )
+        except QwenlocalError as error:
+            self._send(Emitted([(answer.key, WireError.pack(error))]))
+        else:
+            self._answers[answer.key] = answer
+
+    def _handle(self, answer: _Answer, event: SchedulerEvent) -> Iterator[EngineEvent | WireError]:
+        builder = answer.builder
+        if isinstance(event, Prefilled):
+            yield from self._report(answer, event)
+        elif isinstance(event, Sampled):
+            logprob = None if event.logprobs is None else self._token_logprob(event.id, event.logprobs)
+            yield from builder.add(event.id, logprob)
+            if builder.finish_reason:
+                self._scheduler.finish(answer.key)
+                yield from self._finish(answer, builder.finish_reason)
+        elif event.error:
+            del self._answers[answer.key]
+            yield WireError.pack(event.error)
+        else:
+            yield from self._finish(answer, FinishReason.CONTEXT_FULL if event.is_full else FinishReason.LENGTH)
+
+    def _report(self, answer: _Answer, event: Prefilled) -> Iterator[EngineEvent]:
+        yield answer.builder.report(event.progress)
+        if answer.request.prompt_logprobs:
+            first = len(answer.prompt_logprobs)
+            if not first:
+                tokenizer = self._model.model.tokenizer
+                answer.prompt_logprobs.append(
+                    TokenLogprob(answer.ids[0], tokenizer.piece(answer.ids[0], special=True), float("nan"))
+                )
+                first = 1
+            following = answer.ids[first:]
+            answer.prompt_logprobs += map(self._token_logprob, following, event.logprobs)
+            if event.progress.done == event.progress.total:
+                yield PromptLogprobs(tuple(answer.prompt_logprobs))
+
+    def _token_logprob(self, id: int, logprobs: Logprobs) -> TokenLogprob:
+        piece = self._model.model.tokenizer.piece
+        alternatives = tuple((other, piece(other, special=True), value) for other, value in logprobs.alternatives)
+        return TokenLogprob(id, piece(id, special=True), logprobs.logprob, alternatives)
+
+    def _finish(self, answer: _Answer, reason: FinishReason) -> Iterator[Event]:
+        self._answers.pop(answer.key, None)
+        yield from answer.builder.finish(reason)
+
+
+class ModelFunctions:
+    """What a model can do besides answering; each method can be called through `Call`."""
+
+    def __init__(self, model: ChatModel) -> None:
+        self._model, self.tokenizer = model, model.model.tokenizer
+
+    def encode(self, prompt: Prompt) -> Sequence[int]:
+        """
+        Return the token ids of a prompt.
+
+        Raises
+        ------
+        UsageError: the model has no chat template. BadWeights, TextTooLong: the messages cannot be encoded.
+        """
+        if isinstance(prompt, ChatPrompt):
+            return require_tokens(encode_messages(self._template, prompt.messages, self.tokenizer))
+        if isinstance(prompt, TextPrompt):
+            return self.tokenize(prompt.text, True, self.tokenizer.adds_bos)
+        n_vocab = len(self.tokenizer)
+        if invalid := next((id for id in prompt.ids if not 0 <= id < n_vocab), None):
+            raise UsageError(tr("The model has no token with the id {id}.", id=invalid))
+        return prompt.ids
+
+    @property
+    def _template(self) -> ChatTemplate:
+        if self._model.template is None:
+            raise UsageError(
+                tr("This model has no chat template: it continues text instead of answering."),
+                hint=tr("Use /v1/completions, or another model."),
+            )
+        return self._model.template
+
+    def tokenize(self, text: str, special: bool, add_bos: bool) -> list[int]:
+        """Return the token ids of `text`."""
+        return self.tokenizer.tokenize(text, special=special, add_bos=add_bos)
+
+    def pieces(self, ids: Sequence[int]) -> list[bytes]:
+        """Return the bytes of each token."""
+        n_vocab = len(self.tokenizer)
+        return [self.tokenizer.piece(id, special=True) if 0 <= id < n_vocab else b"" for id in ids]
+
+    def apply_template(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """Return the text of the prompt for messages."""
+        return str(self._template.render(messages))
+
+    def count_tokens(self, prompt: Prompt) -> int:
+        """Return the number of tokens of a prompt."""
+        return len(self.encode(prompt))
+
+
+class Worker:
+    """The process: receives messages until the server closes the connection or sends `Quit`."""
+
+    def __init__(self, connection: Connection, spec: WorkerSpec) -> None:
+        self._connection, self._spec = connection, spec
+        self._sending = threading.Lock()
+
+    def run(self) -> None:
+        """Load the model and serve it."""
+        loader = ModelLoader(Folders.from_environment(), self._spec.options, on_crash=self._fail)
+        try:
+            model = loader.load(self._spec.model, lambda fraction: self._send(Loading(fraction)))
+        except QwenlocalError as error:
+            self._fail(error)
+            return
+        scheduler = self._create_scheduler(model)
+        loop = EngineLoop(model, scheduler, self._send)
+        self._send(Ready(self._info(model), model.plan, model.notes))
+        thread = threading.Thread(target=self._compute, args=(loop,))
+        thread.start()
+        self._receive(loop, ModelFunctions(model))
+        loop.put(Quit())
+        thread.join()
+        scheduler.save_prompt_caches()
+
+    def _create_scheduler(self, model: ChatModel) -> Scheduler:
+        """Replace the context by one for several sequences."""
+        options = replace(model.context.options, n_seq_max=self._spec.parallel + _PARKED)
+        model.context.close()
+        context = Context(model.model, options, thread_adapter=model.context.thread_adapter)
+        collapse_buffers()
+        path, folder, machine = self._spec.model.record.path, self._spec.options.prompt_caches, this_machine()
+        drafts = self._spec.options.lookup and model.model.can_truncate
+        return Scheduler(
+            context,
+            self._spec.parallel,
+            speculation=Speculation(model.costs) if drafts else NoSpeculation(),
+            prompt_cache=PromptCache(folder, compute_cache_key(path, options)) if folder else None,
+            check_memory=functools.partial(check_memory, machine.memory, machine.memory_pressure),
+        )
+
+    def _info(self, model: ChatModel) -> ModelInfo:
+        record = self._spec.model.record
+        return ModelInfo(
+            str(self._spec.model.name),
+            record.size,
+            record.path.stat().st_mtime,
+            is_loaded=True,
+            n_ctx=model.plan.options.n_ctx,
+            n_ctx_train=model.model.n_ctx_train,
+            has_template=model.template is not None,
+        )
+
+    def _compute(self, loop: EngineLoop) -> None:
+        try:
+            loop.run()
+        except BaseException as error:
+            self._fail(error)
+            raise
+
+    def _receive(self, loop: EngineLoop, functions: ModelFunctions) -> None:
+        with ThreadPoolExecutor(max_workers=1) as executor, suppress(EOFError, OSError):
+            while not isinstance(message := self._connection.recv(), Quit):
+                if isinstance(message, Submit):
+                    executor.submit(self._prepare, message, loop, functions)
+                elif isinstance(message, Call):
+                    executor.submit(self._call, message, functions)
+                elif isinstance(message, Cancel):
+                    executor.submit(loop.put, message)  # after the request itself
+
+    def _prepare(self, message: Submit, loop: EngineLoop, functions: ModelFunctions) -> None:
+        request = message.request
+        try:
+            ids = require_tokens(functions.encode(request.prompt))
+        except Exception as error:
+            self._send(Emitted([(message.key, WireError.pack(error))]))
+            return
+        grammar = request.sampling.get("grammar")
+        builder = AnswerBuilder(functions.tokenizer, len(ids), grammar=grammar, stop_strings=request.stop)
+        loop.put(_Answer(message.key, ids, request, builder))
+
+    def _call(self, message: Call, functions: ModelFunctions) -> None:
+        try:
+            value = getattr(functions, message.method)(*message.arguments)
+        except Exception as error:
+            value = WireError.pack(error)
+        self._send(Returned(message.key, value))
+
+    def _fail(self, error: BaseException) -> None:
+        self._send(Failed(WireError.pack(error)))
+
+    def _send(self, message: object) -> None:
+        """Send a message; the server may have gone away."""
+        with self._sending, suppress(OSError):
+            self._connection.send(message)
+
+
+def run_worker(connection: Connection, spec: WorkerSpec) -> None:
+    """Run a model in this process. Ctrl-C is the server's business."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Worker(connection, spec).run()

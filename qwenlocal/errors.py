@@ -3,6 +3,7 @@ Errors that a user of qwenlocal can act on.
 
     QwenlocalError                 1  base class: a sentence and a next step
     ├── EngineCrashed              1  llama.cpp ends the process: a device is gone
+    ├── ServerBusy                 1  too many requests are waiting for a model
     ├── UsageError                 2  arguments that are invalid or contradict each other
     │   ├── InvalidChoice          2  an argument that is not one of the known values
     │   └── OutOfRange             2  a number that is too small or too large
@@ -64,12 +65,27 @@ def _join_or(words: Sequence[str]) -> str:
 class EngineCrashed(QwenlocalError):
     """llama.cpp is about to end the process; `reason` is its message without the source line."""
 
+    http_status = 503
+
     def __init__(self, reason: str) -> None:
         location, _, message = reason.partition(": ")
         self.reason = (message if ".c" in location or ".m" in location else reason).strip().rstrip(".")
         super().__init__(
             tr("llama.cpp stopped: {reason}.", reason=self.reason),
             hint=tr("If a GPU was disconnected or is out of memory, run without it: -ngl 0"),
+        )
+
+
+class ServerBusy(QwenlocalError):
+    """`n_waiting` requests wait for the model already; `retry_after` seconds later there may be room."""
+
+    http_status = 503
+
+    def __init__(self, n_waiting: int, retry_after: int) -> None:
+        self.n_waiting, self.retry_after = n_waiting, retry_after
+        super().__init__(
+            tr("The model is busy: {count:,} requests are waiting.", count=n_waiting),
+            hint=tr("Try again in {seconds} s, or start the server with a longer queue.", seconds=retry_after),
         )
 
 
@@ -294,7 +310,7 @@ class BadCatalog(QwenlocalError):
 class NotEnoughMemory(QwenlocalError):
     """`name` needs `needed` bytes of memory, but only `available` are free."""
 
-    exit_code, http_status = 6, 507
+    exit_code, http_status = 6, 503
 
     def __init__(self, name: str, needed: int, available: int, *, hint: str) -> None:
         self.needed, self.available = needed, available
@@ -315,7 +331,7 @@ class LowMemory(QwenlocalError):
     (0 to 1) of the last ten seconds.
     """
 
-    exit_code, http_status = 6, 507
+    exit_code, http_status = 6, 503
 
     def __init__(self, available: int, stalled: float = 0.0) -> None:
         self.available, self.stalled = available, stalled
@@ -333,7 +349,7 @@ class LowMemory(QwenlocalError):
 class ContextNotCreated(QwenlocalError):
     """llama.cpp cannot create a context of `n_ctx` tokens; `reason` is its message."""
 
-    exit_code, http_status = 6, 507
+    exit_code, http_status = 6, 503
 
     def __init__(self, n_ctx: int, reason: str) -> None:
         self.n_ctx, self.reason = n_ctx, reason

@@ -96,3 +96,16 @@ def test_commands_do_not_import_each_other_except_for_the_modes_of_run() -> None
     }
     run = "qwenlocal.cli.commands.run"
     assert imports == {(run, "qwenlocal.cli.commands.batch"), (run, "qwenlocal.cli.commands.chat")}
+
+
+def test_only_the_server_imports_a_web_framework() -> None:
+    """`qwenlocal run` must not pay for importing FastAPI, which takes half a second."""
+    frameworks = {"fastapi", "starlette", "uvicorn", "pydantic", "pydantic_core", "prometheus_client"}
+    importers = {
+        name
+        for name, path in MODULES.items()
+        for other in imported_modules([ast.parse(path.read_text("utf-8"))])
+        if other.partition(".")[0] in frameworks
+    }
+    assert "qwenlocal.server.app" in importers
+    assert {name for name in importers if not name.startswith("qwenlocal.server.")} == set()

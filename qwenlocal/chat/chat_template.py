@@ -37,6 +37,8 @@ ChatMessage = Mapping[str, Any]
 class MessagesRejected(BadWeights):
     """The template rejects the messages, often because of their roles."""
 
+    http_status = 400
+
 
 class ChatTemplate:
     """A compiled template. `bos` and `eos` are the spellings of the tokens that begin and end a text."""

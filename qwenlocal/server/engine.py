@@ -7,7 +7,7 @@ The interfaces (OpenAI, Anthropic, Ollama) turn HTTP requests into `GenerationRe
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -92,7 +92,7 @@ class Engine(Protocol):
     def info(self) -> ModelInfo:
         """The model."""
 
-    def generate(self, request: GenerationRequest) -> AsyncIterator[EngineEvent]:
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[EngineEvent, None]:
         """
         Yield the events of an answer: `PromptLogprobs` if requested, `PromptProgress`, `Text`, then one `Done`.
 

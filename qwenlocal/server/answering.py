@@ -1,0 +1,135 @@
+"""Answers for all interfaces: opening the model, several answers at once, and whole answers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from dataclasses import dataclass, field
+
+from qwenlocal.chat.events import Done, FinishReason, PromptLogprobs, Text, TokenLogprob
+from qwenlocal.errors import ModelNotFound
+from qwenlocal.i18n import tr
+from qwenlocal.server.engine import Engine, EngineEvent, GenerationRequest, ModelHost, ModelInfo
+from qwenlocal.server.http_errors import HttpError
+from qwenlocal.server.server_metrics import ServerMetrics
+
+_CONCURRENT = 8  # answers of one HTTP request at a time, so that it cannot fill the queue of all clients
+
+IndexedEvent = tuple[int, EngineEvent]
+
+
+@dataclass
+class CollectedAnswer:
+    """An answer that grows with its events; `done` is the last one."""
+
+    text: str = ""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    done: Done | None = None
+
+    def add(self, event: EngineEvent) -> None:
+        """Append an event."""
+        if isinstance(event, Text):
+            self.text += event.text
+            self.logprobs += event.logprobs
+        elif isinstance(event, PromptLogprobs):
+            self.prompt_logprobs = event.tokens
+        elif isinstance(event, Done):
+            self.done = event
+
+    @property
+    def end(self) -> Done:
+        """The last event of a complete answer."""
+        if self.done is None:
+            raise ValueError("the answer has not ended")
+        return self.done
+
+
+class AnswerService:
+    """Models and their answers, measured."""
+
+    def __init__(self, host: ModelHost, metrics: ServerMetrics) -> None:
+        self._host, self._metrics = host, metrics
+
+    def models(self) -> list[ModelInfo]:
+        """Return all installed models."""
+        return self._host.models()
+
+    def model_not_found(self, name: str) -> HttpError:
+        """Create the error for a model that is not installed; it lists those that are."""
+        names = ", ".join(model.name for model in self.models()) or tr("none")
+        return HttpError(
+            404,
+            tr("The model “{name}” is not installed. Installed: {names}.", name=name, names=names),
+            code="model_not_found",
+            param="model",
+            hint=tr("Download it: qwenlocal pull {name}", name=name),
+        )
+
+    @contextlib.asynccontextmanager
+    async def open(self, name: str) -> AsyncIterator[Engine]:
+        """
+        Load a model and keep it loaded during the block.
+
+        Raises
+        ------
+        HttpError: it is not installed. The errors of `ModelHost.open`.
+        """
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                engine = await stack.enter_async_context(self._host.open(name))
+            except ModelNotFound as error:
+                raise self.model_not_found(name) from error
+            yield engine
+
+    async def stream(self, engine: Engine, requests: Sequence[GenerationRequest]) -> AsyncGenerator[IndexedEvent, None]:
+        """
+        Generate several answers at once, and yield their events with the index of the request.
+
+        Raises
+        ------
+        HttpError: an answer was interrupted, because the server stops. The errors of `Engine.generate`.
+        """
+        streams = [self._metrics.measure(engine.generate(request)) for request in requests]
+        async with contextlib.aclosing(_merge(streams)) as events:
+            async for index, event in events:
+                if isinstance(event, Done) and event.finish_reason is FinishReason.INTERRUPTED:
+                    raise HttpError(503, tr("The answer was interrupted: the server stops."), code="interrupted")
+                yield index, event
+
+    async def collect(self, engine: Engine, requests: Sequence[GenerationRequest]) -> list[CollectedAnswer]:
+        """Return the complete answers to several requests."""
+        answers = [CollectedAnswer() for _ in requests]
+        async with contextlib.aclosing(self.stream(engine, requests)) as events:
+            async for index, event in events:
+                answers[index].add(event)
+        return answers
+
+
+async def _merge(streams: Sequence[AsyncGenerator[EngineEvent, None]]) -> AsyncGenerator[IndexedEvent, None]:
+    """Yield the events of several streams as they come, each with the index of its stream."""
+    queue: asyncio.Queue[IndexedEvent | None] = asyncio.Queue(maxsize=2 * _CONCURRENT)
+    slots = asyncio.Semaphore(_CONCURRENT)
+
+    async def pump(index: int, stream: AsyncGenerator[EngineEvent, None]) -> None:
+        async with slots, contextlib.aclosing(stream):
+            async for event in stream:
+                await queue.put((index, event))
+
+    tasks = [asyncio.ensure_future(pump(index, stream)) for index, stream in enumerate(streams)]
+    everything = asyncio.gather(*tasks)
+    closing = asyncio.ensure_future(_close_queue(everything, queue))
+    try:
+        while (item := await queue.get()) is not None:
+            yield item
+        everything.result()
+    finally:
+        for task in (*tasks, closing):
+            task.cancel()
+        await asyncio.gather(*tasks, closing, return_exceptions=True)
+
+
+async def _close_queue(everything: asyncio.Future[list[None]], queue: asyncio.Queue[IndexedEvent | None]) -> None:
+    await asyncio.gather(everything, return_exceptions=True)
+    await queue.put(None)

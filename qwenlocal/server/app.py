@@ -1,0 +1,58 @@
+"""The HTTP application of `qwenlocal serve`."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from qwenlocal import __version__
+from qwenlocal.errors import QwenlocalError
+from qwenlocal.server.answering import AnswerService
+from qwenlocal.server.engine import ModelHost
+from qwenlocal.server.http_errors import respond_to_error
+from qwenlocal.server.openai_api import OpenAiApi
+from qwenlocal.server.security import ApiKeyCheck, BodyLimit, HostCheck, OriginCheck
+from qwenlocal.server.server_metrics import RequestCounter, ServerMetrics
+from qwenlocal.server.server_settings import ServerSettings
+
+_CLIENT_LEFT = 499  # nginx's status for a response that nobody waits for; only metrics see it
+
+
+def create_app(host: ModelHost, settings: ServerSettings) -> FastAPI:
+    """Create the application that answers with the models of `host`."""
+    app = FastAPI(title="qwenlocal", version=__version__, docs_url=None, redoc_url=None)
+    metrics = ServerMetrics()
+    service = AnswerService(host, metrics)
+    app.include_router(OpenAiApi(service, keep_alive=settings.keep_alive).router())
+    _handle_errors(app)
+    _add_checks(app, settings)
+    app.add_middleware(RequestCounter, metrics=metrics)
+    return app
+
+
+def _handle_errors(app: FastAPI) -> None:
+    for error in (QwenlocalError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(error, respond_to_error)
+    app.add_exception_handler(ClientDisconnect, _respond_to_nobody)
+
+
+async def _respond_to_nobody(_request: Request, _error: Exception) -> Response:
+    return Response(status_code=_CLIENT_LEFT)
+
+
+def _add_checks(app: FastAPI, settings: ServerSettings) -> None:
+    """Add the checks; the one that is added last comes first."""
+    app.add_middleware(BodyLimit, limit=settings.max_body, timeout=settings.body_timeout)
+    if settings.api_keys:
+        app.add_middleware(ApiKeyCheck, keys=settings.api_keys)
+    if settings.cors_origins:
+        # Before the keys, because browsers ask for permission (OPTIONS) without one.
+        app.add_middleware(
+            CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["*"], allow_headers=["*"]
+        )
+    app.add_middleware(OriginCheck, allowed=settings.cors_origins)
+    app.add_middleware(HostCheck, bound=settings.host, allowed=settings.allowed_hosts)

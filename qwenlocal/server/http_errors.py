@@ -1,0 +1,151 @@
+"""
+Errors as HTTP responses, in the shape that each interface's clients expect.
+
+OpenAI: {"error": {"message", "type", "param", "code"}}, https://platform.openai.com/docs/guides/error-codes.
+Anthropic: {"type": "error", "error": {"type", "message"}}, https://docs.anthropic.com/en/api/errors.
+Ollama: {"error": message}, https://docs.ollama.com/api/errors.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from qwenlocal.errors import ContextFull, QwenlocalError, ServerBusy
+from qwenlocal.hints import describe_error
+from qwenlocal.i18n import tr
+
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+_RETRY_AFTER = 5  # seconds: a model that crashed is loaded again in that time, a queue has moved on
+_log = logging.getLogger(__name__)
+
+
+class HttpError(QwenlocalError):
+    """
+    A request that is answered with the status `http_status`.
+
+    `code` names the error for programs, `param` the field of the request that causes it.
+    """
+
+    def __init__(self, http_status: int, message: str, *, code: str = "", param: str = "", hint: str = "") -> None:
+        self.http_status, self.code, self.param = http_status, code, param
+        super().__init__(message, hint=hint)
+
+
+class BadField(HttpError):
+    """The field `param` of a request has a value that cannot be used."""
+
+    def __init__(self, param: str, message: str, *, code: str = "invalid_value", hint: str = "") -> None:
+        super().__init__(400, message, code=code, param=param, hint=hint)
+
+
+@dataclass(frozen=True)
+class ErrorReport:
+    """
+    An error for the clients of any interface.
+
+    `details` are further fields for OpenAI's, `retry_after` the seconds to wait where that may help.
+    """
+
+    status: int
+    message: str
+    code: str = ""
+    param: str = ""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    retry_after: int = _RETRY_AFTER
+
+    @property
+    def type(self) -> str:
+        """Anthropic's name for the status, which OpenAI's clients do not read."""
+        return _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The headers that the status needs."""
+        if self.status == 401:
+            return {"WWW-Authenticate": "Bearer"}
+        if self.status in (408, 413):  # the rest of the body will not be read
+            return {"Connection": "close"}
+        return {"Retry-After": str(self.retry_after)} if self.status in (429, 503) else {}
+
+    def body(self, path: str) -> dict[str, Any]:
+        """Return the body of the response to a request of `path`."""
+        if path.startswith("/api/"):
+            return {"error": self.message}
+        if path.startswith("/v1/messages"):
+            return {"type": "error", "error": {"type": self.type, "message": self.message}}
+        code, param = self.code or None, self.param or None
+        return {"error": {"message": self.message, "type": self.type, "param": param, "code": code, **self.details}}
+
+
+def report_error(error: Exception, request: Request) -> ErrorReport:
+    """Describe an error; one that is a bug is logged with an id that the client gets, too."""
+    if isinstance(error, QwenlocalError):
+        return _report_known(error)
+    if isinstance(error, RequestValidationError):
+        return _report_invalid(error)
+    if isinstance(error, HTTPException):
+        return ErrorReport(error.status_code, str(error.detail))
+    id = secrets.token_hex(4)
+    _log.error("Error %s in %s %s", id, request.method, request.url.path, exc_info=error)
+    return ErrorReport(500, tr("The server failed; its log describes the error {id}.", id=id), "internal_error")
+
+
+def _report_known(error: QwenlocalError) -> ErrorReport:
+    message = describe_error(error)
+    if isinstance(error, ContextFull):
+        details = {"n_prompt_tokens": error.n_prompt, "n_ctx": error.n_ctx}
+        return ErrorReport(error.http_status, message, "context_length_exceeded", details=details)
+    if isinstance(error, HttpError):
+        return ErrorReport(error.http_status, message, error.code, error.param)
+    retry_after = error.retry_after if isinstance(error, ServerBusy) else _RETRY_AFTER
+    return ErrorReport(error.http_status, message, retry_after=retry_after)
+
+
+def _report_invalid(error: RequestValidationError) -> ErrorReport:
+    """Describe the first field that is invalid."""
+    first = error.errors()[0]
+    param = _find_param(first["loc"], error.body, is_missing=first["type"] == "missing")
+    message = f"{param}: {first['msg']}." if param else f"{first['msg']}."
+    return ErrorReport(400, message, "invalid_value", param)
+
+
+def _find_param(location: tuple[int | str, ...], body: Any, *, is_missing: bool) -> str:
+    """
+    Return the path of a field; pydantic's location also has the names of the types in unions.
+
+    `("body", "messages", 0, "content", "str")` becomes "messages.0.content".
+    """
+    path: list[str] = []
+    value = body
+    for step in location[1:]:
+        try:
+            value = value[step]
+        except (LookupError, TypeError):
+            if not (is_missing and step == location[-1]):
+                continue
+        path.append(str(step))
+    return ".".join(path)
+
+
+async def respond_to_error(request: Request, error: Exception) -> JSONResponse:
+    """Return the response to a request that failed."""
+    report = report_error(error, request)
+    headers = {**report.headers, **(getattr(error, "headers", None) or {})}
+    return JSONResponse(report.body(request.url.path), report.status, headers)

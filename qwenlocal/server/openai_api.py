@@ -1,0 +1,167 @@
+"""OpenAI's interface: models, chats, completions, embeddings (https://platform.openai.com/docs/api-reference)."""
+
+from __future__ import annotations
+
+import base64
+import struct
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from qwenlocal.i18n import tr
+from qwenlocal.server.answering import AnswerService
+from qwenlocal.server.engine import ChatPrompt, Embedding, GenerationRequest, ModelInfo, TextPrompt, TokenPrompt
+from qwenlocal.server.http_errors import BadField, report_error
+from qwenlocal.server.json_route import JsonRoute
+from qwenlocal.server.openai_choices import ChatChoices, ChoiceFormat, ChoiceResponse, CompletionChoices
+from qwenlocal.server.openai_format import format_event
+from qwenlocal.server.openai_models import ChatCompletionRequest, CompletionRequest, EmbeddingRequest, GenerationFields
+from qwenlocal.server.request_fields import choice_seed
+from qwenlocal.server.security import identify_client
+from qwenlocal.server.streaming import SSE, run_while_connected, stream_while_connected
+
+
+class OpenAiApi:
+    """The routes under /v1 that OpenAI's clients use."""
+
+    def __init__(self, service: AnswerService, *, keep_alive: float) -> None:
+        self._service, self._keep_alive = service, keep_alive
+
+    def router(self) -> APIRouter:
+        """Return the routes."""
+        router = APIRouter(prefix="/v1", route_class=JsonRoute, tags=["OpenAI"])
+        router.add_api_route("/models", self.list_models, methods=["GET"])
+        router.add_api_route("/models/{name:path}", self.get_model, methods=["GET"])
+        router.add_api_route("/chat/completions", self.chat, methods=["POST"])
+        router.add_api_route("/completions", self.complete, methods=["POST"])
+        router.add_api_route("/embeddings", self.embed, methods=["POST"])
+        return router
+
+    async def list_models(self) -> Response:
+        """List the installed models."""
+        models = [_format_model(model) for model in self._service.models()]
+        ids = [model["id"] for model in models] or [None]
+        return JSONResponse(
+            {"object": "list", "data": models, "has_more": False, "first_id": ids[0], "last_id": ids[-1]}
+        )
+
+    async def get_model(self, name: str) -> Response:
+        """Describe an installed model."""
+        for model in self._service.models():
+            if model.name == name:
+                return JSONResponse(_format_model(model))
+        raise self._service.model_not_found(name)
+
+    async def chat(self, request: Request, body: ChatCompletionRequest) -> Response:
+        """Answer the last message of a chat."""
+        body.check()
+        sampling = await body.all_sampling()
+        prompt = ChatPrompt([message.to_dict() for message in body.messages])
+        requests = [
+            GenerationRequest(
+                prompt,
+                choice_seed(sampling, number),
+                _limit(body.max_tokens),
+                tuple(body.stop or ()),
+                (body.top_logprobs or 0) if body.logprobs else None,
+                cache_prompt=body.cache_prompt is not False,
+                client=identify_client(request),
+            )
+            for number in range(body.choices)
+        ]
+        return await self._respond(request, body, requests, ChatChoices(bool(body.logprobs)))
+
+    async def complete(self, request: Request, body: CompletionRequest) -> Response:
+        """Continue one or more texts."""
+        body.check()
+        sampling = await body.all_sampling()
+        requests = [
+            GenerationRequest(
+                _prompt(prompt),
+                choice_seed(sampling, number),
+                _limit(body.max_tokens),
+                tuple(body.stop or ()),
+                body.logprobs,
+                prompt_logprobs=bool(body.echo) and body.logprobs is not None,
+                cache_prompt=body.cache_prompt is not False,
+                client=identify_client(request),
+            )
+            for prompt in body.prompts
+            for number in range(body.choices)
+        ]
+        choices = CompletionChoices(has_logprobs=body.logprobs is not None, echo=bool(body.echo))
+        return await self._respond(request, body, requests, choices)
+
+    async def _respond(
+        self,
+        request: Request,
+        body: GenerationFields,
+        requests: Sequence[GenerationRequest],
+        choices: ChoiceFormat,
+    ) -> Response:
+        response = ChoiceResponse(self._service, body, requests, choices)
+        if not body.stream:
+            return JSONResponse(await run_while_connected(request, response.collect()))
+        return await stream_while_connected(
+            request,
+            response.stream(),
+            media_type=SSE,
+            describe=lambda error: format_event(report_error(error, request).body(request.url.path)),
+            keep_alive=self._keep_alive,
+        )
+
+    async def embed(self, request: Request, body: EmbeddingRequest) -> Response:
+        """Return a vector for each text."""
+
+        async def compute() -> tuple[str, list[Embedding]]:
+            async with self._service.open(body.model) as engine:
+                return engine.info.name, await engine.embed([_prompt(text) for text in body.inputs])
+
+        name, embeddings = await run_while_connected(request, compute())
+        size = len(embeddings[0].vector)
+        if body.dimensions not in (None, size):
+            raise BadField("dimensions", tr("This model's vectors have {size} dimensions.", size=size))
+        encode = _encode_base64 if body.encoding_format == "base64" else list
+        tokens = sum(embedding.tokens for embedding in embeddings)
+        return JSONResponse(
+            {
+                "object": "list",
+                "data": [
+                    {"object": "embedding", "index": index, "embedding": encode(embedding.vector)}
+                    for index, embedding in enumerate(embeddings)
+                ],
+                "model": body.model or name,
+                "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+            }
+        )
+
+
+def _encode_base64(vector: Sequence[float]) -> str:
+    """Encode a vector as OpenAI does: 32-bit floats, little-endian."""
+    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+
+
+def _format_model(model: ModelInfo) -> dict[str, Any]:
+    """Describe a model to clients of OpenAI and of Anthropic, which ask for the same path."""
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": int(model.modified),
+        "owned_by": "qwenlocal",
+        "type": "model",
+        "display_name": model.name,
+        "created_at": datetime.fromtimestamp(model.modified, timezone.utc).isoformat(),
+        "meta": {"size": model.size, "n_ctx": model.n_ctx, "n_ctx_train": model.n_ctx_train},
+    }
+
+
+def _prompt(value: str | list[int]) -> TextPrompt | TokenPrompt:
+    return TextPrompt(value) if isinstance(value, str) else TokenPrompt(value)
+
+
+def _limit(max_tokens: int | None) -> int | None:
+    """Return the limit of `GenerationRequest`; llama-server's -1 is no limit."""
+    return None if max_tokens == -1 else max_tokens

@@ -1,0 +1,247 @@
+"""
+Requests of OpenAI's interface, with the additional fields of llama-server.
+
+Sources: https://platform.openai.com/docs/api-reference; llama.cpp, tools/server/README.md.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
+
+from qwenlocal.i18n import tr
+from qwenlocal.server.http_errors import BadField
+from qwenlocal.server.request_fields import (
+    ApiRequest,
+    LogitBias,
+    SamplingFields,
+    StopStrings,
+    TextContent,
+    compile_gbnf,
+    compile_schema,
+    convert_logit_bias,
+    join_text,
+)
+
+_MAX_CHOICES = 64
+_MAX_TOP_LOGPROBS = 20
+_MAX_INPUTS = 2048  # of one request, as OpenAI's
+
+# Fields that change the answer and are not supported, with the values that change nothing.
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "audio": (),
+    "modalities": (["text"],),
+    "web_search_options": (),
+    "suffix": ("",),
+    "json_schema": (),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "documents": ([],),
+    "use_beam_search": (False,),
+    "min_tokens": (0,),
+    "stop_token_ids": ([],),
+    "bad_words": ([],),
+    "allowed_token_ids": ([],),
+    "prompt_logprobs": (),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "lora": ([],),
+    "mirostat": (0,),
+    "typical_p": (1,),
+    "top_n_sigma": (-1, 0),
+    "dynatemp_range": (0,),
+    "dry_multiplier": (0,),
+    "xtc_probability": (0,),
+    "adaptive_target": (-1,),
+    "n_probs": (0,),
+    "samplers": (),
+    "image_data": ([],),
+}
+
+
+class JsonSchemaFormat(BaseModel):
+    """The schema of an answer, and its name."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    name: str = ""
+    json_schema: dict[str, Any] = Field(validation_alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(BaseModel):
+    """The format of an answer. `schema` is llama-server's way to give the schema of a `json_object`."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+    object_schema: dict[str, Any] | None = Field(None, validation_alias="schema")
+
+    @model_validator(mode="after")
+    def _check_schema(self) -> ResponseFormat:
+        if self.type == "json_schema" and self.json_schema is None:
+            raise ValueError("json_schema is missing")
+        return self
+
+
+class StreamOptions(BaseModel):
+    """Options of a stream."""
+
+    include_usage: bool | None = None
+
+
+class GenerationFields(ApiRequest, SamplingFields):
+    """The fields that chats and completions share."""
+
+    model: str = Field("", max_length=500)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: int | None = Field(None, ge=1, le=_MAX_CHOICES)
+    best_of: int | None = None
+    stop: StopStrings | None = None
+    logit_bias: LogitBias | None = None
+    response_format: ResponseFormat | None = None
+    grammar: str | None = None
+    ignore_eos: bool | None = None
+    cache_prompt: bool | None = None
+    timings_per_token: bool | None = None
+
+    @property
+    def choices(self) -> int:
+        """The number of answers to each prompt."""
+        return self.n or 1
+
+    def check(self) -> None:
+        """
+        Check what types cannot.
+
+        Raises
+        ------
+        BadField: a field has no effect here, or two fields contradict each other.
+        """
+        self.refuse(_UNSUPPORTED)
+        if self.best_of is not None and self.best_of != self.choices:
+            raise BadField("best_of", tr("“best_of” is not supported unless it equals “n”."))
+        if self.stream_options and not self.stream:
+            raise BadField("stream_options", tr("“stream_options” needs “stream”: true."))
+        if self.grammar and self.response_format and self.response_format.type != "text":
+            raise BadField("grammar", tr("“grammar” and “response_format” exclude each other."))
+
+    async def all_sampling(self) -> dict[str, Any]:
+        """
+        Return all that changes the choice of tokens, for `GenerationRequest.sampling`.
+
+        Raises
+        ------
+        BadField: the schema or the grammar is not usable.
+        """
+        sampling = self.sampling()
+        if self.logit_bias:
+            sampling["logit_bias"] = convert_logit_bias(self.logit_bias)
+        if self.ignore_eos:
+            sampling["ignore_eos"] = True
+        if self.grammar:
+            sampling["grammar"] = await compile_gbnf(self.grammar)
+        if self.response_format and (grammar := await _compile_format(self.response_format)):
+            sampling["grammar"] = grammar
+        return sampling
+
+
+async def _compile_format(response_format: ResponseFormat) -> str:
+    if response_format.type == "text":
+        return ""
+    if response_format.json_schema:
+        return await compile_schema(response_format.json_schema.json_schema, "response_format.json_schema.schema")
+    return await compile_schema(response_format.object_schema, "response_format.schema")
+
+
+class ChatMessageFields(ApiRequest):
+    """A message of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: TextContent | None = None
+
+    def to_dict(self) -> dict[str, str]:
+        """Return the message for the chat template, which knows developers as the system."""
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": join_text(self.content)}
+
+    @model_validator(mode="after")
+    def _check_content(self) -> ChatMessageFields:
+        if (self.model_extra or {}).get("tool_calls"):
+            raise ValueError(tr("tool calls are not supported"))
+        if self.content is None and self.role != "assistant":
+            raise ValueError(tr("content is missing"))
+        return self
+
+
+class ChatCompletionRequest(GenerationFields):
+    """`POST /v1/chat/completions`."""
+
+    messages: list[ChatMessageFields] = Field(min_length=1, max_length=10_000)
+    max_tokens: int | None = Field(
+        None, ge=-1, validation_alias=AliasChoices("max_completion_tokens", "max_tokens", "n_predict")
+    )
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=_MAX_TOP_LOGPROBS)
+
+    def check(self) -> None:
+        super().check()
+        if self.top_logprobs and not self.logprobs:
+            raise BadField("top_logprobs", tr("“top_logprobs” needs “logprobs”: true."))
+
+
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class CompletionRequest(GenerationFields):
+    """`POST /v1/completions`."""
+
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=_MAX_INPUTS)]
+        | Annotated[list[TokenId], Field(min_length=1)]
+        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=_MAX_INPUTS)]
+    )
+    max_tokens: int | None = Field(16, ge=-1, validation_alias=AliasChoices("max_tokens", "n_predict"))
+    logprobs: int | None = Field(None, ge=0, le=_MAX_TOP_LOGPROBS)
+    echo: bool | None = None
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts, also if there is one."""
+        prompt: Any = self.prompt
+        if isinstance(prompt, str) or isinstance(prompt[0], int):
+            return [prompt]
+        return list(prompt)
+
+
+class EmbeddingRequest(ApiRequest):
+    """`POST /v1/embeddings`."""
+
+    model: str = Field("", max_length=500)
+    input: (
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=_MAX_INPUTS)]
+        | Annotated[list[TokenId], Field(min_length=1)]
+        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=_MAX_INPUTS)]
+    )
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = Field(None, ge=1)
+
+    @property
+    def inputs(self) -> list[str | list[int]]:
+        """The texts, also if there is one."""
+        value: Any = self.input
+        if isinstance(value, str) or isinstance(value[0], int):
+            return [value]
+        return list(value)

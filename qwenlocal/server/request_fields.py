@@ -1,0 +1,142 @@
+"""Fields that requests of several interfaces share: sampling, messages, formats of answers, unsupported fields."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
+
+from qwenlocal.engine.gbnf import grammar_from_gbnf
+from qwenlocal.engine.json_schema import ANY_OBJECT, grammar_from_schema
+from qwenlocal.errors import UsageError
+from qwenlocal.i18n import tr
+from qwenlocal.server.http_errors import BadField
+
+_SEEDS = 2**32 - 1
+MAX_STOPS = 16
+
+StopStrings = Annotated[
+    list[Annotated[str, Field(min_length=1)]],
+    Field(max_length=MAX_STOPS),
+    BeforeValidator(lambda value: [value] if isinstance(value, str) else value, json_schema_input_type=str | list[str]),
+]
+LogitBias = dict[int, float] | list[tuple[int, float | Literal[False]]]
+
+
+class ApiRequest(BaseModel):
+    """Base class of requests: fields that it does not know are kept in `model_extra`."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False, protected_namespaces=())
+
+    def refuse(self, neutral: Mapping[str, Sequence[Any]]) -> None:
+        """
+        Check the fields that would change the answer but are not supported.
+
+        `neutral` has their names, each with the values that change nothing; null is always one of them.
+
+        Raises
+        ------
+        BadField: one of them has another value.
+        """
+        for name, value in (self.model_extra or {}).items():
+            if name in neutral and value is not None and value not in neutral[name]:
+                raise BadField(name, tr("“{field}” is not supported.", field=name), code="unsupported_parameter")
+
+
+class SamplingFields(BaseModel):
+    """The parameters of sampling, by llama.cpp's names; what is missing is what the model recommends."""
+
+    temperature: float | None = Field(None, ge=0, le=10)
+    top_k: int | None = Field(None, ge=-1, le=1_000_000)
+    top_p: float | None = Field(None, ge=0, le=1)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repeat_penalty: float | None = Field(
+        None, ge=0.01, le=10, validation_alias=AliasChoices("repeat_penalty", "repetition_penalty")
+    )
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**64)
+
+    def sampling(self) -> dict[str, Any]:
+        """Return the parameters that are given, for `GenerationRequest.sampling`."""
+        values = self.model_dump(include=set(SamplingFields.model_fields), exclude_none=True)
+        if values.get("top_k") == -1:
+            values["top_k"] = 0
+        for penalty in ("frequency_penalty", "presence_penalty"):
+            if values.get(penalty) == 0:
+                del values[penalty]
+        if (seed := values.pop("seed", -1)) != -1:  # llama-server: -1 is random
+            values["seed"] = seed % _SEEDS
+        return values
+
+
+def choice_seed(sampling: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """Return the sampling of one of several answers to a prompt: each has a seed of its own."""
+    if not number or "seed" not in sampling:
+        return dict(sampling)
+    return {**sampling, "seed": (sampling["seed"] + number) % _SEEDS}
+
+
+def convert_logit_bias(bias: LogitBias) -> tuple[tuple[int, float], ...]:
+    """Convert OpenAI's {id: bias} or llama-server's [[id, bias or false]], in which false forbids the token."""
+    pairs = bias.items() if isinstance(bias, dict) else bias
+    return tuple((token, -math.inf if value is False else float(value)) for token, value in pairs)
+
+
+class TextPart(BaseModel):
+    """A part of a message; only text is supported."""
+
+    type: Literal["text", "input_text", "output_text"]
+    text: str
+
+
+def join_text(content: str | Sequence[TextPart] | None) -> str:
+    """Return the text of a message's content."""
+    return content if isinstance(content, str) else "".join(part.text for part in content or ())
+
+
+def check_text_parts(value: Any) -> Any:
+    """Reject parts other than text by their type, which says more than that their text is missing."""
+    for part in value if isinstance(value, list) else ():
+        kind = part.get("type") if isinstance(part, dict) else None
+        if isinstance(kind, str) and kind not in ("text", "input_text", "output_text"):
+            raise ValueError(tr("content of type “{type}” is not supported, only text", type=kind[:40]))
+    return value
+
+
+TextContent = Annotated[
+    str | list[TextPart], BeforeValidator(check_text_parts, json_schema_input_type=str | list[TextPart])
+]
+
+
+async def compile_schema(schema: Mapping[str, Any] | None, param: str) -> str:
+    """
+    Return the grammar of a JSON schema (None: of any object), the value of the field `param`.
+
+    Raises
+    ------
+    BadField: the schema is not supported.
+    """
+    text = ANY_OBJECT if schema is None else json.dumps(schema)
+    try:
+        return await asyncio.to_thread(grammar_from_schema, text)
+    except UsageError as error:
+        raise BadField(param, str(error), code="invalid_schema", hint=error.hint) from error
+
+
+async def compile_gbnf(text: str) -> str:
+    """
+    Return the grammar of a text in GBNF, the value of the field `grammar`.
+
+    Raises
+    ------
+    BadField: the text is not valid.
+    """
+    try:
+        return await asyncio.to_thread(grammar_from_gbnf, text)
+    except UsageError as error:
+        raise BadField("grammar", str(error), code="invalid_grammar", hint=error.hint) from error

@@ -1,0 +1,25 @@
+"""The settings of a server that concern HTTP: its address, who may use it, and limits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """
+    Settings of `create_app`.
+
+    `host` is the address that the server listens on. Without `api_keys`, everybody who reaches it may use it.
+    `allowed_hosts` are further names in the Host header, `cors_origins` the web sites whose pages may send requests
+    (such as "https://example.org", "*" for all). `max_body` is in bytes; a body must arrive within `body_timeout`
+    seconds. While a response waits for the model, something is sent every `keep_alive` seconds.
+    """
+
+    host: str = "127.0.0.1"
+    api_keys: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
+    max_body: int = 16 << 20
+    body_timeout: float = 60.0
+    keep_alive: float = 10.0

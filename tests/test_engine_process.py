@@ -1,0 +1,322 @@
+"""A model in a process of its own: its answers, its errors, its end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from qwenlocal.chat.events import Done, FinishReason, PromptLogprobs, Text
+from qwenlocal.engine.load_plan import LoadRequest
+from qwenlocal.engine.loader import LoadOptions
+from qwenlocal.errors import BadWeights, ContextFull, EngineCrashed, ModelNotFound, OutOfRange, ServerBusy, UsageError
+from qwenlocal.library.model_library import ModelLibrary
+from qwenlocal.library.names import PathName
+from qwenlocal.library.provider import ProvidedModel
+from qwenlocal.library.store import ModelRecord, StoredFile
+from qwenlocal.server.engine import ChatPrompt, EngineEvent, GenerationRequest, TextPrompt, TokenPrompt
+from qwenlocal.server.engine_process import EngineProcess
+from qwenlocal.server.engine_worker import WorkerSpec
+from qwenlocal.server.model_host import HostSettings, ProcessHost
+from qwenlocal.server.served_models import ServedModels
+
+HELLO = ChatPrompt([{"role": "user", "content": "Hello"}])
+DEADLINE = 60.0
+
+
+def provided(path: Path) -> ProvidedModel:
+    record = ModelRecord(str(path), [StoredFile.from_path(path, "")], "a file on this disk", owned=False)
+    return ProvidedModel(PathName(path), record)
+
+
+def options(n_ctx: int = 512) -> LoadOptions:
+    return LoadOptions(LoadRequest(n_ctx=n_ctx, threads=1, flash_attention=False))
+
+
+@contextlib.asynccontextmanager
+async def running(
+    path: Path, parallel: int = 2, n_ctx: int = 512, max_waiting: int = 8
+) -> AsyncIterator[EngineProcess]:
+    process = EngineProcess(WorkerSpec(provided(path), options(n_ctx), parallel), max_waiting=max_waiting)
+    await process.start()
+    try:
+        yield process
+    finally:
+        await process.stop()
+
+
+def run(test: Callable[[], Awaitable[None]]) -> None:
+    asyncio.run(asyncio.wait_for(test(), DEADLINE))
+
+
+async def answer(process: EngineProcess, request: GenerationRequest) -> tuple[str, Done]:
+    events = [event async for event in process.generate(request)]
+    assert isinstance(events[-1], Done)
+    return "".join(event.text for event in events if isinstance(event, Text)), events[-1]
+
+
+def test_answers_come_from_another_process(speaking_model: Path) -> None:
+    async def test() -> None:
+        async with running(speaking_model) as process:
+            text, done = await answer(process, GenerationRequest(HELLO, {"temperature": 0}))
+            assert (text, done.finish_reason) == ("Paris, fun", FinishReason.EOS)
+            assert process.info.n_ctx == 512 and process.info.is_loaded
+
+    run(test)
+
+
+def test_several_requests_are_answered_at_once(random_model: Path) -> None:
+    requests = [
+        GenerationRequest(TextPrompt(f"{key} " * 20), {"temperature": 0, "repeat_penalty": 1}, max_tokens=20)
+        for key in range(5)
+    ]
+
+    async def test() -> None:
+        async with running(random_model, parallel=3) as process:
+            together = await asyncio.gather(*(answer(process, request) for request in requests))
+            for request, (text, done) in zip(requests, together, strict=True):
+                assert (await answer(process, request))[0] == text
+                assert done.finish_reason is FinishReason.LENGTH and done.stats.answer_tokens == 20
+
+    run(test)
+
+
+def test_a_stop_string_ends_an_answer(speaking_model: Path) -> None:
+    async def test() -> None:
+        async with running(speaking_model) as process:
+            text, done = await answer(process, GenerationRequest(HELLO, {"temperature": 0}, stop=(", f",)))
+            assert (text, done.finish_reason) == ("Paris", FinishReason.STOP_STRING)
+
+    run(test)
+
+
+def test_probabilities_of_prompt_and_answer(random_model: Path) -> None:
+    request = GenerationRequest(TokenPrompt([40, 41, 42]), max_tokens=2, top_logprobs=2, prompt_logprobs=True)
+
+    async def test() -> None:
+        async with running(random_model) as process:
+            events = [event async for event in process.generate(request)]
+            (prompt,) = [event for event in events if isinstance(event, PromptLogprobs)]
+            assert [token.id for token in prompt.tokens] == [40, 41, 42]
+            tokens = [token for event in events if isinstance(event, Text) for token in event.logprobs]
+            assert len(tokens) == 2 and all(len(token.alternatives) == 2 for token in tokens)
+
+    run(test)
+
+
+def test_an_abandoned_request_frees_its_place(endless_model: Path) -> None:
+    async def test() -> None:
+        async with running(endless_model, parallel=1, n_ctx=8192) as process:
+            events = process.generate(GenerationRequest(HELLO))
+            assert await anext(events)
+            await events.aclose()
+            text, _ = await answer(process, GenerationRequest(HELLO, max_tokens=3))
+            assert len(text) == 3
+            assert process.n_requests == 0
+
+    run(test)
+
+
+def test_a_request_that_is_cancelled_while_it_waits_is_forgotten(endless_model: Path) -> None:
+    async def test() -> None:
+        async with running(endless_model, parallel=1, n_ctx=8192) as process:
+            first = process.generate(GenerationRequest(HELLO))
+            assert await anext(first)
+            waiting = asyncio.create_task(answer(process, GenerationRequest(HELLO, max_tokens=3)))
+            await asyncio.sleep(0.1)
+            waiting.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await waiting
+            assert process.n_requests == 1
+            await first.aclose()
+
+    run(test)
+
+
+def test_functions_of_a_model(random_model: Path) -> None:
+    async def test() -> None:
+        async with running(random_model) as process:
+            ids = await process.tokenize("Hello")
+            assert b"".join(await process.pieces(ids)) == b"Hello"
+            assert (await process.apply_template(HELLO.messages)).endswith("<|im_start|>assistant\n")
+            assert await process.count_tokens(HELLO) > await process.count_tokens(TextPrompt("Hello"))
+
+    run(test)
+
+
+# --- errors
+
+
+def test_errors_keep_their_class_and_fields(random_model: Path) -> None:
+    async def test() -> None:
+        async with running(random_model) as process:
+            with pytest.raises(ContextFull) as raised:
+                await answer(process, GenerationRequest(TextPrompt("x" * 600)))
+            assert (raised.value.n_prompt, raised.value.n_ctx) == (600, 512)
+            with pytest.raises(OutOfRange):
+                await answer(process, GenerationRequest(HELLO, {"logit_bias": ((999_999, 1.0),)}))
+            with pytest.raises(OutOfRange):
+                await answer(process, GenerationRequest(HELLO, {"top_p": 3}))
+            with pytest.raises(UsageError, match="no token with the id 5000"):
+                await answer(process, GenerationRequest(TokenPrompt([5000])))
+            assert (await answer(process, GenerationRequest(HELLO, max_tokens=1)))[1].stats.answer_tokens == 1
+
+    run(test)
+
+
+def test_a_damaged_file_says_why_it_cannot_be_loaded(random_model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "damaged.gguf"
+    path.write_bytes(random_model.read_bytes()[:2000])
+
+    async def test() -> None:
+        with pytest.raises(BadWeights) as raised:
+            await EngineProcess(WorkerSpec(provided(path), options(), 1)).start()
+        assert raised.value.hint and str(path) in str(raised.value)
+
+    run(test)
+
+
+def test_requests_beyond_the_queue_are_refused(endless_model: Path) -> None:
+    async def test() -> None:
+        async with running(endless_model, parallel=1, n_ctx=8192, max_waiting=1) as process:
+            streams = [process.generate(GenerationRequest(HELLO)) for _ in range(2)]
+            assert await anext(streams[0])
+            waiting = asyncio.ensure_future(anext(streams[1]))
+            await asyncio.sleep(0)
+            with pytest.raises(ServerBusy) as raised:
+                await answer(process, GenerationRequest(HELLO))
+            assert raised.value.n_waiting == 1 and raised.value.retry_after > 0
+            waiting.cancel()
+            await streams[0].aclose()
+
+    run(test)
+
+
+def test_a_killed_process_ends_its_requests_with_a_reason(endless_model: Path) -> None:
+    async def test() -> None:
+        async with running(endless_model, n_ctx=8192) as process:
+            events = process.generate(GenerationRequest(HELLO))
+            assert await anext(events)
+            assert process._process.pid is not None
+            os.kill(process._process.pid, signal.SIGKILL)
+            with pytest.raises(EngineCrashed):
+                async for _ in events:
+                    pass
+            assert not process.is_alive
+            with pytest.raises(EngineCrashed):
+                await process.tokenize("x")
+
+    run(test)
+
+
+# --- models that are loaded on demand
+
+
+def host(*paths: Path, keep_alive: float | None = 300.0, loaded: list[str] | None = None) -> ProcessHost:
+    library = ModelLibrary(
+        say=lambda sentence: None,
+        on_download=lambda model: None,
+        open_progress=lambda: contextlib.nullcontext(lambda progress: None),
+        report_hashing=lambda file, done, total: None,
+    )
+    names = loaded if loaded is not None else []
+    return ProcessHost(
+        ServedModels(library, [provided(path) for path in paths]),
+        HostSettings(options(), parallel=2, keep_alive=keep_alive),
+        on_loaded=lambda name, ready: names.append(name),
+    )
+
+
+async def first_text(models: ProcessHost, name: str) -> str:
+    async with models.open(name) as engine:
+        events: list[EngineEvent] = [event async for event in engine.generate(GenerationRequest(HELLO, max_tokens=5))]
+        return "".join(event.text for event in events if isinstance(event, Text))
+
+
+@pytest.fixture(autouse=True)
+def empty_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QWENLOCAL_HOME", str(tmp_path / "home"))
+
+
+def test_a_model_is_loaded_once_for_all_who_ask(speaking_model: Path) -> None:
+    async def test() -> None:
+        loaded: list[str] = []
+        models = host(speaking_model, loaded=loaded)
+        assert await asyncio.gather(*(first_text(models, "") for _ in range(3))) == ["Paris"] * 3
+        assert loaded == [str(speaking_model)]
+        assert [info.is_loaded for info in models.models()] == [True]
+        await models.close()
+
+    run(test)
+
+
+def test_two_models_at_once(speaking_model: Path, endless_model: Path) -> None:
+    async def test() -> None:
+        models = host(speaking_model, endless_model)
+        texts = await asyncio.gather(first_text(models, str(speaking_model)), first_text(models, str(endless_model)))
+        assert texts[0] == "Paris" and texts[1] != "Paris"
+        await models.close()
+
+    run(test)
+
+
+def test_an_unused_model_is_unloaded_and_loaded_again(speaking_model: Path) -> None:
+    async def test() -> None:
+        loaded: list[str] = []
+        models = host(speaking_model, keep_alive=0.05, loaded=loaded)
+        assert await first_text(models, "") == "Paris"
+        while any(info.is_loaded for info in models.models()):
+            await asyncio.sleep(0.02)
+        assert await first_text(models, "") == "Paris"
+        assert len(loaded) == 2
+        await models.close()
+
+    run(test)
+
+
+def test_a_model_whose_process_was_killed_is_loaded_again(speaking_model: Path) -> None:
+    async def test() -> None:
+        models = host(speaking_model)
+        async with models.open("") as engine:
+            assert isinstance(engine, EngineProcess) and engine._process.pid is not None
+            os.kill(engine._process.pid, signal.SIGKILL)
+            while engine.is_alive:
+                await asyncio.sleep(0.01)
+        assert await first_text(models, "") == "Paris"
+        await models.close()
+
+    run(test)
+
+
+def test_requests_cannot_name_files(speaking_model: Path, random_model: Path, tmp_path: Path) -> None:
+    async def test() -> None:
+        models = host(speaking_model)
+        outside = ["/etc/passwd", str(random_model), "../models0/random.gguf", "~/x.gguf", "https://example.org/x.gguf"]
+        for name in (*outside, "nonsense", "gpt-4", "qwen1.5:7b", "Qwen/Qwen1.5-7B-Chat"):
+            with pytest.raises(ModelNotFound) as raised:
+                async with models.open(name):
+                    pass
+            assert str(speaking_model) in raised.value.hint
+        await models.close()
+
+    run(test)
+
+
+def test_a_model_that_cannot_be_loaded_stays_unloaded(random_model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "damaged.gguf"
+    path.write_bytes(random_model.read_bytes()[:2000])
+
+    async def test() -> None:
+        models = host(path)
+        for _ in range(2):
+            with pytest.raises(BadWeights):
+                await first_text(models, "")
+        assert [info.is_loaded for info in models.models()] == [False]
+        await models.close()
+
+    run(test)

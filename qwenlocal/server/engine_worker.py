@@ -164,7 +164,7 @@ class EngineLoop:
 
 
 class ModelFunctions:
-    """What a model can do besides answering; each method can be called through `Call`."""
+    """Functions of a model besides answering; each method can be called through `Call`."""
 
     def __init__(self, model: ChatModel) -> None:
         self._model, self.tokenizer = model, model.model.tokenizer

@@ -20,7 +20,7 @@ from qwenlocal.server.wire import Ready
 @dataclass(frozen=True)
 class HostSettings:
     """
-    How models are loaded: with `options`, each for `parallel` requests at the same time and `max_waiting` others.
+    Settings for loading models: with `options`, each for `parallel` requests at the same time and `max_waiting` others.
 
     A model that nobody uses for `keep_alive` seconds is unloaded; never, if that is None.
     """
@@ -43,7 +43,7 @@ class _HostedModel:
 
     @property
     def ready(self) -> Ready | None:
-        """What the process said when it had loaded the model; None before that."""
+        """The message of the process once the model is loaded; None before that."""
         is_loaded = self.loading and self.loading.done() and not self.loading.cancelled()
         return self.loading.result() if self.loading and is_loaded and not self.loading.exception() else None
 

@@ -149,6 +149,19 @@ def test_functions_of_a_model(random_model: Path) -> None:
     run(test)
 
 
+def test_embeddings_of_texts_and_tokens(random_model: Path) -> None:
+    async def test() -> None:
+        async with running(random_model) as process:
+            text, tokens, other = await process.embed(
+                [TextPrompt("Hello"), TokenPrompt(await process.tokenize("Hello")), TextPrompt("Good bye")]
+            )
+            assert text.vector == tokens.vector != other.vector
+            assert text.tokens == 5
+            assert sum(value * value for value in other.vector) == pytest.approx(1)
+
+    run(test)
+
+
 # --- errors
 
 

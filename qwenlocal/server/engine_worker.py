@@ -23,6 +23,7 @@ from qwenlocal.chat.chat_template import ChatTemplate, encode_messages, require_
 from qwenlocal.chat.events import Event, FinishReason, PromptLogprobs, TokenLogprob
 from qwenlocal.chat.generate import AnswerBuilder
 from qwenlocal.engine.context import Context
+from qwenlocal.engine.embedding import Embedder
 from qwenlocal.engine.loader import LoadOptions
 from qwenlocal.engine.logprobs import Logprobs
 from qwenlocal.engine.memory import check_memory
@@ -35,7 +36,16 @@ from qwenlocal.i18n import tr
 from qwenlocal.library.provider import ProvidedModel
 from qwenlocal.machine import this_machine
 from qwenlocal.paths import Folders
-from qwenlocal.server.engine import ChatPrompt, EngineEvent, GenerationRequest, ModelInfo, Prompt, TextPrompt
+from qwenlocal.server.engine import (
+    ChatPrompt,
+    Embedding,
+    EngineEvent,
+    GenerationRequest,
+    ModelInfo,
+    Prompt,
+    TextPrompt,
+    TokenPrompt,
+)
 from qwenlocal.server.wire import Call, Cancel, Emitted, Failed, Loading, Quit, Ready, Returned, Submit, WireError
 
 _UNLIMITED = 1 << 30  # tokens
@@ -169,6 +179,19 @@ class ModelFunctions:
     def __init__(self, model: ChatModel) -> None:
         self._model, self.tokenizer = model, model.model.tokenizer
 
+    @functools.cached_property
+    def _embedder(self) -> Embedder:
+        return Embedder(self._model.model, self._model.plan.options)
+
+    def embed(self, prompts: Sequence[TextPrompt | TokenPrompt]) -> list[Embedding]:
+        """Return an embedding per prompt."""
+        embedder = self._embedder
+        texts = [
+            embedder.encode(prompt.text) if isinstance(prompt, TextPrompt) else self.encode(prompt)
+            for prompt in prompts
+        ]
+        return [Embedding(vector, len(ids)) for vector, ids in zip(embedder.embed(texts), texts, strict=True)]
+
     def encode(self, prompt: Prompt) -> Sequence[int]:
         """
         Return the token ids of a prompt.
@@ -274,12 +297,17 @@ class Worker:
             raise
 
     def _receive(self, loop: EngineLoop, functions: ModelFunctions) -> None:
-        with ThreadPoolExecutor(max_workers=1) as executor, suppress(EOFError, OSError):
+        # Embeddings take seconds; nothing that is quick waits for them.
+        with (
+            ThreadPoolExecutor(max_workers=1) as executor,
+            ThreadPoolExecutor(max_workers=1) as embedding,
+            suppress(EOFError, OSError),
+        ):
             while not isinstance(message := self._connection.recv(), Quit):
                 if isinstance(message, Submit):
                     executor.submit(self._prepare, message, loop, functions)
                 elif isinstance(message, Call):
-                    executor.submit(self._call, message, functions)
+                    (embedding if message.method == "embed" else executor).submit(self._call, message, functions)
                 elif isinstance(message, Cancel):
                     executor.submit(loop.put, message)  # after the request itself
 

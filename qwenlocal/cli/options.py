@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from qwenlocal.errors import InvalidChoice, OutOfRange, UsageError
+from qwenlocal.errors import InvalidChoice, UsageError
 from qwenlocal.i18n import tr
 from qwenlocal.paths import parse_path
 from qwenlocal.text_encoding import read_text
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from qwenlocal.engine.sampling import Sampling
 
 _ON_OFF = {"auto": None, "on": True, "off": False}
-_ROPE_SCALINGS = ("yarn", "linear", "none")
+_LOAD_OPTIONS = {"n_ctx": "-c", "threads": "-t", "n_ubatch": "--ubatch", "rope": "--rope"}
 _SAMPLING_OPTIONS = {
     "temperature": "--temp",
     "top_k": "--top-k",
@@ -120,20 +120,13 @@ def parse_load_request(
     ------
     UsageError: a value is out of range, or values contradict each other.
     """
-    from qwenlocal.engine.load_plan import LoadRequest, check_load_request
+    from qwenlocal.api.load_settings import create_load_request
 
-    ranges = (("-c", n_ctx, 16, 1 << 24), ("-t", threads, 1, 512), ("--ubatch", ubatch, 1, 4096))
-    for option, value, minimum, maximum in ranges:
-        if value is not None and not minimum <= value <= maximum:
-            raise OutOfRange(option, minimum, maximum, value)
     if flash_attention not in _ON_OFF:
         raise InvalidChoice("--flash-attention", tuple(_ON_OFF), flash_attention)
-    if rope is not None and rope not in _ROPE_SCALINGS:
-        raise InvalidChoice("--rope", _ROPE_SCALINGS, rope)
-    normalized_kv_type = kv_type.strip().lower() if kv_type else None
-    request = LoadRequest(n_ctx, normalized_kv_type, _ON_OFF[flash_attention], rope, threads or 0, ubatch, force)
-    check_load_request(request)
-    return request
+    return create_load_request(
+        n_ctx, threads, kv_type, _ON_OFF[flash_attention], rope, ubatch, force=force, labels=_LOAD_OPTIONS
+    )
 
 
 def parse_gpu_layers(text: str) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from qwenlocal.library.puller import HubCheckpoint
     from qwenlocal.progress import Say
     from qwenlocal.weights.checkpoint import Checkpoint
+    from qwenlocal.weights.conversion import ConversionOptions
     from qwenlocal.weights.conversion_plan import ConversionPlan
+    from qwenlocal.weights.file_types import FileType
 
 ConvertibleName = CatalogName | HubName | LocalCheckpointName
 OpenProgress = Callable[[], AbstractContextManager[Callable[[TaskProgress], None]]]
@@ -153,6 +155,32 @@ class CheckpointConverter:
             self._say(
                 f"The checkpoint is kept as well. To free its {format_bytes(kept.size)}: qwenlocal rm {kept.name}"
             )
+
+
+def plan_checkpoint(
+    checkpoint: LocalCheckpoint | HubCheckpoint,
+    targets: Sequence[tuple[Path, FileType]],
+    options: ConversionOptions,
+    say: Say,
+) -> ConversionPlan:
+    """
+    Return the plan of a conversion, once the weights are on this disk; `say` gets the cost of a download.
+
+    Raises
+    ------
+    BadCheckpoint, UnsupportedCheckpoint: it cannot be converted.
+    Everything that `HubCheckpoint.download` raises.
+    """
+    from qwenlocal.weights.checkpoint import Checkpoint
+    from qwenlocal.weights.conversion import plan_conversion
+
+    if not isinstance(checkpoint, LocalCheckpoint):
+        outline = checkpoint.read_outline()
+        preview = plan_conversion(outline, targets, options) if outline else None
+        if preview:
+            say(download_cost(checkpoint, preview))
+        checkpoint = checkpoint.download(reserve=sum(file.size for file in preview.files) if preview else 0)
+    return plan_conversion(Checkpoint.open(checkpoint.path), targets, options)
 
 
 def download_cost(checkpoint: HubCheckpoint, plan: ConversionPlan) -> str:

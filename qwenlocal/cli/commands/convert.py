@@ -11,7 +11,7 @@ from qwenlocal.cli.context import AppContext
 from qwenlocal.cli.gguf_files import WriteOptions, choose_targets, read_options, write_or_show
 from qwenlocal.errors import DownloadFailed, UsageError
 from qwenlocal.formatting import format_bytes
-from qwenlocal.library.checkpoint_converter import download_cost
+from qwenlocal.library.checkpoint_converter import plan_checkpoint
 from qwenlocal.library.local_models import LocalCheckpoint
 
 if TYPE_CHECKING:
@@ -36,35 +36,27 @@ def convert_checkpoint(
         name = name or checkpoint.name
         targets = choose_targets(options, name, types)
         plan_options = ConversionOptions(name, checkpoint.repo, pre_tokenizer, like is not None, overrides, imatrix)
-        plan = _plan(app, checkpoint, targets, plan_options, options)
+        if options.dry_run and not isinstance(checkpoint, LocalCheckpoint):
+            plan = _preview(app, checkpoint, targets, plan_options)
+        else:
+            plan = plan_checkpoint(checkpoint, targets, plan_options, app.say)
     write_or_show(app, plan, options)
 
 
-def _plan(
-    app: AppContext,
-    checkpoint: LocalCheckpoint | HubCheckpoint,
-    targets: Sequence[tuple[Path, FileType]],
-    plan_options: ConversionOptions,
-    options: WriteOptions,
+def _preview(
+    app: AppContext, checkpoint: HubCheckpoint, targets: Sequence[tuple[Path, FileType]], options: ConversionOptions
 ) -> ConversionPlan:
-    """Return the plan, once the weights are on this disk; for a dry run the headers are enough."""
-    from qwenlocal.weights.checkpoint import Checkpoint
+    """Return the plan without downloading the weights: the headers are enough."""
     from qwenlocal.weights.conversion import plan_conversion
 
-    if not isinstance(checkpoint, LocalCheckpoint):
-        outline = checkpoint.read_outline()
-        preview = plan_conversion(outline, targets, plan_options) if outline else None
-        if options.dry_run:
-            if preview is None:
-                raise DownloadFailed(
-                    f"{checkpoint.resolved.origin} sends whole files only, so the headers of {checkpoint.name} "
-                    "cannot be read before the download.",
-                    hint="Run the command without --dry-run; the download is kept.",
-                )
-            size = format_bytes(checkpoint.missing_size)
-            app.say(f"{size} to download first; only the headers were downloaded now.")
-            return preview
-        if preview:
-            app.say(download_cost(checkpoint, preview))
-        checkpoint = checkpoint.download(reserve=sum(file.size for file in preview.files) if preview else 0)
-    return plan_conversion(Checkpoint.open(checkpoint.path), targets, plan_options)
+    outline = checkpoint.read_outline()
+    if outline is None:
+        raise DownloadFailed(
+            f"{checkpoint.resolved.origin} sends whole files only, so the headers of {checkpoint.name} "
+            "cannot be read before the download.",
+            hint="Run the command without --dry-run; the download is kept.",
+        )
+    preview = plan_conversion(outline, targets, options)
+    size = format_bytes(checkpoint.missing_size)
+    app.say(f"{size} to download first; only the headers were downloaded now.")
+    return preview

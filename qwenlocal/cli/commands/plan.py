@@ -4,42 +4,22 @@ from __future__ import annotations
 
 import shlex
 import sys
-import tempfile
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from qwenlocal.cli.console import print_json, print_table
 from qwenlocal.cli.context import AppContext
-from qwenlocal.errors import NotEnoughMemory, SourceUnreachable, UnsupportedCheckpoint, UsageError
+from qwenlocal.errors import NotEnoughMemory, UsageError
 from qwenlocal.formatting import format_bytes
-from qwenlocal.library.names import LocalCheckpointName, ModelName
+from qwenlocal.library.names import LocalCheckpointName
 
 if TYPE_CHECKING:
+    from qwenlocal.api.model_outline import ModelOutline
     from qwenlocal.engine.load_plan import LoadPlan, LoadRequest
-    from qwenlocal.engine.memory import ModelDims
-    from qwenlocal.weights.gguf_reader import Header
 
-_HEADER_BYTES = 8 << 20  # the header of every Qwen model is smaller
 _CONTEXTS = (2048, 4096, 8192, 16384, 32768)
 _MIN_SLOW_SHARE = 0.5  # of the matrices, from which on another type is suggested
 _GIB = 2**30
-
-
-@dataclass(frozen=True)
-class ModelOutline:
-    """A model's header, its dimensions and the size of its weights, installed or not."""
-
-    name: str
-    header: Header
-    dims: ModelDims
-    size: int
-    is_installed: bool
-
-    @property
-    def has_known_mixes(self) -> bool:
-        """True if the size of its weights in other types can be estimated."""
-        return self.header.architecture in ("qwen2", "qwen2moe")
 
 
 def plan_model(text: str, request: LoadRequest, *, as_json: bool) -> None:
@@ -50,6 +30,7 @@ def plan_model(text: str, request: LoadRequest, *, as_json: bool) -> None:
     ------
     UsageError: it is a checkpoint. UnsupportedCheckpoint: the header lacks the model's dimensions.
     """
+    from qwenlocal.api.model_outline import read_outline
     from qwenlocal.engine.load_plan import plan_load
     from qwenlocal.machine import this_machine
 
@@ -59,7 +40,7 @@ def plan_model(text: str, request: LoadRequest, *, as_json: bool) -> None:
         raise UsageError(
             f"{text} is a checkpoint.", hint=f"To plan its conversion: qwenlocal convert {shlex.quote(text)} --dry-run"
         )
-    model, machine = _read_outline(app, name), this_machine()
+    model, machine = read_outline(app.library, name), this_machine()
     request = replace(request, threads=request.threads or machine.cores)
     available = machine.memory().available
     plan: LoadPlan | NotEnoughMemory
@@ -72,33 +53,6 @@ def plan_model(text: str, request: LoadRequest, *, as_json: bool) -> None:
         print_json(_facts(model, plan, available, table))
     else:
         _show(model, plan, available, table, machine.features)
-
-
-def _read_outline(app: AppContext, name: ModelName) -> ModelOutline:
-    """Read the header of the installed file, or from the first bytes of the file on a hub."""
-    from qwenlocal.engine.memory import ModelDims
-    from qwenlocal.weights.gguf_reader import read_header
-    from qwenlocal.weights.load_errors import check_file
-
-    record = app.library.local.find(name)
-    if record is None:
-        try:
-            with tempfile.TemporaryDirectory() as folder, app.library.open_puller() as puller:
-                path, size = puller.download_prefix(name, Path(folder), _HEADER_BYTES)
-                header = read_header(path)
-        except SourceUnreachable:
-            record = app.library.local.find_offline(name)
-            if record is None:
-                raise
-    if record is not None:
-        header = check_file(record.path).header
-        size = header.weights_size or record.size
-    dims = ModelDims.from_metadata(header.metadata)
-    if dims is None:
-        raise UnsupportedCheckpoint(
-            str(name), "the header lacks the dimensions of the model", hint="Try to run it: qwenlocal run"
-        )
-    return ModelOutline(str(name), header, dims, size, record is not None)
 
 
 def _memory_by_type(model: ModelOutline, request: LoadRequest) -> dict[str, dict[int, int]]:

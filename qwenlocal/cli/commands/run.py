@@ -15,14 +15,13 @@ from qwenlocal.cli.options import RunOptions
 from qwenlocal.cli.text_input import fill_placeholders, read_prompt_file, read_stdin
 from qwenlocal.errors import (
     BadWeights,
-    IncompleteAnswer,
     Interrupted,
     InvalidChoice,
     JournalError,
     LowMemory,
     UsageError,
 )
-from qwenlocal.formatting import format_count, join_sentences
+from qwenlocal.formatting import join_sentences
 from qwenlocal.i18n import tr
 from qwenlocal.terminal.tty import disable_echo
 
@@ -32,7 +31,7 @@ _TEMPLATE_TOKENS = 1024  # more than what chat templates add to a prompt
 if TYPE_CHECKING:
     from qwenlocal.chat.chat_model import ChatModel
     from qwenlocal.chat.conversation import GenerationConfig
-    from qwenlocal.chat.events import Event, FinishReason
+    from qwenlocal.chat.events import Event
 
 
 def run_model(options: RunOptions, early_bytes: bytes | None) -> None:
@@ -182,6 +181,7 @@ def _enough_context(text: str, max_tokens: int | None) -> int:
 
 
 def _print_answer(options: RunOptions, loaded: ChatModel, prompt: str, system: str) -> None:
+    from qwenlocal.api.answer import incomplete_answer
     from qwenlocal.chat.events import FinishReason
     from qwenlocal.chat.thread import Thread
     from qwenlocal.chat.worker import iterate_in_thread
@@ -207,28 +207,10 @@ def _print_answer(options: RunOptions, loaded: ChatModel, prompt: str, system: s
     if done.finish_reason is FinishReason.INTERRUPTED:
         raise Interrupted
     if done.is_incomplete:
-        raise _incomplete_answer(done.finish_reason, config.max_tokens, loaded.context.n_ctx)
+        raise incomplete_answer(done.finish_reason, config.max_tokens, loaded.context.n_ctx)
     if done.finish_reason is FinishReason.CONTEXT_FULL:
         full = tr("the answer stopped because the context of {n_ctx:,} tokens is full.", n_ctx=loaded.context.n_ctx)
         sys.stderr.write(f"qwenlocal: {full}\n")
-
-
-def _incomplete_answer(reason: FinishReason, max_tokens: int | None, n_ctx: int) -> IncompleteAnswer:
-    from qwenlocal.chat.events import FinishReason
-
-    count = max_tokens or 0
-    message, hint = {
-        FinishReason.LENGTH: (
-            tr("The answer is incomplete: it was cut after {tokens}.", tokens=format_count(count, "token")),
-            tr("Allow more tokens: -n {more}", more=max(256, 2 * count)),
-        ),
-        FinishReason.CONTEXT_FULL: (
-            tr("The answer is incomplete: the context of {n_ctx:,} tokens is full.", n_ctx=n_ctx),
-            tr("Use a longer context: -c {needed}", needed=2 * n_ctx),
-        ),
-        FinishReason.STOP_STRING: (tr("The answer is incomplete: a stop string ended it."), tr("Omit --stop.")),
-    }[reason]
-    return IncompleteAnswer(message, hint=hint)
 
 
 def _continuation(

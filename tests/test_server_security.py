@@ -146,6 +146,10 @@ def test_everything_else_does_not(locked: Server, headers: dict[str, str]) -> No
         assert response.json()["error"]["code"] == "invalid_api_key"
 
 
+def test_health_needs_no_key(locked: Server) -> None:
+    assert httpx.get(f"{locked.url}/health").json() == {"status": "ok"}
+
+
 # --- sizes
 
 

@@ -12,12 +12,14 @@ from starlette.responses import Response
 from qwenlocal import __version__
 from qwenlocal.errors import QwenlocalError
 from qwenlocal.server.answering import AnswerService
+from qwenlocal.server.docs_page import create_docs_router
 from qwenlocal.server.engine import ModelHost
 from qwenlocal.server.http_errors import respond_to_error
 from qwenlocal.server.openai_api import OpenAiApi
 from qwenlocal.server.security import ApiKeyCheck, BodyLimit, HostCheck, OriginCheck
 from qwenlocal.server.server_metrics import RequestCounter, ServerMetrics
 from qwenlocal.server.server_settings import ServerSettings
+from qwenlocal.server.utility_api import UtilityApi
 
 _CLIENT_LEFT = 499  # nginx's status for a response that nobody waits for; only metrics see it
 
@@ -28,6 +30,8 @@ def create_app(host: ModelHost, settings: ServerSettings) -> FastAPI:
     metrics = ServerMetrics()
     service = AnswerService(host, metrics)
     app.include_router(OpenAiApi(service, keep_alive=settings.keep_alive).router())
+    app.include_router(UtilityApi(service, metrics).router())
+    app.include_router(create_docs_router())
     _handle_errors(app)
     _add_checks(app, settings)
     app.add_middleware(RequestCounter, metrics=metrics)

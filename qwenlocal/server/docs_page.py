@@ -1,0 +1,34 @@
+"""The page /docs: a list of all operations that needs nothing from outside this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from fastapi import APIRouter
+from fastapi.responses import FileResponse, Response
+
+_FOLDER = Path(__file__).parent / "pages"
+_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+
+
+def create_docs_router() -> APIRouter:
+    """Return the routes of the page and its two files."""
+    router = APIRouter(include_in_schema=False)
+    for path, name in (("/docs", "docs.html"), ("/docs/docs.css", "docs.css"), ("/docs/docs.js", "docs.js")):
+        router.add_api_route(path, _file_sender(name), methods=["GET"])
+    return router
+
+
+def _file_sender(name: str) -> Callable[[], Awaitable[Response]]:
+    async def send_file() -> Response:
+        return FileResponse(_FOLDER / name, headers=_HEADERS)
+
+    return send_file

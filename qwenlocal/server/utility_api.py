@@ -1,0 +1,96 @@
+"""llama-server's routes besides answers: health, tokens, the chat template; and metrics (tools/server/README.md)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import Field
+
+from qwenlocal.server.answering import AnswerService
+from qwenlocal.server.json_route import JsonRoute
+from qwenlocal.server.openai_models import ChatMessageFields, TokenId
+from qwenlocal.server.request_fields import ApiRequest
+from qwenlocal.server.server_metrics import ServerMetrics
+
+
+class TokenizeRequest(ApiRequest):
+    """`POST /tokenize`: `add_special` adds the token that begins a text, `parse_special` finds control tokens."""
+
+    model: str = ""
+    content: str
+    add_special: bool = False
+    parse_special: bool = True
+    with_pieces: bool = False
+
+
+class DetokenizeRequest(ApiRequest):
+    """`POST /detokenize`."""
+
+    model: str = ""
+    tokens: list[TokenId]
+
+
+class ApplyTemplateRequest(ApiRequest):
+    """`POST /apply-template`."""
+
+    model: str = ""
+    messages: list[ChatMessageFields] = Field(min_length=1)
+
+
+class UtilityApi:
+    """Routes for programs that watch a server, and for those that count tokens."""
+
+    def __init__(self, service: AnswerService, metrics: ServerMetrics) -> None:
+        self._service, self._metrics = service, metrics
+
+    def router(self) -> APIRouter:
+        """Return the routes."""
+        router = APIRouter(route_class=JsonRoute, tags=["Utilities"])
+        router.add_api_route("/health", self.report_health, methods=["GET"])
+        router.add_api_route("/metrics", self.report_metrics, methods=["GET"])
+        router.add_api_route("/tokenize", self.tokenize, methods=["POST"])
+        router.add_api_route("/detokenize", self.detokenize, methods=["POST"])
+        router.add_api_route("/apply-template", self.apply_template, methods=["POST"])
+        return router
+
+    async def report_health(self) -> Response:
+        """Tell that the server runs; needs no key."""
+        return JSONResponse({"status": "ok"})
+
+    async def report_metrics(self) -> Response:
+        """Return measurements for Prometheus."""
+        return Response(self._metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+    async def tokenize(self, body: TokenizeRequest) -> Response:
+        """Convert a text to token ids."""
+        async with self._service.open(body.model) as engine:
+            ids = await engine.tokenize(body.content, special=body.parse_special, add_bos=body.add_special)
+            if not body.with_pieces:
+                return JSONResponse({"tokens": ids})
+            pieces = await engine.pieces(ids)
+        return JSONResponse(
+            {"tokens": [{"id": id, "piece": _format_piece(piece)} for id, piece in zip(ids, pieces, strict=True)]}
+        )
+
+    async def detokenize(self, body: DetokenizeRequest) -> Response:
+        """Convert token ids to text."""
+        async with self._service.open(body.model) as engine:
+            text = b"".join(await engine.pieces(body.tokens)).decode("utf-8", errors="replace")
+        return JSONResponse({"content": text})
+
+    async def apply_template(self, body: ApplyTemplateRequest) -> Response:
+        """Return the prompt that the model's chat template makes of messages."""
+        async with self._service.open(body.model) as engine:
+            prompt = await engine.apply_template([message.to_dict() for message in body.messages])
+        return JSONResponse({"prompt": prompt})
+
+
+def _format_piece(piece: bytes) -> Any:
+    """Return text, or the bytes of a part of a character."""
+    try:
+        return piece.decode()
+    except UnicodeDecodeError:
+        return list(piece)

@@ -73,6 +73,11 @@ class Folders:
         return self.home / "partial" if same_disk else self.hub_cache.parent / "qwenlocal-partial"
 
     @property
+    def endpoints(self) -> Path:
+        """Names and addresses of remote engines, written by the user."""
+        return self.home / "endpoints.toml"
+
+    @property
     def locks(self) -> Path:
         """Lock files of running downloads."""
         return self.home / "locks"

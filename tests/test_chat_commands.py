@@ -299,7 +299,7 @@ def test_settings_are_shown_changed_and_validated(terminal: Open, speaking_model
 def test_a_number_with_misplaced_separators_is_refused(setting: str, speaking_session: Session) -> None:
     name, value = setting.split()
     session = speaking_session
-    session.conversation = SimpleNamespace(config=GenerationConfig())  # type: ignore[assignment]
+    session.conversation = SimpleNamespace(config=GenerationConfig(), window=object())  # type: ignore[assignment]
     with pytest.raises(UsageError, match=f"“{value}” is not a valid {name}"):
         change_setting(session, setting)
     assert session.conversation.config == GenerationConfig()

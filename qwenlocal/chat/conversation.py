@@ -23,13 +23,15 @@ class GenerationConfig:
     Settings for answers: sampling, the token limit (None: until the context is full), and strings to stop at.
 
     `overflow` says what to do when a conversation outgrows the context: "shift" evicts its oldest turns, "summarize"
-    has the model summarize them first, "stop" raises `ContextFull`.
+    has the model summarize them first, "stop" raises `ContextFull`. `unset` are names of sampling parameters that
+    nobody has set: a remote engine uses its own values for them.
     """
 
     sampling: Sampling = field(default_factory=Sampling)
     max_tokens: int | None = None
     stop_strings: Sequence[str] = ()
     overflow: str = "shift"
+    unset: frozenset[str] = frozenset()
 
 
 class Continuation(NamedTuple):
@@ -63,7 +65,7 @@ class ChatBackend(Protocol):
 
     def continue_answer(self, thread: Thread, answer: Message, config: GenerationConfig) -> Continuation:
         """
-        Continue the answer at the thread's leaf after its last token.
+        Continue `answer`, an answer to the question at the thread's leaf, after its last token.
 
         Raises
         ------
@@ -156,7 +158,11 @@ class Conversation:
         if turn.answer is None:
             return self._answer(lambda: None)
         message = turn.answer
-        text, events = self._backend.continue_answer(self.thread, message, self.config)
+        self.thread.set_leaf(turn.question.number)
+        try:
+            text, events = self._backend.continue_answer(self.thread, message, self.config)
+        finally:
+            self.thread.set_leaf(message.number)
         events = _start(events)
         self.thread.update(message, text=text, ids=(), finish_reason="")  # an answer that grows, as a new one does
         return self._record(events, message)

@@ -47,9 +47,7 @@ class LocalBackend:
         if answer.ids and answer.finish_reason == FinishReason.EOS.value:  # edited answers have no ids
             raise UsageError(tr("The last answer is complete."))
         prefix = list(answer.ids) or self._tokenizer.tokenize(answer.text, special=False)
-        thread.set_leaf(answer.parent)
         ids = self._encode_prompt(thread)
-        thread.set_leaf(answer.number)
         text = answer.text
         if answer.ids:  # the text may end with U+FFFD for half a character, which the next tokens complete
             detokenizer = IncrementalDetokenizer(config.stop_strings)

@@ -1,5 +1,5 @@
 """
-HTTP downloads of byte ranges.
+HTTP: downloads of byte ranges, and single requests.
 
 urllib3 does the protocol. This module adds the system's proxies and certificates, and maps every failure to a
 `TransferError` that says whether a retry can help.
@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import ssl
 import threading
 import time
 import urllib.request
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import unquote, urljoin, urlsplit
 
 import urllib3
+from urllib3.connection import HTTPConnection
+from urllib3.connectionpool import HTTPConnectionPool
 from urllib3.exceptions import HTTPError, InvalidHeader, ReadTimeoutError
 
 from qwenlocal import __version__
@@ -85,7 +89,7 @@ class HttpResponse:
 
 class HttpClient:
     """
-    One connection pool for all downloads, limited to `limit_rate` bytes per second in total (0: unlimited).
+    One connection pool for all requests, limited to `limit_rate` bytes per second in total (0: unlimited).
 
     Proxies come from the environment (`HTTPS_PROXY`, `NO_PROXY`) and the system's settings; the environment can name
     further certificates to trust (`SSL_CERT_FILE`, `REQUESTS_CA_BUNDLE`, `PIP_CERT`).
@@ -96,6 +100,7 @@ class HttpClient:
         self._pools: dict[str, urllib3.PoolManager] = {}
         self._lock = threading.Lock()
         self._open_responses: set[urllib3.BaseHTTPResponse] = set()
+        self._connections: weakref.WeakSet[HTTPConnection] = weakref.WeakSet()
 
     def open(
         self, url: str, *, headers: Mapping[str, str] = {}, start: int = 0, end: int | None = None
@@ -135,7 +140,7 @@ class HttpClient:
     def _follow(self, url: str, headers: dict[str, str]) -> urllib3.BaseHTTPResponse:
         # Not urllib3.Retry: its redirects keep the first host's proxy, and it sleeps instead of failing over.
         for _ in range(_MAX_REDIRECTS):
-            response = self._request(url, headers)
+            response = self.request("GET", url, headers=headers)
             target = response.get_redirect_location()
             if not target:
                 return response
@@ -148,12 +153,28 @@ class HttpClient:
             url = target
         raise TransferError(f"too many redirects from {urlsplit(url).hostname}", retryable=False)
 
-    def _request(self, url: str, headers: Mapping[str, str]) -> urllib3.BaseHTTPResponse:
+    def request(
+        self, method: str, url: str, *, headers: Mapping[str, str], body: bytes | None = None
+    ) -> urllib3.BaseHTTPResponse:
+        """
+        Send a request and return the open response, whatever its status; a redirect is not followed.
+
+        Raises
+        ------
+        TransferError: there is no response, or `close_all` was called meanwhile.
+        """
         timeout = urllib3.Timeout(connect=self.timeouts.connect, read=self.timeouts.stall)
         host = urlsplit(url).hostname or url
         try:
             response = self._pool(url).request(
-                "GET", url, headers=headers, preload_content=False, redirect=False, retries=False, timeout=timeout
+                method,
+                url,
+                headers=headers,
+                body=body,
+                preload_content=False,
+                redirect=False,
+                retries=False,
+                timeout=timeout,
             )
         except ReadTimeoutError as reason:
             raise TransferError(f"{host} does not respond", retryable=True) from reason
@@ -219,9 +240,12 @@ class HttpClient:
             body.close()
 
     def close_all(self) -> None:
-        """Close every connection, which wakes all threads that wait for bytes."""
+        """Close every connection, which wakes all threads that wait for a response or for its bytes."""
         with self._lock:
-            running = list(self._open_responses)
+            running, connections = list(self._open_responses), list(self._connections)
+        for connection in connections:
+            with contextlib.suppress(Exception):
+                connection.sock.shutdown(socket.SHUT_RDWR)
         for body in running:
             with contextlib.suppress(Exception):
                 body.shutdown()
@@ -237,6 +261,14 @@ class HttpClient:
             return self._pools[proxy]
 
     def _create_pool(self, proxy: str) -> urllib3.PoolManager:
+        manager = self._create_manager(proxy)
+        manager.pool_classes_by_scheme = {
+            scheme: _register_connections(pool, self._connections)
+            for scheme, pool in manager.pool_classes_by_scheme.items()
+        }
+        return manager
+
+    def _create_manager(self, proxy: str) -> urllib3.PoolManager:
         context = self._ssl_context()
         if not proxy:
             return urllib3.PoolManager(maxsize=16, ssl_context=context)
@@ -260,6 +292,20 @@ class HttpClient:
             if path and os.path.isfile(path):
                 context.load_verify_locations(path)
         return context
+
+
+def _register_connections(
+    pool: type[HTTPConnectionPool], connections: weakref.WeakSet[HTTPConnection]
+) -> type[HTTPConnectionPool]:
+    """Return a class of pools that add each connection to `connections` once it is open."""
+    base: Any = pool.ConnectionCls
+
+    class Connection(base):  # type: ignore[misc]
+        def connect(self) -> None:
+            super().connect()
+            connections.add(self)
+
+    return type(pool.__name__, (pool,), {"ConnectionCls": Connection})
 
 
 def find_login(url: str) -> str | None:

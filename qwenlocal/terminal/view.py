@@ -237,22 +237,27 @@ class AnswerView:
     def show(self, events: Iterable[Event]) -> Done:
         """Draw the events until the answer ends, and return the last one."""
         done = _NO_ANSWER
-        with run_alongside(self._redraw_until):
-            for event in events:
-                with self._lock:
-                    self._progress.update(event)
-                    if isinstance(event, Text):
-                        self._stream.feed(event.text)
-                        self._has_new_text = True
-                    elif isinstance(event, TurnsEvicted):
-                        self._add_note(describe_eviction(event))
-                    elif isinstance(event, Done):
-                        done = event
-        with self._lock:
-            self._has_ended = True
-            self._print_notes()
-            self._screen.end(self._stream.finish(self._options()).finished)
+        try:
+            with run_alongside(self._redraw_until):
+                for event in events:
+                    done = self._process(event) or done
+        finally:  # an answer that breaks off stays on the screen, too
+            with self._lock:
+                self._has_ended = True
+                self._print_notes()
+                self._screen.end(self._stream.finish(self._options()).finished)
         return done
+
+    def _process(self, event: Event) -> Done | None:
+        """Take in an event; return it if it is the last one."""
+        with self._lock:
+            self._progress.update(event)
+            if isinstance(event, Text):
+                self._stream.feed(event.text)
+                self._has_new_text = True
+            elif isinstance(event, TurnsEvicted):
+                self._add_note(describe_eviction(event))
+        return event if isinstance(event, Done) else None
 
     def add_note(self, text: str) -> None:
         """

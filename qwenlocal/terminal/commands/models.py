@@ -131,6 +131,7 @@ def change_setting(session: Session, argument: str) -> None:
     name = _OPTION_NAMES.get(name, name)
     config = session.conversation.config
     current = {**asdict(config.sampling), "max_tokens": config.max_tokens, "overflow": config.overflow}
+    current |= dict.fromkeys(config.unset, tr("default"))
     if not name:
         for setting, description in SETTINGS.items():
             session.say(f"  {setting:<14}  {_format_value(current[setting]):<8}  {tr(description)}")
@@ -163,6 +164,7 @@ def _apply_setting(session: Session, name: str, value: str) -> None:
     else:
         kind = int if name in ("top_k", "seed") else float
         config.sampling = config.sampling.with_overrides({name: _parse_number(name, value, kind)})
+    config.unset -= {name}
 
 
 def _parse_number(name: str, value: str, kind: type[int] | type[float]) -> float | int:

@@ -1,0 +1,1 @@
+"""Chats with models on other machines, over the OpenAI API."""

@@ -1,0 +1,229 @@
+"""A client of the OpenAI API: lists models and streams answers."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+from urllib.parse import urljoin, urlsplit
+
+import urllib3
+
+from qwenlocal import __version__
+from qwenlocal.i18n import tr
+from qwenlocal.library.http import (
+    HttpClient,
+    HttpResponse,
+    Timeouts,
+    TransferError,
+    parse_retry_after,
+    with_retries,
+)
+from qwenlocal.remote.cancellable_stream import CancellableStream
+from qwenlocal.remote.endpoints import Endpoint
+from qwenlocal.remote.errors import (
+    AnswerCut,
+    ApiKeyRejected,
+    EngineFailed,
+    EngineUnreachable,
+    MalformedAnswer,
+    PromptTooLong,
+    RateLimited,
+    RemoteModelNotFound,
+    RequestRejected,
+)
+from qwenlocal.remote.event_stream import EventTooLarge, parse_events
+from qwenlocal.remote.wire_format import AnswerChunk, parse_chunk, parse_error, parse_models
+
+ANSWER_TIMEOUTS = Timeouts(connect=10, stall=600)  # a long prompt on a slow machine takes minutes
+LIST_TIMEOUTS = Timeouts(connect=10, stall=20)
+_BUSY = (408, 429, 502, 503, 504)
+_MAX_DOCUMENT = 4 << 20  # bytes
+_EXCERPT = 400
+# As vLLM, SGLang, llama-server, OpenAI, DashScope and together.ai word it.
+_TOO_LONG = re.compile(
+    r"context[_ ](length|size|window)|exceed_context|input length|longer than the model|prompt is too long|"
+    r"too many tokens|max_model_len",
+    re.IGNORECASE,
+)
+
+
+class _BadStatus(TransferError):
+    """An answer with a status other than 200; `text` is its body."""
+
+    def __init__(self, status: int, text: str, retry_after: float, location: str) -> None:
+        self.text, self.location = text, location
+        super().__init__(f"HTTP {status}", retryable=status in _BUSY, retry_after=retry_after, status=status)
+
+
+class RemoteClient:
+    """Requests to the engine at `endpoint`."""
+
+    def __init__(self, endpoint: Endpoint, timeouts: Timeouts = ANSWER_TIMEOUTS) -> None:
+        self.endpoint, self._timeouts = endpoint, timeouts
+
+    def list_models(self) -> list[str]:
+        """
+        Return the names of the engine's models.
+
+        Raises
+        ------
+        RemoteError: it does not answer, or not as it should.
+        """
+        http = HttpClient(LIST_TIMEOUTS)
+        try:
+            response = self._open(http, "GET", "/models")
+        except _BadStatus as status:
+            raise self._explain(status) from status
+        data = _read_text(http, response)
+        try:
+            return parse_models(data)
+        except ValueError as error:
+            raise MalformedAnswer(self.endpoint.host, self._without_key(data)) from error
+
+    def stream_chat(self, request: Mapping[str, Any]) -> CancellableStream[AnswerChunk]:
+        """
+        Ask for a chat completion, with the fields of OpenAI's API; ask again if the engine is busy.
+
+        Iterating the stream raises
+
+        RemoteError, PromptTooLong, RemoteModelNotFound: before the first chunk.
+        AnswerCut: the connection broke before the end of the answer.
+        """
+        body = json.dumps({**request, "stream": True, "stream_options": {"include_usage": True}}).encode()
+        http = HttpClient(self._timeouts)  # of its own, so that closing its connections ends no other answer
+        is_cancelled = threading.Event()
+
+        def disconnect() -> None:
+            is_cancelled.set()
+            http.close_all()
+
+        return CancellableStream(lambda: self._read_chunks(http, body, str(request["model"]), is_cancelled), disconnect)
+
+    def _read_chunks(
+        self, http: HttpClient, body: bytes, model: str, is_cancelled: threading.Event
+    ) -> Iterator[AnswerChunk]:
+        try:
+            response = self._open(http, "POST", "/chat/completions", body, is_cancelled)
+        except _BadStatus as status:
+            raise self._explain(status, model) from status
+        host, head = self.endpoint.host, bytearray()
+
+        def read() -> Iterator[bytes]:
+            for data in http.read(response):
+                if len(head) < _EXCERPT:
+                    head.extend(data[:_EXCERPT])
+                yield data
+
+        is_answer, problem = False, tr("it ended early")
+        try:
+            for data in parse_events(read()):
+                if data == "[DONE]":
+                    return
+                yield parse_chunk(data)
+                is_answer = True
+        except TransferError as error:
+            problem = str(error)
+        except EventTooLarge as error:
+            raise MalformedAnswer(host, self._without_key(head.decode(errors="replace"))) from error
+        except ValueError as error:
+            raise MalformedAnswer(host, self._without_key(data)) from error
+        if not is_answer and head:
+            raise MalformedAnswer(host, self._without_key(head.decode(errors="replace")))
+        raise AnswerCut(host, problem)
+
+    # --- requests
+
+    def _open(
+        self,
+        http: HttpClient,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        is_cancelled: threading.Event | None = None,
+    ) -> HttpResponse:
+        """
+        Send a request, again if the engine is busy, and return the open response.
+
+        Raises
+        ------
+        _BadStatus: it has another status than 200. EngineUnreachable: there is no response.
+        """
+        url = self.endpoint.url + path
+        headers = {"User-Agent": f"qwenlocal/{__version__}", "Accept-Encoding": "identity"}
+        if body is not None:
+            headers |= {"Content-Type": "application/json", "Accept": "text/event-stream"}
+        if self.endpoint.api_key:
+            headers["Authorization"] = f"Bearer {self.endpoint.api_key}"
+
+        def attempt() -> HttpResponse:
+            if is_cancelled and is_cancelled.is_set():
+                raise TransferError("cancelled", retryable=False)
+            try:
+                response = http.request(method, url, headers=headers, body=body)
+            except TransferError as error:
+                reason = str(error).removeprefix(f"{urlsplit(url).hostname}: ")
+                raise EngineUnreachable(self.endpoint.host, self.endpoint.url, reason) from error
+            if response.status == 200:
+                return HttpResponse(response, 0, None, None)
+            raise _bad_status(http, response)
+
+        return with_retries(attempt)
+
+    def _explain(self, refusal: _BadStatus, model: str = "") -> Exception:
+        """Return the error for a status; `model` is the one that was asked for."""
+        endpoint, status = self.endpoint, refusal.status or 0
+        host, (message, code) = endpoint.host, parse_error(refusal.text)
+        message = self._without_key(message)
+        if status in (401, 403):
+            return ApiKeyRejected(host, endpoint.key_source)
+        if status == 429:
+            return RateLimited(host, refusal.retry_after, message)
+        if status in (400, 413, 422) and _TOO_LONG.search(f"{code} {message}"):
+            return PromptTooLong(host, message)
+        if model and (status == 404 or "model_not_found" in code):
+            return self._explain_missing(model, status, message)
+        if status >= 500:
+            return EngineFailed(host, status, message)
+        hint = ""
+        if refusal.location:
+            hint = tr("It redirects to {url}; use that address.", url=urljoin(endpoint.url, refusal.location))
+        elif status == 404:
+            hint = tr("Check the address; it usually ends with /v1.")
+        return RequestRejected(host, status, message, hint=hint)
+
+    def _explain_missing(self, model: str, status: int, message: str) -> Exception:
+        """Return the error for a request whose model or address does not exist."""
+        try:
+            names = self.list_models()
+        except Exception:  # the address is wrong, or the engine lists no models: only its own words remain
+            hint = tr("Check the address, which usually ends with /v1, and the name of the model.")
+            return RequestRejected(self.endpoint.host, status, message, hint=hint)
+        return RemoteModelNotFound(self.endpoint.host, model, names)
+
+    def _without_key(self, text: str) -> str:
+        """Replace the API key in what an engine says."""
+        return text.replace(self.endpoint.api_key, "…") if self.endpoint.api_key else text
+
+
+def _bad_status(http: HttpClient, response: urllib3.BaseHTTPResponse) -> _BadStatus:
+    headers = response.headers
+    location = headers.get("location", "") if 300 <= response.status < 400 else ""
+    text = _read_text(http, HttpResponse(response, 0, None, None))
+    return _BadStatus(response.status, text, parse_retry_after(headers.get("retry-after", "")), location)
+
+
+def _read_text(http: HttpClient, response: HttpResponse) -> str:
+    """Return the body of a short response; of a longer or broken one, what there is."""
+    data = bytearray()
+    try:
+        for chunk in http.read(response):
+            data += chunk
+            if len(data) > _MAX_DOCUMENT:
+                break
+    except TransferError:
+        pass
+    http.close(response.body)
+    return data.decode("utf-8", errors="replace")

@@ -12,9 +12,11 @@ from starlette.responses import Response
 from qwenlocal import __version__
 from qwenlocal.errors import QwenlocalError
 from qwenlocal.server.answering import AnswerService
+from qwenlocal.server.anthropic_api import AnthropicApi
 from qwenlocal.server.docs_page import create_docs_router
 from qwenlocal.server.engine import ModelHost
 from qwenlocal.server.http_errors import respond_to_error
+from qwenlocal.server.ollama_api import OllamaApi
 from qwenlocal.server.openai_api import OpenAiApi
 from qwenlocal.server.security import ApiKeyCheck, BodyLimit, HostCheck, OriginCheck
 from qwenlocal.server.server_metrics import RequestCounter, ServerMetrics
@@ -29,7 +31,8 @@ def create_app(host: ModelHost, settings: ServerSettings) -> FastAPI:
     app = FastAPI(title="qwenlocal", version=__version__, docs_url=None, redoc_url=None)
     metrics = ServerMetrics()
     service = AnswerService(host, metrics)
-    app.include_router(OpenAiApi(service, keep_alive=settings.keep_alive).router())
+    for interface in (OpenAiApi, AnthropicApi, OllamaApi):
+        app.include_router(interface(service, keep_alive=settings.keep_alive).router())
     app.include_router(UtilityApi(service, metrics).router())
     app.include_router(create_docs_router())
     _handle_errors(app)

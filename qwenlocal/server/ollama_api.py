@@ -1,0 +1,249 @@
+"""Ollama's interface: chats, texts, embeddings and models (https://docs.ollama.com/api)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import AsyncGenerator, Callable
+from datetime import datetime, timezone
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from qwenlocal.chat.events import Done, Text
+from qwenlocal.i18n import tr
+from qwenlocal.server.answering import AnswerService
+from qwenlocal.server.engine import ChatPrompt, Embedding, Engine, GenerationRequest, ModelInfo, Prompt, TextPrompt
+from qwenlocal.server.http_errors import BadField, report_error
+from qwenlocal.server.json_route import JsonRoute
+from qwenlocal.server.ollama_models import (
+    AnswerRequest,
+    OllamaChatRequest,
+    OllamaEmbedRequest,
+    OllamaGenerateRequest,
+    OllamaRequest,
+)
+from qwenlocal.server.openai_format import FINISH_REASONS, format_chat_logprobs
+from qwenlocal.server.security import identify_client
+from qwenlocal.server.streaming import NDJSON, run_while_connected, stream_while_connected
+
+_VERSION = "0.12.11"  # of the Ollama whose interface this is; some programs refuse to work with older ones
+_NANOSECONDS = 1e9
+
+FormatText = Callable[[str], dict[str, Any]]
+
+
+class OllamaApi:
+    """The routes under /api that Ollama's clients use."""
+
+    def __init__(self, service: AnswerService, *, keep_alive: float) -> None:
+        self._service, self._keep_alive = service, keep_alive
+
+    def router(self) -> APIRouter:
+        """Return the routes."""
+        router = APIRouter(prefix="/api", route_class=JsonRoute, tags=["Ollama"])
+        router.add_api_route("/version", self.report_version, methods=["GET"])
+        router.add_api_route("/tags", self.list_models, methods=["GET"])
+        router.add_api_route("/ps", self.list_loaded, methods=["GET"])
+        router.add_api_route("/show", self.show_model, methods=["POST"])
+        router.add_api_route("/chat", self.chat, methods=["POST"])
+        router.add_api_route("/generate", self.generate, methods=["POST"])
+        router.add_api_route("/embed", self.embed, methods=["POST"])
+        return router
+
+    async def report_version(self) -> Response:
+        """Return the version of Ollama's interface."""
+        return JSONResponse({"version": _VERSION})
+
+    async def list_models(self) -> Response:
+        """List the installed models."""
+        return JSONResponse({"models": [_format_model(model) for model in self._service.models()]})
+
+    async def list_loaded(self) -> Response:
+        """List the loaded models."""
+        models = [model for model in self._service.models() if model.is_loaded]
+        return JSONResponse(
+            {"models": [{**_format_model(model), "context_length": model.n_ctx, "size_vram": 0} for model in models]}
+        )
+
+    async def show_model(self, body: OllamaRequest) -> Response:
+        """Describe an installed model."""
+        for model in self._service.models():
+            if model.name == body.model_name:
+                return JSONResponse(
+                    {
+                        "modified_at": _format_time(model.modified),
+                        "details": _format_details(model),
+                        "model_info": {"general.basename": model.name, "context_length": model.n_ctx_train},
+                        "capabilities": ["completion", "embedding"],
+                    }
+                )
+        raise self._service.model_not_found(body.model_name)
+
+    async def chat(self, request: Request, body: OllamaChatRequest) -> Response:
+        """Answer the last message of a chat."""
+        body.check()
+        messages = [{"role": message.role, "content": message.content} for message in body.messages]
+
+        def format_text(text: str) -> dict[str, Any]:
+            return {"message": {"role": "assistant", "content": text}}
+
+        return await self._respond(request, body, lambda _: ChatPrompt(messages) if messages else None, format_text)
+
+    async def generate(self, request: Request, body: OllamaGenerateRequest) -> Response:
+        """Answer a prompt, or continue it."""
+        body.check()
+        system = [{"role": "system", "content": body.system}] if body.system else []
+
+        def choose_prompt(engine: Engine) -> Prompt | None:
+            if not body.prompt:
+                return None
+            if body.raw or not engine.info.has_template:
+                return TextPrompt(body.prompt)
+            return ChatPrompt([*system, {"role": "user", "content": body.prompt}])
+
+        return await self._respond(request, body, choose_prompt, lambda text: {"response": text})
+
+    async def _respond(
+        self,
+        request: Request,
+        body: AnswerRequest,
+        choose_prompt: Callable[[Engine], Prompt | None],
+        format_text: FormatText,
+    ) -> Response:
+        lines = self._answer(body, await body.all_sampling(), choose_prompt, format_text, identify_client(request))
+        if not body.stream:
+            return JSONResponse(await run_while_connected(request, _join_lines(lines, format_text)))
+        return await stream_while_connected(
+            request,
+            _encode_lines(lines),
+            media_type=NDJSON,
+            describe=lambda error: _encode_line(report_error(error, request).body(request.url.path)),
+            keep_alive=self._keep_alive,
+        )
+
+    async def _answer(
+        self,
+        body: AnswerRequest,
+        sampling: dict[str, Any],
+        choose_prompt: Callable[[Engine], Prompt | None],
+        format_text: FormatText,
+        client: str,
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        """Yield the lines of the answer: texts, then one with the counts and times."""
+        start = time.monotonic()
+        async with self._service.open(body.model_name) as engine:
+            loaded = time.monotonic()
+            prompt = choose_prompt(engine)
+            if prompt is None:
+                yield {**_new_line(body), **format_text(""), "done": True, "done_reason": "load"}
+                return
+            generation = GenerationRequest(
+                prompt,
+                sampling,
+                body.max_tokens,
+                tuple(body.options.stop or ()),
+                body.top_logprobs if body.logprobs else None,
+                client=client,
+            )
+            async with contextlib.aclosing(self._service.stream(engine, [generation])) as events:
+                async for _, event in events:
+                    if isinstance(event, Text):
+                        logprobs = format_chat_logprobs(event.logprobs)["content"]
+                        fields = {"logprobs": logprobs} if body.logprobs else {}
+                        yield {**_new_line(body), **format_text(event.text), "done": False, **fields}
+                    elif isinstance(event, Done):
+                        times = _format_times(event, time.monotonic() - start, loaded - start)
+                        yield {**_new_line(body), **format_text(""), "done": True, **times}
+
+    async def embed(self, request: Request, body: OllamaEmbedRequest) -> Response:
+        """Return a vector for each text."""
+        start = time.monotonic()
+        texts = [body.input] if isinstance(body.input, str) else body.input
+
+        async def compute() -> list[Embedding]:
+            async with self._service.open(body.model_name) as engine:
+                return await engine.embed([TextPrompt(text) for text in texts]) if texts else []
+
+        embeddings = await run_while_connected(request, compute())
+        if embeddings and body.dimensions not in (None, len(embeddings[0].vector)):
+            size = len(embeddings[0].vector)
+            raise BadField("dimensions", tr("This model's vectors have {size} dimensions.", size=size))
+        return JSONResponse(
+            {
+                "model": body.model,
+                "embeddings": [list(embedding.vector) for embedding in embeddings],
+                "total_duration": int((time.monotonic() - start) * _NANOSECONDS),
+                "prompt_eval_count": sum(embedding.tokens for embedding in embeddings),
+            }
+        )
+
+
+# --- formats
+
+
+def _new_line(body: AnswerRequest) -> dict[str, Any]:
+    return {"model": body.model, "created_at": _format_time(time.time())}
+
+
+def _format_times(end: Done, total: float, loading: float) -> dict[str, Any]:
+    stats = end.stats
+    return {
+        "done_reason": FINISH_REASONS[end.finish_reason],
+        "total_duration": int(total * _NANOSECONDS),
+        "load_duration": int(loading * _NANOSECONDS),
+        "prompt_eval_count": stats.prompt_tokens,
+        "prompt_eval_duration": int(stats.first_token * _NANOSECONDS),
+        "eval_count": stats.answer_tokens,
+        "eval_duration": int(stats.answer * _NANOSECONDS),
+    }
+
+
+async def _join_lines(lines: AsyncGenerator[dict[str, Any], None], format_text: FormatText) -> dict[str, Any]:
+    """Return the last line with the text of all of them."""
+    last: dict[str, Any] = {}
+    text, logprobs = "", []
+    async with contextlib.aclosing(lines):
+        async for line in lines:
+            text += line["message"]["content"] if "message" in line else line["response"]
+            logprobs += line.get("logprobs", [])
+            last = line
+    return {**last, **format_text(text), **({"logprobs": logprobs} if logprobs else {})}
+
+
+async def _encode_lines(lines: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[bytes, None]:
+    async with contextlib.aclosing(lines):
+        async for line in lines:
+            yield _encode_line(line)
+
+
+def _encode_line(line: dict[str, Any]) -> bytes:
+    return json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+
+
+def _format_time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, timezone.utc).isoformat().replace("+00:00", "Z")
+
+
+def _format_model(model: ModelInfo) -> dict[str, Any]:
+    return {
+        "name": model.name,
+        "model": model.name,
+        "modified_at": _format_time(model.modified),
+        "size": model.size,
+        "digest": model.digest,
+        "details": _format_details(model),
+    }
+
+
+def _format_details(model: ModelInfo) -> dict[str, Any]:
+    return {
+        "parent_model": "",
+        "format": "gguf",
+        "family": "",
+        "families": [],
+        "parameter_size": "",
+        "quantization_level": model.quantization,
+    }

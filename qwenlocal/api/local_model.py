@@ -1,0 +1,240 @@
+"""A model in memory, for programs in Python."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, overload
+
+from qwenlocal.api.answer import Answer
+from qwenlocal.api.answer_options import AnswerOptions, ChatPromptText, parse_messages, parse_options
+from qwenlocal.api.model_thread import ModelThread
+from qwenlocal.api.text_stream import PartialAnswer, TextStream
+from qwenlocal.chat.chat_model import ChatModel
+from qwenlocal.chat.chat_template import ChatTemplate, encode_messages
+from qwenlocal.chat.events import Event
+from qwenlocal.chat.generate import stream_answer
+from qwenlocal.engine.embedding import Embedder
+from qwenlocal.engine.load_plan import LoadNote, LoadPlan
+from qwenlocal.errors import UsageError
+from qwenlocal.i18n import tr
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class LocalModel:
+    """
+    A model in memory, from `load`. It answers one prompt after the other; its methods can be called from any thread.
+
+        with qwenlocal.load("qwen1.5") as model:
+            print(model.chat("Why is the sky blue?"))
+
+    Prompts that begin like the last ones are processed faster: pass the whole conversation each time.
+    """
+
+    def __init__(self, loaded: ChatModel, path: Path, close: Callable[[], object]) -> None:
+        """`close` frees the memory of `loaded`, the model of the file `path`."""
+        self._loaded, self._thread = loaded, ModelThread()
+        self._tokenizer = loaded.model.tokenizer
+        self._embedders: list[Embedder] = []  # one, once it is needed
+        self.path = path
+        self.n_ctx = loaded.context.n_ctx
+        """The context: how many tokens a prompt and its answer may have together."""
+        self._close = weakref.finalize(self, _close, self._thread, self._embedders, close)
+
+    @property
+    def name(self) -> str:
+        """The model's name, with its variant and quantization type."""
+        return self._loaded.name
+
+    @property
+    def plan(self) -> LoadPlan:
+        """The load plan: context, KV cache types, threads, and the memory for them."""
+        return self._loaded.plan
+
+    @property
+    def notes(self) -> Sequence[LoadNote]:
+        """Faults of the file that loading works around, and other things that a user may want to know."""
+        return self._loaded.notes
+
+    # --- answers
+
+    def chat(self, prompt: ChatPromptText, *, system: str | None = None, **options: Unpack[AnswerOptions]) -> Answer:
+        """
+        Answer a question, or the last of several messages ({"role": …, "content": text}).
+
+        Raises
+        ------
+        UsageError: an option is invalid, or the model has no chat template. ContextFull: the prompt is too long.
+        LowMemory: memory runs out. BadWeights: the model computes NaN, or its template rejects the messages.
+        """
+        return _read_all(self.stream(prompt, system=system, **options))
+
+    async def achat(
+        self, prompt: ChatPromptText, *, system: str | None = None, **options: Unpack[AnswerOptions]
+    ) -> Answer:
+        """
+        Do what `chat` does, for asyncio: others run while the model computes, and cancelling stops it.
+
+        Raises
+        ------
+        Everything that `chat` raises.
+        """
+        async with self.stream(prompt, system=system, **options) as stream:
+            async for _ in stream:
+                pass
+        return stream.answer
+
+    def stream(
+        self, prompt: ChatPromptText, *, system: str | None = None, **options: Unpack[AnswerOptions]
+    ) -> TextStream:
+        """
+        Answer as `chat` does, piece by piece: iterate over the text with `for` or `async for`.
+
+        Raises
+        ------
+        Everything that `chat` raises; what is known only while the model computes, from the iterator.
+        """
+        return self._stream(self._encode(prompt, system), options)
+
+    def complete(self, text: str, **options: Unpack[AnswerOptions]) -> Answer:
+        """
+        Continue `text` without a chat template; control tokens spelled in it are parsed, as with `--raw`.
+
+        Raises
+        ------
+        UsageError: an option is invalid, or there is no text. ContextFull, LowMemory, BadWeights: as for `chat`.
+        """
+        self._check_open()
+        ids = self._tokenizer.tokenize(text, special=True, add_bos=self._tokenizer.adds_bos)
+        if not ids:
+            raise UsageError(tr("There is no text to continue."), hint=tr("Pass the beginning of a text."))
+        return _read_all(self._stream(ids, options))
+
+    def stop(self) -> None:
+        """
+        End all answers that are being computed or are waiting, from any thread.
+
+        Their finish reason is INTERRUPTED; the text so far is kept.
+        """
+        self._thread.stop_tasks()
+
+    # --- text and tokens
+
+    @overload
+    def embed(self, texts: str) -> list[float]: ...  # type: ignore[overload-overlap]
+
+    @overload
+    def embed(self, texts: Sequence[str]) -> list[list[float]]: ...
+
+    def embed(self, texts: str | Sequence[str]) -> list[float] | list[list[float]]:
+        """
+        Return the vector of a text, or those of several, which is faster; their length is 1.
+
+        So the similarity of two texts is the sum of the products of their vectors' numbers.
+
+        Raises
+        ------
+        UsageError: a text is empty, or the model has no embeddings. ContextFull: a text has more tokens than `n_ctx`.
+        ContextNotCreated: there is no memory for another context. Interrupted: `stop` was called.
+        """
+        self._check_open()
+        as_list = [texts] if isinstance(texts, str) else list(texts)
+        produce = functools.partial(_embed, self._loaded, self._embedders, as_list)
+        vectors = list(self._thread.iterate(produce, functools.partial(_stop_embedding, self._embedders)))
+        return vectors[0] if isinstance(texts, str) else vectors
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return the token ids of a text; control tokens spelled in it stay text."""
+        self._check_open()
+        return self._tokenizer.tokenize(text, special=False)
+
+    def count(self, prompt: ChatPromptText, *, system: str | None = None) -> int:
+        """
+        Return how many tokens a question or messages take in the context, with the chat template.
+
+        Raises
+        ------
+        UsageError: the model has no chat template. BadWeights: it rejects the messages.
+        """
+        return len(self._encode(prompt, system))
+
+    # --- the end
+
+    def close(self) -> None:
+        """Free the memory; answers that are being computed are stopped."""
+        self._close()
+
+    def __enter__(self) -> LocalModel:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = f"n_ctx={self.n_ctx}" if self._close.alive else "closed"
+        return f"<LocalModel {self.name}, {state}>"
+
+    # --- parts of the above
+
+    def _check_open(self) -> None:
+        if not self._close.alive:
+            raise UsageError(tr("The model is closed."), hint=tr("Load it again with qwenlocal.load()."))
+
+    def _encode(self, prompt: ChatPromptText, system: str | None) -> list[int]:
+        self._check_open()
+        return encode_messages(self._template, parse_messages(prompt, system), self._tokenizer)
+
+    @property
+    def _template(self) -> ChatTemplate:
+        if self._loaded.template is None:
+            raise UsageError(
+                tr("This model has no chat template: it continues text instead of answering."),
+                hint=tr("Pass the beginning of a text to complete()."),
+            )
+        return self._loaded.template
+
+    def _stream(self, ids: Sequence[int], options: AnswerOptions) -> TextStream:
+        settings, sequence = parse_options(options, self._loaded.sampling), self._loaded.sequence
+        generate: Callable[[], Iterator[Event]] = functools.partial(
+            stream_answer,
+            sequence,
+            self._tokenizer,
+            ids,
+            settings.sampling,
+            max_tokens=settings.max_tokens,
+            stop_strings=settings.stop_strings,
+        )
+        return TextStream(self._thread, generate, sequence.stop, PartialAnswer(settings, self.n_ctx))
+
+
+def _read_all(stream: TextStream) -> Answer:
+    with stream:
+        for _ in stream:
+            pass
+    return stream.answer
+
+
+def _embed(loaded: ChatModel, embedders: list[Embedder], texts: Sequence[str]) -> Iterator[list[float]]:
+    """Yield the vectors of texts; the first call creates the embedder."""
+    if not embedders:
+        embedders.append(Embedder(loaded.model, loaded.context.options))
+    yield from embedders[0].embed([embedders[0].encode(text) for text in texts])
+
+
+def _stop_embedding(embedders: Sequence[Embedder]) -> None:
+    for embedder in embedders:
+        embedder.stop()
+
+
+def _close(thread: ModelThread, embedders: Sequence[Embedder], close: Callable[[], object]) -> None:
+    thread.close()
+    for embedder in embedders:
+        embedder.close()
+    close()

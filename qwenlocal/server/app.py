@@ -18,6 +18,7 @@ from qwenlocal.server.engine import ModelHost
 from qwenlocal.server.http_errors import respond_to_error
 from qwenlocal.server.ollama_api import OllamaApi
 from qwenlocal.server.openai_api import OpenAiApi
+from qwenlocal.server.responses_api import ResponsesApi
 from qwenlocal.server.security import ApiKeyCheck, BodyLimit, HostCheck, OriginCheck
 from qwenlocal.server.server_metrics import RequestCounter, ServerMetrics
 from qwenlocal.server.server_settings import ServerSettings
@@ -31,7 +32,7 @@ def create_app(host: ModelHost, settings: ServerSettings) -> FastAPI:
     app = FastAPI(title="qwenlocal", version=__version__, docs_url=None, redoc_url=None)
     metrics = ServerMetrics()
     service = AnswerService(host, metrics)
-    for interface in (OpenAiApi, AnthropicApi, OllamaApi):
+    for interface in (OpenAiApi, ResponsesApi, AnthropicApi, OllamaApi):
         app.include_router(interface(service, keep_alive=settings.keep_alive).router())
     app.include_router(UtilityApi(service, metrics).router())
     app.include_router(create_docs_router())

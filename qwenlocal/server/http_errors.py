@@ -119,11 +119,13 @@ def _report_known(error: QwenlocalError) -> ErrorReport:
 
 
 def _report_invalid(error: RequestValidationError) -> ErrorReport:
-    """Describe the first field that is invalid."""
-    first = error.errors()[0]
-    param = _find_param(first["loc"], error.body, is_missing=first["type"] == "missing")
-    message = f"{param}: {first['msg']}." if param else f"{first['msg']}."
-    return ErrorReport(400, message, "invalid_value", param)
+    """Describe the first field that is invalid; of a value that is none of several types, the part that is wrong."""
+    errors = error.errors()
+    params = [_find_param(one["loc"], error.body, is_missing=one["type"] == "missing") for one in errors]
+    inner = [number for number, param in enumerate(params) if param.startswith(f"{params[0]}.")]
+    number = inner[0] if params[0] and inner else 0
+    param, reason = params[number], errors[number]["msg"]
+    return ErrorReport(400, f"{param}: {reason}." if param else f"{reason}.", "invalid_value", param)
 
 
 def _find_param(location: tuple[int | str, ...], body: Any, *, is_missing: bool) -> str:

@@ -213,7 +213,7 @@ def test_another_model_continues_the_same_chat(
     write_model(tmp_path / "other.gguf", reply="Rome")
     chat = start_chat(terminal, speaking_model)
     chat.enter("Hi", re.escape(SAYS))
-    chat.enter("/model", r"Current model: \S+\.gguf\. No other model is installed\.")
+    chat.enter("/model", r"Current model: \S+\.gguf\. There are no others\.")
     chat.enter("/model ./nowhere.gguf", "There is no file")
     chat.enter("/model ./other.gguf", "Switched to other.gguf with a context of 4,096 tokens")
     chat.enter("And you?", "^Rome")

@@ -79,6 +79,14 @@ def run(
     model: Annotated[
         str | None, Option("-m", "--model", metavar="MODEL", help="Model to run.", autocompletion=complete_models)
     ] = None,
+    url: Annotated[
+        str | None,
+        Option("--url", metavar="URL", help="Use an OpenAI-compatible engine elsewhere: http://HOST:PORT/v1."),
+    ] = None,
+    api_key_env: Annotated[
+        str | None,
+        Option("--api-key-env", metavar="VARIABLE", help="Environment variable with the API key of that engine."),
+    ] = None,
     file: Annotated[
         str | None,
         Option(
@@ -218,7 +226,7 @@ def run(
     from qwenlocal.cli.commands.run import run_model
     from qwenlocal.cli.options import (
         RunOptions,
-        grammar_from,
+        parse_answer_format,
         parse_gpu_layers,
         parse_load_request,
         parse_rate,
@@ -232,6 +240,8 @@ def run(
         RunOptions(
             positional=tuple(positional or ()),
             model=model,
+            url=url,
+            api_key_env=api_key_env,
             file=file,
             interactive=interactive,
             system=system,
@@ -241,7 +251,7 @@ def run(
             lookup=lookup,
             draft=draft,
             keep_cache=keep_cache,
-            grammar=grammar_from(as_json, schema, grammar),
+            answer_format=parse_answer_format(as_json, schema, grammar),
             overflow=OVERFLOW_ALIASES.get(overflow, overflow),
             sampling={
                 "temperature": temperature,

@@ -13,6 +13,7 @@ from qwenlocal.cli.console import say_dimmed
 from qwenlocal.cli.context import AppContext
 from qwenlocal.cli.options import RunOptions
 from qwenlocal.errors import NotEnoughMemory
+from qwenlocal.library.names import PathName
 from qwenlocal.library.provider import ProvidedModel
 from qwenlocal.model_files import parse_shard
 from qwenlocal.terminal.progress import loading_status
@@ -93,6 +94,12 @@ class ModelPool:
             self._loader.stop()
 
     # --- all models
+
+    @property
+    def title(self) -> str:
+        """The displayed name of the first model."""
+        name = self._first.name
+        return name.path.name if isinstance(name, PathName) else str(name)
 
     @property
     def current(self) -> str:

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qwenlocal.errors import InvalidChoice, UsageError
 from qwenlocal.i18n import tr
@@ -32,12 +32,25 @@ _MAX_RATE = 1e15  # bytes per second
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3}
 
 
+class AnswerFormat(NamedTuple):
+    """
+    The grammar that answers must follow (None: there is none), and OpenAI's `response_format` for remote engines.
+
+    The latter is None for a grammar that is not from a JSON schema.
+    """
+
+    grammar: str | None = None
+    response_format: Mapping[str, Any] | None = None
+
+
 @dataclass(frozen=True)
 class RunOptions:
     """The options of `qwenlocal run`."""
 
     positional: Sequence[str]
     model: str | None
+    url: str | None
+    api_key_env: str | None
     file: str | None
     interactive: bool
     system: str | None
@@ -47,7 +60,7 @@ class RunOptions:
     lookup: bool
     draft: str | None
     keep_cache: bool
-    grammar: str | None
+    answer_format: AnswerFormat
     overflow: str
     sampling: Mapping[str, float | int | None]
     stop: Sequence[str]
@@ -65,7 +78,7 @@ class RunOptions:
 
     @property
     def model_name(self) -> str | None:
-        """The model: -m or the first positional argument; None for the default."""
+        """The model: -m or, without --url, the first positional argument; None for the default."""
         return self.model or (None if self._is_prompt_only else self.positional[0])
 
     @property
@@ -75,8 +88,12 @@ class RunOptions:
 
     @property
     def _is_prompt_only(self) -> bool:
-        """Tell whether there is no model: a single argument that has a space in it is a prompt."""
-        return not self.positional or (
+        """Tell whether there is no model: after --url; and a single argument that has a space in it is a prompt."""
+        return self.url is not None or not self.positional or self._is_sentence
+
+    @property
+    def _is_sentence(self) -> bool:
+        return (
             len(self.positional) == 1
             and " " in self.positional[0].strip()
             and not os.path.exists(self.positional[0])  # Path.exists raises for names that are too long
@@ -94,7 +111,7 @@ class RunOptions:
 
         for name, option in _SAMPLING_OPTIONS.items():
             check_parameter(name, self.sampling.get(name), label=option)
-        return replace(recommended.with_overrides(self.sampling), grammar=self.grammar)
+        return replace(recommended.with_overrides(self.sampling), grammar=self.answer_format.grammar)
 
     def generation_config(self, recommended: Sampling) -> GenerationConfig:
         """Return the settings of all answers, for a model that recommends this sampling."""
@@ -149,9 +166,9 @@ def parse_gpu_layers(text: str) -> int | None:
     return int(word)
 
 
-def grammar_from(as_json: bool, schema: str | None, grammar: str | None) -> str | None:
+def parse_answer_format(as_json: bool, schema: str | None, grammar: str | None) -> AnswerFormat:
     """
-    Return the grammar that answers must follow, from `--json`, `--schema FILE` or `--grammar FILE`; None for none.
+    Return the format that answers must follow, from `--json`, `--schema FILE` or `--grammar FILE`.
 
     Raises
     ------
@@ -162,12 +179,19 @@ def grammar_from(as_json: bool, schema: str | None, grammar: str | None) -> str 
     if grammar is not None:
         from qwenlocal.engine.gbnf import grammar_from_gbnf
 
-        return grammar_from_gbnf(read_text(parse_path(grammar)))
+        return AnswerFormat(grammar_from_gbnf(read_text(parse_path(grammar))))
     if schema is None and not as_json:
-        return None
+        return AnswerFormat()
+    import json
+
     from qwenlocal.engine.json_schema import ANY_OBJECT, grammar_from_schema
 
-    return grammar_from_schema(ANY_OBJECT if schema is None else read_text(parse_path(schema)))
+    if schema is None:
+        return AnswerFormat(grammar_from_schema(ANY_OBJECT), {"type": "json_object"})
+    text = read_text(parse_path(schema))
+    compiled = grammar_from_schema(text)
+    json_schema = {"name": "answer", "schema": json.loads(text), "strict": True}
+    return AnswerFormat(compiled, {"type": "json_schema", "json_schema": json_schema})
 
 
 def parse_rate(text: str | None) -> int:

@@ -38,7 +38,7 @@ from qwenlocal.remote.event_stream import EventTooLarge, parse_events
 from qwenlocal.remote.wire_format import AnswerChunk, parse_chunk, parse_error, parse_models
 
 ANSWER_TIMEOUTS = Timeouts(connect=10, stall=600)  # a long prompt on a slow machine takes minutes
-LIST_TIMEOUTS = Timeouts(connect=10, stall=20)
+LIST_TIMEOUTS = Timeouts(connect=5, stall=10)
 _BUSY = (408, 429, 502, 503, 504)
 _MAX_DOCUMENT = 4 << 20  # bytes
 _EXCERPT = 400

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,6 +11,7 @@ from prompt_toolkit.completion import CompleteEvent, Completer, Completion
 from prompt_toolkit.document import Document
 
 from qwenlocal.chat.documents import format_mention, split_open_mention
+from qwenlocal.errors import QwenlocalError
 from qwenlocal.i18n import tr
 from qwenlocal.paths import unquote_path
 from qwenlocal.terminal.commands.models import SETTINGS, find_prompt_files
@@ -59,7 +61,9 @@ class ChatCompleter(Completer):
             case "turn":
                 return [(str(number), "") for number in range(1, len(self._session.thread.turns) + 1)]
             case "model":
-                return [(name, "") for name in (*self._session.models.names(), *self._session.models.nearby_files())]
+                with contextlib.suppress(QwenlocalError):  # a remote engine that does not answer
+                    models = self._session.models
+                    return [(name, "") for name in (*models.names(), *models.nearby_files())]
             case "prompt":
                 return [(name, "") for name in find_prompt_files(self._session.prompt_folders)]
             case "code":

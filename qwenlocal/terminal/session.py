@@ -42,7 +42,13 @@ class ChatModels(Protocol):
         """The name of the current model, valid in any working directory."""
 
     def names(self) -> Sequence[str]:
-        """List the installed models."""
+        """
+        List the models to choose from.
+
+        Raises
+        ------
+        QwenlocalError: a remote engine does not list its models.
+        """
 
     def nearby_files(self) -> Sequence[str]:
         """List the paths of the GGUF files in the folder of the current model."""

@@ -15,11 +15,10 @@ from qwenlocal.cli.console import can_ask, choose_number, say_dimmed
 from qwenlocal.cli.context import AppContext
 from qwenlocal.cli.model_pool import ModelPool
 from qwenlocal.cli.options import RunOptions
+from qwenlocal.cli.remote_pool import RemotePool
 from qwenlocal.errors import ChatNotFound, JournalError, NotWritable, UsageError
 from qwenlocal.formatting import format_count, format_model_name, format_time, join_sentences, shorten
 from qwenlocal.i18n import tr
-from qwenlocal.library.names import PathName
-from qwenlocal.library.provider import ProvidedModel
 from qwenlocal.paths import bundled_folder, ensure_writable
 from qwenlocal.terminal.ansi import escape_controls
 from qwenlocal.terminal.commands.turns import OPEN_ELSEWHERE, describe_cut
@@ -43,19 +42,21 @@ class ResumedChat:
 def run_chat(
     app: AppContext,
     options: RunOptions,
-    model: ProvidedModel,
-    draft: ProvidedModel | None,
+    pool: ModelPool | RemotePool,
     resumed: ResumedChat | None,
     system: str,
     prompt: str | None,
     early_bytes: bytes,
 ) -> None:
-    """Chat until the user leaves; `prompt` is asked at once. `early_bytes` were typed before."""
+    """
+    Chat with the models of `pool` until the user leaves.
+
+    `prompt` is asked at once; `early_bytes` were typed before.
+    """
     thread = resumed.thread if resumed else Thread(system)
-    pool, name = ModelPool(app, options, model, draft), model.name
     session = Session(
         thread,
-        name.path.name if isinstance(name, PathName) else str(name),
+        pool.title,
         pool,
         say_dimmed,
         lambda question: repl.ask(question),
@@ -65,7 +66,7 @@ def run_chat(
         render_markdown=options.markdown,
     )
     if options.journal:
-        _record_in_journal(session, app, str(name), resumed)
+        _record_in_journal(session, app, pool.current, resumed)
     if resumed and system:
         thread.set_system_prompt(system)
     _end_on_signals(session)

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 from qwenlocal.cli.console import can_chat
 from qwenlocal.cli.context import AppContext
 from qwenlocal.cli.options import RunOptions
+from qwenlocal.cli.remote_pool import RemotePool, open_remote_pool
 from qwenlocal.cli.text_input import fill_placeholders, read_prompt_file, read_stdin
 from qwenlocal.errors import (
     BadWeights,
+    IncompleteAnswer,
     Interrupted,
     InvalidChoice,
     JournalError,
@@ -31,7 +33,8 @@ _TEMPLATE_TOKENS = 1024  # more than what chat templates add to a prompt
 if TYPE_CHECKING:
     from qwenlocal.chat.chat_model import ChatModel
     from qwenlocal.chat.conversation import GenerationConfig
-    from qwenlocal.chat.events import Event
+    from qwenlocal.chat.events import Done, Event
+    from qwenlocal.engine.draft_model import ModelDrafter
 
 
 def run_model(options: RunOptions, early_bytes: bytes | None) -> None:
@@ -47,6 +50,7 @@ def run_model(options: RunOptions, early_bytes: bytes | None) -> None:
     """
     _check_options(options)
     app = AppContext(limit_rate=options.limit_rate, assume_yes=options.assume_yes)
+    remote = open_remote_pool(app, options, options.model_name)
     if options.batch is not None:
         from qwenlocal.cli.commands.batch import run_batch
 
@@ -54,12 +58,21 @@ def run_model(options: RunOptions, early_bytes: bytes | None) -> None:
         return
     prompt, system = _read_prompts(options)
     if prompt is None or options.interactive or options.resume is not None:
-        _chat(app, options, prompt, system, early_bytes)
-        return
-    _answer_once(app, options, prompt, system)
+        _chat(app, options, remote, prompt, system, early_bytes)
+    elif remote:
+        _answer_remotely(options, remote, prompt, system)
+    else:
+        _answer_once(app, options, prompt, system)
 
 
-def _chat(app: AppContext, options: RunOptions, prompt: str | None, system: str, early_bytes: bytes | None) -> None:
+def _chat(
+    app: AppContext,
+    options: RunOptions,
+    remote: RemotePool | None,
+    prompt: str | None,
+    system: str,
+    early_bytes: bytes | None,
+) -> None:
     resumed = None
     if options.resume is not None:
         from qwenlocal.cli.commands.chat import select_chat
@@ -71,16 +84,22 @@ def _chat(app: AppContext, options: RunOptions, prompt: str | None, system: str,
             app.say(join_sentences(str(error), consequence, error.hint))
             options = replace(options, journal=False)
     model_name = options.model_name or (resumed.info.model if resumed else None)
-    if model_name is None and prompt is None and not app.library.store.records():
-        from qwenlocal.cli.first_run import choose_model
+    remote = remote or open_remote_pool(app, options, model_name)
+    if remote is None:
+        if model_name is None and prompt is None and not app.library.store.records():
+            from qwenlocal.cli.first_run import choose_model
 
-        model_name = choose_model(app)
-    model, draft = app.library.models.ensure_models(model_name, options.draft)
+            model_name = choose_model(app)
+        model, draft = app.library.models.ensure_models(model_name, options.draft)
+    else:
+        app.say(tr("Your messages and files are sent to {url}.", url=remote.url))
     keys_kept = disable_echo(sys.stdin, sys.stdout) if early_bytes is None else contextlib.nullcontext(early_bytes)
     with keys_kept as typed:  # before the imports: what is typed meanwhile counts
         from qwenlocal.cli.commands.chat import run_chat
+        from qwenlocal.cli.model_pool import ModelPool
 
-        run_chat(app, options, model, draft, resumed, system, prompt, typed)
+        pool = remote or ModelPool(app, options, model, draft)
+        run_chat(app, options, pool, resumed, system, prompt, typed)
 
 
 # --- options and prompts
@@ -152,6 +171,18 @@ def _no_text() -> UsageError:
 # --- one answer
 
 
+def _answer_remotely(options: RunOptions, remote: RemotePool, prompt: str, system: str) -> None:
+    from qwenlocal.chat.thread import Thread
+
+    conversation = remote.load_first(Thread(system))
+    done = _show_answer(options, functools.partial(conversation.ask, prompt), conversation.stop)
+    if done.is_incomplete:
+        raise IncompleteAnswer(
+            tr("The answer is not complete JSON ({reason}).", reason=tr(done.finish_reason.value)),
+            hint=tr("Allow more tokens (-n), or use a model and an engine with structured outputs."),
+        )
+
+
 def _answer_once(app: AppContext, options: RunOptions, prompt: str, system: str) -> None:
     model, draft = app.library.models.ensure_models(options.model_name, options.draft)
     enough = _enough_context(prompt + system, options.max_tokens)
@@ -184,8 +215,6 @@ def _print_answer(options: RunOptions, loaded: ChatModel, prompt: str, system: s
     from qwenlocal.api.answer import incomplete_answer
     from qwenlocal.chat.events import FinishReason
     from qwenlocal.chat.thread import Thread
-    from qwenlocal.chat.worker import iterate_in_thread
-    from qwenlocal.terminal.view import DRAFT_UNLOADED, describe_drafting, describe_stats, print_answer
 
     config = options.generation_config(loaded.sampling)
     if loaded.template is None:
@@ -195,9 +224,26 @@ def _print_answer(options: RunOptions, loaded: ChatModel, prompt: str, system: s
     else:
         conversation = loaded.conversation(config, Thread(system))
         begin, stop = functools.partial(conversation.ask, prompt), conversation.stop
+    done = _show_answer(options, begin, stop, loaded.drafter)
+    if done.is_incomplete:
+        raise incomplete_answer(done.finish_reason, config.max_tokens, loaded.context.n_ctx)
+    if done.finish_reason is FinishReason.CONTEXT_FULL:
+        full = tr("the answer stopped because the context of {n_ctx:,} tokens is full.", n_ctx=loaded.context.n_ctx)
+        sys.stderr.write(f"qwenlocal: {full}\n")
+
+
+def _show_answer(
+    options: RunOptions,
+    begin: Callable[[], Iterator[Event]],
+    stop: Callable[[], None],
+    drafter: ModelDrafter | None = None,
+) -> Done:
+    from qwenlocal.chat.events import FinishReason
+    from qwenlocal.chat.worker import iterate_in_thread
+    from qwenlocal.terminal.view import DRAFT_UNLOADED, describe_drafting, describe_stats, print_answer
+
     with iterate_in_thread(begin, stop) as events:
         done = print_answer(events, sys.stdout, sys.stderr)
-    drafter = loaded.drafter
     if options.stats:
         sys.stderr.write(describe_stats(done) + "\n")
         if drafter:
@@ -206,11 +252,7 @@ def _print_answer(options: RunOptions, loaded: ChatModel, prompt: str, system: s
         sys.stderr.write(f"qwenlocal: {tr(DRAFT_UNLOADED)}\n")
     if done.finish_reason is FinishReason.INTERRUPTED:
         raise Interrupted
-    if done.is_incomplete:
-        raise incomplete_answer(done.finish_reason, config.max_tokens, loaded.context.n_ctx)
-    if done.finish_reason is FinishReason.CONTEXT_FULL:
-        full = tr("the answer stopped because the context of {n_ctx:,} tokens is full.", n_ctx=loaded.context.n_ctx)
-        sys.stderr.write(f"qwenlocal: {full}\n")
+    return done
 
 
 def _continuation(

@@ -33,14 +33,14 @@ _SHORT_PROMPT = 200  # characters, which any context holds; to count tokens, the
 
 
 def switch_model(session: Session, name: str) -> None:
-    """Continue with another model; without a name, show the current and the installed ones."""
+    """Continue with another model; without a name, show the current and the available ones."""
     if not name:
         names = session.models.names()
         if set(names) <= {session.model, session.models.current}:
-            session.say(tr("Current model: {model}. No other model is installed.", model=session.model))
+            session.say(tr("Current model: {model}. There are no others.", model=session.model))
         else:
-            installed = ", ".join(names)
-            session.say(tr("Current model: {model}. Installed: {names}.", model=session.model, names=installed))
+            listed = ", ".join(names)
+            session.say(tr("Current model: {model}. Available: {names}.", model=session.model, names=listed))
         return
     name = unquote_path(name) if not os.path.exists(name) else name
     session.conversation = session.models.switch(name, session.thread)

@@ -32,6 +32,7 @@ from qwenlocal.errors import (
     ContextFull,
     DownloadFailed,
     IncompleteAnswer,
+    Interrupted,
     ModelNotFound,
     NotEnoughMemory,
     OutOfRange,
@@ -107,7 +108,7 @@ def test_at_most_ten_names_are_public_and_all_of_them_exist() -> None:
         assert getattr(qwenlocal, name) is not None
     assert set(qwenlocal.__all__) <= set(dir(qwenlocal))
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
-        qwenlocal.nothing  # noqa: B018
+        getattr(qwenlocal, "nothing")  # noqa: B009
 
 
 def test_a_type_checker_sees_the_types_of_the_public_names(tmp_path: Path) -> None:
@@ -119,13 +120,14 @@ def test_a_type_checker_sees_the_types_of_the_public_names(tmp_path: Path) -> No
         "reveal_type(model.embed(['Hi']))\n"
         "model.chat('Hi', temprature=0)\n"
         "qwenlocal.load(5)\n"
+        "qwenlocal.laod('qwen1.5')\n"
     )
     command = [sys.executable, "-m", "mypy", "--no-incremental", "--config-file=", str(tmp_path / "program.py")]
     checked = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path).stdout
     assert re.findall(r'type is "([^"]+)"', checked) == [
         "qwenlocal.api.answer.Answer", "list[float]", "list[list[float]]",
     ]  # fmt: skip
-    assert re.findall(r"program.py:(\d+): error", checked) == ["6", "7"]
+    assert re.findall(r"program.py:(\d+): error", checked) == ["6", "7", "8"]
 
 
 def test_the_library_prints_nothing(speaking_model: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -452,8 +454,22 @@ def test_a_text_that_is_empty_or_too_long_has_no_embedding(speaker: LocalModel) 
     assert speaker.embed([]) == []
 
 
+@pytest.mark.parametrize("ends", ["stop", "ctrl-c"])
+def test_embeddings_are_stopped_like_answers(load: Load, random_model: Path, ends: str) -> None:
+    if ends == "ctrl-c" and sys.platform == "win32":
+        pytest.skip("needs POSIX signals")
+    model = load(random_model)
+    stop = model.stop if ends == "stop" else lambda: signal.raise_signal(signal.SIGINT)
+    timer = threading.Timer(0.2, stop)
+    timer.start()
+    with pytest.raises(Interrupted if ends == "stop" else KeyboardInterrupt):
+        model.embed(["a" * 500] * 5000)
+    timer.join()
+    assert len(model.embed(["Hi"])) == 1
+
+
 def test_tokens_of_a_text_are_counted_without_control_tokens(speaker: LocalModel) -> None:
-    assert speaker.tokenize("abc") == list(b"abc".translate(bytes(range(256)))) or len(speaker.tokenize("abc")) == 3
+    assert len(speaker.tokenize("abc")) == 3
     assert len(speaker.tokenize("<|im_end|>")) == len("<|im_end|>")
 
 
@@ -556,7 +572,7 @@ def test_a_model_is_downloaded_once(sources: HubServer, random_model: Path) -> N
 
 
 def test_a_file_of_a_third_party_needs_an_explicit_argument(sources: HubServer) -> None:
-    with pytest.raises(DownloadFailed, match="a third party uploaded it") as error:
+    with pytest.raises(DownloadFailed, match="uploaded by a third party") as error:
         qwenlocal.load("starter")
     assert "third_party=True" in error.value.hint
     with pytest.raises(DownloadFailed) as failed:
@@ -579,13 +595,13 @@ def test_a_checkpoint_is_converted(tiny_checkpoint: Path, tiny_f32: Path, tmp_pa
 
 
 def test_a_plan_says_how_a_model_would_be_loaded(random_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = qwenlocal.plan(str(random_model), n_ctx=1024)
+    plan = qwenlocal.plan(random_model, n_ctx=1024)
     assert plan.options.n_ctx == 1024
     assert plan.memory is not None
     assert plan.memory.total <= plan.available
     monkeypatch.setattr("qwenlocal.machine.this_machine", lambda: Machine(1, lambda: Memory(8 << 30, 64 << 20)))
     with pytest.raises(NotEnoughMemory) as error:
-        qwenlocal.plan(str(random_model))
+        qwenlocal.plan(random_model)
     assert error.value.needed > error.value.available
 
 

@@ -39,6 +39,7 @@ class ModelTask(Generic[T]):
         self._produce, self._interrupt, self._put = produce, interrupt, put
         self._lock = threading.Lock()  # `interrupt` must not reach the next task
         self._is_running = self._is_stopped = False
+        self._finished = threading.Event()
 
     def run(self) -> _LastItem:
         """Produce all items but the last one, and return that."""
@@ -59,6 +60,11 @@ class ModelTask(Generic[T]):
     def finish(self, last: _LastItem) -> None:
         """Let the reader know that there are no more items."""
         self._put(last)
+        self._finished.set()
+
+    def wait(self) -> None:
+        """Wait until the thread has finished with the task."""
+        self._finished.wait()
 
     def stop(self) -> None:
         """End the task early, from any thread; items may still come."""
@@ -74,7 +80,7 @@ class ModelThread:
     def __init__(self) -> None:
         self._tasks: queue.SimpleQueue[ModelTask[object] | None] = queue.SimpleQueue()
         self._unfinished: set[ModelTask[object]] = set()
-        self._is_closed = False
+        self._lock, self._is_closed = threading.Lock(), False  # no task may follow the end of the queue
         # A daemon: an answer that nobody reads to its end must not keep the program from ending.
         self._thread = threading.Thread(target=self._work, name="qwenlocal", daemon=True)
         self._thread.start()
@@ -86,10 +92,11 @@ class ModelThread:
             task.finish(last)
 
     def _submit(self, task: ModelTask[object]) -> None:
-        if self._is_closed:
-            raise UsageError(tr("The model is closed."), hint=tr("Load it again with qwenlocal.load()."))
-        self._unfinished.add(task)
-        self._tasks.put(task)
+        with self._lock:
+            if self._is_closed:
+                raise UsageError(tr("The model is closed."), hint=tr("Load it again with qwenlocal.load()."))
+            self._unfinished.add(task)
+            self._tasks.put(task)
 
     def iterate(self, produce: Callable[[], Iterator[T]], interrupt: Callable[[], object]) -> Generator[T, None, None]:
         """
@@ -102,14 +109,12 @@ class ModelThread:
         items: queue.SimpleQueue[T | _LastItem] = queue.SimpleQueue()
         task = ModelTask(produce, interrupt, items.put)
         self._submit(task)  # type: ignore[arg-type]
-        item: T | _LastItem | None = None
         try:
             while not isinstance(item := _get(items), _LastItem):
                 yield item
-        finally:
+        finally:  # without reading: Ctrl-C may have lost the last item
             task.stop()
-            while not isinstance(item, _LastItem):
-                item = _get(items)
+            task.wait()
         if item.error:
             raise item.error
 
@@ -144,9 +149,10 @@ class ModelThread:
 
     def close(self) -> None:
         """End all tasks, then the thread."""
-        self._is_closed = True
+        with self._lock:
+            self._is_closed = True
+            self._tasks.put(None)
         self.stop_tasks()
-        self._tasks.put(None)
         if self._thread is not threading.current_thread():
             self._thread.join()
 

@@ -140,7 +140,7 @@ def convert(
 
 
 def plan(
-    name: str,
+    name: str | os.PathLike[str],
     *,
     n_ctx: int | None = None,
     kv_type: str | None = None,
@@ -163,7 +163,7 @@ def plan(
 
     machine, library = this_machine(), _open_library(False, _ignore, on_note)
     request = create_load_request(n_ctx, machine.cores, kv_type, flash_attention, rope)
-    model = read_outline(library, library.models.parse(name))
+    model = read_outline(library, library.models.parse(os.fspath(name)))
     return plan_load(model.name, model.dims, model.size, machine.memory().available, request)
 
 
@@ -171,11 +171,7 @@ def _open_library(third_party: bool, on_progress: ReportTask, on_note: Say, limi
     def check_origin(model: ResolvedModel) -> None:
         if model.is_third_party and not third_party:
             raise DownloadFailed(
-                tr(
-                    "{name} was not downloaded: a third party uploaded it ({origin}).",
-                    name=model.name,
-                    origin=model.origin,
-                ),
+                tr("{name} was not downloaded. Its source: {origin}.", name=model.name, origin=model.origin),
                 hint=tr("To download it, pass third_party=True."),
             )
 

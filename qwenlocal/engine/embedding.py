@@ -79,7 +79,7 @@ class Embedder:
         BadWeights: the model computes NaN. Interrupted: `stop` was called.
         """
         self._stopped.clear()
-        limit = self._options.n_ctx
+        limit = pad_n_ctx(self._options.n_ctx)
         longest = max(map(len, texts), default=0)
         if longest > limit:
             raise ContextFull(longest, limit, self._model.n_ctx_train)

@@ -16,13 +16,16 @@ from qwenlocal.cli.option_types import (
     ContextOption,
     DryRunOption,
     FlashAttentionOption,
+    ForceLoadOption,
     ForceOption,
     GpuLayersOption,
     HugePagesOption,
     ImatrixOption,
     InstalledModelArgument,
     JsonOption,
+    KeepCacheOption,
     KvTypeOption,
+    LookupOption,
     ModelArgument,
     PureOption,
     RateOption,
@@ -104,9 +107,7 @@ def run(
     kv_type: KvTypeOption = None,
     flash_attention: FlashAttentionOption = "auto",
     rope: RopeOption = None,
-    lookup: Annotated[
-        bool, Option("--lookup/--no-lookup", help="Use prompt lookup decoding: draft tokens from earlier text.")
-    ] = True,
+    lookup: LookupOption = True,
     draft: Annotated[
         str | None,
         Option(
@@ -116,12 +117,7 @@ def run(
             autocompletion=complete_models,
         ),
     ] = None,
-    keep_cache: Annotated[
-        bool,
-        Option(
-            "--keep-cache/--no-keep-cache", help="Save the KV cache on disk, so that the next start needs no prefill."
-        ),
-    ] = True,
+    keep_cache: KeepCacheOption = True,
     template: Annotated[
         str | None,
         Option(
@@ -150,7 +146,7 @@ def run(
     markdown: Annotated[
         bool, Option("--markdown/--no-markdown", help="Render Markdown in a chat, or print plain text.")
     ] = True,
-    force: Annotated[bool, Option("--force", help="Load the model even if it does not seem to fit.")] = False,
+    force: ForceLoadOption = False,
     temperature: Annotated[
         float | None,
         Option("--temp", metavar="X", help="Temperature; 0 always takes the most likely token. [default: the model's]"),
@@ -275,6 +271,96 @@ def run(
             assume_yes=yes,
         ),
         context.obj,
+    )
+
+
+@app.command(short_help="Serve models to other programs over HTTP.", rich_help_panel="Chat")
+def serve(
+    context: typer.Context,
+    models: Annotated[
+        list[str] | None,
+        Argument(
+            metavar="[MODEL]...",
+            help="Models to serve, the default one first; other installed models are loaded when they are requested.",
+            autocompletion=complete_models,
+        ),
+    ] = None,
+    host: Annotated[str, Option("--host", metavar="ADDRESS", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, Option("--port", metavar="N", help="Port to listen on; 0 for any free one.")] = 8000,
+    parallel: Annotated[
+        str, Option("--parallel", metavar="N", help="Requests that a model answers at the same time.")
+    ] = "auto",
+    max_waiting: Annotated[
+        int, Option("--max-waiting", metavar="N", min=0, help="Requests that may wait for a model; others get 503.")
+    ] = 64,
+    keep_alive: Annotated[
+        str,
+        Option("--keep-alive", metavar="TIME", help="Unload a model that nobody used for TIME (30s, 5m, forever)."),
+    ] = "5m",
+    api_key: Annotated[
+        list[str] | None, Option("--api-key", metavar="KEY", help="Require a key; may be repeated.")
+    ] = None,
+    api_key_file: Annotated[
+        str | None, Option("--api-key-file", metavar="FILE", help="Require one of the keys in FILE.")
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        Option("--allow-host", metavar="NAME", help="Accept requests to the host NAME; may be repeated."),
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        Option("--allow-origin", metavar="URL", help="Let web pages of URL use the server; may be repeated."),
+    ] = None,
+    tls_cert: Annotated[str | None, Option("--tls-cert", metavar="FILE", help="Certificate for HTTPS (PEM).")] = None,
+    tls_key: Annotated[str | None, Option("--tls-key", metavar="FILE", help="Key of the certificate (PEM).")] = None,
+    open_page: Annotated[bool, Option("--open", help="Open the web page.")] = False,
+    n_ctx: ContextOption = None,
+    threads: ThreadsOption = None,
+    gpu_layers: GpuLayersOption = "auto",
+    kv_type: KvTypeOption = None,
+    flash_attention: FlashAttentionOption = "auto",
+    rope: RopeOption = None,
+    lookup: LookupOption = True,
+    keep_cache: KeepCacheOption = True,
+    force: ForceLoadOption = False,
+    huge_pages: HugePagesOption = True,
+    limit_rate: RateOption = None,
+    yes: YesOption = False,
+) -> None:
+    """Serve models to programs that use OpenAI's, Anthropic's or Ollama's interface.
+
+    \b
+    qwenlocal serve                                  serve the default model
+    qwenlocal serve qwen1.5:7b --port 9000           another model, another port
+    """
+    from qwenlocal.cli.commands.serve import ServeOptions, serve_models
+    from qwenlocal.cli.context import AppContext
+    from qwenlocal.cli.options import parse_gpu_layers, parse_load_request, parse_rate
+    from qwenlocal.huge_pages import disable_huge_pages
+
+    if not huge_pages:
+        disable_huge_pages()
+    serve_models(
+        ServeOptions(
+            models=tuple(models or ()),
+            host=host,
+            port=port,
+            parallel=parallel,
+            max_waiting=max_waiting,
+            keep_alive=keep_alive,
+            api_keys=tuple(api_key or ()),
+            api_key_file=api_key_file,
+            allowed_hosts=tuple(allow_host or ()),
+            cors_origins=tuple(allow_origin or ()),
+            certificate=tls_cert,
+            key=tls_key,
+            opens_page=open_page,
+            load_request=parse_load_request(n_ctx, threads, kv_type, flash_attention, rope, force=force),
+            gpu_layers=parse_gpu_layers(gpu_layers),
+            lookup=lookup,
+            keep_cache=keep_cache,
+        ),
+        context.obj or AppContext(limit_rate=parse_rate(limit_rate), assume_yes=yes),
     )
 
 

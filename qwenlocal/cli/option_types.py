@@ -66,3 +66,11 @@ AllowNanOption = Annotated[bool, Option("--allow-nan", help="Write zeros for wei
 HugePagesOption = Annotated[
     bool, Option("--huge-pages/--no-huge-pages", help="Keep weights and KV cache in pages of 2 MB (Linux).")
 ]
+LookupOption = Annotated[
+    bool, Option("--lookup/--no-lookup", help="Use prompt lookup decoding: draft tokens from earlier text.")
+]
+KeepCacheOption = Annotated[
+    bool,
+    Option("--keep-cache/--no-keep-cache", help="Save the KV cache on disk, so that the next start needs no prefill."),
+]
+ForceLoadOption = Annotated[bool, Option("--force", help="Load the model even if it does not seem to fit.")]

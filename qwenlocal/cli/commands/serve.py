@@ -1,0 +1,205 @@
+"""`qwenlocal serve`: answer other programs over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from qwenlocal.cli.context import AppContext
+from qwenlocal.engine.load_plan import LoadRequest
+from qwenlocal.engine.loader import LoadOptions
+from qwenlocal.errors import ModelNotFound, OutOfRange, UsageError
+from qwenlocal.i18n import tr
+from qwenlocal.library.provider import ProvidedModel
+from qwenlocal.paths import parse_path
+from qwenlocal.server.app import create_app
+from qwenlocal.server.http_server import open_socket, serve_http
+from qwenlocal.server.model_host import HostSettings, ProcessHost
+from qwenlocal.server.served_models import ServedModels
+from qwenlocal.server.server_settings import ServerSettings
+from qwenlocal.server.wire import Ready
+from qwenlocal.terminal.load_notes import describe_note, describe_plan
+from qwenlocal.terminal.progress import StatusLine
+from qwenlocal.text_encoding import read_text
+
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
+_MAX_PARALLEL = 64
+_DEFAULT_PARALLEL = 4
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """The options of `qwenlocal serve`, as they were given."""
+
+    models: Sequence[str]
+    host: str
+    port: int
+    parallel: str
+    max_waiting: int
+    keep_alive: str
+    api_keys: Sequence[str]
+    api_key_file: str | None
+    allowed_hosts: Sequence[str]
+    cors_origins: Sequence[str]
+    certificate: str | None
+    key: str | None
+    opens_page: bool
+    load_request: LoadRequest
+    gpu_layers: int | None
+    lookup: bool
+    keep_cache: bool
+
+
+def serve_models(options: ServeOptions, app: AppContext) -> None:
+    """
+    Serve models until Ctrl-C or SIGTERM.
+
+    Raises
+    ------
+    UsageError: an option is invalid, the port is in use, or another address than 127.0.0.1 has no key.
+    Everything that providing and loading the first model raises.
+    """
+    settings = replace(_server_settings(options), folders=app.library.folders)
+    host_settings = HostSettings(
+        LoadOptions(
+            options.load_request,
+            options.gpu_layers,
+            lookup=options.lookup,
+            prompt_caches=app.library.folders.states if options.keep_cache else None,
+        ),
+        parse_parallel(options.parallel),
+        options.max_waiting,
+        parse_duration(options.keep_alive),
+    )
+    certificate, key = _tls_files(options)
+    listener = open_socket(options.host, options.port)
+    models = _provide_models(options.models, app)
+    address = _address(options.host, listener.getsockname()[1], is_secure=certificate is not None)
+    screen = _ServerScreen(app, address)
+    host = ProcessHost(
+        ServedModels(app.library, models),
+        host_settings,
+        on_progress=screen.show_progress,
+        on_loaded=screen.show_loaded,
+    )
+
+    async def start() -> None:
+        async with host.open(""):
+            if options.opens_page:
+                await asyncio.to_thread(_open_browser, address)
+
+    async def run() -> None:
+        try:
+            await serve_http(create_app(host, settings), listener, certificate=certificate, key=key, on_start=start)
+        finally:
+            await host.close()
+
+    if settings.api_keys and options.host not in _LOOPBACK:
+        app.say(tr("Everybody who reaches {address} and has a key can use the models.", address=address))
+    asyncio.run(run())
+
+
+def parse_parallel(text: str) -> int:
+    """
+    Parse `--parallel`: a number of requests, or auto.
+
+    Raises
+    ------
+    UsageError: it is neither.
+    """
+    if text == "auto":
+        return _DEFAULT_PARALLEL
+    if not text.isdecimal():
+        raise UsageError(tr("--parallel must be a number or auto, not {text}.", text=text))
+    if not 1 <= int(text) <= _MAX_PARALLEL:
+        raise OutOfRange("--parallel", 1, _MAX_PARALLEL, int(text))
+    return int(text)
+
+
+def parse_duration(text: str) -> float | None:
+    """
+    Parse a time: `parse_duration("5m")` is 300 seconds; None for "forever".
+
+    Raises
+    ------
+    UsageError: it is not a number with s, m or h.
+    """
+    word = text.strip().lower()
+    if word in ("forever", "-1"):
+        return None
+    number, unit = (word[:-1], word[-1:]) if word[-1:] in _UNITS else (word, "")
+    try:
+        seconds = float(number) * _UNITS[unit]
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < 1e9:
+        raise UsageError(tr("“{text}” is not a time.", text=text), hint=tr("For example: 30s, 5m, 1h or forever"))
+    return seconds
+
+
+def _server_settings(options: ServeOptions) -> ServerSettings:
+    if not 0 <= options.port <= 65535:
+        raise OutOfRange("--port", 0, 65535, options.port)
+    keys = [key for key in options.api_keys if key]
+    if options.api_key_file:
+        keys += read_text(parse_path(options.api_key_file)).split()
+    keys += [key] if (key := os.environ.get("QWENLOCAL_API_KEY")) else []
+    if options.host not in _LOOPBACK and not keys:
+        raise UsageError(
+            tr("{host} can be reached from other machines, so the server needs a key.", host=options.host),
+            hint=tr("Choose one: --api-key-file FILE, or QWENLOCAL_API_KEY in the environment."),
+        )
+    return ServerSettings(options.host, tuple(keys), tuple(options.allowed_hosts), tuple(options.cors_origins))
+
+
+def _tls_files(options: ServeOptions) -> tuple[Path | None, Path | None]:
+    if (options.certificate is None) != (options.key is None):
+        raise UsageError(tr("--tls-cert and --tls-key belong together."))
+    if options.certificate is None or options.key is None:
+        return None, None
+    certificate, key = parse_path(options.certificate), parse_path(options.key)
+    for path in (certificate, key):
+        if not path.is_file():
+            raise ModelNotFound.unreadable(path)
+    return certificate, key
+
+
+def _provide_models(names: Sequence[str], app: AppContext) -> list[ProvidedModel]:
+    """Return the models to serve, downloaded if necessary; the default model if none is named."""
+    return [app.library.models.ensure_models(name, None)[0] for name in names or (None,)]
+
+
+def _address(host: str, port: int, *, is_secure: bool) -> str:
+    name = f"[{host}]" if ":" in host else host
+    return f"{'https' if is_secure else 'http'}://{name}:{port}"
+
+
+def _open_browser(address: str) -> None:
+    import webbrowser
+
+    webbrowser.open(address)
+
+
+class _ServerScreen:
+    """The lines on the terminal: the address, and each model when it is loaded."""
+
+    def __init__(self, app: AppContext, address: str) -> None:
+        self._app, self._address = app, address
+        self._line = StatusLine(sys.stderr)
+
+    def show_progress(self, name: str, fraction: float) -> None:
+        """Show how much of a model is loaded."""
+        self._line.show(tr("{address}: loading {name}: {done:.0%}", address=self._address, name=name, done=fraction))
+
+    def show_loaded(self, name: str, ready: Ready) -> None:
+        """Say that a model is loaded, and how."""
+        self._line.clear()
+        plan = describe_plan(ready.plan)
+        self._app.say(tr("{address} serves {name}: {plan}", address=self._address, name=name, plan=plan))
+        for note in ready.notes:
+            self._app.say(describe_note(note))

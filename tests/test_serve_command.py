@@ -1,0 +1,202 @@
+"""`qwenlocal serve`: from the command to an answer over HTTP, and to its end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from qwenlocal.cli.commands.serve import parse_duration, parse_parallel
+from qwenlocal.errors import OutOfRange, UsageError
+
+DEADLINE = 60.0
+
+
+class Server:
+    """A running server: its process, its address, and the lines that it printed."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process, self.lines = process, list[str]()
+        self.url = ""
+        self._has_address = threading.Event()
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+        assert self._has_address.wait(DEADLINE)
+
+    def _read(self) -> None:
+        assert self.process.stderr
+        for line in self.process.stderr:
+            self.lines.append(line)
+            if line.startswith("http"):
+                self.url = line.split()[0]
+                self._has_address.set()
+        self._has_address.set()
+
+    def ask(self, **fields: object) -> httpx.Response:
+        body = {"messages": [{"role": "user", "content": "Hello"}], **fields}
+        return httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=DEADLINE)
+
+    def stop(self) -> int:
+        self.process.terminate()
+        code = self.process.wait(DEADLINE)
+        self._reader.join()
+        assert self.process.stderr
+        self.process.stderr.close()
+        return code
+
+
+@contextlib.contextmanager
+def serving(home: Path, *arguments: object, **environment: str) -> Iterator[Server]:
+    command = [sys.executable, "-m", "qwenlocal", "serve", "--port", "0", "-c", "512", "-t", "1", *map(str, arguments)]
+    env = {**os.environ, "QWENLOCAL_HOME": str(home), "LC_ALL": "C.UTF-8", **environment}
+    server = Server(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def fail(home: Path, *arguments: object) -> tuple[int, str]:
+    """Return the exit code and the message of a server that does not start."""
+    command = [sys.executable, "-m", "qwenlocal", "serve", *map(str, arguments)]
+    env = {**os.environ, "QWENLOCAL_HOME": str(home), "LC_ALL": "C.UTF-8"}
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=DEADLINE)
+    assert "Traceback" not in result.stderr
+    return result.returncode, result.stderr
+
+
+def test_the_first_line_names_address_model_and_memory(speaking_model: Path, tmp_path: Path) -> None:
+    with serving(tmp_path, speaking_model) as server:
+        assert server.ask().json()["choices"][0]["message"]["content"] == "Paris, fun"
+        assert server.lines[0].startswith(f"{server.url} serves {speaking_model}: weights ")
+        assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+def test_the_curl_command_of_the_announcement_works(speaking_model: Path, tmp_path: Path) -> None:
+    with serving(tmp_path, speaking_model) as server:
+        data = {
+            "model": str(speaking_model),
+            "messages": [
+                {"role": "system", "content": "You are a helpful assistant."},
+                {"role": "user", "content": "Tell me something about large language models."},
+            ],
+        }
+        command = ["curl", f"{server.url}/v1/chat/completions", "-H", "Content-Type: application/json"]
+        result = subprocess.run([*command, "-d", json.dumps(data)], capture_output=True, check=True)
+        assert json.loads(result.stdout)["choices"][0]["message"]["content"] == "Paris, fun"
+
+
+def test_sigterm_lets_answers_finish(endless_model: Path, tmp_path: Path) -> None:
+    with serving(tmp_path, endless_model) as server:
+        server.ask(max_tokens=1)
+        body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 300, "stream": True}
+        with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=DEADLINE) as response:
+            lines = response.iter_lines()
+            next(lines)
+            server.process.send_signal(signal.SIGTERM)
+            assert list(lines)[-2] == "data: [DONE]"
+        assert server.process.wait(DEADLINE) == 0
+
+
+def test_ctrl_c_ends_the_server_and_the_processes_of_its_models(endless_model: Path, tmp_path: Path) -> None:
+    import psutil
+
+    with serving(tmp_path, endless_model) as server:
+        server.ask(max_tokens=1)
+        children = psutil.Process(server.process.pid).children(recursive=True)
+        assert children
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(DEADLINE) == 0
+        _, alive = psutil.wait_procs(children, timeout=DEADLINE)
+        assert not alive
+
+
+def test_a_killed_server_leaves_no_process(endless_model: Path, tmp_path: Path) -> None:
+    import psutil
+
+    with serving(tmp_path, endless_model) as server:
+        server.ask(max_tokens=1)
+        children = psutil.Process(server.process.pid).children(recursive=True)
+        server.process.kill()
+        _, alive = psutil.wait_procs(children, timeout=DEADLINE)
+        assert not alive
+
+
+def test_a_client_that_leaves_frees_its_place(endless_model: Path, tmp_path: Path) -> None:
+    with serving(tmp_path, endless_model, "--parallel", "1", "-c", "8192") as server:
+        server.ask(max_tokens=1)
+        body = {"messages": [{"role": "user", "content": "Hello"}], "stream": True}
+        for _ in range(3):
+            with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=DEADLINE) as response:
+                next(response.iter_lines())
+        started = time.monotonic()
+        assert server.ask(max_tokens=3).status_code == 200
+        assert time.monotonic() - started < DEADLINE / 2
+
+
+def test_other_addresses_need_a_key(speaking_model: Path, tmp_path: Path) -> None:
+    code, message = fail(tmp_path, speaking_model, "--host", "0.0.0.0")
+    assert code == 2 and "needs a key" in message and "--api-key-file" in message
+
+
+def test_keys_from_a_file_are_required(speaking_model: Path, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("first-key\nsecond-key\n")
+    with serving(tmp_path, speaking_model, "--api-key-file", keys) as server:
+        assert server.ask().status_code == 401
+        body = {"messages": [{"role": "user", "content": "Hello"}]}
+        url = f"{server.url}/v1/chat/completions"
+        assert httpx.post(url, json=body, headers={"Authorization": "Bearer second-key"}).status_code == 200
+
+
+def test_a_port_in_use_names_its_holder(speaking_model: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        code, message = fail(tmp_path, speaking_model, "--port", holder.getsockname()[1])
+    assert code == 2 and f"({os.getpid()})" in message and "--port" in message
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_server(random_model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "damaged.gguf"
+    path.write_bytes(random_model.read_bytes()[:2000])
+    code, message = fail(tmp_path, path, "--port", "0")
+    assert code == 5 and str(path) in message
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--parallel", "0"),
+        ("--parallel", "many"),
+        ("--keep-alive", "soon"),
+        ("--port", "70000"),
+        ("--tls-cert", "x.pem"),
+        ("--host", "256.1.1.1", "--api-key", "k"),
+        ("--api-key-file", "/nonexistent/file"),
+    ],
+)
+def test_invalid_options_are_refused(speaking_model: Path, tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    code, message = fail(tmp_path, speaking_model, *arguments)
+    assert code in (2, 3) and message
+
+
+def test_durations() -> None:
+    assert [parse_duration(text) for text in ("30s", "5m", "1h", "45", "forever")] == [30, 300, 3600, 45, None]
+    with pytest.raises(UsageError):
+        parse_duration("-3m")
+
+
+def test_numbers_of_parallel_requests() -> None:
+    assert parse_parallel("3") == 3 and parse_parallel("auto") >= 1
+    with pytest.raises(OutOfRange):
+        parse_parallel("65")

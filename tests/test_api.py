@@ -514,6 +514,10 @@ def test_a_dropped_model_frees_its_memory(speaking_model: Path) -> None:
     assert not loaded.model.handle
 
 
+def test_a_stream_keeps_its_model(speaking_model: Path) -> None:
+    assert "".join(qwenlocal.load(speaking_model, n_ctx=256).stream("Hi")) == SAYS
+
+
 def test_a_program_that_forgets_to_close_ends(endless_model: Path) -> None:
     code = (
         f"import qwenlocal; model = qwenlocal.load({str(endless_model)!r}, n_ctx=50_000, threads=1)\n"

@@ -102,10 +102,10 @@ def _json_schema(schema: Mapping[str, Any] | type) -> Mapping[str, Any]:
     return dict(describe())
 
 
-ChatPromptText = str | Sequence[Mapping[str, str]]
+ChatInput = str | Sequence[Mapping[str, str]]
 
 
-def parse_messages(prompt: ChatPromptText, system: str | None = None) -> list[dict[str, str]]:
+def parse_messages(prompt: ChatInput, system: str | None = None) -> list[dict[str, str]]:
     """
     Return the messages of a prompt: a question as text, or a list of {"role": …, "content": text}.
 

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, overload
 
 from qwenlocal.api.answer import Answer
-from qwenlocal.api.answer_options import AnswerOptions, ChatPromptText, parse_messages, parse_options
+from qwenlocal.api.answer_options import AnswerOptions, ChatInput, parse_messages, parse_options
 from qwenlocal.api.model_thread import ModelThread
 from qwenlocal.api.text_stream import PartialAnswer, TextStream
 from qwenlocal.chat.chat_model import ChatModel
@@ -44,7 +44,7 @@ class LocalModel:
         self.path = path
         self.n_ctx = loaded.context.n_ctx
         """The context: how many tokens a prompt and its answer may have together."""
-        self._close = weakref.finalize(self, _close, self._thread, self._embedders, close)
+        self._finalizer = weakref.finalize(self, _free, self._thread, self._embedders, close)
 
     @property
     def name(self) -> str:
@@ -63,7 +63,7 @@ class LocalModel:
 
     # --- answers
 
-    def chat(self, prompt: ChatPromptText, *, system: str | None = None, **options: Unpack[AnswerOptions]) -> Answer:
+    def chat(self, prompt: ChatInput, *, system: str | None = None, **options: Unpack[AnswerOptions]) -> Answer:
         """
         Answer a question, or the last of several messages ({"role": …, "content": text}).
 
@@ -74,9 +74,7 @@ class LocalModel:
         """
         return _read_all(self.stream(prompt, system=system, **options))
 
-    async def achat(
-        self, prompt: ChatPromptText, *, system: str | None = None, **options: Unpack[AnswerOptions]
-    ) -> Answer:
+    async def achat(self, prompt: ChatInput, *, system: str | None = None, **options: Unpack[AnswerOptions]) -> Answer:
         """
         Do what `chat` does, for asyncio: others run while the model computes, and cancelling stops it.
 
@@ -89,9 +87,7 @@ class LocalModel:
                 pass
         return stream.answer
 
-    def stream(
-        self, prompt: ChatPromptText, *, system: str | None = None, **options: Unpack[AnswerOptions]
-    ) -> TextStream:
+    def stream(self, prompt: ChatInput, *, system: str | None = None, **options: Unpack[AnswerOptions]) -> TextStream:
         """
         Answer as `chat` does, piece by piece: iterate over the text with `for` or `async for`.
 
@@ -153,7 +149,7 @@ class LocalModel:
         self._check_open()
         return self._tokenizer.tokenize(text, special=False)
 
-    def count(self, prompt: ChatPromptText, *, system: str | None = None) -> int:
+    def count(self, prompt: ChatInput, *, system: str | None = None) -> int:
         """
         Return how many tokens a question or messages take in the context, with the chat template.
 
@@ -167,7 +163,7 @@ class LocalModel:
 
     def close(self) -> None:
         """Free the memory; answers that are being computed are stopped."""
-        self._close()
+        self._finalizer()
 
     def __enter__(self) -> LocalModel:
         return self
@@ -178,16 +174,16 @@ class LocalModel:
         self.close()
 
     def __repr__(self) -> str:
-        state = f"n_ctx={self.n_ctx}" if self._close.alive else "closed"
+        state = f"n_ctx={self.n_ctx}" if self._finalizer.alive else "closed"
         return f"<LocalModel {self.name}, {state}>"
 
     # --- parts of the above
 
     def _check_open(self) -> None:
-        if not self._close.alive:
+        if not self._finalizer.alive:
             raise UsageError(tr("The model is closed."), hint=tr("Load it again with qwenlocal.load()."))
 
-    def _encode(self, prompt: ChatPromptText, system: str | None) -> list[int]:
+    def _encode(self, prompt: ChatInput, system: str | None) -> list[int]:
         self._check_open()
         return encode_messages(self._template, parse_messages(prompt, system), self._tokenizer)
 
@@ -211,7 +207,7 @@ class LocalModel:
             max_tokens=settings.max_tokens,
             stop_strings=settings.stop_strings,
         )
-        return TextStream(self._thread, generate, sequence.stop, PartialAnswer(settings, self.n_ctx))
+        return TextStream(self._thread, generate, sequence.stop, PartialAnswer(settings, self.n_ctx), owner=self)
 
 
 def _read_all(stream: TextStream) -> Answer:
@@ -233,7 +229,7 @@ def _stop_embedding(embedders: Sequence[Embedder]) -> None:
         embedder.stop()
 
 
-def _close(thread: ModelThread, embedders: Sequence[Embedder], close: Callable[[], object]) -> None:
+def _free(thread: ModelThread, embedders: Sequence[Embedder], close: Callable[[], object]) -> None:
     thread.close()
     for embedder in embedders:
         embedder.close()

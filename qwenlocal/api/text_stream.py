@@ -59,22 +59,24 @@ class TextStream:
         thread: ModelThread,
         generate: Callable[[], Iterator[Event]],
         interrupt: Callable[[], object],
-        builder: PartialAnswer,
+        partial: PartialAnswer,
+        owner: object = None,
     ) -> None:
-        self._builder = builder
+        """`owner` lives at least as long as the stream."""
+        self._partial, self._owner = partial, owner
         # They do not know this object, so that dropping it stops them at once.
-        self._pieces = _read(thread, generate, interrupt, builder)
-        self._async_pieces = _read_async(thread, generate, interrupt, builder)
+        self._pieces = _read(thread, generate, interrupt, partial)
+        self._async_pieces = _read_async(thread, generate, interrupt, partial)
 
     @property
     def text(self) -> str:
         """The text so far."""
-        return self._builder.text
+        return self._partial.text
 
     @property
     def progress(self) -> PromptProgress | None:
         """The part of the prompt that has been processed, in tokens; None before the start."""
-        return self._builder.progress
+        return self._partial.progress
 
     @property
     def answer(self) -> Answer:
@@ -85,11 +87,11 @@ class TextStream:
         ------
         UsageError: the stream has not been read to its end.
         """
-        if self._builder.answer is None:
+        if self._partial.answer is None:
             raise UsageError(
                 tr("The answer has not ended."), hint=tr("Read the stream to its end, or use stream.text.")
             )
-        return self._builder.answer
+        return self._partial.answer
 
     # --- reading
 
@@ -136,11 +138,11 @@ def _read(
     thread: ModelThread,
     generate: Callable[[], Iterator[Event]],
     interrupt: Callable[[], object],
-    builder: PartialAnswer,
+    partial: PartialAnswer,
 ) -> Generator[str, None, None]:
     with contextlib.closing(thread.iterate(generate, interrupt)) as events:
         for event in events:
-            if text := builder.add(event):
+            if text := partial.add(event):
                 yield text
 
 
@@ -148,9 +150,9 @@ async def _read_async(
     thread: ModelThread,
     generate: Callable[[], Iterator[Event]],
     interrupt: Callable[[], object],
-    builder: PartialAnswer,
+    partial: PartialAnswer,
 ) -> AsyncGenerator[str, None]:
     async with contextlib.aclosing(thread.iterate_async(generate, interrupt)) as events:
         async for event in events:
-            if text := builder.add(event):
+            if text := partial.add(event):
                 yield text

@@ -103,9 +103,11 @@ def test_a_stop_string_ends_the_answer(speaking: Server) -> None:
         assert completion.choices[0].finish_reason == "stop"
 
 
-@pytest.mark.parametrize("limit", ["max_tokens", "max_completion_tokens"])
-def test_a_limit_of_tokens_ends_the_answer(speaking: Server, limit: str) -> None:
-    completion = client(speaking).chat.completions.create(model="speaking", messages=HELLO, **{limit: 5})  # type: ignore[call-overload]
+@pytest.mark.parametrize(
+    "limits", [{"max_tokens": 5}, {"max_completion_tokens": 5}, {"max_tokens": 5, "max_completion_tokens": None}]
+)
+def test_a_limit_of_tokens_ends_the_answer(speaking: Server, limits: dict[str, int | None]) -> None:
+    completion = client(speaking).chat.completions.create(model="speaking", messages=HELLO, **limits)  # type: ignore[call-overload]
     assert completion.choices[0].message.content == "Paris"
     assert completion.choices[0].finish_reason == "length"
 
@@ -265,6 +267,23 @@ def test_a_completion_is_streamed_with_its_prompt(speaking: Server) -> None:
         offset for chunk in chunks if chunk.choices[0].logprobs for offset in chunk.choices[0].logprobs.text_offset
     ]
     assert offsets == whole.choices[0].logprobs.text_offset
+
+
+@pytest.mark.parametrize("prompt", ["", [], [""], [[]], ["a", 1], [-1], [10**6], {"a": 1}])
+def test_prompts_without_tokens_of_the_model_are_refused(speaking: Server, prompt: object) -> None:
+    for path, field in (("completions", "prompt"), ("embeddings", "input")):
+        response = httpx.post(f"{speaking.url}/v1/{path}", json={field: prompt})
+        assert response.status_code == 400, response.text
+
+
+def test_timings_come_with_each_token_if_requested(speaking: Server) -> None:
+    body = {"messages": HELLO, "stream": True, "timings_per_token": True}
+    lines = httpx.post(f"{speaking.url}/v1/chat/completions", json=body).text.split("\n\n")
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
+    counts = [chunk["timings"]["predicted_n"] for chunk in chunks if "timings" in chunk]
+    assert counts == [*range(1, len("Paris, fun") + 1), len("Paris, fun") + 1]
+    first, last = chunks[1]["timings"], chunks[-1]["timings"]
+    assert last["prompt_n"] + last["cache_n"] == first["prompt_n"] + first["cache_n"] > 0
 
 
 # --- models and embeddings

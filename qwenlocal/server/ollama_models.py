@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, Field
 
+from qwenlocal.server.openai_models import NonEmptyText
 from qwenlocal.server.request_fields import ApiRequest, SamplingFields, StopStrings, compile_schema
 
 # Fields and options that change the answer and are not supported, with the values that change nothing.
@@ -112,5 +113,5 @@ class OllamaGenerateRequest(AnswerRequest):
 class OllamaEmbedRequest(OllamaRequest):
     """`POST /api/embed`."""
 
-    input: str | Annotated[list[str], Field(max_length=2048)]
+    input: NonEmptyText | Annotated[list[NonEmptyText], Field(max_length=2048)]
     dimensions: int | None = Field(None, ge=1)

@@ -18,7 +18,13 @@ from qwenlocal.server.http_errors import BadField, report_error
 from qwenlocal.server.json_route import JsonRoute
 from qwenlocal.server.openai_choices import ChatChoices, ChoiceFormat, ChoiceResponse, CompletionChoices
 from qwenlocal.server.openai_format import format_event
-from qwenlocal.server.openai_models import ChatCompletionRequest, CompletionRequest, EmbeddingRequest, GenerationFields
+from qwenlocal.server.openai_models import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    GenerationFields,
+    list_texts,
+)
 from qwenlocal.server.request_fields import choice_seed
 from qwenlocal.server.security import identify_client
 from qwenlocal.server.streaming import SSE, run_while_connected, stream_while_connected
@@ -64,7 +70,7 @@ class OpenAiApi:
             GenerationRequest(
                 prompt,
                 choice_seed(sampling, number),
-                _limit(body.max_tokens),
+                _limit(body.limit),
                 tuple(body.stop or ()),
                 (body.top_logprobs or 0) if body.logprobs else None,
                 cache_prompt=body.cache_prompt is not False,
@@ -89,7 +95,7 @@ class OpenAiApi:
                 cache_prompt=body.cache_prompt is not False,
                 client=identify_client(request),
             )
-            for prompt in body.prompts
+            for prompt in list_texts(body.prompt)
             for number in range(body.choices)
         ]
         choices = CompletionChoices(has_logprobs=body.logprobs is not None, echo=bool(body.echo))
@@ -118,7 +124,7 @@ class OpenAiApi:
 
         async def compute() -> tuple[str, list[Embedding]]:
             async with self._service.open(body.model) as engine:
-                return engine.info.name, await engine.embed([_prompt(text) for text in body.inputs])
+                return engine.info.name, await engine.embed([_prompt(text) for text in list_texts(body.input)])
 
         name, embeddings = await run_while_connected(request, compute())
         size = len(embeddings[0].vector)

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Protocol
 
-from qwenlocal.chat.events import Done, Text, TokenLogprob
+from qwenlocal.chat.events import Done, GenerationStats, Text, TokenLogprob
 from qwenlocal.server.answering import AnswerService, CollectedAnswer
 from qwenlocal.server.engine import Engine, GenerationRequest, TextPrompt, TokenPrompt
 from qwenlocal.server.openai_format import (
@@ -14,6 +14,7 @@ from qwenlocal.server.openai_format import (
     FINISH_REASONS,
     CompletionLogprobs,
     ResponseHeader,
+    RunningStats,
     format_chat_logprobs,
     format_event,
     format_timings,
@@ -152,12 +153,14 @@ class ChoiceResponse:
         has_usage = bool(options and options.include_usage)
         answers = [CollectedAnswer() for _ in self._requests]
         is_started = [False] * len(answers)
+        running = [RunningStats() for _ in answers]
         async with self._service.open(self._body.model) as engine:
             header = {**self._header(engine, self._format.chunk).to_dict(), **({"usage": None} if has_usage else {})}
             await self._format.prepare(engine, self._requests)
             async with contextlib.aclosing(self._service.stream(engine, self._requests)) as events:
                 async for index, event in events:
                     answers[index].add(event)
+                    stats = running[index].add(event)
                     if not isinstance(event, (Text, Done)):
                         continue
                     if not is_started[index]:
@@ -166,9 +169,10 @@ class ChoiceResponse:
                             yield _format_chunk(header, index, chunk)
                     if isinstance(event, Text):
                         chunk = self._format.text_chunk(index, event.text, event.logprobs)
-                        yield _format_chunk(header, index, chunk)
+                        yield _format_chunk(header, index, chunk, stats if self._body.timings_per_token else None)
                     else:
-                        yield _format_chunk(header, index, self._format.last_chunk(), event)
+                        reason = FINISH_REASONS[event.finish_reason]
+                        yield _format_chunk(header, index, self._format.last_chunk(), event.stats, reason)
         if has_usage:
             usage = format_usage([answer.end for answer in answers], self._body.choices)
             yield format_event({**header, "choices": [], "usage": usage})
@@ -178,7 +182,12 @@ class ChoiceResponse:
         return ResponseHeader(kind, self._body.model or engine.info.name, new_id(self._format.id_prefix))
 
 
-def _format_chunk(header: dict[str, Any], index: int, chunk: dict[str, Any], end: Done | None = None) -> bytes:
-    reason = FINISH_REASONS[end.finish_reason] if end else None
-    timings = {"timings": format_timings(end.stats)} if end else {}
-    return format_event({**header, "choices": [{"index": index, **chunk, "finish_reason": reason}], **timings})
+def _format_chunk(
+    header: dict[str, Any],
+    index: int,
+    chunk: dict[str, Any],
+    stats: GenerationStats | None = None,
+    finish_reason: str | None = None,
+) -> bytes:
+    timings = {"timings": format_timings(stats)} if stats else {}
+    return format_event({**header, "choices": [{"index": index, **chunk, "finish_reason": finish_reason}], **timings})

@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qwenlocal import __version__
-from qwenlocal.chat.events import Done, FinishReason, GenerationStats, TokenLogprob
+from qwenlocal.chat.events import Done, FinishReason, GenerationStats, Text, TokenLogprob
+from qwenlocal.progress import PromptProgress
+from qwenlocal.server.engine import EngineEvent
 
 _LOWEST = -9999.0  # OpenAI's logprob of an impossible token; JSON has no infinity
 FINISH_REASONS = {
@@ -66,6 +68,24 @@ def format_usage(ends: Sequence[Done], choices: int) -> dict[str, Any]:
         "prompt_tokens_details": {"cached_tokens": sum(one.reused_tokens for one in stats[::choices])},
         "completion_tokens_details": {"reasoning_tokens": 0},
     }
+
+
+class RunningStats:
+    """The counts and times of an answer that is still growing."""
+
+    def __init__(self) -> None:
+        self._start, self._first = time.monotonic(), 0.0
+        self._prompt = PromptProgress(0, 0, 0)
+
+    def add(self, event: EngineEvent) -> GenerationStats:
+        """Count an event and return the numbers so far."""
+        now = time.monotonic()
+        if isinstance(event, PromptProgress):
+            self._prompt = event
+        self._first = self._first or (now if isinstance(event, Text) else 0.0)
+        count = event.tokens if isinstance(event, Text) else 0
+        first, answer = (self._first - self._start, now - self._first) if self._first else (0.0, 0.0)
+        return GenerationStats(self._prompt.total, self._prompt.reused, count, first, answer)
 
 
 def format_timings(stats: GenerationStats) -> dict[str, Any]:

@@ -188,11 +188,15 @@ class ChatCompletionRequest(GenerationFields):
     """`POST /v1/chat/completions`."""
 
     messages: list[ChatMessageFields] = Field(min_length=1, max_length=10_000)
-    max_tokens: int | None = Field(
-        None, ge=-1, validation_alias=AliasChoices("max_completion_tokens", "max_tokens", "n_predict")
-    )
+    max_tokens: int | None = Field(None, ge=-1, validation_alias=AliasChoices("max_tokens", "n_predict"))
+    max_completion_tokens: int | None = Field(None, ge=-1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=_MAX_TOP_LOGPROBS)
+
+    @property
+    def limit(self) -> int | None:
+        """The limit of tokens, by its new name or its old one."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     def check(self) -> None:
         super().check()
@@ -201,47 +205,35 @@ class ChatCompletionRequest(GenerationFields):
 
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+NonEmptyText = Annotated[str, Field(min_length=1)]
+# One text or several, as characters or as token ids.
+TextInput = (
+    NonEmptyText
+    | Annotated[list[NonEmptyText], Field(min_length=1, max_length=_MAX_INPUTS)]
+    | Annotated[list[TokenId], Field(min_length=1)]
+    | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=_MAX_INPUTS)]
+)
+
+
+def list_texts(value: TextInput) -> list[str | list[int]]:
+    """`list_texts("a")` is ["a"], `list_texts([1, 2])` is [[1, 2]]; several texts stay as they are."""
+    texts: Any = value
+    return [texts] if isinstance(texts, str) or isinstance(texts[0], int) else list(texts)
 
 
 class CompletionRequest(GenerationFields):
     """`POST /v1/completions`."""
 
-    prompt: (
-        str
-        | Annotated[list[str], Field(min_length=1, max_length=_MAX_INPUTS)]
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=_MAX_INPUTS)]
-    )
+    prompt: TextInput
     max_tokens: int | None = Field(16, ge=-1, validation_alias=AliasChoices("max_tokens", "n_predict"))
     logprobs: int | None = Field(None, ge=0, le=_MAX_TOP_LOGPROBS)
     echo: bool | None = None
-
-    @property
-    def prompts(self) -> list[str | list[int]]:
-        """The prompts, also if there is one."""
-        prompt: Any = self.prompt
-        if isinstance(prompt, str) or isinstance(prompt[0], int):
-            return [prompt]
-        return list(prompt)
 
 
 class EmbeddingRequest(ApiRequest):
     """`POST /v1/embeddings`."""
 
     model: str = Field("", max_length=500)
-    input: (
-        str
-        | Annotated[list[str], Field(min_length=1, max_length=_MAX_INPUTS)]
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=_MAX_INPUTS)]
-    )
+    input: TextInput
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = Field(None, ge=1)
-
-    @property
-    def inputs(self) -> list[str | list[int]]:
-        """The texts, also if there is one."""
-        value: Any = self.input
-        if isinstance(value, str) or isinstance(value[0], int):
-            return [value]
-        return list(value)

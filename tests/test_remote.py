@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import socket
 import sys
 import time
@@ -23,7 +24,7 @@ from qwenlocal.engine.sampling import Sampling
 from qwenlocal.errors import QwenlocalError, UsageError
 from qwenlocal.library.http import Timeouts
 from qwenlocal.remote.client import RemoteClient
-from qwenlocal.remote.endpoints import Endpoint, find_endpoint, parse_url, read_endpoints
+from qwenlocal.remote.endpoints import KEYRING, Endpoint, find_endpoint, parse_url, read_endpoints
 from qwenlocal.remote.errors import (
     AnswerCut,
     ApiKeyRejected,
@@ -201,6 +202,22 @@ def test_a_failure_before_the_answer_is_an_error_and_takes_the_question_back(
     assert caught.value.hint
     assert talk.thread.path == []
     assert len(engine.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("source", "hint"),
+    [
+        ("", "--api-key-env VARIABLE"),
+        ("MY_KEY", "export MY_KEY=KEY"),
+        (KEYRING, r"keyring set qwenlocal 127\.0\.0\.1:\d+"),
+    ],
+)
+def test_a_rejected_key_says_where_to_set_another_one(engine: EngineServer, source: str, hint: str) -> None:
+    engine.replies = [Reply(status=401)]
+    client = RemoteClient(Endpoint(engine.url, api_key=KEY if source else "", key_source=source))
+    with pytest.raises(ApiKeyRejected) as caught:
+        list(Conversation(RemoteBackend(client, "m"), GenerationConfig()).ask("Hi"))
+    assert re.search(hint, caught.value.hint)
 
 
 def test_the_names_of_the_models_are_listed_if_one_is_unknown(engine: EngineServer) -> None:

@@ -118,7 +118,7 @@ def test_a_broken_answer_is_printed_and_exits_with_4(qwenlocal: Run, engine: Eng
     engine.replies = [Reply(cut=True)]
     result = qwenlocal("run", "--url", engine.url, "-m", "m", "Hi")
     assert "broke off" in expect_exit(result, 4)
-    assert result.stdout.startswith(SAYS)
+    assert result.stdout == f"{SAYS}\n"
 
 
 def test_ctrl_c_ends_a_single_answer_and_the_connection(

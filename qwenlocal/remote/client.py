@@ -12,6 +12,7 @@ from urllib.parse import urljoin, urlsplit
 import urllib3
 
 from qwenlocal import __version__
+from qwenlocal.errors import QwenlocalError
 from qwenlocal.i18n import tr
 from qwenlocal.library.http import (
     HttpClient,
@@ -22,7 +23,7 @@ from qwenlocal.library.http import (
     with_retries,
 )
 from qwenlocal.remote.cancellable_stream import CancellableStream
-from qwenlocal.remote.endpoints import Endpoint
+from qwenlocal.remote.endpoints import KEYRING, Endpoint
 from qwenlocal.remote.errors import (
     AnswerCut,
     ApiKeyRejected,
@@ -31,6 +32,7 @@ from qwenlocal.remote.errors import (
     MalformedAnswer,
     PromptTooLong,
     RateLimited,
+    RemoteError,
     RemoteModelNotFound,
     RequestRejected,
 )
@@ -172,13 +174,13 @@ class RemoteClient:
 
         return with_retries(attempt)
 
-    def _explain(self, refusal: _BadStatus, model: str = "") -> Exception:
+    def _explain(self, refusal: _BadStatus, model: str = "") -> QwenlocalError:
         """Return the error for a status; `model` is the one that was asked for."""
         endpoint, status = self.endpoint, refusal.status or 0
         host, (message, code) = endpoint.host, parse_error(refusal.text)
         message = self._without_key(message)
         if status in (401, 403):
-            return ApiKeyRejected(host, endpoint.key_source)
+            return self._explain_key()
         if status == 429:
             return RateLimited(host, refusal.retry_after, message)
         if status in (400, 413, 422) and _TOO_LONG.search(f"{code} {message}"):
@@ -194,11 +196,20 @@ class RemoteClient:
             hint = tr("Check the address; it usually ends with /v1.")
         return RequestRejected(host, status, message, hint=hint)
 
-    def _explain_missing(self, model: str, status: int, message: str) -> Exception:
+    def _explain_key(self) -> ApiKeyRejected:
+        endpoint = self.endpoint
+        hint = tr("Name the environment variable that holds it: --api-key-env VARIABLE")
+        if endpoint.key_source == KEYRING:
+            hint = tr("Set another one: keyring set qwenlocal {user}", user=endpoint.keyring_user)
+        elif endpoint.key_source:
+            hint = tr("Set another one: export {variable}=KEY", variable=endpoint.key_source)
+        return ApiKeyRejected(endpoint.host, tr(endpoint.key_source), hint=hint)
+
+    def _explain_missing(self, model: str, status: int, message: str) -> QwenlocalError:
         """Return the error for a request whose model or address does not exist."""
         try:
             names = self.list_models()
-        except Exception:  # the address is wrong, or the engine lists no models: only its own words remain
+        except RemoteError:  # the address is wrong, or the engine lists no models: only its own words remain
             hint = tr("Check the address, which usually ends with /v1, and the name of the model.")
             return RequestRejected(self.endpoint.host, status, message, hint=hint)
         return RemoteModelNotFound(self.endpoint.host, model, names)

@@ -25,7 +25,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from qwenlocal.errors import UsageError
-from qwenlocal.i18n import tr
+from qwenlocal.i18n import mark, tr
 from qwenlocal.text_encoding import read_text
 
 if sys.version_info >= (3, 11):
@@ -37,6 +37,7 @@ _NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 _RESERVED = ("hf", "ms", "http", "https")  # beginnings of other model names
 _FIELDS = ("url", "api_key_env", "model")
 _KEYRING_SERVICE = "qwenlocal"
+KEYRING = mark("the keyring")  # as a source of keys; all others are names of environment variables
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ class Endpoint:
     """
     The address of an engine, without a slash at the end.
 
-    `name` is "" for one that has no name, `key_source` says where the API key is from ("" if there is none), `model` is
-    its default model.
+    `name` is "" for one that has no name, `key_source` is the environment variable of the API key, `KEYRING`, or "" if
+    there is no key, and `model` is its default model.
     """
 
     url: str
@@ -58,6 +59,11 @@ class Endpoint:
     def host(self) -> str:
         """The host and port."""
         return urlsplit(self.url).netloc
+
+    @property
+    def keyring_user(self) -> str:
+        """The name under which the keyring has the API key."""
+        return self.name or self.host
 
     def full_name(self, model: str) -> str:
         """Return a model's name as `find_endpoint` takes it: "vllm:MODEL", or "http://host/v1#MODEL"."""
@@ -156,14 +162,14 @@ def find_endpoint(
 def _with_key(endpoint: Endpoint, variable: str, environ: Mapping[str, str]) -> Endpoint:
     key, source = environ.get(variable, "").strip() if variable else "", variable
     if not key:
-        key, source = _key_from_keyring(endpoint.name or endpoint.host), tr("the keyring")
+        key, source = _key_from_keyring(endpoint.keyring_user), KEYRING
     if not key and variable:
         raise UsageError(
             tr("The environment variable {variable} is not set.", variable=variable),
             hint=tr("Set it to the API key: export {variable}=KEY", variable=variable),
         )
     if not re.fullmatch(r"[!-~]*", key):  # HTTP libraries quote invalid headers in their errors
-        raise UsageError(tr("The API key in {source} has characters that no key has.", source=source))
+        raise UsageError(tr("The API key in {source} has characters that no key has.", source=tr(source)))
     return replace(endpoint, api_key=key, key_source=source if key else "")
 
 

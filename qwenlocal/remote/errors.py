@@ -52,16 +52,13 @@ class EngineUnreachable(RemoteError):
 
 
 class ApiKeyRejected(RemoteError):
-    """The engine refuses the API key of the variable `variable`, or none was sent (`variable` is "")."""
+    """The engine refuses the API key from `source`, or none was sent (`source` is "")."""
 
-    def __init__(self, host: str, variable: str) -> None:
-        self.variable = variable
-        if variable:
-            message = tr("{host} refuses the API key in {variable}.", host=host, variable=variable)
-            hint = tr("Set another one: export {variable}=KEY", variable=variable)
-        else:
-            message = tr("{host} needs an API key.", host=host)
-            hint = tr("Name the environment variable that holds it: --api-key-env VARIABLE")
+    def __init__(self, host: str, source: str, *, hint: str) -> None:
+        self.source = source
+        message = tr("{host} needs an API key.", host=host)
+        if source:
+            message = tr("{host} refuses the API key in {source}.", host=host, source=source)
         super().__init__(host, message, hint=hint)
 
 

@@ -39,26 +39,28 @@ def print_answer(events: Iterable[Event], out: TextIO, err: TextIO) -> Done:
     clean = escape_controls if out.isatty() else str
     done = _NO_ANSWER
     last = "\n"
-    for event in events:
-        if isinstance(event, PromptProgress):
-            status.show(_describe_prompt_progress(event))
-        elif isinstance(event, Summarizing):
-            status.show(_describe_summarizing(event))
-        elif isinstance(event, Text):
-            status.clear()
-            out.write(clean(event.text))
-            out.flush()
-            last = event.text[-1]
-        elif isinstance(event, TurnsEvicted):
-            status.clear()
-            err.write(wrap(escape_controls(describe_eviction(event)), err) + "\n")
-            err.flush()
-        else:
-            done = event
-    status.clear()
-    if last != "\n":
-        out.write("\n")
-    out.flush()
+    try:
+        for event in events:
+            if isinstance(event, PromptProgress):
+                status.show(_describe_prompt_progress(event))
+            elif isinstance(event, Summarizing):
+                status.show(_describe_summarizing(event))
+            elif isinstance(event, Text):
+                status.clear()
+                out.write(clean(event.text))
+                out.flush()
+                last = event.text[-1]
+            elif isinstance(event, TurnsEvicted):
+                status.clear()
+                err.write(wrap(escape_controls(describe_eviction(event)), err) + "\n")
+                err.flush()
+            else:
+                done = event
+    finally:  # an answer that breaks off ends with a line break, too
+        status.clear()
+        if last != "\n":
+            out.write("\n")
+        out.flush()
     return done
 
 

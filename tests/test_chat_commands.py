@@ -306,7 +306,8 @@ def test_a_number_with_misplaced_separators_is_refused(setting: str, speaking_se
 
 
 def test_every_sampling_parameter_is_a_setting() -> None:
-    assert set(Sampling.__dataclass_fields__) - {"grammar", "answer_prefix"} <= set(SETTINGS)
+    for_programs = {"grammar", "answer_prefix", "logit_bias", "ignore_eos"}
+    assert set(Sampling.__dataclass_fields__) - for_programs <= set(SETTINGS)
 
 
 def test_prompts_are_the_bundled_ones_and_the_users(terminal: Open, speaking_model: Path, folders: Folders) -> None:

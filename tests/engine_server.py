@@ -42,6 +42,7 @@ class Reply:
     pause: float = 0.0
     wait: float = 0.0
     is_compressed: bool = False
+    hangs_up: bool = False  # without a response
 
     def data(self) -> Iterator[bytes]:
         """Yield the parts of the body."""
@@ -136,6 +137,9 @@ class EngineServer:
                 self._send(engine.replies.pop(0) if engine.replies else Reply(usage=USAGE))
 
             def _send(self, reply: Reply) -> None:
+                if reply.hangs_up:
+                    self.close_connection = True
+                    return
                 try:
                     self._wait(reply.wait)
                     self._send_head(reply)

@@ -188,6 +188,7 @@ def test_finish_reasons_are_translated(engine: EngineServer, reply: Reply, reaso
         (Reply(raw=f"data: not JSON {KEY}\n\n".encode()), MalformedAnswer, "not JSON …"),
         (Reply(raw=b"data: " + b"[" * 100_000 + b"\n\n"), MalformedAnswer, r"\[\["),
         (Reply(raw=b""), AnswerCut, "ended early"),
+        (Reply(hangs_up=True), EngineUnreachable, r"/v1: Remote end closed connection without response\.$"),
         (Reply(texts=(), events=[json.dumps({"error": {"message": "GPU lost"}})]), EngineFailed, "GPU lost"),
     ],
 )

@@ -23,8 +23,8 @@ class GenerationConfig:
     Settings for answers: sampling, the token limit (None: until the context is full), and strings to stop at.
 
     `overflow` says what to do when a conversation outgrows the context: "shift" evicts its oldest turns, "summarize"
-    has the model summarize them first, "stop" raises `ContextFull`. `unset` are names of sampling parameters that
-    nobody has set: a remote engine uses its own values for them.
+    has the model summarize them first, "stop" raises `ContextFull`. `unset` are names of settings that nobody has
+    chosen: a remote engine uses its own values for them.
     """
 
     sampling: Sampling = field(default_factory=Sampling)

@@ -36,7 +36,7 @@ _MAX_RETRY_WAIT = 15.0  # seconds
 _KNOWN_CAUSES = (
     "Connection refused", "Name or service not known", "Temporary failure in name resolution",
     "Network is unreachable", "nodename nor servname provided", "timed out", "CERTIFICATE_VERIFY_FAILED",
-    "Connection reset by peer",
+    "Connection reset by peer", "Remote end closed connection without response",
 )  # fmt: skip
 _SECRET_HEADERS = ("authorization", "cookie")
 _FINAL_PROBLEMS = {

@@ -78,12 +78,12 @@ class RemoteClient:
         try:
             response = self._open(http, "GET", "/models")
         except _BadStatus as status:
-            raise self._explain(status) from status
+            raise self._explain(status) from None  # its text may quote the API key
         data = _read_text(http, response)
         try:
             return parse_models(data)
-        except ValueError as error:
-            raise MalformedAnswer(self.endpoint.host, self._without_key(data)) from error
+        except ValueError:
+            raise MalformedAnswer(self.endpoint.host, self._without_key(data)) from None
 
     def stream_chat(self, request: Mapping[str, Any]) -> CancellableStream[AnswerChunk]:
         """
@@ -110,7 +110,7 @@ class RemoteClient:
         try:
             response = self._open(http, "POST", "/chat/completions", body, is_cancelled)
         except _BadStatus as status:
-            raise self._explain(status, model) from status
+            raise self._explain(status, model) from None
         host, head = self.endpoint.host, bytearray()
 
         def read() -> Iterator[bytes]:
@@ -130,8 +130,8 @@ class RemoteClient:
             problem = str(error)
         except EventTooLarge as error:
             raise MalformedAnswer(host, self._without_key(head.decode(errors="replace"))) from error
-        except ValueError as error:
-            raise MalformedAnswer(host, self._without_key(data)) from error
+        except ValueError:
+            raise MalformedAnswer(host, self._without_key(data)) from None
         if not is_answer and head:
             raise MalformedAnswer(host, self._without_key(head.decode(errors="replace")))
         raise AnswerCut(host, problem)

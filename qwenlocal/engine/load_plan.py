@@ -23,7 +23,7 @@ PREFERRED_CONTEXT = 4096  # tokens; below this, keys become q8_0 before the cont
 _MIN_CONTEXT = 1024
 _MAX_ROPE_FACTOR = 8
 ALL_LAYERS = 1 << 16  # more than any model has
-_PREFIX_CACHE_ENTRIES = 3  # abandoned branches of the conversation
+_CHAT_SEQUENCES = 4  # a conversation, and three abandoned branches of it
 _STEP = 1024
 _N_UBATCH = 128  # on a CPU as fast as 512, with a quarter of the memory
 _GPU_MARGIN = 512 << 20  # bytes left free on a GPU, for compute buffers and other programs
@@ -35,7 +35,8 @@ class LoadRequest:
     """
     Settings that the user asked for; None (0 threads) leaves one to the plan. `force` skips the memory check.
 
-    Without `n_ctx`, the plan's context has at most `max_n_ctx` tokens: a short one is created faster.
+    Without `n_ctx`, the plan's context has at most `max_n_ctx` tokens: a short one is created faster. Its cells can be
+    divided among `n_sequences`.
     """
 
     n_ctx: int | None = None
@@ -46,6 +47,7 @@ class LoadRequest:
     n_ubatch: int | None = None
     force: bool = False
     max_n_ctx: int | None = None
+    n_sequences: int = _CHAT_SEQUENCES
 
     def limit_n_ctx(self, n_ctx_train: int) -> int:
         """Return the longest context to plan for a model that was trained with `n_ctx_train` tokens."""
@@ -236,7 +238,7 @@ def _all_layouts(request: LoadRequest) -> list[ContextOptions]:
         threads=request.threads,
         batch_threads=request.threads,
         n_ubatch=request.n_ubatch or _N_UBATCH,
-        n_seq_max=1 + _PREFIX_CACHE_ENTRIES,
+        n_seq_max=request.n_sequences,
         flash_attention=request.flash_attention or False,
     )
     if request.kv_type is not None:

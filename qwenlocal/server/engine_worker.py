@@ -22,7 +22,6 @@ from qwenlocal.chat.chat_model import ChatModel
 from qwenlocal.chat.chat_template import ChatTemplate, encode_messages, require_tokens
 from qwenlocal.chat.events import Event, FinishReason, PromptLogprobs, TokenLogprob
 from qwenlocal.chat.generate import AnswerBuilder
-from qwenlocal.engine.context import Context
 from qwenlocal.engine.embedding import Embedder
 from qwenlocal.engine.loader import LoadOptions
 from qwenlocal.engine.logprobs import Logprobs
@@ -245,7 +244,9 @@ class Worker:
 
     def run(self) -> None:
         """Load the model and serve it."""
-        loader = ModelLoader(Folders.from_environment(), self._spec.options, on_crash=self._fail)
+        request = replace(self._spec.options.request, n_sequences=self._spec.parallel + _PARKED)
+        options = replace(self._spec.options, request=request)
+        loader = ModelLoader(Folders.from_environment(), options, on_crash=self._fail)
         try:
             model = loader.load(self._spec.model, lambda fraction: self._send(Loading(fraction)))
         except QwenlocalError as error:
@@ -256,24 +257,22 @@ class Worker:
         self._send(Ready(self._info(model), model.plan, model.notes))
         thread = threading.Thread(target=self._compute, args=(loop,))
         thread.start()
+        threading.Thread(
+            target=collapse_buffers, args=(self._spec.model.record.size, lambda: not scheduler.is_idle), daemon=True
+        ).start()
         self._receive(loop, ModelFunctions(model))
         loop.put(Quit())
         thread.join()
         scheduler.save_prompt_caches()
 
     def _create_scheduler(self, model: ChatModel) -> Scheduler:
-        """Replace the context by one for several sequences."""
-        options = replace(model.context.options, n_seq_max=self._spec.parallel + _PARKED)
-        model.context.close()
-        context = Context(model.model, options, thread_adapter=model.context.thread_adapter)
-        collapse_buffers()
         path, folder, machine = self._spec.model.record.path, self._spec.options.prompt_caches, this_machine()
         drafts = self._spec.options.lookup and model.model.can_truncate
         return Scheduler(
-            context,
+            model.context,
             self._spec.parallel,
             speculation=Speculation(model.costs) if drafts else NoSpeculation(),
-            prompt_cache=PromptCache(folder, compute_cache_key(path, options)) if folder else None,
+            prompt_cache=PromptCache(folder, compute_cache_key(path, model.context.options)) if folder else None,
             check_memory=functools.partial(check_memory, machine.memory, machine.memory_pressure),
         )
 

@@ -35,6 +35,12 @@ def test_the_first_line_names_address_model_and_memory(speaking_model: Path, tmp
         assert httpx.get(f"{server.url}/health").status_code == 200
 
 
+def test_the_tokenizer_is_described(speaking_model: Path, tmp_path: Path) -> None:
+    with serving(tmp_path, speaking_model) as server:
+        tokenizer = httpx.get(f"{server.url}/tokenizer_info", timeout=DEADLINE).json()
+        assert tokenizer == {"bos_token": None, "eos_token": "<|im_end|>"}
+
+
 def test_the_curl_command_of_the_announcement_works(speaking_model: Path, tmp_path: Path) -> None:
     with serving(tmp_path, speaking_model) as server:
         data = {

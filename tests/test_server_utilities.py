@@ -26,8 +26,15 @@ def post(server: Server, path: str, **body: object) -> httpx.Response:
 def test_tokens_become_text_again(server: Server) -> None:
     tokens = post(server, "/tokenize", content="hé<|im_end|>").json()["tokens"]
     assert len(tokens) == 4
-    assert post(server, "/detokenize", tokens=tokens).json() == {"content": "hé<|im_end|>"}
+    assert post(server, "/detokenize", tokens=tokens).json()["content"] == "hé<|im_end|>"
     assert len(post(server, "/tokenize", content="<|im_end|>", parse_special=False).json()["tokens"]) == 10
+
+
+def test_tokens_have_the_names_of_vllm_too(server: Server) -> None:
+    tokens = post(server, "/tokenize", prompt="hé", add_special_tokens=False).json()["tokens"]
+    assert tokens == post(server, "/tokenize", content="hé").json()["tokens"]
+    assert post(server, "/detokenize", tokens=tokens).json()["prompt"] == "hé"
+    assert post(server, "/tokenize").json()["error"]["param"] == "content"
 
 
 def test_parts_of_characters_are_bytes(server: Server) -> None:

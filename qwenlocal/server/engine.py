@@ -75,6 +75,8 @@ class ModelInfo:
     n_ctx: int = 0
     n_ctx_train: int = 0
     has_template: bool = True
+    bos_token: str = ""
+    eos_token: str = ""
 
 
 @dataclass(frozen=True)

@@ -286,6 +286,8 @@ class Worker:
             n_ctx=model.plan.options.n_ctx,
             n_ctx_train=model.model.n_ctx_train,
             has_template=model.template is not None,
+            bos_token=model.model.tokenizer.bos,
+            eos_token=model.model.tokenizer.eos,
         )
 
     def _compute(self, loop: EngineLoop) -> None:

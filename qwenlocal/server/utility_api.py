@@ -1,4 +1,9 @@
-"""llama-server's routes besides answers: health, tokens, the chat template; and metrics (tools/server/README.md)."""
+"""
+Routes besides answers: health, metrics, tokens, the chat template.
+
+They are llama-server's (tools/server/README.md). The routes for tokens also understand vLLM's names of fields, and
+`/tokenizer_info` is vLLM's (vllm/entrypoints/serve/tokenize): lm-evaluation-harness tokenizes with them.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,7 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
-from pydantic import Field
+from pydantic import AliasChoices, Field
 
 from qwenlocal.server.answering import AnswerService
 from qwenlocal.server.json_route import JsonRoute
@@ -20,8 +25,8 @@ class TokenizeRequest(ApiRequest):
     """`POST /tokenize`: `add_special` adds the token that begins a text, `parse_special` finds control tokens."""
 
     model: str = ""
-    content: str
-    add_special: bool = False
+    content: str = Field(validation_alias=AliasChoices("content", "prompt"))
+    add_special: bool = Field(False, validation_alias=AliasChoices("add_special", "add_special_tokens"))
     parse_special: bool = True
     with_pieces: bool = False
 
@@ -53,6 +58,7 @@ class UtilityApi:
         router.add_api_route("/metrics", self.report_metrics, methods=["GET"])
         router.add_api_route("/tokenize", self.tokenize, methods=["POST"])
         router.add_api_route("/detokenize", self.detokenize, methods=["POST"])
+        router.add_api_route("/tokenizer_info", self.describe_tokenizer, methods=["GET"])
         router.add_api_route("/apply-template", self.apply_template, methods=["POST"])
         return router
 
@@ -79,7 +85,13 @@ class UtilityApi:
         """Convert token ids to text."""
         async with self._service.open(body.model) as engine:
             text = b"".join(await engine.pieces(body.tokens)).decode("utf-8", errors="replace")
-        return JSONResponse({"content": text})
+        return JSONResponse({"content": text, "prompt": text})
+
+    async def describe_tokenizer(self, model: str = "") -> Response:
+        """Return the tokens that begin and end a text; null if the model has none."""
+        async with self._service.open(model) as engine:
+            info = engine.info
+        return JSONResponse({"bos_token": info.bos_token or None, "eos_token": info.eos_token or None})
 
     async def apply_template(self, body: ApplyTemplateRequest) -> Response:
         """Return the prompt that the model's chat template makes of messages."""

@@ -111,13 +111,14 @@ class Done:
     The answer has ended.
 
     `ids` are its tokens without the one that ended it. They are empty after a stop string, which may begin in the
-    middle of a token. `is_incomplete`: the answer was cut before it followed its grammar.
+    middle of a token. `is_incomplete`: the answer was cut before it followed its grammar. `stop_string` ended it.
     """
 
     finish_reason: FinishReason
     stats: GenerationStats
     ids: tuple[int, ...] = ()
     is_incomplete: bool = False
+    stop_string: str | None = None
 
 
 Event = PromptProgress | Summarizing | TurnsEvicted | Text | Done

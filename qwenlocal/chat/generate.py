@@ -83,6 +83,7 @@ class AnswerBuilder:
             GenerationStats(self._n_prompt, self._reused, self._count, first, answer),
             tuple(self._ids) if reason is not FinishReason.STOP_STRING else (),
             reason is not FinishReason.EOS and self._grammar is not None and not is_complete(self._grammar, self._text),
+            self._detokenizer.matched_stop if reason is FinishReason.STOP_STRING else None,
         )
 
 

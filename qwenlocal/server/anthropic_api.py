@@ -144,7 +144,7 @@ class AnthropicApi:
         return {
             **message,
             "content": [{"type": "text", "text": answer.text}],
-            **_format_stop(end, generation),
+            **_format_stop(end),
             "usage": _format_usage(end.stats.prompt_tokens, end.stats.reused_tokens, end.stats.answer_tokens),
         }
 
@@ -165,7 +165,7 @@ class AnthropicApi:
                     elif isinstance(event, Done):
                         yield _event("content_block_stop", index=0)
                         usage = {"output_tokens": event.stats.answer_tokens}
-                        yield _event("message_delta", delta=_format_stop(event, generation), usage=usage)
+                        yield _event("message_delta", delta=_format_stop(event), usage=usage)
         yield _event("message_stop")
 
 
@@ -185,13 +185,8 @@ def _new_message(body: MessagesRequest, engine: Engine) -> dict[str, Any]:
     }
 
 
-def _format_stop(end: Done, generation: GenerationRequest) -> dict[str, Any]:
-    """Return why the answer ended; the engine does not tell which one of several stop strings it was."""
-    is_stop_string = end.finish_reason is FinishReason.STOP_STRING and len(generation.stop) == 1
-    return {
-        "stop_reason": _STOP_REASONS[end.finish_reason],
-        "stop_sequence": generation.stop[0] if is_stop_string else None,
-    }
+def _format_stop(end: Done) -> dict[str, Any]:
+    return {"stop_reason": _STOP_REASONS[end.finish_reason], "stop_sequence": end.stop_string}
 
 
 def _format_usage(n_prompt: int, n_reused: int, n_answer: int) -> dict[str, int]:

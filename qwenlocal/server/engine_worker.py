@@ -203,10 +203,13 @@ class ModelFunctions:
             return require_tokens(encode_messages(self._template, prompt.messages, self.tokenizer))
         if isinstance(prompt, TextPrompt):
             return self.tokenize(prompt.text, True, self.tokenizer.adds_bos)
-        n_vocab = len(self.tokenizer)
-        if invalid := next((id for id in prompt.ids if not 0 <= id < n_vocab), None):
-            raise UsageError(tr("The model has no token with the id {id}.", id=invalid))
+        self._check_ids(prompt.ids)
         return prompt.ids
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        n_vocab = len(self.tokenizer)
+        if (invalid := next((id for id in ids if not 0 <= id < n_vocab), None)) is not None:
+            raise UsageError(tr("The model has no token with the id {id}.", id=invalid))
 
     @property
     def _template(self) -> ChatTemplate:
@@ -222,9 +225,15 @@ class ModelFunctions:
         return self.tokenizer.tokenize(text, special=special, add_bos=add_bos)
 
     def pieces(self, ids: Sequence[int]) -> list[bytes]:
-        """Return the bytes of each token."""
-        n_vocab = len(self.tokenizer)
-        return [self.tokenizer.piece(id, special=True) if 0 <= id < n_vocab else b"" for id in ids]
+        """
+        Return the bytes of each token.
+
+        Raises
+        ------
+        UsageError: there is no such token.
+        """
+        self._check_ids(ids)
+        return [self.tokenizer.piece(id, special=True) for id in ids]
 
     def apply_template(self, messages: Sequence[Mapping[str, str]]) -> str:
         """Return the text of the prompt for messages."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from server_process import DEADLINE, serving
 
 from qwenlocal.cli.commands.serve import parse_duration, parse_parallel
 from qwenlocal.errors import OutOfRange, UsageError
+from qwenlocal.server.http_server import open_socket
 
 
 def fail(home: Path, *arguments: object) -> tuple[int, str]:
@@ -122,6 +124,23 @@ def test_a_port_in_use_names_its_holder(speaking_model: Path, tmp_path: Path) ->
     with socket.create_server(("127.0.0.1", 0)) as holder:
         code, message = fail(tmp_path, speaking_model, "--port", holder.getsockname()[1])
     assert code == 2 and f"({os.getpid()})" in message and "--port" in message
+
+
+def test_responses_do_not_wait_for_acknowledgements() -> None:
+    async def read_option() -> int:
+        option = asyncio.get_running_loop().create_future()
+
+        async def answer(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            connection = writer.get_extra_info("socket")
+            option.set_result(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        listener = open_socket("127.0.0.1", 0)
+        async with await asyncio.start_server(answer, sock=listener):
+            with socket.create_connection(listener.getsockname()):
+                return int(await option)
+
+    assert asyncio.run(read_option())
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_server(random_model: Path, tmp_path: Path) -> None:

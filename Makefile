@@ -7,6 +7,8 @@
 # make format                               format and fix lint
 # make lock                                 lock the newest dependencies that pyproject.toml allows
 # make bench MODEL=x.gguf                   measure side by side with llama.cpp's own programs (builds them once)
+# make bench-server MODEL=x.gguf            measure the server side by side with llama-server
+# make soak MODEL=x.gguf MINUTES=60         load a server with clients that come and leave
 # make test-reference                       compare conversions with transformers and llama.cpp's own converter
 
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
@@ -18,7 +20,7 @@ COMPILE = build/lock/$(SCRIPTS)/uv pip compile --quiet --universal --python-vers
 	--no-annotate --custom-compile-command "make lock" pyproject.toml
 export PROMPT
 
-.PHONY: chat setup setup-dev test test-reference bench lock lint format types clean
+.PHONY: chat setup setup-dev test test-reference bench bench-server soak lock lint format types clean
 .DEFAULT_GOAL = chat
 
 setup:
@@ -46,6 +48,14 @@ bench: setup-dev
 	@if [ -n "$(MODEL)" ]; then for settings in equal chosen; do \
 		$(BIN)/python benchmarks/engine.py $$settings $(MODEL) || exit 1; done; \
 		$(BIN)/python benchmarks/memory.py $(MODEL) && $(BIN)/python benchmarks/lookup.py $(MODEL); fi
+
+bench-server: setup-dev
+	@benchmarks/rival.sh
+	@$(BIN)/python benchmarks/server.py $(MODEL)
+	@$(BIN)/python benchmarks/server.py $(MODEL) --long
+
+soak: setup-dev
+	@$(BIN)/python benchmarks/soak.py $(MODEL) --minutes $(or $(MINUTES),60)
 
 lock:
 	@$(PYTHON) -m venv build/lock

@@ -120,7 +120,7 @@ def parse_messages(prompt: ChatInput, system: str | None = None) -> list[dict[st
     if not messages or not all(map(_is_message, messages)):
         raise UsageError(
             tr("The messages must be a list of roles and texts."),
-            hint=tr('For example: [{"role": "user", "content": "Why is the sky blue?"}]'),
+            hint=tr("For example: {messages}", messages='[{"role": "user", "content": "Why is the sky blue?"}]'),
         )
     return [*before, *({"role": message["role"], "content": message["content"]} for message in messages)]
 

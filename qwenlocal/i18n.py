@@ -27,6 +27,16 @@ def tr(message: str, **values: object) -> str:
     return translated.format(**values) if values else translated
 
 
+def translate(message: str, language: str) -> str:
+    """Translate `message` into one of `list_languages()`, for somebody who uses another language than this process."""
+    return _translations(language).gettext(message)
+
+
+def list_languages() -> list[str]:
+    """Return the languages that have a catalog; English, the language of the code, has none."""
+    return sorted(path.parent.parent.name for path in _FOLDER.glob("*/LC_MESSAGES/qwenlocal.mo"))
+
+
 def mark(message: str) -> str:
     """Return `message`, marked for translation; for constants that are passed to `tr` later."""
     return message

@@ -27,7 +27,16 @@ from qwenlocal.engine.sampling import Sampling
 from qwenlocal.engine.scheduler import Ended, Prefilled, Sampled, Scheduler, SequenceRequest
 from qwenlocal.errors import ModelNotFound, UsageError
 from qwenlocal.server.app import create_app
-from qwenlocal.server.engine import ChatPrompt, Embedding, EngineEvent, GenerationRequest, ModelInfo, Prompt, TextPrompt
+from qwenlocal.server.engine import (
+    ChatPrompt,
+    Embedding,
+    EngineEvent,
+    GenerationRequest,
+    ModelHost,
+    ModelInfo,
+    Prompt,
+    TextPrompt,
+)
 from qwenlocal.server.server_settings import ServerSettings
 
 _T = TypeVar("_T")
@@ -175,7 +184,15 @@ def serve(model: Path, *, name: str = "tiny", aliases: Sequence[str] = (), **set
     """Serve a model during the block."""
     engine = LocalEngine(model, name)
     host = LocalHost(engine, aliases)
-    with contextlib.closing(engine), socket.socket() as listener:
+    with contextlib.closing(engine), serve_host(host, **settings) as url:
+        yield Server(url, host)
+
+
+@contextlib.contextmanager
+def serve_host(host: ModelHost, /, **settings: Any) -> Iterator[str]:
+    """Serve the models of a host during the block, at the address that it gets."""
+    # asyncio sets TCP_NODELAY, which saves 40 ms per response, if it knows that the protocol is TCP.
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(64)
         app = create_app(host, ServerSettings(**settings))
@@ -184,7 +201,7 @@ def serve(model: Path, *, name: str = "tiny", aliases: Sequence[str] = (), **set
         thread.start()
         try:
             wait_until(lambda: server.started)
-            yield Server(f"http://127.0.0.1:{listener.getsockname()[1]}", host)
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         finally:
             server.should_exit = True
             thread.join(10)

@@ -18,6 +18,7 @@ from qwenlocal.server.engine import ModelHost
 from qwenlocal.server.http_errors import respond_to_error
 from qwenlocal.server.ollama_api import OllamaApi
 from qwenlocal.server.openai_api import OpenAiApi
+from qwenlocal.server.page_api import create_page_router
 from qwenlocal.server.responses_api import ResponsesApi
 from qwenlocal.server.security import ApiKeyCheck, BodyLimit, HostCheck, OriginCheck
 from qwenlocal.server.server_metrics import RequestCounter, ServerMetrics
@@ -36,6 +37,7 @@ def create_app(host: ModelHost, settings: ServerSettings) -> FastAPI:
         app.include_router(interface(service, keep_alive=settings.keep_alive).router())
     app.include_router(UtilityApi(service, metrics).router())
     app.include_router(create_docs_router())
+    app.include_router(create_page_router(service, settings.folders, keep_alive=settings.keep_alive))
     _handle_errors(app)
     _add_checks(app, settings)
     app.add_middleware(RequestCounter, metrics=metrics)

@@ -23,7 +23,9 @@ from qwenlocal.i18n import tr
 from qwenlocal.server.http_errors import HttpError, respond_to_error
 
 _LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
-_OPEN_PATHS = frozenset({"/health"})  # without a key: load balancers ask for it
+# Without a key: load balancers ask for /health, and browsers open the page, which then asks for the key.
+_OPEN_PATHS = frozenset({"/health", "/"})
+_OPEN_FOLDER = "/page/assets/"
 
 
 class RequestCheck:
@@ -109,7 +111,8 @@ class OriginCheck(RequestCheck):
         self._allowed = {origin.lower().rstrip("/") for origin in allowed}
 
     def check(self, request: Request) -> None:
-        if "*" in self._allowed or self._is_own(request) or request.headers.get("origin", "").lower() in self._allowed:
+        is_allowed = not self._allowed.isdisjoint(("*", request.headers.get("origin", "").lower()))
+        if is_allowed or is_from_own_page(request):
             return
         raise HttpError(
             403,
@@ -118,15 +121,16 @@ class OriginCheck(RequestCheck):
             hint=tr("To allow a site: qwenlocal serve --cors-origin https://SITE"),
         )
 
-    def _is_own(self, request: Request) -> bool:
-        """Return True if no page, a page of this server, or a person who follows a link sends the request."""
-        headers = request.headers
-        if origin := headers.get("origin"):
-            return urlsplit(origin).netloc.lower() == headers.get("host", "").lower()
-        if headers.get("sec-fetch-site", "none") in ("none", "same-origin"):
-            return True
-        is_link = headers.get("sec-fetch-mode") == "navigate" and headers.get("sec-fetch-dest") == "document"
-        return request.method == "GET" and is_link
+
+def is_from_own_page(request: Request) -> bool:
+    """Return True if no page, a page of this server, or a person who follows a link sends the request."""
+    headers = request.headers
+    if origin := headers.get("origin"):
+        return origin.lower().partition("://")[2] == headers.get("host", "").lower()
+    if headers.get("sec-fetch-site", "none") in ("none", "same-origin"):
+        return True
+    is_link = headers.get("sec-fetch-mode") == "navigate" and headers.get("sec-fetch-dest") == "document"
+    return request.method == "GET" and is_link
 
 
 class ApiKeyCheck(RequestCheck):
@@ -137,7 +141,8 @@ class ApiKeyCheck(RequestCheck):
         self._digests = [_digest(key) for key in keys]
 
     def check(self, request: Request) -> None:
-        if request.url.path in _OPEN_PATHS:
+        path = request.url.path
+        if path in _OPEN_PATHS or path.startswith(_OPEN_FOLDER):
             return
         key = read_api_key(request.headers)
         # All keys are compared, in constant time, so that the time does not tell how much of a key was right.

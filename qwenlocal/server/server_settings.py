@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qwenlocal.paths import Folders
+
 
 @dataclass(frozen=True)
 class ServerSettings:
@@ -13,7 +15,8 @@ class ServerSettings:
     `host` is the address that the server listens on. Without `api_keys`, everybody who reaches it may use it.
     `allowed_hosts` are further names in the Host header, `cors_origins` the web sites whose pages may send requests
     (such as "https://example.org", "*" for all). `max_body` is in bytes; a body must arrive within `body_timeout`
-    seconds. While a response waits for the model, something is sent every `keep_alive` seconds.
+    seconds. While a response waits for the model, something is sent every `keep_alive` seconds. The page at / has the
+    chats in `folders`; without them there is no page.
     """
 
     host: str = "127.0.0.1"
@@ -23,3 +26,4 @@ class ServerSettings:
     max_body: int = 16 << 20
     body_timeout: float = 60.0
     keep_alive: float = 10.0
+    folders: Folders | None = None

@@ -1,0 +1,385 @@
+// The page: which chat is shown, and what happens to it.
+
+import { Answer } from "./answer.js";
+import { ApiError, changeChat, countTokens, onKeyNeeded, readChat, readSettings } from "./api.js";
+import { ChatList } from "./chat_list.js";
+import { Composer } from "./composer.js";
+import { ContextBar } from "./context_bar.js";
+import { ConversationView } from "./conversation_view.js";
+import { ask } from "./dialogs.js";
+import { announce, find, showToast } from "./dom.js";
+import { getPreference, readSampling, setApiKey, setPreference } from "./preferences.js";
+import { SettingsDialog } from "./settings_dialog.js";
+import { listenToKeys } from "./shortcuts.js";
+import { loadTexts, t } from "./texts.js";
+
+const POLL = 1000; // milliseconds, while another tab answers the chat
+const createChat = () => ({ id: null, title: "", model: "", system: getPreference("system"), state: "free", path: [] });
+
+class App {
+  models = [];
+  prompts = {};
+  answerShare = 0.1;
+  answers = new Set();
+  chat = createChat();
+
+  async start() {
+    await loadTexts(getPreference("language"));
+    document.body.hidden = false;
+    onKeyNeeded(askForKey);
+    this.view = new ConversationView({
+      edit: (message, text) => this.edit(message, text),
+      retry: (message) => this.retry(message),
+      selectVersion: (number) => this.change({ version: number }),
+    });
+    this.context = new ContextBar();
+    this.composer = new Composer(this);
+    this.list = new ChatList(this);
+    this.settings = new SettingsDialog(this);
+    this.listen();
+    await this.loadSettings();
+    await this.followAddress();
+    await this.list.refresh();
+  }
+
+  listen() {
+    find("#new-chat").addEventListener("click", () => this.showNewChat());
+    find("#model").addEventListener("change", (event) => this.chooseModel(event.target.value));
+    find("#show-menu").addEventListener("click", () => showMenu(true));
+    find("#hide-menu").addEventListener("click", () => showMenu(false));
+    find("#shade").addEventListener("click", () => showMenu(false));
+    addEventListener("hashchange", () => this.followAddress());
+    listenToKeys({
+      newChat: () => this.showNewChat(),
+      retry: () => this.retry(this.view.last("assistant")?.message),
+      openSettings: () => this.settings.open(),
+      previousVersion: () => press("previous"),
+      nextVersion: () => press("next"),
+      search: () => (showMenu(true), find("#search").focus()),
+      escape: () => this.escape(),
+    });
+  }
+
+  async loadSettings() {
+    const { models, prompts, version, answer_share: share } = await readSettings();
+    Object.assign(this, { models, prompts, answerShare: share });
+    find("#version").textContent = version;
+    find("#model").replaceChildren(...models.map(({ name }) => new Option(shortName(name), name)));
+    if (!models.length) this.view.showNotice(t("nothing_installed"));
+  }
+
+  // --- which chat
+
+  /** Show the chat whose number is in the address. */
+  async followAddress() {
+    const id = Number(location.hash.slice(1));
+    if (Number.isInteger(id) && id > 0) await this.openChat(id);
+    else if (this.chat.id !== null || !this.answer) await this.display(createChat());
+  }
+
+  async openChat(id) {
+    showMenu(false);
+    if (this.chat.id === id && this.answer) return;
+    const running = [...this.answers].find((answer) => answer.chat.id === id);
+    try {
+      await this.display(running?.chat || (await readChat(id)));
+    } catch (error) {
+      showToast(error.message);
+      this.showNewChat();
+    }
+  }
+
+  showNewChat() {
+    showMenu(false);
+    if (location.hash) history.pushState(null, "", location.pathname);
+    this.display(createChat());
+    this.composer.focus();
+  }
+
+  forgetChat(id) {
+    if (this.chat.id === id) this.showNewChat();
+  }
+
+  /** Show a chat, with the answer that is being generated for it. */
+  async display(chat) {
+    clearTimeout(this.poll);
+    this.chat = chat;
+    this.view.clear();
+    this.view.show(chat.path);
+    this.showAnswer();
+    this.showTitle();
+    this.showModel();
+    this.view.scrollToEnd();
+    this.list.showChats();
+    this.showState();
+    await this.refreshContext();
+    this.composer.refresh();
+    if (!matchMedia("(pointer: coarse)").matches) this.composer.focus();
+  }
+
+  showState() {
+    const { state } = this.chat;
+    if (this.answer || state === "free") this.view.showNotice("");
+    else if (state === "elsewhere") this.view.showNotice(t("open_elsewhere"));
+    else {
+      this.view.showNotice(t("answering_elsewhere"));
+      this.poll = setTimeout(() => this.reread(), POLL);
+    }
+  }
+
+  /** Read the chat again, because it changes elsewhere. */
+  async reread() {
+    const { chat } = this;
+    try {
+      const read = await readChat(chat.id);
+      if (chat !== this.chat || this.answer) return;
+      Object.assign(chat, read);
+      this.view.show(chat.path);
+      this.view.follow();
+      this.showState();
+    } catch (error) {
+      this.view.showNotice(error.message, t("reload"), () => this.reread());
+    }
+  }
+
+  showTitle() {
+    const title = this.chat.title || t("new_chat");
+    find("#title").textContent = title;
+    document.title = this.chat.title ? `${title} – qwenlocal` : "qwenlocal";
+  }
+
+  // --- model, prompt, context
+
+  get model() {
+    return find("#model").value;
+  }
+
+  showModel() {
+    const names = this.models.map(({ name }) => name);
+    const name = [this.chat.model, getPreference("model"), names[0]].find((one) => names.includes(one));
+    find("#model").value = name || "";
+  }
+
+  chooseModel(name) {
+    setPreference("model", name);
+    this.chat.model = name;
+    this.refreshContext();
+  }
+
+  get system() {
+    return this.chat.system;
+  }
+
+  /** Set the system prompt of the chat; that of a new chat is kept for the next ones. */
+  async setSystem(text) {
+    if (this.chat.id === null) {
+      this.chat.system = text;
+      setPreference("system", text);
+    } else await this.change({ system: text });
+  }
+
+  async refreshContext() {
+    const { chat } = this;
+    if (this.answer) return;
+    this.context.showSpeed(0);
+    try {
+      const { tokens, n_ctx: size } = await countTokens(this.model, chat.id);
+      if (chat === this.chat && !this.answer) this.context.show(tokens, size);
+    } catch {
+      this.context.show(null, null);
+    }
+    this.composer.refresh();
+  }
+
+  /** The tokens that the next question may have; null if that is not known. */
+  freeTokens() {
+    const { used, size } = this.context;
+    return used === null || !size ? null : Math.max(0, Math.floor(size * (1 - this.answerShare)) - used);
+  }
+
+  // --- answers
+
+  /** The answer that is being generated for the chat that is shown. */
+  get answer() {
+    return [...this.answers].find((answer) => answer.chat === this.chat);
+  }
+
+  get isAnswering() {
+    return Boolean(this.answer);
+  }
+
+  ask(text, files, cut, restore) {
+    const shown = [...files.map(({ name, text: content }) => `${name}:\n\`\`\`\n${content}\n\`\`\``), text].join("\n\n");
+    this.view.addQuestion(shown);
+    this.run({ kind: "ask", text, files, cut }, restore);
+  }
+
+  edit(message, text) {
+    this.view.show(this.chat.path.slice(0, this.chat.path.findIndex(({ number }) => number === message.number)));
+    this.view.addQuestion(text);
+    this.run({ kind: "edit", message: message.number, text });
+  }
+
+  retry(message) {
+    if (this.answer) return;
+    const { path } = this.chat;
+    if (!message && path.at(-1)?.role !== "user") return;
+    this.view.show(message ? path.slice(0, path.findIndex(({ number }) => number === message.number)) : path);
+    this.run({ kind: "retry", message: message?.number ?? null });
+  }
+
+  async run(question, restore = () => {}) {
+    const { chat } = this;
+    const answer = new Answer(chat);
+    this.answers.add(answer);
+    this.view.showNotice("");
+    this.showAnswer();
+    this.composer.refresh();
+    const settings = { chat: chat.id, model: this.model, system: chat.system, copies: chat.state === "elsewhere" };
+    try {
+      await answer.run({ ...question, ...settings, ...readSampling() }, (event) => this.handle(answer, event));
+    } catch (error) {
+      await this.fail(answer, error, restore);
+    }
+    this.answers.delete(answer);
+    if (chat === this.chat) {
+      this.view.endAnswer();
+      this.composer.refresh();
+      this.composer.focus();
+    }
+    await this.list.refresh();
+    chat.title = this.list.chats.find(({ id }) => id === chat.id)?.title || chat.title;
+    if (chat === this.chat) this.showTitle();
+  }
+
+  /** Show the answer that is being generated, as far as it is. */
+  showAnswer() {
+    const { answer } = this;
+    if (!answer) return;
+    answer.view = this.view.beginAnswer(answer.text);
+    answer.view.showProgress(answer.progress);
+    this.showMeters(answer);
+  }
+
+  showMeters(answer) {
+    if (answer.size) this.context.show(answer.promptTokens + answer.tokens, answer.size);
+    this.context.showSpeed(answer.speed);
+  }
+
+  handle(answer, event) {
+    if (event.type === "error") throw new ApiError(event.message, 0, event.code);
+    if (answer.chat !== this.chat) return;
+    if (event.type === "start") {
+      if (location.hash !== `#${event.chat}`) history.pushState(null, "", `#${event.chat}`);
+      this.view.show(event.path);
+      this.showAnswer();
+      this.list.refresh();
+    } else if (event.type === "progress") {
+      answer.view.showProgress(answer.progress);
+    } else if (event.type === "text") {
+      answer.view.append(event.text);
+    } else if (event.type === "evicted") {
+      showToast(t("evicted", { turns: event.turns }));
+    } else if (event.type === "done") {
+      this.finish(answer, event);
+      return;
+    }
+    this.showMeters(answer);
+  }
+
+  finish(answer, { path, stats, error }) {
+    this.view.show(path);
+    if (path.at(-1)?.role === "assistant") this.view.views.at(-1).setStats(stats);
+    this.context.show(answer.promptTokens + answer.tokens, answer.size);
+    this.context.showSpeed(0); // the answer itself says it now
+    const reason = path.at(-1)?.finish_reason;
+    announce(reason && reason !== "eos" ? t(`reason_${reason}`) : t("answered"));
+    if (path.at(-1)?.role === "user") this.offerRetry();
+    if (error) showToast(error);
+  }
+
+  offerRetry() {
+    this.view.showNotice(t("no_answer"), t("retry"), () => {
+      this.view.showNotice("");
+      this.retry(null);
+    });
+  }
+
+  /** Show why there is no answer, or only a part of it, and what the journal has now. */
+  async fail(answer, error, restore) {
+    const { chat } = answer;
+    if (answer.isAtStart) restore();
+    let read = { ...createChat(), system: chat.system };
+    try {
+      if (chat.id !== null) read = await readChat(chat.id);
+    } catch {
+      read = chat; // the server is away: what was shown stays
+    }
+    Object.assign(chat, read);
+    if (chat !== this.chat) {
+      showToast(error.message);
+      return;
+    }
+    this.view.show(chat.path);
+    this.view.showNotice(error.message);
+  }
+
+  async stop() {
+    try {
+      await this.answer?.stop();
+    } catch (error) {
+      showToast(error.message);
+    }
+  }
+
+  editLast() {
+    if (!this.answer) this.view.last("user")?.edit();
+  }
+
+  /** Change the chat in the journal, and show it. */
+  async change(change) {
+    const { chat } = this;
+    try {
+      const read = await changeChat(chat.id, change);
+      Object.assign(chat, read);
+      if (chat !== this.chat) return;
+      this.view.show(chat.path);
+      this.showTitle();
+      await this.refreshContext();
+    } catch (error) {
+      showToast(error.message);
+    }
+  }
+
+  escape() {
+    if (this.answer) this.stop();
+    else if (document.body.classList.contains("menu")) showMenu(false);
+    else document.activeElement.blur();
+  }
+}
+
+async function askForKey() {
+  const key = await ask({ question: t("key_needed"), hint: t("key_hint"), accept: t("continue"), value: "", isSecret: true });
+  setApiKey((key || "").trim());
+}
+
+/** Press a button of the last answer that has versions. */
+function press(action) {
+  [...document.querySelectorAll(`#messages [data-action="${action}"]`)].at(-1)?.click();
+}
+
+/** Show the chats on a narrow screen, where they cover the conversation. */
+function showMenu(isShown) {
+  if (isShown && !matchMedia("(width <= 48rem)").matches) return; // they are beside it
+  if (document.body.classList.contains("menu") === isShown) return;
+  document.body.classList.toggle("menu", isShown);
+  find("#show-menu").setAttribute("aria-expanded", String(isShown));
+  if (isShown) find("#search").focus({ preventScroll: true });
+  else if (find("#sidebar").contains(document.activeElement)) find("#show-menu").focus();
+}
+
+/** "Qwen1.5-7B-Chat-GGUF/qwen1_5-7b-chat-q4_k_m.gguf" without the folders before it. */
+const shortName = (name) => name.split(/[\\/]/).at(-1);
+
+const app = new App();
+app.start();

@@ -1,0 +1,221 @@
+"""Answers for the page: a conversation of the journal in a thread, its events as server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from qwenlocal.chat.chat_template import MAX_CHARACTERS
+from qwenlocal.chat.conversation import Conversation, GenerationConfig
+from qwenlocal.chat.documents import Document, select_passages, truncate_to_tokens
+from qwenlocal.chat.events import Done, Event, Text, TurnsEvicted
+from qwenlocal.chat.thread import Thread
+from qwenlocal.engine.sampling import Sampling
+from qwenlocal.errors import TextTooLong
+from qwenlocal.formatting import shorten
+from qwenlocal.i18n import tr
+from qwenlocal.progress import PromptProgress
+from qwenlocal.server.answering import AnswerService
+from qwenlocal.server.engine_backend import EngineBackend
+from qwenlocal.server.http_errors import BadField
+from qwenlocal.server.page_chats import OpenChat, PageChats, describe_path, find_message
+
+ANSWER_SHARE = 0.1  # of the context, reserved for the answer, as in the terminal
+_MAX_ANSWERS = 64  # at the same time, each in a thread
+_MIN_PART = 64  # tokens of a file that is cut
+
+PageEvent = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class PageQuestion:
+    """
+    A question of the page.
+
+    `kind` is "ask", "edit" (ask `text` in place of the question `message`) or "retry" (the answer `message`, or the
+    last one). `cut` says what to send of `documents` that do not fit: "head", "passages", or "" for all of them.
+    `key` identifies the answer, to stop it.
+    """
+
+    key: str
+    kind: str
+    text: str
+    chat: int | None
+    message: int | None
+    system: str
+    documents: Sequence[Document]
+    cut: str
+    sampling: Mapping[str, Any]
+    max_tokens: int | None
+    copies: bool
+
+    @property
+    def title(self) -> str:
+        """A title that does not begin with the text of a file."""
+        return shorten(self.text) or shorten(", ".join(document.name for document in self.documents))
+
+    def config(self) -> GenerationConfig:
+        """Return the settings for the answer; what is not given is what the model recommends."""
+        unset = frozenset(field.name for field in fields(Sampling)) - set(self.sampling)
+        return GenerationConfig(Sampling().with_overrides(self.sampling), self.max_tokens, unset=unset)
+
+
+class PageAnswers:
+    """The answers that are being generated for the page."""
+
+    def __init__(self, service: AnswerService, chats: PageChats) -> None:
+        self._service, self._chats = service, chats
+        self._threads = ThreadPoolExecutor(_MAX_ANSWERS, thread_name_prefix="page")
+        self._running: dict[str, EngineBackend] = {}
+
+    def stop(self, key: str) -> bool:
+        """Stop an answer; return False if there is none with this key."""
+        backend = self._running.get(key)
+        if backend:
+            backend.stop()
+        return backend is not None
+
+    async def stream(self, question: PageQuestion, model: str, client: str) -> AsyncGenerator[PageEvent, None]:
+        """
+        Yield the events of an answer: "start", "progress", "text", "evicted", then one "done".
+
+        Closing the iterator stops the answer; what there is of it stays in the journal.
+        """
+        if question.key in self._running:
+            raise BadField("key", tr("An answer with this key is being generated."))
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[PageEvent | None] = asyncio.Queue()
+        async with self._service.open(model) as engine:
+            backend = EngineBackend(self._service, engine, client)
+            self._running[question.key] = backend
+            task = loop.run_in_executor(
+                self._threads, self._answer, question, backend, lambda event: _put(loop, events, event)
+            )
+            task.add_done_callback(lambda _: events.put_nowait(None))
+            try:
+                while (event := await events.get()) is not None:
+                    yield event
+                task.result()
+            finally:
+                del self._running[question.key]
+                backend.stop()
+                await asyncio.wait({task})
+
+    def _answer(self, question: PageQuestion, backend: EngineBackend, emit: Callable[[PageEvent], None]) -> None:
+        with self._chats.open(question.chat, backend.model, copies=question.copies) as chat:
+            is_new = question.chat is None
+            if is_new:
+                chat.thread.system = question.system
+            try:
+                events = _ask(chat.thread, question, backend)
+                if is_new and question.documents and chat.writer.chat_id is not None:
+                    self._chats.rename(chat.writer.chat_id, question.title)
+                emit(_describe_start(chat, backend))
+                for event in events:
+                    if isinstance(event, Done):
+                        chat.writer.write()
+                        emit(_describe_end(chat, event, backend))
+                    else:
+                        emit(describe_event(event))
+            except BaseException:
+                self._chats.remove_empty(chat)
+                raise
+
+
+def _put(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[PageEvent | None], event: PageEvent) -> None:
+    loop.call_soon_threadsafe(events.put_nowait, event)
+
+
+def _ask(thread: Thread, question: PageQuestion, backend: EngineBackend) -> Iterator[Event]:
+    """Start the answer to a question; if that fails, the thread is as before."""
+    conversation, leaf = Conversation(backend, question.config(), thread), thread.leaf
+    if question.kind == "ask":
+        return conversation.ask(compose_message(question, thread, backend))
+    message = find_message(thread, question.message) if question.message else None
+    if question.kind == "retry":
+        if message:
+            thread.set_leaf(message.number)
+        try:
+            return conversation.retry()
+        except Exception:
+            thread.set_leaf(leaf)
+            raise
+    turn = next((turn for turn in thread.turns if message and turn.question.number == message.number), None)
+    if turn is None:
+        raise BadField("message", tr("Only a question of this version of the chat can be edited."))
+    return conversation.edit(turn, compose_message(question, thread, backend))
+
+
+def compose_message(question: PageQuestion, thread: Thread, backend: EngineBackend) -> str:
+    """
+    Put the documents before the text, as the terminal does with `@file`; cut them if that was chosen.
+
+    Raises
+    ------
+    TextTooLong: the documents are too long even to count their tokens.
+    """
+    documents = question.documents
+    if documents and question.cut:
+        room = int(backend.n_ctx * (1 - ANSWER_SHARE)) - backend.count_prompt_tokens(thread)
+        overhead = backend.count_tokens(_join([replace(one, text="") for one in documents], question.text))
+        limit = max(_MIN_PART, (room - overhead) // len(documents) - 16)
+        documents = [_cut(one, question, limit, backend.count_tokens) for one in documents]
+    message = _join(documents, question.text)
+    if len(message) > MAX_CHARACTERS:
+        raise TextTooLong(len(message), MAX_CHARACTERS)
+    return message
+
+
+def _join(documents: Sequence[Document], text: str) -> str:
+    return "\n\n".join([*(document.to_markdown() for document in documents), *([text] if text else [])])
+
+
+def _cut(document: Document, question: PageQuestion, limit: int, count: Callable[[str], int]) -> Document:
+    """Cut a document to `limit` tokens: to its best passages, or to its beginning."""
+    text, size = document.text, 2 * limit
+    while (tokens := count(text[:size])) <= limit and size < len(text):
+        size *= 2
+    if tokens <= limit:
+        return document
+    if question.cut == "passages":
+        return replace(document, text=select_passages(text, question.text, limit, count))
+    return replace(document, text=truncate_to_tokens(text[:size], limit, count))
+
+
+# --- events
+
+
+def describe_event(event: Event) -> PageEvent:
+    """Return an event as JSON."""
+    if isinstance(event, Text):
+        return {"type": "text", "text": event.text, "tokens": event.tokens}
+    if isinstance(event, PromptProgress):
+        return {"type": "progress", "done": event.done, "total": event.total, "reused": event.reused}
+    if isinstance(event, TurnsEvicted):
+        return {"type": "evicted", "turns": event.turns, "first": event.first}
+    raise TypeError(f"the server has no events of type {type(event).__name__}")
+
+
+def _describe_start(chat: OpenChat, backend: EngineBackend) -> PageEvent:
+    return {
+        "type": "start",
+        "chat": chat.writer.chat_id,
+        "model": backend.model,
+        "n_ctx": backend.n_ctx,
+        "path": describe_path(chat.thread),
+    }
+
+
+def _describe_end(chat: OpenChat, done: Done, backend: EngineBackend) -> PageEvent:
+    """Return the last event; `error` says why the chat could not be saved, "" if it was."""
+    return {
+        "type": "done",
+        "chat": chat.writer.chat_id,
+        "n_ctx": backend.n_ctx,
+        "path": describe_path(chat.thread),
+        "error": chat.writer.error,
+        "stats": {**vars(done.stats), "speed": done.stats.answer_speed},
+    }

@@ -8,15 +8,22 @@ import signal
 import socket
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from types import FrameType
 
+import h11
 import psutil
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from qwenlocal.errors import UsageError
 from qwenlocal.i18n import tr
 
 _DRAIN_SECONDS = 30  # for running requests after SIGTERM
+_FLUSH_SECONDS = 10  # for the last bytes of responses after that
+# Clients close unused connections after a while, httpx after 5 seconds, aiohttp after 15. They should be first: a
+# request that is on its way when the server does it gets no response.
+_IDLE_SECONDS = 60
 _BACKLOG = 256  # connections that are not yet accepted
 
 
@@ -63,8 +70,46 @@ def _find_holder(port: int) -> str:
     return ""
 
 
+class _Connection(H11Protocol):
+    """Uvicorn's connection; closed if a client is slow to send the header of its next request."""
+
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Start to wait for a request."""
+        super().connection_made(transport)  # type: ignore[arg-type]
+        self._watch_header()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop to wait for a request."""
+        super().connection_lost(exc)
+        self._stop_timer()
+
+    def handle_events(self) -> None:
+        """Handle what was received."""
+        super().handle_events()
+        self._watch_header()
+
+    def _watch_header(self) -> None:
+        if self.conn.their_state is not h11.IDLE:
+            self._stop_timer()
+        elif self._timer is None:
+            self._timer = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+
+    def _stop_timer(self) -> None:
+        if self._timer:
+            self._timer.cancel()
+            self._timer = None
+
+
 class _Server(uvicorn.Server):
     """Uvicorn's server, without the signal that it sends to itself at the end, which would skip what follows."""
+
+    def __init__(
+        self, config: uvicorn.Config, end_answers: Callable[[], Awaitable[None]], drain_seconds: float
+    ) -> None:
+        super().__init__(config)
+        self._end_answers, self._drain_seconds = end_answers, drain_seconds
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -76,6 +121,20 @@ class _Server(uvicorn.Server):
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Handle a signal."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Wait for running requests, then end their answers, so that their clients get a reason."""
+        drained = asyncio.ensure_future(super().shutdown(sockets))
+        await asyncio.wait({drained}, timeout=self._drain_seconds)
+        await self._end_answers()
+        await drained
+        if self.server_state.tasks:
+            await asyncio.wait(self.server_state.tasks, timeout=_FLUSH_SECONDS)
+
 
 async def serve_http(
     app: FastAPI,
@@ -84,11 +143,16 @@ async def serve_http(
     certificate: Path | None = None,
     key: Path | None = None,
     on_start: Callable[[], Awaitable[None]],
+    end_answers: Callable[[], Awaitable[None]],
+    drain_seconds: float = _DRAIN_SECONDS,
+    idle_seconds: int = _IDLE_SECONDS,
 ) -> None:
     """
     Serve `app` until Ctrl-C or SIGTERM, then finish the requests that are running.
 
-    `on_start` runs at the same time; an exception that it raises ends the server.
+    `on_start` runs at the same time; an exception that it raises ends the server. `end_answers` is called when all
+    requests are complete, `drain_seconds` have passed or there is a second signal. A connection is closed
+    `idle_seconds` after its last request, unless the header of the next one is complete.
     """
     config = uvicorn.Config(
         app,
@@ -96,11 +160,14 @@ async def serve_http(
         access_log=False,
         lifespan="off",
         server_header=False,
-        timeout_graceful_shutdown=_DRAIN_SECONDS,
+        http=_Connection,
+        ws="none",
+        timeout_keep_alive=idle_seconds,
+        timeout_graceful_shutdown=int(drain_seconds) + _FLUSH_SECONDS,
         ssl_certfile=certificate,
         ssl_keyfile=key,
     )
-    server = _Server(config)
+    server = _Server(config, end_answers, drain_seconds)
 
     async def start() -> None:
         try:

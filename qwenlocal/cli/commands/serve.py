@@ -95,7 +95,14 @@ def serve_models(options: ServeOptions, app: AppContext) -> None:
 
     async def run() -> None:
         try:
-            await serve_http(create_app(host, settings), listener, certificate=certificate, key=key, on_start=start)
+            await serve_http(
+                create_app(host, settings),
+                listener,
+                certificate=certificate,
+                key=key,
+                on_start=start,
+                end_answers=host.close,
+            )
         finally:
             await host.close()
 

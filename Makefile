@@ -10,6 +10,7 @@
 # make bench-server MODEL=x.gguf            measure the server side by side with llama-server
 # make soak MODEL=x.gguf MINUTES=60         load a server with clients that come and leave
 # make test-reference                       compare conversions with transformers and llama.cpp's own converter
+# make test-clients                         use the server with LangChain, LlamaIndex, LiteLLM, Node and lm_eval
 
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
 	if command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; \
@@ -20,7 +21,7 @@ COMPILE = build/lock/$(SCRIPTS)/uv pip compile --quiet --universal --python-vers
 	--no-annotate --custom-compile-command "make lock" pyproject.toml
 export PROMPT
 
-.PHONY: chat setup setup-dev test test-reference bench bench-server soak lock lint format types clean
+.PHONY: chat setup setup-dev test test-reference test-clients bench bench-server soak lock lint format types clean
 .DEFAULT_GOAL = chat
 
 setup:
@@ -41,6 +42,11 @@ test: setup-dev lint types
 test-reference: setup-dev
 	@$(BIN)/python tools/reference.py
 	@build/reference/$(SCRIPTS)/python -m pytest -m reference $(PYTEST_ARGS)
+
+# Connects programs that people use a server with, in a separate virtual environment.
+test-clients: setup-dev
+	@$(BIN)/python tools/clients.py
+	@build/clients/$(SCRIPTS)/python -m pytest -m clients tests/test_clients.py tests/test_evaluation.py $(PYTEST_ARGS)
 
 bench: setup-dev
 	@benchmarks/rival.sh

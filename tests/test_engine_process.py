@@ -227,6 +227,20 @@ def test_a_killed_process_ends_its_requests_with_a_reason(endless_model: Path) -
     run(test)
 
 
+def test_requests_that_are_running_when_the_process_is_stopped_are_interrupted(endless_model: Path) -> None:
+    async def test() -> None:
+        async with running(endless_model, n_ctx=8192) as process:
+            events = process.generate(GenerationRequest(HELLO))
+            assert await anext(events)
+            stopping = asyncio.create_task(process.stop())
+            last = [event async for event in events][-1]
+            assert isinstance(last, Done) and last.finish_reason is FinishReason.INTERRUPTED
+            await stopping
+            assert process.n_requests == 0 and not process.is_alive
+
+    run(test)
+
+
 # --- models that are loaded on demand
 
 

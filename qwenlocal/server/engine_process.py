@@ -11,7 +11,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
-from qwenlocal.chat.events import Done
+from qwenlocal.chat.events import Done, FinishReason, GenerationStats
 from qwenlocal.errors import EngineCrashed, QwenlocalError, ServerBusy
 from qwenlocal.server.engine import (
     Embedding,
@@ -64,7 +64,8 @@ class EngineProcess:
         self._process = processes.Process(target=run_worker, args=(theirs, self._spec), daemon=True)
         await asyncio.to_thread(self._process.start)
         theirs.close()
-        threading.Thread(target=self._receive, args=(self._connection,), daemon=True).start()
+        self._receiver = threading.Thread(target=self._receive, args=(self._connection,), daemon=True)
+        self._receiver.start()
         try:
             return await self._ready
         except BaseException:
@@ -72,13 +73,16 @@ class EngineProcess:
             raise
 
     async def stop(self) -> None:
-        """End the process; running requests fail."""
-        with suppress(OSError):
-            self._connection.send(Quit())
+        """End the process; running requests are interrupted."""
+        for inbox in self._queues.values():
+            inbox.put_nowait(Done(FinishReason.INTERRUPTED, GenerationStats(0, 0, 0, 0.0, 0.0)))
+        self._queues.clear()
+        self._send(Quit())
         await asyncio.to_thread(self._process.join, _QUIT_SECONDS)
         if self._process.is_alive():
             self._process.kill()
             await asyncio.to_thread(self._process.join)
+        await asyncio.to_thread(self._receiver.join)  # it reads what is left; closed files' numbers are used again
         self._connection.close()
 
     @property

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
@@ -237,6 +238,21 @@ def test_requests_that_are_running_when_the_process_is_stopped_are_interrupted(e
             assert isinstance(last, Done) and last.finish_reason is FinishReason.INTERRUPTED
             await stopping
             assert process.n_requests == 0 and not process.is_alive
+
+    run(test)
+
+
+def test_a_process_whose_server_was_killed_completes_nothing(random_model: Path) -> None:
+    async def test() -> None:
+        async with running(random_model) as process:
+            embedding = asyncio.create_task(process.embed([TextPrompt("x" * 500)] * 20_000))  # takes minutes
+            await asyncio.sleep(0)
+            with socket.socket(fileno=os.dup(process._connection.fileno())) as server_side:
+                server_side.shutdown(socket.SHUT_RDWR)
+            with pytest.raises(EngineCrashed):
+                await embedding
+            await asyncio.to_thread(process._process.join, DEADLINE / 3)
+            assert not process._process.is_alive()
 
     run(test)
 

@@ -8,12 +8,12 @@ messages, one thread prepares prompts, and one computes.
 from __future__ import annotations
 
 import functools
+import os
 import queue
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 
@@ -245,7 +245,7 @@ class ModelFunctions:
 
 
 class Worker:
-    """The process: receives messages until the server closes the connection or sends `Quit`."""
+    """The process: receives messages until the server sends `Quit`; ends at once if the server has ended."""
 
     def __init__(self, connection: Connection, spec: WorkerSpec) -> None:
         self._connection, self._spec = connection, spec
@@ -311,9 +311,8 @@ class Worker:
         with (
             ThreadPoolExecutor(max_workers=1) as executor,
             ThreadPoolExecutor(max_workers=1) as embedding,
-            suppress(EOFError, OSError),
         ):
-            while not isinstance(message := self._connection.recv(), Quit):
+            while not isinstance(message := self._receive_message(), Quit):
                 if isinstance(message, Submit):
                     executor.submit(self._prepare, message, loop, functions)
                 elif isinstance(message, Call):
@@ -342,10 +341,18 @@ class Worker:
     def _fail(self, error: BaseException) -> None:
         self._send(Failed(WireError.pack(error)))
 
+    def _receive_message(self) -> object:
+        try:
+            return self._connection.recv()
+        except (EOFError, OSError):
+            os._exit(1)  # the server was killed: nobody waits for what the other threads compute
+
     def _send(self, message: object) -> None:
-        """Send a message; the server may have gone away."""
-        with self._sending, suppress(OSError):
-            self._connection.send(message)
+        try:
+            with self._sending:
+                self._connection.send(message)
+        except OSError:
+            os._exit(1)
 
 
 def run_worker(connection: Connection, spec: WorkerSpec) -> None:

@@ -358,6 +358,27 @@ def test_probabilities_of_a_prompt_are_those_of_its_tokens(random_model: Path, o
     assert tokens_of(events, 0) == alone(open_context(random_model), text(100), 2)
 
 
+@pytest.mark.parametrize("length", [9, 100])
+def test_several_prompts_with_probabilities_are_computed_at_once(
+    random_model: Path, open_context: OpenContext, length: int
+) -> None:
+    """llama.cpp aborts the process at more than `ContextOptions.n_outputs` rows of logits."""
+    scheduler = Scheduler(open_context(random_model, n_seq_max=10), 10)
+    for key in range(10):
+        has_probabilities = key != 5
+        scheduler.submit(
+            SequenceRequest(key, text(length, key), GREEDY, 2, top_logprobs=1, prompt_logprobs=has_probabilities)
+        )
+    events = run(scheduler)
+    counts = dict.fromkeys(range(10), 0)
+    for event in events:
+        if isinstance(event, Prefilled):
+            counts[event.key] += len(event.logprobs)
+    assert counts == {key: 0 if key == 5 else length - 1 for key in range(10)}
+    for key in range(10):
+        assert tokens_of(events, key) == alone(open_context(random_model), text(length, key), 2)
+
+
 def test_a_bias_excludes_or_requires_tokens(random_model: Path, open_context: OpenContext) -> None:
     (usual,) = alone(open_context(random_model), text(20), 1)
     for bias, expected in (((usual, -100.0),), False), (((77, 100.0),), True):

@@ -93,6 +93,11 @@ class ContextOptions:
     flash_attention: bool | None = None
     rope: RopeScaling | None = None
 
+    @property
+    def n_outputs(self) -> int:
+        """The number of rows of logits that one call of `Context.decode` can return; llama.cpp aborts at more."""
+        return max(MAX_OUTPUTS, self.n_seq_max)
+
 
 def pad_n_ctx(n_ctx: int) -> int:
     """Round up to llama.cpp's granularity of 256 tokens; it would limit batches to a smaller number."""
@@ -104,7 +109,7 @@ def context_parameters(c: Any, options: ContextOptions) -> Any:
     params = c.llama_context_default_params()
     params.n_ctx, params.n_batch, params.n_ubatch = pad_n_ctx(options.n_ctx), options.n_batch, options.n_ubatch
     params.n_seq_max, params.kv_unified = options.n_seq_max, True
-    params.n_outputs_max = max(MAX_OUTPUTS, options.n_seq_max)
+    params.n_outputs_max = options.n_outputs
     if options.threads:
         params.n_threads = options.threads
         params.n_threads_batch = options.batch_threads or options.threads

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from qwenlocal.engine.context import MAX_OUTPUTS, Aborted, CacheFull, Context
+from qwenlocal.engine.context import Aborted, CacheFull, Context
 from qwenlocal.engine.logprobs import Logprobs, log_softmax, rank_tokens
 from qwenlocal.engine.memory import CHECK_INTERVAL
 from qwenlocal.engine.prefix_cache import MIN_PREFIX_TOKENS, common_prefix
@@ -226,21 +226,26 @@ class Scheduler:
 
     def _choose_parts(self) -> list[tuple[_Slot, int]]:
         """Choose how many pending tokens of each running sequence to compute now."""
-        decoding = [slot for slot in self._running if slot.n_pending <= _SHORT]
-        parts = [(slot, slot.n_pending) for slot in decoding]
+        parts = [(slot, slot.n_pending) for slot in self._running if not self._is_limited(slot)]
+        prompts = [slot for slot in self._running if self._is_limited(slot)]
         room = self._context.n_batch - sum(count for _, count in parts)
-        budget = min(self._chunk, room)
-        prompts = [slot for slot in self._running if slot.n_pending > _SHORT]
+        budget, n_outputs = min(self._chunk, room), self._context.options.n_outputs - len(parts)
         if prompts:  # half for the oldest one, so that it is not overtaken forever; the rest for the shortest ones
             oldest, share = prompts[0], budget if len(prompts) == 1 else budget // 2
             for slot in (oldest, *sorted(prompts[1:], key=lambda slot: slot.n_pending)):
                 limit = min(share if slot is oldest else budget, slot.n_pending)
-                if self._wants_prompt_logprobs(slot):
-                    limit = min(limit, MAX_OUTPUTS - len(parts))
-                if limit > 0:
+                has_all_rows = self._wants_prompt_logprobs(slot)
+                if has_all_rows:
+                    limit = min(limit, n_outputs)
+                if limit > 0 and n_outputs > 0:
                     parts.append((slot, limit))
                     budget -= limit
+                    n_outputs -= limit if has_all_rows else 1
         return parts
+
+    def _is_limited(self, slot: _Slot) -> bool:
+        """Tell whether a step may compute a part of the pending tokens instead of all."""
+        return slot.n_pending > _SHORT or self._wants_prompt_logprobs(slot)
 
     def _draft(self, parts: Sequence[tuple[_Slot, int]]) -> Sequence[int]:
         """Propose tokens after the last one of a sequence that runs alone."""

@@ -78,6 +78,11 @@ class Folders:
         return self.home / "endpoints.toml"
 
     @property
+    def servers(self) -> Path:
+        """Files of the servers that are running."""
+        return self.home / "servers"
+
+    @property
     def locks(self) -> Path:
         """Lock files of running downloads."""
         return self.home / "locks"

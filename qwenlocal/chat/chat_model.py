@@ -74,14 +74,14 @@ def load_chat_model(
     )
     try:
         warm_up.join()
-        template, notes = (None, ()) if raw else _choose_template(loaded.model)
+        template, notes = (None, ()) if raw else choose_template(loaded.model)
     except BaseException:
         loaded.close()
         raise
     return ChatModel(**{**vars(loaded), "notes": (*loaded.notes, *notes)}, template=template)
 
 
-def _choose_template(model: Model) -> tuple[ChatTemplate | None, tuple[LoadNote, ...]]:
+def choose_template(model: Model) -> tuple[ChatTemplate | None, tuple[LoadNote, ...]]:
     """Return the file's template, or Qwen1.5's if the vocabulary has its control tokens."""
     source, tokenizer = model.metadata("tokenizer.chat_template"), model.tokenizer
     if source:

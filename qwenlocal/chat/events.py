@@ -72,12 +72,14 @@ class Text:
     """
     The next text of the answer: whole characters, no control tokens.
 
-    `tokens` counts the answer's tokens so far. `logprobs` are of the tokens since the last event, if requested.
+    `tokens` counts the answer's tokens so far. `ids` are the tokens since the last event, `logprobs` their
+    probabilities, if requested.
     """
 
     text: str
     tokens: int = 0
     logprobs: tuple[TokenLogprob, ...] = ()
+    ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

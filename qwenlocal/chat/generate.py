@@ -39,6 +39,7 @@ class AnswerBuilder:
         # The text of the prefix is known, but it may end in the middle of a character.
         self._text = "".join(self._detokenizer.feed(tokenizer.piece(token)) for token in prefix)
         self._ids, self._n_prompt = list(prefix), n_prompt + len(prefix)
+        self._emitted = len(self._ids)  # the number of tokens in the events so far
         self._count, self._reused, self._logprobs = 0, 0, list[TokenLogprob]()
         self._start = self._first = self._last = clock()
         self.finish_reason: FinishReason | None = None
@@ -66,8 +67,9 @@ class AnswerBuilder:
     def _emit(self, text: str) -> Iterator[Event]:
         if text:
             self._text += text
-            yield Text(text, self._count, tuple(self._logprobs))
+            yield Text(text, self._count, tuple(self._logprobs), tuple(self._ids[self._emitted :]))
             self._logprobs.clear()
+            self._emitted = len(self._ids)
 
     def finish(self, reason: FinishReason) -> Iterator[Event]:
         """Yield the text that was held back, and `Done`; `reason` holds unless a token has ended the answer."""

@@ -90,6 +90,13 @@ def run(
         str | None,
         Option("--api-key-env", metavar="VARIABLE", help="Environment variable with the API key of that engine."),
     ] = None,
+    server: Annotated[
+        bool | None,
+        Option(
+            "--server/--no-server",
+            help="Use the model that `qwenlocal serve` has loaded, or load it here. [default: use it if it is loaded]",
+        ),
+    ] = None,
     file: Annotated[
         str | None,
         Option(
@@ -238,6 +245,7 @@ def run(
             model=model,
             url=url,
             api_key_env=api_key_env,
+            server=server,
             file=file,
             interactive=interactive,
             system=system,

@@ -51,6 +51,7 @@ class RunOptions:
     model: str | None
     url: str | None
     api_key_env: str | None
+    server: bool | None
     file: str | None
     interactive: bool
     system: str | None

@@ -38,15 +38,19 @@ def open_remote_pool(app: AppContext, options: RunOptions, name: str | None) -> 
     from qwenlocal.remote.client import RemoteClient
 
     endpoint, model = found
-    _refuse_local_options(options)
+    if refused := list_local_options(options):
+        raise UsageError(
+            tr("{options}: only for models on this machine.", options=", ".join(refused)),
+            hint=tr("Omit it; set it where the remote engine is started."),
+        )
     parts = urlsplit(endpoint.url)
     if endpoint.api_key and parts.scheme == "http" and parts.hostname not in _LOOPBACK:
         app.say(tr("The API key is sent to {host} without encryption.", host=endpoint.host))
     return RemotePool(RemoteClient(endpoint), options, model)
 
 
-def _refuse_local_options(options: RunOptions) -> None:
-    """Name the options that a remote engine cannot follow."""
+def list_local_options(options: RunOptions) -> list[str]:
+    """List the given options that a remote engine cannot follow."""
     request = options.load_request
     used = {
         "-c": request.n_ctx,
@@ -63,11 +67,7 @@ def _refuse_local_options(options: RunOptions) -> None:
         "--raw": options.raw,
         "--batch": options.batch is not None,
     }
-    if refused := [option for option, value in used.items() if value]:
-        raise UsageError(
-            tr("{options}: only for models on this machine.", options=", ".join(refused)),
-            hint=tr("Omit it; set it where the remote engine is started."),
-        )
+    return [option for option, value in used.items() if value]
 
 
 class RemotePool:
@@ -83,9 +83,9 @@ class RemotePool:
         self.on_first_loaded: Callable[[BaseException | None], object] = lambda failure: None
 
     @property
-    def url(self) -> str:
-        """The address of the engine."""
-        return self._client.endpoint.url
+    def notice(self) -> str:
+        """The sentence that says where messages go."""
+        return tr("Your messages and files are sent to {url}.", url=self._client.endpoint.url)
 
     @property
     def title(self) -> str:

@@ -158,7 +158,7 @@ class EngineLoader:
         except LoadCancelled as reason:
             raise Interrupted from reason
         try:
-            sampling, sampling_notes = _recommended_sampling(metadata, recommended)
+            sampling, sampling_notes = recommend_sampling(metadata, recommended)
             draft_model = _open_draft(options.draft, context, offload) if options.draft else None
         except BaseException:
             context.close()
@@ -350,7 +350,7 @@ def _repair_notes(repairs: Mapping[str, float], model: Model) -> tuple[LoadNote,
     return (note,) if note != FileRepaired() else ()
 
 
-def _recommended_sampling(
+def recommend_sampling(
     metadata: Mapping[str, MetadataValue], recommended: Mapping[str, float]
 ) -> tuple[Sampling, tuple[LoadNote, ...]]:
     """Merge the file's recommendation over the catalog's; values out of range are ignored, with a note."""

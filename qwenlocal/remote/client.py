@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 from urllib.parse import urljoin, urlsplit
 
 import urllib3
@@ -52,6 +52,9 @@ _TOO_LONG = re.compile(
 )
 
 
+T = TypeVar("T")
+
+
 class _BadStatus(TransferError):
     """An answer with a status other than 200; `text` is its body."""
 
@@ -94,7 +97,12 @@ class RemoteClient:
         RemoteError, PromptTooLong, RemoteModelNotFound: before the first chunk.
         AnswerCut: the connection broke before the end of the answer.
         """
-        body = json.dumps({**request, "stream": True, "stream_options": {"include_usage": True}}).encode()
+        return self.stream(
+            "/chat/completions", {**request, "stream": True, "stream_options": {"include_usage": True}}, parse_chunk
+        )
+
+    def stream(self, path: str, request: Mapping[str, Any], parse: Callable[[str], T]) -> CancellableStream[T]:
+        """Send a request and parse the data of each event of the response; raises as `stream_chat`."""
         http = HttpClient(self._timeouts)  # of its own, so that closing its connections ends no other answer
         is_cancelled = threading.Event()
 
@@ -102,15 +110,20 @@ class RemoteClient:
             is_cancelled.set()
             http.close_all()
 
-        return CancellableStream(lambda: self._read_chunks(http, body, str(request["model"]), is_cancelled), disconnect)
+        return CancellableStream(lambda: self._read_events(http, path, request, parse, is_cancelled), disconnect)
 
-    def _read_chunks(
-        self, http: HttpClient, body: bytes, model: str, is_cancelled: threading.Event
-    ) -> Iterator[AnswerChunk]:
+    def _read_events(
+        self,
+        http: HttpClient,
+        path: str,
+        request: Mapping[str, Any],
+        parse: Callable[[str], T],
+        is_cancelled: threading.Event,
+    ) -> Iterator[T]:
         try:
-            response = self._open(http, "POST", "/chat/completions", body, is_cancelled)
+            response = self._open(http, "POST", path, json.dumps(request).encode(), is_cancelled)
         except _BadStatus as status:
-            raise self._explain(status, model) from None
+            raise self._explain(status, str(request["model"])) from None
         host, head = self.endpoint.host, bytearray()
 
         def read() -> Iterator[bytes]:
@@ -124,7 +137,7 @@ class RemoteClient:
             for data in parse_events(read()):
                 if data == "[DONE]":
                     return
-                yield parse_chunk(data)
+                yield parse(data)
                 is_answer = True
         except TransferError as error:
             problem = str(error)

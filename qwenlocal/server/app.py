@@ -23,6 +23,7 @@ from qwenlocal.server.responses_api import ResponsesApi
 from qwenlocal.server.security import ApiKeyCheck, BodyLimit, HostCheck, OriginCheck
 from qwenlocal.server.server_metrics import RequestCounter, ServerMetrics
 from qwenlocal.server.server_settings import ServerSettings
+from qwenlocal.server.token_api import TokenApi
 from qwenlocal.server.utility_api import UtilityApi
 
 _CLIENT_LEFT = 499  # nginx's status for a response that nobody waits for; only metrics see it
@@ -33,7 +34,7 @@ def create_app(host: ModelHost, settings: ServerSettings) -> FastAPI:
     app = FastAPI(title="qwenlocal", version=__version__, docs_url=None, redoc_url=None)
     metrics = ServerMetrics()
     service = AnswerService(host, metrics)
-    for interface in (OpenAiApi, ResponsesApi, AnthropicApi, OllamaApi):
+    for interface in (OpenAiApi, ResponsesApi, AnthropicApi, OllamaApi, TokenApi):
         app.include_router(interface(service, keep_alive=settings.keep_alive).router())
     app.include_router(UtilityApi(service, metrics).router())
     app.include_router(create_docs_router())

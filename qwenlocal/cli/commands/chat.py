@@ -16,6 +16,7 @@ from qwenlocal.cli.context import AppContext
 from qwenlocal.cli.model_pool import ModelPool
 from qwenlocal.cli.options import RunOptions
 from qwenlocal.cli.remote_pool import RemotePool
+from qwenlocal.cli.server_pool import ServerPool
 from qwenlocal.errors import ChatNotFound, JournalError, NotWritable, UsageError
 from qwenlocal.formatting import format_count, format_model_name, format_time, join_sentences, shorten
 from qwenlocal.i18n import tr
@@ -42,7 +43,7 @@ class ResumedChat:
 def run_chat(
     app: AppContext,
     options: RunOptions,
-    pool: ModelPool | RemotePool,
+    pool: ModelPool | RemotePool | ServerPool,
     resumed: ResumedChat | None,
     system: str,
     prompt: str | None,

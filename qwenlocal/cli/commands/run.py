@@ -13,6 +13,7 @@ from qwenlocal.cli.console import can_chat
 from qwenlocal.cli.context import AppContext
 from qwenlocal.cli.options import RunOptions
 from qwenlocal.cli.remote_pool import RemotePool, open_remote_pool
+from qwenlocal.cli.server_pool import ServerPool, open_server_pool
 from qwenlocal.cli.text_input import fill_placeholders, read_prompt_file, read_stdin
 from qwenlocal.errors import (
     BadWeights,
@@ -59,8 +60,8 @@ def run_model(options: RunOptions, early_bytes: bytes | None) -> None:
     prompt, system = _read_prompts(options)
     if prompt is None or options.interactive or options.resume is not None:
         _chat(app, options, remote, prompt, system, early_bytes)
-    elif remote:
-        _answer_remotely(options, remote, prompt, system)
+    elif pool := remote or open_server_pool(app, options, options.model_name):
+        _answer_elsewhere(app, options, pool, prompt, system)
     else:
         _answer_once(app, options, prompt, system)
 
@@ -84,21 +85,21 @@ def _chat(
             app.say(join_sentences(str(error), consequence, error.hint))
             options = replace(options, journal=False)
     model_name = options.model_name or (resumed.info.model if resumed else None)
-    remote = remote or open_remote_pool(app, options, model_name)
-    if remote is None:
+    elsewhere = remote or open_remote_pool(app, options, model_name) or open_server_pool(app, options, model_name)
+    if elsewhere is None:
         if model_name is None and prompt is None and not app.library.store.records():
             from qwenlocal.cli.first_run import choose_model
 
             model_name = choose_model(app)
         model, draft = app.library.models.ensure_models(model_name, options.draft)
     else:
-        app.say(tr("Your messages and files are sent to {url}.", url=remote.url))
+        app.say(elsewhere.notice)
     keys_kept = disable_echo(sys.stdin, sys.stdout) if early_bytes is None else contextlib.nullcontext(early_bytes)
     with keys_kept as typed:  # before the imports: what is typed meanwhile counts
         from qwenlocal.cli.commands.chat import run_chat
         from qwenlocal.cli.model_pool import ModelPool
 
-        pool = remote or ModelPool(app, options, model, draft)
+        pool = elsewhere or ModelPool(app, options, model, draft)
         run_chat(app, options, pool, resumed, system, prompt, typed)
 
 
@@ -171,10 +172,14 @@ def _no_text() -> UsageError:
 # --- one answer
 
 
-def _answer_remotely(options: RunOptions, remote: RemotePool, prompt: str, system: str) -> None:
+def _answer_elsewhere(
+    app: AppContext, options: RunOptions, pool: RemotePool | ServerPool, prompt: str, system: str
+) -> None:
     from qwenlocal.chat.thread import Thread
 
-    conversation = remote.load_first(Thread(system))
+    conversation = pool.load_first(Thread(system))
+    if options.stats:
+        app.say(pool.notice)
     done = _show_answer(options, functools.partial(conversation.ask, prompt), conversation.stop)
     if done.is_incomplete:
         raise IncompleteAnswer(

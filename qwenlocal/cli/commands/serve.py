@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import secrets
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +17,7 @@ from qwenlocal.engine.loader import LoadOptions
 from qwenlocal.errors import ModelNotFound, OutOfRange, UsageError
 from qwenlocal.i18n import tr
 from qwenlocal.library.provider import ProvidedModel
+from qwenlocal.library.running_servers import announce_server
 from qwenlocal.paths import parse_path
 from qwenlocal.server.app import create_app
 from qwenlocal.server.http_server import open_socket, serve_http
@@ -88,23 +91,31 @@ def serve_models(options: ServeOptions, app: AppContext) -> None:
         on_loaded=screen.show_loaded,
     )
 
+    announcement = contextlib.ExitStack()
+    local_key = settings.api_keys[-1] if settings.api_keys else ""
+
     async def start() -> None:
-        async with host.open(""):
+        async with host.open("") as engine:
+            path, n_ctx = models[0].record.path, engine.info.n_ctx
+            if certificate is None:  # clients would have to trust it
+                folder = app.library.folders.servers
+                announcement.enter_context(announce_server(folder, _local_address(address), path, n_ctx, local_key))
             if options.opens_page:
                 await asyncio.to_thread(_open_browser, address)
 
     async def run() -> None:
-        try:
-            await serve_http(
-                create_app(host, settings),
-                listener,
-                certificate=certificate,
-                key=key,
-                on_start=start,
-                end_answers=host.close,
-            )
-        finally:
-            await host.close()
+        with announcement:
+            try:
+                await serve_http(
+                    create_app(host, settings),
+                    listener,
+                    certificate=certificate,
+                    key=key,
+                    on_start=start,
+                    end_answers=host.close,
+                )
+            finally:
+                await host.close()
 
     if settings.api_keys and options.host not in _LOOPBACK:
         app.say(tr("Everybody who reaches {address} and has a key can use the models.", address=address))
@@ -161,6 +172,8 @@ def _server_settings(options: ServeOptions) -> ServerSettings:
             tr("{host} can be reached from other machines, so the server needs a key.", host=options.host),
             hint=tr("Choose one: --api-key-file FILE, or QWENLOCAL_API_KEY in the environment."),
         )
+    if keys:
+        keys.append(secrets.token_urlsafe(32))  # for `qwenlocal run`, which finds it in a file of this user
     return ServerSettings(options.host, tuple(keys), tuple(options.allowed_hosts), tuple(options.cors_origins))
 
 
@@ -184,6 +197,11 @@ def _provide_models(names: Sequence[str], app: AppContext) -> list[ProvidedModel
 def _address(host: str, port: int, *, is_secure: bool) -> str:
     name = f"[{host}]" if ":" in host else host
     return f"{'https' if is_secure else 'http'}://{name}:{port}"
+
+
+def _local_address(address: str) -> str:
+    """Return the address for programs on this machine: a server on all addresses is also on 127.0.0.1."""
+    return address.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
 
 
 def _open_browser(address: str) -> None:

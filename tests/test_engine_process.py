@@ -195,6 +195,19 @@ def test_a_damaged_file_says_why_it_cannot_be_loaded(random_model: Path, tmp_pat
     run(test)
 
 
+def test_a_file_that_was_deleted_says_so(speaking_model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "deleted.gguf"
+    path.write_bytes(speaking_model.read_bytes())
+    spec = WorkerSpec(provided(path), options(), 1)
+    path.unlink()
+
+    async def test() -> None:
+        with pytest.raises(BadWeights, match=r"There is no file .*deleted\.gguf"):
+            await EngineProcess(spec).start()
+
+    run(test)
+
+
 def test_requests_beyond_the_queue_are_refused(endless_model: Path) -> None:
     async def test() -> None:
         async with running(endless_model, parallel=1, n_ctx=8192, max_waiting=1) as process:

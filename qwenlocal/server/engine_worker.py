@@ -29,7 +29,7 @@ from qwenlocal.engine.memory import check_memory
 from qwenlocal.engine.prompt_cache import PromptCache, compute_cache_key
 from qwenlocal.engine.scheduler import Prefilled, Sampled, Scheduler, SchedulerEvent, SequenceRequest
 from qwenlocal.engine.speculation import NoSpeculation, Speculation
-from qwenlocal.errors import QwenlocalError, UsageError
+from qwenlocal.errors import BadWeights, QwenlocalError, UsageError
 from qwenlocal.huge_pages import collapse_buffers
 from qwenlocal.i18n import tr
 from qwenlocal.library.provider import ProvidedModel
@@ -258,6 +258,9 @@ class Worker:
         loader = ModelLoader(Folders.from_environment(), options, on_crash=self._fail)
         try:
             model = loader.load(self._spec.model, lambda fraction: self._send(Loading(fraction)))
+        except OSError as error:  # the file was deleted, for instance, since the server was started
+            self._fail(BadWeights.unreadable(self._spec.model.record.path, error))
+            return
         except QwenlocalError as error:
             self._fail(error)
             return

@@ -78,7 +78,7 @@ class HostCheck(RequestCheck):
                 403,
                 tr("This server is not called “{name}”.", name=host),
                 code="host_not_allowed",
-                hint=tr("To allow that name: qwenlocal serve --allowed-host NAME"),
+                hint=tr("To allow that name: qwenlocal serve --allow-host NAME"),
             )
 
 
@@ -118,7 +118,7 @@ class OriginCheck(RequestCheck):
             403,
             tr("Pages on other sites may not send requests to this server."),
             code="origin_not_allowed",
-            hint=tr("To allow a site: qwenlocal serve --cors-origin https://SITE"),
+            hint=tr("To allow a site: qwenlocal serve --allow-origin https://SITE"),
         )
 
 

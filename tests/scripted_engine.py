@@ -33,11 +33,14 @@ class ScriptedEngine:
 
     def __init__(self, name: str, *, n_ctx: int = 4096) -> None:
         self.info = ModelInfo(name, 1000, 0.0, is_loaded=True, n_ctx=n_ctx, n_ctx_train=n_ctx)
+        self.running = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget requests and replies."""
         self.reply, self.replies = "Paris, fun", list[str]()
         self.pause, self.hold_at = 0.0, -1
         self.requests: list[GenerationRequest] = []
-        self.running = 0
-        self.failure: Exception | None = None
         self._is_released = False
 
     def release(self) -> None:
@@ -46,8 +49,6 @@ class ScriptedEngine:
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[EngineEvent, None]:
         self.requests.append(request)
-        if self.failure:
-            raise self.failure
         text, total = self.replies.pop(0) if self.replies else self.reply, await self.count_tokens(request.prompt)
         if total >= self.info.n_ctx:
             raise ContextFull(total, self.info.n_ctx, self.info.n_ctx_train)

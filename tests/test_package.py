@@ -42,6 +42,12 @@ def test_the_catalog_and_the_prompts_are_shipped(wheel: list[str]) -> None:
                 assert f"qwenlocal/shipped/{kind}/{path.name}" in wheel
 
 
+def test_the_web_page_is_shipped(wheel: list[str]) -> None:
+    files = [path for path in (ROOT / "qwenlocal" / "server" / "page").rglob("*") if path.is_file()]
+    assert len(files) > 20
+    assert {path.relative_to(ROOT).as_posix() for path in files} <= set(wheel)
+
+
 def test_no_weights_and_no_tests_are_shipped(wheel: list[str]) -> None:
     assert not [name for name in wheel if name.endswith((".gguf", ".safetensors", ".part"))]
     assert not [name for name in wheel if name.startswith(("tests/", "tools/", "benchmarks/"))]

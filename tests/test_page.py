@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from http_server import serve, serve_host, wait_until
 from scripted_engine import ScriptedEngine, ScriptedHost
 from test_page_api import HOLD
 
-from qwenlocal.chat.journal import Journal
 from qwenlocal.i18n import translate
 from qwenlocal.paths import Folders
 
@@ -37,15 +39,41 @@ def browser() -> Iterator[Any]:
         browser.close()
 
 
-@pytest.fixture
-def engine() -> ScriptedEngine:
-    return ScriptedEngine("scripted")
+class Site:
+    """A server with two scripted models, and its journal."""
+
+    def __init__(self, url: str, engine: ScriptedEngine, folders: Folders) -> None:
+        self.url, self.engine, self.folders = url, engine, folders
+
+    def texts(self, chat: int) -> list[str]:
+        """The messages of a chat on the disk; a second `Journal` in this process would break the server's locks."""
+        with contextlib.closing(sqlite3.connect(self.folders.journal)) as database:
+            rows = database.execute("SELECT text FROM messages WHERE chat = ? ORDER BY number", (chat,)).fetchall()
+        return [text for (text,) in rows]
 
 
-@pytest.fixture
-def url(engine: ScriptedEngine, folders: Folders) -> Iterator[str]:
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    home, engine = tmp_path_factory.mktemp("page"), ScriptedEngine("scripted")
+    folders = Folders(home, home / "hub", home, home / "cache")
     with serve_host(ScriptedHost(engine, ScriptedEngine("other")), folders=folders) as url:
-        yield url
+        yield Site(url, engine, folders)
+
+
+@pytest.fixture
+def engine(site: Site) -> ScriptedEngine:
+    """The engine, as it is at first."""
+    site.engine.reset()
+    return site.engine
+
+
+@pytest.fixture
+def url(site: Site, engine: ScriptedEngine) -> str:
+    """The address of a page without chats."""
+    with httpx.Client(base_url=f"{site.url}/page") as http:
+        for chat in http.get("/chats").json()["chats"]:
+            wait_until(lambda id=chat["id"]: http.delete(f"/chats/{id}").is_success)
+    return site.url
 
 
 @pytest.fixture
@@ -70,7 +98,7 @@ def open_tab(browser: Any, problems: list[str]) -> Iterator[OpenTab]:
         tab.on("console", lambda message: message.type == "error" and problems.append(message.text))
         tab.on("request", lambda request: request.url.startswith((url, "blob:")) or problems.append(request.url))
         tab.goto(url)
-        tab.locator("body:not([hidden])").wait_for()
+        tab.locator("body:not([aria-busy])").wait_for()
         return tab
 
     yield open_
@@ -98,6 +126,10 @@ def answers(tab: Tab) -> list[str]:
     return texts
 
 
+def chat_number(tab: Tab) -> int:
+    return int(tab.url.rpartition("#")[2])
+
+
 def focused(tab: Tab) -> str:
     identity: str = tab.evaluate("document.activeElement.id || document.activeElement.tagName")
     return identity
@@ -106,7 +138,7 @@ def focused(tab: Tab) -> str:
 # --- answers
 
 
-def test_a_typed_question_is_answered(tab: Tab, folders: Folders) -> None:
+def test_a_typed_question_is_answered(tab: Tab, site: Site) -> None:
     ask(tab, "Hello")
     wait_for_answer(tab)
     assert answers(tab) == ["Paris, fun"]
@@ -114,7 +146,7 @@ def test_a_typed_question_is_answered(tab: Tab, folders: Folders) -> None:
     tab.locator("#chat-list a[aria-current=page]", has_text="Hello").wait_for()
     assert tab.title() == "Hello – qwenlocal"
     assert focused(tab) == "question"
-    assert [message.text for message in Journal(folders.journal).load_thread(1).path] == ["Hello", "Paris, fun"]
+    assert site.texts(chat_number(tab)) == ["Hello", "Paris, fun"]
 
 
 def test_a_tiny_model_answers_in_the_browser(open_tab: OpenTab, folders: Folders, speaking_model: Path) -> None:
@@ -228,10 +260,11 @@ def test_a_file_is_attached_with_its_price(tab: Tab, engine: ScriptedEngine) -> 
     tab.locator("#chat-list a", has_text="Summarise").wait_for()
 
 
-def test_a_chat_that_is_open_in_a_terminal_continues_as_a_copy(tab: Tab, folders: Folders) -> None:
+def test_a_chat_that_is_open_in_a_terminal_continues_as_a_copy(tab: Tab, site: Site) -> None:
     ask(tab, "Hello")
     wait_for_answer(tab)
-    command = [sys.executable, "-c", HOLD, str(folders.journal)]
+    chat = chat_number(tab)
+    command = [sys.executable, "-c", HOLD, str(site.folders.journal), str(chat)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as terminal:
         assert terminal.stdout and terminal.stdout.readline() == "held\n"
         tab.reload()
@@ -239,9 +272,9 @@ def test_a_chat_that_is_open_in_a_terminal_continues_as_a_copy(tab: Tab, folders
         ask(tab, "Again")
         tab.locator(".assistant").nth(1).wait_for()
         wait_for_answer(tab)
-        assert tab.url.endswith("#2")
+        assert chat_number(tab) == chat + 1
         terminal.communicate()
-    assert len(Journal(folders.journal).load_thread(1).messages) == 2
+    assert len(site.texts(chat)) == 2 and len(site.texts(chat + 1)) == 4
 
 
 def test_chats_are_renamed_searched_exported_and_deleted(tab: Tab) -> None:

@@ -12,10 +12,10 @@ from typing import Any
 
 import httpx
 import pytest
+from conftest import Run
 from http_server import serve, serve_host, wait_until
 from scripted_engine import ScriptedEngine, ScriptedHost
 
-from qwenlocal.chat.journal import Journal
 from qwenlocal.i18n import translate
 from qwenlocal.paths import Folders
 from qwenlocal.server import page_texts
@@ -98,15 +98,14 @@ def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
 # --- asking
 
 
-def test_an_answer_is_streamed_and_saved_where_the_terminal_finds_it(page: Page) -> None:
+def test_an_answer_is_streamed_and_saved_where_the_terminal_finds_it(page: Page, qwenlocal: Run) -> None:
     start, progress, *texts, done = page.ask("Hello", system="Be brief.")
     assert (start["type"], start["chat"], progress["type"]) == ("start", 1, "progress")
     assert "".join(event["text"] for event in texts) == "Paris, fun"
     assert done["path"][-1]["finish_reason"] == "eos"
     assert done["stats"]["answer_tokens"] == 3 and done["n_ctx"] == 400
-    thread = Journal(page.folders.journal).load_thread(1)
-    assert [message.text for message in thread.path] == ["Hello", "Paris, fun"]
-    assert thread.system == "Be brief."
+    shown = json.loads(qwenlocal("chats", "show", "1", "--json").stdout)
+    assert [message["content"] for message in shown["messages"]] == ["Be brief.", "Hello", "Paris, fun"]
 
 
 def test_a_tiny_model_answers_on_the_page(folders: Folders, speaking_model: Path) -> None:
@@ -256,7 +255,7 @@ HOLD = """
 import sys
 from pathlib import Path
 from qwenlocal.chat.journal import Journal
-assert Journal(Path(sys.argv[1])).acquire(1)
+assert Journal(Path(sys.argv[1])).acquire(int(sys.argv[2]))
 print("held", flush=True)
 sys.stdin.read()
 """
@@ -264,7 +263,7 @@ sys.stdin.read()
 
 def test_a_chat_that_is_open_in_a_terminal_is_not_written_from_two_places(page: Page) -> None:
     page.ask("Hello")
-    command = [sys.executable, "-c", HOLD, str(page.folders.journal)]
+    command = [sys.executable, "-c", HOLD, str(page.folders.journal), "1"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as terminal:
         assert terminal.stdout and terminal.stdout.readline() == "held\n"
         assert page.chat()["state"] == "elsewhere"

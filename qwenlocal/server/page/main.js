@@ -37,9 +37,11 @@ class App {
     this.list = new ChatList(this);
     this.settings = new SettingsDialog(this);
     this.listen();
-    await this.loadSettings();
+    this.ready = this.loadSettings();
+    await this.ready;
     await this.followAddress();
     await this.list.refresh();
+    document.body.removeAttribute("aria-busy");
   }
 
   listen() {
@@ -217,7 +219,7 @@ class App {
   edit(message, text) {
     this.view.show(this.chat.path.slice(0, this.chat.path.findIndex(({ number }) => number === message.number)));
     this.view.addQuestion(text);
-    this.run({ kind: "edit", message: message.number, text });
+    this.run({ kind: "edit", message: message.number, text }, () => this.composer.restore(text, []));
   }
 
   retry(message) {
@@ -309,19 +311,14 @@ class App {
   async fail(answer, error, restore) {
     const { chat } = answer;
     if (answer.isAtStart) restore();
-    let read = { ...createChat(), system: chat.system };
     try {
-      if (chat.id !== null) read = await readChat(chat.id);
+      Object.assign(chat, chat.id === null ? { path: [] } : await readChat(chat.id));
+      if (chat === this.chat) this.view.show(chat.path);
     } catch {
-      read = chat; // the server is away: what was shown stays
+      answer.view?.setGrowing(false); // the server is away: what was shown stays
     }
-    Object.assign(chat, read);
-    if (chat !== this.chat) {
-      showToast(error.message);
-      return;
-    }
-    this.view.show(chat.path);
-    this.view.showNotice(error.message);
+    if (chat === this.chat) this.view.showNotice(error.message);
+    else showToast(error.message);
   }
 
   async stop() {
@@ -358,9 +355,16 @@ class App {
   }
 }
 
-async function askForKey() {
-  const key = await ask({ question: t("key_needed"), hint: t("key_hint"), accept: t("continue"), value: "", isSecret: true });
-  setApiKey((key || "").trim());
+let keyQuestion = null;
+
+/** Ask for the API key; requests that need it meanwhile wait for the same answer. */
+function askForKey() {
+  const question = { question: t("key_needed"), hint: t("key_hint"), accept: t("continue"), value: "", isSecret: true };
+  keyQuestion ??= ask(question).then((key) => {
+    setApiKey((key || "").trim());
+    keyQuestion = null;
+  });
+  return keyQuestion;
 }
 
 /** Press a button of the last answer that has versions. */

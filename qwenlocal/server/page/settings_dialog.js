@@ -7,7 +7,7 @@ import { language, languages, t } from "./texts.js";
 const OWN = "*"; // the choice for a prompt that is not in a file
 
 export class SettingsDialog {
-  /** `app` has prompts, system and setSystem(text). */
+  /** `app` has ready, prompts, system and setSystem(text). */
   constructor(app) {
     this.app = app;
     this.dialog = find("#settings");
@@ -23,7 +23,8 @@ export class SettingsDialog {
     this.dialog.addEventListener("close", () => this.savePrompt());
   }
 
-  open() {
+  async open() {
+    await this.app.ready;
     const names = new Intl.DisplayNames(language, { type: "language" });
     find("#language-choice").replaceChildren(
       ...languages.map((tag) => new Option(nativeName(tag) || names.of(tag), tag, false, tag === language)),

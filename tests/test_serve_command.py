@@ -150,6 +150,14 @@ def test_a_model_that_cannot_be_loaded_ends_the_server(random_model: Path, tmp_p
     assert code == 5 and str(path) in message
 
 
+def test_a_damaged_certificate_is_refused(speaking_model: Path, tmp_path: Path) -> None:
+    certificate = tmp_path / "server.crt"
+    certificate.write_text("not a certificate")
+    files = ("--tls-cert", certificate, "--tls-key", certificate)
+    code, message = fail(tmp_path, speaking_model, "--port", "0", *files)
+    assert code == 2 and str(certificate) in message and "PEM" in message
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -153,6 +153,10 @@ async def serve_http(
     `on_start` runs at the same time; an exception that it raises ends the server. `end_answers` is called when all
     requests are complete, `drain_seconds` have passed or there is a second signal. A connection is closed
     `idle_seconds` after its last request, unless the header of the next one is complete.
+
+    Raises
+    ------
+    UsageError: the certificate or its key cannot be used.
     """
     config = uvicorn.Config(
         app,
@@ -167,6 +171,13 @@ async def serve_http(
         ssl_certfile=certificate,
         ssl_keyfile=key,
     )
+    try:
+        config.load()
+    except OSError as error:  # ssl.SSLError is one
+        raise UsageError(
+            tr("Cannot use the certificate {certificate} with the key {key}.", certificate=certificate, key=key),
+            hint=tr("Both must be PEM files, and the key must be the certificate's, without a password."),
+        ) from error
     server = _Server(config, end_answers, drain_seconds)
 
     async def start() -> None:

@@ -464,6 +464,7 @@ def test_all_keywords_of_a_schema_are_enforced(
         ("", "it is empty"),
         ("  ", "it is empty"),
         ('root ::= "a\0"', "a zero byte"),
+        ("root ::= " + '"a" ' * 30_000, "longer than 100,000 characters"),
         ('root ::= "a', 'unexpected “"a” on line 1'),
         ("other ::= [a-z]", "it has no rule “root”"),
         ("root ::= missing", "the rule “missing” used on line 1 is not defined"),

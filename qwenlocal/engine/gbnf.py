@@ -15,6 +15,8 @@ from qwenlocal.engine.grammar import find_grammar_error
 from qwenlocal.errors import UsageError
 from qwenlocal.i18n import tr
 
+_MAX_LENGTH = 100_000  # characters; llguidance needs seconds for that many
+
 _LEXEME = re.compile(
     r"""
       (?P<space>      (?: \s | \#[^\n]* )+ )
@@ -45,6 +47,8 @@ def grammar_from_gbnf(text: str) -> str:
     """
     if "\0" in text or not text.strip():
         raise _unreadable(tr("it is empty or contains a zero byte"))
+    if len(text) > _MAX_LENGTH:
+        raise _unreadable(tr("it is longer than {limit:,} characters", limit=_MAX_LENGTH))
     from llguidance import LLMatcher
 
     grammar = str(LLMatcher.grammar_from_lark(_to_lark(text)))
@@ -79,15 +83,16 @@ def _to_lark(text: str) -> str:
 
 def _split(text: str) -> Iterator[_Lexeme]:
     """Split a grammar into lexemes, without whitespace and comments."""
-    position = 0
+    position, line = 0, 1
     while position < len(text):
-        match, line = _LEXEME.match(text, position), text.count("\n", 0, position) + 1
+        match = _LEXEME.match(text, position)
         if match is None:
             rest = text[position : position + 20].partition("\n")[0]
             raise _unreadable(tr("unexpected “{text}” on line {line}", text=rest, line=line))
         kind = str(match.lastgroup)
         if kind != "space":
             yield kind, match[kind], line
+        line += match[0].count("\n")
         position = match.end()
 
 

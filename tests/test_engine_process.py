@@ -163,6 +163,17 @@ def test_embeddings_of_texts_and_tokens(random_model: Path) -> None:
     run(test)
 
 
+def test_embeddings_that_nobody_waits_for_delay_no_others(random_model: Path) -> None:
+    async def test() -> None:
+        async with running(random_model) as process:
+            abandoned = asyncio.create_task(process.embed([TextPrompt("x" * 500)] * 20_000))  # would take minutes
+            await asyncio.sleep(0.1)
+            abandoned.cancel()
+            assert len(await process.embed([TextPrompt("Hello")])) == 1
+
+    run(test)
+
+
 # --- errors
 
 

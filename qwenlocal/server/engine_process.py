@@ -145,7 +145,8 @@ class EngineProcess:
         try:
             return await future
         finally:
-            self._calls.pop(key, None)
+            if self._calls.pop(key, None) is not None:
+                self._send(Cancel(key))
 
     def _check(self) -> None:
         if self._failure is not None:

@@ -8,6 +8,7 @@ messages, one thread prepares prompts, and one computes.
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import queue
 import signal
@@ -182,14 +183,17 @@ class ModelFunctions:
     def _embedder(self) -> Embedder:
         return Embedder(self._model.model, self._model.plan.options)
 
-    def embed(self, prompts: Sequence[TextPrompt | TokenPrompt]) -> list[Embedding]:
-        """Return an embedding per prompt."""
+    def embed(
+        self, prompts: Sequence[TextPrompt | TokenPrompt], is_wanted: Callable[[], bool] = lambda: True
+    ) -> list[Embedding]:
+        """Return an embedding per prompt; fewer, once it is not wanted any more."""
         embedder = self._embedder
         texts = [
             embedder.encode(prompt.text) if isinstance(prompt, TextPrompt) else self.encode(prompt)
             for prompt in prompts
         ]
-        return [Embedding(vector, len(ids)) for vector, ids in zip(embedder.embed(texts), texts, strict=True)]
+        vectors = itertools.takewhile(lambda vector: is_wanted(), embedder.embed(texts))
+        return [Embedding(vector, len(ids)) for vector, ids in zip(vectors, texts, strict=False)]
 
     def encode(self, prompt: Prompt) -> Sequence[int]:
         """
@@ -250,6 +254,7 @@ class Worker:
     def __init__(self, connection: Connection, spec: WorkerSpec) -> None:
         self._connection, self._spec = connection, spec
         self._sending = threading.Lock()
+        self._embeddings: set[int] = set()  # the keys of the calls that somebody waits for
 
     def run(self) -> None:
         """Load the model and serve it."""
@@ -318,9 +323,13 @@ class Worker:
             while not isinstance(message := self._receive_message(), Quit):
                 if isinstance(message, Submit):
                     executor.submit(self._prepare, message, loop, functions)
+                elif isinstance(message, Call) and message.method == "embed":
+                    self._embeddings.add(message.key)
+                    embedding.submit(self._call, message, functools.partial(self._embed, functions, message.key))
                 elif isinstance(message, Call):
-                    (embedding if message.method == "embed" else executor).submit(self._call, message, functions)
+                    executor.submit(self._call, message, getattr(functions, message.method))
                 elif isinstance(message, Cancel):
+                    self._embeddings.discard(message.key)
                     executor.submit(loop.put, message)  # after the request itself
 
     def _prepare(self, message: Submit, loop: EngineLoop, functions: ModelFunctions) -> None:
@@ -334,9 +343,17 @@ class Worker:
         builder = AnswerBuilder(functions.tokenizer, len(ids), grammar=grammar, stop_strings=request.stop)
         loop.put(_Answer(message.key, ids, request, builder))
 
-    def _call(self, message: Call, functions: ModelFunctions) -> None:
+    def _embed(
+        self, functions: ModelFunctions, key: int, prompts: Sequence[TextPrompt | TokenPrompt]
+    ) -> list[Embedding]:
         try:
-            value = getattr(functions, message.method)(*message.arguments)
+            return functions.embed(prompts, lambda: key in self._embeddings)
+        finally:
+            self._embeddings.discard(key)
+
+    def _call(self, message: Call, function: Callable[..., object]) -> None:
+        try:
+            value = function(*message.arguments)
         except Exception as error:
             value = WireError.pack(error)
         self._send(Returned(message.key, value))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 from generation import OpenContext
 from server_process import Server, serving
+from tool_modules import ROOT
 
 from qwenlocal.engine.context import Context
 from qwenlocal.engine.logprobs import log_softmax
@@ -146,3 +148,17 @@ def test_answers_are_generated(
     samples = evaluate(tasks, "tiny_generation", kind, *options, model=speaking_model, base_url=url)
     assert [sample["filtered_resps"] for sample in samples] == [["Paris"]] * len(QUESTIONS)
     assert [sample["exact_match"] for sample in samples] == [1.0] * len(QUESTIONS)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_tasks_in_the_documentation_exist() -> None:
+    tasks = pytest.importorskip("lm_eval.tasks", reason="lm_eval is not installed: make test-clients installs it")
+    known = set(tasks.TaskManager().all_tasks)
+    page = (ROOT / "docs" / "evaluate.md").read_text("utf-8")
+    names = {name for names in re.findall(r"--tasks ([\w,-]+)", page) for name in names.split(",")}
+    for first, others in re.findall(r"\| `(\w+)`((?:, `_\w+`)+)", page):  # `xcopa_vi`, `_id`
+        suffixes = re.findall(r"_\w+", others)
+        prefix = first.rsplit("_", suffixes[0].count("_"))[0]
+        names |= {first, *(prefix + suffix for suffix in suffixes)}
+    assert len(names) > 40
+    assert names <= known

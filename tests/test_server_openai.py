@@ -345,6 +345,7 @@ BAD_REQUESTS = [
     ({"messages": HELLO, "stop": ["x"] * 17}, "stop"),
     ({"messages": HELLO, "top_logprobs": 2}, "top_logprobs"),
     ({"messages": HELLO, "tools": [{"type": "function"}]}, "tools"),
+    ({"messages": HELLO, "tool_choice": "required", "tools": [{"type": "function"}]}, "tools"),
     ({"messages": HELLO, "functions": [{}]}, "functions"),
     ({"messages": HELLO, "audio": {}}, "audio"),
     ({"messages": HELLO, "best_of": 2}, "best_of"),

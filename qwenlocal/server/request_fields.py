@@ -40,10 +40,11 @@ class ApiRequest(BaseModel):
 
         Raises
         ------
-        BadField: one of them has another value.
+        BadField: one of them has another value; the first one in `neutral` if there are several.
         """
-        for name, value in (self.model_extra or {}).items():
-            if name in neutral and value is not None and value not in neutral[name]:
+        for name, values in neutral.items():
+            value = (self.model_extra or {}).get(name)
+            if value is not None and value not in values:
                 raise BadField(name, tr("“{field}” is not supported.", field=name), code="unsupported_parameter")
 
 

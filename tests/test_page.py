@@ -171,6 +171,20 @@ def test_an_answer_is_shown_while_it_grows_and_stops_with_escape(tab: Tab, engin
     assert engine.running == 0
 
 
+def test_a_question_without_an_answer_can_be_answered_later(tab: Tab, engine: ScriptedEngine) -> None:
+    engine.hold_at = 1
+    ask(tab, "Hello")
+    tab.locator("#chat-list a", has_text="Hello").wait_for()
+    tab.keyboard.press("Escape")
+    wait_for_answer(tab)
+    engine.release()
+    tab.reload()
+    tab.locator("#notice button", has_text="Retry").click()
+    tab.locator(".assistant", has_text="Paris, fun").wait_for()
+    wait_for_answer(tab)
+    assert tab.locator("#notice").is_hidden()
+
+
 def test_a_reloaded_page_shows_the_chat_again(tab: Tab, engine: ScriptedEngine) -> None:
     engine.reply, engine.hold_at = "abcd" * 20, 5
     ask(tab, "Hello")

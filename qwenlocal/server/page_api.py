@@ -20,7 +20,7 @@ from qwenlocal.chat.context_window import select_messages
 from qwenlocal.chat.documents import Document, read_document
 from qwenlocal.chat.export import FORMATS
 from qwenlocal.chat.prompt_files import read_prompt_files
-from qwenlocal.errors import InvalidChoice
+from qwenlocal.errors import InvalidChoice, UsageError
 from qwenlocal.i18n import tr
 from qwenlocal.paths import Folders, bundled_folder
 from qwenlocal.server.answering import AnswerService
@@ -258,7 +258,7 @@ def read_upload(name: str, data: bytes) -> Document:
 
     Raises
     ------
-    BadField: it has no name. The errors of `read_document`.
+    BadField: it has no name, contains no text, or cannot be read.
     """
     name = name.replace("\\", "/").rpartition("/")[2].replace("\0", "").strip()[-_MAX_NAME:]
     if name in ("", ".", ".."):
@@ -267,7 +267,13 @@ def read_upload(name: str, data: bytes) -> Document:
         suffix = Path(name).suffix.lower()
         path = Path(folder) / f"upload{suffix if suffix[1:].isalnum() and suffix.isascii() else ''}"
         path.write_bytes(data)
-        return Document(name, read_document(path).text)
+        try:
+            return Document(name, read_document(path).text)
+        except UsageError as error:  # it names the copy, which means nothing to its sender
+            message, hint = (
+                text.replace(str(path), name).replace(path.name, name) for text in (str(error), error.hint)
+            )
+            raise BadField("file", message, hint=hint) from error
 
 
 _PRIVATE = {**PAGE_HEADERS, "Cache-Control": "no-store"}

@@ -121,7 +121,8 @@ class App {
 
   showState() {
     const { state } = this.chat;
-    if (this.answer || state === "free") this.view.showNotice("");
+    if (this.answer) this.view.showNotice("");
+    else if (state === "free") this.offerRetry();
     else if (state === "elsewhere") this.view.showNotice(t("open_elsewhere"));
     else {
       this.view.showNotice(t("answering_elsewhere"));
@@ -296,15 +297,14 @@ class App {
     this.context.showSpeed(0); // the answer itself says it now
     const reason = path.at(-1)?.finish_reason;
     announce(reason && reason !== "eos" ? t(`reason_${reason}`) : t("answered"));
-    if (path.at(-1)?.role === "user") this.offerRetry();
+    this.offerRetry();
     if (error) showToast(error);
   }
 
+  /** Offer to answer a question that was stopped before its answer began. */
   offerRetry() {
-    this.view.showNotice(t("no_answer"), t("retry"), () => {
-      this.view.showNotice("");
-      this.retry(null);
-    });
+    const isOpen = this.chat.path.at(-1)?.role === "user";
+    this.view.showNotice(isOpen ? t("no_answer") : "", t("retry"), () => this.retry(null));
   }
 
   /** Show why there is no answer, or only a part of it, and what the journal has now. */

@@ -18,7 +18,7 @@ from qwenlocal.engine.gbnf import grammar_from_gbnf
 from qwenlocal.engine.llama import Model
 from qwenlocal.engine.logprobs import log_softmax
 from qwenlocal.engine.prompt_cache import PromptCache
-from qwenlocal.engine.sampling import Sampling
+from qwenlocal.engine.sampling import Sampler, Sampling
 from qwenlocal.engine.scheduler import Ended, Prefilled, Sampled, Scheduler, SchedulerEvent, SequenceRequest
 from qwenlocal.engine.sequence import TokenSequence
 from qwenlocal.engine.speculation import CostCurve, Speculation
@@ -60,6 +60,19 @@ def submit(
 
 
 # --- answers
+
+
+def test_a_sampler_of_another_thread_is_used_and_closed(random_model: Path, open_context: OpenContext) -> None:
+    context = open_context(random_model, n_seq_max=2)
+    scheduler, tokenizer = Scheduler(context, 1), context.model.tokenizer
+    only_77 = Sampling(temperature=0, repeat_penalty=1, logit_bias=((77, 100.0),))
+    sampler = Sampler(only_77, tokenizer)
+    scheduler.submit(SequenceRequest(0, text(20), GREEDY, 2), sampler)
+    assert tokens_of(run(scheduler), 0) == [77, 77]
+    refused = Sampler(only_77, tokenizer)
+    with pytest.raises(ContextFull):
+        scheduler.submit(SequenceRequest(1, [1] * context.n_ctx, GREEDY, 2), refused)
+    assert not sampler._chain and not refused._chain
 
 
 def test_answers_are_those_of_separate_runs(random_model: Path, open_context: OpenContext) -> None:

@@ -151,17 +151,21 @@ class Scheduler:
         """The number of requests that have not begun."""
         return sum(map(len, self._waiting.values()))
 
-    def submit(self, request: SequenceRequest) -> None:
+    def submit(self, request: SequenceRequest, sampler: Sampler | None = None) -> None:
         """
         Add a request.
+
+        `sampler` was created for its sampling by another thread: large grammars take seconds. It is closed at the end.
 
         Raises
         ------
         ContextFull: the prompt leaves no room for an answer, even alone. UsageError: its grammar is not usable.
         """
         if len(request.ids) >= self._context.n_ctx:
+            if sampler:
+                sampler.close()
             raise ContextFull(len(request.ids), self._context.n_ctx, self._context.model.n_ctx_train)
-        sampler = Sampler(request.sampling, self._context.model.tokenizer)
+        sampler = sampler or Sampler(request.sampling, self._context.model.tokenizer)
         sampler.accept_prompt(request.ids)
         self._waiting.setdefault(request.client, []).append(_Slot(request, sampler, list(request.ids)))
 

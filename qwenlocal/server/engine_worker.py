@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
+from typing import Any
 
 from qwenlocal.api.model_loader import ModelLoader
 from qwenlocal.chat.chat_model import ChatModel
@@ -28,6 +29,7 @@ from qwenlocal.engine.loader import LoadOptions
 from qwenlocal.engine.logprobs import Logprobs
 from qwenlocal.engine.memory import check_memory
 from qwenlocal.engine.prompt_cache import PromptCache, compute_cache_key
+from qwenlocal.engine.sampling import Sampler, Sampling
 from qwenlocal.engine.scheduler import Prefilled, Sampled, Scheduler, SchedulerEvent, SequenceRequest
 from qwenlocal.engine.speculation import NoSpeculation, Speculation
 from qwenlocal.errors import BadWeights, QwenlocalError, UsageError
@@ -64,8 +66,17 @@ class WorkerSpec:
 class _Answer:
     """A request that is being answered."""
 
-    def __init__(self, key: int, ids: Sequence[int], request: GenerationRequest, builder: AnswerBuilder) -> None:
+    def __init__(
+        self,
+        key: int,
+        ids: Sequence[int],
+        request: GenerationRequest,
+        sampling: Sampling,
+        sampler: Sampler,
+        builder: AnswerBuilder,
+    ) -> None:
         self.key, self.ids, self.request, self.builder = key, ids, request, builder
+        self.sampling, self.sampler = sampling, sampler
         self.prompt_logprobs: list[TokenLogprob] = []
 
 
@@ -113,19 +124,19 @@ class EngineLoop:
     def _submit(self, answer: _Answer) -> None:
         request = answer.request
         try:
-            sampling = self._model.sampling.with_overrides(request.sampling)
             limit = _UNLIMITED if request.max_tokens is None else request.max_tokens
             self._scheduler.submit(
                 SequenceRequest(
                     answer.key,
                     answer.ids,
-                    sampling,
+                    answer.sampling,
                     limit,
                     request.client,
                     request.top_logprobs,
                     request.prompt_logprobs,
                     request.cache_prompt,
-                )
+                ),
+                answer.sampler,
             )
         except QwenlocalError as error:
             self._send(Emitted([(answer.key, WireError.pack(error))]))
@@ -223,6 +234,17 @@ class ModelFunctions:
                 hint=tr("Use /v1/completions, or another model."),
             )
         return self._model.template
+
+    def create_sampler(self, overrides: Mapping[str, Any]) -> tuple[Sampling, Sampler]:
+        """
+        Return the model's sampling with some of its fields replaced, and a sampler for it.
+
+        Raises
+        ------
+        UsageError: a value is invalid.
+        """
+        sampling = self._model.sampling.with_overrides(overrides)
+        return sampling, Sampler(sampling, self.tokenizer)
 
     def tokenize(self, text: str, special: bool, add_bos: bool) -> list[int]:
         """Return the token ids of `text`."""
@@ -336,12 +358,13 @@ class Worker:
         request = message.request
         try:
             ids = require_tokens(functions.encode(request.prompt))
+            sampling, sampler = functions.create_sampler(request.sampling)
         except Exception as error:
             self._send(Emitted([(message.key, WireError.pack(error))]))
             return
         grammar = request.sampling.get("grammar")
         builder = AnswerBuilder(functions.tokenizer, len(ids), grammar=grammar, stop_strings=request.stop)
-        loop.put(_Answer(message.key, ids, request, builder))
+        loop.put(_Answer(message.key, ids, request, sampling, sampler, builder))
 
     def _embed(
         self, functions: ModelFunctions, key: int, prompts: Sequence[TextPrompt | TokenPrompt]

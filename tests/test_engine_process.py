@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import socket
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
@@ -341,6 +342,19 @@ def test_an_unused_model_is_unloaded_and_loaded_again(speaking_model: Path) -> N
             await asyncio.sleep(0.02)
         assert await first_text(models, "") == "Paris"
         assert len(loaded) == 2
+        await models.close()
+
+    run(test)
+
+
+def test_a_model_that_is_opened_when_its_time_is_over_answers(speaking_model: Path) -> None:
+    async def test() -> None:
+        models = host(speaking_model, keep_alive=0.05)
+        assert await first_text(models, "") == "Paris"
+        opened = asyncio.create_task(first_text(models, ""))
+        await asyncio.sleep(0)  # its name is being looked up in a thread
+        time.sleep(0.2)  # both are due now
+        assert await opened == "Paris"
         await models.close()
 
     run(test)

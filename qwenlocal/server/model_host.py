@@ -143,6 +143,7 @@ class ProcessHost:
         loop = asyncio.get_running_loop()
 
         def start() -> None:
+            self._forget(hosted)  # before the task begins, so that nobody opens it until then
             task = loop.create_task(self._unload(hosted))
             self._tasks.add(task)  # the event loop keeps only weak references
             task.add_done_callback(self._tasks.discard)

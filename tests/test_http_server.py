@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 from collections.abc import Awaitable, Callable
 
 import httpx
@@ -88,6 +89,25 @@ def test_requests_that_the_server_does_not_wait_for_get_a_reason(n_signals: int,
 
     run_with_server(endless_app(begun, ended), test, end_answers=end_answers, drain_seconds=drain_seconds)
     assert ended.is_set()
+
+
+def test_a_client_that_does_not_read_does_not_keep_the_server_from_stopping(caplog: pytest.LogCaptureFixture) -> None:
+    app = FastAPI()
+
+    @app.get("/")
+    async def send() -> PlainTextResponse:
+        return PlainTextResponse("x" * 50_000_000)
+
+    clients: list[socket.socket] = []
+
+    async def test(port: int) -> None:
+        clients.append(await asyncio.to_thread(socket.create_connection, ("127.0.0.1", port)))
+        clients[0].sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert await asyncio.to_thread(clients[0].recv, 1)
+
+    run_with_server(app, test, drain_seconds=0.1)
+    clients[0].close()
+    assert not caplog.records
 
 
 def test_a_header_that_does_not_arrive_in_time_closes_the_connection() -> None:

@@ -20,7 +20,7 @@ from qwenlocal.errors import UsageError
 from qwenlocal.i18n import tr
 
 _DRAIN_SECONDS = 30  # for running requests after SIGTERM
-_FLUSH_SECONDS = 10  # for the last bytes of responses after that
+_FLUSH_SECONDS = 2  # for the last bytes of responses after that
 # Clients close unused connections after a while, httpx after 5 seconds, aiohttp after 15. They should be first: a
 # request that is on its way when the server does it gets no response.
 _IDLE_SECONDS = 60
@@ -131,9 +131,11 @@ class _Server(uvicorn.Server):
         drained = asyncio.ensure_future(super().shutdown(sockets))
         await asyncio.wait({drained}, timeout=self._drain_seconds)
         await self._end_answers()
-        await drained
         if self.server_state.tasks:
             await asyncio.wait(self.server_state.tasks, timeout=_FLUSH_SECONDS)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()  # the client does not read
+        await drained
 
 
 async def serve_http(
@@ -167,7 +169,6 @@ async def serve_http(
         http=_Connection,
         ws="none",
         timeout_keep_alive=idle_seconds,
-        timeout_graceful_shutdown=int(drain_seconds) + _FLUSH_SECONDS,
         ssl_certfile=certificate,
         ssl_keyfile=key,
     )

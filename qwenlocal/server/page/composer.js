@@ -77,8 +77,9 @@ export class Composer {
     this.refresh();
   }
 
+  /** Put the cursor into the field, except on phones, where a keyboard would cover the chat. */
   focus() {
-    this.area.focus();
+    if (!matchMedia("(pointer: coarse)").matches) this.area.focus();
   }
 
   // --- files
@@ -111,8 +112,12 @@ export class Composer {
           "li",
           {},
           icon("file"),
-          create("span", { class: "file-name" }, file.text ? file.name : t("reading_file", { name: file.name })),
-          create("span", { class: "file-cost" }, file.text ? describeCost(file, free) : ""),
+          create(
+            "span",
+            { class: "file-text" },
+            create("span", { class: "file-name" }, file.text ? file.name : t("reading_file", { name: file.name })),
+            create("span", { class: "file-cost" }, file.text ? describeCost(file, free) : ""),
+          ),
           iconButton("close", t("remove_file", { name: file.name }), () => this.removeFile(file)),
         ),
       ),

@@ -116,7 +116,7 @@ class App {
     this.showState();
     await this.refreshContext();
     this.composer.refresh();
-    if (!matchMedia("(pointer: coarse)").matches) this.composer.focus();
+    this.composer.focus();
   }
 
   showState() {

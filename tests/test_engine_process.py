@@ -111,6 +111,34 @@ def test_probabilities_of_prompt_and_answer(random_model: Path) -> None:
     run(test)
 
 
+def test_probabilities_of_a_prompt_that_is_computed_twice_are_its_own(random_model: Path) -> None:
+    """Six growing answers fill the context while the prompt is computed: it has to wait, and begins again."""
+    prompt = [7 * number * number % 200 for number in range(150)]
+    rated = GenerationRequest(TokenPrompt(prompt), max_tokens=1, top_logprobs=0, prompt_logprobs=True)
+    sampling = {"temperature": 0, "repeat_penalty": 1, "ignore_eos": True}
+    limits = [48, *[70] * 6]  # the first one ends early, and the prompt takes its place
+    growing = [
+        GenerationRequest(TokenPrompt([9 * key + 1] * 10), sampling, max_tokens=limit)
+        for key, limit in enumerate(limits)
+    ]
+
+    async def rate(process: EngineProcess) -> PromptLogprobs:
+        return [event async for event in process.generate(rated) if isinstance(event, PromptLogprobs)][-1]
+
+    async def test() -> None:
+        async with running(random_model, parallel=len(growing)) as process:
+            alone = await rate(process)
+            answers = asyncio.gather(*(answer(process, request) for request in growing))
+            await asyncio.sleep(0)
+            busy = await rate(process)
+            await answers
+        assert [token.id for token in busy.tokens] == prompt
+        logprobs = [[token.logprob for token in one.tokens[1:]] for one in (alone, busy)]
+        assert logprobs[1] == pytest.approx(logprobs[0], abs=1e-2)
+
+    run(test)
+
+
 def test_an_abandoned_request_frees_its_place(endless_model: Path) -> None:
     async def test() -> None:
         async with running(endless_model, parallel=1, n_ctx=8192) as process:

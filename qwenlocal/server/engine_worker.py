@@ -162,17 +162,18 @@ class EngineLoop:
     def _report(self, answer: _Answer, event: Prefilled) -> Iterator[EngineEvent]:
         yield answer.builder.report(event.progress)
         if answer.request.prompt_logprobs:
-            first = len(answer.prompt_logprobs)
-            if not first:
-                tokenizer = self._model.model.tokenizer
-                answer.prompt_logprobs.append(
-                    TokenLogprob(answer.ids[0], tokenizer.piece(answer.ids[0], special=True), float("nan"))
-                )
-                first = 1
-            following = answer.ids[first:]
-            answer.prompt_logprobs += map(self._token_logprob, following, event.logprobs)
+            self._add_prompt_logprobs(answer, event)
             if event.progress.done == event.progress.total:
                 yield PromptLogprobs(tuple(answer.prompt_logprobs))
+
+    def _add_prompt_logprobs(self, answer: _Answer, event: Prefilled) -> None:
+        """Store the probabilities of a part of a prompt, in place of earlier ones if the prompt is computed again."""
+        ids, stored = answer.ids, answer.prompt_logprobs
+        if not stored:
+            stored.append(TokenLogprob(ids[0], self._model.model.tokenizer.piece(ids[0], special=True), float("nan")))
+        end = min(event.progress.done + 1, len(ids))
+        start = end - len(event.logprobs)
+        stored[start:] = map(self._token_logprob, ids[start:end], event.logprobs)
 
     def _token_logprob(self, id: int, logprobs: Logprobs) -> TokenLogprob:
         piece = self._model.model.tokenizer.piece

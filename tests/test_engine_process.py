@@ -310,6 +310,20 @@ def test_a_process_whose_server_was_killed_completes_nothing(random_model: Path)
     run(test)
 
 
+def test_a_start_that_is_cancelled_leaves_no_process(random_model: Path) -> None:
+    async def test() -> None:
+        process = EngineProcess(WorkerSpec(provided(random_model), options(), 1))
+        starting = asyncio.create_task(process.start())
+        await asyncio.sleep(0)  # the process is being created
+        starting.cancel()
+        await process.stop()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+        assert process._process.exitcode is not None
+
+    run(test)
+
+
 # --- models that are loaded on demand
 
 

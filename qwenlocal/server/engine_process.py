@@ -62,21 +62,26 @@ class EngineProcess:
         processes = multiprocessing.get_context("spawn")
         self._connection, theirs = processes.Pipe()
         self._process = processes.Process(target=run_worker, args=(theirs, self._spec), daemon=True)
-        await asyncio.to_thread(self._process.start)
-        theirs.close()
         self._receiver = threading.Thread(target=self._receive, args=(self._connection,), daemon=True)
-        self._receiver.start()
+        self._spawning = asyncio.ensure_future(asyncio.to_thread(self._spawn, theirs))
         try:
+            await asyncio.shield(self._spawning)  # `stop` needs the process
             return await self._ready
         except BaseException:
             await self.stop()
             raise
+
+    def _spawn(self, theirs: Connection) -> None:
+        self._process.start()
+        theirs.close()
+        self._receiver.start()
 
     async def stop(self) -> None:
         """End the process; running requests are interrupted."""
         for inbox in self._queues.values():
             inbox.put_nowait(Done(FinishReason.INTERRUPTED, GenerationStats(0, 0, 0, 0.0, 0.0)))
         self._queues.clear()
+        await asyncio.shield(self._spawning)
         self._send(Quit())
         await asyncio.to_thread(self._process.join, _QUIT_SECONDS)
         if self._process.is_alive():

@@ -83,6 +83,11 @@ class Folders:
         return self.home / "servers"
 
     @property
+    def page_key(self) -> Path:
+        """The key of the web page, which is the same at every start so that the address can be a bookmark."""
+        return self.home / "page-key"
+
+    @property
     def locks(self) -> Path:
         """Lock files of running downloads."""
         return self.home / "locks"

@@ -542,3 +542,15 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(browser: Any, folders: Folders, 
         assert tab.evaluate("JSON.stringify(localStorage)").count("secret") == 0
         assert tab.evaluate("document.cookie") == ""
         tab.context.close()
+
+
+def test_the_key_in_the_address_opens_the_page_and_disappears(
+    browser: Any, folders: Folders, engine: ScriptedEngine
+) -> None:
+    with serve_host(ScriptedHost(engine), folders=folders, page_key="page-secret") as url:
+        tab = browser.new_context().new_page()
+        tab.goto(f"{url}/#key=page-secret")
+        tab.locator("#chat-list", has_text="No chats yet.").wait_for()
+        assert "secret" not in tab.url
+        assert not tab.locator("#prompt[open]").count()
+        tab.context.close()

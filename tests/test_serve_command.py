@@ -16,7 +16,7 @@ import httpx
 import pytest
 from server_process import DEADLINE, serving
 
-from qwenlocal.cli.commands.serve import parse_duration, parse_parallel
+from qwenlocal.cli.commands.serve import parse_duration, parse_parallel, read_page_key
 from qwenlocal.errors import OutOfRange, UsageError
 from qwenlocal.server.http_server import open_socket
 
@@ -185,3 +185,26 @@ def test_numbers_of_parallel_requests() -> None:
     assert parse_parallel("3") == 3 and parse_parallel("auto") >= 1
     with pytest.raises(OutOfRange):
         parse_parallel("65")
+
+
+def test_saved_chats_need_the_key_in_the_printed_address(speaking_model: Path, tmp_path: Path) -> None:
+    with serving(tmp_path, speaking_model, "--api-key", "for-programs") as server:
+        end = time.monotonic() + DEADLINE
+        while not (lines := [line for line in server.lines if "#key=" in line]):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        key = lines[0].strip().partition("#key=")[2]
+        assert key == read_page_key(tmp_path / "page-key")
+        for headers, status in (({}, 401), ({"x-api-key": "for-programs"}, 401), ({"x-api-key": key}, 200)):
+            request = {**headers, "Sec-Fetch-Site": "same-origin"}
+            assert httpx.get(f"{server.url}/page/chats", headers=request).status_code == status
+        assert httpx.get(f"{server.url}/v1/models", headers={"x-api-key": key}).status_code == 401
+        assert httpx.get(server.url).status_code == 200
+
+
+def test_the_key_of_the_page_stays_and_is_private(tmp_path: Path) -> None:
+    path = tmp_path / "home" / "page-key"
+    key = read_page_key(path)
+    assert read_page_key(path) == key and path.stat().st_mode & 0o077 == 0
+    path.write_text("short")
+    assert read_page_key(path) != key

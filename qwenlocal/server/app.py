@@ -58,8 +58,9 @@ async def _respond_to_nobody(_request: Request, _error: Exception) -> Response:
 def _add_checks(app: FastAPI, settings: ServerSettings) -> None:
     """Add the checks; the one that is added last comes first."""
     app.add_middleware(BodyLimit, limit=settings.max_body, timeout=settings.body_timeout)
-    if settings.api_keys:
-        app.add_middleware(ApiKeyCheck, keys=settings.api_keys)
+    if settings.api_keys or settings.page_key:
+        page_keys = (settings.page_key,) if settings.page_key else settings.api_keys
+        app.add_middleware(ApiKeyCheck, keys=settings.api_keys, page_keys=page_keys)
     if settings.cors_origins:
         # Before the keys, because browsers ask for permission (OPTIONS) without one.
         app.add_middleware(

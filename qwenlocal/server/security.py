@@ -26,6 +26,7 @@ _LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 # Without a key: load balancers ask for /health, and browsers open the page, which then asks for the key.
 _OPEN_PATHS = frozenset({"/health", "/"})
 _OPEN_FOLDER = "/page/assets/"
+_PAGE_FOLDER = "/page/"
 
 
 class RequestCheck:
@@ -134,19 +135,26 @@ def is_from_own_page(request: Request) -> bool:
 
 
 class ApiKeyCheck(RequestCheck):
-    """Rejects requests without one of the keys, in `Authorization: Bearer KEY` or in `x-api-key`."""
+    """
+    Rejects requests without one of the keys, in `Authorization: Bearer KEY` or in `x-api-key`.
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+    The page's own routes, which read and delete saved chats, need one of `page_keys` instead.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str], page_keys: Sequence[str]) -> None:
         super().__init__(app)
-        self._digests = [_digest(key) for key in keys]
+        self._digests, self._page_digests = [_digest(key) for key in keys], [_digest(key) for key in page_keys]
 
     def check(self, request: Request) -> None:
         path = request.url.path
         if path in _OPEN_PATHS or path.startswith(_OPEN_FOLDER):
             return
+        digests = self._page_digests if path.startswith(_PAGE_FOLDER) else self._digests
+        if not digests:
+            return
         key = read_api_key(request.headers)
         # All keys are compared, in constant time, so that the time does not tell how much of a key was right.
-        if not sum([hmac.compare_digest(_digest(key), digest) for digest in self._digests]):
+        if not sum([hmac.compare_digest(_digest(key), digest) for digest in digests]):
             raise HttpError(
                 401,
                 tr("The API key is wrong.") if key else tr("An API key is missing."),

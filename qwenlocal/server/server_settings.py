@@ -16,7 +16,8 @@ class ServerSettings:
     `allowed_hosts` are further names in the Host header, `cors_origins` the web sites whose pages may send requests
     (such as "https://example.org", "*" for all). `max_body` is in bytes; a body must arrive within `body_timeout`
     seconds. While a response waits for the model, something is sent every `keep_alive` seconds. The page at / has the
-    chats in `folders`; without them there is no page.
+    chats in `folders`; without them there is no page. `page_key` is the only key that opens the chats; without it, the
+    `api_keys` do.
     """
 
     host: str = "127.0.0.1"
@@ -27,3 +28,4 @@ class ServerSettings:
     body_timeout: float = 60.0
     keep_alive: float = 10.0
     folders: Folders | None = None
+    page_key: str = ""

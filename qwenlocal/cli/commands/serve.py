@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import secrets
 import sys
 from collections.abc import Sequence
@@ -14,11 +15,11 @@ from pathlib import Path
 from qwenlocal.cli.context import AppContext
 from qwenlocal.engine.load_plan import LoadRequest
 from qwenlocal.engine.loader import LoadOptions
-from qwenlocal.errors import ModelNotFound, OutOfRange, UsageError
+from qwenlocal.errors import ModelNotFound, NotWritable, OutOfRange, UsageError
 from qwenlocal.i18n import tr
 from qwenlocal.library.provider import ProvidedModel
 from qwenlocal.library.running_servers import announce_server
-from qwenlocal.paths import parse_path
+from qwenlocal.paths import ensure_writable, parse_path
 from qwenlocal.server.app import create_app
 from qwenlocal.server.http_server import open_socket, serve_http
 from qwenlocal.server.model_host import HostSettings, ProcessHost
@@ -29,6 +30,7 @@ from qwenlocal.terminal.load_notes import describe_note, describe_plan
 from qwenlocal.terminal.progress import StatusLine
 from qwenlocal.text_encoding import read_text
 
+_PAGE_KEY = re.compile(r"[\w-]{20,}")
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 _MAX_PARALLEL = 64
@@ -67,7 +69,8 @@ def serve_models(options: ServeOptions, app: AppContext) -> None:
     UsageError: an option is invalid, the port is in use, or another address than 127.0.0.1 has no key.
     Everything that providing and loading the first model raises.
     """
-    settings = replace(_server_settings(options), folders=app.library.folders)
+    folders = app.library.folders
+    settings = replace(_server_settings(options), folders=folders, page_key=read_page_key(folders.page_key))
     host_settings = HostSettings(
         LoadOptions(
             options.load_request,
@@ -98,10 +101,12 @@ def serve_models(options: ServeOptions, app: AppContext) -> None:
         async with host.open("") as engine:
             path, n_ctx = models[0].record.path, engine.info.n_ctx
             if certificate is None:  # clients would have to trust it
-                folder = app.library.folders.servers
-                announcement.enter_context(announce_server(folder, _local_address(address), path, n_ctx, local_key))
+                local = _local_address(address)
+                announcement.enter_context(announce_server(folders.servers, local, path, n_ctx, local_key))
+            page = f"{_local_address(address)}/#key={settings.page_key}"
+            app.say(tr("Web page: {url}", url=page))
             if options.opens_page:
-                await asyncio.to_thread(_open_browser, address)
+                await asyncio.to_thread(_open_browser, page)
 
     async def run() -> None:
         with announcement:
@@ -177,6 +182,20 @@ def _server_settings(options: ServeOptions) -> ServerSettings:
     return ServerSettings(options.host, tuple(keys), tuple(options.allowed_hosts), tuple(options.cors_origins))
 
 
+def read_page_key(path: Path) -> str:
+    """Return the key of the web page from its file; create it, readable by this user only, at the first start."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if _PAGE_KEY.fullmatch(key := path.read_text("utf-8").strip()):
+            return key
+    key = secrets.token_urlsafe(24)
+    with contextlib.suppress(OSError, NotWritable):  # the next start has another key then
+        ensure_writable(path.parent)
+        path.unlink(missing_ok=True)
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(key + "\n")
+    return key
+
+
 def _tls_files(options: ServeOptions) -> tuple[Path | None, Path | None]:
     if (options.certificate is None) != (options.key is None):
         raise UsageError(tr("--tls-cert and --tls-key belong together."))
@@ -204,10 +223,10 @@ def _local_address(address: str) -> str:
     return address.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
 
 
-def _open_browser(address: str) -> None:
+def _open_browser(url: str) -> None:
     import webbrowser
 
-    webbrowser.open(address)
+    webbrowser.open(url)
 
 
 class _ServerScreen:

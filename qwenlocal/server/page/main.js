@@ -8,7 +8,7 @@ import { ContextBar } from "./context_bar.js";
 import { ConversationView } from "./conversation_view.js";
 import { ask } from "./dialogs.js";
 import { announce, find, showToast } from "./dom.js";
-import { getPreference, readSampling, setApiKey, setPreference } from "./preferences.js";
+import { getPreference, readKeyFromAddress, readSampling, setApiKey, setPreference } from "./preferences.js";
 import { SettingsDialog } from "./settings_dialog.js";
 import { listenToKeys } from "./shortcuts.js";
 import { loadTexts, t } from "./texts.js";
@@ -361,7 +361,7 @@ let keyQuestion = null;
 function askForKey() {
   const question = { question: t("key_needed"), hint: t("key_hint"), accept: t("continue"), value: "", isSecret: true };
   keyQuestion ??= ask(question).then((key) => {
-    setApiKey((key || "").trim());
+    setApiKey((key || "").trim().replace(/^.*#key=/, ""));
     keyQuestion = null;
   });
   return keyQuestion;
@@ -385,5 +385,6 @@ function showMenu(isShown) {
 /** "Qwen1.5-7B-Chat-GGUF/qwen1_5-7b-chat-q4_k_m.gguf" without the folders before it. */
 const shortName = (name) => name.split(/[\\/]/).at(-1);
 
+readKeyFromAddress();
 const app = new App();
 app.start();

@@ -30,5 +30,13 @@ export function readSampling() {
   return { sampling, max_tokens };
 }
 
+/** Take over the key at the end of the address that the server has printed, /#key=KEY, and remove it from there. */
+export function readKeyFromAddress() {
+  const match = /^#key=([\w-]+)$/.exec(location.hash);
+  if (!match) return;
+  setApiKey(match[1]);
+  history.replaceState(null, "", location.pathname);
+}
+
 export const getApiKey = () => sessionStorage.getItem(PREFIX + "key") || "";
 export const setApiKey = (key) => sessionStorage.setItem(PREFIX + "key", key);

@@ -17,6 +17,9 @@ REQUESTS = settings(
     max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
 
+# Paths at which some of the requests have to be answered: otherwise they test nothing but the first checks.
+ANSWERING = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/api/chat", "/v1/embeddings")
+
 
 @pytest.fixture(scope="module")
 def server(speaking_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
@@ -51,9 +54,8 @@ def test_no_request_that_follows_the_description_makes_the_server_fail(server: S
     statuses = {
         operation.label: send_requests(operation, GenerationMode.POSITIVE, speaking_model) for operation in operations
     }
-    assert len(statuses) > 15
-    without_success = [label for label, seen in statuses.items() if 200 not in seen]
-    assert without_success == ["GET /v1/models/{name}"]  # no generated name is that of the model
+    answered = {label for label, seen in statuses.items() if 200 in seen}
+    assert {f"POST {path}" for path in ANSWERING} <= answered
 
 
 def test_no_request_that_violates_the_description_makes_the_server_fail(server: Server, speaking_model: Path) -> None:

@@ -78,7 +78,8 @@ async def measure(url: str, clients: int, name: str, *, has_long: bool) -> Run:
     run = Run()
 
     async def work(number: int) -> None:
-        async with httpx.AsyncClient(timeout=300) as client:
+        limits = httpx.Limits(max_keepalive_connections=0)  # llama-server closes some that are used again
+        async with httpx.AsyncClient(timeout=300, limits=limits) as client:
             for turn in range(2):
                 text = long if has_long and number == 0 and turn == 0 else system
                 question = f"Question {number}.{turn}: tell me about ship number {number * 7 + turn}."

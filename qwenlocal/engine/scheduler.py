@@ -12,7 +12,7 @@ llama_memory_seq_cp). A finished sequence stays in the cache, parked, until its 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from qwenlocal.engine.context import Aborted, CacheFull, Context
@@ -25,9 +25,8 @@ from qwenlocal.engine.speculation import Drafter, NoSpeculation
 from qwenlocal.errors import ContextFull, QwenlocalError
 from qwenlocal.progress import PromptProgress
 
-_STEP_SECONDS = 0.15  # for a part of a prompt while others wait for their next token
-_ALONE_SECONDS = 0.5  # while nobody waits
-_FIRST_CHUNK, _MIN_CHUNK = 64, 16  # tokens of prompts per step
+_STREAMING_SECONDS, _IDLE_SECONDS = 0.15, 0.5  # for parts of prompts, while an answer is generated and while none is
+_FIRST_PART, _MIN_PART = 64, 16  # tokens of prompts per step
 _SHORT = 16  # a sequence with at most this many tokens to compute counts as decoding, not as a prompt
 
 
@@ -106,6 +105,30 @@ class _Slot:
         return len(self.ids) - self.n_cached
 
 
+class _PartSize:
+    """
+    The number of tokens of prompts that a step computes, so that it takes about `seconds`.
+
+    From `n_ubatch` tokens on, these are whole micro-batches: a part of 150 tokens would compute 128 at the speed of a
+    batch and 22 at hardly more than that of single tokens.
+    """
+
+    def __init__(self, seconds: float, n_ubatch: int, limit: int) -> None:
+        self._seconds, self._n_ubatch, self._limit = seconds, n_ubatch, limit
+        self._tokens = float(min(_FIRST_PART, limit))
+
+    @property
+    def tokens(self) -> int:
+        tokens = int(self._tokens)
+        return tokens if tokens < self._n_ubatch else tokens // self._n_ubatch * self._n_ubatch
+
+    def learn(self, tokens: int, seconds: float) -> None:
+        """Note that a step with `tokens` tokens of prompts took `seconds`; small last parts say nothing."""
+        factor = max(0.5, min(2.0, self._seconds / seconds))
+        if factor < 1 or tokens >= self.tokens // 2:
+            self._tokens = max(_MIN_PART, min(self.tokens * factor, self._limit))
+
+
 class Scheduler:
     """
     Runs requests on a context whose `n_seq_max` is `max_running` and the number of sequences to park.
@@ -131,7 +154,10 @@ class Scheduler:
         self._parked: dict[int, list[int]] = {}  # token ids by sequence number, the oldest first
         self._free = list(range(context.options.n_seq_max - 1, -1, -1))
         self._drafting: _Slot | None = None  # the sequence that the drafter knows
-        self._chunk, self._unchecked, self._is_tight = _FIRST_CHUNK, 0, False
+        n_ubatch, n_batch = context.options.n_ubatch, context.n_batch
+        self._streaming_part = _PartSize(_STREAMING_SECONDS, n_ubatch, n_batch)
+        self._idle_part = _PartSize(_IDLE_SECONDS, n_ubatch, n_batch)
+        self._unchecked, self._is_tight = 0, False
         self._computed, self._seconds = 0, 0.0  # prompt tokens computed without others, and the time for it
 
     # --- requests
@@ -219,7 +245,7 @@ class Scheduler:
                 self._truncate(slot)
             return events
         seconds = self._clock() - started
-        self._adapt_chunk(parts, seconds)
+        self._learn_part_size(parts, seconds)
         for (slot, count), row in zip(parts, rows, strict=True):
             try:
                 self._advance(slot, count, row, draft, seconds if len(parts) == 1 else None, events)
@@ -233,7 +259,8 @@ class Scheduler:
         parts = [(slot, slot.n_pending) for slot in self._running if not self._is_limited(slot)]
         prompts = [slot for slot in self._running if self._is_limited(slot)]
         room = self._context.n_batch - sum(count for _, count in parts)
-        budget, n_outputs = min(self._chunk, room), self._context.options.n_outputs - len(parts)
+        part = self._streaming_part if parts else self._idle_part
+        budget, n_outputs = min(part.tokens, room), self._context.options.n_outputs - len(parts)
         if prompts:  # half for the oldest one, so that it is not overtaken forever; the rest for the shortest ones
             oldest, share = prompts[0], budget if len(prompts) == 1 else budget // 2
             for slot in (oldest, *sorted(prompts[1:], key=lambda slot: slot.n_pending)):
@@ -324,17 +351,13 @@ class Scheduler:
         if forced and self._drafting is slot:
             self._speculation.learn(forced, 0, None)
 
-    def _adapt_chunk(self, parts: Iterable[tuple[_Slot, int]], seconds: float) -> None:
-        """Keep steps with parts of prompts near the time that they may take."""
-        prompts = [count for slot, count in parts if slot.n_pending > _SHORT]
-        if not prompts or seconds <= 0:
+    def _learn_part_size(self, parts: Sequence[tuple[_Slot, int]], seconds: float) -> None:
+        counts = [count for slot, count in parts if slot.n_pending > _SHORT]
+        if not counts or seconds <= 0:
             return
-        is_alone = len(self._running) == 1 and not self._waiting
-        if is_alone:
-            self._computed, self._seconds = self._computed + prompts[0], self._seconds + seconds
-        factor = max(0.5, min(2.0, (_ALONE_SECONDS if is_alone else _STEP_SECONDS) / seconds))
-        if factor < 1 or sum(prompts) >= self._chunk // 2:
-            self._chunk = max(_MIN_CHUNK, min(int(self._chunk * factor), self._context.n_batch))
+        (self._streaming_part if len(counts) < len(parts) else self._idle_part).learn(sum(counts), seconds)
+        if len(parts) == 1:
+            self._computed, self._seconds = self._computed + counts[0], self._seconds + seconds
 
     # --- probabilities of the prompt
 

@@ -140,6 +140,8 @@ def main() -> None:
     with serving(ours, ports[0]) as (our_url, our_start), serving(theirs, ports[1]) as (their_url, their_start):
         print(f"{arguments.model.name}: start {our_start:.2f} s, llama-server {their_start:.2f} s\n")
         print(table_header("clients", "measure", "qwenlocal", "llama-server", "ratio (median of pairs)"))
+        for url in (our_url, their_url):  # the first run does not count
+            asyncio.run(measure(url, 1, "first", has_long=False))
         for clients in arguments.clients:
             pairs: list[tuple[Run, Run]] = []
             for number in range(arguments.runs):

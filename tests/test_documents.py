@@ -286,7 +286,7 @@ def test_a_part_of_a_huge_document_is_chosen_without_counting_all_of_it(letter: 
     nothing: Any = None
     session = Session(Thread(), "m", nothing, said.append, lambda question: letter, [], Path())
     window = SimpleNamespace(n_ctx=2048, count_prompt_tokens=lambda thread: 20, count_tokens=count_tokens)
-    session.loaded_conversation = SimpleNamespace(window=window)  # type: ignore[assignment]
+    session.loaded_conversation = SimpleNamespace(window=window, thread=Thread())  # type: ignore[assignment]
     document = Document("big.txt", "".join(lines))
     message = attach_documents(session, "Where is the needle?", [document])
     assert message and kept in message

@@ -40,7 +40,8 @@ class TestDecoding:
     def test_byte_order_marks_are_obeyed_and_removed(self, encoding: str, text: str) -> None:
         assert decode_text(encode(text, encoding), "x") == text
 
-    @given(st.text(st.characters(exclude_characters="\0\ufeff", exclude_categories=["Cs"])))
+    # Characters below U+0009 do not occur in texts, but in UTF-16: "\x040" is the letter а there.
+    @given(st.text(st.characters(min_codepoint=9, exclude_characters="\ufeff", exclude_categories=["Cs"])))
     def test_text_without_a_byte_order_mark_is_utf8(self, text: str) -> None:
         assert decode_text(text.encode(), "x") == text
 

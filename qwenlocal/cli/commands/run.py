@@ -178,7 +178,7 @@ def _answer_elsewhere(
     from qwenlocal.chat.thread import Thread
 
     conversation = pool.load_first(Thread(system))
-    if options.stats:
+    if options.stats and isinstance(pool, ServerPool):
         app.say(pool.notice)
     done = _show_answer(options, functools.partial(conversation.ask, prompt), conversation.stop)
     if done.is_incomplete:

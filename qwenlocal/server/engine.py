@@ -96,7 +96,7 @@ class Engine(Protocol):
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[EngineEvent, None]:
         """
-        Yield the events of an answer: `PromptLogprobs` if requested, `PromptProgress`, `Text`, then one `Done`.
+        Yield the events of an answer: `PromptProgress`, `PromptLogprobs` if requested, `Text`, then one `Done`.
 
         Closing the iterator (`aclose`, or cancelling the task that waits for it) ends the computation.
 

@@ -11,10 +11,11 @@ from prompt_toolkit.completion import CompleteEvent, Completer, Completion
 from prompt_toolkit.document import Document
 
 from qwenlocal.chat.documents import format_mention, split_open_mention
+from qwenlocal.chat.prompt_files import find_prompt_files
 from qwenlocal.errors import QwenlocalError
 from qwenlocal.i18n import tr
 from qwenlocal.paths import unquote_path
-from qwenlocal.terminal.commands.models import SETTINGS, find_prompt_files
+from qwenlocal.terminal.commands.models import SETTINGS
 from qwenlocal.terminal.commands.table import COMMANDS, find_command
 from qwenlocal.terminal.session import Session
 

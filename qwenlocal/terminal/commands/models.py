@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from qwenlocal.chat.context_window import EVICTION_THRESHOLD, OVERFLOW_ALIASES, OVERFLOW_POLICIES
 from qwenlocal.chat.documents import find_mentions, find_missing_mentions, read_document
+from qwenlocal.chat.prompt_files import find_prompt_files
 from qwenlocal.errors import InvalidChoice, ModelNotFound, UsageError
 from qwenlocal.i18n import mark, tr
 from qwenlocal.paths import parse_typed_path, unquote_path
@@ -120,12 +120,6 @@ def use_prompt_file(session: Session, name: str) -> None:
     check_system_prompt(session)
 
 
-def find_prompt_files(folders: Sequence[Path]) -> dict[str, Path]:
-    """Return the `*.txt` and `*.md` files in `folders` by name without suffix; later folders win."""
-    files = [path for folder in folders if folder.is_dir() for path in sorted(folder.iterdir())]
-    return {path.stem: path for path in files if path.suffix in (".txt", ".md") and path.is_file()}
-
-
 def change_setting(session: Session, argument: str) -> None:
     """Change a setting (`/set temperature 0.3`); without a value, show it; without a name, show all."""
     name, _, value = argument.replace("=", " ").partition(" ")
@@ -136,7 +130,7 @@ def change_setting(session: Session, argument: str) -> None:
     current |= dict.fromkeys(config.unset, tr("default"))
     if not name:
         for setting, description in SETTINGS.items():
-            session.say(f"  {setting:<14}  {_format_value(current[setting]):<8}  {tr(description)}")
+            session.say(f"  {setting:<17}  {_format_value(current[setting]):<8}  {tr(description)}")
         return
     if name not in SETTINGS:
         raise UsageError(

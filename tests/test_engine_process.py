@@ -26,6 +26,7 @@ from qwenlocal.server.engine_process import EngineProcess
 from qwenlocal.server.engine_worker import WorkerSpec
 from qwenlocal.server.model_host import HostSettings, ProcessHost
 from qwenlocal.server.served_models import ServedModels
+from qwenlocal.server.wire import WireError
 
 HELLO = ChatPrompt([{"role": "user", "content": "Hello"}])
 DEADLINE = 60.0
@@ -443,3 +444,11 @@ def test_a_model_that_cannot_be_loaded_stays_unloaded(random_model: Path, tmp_pa
         await models.close()
 
     run(test)
+
+
+def test_a_bug_in_the_process_of_a_model_prints_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        raise ValueError("a bug")
+    except ValueError as error:
+        assert "a bug" in str(WireError.pack(error).unpack())
+    assert "Traceback" in capsys.readouterr().err

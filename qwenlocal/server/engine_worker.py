@@ -335,7 +335,7 @@ class Worker:
             loop.run()
         except BaseException as error:
             self._fail(error)
-            raise
+            os._exit(1)  # the server starts another process, and this one would keep the model's memory
 
     def _receive(self, loop: EngineLoop, functions: ModelFunctions) -> None:
         # Embeddings take seconds; nothing that is quick waits for them.

@@ -7,6 +7,7 @@ Both ends are this program: the messages are pickled by `multiprocessing.connect
 from __future__ import annotations
 
 import importlib
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -98,8 +99,9 @@ class WireError:
 
     @classmethod
     def pack(cls, error: BaseException) -> WireError:
-        """Pack an error; anything but a `QwenlocalError` is a bug and becomes an `EngineCrashed`."""
+        """Pack an error; anything but a `QwenlocalError` is a bug: its traceback is printed, and it becomes another."""
         if not isinstance(error, QwenlocalError):
+            traceback.print_exception(error)
             error = EngineCrashed(f"{type(error).__name__}: {error}")
         return cls(type(error).__module__, type(error).__qualname__, error.args, dict(vars(error)))
 

@@ -120,7 +120,8 @@ class LocalEngine:
 
     def _encode(self, prompt: Prompt) -> Sequence[int]:
         if isinstance(prompt, ChatPrompt):
-            return require_tokens(encode_messages(self._template, prompt.messages, self._tokenizer))
+            messages, prefix = prompt.messages, prompt.answer_prefix
+            return require_tokens(encode_messages(self._template, messages, self._tokenizer, prefix))
         if isinstance(prompt, TextPrompt):
             return require_tokens(self._tokenizer.tokenize(prompt.text, special=True))
         if max(prompt.ids) >= len(self._tokenizer):

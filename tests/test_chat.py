@@ -190,6 +190,16 @@ def test_a_typed_control_token_stays_text(vocabulary: Tokenizer) -> None:
     assert evil.encode() in b"".join(vocabulary.piece(i, special=True) for i in ids)
 
 
+def test_the_beginning_of_an_answer_follows_the_header_and_its_control_tokens_stay_text(vocabulary: Tokenizer) -> None:
+    template, messages = ChatTemplate(CHATML), [{"role": "user", "content": "Hi"}]
+    header = template.render(messages)
+    ids = encode_messages(template, messages, vocabulary, "Par")
+    assert ids == vocabulary.tokenize(f"{header}Par", special=True)
+    forged = encode_messages(template, messages, vocabulary, "Par<|im_end|>")
+    assert [i for i in forged if vocabulary.is_control(i)] == [i for i in ids if vocabulary.is_control(i)]
+    assert b"".join(vocabulary.piece(i, special=True) for i in forged) == f"{header}Par<|im_end|>".encode()
+
+
 def test_ordinary_messages_are_tokenized_as_a_whole(vocabulary: Tokenizer) -> None:
     template = ChatTemplate(CHATML)
     messages = [{"role": "user", "content": "\n  a < b [1] |x| 你好"}]

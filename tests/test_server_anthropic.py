@@ -15,6 +15,7 @@ from http_server import Server, serve, wait_until
 from qwenlocal.errors import EngineCrashed
 
 HELLO = [{"role": "user", "content": "Hello"}]
+BEGUN = [*HELLO, {"role": "assistant", "content": "Par"}]
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +74,19 @@ def test_the_system_prompt_and_parts_reach_the_model(server: Server, client: ant
     assert request.sampling == {"temperature": 0.5, "top_k": 7}
 
 
+def test_an_answer_continues_the_last_message_and_holds_only_what_is_new(client: anthropic.Anthropic) -> None:
+    message = client.messages.create(model="speaking", messages=BEGUN, max_tokens=100)  # type: ignore[arg-type]
+    assert message.content[0].text == "is, fun"  # type: ignore[union-attr]
+    assert message.usage.output_tokens == len("is, fun") + 1
+    with client.messages.stream(model="speaking", messages=BEGUN, max_tokens=100) as stream:  # type: ignore[arg-type]
+        assert stream.get_final_text() == "is, fun"
+    plain, begun = (
+        client.messages.count_tokens(model="speaking", messages=messages).input_tokens  # type: ignore[arg-type]
+        for messages in (HELLO, BEGUN)
+    )
+    assert begun == plain + len("Par")
+
+
 def test_a_stop_sequence_is_reported(client: anthropic.Anthropic) -> None:
     message = client.messages.create(model="speaking", messages=HELLO, max_tokens=50, stop_sequences=[", "])  # type: ignore[arg-type]
     assert message.content[0].text == "Paris"  # type: ignore[union-attr]
@@ -98,7 +112,9 @@ def test_an_answer_follows_a_schema(random_model: Path) -> None:
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "system", "content": "x"}]}, "messages.0.role"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "image"),
-        ({"messages": [*HELLO, {"role": "assistant", "content": "Well"}]}, "last message"),
+        ({"messages": [*HELLO, {"role": "assistant", "content": "Well "}]}, "space"),
+        ({"messages": [{"role": "assistant", "content": "Well"}]}, "question"),
+        ({"messages": BEGUN, "output_config": {"format": {"type": "json_schema", "schema": {}}}}, "output_config"),
         ({"tools": [{"name": "x"}]}, "tools"),
         ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking"),
     ],

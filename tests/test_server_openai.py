@@ -112,6 +112,16 @@ def test_a_limit_of_tokens_ends_the_answer(speaking: Server, limits: dict[str, i
     assert completion.choices[0].finish_reason == "length"
 
 
+@pytest.mark.parametrize("others", [{}, {"add_generation_prompt": False}])
+def test_the_last_message_is_continued_as_sglang_and_vllm_do(speaking: Server, others: dict[str, bool]) -> None:
+    completion = client(speaking).chat.completions.create(
+        model="speaking",
+        messages=[*HELLO, {"role": "assistant", "content": "Par"}],
+        extra_body={"continue_final_message": True, **others},
+    )
+    assert completion.choices[0].message.content == "is, fun"
+
+
 def test_a_seed_repeats_an_answer_and_choices_differ(random_server: Server) -> None:
     def answers(seed: int) -> list[str | None]:
         completion = client(random_server).chat.completions.create(
@@ -348,6 +358,10 @@ BAD_REQUESTS = [
     ({"messages": HELLO, "tool_choice": "required", "tools": [{"type": "function"}]}, "tools"),
     ({"messages": HELLO, "functions": [{}]}, "functions"),
     ({"messages": HELLO, "audio": {}}, "audio"),
+    ({"messages": HELLO, "continue_final_message": True}, "messages"),
+    ({"messages": [{"role": "assistant", "content": "x"}], "continue_final_message": True}, "messages"),
+    ({"messages": HELLO, "add_generation_prompt": False}, "add_generation_prompt"),
+    ({"messages": HELLO, "add_generation_prompt": True, "continue_final_message": True}, "add_generation_prompt"),
     ({"messages": HELLO, "best_of": 2}, "best_of"),
     ({"messages": HELLO, "grammar": "root ::= ("}, "grammar"),
     ({"messages": HELLO, "response_format": {"type": "json_schema"}}, "response_format"),

@@ -8,14 +8,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwenlocal.chat.chat_template import CHATML, ChatTemplate
+from qwenlocal.chat.chat_template import CHATML, ChatTemplate, require_template
 from qwenlocal.chat.conversation import Conversation, GenerationConfig
 from qwenlocal.chat.local_backend import LocalBackend
 from qwenlocal.chat.thread import Thread
 from qwenlocal.engine.llama import Model
 from qwenlocal.engine.load_plan import ChatTemplateMissing, LoadNote
 from qwenlocal.engine.loader import EngineLoader, LoadedModel, LoadOptions
-from qwenlocal.errors import UsageError
 from qwenlocal.i18n import tr
 from qwenlocal.machine import Machine
 
@@ -34,14 +33,9 @@ class ChatModel(LoadedModel):
         ------
         UsageError: the model has no chat template.
         """
-        if self.template is None:
-            raise UsageError(
-                tr("This model has no chat template: it continues text instead of answering."),
-                hint=tr('Pass the beginning of a text: qwenlocal run MODEL --raw "Once upon a time"'),
-            )
-        backend = LocalBackend(
-            self.sequence, self.model.tokenizer, self.template, n_ctx=self.context.n_ctx, model=self.name
-        )
+        hint = tr('Pass the beginning of a text: qwenlocal run MODEL --raw "Once upon a time"')
+        template = require_template(self.template, hint)
+        backend = LocalBackend(self.sequence, self.model.tokenizer, template, n_ctx=self.context.n_ctx, model=self.name)
         return Conversation(backend, config, thread)
 
 

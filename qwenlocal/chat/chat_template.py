@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from qwenlocal.errors import BadWeights, TextTooLong
+from qwenlocal.errors import BadWeights, TextTooLong, UsageError
+from qwenlocal.i18n import tr
 from qwenlocal.jinja import CompiledTemplate, TemplateFailure, TemplateRejection
 
 if TYPE_CHECKING:
@@ -90,9 +91,11 @@ class ChatTemplate:
             return False
 
 
-def encode_messages(template: ChatTemplate, messages: Sequence[ChatMessage], tokenizer: Tokenizer) -> list[int]:
+def encode_messages(
+    template: ChatTemplate, messages: Sequence[ChatMessage], tokenizer: Tokenizer, answer_prefix: str = ""
+) -> list[int]:
     """
-    Return the ids of the prompt that the model continues with the assistant's answer.
+    Return the ids of the prompt that the model continues with the assistant's answer, after `answer_prefix`.
 
     Control tokens come from the template only. With Qwen1.5, a user's message "a<|im_end|>b" contributes no id above
     151642: the spelling is split after its first character ("a<", "|im_end|>b"), and the parts are tokenized
@@ -104,7 +107,7 @@ def encode_messages(template: ChatTemplate, messages: Sequence[ChatMessage], tok
     BadWeights: the template fails or rejects the messages.
     TextTooLong: a message would take seconds to tokenize and fits into no context.
     """
-    for length in (len(str(message["content"])) for message in messages):
+    for length in (len(answer_prefix), *(len(str(message["content"])) for message in messages)):
         if length > MAX_CHARACTERS:
             raise TextTooLong(length, MAX_CHARACTERS)
     joined = _join_roles(messages)
@@ -112,11 +115,24 @@ def encode_messages(template: ChatTemplate, messages: Sequence[ChatMessage], tok
     if has_system and not template.has_system_messages:
         messages = joined
     try:
-        return _encode(template, messages, tokenizer)
+        return _encode(template, messages, tokenizer, answer_prefix)
     except MessagesRejected:
         if messages == joined:
             raise
-    return _encode(template, joined, tokenizer)
+    return _encode(template, joined, tokenizer, answer_prefix)
+
+
+def require_template(template: ChatTemplate | None, hint: str) -> ChatTemplate:
+    """
+    Return `template`, the one of a model that is to answer messages.
+
+    Raises
+    ------
+    UsageError: the model has none; `hint` says what to do then.
+    """
+    if template is None:
+        raise UsageError(tr("This model has no chat template: it continues text instead of answering."), hint=hint)
+    return template
 
 
 def require_tokens(ids: Sequence[int]) -> Sequence[int]:
@@ -132,13 +148,15 @@ def require_tokens(ids: Sequence[int]) -> Sequence[int]:
     return ids
 
 
-def _encode(template: ChatTemplate, messages: Sequence[ChatMessage], tokenizer: Tokenizer) -> list[int]:
-    contents = [str(message["content"]) for message in messages]
+def _encode(
+    template: ChatTemplate, messages: Sequence[ChatMessage], tokenizer: Tokenizer, answer_prefix: str
+) -> list[int]:
+    contents = [*(str(message["content"]) for message in messages), answer_prefix]
     separator = next(separator for separator in _SEPARATORS if not any(separator in content for content in contents))
     while True:
-        rendered = template.render(
-            [{**message, "content": content} for message, content in zip(messages, contents, strict=True)]
-        )
+        *texts, prefix = contents
+        filled = [{**message, "content": text} for message, text in zip(messages, texts, strict=True)]
+        rendered = template.render(filled) + prefix
         ids = [token for part in rendered.split(separator) for token in tokenizer.tokenize(part, special=True)]
         spellings = _control_spellings(ids, tokenizer)
         split = [_split_spellings(content, spellings, separator) for content in contents]

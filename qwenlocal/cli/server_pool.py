@@ -104,6 +104,7 @@ class ServerPool:
 
     def _open_backend(self) -> tuple[LocalBackend, Sampling]:
         from qwenlocal.chat.chat_model import choose_template
+        from qwenlocal.chat.chat_template import require_template
         from qwenlocal.chat.local_backend import LocalBackend
         from qwenlocal.engine.llama import Model
         from qwenlocal.engine.loader import recommend_sampling
@@ -115,11 +116,7 @@ class ServerPool:
         name, record = self._model
         self._vocabulary = model = Model(record.path, vocab_only=True)
         template, _ = choose_template(model)
-        if template is None:
-            raise UsageError(
-                tr("This model has no chat template: it continues text instead of answering."),
-                hint=tr("Omit --server."),
-            )
+        template = require_template(template, tr("Omit --server."))
         tokenizer, n_ctx = model.tokenizer, self._server.n_ctx
         tokens = ServerTokens(
             RemoteClient(Endpoint(f"{self._server.url}/v1", api_key=self._server.key)),

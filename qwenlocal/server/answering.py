@@ -10,8 +10,17 @@ from dataclasses import dataclass, field
 from qwenlocal.chat.events import Done, FinishReason, PromptLogprobs, Text, TokenLogprob
 from qwenlocal.errors import ModelNotFound
 from qwenlocal.i18n import tr
-from qwenlocal.server.engine import Engine, EngineEvent, GenerationRequest, ModelHost, ModelInfo
-from qwenlocal.server.http_errors import HttpError
+from qwenlocal.server.engine import (
+    Embedding,
+    Engine,
+    EngineEvent,
+    GenerationRequest,
+    ModelHost,
+    ModelInfo,
+    TextPrompt,
+    TokenPrompt,
+)
+from qwenlocal.server.http_errors import BadField, HttpError
 from qwenlocal.server.server_metrics import ServerMetrics
 
 _CONCURRENT = 8  # answers of one HTTP request at a time, so that it cannot fill the queue of all clients
@@ -56,8 +65,20 @@ class AnswerService:
         """Return all installed models."""
         return self._host.models()
 
-    def model_not_found(self, name: str) -> HttpError:
-        """Create the error for a model that is not installed; it lists those that are."""
+    def find_model(self, name: str) -> ModelInfo:
+        """
+        Return an installed model.
+
+        Raises
+        ------
+        HttpError: it is not installed.
+        """
+        for model in self.models():
+            if model.name == name:
+                return model
+        raise self._model_not_found(name)
+
+    def _model_not_found(self, name: str) -> HttpError:
         names = ", ".join(model.name for model in self.models()) or tr("none")
         return HttpError(
             404,
@@ -80,7 +101,7 @@ class AnswerService:
             try:
                 engine = await stack.enter_async_context(self._host.open(name))
             except ModelNotFound as error:
-                raise self.model_not_found(name) from error
+                raise self._model_not_found(name) from error
             yield engine
 
     async def stream(self, engine: Engine, requests: Sequence[GenerationRequest]) -> AsyncGenerator[IndexedEvent, None]:
@@ -97,6 +118,22 @@ class AnswerService:
                 if isinstance(event, Done) and event.finish_reason is FinishReason.INTERRUPTED:
                     raise HttpError(503, tr("The answer was interrupted: the server stops."), code="interrupted")
                 yield index, event
+
+    async def embed(
+        self, name: str, prompts: Sequence[TextPrompt | TokenPrompt], dimensions: int | None
+    ) -> tuple[str, list[Embedding]]:
+        """
+        Return the name of a model, and the embeddings of `prompts`.
+
+        Raises
+        ------
+        BadField: the embeddings do not have the number of `dimensions`.
+        """
+        async with self.open(name) as engine:
+            name, embeddings = engine.info.name, await engine.embed(prompts) if prompts else []
+        if embeddings and dimensions not in (None, size := len(embeddings[0].vector)):
+            raise BadField("dimensions", tr("This model's vectors have {size} dimensions.", size=size))
+        return name, embeddings
 
     async def collect(self, engine: Engine, requests: Sequence[GenerationRequest]) -> list[CollectedAnswer]:
         """Return the complete answers to several requests."""

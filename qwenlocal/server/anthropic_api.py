@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import AsyncGenerator
 from typing import Any, Literal
 
@@ -15,19 +16,20 @@ from qwenlocal.i18n import tr
 from qwenlocal.progress import PromptProgress
 from qwenlocal.server.answering import AnswerService
 from qwenlocal.server.engine import ChatPrompt, Engine, GenerationRequest
-from qwenlocal.server.http_errors import BadField, report_error
+from qwenlocal.server.http_errors import BadField
 from qwenlocal.server.json_route import JsonRoute
-from qwenlocal.server.openai_format import format_event, new_id
+from qwenlocal.server.openai_format import new_id
 from qwenlocal.server.request_fields import (
     ApiRequest,
     SamplingFields,
     StopStrings,
     TextContent,
     compile_schema,
-    join_text,
+    continue_answer,
+    format_message,
 )
 from qwenlocal.server.security import identify_client
-from qwenlocal.server.streaming import SSE, run_while_connected, stream_while_connected
+from qwenlocal.server.streaming import format_event, run_while_connected, stream_while_connected
 
 _STOP_REASONS = {
     FinishReason.EOS: "end_turn",
@@ -75,19 +77,21 @@ class CountTokensRequest(ApiRequest):
 
     def prompt(self) -> ChatPrompt:
         """
-        Return the messages for the chat template.
+        Return the messages for the chat template; the model continues a last message of the assistant.
 
         Raises
         ------
-        BadField: a field is not supported.
+        BadField: a field is not supported, or the last message cannot be continued.
         """
         self.refuse(_UNSUPPORTED)
-        if self.messages[-1].role == "assistant":
-            raise BadField(
-                "messages", tr("The last message must be the user's: beginnings of answers are not supported.")
-            )
-        system = [{"role": "system", "content": join_text(self.system)}] if self.system else []
-        return ChatPrompt([*system, *({"role": one.role, "content": join_text(one.content)} for one in self.messages)])
+        system = [format_message("system", self.system)] if self.system else []
+        messages = [*system, *(format_message(one.role, one.content) for one in self.messages)]
+        if messages[-1]["role"] != "assistant":
+            return ChatPrompt(messages)
+        if messages[-1]["content"][-1:].isspace():  # as Anthropic refuses it: few answers continue after a space
+            field = f"messages.{len(self.messages) - 1}.content"
+            raise BadField(field, tr("A beginning of an answer must not end with a space or a line break."))
+        return continue_answer(messages)
 
 
 class MessagesRequest(CountTokensRequest, SamplingFields):
@@ -122,6 +126,11 @@ class AnthropicApi:
         """Answer the last message of a chat."""
         prompt, sampling = body.prompt(), body.sampling()
         if body.output_config and body.output_config.format:
+            if body.messages[-1].role == "assistant":
+                raise BadField(
+                    "output_config.format",
+                    tr("“output_config.format” and a last message of the assistant exclude each other."),
+                )
             schema = body.output_config.format.json_schema
             sampling["grammar"] = await compile_schema(schema, "output_config.format.schema")
         stop = tuple(body.stop_sequences or ())
@@ -131,9 +140,8 @@ class AnthropicApi:
         return await stream_while_connected(
             request,
             self._stream(body, generation),
-            media_type=SSE,
-            describe=lambda error: format_event(report_error(error, request).body(request.url.path), "error"),
             keep_alive=self._keep_alive,
+            encode_error=functools.partial(format_event, name="error"),
         )
 
     async def _collect(self, body: MessagesRequest, generation: GenerationRequest) -> dict[str, Any]:

@@ -17,9 +17,14 @@ from qwenlocal.chat.events import Event, PromptLogprobs
 
 @dataclass(frozen=True)
 class ChatPrompt:
-    """Messages ({"role": …, "content": text}) that the model's chat template turns into a prompt."""
+    """
+    Messages ({"role": …, "content": text}) that the model's chat template turns into a prompt.
+
+    The model continues `answer_prefix`, with which its answer begins.
+    """
 
     messages: Sequence[Mapping[str, str]]
+    answer_prefix: str = ""
 
 
 @dataclass(frozen=True)

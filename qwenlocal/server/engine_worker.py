@@ -21,7 +21,7 @@ from typing import Any
 
 from qwenlocal.api.model_loader import ModelLoader
 from qwenlocal.chat.chat_model import ChatModel
-from qwenlocal.chat.chat_template import ChatTemplate, encode_messages, require_tokens
+from qwenlocal.chat.chat_template import ChatTemplate, encode_messages, require_template, require_tokens
 from qwenlocal.chat.events import Event, FinishReason, PromptLogprobs, TokenLogprob
 from qwenlocal.chat.generate import AnswerBuilder
 from qwenlocal.engine.embedding import Embedder
@@ -216,7 +216,8 @@ class ModelFunctions:
         UsageError: the model has no chat template. BadWeights, TextTooLong: the messages cannot be encoded.
         """
         if isinstance(prompt, ChatPrompt):
-            return require_tokens(encode_messages(self._template, prompt.messages, self.tokenizer))
+            messages, prefix = prompt.messages, prompt.answer_prefix
+            return require_tokens(encode_messages(self._template, messages, self.tokenizer, prefix))
         if isinstance(prompt, TextPrompt):
             return self.tokenize(prompt.text, True, self.tokenizer.adds_bos)
         self._check_ids(prompt.ids)
@@ -229,12 +230,7 @@ class ModelFunctions:
 
     @property
     def _template(self) -> ChatTemplate:
-        if self._model.template is None:
-            raise UsageError(
-                tr("This model has no chat template: it continues text instead of answering."),
-                hint=tr("Use /v1/completions, or another model."),
-            )
-        return self._model.template
+        return require_template(self._model.template, tr("Use /v1/completions, or another model."))
 
     def create_sampler(self, overrides: Mapping[str, Any]) -> tuple[Sampling, Sampler]:
         """

@@ -13,10 +13,8 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from qwenlocal.chat.events import Done, Text
-from qwenlocal.i18n import tr
 from qwenlocal.server.answering import AnswerService
-from qwenlocal.server.engine import ChatPrompt, Embedding, Engine, GenerationRequest, ModelInfo, Prompt, TextPrompt
-from qwenlocal.server.http_errors import BadField, report_error
+from qwenlocal.server.engine import ChatPrompt, Engine, GenerationRequest, ModelInfo, Prompt, TextPrompt
 from qwenlocal.server.json_route import JsonRoute
 from qwenlocal.server.ollama_models import (
     AnswerRequest,
@@ -70,17 +68,15 @@ class OllamaApi:
 
     async def show_model(self, body: OllamaRequest) -> Response:
         """Describe an installed model."""
-        for model in self._service.models():
-            if model.name == body.model_name:
-                return JSONResponse(
-                    {
-                        "modified_at": _format_time(model.modified),
-                        "details": _format_details(model),
-                        "model_info": {"general.basename": model.name, "context_length": model.n_ctx_train},
-                        "capabilities": ["completion", "embedding"],
-                    }
-                )
-        raise self._service.model_not_found(body.model_name)
+        model = self._service.find_model(body.model_name)
+        return JSONResponse(
+            {
+                "modified_at": _format_time(model.modified),
+                "details": _format_details(model),
+                "model_info": {"general.basename": model.name, "context_length": model.n_ctx_train},
+                "capabilities": ["completion", "embedding"],
+            }
+        )
 
     async def chat(self, request: Request, body: OllamaChatRequest) -> Response:
         """Answer the last message of a chat."""
@@ -119,9 +115,9 @@ class OllamaApi:
         return await stream_while_connected(
             request,
             _encode_lines(lines),
-            media_type=NDJSON,
-            describe=lambda error: _encode_line(report_error(error, request).body(request.url.path)),
             keep_alive=self._keep_alive,
+            encode_error=_encode_line,
+            media_type=NDJSON,
         )
 
     async def _answer(
@@ -161,16 +157,10 @@ class OllamaApi:
     async def embed(self, request: Request, body: OllamaEmbedRequest) -> Response:
         """Return a vector for each text."""
         start = time.monotonic()
-        texts = [body.input] if isinstance(body.input, str) else body.input
-
-        async def compute() -> list[Embedding]:
-            async with self._service.open(body.model_name) as engine:
-                return await engine.embed([TextPrompt(text) for text in texts]) if texts else []
-
-        embeddings = await run_while_connected(request, compute())
-        if embeddings and body.dimensions not in (None, len(embeddings[0].vector)):
-            size = len(embeddings[0].vector)
-            raise BadField("dimensions", tr("This model's vectors have {size} dimensions.", size=size))
+        prompts = [TextPrompt(text) for text in ([body.input] if isinstance(body.input, str) else body.input)]
+        _, embeddings = await run_while_connected(
+            request, self._service.embed(body.model_name, prompts, body.dimensions)
+        )
         return JSONResponse(
             {
                 "model": body.model,

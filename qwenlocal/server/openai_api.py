@@ -5,19 +5,17 @@ from __future__ import annotations
 import base64
 import struct
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from qwenlocal.i18n import tr
 from qwenlocal.server.answering import AnswerService
-from qwenlocal.server.engine import ChatPrompt, Embedding, GenerationRequest, ModelInfo, TextPrompt, TokenPrompt
-from qwenlocal.server.http_errors import BadField, report_error
+from qwenlocal.server.engine import GenerationRequest, ModelInfo, TextPrompt, TokenPrompt
 from qwenlocal.server.json_route import JsonRoute
 from qwenlocal.server.openai_choices import ChatChoices, ChoiceFormat, ChoiceResponse, CompletionChoices
-from qwenlocal.server.openai_format import format_event
 from qwenlocal.server.openai_models import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -27,7 +25,7 @@ from qwenlocal.server.openai_models import (
 )
 from qwenlocal.server.request_fields import choice_seed
 from qwenlocal.server.security import identify_client
-from qwenlocal.server.streaming import SSE, run_while_connected, stream_while_connected
+from qwenlocal.server.streaming import run_while_connected, stream_while_connected
 
 
 class OpenAiApi:
@@ -56,80 +54,63 @@ class OpenAiApi:
 
     async def get_model(self, name: str) -> Response:
         """Describe an installed model."""
-        for model in self._service.models():
-            if model.name == name:
-                return JSONResponse(_format_model(model))
-        raise self._service.model_not_found(name)
+        return JSONResponse(_format_model(self._service.find_model(name)))
 
     async def chat(self, request: Request, body: ChatCompletionRequest) -> Response:
         """Answer the last message of a chat."""
         body.check()
-        sampling = await body.all_sampling()
-        prompt = ChatPrompt([message.to_dict() for message in body.messages])
-        requests = [
-            GenerationRequest(
-                prompt,
-                choice_seed(sampling, number),
-                _limit(body.limit),
-                tuple(body.stop or ()),
-                (body.top_logprobs or 0) if body.logprobs else None,
-                cache_prompt=body.cache_prompt is not False,
-                client=identify_client(request),
-            )
-            for number in range(body.choices)
-        ]
-        return await self._respond(request, body, requests, ChatChoices(bool(body.logprobs)))
+        generation = GenerationRequest(
+            body.prompt(),
+            max_tokens=body.limit,
+            top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        )
+        return await self._respond(request, body, [generation], ChatChoices(bool(body.logprobs)))
 
     async def complete(self, request: Request, body: CompletionRequest) -> Response:
         """Continue one or more texts."""
         body.check()
-        sampling = await body.all_sampling()
-        requests = [
+        has_logprobs, echo = body.logprobs is not None, bool(body.echo)
+        generations = [
             GenerationRequest(
-                _prompt(prompt),
-                choice_seed(sampling, number),
-                _limit(body.max_tokens),
-                tuple(body.stop or ()),
-                body.logprobs,
-                prompt_logprobs=bool(body.echo) and body.logprobs is not None,
-                cache_prompt=body.cache_prompt is not False,
-                client=identify_client(request),
+                _prompt(text),
+                max_tokens=body.max_tokens,
+                top_logprobs=body.logprobs,
+                prompt_logprobs=echo and has_logprobs,
             )
-            for prompt in list_texts(body.prompt)
-            for number in range(body.choices)
+            for text in list_texts(body.prompt)
         ]
-        choices = CompletionChoices(has_logprobs=body.logprobs is not None, echo=bool(body.echo))
-        return await self._respond(request, body, requests, choices)
+        return await self._respond(request, body, generations, CompletionChoices(has_logprobs, echo))
 
     async def _respond(
         self,
         request: Request,
         body: GenerationFields,
-        requests: Sequence[GenerationRequest],
+        generations: Sequence[GenerationRequest],
         choices: ChoiceFormat,
     ) -> Response:
+        """Respond with as many answers to each prompt as `body` asks for, generated with the fields that all share."""
+        sampling = await body.all_sampling()
+        requests = [
+            replace(
+                generation,
+                sampling=choice_seed(sampling, number),
+                max_tokens=None if generation.max_tokens == -1 else generation.max_tokens,  # llama-server: no limit
+                stop=tuple(body.stop or ()),
+                cache_prompt=body.cache_prompt is not False,
+                client=identify_client(request),
+            )
+            for generation in generations
+            for number in range(body.choices)
+        ]
         response = ChoiceResponse(self._service, body, requests, choices)
         if not body.stream:
             return JSONResponse(await run_while_connected(request, response.collect()))
-        return await stream_while_connected(
-            request,
-            response.stream(),
-            media_type=SSE,
-            describe=lambda error: format_event(report_error(error, request).body(request.url.path)),
-            keep_alive=self._keep_alive,
-        )
+        return await stream_while_connected(request, response.stream(), keep_alive=self._keep_alive)
 
     async def embed(self, request: Request, body: EmbeddingRequest) -> Response:
         """Return a vector for each text."""
-
-        async def compute() -> tuple[str, list[Embedding]]:
-            async with self._service.open(body.model) as engine:
-                return engine.info.name, await engine.embed([_prompt(text) for text in list_texts(body.input)])
-
-        name, embeddings = await run_while_connected(request, compute())
-        size = len(embeddings[0].vector)
-        if body.dimensions not in (None, size):
-            raise BadField("dimensions", tr("This model's vectors have {size} dimensions.", size=size))
+        prompts = [_prompt(text) for text in list_texts(body.input)]
+        name, embeddings = await run_while_connected(request, self._service.embed(body.model, prompts, body.dimensions))
         encode = _encode_base64 if body.encoding_format == "base64" else list
         tokens = sum(embedding.tokens for embedding in embeddings)
         return JSONResponse(
@@ -166,8 +147,3 @@ def _format_model(model: ModelInfo) -> dict[str, Any]:
 
 def _prompt(value: str | list[int]) -> TextPrompt | TokenPrompt:
     return TextPrompt(value) if isinstance(value, str) else TokenPrompt(value)
-
-
-def _limit(max_tokens: int | None) -> int | None:
-    """Return the limit of `GenerationRequest`; llama-server's -1 is no limit."""
-    return None if max_tokens == -1 else max_tokens

@@ -10,18 +10,17 @@ from qwenlocal.chat.events import Done, GenerationStats, Text, TokenLogprob
 from qwenlocal.server.answering import AnswerService, CollectedAnswer
 from qwenlocal.server.engine import Engine, GenerationRequest, TextPrompt, TokenPrompt
 from qwenlocal.server.openai_format import (
-    END_OF_STREAM,
     FINISH_REASONS,
     CompletionLogprobs,
     ResponseHeader,
     RunningStats,
     format_chat_logprobs,
-    format_event,
     format_timings,
     format_usage,
     new_id,
 )
 from qwenlocal.server.openai_models import GenerationFields
+from qwenlocal.server.streaming import END_OF_STREAM, format_event
 
 
 class ChoiceFormat(Protocol):

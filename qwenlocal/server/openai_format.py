@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import json
 import math
 import secrets
 import time
@@ -23,13 +22,6 @@ FINISH_REASONS = {
     FinishReason.LENGTH: "length",
     FinishReason.CONTEXT_FULL: "length",
 }
-END_OF_STREAM = b"data: [DONE]\n\n"
-
-
-def format_event(data: Any, name: str = "") -> bytes:
-    """Return a server-sent event with JSON in it."""
-    line = f"event: {name}\n" if name else ""
-    return f"{line}data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
 
 
 @dataclass(frozen=True)

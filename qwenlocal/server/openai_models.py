@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
 from qwenlocal.i18n import tr
+from qwenlocal.server.engine import ChatPrompt
 from qwenlocal.server.http_errors import BadField
 from qwenlocal.server.request_fields import (
     ApiRequest,
@@ -20,8 +21,9 @@ from qwenlocal.server.request_fields import (
     TextContent,
     compile_gbnf,
     compile_schema,
+    continue_answer,
     convert_logit_bias,
-    join_text,
+    format_message,
 )
 
 _MAX_CHOICES = 64
@@ -171,9 +173,8 @@ class ChatMessageFields(ApiRequest):
     content: TextContent | None = None
 
     def to_dict(self) -> dict[str, str]:
-        """Return the message for the chat template, which knows developers as the system."""
-        role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": join_text(self.content)}
+        """Return the message for the chat template."""
+        return format_message(self.role, self.content)
 
     @model_validator(mode="after")
     def _check_content(self) -> ChatMessageFields:
@@ -192,6 +193,8 @@ class ChatCompletionRequest(GenerationFields):
     max_completion_tokens: int | None = Field(None, ge=-1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=_MAX_TOP_LOGPROBS)
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
 
     @property
     def limit(self) -> int | None:
@@ -202,6 +205,22 @@ class ChatCompletionRequest(GenerationFields):
         super().check()
         if self.top_logprobs and not self.logprobs:
             raise BadField("top_logprobs", tr("“top_logprobs” needs “logprobs”: true."))
+        if self.add_generation_prompt is bool(self.continue_final_message):  # vLLM needs both, SGLang the latter
+            raise BadField(
+                "add_generation_prompt",
+                tr("“add_generation_prompt” must be the opposite of “continue_final_message”."),
+            )
+
+    def prompt(self) -> ChatPrompt:
+        """
+        Return the messages for the chat template.
+
+        Raises
+        ------
+        BadField: the last one cannot be continued.
+        """
+        messages = [message.to_dict() for message in self.messages]
+        return continue_answer(messages) if self.continue_final_message else ChatPrompt(messages)
 
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]

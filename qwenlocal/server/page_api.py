@@ -25,16 +25,15 @@ from qwenlocal.i18n import tr
 from qwenlocal.paths import Folders, bundled_folder
 from qwenlocal.server.answering import AnswerService
 from qwenlocal.server.engine import ChatPrompt
-from qwenlocal.server.http_errors import BadField, HttpError, report_error
+from qwenlocal.server.http_errors import BadField, HttpError
 from qwenlocal.server.json_route import JsonRoute
-from qwenlocal.server.openai_format import format_event
 from qwenlocal.server.page_answers import ANSWER_SHARE, PageAnswers, PageQuestion
 from qwenlocal.server.page_assets import PAGE_HEADERS, PageAssets
 from qwenlocal.server.page_chats import PageChats
 from qwenlocal.server.page_texts import translate_page
 from qwenlocal.server.request_fields import SamplingFields
 from qwenlocal.server.security import identify_client, is_from_own_page
-from qwenlocal.server.streaming import SSE, stream_while_connected
+from qwenlocal.server.streaming import format_event, stream_while_connected
 
 _EXPORT_TYPES = {"md": "text/markdown", "json": "application/json", "html": "text/html"}
 _MAX_NAME = 200  # characters of a file's name
@@ -208,9 +207,8 @@ class PageApi:
         return await stream_while_connected(
             request,
             (format_event(event) async for event in events),
-            media_type=SSE,
-            describe=lambda error: format_event(_describe_error(error, request)),
             keep_alive=self._keep_alive,
+            encode_error=lambda body: format_event({**body["error"], "type": "error"}),
         )
 
     async def stop_answer(self, key: str) -> Response:
@@ -281,12 +279,6 @@ _PRIVATE = {**PAGE_HEADERS, "Cache-Control": "no-store"}
 
 def _respond(content: Any) -> Response:
     return JSONResponse(content, headers=_PRIVATE)
-
-
-def _describe_error(error: Exception, request: Request) -> dict[str, Any]:
-    """Return an error in the middle of an answer."""
-    report = report_error(error, request)
-    return {"type": "error", "message": report.message, "code": report.code}
 
 
 def create_page_router(service: AnswerService, folders: Folders | None, *, keep_alive: float) -> APIRouter:

@@ -14,6 +14,7 @@ from qwenlocal.engine.gbnf import grammar_from_gbnf
 from qwenlocal.engine.json_schema import ANY_OBJECT, grammar_from_schema
 from qwenlocal.errors import UsageError
 from qwenlocal.i18n import tr
+from qwenlocal.server.engine import ChatPrompt
 from qwenlocal.server.http_errors import BadField
 
 _SEEDS = 2**32 - 1
@@ -112,6 +113,25 @@ def check_text_parts(value: Any) -> Any:
 TextContent = Annotated[
     str | list[TextPart], BeforeValidator(check_text_parts, json_schema_input_type=str | list[TextPart])
 ]
+
+
+def format_message(role: str, content: str | Sequence[TextPart] | None) -> dict[str, str]:
+    """Return a message for the chat template, which knows developers as the system."""
+    return {"role": "system" if role == "developer" else role, "content": join_text(content)}
+
+
+def continue_answer(messages: Sequence[Mapping[str, str]]) -> ChatPrompt:
+    """
+    Return the prompt for messages of which the last one is the beginning of the answer.
+
+    Raises
+    ------
+    BadField: it is not the assistant's, or there is no question before it.
+    """
+    *others, last = messages
+    if last["role"] != "assistant" or not any(message["role"] == "user" for message in others):
+        raise BadField("messages", tr("To be continued, an answer must be the last message and follow a question."))
+    return ChatPrompt(others, last["content"])
 
 
 async def compile_schema(schema: Mapping[str, Any] | None, param: str) -> str:

@@ -7,6 +7,7 @@ Nothing is stored, so a response cannot be continued by its id.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -20,12 +21,12 @@ from qwenlocal.chat.events import Done, FinishReason, Text
 from qwenlocal.i18n import tr
 from qwenlocal.server.answering import AnswerService
 from qwenlocal.server.engine import ChatPrompt, Engine, GenerationRequest
-from qwenlocal.server.http_errors import BadField, report_error
+from qwenlocal.server.http_errors import BadField
 from qwenlocal.server.json_route import JsonRoute
-from qwenlocal.server.openai_format import format_event, new_id
-from qwenlocal.server.request_fields import ApiRequest, SamplingFields, TextContent, compile_schema, join_text
+from qwenlocal.server.openai_format import new_id
+from qwenlocal.server.request_fields import ApiRequest, SamplingFields, TextContent, compile_schema, format_message
 from qwenlocal.server.security import identify_client
-from qwenlocal.server.streaming import SSE, run_while_connected, stream_while_connected
+from qwenlocal.server.streaming import format_event, run_while_connected, stream_while_connected
 
 # Fields that change the answer and are not supported, with the values that change nothing.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -75,13 +76,10 @@ class ResponsesRequest(ApiRequest, SamplingFields):
 
     def prompt(self) -> ChatPrompt:
         """Return the instructions and the input for the chat template."""
-        messages = [{"role": "system", "content": self.instructions}] if self.instructions else []
+        system = [format_message("system", self.instructions)] if self.instructions else []
         if isinstance(self.input, str):
-            return ChatPrompt([*messages, {"role": "user", "content": self.input}])
-        for message in self.input:
-            role = "system" if message.role == "developer" else message.role
-            messages.append({"role": role, "content": join_text(message.content)})
-        return ChatPrompt(messages)
+            return ChatPrompt([*system, format_message("user", self.input)])
+        return ChatPrompt([*system, *(format_message(one.role, one.content) for one in self.input)])
 
     async def all_sampling(self) -> dict[str, Any]:
         """
@@ -122,9 +120,8 @@ class ResponsesApi:
         return await stream_while_connected(
             request,
             self._stream(body, generation),
-            media_type=SSE,
-            describe=lambda error: format_event(report_error(error, request).body(request.url.path), "error"),
             keep_alive=self._keep_alive,
+            encode_error=functools.partial(format_event, name="error"),
         )
 
     async def _collect(self, body: ResponsesRequest, generation: GenerationRequest) -> dict[str, Any]:

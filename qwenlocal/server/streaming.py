@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -15,11 +16,20 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from qwenlocal.server.http_errors import report_error
+
 _T = TypeVar("_T")
 
 SSE = "text/event-stream"
 NDJSON = "application/x-ndjson"
+END_OF_STREAM = b"data: [DONE]\n\n"  # of OpenAI's streams
 _COMMENT = b": waiting for the model\n\n"  # a line that clients of server-sent events ignore
+
+
+def format_event(data: Any, name: str = "") -> bytes:
+    """Return a server-sent event with JSON in it."""
+    line = f"event: {name}\n" if name else ""
+    return f"{line}data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
 
 
 async def run_while_connected(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
@@ -42,16 +52,16 @@ async def stream_while_connected(
     request: Request,
     chunks: AsyncGenerator[bytes, None],
     *,
-    media_type: str,
-    describe: Callable[[Exception], bytes],
     keep_alive: float,
+    encode_error: Callable[[Any], bytes] = format_event,
+    media_type: str = SSE,
 ) -> Response:
     """
     Return a response that sends `chunks`.
 
     Its status waits for the first chunk, at most `keep_alive` seconds, so that an error before it has a status of its
-    own. Later, an error is the chunk that `describe` returns. A stream of events gets a comment after each `keep_alive`
-    seconds without a chunk.
+    own. Later, an error is a chunk: `encode_error` of the body that it would have as a response. A stream of events
+    gets a comment after each `keep_alive` seconds without a chunk.
     """
     first = asyncio.ensure_future(anext(chunks, b""))
     async with _watch_disconnect(request.receive, first):
@@ -60,6 +70,10 @@ async def stream_while_connected(
         raise ClientDisconnect
     if first.done() and first.exception():
         first.result()
+
+    def describe(error: Exception) -> bytes:
+        return encode_error(report_error(error, request).body(request.url.path))
+
     return ChunkResponse(_prepend(first, chunks), media_type, describe, keep_alive)
 
 

@@ -3,41 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import AsyncGenerator
-from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from qwenlocal.chat.events import Done, FinishReason, Text
+from qwenlocal.engine.sampling import Sampling
 from qwenlocal.progress import PromptProgress
 from qwenlocal.server.answering import AnswerService
 from qwenlocal.server.engine import GenerationRequest, TokenPrompt
-from qwenlocal.server.http_errors import report_error
 from qwenlocal.server.json_route import JsonRoute
 from qwenlocal.server.openai_models import TokenId
 from qwenlocal.server.request_fields import ApiRequest
 from qwenlocal.server.security import identify_client
-from qwenlocal.server.streaming import SSE, stream_while_connected
+from qwenlocal.server.streaming import END_OF_STREAM, format_event, stream_while_connected
 
-
-class TokenSampling(BaseModel):
-    """All fields of `engine.sampling.Sampling`; `grammar` is in llguidance's format."""
-
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    repeat_penalty: float
-    frequency_penalty: float
-    presence_penalty: float
-    logit_bias: tuple[tuple[int, float], ...]
-    ignore_eos: bool
-    seed: int | None
-    grammar: str | None
-    answer_prefix: tuple[int, ...]
+_END_NAMES = {FinishReason.EOS: "token", FinishReason.CONTEXT_FULL: "full"}
 
 
 class TokensRequest(ApiRequest):
@@ -45,7 +28,7 @@ class TokensRequest(ApiRequest):
 
     model: str = ""
     ids: list[TokenId] = Field(min_length=1)
-    sampling: TokenSampling
+    sampling: Sampling
     limit: int = Field(ge=1)
 
 
@@ -63,15 +46,9 @@ class TokenApi:
 
     async def continue_tokens(self, request: Request, body: TokensRequest) -> Response:
         """Continue a prompt of token ids; each event has progress, further ids, or the end."""
-        sampling = {name: value for name, value in body.sampling.model_dump().items() if value is not None}
+        sampling = {name: value for name, value in vars(body.sampling).items() if value is not None}
         generation = GenerationRequest(TokenPrompt(body.ids), sampling, body.limit, client=identify_client(request))
-        return await stream_while_connected(
-            request,
-            self._stream(body.model, generation),
-            media_type=SSE,
-            describe=lambda error: _format(report_error(error, request).body(request.url.path)),
-            keep_alive=self._keep_alive,
-        )
+        return await stream_while_connected(request, self._stream(body.model, generation), keep_alive=self._keep_alive)
 
     async def _stream(self, model: str, generation: GenerationRequest) -> AsyncGenerator[bytes, None]:
         sent = 0
@@ -81,18 +58,11 @@ class TokenApi:
         ):
             async for _, event in events:
                 if isinstance(event, PromptProgress):
-                    yield _format({"progress": list(event)})
+                    yield format_event({"progress": list(event)})
                 elif isinstance(event, Text):
                     sent += len(event.ids)
-                    yield _format({"ids": list(event.ids)})
+                    yield format_event({"ids": list(event.ids)})
                 elif isinstance(event, Done):
                     rest = list(event.ids[sent:])
-                    yield _format({"ids": rest, "end": _END_NAMES.get(event.finish_reason, "limit")})
-        yield b"data: [DONE]\n\n"
-
-
-_END_NAMES = {FinishReason.EOS: "token", FinishReason.CONTEXT_FULL: "full"}
-
-
-def _format(value: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(value).encode() + b"\n\n"
+                    yield format_event({"ids": rest, "end": _END_NAMES.get(event.finish_reason, "limit")})
+        yield END_OF_STREAM

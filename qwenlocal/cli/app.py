@@ -10,30 +10,26 @@ from typer import Argument, Option
 from qwenlocal import __version__
 from qwenlocal.cli.boundary import CliApp, ErrorBoundary
 from qwenlocal.cli.chats_app import chats_app
-from qwenlocal.cli.completion import complete_installed_models, complete_models
+from qwenlocal.cli.completion import complete_models
+from qwenlocal.cli.machine_app import machine_app
 from qwenlocal.cli.option_types import (
-    AllowNanOption,
     ContextOption,
-    DryRunOption,
     FlashAttentionOption,
     ForceLoadOption,
-    ForceOption,
     GpuLayersOption,
     HugePagesOption,
-    ImatrixOption,
     InstalledModelArgument,
     JsonOption,
     KeepCacheOption,
     KvTypeOption,
     LookupOption,
     ModelArgument,
-    PureOption,
     RateOption,
     RopeOption,
-    TensorTypeOption,
     ThreadsOption,
     YesOption,
 )
+from qwenlocal.cli.weights_app import weights_app
 
 app = CliApp(
     cls=ErrorBoundary,
@@ -206,7 +202,7 @@ def run(
         str | None, Option("--grammar", metavar="FILE", help="Answer with text that follows the GBNF grammar in FILE.")
     ] = None,
     raw: Annotated[bool, Option("--raw", help="Continue the text without a chat template.")] = False,
-    huge_pages: HugePagesOption = True,
+    _huge_pages: HugePagesOption = True,
     stats: Annotated[
         bool, Option("--stats", help="Print the load plan and the speed of each answer on stderr.")
     ] = False,
@@ -235,10 +231,7 @@ def run(
         parse_rate,
         parse_variables,
     )
-    from qwenlocal.huge_pages import disable_huge_pages
 
-    if not huge_pages:
-        disable_huge_pages()
     run_model(
         RunOptions(
             positional=tuple(positional or ()),
@@ -331,7 +324,7 @@ def serve(
     lookup: LookupOption = True,
     keep_cache: KeepCacheOption = True,
     force: ForceLoadOption = False,
-    huge_pages: HugePagesOption = True,
+    _huge_pages: HugePagesOption = True,
     limit_rate: RateOption = None,
     yes: YesOption = False,
 ) -> None:
@@ -344,10 +337,7 @@ def serve(
     from qwenlocal.cli.commands.serve import ServeOptions, serve_models
     from qwenlocal.cli.context import AppContext
     from qwenlocal.cli.options import parse_gpu_layers, parse_load_request, parse_rate
-    from qwenlocal.huge_pages import disable_huge_pages
 
-    if not huge_pages:
-        disable_huge_pages()
     serve_models(
         ServeOptions(
             models=tuple(models or ()),
@@ -434,232 +424,4 @@ def verify(
     verify_model(model, repair=not no_repair, as_json=as_json)
 
 
-@app.command(short_help="Convert a checkpoint into GGUF files.", rich_help_panel="Weights")
-def convert(
-    source: Annotated[
-        str,
-        Argument(
-            metavar="SRC",
-            help="Checkpoint: a directory, hf:owner/repo, a model name or a safetensors file.",
-            autocompletion=complete_models,
-        ),
-    ],
-    out: Annotated[
-        str | None,
-        Option("-o", "--out", metavar="OUT", help="File or folder to write; {type} is replaced by the type."),
-    ] = None,
-    types: Annotated[
-        list[str] | None,
-        Option(
-            "--type",
-            metavar="TYPE[,TYPE…]",
-            help="Types to write: q4_k_m, q8_0, f16, …; the checkpoint is read once. [default: q4_k_m]",
-        ),
-    ] = None,
-    tensor_type: TensorTypeOption = None,
-    imatrix: ImatrixOption = None,
-    pure: PureOption = False,
-    threads: ThreadsOption = None,
-    force: ForceOption = False,
-    dry_run: DryRunOption = False,
-    as_json: JsonOption = False,
-    allow_nan: AllowNanOption = False,
-    name: Annotated[
-        str | None, Option("--name", metavar="NAME", help="Name of the model in the file. [default: from SRC]")
-    ] = None,
-    pre_tokenizer: Annotated[
-        str | None, Option("--pre", metavar="NAME", help="llama.cpp's name of the pre-tokenizer. [default: detected]")
-    ] = None,
-    like: Annotated[
-        str | None, Option("--like", metavar="llama.cpp", help="Write the same bytes as llama.cpp's own converter.")
-    ] = None,
-    limit_rate: RateOption = None,
-) -> None:
-    """Convert a checkpoint (safetensors) into GGUF files, quantized in one pass.
-
-    \b
-    qwenlocal convert ./Qwen1.5-0.5B                         writes Qwen1.5-0.5B-q4_k_m.gguf
-    qwenlocal convert hf:Qwen/Qwen1.5-1.8B --type q4_0,q8_0  writes two files, reads the checkpoint once
-    qwenlocal convert ./Qwen1.5-0.5B --dry-run               shows what it would write
-    """
-    from qwenlocal.cli.commands.convert import convert_checkpoint
-    from qwenlocal.cli.gguf_files import WriteOptions
-    from qwenlocal.cli.options import parse_rate, split_list
-
-    convert_checkpoint(
-        WriteOptions(
-            source=source,
-            out=out,
-            types=split_list(",".join(types or ["q4_k_m"])),
-            tensor_types=tuple(tensor_type or ()),
-            imatrix=imatrix,
-            pure=pure,
-            threads=threads,
-            force=force,
-            dry_run=dry_run,
-            as_json=as_json,
-            allow_nan=allow_nan,
-        ),
-        name=name,
-        pre_tokenizer=pre_tokenizer,
-        like=like,
-        limit_rate=parse_rate(limit_rate),
-    )
-
-
-@app.command(short_help="Quantize a GGUF file.", rich_help_panel="Weights")
-def quantize(
-    source: Annotated[
-        str, Argument(metavar="IN", help="GGUF file or model to read.", autocompletion=complete_installed_models)
-    ],
-    out: Annotated[str, Argument(metavar="OUT", help="File or folder to write.")],
-    types: Annotated[str, Argument(metavar="TYPE[,TYPE…]", help="Types to write: q4_k_m, q8_0, f16, …")],
-    tensor_type: TensorTypeOption = None,
-    imatrix: ImatrixOption = None,
-    pure: PureOption = False,
-    requantize: Annotated[
-        bool, Option("--requantize", help="Allow weights that are quantized already; costs quality.")
-    ] = False,
-    threads: ThreadsOption = None,
-    force: ForceOption = False,
-    dry_run: DryRunOption = False,
-    as_json: JsonOption = False,
-    allow_nan: AllowNanOption = False,
-) -> None:
-    """Quantize a GGUF file; metadata and vocabulary are copied.
-
-    \b
-    qwenlocal quantize model-f16.gguf model-q4.gguf q4_k_m
-    qwenlocal quantize model-f16.gguf model.gguf q4_0 --tensor-type 'ffn_down=q6_k'
-    """
-    from qwenlocal.cli.commands.quantize import quantize_file
-    from qwenlocal.cli.gguf_files import WriteOptions
-    from qwenlocal.cli.options import split_list
-
-    quantize_file(
-        WriteOptions(
-            source=source,
-            out=out,
-            types=split_list(types),
-            types_option="TYPE",
-            tensor_types=tuple(tensor_type or ()),
-            imatrix=imatrix,
-            pure=pure,
-            threads=threads,
-            force=force,
-            dry_run=dry_run,
-            as_json=as_json,
-            allow_nan=allow_nan,
-        ),
-        requantize=requantize,
-    )
-
-
-@app.command(short_help="Show and check a GGUF file.", rich_help_panel="Weights")
-def inspect(
-    model: Annotated[
-        str, Argument(metavar="FILE", help="GGUF file or installed model.", autocompletion=complete_installed_models)
-    ],
-    tensors: Annotated[bool, Option("--tensors", help="List all tensors.")] = False,
-    quick: Annotated[bool, Option("--quick", help="Check the header only, not the weights.")] = False,
-    fix: Annotated[bool, Option("--fix", help="Repair the file in place, or write a repaired copy (-o).")] = False,
-    out: Annotated[
-        str | None, Option("-o", "--out", metavar="OUT", help="File for the repaired copy of --fix.")
-    ] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Show and check a GGUF file. Exits with 5 if it finds a serious problem that is not repaired."""
-    from qwenlocal.cli.commands.inspect import inspect_file
-
-    inspect_file(model, as_json=as_json, quick=quick, fix=fix, out=out, tensors=tensors)
-
-
-@app.command(short_help="Compare two GGUF files.", rich_help_panel="Weights")
-def diff(
-    left: Annotated[str, Argument(metavar="A", help="First GGUF file.", autocompletion=complete_installed_models)],
-    right: Annotated[str, Argument(metavar="B", help="Second GGUF file.", autocompletion=complete_installed_models)],
-    as_json: JsonOption = False,
-) -> None:
-    """Compare two GGUF files: metadata, tensors, types and weights. Exits with 1 if they differ."""
-    from qwenlocal.cli.commands.diff import diff_files
-
-    diff_files(left, right, as_json=as_json)
-
-
-@app.command(short_help="Benchmark models.", rich_help_panel="This machine")
-def bench(
-    models: Annotated[
-        list[str], Argument(metavar="MODEL…", help="Models to benchmark.", autocompletion=complete_installed_models)
-    ],
-    threads: ThreadsOption = None,
-    full: Annotated[
-        bool, Option("--full", help="Run all tests in full: five times, cold start, 512 and 4,096 tokens of context.")
-    ] = False,
-    repetitions: Annotated[
-        int | None, Option("-r", "--repetitions", metavar="N", help="Repeat each test N times.")
-    ] = None,
-    depths: Annotated[
-        str | None, Option("--depths", metavar="N,…", help="Decode after N tokens of context as well.")
-    ] = None,
-    kv_type: KvTypeOption = None,
-    flash_attention: FlashAttentionOption = "auto",
-    ubatch: Annotated[int | None, Option("--ubatch", metavar="N", help="Size of the physical batch in tokens.")] = None,
-    huge_pages: HugePagesOption = True,
-    plot: Annotated[bool, Option("--plot", help="Draw bars.")] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Benchmark models in a minute: pp512 and tg128 as in llama-bench, first token, and the machine's limits."""
-    from qwenlocal.cli.commands.bench import bench_models
-    from qwenlocal.cli.options import parse_load_request
-    from qwenlocal.huge_pages import disable_huge_pages
-
-    request = parse_load_request(None, threads, kv_type, flash_attention, None, ubatch)
-    if not huge_pages:
-        disable_huge_pages()
-    bench_models(models, request, full=full, repetitions=repetitions, depths=depths, as_json=as_json, plot=plot)
-
-
-@app.command(short_help="Find the fastest settings.", rich_help_panel="This machine")
-def tune(
-    model: InstalledModelArgument,
-    seconds: Annotated[
-        float, Option("--seconds", metavar="N", help="Measure for about N seconds. [default: 20]", show_default=False)
-    ] = 20.0,
-    as_json: JsonOption = False,
-) -> None:
-    """Find and save the fastest settings for a model on this machine.
-
-    Measures threads, flash attention and the size of the physical batch, separately for AC and battery power.
-    """
-    from qwenlocal.cli.commands.tune import tune_model
-
-    tune_model(model, seconds=seconds, as_json=as_json)
-
-
-@app.command(short_help="Estimate the memory of a model.", rich_help_panel="This machine")
-def plan(
-    model: ModelArgument,
-    n_ctx: ContextOption = None,
-    kv_type: KvTypeOption = None,
-    flash_attention: FlashAttentionOption = "auto",
-    as_json: JsonOption = False,
-) -> None:
-    """Estimate the memory of a model for every type and context, and plan how it would be loaded here.
-
-    If the model is not installed, only the first 8 MiB of its file are downloaded.
-    """
-    from qwenlocal.cli.commands.plan import plan_model
-    from qwenlocal.cli.options import parse_load_request
-
-    plan_model(model, parse_load_request(n_ctx, None, kv_type, flash_attention), as_json=as_json)
-
-
-@app.command(short_help="Check this machine.", rich_help_panel="This machine")
-def doctor(
-    as_json: JsonOption = False,
-    offline: Annotated[bool, Option("--offline", help="Skip the checks that use the network.")] = False,
-) -> None:
-    """Check processor, memory, devices, folders and sources, and give advice."""
-    from qwenlocal.cli.commands.doctor import check_machine
-
-    check_machine(as_json=as_json, offline=offline)
+app.registered_commands += [*weights_app.registered_commands, *machine_app.registered_commands]

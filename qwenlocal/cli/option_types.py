@@ -21,6 +21,14 @@ RateOption = Annotated[
     str | None, Option("--limit-rate", metavar="RATE", help="Limit downloads to RATE bytes per second, for example 2M.")
 ]
 
+
+def _set_huge_pages(is_on: bool) -> None:
+    if not is_on:
+        from qwenlocal.huge_pages import disable_huge_pages
+
+        disable_huge_pages()
+
+
 # Options of commands that load a model.
 ContextOption = Annotated[
     int | None, Option("-c", "--context", metavar="N", help="Size of the context in tokens. [default: what fits]")
@@ -52,6 +60,22 @@ RopeOption = Annotated[
     str | None,
     Option("--rope", metavar="TYPE", help="RoPE scaling for contexts beyond the trained length: yarn, linear or none."),
 ]
+HugePagesOption = Annotated[
+    bool,
+    Option(
+        "--huge-pages/--no-huge-pages",
+        help="Keep weights and KV cache in pages of 2 MB (Linux).",
+        callback=_set_huge_pages,
+    ),
+]
+LookupOption = Annotated[
+    bool, Option("--lookup/--no-lookup", help="Use prompt lookup decoding: draft tokens from earlier text.")
+]
+KeepCacheOption = Annotated[
+    bool,
+    Option("--keep-cache/--no-keep-cache", help="Save the KV cache on disk, so that the next start needs no prefill."),
+]
+ForceLoadOption = Annotated[bool, Option("--force", help="Load the model even if it does not seem to fit.")]
 
 # Options of commands that write GGUF files.
 TensorTypeOption = Annotated[
@@ -63,14 +87,3 @@ PureOption = Annotated[bool, Option("--pure", help="Quantize all tensors to the 
 ForceOption = Annotated[bool, Option("--force", help="Overwrite existing files.")]
 DryRunOption = Annotated[bool, Option("--dry-run", help="Show the plan, tensor by tensor; write nothing.")]
 AllowNanOption = Annotated[bool, Option("--allow-nan", help="Write zeros for weights that are NaN or infinite.")]
-HugePagesOption = Annotated[
-    bool, Option("--huge-pages/--no-huge-pages", help="Keep weights and KV cache in pages of 2 MB (Linux).")
-]
-LookupOption = Annotated[
-    bool, Option("--lookup/--no-lookup", help="Use prompt lookup decoding: draft tokens from earlier text.")
-]
-KeepCacheOption = Annotated[
-    bool,
-    Option("--keep-cache/--no-keep-cache", help="Save the KV cache on disk, so that the next start needs no prefill."),
-]
-ForceLoadOption = Annotated[bool, Option("--force", help="Load the model even if it does not seem to fit.")]

@@ -56,7 +56,7 @@ def list_local_options(options: RunOptions) -> list[str]:
         "-c": request.n_ctx,
         "-t": request.threads,
         "-ngl": options.gpu_layers is not None,
-        "--kv-type": request.kv_type,
+        "--kv": request.kv_type,
         "--flash-attention": request.flash_attention is not None,
         "--rope": request.rope,
         "--force": request.force,

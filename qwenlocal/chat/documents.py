@@ -14,7 +14,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qwenlocal.errors import ModelNotFound, QwenlocalError, UsageError
@@ -22,6 +22,8 @@ from qwenlocal.i18n import tr
 from qwenlocal.paths import unquote_path
 from qwenlocal.text_encoding import MAX_BYTES, decode_text
 
+ANSWER_SHARE = 0.1  # of the context, reserved for the answer to a message with documents
+_MIN_TOKENS = 64  # of a document that is cut
 _QUOTES = {'"': '"', "'": "'", "“": "”"}  # opening and closing ones
 _AT, _DOUBLE, _SINGLE, _CURLY = r"(?<![A-Za-z0-9_./@-])@", r'(?:\\"|[^"\n])', r"[^'\n]", r"[^”\n]"
 # A name in quotes, in which \" is a quote, or the word that a name begins with.
@@ -240,6 +242,38 @@ def _looks_like_file(name: str) -> bool:
 
 
 # --- cutting
+
+
+def cut_documents(
+    documents: Sequence[Document],
+    join: Callable[[Sequence[Document]], str],
+    question: str,
+    room: int,
+    count_tokens: Callable[[str], int],
+    *,
+    select: bool,
+) -> list[Document]:
+    """
+    Cut the documents of a message, which `join` makes of them, so that it has `room` tokens.
+
+    Each document that is too long is cut to the passages that match the question (`select`), or to its beginning.
+    """
+    overhead = count_tokens(join([replace(document, text="") for document in documents]))
+    limit = max(_MIN_TOKENS, (room - overhead) // len(documents) - 16)
+    return [_cut(document, question, limit, count_tokens, select=select) for document in documents]
+
+
+def _cut(
+    document: Document, question: str, limit: int, count_tokens: Callable[[str], int], *, select: bool
+) -> Document:
+    text, size = document.text, 2 * limit
+    while (tokens := count_tokens(text[:size])) <= limit and size < len(text):
+        size *= 2
+    if tokens <= limit:
+        return document
+    if select:
+        return replace(document, text=select_passages(text, question, limit, count_tokens))
+    return replace(document, text=truncate_to_tokens(text[:size], limit, count_tokens))
 
 
 def truncate_to_tokens(text: str, max_tokens: int, count_tokens: Callable[[str], int]) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from qwenlocal.chat.chat_template import MAX_CHARACTERS
 from qwenlocal.chat.context_window import ContextWindow
-from qwenlocal.chat.documents import Document, select_passages, truncate_to_tokens
+from qwenlocal.chat.documents import ANSWER_SHARE, Document, cut_documents
 from qwenlocal.errors import NotEnoughMemory, TextTooLong, UsageError
 from qwenlocal.formatting import format_count, format_percent
 from qwenlocal.hints import describe_error
@@ -16,7 +16,6 @@ from qwenlocal.i18n import tr
 from qwenlocal.terminal.pastes import Paste
 from qwenlocal.terminal.session import Session
 
-_ANSWER_SHARE = 0.1  # of the context, reserved for the answer
 _MIN_TIMED_TOKENS = 200  # for shorter files no time is estimated
 
 
@@ -89,7 +88,7 @@ def describe_cost(session: Session, document: Document) -> str:
 
 def _free_tokens(session: Session, window: ContextWindow) -> int:
     """Return the number of tokens that the next message may have."""
-    return int(window.n_ctx * (1 - _ANSWER_SHARE)) - window.count_prompt_tokens(session.thread)
+    return int(window.n_ctx * (1 - ANSWER_SHARE)) - window.count_prompt_tokens(session.thread)
 
 
 def _join(documents: Sequence[Document], text: str) -> str:
@@ -130,32 +129,20 @@ class _Draft:
                 return None
 
     def _cut_documents(self, *, select: bool) -> Sequence[Document]:
-        """Cut each long document to its best passages (`select`) or to its beginning."""
+        """Cut each long document to its best passages (`select`) or to its beginning, and say so."""
         count = self.window.count_tokens
-        overhead = count(self.join([replace(document, text="") for document in self.documents]))
-        limit = max(64, (self.room - overhead) // len(self.documents) - 16)
-        return [self._cut(document, limit, count, select=select) for document in self.documents]
-
-    def _cut(self, document: Document, limit: int, count: Callable[[str], int], *, select: bool) -> Document:
-        text, size = document.text, 2 * limit
-        while (tokens := count(text[:size])) <= limit and size < len(text):
-            size *= 2
-        if tokens <= limit:
-            return document
-        if select:
-            excerpt = select_passages(text, self.question, limit, count)
-        else:
-            excerpt = truncate_to_tokens(text[:size], limit, count)
-        shortened = replace(document, text=excerpt)
-        self.session.say(
-            tr(
-                "{name}: sending {tokens}, {share} of the text.",
-                name=document.name,
-                tokens=format_count(count(shortened.to_markdown()), "token"),
-                share=format_percent(len(excerpt) / len(text)),
-            )
-        )
-        return shortened
+        parts = cut_documents(self.documents, self.join, self.question, self.room, count, select=select)
+        for document, part in zip(self.documents, parts, strict=True):
+            if part is not document:
+                self.session.say(
+                    tr(
+                        "{name}: sending {tokens}, {share} of the text.",
+                        name=document.name,
+                        tokens=format_count(count(part.to_markdown()), "token"),
+                        share=format_percent(len(part.text) / len(document.text)),
+                    )
+                )
+        return parts
 
     def _widen_context(self) -> bool:
         session, message = self.session, self.join(self.documents)
@@ -164,7 +151,7 @@ class _Draft:
             return False
         try:
             needed = self.window.count_prompt_tokens(session.thread) + self.window.count_tokens(message)
-            n_ctx = -(-int(needed / (1 - _ANSWER_SHARE)) // 1024) * 1024 + 1024
+            n_ctx = -(-int(needed / (1 - ANSWER_SHARE)) // 1024) * 1024 + 1024
             session.conversation = session.models.resize_context(n_ctx, session.thread)
         except (NotEnoughMemory, UsageError) as error:
             session.say(describe_error(error))

@@ -320,6 +320,14 @@ def test_an_interrupted_step_loses_nothing(random_model: Path, open_context: Ope
     assert tokens_of(events, 1) == alone(open_context(random_model), text(40, 9), 30)
 
 
+def test_an_interrupt_between_two_steps_ends_the_next_one(random_model: Path, open_context: OpenContext) -> None:
+    scheduler = Scheduler(open_context(random_model, n_seq_max=2), 1)
+    submit(scheduler, 0, text(100), 5)
+    scheduler.interrupt()
+    assert scheduler.step() == []
+    assert tokens_of(run(scheduler), 0) == alone(open_context(random_model), text(100), 5)
+
+
 def test_low_memory_ends_the_newest_answer_only(random_model: Path, open_context: OpenContext) -> None:
     failures: Iterator[QwenlocalError] = iter([LowMemory(1)])
 

@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, overload
 
 from qwenlocal.api.answer import Answer
 from qwenlocal.api.answer_options import AnswerOptions, ChatInput, parse_messages, parse_options
-from qwenlocal.api.model_thread import ModelThread
-from qwenlocal.api.text_stream import PartialAnswer, TextStream
+from qwenlocal.api.answer_thread import AnswerThread
+from qwenlocal.api.text_embedder import TextEmbedder
+from qwenlocal.api.text_stream import TextStream
 from qwenlocal.chat.chat_model import ChatModel
-from qwenlocal.chat.chat_template import ChatTemplate, encode_messages
-from qwenlocal.chat.events import Event
-from qwenlocal.chat.generate import stream_answer
-from qwenlocal.engine.embedding import Embedder
+from qwenlocal.chat.chat_template import encode_messages, require_template
 from qwenlocal.engine.load_plan import LoadNote, LoadPlan
+from qwenlocal.engine.memory import check_memory
+from qwenlocal.engine.scheduler import Scheduler
+from qwenlocal.engine.speculation import NoSpeculation, Speculation
 from qwenlocal.errors import UsageError
 from qwenlocal.i18n import tr
+from qwenlocal.machine import this_machine
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+_PARALLEL = 8  # prompts that are answered at the same time
+_PARKED = 4  # prompts whose keys and values stay in the KV cache
+N_SEQUENCES = _PARALLEL + _PARKED
+"""The sequences of the context that a `LocalModel` needs."""
+
 
 class LocalModel:
     """
-    A model in memory, from `load`. It answers one prompt after the other; its methods can be called from any thread.
+    A model in memory, from `load`. Its methods can be called from any thread; up to eight prompts are answered at the
+    same time, in a context that they share, and more wait for their turn.
 
         with qwenlocal.load("qwen1.5") as model:
             print(model.chat("Why is the sky blue?"))
@@ -37,14 +46,15 @@ class LocalModel:
     """
 
     def __init__(self, loaded: ChatModel, path: Path, close: Callable[[], object]) -> None:
-        """`close` frees the memory of `loaded`, the model of the file `path`."""
-        self._loaded, self._thread = loaded, ModelThread()
-        self._tokenizer = loaded.model.tokenizer
-        self._embedders: list[Embedder] = []  # one, once it is needed
+        """`close` frees the memory of `loaded`, the model of the file `path`, with `N_SEQUENCES` in its context."""
+        self._loaded, self._tokenizer = loaded, loaded.model.tokenizer
+        self._embedder = TextEmbedder(loaded.model, loaded.context.options)
+        on_end = functools.partial(_free, self._embedder, close)
+        self._thread = AnswerThread(_create_scheduler(loaded), self._tokenizer, on_end)
         self.path = path
         self.n_ctx = loaded.context.n_ctx
         """The context: how many tokens a prompt and its answer may have together."""
-        self._finalizer = weakref.finalize(self, _free, self._thread, self._embedders, close)
+        self._finalizer = weakref.finalize(self, self._thread.close)
 
     @property
     def name(self) -> str:
@@ -82,7 +92,7 @@ class LocalModel:
         ------
         Everything that `chat` raises.
         """
-        async with self.stream(prompt, system=system, **options) as stream:
+        async with await asyncio.to_thread(self.stream, prompt, system=system, **options) as stream:
             async for _ in stream:
                 pass
         return stream.answer
@@ -115,9 +125,10 @@ class LocalModel:
         """
         End all answers that are being computed or are waiting, from any thread.
 
-        Their finish reason is INTERRUPTED; the text so far is kept.
+        Their finish reason is INTERRUPTED; the text so far is kept. `embed` raises Interrupted.
         """
-        self._thread.stop_tasks()
+        self._thread.stop_all()
+        self._embedder.stop()
 
     # --- text and tokens
 
@@ -139,9 +150,7 @@ class LocalModel:
         ContextNotCreated: there is no memory for another context. Interrupted: `stop` was called.
         """
         self._check_open()
-        as_list = [texts] if isinstance(texts, str) else list(texts)
-        produce = functools.partial(_embed, self._loaded, self._embedders, as_list)
-        vectors = list(self._thread.iterate(produce, functools.partial(_stop_embedding, self._embedders)))
+        vectors = self._embedder.embed([texts] if isinstance(texts, str) else list(texts))
         return vectors[0] if isinstance(texts, str) else vectors
 
     def tokenize(self, text: str) -> list[int]:
@@ -185,29 +194,13 @@ class LocalModel:
 
     def _encode(self, prompt: ChatInput, system: str | None) -> list[int]:
         self._check_open()
-        return encode_messages(self._template, parse_messages(prompt, system), self._tokenizer)
-
-    @property
-    def _template(self) -> ChatTemplate:
-        if self._loaded.template is None:
-            raise UsageError(
-                tr("This model has no chat template: it continues text instead of answering."),
-                hint=tr("Pass the beginning of a text to complete()."),
-            )
-        return self._loaded.template
+        hint = tr("Pass the beginning of a text to complete().")
+        template = require_template(self._loaded.template, hint)
+        return encode_messages(template, parse_messages(prompt, system), self._tokenizer)
 
     def _stream(self, ids: Sequence[int], options: AnswerOptions) -> TextStream:
-        settings, sequence = parse_options(options, self._loaded.sampling), self._loaded.sequence
-        generate: Callable[[], Iterator[Event]] = functools.partial(
-            stream_answer,
-            sequence,
-            self._tokenizer,
-            ids,
-            settings.sampling,
-            max_tokens=settings.max_tokens,
-            stop_strings=settings.stop_strings,
-        )
-        return TextStream(self._thread, generate, sequence.stop, PartialAnswer(settings, self.n_ctx), owner=self)
+        settings = parse_options(options, self._loaded.sampling)
+        return TextStream(self._thread, ids, settings, self.n_ctx, owner=self)
 
 
 def _read_all(stream: TextStream) -> Answer:
@@ -217,20 +210,18 @@ def _read_all(stream: TextStream) -> Answer:
     return stream.answer
 
 
-def _embed(loaded: ChatModel, embedders: list[Embedder], texts: Sequence[str]) -> Iterator[list[float]]:
-    """Yield the vectors of texts; the first call creates the embedder."""
-    if not embedders:
-        embedders.append(Embedder(loaded.model, loaded.context.options))
-    yield from embedders[0].embed([embedders[0].encode(text) for text in texts])
+def _create_scheduler(loaded: ChatModel) -> Scheduler:
+    machine, drafter = this_machine(), loaded.drafter
+    lookup = Speculation(loaded.costs) if loaded.model.can_truncate else NoSpeculation()
+    free_memory = drafter.give_up if drafter else lambda: False
+    return Scheduler(
+        loaded.context,
+        _PARALLEL,
+        speculation=drafter or lookup,
+        check_memory=functools.partial(check_memory, machine.memory, machine.memory_pressure, free_memory),
+    )
 
 
-def _stop_embedding(embedders: Sequence[Embedder]) -> None:
-    for embedder in embedders:
-        embedder.stop()
-
-
-def _free(thread: ModelThread, embedders: Sequence[Embedder], close: Callable[[], object]) -> None:
-    thread.close()
-    for embedder in embedders:
-        embedder.close()
+def _free(embedder: TextEmbedder, close: Callable[[], object]) -> None:
+    embedder.close()
     close()

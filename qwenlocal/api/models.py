@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,11 +58,12 @@ def load(
     BadWeights: the file cannot be used. NotEnoughMemory: it does not fit. UsageError: an option is invalid.
     """
     from qwenlocal.api.load_settings import create_load_request
-    from qwenlocal.api.local_model import LocalModel
+    from qwenlocal.api.local_model import N_SEQUENCES, LocalModel
     from qwenlocal.api.model_loader import ModelLoader
     from qwenlocal.engine.loader import LoadOptions
 
     request = create_load_request(n_ctx, threads, kv_type, flash_attention, rope, force=force)
+    request = replace(request, n_sequences=N_SEQUENCES)
     library = _open_library(third_party, on_progress, on_note)
     model, draft_model = library.models.ensure_models(os.fspath(name), draft)
     loader = ModelLoader(library.folders, LoadOptions(request, gpu_layers), draft_model)

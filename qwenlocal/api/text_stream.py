@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Generator, Iterator
+from collections.abc import AsyncGenerator, Generator, Sequence
 from types import TracebackType
 
 from qwenlocal.api.answer import Answer, incomplete_answer
 from qwenlocal.api.answer_options import AnswerSettings
-from qwenlocal.api.model_thread import ModelThread
+from qwenlocal.api.answer_thread import AnswerThread
 from qwenlocal.chat.events import Done, Event, Text
 from qwenlocal.errors import UsageError
 from qwenlocal.i18n import tr
@@ -55,18 +55,13 @@ class TextStream:
     """
 
     def __init__(
-        self,
-        thread: ModelThread,
-        generate: Callable[[], Iterator[Event]],
-        interrupt: Callable[[], object],
-        partial: PartialAnswer,
-        owner: object = None,
+        self, thread: AnswerThread, ids: Sequence[int], settings: AnswerSettings, n_ctx: int, owner: object
     ) -> None:
-        """`owner` lives at least as long as the stream."""
-        self._partial, self._owner = partial, owner
+        """`thread` answers the prompt `ids` in a context of `n_ctx` tokens; `owner` lives as long as the stream."""
+        self._partial, self._owner = PartialAnswer(settings, n_ctx), owner
         # They do not know this object, so that dropping it stops them at once.
-        self._pieces = _read(thread, generate, interrupt, partial)
-        self._async_pieces = _read_async(thread, generate, interrupt, partial)
+        self._pieces = _read(thread.iterate(ids, settings), self._partial)
+        self._async_pieces = _read_async(thread.iterate_async(ids, settings), self._partial)
 
     @property
     def text(self) -> str:
@@ -134,25 +129,15 @@ class TextStream:
         await self._async_pieces.aclose()
 
 
-def _read(
-    thread: ModelThread,
-    generate: Callable[[], Iterator[Event]],
-    interrupt: Callable[[], object],
-    partial: PartialAnswer,
-) -> Generator[str, None, None]:
-    with contextlib.closing(thread.iterate(generate, interrupt)) as events:
+def _read(events: Generator[Event, None, None], partial: PartialAnswer) -> Generator[str, None, None]:
+    with contextlib.closing(events):
         for event in events:
             if text := partial.add(event):
                 yield text
 
 
-async def _read_async(
-    thread: ModelThread,
-    generate: Callable[[], Iterator[Event]],
-    interrupt: Callable[[], object],
-    partial: PartialAnswer,
-) -> AsyncGenerator[str, None]:
-    async with contextlib.aclosing(thread.iterate_async(generate, interrupt)) as events:
+async def _read_async(events: AsyncGenerator[Event, None], partial: PartialAnswer) -> AsyncGenerator[str, None]:
+    async with contextlib.aclosing(events):
         async for event in events:
             if text := partial.add(event):
                 yield text

@@ -35,6 +35,8 @@ class BackgroundTask(Generic[T]):
     ) -> None:
         self._function, self._stop, self._on_done = function, stop, on_done
         self._thread = threading.Thread(target=self._run, daemon=True)
+        # Not Thread.join: interrupted by Ctrl-C, it takes a running thread for one that has ended (Python 3.11).
+        self._done = threading.Event()
         self._result: T | None = None
         self._exception: BaseException | None = None
 
@@ -43,7 +45,10 @@ class BackgroundTask(Generic[T]):
             self._result = self._function()
         except BaseException as error:  # raised again in the waiting thread
             self._exception = error
-        self._on_done(self._exception)
+        try:
+            self._on_done(self._exception)
+        finally:
+            self._done.set()
 
     def start(self) -> None:
         """Start the thread unless it has been started."""
@@ -53,18 +58,18 @@ class BackgroundTask(Generic[T]):
     @property
     def is_done(self) -> bool:
         """True once the function has returned or raised."""
-        return self._thread.ident is not None and not self._thread.is_alive()
+        return self._done.is_set()
 
     def wait(self, seconds: float) -> None:
         """Wait until the function has returned, at most `seconds`."""
-        self._thread.join(seconds)
+        self._done.wait(seconds)
 
     def result(self) -> T:
         """Wait for the result, or raise what the function raised. Starts the thread if necessary; Ctrl-C cancels it."""
         self.start()
         try:
-            while self._thread.is_alive():
-                self._thread.join(0.1)
+            while not self._done.wait(0.1):
+                pass
         except KeyboardInterrupt:
             self.cancel()
             raise
@@ -74,12 +79,12 @@ class BackgroundTask(Generic[T]):
         return self._result
 
     def cancel(self) -> T | None:
-        """Stop the function and wait for the thread; return a result that was ready anyway, for the caller to close."""
+        """Stop the function and wait for its end; return a result that was ready anyway, for the caller to close."""
         if self._thread.ident is None:
             return None
-        while self._thread.is_alive():
+        while not self._done.is_set():
             self._stop()
-            self._thread.join(0.05)
+            self._done.wait(0.05)
         return self._result
 
 

@@ -9,8 +9,7 @@ length, and the pooled vectors of the parts are combined here.
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +29,7 @@ class Embedder:
     Computes embeddings with the pooling that the model's file names; without one, the mean over all tokens.
 
     Its context is created when first needed, and again when a longer text needs a longer one, up to `options.n_ctx`.
-    `embed` and `close` are called by one thread, `stop` by any.
+    Its methods are called by one thread at a time.
     """
 
     def __init__(self, model: Model, options: ContextOptions) -> None:
@@ -46,7 +45,6 @@ class Embedder:
         self._pooling = _read_pooling(model)
         self._handle: Any = None
         self._batch = self._c.llama_batch_init(_PART, 0, 1)
-        self._stopped = threading.Event()
 
     @property
     def size(self) -> int:
@@ -69,16 +67,19 @@ class Embedder:
             raise UsageError(tr("An empty text has no embedding."), hint=tr("Leave it out."))
         return ids
 
-    def embed(self, texts: Sequence[Sequence[int]]) -> Iterator[list[float]]:
+    def embed(
+        self, texts: Sequence[Sequence[int]], is_stopped: Callable[[], bool] = lambda: False
+    ) -> Iterator[list[float]]:
         """
         Yield the vectors of texts, given as token ids, in their order; each has length 1.
+
+        `is_stopped` is called after every part of the texts.
 
         Raises
         ------
         ContextFull: a text is too long; raised before anything is computed. ContextNotCreated: memory is short.
-        BadWeights: the model computes NaN. Interrupted: `stop` was called.
+        BadWeights: the model computes NaN. Interrupted: `is_stopped` returned True.
         """
-        self._stopped.clear()
         limit = pad_n_ctx(self._options.n_ctx)
         longest = max(map(len, texts), default=0)
         if longest > limit:
@@ -86,12 +87,8 @@ class Embedder:
         self._ensure_context(longest)
         for group in _group_texts(texts, self._n_ctx):
             self._c.llama_memory_clear(self._c.llama_get_memory(self._handle), False)
-            for total in self._embed_group(group):
+            for total in self._embed_group(group, is_stopped):
                 yield self._normalize(total)
-
-    def stop(self) -> None:
-        """Stop after the part that is being computed."""
-        self._stopped.set()
 
     def close(self) -> None:
         """Free the memory."""
@@ -124,11 +121,11 @@ class Embedder:
 
     # --- computing
 
-    def _embed_group(self, texts: Sequence[Sequence[int]]) -> list[list[float]]:
+    def _embed_group(self, texts: Sequence[Sequence[int]], is_stopped: Callable[[], bool]) -> list[list[float]]:
         """Compute the pooled vectors of texts that fit into the context together."""
         totals = [[0.0] * self.size for _ in texts]
         for part in _split_parts([len(text) for text in texts]):
-            if self._stopped.is_set():
+            if is_stopped():
                 raise Interrupted
             self._decode(texts, part)
             for sequence, start, stop in part:

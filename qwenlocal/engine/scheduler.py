@@ -213,7 +213,7 @@ class Scheduler:
         return any(slot.request.key == key and slot.n_pending > _SHORT for slot in self._running)
 
     def interrupt(self) -> None:
-        """Let a running `step` return within milliseconds; what it computed is computed again. From any thread."""
+        """Let the running or next `step` return at once; what it computed is computed again. From any thread."""
         self._context.abort.set()
 
     def close(self) -> None:
@@ -230,17 +230,17 @@ class Scheduler:
         parts = self._choose_parts()
         if not parts:
             return events
-        draft = self._draft(parts)
-        with_all = [slot.number for slot, _ in parts if draft or self._wants_prompt_logprobs(slot)]
-        batch = [(slot.number, (*slot.ids[slot.n_cached : slot.n_cached + count], *draft)) for slot, count in parts]
-        started = self._clock()
-        self._context.abort.clear()
         try:
+            draft = self._draft(parts)
+            with_all = [slot.number for slot, _ in parts if draft or self._wants_prompt_logprobs(slot)]
+            batch = [(slot.number, (*slot.ids[slot.n_cached : slot.n_cached + count], *draft)) for slot, count in parts]
+            started = self._clock()
             rows = self._context.decode(batch, all_logits=with_all)
         except CacheFull:
             self._make_room(events)
             return events
         except Aborted:
+            self._context.abort.clear()  # not before: an interrupt between two steps counts, too
             for slot, _ in parts:
                 self._truncate(slot)
             return events

@@ -1,0 +1,60 @@
+"""Embeddings of texts, for several threads."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Sequence
+
+from qwenlocal.chat.worker import BackgroundTask
+from qwenlocal.engine.context import ContextOptions
+from qwenlocal.engine.embedding import Embedder
+from qwenlocal.engine.llama import Model
+from qwenlocal.errors import Interrupted
+
+
+class TextEmbedder:
+    """The embeddings of a model, next to its answers. Calls from several threads wait for each other."""
+
+    def __init__(self, model: Model, options: ContextOptions) -> None:
+        self._model, self._options = model, options
+        self._embedder: Embedder | None = None  # created when it is first needed
+        self._computing, self._is_closed = threading.Lock(), False
+        self._calls: set[threading.Event] = set()  # those that have not returned; setting one ends it
+
+    def embed(self, texts: Sequence[str]) -> list[list[float]]:
+        """
+        Return the vectors of texts; Ctrl-C ends the computation.
+
+        Raises
+        ------
+        Everything that `Embedder` raises. Interrupted: `stop` was called.
+        """
+        stopped = threading.Event()
+        self._calls.add(stopped)
+        try:
+            return BackgroundTask(
+                functools.partial(self._embed, texts, stopped), stopped.set, lambda exception: None
+            ).result()
+        finally:
+            self._calls.discard(stopped)
+
+    def _embed(self, texts: Sequence[str], stopped: threading.Event) -> list[list[float]]:
+        with self._computing:
+            if self._is_closed or stopped.is_set():
+                raise Interrupted
+            self._embedder = embedder = self._embedder or Embedder(self._model, self._options)
+            return list(embedder.embed([embedder.encode(text) for text in texts], stopped.is_set))
+
+    def stop(self) -> None:
+        """End all calls, from any thread."""
+        for stopped in self._calls.copy():
+            stopped.set()
+
+    def close(self) -> None:
+        """End all calls and free the memory."""
+        self._is_closed = True
+        self.stop()
+        with self._computing:
+            if self._embedder:
+                self._embedder.close()

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 from qwenlocal.chat.chat_template import MAX_CHARACTERS
 from qwenlocal.chat.conversation import Conversation, GenerationConfig
-from qwenlocal.chat.documents import Document, select_passages, truncate_to_tokens
+from qwenlocal.chat.documents import ANSWER_SHARE, Document, cut_documents
 from qwenlocal.chat.events import Done, Event, Text, TurnsEvicted
 from qwenlocal.chat.thread import Thread
 from qwenlocal.engine.sampling import Sampling
@@ -23,9 +23,7 @@ from qwenlocal.server.engine_backend import EngineBackend
 from qwenlocal.server.http_errors import BadField
 from qwenlocal.server.page_chats import OpenChat, PageChats, describe_path, find_message
 
-ANSWER_SHARE = 0.1  # of the context, reserved for the answer, as in the terminal
 _MAX_ANSWERS = 64  # at the same time, each in a thread
-_MIN_PART = 64  # tokens of a file that is cut
 
 PageEvent = Mapping[str, Any]
 
@@ -157,32 +155,20 @@ def compose_message(question: PageQuestion, thread: Thread, backend: EngineBacke
     ------
     TextTooLong: the documents are too long even to count their tokens.
     """
+
+    def join(documents: Sequence[Document]) -> str:
+        return "\n\n".join([*(one.to_markdown() for one in documents), *([question.text] if question.text else [])])
+
     documents = question.documents
     if documents and question.cut:
         room = int(backend.n_ctx * (1 - ANSWER_SHARE)) - backend.count_prompt_tokens(thread)
-        overhead = backend.count_tokens(_join([replace(one, text="") for one in documents], question.text))
-        limit = max(_MIN_PART, (room - overhead) // len(documents) - 16)
-        documents = [_cut(one, question, limit, backend.count_tokens) for one in documents]
-    message = _join(documents, question.text)
+        documents = cut_documents(
+            documents, join, question.text, room, backend.count_tokens, select=question.cut == "passages"
+        )
+    message = join(documents)
     if len(message) > MAX_CHARACTERS:
         raise TextTooLong(len(message), MAX_CHARACTERS)
     return message
-
-
-def _join(documents: Sequence[Document], text: str) -> str:
-    return "\n\n".join([*(document.to_markdown() for document in documents), *([text] if text else [])])
-
-
-def _cut(document: Document, question: PageQuestion, limit: int, count: Callable[[str], int]) -> Document:
-    """Cut a document to `limit` tokens: to its best passages, or to its beginning."""
-    text, size = document.text, 2 * limit
-    while (tokens := count(text[:size])) <= limit and size < len(text):
-        size *= 2
-    if tokens <= limit:
-        return document
-    if question.cut == "passages":
-        return replace(document, text=select_passages(text, question.text, limit, count))
-    return replace(document, text=truncate_to_tokens(text[:size], limit, count))
 
 
 # --- events

@@ -17,7 +17,7 @@ from starlette.requests import Request
 from qwenlocal import __version__
 from qwenlocal.chat.chat_template import MAX_CHARACTERS
 from qwenlocal.chat.context_window import select_messages
-from qwenlocal.chat.documents import Document, read_document
+from qwenlocal.chat.documents import ANSWER_SHARE, Document, read_document
 from qwenlocal.chat.export import FORMATS
 from qwenlocal.chat.prompt_files import read_prompt_files
 from qwenlocal.errors import InvalidChoice, UsageError
@@ -27,7 +27,7 @@ from qwenlocal.server.answering import AnswerService
 from qwenlocal.server.engine import ChatPrompt
 from qwenlocal.server.http_errors import BadField, HttpError
 from qwenlocal.server.json_route import JsonRoute
-from qwenlocal.server.page_answers import ANSWER_SHARE, PageAnswers, PageQuestion
+from qwenlocal.server.page_answers import PageAnswers, PageQuestion
 from qwenlocal.server.page_assets import PAGE_HEADERS, PageAssets
 from qwenlocal.server.page_chats import PageChats
 from qwenlocal.server.page_texts import translate_page

@@ -19,7 +19,12 @@ import pydantic
 import pytest
 from http_server import Server, serve, wait_until
 
+from qwenlocal.chat.conversation import Conversation, GenerationConfig
+from qwenlocal.chat.thread import ASSISTANT, USER, Thread
 from qwenlocal.errors import EngineCrashed
+from qwenlocal.remote.client import RemoteClient
+from qwenlocal.remote.endpoints import Endpoint
+from qwenlocal.remote.remote_backend import RemoteBackend
 
 ANNOUNCED = "Qwen/Qwen1.5-7B-Chat"
 
@@ -120,6 +125,15 @@ def test_the_last_message_is_continued_as_sglang_and_vllm_do(speaking: Server, o
         extra_body={"continue_final_message": True, **others},
     )
     assert completion.choices[0].message.content == "is, fun"
+
+
+def test_a_chat_of_another_qwenlocal_continues_its_answer(speaking: Server) -> None:
+    thread = Thread()
+    thread.add(USER, "Hello")
+    thread.add(ASSISTANT, "Par")
+    backend = RemoteBackend(RemoteClient(Endpoint(f"{speaking.url}/v1")), "speaking")
+    list(Conversation(backend, GenerationConfig(), thread).continue_answer())
+    assert [message.text for message in thread.path] == ["Hello", "Paris, fun"]
 
 
 def test_a_seed_repeats_an_answer_and_choices_differ(random_server: Server) -> None:

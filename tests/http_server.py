@@ -37,6 +37,7 @@ from qwenlocal.server.engine import (
     Prompt,
     TextPrompt,
 )
+from qwenlocal.server.http_connection import HttpConnection
 from qwenlocal.server.server_settings import ServerSettings
 
 _T = TypeVar("_T")
@@ -56,7 +57,15 @@ class LocalEngine:
         self._scheduler, self._embedder = Scheduler(self._context, 1), Embedder(self._model, options)
         self._thread, self._lock, self._keys = ThreadPoolExecutor(1), asyncio.Lock(), itertools.count()
         self.info = ModelInfo(
-            name, path.stat().st_size, path.stat().st_mtime, "sha", "f32", True, self._context.n_ctx, CONTEXT
+            name,
+            path.stat().st_size,
+            path.stat().st_mtime,
+            "sha",
+            "f32",
+            "qwen2",
+            is_loaded=True,
+            n_ctx=self._context.n_ctx,
+            n_ctx_train=CONTEXT,
         )
         self.running = 0
         self.requests: list[GenerationRequest] = []
@@ -75,7 +84,7 @@ class LocalEngine:
                 if self.failure:
                     raise self.failure
                 ids = await self._call(self._encode, request.prompt)
-                async for event in self._answer(request, ids):
+                async for event in self._answer(request, [*ids, *request.prefix]):
                     yield event
             finally:
                 self.running -= 1
@@ -84,7 +93,13 @@ class LocalEngine:
         key, sampling = next(self._keys), replace(GREEDY, **request.sampling)
         limit = 1 << 30 if request.max_tokens is None else request.max_tokens
         job = SequenceRequest(key, ids, sampling, limit, "", request.top_logprobs, request.prompt_logprobs)
-        builder = AnswerBuilder(self._tokenizer, len(ids), grammar=sampling.grammar, stop_strings=request.stop)
+        builder = AnswerBuilder(
+            self._tokenizer,
+            len(ids) - len(request.prefix),
+            grammar=sampling.grammar,
+            stop_strings=request.stop,
+            prefix=request.prefix,
+        )
         prompt = [TokenLogprob(ids[0], self._piece(ids[0]), float("nan"))]
         await self._call(self._scheduler.submit, job)
         try:
@@ -161,16 +176,26 @@ class LocalHost:
     def __init__(self, engine: LocalEngine, aliases: Sequence[str] = ()) -> None:
         self.engine, self._names = engine, ("", engine.info.name, *aliases)
         self.delay = 0.0  # seconds to load
+        self.keep_alive: float | None = None  # of the last request
 
     def models(self) -> list[ModelInfo]:
         return [self.engine.info]
 
-    @contextlib.asynccontextmanager
-    async def open(self, name: str) -> AsyncIterator[LocalEngine]:
+    async def find(self, name: str) -> ModelInfo:
         if name not in self._names:
             raise ModelNotFound(name)
+        return self.engine.info
+
+    @contextlib.asynccontextmanager
+    async def open(self, name: str, keep_alive: float | None = None) -> AsyncIterator[LocalEngine]:
+        await self.find(name)
+        self.keep_alive = keep_alive
         await asyncio.sleep(self.delay)
         yield self.engine
+
+    async def unload(self, name: str) -> None:
+        await self.find(name)
+        self.keep_alive = 0.0
 
 
 class Server:
@@ -197,7 +222,9 @@ def serve_host(host: ModelHost, /, **settings: Any) -> Iterator[str]:
         listener.bind(("127.0.0.1", 0))
         listener.listen(64)
         app = create_app(host, ServerSettings(**settings))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=2))
+        server = uvicorn.Server(
+            uvicorn.Config(app, http=HttpConnection, log_level="critical", timeout_graceful_shutdown=2)
+        )
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

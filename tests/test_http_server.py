@@ -1,19 +1,24 @@
-"""The loop that serves HTTP: its end, and connections on which nothing happens."""
+"""The loop that serves HTTP: its end, what is not HTTP, too many connections, and those on which nothing happens."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import socket
-from collections.abc import Awaitable, Callable
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
 
 import httpx
 import pytest
 from fastapi import FastAPI
-from starlette.responses import PlainTextResponse
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
-from qwenlocal.server.http_server import open_socket, serve_http
+from qwenlocal.server.http_server import HttpLimits, open_socket, serve_http
 
 DEADLINE = 30.0
 
@@ -27,8 +32,7 @@ def run_with_server(
     test: Callable[[int], Awaitable[None]],
     *,
     end_answers: Callable[[], Awaitable[None]] = nothing,
-    drain_seconds: float = DEADLINE,
-    idle_seconds: int = 30,
+    **limits: Any,
 ) -> None:
     """Run `test` with the port of a server, which then gets SIGTERM; both must end."""
 
@@ -45,8 +49,7 @@ def run_with_server(
             listener,
             on_start=nothing,
             end_answers=end_answers,
-            drain_seconds=drain_seconds,
-            idle_seconds=idle_seconds,
+            limits=HttpLimits(**{"drain_seconds": DEADLINE, "idle_seconds": 30, **limits}),
         )
         await asyncio.gather(test_and_stop(listener.getsockname()[1]), server)
 
@@ -140,3 +143,250 @@ def test_a_connection_is_used_for_a_second_request_and_for_long_responses() -> N
         writer.close()
 
     run_with_server(app, test, idle_seconds=1)
+
+
+# --- what is not HTTP
+
+POST = b"POST / HTTP/1.1\r\nHost: localhost\r\n"
+CHUNKED = POST + b"Transfer-Encoding: chunked\r\n"
+SMUGGLED = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+def reading_app() -> FastAPI:
+    """Create an application that reads the body of each request."""
+    app = FastAPI()
+
+    @app.post("/")
+    async def read(request: Request) -> int:
+        return len(await request.body())
+
+    @app.exception_handler(ClientDisconnect)
+    async def respond_to_nobody(_request: Request, _error: Exception) -> Response:
+        return Response()
+
+    return app
+
+
+async def exchange(port: int, *parts: bytes) -> bytes:
+    """Send bytes, and return all that comes back until the server closes the connection."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    for part in parts:
+        writer.write(part)
+        await writer.drain()
+    received = await reader.read()
+    writer.close()
+    return received
+
+
+@pytest.mark.parametrize(
+    ("status", "request_"),
+    [
+        (400, CHUNKED + b"Content-Length: 4\r\n\r\n0\r\n\r\n" + SMUGGLED),
+        (400, POST + b"Content-Length: 60\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab"),
+        (400, POST + b"Content-Length: 0\r\nContent-Length: 36\r\n\r\n" + SMUGGLED),
+        (400, POST + b"Content-Length: +4\r\n\r\nabcd"),
+        (400, POST + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n" + SMUGGLED),
+        (400, POST + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n" + SMUGGLED),
+        (400, POST + b"Transfer-Encoding : chunked\r\n\r\n0\r\n\r\n" + SMUGGLED),
+        (400, CHUNKED + b"\r\n-1\r\n" + SMUGGLED),
+        (400, CHUNKED + b"\r\n0x4\r\nabcd\r\n0\r\n\r\n"),
+        (400, CHUNKED + b"\r\n2\r\nabcd\r\n0\r\n\r\n"),
+        (400, CHUNKED + b"\r\n" + b"f" * 40 + b"\r\n"),
+        (400, POST + b"X: a\0b\r\n\r\n"),
+        (400, b"POST / HTTP/1.1\r\n X: folded\r\nHost: localhost\r\n\r\n"),
+        (400, b"POST / HTTP/1.1\r\n\r\n"),
+        (400, b"\x16\x03\x01\x02\0\x01\0\x01"),
+        (431, POST + b"X: " + b"x" * 20_000),
+    ],
+    ids=lambda value: "" if isinstance(value, int) else repr(value[:90])[2:-1],
+)
+def test_what_is_not_http_is_refused_at_once(
+    status: int, request_: bytes, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async def test(port: int) -> None:
+        head, _, body = (await exchange(port, request_)).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 %d " % status) and b"\r\nConnection: close" in head
+        error = json.loads(body)["error"]
+        assert error["type"] == "invalid_request_error" and error["message"] and error["code"]
+
+    run_with_server(reading_app(), test)
+    assert not caplog.records and capfd.readouterr() == ("", "")
+
+
+def test_a_chunk_that_is_damaged_during_the_response_ends_it(caplog: pytest.LogCaptureFixture) -> None:
+    app = FastAPI()
+
+    @app.post("/")
+    async def respond_early() -> StreamingResponse:
+        async def wait() -> AsyncIterator[bytes]:
+            yield b"begun"
+            await asyncio.Event().wait()
+
+        return StreamingResponse(wait())
+
+    async def test(port: int) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(CHUNKED + b"\r\n")
+        await reader.readuntil(b"begun")
+        writer.write(b"no number\r\n")
+        assert b"HTTP" not in await reader.read()
+        writer.close()
+
+    run_with_server(app, test)
+    assert not caplog.records
+
+
+def streaming_app(texts: Callable[[], AsyncIterator[bytes]], ended: asyncio.Event) -> FastAPI:
+    """Create an application that streams texts, and then sets `ended`."""
+    app = FastAPI()
+
+    class Stream(StreamingResponse):
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            try:
+                await super().__call__(scope, receive, send)
+            finally:
+                ended.set()
+
+    @app.get("/")
+    async def stream() -> Stream:
+        return Stream(texts(), headers={"Connection": "close"})
+
+    return app
+
+
+def test_clients_that_vanish_print_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    ended = asyncio.Event()
+
+    async def count() -> AsyncIterator[bytes]:
+        while True:
+            for _ in range(50):
+                yield b"x"
+            await asyncio.sleep(0)
+
+    async def test(port: int) -> None:
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.sendall(SMUGGLED)
+            assert await asyncio.to_thread(client.recv, 1)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close with a reset
+        await ended.wait()
+
+    run_with_server(streaming_app(count, ended), test)
+    assert not caplog.records
+
+
+# --- bodies that nobody reads
+
+
+def refusing_app() -> FastAPI:
+    """Create an application that refuses each request unread."""
+    app = FastAPI()
+
+    @app.api_route("/", methods=["GET", "POST"])
+    async def refuse() -> PlainTextResponse:
+        return PlainTextResponse("refused", 401)
+
+    return app
+
+
+@pytest.mark.parametrize("framing", ["length", "chunks"])
+def test_a_client_that_is_still_sending_gets_the_response(framing: str) -> None:
+    async def chunks() -> AsyncIterator[bytes]:
+        for _ in range(80):
+            yield b"x" * 100_000
+
+    async def test(port: int) -> None:
+        async with httpx.AsyncClient(timeout=DEADLINE) as client:
+            content = b"x" * 8_000_000 if framing == "length" else chunks()
+            response = await client.post(f"http://127.0.0.1:{port}/", content=content)
+        assert (response.status_code, response.text) == (401, "refused")
+        assert response.headers["connection"] == "close"
+
+    run_with_server(refusing_app(), test)
+
+
+def test_a_body_that_never_ends_does_not_keep_a_refused_connection_open() -> None:
+    async def test(port: int) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(CHUNKED + b"\r\n")
+        closed = asyncio.create_task(reader.read())
+        while not closed.done():
+            writer.write(b"1\r\nx\r\n")
+            await asyncio.sleep(0.05)
+        writer.close()
+
+    run_with_server(refusing_app(), test)
+
+
+def test_a_refused_request_without_a_body_keeps_its_connection() -> None:
+    async def test(port: int) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        for head in (SMUGGLED, POST + b"Content-Length: 0\r\n\r\n"):
+            writer.write(head)
+            assert await reader.readuntil(b"refused")
+        writer.close()
+
+    run_with_server(refusing_app(), test)
+
+
+# --- too many connections, and clients that do not read
+
+
+def test_a_connection_too_many_is_refused_until_another_one_ends(caplog: pytest.LogCaptureFixture) -> None:
+    async def test(port: int) -> None:
+        (_, idle), (reader, writer) = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
+        url = f"http://127.0.0.1:{port}/"
+        async with httpx.AsyncClient(timeout=DEADLINE) as client:
+            refused = await client.post(url, content=b"x")
+            assert refused.status_code == 503 and int(refused.headers["retry-after"]) > 0
+            assert refused.json()["error"]["code"] == "too_many_connections"
+            writer.write(POST + b"Content-Length: 3\r\n\r\nabc")
+            assert await reader.readuntil(b"\r\n3")
+            idle.close()
+            while (await client.post(url, content=b"x")).status_code == 503:
+                pass
+        writer.close()
+
+    run_with_server(reading_app(), test, max_connections=2)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("length", ["endless", "complete"])
+def test_a_client_that_does_not_read_loses_its_answer(length: str, caplog: pytest.LogCaptureFixture) -> None:
+    ended, size = asyncio.Event(), 20_000_000  # bytes, more than the system buffers
+    clients: list[socket.socket] = []
+
+    async def texts() -> AsyncIterator[bytes]:
+        yield b"x" * size
+        while length == "endless":
+            yield b"x" * 1000
+
+    async def test(port: int) -> None:
+        clients.append(await asyncio.to_thread(socket.create_connection, ("127.0.0.1", port)))
+        clients[0].sendall(SMUGGLED)
+        await ended.wait()
+
+    run_with_server(
+        streaming_app(texts, ended), test, stall_seconds=0.1
+    )  # the server ends in time only if it does not wait for the client
+    with clients[0] as client:
+        assert sum(iter(lambda: len(client.recv(1 << 20)), 0)) < size
+    assert not caplog.records
+
+
+def test_a_client_that_reads_slowly_gets_all() -> None:
+    app, size = FastAPI(), 20_000_000
+
+    @app.get("/")
+    async def send() -> PlainTextResponse:
+        return PlainTextResponse("x" * size, headers={"Connection": "close"})
+
+    async def test(port: int) -> None:
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.sendall(SMUGGLED)
+            n_received = 0
+            while part := await asyncio.to_thread(client.recv, 1 << 20):
+                n_received += len(part)
+                await asyncio.sleep(0.1 if n_received < size // 2 else 0)
+        assert n_received > size
+
+    run_with_server(app, test, stall_seconds=0.5)

@@ -19,9 +19,10 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from qwenlocal.errors import ContextFull, QwenlocalError, ServerBusy
-from qwenlocal.hints import describe_error
+from qwenlocal.errors import ContextFull, OutOfRange, QwenlocalError, ServerBusy
+from qwenlocal.hints import join_hint
 from qwenlocal.i18n import tr
+from qwenlocal.server.client_hints import find_client_hint
 
 _TYPES = {
     401: "authentication_error",
@@ -80,8 +81,6 @@ class ErrorReport:
         """The headers that the status needs."""
         if self.status == 401:
             return {"WWW-Authenticate": "Bearer"}
-        if self.status in (408, 413):  # the rest of the body will not be read
-            return {"Connection": "close"}
         return {"Retry-After": str(self.retry_after)} if self.status in (429, 503) else {}
 
     def body(self, path: str) -> dict[str, Any]:
@@ -108,12 +107,14 @@ def report_error(error: Exception, request: Request) -> ErrorReport:
 
 
 def _report_known(error: QwenlocalError) -> ErrorReport:
-    message = describe_error(error)
+    if isinstance(error, HttpError):
+        return ErrorReport(error.http_status, join_hint(error, error.hint), error.code, error.param)
+    message = join_hint(error, find_client_hint(error))
     if isinstance(error, ContextFull):
         details = {"n_prompt_tokens": error.n_prompt, "n_ctx": error.n_ctx}
         return ErrorReport(error.http_status, message, "context_length_exceeded", details=details)
-    if isinstance(error, HttpError):
-        return ErrorReport(error.http_status, message, error.code, error.param)
+    if isinstance(error, OutOfRange):
+        return ErrorReport(error.http_status, message, "invalid_value", error.option)
     retry_after = error.retry_after if isinstance(error, ServerBusy) else _RETRY_AFTER
     return ErrorReport(error.http_status, message, retry_after=retry_after)
 

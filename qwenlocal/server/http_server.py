@@ -6,25 +6,45 @@ import asyncio
 import contextlib
 import signal
 import socket
-from collections.abc import Awaitable, Callable, Iterator
+import sys
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
-import h11
 import psutil
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from qwenlocal.errors import UsageError
 from qwenlocal.i18n import tr
+from qwenlocal.server.http_connection import STALL_SECONDS, HttpConnection, format_response
+from qwenlocal.server.http_errors import ErrorReport
 
-_DRAIN_SECONDS = 30  # for running requests after SIGTERM
-_FLUSH_SECONDS = 2  # for the last bytes of responses after that
-# Clients close unused connections after a while, httpx after 5 seconds, aiohttp after 15. They should be first: a
-# request that is on its way when the server does it gets no response.
-_IDLE_SECONDS = 60
+_FLUSH_SECONDS = 2  # for the last bytes of responses when the server stops
 _BACKLOG = 256  # connections that are not yet accepted
+_MAX_CONNECTIONS = 1024
+_MAX_REFUSALS = 32  # at the same time; further connections are closed without a response
+_REFUSAL_SECONDS = 1
+_ACCEPT_DELAY = 0.1  # seconds until the next try when no connection can be accepted
+
+
+@dataclass(frozen=True)
+class HttpLimits:
+    """
+    Limits of `serve_http`.
+
+    `drain_seconds` are for running requests after SIGTERM. A connection is closed `idle_seconds` after its last
+    request, unless the header of the next one is complete. Clients do so earlier, httpx after 5 seconds, aiohttp after
+    15, and should: a request that is on its way when the server does it gets no response. `stall_seconds` is the time
+    in which a client must read something, `max_connections` None for half of the file descriptors.
+    """
+
+    drain_seconds: float = 30.0
+    idle_seconds: int = 60
+    stall_seconds: float = STALL_SECONDS
+    max_connections: int | None = None
 
 
 def open_socket(host: str, port: int) -> socket.socket:
@@ -45,6 +65,7 @@ def open_socket(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address[4])
         listener.listen(_BACKLOG)
+        listener.setblocking(False)
     except OSError as error:
         listener.close()
         if holder := _find_holder(port):
@@ -70,46 +91,80 @@ def _find_holder(port: int) -> str:
     return ""
 
 
-class _Connection(H11Protocol):
-    """Uvicorn's connection; closed if a client is slow to send the header of its next request."""
-
-    _timer: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Start to wait for a request."""
-        super().connection_made(transport)  # type: ignore[arg-type]
-        self._watch_header()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Stop to wait for a request."""
-        super().connection_lost(exc)
-        self._stop_timer()
-
-    def handle_events(self) -> None:
-        """Handle what was received."""
-        super().handle_events()
-        self._watch_header()
-
-    def _watch_header(self) -> None:
-        if self.conn.their_state is not h11.IDLE:
-            self._stop_timer()
-        elif self._timer is None:
-            self._timer = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
-
-    def _stop_timer(self) -> None:
-        if self._timer:
-            self._timer.cancel()
-            self._timer = None
-
-
 class _Server(uvicorn.Server):
-    """Uvicorn's server, without the signal that it sends to itself at the end, which would skip what follows."""
+    """
+    Uvicorn's server with a limit of connections.
 
-    def __init__(
-        self, config: uvicorn.Config, end_answers: Callable[[], Awaitable[None]], drain_seconds: float
-    ) -> None:
+    It does not send the signal to itself at the end that uvicorn sends, which would skip what follows.
+    """
+
+    def __init__(self, config: uvicorn.Config, end_answers: Callable[[], Awaitable[None]], limits: HttpLimits) -> None:
         super().__init__(config)
-        self._end_answers, self._drain_seconds = end_answers, drain_seconds
+        self._end_answers, self._limits = end_answers, limits
+        self._max_connections = limits.max_connections or _max_connections()
+        self._open: set[socket.socket] = set()
+        self._refused: set[socket.socket] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """
+        Accept connections.
+
+        asyncio's servers have no limit, so uvicorn gets no sockets for one. Here, a connection counts from the moment
+        that it has a file descriptor, also before its TLS handshake, and until the descriptor is free.
+        """
+        await super().startup(sockets=[])
+        for listener in sockets or []:
+            self._start(self._accept(listener))
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _accept(self, listener: socket.socket) -> None:
+        while True:
+            try:
+                connection, _ = await asyncio.get_running_loop().sock_accept(listener)
+            except OSError:  # the client has left already, or other files use all descriptors
+                await asyncio.sleep(_ACCEPT_DELAY)
+                continue
+            self._open, self._refused = _keep_open(self._open), _keep_open(self._refused)
+            if len(self._open) < self._max_connections:
+                self._open.add(connection)
+                self._start(self._connect(connection))
+            elif len(self._refused) < _MAX_REFUSALS:
+                self._refused.add(connection)
+                self._start(self._refuse(connection))
+            else:
+                connection.close()
+                await asyncio.sleep(0)  # for the other connections, while more of these are waiting
+
+    async def _connect(self, connection: socket.socket) -> None:
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(
+                self._create_protocol, connection, ssl=self.config.ssl
+            )
+        except OSError:  # it is no TLS, or the client has left
+            connection.close()
+
+    def _create_protocol(self) -> HttpConnection:
+        return HttpConnection(
+            self.config, self.server_state, self.lifespan.state, stall_seconds=self._limits.stall_seconds
+        )
+
+    async def _refuse(self, connection: socket.socket) -> None:
+        """Respond, and close when the client does: it would lose the response if its request was unread by then."""
+        try:
+            if not self.config.is_ssl:
+                message = tr("The server has too many connections.")
+                connection.send(format_response(ErrorReport(503, message, "too_many_connections")))
+                connection.shutdown(socket.SHUT_WR)
+                await asyncio.wait_for(_read_all(connection), _REFUSAL_SECONDS)
+        except (OSError, asyncio.TimeoutError):
+            pass  # the client has left, or does not read
+        finally:
+            connection.close()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -128,14 +183,36 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Wait for running requests, then end their answers, so that their clients get a reason."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         drained = asyncio.ensure_future(super().shutdown(sockets))
-        await asyncio.wait({drained}, timeout=self._drain_seconds)
+        await asyncio.wait({drained}, timeout=self._limits.drain_seconds)
         await self._end_answers()
         if self.server_state.tasks:
             await asyncio.wait(self.server_state.tasks, timeout=_FLUSH_SECONDS)
         for connection in list(self.server_state.connections):
             connection.transport.abort()  # the client does not read
         await drained
+
+
+def _keep_open(connections: set[socket.socket]) -> set[socket.socket]:
+    return {connection for connection in connections if connection.fileno() >= 0}
+
+
+async def _read_all(connection: socket.socket) -> None:
+    while await asyncio.get_running_loop().sock_recv(connection, 1 << 16):
+        pass
+
+
+def _max_connections() -> int:
+    """Return a number of connections that leaves half of the file descriptors to models and files."""
+    if sys.platform == "win32":
+        return _MAX_CONNECTIONS
+    import resource
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _MAX_CONNECTIONS if limit == resource.RLIM_INFINITY else min(_MAX_CONNECTIONS, limit // 2)
 
 
 async def serve_http(
@@ -146,15 +223,13 @@ async def serve_http(
     key: Path | None = None,
     on_start: Callable[[], Awaitable[None]],
     end_answers: Callable[[], Awaitable[None]],
-    drain_seconds: float = _DRAIN_SECONDS,
-    idle_seconds: int = _IDLE_SECONDS,
+    limits: HttpLimits = HttpLimits(),
 ) -> None:
     """
     Serve `app` until Ctrl-C or SIGTERM, then finish the requests that are running.
 
     `on_start` runs at the same time; an exception that it raises ends the server. `end_answers` is called when all
-    requests are complete, `drain_seconds` have passed or there is a second signal. A connection is closed
-    `idle_seconds` after its last request, unless the header of the next one is complete.
+    requests are complete, the time for that has passed or there is a second signal.
 
     Raises
     ------
@@ -163,12 +238,12 @@ async def serve_http(
     config = uvicorn.Config(
         app,
         log_config=None,
+        log_level="error",  # not a line for each request that is not HTTP
         access_log=False,
         lifespan="off",
         server_header=False,
-        http=_Connection,
         ws="none",
-        timeout_keep_alive=idle_seconds,
+        timeout_keep_alive=limits.idle_seconds,
         ssl_certfile=certificate,
         ssl_keyfile=key,
     )
@@ -179,7 +254,7 @@ async def serve_http(
             tr("Cannot use the certificate {certificate} with the key {key}.", certificate=certificate, key=key),
             hint=tr("Both must be PEM files, and the key must be the certificate's, without a password."),
         ) from error
-    server = _Server(config, end_answers, drain_seconds)
+    server = _Server(config, end_answers, limits)
 
     async def start() -> None:
         try:

@@ -24,9 +24,10 @@ from qwenlocal.i18n import tr
 from qwenlocal.server.http_errors import HttpError, respond_to_error
 
 _LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
-# Without a key: load balancers ask for /health, and browsers open the page, which then asks for the key.
-_OPEN_PATHS = frozenset({"/health", "/"})
-_OPEN_FOLDER = "/page/assets/"
+# Without a key: load balancers ask for /health, and browsers, which have no key yet, open the page, which then asks for
+# it, and the description of the interface, which is the same for every server of this version.
+_OPEN_PATHS = frozenset({"/health", "/", "/docs", "/openapi.json"})
+_OPEN_FOLDERS = ("/page/assets/", "/docs/")
 _PAGE_FOLDER = "/page/"
 
 
@@ -80,7 +81,7 @@ class HostCheck(RequestCheck):
                 403,
                 tr("This server is not called “{name}”.", name=host),
                 code="host_not_allowed",
-                hint=tr("To allow that name: qwenlocal serve --allow-host NAME"),
+                hint=tr("To allow that name, on the server: --allow-host NAME"),
             )
 
 
@@ -120,7 +121,7 @@ class OriginCheck(RequestCheck):
             403,
             tr("Pages on other sites may not send requests to this server."),
             code="origin_not_allowed",
-            hint=tr("To allow a site: qwenlocal serve --allow-origin https://SITE"),
+            hint=tr("To allow a site, on the server: --allow-origin https://SITE"),
         )
 
 
@@ -148,7 +149,7 @@ class ApiKeyCheck(RequestCheck):
 
     def check(self, request: Request) -> None:
         path = request.url.path
-        if path in _OPEN_PATHS or path.startswith(_OPEN_FOLDER):
+        if path in _OPEN_PATHS or path.startswith(_OPEN_FOLDERS):
             return
         digests = self._page_digests if path.startswith(_PAGE_FOLDER) else self._digests
         if not digests:

@@ -2,8 +2,9 @@
 Errors that a user of qwenlocal can act on.
 
     QwenlocalError                 1  base class: a sentence and a next step
-    ├── EngineCrashed              1  llama.cpp ends the process: a device is gone
+    ├── EngineCrashed              1  the process of a model ends: killed, or a device is gone
     ├── ServerBusy                 1  too many requests are waiting for a model
+    ├── ServerStopped              1  the server stops before it has answered
     ├── UsageError                 2  arguments that are invalid or contradict each other
     │   ├── InvalidChoice          2  an argument that is not one of the known values
     │   └── OutOfRange             2  a number that is too small or too large
@@ -39,6 +40,7 @@ exception is a bug and keeps its traceback.
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -63,17 +65,58 @@ def _join_or(words: Sequence[str]) -> str:
 
 
 class EngineCrashed(QwenlocalError):
-    """llama.cpp is about to end the process; `reason` is its message without the source line."""
+    """
+    The process of a model has ended, or is about to.
+
+    `reason` is llama.cpp's, which is quoted without the source line; `message` replaces the sentence with it.
+    `uses_gpu` says that layers of the model were on a GPU.
+    """
 
     http_status = 503
 
-    def __init__(self, reason: str) -> None:
-        location, _, message = reason.partition(": ")
-        self.reason = (message if ".c" in location or ".m" in location else reason).strip().rstrip(".")
+    def __init__(self, reason: str, *, uses_gpu: bool = False, message: str = "", hint: str = "") -> None:
+        location, _, quoted = reason.partition(": ")
+        self.reason = (quoted if ".c" in location or ".m" in location else reason).strip().rstrip(".")
+        default_hint = tr("If it happens again, report it with the last lines on the terminal.")
+        if uses_gpu:
+            default_hint = tr("If a GPU was disconnected or is out of memory, run without it: -ngl 0")
         super().__init__(
-            tr("llama.cpp stopped: {reason}.", reason=self.reason),
-            hint=tr("If a GPU was disconnected or is out of memory, run without it: -ngl 0"),
+            message or tr("llama.cpp stopped: {reason}.", reason=self.reason),
+            hint=hint or default_hint,
         )
+
+    @classmethod
+    def from_exit_code(cls, code: int, *, uses_gpu: bool = False) -> EngineCrashed:
+        """Build the error for a process with the exit code `code`; -9 means that the signal 9 ended it."""
+        if code >= 0:
+            message = tr("The process of the model ended with the exit code {code}.", code=code)
+            return cls(str(code), uses_gpu=uses_gpu, message=message)
+        name = _signal_name(-code)
+        if name == "SIGKILL":
+            return cls(
+                name,
+                message=tr("The process of the model was ended by SIGKILL. Out of memory?"),
+                hint=tr("Close other programs, or use a shorter context: -c"),
+            )
+        message = tr("The process of the model was ended by {signal}.", signal=name)
+        return cls(name, uses_gpu=uses_gpu, message=message)
+
+    @classmethod
+    def from_bug(cls, error: BaseException) -> EngineCrashed:
+        """Build the error for a bug in the process of a model."""
+        reason = f"{type(error).__name__}: {error}"
+        return cls(
+            reason,
+            message=tr("A bug in qwenlocal: {reason}.", reason=reason.rstrip(".")),
+            hint=tr("Report it with the last lines on the terminal."),
+        )
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return tr("signal {number}", number=number)
 
 
 class ServerBusy(QwenlocalError):
@@ -85,8 +128,17 @@ class ServerBusy(QwenlocalError):
         self.n_waiting, self.retry_after = n_waiting, retry_after
         super().__init__(
             tr("The model is busy: {count:,} requests are waiting.", count=n_waiting),
-            hint=tr("Try again in {seconds} s, or start the server with a longer queue.", seconds=retry_after),
+            hint=tr("Try again in {seconds} s. On the server: a longer queue with --max-waiting", seconds=retry_after),
         )
+
+
+class ServerStopped(QwenlocalError):
+    """The server stops before it has answered a request."""
+
+    http_status = 503
+
+    def __init__(self) -> None:
+        super().__init__(tr("The request was interrupted: the server stops."))
 
 
 class UsageError(QwenlocalError):
@@ -110,6 +162,7 @@ class OutOfRange(UsageError):
     """The value of `option` is not between `minimum` and `maximum`."""
 
     def __init__(self, option: str, minimum: float, maximum: float, value: float) -> None:
+        self.option = option
         is_whole = abs(value) < 1e15 and value == int(value)  # not for infinity and NaN
         super().__init__(
             tr(
@@ -447,15 +500,17 @@ class TextTooLong(QwenlocalError):
 
 
 class ContextFull(QwenlocalError):
-    """A prompt of `n_prompt` tokens leaves no space for an answer in a context of `n_ctx` tokens."""
+    """
+    A prompt of `n_prompt` tokens leaves no space for an answer in a context of `n_ctx` tokens; `needed` would do.
+    """
 
     exit_code, http_status = 7, 400
 
     def __init__(self, n_prompt: int, n_ctx: int, n_ctx_train: int) -> None:
         self.n_prompt, self.n_ctx, self.n_ctx_train = n_prompt, n_ctx, n_ctx_train
-        needed = -(-(n_prompt + 512) // 1024) * 1024
-        if needed <= n_ctx_train:
-            hint = tr("Use a longer context: -c {needed}", needed=needed)
+        self.needed = -(-(n_prompt + 512) // 1024) * 1024
+        if self.needed <= n_ctx_train:
+            hint = tr("Use a longer context: -c {needed}", needed=self.needed)
         else:
             hint = tr("Shorten the text: this model was trained for {limit:,} tokens.", limit=n_ctx_train)
         super().__init__(

@@ -21,6 +21,11 @@ def find_hint(error: QwenlocalError) -> str:
 
 def describe_error(error: QwenlocalError) -> str:
     """Return the message and the hint in one line."""
-    message, hint = str(error), find_hint(error)
+    return join_hint(error, find_hint(error))
+
+
+def join_hint(error: QwenlocalError, hint: str) -> str:
+    """Return the message of an error and a hint in one line."""
+    message = str(error)
     end = "" if message.endswith((".", "!", "?", "…", "。")) or not hint else "."
     return join_sentences(f"{message}{end}", hint)

@@ -59,7 +59,7 @@ class ScriptedEngine:
             pieces = [text[at : at + _PIECE] for at in range(0, len(text), _PIECE)]
             for count, piece in enumerate(pieces[: request.max_tokens], 1):
                 await self._wait(count)
-                yield Text(piece, count)
+                yield Text(piece, count, ids=(0,))
             is_cut = request.max_tokens is not None and len(pieces) > request.max_tokens
             reason = FinishReason.LENGTH if is_cut else FinishReason.EOS
             yield Done(reason, GenerationStats(total, 0, count, 0.01, time.monotonic() - start))
@@ -99,9 +99,18 @@ class ScriptedHost:
     def models(self) -> list[ModelInfo]:
         return [engine.info for engine in self._engines]
 
+    async def find(self, name: str) -> ModelInfo:
+        return self._find(name).info
+
     @contextlib.asynccontextmanager
-    async def open(self, name: str) -> AsyncIterator[ScriptedEngine]:
+    async def open(self, name: str, keep_alive: float | None = None) -> AsyncIterator[ScriptedEngine]:
+        yield self._find(name)
+
+    async def unload(self, name: str) -> None:
+        self._find(name)
+
+    def _find(self, name: str) -> ScriptedEngine:
         engine = next((one for one in self._engines if name in ("", one.info.name)), None)
         if engine is None:
             raise ModelNotFound(name)
-        yield engine
+        return engine

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import signal
 import socket
@@ -11,14 +12,24 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from qwenlocal.chat.events import Done, FinishReason, PromptLogprobs, Text
 from qwenlocal.engine.load_plan import LoadRequest
 from qwenlocal.engine.loader import LoadOptions
-from qwenlocal.errors import BadWeights, ContextFull, EngineCrashed, ModelNotFound, OutOfRange, ServerBusy, UsageError
+from qwenlocal.errors import (
+    BadWeights,
+    ContextFull,
+    EngineCrashed,
+    ModelNotFound,
+    OutOfRange,
+    ServerBusy,
+    ServerStopped,
+    UsageError,
+)
 from qwenlocal.library.model_library import ModelLibrary
-from qwenlocal.library.names import PathName
+from qwenlocal.library.names import PathName, parse_name
 from qwenlocal.library.provider import ProvidedModel
 from qwenlocal.library.store import ModelRecord, StoredFile
 from qwenlocal.server.engine import ChatPrompt, EngineEvent, GenerationRequest, TextPrompt, TokenPrompt
@@ -85,6 +96,20 @@ def test_several_requests_are_answered_at_once(random_model: Path) -> None:
             for request, (text, done) in zip(requests, together, strict=True):
                 assert (await answer(process, request))[0] == text
                 assert done.finish_reason is FinishReason.LENGTH and done.stats.answer_tokens == 20
+
+    run(test)
+
+
+def test_an_answer_continues_after_its_first_tokens(random_model: Path) -> None:
+    async def test() -> None:
+        async with running(random_model) as process:
+            greedy = {"temperature": 0.0}
+            whole, end = await answer(process, GenerationRequest(HELLO, greedy, 20))
+            _, cut = await answer(process, GenerationRequest(HELLO, greedy, 7))
+            rest, done = await answer(process, GenerationRequest(HELLO, greedy, 13, prefix=cut.ids))
+            assert (done.ids, len(cut.ids), len(done.ids)) == (end.ids, 7, 20)
+            assert whole.endswith(rest)
+            assert done.stats.prompt_tokens == end.stats.prompt_tokens + 7
 
     run(test)
 
@@ -265,6 +290,33 @@ def test_requests_beyond_the_queue_are_refused(endless_model: Path) -> None:
     run(test)
 
 
+def test_embeddings_beyond_the_queue_are_refused_and_answers_are_not(random_model: Path) -> None:
+    async def test() -> None:
+        async with running(random_model, max_waiting=1) as process:
+            long = [asyncio.create_task(process.embed([TextPrompt("x" * 500)] * 3_000)) for _ in range(2)]
+            await asyncio.sleep(0)
+            with pytest.raises(ServerBusy) as raised:
+                await process.embed([TextPrompt("Hello")])
+            assert raised.value.n_waiting == 1 and raised.value.retry_after > 0
+            assert (await answer(process, GenerationRequest(HELLO, max_tokens=2)))[1].stats.answer_tokens == 2
+        for task in long:
+            with pytest.raises(ServerStopped):
+                await task
+        assert process._process.exitcode == 0  # it did not have to be killed
+
+    run(test)
+
+
+def test_calls_beyond_the_queue_are_refused(random_model: Path) -> None:
+    async def test() -> None:
+        async with running(random_model, max_waiting=1) as process:
+            results = await asyncio.gather(*(process.tokenize("x") for _ in range(4)), return_exceptions=True)
+            assert [type(result) for result in results] == [list, list, ServerBusy, ServerBusy]
+            assert await process.tokenize("x") == results[0]
+
+    run(test)
+
+
 def test_a_killed_process_ends_its_requests_with_a_reason(endless_model: Path) -> None:
     async def test() -> None:
         async with running(endless_model, n_ctx=8192) as process:
@@ -272,14 +324,22 @@ def test_a_killed_process_ends_its_requests_with_a_reason(endless_model: Path) -
             assert await anext(events)
             assert process._process.pid is not None
             os.kill(process._process.pid, signal.SIGKILL)
-            with pytest.raises(EngineCrashed):
+            with pytest.raises(EngineCrashed, match=r"SIGKILL\. Out of memory\?") as raised:
                 async for _ in events:
                     pass
+            assert "-c" in raised.value.hint and "-ngl" not in raised.value.hint
             assert not process.is_alive
             with pytest.raises(EngineCrashed):
                 await process.tokenize("x")
 
     run(test)
+
+
+def test_the_reason_of_an_end_is_the_signal_and_a_gpu_only_if_one_was_used() -> None:
+    without, with_gpu = (EngineCrashed.from_exit_code(-signal.SIGSEGV, uses_gpu=gpu) for gpu in (False, True))
+    assert "SIGSEGV" in str(without) and "GPU" not in without.hint
+    assert "SIGSEGV" in str(with_gpu) and "-ngl 0" in with_gpu.hint
+    assert "exit code 3" in str(EngineCrashed.from_exit_code(3))
 
 
 def test_requests_that_are_running_when_the_process_is_stopped_are_interrupted(endless_model: Path) -> None:
@@ -328,16 +388,19 @@ def test_a_start_that_is_cancelled_leaves_no_process(random_model: Path) -> None
 # --- models that are loaded on demand
 
 
-def host(*paths: Path, keep_alive: float | None = 300.0, loaded: list[str] | None = None) -> ProcessHost:
-    library = ModelLibrary(
+def open_library() -> ModelLibrary:
+    return ModelLibrary(
         say=lambda sentence: None,
         on_download=lambda model: None,
         open_progress=lambda: contextlib.nullcontext(lambda progress: None),
         report_hashing=lambda file, done, total: None,
     )
+
+
+def host(*paths: Path, keep_alive: float = 300.0, loaded: list[str] | None = None) -> ProcessHost:
     names = loaded if loaded is not None else []
     return ProcessHost(
-        ServedModels(library, [provided(path) for path in paths]),
+        ServedModels(open_library(), [provided(path) for path in paths]),
         HostSettings(options(), parallel=2, keep_alive=keep_alive),
         on_loaded=lambda name, ready: names.append(name),
     )
@@ -413,6 +476,102 @@ def test_a_model_whose_process_was_killed_is_loaded_again(speaking_model: Path) 
                 await asyncio.sleep(0.01)
         assert await first_text(models, "") == "Paris"
         await models.close()
+
+    run(test)
+
+
+def test_a_bug_while_answers_are_computed_ends_them_with_a_reason(endless_model: Path) -> None:
+    async def test() -> None:
+        models = host(endless_model)
+        async with models.open("") as engine:
+            events = engine.generate(GenerationRequest(HELLO))
+            assert await anext(events)
+            faulty = GenerationRequest(HELLO, max_tokens="many")  # type: ignore[arg-type]  # no interface sends that
+            with pytest.raises(EngineCrashed, match="A bug in qwenlocal: TypeError"):
+                await anext(engine.generate(faulty))
+            with pytest.raises(EngineCrashed, match="A bug in qwenlocal: TypeError"):
+                async for _ in events:
+                    pass
+        assert len(await first_text(models, "")) == 5
+        await models.close()
+
+    run(test)
+
+
+def worker_processes() -> list[psutil.Process]:
+    children = psutil.Process().children()
+    return [child for child in children if any("spawn_main" in argument for argument in child.cmdline())]
+
+
+def test_a_model_is_loaded_again_only_when_its_old_process_has_ended(speaking_model: Path) -> None:
+    async def test() -> None:
+        models = host(speaking_model)
+        assert await first_text(models, "") == "Paris"
+        (old,) = worker_processes()
+        old.suspend()
+        await models.unload("")
+        while any(info.is_loaded for info in models.models()):
+            await asyncio.sleep(0.01)
+        opened = asyncio.create_task(first_text(models, ""))
+        await asyncio.sleep(0.3)
+        assert worker_processes() == [old]
+        old.resume()
+        assert await opened == "Paris"
+        assert not old.is_running()
+        await models.close()
+
+    run(test)
+
+
+def test_a_request_can_say_how_long_its_model_stays_loaded(speaking_model: Path) -> None:
+    async def test() -> None:
+        models = host(speaking_model, keep_alive=0.05)
+        async with models.open("", math.inf):
+            pass
+        await asyncio.sleep(0.1)
+        assert [(info.is_loaded, info.expires) for info in models.models()] == [(True, math.inf)]
+        async with models.open("", 100.0):
+            pass
+        assert 90 < models.models()[0].expires - time.time() <= 100
+        async with models.open(""):  # as before
+            pass
+        assert 90 < models.models()[0].expires - time.time() <= 100
+        async with models.open("", 0.0):
+            assert models.models()[0].is_loaded
+        while models.models()[0].is_loaded:
+            await asyncio.sleep(0.01)
+        await models.close()
+
+    run(test)
+
+
+def test_a_model_whose_only_reader_left_while_it_was_loading_is_unloaded(speaking_model: Path) -> None:
+    async def test() -> None:
+        loaded: list[str] = []
+        models = host(speaking_model, keep_alive=0.0, loaded=loaded)
+        reading = asyncio.create_task(first_text(models, ""))
+        while not worker_processes():
+            await asyncio.sleep(0.01)
+        reading.cancel()
+        while not loaded or worker_processes():
+            await asyncio.sleep(0.01)
+        await models.close()
+
+    run(test)
+
+
+def test_a_file_has_one_name_however_a_request_names_it(speaking_model: Path) -> None:
+    async def test() -> None:
+        library = open_library()
+        name = parse_name("qwen1.5:7b", lambda: library.catalog)
+        record = ModelRecord(str(name), [StoredFile.from_path(speaking_model, "")], "a file on this disk")
+        models = ProcessHost(ServedModels(library, [ProvidedModel(name, record)]), HostSettings(options()))
+        for text in ("", "qwen1.5:7b", "Qwen/Qwen1.5-7B-Chat", "Qwen1.5-7B-Chat", str(name)):
+            assert (await models.find(text)).name == str(name)
+        (info,) = models.models()
+        assert (info.name, info.architecture) == (str(name), "qwen2") and info.n_ctx_train > 0
+        with pytest.raises(ModelNotFound):
+            await models.find("qwen1.5:14b")
 
     run(test)
 

@@ -44,7 +44,7 @@ import threading, time
 from qwenlocal.engine.llama import load_library
 from qwenlocal.errors import EngineCrashed
 from qwenlocal.terminal.tty import exit_after_crash
-load_library().on_abort = lambda reason: exit_after_crash(EngineCrashed(reason))
+load_library().on_abort = lambda reason: exit_after_crash(EngineCrashed(reason, uses_gpu=True))
 print("answering", flush=True)
 for step in loaded.sequence.generate([1, 2, 3], Sampling(temperature=0), limit=1 << 30):
     loaded.sequence.adopt([]) if len(loaded.sequence.cached_ids) > 400 else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import signal
 import socket
@@ -176,7 +177,7 @@ def test_invalid_options_are_refused(speaking_model: Path, tmp_path: Path, argum
 
 
 def test_durations() -> None:
-    assert [parse_duration(text) for text in ("30s", "5m", "1h", "45", "forever")] == [30, 300, 3600, 45, None]
+    assert [parse_duration(text) for text in ("30s", "5m", "1h", "45", "forever")] == [30, 300, 3600, 45, math.inf]
     with pytest.raises(UsageError):
         parse_duration("-3m")
 

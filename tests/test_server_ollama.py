@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,13 +14,14 @@ import pytest
 from http_server import Server, serve, wait_until
 
 from qwenlocal.errors import EngineCrashed
+from qwenlocal.server.ollama_models import parse_keep_alive
 
 HELLO = [{"role": "user", "content": "Hello"}]
 
 
 @pytest.fixture(scope="module")
 def server(speaking_model: Path) -> Iterator[Server]:
-    with serve(speaking_model, name="speaking", keep_alive=0.2) as server:
+    with serve(speaking_model, name="speaking", aliases=["Qwen/Qwen1.5-7B-Chat"], keep_alive=0.2) as server:
         yield server
 
 
@@ -109,7 +111,11 @@ def test_models_are_described(client: ollama.Client) -> None:
     assert model.details.quantization_level == "f32"
     (loaded,) = client.ps().models
     assert loaded.model == "speaking" and loaded.context_length == 2048
-    assert client.show("speaking").capabilities == ["completion", "embedding"]
+    assert loaded.expires_at and loaded.expires_at.year > 2100
+    for name in ("speaking", "Qwen/Qwen1.5-7B-Chat"):
+        shown = client.show(name)
+        assert shown.capabilities == ["completion", "embedding"]
+        assert shown.modelinfo and shown.modelinfo["qwen2.context_length"] == 2048
     with pytest.raises(ollama.ResponseError, match="Installed: speaking"):
         client.show("nope")
 
@@ -123,6 +129,58 @@ def test_texts_have_vectors(client: ollama.Client) -> None:
     response = client.embed("speaking", ["a", "bc"])
     assert len(response.embeddings) == 2 and response.prompt_eval_count == 3
     assert len(client.embed("speaking", "a").embeddings[0]) == len(response.embeddings[0])
+
+
+def test_the_older_endpoint_returns_the_same_vector(client: ollama.Client, server: Server) -> None:
+    assert client.embeddings("speaking", "a").embedding == client.embed("speaking", "a").embeddings[0]
+    assert client.embeddings("speaking", "").embedding == []
+
+
+def test_a_request_says_how_long_the_model_stays_loaded(client: ollama.Client, server: Server) -> None:
+    client.chat("speaking", HELLO)
+    assert server.host.keep_alive is None
+    client.chat("speaking", HELLO, keep_alive="5m")
+    assert server.host.keep_alive == 300
+    client.generate("speaking", "Hello", keep_alive=-1)
+    assert server.host.keep_alive == math.inf
+    client.embed("speaking", "a", keep_alive=7)
+    assert server.host.keep_alive == 7
+    client.embeddings("speaking", "a", keep_alive="1h")
+    assert server.host.keep_alive == 3600
+    with pytest.raises(ollama.ResponseError, match=r"keep_alive: .*5m") as caught:
+        client.chat("speaking", HELLO, keep_alive="soon")
+    assert caught.value.status_code == 400
+
+
+def test_a_request_without_a_prompt_can_unload_the_model(client: ollama.Client, server: Server) -> None:
+    assert client.generate("speaking", keep_alive=0).done_reason == "unload"
+    assert server.host.keep_alive == 0
+    assert client.chat("speaking", [], keep_alive="0s").done_reason == "unload"
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("5m", 300), ("1h30m", 5400), ("1.5s", 1.5), ("300ms", 0.3), ("0", 0), ("45", 45), (0, 0), (3.5, 3.5)]
+    + [(value, math.inf) for value in (-1, -0.5, "-1", "-1m")],
+)
+def test_times_are_written_as_in_go(text: str | float, seconds: float) -> None:
+    assert parse_keep_alive(text) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("value", ["", "5 minutes", "m", "5x", "1h-30m", "nan", True, [5]])
+def test_other_times_are_refused(value: object) -> None:
+    with pytest.raises(ValueError, match="5m"):
+        parse_keep_alive(value)
+
+
+def test_a_longer_context_than_the_served_one_is_logged_once(
+    client: ollama.Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    for n_ctx in (1024, 2048, 5000, 5000):
+        response = client.chat("speaking", HELLO, options={"num_ctx": n_ctx})
+        assert response.message.content == "Paris, fun"
+    (record,) = [record for record in caplog.records if "num_ctx" in record.message]
+    assert "5,000 tokens" in record.message and "2,048" in record.message and "-c 5000" in record.message
 
 
 def test_errors_have_the_shape_of_ollama(client: ollama.Client, server: Server) -> None:

@@ -11,6 +11,7 @@ import shlex
 import struct
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -32,7 +33,7 @@ ANNOUNCED = "Qwen/Qwen1.5-7B-Chat"
 @pytest.fixture(scope="module")
 def speaking(speaking_model: Path) -> Iterator[Server]:
     """A server whose model answers "Paris, fun" to everything."""
-    with serve(speaking_model, name="speaking", aliases=[ANNOUNCED]) as server:
+    with serve(speaking_model, name="speaking", aliases=[ANNOUNCED], grammar_timeout=0.3) as server:
         yield server
 
 
@@ -340,7 +341,12 @@ def test_an_unknown_model_is_an_error_with_a_list(speaking: Server) -> None:
     with pytest.raises(openai.NotFoundError) as caught:
         client(speaking).chat.completions.create(model="nope", messages=HELLO)
     assert caught.value.code == "model_not_found"
-    assert "speaking" in caught.value.message
+    assert "speaking" in caught.value.message and "on the server: qwenlocal pull" in caught.value.message
+
+
+def test_a_model_is_described_under_each_of_its_names(speaking: Server) -> None:
+    for name in ("speaking", ANNOUNCED):
+        assert client(speaking).models.retrieve(name).id == "speaking"
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -354,6 +360,8 @@ def test_a_prompt_that_is_too_long_is_an_error_with_numbers(speaking: Server, st
     assert caught.value.body["n_prompt_tokens"] > 5000 and caught.value.body["n_ctx"] == 2048
 
 
+# llguidance takes minutes for these 900 characters
+ENDLESS_PATTERNS = [{"type": "string", "pattern": f"a{{{number}}}"} for number in range(26)]
 BAD_REQUESTS = [
     ({"messages": []}, "messages"),
     ({}, "messages"),
@@ -382,6 +390,12 @@ BAD_REQUESTS = [
     ({"messages": HELLO, "response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}},
      "response_format.json_schema.schema"),
     ({"messages": HELLO, "logit_bias": {"x": 1}}, "logit_bias.x"),
+    ({"messages": HELLO, "logit_bias": {"999999": 1}}, "logit_bias"),
+    ({"messages": HELLO, "grammar": f'root ::= "{"x" * 100_000}"'}, "grammar"),
+    ({"messages": HELLO, "response_format": {"type": "json_object", "schema": {"enum": ["x" * 100_000]}}},
+     "response_format.schema"),
+    ({"messages": HELLO, "response_format": {"type": "json_object", "schema": {"allOf": ENDLESS_PATTERNS}}},
+     "response_format.schema"),
     ([1], ""),
     ("text", ""),
     (None, ""),
@@ -395,6 +409,16 @@ def test_a_bad_request_names_its_field(speaking: Server, body: object, param: st
     error = response.json()["error"]
     assert (error["param"] or "") == param, error
     assert error["type"] == "invalid_request_error" and error["message"]
+
+
+def test_an_endless_grammar_delays_nobody_who_needs_none(speaking: Server) -> None:
+    endless = {"messages": HELLO, "response_format": {"type": "json_object", "schema": {"allOf": ENDLESS_PATTERNS}}}
+    with ThreadPoolExecutor() as threads:
+        url = f"{speaking.url}/v1/chat/completions"
+        slow = [threads.submit(httpx.post, url, json=endless, timeout=60) for _ in range(3)]
+        assert client(speaking).chat.completions.create(model="speaking", messages=HELLO).choices[0].message.content
+        assert not all(future.done() for future in slow)
+        assert {future.result().status_code for future in slow} == {400}
 
 
 @pytest.mark.parametrize(

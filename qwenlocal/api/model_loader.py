@@ -18,7 +18,7 @@ from qwenlocal.engine.loader import DraftSpec, EngineLoader, LoadOptions
 from qwenlocal.engine.prompt_cache import fingerprint_model
 from qwenlocal.engine.tuned_settings import read_tuned_settings, write_costs
 from qwenlocal.errors import BadWeights, ContextNotCreated, EngineCrashed, NotEnoughMemory, NotWritable, QwenlocalError
-from qwenlocal.ggml import can_dequantize, read_tensor_types, tensor_type_by_number
+from qwenlocal.ggml import can_dequantize, list_devices, read_tensor_types, tensor_type_by_number
 from qwenlocal.i18n import tr
 from qwenlocal.library.names import CatalogName
 from qwenlocal.library.provider import ProvidedModel
@@ -75,6 +75,7 @@ class ModelLoader:
         self._engine_loader = EngineLoader()
         self._loading: Sequence[Path] = ()
         self._loaded: set[Path] = set()
+        self._uses_gpu = False
 
     def load(
         self, model: ProvidedModel, report: Callable[[float], None] = lambda _: None, n_ctx: int | None = None
@@ -97,6 +98,7 @@ class ModelLoader:
         )
         files = [record.path, *([self._draft.path] if self._draft else [])]
         check = BackgroundTask(lambda: _find_unusable_types(files), lambda: None, lambda _: None)
+        self._uses_gpu = load_options.gpu_layers != 0 and any(device.is_gpu for device in list_devices())
         with self._explain_bad_files(*files):
             check.start()
             loaded = load_chat_model(
@@ -110,6 +112,7 @@ class ModelLoader:
                 report=report,
                 loader=self._engine_loader,
             )
+            self._uses_gpu = loaded.plan.gpu_layers > 0
             if unusable := check.result():
                 loaded.close()
                 raise BadWeights(unusable[0], tr("it has tensors of a type with which llama.cpp cannot compute"))
@@ -126,7 +129,7 @@ class ModelLoader:
         """
         self._loading = files
         load_library().on_abort = lambda reason: self._on_crash(
-            _find_fault([*self._loading, *self._loaded]) or EngineCrashed(reason)
+            _find_fault([*self._loading, *self._loaded]) or EngineCrashed(reason, uses_gpu=self._uses_gpu)
         )
         try:
             yield

@@ -87,7 +87,7 @@ class GrammarMatcher:
         if not any(map(tokenizer.is_end, tokenizer.ends())):
             raise UsageError(
                 tr("The model has no token that ends an answer, so its answers cannot follow a grammar."),
-                hint=tr("Use another model: qwenlocal list --all"),
+                hint=tr("Use another model."),
             )
 
     def allows(self, token: int) -> bool:

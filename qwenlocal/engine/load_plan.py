@@ -150,7 +150,7 @@ class LoadPlan:
     """
     Context options that fit into `available` bytes, and the memory they need; None if the dimensions are unknown.
 
-    `draft_bytes` is the memory of a draft model.
+    `draft_bytes` is the memory of a draft model, `gpu_layers` the number of layers on GPUs.
     """
 
     options: ContextOptions
@@ -158,6 +158,7 @@ class LoadPlan:
     available: int
     notes: tuple[LoadNote, ...] = ()
     draft_bytes: int = 0
+    gpu_layers: int = 0
 
 
 def plan_load(

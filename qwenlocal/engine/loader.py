@@ -240,7 +240,7 @@ def plan_load_with_offload(
     n_ctx = request.n_ctx or min(PREFERRED_CONTEXT, dims.n_ctx_train if dims else PREFERRED_CONTEXT)
     plan = plan_load(name, dims, on_cpu, available, replace(request, n_ctx=n_ctx))
     options = replace(plan.options, flash_attention=request.flash_attention, n_ubatch=request.n_ubatch or 512)
-    return replace(plan, options=options)
+    return replace(plan, options=options, gpu_layers=offload.layers)
 
 
 def plan_load_with_draft(

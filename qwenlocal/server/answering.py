@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
 from qwenlocal.chat.events import Done, FinishReason, PromptLogprobs, Text, TokenLogprob
-from qwenlocal.errors import ModelNotFound
+from qwenlocal.errors import ModelNotFound, UsageError
 from qwenlocal.i18n import tr
 from qwenlocal.server.engine import (
     Embedding,
@@ -20,6 +20,7 @@ from qwenlocal.server.engine import (
     TextPrompt,
     TokenPrompt,
 )
+from qwenlocal.server.grammar_compiler import GrammarCompiler
 from qwenlocal.server.http_errors import BadField, HttpError
 from qwenlocal.server.server_metrics import ServerMetrics
 
@@ -56,27 +57,40 @@ class CollectedAnswer:
 
 
 class AnswerService:
-    """Models and their answers, measured."""
+    """Models and their answers, measured; `grammars` compiles those that answers follow."""
 
-    def __init__(self, host: ModelHost, metrics: ServerMetrics) -> None:
-        self._host, self._metrics = host, metrics
+    def __init__(self, host: ModelHost, metrics: ServerMetrics, grammars: GrammarCompiler) -> None:
+        self._host, self._metrics, self.grammars = host, metrics, grammars
 
     def models(self) -> list[ModelInfo]:
         """Return all installed models."""
         return self._host.models()
 
-    def find_model(self, name: str) -> ModelInfo:
+    async def find_model(self, name: str) -> ModelInfo:
         """
-        Return an installed model.
+        Return the installed model that a request names.
 
         Raises
         ------
         HttpError: it is not installed.
         """
-        for model in self.models():
-            if model.name == name:
-                return model
-        raise self._model_not_found(name)
+        try:
+            return await self._host.find(name)
+        except ModelNotFound as error:
+            raise self._model_not_found(name) from error
+
+    async def unload(self, name: str) -> None:
+        """
+        Unload a model as soon as nobody uses it.
+
+        Raises
+        ------
+        HttpError: it is not installed.
+        """
+        try:
+            await self._host.unload(name)
+        except ModelNotFound as error:
+            raise self._model_not_found(name) from error
 
     def _model_not_found(self, name: str) -> HttpError:
         names = ", ".join(model.name for model in self.models()) or tr("none")
@@ -85,23 +99,26 @@ class AnswerService:
             tr("The model “{name}” is not installed. Installed: {names}.", name=name, names=names),
             code="model_not_found",
             param="model",
-            hint=tr("Download it: qwenlocal pull {name}", name=name),
+            hint=tr("To install another one, on the server: qwenlocal pull NAME"),
         )
 
     @contextlib.asynccontextmanager
-    async def open(self, name: str) -> AsyncIterator[Engine]:
+    async def open(self, name: str, keep_alive: float | None = None) -> AsyncIterator[Engine]:
         """
-        Load a model and keep it loaded during the block.
+        Load a model and keep it loaded during the block, and for `keep_alive` seconds after it.
 
         Raises
         ------
-        HttpError: it is not installed. The errors of `ModelHost.open`.
+        HttpError: it is not installed, or the server's options do not suit it. The errors of `ModelHost.open`.
         """
         async with contextlib.AsyncExitStack() as stack:
             try:
-                engine = await stack.enter_async_context(self._host.open(name))
+                engine = await stack.enter_async_context(self._host.open(name, keep_alive))
             except ModelNotFound as error:
                 raise self._model_not_found(name) from error
+            except UsageError as error:
+                hint = tr("On the server: {hint}", hint=error.hint) if error.hint else ""
+                raise HttpError(500, str(error), code="model_not_loaded", hint=hint) from error
             yield engine
 
     async def stream(self, engine: Engine, requests: Sequence[GenerationRequest]) -> AsyncGenerator[IndexedEvent, None]:
@@ -120,7 +137,11 @@ class AnswerService:
                 yield index, event
 
     async def embed(
-        self, name: str, prompts: Sequence[TextPrompt | TokenPrompt], dimensions: int | None
+        self,
+        name: str,
+        prompts: Sequence[TextPrompt | TokenPrompt],
+        dimensions: int | None,
+        keep_alive: float | None = None,
     ) -> tuple[str, list[Embedding]]:
         """
         Return the name of a model, and the embeddings of `prompts`.
@@ -129,7 +150,7 @@ class AnswerService:
         ------
         BadField: the embeddings do not have the number of `dimensions`.
         """
-        async with self.open(name) as engine:
+        async with self.open(name, keep_alive) as engine:
             name, embeddings = engine.info.name, await engine.embed(prompts) if prompts else []
         if embeddings and dimensions not in (None, size := len(embeddings[0].vector)):
             raise BadField("dimensions", tr("This model's vectors have {size} dimensions.", size=size))

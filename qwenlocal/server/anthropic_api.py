@@ -24,7 +24,6 @@ from qwenlocal.server.request_fields import (
     SamplingFields,
     StopStrings,
     TextContent,
-    compile_schema,
     continue_answer,
     format_message,
 )
@@ -132,7 +131,7 @@ class AnthropicApi:
                     tr("“output_config.format” and a last message of the assistant exclude each other."),
                 )
             schema = body.output_config.format.json_schema
-            sampling["grammar"] = await compile_schema(schema, "output_config.format.schema")
+            sampling["grammar"] = await self._service.grammars.compile_schema(schema, "output_config.format.schema")
         stop = tuple(body.stop_sequences or ())
         generation = GenerationRequest(prompt, sampling, body.max_tokens, stop, client=identify_client(request))
         if not body.stream:

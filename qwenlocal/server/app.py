@@ -15,6 +15,7 @@ from qwenlocal.server.answering import AnswerService
 from qwenlocal.server.anthropic_api import AnthropicApi
 from qwenlocal.server.docs_page import create_docs_router
 from qwenlocal.server.engine import ModelHost
+from qwenlocal.server.grammar_compiler import GrammarCompiler
 from qwenlocal.server.http_errors import respond_to_error
 from qwenlocal.server.ollama_api import OllamaApi
 from qwenlocal.server.openai_api import OpenAiApi
@@ -33,7 +34,7 @@ def create_app(host: ModelHost, settings: ServerSettings) -> FastAPI:
     """Create the application that answers with the models of `host`."""
     app = FastAPI(title="qwenlocal", version=__version__, docs_url=None, redoc_url=None)
     metrics = ServerMetrics()
-    service = AnswerService(host, metrics)
+    service = AnswerService(host, metrics, GrammarCompiler(settings.grammar_timeout))
     for interface in (OpenAiApi, ResponsesApi, AnthropicApi, OllamaApi, TokenApi):
         app.include_router(interface(service, keep_alive=settings.keep_alive).router())
     app.include_router(UtilityApi(service, metrics).router())

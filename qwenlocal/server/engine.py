@@ -7,6 +7,7 @@ The interfaces (OpenAI, Anthropic, Ollama) turn HTTP requests into `GenerationRe
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
@@ -48,7 +49,7 @@ EngineEvent = Event | PromptLogprobs
 @dataclass(frozen=True)
 class GenerationRequest:
     """
-    A prompt and how to answer it.
+    A prompt and how to answer it. `prefix` are the first tokens of the answer, which continues after them.
 
     `sampling` overrides the sampling that the model recommends: fields of `engine.sampling.Sampling` by name, such as
     {"temperature": 0.0, "grammar": grammar_from_schema(schema)}. `max_tokens` None means no limit but the context.
@@ -65,18 +66,27 @@ class GenerationRequest:
     prompt_logprobs: bool = False
     cache_prompt: bool = True
     client: str = ""
+    prefix: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """A model on this disk. `size` in bytes, `modified` in seconds since 1970; the rest is 0 or "" unless loaded."""
+    """
+    A model on this disk. `size` in bytes, `modified` in seconds since 1970.
+
+    `architecture` ("qwen2"), `parameters` ("0.5B"), `quantization` ("q4_k_m") and `n_ctx_train` are those of its file,
+    as far as it names them. A loaded model will be unloaded at the time `expires`, unless it is used until then.
+    """
 
     name: str
     size: int
     modified: float
     digest: str = ""
     quantization: str = ""
+    architecture: str = ""
+    parameters: str = ""
     is_loaded: bool = False
+    expires: float = math.inf
     n_ctx: int = 0
     n_ctx_train: int = 0
     has_template: bool = True
@@ -133,11 +143,31 @@ class ModelHost(Protocol):
     def models(self) -> list[ModelInfo]:
         """All installed models, the loaded ones first."""
 
-    def open(self, name: str) -> AbstractAsyncContextManager[Engine]:
+    async def find(self, name: str) -> ModelInfo:
+        """
+        Describe the model that `open` would load.
+
+        Raises
+        ------
+        ModelNotFound: it is not on this disk.
+        """
+
+    def open(self, name: str, keep_alive: float | None = None) -> AbstractAsyncContextManager[Engine]:
         """
         Load the model `name` ("" for the default one) and keep it loaded for the duration of the block.
+
+        It stays loaded for `keep_alive` seconds without a block; None for as long as it was told before.
 
         Raises
         ------
         ModelNotFound: it is not on this disk. NotEnoughMemory, BadWeights: it cannot be loaded.
+        """
+
+    async def unload(self, name: str) -> None:
+        """
+        Unload a model as soon as nobody uses it; do nothing if it is not loaded.
+
+        Raises
+        ------
+        ModelNotFound: it is not on this disk.
         """

@@ -9,10 +9,10 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NamedTuple
 
 from qwenlocal.chat.events import Done, FinishReason, GenerationStats
-from qwenlocal.errors import EngineCrashed, QwenlocalError, ServerBusy
+from qwenlocal.errors import EngineCrashed, QwenlocalError, ServerBusy, ServerStopped
 from qwenlocal.server.engine import (
     Embedding,
     EngineEvent,
@@ -27,13 +27,22 @@ from qwenlocal.server.wire import Call, Cancel, Emitted, Failed, Loading, Quit, 
 
 _QUIT_SECONDS = 10.0  # to save prompt caches
 _SECONDS_PER_REQUEST = 5  # of a queue, for Retry-After
+_SECONDS_PER_CALL = {"embed": 5}  # calls of other methods take milliseconds
+
+
+class _PendingCall(NamedTuple):
+    """A call of a function of the model."""
+
+    method: str
+    result: asyncio.Future[Any]
 
 
 class EngineProcess:
     """
     Runs a model in a child process. Implements `Engine`; `start` first.
 
-    At most `max_waiting` requests wait beyond those that are answered at the same time.
+    At most `max_waiting` requests wait beyond those that are answered at the same time. Answers, embeddings and each
+    other function have queues of their own: a thousand texts that wait for embeddings refuse nobody an answer.
     """
 
     def __init__(
@@ -43,7 +52,7 @@ class EngineProcess:
         self._spec, self._max_waiting, self._report = spec, max_waiting, report
         self._keys = itertools.count()
         self._queues: dict[int, asyncio.Queue[EngineEvent | QwenlocalError]] = {}
-        self._calls: dict[int, asyncio.Future[Any]] = {}
+        self._calls: dict[int, _PendingCall] = {}
         self._failure: QwenlocalError | None = None
         self._ready: asyncio.Future[Ready] | None = None
 
@@ -77,18 +86,18 @@ class EngineProcess:
         self._receiver.start()
 
     async def stop(self) -> None:
-        """End the process; running requests are interrupted."""
+        """End the process; running answers are interrupted, and other requests get `ServerStopped`."""
         for inbox in self._queues.values():
             inbox.put_nowait(Done(FinishReason.INTERRUPTED, GenerationStats(0, 0, 0, 0.0, 0.0)))
         self._queues.clear()
+        self._fail(ServerStopped())
         await asyncio.shield(self._spawning)
         self._send(Quit())
-        await asyncio.to_thread(self._process.join, _QUIT_SECONDS)
-        if self._process.is_alive():
+        await asyncio.to_thread(self._receiver.join, _QUIT_SECONDS)  # it waits for the process
+        if self._receiver.is_alive():
             self._process.kill()
-            await asyncio.to_thread(self._process.join)
-        await asyncio.to_thread(self._receiver.join)  # it reads what is left; closed files' numbers are used again
-        self._connection.close()
+            await asyncio.to_thread(self._receiver.join)
+        self._connection.close()  # not before: the number of a closed file is used again
 
     @property
     def is_alive(self) -> bool:
@@ -108,10 +117,7 @@ class EngineProcess:
     # --- requests
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[EngineEvent, None]:
-        self._check()
-        n_waiting = len(self._queues) - self._spec.parallel
-        if n_waiting >= self._max_waiting:
-            raise ServerBusy(n_waiting, _SECONDS_PER_REQUEST * (1 + n_waiting // self._spec.parallel))
+        self._admit(len(self._queues), self._spec.parallel, _SECONDS_PER_REQUEST)
         key, inbox = next(self._keys), asyncio.Queue[EngineEvent | QwenlocalError]()
         self._queues[key] = inbox
         self._send(Submit(key, request))
@@ -143,19 +149,29 @@ class EngineProcess:
         return list(await self._call("embed", list(prompts)))
 
     async def _call(self, method: str, *arguments: Any) -> Any:
-        self._check()
+        self._admit(sum(call.method == method for call in self._calls.values()), 1, _SECONDS_PER_CALL.get(method, 0))
         key = next(self._keys)
-        self._calls[key] = future = self._loop.create_future()
+        self._calls[key] = call = _PendingCall(method, self._loop.create_future())
         self._send(Call(key, method, arguments))
         try:
-            return await future
+            return await call.result
         finally:
             if self._calls.pop(key, None) is not None:
                 self._send(Cancel(key))
 
-    def _check(self) -> None:
+    def _admit(self, n_others: int, parallel: int, seconds: int) -> None:
+        """
+        Check that a request may wait with `n_others`, of which `parallel` are answered at a time, each in `seconds`.
+
+        Raises
+        ------
+        ServerBusy: too many are waiting. EngineCrashed: the process has ended.
+        """
         if self._failure is not None:
             raise self._failure
+        n_waiting = n_others - parallel
+        if n_waiting >= self._max_waiting:
+            raise ServerBusy(n_waiting, max(1, seconds * (1 + n_waiting // parallel)))
 
     def _send(self, message: object) -> None:
         with suppress(OSError):  # the process has ended: `_receive` tells everybody
@@ -164,11 +180,12 @@ class EngineProcess:
     # --- replies
 
     def _receive(self, connection: Connection) -> None:
-        """Pass messages to the event loop; runs in a thread of its own."""
+        """Pass messages to the event loop, then the reason why the process ended; runs in a thread of its own."""
         with suppress(EOFError, OSError):
             while True:
                 self._post(self._handle, connection.recv())
-        self._post(self._fail, EngineCrashed("the process of the model has ended"))
+        self._process.join()
+        self._post(self._fail_at_end, self._process.exitcode)
 
     def _post(self, function: Callable[[Any], None], argument: object) -> None:
         with suppress(RuntimeError):  # the event loop is closed
@@ -197,13 +214,18 @@ class EngineProcess:
             inbox.put_nowait(item.unpack() if isinstance(item, WireError) else item)
 
     def _resolve(self, message: Returned) -> None:
-        future = self._calls.pop(message.key, None)
-        if future is None or future.done():
+        call = self._calls.pop(message.key, None)
+        if call is None or call.result.done():
             return
         if isinstance(message.value, WireError):
-            future.set_exception(message.value.unpack())
+            call.result.set_exception(message.value.unpack())
         else:
-            future.set_result(message.value)
+            call.result.set_result(message.value)
+
+    def _fail_at_end(self, exit_code: int) -> None:
+        has_plan = self._ready and self._ready.done() and not self._ready.exception()
+        uses_gpu = bool(self._ready and has_plan and self._ready.result().plan.gpu_layers)
+        self._fail(EngineCrashed.from_exit_code(exit_code, uses_gpu=uses_gpu))
 
     def _fail(self, error: QwenlocalError) -> None:
         """Tell everybody who waits that the process has ended; the first reason is the best one."""
@@ -211,7 +233,7 @@ class EngineProcess:
         for inbox in self._queues.values():
             inbox.put_nowait(self._failure)
         self._queues.clear()
-        for future in (*self._calls.values(), self._ready):
+        for future in (*(call.result for call in self._calls.values()), self._ready):
             if future is not None and not future.done():
                 future.set_exception(self._failure)
         self._calls.clear()

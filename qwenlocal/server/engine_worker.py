@@ -273,7 +273,8 @@ class Worker:
     def __init__(self, connection: Connection, spec: WorkerSpec) -> None:
         self._connection, self._spec = connection, spec
         self._sending = threading.Lock()
-        self._embeddings: set[int] = set()  # the keys of the calls that somebody waits for
+        self._pending: set[int] = set()  # the keys of requests that are prepared, and of embeddings
+        self._pending_lock = threading.Lock()  # between a last look at these keys and what follows from it
 
     def run(self) -> None:
         """Load the model and serve it."""
@@ -334,42 +335,61 @@ class Worker:
             os._exit(1)  # the server starts another process, and this one would keep the model's memory
 
     def _receive(self, loop: EngineLoop, functions: ModelFunctions) -> None:
-        # Embeddings take seconds; nothing that is quick waits for them.
+        # Embeddings take seconds, and so do large grammars; nothing that is quick waits for them.
         with (
-            ThreadPoolExecutor(max_workers=1) as executor,
+            ThreadPoolExecutor(max_workers=1) as quick,
+            ThreadPoolExecutor(max_workers=1) as compiling,
             ThreadPoolExecutor(max_workers=1) as embedding,
         ):
             while not isinstance(message := self._receive_message(), Quit):
                 if isinstance(message, Submit):
+                    self._pending.add(message.key)
+                    executor = compiling if message.request.sampling.get("grammar") else quick
                     executor.submit(self._prepare, message, loop, functions)
                 elif isinstance(message, Call) and message.method == "embed":
-                    self._embeddings.add(message.key)
+                    self._pending.add(message.key)
                     embedding.submit(self._call, message, functools.partial(self._embed, functions, message.key))
                 elif isinstance(message, Call):
-                    executor.submit(self._call, message, getattr(functions, message.method))
-                elif isinstance(message, Cancel):
-                    self._embeddings.discard(message.key)
-                    executor.submit(loop.put, message)  # after the request itself
+                    quick.submit(self._call, message, getattr(functions, message.method))
+                elif isinstance(message, Cancel) and not self._remove_pending(message.key):
+                    loop.put(message)
+            self._pending.clear()  # the process does not wait for embeddings
+
+    def _remove_pending(self, key: int, then: Callable[[], None] = lambda: None) -> bool:
+        """Remove a key and call `then`, unless it was removed before; return True if it was not."""
+        with self._pending_lock:
+            if is_pending := key in self._pending:
+                self._pending.remove(key)
+                then()
+            return is_pending
 
     def _prepare(self, message: Submit, loop: EngineLoop, functions: ModelFunctions) -> None:
         request = message.request
+        if message.key not in self._pending:
+            return
         try:
             ids = require_tokens(functions.encode(request.prompt))
-            sampling, sampler = functions.create_sampler(request.sampling)
+            prefix = functions.encode(TokenPrompt(request.prefix))
+            sampling, sampler = functions.create_sampler({"answer_prefix": request.prefix, **request.sampling})
         except Exception as error:
-            self._send(Emitted([(message.key, WireError.pack(error))]))
+            if self._remove_pending(message.key):
+                self._send(Emitted([(message.key, WireError.pack(error))]))
             return
         grammar = request.sampling.get("grammar")
-        builder = AnswerBuilder(functions.tokenizer, len(ids), grammar=grammar, stop_strings=request.stop)
-        loop.put(_Answer(message.key, ids, request, sampling, sampler, builder))
+        builder = AnswerBuilder(
+            functions.tokenizer, len(ids), grammar=grammar, stop_strings=request.stop, prefix=prefix
+        )
+        answer = _Answer(message.key, [*ids, *prefix], request, sampling, sampler, builder)
+        if not self._remove_pending(message.key, lambda: loop.put(answer)):
+            sampler.close()
 
     def _embed(
         self, functions: ModelFunctions, key: int, prompts: Sequence[TextPrompt | TokenPrompt]
     ) -> list[Embedding]:
         try:
-            return functions.embed(prompts, lambda: key in self._embeddings)
+            return functions.embed(prompts, lambda: key in self._pending)
         finally:
-            self._embeddings.discard(key)
+            self._remove_pending(key)
 
     def _call(self, message: Call, function: Callable[..., object]) -> None:
         try:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import math
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 
@@ -13,7 +16,7 @@ from qwenlocal.library.provider import ProvidedModel
 from qwenlocal.server.engine import Engine, ModelInfo
 from qwenlocal.server.engine_process import EngineProcess
 from qwenlocal.server.engine_worker import WorkerSpec
-from qwenlocal.server.served_models import ServedModels
+from qwenlocal.server.served_models import ServedModels, describe_model
 from qwenlocal.server.wire import Ready
 
 
@@ -22,22 +25,28 @@ class HostSettings:
     """
     Settings for loading models: with `options`, each for `parallel` requests at the same time and `max_waiting` others.
 
-    A model that nobody uses for `keep_alive` seconds is unloaded; never, if that is None.
+    A model that nobody uses for `keep_alive` seconds is unloaded; never, if that is infinite.
     """
 
     options: LoadOptions
     parallel: int = 4
     max_waiting: int = 64
-    keep_alive: float | None = 300.0
+    keep_alive: float = 300.0
 
 
 class _HostedModel:
-    """A model and its process. `users` are the open blocks of `ProcessHost.open`; without any, `timer` unloads it."""
+    """
+    A model and its process.
 
-    def __init__(self, model: ProvidedModel) -> None:
-        self.model, self.name = model, str(model.name)
+    `users` are the open blocks of `ProcessHost.open`; without any for `keep_alive` seconds, `timer` unloads it, which
+    `expires` says in seconds since 1970.
+    """
+
+    def __init__(self, model: ProvidedModel, keep_alive: float) -> None:
+        self.model, self.name, self.keep_alive = model, str(model.name), keep_alive
         self.users = 0
         self.timer: asyncio.TimerHandle | None = None
+        self.expires = math.inf
         self.process: EngineProcess | None = None  # None until it is started
         self.loading: asyncio.Task[Ready] | None = None
 
@@ -63,20 +72,46 @@ class ProcessHost:
         self._models, self._settings = models, settings
         self._on_progress, self._on_loaded = on_progress, on_loaded
         self._hosted: dict[str, _HostedModel] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._loading = asyncio.Lock()  # each load plan counts on the memory that is free when it is made
+        self._unloading: set[asyncio.Task[None]] = set()
 
     def models(self) -> list[ModelInfo]:
         """All installed models, the loaded ones first."""
-        infos = {info.name: info for info in self._models.infos()}
-        for name, hosted in self._hosted.items():
-            if hosted.ready and name in infos:
-                infos[name] = replace(hosted.ready.info, digest=infos[name].digest)
-        return sorted(infos.values(), key=lambda info: not info.is_loaded)
+        infos = map(self._add_state, self._models.infos())
+        return sorted(infos, key=lambda info: not info.is_loaded)
+
+    async def find(self, name: str) -> ModelInfo:
+        """
+        Describe the model that `open` would load.
+
+        Raises
+        ------
+        ModelNotFound: it is not on this disk.
+        """
+        return self._add_state(describe_model(await asyncio.to_thread(self._models.find, name)))
+
+    def _add_state(self, info: ModelInfo) -> ModelInfo:
+        hosted = self._hosted.get(info.name)
+        if hosted is None or hosted.ready is None or not (hosted.process and hosted.process.is_alive):
+            return info
+        loaded = hosted.ready.info
+        return replace(
+            info,
+            is_loaded=True,
+            expires=time.time() + hosted.keep_alive if hosted.users else hosted.expires,
+            n_ctx=loaded.n_ctx,
+            n_ctx_train=loaded.n_ctx_train,
+            has_template=loaded.has_template,
+            bos_token=loaded.bos_token,
+            eos_token=loaded.eos_token,
+        )
 
     @contextlib.asynccontextmanager
-    async def open(self, name: str) -> AsyncIterator[Engine]:
+    async def open(self, name: str, keep_alive: float | None = None) -> AsyncIterator[Engine]:
         """
         Load the model `name` ("" for the default one) and keep it loaded for the duration of the block.
+
+        It stays loaded for `keep_alive` seconds without a block; None for as long as it was told before.
 
         Raises
         ------
@@ -87,6 +122,8 @@ class ProcessHost:
         hosted.users += 1
         if hosted.timer:
             hosted.timer.cancel()
+        if keep_alive is not None:
+            hosted.keep_alive = keep_alive
         try:
             await asyncio.shield(hosted.loading)  # others wait for it as well
             assert hosted.process is not None
@@ -95,36 +132,59 @@ class ProcessHost:
             hosted.users -= 1
             self._unload_later(hosted)
 
+    async def unload(self, name: str) -> None:
+        """
+        Unload a model as soon as nobody uses it; do nothing if it is not loaded.
+
+        Raises
+        ------
+        ModelNotFound: it is not on this disk.
+        """
+        model = await asyncio.to_thread(self._models.find, name)
+        if hosted := self._hosted.get(str(model.name)):
+            hosted.keep_alive = 0.0
+            self._unload_later(hosted)
+
     async def close(self) -> None:
         """Unload all models."""
-        await asyncio.gather(*map(self._unload, list(self._hosted.values())))
+        for hosted in list(self._hosted.values()):
+            self._unload(hosted)
+        await self._wait_for_unloading()
 
     def _host(self, model: ProvidedModel) -> _HostedModel:
         """Return a model that is loaded or loading; start to load it if it is not, or if its process has ended."""
         hosted = self._hosted.get(str(model.name))
-        if hosted is None or (hosted.process and not hosted.process.is_alive):
-            hosted = _HostedModel(model)
+        if hosted and hosted.process and not hosted.process.is_alive:
+            self._unload(hosted)
+            hosted = None
+        if hosted is None:
+            hosted = _HostedModel(model, self._settings.keep_alive)
             self._hosted[hosted.name] = hosted
             hosted.loading = asyncio.get_running_loop().create_task(self._load(hosted))
-            hosted.loading.add_done_callback(lambda task: task.cancelled() or task.exception())
+            hosted.loading.add_done_callback(functools.partial(self._finish_loading, hosted))
         return hosted
+
+    def _finish_loading(self, hosted: _HostedModel, task: asyncio.Task[Ready]) -> None:
+        if task.cancelled() or task.exception():
+            self._forget(hosted)
+        else:
+            self._on_loaded(hosted.name, task.result())
+            self._unload_later(hosted)  # those who asked for it may have left
 
     async def _load(self, hosted: _HostedModel) -> Ready:
         """Start the process; if memory is short, unload the models that nobody uses, and try again."""
-        try:
+        async with self._loading:
+            await self._wait_for_unloading()
             try:
-                ready = await self._start(hosted)
+                return await self._start(hosted)
             except NotEnoughMemory:
-                unused = [other for other in self._hosted.values() if not other.users]
+                unused = [other for other in self._hosted.values() if other.ready and not other.users]
                 if not unused:
                     raise
-                await asyncio.gather(*map(self._unload, unused))
-                ready = await self._start(hosted)
-        except BaseException:
-            self._forget(hosted)
-            raise
-        self._on_loaded(hosted.name, ready)
-        return ready
+                for other in unused:
+                    self._unload(other)
+                await self._wait_for_unloading()
+                return await self._start(hosted)
 
     async def _start(self, hosted: _HostedModel) -> Ready:
         settings = self._settings
@@ -137,27 +197,33 @@ class ProcessHost:
 
     def _unload_later(self, hosted: _HostedModel) -> None:
         """Unload a model after a while, unless somebody uses it until then."""
-        keep_alive = self._settings.keep_alive
-        if hosted.users or hosted.ready is None or keep_alive is None:
+        if hosted.timer:
+            hosted.timer.cancel()
+        if hosted.users or hosted.ready is None:
             return
-        loop = asyncio.get_running_loop()
+        hosted.expires = time.time() + hosted.keep_alive
+        if hosted.keep_alive < math.inf:
+            hosted.timer = asyncio.get_running_loop().call_later(hosted.keep_alive, self._unload, hosted)
 
-        def start() -> None:
-            self._forget(hosted)  # before the task begins, so that nobody opens it until then
-            task = loop.create_task(self._unload(hosted))
-            self._tasks.add(task)  # the event loop keeps only weak references
-            task.add_done_callback(self._tasks.discard)
-
-        hosted.timer = loop.call_later(keep_alive, start)
-
-    async def _unload(self, hosted: _HostedModel) -> None:
+    def _unload(self, hosted: _HostedModel) -> None:
+        """Start to unload a model; from now on, nobody opens it."""
         self._forget(hosted)
+        task = asyncio.get_running_loop().create_task(self._stop(hosted))
+        self._unloading.add(task)  # the event loop keeps only weak references
+        task.add_done_callback(self._unloading.discard)
+
+    async def _stop(self, hosted: _HostedModel) -> None:
         if hosted.timer:
             hosted.timer.cancel()
         if hosted.loading:
             hosted.loading.cancel()
         if hosted.process:
             await hosted.process.stop()
+
+    async def _wait_for_unloading(self) -> None:
+        """Wait until the processes of all models that are being unloaded have ended and their memory is free."""
+        while self._unloading:
+            await asyncio.wait(self._unloading)
 
     def _forget(self, hosted: _HostedModel) -> None:
         if self._hosted.get(hosted.name) is hosted:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import time
 from collections.abc import AsyncGenerator, Callable
 from datetime import datetime, timezone
@@ -13,12 +14,14 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from qwenlocal.chat.events import Done, Text
+from qwenlocal.i18n import tr
 from qwenlocal.server.answering import AnswerService
 from qwenlocal.server.engine import ChatPrompt, Engine, GenerationRequest, ModelInfo, Prompt, TextPrompt
 from qwenlocal.server.json_route import JsonRoute
 from qwenlocal.server.ollama_models import (
     AnswerRequest,
     OllamaChatRequest,
+    OllamaEmbeddingRequest,
     OllamaEmbedRequest,
     OllamaGenerateRequest,
     OllamaRequest,
@@ -29,6 +32,8 @@ from qwenlocal.server.streaming import NDJSON, run_while_connected, stream_while
 
 _VERSION = "0.12.11"  # of the Ollama whose interface this is; some programs refuse to work with older ones
 _NANOSECONDS = 1e9
+_NEVER = 253_370_764_800.0  # seconds since 1970, in the year 9999
+_log = logging.getLogger(__name__)
 
 FormatText = Callable[[str], dict[str, Any]]
 
@@ -38,6 +43,7 @@ class OllamaApi:
 
     def __init__(self, service: AnswerService, *, keep_alive: float) -> None:
         self._service, self._keep_alive = service, keep_alive
+        self._warned: set[tuple[str, int]] = set()
 
     def router(self) -> APIRouter:
         """Return the routes."""
@@ -49,6 +55,7 @@ class OllamaApi:
         router.add_api_route("/chat", self.chat, methods=["POST"])
         router.add_api_route("/generate", self.generate, methods=["POST"])
         router.add_api_route("/embed", self.embed, methods=["POST"])
+        router.add_api_route("/embeddings", self.embed_prompt, methods=["POST"])
         return router
 
     async def report_version(self) -> Response:
@@ -61,22 +68,11 @@ class OllamaApi:
 
     async def list_loaded(self) -> Response:
         """List the loaded models."""
-        models = [model for model in self._service.models() if model.is_loaded]
-        return JSONResponse(
-            {"models": [{**_format_model(model), "context_length": model.n_ctx, "size_vram": 0} for model in models]}
-        )
+        return JSONResponse({"models": [_format_loaded(model) for model in self._service.models() if model.is_loaded]})
 
     async def show_model(self, body: OllamaRequest) -> Response:
         """Describe an installed model."""
-        model = self._service.find_model(body.model_name)
-        return JSONResponse(
-            {
-                "modified_at": _format_time(model.modified),
-                "details": _format_details(model),
-                "model_info": {"general.basename": model.name, "context_length": model.n_ctx_train},
-                "capabilities": ["completion", "embedding"],
-            }
-        )
+        return JSONResponse(_format_description(await self._service.find_model(body.model_name)))
 
     async def chat(self, request: Request, body: OllamaChatRequest) -> Response:
         """Answer the last message of a chat."""
@@ -86,16 +82,14 @@ class OllamaApi:
         def format_text(text: str) -> dict[str, Any]:
             return {"message": {"role": "assistant", "content": text}}
 
-        return await self._respond(request, body, lambda _: ChatPrompt(messages) if messages else None, format_text)
+        return await self._respond(request, body, lambda _: ChatPrompt(messages), format_text)
 
     async def generate(self, request: Request, body: OllamaGenerateRequest) -> Response:
         """Answer a prompt, or continue it."""
         body.check()
         system = [{"role": "system", "content": body.system}] if body.system else []
 
-        def choose_prompt(engine: Engine) -> Prompt | None:
-            if not body.prompt:
-                return None
+        def choose_prompt(engine: Engine) -> Prompt:
             if body.raw or not engine.info.has_template:
                 return TextPrompt(body.prompt)
             return ChatPrompt([*system, {"role": "user", "content": body.prompt}])
@@ -106,10 +100,11 @@ class OllamaApi:
         self,
         request: Request,
         body: AnswerRequest,
-        choose_prompt: Callable[[Engine], Prompt | None],
+        choose_prompt: Callable[[Engine], Prompt],
         format_text: FormatText,
     ) -> Response:
-        lines = self._answer(body, await body.all_sampling(), choose_prompt, format_text, identify_client(request))
+        sampling = await body.all_sampling(self._service.grammars)
+        lines = self._answer(body, sampling, choose_prompt, format_text, identify_client(request))
         if not body.stream:
             return JSONResponse(await run_while_connected(request, _join_lines(lines, format_text)))
         return await stream_while_connected(
@@ -124,18 +119,23 @@ class OllamaApi:
         self,
         body: AnswerRequest,
         sampling: dict[str, Any],
-        choose_prompt: Callable[[Engine], Prompt | None],
+        choose_prompt: Callable[[Engine], Prompt],
         format_text: FormatText,
         client: str,
     ) -> AsyncGenerator[dict[str, Any], None]:
         """Yield the lines of the answer: texts, then one with the counts and times."""
         start = time.monotonic()
-        async with self._service.open(body.model_name) as engine:
+        if body.is_empty and body.keep_alive == 0:
+            await self._service.unload(body.model_name)
+            yield {**_new_line(body), **format_text(""), "done": True, "done_reason": "unload"}
+            return
+        async with self._service.open(body.model_name, body.keep_alive) as engine:
             loaded = time.monotonic()
-            prompt = choose_prompt(engine)
-            if prompt is None:
+            if body.is_empty:
                 yield {**_new_line(body), **format_text(""), "done": True, "done_reason": "load"}
                 return
+            self._warn_about_context(body, engine.info.n_ctx)
+            prompt = choose_prompt(engine)
             generation = GenerationRequest(
                 prompt,
                 sampling,
@@ -154,12 +154,33 @@ class OllamaApi:
                         times = _format_times(event, time.monotonic() - start, loaded - start)
                         yield {**_new_line(body), **format_text(""), "done": True, **times}
 
+    def _warn_about_context(self, body: AnswerRequest, n_ctx: int) -> None:
+        """
+        Log a `num_ctx` that is larger than the context, once per value.
+
+        Ollama does the same with one that is larger than the model's, so its clients do not expect an error: some ask
+        for the length that the model was trained with, whatever the length of the prompt. A prompt that is too long
+        is an error, with both lengths.
+        """
+        asked = (body.model_name, body.options.num_ctx or 0)
+        if asked[1] > n_ctx and asked not in self._warned:
+            self._warned.add(asked)
+            _log.warning(
+                tr(
+                    "A client asks {name} for a context of {asked:,} tokens (“num_ctx”); it has {n_ctx:,}. "
+                    "For a longer one, start the server with -c {asked}",
+                    name=body.model_name,
+                    asked=asked[1],
+                    n_ctx=n_ctx,
+                )
+            )
+
     async def embed(self, request: Request, body: OllamaEmbedRequest) -> Response:
         """Return a vector for each text."""
         start = time.monotonic()
         prompts = [TextPrompt(text) for text in ([body.input] if isinstance(body.input, str) else body.input)]
         _, embeddings = await run_while_connected(
-            request, self._service.embed(body.model_name, prompts, body.dimensions)
+            request, self._service.embed(body.model_name, prompts, body.dimensions, body.keep_alive)
         )
         return JSONResponse(
             {
@@ -169,6 +190,14 @@ class OllamaApi:
                 "prompt_eval_count": sum(embedding.tokens for embedding in embeddings),
             }
         )
+
+    async def embed_prompt(self, request: Request, body: OllamaEmbeddingRequest) -> Response:
+        """Return the vector of one text; the endpoint that was before /api/embed."""
+        prompts = [TextPrompt(body.prompt)] if body.prompt else []
+        _, embeddings = await run_while_connected(
+            request, self._service.embed(body.model_name, prompts, None, body.keep_alive)
+        )
+        return JSONResponse({"embedding": [value for embedding in embeddings for value in embedding.vector]})
 
 
 # --- formats
@@ -228,12 +257,32 @@ def _format_model(model: ModelInfo) -> dict[str, Any]:
     }
 
 
+def _format_loaded(model: ModelInfo) -> dict[str, Any]:
+    expires = _format_time(min(model.expires, _NEVER))
+    return {**_format_model(model), "expires_at": expires, "size_vram": 0, "context_length": model.n_ctx}
+
+
+def _format_description(model: ModelInfo) -> dict[str, Any]:
+    """Describe a model; the length of the context is the one that answers have, as far as it is known."""
+    architecture = model.architecture or "qwen2"
+    return {
+        "modified_at": _format_time(model.modified),
+        "details": _format_details(model),
+        "model_info": {
+            "general.architecture": architecture,
+            "general.basename": model.name,
+            f"{architecture}.context_length": model.n_ctx or model.n_ctx_train,
+        },
+        "capabilities": ["completion", "embedding"],
+    }
+
+
 def _format_details(model: ModelInfo) -> dict[str, Any]:
     return {
         "parent_model": "",
         "format": "gguf",
-        "family": "",
-        "families": [],
-        "parameter_size": "",
+        "family": model.architecture,
+        "families": [model.architecture] if model.architecture else [],
+        "parameter_size": model.parameters,
         "quantization_level": model.quantization,
     }

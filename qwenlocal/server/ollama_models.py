@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, Field
+from pydantic import AliasChoices, Field, PlainValidator
 
+from qwenlocal.i18n import tr
+from qwenlocal.server.grammar_compiler import GrammarCompiler
 from qwenlocal.server.openai_models import NonEmptyText
-from qwenlocal.server.request_fields import ApiRequest, SamplingFields, StopStrings, compile_schema
+from qwenlocal.server.request_fields import ApiRequest, SamplingFields, StopStrings
 
 # Fields and options that change the answer and are not supported, with the values that change nothing.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -23,13 +27,51 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 _UNSUPPORTED_OPTIONS: dict[str, tuple[Any, ...]] = {"mirostat": (0,), "typical_p": (1,), "tfs_z": (1,)}
 
+_DURATION = re.compile(r"(?P<number>\d+(?:\.\d*)?|\.\d+)(?P<unit>ns|us|µs|ms|s|m|h)")
+_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def parse_keep_alive(value: object) -> float:
+    """
+    Parse Ollama's `keep_alive` to seconds: `parse_keep_alive("1h30m")` is 5400; a negative one is infinity.
+
+    Raises
+    ------
+    ValueError: it is neither a number nor a time in Go's notation.
+    """
+    if isinstance(value, str):
+        value = _parse_time(value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+        raise ValueError(tr("a number of seconds, or a time such as 5m, is expected"))
+    return math.inf if value < 0 else float(value)
+
+
+def _parse_time(text: str) -> float | None:
+    """`_parse_time("-1h30m")` is -5400; None if the text is not a time."""
+    digits = text.removeprefix("-")
+    parts = list(_DURATION.finditer(digits))
+    if parts and "".join(part[0] for part in parts) == digits:
+        seconds = sum(float(part["number"]) * _UNITS[part["unit"]] for part in parts)
+        return -seconds if text.startswith("-") else seconds
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+KeepAlive = Annotated[float, PlainValidator(parse_keep_alive, json_schema_input_type=float | str)]
 ModelName = Annotated[str, Field(max_length=500, validation_alias=AliasChoices("model", "name"))]
 
 
 class OllamaRequest(ApiRequest):
-    """Base class of requests: they name a model, perhaps with the tag that Ollama adds."""
+    """
+    Base class of requests: they name a model, perhaps with the tag that Ollama adds.
+
+    It stays loaded for `keep_alive` seconds after the request; None for as long as it was told before.
+    """
 
     model: ModelName
+    keep_alive: KeepAlive | None = None
 
     @property
     def model_name(self) -> str:
@@ -38,9 +80,10 @@ class OllamaRequest(ApiRequest):
 
 
 class OllamaOptions(ApiRequest, SamplingFields):
-    """The `options` of a request. The context length is chosen when the server starts."""
+    """The `options` of a request. The server chose the length of the context, so `num_ctx` changes nothing."""
 
     num_predict: int | None = None
+    num_ctx: int | None = None
     stop: StopStrings | None = None
 
 
@@ -72,12 +115,17 @@ class AnswerRequest(OllamaRequest):
         self.options.refuse(_UNSUPPORTED_OPTIONS)
 
     @property
+    def is_empty(self) -> bool:
+        """True if there is nothing to answer: the request only loads the model, or unloads it."""
+        raise NotImplementedError
+
+    @property
     def max_tokens(self) -> int | None:
         """The limit of tokens; Ollama's negative numbers are none."""
         limit = self.options.num_predict
         return None if limit is None or limit < 0 else limit
 
-    async def all_sampling(self) -> dict[str, Any]:
+    async def all_sampling(self, grammars: GrammarCompiler) -> dict[str, Any]:
         """
         Return the options and the format, for `GenerationRequest.sampling`.
 
@@ -87,7 +135,8 @@ class AnswerRequest(OllamaRequest):
         """
         sampling = self.options.sampling()
         if self.format:
-            sampling["grammar"] = await compile_schema(None if self.format == "json" else self.format, "format")
+            schema = None if self.format == "json" else self.format
+            sampling["grammar"] = await grammars.compile_schema(schema, "format")
         return sampling
 
 
@@ -95,6 +144,10 @@ class OllamaChatRequest(AnswerRequest):
     """`POST /api/chat`; without messages, it only loads the model."""
 
     messages: list[OllamaMessage] = Field(default_factory=list, max_length=10_000)
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.messages
 
     def check(self) -> None:
         super().check()
@@ -108,6 +161,16 @@ class OllamaGenerateRequest(AnswerRequest):
     prompt: str = ""
     system: str = ""
     raw: bool = False
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.prompt
+
+
+class OllamaEmbeddingRequest(OllamaRequest):
+    """`POST /api/embeddings`, which Ollama had before /api/embed."""
+
+    prompt: str = ""
 
 
 class OllamaEmbedRequest(OllamaRequest):

@@ -54,7 +54,7 @@ class OpenAiApi:
 
     async def get_model(self, name: str) -> Response:
         """Describe an installed model."""
-        return JSONResponse(_format_model(self._service.find_model(name)))
+        return JSONResponse(_format_model(await self._service.find_model(name)))
 
     async def chat(self, request: Request, body: ChatCompletionRequest) -> Response:
         """Answer the last message of a chat."""
@@ -89,7 +89,7 @@ class OpenAiApi:
         choices: ChoiceFormat,
     ) -> Response:
         """Respond with as many answers to each prompt as `body` asks for, generated with the fields that all share."""
-        sampling = await body.all_sampling()
+        sampling = await body.all_sampling(self._service.grammars)
         requests = [
             replace(
                 generation,

@@ -12,6 +12,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
 from qwenlocal.i18n import tr
 from qwenlocal.server.engine import ChatPrompt
+from qwenlocal.server.grammar_compiler import GrammarCompiler
 from qwenlocal.server.http_errors import BadField
 from qwenlocal.server.request_fields import (
     ApiRequest,
@@ -19,8 +20,6 @@ from qwenlocal.server.request_fields import (
     SamplingFields,
     StopStrings,
     TextContent,
-    compile_gbnf,
-    compile_schema,
     continue_answer,
     convert_logit_bias,
     format_message,
@@ -138,7 +137,7 @@ class GenerationFields(ApiRequest, SamplingFields):
         if self.grammar and self.response_format and self.response_format.type != "text":
             raise BadField("grammar", tr("“grammar” and “response_format” exclude each other."))
 
-    async def all_sampling(self) -> dict[str, Any]:
+    async def all_sampling(self, grammars: GrammarCompiler) -> dict[str, Any]:
         """
         Return all that changes the choice of tokens, for `GenerationRequest.sampling`.
 
@@ -152,18 +151,19 @@ class GenerationFields(ApiRequest, SamplingFields):
         if self.ignore_eos:
             sampling["ignore_eos"] = True
         if self.grammar:
-            sampling["grammar"] = await compile_gbnf(self.grammar)
-        if self.response_format and (grammar := await _compile_format(self.response_format)):
+            sampling["grammar"] = await grammars.compile_gbnf(self.grammar)
+        if self.response_format and (grammar := await _compile_format(self.response_format, grammars)):
             sampling["grammar"] = grammar
         return sampling
 
 
-async def _compile_format(response_format: ResponseFormat) -> str:
+async def _compile_format(response_format: ResponseFormat, grammars: GrammarCompiler) -> str:
     if response_format.type == "text":
         return ""
     if response_format.json_schema:
-        return await compile_schema(response_format.json_schema.json_schema, "response_format.json_schema.schema")
-    return await compile_schema(response_format.object_schema, "response_format.schema")
+        schema = response_format.json_schema.json_schema
+        return await grammars.compile_schema(schema, "response_format.json_schema.schema")
+    return await grammars.compile_schema(response_format.object_schema, "response_format.schema")
 
 
 class ChatMessageFields(ApiRequest):

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
 
-from qwenlocal.engine.gbnf import grammar_from_gbnf
-from qwenlocal.engine.json_schema import ANY_OBJECT, grammar_from_schema
-from qwenlocal.errors import UsageError
 from qwenlocal.i18n import tr
 from qwenlocal.server.engine import ChatPrompt
 from qwenlocal.server.http_errors import BadField
@@ -132,32 +127,3 @@ def continue_answer(messages: Sequence[Mapping[str, str]]) -> ChatPrompt:
     if last["role"] != "assistant" or not any(message["role"] == "user" for message in others):
         raise BadField("messages", tr("To be continued, an answer must be the last message and follow a question."))
     return ChatPrompt(others, last["content"])
-
-
-async def compile_schema(schema: Mapping[str, Any] | None, param: str) -> str:
-    """
-    Return the grammar of a JSON schema (None: of any object), the value of the field `param`.
-
-    Raises
-    ------
-    BadField: the schema is not supported.
-    """
-    text = ANY_OBJECT if schema is None else json.dumps(schema)
-    try:
-        return await asyncio.to_thread(grammar_from_schema, text)
-    except UsageError as error:
-        raise BadField(param, str(error), code="invalid_schema", hint=error.hint) from error
-
-
-async def compile_gbnf(text: str) -> str:
-    """
-    Return the grammar of a text in GBNF, the value of the field `grammar`.
-
-    Raises
-    ------
-    BadField: the text is not valid.
-    """
-    try:
-        return await asyncio.to_thread(grammar_from_gbnf, text)
-    except UsageError as error:
-        raise BadField("grammar", str(error), code="invalid_grammar", hint=error.hint) from error

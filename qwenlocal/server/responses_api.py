@@ -21,10 +21,11 @@ from qwenlocal.chat.events import Done, FinishReason, Text
 from qwenlocal.i18n import tr
 from qwenlocal.server.answering import AnswerService
 from qwenlocal.server.engine import ChatPrompt, Engine, GenerationRequest
+from qwenlocal.server.grammar_compiler import GrammarCompiler
 from qwenlocal.server.http_errors import BadField
 from qwenlocal.server.json_route import JsonRoute
 from qwenlocal.server.openai_format import new_id
-from qwenlocal.server.request_fields import ApiRequest, SamplingFields, TextContent, compile_schema, format_message
+from qwenlocal.server.request_fields import ApiRequest, SamplingFields, TextContent, format_message
 from qwenlocal.server.security import identify_client
 from qwenlocal.server.streaming import format_event, run_while_connected, stream_while_connected
 
@@ -81,7 +82,7 @@ class ResponsesRequest(ApiRequest, SamplingFields):
             return ChatPrompt([*system, format_message("user", self.input)])
         return ChatPrompt([*system, *(format_message(one.role, one.content) for one in self.input)])
 
-    async def all_sampling(self) -> dict[str, Any]:
+    async def all_sampling(self, grammars: GrammarCompiler) -> dict[str, Any]:
         """
         Return the sampling and the format, for `GenerationRequest.sampling`.
 
@@ -94,7 +95,7 @@ class ResponsesRequest(ApiRequest, SamplingFields):
             return sampling
         if form.type == "json_schema" and form.json_schema is None:
             raise BadField("text.format.schema", tr("The schema is missing."))
-        return {**sampling, "grammar": await compile_schema(form.json_schema, "text.format.schema")}
+        return {**sampling, "grammar": await grammars.compile_schema(form.json_schema, "text.format.schema")}
 
 
 class ResponsesApi:
@@ -113,7 +114,10 @@ class ResponsesApi:
         """Answer a text or a chat."""
         body.refuse(_UNSUPPORTED)
         generation = GenerationRequest(
-            body.prompt(), await body.all_sampling(), body.max_output_tokens, client=identify_client(request)
+            body.prompt(),
+            await body.all_sampling(self._service.grammars),
+            body.max_output_tokens,
+            client=identify_client(request),
         )
         if not body.stream:
             return JSONResponse(await run_while_connected(request, self._collect(body, generation)))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-from qwenlocal.errors import ModelNotFound, QwenlocalError
+from qwenlocal.errors import BadWeights, ModelNotFound, QwenlocalError
 from qwenlocal.i18n import tr
 from qwenlocal.library.model_library import ModelLibrary
-from qwenlocal.library.names import CatalogName, HubName, ModelName, PathName, parse_name
+from qwenlocal.library.names import CatalogName, HubName, ModelName, PathName, level_from_filename, parse_name
 from qwenlocal.library.provider import ProvidedModel
 from qwenlocal.server.engine import ModelInfo
+from qwenlocal.weights.file_types import file_type_name
+from qwenlocal.weights.gguf_reader import read_metadata
 
 
 class ServedModels:
@@ -34,10 +38,11 @@ class ServedModels:
         """
         if not text:
             return self._first[0]
-        for model in self._all():
-            if text in (str(model.name), model.record.name) or text in _repositories(model.name):
-                return model
         name = self._parse(text)
+        for model in self._all():
+            names = (str(model.name), model.record.name, *_repositories(model.name))
+            if text in names or str(name) in names:
+                return model
         record = self._library.local.find_offline(name) if name else None
         if name is None or record is None:
             names = [info.name for info in self.infos()]
@@ -48,18 +53,16 @@ class ServedModels:
                     "Installed models: {names}. To install another one: qwenlocal pull NAME", names=", ".join(names)
                 ),
             )
-        return ProvidedModel(name, record)
+        others = (model for model in self._all() if model.record.path == record.path)
+        return next(others, ProvidedModel(name, record))  # one file has one name, or it would be loaded twice
 
     def infos(self) -> list[ModelInfo]:
         """List all models, each once, those that the server was started with first."""
         infos: dict[str, ModelInfo] = {}
-        for name, record in self._all():
-            try:
-                modified = record.path.stat().st_mtime
-            except OSError:  # deleted since
-                continue
-            digest = record.files[0].sha256
-            infos.setdefault(str(name), ModelInfo(str(name), record.size, modified, digest))
+        for model in self._all():
+            with contextlib.suppress(BadWeights):  # deleted since
+                info = describe_model(model)
+                infos.setdefault(info.name, info)
         return list(infos.values())
 
     def _all(self) -> Iterator[ProvidedModel]:
@@ -78,6 +81,37 @@ class ServedModels:
         except QwenlocalError:
             return None
         return name if isinstance(name, (CatalogName, HubName)) else None
+
+
+def describe_model(model: ProvidedModel) -> ModelInfo:
+    """
+    Describe an installed model by its record and the header of its file; a damaged header is left out.
+
+    Raises
+    ------
+    BadWeights: the file was deleted.
+    """
+    name, record = model
+    try:
+        modified = record.path.stat().st_mtime
+    except OSError as error:
+        raise BadWeights.unreadable(record.path, error) from error
+    metadata: Mapping[str, Any] = {}
+    with contextlib.suppress(BadWeights):  # loading it says what is wrong
+        metadata = read_metadata(record.path)
+    architecture = str(metadata.get("general.architecture", ""))
+    n_ctx_train = metadata.get(f"{architecture}.context_length")
+    quantization = file_type_name(metadata.get("general.file_type")) or level_from_filename(record.path.name) or ""
+    return ModelInfo(
+        str(name),
+        record.size,
+        modified,
+        record.files[0].sha256,
+        quantization,
+        architecture,
+        str(metadata.get("general.size_label", "")),
+        n_ctx_train=n_ctx_train if isinstance(n_ctx_train, int) else 0,
+    )
 
 
 def _repositories(name: ModelName) -> Sequence[str]:

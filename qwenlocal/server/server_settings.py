@@ -15,7 +15,8 @@ class ServerSettings:
     `host` is the address that the server listens on. Without `api_keys`, everybody who reaches it may use it.
     `allowed_hosts` are further names in the Host header, `cors_origins` the web sites whose pages may send requests
     (such as "https://example.org", "*" for all). `max_body` is in bytes; a body must arrive within `body_timeout`
-    seconds. While a response waits for the model, something is sent every `keep_alive` seconds. The page at / has the
+    seconds. While a response waits for the model, something is sent every `keep_alive` seconds. Schemas and grammars
+    that take more than `grammar_timeout` seconds to compile are refused. The page at / has the
     chats in `folders`; without them there is no page. `page_key` is the only key that opens the chats; without it, the
     `api_keys` do.
     """
@@ -27,5 +28,6 @@ class ServerSettings:
     max_body: int = 16 << 20
     body_timeout: float = 60.0
     keep_alive: float = 10.0
+    grammar_timeout: float = 3.0
     folders: Folders | None = None
     page_key: str = ""

@@ -46,6 +46,8 @@ class TokenApi:
 
     async def continue_tokens(self, request: Request, body: TokensRequest) -> Response:
         """Continue a prompt of token ids; each event has progress, further ids, or the end."""
+        if body.sampling.grammar:
+            await self._service.grammars.check(body.sampling.grammar, "sampling.grammar")
         sampling = {name: value for name, value in vars(body.sampling).items() if value is not None}
         generation = GenerationRequest(TokenPrompt(body.ids), sampling, body.limit, client=identify_client(request))
         return await stream_while_connected(request, self._stream(body.model, generation), keep_alive=self._keep_alive)

@@ -102,7 +102,7 @@ class WireError:
         """Pack an error; anything but a `QwenlocalError` is a bug: its traceback is printed, and it becomes another."""
         if not isinstance(error, QwenlocalError):
             traceback.print_exception(error)
-            error = EngineCrashed(f"{type(error).__name__}: {error}")
+            error = EngineCrashed.from_bug(error)
         return cls(type(error).__module__, type(error).__qualname__, error.args, dict(vars(error)))
 
     def unpack(self) -> QwenlocalError:

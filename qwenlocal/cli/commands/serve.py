@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import re
 import secrets
@@ -144,9 +145,9 @@ def parse_parallel(text: str) -> int:
     return int(text)
 
 
-def parse_duration(text: str) -> float | None:
+def parse_duration(text: str) -> float:
     """
-    Parse a time: `parse_duration("5m")` is 300 seconds; None for "forever".
+    Parse a time: `parse_duration("5m")` is 300 seconds; infinity for "forever".
 
     Raises
     ------
@@ -154,7 +155,7 @@ def parse_duration(text: str) -> float | None:
     """
     word = text.strip().lower()
     if word in ("forever", "-1"):
-        return None
+        return math.inf
     number, unit = (word[:-1], word[-1:]) if word[-1:] in _UNITS else (word, "")
     try:
         seconds = float(number) * _UNITS[unit]

@@ -90,9 +90,10 @@ class Journal:
         self.chat_locks = ChatLocks(lock_path(path))
         with translate_errors(path):
             _check_file(path, lock_timeout)
-            if not path.exists():
-                # Chats are private. SQLite creates its -wal and -shm files with the mode of the database.
-                os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+            # Chats are private. SQLite creates its -wal and -shm files with the mode of the database. If there is one, it
+            # is not opened here: closing it would drop the locks of this process's connections to it.
+            with contextlib.suppress(FileExistsError):
+                os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
             self._db = sqlite3.connect(path, timeout=lock_timeout, isolation_level=None, check_same_thread=False)
             try:
                 self._prepare()
@@ -232,7 +233,7 @@ class Journal:
             self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def acquire(self, chat_id: int) -> bool:
-        """Open a chat in this process until `release` or the end of the process; False if another one has it open."""
+        """Open a chat until `release`, `close` or the end of the process; False if it is open elsewhere."""
         with self._lock, translate_errors(self.path):
             return self.chat_locks.acquire(chat_id)
 

@@ -49,7 +49,11 @@ class Frame(NamedTuple):
 
 
 def read_records(path: Path) -> list[Record]:
-    """Return all rows on readable pages of a database and its log, in no particular order; some are outdated."""
+    """
+    Return all rows on readable pages of a database and its log, in no particular order; some are outdated.
+
+    This process must not have the database open; see `has_damaged_log`.
+    """
     return _Pages(_read(path), _read(wal_path(path))).records()
 
 
@@ -60,9 +64,12 @@ def has_damaged_log(path: Path) -> bool:
     It reads the log up to the first wrong checksum, because after a crash only an unfinished transaction can follow;
     and it deletes the log of a file of no or one byte (os_unix.c, unixFileSize). A damaged last transaction cannot be
     told from an unfinished one.
+
+    The database itself is not opened: closing it would drop the locks that SQLite has on it in this process (fcntl(2)),
+    and the next process to close it would take the log away from the connections of this one.
     """
     log = _read(wal_path(path))
-    is_readable = _is_intact_wal_header(log) and len(_read(path, 2)) == 2
+    is_readable = _is_intact_wal_header(log) and path.exists() and path.stat().st_size > 1
     for frame in _read_frames(log):
         is_readable = is_readable and frame is not None and frame.is_intact
         if frame is not None and frame.is_commit and not is_readable:
@@ -215,10 +222,9 @@ def _read_varint(data: bytes, start: int) -> tuple[int, int]:
     return value << 8 | data[start + 8], start + 9
 
 
-def _read(path: Path, size: int = -1) -> bytes:
-    """Return the first `size` bytes of a file, all by default, and none if there is no file."""
+def _read(path: Path) -> bytes:
+    """Return the bytes of a file, none if there is no file."""
     try:
-        with path.open("rb") as file:
-            return file.read(size)
+        return path.read_bytes()
     except FileNotFoundError:
         return b""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
-import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from http_server import serve, serve_host, wait_until
 from scripted_engine import ScriptedEngine, ScriptedHost
 from test_page_api import HOLD
 
+from qwenlocal.chat.journal import Journal
 from qwenlocal.i18n import translate
 from qwenlocal.paths import Folders
 
@@ -46,10 +46,9 @@ class Site:
         self.url, self.engine, self.folders = url, engine, folders
 
     def texts(self, chat: int) -> list[str]:
-        """The messages of a chat on the disk; a second `Journal` in this process would break the server's locks."""
-        with contextlib.closing(sqlite3.connect(self.folders.journal)) as database:
-            rows = database.execute("SELECT text FROM messages WHERE chat = ? ORDER BY number", (chat,)).fetchall()
-        return [text for (text,) in rows]
+        """The path of a chat on the disk."""
+        with contextlib.closing(Journal(self.folders.journal)) as journal:
+            return [message.text for message in journal.load_thread(chat).path]
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +170,85 @@ def test_an_answer_is_shown_while_it_grows_and_stops_with_escape(tab: Tab, engin
     assert engine.running == 0
 
 
+def test_a_stopped_answer_is_continued_with_the_mouse_or_a_key(tab: Tab, engine: ScriptedEngine, site: Site) -> None:
+    engine.reply, engine.hold_at = "abcd" * 6, 4
+    ask(tab, "Hello")
+    tab.locator(".growing", has_text="abcd" * 3).wait_for()
+    tab.keyboard.press("Escape")
+    wait_for_answer(tab)
+    tab.locator(".assistant .continue").click()
+    tab.locator(".growing", has_text="abcd" * 6).wait_for()
+    tab.keyboard.press("Escape")
+    wait_for_answer(tab)
+    engine.release()
+    tab.keyboard.press("Alt+c")
+    wait_for_answer(tab)
+    assert answers(tab) == ["abcd" * 12]
+    assert tab.locator(".continue").count() == 0
+    assert site.texts(chat_number(tab)) == ["Hello", "abcd" * 12]
+
+
+def test_the_summary_of_turns_that_left_the_context_is_shown(tab: Tab, engine: ScriptedEngine) -> None:
+    tab.locator("#show-settings").click()
+    tab.locator("#overflow-choice").select_option(label="Summarize the oldest turns")
+    tab.keyboard.press("Escape")
+    ask(tab, "x" * 8000)
+    wait_for_answer(tab)
+    engine.replies = ["They met in Rome.", "Yes"]
+    ask(tab, "y" * 8000)
+    wait_for_answer(tab)
+    tab.locator("#toast", has_text="the oldest turn, “xxx").wait_for()
+    assert tab.locator(".outside").count() == 2
+    assert tab.locator(".outside + .summary p").inner_text() == ""  # closed
+    tab.locator(".summary summary").press("Enter")
+    assert tab.locator(".summary p").inner_text() == "They met in Rome."
+    tab.reload()
+    tab.locator(".outside + .summary").wait_for()
+
+
+def test_two_tabs_with_the_same_chat_answer_in_turn(
+    open_tab: OpenTab, tab: Tab, engine: ScriptedEngine, problems: list[str]
+) -> None:
+    ask(tab, "One")
+    wait_for_answer(tab)
+    other = open_tab(tab.url.partition("#")[0])
+    other.goto(tab.url)
+    other.locator(".assistant", has_text="Paris").wait_for()
+    engine.reply, engine.hold_at = "abcd" * 4, 3
+    ask(tab, "Two")
+    tab.locator(".growing", has_text="abcd").wait_for()
+    ask(other, "Three")
+    other.locator("#notice", has_text="another tab").wait_for()
+    assert other.locator("#question").input_value() == "Three"
+    engine.release()
+    other.locator("#notice").wait_for(state="hidden")
+    assert answers(other) == answers(tab) == ["Paris, fun", "abcd" * 4]
+    other.locator("#question").press("Enter")
+    other.locator(".assistant").nth(2).wait_for()
+    wait_for_answer(other)
+    tab.evaluate("window.dispatchEvent(new Event('focus'))")  # the other window covered this one
+    tab.locator(".user", has_text="Three").wait_for()
+    ask(tab, "Four")
+    tab.locator(".assistant").nth(3).wait_for()
+    wait_for_answer(tab)
+    assert tab.locator(".user .words").all_inner_texts() == ["One", "Two", "Three", "Four"]
+    problems.clear()  # the question that was refused
+
+
+def test_an_answer_stops_also_while_answers_take_all_connections_of_the_browser(
+    tab: Tab, engine: ScriptedEngine
+) -> None:
+    engine.reply, engine.hold_at = "abcd" * 4, 3
+    for number in range(6):
+        tab.keyboard.press("Alt+n")
+        ask(tab, f"Question {number}")
+        wait_until(lambda count=number + 1: engine.running == count)
+    tab.keyboard.press("Escape")
+    tab.locator(".assistant", has_text="Stopped.").wait_for()
+    assert engine.running == 5
+    engine.release()
+
+
 def test_a_question_without_an_answer_can_be_answered_later(tab: Tab, engine: ScriptedEngine) -> None:
     engine.hold_at = 1
     ask(tab, "Hello")
@@ -272,6 +350,14 @@ def test_a_file_is_attached_with_its_price(tab: Tab, engine: ScriptedEngine) -> 
     assert tab.locator(".user summary").inner_text() == "notes.txt"
     assert tab.locator(".user .words").inner_text() == "Summarise"
     tab.locator("#chat-list a", has_text="Summarise").wait_for()
+    tab.keyboard.press("ArrowUp")
+    assert tab.locator(".editor textarea").input_value() == "Summarise"
+    tab.keyboard.type(" it")
+    tab.keyboard.press("Enter")
+    tab.locator(".user .versions").wait_for()
+    wait_for_answer(tab)
+    sent = [request.prompt.messages[-1]["content"] for request in engine.requests]  # type: ignore[union-attr]
+    assert sent[1] == f"{sent[0]} it"
 
 
 def test_a_chat_that_is_open_in_a_terminal_continues_as_a_copy(tab: Tab, site: Site) -> None:

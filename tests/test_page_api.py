@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import array
+import contextlib
 import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from conftest import Run
 from http_server import serve, serve_host, wait_until
 from scripted_engine import ScriptedEngine, ScriptedHost
 
+from qwenlocal.chat.journal import Journal
+from qwenlocal.formatting import shorten
 from qwenlocal.i18n import translate
 from qwenlocal.paths import Folders
 from qwenlocal.server import page_texts
@@ -183,6 +187,104 @@ def test_an_answer_in_the_middle_is_retried(page: Page) -> None:
     page.ask("Two", chat=1)
     page.ask("", kind="retry", chat=1, message=2)
     assert page.texts() == ["One", "c"]
+
+
+def test_an_answer_that_was_cut_is_continued_exactly_where_it_ended(folders: Folders, speaking_model: Path) -> None:
+    with serve(speaking_model, folders=folders) as server, httpx.Client(base_url=f"{server.url}/page") as http:
+        question = {"key": "12345678", "text": "Hello", "max_tokens": 3}
+        cut = parse_events(http.post("/answers", json=question).text)[-1]["path"][-1]
+        assert "Paris, fun".startswith(cut["text"]) and cut["text"] not in ("", "Paris, fun")
+        assert (cut["finish_reason"], cut["can_continue"]) == ("length", True)
+        proceed = {"key": "12345678", "kind": "continue", "chat": 1}
+        start, *rest, done = parse_events(http.post("/answers", json=proceed).text)
+        assert (start["text"], [message["text"] for message in start["path"]]) == (cut["text"], ["Hello"])
+        assert cut["text"] + "".join(event.get("text", "") for event in rest) == "Paris, fun"
+        answer = done["path"][-1]
+        assert (answer["number"], answer["text"], answer["versions"]) == (cut["number"], "Paris, fun", [2])
+        assert (answer["finish_reason"], answer["can_continue"]) == ("eos", False)
+        refused = http.post("/answers", json=proceed)
+        assert (refused.status_code, http.get("/chats/1").json()["path"][-1]) == (400, answer)
+
+
+def test_a_stopped_answer_is_continued(page: Page) -> None:
+    page.engine.reply, page.engine.hold_at = "abcd" * 3, 3
+    with page.http.stream("POST", "/answers", json={"key": "12345678", "text": "Hello"}) as response:
+        lines = response.iter_lines()
+        while '"tokens":2' not in next(lines):
+            pass
+        assert page.chat()["path"][-1]["can_continue"] is False  # it still grows
+        httpx.delete(f"{page.url}/page/answers/12345678")
+        list(lines)
+    assert page.chat()["path"][-1]["can_continue"]
+    page.engine.release()
+    page.ask("", kind="continue", chat=1)
+    assert page.engine.requests[-1].prefix == (0, 0)  # the tokens that were kept
+    assert page.texts() == ["Hello", "abcd" * 5]
+
+
+def test_the_half_of_a_character_at_the_end_of_an_answer_is_completed(page: Page) -> None:
+    page.ask("Hello")
+    with contextlib.closing(Journal(page.folders.journal)) as journal, journal.transaction() as database:
+        ids = array.array("i", [7, 8]).tobytes()
+        cut = "UPDATE messages SET text = 'caf\ufffd', ids = ?, why = 'token limit' WHERE role = 'assistant'"
+        database.execute(cut, (ids,))
+
+    async def pieces(ids: Sequence[int]) -> list[bytes]:
+        return [{7: b"caf", 8: b"\xc3"}[token] for token in ids]
+
+    page.engine.pieces = pieces  # type: ignore[method-assign]
+    page.engine.reply = "é!"
+    page.ask("", kind="continue", chat=1)
+    assert page.engine.requests[-1].prefix == (7, 8)
+    assert page.texts() == ["Hello", "café!"]
+
+
+def test_an_answer_of_another_model_is_continued_as_text(page: Page) -> None:
+    page.ask("Hello", max_tokens=2)
+    page.ask("", kind="continue", chat=1, model="other")
+    assert page.texts() == ["Hello", "Paris, fParis, fun"]
+
+
+def test_an_answer_that_filled_the_context_continues_without_the_oldest_turns(page: Page) -> None:
+    page.ask("x" * 600)
+    page.engine.reply = "abcd" * 60
+    page.ask("y" * 560, chat=1, max_tokens=50)
+    events = page.ask("", kind="continue", chat=1)
+    (evicted,) = [event for event in events if event["type"] == "evicted"]
+    assert (evicted["turns"], evicted["first"]) == (1, shorten("x" * 600))
+    assert [message["content"] for message in page.engine.requests[-1].prompt.messages] == ["y" * 560]  # type: ignore[union-attr]
+    assert page.texts()[-1] == "abcd" * 110
+
+
+def test_an_answer_that_fills_the_context_alone_is_not_offered_to_be_continued(page: Page) -> None:
+    page.ask("One")
+    page.ask("Two", chat=1)
+    with contextlib.closing(Journal(page.folders.journal)) as journal, journal.transaction() as database:
+        database.execute("UPDATE messages SET why = 'context full' WHERE role = 'assistant'")
+    assert page.chat()["path"][-1]["can_continue"]
+    page.ask("Three", kind="edit", chat=1, message=1)
+    with contextlib.closing(Journal(page.folders.journal)) as journal, journal.transaction() as database:
+        database.execute("UPDATE messages SET why = 'context full' WHERE role = 'assistant'")
+    assert not page.chat()["path"][-1]["can_continue"]
+
+
+def test_old_turns_are_summarized_before_they_leave_the_context(page: Page) -> None:
+    page.ask("x" * 600)
+    page.engine.replies = ["They met in Rome.", "Yes"]
+    _, *events, done = page.ask("y" * 1000, chat=1, overflow="summarize")
+    kinds = [event["type"] for event in events]
+    assert {"summarizing", "evicted", "text"} <= set(kinds)
+    assert next(event for event in events if event["type"] == "evicted")["summary"] == "They met in Rome."
+    assert done["summary"] == page.chat()["summary"] == "They met in Rome."
+    assert "They met in Rome." in page.engine.requests[-1].prompt.messages[0]["content"]  # type: ignore[union-attr]
+
+
+def test_a_full_context_refuses_the_question_if_no_turns_may_leave_it(page: Page) -> None:
+    page.ask("x" * 600)
+    question = {"key": "12345678", "text": "y" * 1000, "chat": 1, "overflow": "stop"}
+    refused = page.http.post("/answers", json=question)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded")
+    assert len(page.chat()["path"]) == 2
 
 
 def test_a_question_that_cannot_be_answered_leaves_nothing_behind(page: Page) -> None:

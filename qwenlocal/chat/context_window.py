@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qwenlocal.chat.chat_template import ChatTemplate, encode_messages
-from qwenlocal.chat.thread import ASSISTANT, USER, Thread, Turn
+from qwenlocal.chat.thread import ASSISTANT, USER, Message, Thread, Turn
 
 if TYPE_CHECKING:
     from qwenlocal.engine.tokenizer import Tokenizer
@@ -80,6 +81,11 @@ def select_messages(thread: Thread, evicted: Collection[int] = ()) -> list[dict[
     """
     turns = [turn for turn in thread.turns if is_in_context(thread, turn) and turn.question.number not in evicted]
     return [*_system_message(thread), *_turn_messages(turns)]
+
+
+def select_messages_before(thread: Thread, answer: Message) -> list[dict[str, str]]:
+    """Return the messages that the model reads when it continues `answer`, the thread's last message."""
+    return select_messages(replace(thread, leaf=answer.parent))
 
 
 def evictable_turns(thread: Thread) -> list[Turn]:

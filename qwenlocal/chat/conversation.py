@@ -65,7 +65,7 @@ class ChatBackend(Protocol):
 
     def continue_answer(self, thread: Thread, answer: Message, config: GenerationConfig) -> Continuation:
         """
-        Continue `answer`, an answer to the question at the thread's leaf, after its last token.
+        Continue `answer`, the message at the thread's leaf, after its last token. Old turns may be evicted.
 
         Raises
         ------
@@ -158,11 +158,7 @@ class Conversation:
         if turn.answer is None:
             return self._answer(lambda: None)
         message = turn.answer
-        self.thread.set_leaf(turn.question.number)
-        try:
-            text, events = self._backend.continue_answer(self.thread, message, self.config)
-        finally:
-            self.thread.set_leaf(message.number)
+        text, events = self._backend.continue_answer(self.thread, message, self.config)
         events = _start(events)
         self.thread.update(message, text=text, ids=(), finish_reason="")  # an answer that grows, as a new one does
         return self._record(events, message)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from qwenlocal.chat.context_window import select_messages
+from qwenlocal.chat.context_window import select_messages, select_messages_before
 from qwenlocal.chat.conversation import Continuation, GenerationConfig
 from qwenlocal.chat.events import Done, Event, FinishReason, GenerationStats, Text
 from qwenlocal.chat.thread import Message, Thread
@@ -51,7 +51,7 @@ class RemoteBackend:
 
     def continue_answer(self, thread: Thread, answer: Message, config: GenerationConfig) -> Continuation:
         partial = {**answer.to_dict(), "partial": True}
-        messages: list[Mapping[str, Any]] = [*select_messages(thread), partial]
+        messages: list[Mapping[str, Any]] = [*select_messages_before(thread, answer), partial]
         return Continuation(answer.text, self._answer(messages, config, answer.text))
 
     def stop(self) -> None:

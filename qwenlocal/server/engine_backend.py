@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import bisect
+import codecs
 import contextlib
 import queue
 import time
@@ -11,13 +11,13 @@ from collections.abc import AsyncGenerator, Coroutine, Iterator
 from dataclasses import fields
 from typing import Any, TypeVar
 
-from qwenlocal.chat.context_window import EVICTION_TARGET, EVICTION_THRESHOLD, evictable_turns, select_messages
+from qwenlocal.chat.context_window import select_messages, select_messages_before
 from qwenlocal.chat.conversation import Continuation, GenerationConfig
-from qwenlocal.chat.events import Done, Event, FinishReason, GenerationStats, PromptLogprobs, Text, TurnsEvicted
+from qwenlocal.chat.events import Done, Event, FinishReason, GenerationStats, PromptLogprobs, Text
 from qwenlocal.chat.thread import Message, Thread
+from qwenlocal.chat.turn_eviction import Messages, TurnEvictor
 from qwenlocal.engine.sampling import Sampling
 from qwenlocal.errors import UsageError
-from qwenlocal.formatting import shorten
 from qwenlocal.i18n import tr
 from qwenlocal.progress import PromptProgress
 from qwenlocal.server.answering import AnswerService, IndexedEvent
@@ -43,6 +43,7 @@ class EngineBackend:
         self._loop = asyncio.get_running_loop()
         self._pump: asyncio.Task[None] | None = None
         self._is_stopped = False
+        self._evictor = TurnEvictor(self.n_ctx, self._count_tokens, self._stream)
 
     @property
     def model(self) -> str:
@@ -61,14 +62,36 @@ class EngineBackend:
     def count_prompt_tokens(self, thread: Thread) -> int:
         """Return the number of tokens of the prompt, 0 if there is nothing in it."""
         messages = select_messages(thread)
-        return self._run(self._engine.count_tokens(ChatPrompt(messages))) if messages else 0
+        return self._count_tokens(messages) if messages else 0
+
+    def _count_tokens(self, messages: Messages) -> int:
+        return self._run(self._engine.count_tokens(ChatPrompt(messages)))
 
     def answer(self, thread: Thread, config: GenerationConfig) -> Iterator[Event]:
-        yield from self._make_room(thread)
-        yield from self._stream(_build_request(thread, config, self._client))
+        if not (yield from self._evictor.make_room(thread, config.overflow)):
+            yield from self._stream(select_messages(thread), config)
 
     def continue_answer(self, thread: Thread, answer: Message, config: GenerationConfig) -> Continuation:
-        raise UsageError(tr("A server does not continue answers."), hint=tr("Retry the answer instead."))
+        if answer.ids and answer.finish_reason == FinishReason.EOS.value:  # edited answers have no ids
+            raise UsageError(tr("The last answer is complete."))
+        if answer.ids and answer.model == self.model:  # the tokens of another model may mean another text
+            prefix, text = tuple(answer.ids), self._complete_characters(answer)
+        else:
+            prefix, text = tuple(self._run(self._engine.tokenize(answer.text, special=False))), answer.text
+        return Continuation(text, self._continue(thread, answer, config, prefix))
+
+    def _complete_characters(self, answer: Message) -> str:
+        """Return the text of an answer without the U+FFFD for half a character, which the next tokens complete."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        decoder.decode(b"".join(self._run(self._engine.pieces(answer.ids))))
+        return answer.text.removesuffix(decoder.decode(b"", final=True))
+
+    def _continue(
+        self, thread: Thread, answer: Message, config: GenerationConfig, prefix: tuple[int, ...]
+    ) -> Iterator[Event]:
+        """Yield the events of the rest of an answer; with it, the thread may not fit any more."""
+        if not (yield from self._evictor.make_room(thread, config.overflow)):
+            yield from self._stream(select_messages_before(thread, answer), config, prefix)
 
     def stop(self) -> None:
         self._loop.call_soon_threadsafe(self._cancel_pump)
@@ -83,11 +106,12 @@ class EngineBackend:
 
     # --- streaming
 
-    def _stream(self, request: GenerationRequest) -> Iterator[Event]:
-        """Yield the events of an answer; after `stop`, `Done` with the counts of what came before it."""
+    def _stream(self, messages: Messages, config: GenerationConfig, prefix: tuple[int, ...] = ()) -> Iterator[Event]:
+        """Yield the events of an answer; after `stop`, `Done` with what came before it."""
         items: queue.SimpleQueue[_Item] = queue.SimpleQueue()
+        request = _build_request(messages, config, prefix, self._client)
         self._loop.call_soon_threadsafe(self._start_pump, request, items)
-        prompt = tokens = 0
+        ids, prompt, tokens = prefix, 0, 0
         start = first = last = time.monotonic()
         while (item := items.get()) is not None:
             if isinstance(item, BaseException):
@@ -98,11 +122,11 @@ class EngineBackend:
                 prompt = item.total
             elif isinstance(item, Text):
                 last = time.monotonic()
-                first, tokens = first if tokens else last, item.tokens
+                first, tokens, ids = first if tokens else last, item.tokens, ids + item.ids
             yield item
             if isinstance(item, Done):
                 return
-        yield Done(FinishReason.INTERRUPTED, GenerationStats(prompt, 0, tokens, first - start, last - first))
+        yield Done(FinishReason.INTERRUPTED, GenerationStats(prompt, 0, tokens, first - start, last - first), ids)
 
     def _start_pump(self, request: GenerationRequest, items: queue.SimpleQueue[_Item]) -> None:
         if self._is_stopped:
@@ -110,26 +134,6 @@ class EngineBackend:
         else:
             events = self._service.stream(self._engine, [request])
             self._pump = self._loop.create_task(_pump(events, items))
-
-    # --- a full context
-
-    def _make_room(self, thread: Thread) -> Iterator[Event]:
-        """Evict the oldest turns if the prompt leaves too little space for an answer, as `LocalBackend` does."""
-        if self._count_without(thread, 0) <= self.n_ctx * EVICTION_THRESHOLD:
-            return
-        turns = evictable_turns(thread)
-        target = self.n_ctx * EVICTION_TARGET
-        count = bisect.bisect_left(
-            range(len(turns)), True, key=lambda count: self._count_without(thread, count) <= target
-        )
-        if count and self._count_without(thread, count) < self.n_ctx:
-            thread.evict_turns([turn.question.number for turn in turns[:count]], thread.summary)
-            yield TurnsEvicted(count, shorten(turns[0].question.text))
-
-    def _count_without(self, thread: Thread, count: int) -> int:
-        """Return the number of tokens of the prompt without the oldest `count` turns that may leave it."""
-        evicted = {turn.question.number for turn in evictable_turns(thread)[:count]}
-        return self._run(self._engine.count_tokens(ChatPrompt(select_messages(thread, evicted))))
 
 
 async def _pump(events: AsyncGenerator[IndexedEvent, None], items: queue.SimpleQueue[_Item]) -> None:
@@ -145,9 +149,16 @@ async def _pump(events: AsyncGenerator[IndexedEvent, None], items: queue.SimpleQ
         items.put(last)
 
 
-def _build_request(thread: Thread, config: GenerationConfig, client: str) -> GenerationRequest:
+def _build_request(
+    messages: Messages, config: GenerationConfig, prefix: tuple[int, ...], client: str
+) -> GenerationRequest:
     values = {one.name: getattr(config.sampling, one.name) for one in fields(Sampling)}
     sampling = {name: value for name, value in values.items() if name not in config.unset and value is not None}
     return GenerationRequest(
-        ChatPrompt(select_messages(thread)), sampling, config.max_tokens, tuple(config.stop_strings), client=client
+        ChatPrompt(messages),
+        sampling,
+        config.max_tokens,
+        tuple(config.stop_strings),
+        client=client,
+        prefix=prefix,
     )

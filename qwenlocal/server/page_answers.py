@@ -11,8 +11,8 @@ from typing import Any
 from qwenlocal.chat.chat_template import MAX_CHARACTERS
 from qwenlocal.chat.conversation import Conversation, GenerationConfig
 from qwenlocal.chat.documents import ANSWER_SHARE, Document, cut_documents
-from qwenlocal.chat.events import Done, Event, Text, TurnsEvicted
-from qwenlocal.chat.thread import Thread
+from qwenlocal.chat.events import Done, Event, Summarizing, Text, TurnsEvicted
+from qwenlocal.chat.thread import ASSISTANT, Thread
 from qwenlocal.engine.sampling import Sampling
 from qwenlocal.errors import TextTooLong
 from qwenlocal.formatting import shorten
@@ -33,9 +33,9 @@ class PageQuestion:
     """
     A question of the page.
 
-    `kind` is "ask", "edit" (ask `text` in place of the question `message`) or "retry" (the answer `message`, or the
-    last one). `cut` says what to send of `documents` that do not fit: "head", "passages", or "" for all of them.
-    `key` identifies the answer, to stop it.
+    `kind` is "ask", "edit" (ask `text` in place of the question `message`), "retry" (the answer `message`, or the last
+    one) or "continue" (the last answer, which was cut). `cut` says what to send of `documents` that do not fit: "head",
+    "passages", or "" for all of them. `key` identifies the answer, to stop it.
     """
 
     key: str
@@ -48,6 +48,7 @@ class PageQuestion:
     cut: str
     sampling: Mapping[str, Any]
     max_tokens: int | None
+    overflow: str
     copies: bool
 
     @property
@@ -58,7 +59,8 @@ class PageQuestion:
     def config(self) -> GenerationConfig:
         """Return the settings for the answer; what is not given is what the model recommends."""
         unset = frozenset(field.name for field in fields(Sampling)) - set(self.sampling)
-        return GenerationConfig(Sampling().with_overrides(self.sampling), self.max_tokens, unset=unset)
+        sampling = Sampling().with_overrides(self.sampling)
+        return GenerationConfig(sampling, self.max_tokens, overflow=self.overflow, unset=unset)
 
 
 class PageAnswers:
@@ -78,7 +80,7 @@ class PageAnswers:
 
     async def stream(self, question: PageQuestion, model: str, client: str) -> AsyncGenerator[PageEvent, None]:
         """
-        Yield the events of an answer: "start", "progress", "text", "evicted", then one "done".
+        Yield the events of an answer: "start", "progress", "summarizing", "evicted", "text", then one "done".
 
         Closing the iterator stops the answer; what there is of it stays in the journal.
         """
@@ -111,7 +113,7 @@ class PageAnswers:
                 events = _ask(chat.thread, question, backend)
                 if is_new and question.documents and chat.writer.chat_id is not None:
                     self._chats.rename(chat.writer.chat_id, question.title)
-                emit(_describe_start(chat, backend))
+                emit(_describe_start(chat, backend, is_continued=question.kind == "continue"))
                 for event in events:
                     if isinstance(event, Done):
                         chat.writer.write()
@@ -132,6 +134,8 @@ def _ask(thread: Thread, question: PageQuestion, backend: EngineBackend) -> Iter
     conversation, leaf = Conversation(backend, question.config(), thread), thread.leaf
     if question.kind == "ask":
         return conversation.ask(compose_message(question, thread, backend))
+    if question.kind == "continue":
+        return conversation.continue_answer()
     message = find_message(thread, question.message) if question.message else None
     if question.kind == "retry":
         if message:
@@ -180,18 +184,25 @@ def describe_event(event: Event) -> PageEvent:
         return {"type": "text", "text": event.text, "tokens": event.tokens}
     if isinstance(event, PromptProgress):
         return {"type": "progress", "done": event.done, "total": event.total, "reused": event.reused}
+    if isinstance(event, Summarizing):
+        return {"type": "summarizing", "turns": event.turns, "words": event.words}
     if isinstance(event, TurnsEvicted):
-        return {"type": "evicted", "turns": event.turns, "first": event.first}
+        return {"type": "evicted", **vars(event)}
     raise TypeError(f"the server has no events of type {type(event).__name__}")
 
 
-def _describe_start(chat: OpenChat, backend: EngineBackend) -> PageEvent:
+def _describe_start(chat: OpenChat, backend: EngineBackend, *, is_continued: bool) -> PageEvent:
+    """Return the first event: the messages before the answer, and the text of an answer that is continued."""
+    thread = chat.thread
+    answer = thread.last if is_continued and thread.last and thread.last.role == ASSISTANT else None
     return {
         "type": "start",
         "chat": chat.writer.chat_id,
         "model": backend.model,
         "n_ctx": backend.n_ctx,
-        "path": describe_path(chat.thread),
+        "path": describe_path(thread)[: -1 if answer else None],
+        "text": answer.text if answer else "",
+        "summary": thread.summary,
     }
 
 
@@ -202,6 +213,7 @@ def _describe_end(chat: OpenChat, done: Done, backend: EngineBackend) -> PageEve
         "chat": chat.writer.chat_id,
         "n_ctx": backend.n_ctx,
         "path": describe_path(chat.thread),
+        "summary": chat.thread.summary,
         "error": chat.writer.error,
         "stats": {**vars(done.stats), "speed": done.stats.answer_speed},
     }

@@ -20,6 +20,7 @@ from qwenlocal.chat.context_window import select_messages
 from qwenlocal.chat.documents import ANSWER_SHARE, Document, read_document
 from qwenlocal.chat.export import FORMATS
 from qwenlocal.chat.prompt_files import read_prompt_files
+from qwenlocal.chat.thread import Thread
 from qwenlocal.errors import InvalidChoice, UsageError
 from qwenlocal.i18n import tr
 from qwenlocal.paths import Folders, bundled_folder
@@ -50,7 +51,7 @@ class QuestionRequest(BaseModel):
     """`POST /page/answers`; see `PageQuestion`. Without `chat`, a new one begins, with the system prompt `system`."""
 
     key: str = Field(min_length=8, max_length=64)
-    kind: Literal["ask", "edit", "retry"] = "ask"
+    kind: Literal["ask", "edit", "retry", "continue"] = "ask"
     chat: int | None = Field(None, ge=1, lt=2**31)
     message: int | None = Field(None, ge=1, lt=2**31)
     text: str = ""
@@ -60,6 +61,7 @@ class QuestionRequest(BaseModel):
     system: str = ""
     sampling: SamplingFields = Field(default_factory=lambda: SamplingFields.model_validate({}))
     max_tokens: int | None = Field(None, ge=1, lt=2**31)
+    overflow: Literal["shift", "summarize", "stop"] = "shift"
     copies: bool = False
 
     def to_question(self) -> PageQuestion:
@@ -70,7 +72,7 @@ class QuestionRequest(BaseModel):
         ------
         BadField: it is empty.
         """
-        if self.kind != "retry" and not self.text.strip() and not self.files:
+        if self.kind in ("ask", "edit") and not self.text.strip() and not self.files:
             raise BadField("text", tr("The question is empty."))
         return PageQuestion(
             self.key,
@@ -83,6 +85,7 @@ class QuestionRequest(BaseModel):
             self.cut,
             self.sampling.sampling(),
             self.max_tokens,
+            self.overflow,
             self.copies,
         )
 
@@ -96,10 +99,11 @@ class ChatChange(BaseModel):
 
 
 class CountRequest(BaseModel):
-    """`POST /page/tokens`: the tokens of a chat in the context of a model."""
+    """`POST /page/tokens`: the tokens of a chat, or of a new one, in the context of a model."""
 
     model: str = ""
     chat: int | None = Field(None, ge=1, lt=2**31)
+    system: str = ""
 
 
 class PageApi:
@@ -202,7 +206,7 @@ class PageApi:
     # --- answers
 
     async def answer(self, request: Request, body: QuestionRequest) -> Response:
-        """Ask a question, ask another one in its place, or retry an answer; stream what the model says."""
+        """Ask a question, ask another one in its place, retry or continue an answer; stream what the model says."""
         events = self._answers.stream(body.to_question(), body.model, identify_client(request))
         return await stream_while_connected(
             request,
@@ -220,8 +224,8 @@ class PageApi:
         info = next((one for one in self._service.models() if one.name == body.model and one.is_loaded), None)
         if info is None:
             return _respond({"tokens": None, "n_ctx": None})
-        thread = await asyncio.to_thread(self._chats.load_thread, body.chat) if body.chat else None
-        messages = select_messages(thread) if thread else []
+        thread = await asyncio.to_thread(self._chats.load_thread, body.chat) if body.chat else Thread(body.system)
+        messages = select_messages(thread)
         async with self._service.open(body.model) as engine:
             tokens = await engine.count_tokens(ChatPrompt(messages)) if messages else 0
             return _respond({"tokens": tokens, "n_ctx": engine.info.n_ctx})

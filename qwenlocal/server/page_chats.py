@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from qwenlocal.chat.context_window import is_in_context
+from qwenlocal.chat.context_window import evictable_turns, is_in_context
 from qwenlocal.chat.events import FinishReason
 from qwenlocal.chat.export import export_thread
 from qwenlocal.chat.journal import ChatInfo, Journal
@@ -207,14 +207,31 @@ def find_message(thread: Thread, number: int) -> Message:
 
 
 def describe_chat(thread: Thread, info: ChatInfo, state: str) -> dict[str, Any]:
-    """Return a chat and its path."""
-    return {**vars(info), "system": thread.system, "state": state, "path": describe_path(thread)}
+    """Return a chat and its path. In the journal, an answer that is growing looks like one that was interrupted."""
+    path = describe_path(thread)
+    if state != FREE and path and path[-1]["finish_reason"] == "interrupted":
+        path[-1] |= {"finish_reason": "", "can_continue": False}
+    return {**vars(info), "system": thread.system, "summary": thread.summary, "state": state, "path": path}
 
 
 def describe_path(thread: Thread) -> list[dict[str, Any]]:
-    """Return the messages of the path, each with the numbers of its versions."""
+    """Return the messages of the path, each with the numbers of its versions, and what the model can do with it."""
     outside = {message.number for turn in thread.turns if not is_in_context(thread, turn) for message in turn.messages}
-    return [{**describe_message(thread, one), "is_in_context": one.number not in outside} for one in thread.path]
+    return [
+        {
+            **describe_message(thread, message),
+            "is_in_context": message.number not in outside,
+            "can_continue": message is thread.last and can_continue(thread, message),
+        }
+        for message in thread.path
+    ]
+
+
+def can_continue(thread: Thread, answer: Message) -> bool:
+    """Return True if an answer was cut and, if it filled the context, there are turns that may leave it."""
+    if answer.role == USER or answer.finish_reason in (FinishReason.EOS.value, FinishReason.STOP_STRING.value):
+        return False
+    return answer.finish_reason != FinishReason.CONTEXT_FULL.value or bool(evictable_turns(thread))
 
 
 def describe_message(thread: Thread, message: Message) -> dict[str, Any]:

@@ -1,25 +1,29 @@
 // An answer that is being generated, for the chat that it belongs to, whether that is shown or not.
 
 import { stopAnswer, streamAnswer } from "./api.js";
-import { formatShare, t } from "./texts.js";
+import { formatNumber, formatShare, t } from "./texts.js";
+
+const PATIENCE = 1500; // milliseconds, for the server to stop an answer
 
 export class Answer {
-  text = "";
   promptTokens = 0;
   tokens = 0;
   size = 0;
   progress = "";
+  connection = new AbortController();
   isAtStart = true; // nothing is in the journal yet
 
-  constructor(chat) {
+  /** `text` is what there is of an answer that is continued. */
+  constructor(chat, text) {
     this.chat = chat;
+    this.text = text;
     this.key = randomKey();
     this.progress = t("loading");
   }
 
   /** Ask, and call `onEvent` with each event after this object has taken it in. */
   async run(question, onEvent) {
-    for await (const event of streamAnswer({ ...question, key: this.key })) {
+    for await (const event of streamAnswer({ ...question, key: this.key }, this.connection.signal)) {
       this.take(event);
       onEvent(event);
     }
@@ -31,10 +35,14 @@ export class Answer {
       this.size = event.n_ctx;
       this.chat.id = event.chat;
       this.chat.path = event.path;
+      this.chat.summary = event.summary;
       this.chat.state = "answering";
+      this.text = event.text;
     } else if (event.type === "progress") {
       this.promptTokens = event.total;
       this.progress = t("reading_prompt", { share: formatShare(event.total ? event.done / event.total : 1) });
+    } else if (event.type === "summarizing") {
+      this.progress = t("summarizing", { words: formatNumber(event.words) });
     } else if (event.type === "text") {
       this.begin ??= performance.now();
       this.text += event.text;
@@ -43,6 +51,7 @@ export class Answer {
       this.promptTokens = event.stats.prompt_tokens || this.promptTokens;
       this.tokens = event.stats.answer_tokens;
       this.chat.path = event.path;
+      this.chat.summary = event.summary;
       this.chat.state = "free";
     }
   }
@@ -53,8 +62,21 @@ export class Answer {
     return seconds > 0.3 ? (this.tokens - 1) / seconds : 0;
   }
 
+  /**
+   * Stop it, by a request. Browsers open six connections to a server; if answers take all of them, closing that of this
+   * answer stops it.
+   */
   async stop() {
-    await stopAnswer(this.key);
+    const timer = setTimeout(() => this.connection.abort(), PATIENCE);
+    try {
+      await stopAnswer(this.key);
+    } finally {
+      clearTimeout(timer);
+    }
+  }
+
+  get isAborted() {
+    return this.connection.signal.aborted;
   }
 }
 

@@ -18,19 +18,19 @@ export function onKeyNeeded(ask) {
   askForKey = ask;
 }
 
-async function send(method, path, body) {
+async function send(method, path, body, signal) {
   const headers = {};
   if (getApiKey()) headers.Authorization = `Bearer ${getApiKey()}`;
   let response;
   try {
-    response = await fetch(`/page/${path}`, { method, headers, body, cache: "no-store" });
+    response = await fetch(`/page/${path}`, { method, headers, body, signal, cache: "no-store" });
   } catch {
     throw new ApiError(t("connection_lost"));
   }
   if (response.ok) return response;
   if (response.status === 401) {
     await askForKey();
-    return send(method, path, body);
+    return send(method, path, body, signal);
   }
   let error = {};
   try {
@@ -50,7 +50,7 @@ export const searchChats = async (words) => (await requestJson("GET", `chats?sea
 export const readChat = (id) => requestJson("GET", `chats/${id}`);
 export const changeChat = (id, change) => requestJson("PATCH", `chats/${id}`, change);
 export const deleteChat = (id) => requestJson("DELETE", `chats/${id}`);
-export const countTokens = (model, chat) => requestJson("POST", "tokens", { model, chat });
+export const countTokens = (model, chat, system) => requestJson("POST", "tokens", { model, chat, system });
 export const stopAnswer = (key) => requestJson("DELETE", `answers/${key}`);
 
 export async function readFile(file, model) {
@@ -62,9 +62,9 @@ export async function exportChat(id, format) {
   return (await send("GET", `chats/${id}/export?format=${format}`)).blob();
 }
 
-/** Ask a question, and yield the events of the answer as they arrive. */
-export async function* streamAnswer(question) {
-  const response = await send("POST", "answers", JSON.stringify(question));
+/** Ask a question, and yield the events of the answer as they arrive, until `signal` closes the connection. */
+export async function* streamAnswer(question, signal) {
+  const response = await send("POST", "answers", JSON.stringify(question), signal);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   try {

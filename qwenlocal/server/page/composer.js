@@ -5,7 +5,7 @@ import { create, find, icon, iconButton, showToast } from "./dom.js";
 import { formatNumber, formatShare, t } from "./texts.js";
 
 export class Composer {
-  /** `app` has model, freeTokens(), ask(text, files, cut), stop() and editLast(). */
+  /** `app` has model, freeTokens(), refreshContext(), ask(text, files, cut), stop() and editLast(). */
   constructor(app) {
     this.app = app;
     this.area = find("#question");
@@ -99,7 +99,9 @@ export class Composer {
       }
       this.refresh();
     }
-    if (added.length) this.focus();
+    if (!added.length) return;
+    await this.app.refreshContext(); // reading a file loads the model, whose context was not known before
+    this.focus();
   }
 
   showFiles() {

@@ -18,8 +18,11 @@ export class ConversationView {
     find("#to-end").addEventListener("click", () => this.scrollToEnd());
   }
 
-  /** Show the path of a chat; messages that were shown before keep their elements. */
-  show(path) {
+  /**
+   * Show the path of a chat; messages that were shown before keep their elements. `summary` replaces those that are not
+   * in the context any more, "" if there is none.
+   */
+  show(path, summary = "") {
     const known = new Map(this.views.map((view) => [view.message.number, view]));
     const pending = this.views.at(-1)?.isGrowing ? this.views.at(-1) : null;
     this.views = path.map((message, index) => {
@@ -31,7 +34,13 @@ export class ConversationView {
       return view;
     });
     this.list.replaceChildren(...this.views.map((view) => view.element));
+    const outside = this.views.findLast((view) => view.message.is_in_context === false);
+    if (summary && outside) outside.element.after(createSummary(summary));
     this.showWelcome();
+  }
+
+  get isEditing() {
+    return this.views.some((view) => view.editor);
   }
 
   /** Forget all elements, for another chat. */
@@ -106,4 +115,9 @@ export class ConversationView {
     this.follow();
     find("#to-end").hidden = true;
   }
+}
+
+function createSummary(text) {
+  const title = create("summary", {}, t("summary"));
+  return create("details", { class: "summary" }, title, create("p", {}, text));
 }

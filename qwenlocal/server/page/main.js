@@ -11,10 +11,12 @@ import { announce, find, showToast } from "./dom.js";
 import { getPreference, readKeyFromAddress, readSampling, setApiKey, setPreference } from "./preferences.js";
 import { SettingsDialog } from "./settings_dialog.js";
 import { listenToKeys } from "./shortcuts.js";
-import { loadTexts, t } from "./texts.js";
+import { formatNumber, loadTexts, t } from "./texts.js";
 
 const POLL = 1000; // milliseconds, while another tab answers the chat
-const createChat = () => ({ id: null, title: "", model: "", system: getPreference("system"), state: "free", path: [] });
+const createChat = () => ({
+  id: null, title: "", model: "", system: getPreference("system"), summary: "", state: "free", path: [],
+});
 
 class App {
   models = [];
@@ -30,6 +32,7 @@ class App {
     this.view = new ConversationView({
       edit: (message, text) => this.edit(message, text),
       retry: (message) => this.retry(message),
+      continueAnswer: () => this.continueAnswer(),
       selectVersion: (number) => this.change({ version: number }),
     });
     this.context = new ContextBar();
@@ -51,9 +54,11 @@ class App {
     find("#hide-menu").addEventListener("click", () => showMenu(false));
     find("#shade").addEventListener("click", () => showMenu(false));
     addEventListener("hashchange", () => this.followAddress());
+    addEventListener("focus", () => this.catchUp());
     listenToKeys({
       newChat: () => this.showNewChat(),
       retry: () => this.retry(this.view.last("assistant")?.message),
+      continueAnswer: () => this.continueAnswer(),
       openSettings: () => this.settings.open(),
       previousVersion: () => press("previous"),
       nextVersion: () => press("next"),
@@ -107,7 +112,7 @@ class App {
     clearTimeout(this.poll);
     this.chat = chat;
     this.view.clear();
-    this.view.show(chat.path);
+    this.showPath();
     this.showAnswer();
     this.showTitle();
     this.showModel();
@@ -121,6 +126,7 @@ class App {
 
   showState() {
     const { state } = this.chat;
+    clearTimeout(this.poll);
     if (this.answer) this.view.showNotice("");
     else if (state === "free") this.offerRetry();
     else if (state === "elsewhere") this.view.showNotice(t("open_elsewhere"));
@@ -130,6 +136,22 @@ class App {
     }
   }
 
+  showPath(path = this.chat.path) {
+    this.view.show(path, this.chat.summary);
+  }
+
+  /** Show what a terminal or another tab has changed since this page was left. */
+  async catchUp() {
+    if (!this.ready || document.body.hasAttribute("aria-busy")) return;
+    await this.list.refresh();
+    const { chat } = this;
+    const known = this.list.chats.find(({ id }) => id === chat.id);
+    const isCurrent = known?.changed === chat.changed && chat.state === "free";
+    if (!known || isCurrent || this.answer || this.view.isEditing) return;
+    await this.reread();
+    if (chat === this.chat) await this.refreshContext();
+  }
+
   /** Read the chat again, because it changes elsewhere. */
   async reread() {
     const { chat } = this;
@@ -137,7 +159,7 @@ class App {
       const read = await readChat(chat.id);
       if (chat !== this.chat || this.answer) return;
       Object.assign(chat, read);
-      this.view.show(chat.path);
+      this.showPath();
       this.view.follow();
       this.showState();
     } catch (error) {
@@ -178,6 +200,7 @@ class App {
     if (this.chat.id === null) {
       this.chat.system = text;
       setPreference("system", text);
+      await this.refreshContext();
     } else await this.change({ system: text });
   }
 
@@ -186,7 +209,7 @@ class App {
     if (this.answer) return;
     this.context.showSpeed(0);
     try {
-      const { tokens, n_ctx: size } = await countTokens(this.model, chat.id);
+      const { tokens, n_ctx: size } = await countTokens(this.model, chat.id, chat.system);
       if (chat === this.chat && !this.answer) this.context.show(tokens, size);
     } catch {
       this.context.show(null, null);
@@ -218,7 +241,7 @@ class App {
   }
 
   edit(message, text) {
-    this.view.show(this.chat.path.slice(0, this.chat.path.findIndex(({ number }) => number === message.number)));
+    this.showPath(this.chat.path.slice(0, this.chat.path.findIndex(({ number }) => number === message.number)));
     this.view.addQuestion(text);
     this.run({ kind: "edit", message: message.number, text }, () => this.composer.restore(text, []));
   }
@@ -227,24 +250,35 @@ class App {
     if (this.answer) return;
     const { path } = this.chat;
     if (!message && path.at(-1)?.role !== "user") return;
-    this.view.show(message ? path.slice(0, path.findIndex(({ number }) => number === message.number)) : path);
+    this.showPath(message ? path.slice(0, path.findIndex(({ number }) => number === message.number)) : path);
     this.run({ kind: "retry", message: message?.number ?? null });
   }
 
-  async run(question, restore = () => {}) {
+  /** Continue the last answer, which was cut, or answer a question that has no answer yet. */
+  continueAnswer() {
+    const last = this.chat.path.at(-1);
+    if (last?.role === "user") this.retry(null);
+    if (this.answer || !last?.can_continue) return;
+    this.showPath(this.chat.path.slice(0, -1));
+    this.run({ kind: "continue" }, () => {}, last.text);
+  }
+
+  async run(question, restore = () => {}, text = "") {
     const { chat } = this;
-    const answer = new Answer(chat);
+    const answer = new Answer(chat, text);
     this.answers.add(answer);
     this.view.showNotice("");
     this.showAnswer();
     this.composer.refresh();
     const settings = { chat: chat.id, model: this.model, system: chat.system, copies: chat.state === "elsewhere" };
+    let failure = null;
     try {
       await answer.run({ ...question, ...settings, ...readSampling() }, (event) => this.handle(answer, event));
     } catch (error) {
-      await this.fail(answer, error, restore);
+      failure = error;
     }
     this.answers.delete(answer);
+    if (failure) await this.fail(answer, failure, restore);
     if (chat === this.chat) {
       this.view.endAnswer();
       this.composer.refresh();
@@ -274,15 +308,15 @@ class App {
     if (answer.chat !== this.chat) return;
     if (event.type === "start") {
       if (location.hash !== `#${event.chat}`) history.pushState(null, "", `#${event.chat}`);
-      this.view.show(event.path);
+      this.showPath();
       this.showAnswer();
       this.list.refresh();
-    } else if (event.type === "progress") {
+    } else if (event.type === "progress" || event.type === "summarizing") {
       answer.view.showProgress(answer.progress);
     } else if (event.type === "text") {
       answer.view.append(event.text);
     } else if (event.type === "evicted") {
-      showToast(t("evicted", { turns: event.turns }));
+      showToast(describeEviction(event));
     } else if (event.type === "done") {
       this.finish(answer, event);
       return;
@@ -291,7 +325,7 @@ class App {
   }
 
   finish(answer, { path, stats, error }) {
-    this.view.show(path);
+    this.showPath();
     if (path.at(-1)?.role === "assistant") this.view.views.at(-1).setStats(stats);
     this.context.show(answer.promptTokens + answer.tokens, answer.size);
     this.context.showSpeed(0); // the answer itself says it now
@@ -313,12 +347,13 @@ class App {
     if (answer.isAtStart) restore();
     try {
       Object.assign(chat, chat.id === null ? { path: [] } : await readChat(chat.id));
-      if (chat === this.chat) this.view.show(chat.path);
+      if (chat === this.chat) this.showPath();
     } catch {
       answer.view?.setGrowing(false); // the server is away: what was shown stays
     }
-    if (chat === this.chat) this.view.showNotice(error.message);
-    else showToast(error.message);
+    if (chat !== this.chat) showToast(error.message);
+    else if (answer.isAborted || chat.state !== "free") this.showState();
+    else this.view.showNotice(error.message);
   }
 
   async stop() {
@@ -340,7 +375,7 @@ class App {
       const read = await changeChat(chat.id, change);
       Object.assign(chat, read);
       if (chat !== this.chat) return;
-      this.view.show(chat.path);
+      this.showPath();
       this.showTitle();
       await this.refreshContext();
     } catch (error) {
@@ -365,6 +400,12 @@ function askForKey() {
     keyQuestion = null;
   });
   return keyQuestion;
+}
+
+/** `To make room, the oldest 3 turns, starting with “Hello, …”, left the context.` */
+function describeEviction({ turns, first, lacks_room: lacksRoom }) {
+  const text = turns === 1 ? t("evicted_one", { first }) : t("evicted_many", { turns: formatNumber(turns), first });
+  return lacksRoom ? `${text} ${t("no_summary")}` : text;
 }
 
 /** Press a button of the last answer that has versions. */

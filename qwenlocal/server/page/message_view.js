@@ -18,7 +18,7 @@ export function splitFiles(text) {
 }
 
 export class MessageView {
-  /** `actions` has the functions edit(message, text), retry(message) and selectVersion(number). */
+  /** `actions` has the functions edit(message, text), retry(message), continueAnswer() and selectVersion(number). */
   constructor(message, actions) {
     this.actions = actions;
     this.isUser = message.role === "user";
@@ -55,9 +55,11 @@ export class MessageView {
 
   /** Add text to an answer; it is drawn a moment later, so that fast models do not draw each token. */
   append(text) {
-    const isFirst = !this.message.text;
     this.message = { ...this.message, text: this.message.text + text };
-    if (isFirst) this.showTools(); // the progress is over
+    if (!this.hasGrown) {
+      this.hasGrown = true;
+      this.showTools(); // the progress is over
+    }
     if (!this.timer) this.timer = setTimeout(() => this.draw(), this.delay || MIN_DELAY);
   }
 
@@ -92,11 +94,15 @@ export class MessageView {
   showTools() {
     this.tools.replaceChildren();
     if (this.isGrowing || this.message.number === null) {
-      if (this.progress && !this.message.text) this.tools.append(create("span", { class: "progress" }, this.progress));
+      if (this.progress && !this.hasGrown) this.tools.append(create("span", { class: "progress" }, this.progress));
       return;
     }
     const note = this.note();
     if (note) this.tools.append(create("span", { class: "note" }, note));
+    if (this.message.can_continue) {
+      const attributes = { type: "button", class: "continue", onclick: () => this.actions.continueAnswer() };
+      this.tools.append(create("button", attributes, t("continue")));
+    }
     if (this.message.versions.length > 1) this.tools.append(this.versionSwitch());
     this.tools.append(iconButton("copy", t("copy"), (event) => this.copy(event.currentTarget)));
     if (this.isUser) this.tools.append(iconButton("edit", t("edit"), () => this.edit(), { "data-action": "edit" }));
@@ -145,15 +151,17 @@ export class MessageView {
 
   edit() {
     if (this.editor) return;
+    const { text: words } = splitFiles(this.message.text);
+    const files = this.message.text.slice(0, this.message.text.length - words.length);
     const area = create("textarea", { "aria-label": t("edit_question"), rows: "1" });
-    area.value = this.message.text;
+    area.value = words;
     const close = () => {
       this.showText(this.message.text);
       this.showTools();
       this.tools.querySelector('[data-action="edit"]')?.focus();
     };
     const accept = () => {
-      const text = area.value.trim();
+      const text = files + area.value.trim();
       if (!text) return;
       this.showText(this.message.text);
       this.actions.edit(this.message, text);
@@ -178,7 +186,7 @@ export class MessageView {
         create("button", { type: "button", class: "primary", onclick: accept }, t("send")),
       ),
     );
-    this.body.replaceChildren(this.editor);
+    this.body.querySelector(".words").replaceWith(this.editor);
     this.tools.replaceChildren();
     area.focus();
   }

@@ -19,7 +19,7 @@ export function setPreference(name, value) {
   else localStorage.removeItem(PREFIX + name);
 }
 
-/** The sampling parameters that are set, and the token limit of answers. */
+/** The sampling parameters that are set, the token limit of answers, and what to do when the context is full. */
 export function readSampling() {
   const values = {};
   for (const { name } of SAMPLING) {
@@ -27,7 +27,7 @@ export function readSampling() {
     if (text !== "") values[name] = Number(text);
   }
   const { max_tokens = null, ...sampling } = values;
-  return { sampling, max_tokens };
+  return { sampling, max_tokens, overflow: getPreference("overflow") || "shift" };
 }
 
 /** Take over the key at the end of the address that the server has printed, /#key=KEY, and remove it from there. */

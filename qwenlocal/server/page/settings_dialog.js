@@ -19,6 +19,7 @@ export class SettingsDialog {
       setPreference("language", event.target.value);
       location.reload();
     });
+    find("#overflow-choice").addEventListener("change", (event) => setPreference("overflow", event.target.value));
     find("#prompt-choice").addEventListener("change", (event) => this.choosePrompt(event.target.value));
     this.dialog.addEventListener("close", () => this.savePrompt());
   }
@@ -30,6 +31,7 @@ export class SettingsDialog {
       ...languages.map((tag) => new Option(nativeName(tag) || names.of(tag), tag, false, tag === language)),
     );
     find("#theme-choice").value = getPreference("theme");
+    find("#overflow-choice").value = getPreference("overflow");
     find("#prompt-choice").replaceChildren(
       new Option(t("prompt_none"), ""),
       ...Object.entries(this.app.prompts).map(([name, text]) => new Option(name, text)),
@@ -73,7 +75,8 @@ export class SettingsDialog {
   }
 
   reset() {
-    for (const { name } of SAMPLING) setPreference(name, "");
+    for (const name of ["overflow", ...SAMPLING.map((parameter) => parameter.name)]) setPreference(name, "");
+    find("#overflow-choice").value = "";
     this.showSampling();
     this.showPrompt("");
   }

@@ -11,6 +11,7 @@ const LIST = [
   [["Alt", "N"], "key_new"],
   [["↑"], "key_edit"],
   [["Alt", "R"], "key_retry"],
+  [["Alt", "C"], "key_continue"],
   [["Alt", ",", "."], "key_versions"],
   [["Alt", "S"], "key_settings"],
   [["?"], "key_help"],
@@ -21,6 +22,7 @@ export function listenToKeys(actions) {
   const withAlt = {
     KeyN: actions.newChat,
     KeyR: actions.retry,
+    KeyC: actions.continueAnswer,
     KeyS: actions.openSettings,
     Comma: actions.previousVersion,
     Period: actions.nextVersion,

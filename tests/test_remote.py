@@ -92,7 +92,7 @@ def test_the_request_has_the_thread_and_only_the_settings_that_were_chosen(engin
         Sampling(temperature=0.5, seed=7),
         max_tokens=9,
         stop_strings=["END"],
-        unset=frozenset({"top_k", "top_p", "min_p", "repeat_penalty"}),
+        unset=frozenset({"top_k", "top_p", "min_p", "repeat_penalty", "frequency_penalty", "presence_penalty"}),
     )
     talk = open_conversation(engine, config)
     list(talk.ask("Hi"))
@@ -178,8 +178,27 @@ def test_finish_reasons_are_translated(engine: EngineServer, reply: Reply, reaso
             PromptTooLong,
             "too large",
         ),
+        (Reply(status=403, body='{"detail":"not for you"}'), RequestRejected, r"HTTP 403\): not for you$"),
+        (Reply(status=402, body='{"message":"no credit"}'), RequestRejected, "no credit"),
+        (Reply(status=413, body="<html><title>413 Too Large</title>"), PromptTooLong, "413 Too Large"),
         (Reply(status=400, body=f'{{"detail":[{{"msg":"extra {KEY}"}}]}}'), RequestRejected, "extra …"),
-        (Reply(status=422, body="<html>no</html>"), RequestRejected, "<html>"),
+        (
+            Reply(
+                status=422, body='{"detail":[{"loc":["body","messages",0,"role"],"msg":"Field required"},{"msg":3}]}'
+            ),
+            RequestRejected,
+            r'messages\.0\.role: Field required; \{"msg": 3\}$',
+        ),
+        (Reply(status=422, body="<html>no <b>way</b></html>"), RequestRejected, r"\): no way$"),
+        (
+            Reply(status=500, body="<!doctype HTML>\n<head><title>\n500 it&#39;s me </title></head><h1>x</h1>"),
+            EngineFailed,
+            r"HTTP 500\): 500 it's me$",
+        ),
+        (Reply(status=400, body='{"error":"no such field"}'), RequestRejected, r"\): no such field$"),
+        (Reply(status=400, body='{"error":null,"message":"no field"}'), RequestRejected, r"\): no field$"),
+        (Reply(raw=f'{{"error":{{"message":"lost {KEY}"}}}}'.encode()), EngineFailed, r"HTTP 200\): lost …$"),
+        (Reply(texts=(), events=['{"object":"error","message":"GPU lost","code":500}']), EngineFailed, r": GPU lost$"),
         (Reply(status=307, headers={"Location": "/v2/chat"}), RequestRejected, "HTTP 307"),
         (Reply(status=500, body='{"message":"CUDA out of memory"}'), EngineFailed, "CUDA out of memory"),
         (Reply(raw=b"<!DOCTYPE html><title>Welcome</title>"), MalformedAnswer, "Welcome"),
@@ -281,12 +300,21 @@ def test_a_stream_that_stalls_is_cut(engine: EngineServer) -> None:
     assert talk.thread.last and talk.thread.last.text == ANSWER[0]
 
 
-def test_an_error_in_the_middle_of_an_answer_keeps_its_text(engine: EngineServer) -> None:
-    events = [chunk(delta={"content": "Half"}), json.dumps({"error": {"message": "GPU lost"}})]
-    engine.replies = [Reply((), events=events)]
-    talk = open_conversation(engine)
-    with pytest.raises(EngineFailed, match="GPU lost"):
+@pytest.mark.parametrize(
+    ("last", "error", "words"),
+    [
+        ('{"error": {"message": "GPU lost"}}', EngineFailed, "GPU lost"),
+        (f'{{"choices": "{KEY}"', AnswerCut, "something else: .*…"),
+    ],
+)
+def test_an_error_in_the_middle_of_an_answer_keeps_its_text(
+    engine: EngineServer, last: str, error: type[QwenlocalError], words: str
+) -> None:
+    engine.replies = [Reply((), events=[chunk(delta={"content": "Half"}), last])]
+    talk = open_conversation(engine, key=KEY)
+    with pytest.raises(error, match=words) as caught:
         list(talk.ask("Hi"))
+    assert KEY not in f"{caught.value} {vars(caught.value)}"
     assert talk.thread.last and talk.thread.last.text == "Half"
 
 

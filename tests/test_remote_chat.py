@@ -241,13 +241,16 @@ def test_what_the_engine_cannot_tell_is_not_shown(terminal: Open, engine: Engine
     assert not re.search(r"of [\d,]+ tokens", chat.text)
     for command in ("/ctx", "/tokens", "/pin", "/set overflow stop"):
         chat.enter(f"\x15{command}", f"{command.removesuffix(' stop')} needs token counts, which tiny-chat does not")
-    chat.enter("/set", r"temperature +default")
+    chat.enter("/set", r"temperature +default .*presence_penalty +default ")
+    assert not re.search("^  overflow ", chat.text, re.M)
+    chat.enter("/set presence_penalty 0.5", "presence_penalty is now 0.5")
     chat.enter("/set temperature 0.3", "temperature is now 0.3")
     chat.enter("/set temperature", "temperature is 0.3")
     chat.enter("/drop 1", "Dropped")
     chat.enter("Hi", r"^> Hi$.*" + re.escape(SAYS))
     request = engine.requests[-1]
-    assert (request["temperature"], len(request["messages"])) == (0.3, 1)
+    assert (request["temperature"], request["presence_penalty"], len(request["messages"])) == (0.3, 0.5, 1)
+    assert "frequency_penalty" not in request
 
 
 def test_a_question_that_fails_is_the_text_of_the_next_line(terminal: Open, engine: EngineServer) -> None:

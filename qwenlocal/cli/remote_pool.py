@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -169,10 +170,9 @@ class RemotePool:
         from qwenlocal.remote.remote_backend import RemoteBackend
 
         if self._config is None:
-            options, unset = self._options, {"overflow"}
-            unset |= {name for name, value in options.sampling.items() if value is None}
-            self._config = options.generation_config(Sampling())
-            self._config.unset = frozenset(unset)
+            chosen = {name for name, value in self._options.sampling.items() if value is not None}
+            self._config = self._options.generation_config(Sampling())
+            self._config.unset = frozenset({field.name for field in fields(Sampling)} - chosen | {"overflow"})
         return Conversation(
             RemoteBackend(self._client, model, self._options.answer_format.response_format), self._config, thread
         )

@@ -13,6 +13,7 @@ import urllib3
 
 from qwenlocal import __version__
 from qwenlocal.errors import QwenlocalError
+from qwenlocal.formatting import shorten
 from qwenlocal.i18n import tr
 from qwenlocal.library.http import (
     HttpClient,
@@ -37,7 +38,7 @@ from qwenlocal.remote.errors import (
     RequestRejected,
 )
 from qwenlocal.remote.event_stream import EventTooLarge, parse_events
-from qwenlocal.remote.wire_format import AnswerChunk, parse_chunk, parse_error, parse_models
+from qwenlocal.remote.wire_format import AnswerChunk, html_to_text, parse_chunk, parse_error, parse_models
 
 ANSWER_TIMEOUTS = Timeouts(connect=10, stall=600)  # a long prompt on a slow machine takes minutes
 LIST_TIMEOUTS = Timeouts(connect=5, stall=10)
@@ -47,7 +48,7 @@ _EXCERPT = 400
 # As vLLM, SGLang, llama-server, OpenAI, DashScope and together.ai word it.
 _TOO_LONG = re.compile(
     r"context[_ ](length|size|window)|exceed_context|input length|longer than the model|prompt is too long|"
-    r"too many tokens|max_model_len",
+    r"too many tokens|max_model_len|inputs. tokens",
     re.IGNORECASE,
 )
 
@@ -86,7 +87,7 @@ class RemoteClient:
         try:
             return parse_models(data)
         except ValueError:
-            raise MalformedAnswer(self.endpoint.host, self._without_key(data)) from None
+            raise self._explain_body(data) from None
 
     def stream_chat(self, request: Mapping[str, Any]) -> CancellableStream[AnswerChunk]:
         """
@@ -142,11 +143,13 @@ class RemoteClient:
         except TransferError as error:
             problem = str(error)
         except EventTooLarge as error:
-            raise MalformedAnswer(host, self._without_key(head.decode(errors="replace"))) from error
+            raise self._explain_body(head.decode(errors="replace")) from error
         except ValueError:
-            raise MalformedAnswer(host, self._without_key(data)) from None
+            if not is_answer:
+                raise self._explain_body(data) from None
+            problem = tr("it sent something else: {excerpt}", excerpt=self._without_key(shorten(data)))
         if not is_answer and head:
-            raise MalformedAnswer(host, self._without_key(head.decode(errors="replace")))
+            raise self._explain_body(head.decode(errors="replace"))
         raise AnswerCut(host, problem)
 
     # --- requests
@@ -192,31 +195,44 @@ class RemoteClient:
         endpoint, status = self.endpoint, refusal.status or 0
         host, (message, code) = endpoint.host, parse_error(refusal.text)
         message = self._without_key(message)
-        if status in (401, 403):
-            return self._explain_key()
+        if status == 401 or (status == 403 and not message):
+            return ApiKeyRejected(host, tr(endpoint.key_source), hint=self._key_hint())
+        if status == 403:  # the key may be right, but not for this model
+            return RequestRejected(host, status, message, hint=self._key_hint())
         if status == 429:
             return RateLimited(host, refusal.retry_after, message)
-        if status in (400, 413, 422) and _TOO_LONG.search(f"{code} {message}"):
+        if status == 413 or (status in (400, 422) and _TOO_LONG.search(f"{code} {message}")):
             return PromptTooLong(host, message)
         if model and (status == 404 or "model_not_found" in code):
             return self._explain_missing(model, status, message)
         if status >= 500:
             return EngineFailed(host, status, message)
-        hint = ""
-        if refusal.location:
-            hint = tr("It redirects to {url}; use that address.", url=urljoin(endpoint.url, refusal.location))
-        elif status == 404:
-            hint = tr("Check the address; it usually ends with /v1.")
-        return RequestRejected(host, status, message, hint=hint)
+        return RequestRejected(host, status, message, hint=self._refusal_hint(refusal))
 
-    def _explain_key(self) -> ApiKeyRejected:
+    def _refusal_hint(self, refusal: _BadStatus) -> str:
+        """Return the next step after a refusal; "" for the usual one."""
+        if refusal.location:
+            url = urljoin(self.endpoint.url, refusal.location)
+            return tr("It redirects to {url}; use that address.", url=url)
+        if refusal.status == 402:
+            return tr("Check your account there.")
+        return tr("Check the address; it usually ends with /v1.") if refusal.status == 404 else ""
+
+    def _explain_body(self, text: str) -> RemoteError:
+        """Return the error for a body that is no answer, although its status is 200."""
+        message, _ = parse_error(text)
+        if message != html_to_text(text):  # it is JSON with a message
+            return EngineFailed(self.endpoint.host, 200, self._without_key(message))
+        return MalformedAnswer(self.endpoint.host, self._without_key(message))
+
+    def _key_hint(self) -> str:
+        """Return how to send another API key."""
         endpoint = self.endpoint
-        hint = tr("Name the environment variable that holds it: --api-key-env VARIABLE")
         if endpoint.key_source == KEYRING:
-            hint = tr("Set another one: keyring set qwenlocal {user}", user=endpoint.keyring_user)
-        elif endpoint.key_source:
-            hint = tr("Set another one: export {variable}=KEY", variable=endpoint.key_source)
-        return ApiKeyRejected(endpoint.host, tr(endpoint.key_source), hint=hint)
+            return tr("Set another one: keyring set qwenlocal {user}", user=endpoint.keyring_user)
+        if endpoint.key_source:
+            return tr("Set another one: export {variable}=KEY", variable=endpoint.key_source)
+        return tr("Name the environment variable that holds it: --api-key-env VARIABLE")
 
     def _explain_missing(self, model: str, status: int, message: str) -> QwenlocalError:
         """Return the error for a request whose model or address does not exist."""

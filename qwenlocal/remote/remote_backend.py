@@ -26,6 +26,8 @@ _PARAMETERS = {
     "top_k": ("top_k",),
     "min_p": ("min_p",),
     "repeat_penalty": ("repeat_penalty", "repetition_penalty"),
+    "frequency_penalty": ("frequency_penalty",),
+    "presence_penalty": ("presence_penalty",),
     "seed": ("seed",),
 }
 # Continue the last message instead of beginning another one: vLLM and SGLang. llama-server does so by itself, DashScope

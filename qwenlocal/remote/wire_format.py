@@ -7,11 +7,17 @@ know, such as `reasoning_content`.
 
 from __future__ import annotations
 
+import html
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from qwenlocal.formatting import replace_surrogates
+
+_HTML = re.compile(r"\s*<(!doctype html|html|head|body)\b", re.IGNORECASE)
+_TITLE = re.compile(r"<title[^>]*>\s*([^<]*\S)\s*</title>", re.IGNORECASE)
+_TAG = re.compile(r"<[^>]*>?")
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,7 @@ def parse_chunk(data: str) -> AnswerChunk:
     ValueError: it is not a chunk of an answer.
     """
     chunk = _parse_object(data)
-    if chunk.get("error"):
+    if chunk.get("error") or chunk.get("object") == "error":
         return AnswerChunk(error=parse_error(data)[0] or "?")
     usage = _parse_usage(chunk.get("usage"))
     choices = chunk.get("choices")
@@ -96,19 +102,44 @@ def parse_models(data: str) -> list[str]:
 
 
 def parse_error(data: str) -> tuple[str, str]:
-    """Return an error's message and its code or type, from any of the shapes that engines use; else the text itself."""
+    """
+    Return an error's message and its code or type, from any of the shapes that engines use; else the text itself.
+
+    OpenAI, vLLM, llama-server, Ollama, DashScope and together.ai send {"error": {"message": "no", "code": 1}}, others
+    {"error": "no"}, SGLang {"object": "error", "message": "no"}, FastAPI {"detail": "no"} or {"detail": [{"loc": …,
+    "msg": "no"}]}, and proxies HTML, of which the title is returned.
+    """
     try:
         body = _parse_object(data)
     except ValueError:
-        return data.strip(), ""
-    error = body.get("error", body)
+        return html_to_text(data), ""
+    error = body.get("error") or body
     if isinstance(error, str):
         return error, ""
     if not isinstance(error, dict):
         return data.strip(), ""
     message = error.get("message") or error.get("detail") or data.strip()
+    if isinstance(message, list):
+        message = "; ".join(map(_describe_field, message))
     code = f"{error.get('code') or ''} {error.get('type') or ''}"
     return message if isinstance(message, str) else json.dumps(message, ensure_ascii=False), code
+
+
+def _describe_field(problem: Any) -> str:
+    """Describe a problem of FastAPI's validation: "messages.0.content: Field required"."""
+    if not isinstance(problem, dict) or not isinstance(problem.get("msg"), str):
+        return json.dumps(problem, ensure_ascii=False)
+    place = problem.get("loc")
+    names = [str(name) for name in place if name != "body"] if isinstance(place, list) else []
+    return ": ".join([*([".".join(names)] if names else []), problem["msg"]])
+
+
+def html_to_text(text: str) -> str:
+    """Return the title of an HTML page, or its words if it has none; other text as it is."""
+    if not _HTML.match(text):
+        return text.strip()
+    title = _TITLE.search(text)
+    return html.unescape(title[1] if title else " ".join(_TAG.sub(" ", text).split()))
 
 
 def _parse_object(data: str) -> dict[str, Any]:

@@ -130,6 +130,8 @@ def change_setting(session: Session, argument: str) -> None:
     current |= dict.fromkeys(config.unset, tr("default"))
     if not name:
         for setting, description in SETTINGS.items():
+            if setting == "overflow" and session.conversation.window is None:  # the engine decides
+                continue
             session.say(f"  {setting:<17}  {_format_value(current[setting]):<8}  {tr(description)}")
         return
     if name not in SETTINGS:

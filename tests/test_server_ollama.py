@@ -174,11 +174,13 @@ def test_other_times_are_refused(value: object) -> None:
 
 
 def test_a_longer_context_than_the_served_one_is_logged_once(
-    client: ollama.Client, caplog: pytest.LogCaptureFixture
+    speaking_model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for n_ctx in (1024, 2048, 5000, 5000):
-        response = client.chat("speaking", HELLO, options={"num_ctx": n_ctx})
-        assert response.message.content == "Paris, fun"
+    with serve(speaking_model) as server:
+        for n_ctx in (1024, 2048, 5000, 6000):
+            body = {"model": "tiny", "messages": HELLO, "stream": False, "options": {"num_ctx": n_ctx}}
+            response = httpx.post(f"{server.url}/api/chat", json=body)
+            assert response.json()["message"]["content"] == "Paris, fun"
     (record,) = [record for record in caplog.records if "num_ctx" in record.message]
     assert "5,000 tokens" in record.message and "2,048" in record.message and "-c 5000" in record.message
 

@@ -43,7 +43,7 @@ class OllamaApi:
 
     def __init__(self, service: AnswerService, *, keep_alive: float) -> None:
         self._service, self._keep_alive = service, keep_alive
-        self._warned: set[tuple[str, int]] = set()
+        self._warned: set[str] = set()
 
     def router(self) -> APIRouter:
         """Return the routes."""
@@ -134,7 +134,7 @@ class OllamaApi:
             if body.is_empty:
                 yield {**_new_line(body), **format_text(""), "done": True, "done_reason": "load"}
                 return
-            self._warn_about_context(body, engine.info.n_ctx)
+            self._warn_about_context(engine.info, body.options.num_ctx or 0)
             prompt = choose_prompt(engine)
             generation = GenerationRequest(
                 prompt,
@@ -154,26 +154,26 @@ class OllamaApi:
                         times = _format_times(event, time.monotonic() - start, loaded - start)
                         yield {**_new_line(body), **format_text(""), "done": True, **times}
 
-    def _warn_about_context(self, body: AnswerRequest, n_ctx: int) -> None:
+    def _warn_about_context(self, model: ModelInfo, num_ctx: int) -> None:
         """
-        Log a `num_ctx` that is larger than the context, once per value.
+        Log a `num_ctx` that is larger than the context, once per model.
 
         Ollama does the same with one that is larger than the model's, so its clients do not expect an error: some ask
         for the length that the model was trained with, whatever the length of the prompt. A prompt that is too long
         is an error, with both lengths.
         """
-        asked = (body.model_name, body.options.num_ctx or 0)
-        if asked[1] > n_ctx and asked not in self._warned:
-            self._warned.add(asked)
-            _log.warning(
-                tr(
-                    "A client asks {name} for a context of {asked:,} tokens (“num_ctx”); it has {n_ctx:,}. "
-                    "For a longer one, start the server with -c {asked}",
-                    name=body.model_name,
-                    asked=asked[1],
-                    n_ctx=n_ctx,
-                )
+        if num_ctx <= model.n_ctx or model.name in self._warned:
+            return
+        self._warned.add(model.name)
+        _log.warning(
+            tr(
+                "A client asks {name} for a context of {asked:,} tokens (“num_ctx”); it has {n_ctx:,}. "
+                "For a longer one, start the server with -c {asked}",
+                name=model.name,
+                asked=num_ctx,
+                n_ctx=model.n_ctx,
             )
+        )
 
     async def embed(self, request: Request, body: OllamaEmbedRequest) -> Response:
         """Return a vector for each text."""

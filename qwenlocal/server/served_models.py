@@ -40,8 +40,8 @@ class ServedModels:
             return self._first[0]
         name = self._parse(text)
         for model in self._all():
-            names = (str(model.name), model.record.name, *_repositories(model.name))
-            if text in names or str(name) in names:
+            spellings = (str(model.name), model.record.name, *_repositories(model.name))
+            if text in spellings or str(name) in spellings:
                 return model
         record = self._library.local.find_offline(name) if name else None
         if name is None or record is None:

@@ -223,6 +223,7 @@ def run(
     """
     from qwenlocal.chat.context_window import OVERFLOW_ALIASES
     from qwenlocal.cli.commands.run import run_model
+    from qwenlocal.cli.context import AppContext
     from qwenlocal.cli.options import (
         RunOptions,
         parse_answer_format,
@@ -268,16 +269,14 @@ def run(
             journal=journal,
             markdown=markdown,
             stats=stats,
-            limit_rate=parse_rate(limit_rate),
-            assume_yes=yes,
         ),
+        AppContext(limit_rate=parse_rate(limit_rate), assume_yes=yes),
         context.obj,
     )
 
 
 @app.command(short_help="Serve models to other programs over HTTP.", rich_help_panel="Chat")
 def serve(
-    context: typer.Context,
     models: Annotated[
         list[str] | None,
         Argument(
@@ -358,7 +357,7 @@ def serve(
             lookup=lookup,
             keep_cache=keep_cache,
         ),
-        context.obj or AppContext(limit_rate=parse_rate(limit_rate), assume_yes=yes),
+        AppContext(limit_rate=parse_rate(limit_rate), assume_yes=yes),
     )
 
 

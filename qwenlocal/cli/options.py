@@ -74,8 +74,6 @@ class RunOptions:
     journal: bool
     markdown: bool
     stats: bool
-    limit_rate: int
-    assume_yes: bool
 
     @property
     def model_name(self) -> str | None:

@@ -8,15 +8,9 @@ from pathlib import Path
 from fastapi import APIRouter
 from fastapi.responses import FileResponse, Response
 
+from qwenlocal.server.page_assets import PAGE_HEADERS
+
 _FOLDER = Path(__file__).parent / "pages"
-_HEADERS = {
-    "Content-Security-Policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    ),
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-}
 
 
 def create_docs_router() -> APIRouter:
@@ -29,6 +23,6 @@ def create_docs_router() -> APIRouter:
 
 def _file_sender(name: str) -> Callable[[], Awaitable[Response]]:
     async def send_file() -> Response:
-        return FileResponse(_FOLDER / name, headers=_HEADERS)
+        return FileResponse(_FOLDER / name, headers=PAGE_HEADERS)
 
     return send_file

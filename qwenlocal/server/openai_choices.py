@@ -12,12 +12,11 @@ from qwenlocal.server.engine import Engine, GenerationRequest, TextPrompt, Token
 from qwenlocal.server.openai_format import (
     FINISH_REASONS,
     CompletionLogprobs,
-    ResponseHeader,
     RunningStats,
     format_chat_logprobs,
     format_timings,
     format_usage,
-    new_id,
+    new_header,
 )
 from qwenlocal.server.openai_models import GenerationFields
 from qwenlocal.server.streaming import END_OF_STREAM, format_event
@@ -140,7 +139,7 @@ class ChoiceResponse:
             for index, answer in enumerate(answers)
         ]
         return {
-            **header.to_dict(),
+            **header,
             "choices": choices,
             "usage": format_usage(ends, self._body.choices),
             "timings": format_timings(ends[0].stats),
@@ -154,7 +153,7 @@ class ChoiceResponse:
         is_started = [False] * len(answers)
         running = [RunningStats() for _ in answers]
         async with self._service.open(self._body.model) as engine:
-            header = {**self._header(engine, self._format.chunk).to_dict(), **({"usage": None} if has_usage else {})}
+            header = {**self._header(engine, self._format.chunk), **({"usage": None} if has_usage else {})}
             await self._format.prepare(engine, self._requests)
             async with contextlib.aclosing(self._service.stream(engine, self._requests)) as events:
                 async for index, event in events:
@@ -177,8 +176,8 @@ class ChoiceResponse:
             yield format_event({**header, "choices": [], "usage": usage})
         yield END_OF_STREAM
 
-    def _header(self, engine: Engine, kind: str) -> ResponseHeader:
-        return ResponseHeader(kind, self._body.model or engine.info.name, new_id(self._format.id_prefix))
+    def _header(self, engine: Engine, kind: str) -> dict[str, Any]:
+        return new_header(kind, self._body.model or engine.info.name, self._format.id_prefix)
 
 
 def _format_chunk(

@@ -7,7 +7,6 @@ import math
 import secrets
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from qwenlocal import __version__
@@ -24,24 +23,15 @@ FINISH_REASONS = {
 }
 
 
-@dataclass(frozen=True)
-class ResponseHeader:
-    """The fields that all chunks of a response share."""
-
-    object: str
-    model: str
-    id: str
-    created: int = field(default_factory=lambda: int(time.time()))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return them for a response."""
-        return {
-            "id": self.id,
-            "object": self.object,
-            "created": self.created,
-            "model": self.model,
-            "system_fingerprint": f"qwenlocal-{__version__}",
-        }
+def new_header(kind: str, model: str, id_prefix: str) -> dict[str, Any]:
+    """Return the fields that all chunks of a response share."""
+    return {
+        "id": new_id(id_prefix),
+        "object": kind,
+        "created": int(time.time()),
+        "model": model,
+        "system_fingerprint": f"qwenlocal-{__version__}",
+    }
 
 
 def new_id(prefix: str) -> str:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from qwenlocal.engine.draft_model import ModelDrafter
 
 
-def run_model(options: RunOptions, early_bytes: bytes | None) -> None:
+def run_model(options: RunOptions, app: AppContext, early_bytes: bytes | None) -> None:
     """
     Answer a prompt, answer a batch of prompts, or open a chat.
 
@@ -50,7 +50,6 @@ def run_model(options: RunOptions, early_bytes: bytes | None) -> None:
     Everything that finding, loading and running a model raises.
     """
     _check_options(options)
-    app = AppContext(limit_rate=options.limit_rate, assume_yes=options.assume_yes)
     remote = open_remote_pool(app, options, options.model_name)
     if options.batch is not None:
         from qwenlocal.cli.commands.batch import run_batch

@@ -12,8 +12,11 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
+from http_server import serve_host
+from llguidance import LLMatcher
 
 from qwenlocal.chat.events import Done, FinishReason, PromptLogprobs, Text
 from qwenlocal.engine.load_plan import LoadRequest
@@ -190,6 +193,27 @@ def test_a_request_that_is_cancelled_while_it_waits_is_forgotten(endless_model: 
                 await waiting
             assert process.n_requests == 1
             await first.aclose()
+
+    run(test)
+
+
+def test_a_slow_grammar_delays_no_answer_without_one(random_model: Path) -> None:
+    patterns = [{"type": "string", "pattern": f"a{{{number}}}"} for number in range(19)]  # takes a second
+    grammar = LLMatcher.grammar_from_json_schema({"allOf": patterns})
+
+    async def test() -> None:
+        async with running(random_model) as process:
+            slow, abandoned = (
+                asyncio.create_task(answer(process, GenerationRequest(HELLO, {"grammar": grammar}))) for _ in range(2)
+            )
+            await asyncio.sleep(0)
+            abandoned.cancel()
+            assert (await answer(process, GenerationRequest(HELLO, max_tokens=1)))[1].stats.answer_tokens == 1
+            assert len(await process.tokenize("x")) == 1
+            assert not slow.done()
+            with pytest.raises(UsageError):
+                await slow
+            assert process.n_requests == 0
 
     run(test)
 
@@ -492,6 +516,8 @@ def test_a_bug_while_answers_are_computed_ends_them_with_a_reason(endless_model:
             with pytest.raises(EngineCrashed, match="A bug in qwenlocal: TypeError"):
                 async for _ in events:
                     pass
+            while worker_processes():  # it frees the model's memory
+                await asyncio.sleep(0.01)
         assert len(await first_text(models, "")) == 5
         await models.close()
 
@@ -603,6 +629,16 @@ def test_a_model_that_cannot_be_loaded_stays_unloaded(random_model: Path, tmp_pa
         await models.close()
 
     run(test)
+
+
+def test_options_of_the_server_that_do_not_suit_a_model_are_no_fault_of_the_client(speaking_model: Path) -> None:
+    models = ProcessHost(ServedModels(open_library(), [provided(speaking_model)]), HostSettings(options(1 << 20)))
+    with serve_host(models) as url:
+        body = {"messages": HELLO.messages}
+        response = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=DEADLINE)
+    assert response.status_code == 500
+    error = response.json()["error"]
+    assert error["code"] == "model_not_loaded" and "On the server: Use at most -c" in error["message"]
 
 
 def test_a_bug_in_the_process_of_a_model_prints_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:

@@ -364,24 +364,30 @@ class Worker:
             return is_pending
 
     def _prepare(self, message: Submit, loop: EngineLoop, functions: ModelFunctions) -> None:
-        request = message.request
         if message.key not in self._pending:
             return
         try:
-            ids = require_tokens(functions.encode(request.prompt))
-            prefix = functions.encode(TokenPrompt(request.prefix))
-            sampling, sampler = functions.create_sampler({"answer_prefix": request.prefix, **request.sampling})
+            answer = self._create_answer(message, functions)
         except Exception as error:
             if self._remove_pending(message.key):
                 self._send(Emitted([(message.key, WireError.pack(error))]))
-            return
-        grammar = request.sampling.get("grammar")
+        else:
+            if not self._remove_pending(message.key, lambda: loop.put(answer)):
+                answer.sampler.close()
+
+    def _create_answer(self, message: Submit, functions: ModelFunctions) -> _Answer:
+        request = message.request
+        ids = require_tokens(functions.encode(request.prompt))
+        prefix = functions.encode(TokenPrompt(request.prefix))
         builder = AnswerBuilder(
-            functions.tokenizer, len(ids), grammar=grammar, stop_strings=request.stop, prefix=prefix
+            functions.tokenizer,
+            len(ids),
+            grammar=request.sampling.get("grammar"),
+            stop_strings=request.stop,
+            prefix=prefix,
         )
-        answer = _Answer(message.key, [*ids, *prefix], request, sampling, sampler, builder)
-        if not self._remove_pending(message.key, lambda: loop.put(answer)):
-            sampler.close()
+        sampling, sampler = functions.create_sampler({"answer_prefix": request.prefix, **request.sampling})
+        return _Answer(message.key, [*ids, *prefix], request, sampling, sampler, builder)
 
     def _embed(
         self, functions: ModelFunctions, key: int, prompts: Sequence[TextPrompt | TokenPrompt]

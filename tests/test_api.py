@@ -548,6 +548,20 @@ def test_embeddings_are_stopped_like_answers(load: Load, random_model: Path, end
     assert len(model.embed(["Hi"])) == 1
 
 
+def test_embeddings_of_several_threads_wait_for_each_other_and_end_with_the_model(random_model: Path) -> None:
+    with qwenlocal.load(random_model, n_ctx=512, threads=1) as model:
+        expected = [model.embed(f"text {number}") for number in range(4)]
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(model.embed, [f"text {number}" for number in range(4)])) == expected
+            endless = [pool.submit(model.embed, ["a" * 500] * 5000) for _ in range(3)]
+            wait_until(lambda: len(model._embedder._calls) == 3)
+            assert model.chat("Hi", **SHORT).text  # answers do not wait for embeddings
+            model.close()
+            for call in endless:
+                with pytest.raises(Interrupted):
+                    call.result(30)
+
+
 def test_tokens_of_a_text_are_counted_without_control_tokens(speaker: LocalModel) -> None:
     assert len(speaker.tokenize("abc")) == 3
     assert len(speaker.tokenize("<|im_end|>")) == len("<|im_end|>")

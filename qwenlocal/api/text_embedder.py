@@ -7,7 +7,7 @@ import threading
 from collections.abc import Sequence
 
 from qwenlocal.chat.worker import BackgroundTask
-from qwenlocal.engine.context import ContextOptions
+from qwenlocal.engine.context import AbortFlag, ContextOptions
 from qwenlocal.engine.embedding import Embedder
 from qwenlocal.engine.llama import Model
 from qwenlocal.errors import Interrupted
@@ -20,7 +20,7 @@ class TextEmbedder:
         self._model, self._options = model, options
         self._embedder: Embedder | None = None  # created when it is first needed
         self._computing, self._is_closed = threading.Lock(), False
-        self._calls: set[threading.Event] = set()  # those that have not returned; setting one ends it
+        self._calls: set[AbortFlag] = set()  # of those that have not returned
 
     def embed(self, texts: Sequence[str]) -> list[list[float]]:
         """
@@ -30,26 +30,26 @@ class TextEmbedder:
         ------
         Everything that `Embedder` raises. Interrupted: `stop` was called.
         """
-        stopped = threading.Event()
-        self._calls.add(stopped)
+        abort = AbortFlag()
+        self._calls.add(abort)
         try:
             return BackgroundTask(
-                functools.partial(self._embed, texts, stopped), stopped.set, lambda exception: None
+                functools.partial(self._embed, texts, abort), abort.set, lambda exception: None
             ).result()
         finally:
-            self._calls.discard(stopped)
+            self._calls.discard(abort)
 
-    def _embed(self, texts: Sequence[str], stopped: threading.Event) -> list[list[float]]:
+    def _embed(self, texts: Sequence[str], abort: AbortFlag) -> list[list[float]]:
         with self._computing:
-            if self._is_closed or stopped.is_set():
+            if self._is_closed or abort:
                 raise Interrupted
             self._embedder = embedder = self._embedder or Embedder(self._model, self._options)
-            return list(embedder.embed([embedder.encode(text) for text in texts], stopped.is_set))
+            return list(embedder.embed([embedder.encode(text) for text in texts], abort))
 
     def stop(self) -> None:
         """End all calls, from any thread."""
-        for stopped in self._calls.copy():
-            stopped.set()
+        for abort in self._calls.copy():
+            abort.set()
 
     def close(self) -> None:
         """End all calls and free the memory."""

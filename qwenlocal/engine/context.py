@@ -16,7 +16,7 @@ from qwenlocal.engine.threads import ThreadAdapter
 from qwenlocal.errors import BadWeights, ContextNotCreated, QwenlocalError
 from qwenlocal.ggml import tensor_type
 
-_NO_SLOT, _ABORTED = 1, 2  # llama.h: return values of llama_decode
+_NO_SLOT, ABORTED = 1, 2  # llama.h: return values of llama_decode
 _ROPE_KINDS = {"linear": 1, "yarn": 2}  # llama.h: enum llama_rope_scaling_type
 MAX_OUTPUTS = 32  # rows of logits; llama.cpp's default is one per token of a batch (0.3 GB for Qwen)
 
@@ -43,10 +43,11 @@ class AbortFlag:
     def __bool__(self) -> bool:
         return self._buffer[0] != b"\0"
 
-    @property
-    def address(self) -> int:
-        """The address of the buffer."""
-        return ctypes.addressof(self._buffer)
+    def watch(self, c: Any, context: Any) -> None:
+        """Stop the computations of `context`, which must not compute once this object is gone."""
+        c.llama_set_abort_callback(
+            context, ctypes.cast(_strlen(), c.ggml_abort_callback), ctypes.addressof(self._buffer)
+        )
 
 
 class Aborted(Exception):
@@ -151,8 +152,6 @@ class Context:
         self._c = c = self._lib.c
         self.abort = AbortFlag() if abort is None else abort  # not `or`: an unset flag is false
         params = context_parameters(c, options)
-        params.abort_callback = ctypes.cast(_strlen(), type(params.abort_callback))
-        params.abort_callback_data = self.abort.address
         self._lib.log.clear()
         self._context = None
         try:
@@ -163,6 +162,7 @@ class Context:
             raise
         if not self._context:
             raise ContextNotCreated(options.n_ctx, self._lib.first_error() or "no reason given")
+        self.abort.watch(c, self._context)
         self._memory = c.llama_get_memory(self._context)
         self._batch = c.llama_batch_init(options.n_batch, 0, 1)
 
@@ -221,7 +221,7 @@ class Context:
         code = self._c.llama_decode(self._context, self._batch)
         if code == 0:
             return
-        if code == _ABORTED:
+        if code == ABORTED:
             raise Aborted
         if code == _NO_SLOT:
             raise CacheFull

@@ -9,11 +9,11 @@ length, and the pooled vectors of the parts are combined here.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from qwenlocal.engine.context import ContextOptions, context_parameters, pad_n_ctx
+from qwenlocal.engine.context import ABORTED, AbortFlag, ContextOptions, context_parameters, pad_n_ctx
 from qwenlocal.engine.llama import Model, load_library
 from qwenlocal.errors import BadWeights, ContextFull, ContextNotCreated, Interrupted, QwenlocalError, UsageError
 from qwenlocal.i18n import tr
@@ -67,27 +67,27 @@ class Embedder:
             raise UsageError(tr("An empty text has no embedding."), hint=tr("Leave it out."))
         return ids
 
-    def embed(
-        self, texts: Sequence[Sequence[int]], is_stopped: Callable[[], bool] = lambda: False
-    ) -> Iterator[list[float]]:
+    def embed(self, texts: Sequence[Sequence[int]], abort: AbortFlag | None = None) -> Iterator[list[float]]:
         """
         Yield the vectors of texts, given as token ids, in their order; each has length 1.
 
-        `is_stopped` is called after every part of the texts.
+        Setting `abort` ends it within milliseconds, from any thread.
 
         Raises
         ------
         ContextFull: a text is too long; raised before anything is computed. ContextNotCreated: memory is short.
-        BadWeights: the model computes NaN. Interrupted: `is_stopped` returned True.
+        BadWeights: the model computes NaN. Interrupted: `abort` was set.
         """
         limit = pad_n_ctx(self._options.n_ctx)
         longest = max(map(len, texts), default=0)
         if longest > limit:
             raise ContextFull(longest, limit, self._model.n_ctx_train)
         self._ensure_context(longest)
+        abort = AbortFlag() if abort is None else abort  # not `or`: an unset flag is false
         for group in _group_texts(texts, self._n_ctx):
             self._c.llama_memory_clear(self._c.llama_get_memory(self._handle), False)
-            for total in self._embed_group(group, is_stopped):
+            abort.watch(self._c, self._handle)
+            for total in self._embed_group(group):
                 yield self._normalize(total)
 
     def close(self) -> None:
@@ -121,12 +121,10 @@ class Embedder:
 
     # --- computing
 
-    def _embed_group(self, texts: Sequence[Sequence[int]], is_stopped: Callable[[], bool]) -> list[list[float]]:
+    def _embed_group(self, texts: Sequence[Sequence[int]]) -> list[list[float]]:
         """Compute the pooled vectors of texts that fit into the context together."""
         totals = [[0.0] * self.size for _ in texts]
         for part in _split_parts([len(text) for text in texts]):
-            if is_stopped():
-                raise Interrupted
             self._decode(texts, part)
             for sequence, start, stop in part:
                 vector = self._c.llama_get_embeddings_seq(self._handle, sequence)[: self.size]
@@ -146,7 +144,10 @@ class Embedder:
                 batch.n_seq_id[count], batch.seq_id[count][0], batch.logits[count] = 1, sequence, True
                 count += 1
         batch.n_tokens = count
-        if code := self._c.llama_decode(self._handle, batch):
+        code = self._c.llama_decode(self._handle, batch)
+        if code == ABORTED:
+            raise Interrupted
+        if code:
             raise QwenlocalError(
                 f"llama.cpp failed to decode (code {code}): {load_library().first_error() or 'no reason given'}",
                 hint="This is a bug in qwenlocal or llama.cpp. To see llama.cpp's log, set QWENLOCAL_LLAMA_LOG=1.",

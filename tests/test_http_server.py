@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import socket
 import struct
+import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -32,6 +35,7 @@ def run_with_server(
     test: Callable[[int], Awaitable[None]],
     *,
     end_answers: Callable[[], Awaitable[None]] = nothing,
+    certificate: Path | None = None,
     **limits: Any,
 ) -> None:
     """Run `test` with the port of a server, which then gets SIGTERM; both must end."""
@@ -47,6 +51,8 @@ def run_with_server(
         server = serve_http(
             app,
             listener,
+            certificate=certificate,
+            key=certificate,
             on_start=nothing,
             end_answers=end_answers,
             limits=HttpLimits(**{"drain_seconds": DEADLINE, "idle_seconds": 30, **limits}),
@@ -178,36 +184,38 @@ async def exchange(port: int, *parts: bytes) -> bytes:
     return received
 
 
-@pytest.mark.parametrize(
-    ("status", "request_"),
-    [
-        (400, CHUNKED + b"Content-Length: 4\r\n\r\n0\r\n\r\n" + SMUGGLED),
-        (400, POST + b"Content-Length: 60\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab"),
-        (400, POST + b"Content-Length: 0\r\nContent-Length: 36\r\n\r\n" + SMUGGLED),
-        (400, POST + b"Content-Length: +4\r\n\r\nabcd"),
-        (400, POST + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n" + SMUGGLED),
-        (400, POST + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n" + SMUGGLED),
-        (400, POST + b"Transfer-Encoding : chunked\r\n\r\n0\r\n\r\n" + SMUGGLED),
-        (400, CHUNKED + b"\r\n-1\r\n" + SMUGGLED),
-        (400, CHUNKED + b"\r\n0x4\r\nabcd\r\n0\r\n\r\n"),
-        (400, CHUNKED + b"\r\n2\r\nabcd\r\n0\r\n\r\n"),
-        (400, CHUNKED + b"\r\n" + b"f" * 40 + b"\r\n"),
-        (400, POST + b"X: a\0b\r\n\r\n"),
-        (400, b"POST / HTTP/1.1\r\n X: folded\r\nHost: localhost\r\n\r\n"),
-        (400, b"POST / HTTP/1.1\r\n\r\n"),
-        (400, b"\x16\x03\x01\x02\0\x01\0\x01"),
-        (431, POST + b"X: " + b"x" * 20_000),
-    ],
-    ids=lambda value: "" if isinstance(value, int) else repr(value[:90])[2:-1],
+MALFORMED = (
+    (400, CHUNKED + b"Content-Length: 4\r\n\r\n0\r\n\r\n" + SMUGGLED),
+    (400, POST + b"Content-Length: 60\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab"),
+    (400, POST + b"Content-Length: 0\r\nContent-Length: 36\r\n\r\n" + SMUGGLED),
+    (400, POST + b"Content-Length: +4\r\n\r\nabcd"),
+    (400, POST + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n" + SMUGGLED),
+    (400, POST + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n" + SMUGGLED),
+    (400, POST + b"Transfer-Encoding : chunked\r\n\r\n0\r\n\r\n" + SMUGGLED),
+    (400, CHUNKED + b"\r\n-1\r\n" + SMUGGLED),
+    (400, CHUNKED + b"\r\n0x4\r\nabcd\r\n0\r\n\r\n"),
+    (400, CHUNKED + b"\r\n2\r\nabcd\r\n0\r\n\r\n"),
+    (400, CHUNKED + b"\r\n" + b"f" * 40 + b"\r\n"),
+    (400, POST + b"X: a\0b\r\n\r\n"),
+    (400, b"POST / HTTP/1.1\r\n X: folded\r\nHost: localhost\r\n\r\n"),
+    (400, b"POST / HTTP/1.1\r\n\r\n"),
+    (400, b"\x16\x03\x01\x02\0\x01\0\x01"),
+    (431, POST + b"X: " + b"x" * 20_000),
+    (431, POST + b"X: " + b"x" * 20_000 + b"\r\n\r\n"),
+    (431, b"GET /" + b"x" * 20_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n"),
 )
+
+
 def test_what_is_not_http_is_refused_at_once(
-    status: int, request_: bytes, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     async def test(port: int) -> None:
-        head, _, body = (await exchange(port, request_)).partition(b"\r\n\r\n")
-        assert head.startswith(b"HTTP/1.1 %d " % status) and b"\r\nConnection: close" in head
-        error = json.loads(body)["error"]
-        assert error["type"] == "invalid_request_error" and error["message"] and error["code"]
+        for status, request in MALFORMED:
+            head, _, body = (await exchange(port, request)).partition(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 %d " % status), request
+            assert b"\r\nConnection: close" in head
+            error = json.loads(body)["error"]
+            assert error["type"] == "invalid_request_error" and error["message"] and error["code"]
 
     run_with_server(reading_app(), test)
     assert not caplog.records and capfd.readouterr() == ("", "")
@@ -288,20 +296,35 @@ def refusing_app() -> FastAPI:
     return app
 
 
+@pytest.fixture
+def certificate(request: pytest.FixtureRequest, tmp_path: Path) -> Path | None:
+    """A certificate and its key in one file; None for HTTP."""
+    if request.param == "http":
+        return None
+    if not shutil.which("openssl"):
+        pytest.skip("openssl is not installed")
+    path = tmp_path / "server.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost"]
+    subprocess.run([*command, "-keyout", path, "-out", tmp_path / "server.crt"], check=True, capture_output=True)
+    path.write_bytes(path.read_bytes() + (tmp_path / "server.crt").read_bytes())
+    return path
+
+
 @pytest.mark.parametrize("framing", ["length", "chunks"])
-def test_a_client_that_is_still_sending_gets_the_response(framing: str) -> None:
+@pytest.mark.parametrize("certificate", ["http", "https"], indirect=True)
+def test_a_client_that_is_still_sending_gets_the_response(framing: str, certificate: Path | None) -> None:
     async def chunks() -> AsyncIterator[bytes]:
         for _ in range(80):
             yield b"x" * 100_000
 
     async def test(port: int) -> None:
-        async with httpx.AsyncClient(timeout=DEADLINE) as client:
+        async with httpx.AsyncClient(timeout=DEADLINE, verify=False) as client:
             content = b"x" * 8_000_000 if framing == "length" else chunks()
-            response = await client.post(f"http://127.0.0.1:{port}/", content=content)
+            response = await client.post(f"{'https' if certificate else 'http'}://127.0.0.1:{port}/", content=content)
         assert (response.status_code, response.text) == (401, "refused")
         assert response.headers["connection"] == "close"
 
-    run_with_server(refusing_app(), test)
+    run_with_server(refusing_app(), test, certificate=certificate)  # which waits until the connection is closed
 
 
 def test_a_body_that_never_ends_does_not_keep_a_refused_connection_open() -> None:

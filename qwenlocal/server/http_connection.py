@@ -19,6 +19,7 @@ from qwenlocal.i18n import tr
 from qwenlocal.server.http_errors import ErrorReport
 
 STALL_SECONDS = 60.0
+_MAX_HEADER = 16 << 10  # bytes
 _DISCARD_SECONDS = 1.0  # for the rest of a body that nobody reads
 
 
@@ -41,7 +42,7 @@ class HttpConnection(H11Protocol):
         stall_seconds: float = STALL_SECONDS,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
-        self.conn = self._parser = _Parser(h11.SERVER)
+        self.conn = self._parser = _Parser(h11.SERVER, _MAX_HEADER)
         self._application: Any = self.app
         self.app = self._run_application
         self._stall_seconds, self._n_read = stall_seconds, 0
@@ -65,6 +66,11 @@ class HttpConnection(H11Protocol):
         """Handle what was received."""
         super().handle_events()
         self._watch_header()
+
+    def shutdown(self) -> None:
+        """Close the connection after its response; asyncio cannot abort a TLS connection that is closed twice."""
+        if not self.transport.is_closing():
+            super().shutdown()
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what is not HTTP, unless a response has begun, and close the connection."""
@@ -101,6 +107,8 @@ class HttpConnection(H11Protocol):
                 # Uvicorn notices it in the next round of the loop; asyncio prints warnings if data is sent until then.
                 cycle.disconnected = True
                 await asyncio.sleep(0)
+            elif message["type"] == "http.response.body" and not message.get("more_body", False):
+                self.flow.resume_reading()  # asyncio does not close a TLS connection while reading is paused
             await send(message)
 
         body = _RequestBody(scope, receive, send_if_open)
@@ -108,7 +116,7 @@ class HttpConnection(H11Protocol):
 
 
 class _Parser(h11.Connection):
-    """h11's side of a connection, which also refuses requests with two lengths and counts the bytes it sends."""
+    """h11's side of a connection, which also refuses requests that it lets pass and counts the bytes it sends."""
 
     n_sent = 0
     _error_status = 400
@@ -116,10 +124,8 @@ class _Parser(h11.Connection):
     def next_event(self) -> Any:
         try:
             event = super().next_event()
-            if isinstance(event, h11.Request) and _has_two_lengths(event):
-                # h11 ignores Content-Length then; a proxy before this server that ignores the other one would take a
-                # part of the body for a request: https://www.rfc-editor.org/rfc/rfc9112#section-6.3
-                raise h11.RemoteProtocolError("both Content-Length and Transfer-Encoding")
+            if isinstance(event, h11.Request):
+                _check_header(event)
         except h11.RemoteProtocolError as error:
             self._error_status = error.error_status_hint
             raise
@@ -133,12 +139,26 @@ class _Parser(h11.Connection):
     def describe_error(self) -> ErrorReport:
         """Describe the error that `next_event` has raised."""
         if self._error_status == 431:
-            return ErrorReport(431, tr("The header of the request is too long."), "header_too_long")
+            return ErrorReport(
+                431,
+                tr("The header of the request is longer than {limit:,} bytes.", limit=_MAX_HEADER),
+                "header_too_long",
+            )
         return ErrorReport(400, tr("The request is not valid HTTP."), "invalid_http")
 
 
-def _has_two_lengths(request: h11.Request) -> bool:
-    return {b"content-length", b"transfer-encoding"} <= {name for name, _ in request.headers}
+def _check_header(request: h11.Request) -> None:
+    """
+    Check what h11 does not.
+
+    It limits the header only while a part of it is missing. Of two lengths it ignores Content-Length; a proxy before
+    this server that ignores Transfer-Encoding would take a part of the body for another request
+    (https://www.rfc-editor.org/rfc/rfc9112#section-6.3).
+    """
+    if len(request.target) + sum(len(name) + len(value) for name, value in request.headers) > _MAX_HEADER:
+        raise h11.RemoteProtocolError("long header", error_status_hint=431)
+    if {b"content-length", b"transfer-encoding"} <= {name for name, _ in request.headers}:
+        raise h11.RemoteProtocolError("two lengths")
 
 
 class _RequestBody:

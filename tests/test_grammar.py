@@ -370,6 +370,7 @@ def test_gbnf_is_read_as_in_llama_cpp(grammar: str, good: list[str], bad: list[s
             "look-around, including look-ahead and look-behind, is not supported",
         ),
         ('{"type": "string", "pattern": "^[a$"}', "unclosed character class"),
+        (json.dumps({"allOf": [{"pattern": f"a{{{number}}}"} for number in range(9)]}), "ranges are too complex"),
         (r'{"type": "string", "pattern": "a\\"}', "the pattern"),
         ('{"type": "string", "pattern": "[[a]b]"}', "the pattern"),
         ('{"type": "string", "pattern": "[a-z&&b]"}', "the pattern"),

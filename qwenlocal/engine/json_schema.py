@@ -123,6 +123,8 @@ def _explain(reason: str) -> str:
         return tr("the subschemas of “oneOf” are not mutually exclusive")
     if reason.startswith("NoExtension"):
         return tr("no value satisfies it")
+    if reason.startswith(("Unable to determine if regex is empty", "fuel exhausted")):
+        return tr("its patterns and ranges are too complex")
     rest = reason.removeprefix("Unsatisfiable schema: ")
     lines = rest.strip().splitlines()
     # The last line of an error in a regular expression names the error.

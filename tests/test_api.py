@@ -368,6 +368,19 @@ def test_another_thread_stops_an_answer_whose_text_is_kept(endless: LocalModel) 
     assert endless.chat("Hi", max_tokens=2).finish_reason is FinishReason.LENGTH
 
 
+def test_one_of_several_answers_is_stopped_by_another_thread(endless: LocalModel) -> None:
+    with endless.stream("Hi") as stream, endless.stream("Hello") as other, endless.stream("Hey") as late:
+        first = next(stream)
+        next(other)
+        threading.Thread(target=stream.stop).start()
+        assert first + "".join(stream) == stream.answer.text
+        late.stop()
+        assert list(late) == []
+        assert [one.answer.finish_reason for one in (stream, late)] == [FinishReason.INTERRUPTED] * 2
+        assert endless._thread.n_unfinished == 1
+        assert next(other)
+
+
 def test_stop_reaches_answers_that_wait_for_their_turn(endless: LocalModel) -> None:
     with ThreadPoolExecutor(10) as pool:
         answers = [pool.submit(endless.chat, "Hi") for _ in range(10)]

@@ -36,11 +36,16 @@ class _End:
 
 
 class _Task:
-    """An answer that is being computed or waits for that; `put` gets its events."""
+    """An answer that is being computed or waits for that; `put` gets its events, and setting `stopped` ends it."""
 
-    def __init__(self, request: SequenceRequest, builder: AnswerBuilder, put: Callable[[Event | _End], object]) -> None:
-        self.request, self.builder, self.put = request, builder, put
-        self.is_stopped = False
+    def __init__(
+        self,
+        request: SequenceRequest,
+        builder: AnswerBuilder,
+        put: Callable[[Event | _End], object],
+        stopped: threading.Event,
+    ) -> None:
+        self.request, self.builder, self.put, self.stopped = request, builder, put, stopped
         self.finished = threading.Event()
 
 
@@ -50,7 +55,7 @@ class AnswerThread:
     def __init__(self, scheduler: Scheduler, tokenizer: Tokenizer, on_end: Callable[[], object]) -> None:
         """The thread itself calls `on_end` before it ends: nothing is computed any more."""
         self._scheduler, self._tokenizer, self._on_end = scheduler, tokenizer, on_end
-        self._inbox: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()  # new and stopped tasks; None is the end
+        self._inbox: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()  # new tasks; None: look at all of them
         self._keys = itertools.count()
         self._tasks: dict[int, _Task] = {}  # those that have not finished
         # Reentrant: the garbage collector may close the model in a thread that holds the lock.
@@ -66,9 +71,13 @@ class AnswerThread:
 
     # --- for the callers' threads
 
-    def iterate(self, ids: Sequence[int], settings: AnswerSettings) -> Generator[Event, None, None]:
+    def iterate(
+        self, ids: Sequence[int], settings: AnswerSettings, stopped: threading.Event
+    ) -> Generator[Event, None, None]:
         """
         Yield the events of the answer to a prompt; closing the generator ends the computation.
+
+        So does `stopped`, if `wake` is called after setting it; then the text so far is the answer.
 
         Raises
         ------
@@ -76,7 +85,7 @@ class AnswerThread:
         LowMemory: memory runs out. BadWeights: the model computes NaN.
         """
         items: queue.SimpleQueue[Event | _End] = queue.SimpleQueue()
-        task = self._start(ids, settings, items.put)
+        task = self._start(ids, settings, items.put, stopped)
         try:
             while not isinstance(item := _get(items), _End):
                 yield item
@@ -87,7 +96,9 @@ class AnswerThread:
         if item.error:
             raise item.error
 
-    async def iterate_async(self, ids: Sequence[int], settings: AnswerSettings) -> AsyncGenerator[Event, None]:
+    async def iterate_async(
+        self, ids: Sequence[int], settings: AnswerSettings, stopped: threading.Event
+    ) -> AsyncGenerator[Event, None]:
         """Do what `iterate` does, for asyncio; cancelling the task that waits ends the computation."""
         items: asyncio.Queue[Event | _End] = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -96,7 +107,7 @@ class AnswerThread:
             with contextlib.suppress(RuntimeError):  # the loop is closed, so nobody waits
                 loop.call_soon_threadsafe(items.put_nowait, item)
 
-        task = self._start(ids, settings, put)
+        task = self._start(ids, settings, put, stopped)
         item: Event | _End | None = None
         try:
             while not isinstance(item := await items.get(), _End):
@@ -111,20 +122,30 @@ class AnswerThread:
     def stop_all(self) -> None:
         """End all answers early; their finish reason is INTERRUPTED."""
         with self._lock:
-            tasks = list(self._tasks.values())
-        for task in tasks:
-            self._stop(task)
+            for task in self._tasks.values():
+                task.stopped.set()
+        self.wake()
+
+    def wake(self) -> None:
+        """Let the thread look for answers that were stopped."""
+        self._inbox.put(None)
+        self._scheduler.interrupt()
 
     def close(self) -> None:
         """End all answers, then the thread."""
         with self._lock:
             self._is_closed = True
         self.stop_all()
-        self._inbox.put(None)
         if self._thread is not threading.current_thread():
             self._thread.join()
 
-    def _start(self, ids: Sequence[int], settings: AnswerSettings, put: Callable[[Event | _End], object]) -> _Task:
+    def _start(
+        self,
+        ids: Sequence[int],
+        settings: AnswerSettings,
+        put: Callable[[Event | _End], object],
+        stopped: threading.Event,
+    ) -> _Task:
         sampling = settings.sampling
         builder = AnswerBuilder(self._tokenizer, len(ids), grammar=sampling.grammar, stop_strings=settings.stop_strings)
         with self._lock:
@@ -132,15 +153,14 @@ class AnswerThread:
                 raise UsageError(tr("The model is closed."), hint=tr("Load it again with qwenlocal.load()."))
             key = next(self._keys)
             request = SequenceRequest(key, ids, sampling, settings.max_tokens or _UNLIMITED)
-            self._tasks[key] = task = _Task(request, builder, put)
+            self._tasks[key] = task = _Task(request, builder, put, stopped)
             self._inbox.put(task)
         return task
 
     def _stop(self, task: _Task) -> None:
         if not task.finished.is_set():
-            task.is_stopped = True
-            self._inbox.put(task)
-            self._scheduler.interrupt()
+            task.stopped.set()
+            self.wake()
 
     # --- in the thread itself
 
@@ -156,20 +176,19 @@ class AnswerThread:
         self._on_end()
 
     def _take_tasks(self) -> bool:
-        """Begin and end answers; wait if there is nothing to compute. Return False after the end."""
+        """Begin and end answers; wait if there is nothing to compute. Return False once the thread is closed."""
         while True:
             try:
                 task = self._inbox.get(block=self._scheduler.is_idle)
             except queue.Empty:
                 return True
-            if task is None:
-                return False
-            if task.finished.is_set():
-                continue
-            if task.is_stopped:
-                self._complete(task, FinishReason.INTERRUPTED)
-            else:
+            if task and not task.stopped.is_set():
                 self._submit(task)
+            for one in list(self._tasks.values()):
+                if one.stopped.is_set():
+                    self._complete(one, FinishReason.INTERRUPTED)
+            if self._is_closed and not self._tasks:
+                return False
 
     def _submit(self, task: _Task) -> None:
         try:

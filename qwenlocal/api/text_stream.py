@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import AsyncGenerator, Generator, Sequence
 from types import TracebackType
 
@@ -59,9 +60,10 @@ class TextStream:
     ) -> None:
         """`thread` answers the prompt `ids` in a context of `n_ctx` tokens; `owner` lives as long as the stream."""
         self._partial, self._owner = PartialAnswer(settings, n_ctx), owner
+        self._thread, self._stopped = thread, threading.Event()
         # They do not know this object, so that dropping it stops them at once.
-        self._pieces = _read(thread.iterate(ids, settings), self._partial)
-        self._async_pieces = _read_async(thread.iterate_async(ids, settings), self._partial)
+        self._pieces = _read(thread.iterate(ids, settings, self._stopped), self._partial)
+        self._async_pieces = _read_async(thread.iterate_async(ids, settings, self._stopped), self._partial)
 
     @property
     def text(self) -> str:
@@ -87,6 +89,11 @@ class TextStream:
                 tr("The answer has not ended."), hint=tr("Read the stream to its end, or use stream.text.")
             )
         return self._partial.answer
+
+    def stop(self) -> None:
+        """End the answer early, from any thread: the iterator ends, and the finish reason is INTERRUPTED."""
+        self._stopped.set()
+        self._thread.wake()
 
     # --- reading
 

@@ -475,6 +475,19 @@ def test_a_huge_table_does_not_block_the_page(tab: Tab, engine: ScriptedEngine) 
     assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
+@pytest.mark.parametrize("text", [">" * 5000 + " deep", "- " * 3000 + "deep", "**a_b*c_" * 9000 + "deep"])
+def test_markdown_that_would_take_minutes_or_too_much_memory_is_shown_as_text(
+    tab: Tab, engine: ScriptedEngine, text: str
+) -> None:
+    engine.reply = text
+    ask(tab, "Hello")
+    tab.locator(".assistant [data-action=retry]").wait_for()
+    assert tab.locator(".assistant .body").inner_text() == text
+    engine.reply = "**next**"
+    ask(tab, "Again")
+    tab.locator(".assistant strong", has_text="next").wait_for()
+
+
 def test_the_policy_stops_scripts_that_a_bug_would_let_through(tab: Tab, problems: list[str]) -> None:
     """A second wall: neither inline scripts, nor other servers, nor text that becomes HTML without DOMPurify."""
     assert tab.evaluate("fetch('https://example.org').then(() => 'sent', () => 'stopped')") == "stopped"

@@ -16,7 +16,7 @@ _FOLDER = Path(__file__).parent / "page"
 # Only DOMPurify may turn text into HTML (https://www.w3.org/TR/trusted-types/), and no script or style is inline.
 PAGE_HEADERS = {
     "Content-Security-Policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data: blob:; "
+        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
         "require-trusted-types-for 'script'; trusted-types dompurify"
     ),

@@ -3,11 +3,12 @@
 
 import "./vendor/purify.min.js";
 import highlighter from "./vendor/highlight.min.js";
-import { Marked } from "./vendor/marked.esm.js";
+import { Lexer, Marked } from "./vendor/marked.esm.js";
 import { copyText, create, icon } from "./dom.js";
 import { t } from "./texts.js";
 
 const MAX_HIGHLIGHTED = 20000; // characters
+const MAX_INLINE = 10000; // characters of a paragraph: links and emphasis take time that grows with the square of it
 const CLASS = /^(?:hljs[\w-]*|language-[\w+#.-]+|[\w-]+_)(?: (?:hljs[\w-]*|[\w-]+_))*$/;
 const purify = globalThis.DOMPurify;
 const POLICY = {
@@ -50,6 +51,26 @@ const marked = new Marked({
   },
 });
 
+class BoundedLexer extends Lexer {
+  inlineTokens(text, tokens = []) {
+    if (text.length <= MAX_INLINE) return super.inlineTokens(text, tokens);
+    tokens.push(plainToken(text));
+    return tokens;
+  }
+}
+
+const plainToken = (text) => ({ type: "text", raw: text, text });
+
+/** The blocks of a text. One that is nested thousands of levels deep, which `marked` cannot read, is a block of its own. */
+function splitBlocks(text) {
+  try {
+    return new BoundedLexer(marked.defaults).lex(text);
+  } catch (error) {
+    if (!(error instanceof RangeError)) throw error;
+    return Object.assign([{ type: "paragraph", raw: text, text, tokens: [plainToken(text)] }], { links: {} });
+  }
+}
+
 /**
  * Elements that show a growing text. Only the last blocks of it change, so the others keep their elements: a selection
  * in them stays, and a long answer costs no more than a short one.
@@ -61,7 +82,7 @@ export class MarkdownView {
   }
 
   show(text) {
-    const tokens = marked.lexer(text);
+    const tokens = splitBlocks(text);
     const links = JSON.stringify(tokens.links);
     let index = 0;
     if (links === this.links) {
@@ -70,15 +91,15 @@ export class MarkdownView {
     this.links = links;
     for (const block of this.blocks.splice(index)) block.nodes.forEach((node) => node.remove());
     for (const token of tokens.slice(index)) {
-      const nodes = [...render(Object.assign([token], { links: tokens.links })).childNodes];
+      const nodes = [...render(token, tokens.links).childNodes];
       this.element.append(...nodes);
       this.blocks.push({ raw: token.raw, nodes });
     }
   }
 }
 
-function render(tokens) {
-  const fragment = purify.sanitize(marked.parser(tokens), POLICY);
+function render(token, links) {
+  const fragment = purify.sanitize(toHtml(token, links), POLICY);
   for (const pre of fragment.querySelectorAll("pre")) frameCode(pre);
   for (const table of fragment.querySelectorAll("table")) {
     const frame = create("div", { class: "table", tabindex: "0", role: "region", "aria-label": t("table") });
@@ -86,6 +107,15 @@ function render(tokens) {
     frame.append(table);
   }
   return fragment;
+}
+
+function toHtml(token, links) {
+  try {
+    return marked.parser(Object.assign([token], { links }));
+  } catch (error) {
+    if (!(error instanceof RangeError)) throw error;
+    return `<p>${escapeHtml(token.raw)}</p>`; // nested too deep
+  }
 }
 
 /** Put a bar with the language and a button to copy above a code block. */

@@ -35,10 +35,10 @@ class HttpLimits:
     """
     Limits of `serve_http`.
 
-    `drain_seconds` are for running requests after SIGTERM. A connection is closed `idle_seconds` after its last
-    request, unless the header of the next one is complete. Clients do so earlier, httpx after 5 seconds, aiohttp after
-    15, and should: a request that is on its way when the server does it gets no response. `stall_seconds` is the time
-    in which a client must read something, `max_connections` None for half of the file descriptors.
+    `drain_seconds` are for running requests after SIGTERM. A connection is closed if the header of its next request is
+    not complete within `idle_seconds`. Clients close unused connections themselves, httpx after 5 seconds, aiohttp
+    after 15; the server waits longer, because a request that crosses its close gets no response. A client must read
+    something of a response within `stall_seconds`. `max_connections` is half of the file descriptors if it is None.
     """
 
     drain_seconds: float = 30.0

@@ -304,7 +304,7 @@ def test_a_stream_that_stalls_is_cut(engine: EngineServer) -> None:
     ("last", "error", "words"),
     [
         ('{"error": {"message": "GPU lost"}}', EngineFailed, "GPU lost"),
-        (f'{{"choices": "{KEY}"', AnswerCut, "something else: .*…"),
+        (f'{{"choices": "{KEY}"', AnswerCut, r"malformed data \(.*…"),
     ],
 )
 def test_an_error_in_the_middle_of_an_answer_keeps_its_text(

@@ -147,7 +147,7 @@ class RemoteClient:
         except ValueError:
             if not is_answer:
                 raise self._explain_body(data) from None
-            problem = tr("it sent something else: {excerpt}", excerpt=self._without_key(shorten(data)))
+            problem = tr("it sent malformed data ({excerpt})", excerpt=self._without_key(shorten(data)))
         if not is_answer and head:
             raise self._explain_body(head.decode(errors="replace"))
         raise AnswerCut(host, problem)

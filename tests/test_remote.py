@@ -304,7 +304,7 @@ def test_a_stream_that_stalls_is_cut(engine: EngineServer) -> None:
     ("last", "error", "words"),
     [
         ('{"error": {"message": "GPU lost"}}', EngineFailed, "GPU lost"),
-        (f'{{"choices": "{KEY}"', AnswerCut, r"malformed data \(.*…"),
+        (f'{{"choices": "and a key: {KEY} {KEY}"', AnswerCut, r"malformed data \(.*…"),
     ],
 )
 def test_an_error_in_the_middle_of_an_answer_keeps_its_text(
@@ -314,7 +314,7 @@ def test_an_error_in_the_middle_of_an_answer_keeps_its_text(
     talk = open_conversation(engine, key=KEY)
     with pytest.raises(error, match=words) as caught:
         list(talk.ask("Hi"))
-    assert KEY not in f"{caught.value} {vars(caught.value)}"
+    assert KEY[:8] not in f"{caught.value} {vars(caught.value)}"
     assert talk.thread.last and talk.thread.last.text == "Half"
 
 

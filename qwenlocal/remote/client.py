@@ -147,7 +147,7 @@ class RemoteClient:
         except ValueError:
             if not is_answer:
                 raise self._explain_body(data) from None
-            problem = tr("it sent malformed data ({excerpt})", excerpt=self._without_key(shorten(data)))
+            problem = tr("it sent malformed data ({excerpt})", excerpt=shorten(self._without_key(data)))
         if not is_answer and head:
             raise self._explain_body(head.decode(errors="replace"))
         raise AnswerCut(host, problem)
@@ -229,9 +229,9 @@ class RemoteClient:
         """Return how to send another API key."""
         endpoint = self.endpoint
         if endpoint.key_source == KEYRING:
-            return tr("Set another one: keyring set qwenlocal {user}", user=endpoint.keyring_user)
+            return tr("Set another API key: keyring set qwenlocal {user}", user=endpoint.keyring_user)
         if endpoint.key_source:
-            return tr("Set another one: export {variable}=KEY", variable=endpoint.key_source)
+            return tr("Set another API key: export {variable}=KEY", variable=endpoint.key_source)
         return tr("Name the environment variable that holds it: --api-key-env VARIABLE")
 
     def _explain_missing(self, model: str, status: int, message: str) -> QwenlocalError:

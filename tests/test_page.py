@@ -373,7 +373,11 @@ def test_a_chat_that_is_open_in_a_terminal_continues_as_a_copy(tab: Tab, site: S
         tab.locator(".assistant").nth(1).wait_for()
         wait_for_answer(tab)
         assert chat_number(tab) == chat + 1
+        tab.go_back()
+        tab.locator("#notice", has_text="open in another window").wait_for()
         terminal.communicate()
+        tab.evaluate("window.dispatchEvent(new Event('focus'))")  # back from the terminal's window
+        tab.locator("#notice").wait_for(state="hidden")
     assert len(site.texts(chat)) == 2 and len(site.texts(chat + 1)) == 4
 
 

@@ -90,8 +90,8 @@ class Journal:
         self.chat_locks = ChatLocks(lock_path(path))
         with translate_errors(path):
             _check_file(path, lock_timeout)
-            # Chats are private. SQLite creates its -wal and -shm files with the mode of the database. If there is one, it
-            # is not opened here: closing it would drop the locks of this process's connections to it.
+            # Chats are private. SQLite creates its -wal and -shm files with the mode of the database. If there is one,
+            # it is not opened here: closing it would drop the locks of this process's connections to it.
             with contextlib.suppress(FileExistsError):
                 os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
             self._db = sqlite3.connect(path, timeout=lock_timeout, isolation_level=None, check_same_thread=False)

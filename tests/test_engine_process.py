@@ -506,7 +506,7 @@ def test_a_model_whose_process_was_killed_is_loaded_again(speaking_model: Path) 
 
 def test_a_bug_while_answers_are_computed_ends_them_with_a_reason(endless_model: Path) -> None:
     async def test() -> None:
-        models = host(endless_model)
+        models, others = host(endless_model), worker_processes()
         async with models.open("") as engine:
             events = engine.generate(GenerationRequest(HELLO))
             assert await anext(events)
@@ -516,7 +516,7 @@ def test_a_bug_while_answers_are_computed_ends_them_with_a_reason(endless_model:
             with pytest.raises(EngineCrashed, match="A bug in qwenlocal: TypeError"):
                 async for _ in events:
                     pass
-            while worker_processes():  # it frees the model's memory
+            while worker_processes() - others:  # it frees the model's memory
                 await asyncio.sleep(0.01)
         assert len(await first_text(models, "")) == 5
         await models.close()
@@ -524,23 +524,27 @@ def test_a_bug_while_answers_are_computed_ends_them_with_a_reason(endless_model:
     run(test)
 
 
-def worker_processes() -> list[psutil.Process]:
-    children = psutil.Process().children()
-    return [child for child in children if any("spawn_main" in argument for argument in child.cmdline())]
+def worker_processes() -> set[psutil.Process]:
+    found = set()
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+            if "spawn_main" in " ".join(child.cmdline()):
+                found.add(child)
+    return found
 
 
 def test_a_model_is_loaded_again_only_when_its_old_process_has_ended(speaking_model: Path) -> None:
     async def test() -> None:
-        models = host(speaking_model)
+        models, others = host(speaking_model), worker_processes()
         assert await first_text(models, "") == "Paris"
-        (old,) = worker_processes()
+        (old,) = worker_processes() - others
         old.suspend()
         await models.unload("")
         while any(info.is_loaded for info in models.models()):
             await asyncio.sleep(0.01)
         opened = asyncio.create_task(first_text(models, ""))
         await asyncio.sleep(0.3)
-        assert worker_processes() == [old]
+        assert worker_processes() - others == {old}
         old.resume()
         assert await opened == "Paris"
         assert not old.is_running()
@@ -574,12 +578,12 @@ def test_a_request_can_say_how_long_its_model_stays_loaded(speaking_model: Path)
 def test_a_model_whose_only_reader_left_while_it_was_loading_is_unloaded(speaking_model: Path) -> None:
     async def test() -> None:
         loaded: list[str] = []
-        models = host(speaking_model, keep_alive=0.0, loaded=loaded)
+        models, others = host(speaking_model, keep_alive=0.0, loaded=loaded), worker_processes()
         reading = asyncio.create_task(first_text(models, ""))
-        while not worker_processes():
+        while not worker_processes() - others:
             await asyncio.sleep(0.01)
         reading.cancel()
-        while not loaded or worker_processes():
+        while not loaded or worker_processes() - others:
             await asyncio.sleep(0.01)
         await models.close()
 

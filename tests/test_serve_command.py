@@ -11,9 +11,11 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 from server_process import DEADLINE, serving
 
@@ -70,9 +72,31 @@ def test_sigterm_lets_answers_finish(endless_model: Path, tmp_path: Path) -> Non
         assert server.process.wait(DEADLINE) == 0
 
 
-def test_ctrl_c_ends_the_server_and_the_processes_of_its_models(endless_model: Path, tmp_path: Path) -> None:
-    import psutil
+def workers(server: psutil.Process) -> set[psutil.Process]:
+    return {child for child in server.children() if "spawn_main" in " ".join(child.cmdline())}
 
+
+def test_a_server_that_is_killed_leaves_no_process_that_compiles_a_grammar(
+    speaking_model: Path, tmp_path: Path
+) -> None:
+    patterns = [{"type": "string", "pattern": f"a{{{number}}}"} for number in range(30)]  # takes hours
+    form = {"type": "json_object", "schema": {"allOf": patterns}}
+    with serving(tmp_path, speaking_model) as server, ThreadPoolExecutor() as threads:
+        server.ask(max_tokens=1)
+        process = psutil.Process(server.process.pid)
+        (model,) = workers(process)
+        asked = threads.submit(server.ask, response_format=form)
+        while not (compilers := workers(process) - {model}):
+            time.sleep(0.01)
+        (compiler,) = compilers
+        while compiler.cpu_times().user < 1.5:  # it compiles
+            time.sleep(0.01)
+        process.kill()
+        assert isinstance(asked.exception(DEADLINE), httpx.HTTPError)
+        assert not psutil.wait_procs([model, compiler], DEADLINE)[1]
+
+
+def test_ctrl_c_ends_the_server_and_the_processes_of_its_models(endless_model: Path, tmp_path: Path) -> None:
     with serving(tmp_path, endless_model) as server:
         server.ask(max_tokens=1)
         children = psutil.Process(server.process.pid).children(recursive=True)
@@ -84,8 +108,6 @@ def test_ctrl_c_ends_the_server_and_the_processes_of_its_models(endless_model: P
 
 
 def test_a_killed_server_leaves_no_process(endless_model: Path, tmp_path: Path) -> None:
-    import psutil
-
     with serving(tmp_path, endless_model) as server:
         server.ask(max_tokens=1)
         children = psutil.Process(server.process.pid).children(recursive=True)

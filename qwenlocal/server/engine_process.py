@@ -184,8 +184,9 @@ class EngineProcess:
         with suppress(EOFError, OSError):
             while True:
                 self._post(self._handle, connection.recv())
-        self._process.join()
-        self._post(self._fail_at_end, self._process.exitcode)
+        while (exit_code := self._process.exitcode) is None:  # also if another thread is just asking for it
+            self._process.join()
+        self._post(self._fail_at_end, exit_code)
 
     def _post(self, function: Callable[[Any], None], argument: object) -> None:
         with suppress(RuntimeError):  # the event loop is closed

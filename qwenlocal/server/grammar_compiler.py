@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import json
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -117,6 +119,7 @@ class GrammarCompiler:
 def _run(connection: Connection) -> None:
     """Call functions until the server ends. Ctrl-C is the server's business."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_exit_with_server, daemon=True).start()
     with suppress(EOFError, OSError):
         connection.send(None)
         while True:
@@ -126,3 +129,10 @@ def _run(connection: Connection) -> None:
             except Exception as error:
                 reply = WireError.pack(error)
             connection.send(reply)
+
+
+def _exit_with_server() -> None:
+    """End the process if the server is killed while a grammar is compiled, which nothing else would stop."""
+    if server := multiprocessing.parent_process():
+        server.join()
+    os._exit(1)

@@ -17,6 +17,7 @@ from qwenlocal.engine.context import Context, ContextOptions
 from qwenlocal.engine.gbnf import grammar_from_gbnf
 from qwenlocal.engine.llama import Model
 from qwenlocal.engine.logprobs import log_softmax
+from qwenlocal.engine.memory_cache import MemoryCache
 from qwenlocal.engine.prompt_cache import PromptCache
 from qwenlocal.engine.sampling import Sampler, Sampling
 from qwenlocal.engine.scheduler import Ended, Prefilled, Sampled, Scheduler, SchedulerEvent, SequenceRequest
@@ -213,6 +214,73 @@ def test_prefixes_come_back_from_the_disk(random_model: Path, open_context: Open
     events = run(restarted)
     assert reused_of(events, 1) == 199
     assert tokens_of(events, 1) == alone(open_context(random_model), text(200), 8)
+
+
+def test_a_finished_sequence_moves_to_memory_and_back(random_model: Path, open_context: OpenContext) -> None:
+    context, cache = open_context(random_model, n_seq_max=4), MemoryCache(1 << 30)
+    scheduler = Scheduler(context, 1, memory_cache=cache)
+    submit(scheduler, 0, text(150))
+    run(scheduler)
+    assert cache.size == 0
+    submit(scheduler, 1, text(150, 3))  # nothing in common: the first one leaves the KV cache
+    run(scheduler)
+    assert [len(stored.tokens) for stored in cache] == [157]
+    assert sum(context.length(number) > 0 for number in range(4)) == 1
+    submit(scheduler, 2, [*text(150), 45, 46])
+    events = run(scheduler)
+    assert reused_of(events, 2) == 150
+    assert tokens_of(events, 2) == alone(open_context(random_model), [*text(150), 45, 46], 8)
+
+
+def test_sequences_in_memory_are_dropped_if_memory_is_short(random_model: Path, open_context: OpenContext) -> None:
+    cache = MemoryCache(1 << 30)
+    checks: list[bool] = []
+    scheduler = Scheduler(
+        open_context(random_model, n_ctx=2048, n_seq_max=4),
+        1,
+        memory_cache=cache,
+        check_memory=lambda: checks.append(cache.clear()),
+    )
+    for key in range(3):
+        submit(scheduler, key, text(150, key + 1), 200)
+        run(scheduler)
+    assert True in checks and len(list(cache)) <= 1
+
+
+def test_memory_holds_no_more_than_its_budget(random_model: Path, open_context: OpenContext) -> None:
+    sizes = MemoryCache(1 << 30)
+    sequence = open_context(random_model, n_seq_max=2)
+    sequence.decode([(0, text(100))])
+    assert sizes.save(sequence, 0, text(100))
+    cache = MemoryCache(int(2.5 * sizes.size))
+    scheduler = Scheduler(open_context(random_model, n_ctx=2048, n_seq_max=8), 1, memory_cache=cache)
+    for key in range(6):
+        submit(scheduler, key, text(100, key + 1), 1)
+        run(scheduler)
+    assert [stored.tokens[0] for stored in cache] == [text(100, 4)[0], text(100, 5)[0]]
+    assert cache.size <= 2.5 * sizes.size
+    assert not MemoryCache(10).save(sequence, 0, text(100))
+
+
+def test_sequences_in_memory_are_saved_on_disk_as_well(
+    random_model: Path, open_context: OpenContext, tmp_path: Path
+) -> None:
+    disk = PromptCache(tmp_path, "key", share=1.0)
+    seconds = iter(range(10_000))
+    scheduler = Scheduler(
+        open_context(random_model, n_seq_max=3),
+        1,
+        memory_cache=MemoryCache(1 << 30),
+        prompt_cache=disk,
+        clock=lambda: float(next(seconds)),
+    )
+    for key in range(2):
+        submit(scheduler, key, text(150, key + 1))
+        run(scheduler)
+    scheduler.save_prompt_caches()
+    for key in range(2):
+        found = disk.find_longest_prefix(text(150, key + 1), 100)
+        assert found and len(found.tokens) == 157
 
 
 # --- fairness

@@ -261,9 +261,13 @@ class Context:
         self._c.llama_memory_seq_rm(self._memory, target, -1, -1)
         self._c.llama_memory_seq_cp(self._memory, source, target, -1, -1)
 
+    def state_size(self, sequence: int) -> int:
+        """Return the number of bytes that `get_state` would return."""
+        return int(self._c.llama_state_seq_get_size(self._context, sequence))
+
     def get_state(self, sequence: int) -> Any:
         """Return the keys and values of the sequence as a C array of bytes, for `set_state`."""
-        size = self._c.llama_state_seq_get_size(self._context, sequence)
+        size = self.state_size(sequence)
         data = (ctypes.c_uint8 * size)()
         if self._c.llama_state_seq_get_data(self._context, data, size, sequence) != size:
             raise QwenlocalError("llama.cpp cannot export the KV cache.", hint="The chat is not affected.")

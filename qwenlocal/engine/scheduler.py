@@ -6,7 +6,8 @@ llama.cpp: the weights are read once for all of them. The part is as large as ca
 long prompt stops nobody's answer. A sequence that runs alone drafts several tokens (`speculation`).
 
 Sequences share the KV cache of common prefixes, also with those that are still running (llama.h:
-llama_memory_seq_cp). A finished sequence stays in the cache, parked, until its room is needed.
+llama_memory_seq_cp). A finished sequence stays in the cache, parked, until a request begins that has nothing in common
+with it, or its room is needed; then it moves to the machine's memory (`memory_cache`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from qwenlocal.engine.context import Aborted, CacheFull, Context
 from qwenlocal.engine.logprobs import Logprobs, log_softmax, rank_tokens
 from qwenlocal.engine.memory import CHECK_INTERVAL
+from qwenlocal.engine.memory_cache import MemoryCache
 from qwenlocal.engine.prefix_cache import MIN_PREFIX_TOKENS, common_prefix
 from qwenlocal.engine.prompt_cache import PromptCache
 from qwenlocal.engine.sampling import Sampler, Sampling
@@ -142,12 +144,14 @@ class Scheduler:
         max_running: int,
         *,
         speculation: Drafter | None = None,
+        memory_cache: MemoryCache | None = None,
         prompt_cache: PromptCache | None = None,
         check_memory: Callable[[], object] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`check_memory` is called regularly; an exception that it raises ends the newest sequence."""
-        self._context, self._max_running, self._prompt_cache = context, max_running, prompt_cache
+        self._context, self._max_running = context, max_running
+        self._memory_cache, self._prompt_cache = memory_cache or MemoryCache(0), prompt_cache
         self._speculation, self._check_memory, self._clock = speculation or NoSpeculation(), check_memory, clock
         self._waiting: dict[str, list[_Slot]] = {}  # by client; the one whose turn it is comes first
         self._running: list[_Slot] = []  # the oldest first
@@ -405,6 +409,7 @@ class Scheduler:
     def _start(self, slot: _Slot) -> None:
         """Give a request a sequence, with the longest prefix of its tokens that is in a cache."""
         source, shared = self._longest_prefix(slot)
+        self._store_unrelated(slot)
         if source in self._parked and shared == len(self._parked[source]):
             slot.number = source  # a continued chat: nothing of the parked sequence is lost
             del self._parked[source]
@@ -432,16 +437,30 @@ class Scheduler:
                 best, best_length = number, length
         return best, best_length
 
+    def _store_unrelated(self, slot: _Slot) -> None:
+        """Move parked sequences to memory that have nothing in common with a new request."""
+        for number, ids in list(self._parked.items()):
+            if common_prefix(ids, slot.ids) < MIN_PREFIX_TOKENS and self._memory_cache.save(self._context, number, ids):
+                self._drop(number)
+
     def _load_saved_prefix(self, slot: _Slot) -> None:
-        """Load a longer prefix from the disk, if there is one."""
-        if self._prompt_cache is None or not slot.request.reuses_cache or slot.request.prompt_logprobs:
+        """Load a longer prefix from memory or from the disk, if there is one."""
+        if not slot.request.reuses_cache or slot.request.prompt_logprobs:
             return
-        saved = self._prompt_cache.find_longest_prefix(slot.ids, slot.n_cached + MIN_PREFIX_TOKENS)
-        if saved and len(saved.tokens) < self._context.n_ctx:
-            is_loaded = self._prompt_cache.load(saved, self._context, slot.number)
-            slot.n_cached = min(common_prefix(saved.tokens, slot.ids), len(slot.ids) - 1) if is_loaded else 0
-            slot.n_shared = 0
-            self._truncate(slot)
+        stored = self._memory_cache.find_longest_prefix(slot.ids, slot.n_cached + MIN_PREFIX_TOKENS)
+        if stored:
+            self._use_loaded(slot, stored.tokens, self._memory_cache.load(stored, self._context, slot.number))
+        saved = self._prompt_cache and self._prompt_cache.find_longest_prefix(
+            slot.ids, slot.n_cached + MIN_PREFIX_TOKENS
+        )
+        if self._prompt_cache and saved and len(saved.tokens) < self._context.n_ctx:
+            self._use_loaded(slot, saved.tokens, self._prompt_cache.load(saved, self._context, slot.number))
+
+    def _use_loaded(self, slot: _Slot, ids: Sequence[int], is_loaded: bool) -> None:
+        """Keep what a sequence that was loaded for a request has in common with it."""
+        slot.n_cached = min(common_prefix(ids, slot.ids), len(slot.ids) - 1) if is_loaded else 0
+        slot.n_shared = 0
+        self._truncate(slot)
 
     def _end(
         self,
@@ -478,7 +497,7 @@ class Scheduler:
     def _make_room(self, events: list[SchedulerEvent]) -> None:
         """Free room in the KV cache: of what is parked, or of the newest request, which starts again later."""
         if self._parked:
-            self._drop(next(iter(self._parked)))
+            self._evict(next(iter(self._parked)))
             return
         newest = self._running[-1]
         if len(self._running) == 1:
@@ -496,8 +515,13 @@ class Scheduler:
     def _take_number(self, keep: int) -> int:
         """Return a free sequence number; drop the oldest parked sequence for it, but not `keep`."""
         if not self._free:
-            self._drop(next(number for number in self._parked if number != keep))
+            self._evict(next(number for number in self._parked if number != keep))
         return self._free.pop()
+
+    def _evict(self, number: int) -> None:
+        """Free a parked sequence in the KV cache; it is stored in memory, if there is room."""
+        self._memory_cache.save(self._context, number, self._parked[number])
+        self._drop(number)
 
     def _drop(self, number: int) -> None:
         del self._parked[number]
@@ -526,7 +550,15 @@ class Scheduler:
                 self._end(self._running[-1], events, error=error)
 
     def save_prompt_caches(self) -> None:
-        """Save parked sequences on disk; takes seconds for long ones, so only while nothing else is to be done."""
-        if self._prompt_cache and self._computed:
-            for number, ids in self._parked.items():
-                self._prompt_cache.save(self._context, number, ids, self._seconds / self._computed)
+        """Save finished sequences on disk; takes seconds for long ones, so only while nothing else is to be done."""
+        if not self._prompt_cache or not self._computed:
+            return
+        seconds = self._seconds / self._computed
+        for number, ids in list(self._parked.items()):
+            self._prompt_cache.save(self._context, number, ids, seconds)
+            self._drop(number)
+        number = self._free[-1]
+        for stored in self._memory_cache:
+            if self._context.set_state(number, stored.state):
+                self._prompt_cache.save(self._context, number, stored.tokens, seconds)
+        self._context.truncate(number, 0)

@@ -28,6 +28,7 @@ from qwenlocal.engine.embedding import Embedder
 from qwenlocal.engine.loader import LoadOptions
 from qwenlocal.engine.logprobs import Logprobs
 from qwenlocal.engine.memory import check_memory
+from qwenlocal.engine.memory_cache import MemoryCache, choose_budget
 from qwenlocal.engine.prompt_cache import PromptCache, compute_cache_key
 from qwenlocal.engine.sampling import Sampler, Sampling
 from qwenlocal.engine.scheduler import Prefilled, Sampled, Scheduler, SchedulerEvent, SequenceRequest
@@ -305,12 +306,14 @@ class Worker:
     def _create_scheduler(self, model: ChatModel) -> Scheduler:
         path, folder, machine = self._spec.model.record.path, self._spec.options.prompt_caches, this_machine()
         drafts = self._spec.options.lookup and model.model.can_truncate
+        memory_cache = MemoryCache(choose_budget(model.plan.memory, machine.memory().available))
         return Scheduler(
             model.context,
             self._spec.parallel,
             speculation=Speculation(model.costs) if drafts else NoSpeculation(),
+            memory_cache=memory_cache,
             prompt_cache=PromptCache(folder, compute_cache_key(path, model.context.options)) if folder else None,
-            check_memory=functools.partial(check_memory, machine.memory, machine.memory_pressure),
+            check_memory=functools.partial(check_memory, machine.memory, machine.memory_pressure, memory_cache.clear),
         )
 
     def _info(self, model: ChatModel) -> ModelInfo:

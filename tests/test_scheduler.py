@@ -232,6 +232,14 @@ def test_a_finished_sequence_moves_to_memory_and_back(random_model: Path, open_c
     assert tokens_of(events, 2) == alone(open_context(random_model), [*text(150), 45, 46], 8)
 
 
+def test_a_short_prompt_that_comes_again_has_the_same_answer(random_model: Path, open_context: OpenContext) -> None:
+    scheduler = Scheduler(open_context(random_model, n_seq_max=4), 1, memory_cache=MemoryCache(1 << 30))
+    submit(scheduler, 0, text(50), 30)
+    expected = tokens_of(run(scheduler), 0)
+    submit(scheduler, 1, text(50), 30)
+    assert tokens_of(run(scheduler), 1) == expected
+
+
 def test_sequences_in_memory_are_dropped_if_memory_is_short(random_model: Path, open_context: OpenContext) -> None:
     cache = MemoryCache(1 << 30)
     checks: list[bool] = []

@@ -409,7 +409,7 @@ class Scheduler:
     def _start(self, slot: _Slot) -> None:
         """Give a request a sequence, with the longest prefix of its tokens that is in a cache."""
         source, shared = self._longest_prefix(slot)
-        self._store_unrelated(slot)
+        self._store_unrelated(slot, keep=source)
         if source in self._parked and shared == len(self._parked[source]):
             slot.number = source  # a continued chat: nothing of the parked sequence is lost
             del self._parked[source]
@@ -437,10 +437,12 @@ class Scheduler:
                 best, best_length = number, length
         return best, best_length
 
-    def _store_unrelated(self, slot: _Slot) -> None:
-        """Move parked sequences to memory that have nothing in common with a new request."""
+    def _store_unrelated(self, slot: _Slot, keep: int) -> None:
+        """Move parked sequences to memory that have little in common with a new request, but not `keep`."""
         for number, ids in list(self._parked.items()):
-            if common_prefix(ids, slot.ids) < MIN_PREFIX_TOKENS and self._memory_cache.save(self._context, number, ids):
+            if number == keep or common_prefix(ids, slot.ids) >= MIN_PREFIX_TOKENS:
+                continue
+            if self._memory_cache.save(self._context, number, ids):
                 self._drop(number)
 
     def _load_saved_prefix(self, slot: _Slot) -> None:

@@ -35,7 +35,9 @@ REQUIREMENTS = ROOT / "requirements"
 
 # Changes to llama.cpp's own build; the file gives the reasons.
 CMAKE_INCLUDE = ROOT / "tools" / "llama.cpp.cmake"
-LIBRARY_SOURCES = tuple(ROOT / "tools" / name for name in ("quantizers.cpp", "integer_peak.c"))
+LIBRARY_SOURCES = tuple(
+    ROOT / "tools" / name for name in ("quantizers.cpp", "integer_peak.c", "block_gemm.cpp", "block_gemm.h")
+)
 CMAKE_ARGS = "-DGGML_RPC=ON -DLLAVA_BUILD=OFF"
 
 

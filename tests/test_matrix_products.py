@@ -78,9 +78,9 @@ def test_the_largest_and_smallest_values_do_not_overflow(kind):
 
 
 @pytest.mark.parametrize("kind", ["q5_0", "q8_0"])
-def test_a_column_has_the_same_product_alone_and_among_others(kind):
+def test_a_column_has_the_same_product_whatever_the_others_are(kind):
     if not any(f"{feature} = 1" in load_library().system_info for feature in ("AVX512_VNNI", "AVX_VNNI")):
         pytest.skip("our kernels need a processor with AVX512-VNNI or AVX-VNNI")
     weights, columns = random_weights(kind, 100, 896), random_columns(30, 896)
-    alone = numpy.concatenate([multiply(kind, weights, column[None], 1) for column in columns])
-    assert numpy.array_equal(multiply(kind, weights, columns, 2), alone)
+    pairs = numpy.concatenate([multiply(kind, weights, columns[i : i + 2], 1) for i in range(0, 30, 2)])
+    assert numpy.array_equal(multiply(kind, weights, columns, 2), pairs)

@@ -1,11 +1,12 @@
-// Products of Q5_0 and Q8_0 weights with columns of Q8_0: tokens of prompts, of several sequences, or a single one.
+// Products of Q5_0 and Q8_0 weights with two or more columns of Q8_0: tokens of prompts, or of several sequences.
 //
-// llama.cpp's kernels for these types (llamafile/sgemm.cpp, vec_dot) unpack the weights again for every few columns, and
-// add up the products of 32 values within a register. Here, a panel of 16 rows (8 with AVX-VNNI) is unpacked once for all
+// llama.cpp's kernels for these types (llamafile/sgemm.cpp) unpack the weights again for every few columns, and add up the
+// products of 32 values within a register. Here, a panel of 16 rows (8 with AVX-VNNI) is unpacked once for all
 // columns and transposed, so that each lane of a register belongs to one row; then vpdpbusd multiplies it with the
 // broadcast values of a column. Meanwhile the next panel is fetched from memory. Numbers: benchmarks/LOG.md.
 //
-// The result for a row and a column does not depend on the number of columns or threads.
+// The result for a row and a column does not depend on the other columns. A single column is left to llama.cpp: transposing
+// takes longer there than it saves.
 
 #include "block_gemm.h"
 
@@ -37,12 +38,16 @@ template <> struct Unpacker<block_q5_0> {
             _mm256_inserti128_si256(_mm256_castsi128_si256(bytes), _mm_srli_epi16(bytes, 4), 1), _mm256_set1_epi8(15));
         int bits;
         memcpy(&bits, block.qh, 4);
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+        return _mm256_mask_add_epi8(values, (__mmask32) bits, values, _mm256_set1_epi8(16));
+#else
         // Byte i of the result tests bit i % 8 of byte i / 8 of the high bits.
         const __m256i spread = _mm256_shuffle_epi8(
             _mm256_set1_epi32(bits), _mm256_set_epi64x(0x0303030303030303, 0x0202020202020202, 0x0101010101010101, 0));
         const __m256i mask = _mm256_set1_epi64x((int64_t) 0x8040201008040201);
         const __m256i is_high = _mm256_cmpeq_epi8(_mm256_and_si256(spread, mask), mask);
         return _mm256_or_si256(values, _mm256_and_si256(is_high, _mm256_set1_epi8(16)));
+#endif
     }
 };
 
@@ -249,7 +254,7 @@ void multiply_matrix(const ggml_compute_params * params, int64_t m, int64_t n, i
 
 bool block_gemm(const ggml_compute_params * params, int64_t m, int64_t n, int64_t k, const void * a, int64_t lda,
                 const void * b, int64_t ldb, void * c, int64_t ldc, int a_type, int b_type) {
-    if (b_type != GGML_TYPE_Q8_0) {
+    if (b_type != GGML_TYPE_Q8_0 || n < 2) {
         return false;
     }
     const auto columns = (const block_q8_0 *) b;

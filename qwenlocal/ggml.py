@@ -310,6 +310,12 @@ def integer_operations(rounds: int) -> int:
     return int(function(rounds))
 
 
+def has_attention_kernel(head_dim: int) -> bool:
+    """Tell whether libggml-cpu has a fast kernel for flash attention (tools/attention.cpp), with heads of this size."""
+    function = getattr(_library("ggml-cpu"), "qwenlocal_has_attention", None)
+    return function is not None and bool(function()) and head_dim in (64, 128)
+
+
 @functools.cache
 def _library(name: str) -> ctypes.CDLL:
     names = {"win32": (f"{name}.dll",), "darwin": (f"lib{name}.0.dylib", f"lib{name}.dylib")}

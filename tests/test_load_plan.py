@@ -30,7 +30,7 @@ from qwenlocal.engine.load_plan import (
 )
 from qwenlocal.engine.memory import PROCESS_OVERHEAD, ModelDims, estimate_memory
 from qwenlocal.errors import NotEnoughMemory, UsageError
-from qwenlocal.ggml import Device
+from qwenlocal.ggml import Device, has_attention_kernel
 from qwenlocal.terminal.load_notes import describe_note, describe_plan
 from qwenlocal.testing import write_checkpoint, write_model
 from qwenlocal.weights.gguf_reader import read_metadata
@@ -98,11 +98,22 @@ def test_enough_memory_gives_the_training_context() -> None:
 
 
 def test_the_kv_cache_takes_at_most_half_of_the_remaining_memory() -> None:
-    plan = plan_load("x", SEVEN, WEIGHTS, 16 * GIB)
+    plan = plan_load("x", SEVEN, WEIGHTS, 16 * GIB, LoadRequest(flash_attention=False))
     assert plan.options.n_ctx == 11264
     assert plan.memory is not None
     assert plan.memory.kv_cache <= (16 * GIB - WEIGHTS) / 2
     assert describe_plan(plan) == "weights 4.4 + KV 5.5 (11,264 tokens, f16) + compute 0.4 of 16.0 GiB free"
+
+
+def test_flash_attention_is_used_where_it_is_fast() -> None:
+    assert plan_load("x", SEVEN, WEIGHTS, 16 * GIB).options.flash_attention == has_attention_kernel(SEVEN.head_dim)
+    odd = replace(SEVEN, head_dim=96)
+    assert plan_load("x", odd, WEIGHTS, 16 * GIB).options.flash_attention is False
+    q8_keys = plan_load("x", SEVEN, WEIGHTS, int(8.4 * GIB)).options
+    assert (q8_keys.key_type, q8_keys.flash_attention) == ("q8_0", False)
+    for choice in (True, False):
+        request = LoadRequest(flash_attention=choice)
+        assert plan_load("x", SEVEN, WEIGHTS, 16 * GIB, request).options.flash_attention is choice
 
 
 def test_keys_become_q8_0_before_the_context_falls_below_4096() -> None:

@@ -2,43 +2,23 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import numpy
 import pytest
+from ggml_graph import Graph
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 
 from qwenlocal import ggml
 from qwenlocal.engine.llama import load_library
 
-MEMORY = 64 * 2**20  # bytes
-
-
-class InitParameters(ctypes.Structure):
-    _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
-
 
 def multiply(kind: str, weights: numpy.ndarray, columns: numpy.ndarray, threads: int) -> numpy.ndarray:
     """Let ggml compute columns @ weights.T, with packed weights of one type."""
-    base, cpu = ggml._library("ggml-base"), ggml._library("ggml-cpu")
-    pointer, i64 = ctypes.c_void_p, ctypes.c_int64
-    for name in ("ggml_init", "ggml_new_tensor_2d", "ggml_mul_mat", "ggml_new_graph", "ggml_get_data"):
-        getattr(base, name).restype = pointer
-    new_tensor = lambda type_, *shape: pointer(base.ggml_new_tensor_2d(context, type_, *map(i64, shape)))  # noqa: E731
-    context = pointer(base.ggml_init(InitParameters(MEMORY, None, False)))
     count, width = columns.shape
-    a, b = new_tensor(ggml.tensor_type(kind).number, width, len(weights)), new_tensor(0, width, count)
-    for tensor, data in ((a, weights), (b, columns)):
-        ctypes.memmove(base.ggml_get_data(tensor), data.ctypes.data, data.nbytes)
-    product = pointer(base.ggml_mul_mat(context, a, b))
-    graph = pointer(base.ggml_new_graph(context))
-    base.ggml_build_forward_expand(graph, product)
-    assert cpu.ggml_graph_compute_with_ctx(context, graph, threads) == 0
-    result = numpy.empty((count, len(weights)), numpy.float32)
-    ctypes.memmove(result.ctypes.data, base.ggml_get_data(product), result.nbytes)
-    base.ggml_free(context)
-    return result
+    with Graph() as graph:
+        packed = graph.tensor(ggml.tensor_type(kind).number, weights, (len(weights), width))
+        product = graph.call("ggml_mul_mat", packed, graph.tensor(0, columns))
+        return graph.compute(product, (count, len(weights)), threads)
 
 
 def random_columns(count: int, width: int) -> numpy.ndarray:

@@ -35,9 +35,7 @@ REQUIREMENTS = ROOT / "requirements"
 
 # Changes to llama.cpp's own build; the file gives the reasons.
 CMAKE_INCLUDE = ROOT / "tools" / "llama.cpp.cmake"
-LIBRARY_SOURCES = tuple(
-    ROOT / "tools" / name for name in ("quantizers.cpp", "integer_peak.c", "block_gemm.cpp", "block_gemm.h")
-)
+LIBRARY_SOURCES = tuple(sorted(file for file in (ROOT / "tools").iterdir() if file.suffix in (".c", ".cpp", ".h")))
 CMAKE_ARGS = "-DGGML_RPC=ON -DLLAVA_BUILD=OFF"
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from qwenlocal.engine.context import ContextOptions, RopeScaling, pad_n_ctx
 from qwenlocal.engine.memory import MemoryEstimate, ModelDims, estimate_memory
 from qwenlocal.errors import InvalidChoice, NotEnoughMemory, UsageError
-from qwenlocal.ggml import Device, tensor_type
+from qwenlocal.ggml import Device, has_attention_kernel, tensor_type
 from qwenlocal.i18n import tr
 
 KV_TYPES = ("f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
@@ -179,7 +179,10 @@ def plan_load(
     if dims is None:
         notes = tuple(_notes(request, None))
         return LoadPlan(
-            replace(_all_layouts(request)[0], n_ctx=request.n_ctx or PREFERRED_CONTEXT), None, available, notes
+            replace(_all_layouts(request, has_kernel=False)[0], n_ctx=request.n_ctx or PREFERRED_CONTEXT),
+            None,
+            available,
+            notes,
         )
     rope = _rope_scaling(dims, request)
     for options in _candidates(dims, weights, available, request):
@@ -219,7 +222,7 @@ def _layouts(dims: ModelDims, request: LoadRequest) -> list[ContextOptions]:
     ------
     UsageError: the head size is not a multiple of the requested type's block size.
     """
-    layouts = _all_layouts(request)
+    layouts = _all_layouts(request, has_kernel=has_attention_kernel(dims.head_dim))
     if suitable := [layout for layout in layouts if not dims.head_dim % tensor_type(layout.key_type).block_size]:
         return suitable
     raise UsageError(
@@ -233,7 +236,8 @@ def _layouts(dims: ModelDims, request: LoadRequest) -> list[ContextOptions]:
     )
 
 
-def _all_layouts(request: LoadRequest) -> list[ContextOptions]:
+def _all_layouts(request: LoadRequest, *, has_kernel: bool) -> list[ContextOptions]:
+    """List all layouts; flash attention is slower without our kernel, which needs keys and values as f16."""
     base = ContextOptions(
         0,
         threads=request.threads,
@@ -242,13 +246,16 @@ def _all_layouts(request: LoadRequest) -> list[ContextOptions]:
         n_seq_max=request.n_sequences,
         flash_attention=request.flash_attention or False,
     )
+    halves = replace(base, flash_attention=has_kernel) if request.flash_attention is None else base
+    if request.kv_type == "f16":
+        return [halves]
     if request.kv_type is not None:
-        flash = request.flash_attention if request.kv_type in ("f16", "bf16") else True
+        flash = request.flash_attention if request.kv_type == "bf16" else True
         return [replace(base, key_type=request.kv_type, value_type=request.kv_type, flash_attention=flash or False)]
     q8_keys = replace(base, key_type="q8_0")
     if request.flash_attention is False:
-        return [base, q8_keys]
-    return [base, q8_keys, replace(q8_keys, value_type="q8_0", flash_attention=True)]
+        return [halves, q8_keys]
+    return [halves, q8_keys, replace(q8_keys, value_type="q8_0", flash_attention=True)]
 
 
 def _comfortable_context(dims: ModelDims, weights: int, room: int, layout: ContextOptions, limit: int) -> int:

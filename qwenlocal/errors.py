@@ -89,16 +89,16 @@ class EngineCrashed(QwenlocalError):
     def from_exit_code(cls, code: int, *, uses_gpu: bool = False) -> EngineCrashed:
         """Build the error for a process with the exit code `code`; -9 means that the signal 9 ended it."""
         if code >= 0:
-            message = tr("The process of the model ended with the exit code {code}.", code=code)
+            message = tr("The model process exited with code {code}.", code=code)
             return cls(str(code), uses_gpu=uses_gpu, message=message)
         name = _signal_name(-code)
         if name == "SIGKILL":
             return cls(
                 name,
-                message=tr("The process of the model was ended by SIGKILL. Out of memory?"),
+                message=tr("The model process was killed by SIGKILL. Out of memory?"),
                 hint=tr("Close other programs, or use a shorter context: -c"),
             )
-        message = tr("The process of the model was ended by {signal}.", signal=name)
+        message = tr("The model process was killed by {signal}.", signal=name)
         return cls(name, uses_gpu=uses_gpu, message=message)
 
     @classmethod
@@ -128,7 +128,10 @@ class ServerBusy(QwenlocalError):
         self.n_waiting, self.retry_after = n_waiting, retry_after
         super().__init__(
             tr("The model is busy: {count:,} requests are waiting.", count=n_waiting),
-            hint=tr("Try again in {seconds} s. On the server: a longer queue with --max-waiting", seconds=retry_after),
+            hint=tr(
+                "Try again in {seconds} s. On the server: allow more waiting requests with --max-waiting",
+                seconds=retry_after,
+            ),
         )
 
 
@@ -138,7 +141,7 @@ class ServerStopped(QwenlocalError):
     http_status = 503
 
     def __init__(self) -> None:
-        super().__init__(tr("The request was interrupted: the server stops."))
+        super().__init__(tr("The request was interrupted: the server is shutting down."))
 
 
 class UsageError(QwenlocalError):
@@ -288,7 +291,10 @@ class DigestMismatch(DownloadFailed):
                 actual=actual[:16],
                 expected=expected[:16],
             ),
-            hint=tr("The download was deleted. Try again on another network: something in between changes files."),
+            hint=tr(
+                "The download was deleted. "
+                "Try again on another network: something on this one changes files in transit."
+            ),
         )
 
 

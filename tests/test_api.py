@@ -243,7 +243,7 @@ def test_an_answer_that_was_cut_has_text_but_cannot_be_parsed(load: Load, random
         ({"max_tokens": 0}, "max_tokens must be between 1 and"),
         ({"schema": {"not": {}}}, "not"),
         ({"schema": int}, "pydantic model class"),
-        ({"json": True, "grammar": 'root ::= "a"'}, "exclude each other"),
+        ({"json": True, "grammar": 'root ::= "a"'}, "cannot be combined"),
     ],
 )
 def test_an_invalid_option_is_a_usage_error_before_anything_is_computed(

@@ -37,7 +37,7 @@ def test_finished_answers_are_not_repeated(invoke: Run, speaking_model: Path, tm
     assert (result.returncode, result.stdout) == (0, "")
     assert {line["id"]: line["answer"] for line in lines(tmp_path / "out.jsonl")} == {2: "before", 1: SAYS, 3: SAYS}
     again = invoke("run", "-m", str(speaking_model), "--batch", "in.jsonl", "-o", "out.jsonl")
-    assert "All prompts are answered already (3)." in again.stderr
+    assert "All prompts are already answered (3)." in again.stderr
 
 
 def test_an_answer_ends_before_a_stop_string(invoke: Run, speaking_model: Path, tmp_path: Path) -> None:

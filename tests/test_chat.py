@@ -581,7 +581,7 @@ def test_the_model_can_summarize_turns_before_they_are_evicted(vocabulary: Token
     events = list(talk.ask("And now? " + "y" * 150))
     (evicted,) = [event for event in events if isinstance(event, TurnsEvicted)]
     assert evicted.summary == "They greeted each other."
-    assert describe_eviction(evicted).endswith("left the context. Summary: They greeted each other.")
+    assert describe_eviction(evicted).endswith("removed from the context. Summary: They greeted each other.")
     assert any(isinstance(event, Summarizing) for event in events)
     asked = read(generator, vocabulary, -2)
     assert "Question 0" in asked and "Summarise our conversation" in asked
@@ -624,7 +624,7 @@ def test_turns_that_leave_no_room_for_a_summary_are_evicted_with_a_note(vocabula
     list(talk.ask("y" * 600))
     (evicted,) = evictions(talk, "And " + "z" * 300)
     assert (evicted.summary, evicted.lacks_room, talk.thread.summary) == ("", True, "They met.")
-    assert describe_eviction(evicted).endswith("left the context. There was no room for a summary.")
+    assert describe_eviction(evicted).endswith("removed from the context. There was no room for a summary.")
 
 
 def test_evicting_without_a_summary_keeps_an_earlier_one(vocabulary: Tokenizer) -> None:

@@ -200,7 +200,7 @@ def test_a_template_without_system_messages_survives_a_summary(
     for number in range(1, 19):
         chat.enter(f"Question {number} of many, please?", rf"^> Question {number} .*^Rome")
         chat.wait_for_prompt(number + 1)
-    assert "left the context. Summary: Rome" in " ".join(chat.text.split())
+    assert "removed from the context. Summary: Rome" in " ".join(chat.text.split())
     assert [m.text for m in journal().load_thread(1).path][1::2] == ["Rome"] * 18
 
 

@@ -464,7 +464,7 @@ def test_all_keywords_of_a_schema_are_enforced(
     [
         ("", "it is empty"),
         ("  ", "it is empty"),
-        ('root ::= "a\0"', "a zero byte"),
+        ('root ::= "a\0"', "a null character"),
         ("root ::= " + '"a" ' * 30_000, "longer than 100,000 characters"),
         ('root ::= "a', 'unexpected “"a” on line 1'),
         ("other ::= [a-z]", "it has no rule “root”"),
@@ -611,7 +611,7 @@ def test_run_prints_json_that_follows_the_schema(random_model: Path, invoke: Run
         (["--schema", "missing.json"], 3, "There is no file missing.json"),
         (["--schema", "bad.json"], 2, "not valid JSON"),
         (["--grammar", "bad.json"], 2, "Cannot read the grammar"),
-        (["--json", "--schema", "bad.json"], 2, "exclude each other"),
+        (["--json", "--schema", "bad.json"], 2, "cannot be combined"),
     ],
 )
 def test_run_checks_a_schema_or_grammar_before_loading(

@@ -182,7 +182,7 @@ def test_a_gpu_with_less_memory_than_reported_gets_fewer_layers_and_a_note(
     loaded.close()
     assert tried == [3, 2, 1]  # there are two layers and the output
     assert loaded.notes == (FewerGpuLayers(1, 3),)
-    assert "of 3 planned layers it holds 1" in describe_note(loaded.notes[0])
+    assert "it holds 1 of 3 planned layers" in describe_note(loaded.notes[0])
 
 
 def test_layers_that_are_not_offloaded_need_memory() -> None:

@@ -429,7 +429,7 @@ def test_a_key_comes_from_the_environment_or_the_keyring(tmp_path: Path, monkeyp
     path, url = tmp_path / "endpoints.toml", "http://gpu:8000/v1"
     with pytest.raises(UsageError, match="variable K is not set"):
         find_endpoint(path, url, "m", "K", {})
-    with pytest.raises(UsageError, match="characters that no key has") as caught:
+    with pytest.raises(UsageError, match="contains invalid characters") as caught:
         find_endpoint(path, url, "m", "K", {"K": "sk\nsecret"})
     assert "secret" not in str(caught.value)
     (tmp_path / "keyring.py").write_text(f"def get_password(service, user): return {KEY!r} + service + user")

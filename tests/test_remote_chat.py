@@ -117,7 +117,7 @@ def test_options_of_local_models_are_refused_by_name(
 def test_a_broken_answer_is_printed_and_exits_with_4(qwenlocal: Run, engine: EngineServer) -> None:
     engine.replies = [Reply(cut=True)]
     result = qwenlocal("run", "--url", engine.url, "-m", "m", "Hi")
-    assert "broke off" in expect_exit(result, 4)
+    assert "is incomplete" in expect_exit(result, 4)
     assert result.stdout == f"{SAYS}\n"
 
 
@@ -223,7 +223,7 @@ def test_models_are_listed_and_switched(terminal: Open, engine: EngineServer, fo
     name_endpoint(folders, engine, 'model = "tiny-chat"')
     chat = start_chat(terminal, "vllm:")
     chat.enter("/model", "Current model: tiny-chat.*large-chat")
-    chat.enter("/model huge-chat", "has no model “huge-chat”. It has: .*large-chat")
+    chat.enter("/model huge-chat", "has no model “huge-chat”. Available models: .*large-chat")
     chat.enter("/model large-chat", r"Switched to large-chat\.$")
     chat.enter("Hi", re.escape(SAYS))
     chat.wait_for_prompt(5)
@@ -264,7 +264,7 @@ def test_a_question_that_fails_is_the_text_of_the_next_line(terminal: Open, engi
 def test_a_broken_answer_stays_on_the_screen_and_can_be_continued(terminal: Open, engine: EngineServer) -> None:
     engine.replies = [Reply(cut=True), Reply((" and food",))]
     chat = start_chat(terminal, "--url", engine.url, "-m", "tiny-chat")
-    chat.enter("Hi", re.escape(SAYS) + r".*broke off.*/continue")
+    chat.enter("Hi", re.escape(SAYS) + r".*is incomplete.*/continue")
     chat.wait_for_prompt(2)
     chat.enter("/continue", "and food")
 

@@ -80,7 +80,7 @@ def test_a_long_chat_loses_its_oldest_turns(server: Server, terminal: Open, spea
     chat = start_chat(terminal, speaking_model)
     for number in range(4):
         chat.enter(f"{number} " + "x" * 120, "Paris, fun")
-    chat.wait_for("oldest|left the context")
+    chat.wait_for("oldest")
 
 
 def test_ctrl_c_stops_an_answer_of_the_server(
@@ -135,4 +135,4 @@ def test_options_that_only_a_model_here_can_follow_exclude_a_server(
     server: Server, qwenlocal: Run, speaking_model: Path
 ) -> None:
     result = qwenlocal("run", str(speaking_model), "Hello", "--server", "-c", "1024")
-    assert "-c: only without --server" in expect_exit(result, 2)
+    assert "-c cannot be combined with --server" in expect_exit(result, 2)

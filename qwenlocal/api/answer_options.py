@@ -77,7 +77,7 @@ def parse_options(options: AnswerOptions, recommended: Sampling) -> AnswerSettin
 def _grammar(as_json: bool, schema: Mapping[str, Any] | type | None, gbnf: str | None) -> str | None:
     """Return the grammar that the answer must follow; None for none."""
     if sum((as_json, schema is not None, gbnf is not None)) > 1:
-        raise UsageError(tr("json, schema and grammar exclude each other."), hint=tr("Use one of them."))
+        raise UsageError(tr("json, schema and grammar cannot be combined."), hint=tr("Use one of them."))
     if gbnf is not None:
         from qwenlocal.engine.gbnf import grammar_from_gbnf
 

@@ -115,7 +115,7 @@ class ModelLoader:
             self._uses_gpu = loaded.plan.gpu_layers > 0
             if unusable := check.result():
                 loaded.close()
-                raise BadWeights(unusable[0], tr("it has tensors of a type with which llama.cpp cannot compute"))
+                raise BadWeights(unusable[0], tr("it has tensors of a type that llama.cpp cannot compute with"))
             return loaded
 
     @contextlib.contextmanager

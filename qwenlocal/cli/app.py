@@ -80,7 +80,7 @@ def run(
     ] = None,
     url: Annotated[
         str | None,
-        Option("--url", metavar="URL", help="Use an OpenAI-compatible engine elsewhere: http://HOST:PORT/v1."),
+        Option("--url", metavar="URL", help="Use an engine with an OpenAI-compatible API: http://HOST:PORT/v1."),
     ] = None,
     api_key_env: Annotated[
         str | None,
@@ -281,21 +281,21 @@ def serve(
         list[str] | None,
         Argument(
             metavar="[MODEL]...",
-            help="Models to serve, the default one first; other installed models are loaded when they are requested.",
+            help="Models to serve, the default one first; other installed models are loaded on request.",
             autocompletion=complete_models,
         ),
     ] = None,
     host: Annotated[str, Option("--host", metavar="ADDRESS", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, Option("--port", metavar="N", help="Port to listen on; 0 for any free one.")] = 8000,
     parallel: Annotated[
-        str, Option("--parallel", metavar="N", help="Requests that a model answers at the same time.")
+        str, Option("--parallel", metavar="N", help="Number of requests that a model answers at the same time.")
     ] = "auto",
     max_waiting: Annotated[
-        int, Option("--max-waiting", metavar="N", min=0, help="Requests that may wait for a model; others get 503.")
+        int, Option("--max-waiting", metavar="N", min=0, help="Let N requests wait for a model; others get 503.")
     ] = 64,
     keep_alive: Annotated[
         str,
-        Option("--keep-alive", metavar="TIME", help="Unload a model that nobody used for TIME (30s, 5m, forever)."),
+        Option("--keep-alive", metavar="TIME", help="Unload a model after TIME without a request (30s, 5m, forever)."),
     ] = "5m",
     api_key: Annotated[
         list[str] | None, Option("--api-key", metavar="KEY", help="Require a key; may be repeated.")
@@ -305,11 +305,11 @@ def serve(
     ] = None,
     allow_host: Annotated[
         list[str] | None,
-        Option("--allow-host", metavar="NAME", help="Accept requests to the host NAME; may be repeated."),
+        Option("--allow-host", metavar="NAME", help="Accept requests for the host NAME; may be repeated."),
     ] = None,
     allow_origin: Annotated[
         list[str] | None,
-        Option("--allow-origin", metavar="URL", help="Let web pages of URL use the server; may be repeated."),
+        Option("--allow-origin", metavar="URL", help="Accept requests from web pages at URL; may be repeated."),
     ] = None,
     tls_cert: Annotated[str | None, Option("--tls-cert", metavar="FILE", help="Certificate for HTTPS (PEM).")] = None,
     tls_key: Annotated[str | None, Option("--tls-key", metavar="FILE", help="Key of the certificate (PEM).")] = None,
@@ -327,7 +327,7 @@ def serve(
     limit_rate: RateOption = None,
     yes: YesOption = False,
 ) -> None:
-    """Serve models to programs that use OpenAI's, Anthropic's or Ollama's interface.
+    """Serve models over the OpenAI, Anthropic and Ollama APIs.
 
     \b
     qwenlocal serve                                  serve the default model
@@ -415,7 +415,7 @@ def verify(
         from qwenlocal.cli.commands.verify_checkpoint import verify_checkpoint
 
         if no_repair:
-            raise typer.BadParameter("--no-repair and --against exclude each other; --against changes nothing.")
+            raise typer.BadParameter("--no-repair cannot be combined with --against, which repairs nothing.")
         verify_checkpoint(model, against, as_json=as_json)
         return
     from qwenlocal.cli.commands.verify import verify_model

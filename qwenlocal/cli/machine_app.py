@@ -35,13 +35,13 @@ def bench(
         int | None, Option("-r", "--repetitions", metavar="N", help="Repeat each test N times.")
     ] = None,
     depths: Annotated[
-        str | None, Option("--depths", metavar="N,…", help="Decode after N tokens of context as well.")
+        str | None, Option("--depths", metavar="N,…", help="Also measure decoding after N tokens of context.")
     ] = None,
     kv_type: KvTypeOption = None,
     flash_attention: FlashAttentionOption = "auto",
     ubatch: Annotated[int | None, Option("--ubatch", metavar="N", help="Size of the physical batch in tokens.")] = None,
     _huge_pages: HugePagesOption = True,
-    plot: Annotated[bool, Option("--plot", help="Draw bars.")] = False,
+    plot: Annotated[bool, Option("--plot", help="Draw a bar chart.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Benchmark models in a minute: pp512 and tg128 as in llama-bench, first token, and the machine's limits."""

@@ -174,7 +174,7 @@ def parse_answer_format(as_json: bool, schema: str | None, grammar: str | None) 
     UsageError: more than one is given, or the file is not supported. ModelNotFound: it does not exist.
     """
     if sum((as_json, schema is not None, grammar is not None)) > 1:
-        raise UsageError(tr("--json, --schema and --grammar exclude each other."), hint=tr("Use one of them."))
+        raise UsageError(tr("--json, --schema and --grammar cannot be combined."), hint=tr("Use one of them."))
     if grammar is not None:
         from qwenlocal.engine.gbnf import grammar_from_gbnf
 

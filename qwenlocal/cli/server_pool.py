@@ -47,7 +47,7 @@ def open_server_pool(app: AppContext, options: RunOptions, name: str | None) -> 
                 return ServerPool(server, model, options)
     if options.server:
         if refused:
-            raise UsageError(tr("{options}: only without --server.", options=", ".join(refused)))
+            raise UsageError(tr("{options} cannot be combined with --server.", options=", ".join(refused)))
         raise UsageError(tr("No running server has loaded this model."), hint=tr("Start one: qwenlocal serve MODEL"))
     return None
 

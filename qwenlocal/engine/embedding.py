@@ -166,7 +166,7 @@ def _read_pooling(model: Model) -> int:
     pooling = int(model.metadata(f"{architecture}.pooling_type") or 0) or _MEAN
     if pooling not in (_MEAN, _CLS, _LAST) or model.metadata(f"{architecture}.attention.causal") == "false":
         raise UsageError(
-            tr("This model ranks texts or reads them in both directions; its embeddings are not supported."),
+            tr("This is a reranking or bidirectional model; its embeddings are not supported."),
             hint=tr("Use a chat model, or an embedding model such as Qwen3-Embedding."),
         )
     return pooling

@@ -46,7 +46,7 @@ def grammar_from_gbnf(text: str) -> str:
     UsageError: the text is invalid, or no answer can match it.
     """
     if "\0" in text or not text.strip():
-        raise _unreadable(tr("it is empty or contains a zero byte"))
+        raise _unreadable(tr("it is empty or contains a null character"))
     if len(text) > _MAX_LENGTH:
         raise _unreadable(tr("it is longer than {limit:,} characters", limit=_MAX_LENGTH))
     from llguidance import LLMatcher

@@ -150,12 +150,12 @@ def _no_checkpoint_error(listing: RepoListing) -> ModelNotFound:
         return ModelNotFound(
             repo,
             reason=tr(
-                "{repo} has its checkpoints in folders ({folders}), which cannot be named.",
+                "{repo} has its checkpoints in folders ({folders}), which cannot be selected by name.",
                 repo=repo,
                 folders=", ".join(folders[:5]),
             ),
             hint=tr(
-                "Download one with the program hf of Hugging Face: hf download {repo} --include '{folder}/*' "
+                "Download one with Hugging Face's hf command: hf download {repo} --include '{folder}/*' "
                 "--local-dir {name}; then: qwenlocal convert {name}/{folder}",
                 repo=repo,
                 folder=folder,

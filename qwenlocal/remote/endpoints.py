@@ -87,7 +87,7 @@ def parse_url(text: str) -> str:
         raise UsageError(tr("“{text}” is not the URL of an engine.", text=text), hint="--url http://localhost:8000/v1")
     if parts.username is not None or parts.password is not None:
         raise UsageError(
-            tr("The URL of an engine must not have a user or a password in it."),
+            tr("The URL of an engine must not contain a user name or a password."),
             hint=tr("Name the environment variable that holds the API key: --api-key-env VARIABLE"),
         )
     path = parts.path.rstrip("/").removesuffix("/chat/completions").rstrip("/")
@@ -169,7 +169,7 @@ def _with_key(endpoint: Endpoint, variable: str, environ: Mapping[str, str]) -> 
             hint=tr("Set it to the API key: export {variable}=KEY", variable=variable),
         )
     if not re.fullmatch(r"[!-~]*", key):  # HTTP libraries quote invalid headers in their errors
-        raise UsageError(tr("The API key in {source} has characters that no key has.", source=tr(source)))
+        raise UsageError(tr("The API key in {source} contains invalid characters.", source=tr(source)))
     return replace(endpoint, api_key=key, key_source=source if key else "")
 
 

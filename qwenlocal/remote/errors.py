@@ -67,7 +67,7 @@ class RateLimited(RemoteError):
 
     def __init__(self, host: str, retry_after: float, reason: str) -> None:
         self.retry_after, self.reason = retry_after, reason
-        message = tr("{host} has had too many requests", host=host)
+        message = tr("{host} has received too many requests", host=host)
         super().__init__(
             host,
             f"{message}: {shorten(reason, _EXCERPT)}" if reason else f"{message}.",
@@ -100,7 +100,7 @@ class EngineFailed(RemoteError):
         super().__init__(
             host,
             tr("{host} failed ({kind}): {reason}", host=host, kind=kind, reason=reason),
-            hint=tr("Try again; if it stays so, read the engine's log."),
+            hint=tr("Try again; if it keeps failing, check the engine's log."),
         )
 
 
@@ -111,7 +111,7 @@ class MalformedAnswer(RemoteError):
         self.excerpt = shorten(excerpt, _EXCERPT)
         super().__init__(
             host,
-            tr("{host} does not answer as the OpenAI API does: {excerpt}", host=host, excerpt=self.excerpt or "“”"),
+            tr("{host} does not answer like the OpenAI API: {excerpt}", host=host, excerpt=self.excerpt or "“”"),
             hint=tr("Check the address; it usually ends with /v1."),
         )
 
@@ -123,7 +123,7 @@ class AnswerCut(RemoteError):
         self.reason = reason
         super().__init__(
             host,
-            tr("The answer of {host} broke off: {reason}.", host=host, reason=reason),
+            tr("The answer from {host} is incomplete: {reason}.", host=host, reason=reason),
             hint=tr("In a chat, its text is kept, and /continue asks for the rest."),
         )
 
@@ -139,7 +139,9 @@ class RemoteModelNotFound(ModelNotFound):
             name,
             reason=tr("{host} has no model “{name}”.", host=host, name=name),
             suggestions=similar[:_MAX_NAMES],
-            hint=tr("It has: {names}", names=names) if names else tr("It lists no models; load one there first."),
+            hint=tr("Available models: {names}", names=names)
+            if names
+            else tr("It lists no models; load one there first."),
         )
 
 

@@ -133,7 +133,9 @@ class AnswerService:
         async with contextlib.aclosing(_merge(streams)) as events:
             async for index, event in events:
                 if isinstance(event, Done) and event.finish_reason is FinishReason.INTERRUPTED:
-                    raise HttpError(503, tr("The answer was interrupted: the server stops."), code="interrupted")
+                    raise HttpError(
+                        503, tr("The answer was interrupted: the server is shutting down."), code="interrupted"
+                    )
                 yield index, event
 
     async def embed(

@@ -89,7 +89,7 @@ class CountTokensRequest(ApiRequest):
             return ChatPrompt(messages)
         if messages[-1]["content"][-1:].isspace():  # as Anthropic refuses it: few answers continue after a space
             field = f"messages.{len(self.messages) - 1}.content"
-            raise BadField(field, tr("A beginning of an answer must not end with a space or a line break."))
+            raise BadField(field, tr("A prefilled answer must not end with a space or a line break."))
         return continue_answer(messages)
 
 
@@ -128,7 +128,7 @@ class AnthropicApi:
             if body.messages[-1].role == "assistant":
                 raise BadField(
                     "output_config.format",
-                    tr("“output_config.format” and a last message of the assistant exclude each other."),
+                    tr("“output_config.format” cannot be combined with a last message of the role “assistant”."),
                 )
             schema = body.output_config.format.json_schema
             sampling["grammar"] = await self._service.grammars.compile_schema(schema, "output_config.format.schema")

@@ -83,7 +83,7 @@ class GrammarCompiler:
             return await asyncio.get_running_loop().run_in_executor(self._thread, self._call, function, text)
         except TimeoutError:
             message = tr("“{field}” takes more than {seconds:g} s to compile.", field=param, seconds=self._limit)
-            hint = tr("Use fewer patterns, numbers with a range or “multipleOf”, and combined schemas.")
+            hint = tr("Use fewer patterns, number ranges, “multipleOf” and combined schemas.")
             raise BadField(param, message, code=code, hint=hint) from None
         except UsageError as error:
             raise BadField(param, str(error), code=code, hint=error.hint) from error

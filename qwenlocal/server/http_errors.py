@@ -18,6 +18,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qwenlocal.errors import ContextFull, OutOfRange, QwenlocalError, ServerBusy
 from qwenlocal.hints import join_hint
@@ -103,7 +104,9 @@ def report_error(error: Exception, request: Request) -> ErrorReport:
         return ErrorReport(error.status_code, str(error.detail))
     id = secrets.token_hex(4)
     _log.error("Error %s in %s %s", id, request.method, request.url.path, exc_info=error)
-    return ErrorReport(500, tr("The server failed; its log describes the error {id}.", id=id), "internal_error")
+    return ErrorReport(
+        500, tr("Internal error; its details are in the server's log, as error {id}.", id=id), "internal_error"
+    )
 
 
 def _report_known(error: QwenlocalError) -> ErrorReport:
@@ -152,3 +155,30 @@ async def respond_to_error(request: Request, error: Exception) -> JSONResponse:
     report = report_error(error, request)
     headers = {**report.headers, **(getattr(error, "headers", None) or {})}
     return JSONResponse(report.body(request.url.path), report.status, headers)
+
+
+class ErrorResponder:
+    """
+    ASGI middleware that responds to errors that nothing else handles, after `report_error` has logged them.
+
+    A handler for `Exception` would do the same, but Starlette raises the error again after it, and uvicorn would log it
+    once more. An error in a response that has begun is raised, so that uvicorn logs it and closes the connection.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        has_begun = False
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_and_note)
+        except Exception as error:
+            if has_begun or scope["type"] != "http":
+                raise
+            await (await respond_to_error(Request(scope), error))(scope, receive, send)

@@ -240,7 +240,7 @@ async def serve_http(
         log_config=None,
         log_level="error",  # not a line for each request that is not HTTP
         access_log=False,
-        lifespan="off",
+        lifespan="off",  # `app` begins and ends below, where a second signal does not skip its end
         server_header=False,
         ws="none",
         timeout_keep_alive=limits.idle_seconds,
@@ -252,7 +252,7 @@ async def serve_http(
     except OSError as error:  # ssl.SSLError is one
         raise UsageError(
             tr("Cannot use the certificate {certificate} with the key {key}.", certificate=certificate, key=key),
-            hint=tr("Both must be PEM files, and the key must be the certificate's, without a password."),
+            hint=tr("Both must be PEM files, and the key must belong to the certificate and have no password."),
         ) from error
     server = _Server(config, end_answers, limits)
 
@@ -263,9 +263,10 @@ async def serve_http(
             server.should_exit = True
             raise
 
-    starting = asyncio.get_running_loop().create_task(start())
-    await server.serve(sockets=[listener])
-    if not starting.done():
-        starting.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await starting
+    async with app.router.lifespan_context(app):
+        starting = asyncio.get_running_loop().create_task(start())
+        await server.serve(sockets=[listener])
+        if not starting.done():
+            starting.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await starting

@@ -27,6 +27,7 @@ from qwenlocal.server.ollama_models import (
     OllamaRequest,
 )
 from qwenlocal.server.openai_format import FINISH_REASONS, format_chat_logprobs
+from qwenlocal.server.request_fields import continue_answer, format_message
 from qwenlocal.server.security import identify_client
 from qwenlocal.server.streaming import NDJSON, run_while_connected, stream_while_connected
 
@@ -75,14 +76,16 @@ class OllamaApi:
         return JSONResponse(_format_description(await self._service.find_model(body.model_name)))
 
     async def chat(self, request: Request, body: OllamaChatRequest) -> Response:
-        """Answer the last message of a chat."""
+        """Answer the last message of a chat; if it is the assistant's, continue it."""
         body.check()
-        messages = [{"role": message.role, "content": message.content} for message in body.messages]
+        messages = [format_message(message.role, message.content) for message in body.messages]
+        is_begun = bool(messages) and messages[-1]["role"] == "assistant"
+        prompt = continue_answer(messages) if is_begun else ChatPrompt(messages)
 
         def format_text(text: str) -> dict[str, Any]:
             return {"message": {"role": "assistant", "content": text}}
 
-        return await self._respond(request, body, lambda _: ChatPrompt(messages), format_text)
+        return await self._respond(request, body, lambda _: prompt, format_text)
 
     async def generate(self, request: Request, body: OllamaGenerateRequest) -> Response:
         """Answer a prompt, or continue it."""
@@ -167,7 +170,7 @@ class OllamaApi:
         self._warned.add(model.name)
         _log.warning(
             tr(
-                "A client asks {name} for a context of {asked:,} tokens (“num_ctx”); it has {n_ctx:,}. "
+                "A client requested a context of {asked:,} tokens (“num_ctx”); that of {name} has {n_ctx:,}. "
                 "For a longer one, start the server with -c {asked}",
                 name=model.name,
                 asked=num_ctx,

@@ -42,7 +42,7 @@ def parse_keep_alive(value: object) -> float:
     if isinstance(value, str):
         value = _parse_time(value)
     if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
-        raise ValueError(tr("a number of seconds, or a time such as 5m, is expected"))
+        raise ValueError(tr("expected a number of seconds, or a duration such as 5m"))
     return math.inf if value < 0 else float(value)
 
 

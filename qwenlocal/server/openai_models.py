@@ -135,7 +135,7 @@ class GenerationFields(ApiRequest, SamplingFields):
         if self.stream_options and not self.stream:
             raise BadField("stream_options", tr("“stream_options” needs “stream”: true."))
         if self.grammar and self.response_format and self.response_format.type != "text":
-            raise BadField("grammar", tr("“grammar” and “response_format” exclude each other."))
+            raise BadField("grammar", tr("“grammar” and “response_format” cannot be combined."))
 
     async def all_sampling(self, grammars: GrammarCompiler) -> dict[str, Any]:
         """

@@ -85,7 +85,7 @@ class PageAnswers:
         Closing the iterator stops the answer; what there is of it stays in the journal.
         """
         if question.key in self._running:
-            raise BadField("key", tr("An answer with this key is being generated."))
+            raise BadField("key", tr("An answer with this key is already being generated."))
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[PageEvent | None] = asyncio.Queue()
         async with self._service.open(model) as engine:

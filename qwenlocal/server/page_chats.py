@@ -174,7 +174,7 @@ class PageChats:
                 409,
                 tr("Chat {id} is being answered.", id=chat_id),
                 code="chat_answering",
-                hint=tr("Stop the answer first, or wait for its end."),
+                hint=tr("Stop the answer first, or wait until it is complete."),
             )
         if state == ELSEWHERE and not copies:
             raise HttpError(

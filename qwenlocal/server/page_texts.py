@@ -95,18 +95,20 @@ _TEXTS = {
     "reason_interrupted": mark("Stopped."),
     "reason_stop_string": mark("Ended at a stop string."),
     "no_answer": mark("No answer yet."),
-    "evicted_one": mark("To make room, the oldest turn, “{first}”, left the context."),
-    "evicted_many": mark("To make room, the oldest {turns} turns, starting with “{first}”, left the context."),
+    "evicted_one": mark("To make room, the oldest turn, “{first}”, was removed from the context."),
+    "evicted_many": mark(
+        "To make room, the oldest {turns} turns, starting with “{first}”, were removed from the context."
+    ),
     "no_summary": mark("There was no room for a summary."),
     "summarizing": mark("The context is full. Summarizing the oldest turns: {words} words"),
-    "summary": mark("Summary of the turns that left the context"),
-    "out_of_context": mark("Not in the context any more"),
+    "summary": mark("Summary of the turns that were removed from the context"),
+    "out_of_context": mark("No longer in the context"),
     "tokens_per_second": mark("{speed} tokens/s"),
     "stats": mark("{tokens} tokens, {speed} tokens/s"),
     "context": mark("Context"),
     "context_used": mark("{used} of {size} tokens"),
     "open_elsewhere": mark(
-        "This chat is open in another window. Your next message starts a copy, unless that window is closed by then."
+        "This chat is open in another window. Unless you close that window first, your next message starts a copy."
     ),
     "answering_elsewhere": mark("This chat is being answered in another tab."),
     "reload": mark("Reload"),
@@ -123,7 +125,7 @@ _TEXTS = {
     "key_settings": mark("Settings"),
     "key_help": mark("This list"),
     "key_needed": mark("This page needs a key."),
-    "key_hint": mark("It is in the address that “qwenlocal serve” has printed."),
+    "key_hint": mark("It is part of the address that “qwenlocal serve” printed."),
     "continue": mark("Continue"),
     "connection_lost": mark("The server cannot be reached."),
     "nothing_installed": mark("No model is installed. To install one: qwenlocal pull NAME"),

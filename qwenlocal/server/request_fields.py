@@ -125,5 +125,7 @@ def continue_answer(messages: Sequence[Mapping[str, str]]) -> ChatPrompt:
     """
     *others, last = messages
     if last["role"] != "assistant" or not any(message["role"] == "user" for message in others):
-        raise BadField("messages", tr("To be continued, an answer must be the last message and follow a question."))
+        raise BadField(
+            "messages", tr("An answer can only be continued if it is the last message and follows a question.")
+        )
     return ChatPrompt(others, last["content"])

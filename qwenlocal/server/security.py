@@ -79,7 +79,7 @@ class HostCheck(RequestCheck):
         if host not in self._allowed and not (self._allows_addresses and _is_address(host)):
             raise HttpError(
                 403,
-                tr("This server is not called “{name}”.", name=host),
+                tr("Requests for the host “{name}” are not allowed.", name=host),
                 code="host_not_allowed",
                 hint=tr("To allow that name, on the server: --allow-host NAME"),
             )

@@ -80,7 +80,7 @@ def describe_note(note: LoadNote) -> str:
             )
         case FewerGpuLayers(layers, planned):
             return tr(
-                "The GPU has less free memory than it reported; of {planned} planned layers it holds {layers}.",
+                "The GPU has less free memory than it reported: it holds {layers} of {planned} planned layers.",
                 layers=layers,
                 planned=planned,
             )

@@ -200,7 +200,7 @@ class Repl:
             session.say(tr("Nothing was changed."))
         elif edit.is_answer:
             session.conversation.replace_answer(edit.turn, line)
-            session.say(tr("Answer changed. What followed it is kept: /branch"))
+            session.say(tr("Answer changed. The messages after it are kept: /branch"))
         else:
             self._send(_message_text(line), lambda message: session.conversation.edit(edit.turn, message))
 

@@ -154,12 +154,12 @@ def _describe_summarizing(event: Summarizing) -> str:
 
 
 def describe_eviction(event: TurnsEvicted) -> str:
-    """Return `To make room, the oldest 3 turns, starting with “Hello, …”, left the context.`"""
+    """Return `To make room, the oldest 3 turns, starting with “Hello, …”, were removed from the context.`"""
     if event.turns == 1:
-        text = tr("To make room, the oldest turn, “{first}”, left the context.", first=event.first)
+        text = tr("To make room, the oldest turn, “{first}”, was removed from the context.", first=event.first)
     else:
         text = tr(
-            "To make room, the oldest {turns} turns, starting with “{first}”, left the context.",
+            "To make room, the oldest {turns} turns, starting with “{first}”, were removed from the context.",
             turns=event.turns,
             first=event.first,
         )

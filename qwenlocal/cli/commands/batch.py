@@ -65,7 +65,7 @@ def run_batch(app: AppContext, options: RunOptions) -> None:
     finished = read_finished_ids(output)
     remaining = [item for item in items if item.id not in finished]
     if not remaining:
-        app.say(tr("All prompts are answered already ({count:,}).", count=len(items)))
+        app.say(tr("All prompts are already answered ({count:,}).", count=len(items)))
         return
     model, draft = app.library.models.ensure_models(options.model_name, options.draft)
     loader = create_loader(app, options, draft)

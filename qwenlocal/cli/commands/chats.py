@@ -205,7 +205,7 @@ def recover_chats() -> None:
             messages=format_count(messages, "message"),
         ),
         *([tr("Lost: {messages}, marked in the chats.", messages=format_count(lost, "message"))] if lost else []),
-        *([tr("Only the beginning is left of {messages}.", messages=format_count(cut, "message"))] if cut else []),
+        *([tr("Recovered in part: {messages}.", messages=format_count(cut, "message"))] if cut else []),
         tr("The damaged file is kept: {path}", path=damaged),
     ]
     sys.stderr.write(" ".join(sentences) + "\n")

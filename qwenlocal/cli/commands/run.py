@@ -120,11 +120,13 @@ def _check_options(options: RunOptions) -> None:
     if options.overflow not in OVERFLOW_POLICIES:
         raise InvalidChoice("--overflow", OVERFLOW_POLICIES, options.overflow)
     if options.raw and (options.system or options.interactive):
-        raise UsageError(tr("--raw continues plain text, so it excludes --system and -i."))
+        raise UsageError(tr("--raw continues plain text, so it cannot be combined with --system or -i."))
     if options.batch is not None and (
         options.interactive or options.raw or options.resume is not None or options.prompt_words
     ):
-        raise UsageError(tr("--batch reads its prompts from a file, so it excludes a prompt, -i, --raw and --resume."))
+        raise UsageError(
+            tr("--batch reads its prompts from a file, so it cannot be combined with a prompt, -i, --raw or --resume.")
+        )
     if options.resume is not None and not can_chat():
         raise UsageError(tr("--resume and --continue need a terminal."))
     if options.interactive and not can_chat():

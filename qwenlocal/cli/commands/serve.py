@@ -124,7 +124,7 @@ def serve_models(options: ServeOptions, app: AppContext) -> None:
                 await host.close()
 
     if settings.api_keys and options.host not in _LOOPBACK:
-        app.say(tr("Everybody who reaches {address} and has a key can use the models.", address=address))
+        app.say(tr("Anyone who can reach {address} and has a key can use the models.", address=address))
     asyncio.run(run())
 
 
@@ -162,7 +162,7 @@ def parse_duration(text: str) -> float:
     except ValueError:
         seconds = -1.0
     if not 0 <= seconds < 1e9:
-        raise UsageError(tr("“{text}” is not a time.", text=text), hint=tr("For example: 30s, 5m, 1h or forever"))
+        raise UsageError(tr("“{text}” is not a duration.", text=text), hint=tr("For example: 30s, 5m, 1h or forever"))
     return seconds
 
 
@@ -199,7 +199,7 @@ def read_page_key(path: Path) -> str:
 
 def _tls_files(options: ServeOptions) -> tuple[Path | None, Path | None]:
     if (options.certificate is None) != (options.key is None):
-        raise UsageError(tr("--tls-cert and --tls-key belong together."))
+        raise UsageError(tr("--tls-cert and --tls-key must be used together."))
     if options.certificate is None or options.key is None:
         return None, None
     certificate, key = parse_path(options.certificate), parse_path(options.key)

@@ -402,7 +402,7 @@ function askForKey() {
   return keyQuestion;
 }
 
-/** `To make room, the oldest 3 turns, starting with “Hello, …”, left the context.` */
+/** `To make room, the oldest 3 turns, starting with “Hello, …”, were removed from the context.` */
 function describeEviction({ turns, first, lacks_room: lacksRoom }) {
   const text = turns === 1 ? t("evicted_one", { first }) : t("evicted_many", { turns: formatNumber(turns), first });
   return lacksRoom ? `${text} ${t("no_summary")}` : text;

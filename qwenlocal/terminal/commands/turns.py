@@ -13,7 +13,7 @@ from qwenlocal.terminal.session import AnswerStarter, PendingEdit, Session
 
 _MAX_RETRIES = 20
 OPEN_ELSEWHERE = mark(
-    "It is open in another window. Your next message starts a copy, unless that window is closed by then."
+    "It is open in another window. Unless you close that window first, your next message starts a copy."
 )
 
 

@@ -1,4 +1,4 @@
-"""Answers for all interfaces: opening the model, several answers at once, and whole answers."""
+"""Answers for all APIs: open the model, generate several answers at once, collect complete answers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from qwenlocal.server.grammar_compiler import GrammarCompiler
 from qwenlocal.server.http_errors import BadField, HttpError
 from qwenlocal.server.server_metrics import ServerMetrics
 
-_CONCURRENT = 8  # answers of one HTTP request at a time, so that it cannot fill the queue of all clients
+_CONCURRENT = 8  # answers of one HTTP request at a time, so that it cannot fill the queue that all clients share
 
 IndexedEvent = tuple[int, EngineEvent]
 
@@ -57,7 +57,7 @@ class CollectedAnswer:
 
 
 class AnswerService:
-    """Models and their answers, measured; `grammars` compiles those that answers follow."""
+    """Models and their answers, with metrics; `grammars` compiles the grammars of answers."""
 
     def __init__(self, host: ModelHost, metrics: ServerMetrics, grammars: GrammarCompiler) -> None:
         self._host, self._metrics, self.grammars = host, metrics, grammars
@@ -127,7 +127,7 @@ class AnswerService:
 
         Raises
         ------
-        HttpError: an answer was interrupted, because the server stops. The errors of `Engine.generate`.
+        HttpError: an answer was interrupted because the server is shutting down. The errors of `Engine.generate`.
         """
         streams = [self._metrics.measure(engine.generate(request)) for request in requests]
         async with contextlib.aclosing(_merge(streams)) as events:

@@ -1,4 +1,4 @@
-"""Anthropic's interface: messages, and counting their tokens (https://docs.anthropic.com/en/api/messages)."""
+"""The Anthropic API: messages, and counting their tokens (https://docs.anthropic.com/en/api/messages)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _STOP_REASONS = {
     FinishReason.LENGTH: "max_tokens",
     FinishReason.CONTEXT_FULL: "model_context_window_exceeded",
 }
-# Fields that change the answer and are not supported, with the values that change nothing.
+# Unsupported fields that would change the answer, with the values that change nothing.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "tool_choice": ({"type": "none"}, {"type": "auto"}),
@@ -87,7 +87,7 @@ class CountTokensRequest(ApiRequest):
         messages = [*system, *(format_message(one.role, one.content) for one in self.messages)]
         if messages[-1]["role"] != "assistant":
             return ChatPrompt(messages)
-        if messages[-1]["content"][-1:].isspace():  # as Anthropic refuses it: few answers continue after a space
+        if messages[-1]["content"][-1:].isspace():  # Anthropic refuses it, too: few answers continue after a space
             field = f"messages.{len(self.messages) - 1}.content"
             raise BadField(field, tr("A prefilled answer must not end with a space or a line break."))
         return continue_answer(messages)

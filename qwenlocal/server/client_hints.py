@@ -1,4 +1,4 @@
-"""The next step after an error, for a client of the server: it can change its request, but runs no command there."""
+"""Hints for clients of the server, which can change their requests but cannot run commands on the server."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qwenlocal.i18n import tr
 
 
 def find_client_hint(error: QwenlocalError) -> str:
-    """Return the hint of an error; what only those who run the server can do begins with "On the server"."""
+    """Return the hint of an error; it begins with "On the server" if only the server's owner can follow it."""
     if isinstance(error, ContextFull):
         return _shorten_prompt(error)
     if isinstance(error, TextTooLong):

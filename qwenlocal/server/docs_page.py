@@ -1,4 +1,4 @@
-"""The page /docs: a list of all operations that needs nothing from outside this machine."""
+"""The page /docs: a list of all operations, without resources from other hosts."""
 
 from __future__ import annotations
 

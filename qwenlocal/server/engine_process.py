@@ -41,8 +41,8 @@ class EngineProcess:
     """
     Runs a model in a child process. Implements `Engine`; `start` first.
 
-    At most `max_waiting` requests wait beyond those that are answered at the same time. Answers, embeddings and each
-    other function have queues of their own: a thousand texts that wait for embeddings refuse nobody an answer.
+    At most `max_waiting` requests wait beyond those that are answered at the same time. Answers, embeddings and every
+    other function have separate queues, so that many waiting embeddings do not block answers.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class EngineProcess:
         if self._receiver.is_alive():
             self._process.kill()
             await asyncio.to_thread(self._receiver.join)
-        self._connection.close()  # not before: the number of a closed file is used again
+        self._connection.close()  # not earlier: the numbers of closed files are reused
 
     @property
     def is_alive(self) -> bool:
@@ -184,7 +184,7 @@ class EngineProcess:
         with suppress(EOFError, OSError):
             while True:
                 self._post(self._handle, connection.recv())
-        while (exit_code := self._process.exitcode) is None:  # also if another thread is just asking for it
+        while (exit_code := self._process.exitcode) is None:  # None while another thread is waiting for it, too
             self._process.join()
         self._post(self._fail_at_end, exit_code)
 
@@ -229,7 +229,7 @@ class EngineProcess:
         self._fail(EngineCrashed.from_exit_code(exit_code, uses_gpu=uses_gpu))
 
     def _fail(self, error: QwenlocalError) -> None:
-        """Tell everybody who waits that the process has ended; the first reason is the best one."""
+        """Fail all waiting requests, because the process has ended; the first reason is the best one."""
         self._failure = self._failure or error
         for inbox in self._queues.values():
             inbox.put_nowait(self._failure)

@@ -27,7 +27,7 @@ from qwenlocal.i18n import tr
 from qwenlocal.server.http_errors import BadField
 from qwenlocal.server.wire import WireError
 
-_MAX_CHARACTERS = 100_000  # of a schema or grammar; ordinary ones take 0.1 s then
+_MAX_CHARACTERS = 100_000  # of a schema or grammar; ordinary ones of this size take 0.1 s
 
 
 class GrammarCompiler:
@@ -35,7 +35,7 @@ class GrammarCompiler:
 
     def __init__(self, limit: float) -> None:
         self._limit = limit
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")  # asyncio's are for all requests
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")  # asyncio's are shared
         self._process: multiprocessing.process.BaseProcess | None = None
         self._connection: Connection | None = None
 
@@ -113,7 +113,7 @@ class GrammarCompiler:
         self._process = processes.Process(target=_run, args=(theirs,), daemon=True)
         self._process.start()
         theirs.close()
-        self._connection.recv()  # it has started, which does not count
+        self._connection.recv()  # it has started; the limit does not include that
 
 
 def _run(connection: Connection) -> None:
@@ -132,7 +132,7 @@ def _run(connection: Connection) -> None:
 
 
 def _exit_with_server() -> None:
-    """End the process if the server is killed while a grammar is compiled, which nothing else would stop."""
+    """End the process if the server is killed during a compilation; nothing else would stop it."""
     if server := multiprocessing.parent_process():
         server.join()
     os._exit(1)

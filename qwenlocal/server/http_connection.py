@@ -1,4 +1,4 @@
-"""A connection to a client: refuses what is not HTTP, and ends when the client neither sends nor reads."""
+"""A connection to a client: refuses malformed HTTP, and closes if the client neither sends nor reads."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _DISCARD_SECONDS = 1.0  # for the rest of a body that nobody reads
 
 class HttpConnection(H11Protocol):
     """
-    Uvicorn's connection, which is closed when its client does nothing.
+    Uvicorn's connection, which is closed if its client is idle.
 
-    That is: it has not sent the whole header of its next request within uvicorn's `timeout_keep_alive`, or there is
-    something to read for it, and it reads nothing for `stall_seconds`, at most twice as long. Answers that are being
-    generated for it are cancelled then.
+    A client is idle if it does not send the complete header of its next request within uvicorn's `timeout_keep_alive`,
+    or if it reads nothing for `stall_seconds` (at most twice as long) although data is waiting. Its running answers are
+    cancelled.
     """
 
     def __init__(
@@ -50,20 +50,20 @@ class HttpConnection(H11Protocol):
         self._stall_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Start to wait for a request."""
+        """Start waiting for a request."""
         super().connection_made(transport)  # type: ignore[arg-type]
         self._watch_header()
         self._stall_timer = self.loop.call_later(self._stall_seconds, self._check_reading)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop to wait."""
+        """Stop waiting."""
         super().connection_lost(exc)
         self._stop_header_timer()
         if self._stall_timer:
             self._stall_timer.cancel()
 
     def handle_events(self) -> None:
-        """Handle what was received."""
+        """Handle received data."""
         super().handle_events()
         self._watch_header()
 
@@ -73,7 +73,7 @@ class HttpConnection(H11Protocol):
             super().shutdown()
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what is not HTTP, unless a response has begun, and close the connection."""
+        """Refuse malformed HTTP, unless a response has begun, and close the connection."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.write(format_response(self._parser.describe_error()))
         self.transport.close()
@@ -116,7 +116,7 @@ class HttpConnection(H11Protocol):
 
 
 class _Parser(h11.Connection):
-    """h11's side of a connection, which also refuses requests that it lets pass and counts the bytes it sends."""
+    """h11's connection; also refuses some requests that h11 accepts, and counts the bytes sent."""
 
     n_sent = 0
     _error_status = 400
@@ -149,10 +149,10 @@ class _Parser(h11.Connection):
 
 def _check_header(request: h11.Request) -> None:
     """
-    Check what h11 does not.
+    Check the header for faults that h11 accepts.
 
-    It limits the header only while a part of it is missing. Of two lengths it ignores Content-Length; a proxy before
-    this server that ignores Transfer-Encoding would take a part of the body for another request
+    h11 limits the header's size only while a part of it is missing. If there are two lengths, it ignores
+    Content-Length; a proxy that ignores Transfer-Encoding would take a part of the body for another request
     (https://www.rfc-editor.org/rfc/rfc9112#section-6.3).
     """
     if len(request.target) + sum(len(name) + len(value) for name, value in request.headers) > _MAX_HEADER:
@@ -163,10 +163,10 @@ def _check_header(request: h11.Request) -> None:
 
 class _RequestBody:
     """
-    The body of a request, whose rest is discarded if a response begins before the application has read all of it.
+    The body of a request. If a response begins before the application has read all of it, the rest is discarded.
 
-    The connection is closed then, so that no part of the body can be taken for the next request. It is read for a
-    while before: closing a socket that has unread data resets the connection, and the client loses the response.
+    The connection is then closed, so that no part of the body is taken for the next request. Before that, the rest is
+    read for a while: closing a socket with unread data resets the connection, and the client loses the response.
     """
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -201,7 +201,7 @@ class _RequestBody:
 
 
 def format_response(report: ErrorReport) -> bytes:
-    """Return the bytes of a response that no application sends; the connection must be closed after it."""
+    """Return the bytes of a response that is sent without the application; close the connection after it."""
     body = json.dumps(report.body("")).encode()
     headers = {
         "Content-Type": "application/json",

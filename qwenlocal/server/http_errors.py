@@ -1,5 +1,5 @@
 """
-Errors as HTTP responses, in the shape that each interface's clients expect.
+Errors as HTTP responses, in the form that the clients of each API expect.
 
 OpenAI: {"error": {"message", "type", "param", "code"}}, https://platform.openai.com/docs/guides/error-codes.
 Anthropic: {"type": "error", "error": {"type", "message"}}, https://docs.anthropic.com/en/api/errors.
@@ -60,9 +60,9 @@ class BadField(HttpError):
 @dataclass(frozen=True)
 class ErrorReport:
     """
-    An error for the clients of any interface.
+    An error for the clients of any API.
 
-    `details` are further fields for OpenAI's, `retry_after` the seconds to wait where that may help.
+    `details` are additional fields for OpenAI's clients, `retry_after` the seconds to wait if that may help.
     """
 
     status: int
@@ -95,7 +95,7 @@ class ErrorReport:
 
 
 def report_error(error: Exception, request: Request) -> ErrorReport:
-    """Describe an error; one that is a bug is logged with an id that the client gets, too."""
+    """Describe an error; a bug is logged with an id that the client also gets."""
     if isinstance(error, QwenlocalError):
         return _report_known(error)
     if isinstance(error, RequestValidationError):
@@ -123,7 +123,7 @@ def _report_known(error: QwenlocalError) -> ErrorReport:
 
 
 def _report_invalid(error: RequestValidationError) -> ErrorReport:
-    """Describe the first field that is invalid; of a value that is none of several types, the part that is wrong."""
+    """Describe the first invalid field; if a value could have several types, the part of it that is wrong."""
     errors = error.errors()
     params = [_find_param(one["loc"], error.body, is_missing=one["type"] == "missing") for one in errors]
     inner = [number for number, param in enumerate(params) if param.startswith(f"{params[0]}.")]

@@ -95,7 +95,7 @@ class _Server(uvicorn.Server):
     """
     Uvicorn's server with a limit of connections.
 
-    It does not send the signal to itself at the end that uvicorn sends, which would skip what follows.
+    Uvicorn sends itself the signal again at the end, which would skip later steps; this class does not.
     """
 
     def __init__(self, config: uvicorn.Config, end_answers: Callable[[], Awaitable[None]], limits: HttpLimits) -> None:
@@ -110,8 +110,8 @@ class _Server(uvicorn.Server):
         """
         Accept connections.
 
-        asyncio's servers have no limit, so uvicorn gets no sockets for one. Here, a connection counts from the moment
-        that it has a file descriptor, also before its TLS handshake, and until the descriptor is free.
+        asyncio's servers have no limit of connections, so uvicorn gets no sockets, and this class accepts connections
+        itself. A connection counts as long as it has a file descriptor, even before its TLS handshake.
         """
         await super().startup(sockets=[])
         for listener in sockets or []:
@@ -145,7 +145,7 @@ class _Server(uvicorn.Server):
             await asyncio.get_running_loop().connect_accepted_socket(
                 self._create_protocol, connection, ssl=self.config.ssl
             )
-        except OSError:  # it is no TLS, or the client has left
+        except OSError:  # not TLS, or the client has left
             connection.close()
 
     def _create_protocol(self) -> HttpConnection:
@@ -154,7 +154,7 @@ class _Server(uvicorn.Server):
         )
 
     async def _refuse(self, connection: socket.socket) -> None:
-        """Respond, and close when the client does: it would lose the response if its request was unread by then."""
+        """Respond, and close when the client does: closing while its request is unread would lose the response."""
         try:
             if not self.config.is_ssl:
                 message = tr("The server has too many connections.")
@@ -238,9 +238,9 @@ async def serve_http(
     config = uvicorn.Config(
         app,
         log_config=None,
-        log_level="error",  # not a line for each request that is not HTTP
+        log_level="error",  # no line for each malformed request
         access_log=False,
-        lifespan="off",  # `app` begins and ends below, where a second signal does not skip its end
+        lifespan="off",  # `app` starts and stops below, where a second signal cannot skip the stop
         server_header=False,
         ws="none",
         timeout_keep_alive=limits.idle_seconds,

@@ -1,4 +1,4 @@
-"""Models in memory: loaded when a request names them, unloaded when nobody has used them for a while."""
+"""Models in memory: loaded when a request names them, unloaded when they have been idle for a while."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from qwenlocal.server.wire import Ready
 @dataclass(frozen=True)
 class HostSettings:
     """
-    Settings for loading models: with `options`, each for `parallel` requests at the same time and `max_waiting` others.
+    Settings for loading models. Each runs `parallel` requests at the same time, and `max_waiting` others wait.
 
-    A model that nobody uses for `keep_alive` seconds is unloaded; never, if that is infinite.
+    A model is unloaded after `keep_alive` seconds without a request; never, if that is infinite.
     """
 
     options: LoadOptions
@@ -38,8 +38,8 @@ class _HostedModel:
     """
     A model and its process.
 
-    `users` are the open blocks of `ProcessHost.open`; without any for `keep_alive` seconds, `timer` unloads it, which
-    `expires` says in seconds since 1970.
+    `users` counts the open blocks of `ProcessHost.open`. After `keep_alive` seconds without any, at the time `expires`
+    (in seconds since 1970), `timer` unloads the model.
     """
 
     def __init__(self, model: ProvidedModel, keep_alive: float) -> None:
@@ -111,7 +111,7 @@ class ProcessHost:
         """
         Load the model `name` ("" for the default one) and keep it loaded for the duration of the block.
 
-        It stays loaded for `keep_alive` seconds without a block; None for as long as it was told before.
+        It stays loaded for `keep_alive` seconds after the last block; None keeps the time that was set before.
 
         Raises
         ------
@@ -134,7 +134,7 @@ class ProcessHost:
 
     async def unload(self, name: str) -> None:
         """
-        Unload a model as soon as nobody uses it; do nothing if it is not loaded.
+        Unload a model as soon as it is idle; do nothing if it is not loaded.
 
         Raises
         ------
@@ -169,10 +169,10 @@ class ProcessHost:
             self._forget(hosted)
         else:
             self._on_loaded(hosted.name, task.result())
-            self._unload_later(hosted)  # those who asked for it may have left
+            self._unload_later(hosted)  # its clients may have left
 
     async def _load(self, hosted: _HostedModel) -> Ready:
-        """Start the process; if memory is short, unload the models that nobody uses, and try again."""
+        """Start the process; if memory is short, unload idle models and try again."""
         async with self._loading:
             await self._wait_for_unloading()
             try:
@@ -196,7 +196,7 @@ class ProcessHost:
         return await hosted.process.start()
 
     def _unload_later(self, hosted: _HostedModel) -> None:
-        """Unload a model after a while, unless somebody uses it until then."""
+        """Unload a model after `keep_alive` seconds, unless it is used before."""
         if hosted.timer:
             hosted.timer.cancel()
         if hosted.users or hosted.ready is None:
@@ -206,7 +206,7 @@ class ProcessHost:
             hosted.timer = asyncio.get_running_loop().call_later(hosted.keep_alive, self._unload, hosted)
 
     def _unload(self, hosted: _HostedModel) -> None:
-        """Start to unload a model; from now on, nobody opens it."""
+        """Start unloading a model; it cannot be opened any more."""
         self._forget(hosted)
         task = asyncio.get_running_loop().create_task(self._stop(hosted))
         self._unloading.add(task)  # the event loop keeps only weak references

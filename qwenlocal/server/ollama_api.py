@@ -1,4 +1,4 @@
-"""Ollama's interface: chats, texts, embeddings and models (https://docs.ollama.com/api)."""
+"""The Ollama API: chats, texts, embeddings and models (https://docs.ollama.com/api)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from qwenlocal.server.request_fields import continue_answer, format_message
 from qwenlocal.server.security import identify_client
 from qwenlocal.server.streaming import NDJSON, run_while_connected, stream_while_connected
 
-_VERSION = "0.12.11"  # of the Ollama whose interface this is; some programs refuse to work with older ones
+_VERSION = "0.12.11"  # version of Ollama with this API; some programs refuse to work with older ones
 _NANOSECONDS = 1e9
 _NEVER = 253_370_764_800.0  # seconds since 1970, in the year 9999
 _log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class OllamaApi:
         return router
 
     async def report_version(self) -> Response:
-        """Return the version of Ollama's interface."""
+        """Return the version of Ollama that has this API."""
         return JSONResponse({"version": _VERSION})
 
     async def list_models(self) -> Response:
@@ -161,9 +161,8 @@ class OllamaApi:
         """
         Log a `num_ctx` that is larger than the context, once per model.
 
-        Ollama does the same with one that is larger than the model's, so its clients do not expect an error: some ask
-        for the length that the model was trained with, whatever the length of the prompt. A prompt that is too long
-        is an error, with both lengths.
+        Ollama does the same if it is larger than the model's, so its clients do not expect an error: some always ask
+        for the length that the model was trained with. A prompt that is too long is an error, with both lengths.
         """
         if num_ctx <= model.n_ctx or model.name in self._warned:
             return
@@ -195,7 +194,7 @@ class OllamaApi:
         )
 
     async def embed_prompt(self, request: Request, body: OllamaEmbeddingRequest) -> Response:
-        """Return the vector of one text; the endpoint that was before /api/embed."""
+        """Return the vector of one text; the predecessor of /api/embed."""
         prompts = [TextPrompt(body.prompt)] if body.prompt else []
         _, embeddings = await run_while_connected(
             request, self._service.embed(body.model_name, prompts, None, body.keep_alive)
@@ -266,7 +265,7 @@ def _format_loaded(model: ModelInfo) -> dict[str, Any]:
 
 
 def _format_description(model: ModelInfo) -> dict[str, Any]:
-    """Describe a model; the length of the context is the one that answers have, as far as it is known."""
+    """Describe a model; `context_length` is that of the loaded model, or else the one that it was trained with."""
     architecture = model.architecture or "qwen2"
     return {
         "modified_at": _format_time(model.modified),

@@ -1,4 +1,4 @@
-"""Requests of Ollama's interface (https://docs.ollama.com/api)."""
+"""Requests of the Ollama API (https://docs.ollama.com/api)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qwenlocal.server.grammar_compiler import GrammarCompiler
 from qwenlocal.server.openai_models import NonEmptyText
 from qwenlocal.server.request_fields import ApiRequest, SamplingFields, StopStrings
 
-# Fields and options that change the answer and are not supported, with the values that change nothing.
+# Unsupported fields and options that would change the answer, with the values that change nothing.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "images": ([],),
@@ -67,7 +67,7 @@ class OllamaRequest(ApiRequest):
     """
     Base class of requests: they name a model, perhaps with the tag that Ollama adds.
 
-    It stays loaded for `keep_alive` seconds after the request; None for as long as it was told before.
+    It stays loaded for `keep_alive` seconds after the request; None keeps the time that was set before.
     """
 
     model: ModelName
@@ -80,7 +80,7 @@ class OllamaRequest(ApiRequest):
 
 
 class OllamaOptions(ApiRequest, SamplingFields):
-    """The `options` of a request. The server chose the length of the context, so `num_ctx` changes nothing."""
+    """The `options` of a request. The server sets the length of the context, so `num_ctx` has no effect."""
 
     num_predict: int | None = None
     num_ctx: int | None = None
@@ -168,7 +168,7 @@ class OllamaGenerateRequest(AnswerRequest):
 
 
 class OllamaEmbeddingRequest(OllamaRequest):
-    """`POST /api/embeddings`, which Ollama had before /api/embed."""
+    """`POST /api/embeddings`, the predecessor of /api/embed."""
 
     prompt: str = ""
 

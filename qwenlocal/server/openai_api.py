@@ -1,4 +1,4 @@
-"""OpenAI's interface: models, chats, completions, embeddings (https://platform.openai.com/docs/api-reference)."""
+"""The OpenAI API: models, chats, completions, embeddings (https://platform.openai.com/docs/api-reference)."""
 
 from __future__ import annotations
 

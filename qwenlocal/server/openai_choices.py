@@ -30,10 +30,10 @@ class ChoiceFormat(Protocol):
     id_prefix: str
 
     async def prepare(self, engine: Engine, requests: Sequence[GenerationRequest]) -> None:
-        """Compute what the choices need besides the answers."""
+        """Compute additional data that the choices need."""
 
     def first_chunk(self, index: int, answer: CollectedAnswer) -> dict[str, Any] | None:
-        """Return what precedes the answer number `index`, if anything does."""
+        """Return the chunk before the text of the answer number `index`; None if there is none."""
 
     def text_chunk(self, index: int, text: str, tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
         """Return the next text."""

@@ -1,4 +1,4 @@
-"""Answers in the format of OpenAI's interface, with llama-server's timings."""
+"""Answers in the format of the OpenAI API, with llama-server's timings."""
 
 from __future__ import annotations
 

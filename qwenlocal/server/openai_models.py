@@ -1,5 +1,5 @@
 """
-Requests of OpenAI's interface, with the additional fields of llama-server.
+Requests of the OpenAI API, with the additional fields of llama-server.
 
 Sources: https://platform.openai.com/docs/api-reference; llama.cpp, tools/server/README.md.
 """
@@ -29,7 +29,7 @@ _MAX_CHOICES = 64
 _MAX_TOP_LOGPROBS = 20
 _MAX_INPUTS = 2048  # of one request, as OpenAI's
 
-# Fields that change the answer and are not supported, with the values that change nothing.
+# Unsupported fields that would change the answer, with the values that change nothing.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -123,7 +123,7 @@ class GenerationFields(ApiRequest, SamplingFields):
 
     def check(self) -> None:
         """
-        Check what types cannot.
+        Check rules that types cannot express.
 
         Raises
         ------
@@ -139,7 +139,7 @@ class GenerationFields(ApiRequest, SamplingFields):
 
     async def all_sampling(self, grammars: GrammarCompiler) -> dict[str, Any]:
         """
-        Return all that changes the choice of tokens, for `GenerationRequest.sampling`.
+        Return all settings that affect the choice of tokens, for `GenerationRequest.sampling`.
 
         Raises
         ------

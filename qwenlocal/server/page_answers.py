@@ -34,8 +34,8 @@ class PageQuestion:
     A question of the page.
 
     `kind` is "ask", "edit" (ask `text` in place of the question `message`), "retry" (the answer `message`, or the last
-    one) or "continue" (the last answer, which was cut). `cut` says what to send of `documents` that do not fit: "head",
-    "passages", or "" for all of them. `key` identifies the answer, to stop it.
+    one) or "continue" (the last answer, which was cut). `cut` selects the part to send of `documents` that do not fit:
+    "head", "passages", or "" for all. `key` identifies the answer, to stop it.
     """
 
     key: str
@@ -57,7 +57,7 @@ class PageQuestion:
         return shorten(self.text) or shorten(", ".join(document.name for document in self.documents))
 
     def config(self) -> GenerationConfig:
-        """Return the settings for the answer; what is not given is what the model recommends."""
+        """Return the settings for the answer; the model's recommendations replace missing ones."""
         unset = frozenset(field.name for field in fields(Sampling)) - set(self.sampling)
         sampling = Sampling().with_overrides(self.sampling)
         return GenerationConfig(sampling, self.max_tokens, overflow=self.overflow, unset=unset)
@@ -82,7 +82,7 @@ class PageAnswers:
         """
         Yield the events of an answer: "start", "progress", "summarizing", "evicted", "text", then one "done".
 
-        Closing the iterator stops the answer; what there is of it stays in the journal.
+        Closing the iterator stops the answer; the text so far stays in the journal.
         """
         if question.key in self._running:
             raise BadField("key", tr("An answer with this key is already being generated."))
@@ -130,7 +130,7 @@ def _put(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[PageEvent | None
 
 
 def _ask(thread: Thread, question: PageQuestion, backend: EngineBackend) -> Iterator[Event]:
-    """Start the answer to a question; if that fails, the thread is as before."""
+    """Start the answer to a question; if that fails, the thread is unchanged."""
     conversation, leaf = Conversation(backend, question.config(), thread), thread.leaf
     if question.kind == "ask":
         return conversation.ask(compose_message(question, thread, backend))

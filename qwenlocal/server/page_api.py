@@ -48,7 +48,7 @@ class FileText(BaseModel):
 
 
 class QuestionRequest(BaseModel):
-    """`POST /page/answers`; see `PageQuestion`. Without `chat`, a new one begins, with the system prompt `system`."""
+    """`POST /page/answers`; see `PageQuestion`. Without `chat`, it starts a new one with the system prompt `system`."""
 
     key: str = Field(min_length=8, max_length=64)
     kind: Literal["ask", "edit", "retry", "continue"] = "ask"
@@ -159,7 +159,7 @@ class PageApi:
     # --- chats
 
     async def list_settings(self) -> Response:
-        """Return what can be chosen: models and system prompts."""
+        """Return the models and system prompts to choose from."""
         models = [
             {"name": one.name, "size": one.size, "is_loaded": one.is_loaded, "n_ctx": one.n_ctx}
             for one in self._service.models()
@@ -206,7 +206,7 @@ class PageApi:
     # --- answers
 
     async def answer(self, request: Request, body: QuestionRequest) -> Response:
-        """Ask a question, ask another one in its place, retry or continue an answer; stream what the model says."""
+        """Ask or edit a question, retry or continue an answer, and stream the answer."""
         events = self._answers.stream(body.to_question(), body.model, identify_client(request))
         return await stream_while_connected(
             request,
@@ -216,11 +216,11 @@ class PageApi:
         )
 
     async def stop_answer(self, key: str) -> Response:
-        """Stop an answer; it stays in the chat as far as it came."""
+        """Stop an answer; the text so far stays in the chat."""
         return _respond({"stopped": self._answers.stop(key)})
 
     async def count_tokens(self, body: CountRequest) -> Response:
-        """Return the tokens of a chat, if the model is loaded: looking at a chat does not load one."""
+        """Return the number of tokens of a chat if the model is loaded: viewing a chat does not load one."""
         info = next((one for one in self._service.models() if one.name == body.model and one.is_loaded), None)
         if info is None:
             return _respond({"tokens": None, "n_ctx": None})
@@ -242,7 +242,7 @@ class PageApi:
 
 def check_own_page(request: Request) -> None:
     """
-    Reject requests of other sites, also of those that may use the server's other routes: chats are private.
+    Reject requests from other sites, even those that may use the server's other routes: chats are private.
 
     Raises
     ------
@@ -271,7 +271,7 @@ def read_upload(name: str, data: bytes) -> Document:
         path.write_bytes(data)
         try:
             return Document(name, read_document(path).text)
-        except UsageError as error:  # it names the copy, which means nothing to its sender
+        except UsageError as error:  # it names the copy, which the client does not know
             message, hint = (
                 text.replace(str(path), name).replace(path.name, name) for text in (str(error), error.hint)
             )

@@ -26,7 +26,7 @@ PAGE_HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
-_TYPES = {".js": "text/javascript", ".mjs": "text/javascript", ".svg": "image/svg+xml"}  # Windows may know others
+_TYPES = {".js": "text/javascript", ".mjs": "text/javascript", ".svg": "image/svg+xml"}  # Windows may have others
 
 
 class PageAssets:
@@ -48,7 +48,7 @@ class PageAssets:
         if data is None:
             raise HttpError(404, tr("The page has no file “{name}”.", name=name), code="file_not_found")
         tag = f'"{hashlib.sha256(data).hexdigest()[:32]}"'
-        headers = {**PAGE_HEADERS, "ETag": tag, "Cache-Control": "no-cache"}  # asks each time, for newer versions
+        headers = {**PAGE_HEADERS, "ETag": tag, "Cache-Control": "no-cache"}  # revalidate each time
         if request.headers.get("if-none-match") == tag:
             return Response(status_code=304, headers=headers)
         return Response(data, headers=headers, media_type=_media_type(name))

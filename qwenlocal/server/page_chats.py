@@ -95,7 +95,7 @@ class PageChats:
             return export_thread(self.journal.load_thread(chat_id), info.title, info.model, format)
 
     def _state(self, chat_id: int) -> str:
-        """Return who has a chat open. The lock is tried, because only that tells."""
+        """Return who has a chat open. Only an attempt to lock it shows that."""
         if self.journal.chat_locks.is_held(chat_id):
             return ANSWERING
         if not self.journal.acquire(chat_id):
@@ -145,7 +145,7 @@ class PageChats:
         """
         Open a chat to change it, or a new one (None), for an answer of `model`.
 
-        If it is open in another process and `copies`, the first change makes a copy, unless it has become free.
+        If `copies` and it is open in another process, the first change makes a copy, unless it was closed there.
 
         Raises
         ------
@@ -215,7 +215,7 @@ def describe_chat(thread: Thread, info: ChatInfo, state: str) -> dict[str, Any]:
 
 
 def describe_path(thread: Thread) -> list[dict[str, Any]]:
-    """Return the messages of the path, each with the numbers of its versions, and what the model can do with it."""
+    """Return the messages of the path, each with its versions, and whether the model can see and continue it."""
     outside = {message.number for turn in thread.turns if not is_in_context(thread, turn) for message in turn.messages}
     return [
         {
@@ -228,7 +228,7 @@ def describe_path(thread: Thread) -> list[dict[str, Any]]:
 
 
 def can_continue(thread: Thread, answer: Message) -> bool:
-    """Return True if an answer was cut and, if it filled the context, there are turns that may leave it."""
+    """Return True if an answer was cut off and, if it filled the context, there are turns to remove from it."""
     if answer.role == USER or answer.finish_reason in (FinishReason.EOS.value, FinishReason.STOP_STRING.value):
         return False
     return answer.finish_reason != FinishReason.CONTEXT_FULL.value or bool(evictable_turns(thread))

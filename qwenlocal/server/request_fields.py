@@ -1,4 +1,4 @@
-"""Fields that requests of several interfaces share: sampling, messages, formats of answers, unsupported fields."""
+"""Fields that requests of several APIs share: sampling, messages, formats of answers, unsupported fields."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LogitBias = dict[int, float] | list[tuple[int, float | Literal[False]]]
 
 
 class ApiRequest(BaseModel):
-    """Base class of requests: fields that it does not know are kept in `model_extra`."""
+    """Base class of requests: unknown fields are kept in `model_extra`."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False, protected_namespaces=())
 
@@ -32,7 +32,7 @@ class ApiRequest(BaseModel):
         """
         Check the fields that would change the answer but are not supported.
 
-        `neutral` has their names, each with the values that change nothing; null is always one of them.
+        `neutral` maps their names to the values that change nothing; null is always one of them.
 
         Raises
         ------
@@ -45,7 +45,7 @@ class ApiRequest(BaseModel):
 
 
 class SamplingFields(BaseModel):
-    """The parameters of sampling, by llama.cpp's names; what is missing is what the model recommends."""
+    """The parameters of sampling, by llama.cpp's names; the model's recommendations replace missing ones."""
 
     temperature: float | None = Field(None, ge=0, le=10)
     top_k: int | None = Field(None, ge=-1, le=1_000_000)
@@ -97,7 +97,7 @@ def join_text(content: str | Sequence[TextPart] | None) -> str:
 
 
 def check_text_parts(value: Any) -> Any:
-    """Reject parts other than text by their type, which says more than that their text is missing."""
+    """Reject parts other than text by their type, which is clearer than an error about missing text."""
     for part in value if isinstance(value, list) else ():
         kind = part.get("type") if isinstance(part, dict) else None
         if isinstance(kind, str) and kind not in ("text", "input_text", "output_text"):
@@ -111,7 +111,7 @@ TextContent = Annotated[
 
 
 def format_message(role: str, content: str | Sequence[TextPart] | None) -> dict[str, str]:
-    """Return a message for the chat template, which knows developers as the system."""
+    """Return a message for the chat template; the role “developer” becomes “system”."""
     return {"role": "system" if role == "developer" else role, "content": join_text(content)}
 
 

@@ -29,7 +29,7 @@ from qwenlocal.server.request_fields import ApiRequest, SamplingFields, TextCont
 from qwenlocal.server.security import identify_client
 from qwenlocal.server.streaming import format_event, run_while_connected, stream_while_connected
 
-# Fields that change the answer and are not supported, with the values that change nothing.
+# Unsupported fields that would change the answer, with the values that change nothing.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),

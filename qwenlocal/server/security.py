@@ -1,9 +1,9 @@
 """
 Checks of every request before anything else reads it: host, origin, key, size. Each is ASGI middleware.
 
-A web page can send requests to 127.0.0.1 from the browser of whoever reads it. Two checks stop that: browsers name the
-page's site in `Origin` and its relation to this server in `Sec-Fetch-Site` (https://www.w3.org/TR/fetch-metadata/), and
-a page whose own name was made to resolve to 127.0.0.1 (DNS rebinding) is recognized by its name in `Host`.
+A web page can send requests to 127.0.0.1 from the browser of anyone who opens it. Two checks stop that: browsers name
+the page's site in `Origin` and its relation to this server in `Sec-Fetch-Site` (https://www.w3.org/TR/fetch-metadata/),
+and a page whose own name resolves to 127.0.0.1 (DNS rebinding) is recognized by its name in `Host`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from qwenlocal.i18n import tr
 from qwenlocal.server.http_errors import HttpError, respond_to_error
 
 _LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
-# Without a key: load balancers ask for /health, and browsers, which have no key yet, open the page, which then asks for
-# it, and the description of the interface, which is the same for every server of this version.
+# No key is needed for /health, which load balancers request; the page, which asks for the key; and the description of
+# the API, which is the same for every server of this version.
 _OPEN_PATHS = frozenset({"/health", "/", "/docs", "/openapi.json"})
 _OPEN_FOLDERS = ("/page/assets/", "/docs/")
 _PAGE_FOLDER = "/page/"
@@ -66,8 +66,8 @@ class HostCheck(RequestCheck):
         """
         Allow this machine's own names, the address `bound` and the names `allowed`.
 
-        A server that is bound to all addresses (0.0.0.0, ::) also has those that the machine has in its networks. An IP
-        address cannot be rebound, so all of them are allowed then.
+        If the server listens on all addresses (0.0.0.0, ::), it is also reached by the machine's addresses in its
+        networks. An IP address cannot be rebound, so all IP addresses are then allowed.
         """
         super().__init__(app)
         self._allowed = {name.lower().strip("[]") for name in (*_LOCAL_HOSTS, bound, *allowed)}
@@ -172,7 +172,7 @@ def read_api_key(headers: Headers) -> str:
 
 
 def identify_client(request: Request) -> str:
-    """Return a name for whoever sends a request: the digest of the key, or else the address."""
+    """Return a name for the client that sends a request: the digest of its key, or else its address."""
     key = read_api_key(request.headers)
     return _digest(key).hex()[:16] if key else (request.client.host if request.client else "")
 
@@ -182,7 +182,7 @@ def _digest(key: str) -> bytes:
 
 
 class BodyLimit:
-    """ASGI middleware that rejects bodies that are too large, whatever length they announce, or that arrive slowly."""
+    """ASGI middleware that rejects bodies that are too large, whatever their Content-Length, or arrive too slowly."""
 
     def __init__(self, app: ASGIApp, limit: int, timeout: float) -> None:
         """Allow `limit` bytes, which must arrive within `timeout` seconds."""

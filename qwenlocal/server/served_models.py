@@ -1,4 +1,4 @@
-"""Names in requests: which model of this disk they mean."""
+"""Names of models in requests, and the installed models that they mean."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class ServedModels:
         """List all models, each once, those that the server was started with first."""
         infos: dict[str, ModelInfo] = {}
         for model in self._all():
-            with contextlib.suppress(BadWeights):  # deleted since
+            with contextlib.suppress(BadWeights):  # deleted in the meantime
                 info = describe_model(model)
                 infos.setdefault(info.name, info)
         return list(infos.values())
@@ -85,7 +85,7 @@ class ServedModels:
 
 def describe_model(model: ProvidedModel) -> ModelInfo:
     """
-    Describe an installed model by its record and the header of its file; a damaged header is left out.
+    Describe an installed model by its record and the header of its file; a damaged header is ignored.
 
     Raises
     ------
@@ -97,7 +97,7 @@ def describe_model(model: ProvidedModel) -> ModelInfo:
     except OSError as error:
         raise BadWeights.unreadable(record.path, error) from error
     metadata: Mapping[str, Any] = {}
-    with contextlib.suppress(BadWeights):  # loading it says what is wrong
+    with contextlib.suppress(BadWeights):  # loading it reports the fault
         metadata = read_metadata(record.path)
     architecture = str(metadata.get("general.architecture", ""))
     n_ctx_train = metadata.get(f"{architecture}.context_length")

@@ -1,4 +1,4 @@
-"""Measurements of a server in the format of Prometheus (https://prometheus.io/docs/instrumenting/exposition_formats/)."""
+"""Metrics of a server in the format of Prometheus (https://prometheus.io/docs/instrumenting/exposition_formats/)."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class ServerMetrics:
         self._requests.labels(route, str(status)).inc()
 
     async def measure(self, events: AsyncGenerator[EngineEvent, None]) -> AsyncGenerator[EngineEvent, None]:
-        """Pass the events of an answer on and count its tokens."""
+        """Pass on the events of an answer and count its tokens."""
         start, last = time.monotonic(), 0.0
         state = self._waiting
         state.inc()
@@ -92,7 +92,7 @@ class RequestCounter:
 
         async def send_and_count(message: Message) -> None:
             if message["type"] == "http.response.start":
-                # A path that is no route would be one more label for each request of a scanner.
+                # Paths without a route are counted together, or each request of a scanner would add a label.
                 self._metrics.count_request(getattr(scope.get("route"), "path", ""), message["status"])
             await send(message)
 

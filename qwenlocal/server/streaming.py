@@ -1,5 +1,5 @@
 """
-Responses that take long: they end when the client leaves, and say something while the model is busy.
+Long responses: they end when the client leaves, and send keep-alives while the model is busy.
 
 Tasks are asyncio's own: cancelling them once lets their `finally` blocks wait, as closing an iterator needs.
 """
@@ -59,9 +59,9 @@ async def stream_while_connected(
     """
     Return a response that sends `chunks`.
 
-    Its status waits for the first chunk, at most `keep_alive` seconds, so that an error before it has a status of its
-    own. Later, an error is a chunk: `encode_error` of the body that it would have as a response. A stream of events
-    gets a comment after each `keep_alive` seconds without a chunk.
+    The status is sent with the first chunk, or after `keep_alive` seconds, so that an error before it has its own
+    status. A later error is sent as a chunk: `encode_error` of the body that it would have as a response. A stream of
+    events gets a comment after every `keep_alive` seconds without a chunk.
     """
     first = asyncio.ensure_future(anext(chunks, b""))
     async with _watch_disconnect(request.receive, first):
@@ -99,7 +99,7 @@ class ChunkResponse(Response):
     ) -> None:
         self._chunks, self._describe, self._keep_alive = chunks, describe, keep_alive
         self.status_code, self.media_type, self.background = 200, media_type, None
-        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})  # nginx would collect chunks
+        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})  # nginx would buffer chunks
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})

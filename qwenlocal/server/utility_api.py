@@ -1,7 +1,7 @@
 """
-Routes besides answers: health, metrics, tokens, the chat template.
+Utility routes: health, metrics, tokens, the chat template.
 
-They are llama-server's (tools/server/README.md). The routes for tokens also understand vLLM's names of fields, and
+They are llama-server's (tools/server/README.md). The routes for tokens also accept vLLM's field names, and
 `/tokenizer_info` is vLLM's (vllm/entrypoints/serve/tokenize): lm-evaluation-harness tokenizes with them.
 """
 

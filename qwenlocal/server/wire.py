@@ -27,7 +27,7 @@ class Submit:
 
 @dataclass(frozen=True)
 class Cancel:
-    """Nobody waits for the request any more."""
+    """Cancel a request that nobody waits for."""
 
     key: int
 
@@ -99,7 +99,7 @@ class WireError:
 
     @classmethod
     def pack(cls, error: BaseException) -> WireError:
-        """Pack an error; anything but a `QwenlocalError` is a bug: its traceback is printed, and it becomes another."""
+        """Pack an error. Unless it is a `QwenlocalError`, it is a bug: print its traceback and pack an `EngineCrashed`."""
         if not isinstance(error, QwenlocalError):
             traceback.print_exception(error)
             error = EngineCrashed.from_bug(error)

@@ -37,7 +37,7 @@ def edit_text(text: str) -> str:
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             if isinstance(error, UnicodeDecodeError):
-                reason = tr("the saved text is not UTF-8")
+                reason = tr("the saved file is not UTF-8 text")
             raise UsageError(
                 tr("Cannot edit the message with {command}: {reason}.", command=command, reason=reason),
                 hint=tr("Choose another editor: export EDITOR=nano"),

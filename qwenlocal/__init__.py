@@ -1,5 +1,5 @@
 """
-Qwen1.5 on your laptop: download a model once, chat with it offline ever after.
+Qwen1.5 on your laptop: download a model once, then chat with it offline.
 
     import qwenlocal
 

@@ -1,1 +1,1 @@
-"""The Python interface: models that answer, and what loads them."""
+"""The Python API: load models and generate answers."""

@@ -1,4 +1,4 @@
-"""Answers of the Python interface."""
+"""Answers of the Python API."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class Answer:
 
     def parse(self) -> Any:
         """
-        Return the answer as data: an instance of the pydantic class that was the schema, or what JSON means in Python.
+        Return the answer as data: an instance of the pydantic class that was the schema, or the parsed JSON.
 
         Raises
         ------
-        IncompleteAnswer: the answer was cut before it followed its schema.
+        IncompleteAnswer: the answer was cut off before it followed its schema.
         """
         if self.incomplete:
             raise self.incomplete

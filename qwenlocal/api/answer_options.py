@@ -1,4 +1,4 @@
-"""Options of answers, named as on the command line and in OpenAI's interface."""
+"""Options of answers, named as on the command line and in the OpenAI API."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _MAX_TOKENS = 1 << 30
 
 class AnswerOptions(TypedDict, total=False):
     """
-    The options of `chat`, `stream` and `complete`; the model's own values are the defaults of the sampling.
+    The options of `chat`, `stream` and `complete`. Sampling defaults to the values that the model recommends.
 
-    `max_tokens` limits the answer, `stop` ends it before one of these texts. `json` asks for a JSON object, `schema`
+    `max_tokens` limits the answer, `stop` ends it before any of these texts. `json` asks for a JSON object, `schema`
     for JSON that follows a JSON schema or a pydantic model class, `grammar` for text that follows a GBNF grammar.
     """
 
@@ -52,7 +52,7 @@ class AnswerSettings:
 
 def parse_options(options: AnswerOptions, recommended: Sampling) -> AnswerSettings:
     """
-    Check `options`; the sampling that they leave open is the `recommended` one.
+    Check `options`; `recommended` fills in the sampling parameters that they omit.
 
     Raises
     ------
@@ -75,7 +75,7 @@ def parse_options(options: AnswerOptions, recommended: Sampling) -> AnswerSettin
 
 
 def _grammar(as_json: bool, schema: Mapping[str, Any] | type | None, gbnf: str | None) -> str | None:
-    """Return the grammar that the answer must follow; None for none."""
+    """Return the grammar that the answer must follow; None if there is none."""
     if sum((as_json, schema is not None, gbnf is not None)) > 1:
         raise UsageError(tr("json, schema and grammar cannot be combined."), hint=tr("Use one of them."))
     if gbnf is not None:
@@ -111,7 +111,7 @@ def parse_messages(prompt: ChatInput, system: str | None = None) -> list[dict[st
 
     Raises
     ------
-    UsageError: there are none, or they have another form.
+    UsageError: there are none, or they are malformed.
     """
     before = [{"role": "system", "content": system}] if system else []
     if isinstance(prompt, str):

@@ -23,9 +23,9 @@ def create_load_request(
     labels: Mapping[str, str] = {},
 ) -> LoadRequest:
     """
-    Check the settings that a load plan must respect; None leaves one to the plan.
+    Check the settings that a load plan must respect; None lets the plan decide.
 
-    Errors call a parameter by its label, or by its name.
+    Errors refer to a parameter by its label, or else by its name.
 
     Raises
     ------

@@ -1,5 +1,5 @@
 """
-Loading of installed models, with what this machine knows about them: tuned settings, and faults of their files.
+A loader of installed models, which applies their tuned settings and explains faults of their files.
 
 Imports llama.cpp.
 """
@@ -30,20 +30,20 @@ from qwenlocal.weights.split_model import shard_paths
 
 
 def _find_unusable_types(files: Iterable[Path]) -> list[Path]:
-    """List the files with types of tensors such as i32, with which llama.cpp computes until the process crashes."""
+    """List the files that have tensors of types such as i32, which llama.cpp loads but crashes on when it computes."""
     return [file for file in files if any(map(_has_unusable_types, shard_paths(file)))]
 
 
 def _has_unusable_types(part: Path) -> bool:
     try:
         kinds = [tensor_type_by_number(number) for number in read_tensor_types(part)]
-    except ValueError:  # llama.cpp will say why it cannot read the file
+    except ValueError:  # llama.cpp will report why it cannot read the file
         return False
     return not all(kind and can_dequantize(kind) for kind in kinds)
 
 
 def _find_fault(files: Iterable[Path]) -> BadWeights | None:
-    """Return the reason why llama.cpp cannot run one of the files; None if they are all right."""
+    """Return the reason why llama.cpp cannot run one of the files; None if it can run all of them."""
     for file in files:
         try:
             check_file(file)
@@ -121,7 +121,7 @@ class ModelLoader:
     @contextlib.contextmanager
     def _explain_bad_files(self, *files: Path) -> Iterator[None]:
         """
-        Say what is wrong with files that llama.cpp cannot load, and with loaded ones over which it ends the process.
+        Explain why llama.cpp cannot load a model's files, or ends the process because of them.
 
         Raises
         ------

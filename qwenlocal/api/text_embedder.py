@@ -14,13 +14,13 @@ from qwenlocal.errors import Interrupted
 
 
 class TextEmbedder:
-    """The embeddings of a model, next to its answers. Calls from several threads wait for each other."""
+    """The embeddings of a model, alongside its answers. Calls from several threads wait for each other."""
 
     def __init__(self, model: Model, options: ContextOptions) -> None:
         self._model, self._options = model, options
-        self._embedder: Embedder | None = None  # created when it is first needed
+        self._embedder: Embedder | None = None  # created on first use
         self._computing, self._is_closed = threading.Lock(), False
-        self._calls: set[AbortFlag] = set()  # of those that have not returned
+        self._calls: set[AbortFlag] = set()  # of calls that have not returned
 
     def embed(self, texts: Sequence[str]) -> list[list[float]]:
         """

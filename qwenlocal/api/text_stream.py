@@ -1,4 +1,4 @@
-"""The text of an answer while the model writes it, for `for` and for `async for`."""
+"""The text of an answer while the model generates it, for `for` and for `async for`."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ class PartialAnswer:
 
 class TextStream:
     """
-    An iterator over pieces of an answer's text: whole characters, as soon as they are certain.
+    An iterator over pieces of an answer's text: whole characters, as soon as they are final.
 
-    The model starts when the first piece is asked for, and computes ahead of the reader. Leaving a `with` block,
-    `close`, or dropping the stream stops it. `answer` is there once the iterator has ended.
+    The model starts when the first piece is requested, and computes ahead of the reader. Leaving a `with` block,
+    `close`, or dropping the stream stops it. `answer` is available once the iterator has ended.
 
         with model.stream("Why is the sky blue?") as stream:
             for text in stream:
@@ -61,7 +61,7 @@ class TextStream:
         """`thread` answers the prompt `ids` in a context of `n_ctx` tokens; `owner` lives as long as the stream."""
         self._partial, self._owner = PartialAnswer(settings, n_ctx), owner
         self._thread, self._stopped = thread, threading.Event()
-        # They do not know this object, so that dropping it stops them at once.
+        # They have no reference to this object, so that dropping it stops them at once.
         self._pieces = _read(thread.iterate(ids, settings, self._stopped), self._partial)
         self._async_pieces = _read_async(thread.iterate_async(ids, settings, self._stopped), self._partial)
 

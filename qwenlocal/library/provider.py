@@ -234,7 +234,7 @@ class ModelProvider:
 
 
 def describe(name: ModelName) -> str:
-    """Spell a name for people: "qwen1.5:0.5b-chat-q4_k_m (Qwen1.5 0.5B chat)"."""
+    """Format a name for display: "qwen1.5:0.5b-chat-q4_k_m (Qwen1.5 0.5B chat)"."""
     if isinstance(name, CatalogName):
         card = name.card
         size = card.size.upper().replace("MOE", "MoE")

@@ -1,4 +1,4 @@
-"""A stream, read by a thread of its own so that waiting for it can be given up at any moment."""
+"""A stream that is read in its own thread, so that waiting for it can be cancelled at any moment."""
 
 from __future__ import annotations
 

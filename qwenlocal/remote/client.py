@@ -76,7 +76,7 @@ class RemoteClient:
 
         Raises
         ------
-        RemoteError: it does not answer, or not as it should.
+        RemoteError: it does not answer, or its answer is malformed.
         """
         http = HttpClient(LIST_TIMEOUTS)
         try:
@@ -91,7 +91,7 @@ class RemoteClient:
 
     def stream_chat(self, request: Mapping[str, Any]) -> CancellableStream[AnswerChunk]:
         """
-        Ask for a chat completion, with the fields of OpenAI's API; ask again if the engine is busy.
+        Request a chat completion, with the fields of the OpenAI API; retry if the engine is busy.
 
         Iterating the stream raises
 
@@ -163,7 +163,7 @@ class RemoteClient:
         is_cancelled: threading.Event | None = None,
     ) -> HttpResponse:
         """
-        Send a request, again if the engine is busy, and return the open response.
+        Send a request, retry if the engine is busy, and return the open response.
 
         Raises
         ------
@@ -238,13 +238,13 @@ class RemoteClient:
         """Return the error for a request whose model or address does not exist."""
         try:
             names = self.list_models()
-        except RemoteError:  # the address is wrong, or the engine lists no models: only its own words remain
+        except RemoteError:  # the address is wrong, or the engine lists no models: only its own message helps
             hint = tr("Check the address, which usually ends with /v1, and the name of the model.")
             return RequestRejected(self.endpoint.host, status, message, hint=hint)
         return RemoteModelNotFound(self.endpoint.host, model, names)
 
     def _without_key(self, text: str) -> str:
-        """Replace the API key in what an engine says."""
+        """Replace the API key in an engine's message."""
         return text.replace(self.endpoint.api_key, "…") if self.endpoint.api_key else text
 
 
@@ -256,7 +256,7 @@ def _bad_status(http: HttpClient, response: urllib3.BaseHTTPResponse) -> _BadSta
 
 
 def _read_text(http: HttpClient, response: HttpResponse) -> str:
-    """Return the body of a short response; of a longer or broken one, what there is."""
+    """Return the body of a response, or only its beginning if it is long or broken."""
     data = bytearray()
     try:
         for chunk in http.read(response):

@@ -34,7 +34,7 @@ else:
     import tomli as tomllib
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
-_RESERVED = ("hf", "ms", "http", "https")  # beginnings of other model names
+_RESERVED = ("hf", "ms", "http", "https")  # prefixes of other model names
 _FIELDS = ("url", "api_key_env", "model")
 _KEYRING_SERVICE = "qwenlocal"
 KEYRING = mark("the keyring")  # as a source of keys; all others are names of environment variables
@@ -175,6 +175,6 @@ def _with_key(endpoint: Endpoint, variable: str, environ: Mapping[str, str]) -> 
 
 def _key_from_keyring(user: str) -> str:
     """Return the password of `keyring set qwenlocal NAME`; "" if there is none or `keyring` is not installed."""
-    with contextlib.suppress(Exception):  # every platform's keyring has errors of its own
+    with contextlib.suppress(Exception):  # every platform's keyring has its own errors
         return str(importlib.import_module("keyring").get_password(_KEYRING_SERVICE, user) or "").strip()
     return ""

@@ -1,14 +1,14 @@
 """
 Errors of remote engines.
 
-    RemoteError                    4  base class: an engine elsewhere did not answer
+    RemoteError                    4  base class: a remote engine did not answer
     ├── EngineUnreachable          4  nothing answers at its address
-    ├── ApiKeyRejected             4  it wants an API key, or another one
-    ├── RateLimited                4  it has had too many requests
-    ├── RequestRejected            4  it refuses the request, or has no such interface
-    ├── EngineFailed               4  it reports a fault of its own
-    ├── MalformedAnswer            4  it does not speak the OpenAI API
-    └── AnswerCut                  4  the connection broke in the middle of an answer
+    ├── ApiKeyRejected             4  the API key is missing or refused
+    ├── RateLimited                4  it received too many requests
+    ├── RequestRejected            4  it refuses the request, or has no such route
+    ├── EngineFailed               4  it reports an internal error
+    ├── MalformedAnswer            4  it does not implement the OpenAI API
+    └── AnswerCut                  4  the connection was lost during an answer
     RemoteModelNotFound            3  it has no such model
     PromptTooLong                  7  the prompt does not fit into its context
 
@@ -26,7 +26,7 @@ from qwenlocal.formatting import shorten
 from qwenlocal.i18n import tr
 
 _MAX_NAMES = 20
-_EXCERPT = 120  # characters of what an engine says
+_EXCERPT = 120  # characters of an engine's message
 
 
 class RemoteError(QwenlocalError):
@@ -63,7 +63,7 @@ class ApiKeyRejected(RemoteError):
 
 
 class RateLimited(RemoteError):
-    """The engine has had too many requests, and can be asked again in `retry_after` seconds (0: not known)."""
+    """The engine has received too many requests, and can be asked again in `retry_after` seconds (0: not known)."""
 
     def __init__(self, host: str, retry_after: float, reason: str) -> None:
         self.retry_after, self.reason = retry_after, reason
@@ -78,7 +78,7 @@ class RateLimited(RemoteError):
 
 
 class RequestRejected(RemoteError):
-    """The engine answers with the HTTP status `status`; `reason` are its own words."""
+    """The engine answers with the HTTP status `status`; `reason` is its own message."""
 
     def __init__(self, host: str, status: int, reason: str, *, hint: str = "") -> None:
         self.status, self.reason = status, reason
@@ -91,7 +91,7 @@ class RequestRejected(RemoteError):
 
 
 class EngineFailed(RemoteError):
-    """The engine reports a fault of its own, with the HTTP status `status`, or 0 in the middle of an answer."""
+    """The engine reports an internal error with the HTTP status `status`, or 0 if it is in the middle of an answer."""
 
     def __init__(self, host: str, status: int, reason: str) -> None:
         self.status, self.reason = status, reason
@@ -105,7 +105,7 @@ class EngineFailed(RemoteError):
 
 
 class MalformedAnswer(RemoteError):
-    """The engine does not speak the OpenAI API; `excerpt` is the beginning of what it sent."""
+    """The engine does not implement the OpenAI API; `excerpt` is the beginning of its response."""
 
     def __init__(self, host: str, excerpt: str) -> None:
         self.excerpt = shorten(excerpt, _EXCERPT)
@@ -117,7 +117,7 @@ class MalformedAnswer(RemoteError):
 
 
 class AnswerCut(RemoteError):
-    """The answer broke off because of `reason`; its text so far is kept."""
+    """The answer was cut off because of `reason`; its text so far is kept."""
 
     def __init__(self, host: str, reason: str) -> None:
         self.reason = reason
@@ -146,7 +146,7 @@ class RemoteModelNotFound(ModelNotFound):
 
 
 class PromptTooLong(QwenlocalError):
-    """The prompt does not fit into the context of the model at `host`; `reason` are the engine's own words."""
+    """The prompt does not fit into the context of the model at `host`; `reason` is the engine's own message."""
 
     exit_code, http_status = 7, 400
 

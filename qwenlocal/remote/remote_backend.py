@@ -1,4 +1,4 @@
-"""Answers of a model elsewhere: messages go out as they are, and chunks of the answer become events."""
+"""Answers of a remote model: messages are sent as they are, and chunks of the answer become events."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qwenlocal.remote.client import RemoteClient
 from qwenlocal.remote.errors import AnswerCut, EngineFailed, RemoteError
 from qwenlocal.remote.wire_format import AnswerChunk, TokenUsage
 
-# Names of sampling parameters at the far side. Only the repetition penalty has two: that of llama-server, and that of
+# Sampling parameters, as engines name them. Only the repetition penalty has two names: one for llama-server, one for
 # vLLM, SGLang, DashScope and together.ai.
 _PARAMETERS = {
     "temperature": ("temperature",),

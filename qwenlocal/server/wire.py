@@ -99,7 +99,7 @@ class WireError:
 
     @classmethod
     def pack(cls, error: BaseException) -> WireError:
-        """Pack an error. Unless it is a `QwenlocalError`, it is a bug: print its traceback and pack an `EngineCrashed`."""
+        """Pack an error. Unless it is a `QwenlocalError`, print its traceback and pack an `EngineCrashed`: it is a bug."""
         if not isinstance(error, QwenlocalError):
             traceback.print_exception(error)
             error = EngineCrashed.from_bug(error)

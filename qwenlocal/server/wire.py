@@ -99,7 +99,7 @@ class WireError:
 
     @classmethod
     def pack(cls, error: BaseException) -> WireError:
-        """Pack an error. Unless it is a `QwenlocalError`, print its traceback and pack an `EngineCrashed`: it is a bug."""
+        """Pack an error; if it is not a `QwenlocalError` but a bug, print its traceback and pack an `EngineCrashed`."""
         if not isinstance(error, QwenlocalError):
             traceback.print_exception(error)
             error = EngineCrashed.from_bug(error)

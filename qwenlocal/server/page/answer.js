@@ -1,4 +1,4 @@
-// An answer that is being generated, for the chat that it belongs to, whether that is shown or not.
+// An answer that is being generated, for its chat, which may or may not be shown.
 
 import { stopAnswer, streamAnswer } from "./api.js";
 import { formatNumber, formatShare, t } from "./texts.js";
@@ -13,7 +13,7 @@ export class Answer {
   connection = new AbortController();
   isAtStart = true; // nothing is in the journal yet
 
-  /** `text` is what there is of an answer that is continued. */
+  /** `text` is the beginning of an answer that is continued. */
   constructor(chat, text) {
     this.chat = chat;
     this.text = text;
@@ -21,7 +21,7 @@ export class Answer {
     this.progress = t("loading");
   }
 
-  /** Ask, and call `onEvent` with each event after this object has taken it in. */
+  /** Ask, and call `onEvent` with each event after this object has processed it. */
   async run(question, onEvent) {
     for await (const event of streamAnswer({ ...question, key: this.key }, this.connection.signal)) {
       this.take(event);
@@ -63,8 +63,8 @@ export class Answer {
   }
 
   /**
-   * Stop it, by a request. Browsers open six connections to a server; if answers take all of them, closing that of this
-   * answer stops it.
+   * Stop the answer with a request. Browsers open six connections to a server; if answers occupy all of them, stop it
+   * by closing its connection.
    */
   async stop() {
     const timer = setTimeout(() => this.connection.abort(), PATIENCE);
@@ -80,7 +80,7 @@ export class Answer {
   }
 }
 
-/** Browsers have crypto.randomUUID only for HTTPS and this machine. */
+/** Browsers have crypto.randomUUID only with HTTPS or on this machine. */
 function randomKey() {
   const bytes = crypto.getRandomValues(new Uint8Array(16));
   return Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");

@@ -1,4 +1,4 @@
-// Requests to this server, and to no other: the page's policy allows none.
+// Requests to this server; the page's security policy allows no other.
 
 import { getApiKey } from "./preferences.js";
 import { t } from "./texts.js";
@@ -13,7 +13,7 @@ export class ApiError extends Error {
 
 let askForKey = async () => {};
 
-/** `ask` is called, and waited for, when the server wants another API key. */
+/** `ask` is called and awaited when the server needs another API key. */
 export function onKeyNeeded(ask) {
   askForKey = ask;
 }
@@ -36,7 +36,7 @@ async function send(method, path, body, signal) {
   try {
     ({ error } = await response.json());
   } catch {
-    // A proxy has answered.
+    // not JSON: a proxy has answered
   }
   throw new ApiError(error.message || `${response.status} ${response.statusText}`, response.status, error.code);
 }

@@ -1,4 +1,4 @@
-// The chats of the journal, and the search in them.
+// The chats of the journal, and their search.
 
 import { changeChat, deleteChat, exportChat, listChats, searchChats } from "./api.js";
 import { ask } from "./dialogs.js";

@@ -1,4 +1,4 @@
-// The field for questions, and the files that go with them.
+// The field for questions, and their attached files.
 
 import { readFile } from "./api.js";
 import { create, find, icon, iconButton, showToast } from "./dom.js";
@@ -46,7 +46,7 @@ export class Composer {
     find("#composer").classList.toggle("over", isOver);
   }
 
-  /** Fit the height of the field, the buttons and the files to what there is. */
+  /** Update the height of the field, the buttons and the files. */
   refresh() {
     this.area.style.height = "auto";
     this.area.style.height = `${Math.min(this.area.scrollHeight, innerHeight * 0.4)}px`;
@@ -69,7 +69,7 @@ export class Composer {
     this.app.ask(text, files, cut, () => this.restore(text, kept));
   }
 
-  /** Put a question back that could not be asked, unless another one was begun. */
+  /** Restore a question that could not be asked, unless a new one was begun. */
   restore(text, files) {
     if (this.area.value || this.files.length) return;
     this.area.value = text;
@@ -77,7 +77,7 @@ export class Composer {
     this.refresh();
   }
 
-  /** Put the cursor into the field, except on phones, where a keyboard would cover the chat. */
+  /** Focus the field, except on phones, where a keyboard would cover the chat. */
   focus() {
     if (!matchMedia("(pointer: coarse)").matches) this.area.focus();
   }
@@ -135,7 +135,7 @@ export class Composer {
   }
 }
 
-/** The price of a file, as the terminal says it. */
+/** The size of a file in tokens, as the terminal shows it. */
 function describeCost({ tokens }, free) {
   if (tokens === null) return t("file_huge");
   const count = formatNumber(tokens);

@@ -1,4 +1,4 @@
-// How full the context is, and how fast the answer comes.
+// The context bar and the speed of the answer.
 
 import { find } from "./dom.js";
 import { formatNumber, t } from "./texts.js";

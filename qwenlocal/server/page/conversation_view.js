@@ -19,8 +19,8 @@ export class ConversationView {
   }
 
   /**
-   * Show the path of a chat; messages that were shown before keep their elements. `summary` replaces those that are not
-   * in the context any more, "" if there is none.
+   * Show the path of a chat; messages that are already shown keep their elements. `summary` replaces those that are no
+   * longer in the context, "" if there is none.
    */
   show(path, summary = "") {
     const known = new Map(this.views.map((view) => [view.message.number, view]));

@@ -1,4 +1,4 @@
-// Dialogs: questions with a button, and those that are closed by one.
+// Dialogs: questions, and dialogs with a close button.
 
 import { find } from "./dom.js";
 
@@ -6,13 +6,13 @@ for (const button of document.querySelectorAll("dialog [data-close]")) {
   button.addEventListener("click", () => button.closest("dialog").close());
 }
 for (const dialog of document.querySelectorAll("dialog")) {
-  // A click beside the dialog hits its backdrop, which counts as the dialog itself.
+  // A click outside the dialog hits its backdrop, which counts as the dialog itself.
   dialog.addEventListener("mousedown", (event) => {
     if (event.target === dialog && dialog.id !== "prompt") dialog.close();
   });
 }
 
-/** Ask a question; the promise is the text that was typed ("" without a field), or null. */
+/** Ask a question; resolves to the text that was typed ("" without a field), or null. */
 export function ask({ question, accept, hint = "", value = null, isSecret = false, isDangerous = false }) {
   const dialog = find("#prompt");
   const input = find("#prompt-input");

@@ -14,7 +14,7 @@ export function create(tag, attributes = {}, ...children) {
   return element;
 }
 
-/** A symbol of index.html, for people who see. */
+/** A symbol of index.html, hidden from screen readers. */
 export function icon(name) {
   const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
   svg.setAttribute("aria-hidden", "true");
@@ -28,7 +28,7 @@ export function iconButton(name, label, onclick, attributes = {}) {
   return create("button", { type: "button", class: "icon-button", "aria-label": label, title: label, onclick, ...attributes }, icon(name));
 }
 
-/** Tell screen readers something that others see. */
+/** Announce a text to screen readers. */
 export function announce(text) {
   find("#status").textContent = text;
 }
@@ -42,7 +42,7 @@ export function showToast(text) {
   showToast.timer = setTimeout(() => toast.hidePopover(), 6000);
 }
 
-/** Copy a text; without HTTPS, browsers only know the old way, except on this machine. */
+/** Copy a text; without HTTPS, browsers have only the old way, except on this machine. */
 export async function copyText(text) {
   if (navigator.clipboard) {
     await navigator.clipboard.writeText(text);

@@ -1,4 +1,4 @@
-// The page: which chat is shown, and what happens to it.
+// The page: the chat that is shown, and the actions on it.
 
 import { Answer } from "./answer.js";
 import { ApiError, changeChat, countTokens, onKeyNeeded, readChat, readSettings } from "./api.js";
@@ -140,7 +140,7 @@ class App {
     this.view.show(path, this.chat.summary);
   }
 
-  /** Show what a terminal or another tab has changed since this page was left. */
+  /** Show the changes that a terminal or another tab has made while this page was in the background. */
   async catchUp() {
     if (!this.ready || document.body.hasAttribute("aria-busy")) return;
     await this.list.refresh();
@@ -152,7 +152,7 @@ class App {
     if (chat === this.chat) await this.refreshContext();
   }
 
-  /** Read the chat again, because it changes elsewhere. */
+  /** Read the chat again, because another tab or a terminal changes it. */
   async reread() {
     const { chat } = this;
     try {
@@ -217,7 +217,7 @@ class App {
     this.composer.refresh();
   }
 
-  /** The tokens that the next question may have; null if that is not known. */
+  /** The maximum number of tokens of the next question; null if it is not known. */
   freeTokens() {
     const { used, size } = this.context;
     return used === null || !size ? null : Math.max(0, Math.floor(size * (1 - this.answerShare)) - used);
@@ -254,7 +254,7 @@ class App {
     this.run({ kind: "retry", message: message?.number ?? null });
   }
 
-  /** Continue the last answer, which was cut, or answer a question that has no answer yet. */
+  /** Continue the last answer, which was cut off, or answer a question that has no answer yet. */
   continueAnswer() {
     const last = this.chat.path.at(-1);
     if (last?.role === "user") this.retry(null);
@@ -289,7 +289,7 @@ class App {
     if (chat === this.chat) this.showTitle();
   }
 
-  /** Show the answer that is being generated, as far as it is. */
+  /** Show the text so far of the answer that is being generated. */
   showAnswer() {
     const { answer } = this;
     if (!answer) return;
@@ -328,7 +328,7 @@ class App {
     this.showPath();
     if (path.at(-1)?.role === "assistant") this.view.views.at(-1).setStats(stats);
     this.context.show(answer.promptTokens + answer.tokens, answer.size);
-    this.context.showSpeed(0); // the answer itself says it now
+    this.context.showSpeed(0); // the answer itself shows it now
     const reason = path.at(-1)?.finish_reason;
     announce(reason && reason !== "eos" ? t(`reason_${reason}`) : t("answered"));
     this.offerRetry();
@@ -341,7 +341,7 @@ class App {
     this.view.showNotice(isOpen ? t("no_answer") : "", t("retry"), () => this.retry(null));
   }
 
-  /** Show why there is no answer, or only a part of it, and what the journal has now. */
+  /** Show why the answer failed or is incomplete, and the current state of the journal. */
   async fail(answer, error, restore) {
     const { chat } = answer;
     if (answer.isAtStart) restore();
@@ -349,7 +349,7 @@ class App {
       Object.assign(chat, chat.id === null ? { path: [] } : await readChat(chat.id));
       if (chat === this.chat) this.showPath();
     } catch {
-      answer.view?.setGrowing(false); // the server is away: what was shown stays
+      answer.view?.setGrowing(false); // no connection: keep the text that is shown
     }
     if (chat !== this.chat) showToast(error.message);
     else if (answer.isAborted || chat.state !== "free") this.showState();
@@ -408,7 +408,7 @@ function describeEviction({ turns, first, lacks_room: lacksRoom }) {
   return lacksRoom ? `${text} ${t("no_summary")}` : text;
 }
 
-/** Press a button of the last answer that has versions. */
+/** Click a button of the last answer that has versions. */
 function press(action) {
   [...document.querySelectorAll(`#messages [data-action="${action}"]`)].at(-1)?.click();
 }

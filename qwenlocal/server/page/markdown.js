@@ -1,5 +1,5 @@
-// Markdown of a model as elements. A model's text is never trusted: `marked` makes HTML of it, and DOMPurify keeps only
-// the tags and attributes below. Images become links, raw HTML is shown as it is written, nothing loads by itself.
+// Render a model's Markdown as elements. Its text is never trusted: `marked` converts it to HTML, and DOMPurify keeps
+// only the tags and attributes below. Images become links, raw HTML is shown as text, nothing is loaded automatically.
 
 import "./vendor/purify.min.js";
 import highlighter from "./vendor/highlight.min.js";
@@ -61,7 +61,7 @@ class BoundedLexer extends Lexer {
 
 const plainToken = (text) => ({ type: "text", raw: text, text });
 
-/** The blocks of a text. One that is nested thousands of levels deep, which `marked` cannot read, is a block of its own. */
+/** The blocks of a text; a single one if it is nested too deeply (thousands of levels) for `marked`. */
 function splitBlocks(text) {
   try {
     return new BoundedLexer(marked.defaults).lex(text);

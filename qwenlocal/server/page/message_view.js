@@ -1,4 +1,4 @@
-// One message: its text, and what can be done with it.
+// One message: its text and its buttons.
 
 import { copyText, create, icon, iconButton } from "./dom.js";
 import { MarkdownView } from "./markdown.js";
@@ -53,7 +53,7 @@ export class MessageView {
 
   // --- growing
 
-  /** Add text to an answer; it is drawn a moment later, so that fast models do not draw each token. */
+  /** Add text to an answer; it is drawn a moment later, so that fast models do not cause a redraw per token. */
   append(text) {
     this.message = { ...this.message, text: this.message.text + text };
     if (!this.hasGrown) {
@@ -83,7 +83,7 @@ export class MessageView {
     return this.element.classList.contains("growing");
   }
 
-  /** Show what the model does before its first token. */
+  /** Show the progress before the first token. */
   showProgress(text) {
     this.progress = text;
     this.showTools();

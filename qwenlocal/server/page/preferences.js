@@ -1,4 +1,4 @@
-// What a person has chosen in this browser. The API key is only in this tab, until it is closed.
+// Preferences, stored in this browser. The API key is kept only in this tab, until it is closed.
 
 const PREFIX = "qwenlocal.";
 
@@ -30,7 +30,7 @@ export function readSampling() {
   return { sampling, max_tokens, overflow: getPreference("overflow") || "shift" };
 }
 
-/** Take over the key at the end of the address that the server has printed, /#key=KEY, and remove it from there. */
+/** Store the key at the end of the address that the server has printed, /#key=KEY, and remove it from the address. */
 export function readKeyFromAddress() {
   const match = /^#key=([\w-]+)$/.exec(location.hash);
   if (!match) return;

@@ -17,7 +17,7 @@ const LIST = [
   [["?"], "key_help"],
 ];
 
-/** `actions` are the functions of the keys by name. */
+/** `actions` maps the names of the actions to their functions. */
 export function listenToKeys(actions) {
   const withAlt = {
     KeyN: actions.newChat,

@@ -3,7 +3,7 @@ The load plan: how a model is loaded into the memory that is free, and notes abo
 
 If the preferred settings do not fit, the plan gives up what costs least first (measured: benchmarks/README.md): keys as
 q8_0 lose nothing measurable and save a quarter of the KV cache; then a shorter context; then values as q8_0 as well,
-which need flash attention and halve the speed of a CPU in long texts; then it raises `NotEnoughMemory`.
+which halve the speed of a CPU in long texts; then it raises `NotEnoughMemory`.
 """
 
 from __future__ import annotations

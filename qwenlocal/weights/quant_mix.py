@@ -48,6 +48,8 @@ _TILED = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs", "iq2_xxs", "iq2_xs",
 _FAST_TYPES = {
     "avx": _TILED,
     "avx2": ("q4_0", "iq4_nl", "mxfp4"),
+    "avx512_vnni": ("q5_0", "q8_0"),  # tools/block_gemm.cpp
+    "avx_vnni": ("q5_0", "q8_0"),
     "asimddp": ("q4_0", "q4_k", "q5_k", "q6_k", "q8_0", "iq4_nl", "mxfp4"),
 }
 
@@ -313,7 +315,8 @@ def find_slow_types(header: Header, features: Collection[str]) -> tuple[float, l
     """
     Return the share of the matrices' bytes in types without a fast kernel for these CPU features, and these types.
 
-    The official Q4_K_M of a 0.5B with 896 columns, not a multiple of 256, on AVX2: (0.85, ["q5_0", "q8_0"]).
+    The official Q4_K_M of a 0.5B with 896 columns, not a multiple of 256, on AVX2: (0.85, ["q5_0", "q8_0"]);
+    with AVX-VNNI, our own kernels are fast for these: (0.0, []).
     """
     fast = {name for feature in features for name in _FAST_TYPES.get(feature, ())}
     sizes = Counter[str]()

@@ -59,9 +59,9 @@ inline float sum_lanes(Floats x) {
 
 constexpr int CELLS = 64;       // per block
 constexpr int MAX_ROWS = 128;   // queries at once: tokens times heads
-constexpr int FEW = 4;          // rows that are not worth a register with a lane for each
+constexpr int FEW = 4;          // too few rows to use a lane for each
 constexpr int ROW_BLOCK = 4;    // rows of A in registers
-constexpr float LOWEST = -1e30f;  // no score, but no infinity whose difference to another is undefined
+constexpr float LOWEST = -1e30f;  // lower than any score, but finite: the difference of two infinities is undefined
 constexpr ggml_fp16_t DEAD = 0xfc00;  // the mask's -infinity
 
 // The dimensions of a node, and what a thread works on at a time: some tokens, and some heads with the same keys.
@@ -89,7 +89,7 @@ struct Attention {
 };
 
 struct Buffers {
-    std::vector<int> cells;  // that at least one token sees
+    std::vector<int> cells;  // seen by at least one token
     std::vector<uint16_t> seen, masked;  // for each cell of the cache, see scan_mask
     std::vector<float> queries;         // [size][rows]
     std::vector<float> keys, values;    // [CELLS][size]
@@ -202,7 +202,7 @@ void update_softmax(const Attention & a, Buffers & buffers, int n_cells, int wid
 void load_cells(const Attention & a, int64_t kv_head, const int * cells, int n_cells, int n_next, Buffers & buffers) {
     for (int i = 0; i < n_cells; i++) {
         const ggml_fp16_t * key = a.cell(a.k, cells[i], kv_head), * value = a.cell(a.v, cells[i], kv_head);
-        if (i < n_next) {  // the next block: the processor does not foresee so many short pieces
+        if (i < n_next) {  // the next block: the hardware prefetcher cannot follow this many short pieces
             const char * next_key = (const char *) a.cell(a.k, cells[n_cells + i], kv_head);
             const char * next_value = (const char *) a.cell(a.v, cells[n_cells + i], kv_head);
             for (int64_t byte = 0; byte < 2 * a.size; byte += 64) {

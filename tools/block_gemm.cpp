@@ -153,7 +153,7 @@ void unpack_panel(const Block * weights, int64_t stride, int n_rows, int64_t k, 
         rows[i] = weights + std::min(i, n_rows - 1) * stride;
     }
     for (int64_t block = 0; block < k; block++) {
-        for (int i = 0; i < ROWS; i++) {  // the processor does not foresee as many rows at once
+        for (int i = 0; i < ROWS; i++) {  // the hardware prefetcher cannot follow this many rows
             _mm_prefetch((const char *) (rows[i] + block) + ROWS * stride * sizeof(Block), _MM_HINT_T0);
             panel[block].scales[i] = rows[ROW_OF_LANE[i]][block].d;
         }
@@ -232,7 +232,7 @@ void multiply_matrix(const ggml_compute_params * params, int64_t m, int64_t n, i
         ggml_threadpool_chunk_set(params->threadpool, params->nth);
     }
     ggml_barrier(params->threadpool);
-    // Four chunks per thread: each reads a long piece of memory, and a quick core takes more of them.
+    // Four chunks per thread: each reads a long piece of memory, and a fast core takes more of them.
     const int64_t panels = (m + ROWS - 1) / ROWS, chunks = std::min<int64_t>(panels, params->nth * 4);
     const int64_t parts = (n + MAX_COLUMNS - 1) / MAX_COLUMNS;
     for (int64_t chunk = params->ith; chunk < chunks; chunk = ggml_threadpool_chunk_add(params->threadpool, 1)) {
@@ -247,7 +247,7 @@ void multiply_matrix(const ggml_compute_params * params, int64_t m, int64_t n, i
             }
         }
     }
-    ggml_barrier(params->threadpool);  // a node with several matrices sets the counter again
+    ggml_barrier(params->threadpool);  // a node with several matrices resets the counter
 }
 
 }  // namespace

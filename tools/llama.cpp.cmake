@@ -55,20 +55,21 @@ function(edit_source path old new)
     file(WRITE "${copy}" "${edited}")
 endfunction()
 
-# While a token is generated, llama.cpp divides a matrix into chunks of 64 rows, some 50 kB, which the threads take in
-# turn: at each change the processor's prefetching starts again. Four chunks per thread, as llama.cpp itself does for
-# repacked weights, make generation 1.17 to 1.47 times as fast (benchmarks/LOG.md) and still let a quick core take more.
-# Products with few columns (several sequences, or drafted tokens) are divided likewise.
+# While a token is generated, llama.cpp divides a matrix into chunks of 64 rows, about 50 kB, which the threads take in
+# turn: at each chunk, hardware prefetching starts over. Four chunks per thread, as llama.cpp itself uses for repacked
+# weights, make generation 1.17 to 1.47 times as fast (benchmarks/LOG.md) and still let a fast core take more. Products
+# with few columns (several sequences, or drafted tokens) are divided the same way.
 function(enlarge_chunks)
     set(count "(nr0 + chunk_size - 1) / chunk_size")
     edit_source("ggml-cpu.c" "nchunk0 = ${count};" "nchunk0 = nr1 > chunk_size ? ${count} : MIN(${count}, nth * 4);")
 endfunction()
 cmake_language(DEFER CALL enlarge_chunks)
 
-# Products of Q5_0 and Q8_0 weights use our own kernels on x86 with AVX512-VNNI or AVX-VNNI: prompts are computed 2.4 times
-# as fast, the tokens of eight sequences twice as fast (benchmarks/LOG.md). On other x86 processors and for other types, llamafile's
-# kernels for prompts are also used for two columns, where they read four rows of weights at a time and take as long as
-# for four: with fewer than seven columns of 8-bit values, the kernels for one column are 1.05 to 1.7 times as fast.
+# On x86 with AVX512-VNNI or AVX-VNNI, products of Q5_0 and Q8_0 weights use our own kernels: prompts are computed 2.4
+# times as fast, the tokens of eight sequences twice as fast (benchmarks/LOG.md). On other x86 processors and for other
+# types, llama.cpp uses llamafile's kernels for prompts even for two columns, where they read four rows of weights at a
+# time and take as long as for four: with fewer than seven columns of 8-bit values, the kernels for one column are 1.05
+# to 1.7 times as fast.
 function(add_block_kernels)
     if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64" AND GGML_LLAMAFILE)
         edit_source("llamafile/sgemm.cpp" "#include \"sgemm.h\"" "#include \"sgemm.h\"\n#include \"block_gemm.h\"")
@@ -82,9 +83,9 @@ function(add_block_kernels)
 endfunction()
 cmake_language(DEFER CALL add_block_kernels)
 
-# Attention has a kernel of our own on x86. With it, flash attention is faster than attention without, which llama.cpp's own
-# is not: prompts at a depth of 2,000 tokens 1.2 to 1.4 times, single tokens 1.1 to 1.3 times, and cells of other sequences
-# cost nothing (benchmarks/LOG.md).
+# On x86, attention uses our own kernel, which makes flash attention faster than standard attention (llama.cpp's is
+# slower): 1.2 to 1.4 times for prompts at a depth of 2,000 tokens, 1.1 to 1.3 times for single tokens. Cells of other
+# sequences cost nothing (benchmarks/LOG.md).
 function(add_attention_kernel)
     if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
         set(call "ggml_compute_forward_flash_attn_ext_f16(params, dst);")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import shutil
@@ -17,11 +18,14 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI
+from scripted_engine import ScriptedEngine, ScriptedHost
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from qwenlocal.server.app import create_app
 from qwenlocal.server.http_server import HttpLimits, open_socket, serve_http
+from qwenlocal.server.server_settings import ServerSettings
 
 DEADLINE = 30.0
 
@@ -149,6 +153,71 @@ def test_a_connection_is_used_for_a_second_request_and_for_long_responses() -> N
         writer.close()
 
     run_with_server(app, test, idle_seconds=1)
+
+
+# --- the application
+
+
+@pytest.mark.parametrize("n_signals", [1, 2])
+def test_the_application_ends_with_the_server(n_signals: int) -> None:
+    states: list[str] = []
+
+    @contextlib.asynccontextmanager
+    async def note_states(_app: FastAPI) -> AsyncIterator[None]:
+        states.append("begun")
+        yield
+        states.append("ended")
+
+    async def test(port: int) -> None:
+        await ask(port)
+        assert states == ["begun"]
+        for _ in range(n_signals - 1):
+            os.kill(os.getpid(), signal.SIGTERM)  # and `run_with_server` sends the last one
+
+    run_with_server(FastAPI(lifespan=note_states), test)
+    assert states == ["begun", "ended"]
+
+
+def test_an_unexpected_error_is_logged_once_with_the_id_that_the_client_gets(caplog: pytest.LogCaptureFixture) -> None:
+    app = create_app(ScriptedHost(ScriptedEngine("scripted")), ServerSettings())
+
+    @app.get("/bug")
+    async def fail() -> None:
+        raise RuntimeError("a bug")
+
+    async def test(port: int) -> None:
+        async with httpx.AsyncClient(timeout=DEADLINE) as client:
+            response = await client.get(f"http://127.0.0.1:{port}/bug")
+            metrics = (await client.get(f"http://127.0.0.1:{port}/metrics")).text
+        assert response.status_code == 500
+        (record,) = caplog.records
+        id = record.getMessage().split()[1]
+        assert id in response.json()["error"]["message"] and response.json()["error"]["code"] == "internal_error"
+        assert record.exc_info and "a bug" in str(record.exc_info[1])
+        assert 'status="500"} 1.0' in metrics
+
+    run_with_server(app, test)
+    assert len(caplog.records) == 1
+
+
+def test_an_unexpected_error_in_a_response_that_has_begun_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    app = create_app(ScriptedHost(ScriptedEngine("scripted")), ServerSettings())
+
+    @app.get("/bug")
+    async def fail() -> StreamingResponse:
+        async def texts() -> AsyncIterator[bytes]:
+            yield b"begun"
+            raise RuntimeError("a bug")
+
+        return StreamingResponse(texts())
+
+    async def test(port: int) -> None:
+        async with httpx.AsyncClient(timeout=DEADLINE) as client:
+            with pytest.raises(httpx.RemoteProtocolError):
+                await client.get(f"http://127.0.0.1:{port}/bug")
+
+    run_with_server(app, test)
+    assert len(caplog.records) == 1
 
 
 # --- what is not HTTP

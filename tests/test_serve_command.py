@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
 import os
@@ -19,6 +20,7 @@ import psutil
 import pytest
 from server_process import DEADLINE, serving
 
+from qwenlocal.chat.journal import Journal
 from qwenlocal.cli.commands.serve import parse_duration, parse_parallel, read_page_key
 from qwenlocal.errors import OutOfRange, UsageError
 from qwenlocal.server.http_server import open_socket
@@ -231,3 +233,23 @@ def test_the_key_of_the_page_stays_and_is_private(tmp_path: Path) -> None:
     assert read_page_key(path) == key and path.stat().st_mode & 0o077 == 0
     path.write_text("short")
     assert read_page_key(path) != key
+
+
+@pytest.mark.parametrize("n_signals", [1, 2])
+def test_the_journal_of_the_page_is_closed_at_the_end(endless_model: Path, tmp_path: Path, n_signals: int) -> None:
+    with serving(tmp_path, endless_model, "-c", "50000") as server:
+        server.ask(max_tokens=1)
+        headers = {"x-api-key": read_page_key(tmp_path / "page-key"), "Sec-Fetch-Site": "same-origin"}
+        question = {"key": "12345678", "text": "Hello", "max_tokens": 300 if n_signals == 1 else None}
+        body = {"headers": headers, "json": question, "timeout": DEADLINE}
+        with httpx.stream("POST", f"{server.url}/page/answers", **body) as response:
+            lines = response.iter_lines()
+            assert '"start"' in next(lines) and (tmp_path / "chats.db-wal").exists()
+            for _ in range(n_signals):
+                server.process.send_signal(signal.SIGTERM)
+                time.sleep(0.2)  # or the second one would be lost
+            list(lines)
+        assert server.process.wait(DEADLINE) == 0
+    assert not (tmp_path / "chats.db-wal").exists()  # SQLite deletes it when the last connection is closed
+    with contextlib.closing(Journal(tmp_path / "chats.db")) as journal:
+        assert journal.load_thread(1).path[1].text.startswith("abcd")

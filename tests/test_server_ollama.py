@@ -81,6 +81,16 @@ def test_a_prompt_is_answered_or_continued(client: ollama.Client, server: Server
     assert "".join(part.response or "" for part in client.generate("speaking", "Hello", stream=True)) == "Paris, fun"
 
 
+def test_a_last_message_of_the_assistant_is_continued(client: ollama.Client, server: Server) -> None:
+    begun = [*HELLO, {"role": "assistant", "content": "Par"}]
+    assert client.chat("speaking", begun).message.content == "is, fun"
+    assert "".join(part.message.content or "" for part in client.chat("speaking", begun, stream=True)) == "is, fun"
+    assert client.chat("speaking", [*begun, *HELLO]).message.content == "Paris, fun"
+    with pytest.raises(ollama.ResponseError) as caught:
+        client.chat("speaking", begun[1:])
+    assert caught.value.status_code == 400
+
+
 def test_a_request_without_a_prompt_only_loads_the_model(client: ollama.Client, server: Server) -> None:
     before = len(server.engine.requests)
     assert client.generate("speaking").done_reason == "load"

@@ -16,7 +16,7 @@ from qwenlocal.server.anthropic_api import AnthropicApi
 from qwenlocal.server.docs_page import create_docs_router
 from qwenlocal.server.engine import ModelHost
 from qwenlocal.server.grammar_compiler import GrammarCompiler
-from qwenlocal.server.http_errors import respond_to_error
+from qwenlocal.server.http_errors import ErrorResponder, respond_to_error
 from qwenlocal.server.ollama_api import OllamaApi
 from qwenlocal.server.openai_api import OpenAiApi
 from qwenlocal.server.page_api import create_page_router
@@ -42,12 +42,13 @@ def create_app(host: ModelHost, settings: ServerSettings) -> FastAPI:
     app.include_router(create_page_router(service, settings.folders, keep_alive=settings.keep_alive))
     _handle_errors(app)
     _add_checks(app, settings)
+    app.add_middleware(ErrorResponder)
     app.add_middleware(RequestCounter, metrics=metrics)
     return app
 
 
 def _handle_errors(app: FastAPI) -> None:
-    for error in (QwenlocalError, RequestValidationError, HTTPException, Exception):
+    for error in (QwenlocalError, RequestValidationError, HTTPException):
         app.add_exception_handler(error, respond_to_error)
     app.add_exception_handler(ClientDisconnect, _respond_to_nobody)
 

@@ -84,7 +84,7 @@ class LocalEngine:
                 if self.failure:
                     raise self.failure
                 ids = await self._call(self._encode, request.prompt)
-                async for event in self._answer(request, [*ids, *request.prefix]):
+                async for event in self._answer(request, ids):
                     yield event
             finally:
                 self.running -= 1
@@ -93,12 +93,13 @@ class LocalEngine:
         key, sampling = next(self._keys), replace(GREEDY, **request.sampling)
         limit = 1 << 30 if request.max_tokens is None else request.max_tokens
         job = SequenceRequest(key, ids, sampling, limit, "", request.top_logprobs, request.prompt_logprobs)
+        prefix = request.prompt.prefix_ids if isinstance(request.prompt, ChatPrompt) else ()
         builder = AnswerBuilder(
             self._tokenizer,
-            len(ids) - len(request.prefix),
+            len(ids) - len(prefix),
             grammar=sampling.grammar,
             stop_strings=request.stop,
-            prefix=request.prefix,
+            prefix=prefix,
         )
         prompt = [TokenLogprob(ids[0], self._piece(ids[0]), float("nan"))]
         await self._call(self._scheduler.submit, job)
@@ -135,8 +136,9 @@ class LocalEngine:
 
     def _encode(self, prompt: Prompt) -> Sequence[int]:
         if isinstance(prompt, ChatPrompt):
-            messages, prefix = prompt.messages, prompt.answer_prefix
-            return require_tokens(encode_messages(self._template, messages, self._tokenizer, prefix))
+            text = prompt.answer_prefix if isinstance(prompt.answer_prefix, str) else ""
+            ids = encode_messages(self._template, prompt.messages, self._tokenizer, text)
+            return [*require_tokens(ids), *prompt.prefix_ids]
         if isinstance(prompt, TextPrompt):
             return require_tokens(self._tokenizer.tokenize(prompt.text, special=True))
         if max(prompt.ids) >= len(self._tokenizer):

@@ -327,6 +327,14 @@ def test_answers_that_fill_the_context_together_have_all_of_it_in_turn(load: Loa
     assert all(answer.stats.prompt_tokens + answer.stats.answer_tokens >= 512 for answer in answers)
 
 
+def test_a_conversation_that_left_the_context_is_not_computed_again(load: Load, random_model: Path) -> None:
+    model = load(random_model, n_ctx=512)
+    first = model.chat("a" * 300, **SHORT)
+    assert model.chat("b" * 300, **SHORT).stats.reused_tokens < 100  # the context has no room for both
+    again = model.chat("a" * 300, **SHORT)
+    assert (again.text, again.stats.reused_tokens) == (first.text, first.stats.prompt_tokens - 1)
+
+
 def test_a_draft_model_changes_no_answer(load: Load, tmp_path: Path) -> None:
     large = write_model(tmp_path / "large.gguf", seed=7, layers=3)
     small = write_model(tmp_path / "small.gguf", seed=7)

@@ -109,7 +109,8 @@ def test_an_answer_continues_after_its_first_tokens(random_model: Path) -> None:
             greedy = {"temperature": 0.0}
             whole, end = await answer(process, GenerationRequest(HELLO, greedy, 20))
             _, cut = await answer(process, GenerationRequest(HELLO, greedy, 7))
-            rest, done = await answer(process, GenerationRequest(HELLO, greedy, 13, prefix=cut.ids))
+            begun = ChatPrompt(HELLO.messages, cut.ids)
+            rest, done = await answer(process, GenerationRequest(begun, greedy, 13))
             assert (done.ids, len(cut.ids), len(done.ids)) == (end.ids, 7, 20)
             assert whole.endswith(rest)
             assert done.stats.prompt_tokens == end.stats.prompt_tokens + 7

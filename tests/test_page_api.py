@@ -218,7 +218,7 @@ def test_a_stopped_answer_is_continued(page: Page) -> None:
     assert page.chat()["path"][-1]["can_continue"]
     page.engine.release()
     page.ask("", kind="continue", chat=1)
-    assert page.engine.requests[-1].prefix == (0, 0)  # the tokens that were kept
+    assert page.engine.requests[-1].prompt.prefix_ids == (0, 0)  # type: ignore[union-attr]  # the tokens that were kept
     assert page.texts() == ["Hello", "abcd" * 5]
 
 
@@ -235,7 +235,7 @@ def test_the_half_of_a_character_at_the_end_of_an_answer_is_completed(page: Page
     page.engine.pieces = pieces  # type: ignore[method-assign]
     page.engine.reply = "é!"
     page.ask("", kind="continue", chat=1)
-    assert page.engine.requests[-1].prefix == (7, 8)
+    assert page.engine.requests[-1].prompt.prefix_ids == (7, 8)  # type: ignore[union-attr]
     assert page.texts() == ["Hello", "café!"]
 
 

@@ -270,6 +270,19 @@ def test_memory_holds_no_more_than_its_budget(random_model: Path, open_context: 
     assert not MemoryCache(10).save(sequence, 0, text(100))
 
 
+def test_two_sequences_change_places_if_memory_has_room_for_one(random_model: Path, open_context: OpenContext) -> None:
+    sizes, context = MemoryCache(1 << 30), open_context(random_model, n_seq_max=4)
+    context.decode([(0, text(157))])
+    assert sizes.save(context, 0, text(157))
+    context.truncate(0, 0)
+    scheduler = Scheduler(context, 1, memory_cache=MemoryCache(int(1.5 * sizes.size)))
+    reused = []
+    for key in range(4):
+        submit(scheduler, key, text(150, key % 2))
+        reused.append(reused_of(run(scheduler), key))
+    assert reused == [0, 0, 149, 149]
+
+
 def test_sequences_in_memory_are_saved_on_disk_as_well(
     random_model: Path, open_context: OpenContext, tmp_path: Path
 ) -> None:
@@ -402,6 +415,18 @@ def test_an_interrupt_between_two_steps_ends_the_next_one(random_model: Path, op
     scheduler.interrupt()
     assert scheduler.step() == []
     assert tokens_of(run(scheduler), 0) == alone(open_context(random_model), text(100), 5)
+
+
+def test_a_request_is_interrupted_while_its_prompt_is_computed_or_alone(
+    random_model: Path, open_context: OpenContext
+) -> None:
+    scheduler = Scheduler(open_context(random_model, n_ctx=4096, n_seq_max=4), 3)
+    submit(scheduler, 0, text(40), 50)
+    scheduler.step()
+    assert scheduler.is_interruptible(0) and not scheduler.is_interruptible(1)
+    submit(scheduler, 1, text(3000, 9), 5)
+    scheduler.step()
+    assert scheduler.is_interruptible(1) and not scheduler.is_interruptible(0)
 
 
 def test_low_memory_ends_the_newest_answer_only(random_model: Path, open_context: OpenContext) -> None:

@@ -18,12 +18,8 @@ from qwenlocal.api.text_stream import TextStream
 from qwenlocal.chat.chat_model import ChatModel
 from qwenlocal.chat.chat_template import encode_messages, require_template
 from qwenlocal.engine.load_plan import LoadNote, LoadPlan
-from qwenlocal.engine.memory import check_memory
-from qwenlocal.engine.scheduler import Scheduler
-from qwenlocal.engine.speculation import NoSpeculation, Speculation
 from qwenlocal.errors import UsageError
 from qwenlocal.i18n import tr
-from qwenlocal.machine import this_machine
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -50,7 +46,7 @@ class LocalModel:
         self._loaded, self._tokenizer = loaded, loaded.model.tokenizer
         self._embedder = TextEmbedder(loaded.model, loaded.context.options)
         on_end = functools.partial(_free, self._embedder, close)
-        self._thread = AnswerThread(_create_scheduler(loaded), self._tokenizer, on_end)
+        self._thread = AnswerThread(loaded.create_scheduler(_PARALLEL), self._tokenizer, on_end)
         self.path = path
         self.n_ctx = loaded.context.n_ctx
         """The context: how many tokens a prompt and its answer may have together."""
@@ -208,18 +204,6 @@ def _read_all(stream: TextStream) -> Answer:
         for _ in stream:
             pass
     return stream.answer
-
-
-def _create_scheduler(loaded: ChatModel) -> Scheduler:
-    machine, drafter = this_machine(), loaded.drafter
-    lookup = Speculation(loaded.costs) if loaded.model.can_truncate else NoSpeculation()
-    free_memory = drafter.give_up if drafter else lambda: False
-    return Scheduler(
-        loaded.context,
-        _PARALLEL,
-        speculation=drafter or lookup,
-        check_memory=functools.partial(check_memory, machine.memory, machine.memory_pressure, free_memory),
-    )
 
 
 def _free(embedder: TextEmbedder, close: Callable[[], object]) -> None:

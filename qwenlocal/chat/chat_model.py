@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import threading
 from collections.abc import Callable, Mapping
@@ -15,8 +16,13 @@ from qwenlocal.chat.thread import Thread
 from qwenlocal.engine.llama import Model
 from qwenlocal.engine.load_plan import ChatTemplateMissing, LoadNote
 from qwenlocal.engine.loader import EngineLoader, LoadedModel, LoadOptions
+from qwenlocal.engine.memory import check_memory
+from qwenlocal.engine.memory_cache import MemoryCache, choose_budget
+from qwenlocal.engine.prompt_cache import PromptCache
+from qwenlocal.engine.scheduler import Scheduler
+from qwenlocal.engine.speculation import NoSpeculation, Speculation
 from qwenlocal.i18n import tr
-from qwenlocal.machine import Machine
+from qwenlocal.machine import Machine, this_machine
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,30 @@ class ChatModel(LoadedModel):
         template = require_template(self.template, hint)
         backend = LocalBackend(self.sequence, self.model.tokenizer, template, n_ctx=self.context.n_ctx, model=self.name)
         return Conversation(backend, config, thread)
+
+    def create_scheduler(
+        self, max_running: int, *, uses_lookup: bool = True, prompt_cache: PromptCache | None = None
+    ) -> Scheduler:
+        """
+        Create a scheduler that answers `max_running` prompts at once, in place of conversations.
+
+        Without a draft model, prompt lookup drafts if `uses_lookup`.
+        """
+        machine, drafter = this_machine(), self.drafter
+        lookup = Speculation(self.costs) if uses_lookup and self.model.can_truncate else NoSpeculation()
+        memory_cache = MemoryCache(choose_budget(self.plan.memory, machine.memory().available))
+
+        def free_memory() -> bool:
+            return memory_cache.clear() or (drafter is not None and drafter.give_up())
+
+        return Scheduler(
+            self.context,
+            max_running,
+            speculation=drafter or lookup,
+            memory_cache=memory_cache,
+            prompt_cache=prompt_cache,
+            check_memory=functools.partial(check_memory, machine.memory, machine.memory_pressure, free_memory),
+        )
 
 
 def load_chat_model(

@@ -77,7 +77,8 @@ class MemoryCache:
         return best
 
     def load(self, stored: StoredSequence, context: Context, sequence: int) -> bool:
-        """Load a stored sequence, which stays here; return False if llama.cpp rejects it."""
-        self._stored.remove(stored)
-        self._stored.append(stored)
+        """Load a stored sequence, which stays here unless it was dropped; return False if llama.cpp rejects it."""
+        if stored in self._stored:
+            self._stored.remove(stored)
+            self._stored.append(stored)
         return context.set_state(sequence, stored.state)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from qwenlocal.engine.context import Aborted, CacheFull, Context
 from qwenlocal.engine.logprobs import Logprobs, log_softmax, rank_tokens
 from qwenlocal.engine.memory import CHECK_INTERVAL
-from qwenlocal.engine.memory_cache import MemoryCache
+from qwenlocal.engine.memory_cache import MemoryCache, StoredSequence
 from qwenlocal.engine.prefix_cache import MIN_PREFIX_TOKENS, common_prefix
 from qwenlocal.engine.prompt_cache import PromptCache
 from qwenlocal.engine.sampling import Sampler, Sampling
@@ -105,6 +105,10 @@ class _Slot:
     @property
     def n_pending(self) -> int:
         return len(self.ids) - self.n_cached
+
+    @property
+    def reuses_cache(self) -> bool:
+        return self.request.reuses_cache and not self.request.prompt_logprobs
 
 
 class _PartSize:
@@ -212,9 +216,14 @@ class Scheduler:
                     slot.sampler.close()
                     return
 
-    def is_prefilling(self, key: int) -> bool:
-        """Tell whether the prompt of a request is being computed, so that `interrupt` would free its time."""
-        return any(slot.request.key == key and slot.n_pending > _SHORT for slot in self._running)
+    def is_interruptible(self, key: int) -> bool:
+        """
+        Tell whether `interrupt` frees the time of a request that nobody needs any more. From any thread.
+
+        It does while its prompt is computed, or if it runs alone; else others compute what they do together again.
+        """
+        running = list(self._running)
+        return any(slot.request.key == key and (slot.n_pending > _SHORT or len(running) == 1) for slot in running)
 
     def interrupt(self) -> None:
         """Let the running or next `step` return at once; what it computed is computed again. From any thread."""
@@ -394,7 +403,7 @@ class Scheduler:
 
     def _waits_for_prefix(self, slot: _Slot) -> bool:
         """Tell whether a running prompt is about to compute a prefix that this one can share."""
-        if not slot.request.reuses_cache or slot.request.prompt_logprobs:
+        if not slot.reuses_cache:
             return False
         return any(
             common_prefix(other.ids, slot.ids) >= max(MIN_PREFIX_TOKENS, other.n_cached + 1)
@@ -409,7 +418,8 @@ class Scheduler:
     def _start(self, slot: _Slot) -> None:
         """Give a request a sequence, with the longest prefix of its tokens that is in a cache."""
         source, shared = self._longest_prefix(slot)
-        self._store_unrelated(slot, keep=source)
+        stored = self._memory_cache.find_longest_prefix(slot.ids, shared + MIN_PREFIX_TOKENS)
+        self._store_unrelated(slot, keep=source)  # perhaps in place of `stored`, which is in use now
         if source in self._parked and shared == len(self._parked[source]):
             slot.number = source  # a continued chat: nothing of the parked sequence is lost
             del self._parked[source]
@@ -420,14 +430,15 @@ class Scheduler:
                 slot.n_shared = shared
         slot.n_cached = shared
         self._truncate(slot)
-        self._load_saved_prefix(slot)
+        if slot.reuses_cache:
+            self._load_saved_prefix(slot, stored)
         slot.reused = min(slot.n_cached, len(slot.request.ids))
         self._running.append(slot)
 
     def _longest_prefix(self, slot: _Slot) -> tuple[int, int]:
         """Find the sequence that has the longest prefix of a request's tokens in the cache: its number, the length."""
         best, best_length = -1, 0
-        if not slot.request.reuses_cache or slot.request.prompt_logprobs:
+        if not slot.reuses_cache:
             return best, best_length
         cached = [(number, ids) for number, ids in self._parked.items()]
         cached += [(other.number, other.ids[: other.n_cached]) for other in self._running]
@@ -445,13 +456,12 @@ class Scheduler:
             if self._memory_cache.save(self._context, number, ids):
                 self._drop(number)
 
-    def _load_saved_prefix(self, slot: _Slot) -> None:
-        """Load a longer prefix from memory or from the disk, if there is one."""
-        if not slot.request.reuses_cache or slot.request.prompt_logprobs:
-            return
-        stored = self._memory_cache.find_longest_prefix(slot.ids, slot.n_cached + MIN_PREFIX_TOKENS)
+    def _load_saved_prefix(self, slot: _Slot, stored: StoredSequence | None) -> None:
+        """Load a longer prefix, which is `stored` in memory or saved on the disk, if there is one."""
         if stored:
-            self._use_loaded(slot, stored.tokens, self._memory_cache.load(stored, self._context, slot.number))
+            while not (is_loaded := self._memory_cache.load(stored, self._context, slot.number)) and self._parked:
+                self._evict(next(iter(self._parked)))  # there is no room for both
+            self._use_loaded(slot, stored.tokens, is_loaded)
         saved = self._prompt_cache and self._prompt_cache.find_longest_prefix(
             slot.ids, slot.n_cached + MIN_PREFIX_TOKENS
         )

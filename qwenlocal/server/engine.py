@@ -21,11 +21,18 @@ class ChatPrompt:
     """
     Messages ({"role": …, "content": text}) that the model's chat template turns into a prompt.
 
-    The model continues `answer_prefix`, with which its answer begins.
+    The model continues `answer_prefix`, with which its answer begins: a text of the client, which becomes a part of the
+    prompt, or the tokens of an answer that was cut, perhaps in the middle of a character. These are the first ones of
+    `Done.ids`; stop strings and the grammar apply to them, too.
     """
 
     messages: Sequence[Mapping[str, str]]
-    answer_prefix: str = ""
+    answer_prefix: str | tuple[int, ...] = ""
+
+    @property
+    def prefix_ids(self) -> tuple[int, ...]:
+        """The tokens with which the answer begins; none if its beginning is a text."""
+        return () if isinstance(self.answer_prefix, str) else self.answer_prefix
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,7 @@ EngineEvent = Event | PromptLogprobs
 @dataclass(frozen=True)
 class GenerationRequest:
     """
-    A prompt and how to answer it. `prefix` are the first tokens of the answer, which continues after them.
+    A prompt and how to answer it.
 
     `sampling` overrides the sampling that the model recommends: fields of `engine.sampling.Sampling` by name, such as
     {"temperature": 0.0, "grammar": grammar_from_schema(schema)}. `max_tokens` None means no limit but the context.
@@ -66,7 +73,6 @@ class GenerationRequest:
     prompt_logprobs: bool = False
     cache_prompt: bool = True
     client: str = ""
-    prefix: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

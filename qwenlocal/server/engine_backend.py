@@ -155,10 +155,9 @@ def _build_request(
     values = {one.name: getattr(config.sampling, one.name) for one in fields(Sampling)}
     sampling = {name: value for name, value in values.items() if name not in config.unset and value is not None}
     return GenerationRequest(
-        ChatPrompt(messages),
+        ChatPrompt(messages, prefix),
         sampling,
         config.max_tokens,
         tuple(config.stop_strings),
         client=client,
-        prefix=prefix,
     )

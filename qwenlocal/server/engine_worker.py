@@ -10,48 +10,32 @@ from __future__ import annotations
 import functools
 import itertools
 import os
-import queue
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
 from qwenlocal.api.model_loader import ModelLoader
+from qwenlocal.chat.answer_loop import NO_LIMIT, AnswerItem, AnswerLoop, AnswerTask
 from qwenlocal.chat.chat_model import ChatModel
 from qwenlocal.chat.chat_template import ChatTemplate, encode_messages, require_template, require_tokens
-from qwenlocal.chat.events import Event, FinishReason, PromptLogprobs, TokenLogprob
 from qwenlocal.chat.generate import AnswerBuilder
 from qwenlocal.engine.embedding import Embedder
 from qwenlocal.engine.loader import LoadOptions
-from qwenlocal.engine.logprobs import Logprobs
-from qwenlocal.engine.memory import check_memory
-from qwenlocal.engine.memory_cache import MemoryCache, choose_budget
 from qwenlocal.engine.prompt_cache import PromptCache, compute_cache_key
 from qwenlocal.engine.sampling import Sampler, Sampling
-from qwenlocal.engine.scheduler import Prefilled, Sampled, Scheduler, SchedulerEvent, SequenceRequest
-from qwenlocal.engine.speculation import NoSpeculation, Speculation
+from qwenlocal.engine.scheduler import Scheduler, SequenceRequest
 from qwenlocal.errors import BadWeights, QwenlocalError, UsageError
 from qwenlocal.huge_pages import collapse_buffers
 from qwenlocal.i18n import tr
 from qwenlocal.library.provider import ProvidedModel
-from qwenlocal.machine import this_machine
 from qwenlocal.paths import Folders
-from qwenlocal.server.engine import (
-    ChatPrompt,
-    Embedding,
-    EngineEvent,
-    GenerationRequest,
-    ModelInfo,
-    Prompt,
-    TextPrompt,
-    TokenPrompt,
-)
+from qwenlocal.server.engine import ChatPrompt, Embedding, ModelInfo, Prompt, TextPrompt, TokenPrompt
 from qwenlocal.server.wire import Call, Cancel, Emitted, Failed, Loading, Quit, Ready, Returned, Submit, WireError
 
-_UNLIMITED = 1 << 30  # tokens
 _PARKED = 8  # finished sequences that stay in the KV cache
 
 
@@ -62,128 +46,6 @@ class WorkerSpec:
     model: ProvidedModel
     options: LoadOptions
     parallel: int
-
-
-class _Answer:
-    """A request that is being answered."""
-
-    def __init__(
-        self,
-        key: int,
-        ids: Sequence[int],
-        request: GenerationRequest,
-        sampling: Sampling,
-        sampler: Sampler,
-        builder: AnswerBuilder,
-    ) -> None:
-        self.key, self.ids, self.request, self.builder = key, ids, request, builder
-        self.sampling, self.sampler = sampling, sampler
-        self.prompt_logprobs: list[TokenLogprob] = []
-
-
-class EngineLoop:
-    """Runs a scheduler in a thread: takes requests from other threads and sends their events."""
-
-    def __init__(self, model: ChatModel, scheduler: Scheduler, send: Callable[[Emitted], None]) -> None:
-        self._model, self._scheduler, self._send = model, scheduler, send
-        self._inbox: queue.SimpleQueue[_Answer | Cancel | Quit] = queue.SimpleQueue()
-        self._answers: dict[int, _Answer] = {}
-
-    def put(self, message: _Answer | Cancel | Quit) -> None:
-        """Pass a message to the thread that computes, from any thread."""
-        self._inbox.put(message)
-        if isinstance(message, Cancel) and self._scheduler.is_prefilling(message.key):
-            self._scheduler.interrupt()
-
-    def run(self) -> None:
-        """Compute until `Quit` arrives."""
-        while self._take_messages():
-            if self._scheduler.is_idle:
-                continue
-            items: list[tuple[int, EngineEvent | WireError]] = []
-            for event in self._scheduler.step():
-                if answer := self._answers.get(event.key):
-                    items.extend((answer.key, item) for item in self._handle(answer, event))
-            if items:
-                self._send(Emitted(items))
-
-    def _take_messages(self) -> bool:
-        """Handle all messages; wait for one if there is nothing to compute. Return False after `Quit`."""
-        while True:
-            try:
-                message = self._inbox.get(block=self._scheduler.is_idle)
-            except queue.Empty:
-                return True
-            if isinstance(message, Quit):
-                return False
-            if isinstance(message, Cancel):
-                self._answers.pop(message.key, None)
-                self._scheduler.finish(message.key)
-            else:
-                self._submit(message)
-
-    def _submit(self, answer: _Answer) -> None:
-        request = answer.request
-        try:
-            limit = _UNLIMITED if request.max_tokens is None else request.max_tokens
-            self._scheduler.submit(
-                SequenceRequest(
-                    answer.key,
-                    answer.ids,
-                    answer.sampling,
-                    limit,
-                    request.client,
-                    request.top_logprobs,
-                    request.prompt_logprobs,
-                    request.cache_prompt,
-                ),
-                answer.sampler,
-            )
-        except QwenlocalError as error:
-            self._send(Emitted([(answer.key, WireError.pack(error))]))
-        else:
-            self._answers[answer.key] = answer
-
-    def _handle(self, answer: _Answer, event: SchedulerEvent) -> Iterator[EngineEvent | WireError]:
-        builder = answer.builder
-        if isinstance(event, Prefilled):
-            yield from self._report(answer, event)
-        elif isinstance(event, Sampled):
-            logprob = None if event.logprobs is None else self._token_logprob(event.id, event.logprobs)
-            yield from builder.add(event.id, logprob)
-            if builder.finish_reason:
-                self._scheduler.finish(answer.key)
-                yield from self._finish(answer, builder.finish_reason)
-        elif event.error:
-            del self._answers[answer.key]
-            yield WireError.pack(event.error)
-        else:
-            yield from self._finish(answer, FinishReason.CONTEXT_FULL if event.is_full else FinishReason.LENGTH)
-
-    def _report(self, answer: _Answer, event: Prefilled) -> Iterator[EngineEvent]:
-        yield answer.builder.report(event.progress)
-        if answer.request.prompt_logprobs:
-            self._add_prompt_logprobs(answer, event)
-            if event.progress.done == event.progress.total:
-                yield PromptLogprobs(tuple(answer.prompt_logprobs))
-
-    def _add_prompt_logprobs(self, answer: _Answer, event: Prefilled) -> None:
-        """Store the probabilities of a part of a prompt, in place of earlier ones if the prompt is computed again."""
-        ids, stored = answer.ids, answer.prompt_logprobs
-        if not stored:
-            stored.append(TokenLogprob(ids[0], self._model.model.tokenizer.piece(ids[0], special=True), float("nan")))
-        end = min(event.progress.done + 1, len(ids))
-        start = end - len(event.logprobs)
-        stored[start:] = map(self._token_logprob, ids[start:end], event.logprobs)
-
-    def _token_logprob(self, id: int, logprobs: Logprobs) -> TokenLogprob:
-        piece = self._model.model.tokenizer.piece
-        alternatives = tuple((other, piece(other, special=True), value) for other, value in logprobs.alternatives)
-        return TokenLogprob(id, piece(id, special=True), logprobs.logprob, alternatives)
-
-    def _finish(self, answer: _Answer, reason: FinishReason) -> Iterator[Event]:
-        self._answers.pop(answer.key, None)
-        yield from answer.builder.finish(reason)
 
 
 class ModelFunctions:
@@ -217,8 +79,10 @@ class ModelFunctions:
         UsageError: the model has no chat template. BadWeights, TextTooLong: the messages cannot be encoded.
         """
         if isinstance(prompt, ChatPrompt):
-            messages, prefix = prompt.messages, prompt.answer_prefix
-            return require_tokens(encode_messages(self._template, messages, self.tokenizer, prefix))
+            text = prompt.answer_prefix if isinstance(prompt.answer_prefix, str) else ""
+            ids = encode_messages(self._template, prompt.messages, self.tokenizer, text)
+            self._check_ids(prompt.prefix_ids)
+            return [*require_tokens(ids), *prompt.prefix_ids]
         if isinstance(prompt, TextPrompt):
             return self.tokenize(prompt.text, True, self.tokenizer.adds_bos)
         self._check_ids(prompt.ids)
@@ -291,7 +155,7 @@ class Worker:
             self._fail(error)
             return
         scheduler = self._create_scheduler(model)
-        loop = EngineLoop(model, scheduler, self._send)
+        loop = AnswerLoop(scheduler, model.model.tokenizer, self._emit)
         self._send(Ready(self._info(model), model.plan, model.notes))
         thread = threading.Thread(target=self._compute, args=(loop,))
         thread.start()
@@ -299,21 +163,15 @@ class Worker:
             target=collapse_buffers, args=(self._spec.model.record.size, lambda: not scheduler.is_idle), daemon=True
         ).start()
         self._receive(loop, ModelFunctions(model))
-        loop.put(Quit())
+        loop.quit()
         thread.join()
         scheduler.save_prompt_caches()
 
     def _create_scheduler(self, model: ChatModel) -> Scheduler:
-        path, folder, machine = self._spec.model.record.path, self._spec.options.prompt_caches, this_machine()
-        drafts = self._spec.options.lookup and model.model.can_truncate
-        memory_cache = MemoryCache(choose_budget(model.plan.memory, machine.memory().available))
-        return Scheduler(
-            model.context,
-            self._spec.parallel,
-            speculation=Speculation(model.costs) if drafts else NoSpeculation(),
-            memory_cache=memory_cache,
-            prompt_cache=PromptCache(folder, compute_cache_key(path, model.context.options)) if folder else None,
-            check_memory=functools.partial(check_memory, machine.memory, machine.memory_pressure, memory_cache.clear),
+        path, folder = self._spec.model.record.path, self._spec.options.prompt_caches
+        prompt_cache = PromptCache(folder, compute_cache_key(path, model.context.options)) if folder else None
+        return model.create_scheduler(
+            self._spec.parallel, uses_lookup=self._spec.options.lookup, prompt_cache=prompt_cache
         )
 
     def _info(self, model: ChatModel) -> ModelInfo:
@@ -330,14 +188,14 @@ class Worker:
             eos_token=model.model.tokenizer.eos,
         )
 
-    def _compute(self, loop: EngineLoop) -> None:
+    def _compute(self, loop: AnswerLoop) -> None:
         try:
             loop.run()
         except BaseException as error:
             self._fail(error)
             os._exit(1)  # the server starts another process, and this one would keep the model's memory
 
-    def _receive(self, loop: EngineLoop, functions: ModelFunctions) -> None:
+    def _receive(self, loop: AnswerLoop, functions: ModelFunctions) -> None:
         # Embeddings take seconds, and so do large grammars; nothing that is quick waits for them.
         with (
             ThreadPoolExecutor(max_workers=1) as quick,
@@ -355,7 +213,7 @@ class Worker:
                 elif isinstance(message, Call):
                     quick.submit(self._call, message, getattr(functions, message.method))
                 elif isinstance(message, Cancel) and not self._remove_pending(message.key):
-                    loop.put(message)
+                    loop.cancel(message.key)
             self._pending.clear()  # the process does not wait for embeddings
 
     def _remove_pending(self, key: int, then: Callable[[], None] = lambda: None) -> bool:
@@ -366,31 +224,41 @@ class Worker:
                 then()
             return is_pending
 
-    def _prepare(self, message: Submit, loop: EngineLoop, functions: ModelFunctions) -> None:
+    def _prepare(self, message: Submit, loop: AnswerLoop, functions: ModelFunctions) -> None:
         if message.key not in self._pending:
             return
         try:
-            answer = self._create_answer(message, functions)
+            task = self._create_task(message, functions)
         except Exception as error:
             if self._remove_pending(message.key):
-                self._send(Emitted([(message.key, WireError.pack(error))]))
+                self._emit([(message.key, error)])
         else:
-            if not self._remove_pending(message.key, lambda: loop.put(answer)):
-                answer.sampler.close()
+            if not self._remove_pending(message.key, lambda: loop.submit(task)) and task.sampler:
+                task.sampler.close()
 
-    def _create_answer(self, message: Submit, functions: ModelFunctions) -> _Answer:
+    def _create_task(self, message: Submit, functions: ModelFunctions) -> AnswerTask:
         request = message.request
         ids = require_tokens(functions.encode(request.prompt))
-        prefix = functions.encode(TokenPrompt(request.prefix))
+        prefix = request.prompt.prefix_ids if isinstance(request.prompt, ChatPrompt) else ()
+        sampling, sampler = functions.create_sampler({"answer_prefix": prefix, **request.sampling})
+        sequence = SequenceRequest(
+            message.key,
+            ids,
+            sampling,
+            NO_LIMIT if request.max_tokens is None else request.max_tokens,
+            request.client,
+            request.top_logprobs,
+            request.prompt_logprobs,
+            request.cache_prompt,
+        )
         builder = AnswerBuilder(
             functions.tokenizer,
-            len(ids),
-            grammar=request.sampling.get("grammar"),
+            len(ids) - len(prefix),
+            grammar=sampling.grammar,
             stop_strings=request.stop,
             prefix=prefix,
         )
-        sampling, sampler = functions.create_sampler({"answer_prefix": request.prefix, **request.sampling})
-        return _Answer(message.key, [*ids, *prefix], request, sampling, sampler, builder)
+        return AnswerTask(sequence, builder, sampler)
 
     def _embed(
         self, functions: ModelFunctions, key: int, prompts: Sequence[TextPrompt | TokenPrompt]
@@ -406,6 +274,10 @@ class Worker:
         except Exception as error:
             value = WireError.pack(error)
         self._send(Returned(message.key, value))
+
+    def _emit(self, items: Sequence[tuple[int, AnswerItem]]) -> None:
+        pack = WireError.pack
+        self._send(Emitted([(key, pack(item) if isinstance(item, Exception) else item) for key, item in items]))
 
     def _fail(self, error: BaseException) -> None:
         self._send(Failed(WireError.pack(error)))

@@ -532,7 +532,7 @@ class IncompleteAnswer(QwenlocalError):
 
 
 class Interrupted(QwenlocalError):
-    """The user pressed Ctrl-C; `kept` says what was saved."""
+    """The user pressed Ctrl-C; `kept` describes what was saved."""
 
     exit_code = 130
 

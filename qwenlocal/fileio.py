@@ -143,7 +143,7 @@ def hash_samples(file: Path | int) -> str:
 
 def fingerprint_file(file: Path | int) -> str:
     """
-    Hash everything cheap that differs if a file is not what it was: samples of its contents, and its times.
+    Hash evidence of changes to a file that is cheap to read: samples of its contents, and its times.
 
     The time of modification can be set, and copying programs set it; the system alone sets the time of change of the
     inode. The inode's number does not help: exFAT and FUSE give out new ones after a restart.

@@ -1,4 +1,4 @@
-"""The next step after an error, as far as it depends on where the user's files are."""
+"""Hints that depend on the location of the user's files."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def tr(message: str, **values: object) -> str:
 
 
 def translate(message: str, language: str) -> str:
-    """Translate `message` into one of `list_languages()`, for somebody who uses another language than this process."""
+    """Translate `message` into one of `list_languages()`, for a user with another language than this process."""
     return _translations(language).gettext(message)
 
 

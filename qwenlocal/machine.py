@@ -136,7 +136,7 @@ def _cpu_times(cpus: Set[int]) -> CpuTimes:
     """
     Read the times of `cpus`, or of all if there are none; takes 0.1 ms.
 
-    Processes with a lower priority hardly slow this one down: what they use is free. The share that a hypervisor
+    Processes with a lower priority hardly slow this one down: their time counts as free. The share that a hypervisor
     withholds (steal) counts as well: fewer threads would not bring it back.
     """
     import psutil

@@ -42,7 +42,7 @@ class Continuation(NamedTuple):
 
 
 class ChatBackend(Protocol):
-    """Answers threads: with a model in this process (`LocalBackend`), or elsewhere."""
+    """Answers threads with a model in this process (`LocalBackend`), on a server or in a remote engine."""
 
     @property
     def model(self) -> str:
@@ -115,7 +115,7 @@ class Conversation:
 
     def edit(self, turn: Turn, text: str) -> Iterator[Event]:
         """
-        Ask `text` in place of the turn's question; the turn and what follows it stay in the thread.
+        Ask `text` in place of the turn's question; the turn and the later ones stay in the thread.
 
         Raises
         ------
@@ -164,7 +164,7 @@ class Conversation:
         return self._record(events, message)
 
     def replace_answer(self, turn: Turn, text: str) -> None:
-        """Make `text` the answer of a turn; its earlier answer and what follows it stay in the thread."""
+        """Make `text` the answer of a turn; its earlier answer and the later turns stay in the thread."""
         self.thread.set_leaf(turn.question.number)
         message = self.thread.add(ASSISTANT, text, model=self._backend.model)
         self.thread.update(message, finish_reason=FinishReason.EOS.value)

@@ -305,7 +305,7 @@ def _check_file(path: Path, lock_timeout: float) -> None:
     ------
     JournalError: it is of a newer version. sqlite3.Error: it is damaged or cannot be read.
     """
-    # Another process may be writing to the log: what is read half-written once is whole the second time.
+    # Another process may be writing to the log: a page that is half-written at first is complete the second time.
     if has_damaged_log(path) and has_damaged_log(path):
         raise sqlite3.DatabaseError("a frame of the write-ahead log has a wrong checksum")
     if not path.exists():

@@ -1,4 +1,4 @@
-"""Copy what is readable of a damaged journal, page by page, and check every value of it."""
+"""Copy the readable parts of a damaged journal, page by page, and check every value."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def is_intact(path: Path) -> bool:
 
 def recover(path: Path, target: Path) -> Recovered:
     """
-    Copy what is readable of a damaged journal to a new one at `target`.
+    Copy the readable parts of a damaged journal to a new one at `target`.
 
     In place of a message that is lost and that others follow, the copy says so. The damaged file is only read.
 

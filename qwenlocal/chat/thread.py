@@ -148,7 +148,7 @@ class Thread:
         self.observer.removed(message)
 
     def set_leaf(self, number: int) -> None:
-        """Continue after message `number`; what follows it stays in the tree."""
+        """Continue after message `number`; the messages after it stay in the tree."""
         self.leaf = number
         self.observer.moved()
 

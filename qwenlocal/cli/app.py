@@ -407,7 +407,7 @@ def verify(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Verify every byte of a model, and download again only what is damaged.
+    """Verify every byte of a model, and download only damaged parts again.
 
     With --against: compare weights, token ids and logits with those of the checkpoint.
     """

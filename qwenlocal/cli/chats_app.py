@@ -88,7 +88,7 @@ def export(
 
 @chats_app.command(short_help="Recover a damaged journal.")
 def recover() -> None:
-    """Copy what is readable in a damaged journal to a new one; the damaged file is kept."""
+    """Copy the readable parts of a damaged journal to a new one; the damaged file is kept."""
     from qwenlocal.cli.commands.chats import recover_chats
 
     recover_chats()

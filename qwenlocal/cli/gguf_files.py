@@ -195,7 +195,7 @@ def write_or_show(app: AppContext, plan: ConversionPlan, options: WriteOptions) 
 
 
 def _show_plan(plan: ConversionPlan, options: WriteOptions) -> None:
-    """Print what a plan would write: files, tensors, and what it takes."""
+    """Print the files and tensors that a plan would write, and its time and memory."""
     from qwenlocal.machine import this_machine
     from qwenlocal.weights.conversion_plan import estimate_seconds
     from qwenlocal.weights.write_job import memory_needed

@@ -19,7 +19,7 @@ from qwenlocal.engine.prefix_cache import common_prefix
 from qwenlocal.engine.speculation import MAX_DRAFT, CostCurve, Drafter
 from qwenlocal.weights.gguf_reader import PADDING
 
-_MIN_PROBABILITY = 0.5  # of a drafted token; what follows a wrong token is wrong as well
+_MIN_PROBABILITY = 0.5  # of a drafted token; tokens after a wrong one are wrong, too
 _MAX_PADDING_DIFFERENCE = 128  # tokens of padding; Qwen1.5 has 151,936 up to 7B, 152,064 from 14B on
 
 _MIN_GAIN = 1.05  # below this, a draft is not worth the risk that the estimates are off

@@ -80,7 +80,7 @@ def check_parameter(name: str, value: float | None, *, label: str = "") -> None:
 
 def _biases(sampling: Sampling, tokenizer: Tokenizer) -> list[tuple[int, float]]:
     """
-    Return what is added to logits: what was asked for, and minus infinity for tokens that must not occur.
+    Return the logit biases: the requested ones, and minus infinity for tokens that must not occur.
 
     Raises
     ------

@@ -177,7 +177,7 @@ class PartialFile:
 
     def record(self) -> None:
         """
-        Record in the journal what has arrived since the last call; a crash costs only what is not recorded.
+        Record the data that has arrived since the last call in the journal; a crash loses only unrecorded data.
 
         Raises
         ------

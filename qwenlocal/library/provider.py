@@ -160,7 +160,7 @@ class ModelProvider:
 
     def repair(self, name: ModelName, record: ModelRecord, damage: Sequence[FileDamage]) -> ModelRecord:
         """
-        Replace what is damaged: download the bad blocks, or convert the checkpoint again.
+        Repair a model: download the bad blocks, or convert the checkpoint again.
 
         Raises
         ------

@@ -55,7 +55,7 @@ class ResolvedModel:
     origin: str
     license: str
     is_checkpoint: bool = False
-    is_third_party: bool = False  # uploaded by somebody else than the publisher
+    is_third_party: bool = False  # not uploaded by the publisher
 
     @property
     def size(self) -> int:

@@ -69,7 +69,7 @@ def _measure_bandwidth(threads: int) -> float:
 
 
 def _best_rate(threads: int, work: Callable[[int], int]) -> float:
-    """Run `work(0)`, `work(1)`, … at the same time, and return what they did together per second."""
+    """Run `work(0)`, `work(1)`, … at the same time, and return their combined rate per second."""
     done = [0] * threads
 
     def run(thread: int) -> None:

@@ -131,7 +131,7 @@ class PageChats:
         delete_prompt_caches(self._folders.states)
 
     def select_version(self, chat_id: int, number: int) -> None:
-        """Make a version of a message, and what follows it, the path of a chat."""
+        """Switch the path of a chat to a version of a message and the messages that follow it."""
         with self.open(chat_id) as chat:
             chat.thread.select_version(find_message(chat.thread, number))
 

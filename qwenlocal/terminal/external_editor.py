@@ -20,11 +20,11 @@ _DEFAULT_EDITORS = ("notepad",) if sys.platform == "win32" else ("editor", "nano
 
 def edit_text(text: str) -> str:
     """
-    Open `text` in $VISUAL or $EDITOR, and return what was saved there.
+    Open `text` in $VISUAL or $EDITOR, and return the saved text.
 
     Raises
     ------
-    UsageError: the editor cannot be started or fails, or what it saves is not UTF-8.
+    UsageError: the editor cannot be started or fails, or the saved file is not UTF-8.
     """
     command = os.environ.get("VISUAL") or os.environ.get("EDITOR") or next(filter(shutil.which, _DEFAULT_EDITORS), "vi")
     with tempfile.TemporaryDirectory(prefix="qwenlocal-") as folder:

@@ -92,7 +92,7 @@ class LineEditor:
         return self._prompt.app
 
     def end(self, failure: BaseException) -> None:
-        """Raise `failure` from `read_line`; what was typed goes to the history."""
+        """Raise `failure` from `read_line`; the typed text goes to the history."""
         self._prompt.default_buffer.append_to_history()
         self.app.exit(exception=failure)
 

@@ -114,7 +114,7 @@ def _paste_keys(burst: str) -> list[KeyPress]:
 
 
 class _TerminalReader(PosixStdinReader):
-    """Decodes input; bytes that are no text become U+FFFD, since neither files nor models accept lone surrogates."""
+    """Decodes input; bytes that are not text become U+FFFD, since neither files nor models accept lone surrogates."""
 
     def __init__(self, descriptor: int, encoding: str) -> None:
         super().__init__(descriptor, errors="replace", encoding=encoding)

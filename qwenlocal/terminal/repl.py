@@ -205,7 +205,8 @@ class Repl:
             self._send(_message_text(line), lambda message: session.conversation.edit(edit.turn, message))
 
     def _send(self, text: str, start: Callable[[str], Iterator[Event]]) -> None:
-        """Start the answer to `text`, with the files that it mentions; what is too long is cut as the user chooses."""
+        """Start the answer to `text`, with the files that it mentions; the user chooses how to cut files that are too
+        long."""
         message = self._attach_mentions(text)
         if message is None:
             return
@@ -271,7 +272,7 @@ class Repl:
             return view.show(events)
 
     def _run_beside(self, view: AnswerView, line: str) -> None:
-        """Run a command while an answer is shown, and print what it says above the rest of the answer."""
+        """Run a command while an answer is shown, and print its output above the rest of the answer."""
         session, say = self._session, self._session.say
         view.add_note(f"\n> {line}")
         session.say = view.add_note

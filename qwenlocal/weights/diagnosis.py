@@ -241,7 +241,7 @@ def _template_findings(template: str | None) -> Iterator[Finding]:
 
 
 def _find_chat_problem(template: str) -> str:
-    """Return what is wrong with a template's text of a short chat; "" if nothing, or if it rejects the chat."""
+    """Describe the fault of a template's text of a short chat; "" if there is none, or if it rejects the chat."""
     chat = [("user", "qfirst"), ("assistant", "afirst"), ("user", "qlast")]
     messages = [{"role": role, "content": text} for role, text in chat]
     try:

@@ -262,7 +262,7 @@ def _read_tensor_infos(reader: _Reader) -> list[TensorInfo]:
 
 
 def _describe_bad_shape(shape: tuple[int, ...], kind: TensorType) -> str:
-    """Say what is wrong with the shape of a tensor (gguf.cpp: gguf_init_from_reader); "" if nothing is."""
+    """Describe the fault of a tensor's shape (gguf.cpp: gguf_init_from_reader); "" if there is none."""
     if math.prod(max(1, size) for size in shape) > _MAX_ELEMENTS // kind.type_size:
         return "has more values than any file can hold"
     columns = shape[0] if shape else 1

@@ -135,7 +135,7 @@ class WorkerBuffers:
         self._has_large = largest is None or largest >= _SAFE_MAGNITUDE
 
     def _is_finite(self, kind: TensorType, result: numpy.ndarray, count: int) -> bool:
-        """Check the result. ggml's own check is fast but prints what it finds, so it gets only safe values."""
+        """Check the result. ggml's own check is fast but prints its findings, so it gets only safe values."""
         if bits := _FLOAT_BITS.get(kind.name):
             return bits.max_magnitude(result) < bits.non_finite
         if not self._has_large:

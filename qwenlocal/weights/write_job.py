@@ -138,7 +138,7 @@ def memory_needed(job: WriteJob, threads: int) -> int:
 
 
 class FinishedChunk(NamedTuple):
-    """The CRC-32 of what was written, and how many weights became zero."""
+    """The CRC-32 of the written data, and how many weights became zero."""
 
     crc: int
     zeroed: int

@@ -174,7 +174,7 @@ def export_chat(text: str, format: str | None, output: Path | None, *, force: bo
 
 def recover_chats() -> None:
     """
-    Copy what is readable in a damaged journal to a new one; the damaged file is kept next to it.
+    Copy the readable parts of a damaged journal to a new one; the damaged file is kept next to it.
 
     Raises
     ------

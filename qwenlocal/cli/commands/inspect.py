@@ -26,7 +26,7 @@ _REPAIRED_ON_LOAD = "Serious problems are also repaired in memory whenever the f
 
 def inspect_file(text: str, *, as_json: bool, quick: bool, fix: bool, out: str | None, tensors: bool) -> None:
     """
-    Show what a file contains and what is wrong with it; with `fix`, repair it in place or write a copy to `out`.
+    Show the contents and problems of a file; with `fix`, repair it in place or write a copy to `out`.
 
     Exits with 5 if a serious problem remains.
     """

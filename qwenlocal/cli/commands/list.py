@@ -17,7 +17,7 @@ _CARD_STATES = {"available": "available", "checkpoint": "available; converted af
 
 
 def list_models(*, include_available: bool, as_json: bool) -> None:
-    """List what is installed and unfinished; with `include_available`, also the rest of the catalog."""
+    """List installed models and unfinished downloads; with `include_available`, also the rest of the catalog."""
     app = AppContext()
     records = app.library.store.records()
     installed = [record for record in records if not record.missing]

@@ -94,7 +94,7 @@ def _chat(
     else:
         app.say(elsewhere.notice)
     keys_kept = disable_echo(sys.stdin, sys.stdout) if early_bytes is None else contextlib.nullcontext(early_bytes)
-    with keys_kept as typed:  # before the imports: what is typed meanwhile counts
+    with keys_kept as typed:  # before the imports: keys typed during them count
         from qwenlocal.cli.commands.chat import run_chat
         from qwenlocal.cli.model_pool import ModelPool
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def show_model(text: str, *, as_json: bool) -> None:
-    """Show a model's size, origin, license and header; what is not installed is shown from the catalog, offline."""
+    """Show a model's size, origin, license and header; if it is not installed, the catalog's data, offline."""
     facts = _facts(AppContext(quiet=as_json), text)
     if as_json:
         print_json(facts)

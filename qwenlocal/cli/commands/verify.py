@@ -1,4 +1,4 @@
-"""`qwenlocal verify`: check every byte of a model, and repair what is damaged."""
+"""`qwenlocal verify`: check every byte of a model, and repair damage."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qwenlocal.progress import TaskProgress
 
 def verify_model(text: str, *, repair: bool, as_json: bool) -> None:
     """
-    Compare every byte with the recorded digests; with `repair`, download or convert what is damaged again.
+    Compare every byte with the recorded digests; with `repair`, download or convert damaged parts again.
 
     Raises
     ------

@@ -38,7 +38,7 @@ class LocalModel:
         with qwenlocal.load("qwen1.5") as model:
             print(model.chat("Why is the sky blue?"))
 
-    Prompts that begin like the last ones are processed faster: pass the whole conversation each time.
+    Prompts with the same beginning as earlier ones are processed faster: pass the whole conversation each time.
     """
 
     def __init__(self, loaded: ChatModel, path: Path, close: Callable[[], object]) -> None:
@@ -82,7 +82,7 @@ class LocalModel:
 
     async def achat(self, prompt: ChatInput, *, system: str | None = None, **options: Unpack[AnswerOptions]) -> Answer:
         """
-        Do what `chat` does, for asyncio: others run while the model computes, and cancelling stops it.
+        Do what `chat` does, for asyncio: other tasks run while the model computes, and cancelling stops it.
 
         Raises
         ------
@@ -99,7 +99,7 @@ class LocalModel:
 
         Raises
         ------
-        Everything that `chat` raises; what is known only while the model computes, from the iterator.
+        Everything that `chat` raises; the iterator raises errors that occur while the model computes.
         """
         return self._stream(self._encode(prompt, system), options)
 
@@ -136,9 +136,9 @@ class LocalModel:
 
     def embed(self, texts: str | Sequence[str]) -> list[float] | list[list[float]]:
         """
-        Return the vector of a text, or those of several, which is faster; their length is 1.
+        Return the vector of a text, or those of several, which is faster. Vectors have length 1.
 
-        So the similarity of two texts is the sum of the products of their vectors' numbers.
+        The similarity of two texts is therefore the dot product of their vectors.
 
         Raises
         ------

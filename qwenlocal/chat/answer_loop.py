@@ -56,7 +56,7 @@ class AnswerLoop:
             self._scheduler.interrupt()
 
     def quit(self) -> None:
-        """Let `run` return once it has handled what was submitted and cancelled before."""
+        """Let `run` return after it has handled all earlier calls of `submit` and `cancel`."""
         self._inbox.put(None)
 
     def run(self) -> None:

@@ -81,7 +81,7 @@ class AnswerService:
 
     async def unload(self, name: str) -> None:
         """
-        Unload a model as soon as nobody uses it.
+        Unload a model as soon as it is idle.
 
         Raises
         ------

@@ -27,7 +27,7 @@ from qwenlocal.server.server_settings import ServerSettings
 from qwenlocal.server.token_api import TokenApi
 from qwenlocal.server.utility_api import UtilityApi
 
-_CLIENT_LEFT = 499  # nginx's status for a response that nobody waits for; only metrics see it
+_CLIENT_LEFT = 499  # nginx's status for a client that has left; only metrics see it
 
 
 def create_app(host: ModelHost, settings: ServerSettings) -> FastAPI:
@@ -35,8 +35,8 @@ def create_app(host: ModelHost, settings: ServerSettings) -> FastAPI:
     app = FastAPI(title="qwenlocal", version=__version__, docs_url=None, redoc_url=None)
     metrics = ServerMetrics()
     service = AnswerService(host, metrics, GrammarCompiler(settings.grammar_timeout))
-    for interface in (OpenAiApi, ResponsesApi, AnthropicApi, OllamaApi, TokenApi):
-        app.include_router(interface(service, keep_alive=settings.keep_alive).router())
+    for api in (OpenAiApi, ResponsesApi, AnthropicApi, OllamaApi, TokenApi):
+        app.include_router(api(service, keep_alive=settings.keep_alive).router())
     app.include_router(UtilityApi(service, metrics).router())
     app.include_router(create_docs_router())
     app.include_router(create_page_router(service, settings.folders, keep_alive=settings.keep_alive))
@@ -50,15 +50,15 @@ def create_app(host: ModelHost, settings: ServerSettings) -> FastAPI:
 def _handle_errors(app: FastAPI) -> None:
     for error in (QwenlocalError, RequestValidationError, HTTPException):
         app.add_exception_handler(error, respond_to_error)
-    app.add_exception_handler(ClientDisconnect, _respond_to_nobody)
+    app.add_exception_handler(ClientDisconnect, _respond_to_disconnect)
 
 
-async def _respond_to_nobody(_request: Request, _error: Exception) -> Response:
+async def _respond_to_disconnect(_request: Request, _error: Exception) -> Response:
     return Response(status_code=_CLIENT_LEFT)
 
 
 def _add_checks(app: FastAPI, settings: ServerSettings) -> None:
-    """Add the checks; the one that is added last comes first."""
+    """Add the checks; the one that is added last runs first."""
     app.add_middleware(BodyLimit, limit=settings.max_body, timeout=settings.body_timeout)
     if settings.api_keys or settings.page_key:
         page_keys = (settings.page_key,) if settings.page_key else settings.api_keys

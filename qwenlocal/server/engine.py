@@ -1,7 +1,7 @@
 """
-The seam between HTTP and models: requests and events that do not depend on a protocol.
+The boundary between HTTP and models: requests and events that do not depend on a protocol.
 
-The interfaces (OpenAI, Anthropic, Ollama) turn HTTP requests into `GenerationRequest`s and the events of
+The APIs (OpenAI, Anthropic, Ollama) turn HTTP requests into `GenerationRequest`s and the events of
 `chat.events` into HTTP responses. An `Engine` runs one model; a `ModelHost` finds engines by name and loads them.
 """
 
@@ -59,10 +59,10 @@ class GenerationRequest:
     A prompt and how to answer it.
 
     `sampling` overrides the sampling that the model recommends: fields of `engine.sampling.Sampling` by name, such as
-    {"temperature": 0.0, "grammar": grammar_from_schema(schema)}. `max_tokens` None means no limit but the context.
-    `top_logprobs` asks for the logarithm of each token's probability and those of that many alternatives;
-    `prompt_logprobs` for the same of the prompt's tokens. `client` identifies who asks, so that one client's many
-    requests do not delay those of others.
+    {"temperature": 0.0, "grammar": grammar_from_schema(schema)}. If `max_tokens` is None, only the context limits the
+    answer. `top_logprobs` requests the log probability of each token and of that many alternatives, `prompt_logprobs`
+    the same for the tokens of the prompt. `client` identifies the client, so that many requests of one client do not
+    delay those of others.
     """
 
     prompt: Prompt
@@ -80,8 +80,8 @@ class ModelInfo:
     """
     A model on this disk. `size` in bytes, `modified` in seconds since 1970.
 
-    `architecture` ("qwen2"), `parameters` ("0.5B"), `quantization` ("q4_k_m") and `n_ctx_train` are those of its file,
-    as far as it names them. A loaded model will be unloaded at the time `expires`, unless it is used until then.
+    `architecture` ("qwen2"), `parameters` ("0.5B"), `quantization` ("q4_k_m") and `n_ctx_train` come from its file, if
+    they are stated there. A loaded model is unloaded at the time `expires`, unless it is used before.
     """
 
     name: str
@@ -162,7 +162,7 @@ class ModelHost(Protocol):
         """
         Load the model `name` ("" for the default one) and keep it loaded for the duration of the block.
 
-        It stays loaded for `keep_alive` seconds without a block; None for as long as it was told before.
+        It stays loaded for `keep_alive` seconds after the last block; None keeps the time that was set before.
 
         Raises
         ------
@@ -171,7 +171,7 @@ class ModelHost(Protocol):
 
     async def unload(self, name: str) -> None:
         """
-        Unload a model as soon as nobody uses it; do nothing if it is not loaded.
+        Unload a model as soon as it is idle; do nothing if it is not loaded.
 
         Raises
         ------

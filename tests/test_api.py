@@ -177,7 +177,7 @@ def test_a_question_gets_an_answer_with_its_reason_and_numbers(speaker: LocalMod
     assert answer.incomplete is None
 
 
-def test_messages_and_a_system_prompt_are_what_the_model_reads(load: Load, random_model: Path) -> None:
+def test_the_model_reads_the_messages_and_the_system_prompt(load: Load, random_model: Path) -> None:
     model = load(random_model)
     question = {"role": "user", "content": "Where?"}
     system = {"role": "system", "content": "Be brief."}
@@ -600,7 +600,7 @@ def test_progress_and_notes_go_to_callbacks(speaking_model: Path) -> None:
     assert progress[-1].done == progress[-1].total == speaking_model.stat().st_size
 
 
-def test_a_closed_model_says_so(speaking_model: Path) -> None:
+def test_a_closed_model_is_reported(speaking_model: Path) -> None:
     model = qwenlocal.load(speaking_model)
     stream = model.stream("Hi")
     model.close()

@@ -68,7 +68,7 @@ def graded_mask(tokens: int, cells: int) -> NDArray[numpy.float16]:
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "size"), [(4, 4, 64), (14, 2, 64), (3, 3, 128), (12, 1, 128), (2, 2, 32)]
 )
-def test_attention_is_what_its_definition_gives(heads, kv_heads, size, tokens, create_mask, threads):
+def test_attention_equals_its_definition(heads, kv_heads, size, tokens, create_mask, threads):
     random, cells = numpy.random.default_rng(tokens), 320
     queries = random.standard_normal((tokens, heads, size), numpy.float32)
     keys, values = (random.standard_normal((cells, kv_heads, size), numpy.float32).astype(numpy.float16) for _ in "kv")

@@ -699,7 +699,7 @@ def test_undo_goes_back_one_turn_and_returns_it(vocabulary: Tokenizer) -> None:
         talk.undo()
 
 
-def test_a_process_that_is_killed_while_it_continues_an_answer_keeps_what_it_has_written(vocabulary: Tokenizer) -> None:
+def test_a_process_that_is_killed_while_it_continues_an_answer_keeps_the_text_so_far(vocabulary: Tokenizer) -> None:
     generator = ScriptedGenerator([tokens("Once upon", vocabulary), tokens(" a time", vocabulary), [END]])
     talk = conversation(generator, vocabulary)
     list(talk.ask("Tell me"))

@@ -144,7 +144,7 @@ def test_raw_text_is_continued_without_a_template(qwenlocal: Run, speaking_model
     assert "prompt 1 token, " in result.stderr
 
 
-def test_an_answer_that_fills_the_context_says_so(qwenlocal: Run, endless_model: Path) -> None:
+def test_an_answer_that_fills_the_context_is_reported(qwenlocal: Run, endless_model: Path) -> None:
     result = qwenlocal("run", str(endless_model), "Hi", "-c", "256")
     assert "the context of 256 tokens is full" in expect_exit(result, 0)
 

@@ -44,17 +44,17 @@ FOR_THE_CLIENT = [
 
 
 @pytest.mark.parametrize("error", FOR_THE_SERVER, ids=lambda error: type(error).__name__)
-def test_what_only_the_server_can_change_is_marked(error: QwenlocalError) -> None:
+def test_hints_that_need_the_servers_owner_are_marked(error: QwenlocalError) -> None:
     assert find_client_hint(error).startswith("On the server: ")
 
 
 @pytest.mark.parametrize("error", FOR_THE_CLIENT, ids=lambda error: type(error).__name__)
-def test_what_the_client_can_change_needs_no_command(error: QwenlocalError) -> None:
+def test_hints_for_clients_contain_no_commands(error: QwenlocalError) -> None:
     hint = find_client_hint(error)
     assert "qwenlocal" not in hint and " -" not in hint and "server" not in hint
 
 
-def test_both_can_help_where_a_longer_context_is_possible() -> None:
+def test_both_can_help_if_a_longer_context_is_possible() -> None:
     hint = find_client_hint(ContextFull(5000, 4096, 32_768))
     assert hint == "Shorten the prompt. For a longer context, on the server: -c 6144"
     assert "Try again in 5 s. On the server: " in find_client_hint(ServerBusy(3, 5))

@@ -223,7 +223,7 @@ def test_bytes_that_are_there_are_kept_if_a_server_without_ranges_sends_them_aga
     assert download().path.read_bytes() == CONTENT
 
 
-def test_a_server_without_ranges_completes_what_another_source_began(download: Download, hub: HubServer) -> None:
+def test_a_server_without_ranges_completes_the_download_of_another_source(download: Download, hub: HubServer) -> None:
     hub.always = [only_on("/a/", cut(30_000)), only_on("/b/", whole_file(CONTENT))]
     assert download(["/a/x.bin", "/b/x.bin"]).path.read_bytes() == CONTENT
 
@@ -360,7 +360,7 @@ def test_a_full_disk_is_reported_before_the_first_request(
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="needs a limit on file sizes")
-def test_a_disk_that_fills_up_keeps_what_has_arrived(tmp_path: Path, hub: HubServer) -> None:
+def test_a_full_disk_keeps_the_data_that_has_arrived(tmp_path: Path, hub: HubServer) -> None:
     """A file-size limit stands in for the full disk: both raise an OSError."""
     hub.files["/x.bin"] = CONTENT
     code = FETCH_SCRIPT.replace(

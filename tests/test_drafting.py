@@ -382,7 +382,7 @@ def test_a_draft_model_is_part_of_the_plan(large_and_small: tuple[Path, Path]) -
     assert " + draft model 0.2 of " in sentence
 
 
-def test_a_draft_model_is_unloaded_when_memory_is_low_and_the_answer_goes_on(
+def test_a_draft_model_is_unloaded_when_memory_is_low_and_the_answer_continues(
     large_and_small: tuple[Path, Path],
 ) -> None:
     large, small = large_and_small

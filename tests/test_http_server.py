@@ -275,9 +275,7 @@ MALFORMED = (
 )
 
 
-def test_what_is_not_http_is_refused_at_once(
-    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_malformed_http_is_refused_at_once(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> None:
     async def test(port: int) -> None:
         for status, request in MALFORMED:
             head, _, body = (await exchange(port, request)).partition(b"\r\n\r\n")

@@ -145,7 +145,7 @@ def test_files_that_cannot_be_mapped_are_left_to_the_reader(name: str, tmp_path:
     read_ahead(tmp_path / name)
 
 
-def test_what_is_written_in_small_pieces_ends_up_in_huge_pages(disk: Path) -> None:
+def test_data_written_in_small_pieces_ends_up_in_huge_pages(disk: Path) -> None:
     data = random.Random(2).randbytes(9 * HUGE_PAGE + 500)
     path = disk / "x.gguf"
     with path.open("wb+", buffering=0) as file:
@@ -183,7 +183,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 )
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
 @pytest.mark.skipif(not hasattr(os, "pwrite"), reason="needs pwrite")
-def test_reserving_never_changes_what_a_file_holds(folder: Path, writes: list[tuple[int, bytes]], size: int) -> None:
+def test_reserving_never_changes_the_contents_of_a_file(
+    folder: Path, writes: list[tuple[int, bytes]], size: int
+) -> None:
     expected = bytearray(size)
     with (folder / "x.bin").open("wb+", buffering=0) as file:
         file.truncate(size)

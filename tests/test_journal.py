@@ -265,7 +265,7 @@ def test_reading_a_chat_that_is_open_elsewhere_adds_no_copies(journal: Journal) 
     assert [chat.id for chat in journal.list_chats()] == [1]
 
 
-def test_a_copy_has_the_answer_that_is_growing_elsewhere(tmp_path: Path) -> None:
+def test_a_copy_has_the_answer_that_is_growing_in_another_window(tmp_path: Path) -> None:
     path = tmp_path / "chats.db"
     child = subprocess.Popen([sys.executable, "-c", STREAMING, str(path)], stdout=subprocess.PIPE, text=True)
     assert child.stdout

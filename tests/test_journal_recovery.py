@@ -355,7 +355,7 @@ def run_commands(invoke: Run) -> Mapping[str, int]:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_commands_report_damage_and_recover_what_is_left(
+def test_commands_report_damage_and_recover_the_rest(
     invoke: Run, healthy: JournalFiles, seed: int, folders: Folders
 ) -> None:
     generator = random.Random(seed)

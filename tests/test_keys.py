@@ -53,7 +53,7 @@ def test_keys_typed_during_an_answer_give_the_same_line(
     assert read_questions(chat, tmp_path) == ["Go", *sent]
 
 
-def test_what_is_typed_before_a_menu_is_not_its_answer(terminal: Open, speaking_model: Path, tmp_path: Path) -> None:
+def test_keys_typed_before_a_menu_are_not_its_answer(terminal: Open, speaking_model: Path, tmp_path: Path) -> None:
     (tmp_path / "long.txt").write_text("word " * 9000)
     chat = terminal("run", str(speaking_model), "-c", "1024")
     chat.enter("@long.txt what?\rhello", "h, p, w or c")
@@ -62,7 +62,7 @@ def test_what_is_typed_before_a_menu_is_not_its_answer(terminal: Open, speaking_
     chat.wait_for(r"^> hello$")
 
 
-def test_ctrl_c_drops_what_waits_to_be_sent(terminal: Open, endless_model: Path, tmp_path: Path) -> None:
+def test_ctrl_c_drops_waiting_messages(terminal: Open, endless_model: Path, tmp_path: Path) -> None:
     chat = start_chat(terminal, endless_model, "-c", "60000", "--no-lookup")
     chat.enter("Go", "abcdefgh")
     chat.type("two\rthree\rhalf")

@@ -245,7 +245,7 @@ def test_a_tag_stands_for_the_file_that_has_it_in_its_name(library: Library, tag
 
 
 @pytest.mark.parametrize("tag", ["q4_0", "q4_k_x", "compac", "x-ud-q4"])
-def test_an_unknown_tag_lists_what_there_is(tag: str) -> None:
+def test_an_unknown_tag_lists_the_available_ones(tag: str) -> None:
     listing = RepoListing("o/r", "", [RemoteFile(path, 1, None) for path in TAGGED])
     with pytest.raises(ModelNotFound, match=f"o/r has no {tag} file") as caught:
         select_model(listing, HubName("hf", "o/r", level=tag))

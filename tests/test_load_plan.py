@@ -45,7 +45,7 @@ WEIGHTS = int(4.77e9)  # of the 7B as Q4_K_M
 # --- estimates
 
 
-def test_the_estimate_for_qwen15_05b_equals_what_llama_cpp_allocates() -> None:
+def test_the_estimate_for_qwen15_05b_equals_the_memory_that_llama_cpp_allocates() -> None:
     """llama.cpp logs (KV and compute buffer, MiB): 384 and 150.01 with n_ubatch 512, 37.50 with 128."""
     options = ContextOptions(4096, flash_attention=False)
     rows = 32 * 152_064 * 4

@@ -58,7 +58,7 @@ def test_the_largest_and_smallest_values_do_not_overflow(kind):
 
 
 @pytest.mark.parametrize("kind", ["q5_0", "q8_0"])
-def test_a_column_has_the_same_product_whatever_the_others_are(kind):
+def test_the_product_of_a_column_does_not_depend_on_the_others(kind):
     if not any(f"{feature} = 1" in load_library().system_info for feature in ("AVX512_VNNI", "AVX_VNNI")):
         pytest.skip("our kernels need a processor with AVX512-VNNI or AVX-VNNI")
     weights, columns = random_weights(kind, 100, 896), random_columns(30, 896)

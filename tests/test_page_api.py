@@ -119,7 +119,7 @@ def test_a_tiny_model_answers_on_the_page(folders: Folders, speaking_model: Path
         assert http.post("/tokens", json={"model": "tiny", "chat": 1}).json()["tokens"] > len("HelloParis, fun")
 
 
-def test_the_model_gets_the_whole_path_and_only_what_was_set(page: Page) -> None:
+def test_the_model_gets_the_whole_path_and_only_the_chosen_settings(page: Page) -> None:
     page.ask("One", system="Be brief.")
     page.ask("Two", chat=1, sampling={"temperature": 0, "top_k": 5}, max_tokens=2)
     request = page.engine.requests[-1]
@@ -142,7 +142,7 @@ def test_a_growing_answer_is_in_the_journal_before_it_ends(page: Page) -> None:
     assert page.chat()["state"] == "free"
 
 
-def test_a_stopped_answer_is_kept_as_far_as_it_came(page: Page) -> None:
+def test_the_text_of_a_stopped_answer_is_kept(page: Page) -> None:
     page.engine.reply, page.engine.hold_at = "abcd" * 50, 3
     with page.http.stream("POST", "/answers", json={"key": "12345678", "text": "Hello"}) as response:
         lines = response.iter_lines()
@@ -476,7 +476,7 @@ def test_every_route_needs_a_key_and_refuses_other_sites(locked: httpx.Client, m
     assert allowed.status_code not in (401, 403)
 
 
-def test_the_page_itself_needs_no_key_and_loads_nothing_from_elsewhere(locked: httpx.Client) -> None:
+def test_the_page_itself_needs_no_key_and_loads_nothing_from_other_hosts(locked: httpx.Client) -> None:
     names = [f"page/assets/{path.relative_to(PAGE).as_posix()}" for path in PAGE.rglob("*") if path.is_file()]
     for name in ["", *names, "page/assets/texts.json"]:
         response = locked.get(f"/{name}")

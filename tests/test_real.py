@@ -82,7 +82,7 @@ def test_the_starter_answers_in_chinese(home: dict[str, str], starter: Path) -> 
     assert "巴黎" in result.stdout
 
 
-def test_a_second_turn_reads_only_what_is_new(loaded: ChatModel) -> None:
+def test_a_second_turn_reads_only_the_new_tokens(loaded: ChatModel) -> None:
     talk = loaded.conversation(GenerationConfig(GREEDY, max_tokens=40))
     list(talk.ask("My name is Ada. Remember it."))
     events = list(talk.ask("What is my name?"))

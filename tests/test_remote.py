@@ -337,7 +337,7 @@ def test_stopping_closes_the_connection(engine: EngineServer, reply: Reply) -> N
     assert engine.hung_up.wait(10)
 
 
-def test_a_connection_that_nobody_accepts_can_be_given_up() -> None:
+def test_connecting_can_be_cancelled() -> None:
     with socket.socket() as full:
         full.bind(("127.0.0.1", 0))
         full.listen(0)
@@ -414,7 +414,7 @@ def test_a_wrong_file_of_endpoints_is_explained(tmp_path: Path, text: str, probl
 
 
 @pytest.mark.parametrize("url", ["", "gpu:8000", "ftp://h/v1", "http://", "http://h:x/v1", "http://[::1/v1"])
-def test_what_is_no_address_is_refused(url: str) -> None:
+def test_invalid_addresses_are_refused(url: str) -> None:
     with pytest.raises(UsageError, match="is not the URL"):
         parse_url(url)
 

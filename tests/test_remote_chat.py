@@ -232,7 +232,9 @@ def test_models_are_listed_and_switched(terminal: Open, engine: EngineServer, fo
     assert engine.requests[0]["model"] == "large-chat"
 
 
-def test_what_the_engine_cannot_tell_is_not_shown(terminal: Open, engine: EngineServer, tmp_path: Path) -> None:
+def test_data_that_the_engine_does_not_report_is_not_shown(
+    terminal: Open, engine: EngineServer, tmp_path: Path
+) -> None:
     (tmp_path / "notes.txt").write_text("The password is swordfish.")
     chat = start_chat(terminal, "--url", engine.url, "-m", "tiny-chat")
     chat.enter("What does @notes.txt say?", r"notes.txt: 26 characters.*" + re.escape(SAYS))

@@ -131,7 +131,7 @@ def test_files_of_servers_that_were_killed_are_deleted(tmp_path: Path) -> None:
     assert isinstance(server, RunningServer)
 
 
-def test_options_that_only_a_model_here_can_follow_exclude_a_server(
+def test_options_for_loading_cannot_be_combined_with_a_server(
     server: Server, qwenlocal: Run, speaking_model: Path
 ) -> None:
     result = qwenlocal("run", str(speaking_model), "Hello", "--server", "-c", "1024")

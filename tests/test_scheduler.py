@@ -182,7 +182,7 @@ def test_other_requests_overtake_one_that_waits_for_a_prefix(random_model: Path,
     assert first.key == 2
 
 
-def test_a_continued_chat_computes_only_what_is_new(random_model: Path, open_context: OpenContext) -> None:
+def test_a_continued_chat_computes_only_the_new_tokens(random_model: Path, open_context: OpenContext) -> None:
     scheduler = Scheduler(open_context(random_model, n_seq_max=3), 1)
     submit(scheduler, 0, text(100), 10)
     said = tokens_of(run(scheduler), 0)
@@ -364,7 +364,7 @@ def test_clients_take_turns(random_model: Path, open_context: OpenContext) -> No
 # --- ends and interruptions
 
 
-def test_a_finished_request_frees_its_place(random_model: Path, open_context: OpenContext) -> None:
+def test_a_finished_request_frees_its_slot(random_model: Path, open_context: OpenContext) -> None:
     scheduler = Scheduler(open_context(random_model, n_seq_max=3), 1)
     submit(scheduler, 0, text(10), 1000)
     submit(scheduler, 1, text(20, 3), 5)

@@ -67,7 +67,7 @@ def test_unchanged_lines_are_not_written_again() -> None:
     assert len(terminal.out.getvalue()) == before
 
 
-def test_what_another_program_writes_meanwhile_stays() -> None:
+def test_output_of_another_program_stays_on_the_screen() -> None:
     terminal = Terminal()
     terminal.screen.update([], ["one", "two"], ["status"])
     terminal.screen.leave()

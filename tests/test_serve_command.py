@@ -118,7 +118,7 @@ def test_a_killed_server_leaves_no_process(endless_model: Path, tmp_path: Path) 
         assert not alive
 
 
-def test_a_client_that_leaves_frees_its_place(endless_model: Path, tmp_path: Path) -> None:
+def test_a_client_that_disconnects_frees_its_slot(endless_model: Path, tmp_path: Path) -> None:
     with serving(tmp_path, endless_model, "--parallel", "1", "-c", "8192") as server:
         server.ask(max_tokens=1)
         body = {"messages": [{"role": "user", "content": "Hello"}], "stream": True}

@@ -1,4 +1,4 @@
-"""Anthropic's interface, used by Anthropic's own client."""
+"""The Anthropic API, used by Anthropic's own client."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_the_system_prompt_and_parts_reach_the_model(server: Server, client: ant
     assert request.sampling == {"temperature": 0.5, "top_k": 7}
 
 
-def test_an_answer_continues_the_last_message_and_holds_only_what_is_new(client: anthropic.Anthropic) -> None:
+def test_an_answer_continues_the_last_message_and_contains_only_the_new_text(client: anthropic.Anthropic) -> None:
     message = client.messages.create(model="speaking", messages=BEGUN, max_tokens=100)  # type: ignore[arg-type]
     assert message.content[0].text == "is, fun"  # type: ignore[union-attr]
     assert message.usage.output_tokens == len("is, fun") + 1
@@ -119,7 +119,9 @@ def test_an_answer_follows_a_schema(random_model: Path) -> None:
         ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking"),
     ],
 )
-def test_a_bad_request_has_the_shape_of_anthropic(server: Server, fields: dict[str, object], named: str) -> None:
+def test_an_invalid_request_gets_an_error_in_anthropics_format(
+    server: Server, fields: dict[str, object], named: str
+) -> None:
     body = {"model": "speaking", "messages": HELLO, "max_tokens": 5, **fields}
     response = httpx.post(f"{server.url}/v1/messages", json=body)
     assert response.status_code == 400

@@ -1,4 +1,4 @@
-"""Ollama's interface, used by Ollama's own client."""
+"""The Ollama API, used by Ollama's own client."""
 
 from __future__ import annotations
 

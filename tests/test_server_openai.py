@@ -1,4 +1,4 @@
-"""OpenAI's interface, used by OpenAI's own client."""
+"""The OpenAI API, used by OpenAI's own client."""
 
 from __future__ import annotations
 
@@ -411,7 +411,7 @@ def test_a_bad_request_names_its_field(speaking: Server, body: object, param: st
     assert error["type"] == "invalid_request_error" and error["message"]
 
 
-def test_an_endless_grammar_delays_nobody_who_needs_none(speaking: Server) -> None:
+def test_a_slow_grammar_does_not_delay_requests_without_one(speaking: Server) -> None:
     endless = {"messages": HELLO, "response_format": {"type": "json_object", "schema": {"allOf": ENDLESS_PATTERNS}}}
     with ThreadPoolExecutor() as threads:
         url = f"{speaking.url}/v1/chat/completions"

@@ -49,7 +49,7 @@ def send_requests(operation: schemathesis.APIOperation, mode: GenerationMode, mo
     return statuses
 
 
-def test_no_request_that_follows_the_description_makes_the_server_fail(server: Server, speaking_model: Path) -> None:
+def test_no_request_that_follows_the_schema_makes_the_server_fail(server: Server, speaking_model: Path) -> None:
     operations = read_operations(server)
     statuses = {
         operation.label: send_requests(operation, GenerationMode.POSITIVE, speaking_model) for operation in operations
@@ -58,7 +58,7 @@ def test_no_request_that_follows_the_description_makes_the_server_fail(server: S
     assert {f"POST {path}" for path in ANSWERING} <= answered
 
 
-def test_no_request_that_violates_the_description_makes_the_server_fail(server: Server, speaking_model: Path) -> None:
+def test_no_request_that_violates_the_schema_makes_the_server_fail(server: Server, speaking_model: Path) -> None:
     operations = [operation for operation in read_operations(server) if operation.body]
     statuses = {
         operation.label: send_requests(operation, GenerationMode.NEGATIVE, speaking_model) for operation in operations

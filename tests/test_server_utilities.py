@@ -71,7 +71,7 @@ def test_metrics_count_requests_and_tokens(server: Server) -> None:
     assert after["qwenlocal_answers_running"] == after["qwenlocal_answers_waiting"] == 0
 
 
-def test_the_page_with_the_description_needs_nothing_from_elsewhere(server: Server) -> None:
+def test_the_docs_page_loads_nothing_from_other_hosts(server: Server) -> None:
     page = httpx.get(f"{server.url}/docs")
     policy = page.headers["content-security-policy"]
     assert "default-src 'none'" in policy and "unsafe" not in policy

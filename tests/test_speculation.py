@@ -17,7 +17,7 @@ from qwenlocal.engine.speculation import DEFAULT_COSTS, CostCurve, NgramIndex, S
 # --- guesses
 
 
-def test_what_followed_the_last_tokens_before_is_the_draft() -> None:
+def test_the_draft_is_the_earlier_continuation_of_the_last_tokens() -> None:
     index = NgramIndex()
     index.extend([5, 6, 7, 8, 9, 5, 6, 7])
     assert index.guess(3) == ([8, 9, 5], 3, False)
@@ -90,7 +90,7 @@ def test_wrong_drafts_become_shorter_and_return_once_they_would_have_been_right(
     assert len(speculation.propose(31)) > 0
 
 
-def test_costs_are_learnt_from_what_was_timed() -> None:
+def test_costs_are_learned_from_timed_steps() -> None:
     costs = CostCurve()
     for _ in range(60):
         costs.observe(1, 0.010)

@@ -99,7 +99,7 @@ class TestDecoding:
             ("Přeložte tento text".encode("cp1250"), r"is not UTF-8 text \(byte 2 is 0xF8\)"),
         ],
     )
-    def test_what_is_not_text_is_refused(self, data: bytes, reason: str) -> None:
+    def test_binary_data_is_refused(self, data: bytes, reason: str) -> None:
         with pytest.raises(UsageError, match=reason):
             decode_text(data, "x")
 
@@ -184,7 +184,7 @@ def test_a_note_says_that_the_end_of_standard_input_is_waited_for(
     assert ("< /dev/null" in result.stderr) == bool(prompt)
 
 
-def test_no_note_says_so_if_standard_input_ends_soon(qwenlocal: Run, speaking_model: Path) -> None:
+def test_no_note_is_printed_if_standard_input_ends_soon(qwenlocal: Run, speaking_model: Path) -> None:
     started = time.monotonic()
     for options in ({"input": "text"}, {"stdin": subprocess.DEVNULL}):
         assert "Waiting" not in qwenlocal("run", str(speaking_model), "Hi", **options).stderr

@@ -181,7 +181,7 @@ class TestAnswers:
             source, tmp_path / "model.gguf", {"tokenizer.ggml.tokens": gguf_writer.strings(tokens)}
         )
 
-    def test_a_normal_token_is_printed_and_the_answer_goes_on(self, model: Path, qwenlocal: Run) -> None:
+    def test_a_normal_token_is_printed_and_the_answer_continues(self, model: Path, qwenlocal: Run) -> None:
         assert qwenlocal("run", "-m", str(model), "Hi</s>").stdout == "a</s>b\n"
 
     def test_a_normal_token_is_printed_with_a_grammar(self, model: Path, invoke: Run, tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ class TestAgainst:
         assert re.search(r"^weights  f32 +\d+ tensors, identical$", result.stdout, re.MULTILINE)
         assert "worst" not in result.stdout
 
-    def test_errors_are_compared_with_what_is_normal_for_the_type(
+    def test_errors_are_compared_with_the_normal_error_of_the_type(
         self, tiny_checkpoint: Path, invoke: Run, tmp_path: Path
     ) -> None:
         convert_checkpoint(tiny_checkpoint, tmp_path / "x.gguf", "q8_0")

@@ -38,7 +38,7 @@ def test_an_exception_of_a_task_is_raised_from_its_result() -> None:
     assert [str(exception) for exception in reported] == ["broken"]
 
 
-def test_a_cancelled_task_returns_what_it_made_anyway() -> None:
+def test_a_cancelled_task_returns_its_result_anyway() -> None:
     stopped = threading.Event()
 
     def wait() -> str:

@@ -364,7 +364,7 @@ def test_the_reason_of_an_end_is_the_signal_and_a_gpu_only_if_one_was_used() -> 
     without, with_gpu = (EngineCrashed.from_exit_code(-signal.SIGSEGV, uses_gpu=gpu) for gpu in (False, True))
     assert "SIGSEGV" in str(without) and "GPU" not in without.hint
     assert "SIGSEGV" in str(with_gpu) and "-ngl 0" in with_gpu.hint
-    assert "exit code 3" in str(EngineCrashed.from_exit_code(3))
+    assert "with code 3" in str(EngineCrashed.from_exit_code(3))
 
 
 def test_requests_that_are_running_when_the_process_is_stopped_are_interrupted(endless_model: Path) -> None:

@@ -26,6 +26,7 @@ LAYOUTS = (
     ContextOptions(4096, key_type="f16", value_type="f16", flash_attention=False, n_ubatch=512),
     ContextOptions(4096, key_type="q8_0", value_type="f16", flash_attention=False, n_ubatch=128),
     ContextOptions(4096, key_type="q8_0", value_type="q8_0", flash_attention=True, n_ubatch=128),
+    ContextOptions(4096, key_type="f16", value_type="f16", flash_attention=True, n_ubatch=128),
 )
 
 _RUN = """

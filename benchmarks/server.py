@@ -4,6 +4,7 @@ Compare `qwenlocal serve` with llama-server of the same source: throughput, time
     benchmarks/rival.sh                                      build llama-server, once
     .venv/bin/python benchmarks/server.py MODEL.gguf         1, 4, 8 and 16 clients
     .venv/bin/python benchmarks/server.py MODEL.gguf --long  one prompt of 2,000 tokens among them
+    .venv/bin/python benchmarks/server.py MODEL.gguf --overhead  one stream, compared with bare decoding
 
 Each client streams two answers of 48 tokens after a system prompt of about 400 tokens that all of them share, and that
 no earlier run had. Both servers run at the same time, but only one of them computes: the runs are interleaved.
@@ -26,6 +27,11 @@ from pathlib import Path
 
 import httpx
 from comparison import LLAMA_CPP, ROOT, table_header, table_row
+
+from qwenlocal.engine.context import Context, ContextOptions
+from qwenlocal.engine.llama import Model
+from qwenlocal.engine.sampling import Sampler, Sampling
+from qwenlocal.huge_pages import collapse_buffers
 
 CLIENTS = (1, 4, 8, 16)
 ANSWER = 48
@@ -121,6 +127,38 @@ def serving(command: Sequence[str], port: int) -> Iterator[tuple[str, float]]:
         process.wait()
 
 
+def decode_bare(context: Context, ids: Sequence[int]) -> float:
+    """Decode as many tokens as an answer has, after a prompt; return the seconds between the first and the last one."""
+    context.truncate(0, 0)
+    sampler = Sampler(Sampling(temperature=0), context.model.tokenizer)
+    started, pending = 0.0, list(ids)
+    for number in range(ANSWER):
+        row = context.decode([(0, pending)])[0]
+        pending = [sampler.sample(context, row)]
+        if number == 0:
+            started = time.monotonic()
+    sampler.close()
+    return time.monotonic() - started
+
+
+def measure_overhead(model_file: Path, command: Sequence[str], port: int, runs: int) -> None:
+    """Compare the time between tokens of one stream with that of the bare engine in this process."""
+    model = Model(model_file)
+    options = ContextOptions(16384, threads=2, batch_threads=2, n_ubatch=128, flash_attention=True, n_seq_max=24)
+    context = Context(model, options)
+    ids = model.tokenizer.tokenize(SENTENCE * 22, special=False)
+    collapse_buffers()
+    ratios = []
+    with serving(command, port) as (url, _):
+        for number in range(runs + 1):
+            run = asyncio.run(measure(url, 1, f"overhead {number}", has_long=False))
+            served, bare = sum(run.gaps) / len(run.gaps), decode_bare(context, ids) / (ANSWER - 1)
+            if number:  # the first run does not count
+                ratios.append(served / bare)
+                print(f"{1000 * served:.2f} ms per token, bare {1000 * bare:.2f} ms: {ratios[-1]:.3f}", flush=True)
+    print(f"median {statistics.median(ratios):.3f} in {runs} pairs")
+
+
 def percentile(values: Sequence[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
@@ -131,10 +169,14 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--clients", type=lambda text: tuple(map(int, text.split(","))), default=CLIENTS)
     parser.add_argument("--long", action="store_true", help="one prompt of 2,000 tokens among them")
+    parser.add_argument("--overhead", action="store_true", help="one stream, compared with bare decoding")
     arguments = parser.parse_args()
     ports = free_ports()
     ours = [str(ROOT / ".venv/bin/qwenlocal"), "serve", str(arguments.model), "--port", str(ports[0])]
     ours += ["--parallel", "16", "-c", "16384", "-t", "2", "--no-keep-cache"]
+    if arguments.overhead:
+        measure_overhead(arguments.model, [*ours, "--no-lookup"], ports[0], arguments.runs)
+        return
     theirs = [str(LLAMA_CPP / "llama-server"), "-m", str(arguments.model), "--port", str(ports[1])]
     theirs += ["-np", "16", "-c", "16384", "-t", "2", "--kv-unified"]
     with serving(ours, ports[0]) as (our_url, our_start), serving(theirs, ports[1]) as (their_url, their_start):

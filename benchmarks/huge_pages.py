@@ -1,5 +1,5 @@
 """
-Measure what huge pages gain on Linux, for the mapped file and for llama.cpp's buffers.
+Measure the gain of huge pages on Linux, for the mapped file and for llama.cpp's buffers.
 
     .venv/bin/python benchmarks/huge_pages.py MODEL.gguf --runs 8
 

@@ -1,5 +1,5 @@
 """
-Load a server for a long time with clients that come and leave, and check that nothing is lost.
+Load a server for a long time with clients that connect and disconnect, and check that nothing leaks.
 
     .venv/bin/python benchmarks/soak.py MODEL.gguf --minutes 60
 

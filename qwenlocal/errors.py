@@ -2,9 +2,9 @@
 Errors that a user of qwenlocal can act on.
 
     QwenlocalError                 1  base class: a sentence and a next step
-    ├── EngineCrashed              1  the process of a model ends: killed, or a device is gone
+    ├── EngineCrashed              1  the process of a model crashed: killed, or a device is gone
     ├── ServerBusy                 1  too many requests are waiting for a model
-    ├── ServerStopped              1  the server stops before it has answered
+    ├── ServerStopped              1  the server shuts down before it has answered
     ├── UsageError                 2  arguments that are invalid or contradict each other
     │   ├── InvalidChoice          2  an argument that is not one of the known values
     │   └── OutOfRange             2  a number that is too small or too large
@@ -30,7 +30,7 @@ Errors that a user of qwenlocal can act on.
     ├── JournalError               6  the journal of chats cannot be used
     ├── ContextFull                7  the prompt does not fit into the context
     ├── TextTooLong                7  the text is too long to be tokenized
-    ├── IncompleteAnswer           8  an answer was cut before it followed its grammar
+    ├── IncompleteAnswer           8  an answer was cut off before it followed its grammar
     └── Interrupted              130  Ctrl-C
 
 Packages below `cli` raise these where the cause is known; only `cli` prints them and sets the exit code. Any other
@@ -120,7 +120,7 @@ def _signal_name(number: int) -> str:
 
 
 class ServerBusy(QwenlocalError):
-    """`n_waiting` requests wait for the model already; `retry_after` seconds later there may be room."""
+    """`n_waiting` requests are already waiting for the model; there may be room in `retry_after` seconds."""
 
     http_status = 503
 
@@ -136,7 +136,7 @@ class ServerBusy(QwenlocalError):
 
 
 class ServerStopped(QwenlocalError):
-    """The server stops before it has answered a request."""
+    """The server shuts down before it has answered a request."""
 
     http_status = 503
 
@@ -241,7 +241,7 @@ class ChatNotFound(QwenlocalError):
 
 
 class DownloadFailed(QwenlocalError):
-    """No source delivered the file; the next attempt continues with what arrived."""
+    """No source delivered the file; the next attempt continues with the data that arrived."""
 
     exit_code, http_status = 4, 502
 
@@ -526,7 +526,7 @@ class ContextFull(QwenlocalError):
 
 
 class IncompleteAnswer(QwenlocalError):
-    """An answer was cut before it followed its JSON schema or grammar; `message` says by what."""
+    """An answer was cut off before it followed its JSON schema or grammar; `message` says why."""
 
     exit_code, http_status = 8, 500
 

@@ -1,4 +1,4 @@
-"""What the tests share: folders of their own, tiny models, a loopback hub, the program as a process."""
+"""Shared fixtures: separate folders, tiny models, a loopback hub, the program as a process."""
 
 from __future__ import annotations
 
@@ -135,7 +135,8 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 @pytest.fixture
 def environment(folders: Folders, hub: HubServer) -> dict[str, str]:
-    """For the program as a process: its own folders, and a network that consists of the loopback hub."""
+    """Environment variables for the program as a process: separate folders, and a network that is only the loopback
+    hub."""
     kept = {name: os.environ[name] for name in ("PATH", "SYSTEMROOT", "LD_LIBRARY_PATH") if name in os.environ}
     return {
         **kept,
@@ -175,7 +176,7 @@ def qwenlocal(environment: dict[str, str], tmp_path: Path) -> Run:
 
 @pytest.fixture
 def invoke(request: pytest.FixtureRequest, folders: Folders, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
-    """`qwenlocal` in this process; nobody answers it where a test has no hub."""
+    """Runs `qwenlocal` in this process; unless a test has a hub, no server answers it."""
     url = request.getfixturevalue("hub").url if "hub" in request.fixturenames else "http://127.0.0.1:1"
     kept = {"HOME": folders.user, "QWENLOCAL_HOME": folders.home, "HF_HUB_CACHE": folders.hub_cache}
     for name, value in {**kept, "HF_ENDPOINT": url, "MODELSCOPE_DOMAIN": url, "PIP_INDEX_URL": f"{url}/simple"}.items():

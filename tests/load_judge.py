@@ -2,7 +2,7 @@
 Have llama.cpp judge GGUF files: a process loads each of the files given as arguments and generates three tokens.
 
 Prints a list of verdicts as JSON: "ok", "NaN" if the model computes NaN, or why the file cannot be run. Each file has a
-process of its own, because llama.cpp ends it over some files.
+process of its own, because some files make llama.cpp abort.
 """
 
 from __future__ import annotations

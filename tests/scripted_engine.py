@@ -1,4 +1,4 @@
-"""An engine that says what a test wants, as fast as the test wants: for texts that no tiny model can be made to say."""
+"""An engine whose answers and speed are scripted, for texts that no tiny model can generate."""
 
 from __future__ import annotations
 

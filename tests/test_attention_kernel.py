@@ -1,4 +1,4 @@
-"""Our own kernel for attention in libggml-cpu: the values that the definition gives."""
+"""Our own attention kernel in libggml-cpu: its results equal the definition."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hints of errors in responses: a client can change its request, and runs no command on the server."""
+"""Hints of errors in responses: clients can change their requests, but cannot run commands on the server."""
 
 from __future__ import annotations
 

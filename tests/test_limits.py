@@ -1,4 +1,4 @@
-"""What a token demands of the machine, and the machine's limits."""
+"""The work per token, and the limits of the machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chats with an engine elsewhere, which a loopback server plays."""
+"""Chats with a remote engine, simulated by a loopback server."""
 
 from __future__ import annotations
 

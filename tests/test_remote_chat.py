@@ -1,4 +1,4 @@
-"""`qwenlocal run` with an engine elsewhere: single answers, pipes, and the chat in a real pseudo-terminal."""
+"""`qwenlocal run` with a remote engine: single answers, pipes, and the chat in a real pseudo-terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`qwenlocal run` uses the model that a running server has loaded, and notices nothing of it otherwise."""
+"""`qwenlocal run` uses the model that a running server has loaded; otherwise, servers make no difference."""
 
 from __future__ import annotations
 

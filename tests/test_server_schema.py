@@ -1,4 +1,4 @@
-"""Requests that nobody thinks of, generated from the description of the interface."""
+"""Unusual requests, generated from the OpenAPI schema."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Health, metrics, tokens, templates and the page with the description."""
+"""Health, metrics, tokens, templates and the page /docs."""
 
 from __future__ import annotations
 

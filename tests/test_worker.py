@@ -14,7 +14,7 @@ from qwenlocal.chat.worker import BackgroundTask, iterate_in_thread
 
 
 def ignore(_exception: BaseException | None) -> None:
-    """Stand in for an `on_done` that nobody needs."""
+    """Ignore the end of a task."""
 
 
 def test_a_task_returns_its_result_and_reports_that_it_is_done() -> None:

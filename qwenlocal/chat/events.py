@@ -35,9 +35,9 @@ class Summarizing:
 @dataclass(frozen=True)
 class TurnsEvicted:
     """
-    The oldest `turns` did not fit and left the context; the first of them began with `first`.
+    The oldest `turns` did not fit and were removed from the context; the first of them began with `first`.
 
-    `summary` is what the model has written to replace them and all turns that were evicted before, "" if it has written
+    `summary` is the model's text that replaces them and all turns that were evicted before, "" if it has written
     nothing; `lacks_room` if there was no room for it. An earlier summary stays then.
     """
 

@@ -51,7 +51,7 @@ def open_remote_pool(app: AppContext, options: RunOptions, name: str | None) -> 
 
 
 def list_local_options(options: RunOptions) -> list[str]:
-    """List the given options that a remote engine cannot follow."""
+    """List the given options that a remote engine does not support."""
     request = options.load_request
     used = {
         "-c": request.n_ctx,
@@ -124,7 +124,7 @@ class RemotePool:
         return self._names
 
     def nearby_files(self) -> Sequence[str]:
-        """Return no files: models are elsewhere."""
+        """Return no files: the models are remote."""
         return ()
 
     def load_first(self, thread: Thread) -> Conversation:

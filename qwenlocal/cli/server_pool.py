@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from qwenlocal.engine.llama import Model
     from qwenlocal.engine.sampling import Sampling
 
-_LOCAL_ONLY = {"--grammar", "--overflow"}  # options that a remote engine cannot follow, but our own server can
+_LOCAL_ONLY = {"--grammar", "--overflow"}  # options that our own server supports, but a remote engine does not
 
 
 def open_server_pool(app: AppContext, options: RunOptions, name: str | None) -> ServerPool | None:
     """
     Return the model `name` (None: the default one) of a running server; None if no server has loaded it.
 
-    Options that only a model in this process can follow, such as -c, prevent it.
+    Options that only a model in this process supports, such as -c, prevent it.
 
     Raises
     ------

@@ -18,7 +18,7 @@ _INTERVAL = 0.5  # seconds between two looks at the processor times, which have 
 
 class ThreadAdapter:
     """
-    Chooses the number of threads: at most `limit`, and no more than there are cores for.
+    Chooses the number of threads: at most `limit`, and no more than there are free cores.
 
     With a limit of 4 on 4 CPUs: if this process used 3.2 of them in the last half second and 0.1 were free, `update`
     returns 3.

@@ -35,7 +35,7 @@ QUESTION = {
 MAX_GROWTH = 1.02
 
 
-async def be_a_client(url: str, random_numbers: random.Random, end: float) -> tuple[int, int]:
+async def run_client(url: str, random_numbers: random.Random, end: float) -> tuple[int, int]:
     """Ask until the time is over; return the number of complete and of abandoned answers."""
     complete = abandoned = 0
     async with httpx.AsyncClient(timeout=300) as client:
@@ -70,7 +70,7 @@ async def soak(url: str, processes: list[psutil.Process], seconds: float, seed: 
     answer = (await ask(url))["choices"][0]["message"]["content"]
     end = time.monotonic() + seconds
     clients = [
-        asyncio.create_task(be_a_client(url, random.Random(seed * CLIENTS + number), end)) for number in range(CLIENTS)
+        asyncio.create_task(run_client(url, random.Random(seed * CLIENTS + number), end)) for number in range(CLIENTS)
     ]
     await asyncio.sleep(seconds / 10)
     before, _ = measure(processes)

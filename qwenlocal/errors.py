@@ -481,7 +481,7 @@ class JournalError(QwenlocalError):
 
     def __init__(self, path: Path, reason: str, *, damaged: bool = False, hint: str = "") -> None:
         self.path, self.reason, self.damaged = path, reason, damaged
-        default_hint = tr("Recover what is readable: qwenlocal chats recover")
+        default_hint = tr("Recover the readable messages: qwenlocal chats recover")
         if not damaged:
             default_hint = tr("The file was not changed. To chat without saving: --no-journal")
         message = tr("Cannot use the chats in {path}: {reason}.", path=path, reason=reason)

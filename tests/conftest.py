@@ -65,7 +65,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def _nobody_elses_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def _isolated_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No test sees this machine's models, settings, language or proxies."""
     for name in list(os.environ):
         if name.startswith(("HF_", "QWENLOCAL_", "OLLAMA", "LLAMA_", "MODELSCOPE")) or name.lower().endswith("_proxy"):

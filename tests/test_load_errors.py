@@ -43,7 +43,7 @@ FATAL = {
     "tokenizer.ggml.tokens: one entry twice": "the vocabulary has the token “Ā” twice",
     "alignment 1, longer header": "not at a multiple of 32",
     "alignment 48, as written": "“general.alignment” is 48, not a power of two",
-    "blk.0.ffn_up.weight: type 26": "“blk.0.ffn_up.weight” has the type I32, with which it cannot compute",
+    "blk.0.ffn_up.weight: type 26": "“blk.0.ffn_up.weight” has the type I32, which it cannot compute with",
     "output_norm.weight: type 1, laid out": "“output_norm.weight” has the type F16, but must be F32",
     "blk.0.ffn_down.weight: type 12": "has rows of 64 values, not a multiple of the 256 in a block of q4_k",
     "qwen2.nextn_predict_layers: u32 3": "layers” is 3; it must be less than the number of layers (1)",

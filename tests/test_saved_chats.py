@@ -111,7 +111,7 @@ def test_a_second_window_copies_the_chat_with_its_first_message_only(
     first.enter("Go", r"(abcdefgh\s){40}")
     wait_for_answer(journal())
     second = start_chat(terminal, "--continue", "-n", "9")
-    assert "It is open in another window. Your next message starts a copy" in second.text
+    assert "It is open in another window. Unless you close that window first" in second.text
     assert chat_ids(journal) == [1]
     second.enter("And?", "token limit")
     assert chat_ids(journal) == [1, 2]
@@ -134,7 +134,7 @@ def test_continue_with_a_damaged_journal_opens_a_chat_that_is_not_saved(
     for choice in (["--continue"], ["--resume", "2"], ["--resume"]):
         chat = start_chat(terminal, speaking_model, *choice)
         text = re.sub(r"\s+", " ", chat.text)
-        assert "A new chat starts; it is not saved. Recover what is readable: qwenlocal chats recover" in text
+        assert "A new chat starts; it is not saved. Recover the readable messages: qwenlocal chats recover" in text
         chat.enter("Hi", re.escape(SAYS))
         assert chat.exit() == 0
         assert (home / "chats.db").read_bytes() == data

@@ -91,7 +91,7 @@ class HttpSource(ByteSource):
             if response.body.status == 200 and end - start < size:
                 raise RangesUnsupported
             if response.start != start:
-                raise TransferError("the server sent another range than requested", retryable=False)
+                raise TransferError("the server sent a different range than requested", retryable=False)
             remaining = end - start
             for chunk in self._client.read(response):
                 yield chunk[:remaining]

@@ -41,7 +41,7 @@ class ChoiceFormat(Protocol):
     def last_chunk(self) -> dict[str, Any]:
         """Return the fields of the chunk with the finish reason."""
 
-    def whole(self, index: int, answer: CollectedAnswer) -> dict[str, Any]:
+    def full_choice(self, index: int, answer: CollectedAnswer) -> dict[str, Any]:
         """Return the fields of a complete choice."""
 
 
@@ -65,7 +65,7 @@ class ChatChoices:
     def last_chunk(self) -> dict[str, Any]:
         return {"delta": {}, "logprobs": None}
 
-    def whole(self, index: int, answer: CollectedAnswer) -> dict[str, Any]:
+    def full_choice(self, index: int, answer: CollectedAnswer) -> dict[str, Any]:
         message = {"role": "assistant", "content": answer.text, "refusal": None}
         return {"message": message, "logprobs": self._format(answer.logprobs)}
 
@@ -98,7 +98,7 @@ class CompletionChoices:
     def last_chunk(self) -> dict[str, Any]:
         return {"text": "", "logprobs": None}
 
-    def whole(self, index: int, answer: CollectedAnswer) -> dict[str, Any]:
+    def full_choice(self, index: int, answer: CollectedAnswer) -> dict[str, Any]:
         prompt = self._prompts[index] if self._echo else ""
         return self.text_chunk(index, prompt + answer.text, [*answer.prompt_logprobs, *answer.logprobs])
 
@@ -133,7 +133,7 @@ class ChoiceResponse:
         choices = [
             {
                 "index": index,
-                **self._format.whole(index, answer),
+                **self._format.full_choice(index, answer),
                 "finish_reason": FINISH_REASONS[answer.end.finish_reason],
             }
             for index, answer in enumerate(answers)

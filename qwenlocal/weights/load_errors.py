@@ -93,7 +93,7 @@ def check_file(source: Path, *, with_tensors: bool = True) -> SplitModel:
     model = read_split_model(source)
     path = model.paths[0]
     if errors := find_load_errors(model, read_raw_metadata(path), with_tensors=with_tensors):
-        hint = f"To see all that is wrong with it: qwenlocal inspect {shlex.quote(str(path))}"
+        hint = f"To list all problems: qwenlocal inspect {shlex.quote(str(path))}"
         raise BadWeights(path, f"llama.cpp cannot run it: {errors[0]}", hint=hint)
     return model
 
@@ -250,7 +250,7 @@ def _find_unusable_tensors(model: SplitModel, pairs: Pairs) -> Iterator[str]:
     for tensor in model.tensors.values():
         is_vector, name = tensor.name.endswith(("_norm.weight", ".bias", "scale")), shorten(tensor.name)
         if not ggml.can_dequantize(tensor.type) or (is_vector and tensor.type.name != "f32"):
-            problem = "but must be F32" if is_vector else "with which it cannot compute"
+            problem = "but must be F32" if is_vector else "which it cannot compute with"
             yield f"the tensor “{name}” has the type {tensor.type.name.upper()}, {problem}"
             return
         if tensor.offset % _MIN_ALIGNMENT:

@@ -1,9 +1,10 @@
 """
 Sequences in the machine's memory, outside the KV cache.
 
-Without flash attention, llama.cpp computes the attention of a token over all cells of the KV cache and masks those of
-other sequences: each parked sequence slows down all that run. In memory it does not, and it is back in milliseconds:
-450 tokens of a model with 12 KB per token are stored in 11 ms, loaded in 1 ms, and computed in 500 ms.
+The KV cache has room for few conversations. Without flash attention, each parked one also slows down all that run,
+because llama.cpp computes the attention of a token over all cells and masks those of other sequences. A stored
+sequence does not, and loads in milliseconds: 450 tokens of a model with 12 KB per token are stored in 11 ms, loaded
+in 1 ms, and computed in 500 ms.
 """
 
 from __future__ import annotations

@@ -44,6 +44,14 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "mcp_servers": ([],),
     "container": (),
     "output_format": (),
+    "stop": ([], ""),
+    "n": (1,),
+    "response_format": ({}, {"type": "text"}),
+    "grammar": ("",),
+    "logit_bias": ({}, []),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "ignore_eos": (False,),
 }
 
 

@@ -25,7 +25,15 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "width": (0,),
     "height": (0,),
 }
-_UNSUPPORTED_OPTIONS: dict[str, tuple[Any, ...]] = {"mirostat": (0,), "typical_p": (1,), "tfs_z": (1,)}
+_UNSUPPORTED_OPTIONS: dict[str, tuple[Any, ...]] = {
+    "mirostat": (0,),
+    "typical_p": (1,),
+    "tfs_z": (1,),
+    "repeat_last_n": (64,),
+    "penalize_newline": (True,),
+    "logit_bias": ({}, []),
+    "grammar": ("",),
+}
 
 _DURATION = re.compile(r"(?P<number>\d+(?:\.\d*)?|\.\d+)(?P<unit>ns|us|µs|ms|s|m|h)")
 _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}

@@ -28,6 +28,7 @@ from qwenlocal.server.request_fields import (
 _MAX_CHOICES = 64
 _MAX_TOP_LOGPROBS = 20
 _MAX_INPUTS = 2048  # of one request, as OpenAI's
+_MAX_ANSWERS = 2048  # to one request
 
 # Unsupported fields that would change the answer, with the values that change nothing.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -67,6 +68,22 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "n_probs": (0,),
     "samplers": (),
     "image_data": ([],),
+    "images": ([],),
+    "repeat_last_n": (64,),
+    "penalty_last_n": (64,),
+    "min_keep": (0,),
+    "tfs_z": (1,),
+    "logits_processors": ([],),
+    "regex": ("",),
+    "ebnf": ("",),
+    "n_indent": (0,),
+    "t_max_predict_ms": (-1, 0),
+    "max_new_tokens": (),
+    "truncate_prompt_tokens": (),
+    "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (True,),
+    "post_sampling_probs": (False,),
+    "return_tokens": (False,),
 }
 
 
@@ -203,6 +220,7 @@ class ChatCompletionRequest(GenerationFields):
 
     def check(self) -> None:
         super().check()
+        self.refuse({"echo": (False,)})
         if self.top_logprobs and not self.logprobs:
             raise BadField("top_logprobs", tr("“top_logprobs” needs “logprobs”: true."))
         if self.add_generation_prompt is bool(self.continue_final_message):  # vLLM needs both, SGLang the latter
@@ -247,6 +265,18 @@ class CompletionRequest(GenerationFields):
     max_tokens: int | None = Field(16, ge=-1, validation_alias=AliasChoices("max_tokens", "n_predict"))
     logprobs: int | None = Field(None, ge=0, le=_MAX_TOP_LOGPROBS)
     echo: bool | None = None
+
+    def check(self) -> None:
+        super().check()
+        if (count := len(list_texts(self.prompt)) * self.choices) > _MAX_ANSWERS:
+            raise BadField(
+                "n",
+                tr(
+                    "“n” times the number of prompts is {count:,}; the limit is {limit:,}.",
+                    count=count,
+                    limit=_MAX_ANSWERS,
+                ),
+            )
 
 
 class EmbeddingRequest(ApiRequest):

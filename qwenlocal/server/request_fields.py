@@ -32,7 +32,7 @@ class ApiRequest(BaseModel):
         """
         Check the fields that would change the answer but are not supported.
 
-        `neutral` maps their names to the values that change nothing; null is always one of them.
+        `neutral` maps their names to the values that change nothing; null is always one of them, also in an object.
 
         Raises
         ------
@@ -40,6 +40,8 @@ class ApiRequest(BaseModel):
         """
         for name, values in neutral.items():
             value = (self.model_extra or {}).get(name)
+            if isinstance(value, dict):
+                value = {key: item for key, item in value.items() if item is not None}
             if value is not None and value not in values:
                 raise BadField(name, tr("“{field}” is not supported.", field=name), code="unsupported_parameter")
 

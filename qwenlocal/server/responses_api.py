@@ -41,6 +41,16 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "truncation": ("disabled",),
     "top_logprobs": (0,),
     "max_tool_calls": (),
+    "reasoning": ({}, {"effort": "none"}),
+    "max_tokens": (),
+    "max_completion_tokens": (),
+    "stop": ([], ""),
+    "n": (1,),
+    "response_format": ({}, {"type": "text"}),
+    "grammar": ("",),
+    "logit_bias": ({}, []),
+    "logprobs": (False,),
+    "ignore_eos": (False,),
 }
 
 

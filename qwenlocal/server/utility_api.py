@@ -7,6 +7,7 @@ They are llama-server's (tools/server/README.md). The routes for tokens also acc
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from fastapi import APIRouter
@@ -15,10 +16,25 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import AliasChoices, Field
 
 from qwenlocal.server.answering import AnswerService
+from qwenlocal.server.engine import Engine
 from qwenlocal.server.json_route import JsonRoute
 from qwenlocal.server.openai_models import ChatMessageFields, TokenId
 from qwenlocal.server.request_fields import ApiRequest
 from qwenlocal.server.server_metrics import ServerMetrics
+from qwenlocal.server.streaming import encode_list
+
+_SLICE = 4096  # tokens that are converted before other requests continue: a few milliseconds
+
+
+# Unsupported fields that would change the prompt, with the values that change nothing.
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "tools": ([],),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "documents": ([],),
+}
 
 
 class TokenizeRequest(ApiRequest):
@@ -74,17 +90,15 @@ class UtilityApi:
         """Convert a text to token ids."""
         async with self._service.open(body.model) as engine:
             ids = await engine.tokenize(body.content, special=body.parse_special, add_bos=body.add_special)
-            if not body.with_pieces:
-                return JSONResponse({"tokens": ids})
-            pieces = await engine.pieces(ids)
-        return JSONResponse(
-            {"tokens": [{"id": id, "piece": _format_piece(piece)} for id, piece in zip(ids, pieces, strict=True)]}
-        )
+            slices = _add_pieces(engine, ids) if body.with_pieces else _slice(ids)
+            tokens = await encode_list(slices)
+        return Response(b'{"tokens":' + tokens + b"}", media_type="application/json")
 
     async def detokenize(self, body: DetokenizeRequest) -> Response:
         """Convert token ids to text."""
         async with self._service.open(body.model) as engine:
-            text = b"".join(await engine.pieces(body.tokens)).decode("utf-8", errors="replace")
+            pieces = [piece async for ids in _slice(body.tokens) for piece in await engine.pieces(ids)]
+        text = b"".join(pieces).decode("utf-8", errors="replace")
         return JSONResponse({"content": text, "prompt": text})
 
     async def describe_tokenizer(self, model: str = "") -> Response:
@@ -95,9 +109,21 @@ class UtilityApi:
 
     async def apply_template(self, body: ApplyTemplateRequest) -> Response:
         """Return the prompt that the model's chat template makes of messages."""
+        body.refuse(_UNSUPPORTED)
         async with self._service.open(body.model) as engine:
             prompt = await engine.apply_template([message.to_dict() for message in body.messages])
         return JSONResponse({"prompt": prompt})
+
+
+async def _slice(ids: Sequence[int]) -> AsyncGenerator[Sequence[int], None]:
+    for start in range(0, len(ids), _SLICE):
+        yield ids[start : start + _SLICE]
+
+
+async def _add_pieces(engine: Engine, ids: Sequence[int]) -> AsyncGenerator[Sequence[dict[str, Any]], None]:
+    async for some in _slice(ids):
+        pieces = await engine.pieces(some)
+        yield [{"id": id, "piece": _format_piece(piece)} for id, piece in zip(some, pieces, strict=True)]
 
 
 def _format_piece(piece: bytes) -> Any:

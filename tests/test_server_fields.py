@@ -7,8 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pydantic
 import pytest
 from http_server import Server, serve
+
+from qwenlocal.server.anthropic_api import MessagesRequest
+from qwenlocal.server.ollama_models import OllamaEmbedRequest
+from qwenlocal.server.openai_models import ChatCompletionRequest, CompletionRequest
+from qwenlocal.server.responses_api import ResponsesRequest
+from qwenlocal.server.utility_api import DetokenizeRequest
 
 HELLO = [{"role": "user", "content": "Hello"}]
 BODIES: dict[str, dict[str, Any]] = {
@@ -82,7 +89,7 @@ OPTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
     "logit_bias": ({"1": 5}, ({},)),
     "grammar": ('root ::= "a"', ("",)),
 }
-UNSUPPORTED = {
+UNSUPPORTED: dict[str, dict[str, tuple[object, tuple[object, ...]]]] = {
     "/v1/chat/completions": {**GENERATION, "echo": (True, (False,))},
     "/v1/completions": GENERATION,
     "/v1/messages": OPENAI,
@@ -110,3 +117,93 @@ def test_ollama_options_that_would_change_the_answer_are_refused_by_name(server:
         assert read_error(post(server, "/api/chat", options={option: value})) == f"“{option}” is not supported."
     for options in ({option: neutral[0] for option, (_, neutral) in OPTIONS.items()}, dict.fromkeys(OPTIONS)):
         assert post(server, "/api/chat", options=options).status_code == 200
+
+
+# --- invalid fields
+
+
+@pytest.mark.parametrize(
+    ("field", "values", "sentence"),
+    [
+        ("temperature", ["1", True, [1]], "“temperature” must be a number."),
+        ("max_tokens", [True, "5", 1.5], "“max_tokens” must be a whole number."),
+        ("n", ["1", True], "“n” must be a whole number."),
+        ("stream", ["off", 1, 0], "“stream” must be true or false."),
+        ("top_p", [1.5, 2], "“top_p” must be at most 1."),
+        ("top_k", [-2], "“top_k” must be at least -1."),
+        ("seed", [2**64], "“seed” must be less than 18,446,744,073,709,551,616."),
+        ("model", ["x" * 501], "“model” can have at most 500 characters."),
+        ("stop", [["a"] * 17], "“stop” can have at most 16 items."),
+        ("stop.0", [[""]], "“stop.0” must not be empty."),
+        ("grammar", [5], "“grammar” must be a string."),
+        ("response_format", [5, []], "“response_format” must be an object."),
+        ("response_format.type", [{"type": "xml"}], "“response_format.type” must be 'text', 'json_object' or"),
+        ("logit_bias", [{"a": 1}, {"1": "1"}, [[1]], [[True, 1]], 5], "logit_bias: expected token ids with numbers"),
+    ],
+)
+def test_a_value_of_the_wrong_type_or_size_is_refused_in_a_sentence(
+    server: Server, field: str, values: list[object], sentence: str
+) -> None:
+    for value in values:
+        response = post(server, "/v1/completions", **{field.partition(".")[0]: value})
+        assert sentence in read_error(response)
+        assert read_param(response) == field
+
+
+def test_whole_numbers_are_numbers(server: Server) -> None:
+    for bias in ({"5": -1}, [[5, False]], [[5, 1.5]]):
+        response = post(server, "/v1/completions", temperature=1, top_p=1, repeat_penalty=1, logit_bias=bias)
+        assert response.status_code == 200, response.text
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "sentence"),
+    [
+        ("/v1/chat/completions", {"messages": []}, "“messages” must not be empty."),
+        ("/v1/chat/completions", {"messages": None}, "“messages” must be a list."),
+        ("/v1/chat/completions", {"messages": [{"role": "user"}]}, "messages.0: content is missing."),
+        ("/v1/chat/completions", {"messages": [{"content": "a"}]}, "“messages.0.role” is missing."),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": 5}]}, "“messages.0.content” must be a"),
+        ("/v1/completions", {"prompt": ["a"] * 2049}, "“prompt” can have at most 2,048 items."),
+        ("/v1/completions", {"prompt": [[1]] * 2049}, "“prompt” can have at most 2,048 items."),
+        ("/v1/completions", {"prompt": [1, "a"]}, "“prompt.1” must be a whole number."),
+        ("/v1/completions", {"prompt": ["a", 1]}, "“prompt.1” must be a string."),
+        ("/v1/embeddings", {"input": []}, "“input” must not be empty."),
+        ("/v1/embeddings", {"input": ""}, "“input” must not be empty."),
+        ("/v1/responses", {"input": []}, "“input” must not be empty."),
+        ("/v1/messages", {"max_tokens": None}, "“max_tokens” must be a whole number."),
+        ("/api/chat", {"format": "xml"}, "“format” must be 'json' or ''."),
+    ],
+)
+def test_an_invalid_prompt_is_refused_in_a_sentence(
+    server: Server, path: str, fields: dict[str, object], sentence: str
+) -> None:
+    assert sentence in read_error(post(server, path, **fields))
+
+
+def test_a_request_without_an_object_is_refused_in_a_sentence(server: Server) -> None:
+    for content in (b"", b"[]", b"null", b'"a"'):
+        response = httpx.post(f"{server.url}/v1/completions", content=content)
+        assert read_error(response) == "The request must be a JSON object."
+
+
+@pytest.mark.parametrize(
+    ("model", "fields"),
+    [
+        (ChatCompletionRequest, {"messages": [{"role": "user", "content": [5] * 300_000}]}),
+        (ChatCompletionRequest, {"messages": [5] * 300_000}),
+        (MessagesRequest, {"messages": HELLO, "max_tokens": 1, "system": [{"type": "text"}] * 300_000}),
+        (ResponsesRequest, {"input": [5] * 300_000}),
+        (CompletionRequest, {"prompt": ["a", *[5] * 300_000]}),
+        (CompletionRequest, {"prompt": [[5], *["a"] * 300_000]}),
+        (CompletionRequest, {"prompt": "a", "stop": [5] * 300_000}),
+        (CompletionRequest, {"prompt": "a", "logit_bias": [5] * 300_000}),
+        (CompletionRequest, {"prompt": "a", "logit_bias": {f"a{number}": 5 for number in range(300_000)}}),
+        (DetokenizeRequest, {"tokens": ["a"] * 300_000}),
+        (OllamaEmbedRequest, {"model": "tiny", "input": [5] * 300_000}),
+    ],
+)
+def test_only_the_first_invalid_item_is_reported(model: type[pydantic.BaseModel], fields: dict[str, Any]) -> None:
+    with pytest.raises(pydantic.ValidationError) as caught:
+        model.model_validate(fields)
+    assert caught.value.error_count() == 1

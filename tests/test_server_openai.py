@@ -389,7 +389,7 @@ BAD_REQUESTS = [
     ({"messages": HELLO, "response_format": {"type": "json_schema"}}, "response_format"),
     ({"messages": HELLO, "response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}},
      "response_format.json_schema.schema"),
-    ({"messages": HELLO, "logit_bias": {"x": 1}}, "logit_bias.x"),
+    ({"messages": HELLO, "logit_bias": {"x": 1}}, "logit_bias"),
     ({"messages": HELLO, "logit_bias": {"999999": 1}}, "logit_bias"),
     ({"messages": HELLO, "grammar": f'root ::= "{"x" * 100_000}"'}, "grammar"),
     ({"messages": HELLO, "response_format": {"type": "json_object", "schema": {"enum": ["x" * 100_000]}}},
@@ -458,8 +458,12 @@ def test_a_bug_has_an_id_in_the_response_and_in_the_log(speaking: Server, caplog
 
 
 def test_an_unknown_path_is_an_error_of_the_same_shape(speaking: Server) -> None:
-    assert httpx.get(f"{speaking.url}/v1/nothing").json()["error"]["message"] == "Not Found"
-    assert httpx.get(f"{speaking.url}/v1/chat/completions").status_code == 405
+    unknown = httpx.get(f"{speaking.url}/v1/nothing")
+    assert unknown.status_code == 404 and unknown.json()["error"]["code"] == "unknown_url"
+    assert "/v1/nothing" in unknown.json()["error"]["message"] and "/docs" in unknown.json()["error"]["message"]
+    wrong = httpx.get(f"{speaking.url}/v1/chat/completions")
+    assert wrong.status_code == 405 and wrong.headers["allow"] == "POST"
+    assert wrong.json()["error"]["message"] == "/v1/chat/completions accepts only POST."
 
 
 # --- clients that wait or leave

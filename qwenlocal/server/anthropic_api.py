@@ -79,7 +79,7 @@ class CountTokensRequest(ApiRequest):
     """`POST /v1/messages/count_tokens`."""
 
     model: str = Field("", max_length=500)
-    messages: list[AnthropicMessage] = Field(min_length=1, max_length=10_000)
+    messages: list[AnthropicMessage] = Field(fail_fast=True, min_length=1, max_length=10_000)
     system: TextContent | None = None
 
     def prompt(self) -> ChatPrompt:

@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qwenlocal.errors import ContextFull, OutOfRange, QwenlocalError, ServerBusy
 from qwenlocal.hints import join_hint
-from qwenlocal.i18n import tr
+from qwenlocal.i18n import mark, tr
 from qwenlocal.server.client_hints import find_client_hint
 
 _TYPES = {
@@ -33,6 +33,32 @@ _TYPES = {
     413: "request_too_large",
     429: "rate_limit_error",
     503: "overloaded_error",
+}
+_NUMBER = mark("“{field}” must be a number.")
+_WHOLE_NUMBER = mark("“{field}” must be a whole number.")
+_BOOLEAN = mark("“{field}” must be true or false.")
+_OBJECT = mark("“{field}” must be an object.")
+_NOT_EMPTY = mark("“{field}” must not be empty.")
+# Sentences for pydantic's types of errors.
+_SENTENCES = {
+    "missing": mark("“{field}” is missing."),
+    "too_short": _NOT_EMPTY,
+    "string_too_short": _NOT_EMPTY,
+    "string_type": mark("“{field}” must be a string."),
+    "list_type": mark("“{field}” must be a list."),
+    "tuple_type": mark("“{field}” must be a list."),
+    "dict_type": _OBJECT,
+    "model_type": _OBJECT,
+    "model_attributes_type": _OBJECT,
+    "int_type": _WHOLE_NUMBER,
+    "int_parsing": _WHOLE_NUMBER,
+    "int_parsing_size": _WHOLE_NUMBER,
+    "int_from_float": _WHOLE_NUMBER,
+    "float_type": _NUMBER,
+    "float_parsing": _NUMBER,
+    "finite_number": _NUMBER,
+    "bool_type": _BOOLEAN,
+    "bool_parsing": _BOOLEAN,
 }
 _RETRY_AFTER = 5  # seconds: a model that crashed is loaded again in that time, a queue has moved on
 _log = logging.getLogger(__name__)
@@ -101,12 +127,25 @@ def report_error(error: Exception, request: Request) -> ErrorReport:
     if isinstance(error, RequestValidationError):
         return _report_invalid(error)
     if isinstance(error, HTTPException):
-        return ErrorReport(error.status_code, str(error.detail))
+        return _report_unrouted(error, request)
     id = secrets.token_hex(4)
     _log.error("Error %s in %s %s", id, request.method, request.url.path, exc_info=error)
     return ErrorReport(
         500, tr("Internal error; its details are in the server's log, as error {id}.", id=id), "internal_error"
     )
+
+
+def _report_unrouted(error: HTTPException, request: Request) -> ErrorReport:
+    """Describe the error of a request that no route accepts; Starlette's detail does not name the path."""
+    path = request.url.path
+    if error.status_code == 404:
+        message = tr("This server has no path {path}. For all paths, see /docs", path=path)
+        return ErrorReport(404, message, "unknown_url")
+    if error.status_code == 405:
+        methods = (error.headers or {}).get("Allow", "")
+        message = tr("{path} accepts only {methods}.", path=path, methods=methods)
+        return ErrorReport(405, message, "method_not_allowed")
+    return ErrorReport(error.status_code, str(error.detail))
 
 
 def _report_known(error: QwenlocalError) -> ErrorReport:
@@ -128,8 +167,37 @@ def _report_invalid(error: RequestValidationError) -> ErrorReport:
     params = [_find_param(one["loc"], error.body, is_missing=one["type"] == "missing") for one in errors]
     inner = [number for number, param in enumerate(params) if param.startswith(f"{params[0]}.")]
     number = inner[0] if params[0] and inner else 0
-    param, reason = params[number], errors[number]["msg"]
-    return ErrorReport(400, f"{param}: {reason}." if param else f"{reason}.", "invalid_value", param)
+    message = _explain_invalid(errors[number], params[number])
+    return ErrorReport(400, message, "invalid_value", params[number])
+
+
+def _explain_invalid(error: Mapping[str, Any], field: str) -> str:
+    """Describe pydantic's error in a sentence (https://docs.pydantic.dev/latest/errors/validation_errors)."""
+    if not field:
+        return tr("The request must be a JSON object.")
+    kind, context = error["type"], error.get("ctx", {})
+    if kind == "value_error":
+        return f"{field}: {context['error']}."
+    if kind in ("too_long", "string_too_long"):
+        limit = context["max_length"]
+        if kind == "too_long":
+            return tr("“{field}” can have at most {limit:,} items.", field=field, limit=limit)
+        return tr("“{field}” can have at most {limit:,} characters.", field=field, limit=limit)
+    if kind == "greater_than_equal":
+        return tr("“{field}” must be at least {limit}.", field=field, limit=_format_limit(context["ge"]))
+    if kind == "less_than_equal":
+        return tr("“{field}” must be at most {limit}.", field=field, limit=_format_limit(context["le"]))
+    if kind == "less_than":
+        return tr("“{field}” must be less than {limit}.", field=field, limit=_format_limit(context["lt"]))
+    if kind == "literal_error":
+        return tr("“{field}” must be {values}.", field=field, values=context["expected"])
+    sentence = _SENTENCES.get(kind)
+    return tr(sentence, field=field) if sentence else f"{field}: {error['msg']}."
+
+
+def _format_limit(limit: float) -> str:
+    """`_format_limit(10.0)` is "10"."""
+    return f"{int(limit) if limit == int(limit) else limit:,}"
 
 
 def _find_param(location: tuple[int | str, ...], body: Any, *, is_missing: bool) -> str:

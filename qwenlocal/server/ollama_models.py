@@ -6,12 +6,12 @@ import math
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, Field, PlainValidator
+from pydantic import AliasChoices, ConfigDict, Discriminator, Field, PlainValidator, Tag, model_validator
 
 from qwenlocal.i18n import tr
 from qwenlocal.server.grammar_compiler import GrammarCompiler
 from qwenlocal.server.openai_models import NonEmptyText
-from qwenlocal.server.request_fields import ApiRequest, SamplingFields, StopStrings
+from qwenlocal.server.request_fields import ApiRequest, SamplingFields, StopStrings, list_or_text
 
 # Unsupported fields and options that would change the answer, with the values that change nothing.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -71,7 +71,18 @@ KeepAlive = Annotated[float, PlainValidator(parse_keep_alive, json_schema_input_
 ModelName = Annotated[str, Field(max_length=500, validation_alias=AliasChoices("model", "name"))]
 
 
-class OllamaRequest(ApiRequest):
+class OllamaObject(ApiRequest):
+    """Base class of objects in requests. Programs in Go send null for what they do not set, and 1.0 for 1."""
+
+    model_config = ConfigDict(strict=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, value: Any) -> Any:
+        return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
+
+
+class OllamaRequest(OllamaObject):
     """
     Base class of requests: they name a model, perhaps with the tag that Ollama adds.
 
@@ -87,7 +98,7 @@ class OllamaRequest(ApiRequest):
         return self.model.removesuffix(":latest")
 
 
-class OllamaOptions(ApiRequest, SamplingFields):
+class OllamaOptions(OllamaObject, SamplingFields):
     """The `options` of a request. The server sets the length of the context, so `num_ctx` has no effect."""
 
     num_predict: int | None = None
@@ -95,7 +106,7 @@ class OllamaOptions(ApiRequest, SamplingFields):
     stop: StopStrings | None = None
 
 
-class OllamaMessage(ApiRequest):
+class OllamaMessage(OllamaObject):
     """A message of a chat."""
 
     role: Literal["system", "user", "assistant"]
@@ -151,7 +162,7 @@ class AnswerRequest(OllamaRequest):
 class OllamaChatRequest(AnswerRequest):
     """`POST /api/chat`; without messages, it only loads the model."""
 
-    messages: list[OllamaMessage] = Field(default_factory=list, max_length=10_000)
+    messages: list[OllamaMessage] = Field(fail_fast=True, default_factory=list, max_length=10_000)
 
     @property
     def is_empty(self) -> bool:
@@ -184,5 +195,9 @@ class OllamaEmbeddingRequest(OllamaRequest):
 class OllamaEmbedRequest(OllamaRequest):
     """`POST /api/embed`."""
 
-    input: NonEmptyText | Annotated[list[NonEmptyText], Field(max_length=2048)]
+    input: Annotated[
+        Annotated[NonEmptyText, Tag("text")]
+        | Annotated[list[NonEmptyText], Field(fail_fast=True, max_length=2048), Tag("list")],
+        Discriminator(list_or_text),
+    ] = Field(default_factory=list)
     dimensions: int | None = Field(None, ge=1)

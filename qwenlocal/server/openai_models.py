@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from qwenlocal.i18n import tr
 from qwenlocal.server.engine import ChatPrompt
@@ -21,7 +21,6 @@ from qwenlocal.server.request_fields import (
     StopStrings,
     TextContent,
     continue_answer,
-    convert_logit_bias,
     format_message,
 )
 
@@ -164,7 +163,7 @@ class GenerationFields(ApiRequest, SamplingFields):
         """
         sampling = self.sampling()
         if self.logit_bias:
-            sampling["logit_bias"] = convert_logit_bias(self.logit_bias)
+            sampling["logit_bias"] = self.logit_bias
         if self.ignore_eos:
             sampling["ignore_eos"] = True
         if self.grammar:
@@ -205,7 +204,7 @@ class ChatMessageFields(ApiRequest):
 class ChatCompletionRequest(GenerationFields):
     """`POST /v1/chat/completions`."""
 
-    messages: list[ChatMessageFields] = Field(min_length=1, max_length=10_000)
+    messages: list[ChatMessageFields] = Field(fail_fast=True, min_length=1, max_length=10_000)
     max_tokens: int | None = Field(None, ge=-1, validation_alias=AliasChoices("max_tokens", "n_predict"))
     max_completion_tokens: int | None = Field(None, ge=-1)
     logprobs: bool | None = None
@@ -241,15 +240,25 @@ class ChatCompletionRequest(GenerationFields):
         return continue_answer(messages) if self.continue_final_message else ChatPrompt(messages)
 
 
+def _choose_input(value: Any) -> str:
+    """Choose the type of a `TextInput` by its first item, so that an error is about that type."""
+    if not isinstance(value, list):
+        return "text"
+    first = value[0] if value else ""
+    return "ids" if isinstance(first, int) else "id_lists" if isinstance(first, list) else "texts"
+
+
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1)]
 NonEmptyText = Annotated[str, Field(min_length=1)]
 # One text or several, as characters or as token ids.
-TextInput = (
-    NonEmptyText
-    | Annotated[list[NonEmptyText], Field(min_length=1, max_length=_MAX_INPUTS)]
-    | Annotated[list[TokenId], Field(min_length=1)]
-    | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=_MAX_INPUTS)]
-)
+TextInput = Annotated[
+    Annotated[NonEmptyText, Tag("text")]
+    | Annotated[list[NonEmptyText], Field(fail_fast=True, min_length=1, max_length=_MAX_INPUTS), Tag("texts")]
+    | Annotated[TokenIds, Tag("ids")]
+    | Annotated[list[TokenIds], Field(fail_fast=True, min_length=1, max_length=_MAX_INPUTS), Tag("id_lists")],
+    Discriminator(_choose_input),
+]
 
 
 def list_texts(value: TextInput) -> list[str | list[int]]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, PlainValidator, Tag
 
 from qwenlocal.i18n import tr
 from qwenlocal.server.engine import ChatPrompt
@@ -17,16 +17,52 @@ MAX_STOPS = 16
 
 StopStrings = Annotated[
     list[Annotated[str, Field(min_length=1)]],
-    Field(max_length=MAX_STOPS),
+    Field(fail_fast=True, max_length=MAX_STOPS),
     BeforeValidator(lambda value: [value] if isinstance(value, str) else value, json_schema_input_type=str | list[str]),
 ]
-LogitBias = dict[int, float] | list[tuple[int, float | Literal[False]]]
+
+
+def parse_logit_bias(value: object) -> tuple[tuple[int, float], ...]:
+    """
+    Parse OpenAI's {"id": bias} or llama-server's [[id, bias or false]], in which false forbids the token.
+
+    Raises
+    ------
+    ValueError: it is neither.
+    """
+    pairs = list(value.items()) if isinstance(value, dict) else value
+    if not isinstance(pairs, list):
+        raise _not_a_bias()
+    return tuple(_parse_bias(pair) for pair in pairs)
+
+
+def _parse_bias(pair: object) -> tuple[int, float]:
+    if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+        raise _not_a_bias()
+    token, bias = pair
+    if isinstance(token, str) and token.isdecimal() and len(token) < 10:
+        token = int(token)
+    if type(token) is not int or (bias is not False and (type(bias) not in (int, float) or not math.isfinite(bias))):
+        raise _not_a_bias()
+    return token, -math.inf if bias is False else float(bias)
+
+
+def _not_a_bias() -> ValueError:
+    return ValueError(tr("expected token ids with numbers, such as {example}", example='{"9707": -100}'))
+
+
+LogitBias = Annotated[
+    tuple[tuple[int, float], ...],
+    PlainValidator(
+        parse_logit_bias, json_schema_input_type=dict[int, float] | list[tuple[int, float | Literal[False]]]
+    ),
+]
 
 
 class ApiRequest(BaseModel):
-    """Base class of requests: unknown fields are kept in `model_extra`."""
+    """Base class of requests: unknown fields are kept in `model_extra`, and "1" is not a number."""
 
-    model_config = ConfigDict(extra="allow", allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False, protected_namespaces=())
 
     def refuse(self, neutral: Mapping[str, Sequence[Any]]) -> None:
         """
@@ -80,12 +116,6 @@ def choice_seed(sampling: Mapping[str, Any], number: int) -> dict[str, Any]:
     return {**sampling, "seed": (sampling["seed"] + number) % _SEEDS}
 
 
-def convert_logit_bias(bias: LogitBias) -> tuple[tuple[int, float], ...]:
-    """Convert OpenAI's {id: bias} or llama-server's [[id, bias or false]], in which false forbids the token."""
-    pairs = bias.items() if isinstance(bias, dict) else bias
-    return tuple((token, -math.inf if value is False else float(value)) for token, value in pairs)
-
-
 class TextPart(BaseModel):
     """A part of a message; only text is supported."""
 
@@ -100,15 +130,24 @@ def join_text(content: str | Sequence[TextPart] | None) -> str:
 
 def check_text_parts(value: Any) -> Any:
     """Reject parts other than text by their type, which is clearer than an error about missing text."""
-    for part in value if isinstance(value, list) else ():
+    for part in value:
         kind = part.get("type") if isinstance(part, dict) else None
         if isinstance(kind, str) and kind not in ("text", "input_text", "output_text"):
             raise ValueError(tr("content of type “{type}” is not supported, only text", type=kind[:40]))
     return value
 
 
+def list_or_text(value: Any) -> str:
+    """Choose between a list and a text, so that an error is about the one that a request has."""
+    return "list" if isinstance(value, list) else "text"
+
+
+TextParts = Annotated[
+    list[TextPart], Field(fail_fast=True), BeforeValidator(check_text_parts, json_schema_input_type=list[TextPart])
+]
 TextContent = Annotated[
-    str | list[TextPart], BeforeValidator(check_text_parts, json_schema_input_type=str | list[TextPart])
+    Annotated[str, Tag("text")] | Annotated[TextParts, Tag("list")],
+    Discriminator(list_or_text),
 ]
 
 

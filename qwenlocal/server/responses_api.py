@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Discriminator, Field, Tag
 
 from qwenlocal.chat.events import Done, FinishReason, Text
 from qwenlocal.i18n import tr
@@ -25,7 +25,7 @@ from qwenlocal.server.grammar_compiler import GrammarCompiler
 from qwenlocal.server.http_errors import BadField
 from qwenlocal.server.json_route import JsonRoute
 from qwenlocal.server.openai_format import new_id
-from qwenlocal.server.request_fields import ApiRequest, SamplingFields, TextContent, format_message
+from qwenlocal.server.request_fields import ApiRequest, SamplingFields, TextContent, format_message, list_or_text
 from qwenlocal.server.security import identify_client
 from qwenlocal.server.streaming import format_event, run_while_connected, stream_while_connected
 
@@ -79,7 +79,11 @@ class ResponsesRequest(ApiRequest, SamplingFields):
     """`POST /v1/responses`."""
 
     model: str = Field("", max_length=500)
-    input: str | Annotated[list[InputMessage], Field(min_length=1, max_length=10_000)]
+    input: Annotated[
+        Annotated[str, Tag("text")]
+        | Annotated[list[InputMessage], Field(fail_fast=True, min_length=1, max_length=10_000), Tag("list")],
+        Discriminator(list_or_text),
+    ]
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1)
     stream: bool | None = None

@@ -51,14 +51,14 @@ class DetokenizeRequest(ApiRequest):
     """`POST /detokenize`."""
 
     model: str = ""
-    tokens: list[TokenId]
+    tokens: list[TokenId] = Field(fail_fast=True)
 
 
 class ApplyTemplateRequest(ApiRequest):
     """`POST /apply-template`."""
 
     model: str = ""
-    messages: list[ChatMessageFields] = Field(min_length=1)
+    messages: list[ChatMessageFields] = Field(fail_fast=True, min_length=1)
 
 
 class UtilityApi:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -30,6 +30,15 @@ def format_event(data: Any, name: str = "") -> bytes:
     """Return a server-sent event with JSON in it."""
     line = f"event: {name}\n" if name else ""
     return f"{line}data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
+
+
+async def encode_list(slices: AsyncIterable[Sequence[Any]]) -> bytes:
+    """Return the JSON of a long list, which comes in slices; other requests continue between them."""
+    parts = []
+    async for items in slices:
+        parts.append(json.dumps(items, ensure_ascii=False, separators=(",", ":"))[1:-1].encode())
+        await asyncio.sleep(0)
+    return b"[" + b",".join(parts) + b"]"
 
 
 async def run_while_connected(request: Request, work: Coroutine[Any, Any, _T]) -> _T:

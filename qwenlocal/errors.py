@@ -7,7 +7,8 @@ Errors that a user of qwenlocal can act on.
     ├── ServerStopped              1  the server shuts down before it has answered
     ├── UsageError                 2  arguments that are invalid or contradict each other
     │   ├── InvalidChoice          2  an argument that is not one of the known values
-    │   └── OutOfRange             2  a number that is too small or too large
+    │   ├── OutOfRange             2  a number that is too small or too large
+    │   └── UnknownToken           2  a token id that the model does not have
     ├── OutputExists               2  the output file already exists
     ├── ModelNotFound              3  no such name, path, file or repository
     │   └── CheckpointOnly         3  the model is published as a checkpoint, not as GGUF
@@ -176,6 +177,14 @@ class OutOfRange(UsageError):
                 value=int(value) if is_whole else value,
             )
         )
+
+
+class UnknownToken(UsageError):
+    """The model has no token with the id `id`."""
+
+    def __init__(self, id: int) -> None:
+        self.id = id
+        super().__init__(tr("The model has no token with the id {id}.", id=id))
 
 
 class OutputExists(QwenlocalError):

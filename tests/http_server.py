@@ -25,7 +25,7 @@ from qwenlocal.engine.llama import Model
 from qwenlocal.engine.logprobs import Logprobs
 from qwenlocal.engine.sampling import Sampling
 from qwenlocal.engine.scheduler import Ended, Prefilled, Sampled, Scheduler, SequenceRequest
-from qwenlocal.errors import ModelNotFound, UsageError
+from qwenlocal.errors import ModelNotFound, UnknownToken
 from qwenlocal.server.app import create_app
 from qwenlocal.server.engine import (
     ChatPrompt,
@@ -142,7 +142,7 @@ class LocalEngine:
         if isinstance(prompt, TextPrompt):
             return require_tokens(self._tokenizer.tokenize(prompt.text, special=True))
         if max(prompt.ids) >= len(self._tokenizer):
-            raise UsageError("There is no such token.")
+            raise UnknownToken(max(prompt.ids))
         return prompt.ids
 
     async def tokenize(self, text: str, *, special: bool = True, add_bos: bool = False) -> list[int]:
@@ -150,7 +150,7 @@ class LocalEngine:
 
     async def pieces(self, ids: Sequence[int]) -> list[bytes]:
         if max(ids, default=0) >= len(self._tokenizer):
-            raise UsageError("There is no such token.")
+            raise UnknownToken(max(ids))
         return [self._piece(id) for id in ids]
 
     async def apply_template(self, messages: Sequence[Mapping[str, str]]) -> str:

@@ -207,3 +207,53 @@ def test_only_the_first_invalid_item_is_reported(model: type[pydantic.BaseModel]
     with pytest.raises(pydantic.ValidationError) as caught:
         model.model_validate(fields)
     assert caught.value.error_count() == 1
+
+
+# --- errors of the model
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a" * 3000}]}, "messages"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a" * 4_000_001}]}, "messages"),
+        ("/v1/completions", {"prompt": "a" * 3000}, "prompt"),
+        ("/v1/completions", {"prompt": [10**6]}, "prompt"),
+        ("/v1/responses", {"input": "a" * 3000}, "input"),
+        ("/v1/embeddings", {"input": "a" * 3000}, "input"),
+        ("/v1/embeddings", {"input": [10**6]}, "input"),
+        ("/detokenize", {"tokens": [10**6]}, "tokens"),
+        ("/v1/completions", {"grammar": 'root ::= "a"{1000000}'}, "grammar"),
+    ],
+)
+def test_an_error_about_the_prompt_names_its_field(
+    server: Server, path: str, fields: dict[str, object], param: str
+) -> None:
+    assert read_param(post(server, path, **fields)) == param
+
+
+def test_messages_for_clients_without_param_name_the_field(server: Server) -> None:
+    schema: dict[str, object] = {"not": {}}
+    assert read_error(post(server, "/api/chat", format=schema)).startswith("format: The schema is not supported")
+    config = {"format": {"type": "json_schema", "schema": schema}}
+    message = read_error(post(server, "/v1/messages", output_config=config))
+    assert message.startswith("output_config.format.schema: The schema is not supported")
+
+
+def test_a_response_repeats_its_format(server: Server) -> None:
+    form = {"type": "json_schema", "name": "place", "schema": {"type": "object"}, "strict": True}
+    assert post(server, "/v1/responses", text={"format": form}).json()["text"] == {"format": form}
+    assert post(server, "/v1/responses").json()["text"] == {"format": {"type": "text"}}
+
+
+def test_tokens_that_a_stop_string_cut_off_have_no_logprobs(server: Server) -> None:
+    for stop, text in ((", f", "Paris"), ("is", "Par"), ("P", "")):
+        for path, fields in (
+            ("/v1/chat/completions", {"logprobs": True, "max_tokens": 20}),
+            ("/v1/completions", {"logprobs": 0, "max_tokens": 20}),
+        ):
+            (choice,) = post(server, path, stop=stop, temperature=0, **fields).json()["choices"]
+            answer = choice["message"]["content"] if "message" in choice else choice["text"]
+            logprobs = choice["logprobs"]
+            tokens = [one["token"] for one in logprobs["content"]] if "content" in logprobs else logprobs["tokens"]
+            assert "".join(tokens) == answer == text

@@ -60,9 +60,20 @@ class AnswerBuilder:
         self._ids.append(token)
         if logprob is not None:
             self._logprobs.append(logprob)
-        yield from self._emit(self._detokenizer.feed(self._tokenizer.piece(token)))
+        text = self._detokenizer.feed(self._tokenizer.piece(token))
         if self._detokenizer.matched_stop is not None:
             self.finish_reason = FinishReason.STOP_STRING
+            self._cut_logprobs(len((self._text + text).encode()))
+        yield from self._emit(text)
+
+    def _cut_logprobs(self, end: int) -> None:
+        """Remove the tokens that begin at byte `end` of the answer or later: a stop string cut them off."""
+        start = sum(len(self._tokenizer.piece(token)) for token in self._ids)
+        while self._logprobs:
+            start -= len(self._logprobs[-1].piece)
+            if start < end:
+                break
+            self._logprobs.pop()
 
     def _emit(self, text: str) -> Iterator[Event]:
         if text:

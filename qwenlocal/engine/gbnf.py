@@ -149,6 +149,8 @@ def _explain(reason: str) -> str:
     """Convert llguidance's reason to part of a sentence."""
     if reason.startswith("NoExtension"):
         return tr("no answer can match it")
+    if "Too many items" in reason:
+        return tr("it is too large")
     if "nested" in reason:
         return tr("it is nested too deeply")
     text = reason.partition("error: ")[2] or reason.partition(": ")[2] or reason

@@ -62,6 +62,8 @@ def find_grammar_error(grammar: str) -> str:
     matcher = _create_matcher(grammar)
     if not matcher.is_error():
         matcher.compute_bitmask()
+        forced = matcher.compute_ff_bytes()
+        matcher.try_consume_tokens(list(forced[:1]))  # fails after too long a text has been forced
     return str(matcher.get_error())
 
 

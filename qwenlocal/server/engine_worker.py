@@ -28,7 +28,7 @@ from qwenlocal.engine.loader import LoadOptions
 from qwenlocal.engine.prompt_cache import PromptCache, compute_cache_key
 from qwenlocal.engine.sampling import Sampler, Sampling
 from qwenlocal.engine.scheduler import Scheduler, SequenceRequest
-from qwenlocal.errors import BadWeights, QwenlocalError, UsageError
+from qwenlocal.errors import BadWeights, QwenlocalError, UnknownToken
 from qwenlocal.huge_pages import collapse_buffers
 from qwenlocal.i18n import tr
 from qwenlocal.library.provider import ProvidedModel
@@ -91,7 +91,7 @@ class ModelFunctions:
     def _check_ids(self, ids: Sequence[int]) -> None:
         n_vocab = len(self.tokenizer)
         if (invalid := next((id for id in ids if not 0 <= id < n_vocab), None)) is not None:
-            raise UsageError(tr("The model has no token with the id {id}.", id=invalid))
+            raise UnknownToken(invalid)
 
     @property
     def _template(self) -> ChatTemplate:
@@ -118,7 +118,7 @@ class ModelFunctions:
 
         Raises
         ------
-        UsageError: there is no such token.
+        UnknownToken: there is no such token.
         """
         self._check_ids(ids)
         return [self.tokenizer.piece(id, special=True) for id in ids]

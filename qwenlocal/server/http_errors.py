@@ -20,7 +20,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from qwenlocal.errors import ContextFull, OutOfRange, QwenlocalError, ServerBusy
+from qwenlocal.chat.chat_template import MessagesRejected
+from qwenlocal.errors import ContextFull, OutOfRange, QwenlocalError, ServerBusy, TextTooLong, UnknownToken
 from qwenlocal.hints import join_hint
 from qwenlocal.i18n import mark, tr
 from qwenlocal.server.client_hints import find_client_hint
@@ -59,6 +60,16 @@ _SENTENCES = {
     "finite_number": _NUMBER,
     "bool_type": _BOOLEAN,
     "bool_parsing": _BOOLEAN,
+}
+# The field of each API of OpenAI or llama-server that becomes the prompt.
+_PROMPT_FIELDS = {
+    "/v1/chat/completions": "messages",
+    "/v1/completions": "prompt",
+    "/v1/responses": "input",
+    "/v1/embeddings": "input",
+    "/apply-template": "messages",
+    "/tokenize": "content",
+    "/detokenize": "tokens",
 }
 _RETRY_AFTER = 5  # seconds: a model that crashed is loaded again in that time, a queue has moved on
 _log = logging.getLogger(__name__)
@@ -111,11 +122,12 @@ class ErrorReport:
         return {"Retry-After": str(self.retry_after)} if self.status in (429, 503) else {}
 
     def body(self, path: str) -> dict[str, Any]:
-        """Return the body of the response to a request of `path`."""
+        """Return the body of the response to a request of `path`; the message names the field if nothing else does."""
+        message = self.message if self.param in self.message else f"{self.param}: {self.message}"
         if path.startswith("/api/"):
-            return {"error": self.message}
+            return {"error": message}
         if path.startswith("/v1/messages"):
-            return {"type": "error", "error": {"type": self.type, "message": self.message}}
+            return {"type": "error", "error": {"type": self.type, "message": message}}
         code, param = self.code or None, self.param or None
         return {"error": {"message": self.message, "type": self.type, "param": param, "code": code, **self.details}}
 
@@ -123,7 +135,7 @@ class ErrorReport:
 def report_error(error: Exception, request: Request) -> ErrorReport:
     """Describe an error; a bug is logged with an id that the client also gets."""
     if isinstance(error, QwenlocalError):
-        return _report_known(error)
+        return _report_known(error, request.url.path)
     if isinstance(error, RequestValidationError):
         return _report_invalid(error)
     if isinstance(error, HTTPException):
@@ -148,13 +160,16 @@ def _report_unrouted(error: HTTPException, request: Request) -> ErrorReport:
     return ErrorReport(error.status_code, str(error.detail))
 
 
-def _report_known(error: QwenlocalError) -> ErrorReport:
+def _report_known(error: QwenlocalError, path: str) -> ErrorReport:
     if isinstance(error, HttpError):
         return ErrorReport(error.http_status, join_hint(error, error.hint), error.code, error.param)
     message = join_hint(error, find_client_hint(error))
+    prompt = _PROMPT_FIELDS.get(path, "")
     if isinstance(error, ContextFull):
         details = {"n_prompt_tokens": error.n_prompt, "n_ctx": error.n_ctx}
-        return ErrorReport(error.http_status, message, "context_length_exceeded", details=details)
+        return ErrorReport(error.http_status, message, "context_length_exceeded", prompt, details)
+    if isinstance(error, (TextTooLong, UnknownToken, MessagesRejected)):
+        return ErrorReport(error.http_status, message, "invalid_value", prompt)
     if isinstance(error, OutOfRange):
         return ErrorReport(error.http_status, message, "invalid_value", error.option)
     retry_after = error.retry_after if isinstance(error, ServerBusy) else _RETRY_AFTER

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, Discriminator, Field, Tag
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from qwenlocal.chat.events import Done, FinishReason, Text
 from qwenlocal.i18n import tr
@@ -65,8 +65,14 @@ class InputMessage(BaseModel):
 class TextFormat(BaseModel):
     """The format of the text."""
 
+    model_config = ConfigDict(extra="allow")
+
     type: Literal["text", "json_object", "json_schema"] = "text"
-    json_schema: dict[str, Any] | None = Field(None, validation_alias="schema")
+    json_schema: dict[str, Any] | None = Field(None, alias="schema")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the format as it was sent."""
+        return self.model_dump(by_alias=True, exclude_none=True)
 
 
 class TextOptions(BaseModel):
@@ -89,6 +95,11 @@ class ResponsesRequest(ApiRequest, SamplingFields):
     stream: bool | None = None
     text: TextOptions | None = None
 
+    @property
+    def text_format(self) -> TextFormat:
+        """The format of the text."""
+        return (self.text and self.text.format) or TextFormat.model_validate({})
+
     def prompt(self) -> ChatPrompt:
         """Return the instructions and the input for the chat template."""
         system = [format_message("system", self.instructions)] if self.instructions else []
@@ -104,8 +115,8 @@ class ResponsesRequest(ApiRequest, SamplingFields):
         ------
         BadField: the schema is missing or not supported.
         """
-        sampling, form = self.sampling(), self.text.format if self.text else None
-        if form is None or form.type == "text":
+        sampling, form = self.sampling(), self.text_format
+        if form.type == "text":
             return sampling
         if form.type == "json_schema" and form.json_schema is None:
             raise BadField("text.format.schema", tr("The schema is missing."))
@@ -188,7 +199,7 @@ class _ResponseText:
             "previous_response_id": None,
             "store": False,
             "temperature": body.temperature,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": body.text_format.to_dict()},
             "tool_choice": "none",
             "tools": [],
             "top_p": body.top_p,

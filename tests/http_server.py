@@ -160,7 +160,12 @@ class LocalEngine:
         return len(self._encode(prompt))
 
     async def embed(self, prompts: Sequence[Prompt]) -> list[Embedding]:
-        ids = [self._encode(prompt) for prompt in prompts]
+        ids = [
+            self._embedder.encode(prompt.text, truncate=prompt.truncate)
+            if isinstance(prompt, TextPrompt)
+            else self._encode(prompt)
+            for prompt in prompts
+        ]
         vectors = await self._call(lambda: list(self._embedder.embed(ids)))
         return [Embedding(vector, len(one)) for vector, one in zip(vectors, ids, strict=True)]
 

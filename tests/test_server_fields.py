@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pydantic
 import pytest
-from http_server import Server, serve
+from http_server import CONTEXT, Server, serve
 
 from qwenlocal.server.anthropic_api import MessagesRequest
 from qwenlocal.server.ollama_models import OllamaEmbedRequest
@@ -257,3 +257,44 @@ def test_tokens_that_a_stop_string_cut_off_have_no_logprobs(server: Server) -> N
             logprobs = choice["logprobs"]
             tokens = [one["token"] for one in logprobs["content"]] if "content" in logprobs else logprobs["tokens"]
             assert "".join(tokens) == answer == text
+
+
+# --- Ollama
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/api/chat", {"options", "format", "keep_alive", "logprobs", "top_logprobs", "tools", "think", "truncate"}),
+        ("/api/generate", {"options", "format", "system", "raw", "logprobs", "top_logprobs", "images", "template"}),
+        ("/api/embed", {"input", "truncate", "dimensions", "options", "keep_alive"}),
+        ("/api/embeddings", {"prompt", "options", "keep_alive"}),
+        ("/api/show", {"verbose", "system", "options"}),
+    ],
+)
+def test_null_is_as_good_as_nothing_for_ollama(server: Server, path: str, fields: set[str]) -> None:
+    response = post(server, path, **{"model": "tiny", **dict.fromkeys(fields)})
+    assert response.status_code == 200, response.text
+
+
+def test_null_in_options_and_messages_is_as_good_as_nothing_for_ollama(server: Server) -> None:
+    options = dict.fromkeys(("num_predict", "num_ctx", "stop", "temperature", "top_k", "seed", "repeat_penalty"))
+    message = {"role": "user", "content": None, "images": None, "tool_calls": None, "thinking": None}
+    answer = post(server, "/api/chat", options=options, messages=[*HELLO, message]).json()
+    assert answer["message"]["content"] == "Paris, fun"
+    assert post(server, "/api/generate", prompt=None).json()["done_reason"] == "load"
+    assert post(server, "/api/chat", messages=None).json()["done_reason"] == "load"
+    lines = post(server, "/api/chat", stream=None)
+    assert lines.headers["content-type"] == "application/x-ndjson" and len(lines.text.splitlines()) > 2
+
+
+def test_ollama_embeds_the_beginning_of_a_text_that_is_too_long(server: Server) -> None:
+    def embed(text: str, **fields: object) -> httpx.Response:
+        return post(server, "/api/embed", model="tiny", input=text, **fields)
+
+    beginning = embed("a" * CONTEXT).json()
+    for truncate in ({}, {"truncate": True}, {"truncate": None}):
+        cut = embed("a" * CONTEXT + "b" * 100, **truncate).json()
+        assert cut["embeddings"] == beginning["embeddings"] and cut["prompt_eval_count"] == CONTEXT
+    assert "context" in read_error(embed("a" * CONTEXT + "b" * 100, truncate=False))
+    assert read_param(post(server, "/v1/embeddings", input="a" * CONTEXT + "b" * 100)) == "input"

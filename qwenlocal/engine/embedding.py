@@ -51,9 +51,14 @@ class Embedder:
         """The number of dimensions of a vector."""
         return int(self._c.llama_model_n_embd_out(self._model.handle))
 
-    def encode(self, text: str) -> list[int]:
+    @property
+    def limit(self) -> int:
+        """The most tokens that a text can have."""
+        return pad_n_ctx(self._options.n_ctx)
+
+    def encode(self, text: str, *, truncate: bool = False) -> list[int]:
         """
-        Return the tokens of `text`, with those that the model expects at its ends.
+        Return the tokens of `text`, with those that the model expects at its ends; `truncate` omits those over `limit`.
 
         Raises
         ------
@@ -61,8 +66,8 @@ class Embedder:
         """
         tokenizer, vocab = self._model.tokenizer, self._c.llama_model_get_vocab(self._model.handle)
         ids = tokenizer.tokenize(text, special=False, add_bos=tokenizer.adds_bos)
-        if self._c.llama_vocab_get_add_eos(vocab):
-            ids.append(int(self._c.llama_vocab_eos(vocab)))
+        ends = [int(self._c.llama_vocab_eos(vocab))] if self._c.llama_vocab_get_add_eos(vocab) else []
+        ids = [*(ids[: self.limit - len(ends)] if truncate else ids), *ends]
         if not ids:
             raise UsageError(tr("An empty text has no embedding."), hint=tr("Leave it out."))
         return ids
@@ -78,10 +83,9 @@ class Embedder:
         ContextFull: a text is too long; raised before anything is computed. ContextNotCreated: memory is short.
         BadWeights: the model computes NaN. Interrupted: `abort` was set.
         """
-        limit = pad_n_ctx(self._options.n_ctx)
         longest = max(map(len, texts), default=0)
-        if longest > limit:
-            raise ContextFull(longest, limit, self._model.n_ctx_train)
+        if longest > self.limit:
+            raise ContextFull(longest, self.limit, self._model.n_ctx_train)
         self._ensure_context(longest)
         abort = AbortFlag() if abort is None else abort  # not `or`: an unset flag is false
         for group in _group_texts(texts, self._n_ctx):
@@ -105,7 +109,7 @@ class Embedder:
         if n_ctx <= self._n_ctx:
             return
         self._free_context()
-        n_ctx = min(max(_MIN_CONTEXT, 1 << (n_ctx - 1).bit_length()), pad_n_ctx(self._options.n_ctx))
+        n_ctx = min(max(_MIN_CONTEXT, 1 << (n_ctx - 1).bit_length()), self.limit)
         params = context_parameters(self._c, replace(self._options, n_ctx=n_ctx))
         params.embeddings, params.pooling_type, params.n_outputs_max = True, self._pooling, _PART
         library = load_library()

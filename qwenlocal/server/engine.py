@@ -37,9 +37,14 @@ class ChatPrompt:
 
 @dataclass(frozen=True)
 class TextPrompt:
-    """Text to continue; control tokens spelled in it are parsed, as llama-server does."""
+    """
+    Text to continue; control tokens spelled in it are parsed, as llama-server does.
+
+    With `truncate`, the embedding of a text that is longer than the context is that of its beginning.
+    """
 
     text: str
+    truncate: bool = False
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,9 @@ class ModelFunctions:
         """Return an embedding per prompt; fewer, once it is not wanted any more."""
         embedder = self._embedder
         texts = [
-            embedder.encode(prompt.text) if isinstance(prompt, TextPrompt) else self.encode(prompt)
+            embedder.encode(prompt.text, truncate=prompt.truncate)
+            if isinstance(prompt, TextPrompt)
+            else self.encode(prompt)
             for prompt in prompts
         ]
         vectors = itertools.takewhile(lambda vector: is_wanted(), embedder.embed(texts))

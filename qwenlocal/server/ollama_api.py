@@ -180,7 +180,8 @@ class OllamaApi:
     async def embed(self, request: Request, body: OllamaEmbedRequest) -> Response:
         """Return a vector for each text."""
         start = time.monotonic()
-        prompts = [TextPrompt(text) for text in ([body.input] if isinstance(body.input, str) else body.input)]
+        texts = [body.input] if isinstance(body.input, str) else body.input
+        prompts = [TextPrompt(text, truncate=body.truncate) for text in texts]
         _, embeddings = await run_while_connected(
             request, self._service.embed(body.model_name, prompts, body.dimensions, body.keep_alive)
         )

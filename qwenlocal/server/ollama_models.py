@@ -193,7 +193,7 @@ class OllamaEmbeddingRequest(OllamaRequest):
 
 
 class OllamaEmbedRequest(OllamaRequest):
-    """`POST /api/embed`."""
+    """`POST /api/embed`; `truncate` leaves out the end of texts that are longer than the context."""
 
     input: Annotated[
         Annotated[NonEmptyText, Tag("text")]
@@ -201,3 +201,4 @@ class OllamaEmbedRequest(OllamaRequest):
         Discriminator(list_or_text),
     ] = Field(default_factory=list)
     dimensions: int | None = Field(None, ge=1)
+    truncate: bool = True

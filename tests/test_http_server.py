@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -416,6 +417,37 @@ def test_a_refused_request_without_a_body_keeps_its_connection() -> None:
         writer.close()
 
     run_with_server(refusing_app(), test)
+
+
+@pytest.mark.parametrize("certificate", ["https"], indirect=True)
+@pytest.mark.parametrize("is_answered", [True, False], ids=["idle", "waiting"])
+def test_clients_that_keep_their_tls_connections_do_not_keep_the_server_from_stopping(
+    certificate: Path | None, is_answered: bool
+) -> None:
+    begun, ended = asyncio.Event(), asyncio.Event()
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    clients: list[ssl.SSLSocket] = []
+
+    def connect_and_ask(port: int) -> None:
+        clients.append(context.wrap_socket(socket.create_connection(("127.0.0.1", port), DEADLINE)))
+        clients[0].sendall(SMUGGLED)
+
+    async def test(port: int) -> None:
+        await asyncio.to_thread(connect_and_ask, port)
+        await begun.wait()
+        if is_answered:
+            ended.set()
+            assert await asyncio.to_thread(clients[0].recv, 12) == b"HTTP/1.1 503"
+        else:
+            asyncio.get_running_loop().call_later(0.3, ended.set)  # after SIGTERM
+
+    run_with_server(endless_app(begun, ended), test, certificate=certificate)
+    received = b""
+    while part := clients[0].recv(65536):
+        received += part
+    clients[0].close()
+    assert received.endswith(b"the server stops")
 
 
 # --- too many connections, and clients that do not read

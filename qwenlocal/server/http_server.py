@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import signal
 import socket
 import sys
@@ -23,6 +24,7 @@ from qwenlocal.server.http_connection import STALL_SECONDS, HttpConnection, form
 from qwenlocal.server.http_errors import ErrorReport
 
 _FLUSH_SECONDS = 2  # for the last bytes of responses when the server stops
+_CLOSE_SECONDS = 0.5  # for a client to confirm the end of a TLS connection when the server stops
 _BACKLOG = 256  # connections that are not yet accepted
 _MAX_CONNECTIONS = 1024
 _MAX_REFUSALS = 32  # at the same time; further connections are closed without a response
@@ -56,14 +58,14 @@ def open_socket(host: str, port: int) -> socket.socket:
     UsageError: another process holds the port, or the address is not one of this machine.
     """
     try:
-        address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, address = _resolve(host, port)
         # With Nagle's algorithm a response takes 40 ms more; asyncio turns it off only where the protocol is named.
-        listener = socket.socket(address[0], socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     except (OSError, UnicodeError) as error:
-        raise UsageError(tr("Cannot listen on {host}: {reason}.", host=host, reason=error)) from error
+        raise _bad_host(host, error) from error
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address[4])
+        listener.bind(address)
         listener.listen(_BACKLOG)
         listener.setblocking(False)
     except OSError as error:
@@ -79,6 +81,30 @@ def open_socket(host: str, port: int) -> socket.socket:
             hint=tr("Choose another address or port: --host, --port"),
         ) from error
     return listener
+
+
+def is_loopback(host: str) -> bool:
+    """
+    Return True if only programs on this machine can reach an address: 127.0.0.0/8, ::1 and names for them.
+
+    Raises
+    ------
+    UsageError: the name cannot be resolved.
+    """
+    try:
+        return ipaddress.ip_address(_resolve(host, 0)[1][0]).is_loopback
+    except (OSError, UnicodeError) as error:
+        raise _bad_host(host, error) from error
+
+
+def _resolve(host: str, port: int) -> tuple[socket.AddressFamily, Any]:
+    """Return the family of an address and the tuple that `bind` takes."""
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    return family, address
+
+
+def _bad_host(host: str, error: Exception) -> UsageError:
+    return UsageError(tr("Cannot listen on {host}: {reason}.", host=host, reason=error))
 
 
 def _find_holder(port: int) -> str:
@@ -187,6 +213,7 @@ class _Server(uvicorn.Server):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         drained = asyncio.ensure_future(super().shutdown(sockets))
+        aborting = asyncio.ensure_future(self._abort_closed())
         await asyncio.wait({drained}, timeout=self._limits.drain_seconds)
         await self._end_answers()
         if self.server_state.tasks:
@@ -194,6 +221,22 @@ class _Server(uvicorn.Server):
         for connection in list(self.server_state.connections):
             connection.transport.abort()  # the client does not read
         await drained
+        aborting.cancel()
+
+    async def _abort_closed(self) -> None:
+        """
+        Abort the connections that the server has closed.
+
+        asyncio waits up to 30 seconds until the client confirms the end of a TLS connection, but a client that keeps
+        the connection for its next request does not read, and so does not confirm.
+        """
+        while True:
+            connections = self.server_state.connections
+            closed = [connection for connection in connections if connection.transport.is_closing()]
+            await asyncio.sleep(_CLOSE_SECONDS)
+            for connection in closed:
+                if connection in connections and not connection.transport.get_write_buffer_size():
+                    connection.transport.abort()
 
 
 def _keep_open(connections: set[socket.socket]) -> set[socket.socket]:

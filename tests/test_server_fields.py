@@ -55,26 +55,32 @@ def read_param(response: httpx.Response) -> object:
 # --- unsupported fields
 
 # Values that would change the answer, and values that change nothing.
-GENERATION: dict[str, tuple[object, tuple[object, ...]]] = {
+SAMPLING: dict[str, tuple[object, tuple[object, ...]]] = {
     "repeat_last_n": (0, (64,)),
     "penalty_last_n": (-1, (64,)),
+    "min_keep": (2, (0,)),
+    "tfs_z": (0.5, (1, 1.0)),
+    "logits_processors": (["x"], ([],)),
+    "mirostat": (2, (0,)),
+    "dry_multiplier": (0.8, (0,)),
+}
+GENERATION: dict[str, tuple[object, tuple[object, ...]]] = {
+    **SAMPLING,
     "include_stop_str_in_output": (True, (False,)),
     "skip_special_tokens": (False, (True,)),
     "t_max_predict_ms": (100, (-1, 0)),
     "n_indent": (4, (0,)),
-    "min_keep": (2, (0,)),
     "post_sampling_probs": (True, (False,)),
     "return_tokens": (True, (False,)),
     "truncate_prompt_tokens": (5, ()),
     "max_new_tokens": (5, ()),
     "regex": ("a+", ("",)),
     "ebnf": ('root ::= "a"', ("",)),
-    "tfs_z": (0.5, (1, 1.0)),
-    "logits_processors": (["x"], ([],)),
     "images": (["aGk="], ([],)),
 }
 SCHEMA = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}}}
 OPENAI: dict[str, tuple[object, tuple[object, ...]]] = {
+    **SAMPLING,
     "stop": ("a", ([], "")),
     "n": (2, (1,)),
     "response_format": (SCHEMA, ({}, {"type": "text"})),
@@ -84,7 +90,7 @@ OPENAI: dict[str, tuple[object, tuple[object, ...]]] = {
     "ignore_eos": (True, (False,)),
 }
 OPTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
-    "repeat_last_n": (0, (64,)),
+    **SAMPLING,
     "penalize_newline": (False, (True,)),
     "logit_bias": ({"1": 5}, ({},)),
     "grammar": ('root ::= "a"', ("",)),

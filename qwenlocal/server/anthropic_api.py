@@ -20,6 +20,7 @@ from qwenlocal.server.http_errors import BadField
 from qwenlocal.server.json_route import JsonRoute
 from qwenlocal.server.openai_format import new_id
 from qwenlocal.server.request_fields import (
+    UNSUPPORTED_SAMPLING,
     ApiRequest,
     SamplingFields,
     StopStrings,
@@ -38,6 +39,7 @@ _STOP_REASONS = {
 }
 # Unsupported fields that would change the answer, with the values that change nothing.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    **UNSUPPORTED_SAMPLING,
     "tools": ([],),
     "tool_choice": ({"type": "none"}, {"type": "auto"}),
     "thinking": ({"type": "disabled"},),

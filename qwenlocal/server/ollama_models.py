@@ -11,7 +11,7 @@ from pydantic import AliasChoices, ConfigDict, Discriminator, Field, PlainValida
 from qwenlocal.i18n import tr
 from qwenlocal.server.grammar_compiler import GrammarCompiler
 from qwenlocal.server.openai_models import NonEmptyText
-from qwenlocal.server.request_fields import ApiRequest, SamplingFields, StopStrings, list_or_text
+from qwenlocal.server.request_fields import UNSUPPORTED_SAMPLING, ApiRequest, SamplingFields, StopStrings, list_or_text
 
 # Unsupported fields and options that would change the answer, with the values that change nothing.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -26,10 +26,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "height": (0,),
 }
 _UNSUPPORTED_OPTIONS: dict[str, tuple[Any, ...]] = {
-    "mirostat": (0,),
-    "typical_p": (1,),
-    "tfs_z": (1,),
-    "repeat_last_n": (64,),
+    **UNSUPPORTED_SAMPLING,
     "penalize_newline": (True,),
     "logit_bias": ({}, []),
     "grammar": ("",),

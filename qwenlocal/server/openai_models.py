@@ -15,6 +15,7 @@ from qwenlocal.server.engine import ChatPrompt
 from qwenlocal.server.grammar_compiler import GrammarCompiler
 from qwenlocal.server.http_errors import BadField
 from qwenlocal.server.request_fields import (
+    UNSUPPORTED_SAMPLING,
     ApiRequest,
     LogitBias,
     SamplingFields,
@@ -31,6 +32,7 @@ _MAX_ANSWERS = 2048  # to one request
 
 # Unsupported fields that would change the answer, with the values that change nothing.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    **UNSUPPORTED_SAMPLING,
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
@@ -57,22 +59,9 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "guided_choice": (),
     "guided_grammar": (),
     "lora": ([],),
-    "mirostat": (0,),
-    "typical_p": (1,),
-    "top_n_sigma": (-1, 0),
-    "dynatemp_range": (0,),
-    "dry_multiplier": (0,),
-    "xtc_probability": (0,),
-    "adaptive_target": (-1,),
     "n_probs": (0,),
-    "samplers": (),
     "image_data": ([],),
     "images": ([],),
-    "repeat_last_n": (64,),
-    "penalty_last_n": (64,),
-    "min_keep": (0,),
-    "tfs_z": (1,),
-    "logits_processors": ([],),
     "regex": ("",),
     "ebnf": ("",),
     "n_indent": (0,),

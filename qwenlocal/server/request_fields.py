@@ -14,6 +14,22 @@ from qwenlocal.server.http_errors import BadField
 
 _SEEDS = 2**32 - 1
 MAX_STOPS = 16
+# Fields of samplers that are not supported, with the values that change nothing.
+UNSUPPORTED_SAMPLING: dict[str, tuple[Any, ...]] = {
+    "mirostat": (0,),
+    "typical_p": (1,),
+    "top_n_sigma": (-1, 0),
+    "dynatemp_range": (0,),
+    "dry_multiplier": (0,),
+    "xtc_probability": (0,),
+    "adaptive_target": (-1,),
+    "repeat_last_n": (64,),
+    "penalty_last_n": (64,),
+    "min_keep": (0,),
+    "tfs_z": (1,),
+    "logits_processors": ([],),
+    "samplers": (),
+}
 
 StopStrings = Annotated[
     list[Annotated[str, Field(min_length=1)]],

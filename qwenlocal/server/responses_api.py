@@ -25,12 +25,20 @@ from qwenlocal.server.grammar_compiler import GrammarCompiler
 from qwenlocal.server.http_errors import BadField
 from qwenlocal.server.json_route import JsonRoute
 from qwenlocal.server.openai_format import new_id
-from qwenlocal.server.request_fields import ApiRequest, SamplingFields, TextContent, format_message, list_or_text
+from qwenlocal.server.request_fields import (
+    UNSUPPORTED_SAMPLING,
+    ApiRequest,
+    SamplingFields,
+    TextContent,
+    format_message,
+    list_or_text,
+)
 from qwenlocal.server.security import identify_client
 from qwenlocal.server.streaming import format_event, run_while_connected, stream_while_connected
 
 # Unsupported fields that would change the answer, with the values that change nothing.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    **UNSUPPORTED_SAMPLING,
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "previous_response_id": (),

@@ -75,6 +75,9 @@ class LocalEngine:
     async def _call(self, function: Callable[..., _T], *arguments: Any) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
+    def admit(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[EngineEvent, None]:
         self.requests.append(request)
         async with self._lock:

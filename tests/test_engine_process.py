@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import multiprocessing
 import os
 import signal
 import socket
@@ -40,7 +41,8 @@ from qwenlocal.server.engine_process import EngineProcess
 from qwenlocal.server.engine_worker import WorkerSpec
 from qwenlocal.server.model_host import HostSettings, ProcessHost
 from qwenlocal.server.served_models import ServedModels
-from qwenlocal.server.wire import WireError
+from qwenlocal.server.wire import Call, WireError
+from qwenlocal.testing import write_model
 
 HELLO = ChatPrompt([{"role": "user", "content": "Hello"}])
 DEADLINE = 60.0
@@ -299,18 +301,94 @@ def test_a_file_that_was_deleted_says_so(speaking_model: Path, tmp_path: Path) -
     run(test)
 
 
-def test_requests_beyond_the_queue_are_refused(endless_model: Path) -> None:
+def test_requests_beyond_the_queue_are_refused(random_model: Path) -> None:
     async def test() -> None:
-        async with running(endless_model, parallel=1, n_ctx=8192, max_waiting=1) as process:
-            streams = [process.generate(GenerationRequest(HELLO)) for _ in range(2)]
-            assert await anext(streams[0])
-            waiting = asyncio.ensure_future(anext(streams[1]))
-            await asyncio.sleep(0)
-            with pytest.raises(ServerBusy) as raised:
-                await answer(process, GenerationRequest(HELLO))
-            assert raised.value.n_waiting == 1 and raised.value.retry_after > 0
-            waiting.cancel()
-            await streams[0].aclose()
+        async with running(random_model, parallel=1, max_waiting=1) as process:
+            with process.admit(), process.admit():
+                with pytest.raises(ServerBusy) as raised, process.admit():
+                    pass
+                assert raised.value.n_waiting == 1 and raised.value.retry_after > 0
+            with process.admit():
+                pass
+
+    run(test)
+
+
+def test_several_answers_to_one_request_need_one_place_in_the_queue(random_model: Path) -> None:
+    settings = HostSettings(options(), parallel=1, max_waiting=0)
+    models = ProcessHost(ServedModels(open_library(), [provided(random_model)]), settings)
+    with serve_host(models) as url:
+        body = {"prompt": "Hello", "max_tokens": 1, "n": 12}
+        response = httpx.post(f"{url}/v1/completions", json=body, timeout=DEADLINE)
+    assert [choice["index"] for choice in response.json()["choices"]] == list(range(12))
+
+
+def test_a_bug_in_the_thread_that_receives_messages_ends_requests_with_a_reason(endless_model: Path) -> None:
+    async def test() -> None:
+        models, others = host(endless_model), worker_processes()
+        async with models.open("") as engine:
+            assert isinstance(engine, EngineProcess)
+            events = engine.generate(GenerationRequest(HELLO))
+            assert await anext(events)
+            engine._send(Call(999, "no_such_method", ()))
+            with pytest.raises(EngineCrashed, match="A bug in qwenlocal: AttributeError"):
+                async for _ in events:
+                    pass
+            while worker_processes() - others:
+                await asyncio.sleep(0.01)
+        assert len(await first_text(models, "")) == 5
+        await models.close()
+
+    run(test)
+
+
+def test_a_message_that_cannot_be_read_ends_requests_with_a_reason(endless_model: Path) -> None:
+    async def test() -> None:
+        async with running(endless_model, n_ctx=8192) as process:
+            events = process.generate(GenerationRequest(HELLO))
+            assert await anext(events)
+            ours, theirs = multiprocessing.Pipe()
+            with ours, theirs:
+                theirs.send_bytes(b"nonsense")
+                await asyncio.to_thread(process._receive, ours)
+            with pytest.raises(EngineCrashed, match="A bug in qwenlocal: UnpicklingError"):
+                async for _ in events:
+                    pass
+            assert not process.is_alive and not process._process.is_alive()
+
+    run(test)
+
+
+def test_tokens_that_the_model_does_not_have_are_refused(random_model: Path) -> None:
+    async def test() -> None:
+        async with running(random_model) as process:
+            for id in (-1, 10**6, 10**12):
+                with pytest.raises(UsageError, match=f"no token with the id {id}"):
+                    await answer(process, GenerationRequest(TokenPrompt([1]), {"answer_prefix": (id,)}, 1))
+
+    run(test)
+
+
+def test_a_model_with_an_invalid_chat_template_continues_text(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "invalid.gguf", template="{% for message in messages %}")
+
+    async def test() -> None:
+        async with running(model) as process:
+            assert (await answer(process, GenerationRequest(TextPrompt("Hi"), max_tokens=2)))[1].stats.answer_tokens
+            for _ in range(2):
+                with pytest.raises(BadWeights, match="not valid Jinja"):
+                    await answer(process, GenerationRequest(HELLO))
+            with pytest.raises(BadWeights, match="not valid Jinja"):
+                await process.apply_template(HELLO.messages)
+
+    run(test)
+
+
+def test_a_result_that_cannot_be_sent_ends_its_request_with_a_reason(random_model: Path) -> None:
+    async def test() -> None:
+        async with running(random_model) as process:
+            with pytest.raises(EngineCrashed, match="A bug in qwenlocal"):
+                await process._call("__getattribute__", "tokenize")  # a method of an object that cannot be pickled
 
     run(test)
 

@@ -62,15 +62,17 @@ class ModelLoader:
         draft: ProvidedModel | None = None,
         *,
         raw: bool = False,
+        defers_template_errors: bool = False,
         on_crash: Callable[[QwenlocalError], object] = lambda error: None,
     ) -> None:
         """
         Prepare to load with `options`, of which `tuned` and `draft` depend on the model and are filled in here.
 
-        `raw` models have no chat template. If llama.cpp is about to end the process, `on_crash` gets the reason, in a
-        thread of llama.cpp.
+        `raw` models have no chat template; with `defers_template_errors`, an invalid one raises when it is used. If
+        llama.cpp is about to end the process, `on_crash` gets the reason, in a thread of llama.cpp.
         """
-        self._folders, self._options, self._raw, self._on_crash = folders, options, raw, on_crash
+        self._folders, self._options, self._on_crash = folders, options, on_crash
+        self._raw, self._defers_template_errors = raw, defers_template_errors
         self._draft = DraftSpec(str(draft.name), draft.record.path, draft.record.size) if draft else None
         self._engine_loader = EngineLoader()
         self._loading: Sequence[Path] = ()
@@ -108,6 +110,7 @@ class ModelLoader:
                 name=str(name),
                 size=record.size,
                 raw=self._raw or (card is not None and card.variant == "base"),
+                defers_template_errors=self._defers_template_errors,
                 recommended=card.sampling if card else {},
                 report=report,
                 loader=self._engine_loader,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwenlocal.chat.chat_template import CHATML, ChatTemplate, require_template
+from qwenlocal.chat.chat_template import CHATML, ChatTemplate, InvalidTemplate, require_template
 from qwenlocal.chat.conversation import Conversation, GenerationConfig
 from qwenlocal.chat.local_backend import LocalBackend
 from qwenlocal.chat.thread import Thread
@@ -21,6 +21,7 @@ from qwenlocal.engine.memory_cache import MemoryCache, choose_budget
 from qwenlocal.engine.prompt_cache import PromptCache
 from qwenlocal.engine.scheduler import Scheduler
 from qwenlocal.engine.speculation import NoSpeculation, Speculation
+from qwenlocal.errors import BadWeights
 from qwenlocal.i18n import tr
 from qwenlocal.machine import Machine, this_machine
 
@@ -77,6 +78,7 @@ def load_chat_model(
     name: str,
     size: int,
     raw: bool = False,
+    defers_template_errors: bool = False,
     recommended: Mapping[str, float] = {},
     report: Callable[[float], None] = lambda fraction: None,
     loader: EngineLoader | None = None,
@@ -84,7 +86,8 @@ def load_chat_model(
     """
     Load a model with `loader` and choose its chat template, none if it is `raw`.
 
-    The other parameters are those of `EngineLoader.load`.
+    With `defers_template_errors`, an invalid template raises when it is used, so that the model can continue text. The
+    other parameters are those of `EngineLoader.load`.
 
     Raises
     ------
@@ -99,6 +102,11 @@ def load_chat_model(
     try:
         warm_up.join()
         template, notes = (None, ()) if raw else choose_template(loaded.model)
+    except BadWeights as error:
+        if not defers_template_errors:
+            loaded.close()
+            raise
+        template, notes = InvalidTemplate(error), ()
     except BaseException:
         loaded.close()
         raise

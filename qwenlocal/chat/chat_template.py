@@ -91,6 +91,16 @@ class ChatTemplate:
             return False
 
 
+class InvalidTemplate(ChatTemplate):
+    """A template that cannot be compiled; raises `error` when it is used."""
+
+    def __init__(self, error: BadWeights) -> None:
+        self._error = error
+
+    def render(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True) -> str:
+        raise self._error.with_traceback(None)
+
+
 def encode_messages(
     template: ChatTemplate, messages: Sequence[ChatMessage], tokenizer: Tokenizer, answer_prefix: str = ""
 ) -> list[int]:

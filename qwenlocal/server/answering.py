@@ -24,7 +24,7 @@ from qwenlocal.server.grammar_compiler import GrammarCompiler
 from qwenlocal.server.http_errors import BadField, HttpError
 from qwenlocal.server.server_metrics import ServerMetrics
 
-_CONCURRENT = 8  # answers of one HTTP request at a time, so that it cannot fill the queue that all clients share
+_CONCURRENT = 8  # answers of one HTTP request at a time, so that the process of the model does not store all of them
 
 IndexedEvent = tuple[int, EngineEvent]
 
@@ -127,16 +127,18 @@ class AnswerService:
 
         Raises
         ------
-        HttpError: an answer was interrupted because the server is shutting down. The errors of `Engine.generate`.
+        HttpError: an answer was interrupted because the server is shutting down. The errors of `Engine.admit` and
+        `Engine.generate`.
         """
         streams = [self._metrics.measure(engine.generate(request)) for request in requests]
-        async with contextlib.aclosing(_merge(streams)) as events:
-            async for index, event in events:
-                if isinstance(event, Done) and event.finish_reason is FinishReason.INTERRUPTED:
-                    raise HttpError(
-                        503, tr("The answer was interrupted: the server is shutting down."), code="interrupted"
-                    )
-                yield index, event
+        with engine.admit():
+            async with contextlib.aclosing(_merge(streams)) as events:
+                async for index, event in events:
+                    if isinstance(event, Done) and event.finish_reason is FinishReason.INTERRUPTED:
+                        raise HttpError(
+                            503, tr("The answer was interrupted: the server is shutting down."), code="interrupted"
+                        )
+                    yield index, event
 
     async def embed(
         self,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -119,6 +119,15 @@ class Engine(Protocol):
     @property
     def info(self) -> ModelInfo:
         """The model."""
+
+    def admit(self) -> AbstractContextManager[None]:
+        """
+        Give a request, which may need several answers, one place in the queue for the duration of the block.
+
+        Raises
+        ------
+        ServerBusy: too many requests are waiting. EngineCrashed: the process of the model has ended.
+        """
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[EngineEvent, None]:
         """

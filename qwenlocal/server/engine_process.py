@@ -6,8 +6,8 @@ import asyncio
 import itertools
 import multiprocessing
 import threading
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
@@ -53,6 +53,7 @@ class EngineProcess:
         self._keys = itertools.count()
         self._queues: dict[int, asyncio.Queue[EngineEvent | QwenlocalError]] = {}
         self._calls: dict[int, _PendingCall] = {}
+        self._n_admitted = 0
         self._failure: QwenlocalError | None = None
         self._ready: asyncio.Future[Ready] | None = None
 
@@ -106,7 +107,7 @@ class EngineProcess:
 
     @property
     def n_requests(self) -> int:
-        """The number of requests that are being answered or waiting."""
+        """The number of answers that are being generated or waiting."""
         return len(self._queues)
 
     @property
@@ -116,8 +117,18 @@ class EngineProcess:
 
     # --- requests
 
+    @contextmanager
+    def admit(self) -> Iterator[None]:
+        self._check_queue(self._n_admitted, self._spec.parallel, _SECONDS_PER_REQUEST)
+        self._n_admitted += 1
+        try:
+            yield
+        finally:
+            self._n_admitted -= 1
+
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[EngineEvent, None]:
-        self._admit(len(self._queues), self._spec.parallel, _SECONDS_PER_REQUEST)
+        if self._failure is not None:
+            raise self._failure
         key, inbox = next(self._keys), asyncio.Queue[EngineEvent | QwenlocalError]()
         self._queues[key] = inbox
         self._send(Submit(key, request))
@@ -149,7 +160,8 @@ class EngineProcess:
         return list(await self._call("embed", list(prompts)))
 
     async def _call(self, method: str, *arguments: Any) -> Any:
-        self._admit(sum(call.method == method for call in self._calls.values()), 1, _SECONDS_PER_CALL.get(method, 0))
+        n_others = sum(call.method == method for call in self._calls.values())
+        self._check_queue(n_others, 1, _SECONDS_PER_CALL.get(method, 0))
         key = next(self._keys)
         self._calls[key] = call = _PendingCall(method, self._loop.create_future())
         self._send(Call(key, method, arguments))
@@ -159,7 +171,7 @@ class EngineProcess:
             if self._calls.pop(key, None) is not None:
                 self._send(Cancel(key))
 
-    def _admit(self, n_others: int, parallel: int, seconds: int) -> None:
+    def _check_queue(self, n_others: int, parallel: int, seconds: int) -> None:
         """
         Check that a request may wait with `n_others`, of which `parallel` are answered at a time, each in `seconds`.
 
@@ -181,9 +193,13 @@ class EngineProcess:
 
     def _receive(self, connection: Connection) -> None:
         """Pass messages to the event loop, then the reason why the process ended; runs in a thread of its own."""
-        with suppress(EOFError, OSError):
-            while True:
-                self._post(self._handle, connection.recv())
+        try:
+            with suppress(EOFError, OSError):
+                while True:
+                    self._post(self._handle, connection.recv())
+        except Exception as error:  # a message that cannot be read
+            self._post(self._fail, WireError.pack(error).unpack())
+            self._process.kill()
         while (exit_code := self._process.exitcode) is None:  # None while another thread is waiting for it, too
             self._process.join()
         self._post(self._fail_at_end, exit_code)

@@ -108,6 +108,7 @@ class ModelFunctions:
         UsageError: a value is invalid.
         """
         sampling = self._model.sampling.with_overrides(overrides)
+        self._check_ids(sampling.answer_prefix)
         return sampling, Sampler(sampling, self.tokenizer)
 
     def tokenize(self, text: str, special: bool, add_bos: bool) -> list[int]:
@@ -147,7 +148,12 @@ class Worker:
         """Load the model and serve it."""
         request = replace(self._spec.options.request, n_sequences=self._spec.parallel + _PARKED)
         options = replace(self._spec.options, request=request)
-        loader = ModelLoader(Folders.from_environment(), options, on_crash=self._fail)
+        loader = ModelLoader(
+            Folders.from_environment(),
+            options,
+            defers_template_errors=True,  # completions need no template
+            on_crash=self._fail,
+        )
         try:
             model = loader.load(self._spec.model, lambda fraction: self._send(Loading(fraction)))
         except OSError as error:  # the file was deleted, for instance, since the server was started
@@ -159,7 +165,7 @@ class Worker:
         scheduler = self._create_scheduler(model)
         loop = AnswerLoop(scheduler, model.model.tokenizer, self._emit)
         self._send(Ready(self._info(model), model.plan, model.notes))
-        thread = threading.Thread(target=self._compute, args=(loop,))
+        thread = threading.Thread(target=self._run_or_exit, args=(loop.run,))
         thread.start()
         threading.Thread(
             target=collapse_buffers, args=(self._spec.model.record.size, lambda: not scheduler.is_idle), daemon=True
@@ -190,9 +196,10 @@ class Worker:
             eos_token=model.model.tokenizer.eos,
         )
 
-    def _compute(self, loop: AnswerLoop) -> None:
+    def _run_or_exit(self, function: Callable[..., object], *arguments: object) -> None:
+        """Call a function; if it raises, report that and end the process, because requests would wait forever."""
         try:
-            loop.run()
+            function(*arguments)
         except BaseException as error:
             self._fail(error)
             os._exit(1)  # the server starts another process, and this one would keep the model's memory
@@ -204,19 +211,28 @@ class Worker:
             ThreadPoolExecutor(max_workers=1) as compiling,
             ThreadPoolExecutor(max_workers=1) as embedding,
         ):
-            while not isinstance(message := self._receive_message(), Quit):
+
+            def handle(message: object) -> None:
                 if isinstance(message, Submit):
                     self._pending.add(message.key)
                     executor = compiling if message.request.sampling.get("grammar") else quick
-                    executor.submit(self._prepare, message, loop, functions)
+                    executor.submit(self._run_or_exit, self._prepare, message, loop, functions)
                 elif isinstance(message, Call) and message.method == "embed":
                     self._pending.add(message.key)
-                    embedding.submit(self._call, message, functools.partial(self._embed, functions, message.key))
+                    embed = functools.partial(self._embed, functions, message.key)
+                    embedding.submit(self._run_or_exit, self._call, message, embed)
                 elif isinstance(message, Call):
-                    quick.submit(self._call, message, getattr(functions, message.method))
+                    quick.submit(self._run_or_exit, self._call, message, getattr(functions, message.method))
                 elif isinstance(message, Cancel) and not self._remove_pending(message.key):
                     loop.cancel(message.key)
+
+            # Inside the block, whose end would wait for embeddings.
+            self._run_or_exit(self._handle_messages, handle)
             self._pending.clear()  # the process does not wait for embeddings
+
+    def _handle_messages(self, handle: Callable[[object], None]) -> None:
+        while not isinstance(message := self._receive_message(), Quit):
+            handle(message)
 
     def _remove_pending(self, key: int, then: Callable[[], None] = lambda: None) -> bool:
         """Remove a key and call `then`, unless it was removed before; return True if it was not."""

@@ -14,6 +14,7 @@ from gguf_files import split_gguf
 from hub import COMMIT, HubServer
 from hub_checkpoints import HF_NAME, OFFLINE, UNREACHABLE
 
+from qwenlocal.library.store import ModelRecord, Store, StoredFile
 from qwenlocal.paths import Folders
 
 REPO = "some.one/Tiny-GGUF"
@@ -93,6 +94,25 @@ def test_capitals_in_the_name_of_a_repository_do_not_matter(
     put(speaking_model, cache(folders))
     for name in (NAME.lower(), f"hf:{REPO.upper()}:q4_1"):
         assert "Paris, fun" in invoke("run", name, "Hi", environment=OFFLINE).stdout, name
+
+
+def test_the_repositories_of_an_installed_model_mean_it(
+    speaking_model: Path, folders: Folders, hub: HubServer, invoke: Run
+) -> None:
+    files = [StoredFile.from_path(speaking_model, "")]
+    Store(folders).add(ModelRecord("qwen1.5:7b-chat-q4_k_m", files, "a file on this disk", owned=False))
+    for name in (
+        "Qwen/Qwen1.5-7B-Chat",
+        "hf:Qwen/Qwen1.5-7B-Chat",
+        "Qwen/Qwen1.5-7B-Chat-GGUF",
+        "hf:qwen/qwen1.5-7b-chat",
+    ):
+        result = invoke("run", name, "Hi", environment=OFFLINE)
+        assert "is qwen1.5:7b-chat-q4_k_m" in expect_exit(result, 0), name
+        assert result.stdout == "Paris, fun\n"
+    assert hub.requests == []
+    for name in ("Qwen/Qwen1.5-7B", "hf:Qwen/Qwen1.5-7B-Chat:q8_0", "hf:Qwen/Qwen1.5-7B-Chat@v2"):
+        expect_exit(invoke("run", name, "Hi", environment=OFFLINE), 4)
 
 
 def test_a_short_commit_hash_means_the_commit_on_this_disk(speaking_model: Path, folders: Folders, invoke: Run) -> None:

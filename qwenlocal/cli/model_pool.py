@@ -134,10 +134,11 @@ class ModelPool:
         """
         if not self._pooled:
             self.load_first(thread)
-        parsed = self._app.library.models.parse(name)
+        models = self._app.library.models
+        parsed = models.find_installed(models.parse(name))
         key = str(parsed)
         if key not in self._pooled:
-            model = ProvidedModel(parsed, self._app.library.models.ensure_model(parsed))
+            model = ProvidedModel(parsed, models.ensure_model(parsed))
             loaded = self._make_room(lambda: self._model_loader.load_in_thread(model))
             self._pooled[key] = _PooledModel(model, loaded)
         loaded = self._pooled[key].loaded

@@ -18,7 +18,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
@@ -48,6 +48,11 @@ class CatalogName:
         """The file, if its digest is in the catalog."""
         level = self.level or self.card.level
         return next((file for file in self.card.files if level_from_filename(file.path) == level), None)
+
+    @property
+    def repositories(self) -> Sequence[str]:
+        """The repositories of the model, as Hugging Face spells them."""
+        return [repo for repo in (self.card.checkpoint, self.card.gguf) if repo]
 
     def __str__(self) -> str:
         is_default = self.level is None or self.level == self.card.level

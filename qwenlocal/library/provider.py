@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from qwenlocal.errors import BadWeights, CheckpointOnly, ModelNotFound, SourceUnreachable
+from qwenlocal.errors import BadWeights, CheckpointOnly, ModelNotFound, QwenlocalError, SourceUnreachable
 from qwenlocal.i18n import tr
 from qwenlocal.library.checkpoint_converter import CheckpointConverter
 from qwenlocal.library.checkpoints import OpenPuller, checkpoint_repo
@@ -196,8 +197,25 @@ class ModelProvider:
             )
         return record
 
+    def find_installed(self, name: ModelName) -> ModelName:
+        """
+        Return the name of the installed model that is published in the repository `name`; `name` itself if none is.
+
+        After `pull qwen1.5:7b`, `hf:Qwen/Qwen1.5-7B-Chat` is that model.
+        """
+        if not isinstance(name, HubName) or name != HubName("hf", name.repo):
+            return name
+        for record in self._store.records():
+            with contextlib.suppress(QwenlocalError):  # the catalog may be broken, or not have the model any more
+                installed = parse_name(record.name, self._catalog)
+                repositories = installed.repositories if isinstance(installed, CatalogName) else ()
+                if name.repo.casefold() in map(str.casefold, repositories):
+                    self._say(tr("{name} is {other}.", name=name, other=record.name))
+                    return installed
+        return name
+
     def _ensure_named(self, text: str) -> ProvidedModel:
-        name = self.parse(text)
+        name = self.find_installed(self.parse(text))
         return ProvidedModel(name, self.ensure_model(name))
 
     def _download_or_convert(self, name: ModelName) -> ModelRecord:

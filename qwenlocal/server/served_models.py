@@ -40,7 +40,8 @@ class ServedModels:
             return self._first[0]
         name = self._parse(text)
         for model in self._all():
-            spellings = (str(model.name), model.record.name, *_repositories(model.name))
+            repositories = model.name.repositories if isinstance(model.name, CatalogName) else ()
+            spellings = (str(model.name), model.record.name, *repositories)
             if text in spellings or str(name) in spellings:
                 return model
         record = self._library.local.find_offline(name) if name else None
@@ -112,10 +113,3 @@ def describe_model(model: ProvidedModel) -> ModelInfo:
         str(metadata.get("general.size_label", "")),
         n_ctx_train=n_ctx_train if isinstance(n_ctx_train, int) else 0,
     )
-
-
-def _repositories(name: ModelName) -> Sequence[str]:
-    """Return the repositories that a model of the catalog comes from, as Hugging Face spells them."""
-    if not isinstance(name, CatalogName):
-        return ()
-    return tuple(repo for repo in (name.card.checkpoint, name.card.gguf) if repo)

@@ -18,12 +18,12 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from server_process import DEADLINE, serving
+from server_process import DEADLINE, Server, serving
 
 from qwenlocal.chat.journal import Journal
-from qwenlocal.cli.commands.serve import parse_duration, parse_parallel, read_page_key
+from qwenlocal.cli.commands.serve import parse_duration, parse_origin, parse_parallel, read_api_keys, read_page_key
 from qwenlocal.errors import OutOfRange, UsageError
-from qwenlocal.server.http_server import open_socket
+from qwenlocal.server.http_server import is_loopback, open_socket
 
 
 def fail(home: Path, *arguments: object) -> tuple[int, str]:
@@ -33,6 +33,15 @@ def fail(home: Path, *arguments: object) -> tuple[int, str]:
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=DEADLINE)
     assert "Traceback" not in result.stderr
     return result.returncode, result.stderr
+
+
+def wait_for_line(server: Server, text: str) -> str:
+    """Return the first line of a server's terminal that contains `text`."""
+    end = time.monotonic() + DEADLINE
+    while not (lines := [line for line in server.lines if text in line]):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    return lines[0]
 
 
 def test_the_first_line_names_address_model_and_memory(speaking_model: Path, tmp_path: Path) -> None:
@@ -137,12 +146,50 @@ def test_other_addresses_need_a_key(speaking_model: Path, tmp_path: Path) -> Non
 
 def test_keys_from_a_file_are_required(speaking_model: Path, tmp_path: Path) -> None:
     keys = tmp_path / "keys"
-    keys.write_text("first-key\nsecond-key\n")
+    keys.write_text("# my laptop\nfirst-key\n\n  # phone\n  second-key \r\n")
     with serving(tmp_path, speaking_model, "--api-key-file", keys) as server:
         assert server.ask().status_code == 401
+        for other in ("#", "my", "laptop"):
+            assert httpx.get(f"{server.url}/v1/models", headers={"x-api-key": other}).status_code == 401
         body = {"messages": [{"role": "user", "content": "Hello"}]}
         url = f"{server.url}/v1/chat/completions"
         assert httpx.post(url, json=body, headers={"Authorization": "Bearer second-key"}).status_code == 200
+
+
+def test_keys_are_read_from_lines_without_comments(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text("# my laptop\nfirst#key\n\n  second-key \n")
+    assert read_api_keys(path) == ["first#key", "second-key"]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"), [("a\nkey # laptop\n", "line 2"), ("# only a comment\n", "no key"), ("", "no key")]
+)
+def test_files_with_spaces_in_keys_or_without_keys_are_refused(tmp_path: Path, text: str, reason: str) -> None:
+    path = tmp_path / "keys"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=reason) as caught:
+        read_api_keys(path)
+    assert "one key per line" in caught.value.hint
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "127.255.255.254", "localhost", "::1"])
+def test_addresses_of_this_machine_need_no_key(host: str) -> None:
+    assert is_loopback(host)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.0.2.1", "::", "2001:db8::1"])
+def test_addresses_that_others_can_reach_are_no_loopback_addresses(host: str) -> None:
+    assert not is_loopback(host)
+
+
+def test_a_server_for_other_machines_says_after_its_address_who_can_use_it(
+    speaking_model: Path, tmp_path: Path
+) -> None:
+    with serving(tmp_path, speaking_model, "--host", "0.0.0.0", "--api-key", "k") as server:
+        wait_for_line(server, "#key=")
+        assert server.lines[0].startswith("http://0.0.0.0:")
+        assert "has a key" in server.lines[1] and "--tls-cert" in server.lines[2]
 
 
 def test_a_port_in_use_names_its_holder(speaking_model: Path, tmp_path: Path) -> None:
@@ -175,6 +222,19 @@ def test_a_model_that_cannot_be_loaded_ends_the_server(random_model: Path, tmp_p
     assert code == 5 and str(path) in message
 
 
+def test_a_model_that_cannot_be_loaded_later_is_reported_on_the_terminal(
+    speaking_model: Path, random_model: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "second.gguf"
+    path.write_bytes(random_model.read_bytes())
+    with serving(tmp_path, speaking_model, path) as server:
+        assert server.ask(max_tokens=1).status_code == 200
+        path.write_bytes(random_model.read_bytes()[:2000])
+        assert server.ask(model=str(path)).status_code >= 400
+        assert str(path) in wait_for_line(server, "Cannot load")
+        assert server.ask(max_tokens=1).status_code == 200
+
+
 def test_a_damaged_certificate_is_refused(speaking_model: Path, tmp_path: Path) -> None:
     certificate = tmp_path / "server.crt"
     certificate.write_text("not a certificate")
@@ -192,6 +252,9 @@ def test_a_damaged_certificate_is_refused(speaking_model: Path, tmp_path: Path) 
         ("--port", "70000"),
         ("--tls-cert", "x.pem"),
         ("--host", "256.1.1.1", "--api-key", "k"),
+        ("--host", ""),
+        ("--api-key", ""),
+        ("--allow-origin", "foo"),
         ("--api-key-file", "/nonexistent/file"),
     ],
 )
@@ -206,6 +269,31 @@ def test_durations() -> None:
         parse_duration("-3m")
 
 
+@pytest.mark.parametrize(
+    ("text", "origin"),
+    [
+        ("http://localhost:3000/", "http://localhost:3000"),
+        ("HTTPS://Example.ORG:443", "https://example.org"),
+        ("http://example.org:80/", "http://example.org"),
+        ("http://[::1]:80", "http://[::1]"),
+        ("https://example.org:80", "https://example.org:80"),
+        ("app://obsidian.md", "app://obsidian.md"),
+        ("*", "*"),
+    ],
+)
+def test_origins_are_spelled_as_browsers_do(text: str, origin: str) -> None:
+    assert parse_origin(text) == origin
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["foo", "localhost:3000", "http://", "https://a.example/page", "https://*.example", "https://me@a.example", ""],
+)
+def test_what_cannot_be_the_origin_of_a_page_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="origin"):
+        parse_origin(text)
+
+
 def test_numbers_of_parallel_requests() -> None:
     assert parse_parallel("3") == 3 and parse_parallel("auto") >= 1
     with pytest.raises(OutOfRange):
@@ -214,11 +302,7 @@ def test_numbers_of_parallel_requests() -> None:
 
 def test_saved_chats_need_the_key_in_the_printed_address(speaking_model: Path, tmp_path: Path) -> None:
     with serving(tmp_path, speaking_model, "--api-key", "for-programs") as server:
-        end = time.monotonic() + DEADLINE
-        while not (lines := [line for line in server.lines if "#key=" in line]):
-            assert time.monotonic() < end
-            time.sleep(0.01)
-        key = lines[0].strip().partition("#key=")[2]
+        key = wait_for_line(server, "#key=").strip().partition("#key=")[2]
         assert key == read_page_key(tmp_path / "page-key")
         for headers, status in (({}, 401), ({"x-api-key": "for-programs"}, 401), ({"x-api-key": key}, 200)):
             request = {**headers, "Sec-Fetch-Site": "same-origin"}

@@ -12,6 +12,8 @@ import httpx
 import pytest
 from http_server import Server, serve
 
+from qwenlocal.cli.commands.serve import parse_origin
+
 CHAT = {"messages": [{"role": "user", "content": "Hello"}]}
 MEGABYTE = 1 << 20
 
@@ -114,6 +116,12 @@ def test_only_sites_that_are_configured_may_ask(locked: Server) -> None:
     answer = httpx.post(url, json=CHAT, headers=headers)
     assert answer.status_code == 200 and answer.headers["access-control-allow-origin"] == "https://app.example"
     assert httpx.options(url, headers={"Origin": "https://evil.example", **preflight}).status_code == 403
+
+
+def test_an_origin_may_be_given_as_it_is_copied_from_a_browser(speaking_model: Path) -> None:
+    with serve(speaking_model, cors_origins=(parse_origin("HTTP://LocalHost:3000/"),)) as server:
+        response = httpx.get(f"{server.url}/v1/models", headers={"Origin": "http://localhost:3000"})
+        assert response.headers["access-control-allow-origin"] == "http://localhost:3000"
 
 
 # --- keys

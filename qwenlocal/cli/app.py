@@ -301,7 +301,7 @@ def serve(
         list[str] | None, Option("--api-key", metavar="KEY", help="Require a key; may be repeated.")
     ] = None,
     api_key_file: Annotated[
-        str | None, Option("--api-key-file", metavar="FILE", help="Require one of the keys in FILE.")
+        str | None, Option("--api-key-file", metavar="FILE", help="Require one of the keys in FILE, one per line.")
     ] = None,
     allow_host: Annotated[
         list[str] | None,

@@ -67,10 +67,11 @@ class ProcessHost:
         *,
         on_progress: Callable[[str, float], None] = lambda name, fraction: None,
         on_loaded: Callable[[str, Ready], None] = lambda name, ready: None,
+        on_failed: Callable[[str, BaseException], None] = lambda name, error: None,
     ) -> None:
         """`on_progress` gets the name of a model and the fraction of it that is loaded."""
         self._models, self._settings = models, settings
-        self._on_progress, self._on_loaded = on_progress, on_loaded
+        self._on_progress, self._on_loaded, self._on_failed = on_progress, on_loaded, on_failed
         self._hosted: dict[str, _HostedModel] = {}
         self._loading = asyncio.Lock()  # each load plan counts on the memory that is free when it is made
         self._unloading: set[asyncio.Task[None]] = set()
@@ -165,8 +166,11 @@ class ProcessHost:
         return hosted
 
     def _finish_loading(self, hosted: _HostedModel, task: asyncio.Task[Ready]) -> None:
-        if task.cancelled() or task.exception():
+        if task.cancelled():
             self._forget(hosted)
+        elif error := task.exception():
+            self._forget(hosted)
+            self._on_failed(hosted.name, error)
         else:
             self._on_loaded(hosted.name, task.result())
             self._unload_later(hosted)  # its clients may have left

@@ -102,7 +102,7 @@ def _is_address(host: str) -> bool:
 
 
 def _is_wildcard(host: str) -> bool:
-    return host == "" or (_is_address(host) and ipaddress.ip_address(host).is_unspecified)
+    return _is_address(host) and ipaddress.ip_address(host).is_unspecified
 
 
 class OriginCheck(RequestCheck):
@@ -111,7 +111,7 @@ class OriginCheck(RequestCheck):
     def __init__(self, app: ASGIApp, allowed: Sequence[str]) -> None:
         """Allow requests of pages from the origins `allowed` ("*" for all), besides those of this server."""
         super().__init__(app)
-        self._allowed = {origin.lower().rstrip("/") for origin in allowed}
+        self._allowed = frozenset(allowed)
 
     def check(self, request: Request) -> None:
         is_allowed = not self._allowed.isdisjoint(("*", request.headers.get("origin", "").lower()))

@@ -14,10 +14,11 @@ class ServerSettings:
 
     `host` is the address that the server listens on. Without `api_keys`, anyone who can reach it may use it.
     `allowed_hosts` are additional names in the Host header, `cors_origins` the web sites whose pages may send requests
-    (such as "https://example.org"; "*" for all). `max_body` is in bytes; a body must arrive within `body_timeout`
-    seconds. While a response waits for the model, a keep-alive is sent every `keep_alive` seconds. Schemas and grammars
-    that take more than `grammar_timeout` seconds to compile are refused. The page at / shows the chats in `folders`;
-    without `folders`, there is no page. Only `page_key` gives access to the chats; if it is empty, the `api_keys` do.
+    ("https://example.org", as browsers spell it; "*" for all). `max_body` is in bytes; a body must arrive within
+    `body_timeout` seconds. While a response waits for the model, a keep-alive is sent every `keep_alive` seconds.
+    Schemas and grammars that take more than `grammar_timeout` seconds to compile are refused. The page at / shows the
+    chats in `folders`; without `folders`, there is no page. Only `page_key` gives access to the chats; if it is empty,
+    the `api_keys` do.
     """
 
     host: str = "127.0.0.1"

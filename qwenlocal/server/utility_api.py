@@ -21,7 +21,7 @@ from qwenlocal.server.json_route import JsonRoute
 from qwenlocal.server.openai_models import ChatMessageFields, TokenId
 from qwenlocal.server.request_fields import ApiRequest
 from qwenlocal.server.server_metrics import ServerMetrics
-from qwenlocal.server.streaming import encode_list
+from qwenlocal.server.streaming import respond_with_list
 
 _SLICE = 4096  # tokens that are converted before other requests continue: a few milliseconds
 
@@ -91,8 +91,7 @@ class UtilityApi:
         async with self._service.open(body.model) as engine:
             ids = await engine.tokenize(body.content, special=body.parse_special, add_bos=body.add_special)
             slices = _add_pieces(engine, ids) if body.with_pieces else _slice(ids)
-            tokens = await encode_list(slices)
-        return Response(b'{"tokens":' + tokens + b"}", media_type="application/json")
+            return await respond_with_list("tokens", slices)
 
     async def detokenize(self, body: DetokenizeRequest) -> Response:
         """Convert token ids to text."""

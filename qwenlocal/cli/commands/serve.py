@@ -16,13 +16,14 @@ from pathlib import Path
 from qwenlocal.cli.context import AppContext
 from qwenlocal.engine.load_plan import LoadRequest
 from qwenlocal.engine.loader import LoadOptions
-from qwenlocal.errors import ModelNotFound, NotWritable, OutOfRange, UsageError
+from qwenlocal.errors import ModelNotFound, NotWritable, OutOfRange, QwenlocalError, UsageError
+from qwenlocal.hints import describe_error
 from qwenlocal.i18n import tr
 from qwenlocal.library.provider import ProvidedModel
 from qwenlocal.library.running_servers import announce_server
 from qwenlocal.paths import ensure_writable, parse_path
 from qwenlocal.server.app import create_app
-from qwenlocal.server.http_server import open_socket, serve_http
+from qwenlocal.server.http_server import is_loopback, open_socket, serve_http
 from qwenlocal.server.model_host import HostSettings, ProcessHost
 from qwenlocal.server.served_models import ServedModels
 from qwenlocal.server.server_settings import ServerSettings
@@ -32,7 +33,8 @@ from qwenlocal.terminal.progress import StatusLine
 from qwenlocal.text_encoding import read_text
 
 _PAGE_KEY = re.compile(r"[\w-]{20,}")
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]+)?")
+_DEFAULT_PORTS = (("http://", ":80"), ("https://", ":443"))
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 _MAX_PARALLEL = 64
 _DEFAULT_PARALLEL = 4
@@ -93,6 +95,7 @@ def serve_models(options: ServeOptions, app: AppContext) -> None:
         host_settings,
         on_progress=screen.show_progress,
         on_loaded=screen.show_loaded,
+        on_failed=screen.show_failure,
     )
 
     announcement = contextlib.ExitStack()
@@ -100,6 +103,8 @@ def serve_models(options: ServeOptions, app: AppContext) -> None:
 
     async def start() -> None:
         async with host.open("") as engine:
+            if not is_loopback(options.host):
+                screen.warn_of_access(is_secure=certificate is not None)
             path, n_ctx = models[0].record.path, engine.info.n_ctx
             if certificate is None:  # clients would have to trust it
                 local = _local_address(address)
@@ -123,8 +128,6 @@ def serve_models(options: ServeOptions, app: AppContext) -> None:
             finally:
                 await host.close()
 
-    if settings.api_keys and options.host not in _LOOPBACK:
-        app.say(tr("Anyone who can reach {address} and has a key can use the models.", address=address))
     asyncio.run(run())
 
 
@@ -166,21 +169,72 @@ def parse_duration(text: str) -> float:
     return seconds
 
 
+def parse_origin(text: str) -> str:
+    """
+    Parse `--allow-origin` as browsers spell it: `parse_origin("HTTPS://Example.org:443/")` is "https://example.org".
+
+    Raises
+    ------
+    UsageError: no page can have this origin.
+    """
+    origin = text.strip().lower().removesuffix("/")
+    for scheme, port in _DEFAULT_PORTS:
+        if origin.startswith(scheme):
+            origin = origin.removesuffix(port)
+    if origin not in ("*", "null") and not _ORIGIN.fullmatch(origin):
+        raise UsageError(
+            tr("“{text}” is not the origin of a web page.", text=text),
+            hint=tr("For example: https://example.org, http://localhost:3000, or * for all pages"),
+        )
+    return origin
+
+
+def read_api_keys(path: Path) -> list[str]:
+    """
+    Read API keys from a file, one per line; empty lines and lines that begin with # are ignored.
+
+    Raises
+    ------
+    UsageError: a key contains a space, or there is none. ModelNotFound: the file cannot be read.
+    """
+    hint = tr("Write one key per line. Lines that begin with # are comments.")
+    keys = []
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        key = line.strip()
+        if not key or key.startswith("#"):
+            continue
+        if len(key.split()) > 1:
+            message = tr("The key in line {number} of {path} contains a space.", number=number, path=path)
+            raise UsageError(message, hint=hint)
+        keys.append(key)
+    if not keys:
+        raise UsageError(tr("{path} contains no key.", path=path), hint=hint)
+    return keys
+
+
 def _server_settings(options: ServeOptions) -> ServerSettings:
     if not 0 <= options.port <= 65535:
         raise OutOfRange("--port", 0, 65535, options.port)
-    keys = [key for key in options.api_keys if key]
+    if not options.host:
+        raise UsageError(
+            tr("--host must not be empty."),
+            hint=tr("For this machine only: --host 127.0.0.1. For other machines as well: --host 0.0.0.0"),
+        )
+    origins = tuple(map(parse_origin, options.cors_origins))
+    keys = list(options.api_keys)
+    if not all(keys):
+        raise UsageError(tr("--api-key must not be empty."))
     if options.api_key_file:
-        keys += read_text(parse_path(options.api_key_file)).split()
+        keys += read_api_keys(parse_path(options.api_key_file))
     keys += [key] if (key := os.environ.get("QWENLOCAL_API_KEY")) else []
-    if options.host not in _LOOPBACK and not keys:
+    if not keys and not is_loopback(options.host):
         raise UsageError(
             tr("{host} can be reached from other machines, so the server needs a key.", host=options.host),
             hint=tr("Choose one: --api-key-file FILE, or QWENLOCAL_API_KEY in the environment."),
         )
     if keys:
         keys.append(secrets.token_urlsafe(32))  # for `qwenlocal run`, which finds it in a file of this user
-    return ServerSettings(options.host, tuple(keys), tuple(options.allowed_hosts), tuple(options.cors_origins))
+    return ServerSettings(options.host, tuple(keys), tuple(options.allowed_hosts), origins)
 
 
 def read_page_key(path: Path) -> str:
@@ -231,10 +285,10 @@ def _open_browser(url: str) -> None:
 
 
 class _ServerScreen:
-    """The lines on the terminal: the address, and each model when it is loaded."""
+    """The lines on the terminal: the address, and each model when it is loaded or cannot be loaded."""
 
     def __init__(self, app: AppContext, address: str) -> None:
-        self._app, self._address = app, address
+        self._app, self._address, self._is_serving = app, address, False
         self._line = StatusLine(sys.stderr)
 
     def show_progress(self, name: str, fraction: float) -> None:
@@ -243,8 +297,24 @@ class _ServerScreen:
 
     def show_loaded(self, name: str, ready: Ready) -> None:
         """Say that a model is loaded, and how."""
+        self._is_serving = True
         self._line.clear()
         plan = describe_plan(ready.plan)
         self._app.say(tr("{address} serves {name}: {plan}", address=self._address, name=name, plan=plan))
         for note in ready.notes:
             self._app.say(describe_note(note))
+
+    def show_failure(self, name: str, error: BaseException) -> None:
+        """Say why a model cannot be loaded, unless it is the first one, whose error ends the server."""
+        self._line.clear()
+        if self._is_serving:
+            reason = describe_error(error) if isinstance(error, QwenlocalError) else str(error)
+            self._app.say(tr("Cannot load {name}: {reason}", name=name, reason=reason))
+
+    def warn_of_access(self, *, is_secure: bool) -> None:
+        """Say who can use a server that other machines can reach."""
+        self._app.say(tr("Anyone who can reach {address} and has a key can use the models.", address=self._address))
+        if not is_secure:
+            self._app.say(
+                tr("Keys and texts cross the network unencrypted. To encrypt them: --tls-cert FILE --tls-key FILE")
+            )

@@ -71,6 +71,18 @@ def test_metrics_count_requests_and_tokens(server: Server) -> None:
     assert after["qwenlocal_answers_running"] == after["qwenlocal_answers_waiting"] == 0
 
 
+@pytest.mark.parametrize("path", ["/health", "/v1/models", "/metrics", "/docs", "/openapi.json", "/api/version"])
+def test_head_returns_the_headers_of_get(server: Server, path: str) -> None:
+    head, get = httpx.head(f"{server.url}{path}"), httpx.get(f"{server.url}{path}")
+    assert head.status_code == 200 and head.content == b"" and get.content
+    assert head.headers["content-type"] == get.headers["content-type"]
+
+
+def test_head_is_refused_if_get_is(server: Server) -> None:
+    assert httpx.head(f"{server.url}/v1/chat/completions").status_code == 405
+    assert httpx.head(f"{server.url}/v1/nothing").status_code == 404
+
+
 def test_the_docs_page_loads_nothing_from_other_hosts(server: Server) -> None:
     page = httpx.get(f"{server.url}/docs")
     policy = page.headers["content-security-policy"]

@@ -8,6 +8,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from qwenlocal import __version__
 from qwenlocal.errors import QwenlocalError
@@ -44,7 +45,23 @@ def create_app(host: ModelHost, settings: ServerSettings) -> FastAPI:
     _add_checks(app, settings)
     app.add_middleware(ErrorResponder)
     app.add_middleware(RequestCounter, metrics=metrics)
+    app.add_middleware(HeadRouter)
     return app
+
+
+class HeadRouter:
+    """
+    ASGI middleware that routes HEAD, which load balancers and Ollama's clients send, as GET.
+
+    FastAPI's routes for GET refuse it. Uvicorn, which still knows the method, sends the response without its body.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_head = scope["type"] == "http" and scope["method"] == "HEAD"
+        await self._app({**scope, "method": "GET"} if is_head else scope, receive, send)
 
 
 def _handle_errors(app: FastAPI) -> None:

@@ -117,7 +117,7 @@ class PageApi:
     def router(self) -> APIRouter:
         """Return the routes."""
         router = APIRouter(route_class=JsonRoute, include_in_schema=False, lifespan=self._close_journal_at_the_end)
-        router.add_api_route("/", self.send_page, methods=["GET", "HEAD"])  # Ollama's clients ask with HEAD
+        router.add_api_route("/", self.send_page, methods=["GET"])
         router.add_api_route("/page/assets/texts.json", self.send_texts, methods=["GET"])
         router.add_api_route("/page/assets/{name:path}", self.send_asset, methods=["GET"])
         own = APIRouter(prefix="/page", dependencies=[Depends(check_own_page)], route_class=JsonRoute)

@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse, Response
 from qwenlocal.chat.events import Done, Text
 from qwenlocal.i18n import tr
 from qwenlocal.server.answering import AnswerService
-from qwenlocal.server.engine import ChatPrompt, Engine, GenerationRequest, ModelInfo, Prompt, TextPrompt
+from qwenlocal.server.engine import ChatPrompt, Embedding, Engine, GenerationRequest, ModelInfo, Prompt, TextPrompt
 from qwenlocal.server.json_route import JsonRoute
 from qwenlocal.server.ollama_models import (
     AnswerRequest,
@@ -29,7 +29,7 @@ from qwenlocal.server.ollama_models import (
 from qwenlocal.server.openai_format import FINISH_REASONS, format_chat_logprobs
 from qwenlocal.server.request_fields import continue_answer, format_message
 from qwenlocal.server.security import identify_client
-from qwenlocal.server.streaming import NDJSON, run_while_connected, stream_while_connected
+from qwenlocal.server.streaming import NDJSON, respond_with_list, run_while_connected, stream_while_connected
 
 _VERSION = "0.12.11"  # version of Ollama with this API; some programs refuse to work with older ones
 _NANOSECONDS = 1e9
@@ -185,13 +185,14 @@ class OllamaApi:
         _, embeddings = await run_while_connected(
             request, self._service.embed(body.model_name, prompts, body.dimensions, body.keep_alive)
         )
-        return JSONResponse(
+        return await respond_with_list(
+            "embeddings",
+            _format_embeddings(embeddings),
             {
                 "model": body.model,
-                "embeddings": [list(embedding.vector) for embedding in embeddings],
                 "total_duration": int((time.monotonic() - start) * _NANOSECONDS),
                 "prompt_eval_count": sum(embedding.tokens for embedding in embeddings),
-            }
+            },
         )
 
     async def embed_prompt(self, request: Request, body: OllamaEmbeddingRequest) -> Response:
@@ -204,6 +205,11 @@ class OllamaApi:
 
 
 # --- formats
+
+
+async def _format_embeddings(embeddings: Sequence[Embedding]) -> AsyncGenerator[Sequence[list[float]], None]:
+    for embedding in embeddings:
+        yield [list(embedding.vector)]
 
 
 def _new_line(body: AnswerRequest) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import struct
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Any
@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from qwenlocal.server.answering import AnswerService
-from qwenlocal.server.engine import GenerationRequest, ModelInfo, TextPrompt, TokenPrompt
+from qwenlocal.server.engine import Embedding, GenerationRequest, ModelInfo, TextPrompt, TokenPrompt
 from qwenlocal.server.json_route import JsonRoute
 from qwenlocal.server.openai_choices import ChatChoices, ChoiceFormat, ChoiceResponse, CompletionChoices
 from qwenlocal.server.openai_models import (
@@ -25,7 +25,7 @@ from qwenlocal.server.openai_models import (
 )
 from qwenlocal.server.request_fields import choice_seed
 from qwenlocal.server.security import identify_client
-from qwenlocal.server.streaming import run_while_connected, stream_while_connected
+from qwenlocal.server.streaming import respond_with_list, run_while_connected, stream_while_connected
 
 
 class OpenAiApi:
@@ -111,19 +111,24 @@ class OpenAiApi:
         """Return a vector for each text."""
         prompts = [_prompt(text) for text in list_texts(body.input)]
         name, embeddings = await run_while_connected(request, self._service.embed(body.model, prompts, body.dimensions))
-        encode = _encode_base64 if body.encoding_format == "base64" else list
         tokens = sum(embedding.tokens for embedding in embeddings)
-        return JSONResponse(
+        return await respond_with_list(
+            "data",
+            _format_embeddings(embeddings, is_base64=body.encoding_format == "base64"),
             {
                 "object": "list",
-                "data": [
-                    {"object": "embedding", "index": index, "embedding": encode(embedding.vector)}
-                    for index, embedding in enumerate(embeddings)
-                ],
                 "model": body.model or name,
                 "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
-            }
+            },
         )
+
+
+async def _format_embeddings(
+    embeddings: Sequence[Embedding], *, is_base64: bool
+) -> AsyncGenerator[Sequence[dict[str, Any]], None]:
+    encode = _encode_base64 if is_base64 else list
+    for index, embedding in enumerate(embeddings):
+        yield [{"object": "embedding", "index": index, "embedding": encode(embedding.vector)}]
 
 
 def _encode_base64(vector: Sequence[float]) -> str:

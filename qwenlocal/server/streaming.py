@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Coroutine, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -29,16 +30,27 @@ _COMMENT = b": waiting for the model\n\n"  # a line that clients of server-sent 
 def format_event(data: Any, name: str = "") -> bytes:
     """Return a server-sent event with JSON in it."""
     line = f"event: {name}\n" if name else ""
-    return f"{line}data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
+    return b"%sdata: %s\n\n" % (line.encode(), _encode(data))
 
 
-async def encode_list(slices: AsyncIterable[Sequence[Any]]) -> bytes:
-    """Return the JSON of a long list, which comes in slices; other requests continue between them."""
+async def respond_with_list(
+    name: str, slices: AsyncIterable[Sequence[Any]], fields: Mapping[str, Any] = MappingProxyType({})
+) -> Response:
+    """
+    Return a response with a long list, the field `name` of an object that also has `fields`.
+
+    The list comes in slices, none of them empty; other requests continue between them.
+    """
     parts = []
     async for items in slices:
-        parts.append(json.dumps(items, ensure_ascii=False, separators=(",", ":"))[1:-1].encode())
+        parts.append(_encode(items)[1:-1])
         await asyncio.sleep(0)
-    return b"[" + b",".join(parts) + b"]"
+    start = _encode({**fields, name: []})[:-2]
+    return Response(start + b",".join(parts) + b"]}", media_type="application/json")
+
+
+def _encode(data: Any) -> bytes:
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 async def run_while_connected(request: Request, work: Coroutine[Any, Any, _T]) -> _T:

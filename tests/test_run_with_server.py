@@ -19,6 +19,7 @@ from server_process import DEADLINE, Server, serving
 from terminal import Open, start_chat
 
 from qwenlocal.library.running_servers import RunningServer, announce_server, find_running_servers
+from qwenlocal.library.store import ModelRecord, Store, StoredFile
 from qwenlocal.paths import Folders
 
 NOTICE = "Using the server at"
@@ -56,6 +57,17 @@ def test_the_model_is_loaded_here_on_request(server: Server, qwenlocal: Run, spe
 def test_other_models_are_loaded_here(server: Server, qwenlocal: Run, endless_model: Path) -> None:
     result = qwenlocal("run", str(endless_model), "Hello", "-n", "3", "--stats")
     assert NOTICE not in expect_exit(result, 0)
+
+
+def test_the_meaning_of_a_name_is_said_once(
+    server: Server, qwenlocal: Run, folders: Folders, speaking_model: Path, endless_model: Path
+) -> None:
+    for size, model in (("1.8b", endless_model), ("4b", speaking_model)):
+        files = [StoredFile.from_path(model, "")]
+        Store(folders).add(ModelRecord(f"qwen1.5:{size}-chat-q4_k_m", files, "a file on this disk", owned=False))
+        errors = expect_exit(qwenlocal("run", f"qwen1.5:{size}", "Hello", "-n", "3", "--stats"), 0)
+        assert errors.count(f"qwen1.5:{size} is ") == 1
+        assert (NOTICE in errors) is (model == speaking_model)
 
 
 def test_grammars_and_stop_strings_work_as_without_a_server(

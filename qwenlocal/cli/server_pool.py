@@ -25,31 +25,44 @@ if TYPE_CHECKING:
 _LOCAL_ONLY = {"--grammar", "--overflow"}  # options that our own server supports, but a remote engine does not
 
 
-def open_server_pool(app: AppContext, options: RunOptions, name: str | None) -> ServerPool | None:
+def find_usable_servers(app: AppContext, options: RunOptions) -> Sequence[RunningServer]:
     """
-    Return the model `name` (None: the default one) of a running server; None if no server has loaded it.
-
-    Options that only a model in this process supports, such as -c, prevent it.
+    Return the running servers; none if an option prevents their use, such as -c, which only affects this process.
 
     Raises
     ------
-    UsageError: --server was given, but no server has loaded the model, or an option prevents it.
+    UsageError: --server was given, but there are none.
     """
     if options.server is False:
-        return None
+        return []
     refused = [option for option in list_local_options(options) if option not in _LOCAL_ONLY]
+    if refused and options.server:
+        raise UsageError(tr("{options} cannot be combined with --server.", options=", ".join(refused)))
     servers = [] if refused else find_running_servers(app.library.folders.servers)
-    if servers:
-        model, _ = app.library.models.ensure_models(name, None)
-        path = os.path.realpath(model.record.path)
-        for server in servers:
-            if server.model == path:
-                return ServerPool(server, model, options)
+    if options.server and not servers:
+        raise _no_server()
+    return servers
+
+
+def open_server_pool(servers: Sequence[RunningServer], model: ProvidedModel, options: RunOptions) -> ServerPool | None:
+    """
+    Return `model` on the first of the servers that has loaded it; None if none has.
+
+    Raises
+    ------
+    UsageError: --server was given, but none has.
+    """
+    path = os.path.realpath(model.record.path)
+    for server in servers:
+        if server.model == path:
+            return ServerPool(server, model, options)
     if options.server:
-        if refused:
-            raise UsageError(tr("{options} cannot be combined with --server.", options=", ".join(refused)))
-        raise UsageError(tr("No running server has loaded this model."), hint=tr("Start one: qwenlocal serve MODEL"))
+        raise _no_server()
     return None
+
+
+def _no_server() -> UsageError:
+    return UsageError(tr("No running server has loaded this model."), hint=tr("Start one: qwenlocal serve MODEL"))
 
 
 class ServerPool:

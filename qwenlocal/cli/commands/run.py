@@ -13,7 +13,7 @@ from qwenlocal.cli.console import can_chat
 from qwenlocal.cli.context import AppContext
 from qwenlocal.cli.options import RunOptions
 from qwenlocal.cli.remote_pool import RemotePool, open_remote_pool
-from qwenlocal.cli.server_pool import ServerPool, open_server_pool
+from qwenlocal.cli.server_pool import ServerPool, find_usable_servers, open_server_pool
 from qwenlocal.cli.text_input import fill_placeholders, read_prompt_file, read_stdin
 from qwenlocal.errors import (
     BadWeights,
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from qwenlocal.chat.conversation import GenerationConfig
     from qwenlocal.chat.events import Done, Event
     from qwenlocal.engine.draft_model import ModelDrafter
+    from qwenlocal.library.provider import ProvidedModel
 
 
 def run_model(options: RunOptions, app: AppContext, early_bytes: bytes | None) -> None:
@@ -59,10 +60,15 @@ def run_model(options: RunOptions, app: AppContext, early_bytes: bytes | None) -
     prompt, system = _read_prompts(options)
     if prompt is None or options.interactive or options.resume is not None:
         _chat(app, options, remote, prompt, system, early_bytes)
-    elif pool := remote or open_server_pool(app, options, options.model_name):
-        _answer_elsewhere(app, options, pool, prompt, system)
+    elif remote:
+        _answer_elsewhere(app, options, remote, prompt, system)
     else:
-        _answer_once(app, options, prompt, system)
+        servers = find_usable_servers(app, options)
+        model, draft = app.library.models.ensure_models(options.model_name, options.draft)
+        if pool := open_server_pool(servers, model, options):
+            _answer_elsewhere(app, options, pool, prompt, system)
+        else:
+            _answer_once(app, options, model, draft, prompt, system)
 
 
 def _chat(
@@ -84,14 +90,16 @@ def _chat(
             app.say(join_sentences(str(error), consequence, error.hint))
             options = replace(options, journal=False)
     model_name = options.model_name or (resumed.info.model if resumed else None)
-    elsewhere = remote or open_remote_pool(app, options, model_name) or open_server_pool(app, options, model_name)
+    elsewhere: RemotePool | ServerPool | None = remote or open_remote_pool(app, options, model_name)
     if elsewhere is None:
+        servers = find_usable_servers(app, options)
         if model_name is None and prompt is None and not app.library.store.records():
             from qwenlocal.cli.first_run import choose_model
 
             model_name = choose_model(app)
         model, draft = app.library.models.ensure_models(model_name, options.draft)
-    else:
+        elsewhere = open_server_pool(servers, model, options)
+    if elsewhere:
         app.say(elsewhere.notice)
     keys_kept = disable_echo(sys.stdin, sys.stdout) if early_bytes is None else contextlib.nullcontext(early_bytes)
     with keys_kept as typed:  # before the imports: keys typed during them count
@@ -189,8 +197,9 @@ def _answer_elsewhere(
         )
 
 
-def _answer_once(app: AppContext, options: RunOptions, prompt: str, system: str) -> None:
-    model, draft = app.library.models.ensure_models(options.model_name, options.draft)
+def _answer_once(
+    app: AppContext, options: RunOptions, model: ProvidedModel, draft: ProvidedModel | None, prompt: str, system: str
+) -> None:
     enough = _enough_context(prompt + system, options.max_tokens)
     options = replace(options, load_request=replace(options.load_request, max_n_ctx=enough))
 

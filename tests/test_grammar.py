@@ -356,6 +356,7 @@ def test_gbnf_is_read_as_in_llama_cpp(grammar: str, good: list[str], bad: list[s
         ('{"properties": {"a": {"required": "b"}}}', '"b" is not a valid “required”'),
         ('{"items": [{}]}', "[{}] at #/items is not a schema"),
         ('{"items": ' * 500 + "{}" + "}" * 500, "nested too deeply"),
+        ('{"items": {"const": 1}, "minItems": 100000}', "it is too large"),
         ('{"items": ' * 100000 + "{}" + "}" * 100000, "The schema"),
         ('{"allOf": [{"type": "string"}, {"type": "integer"}]}', "no value satisfies it: incompatible types"),
         ('{"enum": [1], "type": "string"}', "no value satisfies it"),
@@ -482,6 +483,7 @@ def test_all_keywords_of_a_schema_are_enforced(
         ('root ::= "a"{3,2}', "range end must be >= start"),
         ('root ::= "a"{99999999999}', "number too large"),
         (f"root ::= {'(' * 5000}[a]{')' * 5000}", "nested too deeply"),
+        ('root ::= "a"{1000000}', "it is too large"),
         ('root ::= root "a"', "no answer can match it"),
     ],
 )

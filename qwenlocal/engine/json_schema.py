@@ -117,6 +117,8 @@ def _explain(reason: str) -> str:
     """Convert llguidance's reason to part of a sentence."""
     if "recursion limit" in reason or "nested" in reason:
         return tr("it is nested too deeply")
+    if "Too many items" in reason:
+        return tr("it is too large")
     if "not present in a registry" in reason:
         return tr("a reference points outside the schema")
     if reason.startswith("oneOf"):

@@ -67,6 +67,19 @@ def find_grammar_error(grammar: str) -> str:
     return str(matcher.get_error())
 
 
+def require_valid_grammar(grammar: str) -> str:
+    """
+    Return `grammar`, in llguidance's format. Needs no model.
+
+    Raises
+    ------
+    UsageError: llguidance rejects it; the error quotes its reason.
+    """
+    if reason := find_grammar_error(grammar):
+        raise _unusable(reason)
+    return grammar
+
+
 def is_complete(grammar: str, text: str) -> bool:
     """Return True if `text` is a complete answer. Needs no model."""
     matcher, data = _create_matcher(grammar), text.encode()

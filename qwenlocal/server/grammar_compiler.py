@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from qwenlocal.engine.gbnf import grammar_from_gbnf
-from qwenlocal.engine.grammar import find_grammar_error
+from qwenlocal.engine.grammar import require_valid_grammar
 from qwenlocal.engine.json_schema import ANY_OBJECT, grammar_from_schema
 from qwenlocal.errors import EngineCrashed, UsageError
 from qwenlocal.i18n import tr
@@ -62,13 +62,13 @@ class GrammarCompiler:
 
     async def check(self, grammar: str, param: str) -> None:
         """
-        Check that a grammar in llguidance's format is not too large.
+        Check a grammar in llguidance's format.
 
         Raises
         ------
-        BadField: it is.
+        BadField: it is not valid, or too large.
         """
-        await self._compile(find_grammar_error, grammar, param, "invalid_grammar")
+        await self._compile(require_valid_grammar, grammar, param, "invalid_grammar")
 
     async def _compile(self, function: Callable[[str], str], text: str, param: str, code: str) -> str:
         if len(text) > _MAX_CHARACTERS:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncGenerator
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from pydantic import Field
+from pydantic import ConfigDict, Field, ValidatorFunctionWrapHandler, WrapValidator
 
 from qwenlocal.chat.events import Done, FinishReason, Text
 from qwenlocal.engine.sampling import Sampling
+from qwenlocal.errors import OutOfRange
 from qwenlocal.progress import PromptProgress
 from qwenlocal.server.answering import AnswerService
 from qwenlocal.server.engine import GenerationRequest, TokenPrompt
+from qwenlocal.server.http_errors import BadField
 from qwenlocal.server.json_route import JsonRoute
 from qwenlocal.server.openai_models import TokenId
 from qwenlocal.server.request_fields import ApiRequest
@@ -23,12 +26,22 @@ from qwenlocal.server.streaming import END_OF_STREAM, format_event, stream_while
 _END_NAMES = {FinishReason.EOS: "token", FinishReason.CONTEXT_FULL: "full"}
 
 
+def _validate_sampling(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    try:
+        return validate(value)
+    except OutOfRange as error:
+        raise BadField(f"sampling.{error.option}", str(error)) from error
+
+
 class TokensRequest(ApiRequest):
     """`POST /v1/tokens`."""
 
+    # Both also apply to the sampling, a dataclass with tuples; if it were strict, JSON could not express it.
+    model_config = ConfigDict(extra="forbid", strict=False)
+
     model: str = ""
     ids: list[TokenId] = Field(min_length=1)
-    sampling: Sampling
+    sampling: Annotated[Sampling, WrapValidator(_validate_sampling)]
     limit: int = Field(ge=1)
 
 
@@ -46,7 +59,7 @@ class TokenApi:
 
     async def continue_tokens(self, request: Request, body: TokensRequest) -> Response:
         """Continue a prompt of token ids; each event has progress, further ids, or the end."""
-        if body.sampling.grammar:
+        if body.sampling.grammar is not None:
             await self._service.grammars.check(body.sampling.grammar, "sampling.grammar")
         sampling = {name: value for name, value in vars(body.sampling).items() if value is not None}
         generation = GenerationRequest(TokenPrompt(body.ids), sampling, body.limit, client=identify_client(request))

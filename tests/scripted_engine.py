@@ -47,6 +47,9 @@ class ScriptedEngine:
         """Let answers that wait continue."""
         self._is_released = True
 
+    def admit(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[EngineEvent, None]:
         self.requests.append(request)
         text, total = self.replies.pop(0) if self.replies else self.reply, await self.count_tokens(request.prompt)

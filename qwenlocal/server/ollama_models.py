@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import math
 import re
 from typing import Annotated, Any, Literal
@@ -131,9 +132,9 @@ class AnswerRequest(OllamaRequest):
         self.options.refuse(_UNSUPPORTED_OPTIONS)
 
     @property
+    @abc.abstractmethod
     def is_empty(self) -> bool:
         """True if there is nothing to answer: the request only loads the model, or unloads it."""
-        raise NotImplementedError
 
     @property
     def max_tokens(self) -> int | None:

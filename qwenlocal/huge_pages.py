@@ -18,6 +18,8 @@ import ctypes
 import mmap
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +30,7 @@ HUGE_PAGE = 2 << 20
 _STEP = 64 << 20  # bytes read between two reports
 _WINDOW = 16 << 20  # bytes reserved at once
 _COLLAPSE_STEP = 8 << 20  # bytes moved at once
+_BUSY_SECONDS = 0.1
 _MADV_POPULATE_READ = 22  # linux/mman.h, since Linux 5.14
 _MADV_COLLAPSE = 25
 _PR_SET_THP_DISABLE = 41  # linux/prctl.h
@@ -82,13 +85,18 @@ def read_ahead(path: Path, report: Callable[[float], object] = lambda fraction: 
                 report((start + size) / len(mapping))
 
 
-def collapse_buffers(limit: int = sys.maxsize, is_stopped: Callable[[], bool] = lambda: False) -> None:
+def collapse_in_background(limit: int, is_busy: Callable[[], bool]) -> None:
+    """Run `collapse_buffers` in a thread that does not keep the process alive."""
+    threading.Thread(target=collapse_buffers, args=(limit, is_busy), daemon=True).start()
+
+
+def collapse_buffers(limit: int = sys.maxsize, is_busy: Callable[[], bool] = lambda: False) -> None:
     """
     Move large blocks of memory of this process to huge pages (madvise(2): MADV_COLLAPSE, since Linux 6.1).
 
     Moves at most `limit` bytes, the oldest blocks first: llama.cpp allocates the weights before the KV cache, and
-    Linux maps from the top down. A block that is freed meanwhile does no harm. `is_stopped` is asked every few
-    milliseconds.
+    Linux maps from the top down. A block that is freed meanwhile does no harm. Every few milliseconds, it waits as long
+    as `is_busy`.
     """
     if huge_page_mode() not in ("always", "madvise"):
         return
@@ -97,7 +105,9 @@ def collapse_buffers(limit: int = sys.maxsize, is_stopped: Callable[[], bool] = 
     for start, end in reversed([*_anonymous_blocks(read_kernel_file(Path("/proc/self/maps")))]):
         madvise(start, end - start, mmap.MADV_HUGEPAGE)
         for address in range(start, end, _COLLAPSE_STEP):
-            if is_stopped() or limit <= 0:
+            while is_busy():
+                time.sleep(_BUSY_SECONDS)
+            if limit <= 0:
                 return
             size = min(_COLLAPSE_STEP, end - address)
             limit -= size if madvise(address, size, _MADV_COLLAPSE) == 0 else 0  # it fails for unused memory

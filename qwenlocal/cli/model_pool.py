@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -48,7 +47,6 @@ class ModelPool:
         self._loader: ModelLoader | None = None
         self._config: GenerationConfig | None = None
         self._fraction = 0.0  # of the first model that is loaded
-        self._is_first_needed = threading.Event()
         self._first_load = BackgroundTask(
             self._load_first, self._stop_first, lambda failure: self.on_first_loaded(failure)
         )
@@ -64,7 +62,6 @@ class ModelPool:
         """Return the conversation of `thread` with the first model, once it is loaded; say how it was loaded."""
         from qwenlocal.terminal.load_notes import describe_load, describe_note
 
-        self._is_first_needed.set()
         with loading_status(sys.stderr, str(self._first.name)) as show:
             while not self._first_load.is_done:
                 self._first_load.start()
@@ -79,14 +76,13 @@ class ModelPool:
         return conversation
 
     def _load_first(self) -> ChatModel:
-        from qwenlocal.huge_pages import collapse_buffers
+        from qwenlocal.huge_pages import collapse_in_background
 
         def report(fraction: float) -> None:
             self._fraction = fraction
 
         loaded = self._model_loader.load(self._first, report)
-        arguments = (self._first.record.size, self._is_first_needed.is_set)
-        threading.Thread(target=collapse_buffers, args=arguments, daemon=True).start()
+        collapse_in_background(self._first.record.size, lambda: loaded.context.is_computing)
         return loaded
 
     def _stop_first(self) -> None:

@@ -148,6 +148,7 @@ class Context:
         ContextNotCreated: llama.cpp cannot create it, usually for lack of memory.
         """
         self.model, self.options, self.thread_adapter = model, options, thread_adapter
+        self.is_computing = False
         self._lib = load_library()
         self._c = c = self._lib.c
         self.abort = AbortFlag() if abort is None else abort  # not `or`: an unset flag is false
@@ -218,7 +219,9 @@ class Context:
     def _run(self) -> None:
         if self.thread_adapter:
             self.set_threads(self.thread_adapter.update())
+        self.is_computing = True
         code = self._c.llama_decode(self._context, self._batch)
+        self.is_computing = False
         if code == 0:
             return
         if code == ABORTED:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -382,13 +383,19 @@ def test_a_draft_model_is_part_of_the_plan(large_and_small: tuple[Path, Path]) -
     assert " + draft model 0.2 of " in sentence
 
 
+def machine_short_of_memory(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """Return a machine whose memory is low once: when it is checked in the middle of an answer."""
+    monkeypatch.setattr("qwenlocal.engine.memory._CHECK_INTERVAL", 0.0)
+    number = itertools.count()  # 0 for the plan, 1 before the prompt, then one per step
+    return Machine(1, lambda: Memory(8 << 30, 50 << 20 if next(number) == 6 else 8 << 30))
+
+
 def test_a_draft_model_is_unloaded_when_memory_is_low_and_the_answer_continues(
-    large_and_small: tuple[Path, Path],
+    large_and_small: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     large, small = large_and_small
     plain, _ = load(large, None)
-    memory = [8 << 30, 8 << 30, 50 << 20, 8 << 30]  # for the plan, before the prompt, after 32 tokens, after 64
-    machine = Machine(1, lambda: Memory(8 << 30, memory.pop(0)))
+    machine = machine_short_of_memory(monkeypatch)
     with loaded(large, small, machine) as model:
         assert model.drafter is not None
         assert not model.drafter.has_given_up
@@ -402,8 +409,7 @@ def test_run_says_that_the_draft_model_was_unloaded(
     large, small = map(str, large_and_small)
     command = ("run", large, "Hi", "--draft", small, "-n", "80", "-c", "512")
     assert "unloaded" not in expect_exit(invoke(*command), 0)
-    memory = [8 << 30, 8 << 30, 50 << 20]  # for the plan, before the prompt, after 32 tokens
-    machine = Machine(1, lambda: Memory(8 << 30, memory.pop(0) if memory else 8 << 30))
+    machine = machine_short_of_memory(monkeypatch)
     monkeypatch.setattr("qwenlocal.api.model_loader.this_machine", lambda: machine)
     assert "The draft model was unloaded because memory is low." in expect_exit(invoke(*command), 0)
 

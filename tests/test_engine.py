@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import itertools
 import signal
 import threading
 import time
@@ -13,7 +14,7 @@ from generation import GREEDY, OpenContext, answer
 
 from qwenlocal.engine.context import Aborted, AbortFlag, CacheFull, Context, ContextOptions
 from qwenlocal.engine.llama import LoadCancelled, Model, load_library
-from qwenlocal.engine.memory import check_memory
+from qwenlocal.engine.memory import MemoryCheck
 from qwenlocal.engine.prefix_cache import common_prefix
 from qwenlocal.engine.sampling import Sampler, Sampling
 from qwenlocal.engine.sequence import TokenSequence
@@ -287,30 +288,42 @@ def test_a_generator_that_outlives_its_context_ends_quietly(random_model: Path) 
 def test_low_memory_ends_an_answer_and_keeps_its_tokens(endless_model: Path, open_context: OpenContext) -> None:
     left = iter([Memory(8 << 30, 4 << 30)] * 2 + [Memory(8 << 30, 90 << 20)] * 9)
     context = open_context(endless_model)
-    sequence = TokenSequence(context, check_memory=lambda: check_memory(lambda: next(left)))
+    seconds = itertools.count(step=0.05)
+    sequence = TokenSequence(context, check_memory=MemoryCheck(lambda: next(left), clock=lambda: next(seconds)))
     ids: list[int] = []
     with pytest.raises(LowMemory) as caught:
         ids.extend(step for step in sequence.generate([1, 2, 3, 10], GREEDY, limit=400) if isinstance(step, int))
     assert caught.value.available == 90 << 20
-    assert context.length(0) == len(sequence.cached_ids) >= 4 + 32
+    assert context.length(0) == len(sequence.cached_ids) >= 4 + 30
     assert len(answer(TokenSequence(context), [9, 8, 7], 5)) == 5
 
 
 def test_the_memory_limit_scales_with_small_containers() -> None:
-    check_memory(lambda: Memory(1 << 30, 100 << 20))
+    MemoryCheck(lambda: Memory(1 << 30, 100 << 20))()
     with pytest.raises(LowMemory):
-        check_memory(lambda: Memory(1 << 30, 50 << 20))
+        MemoryCheck(lambda: Memory(1 << 30, 50 << 20))()
 
 
 def test_memory_pressure_ends_an_answer() -> None:
     plenty = Memory(8 << 30, 1 << 30)
-    check_memory(lambda: plenty, lambda: 0.2)
+    MemoryCheck(lambda: plenty, lambda: 0.2)()
     with pytest.raises(LowMemory, match=r"is swapping \(63% of its time; 1,024 MiB left\)"):
-        check_memory(lambda: plenty, lambda: 0.63)
+        MemoryCheck(lambda: plenty, lambda: 0.63)()
 
 
 def test_optional_memory_is_freed_before_an_answer_ends() -> None:
     freed = iter([True, False])
-    check_memory(lambda: Memory(8 << 30, 50 << 20), free_memory=lambda: next(freed))
+    seconds = itertools.count()
+    check = MemoryCheck(lambda: Memory(8 << 30, 50 << 20), free_memory=lambda: next(freed), clock=lambda: next(seconds))
+    check()
     with pytest.raises(LowMemory):
-        check_memory(lambda: Memory(8 << 30, 50 << 20), free_memory=lambda: next(freed))
+        check()
+
+
+def test_memory_is_checked_once_per_second() -> None:
+    checks: list[bool] = []
+    seconds = iter([0.0, 0.0, 0.4, 0.9, 1.1, 1.9])
+    check = MemoryCheck(lambda: checks.append(True) or Memory(8 << 30, 4 << 30), clock=lambda: next(seconds))
+    for _ in range(5):
+        check()
+    assert len(checks) == 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import threading
 from collections.abc import Callable, Mapping
@@ -16,7 +15,7 @@ from qwenlocal.chat.thread import Thread
 from qwenlocal.engine.llama import Model
 from qwenlocal.engine.load_plan import ChatTemplateMissing, LoadNote
 from qwenlocal.engine.loader import EngineLoader, LoadedModel, LoadOptions
-from qwenlocal.engine.memory import check_memory
+from qwenlocal.engine.memory import MemoryCheck
 from qwenlocal.engine.memory_cache import MemoryCache, choose_budget
 from qwenlocal.engine.prompt_cache import PromptCache
 from qwenlocal.engine.scheduler import Scheduler
@@ -66,7 +65,7 @@ class ChatModel(LoadedModel):
             speculation=drafter or lookup,
             memory_cache=memory_cache,
             prompt_cache=prompt_cache,
-            check_memory=functools.partial(check_memory, machine.memory, machine.memory_pressure, free_memory),
+            check_memory=MemoryCheck(machine.memory, machine.memory_pressure, free_memory),
         )
 
 

@@ -24,7 +24,7 @@ from qwenlocal.engine.load_plan import (
     plan_gpu_offload,
     plan_load,
 )
-from qwenlocal.engine.memory import ModelDims, check_memory, estimate_memory
+from qwenlocal.engine.memory import MemoryCheck, ModelDims, estimate_memory
 from qwenlocal.engine.prefix_cache import PrefixCache
 from qwenlocal.engine.prompt_cache import PromptCache, compute_cache_key
 from qwenlocal.engine.sampling import Sampling
@@ -173,8 +173,8 @@ class EngineLoader:
             speculation=drafter or lookup,
             prefix_cache=PrefixCache(context),
             prompt_cache=PromptCache(caches, compute_cache_key(path, plan.options)) if caches else None,
-            check_memory=functools.partial(
-                check_memory, machine.memory, machine.memory_pressure, drafter.give_up if drafter else lambda: False
+            check_memory=MemoryCheck(
+                machine.memory, machine.memory_pressure, drafter.give_up if drafter else lambda: False
             ),
         )
         notes = (*_repair_notes(repairs, model), *offload_notes, *plan.notes, *sampling_notes)

@@ -9,6 +9,7 @@ every token in the context dominate it (llama.cpp, src/llama-graph.cpp: build_at
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ from qwenlocal.weights.gguf_reader import MetadataValue
 
 # Bytes for Python, the libraries, and llama.cpp's tables of Qwen's 151,936 tokens; measured: benchmarks/README.md.
 PROCESS_OVERHEAD = 150 << 20
-CHECK_INTERVAL = 32  # tokens between two calls of `check_memory`
+_CHECK_INTERVAL = 1.0  # seconds; a check takes a millisecond beside a computing model
 _DEFAULT_N_CTX_TRAIN = 8192  # if the file does not state it
 _FLOAT_BYTES = 4
 _MIN_AVAILABLE = 128 << 20  # bytes; below this, the kernel's OOM killer is near
@@ -116,22 +117,34 @@ def _compute_bytes(dims: ModelDims, n_ctx: int, options: ContextOptions) -> int:
     return max(attention, feed_forward, output) + output  # the logits are copied to a buffer for the samplers
 
 
-def check_memory(
-    read_memory: Callable[[], Memory],
-    read_pressure: Callable[[], float] = lambda: 0.0,
-    free_memory: Callable[[], bool] = lambda: False,
-) -> None:
+class MemoryCheck:
     """
-    Stop generating before the kernel's OOM killer acts.
+    Ends an answer before the kernel's OOM killer acts. Call it after every step; it checks at most once per second.
 
-    `read_memory` returns the memory of the machine. `read_pressure` returns the share (0 to 1) of the last ten seconds
-    in which everything waited for memory. `free_memory` releases something optional and returns whether it did.
-
-    Raises
-    ------
-    LowMemory: memory is nearly used up, and there is nothing optional to free.
+    Calls raise `LowMemory` if memory is nearly used up, and there is nothing optional to free.
     """
-    memory, pressure = read_memory(), read_pressure()
-    is_low = memory.available < min(_MIN_AVAILABLE, memory.total // 16)
-    if (is_low or pressure > _MAX_PRESSURE) and not free_memory():
-        raise LowMemory(memory.available, 0.0 if is_low else pressure)
+
+    def __init__(
+        self,
+        read_memory: Callable[[], Memory],
+        read_pressure: Callable[[], float] = lambda: 0.0,
+        free_memory: Callable[[], bool] = lambda: False,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """
+        `read_memory` returns the memory of the machine. `read_pressure` returns the share (0 to 1) of the last ten
+        seconds in which everything waited for memory. `free_memory` releases something optional and returns whether it
+        did.
+        """
+        self._read_memory, self._read_pressure, self._free_memory = read_memory, read_pressure, free_memory
+        self._clock, self._next = clock, clock()
+
+    def __call__(self) -> None:
+        if (now := self._clock()) < self._next:
+            return
+        self._next = now + _CHECK_INTERVAL
+        memory, pressure = self._read_memory(), self._read_pressure()
+        is_low = memory.available < min(_MIN_AVAILABLE, memory.total // 16)
+        if (is_low or pressure > _MAX_PRESSURE) and not self._free_memory():
+            raise LowMemory(memory.available, 0.0 if is_low else pressure)

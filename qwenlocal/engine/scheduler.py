@@ -18,7 +18,6 @@ from dataclasses import dataclass
 
 from qwenlocal.engine.context import Aborted, CacheFull, Context
 from qwenlocal.engine.logprobs import Logprobs, log_softmax, rank_tokens
-from qwenlocal.engine.memory import CHECK_INTERVAL
 from qwenlocal.engine.memory_cache import MemoryCache, StoredSequence
 from qwenlocal.engine.prefix_cache import MIN_PREFIX_TOKENS, common_prefix
 from qwenlocal.engine.prompt_cache import PromptCache
@@ -153,7 +152,7 @@ class Scheduler:
         check_memory: Callable[[], object] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`check_memory` is called regularly; an exception that it raises ends the newest sequence."""
+        """`check_memory` is called after each step; an exception that it raises ends the newest sequence."""
         self._context, self._max_running = context, max_running
         self._memory_cache, self._prompt_cache = memory_cache or MemoryCache(0), prompt_cache
         self._speculation, self._check_memory, self._clock = speculation or NoSpeculation(), check_memory, clock
@@ -165,7 +164,7 @@ class Scheduler:
         n_ubatch, n_batch = context.options.n_ubatch, context.n_batch
         self._streaming_part = _PartSize(_STREAMING_SECONDS, n_ubatch, n_batch)
         self._idle_part = _PartSize(_IDLE_SECONDS, n_ubatch, n_batch)
-        self._unchecked, self._is_tight = 0, False
+        self._is_tight = False
         self._computed, self._seconds = 0, 0.0  # prompt tokens computed without others, and the time for it
 
     # --- requests
@@ -264,7 +263,7 @@ class Scheduler:
                 self._advance(slot, count, row, draft, seconds if len(parts) == 1 else None, events)
             except QwenlocalError as error:
                 self._end(slot, events, error=error)
-        self._watch_memory(len(parts), events)
+        self._watch_memory(events)
         return events
 
     def _choose_parts(self) -> list[tuple[_Slot, int]]:
@@ -550,11 +549,7 @@ class Scheduler:
         if not self._waiting[client]:
             del self._waiting[client]
 
-    def _watch_memory(self, count: int, events: list[SchedulerEvent]) -> None:
-        self._unchecked += count
-        if self._unchecked < CHECK_INTERVAL:
-            return
-        self._unchecked = 0
+    def _watch_memory(self, events: list[SchedulerEvent]) -> None:
         try:
             self._check_memory()
         except QwenlocalError as error:

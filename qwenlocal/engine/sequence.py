@@ -7,7 +7,6 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Protocol
 
 from qwenlocal.engine.context import Aborted, CacheFull, Context
-from qwenlocal.engine.memory import CHECK_INTERVAL
 from qwenlocal.engine.prefix_cache import MIN_PREFIX_TOKENS, PrefixCache, common_prefix
 from qwenlocal.engine.prompt_cache import PromptCache
 from qwenlocal.engine.sampling import Sampler, Sampling
@@ -113,7 +112,7 @@ class TokenSequence:
         self._speculation.begin(ids)
         last: Sequence[int] = ()  # the last sampled token, which is not in the KV cache yet
         draft: Sequence[int] = ()
-        left, seconds, unchecked = limit, None, 0  # unchecked: tokens since the last memory check
+        left, seconds = limit, None
         while True:
             if forced := sampler.accept_forced()[:left]:
                 row, draft, seconds = (yield from self._force(last, forced)), (), None
@@ -138,10 +137,7 @@ class TokenSequence:
                 self._cached.append(token)  # its keys and values are in the cache already
             last = (token,)
             left -= len(new_tokens)
-            unchecked += len(new_tokens)
-            if unchecked >= CHECK_INTERVAL:
-                self._check_memory()
-                unchecked = 0
+            self._check_memory()
             if draft:
                 self._sync_cache()
             self._speculation.learn(new_tokens, len(draft), seconds)

@@ -28,6 +28,7 @@ _ROLES = (
     "fim_pre", "fim_suf", "fim_mid", "fim_pad", "fim_rep", "fim_sep", "prefix", "suffix", "middle",
 )  # fmt: skip
 _SPACE = "▁".encode()
+_PIECES = 4096  # tokens whose bytes are remembered
 _CONTROL = ATTR_CONTROL | ATTR_UNKNOWN
 # Where a text is cut so that llama.cpp does not find `FORCED_TEXTS` in it; Qwen's pre-tokenizer splits there, too.
 _FORCED_CUT = re.compile("|".join(f"(?<=<\\|)(?={re.escape(text[2:])})" for text in sorted(FORCED_TEXTS)).encode())
@@ -43,6 +44,7 @@ class Tokenizer:
     def __init__(self, c: Any, model: Any, path: Path, metadata: Callable[[str], str]) -> None:
         self._c = c
         self._vocab = c.llama_model_get_vocab(model)
+        self._piece = functools.lru_cache(_PIECES)(self._read_piece)
         self._types = TokenTypes(c, self._vocab, functools.partial(read_token_types, path))
         # Qwen's tokenizer.json starts with Unicode normalization form C; llama.cpp omits it.
         self._normalize = metadata("tokenizer.ggml.pre") == "qwen2"
@@ -137,6 +139,9 @@ class Tokenizer:
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
         """Return the bytes of `token`, often incomplete UTF-8; control tokens have none unless `special`."""
+        return self._piece(token, special)
+
+    def _read_piece(self, token: int, special: bool) -> bytes:
         attributes = self._attributes(token)
         if not special and attributes & _CONTROL:
             return b""

@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-import multiprocessing
 import os
 import signal
-import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -41,7 +39,7 @@ from qwenlocal.server.engine_process import EngineProcess
 from qwenlocal.server.engine_worker import WorkerSpec
 from qwenlocal.server.model_host import HostSettings, ProcessHost
 from qwenlocal.server.served_models import ServedModels
-from qwenlocal.server.wire import Call, WireError
+from qwenlocal.server.wire import Call, MessageProtocol, WireError
 from qwenlocal.testing import write_model
 
 HELLO = ChatPrompt([{"role": "user", "content": "Hello"}])
@@ -347,13 +345,13 @@ def test_a_message_that_cannot_be_read_ends_requests_with_a_reason(endless_model
         async with running(endless_model, n_ctx=8192) as process:
             events = process.generate(GenerationRequest(HELLO))
             assert await anext(events)
-            ours, theirs = multiprocessing.Pipe()
-            with ours, theirs:
-                theirs.send_bytes(b"nonsense")
-                await asyncio.to_thread(process._receive, ours)
+            protocol = process._transport.get_protocol()
+            assert isinstance(protocol, MessageProtocol)
+            protocol.data_received((8).to_bytes(8, "little") + b"nonsense")
             with pytest.raises(EngineCrashed, match="A bug in qwenlocal: UnpicklingError"):
                 async for _ in events:
                     pass
+            await asyncio.to_thread(process._process.join, DEADLINE / 3)
             assert not process.is_alive and not process._process.is_alive()
 
     run(test)
@@ -464,8 +462,7 @@ def test_a_process_whose_server_was_killed_completes_nothing(random_model: Path)
         async with running(random_model) as process:
             embedding = asyncio.create_task(process.embed([TextPrompt("x" * 500)] * 20_000))  # takes minutes
             await asyncio.sleep(0)
-            with socket.socket(fileno=os.dup(process._connection.fileno())) as server_side:
-                server_side.shutdown(socket.SHUT_RDWR)
+            process._transport.abort()
             with pytest.raises(EngineCrashed):
                 await embedding
             await asyncio.to_thread(process._process.join, DEADLINE / 3)

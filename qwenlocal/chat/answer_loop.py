@@ -88,10 +88,9 @@ class AnswerLoop:
     def _take_messages(self) -> bool:
         """Handle all messages; wait for one if there is nothing to compute. Return False after `quit`."""
         while True:
-            try:
-                message = self._inbox.get(block=self._scheduler.is_idle)
-            except queue.Empty:
+            if self._inbox.empty() and not self._scheduler.is_idle:
                 return True
+            message = self._inbox.get()
             if message is None:
                 return False
             if isinstance(message, AnswerTask):

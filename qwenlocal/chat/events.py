@@ -81,6 +81,10 @@ class Text:
     logprobs: tuple[TokenLogprob, ...] = ()
     ids: tuple[int, ...] = ()
 
+    def __add__(self, later: Text) -> Text:
+        """Return one event instead of two."""
+        return Text(self.text + later.text, later.tokens, self.logprobs + later.logprobs, self.ids + later.ids)
+
 
 @dataclass(frozen=True)
 class GenerationStats:

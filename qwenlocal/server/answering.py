@@ -171,6 +171,11 @@ class AnswerService:
 
 async def _merge(streams: Sequence[AsyncGenerator[EngineEvent, None]]) -> AsyncGenerator[IndexedEvent, None]:
     """Yield the events of several streams as they come, each with the index of its stream."""
+    if len(streams) == 1:  # the most frequent case, without a task and a queue
+        async with contextlib.aclosing(streams[0]) as stream:
+            async for event in stream:
+                yield 0, event
+        return
     queue: asyncio.Queue[IndexedEvent | None] = asyncio.Queue(maxsize=2 * _CONCURRENT)
     slots = asyncio.Semaphore(_CONCURRENT)
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import multiprocessing
-import threading
+import socket
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from multiprocessing.connection import Connection
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from qwenlocal.chat.events import Done, FinishReason, GenerationStats
@@ -23,7 +22,20 @@ from qwenlocal.server.engine import (
     TokenPrompt,
 )
 from qwenlocal.server.engine_worker import WorkerSpec, run_worker
-from qwenlocal.server.wire import Call, Cancel, Emitted, Failed, Loading, Quit, Ready, Returned, Submit, WireError
+from qwenlocal.server.wire import (
+    Call,
+    Cancel,
+    Emitted,
+    Failed,
+    Loading,
+    MessageProtocol,
+    Quit,
+    Ready,
+    Returned,
+    Submit,
+    WireError,
+    encode_message,
+)
 
 _QUIT_SECONDS = 10.0  # to save prompt caches
 _SECONDS_PER_REQUEST = 5  # of a queue, for Retry-After
@@ -67,13 +79,8 @@ class EngineProcess:
         ------
         BadWeights, NotEnoughMemory, ContextNotCreated: it cannot be loaded. EngineCrashed.
         """
-        self._loop = asyncio.get_running_loop()
-        self._ready = self._loop.create_future()
-        processes = multiprocessing.get_context("spawn")
-        self._connection, theirs = processes.Pipe()
-        self._process = processes.Process(target=run_worker, args=(theirs, self._spec), daemon=True)
-        self._receiver = threading.Thread(target=self._receive, args=(self._connection,), daemon=True)
-        self._spawning = asyncio.ensure_future(asyncio.to_thread(self._spawn, theirs))
+        self._ready, self._disconnected = asyncio.get_running_loop().create_future(), asyncio.Event()
+        self._spawning = asyncio.ensure_future(self._spawn())
         try:
             await asyncio.shield(self._spawning)  # `stop` needs the process
             return await self._ready
@@ -81,10 +88,20 @@ class EngineProcess:
             await self.stop()
             raise
 
-    def _spawn(self, theirs: Connection) -> None:
-        self._process.start()
-        theirs.close()
-        self._receiver.start()
+    async def _spawn(self) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._transport, _ = await asyncio.get_running_loop().create_connection(
+                lambda: MessageProtocol(self._handle, self._disconnected.set), sock=ours
+            )
+            processes = multiprocessing.get_context("spawn")
+            self._process = processes.Process(target=run_worker, args=(theirs, self._spec), daemon=True)
+            try:
+                await asyncio.to_thread(self._process.start)
+            except BaseException:
+                self._transport.close()
+                raise
+        self._ended = asyncio.ensure_future(self._wait_for_end())
 
     async def stop(self) -> None:
         """End the process; running answers are interrupted, and other requests get `ServerStopped`."""
@@ -92,13 +109,21 @@ class EngineProcess:
             inbox.put_nowait(Done(FinishReason.INTERRUPTED, GenerationStats(0, 0, 0, 0.0, 0.0)))
         self._queues.clear()
         self._fail(ServerStopped())
-        await asyncio.shield(self._spawning)
+        await asyncio.wait({self._spawning})
+        if self._spawning.exception():  # there is no process; `start` raises this
+            return
         self._send(Quit())
-        await asyncio.to_thread(self._receiver.join, _QUIT_SECONDS)  # it waits for the process
-        if self._receiver.is_alive():
+        _, running = await asyncio.wait({self._ended}, timeout=_QUIT_SECONDS)
+        if running:
             self._process.kill()
-            await asyncio.to_thread(self._receiver.join)
-        self._connection.close()  # not earlier: the numbers of closed files are reused
+            await asyncio.wait(running)
+
+    async def _wait_for_end(self) -> None:
+        """Wait until the process has ended, and tell everybody why."""
+        await self._disconnected.wait()
+        while (exit_code := self._process.exitcode) is None:  # None while another thread is waiting for it, too
+            await asyncio.to_thread(self._process.join)
+        self._fail(EngineCrashed.from_exit_code(exit_code, uses_gpu=self._uses_gpu))
 
     @property
     def is_alive(self) -> bool:
@@ -163,7 +188,7 @@ class EngineProcess:
         n_others = sum(call.method == method for call in self._calls.values())
         self._check_queue(n_others, 1, _SECONDS_PER_CALL.get(method, 0))
         key = next(self._keys)
-        self._calls[key] = call = _PendingCall(method, self._loop.create_future())
+        self._calls[key] = call = _PendingCall(method, asyncio.get_running_loop().create_future())
         self._send(Call(key, method, arguments))
         try:
             return await call.result
@@ -186,27 +211,9 @@ class EngineProcess:
             raise ServerBusy(n_waiting, max(1, seconds * (1 + n_waiting // parallel)))
 
     def _send(self, message: object) -> None:
-        with suppress(OSError):  # the process has ended: `_receive` tells everybody
-            self._connection.send(message)
+        self._transport.write(encode_message(message))
 
     # --- replies
-
-    def _receive(self, connection: Connection) -> None:
-        """Pass messages to the event loop, then the reason why the process ended; runs in a thread of its own."""
-        try:
-            with suppress(EOFError, OSError):
-                while True:
-                    self._post(self._handle, connection.recv())
-        except Exception as error:  # a message that cannot be read
-            self._post(self._fail, WireError.pack(error).unpack())
-            self._process.kill()
-        while (exit_code := self._process.exitcode) is None:  # None while another thread is waiting for it, too
-            self._process.join()
-        self._post(self._fail_at_end, exit_code)
-
-    def _post(self, function: Callable[[Any], None], argument: object) -> None:
-        with suppress(RuntimeError):  # the event loop is closed
-            self._loop.call_soon_threadsafe(function, argument)
 
     def _handle(self, message: object) -> None:
         assert self._ready is not None
@@ -239,10 +246,10 @@ class EngineProcess:
         else:
             call.result.set_result(message.value)
 
-    def _fail_at_end(self, exit_code: int) -> None:
-        has_plan = self._ready and self._ready.done() and not self._ready.exception()
-        uses_gpu = bool(self._ready and has_plan and self._ready.result().plan.gpu_layers)
-        self._fail(EngineCrashed.from_exit_code(exit_code, uses_gpu=uses_gpu))
+    @property
+    def _uses_gpu(self) -> bool:
+        is_loaded = self._ready and self._ready.done() and not self._ready.exception()
+        return bool(self._ready and is_loaded and self._ready.result().plan.gpu_layers)
 
     def _fail(self, error: QwenlocalError) -> None:
         """Fail all waiting requests, because the process has ended; the first reason is the best one."""

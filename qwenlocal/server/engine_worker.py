@@ -11,11 +11,11 @@ import functools
 import itertools
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection
 from typing import Any
 
 from qwenlocal.api.model_loader import ModelLoader
@@ -29,12 +29,25 @@ from qwenlocal.engine.prompt_cache import PromptCache, compute_cache_key
 from qwenlocal.engine.sampling import Sampler, Sampling
 from qwenlocal.engine.scheduler import Scheduler, SequenceRequest
 from qwenlocal.errors import BadWeights, QwenlocalError, UnknownToken
-from qwenlocal.huge_pages import collapse_buffers
+from qwenlocal.huge_pages import collapse_in_background
 from qwenlocal.i18n import tr
 from qwenlocal.library.provider import ProvidedModel
 from qwenlocal.paths import Folders
 from qwenlocal.server.engine import ChatPrompt, Embedding, ModelInfo, Prompt, TextPrompt, TokenPrompt
-from qwenlocal.server.wire import Call, Cancel, Emitted, Failed, Loading, Quit, Ready, Returned, Submit, WireError
+from qwenlocal.server.event_buffer import EventBuffer
+from qwenlocal.server.wire import (
+    Call,
+    Cancel,
+    Emitted,
+    Failed,
+    Loading,
+    Quit,
+    Ready,
+    Returned,
+    Submit,
+    WireError,
+    WorkerConnection,
+)
 
 _PARKED = 8  # finished sequences that stay in the KV cache
 
@@ -138,9 +151,8 @@ class ModelFunctions:
 class Worker:
     """The process: receives messages until the server sends `Quit`; ends at once if the server has ended."""
 
-    def __init__(self, connection: Connection, spec: WorkerSpec) -> None:
+    def __init__(self, connection: WorkerConnection, spec: WorkerSpec) -> None:
         self._connection, self._spec = connection, spec
-        self._sending = threading.Lock()
         self._pending: set[int] = set()  # the keys of requests that are prepared, and of embeddings
         self._pending_lock = threading.Lock()  # between a last look at these keys and what follows from it
 
@@ -163,13 +175,11 @@ class Worker:
             self._fail(error)
             return
         scheduler = self._create_scheduler(model)
-        loop = AnswerLoop(scheduler, model.model.tokenizer, self._emit)
+        loop = AnswerLoop(scheduler, model.model.tokenizer, EventBuffer(self._emit).add)
         self._send(Ready(self._info(model), model.plan, model.notes))
         thread = threading.Thread(target=self._run_or_exit, args=(loop.run,))
         thread.start()
-        threading.Thread(
-            target=collapse_buffers, args=(self._spec.model.record.size, lambda: not scheduler.is_idle), daemon=True
-        ).start()
+        collapse_in_background(self._spec.model.record.size, lambda: not scheduler.is_idle)
         self._receive(loop, ModelFunctions(model))
         loop.quit()
         thread.join()
@@ -302,19 +312,18 @@ class Worker:
 
     def _receive_message(self) -> object:
         try:
-            return self._connection.recv()
+            return self._connection.receive()
         except (EOFError, OSError):
             os._exit(1)  # the server was killed: nobody waits for what the other threads compute
 
     def _send(self, message: object) -> None:
         try:
-            with self._sending:
-                self._connection.send(message)
+            self._connection.send(message)
         except OSError:
             os._exit(1)
 
 
-def run_worker(connection: Connection, spec: WorkerSpec) -> None:
+def run_worker(connection: socket.socket, spec: WorkerSpec) -> None:
     """Run a model in this process. Ctrl-C is the server's business."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    Worker(connection, spec).run()
+    Worker(WorkerConnection(connection), spec).run()

@@ -1,14 +1,19 @@
 """
 Messages between a server and the process that runs a model.
 
-Both ends are this program: the messages are pickled by `multiprocessing.connection`.
+Both ends are this program: a message is its pickle after the number of its bytes.
 """
 
 from __future__ import annotations
 
+import asyncio
 import importlib
+import pickle
+import socket
+import struct
+import threading
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,3 +117,86 @@ class WireError:
         error.args = self.arguments
         vars(error).update(self.fields)
         return error
+
+
+_LENGTH = struct.Struct("<Q")
+
+
+def encode_message(message: object) -> bytes:
+    """Return the bytes to send."""
+    data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
+    return _LENGTH.pack(len(data)) + data
+
+
+class WorkerConnection:
+    """The worker's end: blocks. Any thread may send; one receives."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket, self._file, self._sending = connection, connection.makefile("rb"), threading.Lock()
+
+    def send(self, message: object) -> None:
+        """
+        Send a message.
+
+        Raises
+        ------
+        OSError: the server has ended.
+        """
+        data = encode_message(message)
+        with self._sending:
+            self._socket.sendall(data)
+
+    def receive(self) -> object:
+        """
+        Wait for a message.
+
+        Raises
+        ------
+        EOFError, OSError: the server has ended.
+        """
+        (length,) = _LENGTH.unpack(self._read(_LENGTH.size))
+        return pickle.loads(self._read(length))
+
+    def _read(self, size: int) -> bytes:
+        if len(data := self._file.read(size)) < size:
+            raise EOFError
+        return data
+
+
+class MessageProtocol(asyncio.Protocol):
+    """The server's end: calls `handle` with each message, and `end` once the worker has closed its end."""
+
+    def __init__(self, handle: Callable[[object], None], end: Callable[[], None]) -> None:
+        self._handle, self._end, self._buffer = handle, end, bytearray()
+        self._transport: asyncio.BaseTransport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Receive from now on."""
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        """Handle the messages that are complete."""
+        self._buffer += data
+        start = 0
+        while (body := start + _LENGTH.size) <= len(self._buffer):
+            stop = body + _LENGTH.unpack_from(self._buffer, start)[0]
+            if stop > len(self._buffer):
+                break
+            with memoryview(self._buffer) as view:
+                self._handle(self._decode(view[body:stop]))
+            start = stop
+        del self._buffer[:start]
+
+    def _decode(self, data: memoryview) -> object:
+        try:
+            return pickle.loads(data)
+        except Exception as error:
+            if self._transport:
+                self._transport.close()  # the worker ends, too
+            return Failed(WireError.pack(error))
+        finally:
+            data.release()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Report the end."""
+        self._end()

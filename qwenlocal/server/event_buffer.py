@@ -1,0 +1,65 @@
+"""Fewer and longer texts: each chunk of a stream costs the server and its client about half a millisecond."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from qwenlocal.chat.answer_loop import AnswerItem
+from qwenlocal.chat.events import Text
+
+_INTERVAL = 0.05  # seconds; a text of 20 pieces per second still flows
+
+
+class EventBuffer:
+    """
+    Holds back texts and passes them on joined, about every 50 ms.
+
+    The first text of an answer and all other events are passed on at once, together with everything held back. So are
+    texts if the next step of the model would end later than that. One thread calls `add`.
+
+    A model that needs 13 ms per token gives chunks of three tokens; one that needs more than 25 ms, of one.
+    """
+
+    def __init__(
+        self,
+        emit: Callable[[Sequence[tuple[int, AnswerItem]]], object],
+        *,
+        interval: float = _INTERVAL,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._emit, self._interval, self._clock = emit, interval, clock
+        self._items: list[tuple[int, AnswerItem]] = []
+        self._positions: dict[int, int] = {}  # of the last text of each key in these items
+        self._started: set[int] = set()  # the keys whose first text was passed on
+        self._emitted = self._added = clock()
+
+    def add(self, items: Sequence[tuple[int, AnswerItem]]) -> None:
+        """Add the events of a step of the model."""
+        now = self._clock()
+        is_due = now + (now - self._added) > self._emitted + self._interval
+        self._added = now
+        for key, item in items:
+            is_due |= self._append(key, item)
+        if is_due:
+            self._emit(self._items)
+            self._items, self._emitted = [], now
+            self._positions.clear()
+
+    def _append(self, key: int, item: AnswerItem) -> bool:
+        """Append an event; return True if it cannot wait."""
+        if not isinstance(item, Text):
+            self._items.append((key, item))
+            self._started.discard(key)
+            self._positions.pop(key, None)
+            return True
+        if (position := self._positions.get(key)) is None:
+            self._positions[key] = len(self._items)
+            self._items.append((key, item))
+        else:
+            earlier = self._items[position][1]
+            assert isinstance(earlier, Text)
+            self._items[position] = (key, earlier + item)
+        is_first = key not in self._started
+        self._started.add(key)
+        return is_first

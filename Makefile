@@ -20,6 +20,7 @@ BIN = $(if $(LATEST),build/latest,.venv)/$(SCRIPTS)
 COMPILE = build/lock/$(SCRIPTS)/uv pip compile --quiet --universal --python-version 3.10 --generate-hashes --upgrade \
 	--no-annotate --custom-compile-command "make lock" pyproject.toml
 export PROMPT
+unexport PYTHONDONTWRITEBYTECODE  # compiling the tests would take a tenth of the time
 
 .PHONY: chat setup setup-dev test test-reference test-clients bench bench-server soak lock lint format types clean
 .DEFAULT_GOAL = chat

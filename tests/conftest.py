@@ -53,6 +53,12 @@ def pytest_configure() -> None:
 
 
 @pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Run two tests per processor: many wait for other processes."""
+    return 2 * (os.cpu_count() or 1)
+
+
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Distribute tests one by one, those of SHARED together; pytest 9.2 ignores xdist_group (pytest-xdist #1386)."""
     from xdist.scheduler import LoadScopeScheduling

@@ -25,6 +25,7 @@ from qwenlocal.weights.imatrix import ImportanceMatrix
 from qwenlocal.weights.write_workers import run_job
 
 IMATRIX_TYPES = ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq3_xxs", "iq3_xs", "q2_k_s")
+SLOW_TYPES = ("iq1_s", "iq2_xs", "iq2_m")
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,8 @@ class TestBytes:
     @pytest.mark.parametrize(
         ("model", "kind"),
         [  # the small types take seconds per million weights; the imatrix changes only the mix of iq3_xxs
-            *(("short", kind) for kind in IMATRIX_TYPES),
+            *(pytest.param("short", kind, marks=pytest.mark.slow) for kind in SLOW_TYPES),
+            *(("short", kind) for kind in IMATRIX_TYPES if kind not in SLOW_TYPES),
             ("dense", "iq3_xxs"),
             *(("short moe", kind) for kind in IMATRIX_TYPES),
             *((model, kind) for model in ("dense", "moe") for kind in ("q4_0", "q4_k_m", "iq4_xs")),

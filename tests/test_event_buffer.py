@@ -55,14 +55,14 @@ def test_the_first_token_is_passed_on_at_once() -> None:
 
 def test_the_tokens_of_a_fast_model_are_joined_and_none_waits_longer_than_the_interval() -> None:
     times = [time for time, _ in stream(13)]
-    assert times == [13, 52, 91, 130]  # the next token would come 52 ms after the last text
+    assert times == [13, 65, 117]  # the next token would come 65 ms after the last text
     (_, item), *others = stream(13)[1][1]
     assert not others and isinstance(item, Text)
-    assert (item.text, item.tokens, item.ids) == ("2 3 4 ", 4, (2, 3, 4))
-    assert [logprob.id for logprob in item.logprobs] == [2, 3, 4]
+    assert (item.text, item.tokens, item.ids) == ("2 3 4 5 ", 5, (2, 3, 4, 5))
+    assert [logprob.id for logprob in item.logprobs] == [2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("step", [26, 50, 400])
+@pytest.mark.parametrize("step", [31, 50, 400])
 def test_the_tokens_of_a_slow_model_are_passed_on_one_by_one(step: float) -> None:
     assert stream(step) == [(step * number, [(1, token(number))]) for number in range(1, 13)]
 
@@ -71,23 +71,23 @@ def test_the_end_and_errors_take_along_what_waits() -> None:
     error = RuntimeError()
     for end in (DONE, error):
         steps: list[tuple[float, Items]] = [
-            (60, [(1, token(1))]),
-            (62, [(1, token(2))]),
-            (64, [(1, token(3)), (1, end)]),
+            (100, [(1, token(1))]),
+            (102, [(1, token(2))]),
+            (104, [(1, token(3)), (1, end)]),
         ]
         (_, first), (time, second) = pass_on(steps)
         assert first == [(1, token(1))]
-        assert time == 64 and second == [(1, token(2) + token(3)), (1, end)]
+        assert time == 104 and second == [(1, token(2) + token(3)), (1, end)]
 
 
 def test_another_answer_begins_at_once() -> None:
     steps: list[tuple[float, Items]] = [
-        (60, [(1, token(1))]),
-        (62, [(1, token(2))]),
-        (64, [(1, token(3)), (2, PromptProgress(4, 4, 0)), (2, token(1))]),
-        (66, [(1, token(4)), (2, token(2))]),
-        (68, [(1, DONE)]),
-        (70, [(1, token(1))]),
+        (100, [(1, token(1))]),
+        (102, [(1, token(2))]),
+        (104, [(1, token(3)), (2, PromptProgress(4, 4, 0)), (2, token(1))]),
+        (106, [(1, token(4)), (2, token(2))]),
+        (108, [(1, DONE)]),
+        (110, [(1, token(1))]),
     ]
     assert [items for _, items in pass_on(steps)] == [
         [(1, token(1))],

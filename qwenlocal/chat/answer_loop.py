@@ -72,7 +72,8 @@ class AnswerLoop:
             try:
                 for event in self._scheduler.step():
                     if task := self._tasks.get(event.key):
-                        items.extend((event.key, item) for item in self._handle(task, event))
+                        for item in self._handle(task, event):
+                            items.append((event.key, item))
             finally:
                 if items:
                     self._emit(items)

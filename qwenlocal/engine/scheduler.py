@@ -327,7 +327,8 @@ class Scheduler:
         new = self._sample(slot, row, draft, events)
         if self._drafting is slot:
             self._speculation.learn(new, len(draft), seconds)
-        self._truncate(slot)  # rejected drafts
+        if draft:
+            self._truncate(slot)  # rejected tokens
         if slot.n_left > 0 and slot in self._running:
             self._force(slot, events)
         if slot.n_left <= 0:
@@ -357,13 +358,17 @@ class Scheduler:
     def _force(self, slot: _Slot, events: list[SchedulerEvent]) -> None:
         """Append the tokens that the grammar forces; the next step computes them together."""
         forced = slot.sampler.accept_forced()[: slot.n_left]
+        if not forced:
+            return
         count = slot.request.top_logprobs
         events.extend(Sampled(slot.request.key, id, None if count is None else Logprobs(0.0)) for id in forced)
         slot.ids.extend(forced)
-        if forced and self._drafting is slot:
+        if self._drafting is slot:
             self._speculation.learn(forced, 0, None)
 
     def _learn_part_size(self, parts: Sequence[tuple[_Slot, int]], seconds: float) -> None:
+        if all(count == 1 for _, count in parts):  # the usual case, in which only answers grow
+            return
         counts = [count for slot, count in parts if slot.n_pending > _SHORT]
         if not counts or seconds <= 0:
             return

@@ -8,17 +8,17 @@ from collections.abc import Callable, Sequence
 from qwenlocal.chat.answer_loop import AnswerItem
 from qwenlocal.chat.events import Text
 
-_INTERVAL = 0.05  # seconds; a text of 20 pieces per second still flows
+_INTERVAL = 0.06  # seconds; a text of 17 pieces per second still flows
 
 
 class EventBuffer:
     """
-    Holds back texts and passes them on joined, about every 50 ms.
+    Holds back texts and passes them on joined, about every 60 ms.
 
     The first text of an answer and all other events are passed on at once, together with everything held back. So are
     texts if the next step of the model would end later than that. One thread calls `add`.
 
-    A model that needs 13 ms per token gives chunks of three tokens; one that needs more than 25 ms, of one.
+    A model that needs 13 ms per token gives chunks of four tokens; one that needs more than 30 ms, of one.
     """
 
     def __init__(

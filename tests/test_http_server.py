@@ -25,7 +25,8 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from qwenlocal.server.app import create_app
-from qwenlocal.server.http_server import HttpLimits, open_socket, serve_http
+from qwenlocal.server.http_server import HttpLimits, serve_http
+from qwenlocal.server.listener import open_socket
 from qwenlocal.server.server_settings import ServerSettings
 
 DEADLINE = 30.0
@@ -58,7 +59,7 @@ def run_with_server(
             listener,
             certificate=certificate,
             key=certificate,
-            on_start=nothing,
+            starting=asyncio.ensure_future(nothing()),
             end_answers=end_answers,
             limits=HttpLimits(**{"drain_seconds": DEADLINE, "idle_seconds": 30, **limits}),
         )

@@ -23,7 +23,7 @@ from server_process import DEADLINE, Server, serving
 from qwenlocal.chat.journal import Journal
 from qwenlocal.cli.commands.serve import parse_duration, parse_origin, parse_parallel, read_api_keys, read_page_key
 from qwenlocal.errors import OutOfRange, UsageError
-from qwenlocal.server.http_server import is_loopback, open_socket
+from qwenlocal.server.listener import is_loopback, open_socket
 
 
 def fail(home: Path, *arguments: object) -> tuple[int, str]:

@@ -1,10 +1,9 @@
-"""The socket that a server listens on, and the loop that serves it."""
+"""The loop that serves HTTP on a socket."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import signal
 import socket
 import sys
@@ -14,7 +13,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import psutil
 import uvicorn
 from fastapi import FastAPI
 
@@ -25,7 +23,6 @@ from qwenlocal.server.http_errors import ErrorReport
 
 _FLUSH_SECONDS = 2  # for the last bytes of responses when the server stops
 _CLOSE_SECONDS = 0.5  # for a client to confirm the end of a TLS connection when the server stops
-_BACKLOG = 256  # connections that are not yet accepted
 _MAX_CONNECTIONS = 1024
 _MAX_REFUSALS = 32  # at the same time; further connections are closed without a response
 _REFUSAL_SECONDS = 1
@@ -47,74 +44,6 @@ class HttpLimits:
     idle_seconds: int = 60
     stall_seconds: float = STALL_SECONDS
     max_connections: int | None = None
-
-
-def open_socket(host: str, port: int) -> socket.socket:
-    """
-    Listen on an address; port 0 is any free one.
-
-    Raises
-    ------
-    UsageError: another process holds the port, or the address is not one of this machine.
-    """
-    try:
-        family, address = _resolve(host, port)
-        # With Nagle's algorithm a response takes 40 ms more; asyncio turns it off only where the protocol is named.
-        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    except (OSError, UnicodeError) as error:
-        raise _bad_host(host, error) from error
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(_BACKLOG)
-        listener.setblocking(False)
-    except OSError as error:
-        listener.close()
-        if holder := _find_holder(port):
-            raise UsageError(
-                tr("Port {port} is in use by {process}.", port=port, process=holder),
-                hint=tr("Choose another port: --port {port}", port=port + 1),
-            ) from error
-        reason = error.strerror or str(error)
-        raise UsageError(
-            tr("Cannot listen on {host}, port {port}: {reason}.", host=host, port=port, reason=reason),
-            hint=tr("Choose another address or port: --host, --port"),
-        ) from error
-    return listener
-
-
-def is_loopback(host: str) -> bool:
-    """
-    Return True if only programs on this machine can reach an address: 127.0.0.0/8, ::1 and names for them.
-
-    Raises
-    ------
-    UsageError: the name cannot be resolved.
-    """
-    try:
-        return ipaddress.ip_address(_resolve(host, 0)[1][0]).is_loopback
-    except (OSError, UnicodeError) as error:
-        raise _bad_host(host, error) from error
-
-
-def _resolve(host: str, port: int) -> tuple[socket.AddressFamily, Any]:
-    """Return the family of an address and the tuple that `bind` takes."""
-    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    return family, address
-
-
-def _bad_host(host: str, error: Exception) -> UsageError:
-    return UsageError(tr("Cannot listen on {host}: {reason}.", host=host, reason=error))
-
-
-def _find_holder(port: int) -> str:
-    """Return the name and number of the process that listens on a port, "" if it is not known."""
-    with contextlib.suppress(psutil.Error, OSError):
-        for connection in psutil.net_connections("tcp"):
-            is_listening = connection.status == psutil.CONN_LISTEN
-            if is_listening and connection.laddr and connection.laddr.port == port and connection.pid:
-                return f"{psutil.Process(connection.pid).name()} ({connection.pid})"
-    return ""
 
 
 class _Server(uvicorn.Server):
@@ -264,15 +193,15 @@ async def serve_http(
     *,
     certificate: Path | None = None,
     key: Path | None = None,
-    on_start: Callable[[], Awaitable[None]],
+    starting: asyncio.Future[None],
     end_answers: Callable[[], Awaitable[None]],
     limits: HttpLimits = HttpLimits(),
 ) -> None:
     """
     Serve `app` until Ctrl-C or SIGTERM, then finish the requests that are running.
 
-    `on_start` runs at the same time; an exception that it raises ends the server. `end_answers` is called when all
-    requests are complete, the time for that has passed or there is a second signal.
+    An exception of `starting`, which runs at the same time, ends the server; it is cancelled if the server ends before.
+    `end_answers` is called when all requests are complete, the time for that has passed or there is a second signal.
 
     Raises
     ------
@@ -299,17 +228,12 @@ async def serve_http(
         ) from error
     server = _Server(config, end_answers, limits)
 
-    async def start() -> None:
-        try:
-            await on_start()
-        except BaseException:
-            server.should_exit = True
-            raise
+    def stop_after_error(starting: asyncio.Future[None]) -> None:
+        server.should_exit |= starting.cancelled() or starting.exception() is not None
 
     async with app.router.lifespan_context(app):
-        starting = asyncio.get_running_loop().create_task(start())
+        starting.add_done_callback(stop_after_error)
         await server.serve(sockets=[listener])
-        if not starting.done():
-            starting.cancel()
+        starting.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await starting

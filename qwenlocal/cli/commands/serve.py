@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qwenlocal.cli.context import AppContext
 from qwenlocal.engine.load_plan import LoadRequest
@@ -22,8 +23,7 @@ from qwenlocal.i18n import tr
 from qwenlocal.library.provider import ProvidedModel
 from qwenlocal.library.running_servers import announce_server
 from qwenlocal.paths import ensure_writable, parse_path
-from qwenlocal.server.app import create_app
-from qwenlocal.server.http_server import is_loopback, open_socket, serve_http
+from qwenlocal.server.listener import is_loopback, open_socket
 from qwenlocal.server.model_host import HostSettings, ProcessHost
 from qwenlocal.server.served_models import ServedModels
 from qwenlocal.server.server_settings import ServerSettings
@@ -31,6 +31,11 @@ from qwenlocal.server.wire import Ready
 from qwenlocal.terminal.load_notes import describe_note, describe_plan
 from qwenlocal.terminal.progress import StatusLine
 from qwenlocal.text_encoding import read_text
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from qwenlocal.server.engine import ModelHost
 
 _PAGE_KEY = re.compile(r"[\w-]{20,}")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]+)?")
@@ -116,19 +121,31 @@ def serve_models(options: ServeOptions, app: AppContext) -> None:
 
     async def run() -> None:
         with announcement:
+            starting = asyncio.ensure_future(start())
             try:
+                application = await asyncio.to_thread(_create_application, host, settings)
+                from qwenlocal.server.http_server import serve_http
+
                 await serve_http(
-                    create_app(host, settings),
+                    application,
                     listener,
                     certificate=certificate,
                     key=key,
-                    on_start=start,
+                    starting=starting,
                     end_answers=host.close,
                 )
             finally:
                 await host.close()
 
     asyncio.run(run())
+
+
+def _create_application(host: ModelHost, settings: ServerSettings) -> FastAPI:
+    """Import FastAPI and create the application, in a thread: the model's process starts at the same time."""
+    import qwenlocal.server.http_server  # noqa: F401 - it takes long, too
+    from qwenlocal.server.app import create_app
+
+    return create_app(host, settings)
 
 
 def parse_parallel(text: str) -> int:

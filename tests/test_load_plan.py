@@ -116,6 +116,16 @@ def test_flash_attention_is_used_where_it_is_fast() -> None:
         assert plan_load("x", SEVEN, WEIGHTS, 16 * GIB, request).options.flash_attention is choice
 
 
+def test_tuned_flash_attention_applies_to_f16_only() -> None:
+    for tuned in (True, False):
+        request = LoadRequest(tuned_flash_attention=tuned)
+        assert plan_load("x", SEVEN, WEIGHTS, 16 * GIB, request).options.flash_attention is tuned
+        q8_keys = plan_load("x", SEVEN, WEIGHTS, int(8.4 * GIB), request).options
+        assert (q8_keys.key_type, q8_keys.flash_attention) == ("q8_0", False)
+        chosen = replace(request, flash_attention=not tuned)
+        assert plan_load("x", SEVEN, WEIGHTS, 16 * GIB, chosen).options.flash_attention is not tuned
+
+
 def test_keys_become_q8_0_before_the_context_falls_below_4096() -> None:
     plan = plan_load("x", SEVEN, WEIGHTS, int(8.4 * GIB))
     assert (plan.options.n_ctx, plan.options.key_type, plan.options.value_type) == (5120, "q8_0", "f16")

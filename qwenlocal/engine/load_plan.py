@@ -36,7 +36,8 @@ class LoadRequest:
     Settings that the user asked for; None (0 threads) leaves one to the plan. `force` skips the memory check.
 
     Without `n_ctx`, the plan's context has at most `max_n_ctx` tokens: a short one is created faster. Its cells can be
-    divided among `n_sequences`.
+    divided among `n_sequences`. `tuned_flash_attention` is what was measured to be faster with keys and values as f16; it
+    decides about these unless `flash_attention` does.
     """
 
     n_ctx: int | None = None
@@ -48,6 +49,7 @@ class LoadRequest:
     force: bool = False
     max_n_ctx: int | None = None
     n_sequences: int = _CHAT_SEQUENCES
+    tuned_flash_attention: bool | None = None
 
     def limit_n_ctx(self, n_ctx_train: int) -> int:
         """Return the longest context to plan for a model that was trained with `n_ctx_train` tokens."""
@@ -246,7 +248,8 @@ def _all_layouts(request: LoadRequest, *, has_kernel: bool) -> list[ContextOptio
         n_seq_max=request.n_sequences,
         flash_attention=request.flash_attention or False,
     )
-    halves = replace(base, flash_attention=has_kernel) if request.flash_attention is None else base
+    choices = (request.flash_attention, request.tuned_flash_attention, has_kernel)
+    halves = replace(base, flash_attention=next(choice for choice in choices if choice is not None))
     if request.kv_type == "f16":
         return [halves]
     if request.kv_type is not None:

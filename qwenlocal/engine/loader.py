@@ -196,12 +196,10 @@ class EngineLoader:
 
 
 def _apply_tuned_settings(request: LoadRequest, tuned: TunedSettings, machine: Machine) -> LoadRequest:
-    flash = request.flash_attention
-    if flash is None:
-        flash = tuned.flash_attention or None  # not False: the plan may need flash attention
     # In a container, fewer processors than at the time of tuning may be left.
     threads = request.threads or min(tuned.threads, machine.logical_cores) or machine.cores
-    return replace(request, threads=threads, flash_attention=flash, n_ubatch=request.n_ubatch or tuned.n_ubatch)
+    n_ubatch, flash = request.n_ubatch or tuned.n_ubatch, tuned.flash_attention
+    return replace(request, threads=threads, n_ubatch=n_ubatch, tuned_flash_attention=flash)
 
 
 def choose_offload(

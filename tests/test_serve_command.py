@@ -21,7 +21,14 @@ import pytest
 from server_process import DEADLINE, Server, serving
 
 from qwenlocal.chat.journal import Journal
-from qwenlocal.cli.commands.serve import parse_duration, parse_origin, parse_parallel, read_api_keys, read_page_key
+from qwenlocal.cli.commands.serve import (
+    parse_duration,
+    parse_host,
+    parse_origin,
+    parse_parallel,
+    read_api_keys,
+    read_page_key,
+)
 from qwenlocal.errors import OutOfRange, UsageError
 from qwenlocal.server.listener import is_loopback, open_socket
 
@@ -292,6 +299,28 @@ def test_origins_are_spelled_as_browsers_do(text: str, origin: str) -> None:
 def test_what_cannot_be_the_origin_of_a_page_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="origin"):
         parse_origin(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "host"),
+    [
+        ("box", "box"),
+        ("Box.Local.", "box.local"),
+        ("box:8000", "box"),
+        ("http://box:8000/", "box"),
+        ("192.168.1.7:8000", "192.168.1.7"),
+        ("[fe80::1]:8000", "fe80::1"),
+        ("FE80::0:1", "fe80::1"),
+    ],
+)
+def test_allowed_hosts_are_those_of_the_header(text: str, host: str) -> None:
+    assert parse_host(text) == host
+
+
+@pytest.mark.parametrize("text", ["", "*", "a b", "box/page", "http://", ":8000", "me@box"])
+def test_what_cannot_be_the_name_of_a_computer_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="not the name of a computer"):
+        parse_host(text)
 
 
 def test_numbers_of_parallel_requests() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import math
 import os
 import re
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 _PAGE_KEY = re.compile(r"[\w-]{20,}")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]+)?")
+_HOST = re.compile(r"([a-z]+://)?((?P<name>[a-z0-9._-]+)|\[(?P<address>[0-9a-f:.]+)\])(:[0-9]+)?/?")
 _DEFAULT_PORTS = (("http://", ":80"), ("https://", ":443"))
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 _MAX_PARALLEL = 64
@@ -206,6 +208,23 @@ def parse_origin(text: str) -> str:
     return origin
 
 
+def parse_host(text: str) -> str:
+    """
+    Parse `--allow-host` as the Host header names it without its port: `parse_host("Box.local:8000")` is "box.local".
+
+    Raises
+    ------
+    UsageError: no computer can have this name.
+    """
+    name = text.strip().lower()
+    with contextlib.suppress(ValueError):
+        return str(ipaddress.ip_address(name.strip("[]")))
+    match = _HOST.fullmatch(name)
+    if match is None:
+        raise UsageError(tr("“{text}” is not the name of a computer.", text=text), hint=tr("For example: box.local"))
+    return (match["name"] or match["address"]).removesuffix(".")
+
+
 def read_api_keys(path: Path) -> list[str]:
     """
     Read API keys from a file, one per line; empty lines and lines that begin with # are ignored.
@@ -251,7 +270,7 @@ def _server_settings(options: ServeOptions) -> ServerSettings:
         )
     if keys:
         keys.append(secrets.token_urlsafe(32))  # for `qwenlocal run`, which finds it in a file of this user
-    return ServerSettings(options.host, tuple(keys), tuple(options.allowed_hosts), origins)
+    return ServerSettings(options.host, tuple(keys), tuple(map(parse_host, options.allowed_hosts)), origins)
 
 
 def read_page_key(path: Path) -> str:

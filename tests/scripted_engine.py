@@ -28,7 +28,7 @@ class ScriptedEngine:
     """
     Implements `Engine`: answers with the next one of `replies`, or with `reply`; a token has four characters.
 
-    `pause` is in seconds between two tokens. Answers wait before their token `hold_at` until `release` is called.
+    `pause` is in seconds between two tokens; `first_token` is the reported time to the first one. Answers wait before their token `hold_at` until `release` is called.
     """
 
     def __init__(self, name: str, *, n_ctx: int = 4096) -> None:
@@ -39,7 +39,7 @@ class ScriptedEngine:
     def reset(self) -> None:
         """Forget requests and replies."""
         self.reply, self.replies = "Paris, fun", list[str]()
-        self.pause, self.hold_at = 0.0, -1
+        self.pause, self.hold_at, self.first_token = 0.0, -1, 0.01
         self.requests: list[GenerationRequest] = []
         self._is_released = False
 
@@ -65,7 +65,7 @@ class ScriptedEngine:
                 yield Text(piece, count, ids=(0,))
             is_cut = request.max_tokens is not None and len(pieces) > request.max_tokens
             reason = FinishReason.LENGTH if is_cut else FinishReason.EOS
-            yield Done(reason, GenerationStats(total, 0, count, 0.01, time.monotonic() - start))
+            yield Done(reason, GenerationStats(total, 0, count, self.first_token, time.monotonic() - start))
         finally:
             self.running -= 1
 

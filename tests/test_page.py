@@ -360,6 +360,16 @@ def test_a_file_is_attached_with_its_price(tab: Tab, engine: ScriptedEngine) -> 
     assert sent[1] == f"{sent[0]} it"
 
 
+def test_the_time_to_read_a_file_is_shown_once_the_speed_is_known(tab: Tab, engine: ScriptedEngine) -> None:
+    engine.first_token = 10
+    ask(tab, "word " * 240)  # about 300 tokens
+    wait_for_answer(tab)
+    tab.locator("#file-input").set_input_files(
+        files=[{"name": "notes.txt", "mimeType": "text/plain", "buffer": b"some words\n" * 200}]
+    )
+    tab.locator("#files li", has_text=re.compile(r"of the free context, about (17|18|19) s to read")).wait_for()
+
+
 def test_a_chat_that_is_open_in_a_terminal_continues_as_a_copy(tab: Tab, site: Site) -> None:
     ask(tab, "Hello")
     wait_for_answer(tab)

@@ -215,5 +215,5 @@ def _describe_end(chat: OpenChat, done: Done, backend: EngineBackend) -> PageEve
         "path": describe_path(chat.thread),
         "summary": chat.thread.summary,
         "error": chat.writer.error,
-        "stats": {**vars(done.stats), "speed": done.stats.answer_speed},
+        "stats": {**vars(done.stats), "speed": done.stats.answer_speed, "prompt_speed": done.stats.prompt_speed},
     }

@@ -68,6 +68,7 @@ _TEXTS = {
     "reading_file": mark("Reading {name} …"),
     "file_tokens": mark("{count} tokens"),
     "file_share": mark("{count} tokens, {share} of the free context"),
+    "file_time": mark(", about {time} to read"),
     "file_huge": mark("more than any context holds"),
     "files_too_long": mark("The files do not fit into the context."),
     "cut_label": mark("Send"),

@@ -4,8 +4,10 @@ import { readFile } from "./api.js";
 import { create, find, icon, iconButton, showToast } from "./dom.js";
 import { formatNumber, formatShare, t } from "./texts.js";
 
+export const MIN_TIMED_TOKENS = 200; // for shorter files no time is estimated
+
 export class Composer {
-  /** `app` has model, freeTokens(), refreshContext(), ask(text, files, cut), stop() and editLast(). */
+  /** `app` has model, promptSpeed, freeTokens(), refreshContext(), ask(text, files, cut), stop() and editLast(). */
   constructor(app) {
     this.app = app;
     this.area = find("#question");
@@ -118,7 +120,7 @@ export class Composer {
             "span",
             { class: "file-text" },
             create("span", { class: "file-name" }, file.text ? file.name : t("reading_file", { name: file.name })),
-            create("span", { class: "file-cost" }, file.text ? describeCost(file, free) : ""),
+            create("span", { class: "file-cost" }, file.text ? describeCost(file, free, this.app.promptSpeed) : ""),
           ),
           iconButton("close", t("remove_file", { name: file.name }), () => this.removeFile(file)),
         ),
@@ -135,9 +137,12 @@ export class Composer {
   }
 }
 
-/** The size of a file in tokens, as the terminal shows it. */
-function describeCost({ tokens }, free) {
+/** The size of a file in tokens and the time to read it, as the terminal shows them. */
+function describeCost({ tokens }, free, speed) {
   if (tokens === null) return t("file_huge");
   const count = formatNumber(tokens);
-  return free > 0 ? t("file_share", { count, share: formatShare(tokens / free) }) : t("file_tokens", { count });
+  const size = free > 0 ? t("file_share", { count, share: formatShare(tokens / free) }) : t("file_tokens", { count });
+  const seconds = speed && tokens > MIN_TIMED_TOKENS ? tokens / speed : 0;
+  const time = seconds >= 90 ? `${Math.round(seconds / 60)} min` : `${Math.round(seconds)} s`;
+  return seconds >= 1 ? size + t("file_time", { time }) : size;
 }

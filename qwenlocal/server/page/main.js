@@ -3,7 +3,7 @@
 import { Answer } from "./answer.js";
 import { ApiError, changeChat, countTokens, onKeyNeeded, readChat, readSettings } from "./api.js";
 import { ChatList } from "./chat_list.js";
-import { Composer } from "./composer.js";
+import { Composer, MIN_TIMED_TOKENS } from "./composer.js";
 import { ContextBar } from "./context_bar.js";
 import { ConversationView } from "./conversation_view.js";
 import { ask } from "./dialogs.js";
@@ -24,6 +24,7 @@ class App {
   answerShare = 0.1;
   answers = new Set();
   chat = createChat();
+  promptSpeed = 0; // tokens per second of the last long prompt, 0 if there was none
 
   async start() {
     await loadTexts(getPreference("language"));
@@ -325,6 +326,7 @@ class App {
   }
 
   finish(answer, { path, stats, error }) {
+    if (stats.prompt_tokens - stats.reused_tokens >= MIN_TIMED_TOKENS) this.promptSpeed = stats.prompt_speed;
     this.showPath();
     if (path.at(-1)?.role === "assistant") this.view.views.at(-1).setStats(stats);
     this.context.show(answer.promptTokens + answer.tokens, answer.size);

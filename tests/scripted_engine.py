@@ -28,7 +28,8 @@ class ScriptedEngine:
     """
     Implements `Engine`: answers with the next one of `replies`, or with `reply`; a token has four characters.
 
-    `pause` is in seconds between two tokens; `first_token` is the reported time to the first one. Answers wait before their token `hold_at` until `release` is called.
+    `pause` is in seconds between two tokens, `first_token` the time to the first one that is reported. Answers wait
+    before their token `hold_at` until `release` is called.
     """
 
     def __init__(self, name: str, *, n_ctx: int = 4096) -> None:

@@ -186,6 +186,20 @@ def test_a_repeat_penalty_makes_a_model_repeat_less(random_model: Path, open_con
     assert len(set(penalized)) > len(set(plain))
 
 
+def test_a_penalty_applies_to_the_last_tokens_only(random_model: Path, open_context: OpenContext) -> None:
+    def ids(**fields: float) -> list[int]:
+        sampling = Sampling(temperature=0, **fields)  # type: ignore[arg-type]
+        return answer(TokenSequence(open_context(random_model)), [1, 2], 60, sampling)
+
+    plain = ids(repeat_penalty=1)
+    assert ids(repeat_penalty=10, repeat_last_n=0) == plain
+    narrow = ids(repeat_penalty=10, repeat_last_n=4)
+    assert narrow != plain and all(token not in narrow[at - 4 : at] for at, token in enumerate(narrow) if at >= 4)
+    assert any(token in narrow[:at] for at, token in enumerate(narrow))
+    wide = ids(repeat_penalty=10, repeat_last_n=131_072)
+    assert len(set(wide)) == len(wide)
+
+
 def test_penalized_choices_are_exact(random_model: Path, open_context: OpenContext) -> None:
     """The penalty is applied to a subset of the candidates; the choice must be that of penalizing all of them."""
     context = open_context(random_model)

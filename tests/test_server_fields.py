@@ -56,8 +56,6 @@ def read_param(response: httpx.Response) -> object:
 
 # Values that would change the answer, and values that change nothing.
 SAMPLING: dict[str, tuple[object, tuple[object, ...]]] = {
-    "repeat_last_n": (0, (64,)),
-    "penalty_last_n": (-1, (64,)),
     "min_keep": (2, (0,)),
     "tfs_z": (0.5, (1, 1.0)),
     "logits_processors": (["x"], ([],)),

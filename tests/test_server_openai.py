@@ -205,6 +205,14 @@ def test_sampling_reaches_the_engine(speaking: Server) -> None:
     assert request.client == "127.0.0.1" or len(request.client) == 16
 
 
+@pytest.mark.parametrize(
+    ("fields", "window"), [({"repeat_last_n": 0}, 0), ({"penalty_last_n": 256}, 256), ({"repeat_last_n": -1}, 131_072)]
+)
+def test_the_window_of_penalties_reaches_the_engine(speaking: Server, fields: dict[str, int], window: int) -> None:
+    client(speaking).chat.completions.create(model="speaking", messages=HELLO, max_tokens=1, extra_body=fields)
+    assert speaking.engine.requests[-1].sampling == {"repeat_last_n": window}
+
+
 class City(pydantic.BaseModel):
     is_large: bool
     country: str = pydantic.Field(max_length=3)

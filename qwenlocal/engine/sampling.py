@@ -15,7 +15,7 @@ from qwenlocal.engine.llama import load_library
 from qwenlocal.engine.tokenizer import Tokenizer
 from qwenlocal.errors import OutOfRange
 
-_PENALTY_WINDOW = 64
+MAX_PENALTY_WINDOW = 1 << 17
 _MAX_CANDIDATES = 4096  # where a grammar rejects a token and top-k is off, the tokens to choose another one from
 _RANGES = {
     "temperature": (0, 10),
@@ -23,6 +23,7 @@ _RANGES = {
     "top_p": (0, 1),
     "min_p": (0, 1),
     "repeat_penalty": (0.01, 10),
+    "repeat_last_n": (0, MAX_PENALTY_WINDOW),
     "frequency_penalty": (-2, 2),
     "presence_penalty": (-2, 2),
     "seed": (0, 2**32 - 2),
@@ -35,9 +36,9 @@ class Sampling:
     Parameters for choosing the next token; the defaults are Qwen1.5's for its chat models.
 
     `temperature` 0 is greedy. `top_k` 0, `top_p` 1, `min_p` 0 and `repeat_penalty` 1 are off. `seed` None is random.
-    The other two penalties are OpenAI's: subtracted from the logit of a token once for each time it occurs, and once if
-    it occurs. `logit_bias` is added to the logits of tokens, as pairs (id, bias); -100 excludes a token. `ignore_eos`
-    excludes all tokens that end an answer.
+    Penalties apply to tokens among the last `repeat_last_n`. The other two are OpenAI's: subtracted from the logit of a
+    token once for each time it occurs, and once if it occurs. `logit_bias` is added to the logits of tokens, as pairs
+    (id, bias); -100 excludes a token. `ignore_eos` excludes all tokens that end an answer.
     `grammar` (of `grammar_from_schema` or `grammar_from_gbnf`) constrains the answer, including `answer_prefix`: the
     tokens at the end of the prompt with which the answer starts.
     """
@@ -47,6 +48,7 @@ class Sampling:
     top_p: float = 0.8
     min_p: float = 0.0
     repeat_penalty: float = 1.05
+    repeat_last_n: int = 64
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
@@ -107,14 +109,14 @@ class Sampler:
         if self._matcher:
             self._matcher.accept_prefix(sampling.answer_prefix)
         self._penalties: Any = None
-        self._recent: collections.deque[int] = collections.deque(maxlen=_PENALTY_WINDOW)
+        self._recent: collections.deque[int] = collections.deque(maxlen=sampling.repeat_last_n)
         self._n_vocab = len(tokenizer)
         self._temperature = sampling.temperature
         top_k = 1 if sampling.temperature == 0 else sampling.top_k
         # A penalty lowers at most as many tokens as its window holds, so the candidates left by top-k afterwards are
         # among this many before.
         lowers = sampling.repeat_penalty >= 1 and sampling.frequency_penalty >= 0 and sampling.presence_penalty >= 0
-        self._n_candidates = top_k + _PENALTY_WINDOW if top_k and lowers else None
+        self._n_candidates = top_k + sampling.repeat_last_n if top_k and lowers else None
         self._chain = c.llama_sampler_chain_init(c.llama_sampler_chain_default_params())
         self.seed = int.from_bytes(os.urandom(4), "little") % (2**32 - 1) if sampling.seed is None else sampling.seed
         for sampler in self._samplers(sampling, _biases(sampling, tokenizer)):
@@ -126,11 +128,11 @@ class Sampler:
             array = (c.llama_logit_bias * len(biases))(*biases)
             yield c.llama_sampler_init_logit_bias(self._n_vocab, len(array), array)
         penalties = (sampling.repeat_penalty, sampling.frequency_penalty, sampling.presence_penalty)
-        if penalties != (1, 0, 0):
+        if penalties != (1, 0, 0) and sampling.repeat_last_n:
             if self._n_candidates:
                 # Penalizing 84 candidates instead of 151,936 halves the time of sampling.
                 yield c.llama_sampler_init_top_k(self._n_candidates)
-            self._penalties = c.llama_sampler_init_penalties(self._n_vocab, _PENALTY_WINDOW, *penalties)
+            self._penalties = c.llama_sampler_init_penalties(self._n_vocab, sampling.repeat_last_n, *penalties)
             yield self._penalties
         if sampling.temperature == 0:
             yield c.llama_sampler_init_greedy()
@@ -146,7 +148,7 @@ class Sampler:
 
     def accept_prompt(self, ids: Sequence[int]) -> None:
         """Count the last tokens of the prompt as earlier text for the repeat penalty."""
-        for token in ids[-_PENALTY_WINDOW:]:
+        for token in ids[-(self._recent.maxlen or 1) :]:
             self._c.llama_sampler_accept(self._chain, token)
             self._recent.append(token)
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, PlainValidator, Tag
 
+from qwenlocal.engine.sampling import MAX_PENALTY_WINDOW
 from qwenlocal.i18n import tr
 from qwenlocal.server.engine import ChatPrompt
 from qwenlocal.server.http_errors import BadField
@@ -23,8 +24,6 @@ UNSUPPORTED_SAMPLING: dict[str, tuple[Any, ...]] = {
     "dry_multiplier": (0,),
     "xtc_probability": (0,),
     "adaptive_target": (-1,),
-    "repeat_last_n": (64,),
-    "penalty_last_n": (64,),
     "min_keep": (0,),
     "tfs_z": (1,),
     "logits_processors": ([],),
@@ -108,6 +107,9 @@ class SamplingFields(BaseModel):
     repeat_penalty: float | None = Field(
         None, ge=0.01, le=10, validation_alias=AliasChoices("repeat_penalty", "repetition_penalty")
     )
+    repeat_last_n: int | None = Field(
+        None, ge=-1, lt=2**31, validation_alias=AliasChoices("repeat_last_n", "penalty_last_n")
+    )
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
@@ -117,6 +119,8 @@ class SamplingFields(BaseModel):
         values = self.model_dump(include=set(SamplingFields.model_fields), exclude_none=True)
         if values.get("top_k") == -1:
             values["top_k"] = 0
+        if (window := values.get("repeat_last_n")) is not None:  # -1 is the whole context
+            values["repeat_last_n"] = MAX_PENALTY_WINDOW if window == -1 else min(window, MAX_PENALTY_WINDOW)
         for penalty in ("frequency_penalty", "presence_penalty"):
             if values.get(penalty) == 0:
                 del values[penalty]

@@ -16,19 +16,17 @@ from typing import Any, TypeVar
 
 import uvicorn
 
-from qwenlocal.chat.chat_template import CHATML, ChatTemplate, encode_messages, require_tokens
-from qwenlocal.chat.events import FinishReason, PromptLogprobs, TokenLogprob
-from qwenlocal.chat.generate import AnswerBuilder
-from qwenlocal.engine.context import Context, ContextOptions
-from qwenlocal.engine.embedding import Embedder
-from qwenlocal.engine.llama import Model
-from qwenlocal.engine.logprobs import Logprobs
+from qwenlocal.chat.answer_loop import AnswerItem, AnswerLoop
+from qwenlocal.chat.chat_model import load_chat_model
+from qwenlocal.chat.chat_template import CHATML, ChatTemplate
+from qwenlocal.chat.events import Done, Summarizing, TurnsEvicted
+from qwenlocal.engine.load_plan import LoadRequest
+from qwenlocal.engine.loader import LoadOptions
 from qwenlocal.engine.sampling import Sampling
-from qwenlocal.engine.scheduler import Ended, Prefilled, Sampled, Scheduler, SequenceRequest
-from qwenlocal.errors import ModelNotFound, UnknownToken
+from qwenlocal.errors import ModelNotFound
+from qwenlocal.machine import this_machine
 from qwenlocal.server.app import create_app
 from qwenlocal.server.engine import (
-    ChatPrompt,
     Embedding,
     EngineEvent,
     GenerationRequest,
@@ -36,8 +34,10 @@ from qwenlocal.server.engine import (
     ModelInfo,
     Prompt,
     TextPrompt,
+    TokenPrompt,
 )
 from qwenlocal.server.http_connection import HttpConnection
+from qwenlocal.server.model_functions import ModelFunctions
 from qwenlocal.server.server_settings import ServerSettings
 
 _T = TypeVar("_T")
@@ -50,21 +50,27 @@ class LocalEngine:
     """Implements `Engine` with a model in this process; `running` counts the answers that are being computed."""
 
     def __init__(self, path: Path, name: str) -> None:
-        options = ContextOptions(CONTEXT, threads=1, n_seq_max=2, flash_attention=False)
-        self._context = Context(Model(path), options)
-        self._model = self._context.model
-        self._tokenizer, self._template = self._model.tokenizer, ChatTemplate(CHATML)
-        self._scheduler, self._embedder = Scheduler(self._context, 1), Embedder(self._model, options)
+        request = LoadRequest(n_ctx=CONTEXT, threads=1, n_sequences=2, flash_attention=False)
+        size = path.stat().st_size
+        loaded = load_chat_model(path, LoadOptions(request, lookup=False), this_machine(), name=name, size=size)
+        self._model = replace(loaded, sampling=GREEDY, template=ChatTemplate(CHATML))
+        self._functions = ModelFunctions(self._model)
         self._thread, self._lock, self._keys = ThreadPoolExecutor(1), asyncio.Lock(), itertools.count()
+        self._inboxes: dict[int, Callable[[AnswerItem], object]] = {}
+        self._answers = AnswerLoop(
+            self._model.create_scheduler(1, uses_lookup=False), self._model.model.tokenizer, self._emit
+        )
+        self._computing = threading.Thread(target=self._answers.run)
+        self._computing.start()
         self.info = ModelInfo(
             name,
-            path.stat().st_size,
+            size,
             path.stat().st_mtime,
             "sha",
             "f32",
             "qwen2",
             is_loaded=True,
-            n_ctx=self._context.n_ctx,
+            n_ctx=self._model.context.n_ctx,
             n_ctx_train=CONTEXT,
         )
         self.running = 0
@@ -86,97 +92,51 @@ class LocalEngine:
                 await asyncio.sleep(self.delay)
                 if self.failure:
                     raise self.failure
-                ids = await self._call(self._encode, request.prompt)
-                async for event in self._answer(request, ids):
+                async for event in self._answer(request):
                     yield event
             finally:
                 self.running -= 1
 
-    async def _answer(self, request: GenerationRequest, ids: Sequence[int]) -> AsyncGenerator[EngineEvent, None]:
-        key, sampling = next(self._keys), replace(GREEDY, **request.sampling)
-        limit = 1 << 30 if request.max_tokens is None else request.max_tokens
-        job = SequenceRequest(key, ids, sampling, limit, "", request.top_logprobs, request.prompt_logprobs)
-        prefix = request.prompt.prefix_ids if isinstance(request.prompt, ChatPrompt) else ()
-        builder = AnswerBuilder(
-            self._tokenizer,
-            len(ids) - len(prefix),
-            grammar=sampling.grammar,
-            stop_strings=request.stop,
-            prefix=prefix,
-        )
-        prompt = [TokenLogprob(ids[0], self._piece(ids[0]), float("nan"))]
-        await self._call(self._scheduler.submit, job)
+    async def _answer(self, request: GenerationRequest) -> AsyncGenerator[EngineEvent, None]:
+        key, inbox, loop = next(self._keys), asyncio.Queue[AnswerItem](), asyncio.get_running_loop()
+        self._inboxes[key] = lambda item: loop.call_soon_threadsafe(inbox.put_nowait, item)
+        self._answers.submit(await self._call(self._functions.create_task, key, request))
         try:
             while True:
-                for event in await self._call(self._scheduler.step):
-                    if isinstance(event, Prefilled):
-                        yield builder.report(event.progress)
-                        prompt += map(self._logprob, ids[len(prompt) :], event.logprobs)
-                        if request.prompt_logprobs and event.progress.done == len(ids):
-                            yield PromptLogprobs(tuple(prompt))
-                    elif isinstance(event, Sampled):
-                        for item in builder.add(event.id, event.logprobs and self._logprob(event.id, event.logprobs)):
-                            yield item
-                        if builder.finish_reason:
-                            break
-                    elif isinstance(event, Ended):
-                        if event.error:
-                            raise event.error
-                        builder.finish_reason = FinishReason.CONTEXT_FULL if event.is_full else FinishReason.LENGTH
-                if builder.finish_reason:
-                    for item in builder.finish(builder.finish_reason):
-                        yield item
+                item = await inbox.get()
+                if isinstance(item, Exception):
+                    raise item
+                assert not isinstance(item, (Summarizing, TurnsEvicted))
+                yield item
+                if isinstance(item, Done):
                     return
         finally:
-            self._thread.submit(self._scheduler.finish, key)
+            self._answers.cancel(key)
 
-    def _logprob(self, id: int, logprobs: Logprobs) -> TokenLogprob:
-        alternatives = tuple((other, self._piece(other), value) for other, value in logprobs.alternatives)
-        return TokenLogprob(id, self._piece(id), logprobs.logprob, alternatives)
-
-    def _piece(self, id: int) -> bytes:
-        return self._tokenizer.piece(id, special=True)
-
-    def _encode(self, prompt: Prompt) -> Sequence[int]:
-        if isinstance(prompt, ChatPrompt):
-            text = prompt.answer_prefix if isinstance(prompt.answer_prefix, str) else ""
-            ids = encode_messages(self._template, prompt.messages, self._tokenizer, text)
-            return [*require_tokens(ids), *prompt.prefix_ids]
-        if isinstance(prompt, TextPrompt):
-            return require_tokens(self._tokenizer.tokenize(prompt.text, special=True))
-        if max(prompt.ids) >= len(self._tokenizer):
-            raise UnknownToken(max(prompt.ids))
-        return prompt.ids
+    def _emit(self, items: Sequence[tuple[int, AnswerItem]]) -> None:
+        for key, item in items:
+            with contextlib.suppress(RuntimeError):  # the event loop is closed
+                self._inboxes[key](item)
 
     async def tokenize(self, text: str, *, special: bool = True, add_bos: bool = False) -> list[int]:
-        return self._tokenizer.tokenize(text, special=special, add_bos=add_bos)
+        return self._functions.tokenize(text, special, add_bos)
 
     async def pieces(self, ids: Sequence[int]) -> list[bytes]:
-        if max(ids, default=0) >= len(self._tokenizer):
-            raise UnknownToken(max(ids))
-        return [self._piece(id) for id in ids]
+        return self._functions.pieces(ids)
 
     async def apply_template(self, messages: Sequence[Mapping[str, str]]) -> str:
-        return self._template.render(messages)
+        return self._functions.apply_template(messages)
 
     async def count_tokens(self, prompt: Prompt) -> int:
-        return len(self._encode(prompt))
+        return self._functions.count_tokens(prompt)
 
-    async def embed(self, prompts: Sequence[Prompt]) -> list[Embedding]:
-        ids = [
-            self._embedder.encode(prompt.text, truncate=prompt.truncate)
-            if isinstance(prompt, TextPrompt)
-            else self._encode(prompt)
-            for prompt in prompts
-        ]
-        vectors = await self._call(lambda: list(self._embedder.embed(ids)))
-        return [Embedding(vector, len(one)) for vector, one in zip(vectors, ids, strict=True)]
+    async def embed(self, prompts: Sequence[TextPrompt | TokenPrompt]) -> list[Embedding]:
+        return await self._call(self._functions.embed, prompts)
 
     def close(self) -> None:
         self._thread.shutdown()
-        self._scheduler.close()
-        self._embedder.close()
-        self._context.close()
+        self._answers.quit()
+        self._computing.join()
         self._model.close()
 
 

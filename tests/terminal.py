@@ -125,7 +125,10 @@ class Terminal:
         return self.wait_for_exit()
 
     def close(self) -> None:
-        self._child.close(force=True)
+        """Kill the program if it runs, and close the terminal."""
+        if self._child.isalive():
+            self.kill()
+        self._child.close()
 
 
 Open = Callable[..., Terminal]

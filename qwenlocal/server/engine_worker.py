@@ -8,33 +8,27 @@ messages, one thread prepares prompts, and one computes.
 from __future__ import annotations
 
 import functools
-import itertools
 import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
 
 from qwenlocal.api.model_loader import ModelLoader
-from qwenlocal.chat.answer_loop import NO_LIMIT, AnswerItem, AnswerLoop, AnswerTask
+from qwenlocal.chat.answer_loop import AnswerItem, AnswerLoop
 from qwenlocal.chat.chat_model import ChatModel
-from qwenlocal.chat.chat_template import ChatTemplate, encode_messages, require_template, require_tokens
-from qwenlocal.chat.generate import AnswerBuilder
-from qwenlocal.engine.embedding import Embedder
 from qwenlocal.engine.loader import LoadOptions
 from qwenlocal.engine.prompt_cache import PromptCache, compute_cache_key
-from qwenlocal.engine.sampling import Sampler, Sampling
-from qwenlocal.engine.scheduler import Scheduler, SequenceRequest
-from qwenlocal.errors import BadWeights, QwenlocalError, UnknownToken
+from qwenlocal.engine.scheduler import Scheduler
+from qwenlocal.errors import BadWeights, QwenlocalError
 from qwenlocal.huge_pages import collapse_in_background
-from qwenlocal.i18n import tr
 from qwenlocal.library.provider import ProvidedModel
 from qwenlocal.paths import Folders
-from qwenlocal.server.engine import ChatPrompt, Embedding, ModelInfo, Prompt, TextPrompt, TokenPrompt
+from qwenlocal.server.engine import Embedding, ModelInfo, TextPrompt, TokenPrompt
 from qwenlocal.server.event_buffer import EventBuffer
+from qwenlocal.server.model_functions import ModelFunctions
 from qwenlocal.server.wire import (
     Call,
     Cancel,
@@ -59,93 +53,6 @@ class WorkerSpec:
     model: ProvidedModel
     options: LoadOptions
     parallel: int
-
-
-class ModelFunctions:
-    """Functions of a model besides answering; each method can be called through `Call`."""
-
-    def __init__(self, model: ChatModel) -> None:
-        self._model, self.tokenizer = model, model.model.tokenizer
-
-    @functools.cached_property
-    def _embedder(self) -> Embedder:
-        return Embedder(self._model.model, self._model.plan.options)
-
-    def embed(
-        self, prompts: Sequence[TextPrompt | TokenPrompt], is_wanted: Callable[[], bool] = lambda: True
-    ) -> list[Embedding]:
-        """Return an embedding per prompt; fewer, once it is not wanted any more."""
-        embedder = self._embedder
-        texts = [
-            embedder.encode(prompt.text, truncate=prompt.truncate)
-            if isinstance(prompt, TextPrompt)
-            else self.encode(prompt)
-            for prompt in prompts
-        ]
-        vectors = itertools.takewhile(lambda vector: is_wanted(), embedder.embed(texts))
-        return [Embedding(vector, len(ids)) for vector, ids in zip(vectors, texts, strict=False)]
-
-    def encode(self, prompt: Prompt) -> Sequence[int]:
-        """
-        Return the token ids of a prompt.
-
-        Raises
-        ------
-        UsageError: the model has no chat template. BadWeights, TextTooLong: the messages cannot be encoded.
-        """
-        if isinstance(prompt, ChatPrompt):
-            text = prompt.answer_prefix if isinstance(prompt.answer_prefix, str) else ""
-            ids = encode_messages(self._template, prompt.messages, self.tokenizer, text)
-            self._check_ids(prompt.prefix_ids)
-            return [*require_tokens(ids), *prompt.prefix_ids]
-        if isinstance(prompt, TextPrompt):
-            return self.tokenize(prompt.text, True, self.tokenizer.adds_bos)
-        self._check_ids(prompt.ids)
-        return prompt.ids
-
-    def _check_ids(self, ids: Sequence[int]) -> None:
-        n_vocab = len(self.tokenizer)
-        if (invalid := next((id for id in ids if not 0 <= id < n_vocab), None)) is not None:
-            raise UnknownToken(invalid)
-
-    @property
-    def _template(self) -> ChatTemplate:
-        return require_template(self._model.template, tr("Use /v1/completions, or another model."))
-
-    def create_sampler(self, overrides: Mapping[str, Any]) -> tuple[Sampling, Sampler]:
-        """
-        Return the model's sampling with some of its fields replaced, and a sampler for it.
-
-        Raises
-        ------
-        UsageError: a value is invalid.
-        """
-        sampling = self._model.sampling.with_overrides(overrides)
-        self._check_ids(sampling.answer_prefix)
-        return sampling, Sampler(sampling, self.tokenizer)
-
-    def tokenize(self, text: str, special: bool, add_bos: bool) -> list[int]:
-        """Return the token ids of `text`."""
-        return self.tokenizer.tokenize(text, special=special, add_bos=add_bos)
-
-    def pieces(self, ids: Sequence[int]) -> list[bytes]:
-        """
-        Return the bytes of each token.
-
-        Raises
-        ------
-        UnknownToken: there is no such token.
-        """
-        self._check_ids(ids)
-        return [self.tokenizer.piece(id, special=True) for id in ids]
-
-    def apply_template(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """Return the text of the prompt for messages."""
-        return str(self._template.render(messages))
-
-    def count_tokens(self, prompt: Prompt) -> int:
-        """Return the number of tokens of a prompt."""
-        return len(self.encode(prompt))
 
 
 class Worker:
@@ -256,37 +163,13 @@ class Worker:
         if message.key not in self._pending:
             return
         try:
-            task = self._create_task(message, functions)
+            task = functions.create_task(message.key, message.request)
         except Exception as error:
             if self._remove_pending(message.key):
                 self._emit([(message.key, error)])
         else:
             if not self._remove_pending(message.key, lambda: loop.submit(task)) and task.sampler:
                 task.sampler.close()
-
-    def _create_task(self, message: Submit, functions: ModelFunctions) -> AnswerTask:
-        request = message.request
-        ids = require_tokens(functions.encode(request.prompt))
-        prefix = request.prompt.prefix_ids if isinstance(request.prompt, ChatPrompt) else ()
-        sampling, sampler = functions.create_sampler({"answer_prefix": prefix, **request.sampling})
-        sequence = SequenceRequest(
-            message.key,
-            ids,
-            sampling,
-            NO_LIMIT if request.max_tokens is None else request.max_tokens,
-            request.client,
-            request.top_logprobs,
-            request.prompt_logprobs,
-            request.cache_prompt,
-        )
-        builder = AnswerBuilder(
-            functions.tokenizer,
-            len(ids) - len(prefix),
-            grammar=sampling.grammar,
-            stop_strings=request.stop,
-            prefix=prefix,
-        )
-        return AnswerTask(sequence, builder, sampler)
 
     def _embed(
         self, functions: ModelFunctions, key: int, prompts: Sequence[TextPrompt | TokenPrompt]

@@ -92,7 +92,9 @@ def test_the_request_has_the_thread_and_only_the_settings_that_were_chosen(engin
         Sampling(temperature=0.5, seed=7),
         max_tokens=9,
         stop_strings=["END"],
-        unset=frozenset({"top_k", "top_p", "min_p", "repeat_penalty", "frequency_penalty", "presence_penalty"}),
+        unset=frozenset(
+            {"top_k", "top_p", "min_p", "repeat_penalty", "repeat_last_n", "frequency_penalty", "presence_penalty"}
+        ),
     )
     talk = open_conversation(engine, config)
     list(talk.ask("Hi"))

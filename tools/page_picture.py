@@ -41,10 +41,10 @@ def main() -> None:
 
 
 def find_address(server: subprocess.Popen[str]) -> str:
-    """Return the address that the server prints when the model is loaded."""
+    """Return the address of the page, with its key, that the server prints when the model is loaded."""
     assert server.stderr
     for line in server.stderr:
-        if match := re.search(r"(http://\S+) serves", line):
+        if match := re.search(r"Web page: (http://\S+)", line):
             return match[1]
     raise SystemExit("the server has ended")
 

@@ -12,7 +12,17 @@ from qwenlocal.errors import OutOfRange, UsageError
 from qwenlocal.i18n import tr
 
 _SAMPLING = frozenset(
-    ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "frequency_penalty", "presence_penalty", "seed")
+    (
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "repeat_penalty",
+        "repeat_last_n",
+        "frequency_penalty",
+        "presence_penalty",
+        "seed",
+    )
 )
 _MAX_TOKENS = 1 << 30
 
@@ -30,6 +40,7 @@ class AnswerOptions(TypedDict, total=False):
     top_p: float | None
     min_p: float | None
     repeat_penalty: float | None
+    repeat_last_n: int | None
     frequency_penalty: float | None
     presence_penalty: float | None
     seed: int | None

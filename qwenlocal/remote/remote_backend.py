@@ -26,6 +26,7 @@ _PARAMETERS = {
     "top_k": ("top_k",),
     "min_p": ("min_p",),
     "repeat_penalty": ("repeat_penalty", "repetition_penalty"),
+    "repeat_last_n": ("repeat_last_n",),
     "frequency_penalty": ("frequency_penalty",),
     "presence_penalty": ("presence_penalty",),
     "seed": ("seed",),

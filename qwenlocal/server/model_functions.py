@@ -1,4 +1,4 @@
-"""What a server asks of a loaded model: tasks that answer requests, embeddings, tokens."""
+"""The functions of a loaded model that a server uses: tasks that answer requests, embeddings, tokens."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ SETTINGS = {
     "top_p": mark("0 to 1; keep the most likely tokens with this total probability"),
     "min_p": mark("0 to 1; drop tokens below this share of the highest probability"),
     "repeat_penalty": mark("0.01 to 10; penalize repeated tokens, 1 is off"),
+    "repeat_last_n": mark("0 to 131,072; penalize tokens among this many last ones, 0 is off"),
     "frequency_penalty": mark("-2 to 2; penalize a token for each time it occurs, 0 is off"),
     "presence_penalty": mark("-2 to 2; penalize a token that occurs, 0 is off"),
     "seed": mark("an integer, or none for a new one each time"),
@@ -160,7 +161,7 @@ def _apply_setting(session: Session, name: str, value: str) -> None:
     elif name == "seed" and value in _NONE:
         config.sampling = replace(config.sampling, seed=None)
     else:
-        kind = int if name in ("top_k", "seed") else float
+        kind = int if name in ("top_k", "repeat_last_n", "seed") else float
         config.sampling = config.sampling.with_overrides({name: _parse_number(name, value, kind)})
     config.unset -= {name}
 

@@ -115,6 +115,18 @@ def test_the_repositories_of_an_installed_model_mean_it(
         expect_exit(invoke("run", name, "Hi", environment=OFFLINE), 4)
 
 
+def test_every_command_takes_the_repository_of_an_installed_model(
+    speaking_model: Path, folders: Folders, hub: HubServer, invoke: Run
+) -> None:
+    files = [StoredFile.from_path(speaking_model, "")]
+    Store(folders).add(ModelRecord("qwen1.5:7b-chat-q4_k_m", files, "a file on this disk", owned=False))
+    for command in ("pull", "show", "plan", "inspect", "verify", "rm"):
+        result = invoke(command, "Qwen/Qwen1.5-7B-Chat", environment=OFFLINE)
+        assert "Qwen/Qwen1.5-7B-Chat is qwen1.5:7b-chat-q4_k_m." in expect_exit(result, 0), command
+    assert hub.requests == []
+    assert list_models(invoke) == {}
+
+
 def test_a_short_commit_hash_means_the_commit_on_this_disk(speaking_model: Path, folders: Folders, invoke: Run) -> None:
     put(speaking_model, hub_snapshot(folders) / FILE)
     for name in (f"{NAME}@{COMMIT[:7]}", f"{NAME}@{COMMIT[:12]}:q4_1"):

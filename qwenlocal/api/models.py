@@ -97,7 +97,7 @@ def download(
     DiskFull, NotWritable: there is no place for it. BadWeights: it is damaged.
     """
     models = _open_library(third_party, on_progress, on_note, limit_rate).models
-    return models.ensure_model(models.parse(name))
+    return models.ensure_model(models.resolve(name))
 
 
 def convert(
@@ -166,7 +166,7 @@ def plan(
 
     machine, library = this_machine(), _open_library(False, _ignore, on_note)
     request = create_load_request(n_ctx, machine.cores, kv_type, flash_attention, rope)
-    model = read_outline(library, library.models.parse(os.fspath(name)))
+    model = read_outline(library, library.models.resolve(os.fspath(name)))
     return plan_load(model.name, model.dims, model.size, machine.memory().available, request)
 
 

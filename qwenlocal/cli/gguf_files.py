@@ -59,7 +59,7 @@ def find_installed(app: AppContext, text: str) -> ModelRecord:
     """
     from qwenlocal.weights.checkpoint import Checkpoint
 
-    name = app.library.models.parse(text)
+    name = app.library.models.resolve(text)
     record = app.library.local.find_offline(name)
     if record is not None:
         return record

@@ -131,7 +131,7 @@ class ModelPool:
         if not self._pooled:
             self.load_first(thread)
         models = self._app.library.models
-        parsed = models.find_installed(models.parse(name))
+        parsed = models.resolve(name)
         key = str(parsed)
         if key not in self._pooled:
             model = ProvidedModel(parsed, models.ensure_model(parsed))

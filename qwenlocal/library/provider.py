@@ -80,6 +80,24 @@ class ModelProvider:
             self._say(tr("{text} is {meaning}.", text=text, meaning=describe(name)))
         return name
 
+    def resolve(self, text: str) -> ModelName:
+        """
+        Parse what a user typed; a repository means the installed model that is published there, if there is one.
+
+        After `pull qwen1.5:7b`, `hf:Qwen/Qwen1.5-7B-Chat` is that model. Raises what `parse` raises.
+        """
+        name = self.parse(text)
+        if not isinstance(name, HubName) or name != HubName("hf", name.repo):
+            return name
+        for record in self._store.records():
+            with contextlib.suppress(QwenlocalError):  # the catalog may be broken, or not have the model any more
+                installed = parse_name(record.name, self._catalog)
+                repositories = installed.repositories if isinstance(installed, CatalogName) else ()
+                if name.repo.casefold() in map(str.casefold, repositories):
+                    self._say(tr("{name} is {other}.", name=name, other=record.name))
+                    return installed
+        return name
+
     def ensure_model(self, name: ModelName) -> ModelRecord:
         """
         Return the model on this disk; download it first if necessary, and convert it if it is a checkpoint.
@@ -197,25 +215,8 @@ class ModelProvider:
             )
         return record
 
-    def find_installed(self, name: ModelName) -> ModelName:
-        """
-        Return the name of the installed model that is published in the repository `name`; `name` itself if none is.
-
-        After `pull qwen1.5:7b`, `hf:Qwen/Qwen1.5-7B-Chat` is that model.
-        """
-        if not isinstance(name, HubName) or name != HubName("hf", name.repo):
-            return name
-        for record in self._store.records():
-            with contextlib.suppress(QwenlocalError):  # the catalog may be broken, or not have the model any more
-                installed = parse_name(record.name, self._catalog)
-                repositories = installed.repositories if isinstance(installed, CatalogName) else ()
-                if name.repo.casefold() in map(str.casefold, repositories):
-                    self._say(tr("{name} is {other}.", name=name, other=record.name))
-                    return installed
-        return name
-
     def _ensure_named(self, text: str) -> ProvidedModel:
-        name = self.find_installed(self.parse(text))
+        name = self.resolve(text)
         return ProvidedModel(name, self.ensure_model(name))
 
     def _download_or_convert(self, name: ModelName) -> ModelRecord:

@@ -53,7 +53,7 @@ def bench_models(
     if depths is not None:
         tests = replace(tests, depths=_parse_depths(depths))
     app, machine = AppContext(quiet=as_json), this_machine()
-    records = [(text, app.library.models.ensure_model(app.library.models.parse(text))) for text in names]
+    records = [(text, app.library.models.ensure_model(app.library.models.resolve(text))) for text in names]
     results = []
     for text, record in records:
         header = check_file(record.path).header

@@ -35,7 +35,7 @@ def plan_model(text: str, request: LoadRequest, *, as_json: bool) -> None:
     from qwenlocal.machine import this_machine
 
     app = AppContext(quiet=as_json)
-    name = app.library.models.parse(text)
+    name = app.library.models.resolve(text)
     if isinstance(name, LocalCheckpointName):
         raise UsageError(
             f"{text} is a checkpoint.", hint=f"To plan its conversion: qwenlocal convert {shlex.quote(text)} --dry-run"

@@ -11,7 +11,7 @@ from qwenlocal.library.names import HubCheckpointName
 def pull_model(text: str, *, limit_rate: int, assume_yes: bool) -> None:
     """Download a model, or continue its download; convert it if it is published as a checkpoint only."""
     app = AppContext(limit_rate=limit_rate, assume_yes=assume_yes)
-    name = app.library.models.parse(text)
+    name = app.library.models.resolve(text)
     if isinstance(name, HubCheckpointName):
         _pull_checkpoint(app, name)
         return

@@ -19,7 +19,7 @@ def quantize_file(options: WriteOptions, *, requantize: bool) -> None:
 
     types, overrides, imatrix = read_options(options)
     app = AppContext(quiet=options.as_json)
-    name = app.library.models.parse(options.source)
+    name = app.library.models.resolve(options.source)
     if isinstance(name, LocalCheckpointName):
         raise UsageError(
             f"{options.source} is a checkpoint.", hint=f"Convert it: qwenlocal convert {shlex.quote(options.source)}"

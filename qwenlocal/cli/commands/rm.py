@@ -19,7 +19,7 @@ def remove_model(text: str) -> None:
     ModelNotFound: there is nothing of that name, or it is a file of the user's.
     """
     app = AppContext()
-    name = app.library.models.parse(text)
+    name = app.library.models.resolve(text)
     if isinstance(name, PathName):
         raise ModelNotFound(
             text,

@@ -27,7 +27,7 @@ def show_model(text: str, *, as_json: bool) -> None:
 def _facts(app: AppContext, text: str) -> dict[str, Any]:
     from qwenlocal.weights.split_model import read_split_model
 
-    name = app.library.models.parse(text)
+    name = app.library.models.resolve(text)
     if isinstance(name, HubCheckpointName):
         return record_facts(app.library.models.stored_checkpoint(name))
     if record := app.library.local.find_offline(name):

@@ -30,7 +30,7 @@ def tune_model(text: str, *, seconds: float, as_json: bool) -> None:
     if not 1 <= seconds <= 3600:
         raise OutOfRange("--seconds", 1, 3600, seconds)
     app = AppContext(quiet=as_json)
-    record, machine = app.library.models.ensure_model(app.library.models.parse(text)), this_machine()
+    record, machine = app.library.models.ensure_model(app.library.models.resolve(text)), this_machine()
     check_file(record.path)
     if hasattr(os, "getloadavg") and os.getloadavg()[0] > machine.cores / 2:
         app.say("Other programs keep this machine busy, so the results may not hold when it is idle.")

@@ -23,7 +23,7 @@ def verify_model(text: str, *, repair: bool, as_json: bool) -> None:
     BadWeights: the model is damaged, and was not repaired.
     """
     app = AppContext(quiet=as_json, assume_yes=True)  # repairs use the sources of the first download
-    name = app.library.models.parse(text)
+    name = app.library.models.resolve(text)
     record = _installed_record(app, text, name)
     damage = _find_damage(app, record)
     for each in damage:

@@ -22,7 +22,7 @@ from qwenlocal.engine.prefix_cache import common_prefix
 
 # t(k) / t(1) of Q4_0 on two cores, updated by measurements. Only these k are used: llama.cpp multiplies four rows at
 # once, so 3 tokens take longer than 4, and 9 hardly less than 12.
-DEFAULT_COSTS = {1: 1.0, 2: 1.8, 4: 2.3, 8: 3.8, 12: 5.0, 16: 6.0, 20: 7.4, 24: 8.8, 28: 10.2, 32: 11.4}
+DEFAULT_COSTS = {1: 1.0, 2: 1.7, 4: 2.2, 8: 3.7, 12: 4.5, 16: 4.5, 20: 6.3, 24: 7.0, 28: 7.6, 32: 7.8}
 _LENGTHS = (12, 6, 3)  # n-gram sizes, the most reliable first
 _LONG = 24  # matching tokens that mean text is being copied
 MAX_DRAFT = 31  # with the token before it, as many rows of logits as a context keeps
@@ -56,7 +56,7 @@ class CostCurve:
     """
     The time to decode k tokens in one batch relative to one token; updated by measurements.
 
-    `CostCurve().known[4]` is 2.3 until a batch of four was timed.
+    `CostCurve().known[4]` is 2.2 until a batch of four was timed.
     """
 
     def __init__(self, known: Mapping[int, float] = DEFAULT_COSTS) -> None:

@@ -22,7 +22,7 @@ from qwenlocal.engine.load_plan import LoadRequest
 from qwenlocal.engine.loader import DraftSpec, LoadOptions
 from qwenlocal.engine.sampling import Sampling
 from qwenlocal.engine.sequence import TokenSequence
-from qwenlocal.engine.speculation import DEFAULT_COSTS, CostCurve, NoSpeculation, Speculation
+from qwenlocal.engine.speculation import CostCurve, NoSpeculation, Speculation
 from qwenlocal.errors import NotEnoughMemory, UsageError
 from qwenlocal.machine import Machine, Memory, this_machine
 from qwenlocal.terminal.load_notes import describe_plan
@@ -82,13 +82,17 @@ class ScriptedDraftModel:
         self.is_closed = True
 
 
+# The time of a batch of k tokens relative to one token, on the machine of the scripted models.
+COSTS = {1: 1.0, 2: 1.8, 4: 2.3, 8: 3.8, 12: 5.0, 16: 6.0, 20: 7.4, 24: 8.8, 28: 10.2, 32: 11.4}
+
+
 class ScriptedAnswers:
-    """A target model whose every token is the number of tokens before it; k at once take `CostCurve().known[k]`."""
+    """A target model whose every token is the number of tokens before it; k at once take `COSTS[k]`."""
 
     def __init__(self, **draft_model: float | bool) -> None:
         self.clock = Clock()
         self.draft_model = ScriptedDraftModel(self.clock, **draft_model)  # type: ignore[arg-type]
-        self.drafter = ModelDrafter(self.draft_model, NoSpeculation(), CostCurve(), self.clock)  # type: ignore[arg-type]
+        self.drafter = ModelDrafter(self.draft_model, NoSpeculation(), CostCurve(COSTS), self.clock)  # type: ignore[arg-type]
         self._length = 0
 
     def time(self, prompt: int, answer: int) -> float:
@@ -98,7 +102,7 @@ class ScriptedAnswers:
         began, end, draft = self.clock.now, self._length + answer, list[int]()
         while self._length < end:
             accepted = next((n for n, token in enumerate(draft) if token != self._length + n), len(draft))
-            seconds = DEFAULT_COSTS[len(draft) + 1]
+            seconds = COSTS[len(draft) + 1]
             self.clock.now += seconds
             self.drafter.learn(range(self._length, self._length + accepted + 1), len(draft), seconds)
             self._length += accepted + 1

@@ -55,7 +55,8 @@ class ReferenceTensors:
 
         non_finite = 0
         for rows in self._ranges[name]:
-            for values in read_rows(rows.file, rows.offset, rows.type, rows.row_count, rows.columns):
+            source = rows.source
+            for values in read_rows(source.file, source.offset, rows.type, rows.row_count, rows.columns):
                 is_finite = numpy.isfinite(values)
                 if not is_finite.all():
                     non_finite += values.size - int(is_finite.sum())

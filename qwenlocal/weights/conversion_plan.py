@@ -18,20 +18,11 @@ from qwenlocal.weights.gguf_reader import EncodedValue
 from qwenlocal.weights.gguf_writer import TensorSpec
 from qwenlocal.weights.imatrix import ImportanceMatrix
 from qwenlocal.weights.quant_mix import ModelFacts, TypeChoice, choose_types, needs_imatrix
+from qwenlocal.weights.row_source import FileRows
 from qwenlocal.weights.write_job import OutputFile, RowRange, RowTarget, WriteJob
 
 _QUANTIZATION_VERSION = 2  # ggml.h: GGML_QNT_VERSION
 _SAMPLE_ROWS, _SAMPLE_COLUMNS = 32, 4096  # random weights, to measure how fast this machine quantizes
-
-
-@dataclass(frozen=True)
-class SourceRows:
-    """Contiguous rows of the type `type` in a file."""
-
-    file: Path
-    offset: int
-    row_count: int
-    type: TensorType
 
 
 @dataclass(frozen=True)
@@ -40,12 +31,12 @@ class SourceTensor:
     A tensor to write: its name and shape in the GGUF file, and the rows it is read from, in order.
 
     `keep_f32`: it is float32 in files of every type, like norms, biases and routers (llama.cpp, conversion/base.py:
-    prepare_tensors). A tensor of several experts has one `SourceRows` per expert.
+    prepare_tensors). A tensor of several experts has one `FileRows` per expert.
     """
 
     name: str
     shape: tuple[int, ...]
-    rows: Sequence[SourceRows]
+    rows: Sequence[FileRows]
     keep_f32: bool = False
 
     @property
@@ -164,19 +155,18 @@ def row_ranges(
             for output, (kind, offset) in enumerate(destinations)
         ]
         name = f"{tensor.name}, expert {expert}" if experts > 1 else tensor.name
-        ranges.append(RowRange(name, rows.file, rows.offset, rows.type, rows.row_count, columns, targets))
+        ranges.append(RowRange(name, rows, targets))
         first += rows.row_count
     return ranges
 
 
 def _merge_ranges(ranges: Sequence[RowRange]) -> list[RowRange]:
     """Merge ranges with the same source rows, which two tensors need, so that they are read once."""
-    merged: dict[tuple[Path, int, int, int], RowRange] = {}
+    merged: dict[FileRows, RowRange] = {}
     for rows in ranges:
-        key = (rows.file, rows.offset, rows.row_count, rows.columns)
-        if key in merged:
-            rows = replace(merged[key], targets=[*merged[key].targets, *rows.targets])
-        merged[key] = rows
+        if earlier := merged.get(rows.source):
+            rows = replace(earlier, targets=[*earlier.targets, *rows.targets])
+        merged[rows.source] = rows
     return list(merged.values())
 
 

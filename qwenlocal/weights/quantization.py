@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qwenlocal.errors import BadWeights, UnsupportedCheckpoint, UsageError
-from qwenlocal.weights.conversion_plan import ConversionPlan, SourceRows, SourceTensor, make_plan
+from qwenlocal.weights.conversion_plan import ConversionPlan, SourceTensor, make_plan
 from qwenlocal.weights.file_types import FileType, QuantOverrides, file_type_name
 from qwenlocal.weights.gguf_reader import Header, TensorInfo
 from qwenlocal.weights.imatrix import ImportanceMatrix
 from qwenlocal.weights.load_errors import QWEN, check_file
 from qwenlocal.weights.quant_mix import ModelFacts, layer_order
+from qwenlocal.weights.row_source import FileRows
 from qwenlocal.weights.split_model import read_model_keys
 
 
@@ -68,7 +69,7 @@ def source_tensor(tensor: TensorInfo) -> SourceTensor:
     row_count = tensor.elements // columns // experts
     size = row_count * tensor.type.row_bytes(columns)
     offsets = [tensor.offset + expert * size for expert in range(experts)]
-    rows = [SourceRows(tensor.file, offset, row_count, tensor.type) for offset in offsets]
+    rows = [FileRows(tensor.file, offset, row_count, columns, tensor.type) for offset in offsets]
     return SourceTensor(tensor.name, tensor.shape, rows)
 
 

@@ -15,8 +15,9 @@ from qwenlocal.errors import BadCheckpoint, UnsupportedCheckpoint
 from qwenlocal.formatting import format_bytes, format_quantity
 from qwenlocal.weights.architecture import ExpertDims, Hyperparameters
 from qwenlocal.weights.checkpoint import Checkpoint
-from qwenlocal.weights.conversion_plan import SourceRows, SourceTensor
+from qwenlocal.weights.conversion_plan import SourceTensor
 from qwenlocal.weights.quant_mix import layer_order
+from qwenlocal.weights.row_source import FileRows
 from qwenlocal.weights.safetensors import StoredTensor
 from qwenlocal.weights.tensor_values import have_same_bytes
 
@@ -152,10 +153,10 @@ def _is_zero(tensor: StoredTensor) -> bool:
     return not (tensor.size and numpy.memmap(tensor.file, numpy.uint8, "r", tensor.offset, (tensor.size,)).any())
 
 
-def _rows(tensor: StoredTensor, first: int, count: int) -> SourceRows:
+def _rows(tensor: StoredTensor, first: int, count: int) -> FileRows:
     """Describe `count` rows of a stored matrix (or one of several stacked matrices) from `first` on."""
-    kind = ggml.tensor_type(tensor.dtype.lower())
-    return SourceRows(tensor.file, tensor.offset + first * kind.row_bytes(tensor.shape[-1]), count, kind)
+    kind, columns = ggml.tensor_type(tensor.dtype.lower()), tensor.shape[-1]
+    return FileRows(tensor.file, tensor.offset + first * kind.row_bytes(columns), count, columns, kind)
 
 
 def _whole_model(stored: _StoredTensors, model: Hyperparameters, *, keep_tied_output: bool) -> Iterator[SourceTensor]:
@@ -227,7 +228,7 @@ def _moe(stored: _StoredTensors, experts: ExpertDims, source: str, target: str, 
     yield SourceTensor(f"{target}ffn_down_exps.weight", (inner, width, count), down)
 
 
-def _separate_experts(stored: _StoredTensors, experts: ExpertDims, source: str, width: int) -> list[list[SourceRows]]:
+def _separate_experts(stored: _StoredTensors, experts: ExpertDims, source: str, width: int) -> list[list[FileRows]]:
     """Take the matrices of transformers 4: three per expert."""
     shapes = {"gate": (experts.width, width), "up": (experts.width, width), "down": (width, experts.width)}
     return [
@@ -239,7 +240,7 @@ def _separate_experts(stored: _StoredTensors, experts: ExpertDims, source: str, 
     ]
 
 
-def _fused_experts(stored: _StoredTensors, experts: ExpertDims, source: str, width: int) -> list[list[SourceRows]]:
+def _fused_experts(stored: _StoredTensors, experts: ExpertDims, source: str, width: int) -> list[list[FileRows]]:
     """Take the tensors of transformers 5: two for all experts; in one, each expert's gate is above its up matrix."""
     inner = experts.width
     gate_up = stored.take(f"{source}experts.gate_up_proj", experts.count, 2 * inner, width)

@@ -95,7 +95,7 @@ class WorkerBuffers:
         is_wrong = (values & bits.non_finite) == bits.non_finite
         if not self._allow_nan:
             row = chunk.first + int(self._numpy.flatnonzero(is_wrong)[0]) // chunk.range.columns
-            raise NonFiniteWeights(chunk.range.file, chunk.range.name, row)
+            raise NonFiniteWeights(chunk.range.source.file, chunk.range.name, row)
         self.zeroed = int(is_wrong.sum())
         values[is_wrong] = 0
 
@@ -120,7 +120,7 @@ class WorkerBuffers:
             ggml.quantize(target.type, self._floats.ctypes.data, address, chunk.row_count, rows.columns, weights)
         if not self._is_finite(target.type, result, chunk.row_count * rows.columns):
             raise BadWeights(
-                rows.file,
+                rows.source.file,
                 f"“{rows.name}” has weights that are too large for {target.type.name}",
                 hint="Use bf16 or f32, which have the range of the original.",
             )

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from qwenlocal import __version__, resumable, weights
 from qwenlocal.fileio import fingerprint_file
 from qwenlocal.ggml import TensorType
+from qwenlocal.weights.row_source import FileRows
 
 if TYPE_CHECKING:
     import numpy
@@ -38,15 +39,26 @@ class RowTarget(NamedTuple):
 
 @dataclass(frozen=True)
 class RowRange:
-    """Contiguous rows of one tensor in a file, and their targets; read once for all targets."""
+    """Rows of one tensor, and their targets; read once for all targets."""
 
     name: str
-    file: Path
-    offset: int
-    type: TensorType
-    row_count: int
-    columns: int
+    source: FileRows
     targets: Sequence[RowTarget]
+
+    @property
+    def type(self) -> TensorType:
+        """The type of the rows in the source."""
+        return self.source.type
+
+    @property
+    def row_count(self) -> int:
+        """The number of rows."""
+        return self.source.row_count
+
+    @property
+    def columns(self) -> int:
+        """Values per row."""
+        return self.source.columns
 
     @property
     def chunk_rows(self) -> int:
@@ -73,7 +85,7 @@ class WriteJob:
     @property
     def read_bytes(self) -> int:
         """Bytes to read."""
-        return sum(rows.row_count * rows.type.row_bytes(rows.columns) for rows in self.ranges)
+        return sum(rows.source.size(rows.row_count) for rows in self.ranges)
 
 
 class RowChunk(NamedTuple):
@@ -84,14 +96,9 @@ class RowChunk(NamedTuple):
     row_count: int
 
     @property
-    def source_offset(self) -> int:
-        """The byte offset of the rows in the source file."""
-        return self.range.offset + self.first * self.range.type.row_bytes(self.range.columns)
-
-    @property
     def source_size(self) -> int:
         """Bytes to read."""
-        return self.row_count * self.range.type.row_bytes(self.range.columns)
+        return self.range.source.size(self.row_count)
 
     def target_offset(self, target: RowTarget) -> int:
         """Return the byte offset of the rows in the output."""
@@ -109,7 +116,7 @@ class RowChunk(NamedTuple):
 
 def split_into_chunks(job: WriteJob) -> Iterator[RowChunk]:
     """Yield all chunks in the order in which the rows lie on the disk."""
-    for rows in sorted(job.ranges, key=lambda rows: (str(rows.file), rows.offset)):
+    for rows in sorted(job.ranges, key=lambda rows: (str(rows.source.file), rows.source.offset)):
         step = rows.chunk_rows
         for first in range(0, rows.row_count, max(1, step)):
             yield RowChunk(rows, first, min(step, rows.row_count - first))
@@ -155,8 +162,7 @@ def job_identity(job: WriteJob, sources: Mapping[Path, int], *, allow_nan: bool)
         digest.update(f"{output.path.name} {output.size}\n".encode(errors="replace") + output.header)
     fingerprints = {path: fingerprint_file(file) for path, file in sources.items()}
     for rows in job.ranges:
-        place = f"{rows.file} {fingerprints[rows.file]} {rows.offset} {rows.row_count} {rows.columns}"
-        digest.update(place.encode(errors="replace"))
+        digest.update(rows.source.identify(fingerprints).encode(errors="replace"))
         for target in rows.targets:
             digest.update(f" {target.output} {target.offset} {target.type.name}".encode())
             if target.imatrix is not None:

@@ -136,7 +136,7 @@ class _JobRun:
     # --- opening and closing
 
     def _open(self, stack: contextlib.ExitStack) -> None:
-        for path in {rows.file for rows in self._job.ranges}:
+        for path in {rows.source.file for rows in self._job.ranges}:
             self._sources[path] = _open_source(path)
             stack.callback(os.close, self._sources[path])
             self._states[path] = os.fstat(self._sources[path])
@@ -274,7 +274,7 @@ class _JobRun:
     def _convert_chunk(self, number: int, buffers: WorkerBuffers) -> None:
         chunk = self._chunks[number]
         data = buffers.source(chunk.source_size)
-        self._read_into(self._sources[chunk.range.file], data, chunk.source_offset)
+        chunk.range.source.read(chunk.first, data, self._read_source)
         buffers.load(chunk)
         crc = 0
         for target in chunk.range.targets:
@@ -286,6 +286,9 @@ class _JobRun:
             self._read += len(data)
             self._written += chunk.write_size
             self._journal.append(number, crc, buffers.zeroed)
+
+    def _read_source(self, path: Path, buffer: memoryview, offset: int) -> None:
+        self._read_into(self._sources[path], buffer, offset)
 
     def _read_into(self, file: int, buffer: memoryview, offset: int) -> None:
         while buffer:

@@ -1,4 +1,4 @@
-"""Where the rows of a tensor are read from."""
+"""The sources of a tensor's rows."""
 
 from __future__ import annotations
 

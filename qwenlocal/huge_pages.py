@@ -95,8 +95,8 @@ def collapse_buffers(limit: int = sys.maxsize, is_busy: Callable[[], bool] = lam
     Move large blocks of memory of this process to huge pages (madvise(2): MADV_COLLAPSE, since Linux 6.1).
 
     Moves at most `limit` bytes, the oldest blocks first: llama.cpp allocates the weights before the KV cache, and
-    Linux maps from the top down. A block that is freed meanwhile does no harm. Every few milliseconds, it waits as long
-    as `is_busy`.
+    Linux maps from the top down. A block that is freed meanwhile does no harm. Between pieces of 8 MB,
+    it waits while `is_busy`.
     """
     if huge_page_mode() not in ("always", "madvise"):
         return

@@ -36,8 +36,8 @@ class LoadRequest:
     Settings that the user asked for; None (0 threads) leaves one to the plan. `force` skips the memory check.
 
     Without `n_ctx`, the plan's context has at most `max_n_ctx` tokens: a short one is created faster. Its cells can be
-    divided among `n_sequences`. `tuned_flash_attention` was measured to be faster, for keys and values as f16; it holds
-    for these unless `flash_attention` is set.
+    divided among `n_sequences`. `tuned_flash_attention` is the faster choice for f16 keys and values, as measured by
+    `qwenlocal tune`; `flash_attention` overrides it.
     """
 
     n_ctx: int | None = None

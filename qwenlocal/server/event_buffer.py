@@ -13,10 +13,10 @@ _INTERVAL = 0.06  # seconds; a text of 17 pieces per second still flows
 
 class EventBuffer:
     """
-    Holds back texts and passes them on joined, about every 60 ms.
+    Joins the texts of a fast model into chunks of about 60 ms.
 
-    The first text of an answer and all other events are passed on at once, together with everything held back. So are
-    texts if the next step of the model would end later than that. One thread calls `add`.
+    The first text of an answer and every other event go out at once, with everything that was held back. Texts also go
+    out if they would have to wait longer than that for the next step of the model. One thread calls `add`.
 
     A model that needs 13 ms per token gives chunks of four tokens; one that needs more than 30 ms, of one.
     """

@@ -1,4 +1,4 @@
-"""The socket that a server listens on. Imports nothing that takes long."""
+"""The socket that a server listens on. Imports nothing slow: it is opened before FastAPI is imported."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """
 Messages between a server and the process that runs a model.
 
-Both ends are this program: a message is its pickle after the number of its bytes.
+Both ends are this program: each message is a pickle, preceded by its length.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ SETTINGS = {
     "top_p": mark("0 to 1; keep the most likely tokens with this total probability"),
     "min_p": mark("0 to 1; drop tokens below this share of the highest probability"),
     "repeat_penalty": mark("0.01 to 10; penalize repeated tokens, 1 is off"),
-    "repeat_last_n": mark("0 to 131,072; penalize tokens among this many last ones, 0 is off"),
+    "repeat_last_n": mark("0 to 131,072; the number of tokens that penalties look back, 0 is off"),
     "frequency_penalty": mark("-2 to 2; penalize a token for each time it occurs, 0 is off"),
     "presence_penalty": mark("-2 to 2; penalize a token that occurs, 0 is off"),
     "seed": mark("an integer, or none for a new one each time"),

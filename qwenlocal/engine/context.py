@@ -128,7 +128,7 @@ class Context:
     """
     A KV cache of `options.n_ctx` tokens over a model, for one or more sequences.
 
-    Sequences are numbered from 0; each has its own tokens at positions 0, 1, 2, ….
+    Sequences are numbered from 0; each has its own tokens at positions 0, 1, 2, …. `is_computing` while `decode` runs.
     """
 
     def __init__(

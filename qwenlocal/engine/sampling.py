@@ -116,7 +116,8 @@ class Sampler:
         # A penalty lowers at most as many tokens as its window holds, so the candidates left by top-k afterwards are
         # among this many before.
         lowers = sampling.repeat_penalty >= 1 and sampling.frequency_penalty >= 0 and sampling.presence_penalty >= 0
-        self._n_candidates = top_k + sampling.repeat_last_n if top_k and lowers else None
+        count = top_k + sampling.repeat_last_n
+        self._n_candidates = count if top_k and lowers and count <= _MAX_CANDIDATES else None
         self._chain = c.llama_sampler_chain_init(c.llama_sampler_chain_default_params())
         self.seed = int.from_bytes(os.urandom(4), "little") % (2**32 - 1) if sampling.seed is None else sampling.seed
         for sampler in self._samplers(sampling, _biases(sampling, tokenizer)):

@@ -20,6 +20,7 @@ from qwenlocal.server.http_errors import BadField
 from qwenlocal.server.json_route import JsonRoute
 from qwenlocal.server.openai_format import new_id
 from qwenlocal.server.request_fields import (
+    OPENAI_CHAT_FIELDS,
     UNSUPPORTED_SAMPLING,
     ApiRequest,
     SamplingFields,
@@ -46,14 +47,8 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "mcp_servers": ([],),
     "container": (),
     "output_format": (),
-    "stop": ([], ""),
-    "n": (1,),
-    "response_format": ({}, {"type": "text"}),
-    "grammar": ("",),
-    "logit_bias": ({}, []),
-    "logprobs": (False,),
+    **OPENAI_CHAT_FIELDS,
     "top_logprobs": (0,),
-    "ignore_eos": (False,),
 }
 
 

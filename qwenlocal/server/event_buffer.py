@@ -25,10 +25,9 @@ class EventBuffer:
         self,
         emit: Callable[[Sequence[tuple[int, AnswerItem]]], object],
         *,
-        interval: float = _INTERVAL,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._emit, self._interval, self._clock = emit, interval, clock
+        self._emit, self._clock = emit, clock
         self._items: list[tuple[int, AnswerItem]] = []
         self._positions: dict[int, int] = {}  # of the last text of each key in these items
         self._started: set[int] = set()  # the keys whose first text was passed on
@@ -37,7 +36,7 @@ class EventBuffer:
     def add(self, items: Sequence[tuple[int, AnswerItem]]) -> None:
         """Add the events of a step of the model."""
         now = self._clock()
-        is_due = now + (now - self._added) > self._emitted + self._interval
+        is_due = now + (now - self._added) > self._emitted + _INTERVAL
         self._added = now
         for key, item in items:
             is_due |= self._append(key, item)

@@ -30,6 +30,17 @@ UNSUPPORTED_SAMPLING: dict[str, tuple[Any, ...]] = {
     "samplers": (),
 }
 
+# Fields of OpenAI's chats, and of llama-server's, that other APIs do not have, with the values that change nothing.
+OPENAI_CHAT_FIELDS: dict[str, tuple[Any, ...]] = {
+    "stop": ([], ""),
+    "n": (1,),
+    "response_format": ({}, {"type": "text"}),
+    "grammar": ("",),
+    "logit_bias": ({}, []),
+    "logprobs": (False,),
+    "ignore_eos": (False,),
+}
+
 StopStrings = Annotated[
     list[Annotated[str, Field(min_length=1)]],
     Field(fail_fast=True, max_length=MAX_STOPS),

@@ -26,6 +26,7 @@ from qwenlocal.server.http_errors import BadField
 from qwenlocal.server.json_route import JsonRoute
 from qwenlocal.server.openai_format import new_id
 from qwenlocal.server.request_fields import (
+    OPENAI_CHAT_FIELDS,
     UNSUPPORTED_SAMPLING,
     ApiRequest,
     SamplingFields,
@@ -52,13 +53,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "reasoning": ({}, {"effort": "none"}),
     "max_tokens": (),
     "max_completion_tokens": (),
-    "stop": ([], ""),
-    "n": (1,),
-    "response_format": ({}, {"type": "text"}),
-    "grammar": ("",),
-    "logit_bias": ({}, []),
-    "logprobs": (False,),
-    "ignore_eos": (False,),
+    **OPENAI_CHAT_FIELDS,
 }
 
 

@@ -385,7 +385,7 @@ class TestSources:
     def test_quantized_weights_are_recognized_by_tensor_names(self, checkpoint_copy: Path, invoke: Run) -> None:
         path = checkpoint_copy / "model.safetensors"
         path.write_bytes(path.read_bytes().replace(b"mlp.up_proj.weight", b"mlp.up_pro.qweight"))
-        assert "quantized already (GPTQ or AWQ)" in expect_exit(invoke("convert", str(checkpoint_copy)), 5)
+        assert "its weights are packed" in expect_exit(invoke("convert", str(checkpoint_copy)), 5)
 
     def test_an_adapter_is_refused(self, checkpoint_copy: Path, invoke: Run) -> None:
         (checkpoint_copy / "model.safetensors").rename(checkpoint_copy / "adapter_model.safetensors")

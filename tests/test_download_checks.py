@@ -264,12 +264,12 @@ class TestBeforeTheDownload:
         self, hub_checkpoint: str, hub: HubServer, invoke: Run, tiny_checkpoint: Path
     ) -> None:
         config = json.loads((tiny_checkpoint / "config.json").read_text())
-        packed = {**config, "quantization_config": {"quant_method": "gptq", "bits": 4}}
+        packed = {**config, "quantization_config": {"quant_method": "bitsandbytes"}}
         hub.repository(REPO).files["config.json"] = json.dumps(packed).encode()
         for command in (("pull", hub_checkpoint), ("run", hub_checkpoint, "Hi"), ("convert", hub_checkpoint)):
             message = expect_exit(invoke(*command), 5)
-            assert "quantized already (gptq)" in message
-            assert "-GPTQ" in message
+            assert "quantized already (bitsandbytes)" in message
+            assert "Convert the original checkpoint." in message
         assert "config.json" in fetched_files(hub)
         assert "model.safetensors" not in fetched_files(hub)
 

@@ -145,7 +145,6 @@ class TestQuantizedAndRearranged:
     @pytest.mark.parametrize(
         ("rename", "more", "method"),
         [
-            (lambda name: name.replace(f"{UP}.weight", f"{UP}.qweight"), {f"{UP}.scales": (1, 32)}, "GPTQ or AWQ"),
             (lambda name: name, {f"{UP}.scales": (32, 1), f"{UP}.biases": (32, 1)}, "MLX"),
             (lambda name: name, {f"{UP}.weight_scale_inv": (1, 1)}, f"“{UP}.weight_scale_inv”"),
             (lambda name: name.replace(f"{UP}.weight", f"{UP}.weight_packed"), {}, f"“{UP}.weight_packed”"),
@@ -161,6 +160,16 @@ class TestQuantizedAndRearranged:
             Checkpoint.open(folder)
         assert f"quantized already ({method})" in caught.value.reason
         assert "original checkpoint" in caught.value.hint
+
+    def test_packed_weights_without_their_settings_are_refused(self, tmp_path: Path) -> None:
+        folder = rename_tensors(
+            write_minimal(tmp_path),
+            lambda name: name.replace(f"{UP}.weight", f"{UP}.qweight"),
+            {f"{UP}.scales": (1, 32)},
+        )
+        with pytest.raises(BadCheckpoint, match=r"packed \(“.*\.qweight”\), but no file says how") as caught:
+            Checkpoint.open(folder)
+        assert "quantize_config.json" in caught.value.hint
 
     @pytest.mark.parametrize("key", ["quantization", "quantization_config"])
     def test_quantization_by_mlx_is_recognized_by_its_config(self, key: str, tmp_path: Path) -> None:
@@ -179,9 +188,9 @@ class TestQuantizedAndRearranged:
     def test_inspect_and_verify_say_what_a_quantized_checkpoint_is(
         self, command: tuple[str, ...], tmp_path: Path, invoke: Run
     ) -> None:
-        folder = write_minimal(tmp_path, {"quantization_config": {"quant_method": "awq"}})
+        folder = write_minimal(tmp_path, {"quantization_config": {"quant_method": "bitsandbytes"}})
         message = expect_exit(invoke(*(word.replace("{}", str(folder)) for word in command)), 5)
-        assert "quantized already (awq)" in message
+        assert "quantized already (bitsandbytes)" in message
 
 
 class TestHeads:

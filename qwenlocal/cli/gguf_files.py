@@ -6,7 +6,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from qwenlocal.weights.conversion_plan import ConversionPlan, PlannedFile, PlannedTensor
     from qwenlocal.weights.file_types import FileType, QuantOverrides
     from qwenlocal.weights.imatrix import ImportanceMatrix
+    from qwenlocal.weights.packed_proof import PackedProof
     from qwenlocal.weights.write_workers import WriteResult
 
 _OTHER_FOLDER = "Write to another folder. Finished work is kept: with more disk space, the same command continues."
@@ -33,15 +34,17 @@ _MAX_THREADS = 512
 
 @dataclass(frozen=True)
 class WriteOptions:
-    """The options that `convert` and `quantize` share."""
+    """The options that `convert` and `quantize` share; no `types`: the one that suits the weights."""
 
     source: str
     out: str | None
     types: Sequence[str]
     types_option: str = "--type"  # as errors name it
+    ends: str | None = None
     tensor_types: Sequence[str] = ()
     imatrix: str | None = None
     pure: bool = False
+    requantize: bool = False
     threads: int | None = None
     force: bool = False
     dry_run: bool = False
@@ -79,14 +82,16 @@ def read_options(options: WriteOptions) -> tuple[list[FileType], QuantOverrides,
     ------
     UsageError: `-t`, a type or `--tensor-type` is invalid. BadWeights: the importance matrix cannot be read.
     """
-    from qwenlocal.weights.file_types import QuantOverrides, file_type, parse_tensor_types
+    from qwenlocal.weights.file_types import QuantOverrides, file_type, parse_tensor_types, parse_type
     from qwenlocal.weights.imatrix import read_imatrix
 
     types = list(dict.fromkeys(file_type(text, option=options.types_option) for text in options.types))
     if options.threads is not None and not 1 <= options.threads <= _MAX_THREADS:
         raise OutOfRange("-t", 1, _MAX_THREADS, options.threads)
     imatrix = read_imatrix(parse_path(options.imatrix)) if options.imatrix else None
-    return types, QuantOverrides(parse_tensor_types(options.tensor_types), options.pure, imatrix is not None), imatrix
+    ends = parse_type("--ends", options.ends) if options.ends else None
+    overrides = QuantOverrides(parse_tensor_types(options.tensor_types), options.pure, imatrix is not None, ends)
+    return types, overrides, imatrix
 
 
 def choose_targets(options: WriteOptions, name: str, types: Sequence[FileType]) -> list[tuple[Path, FileType]]:
@@ -164,8 +169,23 @@ def write_files(
         )
 
 
+def check_files(plan: ConversionPlan, threads: int | None = None) -> Mapping[Path, PackedProof]:
+    """Compare the files of a plan with the packed weights they were made from, with its progress on stderr."""
+    from qwenlocal.library.plan_execution import check_packed_weights
+    from qwenlocal.terminal.progress import show_progress
+
+    with show_progress(sys.stderr) as show:
+        return check_packed_weights(
+            plan,
+            threads=threads or 0,
+            report=lambda name, done, total: show(TaskProgress(name, done, total, "comparing")),
+        )
+
+
 def write_or_show(app: AppContext, plan: ConversionPlan, options: WriteOptions) -> None:
     """Write the files of a plan and report them; with `--dry-run`, only show the plan."""
+    from qwenlocal.library.plan_execution import describe_proof
+
     for note in plan.notes:
         app.say(note)
     if options.dry_run:
@@ -181,12 +201,15 @@ def write_or_show(app: AppContext, plan: ConversionPlan, options: WriteOptions) 
         memory_hint="Close other programs, or use fewer threads: -t 1",
     )
     seconds = time.monotonic() - begin
+    proofs = check_files(plan, options.threads)
     if options.as_json:
-        files = [_file_facts(file) for file in plan.files]
+        files = [{**_file_facts(file), **_proof_facts(proofs.get(file.path))} for file in plan.files]
         counts = {"seconds": round(seconds, 2), "zeroed": written.non_finite, "resumed": written.resumed}
         print_json({"files": files, **counts, "notes": list(plan.notes)})
     for file in plan.files:
         app.say(f"Wrote {file.path}: {_describe_file(file)}, in {seconds:.1f} s.")
+        if proof := proofs.get(file.path):
+            app.say(describe_proof(proof))
     if written.non_finite:
         weights = format_quantity(written.non_finite, "weight was", "weights were")
         app.say(f"{weights} NaN or infinite, and set to zero.")
@@ -232,6 +255,10 @@ def _show_plan(plan: ConversionPlan, options: WriteOptions) -> None:
 
 def _describe_file(file: PlannedFile) -> str:
     return f"{file.type.name}, {format_bytes(file.size)}, {file.bits_per_weight:.2f} bits per weight"
+
+
+def _proof_facts(proof: PackedProof | None) -> dict[str, Any]:
+    return {"compared_weights": proof.weights, "largest_difference": proof.difference} if proof else {}
 
 
 def _file_facts(file: PlannedFile) -> dict[str, Any]:

@@ -78,6 +78,18 @@ KeepCacheOption = Annotated[
 ForceLoadOption = Annotated[bool, Option("--force", help="Load the model even if it does not seem to fit.")]
 
 # Options of commands that write GGUF files.
+EndsOption = Annotated[
+    str | None,
+    Option(
+        "--ends",
+        metavar="TYPE",
+        help="Type of the embeddings and the output matrix: f16, q8_0, q6_k, … [default: q8_0 for GPTQ and AWQ, "
+        "otherwise that of the mix]",
+    ),
+]
+RequantizeOption = Annotated[
+    bool, Option("--requantize", help="Allow weights that are quantized already; costs quality.")
+]
 TensorTypeOption = Annotated[
     list[str] | None,
     Option("--tensor-type", metavar="REGEX=TYPE", help="Override the type of tensors whose name matches REGEX."),

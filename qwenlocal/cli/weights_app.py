@@ -11,11 +11,13 @@ from qwenlocal.cli.completion import complete_installed_models, complete_models
 from qwenlocal.cli.option_types import (
     AllowNanOption,
     DryRunOption,
+    EndsOption,
     ForceOption,
     ImatrixOption,
     JsonOption,
     PureOption,
     RateOption,
+    RequantizeOption,
     TensorTypeOption,
     ThreadsOption,
 )
@@ -42,12 +44,15 @@ def convert(
         Option(
             "--type",
             metavar="TYPE[,TYPE…]",
-            help="Types to write: q4_k_m, q8_0, f16, …; the checkpoint is read once. [default: q4_k_m]",
+            help="Types to write: q4_k_m, q8_0, f16, …; the checkpoint is read once. [default: q4_k_m; for GPTQ and "
+            "AWQ the type that keeps the weights]",
         ),
     ] = None,
+    ends: EndsOption = None,
     tensor_type: TensorTypeOption = None,
     imatrix: ImatrixOption = None,
     pure: PureOption = False,
+    requantize: RequantizeOption = False,
     threads: ThreadsOption = None,
     force: ForceOption = False,
     dry_run: DryRunOption = False,
@@ -79,10 +84,12 @@ def convert(
         WriteOptions(
             source=source,
             out=out,
-            types=split_list(",".join(types or ["q4_k_m"])),
+            types=split_list(",".join(types)) if types else (),
+            ends=ends,
             tensor_types=tuple(tensor_type or ()),
             imatrix=imatrix,
             pure=pure,
+            requantize=requantize,
             threads=threads,
             force=force,
             dry_run=dry_run,
@@ -103,12 +110,11 @@ def quantize(
     ],
     out: Annotated[str, Argument(metavar="OUT", help="File or folder to write.")],
     types: Annotated[str, Argument(metavar="TYPE[,TYPE…]", help="Types to write: q4_k_m, q8_0, f16, …")],
+    ends: EndsOption = None,
     tensor_type: TensorTypeOption = None,
     imatrix: ImatrixOption = None,
     pure: PureOption = False,
-    requantize: Annotated[
-        bool, Option("--requantize", help="Allow weights that are quantized already; costs quality.")
-    ] = False,
+    requantize: RequantizeOption = False,
     threads: ThreadsOption = None,
     force: ForceOption = False,
     dry_run: DryRunOption = False,
@@ -131,16 +137,17 @@ def quantize(
             out=out,
             types=split_list(types),
             types_option="TYPE",
+            ends=ends,
             tensor_types=tuple(tensor_type or ()),
             imatrix=imatrix,
             pure=pure,
+            requantize=requantize,
             threads=threads,
             force=force,
             dry_run=dry_run,
             as_json=as_json,
             allow_nan=allow_nan,
-        ),
-        requantize=requantize,
+        )
     )
 
 

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 ConvertibleName = CatalogName | HubName | LocalCheckpointName
 OpenProgress = Callable[[], AbstractContextManager[Callable[[TaskProgress], None]]]
 
-_DEFAULT_LEVEL = "q4_k_m"
 _INPUT_SUFFIXES = (".json", ".safetensors", ".jinja", ".model", ".txt", ".md")
 
 
@@ -56,9 +55,7 @@ class CheckpointConverter:
         NotEnoughMemory, DiskFull, NotWritable: it cannot be written here.
         Everything that `CheckpointFinder.find_on_hub` and `HubCheckpoint.download` raise.
         """
-        level = _level(name)
-        record_name = str(replace(name, level=level) if isinstance(name, HubName) else name)
-        record = self._store.get(record_name)
+        record = self._store.get(str(name))  # by its full name, or by that without a type
         ready = self._store.check_unchanged(record) if record and not force else None
         if ready:
             if not isinstance(name, LocalCheckpointName):
@@ -70,6 +67,8 @@ class CheckpointConverter:
         stamp = conversion_stamp(fingerprint(checkpoint.path))
         if ready and ready.made_from == stamp:
             return ready
+        level = _choose_level(name, checkpoint.folder)
+        record_name = str(replace(name, level=level) if isinstance(name, HubName) else name)
         aliases = {str(name), *(record.aliases if record else ())} - {record_name}
         target = prepare_target(self._folders, record_name, checkpoint.name, level, stamp, self._store.file_paths())
         if not target.is_complete:
@@ -85,13 +84,15 @@ class CheckpointConverter:
                 return checkpoint
             outline, size = checkpoint.read_outline(), 0
             if outline:
-                plan = _plan(outline, checkpoint, Path(f"{checkpoint.name}.gguf"), _level(name))
+                plan = _plan(
+                    outline, checkpoint, Path(f"{checkpoint.name}.gguf"), _choose_level(name, checkpoint.folder)
+                )
                 size = plan.files[0].size
                 self._say(download_cost(checkpoint, plan))
             return checkpoint.download(reserve=size)
 
     def _convert(self, checkpoint: LocalCheckpoint, level: str, target: Path, argument: str) -> None:
-        from qwenlocal.library.plan_execution import execute_plan
+        from qwenlocal.library.plan_execution import check_packed_weights, describe_proof, execute_plan
         from qwenlocal.weights.checkpoint import Checkpoint
 
         try:
@@ -107,6 +108,11 @@ class CheckpointConverter:
                     not_finite_hint="The weights are damaged. "
                     f"To write zeros instead: qwenlocal convert {shlex.quote(argument)} --allow-nan",
                 )
+                proofs = check_packed_weights(
+                    plan, report=lambda name, done, total: show(TaskProgress(name, done, total, "comparing"))
+                )
+            for proof in proofs.values():
+                self._say(describe_proof(proof))
         except BadWeights:  # the next attempt would fail in the same way
             remove_unfinished(target.parent, self._store.file_paths())
             raise
@@ -239,10 +245,12 @@ def _checkpoint_argument(name: ConvertibleName) -> str:
     return str(name.path if isinstance(name, LocalCheckpointName) else _bare_repo(name))
 
 
-def _level(name: ConvertibleName) -> str:
-    """Return the quantization type in its full spelling: "q4_k" is q4_k_m."""
+def _choose_level(name: ConvertibleName, folder: Path) -> str:
+    """Return the type in its full spelling, "q4_k" is q4_k_m; without one in the name, the one for these weights."""
+    from qwenlocal.weights.conversion import default_file_type
     from qwenlocal.weights.file_types import file_type
 
     if isinstance(name, CatalogName):
         return file_type(name.level or name.card.level).name
-    return file_type((name.level if isinstance(name, HubName) else None) or _DEFAULT_LEVEL).name
+    level = name.level if isinstance(name, HubName) else None
+    return file_type(level).name if level else default_file_type(folder).name

@@ -37,6 +37,11 @@ class LocalCheckpoint:
     name: str
     repo: str
 
+    @property
+    def folder(self) -> Path:
+        """The folder with config.json; `path` may be one of its weight files."""
+        return self.path if self.path.is_dir() else self.path.parent
+
 
 def own_folder(folders: Folders, hub: str, repo: str) -> Path:
     """Return the folder for files of a repository that do not go into the Hub's cache, in folders by commit."""

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwenlocal.errors import DiskFull, NonFiniteWeights, NotEnoughMemory, NotWritable
+from qwenlocal.errors import BadWeights, DiskFull, NonFiniteWeights, NotEnoughMemory, NotWritable
+from qwenlocal.formatting import format_percent, format_quantity
 from qwenlocal.machine import this_machine
 from qwenlocal.weights import write_job, write_workers
 
 if TYPE_CHECKING:
     from qwenlocal.weights.conversion_plan import ConversionPlan
+    from qwenlocal.weights.packed_proof import PackedProof
     from qwenlocal.weights.write_workers import WriteResult
 
 
@@ -49,3 +53,43 @@ def execute_plan(
     except NonFiniteWeights as error:
         error.hint = not_finite_hint or error.hint
         raise
+
+
+def check_packed_weights(
+    plan: ConversionPlan,
+    *,
+    threads: int = 0,
+    report: Callable[[str, int, int], object] = lambda name, done, total: None,
+) -> Mapping[Path, PackedProof]:
+    """
+    Compare the files of `plan`, once they are written, with the packed weights (GPTQ, AWQ) they were made from.
+
+    `report` gets the name of a file, and how many of how many bytes are compared. Files without packed weights are left
+    out.
+
+    Raises
+    ------
+    BadWeights: a weight differs, although its type can hold it.
+    """
+    from qwenlocal.weights.packed_proof import compare_packed_weights
+
+    proofs = {}
+    for number, file in enumerate(plan.files):
+        show = functools.partial(report, file.path.name)
+        proof = compare_packed_weights(plan, number, threads or this_machine().cores, show)
+        if proof and proof.is_exact and proof.difference != 0:
+            raise BadWeights(
+                file.path,
+                f"its weights differ from the checkpoint's by up to {proof.difference:.3g}, but must be equal",
+                hint="The disk or the memory may be faulty. Delete the file, and convert again.",
+            )
+        if proof:
+            proofs[file.path] = proof
+    return proofs
+
+
+def describe_proof(proof: PackedProof) -> str:
+    """Say how much the written weights differ from the packed ones."""
+    largest = f"{proof.difference:.2g} ({format_percent(proof.steps)} of a step)" if proof.difference else "0"
+    weights = format_quantity(proof.weights, "packed weight")
+    return f"Compared {weights} with the checkpoint: largest difference {largest}."

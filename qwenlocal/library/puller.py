@@ -55,6 +55,11 @@ class HubCheckpoint:
         return self.resolved.repo.partition("/")[2]
 
     @property
+    def folder(self) -> Path:
+        """The folder with config.json."""
+        return self.resolved.folder
+
+    @property
     def repo(self) -> str:
         """The Hugging Face repository, "" for other hubs."""
         return self.resolved.repo if self.resolved.origin.startswith("hf:") else ""

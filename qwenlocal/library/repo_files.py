@@ -28,7 +28,7 @@ _PREFERRED_LEVELS = ("q4_k_m", "q4_k_s", "q4_0", "q5_k_m", "q5_0", "q8_0", "f16"
 _CHECKPOINT_DOCUMENTS = (
     "config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json", "tokenizer.model",
     "added_tokens.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json", "README.md",
-    "model.safetensors.index.json",
+    "model.safetensors.index.json", "quantize_config.json", "quant_config.json",
 )  # fmt: skip
 
 

@@ -55,8 +55,7 @@ class ReferenceTensors:
 
         non_finite = 0
         for rows in self._ranges[name]:
-            source = rows.source
-            for values in read_rows(source.file, source.offset, rows.type, rows.row_count, rows.columns):
+            for values in read_rows(rows.source):
                 is_finite = numpy.isfinite(values)
                 if not is_finite.all():
                     non_finite += values.size - int(is_finite.sum())

@@ -18,6 +18,7 @@ from qwenlocal.formatting import brief_repr, format_quantity
 from qwenlocal.weights.checkpoint import Checkpoint, read_config
 from qwenlocal.weights.gguf_hyperparameters import MAX_EXPERTS, MAX_LAYERS
 from qwenlocal.weights.json_files import is_integer
+from qwenlocal.weights.packing import read_packing
 
 _ARCHITECTURES = {"Qwen2ForCausalLM": "qwen2", "Qwen2Model": "qwen2", "Qwen2MoeForCausalLM": "qwen2moe"}
 _MODEL_TYPES = {"qwen2": "Qwen2ForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM"}
@@ -310,4 +311,5 @@ def check_convertible(folder: Path) -> None:
     BadCheckpoint, UnsupportedCheckpoint: it cannot.
     """
     config = read_config(folder)
+    read_packing(folder, config)
     read_hyperparameters(Checkpoint(folder, config, {}))

@@ -15,7 +15,8 @@ from typing import Any
 from qwenlocal.errors import BadCheckpoint
 from qwenlocal.model_files import parse_shard
 from qwenlocal.weights.json_files import read_json
-from qwenlocal.weights.other_formats import ADAPTER_CONFIG, adapter_only, check_quantization, check_tensor_names
+from qwenlocal.weights.other_formats import ADAPTER_CONFIG, adapter_only, check_tensor_names
+from qwenlocal.weights.packing import Packing, read_packing
 from qwenlocal.weights.safetensors import RawHeader, StoredTensor, parse_header, read_tensors
 from qwenlocal.weights.weight_files import INDEX, WeightFiles, find_weight_files
 
@@ -30,13 +31,14 @@ class Checkpoint:
     """
     A checkpoint: the content of config.json, and the tensors by their name, without the parts that wrappers add.
 
-    `has_weights` is False if it is still on a hub, and only the headers of its weight files are known. `notes` are
-    sentences for display.
+    `packing` are the settings of GPTQ or AWQ, None if the weights are floats. `has_weights` is False if it is still on
+    a hub, and only the headers of its weight files are known. `notes` are sentences for display.
     """
 
     folder: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, StoredTensor]
+    packing: Packing | None = None
     has_weights: bool = True
     notes: Sequence[str] = ()
 
@@ -48,7 +50,7 @@ class Checkpoint:
         Raises
         ------
         BadCheckpoint: a file is missing or damaged, or contradicts another.
-        UnsupportedCheckpoint: the weights are quantized (GPTQ, AWQ, …).
+        UnsupportedCheckpoint: the weights are quantized, but not by GPTQ or AWQ.
         """
         folder = path.parent if path.is_file() else path
         if path.is_file() and (shard := parse_shard(path.name)) and shard.total > 1:
@@ -56,8 +58,9 @@ class Checkpoint:
                 path, f"it is one of {shard.total} files of a checkpoint", hint=f"Pass the folder: {folder}"
             )
         config = read_config(folder)
+        packing = read_packing(folder, config)
         files = WeightFiles([path.name]) if path.is_file() else find_weight_files(folder, config)
-        return cls._from_files(folder, config, files, (read_tensors(folder / name) for name in files.names))
+        return cls._from_files(folder, config, packing, files, (read_tensors(folder / name) for name in files.names))
 
     @classmethod
     def from_headers(cls, folder: Path, files: WeightFiles, headers: Iterable[RawHeader]) -> Checkpoint:
@@ -68,18 +71,25 @@ class Checkpoint:
         ------
         As `open`.
         """
-        checkpoint = cls._from_files(folder, read_config(folder), files, map(parse_header, headers))
+        config = read_config(folder)
+        packing = read_packing(folder, config)
+        checkpoint = cls._from_files(folder, config, packing, files, map(parse_header, headers))
         return replace(checkpoint, has_weights=False)
 
     @classmethod
     def _from_files(
-        cls, folder: Path, config: Mapping[str, Any], files: WeightFiles, contents: Iterable[Iterable[StoredTensor]]
+        cls,
+        folder: Path,
+        config: Mapping[str, Any],
+        packing: Packing | None,
+        files: WeightFiles,
+        contents: Iterable[Iterable[StoredTensor]],
     ) -> Checkpoint:
         stored = _merge_tensors(contents)
         _check_weight_map(folder, files.weight_map or {}, stored)
         tensors, notes = _remove_wrappers(stored)
-        check_tensor_names(folder, tensors)
-        return cls(folder, config, tensors, notes=[note for note in (files.note, *notes) if note])
+        check_tensor_names(folder, tensors, is_packed=packing is not None)
+        return cls(folder, config, tensors, packing, notes=[note for note in (files.note, *notes) if note])
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -99,13 +109,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises
     ------
     BadCheckpoint: it cannot be read, or the folder has an adapter only.
-    UnsupportedCheckpoint: the weights are quantized (GPTQ, AWQ, …).
     """
     if not (folder / "config.json").exists() and (folder / ADAPTER_CONFIG).exists():
         raise adapter_only(folder)
-    config = read_json(folder / "config.json", "the model's configuration")
-    check_quantization(folder, config)
-    return config
+    return read_json(folder / "config.json", "the model's configuration")
 
 
 def _merge_tensors(files: Iterable[Iterable[StoredTensor]]) -> dict[str, StoredTensor]:

@@ -10,18 +10,22 @@ write_workers.py executes the plan.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from qwenlocal.errors import UsageError
+from qwenlocal.ggml import TensorType
 from qwenlocal.weights import gguf_writer
 from qwenlocal.weights.architecture import Hyperparameters, read_hyperparameters
-from qwenlocal.weights.checkpoint import Checkpoint
+from qwenlocal.weights.checkpoint import Checkpoint, read_config
 from qwenlocal.weights.conversion_plan import ConversionPlan, make_plan
-from qwenlocal.weights.file_types import FileType, QuantOverrides
+from qwenlocal.weights.file_types import FileType, QuantOverrides, file_type
 from qwenlocal.weights.gguf_reader import EncodedValue
 from qwenlocal.weights.imatrix import ImportanceMatrix
 from qwenlocal.weights.model_metadata import read_model_metadata
+from qwenlocal.weights.packed_types import lossless_types
+from qwenlocal.weights.packing import Packing, read_packing
 from qwenlocal.weights.quant_mix import ModelFacts
 from qwenlocal.weights.tensor_map import map_tensors
 from qwenlocal.weights.vocabulary import Vocabulary
@@ -39,8 +43,9 @@ class ConversionOptions:
     """
     Options of a conversion. `name` and `repo` are the checkpoint's name and the repository it came from.
 
-    `like_llama_cpp` does without our differences from llama.cpp's converter: it keeps an output matrix that equals the
-    embeddings to which it is tied, and leaves out end-of-turn and suppressed tokens and the repository.
+    `requantize` allows quantizing packed weights again. `like_llama_cpp` does without our differences from llama.cpp's
+    converter: it keeps an output matrix that equals the embeddings to which it is tied, and leaves out end-of-turn and
+    suppressed tokens and the repository.
     """
 
     name: str = ""
@@ -49,6 +54,19 @@ class ConversionOptions:
     like_llama_cpp: bool = False
     overrides: QuantOverrides = field(default_factory=QuantOverrides)
     imatrix: ImportanceMatrix | None = None
+    requantize: bool = False
+
+
+def default_file_type(folder: Path) -> FileType:
+    """
+    Return the type of file to write from a checkpoint: q4_k_m, or one that holds packed weights without rounding.
+
+    Raises
+    ------
+    BadCheckpoint: config.json cannot be read. UnsupportedCheckpoint: the weights cannot be converted.
+    """
+    packing = read_packing(folder, read_config(folder))
+    return file_type(packing.file_type if packing else "q4_k_m")
 
 
 def plan_conversion(
@@ -63,11 +81,15 @@ def plan_conversion(
     ------
     BadCheckpoint: a file is damaged or missing, or contradicts another.
     UnsupportedCheckpoint: llama.cpp would compute something else.
-    UsageError: a type needs an importance matrix, or an option does not fit the checkpoint.
+    UsageError: a type needs an importance matrix, an option does not fit the checkpoint, or packed weights would be
+        quantized again (not with `requantize`).
     BadWeights: the importance matrix is of another model.
     """
     model = read_hyperparameters(checkpoint)
     tensors, tensor_notes = map_tensors(checkpoint, model, keep_tied_output=options.like_llama_cpp)
+    lossless = lossless_types(tensors, checkpoint.packing)
+    if checkpoint.packing and not options.requantize:
+        _refuse_requantizing(checkpoint.packing, lossless, [kind for _, kind in targets])
     vocabulary = read_vocabulary(checkpoint.folder, checkpoint.config, model.vocab_size, pre=options.pre)
     experts = model.experts.count if model.experts else 0
     model_metadata = read_model_metadata(
@@ -87,7 +109,17 @@ def plan_conversion(
     tokenizer = _tokenizer_keys(vocabulary, like_llama_cpp=options.like_llama_cpp)
     facts = ModelFacts(model.architecture, model.layers, model.heads // model.kv_heads, experts)
     notes = [*checkpoint.notes, *tensor_notes, *model_metadata.notes, *vocabulary.notes]
-    return make_plan(tensors, targets, metadata, facts, options.overrides, options.imatrix, tokenizer, notes)
+    return make_plan(tensors, targets, metadata, facts, options.overrides, options.imatrix, tokenizer, notes, lossless)
+
+
+def _refuse_requantizing(packing: Packing, lossless: Collection[TensorType], types: Sequence[FileType]) -> None:
+    for kind in types:
+        if kind.default.is_quantized and kind.default not in lossless:
+            raise UsageError(
+                f"The weights are quantized already ({packing}); {kind.name} would quantize them again, which loses "
+                "quality.",
+                hint=f"Leave out --type to write {packing.file_type}. To do it anyway: --requantize",
+            )
 
 
 def _hyperparameter_keys(model: Hyperparameters) -> dict[str, EncodedValue]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,37 +17,13 @@ from qwenlocal.weights.file_types import FileType, QuantOverrides
 from qwenlocal.weights.gguf_reader import EncodedValue
 from qwenlocal.weights.gguf_writer import TensorSpec
 from qwenlocal.weights.imatrix import ImportanceMatrix
+from qwenlocal.weights.packed_types import choose_packed_types
 from qwenlocal.weights.quant_mix import ModelFacts, TypeChoice, choose_types, needs_imatrix
-from qwenlocal.weights.row_source import FileRows
+from qwenlocal.weights.row_source import RowSource, SourceTensor
 from qwenlocal.weights.write_job import OutputFile, RowRange, RowTarget, WriteJob
 
 _QUANTIZATION_VERSION = 2  # ggml.h: GGML_QNT_VERSION
 _SAMPLE_ROWS, _SAMPLE_COLUMNS = 32, 4096  # random weights, to measure how fast this machine quantizes
-
-
-@dataclass(frozen=True)
-class SourceTensor:
-    """
-    A tensor to write: its name and shape in the GGUF file, and the rows it is read from, in order.
-
-    `keep_f32`: it is float32 in files of every type, like norms, biases and routers (llama.cpp, conversion/base.py:
-    prepare_tensors). A tensor of several experts has one `FileRows` per expert.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    rows: Sequence[FileRows]
-    keep_f32: bool = False
-
-    @property
-    def type(self) -> TensorType:
-        """The type in the source."""
-        return self.rows[0].type
-
-    @property
-    def elements(self) -> int:
-        """The number of its values."""
-        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -103,11 +79,13 @@ def make_plan(
     imatrix: ImportanceMatrix | None = None,
     vocabulary: Mapping[str, EncodedValue] = {},
     notes: Sequence[str] = (),
+    lossless: Collection[TensorType] = (),
 ) -> ConversionPlan:
     """
     Choose the type and the offset of each tensor in each of `targets` (paths and types).
 
-    `tensors` must be in the order of `layer_order`. A file's metadata are `metadata`, the keys that depend on its type,
+    `tensors` must be in the order of `layer_order`. `lossless` are the default types of files that keep packed weights
+    as they are. A file's metadata are `metadata`, the keys that depend on its type,
     then the long ones of `vocabulary`.
 
     Raises
@@ -118,7 +96,10 @@ def make_plan(
     specs = [TensorSpec(t.name, t.shape, ggml.tensor_type("f32") if t.keep_f32 else t.type) for t in tensors]
     files, outputs, destinations = [], [], []
     for path, kind in targets:
-        choices = choose_types(specs, kind, facts, overrides)
+        if kind.default in lossless:
+            choices = choose_packed_types(tensors, kind, overrides)
+        else:
+            choices = choose_types(specs, kind, facts, overrides)
         _check_imatrix(kind, specs, choices, imatrix)
         pairs = {**metadata, **_type_keys(kind), **vocabulary, **(imatrix.metadata if imatrix else {})}
         chosen = [spec._replace(type=choice.type) for spec, choice in zip(specs, choices, strict=True)]
@@ -150,19 +131,20 @@ def row_ranges(
     for rows in tensor.rows:
         expert = first // rows_per_expert
         weights = imatrix.column_weights(tensor.name, expert, experts, columns) if imatrix else None
-        targets = [
-            RowTarget(output, offset + first * kind.row_bytes(columns), kind, weights if kind.is_quantized else None)
-            for output, (kind, offset) in enumerate(destinations)
-        ]
+        targets: dict[RowSource, list[RowTarget]] = {}
+        for output, (kind, offset) in enumerate(destinations):
+            column_weights = weights if kind.is_quantized else None
+            target = RowTarget(output, offset + first * kind.row_bytes(columns), kind, column_weights)
+            targets.setdefault(rows.represent(kind), []).append(target)
         name = f"{tensor.name}, expert {expert}" if experts > 1 else tensor.name
-        ranges.append(RowRange(name, rows, targets))
+        ranges += [RowRange(name, source, group) for source, group in targets.items()]
         first += rows.row_count
     return ranges
 
 
 def _merge_ranges(ranges: Sequence[RowRange]) -> list[RowRange]:
     """Merge ranges with the same source rows, which two tensors need, so that they are read once."""
-    merged: dict[FileRows, RowRange] = {}
+    merged: dict[RowSource, RowRange] = {}
     for rows in ranges:
         if earlier := merged.get(rows.source):
             rows = replace(earlier, targets=[*earlier.targets, *rows.targets])

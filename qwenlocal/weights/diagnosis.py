@@ -29,6 +29,7 @@ from qwenlocal.weights.gguf_reader import (
     read_raw_metadata,
 )
 from qwenlocal.weights.load_errors import QWEN, find_load_errors
+from qwenlocal.weights.row_source import FileRows
 from qwenlocal.weights.split_model import SplitModel, read_split_model
 from qwenlocal.weights.tensor_values import SCAN_SIZE, have_same_bytes, read_rows, scan_values
 
@@ -292,7 +293,9 @@ def _are_similar(one: TensorInfo, other: TensorInfo) -> bool:
 
     def read_samples(tensor: TensorInfo) -> Any:
         offsets = [tensor.offset + row * tensor.type.row_bytes(columns) for row in rows]
-        return numpy.stack([next(read_rows(tensor.file, offset, tensor.type, 1, columns)) for offset in offsets])
+        return numpy.stack(
+            [next(read_rows(FileRows(tensor.file, offset, 1, columns, tensor.type))) for offset in offsets]
+        )
 
     left, right = read_samples(one), read_samples(other)
     if not (numpy.isfinite(left).all() and numpy.isfinite(right).all()):

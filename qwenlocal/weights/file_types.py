@@ -25,13 +25,15 @@ class QuantOverrides:
     """
     Deviations from llama.cpp's mixes.
 
-    The first of `tensor_types` whose regular expression is found in a tensor's name decides its type. With `pure`, all
-    other tensors get the default type. `has_imatrix`: an importance matrix is used, which changes some mixes.
+    The first of `tensor_types` whose regular expression is found in a tensor's name decides its type; `ends` is the
+    type of the embeddings and the output matrix. With `pure`, all other tensors get the default type. `has_imatrix`: an
+    importance matrix is used, which changes some mixes.
     """
 
     tensor_types: Sequence[tuple[re.Pattern[str], TensorType]] = ()
     pure: bool = False
     has_imatrix: bool = False
+    ends: TensorType | None = None
 
 
 def file_type(name: str, *, option: str = "--type") -> FileType:
@@ -67,7 +69,6 @@ def parse_tensor_types(texts: Sequence[str]) -> list[tuple[re.Pattern[str], Tens
     ------
     UsageError: a text is not of the form REGEX=TYPE, or the expression or the type is invalid.
     """
-    names = sorted({default for _, default in FILE_TYPES.values()})
     parsed = []
     for text in texts:
         expression, equals, type_name = text.rpartition("=")
@@ -79,8 +80,20 @@ def parse_tensor_types(texts: Sequence[str]) -> list[tuple[re.Pattern[str], Tens
             raise UsageError(
                 f"“{expression}” is not a regular expression: {reason}.", hint="For example: 'blk.0.*ffn_down=q6_k'"
             ) from reason
-        name = type_name.strip().lower()
-        if name not in names:
-            raise InvalidChoice("The type of --tensor-type", names, type_name)
-        parsed.append((pattern, tensor_type(name)))
+        parsed.append((pattern, parse_type("The type of --tensor-type", type_name)))
     return parsed
+
+
+def parse_type(option: str, name: str) -> TensorType:
+    """
+    Look up the type of a tensor, as the value of `option`.
+
+    Raises
+    ------
+    InvalidChoice: there is no such type.
+    """
+    names = sorted({default for _, default in FILE_TYPES.values()})
+    known = name.strip().lower()
+    if known not in names:
+        raise InvalidChoice(option, names, name)
+    return tensor_type(known)

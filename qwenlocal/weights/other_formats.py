@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from qwenlocal.errors import BadCheckpoint, UnsupportedCheckpoint
 from qwenlocal.weights.json_files import read_optional_json
+from qwenlocal.weights.packing import quantized_weights
 
 ADAPTER_CONFIG = "adapter_config.json"
 _PEFT_KEYS, _MLX_KEYS = ("peft_type", "base_model_name_or_path"), ("fine_tune_type", "model")
@@ -23,8 +23,8 @@ PICKLED_MODELS = ("pytorch_model.bin", "pytorch_model.bin.index.json")  # transf
 
 _TRAINER_STATE = re.compile(r"(optimizer|scheduler|scaler|rng_state|random_states|training_args)\b.*")
 _PEFT = re.compile(r"^base_model\.model\.|\.(lora_\w+|base_layer|modules_to_save|ia3_l|oft_\w+|vera_\w+)(\.|$)")
+_PACKED = re.compile(r"\.(qweight|qzeros)$")
 _QUANTIZED = {
-    "GPTQ or AWQ": re.compile(r"\.(qweight|qzeros)$"),
     "MLX": re.compile(r"\.(scales|biases)$"),
     "": re.compile(
         r"\.(weight_packed|weight_scale|weight_scale_inv|absmax|quant_state\..+|quant_map|W_q|weight\._data)$"
@@ -140,24 +140,11 @@ def adapter_hint(adapter: str) -> str:
     )
 
 
-def check_quantization(folder: Path, config: Mapping[str, Any]) -> None:
-    """
-    Check that config.json does not say that the weights are quantized.
-
-    Raises
-    ------
-    UnsupportedCheckpoint: it does.
-    """
-    settings = config.get("quantization_config") or config.get("quantization")
-    if not settings:
-        return
-    method = settings.get("quant_method") if isinstance(settings, dict) else None
-    raise _quantized_weights(folder, method or ("MLX" if config.get("quantization") else "an unknown method"))
-
-
-def check_tensor_names(folder: Path, names: Iterable[str]) -> None:
+def check_tensor_names(folder: Path, names: Iterable[str], *, is_packed: bool) -> None:
     """
     Check that no tensor is one that only other formats have; config.json does not always state them.
+
+    `is_packed`: the checkpoint says how GPTQ or AWQ packed its weights.
 
     Raises
     ------
@@ -171,9 +158,16 @@ def check_tensor_names(folder: Path, names: Iterable[str]) -> None:
             hint="Load it as in training, merge it (merge_and_unload of peft), save the result with save_pretrained, "
             "and convert that.",
         )
+    if not is_packed and (packed := next(filter(_PACKED.search, names), None)):
+        raise BadCheckpoint(
+            folder,
+            f"its weights are packed (“{packed}”), but no file says how",
+            hint="Copy “quantization_config” from the config.json of the original repository, or its "
+            "quantize_config.json (GPTQ) or quant_config.json (AWQ).",
+        )
     for method, pattern in _QUANTIZED.items():
-        if quantized := next(filter(pattern.search, names), None):
-            raise _quantized_weights(folder, method or f"“{quantized}”")
+        if not is_packed and (quantized := next(filter(pattern.search, names), None)):
+            raise quantized_weights(folder, method or f"“{quantized}”")
     if any(".switch_mlp." in name for name in names):
         raise UnsupportedCheckpoint(
             folder,
@@ -184,12 +178,3 @@ def check_tensor_names(folder: Path, names: Iterable[str]) -> None:
         raise UnsupportedCheckpoint(
             folder, f"it is a classifier (“{score}”), which writes no text", hint="Convert the model it was made from."
         )
-
-
-def _quantized_weights(folder: Path, method: object) -> UnsupportedCheckpoint:
-    name = f", whose name has no “-{method.upper()}”" if method in ("gptq", "awq") else ""
-    return UnsupportedCheckpoint(
-        folder,
-        f"its weights are quantized already ({method}); only f32, f16 and bf16 can be converted",
-        hint=f"Convert the original checkpoint{name}.",
-    )

@@ -37,6 +37,7 @@ _EMBEDDING_TYPES = {
     **dict.fromkeys(("tq1_0", "tq2_0", "q2_0"), "q4_k"),
 }
 _DEFAULT = "default"  # the reason for the type that most tensors of a file have
+ENDS = ("token_embd.weight", "output.weight")
 _SMALL_MIXES = ("iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq1_s", "iq1_m")
 
 COMMON_TYPES = ("q4_0", "q4_k_m", "q5_k_m", "q6_k", "q8_0", "f16")
@@ -106,7 +107,7 @@ def layer_order(name: str) -> tuple[int, str]:
 
 def needs_imatrix(name: str, kind: TensorType, file_type: FileType) -> bool:
     """Return True if the weights are garbage without an imatrix (llama-quant.cpp: tensor_requires_imatrix)."""
-    if name in ("token_embd.weight", "output.weight"):
+    if name in ENDS:
         return requires_imatrix(kind)
     if kind.name == "q2_k":
         return file_type.name == "q2_k_s"
@@ -143,6 +144,8 @@ class _Mix:
         for pattern, kind in self.overrides.tensor_types:
             if pattern.search(tensor.name):
                 return self._with_fallback(tensor, TypeChoice(kind, f"--tensor-type {pattern.pattern}"))
+        if self.overrides.ends and tensor.name in ENDS:
+            return self._with_fallback(tensor, TypeChoice(self.overrides.ends, "--ends"))
         if not self.default.is_quantized:
             return TypeChoice(self.default, _DEFAULT)
         if self.overrides.pure:

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qwenlocal.errors import BadWeights, UnsupportedCheckpoint, UsageError
-from qwenlocal.weights.conversion_plan import ConversionPlan, SourceTensor, make_plan
+from qwenlocal.weights.conversion_plan import ConversionPlan, make_plan
 from qwenlocal.weights.file_types import FileType, QuantOverrides, file_type_name
 from qwenlocal.weights.gguf_reader import Header, TensorInfo
 from qwenlocal.weights.imatrix import ImportanceMatrix
 from qwenlocal.weights.load_errors import QWEN, check_file
 from qwenlocal.weights.quant_mix import ModelFacts, layer_order
-from qwenlocal.weights.row_source import FileRows
+from qwenlocal.weights.row_source import FileRows, SourceTensor
 from qwenlocal.weights.split_model import read_model_keys
 
 

@@ -7,26 +7,17 @@ tensor is mapped, dropped for a stated reason, or an error.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
-from qwenlocal import ggml
-from qwenlocal.errors import BadCheckpoint, UnsupportedCheckpoint
-from qwenlocal.formatting import format_bytes, format_quantity
+from qwenlocal.errors import BadCheckpoint
 from qwenlocal.weights.architecture import ExpertDims, Hyperparameters
 from qwenlocal.weights.checkpoint import Checkpoint
-from qwenlocal.weights.conversion_plan import SourceTensor
+from qwenlocal.weights.checkpoint_tensors import EMBEDDING, OUTPUT, CheckpointTensors, file_rows
+from qwenlocal.weights.packed_rows import unify_types
 from qwenlocal.weights.quant_mix import layer_order
-from qwenlocal.weights.row_source import FileRows
+from qwenlocal.weights.row_source import RowSource, SourceTensor
 from qwenlocal.weights.safetensors import StoredTensor
 from qwenlocal.weights.tensor_values import have_same_bytes
-
-_FLOAT_TYPES = {"F32", "F16", "BF16"}
-_EMBEDDING, _OUTPUT = "embed_tokens.weight", "lm_head.weight"
-_UNUSED = {  # by what their names match
-    re.compile(r"\.(rotary_emb\.inv_freq|attention\.(masked_)?bias)$"): "computed by llama.cpp itself",
-    re.compile(r"^v_head\."): "a value head, which only training uses",
-}
 
 
 def map_tensors(
@@ -44,7 +35,7 @@ def map_tensors(
     BadCheckpoint: a tensor is missing, unknown, or has another shape than config.json implies.
     UnsupportedCheckpoint: llama.cpp's graph has no such tensor, or the type of one is not supported.
     """
-    stored = _StoredTensors(checkpoint)
+    stored = CheckpointTensors(checkpoint)
     mapped = [*_whole_model(stored, model, keep_tied_output=keep_tied_output)]
     for layer in range(model.layers):
         mapped += _attention(stored, model, layer)
@@ -54,120 +45,20 @@ def map_tensors(
         else:
             mapped += _feed_forward(stored, source, target, "", model.width, model.feed_forward)
     stored.check_nothing_left()
-    return sorted(mapped, key=lambda tensor: layer_order(tensor.name)), [*stored.notes, *stored.describe_dropped()]
+    return sorted(mapped, key=lambda tensor: layer_order(tensor.name)), stored.describe()
 
 
-class _StoredTensors:
-    """
-    The tensors of a checkpoint, each of which must be taken or dropped once.
-
-    Their names begin with "model.", or do not, if the model was saved without its output matrix; transformers loads
-    both, whatever config.json says.
-    """
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.folder, self.has_weights = checkpoint.folder, checkpoint.has_weights
-        self._left, self._checkpoint_notes = dict(checkpoint.tensors), checkpoint.notes
-        self._prefix = "" if any(name.startswith("layers.") for name in self._left) else "model."
-        self.dropped: dict[str, list[StoredTensor]] = {}  # by the reason
-        self.notes: list[str] = []
-        for name in list(self._left):
-            if reason := next((reason for pattern, reason in _UNUSED.items() if pattern.search(name)), None):
-                self.drop(name, reason)
-            elif name.endswith("_proj.bias") and not re.search(r"self_attn\.[qkv]_proj\.bias$", name):
-                self._drop_zero_bias(name)
-
-    def has(self, name: str) -> bool:
-        return self._full_name(name) in self._left
-
-    def _full_name(self, name: str) -> str:
-        return name if name == _OUTPUT else self._prefix + name
-
-    def take(self, name: str, *shape: int) -> StoredTensor:
-        full = self._full_name(name)
-        tensor = self._left.pop(full, None)
-        if tensor is None:
-            raise BadCheckpoint(self.folder, f"“{full}” is missing", hint=" ".join(self._checkpoint_notes))
-        if tensor.shape != shape:
-            raise BadCheckpoint(
-                tensor.file, f"“{full}” has the shape {list(tensor.shape)}; config.json implies {list(shape)}"
-            )
-        if tensor.dtype not in _FLOAT_TYPES:
-            raise UnsupportedCheckpoint(
-                tensor.file, f"“{full}” has the type {tensor.dtype}; only f32, f16 and bf16 can be converted"
-            )
-        return tensor
-
-    def take_vocabulary(self, name: str, rows: int, columns: int) -> StoredTensor:
-        """Take a matrix with a row for each token."""
-        stored = self._left.get(self._full_name(name))
-        if stored and len(stored.shape) == 2 and stored.shape != (rows, columns) and stored.shape[1] == columns:
-            raise BadCheckpoint(
-                self.folder / "config.json",
-                f"“vocab_size” is {rows:,}, but “{stored.name}” has {format_quantity(stored.shape[0], 'row')}",
-                hint=f"If config.json is older than the weights, set “vocab_size” to {stored.shape[0]} in it.",
-            )
-        return self.take(name, rows, columns)
-
-    def matrix(self, target: str, source: str, rows: int, columns: int, *, keep_f32: bool = False) -> SourceTensor:
-        tensor = self.take(f"{source}.weight", rows, columns)
-        return SourceTensor(f"{target}.weight", (columns, rows), [_rows(tensor, 0, rows)], keep_f32)
-
-    def vector(self, target: str, source: str, size: int) -> SourceTensor:
-        return SourceTensor(target, (size,), [_rows(self.take(source, size), 0, 1)], keep_f32=True)
-
-    def drop(self, name: str, reason: str) -> None:
-        self.dropped.setdefault(reason, []).append(self._left.pop(name))
-
-    def describe_dropped(self) -> list[str]:
-        """Return one sentence per reason, not per tensor."""
-        return [
-            f"Left out {group[0].name if len(group) == 1 else f'{len(group)} tensors'} "
-            f"({format_bytes(sum(tensor.size for tensor in group))}): {reason}."
-            for reason, group in self.dropped.items()
-        ]
-
-    def _drop_zero_bias(self, name: str) -> None:
-        tensor = self._left[name]
-        if self.has_weights and not _is_zero(tensor):
-            raise UnsupportedCheckpoint(
-                tensor.file, f"“{name}” is not zero, but neither Qwen1.5 nor llama.cpp has this bias"
-            )
-        self.drop(name, "a bias that is all zeros")
-
-    def check_nothing_left(self) -> None:
-        if self._left:
-            names = sorted(self._left)
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            shown = ", ".join(f"“{name}”" for name in names[:3])
-            raise BadCheckpoint(
-                self._left[names[0]].file,
-                f"it contains tensors that this architecture does not have: {shown}{more}",
-                hint="Convert an unmodified checkpoint, without adapters or added layers.",
-            )
-
-
-def _is_zero(tensor: StoredTensor) -> bool:
-    import numpy
-
-    return not (tensor.size and numpy.memmap(tensor.file, numpy.uint8, "r", tensor.offset, (tensor.size,)).any())
-
-
-def _rows(tensor: StoredTensor, first: int, count: int) -> FileRows:
-    """Describe `count` rows of a stored matrix (or one of several stacked matrices) from `first` on."""
-    kind, columns = ggml.tensor_type(tensor.dtype.lower()), tensor.shape[-1]
-    return FileRows(tensor.file, tensor.offset + first * kind.row_bytes(columns), count, columns, kind)
-
-
-def _whole_model(stored: _StoredTensors, model: Hyperparameters, *, keep_tied_output: bool) -> Iterator[SourceTensor]:
-    is_in_output = model.is_tied and stored.has(_OUTPUT) and not stored.has(_EMBEDDING)  # saved under the other name
-    embedding = stored.take_vocabulary(_OUTPUT if is_in_output else _EMBEDDING, model.vocab_size, model.width)
-    table = [_rows(embedding, 0, model.vocab_size)]
+def _whole_model(
+    stored: CheckpointTensors, model: Hyperparameters, *, keep_tied_output: bool
+) -> Iterator[SourceTensor]:
+    is_in_output = model.is_tied and stored.has(OUTPUT) and not stored.has(EMBEDDING)  # saved under the other name
+    embedding = stored.take_vocabulary(OUTPUT if is_in_output else EMBEDDING, model.vocab_size, model.width)
+    table = [file_rows(embedding, 0, model.vocab_size)]
     shape = (model.width, model.vocab_size)
     yield SourceTensor("token_embd.weight", shape, table)
     yield stored.vector("output_norm.weight", "norm.weight", model.width)
-    if stored.has(_OUTPUT):
-        output = stored.take_vocabulary(_OUTPUT, model.vocab_size, model.width)
+    if stored.has(OUTPUT):
+        output = stored.take_vocabulary(OUTPUT, model.vocab_size, model.width)
         is_copy = model.is_tied and (not stored.has_weights or _have_same_values(output, embedding))
         if is_copy and not keep_tied_output and not model.experts:
             stored.dropped["tied to the embeddings and equal to them"] = [output]
@@ -177,7 +68,9 @@ def _whole_model(stored: _StoredTensors, model: Hyperparameters, *, keep_tied_ou
                 "config.json ties the output matrix to the embeddings (tie_word_embeddings), but “lm_head.weight” "
                 "differs from them and is used, as transformers 5 does."
             )
-        yield SourceTensor("output.weight", shape, [_rows(output, 0, model.vocab_size)])
+        yield SourceTensor("output.weight", shape, [file_rows(output, 0, model.vocab_size)])
+    elif stored.has("lm_head.qweight"):
+        yield stored.matrix("output", "lm_head", model.vocab_size, model.width)
     elif model.is_tied and model.experts:  # llama.cpp's loader of this architecture requires it
         yield SourceTensor("output.weight", shape, table)
     elif not model.is_tied and not model.is_bare:  # those need none: llama.cpp uses the embeddings
@@ -193,7 +86,7 @@ def _have_same_values(output: StoredTensor, embedding: StoredTensor) -> bool:
     return output.dtype == embedding.dtype and have_same_bytes(output, embedding)
 
 
-def _attention(stored: _StoredTensors, model: Hyperparameters, layer: int) -> Iterator[SourceTensor]:
+def _attention(stored: CheckpointTensors, model: Hyperparameters, layer: int) -> Iterator[SourceTensor]:
     source, target = f"layers.{layer}.", f"blk.{layer}."
     head_dim = model.width // model.heads
     yield stored.vector(f"{target}attn_norm.weight", f"{source}input_layernorm.weight", model.width)
@@ -206,14 +99,16 @@ def _attention(stored: _StoredTensors, model: Hyperparameters, layer: int) -> It
 
 
 def _feed_forward(
-    stored: _StoredTensors, source: str, target: str, ending: str, width: int, inner: int
+    stored: CheckpointTensors, source: str, target: str, ending: str, width: int, inner: int
 ) -> Iterator[SourceTensor]:
     yield stored.matrix(f"{target}ffn_gate{ending}", f"{source}gate_proj", inner, width)
     yield stored.matrix(f"{target}ffn_up{ending}", f"{source}up_proj", inner, width)
     yield stored.matrix(f"{target}ffn_down{ending}", f"{source}down_proj", width, inner)
 
 
-def _moe(stored: _StoredTensors, experts: ExpertDims, source: str, target: str, width: int) -> Iterator[SourceTensor]:
+def _moe(
+    stored: CheckpointTensors, experts: ExpertDims, source: str, target: str, width: int
+) -> Iterator[SourceTensor]:
     yield stored.matrix(f"{target}ffn_gate_inp", f"{source}gate", experts.count, width, keep_f32=True)
     yield stored.matrix(f"{target}ffn_gate_inp_shexp", f"{source}shared_expert_gate", 1, width, keep_f32=True)
     yield from _feed_forward(stored, f"{source}shared_expert.", target, "_shexp", width, experts.shared_width)
@@ -228,25 +123,24 @@ def _moe(stored: _StoredTensors, experts: ExpertDims, source: str, target: str, 
     yield SourceTensor(f"{target}ffn_down_exps.weight", (inner, width, count), down)
 
 
-def _separate_experts(stored: _StoredTensors, experts: ExpertDims, source: str, width: int) -> list[list[FileRows]]:
+def _separate_experts(stored: CheckpointTensors, experts: ExpertDims, source: str, width: int) -> list[list[RowSource]]:
     """Take the matrices of transformers 4: three per expert."""
     shapes = {"gate": (experts.width, width), "up": (experts.width, width), "down": (width, experts.width)}
     return [
-        [
-            _rows(stored.take(f"{source}experts.{number}.{kind}_proj.weight", *shape), 0, shape[0])
-            for number in range(experts.count)
-        ]
+        unify_types(
+            [stored.matrix_rows(f"{source}experts.{number}.{kind}_proj", *shape) for number in range(experts.count)]
+        )
         for kind, shape in shapes.items()
     ]
 
 
-def _fused_experts(stored: _StoredTensors, experts: ExpertDims, source: str, width: int) -> list[list[FileRows]]:
+def _fused_experts(stored: CheckpointTensors, experts: ExpertDims, source: str, width: int) -> list[list[RowSource]]:
     """Take the tensors of transformers 5: two for all experts; in one, each expert's gate is above its up matrix."""
     inner = experts.width
     gate_up = stored.take(f"{source}experts.gate_up_proj", experts.count, 2 * inner, width)
     down = stored.take(f"{source}experts.down_proj", experts.count, width, inner)
     return [
-        [_rows(gate_up, expert * 2 * inner, inner) for expert in range(experts.count)],
-        [_rows(gate_up, expert * 2 * inner + inner, inner) for expert in range(experts.count)],
-        [_rows(down, expert * width, width) for expert in range(experts.count)],
+        [file_rows(gate_up, expert * 2 * inner, inner) for expert in range(experts.count)],
+        [file_rows(gate_up, expert * 2 * inner + inner, inner) for expert in range(experts.count)],
+        [file_rows(down, expert * width, width) for expert in range(experts.count)],
     ]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qwenlocal import ggml
-from qwenlocal.errors import BadWeights
 from qwenlocal.weights.gguf_reader import TensorInfo
+from qwenlocal.weights.row_source import FileRows, RowSource
 from qwenlocal.weights.safetensors import StoredTensor
+from qwenlocal.weights.source_files import SourceFiles
 
 if TYPE_CHECKING:
     import numpy
@@ -54,26 +54,24 @@ def _have_same_span(
     return True
 
 
-def read_rows(file: Path, offset: int, kind: ggml.TensorType, rows: int, columns: int) -> Iterator[numpy.ndarray]:
+def read_rows(rows: RowSource) -> Iterator[numpy.ndarray]:
     """
-    Yield contiguous rows as float32, in chunks of whole rows with about a million values each.
+    Yield rows as float32, in chunks of whole rows with about a million values each.
 
     Raises
     ------
-    BadWeights: the file ends too early.
+    BadWeights: a file cannot be read, or ends too early.
     """
     import numpy
 
-    step = max(1, _CHUNK_SIZE // columns)
-    with file.open("rb") as source:
-        source.seek(offset)
-        for start in range(0, rows, step):
-            count = min(step, rows - start)
-            data = source.read(count * kind.row_bytes(columns))
-            if len(data) < count * kind.row_bytes(columns):
-                raise BadWeights(file, "it became shorter while it was read")
-            encoded, values = numpy.frombuffer(data, numpy.uint8), numpy.empty(count * columns, numpy.float32)
-            ggml.dequantize(kind, encoded.ctypes.data, values.ctypes.data, values.size)
+    step = max(1, _CHUNK_SIZE // rows.columns)
+    with SourceFiles(rows.files) as reader:
+        for first in range(0, rows.row_count, step):
+            count = min(step, rows.row_count - first)
+            encoded = numpy.empty(count * rows.type.row_bytes(rows.columns), numpy.uint8)
+            rows.read(first, encoded.data, reader)
+            values = numpy.empty(count * rows.columns, numpy.float32)
+            ggml.dequantize(rows.type, encoded.ctypes.data, values.ctypes.data, values.size)
             yield values
 
 
@@ -88,7 +86,7 @@ def read_values(tensor: TensorInfo) -> Iterator[numpy.ndarray]:
     rows = tensor.elements // columns // matrices
     for matrix in range(matrices):
         offset = tensor.offset + matrix * rows * tensor.type.row_bytes(columns)
-        yield from read_rows(tensor.file, offset, tensor.type, rows, columns)
+        yield from read_rows(FileRows(tensor.file, offset, rows, columns, tensor.type))
 
 
 def scan_values(tensor: TensorInfo, buffer: Any, report: Callable[[int], object]) -> tuple[int, bool]:

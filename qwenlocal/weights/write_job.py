@@ -16,14 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qwenlocal import __version__, resumable, weights
-from qwenlocal.fileio import fingerprint_file
 from qwenlocal.ggml import TensorType
-from qwenlocal.weights.row_source import FileRows
+from qwenlocal.weights.row_source import CHUNK_SIZE, RowSource
 
 if TYPE_CHECKING:
     import numpy
 
-CHUNK_SIZE = 1 << 19  # values per chunk: 2 MiB as float32, which stay in a core's cache
 _JOURNAL_VERSION = 1
 _PROCESS_SIZE = 100 << 20  # bytes, measured: Python, numpy, and Qwen's 151,936 tokens while they are read
 
@@ -42,7 +40,7 @@ class RowRange:
     """Rows of one tensor, and their targets; read once for all targets."""
 
     name: str
-    source: FileRows
+    source: RowSource
     targets: Sequence[RowTarget]
 
     @property
@@ -61,9 +59,9 @@ class RowRange:
         return self.source.columns
 
     @property
-    def chunk_rows(self) -> int:
-        """Rows per chunk."""
-        return min(self.row_count, max(1, CHUNK_SIZE // max(1, self.columns)))
+    def is_copied(self) -> bool:
+        """True if all targets get the rows as they are in the source."""
+        return all(target.type == self.type for target in self.targets)
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ class WriteJob:
     @property
     def read_bytes(self) -> int:
         """Bytes to read."""
-        return sum(rows.source.size(rows.row_count) for rows in self.ranges)
+        return sum(rows.source.read_size for rows in self.ranges)
 
 
 class RowChunk(NamedTuple):
@@ -97,8 +95,13 @@ class RowChunk(NamedTuple):
 
     @property
     def source_size(self) -> int:
-        """Bytes to read."""
-        return self.range.source.size(self.row_count)
+        """Bytes of the rows, in the type of the source."""
+        return self.row_count * self.range.type.row_bytes(self.range.columns)
+
+    @property
+    def read_size(self) -> int:
+        """Bytes that the rows take in the files that are read, to the byte for whole ranges."""
+        return self.range.source.read_size * self.row_count // max(1, self.range.row_count)
 
     def target_offset(self, target: RowTarget) -> int:
         """Return the byte offset of the rows in the output."""
@@ -117,16 +120,16 @@ class RowChunk(NamedTuple):
 def split_into_chunks(job: WriteJob) -> Iterator[RowChunk]:
     """Yield all chunks in the order in which the rows lie on the disk."""
     for rows in sorted(job.ranges, key=lambda rows: (str(rows.source.file), rows.source.offset)):
-        step = rows.chunk_rows
+        step = rows.source.chunk_rows
         for first in range(0, rows.row_count, max(1, step)):
             yield RowChunk(rows, first, min(step, rows.row_count - first))
 
 
 def buffer_sizes(job: WriteJob) -> tuple[int, int, int]:
     """Return what the largest chunks take: bytes as read, values as float32, bytes as written for one target."""
-    chunks = [RowChunk(rows, 0, rows.chunk_rows) for rows in job.ranges]
+    chunks = [RowChunk(rows, 0, rows.source.chunk_rows) for rows in job.ranges]
     read = max((chunk.source_size for chunk in chunks), default=0)
-    values = max((chunk.row_count * chunk.range.columns for chunk in chunks), default=0)
+    values = max((chunk.row_count * chunk.range.columns for chunk in chunks if not chunk.range.is_copied), default=0)
     written = max((chunk.target_size(target) for chunk in chunks for target in chunk.range.targets), default=0)
     return read, values, written
 
@@ -135,10 +138,12 @@ def memory_needed(job: WriteJob, threads: int) -> int:
     """
     Compute the bytes of memory that `job` takes: per thread a chunk as read, as float32, and as written.
 
-    A 7B to Q8_0 with two threads: 2 x (1.0 + 2.1 + 0.6) MB, and 100 MB for Python and the vocabulary.
+    A 7B to Q8_0 with two threads: 2 x (1.0 + 2.1 + 0.6) MB, and 100 MB for Python and the vocabulary. Packed weights
+    are loaded one matrix at a time, the next one before the threads have finished the last.
     """
     read, values, written = buffer_sizes(job)
-    return _PROCESS_SIZE + threads * (read + 4 * values + written)
+    shared = max((rows.source.shared_size for rows in job.ranges), default=0)
+    return _PROCESS_SIZE + 2 * shared + threads * (read + 4 * values + written)
 
 
 # --- the journal
@@ -151,16 +156,15 @@ class FinishedChunk(NamedTuple):
     zeroed: int
 
 
-def job_identity(job: WriteJob, sources: Mapping[Path, int], *, allow_nan: bool) -> dict[str, Any]:
+def job_identity(job: WriteJob, fingerprints: Mapping[Path, str], *, allow_nan: bool) -> dict[str, Any]:
     """
     Return the first line of the journal, which differs as soon as the inputs, the outputs, or the conversion differ.
 
-    `sources` are the open source files.
+    `fingerprints` are those of the source files.
     """
     digest = hashlib.sha256(f"{__version__} {weights.CONVERTER_VERSION} {CHUNK_SIZE} {allow_nan}".encode())
     for output in job.outputs:
         digest.update(f"{output.path.name} {output.size}\n".encode(errors="replace") + output.header)
-    fingerprints = {path: fingerprint_file(file) for path, file in sources.items()}
     for rows in job.ranges:
         digest.update(rows.source.identify(fingerprints).encode(errors="replace"))
         for target in rows.targets:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qwenlocal.errors import (
-    BadWeights,
     DiskFull,
     FileInUse,
     Interrupted,
@@ -29,6 +28,7 @@ from qwenlocal.errors import (
 from qwenlocal.fileio import read_at, start_writeback, write_all, write_error
 from qwenlocal.paths import ensure_writable
 from qwenlocal.resumable import JournalAppender, journal_path, part_path, write_journal
+from qwenlocal.weights.source_files import SourceFiles
 from qwenlocal.weights.worker_buffers import WorkerBuffers
 from qwenlocal.weights.write_job import (
     FinishedChunk,
@@ -113,8 +113,7 @@ class _JobRun:
         self._failure: BaseException | None = None
         self._is_stopped = False
         self._files: list[int] = []
-        self._sources: dict[Path, int] = {}
-        self._states: dict[Path, os.stat_result] = {}  # of the sources, when they were opened
+        self._sources = SourceFiles(path for rows in job.ranges for path in rows.source.files)
 
     def run(self, threads: int) -> WriteResult:
         with contextlib.ExitStack() as stack:
@@ -122,7 +121,7 @@ class _JobRun:
                 self._open(stack)
                 resumed = self._read
                 self._run_workers(threads)
-                self._check_sources()
+                self._sources.check_unchanged()
                 self._publish(stack)
             except OSError as reason:
                 raise write_error(self._folder, reason, self._missing_size()) from reason
@@ -136,11 +135,8 @@ class _JobRun:
     # --- opening and closing
 
     def _open(self, stack: contextlib.ExitStack) -> None:
-        for path in {rows.source.file for rows in self._job.ranges}:
-            self._sources[path] = _open_source(path)
-            stack.callback(os.close, self._sources[path])
-            self._states[path] = os.fstat(self._sources[path])
-        identity = job_identity(self._job, self._sources, allow_nan=self._allow_nan)
+        stack.enter_context(self._sources)
+        identity = job_identity(self._job, self._sources.fingerprints(), allow_nan=self._allow_nan)
         finished = read_finished(self._journal_path, identity)
         self._check_disk_space()
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0) | (0 if finished is not None else os.O_TRUNC)
@@ -187,26 +183,15 @@ class _JobRun:
         for number, chunk in finished.items():
             if number < len(self._chunks) and self._crc_on_disk(self._chunks[number]) == chunk.crc:
                 self._finished[number] = chunk
-                self._read += self._chunks[number].source_size
+                self._read += self._chunks[number].read_size
 
     def _crc_on_disk(self, chunk: RowChunk) -> int:
         crc = 0
         for target in chunk.range.targets:
             buffer = memoryview(bytearray(chunk.target_size(target)))
-            self._read_into(self._files[target.output], buffer, chunk.target_offset(target))
+            self._read_output(target.output, buffer, chunk.target_offset(target))
             crc = zlib.crc32(buffer, crc)
         return crc
-
-    def _check_sources(self) -> None:
-        """Check that no source was overwritten meanwhile. One that was deleted or replaced is still open unchanged."""
-        for path, before in self._states.items():
-            after = os.fstat(self._sources[path])
-            if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
-                raise BadWeights(
-                    path,
-                    "it was changed while it was read",
-                    hint="Run the same command again when no other program writes to it.",
-                )
 
     def _publish(self, opened: contextlib.ExitStack) -> None:
         """Flush the complete files to the disk, close them, and give them their names."""
@@ -274,7 +259,7 @@ class _JobRun:
     def _convert_chunk(self, number: int, buffers: WorkerBuffers) -> None:
         chunk = self._chunks[number]
         data = buffers.source(chunk.source_size)
-        chunk.range.source.read(chunk.first, data, self._read_source)
+        chunk.range.source.read(chunk.first, data, self._sources)
         buffers.load(chunk)
         crc = 0
         for target in chunk.range.targets:
@@ -283,18 +268,15 @@ class _JobRun:
             self._write(target.output, result, chunk.target_offset(target))
         with self._lock:
             self._finished[number] = FinishedChunk(crc, buffers.zeroed)
-            self._read += len(data)
+            self._read += chunk.read_size
             self._written += chunk.write_size
             self._journal.append(number, crc, buffers.zeroed)
 
-    def _read_source(self, path: Path, buffer: memoryview, offset: int) -> None:
-        self._read_into(self._sources[path], buffer, offset)
-
-    def _read_into(self, file: int, buffer: memoryview, offset: int) -> None:
+    def _read_output(self, output: int, buffer: memoryview, offset: int) -> None:
         while buffer:
-            count = read_at(file, buffer, offset, self._seek_lock)
+            count = read_at(self._files[output], buffer, offset, self._seek_lock)
             if not count:
-                raise BadWeights("the source", "a file became shorter while it was read")
+                return  # it has the size of the finished file, unless another program cut it
             buffer, offset = buffer[count:], offset + count
 
     def _write(self, output: int, data: memoryview, offset: int) -> None:
@@ -304,13 +286,6 @@ class _JobRun:
 def _unlink(path: Path) -> None:
     with contextlib.suppress(OSError):  # Windows keeps a file that another process has open
         path.unlink(missing_ok=True)
-
-
-def _open_source(path: Path) -> int:
-    try:
-        return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-    except OSError as reason:
-        raise BadWeights.unreadable(path, reason) from reason
 
 
 def _start(worker: threading.Thread) -> None:

@@ -25,7 +25,7 @@ def convert_checkpoint(
     options: WriteOptions, *, name: str | None, pre_tokenizer: str | None, like: str | None, limit_rate: int
 ) -> None:
     """Convert a checkpoint; with `--dry-run`, only show the plan."""
-    from qwenlocal.weights.conversion import ConversionOptions
+    from qwenlocal.weights.conversion import ConversionOptions, default_file_type
 
     if like not in (None, "llama.cpp"):
         raise UsageError(f"--like must be llama.cpp, not {like}.")
@@ -34,8 +34,10 @@ def convert_checkpoint(
     app = AppContext(quiet=options.as_json, limit_rate=limit_rate)
     with app.library.checkpoints.find(app.library.models.parse(options.source)) as checkpoint:
         name = name or checkpoint.name
-        targets = choose_targets(options, name, types)
-        plan_options = ConversionOptions(name, checkpoint.repo, pre_tokenizer, like is not None, overrides, imatrix)
+        targets = choose_targets(options, name, types or [default_file_type(checkpoint.folder)])
+        plan_options = ConversionOptions(
+            name, checkpoint.repo, pre_tokenizer, like is not None, overrides, imatrix, options.requantize
+        )
         if options.dry_run and not isinstance(checkpoint, LocalCheckpoint):
             plan = _preview(app, checkpoint, targets, plan_options)
         else:

@@ -11,7 +11,7 @@ from qwenlocal.errors import UsageError
 from qwenlocal.library.names import LocalCheckpointName
 
 
-def quantize_file(options: WriteOptions, *, requantize: bool) -> None:
+def quantize_file(options: WriteOptions) -> None:
     """Quantize a GGUF file; with `--dry-run`, only show the plan."""
     from qwenlocal.terminal.ansi import escape_controls
     from qwenlocal.weights.diagnosis import diagnose_file
@@ -29,7 +29,7 @@ def quantize_file(options: WriteOptions, *, requantize: bool) -> None:
     for path, _ in targets:
         if os.path.exists(path) and path.samefile(record.path):  # Path.exists raises without permission
             raise UsageError(f"{path} is both input and output.", hint="Write to another file.")
-    plan = plan_quantization(record.path, targets, overrides, imatrix, requantize=requantize)
+    plan = plan_quantization(record.path, targets, overrides, imatrix, requantize=options.requantize)
     serious = [finding for finding in diagnose_file(record.path, weights=False).findings if finding.is_serious]
     for finding in serious:
         app.say(f"The metadata has a fault, which is copied: {escape_controls(finding.problem)}")

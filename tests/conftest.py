@@ -21,6 +21,7 @@ from gguf_files import copy_with_metadata
 from hub import HubServer
 from hub_checkpoints import HF_NAME, WeightRequests, publish
 from interruptions import SLOW_TYPE
+from starter import home, starter  # noqa: F401 - fixtures
 from typer.testing import CliRunner
 
 from qwenlocal.chat.journal import Journal

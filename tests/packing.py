@@ -225,9 +225,10 @@ def remove_tensors(folder: Path, part: str) -> None:
     rewrite_tensors(folder, remove)
 
 
-def packed_matrix(layer: PackedLayer, layout: str, path: Path) -> PackedMatrix:
-    """Write a layer to a file of its own, and describe it."""
-    write_safetensors(path, _PACKERS[layout](layer))
+def packed_matrix(layer: PackedLayer, layout: str, path: Path, *, write: bool = True) -> PackedMatrix:
+    """Describe a layer in a file of its own, which is written unless another packer wrote it."""
+    if write:
+        write_safetensors(path, _PACKERS[layout](layer))
     tensors = {tensor.name: tensor for tensor in read_tensors(path)}
     return PackedMatrix(
         layout=layout.removesuffix("_v2"),

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from checkpoint_files import convert_checkpoint
 from from_gguf import write_checkpoint_of
+from starter import qwenlocal
 
 from qwenlocal.chat.chat_model import ChatModel, load_chat_model
 from qwenlocal.chat.chat_template import encode_messages
@@ -29,31 +27,6 @@ pytestmark = pytest.mark.real
 
 ROOT = Path(__file__).resolve().parent.parent
 GREEDY = Sampling(temperature=0, repeat_penalty=1)
-
-
-@pytest.fixture(scope="module")
-def home() -> dict[str, str]:
-    """Variables with a home that all runs of the tests share: the starter has half a gigabyte."""
-    folder = Path(os.environ.get("QWENLOCAL_TEST_HOME", ROOT / "build" / "test-home"))
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "QWENLOCAL_"))}
-    return {**kept, "QWENLOCAL_HOME": str(folder), "HF_HUB_CACHE": str(folder / "hub"), "NO_COLOR": "1"}
-
-
-def qwenlocal(home: dict[str, str], *arguments: str, **more: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(  # type: ignore[call-overload, no-any-return]
-        [sys.executable, "-m", "qwenlocal", *arguments],
-        **{"env": home, "capture_output": True, "text": True, "timeout": 280, "stdin": subprocess.DEVNULL, **more},
-    )
-
-
-@pytest.fixture(scope="module")
-def starter(home: dict[str, str]) -> Path:
-    result = qwenlocal(home, "pull", "starter")
-    if result.returncode == 4:
-        pytest.skip(f"the starter is not on this disk and cannot be had: {result.stderr.splitlines()[-2]}")
-    assert result.returncode == 0, result.stderr
-    (record,) = [r for r in json.loads(qwenlocal(home, "list", "--json").stdout) if r["name"] == "starter"]
-    return Path(record["path"])
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,7 @@
 """
-Create build/reference: a virtual environment with torch, transformers and qwenlocal, for tests that compare with them.
+Create build/reference: a virtual environment with qwenlocal and the programs that tests compare it with.
+
+These are torch, transformers and PEFT, and the packers AutoGPTQ and AutoAWQ, whose layers are plain PyTorch.
 
     .venv/bin/python tools/reference.py
 
@@ -9,6 +11,7 @@ Installs the bindings from the wheel that `make setup` compiled. Does nothing if
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +22,10 @@ PYTHON = VENV / ("Scripts/python.exe" if sys.platform == "win32" else "bin/pytho
 STAMP = VENV / "stamp"
 
 # torch is pinned: without a version, pip picks the CUDA build, several GB.
-PACKAGES = ("torch==2.13.0", "transformers>=5", "safetensors", "tokenizers", "sentencepiece", "protobuf")
+PACKAGES = ("torch==2.13.0", "transformers>=5", "safetensors", "tokenizers", "sentencepiece", "protobuf",
+            "peft==0.21.2", "accelerate", "setuptools", "wheel")  # fmt: skip
+# Installed without their dependencies and without CUDA kernels: only single modules of them are imported.
+PACKERS = ("auto-gptq==0.7.1", "autoawq==0.2.9")
 
 
 def main() -> int:
@@ -28,7 +34,7 @@ def main() -> int:
         print("The bindings are not compiled yet. Run: make setup", file=sys.stderr)
         return 1
     fingerprint = hashlib.sha256(
-        repr((PACKAGES, wheels[-1].name, (ROOT / "pyproject.toml").read_bytes())).encode()
+        repr((PACKAGES, PACKERS, wheels[-1].name, (ROOT / "pyproject.toml").read_bytes())).encode()
     ).hexdigest()
     if STAMP.exists() and STAMP.read_text() == fingerprint:
         return 0
@@ -37,6 +43,8 @@ def main() -> int:
     pip = [str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     for packages in ([PACKAGES[0]], list(PACKAGES[1:]), [str(wheels[-1])], ["-e", f"{ROOT}[dev]"]):
         subprocess.run([*pip, *packages], check=True)
+    packers = [*pip, "--no-deps", "--no-build-isolation", *PACKERS]
+    subprocess.run(packers, check=True, env={**os.environ, "BUILD_CUDA_EXT": "0"})
     STAMP.write_text(fingerprint)
     return 0
 

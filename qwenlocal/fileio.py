@@ -69,9 +69,14 @@ def replace_text(path: Path, text: str, *, hint: str = "") -> None:
     ------
     NotWritable: the folder cannot be written; with this hint.
     """
+    replace_file(path, text.encode("utf-8", errors="replace"), hint=hint)
+
+
+def replace_file(path: Path, data: bytes, *, hint: str = "") -> None:
+    """Write `data` as `replace_text` writes text."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8", errors="replace")
+        temporary.write_bytes(data)
         temporary.replace(path)
     except OSError as error:
         raise NotWritable(path.parent, error.strerror or str(error), hint=hint) from error

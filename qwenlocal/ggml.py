@@ -18,11 +18,16 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import numpy
 
 Address = int
 
 _TYPE_COUNT = 43  # ggml.h: GGML_TYPE_COUNT of the pinned llama.cpp
+_MAX_OPERATIONS = 64  # matrix products come early in ggml.h's enum ggml_op
+_BUFFER_OFFSET = 8  # of `buffer` in ggml.h's struct ggml_tensor
 _INFINITY_BITS = 0x7F800000  # float32: these bits and higher ones are infinity or NaN
 _GPU_TYPES = (1, 2)  # ggml-backend.h: GGML_BACKEND_DEVICE_TYPE_GPU and _IGPU
 
@@ -180,6 +185,25 @@ class InMemoryTensor(NamedTuple):
         _base().ggml_backend_tensor_set(self.handle, data, offset, size)
 
 
+def operation_number(name: str) -> int:
+    """Look up an operation of a graph (ggml.h: enum ggml_op) by name: "MUL_MAT"."""
+    numbers = iter(range(_MAX_OPERATIONS))
+    return next(number for number in numbers if _base().ggml_op_name(number).decode() == name)
+
+
+def read_tensor(handle: Address, size: int) -> numpy.ndarray:
+    """Return the first `size` bytes of a computed `struct ggml_tensor *` as uint8, in place if they are in memory."""
+    import numpy
+
+    buffer = ctypes.c_void_p.from_address(handle + _BUFFER_OFFSET).value
+    if buffer and _base().ggml_backend_buffer_is_host(buffer):
+        address = _base().ggml_get_data(handle)
+        return numpy.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
+    data = numpy.empty(size, numpy.uint8)
+    _base().ggml_backend_tensor_get(handle, data.ctypes.data, 0, size)
+    return data
+
+
 @contextlib.contextmanager
 def open_gguf_header(path: Path) -> Iterator[Address]:
     """
@@ -271,7 +295,11 @@ def _base() -> ctypes.CDLL:
         ("ggml_validate_row_data", ctypes.c_bool, [ctypes.c_int, pointer, size]),
         ("ggml_get_name", ctypes.c_char_p, [pointer]),
         ("ggml_nbytes", size, [pointer]),
+        ("ggml_get_data", pointer, [pointer]),
+        ("ggml_op_name", ctypes.c_char_p, [ctypes.c_int]),
+        ("ggml_backend_buffer_is_host", ctypes.c_bool, [pointer]),
         ("ggml_backend_tensor_set", None, [pointer, pointer, size, size]),
+        ("ggml_backend_tensor_get", None, [pointer, pointer, size, size]),
         ("gguf_init_from_file", pointer, [ctypes.c_char_p, _GgufParams]),
         ("gguf_free", None, [pointer]),
         ("gguf_get_n_tensors", i64, [pointer]),

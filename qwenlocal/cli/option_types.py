@@ -94,7 +94,9 @@ TensorTypeOption = Annotated[
     list[str] | None,
     Option("--tensor-type", metavar="REGEX=TYPE", help="Override the type of tensors whose name matches REGEX."),
 ]
-ImatrixOption = Annotated[str | None, Option("--imatrix", metavar="FILE", help="Importance matrix from llama-imatrix.")]
+ImatrixOption = Annotated[
+    str | None, Option("--imatrix", metavar="FILE", help="Importance matrix, from qwenlocal imatrix or llama-imatrix.")
+]
 PureOption = Annotated[bool, Option("--pure", help="Quantize all tensors to the same type.")]
 ForceOption = Annotated[bool, Option("--force", help="Overwrite existing files.")]
 DryRunOption = Annotated[bool, Option("--dry-run", help="Show the plan, tensor by tensor; write nothing.")]

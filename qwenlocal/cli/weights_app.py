@@ -151,6 +151,39 @@ def quantize(
     )
 
 
+@weights_app.command(short_help="Measure an importance matrix.", rich_help_panel="Weights")
+def imatrix(
+    model: Annotated[
+        str,
+        Argument(
+            metavar="MODEL",
+            help="GGUF file or installed model, if possible f16 or q8_0.",
+            autocompletion=complete_installed_models,
+        ),
+    ],
+    text: Annotated[
+        str | None, Option("--text", metavar="FILE", help="Text to read. [default: one that comes with qwenlocal]")
+    ] = None,
+    out: Annotated[
+        str | None, Option("-o", "--out", metavar="OUT", help="File to write. [default: MODEL.imatrix.gguf]")
+    ] = None,
+    chunks: Annotated[
+        int | None, Option("--chunks", metavar="N", help="Read only the first N chunks of 512 tokens.")
+    ] = None,
+    threads: ThreadsOption = None,
+    force: ForceOption = False,
+) -> None:
+    """Measure how much each column of each matrix matters, for better quantization (--imatrix).
+
+    \b
+    qwenlocal imatrix ./Qwen1.5-1.8B-f16.gguf
+    qwenlocal convert ./Qwen1.5-1.8B --type q3_k_m --imatrix Qwen1.5-1.8B-f16.imatrix.gguf
+    """
+    from qwenlocal.cli.commands.imatrix import create_imatrix
+
+    create_imatrix(model, text=text, out=out, chunks=chunks, threads=threads, force=force)
+
+
 @weights_app.command(short_help="Show and check a GGUF file.", rich_help_panel="Weights")
 def inspect(
     model: Annotated[

@@ -7,18 +7,28 @@ import functools
 import math
 import shlex
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwenlocal.engine.llama import Model, defer_interrupt, load_library
 from qwenlocal.engine.threads import ThreadAdapter
 from qwenlocal.errors import BadWeights, ContextNotCreated, QwenlocalError
 from qwenlocal.ggml import tensor_type
 
+if TYPE_CHECKING:
+    import numpy
+
 _NO_SLOT, ABORTED = 1, 2  # llama.h: return values of llama_decode
 _ROPE_KINDS = {"linear": 1, "yarn": 2}  # llama.h: enum llama_rope_scaling_type
 MAX_OUTPUTS = 32  # rows of logits; llama.cpp's default is one per token of a batch (0.3 GB for Qwen)
+
+
+EvaluationCallback = Callable[[int, bool, object], bool]
+"""
+Gets the address of each tensor that is to be computed, and True: returns True to see it. Then gets it computed, and
+False: returns False to skip the rest of the graph (ggml-backend.h: ggml_backend_sched_eval_callback).
+"""
 
 
 class AbortFlag:
@@ -80,7 +90,7 @@ class ContextOptions:
     Up to `n_batch` tokens are passed to llama.cpp at once, `n_ubatch` of them computed at once, for at most `n_seq_max`
     sequences. `threads` 0 is llama.cpp's default. `key_type` and `value_type` are ggml's names of the KV cache's types
     ("f16", "q8_0", "q4_0"); value types other than f16 need flash attention. `flash_attention` None is llama.cpp's
-    choice.
+    choice. `max_outputs` is the number of rows of logits to make room for; 0 is enough to generate text.
     """
 
     n_ctx: int
@@ -93,11 +103,12 @@ class ContextOptions:
     value_type: str = "f16"
     flash_attention: bool | None = None
     rope: RopeScaling | None = None
+    max_outputs: int = 0
 
     @property
     def n_outputs(self) -> int:
         """The number of rows of logits that one call of `Context.decode` can return; llama.cpp aborts at more."""
-        return max(MAX_OUTPUTS, self.n_seq_max)
+        return max(MAX_OUTPUTS, self.n_seq_max, self.max_outputs)
 
 
 def pad_n_ctx(n_ctx: int) -> int:
@@ -137,11 +148,12 @@ class Context:
         options: ContextOptions,
         abort: AbortFlag | None = None,
         thread_adapter: ThreadAdapter | None = None,
+        evaluation: EvaluationCallback | None = None,
     ) -> None:
         """
         Create the context. Pass the `abort` flag of another context to stop both at once.
 
-        Without `thread_adapter`, it always computes with `options.threads`.
+        Without `thread_adapter`, it always computes with `options.threads`. `evaluation` sees the computation.
 
         Raises
         ------
@@ -153,6 +165,9 @@ class Context:
         self._c = c = self._lib.c
         self.abort = AbortFlag() if abort is None else abort  # not `or`: an unset flag is false
         params = context_parameters(c, options)
+        self._evaluation = c.ggml_backend_sched_eval_callback(evaluation) if evaluation else None  # llama.cpp keeps it
+        if self._evaluation:
+            params.cb_eval = self._evaluation
         self._lib.log.clear()
         self._context = None
         try:
@@ -287,6 +302,16 @@ class Context:
     def logits(self, row: int) -> Any:
         """Return the logits of a row as a C array of `n_vocab` floats."""
         return self._c.llama_get_logits_ith(self._context, row)
+
+    def logit_rows(self, count: int) -> numpy.ndarray:
+        """
+        Return all `count` rows of logits of the last `decode`, in the order of its batch.
+
+        The array, of shape (count, n_vocab), is a view of llama.cpp's buffer, which the next `decode` overwrites.
+        """
+        import numpy
+
+        return numpy.ctypeslib.as_array(self._c.llama_get_logits(self._context), (count, len(self.model.tokenizer)))
 
     def check_logits(self, row: int) -> None:
         """

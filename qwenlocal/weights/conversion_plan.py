@@ -161,7 +161,8 @@ def _check_imatrix(
         if imatrix is None or tensor.name not in imatrix.weights:
             raise UsageError(
                 f"“{tensor.name}” is garbage as {choice.type.name} without an importance matrix.",
-                hint="Pass one with --imatrix FILE (created with llama-imatrix), or use q2_k, iq3_s or q3_k_m.",
+                hint="Create one with qwenlocal imatrix MODEL and pass it with --imatrix FILE, or use q2_k, iq3_s or "
+                "q3_k_m.",
             )
 
 

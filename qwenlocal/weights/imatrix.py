@@ -1,5 +1,5 @@
 """
-Importance matrices: how much each column of each matrix matters, as measured by llama-imatrix.
+Importance matrices: how much each column of each matrix matters, as llama-imatrix and `qwenlocal imatrix` measure it.
 
 The file is a GGUF file with two tensors per matrix: `<name>.in_sum2`, the sums of squares of the inputs of each column,
 and `<name>.counts`, the number of inputs (llama.cpp, tools/imatrix/imatrix.cpp: save_imatrix). A column's weight is the
@@ -14,14 +14,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwenlocal.errors import BadWeights, ModelNotFound
+from qwenlocal.fileio import replace_file
+from qwenlocal.ggml import tensor_type
 from qwenlocal.weights import gguf_writer
 from qwenlocal.weights.gguf_reader import EncodedValue, Header, TensorInfo, read_header
+from qwenlocal.weights.gguf_writer import TensorSpec
 
 if TYPE_CHECKING:
     import numpy
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
-_HINT = "Create one with llama-imatrix, in GGUF format (--output-format gguf)."
+_HINT = "Create one: qwenlocal imatrix MODEL"
+
+
+@dataclass
+class InputStatistics:
+    """
+    The squares of a matrix's inputs, summed per column: `sums` is float64 of shape (matrices, columns).
+
+    `counts` are the inputs per matrix: one for an ordinary matrix, one per expert otherwise.
+    """
+
+    sums: numpy.ndarray
+    counts: numpy.ndarray
 
 
 @dataclass(frozen=True)
@@ -98,6 +113,42 @@ def read_imatrix(path: Path) -> ImportanceMatrix:
     if not weights:
         raise BadWeights(path, "it contains no weights")
     return ImportanceMatrix(weights, _metadata(path, header, len(weights)))
+
+
+def write_imatrix(
+    path: Path, statistics: Mapping[str, InputStatistics], chunks: int, chunk_size: int, text: str
+) -> None:
+    """
+    Write statistics of `chunks` chunks of `chunk_size` tokens of the file `text`, in llama.cpp's format.
+
+    Raises
+    ------
+    NotWritable, DiskFull: the file cannot be written.
+    """
+    import numpy
+
+    metadata = {
+        "general.type": gguf_writer.string("imatrix"),
+        "imatrix.datasets": gguf_writer.strings([text]),
+        "imatrix.chunk_count": gguf_writer.u32(chunks),
+        "imatrix.chunk_size": gguf_writer.u32(chunk_size),
+    }
+    data: dict[TensorSpec, bytes] = {}
+    for name, entry in sorted(statistics.items()):
+        matrices, columns = entry.sums.shape
+        for ending, shape, values in (
+            (_SUMS, (columns, matrices), entry.sums),
+            (_COUNTS, (1, matrices), entry.counts),
+        ):
+            stored = shape if matrices > 1 else shape[:1]  # ggml leaves out dimensions of 1 at the end
+            data[TensorSpec(name + ending, stored, tensor_type("f32"))] = values.astype(numpy.float32).tobytes()
+    layout = gguf_writer.make_layout(metadata, list(data))
+    content = bytearray(layout.size)
+    content[: len(layout.header)] = layout.header
+    for spec, encoded in data.items():
+        offset = layout.offsets[spec.name]
+        content[offset : offset + spec.size] = encoded
+    replace_file(path, bytes(content))
 
 
 def _read_floats(tensor: TensorInfo) -> numpy.ndarray:

@@ -150,10 +150,10 @@ class TestConversion:
             invoke("convert", str(tiny_checkpoint), "--imatrix", "nowhere"), 3
         )
 
-    def test_a_text_file_as_imatrix_is_refused_with_a_hint_to_llama_imatrix(
+    def test_a_text_file_as_imatrix_is_refused_with_a_hint_to_the_command(
         self, tiny_checkpoint: Path, invoke: Run, tmp_path: Path
     ) -> None:
         (tmp_path / "m.json").write_text('{"blk.0.ffn_up.weight": [1.0]}' * 9)
-        assert "Create one with llama-imatrix" in expect_exit(
+        assert "Create one: qwenlocal imatrix" in expect_exit(
             invoke("convert", str(tiny_checkpoint), "--imatrix", "m.json"), 5
         )

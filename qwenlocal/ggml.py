@@ -121,8 +121,12 @@ def quantize(kind: TensorType, source: Address, target: Address, rows: int, colu
     Splitting rows over several calls gives the same bytes as one call (ggml.c: ggml_quantize_chunk). `imatrix` is the
     address of `columns` float32 weights, 0 for none. Releases the GIL.
     """
-    count = rows * columns if not imatrix or ignores_imatrix(kind) else -1
-    if count < 0 or quantize_fast(tensor_type("f32"), source, kind, target, count) is None:
+    f32 = tensor_type("f32")
+    if imatrix and not ignores_imatrix(kind):
+        largest = quantize_fast_weighted(f32, source, kind, target, rows, columns, imatrix)
+    else:
+        largest = quantize_fast(f32, source, kind, target, rows * columns)
+    if largest is None:
         quantize_with_ggml(kind, source, target, rows, columns, imatrix)
 
 
@@ -136,18 +140,34 @@ def quantize_fast(kind: TensorType, source: Address, into: TensorType, target: A
     Write the same bytes as ggml, two to seven times as fast, with tools/quantizers.cpp.
 
     Returns the largest magnitude among the numbers; infinity if one is not finite, and then the output is invalid.
-    Returns None and writes nothing if `kind` is not f32 or bf16, if `into` is not q4_k, q5_k, q6_k or q8_0, or if
+    Returns None and writes nothing if `kind` is not f32, f16 or bf16, if `into` is not q4_k, q5_k, q6_k or q8_0, or if
     libggml was compiled without this code (a prebuilt wheel, or a compiler other than GCC and clang).
     """
     quantize_blocks = _fast_quantizer()
-    bits = quantize_blocks(kind.number, source, into.number, target, count) if quantize_blocks else -1
+    return _magnitude(quantize_blocks(kind.number, source, into.number, target, count) if quantize_blocks else -1)
+
+
+def quantize_fast_weighted(
+    kind: TensorType, source: Address, into: TensorType, target: Address, rows: int, columns: int, imatrix: Address
+) -> float | None:
+    """Quantize like `quantize_fast`, with the importance of each column; `into` must be one of q2_k to q6_k."""
+    quantize_rows = _fast_weighted_quantizer()
+    if not quantize_rows:
+        return None
+    return _magnitude(quantize_rows(kind.number, source, into.number, target, rows, columns, imatrix))
+
+
+def _magnitude(bits: int) -> float | None:
+    """Return the magnitude with the bits of a float32, infinity if it is not finite; None for -1."""
     if bits < 0:
         return None
     return float(struct.unpack("<f", struct.pack("<I", bits))[0]) if bits < _INFINITY_BITS else math.inf
 
 
-def can_quantize_fast(kind: TensorType, into: TensorType) -> bool:
-    """Return whether `quantize_fast` supports `kind` to `into`."""
+def can_quantize_fast(kind: TensorType, into: TensorType, *, weighted: bool = False) -> bool:
+    """Return whether `quantize_fast`, or `quantize_fast_weighted`, supports `kind` to `into`."""
+    if weighted:
+        return quantize_fast_weighted(kind, 0, into, 0, 0, 1, 0) is not None
     return quantize_fast(kind, 0, into, 0, 0) is not None
 
 
@@ -322,6 +342,17 @@ def _fast_quantizer() -> Any | None:
     if function is not None:
         function.restype = ctypes.c_int64
         function.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_int64]
+    return function
+
+
+@functools.cache
+def _fast_weighted_quantizer() -> Any | None:
+    """Return the function `qwenlocal_quantize_weighted` of libggml; None if it was compiled without it."""
+    function = getattr(_base(), "qwenlocal_quantize_weighted", None)
+    if function is not None:
+        pointer, count = ctypes.c_void_p, ctypes.c_int64
+        function.restype = count
+        function.argtypes = [ctypes.c_int, pointer, ctypes.c_int, pointer, count, count, pointer]
     return function
 
 

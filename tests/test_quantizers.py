@@ -118,16 +118,25 @@ def test_other_types_are_not_supported(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_bf16_is_quantized_directly(kind: str) -> None:
-    type_, half = ggml.tensor_type(kind), ggml.tensor_type("bf16")
-    stored = (typical_weights(BLOCK * 100).view(numpy.uint32) >> 16).astype(numpy.uint16)
+@pytest.mark.parametrize("source", ["bf16", "f16"])
+def test_16_bit_floats_are_quantized_directly(source: str, kind: str) -> None:
+    type_, half = ggml.tensor_type(kind), ggml.tensor_type(source)
+    stored, numbers = stored_halves(source, typical_weights(BLOCK * 100))
     target = numpy.empty(type_.row_bytes(stored.size), numpy.uint8)
     largest = ggml.quantize_fast(half, stored.ctypes.data, type_, target.ctypes.data, stored.size)
     if largest is None:
         pytest.skip("this libggml was compiled without our quantizers")
-    numbers = (stored.astype(numpy.uint32) << 16).view(numpy.float32)
     assert target.tobytes() == quantize_both(kind, numbers)[1]
     assert largest == numpy.abs(numbers).max()
+
+
+def stored_halves(source: str, numbers: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """Return values as stored in 16 bits, and what they are as float32."""
+    if source == "f16":
+        stored = numbers.astype(numpy.float16)
+        return stored, stored.astype(numpy.float32)
+    bits = (numbers.view(numpy.uint32) >> 16).astype(numpy.uint16)
+    return bits, (bits.astype(numpy.uint32) << 16).view(numpy.float32)
 
 
 @pytest.mark.parametrize("place", [0, BLOCK * 3 + 77, BLOCK * 5 - 1])
@@ -142,3 +151,73 @@ def test_nan_and_infinity_are_reported(kind: str, number: float, place: int) -> 
     if largest is None:
         pytest.skip("this libggml was compiled without our quantizers")
     assert largest == numpy.inf
+
+
+# --- with an importance matrix
+
+WEIGHTED_TYPES = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
+COLUMNS = 4 * BLOCK
+
+
+def spread_importance() -> numpy.ndarray:
+    return numpy.exp(numpy.random.default_rng(14).standard_normal(COLUMNS) * 2).astype(numpy.float32)
+
+
+def equal_importance() -> numpy.ndarray:
+    return numpy.ones(COLUMNS, numpy.float32)
+
+
+def partly_zero_importance() -> numpy.ndarray:
+    return (numpy.random.default_rng(15).random(COLUMNS) > 0.3).astype(numpy.float32)
+
+
+def tiny_importance() -> numpy.ndarray:
+    return numpy.full(COLUMNS, 1e-30, numpy.float32)
+
+
+def quantize_both_weighted(
+    kind: str, numbers: numpy.ndarray, importance: numpy.ndarray, source: str = "f32"
+) -> tuple[bytes, bytes]:
+    """Quantize rows of `COLUMNS` values with our quantizer and with ggml's."""
+    type_, rows = ggml.tensor_type(kind), numbers.size // COLUMNS
+    stored, values = (numbers, numbers) if source == "f32" else stored_halves(source, numbers)
+    ours, theirs = (numpy.full(type_.row_bytes(numbers.size), 0xAA, numpy.uint8) for _ in range(2))
+    largest = ggml.quantize_fast_weighted(
+        ggml.tensor_type(source), stored.ctypes.data, type_, ours.ctypes.data, rows, COLUMNS, importance.ctypes.data
+    )
+    if largest is None:
+        pytest.skip("this libggml was compiled without our quantizers")
+    assert largest == numpy.abs(values).max()
+    ggml.quantize_with_ggml(type_, values.ctypes.data, theirs.ctypes.data, rows, COLUMNS, importance.ctypes.data)
+    return ours.tobytes(), theirs.tobytes()
+
+
+@pytest.mark.parametrize("kind", WEIGHTED_TYPES)
+@pytest.mark.parametrize("importance", [spread_importance, equal_importance, partly_zero_importance, tiny_importance])
+@pytest.mark.parametrize(
+    "numbers", [typical_weights, mixed_magnitudes, sparse_weights, constant_blocks, integers, negative_zeros]
+)
+def test_bytes_with_an_importance_matrix_equal_those_of_ggml(numbers, importance, kind: str) -> None:
+    ours, theirs = quantize_both_weighted(kind, numbers(COLUMNS * 25), importance())
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("kind", WEIGHTED_TYPES)
+@pytest.mark.parametrize("source", ["bf16", "f16"])
+def test_16_bit_floats_are_quantized_directly_with_an_importance_matrix(source: str, kind: str) -> None:
+    ours, theirs = quantize_both_weighted(kind, typical_weights(COLUMNS * 10), spread_importance(), source)
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("kind", WEIGHTED_TYPES)
+@given(seed=st.integers(0, 2**32 - 1), sizes=st.lists(st.floats(2.0**-33, 2.0**33, width=32), min_size=1, max_size=8))
+def test_bytes_with_any_importance_equal_those_of_ggml(kind: str, seed: int, sizes: list[float]) -> None:
+    random = numpy.random.default_rng(seed)
+    importance = numpy.resize(numpy.array(sizes, numpy.float32), COLUMNS) * random.random(COLUMNS, numpy.float32)
+    ours, theirs = quantize_both_weighted(kind, random.standard_normal(COLUMNS, numpy.float32), importance)
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("kind", ["q4_0", "q5_0", "q8_0", "iq4_nl", "iq3_s"])
+def test_other_types_are_not_supported_with_an_importance_matrix(kind: str) -> None:
+    assert not ggml.can_quantize_fast(ggml.tensor_type("f32"), ggml.tensor_type(kind), weighted=True)

@@ -1,5 +1,5 @@
-// Quantizers for Q4_K, Q5_K, Q6_K and Q8_0 that give the same bytes as ggml's, in a fraction of the time. Compiled into
-// libggml-base by tools/setup.py.
+// Quantizers for Q4_K, Q5_K, Q6_K and Q8_0, and for all K-quants with an importance matrix, that give the same bytes as
+// ggml's, in a fraction of the time. Compiled into libggml-base by tools/setup.py.
 //
 // For every small block, ggml-quants.c tries some twenty scales, and for each it sums the block's values one after the
 // other, so the processor waits for each addition. The order of additions decides the last bit, so they cannot be
@@ -63,20 +63,12 @@ inline bool any(ints mask) {
     return false;
 }
 
-// make_qkx2_quants with the weights of quantize_row_q4_K_ref: computes scales, (negated) minima and levels of eight
-// blocks of 32 values.
-void scales_and_minima(const float * source, int top, float first, int steps, float * scales, float * minima,
-                       uint8_t * levels) {
-    constexpr int N = 32;
-    floats x[N], weight[N], level[N];
-    transpose<N>(source, x);
-
-    floats sum_x2 = {};
-    for (int i = 0; i < N; ++i) sum_x2 += x[i] * x[i];
-    floats mean;
-    for (int lane = 0; lane < LANES; ++lane) mean[lane] = sqrtf(sum_x2[lane] / N);
-    for (int i = 0; i < N; ++i) weight[i] = mean + magnitude(x[i]);
-
+// make_qkx2_quants and make_qkx3_quants: computes scales, (negated) minima and levels of eight blocks of N values. The
+// search tries the scales (first + delta * step + top) / range for the steps from 0 on.
+template <int N>
+void scales_and_minima(const floats * x, const floats * weight, int top, float first, float delta, int steps,
+                       float * scales, float * minima, uint8_t * levels) {
+    floats level[N];
     floats low = x[0], high = x[0], sum_w = weight[0], sum_x = sum_w * x[0];
     for (int i = 1; i < N; ++i) {
         low = x[i] < low ? x[i] : low;
@@ -96,7 +88,7 @@ void scales_and_minima(const float * source, int top, float first, int steps, fl
         error += weight[i] * (difference * difference);
     }
     for (int step = 0; step <= steps; ++step) {
-        inverse = (first + 0.1f * step + top) / (high - low);
+        inverse = (first + delta * step + top) / (high - low);
         floats sum_l = {}, sum_l2 = {}, sum_xl = {};
         for (int i = 0; i < N; ++i) {
             level[i] = to_float(clamp(nearest(inverse * (x[i] - low)), 0, top));
@@ -135,6 +127,41 @@ void scales_and_minima(const float * source, int top, float first, int steps, fl
     }
 }
 
+// Scales and minima of a block of Q4_K or Q5_K, with the weights of quantize_row_q4_K_ref.
+void scales_and_minima(const float * source, int top, float first, int steps, float * scales, float * minima,
+                       uint8_t * levels) {
+    constexpr int N = 32;
+    floats x[N], weight[N];
+    transpose<N>(source, x);
+    floats sum_x2 = {};
+    for (int i = 0; i < N; ++i) sum_x2 += x[i] * x[i];
+    floats mean;
+    for (int lane = 0; lane < LANES; ++lane) mean[lane] = sqrtf(sum_x2[lane] / N);
+    for (int i = 0; i < N; ++i) weight[i] = mean + magnitude(x[i]);
+    scales_and_minima<N>(x, weight, top, first, 0.1f, steps, scales, minima, levels);
+}
+
+// The six bits of each scale and minimum of a block of Q4_K or Q5_K (get_scale_min_k4).
+template <typename Block> void store_scales(const uint8_t * scale_of, const uint8_t * min_of, Block & block) {
+    for (int j = 0; j < 4; ++j) {
+        block.scales[j] = scale_of[j] | (scale_of[j + 4] >> 4) << 6;
+        block.scales[j + 4] = min_of[j] | (min_of[j + 4] >> 4) << 6;
+        block.scales[j + 8] = (scale_of[j + 4] & 0xF) | (min_of[j + 4] & 0xF) << 4;
+    }
+}
+
+// The levels with the rounded scales and minima.
+template <typename Block>
+void fit_levels(const float * x, int top, const uint8_t * scale_of, const uint8_t * min_of, const Block & block,
+                uint8_t * levels) {
+    for (int j = 0; j < LANES; ++j) {
+        const float d = ggml_fp16_to_fp32(block.d) * scale_of[j];
+        if (!d) continue;  // keep the levels of the search
+        const float dm = ggml_fp16_to_fp32(block.dmin) * min_of[j];
+        for (int i = 32 * j; i < 32 * j + 32; ++i) levels[i] = clamp(nearest((x[i] + dm) / d), 0, top);
+    }
+}
+
 // The common part of quantize_row_q4_K_ref and quantize_row_q5_K_ref: the header of a block, and its 256 levels.
 template <typename Block>
 void quantize_with_minima(const float * x, int top, float first, int steps, Block & block, uint8_t * levels) {
@@ -153,33 +180,26 @@ void quantize_with_minima(const float * x, int top, float first, int steps, Bloc
         scale_of[j] = s < 63 ? s : 63;
         min_of[j] = m < 63 ? m : 63;
     }
-    for (int j = 0; j < 4; ++j) {
-        block.scales[j] = scale_of[j] | (scale_of[j + 4] >> 4) << 6;
-        block.scales[j + 4] = min_of[j] | (min_of[j + 4] >> 4) << 6;
-        block.scales[j + 8] = (scale_of[j + 4] & 0xF) | (min_of[j + 4] & 0xF) << 4;
-    }
+    store_scales(scale_of, min_of, block);
     block.d = ggml_fp32_to_fp16(max_scale / 63.f);
     block.dmin = ggml_fp32_to_fp16(max_min / 63.f);
-    for (int j = 0; j < LANES; ++j) {
-        const float d = ggml_fp16_to_fp32(block.d) * scale_of[j];
-        if (!d) continue;  // keep the levels of the search
-        const float dm = ggml_fp16_to_fp32(block.dmin) * min_of[j];
-        for (int i = 32 * j; i < 32 * j + 32; ++i) levels[i] = clamp(nearest((x[i] + dm) / d), 0, top);
-    }
+    fit_levels(x, top, scale_of, min_of, block, levels);
 }
 
-void to_q4_K(const float * x, block_q4_K & block) {
-    uint8_t levels[QK_K];
-    quantize_with_minima(x, 15, -1.f, 20, block, levels);
+void store_levels(const uint8_t * levels, block_q4_K & block) {
     for (int i = 0; i < QK_K / 2; ++i) {
         const int at = i / 32 * 64 + i % 32;
         block.qs[i] = levels[at] | levels[at + 32] << 4;
     }
 }
 
-void to_q5_K(const float * x, block_q5_K & block) {
+void to_q4_K(const float * x, block_q4_K & block) {
     uint8_t levels[QK_K];
-    quantize_with_minima(x, 31, -0.5f, 15, block, levels);
+    quantize_with_minima(x, 15, -1.f, 20, block, levels);
+    store_levels(levels, block);
+}
+
+void store_levels(const uint8_t * levels, block_q5_K & block) {
     memset(block.qh, 0, sizeof(block.qh));
     for (int i = 0; i < QK_K / 2; ++i) {
         const int pair = i / 32, at = pair * 64 + i % 32;
@@ -188,18 +208,22 @@ void to_q5_K(const float * x, block_q5_K & block) {
     }
 }
 
-// make_qx_quants with n = 16, nmax = 32 and weights x * x: computes scales and levels of eight blocks of 16 values.
-void signed_scales(const float * source, float * scales, int8_t * levels) {
-    constexpr int N = 16, TOP = 32;
-    floats x[N], weight[N], weighted[N];
-    transpose<N>(source, x);
+void to_q5_K(const float * x, block_q5_K & block) {
+    uint8_t levels[QK_K];
+    quantize_with_minima(x, 31, -0.5f, 15, block, levels);
+    store_levels(levels, block);
+}
+
+// make_qx_quants with nmax = TOP and rmse_type = 1: computes scales and levels of eight blocks of N values.
+template <int N, int TOP>
+void signed_scales(const floats * x, const floats * weight, float * scales, int8_t * levels) {
+    floats weighted[N];
     floats extreme = {}, largest = {};
     for (int i = 0; i < N; ++i) {
         const floats size = magnitude(x[i]);
         const ints is_larger = size > largest;
         largest = is_larger ? size : largest;
         extreme = is_larger ? x[i] : extreme;
-        weight[i] = x[i] * x[i];
         weighted[i] = weight[i] * x[i];
     }
     const ints is_zero = largest < 1e-15f;  // GROUP_MAX_EPS
@@ -232,12 +256,25 @@ void signed_scales(const float * source, float * scales, int8_t * levels) {
     for (int lane = 0; lane < LANES; ++lane) scales[lane] = is_zero[lane] ? 0 : scale[lane];
 }
 
-// quantize_row_q6_K_ref
-void to_q6_K(const float * x, block_q6_K & block) {
+// Scales and levels of half a block of Q6_K, with the weights x * x if there is no importance.
+void q6_K_scales(const float * source, const float * importance, float * scales, int8_t * levels) {
+    constexpr int N = 16;
+    floats x[N], weight[N];
+    transpose<N>(source, x);
+    if (importance) {
+        transpose<N>(importance, weight);
+    } else {
+        for (int i = 0; i < N; ++i) weight[i] = x[i] * x[i];
+    }
+    signed_scales<N, 32>(x, weight, scales, levels);
+}
+
+// quantize_row_q6_K_ref, and quantize_row_q6_K_impl with importance
+void to_q6_K(const float * x, const float * importance, block_q6_K & block) {
     int8_t levels[QK_K];
     float scales[QK_K / 16];
-    signed_scales(x, scales, levels);
-    signed_scales(x + QK_K / 2, scales + LANES, levels + QK_K / 2);
+    q6_K_scales(x, importance, scales, levels);
+    q6_K_scales(x + QK_K / 2, importance ? importance + QK_K / 2 : nullptr, scales + LANES, levels + QK_K / 2);
     float max_scale = 0, largest = 0;
     for (float scale : scales) {
         if (fabsf(scale) > largest) {
@@ -267,6 +304,206 @@ void to_q6_K(const float * x, block_q6_K & block) {
             block.qh[32 * half + i] = l[0] >> 4 | (l[32] >> 4) << 2 | (l[64] >> 4) << 4 | (l[96] >> 4) << 6;
         }
     }
+}
+
+void to_q6_K(const float * x, block_q6_K & block) { to_q6_K(x, nullptr, block); }
+
+// --- with the importance of each column (an importance matrix): quantize_row_q…_K_impl
+
+// The weights of `N` x 8 values: importance * sqrt(sigma2 + x * x).
+template <int N> void weigh(const float * importance, const floats * x, float sigma2, floats * weight) {
+    transpose<N>(importance, weight);
+    for (int i = 0; i < N; ++i) {
+        const floats square = sigma2 + x[i] * x[i];
+        for (int lane = 0; lane < LANES; ++lane) weight[i][lane] *= sqrtf(square[lane]);
+    }
+}
+
+inline float sum_of_squares(const float * x) {
+    float sum = 0;
+    for (int i = 0; i < QK_K; ++i) sum += x[i] * x[i];
+    return sum;
+}
+
+template <int N> void sum_weights(const floats * weight, float * sums) {
+    floats sum = {};
+    for (int i = 0; i < N; ++i) sum += weight[i];
+    for (int lane = 0; lane < LANES; ++lane) sums[lane] = sum[lane];
+}
+
+// make_qp_quants: the levels of n positive values, and their scale.
+float positive_levels(int n, int top, const float * x, uint8_t * levels, const float * weight) {
+    float max = 0;
+    for (int i = 0; i < n; ++i) max = max > x[i] ? max : x[i];
+    if (max < 1e-15f) {  // GROUP_MAX_EPS
+        memset(levels, 0, n);
+        return 0.f;
+    }
+    float inverse = top / max, scale = 1 / inverse, best = 0;
+    for (int i = 0; i < n; ++i) {
+        levels[i] = nearest(inverse * x[i]);
+        const float difference = x[i] - scale * levels[i];
+        best += weight[i] * difference * difference;
+    }
+    for (int step = -4; step <= 4; ++step) {
+        if (step == 0) continue;
+        const float this_inverse = (0.1f * step + top) / max, this_scale = 1 / this_inverse;
+        float error = 0;
+        for (int i = 0; i < n; ++i) {
+            const int level = nearest(this_inverse * x[i]);
+            const float difference = x[i] - this_scale * (level < top ? level : top);
+            error += weight[i] * difference * difference;
+        }
+        if (error < best) {
+            best = error;
+            inverse = this_inverse;
+        }
+    }
+    float sum_lx = 0, sum_l2 = 0;
+    for (int i = 0; i < n; ++i) {
+        const int level = nearest(inverse * x[i]);
+        levels[i] = level < top ? level : top;
+        sum_lx += weight[i] * x[i] * levels[i];
+        sum_l2 += weight[i] * levels[i] * levels[i];
+    }
+    for (int attempt = 0; attempt < 5; ++attempt) {
+        bool has_changed = false;
+        for (int i = 0; i < n; ++i) {
+            float lx = sum_lx - weight[i] * x[i] * levels[i], l2 = sum_l2 - weight[i] * levels[i] * levels[i];
+            if (!(lx > 0 && l2 > 0)) continue;
+            int level = nearest(x[i] * l2 / lx);
+            level = level < top ? level : top;
+            if (level == levels[i]) continue;
+            lx += weight[i] * x[i] * level;
+            l2 += weight[i] * level * level;
+            if (lx * lx * sum_l2 > sum_lx * sum_lx * l2) {
+                levels[i] = level;
+                sum_lx = lx;
+                sum_l2 = l2;
+                has_changed = true;
+            }
+        }
+        if (!has_changed) break;
+    }
+    return sum_l2 > 0.0f ? sum_lx / sum_l2 : 0.0f;
+}
+
+// make_qx_quants with nmax = 32 and rmse_type = 1, for the 16 scales of a block of Q3_K.
+float signed_levels(const float * x, int8_t * levels, const float * weight) {
+    constexpr int N = 16, TOP = 32;
+    float max = 0, largest = 0;
+    for (int i = 0; i < N; ++i) {
+        if (fabsf(x[i]) > largest) {
+            largest = fabsf(x[i]);
+            max = x[i];
+        }
+    }
+    if (largest < 1e-15f) {  // GROUP_MAX_EPS
+        memset(levels, 0, N);
+        return 0.f;
+    }
+    float best_scale = 0, best = 0;
+    for (int trial = 0; trial <= 18; ++trial) {  // steps 0, -9 … -1, 1 … 9
+        const int step = trial == 0 ? 0 : trial <= 9 ? trial - 10 : trial - 9;
+        const float inverse = (step ? -(TOP + 0.1f * step) : -TOP) / max;
+        float sum_lx = 0, sum_l2 = 0;
+        int8_t trial_levels[N];
+        for (int i = 0; i < N; ++i) {
+            const int level = clamp(nearest(inverse * x[i]), -TOP, TOP - 1);
+            trial_levels[i] = level + TOP;
+            sum_lx += weight[i] * x[i] * level;
+            sum_l2 += weight[i] * level * level;
+        }
+        const bool is_better = sum_l2 > 0 && sum_lx * sum_lx > best * sum_l2;
+        if (trial && !is_better) continue;
+        memcpy(levels, trial_levels, N);
+        best_scale = sum_l2 ? sum_lx / sum_l2 : 0.0f;
+        best = best_scale * sum_lx;
+    }
+    return best_scale;
+}
+
+// quantize_row_q2_K_impl
+void to_weighted_q2_K(const float * x, const float * importance, block_q2_K & block) {
+    constexpr int N = 16;
+    const float sigma2 = sum_of_squares(x) / QK_K;
+    uint8_t levels[QK_K], scale_of[16], min_of[16];
+    float scales[16], minima[16], sums[16];
+    for (int half = 0; half < 2; ++half) {
+        const int at = QK_K / 2 * half;
+        floats values[N], weight[N];
+        transpose<N>(x + at, values);
+        weigh<N>(importance + at, values, sigma2, weight);
+        sum_weights<N>(weight, sums + LANES * half);
+        scales_and_minima<N>(values, weight, 3, -0.9f, 0.05f, 36, scales + LANES * half, minima + LANES * half,
+                             levels + at);
+    }
+    block.d = ggml_fp32_to_fp16(positive_levels(16, 15, scales, scale_of, sums));
+    block.dmin = ggml_fp32_to_fp16(positive_levels(16, 15, minima, min_of, sums));
+    const float scale = ggml_fp16_to_fp32(block.d), minimum = ggml_fp16_to_fp32(block.dmin);
+    for (int j = 0; j < 16; ++j) {
+        block.scales[j] = scale_of[j] | min_of[j] << 4;
+        const float d = scale * (block.scales[j] & 0xF);
+        if (!d) continue;
+        const float m = minimum * (block.scales[j] >> 4);
+        for (int i = 16 * j; i < 16 * j + 16; ++i) levels[i] = clamp(nearest((x[i] + m) / d), 0, 3);
+    }
+    for (int j = 0; j < QK_K; j += 128) {
+        for (int i = j; i < j + 32; ++i) {
+            block.qs[j / 4 + i - j] = levels[i] | levels[i + 32] << 2 | levels[i + 64] << 4 | levels[i + 96] << 6;
+        }
+    }
+}
+
+// quantize_row_q3_K_impl
+void to_weighted_q3_K(const float * x, const float * importance, block_q3_K & block) {
+    constexpr int N = 16;
+    const float sigma2 = 2 * sum_of_squares(x) / QK_K;
+    int8_t levels[QK_K], scale_of[16];
+    float scales[16], sums[16];
+    for (int half = 0; half < 2; ++half) {
+        const int at = QK_K / 2 * half;
+        floats values[N], weight[N];
+        transpose<N>(x + at, values);
+        weigh<N>(importance + at, values, sigma2, weight);
+        sum_weights<N>(weight, sums + LANES * half);
+        signed_scales<N, 4>(values, weight, scales + LANES * half, levels + at);
+    }
+    block.d = ggml_fp32_to_fp16(signed_levels(scales, scale_of, sums));
+    memset(block.scales, 0, sizeof(block.scales));
+    for (int j = 0; j < 16; ++j) {
+        block.scales[j % 8] |= (scale_of[j] & 0xF) << (j < 8 ? 0 : 4);
+        block.scales[j % 4 + 8] |= scale_of[j] >> 4 << 2 * (j / 4);
+        const float d = ggml_fp16_to_fp32(block.d) * (scale_of[j] - 32);
+        if (!d) continue;
+        for (int i = 16 * j; i < 16 * j + 16; ++i) levels[i] = clamp(nearest(x[i] / d), -4, 3) + 4;
+    }
+    memset(block.hmask, 0, sizeof(block.hmask));
+    for (int i = 0; i < QK_K; ++i) block.hmask[i % 32] |= (levels[i] >> 2) << i / 32;
+    for (int j = 0; j < QK_K; j += 128) {
+        for (int i = j; i < j + 32; ++i) {
+            block.qs[j / 4 + i - j] = (levels[i] & 3) | (levels[i + 32] & 3) << 2 | (levels[i + 64] & 3) << 4 |
+                                      (levels[i + 96] & 3) << 6;
+        }
+    }
+}
+
+// quantize_row_q4_K_impl and quantize_row_q5_K_impl
+template <typename Block, int TOP> void to_weighted_q45_K(const float * x, const float * importance, Block & block) {
+    constexpr int N = 32;
+    const float sigma2 = 2 * sum_of_squares(x) / QK_K;
+    uint8_t levels[QK_K], scale_of[LANES], min_of[LANES];
+    float scales[LANES], minima[LANES], sums[LANES];
+    floats values[N], weight[N];
+    transpose<N>(x, values);
+    weigh<N>(importance, values, sigma2, weight);
+    sum_weights<N>(weight, sums);
+    scales_and_minima<N>(values, weight, TOP, -0.9f, 0.05f, 36, scales, minima, levels);
+    block.d = ggml_fp32_to_fp16(positive_levels(LANES, 63, scales, scale_of, sums));
+    block.dmin = ggml_fp32_to_fp16(positive_levels(LANES, 63, minima, min_of, sums));
+    store_scales(scale_of, min_of, block);
+    fit_levels(x, TOP, scale_of, min_of, block, levels);
+    store_levels(levels, block);
 }
 
 // Rounds to half precision like ggml, with the processor's instruction if it has one: Q8_0 needs it every 32 values.
@@ -313,6 +550,18 @@ inline float as_float(bf16 x) {
     return value;
 }
 
+struct half {
+    ggml_fp16_t bits;
+};
+
+inline float as_float(half x) {
+#ifdef __F16C__
+    return _cvtsh_ss(x.bits);
+#else
+    return ggml_fp16_to_fp32(x.bits);
+#endif
+}
+
 // Quantizes blocks one at a time, with floats that stay in the L1 cache. Returns the bits of the largest magnitude.
 template <int N, typename Block, void quantize(const float *, Block &), typename Number>
 int64_t quantize_blocks(const Number * source, void * target, int64_t count) {
@@ -342,6 +591,45 @@ template <typename Number> int64_t quantize_from(const Number * source, int type
     }
 }
 
+// As `quantize_blocks`, with the importance of each of the `columns` columns of a row.
+template <typename Block, void quantize(const float *, const float *, Block &), typename Number>
+int64_t quantize_weighted(const Number * source, void * target, int64_t rows, int64_t columns,
+                          const float * importance) {
+    Block * blocks = static_cast<Block *>(target);
+    ints largest = {};
+    for (int64_t at = 0; at < rows * columns; at += QK_K, source += QK_K) {
+        alignas(32) float x[QK_K];
+        for (int i = 0; i < QK_K; ++i) x[i] = as_float(source[i]);
+        for (int i = 0; i < QK_K; i += LANES) {
+            const ints size = *(const ints *)(x + i) & 0x7fffffff;
+            largest = size > largest ? size : largest;
+        }
+        quantize(x, importance + at % columns, blocks[at / QK_K]);
+    }
+    int32_t max = 0;
+    for (int lane = 0; lane < LANES; ++lane) max = largest[lane] > max ? largest[lane] : max;
+    return max;
+}
+
+template <typename Number>
+int64_t quantize_weighted_from(const Number * source, int type, void * target, int64_t rows, int64_t columns,
+                               const float * importance) {
+    switch (type) {
+        case GGML_TYPE_Q2_K:
+            return quantize_weighted<block_q2_K, to_weighted_q2_K>(source, target, rows, columns, importance);
+        case GGML_TYPE_Q3_K:
+            return quantize_weighted<block_q3_K, to_weighted_q3_K>(source, target, rows, columns, importance);
+        case GGML_TYPE_Q4_K:
+            return quantize_weighted<block_q4_K, to_weighted_q45_K<block_q4_K, 15>>(source, target, rows, columns,
+                                                                                    importance);
+        case GGML_TYPE_Q5_K:
+            return quantize_weighted<block_q5_K, to_weighted_q45_K<block_q5_K, 31>>(source, target, rows, columns,
+                                                                                    importance);
+        case GGML_TYPE_Q6_K: return quantize_weighted<block_q6_K, to_q6_K>(source, target, rows, columns, importance);
+        default: return -1;
+    }
+}
+
 }  // namespace
 
 // Quantizes `count` values (whole blocks) of type `from` to `type` at `target`. Returns the bits of the largest
@@ -352,7 +640,23 @@ extern "C" __attribute__((visibility("default"))) int64_t qwenlocal_quantize_blo
                                                                                   int64_t count) {
     switch (from) {
         case GGML_TYPE_F32: return quantize_from(static_cast<const float *>(source), type, target, count);
+        case GGML_TYPE_F16: return quantize_from(static_cast<const half *>(source), type, target, count);
         case GGML_TYPE_BF16: return quantize_from(static_cast<const bf16 *>(source), type, target, count);
+        default: return -1;
+    }
+}
+
+// As `qwenlocal_quantize_blocks`, for rows whose columns have the given importance.
+extern "C" __attribute__((visibility("default"))) int64_t
+qwenlocal_quantize_weighted(int from, const void * source, int type, void * target, int64_t rows, int64_t columns,
+                            const float * importance) {
+    switch (from) {
+        case GGML_TYPE_F32:
+            return quantize_weighted_from(static_cast<const float *>(source), type, target, rows, columns, importance);
+        case GGML_TYPE_F16:
+            return quantize_weighted_from(static_cast<const half *>(source), type, target, rows, columns, importance);
+        case GGML_TYPE_BF16:
+            return quantize_weighted_from(static_cast<const bf16 *>(source), type, target, rows, columns, importance);
         default: return -1;
     }
 }

@@ -113,7 +113,7 @@ class WorkerBuffers:
             return memoryview(self._read.data)[:size]
         result = self._written[:size]
         if _is_fast(rows.type, target):
-            self._quantize_as_read(chunk, target.type, result)
+            self._quantize_as_read(chunk, target, result)
         else:
             weights = target.imatrix.ctypes.data if target.imatrix is not None else 0
             address = result.ctypes.data
@@ -126,13 +126,20 @@ class WorkerBuffers:
             )
         return memoryview(result.data)
 
-    def _quantize_as_read(self, chunk: RowChunk, kind: TensorType, result: numpy.ndarray) -> None:
-        rows, count = chunk.range, chunk.row_count * chunk.range.columns
-        largest = ggml.quantize_fast(rows.type, self._read.ctypes.data, kind, result.ctypes.data, count)
+    def _quantize_as_read(self, chunk: RowChunk, target: RowTarget, result: numpy.ndarray) -> None:
+        largest = self._quantize_fast(chunk, target, result)
         if largest == math.inf:
-            self._check(chunk, self._read[: chunk.source_size], rows.type.name)
-            largest = ggml.quantize_fast(rows.type, self._read.ctypes.data, kind, result.ctypes.data, count)
+            self._check(chunk, self._read[: chunk.source_size], chunk.range.type.name)
+            largest = self._quantize_fast(chunk, target, result)
         self._has_large = largest is None or largest >= _SAFE_MAGNITUDE
+
+    def _quantize_fast(self, chunk: RowChunk, target: RowTarget, result: numpy.ndarray) -> float | None:
+        rows, columns = chunk.row_count, chunk.range.columns
+        source, into, address = chunk.range.type, target.type, result.ctypes.data
+        if target.imatrix is None or ggml.ignores_imatrix(into):
+            return ggml.quantize_fast(source, self._read.ctypes.data, into, address, rows * columns)
+        weights = target.imatrix.ctypes.data
+        return ggml.quantize_fast_weighted(source, self._read.ctypes.data, into, address, rows, columns, weights)
 
     def _is_finite(self, kind: TensorType, result: numpy.ndarray, count: int) -> bool:
         """Check the result. ggml's own check is fast but prints its findings, so it gets only safe values."""
@@ -147,5 +154,5 @@ class WorkerBuffers:
 
 def _is_fast(source: TensorType, target: RowTarget) -> bool:
     """Return True if our own quantizers (tools/quantizers.cpp) take the values as they are read."""
-    ignores_imatrix = target.imatrix is None or ggml.ignores_imatrix(target.type)
-    return ignores_imatrix and ggml.can_quantize_fast(source, target.type)
+    is_weighted = target.imatrix is not None and not ggml.ignores_imatrix(target.type)
+    return ggml.can_quantize_fast(source, target.type, weighted=is_weighted)

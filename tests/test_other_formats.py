@@ -45,9 +45,12 @@ class TestAdapters:
     ) -> None:
         shutil.copy(tiny_f32, tmp_path / "x.gguf")
         folder = write_adapter(tmp_path, base_model_name_or_path="Qwen/Qwen1.5-0.5B")
+        if command[0] == "convert":  # which takes adapters
+            (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
         message = expect_exit(invoke(*(word.replace("{}", str(folder)) for word in command)), 5)
         assert "it is a LoRA adapter for Qwen/Qwen1.5-0.5B, not a model" in message
-        assert "merge_and_unload" in message
+        assert f"qwenlocal run hf:Qwen/Qwen1.5-0.5B --adapter {folder}" in message
+        assert f"qwenlocal convert hf:Qwen/Qwen1.5-0.5B --merge {folder}" in message
 
     @pytest.mark.parametrize("config", ["", "[]", '{"base_model_name_or_path": 5}', "[" * 100_000])
     def test_an_adapter_with_a_damaged_configuration_is_still_one(self, config: str, tmp_path: Path) -> None:
@@ -67,18 +70,25 @@ class TestAdapters:
             Checkpoint.open(folder)
         assert f"mlx_lm.fuse --model Qwen/Qwen1.5-0.5B --adapter-path {folder} " in caught.value.hint
 
-    @pytest.mark.parametrize("config", ['{"peft_type": "LORA"}', '{"fine_tune_type": "lora"}'])
+    @pytest.mark.parametrize(
+        ("config", "shown"),
+        [
+            ('{"peft_type": "LORA"}', "run BASE --adapter '{}'"),
+            ('{"fine_tune_type": "lora"}', "'my adapter-merged'"),
+        ],
+    )
     def test_an_adapter_in_the_current_folder_is_named(
-        self, config: str, tmp_path: Path, invoke: Run, monkeypatch: pytest.MonkeyPatch
+        self, config: str, shown: str, tmp_path: Path, invoke: Run, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        (tmp_path / "my adapter").mkdir()
-        (tmp_path / "my adapter" / "adapter_config.json").write_text(config)
-        monkeypatch.chdir(tmp_path / "my adapter")
-        assert "'my adapter-merged'" in expect_exit(invoke("convert", "."), 5)
+        folder = tmp_path / "my adapter"
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text(config)
+        monkeypatch.chdir(folder)
+        assert shown.replace("{}", str(folder)) in expect_exit(invoke("convert", "."), 5)
 
     def test_the_file_of_an_adapter_is_refused_like_its_folder(self, tmp_path: Path, invoke: Run) -> None:
         path = write_adapter(tmp_path) / "adapter_model.safetensors"
-        assert "it is a LoRA adapter, not a model" in expect_exit(invoke("convert", str(path)), 5)
+        assert "it is a LoRA adapter, not a model" in expect_exit(invoke("run", str(path), "Hi"), 5)
 
     @pytest.mark.parametrize("command", [("convert", HF_NAME), ("pull", HF_NAME), ("run", HF_NAME, "Hi")])
     def test_an_adapter_on_a_hub_is_refused_before_any_download(
@@ -88,7 +98,9 @@ class TestAdapters:
         hub.repository(REPO).files = {path.name: path.read_bytes() for path in folder.iterdir()}
         message = expect_exit(invoke(*command), 3)
         assert f"{REPO} is a LoRA adapter, not a model." in message
-        assert "merge_and_unload" in message
+        name = REPO.rpartition("/")[2]
+        assert f"hf download {REPO} --local-dir {name}" in message
+        assert f"qwenlocal run BASE --adapter ./{name}" in message
         assert not [path for path in hub.requests if "/resolve/" in path]
 
     @pytest.mark.parametrize(

@@ -80,10 +80,17 @@ class ModelLoader:
         self._uses_gpu = False
 
     def load(
-        self, model: ProvidedModel, report: Callable[[float], None] = lambda _: None, n_ctx: int | None = None
+        self,
+        model: ProvidedModel,
+        report: Callable[[float], None] = lambda _: None,
+        n_ctx: int | None = None,
+        *,
+        use_adapters: bool = True,
     ) -> ChatModel:
         """
         Load a model in this thread; `report` gets fractions from 0 to 1, `n_ctx` overrides the context's size.
+
+        Without `use_adapters`, it is loaded as it is.
 
         Raises
         ------
@@ -97,6 +104,7 @@ class ModelLoader:
             request=replace(request, n_ctx=n_ctx) if n_ctx else request,
             tuned=read_tuned_settings(self._folders.tuned, fingerprint_model(record.path), power_source()),
             draft=self._draft,
+            adapters=self._options.adapters if use_adapters else (),
         )
         files = [record.path, *([self._draft.path] if self._draft else [])]
         check = BackgroundTask(lambda: _find_unusable_types(files), lambda: None, lambda _: None)
@@ -146,11 +154,18 @@ class ModelLoader:
             self._loading = ()
 
     def load_in_thread(
-        self, model: ProvidedModel, report: Callable[[float], None] = lambda _: None, n_ctx: int | None = None
+        self,
+        model: ProvidedModel,
+        report: Callable[[float], None] = lambda _: None,
+        n_ctx: int | None = None,
+        *,
+        use_adapters: bool = True,
     ) -> ChatModel:
-        """Load a model in a worker thread, so that Ctrl-C can stop it."""
+        """Load a model like `load` in a worker thread, so that Ctrl-C can stop it."""
         self._engine_loader = EngineLoader()  # the one before may have been cancelled
-        with iterate_in_thread(lambda: iter([self.load(model, report, n_ctx)]), self.stop) as items:
+        with iterate_in_thread(
+            lambda: iter([self.load(model, report, n_ctx, use_adapters=use_adapters)]), self.stop
+        ) as items:
             return next(items)
 
     def stop(self) -> None:

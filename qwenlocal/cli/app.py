@@ -13,6 +13,7 @@ from qwenlocal.cli.chats_app import chats_app
 from qwenlocal.cli.completion import complete_models
 from qwenlocal.cli.machine_app import machine_app
 from qwenlocal.cli.option_types import (
+    AdapterOption,
     ContextOption,
     FlashAttentionOption,
     ForceLoadOption,
@@ -120,6 +121,7 @@ def run(
             autocompletion=complete_models,
         ),
     ] = None,
+    adapter: AdapterOption = None,
     keep_cache: KeepCacheOption = True,
     template: Annotated[
         str | None,
@@ -232,6 +234,7 @@ def run(
         parse_rate,
         parse_variables,
     )
+    from qwenlocal.library.adapters import parse_adapter
 
     run_model(
         RunOptions(
@@ -269,6 +272,7 @@ def run(
             journal=journal,
             markdown=markdown,
             stats=stats,
+            adapters=tuple(map(parse_adapter, adapter or ())),
         ),
         AppContext(limit_rate=parse_rate(limit_rate), assume_yes=yes),
         context.obj,
@@ -321,6 +325,7 @@ def serve(
     flash_attention: FlashAttentionOption = "auto",
     rope: RopeOption = None,
     lookup: LookupOption = True,
+    adapter: AdapterOption = None,
     keep_cache: KeepCacheOption = True,
     force: ForceLoadOption = False,
     _huge_pages: HugePagesOption = True,
@@ -336,6 +341,7 @@ def serve(
     from qwenlocal.cli.commands.serve import ServeOptions, serve_models
     from qwenlocal.cli.context import AppContext
     from qwenlocal.cli.options import parse_gpu_layers, parse_load_request, parse_rate
+    from qwenlocal.library.adapters import parse_adapter
 
     serve_models(
         ServeOptions(
@@ -356,6 +362,7 @@ def serve(
             gpu_layers=parse_gpu_layers(gpu_layers),
             lookup=lookup,
             keep_cache=keep_cache,
+            adapters=tuple(map(parse_adapter, adapter or ())),
         ),
         AppContext(limit_rate=parse_rate(limit_rate), assume_yes=yes),
     )

@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from qwenlocal.chat.chat_model import ChatModel
     from qwenlocal.chat.conversation import Conversation, GenerationConfig
     from qwenlocal.chat.thread import Thread
+    from qwenlocal.engine.adapters import LoadedAdapters
     from qwenlocal.engine.draft_model import ModelDrafter
     from qwenlocal.engine.load_plan import LoadNote
+    from qwenlocal.weights.adapter_spec import AdapterSpec
 
 
 class _PooledModel(NamedTuple):
@@ -39,9 +41,16 @@ class ModelPool:
     there too. `on_first_loaded` is called in that thread with the exception, or None.
     """
 
-    def __init__(self, app: AppContext, options: RunOptions, first: ProvidedModel, draft: ProvidedModel | None) -> None:
-        """`first` is the model that the chat starts with, `draft` the draft model of all models."""
-        self._app, self._options, self._first, self._draft = app, options, first, draft
+    def __init__(
+        self,
+        app: AppContext,
+        options: RunOptions,
+        first: ProvidedModel,
+        draft: ProvidedModel | None,
+        adapters: Sequence[AdapterSpec] = (),
+    ) -> None:
+        """`first` is the model that the chat starts with, with `adapters`, `draft` the draft model of all models."""
+        self._app, self._options, self._first, self._draft, self._adapters = app, options, first, draft, adapters
         self._current = str(first.name)
         self._pooled: dict[str, _PooledModel] = {}
         self._loader: ModelLoader | None = None
@@ -120,6 +129,12 @@ class ModelPool:
         pooled = self._pooled.get(self._current)
         return pooled.loaded.drafter if pooled else None
 
+    @property
+    def adapters(self) -> LoadedAdapters | None:
+        """The adapters of the current model; None until it is loaded."""
+        pooled = self._pooled.get(self._current)
+        return pooled.loaded.adapters if pooled else None
+
     def switch(self, name: str, thread: Thread) -> Conversation:
         """
         Continue `thread` with another model, loaded if necessary; the settings of the answers stay.
@@ -135,7 +150,7 @@ class ModelPool:
         key = str(parsed)
         if key not in self._pooled:
             model = ProvidedModel(parsed, models.ensure_model(parsed))
-            loaded = self._make_room(lambda: self._model_loader.load_in_thread(model))
+            loaded = self._make_room(lambda: self._load(model))
             self._pooled[key] = _PooledModel(model, loaded)
         loaded = self._pooled[key].loaded
         conversation = self._conversation(loaded, thread)
@@ -153,11 +168,17 @@ class ModelPool:
         """
         model, before = self._pooled[self._current]
         before.sequence.save_prompt_cache()
-        loaded = self._make_room(lambda: self._model_loader.load_in_thread(model, n_ctx=n_ctx))
+        loaded = self._make_room(lambda: self._load(model, n_ctx))
+        loaded.adapters.set_scales(before.adapters.scales)
         before.close()
         self._pooled[self._current] = _PooledModel(model, loaded)
         self._say_plan(loaded, [note for note in loaded.notes if note not in before.notes])
         return self._conversation(loaded, thread)
+
+    def _load(self, model: ProvidedModel, n_ctx: int | None = None) -> ChatModel:
+        """Load a model; adapters are for the first one only."""
+        is_first = str(model.name) == str(self._first.name)
+        return self._model_loader.load_in_thread(model, n_ctx=n_ctx, use_adapters=is_first)
 
     def close(self, *, keep: bool) -> None:
         """Free all memory; with `keep`, save caches first. A model that is still loading is stopped."""
@@ -173,7 +194,7 @@ class ModelPool:
         from qwenlocal.cli.run_models import create_loader
 
         if self._loader is None:
-            self._loader = create_loader(self._app, self._options, self._draft)
+            self._loader = create_loader(self._app, self._options, self._draft, self._adapters)
         return self._loader
 
     def _conversation(self, loaded: ChatModel, thread: Thread) -> Conversation:

@@ -77,6 +77,15 @@ KeepCacheOption = Annotated[
 ]
 ForceLoadOption = Annotated[bool, Option("--force", help="Load the model even if it does not seem to fit.")]
 
+AdapterOption = Annotated[
+    list[str] | None,
+    Option(
+        "--adapter",
+        metavar="ADAPTER[:SCALE]",
+        help="Use a LoRA adapter: a directory of PEFT, or a GGUF file; may be repeated.",
+    ),
+]
+
 # Options of commands that write GGUF files.
 EndsOption = Annotated[
     str | None,
@@ -85,6 +94,14 @@ EndsOption = Annotated[
         metavar="TYPE",
         help="Type of the embeddings and the output matrix: f16, q8_0, q6_k, … [default: q8_0 for GPTQ and AWQ, "
         "otherwise that of the mix]",
+    ),
+]
+MixOption = Annotated[
+    str,
+    Option(
+        "--mix",
+        metavar="llama.cpp|best",
+        help="Types of the tensors: llama.cpp's, or those with the smallest measured error in the same size.",
     ),
 ]
 RequantizeOption = Annotated[
@@ -96,6 +113,14 @@ TensorTypeOption = Annotated[
 ]
 ImatrixOption = Annotated[
     str | None, Option("--imatrix", metavar="FILE", help="Importance matrix, from qwenlocal imatrix or llama-imatrix.")
+]
+MergeOption = Annotated[
+    list[str] | None,
+    Option(
+        "--merge",
+        metavar="ADAPTER[:SCALE]",
+        help="Add a LoRA adapter (a directory of PEFT) to the weights; may be repeated.",
+    ),
 ]
 PureOption = Annotated[bool, Option("--pure", help="Quantize all tensors to the same type.")]
 ForceOption = Annotated[bool, Option("--force", help="Overwrite existing files.")]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from qwenlocal.chat.conversation import GenerationConfig
     from qwenlocal.engine.load_plan import LoadRequest
     from qwenlocal.engine.sampling import Sampling
+    from qwenlocal.library.adapters import AdapterRequest
 
 _ON_OFF = {"auto": None, "on": True, "off": False}
 _LOAD_OPTIONS = {"n_ctx": "-c", "threads": "-t", "n_ubatch": "--ubatch", "rope": "--rope"}
@@ -74,6 +75,7 @@ class RunOptions:
     journal: bool
     markdown: bool
     stats: bool
+    adapters: Sequence[AdapterRequest] = ()
 
     @property
     def model_name(self) -> str | None:

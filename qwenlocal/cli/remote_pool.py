@@ -63,6 +63,7 @@ def list_local_options(options: RunOptions) -> list[str]:
         "--force": request.force,
         "--no-lookup": not options.lookup,
         "--draft": options.draft,
+        "--adapter": options.adapters,
         "--overflow": options.overflow != "shift",
         "--grammar": options.answer_format.grammar is not None and options.answer_format.response_format is None,
         "--raw": options.raw,
@@ -75,6 +76,7 @@ class RemotePool:
     """The models of a remote engine. Has the attributes of `cli.model_pool.ModelPool` that a chat uses."""
 
     drafter = None
+    adapters = None
 
     def __init__(self, client: RemoteClient, options: RunOptions, model: str) -> None:
         """`model` is the first model, "" for the only one that the engine has."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 from qwenlocal.api.model_loader import ModelLoader
 from qwenlocal.chat.chat_model import ChatModel
@@ -12,9 +13,12 @@ from qwenlocal.engine.loader import LoadOptions
 from qwenlocal.library.provider import ProvidedModel
 from qwenlocal.terminal.progress import loading_status
 from qwenlocal.terminal.tty import exit_after_crash
+from qwenlocal.weights.adapter_spec import AdapterSpec
 
 
-def create_loader(app: AppContext, options: RunOptions, draft: ProvidedModel | None) -> ModelLoader:
+def create_loader(
+    app: AppContext, options: RunOptions, draft: ProvidedModel | None, adapters: Sequence[AdapterSpec]
+) -> ModelLoader:
     """Create the loader of a run; if llama.cpp crashes, the terminal is restored and the reason printed."""
     folders = app.library.folders
     keeps_cache = options.keep_cache and options.journal
@@ -23,6 +27,7 @@ def create_loader(app: AppContext, options: RunOptions, draft: ProvidedModel | N
         options.gpu_layers,
         lookup=options.lookup,
         prompt_caches=folders.states if keeps_cache else None,
+        adapters=adapters,
     )
     return ModelLoader(folders, load_options, draft, raw=options.raw, on_crash=exit_after_crash)
 

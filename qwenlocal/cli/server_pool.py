@@ -69,6 +69,7 @@ class ServerPool:
     """A model of a server. Has the attributes of `cli.model_pool.ModelPool` that a chat uses."""
 
     drafter = None
+    adapters = None
 
     def __init__(self, server: RunningServer, model: ProvidedModel, options: RunOptions) -> None:
         self._server, self._model, self._options = server, model, options

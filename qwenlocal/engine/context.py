@@ -178,9 +178,17 @@ class Context:
             raise
         if not self._context:
             raise ContextNotCreated(options.n_ctx, self._lib.first_error() or "no reason given")
+        self.apply_adapters()
         self.abort.watch(c, self._context)
         self._memory = c.llama_get_memory(self._context)
         self._batch = c.llama_batch_init(options.n_batch, 0, 1)
+
+    def apply_adapters(self) -> None:
+        """Compute with the model's adapters from now on; what is in the KV cache was computed with those before."""
+        adapters = self.model.adapters
+        handles = (self._c.llama_adapter_lora_p_ctypes * len(adapters))(*(handle for handle, _ in adapters))
+        scales = (ctypes.c_float * len(adapters))(*(scale for _, scale in adapters))
+        self._c.llama_set_adapters_lora(self._context, handles, len(adapters), scales)
 
     @property
     def n_ctx(self) -> int:

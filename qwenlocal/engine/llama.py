@@ -18,7 +18,7 @@ import signal
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -146,7 +146,12 @@ class LoadCancelled(Exception):
 
 
 class Model:
-    """Weights in memory, with the tokenizer and the metadata of their file."""
+    """
+    Weights in memory, with the tokenizer and the metadata of their file.
+
+    `adapters` are C pointers from `load_adapter` with their scales. New contexts use them; for an older one, call
+    `Context.apply_adapters`.
+    """
 
     def __init__(
         self,
@@ -195,6 +200,7 @@ class Model:
     def _default_params(self, path: Path) -> Any:
         """Return llama.cpp's default parameters, and clear its log."""
         self.path = path
+        self.adapters: Sequence[tuple[Any, float]] = ()
         self._lib = load_library()
         self._c = self._lib.c
         self._lib.log.clear()
@@ -239,6 +245,24 @@ class Model:
     def handle(self) -> Any:
         """The C pointer, for `Context`."""
         return self._model
+
+    def load_adapter(self, path: Path) -> Any:
+        """
+        Load the LoRA adapter in the GGUF file `path`, for `adapters`; it is freed with the model.
+
+        Call this before a context is created, which reserves memory for it.
+
+        Raises
+        ------
+        BadWeights: llama.cpp rejects the file; the error quotes its reason.
+        """
+        self._lib.log.clear()
+        handle = self._c.llama_adapter_lora_init(self._model, os.fsencode(path))
+        if not handle:
+            reason = self._lib.first_error().removeprefix("failed to apply lora adapter: ") or "no reason given"
+            hint = "The adapter may be for another model, or damaged. Convert or download it again."
+            raise BadWeights(path, f"llama.cpp cannot load the adapter: {reason}", hint=hint)
+        return handle
 
     def close(self) -> None:
         """Free the memory. Close the model's contexts first."""

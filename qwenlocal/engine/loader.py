@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from qwenlocal.engine.adapters import LoadedAdapters
 from qwenlocal.engine.context import Context, ContextOptions
 from qwenlocal.engine.draft_model import DraftModel, ModelDrafter, shares_vocabulary
 from qwenlocal.engine.llama import LoadCancelled, Model
@@ -37,6 +38,7 @@ from qwenlocal.ggml import Device, list_devices
 from qwenlocal.huge_pages import read_ahead
 from qwenlocal.i18n import tr
 from qwenlocal.machine import Machine
+from qwenlocal.weights.adapter_spec import AdapterSpec
 from qwenlocal.weights.diagnosis import missing_rope_base
 from qwenlocal.weights.gguf_reader import MetadataValue, read_header, read_metadata
 from qwenlocal.weights.split_model import shard_paths
@@ -70,6 +72,7 @@ class LoadOptions:
 
     `request` constrains the load plan; `tuned` fills what it leaves open. `gpu_layers` None puts as many layers on GPUs
     as fit. `lookup` enables prompt lookup. Prompt caches are kept in the folder `prompt_caches`, or not at all.
+    `adapters` are loaded together with the model.
     """
 
     request: LoadRequest = field(default_factory=LoadRequest)
@@ -78,6 +81,7 @@ class LoadOptions:
     prompt_caches: Path | None = None
     tuned: TunedSettings = field(default_factory=TunedSettings)
     draft: DraftSpec | None = None
+    adapters: Sequence[AdapterSpec] = ()
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,7 @@ class LoadedModel:
     sampling: Sampling
     plan: LoadPlan
     costs: CostCurve
+    adapters: LoadedAdapters
     notes: tuple[LoadNote, ...] = ()
     drafter: ModelDrafter | None = None
 
@@ -139,6 +144,7 @@ class EngineLoader:
         metadata = read_metadata(path)
         repairs = _find_repairs(path, metadata)
         request = _apply_tuned_settings(options.request, options.tuned, machine)
+        size += sum(adapter.path.stat().st_size for adapter in options.adapters)
         dims = ModelDims.from_metadata(metadata)
         offload = choose_offload(dims, size, request, list_devices(), options.gpu_layers)
         available = machine.memory().available
@@ -151,10 +157,12 @@ class EngineLoader:
             report(_READING_SHARE + (1 - _READING_SHARE) * fraction)
             return not self._cancelled.is_set()
 
-        adapter = ThreadAdapter(plan.options.threads, machine.cpu_times) if machine.cpu_times else None
+        thread_adapter = ThreadAdapter(plan.options.threads, machine.cpu_times) if machine.cpu_times else None
         try:
             self._read_ahead(shard_paths(path), report)
-            model, context, offload_notes = open_model(path, plan.options, offload, repairs, on_progress, adapter)
+            model, context, adapters, offload_notes = open_model(
+                path, plan.options, offload, repairs, on_progress, thread_adapter, options.adapters
+            )
         except LoadCancelled as reason:
             raise Interrupted from reason
         try:
@@ -167,18 +175,29 @@ class EngineLoader:
         costs = CostCurve(options.tuned.costs)
         lookup: Drafter = Speculation(costs) if options.lookup and model.can_truncate else NoSpeculation()
         drafter = ModelDrafter(draft_model, lookup, costs) if draft_model else None
-        caches = options.prompt_caches
+
+        def open_prompt_cache() -> PromptCache | None:
+            folder = options.prompt_caches
+            return PromptCache(folder, compute_cache_key(path, plan.options, adapters.specs)) if folder else None
+
         sequence = TokenSequence(
             context,
             speculation=drafter or lookup,
             prefix_cache=PrefixCache(context),
-            prompt_cache=PromptCache(caches, compute_cache_key(path, plan.options)) if caches else None,
+            prompt_cache=open_prompt_cache(),
             check_memory=MemoryCheck(
                 machine.memory, machine.memory_pressure, drafter.give_up if drafter else lambda: False
             ),
         )
+
+        def use_adapters() -> None:
+            sequence.save_prompt_cache()
+            context.apply_adapters()
+            sequence.forget(open_prompt_cache())
+
+        adapters.on_change = use_adapters
         notes = (*_repair_notes(repairs, model), *offload_notes, *plan.notes, *sampling_notes)
-        return LoadedModel(name, model, context, sequence, sampling, plan, costs, notes, drafter)
+        return LoadedModel(name, model, context, sequence, sampling, plan, costs, adapters, notes, drafter)
 
     def _read_ahead(self, files: Sequence[Path], report: Callable[[float], None]) -> None:
         """Read the files into the page cache; llama.cpp would do the same, but in small pages and without progress."""
@@ -288,16 +307,18 @@ def open_model(
     kv_overrides: Mapping[str, float],
     on_progress: Callable[[float], bool],
     thread_adapter: ThreadAdapter | None = None,
-) -> tuple[Model, Context, tuple[LoadNote, ...]]:
+    adapters: Sequence[AdapterSpec] = (),
+) -> tuple[Model, Context, LoadedAdapters, tuple[LoadNote, ...]]:
     """Load the model and create its context; retry with fewer layers on GPUs if they have less memory than reported."""
     requested = offload.layers
     while True:
         model = None
         try:
             model = Model(path, gpu_layers=offload.layers, kv_overrides=kv_overrides, on_progress=on_progress)
+            loaded_adapters = LoadedAdapters(model, adapters)
             context = Context(model, options, thread_adapter=thread_adapter)
             is_reduced = offload.layers < requested
-            return model, context, (FewerGpuLayers(offload.layers, requested),) if is_reduced else ()
+            return model, context, loaded_adapters, (FewerGpuLayers(offload.layers, requested),) if is_reduced else ()
         except (BadWeights, ContextNotCreated) as reason:
             if model:
                 model.close()

@@ -2,7 +2,8 @@
 Snapshots of the KV cache on disk, so that continuing a chat later needs no prefill.
 
 A file is a line of JSON, the tokens as int32, and llama.cpp's state of the sequence, with a CRC-32 over both. It is
-valid for one model file, one set of KV cache types, and one version of llama.cpp; the folder name is a hash of these.
+valid for one model file with its adapters, one set of KV cache types, and one version of llama.cpp; the folder name is
+a hash of these.
 Files are written under a temporary name and renamed; if they take too much space, the least recently used ones are
 deleted. Nothing depends on them: a damaged file is deleted, and its tokens are computed again.
 """
@@ -28,6 +29,7 @@ from qwenlocal.engine.context import Context, ContextOptions
 from qwenlocal.engine.prefix_cache import MIN_PREFIX_TOKENS, common_prefix
 from qwenlocal.errors import NotWritable, QwenlocalError
 from qwenlocal.fileio import fingerprint_file, hash_samples
+from qwenlocal.weights.adapter_spec import AdapterSpec
 from qwenlocal.weights.split_model import shard_paths
 
 _VERSION = 1
@@ -37,11 +39,17 @@ _ABANDONED_SECONDS = 3600.0  # a temporary file of this age is no longer being w
 _DISK_SPEED = 300e6  # bytes per second that a slow disk reads
 
 
-def compute_cache_key(model: Path, options: ContextOptions) -> str:
-    """Hash everything that a state depends on: the model file, the KV cache's layout, the version of llama.cpp."""
+def compute_cache_key(model: Path, options: ContextOptions, adapters: Sequence[AdapterSpec] = ()) -> str:
+    """
+    Hash everything that a state depends on.
+
+    That is the model file, the adapters and their scales, the KV cache's layout, and the version of llama.cpp.
+    """
     layout = (options.key_type, options.value_type, options.flash_attention, options.rope)
     version = importlib.metadata.version("llama-cpp-python")
-    parts = (_VERSION, version, layout, list(map(fingerprint_file, shard_paths(model))))
+    parts: tuple[object, ...] = (_VERSION, version, layout, list(map(fingerprint_file, shard_paths(model))))
+    if changes := sorted((fingerprint_file(spec.path), spec.scale) for spec in adapters if spec.scale):
+        parts = (*parts, changes)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 

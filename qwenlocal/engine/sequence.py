@@ -83,6 +83,13 @@ class TokenSequence:
         self._cached = list(ids)
         self._sync_cache()
 
+    def forget(self, prompt_cache: PromptCache | None) -> None:
+        """Drop all that was computed, because the model has changed, and use another prompt cache from now on."""
+        while self._prefix_cache.evict_oldest():
+            pass
+        self._cached, self._prompt_cache = [], prompt_cache
+        self._sync_cache()
+
     def stop(self) -> None:
         self._context.abort.set()
 

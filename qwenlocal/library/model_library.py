@@ -20,6 +20,7 @@ from qwenlocal.library.store import Store
 from qwenlocal.paths import Folders, bundled_folder
 
 if TYPE_CHECKING:
+    from qwenlocal.library.adapters import AdapterLibrary
     from qwenlocal.library.catalog import Catalog
     from qwenlocal.library.checkpoints import CheckpointFinder
     from qwenlocal.library.external_caches import ExternalFile
@@ -107,6 +108,13 @@ class ModelLibrary:
         return ModelProvider(
             self.folders, lambda: self.catalog, self.store, self.local, converter, self.open_puller, say=self.say
         )
+
+    @cached_property
+    def adapters(self) -> AdapterLibrary:
+        """LoRA adapters, as files for a model."""
+        from qwenlocal.library.adapters import AdapterLibrary
+
+        return AdapterLibrary(self.folders, say=self.say, open_progress=self.open_progress)
 
     @contextlib.contextmanager
     def open_puller(self) -> Iterator[Puller]:

@@ -15,9 +15,9 @@ from qwenlocal.weights.other_formats import (
     ADAPTER_CONFIG,
     PICKLED,
     PICKLED_MODELS,
-    adapter_hint,
     find_pickled_model,
     pickled_hint,
+    remote_adapter_hint,
     training_step,
 )
 from qwenlocal.weights.weight_files import INDEX, SINGLE_FILE
@@ -143,7 +143,7 @@ def _no_checkpoint_error(listing: RepoListing) -> ModelNotFound:
     folders = [path.removesuffix("/config.json") for path in sorted(paths) if path.endswith("/config.json")]
     if ADAPTER_CONFIG in paths:
         return ModelNotFound(
-            repo, reason=tr("{repo} is a LoRA adapter, not a model.", repo=repo), hint=adapter_hint(repo)
+            repo, reason=tr("{repo} is a LoRA adapter, not a model.", repo=repo), hint=remote_adapter_hint(repo)
         )
     if folders and "config.json" not in paths:
         name, folder = repo.rpartition("/")[2], max(folders, key=training_step)

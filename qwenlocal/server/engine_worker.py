@@ -94,7 +94,11 @@ class Worker:
 
     def _create_scheduler(self, model: ChatModel) -> Scheduler:
         path, folder = self._spec.model.record.path, self._spec.options.prompt_caches
-        prompt_cache = PromptCache(folder, compute_cache_key(path, model.context.options)) if folder else None
+        prompt_cache = (
+            PromptCache(folder, compute_cache_key(path, model.context.options, model.adapters.specs))
+            if folder
+            else None
+        )
         return model.create_scheduler(
             self._spec.parallel, uses_lookup=self._spec.options.lookup, prompt_cache=prompt_cache
         )

@@ -25,13 +25,15 @@ class HostSettings:
     """
     Settings for loading models. Each runs `parallel` requests at the same time, and `max_waiting` others wait.
 
-    A model is unloaded after `keep_alive` seconds without a request; never, if that is infinite.
+    A model is unloaded after `keep_alive` seconds without a request; never, if that is infinite. The adapters in
+    `options` are for the model called `adapted_model` only.
     """
 
     options: LoadOptions
     parallel: int = 4
     max_waiting: int = 64
     keep_alive: float = 300.0
+    adapted_model: str = ""
 
 
 class _HostedModel:
@@ -192,8 +194,10 @@ class ProcessHost:
 
     async def _start(self, hosted: _HostedModel) -> Ready:
         settings = self._settings
+        is_adapted = hosted.name == settings.adapted_model
+        options = settings.options if is_adapted else replace(settings.options, adapters=())
         hosted.process = EngineProcess(
-            WorkerSpec(hosted.model, settings.options, settings.parallel),
+            WorkerSpec(hosted.model, options, settings.parallel),
             max_waiting=settings.max_waiting,
             report=lambda fraction: self._on_progress(hosted.name, fraction),
         )

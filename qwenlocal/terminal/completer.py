@@ -65,6 +65,10 @@ class ChatCompleter(Completer):
                 with contextlib.suppress(QwenlocalError):  # a remote engine that does not answer
                     models = self._session.models
                     return [(name, "") for name in (*models.names(), *models.nearby_files())]
+            case "adapter":
+                adapters = self._session.models.adapters
+                scales = adapters.scales if adapters else {}
+                return [(name, f"{scale:g}") for name, scale in scales.items()] + [("off", ""), ("on", "")]
             case "prompt":
                 return [(name, "") for name in find_prompt_files(self._session.prompt_folders)]
             case "code":

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from qwenlocal.chat.events import Done
     from qwenlocal.chat.journal import Journal
     from qwenlocal.chat.thread import Thread, Turn
+    from qwenlocal.engine.adapters import LoadedAdapters
 
 AnswerStarter = Callable[[], Iterator[Event]]
 _TURN_NUMBER = re.compile(r"#?-?\d{1,9}")
@@ -49,6 +50,10 @@ class ChatModels(Protocol):
         ------
         QwenlocalError: a remote engine does not list its models.
         """
+
+    @property
+    def adapters(self) -> LoadedAdapters | None:
+        """The adapters of the current model; None if it is not loaded in this process."""
 
     def nearby_files(self) -> Sequence[str]:
         """List the paths of the GGUF files in the folder of the current model."""

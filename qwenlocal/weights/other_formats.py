@@ -16,7 +16,7 @@ from qwenlocal.errors import BadCheckpoint, UnsupportedCheckpoint
 from qwenlocal.weights.json_files import read_optional_json
 from qwenlocal.weights.packing import quantized_weights
 
-ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft
 _PEFT_KEYS, _MLX_KEYS = ("peft_type", "base_model_name_or_path"), ("fine_tune_type", "model")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 PICKLED_MODELS = ("pytorch_model.bin", "pytorch_model.bin.index.json")  # transformers: WEIGHTS_NAME, WEIGHTS_INDEX_NAME
@@ -119,8 +119,14 @@ def adapter_only(folder: Path) -> BadCheckpoint:
         folder,
         f"it is {'an' if name[0] in 'AEIO' else 'a'} {name} adapter{' of MLX' if is_mlx else ''}"
         f"{f' for {model}' if model else ''}, not a model",
-        hint=_mlx_hint(folder.resolve(), model) if is_mlx else adapter_hint(str(folder.resolve())),
+        hint=_mlx_hint(folder.resolve(), model) if is_mlx else adapter_hint(str(folder.resolve()), _base_name(model)),
     )
+
+
+def _base_name(base: str) -> str:
+    """Return the base model as commands take it: "hf:Qwen/Qwen1.5-0.5B" for a repository."""
+    is_repo = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base) is not None and not os.path.exists(base)
+    return f"hf:{base}" if is_repo else base
 
 
 def _mlx_hint(adapter: Path, base: str) -> str:
@@ -131,13 +137,19 @@ def _mlx_hint(adapter: Path, base: str) -> str:
     )
 
 
-def adapter_hint(adapter: str) -> str:
-    """Return how to make a model of an adapter of peft and its base model."""
-    merged = f"{adapter.rstrip('/').rpartition('/')[2]}-merged"
+def adapter_hint(adapter: str, base: str = "") -> str:
+    """Return how to use the adapter in the folder `adapter` with its base model, or to merge it."""
+    folder, model = shlex.quote(adapter), shlex.quote(base) if base else "BASE"
     return (
-        f"Merge it into its base model with peft: AutoPeftModelForCausalLM.from_pretrained({adapter!r})"
-        f".merge_and_unload().save_pretrained({merged!r}). Then copy the tokenizer's files there, and convert {merged}."
+        f"Use it with its base model: qwenlocal run {model} --adapter {folder}; or merge it: "
+        f"qwenlocal convert {model} --merge {folder}"
     )
+
+
+def remote_adapter_hint(repo: str) -> str:
+    """Return how to use the adapter in a repository."""
+    folder = repo.rpartition("/")[2]
+    return f"Download it (hf download {repo} --local-dir {folder}). {adapter_hint(f'./{folder}')}"
 
 
 def check_tensor_names(folder: Path, names: Iterable[str], *, is_packed: bool) -> None:

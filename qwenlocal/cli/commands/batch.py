@@ -68,7 +68,8 @@ def run_batch(app: AppContext, options: RunOptions) -> None:
         app.say(tr("All prompts are already answered ({count:,}).", count=len(items)))
         return
     model, draft = app.library.models.ensure_models(options.model_name, options.draft)
-    loader = create_loader(app, options, draft)
+    adapters = app.library.adapters.ensure_adapters(options.adapters, model.record)
+    loader = create_loader(app, options, draft, adapters)
     loaded = load_with_status(loader, model)
     try:
         answer_batch(options, loaded, remaining, output, len(items) - len(remaining))

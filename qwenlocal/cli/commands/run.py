@@ -99,6 +99,7 @@ def _chat(
             model_name = choose_model(app)
         model, draft = app.library.models.ensure_models(model_name, options.draft)
         elsewhere = open_server_pool(servers, model, options)
+        adapters = app.library.adapters.ensure_adapters(options.adapters, model.record)
     if elsewhere:
         app.say(elsewhere.notice)
     keys_kept = disable_echo(sys.stdin, sys.stdout) if early_bytes is None else contextlib.nullcontext(early_bytes)
@@ -106,7 +107,7 @@ def _chat(
         from qwenlocal.cli.commands.chat import run_chat
         from qwenlocal.cli.model_pool import ModelPool
 
-        pool = elsewhere or ModelPool(app, options, model, draft)
+        pool = elsewhere or ModelPool(app, options, model, draft, adapters)
         run_chat(app, options, pool, resumed, system, prompt, typed)
 
 
@@ -206,7 +207,8 @@ def _answer_once(
     from qwenlocal.cli.run_models import create_loader, load_with_status  # imports llama.cpp, once there is a model
     from qwenlocal.terminal.load_notes import describe_load, describe_note
 
-    loader = create_loader(app, options, draft)
+    adapters = app.library.adapters.ensure_adapters(options.adapters, model.record)
+    loader = create_loader(app, options, draft, adapters)
     loaded = load_with_status(loader, model)
     for sentence in (*([describe_load(loaded.plan)] if options.stats else []), *map(describe_note, loaded.notes)):
         app.say(sentence)

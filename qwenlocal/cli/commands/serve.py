@@ -21,6 +21,7 @@ from qwenlocal.engine.loader import LoadOptions
 from qwenlocal.errors import ModelNotFound, NotWritable, OutOfRange, QwenlocalError, UsageError
 from qwenlocal.hints import describe_error
 from qwenlocal.i18n import tr
+from qwenlocal.library.adapters import AdapterRequest
 from qwenlocal.library.provider import ProvidedModel
 from qwenlocal.library.running_servers import announce_server
 from qwenlocal.paths import ensure_writable, parse_path
@@ -68,6 +69,7 @@ class ServeOptions:
     gpu_layers: int | None
     lookup: bool
     keep_cache: bool
+    adapters: Sequence[AdapterRequest] = ()
 
 
 def serve_models(options: ServeOptions, app: AppContext) -> None:
@@ -95,6 +97,9 @@ def serve_models(options: ServeOptions, app: AppContext) -> None:
     certificate, key = _tls_files(options)
     listener = open_socket(options.host, options.port)
     models = _provide_models(options.models, app)
+    adapters = app.library.adapters.ensure_adapters(options.adapters, models[0].record)
+    load_options = replace(host_settings.options, adapters=adapters)
+    host_settings = replace(host_settings, options=load_options, adapted_model=str(models[0].name))
     address = _address(options.host, listener.getsockname()[1], is_secure=certificate is not None)
     screen = _ServerScreen(app, address)
     host = ProcessHost(
@@ -113,7 +118,7 @@ def serve_models(options: ServeOptions, app: AppContext) -> None:
             if not is_loopback(options.host):
                 screen.warn_of_access(is_secure=certificate is not None)
             path, n_ctx = models[0].record.path, engine.info.n_ctx
-            if certificate is None:  # clients would have to trust it
+            if certificate is None and not adapters:  # `run` trusts no certificate, and would get other answers
                 local = _local_address(address)
                 announcement.enter_context(announce_server(folders.servers, local, path, n_ctx, local_key))
             page = f"{_local_address(address)}/#key={settings.page_key}"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from qwenlocal.i18n import mark, tr
-from qwenlocal.terminal.commands import context, files, models, turns
+from qwenlocal.terminal.commands import adapters, context, files, models, turns
 from qwenlocal.terminal.session import AnswerStarter, Session
 
 Handler = Callable[[Session, str], Sequence[AnswerStarter] | None]
@@ -20,9 +20,9 @@ class Command:
     A slash command.
 
     `usage` is its name with its arguments. `handler` takes the session and the stripped argument; it may return answers
-    that the model is to start. `completes` names the completion of the argument: "model", "prompt", "setting", "file",
-    "turn", "command", "code" (that word) or "" for none. If it `works_at_once`, it is not queued while the model
-    answers: it changes nothing that an answer depends on.
+    that the model is to start. `completes` names the completion of the argument: "model", "adapter", "prompt",
+    "setting", "file", "turn", "command", "code" (that word) or "" for none. If it `works_at_once`, it is not queued
+    while the model answers: it changes nothing that an answer depends on.
     """
 
     usage: str
@@ -90,6 +90,12 @@ COMMAND_GROUPS: Mapping[str, Sequence[Command]] = {
     mark("Model and settings"): (
         Command(
             "/model [NAME]", mark("Switch to another model, or show the current one"), models.switch_model, "model"
+        ),
+        Command(
+            "/adapter [NAME] [SCALE]",
+            mark("Scale a LoRA adapter, switch adapters on or off, or list them"),
+            adapters.change_adapters,
+            "adapter",
         ),
         Command("/system [TEXT]", mark("Set the system prompt, or show it"), models.set_system_prompt),
         Command(

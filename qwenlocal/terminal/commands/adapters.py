@@ -1,0 +1,73 @@
+"""The command that lists the LoRA adapters of the model and changes their scales."""
+
+from __future__ import annotations
+
+import math
+
+from qwenlocal.engine.adapters import LoadedAdapters
+from qwenlocal.errors import OutOfRange, UsageError
+from qwenlocal.i18n import tr
+from qwenlocal.terminal.session import Session
+from qwenlocal.weights.adapter_spec import MAX_ADAPTER_SCALE
+
+
+def change_adapters(session: Session, argument: str) -> None:
+    """
+    Set the scale of an adapter (`/adapter style 0.5`), or switch it or all of them `on` or `off`.
+
+    Without an argument, list the adapters; with a name only, switch that one on.
+    """
+    adapters = _require_adapters(session)
+    words = argument.split()
+    names = list(adapters.scales)
+    if words and words[0] not in names and words[0].lower() not in ("on", "off"):
+        raise UsageError(
+            tr("No adapter is called “{name}”.", name=words[0]),
+            hint=tr("Available adapters: {names}", names=", ".join(names)),
+        )
+    if words and words[0] in names:
+        names, words = words[:1], words[1:] or ["on"]
+    if len(words) > 1:
+        raise UsageError(
+            tr("“{text}” is not a scale.", text=" ".join(words)), hint=tr("For example: /adapter NAME 0.5")
+        )
+    if words:
+        scales = _parse_scales(adapters, words[0], names)
+        if scales != {name: adapters.scales[name] for name in names}:
+            adapters.set_scales(scales)
+            session.say(tr("The next answer reads the chat again."))
+    for name, scale in adapters.scales.items():
+        session.say(f"  {name}  {f'{scale:g}' if scale else tr('off')}")
+
+
+def _require_adapters(session: Session) -> LoadedAdapters:
+    """
+    Return the adapters of the current model, once it is loaded.
+
+    Raises
+    ------
+    UsageError: it has none.
+    """
+    _ = session.conversation  # waits until the model is loaded
+    adapters = session.models.adapters
+    if adapters is None or not adapters.specs:
+        raise UsageError(
+            tr("This model runs without adapters."),
+            hint=tr("To use one, start the chat with it: qwenlocal run MODEL --adapter ADAPTER"),
+        )
+    return adapters
+
+
+def _parse_scales(adapters: LoadedAdapters, word: str, names: list[str]) -> dict[str, float]:
+    """Return the scale of each of `names`: a number, 0 for "off", the one that it was loaded with for "on"."""
+    if word.lower() == "on":
+        return {name: adapters.initial_scales[name] for name in names}
+    try:
+        scale = 0.0 if word.lower() == "off" else float(word.replace(",", "."))
+    except ValueError:
+        scale = math.nan
+    if math.isnan(scale):
+        raise UsageError(tr("“{text}” is not a scale.", text=word), hint=tr("For example: /adapter NAME 0.5"))
+    if abs(scale) > MAX_ADAPTER_SCALE:
+        raise OutOfRange(tr("The scale"), -MAX_ADAPTER_SCALE, MAX_ADAPTER_SCALE, scale)
+    return dict.fromkeys(names, scale)

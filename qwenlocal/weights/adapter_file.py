@@ -1,0 +1,193 @@
+"""
+Adapters as GGUF files, as llama.cpp reads them (src/llama-adapter.cpp; written like convert_lora_to_gguf.py).
+
+For the matrix `blk.0.attn_q.weight` there are `blk.0.attn_q.weight.lora_a` and `.lora_b`. llama.cpp adds
+alpha / rank · B·A, with one alpha for the whole file. If a module has another scale s, its B is stored multiplied by
+s · rank / alpha. Usually that is 1, and the tensors are those of llama.cpp's converter. Factors of experts are stacked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from qwenlocal.errors import BadWeights, InvalidChoice, UnsupportedCheckpoint
+from qwenlocal.ggml import tensor_type
+from qwenlocal.weights import gguf_writer
+from qwenlocal.weights.adapter import LoraAdapter, LoraModule
+from qwenlocal.weights.adapter_rows import FactorRows
+from qwenlocal.weights.conversion_plan import ConversionPlan, PlannedFile, PlannedTensor, row_ranges
+from qwenlocal.weights.file_types import FileType, file_type
+from qwenlocal.weights.gguf_reader import Header, TensorInfo, read_header
+from qwenlocal.weights.gguf_writer import TensorSpec
+from qwenlocal.weights.quant_mix import TypeChoice, layer_order
+from qwenlocal.weights.row_source import SourceTensor
+from qwenlocal.weights.write_job import OutputFile, WriteJob
+
+ADAPTER_TYPES = ("f32", "f16", "bf16", "q8_0")
+_ENDINGS = (".lora_a", ".lora_b")
+_EMBEDDINGS, _OUTPUT = "token_embd.weight", "output.weight"
+
+
+# --- writing
+
+
+def plan_adapter(adapter: LoraAdapter, targets: Sequence[tuple[Path, FileType]]) -> ConversionPlan:
+    """
+    Plan to write an adapter to `targets` (paths and types).
+
+    Raises
+    ------
+    InvalidChoice: a type is not one of `ADAPTER_TYPES`. UnsupportedCheckpoint: experts have no or different changes.
+    """
+    tensors = sorted(_stack_modules(adapter), key=lambda tensor: layer_order(tensor.name))
+    files, outputs, destinations = [], [], []
+    for path, kind in targets:
+        if kind.name not in ADAPTER_TYPES:
+            raise InvalidChoice("The type of an adapter", ADAPTER_TYPES, kind.name)
+        choices = [_choose_type(tensor, kind) for tensor in tensors]
+        specs = [TensorSpec(t.name, t.shape, choice.type) for t, choice in zip(tensors, choices, strict=True)]
+        layout = gguf_writer.make_layout(_metadata(adapter), specs)
+        planned = [PlannedTensor(t.name, t.shape, t.type, choice) for t, choice in zip(tensors, choices, strict=True)]
+        files.append(PlannedFile(path, kind, planned, layout.size))
+        outputs.append(OutputFile(path, layout.header, layout.size))
+        destinations.append([(spec.type, layout.offsets[spec.name]) for spec in specs])
+    ranges = []
+    for tensor, tensor_destinations in zip(tensors, zip(*destinations, strict=True), strict=True):
+        ranges += row_ranges(tensor, tensor_destinations)
+    return ConversionPlan(files, WriteJob(outputs, ranges))
+
+
+def default_adapter_type() -> FileType:
+    """Return f32, which loses nothing; llama.cpp's converter writes it, too."""
+    return file_type("f32")
+
+
+def _metadata(adapter: LoraAdapter) -> dict[str, bytes]:
+    base = {
+        "general.base_model.count": gguf_writer.u32(1),
+        "general.base_model.0.name": gguf_writer.string(adapter.base),
+    }
+    return {
+        "general.architecture": gguf_writer.string(adapter.architecture),
+        "general.type": gguf_writer.string("adapter"),
+        "adapter.type": gguf_writer.string("lora"),
+        "general.name": gguf_writer.string(adapter.folder.resolve().name),
+        **(base if adapter.base else {}),
+        "general.quantization_version": gguf_writer.u32(2),  # ggml.h: GGML_QNT_VERSION
+        "adapter.lora.alpha": gguf_writer.f32(adapter.alpha),
+    }
+
+
+def _choose_type(tensor: SourceTensor, kind: FileType) -> TypeChoice:
+    if tensor.shape[0] % kind.default.block_size:  # a rank of 16 cannot be divided into blocks of 32
+        return TypeChoice(tensor_type("f16"), f"rows of {tensor.shape[0]} values")
+    return TypeChoice(kind.default, "")
+
+
+def _stack_modules(adapter: LoraAdapter) -> Iterator[SourceTensor]:
+    by_target: dict[str, list[LoraModule]] = {}
+    for module in adapter.modules:
+        by_target.setdefault(module.target, []).append(module)
+    for target, modules in by_target.items():
+        if "_exps." in target:
+            modules = _check_experts(modules)
+        rank, rows, columns, count = modules[0].rank, modules[0].rows, modules[0].columns, len(modules)
+        more = (count,) if "_exps." in target else ()
+        scales = [_stored_scale(module, adapter.alpha) for module in modules]
+        pairs = list(zip(modules, scales, strict=True))
+        a = [FactorRows(module.a, is_transposed=module.is_embedding) for module in modules]
+        b = [FactorRows(module.b, scale) for module, scale in pairs]
+        if target == _EMBEDDINGS:  # llama.cpp looks up rows of the transposed A (llama-graph.cpp: build_inp_embd)
+            yield SourceTensor(f"{target}.lora_a", (rank, rows), a)
+            yield SourceTensor(f"{target}.lora_b", (rank, columns), b)
+        else:
+            yield SourceTensor(f"{target}.lora_a", (columns, rank, *more), a)
+            yield SourceTensor(f"{target}.lora_b", (rank, rows, *more), b)
+
+
+def _stored_scale(module: LoraModule, alpha: float) -> float:
+    """Return what B is multiplied by: exactly 1 for a module with the usual scale, alpha / rank."""
+    return 1.0 if module.scale == alpha / module.rank else module.scale * module.rank / alpha
+
+
+def _check_experts(modules: Sequence[LoraModule]) -> list[LoraModule]:
+    """Return the modules of all experts in order; llama.cpp needs one for each, all of the same shape."""
+    modules = sorted(modules, key=lambda module: module.expert)
+    missing = next((n for n, module in enumerate(modules) if module.expert != n), None)
+    if missing is not None:
+        raise UnsupportedCheckpoint(
+            modules[0].a.file,
+            f"the adapter changes “{modules[0].name}”, but not expert {missing}; llama.cpp needs all experts",
+            hint="Merge it instead: qwenlocal convert BASE --merge ADAPTER",
+        )
+    if odd := next((m for m in modules if (m.a.shape, m.b.shape) != (modules[0].a.shape, modules[0].b.shape)), None):
+        raise UnsupportedCheckpoint(
+            odd.a.file,
+            f"“{odd.name}” has another shape than “{modules[0].name}”; llama.cpp needs the same for all experts",
+            hint="Merge it instead: qwenlocal convert BASE --merge ADAPTER",
+        )
+    return modules
+
+
+# --- checking
+
+
+def is_adapter_file(header: Header) -> bool:
+    """Return True for the header of an adapter."""
+    return header.metadata.get("general.type") == "adapter"
+
+
+def check_adapter_fits(path: Path, model: Path, model_tensors: Sequence[TensorInfo], architecture: str) -> None:
+    """
+    Check that the adapter in the GGUF file `path` can be used with a model, the GGUF file `model`.
+
+    Raises
+    ------
+    BadWeights: it is damaged, not a LoRA adapter, or for a model with other matrices.
+    """
+    header = read_header(path)
+    if not is_adapter_file(header) or header.metadata.get("adapter.type") != "lora":
+        raise BadWeights(path, "it is not a LoRA adapter", hint="Name the folder or the GGUF file of an adapter.")
+    if header.architecture != architecture:
+        raise _other_model(
+            header, path, f"it is for models of the architecture {header.architecture}, not {architecture}"
+        )
+    shapes = {tensor.name: tensor.shape for tensor in model_tensors}
+    factors = {tensor.name: tensor.shape for tensor in header.tensors}
+    for target in dict.fromkeys(name[: -len(_ENDINGS[0])] for name in factors if name.endswith(_ENDINGS)):
+        _check_target(header, path, target, factors, shapes, model)
+
+
+def _check_target(
+    header: Header,
+    path: Path,
+    target: str,
+    factors: Mapping[str, tuple[int, ...]],
+    shapes: Mapping[str, tuple[int, ...]],
+    model: Path,
+) -> None:
+    a, b = (factors.get(f"{target}{ending}") for ending in _ENDINGS)
+    if a is None or b is None or len(a) < 2 or len(b) < 2:
+        raise BadWeights(path, f"“{target}” does not have two factors", hint="Convert or download it again.")
+    is_tied = _OUTPUT not in shapes
+    if is_tied and target in (_EMBEDDINGS, _OUTPUT):
+        raise BadWeights(
+            path,
+            f"it changes “{target}”, but {model.name} uses the same matrix for embeddings and output",
+            hint="Merge it into the checkpoint instead: qwenlocal convert BASE --merge ADAPTER",
+        )
+    if target not in shapes:
+        raise _other_model(header, path, f"it changes “{target}”, which {model.name} does not have")
+    rows, columns = (a[1], b[1]) if target == _EMBEDDINGS else (b[1], a[0])
+    shape = shapes[target]
+    expected = (shape[1] if len(shape) > 1 else 1, shape[0])
+    if (rows, columns) != expected or a[2:] != shape[2:] or b[2:] != shape[2:]:
+        changed, own = (f"{size[0]:,} x {size[1]:,}" for size in ((rows, columns), expected))
+        raise _other_model(header, path, f"it changes a “{target}” of {changed}, but that of {model.name} has {own}")
+
+
+def _other_model(header: Header, path: Path, reason: str) -> BadWeights:
+    base = header.metadata.get("general.base_model.0.name")
+    hint = f"Use the model that it was trained for: {base}" if base else "Use the model that it was trained for."
+    return BadWeights(path, reason, hint=hint)

@@ -8,6 +8,7 @@ Errors that a user of qwenlocal can act on.
     ├── UsageError                 2  arguments that are invalid or contradict each other
     │   ├── InvalidChoice          2  an argument that is not one of the known values
     │   ├── OutOfRange             2  a number that is too small or too large
+    │   ├── TextTooShort           2  a text with too few tokens to measure a model on
     │   └── UnknownToken           2  a token id that the model does not have
     ├── OutputExists               2  the output file already exists
     ├── ModelNotFound              3  no such name, path, file or repository
@@ -176,6 +177,20 @@ class OutOfRange(UsageError):
                 maximum=maximum,
                 value=int(value) if is_whole else value,
             )
+        )
+
+
+class TextTooShort(UsageError):
+    """A text has `tokens` tokens; `needed` is the least that a measurement needs."""
+
+    def __init__(self, tokens: int, needed: int) -> None:
+        self.tokens, self.needed = tokens, needed
+        hint = tr("Use a longer text.")
+        if tokens >= 128:  # shorter windows tell little
+            hint = tr("Use a longer text, or shorter windows: -c {n_ctx}", n_ctx=tokens // 2)
+        super().__init__(
+            tr("The text has {tokens:,} tokens; at least {needed:,} are needed.", tokens=tokens, needed=needed),
+            hint=hint,
         )
 
 

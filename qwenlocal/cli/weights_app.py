@@ -213,3 +213,51 @@ def diff(
     from qwenlocal.cli.commands.diff import diff_files
 
     diff_files(left, right, as_json=as_json)
+
+
+@weights_app.command(short_help="Measure the quality of a model.", rich_help_panel="Weights")
+def quality(
+    model: Annotated[
+        str,
+        Argument(
+            metavar="MODEL", help="Model to measure; with --levels, also a checkpoint.", autocompletion=complete_models
+        ),
+    ],
+    base: Annotated[
+        str | None,
+        Option(
+            "--base",
+            metavar="MODEL",
+            help="Compare with this model, for example the same one as f16.",
+            autocompletion=complete_models,
+        ),
+    ] = None,
+    levels: Annotated[
+        str | None,
+        Option("--levels", metavar="TYPE[,TYPE…]", help="Quantize to each of these types, and compare with MODEL."),
+    ] = None,
+    text: Annotated[str | None, Option("--text", metavar="FILE", help="Text to measure on.")] = None,
+    n_ctx: Annotated[
+        int, Option("-c", "--context", metavar="N", help="Tokens per window. [default: 512]", show_default=False)
+    ] = 512,
+    chunks: Annotated[
+        int | None, Option("--chunks", metavar="N", help="Evaluate at most N windows. [default: all]")
+    ] = None,
+    imatrix: ImatrixOption = None,
+    plot: Annotated[str | None, Option("--plot", metavar="FILE", help="Draw a chart: an SVG file.")] = None,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure perplexity and KL divergence, by the definitions of llama-perplexity.
+
+    \b
+    qwenlocal quality qwen1.5:0.5b --text wiki.txt                       perplexity
+    qwenlocal quality model-q4_k_m.gguf --base model-f16.gguf --text wiki.txt
+    qwenlocal quality ./Qwen1.5-0.5B --levels q4_0,q4_k_m,q8_0 --text wiki.txt --chunks 20
+    """
+    from qwenlocal.cli.commands.quality import QualityOptions, measure_quality
+    from qwenlocal.cli.options import parse_load_request, split_list
+
+    parse_load_request(None, threads)
+    options = QualityOptions(text, n_ctx, chunks, threads, plot, as_json)
+    measure_quality(model, base=base, levels=split_list(levels) if levels else (), imatrix=imatrix, options=options)

@@ -9,6 +9,8 @@ from typing import Any
 
 from qwenlocal.engine.context import Context, ContextOptions
 from qwenlocal.engine.llama import Model
+from qwenlocal.measure.kl_divergence import LogitRows, RowComparison, compare_rows, summarize_comparisons
+from qwenlocal.measure.perplexity import RowWorkers
 from qwenlocal.measure.reference import Report
 
 _BATCH = 32  # tokens whose logits are in memory at once
@@ -43,47 +45,38 @@ class LogitsError:
 
 def compare_logits(reference: Model, model: Model, threads: int, report: Report) -> LogitsError:
     """Evaluate `SAMPLE` with both models."""
-    ids = reference.tokenizer.tokenize(SAMPLE, special=False)
-    ids = [token for token in ids if token < len(model.tokenizer)]
+    width = min(len(reference.tokenizer), len(model.tokenizer))
+    ids = [token for token in reference.tokenizer.tokenize(SAMPLE, special=False) if token < width]
     expected, actual = (contextlib.closing(_logits(side, ids, threads)) for side in (reference, model))
-    with expected as expected_logits, actual as actual_logits:  # Ctrl-C closes contexts before their models
-        return _divergence(zip(expected_logits, actual_logits, strict=True), len(ids), report)
+    with (  # Ctrl-C closes contexts before their models
+        contextlib.closing(RowWorkers(threads, width)) as workers,
+        expected as expected_logits,
+        actual as actual_logits,
+    ):
+        return _compare(zip(expected_logits, actual_logits, strict=True), len(ids), workers, report)
 
 
-def _divergence(pairs: Iterable[tuple[Any, Any]], total: int, report: Report) -> LogitsError:
+def _compare(pairs: Iterable[tuple[Any, Any]], total: int, workers: RowWorkers, report: Report) -> LogitsError:
     import numpy
 
-    squares = variance = divergence = 0.0
-    agreeing = count = 0
-    for expected, actual in pairs:
-        report("comparing logits", count, total)
-        width = min(expected.shape[1], actual.shape[1])
-        p, q = expected[:, :width].astype(numpy.float64), actual[:, :width].astype(numpy.float64)
+    squares = variance = 0.0
+    comparisons: list[RowComparison] = []
+    for number, (expected, actual) in enumerate(pairs):
+        report("comparing logits", number * _BATCH, total)
+        p, q = (logits[:, : workers.n_vocab] for logits in (expected, actual))
+        comparisons.append(compare_rows(LogitRows(p), q, [0] * len(p), workers))
+        p, q = p.astype(numpy.float64), q.astype(numpy.float64)
         squares += float(((p - q) ** 2).sum())
         variance += float(((p - p.mean(axis=1, keepdims=True)) ** 2).sum())
-        log_p, log_q = _log_softmax(p), _log_softmax(q)
-        divergence += float((numpy.exp(log_p) * (log_p - log_q)).sum())
-        agreeing += int((p.argmax(axis=1) == q.argmax(axis=1)).sum())
-        count += len(p)
-    return LogitsError(count, squares / variance, divergence / count, agreeing / count)
-
-
-def _log_softmax(logits: Any) -> Any:
-    import numpy
-
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    return shifted - numpy.log(numpy.exp(shifted).sum(axis=1, keepdims=True))
+    divergence = summarize_comparisons(comparisons)
+    return LogitsError(total, squares / variance, divergence.kl.value, divergence.same_top.value)
 
 
 def _logits(model: Model, ids: Sequence[int], threads: int) -> Generator[Any, None, None]:
-    """Yield the logits after each token as arrays of shape (tokens, vocabulary), `_BATCH` tokens at a time."""
-    import numpy
-
-    size = len(model.tokenizer)
+    """Yield the logits after each token, views of shape (tokens, vocabulary), `_BATCH` tokens at a time."""
     options = ContextOptions(len(ids) + _BATCH, threads=threads, n_batch=_BATCH)
     with contextlib.closing(Context(model, options)) as context:
         for start in range(0, len(ids), _BATCH):
             batch = ids[start : start + _BATCH]
-            (first,) = context.decode([(0, batch)], all_logits=(0,))
-            rows = [numpy.ctypeslib.as_array(context.logits(first + n), (size,)).copy() for n in range(len(batch))]
-            yield numpy.stack(rows)
+            context.decode([(0, batch)], all_logits=(0,))
+            yield context.logit_rows(len(batch))

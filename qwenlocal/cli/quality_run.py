@@ -1,0 +1,47 @@
+"""Runs of a quality test in a terminal: progress, and Ctrl-C that keeps the windows measured so far."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from qwenlocal.i18n import tr
+
+if TYPE_CHECKING:
+    from qwenlocal.measure.quality import QualityMeter, QualityTest
+
+
+def run_steps(test: QualityTest, name: str, make_steps: Callable[[], Iterator[QualityMeter]]) -> bool:
+    """
+    Run the steps of a test of the model `name` in a thread, and show their progress; return False after Ctrl-C.
+
+    The meters have the scores of all steps before that.
+    """
+    from qwenlocal.chat.worker import iterate_in_thread
+    from qwenlocal.engine.context import Aborted
+    from qwenlocal.engine.llama import LoadCancelled
+    from qwenlocal.terminal.progress import status_line
+
+    begin = time.monotonic()
+    with status_line(sys.stderr, delay=0) as show, iterate_in_thread(make_steps, test.abort.set) as meters:
+        show(tr("loading {name}", name=name))
+        try:
+            for meter in meters:
+                left = (time.monotonic() - begin) * (test.tokens / meter.tokens - 1)
+                show(_describe_progress(name, meter, len(test.windows), left))
+        except (Aborted, LoadCancelled):
+            return False
+    return True
+
+
+def _describe_progress(name: str, meter: QualityMeter, total: int, left: float) -> str:
+    return tr(
+        "{name}: window {done} of {total}, perplexity {perplexity:.3f}, {left:.0f} s left",
+        name=name,
+        done=meter.windows,
+        total=total,
+        perplexity=meter.perplexity,
+        left=left,
+    )

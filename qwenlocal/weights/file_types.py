@@ -27,13 +27,14 @@ class QuantOverrides:
 
     The first of `tensor_types` whose regular expression is found in a tensor's name decides its type; `ends` is the
     type of the embeddings and the output matrix. With `pure`, all other tensors get the default type. `has_imatrix`: an
-    importance matrix is used, which changes some mixes.
+    importance matrix is used, which changes some mixes. `best`: use the mix of best_mix.py instead of llama.cpp's.
     """
 
     tensor_types: Sequence[tuple[re.Pattern[str], TensorType]] = ()
     pure: bool = False
     has_imatrix: bool = False
     ends: TensorType | None = None
+    best: bool = False
 
 
 def file_type(name: str, *, option: str = "--type") -> FileType:

@@ -448,6 +448,26 @@ class TestCommands:
         assert requests.saw_headers_only
         assert "as packed" in result.stdout
 
+    def test_a_preview_compares_the_exact_type_with_a_near_one(self, tmp_path: Path, invoke: Run) -> None:
+        write_packed_checkpoint(tmp_path / "model", "gemm", symmetric=False)
+        output = invoke("convert", str(tmp_path / "model"), "--dry-run").stdout
+        exact, near = (line.split() for line in output.splitlines() if line.startswith(("q5_0 ", "q4_1 ")))
+        assert exact[-3:] == ["none", "as", "planned"]
+        assert near[-2:] == ["--type", "q4_1"]
+        types = json.loads(invoke("convert", str(tmp_path / "model"), "--dry-run", "--json").stdout)["packed_types"]
+        assert [entry["type"] for entry in types] == ["q5_0", "q4_1"]
+        assert types[0]["size"] > types[1]["size"]
+        assert types[0]["error"] == 0 < types[1]["error"] < 0.01
+
+    def test_a_preview_of_shuffled_columns_names_smaller_types(self, tmp_path: Path, invoke: Run) -> None:
+        write_packed_checkpoint(tmp_path / "model", "gptq", shuffled=True)
+        output = invoke("convert", str(tmp_path / "model"), "--dry-run").stdout
+        assert "--type q6_k --requantize" in output
+
+    def test_a_preview_has_no_table_if_the_exact_type_is_the_smallest(self, tmp_path: Path, invoke: Run) -> None:
+        write_packed_checkpoint(tmp_path / "model", "gptq")
+        assert "PACKED WEIGHTS AS" not in invoke("convert", str(tmp_path / "model"), "--dry-run").stdout
+
     def test_verify_compares_the_file_with_the_packed_checkpoint(self, tmp_path: Path, invoke: Run) -> None:
         write_packed_checkpoint(tmp_path / "model", "gptq")
         target = tmp_path / "x.gguf"

@@ -314,6 +314,11 @@ def _unquantized(tensor: TensorInfo) -> TensorSpec:
     return TensorSpec(tensor.name, tensor.shape, f32 if tensor.type == f32 else tensor_type("bf16"))
 
 
+def has_fast_kernel(kind: TensorType, features: Collection[str]) -> bool:
+    """Return True if llama.cpp multiplies matrices of this type in large pieces on a CPU with these features."""
+    return any(kind.name in _FAST_TYPES.get(feature, ()) for feature in features)
+
+
 def find_slow_types(header: Header, features: Collection[str]) -> tuple[float, list[str]]:
     """
     Return the share of the matrices' bytes in types without a fast kernel for these CPU features, and these types.
@@ -321,10 +326,9 @@ def find_slow_types(header: Header, features: Collection[str]) -> tuple[float, l
     The official Q4_K_M of a 0.5B with 896 columns, not a multiple of 256, on AVX2: (0.85, ["q5_0", "q8_0"]);
     with AVX-VNNI, our own kernels are fast for these: (0.0, []).
     """
-    fast = {name for feature in features for name in _FAST_TYPES.get(feature, ())}
-    sizes = Counter[str]()
+    sizes = Counter[TensorType]()
     for tensor in header.tensors:
         if tensor.type.is_quantized and len(tensor.shape) > 1 and tensor.name != "token_embd.weight":
-            sizes[tensor.type.name] += tensor.size
-    slow = [name for name, _ in sizes.most_common() if name not in fast]
-    return sum(sizes[name] for name in slow) / max(1, sizes.total()), slow
+            sizes[tensor.type] += tensor.size
+    slow = [kind for kind, _ in sizes.most_common() if not has_fast_kernel(kind, features)]
+    return sum(sizes[kind] for kind in slow) / max(1, sizes.total()), [kind.name for kind in slow]

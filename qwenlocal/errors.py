@@ -19,6 +19,7 @@ Errors that a user of qwenlocal can act on.
     │   └── DigestMismatch         4  the file differs from the published one
     ├── BadWeights                 5  the file is not a model that qwenlocal can run
     │   ├── NonFiniteWeights       5  a weight is NaN or infinite
+    │   ├── UnexpectedWeights      5  streamed weights are not what the plan assumed
     │   ├── BadCheckpoint          5  a checkpoint is damaged or incomplete
     │   └── UnsupportedCheckpoint  5  llama.cpp cannot compute what the checkpoint needs
     ├── BadCatalog                 5  a file in models/ is invalid
@@ -368,6 +369,13 @@ _SUPPORTED = mark(
     "Nothing was written, because llama.cpp would give wrong answers. Supported are unmodified checkpoints of Qwen1.5, "
     "CodeQwen1.5, Qwen2 and Qwen2.5."
 )
+
+
+class UnexpectedWeights(BadWeights):
+    """The weights in `path`, which arrive from a hub, are not what the conversion was planned for; `reason` says why."""
+
+    def __init__(self, path: Path | str, reason: str) -> None:
+        super().__init__(path, reason, hint=tr("Convert it without --stream, which examines all weights first."))
 
 
 class UnsupportedCheckpoint(BadWeights):

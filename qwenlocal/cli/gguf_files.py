@@ -20,6 +20,7 @@ from qwenlocal.paths import parse_path
 from qwenlocal.progress import TaskProgress
 
 if TYPE_CHECKING:
+    from qwenlocal.library.streaming.checkpoint_stream import CheckpointStream
     from qwenlocal.library.store import ModelRecord
     from qwenlocal.weights.conversion_plan import ConversionPlan, PlannedFile, PlannedTensor
     from qwenlocal.weights.file_types import FileType, QuantOverrides
@@ -150,8 +151,11 @@ def write_files(
     disk_hint: str = _OTHER_FOLDER,
     not_finite_hint: str = "",
     memory_hint: str = "",
+    stream: CheckpointStream | None = None,
 ) -> WriteResult:
-    """Carry out a plan, with its progress on stderr. "" keeps the hint of an error."""
+    """
+    Carry out a plan, with its progress on stderr; with a `stream`, from a hub. "" keeps the hint of an error.
+    """
     from qwenlocal.library.plan_execution import execute_plan
     from qwenlocal.terminal.progress import show_progress
 
@@ -166,6 +170,8 @@ def write_files(
             disk_hint=disk_hint,
             not_finite_hint=not_finite_hint,
             memory_hint=memory_hint,
+            sources=stream.files if stream else None,
+            inspect=stream.proofs.compare if stream else None,
         )
 
 
@@ -182,8 +188,10 @@ def check_files(plan: ConversionPlan, threads: int | None = None) -> Mapping[Pat
         )
 
 
-def write_or_show(app: AppContext, plan: ConversionPlan, options: WriteOptions) -> None:
-    """Write the files of a plan and report them; with `--dry-run`, only show the plan."""
+def write_or_show(
+    app: AppContext, plan: ConversionPlan, options: WriteOptions, stream: CheckpointStream | None = None
+) -> None:
+    """Write the files of a plan, with a `stream` from a hub, and report them; with `--dry-run`, only show the plan."""
     from qwenlocal.library.plan_execution import describe_proof
 
     for note in plan.notes:
@@ -199,9 +207,10 @@ def write_or_show(app: AppContext, plan: ConversionPlan, options: WriteOptions) 
         allow_nan=options.allow_nan,
         not_finite_hint="The weights are damaged. To write zeros instead: --allow-nan",
         memory_hint="Close other programs, or use fewer threads: -t 1",
+        stream=stream,
     )
     seconds = time.monotonic() - begin
-    proofs = check_files(plan, options.threads)
+    proofs = stream.proofs.results() if stream else check_files(plan, options.threads)
     if options.as_json:
         files = [{**_file_facts(file), **_proof_facts(proofs.get(file.path))} for file in plan.files]
         counts = {"seconds": round(seconds, 2), "zeroed": written.non_finite, "resumed": written.resumed}

@@ -67,6 +67,9 @@ def convert(
     like: Annotated[
         str | None, Option("--like", metavar="llama.cpp", help="Write the same bytes as llama.cpp's own converter.")
     ] = None,
+    stream: Annotated[
+        bool, Option("--stream", help="Convert a checkpoint on a hub while it is downloaded, without keeping it.")
+    ] = False,
     limit_rate: RateOption = None,
 ) -> None:
     """Convert a checkpoint (safetensors) into GGUF files, quantized in one pass.
@@ -100,6 +103,7 @@ def convert(
         pre_tokenizer=pre_tokenizer,
         like=like,
         limit_rate=parse_rate(limit_rate),
+        stream=stream,
     )
 
 

@@ -7,15 +7,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwenlocal.errors import BadWeights, DiskFull, NonFiniteWeights, NotEnoughMemory, NotWritable
+from qwenlocal.errors import DiskFull, NonFiniteWeights, NotEnoughMemory, NotWritable
 from qwenlocal.formatting import format_percent, format_quantity
 from qwenlocal.machine import this_machine
 from qwenlocal.weights import write_job, write_workers
 
 if TYPE_CHECKING:
+    from qwenlocal.library.streaming.streamed_files import StreamedFiles
     from qwenlocal.weights.conversion_plan import ConversionPlan
     from qwenlocal.weights.packed_proof import PackedProof
-    from qwenlocal.weights.write_workers import WriteResult
+    from qwenlocal.weights.write_workers import Inspect, WriteResult
 
 
 def execute_plan(
@@ -28,9 +29,13 @@ def execute_plan(
     disk_hint: str = "",
     not_finite_hint: str = "",
     memory_hint: str = "",
+    sources: StreamedFiles | None = None,
+    inspect: Inspect | None = None,
 ) -> WriteResult:
     """
     Write the files of `plan` with `threads` threads (0: one per fast core); `report` gets bytes read and bytes in all.
+
+    `sources` and `inspect` are those of `weights.write_workers.run_job`.
 
     The hints replace those of the errors, because the next step depends on the command; "" keeps the error's own.
 
@@ -41,12 +46,21 @@ def execute_plan(
     """
     machine = this_machine()
     count = threads or machine.cores
-    needed, available = write_job.memory_needed(plan.job, count), machine.memory().available
+    buffers = sources.buffer_size if sources else 0
+    needed, available = write_job.memory_needed(plan.job, count) + buffers, machine.memory().available
     if needed > available:
         hint = memory_hint or "Close other programs, and try again."
         raise NotEnoughMemory("Converting", needed, available, hint=hint)
     try:
-        return write_workers.run_job(plan.job, threads=count, replace=replace, allow_nan=allow_nan, report=report)
+        return write_workers.run_job(
+            plan.job,
+            threads=count,
+            replace=replace,
+            allow_nan=allow_nan,
+            report=report,
+            sources=sources,
+            inspect=inspect,
+        )
     except (DiskFull, NotWritable) as error:
         error.hint = disk_hint or error.hint
         raise
@@ -71,18 +85,14 @@ def check_packed_weights(
     ------
     BadWeights: a weight differs, although its type can hold it.
     """
-    from qwenlocal.weights.packed_proof import compare_packed_weights
+    from qwenlocal.weights.packed_proof import compare_packed_weights, unequal_weights
 
     proofs = {}
     for number, file in enumerate(plan.files):
         show = functools.partial(report, file.path.name)
         proof = compare_packed_weights(plan, number, threads or this_machine().cores, show)
         if proof and proof.is_exact and proof.difference != 0:
-            raise BadWeights(
-                file.path,
-                f"its weights differ from the checkpoint's by up to {proof.difference:.3g}, but must be equal",
-                hint="The disk or the memory may be faulty. Delete the file, and convert again.",
-            )
+            raise unequal_weights(file.path, proof.difference)
         if proof:
             proofs[file.path] = proof
     return proofs

@@ -73,6 +73,10 @@ class HubCheckpoint:
         """Read tensor names, types and shapes from the headers; None if the hub sends whole files only."""
         return None if self.headers is None else Checkpoint.from_headers(self.resolved.folder, self.files, self.headers)
 
+    def discard_documents(self) -> None:
+        """Delete the small files, unless weights are on this disk, too, or other programs use them."""
+        self.puller.discard_documents(self)
+
     def download(self, *, reserve: int = 0) -> LocalCheckpoint:
         """
         Download the weights, if the disk has room for them and for `reserve` bytes more.
@@ -196,6 +200,14 @@ class Puller:
             if file is None or not file.has_times(request.target.stat()):
                 stored[number] = self._store_file(request)
                 self._record_weights(checkpoint, stored)
+
+    def discard_documents(self, checkpoint: HubCheckpoint) -> None:
+        """Delete the small files of a checkpoint of which no weights are on this disk."""
+        record = self._store.get(f"{checkpoint.resolved.name}{CHECKPOINT_SUFFIX}")
+        begun = {download.base for download in self._store.partial_downloads()}
+        has_weights = any(r.target.exists() or r.part in begun for r in checkpoint.weights)
+        if record and checkpoint.is_ours and not has_weights:
+            self._store.remove(record)
 
     def repair(self, name: ModelName, record: ModelRecord, damage: Sequence[FileDamage]) -> ModelRecord:
         """

@@ -17,6 +17,7 @@ from qwenlocal.model_files import parse_shard
 from qwenlocal.weights.json_files import read_json
 from qwenlocal.weights.other_formats import ADAPTER_CONFIG, adapter_only, check_tensor_names
 from qwenlocal.weights.packing import Packing, read_packing
+from qwenlocal.weights.row_source import SourceReader
 from qwenlocal.weights.safetensors import RawHeader, StoredTensor, parse_header, read_tensors
 from qwenlocal.weights.weight_files import INDEX, WeightFiles, find_weight_files
 
@@ -32,7 +33,8 @@ class Checkpoint:
     A checkpoint: the content of config.json, and the tensors by their name, without the parts that wrappers add.
 
     `packing` are the settings of GPTQ or AWQ, None if the weights are floats. `has_weights` is False if it is still on
-    a hub, and only the headers of its weight files are known. `notes` are sentences for display.
+    a hub, and only the headers of its weight files are known; `samples` may read a few of its bytes there. `notes` are
+    sentences for display.
     """
 
     folder: Path
@@ -40,6 +42,7 @@ class Checkpoint:
     tensors: Mapping[str, StoredTensor]
     packing: Packing | None = None
     has_weights: bool = True
+    samples: SourceReader | None = None
     notes: Sequence[str] = ()
 
     @classmethod

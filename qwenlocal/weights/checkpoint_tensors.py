@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from qwenlocal import ggml
-from qwenlocal.errors import BadCheckpoint, BadWeights, UnsupportedCheckpoint
+from qwenlocal.errors import BadCheckpoint, UnsupportedCheckpoint
 from qwenlocal.formatting import format_bytes, format_quantity
+from qwenlocal.weights.assumptions import Assumption, PackedFacts, ZeroTensor, nonzero_bias
 from qwenlocal.weights.checkpoint import Checkpoint
 from qwenlocal.weights.packed_matrix import PackedMatrix
 from qwenlocal.weights.packed_rows import PackedRows
@@ -31,11 +32,13 @@ class CheckpointTensors:
     The tensors of a checkpoint, each of which must be taken or dropped once.
 
     Their names begin with "model.", or do not, if the model was saved without its output matrix; transformers loads
-    both, whatever config.json says.
+    both, whatever config.json says. `assumptions` are those that weights on a hub must fulfil.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.folder, self.has_weights, self._packing = checkpoint.folder, checkpoint.has_weights, checkpoint.packing
+        self.samples, self.assumptions = checkpoint.samples, list[Assumption]()
+        self._examples: dict[bool, PackedMatrix] = {}  # examined matrices on a hub, with one group per row and several
         self._left, self._checkpoint_notes = dict(checkpoint.tensors), checkpoint.notes
         self._prefix = "" if any(name.startswith("layers.") for name in self._left) else "model."
         self.dropped: dict[str, list[StoredTensor]] = {}  # by the reason
@@ -112,7 +115,7 @@ class CheckpointTensors:
             packing.layout, packing.bits, group_size, rows, columns, weight, scales, zeros, order,
             packing.zero_offset, packing.is_symmetric,
         )  # fmt: skip
-        matrix = self._examine(matrix, packing) if self.has_weights else _assume(matrix, packing)
+        matrix = self._examine(matrix, packing) if self.has_weights else self._assume(matrix, packing)
         if matrix.obstacle:
             self._dequantized.setdefault(matrix.obstacle, []).append(weight.name.removesuffix(".qweight"))
         return PackedRows(matrix, matrix.exact_types[0])
@@ -126,22 +129,25 @@ class CheckpointTensors:
     def _examine(self, matrix: PackedMatrix, packing: Packing) -> PackedMatrix:
         """Replace what config.json says by what the tensors contain."""
         with SourceFiles(tensor.file for tensor in matrix.tensors) as reader:
-            if matrix.groups:
-                order = matrix.column_groups(reader)
-                if order.min() < 0 or order.max() >= matrix.group_count:
-                    raise BadWeights(
-                        matrix.groups.file,
-                        f"“{matrix.groups.name}” has groups that “{matrix.scales.name}” does not have",
-                        hint="The checkpoint is damaged. Download it again.",
-                    )
-                is_unused = not packing.has_order and not order.any()
-                if is_unused or matrix.are_groups_in_order(reader):
-                    matrix = replace(matrix, groups=None)
-            return replace(
+            return matrix.examine(reader, has_order=packing.has_order)
+
+    def _assume(self, matrix: PackedMatrix, packing: Packing) -> PackedMatrix:
+        """Believe config.json as long as the weights are on a hub, and that all matrices are like the first one."""
+        assumed, has_one_group = matrix, matrix.group_count == 1
+        if not packing.has_order or has_one_group:
+            assumed = replace(assumed, groups=None)
+        if self.samples:
+            if has_one_group not in self._examples:
+                self._examples[has_one_group] = matrix.examine(self.samples, has_order=packing.has_order)
+            example = self._examples[has_one_group]
+            assumed = replace(
                 matrix,
-                is_symmetric=matrix.are_zeros_symmetric(reader),
-                has_half_scales=matrix.are_scales_half(reader),
+                groups=matrix.groups if example.groups else None,
+                is_symmetric=example.is_symmetric,
+                has_half_scales=example.has_half_scales,
             )
+        self.assumptions.append(PackedFacts(matrix, assumed, packing.has_order))
+        return assumed
 
     def vector(self, target: str, source: str, size: int) -> SourceTensor:
         return SourceTensor(target, (size,), [file_rows(self.take(source, size), 0, 1)], keep_f32=True)
@@ -166,9 +172,9 @@ class CheckpointTensors:
     def _drop_zero_bias(self, name: str) -> None:
         tensor = self._left[name]
         if self.has_weights and not _is_zero(tensor):
-            raise UnsupportedCheckpoint(
-                tensor.file, f"“{name}” is not zero, but neither Qwen1.5 nor llama.cpp has this bias"
-            )
+            raise nonzero_bias(tensor)
+        if not self.has_weights:
+            self.assumptions.append(ZeroTensor(tensor))
         self.drop(name, "a bias that is all zeros")
 
     def check_nothing_left(self) -> None:
@@ -181,11 +187,6 @@ class CheckpointTensors:
                 f"it contains tensors that this architecture does not have: {shown}{more}",
                 hint="Convert an unmodified checkpoint, without adapters or added layers.",
             )
-
-
-def _assume(matrix: PackedMatrix, packing: Packing) -> PackedMatrix:
-    """Believe config.json as long as the weights are not on this disk."""
-    return matrix if packing.has_order else replace(matrix, groups=None)
 
 
 def _is_zero(tensor: StoredTensor) -> bool:

@@ -11,7 +11,7 @@ write_workers.py executes the plan.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from qwenlocal.errors import UsageError
@@ -86,7 +86,7 @@ def plan_conversion(
     BadWeights: the importance matrix is of another model.
     """
     model = read_hyperparameters(checkpoint)
-    tensors, tensor_notes = map_tensors(checkpoint, model, keep_tied_output=options.like_llama_cpp)
+    tensors, tensor_notes, assumptions = map_tensors(checkpoint, model, keep_tied_output=options.like_llama_cpp)
     lossless = lossless_types(tensors, checkpoint.packing)
     if checkpoint.packing and not options.requantize:
         _refuse_requantizing(checkpoint.packing, lossless, [kind for _, kind in targets])
@@ -109,7 +109,8 @@ def plan_conversion(
     tokenizer = _tokenizer_keys(vocabulary, like_llama_cpp=options.like_llama_cpp)
     facts = ModelFacts(model.architecture, model.layers, model.heads // model.kv_heads, experts)
     notes = [*checkpoint.notes, *tensor_notes, *model_metadata.notes, *vocabulary.notes]
-    return make_plan(tensors, targets, metadata, facts, options.overrides, options.imatrix, tokenizer, notes, lossless)
+    plan = make_plan(tensors, targets, metadata, facts, options.overrides, options.imatrix, tokenizer, notes, lossless)
+    return replace(plan, assumptions=assumptions)
 
 
 def _refuse_requantizing(packing: Packing, lossless: Collection[TensorType], types: Sequence[FileType]) -> None:

@@ -13,6 +13,7 @@ from qwenlocal import ggml
 from qwenlocal.errors import UsageError
 from qwenlocal.ggml import TensorType
 from qwenlocal.weights import gguf_writer
+from qwenlocal.weights.assumptions import Assumption
 from qwenlocal.weights.file_types import FileType, QuantOverrides
 from qwenlocal.weights.gguf_reader import EncodedValue
 from qwenlocal.weights.gguf_writer import TensorSpec
@@ -63,11 +64,16 @@ class PlannedFile:
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """Files to write, from one pass over the source. `notes` are sentences for display."""
+    """
+    Files to write, from one pass over the source. `notes` are sentences for display.
+
+    `assumptions` must hold for the weights of a checkpoint that was still on a hub when the plan was made.
+    """
 
     files: Sequence[PlannedFile]
     job: WriteJob
     notes: Sequence[str] = ()
+    assumptions: Sequence[Assumption] = ()
 
 
 def make_plan(

@@ -15,9 +15,10 @@ weight is s·(q − z). With K columns, N rows and G groups:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from qwenlocal.errors import BadWeights
 from qwenlocal.ggml import TensorType, tensor_type
 from qwenlocal.weights.row_source import SourceReader
 from qwenlocal.weights.safetensors import StoredTensor
@@ -156,6 +157,33 @@ class PackedMatrix:
         return _load(self.groups, reader).view(numpy.int32)
 
     # --- facts about the values, for planning
+
+    def examine(self, reader: SourceReader, *, has_order: bool) -> PackedMatrix:
+        """
+        Return the matrix with the facts that its tensors show; `has_order`: config.json says that columns are shuffled.
+
+        Raises
+        ------
+        BadWeights: `groups` names a group that does not exist.
+        """
+        groups = self.groups
+        if groups:
+            order = self.column_groups(reader)
+            if order.min() < 0 or order.max() >= self.group_count:
+                raise BadWeights(
+                    groups.file,
+                    f"“{groups.name}” has groups that “{self.scales.name}” does not have",
+                    hint="The checkpoint is damaged. Download it again.",
+                )
+            is_unused = not has_order and not order.any()
+            if is_unused or self.are_groups_in_order(reader):
+                groups = None
+        return replace(
+            self,
+            groups=groups,
+            is_symmetric=self.are_zeros_symmetric(reader),
+            has_half_scales=self.are_scales_half(reader),
+        )
 
     def are_groups_in_order(self, reader: SourceReader) -> bool:
         """Return True if `groups` holds 0 for the first `group_size` columns, 1 for the next ones, and so on."""

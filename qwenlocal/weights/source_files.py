@@ -6,7 +6,7 @@ import contextlib
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,8 @@ from qwenlocal.fileio import fingerprint_file, read_at
 
 if TYPE_CHECKING:
     import numpy
+
+    from qwenlocal.weights.write_job import RowChunk
 
 _KEPT_SIZE, _KEPT_COUNT = 32 << 20, 6  # bytes of loaded segments to keep, and how many at least: two packed matrices
 
@@ -55,6 +57,16 @@ class SourceFiles:
     def fingerprints(self) -> Mapping[Path, str]:
         """Return a text per file that differs if its content does."""
         return {path: fingerprint_file(file) for path, file in self._files.items()}
+
+    def start(self, chunks: Sequence[RowChunk], finished: Collection[int]) -> Collection[int]:
+        """Return all finished chunks: the files are those they were made from."""
+        return finished
+
+    def finish(self, number: int) -> None:
+        """Ignore that a chunk is finished."""
+
+    def stop(self) -> None:
+        """Do nothing: reads of files end soon."""
 
     def check_unchanged(self) -> None:
         """

@@ -11,20 +11,23 @@ from collections.abc import Iterator
 
 from qwenlocal.errors import BadCheckpoint
 from qwenlocal.weights.architecture import ExpertDims, Hyperparameters
+from qwenlocal.weights.assumptions import Assumption, EqualTensors
 from qwenlocal.weights.checkpoint import Checkpoint
 from qwenlocal.weights.checkpoint_tensors import EMBEDDING, OUTPUT, CheckpointTensors, file_rows
 from qwenlocal.weights.packed_rows import unify_types
 from qwenlocal.weights.quant_mix import layer_order
 from qwenlocal.weights.row_source import RowSource, SourceTensor
 from qwenlocal.weights.safetensors import StoredTensor
-from qwenlocal.weights.tensor_values import have_same_bytes
+from qwenlocal.weights.tensor_values import have_same_bytes, have_same_samples
 
 
 def map_tensors(
     checkpoint: Checkpoint, model: Hyperparameters, *, keep_tied_output: bool
-) -> tuple[list[SourceTensor], list[str]]:
+) -> tuple[list[SourceTensor], list[str], list[Assumption]]:
     """
     Return the tensors of the GGUF file in llama.cpp's order, by layer, then by name, and sentences for display.
+
+    If the checkpoint is still on a hub, the assumptions that its weights must fulfil follow.
 
     An output matrix that is tied to the embeddings but stored as well is dropped if it is equal (a fifth of a 0.5B
     file), unless `keep_tied_output`. If it differs it is used, as transformers 5 (modeling_utils.py:
@@ -45,7 +48,7 @@ def map_tensors(
         else:
             mapped += _feed_forward(stored, source, target, "", model.width, model.feed_forward)
     stored.check_nothing_left()
-    return sorted(mapped, key=lambda tensor: layer_order(tensor.name)), stored.describe()
+    return sorted(mapped, key=lambda tensor: layer_order(tensor.name)), stored.describe(), stored.assumptions
 
 
 def _whole_model(
@@ -59,9 +62,11 @@ def _whole_model(
     yield stored.vector("output_norm.weight", "norm.weight", model.width)
     if stored.has(OUTPUT):
         output = stored.take_vocabulary(OUTPUT, model.vocab_size, model.width)
-        is_copy = model.is_tied and (not stored.has_weights or _have_same_values(output, embedding))
+        is_copy = model.is_tied and _have_same_values(stored, output, embedding)
         if is_copy and not keep_tied_output and not model.experts:
             stored.dropped["tied to the embeddings and equal to them"] = [output]
+            if not stored.has_weights:
+                stored.assumptions.append(EqualTensors(output, embedding))
             return
         if model.is_tied and not is_copy:
             stored.notes.append(
@@ -82,8 +87,12 @@ def _whole_model(
         )
 
 
-def _have_same_values(output: StoredTensor, embedding: StoredTensor) -> bool:
-    return output.dtype == embedding.dtype and have_same_bytes(output, embedding)
+def _have_same_values(stored: CheckpointTensors, output: StoredTensor, embedding: StoredTensor) -> bool:
+    if output.dtype != embedding.dtype:
+        return False
+    if stored.has_weights:
+        return have_same_bytes(output, embedding)
+    return stored.samples is None or have_same_samples(output, embedding, stored.samples)
 
 
 def _attention(stored: CheckpointTensors, model: Hyperparameters, layer: int) -> Iterator[SourceTensor]:

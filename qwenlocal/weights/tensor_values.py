@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qwenlocal import ggml
 from qwenlocal.weights.gguf_reader import TensorInfo
-from qwenlocal.weights.row_source import FileRows, RowSource
+from qwenlocal.weights.row_source import FileRows, RowSource, SourceReader
 from qwenlocal.weights.safetensors import StoredTensor
 from qwenlocal.weights.source_files import SourceFiles
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import numpy
 
 _COMPARE_SIZE = 1 << 20  # bytes compared at once
+_SAMPLES, _SAMPLE_SIZE = 3, 1 << 14  # parts of two tensors to compare, and their bytes
 _CHUNK_SIZE = 1 << 20  # values read at once, in whole rows
 _SMALL_ROW = 1e-4  # relative to the mean of the rows' squares
 _EXPONENT = 0x7F800000  # the exponent bits of a float32; all are set if it is infinite or NaN
@@ -52,6 +53,21 @@ def _have_same_span(
                 return False
             begin += count
     return True
+
+
+def have_same_samples(left: StoredTensor, right: StoredTensor, reader: SourceReader) -> bool:
+    """Return True if parts at the beginning, in the middle and at the end of both tensors consist of the same bytes."""
+    if left.size != right.size:
+        return False
+    size = min(left.size, _SAMPLE_SIZE)
+    begins = [(left.size - size) * number // (_SAMPLES - 1) for number in range(_SAMPLES)]
+    return all(_read_part(left, begin, size, reader) == _read_part(right, begin, size, reader) for begin in begins)
+
+
+def _read_part(tensor: StoredTensor, begin: int, size: int, reader: SourceReader) -> bytearray:
+    data = bytearray(size)
+    reader.read(tensor.file, memoryview(data), tensor.offset + begin)
+    return data
 
 
 def read_rows(rows: RowSource) -> Iterator[numpy.ndarray]:

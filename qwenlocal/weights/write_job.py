@@ -10,16 +10,18 @@ number of weights that were NaN or infinite and became zero.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from qwenlocal import __version__, resumable, weights
 from qwenlocal.ggml import TensorType
-from qwenlocal.weights.row_source import CHUNK_SIZE, RowSource
+from qwenlocal.weights.row_source import CHUNK_SIZE, RowSource, SourceReader
 
 if TYPE_CHECKING:
+    from types import TracebackType
+
     import numpy
 
 _JOURNAL_VERSION = 1
@@ -115,6 +117,37 @@ class RowChunk(NamedTuple):
     def write_size(self) -> int:
         """Bytes to write to all targets together."""
         return sum(map(self.target_size, self.range.targets))
+
+
+class JobSources(SourceReader, Protocol):
+    """The source files of a job. A context manager: they can be read within its block."""
+
+    def __enter__(self) -> object: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def fingerprints(self) -> Mapping[Path, str]:
+        """Return a text per file that differs if its content does."""
+
+    def start(self, chunks: Sequence[RowChunk], finished: Collection[int]) -> Collection[int]:
+        """Prepare to read `chunks` in order; return those of the `finished` ones that need not be written again."""
+
+    def finish(self, number: int) -> None:
+        """Note that a chunk is written and recorded, so that its rows are not read again."""
+
+    def stop(self) -> None:
+        """Make reads in other threads end soon."""
+
+    def check_unchanged(self) -> None:
+        """
+        Check, once all chunks are written, that all bytes came from the files that `fingerprints` describes.
+
+        Raises
+        ------
+        BadWeights, DownloadFailed: some did not.
+        """
 
 
 def split_into_chunks(job: WriteJob) -> Iterator[RowChunk]:

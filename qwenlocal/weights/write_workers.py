@@ -24,15 +24,20 @@ from qwenlocal.errors import (
     NotWritable,
     OutputExists,
     QwenlocalError,
+    UnexpectedWeights,
+    UnsupportedCheckpoint,
 )
 from qwenlocal.fileio import read_at, start_writeback, write_all, write_error
 from qwenlocal.paths import ensure_writable
 from qwenlocal.resumable import JournalAppender, journal_path, part_path, write_journal
+from qwenlocal.weights.row_source import SourceReader
 from qwenlocal.weights.source_files import SourceFiles
 from qwenlocal.weights.worker_buffers import WorkerBuffers
 from qwenlocal.weights.write_job import (
     FinishedChunk,
+    JobSources,
     RowChunk,
+    RowTarget,
     WriteJob,
     job_identity,
     read_finished,
@@ -40,9 +45,11 @@ from qwenlocal.weights.write_job import (
 )
 
 _WRITEBACK_SIZE = 64 << 20  # bytes written between two requests to start writeback
+_FINAL_ERRORS = (NonFiniteWeights, UnexpectedWeights, UnsupportedCheckpoint)
 _LOCK_TIMEOUT = 0.5  # seconds: `qwenlocal list` holds a lock for a moment to see if it is in use
 
 Report = Callable[[int, int], object]
+Inspect = Callable[[RowChunk, RowTarget, memoryview, SourceReader], object]
 
 
 class WriteResult(NamedTuple):
@@ -59,9 +66,14 @@ def run_job(
     replace: bool = False,
     allow_nan: bool = False,
     report: Report = lambda done, total: None,
+    sources: JobSources | None = None,
+    inspect: Inspect | None = None,
 ) -> WriteResult:
     """
     Write the files of `job`. `report` gets bytes read and bytes to read.
+
+    The rows are read from `sources`, by default from files on this disk. `inspect` gets each chunk, one of its targets,
+    the bytes for it, and the reader of the rows.
 
     Raises
     ------
@@ -70,6 +82,7 @@ def run_job(
     FileInUse: another process is writing one of the files.
     NonFiniteWeights: a weight is NaN or infinite (not with `allow_nan`).
     BadWeights: a source cannot be read, or a weight is too large for its type.
+    Everything that `sources` and `inspect` raise.
     Interrupted: Ctrl-C. The same call continues.
     """
     import filelock
@@ -85,7 +98,8 @@ def run_job(
                 stack.enter_context(filelock.FileLock(lock, timeout=_LOCK_TIMEOUT))
                 stack.callback(_unlink, lock)
             _refuse_existing(job, replace=replace)  # the process that had the lock may have written it
-            return _JobRun(job, allow_nan=allow_nan, report=report).run(threads)
+            sources = sources or SourceFiles(path for rows in job.ranges for path in rows.source.files)
+            return _JobRun(job, sources, allow_nan=allow_nan, report=report, inspect=inspect).run(threads)
     except filelock.Timeout as busy:
         if not lock.exists():  # nobody holds it: it cannot be created
             raise NotWritable(lock.parent, "no files can be created there") from busy
@@ -103,8 +117,11 @@ def _refuse_existing(job: WriteJob, *, replace: bool) -> None:
 class _JobRun:
     """One attempt at a job: the open files, the finished chunks, and the state that the threads share."""
 
-    def __init__(self, job: WriteJob, *, allow_nan: bool, report: Report) -> None:
-        self._job, self._allow_nan, self._report = job, allow_nan, report
+    def __init__(
+        self, job: WriteJob, sources: JobSources, *, allow_nan: bool, report: Report, inspect: Inspect | None
+    ) -> None:
+        self._job, self._sources, self._allow_nan = job, sources, allow_nan
+        self._report, self._inspect = report, inspect
         self._folder, self._journal_path = job.outputs[0].path.parent, journal_path(job.outputs[0].path)
         self._chunks = list(split_into_chunks(job))
         self._lock, self._seek_lock = threading.Lock(), threading.Lock()
@@ -113,7 +130,6 @@ class _JobRun:
         self._failure: BaseException | None = None
         self._is_stopped = False
         self._files: list[int] = []
-        self._sources = SourceFiles(path for rows in job.ranges for path in rows.source.files)
 
     def run(self, threads: int) -> WriteResult:
         with contextlib.ExitStack() as stack:
@@ -125,7 +141,7 @@ class _JobRun:
                 self._publish(stack)
             except OSError as reason:
                 raise write_error(self._folder, reason, self._missing_size()) from reason
-            except NonFiniteWeights:  # the next attempt would fail, too: finished chunks are of no use
+            except _FINAL_ERRORS:  # the next attempt would fail, too: finished chunks are of no use
                 self._discard(stack)
                 raise
             except KeyboardInterrupt as stop:
@@ -180,10 +196,14 @@ class _JobRun:
 
     def _resume(self, finished: Mapping[int, FinishedChunk]) -> None:
         """Skip the chunks whose bytes on the disk still have the CRC-32 in the journal."""
-        for number, chunk in finished.items():
-            if number < len(self._chunks) and self._crc_on_disk(self._chunks[number]) == chunk.crc:
-                self._finished[number] = chunk
-                self._read += self._chunks[number].read_size
+        intact = [
+            number
+            for number, chunk in finished.items()
+            if number < len(self._chunks) and self._crc_on_disk(self._chunks[number]) == chunk.crc
+        ]
+        for number in self._sources.start(self._chunks, intact):
+            self._finished[number] = finished[number]
+            self._read += self._chunks[number].read_size
 
     def _crc_on_disk(self, chunk: RowChunk) -> int:
         crc = 0
@@ -228,6 +248,8 @@ class _JobRun:
                     self._start_writeback()
         finally:  # no thread may write to a file that is closed
             self._is_stopped = True
+            if len(self._finished) < len(self._chunks):
+                self._sources.stop()
             for worker in workers:
                 if worker.ident is not None:
                     worker.join()
@@ -265,12 +287,15 @@ class _JobRun:
         for target in chunk.range.targets:
             result = buffers.convert(chunk, target)
             crc = zlib.crc32(result, crc)
+            if self._inspect:
+                self._inspect(chunk, target, result, self._sources)
             self._write(target.output, result, chunk.target_offset(target))
         with self._lock:
             self._finished[number] = FinishedChunk(crc, buffers.zeroed)
             self._read += chunk.read_size
             self._written += chunk.write_size
             self._journal.append(number, crc, buffers.zeroed)
+        self._sources.finish(number)
 
     def _read_output(self, output: int, buffer: memoryview, offset: int) -> None:
         while buffer:

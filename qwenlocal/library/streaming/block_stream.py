@@ -1,0 +1,139 @@
+"""The bytes of several remote files, one after the other: fetched in blocks by several connections, taken in order."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from qwenlocal.library.streaming.range_fetcher import RangeFetcher, Stopped
+
+BLOCK_SIZE = 8 << 20
+_MAX_BLOCKS = 8  # that are being fetched, or have arrived and are not taken
+
+
+class FileRange(NamedTuple):
+    """Bytes `start` to `end` of a file."""
+
+    path: Path
+    start: int
+    end: int
+
+
+class Piece(NamedTuple):
+    """Bytes of a file from `offset` on; `data` is valid until the next piece is taken."""
+
+    path: Path
+    offset: int
+    data: memoryview
+
+
+class _Block:
+    """A range that one thread fetches, and what has arrived of it."""
+
+    def __init__(self, span: FileRange, buffer: memoryview) -> None:
+        self.span, self.buffer, self.arrived = span, buffer, 0
+
+
+class BlockStream:
+    """Fetches `ranges` in order by `connections` threads. Blocks are fetched ahead until their memory is used up."""
+
+    def __init__(
+        self, ranges: Sequence[FileRange], fetcher: RangeFetcher, *, connections: int, block_size: int = BLOCK_SIZE
+    ) -> None:
+        self._spans = [block for span in ranges for block in _split(span, block_size)]
+        self._fetcher, self._connections, self._block_size = fetcher, connections, block_size
+        self._changed = threading.Condition()
+        self._blocks: dict[int, _Block] = {}  # by number; claimed and not taken
+        self._spare: list[memoryview] = []
+        self._next = self._taken = 0
+        self._failure: BaseException | None = None
+        self._threads: list[threading.Thread] = []
+
+    @property
+    def buffer_size(self) -> int:
+        """The most bytes that blocks occupy."""
+        return min(len(self._spans), _MAX_BLOCKS) * self._block_size
+
+    def start(self) -> None:
+        """Begin to fetch."""
+        count = min(self._connections, len(self._spans))
+        self._threads = [threading.Thread(target=self._fetch_blocks, daemon=True) for _ in range(count)]
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """End all threads, and the wait for the next piece, with `Stopped`; call it after the fetcher's."""
+        with self._changed:
+            self._failure = self._failure or Stopped()
+            self._changed.notify_all()
+
+    def join(self, timeout: float) -> None:
+        """Wait for the threads."""
+        for thread in self._threads:
+            thread.join(timeout)
+
+    def pieces(self) -> Iterator[Piece]:
+        """
+        Yield all bytes in order, as they arrive.
+
+        Raises
+        ------
+        Everything that `RangeFetcher.read` raises.
+        """
+        for number, span in enumerate(self._spans):
+            position = 0
+            while position < span.end - span.start:
+                block, arrived = self._wait_for_bytes(number, position)
+                yield Piece(span.path, span.start + position, block.buffer[position:arrived])
+                position = arrived
+            with self._changed:
+                self._spare.append(self._blocks.pop(number).buffer)
+                self._taken = number + 1
+                self._changed.notify_all()
+
+    def _wait_for_bytes(self, number: int, position: int) -> tuple[_Block, int]:
+        """Return a block once more than `position` bytes of it have arrived, and how many."""
+        with self._changed:
+            while True:
+                if self._failure:
+                    raise self._failure
+                block = self._blocks.get(number)
+                if block and block.arrived > position:
+                    return block, block.arrived
+                self._changed.wait()
+
+    def _fetch_blocks(self) -> None:
+        try:
+            while block := self._claim():
+                for data in self._fetcher.read(*block.span):
+                    block.buffer[block.arrived : block.arrived + len(data)] = data
+                    with self._changed:
+                        block.arrived += len(data)
+                        self._changed.notify_all()
+        except BaseException as failure:
+            with self._changed:
+                self._failure = self._failure or failure
+                self._changed.notify_all()
+
+    def _claim(self) -> _Block | None:
+        """Return the next block, once there is memory for it; None if there is none, or the stream is stopped."""
+        with self._changed:
+            while not self._failure and self._next < len(self._spans):
+                if self._next - self._taken < _MAX_BLOCKS:
+                    number, self._next = self._next, self._next + 1
+                    buffer = self._spare.pop() if self._spare else memoryview(bytearray(self._block_size))
+                    self._blocks[number] = _Block(self._spans[number], buffer)
+                    return self._blocks[number]
+                self._changed.wait()
+        return None
+
+
+def _split(span: FileRange, size: int) -> Iterator[FileRange]:
+    """Split a range into blocks that begin at multiples of their size."""
+    start = span.start
+    while start < span.end:
+        end = min(span.end, (start // size + 1) * size)
+        yield FileRange(span.path, start, end)
+        start = end

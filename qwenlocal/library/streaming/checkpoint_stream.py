@@ -1,0 +1,61 @@
+"""The plan of a conversion whose checkpoint is downloaded at the same time, and not kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qwenlocal.errors import DownloadFailed
+from qwenlocal.library.streaming.range_fetcher import RangeFetcher, RemoteSamples
+from qwenlocal.library.streaming.streamed_files import StreamedFiles
+from qwenlocal.weights.conversion import plan_conversion
+from qwenlocal.weights.packed_proof import StreamedProofs
+
+if TYPE_CHECKING:
+    from qwenlocal.library.puller import HubCheckpoint
+    from qwenlocal.weights.conversion import ConversionOptions
+    from qwenlocal.weights.conversion_plan import ConversionPlan
+    from qwenlocal.weights.file_types import FileType
+
+_HINT = "Convert it without --stream."
+
+
+@dataclass(frozen=True)
+class CheckpointStream:
+    """The plan for a checkpoint, the files it is carried out from, and the comparison of packed weights on the way."""
+
+    checkpoint: HubCheckpoint
+    plan: ConversionPlan
+    files: StreamedFiles
+    proofs: StreamedProofs
+
+
+def open_stream(
+    checkpoint: HubCheckpoint, targets: Sequence[tuple[Path, FileType]], options: ConversionOptions
+) -> CheckpointStream:
+    """
+    Plan a conversion from the headers of the weights, and a few samples of them.
+
+    Raises
+    ------
+    DownloadFailed: the hub only sends whole files, or publishes no digest of one.
+    Everything that `plan_conversion` raises.
+    """
+    outline = checkpoint.read_outline()
+    if outline is None:
+        raise DownloadFailed(
+            f"{checkpoint.resolved.origin} sends whole files only, so {checkpoint.name} cannot be streamed.", hint=_HINT
+        )
+    artifacts = {checkpoint.folder / request.artifact.name: request.artifact for request in checkpoint.weights}
+    for artifact in artifacts.values():
+        if artifact.sha256 is None:
+            raise DownloadFailed(
+                f"{checkpoint.resolved.origin} publishes no SHA-256 of {artifact.name}, so it cannot be checked while "
+                "it is streamed.",
+                hint=_HINT,
+            )
+    samples = RemoteSamples(RangeFetcher(artifacts))
+    plan = plan_conversion(replace(outline, samples=samples), targets, options)
+    return CheckpointStream(checkpoint, plan, StreamedFiles(plan, artifacts), StreamedProofs(plan))

@@ -15,6 +15,7 @@ from conftest import Run
 from hub import HubServer
 from hub_checkpoints import HF_NAME, WeightRequests, publish
 from hypothesis import HealthCheck, given, settings, strategies
+from interruptions import stop_before_rename
 from packing import (
     PackedLayer,
     change_tensor,
@@ -26,9 +27,10 @@ from packing import (
     write_packed_checkpoint,
 )
 
-from qwenlocal.errors import BadCheckpoint, BadWeights, UnsupportedCheckpoint, UsageError
+from qwenlocal.errors import BadCheckpoint, BadWeights, Interrupted, UnsupportedCheckpoint, UsageError
 from qwenlocal.ggml import tensor_type
 from qwenlocal.library.plan_execution import check_packed_weights
+from qwenlocal.resumable import journal_path
 from qwenlocal.testing import MOE_CONFIG, as_dtype
 from qwenlocal.weights.checkpoint import Checkpoint
 from qwenlocal.weights.conversion import ConversionOptions, plan_conversion
@@ -277,6 +279,38 @@ class TestTypes:
         assert 0 < proofs[1].steps < 15 / 2**11
         assert not proofs[1].is_exact
         assert proofs[2] is None
+
+
+class TestInterruptions:
+    def test_an_interrupted_conversion_continues_and_gives_the_same_file(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        write_packed_checkpoint(tmp_path / "model", "gemm", symmetric=False)
+        path, kind = tmp_path / "x.gguf", file_type("q5_0")
+        plan = plan_conversion(Checkpoint.open(tmp_path / "model"), [(path, kind)])
+        with monkeypatch.context() as patch:
+            stop_before_rename(patch)
+            with pytest.raises(Interrupted):
+                run_job(plan.job, threads=2)
+        lines = journal_path(path).read_text().splitlines(keepends=True)
+        journal_path(path).write_text("".join(lines[: len(lines) // 2]))
+        assert run_job(plan.job, threads=2).resumed > 0
+        whole = plan_conversion(Checkpoint.open(tmp_path / "model"), [(tmp_path / "y.gguf", kind)])
+        run_job(whole.job, threads=1)
+        assert path.read_bytes() == (tmp_path / "y.gguf").read_bytes()
+
+    def test_changed_scales_start_again(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        write_packed_checkpoint(tmp_path / "model", "gptq")
+        path, kind = tmp_path / "x.gguf", file_type("q4_0")
+        with monkeypatch.context() as patch:
+            stop_before_rename(patch)
+            with pytest.raises(Interrupted):
+                run_job(plan_conversion(Checkpoint.open(tmp_path / "model"), [(path, kind)]).job, threads=2)
+        name = "model.layers.1.mlp.up_proj.scales"
+        change_tensor(tmp_path / "model", name, lambda scales: scales * 2, numpy.float16)
+        plan = plan_conversion(Checkpoint.open(tmp_path / "model"), [(path, kind)])
+        assert run_job(plan.job, threads=2).resumed == 0
+        assert check_packed_weights(plan)[path].difference == 0
 
 
 class TestProof:

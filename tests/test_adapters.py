@@ -377,6 +377,36 @@ class TestAnotherModel:
         with pytest.raises(BadWeights, match="it is not a LoRA adapter"):
             check(base_gguf)
 
+    @pytest.mark.parametrize(
+        ("change", "sentence"),
+        [
+            ({"blk.0.attn_q.weight.lora_a": (64, 3)}, "does not have two factors of the same rank"),
+            ({"blk.0.attn_q.weight.lora_b": None}, "does not have two factors of the same rank"),
+            ({"token_embd.weight.lora_a": (4, 288), "token_embd.weight.lora_b": (5, 64)}, "of the same rank"),
+            ({"blk.0.attn_q.weight.lora_a": (64,)}, "of the same rank"),
+            ({"alora": True}, "it is an aLoRA"),
+        ],
+    )
+    def test_files_that_would_end_the_process_are_refused(
+        self, change: dict[str, Any], sentence: str, check: Callable[[Path], None], tmp_path: Path
+    ) -> None:
+        shapes = {"blk.0.attn_q.weight.lora_a": (64, 4), "blk.0.attn_q.weight.lora_b": (4, 64), **change}
+        writer = gguf.GGUFWriter(tmp_path / "x.gguf", "qwen2")
+        writer.add_type("adapter")
+        writer.add_string("adapter.type", "lora")
+        writer.add_float32("adapter.lora.alpha", 8)
+        if shapes.pop("alora", False):
+            writer.add_array("adapter.alora.invocation_tokens", [1, 2])
+        for name, shape in shapes.items():
+            if shape:
+                writer.add_tensor(name, numpy.zeros(shape[::-1], numpy.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        with pytest.raises(BadWeights, match=sentence):
+            check(tmp_path / "x.gguf")
+
     def test_another_name_is_mentioned(self, base: Path, base_gguf: Path, invoke: Run, tmp_path: Path) -> None:
         folder = write_adapter(tmp_path / "style", base, base_model_name_or_path="Qwen/Other-7B")
         assert "The adapter was trained for Qwen/Other-7B; it is used with Base." in merge(base, folder).notes
@@ -653,6 +683,25 @@ class TestCommands:
     ) -> None:
         words = [word.replace("{}", str(style)) for word in arguments]
         assert sentence in expect_exit(invoke("convert", str(style), *words), 2)
+
+    @pytest.mark.parametrize(
+        "command",
+        [("run", "{}", "Hi"), ("verify", "{}"), ("quantize", "{}", "x.gguf", "q8_0"), ("bench", "{}"), ("plan", "{}")],
+        ids=lambda words: words[0],
+    )
+    def test_an_adapter_file_given_as_a_model_says_how_to_use_it(
+        self, command: tuple[str, ...], base: Path, invoke: Run, tmp_path: Path
+    ) -> None:
+        folder = write_adapter(tmp_path / "style", base, base_model_name_or_path="Qwen/Qwen1.5-0.5B")
+        path = convert_adapter(folder)
+        message = expect_exit(invoke(*(word.replace("{}", str(path)) for word in command)), 5)
+        assert "it is an adapter, not a model" in message
+        assert f"qwenlocal run hf:Qwen/Qwen1.5-0.5B --adapter {path}" in message
+
+    def test_inspect_says_that_a_file_is_an_adapter(self, style: Path, invoke: Run) -> None:
+        result = invoke("inspect", str(convert_adapter(style)))
+        expect_exit(result, 5)
+        assert "it is an adapter, not a model" in result.stdout
 
     def test_run_uses_directories_and_files_with_scales(
         self, style: Path, base: Path, base_gguf: Path, invoke: Run, tmp_path: Path

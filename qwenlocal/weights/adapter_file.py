@@ -153,6 +153,12 @@ def check_adapter_fits(path: Path, model: Path, model_tensors: Sequence[TensorIn
         raise _other_model(
             header, path, f"it is for models of the architecture {header.architecture}, not {architecture}"
         )
+    if "adapter.alora.invocation_tokens" in header.metadata:
+        raise BadWeights(
+            path,
+            "it is an aLoRA, which only changes the text after certain tokens; that is not supported",
+            hint="Use a LoRA adapter.",
+        )
     shapes = {tensor.name: tensor.shape for tensor in model_tensors}
     factors = {tensor.name: tensor.shape for tensor in header.tensors}
     for target in dict.fromkeys(name[: -len(_ENDINGS[0])] for name in factors if name.endswith(_ENDINGS)):
@@ -168,8 +174,10 @@ def _check_target(
     model: Path,
 ) -> None:
     a, b = (factors.get(f"{target}{ending}") for ending in _ENDINGS)
-    if a is None or b is None or len(a) < 2 or len(b) < 2:
-        raise BadWeights(path, f"“{target}” does not have two factors", hint="Convert or download it again.")
+    if a is None or b is None or len(a) < 2 or len(b) < 2 or b[0] != a[0 if target == _EMBEDDINGS else 1]:
+        raise BadWeights(
+            path, f"“{target}” does not have two factors of the same rank", hint="Convert or download it again."
+        )
     is_tied = _OUTPUT not in shapes
     if is_tied and target in (_EMBEDDINGS, _OUTPUT):
         raise BadWeights(

@@ -18,6 +18,7 @@ from qwenlocal.errors import BadWeights
 from qwenlocal.formatting import format_quantity, format_shape, shorten
 from qwenlocal.weights.gguf_hyperparameters import PER_LAYER, GgufHyperparameters
 from qwenlocal.weights.gguf_reader import BYTE, EncodedValue, decode_value, read_raw_metadata
+from qwenlocal.weights.other_formats import adapter_hint
 from qwenlocal.weights.split_model import SplitModel, read_split_model
 
 QWEN = ("qwen2", "qwen2moe")
@@ -65,6 +66,8 @@ _BYTE_BPE = ("gpt2", "hybriddna", "whitespace")
 _MIN_BYTE_NAME = 3  # bytes; llama.cpp skips the "<0x" of "<0x0A>" and reads the digits after it (token_to_byte)
 _MIN_ALIGNMENT = 32  # ggml-impl.h: TENSOR_ALIGNMENT
 
+_ADAPTER_ERROR = "it is an adapter, not a model"
+
 Pairs = Mapping[str, EncodedValue]
 
 
@@ -92,6 +95,9 @@ def check_file(source: Path, *, with_tensors: bool = True) -> SplitModel:
     """
     model = read_split_model(source)
     path = model.paths[0]
+    if _is_adapter(model):
+        base = str(model.headers[0].metadata.get("general.base_model.0.name", ""))
+        raise BadWeights(path, _ADAPTER_ERROR, hint=adapter_hint(str(path), base))
     if errors := find_load_errors(model, read_raw_metadata(path), with_tensors=with_tensors):
         hint = f"To list all problems: qwenlocal inspect {shlex.quote(str(path))}"
         raise BadWeights(path, f"llama.cpp cannot run it: {errors[0]}", hint=hint)
@@ -101,9 +107,16 @@ def check_file(source: Path, *, with_tensors: bool = True) -> SplitModel:
 # --- the metadata
 
 
+def _is_adapter(model: SplitModel) -> bool:
+    return model.headers[0].metadata.get("general.type") == "adapter"
+
+
 def _find_wrong_types(model: SplitModel, pairs: Pairs) -> Iterator[str]:
     """Find keys that are missing, or whose types are not exactly those that llama.cpp asks for."""
     architecture = model.headers[0].architecture
+    if _is_adapter(model):
+        yield _ADAPTER_ERROR
+        return
     if not architecture:
         yield "“general.architecture” is missing"
         return

@@ -119,7 +119,7 @@ def adapter_only(folder: Path) -> BadCheckpoint:
         folder,
         f"it is {'an' if name[0] in 'AEIO' else 'a'} {name} adapter{' of MLX' if is_mlx else ''}"
         f"{f' for {model}' if model else ''}, not a model",
-        hint=_mlx_hint(folder.resolve(), model) if is_mlx else adapter_hint(str(folder.resolve()), _base_name(model)),
+        hint=_mlx_hint(folder.resolve(), model) if is_mlx else adapter_hint(str(folder.resolve()), model),
     )
 
 
@@ -138,12 +138,10 @@ def _mlx_hint(adapter: Path, base: str) -> str:
 
 
 def adapter_hint(adapter: str, base: str = "") -> str:
-    """Return how to use the adapter in the folder `adapter` with its base model, or to merge it."""
-    folder, model = shlex.quote(adapter), shlex.quote(base) if base else "BASE"
-    return (
-        f"Use it with its base model: qwenlocal run {model} --adapter {folder}; or merge it: "
-        f"qwenlocal convert {model} --merge {folder}"
-    )
+    """Return how to use an adapter with its base model, or to merge it if it is a folder."""
+    path, model = shlex.quote(adapter), shlex.quote(_base_name(base)) if base else "BASE"
+    use = f"Use it with its base model: qwenlocal run {model} --adapter {path}"
+    return use if adapter.lower().endswith(".gguf") else f"{use}; or merge it: qwenlocal convert {model} --merge {path}"
 
 
 def remote_adapter_hint(repo: str) -> str:

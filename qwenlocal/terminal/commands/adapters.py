@@ -37,7 +37,8 @@ def change_adapters(session: Session, argument: str) -> None:
             adapters.set_scales(scales)
             session.say(tr("The next answer reads the chat again."))
     for name, scale in adapters.scales.items():
-        session.say(f"  {name}  {f'{scale:g}' if scale else tr('off')}")
+        shown = f"{scale:g}" if scale else tr("off")
+        session.say(f"  {name}  {shown}")
 
 
 def _require_adapters(session: Session) -> LoadedAdapters:

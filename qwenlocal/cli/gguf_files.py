@@ -13,24 +13,26 @@ from typing import TYPE_CHECKING, Any
 
 from qwenlocal.cli.console import print_json, print_table
 from qwenlocal.cli.context import AppContext
-from qwenlocal.errors import ModelNotFound, NotWritable, OutOfRange, OutputExists, UsageError
-from qwenlocal.formatting import format_bytes, format_quantity, format_shape
+from qwenlocal.errors import InvalidChoice, ModelNotFound, NotWritable, OutOfRange, OutputExists, UsageError
+from qwenlocal.formatting import format_bytes, format_percent, format_quantity, format_shape
 from qwenlocal.library.names import LocalCheckpointName
 from qwenlocal.paths import parse_path
 from qwenlocal.progress import TaskProgress
 
 if TYPE_CHECKING:
-    from qwenlocal.library.streaming.checkpoint_stream import CheckpointStream
     from qwenlocal.library.store import ModelRecord
+    from qwenlocal.library.streaming.checkpoint_stream import CheckpointStream
     from qwenlocal.weights.conversion_plan import ConversionPlan, PlannedFile, PlannedTensor
     from qwenlocal.weights.file_types import FileType, QuantOverrides
     from qwenlocal.weights.imatrix import ImportanceMatrix
+    from qwenlocal.weights.packed_alternatives import PackedAlternative
     from qwenlocal.weights.packed_proof import PackedProof
     from qwenlocal.weights.write_workers import WriteResult
 
 _OTHER_FOLDER = "Write to another folder. Finished work is kept: with more disk space, the same command continues."
 
 _MAX_THREADS = 512
+_MIXES = ("llama.cpp", "best")
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class WriteOptions:
     types: Sequence[str]
     types_option: str = "--type"  # as errors name it
     ends: str | None = None
+    mix: str = "llama.cpp"
     tensor_types: Sequence[str] = ()
     imatrix: str | None = None
     pure: bool = False
@@ -90,8 +93,13 @@ def read_options(options: WriteOptions) -> tuple[list[FileType], QuantOverrides,
     if options.threads is not None and not 1 <= options.threads <= _MAX_THREADS:
         raise OutOfRange("-t", 1, _MAX_THREADS, options.threads)
     imatrix = read_imatrix(parse_path(options.imatrix)) if options.imatrix else None
+    if options.mix not in _MIXES:
+        raise InvalidChoice("--mix", _MIXES, options.mix)
+    if options.mix == "best" and options.pure:
+        raise UsageError("--mix best cannot be used with --pure.", hint="Leave out one of them.")
     ends = parse_type("--ends", options.ends) if options.ends else None
-    overrides = QuantOverrides(parse_tensor_types(options.tensor_types), options.pure, imatrix is not None, ends)
+    tensor_types = parse_tensor_types(options.tensor_types)
+    overrides = QuantOverrides(tensor_types, options.pure, imatrix is not None, ends, options.mix == "best")
     return types, overrides, imatrix
 
 
@@ -230,10 +238,12 @@ def _show_plan(plan: ConversionPlan, options: WriteOptions) -> None:
     """Print the files and tensors that a plan would write, and its time and memory."""
     from qwenlocal.machine import this_machine
     from qwenlocal.weights.conversion_plan import estimate_seconds
+    from qwenlocal.weights.packed_alternatives import list_packed_alternatives
     from qwenlocal.weights.write_job import memory_needed
 
     threads = options.threads or this_machine().cores
     memory, seconds = memory_needed(plan.job, threads), estimate_seconds(plan, threads)
+    alternatives = list_packed_alternatives(plan)
     if options.as_json:
         summary = {"seconds": round(seconds, 1), "memory": memory, "threads": threads, "read": plan.job.read_bytes}
         files = [
@@ -244,7 +254,8 @@ def _show_plan(plan: ConversionPlan, options: WriteOptions) -> None:
             }
             for file in plan.files
         ]
-        print_json({**summary, "files": files, "notes": list(plan.notes)})
+        packed = {"packed_types": list(map(_alternative_facts, alternatives))} if alternatives else {}
+        print_json({**summary, "files": files, "notes": list(plan.notes), **packed})
         return
     for file in plan.files:
         rows = [
@@ -256,10 +267,44 @@ def _show_plan(plan: ConversionPlan, options: WriteOptions) -> None:
         if os.path.exists(file.path):  # Path.exists raises without permission
             advice = "it will be overwritten" if options.force else "to overwrite it, add --force"
             sys.stdout.write(f"the file already exists; {advice}\n")
+    if alternatives:
+        _show_alternatives(alternatives)
     sys.stdout.write(
         f"reads {format_bytes(plan.job.read_bytes)}, takes about {max(1, round(seconds))} s with "
         f"{format_quantity(threads, 'thread')} and {format_bytes(memory)} of memory; nothing was written\n"
     )
+
+
+def _show_alternatives(alternatives: Sequence[PackedAlternative]) -> None:
+    """Print the types that packed weights can have."""
+    rows = [
+        (
+            facts["type"],
+            format_bytes(facts["size"]),
+            "fast" if facts["has_fast_kernel"] else "slower prompts",
+            {None: "not measured", 0: "none"}.get(facts["error"]) or format_percent(facts["error"]),
+            "as planned" if number == 0 else f"--type {facts['type']}{' --requantize' if facts['requantized'] else ''}",
+        )
+        for number, facts in enumerate(map(_alternative_facts, alternatives))
+    ]
+    sys.stdout.write("\n")
+    print_table(("PACKED WEIGHTS AS", "FILE", "SPEED HERE", "ERROR", "OPTION"), rows)
+    sys.stdout.write("\n")
+
+
+def _alternative_facts(alternative: PackedAlternative) -> dict[str, Any]:
+    from qwenlocal.machine import this_machine
+    from qwenlocal.weights.quant_mix import has_fast_kernel
+
+    is_fast = has_fast_kernel(alternative.type, this_machine().features)
+    error = alternative.error and round(alternative.error, 6)
+    return {
+        "type": alternative.type.name,
+        "size": alternative.size,
+        "has_fast_kernel": is_fast,
+        "error": error,
+        "requantized": alternative.is_requantized,
+    }
 
 
 def _describe_file(file: PlannedFile) -> str:

@@ -15,6 +15,8 @@ from qwenlocal.cli.option_types import (
     ForceOption,
     ImatrixOption,
     JsonOption,
+    MergeOption,
+    MixOption,
     PureOption,
     RateOption,
     RequantizeOption,
@@ -31,7 +33,7 @@ def convert(
         str,
         Argument(
             metavar="SRC",
-            help="Checkpoint: a directory, hf:owner/repo, a model name or a safetensors file.",
+            help="Checkpoint: a directory, hf:owner/repo, a model name or a safetensors file; or a LoRA adapter.",
             autocompletion=complete_models,
         ),
     ],
@@ -49,8 +51,10 @@ def convert(
         ),
     ] = None,
     ends: EndsOption = None,
+    mix: MixOption = "llama.cpp",
     tensor_type: TensorTypeOption = None,
     imatrix: ImatrixOption = None,
+    merge: MergeOption = None,
     pure: PureOption = False,
     requantize: RequantizeOption = False,
     threads: ThreadsOption = None,
@@ -78,6 +82,8 @@ def convert(
     qwenlocal convert ./Qwen1.5-0.5B                         writes Qwen1.5-0.5B-q4_k_m.gguf
     qwenlocal convert hf:Qwen/Qwen1.5-1.8B --type q4_0,q8_0  writes two files, reads the checkpoint once
     qwenlocal convert ./Qwen1.5-0.5B --dry-run               shows what it would write
+    qwenlocal convert ./Qwen1.5-0.5B --merge ./adapter       merges a LoRA adapter, then quantizes
+    qwenlocal convert ./adapter                              writes a LoRA adapter as GGUF
     """
     from qwenlocal.cli.commands.convert import convert_checkpoint
     from qwenlocal.cli.gguf_files import WriteOptions
@@ -89,6 +95,7 @@ def convert(
             out=out,
             types=split_list(",".join(types)) if types else (),
             ends=ends,
+            mix=mix,
             tensor_types=tuple(tensor_type or ()),
             imatrix=imatrix,
             pure=pure,
@@ -99,6 +106,7 @@ def convert(
             as_json=as_json,
             allow_nan=allow_nan,
         ),
+        merge=tuple(merge or ()),
         name=name,
         pre_tokenizer=pre_tokenizer,
         like=like,
@@ -115,6 +123,7 @@ def quantize(
     out: Annotated[str, Argument(metavar="OUT", help="File or folder to write.")],
     types: Annotated[str, Argument(metavar="TYPE[,TYPE…]", help="Types to write: q4_k_m, q8_0, f16, …")],
     ends: EndsOption = None,
+    mix: MixOption = "llama.cpp",
     tensor_type: TensorTypeOption = None,
     imatrix: ImatrixOption = None,
     pure: PureOption = False,
@@ -142,6 +151,7 @@ def quantize(
             types=split_list(types),
             types_option="TYPE",
             ends=ends,
+            mix=mix,
             tensor_types=tuple(tensor_type or ()),
             imatrix=imatrix,
             pure=pure,

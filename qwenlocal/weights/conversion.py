@@ -17,6 +17,7 @@ from pathlib import Path
 from qwenlocal.errors import UsageError
 from qwenlocal.ggml import TensorType
 from qwenlocal.weights import gguf_writer
+from qwenlocal.weights.adapter_merge import WeightedAdapter, merge_adapters
 from qwenlocal.weights.architecture import Hyperparameters, read_hyperparameters
 from qwenlocal.weights.checkpoint import Checkpoint, read_config
 from qwenlocal.weights.conversion_plan import ConversionPlan, make_plan
@@ -27,6 +28,7 @@ from qwenlocal.weights.model_metadata import read_model_metadata
 from qwenlocal.weights.packed_types import lossless_types
 from qwenlocal.weights.packing import Packing, read_packing
 from qwenlocal.weights.quant_mix import ModelFacts
+from qwenlocal.weights.row_source import SourceTensor
 from qwenlocal.weights.tensor_map import map_tensors
 from qwenlocal.weights.vocabulary import Vocabulary
 from qwenlocal.weights.vocabulary_reader import read_vocabulary
@@ -43,9 +45,9 @@ class ConversionOptions:
     """
     Options of a conversion. `name` and `repo` are the checkpoint's name and the repository it came from.
 
-    `requantize` allows quantizing packed weights again. `like_llama_cpp` does without our differences from llama.cpp's
-    converter: it keeps an output matrix that equals the embeddings to which it is tied, and leaves out end-of-turn and
-    suppressed tokens and the repository.
+    `requantize` allows quantizing packed weights again. The adapters in `merges` are added to the weights before they
+    are quantized. `like_llama_cpp` does without our differences from llama.cpp's converter: it keeps an output matrix
+    that equals the embeddings to which it is tied, and leaves out end-of-turn and suppressed tokens and the repository.
     """
 
     name: str = ""
@@ -55,6 +57,7 @@ class ConversionOptions:
     overrides: QuantOverrides = field(default_factory=QuantOverrides)
     imatrix: ImportanceMatrix | None = None
     requantize: bool = False
+    merges: Sequence[WeightedAdapter] = ()
 
 
 def default_file_type(folder: Path) -> FileType:
@@ -87,6 +90,9 @@ def plan_conversion(
     """
     model = read_hyperparameters(checkpoint)
     tensors, tensor_notes, assumptions = map_tensors(checkpoint, model, keep_tied_output=options.like_llama_cpp)
+    if options.merges:
+        tensors, merge_notes = _merge(checkpoint, tensors, options)
+        tensor_notes = [*tensor_notes, *merge_notes]
     lossless = lossless_types(tensors, checkpoint.packing)
     if checkpoint.packing and not options.requantize:
         _refuse_requantizing(checkpoint.packing, lossless, [kind for _, kind in targets])
@@ -109,8 +115,23 @@ def plan_conversion(
     tokenizer = _tokenizer_keys(vocabulary, like_llama_cpp=options.like_llama_cpp)
     facts = ModelFacts(model.architecture, model.layers, model.heads // model.kv_heads, experts)
     notes = [*checkpoint.notes, *tensor_notes, *model_metadata.notes, *vocabulary.notes]
-    plan = make_plan(tensors, targets, metadata, facts, options.overrides, options.imatrix, tokenizer, notes, lossless)
+    overrides = options.overrides
+    if overrides.best and not checkpoint.has_weights:
+        notes.append("The best mix is chosen when the weights are on this disk; until then the types are llama.cpp's.")
+        overrides = replace(overrides, best=False)
+    plan = make_plan(tensors, targets, metadata, facts, overrides, options.imatrix, tokenizer, notes, lossless)
     return replace(plan, assumptions=assumptions)
+
+
+def _merge(
+    checkpoint: Checkpoint, tensors: Sequence[SourceTensor], options: ConversionOptions
+) -> tuple[list[SourceTensor], list[str]]:
+    if checkpoint.packing:
+        raise UsageError(
+            f"An adapter cannot be merged into quantized weights ({checkpoint.packing}) without loss.",
+            hint="Merge it into the original checkpoint, or use it as it is: qwenlocal run MODEL --adapter ADAPTER",
+        )
+    return merge_adapters(tensors, options.merges, options.name or checkpoint.folder.name)
 
 
 def _refuse_requantizing(packing: Packing, lossless: Collection[TensorType], types: Sequence[FileType]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -11,9 +12,11 @@ from pathlib import Path
 
 from qwenlocal import ggml
 from qwenlocal.errors import UsageError
+from qwenlocal.formatting import format_bytes, format_percent
 from qwenlocal.ggml import TensorType
 from qwenlocal.weights import gguf_writer
 from qwenlocal.weights.assumptions import Assumption
+from qwenlocal.weights.best_mix import MixComparison, choose_best_types
 from qwenlocal.weights.file_types import FileType, QuantOverrides
 from qwenlocal.weights.gguf_reader import EncodedValue
 from qwenlocal.weights.gguf_writer import TensorSpec
@@ -106,6 +109,9 @@ def make_plan(
             choices = choose_packed_types(tensors, kind, overrides)
         else:
             choices = choose_types(specs, kind, facts, overrides)
+        if overrides.best and kind.default.is_quantized and kind.default not in lossless:
+            choices, comparison = choose_best_types(tensors, choices, overrides, imatrix, os.cpu_count() or 1)
+            notes = [*notes, _describe_mix(kind, comparison)]
         _check_imatrix(kind, specs, choices, imatrix)
         pairs = {**metadata, **_type_keys(kind), **vocabulary, **(imatrix.metadata if imatrix else {})}
         chosen = [spec._replace(type=choice.type) for spec, choice in zip(specs, choices, strict=True)]
@@ -118,6 +124,14 @@ def make_plan(
     for tensor, tensor_destinations in zip(tensors, zip(*destinations, strict=True), strict=True):
         ranges += row_ranges(tensor, tensor_destinations, imatrix)
     return ConversionPlan(files, WriteJob(outputs, _merge_ranges(ranges)), notes)
+
+
+def _describe_mix(kind: FileType, comparison: MixComparison) -> str:
+    gain = 1 - comparison.loss / comparison.usual_loss if comparison.usual_loss else 0.0
+    return (
+        f"Mix for {kind.name}: the measured error of the layers is {format_percent(gain)} smaller than with "
+        f"llama.cpp's types, in {format_bytes(comparison.size)} instead of {format_bytes(comparison.usual_size)}."
+    )
 
 
 def _type_keys(kind: FileType) -> dict[str, EncodedValue]:

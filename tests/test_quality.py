@@ -182,6 +182,7 @@ class TestDivergence:
         assert actual.kl_quantiles["99%"] == pytest.approx(expected.kl_quantiles["99%"], rel=1e-3)
         assert actual.same_top.value == pytest.approx(expected.same_top.value, abs=2e-3)
         assert base.result().perplexity == pytest.approx(expected.base_perplexity, rel=1e-4)
+        assert actual.base_perplexity == pytest.approx(expected.base_perplexity, rel=1e-4)
 
     def test_log_probabilities_that_do_not_fit_on_the_disk_are_refused_first(
         self, random_model: Path, monkeypatch: pytest.MonkeyPatch

@@ -47,24 +47,30 @@ def measure(invoke: Run, model: Path, *options: str) -> dict[str, Any]:
     return dict(parse_json(result.stdout))
 
 
-def compare(invoke: Run, base: Path, model: Path, folder: Path, *options: str) -> tuple[dict[str, Any], str]:
-    """Return what both programs say of `model`, compared with `base`."""
+def compare(invoke: Run, base: Path, model: Path, folder: Path, *options: str) -> tuple[dict[str, Any], str, str]:
+    """Return the facts of `model`, compared with `base`, and llama-perplexity's output of `base` and of `model`."""
     stored = ("--kl-divergence-base", str(folder / "base.kld"))
-    run_llama("", base, *options, *stored)
+    of_base = run_llama("Final estimate:", base, *options, *stored)
     theirs = run_llama("Same top p:", model, *options, *stored, "--kl-divergence")
     (folder / "base.kld").unlink()
-    return measure(invoke, model, "--base", str(base), *options), theirs
+    return measure(invoke, model, "--base", str(base), *options), of_base, theirs
 
 
-def check_divergence(ours: dict[str, Any], theirs: str) -> None:
+def check_divergence(ours: dict[str, Any], of_base: str, theirs: str) -> None:
+    """
+    Check all statistics.
+
+    The perplexity of the base is that of its own run: with --kl-divergence, llama-perplexity reads it from its file, in
+    which no token is less likely than e⁻¹⁶ times the likeliest.
+    """
     assert ours["perplexity"] == pytest.approx(read_number(theirs, r"Mean PPL\(Q\) +:"), rel=1e-3)
-    assert ours["base_perplexity"] == pytest.approx(read_number(theirs, r"Mean PPL\(base\) +:"), rel=1e-3)
+    assert ours["base_perplexity"] == pytest.approx(read_number(of_base, "Final estimate: PPL ="), rel=1e-3)
     assert ours["kl"] == pytest.approx(read_number(theirs, "Mean +KLD:"), rel=0.01)
     assert ours["kl_error"] == pytest.approx(read_number(theirs, r"Mean +KLD: +[\d.]+ ±"), rel=0.03)
     assert ours["kl_quantiles"]["median"] == pytest.approx(read_number(theirs, "Median +KLD:"), rel=0.03)
     assert ours["kl_quantiles"]["99%"] == pytest.approx(read_number(theirs, "99.0% +KLD:"), rel=0.05)
     assert ours["same_top"] == pytest.approx(read_number(theirs, "Same top p:") / 100, abs=0.01)
-    assert ours["rms_delta_p"] == pytest.approx(read_number(theirs, "RMS Δp +:") / 100, rel=0.03, abs=1e-5)
+    assert ours["rms_delta_p"] == pytest.approx(read_number(theirs, "RMS Δp +:") / 100, rel=0.05, abs=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from qwenlocal.measure.perplexity import (
     Estimate,
     RowScratch,
     RowWorkers,
+    ScoredRows,
     estimate_mean,
     estimate_perplexity,
     log_softmax,
@@ -50,16 +51,17 @@ class LogitRows:
 class StoredRows:
     """Predictions from a `LogProbFile`."""
 
-    def __init__(self, steps: numpy.ndarray, scales: numpy.ndarray) -> None:
-        self._steps, self._scales = steps, scales
+    def __init__(self, heads: numpy.ndarray, steps: numpy.ndarray) -> None:
+        self._heads, self._steps = heads, steps
 
     def log_probs(self, row: int, scratch: RowScratch) -> None:
         """Expand the stored numbers."""
         import numpy
 
-        scale, minimum = self._scales[row]
-        numpy.multiply(self._steps[row], scale, out=scratch.base)
-        numpy.add(scratch.base, minimum, out=scratch.base)
+        head = self._heads[row]
+        numpy.multiply(self._steps[row], head["scale"], out=scratch.base)
+        numpy.add(scratch.base, head["minimum"], out=scratch.base)
+        scratch.base[head["target"]] = head["log_prob"]
 
 
 class LogProbFile:
@@ -67,8 +69,11 @@ class LogProbFile:
     Log-probabilities of a base in a file, two bytes each, written once and then read in the same order.
 
     As in llama-perplexity's files, the range of a row, at most 16 nats below its most likely token, is divided into
-    65,535 steps: they are exact to 0.00012 nats. 100 windows of 512 tokens take 7.7 GB for Qwen's vocabulary.
+    65,535 steps: they are exact to 0.00012 nats. Those of the text's own tokens are kept as they are. 100 windows of
+    512 tokens take 7.7 GB for Qwen's vocabulary.
     """
+
+    _HEAD = (("scale", "f4"), ("minimum", "f4"), ("target", "i4"), ("log_prob", "f4"))
 
     def __init__(self, file: BinaryIO, n_vocab: int) -> None:
         self._file, self._n_vocab = file, n_vocab
@@ -77,22 +82,22 @@ class LogProbFile:
     @staticmethod
     def size(n_vocab: int, rows: int) -> int:
         """Return the bytes that `rows` rows take."""
-        return rows * (2 * n_vocab + 8)
+        return rows * (2 * n_vocab + 16)
 
-    def write(self, logits: numpy.ndarray, workers: RowWorkers) -> None:
-        """Append rows of logits."""
+    def write(self, rows: ScoredRows, workers: RowWorkers) -> numpy.ndarray:
+        """Append the log-probabilities of rows of logits; return the NLL of each target."""
         import numpy
 
-        steps = numpy.empty(logits.shape, numpy.uint16)
-        scales = numpy.empty((len(logits), 2), numpy.float32)
+        heads = numpy.empty(len(rows.targets), list(self._HEAD))
+        steps = numpy.empty(rows.logits.shape, numpy.uint16)
 
         def store(row: int, scratch: RowScratch) -> None:
-            values = scratch.base
-            log_softmax(logits[row], values, scratch.work)
-            top = values.max()
+            values, target = scratch.base, rows.targets[row]
+            log_softmax(rows.logits[row], values, scratch.work)
+            top, log_prob = values.max(), values[target]
             minimum = max(values.min(), top + numpy.float32(_MIN_LOG_PROB))
             scale = (top - minimum) / numpy.float32(_STEPS)
-            scales[row] = scale, minimum
+            heads[row] = scale, minimum, target, log_prob
             numpy.subtract(values, minimum, out=values)
             if scale:
                 numpy.multiply(values, 1 / scale, out=values)
@@ -100,20 +105,22 @@ class LogProbFile:
             numpy.rint(values, out=values)
             steps[row] = values
 
-        workers.run(store, len(logits))
-        self._file.write(scales.data)
+        workers.run(store, len(heads))
+        self._file.write(heads.tobytes())
         self._file.write(steps.data)
-        self._counts.append(len(logits))
+        self._counts.append(len(heads))
+        return -heads["log_prob"].astype(numpy.float64)
 
     def read_rows(self) -> Iterator[StoredRows]:
         """Yield the rows of each call of `write`."""
         import numpy
 
+        head = numpy.dtype(list(self._HEAD))
         self._file.seek(0)
         for count in self._counts:
-            scales = numpy.frombuffer(self._file.read(8 * count), numpy.float32)
+            heads = numpy.frombuffer(self._file.read(head.itemsize * count), head)
             steps = numpy.frombuffer(self._file.read(2 * count * self._n_vocab), numpy.uint16)
-            yield StoredRows(steps.reshape(count, -1), scales.reshape(count, -1))
+            yield StoredRows(heads, steps.reshape(count, -1))
 
 
 # --- comparison
@@ -128,20 +135,20 @@ class RowComparison(NamedTuple):
     same_top: numpy.ndarray
 
 
-def compare_rows(base: BaseRows, logits: numpy.ndarray, targets: Sequence[int], workers: RowWorkers) -> RowComparison:
+def compare_rows(base: BaseRows, rows: ScoredRows, workers: RowWorkers) -> RowComparison:
     """Compare the logits of a model with the predictions of the base for the same rows."""
     import numpy
 
-    count = len(targets)
+    count = len(rows.targets)
     result = RowComparison(numpy.empty(count), numpy.empty(count), numpy.empty(count), numpy.empty(count))
     threshold = numpy.float32(math.exp(_MIN_LOG_PROB))
 
     def compare(row: int, scratch: RowScratch) -> None:
         base_log, model_log, probs = scratch
-        log_softmax(logits[row], model_log, probs)
+        log_softmax(rows.logits[row], model_log, probs)
         base.log_probs(row, scratch)
-        result.nll[row] = -model_log[targets[row]]
-        result.base_nll[row] = -base_log[targets[row]]
+        target = rows.targets[row]
+        result.nll[row], result.base_nll[row] = -model_log[target], -base_log[target]
         result.same_top[row] = base_log.argmax() == model_log.argmax()
         numpy.exp(base_log, out=probs)
         numpy.multiply(probs, probs > threshold, out=probs)

@@ -10,7 +10,7 @@ from typing import Any
 from qwenlocal.engine.context import Context, ContextOptions
 from qwenlocal.engine.llama import Model
 from qwenlocal.measure.kl_divergence import LogitRows, RowComparison, compare_rows, summarize_comparisons
-from qwenlocal.measure.perplexity import RowWorkers
+from qwenlocal.measure.perplexity import RowWorkers, ScoredRows
 from qwenlocal.measure.reference import Report
 
 _BATCH = 32  # tokens whose logits are in memory at once
@@ -64,7 +64,7 @@ def _compare(pairs: Iterable[tuple[Any, Any]], total: int, workers: RowWorkers, 
     for number, (expected, actual) in enumerate(pairs):
         report("comparing logits", number * _BATCH, total)
         p, q = (logits[:, : workers.n_vocab] for logits in (expected, actual))
-        comparisons.append(compare_rows(LogitRows(p), q, [0] * len(p), workers))
+        comparisons.append(compare_rows(LogitRows(p), ScoredRows(q, [0] * len(q), 0), workers))
         p, q = p.astype(numpy.float64), q.astype(numpy.float64)
         squares += float(((p - q) ** 2).sum())
         variance += float(((p - p.mean(axis=1, keepdims=True)) ** 2).sum())

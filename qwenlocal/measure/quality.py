@@ -305,8 +305,7 @@ class LoadedReader:
         """Measure the perplexity, and keep the log-probabilities."""
         with self._open_workers() as workers:
             for rows in self._read():
-                store.write(rows.logits, workers)
-                meter.add_scores(score_rows(rows, workers), rows.windows)
+                meter.add_scores(store.write(rows, workers), rows.windows)
                 yield meter
 
     def compare(self, meter: QualityMeter, base: LoadedReader | LogProbFile) -> Iterator[QualityMeter]:
@@ -314,7 +313,7 @@ class LoadedReader:
         predictions: Iterator[BaseRows] = base.read_rows()
         with self._open_workers() as workers:
             for rows, base_rows in zip(self._read(), predictions, strict=True):
-                meter.add_comparison(compare_rows(base_rows, rows.logits, rows.targets, workers), rows.windows)
+                meter.add_comparison(compare_rows(base_rows, rows, workers), rows.windows)
                 yield meter
 
     def read_rows(self) -> Iterator[LogitRows]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +13,22 @@ from qwenlocal.i18n import tr
 
 if TYPE_CHECKING:
     from qwenlocal.measure.quality import QualityMeter, QualityTest
+
+
+@contextlib.contextmanager
+def interrupt_on_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP (the window is closed) act like Ctrl-C in the block, so that its files are removed."""
+    numbers = [getattr(signal, name) for name in ("SIGHUP", "SIGTERM") if hasattr(signal, name)]
+    before = {
+        number: signal.signal(number, lambda _number, _frame: signal.raise_signal(signal.SIGINT))
+        for number in numbers
+        if signal.getsignal(number) != signal.SIG_IGN  # as with nohup
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run_steps(test: QualityTest, name: str, make_steps: Callable[[], Iterator[QualityMeter]]) -> bool:

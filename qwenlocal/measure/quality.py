@@ -189,7 +189,9 @@ class QualityTest:
         dims = ModelDims.from_metadata(check_file(file.path).header.metadata)
         shape = window_options(ContextOptions(0), self.n_ctx)
         logits = 2 * ROWS * _FLOAT_BYTES * self.n_vocab  # computed in one buffer, copied to another
-        request = LoadRequest(shape.n_ctx, "f16", rope="none", threads=self.threads, n_sequences=shape.n_seq_max)
+        request = LoadRequest(
+            shape.n_ctx, "f16", rope="none", threads=self.threads, n_ubatch=ROWS, n_sequences=shape.n_seq_max
+        )
         plan = plan_load(file.name, dims, file.size, self.available - logits, request)
         return WindowPlan(plan.options, logits + (plan.memory.total if plan.memory else file.size))
 

@@ -107,6 +107,7 @@ def _measure_levels(model: str, levels: Sequence[str], imatrix: str | None, opti
     """
     from qwenlocal.cli.gguf_files import WriteOptions, read_options
     from qwenlocal.cli.quality_levels import measure_levels, open_source
+    from qwenlocal.cli.quality_run import interrupt_on_signals
     from qwenlocal.machine import this_machine
 
     text, plot = _check_options(options)
@@ -115,7 +116,7 @@ def _measure_levels(model: str, levels: Sequence[str], imatrix: str | None, opti
     reports: list[LevelReport] = []
     threads = options.threads or this_machine().cores
     try:
-        with open_source(app, model, overrides, matrix, threads) as (source, writer):
+        with interrupt_on_signals(), open_source(app, model, overrides, matrix, threads) as (source, writer):
             test = _prepare_test(source, text, options)
             measure_levels(test, source, writer, types, reports)
     except (KeyboardInterrupt, Interrupted) as stop:

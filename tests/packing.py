@@ -62,6 +62,26 @@ class PackedLayer:
         return result
 
 
+def round_weights(values: numpy.ndarray, bits: int, group_size: int, *, symmetric: bool) -> PackedLayer:
+    """Round the weights (rows, columns) of a real layer to the nearest codes."""
+    rows, columns = values.shape
+    layer = PackedLayer(columns, rows, bits, group_size, symmetric)
+    size, top = columns if group_size == -1 else group_size, (1 << bits) - 1
+    for group in range(math.ceil(columns / size)):
+        part = values[:, group * size : (group + 1) * size]
+        low, high = part.min(1), part.max(1)
+        if symmetric:
+            high = numpy.maximum(abs(low), high)
+            low = -high
+        scale = (numpy.maximum(high - low, 1e-5) / top).astype(numpy.float16)
+        layer.scales[group] = scale
+        zero = numpy.full(rows, 1 << (bits - 1)) if symmetric else (-low / scale).round().clip(1, top).astype(int)
+        layer.zeros[group] = zero
+        codes = (part / scale[:, None].astype(numpy.float32)).round() + zero[:, None]
+        layer.codes[group * size : (group + 1) * size] = codes.clip(0, top).T.astype(int)
+    return layer
+
+
 def pack_words(values: numpy.ndarray, bits: int) -> numpy.ndarray:
     """Pack along the first axis, from the lowest bits on: (n · 32/bits, …) to (n, …)."""
     per_word = 32 // bits
@@ -116,7 +136,7 @@ def pack_gemv(layer: PackedLayer) -> Tensors:
     }
 
 
-_PACKERS = {
+PACKERS = {
     "gptq": pack_gptq,
     "gptq_v2": lambda layer: pack_gptq(layer, version=2),
     "gemm": pack_gemm,
@@ -148,18 +168,18 @@ def write_packed_checkpoint(
             continue
         rows, columns = stored.shape
         layer = PackedLayer(columns, rows, seed=number, **layer_options)
-        tensors |= {f"{module}.{part}": tensor for part, tensor in _PACKERS[layout](layer).items()}
+        tensors |= {f"{module}.{part}": tensor for part, tensor in PACKERS[layout](layer).items()}
         if zero_biases and f"{module}.bias" not in tensors and not module.endswith(("q_proj", "k_proj", "v_proj")):
             tensors[f"{module}.bias"] = ("F16", (rows,), bytes(2 * rows))
         weights[module] = layer.weights
     write_safetensors(path, tensors)
     document = json.loads((folder / "config.json").read_text())
-    document["quantization_config"] = {**_settings(layout, layer_options), **(settings or {})}
+    document["quantization_config"] = {**quantization_settings(layout, layer_options), **(settings or {})}
     (folder / "config.json").write_text(json.dumps(document))
     return weights
 
 
-def _settings(layout: str, options: Mapping[str, Any]) -> dict[str, Any]:
+def quantization_settings(layout: str, options: Mapping[str, Any]) -> dict[str, Any]:
     group_size, bits = options.get("group_size", 128), options.get("bits", 4)
     if layout in ("gemm", "gemv"):
         return {"quant_method": "awq", "bits": bits, "group_size": group_size, "version": layout, "zero_point": True}
@@ -228,7 +248,7 @@ def remove_tensors(folder: Path, part: str) -> None:
 def packed_matrix(layer: PackedLayer, layout: str, path: Path, *, write: bool = True) -> PackedMatrix:
     """Describe a layer in a file of its own, which is written unless another packer wrote it."""
     if write:
-        write_safetensors(path, _PACKERS[layout](layer))
+        write_safetensors(path, PACKERS[layout](layer))
     tensors = {tensor.name: tensor for tensor in read_tensors(path)}
     return PackedMatrix(
         layout=layout.removesuffix("_v2"),

@@ -7,7 +7,6 @@ Their layers are plain PyTorch: make test-reference
 from __future__ import annotations
 
 import importlib
-import math
 import sys
 import types
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import gguf
 import numpy
 import pytest
-from packing import PackedLayer, Tensors, packed_matrix
+from packing import PackedLayer, Tensors, packed_matrix, round_weights
 
 from qwenlocal.testing import write_safetensors
 from qwenlocal.weights.gguf_reader import read_header
@@ -48,26 +47,6 @@ def random_layer(bits: int, group_size: int, *, symmetric: bool) -> PackedLayer:
     return layer
 
 
-def quantized_layer(values: numpy.ndarray, bits: int, group_size: int, *, symmetric: bool) -> PackedLayer:
-    """Round the weights (rows, columns) of a real layer to the nearest codes."""
-    rows, columns = values.shape
-    layer = PackedLayer(columns, rows, bits, group_size, symmetric)
-    size, top = columns if group_size == -1 else group_size, (1 << bits) - 1
-    for group in range(math.ceil(columns / size)):
-        part = values[:, group * size : (group + 1) * size]
-        low, high = part.min(1), part.max(1)
-        if symmetric:
-            high = numpy.maximum(abs(low), high)
-            low = -high
-        scale = (numpy.maximum(high - low, 1e-5) / top).astype(numpy.float16)
-        layer.scales[group] = scale
-        zero = numpy.full(rows, 1 << (bits - 1)) if symmetric else (-low / scale).round().clip(1, top).astype(int)
-        layer.zeros[group] = zero
-        codes = (part / scale[:, None].astype(numpy.float32)).round() + zero[:, None]
-        layer.codes[group * size : (group + 1) * size] = codes.clip(0, top).T.astype(int)
-    return layer
-
-
 @pytest.fixture(params=["random", "starter"])
 def make_layer(request: pytest.FixtureRequest) -> Any:
     """Make a layer of random codes, or of a real model's weights."""
@@ -78,7 +57,7 @@ def make_layer(request: pytest.FixtureRequest) -> Any:
     values = numpy.concatenate(list(read_values(tensor))).reshape(-1, tensor.shape[0])[:256]
 
     def make(bits: int, group_size: int, *, symmetric: bool) -> PackedLayer:
-        return quantized_layer(values, bits, group_size, symmetric=symmetric)
+        return round_weights(values, bits, group_size, symmetric=symmetric)
 
     return make
 

@@ -33,14 +33,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         ours, theirs = Path(folder) / "ours.gguf", Path(folder) / "theirs.gguf"
         shared = ["--chunks", chunks, "-t", threads]
+        model, text = options.model, CALIBRATION_TEXT
         pairs = interleave(
-            lambda: run(QWENLOCAL, "imatrix", options.model, "--text", CALIBRATION_TEXT, "-o", ours, "--force", *shared),
-            lambda: run(
-                LLAMA_CPP / "llama-imatrix", "-m", options.model, "-f", CALIBRATION_TEXT, "-o", theirs, "--no-ppl",
-                *shared,
-            ),
+            lambda: run(QWENLOCAL, "imatrix", model, "--text", text, "-o", ours, "--force", *shared),
+            lambda: run(LLAMA_CPP / "llama-imatrix", "-m", model, "-f", text, "-o", theirs, "--no-ppl", *shared),
             options.runs,
-        )  # fmt: skip
+        )
     print(f"{platform.machine()}, {threads} threads, {time.strftime('%d %B %Y')}\n")
     print(table_header(*COLUMNS))
     medians = [f"{statistics.median(side):.1f} s" for side in zip(*pairs, strict=True)]

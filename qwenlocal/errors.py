@@ -16,7 +16,8 @@ Errors that a user of qwenlocal can act on.
     ├── ChatNotFound               3  no such chat in the journal
     ├── DownloadFailed             4  no source delivered the file
     │   ├── SourceUnreachable      4  no source answered at all
-    │   └── DigestMismatch         4  the file differs from the published one
+    │   ├── DigestMismatch         4  the file differs from the published one
+    │   └── ConflictingBytes       4  the same bytes of a file differ between two requests
     ├── BadWeights                 5  the file is not a model that qwenlocal can run
     │   ├── NonFiniteWeights       5  a weight is NaN or infinite
     │   ├── UnexpectedWeights      5  streamed weights are not what the plan assumed
@@ -323,6 +324,17 @@ class DigestMismatch(DownloadFailed):
         )
 
 
+class ConflictingBytes(DownloadFailed):
+    """Bytes of the file `path` were different when they were downloaded a second time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        super().__init__(
+            tr("The bytes of {name} were different when they were downloaded a second time.", name=path.name),
+            hint=tr("Run the same command again, on another network if it happens again."),
+        )
+
+
 class BadWeights(QwenlocalError):
     """The file `path` cannot be used as a model; `reason` says why. `message` replaces "path: reason"."""
 
@@ -372,7 +384,7 @@ _SUPPORTED = mark(
 
 
 class UnexpectedWeights(BadWeights):
-    """The weights in `path`, which arrive from a hub, are not what the conversion was planned for; `reason` says why."""
+    """The weights in `path`, streamed from a hub, are not what the conversion was planned for; `reason` says why."""
 
     def __init__(self, path: Path | str, reason: str) -> None:
         super().__init__(path, reason, hint=tr("Convert it without --stream, which examines all weights first."))

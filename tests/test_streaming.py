@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,13 +18,18 @@ from typing import Any
 import numpy
 import pytest
 from checkpoint_files import LARGE, SMALL, file_names, set_weights
-from commands import expect_exit, list_models
+from commands import expect_exit, list_models, parse_plan
 from conftest import Run
+from fuzzing import fuzz
 from hub import HubServer, Response, cut, only_on, pace, refuse, whole_file
 from hub_checkpoints import HF_NAME, REPO, publish
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from interruptions import on_posix
 from packing import Tensors, change_tensor, rewrite_tensors, write_packed_checkpoint
 
+from qwenlocal.library.streaming import resumable_hash
+from qwenlocal.library.streaming.resumable_hash import ResumableSha256
 from qwenlocal.paths import Folders
 from qwenlocal.testing import MOE_CONFIG, write_checkpoint, write_safetensors
 from qwenlocal.weights.safetensors import read_tensors
@@ -199,11 +207,10 @@ def stat_file(path: Path) -> os.stat_result | None:
 
 class TestFaults:
     @pytest.mark.parametrize(
-        "faults",
-        [[cut(1000)] * 3, [cut(0), cut(70_000)], [refuse(503, "0.1"), refuse(500)], [refuse(429, "0.1")] * 2],
-        ids=["cut", "cut early", "errors", "busy"],
+        ("write", "faults"),
+        [(write_dense, [cut(0), cut(20_000), refuse(503, "0.1")]), (write_gptq, [cut(70_000), refuse(429, "0.1")])],
+        ids=["dense", "gptq"],
     )
-    @pytest.mark.parametrize("write", [write_dense, write_gptq], ids=["dense", "gptq"])
     def test_a_failing_hub_is_asked_again(
         self, write: Callable[[Path], object], faults: list[Any], streamed: StreamedCommand, hub: HubServer
     ) -> None:
@@ -260,13 +267,10 @@ class TestFaults:
         self, streamed: StreamedCommand, hub: HubServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         streamed.publish(write_dense)
-        monkeypatch.setattr("shutil.disk_usage", lambda _path: os.terminal_size((0, 0)) and FullDisk())
+        usage = shutil.disk_usage(streamed.source)._replace(free=100_000)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage)
         assert "disk" in expect_exit(streamed.run(), 6).lower()
         assert hub.sent < streamed.weight_bytes() // 2
-
-
-class FullDisk:
-    free = 100_000
 
 
 def corrupt_middle(response: Response) -> None:
@@ -372,8 +376,11 @@ class TestInterrupted:
         child.send_signal(how)
         return child.communicate(timeout=60)[1]
 
-    @pytest.mark.parametrize("write", [lambda folder: write_checkpoint(folder, config=LARGE), write_gptq])
-    @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["kill", "ctrl-c"])
+    @pytest.mark.parametrize(
+        ("how", "write"),
+        [(signal.SIGKILL, write_gptq), (signal.SIGINT, lambda folder: write_checkpoint(folder, config=LARGE))],
+        ids=["kill", "ctrl-c"],
+    )
     def test_the_same_command_continues(
         self,
         how: int,
@@ -403,3 +410,103 @@ def read_lines(path: Path) -> list[str]:
         return path.read_text().split("\n")[:-1]
     except OSError:
         return []
+
+
+@on_posix
+class TestUnusableJournal:
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            lambda _text: "",
+            lambda text: text.replace('"version": 1', '"version": 0'),
+            lambda text: text + "0 5\n" + "9 9\n" + "0 -1 " + "7 " * 27 + "7\n",
+            lambda text: text + "0 64 " + "7 " * 27 + "7\n",
+            lambda text: "\n".join(line for line in text.split("\n") if line.count(" ") != 7),
+        ],
+        ids=["empty", "another version", "impossible numbers", "a wrong state", "no digests of parts"],
+    )
+    def test_gives_the_same_file(self, damage: Callable[[str], str], streamed: StreamedCommand, hub: HubServer) -> None:
+        streamed.publish(write_gptq)
+        content = hub.repository(REPO).files[WEIGHTS]
+        hub.always.append(only_on(WEIGHTS, cut_from(len(content) - 50_000)))
+        expect_exit(streamed.run(), 4)
+        hub.always.clear()
+        journal = streamed.target.with_name("x.gguf.part.stream")
+        journal.write_text(damage(journal.read_text()))
+        assert streamed.run().returncode in (0, 4), "4 if the state was wrong; the next attempt starts again"
+        streamed.options = ("--force", *streamed.options)
+        streamed.expect_the_same_file()
+
+    def test_without_openssl_only_whole_files_are_kept(
+        self, streamed: StreamedCommand, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(resumable_hash, "_load_openssl", lambda: None)
+        streamed.publish(write_dense)
+        hub.always.append(only_on("00003-of", lambda response: len(response.body) > 5000 and refuse(404)(response)))
+        expect_exit(streamed.run(), 4)
+        hub.always.clear()
+        assert "An earlier attempt had already processed" in streamed.expect_the_same_file()
+
+
+def cut_from(offset: int) -> Callable[[Response], None]:
+    """Refuse everything behind `offset`, but not the parts that are requested on their own."""
+
+    def fault(response: Response) -> None:
+        if response.start <= offset < response.start + len(response.body) and len(response.body) > 400_000:
+            response.cut = offset - response.start
+        elif response.start == offset:
+            response.status, response.body = 404, b"no"
+
+    return fault
+
+
+class TestUsage:
+    def test_a_checkpoint_on_this_disk_is_refused(self, tiny_checkpoint: Path, invoke: Run) -> None:
+        message = expect_exit(invoke("convert", str(tiny_checkpoint), "--stream"), 2)
+        assert "is on this disk" in message
+
+    @pytest.mark.parametrize("options", [("--mix", "best"), ("--merge", "adapter")])
+    def test_options_that_need_all_weights_are_refused(
+        self, options: tuple[str, str], hub_checkpoint: str, invoke: Run
+    ) -> None:
+        message = expect_exit(invoke("convert", hub_checkpoint, "--stream", *options), 2)
+        assert "--stream cannot be used with" in message
+
+    def test_a_preview_is_that_of_the_local_checkpoint(self, streamed: StreamedCommand) -> None:
+        streamed.publish(write_gptq)
+        streamed.options = ("--dry-run", "--json")
+        preview = streamed.run()
+        expect_exit(preview, 0)
+        expect_exit(streamed.invoke("pull", HF_NAME), 0)
+        local = streamed.invoke("convert", HF_NAME, *streamed.options, "-o", str(streamed.target))
+        assert parse_plan(preview.stdout)["files"] == parse_plan(local.stdout)["files"]
+
+
+class TestResumableSha256:
+    @settings(fuzz, max_examples=30)
+    @given(data=st.binary(max_size=300), cuts=st.lists(st.integers(0, 300), max_size=4))
+    def test_is_that_of_hashlib(self, data: bytes, cuts: list[int]) -> None:
+        digest, begin = ResumableSha256(), 0
+        for end in (*sorted(cuts), len(data)):
+            digest.update(memoryview(bytearray(data[begin:end])))
+            digest, begin = ResumableSha256(digest.state), max(begin, min(end, len(data)))
+        assert digest.hexdigest() == hashlib.sha256(data).hexdigest()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak memory from /proc")
+def test_matrices_of_a_7b_take_less_than_300_mb_of_memory(
+    streamed: StreamedCommand, environment: dict[str, str]
+) -> None:
+    config = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 1}
+    streamed.publish(lambda folder: write_packed_checkpoint(folder, config=config))
+    command = ("convert", HF_NAME, "--stream", "-o", str(streamed.target), "-t", "2")
+    child = subprocess.Popen([sys.executable, "-m", "qwenlocal", *command], env=environment)
+    most = 0
+    while child.poll() is None:
+        with contextlib.suppress(OSError, StopIteration):
+            lines = Path(f"/proc/{child.pid}/status").read_text().splitlines()
+            most = max(most, int(next(line for line in lines if line.startswith("VmHWM")).split()[1]))
+        time.sleep(0.01)
+    assert child.returncode == 0
+    assert 0 < most * 1024 < 300e6

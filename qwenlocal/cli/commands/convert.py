@@ -53,9 +53,10 @@ def convert_checkpoint(
         given = {"--merge": merge, "--name": name, "--pre": pre_tokenizer, "--like": like, "--stream": stream}
         _convert_adapter(app, source, options, types, [option for option, value in given.items() if value])
         return
-    merges, source_name = read_merges(merge), app.library.models.parse(options.source)
+    source_name = app.library.models.parse(options.source)
     if stream:
         _check_stream(source_name, {"--merge": bool(merge), "--mix best": overrides.best})
+    merges = read_merges(merge)
     opened: CheckpointStream | None = None
     with app.library.checkpoints.find(source_name) as checkpoint:
         name = name or checkpoint.name

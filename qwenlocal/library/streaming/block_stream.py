@@ -21,7 +21,7 @@ class FileRange(NamedTuple):
     end: int
 
 
-class Piece(NamedTuple):
+class StreamPiece(NamedTuple):
     """Bytes of a file from `offset` on; `data` is valid until the next piece is taken."""
 
     path: Path
@@ -30,10 +30,11 @@ class Piece(NamedTuple):
 
 
 class _Block:
-    """A range that one thread fetches, and what has arrived of it."""
+    """A range that one thread fetches, what has arrived of it, and why no more will."""
 
     def __init__(self, span: FileRange, buffer: memoryview) -> None:
         self.span, self.buffer, self.arrived = span, buffer, 0
+        self.failure: BaseException | None = None
 
 
 class BlockStream:
@@ -48,7 +49,7 @@ class BlockStream:
         self._blocks: dict[int, _Block] = {}  # by number; claimed and not taken
         self._spare: list[memoryview] = []
         self._next = self._taken = 0
-        self._failure: BaseException | None = None
+        self._has_failed = self._is_stopped = False
         self._threads: list[threading.Thread] = []
 
     @property
@@ -66,7 +67,7 @@ class BlockStream:
     def stop(self) -> None:
         """End all threads, and the wait for the next piece, with `Stopped`; call it after the fetcher's."""
         with self._changed:
-            self._failure = self._failure or Stopped()
+            self._is_stopped = True
             self._changed.notify_all()
 
     def join(self, timeout: float) -> None:
@@ -74,9 +75,9 @@ class BlockStream:
         for thread in self._threads:
             thread.join(timeout)
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[StreamPiece]:
         """
-        Yield all bytes in order, as they arrive.
+        Yield all bytes in order, as they arrive; those before a failure, too.
 
         Raises
         ------
@@ -86,7 +87,7 @@ class BlockStream:
             position = 0
             while position < span.end - span.start:
                 block, arrived = self._wait_for_bytes(number, position)
-                yield Piece(span.path, span.start + position, block.buffer[position:arrived])
+                yield StreamPiece(span.path, span.start + position, block.buffer[position:arrived])
                 position = arrived
             with self._changed:
                 self._spare.append(self._blocks.pop(number).buffer)
@@ -97,30 +98,32 @@ class BlockStream:
         """Return a block once more than `position` bytes of it have arrived, and how many."""
         with self._changed:
             while True:
-                if self._failure:
-                    raise self._failure
+                if self._is_stopped:
+                    raise Stopped
                 block = self._blocks.get(number)
                 if block and block.arrived > position:
                     return block, block.arrived
+                if block and block.failure:
+                    raise block.failure
                 self._changed.wait()
 
     def _fetch_blocks(self) -> None:
-        try:
-            while block := self._claim():
+        while block := self._claim():
+            try:
                 for data in self._fetcher.read(*block.span):
                     block.buffer[block.arrived : block.arrived + len(data)] = data
                     with self._changed:
                         block.arrived += len(data)
                         self._changed.notify_all()
-        except BaseException as failure:
-            with self._changed:
-                self._failure = self._failure or failure
-                self._changed.notify_all()
+            except BaseException as failure:
+                with self._changed:
+                    block.failure, self._has_failed = failure, True
+                    self._changed.notify_all()
 
     def _claim(self) -> _Block | None:
-        """Return the next block, once there is memory for it; None if there is none, or the stream is stopped."""
+        """Return the next block, once there is memory for it; None after the last one, a failure, or `stop`."""
         with self._changed:
-            while not self._failure and self._next < len(self._spans):
+            while not self._is_stopped and not self._has_failed and self._next < len(self._spans):
                 if self._next - self._taken < _MAX_BLOCKS:
                     number, self._next = self._next, self._next + 1
                     buffer = self._spare.pop() if self._spare else memoryview(bytearray(self._block_size))

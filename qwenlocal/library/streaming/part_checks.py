@@ -6,22 +6,11 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from qwenlocal.errors import BadWeights, DownloadFailed
+from qwenlocal.errors import BadWeights, ConflictingBytes
 from qwenlocal.library.streaming.stream_journal import FileProgress, PartDigest, PartOfFile, part_digest
 from qwenlocal.library.streaming.stream_layout import StreamUnit
 from qwenlocal.weights.assumptions import Assumption, EqualTensors, ZeroTensor
 from qwenlocal.weights.safetensors import StoredTensor
-
-
-class ConflictingBytes(DownloadFailed):
-    """A source sent other bytes of the file `path` than before."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        super().__init__(
-            f"The bytes of {path.name} were different when they were downloaded a second time.",
-            hint="Run the same command again, on another network if it happens again.",
-        )
 
 
 class PartChecks:

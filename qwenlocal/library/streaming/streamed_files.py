@@ -18,12 +18,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from qwenlocal.errors import DigestMismatch
+from qwenlocal.errors import ConflictingBytes, DigestMismatch
 from qwenlocal.i18n import tr
 from qwenlocal.library.artifact import Artifact, DownloadPolicy
 from qwenlocal.library.streaming.block_stream import BLOCK_SIZE, BlockStream, FileRange
 from qwenlocal.library.streaming.file_pass import FilePass, find_usable_progress
-from qwenlocal.library.streaming.part_checks import ConflictingBytes, PartChecks
+from qwenlocal.library.streaming.part_checks import PartChecks
 from qwenlocal.library.streaming.range_fetcher import RangeFetcher, Stopped
 from qwenlocal.library.streaming.stream_journal import PartOfFile, StreamJournal
 from qwenlocal.library.streaming.stream_layout import StreamUnit, build_units

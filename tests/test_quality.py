@@ -370,7 +370,7 @@ class TestCharts:
     def test_levels_are_placed_by_size_and_loss(self) -> None:
         points = [LevelPoint("large", 2_000_000_000, 0.001), LevelPoint("small", 1_000_000_000, 0.1)]
         circles = [node.attrib for node in ElementTree.fromstring(draw_levels("x", points)) if "circle" in node.tag]
-        large, small = ((float(circle["cx"]), float(circle["cy"])) for circle in circles)
+        small, large = ((float(circle["cx"]), float(circle["cy"])) for circle in circles)
         assert large[0] > small[0]
         assert large[1] > small[1]  # downwards
 

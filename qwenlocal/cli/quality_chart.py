@@ -40,11 +40,12 @@ def draw_levels(title: str, points: Sequence[LevelPoint]) -> str:
     largest_kl = max((point.kl for point in points if point.kl > 0), default=1.0)
     bottom, plot_width, plot_height = _HEIGHT - _BOTTOM, _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
     parts = [_text(8, 24, title, bold=True), *_axes(largest_size, largest_kl)]
-    for point in points:
+    for index, point in enumerate(sorted(points, key=lambda point: point.size)):
         x = _LEFT + plot_width * point.size / largest_size
         y = bottom - plot_height * _log_share(point.kl, largest_kl)
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{_COLOR}"/>')
-        parts.append(_text(x + 9, y + 4, point.name))
+        is_left = index % 2 == 0  # levels of similar size have their names on different sides
+        parts.append(_text(x - 9 if is_left else x + 9, y + 4, point.name, anchor="end" if is_left else "start"))
     return _document(parts, _HEIGHT)
 
 
@@ -55,7 +56,7 @@ def _axes(largest_size: int, largest_kl: float) -> Iterator[str]:
         yield _text(_LEFT + (right - _LEFT) * share - 20, bottom + 20, f"{largest_size * share / 1e9:.2f} GB")
     for decade in range(_DECADES):
         share = 1 - decade / _DECADES
-        yield _text(8, bottom - (bottom - _TOP) * share + 4, f"KL {largest_kl / 10**decade:.1g}")
+        yield _text(8, bottom - (bottom - _TOP) * share + 4, f"KL {largest_kl / 10**decade:.2g}")
 
 
 def _log_share(value: float, largest: float) -> float:
@@ -63,9 +64,9 @@ def _log_share(value: float, largest: float) -> float:
     return max(0.0, 1 + math.log10(value / largest) / _DECADES) if value > 0 else 0.0
 
 
-def _text(x: float, y: float, text: str, *, bold: bool = False) -> str:
+def _text(x: float, y: float, text: str, *, bold: bool = False, anchor: str = "start") -> str:
     weight = ' font-weight="bold"' if bold else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}"{weight}>{escape(text)}</text>'
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{weight}>{escape(text)}</text>'
 
 
 def _document(parts: Sequence[str], height: float) -> str:

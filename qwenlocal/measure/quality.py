@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     import numpy
 
 _PROMPT, _ANSWER, _WARM_UP = 128, 32, 16  # tokens of a speed test
+_REPETITIONS = 3
 _FLOAT_BYTES = 4
 _TOKENS = "tokenizer.ggml.tokens"
 
@@ -329,11 +331,15 @@ class LoadedReader:
         return contextlib.closing(RowWorkers(self._test.threads, len(self._model.tokenizer)))
 
     def measure_speed(self) -> SpeedSample:
-        """Prefill 128 tokens and decode 32, in a context of its own."""
+        """Prefill 128 tokens and decode 32, in a context of its own; medians of three."""
         options = replace(self._options, n_ctx=_PROMPT + _ANSWER, n_seq_max=1)
         with contextlib.closing(Context(self._model, options, self._test.abort)) as context:
             fill_cache(context, _WARM_UP)
-            return SpeedSample(prefill_speed(context, _PROMPT), decode_speed(context, _ANSWER))
+            samples = [
+                SpeedSample(prefill_speed(context, _PROMPT), decode_speed(context, _ANSWER))
+                for _ in range(_REPETITIONS)
+            ]
+        return SpeedSample(*map(statistics.median, zip(*samples, strict=True)))
 
     def close(self) -> None:
         """Free the memory."""

@@ -45,14 +45,14 @@ def open_test(path: Path, n_ctx: int, text: str = TEXT, chunks: int = 9) -> Qual
 
 
 def measure(path: Path, n_ctx: int) -> Quality:
-    test, meter = open_test(path, n_ctx), QualityMeter()
+    test, meter = open_test(path, n_ctx), QualityMeter(path.name)
     for _ in test.measure(model_file(path), meter):
         pass
     return meter.result()
 
 
 def compare(test: QualityTest, path: Path, base: Path) -> tuple[QualityMeter, QualityMeter]:
-    meter, base_meter = QualityMeter(), QualityMeter()
+    meter, base_meter = QualityMeter(path.name), QualityMeter(base.name)
     for _ in test.compare(model_file(path), model_file(base), meter, base_meter):
         pass
     return meter, base_meter

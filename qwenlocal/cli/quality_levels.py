@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,13 +38,13 @@ _N_CTX, _N_UBATCH = 4096, 128  # for the estimate of memory, as in `qwenlocal pl
 
 @dataclass
 class LevelReport:
-    """A level: its name, the bytes of its file and of memory with a context of 4,096 tokens, its speed and scores."""
+    """A level: its name, the bytes of its file and of memory with a context of 4,096 tokens, its scores and speed."""
 
     name: str
     size: int
     memory: int | None
+    meter: QualityMeter
     speed: SpeedSample | None = None
-    meter: QualityMeter = field(default_factory=QualityMeter)
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def _measure(
     reports: list[LevelReport],
     evaluate: Callable[[LoadedReader, QualityMeter, LogProbFile], Iterator[QualityMeter]],
 ) -> None:
-    report = LevelReport(file.name, file.size, _estimate_memory(file))
+    report = LevelReport(file.name, file.size, _estimate_memory(file), QualityMeter(file.name))
 
     def steps() -> Iterator[QualityMeter]:
         with contextlib.closing(test.open(file)) as model:

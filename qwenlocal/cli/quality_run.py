@@ -33,7 +33,7 @@ def interrupt_on_signals() -> Iterator[None]:
 
 def run_steps(test: QualityTest, name: str, make_steps: Callable[[], Iterator[QualityMeter]]) -> bool:
     """
-    Run the steps of a test of the model `name` in a thread, and show their progress; return False after Ctrl-C.
+    Load the model `name` and run the steps of a test in a thread, with progress; return False after Ctrl-C.
 
     The meters have the scores of all steps before that.
     """
@@ -42,22 +42,26 @@ def run_steps(test: QualityTest, name: str, make_steps: Callable[[], Iterator[Qu
     from qwenlocal.engine.llama import LoadCancelled
     from qwenlocal.terminal.progress import status_line
 
-    begin = time.monotonic()
+    begin = last = time.monotonic()
+    current = None
     with status_line(sys.stderr, delay=0) as show, iterate_in_thread(make_steps, test.abort.set) as meters:
         show(tr("loading {name}", name=name))
         try:
             for meter in meters:
-                left = (time.monotonic() - begin) * (test.tokens / meter.tokens - 1)
-                show(_describe_progress(name, meter, len(test.windows), left))
+                if meter is not current:  # another model
+                    begin, current = last, meter
+                last = time.monotonic()
+                left = (last - begin) * (test.tokens / meter.tokens - 1)
+                show(_describe_progress(meter, len(test.windows), left))
         except (Aborted, LoadCancelled):
             return False
     return True
 
 
-def _describe_progress(name: str, meter: QualityMeter, total: int, left: float) -> str:
+def _describe_progress(meter: QualityMeter, total: int, left: float) -> str:
     return tr(
         "{name}: window {done} of {total}, perplexity {perplexity:.3f}, {left:.0f} s left",
-        name=name,
+        name=meter.name,
         done=meter.windows,
         total=total,
         perplexity=meter.perplexity,

@@ -86,9 +86,10 @@ class SpeedSample(NamedTuple):
 
 
 class QualityMeter:
-    """Collects the scores of a model's tokens."""
+    """Collects the scores of the tokens that the model `name` predicts."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self.name = name
         self.windows = self.tokens = 0
         self._nll: list[numpy.ndarray] = []
         self._comparisons: list[RowComparison] = []

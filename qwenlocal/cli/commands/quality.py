@@ -81,7 +81,7 @@ def _measure_model(model: str, base: str | None, options: QualityOptions) -> Non
     if reference:
         check_vocabularies(file, reference)
     test = _prepare_test(file, text, options)
-    meter, base_meter = QualityMeter(), QualityMeter()
+    meter, base_meter = QualityMeter(file.name), QualityMeter(base or "")
     if reference:
         is_complete = run_steps(test, file.name, lambda: test.compare(file, reference, meter, base_meter))
     else:

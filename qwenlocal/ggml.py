@@ -356,6 +356,62 @@ def _fast_weighted_quantizer() -> Any | None:
     return function
 
 
+def pack_rows(
+    kind: TensorType,
+    words: numpy.ndarray,
+    scales: numpy.ndarray,
+    zeros: numpy.ndarray | None,
+    target: memoryview,
+    *,
+    is_gemm: bool,
+) -> bool:
+    """
+    Store packed codes as blocks of `kind`, with tools/packed_rows.cpp; releases the GIL.
+
+    `words` is uint32 of shape (words per row, rows), or with `is_gemm` (columns, rows / 8); `scales`, in float16, and
+    `zeros` are of shape (blocks, rows). Returns False and writes nothing if libggml was compiled without this code.
+    """
+    import numpy
+
+    function = _packer()
+    if function is None:
+        return False
+    blocks, rows = scales.shape
+    scales = numpy.ascontiguousarray(scales)
+    points = numpy.ascontiguousarray(numpy.zeros((0, rows)) if zeros is None else zeros, numpy.uint8)
+    minima = scales  # only Q4_1 has them
+    if kind.name == "q4_1":
+        minima = (-(scales.astype(numpy.float32) * points)).astype(numpy.float16)
+    strides = [stride // 4 for stride in words.strides]
+    output = numpy.frombuffer(target, numpy.uint8)
+    return bool(
+        function(
+            words.ctypes.data,
+            strides[0],
+            strides[1],
+            is_gemm,
+            rows,
+            blocks * kind.block_size,
+            kind.number,
+            scales.ctypes.data,
+            points.ctypes.data,
+            minima.ctypes.data,
+            output.ctypes.data,
+        )
+    )
+
+
+@functools.cache
+def _packer() -> Any | None:
+    """Return the function `qwenlocal_pack_rows` of libggml; None if it was compiled without it."""
+    function = getattr(_base(), "qwenlocal_pack_rows", None)
+    if function is not None:
+        pointer, count = ctypes.c_void_p, ctypes.c_int64
+        function.restype = ctypes.c_bool
+        function.argtypes = [pointer, count, count, ctypes.c_bool, count, count, ctypes.c_int, *[pointer] * 4]
+    return function
+
+
 def integer_operations(rounds: int) -> int:
     """
     Run `rounds` rounds of the processor's 8-bit multiply-accumulate instructions; return the number of operations.

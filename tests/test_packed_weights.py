@@ -27,6 +27,7 @@ from packing import (
     write_packed_checkpoint,
 )
 
+from qwenlocal import ggml
 from qwenlocal.errors import BadCheckpoint, BadWeights, Interrupted, UnsupportedCheckpoint, UsageError
 from qwenlocal.ggml import tensor_type
 from qwenlocal.library.plan_execution import check_packed_weights
@@ -430,6 +431,32 @@ def test_packed_rows_of_any_shape_equal_the_definition(data: strategies.DataObje
             source.read(first, encoded.data, reader)
         values = gguf.dequantize(encoded.reshape(count, -1), gguf.GGMLQuantizationType(kind.number))
         assert (values == layer.weights[first : first + count]).all(), kind.name
+
+
+@pytest.mark.parametrize("layout", ["gptq", "gemm", "gemv"])
+@pytest.mark.parametrize(("bits", "symmetric"), [(4, True), (4, False), (8, True)])
+def test_both_implementations_store_the_same_bytes(
+    layout: str, bits: int, symmetric: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of libggml, and that in numpy for a libggml without our code."""
+    if bits == 8 and layout != "gptq":
+        bits = 4
+    layer = PackedLayer(320, 72, bits, 64, symmetric)
+    matrix = packed_matrix(layer, layout, tmp_path / "x.safetensors")
+    kinds = [kind for kind in (*matrix.exact_types, *matrix.near_types) if kind.is_quantized]
+    assert kinds
+    for kind in kinds:
+        results = []
+        for has_code in (True, False):
+            if not has_code:
+                monkeypatch.setattr(ggml, "pack_rows", lambda *_arguments, **_options: False)
+            source = PackedRows(matrix, kind)
+            encoded = numpy.full(72 * kind.row_bytes(320), 0xAA, numpy.uint8)
+            with SourceFiles(source.files) as reader:
+                source.read(0, encoded.data, reader)
+            results.append(encoded.tobytes())
+        monkeypatch.undo()
+        assert results[0] == results[1], kind.name
 
 
 class TestCommands:

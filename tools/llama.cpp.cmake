@@ -16,9 +16,9 @@ function(extend_ggml_base)
     endif()
     target_compile_options(ggml-base PRIVATE $<$<COMPILE_LANGUAGE:C>:${options}>)
     set(folder "${CMAKE_CURRENT_FUNCTION_LIST_DIR}")
-    target_sources(ggml-base PRIVATE "${folder}/quantizers.cpp" "${folder}/integer_peak.c")
+    target_sources(ggml-base PRIVATE "${folder}/quantizers.cpp" "${folder}/packed_rows.cpp" "${folder}/integer_peak.c")
     set_source_files_properties(
-        "${folder}/quantizers.cpp" TARGET_DIRECTORY ggml-base PROPERTIES COMPILE_OPTIONS "${options}")
+        "${folder}/quantizers.cpp" "${folder}/packed_rows.cpp" TARGET_DIRECTORY ggml-base PROPERTIES COMPILE_OPTIONS "${options}")
 endfunction()
 cmake_language(DEFER CALL extend_ggml_base)
 

@@ -554,11 +554,17 @@ struct half {
     ggml_fp16_t bits;
 };
 
-inline float as_float(half x) {
-#ifdef __F16C__
-    return _cvtsh_ss(x.bits);
+template <int N, typename Number> inline void load(const Number * source, float * x) {
+    for (int i = 0; i < N; ++i) x[i] = as_float(source[i]);
+}
+
+template <int N> inline void load(const half * source, float * x) {
+#ifdef __F16C__  // compilers do not vectorize the conversion
+    for (int i = 0; i < N; i += 8) {
+        _mm256_store_ps(x + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(source + i))));
+    }
 #else
-    return ggml_fp16_to_fp32(x.bits);
+    for (int i = 0; i < N; ++i) x[i] = ggml_fp16_to_fp32(source[i].bits);
 #endif
 }
 
@@ -569,7 +575,7 @@ int64_t quantize_blocks(const Number * source, void * target, int64_t count) {
     ints largest = {};
     for (int64_t block = 0; block < count / N; ++block, source += N) {
         alignas(32) float x[N];
-        for (int i = 0; i < N; ++i) x[i] = as_float(source[i]);
+        load<N>(source, x);
         for (int i = 0; i < N; i += LANES) {
             const ints size = *(const ints *)(x + i) & 0x7fffffff;
             largest = size > largest ? size : largest;
@@ -599,7 +605,7 @@ int64_t quantize_weighted(const Number * source, void * target, int64_t rows, in
     ints largest = {};
     for (int64_t at = 0; at < rows * columns; at += QK_K, source += QK_K) {
         alignas(32) float x[QK_K];
-        for (int i = 0; i < QK_K; ++i) x[i] = as_float(source[i]);
+        load<QK_K>(source, x);
         for (int i = 0; i < QK_K; i += LANES) {
             const ints size = *(const ints *)(x + i) & 0x7fffffff;
             largest = size > largest ? size : largest;

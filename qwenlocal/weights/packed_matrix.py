@@ -95,14 +95,20 @@ class PackedMatrix:
 
     def words(self, first: int, count: int, reader: SourceReader) -> numpy.ndarray:
         """Return the codes as uint32 of shape (columns / codes per word, count), the first in the lowest bits."""
+        words = self.stored_words(first, count, reader)
+        if self.layout == "gemm":
+            words = _transpose_codes(words)[:, first % 8 : first % 8 + count]
+        return words
+
+    def stored_words(self, first: int, count: int, reader: SourceReader) -> numpy.ndarray:
+        """Return the codes as they are stored, like `words`; in the gemm layout of shape (columns, count / 8)."""
         data = _load(self.weight, reader)
         if self.layout == "gptq":
             words: numpy.ndarray = data.reshape(-1, self.rows)[:, first : first + count]
         elif self.layout == "gemv":
             words = data.reshape(self.rows, -1)[first : first + count].T
         else:
-            eights = data.reshape(self.columns, -1)[:, first // 8 : -(-(first + count) // 8)]
-            words = _transpose_codes(eights)[:, first % 8 : first % 8 + count]
+            words = data.reshape(self.columns, -1)[:, first // 8 : -(-(first + count) // 8)]
         return words
 
     def load_codes(self, first: int, count: int, reader: SourceReader) -> numpy.ndarray:
@@ -115,7 +121,7 @@ class PackedMatrix:
         elif self.layout == "gemv":
             codes = split_codes(data.reshape(self.rows, -1)[first : first + count], self.bits)
         else:
-            eights = split_codes(data.reshape(self.columns, -1)[:, first // 8 : -(-(first + count) // 8)], self.bits)
+            eights = split_codes(self.stored_words(first, count, reader), self.bits)
             in_order = eights[:, :, numpy.argsort(_AWQ_ORDER)].reshape(self.columns, -1)
             codes = in_order[:, first % 8 : first % 8 + count].T
         result: numpy.ndarray = codes.reshape(count, self.columns)

@@ -13,11 +13,12 @@ For example, q = 11, z = 8 and s = 0.5 are c = 11 and d = 0.5 in Q4_0; both are 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qwenlocal import ggml
 from qwenlocal.errors import BadWeights
 from qwenlocal.ggml import TensorType
 from qwenlocal.weights.packed_matrix import BLOCK, PackedMatrix, fit_half
@@ -101,15 +102,13 @@ class PackedRows:
             _store_floats(matrix, first, count, buffer, reader)
             return
         scales = self._half_scales(matrix.load_scales(first, count, reader))
-        words = matrix.words(first, count, reader)
-        if self.type.name == "q8_0":
-            _store_q8_0(words, scales, buffer)
-        elif self.type.name == "q4_0":
-            _store_q4_0(words, scales, buffer)
-        elif self.type.name == "q5_0":
-            _store_q5_0(words, scales, self._per_block(matrix.zero_points(first, count, reader)), buffer)
-        else:
-            _store_q4_1(words, scales, self._per_block(matrix.zero_points(first, count, reader)), buffer)
+        has_zeros = self.type.name in ("q5_0", "q4_1")
+        zeros = self._per_block(matrix.zero_points(first, count, reader).astype("u1")) if has_zeros else None
+        if (first % 8 == count % 8 == 0) or matrix.layout != "gemm":
+            stored, is_gemm = matrix.stored_words(first, count, reader), matrix.layout == "gemm"
+            if ggml.pack_rows(self.type, stored, scales, zeros, buffer, is_gemm=is_gemm):
+                return
+        _STORE[self.type.name](matrix.words(first, count, reader), scales, zeros, buffer)
 
     def _half_scales(self, values: numpy.ndarray) -> numpy.ndarray:
         """Return the scales of each block, of shape (blocks, rows)."""
@@ -163,10 +162,11 @@ def _store_floats(matrix: PackedMatrix, first: int, count: int, buffer: memoryvi
         result *= scales[:, groups]
 
 
-# --- blocks, from words of shape (columns / codes per word, rows), scales and zero points of shape (blocks, rows)
+# --- blocks, in numpy (tools/packed_rows.cpp does the same faster): `words` are of shape (columns / codes per word,
+# rows), scales and zero points of shape (blocks, rows)
 
 
-def _store_q4_0(words: numpy.ndarray, scales: numpy.ndarray, buffer: memoryview) -> None:
+def _store_q4_0(words: numpy.ndarray, scales: numpy.ndarray, _zeros: object, buffer: memoryview) -> None:
     blocks = _blocks(buffer, words.shape[1], [("scale", "<f2"), ("codes", "<u8", (2,))])
     _store_codes([_spread(words[quarter::4]) for quarter in range(4)], blocks["codes"])
     blocks["scale"] = scales.T
@@ -185,7 +185,7 @@ def _store_q5_0(words: numpy.ndarray, scales: numpy.ndarray, zeros: numpy.ndarra
     import numpy
 
     blocks = _blocks(buffer, words.shape[1], [("scale", "<f2"), ("fifth_bits", "<u4"), ("codes", "<u8", (2,))])
-    offsets = (16 - zeros).astype(numpy.uint64) * numpy.uint64(_EACH_BYTE)
+    offsets = (16 - zeros.astype(numpy.int8)).astype(numpy.uint64) * numpy.uint64(_EACH_BYTE)
     fifth_bits, quarters = numpy.zeros(offsets.shape, numpy.uint32), []
     for quarter in range(4):
         codes = _spread(words[quarter::4])
@@ -198,13 +198,21 @@ def _store_q5_0(words: numpy.ndarray, scales: numpy.ndarray, zeros: numpy.ndarra
     blocks["scale"] = scales.T
 
 
-def _store_q8_0(words: numpy.ndarray, scales: numpy.ndarray, buffer: memoryview) -> None:
+def _store_q8_0(words: numpy.ndarray, scales: numpy.ndarray, _zeros: object, buffer: memoryview) -> None:
     import numpy
 
     blocks = _blocks(buffer, words.shape[1], [("scale", "<f2"), ("codes", "<u4", (8,))])
     signed = words ^ numpy.uint32(0x80808080)  # minus 128, in each byte
     blocks["codes"][:] = signed.reshape(-1, 8, words.shape[1]).transpose(2, 0, 1)
     blocks["scale"] = scales.T
+
+
+_STORE: Mapping[str, Callable[..., None]] = {
+    "q4_0": _store_q4_0,
+    "q4_1": _store_q4_1,
+    "q5_0": _store_q5_0,
+    "q8_0": _store_q8_0,
+}
 
 
 def _blocks(buffer: memoryview, rows: int, fields: Sequence[tuple[object, ...]]) -> numpy.ndarray:

@@ -36,6 +36,7 @@ class SourceFiles:
         self._states: dict[Path, os.stat_result] = {}  # when they were opened
         self._lock, self._seek_lock = threading.Lock(), threading.Lock()
         self._segments: OrderedDict[tuple[Path, int, int], _Segment] = OrderedDict()  # the most recently used last
+        self._loaded_size = 0
 
     def __enter__(self) -> SourceFiles:
         try:
@@ -53,6 +54,7 @@ class SourceFiles:
                 os.close(file)
         self._files.clear()
         self._segments.clear()
+        self._loaded_size = 0
 
     def fingerprints(self) -> Mapping[Path, str]:
         """Return a text per file that differs if its content does."""
@@ -101,9 +103,12 @@ class SourceFiles:
         """
         with self._lock:
             key = path, offset, size
-            segment = self._segments[key] = self._segments.pop(key) if key in self._segments else _Segment(size)
-            while len(self._segments) > _KEPT_COUNT and sum(kept.size for kept in self._segments.values()) > _KEPT_SIZE:
-                self._segments.popitem(last=False)
+            segment = self._segments.pop(key, None)
+            if segment is None:
+                segment, self._loaded_size = _Segment(size), self._loaded_size + size
+            self._segments[key] = segment
+            while len(self._segments) > _KEPT_COUNT and self._loaded_size > _KEPT_SIZE:
+                self._loaded_size -= self._segments.popitem(last=False)[1].size
         with segment.lock:
             if segment.data is None:
                 import numpy

@@ -790,6 +790,7 @@ class TestCommands:
         assert complete(base_gguf, (style,)) == merged != complete(base_gguf)
         assert complete(base_gguf, (f"{style}:0.5", convert_adapter(style), f"{style}:-0.5")) == merged
 
+    @pytest.mark.slow
     def test_serve_uses_adapters_for_its_first_model(self, style: Path, base: Path, tmp_path: Path) -> None:
         chat = convert_checkpoint(base, tmp_path / "chat.gguf", "f32")
 

@@ -89,6 +89,7 @@ def test_a_paste_in_a_terminal_without_bracketed_paste_is_one_message(
     assert read_questions(chat, tmp_path) == [PASTE]
 
 
+@pytest.mark.slow
 def test_a_folded_paste_is_one_character(terminal: Open, speaking_model: Path, tmp_path: Path) -> None:
     cases = {
         "\x7f.": "ab .",
@@ -207,7 +208,7 @@ BYTES = (
 )
 
 
-@pytest.mark.parametrize("is_answering", [False, True])
+@pytest.mark.parametrize("is_answering", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_no_bytes_end_the_chat(is_answering: bool, terminal: Open, endless_model: Path) -> None:
     chat = start_chat(terminal, endless_model, "-n", "100", "--no-lookup")
     for data in BYTES:

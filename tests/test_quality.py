@@ -342,7 +342,7 @@ class TestInterrupts:
         assert "tokens predicted" in text
         assert "perplexity  " in text
 
-    @pytest.mark.parametrize("end", ["Ctrl-C", "SIGTERM", "SIGHUP"])
+    @pytest.mark.parametrize("end", ["Ctrl-C", "SIGTERM", pytest.param("SIGHUP", marks=pytest.mark.slow)])
     def test_levels_so_far_are_printed_and_their_files_removed(
         self, end: str, level_checkpoint: Path, tmp_path: Path, terminal: Callable[..., Terminal]
     ) -> None:

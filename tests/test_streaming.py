@@ -208,7 +208,10 @@ def stat_file(path: Path) -> os.stat_result | None:
 class TestFaults:
     @pytest.mark.parametrize(
         ("write", "faults"),
-        [(write_dense, [cut(0), cut(20_000), refuse(503, "0.1")]), (write_gptq, [cut(70_000), refuse(429, "0.1")])],
+        [
+            (write_dense, [cut(0), cut(20_000), refuse(503, "0.1")]),
+            pytest.param(write_gptq, [cut(70_000), refuse(429, "0.1")], marks=pytest.mark.slow),
+        ],
         ids=["dense", "gptq"],
     )
     def test_a_failing_hub_is_asked_again(
@@ -418,10 +421,13 @@ class TestUnusableJournal:
         "damage",
         [
             lambda _text: "",
-            lambda text: text.replace('"version": 1', '"version": 0'),
-            lambda text: text + "0 5\n" + "9 9\n" + "0 -1 " + "7 " * 27 + "7\n",
+            pytest.param(lambda text: text.replace('"version": 1', '"version": 0'), marks=pytest.mark.slow),
+            pytest.param(lambda text: text + "0 5\n" + "9 9\n" + "0 -1 " + "7 " * 27 + "7\n", marks=pytest.mark.slow),
             lambda text: text + "0 64 " + "7 " * 27 + "7\n",
-            lambda text: "\n".join(line for line in text.split("\n") if line.count(" ") != 7),
+            pytest.param(
+                lambda text: "\n".join(line for line in text.split("\n") if line.count(" ") != 7),
+                marks=pytest.mark.slow,
+            ),
         ],
         ids=["empty", "another version", "impossible numbers", "a wrong state", "no digests of parts"],
     )

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy
 import pytest
 from generation import CHEAP, GREEDY, OpenContext, answer
 from hypothesis import HealthCheck, given, settings
@@ -534,6 +535,12 @@ def test_penalties_keep_tokens_from_repeating(random_model: Path, open_context: 
     assert len(set(tokens_of(events, 1))) > len(set(tokens_of(events, 0)))
 
 
+def logits_after(context: Context, ids: Sequence[int]) -> numpy.ndarray:
+    context.truncate(0, 0)
+    (row,) = context.decode([(0, ids)])
+    return numpy.ctypeslib.as_array(context.logits(row), (len(context.model.tokenizer),)).copy()
+
+
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(
@@ -554,7 +561,14 @@ def test_any_mix_of_requests_is_answered_as_if_each_ran_alone(
     events += run(scheduler)
     context = open_context(random_model)
     for key, (length, start, limit, _) in enumerate(requests):
-        assert tokens_of(events, key) == (alone(context, text(length, start), limit) if limit else [])
+        tokens, expected = tokens_of(events, key), alone(context, text(length, start), limit) if limit else []
+        differing = (place for place, pair in enumerate(zip(tokens, expected, strict=False)) if pair[0] != pair[1])
+        same = next(differing, max(len(tokens), len(expected)))
+        if same < min(len(tokens), len(expected)):  # batches of other sizes add in another order: only a tie may differ
+            logits = logits_after(context, [*text(length, start), *expected[:same]])
+            assert abs(logits[tokens[same]] - logits[expected[same]]) < 1e-3 * numpy.ptp(logits)
+        else:
+            assert tokens == expected
         context.truncate(0, 0)
 
 

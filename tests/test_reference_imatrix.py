@@ -14,6 +14,7 @@ import pytest
 from checkpoint_files import convert_checkpoint
 
 from qwenlocal.cli.commands.imatrix import create_imatrix
+from qwenlocal.measure.importance import CALIBRATION_TEXT
 from qwenlocal.testing import MOE_CONFIG, write_checkpoint
 from qwenlocal.weights.file_types import QuantOverrides, file_type
 from qwenlocal.weights.imatrix import read_imatrix
@@ -24,7 +25,7 @@ pytestmark = [pytest.mark.reference, pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = ROOT / "build" / "rival" / "bin"
-TEXT = ROOT / "docs" / "convert.md"
+TEXT = CALIBRATION_TEXT
 CHUNKS = 4  # of three, llama-imatrix computes 510 rows at once, and leaves out the 6 that remain
 
 
@@ -46,7 +47,10 @@ def model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def test_the_sums_are_those_of_llama_imatrix(model: Path, tmp_path: Path) -> None:
-    """Relative to the largest column of a matrix: the kernels of both programs add in another order."""
+    """
+    Relative to the whole matrix. Single columns of the real model differ more: the kernels of both programs add in
+    another order, and llama-imatrix with and without flash attention differs from itself as much.
+    """
     ours, theirs = tmp_path / "ours.gguf", tmp_path / "theirs.gguf"
     create_imatrix(str(model), text=str(TEXT), out=str(ours), chunks=CHUNKS, threads=2, force=False)
     run_llama_cpp(
@@ -55,7 +59,9 @@ def test_the_sums_are_those_of_llama_imatrix(model: Path, tmp_path: Path) -> Non
     left, right = read_imatrix(ours), read_imatrix(theirs)
     assert set(left.weights) == set(right.weights)
     for name, weights in right.weights.items():
-        assert numpy.abs(left.weights[name] - weights).max() <= 1e-3 * weights.max(), name
+        difference = left.weights[name].astype(numpy.float64) - weights
+        assert numpy.linalg.norm(difference) <= 1e-3 * numpy.linalg.norm(weights), name
+        assert abs(difference.sum()) <= 1e-3 * weights.sum(dtype=numpy.float64), name
     assert left.metadata["quantize.imatrix.chunks_count"] == right.metadata["quantize.imatrix.chunks_count"]
 
 

@@ -37,7 +37,7 @@ chat: setup
 	if [ -n "$$PROMPT" ]; then printf '%s' "$$PROMPT" | $(BIN)/qwenlocal run; else $(BIN)/qwenlocal run; fi
 
 test: setup-dev lint types
-	@$(BIN)/python -m pytest -n logical $(if $(SLOW),,-m "not slow") $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n logical -m "$(if $(SLOW),not reference,not slow)" $(PYTEST_ARGS)
 
 # Compares with transformers and llama.cpp's own converter, in a separate virtual environment with torch.
 test-reference: setup-dev

@@ -63,8 +63,7 @@ def make_layer(request: pytest.FixtureRequest) -> Any:
 
 
 def linear(layer: PackedLayer) -> Any:
-    import torch
-
+    torch = pytest.importorskip("torch", reason="torch is not installed: make test-reference")
     module = torch.nn.Linear(layer.columns, layer.rows, bias=False).half()
     module.weight.data = torch.from_numpy(layer.weights.astype(numpy.float16))
     return module
@@ -92,8 +91,7 @@ def assert_exact(layer: PackedLayer, layout: str, tensors: Tensors, path: Path) 
 @pytest.mark.parametrize("group_size", [32, 128, -1])
 @pytest.mark.parametrize(("bits", "symmetric"), [(4, True), (4, False), (8, True)])
 def test_autogptq(make_layer: Any, bits: int, symmetric: bool, group_size: int, tmp_path: Path) -> None:
-    import torch
-
+    torch = pytest.importorskip("torch", reason="torch is not installed: make test-reference")
     layer = make_layer(bits, group_size, symmetric=symmetric)
     quantizer = import_module("auto_gptq", "nn_modules.qlinear.qlinear_cuda_old")
     module = quantizer.QuantLinear(bits, group_size, layer.columns, layer.rows, bias=False)
@@ -106,8 +104,7 @@ def test_autogptq(make_layer: Any, bits: int, symmetric: bool, group_size: int, 
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 @pytest.mark.parametrize("layout", ["gemm", "gemv"])
 def test_autoawq(make_layer: Any, layout: str, group_size: int, tmp_path: Path) -> None:
-    import torch
-
+    torch = pytest.importorskip("torch", reason="torch is not installed: make test-reference")
     layer = make_layer(4, group_size, symmetric=False)
     packer = import_module("awq", f"modules.linear.{layout}")
     scales, zeros = (torch.from_numpy(part.astype(numpy.float32)) for part in (layer.scales, layer.zeros))

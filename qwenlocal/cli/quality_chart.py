@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 from xml.sax.saxutils import escape
 
+from qwenlocal.formatting import format_bytes
+
 _WIDTH, _HEIGHT, _BAR = 720, 420, 26
 _LEFT, _RIGHT, _TOP, _BOTTOM = 90, 90, 50, 50  # margins around the plot
 _COLOR, _GRAY = "#7c5cff", "#8a8f98"
@@ -53,7 +55,7 @@ def _axes(largest_size: int, largest_kl: float) -> Iterator[str]:
     bottom, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
     yield f'<path d="M{_LEFT} {_TOP}V{bottom}H{right}" fill="none" stroke="{_GRAY}"/>'
     for share in (0.25, 0.5, 0.75, 1.0):
-        yield _text(_LEFT + (right - _LEFT) * share - 20, bottom + 20, f"{largest_size * share / 1e9:.2f} GB")
+        yield _text(_LEFT + (right - _LEFT) * share - 20, bottom + 20, format_bytes(round(largest_size * share)))
     for decade in range(_DECADES):
         share = 1 - decade / _DECADES
         yield _text(8, bottom - (bottom - _TOP) * share + 4, f"KL {largest_kl / 10**decade:.2g}")

@@ -104,7 +104,10 @@ class TestText:
         assert [len(part) for part in parts] == [CHUNK_SIZE] * (tokens // CHUNK_SIZE)
 
     def test_a_text_that_is_too_short_is_refused_with_its_length(self, dense: Path) -> None:
-        with loaded(dense) as model, pytest.raises(UsageError, match=r"notes\.txt has 500 tokens; 1,024 are needed"):
+        with (
+            loaded(dense) as model,
+            pytest.raises(UsageError, match=r"notes\.txt has 500 tokens; at least 1,024 are needed"),
+        ):
             split_text(model.tokenizer, "x " * 250, "notes.txt", special=False)
 
     def test_the_bundled_text_has_many_languages_and_chat_markup(self) -> None:
@@ -138,7 +141,7 @@ class TestCommand:
     def test_a_short_text_ends_with_its_length(self, dense: Path, tmp_path: Path, invoke: Run) -> None:
         (tmp_path / "short.txt").write_text("Hello.")
         message = expect_exit(invoke("imatrix", str(dense), "--text", str(tmp_path / "short.txt")), 2)
-        assert "short.txt has 6 tokens; 1,024 are needed" in message
+        assert "short.txt has 6 tokens; at least 1,024 are needed" in message
 
     def test_a_missing_text_and_a_missing_model_are_named(self, dense: Path, tmp_path: Path, invoke: Run) -> None:
         assert "nothing.txt" in expect_exit(invoke("imatrix", str(dense), "--text", str(tmp_path / "nothing.txt")), 3)

@@ -15,12 +15,12 @@ from qwenlocal.engine.context import Context, ContextOptions
 from qwenlocal.engine.evaluation import InputCollector
 from qwenlocal.engine.llama import Model
 from qwenlocal.engine.tokenizer import Tokenizer
-from qwenlocal.errors import BadWeights, UsageError
+from qwenlocal.errors import BadWeights, TextTooShort, UsageError
 from qwenlocal.formatting import format_quantity
+from qwenlocal.measure.perplexity import split_windows
 from qwenlocal.weights.imatrix import InputStatistics
 
 CHUNK_SIZE = 512  # tokens
-MIN_CHUNKS = 2
 _HINT = "Its weights may be damaged; check them: qwenlocal inspect MODEL"
 CALIBRATION_TEXT = Path(__file__).with_name("calibration.txt")
 
@@ -30,23 +30,19 @@ Report = Callable[[int, int], object]
 
 def split_text(tokenizer: Tokenizer, text: str, name: str, *, special: bool) -> list[list[int]]:
     """
-    Divide a text into chunks of `CHUNK_SIZE` tokens; the rest at the end is left out.
-
-    With `special`, spellings like `<|im_end|>` become control tokens. Chunks begin with BOS if the model requires that.
+    Divide a text into chunks of `CHUNK_SIZE` tokens, as `split_windows` does.
 
     Raises
     ------
     UsageError: the text, called `name` in the error, is too short.
     """
-    adds_bos = tokenizer.adds_bos
-    ids = tokenizer.tokenize(text, special=special, add_bos=adds_bos)
-    if len(ids) < MIN_CHUNKS * CHUNK_SIZE:
+    try:
+        return split_windows(tokenizer, text, CHUNK_SIZE, special=special)
+    except TextTooShort as short:
         raise UsageError(
-            f"{name} has {format_quantity(len(ids), 'token')}; {MIN_CHUNKS * CHUNK_SIZE:,} are needed at least.",
+            f"{name} has {format_quantity(short.tokens, 'token')}; at least {short.needed:,} are needed.",
             hint="Use a longer text, or leave out --text for the text that comes with qwenlocal.",
-        )
-    chunks = [ids[start : start + CHUNK_SIZE] for start in range(0, len(ids) - CHUNK_SIZE + 1, CHUNK_SIZE)]
-    return [[ids[0], *chunk[1:]] for chunk in chunks] if adds_bos else chunks
+        ) from short
 
 
 def measure_importance(

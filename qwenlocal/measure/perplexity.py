@@ -50,15 +50,19 @@ def estimate_perplexity(nll: numpy.ndarray) -> Estimate:
 # --- the text
 
 
-def split_windows(tokenizer: Tokenizer, text: str, n_ctx: int, limit: int | None = None) -> list[list[int]]:
+def split_windows(
+    tokenizer: Tokenizer, text: str, n_ctx: int, limit: int | None = None, *, special: bool = False
+) -> list[list[int]]:
     """
     Tokenize `text` like llama-perplexity, and cut it into windows of `n_ctx` tokens, at most `limit`.
+
+    With `special`, spellings like `<|im_end|>` become control tokens.
 
     Raises
     ------
     TextTooShort: it has less than two windows.
     """
-    ids = tokenizer.tokenize(text, special=False, add_bos=tokenizer.adds_bos)
+    ids = tokenizer.tokenize(text, special=special, add_bos=tokenizer.adds_bos)
     if len(ids) < 2 * n_ctx:
         raise TextTooShort(len(ids), 2 * n_ctx)
     windows = [ids[start : start + n_ctx] for start in range(0, len(ids) - n_ctx + 1, n_ctx)][:limit]

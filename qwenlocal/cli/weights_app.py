@@ -46,8 +46,8 @@ def convert(
         Option(
             "--type",
             metavar="TYPE[,TYPE…]",
-            help="Types to write: q4_k_m, q8_0, f16, …; the checkpoint is read once. [default: q4_k_m; for GPTQ and "
-            "AWQ the type that keeps the weights]",
+            help="Types to write: q4_k_m, q8_0, f16, …; the checkpoint is read once. [default: q4_k_m; lossless for "
+            "GPTQ and AWQ]",
         ),
     ] = None,
     ends: EndsOption = None,
@@ -72,7 +72,7 @@ def convert(
         str | None, Option("--like", metavar="llama.cpp", help="Write the same bytes as llama.cpp's own converter.")
     ] = None,
     stream: Annotated[
-        bool, Option("--stream", help="Convert a checkpoint on a hub while it is downloaded, without keeping it.")
+        bool, Option("--stream", help="Convert a checkpoint on a hub while downloading it, without storing it.")
     ] = False,
     limit_rate: RateOption = None,
 ) -> None:
@@ -258,7 +258,7 @@ def quality(
         int | None, Option("--chunks", metavar="N", help="Evaluate at most N windows. [default: all]")
     ] = None,
     imatrix: ImatrixOption = None,
-    plot: Annotated[str | None, Option("--plot", metavar="FILE", help="Draw a chart: an SVG file.")] = None,
+    plot: Annotated[str | None, Option("--plot", metavar="FILE", help="Write a chart as SVG.")] = None,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -24,7 +24,7 @@ _HINT = "Convert it without --stream."
 
 @dataclass(frozen=True)
 class CheckpointStream:
-    """The plan for a checkpoint, the files it is carried out from, and the comparison of packed weights on the way."""
+    """A conversion plan, the remote files that it reads, and the comparison of packed weights."""
 
     checkpoint: HubCheckpoint
     plan: ConversionPlan

@@ -1,4 +1,4 @@
-"""The way of a file's bytes through its digest, and the offsets from which a later attempt can continue."""
+"""Progress through a file: its digest so far, and the offsets from which a later attempt can continue."""
 
 from __future__ import annotations
 

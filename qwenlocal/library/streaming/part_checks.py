@@ -39,7 +39,7 @@ class PartChecks:
         self.watched = {*sides, *self._twins, *self._zeros}
 
     def _add_twins(self, assumption: EqualTensors, units: Sequence[StreamUnit]) -> None:
-        """Compare the tensors in the parts in which the one that is kept is read."""
+        """Pair each part of the kept tensor with the same bytes of the dropped one, to compare their digests."""
         kept, dropped = _part(assumption.kept), assumption.dropped
         for part in (part for unit in units for part in unit.parts):
             if part.path == kept.path and kept.offset <= part.offset < kept.end:

@@ -3,8 +3,9 @@
 //
 // For every small block, ggml-quants.c tries some twenty scales, and for each it sums the block's values one after the
 // other, so the processor waits for each addition. The order of additions decides the last bit, so they cannot be
-// reordered; but eight blocks can be processed at once, one per lane of a vector. Each lane does what the function of
-// ggml named in the comment does, operation by operation (this is also why floating-point contraction is off).
+// reordered; but eight or sixteen blocks can be processed at once, one per lane of a vector. Each lane does what the
+// function of ggml named in the comment does, operation by operation (this is also why floating-point contraction is
+// off).
 
 #include <cmath>
 #include <cstdint>
@@ -22,7 +23,13 @@ namespace {
 
 typedef uint16_t bf16;  // the upper half of a float
 
+#ifdef __AVX512F__
+constexpr int LANES = 16;
+#else
 constexpr int LANES = 8;
+#endif
+constexpr int VECTORS_PER_BLOCK = 16 / LANES;  // Q2_K, Q3_K and Q6_K, which have 16 small blocks in each block
+constexpr int BLOCKS_PER_VECTOR = LANES / 8;   // Q4_K and Q5_K, which have eight
 typedef float floats __attribute__((vector_size(4 * LANES), may_alias));
 typedef int32_t ints __attribute__((vector_size(4 * LANES), may_alias));
 
@@ -63,8 +70,8 @@ inline bool any(ints mask) {
     return false;
 }
 
-// make_qkx2_quants and make_qkx3_quants: computes scales, (negated) minima and levels of eight blocks of N values. The
-// search tries the scales (first + delta * step + top) / range for the steps from 0 on.
+// make_qkx2_quants and make_qkx3_quants: computes scales, (negated) minima and levels of `LANES` blocks of N values.
+// The search tries the scales (first + delta * step + top) / range for the steps from 0 on.
 template <int N>
 void scales_and_minima(const floats * x, const floats * weight, int top, float first, float delta, int steps,
                        float * scales, float * minima, uint8_t * levels) {
@@ -127,7 +134,7 @@ void scales_and_minima(const floats * x, const floats * weight, int top, float f
     }
 }
 
-// Scales and minima of a block of Q4_K or Q5_K, with the weights of quantize_row_q4_K_ref.
+// Scales and minima of blocks of Q4_K or Q5_K, with the weights of quantize_row_q4_K_ref.
 void scales_and_minima(const float * source, int top, float first, int steps, float * scales, float * minima,
                        uint8_t * levels) {
     constexpr int N = 32;
@@ -154,7 +161,7 @@ template <typename Block> void store_scales(const uint8_t * scale_of, const uint
 template <typename Block>
 void fit_levels(const float * x, int top, const uint8_t * scale_of, const uint8_t * min_of, const Block & block,
                 uint8_t * levels) {
-    for (int j = 0; j < LANES; ++j) {
+    for (int j = 0; j < 8; ++j) {
         const float d = ggml_fp16_to_fp32(block.d) * scale_of[j];
         if (!d) continue;  // keep the levels of the search
         const float dm = ggml_fp16_to_fp32(block.dmin) * min_of[j];
@@ -164,18 +171,16 @@ void fit_levels(const float * x, int top, const uint8_t * scale_of, const uint8_
 
 // The common part of quantize_row_q4_K_ref and quantize_row_q5_K_ref: the header of a block, and its 256 levels.
 template <typename Block>
-void quantize_with_minima(const float * x, int top, float first, int steps, Block & block, uint8_t * levels) {
-    float scales[LANES], minima[LANES];
-    scales_and_minima(x, top, first, steps, scales, minima, levels);
+void fit_block(const float * x, int top, const float * scales, const float * minima, Block & block, uint8_t * levels) {
     float max_scale = 0, max_min = 0;
-    for (int j = 0; j < LANES; ++j) {
+    for (int j = 0; j < 8; ++j) {
         if (scales[j] > max_scale) max_scale = scales[j];
         if (minima[j] > max_min) max_min = minima[j];
     }
     const float inverse_scale = max_scale > 0 ? 63.f / max_scale : 0.f;
     const float inverse_min = max_min > 0 ? 63.f / max_min : 0.f;
-    uint8_t scale_of[LANES], min_of[LANES];
-    for (int j = 0; j < LANES; ++j) {
+    uint8_t scale_of[8], min_of[8];
+    for (int j = 0; j < 8; ++j) {
         const uint8_t s = nearest(inverse_scale * scales[j]), m = nearest(inverse_min * minima[j]);
         scale_of[j] = s < 63 ? s : 63;
         min_of[j] = m < 63 ? m : 63;
@@ -193,12 +198,6 @@ void store_levels(const uint8_t * levels, block_q4_K & block) {
     }
 }
 
-void to_q4_K(const float * x, block_q4_K & block) {
-    uint8_t levels[QK_K];
-    quantize_with_minima(x, 15, -1.f, 20, block, levels);
-    store_levels(levels, block);
-}
-
 void store_levels(const uint8_t * levels, block_q5_K & block) {
     memset(block.qh, 0, sizeof(block.qh));
     for (int i = 0; i < QK_K / 2; ++i) {
@@ -208,13 +207,23 @@ void store_levels(const uint8_t * levels, block_q5_K & block) {
     }
 }
 
-void to_q5_K(const float * x, block_q5_K & block) {
-    uint8_t levels[QK_K];
-    quantize_with_minima(x, 31, -0.5f, 15, block, levels);
-    store_levels(levels, block);
+template <typename Block>
+void to_q45_K(const float * x, int top, float first, int steps, Block * blocks) {
+    float scales[LANES], minima[LANES];
+    uint8_t levels[QK_K * BLOCKS_PER_VECTOR];
+    scales_and_minima(x, top, first, steps, scales, minima, levels);
+    for (int i = 0; i < BLOCKS_PER_VECTOR; ++i) {
+        uint8_t * block_levels = levels + QK_K * i;
+        fit_block(x + QK_K * i, top, scales + 8 * i, minima + 8 * i, blocks[i], block_levels);
+        store_levels(block_levels, blocks[i]);
+    }
 }
 
-// make_qx_quants with nmax = TOP and rmse_type = 1: computes scales and levels of eight blocks of N values.
+void to_q4_K(const float * x, const float *, block_q4_K * blocks) { to_q45_K(x, 15, -1.f, 20, blocks); }
+
+void to_q5_K(const float * x, const float *, block_q5_K * blocks) { to_q45_K(x, 31, -0.5f, 15, blocks); }
+
+// make_qx_quants with nmax = TOP and rmse_type = 1: computes scales and levels of `LANES` blocks of N values.
 template <int N, int TOP>
 void signed_scales(const floats * x, const floats * weight, float * scales, int8_t * levels) {
     floats weighted[N];
@@ -256,7 +265,7 @@ void signed_scales(const floats * x, const floats * weight, float * scales, int8
     for (int lane = 0; lane < LANES; ++lane) scales[lane] = is_zero[lane] ? 0 : scale[lane];
 }
 
-// Scales and levels of half a block of Q6_K, with the weights x * x if there is no importance.
+// Scales and levels of `LANES` small blocks of Q6_K, with the weights x * x if there is no importance.
 void q6_K_scales(const float * source, const float * importance, float * scales, int8_t * levels) {
     constexpr int N = 16;
     floats x[N], weight[N];
@@ -270,11 +279,13 @@ void q6_K_scales(const float * source, const float * importance, float * scales,
 }
 
 // quantize_row_q6_K_ref, and quantize_row_q6_K_impl with importance
-void to_q6_K(const float * x, const float * importance, block_q6_K & block) {
+void fit_q6_K(const float * x, const float * importance, block_q6_K & block) {
     int8_t levels[QK_K];
     float scales[QK_K / 16];
-    q6_K_scales(x, importance, scales, levels);
-    q6_K_scales(x + QK_K / 2, importance ? importance + QK_K / 2 : nullptr, scales + LANES, levels + QK_K / 2);
+    for (int i = 0; i < VECTORS_PER_BLOCK; ++i) {
+        const int at = QK_K / VECTORS_PER_BLOCK * i;
+        q6_K_scales(x + at, importance ? importance + at : nullptr, scales + LANES * i, levels + at);
+    }
     float max_scale = 0, largest = 0;
     for (float scale : scales) {
         if (fabsf(scale) > largest) {
@@ -306,12 +317,16 @@ void to_q6_K(const float * x, const float * importance, block_q6_K & block) {
     }
 }
 
-void to_q6_K(const float * x, block_q6_K & block) { to_q6_K(x, nullptr, block); }
+void to_q6_K(const float * x, const float *, block_q6_K * block) { fit_q6_K(x, nullptr, *block); }
+
+void to_weighted_q6_K(const float * x, const float * importance, block_q6_K * block) {
+    fit_q6_K(x, importance, *block);
+}
 
 // --- with the importance of each column (an importance matrix): quantize_row_q…_K_impl
 
-// The weights of `N` x 8 values: importance * sqrt(sigma2 + x * x).
-template <int N> void weigh(const float * importance, const floats * x, float sigma2, floats * weight) {
+// The weights of `N` x `LANES` values: importance * sqrt(sigma2 + x * x).
+template <int N> void weigh(const float * importance, const floats * x, floats sigma2, floats * weight) {
     transpose<N>(importance, weight);
     for (int i = 0; i < N; ++i) {
         const floats square = sigma2 + x[i] * x[i];
@@ -424,18 +439,19 @@ float signed_levels(const float * x, int8_t * levels, const float * weight) {
 }
 
 // quantize_row_q2_K_impl
-void to_weighted_q2_K(const float * x, const float * importance, block_q2_K & block) {
+void to_weighted_q2_K(const float * x, const float * importance, block_q2_K * blocks) {
+    block_q2_K & block = *blocks;
     constexpr int N = 16;
     const float sigma2 = sum_of_squares(x) / QK_K;
     uint8_t levels[QK_K], scale_of[16], min_of[16];
     float scales[16], minima[16], sums[16];
-    for (int half = 0; half < 2; ++half) {
-        const int at = QK_K / 2 * half;
+    for (int i = 0; i < VECTORS_PER_BLOCK; ++i) {
+        const int at = QK_K / VECTORS_PER_BLOCK * i;
         floats values[N], weight[N];
         transpose<N>(x + at, values);
-        weigh<N>(importance + at, values, sigma2, weight);
-        sum_weights<N>(weight, sums + LANES * half);
-        scales_and_minima<N>(values, weight, 3, -0.9f, 0.05f, 36, scales + LANES * half, minima + LANES * half,
+        weigh<N>(importance + at, values, floats{} + sigma2, weight);
+        sum_weights<N>(weight, sums + LANES * i);
+        scales_and_minima<N>(values, weight, 3, -0.9f, 0.05f, 36, scales + LANES * i, minima + LANES * i,
                              levels + at);
     }
     block.d = ggml_fp32_to_fp16(positive_levels(16, 15, scales, scale_of, sums));
@@ -456,18 +472,19 @@ void to_weighted_q2_K(const float * x, const float * importance, block_q2_K & bl
 }
 
 // quantize_row_q3_K_impl
-void to_weighted_q3_K(const float * x, const float * importance, block_q3_K & block) {
+void to_weighted_q3_K(const float * x, const float * importance, block_q3_K * blocks) {
+    block_q3_K & block = *blocks;
     constexpr int N = 16;
     const float sigma2 = 2 * sum_of_squares(x) / QK_K;
     int8_t levels[QK_K], scale_of[16];
     float scales[16], sums[16];
-    for (int half = 0; half < 2; ++half) {
-        const int at = QK_K / 2 * half;
+    for (int i = 0; i < VECTORS_PER_BLOCK; ++i) {
+        const int at = QK_K / VECTORS_PER_BLOCK * i;
         floats values[N], weight[N];
         transpose<N>(x + at, values);
-        weigh<N>(importance + at, values, sigma2, weight);
-        sum_weights<N>(weight, sums + LANES * half);
-        signed_scales<N, 4>(values, weight, scales + LANES * half, levels + at);
+        weigh<N>(importance + at, values, floats{} + sigma2, weight);
+        sum_weights<N>(weight, sums + LANES * i);
+        signed_scales<N, 4>(values, weight, scales + LANES * i, levels + at);
     }
     block.d = ggml_fp32_to_fp16(signed_levels(scales, scale_of, sums));
     memset(block.scales, 0, sizeof(block.scales));
@@ -489,21 +506,28 @@ void to_weighted_q3_K(const float * x, const float * importance, block_q3_K & bl
 }
 
 // quantize_row_q4_K_impl and quantize_row_q5_K_impl
-template <typename Block, int TOP> void to_weighted_q45_K(const float * x, const float * importance, Block & block) {
+template <typename Block, int TOP> void to_weighted_q45_K(const float * x, const float * importance, Block * blocks) {
     constexpr int N = 32;
-    const float sigma2 = 2 * sum_of_squares(x) / QK_K;
-    uint8_t levels[QK_K], scale_of[LANES], min_of[LANES];
+    floats sigma2, values[N], weight[N];
+    for (int lane = 0; lane < LANES; lane += 8) {
+        const float mean_square = 2 * sum_of_squares(x + N * lane) / QK_K;
+        for (int j = 0; j < 8; ++j) sigma2[lane + j] = mean_square;
+    }
+    uint8_t levels[QK_K * BLOCKS_PER_VECTOR];
     float scales[LANES], minima[LANES], sums[LANES];
-    floats values[N], weight[N];
     transpose<N>(x, values);
     weigh<N>(importance, values, sigma2, weight);
     sum_weights<N>(weight, sums);
     scales_and_minima<N>(values, weight, TOP, -0.9f, 0.05f, 36, scales, minima, levels);
-    block.d = ggml_fp32_to_fp16(positive_levels(LANES, 63, scales, scale_of, sums));
-    block.dmin = ggml_fp32_to_fp16(positive_levels(LANES, 63, minima, min_of, sums));
-    store_scales(scale_of, min_of, block);
-    fit_levels(x, TOP, scale_of, min_of, block, levels);
-    store_levels(levels, block);
+    for (int i = 0; i < BLOCKS_PER_VECTOR; ++i) {
+        Block & block = blocks[i];
+        uint8_t scale_of[8], min_of[8], * block_levels = levels + QK_K * i;
+        block.d = ggml_fp32_to_fp16(positive_levels(8, 63, scales + 8 * i, scale_of, sums + 8 * i));
+        block.dmin = ggml_fp32_to_fp16(positive_levels(8, 63, minima + 8 * i, min_of, sums + 8 * i));
+        store_scales(scale_of, min_of, block);
+        fit_levels(x + QK_K * i, TOP, scale_of, min_of, block, block_levels);
+        store_levels(block_levels, block);
+    }
 }
 
 // Rounds to half precision like ggml, with the processor's instruction if it has one: Q8_0 needs it every 32 values.
@@ -523,8 +547,9 @@ inline ints rounded(floats x) {
 }
 
 // quantize_row_q8_0_ref, which calls a function to round each value, so compilers cannot vectorize it. `x` must be
-// aligned to 32 bytes.
-void to_q8_0(const float * x, block_q8_0 & block) {
+// aligned to a vector.
+void to_q8_0(const float * x, const float *, block_q8_0 * blocks) {
+    block_q8_0 & block = *blocks;
     constexpr int N = QK8_0 / LANES;
     const floats * vectors = (const floats *)x;
     floats largest = {};
@@ -536,7 +561,7 @@ void to_q8_0(const float * x, block_q8_0 & block) {
     for (int lane = 0; lane < LANES; ++lane) max = largest[lane] > max ? largest[lane] : max;
     const float scale = max / 127, inverse = scale ? 1.f / scale : 0.f;
     block.d = to_half(scale);
-    alignas(32) int32_t levels[QK8_0];
+    alignas(4 * LANES) int32_t levels[QK8_0];
     for (int i = 0; i < N; ++i) *(ints *)(levels + LANES * i) = rounded(vectors[i] * inverse);
     for (int i = 0; i < QK8_0; ++i) block.qs[i] = levels[i];
 }
@@ -568,19 +593,36 @@ template <int N> inline void load(const half * source, float * x) {
 #endif
 }
 
-// Quantizes blocks one at a time, with floats that stay in the L1 cache. Returns the bits of the largest magnitude.
-template <int N, typename Block, void quantize(const float *, Block &), typename Number>
-int64_t quantize_blocks(const Number * source, void * target, int64_t count) {
+// Quantizes `COUNT` blocks of N values at a time, with floats that stay in the L1 cache. `importance` has a weight for
+// each column, or is null. Returns the bits of the largest magnitude.
+template <int N, int COUNT, typename Block, void quantize(const float *, const float *, Block *), typename Number>
+int64_t quantize_rows(const Number * source, void * target, int64_t rows, int64_t columns, const float * importance) {
     Block * blocks = static_cast<Block *>(target);
+    alignas(4 * LANES) float x[N * COUNT];
     ints largest = {};
-    for (int64_t block = 0; block < count / N; ++block, source += N) {
-        alignas(32) float x[N];
-        load<N>(source, x);
-        for (int i = 0; i < N; i += LANES) {
-            const ints size = *(const ints *)(x + i) & 0x7fffffff;
+    for (int64_t i = 0; i < rows * columns;) {
+        const int64_t column = i % columns;
+        const float * weights = importance ? importance + column : nullptr;
+        int count = COUNT;
+        if (column + N * COUNT <= columns) {
+            load<N * COUNT>(source + i, x);
+            quantize(x, weights, blocks);
+        } else {  // the last block of a row with an odd number of them
+            float padded[N * COUNT] = {};
+            Block results[COUNT];
+            count = 1;
+            memset(x, 0, sizeof(x));
+            load<N>(source + i, x);
+            if (weights) memcpy(padded, weights, N * sizeof(float));
+            quantize(x, padded, results);
+            *blocks = *results;
+        }
+        for (int j = 0; j < N * COUNT; j += LANES) {
+            const ints size = *(const ints *)(x + j) & 0x7fffffff;
             largest = size > largest ? size : largest;
         }
-        quantize(x, blocks[block]);
+        blocks += count;
+        i += N * count;
     }
     int32_t max = 0;
     for (int lane = 0; lane < LANES; ++lane) max = largest[lane] > max ? largest[lane] : max;
@@ -589,32 +631,14 @@ int64_t quantize_blocks(const Number * source, void * target, int64_t count) {
 
 template <typename Number> int64_t quantize_from(const Number * source, int type, void * target, int64_t count) {
     switch (type) {
-        case GGML_TYPE_Q4_K: return quantize_blocks<QK_K, block_q4_K, to_q4_K>(source, target, count);
-        case GGML_TYPE_Q5_K: return quantize_blocks<QK_K, block_q5_K, to_q5_K>(source, target, count);
-        case GGML_TYPE_Q6_K: return quantize_blocks<QK_K, block_q6_K, to_q6_K>(source, target, count);
-        case GGML_TYPE_Q8_0: return quantize_blocks<QK8_0, block_q8_0, to_q8_0>(source, target, count);
+        case GGML_TYPE_Q4_K:
+            return quantize_rows<QK_K, BLOCKS_PER_VECTOR, block_q4_K, to_q4_K>(source, target, 1, count, nullptr);
+        case GGML_TYPE_Q5_K:
+            return quantize_rows<QK_K, BLOCKS_PER_VECTOR, block_q5_K, to_q5_K>(source, target, 1, count, nullptr);
+        case GGML_TYPE_Q6_K: return quantize_rows<QK_K, 1, block_q6_K, to_q6_K>(source, target, 1, count, nullptr);
+        case GGML_TYPE_Q8_0: return quantize_rows<QK8_0, 1, block_q8_0, to_q8_0>(source, target, 1, count, nullptr);
         default: return -1;
     }
-}
-
-// As `quantize_blocks`, with the importance of each of the `columns` columns of a row.
-template <typename Block, void quantize(const float *, const float *, Block &), typename Number>
-int64_t quantize_weighted(const Number * source, void * target, int64_t rows, int64_t columns,
-                          const float * importance) {
-    Block * blocks = static_cast<Block *>(target);
-    ints largest = {};
-    for (int64_t at = 0; at < rows * columns; at += QK_K, source += QK_K) {
-        alignas(32) float x[QK_K];
-        load<QK_K>(source, x);
-        for (int i = 0; i < QK_K; i += LANES) {
-            const ints size = *(const ints *)(x + i) & 0x7fffffff;
-            largest = size > largest ? size : largest;
-        }
-        quantize(x, importance + at % columns, blocks[at / QK_K]);
-    }
-    int32_t max = 0;
-    for (int lane = 0; lane < LANES; ++lane) max = largest[lane] > max ? largest[lane] : max;
-    return max;
 }
 
 template <typename Number>
@@ -622,16 +646,17 @@ int64_t quantize_weighted_from(const Number * source, int type, void * target, i
                                const float * importance) {
     switch (type) {
         case GGML_TYPE_Q2_K:
-            return quantize_weighted<block_q2_K, to_weighted_q2_K>(source, target, rows, columns, importance);
+            return quantize_rows<QK_K, 1, block_q2_K, to_weighted_q2_K>(source, target, rows, columns, importance);
         case GGML_TYPE_Q3_K:
-            return quantize_weighted<block_q3_K, to_weighted_q3_K>(source, target, rows, columns, importance);
+            return quantize_rows<QK_K, 1, block_q3_K, to_weighted_q3_K>(source, target, rows, columns, importance);
         case GGML_TYPE_Q4_K:
-            return quantize_weighted<block_q4_K, to_weighted_q45_K<block_q4_K, 15>>(source, target, rows, columns,
-                                                                                    importance);
+            return quantize_rows<QK_K, BLOCKS_PER_VECTOR, block_q4_K, to_weighted_q45_K<block_q4_K, 15>>(
+                source, target, rows, columns, importance);
         case GGML_TYPE_Q5_K:
-            return quantize_weighted<block_q5_K, to_weighted_q45_K<block_q5_K, 31>>(source, target, rows, columns,
-                                                                                    importance);
-        case GGML_TYPE_Q6_K: return quantize_weighted<block_q6_K, to_q6_K>(source, target, rows, columns, importance);
+            return quantize_rows<QK_K, BLOCKS_PER_VECTOR, block_q5_K, to_weighted_q45_K<block_q5_K, 31>>(
+                source, target, rows, columns, importance);
+        case GGML_TYPE_Q6_K:
+            return quantize_rows<QK_K, 1, block_q6_K, to_weighted_q6_K>(source, target, rows, columns, importance);
         default: return -1;
     }
 }

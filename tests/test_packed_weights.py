@@ -34,12 +34,13 @@ from qwenlocal.library.plan_execution import check_packed_weights
 from qwenlocal.resumable import journal_path
 from qwenlocal.testing import MOE_CONFIG, as_dtype
 from qwenlocal.weights.checkpoint import Checkpoint
-from qwenlocal.weights.conversion import ConversionOptions, plan_conversion
+from qwenlocal.weights.conversion import ConversionOptions, default_file_type, plan_conversion
 from qwenlocal.weights.conversion_plan import PlannedTensor
-from qwenlocal.weights.file_types import QuantOverrides, file_type
+from qwenlocal.weights.file_types import QuantOverrides, file_type, parse_tensor_types
 from qwenlocal.weights.gguf_reader import read_header
 from qwenlocal.weights.packed_proof import PackedProof, compare_packed_weights
 from qwenlocal.weights.packed_rows import PackedRows
+from qwenlocal.weights.quant_mix import ENDS
 from qwenlocal.weights.source_files import SourceFiles
 from qwenlocal.weights.write_workers import run_job
 
@@ -261,6 +262,53 @@ class TestTypes:
             plan_types(folder, kind)
         assert "--requantize" in caught.value.hint
         assert plan_types(folder, kind, requantize=True)
+
+    def test_a_type_for_some_tensors_needs_the_option(self, tmp_path: Path) -> None:
+        write_packed_checkpoint(tmp_path / "model", "gptq")
+        overrides = QuantOverrides(parse_tensor_types(["ffn_down=q6_k"]))
+        with pytest.raises(UsageError, match="--tensor-type ffn_down=q6_k would quantize them again"):
+            plan_types(tmp_path / "model", "q4_0", overrides=overrides)
+        tensors = plan_types(tmp_path / "model", "q4_0", overrides=overrides, requantize=True)
+        assert {tensor.choice.type.name for tensor in tensors if "ffn_down" in tensor.name} == {"q6_k"}
+
+    def test_a_type_for_no_tensor_is_refused(self, tmp_path: Path) -> None:
+        write_packed_checkpoint(tmp_path / "model", "gptq")
+        overrides = QuantOverrides(parse_tensor_types(["ffn_dwon=q5_0"]))
+        with pytest.raises(UsageError, match="“ffn_dwon” matches no tensor"):
+            plan_types(tmp_path / "model", "q4_0", overrides=overrides)
+
+    def test_ends_whose_rows_the_chosen_type_cannot_divide_get_another(self, tmp_path: Path) -> None:
+        config = {"hidden_size": 320, "num_attention_heads": 5, "num_key_value_heads": 5}
+        write_packed_checkpoint(tmp_path / "model", "gptq", config=config, group_size=32)
+        overrides = QuantOverrides(ends=tensor_type("q6_k"))
+        tensors = plan_types(tmp_path / "model", "q4_0", overrides=overrides)
+        assert {tensor.choice.type.name for tensor in tensors if tensor.name in ENDS} == {"q8_0"}
+
+    @pytest.mark.parametrize(("overrides", "option"), [({"best": True}, "--mix best"), ({"pure": True}, "--pure")])
+    def test_options_without_effect_are_named(self, overrides: dict[str, bool], option: str, tmp_path: Path) -> None:
+        write_packed_checkpoint(tmp_path / "model", "gptq")
+        plan = plan_conversion(
+            Checkpoint.open(tmp_path / "model"),
+            [(tmp_path / "x.gguf", file_type("q4_0"))],
+            ConversionOptions(overrides=QuantOverrides(**overrides)),  # type: ignore[arg-type]
+        )
+        assert plan.notes == [f"{option} has no effect on q4_0, which keeps packed weights as they are."]
+
+    @pytest.mark.parametrize(
+        ("layout", "options", "kind"),
+        [
+            ("gptq", {}, "q4_0"), ("gptq", {"bits": 8}, "q8_0"), ("gemm", {"symmetric": False}, "q5_0"),
+            ("gptq", {"symmetric": False}, "q5_0"), ("gptq", {"shuffled": True}, "q8_0"),
+            ("gptq", {"shuffled": True, "group_size": -1}, "q4_0"), ("gptq", {"group_size": 48}, "q8_0"),
+        ],
+    )  # fmt: skip
+    def test_the_default_type_is_that_of_the_packed_weights(
+        self, layout: str, options: dict[str, Any], kind: str, tmp_path: Path
+    ) -> None:
+        write_packed_checkpoint(tmp_path / "model", layout, **options)
+        assert default_file_type(tmp_path / "model").name == kind
+        layers = [tensor for tensor in plan_types(tmp_path / "model", kind) if tensor.packing]
+        assert {tensor.choice.type.name for tensor in layers} == {kind}
 
     @pytest.mark.parametrize("kind", ["f16", "bf16", "f32"])
     def test_float_types_need_no_option(self, kind: str, tmp_path: Path) -> None:
@@ -524,6 +572,21 @@ class TestCommands:
         write_packed_checkpoint(tmp_path / "model", "gptq", shuffled=True)
         output = invoke("convert", str(tmp_path / "model"), "--dry-run").stdout
         assert "--type q6_k --requantize" in output
+
+    @pytest.mark.parametrize(
+        ("layout", "options", "source"),
+        [
+            ("gptq", {}, "GPTQ int4, group 128"),
+            ("gptq", {"bits": 8, "group_size": -1}, "GPTQ int8, one group per row"),
+            ("gptq", {"shuffled": True}, "GPTQ int4, group 128, desc_act"),
+            ("gemv", {"group_size": 64}, "AWQ int4, group 64"),
+        ],
+    )
+    def test_a_preview_names_how_weights_are_packed(
+        self, layout: str, options: dict[str, Any], source: str, tmp_path: Path, invoke: Run
+    ) -> None:
+        write_packed_checkpoint(tmp_path / "model", layout, **options)
+        assert f"  {source}  " in invoke("convert", str(tmp_path / "model"), "--dry-run").stdout
 
     def test_a_preview_has_no_table_if_the_exact_type_is_the_smallest(self, tmp_path: Path, invoke: Run) -> None:
         write_packed_checkpoint(tmp_path / "model", "gptq")

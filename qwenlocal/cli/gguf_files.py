@@ -116,7 +116,7 @@ def choose_targets(options: WriteOptions, name: str, types: Sequence[FileType]) 
     targets = [(_output_path(options.out, name, type, len(types)), type) for type in types]
     if not options.dry_run:
         for path, _ in targets:
-            _refuse_existing(path, force=options.force)
+            refuse_existing(path, force=options.force)
     return targets
 
 
@@ -138,7 +138,14 @@ def _output_path(out: str | None, name: str, type: FileType, count: int) -> Path
     return path if path.name.lower().endswith(".gguf") else path.with_name(path.name + ".gguf")
 
 
-def _refuse_existing(path: Path, *, force: bool) -> None:
+def refuse_existing(path: Path, *, force: bool) -> None:
+    """
+    Check that a file can be created at `path`, or overwritten with `force`.
+
+    Raises
+    ------
+    OutputExists: it exists. UsageError: it is a folder, or the name is invalid. NotWritable: permission is denied.
+    """
     try:
         if path.is_dir():
             raise UsageError(f"{path} is a folder.", hint="Name a file, or pass a folder to write into with -o.")
@@ -259,7 +266,7 @@ def _show_plan(plan: ConversionPlan, options: WriteOptions) -> None:
         return
     for file in plan.files:
         rows = [
-            (t.name, format_shape(t.shape), t.source.name, t.choice.type.name, format_bytes(t.size), t.choice.reason)
+            (t.name, format_shape(t.shape), t.source_format, t.choice.type.name, format_bytes(t.size), t.choice.reason)
             for t in file.tensors
         ]
         print_table(("TENSOR", "SHAPE", "FROM", "TO", "SIZE", "REASON"), rows)
@@ -329,7 +336,7 @@ def _tensor_facts(tensor: PlannedTensor) -> dict[str, Any]:
     return {
         "name": tensor.name,
         "shape": list(tensor.shape),
-        "from": tensor.source.name,
+        "from": tensor.source_format,
         "to": choice.type.name,
         "size": tensor.size,
         "why": choice.reason,

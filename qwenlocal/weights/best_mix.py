@@ -115,8 +115,7 @@ def choose_best_types(
 def _is_open(tensor: SourceTensor, choice: TypeChoice, overrides: QuantOverrides) -> bool:
     spec = TensorSpec(tensor.name, tensor.shape, tensor.type)
     is_fixed = tensor.keep_f32 or tensor.name in ENDS or not choice.type.is_quantized
-    is_chosen = any(pattern.search(tensor.name) for pattern, _ in overrides.tensor_types)
-    return is_quantizable(spec) and not is_fixed and not is_chosen
+    return is_quantizable(spec) and not is_fixed and not overrides.find_tensor_type(tensor.name)
 
 
 def _hull(options: Sequence[_Option]) -> list[_Option]:

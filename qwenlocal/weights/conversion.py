@@ -10,12 +10,11 @@ write_workers.py executes the plan.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from qwenlocal.errors import UsageError
-from qwenlocal.ggml import TensorType
 from qwenlocal.weights import gguf_writer
 from qwenlocal.weights.adapter_merge import WeightedAdapter, merge_adapters
 from qwenlocal.weights.architecture import Hyperparameters, read_hyperparameters
@@ -25,8 +24,8 @@ from qwenlocal.weights.file_types import FileType, QuantOverrides, file_type
 from qwenlocal.weights.gguf_reader import EncodedValue
 from qwenlocal.weights.imatrix import ImportanceMatrix
 from qwenlocal.weights.model_metadata import read_model_metadata
-from qwenlocal.weights.packed_types import lossless_types
-from qwenlocal.weights.packing import Packing, read_packing
+from qwenlocal.weights.packed_types import lossless_types, refuse_requantizing
+from qwenlocal.weights.packing import read_packing
 from qwenlocal.weights.quant_mix import ModelFacts
 from qwenlocal.weights.row_source import SourceTensor
 from qwenlocal.weights.tensor_map import map_tensors
@@ -95,7 +94,7 @@ def plan_conversion(
         tensor_notes = [*tensor_notes, *merge_notes]
     lossless = lossless_types(tensors, checkpoint.packing)
     if checkpoint.packing and not options.requantize:
-        _refuse_requantizing(checkpoint.packing, lossless, [kind for _, kind in targets])
+        refuse_requantizing(tensors, checkpoint.packing, lossless, [kind for _, kind in targets], options.overrides)
     vocabulary = read_vocabulary(checkpoint.folder, checkpoint.config, model.vocab_size, pre=options.pre)
     experts = model.experts.count if model.experts else 0
     model_metadata = read_model_metadata(
@@ -132,16 +131,6 @@ def _merge(
             hint="Merge it into the original checkpoint, or use it as it is: qwenlocal run MODEL --adapter ADAPTER",
         )
     return merge_adapters(tensors, options.merges, options.name or checkpoint.folder.name)
-
-
-def _refuse_requantizing(packing: Packing, lossless: Collection[TensorType], types: Sequence[FileType]) -> None:
-    for kind in types:
-        if kind.default.is_quantized and kind.default not in lossless:
-            raise UsageError(
-                f"The weights are quantized already ({packing}); {kind.name} would quantize them again, which loses "
-                "quality.",
-                hint=f"Leave out --type to write {packing.file_type}. To do it anyway: --requantize",
-            )
 
 
 def _hyperparameter_keys(model: Hyperparameters) -> dict[str, EncodedValue]:

@@ -21,7 +21,7 @@ from qwenlocal.weights.file_types import FileType, QuantOverrides
 from qwenlocal.weights.gguf_reader import EncodedValue
 from qwenlocal.weights.gguf_writer import TensorSpec
 from qwenlocal.weights.imatrix import ImportanceMatrix
-from qwenlocal.weights.packed_types import choose_packed_types
+from qwenlocal.weights.packed_types import DEFAULT_ENDS, describe_packing, keep_packed_types
 from qwenlocal.weights.quant_mix import ModelFacts, TypeChoice, choose_types, needs_imatrix
 from qwenlocal.weights.row_source import RowSource, SourceTensor
 from qwenlocal.weights.write_job import OutputFile, RowRange, RowTarget, WriteJob
@@ -32,17 +32,23 @@ _SAMPLE_ROWS, _SAMPLE_COLUMNS = 32, 4096  # random weights, to measure how fast 
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor with its type in the source and in the file."""
+    """A tensor with its type in the source and in the file. `packing`: how it is packed in the source, "" if not."""
 
     name: str
     shape: tuple[int, ...]
     source: TensorType
     choice: TypeChoice
+    packing: str = ""
 
     @property
     def elements(self) -> int:
         """The number of its values."""
         return math.prod(self.shape)
+
+    @property
+    def source_format(self) -> str:
+        """The format in the source, as users know it: "bf16", "GPTQ int4, group 128"."""
+        return self.packing or self.source.name
 
     @property
     def size(self) -> int:
@@ -94,8 +100,7 @@ def make_plan(
     Choose the type and the offset of each tensor in each of `targets` (paths and types).
 
     `tensors` must be in the order of `layer_order`. `lossless` are the default types of files that keep packed weights
-    as they are. A file's metadata are `metadata`, the keys that depend on its type,
-    then the long ones of `vocabulary`.
+    as they are. A file's metadata are `metadata`, the keys that depend on its type, then the long ones of `vocabulary`.
 
     Raises
     ------
@@ -106,17 +111,18 @@ def make_plan(
     files, outputs, destinations = [], [], []
     for path, kind in targets:
         if kind.default in lossless:
-            choices = choose_packed_types(tensors, kind, overrides)
+            choices, more_notes = _keep_packed(tensors, specs, kind, facts, overrides)
         else:
-            choices = choose_types(specs, kind, facts, overrides)
-        if overrides.best and kind.default.is_quantized and kind.default not in lossless:
-            choices, comparison = choose_best_types(tensors, choices, overrides, imatrix, os.cpu_count() or 1)
-            notes = [*notes, _describe_mix(kind, comparison)]
+            choices, more_notes = _choose_mix(tensors, specs, kind, facts, overrides, imatrix)
+        notes = [*notes, *more_notes]
         _check_imatrix(kind, specs, choices, imatrix)
         pairs = {**metadata, **_type_keys(kind), **vocabulary, **(imatrix.metadata if imatrix else {})}
         chosen = [spec._replace(type=choice.type) for spec, choice in zip(specs, choices, strict=True)]
         layout = gguf_writer.make_layout(pairs, chosen)
-        planned = [PlannedTensor(t.name, t.shape, t.type, choice) for t, choice in zip(tensors, choices, strict=True)]
+        planned = [
+            PlannedTensor(t.name, t.shape, t.type, choice, describe_packing(t))
+            for t, choice in zip(tensors, choices, strict=True)
+        ]
         files.append(PlannedFile(path, kind, planned, layout.size))
         outputs.append(OutputFile(path, layout.header, layout.size))
         destinations.append([(spec.type, layout.offsets[spec.name]) for spec in chosen])
@@ -124,6 +130,35 @@ def make_plan(
     for tensor, tensor_destinations in zip(tensors, zip(*destinations, strict=True), strict=True):
         ranges += row_ranges(tensor, tensor_destinations, imatrix)
     return ConversionPlan(files, WriteJob(outputs, _merge_ranges(ranges)), notes)
+
+
+def _keep_packed(
+    tensors: Sequence[SourceTensor],
+    specs: Sequence[TensorSpec],
+    kind: FileType,
+    facts: ModelFacts,
+    overrides: QuantOverrides,
+) -> tuple[list[TypeChoice], list[str]]:
+    ends = overrides.ends or ggml.tensor_type(DEFAULT_ENDS)
+    usual = choose_types(specs, kind, facts, replace(overrides, ends=ends))
+    option = "--mix best" if overrides.best else "--pure" if overrides.pure else ""
+    notes = [f"{option} has no effect on {kind.name}, which keeps packed weights as they are."] if option else []
+    return keep_packed_types(tensors, usual, kind, overrides), notes
+
+
+def _choose_mix(
+    tensors: Sequence[SourceTensor],
+    specs: Sequence[TensorSpec],
+    kind: FileType,
+    facts: ModelFacts,
+    overrides: QuantOverrides,
+    imatrix: ImportanceMatrix | None,
+) -> tuple[list[TypeChoice], list[str]]:
+    usual = choose_types(specs, kind, facts, overrides)
+    if not overrides.best or not kind.default.is_quantized:
+        return usual, []
+    choices, comparison = choose_best_types(tensors, usual, overrides, imatrix, os.cpu_count() or 1)
+    return choices, [_describe_mix(kind, comparison)]
 
 
 def _describe_mix(kind: FileType, comparison: MixComparison) -> str:

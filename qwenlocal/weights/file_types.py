@@ -36,6 +36,10 @@ class QuantOverrides:
     ends: TensorType | None = None
     best: bool = False
 
+    def find_tensor_type(self, name: str) -> tuple[re.Pattern[str], TensorType] | None:
+        """Return the first of `tensor_types` that matches the name of a tensor."""
+        return next((entry for entry in self.tensor_types if entry[0].search(name)), None)
+
 
 def file_type(name: str, *, option: str = "--type") -> FileType:
     """

@@ -58,6 +58,12 @@ class PackedMatrix:
         """Groups per row; the last one may be shorter."""
         return -(-self.columns // self.group_size)
 
+    def __str__(self) -> str:
+        """Return how the weights are stored: "GPTQ int4, group 128"."""
+        method = "GPTQ" if self.layout == "gptq" else "AWQ"
+        groups = f"group {self.group_size}" if self.group_count > 1 else "one group per row"
+        return f"{method} int{self.bits}, {groups}{', desc_act' if self.groups else ''}"
+
     @property
     def obstacle(self) -> str:
         """The reason that no quantized type of ggml holds the weights without rounding; "" if one does."""
@@ -115,15 +121,14 @@ class PackedMatrix:
         """Return the codes as uint8 of shape (count, columns)."""
         import numpy
 
-        data = _load(self.weight, reader)
-        if self.layout == "gptq":
-            codes = split_codes(data.reshape(-1, self.rows)[:, first : first + count], self.bits).transpose(1, 0, 2)
-        elif self.layout == "gemv":
-            codes = split_codes(data.reshape(self.rows, -1)[first : first + count], self.bits)
+        if self.layout == "gemm":
+            words = numpy.ascontiguousarray(self.stored_words(first, count, reader).T)
+            in_order = numpy.empty((len(words), 8, self.columns), numpy.uint8)
+            for position, row in enumerate(_AWQ_ORDER):
+                in_order[:, row] = (words >> numpy.uint32(4 * position)) & numpy.uint32(15)
+            codes = in_order.reshape(-1, self.columns)[first % 8 : first % 8 + count]
         else:
-            eights = split_codes(self.stored_words(first, count, reader), self.bits)
-            in_order = eights[:, :, numpy.argsort(_AWQ_ORDER)].reshape(self.columns, -1)
-            codes = in_order[:, first % 8 : first % 8 + count].T
+            codes = split_codes(self.stored_words(first, count, reader).T, self.bits)
         result: numpy.ndarray = codes.reshape(count, self.columns)
         return result
 
@@ -217,12 +222,13 @@ def split_codes(words: numpy.ndarray, bits: int) -> numpy.ndarray:
     """Split uint32 words into uint8 codes, along a new axis: `split_codes([0x21], 4)` is [[1, 2, 0, 0, 0, 0, 0, 0]]."""
     import numpy
 
-    octets = numpy.ascontiguousarray(words, "<u4").view(numpy.uint8).reshape(*words.shape, 4)
-    if bits == 8:
-        return octets
-    codes = numpy.empty((*words.shape, 8), numpy.uint8)
-    codes[..., 0::2], codes[..., 1::2] = octets & 15, octets >> 4
-    return codes
+    octets = numpy.ascontiguousarray(words, "<u4").view(numpy.uint8)
+    if bits == 4:
+        pairs = octets.astype("<u2")  # 0x21 becomes 0x0201
+        pairs |= pairs << numpy.uint16(4)
+        pairs &= numpy.uint16(0x0F0F)
+        octets = pairs.view(numpy.uint8)
+    return octets.reshape(*words.shape, 32 // bits)
 
 
 def _transpose_codes(words: numpy.ndarray) -> numpy.ndarray:

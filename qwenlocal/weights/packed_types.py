@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
+from qwenlocal.errors import UsageError
 from qwenlocal.ggml import TensorType, tensor_type
 from qwenlocal.weights.file_types import FileType, QuantOverrides
 from qwenlocal.weights.packed_rows import PackedRows
@@ -15,9 +16,20 @@ DEFAULT_ENDS = "q8_0"  # practically lossless, and half of f16: the output matri
 _DEQUANTIZED = "q8_0"  # for weights that no quantized type holds as they are packed
 
 
-def choose_packed_types(tensors: Sequence[SourceTensor], kind: FileType, overrides: QuantOverrides) -> list[TypeChoice]:
-    """Choose types so that packed weights need not be quantized again, for a file of one of `lossless_types`."""
-    return [_choose(tensor, kind.default, overrides) for tensor in tensors]
+def keep_packed_types(
+    tensors: Sequence[SourceTensor], usual: Sequence[TypeChoice], kind: FileType, overrides: QuantOverrides
+) -> list[TypeChoice]:
+    """
+    Replace `usual` choices so that packed weights need not be quantized again, for a file of one of `lossless_types`.
+
+    Embeddings, output matrix and types that the user chose stay as they are.
+    """
+    return [
+        choice
+        if tensor.keep_f32 or len(tensor.shape) == 1 or overrides.find_tensor_type(tensor.name)
+        else _choose(tensor, choice, kind.default)
+        for tensor, choice in zip(tensors, usual, strict=True)
+    ]
 
 
 def lossless_types(tensors: Sequence[SourceTensor], packing: Packing | None) -> set[TensorType]:
@@ -37,17 +49,47 @@ def packed_types(tensor: SourceTensor) -> tuple[TensorType, ...]:
     return tuple(kind for kind in common if kind.is_quantized) or (tensor_type(_DEQUANTIZED),)
 
 
-def _choose(tensor: SourceTensor, default: TensorType, overrides: QuantOverrides) -> TypeChoice:
-    if tensor.keep_f32 or len(tensor.shape) == 1:
-        return TypeChoice(tensor_type("f32"), "never quantized (small and sensitive)")
-    for pattern, kind in overrides.tensor_types:
-        if pattern.search(tensor.name):
-            return TypeChoice(kind, f"--tensor-type {pattern.pattern}")
+def describe_packing(tensor: SourceTensor) -> str:
+    """Return how a packed tensor is stored: "GPTQ int4, group 128"; "" if it is not packed."""
+    rows = tensor.rows[0]
+    return str(rows.matrix) if isinstance(rows, PackedRows) else ""
+
+
+def refuse_requantizing(
+    tensors: Sequence[SourceTensor],
+    packing: Packing,
+    lossless: Collection[TensorType],
+    kinds: Sequence[FileType],
+    overrides: QuantOverrides,
+) -> None:
+    """
+    Check that no packed weights would be quantized again.
+
+    Raises
+    ------
+    UsageError: they would.
+    """
+    for kind in kinds:
+        if kind.default.is_quantized and kind.default not in lossless:
+            raise _requantizing(packing, kind.name, f"Leave out --type to write {packing.file_type}.")
+    for tensor in tensors:
+        chosen, types = overrides.find_tensor_type(tensor.name), packed_types(tensor)
+        if chosen and types and chosen[1].is_quantized and chosen[1] not in types:
+            choice = f"--tensor-type {chosen[0].pattern}={chosen[1].name}"
+            raise _requantizing(packing, choice, f"“{tensor.name}” can be {' or '.join(kind.name for kind in types)}.")
+
+
+def _requantizing(packing: Packing, cause: str, hint: str) -> UsageError:
+    return UsageError(
+        f"The weights are quantized already ({packing}); {cause} would quantize them again, which loses quality.",
+        hint=f"{hint} To do it anyway: --requantize",
+    )
+
+
+def _choose(tensor: SourceTensor, usual: TypeChoice, default: TensorType) -> TypeChoice:
     types = packed_types(tensor)
-    if tensor.name in ENDS and not types:
-        return TypeChoice(overrides.ends or tensor_type(DEFAULT_ENDS), "not packed (--ends)")
     if not types:
-        return TypeChoice(tensor.type, "not packed")
+        return usual if tensor.name in ENDS else TypeChoice(tensor.type, "not packed")
     if not tensor.type.is_quantized:
         return TypeChoice(types[0], "dequantized")
     kind = default if default in types else types[0]

@@ -18,6 +18,7 @@ from qwenlocal.weights.json_files import is_integer, read_optional_json
 PACKED_METHODS = {"gptq": "GPTQ", "awq": "AWQ"}
 _OWN_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 _GPTQ_BITS = (4, 8)
+_BLOCK = 32  # columns per scale in q4_0, q5_0 and q8_0
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Packing:
 
         If there is none, q8_0, which is near.
         """
-        if self.has_order or self.bits == 8:
+        is_dequantized = self.group_size != -1 and (self.has_order or self.group_size % _BLOCK)
+        if self.bits == 8 or is_dequantized:
             return "q8_0"
         return "q4_0" if self.is_symmetric else "q5_0"
 

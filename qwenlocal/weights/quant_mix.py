@@ -141,9 +141,9 @@ class _Mix:
     def choose(self, tensor: TensorSpec) -> TypeChoice:
         if not is_quantizable(tensor):
             return TypeChoice(tensor.type, "never quantized (small and sensitive)")
-        for pattern, kind in self.overrides.tensor_types:
-            if pattern.search(tensor.name):
-                return self._with_fallback(tensor, TypeChoice(kind, f"--tensor-type {pattern.pattern}"))
+        if chosen := self.overrides.find_tensor_type(tensor.name):
+            pattern, kind = chosen
+            return self._with_fallback(tensor, TypeChoice(kind, f"--tensor-type {pattern.pattern}"))
         if self.overrides.ends and tensor.name in ENDS:
             return self._with_fallback(tensor, TypeChoice(self.overrides.ends, "--ends"))
         if not self.default.is_quantized:

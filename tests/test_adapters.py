@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -40,15 +42,16 @@ from qwenlocal.machine import this_machine
 from qwenlocal.terminal.completer import ChatCompleter
 from qwenlocal.terminal.session import Session
 from qwenlocal.testing import MOE_CONFIG, write_checkpoint
-from qwenlocal.weights.adapter import read_adapter
+from qwenlocal.weights.adapter import is_adapter, read_adapter
 from qwenlocal.weights.adapter_file import check_adapter_fits, plan_adapter
-from qwenlocal.weights.adapter_merge import WeightedAdapter
+from qwenlocal.weights.adapter_merge import WeightedAdapter, describe_base
 from qwenlocal.weights.adapter_spec import AdapterSpec
 from qwenlocal.weights.checkpoint import Checkpoint
 from qwenlocal.weights.conversion import ConversionOptions, plan_conversion
 from qwenlocal.weights.conversion_plan import ConversionPlan
 from qwenlocal.weights.file_types import file_type
 from qwenlocal.weights.gguf_reader import read_header, read_metadata
+from qwenlocal.weights.split_model import read_split_model
 from qwenlocal.weights.write_job import job_identity, memory_needed
 from qwenlocal.weights.write_workers import run_job
 
@@ -232,6 +235,28 @@ class TestAdapterFiles:
     def test_a_base_folder_tells_the_architecture(self, mixture: Path, tmp_path: Path) -> None:
         assert read_adapter(write_adapter(tmp_path / "style", mixture)).architecture == "qwen2moe"
 
+    @pytest.mark.parametrize(
+        ("base", "architecture"),
+        [
+            ("Qwen/Qwen1.5-MoE-A2.7B-Chat", "qwen2moe"),
+            ("/nowhere/Qwen2-57B-A14B", "qwen2moe"),
+            ("Qwen/Qwen1.5-0.5B", "qwen2"),
+            ("", "qwen2"),
+        ],
+    )
+    def test_otherwise_the_name_of_the_base_does(self, base: str, architecture: str, tmp_path: Path) -> None:
+        folder = write_adapter(tmp_path / "style", base_model_name_or_path=base)
+        assert read_adapter(folder).architecture == architecture
+
+    def test_a_config_next_to_the_adapter_is_that_of_its_base(self, mixture: Path, tmp_path: Path) -> None:
+        folder = write_adapter(tmp_path / "style", mixture, base_model_name_or_path="/nowhere/base")
+        assert read_adapter(folder).architecture == "qwen2"
+        shutil.copy(mixture / "config.json", folder)  # as Axolotl does
+        assert read_adapter(folder).architecture == "qwen2moe"
+        assert is_adapter(folder)
+        shutil.copy(mixture / "model.safetensors", folder)
+        assert not is_adapter(folder)
+
     def test_copies_of_the_embeddings_are_left_out(self, base: Path, tmp_path: Path) -> None:
         copy = {"base_model.model.model.embed_tokens.base_layer.weight": (288, 64)}
         assert len(read_adapter(write_adapter(tmp_path / "style", base, tensors=copy)).modules) == 4
@@ -342,12 +367,12 @@ def test_changed_experts_must_be_complete_in_a_file(mixture: Path, tmp_path: Pat
 
 class TestAnotherModel:
     @pytest.fixture
-    def check(self, base_gguf: Path) -> Callable[[Path], None]:
+    def check(self, base_gguf: Path) -> Callable[[Path], object]:
         """Check an adapter against `base_gguf`."""
-        header = read_header(base_gguf)
-        return lambda path: check_adapter_fits(path, base_gguf, header.tensors, header.architecture)
+        model = read_split_model(base_gguf)
+        return lambda path: check_adapter_fits(path, model)
 
-    def test_shapes_are_compared(self, check: Callable[[Path], None], base: Path, tmp_path: Path) -> None:
+    def test_shapes_are_compared(self, check: Callable[[Path], object], base: Path, tmp_path: Path) -> None:
         other = write_checkpoint(tmp_path / "Other", config=MINIMAL)
         folder = write_adapter(tmp_path / "style", other)
         with pytest.raises(
@@ -361,7 +386,7 @@ class TestAnotherModel:
             merge(base, folder)
         assert caught2.value.hint == f"Use the model that it was trained for: {other}"
 
-    def test_layers_are_compared(self, check: Callable[[Path], None], base: Path, tmp_path: Path) -> None:
+    def test_layers_are_compared(self, check: Callable[[Path], object], base: Path, tmp_path: Path) -> None:
         other = write_checkpoint(tmp_path / "Other", config={**SMALL, "num_hidden_layers": 2})
         folder = write_adapter(tmp_path / "style", other)
         with pytest.raises(BadWeights, match=r"it changes “blk\.1\..*”, which base.gguf does not have"):
@@ -370,7 +395,7 @@ class TestAnotherModel:
             merge(base, folder)
 
     def test_the_architecture_is_compared(
-        self, check: Callable[[Path], None], mixture: Path, base_gguf: Path, tmp_path: Path
+        self, check: Callable[[Path], object], mixture: Path, base_gguf: Path, tmp_path: Path
     ) -> None:
         with pytest.raises(BadWeights, match="it is for models of the architecture qwen2moe, not qwen2"):
             check(convert_adapter(write_adapter(tmp_path / "style", mixture)))
@@ -388,7 +413,7 @@ class TestAnotherModel:
         ],
     )
     def test_files_that_would_end_the_process_are_refused(
-        self, change: dict[str, Any], sentence: str, check: Callable[[Path], None], tmp_path: Path
+        self, change: dict[str, Any], sentence: str, check: Callable[[Path], object], tmp_path: Path
     ) -> None:
         shapes = {"blk.0.attn_q.weight.lora_a": (64, 4), "blk.0.attn_q.weight.lora_b": (4, 64), **change}
         writer = gguf.GGUFWriter(tmp_path / "x.gguf", "qwen2")
@@ -414,14 +439,35 @@ class TestAnotherModel:
         message = expect_exit(invoke("run", str(base_gguf), "--raw", "Hi", "-n", "1", "--adapter", str(folder)), 0)
         assert "The adapter was trained for Qwen/Other-7B; it is used with Base." in message
 
+    @pytest.mark.parametrize(
+        ("base", "name"),
+        [
+            ("Qwen/Qwen1.5-0.5B-Chat", "Qwen1.5-0.5B-Chat-AWQ-fp16"),
+            ("Qwen/Qwen2.5-Coder-0.5B-Instruct", "Qwen2.5 Coder 0.5B Instruct AWQ"),
+            ("Qwen/Qwen1.5-7B-Chat-GPTQ-Int4", "Qwen1.5-7B-Chat"),
+            ("unsloth/Qwen1.5-7B-bnb-4bit", "qwen1_5-7b"),
+            ("/home/me/.cache/huggingface/hub/models--Qwen--Qwen1.5-0.5B/snapshots/8f445e3", "Qwen1.5-0.5B"),
+            ("/home/me/.cache/modelscope/hub/models/Qwen/Qwen1___5-0___5B/", "Qwen1.5-0.5B"),
+            ("", "Qwen1.5-0.5B"),
+        ],
+    )
+    def test_other_spellings_of_a_name_are_not_mentioned(self, base: str, name: str) -> None:
+        assert describe_base(base, name) == []
+        if base:
+            assert describe_base(base, "Qwen1.5-14B-Chat") == [
+                f"The adapter was trained for {base}; it is used with Qwen1.5-14B-Chat."
+            ]
+
     def test_one_matrix_for_embeddings_and_output_needs_a_merge(self, tied: Path, tmp_path: Path) -> None:
         path = convert_checkpoint(tied, tmp_path / "tied.gguf", "f32")
         for target in ("lm_head", "embed_tokens"):
             folder = write_adapter(tmp_path / target, targets=[target], base=_untied(tied, tmp_path / f"{target}-base"))
-            header = read_header(path)
             with pytest.raises(BadWeights, match="uses the same matrix for embeddings and output") as caught:
-                check_adapter_fits(convert_adapter(folder), path, header.tensors, header.architecture)
-            assert "--merge" in caught.value.hint
+                check_adapter_fits(convert_adapter(folder), read_split_model(path))
+            assert "--merge ADAPTER" in caught.value.hint
+            with pytest.raises(BadWeights, match=f"{target}: it changes") as caught:
+                check_adapter_fits(convert_adapter(folder), read_split_model(path), folder)
+            assert f"qwenlocal convert {tmp_path / target}-base --merge {folder}" in caught.value.hint
 
 
 def _untied(tied: Path, folder: Path) -> Path:
@@ -649,6 +695,12 @@ class TestCaches:
 # --- commands
 
 
+def _make_unread(file: Path, *, days: int) -> None:
+    """Set the times of a file as if nobody had read it for some days."""
+    then = time.time() - days * 24 * 3600
+    os.utime(file, (then, then))
+
+
 def ask(run: Run, model: Path, *arguments: str) -> str:
     """Return the answer to a question, without leaving traces."""
     result = run("run", str(model), "--raw", "Once upon", "-n", "8", "--temp", "0", *arguments)
@@ -674,8 +726,8 @@ class TestCommands:
         ("arguments", "sentence"),
         [
             (("--type", "q4_k_m"), "The type of an adapter must be f32, f16, bf16 or q8_0, not q4_k_m."),
-            (("--ends", "q8_0"), "is an adapter, which --ends cannot be used with."),
-            (("--merge", "{}", "--name", "x"), "is an adapter, which --merge and --name cannot be used with."),
+            (("--ends", "q8_0"), "--ends cannot be used with an adapter, and "),
+            (("--merge", "{}", "--name", "x"), "--merge and --name cannot be used with an adapter, and "),
         ],
     )
     def test_convert_refuses_what_adapters_do_not_have(
@@ -723,22 +775,35 @@ class TestCommands:
         assert "Converting" not in run()
         write_adapter(style, base, seed=5)
         assert "Converting the adapter style once" in run()
-        kept = [*(tmp_path / "person" / "qwenlocal" / "files" / "adapters").rglob("*.gguf")]
-        assert len(kept) == 1
+        (kept,) = (tmp_path / "person" / "qwenlocal" / "files" / "adapters").iterdir()
+        _make_unread(kept, days=29)
+        assert "Converting" not in run()
+        for leftover in (kept, kept.with_suffix(".gguf.part")):
+            leftover.touch()
+            _make_unread(leftover, days=31)
+        write_adapter(tmp_path / "tone", base, seed=6)
+        expect_exit(invoke("run", str(base_gguf), "--raw", "Hi", "-n", "1", "--adapter", str(tmp_path / "tone")), 0)
+        assert [file.name[:5] for file in kept.parent.iterdir()] == ["tone-"]
 
     @pytest.mark.parametrize(
         ("adapter", "code", "sentence"),
         [
-            ("./nothing", 3, "There is no adapter ./nothing."),
+            ("./nothing", 3, "There is no adapter ./nothing on this disk."),
+            ("hf:owner/style:0.5", 3, "hf download owner/style --local-dir style; then: --adapter ./style"),
+            ("owner/style", 3, "hf download owner/style --local-dir style"),
+            ("./style:much", 2, "“much” is not a scale."),
+            ("./style/adapter_config.json:nan", 2, "“nan” is not a scale."),
             ("./style:1000", 2, "The scale of --adapter must be between -100 and 100, not 1,000."),
             ("{base}", 2, "is a model, not an adapter."),
             ("{gguf}", 5, "base.gguf: it is not a LoRA adapter"),
-            (".", 5, "it has no adapter_config.json"),
+            (".", 5, "Did you mean style?"),
+            ("./settings.json", 5, "settings.json: it is not an adapter"),
         ],
     )
     def test_other_things_are_refused(
         self, adapter: str, code: int, sentence: str, style: Path, base: Path, base_gguf: Path, invoke: Run
     ) -> None:
+        Path("settings.json").touch()  # in the working directory of the command
         adapter = adapter.format(base=base, gguf=base_gguf)
         message = expect_exit(invoke("run", str(base_gguf), "--raw", "Hi", "--adapter", adapter), code)
         assert sentence in message
@@ -768,7 +833,7 @@ class TestCommands:
         assert data_of(tmp_path / "a.gguf") != data_of(tmp_path / "b.gguf")
         message = expect_exit(invoke(*command, "c.gguf", "--merge", str(convert_adapter(style))), 2)
         assert "only directories of PEFT can be merged" in message
-        assert "There is no adapter ./x." in expect_exit(invoke(*command, "c.gguf", "--merge", "./x"), 3)
+        assert "There is no adapter ./x on this disk." in expect_exit(invoke(*command, "c.gguf", "--merge", "./x"), 3)
 
     def test_quantized_checkpoints_are_not_merged(self, base: Path, tmp_path: Path, style: Path, invoke: Run) -> None:
         copy = Path(shutil.copytree(base, tmp_path / "Packed"))
@@ -782,12 +847,12 @@ class TestCommands:
     ) -> None:
         monkeypatch.setenv("QWENLOCAL_HOME", str(tmp_path / "home"))
 
-        def complete(model: Path, adapters: tuple[str | Path, ...] = ()) -> str:
+        def complete(model: Path, adapters: str | tuple[str | Path, ...] = ()) -> str:
             with qwenlocal.load(model, n_ctx=512, adapters=adapters) as loaded:
                 return str(loaded.complete("Once upon", max_tokens=8, temperature=0))
 
         merged = complete(write_merged(base, style))
-        assert complete(base_gguf, (style,)) == merged != complete(base_gguf)
+        assert complete(base_gguf, (style,)) == complete(base_gguf, str(style)) == merged != complete(base_gguf)
         assert complete(base_gguf, (f"{style}:0.5", convert_adapter(style), f"{style}:-0.5")) == merged
 
     @pytest.mark.slow
@@ -831,7 +896,7 @@ def test_adapters_are_listed_scaled_and_switched_in_a_chat(terminal: Open, base:
     chat.enter("/adapter on", r"^  style  1\s*\n  tone  0\.5$")
     chat.enter("/adapter other", "No adapter is called “other”.*style, tone")
     chat.enter("/adapter style much", "“much” is not a scale")
-    chat.enter("/adapter style 1e9", "The scale must be between -100 and 100")
+    chat.enter("/adapter style 1e9", "The scale of /adapter must be between -100 and 100")
     chat.enter("Hi", "token limit")
     assert chat.exit() == 0
 

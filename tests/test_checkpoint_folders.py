@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from qwenlocal.errors import BadCheckpoint, UnsupportedCheckpoint
 from qwenlocal.testing import CONFIG
 from qwenlocal.weights.architecture import check_convertible
-from qwenlocal.weights.checkpoint import Checkpoint, is_checkpoint
+from qwenlocal.weights.checkpoint import Checkpoint
 
 
 def weight_files(checkpoint: Checkpoint) -> set[Path]:
@@ -35,10 +35,6 @@ def weight_files(checkpoint: Checkpoint) -> set[Path]:
 
 
 class TestWeightFiles:
-    def test_a_folder_with_a_config_is_a_checkpoint(self, tmp_path: Path) -> None:
-        assert not is_checkpoint(tmp_path)
-        assert is_checkpoint(write_minimal(tmp_path))
-
     @pytest.mark.parametrize("shards", [1, 2, 3])
     def test_one_file_and_several_shards_are_the_same_checkpoint(self, shards: int, tmp_path: Path) -> None:
         opened = Checkpoint.open(write_minimal(tmp_path, shards=shards))

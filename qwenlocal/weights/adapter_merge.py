@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from qwenlocal.errors import BadCheckpoint
 from qwenlocal.weights.adapter import LoraAdapter, LoraModule
 from qwenlocal.weights.adapter_rows import MergedRows
+from qwenlocal.weights.other_formats import base_hint
 from qwenlocal.weights.quant_mix import layer_order
 from qwenlocal.weights.row_source import SourceTensor
 
+_SNAPSHOT = re.compile(r"/models--[^/]+?--(?P<name>[^/]+)/snapshots/")  # of the Hub's cache
+_FORMATS = re.compile(r"([-_. ](awq|gptq|gguf|int[48]|fp16|bf16|f16|bnb|[48]bit|unsloth))+$")
 _EMBEDDINGS, _OUTPUT = "token_embd.weight", "output.weight"
 
 
@@ -47,8 +51,7 @@ def merge_adapters(
 
 
 def _merge(tensor: SourceTensor | None, module: LoraModule, merge: WeightedAdapter, name: str) -> SourceTensor:
-    base = merge.adapter.base
-    hint = f"Use the model that it was trained for{f': {base}' if base else '.'}"
+    hint = base_hint(merge.adapter.base)
     if tensor is None or module.expert >= len(tensor.rows):
         raise BadCheckpoint(module.a.file, f"it changes “{module.name}”, which {name} does not have", hint=hint)
     rows = tensor.rows[module.expert]
@@ -66,11 +69,13 @@ def _merge(tensor: SourceTensor | None, module: LoraModule, merge: WeightedAdapt
 
 def describe_base(base: str, name: str) -> list[str]:
     """Return a sentence if the base model of an adapter has another name than the model that it is used with."""
-    trained_for = base.rstrip("/").rpartition("/")[2]
+    in_cache = _SNAPSHOT.search(base)
+    trained_for = in_cache["name"] if in_cache else base.rstrip("/").rpartition("/")[2]
     if not trained_for or _normalize(trained_for) == _normalize(name):
         return []
     return [f"The adapter was trained for {base}; it is used with {name}."]
 
 
 def _normalize(name: str) -> str:
-    return "".join(filter(str.isalnum, name.casefold()))
+    """Return a name without formats, which do not make another model: "Qwen1.5-0.5B-Chat-AWQ" is "qwen1505bchat"."""
+    return "".join(filter(str.isalnum, _FORMATS.sub("", name.casefold())))

@@ -95,11 +95,6 @@ class Checkpoint:
         return cls(folder, config, tensors, packing, notes=[note for note in (files.note, *notes) if note])
 
 
-def is_checkpoint(folder: Path) -> bool:
-    """Return True if a folder looks like a checkpoint; opening it checks the rest."""
-    return (folder / "config.json").is_file()
-
-
 def has_vocabulary(folder: Path) -> bool:
     """Return True if there is a file with the vocabulary."""
     return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))

@@ -123,10 +123,11 @@ def adapter_only(folder: Path) -> BadCheckpoint:
     )
 
 
-def _base_name(base: str) -> str:
-    """Return the base model as commands take it: "hf:Qwen/Qwen1.5-0.5B" for a repository."""
-    is_repo = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base) is not None and not os.path.exists(base)
-    return f"hf:{base}" if is_repo else base
+def _base_argument(base: str) -> str:
+    """Return the base model as commands take it: "hf:Qwen/Qwen1.5-0.5B"; "BASE" if it is not on this disk or a hub."""
+    if os.path.exists(base):
+        return shlex.quote(base)
+    return f"hf:{base}" if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base) else "BASE"
 
 
 def _mlx_hint(adapter: Path, base: str) -> str:
@@ -139,9 +140,18 @@ def _mlx_hint(adapter: Path, base: str) -> str:
 
 def adapter_hint(adapter: str, base: str = "") -> str:
     """Return how to use an adapter with its base model, or to merge it if it is a folder."""
-    path, model = shlex.quote(adapter), shlex.quote(_base_name(base)) if base else "BASE"
-    use = f"Use it with its base model: qwenlocal run {model} --adapter {path}"
-    return use if adapter.lower().endswith(".gguf") else f"{use}; or merge it: qwenlocal convert {model} --merge {path}"
+    use = f"Use it with its base model: qwenlocal run {_base_argument(base)} --adapter {shlex.quote(adapter)}"
+    return use if adapter.lower().endswith(".gguf") else f"{use}; or merge it: {merge_command(adapter, base)}"
+
+
+def merge_command(adapter: str = "ADAPTER", base: str = "") -> str:
+    """Return the command that merges an adapter into its base model, and converts the result."""
+    return f"qwenlocal convert {_base_argument(base)} --merge {shlex.quote(adapter)}"
+
+
+def base_hint(base: str) -> str:
+    """Return what to do with an adapter that does not fit a model; `base` is the one it was trained for, or ""."""
+    return f"Use the model that it was trained for{f': {base}' if base else '.'}"
 
 
 def remote_adapter_hint(repo: str) -> str:

@@ -13,11 +13,12 @@ from qwenlocal.cli.gguf_files import WriteOptions, choose_targets, read_options,
 from qwenlocal.errors import DownloadFailed, UsageError
 from qwenlocal.formatting import format_bytes
 from qwenlocal.i18n import tr
-from qwenlocal.library.adapters import parse_adapter
+from qwenlocal.library.adapters import find_adapter_folder, parse_adapter
 from qwenlocal.library.checkpoint_converter import plan_checkpoint
 from qwenlocal.library.local_models import LocalCheckpoint
 from qwenlocal.library.names import LocalCheckpointName, ModelName, PathName
-from qwenlocal.weights.adapter import is_adapter, read_adapter
+from qwenlocal.weights.adapter import adapter_folder, is_adapter, read_adapter
+from qwenlocal.weights.other_formats import merge_command
 
 if TYPE_CHECKING:
     from qwenlocal.library.puller import HubCheckpoint
@@ -123,7 +124,7 @@ def read_merges(texts: Sequence[str]) -> list[WeightedAdapter]:
                 f"{path} is a GGUF file; only directories of PEFT can be merged.",
                 hint="To use it as it is: qwenlocal run MODEL --adapter FILE",
             )
-        merges.append(WeightedAdapter(read_adapter(path), scale))
+        merges.append(WeightedAdapter(read_adapter(find_adapter_folder(path)), scale))
     return merges
 
 
@@ -142,10 +143,10 @@ def _convert_adapter(
     }
     if refused := [*refused, *(option for option, value in given.items() if value)]:
         raise UsageError(
-            f"{options.source} is an adapter, which {' and '.join(refused)} cannot be used with.",
-            hint="To merge it into its base model: qwenlocal convert BASE --merge ADAPTER",
+            f"{' and '.join(refused)} cannot be used with an adapter, and {options.source} is one.",
+            hint=f"To merge it into its base model: {merge_command(options.source)}",
         )
-    adapter = read_adapter(source)
+    adapter = read_adapter(adapter_folder(source))
     targets = choose_targets(options, adapter.folder.resolve().name, types or [default_adapter_type()])
     write_or_show(app, plan_adapter(adapter, targets), options)
 

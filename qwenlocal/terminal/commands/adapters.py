@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 from qwenlocal.engine.adapters import LoadedAdapters
-from qwenlocal.errors import OutOfRange, UsageError
+from qwenlocal.errors import UsageError
 from qwenlocal.i18n import tr
 from qwenlocal.terminal.session import Session
-from qwenlocal.weights.adapter_spec import MAX_ADAPTER_SCALE
+from qwenlocal.weights.adapter_spec import parse_scale
 
 
 def change_adapters(session: Session, argument: str) -> None:
@@ -27,12 +25,8 @@ def change_adapters(session: Session, argument: str) -> None:
         )
     if words and words[0] in names:
         names, words = words[:1], words[1:] or ["on"]
-    if len(words) > 1:
-        raise UsageError(
-            tr("“{text}” is not a scale.", text=" ".join(words)), hint=tr("For example: /adapter NAME 0.5")
-        )
     if words:
-        scales = _parse_scales(adapters, words[0], names)
+        scales = _parse_scales(adapters, " ".join(words), names)
         if scales != {name: adapters.scales[name] for name in names}:
             adapters.set_scales(scales)
             session.say(tr("The next answer reads the chat again."))
@@ -63,12 +57,4 @@ def _parse_scales(adapters: LoadedAdapters, word: str, names: list[str]) -> dict
     """Return the scale of each of `names`: a number, 0 for "off", the one that it was loaded with for "on"."""
     if word.lower() == "on":
         return {name: adapters.initial_scales[name] for name in names}
-    try:
-        scale = 0.0 if word.lower() == "off" else float(word.replace(",", "."))
-    except ValueError:
-        scale = math.nan
-    if math.isnan(scale):
-        raise UsageError(tr("“{text}” is not a scale.", text=word), hint=tr("For example: /adapter NAME 0.5"))
-    if abs(scale) > MAX_ADAPTER_SCALE:
-        raise OutOfRange(tr("The scale"), -MAX_ADAPTER_SCALE, MAX_ADAPTER_SCALE, scale)
-    return dict.fromkeys(names, scale)
+    return dict.fromkeys(names, 0.0 if word.lower() == "off" else parse_scale(word, "/adapter"))

@@ -76,6 +76,15 @@ def format_time(seconds: float) -> str:
     return f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M}"
 
 
+def format_duration(seconds: float) -> str:
+    """`format_duration(95)` is "1 min 35 s", `format_duration(7500)` "2 h 5 min"."""
+    whole = max(1, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    minutes = whole // 60
+    return f"{minutes} min {whole % 60} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
 def shorten(text: str, limit: int = 40) -> str:
     """Collapse white space and cut to `limit` characters: `shorten("a\\n b c", 4)` is "a b…"."""
     line = " ".join(text.split())

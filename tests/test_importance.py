@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import gguf
@@ -12,7 +12,11 @@ import pytest
 from checkpoint_files import convert_checkpoint
 from commands import expect_exit
 from conftest import Run
+from gguf_files import copy_with_weights
+from terminal import Terminal
 
+from qwenlocal.engine.context import AbortFlag
+from qwenlocal.engine.evaluation import InputCollector
 from qwenlocal.engine.llama import Model
 from qwenlocal.errors import UsageError
 from qwenlocal.measure.importance import CALIBRATION_TEXT, CHUNK_SIZE, measure_importance, split_text
@@ -49,7 +53,13 @@ def loaded(path: Path) -> Iterator[Model]:
 def measure(path: Path, chunks: int = 2) -> tuple[list[list[int]], dict[str, InputStatistics]]:
     with loaded(path) as model:
         parts = split_text(model.tokenizer, TEXT, "text", special=False)[:chunks]
-        return parts, dict(measure_importance(model, parts, 1))
+        return parts, read_chunks(model, parts)
+
+
+def read_chunks(model: Model, parts: Sequence[Sequence[int]]) -> dict[str, InputStatistics]:
+    collector = InputCollector()
+    assert [*measure_importance(model, parts, 1, collector, AbortFlag())] == list(range(1, len(parts) + 1))
+    return collector.statistics
 
 
 def read_tensor(path: Path, name: str) -> numpy.ndarray:
@@ -91,7 +101,7 @@ class TestStatistics:
     def test_chunks_are_independent(self, dense: Path) -> None:
         parts, both = measure(dense)
         with loaded(dense) as model:
-            first, second = (measure_importance(model, [part], 1) for part in parts)
+            first, second = (read_chunks(model, [part]) for part in parts)
         name = "blk.1.ffn_down.weight"
         assert both[name].sums == pytest.approx(first[name].sums + second[name].sums, rel=1e-5)
 
@@ -146,6 +156,54 @@ class TestCommand:
     def test_a_missing_text_and_a_missing_model_are_named(self, dense: Path, tmp_path: Path, invoke: Run) -> None:
         assert "nothing.txt" in expect_exit(invoke("imatrix", str(dense), "--text", str(tmp_path / "nothing.txt")), 3)
         assert "no-model" in expect_exit(invoke("imatrix", str(tmp_path / "no-model.gguf")), 3)
+
+    def test_the_model_and_the_text_are_never_overwritten(self, dense: Path, tmp_path: Path, invoke: Run) -> None:
+        text = tmp_path / "text.txt"
+        text.write_text(TEXT)
+        for path in (dense, text):
+            before = path.read_bytes()
+            result = invoke("imatrix", str(dense), "--text", str(text), "-o", str(path), "--force")
+            assert "which it is measured with" in expect_exit(result, 2)
+            assert path.read_bytes() == before
+
+    def test_a_folder_gets_a_file_with_the_name_of_the_model(self, dense: Path, tmp_path: Path, invoke: Run) -> None:
+        expect_exit(invoke("imatrix", str(dense), "-o", str(tmp_path), "--chunks", "1"), 0)
+        assert read_imatrix(tmp_path / "x.imatrix.gguf").weights
+
+    def test_a_missing_folder_is_refused(self, dense: Path, tmp_path: Path, invoke: Run) -> None:
+        message = expect_exit(invoke("imatrix", str(dense), "-o", str(tmp_path / "no" / "x.gguf")), 6)
+        assert "does not exist" in message
+        assert "-o OUT" in message
+
+    def test_experts_without_tokens_are_counted(self, tmp_path: Path, invoke: Run) -> None:
+        config = {**MIXTURE, "num_experts": 60, "num_experts_per_tok": 1}
+        model = convert_checkpoint(write_checkpoint(tmp_path / "x", config=config), tmp_path / "x.gguf", "f32")
+        target = tmp_path / "x.imatrix"
+        message = expect_exit(invoke("imatrix", str(model), "-o", str(target), "--chunks", "1"), 0)
+        weights = [entry for entry in read_imatrix(target).weights.values() if len(entry) > 1]
+        unused = sum(int((entry == 1).all(axis=1).sum()) for entry in weights)
+        assert f"{unused} of 360 matrices of experts got no tokens" in " ".join(message.split())
+
+    def test_a_damaged_model_is_named(self, random_model: Path, tmp_path: Path, invoke: Run) -> None:
+        name = "blk.0.attn_norm.weight"
+        model = copy_with_weights(random_model, tmp_path / "nan.gguf", name, *[float("nan")] * 288)
+        message = expect_exit(invoke("imatrix", str(model), "-o", str(tmp_path / "x")), 5)
+        assert "nan.gguf: the inputs of “blk.0.attn_q.weight” are NaN" in message
+
+    def test_ctrl_c_keeps_the_chunks_so_far(
+        self, dense: Path, tmp_path: Path, terminal: Callable[..., Terminal]
+    ) -> None:
+        (tmp_path / "long.txt").write_text(TEXT * 300)
+        window = terminal("imatrix", str(dense), "--text", "long.txt", "-o", "x.imatrix")
+        window.wait_for(r"chunk [1-9]\d* of \d{3}")
+        window.type("\x03")
+        window.wait_for("chunks were measured")
+        assert window.wait_for_exit() == 130
+        assert read_imatrix(tmp_path / "x.imatrix").weights["blk.1.ffn_down.weight"].shape == (1, INNER)
+
+    @pytest.mark.parametrize("threads", ["0", "100000"])
+    def test_an_invalid_number_of_threads_is_refused(self, threads: str, dense: Path, invoke: Run) -> None:
+        assert "-t must be between" in expect_exit(invoke("imatrix", str(dense), "-t", threads), 2)
 
     @pytest.mark.parametrize("chunks", ["0", "-1", "x"])
     def test_an_invalid_number_of_chunks_is_refused(self, chunks: str, dense: Path, invoke: Run) -> None:

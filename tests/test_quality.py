@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -335,7 +336,7 @@ class TestInterrupts:
     ) -> None:
         (tmp_path / "long.txt").write_text(TEXT * 2_000, encoding="utf-8")
         window = terminal("quality", str(random_model), "--text", "long.txt")
-        window.wait_for(r"window \d+ of \d{4}, perplexity [\d.]+, \d+ s left")
+        window.wait_for(r"window \d+ of \d{4}, perplexity [\d.]+, .* left")
         window.type("\x03")
         text = window.wait_for("windows were evaluated")
         assert window.wait_for_exit() == 130
@@ -365,7 +366,19 @@ class TestInterrupts:
 
 class TestCharts:
     def test_titles_are_escaped(self) -> None:
-        assert svg_texts(draw_quantiles("a<b & c", {"median": 0.1, "maximum": 1.0}))[:2] == ["a<b & c", "median"]
+        assert svg_texts(draw_quantiles("a<b & c", {"median": 0.1, "maximum": 1.0}))[0] == "a<b & c"
+
+    def test_labels_of_close_points_do_not_overlap(self) -> None:
+        points = [LevelPoint(f"q4_{number}_x", 400_000_000 + number, 0.1) for number in range(9)]
+        svg = ElementTree.fromstring(draw_levels("x", points))
+        boxes = [
+            (float(node.attrib["x"]) - (width if node.attrib["text-anchor"] == "end" else 0), float(node.attrib["y"]))
+            for node in svg
+            if (node.text or "").startswith("q4_") and (width := 8 * len(node.text or ""))
+        ]
+        assert len(boxes) == 9
+        for (x, y), (other_x, other_y) in itertools.combinations(boxes, 2):
+            assert abs(x - other_x) >= 8 * 6 or abs(y - other_y) >= 13  # pixels of the font
 
     def test_levels_are_placed_by_size_and_loss(self) -> None:
         points = [LevelPoint("large", 2_000_000_000, 0.001), LevelPoint("small", 1_000_000_000, 0.1)]

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from qwenlocal.formatting import format_duration
 from qwenlocal.i18n import tr
 
 if TYPE_CHECKING:
@@ -60,10 +61,10 @@ def run_steps(test: QualityTest, name: str, make_steps: Callable[[], Iterator[Qu
 
 def _describe_progress(meter: QualityMeter, total: int, left: float) -> str:
     return tr(
-        "{name}: window {done} of {total}, perplexity {perplexity:.3f}, {left:.0f} s left",
+        "{name}: window {done} of {total}, perplexity {perplexity:.3f}, {time} left",
         name=meter.name,
         done=meter.windows,
         total=total,
         perplexity=meter.perplexity,
-        left=left,
+        time=format_duration(left),
     )

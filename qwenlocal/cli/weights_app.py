@@ -194,7 +194,9 @@ def imatrix(
     qwenlocal convert ./Qwen1.5-1.8B --type q3_k_m --imatrix Qwen1.5-1.8B-f16.imatrix.gguf
     """
     from qwenlocal.cli.commands.imatrix import create_imatrix
+    from qwenlocal.cli.options import parse_load_request
 
+    parse_load_request(None, threads)
     create_imatrix(model, text=text, out=out, chunks=chunks, threads=threads, force=force)
 
 

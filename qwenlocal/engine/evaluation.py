@@ -20,8 +20,8 @@ class InputCollector:
     """
     Collects statistics of the inputs of all matrices of the layers, like llama-imatrix (collect_imatrix).
 
-    Pass `observe` to a `Context`, and call `begin` before each `decode`. Once all matrices were seen, the rest of the
-    computation is skipped: the output matrix is a quarter of the work for a 0.5B.
+    Pass `observe` to a `Context`, and call `begin` before and `end` after each `decode`. Once all matrices were seen,
+    the rest of the computation is skipped: the output matrix is a quarter of the work for a 0.5B.
     """
 
     def __init__(self) -> None:
@@ -32,19 +32,21 @@ class InputCollector:
         self._seen = self._expected = 0
 
     def begin(self) -> None:
+        """Prepare for a computation."""
+        self._squares.clear()
+        self._seen = 0
+
+    def end(self) -> None:
         """
-        Prepare for the next computation.
+        Note which matrix was the last, after a complete computation.
 
         Raises
         ------
-        The exception that ended the last one.
+        The exception that ended it.
         """
         if self.failure:
             raise self.failure
-        if not self._last:
-            self._last, self._expected = self._previous, self._seen
-        self._squares.clear()
-        self._seen = 0
+        self._last, self._expected = self._previous, self._seen
 
     def observe(self, address: int, is_question: bool, _data: object) -> bool:
         """Answer and follow llama.cpp's calls (`EvaluationCallback`)."""

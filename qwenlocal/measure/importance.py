@@ -8,24 +8,20 @@ The text is divided into chunks of 512 tokens, which the model reads independent
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+import shlex
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from qwenlocal.engine.context import Context, ContextOptions
+from qwenlocal.engine.context import AbortFlag, Context, ContextOptions
 from qwenlocal.engine.evaluation import InputCollector
 from qwenlocal.engine.llama import Model
 from qwenlocal.engine.tokenizer import Tokenizer
 from qwenlocal.errors import BadWeights, TextTooShort, UsageError
 from qwenlocal.formatting import format_quantity
 from qwenlocal.measure.perplexity import split_windows
-from qwenlocal.weights.imatrix import InputStatistics
 
 CHUNK_SIZE = 512  # tokens
-_HINT = "Its weights may be damaged; check them: qwenlocal inspect MODEL"
 CALIBRATION_TEXT = Path(__file__).with_name("calibration.txt")
-
-Report = Callable[[int, int], object]
-"""Gets the chunks that are read, and all of them."""
 
 
 def split_text(tokenizer: Tokenizer, text: str, name: str, *, special: bool) -> list[list[int]]:
@@ -46,33 +42,37 @@ def split_text(tokenizer: Tokenizer, text: str, name: str, *, special: bool) -> 
 
 
 def measure_importance(
-    model: Model, chunks: Sequence[Sequence[int]], threads: int, report: Report = lambda done, total: None
-) -> Mapping[str, InputStatistics]:
+    model: Model, chunks: Sequence[Sequence[int]], threads: int, collector: InputCollector, abort: AbortFlag
+) -> Iterator[int]:
     """
-    Return the statistics of all matrices of the layers, by name.
+    Let the model read chunks, and yield the number of those read after each; `collector` gets the statistics.
 
     Raises
     ------
+    Aborted: `abort` was set.
     BadWeights: an input is NaN or infinite.
     ContextNotCreated: there is not enough memory.
     """
-    import numpy
-
     options = ContextOptions(
         CHUNK_SIZE, threads=threads, n_batch=CHUNK_SIZE, n_ubatch=CHUNK_SIZE, max_outputs=CHUNK_SIZE
     )
-    collector = InputCollector()
-    with contextlib.closing(Context(model, options, evaluation=collector.observe)) as context:
-        for number, ids in enumerate(chunks):
-            report(number, len(chunks))
+    with contextlib.closing(Context(model, options, abort, evaluation=collector.observe)) as context:
+        for number, ids in enumerate(chunks, 1):
             collector.begin()
             context.truncate(0, 0)
             context.decode([(0, ids)], all_logits=(0,))
-    collector.begin()
-    report(len(chunks), len(chunks))
+            collector.end()
+            _check_inputs(model, collector)
+            yield number
+
+
+def _check_inputs(model: Model, collector: InputCollector) -> None:
+    import numpy
+
     for name, statistics in collector.statistics.items():
         if not numpy.isfinite(statistics.sums).all():
             raise BadWeights(
-                "the model", f"the inputs of “{name}” are NaN or infinite", hint="Check it: qwenlocal inspect"
+                model.path,
+                f"the inputs of “{name}” are NaN or infinite",
+                hint=f"To find the damage: qwenlocal inspect {shlex.quote(str(model.path))}",
             )
-    return collector.statistics

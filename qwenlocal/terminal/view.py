@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from qwenlocal.chat.events import Done, Event, FinishReason, GenerationStats, Summarizing, Text, TurnsEvicted
 from qwenlocal.chat.worker import run_alongside
-from qwenlocal.formatting import display_width, format_count, join_sentences
+from qwenlocal.formatting import display_width, format_count, format_duration, join_sentences
 from qwenlocal.i18n import mark, tr
 from qwenlocal.progress import PromptProgress
 from qwenlocal.terminal.ansi import dim, escape_controls
@@ -123,7 +123,7 @@ class AnswerProgress:
             return ""
         new, left = event.done - event.reused, event.total - event.done
         seconds = elapsed / new * left if new else 0
-        time_left = tr(", {time} left", time=_format_duration(seconds)) if left and new else ""
+        time_left = tr(", {time} left", time=format_duration(seconds)) if left and new else ""
         return _describe_prompt_progress(event) + time_left
 
     def _describe_answer(self, now: float) -> str:
@@ -201,12 +201,6 @@ def _describe_speed(tokens_per_second: float) -> str:
 
 def _append_speed(text: str, tokens_per_second: float) -> str:
     return f"{text}, {_describe_speed(tokens_per_second)}" if tokens_per_second else text  # 0 for a single token
-
-
-def _format_duration(seconds: float) -> str:
-    """`_format_duration(95)` is "1 min 35 s"."""
-    whole = max(1, round(seconds))
-    return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60} s"
 
 
 class AnswerView:

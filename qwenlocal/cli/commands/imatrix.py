@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qwenlocal.cli.context import AppContext
-from qwenlocal.cli.gguf_files import find_installed
-from qwenlocal.errors import NotWritable, OutOfRange, OutputExists
-from qwenlocal.formatting import format_quantity
+from qwenlocal.cli.gguf_files import find_installed, refuse_existing
+from qwenlocal.errors import Interrupted, NotWritable, OutOfRange, UsageError
+from qwenlocal.formatting import format_duration, format_quantity
 from qwenlocal.paths import parse_path
 from qwenlocal.text_encoding import read_text
+
+if TYPE_CHECKING:
+    from qwenlocal.library.store import ModelRecord
+    from qwenlocal.weights.imatrix import InputStatistics
 
 _MAX_TEXT = 1 << 28  # bytes
 _MAX_CHUNKS = 1_000_000
@@ -28,7 +35,11 @@ def create_imatrix(
     ------
     UsageError: the text is too short or no text. OutputExists: the file exists, without `force`.
     BadWeights: llama.cpp cannot run the model.
+    Interrupted: Ctrl-C, after the matrix of the chunks so far is written.
     """
+    from qwenlocal.chat.worker import iterate_in_thread
+    from qwenlocal.engine.context import Aborted, AbortFlag
+    from qwenlocal.engine.evaluation import InputCollector
     from qwenlocal.engine.llama import Model
     from qwenlocal.machine import this_machine
     from qwenlocal.measure.importance import CALIBRATION_TEXT, CHUNK_SIZE, measure_importance, split_text
@@ -43,32 +54,67 @@ def create_imatrix(
     content = read_text(text_path, limit=_MAX_TEXT)
     record = find_installed(app, name)
     check_file(record.path)
-    target = parse_path(out) if out else Path(f"{record.path.stem}.imatrix.gguf")
-    if target.exists() and not force:
-        raise OutputExists(target)
-    if not target.parent.is_dir():
-        raise NotWritable(target.parent, "it does not exist")
+    target = _choose_target(out, record, text_path, force=force)
     with loading_status(sys.stderr, record.path.name) as show_loading:
         model = Model(record.path, on_progress=lambda fraction: show_loading(fraction) is None)
+    collector, abort, done = InputCollector(), AbortFlag(), 0
+    begin = time.monotonic()
     with contextlib.closing(model):
         parts = split_text(model.tokenizer, content, text_path.name, special=text is None)[:chunks]
-        begin = time.monotonic()
-        with status_line(sys.stderr, delay=0) as show:
-            statistics = measure_importance(
-                model,
-                parts,
-                threads or this_machine().cores,
-                lambda done, total: show(_describe_progress(done, total, time.monotonic() - begin)),
-            )
-    write_imatrix(target, statistics, len(parts), CHUNK_SIZE, text_path.name)
-    seconds = time.monotonic() - begin
-    app.say(
-        f"Wrote {target}: {format_quantity(len(statistics), 'matrix', 'matrices')}, "
-        f"{format_quantity(len(parts) * CHUNK_SIZE, 'token')} of {text_path.name}, in {seconds:.0f} s."
-    )
+        threads = threads or this_machine().cores
+        with (
+            status_line(sys.stderr, delay=0) as show,
+            iterate_in_thread(lambda: measure_importance(model, parts, threads, collector, abort), abort.set) as counts,
+            contextlib.suppress(Aborted),
+        ):
+            show(_describe_progress(0, len(parts), 0))
+            for done in counts:
+                show(_describe_progress(done, len(parts), time.monotonic() - begin))
+    if done:
+        write_imatrix(target, collector.statistics, done, CHUNK_SIZE, text_path.name)
+        app.say(
+            f"Wrote {target}: {format_quantity(len(collector.statistics), 'matrix', 'matrices')}, "
+            f"{format_quantity(done * CHUNK_SIZE, 'token')} of {text_path.name}, in {time.monotonic() - begin:.0f} s."
+        )
+        _say_unused_experts(app, collector.statistics)
+    if done < len(parts):
+        raise Interrupted(f"{done} of {len(parts)} chunks were measured.")
     app.say(f"Use it with: qwenlocal convert SRC --imatrix {target}")
 
 
+def _choose_target(out: str | None, record: ModelRecord, text: Path, *, force: bool) -> Path:
+    """
+    Return the file to write, before anything takes time.
+
+    Raises
+    ------
+    OutputExists, UsageError, NotWritable: it cannot be written.
+    """
+    default = f"{record.path.stem}.imatrix.gguf"
+    target = parse_path(out or default)
+    if target.is_dir():
+        target /= default
+    refuse_existing(target, force=force)
+    used = (str(text), *(file.path for file in record.files))
+    if target.exists() and any(map(target.samefile, used)):
+        message = f"The matrix would replace {target}, which it is measured with."
+        raise UsageError(message, hint="Name another file: -o OUT")
+    if not target.parent.is_dir():
+        raise NotWritable(target.parent, "it does not exist", hint="Name a folder that exists: -o OUT")
+    if not os.access(target.parent, os.W_OK):
+        raise NotWritable(target.parent, "permission denied", hint="Write to another folder: -o OUT")
+    return target
+
+
+def _say_unused_experts(app: AppContext, statistics: Mapping[str, InputStatistics]) -> None:
+    counts = [count for entry in statistics.values() if len(entry.counts) > 1 for count in entry.counts]
+    if unused := counts.count(0):
+        app.say(
+            f"{unused:,} of {format_quantity(len(counts), 'matrix', 'matrices')} of experts got no tokens, and will be "
+            "quantized as without an importance matrix. To reach more of them, use a longer text."
+        )
+
+
 def _describe_progress(done: int, total: int, seconds: float) -> str:
-    left = f", {seconds / done * (total - done):.0f} s left" if done else ""
+    left = f", {format_duration(seconds / done * (total - done))} left" if 0 < done < total else ""
     return f"measuring: chunk {done} of {total}{left}"

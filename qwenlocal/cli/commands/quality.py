@@ -249,7 +249,7 @@ def _draw_quantiles(plot: Path, file: ModelFile, meter: QualityMeter) -> None:
 
     divergence = meter.result().divergence
     assert divergence is not None
-    title = f"KL divergence of {file.name}, nats per token"
+    title = f"KL divergence of {file.name}"
     _write_plot(plot, draw_quantiles(title, {"mean": divergence.kl.value, **divergence.kl_quantiles}))
 
 
@@ -301,7 +301,7 @@ def _draw_levels(plot: Path, model: str, reports: Sequence[LevelReport]) -> None
         for report in reports
         if (divergence := report.meter.result().divergence)
     ]
-    _write_plot(plot, draw_levels(f"{format_model_name(model)}: size and mean KL divergence", points))
+    _write_plot(plot, draw_levels(f"Levels of {format_model_name(model)}", points))
 
 
 def _write_plot(path: Path, svg: str) -> None:

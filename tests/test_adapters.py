@@ -23,6 +23,7 @@ from generation import answer, answer_and_count
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import data_of
+from packing import write_packed_checkpoint
 from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
 from server_process import serving
@@ -36,7 +37,7 @@ from qwenlocal.engine.llama import Model
 from qwenlocal.engine.load_plan import LoadRequest
 from qwenlocal.engine.loader import EngineLoader, LoadedModel, LoadOptions
 from qwenlocal.engine.prompt_cache import compute_cache_key
-from qwenlocal.errors import BadCheckpoint, BadWeights, UnsupportedCheckpoint
+from qwenlocal.errors import BadCheckpoint, BadWeights, UnsupportedCheckpoint, UsageError
 from qwenlocal.library.adapters import AdapterRequest, parse_adapter
 from qwenlocal.machine import this_machine
 from qwenlocal.terminal.completer import ChatCompleter
@@ -835,12 +836,16 @@ class TestCommands:
         assert "only directories of PEFT can be merged" in message
         assert "There is no adapter ./x on this disk." in expect_exit(invoke(*command, "c.gguf", "--merge", "./x"), 3)
 
-    def test_quantized_checkpoints_are_not_merged(self, base: Path, tmp_path: Path, style: Path, invoke: Run) -> None:
-        copy = Path(shutil.copytree(base, tmp_path / "Packed"))
-        settings_ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
-        set_json(copy, "config.json", quantization_config=settings_)
-        message = expect_exit(invoke("convert", str(copy), "--merge", str(style)), 2)
-        assert "An adapter cannot be merged into quantized weights" in message
+    def test_quantized_checkpoints_are_not_merged(self, tmp_path: Path, style: Path, invoke: Run) -> None:
+        packed = tmp_path / "Packed"
+        write_packed_checkpoint(packed, "gptq")
+        message = expect_exit(invoke("convert", str(packed), "--merge", str(style)), 2)
+        assert "An adapter cannot be merged into quantized weights (GPTQ-Int4)." in message
+        assert f"qwenlocal run {packed} --adapter {style}; or merge it into the original" in message
+        repo = ConversionOptions(repo="Qwen/Qwen1.5-0.5B-GPTQ-Int4", merges=[WeightedAdapter(read_adapter(style))])
+        with pytest.raises(UsageError) as caught:
+            plan_conversion(Checkpoint.open(packed), [(tmp_path / "x.gguf", file_type("q4_0"))], repo)
+        assert f"qwenlocal convert hf:Qwen/Qwen1.5-0.5B --merge {style}" in caught.value.hint
 
     def test_the_python_api_takes_adapters(
         self, style: Path, base: Path, base_gguf: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

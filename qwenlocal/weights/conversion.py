@@ -10,6 +10,8 @@ write_workers.py executes the plan.
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -126,9 +128,13 @@ def _merge(
     checkpoint: Checkpoint, tensors: Sequence[SourceTensor], options: ConversionOptions
 ) -> tuple[list[SourceTensor], list[str]]:
     if checkpoint.packing:
+        source = f"hf:{options.repo}" if options.repo else str(checkpoint.folder)
+        original = re.sub(r"-(GPTQ|AWQ)(-Int\d)?$", "", source) if options.repo else "ORIGINAL"
+        adapter = shlex.quote(str(options.merges[0].adapter.folder))
         raise UsageError(
-            f"An adapter cannot be merged into quantized weights ({checkpoint.packing}) without loss.",
-            hint="Merge it into the original checkpoint, or use it as it is: qwenlocal run MODEL --adapter ADAPTER",
+            f"An adapter cannot be merged into quantized weights ({checkpoint.packing}).",
+            hint=f"Use it as it is: qwenlocal run {shlex.quote(source)} --adapter {adapter}; or merge it into the "
+            f"original checkpoint: qwenlocal convert {original} --merge {adapter}",
         )
     return merge_adapters(tensors, options.merges, options.name or checkpoint.folder.name)
 

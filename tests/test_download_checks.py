@@ -269,7 +269,7 @@ class TestBeforeTheDownload:
         for command in (("pull", hub_checkpoint), ("run", hub_checkpoint, "Hi"), ("convert", hub_checkpoint)):
             message = expect_exit(invoke(*command), 5)
             assert "quantized already (bitsandbytes)" in message
-            assert "Convert the original checkpoint." in message
+            assert "Convert the original checkpoint: qwenlocal convert hf:OWNER/REPO" in message
         assert "config.json" in fetched_files(hub)
         assert "model.safetensors" not in fetched_files(hub)
 

@@ -32,7 +32,7 @@ from qwenlocal.errors import BadCheckpoint, BadWeights, Interrupted, Unsupported
 from qwenlocal.ggml import tensor_type
 from qwenlocal.library.plan_execution import check_packed_weights
 from qwenlocal.resumable import journal_path
-from qwenlocal.testing import MOE_CONFIG, as_dtype
+from qwenlocal.testing import MOE_CONFIG, as_dtype, write_checkpoint
 from qwenlocal.weights.checkpoint import Checkpoint
 from qwenlocal.weights.conversion import ConversionOptions, default_file_type, plan_conversion
 from qwenlocal.weights.conversion_plan import PlannedTensor
@@ -112,7 +112,7 @@ class TestExperts:
         """One expert has other zero points than 8, which Q4_0 cannot express."""
         weights = write_packed_checkpoint(tmp_path / "model", "gptq", config=MOE_CONFIG)
         name = "model.layers.0.mlp.experts.2.up_proj"
-        change_tensor(tmp_path / "model", f"{name}.qzeros", lambda zeros: zeros ^ 0x11111111)
+        change_tensor(tmp_path / "model", f"{name}.qzeros", lambda zeros: zeros ^ 0x33333333)
         tensors = convert(tmp_path / "model", "q4_0")
         kind, values = tensors["blk.0.ffn_up_exps.weight"]
         assert kind == "q5_0"
@@ -175,12 +175,13 @@ class TestScales:
         assert "model.layers.0.mlp.up_proj" in note
         assert "scales that float16 cannot hold" in note
 
-    def test_infinite_scales_are_refused(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("value", [numpy.inf, numpy.nan])
+    def test_infinite_scales_are_refused_before_anything_is_written(self, value: float, tmp_path: Path) -> None:
         write_packed_checkpoint(tmp_path / "model", "gptq")
         name = "model.layers.0.mlp.up_proj.scales"
-        change_tensor(tmp_path / "model", name, lambda scales: scales / 0, numpy.float16)
-        with pytest.raises(BadWeights, match=f"“{name}” has scales that are NaN or infinite"):
-            convert(tmp_path / "model", "q4_0")
+        change_tensor(tmp_path / "model", name, lambda scales: scales * value, numpy.float16)
+        with pytest.raises(BadCheckpoint, match=f"“{name}” has scales that are NaN or infinite"):
+            make_plan(tmp_path / "model")
 
 
 class TestZeroPoints:
@@ -376,22 +377,39 @@ class TestProof:
 
 
 SETTINGS: list[tuple[str, dict[str, Any], str]] = [
-    ("gptq", {"bits": 3}, "GPTQ weights of 3 bits are not supported"),
+    ("gptq", {"bits": 3}, "“bits” is 3; GPTQ weights must have 4 or 8"),
     ("gptq", {"bits": "4"}, "“bits” must be an integer, not '4'"),
     ("gptq", {"bits": True}, "“bits” must be an integer, not True"),
     ("gptq", {"group_size": 0}, "“group_size” must be -1 or at least 1, not 0"),
     ("gptq", {"group_size": None}, "“group_size” must be an integer, not None"),
     ("gptq", {"sym": "yes"}, "“sym” must be true or false, not 'yes'"),
-    ("gptq", {"checkpoint_format": "marlin"}, "in the format “marlin” are not supported"),
-    ("gptq", {"is_marlin_format": True}, "in the format “marlin” are not supported"),
+    (
+        "gptq",
+        {"checkpoint_format": "marlin"},
+        "“checkpoint_format” is 'marlin'; GPTQ weights must be “gptq” or “gptq_v2”",
+    ),
+    ("gptq", {"is_marlin_format": True}, "“is_marlin_format” is true"),
     ("gptq", {"dynamic": {"-:lm_head": {}}}, "“dynamic”"),
-    ("gemm", {"bits": 8}, "AWQ weights of 8 bits are not supported"),
-    ("gemm", {"version": "gemv_fast"}, "of the version “gemv_fast” are not supported"),
-    ("gemm", {"version": None}, "of the version “None” are not supported"),
-    ("gemm", {"zero_point": False}, "without zero points"),
-    ("gptq", {"bits": 8}, "“model.layers.0.self_attn.q_proj.qweight” has the shape [32, 256]"),
-    ("gptq", {"group_size": 64}, "“model.layers.0.self_attn.q_proj.scales” has the shape [2, 256]"),
-    ("gemm", {"version": "gemv"}, "“model.layers.0.self_attn.q_proj.scales” has the shape [2, 256]"),
+    ("gemm", {"bits": 8}, "“bits” is 8; AWQ weights must have 4"),
+    ("gemm", {"version": "gemv_fast"}, "“version” is 'gemv_fast'; AWQ weights must be “gemm” or “gemv”"),
+    ("gemm", {"version": None}, "“version” is None"),
+    ("gemm", {"zero_point": False}, "“zero_point” is false"),
+    ("gptq", {"bits": 8}, "q_proj.qweight” has the shape [32, 256]; config.json (GPTQ, “bits” 8, “group_size” 128)"),
+    (
+        "gptq",
+        {"group_size": 64},
+        "q_proj.scales” has the shape [2, 256]; config.json (GPTQ, “bits” 4, “group_size” 64)",
+    ),
+    ("gemm", {"version": "gemv"}, "q_proj.scales” has the shape [2, 256]; config.json (AWQ gemv, “bits” 4"),
+    (
+        "gptq",
+        {"quant_method": "awq", "zero_point": True},
+        "q_proj.qweight” has the shape [32, 256]; config.json (AWQ gemm",
+    ),
+    ("gptq", {"quant_method": None}, "“quant_method” is missing"),
+    ("gptq", {"quant_method": None, "load_in_4bit": True}, "quantized already (bitsandbytes)"),
+    *(("gptq", {"quant_method": method}, f"quantized already ({method})") for method in ("hqq", "eetq", "fp8", "5")),
+    ("gptq", {"checkpoint_format": "gptq_v2"}, "q_proj.qzeros” has zero points of 7 instead of 8"),
 ]
 
 
@@ -406,7 +424,20 @@ class TestFaults:
         assert message in str(caught.value)
         assert caught.value.hint
 
-    @pytest.mark.parametrize("part", ["qzeros", "scales"])
+    def test_zero_points_of_the_other_version_are_named_with_the_setting(self, tmp_path: Path) -> None:
+        write_packed_checkpoint(tmp_path / "model", "gptq_v2", settings={"checkpoint_format": "gptq"})
+        with pytest.raises(BadCheckpoint, match="has zero points of 9 instead of 8, although “sym” is true") as caught:
+            make_plan(tmp_path / "model")
+        assert "set “checkpoint_format” to “gptq_v2”" in caught.value.hint
+
+    @pytest.mark.parametrize("settings", [[1], "gptq", 4])
+    def test_settings_that_are_no_object_are_named(self, settings: object, tmp_path: Path) -> None:
+        write_packed_checkpoint(tmp_path / "model", "gptq")
+        set_json(tmp_path / "model", "config.json", quantization_config=settings)
+        with pytest.raises(BadCheckpoint, match="“quantization_config” must be an object, not "):
+            make_plan(tmp_path / "model")
+
+    @pytest.mark.parametrize("part", ["qweight", "qzeros", "scales"])
     def test_a_missing_part_is_named(self, part: str, tmp_path: Path) -> None:
         write_packed_checkpoint(tmp_path / "model", "gptq")
         remove_tensors(tmp_path / "model", f"layers.1.mlp.up_proj.{part}")
@@ -437,6 +468,13 @@ class TestFaults:
         set_json(tmp_path / "model", "config.json", intermediate_size=516)
         with pytest.raises(UnsupportedCheckpoint, match=r"packs 516 x 256 weights, which is not a multiple of 8"):
             make_plan(tmp_path / "model")
+
+    def test_weights_that_are_not_packed_are_quantized_as_usual(self, tmp_path: Path) -> None:
+        settings = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+        write_checkpoint(tmp_path / "model", config={"quantization_config": settings})
+        plan = make_plan(tmp_path / "model")
+        assert plan.notes == ["The weights are not packed, although the settings of GPTQ-Int4 are there."]
+        assert {"q4_k", "q6_k"} <= {tensor.choice.type.name for tensor in plan_types(tmp_path / "model", "q4_k_m")}
 
     def test_settings_of_another_file_are_used(self, tmp_path: Path) -> None:
         """Older checkpoints have no "quantization_config" in config.json."""

@@ -55,7 +55,7 @@ class PackedFacts:
 
         Raises
         ------
-        UnexpectedWeights: they differ. BadWeights: the tensors are damaged.
+        UnexpectedWeights: they differ. BadCheckpoint: the tensors are damaged.
         """
         actual = self.stored.examine(reader, has_order=self.has_order)
         if actual == self.assumed:

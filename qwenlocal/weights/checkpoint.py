@@ -91,6 +91,9 @@ class Checkpoint:
         stored = _merge_tensors(contents)
         _check_weight_map(folder, files.weight_map or {}, stored)
         tensors, notes = _remove_wrappers(stored)
+        if packing and not any(name.endswith((".qweight", ".qzeros")) for name in tensors):
+            notes.append(f"The weights are not packed, although the settings of {packing} are there.")
+            packing = None
         check_tensor_names(folder, tensors, is_packed=packing is not None)
         return cls(folder, config, tensors, packing, notes=[note for note in (files.note, *notes) if note])
 

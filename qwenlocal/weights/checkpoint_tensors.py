@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,7 +14,7 @@ from qwenlocal.weights.assumptions import Assumption, PackedFacts, ZeroTensor, n
 from qwenlocal.weights.checkpoint import Checkpoint
 from qwenlocal.weights.packed_matrix import PackedMatrix
 from qwenlocal.weights.packed_rows import PackedRows
-from qwenlocal.weights.packing import Packing
+from qwenlocal.weights.packing import ORIGINAL_HINT, Packing
 from qwenlocal.weights.row_source import FileRows, RowSource, SourceTensor
 from qwenlocal.weights.safetensors import StoredTensor
 from qwenlocal.weights.source_files import SourceFiles
@@ -56,15 +57,15 @@ class CheckpointTensors:
     def _full_name(self, name: str) -> str:
         return name if name.startswith("lm_head.") else self._prefix + name
 
-    def take(self, name: str, *shape: int, types: Sequence[str] = _FLOAT_TYPES) -> StoredTensor:
+    def take(
+        self, name: str, *shape: int, types: Sequence[str] = _FLOAT_TYPES, implied_by: str = "config.json implies"
+    ) -> StoredTensor:
         full = self._full_name(name)
         tensor = self._left.pop(full, None)
         if tensor is None:
             raise BadCheckpoint(self.folder, f"“{full}” is missing", hint=" ".join(self._checkpoint_notes))
         if tensor.shape != shape:
-            raise BadCheckpoint(
-                tensor.file, f"“{full}” has the shape {list(tensor.shape)}; config.json implies {list(shape)}"
-            )
+            raise BadCheckpoint(tensor.file, f"“{full}” has the shape {list(tensor.shape)}; {implied_by} {list(shape)}")
         if tensor.dtype not in types:
             supported = "only f32, f16 and bf16 can be converted" if types is _FLOAT_TYPES else f"it must be {types[0]}"
             raise UnsupportedCheckpoint(tensor.file, f"“{full}” has the type {tensor.dtype}; {supported}")
@@ -86,7 +87,7 @@ class CheckpointTensors:
 
     def matrix_rows(self, source: str, rows: int, columns: int) -> RowSource:
         """Take a matrix, or the tensors that it is packed in."""
-        if self._packing and self.has(f"{source}.qweight"):
+        if self._packing and any(self.has(f"{source}.{part}") for part in ("qweight", "qzeros", "scales")):
             return self._take_packed(source, rows, columns, self._packing)
         return file_rows(self.take(f"{source}.weight", rows, columns), 0, rows)
 
@@ -95,21 +96,23 @@ class CheckpointTensors:
         group_size = columns if packing.group_size == -1 else packing.group_size
         groups = -(-columns // group_size)
         if rows % per_word or columns % per_word:
-            weight = self._left[self._full_name(f"{source}.qweight")]
             raise UnsupportedCheckpoint(
-                weight.file,
-                f"“{weight.name}” packs {rows:,} x {columns:,} weights, which is not a multiple of {per_word}",
-                hint="Convert the original checkpoint.",
+                self.folder,
+                f"“{self._full_name(source)}.qweight” packs {rows:,} x {columns:,} weights, "
+                f"which is not a multiple of {per_word}",
+                hint=ORIGINAL_HINT,
             )
+        take = functools.partial(self.take, implied_by=f"config.json ({packing.settings}) implies")
         if packing.layout == "gemv":
-            weight = self.take(f"{source}.qweight", rows, columns // per_word, types=_CODE_TYPES)
-            scales = self._take_padded(f"{source}.scales", rows, groups, types=_FLOAT_TYPES)
-            zeros = self._take_padded(f"{source}.qzeros", rows, -(-groups // per_word), types=_CODE_TYPES)
+            weight = take(f"{source}.qweight", rows, columns // per_word, types=_CODE_TYPES)
+            scales = take(f"{source}.scales", rows, self._padded_width(f"{source}.scales", rows, groups))
+            width = self._padded_width(f"{source}.qzeros", rows, -(-groups // per_word))
+            zeros = take(f"{source}.qzeros", rows, width, types=_CODE_TYPES)
         else:
             shape = (columns // per_word, rows) if packing.layout == "gptq" else (columns, rows // per_word)
-            weight = self.take(f"{source}.qweight", *shape, types=_CODE_TYPES)
-            scales = self.take(f"{source}.scales", groups, rows)
-            zeros = self.take(f"{source}.qzeros", groups, rows // per_word, types=_CODE_TYPES)
+            weight = take(f"{source}.qweight", *shape, types=_CODE_TYPES)
+            scales = take(f"{source}.scales", groups, rows)
+            zeros = take(f"{source}.qzeros", groups, rows // per_word, types=_CODE_TYPES)
         order = self.take(f"{source}.g_idx", columns, types=("I32",)) if self.has(f"{source}.g_idx") else None
         matrix = PackedMatrix(
             packing.layout, packing.bits, group_size, rows, columns, weight, scales, zeros, order,
@@ -120,11 +123,10 @@ class CheckpointTensors:
             self._dequantized.setdefault(matrix.obstacle, []).append(weight.name.removesuffix(".qweight"))
         return PackedRows(matrix, matrix.exact_types[0])
 
-    def _take_padded(self, name: str, rows: int, columns: int, *, types: Sequence[str]) -> StoredTensor:
-        """Take a matrix that may have more columns, which AWQ's gemv layout does not use."""
+    def _padded_width(self, name: str, rows: int, columns: int) -> int:
+        """Return the columns of a stored matrix, at least `columns`: AWQ's gemv layout does not use the last ones."""
         stored = self._left.get(self._full_name(name))
-        is_padded = stored is not None and stored.shape[:1] == (rows,) and stored.shape[-1] > columns
-        return self.take(name, rows, stored.shape[-1] if stored and is_padded else columns, types=types)
+        return max(columns, stored.shape[1]) if stored and stored.shape[:-1] == (rows,) else columns
 
     def _examine(self, matrix: PackedMatrix, packing: Packing) -> PackedMatrix:
         """Replace what config.json says by what the tensors contain."""

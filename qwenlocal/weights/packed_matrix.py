@@ -18,7 +18,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from qwenlocal.errors import BadWeights
+from qwenlocal.errors import BadCheckpoint
 from qwenlocal.ggml import TensorType, tensor_type
 from qwenlocal.weights.row_source import SourceReader
 from qwenlocal.weights.safetensors import StoredTensor
@@ -175,40 +175,44 @@ class PackedMatrix:
 
         Raises
         ------
-        BadWeights: `groups` names a group that does not exist.
+        BadCheckpoint: `groups` names a group that does not exist, a scale is NaN or infinite, or the zero points are
+            those of the other version of GPTQ.
         """
-        groups = self.groups
-        if groups:
-            order = self.column_groups(reader)
-            if order.min() < 0 or order.max() >= self.group_count:
-                raise BadWeights(
-                    groups.file,
-                    f"“{groups.name}” has groups that “{self.scales.name}” does not have",
-                    hint="The checkpoint is damaged. Download it again.",
-                )
-            is_unused = not has_order and not order.any()
-            if is_unused or self.are_groups_in_order(reader):
-                groups = None
-        return replace(
-            self,
-            groups=groups,
-            is_symmetric=self.are_zeros_symmetric(reader),
-            has_half_scales=self.are_scales_half(reader),
-        )
-
-    def are_groups_in_order(self, reader: SourceReader) -> bool:
-        """Return True if `groups` holds 0 for the first `group_size` columns, 1 for the next ones, and so on."""
         import numpy
 
-        return bool((self.column_groups(reader) == numpy.arange(self.columns) // self.group_size).all())
+        scales, zeros = self.load_scales(0, self.rows, reader), self.zero_points(0, self.rows, reader)
+        if not numpy.isfinite(scales).all():
+            raise _damaged(self.scales, "has scales that are NaN or infinite")
+        middle = 1 << (self.bits - 1)
+        if self.is_symmetric and any((zeros == other).all() for other in (middle - 1, middle + 1)):
+            raise BadCheckpoint(
+                self.zeros.file,
+                f"“{self.zeros.name}” has zero points of {zeros.flat[0]} instead of {middle}, although “sym” is true",
+                hint="GPTQ probably packed it as the other version: set “checkpoint_format” to "
+                f"“{'gptq_v2' if self.zero_offset else 'gptq'}” in config.json or quantize_config.json.",
+            )
+        return replace(
+            self,
+            groups=self.groups if self._needs_groups(reader, has_order=has_order) else None,
+            is_symmetric=bool((zeros == middle).all()),
+            has_half_scales=self.scales.dtype == "F16" or _fit_half(scales),
+        )
 
-    def are_zeros_symmetric(self, reader: SourceReader) -> bool:
-        """Return True if all zero points are in the middle: 8 of 16, or 128 of 256."""
-        return bool((self.zero_points(0, self.rows, reader) == 1 << (self.bits - 1)).all())
+    def _needs_groups(self, reader: SourceReader, *, has_order: bool) -> bool:
+        """Return False if `groups` are in order, or unused: all zeros."""
+        import numpy
 
-    def are_scales_half(self, reader: SourceReader) -> bool:
-        """Return True if float16 holds all scales exactly."""
-        return self.scales.dtype == "F16" or fit_half(self.load_scales(0, self.rows, reader))
+        if self.groups is None:
+            return False
+        order = self.column_groups(reader)
+        if order.min() < 0 or order.max() >= self.group_count:
+            raise _damaged(self.groups, f"has groups that “{self.scales.name}” does not have")
+        is_unused = not has_order and not order.any()
+        return not is_unused and bool((order != numpy.arange(self.columns) // self.group_size).any())
+
+
+def _damaged(tensor: StoredTensor, problem: str) -> BadCheckpoint:
+    return BadCheckpoint(tensor.file, f"“{tensor.name}” {problem}", hint="It is damaged. Download it again.")
 
 
 def _load(tensor: StoredTensor, reader: SourceReader) -> numpy.ndarray:
@@ -262,7 +266,7 @@ def _as_floats(bits: numpy.ndarray, dtype: str) -> numpy.ndarray:
     return numpy.ascontiguousarray(bits).view(numpy.float16 if dtype == "F16" else numpy.float32)
 
 
-def fit_half(values: numpy.ndarray) -> bool:
+def _fit_half(values: numpy.ndarray) -> bool:
     """Return True if float16 holds all values exactly; never for NaN."""
     import numpy
 

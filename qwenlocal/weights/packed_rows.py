@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwenlocal import ggml
-from qwenlocal.errors import BadWeights
 from qwenlocal.ggml import TensorType
-from qwenlocal.weights.packed_matrix import BLOCK, PackedMatrix, fit_half
+from qwenlocal.weights.packed_matrix import BLOCK, PackedMatrix
 from qwenlocal.weights.row_source import CHUNK_SIZE, RowSource, SourceReader
 
 if TYPE_CHECKING:
@@ -92,16 +91,16 @@ class PackedRows:
         """
         Store the rows from `first` on, as many as fill `buffer`.
 
-        Raises
-        ------
-        BadWeights: a scale is infinite or NaN.
+        In a quantized type, float16 must hold all scales, as `PackedMatrix.examine` checks.
         """
+        import numpy
+
         count = len(buffer) // self.type.row_bytes(self.columns)
         matrix = self.matrix
         if self.type.name == "f32":
             _store_floats(matrix, first, count, buffer, reader)
             return
-        scales = self._half_scales(matrix.load_scales(first, count, reader))
+        scales = self._per_block(matrix.load_scales(first, count, reader).astype(numpy.float16))
         has_zeros = self.type.name in ("q5_0", "q4_1")
         zeros = self._per_block(matrix.zero_points(first, count, reader).astype("u1")) if has_zeros else None
         if (first % 8 == count % 8 == 0) or matrix.layout != "gemm":
@@ -109,25 +108,6 @@ class PackedRows:
             if ggml.pack_rows(self.type, stored, scales, zeros, buffer, is_gemm=is_gemm):
                 return
         _STORE[self.type.name](matrix.words(first, count, reader), scales, zeros, buffer)
-
-    def _half_scales(self, values: numpy.ndarray) -> numpy.ndarray:
-        """Return the scales of each block, of shape (blocks, rows)."""
-        import numpy
-
-        stored = self.matrix.scales
-        if not numpy.isfinite(values).all():
-            raise BadWeights(
-                stored.file,
-                f"“{stored.name}” has scales that are NaN or infinite",
-                hint="The checkpoint is damaged. Download it again.",
-            )
-        if not fit_half(values):
-            raise BadWeights(
-                stored.file,
-                f"“{stored.name}” has scales that float16 cannot hold",
-                hint="Download the checkpoint first.",
-            )
-        return self._per_block(values.astype(numpy.float16))
 
     def _per_block(self, values: numpy.ndarray) -> numpy.ndarray:
         """Repeat values per group, of shape (groups, rows), for each of the blocks of a row."""

@@ -51,7 +51,6 @@ def start_conversion(source: Path, *targets: Path, replace: str = "") -> subproc
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

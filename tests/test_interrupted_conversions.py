@@ -99,7 +99,6 @@ class TestCtrlC:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         message = signal_after(child, target, 3, signal.SIGINT)
         assert child.returncode == 130

@@ -362,7 +362,6 @@ class TestInterrupted:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def interrupt(self, streamed: StreamedCommand, environment: Mapping[str, str], how: int, lines: int = 2) -> str:

@@ -263,10 +263,14 @@ class HttpClient:
     def _create_pool(self, proxy: str) -> urllib3.PoolManager:
         manager = self._create_manager(proxy)
         manager.pool_classes_by_scheme = {
-            scheme: _register_connections(pool, self._connections)
+            scheme: _register_connections(pool, self._add_connection)
             for scheme, pool in manager.pool_classes_by_scheme.items()
         }
         return manager
+
+    def _add_connection(self, connection: HTTPConnection) -> None:
+        with self._lock:  # `close_all` looks at all of them meanwhile
+            self._connections.add(connection)
 
     def _create_manager(self, proxy: str) -> urllib3.PoolManager:
         context = self._ssl_context()
@@ -295,15 +299,15 @@ class HttpClient:
 
 
 def _register_connections(
-    pool: type[HTTPConnectionPool], connections: weakref.WeakSet[HTTPConnection]
+    pool: type[HTTPConnectionPool], register: Callable[[HTTPConnection], None]
 ) -> type[HTTPConnectionPool]:
-    """Return a class of pools that add each connection to `connections` once it is open."""
+    """Return a class of pools that call `register` with each connection once it is open."""
     base: Any = pool.ConnectionCls
 
     class Connection(base):  # type: ignore[misc]
         def connect(self) -> None:
             super().connect()
-            connections.add(self)
+            register(self)
 
     return type(pool.__name__, (pool,), {"ConnectionCls": Connection})
 

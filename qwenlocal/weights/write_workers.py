@@ -240,9 +240,9 @@ class _JobRun:
         total = self._job.read_bytes
         try:
             for worker in workers:
-                _start(worker)
+                start_thread(worker)
             for worker in workers:
-                while worker.is_alive():
+                while worker.is_alive() and not self._is_stopped:
                     worker.join(0.1)
                     self._report(self._read, total)
                     self._start_writeback()
@@ -313,9 +313,16 @@ def _unlink(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _start(worker: threading.Thread) -> None:
+def start_thread(thread: threading.Thread) -> None:
+    """
+    Start a thread.
+
+    Raises
+    ------
+    QwenlocalError: the system allows no more.
+    """
     try:
-        worker.start()
+        thread.start()
     except RuntimeError as reason:
         raise QwenlocalError(
             "This system does not allow more threads.", hint="Use one thread: -t 1. Finished work is kept."

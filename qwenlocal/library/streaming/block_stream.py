@@ -7,18 +7,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from qwenlocal.library.artifact import DownloadPolicy
 from qwenlocal.library.streaming.range_fetcher import RangeFetcher, Stopped
+from qwenlocal.library.streaming.stream_journal import PartOfFile
+from qwenlocal.weights.write_workers import start_thread
 
-BLOCK_SIZE = 8 << 20
+_BLOCK_SIZE = 8 << 20
 _MAX_BLOCKS = 8  # that are being fetched, or have arrived and are not taken
-
-
-class FileRange(NamedTuple):
-    """Bytes `start` to `end` of a file."""
-
-    path: Path
-    start: int
-    end: int
+BUFFER_SIZE = _MAX_BLOCKS * _BLOCK_SIZE
 
 
 class StreamPiece(NamedTuple):
@@ -32,48 +28,34 @@ class StreamPiece(NamedTuple):
 class _Block:
     """A range that one thread fetches, what has arrived of it, and why no more will."""
 
-    def __init__(self, span: FileRange, buffer: memoryview) -> None:
+    def __init__(self, span: PartOfFile, buffer: memoryview) -> None:
         self.span, self.buffer, self.arrived = span, buffer, 0
         self.failure: BaseException | None = None
 
 
 class BlockStream:
-    """Fetches `ranges` in order by `connections` threads. Blocks are fetched ahead until their memory is used up."""
+    """Fetches `ranges` in order by several threads. Blocks are fetched ahead until their memory is used up."""
 
-    def __init__(
-        self, ranges: Sequence[FileRange], fetcher: RangeFetcher, *, connections: int, block_size: int = BLOCK_SIZE
-    ) -> None:
-        self._spans = [block for span in ranges for block in _split(span, block_size)]
-        self._fetcher, self._connections, self._block_size = fetcher, connections, block_size
-        self._changed = threading.Condition()
+    def __init__(self, ranges: Sequence[PartOfFile], fetcher: RangeFetcher) -> None:
+        self._spans = [block for span in ranges for block in _split(span)]
+        self._fetcher, self._changed = fetcher, threading.Condition()
         self._blocks: dict[int, _Block] = {}  # by number; claimed and not taken
         self._spare: list[memoryview] = []
-        self._next = self._taken = 0
+        self._next = 0
         self._has_failed = self._is_stopped = False
-        self._threads: list[threading.Thread] = []
-
-    @property
-    def buffer_size(self) -> int:
-        """The most bytes that blocks occupy."""
-        return min(len(self._spans), _MAX_BLOCKS) * self._block_size
 
     def start(self) -> None:
         """Begin to fetch."""
-        count = min(self._connections, len(self._spans))
-        self._threads = [threading.Thread(target=self._fetch_blocks, daemon=True) for _ in range(count)]
-        for thread in self._threads:
-            thread.start()
+        # All memory is requested here: a thread that ends without it would leave `pieces` waiting.
+        self._spare = [memoryview(bytearray(_BLOCK_SIZE)) for _ in self._spans[:_MAX_BLOCKS]]
+        for _ in self._spans[: DownloadPolicy.connections]:
+            start_thread(threading.Thread(target=self._fetch_blocks, daemon=True))
 
     def stop(self) -> None:
         """End all threads, and the wait for the next piece, with `Stopped`; call it after the fetcher's."""
         with self._changed:
             self._is_stopped = True
             self._changed.notify_all()
-
-    def join(self, timeout: float) -> None:
-        """Wait for the threads."""
-        for thread in self._threads:
-            thread.join(timeout)
 
     def pieces(self) -> Iterator[StreamPiece]:
         """
@@ -85,13 +67,12 @@ class BlockStream:
         """
         for number, span in enumerate(self._spans):
             position = 0
-            while position < span.end - span.start:
+            while position < span.size:
                 block, arrived = self._wait_for_bytes(number, position)
-                yield StreamPiece(span.path, span.start + position, block.buffer[position:arrived])
+                yield StreamPiece(span.path, span.offset + position, block.buffer[position:arrived])
                 position = arrived
             with self._changed:
                 self._spare.append(self._blocks.pop(number).buffer)
-                self._taken = number + 1
                 self._changed.notify_all()
 
     def _wait_for_bytes(self, number: int, position: int) -> tuple[_Block, int]:
@@ -110,7 +91,7 @@ class BlockStream:
     def _fetch_blocks(self) -> None:
         while block := self._claim():
             try:
-                for data in self._fetcher.read(*block.span):
+                for data in self._fetcher.read(block.span):
                     block.buffer[block.arrived : block.arrived + len(data)] = data
                     with self._changed:
                         block.arrived += len(data)
@@ -124,19 +105,18 @@ class BlockStream:
         """Return the next block, once there is memory for it; None after the last one, a failure, or `stop`."""
         with self._changed:
             while not self._is_stopped and not self._has_failed and self._next < len(self._spans):
-                if self._next - self._taken < _MAX_BLOCKS:
+                if self._spare:
                     number, self._next = self._next, self._next + 1
-                    buffer = self._spare.pop() if self._spare else memoryview(bytearray(self._block_size))
-                    self._blocks[number] = _Block(self._spans[number], buffer)
+                    self._blocks[number] = _Block(self._spans[number], self._spare.pop())
                     return self._blocks[number]
                 self._changed.wait()
         return None
 
 
-def _split(span: FileRange, size: int) -> Iterator[FileRange]:
+def _split(span: PartOfFile) -> Iterator[PartOfFile]:
     """Split a range into blocks that begin at multiples of their size."""
-    start = span.start
+    start = span.offset
     while start < span.end:
-        end = min(span.end, (start // size + 1) * size)
-        yield FileRange(span.path, start, end)
+        end = min(span.end, (start // _BLOCK_SIZE + 1) * _BLOCK_SIZE)
+        yield PartOfFile(span.path, start, end - start)
         start = end

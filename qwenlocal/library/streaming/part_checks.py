@@ -10,7 +10,6 @@ from qwenlocal.errors import BadWeights, ConflictingBytes
 from qwenlocal.library.streaming.stream_journal import FileProgress, PartDigest, PartOfFile, part_digest
 from qwenlocal.library.streaming.stream_layout import StreamUnit
 from qwenlocal.weights.assumptions import Assumption, EqualTensors, ZeroTensor
-from qwenlocal.weights.safetensors import StoredTensor
 
 
 class PartChecks:
@@ -32,7 +31,7 @@ class PartChecks:
         self._zeros: dict[PartOfFile, ZeroTensor] = {}
         for assumption in assumptions:
             if isinstance(assumption, ZeroTensor):
-                self._zeros[_part(assumption.tensor)] = assumption
+                self._zeros[PartOfFile.of(assumption.tensor)] = assumption
             elif isinstance(assumption, EqualTensors):
                 self._add_twins(assumption, units)
         sides = {part for unit in units for part in unit.side_parts.values()}
@@ -40,7 +39,7 @@ class PartChecks:
 
     def _add_twins(self, assumption: EqualTensors, units: Sequence[StreamUnit]) -> None:
         """Pair each part of the kept tensor with the same bytes of the dropped one, to compare their digests."""
-        kept, dropped = _part(assumption.kept), assumption.dropped
+        kept, dropped = PartOfFile.of(assumption.kept), assumption.dropped
         for part in (part for unit in units for part in unit.parts):
             if part.path == kept.path and kept.offset <= part.offset < kept.end:
                 twin = PartOfFile(dropped.file, dropped.offset + part.offset - kept.offset, part.size)
@@ -82,7 +81,3 @@ class PartChecks:
             twin, assumption = self._twins[part]
             return assumption.error() if digest != self._passed.get(twin, digest) else None
         return None
-
-
-def _part(tensor: StoredTensor) -> PartOfFile:
-    return PartOfFile(tensor.file, tensor.offset, tensor.size)

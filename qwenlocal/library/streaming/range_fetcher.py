@@ -11,6 +11,7 @@ from qwenlocal.library.artifact import Artifact, DownloadPolicy
 from qwenlocal.library.byte_source import RangesUnsupported
 from qwenlocal.library.failover import SourceSelector
 from qwenlocal.library.http import TransferError
+from qwenlocal.library.streaming.stream_journal import PartOfFile
 
 if TYPE_CHECKING:
     import numpy
@@ -25,22 +26,22 @@ class Stopped(Exception):
 class RangeFetcher:
     """Reads ranges of files by their local paths; for several threads."""
 
-    def __init__(self, artifacts: Mapping[Path, Artifact], policy: DownloadPolicy = DownloadPolicy()) -> None:
-        self._artifacts, self._policy = artifacts, policy
+    def __init__(self, artifacts: Mapping[Path, Artifact]) -> None:
+        self._artifacts = artifacts
         self._selectors: dict[Path, SourceSelector] = {}  # created when a file is begun: they measure time
         self._lock, self._is_stopped = threading.Lock(), threading.Event()
 
-    def read(self, path: Path, start: int, end: int) -> Iterator[bytes]:
+    def read(self, part: PartOfFile) -> Iterator[bytes]:
         """
-        Yield the bytes `start` to `end` (exclusive); after a failure, continue from the last byte.
+        Yield the bytes of a part; after a failure, continue from the last one.
 
         Raises
         ------
         DownloadFailed, SourceUnreachable: no source delivers.
         Stopped: `stop` was called.
         """
-        selector = self._selector(path)
-        while start < end:
+        selector, start = self._selector(part.path), part.offset
+        while start < part.end:
             if self._is_stopped.is_set():
                 raise Stopped
             state, wait = selector.select()
@@ -48,7 +49,7 @@ class RangeFetcher:
                 self._is_stopped.wait(min(wait, _MAX_WAIT))
                 continue
             try:
-                for data in state.source.read(start, end):
+                for data in state.source.read(start, part.end):
                     selector.record_arrival(state, len(data))
                     start += len(data)
                     yield data
@@ -69,7 +70,7 @@ class RangeFetcher:
         with self._lock:
             if path not in self._selectors:
                 artifact = self._artifacts[path]
-                self._selectors[path] = SourceSelector(artifact.name, artifact.sources, self._policy)
+                self._selectors[path] = SourceSelector(artifact.name, artifact.sources, DownloadPolicy())
             return self._selectors[path]
 
 
@@ -88,7 +89,7 @@ class RemoteSamples:
         DownloadFailed, SourceUnreachable: no source delivers.
         """
         end = 0
-        for data in self._fetcher.read(path, offset, offset + len(buffer)):
+        for data in self._fetcher.read(PartOfFile(path, offset, len(buffer))):
             buffer[end : end + len(data)] = data
             end += len(data)
 

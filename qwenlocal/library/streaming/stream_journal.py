@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qwenlocal import resumable
+from qwenlocal.weights.safetensors import StoredTensor
 
 _STATE, _DIGEST = struct.Struct("<28I"), struct.Struct("<4I")
 _VERSION = 1
@@ -33,6 +34,11 @@ class PartOfFile(NamedTuple):
     path: Path
     offset: int
     size: int
+
+    @classmethod
+    def of(cls, tensor: StoredTensor) -> PartOfFile:
+        """Return the bytes of a tensor."""
+        return cls(tensor.file, tensor.offset, tensor.size)
 
     @property
     def end(self) -> int:
@@ -56,7 +62,7 @@ class StreamJournal:
 
     def __init__(self, path: Path, fingerprints: Mapping[Path, str]) -> None:
         self.path = path.with_name(path.name + ".part.stream")
-        self._files = sorted(fingerprints)
+        self._files = list(fingerprints)
         names = [[file.name, fingerprints[file]] for file in self._files]
         self._identity: dict[str, Any] = {"version": _VERSION, "files": names}
         self._appender: resumable.JournalAppender | None = None

@@ -21,8 +21,6 @@ from qwenlocal.weights.write_job import RowChunk
 if TYPE_CHECKING:
     import numpy
 
-    from qwenlocal.weights.safetensors import StoredTensor
-
 
 @dataclass(eq=False)
 class StreamUnit:
@@ -30,7 +28,8 @@ class StreamUnit:
     Bytes that are needed together for `chunks` (their numbers).
 
     `parts` arrive in order, `side_parts` are requested on their own, by their place among the tensors of the matrix.
-    `facts` are what the plan assumed about them. `data` is what has arrived, and `missing` the bytes that have not.
+    `facts` are what the plan assumed about them. `data` is what has arrived, `missing` the bytes that have not, and
+    `unwritten` the number of chunks that are not written.
     """
 
     start: int
@@ -40,6 +39,7 @@ class StreamUnit:
     chunks: list[int] = field(default_factory=list)
     data: dict[PartOfFile, numpy.ndarray] = field(default_factory=dict)
     missing: int = 0
+    unwritten: int = 0
     is_ready: bool = False  # everything has arrived, and was checked
     is_done: bool = False  # all chunks are written
 
@@ -85,7 +85,7 @@ def build_units(chunks: Sequence[RowChunk], assumptions: Iterable[Assumption]) -
     for number, chunk in enumerate(chunks):
         source = chunk.range.source
         if isinstance(source, PackedRows):
-            key = _part(source.matrix.weight)
+            key = PartOfFile.of(source.matrix.weight)
             if key not in units:
                 units[key] = _packed_unit(source, facts.get(source.matrix.weight))
         elif isinstance(source, FileRows):
@@ -101,8 +101,8 @@ def build_units(chunks: Sequence[RowChunk], assumptions: Iterable[Assumption]) -
 def _packed_unit(source: PackedRows, facts: PackedFacts | None) -> StreamUnit:
     """Divide the tensors of a matrix into those that touch the codes, and others."""
     tensors = dict.fromkeys((*source.matrix.tensors, *(facts.stored.tensors if facts else ())))
-    codes = _part(source.matrix.weight)
-    others = {place: _part(tensor) for place, tensor in enumerate(tensors) if tensor != source.matrix.weight}
+    codes = PartOfFile.of(source.matrix.weight)
+    others = {place: PartOfFile.of(tensor) for place, tensor in enumerate(tensors) if tensor != source.matrix.weight}
     run, begin, end = [codes], codes.offset, codes.end
     while touching := [place for place, part in others.items() if _touches(part, codes.path, begin, end)]:
         for place in touching:
@@ -114,7 +114,3 @@ def _packed_unit(source: PackedRows, facts: PackedFacts | None) -> StreamUnit:
 
 def _touches(part: PartOfFile, path: Path, begin: int, end: int) -> bool:
     return part.path == path and (part.offset == end or part.end == begin)
-
-
-def _part(tensor: StoredTensor) -> PartOfFile:
-    return PartOfFile(tensor.file, tensor.offset, tensor.size)

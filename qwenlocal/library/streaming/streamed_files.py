@@ -10,6 +10,7 @@ there and hashes each byte that it uses.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import threading
 import time
@@ -20,13 +21,14 @@ from typing import TYPE_CHECKING
 
 from qwenlocal.errors import ConflictingBytes, DigestMismatch
 from qwenlocal.i18n import tr
-from qwenlocal.library.artifact import Artifact, DownloadPolicy
-from qwenlocal.library.streaming.block_stream import BLOCK_SIZE, BlockStream, FileRange
+from qwenlocal.library.artifact import Artifact
+from qwenlocal.library.streaming.block_stream import BUFFER_SIZE, BlockStream
 from qwenlocal.library.streaming.file_pass import FilePass, find_usable_progress
 from qwenlocal.library.streaming.part_checks import PartChecks
 from qwenlocal.library.streaming.range_fetcher import RangeFetcher, Stopped
 from qwenlocal.library.streaming.stream_journal import PartOfFile, StreamJournal
 from qwenlocal.library.streaming.stream_layout import StreamUnit, build_units
+from qwenlocal.weights.write_workers import start_thread
 
 if TYPE_CHECKING:
     import numpy
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 _HELD_SIZE = 16 << 20  # bytes of units that wait for the workers, or two units
 _BATCH_SIZE = 4 << 20  # bytes of parts that are requested together on their own
 _AHEAD = 8  # units whose parts are requested before they are needed
+_SAVE_INTERVAL = 1.0  # seconds of work that a crash may cost
 _JOIN_TIMEOUT = 1.0  # seconds; a thread that waits for a server's first byte is left behind
 
 
@@ -45,32 +48,25 @@ class StreamedFiles:
     The files of a plan for a checkpoint on a hub, by their paths if they were downloaded; `artifacts` must have a
     SHA-256. A context manager: its journal is removed at the end of the block, and kept after an error.
 
-    `save_interval` is how many seconds of work a crash may cost.
+    No wait lasts for ever: units arrive in the order in which the workers take them, the two threads wait for nothing
+    but bytes (which time out, in `RangeFetcher`) and units that the workers finish, and the first failure of any thread
+    ends all waits. `write_workers` calls `stop` as soon as a worker fails.
     """
 
-    def __init__(
-        self,
-        plan: ConversionPlan,
-        artifacts: Mapping[Path, Artifact],
-        *,
-        policy: DownloadPolicy = DownloadPolicy(),
-        save_interval: float = 1.0,
-        block_size: int = BLOCK_SIZE,
-    ) -> None:
-        self._plan, self._policy = plan, policy
-        self._save_interval, self._block_size = save_interval, block_size
+    def __init__(self, plan: ConversionPlan, artifacts: Mapping[Path, Artifact]) -> None:
+        self._plan = plan
         paths = sorted({path for rows in plan.job.ranges for path in rows.source.files}, key=str)
         self._artifacts = {path: artifacts[path] for path in paths}
-        self._fetcher = RangeFetcher(self._artifacts, policy)
+        self._fetcher = RangeFetcher(self._artifacts)
         self._journal = StreamJournal(plan.job.outputs[0].path, self.fingerprints())
         self._changed = threading.Condition()
         self._failure: BaseException | None = None
         self._is_complete = False
         self._units: list[StreamUnit] = []
         self._unit_of: dict[int | PartOfFile, StreamUnit] = {}  # by chunk and by part
-        self._left: dict[int, int] = {}  # chunks that are not written, by the unit's id
         self._held, self._held_limit = 0, _HELD_SIZE
         self._passes: dict[Path, FilePass] = {}
+        self._blocks: BlockStream | None = None
         self._threads: list[threading.Thread] = []
 
     # --- as `write_job.JobSources`
@@ -104,7 +100,7 @@ class StreamedFiles:
     @property
     def buffer_size(self) -> int:
         """Bytes of memory for what has arrived, besides the packed matrices that every conversion loads."""
-        return min(self.download_size, 8 * self._block_size) + _HELD_SIZE + 2 * _BATCH_SIZE
+        return min(self.download_size, BUFFER_SIZE) + _HELD_SIZE + 2 * _BATCH_SIZE
 
     def start(self, chunks: Sequence[RowChunk], finished: Collection[int]) -> Collection[int]:
         """Begin to download what `chunks` need; return the finished ones whose bytes were hashed."""
@@ -118,19 +114,17 @@ class StreamedFiles:
         pending = [unit for unit in self._units if not unit.is_done]
         for unit in pending:
             parts = [*unit.parts, *unit.side_parts.values()]
-            unit.missing, self._left[id(unit)] = sum(part.size for part in parts), len(unit.chunks)
+            unit.missing, unit.unwritten = sum(part.size for part in parts), len(unit.chunks)
             self._unit_of |= dict.fromkeys((*unit.chunks, *parts), unit)
         self._held_limit = max(_HELD_SIZE, 2 * max((unit.size for unit in pending), default=0))
         self._journal.begin(progress)
-        ranges = [FileRange(f.path, f.offset, f.size) for f in self._passes.values() if not f.is_verified]
-        self._blocks = BlockStream(
-            ranges, self._fetcher, connections=self._policy.connections, block_size=self._block_size
-        )
-        self._blocks.start()
-        jobs: list[Callable[[], None]] = [self._take_pieces, self._request_side_parts]
+        ranges = [PartOfFile(f.path, f.offset, f.size - f.offset) for f in self._passes.values() if not f.is_verified]
+        self._blocks = blocks = BlockStream(ranges, self._fetcher)
+        blocks.start()
+        jobs: list[Callable[[], None]] = [lambda: self._take_pieces(blocks), self._request_side_parts]
         self._threads = [threading.Thread(target=self._run, args=(job,), daemon=True) for job in jobs]
         for thread in self._threads:
-            thread.start()
+            start_thread(thread)
         return [chunk for unit in self._units if unit.is_done for chunk in unit.chunks]
 
     def read(self, path: Path, buffer: memoryview, offset: int) -> None:
@@ -164,8 +158,8 @@ class StreamedFiles:
         """Note that a chunk is written; the memory of its unit is free after the last one."""
         unit = self._unit_of[number]
         with self._changed:
-            self._left[id(unit)] -= 1
-            if self._left[id(unit)]:
+            unit.unwritten -= 1
+            if unit.unwritten:
                 return
             unit.data.clear()
             unit.is_done = True
@@ -177,7 +171,7 @@ class StreamedFiles:
         """Make reads in other threads end soon."""
         if not self._is_complete:
             self._fetcher.stop()
-        if self._threads:
+        if self._blocks:
             self._blocks.stop()
         self._fail(Stopped())
 
@@ -207,16 +201,15 @@ class StreamedFiles:
         """Run a thread's job; an exception is raised in the threads that read."""
         try:
             job()
-        except ConflictingBytes as conflict:
-            self._forget(conflict.path)
-            self._fail(conflict)
         except BaseException as failure:
             self._fail(failure)
+            if isinstance(failure, ConflictingBytes):
+                self._forget(failure.path)
 
     # --- bytes in order
 
-    def _take_pieces(self) -> None:
-        for path, offset, data in self._blocks.pieces():
+    def _take_pieces(self, blocks: BlockStream) -> None:
+        for path, offset, data in blocks.pieces():
             file = self._passes[path]
             for part, position, bytes_of_part in file.take(offset, data):
                 self._take_part(file, part, position, bytes_of_part)
@@ -285,7 +278,7 @@ class StreamedFiles:
         raise mismatch
 
     def _forget(self, path: Path) -> None:
-        with self._changed:
+        with self._changed, contextlib.suppress(OSError):  # if the disk is full, the next attempt finds the wrong bytes
             self._passes[path].is_void = True
             self._journal.forget(path)
 
@@ -297,7 +290,7 @@ class StreamedFiles:
         if file.has_right_digest and file.is_written:
             file.is_verified = True
             self._journal.add_verified(file.path, file.size)
-        elif snapshot and (is_last or time.monotonic() - file.saved_at >= self._save_interval):
+        elif snapshot and (is_last or time.monotonic() - file.saved_at >= _SAVE_INTERVAL):
             file.saved_at = time.monotonic()
             self._journal.add_state(file.path, *snapshot)
 
@@ -312,7 +305,7 @@ class StreamedFiles:
                 self._wait_for_turn(pending, number)
                 batch = [(unit, part), *_following_parts(pending[number + 1 :], place, part)]
                 end = batch[-1][1].end
-                self._take_batch(batch, b"".join(self._fetcher.read(part.path, part.offset, end)))
+                self._take_batch(batch, b"".join(self._fetcher.read(part._replace(size=end - part.offset))))
 
     def _wait_for_turn(self, pending: Sequence[StreamUnit], number: int) -> None:
         """Wait until the unit is one of the next ones that are written."""

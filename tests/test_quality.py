@@ -20,6 +20,9 @@ from checkpoint_files import convert_checkpoint
 from commands import expect_exit, parse_json
 from conftest import Run
 from gguf_files import copy_with_metadata, copy_with_weights
+from hub import HubServer
+from hub_checkpoints import HF_NAME, publish
+from packing import write_packed_checkpoint
 from terminal import Terminal
 
 from qwenlocal.cli.quality_chart import LevelPoint, draw_levels, draw_quantiles
@@ -29,7 +32,7 @@ from qwenlocal.errors import DiskFull, TextTooShort
 from qwenlocal.measure.kl_divergence import LogProbFile
 from qwenlocal.measure.logits import SAMPLE
 from qwenlocal.measure.quality import ModelFile, Quality, QualityMeter, QualityTest, prepare_test
-from qwenlocal.testing import write_checkpoint
+from qwenlocal.testing import MOE_CONFIG, write_checkpoint
 from qwenlocal.weights import gguf_writer
 
 TEXT = SAMPLE * 3  # 2,100 bytes, which are tokens of the tiny models
@@ -308,6 +311,45 @@ class TestCommand:
         message = expect_exit(result, 2)
         assert "quantized already (q4_0)" in message
         assert "Start from the checkpoint" in message
+
+    def test_a_text_that_is_too_short_is_refused_before_a_checkpoint_is_converted(
+        self, level_checkpoint: Path, tmp_path: Path, invoke: Run
+    ) -> None:
+        (tmp_path / "short.txt").write_text("Hello.")
+        message = expect_exit(invoke("quality", str(level_checkpoint), "--levels", "q4_0", "--text", "short.txt"), 2)
+        assert "The text has 6 tokens" in message
+        assert "writing" not in message
+
+    def test_a_level_without_its_importance_matrix_is_refused_before_the_source_is_measured(
+        self, level_checkpoint: Path, text_file: Path, invoke: Run
+    ) -> None:
+        levels = ("--levels", "q4_0,iq2_xxs")
+        message = expect_exit(invoke("quality", str(level_checkpoint), *levels, "--text", str(text_file)), 2)
+        assert "--imatrix FILE" in message
+        assert "writing" not in message
+
+    def test_a_quantized_model_is_refused_before_it_is_downloaded(self, text_file: Path, invoke: Run) -> None:
+        result = invoke("quality", "hf:owner/repo:q4_k_m", "--levels", "q4_0", "--text", str(text_file))
+        assert "hf:owner/repo:q4_k_m is quantized already" in expect_exit(result, 2)
+
+    def test_a_repository_of_gguf_files_needs_a_level(self, hub: HubServer, text_file: Path, invoke: Run) -> None:
+        hub.repository("owner/Tiny-GGUF").files = {"tiny-f16.gguf": b"GGUF"}
+        result = invoke("quality", "hf:owner/Tiny-GGUF", "--levels", "q4_0", "--text", str(text_file))
+        assert "name its type, for example: hf:owner/Tiny-GGUF:f16" in " ".join(expect_exit(result, 3).split())
+
+    @pytest.mark.parametrize("layout", ["gptq", "gemm", "gptq of experts"])
+    def test_levels_of_packed_checkpoints_of_a_hub_are_measured(
+        self, layout: str, hub: HubServer, text_file: Path, invoke: Run, tmp_path: Path
+    ) -> None:
+        config = {"num_hidden_layers": 1, **({**MOE_CONFIG, "num_hidden_layers": 1} if "experts" in layout else {})}
+        write_packed_checkpoint(tmp_path / "x", layout.split()[0], config=config, symmetric=layout != "gemm")
+        publish(hub, tmp_path / "x")
+        options = ("--levels", "q4_0,q2_k", "--text", str(text_file), "-c", "128", "--chunks", "2", "--json")
+        source, same, coarse = parse_json(expect_json(invoke("quality", HF_NAME, *options)))["levels"]
+        assert (source["level"], same["level"], coarse["level"]) == ("f16", "q4_0", "q2_k")
+        assert same["kl"] < coarse["kl"] / 2
+        if layout != "gemm":
+            assert same["kl"] < 1e-3, "the same weights; q4_0 rounds the inputs"
 
     def test_a_base_with_more_tokens_is_refused(
         self, random_model: Path, tiny_f32: Path, text_file: Path, invoke: Run

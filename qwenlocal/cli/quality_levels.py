@@ -18,10 +18,12 @@ from qwenlocal.i18n import tr
 from qwenlocal.library.local_models import LocalCheckpoint
 from qwenlocal.library.names import CatalogName, HubCheckpointName, HubName, LocalCheckpointName
 from qwenlocal.measure.quality import LoadedReader, ModelFile, QualityMeter, QualityTest, SpeedSample
+from qwenlocal.model_files import FILE_TYPES
+from qwenlocal.weights import gguf_writer
 from qwenlocal.weights.checkpoint import Checkpoint
 from qwenlocal.weights.conversion import ConversionOptions, plan_conversion
 from qwenlocal.weights.file_types import FileType, QuantOverrides, file_type, file_type_name
-from qwenlocal.weights.gguf_reader import read_metadata
+from qwenlocal.weights.gguf_reader import read_metadata, read_raw_metadata
 from qwenlocal.weights.quantization import plan_quantization
 
 if TYPE_CHECKING:
@@ -48,57 +50,66 @@ class LevelReport:
 
 
 @dataclass(frozen=True)
-class LevelWriter:
-    """Writes the files of levels to a temporary folder; `plan` plans one."""
+class LevelPlans:
+    """
+    The plans of the levels of a model, in a temporary folder, and of the file to compare them with.
 
-    plan: Callable[[Path, FileType], ConversionPlan]
-    folder: Path
-    threads: int
+    `outline` is a GGUF file with the model's metadata and vocabulary. Without a `source`, it is the model itself.
+    """
 
-    @contextlib.contextmanager
-    def write(self, level: FileType, stem: str) -> Iterator[ModelFile]:
-        """Write the file of a level; it is removed after the block."""
-        path = self.folder / f"{stem}.gguf"
-        hint = tr("Free some disk space, or set TMPDIR to a larger disk.")
-        write_files(self.plan(path, level), threads=self.threads, disk_hint=hint)
-        try:
-            yield ModelFile(level.name, path, path.stat().st_size)
-        finally:
-            path.unlink()
+    outline: ModelFile
+    source: ConversionPlan | None
+    levels: Sequence[ConversionPlan]
+
+    def open_source(self, threads: int) -> contextlib.AbstractContextManager[ModelFile]:
+        """Return a context manager that makes the file to compare the levels with, and removes it afterwards."""
+        return _written(self.source, threads) if self.source else contextlib.nullcontext(self.outline)
 
 
 @contextlib.contextmanager
-def open_source(
-    app: AppContext, text: str, overrides: QuantOverrides, imatrix: ImportanceMatrix | None, threads: int
-) -> Iterator[tuple[ModelFile, LevelWriter]]:
+def plan_levels(
+    app: AppContext, text: str, levels: Sequence[FileType], overrides: QuantOverrides, imatrix: ImportanceMatrix | None
+) -> Iterator[LevelPlans]:
     """
-    Find the model that `text` names; return the file to compare its levels with, and their writer.
+    Find the model that `text` names, and plan its levels; a checkpoint is compared as f16.
 
-    A checkpoint is converted to f16 for the comparison. All that is written is removed after the block.
+    All that is written is removed after the block.
 
     Raises
     ------
-    UsageError: it is quantized to less than eight bits already.
-    Everything that finding, downloading and converting it raises.
+    UsageError: it is quantized to less than eight bits already, or a level needs an importance matrix.
+    Everything that finding and downloading it raises.
     """
     name = app.library.models.parse(text)
+    _refuse_quantized(name)
     with tempfile.TemporaryDirectory(prefix="qwenlocal-") as folder:
-        if not _is_checkpoint(name):
-            source, plan = _open_file(app, text, overrides, imatrix)
-            yield source, LevelWriter(plan, Path(folder), threads)
-            return
-        with app.library.checkpoints.find(name) as found:
-            checkpoint = found if isinstance(found, LocalCheckpoint) else found.download()
-        options = ConversionOptions(
-            checkpoint.name, checkpoint.repo, overrides=overrides, imatrix=imatrix, requantize=True
-        )
+        targets = [(Path(folder) / f"{level.name}.gguf", level) for level in levels]
+        if _is_checkpoint(name):
+            yield _plan_from_checkpoint(app, name, Path(folder), targets, overrides, imatrix)
+        else:
+            yield _plan_from_file(app, text, targets, overrides, imatrix)
 
-        def plan_level(path: Path, level: FileType) -> ConversionPlan:
-            return plan_conversion(Checkpoint.open(checkpoint.path), [(path, level)], options)
 
-        writer = LevelWriter(plan_level, Path(folder), threads)
-        with writer.write(file_type(_SOURCE_TYPE), "source") as source:
-            yield source, writer
+def _refuse_quantized(name: ModelName) -> None:
+    """
+    Check the level in a name, before anything is downloaded.
+
+    Raises
+    ------
+    UsageError: it has less than eight bits.
+    """
+    level = name.level if isinstance(name, (CatalogName, HubName)) else None
+    if level and level in FILE_TYPES and _is_quantized(level):
+        raise UsageError(tr("{name} is quantized already.", name=name), hint=_quantized_hint())
+
+
+def _is_quantized(type_name: str) -> bool:
+    """Return True for types that levels cannot be made from."""
+    return type_name != _REQUANTIZABLE and file_type(type_name).default.is_quantized
+
+
+def _quantized_hint() -> str:
+    return tr("Start from the checkpoint, or from an f16, bf16, f32 or q8_0 file.")
 
 
 def _is_checkpoint(name: ModelName) -> bool:
@@ -110,31 +121,64 @@ def _is_checkpoint(name: ModelName) -> bool:
     )
 
 
-def _open_file(
-    app: AppContext, text: str, overrides: QuantOverrides, imatrix: ImportanceMatrix | None
-) -> tuple[ModelFile, Callable[[Path, FileType], ConversionPlan]]:
+def _plan_from_checkpoint(
+    app: AppContext,
+    name: ModelName,
+    folder: Path,
+    targets: Sequence[tuple[Path, FileType]],
+    overrides: QuantOverrides,
+    imatrix: ImportanceMatrix | None,
+) -> LevelPlans:
+    with app.library.checkpoints.find(name) as found:
+        local = found if isinstance(found, LocalCheckpoint) else found.download()
+    checkpoint = Checkpoint.open(local.path)
+    options = ConversionOptions(local.name, local.repo, overrides=overrides, imatrix=imatrix, requantize=True)
+    source = plan_conversion(checkpoint, [(folder / "source.gguf", file_type(_SOURCE_TYPE))], options)
+    outline = folder / "outline.gguf"
+    outline.write_bytes(source.job.outputs[0].header)
+    outline.write_bytes(gguf_writer.make_layout(read_raw_metadata(outline), []).header)
+    levels = [plan_conversion(checkpoint, [target], options) for target in targets]
+    return LevelPlans(ModelFile(local.name, outline, source.files[0].size), source, levels)
+
+
+def _plan_from_file(
+    app: AppContext,
+    text: str,
+    targets: Sequence[tuple[Path, FileType]],
+    overrides: QuantOverrides,
+    imatrix: ImportanceMatrix | None,
+) -> LevelPlans:
     record = app.library.models.ensure_model(app.library.models.resolve(text))
     type_name = file_type_name(read_metadata(record.path).get("general.file_type"))
     requantize = type_name == _REQUANTIZABLE
     if requantize:
         app.say(tr("{name} is quantized to q8_0; its levels are made from that, and compared with it.", name=text))
+    try:
+        levels = [
+            plan_quantization(record.path, [target], overrides, imatrix, requantize=requantize) for target in targets
+        ]
+    except UsageError as error:
+        if type_name and _is_quantized(type_name):
+            error.hint = _quantized_hint()
+        raise
+    return LevelPlans(ModelFile(type_name or record.path.stem, record.path, record.size), None, levels)
 
-    def plan_level(path: Path, level: FileType) -> ConversionPlan:
-        try:
-            return plan_quantization(record.path, [(path, level)], overrides, imatrix, requantize=requantize)
-        except UsageError as error:
-            error.hint = tr("Start from the checkpoint, or from an f16, bf16, f32 or q8_0 file.")
-            raise
 
-    return ModelFile(type_name or record.path.stem, record.path, record.size), plan_level
+@contextlib.contextmanager
+def _written(plan: ConversionPlan, threads: int) -> Iterator[ModelFile]:
+    """Write the file of a plan; it is removed after the block."""
+    file = plan.files[0]
+    write_files(plan, threads=threads, disk_hint=tr("Free some disk space, or set TMPDIR to a larger disk."))
+    try:
+        yield ModelFile(file.type.name, file.path, file.path.stat().st_size)
+    finally:
+        file.path.unlink()
 
 
 # --- measurement
 
 
-def measure_levels(
-    test: QualityTest, source: ModelFile, writer: LevelWriter, levels: Sequence[FileType], reports: list[LevelReport]
-) -> None:
+def measure_levels(test: QualityTest, plans: LevelPlans, reports: list[LevelReport]) -> None:
     """
     Measure the source, then each level against it; `reports` gets a report of each once it has scores.
 
@@ -143,10 +187,10 @@ def measure_levels(
     Interrupted: Ctrl-C; the last report may cover only a part of the text.
     DiskFull, NotEnoughMemory: a level, or the log-probabilities of the source, cannot be kept.
     """
-    with test.open_store() as store:
+    with plans.open_source(test.threads) as source, test.open_store() as store:
         _measure(test, source, store, reports, LoadedReader.store)
-        for level in levels:
-            with writer.write(level, level.name) as file:
+        for level in plans.levels:
+            with _written(level, test.threads) as file:
                 _measure(test, file, store, reports, LoadedReader.compare)
 
 

@@ -162,6 +162,12 @@ def _no_checkpoint_error(listing: RepoListing) -> ModelNotFound:
                 name=name,
             ),
         )
+    if any(path.lower().endswith(".gguf") for path in paths):
+        return ModelNotFound(
+            repo,
+            reason=tr("{repo} has GGUF files, but no checkpoint.", repo=repo),
+            hint=tr("To use one of the GGUF files, name its type, for example: hf:{repo}:f16", repo=repo),
+        )
     if pickled := find_pickled_model(path for path in paths if "/" not in path):
         reason = tr(
             "{repo} has no safetensors files, only pickled weights ({pickled}), which can run arbitrary code.",

@@ -106,27 +106,27 @@ def _measure_levels(model: str, levels: Sequence[str], imatrix: str | None, opti
     Interrupted: Ctrl-C, after the results so far are printed.
     """
     from qwenlocal.cli.gguf_files import WriteOptions, read_options
-    from qwenlocal.cli.quality_levels import measure_levels, open_source
+    from qwenlocal.cli.quality_levels import measure_levels, plan_levels
     from qwenlocal.cli.quality_run import interrupt_on_signals
-    from qwenlocal.machine import this_machine
 
     text, plot = _check_options(options)
     types, overrides, matrix = read_options(WriteOptions(model, None, levels, "--levels", imatrix=imatrix))
     app = AppContext(quiet=options.as_json)
     reports: list[LevelReport] = []
-    threads = options.threads or this_machine().cores
+    interrupt = None
     try:
-        with interrupt_on_signals(), open_source(app, model, overrides, matrix, threads) as (source, writer):
-            test = _prepare_test(source, text, options)
-            measure_levels(test, source, writer, types, reports)
-    except (KeyboardInterrupt, Interrupted) as stop:
+        with interrupt_on_signals(), plan_levels(app, model, types, overrides, matrix) as plans:
+            test = _prepare_test(plans.outline, text, options)
+            measure_levels(test, plans, reports)
+    except (KeyboardInterrupt, Interrupted) as error:
         if not reports:
-            raise Interrupted from stop
-        _report_levels(test, model, reports, options)
-        raise Interrupted(_describe_part(reports[-1].meter.windows, test)) from stop
+            raise Interrupted from error
+        interrupt = error
     _report_levels(test, model, reports, options)
     if plot:
         _draw_levels(plot, model, reports)
+    if interrupt:
+        raise Interrupted(_describe_part(reports[-1].meter.windows, test)) from interrupt
 
 
 def _describe_part(windows: int, test: QualityTest) -> str:
@@ -198,7 +198,7 @@ def _report(
 
 def _describe_test(quality: Quality, test: QualityTest) -> str:
     windows = format_quantity(quality.windows, "window")
-    return f"{windows} of {test.n_ctx} tokens, {format_quantity(quality.tokens, 'token')} predicted"
+    return f"{windows} of {test.n_ctx:,} tokens, {format_quantity(quality.tokens, 'token')} predicted"
 
 
 def _describe_divergence(divergence: Divergence, base: str) -> list[tuple[str, str]]:
@@ -214,7 +214,8 @@ def _describe_divergence(divergence: Divergence, base: str) -> list[tuple[str, s
 
 
 def _describe(estimate: Estimate, digits: int) -> str:
-    return f"{estimate.value:.{digits}f} ± {estimate.error:.{digits}f}"
+    value = round(estimate.value, digits) + 0.0  # never "-0.00000"
+    return f"{value:.{digits}f} ± {estimate.error:.{digits}f}"
 
 
 def _describe_share(estimate: Estimate) -> str:
@@ -278,7 +279,7 @@ def _level_row(report: LevelReport) -> tuple[str, ...]:
         return (*cells, "", "", "", "")
     kl, quantiles = quality.divergence.kl, quality.divergence.kl_quantiles
     same_top = f"{100 * quality.divergence.same_top.value:.1f} %"
-    return (*cells, _describe(kl, 5), f"{quantiles['99%']:.4f}", f"{quantiles['maximum']:.3f}", same_top)
+    return (*cells, _describe(kl, 5), f"{quantiles['99%']:.4f}", f"{quantiles['maximum']:.4f}", same_top)
 
 
 def _level_facts(report: LevelReport) -> dict[str, Any]:
@@ -301,7 +302,8 @@ def _draw_levels(plot: Path, model: str, reports: Sequence[LevelReport]) -> None
         for report in reports
         if (divergence := report.meter.result().divergence)
     ]
-    _write_plot(plot, draw_levels(f"Levels of {format_model_name(model)}", points))
+    if points:  # not if Ctrl-C came before any level was compared
+        _write_plot(plot, draw_levels(f"Levels of {format_model_name(model)}", points))
 
 
 def _write_plot(path: Path, svg: str) -> None:

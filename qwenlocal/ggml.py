@@ -1,24 +1,19 @@
-"""
-Bindings for libggml: devices and their memory, tensor types, and the functions that quantize rows.
-
-The libraries are opened by soname, as llama.cpp opens them: the copies without a version are separate files, and a
-second ggml in the process would have a device list of its own.
-"""
+"""Bindings for libggml: devices and their memory, tensor types, and the functions that quantize rows."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import functools
-import importlib.util
 import math
 import os
 import struct
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+from qwenlocal.ggml_library import GgufParams, base_library, find_kernel, load_library
 
 if TYPE_CHECKING:
     import numpy
@@ -70,7 +65,7 @@ def tensor_types() -> Mapping[str, TensorType]:
     """Return all types of this ggml by lowercase name."""
     types: dict[str, TensorType] = {}
     for number in range(_TYPE_COUNT):
-        traits = _base().ggml_get_type_traits(number).contents
+        traits = base_library().ggml_get_type_traits(number).contents
         if traits.type_name and traits.type_size and traits.blck_size:  # removed types have empty entries
             name = traits.type_name.decode().lower()
             types[name] = TensorType(number, name, traits.blck_size, traits.type_size)
@@ -89,12 +84,12 @@ def tensor_type_by_number(number: int) -> TensorType | None:
 
 def requires_imatrix(kind: TensorType) -> bool:
     """Return whether ggml needs an importance matrix to quantize to `kind`."""
-    return bool(_base().ggml_quantize_requires_imatrix(kind.number))
+    return bool(base_library().ggml_quantize_requires_imatrix(kind.number))
 
 
 def can_dequantize(kind: TensorType) -> bool:
     """Return whether `dequantize` supports `kind`: floats, and all quantized types that files can store."""
-    return kind.name == "f32" or bool(_base().ggml_get_type_traits(kind.number).contents.to_float)
+    return kind.name == "f32" or bool(base_library().ggml_get_type_traits(kind.number).contents.to_float)
 
 
 def dequantize(kind: TensorType, source: Address, target: Address, count: int) -> None:
@@ -108,7 +103,7 @@ def dequantize(kind: TensorType, source: Address, target: Address, count: int) -
     if kind.name == "f32":
         ctypes.memmove(target, source, count * 4)
     else:
-        traits = _base().ggml_get_type_traits(kind.number).contents
+        traits = base_library().ggml_get_type_traits(kind.number).contents
         if not traits.to_float:
             raise ValueError(f"ggml cannot dequantize {kind.name}")
         traits.to_float(source, target, count)
@@ -143,7 +138,7 @@ def quantize_fast(kind: TensorType, source: Address, into: TensorType, target: A
     Returns None and writes nothing if `kind` is not f32, f16 or bf16, if `into` is not q4_k, q5_k, q6_k or q8_0, or if
     libggml was compiled without this code (a prebuilt wheel, or a compiler other than GCC and clang).
     """
-    quantize_blocks = _fast_quantizer()
+    quantize_blocks = find_kernel("qwenlocal_quantize_blocks")
     return _magnitude(quantize_blocks(kind.number, source, into.number, target, count) if quantize_blocks else -1)
 
 
@@ -151,7 +146,7 @@ def quantize_fast_weighted(
     kind: TensorType, source: Address, into: TensorType, target: Address, rows: int, columns: int, imatrix: Address
 ) -> float | None:
     """Quantize like `quantize_fast`, with the importance of each column; `into` must be one of q2_k to q6_k."""
-    quantize_rows = _fast_weighted_quantizer()
+    quantize_rows = find_kernel("qwenlocal_quantize_weighted")
     if not quantize_rows:
         return None
     return _magnitude(quantize_rows(kind.number, source, into.number, target, rows, columns, imatrix))
@@ -175,12 +170,12 @@ def quantize_with_ggml(
     kind: TensorType, source: Address, target: Address, rows: int, columns: int, imatrix: Address = 0
 ) -> None:
     """Quantize like `quantize`, always with ggml's own code."""
-    _base().ggml_quantize_chunk(kind.number, source, target, 0, rows, columns, imatrix or None)
+    base_library().ggml_quantize_chunk(kind.number, source, target, 0, rows, columns, imatrix or None)
 
 
 def has_finite_scales(kind: TensorType, data: Address, size: int) -> bool:
     """Return whether all scales in `size` bytes of quantized data are finite."""
-    return bool(_base().ggml_validate_row_data(kind.number, data, size))
+    return bool(base_library().ggml_validate_row_data(kind.number, data, size))
 
 
 class InMemoryTensor(NamedTuple):
@@ -198,17 +193,17 @@ class InMemoryTensor(NamedTuple):
         kind = tensor_type_by_number(number)
         if kind is None:
             raise ValueError(f"unknown tensor type {number}")
-        return cls(handle, _base().ggml_get_name(handle).decode(), kind, _base().ggml_nbytes(handle))
+        return cls(handle, base_library().ggml_get_name(handle).decode(), kind, base_library().ggml_nbytes(handle))
 
     def write(self, data: Address, offset: int, size: int) -> None:
         """Copy `size` bytes at `data` to byte `offset` of the tensor, on whatever device it is."""
-        _base().ggml_backend_tensor_set(self.handle, data, offset, size)
+        base_library().ggml_backend_tensor_set(self.handle, data, offset, size)
 
 
 def operation_number(name: str) -> int:
     """Look up an operation of a graph (ggml.h: enum ggml_op) by name: "MUL_MAT"."""
     numbers = iter(range(_MAX_OPERATIONS))
-    return next(number for number in numbers if _base().ggml_op_name(number).decode() == name)
+    return next(number for number in numbers if base_library().ggml_op_name(number).decode() == name)
 
 
 def read_tensor(handle: Address, size: int) -> numpy.ndarray:
@@ -216,11 +211,11 @@ def read_tensor(handle: Address, size: int) -> numpy.ndarray:
     import numpy
 
     buffer = ctypes.c_void_p.from_address(handle + _BUFFER_OFFSET).value
-    if buffer and _base().ggml_backend_buffer_is_host(buffer):
-        address = _base().ggml_get_data(handle)
+    if buffer and base_library().ggml_backend_buffer_is_host(buffer):
+        address = base_library().ggml_get_data(handle)
         return numpy.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
     data = numpy.empty(size, numpy.uint8)
-    _base().ggml_backend_tensor_get(handle, data.ctypes.data, 0, size)
+    base_library().ggml_backend_tensor_get(handle, data.ctypes.data, 0, size)
     return data
 
 
@@ -233,13 +228,13 @@ def open_gguf_header(path: Path) -> Iterator[Address]:
     ------
     ValueError: ggml cannot read it.
     """
-    handle = _base().gguf_init_from_file(os.fsencode(path), _GgufParams(True, None))
+    handle = base_library().gguf_init_from_file(os.fsencode(path), GgufParams(True, None))
     if not handle:
         raise ValueError(f"ggml cannot read {path}")
     try:
         yield handle
     finally:
-        _base().gguf_free(handle)
+        base_library().gguf_free(handle)
 
 
 def read_tensor_types(path: Path) -> set[int]:
@@ -250,45 +245,25 @@ def read_tensor_types(path: Path) -> set[int]:
     ------
     ValueError: ggml cannot read the file.
     """
-    base = _base()
+    base = base_library()
     with open_gguf_header(path) as handle:
         return {base.gguf_get_tensor_type(handle, index) for index in range(base.gguf_get_n_tensors(handle))}
 
 
 def list_devices() -> list[Device]:
     """List the devices that ggml found: the CPU, and any GPUs."""
-    ggml = _library("ggml")
+    ggml = load_library("ggml")
     ggml.ggml_backend_dev_count.restype = ctypes.c_size_t
     ggml.ggml_backend_dev_get.restype, ggml.ggml_backend_dev_get.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     return [_describe(ggml.ggml_backend_dev_get(index)) for index in range(ggml.ggml_backend_dev_count())]
 
 
 def _describe(device: Address) -> Device:
-    base, free, total = _base(), ctypes.c_size_t(), ctypes.c_size_t()
+    base, free, total = base_library(), ctypes.c_size_t(), ctypes.c_size_t()
     base.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
     name, description = base.ggml_backend_dev_name(device), base.ggml_backend_dev_description(device)
     is_gpu = base.ggml_backend_dev_type(device) in _GPU_TYPES
     return Device(name.decode(), description.decode(), free.value, total.value, is_gpu)
-
-
-class _GgufParams(ctypes.Structure):
-    """gguf.h: struct gguf_init_params."""
-
-    _fields_ = [("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p)]
-
-
-class _Traits(ctypes.Structure):
-    """ggml.h: struct ggml_type_traits."""
-
-    _fields_ = [
-        ("type_name", ctypes.c_char_p),
-        ("blck_size", ctypes.c_int64),
-        ("blck_size_interleave", ctypes.c_int64),
-        ("type_size", ctypes.c_size_t),
-        ("is_quantized", ctypes.c_bool),
-        ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
-        ("from_float_ref", ctypes.c_void_p),
-    ]
 
 
 def set_abort_callback(on_abort: Callable[[str], object]) -> object:
@@ -300,60 +275,8 @@ def set_abort_callback(on_abort: Callable[[str], object]) -> object:
     in use.
     """
     callback = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(lambda reason: on_abort(reason.decode(errors="replace")))
-    _base().ggml_set_abort_callback(callback)
+    base_library().ggml_set_abort_callback(callback)
     return callback
-
-
-@functools.cache
-def _base() -> ctypes.CDLL:
-    """Load libggml-base and declare the signatures of ggml.h."""
-    base, pointer, i64, size = _library("ggml-base"), ctypes.c_void_p, ctypes.c_int64, ctypes.c_size_t
-    for name, result, arguments in (
-        ("ggml_get_type_traits", ctypes.POINTER(_Traits), [ctypes.c_int]),
-        ("ggml_quantize_chunk", size, [ctypes.c_int, pointer, pointer, i64, i64, i64, pointer]),
-        ("ggml_quantize_requires_imatrix", ctypes.c_bool, [ctypes.c_int]),
-        ("ggml_validate_row_data", ctypes.c_bool, [ctypes.c_int, pointer, size]),
-        ("ggml_get_name", ctypes.c_char_p, [pointer]),
-        ("ggml_nbytes", size, [pointer]),
-        ("ggml_get_data", pointer, [pointer]),
-        ("ggml_op_name", ctypes.c_char_p, [ctypes.c_int]),
-        ("ggml_backend_buffer_is_host", ctypes.c_bool, [pointer]),
-        ("ggml_backend_tensor_set", None, [pointer, pointer, size, size]),
-        ("ggml_backend_tensor_get", None, [pointer, pointer, size, size]),
-        ("gguf_init_from_file", pointer, [ctypes.c_char_p, _GgufParams]),
-        ("gguf_free", None, [pointer]),
-        ("gguf_get_n_tensors", i64, [pointer]),
-        ("gguf_get_tensor_type", ctypes.c_int, [pointer, i64]),
-        ("ggml_set_abort_callback", pointer, [pointer]),
-        ("ggml_backend_dev_name", ctypes.c_char_p, [pointer]),
-        ("ggml_backend_dev_description", ctypes.c_char_p, [pointer]),
-        ("ggml_backend_dev_memory", None, [pointer, ctypes.POINTER(size), ctypes.POINTER(size)]),
-        ("ggml_backend_dev_type", ctypes.c_int, [pointer]),
-    ):
-        function = getattr(base, name)
-        function.restype, function.argtypes = result, arguments
-    return base
-
-
-@functools.cache
-def _fast_quantizer() -> Any | None:
-    """Return the function `qwenlocal_quantize_blocks` of libggml; None if it was compiled without it."""
-    function = getattr(_base(), "qwenlocal_quantize_blocks", None)
-    if function is not None:
-        function.restype = ctypes.c_int64
-        function.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_int64]
-    return function
-
-
-@functools.cache
-def _fast_weighted_quantizer() -> Any | None:
-    """Return the function `qwenlocal_quantize_weighted` of libggml; None if it was compiled without it."""
-    function = getattr(_base(), "qwenlocal_quantize_weighted", None)
-    if function is not None:
-        pointer, count = ctypes.c_void_p, ctypes.c_int64
-        function.restype = count
-        function.argtypes = [ctypes.c_int, pointer, ctypes.c_int, pointer, count, count, pointer]
-    return function
 
 
 def pack_rows(
@@ -373,7 +296,7 @@ def pack_rows(
     """
     import numpy
 
-    function = _packer()
+    function = find_kernel("qwenlocal_pack_rows")
     if function is None:
         return False
     blocks, rows = scales.shape
@@ -401,42 +324,17 @@ def pack_rows(
     )
 
 
-@functools.cache
-def _packer() -> Any | None:
-    """Return the function `qwenlocal_pack_rows` of libggml; None if it was compiled without it."""
-    function = getattr(_base(), "qwenlocal_pack_rows", None)
-    if function is not None:
-        pointer, count = ctypes.c_void_p, ctypes.c_int64
-        function.restype = ctypes.c_bool
-        function.argtypes = [pointer, count, count, ctypes.c_bool, count, count, ctypes.c_int, *[pointer] * 4]
-    return function
-
-
 def integer_operations(rounds: int) -> int:
     """
     Run `rounds` rounds of the processor's 8-bit multiply-accumulate instructions; return the number of operations.
 
     Returns 0 if there are none, or if libggml was compiled without tools/integer_peak.c. Releases the GIL.
     """
-    function = getattr(_base(), "qwenlocal_integer_peak", None)
-    if function is None:
-        return 0
-    function.restype, function.argtypes = ctypes.c_int64, [ctypes.c_int64]
-    return int(function(rounds))
+    function = find_kernel("qwenlocal_integer_peak")
+    return int(function(rounds)) if function else 0
 
 
 def has_attention_kernel(head_dim: int) -> bool:
     """Tell whether libggml-cpu has a fast kernel for flash attention (tools/attention.cpp), with heads of this size."""
-    function = getattr(_library("ggml-cpu"), "qwenlocal_has_attention", None)
+    function = getattr(load_library("ggml-cpu"), "qwenlocal_has_attention", None)
     return function is not None and bool(function()) and head_dim in (64, 128)
-
-
-@functools.cache
-def _library(name: str) -> ctypes.CDLL:
-    names = {"win32": (f"{name}.dll",), "darwin": (f"lib{name}.0.dylib", f"lib{name}.dylib")}
-    spec = importlib.util.find_spec("llama_cpp")
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        for file in names.get(sys.platform, (f"lib{name}.so.0", f"lib{name}.so")):
-            if (path := Path(folder) / "lib" / file).exists():
-                return ctypes.CDLL(str(path))
-    raise OSError(f"lib{name} is missing from llama-cpp-python")

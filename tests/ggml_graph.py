@@ -9,7 +9,7 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
-from qwenlocal import ggml
+from qwenlocal.ggml_library import load_library
 
 _MEMORY = 64 * 2**20  # bytes
 
@@ -24,7 +24,7 @@ class Graph:
     """A graph of ggml with the memory of its tensors. Their dimensions are in ggml's order: the innermost first."""
 
     def __init__(self) -> None:
-        self._base, self._cpu = ggml._library("ggml-base"), ggml._library("ggml-cpu")
+        self._base, self._cpu = load_library("ggml-base"), load_library("ggml-cpu")
         self._base.ggml_init.restype = ctypes.c_void_p
         self._context = ctypes.c_void_p(self._base.ggml_init(_InitParameters(_MEMORY, None, False)))
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from qwenlocal.cli.console import print_json, print_table
 from qwenlocal.cli.context import AppContext
 from qwenlocal.errors import Interrupted, NotWritable, OutOfRange, UsageError
-from qwenlocal.formatting import format_bytes, format_model_name, format_quantity
+from qwenlocal.formatting import format_bytes, format_model_name, format_quantity, join_sentences
 from qwenlocal.i18n import tr
 from qwenlocal.paths import parse_path
 from qwenlocal.text_encoding import read_text
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from qwenlocal.measure.kl_divergence import Divergence
     from qwenlocal.measure.perplexity import Estimate
     from qwenlocal.measure.quality import ModelFile, Quality, QualityMeter, QualityTest
+    from qwenlocal.weights.file_types import FileType
 
 _MAX_TEXT = 1 << 28  # bytes
 _MAX_CHUNKS = 1_000_000
@@ -126,11 +127,18 @@ def _measure_levels(model: str, levels: Sequence[str], imatrix: str | None, opti
     if plot:
         _draw_levels(plot, model, reports)
     if interrupt:
-        raise Interrupted(_describe_part(reports[-1].meter.windows, test)) from interrupt
+        raise Interrupted(_describe_unmeasured(test, types, reports)) from interrupt
 
 
 def _describe_part(windows: int, test: QualityTest) -> str:
     return tr("{windows} of {total} windows were evaluated.", windows=windows, total=len(test.windows))
+
+
+def _describe_unmeasured(test: QualityTest, types: Sequence[FileType], reports: Sequence[LevelReport]) -> str:
+    """Say which of the levels were not measured, or only on a part of the text."""
+    last, missing = reports[-1].meter, [type.name for type in types[len(reports) - 1 :]]
+    part = f"{last.name}: {_describe_part(last.windows, test)}" if last.windows < len(test.windows) else ""
+    return join_sentences(part, tr("Not measured: {names}.", names=", ".join(missing)) if missing else "")
 
 
 # --- options
@@ -279,7 +287,7 @@ def _level_row(report: LevelReport) -> tuple[str, ...]:
         return (*cells, "", "", "", "")
     kl, quantiles = quality.divergence.kl, quality.divergence.kl_quantiles
     same_top = f"{100 * quality.divergence.same_top.value:.1f} %"
-    return (*cells, _describe(kl, 5), f"{quantiles['99%']:.4f}", f"{quantiles['maximum']:.4f}", same_top)
+    return (*cells, _describe(kl, 5), f"{quantiles['99%']:.4f}", f"{quantiles['maximum']:.3f}", same_top)
 
 
 def _level_facts(report: LevelReport) -> dict[str, Any]:

@@ -357,6 +357,21 @@ class TestCommand:
         result = invoke("quality", str(random_model), "--base", str(tiny_f32), "--text", str(text_file))
         assert "tokens, not 259" in " ".join(expect_exit(result, 2).split())
 
+    def test_an_embedding_model_is_refused(
+        self, random_model: Path, text_file: Path, invoke: Run, tmp_path: Path
+    ) -> None:
+        keys = {"qwen2.attention.causal": gguf_writer.boolean(False)}
+        model = copy_with_metadata(random_model, tmp_path / "embedding.gguf", keys)
+        for models in ([str(model)], [str(random_model), "--base", str(model)]):
+            message = expect_exit(invoke("quality", *models, "--text", str(text_file)), 2)
+            assert "embedding.gguf is an embedding model" in message
+
+    def test_a_damaged_model_is_named(self, random_model: Path, text_file: Path, invoke: Run, tmp_path: Path) -> None:
+        model = copy_with_weights(random_model, tmp_path / "nan.gguf", "output_norm.weight", *[float("nan")] * 288)
+        for models in ([str(model)], [str(random_model), "--base", str(model)]):
+            message = expect_exit(invoke("quality", *models, "--text", str(text_file)), 5)
+            assert "nan.gguf: the model computes NaN" in message
+
     def test_a_base_with_another_token_is_refused(
         self, random_model: Path, text_file: Path, invoke: Run, tmp_path: Path
     ) -> None:

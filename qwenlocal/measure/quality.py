@@ -187,9 +187,15 @@ class QualityTest:
 
         Raises
         ------
-        NotEnoughMemory: it does not fit into the memory.
+        NotEnoughMemory: it does not fit into the memory. UsageError: it does not predict tokens.
         """
-        dims = ModelDims.from_metadata(check_file(file.path).header.metadata)
+        metadata = check_file(file.path).header.metadata
+        if metadata.get(f"{metadata.get('general.architecture')}.attention.causal") is False:
+            raise UsageError(
+                tr("{name} is an embedding model; it does not predict the next token.", name=file.name),
+                hint=tr("Name a model that generates text: qwenlocal list --all"),
+            )
+        dims = ModelDims.from_metadata(metadata)
         shape = window_options(ContextOptions(0), self.n_ctx)
         logits = 2 * ROWS * _FLOAT_BYTES * self.n_vocab  # computed in one buffer, copied to another
         request = LoadRequest(

@@ -13,6 +13,7 @@ from gguf_files import write_f32_gguf
 from hub import HubServer
 from hub_checkpoints import HF_NAME, publish
 
+from qwenlocal.errors import UsageError
 from qwenlocal.testing import MOE_CONFIG, write_checkpoint
 from qwenlocal.weights import gguf_writer
 from qwenlocal.weights.checkpoint import Checkpoint
@@ -108,6 +109,22 @@ class TestChoice:
     @pytest.mark.parametrize("kind", ["f16", "f32"])
     def test_floats_have_no_mix(self, kind: str, awkward: Path) -> None:
         assert types_of(plan(awkward, kind, best=True)) == types_of(plan(awkward, kind))
+
+    def test_types_that_the_user_chose_for_all_matrices_stay(self, awkward: Path) -> None:
+        planned = plan(awkward, tensor_types=parse_tensor_types(["blk=q4_0"]), best=True)
+        assert planned.notes == [
+            "Mix for q4_k_m: no other types of this size have a smaller measured error than llama.cpp's."
+        ]
+
+    def test_types_without_a_smaller_alternative_stay(self, awkward: Path) -> None:
+        planned = plan(awkward, "q8_0", best=True)
+        assert types_of(planned) == types_of(plan(awkward, "q8_0"))
+        assert "no other types of this size" in planned.notes[0]
+
+    @pytest.mark.parametrize("kind", ["iq2_xxs", "iq1_s"])
+    def test_types_that_need_an_importance_matrix_are_refused(self, kind: str, awkward: Path) -> None:
+        with pytest.raises(UsageError, match="without an importance matrix"):
+            plan(awkward, kind, best=True)
 
     def test_damaged_weights_do_not_stop_the_plan(self, tmp_path: Path) -> None:
         folder = write_checkpoint(tmp_path / "x", config=AWKWARD)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from qwenlocal import ggml
@@ -86,7 +86,7 @@ def choose_best_types(
     threads: int,
 ) -> tuple[list[TypeChoice], MixComparison]:
     """
-    Return types that take at most the bytes of the `usual` choices, with a smaller error.
+    Return types that take at most the bytes of the `usual` choices, with a smaller error; those if there are none.
 
     Embeddings, output matrix, everything that is not quantized, and types that the user chose stay as they are.
 
@@ -101,15 +101,17 @@ def choose_best_types(
             measured = list(pool.map(lambda index: sampler.measure(tensors[index], usual[index].type), indices))
     baseline = [next(option for option in options if option.type == usual[index].type)
                 for index, options in zip(indices, measured, strict=True)]  # fmt: skip
-    budget = sum(option.size for option in baseline)
+    budget, usual_loss = sum(option.size for option in baseline), sum(option.loss for option in baseline)
     matrices = [_Matrix(index, _hull(options)) for index, options in zip(indices, measured, strict=True)]
     _spend(matrices, budget)
+    loss = sum(matrix.option.loss for matrix in matrices)
+    if loss >= usual_loss:
+        return list(usual), MixComparison(budget, usual_loss, budget, usual_loss)
     choices = list(usual)
     for matrix in matrices:
         if matrix.option.type != usual[matrix.index].type:
             choices[matrix.index] = TypeChoice(matrix.option.type, "best mix")
-    size, loss = (sum(values) for values in zip(*((m.option.size, m.option.loss) for m in matrices), strict=True))
-    return choices, MixComparison(budget, sum(option.loss for option in baseline), int(size), float(loss))
+    return choices, MixComparison(budget, usual_loss, sum(matrix.option.size for matrix in matrices), loss)
 
 
 def _is_open(tensor: SourceTensor, choice: TypeChoice, overrides: QuantOverrides) -> bool:
@@ -122,12 +124,11 @@ def _hull(options: Sequence[_Option]) -> list[_Option]:
     """Return the options on the lower convex hull: each next one saves less per byte than the one before."""
     hull: list[_Option] = []
     for option in sorted(options, key=lambda option: (option.size, option.loss)):
-        while hull and hull[-1].loss <= option.loss and hull[-1].size <= option.size:
-            break
-        else:
-            while len(hull) > 1 and _slope(hull[-2], option) <= _slope(hull[-2], hull[-1]):
-                hull.pop()
-            hull.append(option)
+        if hull and hull[-1].loss <= option.loss:
+            continue
+        while len(hull) > 1 and _slope(hull[-2], option) <= _slope(hull[-2], hull[-1]):
+            hull.pop()
+        hull.append(option)
     return hull
 
 
@@ -158,7 +159,6 @@ class _Sampler:
 
     reader: SourceFiles
     imatrix: ImportanceMatrix | None
-    _f32: TensorType = field(default_factory=lambda: tensor_type("f32"))
 
     def measure(self, tensor: SourceTensor, usual: TensorType) -> list[_Option]:
         columns = tensor.shape[0]

@@ -157,15 +157,19 @@ def _choose_mix(
     usual = choose_types(specs, kind, facts, overrides)
     if not overrides.best or not kind.default.is_quantized:
         return usual, []
+    _check_imatrix(kind, specs, usual, imatrix)  # ggml aborts without
     choices, comparison = choose_best_types(tensors, usual, overrides, imatrix, os.cpu_count() or 1)
     return choices, [_describe_mix(kind, comparison)]
 
 
 def _describe_mix(kind: FileType, comparison: MixComparison) -> str:
-    gain = 1 - comparison.loss / comparison.usual_loss if comparison.usual_loss else 0.0
+    if comparison.loss >= comparison.usual_loss:
+        return f"Mix for {kind.name}: no other types of this size have a smaller measured error than llama.cpp's."
+    gain = format_percent(1 - comparison.loss / comparison.usual_loss)
+    size, usual_size = format_bytes(comparison.size), format_bytes(comparison.usual_size)
     return (
-        f"Mix for {kind.name}: the measured error of the layers is {format_percent(gain)} smaller than with "
-        f"llama.cpp's types, in {format_bytes(comparison.size)} instead of {format_bytes(comparison.usual_size)}."
+        f"Mix for {kind.name}: the measured error of the layers is {gain} smaller than with llama.cpp's types, "
+        f"in {f'the same {size}' if size == usual_size else f'{size} instead of {usual_size}'}."
     )
 
 

@@ -36,16 +36,16 @@ class PackedAlternative(NamedTuple):
 
 def list_packed_alternatives(plan: ConversionPlan) -> list[PackedAlternative]:
     """
-    Compare the first file of a plan with what it would be in near types; nothing if there is no near type.
+    Compare the first file of a plan with what it would be in near types, the type that the plan has first.
 
-    The type that the plan has comes first.
+    Returns nothing if there is no near type, or if the packed weights have several types.
 
     Raises
     ------
     BadWeights: the weights cannot be read.
     """
     packed = [(rows, target) for rows, target in _packed_targets(plan) if target.output == 0]
-    if not packed:
+    if len({target.type for _, target in packed}) != 1:
         return []
     chosen = packed[0][1].type
     types = list(dict.fromkeys([chosen, *_other_types(packed, chosen)]))

@@ -241,6 +241,8 @@ class TestAdapterFiles:
         [
             ("Qwen/Qwen1.5-MoE-A2.7B-Chat", "qwen2moe"),
             ("/nowhere/Qwen2-57B-A14B", "qwen2moe"),
+            ("/hub/models--Qwen--Qwen1.5-MoE-A2.7B/snapshots/1a758c5", "qwen2moe"),
+            ("/nowhere/moe/moeve-7b", "qwen2"),
             ("Qwen/Qwen1.5-0.5B", "qwen2"),
             ("", "qwen2"),
         ],
@@ -755,6 +757,8 @@ class TestCommands:
         result = invoke("inspect", str(convert_adapter(style)))
         expect_exit(result, 5)
         assert "it is an adapter, not a model" in result.stdout
+        assert "RoPE" not in result.stdout
+        assert "chat template" not in result.stdout
 
     def test_run_uses_directories_and_files_with_scales(
         self, style: Path, base: Path, base_gguf: Path, invoke: Run, tmp_path: Path

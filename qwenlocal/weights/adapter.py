@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,30 +26,33 @@ from qwenlocal.weights.safetensors import StoredTensor, read_tensors
 _FACTOR = re.compile(r"(?P<module>.+)\.(?P<kind>lora|lora_embedding)_(?P<letter>[AB])(\.default)?(\.weight)?")
 _LAYER = re.compile(r"(?:model\.)?layers\.(?P<layer>\d{1,9})\.(?P<part>.+)")
 _EXPERT = re.compile(r"mlp\.experts\.(?P<expert>\d{1,9})\.(?P<part>\w+)")
-_MIXTURE_NAME = re.compile(r"moe|-A\d+(\.\d+)?B\b", re.IGNORECASE)  # Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B
+_MLP = re.compile(r"\.mlp\.(?P<part>\w+)")
+_MIXTURE_PARTS = {"experts", "shared_expert", "shared_expert_gate", "gate"}
+_MIXTURE_NAME = re.compile(r"(?<![a-z])moe(?![a-z])|-A\d+(\.\d+)?B\b", re.IGNORECASE)  # Qwen2-57B-A14B is one, too
+_SNAPSHOT = re.compile(r"/models--[^/]+?--(?P<name>[^/]+)/snapshots/")  # of the Hub's cache
 _MAX_RANK = 1 << 16
 _FLOATS = ("F32", "F16", "BF16")
 _FULL_MATRICES = re.compile(r"\.base_layer\.weight$")  # copies of the base model's embeddings, which peft may add
 
-# Options of LoraConfig that change what a layer computes, and what they are.
+# Options of LoraConfig that change what a layer computes, and what the adapter then has.
 _VARIANTS = {
-    "use_dora": "DoRA, which also changes the length of the weights' columns",
+    "use_dora": "DoRA",
     "use_qalora": "QALoRA",
     "use_bdlora": "block-diagonal LoRA",
-    "arrow_config": "Arrow, which chooses among adapters for each token",
+    "arrow_config": "Arrow",
     "kasa_config": "KaSA",
     "monteclora_config": "MonteCLoRA",
-    "alora_invocation_tokens": "aLoRA, which only changes the text after certain tokens",
-    "layer_replication": "layers that it repeats (layer_replication)",
+    "alora_invocation_tokens": "aLoRA",
+    "layer_replication": "repeated layers (layer_replication)",
     "lora_bias": "biases (lora_bias)",
-    "trainable_token_indices": "tokens that it trains separately (trainable_token_indices)",
-    "target_parameters": "parameters outside linear layers (target_parameters)",
-    "modules_to_save": "whole layers that replace those of the model (modules_to_save)",
+    "trainable_token_indices": "trained tokens (trainable_token_indices)",
+    "target_parameters": "changes outside linear layers (target_parameters)",
+    "modules_to_save": "layers that replace those of the model (modules_to_save)",
 }
 _PLAIN_INITIALIZATIONS = (None, True, False, "gaussian", "eva", "orthogonal")  # those that leave the base as it was
 _MERGE_HINT = (
     "Merge it into its base model with peft (merge_and_unload, save_pretrained), and convert the result: "
-    "qwenlocal convert FOLDER"
+    "qwenlocal convert DIRECTORY"
 )
 
 
@@ -122,7 +125,7 @@ def read_adapter(folder: Path, architecture: str = "") -> LoraAdapter:
     """
     Read the adapter in `folder` for a model of `architecture`, "qwen2" or "qwen2moe".
 
-    Without it, the adapter is for "qwen2moe" if it changes experts, or if its base model is a mixture of experts.
+    Without it, the architecture is that of the base model, as far as the adapter tells.
 
     Raises
     ------
@@ -141,7 +144,7 @@ def read_adapter(folder: Path, architecture: str = "") -> LoraAdapter:
     base = config.get("base_model_name_or_path")
     base = base if isinstance(base, str) and base.isprintable() and len(base) < 200 else ""
     if not architecture:
-        architecture = "qwen2moe" if any(map(_is_in_mixture, pairs)) or _is_for_mixture(folder, base) else "qwen2"
+        architecture = _find_architecture(folder, base, pairs)
     scales = _Scales(folder / ADAPTER_CONFIG, config)
     names = TargetNames(architecture)
     modules = [_make_module(names, base, name, kind, a, b, scales) for name, (kind, a, b) in pairs.items()]
@@ -297,16 +300,25 @@ def _check_factor(tensor: StoredTensor) -> None:
         )
 
 
-def _is_in_mixture(module: str) -> bool:
-    return re.search(r"\.mlp\.(experts|shared_expert|shared_expert_gate|gate)(\.|$)", module) is not None
+def _find_architecture(folder: Path, base: str, modules: Iterable[str]) -> str:
+    """Return the architecture of the base model: by the modules, a config.json, or its name."""
+    parts = {match["part"] for module in modules if (match := _MLP.search(module))}
+    configs = [
+        Path(checkpoint, "config.json") for checkpoint in (folder, base) if checkpoint
+    ]  # Axolotl saves the first
+    if parts:
+        is_mixture = bool(parts & _MIXTURE_PARTS)
+    elif config := next(filter(os.path.isfile, configs), None):  # Path.is_file raises without permission
+        is_mixture = read_json(config, "").get("model_type") == "qwen2_moe"
+    else:
+        is_mixture = _MIXTURE_NAME.search(base_name(base)) is not None
+    return "qwen2moe" if is_mixture else "qwen2"
 
 
-def _is_for_mixture(folder: Path, base: str) -> bool:
-    """Return True if the base model is a mixture of experts: by its config.json, otherwise by its name."""
-    for checkpoint in (folder, Path(base)) if base else (folder,):  # Axolotl saves config.json with the adapter
-        if os.path.isfile(checkpoint / "config.json"):  # Path.is_file raises without permission
-            return read_json(checkpoint / "config.json", "").get("model_type") == "qwen2_moe"
-    return _MIXTURE_NAME.search(base) is not None
+def base_name(base: str) -> str:
+    """Return the name of a base model without its owner or folders."""
+    in_cache = _SNAPSHOT.search(base)
+    return in_cache["name"] if in_cache else base.rstrip("/").rpartition("/")[2]
 
 
 def _make_module(

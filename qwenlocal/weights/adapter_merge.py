@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from qwenlocal.errors import BadCheckpoint
-from qwenlocal.weights.adapter import LoraAdapter, LoraModule
+from qwenlocal.weights.adapter import LoraAdapter, LoraModule, base_name
 from qwenlocal.weights.adapter_rows import MergedRows
 from qwenlocal.weights.other_formats import base_hint
 from qwenlocal.weights.quant_mix import layer_order
 from qwenlocal.weights.row_source import SourceTensor
 
-_SNAPSHOT = re.compile(r"/models--[^/]+?--(?P<name>[^/]+)/snapshots/")  # of the Hub's cache
 _FORMATS = re.compile(r"([-_. ](awq|gptq|gguf|int[48]|fp16|bf16|f16|bnb|[48]bit|unsloth))+$")
 _EMBEDDINGS, _OUTPUT = "token_embd.weight", "output.weight"
 
@@ -69,9 +68,7 @@ def _merge(tensor: SourceTensor | None, module: LoraModule, merge: WeightedAdapt
 
 def describe_base(base: str, name: str) -> list[str]:
     """Return a sentence if the base model of an adapter has another name than the model that it is used with."""
-    in_cache = _SNAPSHOT.search(base)
-    trained_for = in_cache["name"] if in_cache else base.rstrip("/").rpartition("/")[2]
-    if not trained_for or _normalize(trained_for) == _normalize(name):
+    if not base or _normalize(base_name(base)) == _normalize(name):
         return []
     return [f"The adapter was trained for {base}; it is used with {name}."]
 

@@ -28,7 +28,7 @@ from qwenlocal.weights.gguf_reader import (
     decode_value,
     read_raw_metadata,
 )
-from qwenlocal.weights.load_errors import QWEN, find_load_errors
+from qwenlocal.weights.load_errors import QWEN, find_load_errors, is_adapter_file
 from qwenlocal.weights.row_source import FileRows
 from qwenlocal.weights.split_model import SplitModel, read_split_model
 from qwenlocal.weights.tensor_values import SCAN_SIZE, have_same_bytes, read_rows, scan_values
@@ -111,7 +111,7 @@ def diagnose_file(path: Path, report: Report = lambda done, total: None, *, weig
     load_errors = [
         Finding(f"llama.cpp cannot run the file: {error}.", True) for error in find_load_errors(model, pairs)
     ]
-    findings = [*load_errors, *_header_findings(header, pairs)]
+    findings = [*load_errors, *(() if is_adapter_file(model) else _header_findings(header, pairs))]
     if not load_errors:
         findings += _duplicate_output_findings(model)
     if weights:

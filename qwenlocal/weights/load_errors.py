@@ -95,7 +95,7 @@ def check_file(source: Path, *, with_tensors: bool = True) -> SplitModel:
     """
     model = read_split_model(source)
     path = model.paths[0]
-    if _is_adapter(model):
+    if is_adapter_file(model):
         base = str(model.headers[0].metadata.get("general.base_model.0.name", ""))
         raise BadWeights(path, _ADAPTER_ERROR, hint=adapter_hint(str(path), base))
     if errors := find_load_errors(model, read_raw_metadata(path), with_tensors=with_tensors):
@@ -107,14 +107,15 @@ def check_file(source: Path, *, with_tensors: bool = True) -> SplitModel:
 # --- the metadata
 
 
-def _is_adapter(model: SplitModel) -> bool:
+def is_adapter_file(model: SplitModel) -> bool:
+    """Return True if the file has an adapter, not a model."""
     return model.headers[0].metadata.get("general.type") == "adapter"
 
 
 def _find_wrong_types(model: SplitModel, pairs: Pairs) -> Iterator[str]:
     """Find keys that are missing, or whose types are not exactly those that llama.cpp asks for."""
     architecture = model.headers[0].architecture
-    if _is_adapter(model):
+    if is_adapter_file(model):
         yield _ADAPTER_ERROR
         return
     if not architecture:

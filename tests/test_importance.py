@@ -19,6 +19,7 @@ from qwenlocal.engine.context import AbortFlag
 from qwenlocal.engine.evaluation import InputCollector
 from qwenlocal.engine.llama import Model
 from qwenlocal.errors import UsageError
+from qwenlocal.machine import Machine, Memory
 from qwenlocal.measure.importance import CALIBRATION_TEXT, CHUNK_SIZE, measure_importance, split_text
 from qwenlocal.testing import MOE_CONFIG, write_checkpoint
 from qwenlocal.weights.imatrix import InputStatistics, read_imatrix
@@ -189,6 +190,15 @@ class TestCommand:
         model = copy_with_weights(random_model, tmp_path / "nan.gguf", name, *[float("nan")] * 288)
         message = expect_exit(invoke("imatrix", str(model), "-o", str(tmp_path / "x")), 5)
         assert "nan.gguf: the inputs of “blk.0.attn_q.weight” are NaN" in message
+
+    def test_a_model_that_does_not_fit_into_memory_is_refused(
+        self, dense: Path, tmp_path: Path, invoke: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("qwenlocal.machine.this_machine", lambda: Machine(1, lambda: Memory(1 << 30, 1 << 20)))
+        result = invoke("imatrix", str(dense), "-o", str(tmp_path / "x"))
+        message = expect_exit(result, 6)
+        assert "of memory" in message
+        assert "--force" not in message
 
     def test_ctrl_c_keeps_the_chunks_so_far(
         self, dense: Path, tmp_path: Path, terminal: Callable[..., Terminal]

@@ -29,6 +29,7 @@ from qwenlocal.cli.quality_chart import LevelPoint, draw_levels, draw_quantiles
 from qwenlocal.engine.context import AbortFlag, Context, ContextOptions
 from qwenlocal.engine.llama import Model
 from qwenlocal.errors import DiskFull, TextTooShort
+from qwenlocal.machine import Machine, Memory
 from qwenlocal.measure.kl_divergence import LogProbFile
 from qwenlocal.measure.logits import SAMPLE
 from qwenlocal.measure.quality import ModelFile, Quality, QualityMeter, QualityTest, prepare_test
@@ -365,6 +366,14 @@ class TestCommand:
         for models in ([str(model)], [str(random_model), "--base", str(model)]):
             message = expect_exit(invoke("quality", *models, "--text", str(text_file)), 2)
             assert "embedding.gguf is an embedding model" in message
+
+    def test_a_model_that_does_not_fit_into_memory_is_refused(
+        self, random_model: Path, text_file: Path, invoke: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("qwenlocal.machine.this_machine", lambda: Machine(1, lambda: Memory(1 << 30, 1 << 20)))
+        message = expect_exit(invoke("quality", str(random_model), "--text", str(text_file)), 6)
+        assert "of memory" in message
+        assert "--force" not in message
 
     def test_a_damaged_model_is_named(self, random_model: Path, text_file: Path, invoke: Run, tmp_path: Path) -> None:
         model = copy_with_weights(random_model, tmp_path / "nan.gguf", "output_norm.weight", *[float("nan")] * 288)

@@ -9,18 +9,23 @@ of every window. Perplexity is the exponential of the mean negative log-likeliho
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from qwenlocal.engine.context import AbortFlag, Context, ContextOptions
 from qwenlocal.engine.llama import Model
+from qwenlocal.engine.load_plan import LoadPlan, LoadRequest, plan_load
+from qwenlocal.engine.memory import ModelDims
 from qwenlocal.engine.tokenizer import Tokenizer
-from qwenlocal.errors import TextTooShort
+from qwenlocal.errors import NotEnoughMemory, TextTooShort
+from qwenlocal.i18n import tr
 
 if TYPE_CHECKING:
     import numpy
+
+    from qwenlocal.weights.gguf_reader import MetadataValue
 
 DEFAULT_WINDOW = 512  # tokens
 MIN_WINDOW = 8
@@ -141,6 +146,23 @@ def window_options(options: ContextOptions, n_ctx: int) -> ContextOptions:
     """Return the options of a context that holds one window, or as many as fit into a batch."""
     count = max(1, BATCH // n_ctx)
     return replace(options, n_ctx=count * n_ctx, n_batch=BATCH, n_seq_max=count, max_outputs=ROWS)
+
+
+def plan_reading(
+    name: str, metadata: Mapping[str, MetadataValue], weights: int, available: int, request: LoadRequest
+) -> LoadPlan:
+    """
+    Plan how to load a model, like `plan_load`, for a measurement.
+
+    Raises
+    ------
+    NotEnoughMemory: it does not fit into `available` bytes.
+    """
+    try:
+        return plan_load(name, ModelDims.from_metadata(metadata), weights, available, request)
+    except NotEnoughMemory as error:
+        error.hint = tr("Close other programs, or use a smaller file.")  # nothing here has --force
+        raise
 
 
 # --- log-probabilities

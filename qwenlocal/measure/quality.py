@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from qwenlocal.engine.context import AbortFlag, Context, ContextOptions
 from qwenlocal.engine.llama import Model
-from qwenlocal.engine.load_plan import LoadRequest, plan_load
+from qwenlocal.engine.load_plan import LoadRequest
 from qwenlocal.engine.memory import ModelDims
 from qwenlocal.errors import DiskFull, OutOfRange, UsageError
 from qwenlocal.formatting import brief_repr
@@ -39,6 +39,7 @@ from qwenlocal.measure.perplexity import (
     count_scored,
     estimate_mean,
     estimate_perplexity,
+    plan_reading,
     score_rows,
     split_windows,
     window_options,
@@ -195,13 +196,12 @@ class QualityTest:
                 tr("{name} is an embedding model; it does not predict the next token.", name=file.name),
                 hint=tr("Name a model that generates text: qwenlocal list --all"),
             )
-        dims = ModelDims.from_metadata(metadata)
         shape = window_options(ContextOptions(0), self.n_ctx)
         logits = 2 * ROWS * _FLOAT_BYTES * self.n_vocab  # computed in one buffer, copied to another
         request = LoadRequest(
             shape.n_ctx, "f16", rope="none", threads=self.threads, n_ubatch=ROWS, n_sequences=shape.n_seq_max
         )
-        plan = plan_load(file.name, dims, file.size, self.available - logits, request)
+        plan = plan_reading(file.name, metadata, file.size, self.available - logits, request)
         return WindowPlan(plan.options, logits + (plan.memory.total if plan.memory else file.size))
 
     def open(self, file: ModelFile) -> LoadedReader:

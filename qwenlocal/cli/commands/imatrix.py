@@ -34,15 +34,17 @@ def create_imatrix(
     Raises
     ------
     UsageError: the text is too short or no text. OutputExists: the file exists, without `force`.
-    BadWeights: llama.cpp cannot run the model.
+    BadWeights: llama.cpp cannot run the model. NotEnoughMemory: it does not fit into the memory.
     Interrupted: Ctrl-C, after the matrix of the chunks so far is written.
     """
     from qwenlocal.chat.worker import iterate_in_thread
     from qwenlocal.engine.context import Aborted, AbortFlag
     from qwenlocal.engine.evaluation import InputCollector
     from qwenlocal.engine.llama import Model
+    from qwenlocal.engine.load_plan import LoadRequest
     from qwenlocal.machine import this_machine
     from qwenlocal.measure.importance import CALIBRATION_TEXT, CHUNK_SIZE, measure_importance, split_text
+    from qwenlocal.measure.perplexity import plan_reading
     from qwenlocal.terminal.progress import loading_status, status_line
     from qwenlocal.weights.imatrix import write_imatrix
     from qwenlocal.weights.load_errors import check_file
@@ -53,15 +55,17 @@ def create_imatrix(
     text_path = parse_path(text) if text else CALIBRATION_TEXT
     content = read_text(text_path, limit=_MAX_TEXT)
     record = find_installed(app, name)
-    check_file(record.path)
     target = _choose_target(out, record, text_path, force=force)
+    machine = this_machine()
+    metadata, available = check_file(record.path).header.metadata, machine.memory().available
+    plan_reading(record.path.name, metadata, record.size, available, LoadRequest(CHUNK_SIZE, "f16"))
     with loading_status(sys.stderr, record.path.name) as show_loading:
         model = Model(record.path, on_progress=lambda fraction: show_loading(fraction) is None)
     collector, abort, done = InputCollector(), AbortFlag(), 0
     begin = time.monotonic()
     with contextlib.closing(model):
         parts = split_text(model.tokenizer, content, text_path.name, special=text is None)[:chunks]
-        threads = threads or this_machine().cores
+        threads = threads or machine.cores
         with (
             status_line(sys.stderr, delay=0) as show,
             iterate_in_thread(lambda: measure_importance(model, parts, threads, collector, abort), abort.set) as counts,

@@ -793,7 +793,7 @@ class TestCommands:
     @pytest.mark.parametrize(
         ("adapter", "code", "sentence"),
         [
-            ("./nothing", 3, "There is no adapter ./nothing on this disk."),
+            ("style/nothing", 3, "on this disk.\n  An adapter is a directory with adapter_config.json, or a .gguf file.\n"),
             ("hf:owner/style:0.5", 3, "hf download owner/style --local-dir style; then: --adapter ./style"),
             ("owner/style", 3, "hf download owner/style --local-dir style"),
             ("./style:much", 2, "“much” is not a scale."),

@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from qwenlocal.errors import BadWeights, ModelNotFound, UsageError
 from qwenlocal.fileio import fingerprint_file
+from qwenlocal.formatting import join_sentences
 from qwenlocal.i18n import mark, tr
 from qwenlocal.library.conversion_files import conversion_stamp
 from qwenlocal.paths import Folders, ensure_writable, parse_path
 from qwenlocal.progress import TaskProgress
 from qwenlocal.weights.adapter_spec import AdapterSpec, parse_scale
+from qwenlocal.weights.other_formats import ADAPTER_CONFIG, ADAPTER_WEIGHTS, find_inner_checkpoints
 
 if TYPE_CHECKING:
     from qwenlocal.library.store import ModelRecord
@@ -52,14 +54,18 @@ def parse_adapter(text: str, option: str = "--adapter") -> AdapterRequest:
         return AdapterRequest(parse_path(text), 1.0)
     if os.path.exists(os.path.expanduser(path)):
         return AdapterRequest(parse_path(path), parse_scale(scale, option))
-    hint = tr(_WHAT_IT_IS)
-    if match := re.fullmatch(r"(?:hf:)?(?P<repo>[\w-][\w.-]*/(?P<name>[\w.-]+))(:[^:/]*)?", text):
-        hint = tr(
-            "Download it from Hugging Face: hf download {repo} --local-dir {name}; then: {option} ./{name}",
-            repo=match["repo"],
-            name=match["name"],
-            option=option,
-        )
+    hints = [] if text.startswith("hf:") else [tr(_WHAT_IT_IS)]
+    match = re.fullmatch(r"(?:hf:)?(?P<repo>(?P<owner>[\w-][\w.-]*)/(?P<name>[\w.-]+))(:[^:/]*)?", text)
+    if match and not os.path.isdir(match["owner"]):
+        hints += [
+            tr(
+                "To download it from Hugging Face: hf download {repo} --local-dir {name}; then: {option} ./{name}",
+                repo=match["repo"],
+                name=match["name"],
+                option=option,
+            )
+        ]
+    hint = join_sentences(*hints)
     raise ModelNotFound(text, reason=tr("There is no adapter {path} on this disk.", path=text), hint=hint)
 
 
@@ -72,7 +78,6 @@ def find_adapter_folder(path: Path) -> Path:
     UsageError: it is a model. BadWeights: it is something else.
     """
     from qwenlocal.weights.adapter import adapter_folder
-    from qwenlocal.weights.other_formats import ADAPTER_CONFIG, find_inner_checkpoints
 
     folder = adapter_folder(path)
     if os.path.isfile(folder / ADAPTER_CONFIG):
@@ -113,11 +118,12 @@ class AdapterLibrary:
         header = split_model.header
         for path, scale in requests:
             is_gguf = path.is_file() and path.suffix.lower() == ".gguf"
-            file = path if is_gguf else self._convert(find_adapter_folder(path), header.architecture)
-            base, name = check_adapter_fits(file, split_model, path), header.metadata.get("general.name")
+            source = path if is_gguf else find_adapter_folder(path)
+            file = path if is_gguf else self._convert(source, header.architecture)
+            base, name = check_adapter_fits(file, split_model, source), header.metadata.get("general.name")
             for sentence in describe_base(base, str(name)) if name else ():
                 self._say(sentence)
-            specs.append(AdapterSpec(_unique_name(path, specs), file, scale))
+            specs.append(AdapterSpec(_unique_name(source, specs), file, scale))
         return tuple(specs)
 
     def _convert(self, folder: Path, architecture: str) -> Path:
@@ -126,12 +132,13 @@ class AdapterLibrary:
         from qwenlocal.weights.adapter import read_adapter
         from qwenlocal.weights.adapter_file import default_adapter_type, plan_adapter
 
-        adapter = read_adapter(folder, architecture)
-        prefix, stamp = self._name_file(folder.resolve(), architecture)
-        target = ensure_writable(self._folder) / f"{prefix}-{stamp}.gguf"
+        adapter, folder = read_adapter(folder, architecture), folder.resolve()
+        readable = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.name) or "adapter"
+        prefix = f"{readable}-{zlib.crc32(str(folder).encode(errors='replace')):08x}"
+        target = ensure_writable(self._folder) / f"{prefix}-{_stamp(folder, architecture)}.gguf"
         if target.exists():
             return target
-        self._say(tr("Converting the adapter {name} once to GGUF.", name=folder.resolve().name))
+        self._say(tr("Converting the adapter {name} once to GGUF.", name=folder.name))
         plan = plan_adapter(adapter, [(target, default_adapter_type())])
         with self._open_progress() as show:
             execute_plan(
@@ -144,24 +151,22 @@ class AdapterLibrary:
                 old.unlink(missing_ok=True)
         return target
 
-    def _name_file(self, folder: Path, architecture: str) -> tuple[str, str]:
-        """Return the parts of a file name for an adapter: one for its folder, one that differs if its files do."""
-        readable = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.name) or "adapter"
-        key = f"{zlib.crc32(str(folder).encode(errors='replace')):08x}"
-        try:
-            states = [fingerprint_file(folder / name) for name in ("adapter_config.json", "adapter_model.safetensors")]
-        except OSError as reason:
-            raise BadWeights.unreadable(folder, reason) from reason
-        stamp = hashlib.sha256(conversion_stamp(f"{architecture} {states}").encode()).hexdigest()[:16]
-        return f"{readable}-{key}", stamp
-
     def _delete_unused(self) -> None:
-        """Delete the files that were not read for a long time; reading one that is in use sets its time of access."""
+        """Delete the files that were not read for a long time; reading a file sets its time of access."""
         for file in self._folder.glob("*"):
             with contextlib.suppress(OSError):
                 state = file.stat()
                 if time.time() - max(state.st_atime, state.st_mtime) > _KEPT_SECONDS:
                     file.unlink()
+
+
+def _stamp(folder: Path, architecture: str) -> str:
+    """Hash what the conversion of an adapter depends on."""
+    try:
+        states = [fingerprint_file(folder / name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
+    except OSError as reason:
+        raise BadWeights.unreadable(folder, reason) from reason
+    return hashlib.sha256(conversion_stamp(f"{architecture} {states}").encode()).hexdigest()[:16]
 
 
 def _unique_name(path: Path, others: Sequence[AdapterSpec]) -> str:

@@ -33,7 +33,7 @@ _QUANTILES = {"median": 0.5, "90%": 0.9, "95%": 0.95, "99%": 0.99, "99.9%": 0.99
 class BaseRows(Protocol):
     """The predictions of a base, row by row."""
 
-    def log_probs(self, row: int, scratch: RowScratch) -> None:
+    def write_log_probs(self, row: int, scratch: RowScratch) -> None:
         """Write the log-probabilities of a row to `scratch.base`."""
 
 
@@ -43,8 +43,8 @@ class LogitRows:
     def __init__(self, logits: numpy.ndarray) -> None:
         self._logits = logits
 
-    def log_probs(self, row: int, scratch: RowScratch) -> None:
-        """Compute the log-probabilities."""
+    def write_log_probs(self, row: int, scratch: RowScratch) -> None:
+        """Compute them from the logits."""
         log_softmax(self._logits[row], scratch.base, scratch.work)
 
 
@@ -54,8 +54,8 @@ class StoredRows:
     def __init__(self, heads: numpy.ndarray, steps: numpy.ndarray) -> None:
         self._heads, self._steps = heads, steps
 
-    def log_probs(self, row: int, scratch: RowScratch) -> None:
-        """Expand the stored numbers."""
+    def write_log_probs(self, row: int, scratch: RowScratch) -> None:
+        """Expand the stored steps."""
         import numpy
 
         head = self._heads[row]
@@ -146,7 +146,7 @@ def compare_rows(base: BaseRows, rows: ScoredRows, workers: RowWorkers) -> RowCo
     def compare(row: int, scratch: RowScratch) -> None:
         base_log, model_log, probs = scratch
         log_softmax(rows.logits[row], model_log, probs)
-        base.log_probs(row, scratch)
+        base.write_log_probs(row, scratch)
         target = rows.targets[row]
         result.nll[row], result.base_nll[row] = -model_log[target], -base_log[target]
         result.same_top[row] = base_log.argmax() == model_log.argmax()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ from qwenlocal.paths import parse_path
 from qwenlocal.text_encoding import read_text
 
 if TYPE_CHECKING:
+    from qwenlocal.engine.evaluation import InputCollector
+    from qwenlocal.engine.llama import Model
     from qwenlocal.library.store import ModelRecord
     from qwenlocal.weights.imatrix import InputStatistics
 
@@ -37,15 +40,13 @@ def create_imatrix(
     BadWeights: llama.cpp cannot run the model. NotEnoughMemory: it does not fit into the memory.
     Interrupted: Ctrl-C, after the matrix of the chunks so far is written.
     """
-    from qwenlocal.chat.worker import iterate_in_thread
-    from qwenlocal.engine.context import Aborted, AbortFlag
     from qwenlocal.engine.evaluation import InputCollector
     from qwenlocal.engine.llama import Model
     from qwenlocal.engine.load_plan import LoadRequest
     from qwenlocal.machine import this_machine
-    from qwenlocal.measure.importance import CALIBRATION_TEXT, CHUNK_SIZE, measure_importance, split_text
+    from qwenlocal.measure.importance import CALIBRATION_TEXT, CHUNK_SIZE, split_text
     from qwenlocal.measure.perplexity import plan_reading
-    from qwenlocal.terminal.progress import loading_status, status_line
+    from qwenlocal.terminal.progress import loading_status
     from qwenlocal.weights.imatrix import write_imatrix
     from qwenlocal.weights.load_errors import check_file
 
@@ -61,19 +62,10 @@ def create_imatrix(
     plan_reading(record.path.name, metadata, record.size, available, LoadRequest(CHUNK_SIZE, "f16"))
     with loading_status(sys.stderr, record.path.name) as show_loading:
         model = Model(record.path, on_progress=lambda fraction: show_loading(fraction) is None)
-    collector, abort, done = InputCollector(), AbortFlag(), 0
-    begin = time.monotonic()
+    collector, begin = InputCollector(), time.monotonic()
     with contextlib.closing(model):
         parts = split_text(model.tokenizer, content, text_path.name, special=text is None)[:chunks]
-        threads = threads or machine.cores
-        with (
-            status_line(sys.stderr, delay=0) as show,
-            iterate_in_thread(lambda: measure_importance(model, parts, threads, collector, abort), abort.set) as counts,
-            contextlib.suppress(Aborted),
-        ):
-            show(_describe_progress(0, len(parts), 0))
-            for done in counts:
-                show(_describe_progress(done, len(parts), time.monotonic() - begin))
+        done = _read_chunks(model, parts, threads or machine.cores, collector)
     if done:
         write_imatrix(target, collector.statistics, done, CHUNK_SIZE, text_path.name)
         app.say(
@@ -83,7 +75,26 @@ def create_imatrix(
         _say_unused_experts(app, collector.statistics)
     if done < len(parts):
         raise Interrupted(f"{done} of {len(parts)} chunks were measured.")
-    app.say(f"Use it with: qwenlocal convert SRC --imatrix {target}")
+    app.say(f"Use it with: qwenlocal convert SRC --imatrix {shlex.quote(str(target))}")
+
+
+def _read_chunks(model: Model, chunks: Sequence[Sequence[int]], threads: int, collector: InputCollector) -> int:
+    """Measure chunks with progress; return the number of those read, fewer than all after Ctrl-C."""
+    from qwenlocal.chat.worker import iterate_in_thread
+    from qwenlocal.engine.context import Aborted, AbortFlag
+    from qwenlocal.measure.importance import measure_importance
+    from qwenlocal.terminal.progress import status_line
+
+    abort, begin, done = AbortFlag(), time.monotonic(), 0
+    with (
+        status_line(sys.stderr, delay=0) as show,
+        iterate_in_thread(lambda: measure_importance(model, chunks, threads, collector, abort), abort.set) as counts,
+        contextlib.suppress(Aborted),
+    ):
+        show(_describe_progress(0, len(chunks), 0))
+        for done in counts:
+            show(_describe_progress(done, len(chunks), time.monotonic() - begin))
+    return done
 
 
 def _choose_target(out: str | None, record: ModelRecord, text: Path, *, force: bool) -> Path:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +37,7 @@ from qwenlocal.weights.checkpoint import Checkpoint
 from qwenlocal.weights.conversion import ConversionOptions, plan_conversion
 from qwenlocal.weights.file_types import file_type
 from qwenlocal.weights.gguf_reader import read_header
+from qwenlocal.weights.source_files import SourceFiles
 from qwenlocal.weights.write_job import WriteJob
 from qwenlocal.weights.write_workers import WriteResult, run_job
 
@@ -84,6 +87,31 @@ class TestKilled:
         assert slow_output.read_bytes() == b"old"
         run_job(plan_job(large_checkpoint, slow_output), threads=2, replace=True)
         assert slow_output.read_bytes() == large_gguf
+
+
+class StalledFiles(SourceFiles):
+    """Files whose first bytes cannot be read, while other threads wait for bytes that do not come until `stop`."""
+
+    def __init__(self, job: WriteJob) -> None:
+        super().__init__(path for rows in job.ranges for path in rows.source.files)
+        self._numbers, self._is_stopped = itertools.count(), threading.Event()
+        self.was_stopped = True
+
+    def read(self, path: Path, buffer: memoryview, offset: int) -> None:
+        if next(self._numbers):
+            self.was_stopped = self._is_stopped.wait(5) and self.was_stopped
+        raise BadWeights(path, "it cannot be read")
+
+    def stop(self) -> None:
+        self._is_stopped.set()
+
+
+def test_a_failure_ends_the_wait_of_other_threads(large_checkpoint: Path, tmp_path: Path) -> None:
+    job = plan_job(large_checkpoint, tmp_path / "x.q8_0.gguf")
+    files = StalledFiles(job)
+    with pytest.raises(BadWeights, match="it cannot be read"):
+        run_job(job, threads=3, sources=files)
+    assert files.was_stopped
 
 
 @on_posix

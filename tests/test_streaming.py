@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -28,13 +29,20 @@ from hypothesis import strategies as st
 from interruptions import on_posix
 from packing import Tensors, change_tensor, rewrite_tensors, write_packed_checkpoint
 
+from qwenlocal.library.plan_execution import describe_proof
 from qwenlocal.library.streaming import resumable_hash
 from qwenlocal.library.streaming.resumable_hash import ResumableSha256
 from qwenlocal.paths import Folders
+from qwenlocal.resumable import JournalAppender
 from qwenlocal.testing import MOE_CONFIG, write_checkpoint, write_safetensors
+from qwenlocal.weights.checkpoint import Checkpoint
+from qwenlocal.weights.conversion import ConversionOptions, plan_conversion
+from qwenlocal.weights.file_types import file_type
+from qwenlocal.weights.packed_proof import StreamedProofs
 from qwenlocal.weights.safetensors import read_tensors
 
 PACKED = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
+PACKED_WEIGHTS = 1_179_648
 WEIGHTS = "model.safetensors"
 
 
@@ -164,6 +172,14 @@ class TestSameBytes:
         streamed.publish(write_gptq)
         assert "packed weights with the checkpoint: largest difference 0" in streamed.expect_the_same_file()
 
+    def test_the_proof_names_rounded_weights_of_an_interrupted_attempt(self, tmp_path: Path) -> None:
+        write_packed_checkpoint(tmp_path / "source", config=PACKED, symmetric=False)
+        targets = [(tmp_path / f"{name}.gguf", file_type(name)) for name in ("q5_0", "q4_1")]
+        plan = plan_conversion(Checkpoint.open(tmp_path / "source"), targets, ConversionOptions("Tiny", ""))
+        exact, rounded = StreamedProofs(plan).results().values()  # all chunks were written earlier
+        assert describe_proof(exact).startswith(f"Compared {PACKED_WEIGHTS:,} packed weights with the checkpoint: ")
+        assert f"An interrupted attempt compared {PACKED_WEIGHTS:,} more." in describe_proof(rounded)
+
     def test_files_are_downloaded_once(self, streamed: StreamedCommand) -> None:
         streamed.publish(write_dense)
         expect_exit(streamed.run(), 0)
@@ -249,6 +265,16 @@ class TestFaults:
         assert "were different when they were downloaded a second time" in message
         hub.always.clear()
         streamed.expect_the_same_file()
+
+    def test_a_journal_that_cannot_be_written_ends_the_command(
+        self, streamed: StreamedCommand, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(*_arguments: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        streamed.publish(write_gptq)
+        monkeypatch.setattr(JournalAppender, "append", fail)
+        assert "disk" in expect_exit(streamed.run(), 6).lower()
 
     def test_a_hub_without_ranges_is_refused(self, streamed: StreamedCommand, hub: HubServer) -> None:
         streamed.publish(lambda folder: write_checkpoint(folder, config=SMALL))
@@ -400,6 +426,7 @@ class TestInterrupted:
         hub.ranges.clear()
         message = expect_exit(streamed.run(), 0)
         assert "An earlier attempt had already processed" in message
+        assert write is not write_gptq or f"Compared {PACKED_WEIGHTS:,} packed weights" in message
         starts = [start for start, end in hub.ranges if end - start > size // 8]
         assert starts
         assert min(starts) > size // 20

@@ -319,7 +319,13 @@ def _describe_file(file: PlannedFile) -> str:
 
 
 def _proof_facts(proof: PackedProof | None) -> dict[str, Any]:
-    return {"compared_weights": proof.weights, "largest_difference": proof.difference} if proof else {}
+    if proof is None:
+        return {}
+    return {
+        "compared_weights": proof.weights,
+        "largest_difference": proof.difference,
+        "compared_earlier": proof.earlier,
+    }
 
 
 def _file_facts(file: PlannedFile) -> dict[str, Any]:

@@ -102,4 +102,5 @@ def describe_proof(proof: PackedProof) -> str:
     """Say how much the written weights differ from the packed ones."""
     largest = f"{proof.difference:.2g} ({format_percent(proof.steps)} of a step)" if proof.difference else "0"
     weights = format_quantity(proof.weights, "packed weight")
-    return f"Compared {weights} with the checkpoint: largest difference {largest}."
+    text = f"Compared {weights} with the checkpoint: largest difference {largest}."
+    return f"{text} An interrupted attempt compared {proof.earlier:,} more." if proof.earlier else text

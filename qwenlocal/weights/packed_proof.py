@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -27,13 +27,15 @@ class PackedProof:
     The number of packed weights compared, and the largest difference between any two, absolute and in steps.
 
     A step is the scale of a weight's group: the distance between neighboring codes. `is_exact`: the types of all
-    tensors hold the weights without rounding, so the difference must be 0.
+    tensors hold the weights without rounding, so the difference must be 0. `earlier` are weights that an interrupted
+    attempt compared, and whose difference is not known any more.
     """
 
     weights: int
     difference: float
     steps: float
     is_exact: bool
+    earlier: int = 0
 
     def add(self, largest: _Largest, *, is_exact: bool) -> PackedProof:
         """Return the proof for the weights of one more chunk."""
@@ -93,8 +95,23 @@ class StreamedProofs:
             self._proofs[target.output] = before.add(largest, is_exact=packed.is_exact)
 
     def results(self) -> Mapping[Path, PackedProof]:
-        """Return the proof of each file with packed weights, for the chunks that were compared."""
-        return {self._plan.files[number].path: proof for number, proof in sorted(self._proofs.items())}
+        """
+        Return the proof of each file with packed weights, once it is complete.
+
+        An interrupted attempt compared its chunks, too, before it recorded them.
+        """
+        results = {}
+        for number, file in enumerate(self._plan.files):
+            pairs = _find_pairs(self._plan, number)
+            total = sum(pair.packed.row_count * pair.packed.columns for pair in pairs)
+            if all(pair.packed.is_exact for pair in pairs):  # a difference would have been an error
+                proof = PackedProof(total, 0.0, 0.0, is_exact=True)
+            else:
+                proof = self._proofs.get(number, PackedProof(0, 0.0, 0.0, is_exact=False))
+                proof = replace(proof, earlier=total - proof.weights)
+            if pairs:
+                results[file.path] = proof
+        return results
 
 
 def unequal_weights(path: Path, difference: float) -> BadWeights:

@@ -793,7 +793,7 @@ class TestCommands:
     @pytest.mark.parametrize(
         ("adapter", "code", "sentence"),
         [
-            ("style/nothing", 3, "on this disk.\n  An adapter is a directory with adapter_config.json, or a .gguf file.\n"),
+            ("style/nothing", 3, "\n  An adapter is a directory with adapter_config.json, or a .gguf file.\n"),
             ("hf:owner/style:0.5", 3, "hf download owner/style --local-dir style; then: --adapter ./style"),
             ("owner/style", 3, "hf download owner/style --local-dir style"),
             ("./style:much", 2, "“much” is not a scale."),
@@ -812,6 +812,13 @@ class TestCommands:
         adapter = adapter.format(base=base, gguf=base_gguf)
         message = expect_exit(invoke("run", str(base_gguf), "--raw", "Hi", "--adapter", adapter), code)
         assert sentence in message
+
+    def test_an_adapter_is_checked_before_the_model_is_downloaded(
+        self, base: Path, invoke: Run, tmp_path: Path
+    ) -> None:
+        folder = write_adapter(tmp_path / "style", base, use_dora=True)
+        message = expect_exit(invoke("run", "hf:owner/repo", "Hi", "--adapter", str(folder)), 5)
+        assert "the adapter uses DoRA" in message
 
     def test_run_with_a_remote_engine_has_no_adapters(self, style: Path, invoke: Run) -> None:
         message = expect_exit(invoke("run", "--url", "http://127.0.0.1:1/v1", "Hi", "--adapter", str(style)), 2)
@@ -885,8 +892,8 @@ def test_a_scale_follows_a_colon(
     text: str, path: str, scale: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b:2").mkdir()
+    write_adapter(tmp_path / "a")
+    write_adapter(tmp_path / "b:2")
     assert parse_adapter(text) == AdapterRequest(Path(path), scale)
 
 

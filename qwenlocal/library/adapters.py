@@ -40,20 +40,38 @@ class AdapterRequest(NamedTuple):
     path: Path
     scale: float
 
+    @property
+    def is_gguf(self) -> bool:
+        """True for a GGUF file, False for a directory of PEFT or a file in it."""
+        return self.path.suffix.lower() == ".gguf" and self.path.is_file()
+
 
 def parse_adapter(text: str, option: str = "--adapter") -> AdapterRequest:
     """
     Parse ADAPTER[:SCALE]: `parse_adapter("./style:0.5")` is the path ./style with the scale 0.5.
 
+    A directory is checked at once, before a model is downloaded in vain.
+
     Raises
     ------
-    ModelNotFound: there is no such directory or file. UsageError: the scale is invalid.
+    ModelNotFound: there is no such directory or file. UsageError: the scale is invalid, or it is a model.
+    BadWeights: it is damaged, or of a kind that cannot be used.
     """
-    path, _, scale = text.rpartition(":")
+    path, _, number = text.rpartition(":")
     if os.path.exists(os.path.expanduser(text)):
-        return AdapterRequest(parse_path(text), 1.0)
-    if os.path.exists(os.path.expanduser(path)):
-        return AdapterRequest(parse_path(path), parse_scale(scale, option))
+        request = AdapterRequest(parse_path(text), 1.0)
+    elif os.path.exists(os.path.expanduser(path)):
+        request = AdapterRequest(parse_path(path), parse_scale(number, option))
+    else:
+        raise _no_adapter(text, option)
+    if not request.is_gguf:
+        from qwenlocal.weights.adapter import read_adapter
+
+        read_adapter(find_adapter_folder(request.path))
+    return request
+
+
+def _no_adapter(text: str, option: str) -> ModelNotFound:
     hints = [] if text.startswith("hf:") else [tr(_WHAT_IT_IS)]
     match = re.fullmatch(r"(?:hf:)?(?P<repo>(?P<owner>[\w-][\w.-]*)/(?P<name>[\w.-]+))(:[^:/]*)?", text)
     if match and not os.path.isdir(match["owner"]):
@@ -65,8 +83,8 @@ def parse_adapter(text: str, option: str = "--adapter") -> AdapterRequest:
                 option=option,
             )
         ]
-    hint = join_sentences(*hints)
-    raise ModelNotFound(text, reason=tr("There is no adapter {path} on this disk.", path=text), hint=hint)
+    reason = tr("There is no adapter {path} on this disk.", path=text)
+    return ModelNotFound(text, reason=reason, hint=join_sentences(*hints))
 
 
 def find_adapter_folder(path: Path) -> Path:
@@ -116,14 +134,13 @@ class AdapterLibrary:
         self._delete_unused()
         split_model, specs = read_split_model(model.path), list[AdapterSpec]()
         header = split_model.header
-        for path, scale in requests:
-            is_gguf = path.is_file() and path.suffix.lower() == ".gguf"
-            source = path if is_gguf else find_adapter_folder(path)
-            file = path if is_gguf else self._convert(source, header.architecture)
+        for request in requests:
+            source = request.path if request.is_gguf else find_adapter_folder(request.path)
+            file = source if request.is_gguf else self._convert(source, header.architecture)
             base, name = check_adapter_fits(file, split_model, source), header.metadata.get("general.name")
             for sentence in describe_base(base, str(name)) if name else ():
                 self._say(sentence)
-            specs.append(AdapterSpec(_unique_name(source, specs), file, scale))
+            specs.append(AdapterSpec(_unique_name(source, specs), file, request.scale))
         return tuple(specs)
 
     def _convert(self, folder: Path, architecture: str) -> Path:

@@ -118,13 +118,13 @@ def read_merges(texts: Sequence[str]) -> list[WeightedAdapter]:
 
     merges = []
     for text in texts:
-        path, scale = parse_adapter(text, "--merge")
-        if path.is_file() and path.suffix.lower() == ".gguf":
+        request = parse_adapter(text, "--merge")
+        if request.is_gguf:
             raise UsageError(
-                f"{path} is a GGUF file; only directories of PEFT can be merged.",
+                f"{request.path} is a GGUF file; only directories of PEFT can be merged.",
                 hint="To use it as it is: qwenlocal run MODEL --adapter FILE",
             )
-        merges.append(WeightedAdapter(read_adapter(find_adapter_folder(path)), scale))
+        merges.append(WeightedAdapter(read_adapter(find_adapter_folder(request.path)), request.scale))
     return merges
 
 

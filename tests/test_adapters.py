@@ -275,6 +275,7 @@ Q = f"base_model.model.{QUERY}"
     [
         ({"peft_type": "LOHA"}, "it describes an adapter of the type 'LOHA', not LoRA"),
         ({"peft_type": ...}, "an adapter of the type None, not LoRA"),
+        ({"fine_tune_type": "lora"}, "it is an adapter of MLX"),
         ({"use_dora": True}, "the adapter uses DoRA"),
         ({"modules_to_save": ["lm_head"]}, r"\(modules_to_save\)"),
         ({"bias": "lora_only"}, "the adapter trained biases"),
@@ -291,7 +292,7 @@ def test_what_llama_cpp_cannot_compute_is_refused(
 ) -> None:
     with pytest.raises(UnsupportedCheckpoint, match=sentence) as caught:
         read_adapter(write_adapter(tmp_path / "style", base, **changes))
-    assert "peft" in caught.value.hint
+    assert ("mlx_lm.fuse" if "MLX" in sentence else "peft") in caught.value.hint
 
 
 @pytest.mark.parametrize(
@@ -347,6 +348,21 @@ def test_files_that_contradict_each_other_are_refused(
         read_adapter(folder)
     assert str(folder) in str(caught.value)
     assert caught.value.hint
+
+
+def test_adapters_that_extend_prompts_are_not_merged(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedCheckpoint) as caught:
+        read_adapter(write_adapter(tmp_path / "style", base, peft_type="PREFIX_TUNING"))
+    assert "Train a LoRA adapter" in caught.value.hint
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+def test_damaged_files_are_downloaded_or_saved_again(file: str, base: Path, tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "style", base)
+    (folder / file).write_bytes((folder / file).read_bytes()[:-50])
+    with pytest.raises(BadCheckpoint) as caught:
+        read_adapter(folder)
+    assert caught.value.hint == "Download or save the adapter again."
 
 
 def test_missing_weights_and_pickled_ones_are_refused(base: Path, tmp_path: Path, invoke: Run, base_gguf: Path) -> None:
@@ -620,6 +636,13 @@ class TestRunning:
     def test_a_scale_of_zero_is_the_model_alone(self, base: Path, base_gguf: Path, tmp_path: Path) -> None:
         path = convert_adapter(write_adapter(tmp_path / "style", base))
         assert (logits_of(base_gguf, AdapterSpec("style", path, 0.0)) == logits_of(base_gguf)).all()
+
+    def test_scales_that_are_too_large_for_numbers_are_reported(
+        self, base: Path, base_gguf: Path, tmp_path: Path, load_model: Callable[..., LoadedModel]
+    ) -> None:
+        path = convert_adapter(write_adapter(tmp_path / "style", base, size=1e30))
+        with pytest.raises(BadWeights, match="computes NaN with its adapters"):
+            answer(load_model(base_gguf, AdapterSpec("style", path)).sequence, PROMPT, 2)
 
     def test_a_file_that_llama_cpp_rejects_is_reported(self, base: Path, base_gguf: Path, tmp_path: Path) -> None:
         path = convert_adapter(write_adapter(tmp_path / "style", base))

@@ -330,6 +330,9 @@ class Context:
         BadWeights: the logits are NaN.
         """
         if math.isnan(self.logits(row)[0]):
+            if any(scale for _, scale in self.model.adapters):
+                reason = "the model computes NaN with its adapters"
+                raise BadWeights(self.model.path, reason, hint="Use smaller scales: --adapter ADAPTER:0.5")
             raise BadWeights(
                 self.model.path,
                 "the model computes NaN; its weights or metadata are damaged",

@@ -162,6 +162,7 @@ class AdapterLibrary:
                 plan,
                 replace=True,
                 report=lambda done, total: show(TaskProgress(folder.name, done, total, "writing")),
+                not_finite_hint="Download or save the adapter again.",
             )
         for old in self._folder.glob(f"{prefix}-*"):
             if old != target:

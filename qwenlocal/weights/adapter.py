@@ -50,6 +50,8 @@ _VARIANTS = {
     "modules_to_save": "layers that replace those of the model (modules_to_save)",
 }
 _PLAIN_INITIALIZATIONS = (None, True, False, "gaussian", "eva", "orthogonal")  # those that leave the base as it was
+_PROMPT_TYPES = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT")
+_DAMAGED_HINT = "Download or save the adapter again."
 _MERGE_HINT = (
     "Merge it into its base model with peft (merge_and_unload, save_pretrained), and convert the result: "
     "qwenlocal convert DIRECTORY"
@@ -132,15 +134,8 @@ def read_adapter(folder: Path, architecture: str = "") -> LoraAdapter:
     BadCheckpoint: a file is missing or damaged, or the two contradict each other.
     UnsupportedCheckpoint: it is not a LoRA adapter, or a kind that llama.cpp cannot compute.
     """
-    config = read_json(folder / ADAPTER_CONFIG, "the adapter's settings")
-    _check_config(folder, config)
-    if not os.path.isfile(folder / ADAPTER_WEIGHTS):
-        raise BadCheckpoint(
-            folder,
-            f"it has no {ADAPTER_WEIGHTS}",
-            hint="Save the adapter again with a current version of peft (save_pretrained), which writes safetensors.",
-        )
-    pairs = _pair_factors(folder, read_tensors(folder / ADAPTER_WEIGHTS))
+    config, tensors = _read_files(folder)
+    pairs = _pair_factors(folder, tensors)
     base = config.get("base_model_name_or_path")
     base = base if isinstance(base, str) and base.isprintable() and len(base) < 200 else ""
     if not architecture:
@@ -157,13 +152,34 @@ def read_adapter(folder: Path, architecture: str = "") -> LoraAdapter:
     return LoraAdapter(folder, architecture, base, scales.alpha, modules)
 
 
+def _read_files(folder: Path) -> tuple[dict[str, Any], list[StoredTensor]]:
+    """Read adapter_config.json and the header of the weights."""
+    try:
+        config = read_json(folder / ADAPTER_CONFIG, "the adapter's settings")
+        _check_config(folder, config)
+        if not os.path.isfile(folder / ADAPTER_WEIGHTS):
+            raise UnsupportedCheckpoint(
+                folder,
+                f"it has no {ADAPTER_WEIGHTS}",
+                hint="Save it again with a current version of peft (save_pretrained), which writes safetensors.",
+            )
+        return config, read_tensors(folder / ADAPTER_WEIGHTS)
+    except BadCheckpoint as error:
+        error.hint = _DAMAGED_HINT
+        raise
+
+
 def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
     path, kind = folder / ADAPTER_CONFIG, config.get("peft_type")
     if "fine_tune_type" in config:
-        raise adapter_only(folder)
+        hint = adapter_only(folder).hint
+        raise UnsupportedCheckpoint(folder, "it is an adapter of MLX; only those of PEFT can be used", hint=hint)
     if kind != "LORA":
+        is_prompt = kind in _PROMPT_TYPES
         raise UnsupportedCheckpoint(
-            path, f"it describes an adapter of the type {brief_repr(kind)}, not LoRA", hint=_MERGE_HINT
+            path,
+            f"it describes an adapter of the type {brief_repr(kind)}, not LoRA",
+            hint="Train a LoRA adapter; one that extends prompts cannot be merged." if is_prompt else _MERGE_HINT,
         )
     for key, description in _VARIANTS.items():
         if config.get(key) not in (None, False, [], {}):
@@ -208,15 +224,15 @@ class _Scales:
 
     def _patterns(self, key: str, value: Any) -> list[tuple[re.Pattern[str], float]]:
         if not isinstance(value or {}, dict):
-            raise BadCheckpoint(self._path, f"“{key}” is {brief_repr(value)}; it must be an object with numbers")
+            reason = f"“{key}” is {brief_repr(value)}; it must be an object with numbers"
+            raise BadCheckpoint(self._path, reason, hint=_DAMAGED_HINT)
         patterns = []
         for expression, number in (value or {}).items():
             try:  # as in peft (utils/other.py: get_pattern_key)
                 pattern = re.compile(rf"(.*\.)?({expression})$")
-            except re.error as reason:
-                raise BadCheckpoint(
-                    self._path, f"“{key}” has an invalid regular expression, {brief_repr(expression)}: {reason}"
-                ) from reason
+            except re.error as error:
+                reason = f"“{key}” has an invalid regular expression, {brief_repr(expression)}: {error}"
+                raise BadCheckpoint(self._path, reason, hint=_DAMAGED_HINT) from error
             patterns.append((pattern, self._number(f"{key}” of “{expression}", number)))
         return patterns
 
@@ -233,7 +249,7 @@ class _Scales:
             raise BadCheckpoint(
                 a.file,
                 f"“{a.name}” has the rank {a.shape[0]:,}, but {ADAPTER_CONFIG} says {rank:g}",
-                hint="The two files do not belong together. Download or save the adapter again.",
+                hint=f"The two files do not belong together. {_DAMAGED_HINT}",
             )
         return alpha / (math.sqrt(rank) if self._is_rs else rank)
 
@@ -260,17 +276,17 @@ def _pair_factors(folder: Path, tensors: Sequence[StoredTensor]) -> dict[str, _P
         _check_factor(tensor)
         pair = factors.setdefault((match["module"], match["kind"]), {})
         if match["letter"] in pair:
-            raise BadCheckpoint(tensor.file, f"“{tensor.name}” is there twice")
+            raise BadCheckpoint(tensor.file, f"“{tensor.name}” is there twice", hint=_DAMAGED_HINT)
         pair[match["letter"]] = tensor
     if not factors:
-        raise BadCheckpoint(folder, "its adapter has no tensors", hint="Download or save the adapter again.")
+        raise BadCheckpoint(folder, "its adapter has no tensors", hint=_DAMAGED_HINT)
     for (module, _), pair in factors.items():
         if len(pair) < 2 or pair["A"].shape[0] != pair["B"].shape[1]:
             shapes = " and ".join(f"{letter} {list(tensor.shape)}" for letter, tensor in sorted(pair.items()))
             raise BadCheckpoint(
                 next(iter(pair.values())).file,
                 f"the factors of “{module}” do not fit together: {shapes}",
-                hint="Download or save the adapter again.",
+                hint=_DAMAGED_HINT,
             )
     return {module: (kind, pair["A"], pair["B"]) for (module, kind), pair in factors.items()}
 

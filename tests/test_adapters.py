@@ -741,7 +741,9 @@ class TestCommands:
         return write_adapter(tmp_path / "style", base, targets=LINEAR)
 
     def test_convert_writes_an_adapter(self, style: Path, invoke: Run, tmp_path: Path) -> None:
-        assert "Wrote style-f32.gguf" in expect_exit(invoke("convert", str(style)), 0)
+        message = expect_exit(invoke("convert", str(style)), 0)
+        assert "The adapter is for models of the architecture qwen2." in message
+        assert "Wrote style-f32.gguf" in message
         assert read_metadata(tmp_path / "style-f32.gguf")["general.type"] == "adapter"
         expect_exit(invoke("convert", f"{style}/adapter_model.safetensors", "-o", "x.gguf", "--type", "f16"), 0)
         assert read_header(tmp_path / "x.gguf").tensors[0].type.name == "f16"

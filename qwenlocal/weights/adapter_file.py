@@ -57,7 +57,8 @@ def plan_adapter(adapter: LoraAdapter, targets: Sequence[tuple[Path, FileType]])
     ranges = []
     for tensor, tensor_destinations in zip(tensors, zip(*destinations, strict=True), strict=True):
         ranges += row_ranges(tensor, tensor_destinations)
-    return ConversionPlan(files, WriteJob(outputs, ranges))
+    note = f"The adapter is for models of the architecture {adapter.architecture}."
+    return ConversionPlan(files, WriteJob(outputs, ranges), [note])
 
 
 def default_adapter_type() -> FileType:

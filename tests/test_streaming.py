@@ -448,8 +448,11 @@ class TestUnusableJournal:
         [
             lambda _text: "",
             pytest.param(lambda text: text.replace('"version": 1', '"version": 0'), marks=pytest.mark.slow),
-            pytest.param(lambda text: text + "0 5\n" + "9 9\n" + "0 -1 " + "7 " * 27 + "7\n", marks=pytest.mark.slow),
-            lambda text: text + "0 64 " + "7 " * 27 + "7\n",
+            pytest.param(
+                lambda text: text + "0 5\n9 9\n0 -1 " + "7 " * 27 + "7\n0 64 " + "9999 " * 27 + "9\n",
+                marks=pytest.mark.slow,
+            ),
+            lambda text: text + "0 64 " + "7 " * 8 + "512 0 " + "7 " * 16 + "0 32\n",
             pytest.param(
                 lambda text: "\n".join(line for line in text.split("\n") if line.count(" ") != 7),
                 marks=pytest.mark.slow,

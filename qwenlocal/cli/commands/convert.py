@@ -86,9 +86,14 @@ def _check_stream(name: ModelName, refused: Mapping[str, bool]) -> None:
     UsageError: it cannot.
     """
     if isinstance(name, (PathName, LocalCheckpointName)):
-        raise UsageError(f"--stream is for checkpoints on a hub, but {name} is on this disk.", hint="Leave it out.")
+        raise UsageError(
+            tr("--stream is for checkpoints on a hub, but {name} is on this disk.", name=name),
+            hint=tr("Leave out --stream."),
+        )
     if given := [option for option, is_given in refused.items() if is_given]:
-        raise UsageError(f"--stream cannot be used with {' and '.join(given)}.", hint="Leave out --stream.")
+        raise UsageError(
+            tr("--stream cannot be used with {options}.", options=" and ".join(given)), hint=tr("Leave out --stream.")
+        )
 
 
 def _open_stream(
@@ -99,7 +104,14 @@ def _open_stream(
     stream = open_stream(checkpoint, targets, options)
     files = ", ".join(f"{file.type.name} {format_bytes(file.size)}" for file in stream.plan.files)
     size = format_bytes(stream.files.download_size)
-    app.say(f"{checkpoint.name} is a checkpoint: {size} to download, converted on the way; only {files} is kept.")
+    app.say(
+        tr(
+            "{name} is a checkpoint: {size} to download and convert in one pass. Only the result is stored ({files}).",
+            name=checkpoint.name,
+            size=size,
+            files=files,
+        )
+    )
     if license := checkpoint.resolved.license:
         app.say(tr("License: {license}", license=license))
     return stream

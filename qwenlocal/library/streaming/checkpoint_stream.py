@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwenlocal.errors import DownloadFailed
+from qwenlocal.i18n import tr
 from qwenlocal.library.streaming.range_fetcher import RangeFetcher, RemoteSamples
 from qwenlocal.library.streaming.streamed_files import StreamedFiles
 from qwenlocal.weights.conversion import plan_conversion
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from qwenlocal.weights.conversion import ConversionOptions
     from qwenlocal.weights.conversion_plan import ConversionPlan
     from qwenlocal.weights.file_types import FileType
-
-_HINT = "Convert it without --stream."
 
 
 @dataclass(frozen=True)
@@ -46,15 +45,23 @@ def open_stream(
     outline = checkpoint.read_outline()
     if outline is None:
         raise DownloadFailed(
-            f"{checkpoint.resolved.origin} sends whole files only, so {checkpoint.name} cannot be streamed.", hint=_HINT
+            tr(
+                "{origin} sends whole files only, so {name} cannot be streamed.",
+                origin=checkpoint.resolved.origin,
+                name=checkpoint.name,
+            ),
+            hint=tr("Convert it without --stream."),
         )
     artifacts = {checkpoint.folder / request.artifact.name: request.artifact for request in checkpoint.weights}
     for artifact in artifacts.values():
         if artifact.sha256 is None:
             raise DownloadFailed(
-                f"{checkpoint.resolved.origin} publishes no SHA-256 of {artifact.name}, so it cannot be checked while "
-                "it is streamed.",
-                hint=_HINT,
+                tr(
+                    "{origin} publishes no SHA-256 of {name}, so it cannot be checked while it is streamed.",
+                    origin=checkpoint.resolved.origin,
+                    name=artifact.name,
+                ),
+                hint=tr("Convert it without --stream."),
             )
     samples = RemoteSamples(RangeFetcher(artifacts))
     plan = plan_conversion(replace(outline, samples=samples), targets, options)

@@ -9,14 +9,14 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from qwenlocal.library.artifact import Artifact
-from qwenlocal.library.streaming.resumable_hash import ResumableSha256, can_continue
+from qwenlocal.library.streaming.resumable_hash import ResumableSha256, can_export_state, is_state_after
 from qwenlocal.library.streaming.stream_journal import FileProgress, PartOfFile
 from qwenlocal.library.streaming.stream_layout import StreamUnit
 
 
 class FilePass:
     """
-    The bytes of a file from where an earlier attempt has left off: hashed, and divided into parts.
+    The bytes of a file from where an earlier attempt left off: hashed, and divided into parts.
 
     `watched` are the parts whose digests are needed, too.
     """
@@ -67,7 +67,7 @@ class FilePass:
         return digest
 
     def _add_snapshot(self, offset: int) -> None:
-        if can_continue() and offset:
+        if can_export_state() and offset:
             self._snapshots.append((offset, self.digest.state or b""))
 
     @property
@@ -100,7 +100,7 @@ def find_usable_progress(
     usable = {}
     for path, file in progress.items():
         size = artifacts[path].size
-        has_state = file.state is not None and can_continue()
+        has_state = file.state is not None and can_export_state() and is_state_after(file.state, file.offset)
         is_possible = file.offset == size if file.is_verified else file.offset < size and has_state
         before = [unit for unit in units if unit.path == path and unit.start < file.offset]
         if is_possible and all(_is_finished(unit, finished, progress) for unit in before):

@@ -11,9 +11,11 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import struct
 from typing import Any
 
-_STATE_SIZE = 112
+_STATE = struct.Struct("28I")
+_STATE_SIZE = _STATE.size
 _PROBE = b"qwenlocal" * 20
 
 
@@ -48,9 +50,16 @@ class ResumableSha256:
         return digest.raw.hex()
 
 
-def can_continue() -> bool:
+def can_export_state() -> bool:
     """Return True if the state of a digest can be exported here."""
     return _load_openssl() is not None
+
+
+def is_state_after(state: bytes, size: int) -> bool:
+    """Return True if `state` can be that of a digest of `size` bytes; with another, OpenSSL could exceed its buffer."""
+    numbers = _STATE.unpack(state)  # h[8], Nl, Nh, data[16], num, md_len
+    bits, buffered, digest_size = numbers[8] | numbers[9] << 32, numbers[26], numbers[27]
+    return (bits, buffered, digest_size) == (8 * size, size % 64, 32)
 
 
 @functools.cache

@@ -45,12 +45,12 @@ _JOIN_TIMEOUT = 1.0  # seconds; a thread that waits for a server's first byte is
 
 class StreamedFiles:
     """
-    The files of a plan for a checkpoint on a hub, by their paths if they were downloaded; `artifacts` must have a
-    SHA-256. A context manager: its journal is removed at the end of the block, and kept after an error.
+    The files of a plan for a checkpoint on a hub, by the paths that a download would give them; `artifacts` must have
+    a SHA-256. A context manager: its journal is removed at the end of the block, and kept after an error.
 
-    No wait lasts for ever: units arrive in the order in which the workers take them, the two threads wait for nothing
-    but bytes (which time out, in `RangeFetcher`) and units that the workers finish, and the first failure of any thread
-    ends all waits. `write_workers` calls `stop` as soon as a worker fails.
+    Every wait ends. Units arrive in the order in which the workers take them, so the first unfinished one always has
+    memory, and its parts are requested. Bytes that do not come are a failure (`RangeFetcher`). The first failure of a
+    thread ends all waits; `write_workers` calls `stop` as soon as a worker fails.
     """
 
     def __init__(self, plan: ConversionPlan, artifacts: Mapping[Path, Artifact]) -> None:
@@ -186,7 +186,7 @@ class StreamedFiles:
         with self._changed:
             while not self._is_complete:
                 self._raise_failure()
-                self._changed.wait(0.1)  # not for ever: Ctrl-C must end it
+                self._changed.wait(0.1)  # Ctrl-C must end it, on Windows, too
 
     def _raise_failure(self) -> None:
         if self._failure:

@@ -1,18 +1,29 @@
-"""LoRA adapters as PEFT writes them, with random values, and what they do to a matrix."""
+"""LoRA adapters as PEFT writes them, with random values; conversions and merges of them; and what they add to a matrix."""
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy
+from checkpoint_files import set_json
 
 from qwenlocal.testing import CONFIG, as_dtype, checkpoint_shapes, write_safetensors
-from qwenlocal.weights.checkpoint import read_config
+from qwenlocal.weights.adapter import read_adapter
+from qwenlocal.weights.adapter_file import plan_adapter
+from qwenlocal.weights.adapter_merge import WeightedAdapter
+from qwenlocal.weights.checkpoint import Checkpoint, read_config
+from qwenlocal.weights.conversion import ConversionOptions, plan_conversion
+from qwenlocal.weights.conversion_plan import ConversionPlan
+from qwenlocal.weights.file_types import file_type
+from qwenlocal.weights.gguf_reader import read_metadata
 from qwenlocal.weights.safetensors import read_tensors
+from qwenlocal.weights.write_workers import run_job
 
 ATTENTION = (r"self_attn\.[qkvo]_proj",)
 LINEAR = (*ATTENTION, r"mlp\.(shared_expert\.|experts\.\d+\.)?(gate|up|down)_proj")
@@ -107,3 +118,49 @@ def change_of(folder: Path, module: str, scale: float) -> numpy.ndarray:
         return numpy.asarray(scale * (b.astype(float) @ a.astype(float)).T)
     a, b = factors[f"{module}.lora_A.weight"], factors[f"{module}.lora_B.weight"]
     return numpy.asarray(scale * (b.astype(float) @ a.astype(float)))
+
+
+def convert_adapter(folder: Path, kind: str = "f32") -> Path:
+    """Convert an adapter to a GGUF file next to its folder."""
+    target = folder.with_suffix(f".{kind}.gguf")
+    run_job(plan_adapter(read_adapter(folder), [(target, file_type(kind))]).job, threads=1, replace=True)
+    return target
+
+
+def values_of(path: Path) -> dict[str, numpy.ndarray]:
+    """Return the values of all tensors, in PyTorch's order of dimensions."""
+    reader = gguf.GGUFReader(path)
+    return {
+        tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type).reshape(tuple(tensor.shape)[::-1])
+        for tensor in reader.tensors
+    }
+
+
+def file_changes(path: Path) -> dict[str, numpy.ndarray]:
+    """Return what llama.cpp adds to each matrix for the adapter in a GGUF file, by its definition."""
+    values, alpha = values_of(path), float(str(read_metadata(path)["adapter.lora.alpha"]))
+    changes = {}
+    for name in (name.removesuffix(".lora_a") for name in values if name.endswith(".lora_a")):
+        a, b = (values[f"{name}.lora_{letter}"].astype(float) for letter in "ab")
+        scale = alpha / b.shape[-1]
+        changes[name] = scale * (a @ b.T if name == "token_embd.weight" else b @ a)
+    return changes
+
+
+def plan_merge(source: Path, *adapters: Path, kind: str = "f32", weight: float = 1.0) -> ConversionPlan:
+    """Plan to merge adapters into a checkpoint, in a file next to it."""
+    merges = [WeightedAdapter(read_adapter(adapter), weight) for adapter in adapters]
+    target = source.parent / f"merged-{len(adapters)}.gguf"
+    return plan_conversion(Checkpoint.open(source), [(target, file_type(kind))], ConversionOptions(merges=merges))
+
+
+def write_merged(source: Path, *adapters: Path, kind: str = "f32", weight: float = 1.0) -> Path:
+    """Merge adapters into a checkpoint, and write the file."""
+    plan = plan_merge(source, *adapters, kind=kind, weight=weight)
+    run_job(plan.job, threads=2, replace=True)
+    return plan.files[0].path
+
+
+def write_untied(tied: Path, folder: Path) -> Path:
+    """Return a copy whose config.json says that the output matrix is its own, so that adapters change it."""
+    return set_json(Path(shutil.copytree(tied, folder)), "config.json", tie_word_embeddings=False)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy
 import pytest
-from adapter_files import ATTENTION, EVERYTHING, LINEAR, write_adapter
+from adapter_files import ATTENTION, EVERYTHING, LINEAR, convert_adapter, write_adapter
 from checkpoint_files import convert_checkpoint
 from oracle import data_of
 from test_reference_convert import llama_cpp
@@ -26,12 +26,9 @@ from qwenlocal.engine.context import Context, ContextOptions
 from qwenlocal.engine.llama import Model
 from qwenlocal.testing import CONFIG, MOE_CONFIG, write_checkpoint
 from qwenlocal.weights.adapter import read_adapter
-from qwenlocal.weights.adapter_file import plan_adapter
 from qwenlocal.weights.adapter_merge import WeightedAdapter
 from qwenlocal.weights.adapter_spec import AdapterSpec
-from qwenlocal.weights.file_types import file_type
 from qwenlocal.weights.gguf_reader import read_header, read_raw_metadata
-from qwenlocal.weights.write_workers import run_job
 
 pytestmark = [pytest.mark.reference, pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
@@ -45,12 +42,6 @@ def _reference_programs() -> None:
     for name in ("torch", "transformers", "peft"):
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"{name} is not installed: make test-reference installs it")
-
-
-def write_gguf(folder: Path, kind: str = "f32") -> Path:
-    target = folder.with_suffix(".ours.gguf")
-    run_job(plan_adapter(read_adapter(folder), [(target, file_type(kind))]).job, threads=1, replace=True)
-    return target
 
 
 def convert_as_llama_cpp(folder: Path, base: Path, kind: str = "f32") -> Path:
@@ -109,7 +100,7 @@ def test_files_have_the_tensors_of_llama_cpps_converter(
 ) -> None:
     base = write_checkpoint(tmp_path / "Base", config=config, dtype="F32")
     folder = write_adapter(tmp_path / "style", base, targets=EVERYTHING, dtype=dtype, rank=8)
-    ours, theirs = write_gguf(folder, kind), convert_as_llama_cpp(folder, base, kind)
+    ours, theirs = convert_adapter(folder, kind), convert_as_llama_cpp(folder, base, kind)
     shapes = [{tensor.name: tensor.shape for tensor in read_header(path).tensors} for path in (ours, theirs)]
     assert shapes[0] == shapes[1]
     mine, others = data_of(ours), data_of(theirs)
@@ -130,7 +121,7 @@ def test_llama_cpp_computes_the_same_with_both_files(config: dict[str, Any], tmp
     base = write_checkpoint(tmp_path / "Base", config=config, dtype="F32")
     model = convert_checkpoint(base, tmp_path / "base.gguf", "f32")
     folder = write_adapter(tmp_path / "style", base, targets=EVERYTHING, size=0.5)
-    ours, theirs = write_gguf(folder), convert_as_llama_cpp(folder, base)
+    ours, theirs = convert_adapter(folder), convert_as_llama_cpp(folder, base)
     assert (logits_of(model, AdapterSpec("x", ours)) == logits_of(model, AdapterSpec("x", theirs))).all()
 
 
@@ -154,7 +145,7 @@ def test_logits_are_those_of_peft(options: dict[str, Any], tmp_path: Path) -> No
     folder = write_adapter(tmp_path / "style", base, **settings)
     model = convert_checkpoint(base, tmp_path / "base.gguf", "f32")
     expected = logits_of_peft(base, folder)
-    assert_close(logits_of(model, AdapterSpec("style", write_gguf(folder))), expected)
+    assert_close(logits_of(model, AdapterSpec("style", convert_adapter(folder))), expected)
     merged = convert_checkpoint(base, tmp_path / "m.gguf", "f32", merges=[WeightedAdapter(read_adapter(folder))])
     assert_close(logits_of(merged), expected)
     assert abs(expected - logits_of_peft(base)).max() > 0.1 * abs(expected).max()
@@ -167,7 +158,7 @@ def test_several_adapters_are_those_of_peft(tmp_path: Path) -> None:
         for seed, rank in ((1, 4), (2, 8))
     ]
     model = convert_checkpoint(base, tmp_path / "base.gguf", "f32")
-    specs = [AdapterSpec(folder.name, write_gguf(folder)) for folder in folders]
+    specs = [AdapterSpec(folder.name, convert_adapter(folder)) for folder in folders]
     assert_close(logits_of(model, *specs), logits_of_peft(base, *folders))
 
 
@@ -187,4 +178,4 @@ def test_an_adapter_that_peft_saved_is_read(tmp_path: Path) -> None:
     model = convert_checkpoint(base, tmp_path / "base.gguf", "f32")
     with torch.no_grad():
         expected = numpy.asarray(adapted(torch.tensor([PROMPT])).logits[0].numpy())
-    assert_close(logits_of(model, AdapterSpec("saved", write_gguf(tmp_path / "saved"))), expected)
+    assert_close(logits_of(model, AdapterSpec("saved", convert_adapter(tmp_path / "saved"))), expected)

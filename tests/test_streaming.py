@@ -93,6 +93,11 @@ def write_gptq_in_two_files(folder: Path) -> None:
     split_file(folder, lambda name: not name.endswith("scales"))
 
 
+def write_gptq_with_orders_in_a_file(folder: Path) -> None:
+    write_packed_checkpoint(folder, config=PACKED)
+    split_file(folder, lambda name: not name.endswith("g_idx"))
+
+
 def write_shuffled(folder: Path) -> None:
     write_packed_checkpoint(folder, config=PACKED, shuffled=True, group_size=64)
     sort_by_type(folder)
@@ -151,8 +156,8 @@ def streamed(hub: HubServer, invoke: Run, tmp_path: Path) -> StreamedCommand:
 class TestSameBytes:
     @pytest.mark.parametrize(
         "write",
-        [write_dense, write_moe, write_tied, write_gptq, write_gptq_in_two_files, write_shuffled, write_gemm,
-         write_gemv, write_packed_moe],
+        [write_dense, write_moe, write_tied, write_gptq, write_gptq_in_two_files, write_gptq_with_orders_in_a_file,
+         write_shuffled, write_gemm, write_gemv, write_packed_moe],
         ids=lambda write: write.__name__.removeprefix("write_"),
     )  # fmt: skip
     def test_as_a_local_conversion(self, write: Callable[[Path], object], streamed: StreamedCommand) -> None:
@@ -330,6 +335,16 @@ class TestAssumptions:
             config = {**LARGE, "num_hidden_layers": 1, "tie_word_embeddings": True}
             write_checkpoint(folder, config=config, store_tied_head=True)
             set_weights(folder, "lm_head.weight", 700, 0.5)
+
+        streamed.publish(write)
+        self.expect_contradiction(streamed, "Convert it without --stream")
+
+    def test_an_output_matrix_in_a_file_of_its_own(self, streamed: StreamedCommand) -> None:
+        def write(folder: Path) -> None:
+            config = {**LARGE, "num_hidden_layers": 1, "tie_word_embeddings": True}
+            write_checkpoint(folder, config=config, store_tied_head=True)
+            set_weights(folder, "lm_head.weight", 700, 0.5)
+            split_file(folder, lambda name: name != "lm_head.weight")
 
         streamed.publish(write)
         self.expect_contradiction(streamed, "Convert it without --stream")

@@ -55,8 +55,7 @@ class StreamedFiles:
 
     def __init__(self, plan: ConversionPlan, artifacts: Mapping[Path, Artifact]) -> None:
         self._plan = plan
-        paths = sorted({path for rows in plan.job.ranges for path in rows.source.files}, key=str)
-        self._artifacts = {path: artifacts[path] for path in paths}
+        self._artifacts = dict(sorted(artifacts.items(), key=lambda item: str(item[0])))  # the order of `build_units`
         self._fetcher = RangeFetcher(self._artifacts)
         self._journal = StreamJournal(plan.job.outputs[0].path, self.fingerprints())
         self._changed = threading.Condition()

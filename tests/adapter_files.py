@@ -1,4 +1,4 @@
-"""LoRA adapters as PEFT writes them, with random values; conversions and merges of them; and what they add to a matrix."""
+"""LoRA adapters as PEFT writes them, with random values; converted, merged, and what they add to a matrix."""
 
 from __future__ import annotations
 

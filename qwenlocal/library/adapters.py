@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from qwenlocal.progress import Say
 
 _WHAT_IT_IS = mark("An adapter is a directory with adapter_config.json, or a .gguf file.")
-_KEPT_SECONDS = 30 * 24 * 3600.0  # for which a converted adapter that nobody uses is kept
+_DAY = 24 * 3600.0
+_KEPT_SECONDS = 30 * _DAY  # for which a converted adapter that nobody reads is kept
+_OUTDATED_SECONDS = 2 * _DAY  # the same after its directory changed: a server may load it again
 
 OpenProgress = Callable[[], AbstractContextManager[Callable[[TaskProgress], None]]]
 
@@ -131,7 +133,7 @@ class AdapterLibrary:
         from qwenlocal.weights.adapter_merge import describe_base
         from qwenlocal.weights.split_model import read_split_model
 
-        self._delete_unused()
+        self._delete_unread("*", _KEPT_SECONDS)
         split_model, specs = read_split_model(model.path), list[AdapterSpec]()
         header = split_model.header
         for request in requests:
@@ -164,17 +166,15 @@ class AdapterLibrary:
                 report=lambda done, total: show(TaskProgress(folder.name, done, total, "writing")),
                 not_finite_hint="Download or save the adapter again.",
             )
-        for old in self._folder.glob(f"{prefix}-*"):
-            if old != target:
-                old.unlink(missing_ok=True)
+        self._delete_unread(f"{prefix}-*", _OUTDATED_SECONDS)
         return target
 
-    def _delete_unused(self) -> None:
-        """Delete the files that were not read for a long time; reading a file sets its time of access."""
-        for file in self._folder.glob("*"):
+    def _delete_unread(self, pattern: str, seconds: float) -> None:
+        """Delete files that were not read for some time; reading one sets its time of access, once a day (relatime)."""
+        for file in self._folder.glob(pattern):
             with contextlib.suppress(OSError):
                 state = file.stat()
-                if time.time() - max(state.st_atime, state.st_mtime) > _KEPT_SECONDS:
+                if time.time() - max(state.st_atime, state.st_mtime) > seconds:
                     file.unlink()
 
 

@@ -56,7 +56,8 @@ def start_conversion(source: Path, *targets: Path, replace: str = "") -> subproc
 
 def signal_after(child: subprocess.Popen[str], target: Path, after: int, how: int = signal.SIGKILL) -> str:
     """Wait until so many chunks are finished, and send a signal; returns the error output."""
-    while count_chunks(target) < after and child.poll() is None:
+    deadline = time.monotonic() + 60
+    while count_chunks(target) < after and child.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     assert child.poll() is None, "it finished before it could be stopped"
     child.send_signal(how)

@@ -417,7 +417,10 @@ class TestInterrupted:
             time.sleep(0.01)
         assert child.poll() is None, child.communicate()
         child.send_signal(how)
-        return child.communicate(timeout=60)[1]
+        try:
+            return child.communicate(timeout=60)[1]
+        finally:
+            child.kill()
 
     @pytest.mark.parametrize(
         ("how", "write"),
@@ -552,8 +555,10 @@ def test_matrices_of_a_7b_take_less_than_300_mb_of_memory(
     streamed.publish(lambda folder: write_packed_checkpoint(folder, config=config))
     command = ("convert", HF_NAME, "--stream", "-o", str(streamed.target), "-t", "2")
     child = subprocess.Popen([sys.executable, "-m", "qwenlocal", *command], env=environment)
-    most = 0
+    most, deadline = 0, time.monotonic() + 120
     while child.poll() is None:
+        if time.monotonic() > deadline:
+            child.kill()
         with contextlib.suppress(OSError, StopIteration):
             lines = Path(f"/proc/{child.pid}/status").read_text().splitlines()
             most = max(most, int(next(line for line in lines if line.startswith("VmHWM")).split()[1]))

@@ -153,6 +153,11 @@ class TestOrder:
         assert_exact(convert(tmp_path / "model", "q4_0"), weights, "q4_0")
 
 
+def test_groups_may_be_larger_than_a_row(tmp_path: Path) -> None:
+    weights = write_packed_checkpoint(tmp_path / "model", "gptq", group_size=1 << 40)
+    assert_exact(convert(tmp_path / "model", "q4_0"), weights, "q4_0")
+
+
 class TestScales:
     @pytest.mark.parametrize("dtype", ["BF16", "F32"])
     def test_scales_of_other_types_are_exact_if_float16_holds_them(self, dtype: str, tmp_path: Path) -> None:

@@ -67,7 +67,6 @@ struct Source {
     }
 };
 
-
 void store_q8_0(const uint32_t (*words)[TILE], int i, uint16_t scale, uint8_t * block) {
     memcpy(block, &scale, 2);
     for (int word = 0; word < 8; ++word) {

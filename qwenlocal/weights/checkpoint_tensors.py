@@ -93,7 +93,7 @@ class CheckpointTensors:
 
     def _take_packed(self, source: str, rows: int, columns: int, packing: Packing) -> PackedRows:
         per_word = 32 // packing.bits
-        group_size = columns if packing.group_size == -1 else packing.group_size
+        group_size = columns if packing.group_size == -1 else min(packing.group_size, columns)
         groups = -(-columns // group_size)
         if rows % per_word or columns % per_word:
             raise UnsupportedCheckpoint(

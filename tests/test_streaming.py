@@ -32,6 +32,7 @@ from packing import Tensors, change_tensor, rewrite_tensors, write_packed_checkp
 from qwenlocal.library.plan_execution import describe_proof
 from qwenlocal.library.streaming import resumable_hash
 from qwenlocal.library.streaming.resumable_hash import ResumableSha256
+from qwenlocal.library.streaming.stream_layout import build_units, plan_requests
 from qwenlocal.paths import Folders
 from qwenlocal.resumable import JournalAppender
 from qwenlocal.testing import MOE_CONFIG, write_checkpoint, write_safetensors
@@ -40,6 +41,7 @@ from qwenlocal.weights.conversion import ConversionOptions, plan_conversion
 from qwenlocal.weights.file_types import file_type
 from qwenlocal.weights.packed_proof import StreamedProofs
 from qwenlocal.weights.safetensors import read_tensors
+from qwenlocal.weights.write_job import split_into_chunks
 
 PACKED = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
 PACKED_WEIGHTS = 1_179_648
@@ -189,6 +191,19 @@ class TestSameBytes:
         streamed.publish(write_dense)
         expect_exit(streamed.run(), 0)
         assert streamed.hub.sent < streamed.weight_bytes() + 64_000
+
+
+class TestSideParts:
+    @pytest.mark.parametrize("write", [write_gptq, write_gptq_with_orders_in_a_file, write_packed_moe])
+    def test_are_requested_once(self, write: Callable[[Path], object], tmp_path: Path) -> None:
+        write(tmp_path / "source")
+        plan = plan_conversion(
+            Checkpoint.open(tmp_path / "source"), [(tmp_path / "x.gguf", file_type("q4_0"))], ConversionOptions()
+        )
+        units = build_units(list(split_into_chunks(plan.job)), plan.assumptions)
+        requested = [entry for _number, request in plan_requests(units) for entry in request]
+        needed = [(unit, part) for unit in units for part in unit.side_parts.values()]
+        assert sorted(requested, key=str) == sorted(needed, key=str)
 
 
 class TestDisk:

@@ -7,7 +7,7 @@ sorts tensors by their type, so the scales of packed matrices follow behind all 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,8 @@ from qwenlocal.weights.write_job import RowChunk
 
 if TYPE_CHECKING:
     import numpy
+
+REQUEST_SIZE = 4 << 20  # bytes of parts that are requested together on their own
 
 
 @dataclass(eq=False)
@@ -114,3 +116,31 @@ def _packed_unit(source: PackedRows, facts: PackedFacts | None) -> StreamUnit:
 
 def _touches(part: PartOfFile, path: Path, begin: int, end: int) -> bool:
     return part.path == path and (part.offset == end or part.end == begin)
+
+
+def plan_requests(units: Sequence[StreamUnit]) -> Iterator[tuple[int, list[tuple[StreamUnit, PartOfFile]]]]:
+    """
+    Yield the requests for all side parts, each with the number of the first unit that needs it.
+
+    A request is for parts of following units that lie close behind each other. Each part is in one request.
+    """
+    requested = set[PartOfFile]()
+    for number, unit in enumerate(units):
+        for place, part in unit.side_parts.items():
+            if part not in requested:
+                request = [(unit, part), *_following_parts(units[number + 1 :], place, part)]
+                requested.update(part for _, part in request)
+                yield number, request
+
+
+def _following_parts(
+    units: Sequence[StreamUnit], place: int, part: PartOfFile
+) -> Iterator[tuple[StreamUnit, PartOfFile]]:
+    """Yield the parts at the same place of the following units, as long as they lie close behind each other."""
+    limit, end = part.offset + REQUEST_SIZE, part.end
+    for unit in units:
+        following = unit.side_parts.get(place)
+        if following is None or following.path != part.path or following.offset < end or following.end > limit:
+            return
+        yield unit, following
+        end = following.end

@@ -14,7 +14,7 @@ import contextlib
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -27,7 +27,7 @@ from qwenlocal.library.streaming.file_pass import FilePass, find_usable_progress
 from qwenlocal.library.streaming.part_checks import PartChecks
 from qwenlocal.library.streaming.range_fetcher import RangeFetcher, Stopped
 from qwenlocal.library.streaming.stream_journal import PartOfFile, StreamJournal
-from qwenlocal.library.streaming.stream_layout import StreamUnit, build_units
+from qwenlocal.library.streaming.stream_layout import REQUEST_SIZE, StreamUnit, build_units, plan_requests
 from qwenlocal.weights.write_workers import start_thread
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from qwenlocal.weights.write_job import RowChunk
 
 _HELD_SIZE = 16 << 20  # bytes of units that wait for the workers, or two units
-_BATCH_SIZE = 4 << 20  # bytes of parts that are requested together on their own
 _AHEAD = 8  # units whose parts are requested before they are needed
 _SAVE_INTERVAL = 1.0  # seconds of work that a crash may cost
 _JOIN_TIMEOUT = 1.0  # seconds; a thread that waits for a server's first byte is left behind
@@ -99,7 +98,7 @@ class StreamedFiles:
     @property
     def buffer_size(self) -> int:
         """Bytes of memory for what has arrived, besides the packed matrices that every conversion loads."""
-        return min(self.download_size, BUFFER_SIZE) + _HELD_SIZE + 2 * _BATCH_SIZE
+        return min(self.download_size, BUFFER_SIZE) + _HELD_SIZE + 2 * REQUEST_SIZE
 
     def start(self, chunks: Sequence[RowChunk], finished: Collection[int]) -> Collection[int]:
         """Begin to download what `chunks` need; return the finished ones whose bytes were hashed."""
@@ -297,14 +296,12 @@ class StreamedFiles:
 
     def _request_side_parts(self) -> None:
         pending = [unit for unit in self._units if not unit.is_done and unit.side_parts]
-        for number, unit in enumerate(pending):
-            for place, part in unit.side_parts.items():
-                if part in unit.data:
-                    continue
-                self._wait_for_turn(pending, number)
-                batch = [(unit, part), *_following_parts(pending[number + 1 :], place, part)]
-                end = batch[-1][1].end
-                self._take_batch(batch, b"".join(self._fetcher.read(part._replace(size=end - part.offset))))
+        for number, request in plan_requests(pending):
+            self._wait_for_turn(pending, number)
+            first, last = request[0][1], request[-1][1]
+            data = b"".join(self._fetcher.read(first._replace(size=last.end - first.offset)))
+            for unit, part in request:
+                self._take_side_part(unit, part, data[part.offset - first.offset :][: part.size])
 
     def _wait_for_turn(self, pending: Sequence[StreamUnit], number: int) -> None:
         """Wait until the unit is one of the next ones that are written."""
@@ -313,27 +310,11 @@ class StreamedFiles:
                 self._raise_failure()
                 self._changed.wait()
 
-    def _take_batch(self, batch: Sequence[tuple[StreamUnit, PartOfFile]], data: bytes) -> None:
+    def _take_side_part(self, unit: StreamUnit, part: PartOfFile, data: bytes) -> None:
         import numpy
 
-        begin = batch[0][1].offset
-        for unit, part in batch:
-            values = numpy.frombuffer(data, numpy.uint8, part.size, part.offset - begin).copy()
-            sha256 = hashlib.sha256(values.data).digest()
-            with self._changed:
-                self._journal.add_requested(part, self._checks.note_requested(part, sha256))
-                unit.data[part] = values
-            self._note_arrival(unit, part.size)
-
-
-def _following_parts(
-    units: Sequence[StreamUnit], place: int, part: PartOfFile
-) -> Iterator[tuple[StreamUnit, PartOfFile]]:
-    """Yield the parts at the same place of the following units, as long as they lie close behind each other."""
-    limit, end = part.offset + _BATCH_SIZE, part.end
-    for unit in units:
-        following = unit.side_parts.get(place)
-        if following is None or following.path != part.path or following.offset < end or following.end > limit:
-            return
-        yield unit, following
-        end = following.end
+        sha256 = hashlib.sha256(data).digest()
+        with self._changed:
+            self._journal.add_requested(part, self._checks.note_requested(part, sha256))
+            unit.data[part] = numpy.frombuffer(data, numpy.uint8)
+        self._note_arrival(unit, part.size)

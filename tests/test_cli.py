@@ -16,6 +16,7 @@ from commands import expect_exit
 from conftest import SAYS, Run
 from hub import NO_HUB, HubServer, Response, corrupt_bytes, cut, only_on, refuse
 
+from qwenlocal.cli.boundary import CliApp, ErrorBoundary
 from qwenlocal.library.catalog import Catalog
 from qwenlocal.paths import bundled_folder
 from qwenlocal.testing import write_model
@@ -527,3 +528,20 @@ def test_a_captive_portal_instead_of_the_hub_causes_no_traceback(qwenlocal: Run)
 @pytest.mark.parametrize("address", ["http://[::1/x.gguf", "http:///x.gguf", "https://"])
 def test_an_invalid_url_is_not_found(qwenlocal: Run, address: str) -> None:
     assert "is not a valid URL" in expect_exit(qwenlocal("run", address, "Hi"), 3)
+
+
+def test_a_lack_of_memory_is_told_in_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    app = CliApp(cls=ErrorBoundary)
+
+    @app.command()
+    def first() -> None:
+        bytearray(1 << 62)
+
+    @app.command()
+    def second() -> None:
+        """Without a second command, the first would be the whole program."""
+
+    with pytest.raises(SystemExit) as exit_:
+        app(["first"])
+    assert exit_.value.code == 6
+    assert "qwenlocal: The system has no memory left.\n" in capsys.readouterr().err

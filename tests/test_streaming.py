@@ -407,6 +407,14 @@ class TestAssumptions:
         streamed.publish(write)
         self.expect_contradiction(streamed, "NaN or infinite")
 
+    def test_packed_weights_with_nan_are_refused_and_nothing_is_kept(self, streamed: StreamedCommand) -> None:
+        def write(folder: Path) -> None:
+            write_packed_checkpoint(folder, config=PACKED)
+            set_weights(folder, "model.layers.0.mlp.up_proj.scales", 0, numpy.nan)
+
+        streamed.publish(write)
+        self.expect_contradiction(streamed, "NaN or infinite")
+
 
 @on_posix
 class TestInterrupted:

@@ -13,8 +13,9 @@ import typer
 import typer.core
 from typer.exceptions import TyperException
 
-from qwenlocal.errors import Interrupted, OutputError, QwenlocalError
+from qwenlocal.errors import Interrupted, NotEnoughMemory, OutputError, QwenlocalError
 from qwenlocal.formatting import cut_long_words
+from qwenlocal.i18n import tr
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -82,6 +83,10 @@ def _report_errors() -> Iterator[None]:
     except BrokenPipeError as closed:
         _discard_output()
         raise typer.Exit(CLOSED_PIPE) from closed
+    except MemoryError as reason:
+        hint = tr("Close other programs, then run the same command again.")
+        print_error(QwenlocalError(tr("The system has no memory left."), hint=hint))
+        raise typer.Exit(NotEnoughMemory.exit_code) from reason
     except OSError as reason:
         if reason.filename is not None or reason.errno not in _OUTPUT_ERRORS:
             raise

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qwenlocal.errors import (
+    BadCheckpoint,
     DiskFull,
     FileInUse,
     Interrupted,
@@ -45,7 +46,7 @@ from qwenlocal.weights.write_job import (
 )
 
 _WRITEBACK_SIZE = 64 << 20  # bytes written between two requests to start writeback
-_FINAL_ERRORS = (NonFiniteWeights, UnexpectedWeights, UnsupportedCheckpoint)
+_FINAL_ERRORS = (BadCheckpoint, NonFiniteWeights, UnexpectedWeights, UnsupportedCheckpoint)
 _LOCK_TIMEOUT = 0.5  # seconds: `qwenlocal list` holds a lock for a moment to see if it is in use
 
 Report = Callable[[int, int], object]

@@ -152,11 +152,15 @@ class TestWeightFiles:
         for read in (Checkpoint.open, check_convertible):
             with pytest.raises(UnsupportedCheckpoint, match=f"quantized already .{method}.") as caught:
                 read(folder)
-            assert caught.value.hint == "Convert the original checkpoint."
+            assert caught.value.hint == "Convert the original checkpoint: qwenlocal convert hf:OWNER/REPO"
 
-    @pytest.mark.parametrize("config", [{"bits": 4}, "gptq", [1]])
-    def test_quantized_weights_of_an_unnamed_method_are_refused(self, config: object, tmp_path: Path) -> None:
-        with pytest.raises(UnsupportedCheckpoint, match=r"quantized already .an unknown method."):
+    def test_quantized_weights_of_an_unnamed_method_are_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(UnsupportedCheckpoint, match="quantized already, but “quant_method” is missing"):
+            Checkpoint.open(write_minimal(tmp_path, {"quantization_config": {"bits": 4}}))
+
+    @pytest.mark.parametrize("config", ["gptq", [1]])
+    def test_a_quantization_config_that_is_no_object_is_refused(self, config: object, tmp_path: Path) -> None:
+        with pytest.raises(BadCheckpoint, match="“quantization_config” must be an object, not"):
             Checkpoint.open(write_minimal(tmp_path, {"quantization_config": config}))
 
     @pytest.mark.parametrize("config", [None, {}, False])

@@ -32,7 +32,7 @@ def main() -> int:
     inputs = (
         REQUIREMENTS.read_bytes(),
         (ROOT / "pyproject.toml").read_bytes(),
-        wheels[-1].name,
+        wheels[-1].parent.name,
         NODE_PACKAGE,
         bool(npm),
     )
@@ -42,7 +42,8 @@ def main() -> int:
     if not PYTHON.exists():
         subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=True)
     pip = [str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    for packages in (["-r", str(REQUIREMENTS)], [str(wheels[-1])], ["-e", str(ROOT)]):
+    bindings = ["--force-reinstall", "--no-deps", str(wheels[-1])]  # its version may be that of an earlier build
+    for packages in (["-r", str(REQUIREMENTS)], bindings, ["-e", str(ROOT)]):
         subprocess.run([*pip, *packages], check=True)
     if npm:
         options = ["--silent", "--no-audit", "--no-fund", "--ignore-scripts", "--prefix", str(VENV / "node")]

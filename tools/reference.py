@@ -34,14 +34,15 @@ def main() -> int:
         print("The bindings are not compiled yet. Run: make setup", file=sys.stderr)
         return 1
     fingerprint = hashlib.sha256(
-        repr((PACKAGES, PACKERS, wheels[-1].name, (ROOT / "pyproject.toml").read_bytes())).encode()
+        repr((PACKAGES, PACKERS, wheels[-1].parent.name, (ROOT / "pyproject.toml").read_bytes())).encode()
     ).hexdigest()
     if STAMP.exists() and STAMP.read_text() == fingerprint:
         return 0
     if not PYTHON.exists():
         subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=True)
     pip = [str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    for packages in ([PACKAGES[0]], list(PACKAGES[1:]), [str(wheels[-1])], ["-e", f"{ROOT}[dev]"]):
+    bindings = ["--force-reinstall", "--no-deps", str(wheels[-1])]  # its version may be that of an earlier build
+    for packages in ([PACKAGES[0]], list(PACKAGES[1:]), bindings, ["-e", f"{ROOT}[dev]"]):
         subprocess.run([*pip, *packages], check=True)
     packers = [*pip, "--no-deps", "--no-build-isolation", *PACKERS]
     subprocess.run(packers, check=True, env={**os.environ, "BUILD_CUDA_EXT": "0"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import time
@@ -106,8 +107,9 @@ class Terminal:
         self._child.kill(15)
 
     def hang_up(self) -> None:
-        """Close the window."""
-        self._child.close(force=False)
+        """Close the window; the program may take a moment to end."""
+        with contextlib.suppress(pexpect.ExceptionPexpect):
+            self._child.close(force=False)
 
     def wait_for_exit(self, seconds: float = 15) -> int:
         """Wait until the program ends, and return its exit code."""

@@ -31,7 +31,7 @@ def setup(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     """Import tools/setup.py and point it to a folder of the test."""
     module = load_tool("setup")
     monkeypatch.setattr(module, "ROOT", tmp_path)
-    monkeypatch.setattr(module, "LOG", tmp_path / "setup.log")
+    monkeypatch.setattr(module, "COMMANDS", module.CommandRunner(tmp_path / "build" / "setup.log"))
     monkeypatch.setattr(module, "VENV", tmp_path / ".venv")
     monkeypatch.setattr(module, "REQUIREMENTS", tmp_path / "requirements")
     shutil.copytree(ROOT / "requirements", module.REQUIREMENTS)
@@ -43,11 +43,11 @@ def test_a_complete_set_up_runs_nothing(setup: ModuleType, monkeypatch: pytest.M
     setup.VENV.mkdir()
     (setup.VENV / "setup.stamp").write_text(setup.fingerprint(False))
     monkeypatch.setattr(sys, "argv", ["setup.py"])
-    monkeypatch.setattr(setup, "run", lambda *_: pytest.fail("something was run"))
+    monkeypatch.setattr(setup, "COMMANDS", None)
     assert setup.main() == 0
 
 
-@pytest.mark.parametrize("change", ["pyproject.toml", "lock", "processor", "CMAKE_ARGS", "dev"])
+@pytest.mark.parametrize("change", ["pyproject.toml", "lock", "processor", "CMAKE_ARGS", "GPU", "dev"])
 def test_set_up_runs_again_when_an_input_changes(
     setup: ModuleType, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
@@ -60,6 +60,8 @@ def test_set_up_runs_again_when_an_input_changes(
         monkeypatch.setattr(setup, "processor", lambda: "another one")
     elif change == "CMAKE_ARGS":
         monkeypatch.setenv("CMAKE_ARGS", "-DGGML_CUDA=ON")
+    elif change == "GPU":
+        monkeypatch.setenv("GPU", "vulkan")
     assert setup.fingerprint(change == "dev") != before
 
 
@@ -78,7 +80,7 @@ def test_a_missing_compiler_gives_the_command_that_installs_one(
 ) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr(setup, "system_kind", lambda: kind)
+    monkeypatch.setattr("system_packages.system_kind", lambda: kind)
     with pytest.raises(setup.SetupFailed, match=r"There is no C\+\+ compiler") as caught:
         setup.check_compiler()
     assert command in str(caught.value)
@@ -88,7 +90,7 @@ def test_a_missing_venv_module_gives_the_command_that_installs_it(
     setup: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "ensurepip", None)
-    monkeypatch.setattr(setup, "system_kind", lambda: "debian")
+    monkeypatch.setattr("system_packages.system_kind", lambda: "debian")
     with pytest.raises(setup.SetupFailed, match=r"sudo apt install python3\.\d+-venv"):
         setup.check_python()
 
@@ -111,15 +113,15 @@ def test_an_old_python_is_refused(setup: ModuleType, monkeypatch: pytest.MonkeyP
 def test_a_failed_step_shows_the_relevant_lines(
     setup: ModuleType, monkeypatch: pytest.MonkeyPatch, output: str, told: str
 ) -> None:
-    monkeypatch.setattr(setup, "system_kind", lambda: "debian")
+    monkeypatch.setattr("system_packages.system_kind", lambda: "debian")
     script = f"print('much noise\\n' * 100); print({output!r}); raise SystemExit(1)"
     with pytest.raises(setup.SetupFailed) as caught:
-        setup.run([sys.executable, "-c", script], "compiling")
+        setup.COMMANDS.run([sys.executable, "-c", script], "compiling")
     message = str(caught.value)
     assert "compiling failed:" in message
     assert output in message
     assert told in message
-    assert str(setup.LOG) in message
+    assert str(setup.COMMANDS.log) in message
     assert "much noise" not in message
 
 

@@ -6,8 +6,8 @@ Set up `.venv`: llama.cpp compiled for this processor, then qwenlocal and its de
     python3 tools/setup.py --latest    the newest releases that pyproject.toml allows, in build/latest
 
 Uses the standard library only. Safe to repeat and to interrupt: an interrupted compile continues, and a finished
-set-up takes a fraction of a second. `CMAKE_ARGS` is passed to llama.cpp (for example -DGGML_CUDA=ON); pip's own
-settings (index, proxy, certificates) apply as usual.
+set-up takes a fraction of a second. If there is a GPU, its backend is compiled, too: GPU=vulkan, GPU=cuda and GPU=off
+decide otherwise. `CMAKE_ARGS` is passed to llama.cpp; pip's own settings (index, proxy, certificates) apply as usual.
 """
 
 from __future__ import annotations
@@ -16,31 +16,41 @@ import hashlib
 import os
 import platform
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import tarfile
-import time
 from pathlib import Path
+
+from gpu_backends import (
+    CMAKE_OPTIONS,
+    TITLES,
+    GpuChoice,
+    UnknownChoice,
+    choose_backend,
+    describe_missing,
+    find_nvcc,
+)
+from setup_commands import CommandRunner, SetupFailed, say
+from system_packages import advice
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build"
-LOG = BUILD / "setup.log"
 LATEST = "--latest" in sys.argv[1:]
 VENV = BUILD / "latest" if LATEST else ROOT / ".venv"
 WINDOWS = sys.platform == "win32"
 PYTHON = VENV / ("Scripts/python.exe" if WINDOWS else "bin/python")
 REQUIREMENTS = ROOT / "requirements"
+SCRIPTS = ("setup", "setup_commands", "system_packages", "gpu_backends")
 
 # Changes to llama.cpp's own build; the file gives the reasons.
 CMAKE_INCLUDE = ROOT / "tools" / "llama.cpp.cmake"
+VULKAN_CHECK = ROOT / "tools" / "vulkan_check"
 LIBRARY_SOURCES = tuple(sorted(file for file in (ROOT / "tools").iterdir() if file.suffix in (".c", ".cpp", ".h")))
+COMMANDS = CommandRunner(BUILD / "setup.log")
 CMAKE_ARGS = "-DGGML_RPC=ON -DLLAVA_BUILD=OFF"
-
-
-class SetupFailed(Exception):
-    """Set-up cannot continue; the text says why and what to do."""
 
 
 def main() -> int:
@@ -57,6 +67,7 @@ def main() -> int:
         install_build_tools()
         install_bindings()
         install_program(dev)
+        install_gpu_backend()
         (VENV / "setup.stamp").write_text(fingerprint(dev))
         say(f"Set-up is complete. Run {PYTHON.with_name('qwenlocal').relative_to(ROOT)}")
     except SetupFailed as reason:
@@ -66,10 +77,6 @@ def main() -> int:
         say("\nInterrupted. Run the same command to continue.")
         return 130
     return 0
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 # --- prerequisites
@@ -94,47 +101,6 @@ def check_compiler() -> None:
         raise SetupFailed(f"The command line tools of Xcode are missing.\n{advice('compiler')}")
 
 
-def advice(what: str) -> str:
-    """Return the command that installs `what` on this platform."""
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    commands = {
-        "compiler": {
-            "debian": "sudo apt install build-essential",
-            "fedora": "sudo dnf install gcc-c++ make",
-            "darwin": "xcode-select --install",
-            "win32": "winget install Microsoft.VisualStudio.2022.BuildTools (with “Desktop development with C++”)",
-        },
-        "python3-venv": {
-            "debian": f"sudo apt install python{version}-venv",
-            "fedora": "sudo dnf install python3",
-            "darwin": "brew install python",
-            "win32": "winget install Python.Python.3.12",
-        },
-        "python3": {
-            "debian": "sudo apt install python3 python3-venv",
-            "fedora": "sudo dnf install python3",
-            "darwin": "brew install python",
-            "win32": "winget install Python.Python.3.12",
-        },
-    }[what]
-    kind = system_kind()
-    if kind in commands:
-        return f"Install it: {commands[kind]}"
-    return f"On Debian or Ubuntu: {commands['debian']}; on Fedora: {commands['fedora']}"
-
-
-def system_kind() -> str:
-    if sys.platform in ("darwin", "win32"):
-        return sys.platform
-    try:
-        release = Path("/etc/os-release").read_text().lower()
-    except OSError:
-        return ""
-    if re.search(r"^id(_like)?=.*(debian|ubuntu)", release, re.M):
-        return "debian"
-    return "fedora" if re.search(r"^id(_like)?=.*(fedora|rhel)", release, re.M) else ""
-
-
 # --- earlier set-ups
 
 
@@ -147,8 +113,9 @@ def is_done(dev: bool) -> bool:
 def fingerprint(dev: bool) -> str:
     """Hash everything the result depends on."""
     locks = [file.read_text() for file in sorted(REQUIREMENTS.glob("*.txt"))]
-    ours = [(ROOT / "pyproject.toml").read_text(), Path(__file__).read_text(), str(ROOT)]
-    return hashlib.sha256("\0".join([str(dev), bindings_key(), *locks, *ours]).encode()).hexdigest()
+    scripts = [Path(__file__).with_name(f"{name}.py").read_text() for name in SCRIPTS]
+    ours = [(ROOT / "pyproject.toml").read_text(), *scripts, str(ROOT)]
+    return hashlib.sha256("\0".join([str(dev), bindings_key(), str(gpu_choice()), *locks, *ours]).encode()).hexdigest()
 
 
 def bindings_key() -> str:
@@ -186,7 +153,7 @@ def make_venv() -> None:
         return
     say(f"Creating {VENV.relative_to(ROOT)} …")
     shutil.rmtree(VENV, ignore_errors=True)
-    run([sys.executable, "-m", "venv", str(VENV)], "creating the virtual environment", venv_hint=True)
+    COMMANDS.run([sys.executable, "-m", "venv", str(VENV)], "creating the virtual environment", venv_hint=True)
 
 
 def install_build_tools() -> None:
@@ -203,7 +170,8 @@ def install_bindings() -> None:
         check_compiler()
         compile_bindings(wheels, key)
     (wheel,) = wheels.glob("*.whl")
-    run([str(PYTHON), "-m", "pip", "install", "--force-reinstall", "--no-deps", str(wheel)], "installing llama.cpp")
+    pip = [str(PYTHON), "-m", "pip", "install", "--force-reinstall", "--no-deps", str(wheel)]
+    COMMANDS.run(pip, "installing llama.cpp")
     stamp.write_text(key)
 
 
@@ -223,8 +191,93 @@ def compile_bindings(wheels: Path, key: str) -> None:
         "CMAKE_ARGS": f"{cmake_args()} -DCMAKE_PROJECT_llama.cpp_INCLUDE={CMAKE_INCLUDE.as_posix()}",
         "CMAKE_BUILD_PARALLEL_LEVEL": os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 1)),
     }
-    run(command, "compiling llama.cpp for this processor", environment, slow=True)
+    COMMANDS.run(command, "compiling llama.cpp for this processor", environment, slow=True)
     draft.replace(wheels)
+
+
+def install_gpu_backend() -> None:
+    """
+    Compile the backend of the GPU that is here into a module beside llama.cpp.
+
+    Raises
+    ------
+    SetupFailed: the user asked for a backend that cannot be compiled.
+    """
+    choice = gpu_choice()
+    say(choice.reason)
+    folder = backends_folder()
+    shutil.rmtree(folder, ignore_errors=True)
+    if choice.backend is None:
+        return
+    try:
+        module = compile_backend(choice.backend)
+        folder.mkdir()
+        shutil.copy2(module, folder)
+    except SetupFailed as reason:
+        if choice.is_required:
+            raise
+        say(f"{reason}\nThe processor will be used. To try again: GPU={choice.backend} make setup")
+
+
+def gpu_choice() -> GpuChoice:
+    try:
+        return choose_backend()
+    except UnknownChoice as reason:
+        raise SetupFailed(str(reason)) from None
+
+
+def backends_folder() -> Path:
+    """Return the folder beside llama.cpp's libraries from which qwenlocal loads backends."""
+    code = "import importlib.util; print(importlib.util.find_spec('llama_cpp').submodule_search_locations[0])"
+    output = subprocess.run([str(PYTHON), "-c", code], capture_output=True, text=True, check=True).stdout
+    return Path(output.strip(), "lib", "backends")
+
+
+def compile_backend(name: str) -> Path:
+    """Compile the module of a GPU backend, unless it was compiled before. Takes three to ten minutes."""
+    arguments = [*CMAKE_OPTIONS, f"-DGGML_{name.upper()}=ON", *shlex.split(os.environ.get("CMAKE_ARGS", ""))]
+    sdk = os.environ.get("VULKAN_SDK" if name == "vulkan" else "CUDA_PATH", "")
+    key = hashlib.sha256("\0".join([bindings_version(), sdk, *arguments]).encode()).hexdigest()[:16]
+    folder = BUILD / f"{name}-{key}"
+    built = folder / "module.txt"  # written when the module is complete
+    if built.is_file():
+        return Path(built.read_text())
+    check_backend(name)
+    environment = {**os.environ, "PATH": f"{PYTHON.parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+    source = unpack_source() / "vendor" / "llama.cpp"
+    configure = [*cmake_command(), "-S", str(source), "-B", str(folder), *arguments]
+    COMMANDS.run(configure, f"configuring the {TITLES[name]} backend", environment)
+    jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 1))
+    build = ["cmake", "--build", str(folder), "--config", "Release", "--target", f"ggml-{name}", "--parallel", jobs]
+    COMMANDS.run(build, f"compiling the {TITLES[name]} backend", environment, slow=True)
+    (module,) = (file for file in folder.rglob(f"*ggml-{name}.*") if file.suffix in (".so", ".dll", ".dylib"))
+    built.write_text(str(module))
+    return module
+
+
+def cmake_command() -> list[str]:
+    return ["cmake"] if WINDOWS else ["cmake", "-G", "Ninja"]
+
+
+def check_backend(name: str) -> None:
+    """
+    Check that what a backend is compiled with is here.
+
+    Raises
+    ------
+    SetupFailed: something is missing or too old.
+    """
+    if name == "cuda":
+        if not find_nvcc():
+            raise SetupFailed(f"There is no CUDA compiler (nvcc).\n{advice('cuda')}")
+        return
+    folder = BUILD / "vulkan-check"
+    shutil.rmtree(folder, ignore_errors=True)
+    environment = {**os.environ, "PATH": f"{PYTHON.parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+    command = [*cmake_command(), "-S", str(VULKAN_CHECK), "-B", str(folder)]
+    COMMANDS.run(command, "looking for what Vulkan is compiled with", environment)
+    if text := describe_missing((folder / "missing.txt").read_text()):
+        raise SetupFailed(text)
 
 
 def unpack_source() -> Path:
@@ -238,7 +291,7 @@ def unpack_source() -> Path:
     requirement.write_text(locked("run", "llama-cpp-python"))
     command = ["download", "--no-deps", "--no-build-isolation", "--no-binary", "llama-cpp-python"]
     command += ["--require-hashes", "--requirement", str(requirement), "--dest", str(archives)]
-    run([str(PYTHON), "-m", "pip", *command], "fetching the source of llama.cpp (77 MB)", slow=True)
+    COMMANDS.run([str(PYTHON), "-m", "pip", *command], "fetching the source of llama.cpp (77 MB)", slow=True)
     draft = BUILD / "source-draft"
     shutil.rmtree(draft, ignore_errors=True)
     with tarfile.open(next(archives.glob(f"*{version}.tar.gz"))) as archive:
@@ -255,16 +308,17 @@ def install_program(dev: bool) -> None:
     pip = [str(PYTHON), "-m", "pip", "install", "--no-build-isolation"]
     if LATEST:
         newest = ["--upgrade", "--upgrade-strategy", "eager", "--editable", f"{ROOT}[dev]"]
-        run([*pip, *newest], "installing qwenlocal with the newest dependencies", slow=True)
+        COMMANDS.run([*pip, *newest], "installing qwenlocal with the newest dependencies", slow=True)
         return
     install("dev" if dev else "run", "installing dependencies")
-    run([*pip, "--no-deps", "--editable", str(ROOT)], "installing qwenlocal", slow=True)
+    COMMANDS.run([*pip, "--no-deps", "--editable", str(ROOT)], "installing qwenlocal", slow=True)
 
 
 def install(lock: str, doing: str) -> None:
     """Install everything in requirements/`lock`.txt, checked against the hashes in it."""
     file = REQUIREMENTS / f"{lock}.txt"
-    run([str(PYTHON), "-m", "pip", "install", "--require-hashes", "--requirement", str(file)], doing, slow=True)
+    pip = [str(PYTHON), "-m", "pip", "install", "--require-hashes", "--requirement", str(file)]
+    COMMANDS.run(pip, doing, slow=True)
 
 
 def locked(lock: str, package: str) -> str:
@@ -274,101 +328,6 @@ def locked(lock: str, package: str) -> str:
     if not match:
         raise SetupFailed(f"requirements/{lock}.txt has no hashes for {package}. Run: make lock")
     return match[0] + "\n"
-
-
-# --- commands
-
-
-def run(
-    command: list[str],
-    doing: str,
-    environment: dict[str, str] | None = None,
-    *,
-    slow: bool = False,
-    venv_hint: bool = False,
-) -> None:
-    """Run a command with its output in the log; show the elapsed time and, if it fails, the relevant lines."""
-    with LOG.open("ab") as log:
-        log.write(f"\n$ {' '.join(command)}\n".encode())
-        log.flush()
-        begin = LOG.stat().st_size
-        child = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=not WINDOWS,
-        )
-        try:
-            wait(child, doing, begin, slow)
-        except BaseException:
-            end(child)
-            raise
-    if child.returncode != 0:
-        explain(doing, begin, venv_hint)
-
-
-def wait(child: subprocess.Popen[bytes], doing: str, begin: int, slow: bool) -> None:
-    started, shown = time.monotonic(), ""
-    every = 0.5 if sys.stderr.isatty() else 20
-    due = started + every
-    while child.poll() is None:
-        time.sleep(0.1)
-        if slow and time.monotonic() >= due:
-            due += every
-            seconds = int(time.monotonic() - started)
-            line = f"{doing}: {seconds // 60}:{seconds % 60:02}{compiled(begin)}, log in {LOG.relative_to(ROOT)}"
-            shown = show(line, shown)
-    if shown and sys.stderr.isatty():
-        sys.stderr.write("\n")
-
-
-def show(line: str, before: str) -> str:
-    if sys.stderr.isatty():
-        sys.stderr.write("\r" + line + " " * max(0, len(before) - len(line)))
-        sys.stderr.flush()
-    else:
-        say(line)
-    return line
-
-
-def compiled(begin: int) -> str:
-    """Read the compiler's progress from the last “[12/345]” in the log."""
-    steps = re.findall(r"\[(\d+)/(\d+)\]", read_log(max(begin, LOG.stat().st_size - 4000)))
-    return f", {steps[-1][0]} of {steps[-1][1]} steps" if steps else ""
-
-
-def read_log(begin: int) -> str:
-    with LOG.open("rb") as log:
-        log.seek(begin)
-        return log.read().decode("utf-8", errors="replace")
-
-
-def end(child: subprocess.Popen[bytes]) -> None:
-    """Stop a command and the processes it started."""
-    if WINDOWS:
-        child.terminate()
-    else:
-        os.killpg(child.pid, signal.SIGTERM)
-    child.wait()
-
-
-def explain(doing: str, begin: int, venv_hint: bool) -> None:
-    lines = [line.rstrip() for line in read_log(begin).splitlines() if line.strip()]
-    telling = [line for line in lines if re.search(r"error|fatal|not found|could be found|No space|killed", line, re.I)]
-    shown = "\n".join(f"  {line[:160]}" for line in (telling or lines)[-8:])
-    text = "\n".join(lines)
-    hint = ""
-    if venv_hint or "ensurepip" in text:
-        hint = advice("python3-venv")
-    elif re.search(r"CMAKE_CXX_COMPILER|No CMAKE_C_COMPILER|compiler identification is unknown", text):
-        hint = advice("compiler")
-    elif re.search(r"Temporary failure|Name or service|Connection refused|ProxyError|No matching distribution", text):
-        hint = "Cannot reach the package index. Check the network, or set PIP_INDEX_URL and HTTPS_PROXY."
-    elif re.search(r"Killed|out of memory|cannot allocate", text, re.I):
-        hint = "The compiler ran out of memory. Try again with CMAKE_BUILD_PARALLEL_LEVEL=1."
-    raise SetupFailed(f"{doing} failed:\n{shown}\n{hint}\nFull log: {LOG}".replace("\n\n", "\n"))
 
 
 if __name__ == "__main__":

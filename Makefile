@@ -10,6 +10,7 @@
 # make bench-server MODEL=x.gguf            measure the server side by side with llama-server
 # make soak MODEL=x.gguf MINUTES=60         load a server with clients that come and leave
 # make test-reference                       compare conversions with transformers and llama.cpp's own converter
+# make test-gpu                             compile the Vulkan backend and test it on a GPU in software
 # make test-clients                         use the server with LangChain, LlamaIndex, LiteLLM, Node and lm_eval
 
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
@@ -22,7 +23,7 @@ COMPILE = build/lock/$(SCRIPTS)/uv pip compile --quiet --universal --python-vers
 export PROMPT
 unexport PYTHONDONTWRITEBYTECODE  # compiling the tests would take a tenth of the time
 
-.PHONY: chat setup setup-dev test test-reference test-clients bench bench-server soak lock lint format types clean
+.PHONY: chat setup setup-dev test test-reference test-clients test-gpu bench bench-server soak lock lint format types clean
 .DEFAULT_GOAL = chat
 
 setup:
@@ -43,6 +44,12 @@ test: setup-dev lint types
 test-reference: setup-dev
 	@$(BIN)/python tools/reference.py
 	@build/reference/$(SCRIPTS)/python -m pytest -m reference $(PYTEST_ARGS)
+
+# Tests the Vulkan backend, which takes minutes to compile once, on lavapipe: a Vulkan device in software.
+test-gpu: setup-dev
+	@$(BIN)/python tools/gpu_tests.py
+	@GPU=vulkan VULKAN_SDK=$(CURDIR)/build/vulkan/sdk/usr $(PYTHON) tools/setup.py --dev
+	@GGML_VK_VISIBLE_DEVICES=0 $(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
 
 # Connects programs that people use a server with, in a separate virtual environment.
 test-clients: setup-dev

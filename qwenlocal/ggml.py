@@ -1,4 +1,4 @@
-"""Bindings for libggml: devices and their memory, tensor types, and the functions that quantize rows."""
+"""Bindings for libggml: tensor types, and the functions that quantize rows."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import functools
 import math
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -24,18 +23,6 @@ _TYPE_COUNT = 43  # ggml.h: GGML_TYPE_COUNT of the pinned llama.cpp
 _MAX_OPERATIONS = 64  # matrix products come early in ggml.h's enum ggml_op
 _BUFFER_OFFSET = 8  # of `buffer` in ggml.h's struct ggml_tensor
 _INFINITY_BITS = 0x7F800000  # float32: these bits and higher ones are infinity or NaN
-_GPU_TYPES = (1, 2)  # ggml-backend.h: GGML_BACKEND_DEVICE_TYPE_GPU and _IGPU
-
-
-@dataclass(frozen=True)
-class Device:
-    """A compute device; memory in bytes."""
-
-    name: str
-    description: str
-    free: int
-    total: int
-    is_gpu: bool = False
 
 
 class TensorType(NamedTuple):
@@ -250,33 +237,21 @@ def read_tensor_types(path: Path) -> set[int]:
         return {base.gguf_get_tensor_type(handle, index) for index in range(base.gguf_get_n_tensors(handle))}
 
 
-def list_devices() -> list[Device]:
-    """List the devices that ggml found: the CPU, and any GPUs."""
-    ggml = load_library("ggml")
-    ggml.ggml_backend_dev_count.restype = ctypes.c_size_t
-    ggml.ggml_backend_dev_get.restype, ggml.ggml_backend_dev_get.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-    return [_describe(ggml.ggml_backend_dev_get(index)) for index in range(ggml.ggml_backend_dev_count())]
-
-
-def _describe(device: Address) -> Device:
-    base, free, total = base_library(), ctypes.c_size_t(), ctypes.c_size_t()
-    base.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
-    name, description = base.ggml_backend_dev_name(device), base.ggml_backend_dev_description(device)
-    is_gpu = base.ggml_backend_dev_type(device) in _GPU_TYPES
-    return Device(name.decode(), description.decode(), free.value, total.value, is_gpu)
-
-
-def set_abort_callback(on_abort: Callable[[str], object]) -> object:
+def read_tensor_sizes(path: Path) -> dict[str, int]:
     """
-    Have ggml call `on_abort` with its reason before it aborts the process: a device is gone, or a call was wrong.
+    Read the sizes of the tensors of a GGUF file, in bytes by name. Takes 20 ms for Qwen's vocabulary.
 
-    `on_abort` may end the process itself; if it returns, ggml calls abort(). The reason begins with the file and line:
-    "ggml-rpc.cpp:547: Remote RPC server crashed". Keep a reference to the returned object as long as the callback is
-    in use.
+    Raises
+    ------
+    ValueError: ggml cannot read the file.
     """
-    callback = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(lambda reason: on_abort(reason.decode(errors="replace")))
-    base_library().ggml_set_abort_callback(callback)
-    return callback
+    base = base_library()
+    with open_gguf_header(path) as handle:
+        count = base.gguf_get_n_tensors(handle)
+        return {
+            base.gguf_get_tensor_name(handle, index).decode(): base.gguf_get_tensor_size(handle, index)
+            for index in range(count)
+        }
 
 
 def pack_rows(

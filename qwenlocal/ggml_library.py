@@ -36,6 +36,21 @@ class TypeTraits(ctypes.Structure):
 
 
 @functools.cache
+def libraries_folder() -> Path:
+    """
+    Return the folder of llama.cpp's libraries.
+
+    Raises
+    ------
+    OSError: llama-cpp-python is not installed.
+    """
+    spec = importlib.util.find_spec("llama_cpp")
+    if spec is None or not spec.submodule_search_locations:
+        raise OSError("llama-cpp-python is not installed")
+    return Path(spec.submodule_search_locations[0], "lib")
+
+
+@functools.cache
 def load_library(name: str) -> ctypes.CDLL:
     """
     Load one of the libraries: "ggml", "ggml-base", "ggml-cpu".
@@ -45,11 +60,9 @@ def load_library(name: str) -> ctypes.CDLL:
     OSError: it is missing.
     """
     names = {"win32": (f"{name}.dll",), "darwin": (f"lib{name}.0.dylib", f"lib{name}.dylib")}
-    spec = importlib.util.find_spec("llama_cpp")
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        for file in names.get(sys.platform, (f"lib{name}.so.0", f"lib{name}.so")):
-            if (path := Path(folder) / "lib" / file).exists():
-                return ctypes.CDLL(str(path))
+    for file in names.get(sys.platform, (f"lib{name}.so.0", f"lib{name}.so")):
+        if (path := libraries_folder() / file).exists():
+            return ctypes.CDLL(str(path))
     raise OSError(f"lib{name} is missing from llama-cpp-python")
 
 
@@ -73,11 +86,15 @@ def base_library() -> ctypes.CDLL:
         ("gguf_free", None, [pointer]),
         ("gguf_get_n_tensors", i64, [pointer]),
         ("gguf_get_tensor_type", ctypes.c_int, [pointer, i64]),
+        ("gguf_get_tensor_name", ctypes.c_char_p, [pointer, i64]),
+        ("gguf_get_tensor_size", size, [pointer, i64]),
         ("ggml_set_abort_callback", pointer, [pointer]),
         ("ggml_backend_dev_name", ctypes.c_char_p, [pointer]),
         ("ggml_backend_dev_description", ctypes.c_char_p, [pointer]),
         ("ggml_backend_dev_memory", None, [pointer, ctypes.POINTER(size), ctypes.POINTER(size)]),
         ("ggml_backend_dev_type", ctypes.c_int, [pointer]),
+        ("ggml_backend_dev_backend_reg", pointer, [pointer]),
+        ("ggml_backend_reg_name", ctypes.c_char_p, [pointer]),
     ):
         function = getattr(base, name)
         function.restype, function.argtypes = result, arguments

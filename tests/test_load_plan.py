@@ -17,20 +17,20 @@ from hub import HubServer
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qwenlocal.devices import Device, DeviceKind
 from qwenlocal.engine.context import Context, ContextOptions, RopeScaling
+from qwenlocal.engine.gpu_offload import DeviceShare, GpuRequest, LayerSizes, choose_gpus, plan_gpu_offload
 from qwenlocal.engine.llama import Model, load_library
 from qwenlocal.engine.load_plan import (
     KV_TYPES,
     CoarseKeys,
     ContextExtended,
-    GpuOffload,
     LoadRequest,
-    plan_gpu_offload,
     plan_load,
 )
 from qwenlocal.engine.memory import PROCESS_OVERHEAD, ModelDims, estimate_memory
 from qwenlocal.errors import NotEnoughMemory, UsageError
-from qwenlocal.ggml import Device, has_attention_kernel
+from qwenlocal.ggml import has_attention_kernel
 from qwenlocal.terminal.load_notes import describe_note, describe_plan
 from qwenlocal.testing import write_checkpoint, write_model
 from qwenlocal.weights.gguf_reader import read_metadata
@@ -208,17 +208,67 @@ def test_head_sizes_that_do_not_fill_blocks_keep_f16() -> None:
 # --- GPU offload
 
 
-CARD = Device("GPU0", "a card", 4 * GIB, 4 * GIB, is_gpu=True)
+CARD = Device("GPU0", "a card", 4 * GIB, 4 * GIB, DeviceKind.GPU)
+CHIP = Device("GPU1", "a chip", 8 * GIB, 8 * GIB, DeviceKind.INTEGRATED_GPU)
+SEVEN_SIZES = LayerSizes(487 * MIB, (119 * MIB,) * 32, 487 * MIB)
 
 
-def test_as_many_layers_are_offloaded_as_fit() -> None:
-    offload = plan_gpu_offload(SEVEN, int(4.2 * GIB), ContextOptions(4096), [CARD])
-    assert offload == GpuOffload(18, 33)
-    assert offload.reduced() == GpuOffload(13, 33)
-    assert plan_gpu_offload(HALF, 400 * MIB, ContextOptions(4096), [CARD]).layers == 25
-    assert plan_gpu_offload(SEVEN, int(4.2 * GIB), ContextOptions(4096), []).layers == 0
+def test_a_gpu_gets_the_output_matrix_and_as_many_layers_as_fit() -> None:
+    offload = plan_gpu_offload(SEVEN, SEVEN_SIZES, ContextOptions(4096), [CARD])
+    per_layer = 119 * MIB + 64 * MIB  # weights and KV cache
+    (share,) = offload.shares
+    assert (offload.layers, offload.total, offload.devices) == (18, 33, (CARD,))
+    assert share == DeviceShare(CARD, 18, (487 + 17 * 119) * MIB, 17 * 64 * MIB)
+    assert share.weights + share.kv_cache + per_layer > CARD.free - 600 * MIB  # another layer would take the reserve
+    assert offload.reduced().layers == 13
+
+
+def test_a_gpu_without_room_gets_nothing() -> None:
     tight = replace(CARD, free=100 * MIB)
-    assert plan_gpu_offload(SEVEN, int(4.2 * GIB), ContextOptions(4096), [tight]).layers == 0
+    offload = plan_gpu_offload(SEVEN, SEVEN_SIZES, ContextOptions(4096), [tight])
+    assert (offload.layers, offload.devices) == (0, ())
+    assert plan_gpu_offload(SEVEN, SEVEN_SIZES, ContextOptions(4096), []).layers == 0
+
+
+def test_layers_are_divided_among_gpus_as_they_fit() -> None:
+    large = replace(CARD, name="GPU1", free=20 * GIB)
+    offload = plan_gpu_offload(SEVEN, SEVEN_SIZES, ContextOptions(4096), [CARD, large])
+    assert [share.layers for share in offload.shares] == [33]
+    small = replace(CARD, name="GPU1", free=2 * GIB)
+    both = plan_gpu_offload(SEVEN, SEVEN_SIZES, ContextOptions(4096), [CARD, small])
+    first, last = both.shares
+    assert (first.device, last.device) == (CARD, small)
+    assert both.layers == first.layers + last.layers
+    for share in both.shares:
+        assert share.weights + share.kv_cache < share.device.free
+
+
+def test_a_number_of_layers_is_not_exceeded() -> None:
+    offload = plan_gpu_offload(SEVEN, SEVEN_SIZES, ContextOptions(4096), [CARD], layers=3)
+    assert (offload.layers, offload.repeating_layers) == (3, 2)
+    insisting = plan_gpu_offload(SEVEN, SEVEN_SIZES, ContextOptions(4096), [CARD], layers=99)
+    assert (insisting.layers, insisting.shares, insisting.devices) == (33, (), (CARD,))
+
+
+def test_tied_embeddings_are_copied_to_the_gpu() -> None:
+    sizes = {"token_embd.weight": 100, "blk.0.a": 1, "blk.0.b": 2, "blk.10.a": 5, "blk.9.a": 4, "output_norm.weight": 7}
+    assert LayerSizes.from_tensors(sizes) == LayerSizes(100, (3, 4, 5), 100)
+    assert LayerSizes.from_tensors({**sizes, "output.weight": 60}).output == 60
+
+
+def test_graphics_cards_are_preferred_to_integrated_gpus() -> None:
+    processor = Device("CPU", "a processor", GIB, GIB)
+    assert choose_gpus([processor, CHIP, CARD], GpuRequest()) == (CARD,)
+    assert choose_gpus([processor, CHIP], GpuRequest()) == (CHIP,)
+    assert choose_gpus([processor, CHIP, CARD], GpuRequest(devices=("gpu1",))) == (CHIP,)
+    assert choose_gpus([CARD], GpuRequest(layers=0)) == choose_gpus([CARD], GpuRequest(devices=())) == ()
+
+
+def test_a_gpu_that_is_not_there_is_an_error_that_lists_the_others() -> None:
+    with pytest.raises(UsageError, match=r"There is no GPU named Vulkan1; there is: GPU0, GPU1\."):
+        choose_gpus([CARD, CHIP], GpuRequest(devices=("Vulkan1",)))
+    with pytest.raises(UsageError, match=r"llama\.cpp finds none"):
+        choose_gpus([], GpuRequest(layers=3))
 
 
 @pytest.mark.parametrize(

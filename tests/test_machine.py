@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from qwenlocal.devices import list_devices
 from qwenlocal.engine.memory import ModelDims
-from qwenlocal.ggml import list_devices
 from qwenlocal.machine import Machine, this_machine
 from qwenlocal.progress import TaskProgress
 from qwenlocal.terminal.ansi import escape_controls

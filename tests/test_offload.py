@@ -18,17 +18,26 @@ from typing import Any
 import pytest
 
 from qwenlocal.chat.chat_model import load_chat_model
+from qwenlocal.devices import Device, DeviceKind
 from qwenlocal.engine import loader
 from qwenlocal.engine.context import ContextOptions
-from qwenlocal.engine.llama import Model
-from qwenlocal.engine.load_plan import ALL_LAYERS, FewerGpuLayers, GpuOffload, LoadRequest
+from qwenlocal.engine.gpu_offload import (
+    ALL_LAYERS,
+    GpuOffload,
+    GpuRequest,
+    LayerSizes,
+    plan_gpu_offload,
+    read_layer_sizes,
+)
+from qwenlocal.engine.llama import Model, load_library
+from qwenlocal.engine.load_plan import FewerGpuLayers, LoadRequest
 from qwenlocal.engine.loader import LoadOptions
-from qwenlocal.engine.memory import ModelDims
+from qwenlocal.engine.memory import ModelDims, estimate_memory
 from qwenlocal.errors import BadWeights, ContextNotCreated, NotEnoughMemory
-from qwenlocal.ggml import Device
 from qwenlocal.machine import this_machine
 from qwenlocal.terminal.load_notes import describe_note
 from qwenlocal.testing import write_model
+from qwenlocal.weights.gguf_reader import read_metadata
 
 LIBRARIES = """
 import ctypes, importlib.util, json, sys
@@ -66,6 +75,7 @@ CLIENT = (
 from qwenlocal.chat import chat_model
 from qwenlocal.engine import loader
 from qwenlocal.engine.llama import load_library
+from qwenlocal.engine.gpu_offload import GpuRequest
 from qwenlocal.engine.load_plan import LoadRequest
 from qwenlocal.engine.sampling import Sampling
 from qwenlocal.machine import this_machine
@@ -73,11 +83,12 @@ rpc.ggml_backend_rpc_add_server.restype, rpc.ggml_backend_rpc_add_server.argtype
 ggml.ggml_backend_register.argtypes = [pointer]
 ggml.ggml_backend_register(rpc.ggml_backend_rpc_add_server(sys.argv[1].encode()))
 path, free = Path(sys.argv[2]), int(sys.argv[4])
-usual = loader.list_devices
+library = load_library()
+usual = library.list_devices
 if free:
-    loader.list_devices = lambda: [replace(card, free=free) if card.is_gpu else card for card in usual()]
+    library.list_devices = lambda: [replace(card, free=free) if card.is_gpu else card for card in usual()]
 layers = None if sys.argv[3] == "auto" else int(sys.argv[3])
-options = loader.LoadOptions(LoadRequest(n_ctx=512, threads=1), layers)
+options = loader.LoadOptions(LoadRequest(n_ctx=512, threads=1), GpuRequest(layers))
 loaded = chat_model.load_chat_model(path, options, this_machine(), name="x", size=path.stat().st_size)
 steps = loaded.sequence.generate([1, 2, 3, 4, 5], Sampling(temperature=0, repeat_penalty=1), limit=12)
 said = [line.text for line in load_library().log]
@@ -140,8 +151,11 @@ def test_answers_do_not_depend_on_the_device(worker: str, model: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the libraries have other names elsewhere")
 def test_automatic_offload_follows_the_free_memory(worker: str, model: Path) -> None:
-    size = model.stat().st_size
-    room = (512 << 20) + size // 2  # half of the model above the margin
+    dims, sizes = ModelDims.from_metadata(read_metadata(model)), read_layer_sizes([model])
+    assert dims
+    options = ContextOptions(512, n_ubatch=512, flash_attention=True)
+    reserve = (256 << 20) + estimate_memory(dims, 0, options).compute
+    room = reserve + sizes.output + 2 * max(sizes.layers) + dims.kv_cache_bytes(512) // 2
     assert any("RPC0" in line for line in run(worker, model, "auto", room)["log"])
     assert any("CPU" in line for line in run(worker, model, "auto", room)["log"])
     assert not any("RPC0" in line for line in run(worker, model, "auto", 100 << 20)["log"])
@@ -175,9 +189,9 @@ def test_a_gpu_with_less_memory_than_reported_gets_fewer_layers_and_a_note(
             super().__init__(path, gpu_layers=0, **more)
 
     monkeypatch.setattr(loader, "Model", Reluctant)
-    card = Device("GPU0", "a card", 8 << 30, 8 << 30, is_gpu=True)
-    monkeypatch.setattr(loader, "list_devices", lambda: [card])
-    options = LoadOptions(gpu_layers=12)
+    card = Device("GPU0", "a card", 8 << 30, 8 << 30, DeviceKind.GPU)
+    monkeypatch.setattr(load_library(), "list_devices", lambda: [card])
+    options = LoadOptions(gpu=GpuRequest(12))
     loaded = load_chat_model(random_model, options, this_machine(), name="x", size=random_model.stat().st_size)
     loaded.close()
     assert tried == [3, 2, 1]  # there are two layers and the output
@@ -187,14 +201,27 @@ def test_a_gpu_with_less_memory_than_reported_gets_fewer_layers_and_a_note(
 
 def test_layers_that_are_not_offloaded_need_memory() -> None:
     seven = ModelDims(32, 32, 128, 32768, 4096, 11008, 32)
-    card = Device("GPU0", "a card", 24 << 30, 24 << 30, is_gpu=True)
-    offload = loader.choose_offload(seven, 8 << 30, LoadRequest(), [card], 1)
-    assert offload == GpuOffload(1, 33)
+    sizes = LayerSizes(487 << 20, (220 << 20,) * 32, 487 << 20)
+    size = sizes.input + sum(sizes.layers) + sizes.output
+    card = Device("GPU0", "a card", 24 << 30, 24 << 30, DeviceKind.GPU)
+    one, all_layers = (plan_gpu_offload(seven, sizes, ContextOptions(4096), [card], count) for count in (1, ALL_LAYERS))
     with pytest.raises(NotEnoughMemory):
-        loader.plan_load_with_offload("x", seven, 8 << 30, 3 << 30, LoadRequest(), offload)
-    everything = loader.choose_offload(seven, 8 << 30, LoadRequest(), [card], ALL_LAYERS)
-    assert everything == GpuOffload(33, 33)
-    assert loader.plan_load_with_offload("x", seven, 8 << 30, 6 << 30, LoadRequest(), everything).options.n_ctx == 4096
+        loader.plan_load_with_offload("x", seven, size, 3 << 30, LoadRequest(), one)
+    plan = loader.plan_load_with_offload("x", seven, size, 3 << 30, LoadRequest(), all_layers)
+    assert plan.memory and (plan.memory.weights, plan.memory.kv_cache) == (sizes.input, 0)
+    assert plan.options.n_ctx == 4096
+
+
+def test_layers_on_an_integrated_gpu_take_the_memory_of_the_machine() -> None:
+    seven = ModelDims(32, 32, 128, 32768, 4096, 11008, 32)
+    sizes = LayerSizes(487 << 20, (220 << 20,) * 32, 487 << 20)
+    size = sizes.input + sum(sizes.layers) + sizes.output
+    chip = Device("GPU0", "a chip", 24 << 30, 24 << 30, DeviceKind.INTEGRATED_GPU)
+    offload = plan_gpu_offload(seven, sizes, ContextOptions(4096), [chip])
+    assert offload.layers == 33
+    with pytest.raises(NotEnoughMemory):
+        loader.plan_load_with_offload("x", seven, size, 8 << 30, LoadRequest(), offload)
+    assert loader.plan_load_with_offload("x", seven, size, 12 << 30, LoadRequest(), offload).offload == offload
 
 
 def test_offload_does_not_extend_a_short_context() -> None:

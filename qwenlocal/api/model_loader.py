@@ -16,9 +16,9 @@ from qwenlocal.chat.worker import BackgroundTask, iterate_in_thread
 from qwenlocal.engine.llama import load_library
 from qwenlocal.engine.loader import DraftSpec, EngineLoader, LoadOptions
 from qwenlocal.engine.prompt_cache import fingerprint_model
-from qwenlocal.engine.tuned_settings import read_tuned_settings, write_costs
+from qwenlocal.engine.tuned_settings import TunedSettings, read_tuned_settings, write_costs, write_gpu_use
 from qwenlocal.errors import BadWeights, ContextNotCreated, EngineCrashed, NotEnoughMemory, NotWritable, QwenlocalError
-from qwenlocal.ggml import can_dequantize, list_devices, read_tensor_types, tensor_type_by_number
+from qwenlocal.ggml import can_dequantize, read_tensor_types, tensor_type_by_number
 from qwenlocal.i18n import tr
 from qwenlocal.library.names import CatalogName
 from qwenlocal.library.provider import ProvidedModel
@@ -108,8 +108,10 @@ class ModelLoader:
         )
         files = [record.path, *([self._draft.path] if self._draft else [])]
         check = BackgroundTask(lambda: _find_unusable_types(files), lambda: None, lambda _: None)
-        self._uses_gpu = load_options.gpu_layers != 0 and any(device.is_gpu for device in list_devices())
+        self._uses_gpu = not load_options.gpu.is_off and any(device.is_gpu for device in load_library().list_devices())
         with self._explain_bad_files(*files):
+            if self._uses_gpu and load_options.gpu.is_auto:
+                load_options = replace(load_options, tuned=self._measure_gpus(record, load_options))
             check.start()
             loaded = load_chat_model(
                 record.path,
@@ -123,11 +125,22 @@ class ModelLoader:
                 report=report,
                 loader=self._engine_loader,
             )
-            self._uses_gpu = loaded.plan.gpu_layers > 0
+            self._uses_gpu = loaded.plan.offload.layers > 0
             if unusable := check.result():
                 loaded.close()
                 raise BadWeights(unusable[0], tr("it has tensors of a type that llama.cpp cannot compute with"))
             return loaded
+
+    def _measure_gpus(self, record: ModelRecord, options: LoadOptions) -> TunedSettings:
+        """Measure what the GPUs are good for with this model, unless it is known, and save it."""
+        from qwenlocal.measure.gpu_use import measure_gpu_use
+
+        use = measure_gpu_use(record.path, record.size, options, this_machine())
+        if use is None:
+            return options.tuned
+        with contextlib.suppress(NotWritable):  # it is measured again next time
+            write_gpu_use(self._folders.tuned, fingerprint_model(record.path), power_source(), use)
+        return replace(options.tuned, gpu=use)
 
     @contextlib.contextmanager
     def _explain_bad_files(self, *files: Path) -> Iterator[None]:

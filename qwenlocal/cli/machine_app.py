@@ -10,7 +10,9 @@ from qwenlocal.cli.boundary import CliApp
 from qwenlocal.cli.completion import complete_installed_models
 from qwenlocal.cli.option_types import (
     ContextOption,
+    DeviceOption,
     FlashAttentionOption,
+    GpuLayersOption,
     HugePagesOption,
     InstalledModelArgument,
     JsonOption,
@@ -73,6 +75,8 @@ def tune(
 def plan(
     model: ModelArgument,
     n_ctx: ContextOption = None,
+    gpu_layers: GpuLayersOption = "auto",
+    device: DeviceOption = None,
     kv_type: KvTypeOption = None,
     flash_attention: FlashAttentionOption = "auto",
     as_json: JsonOption = False,
@@ -82,9 +86,10 @@ def plan(
     If the model is not installed, only the first 8 MiB of its file are downloaded.
     """
     from qwenlocal.cli.commands.plan import plan_model
-    from qwenlocal.cli.options import parse_load_request
+    from qwenlocal.cli.options import parse_gpu_request, parse_load_request
 
-    plan_model(model, parse_load_request(n_ctx, None, kv_type, flash_attention), as_json=as_json)
+    request = parse_load_request(n_ctx, None, kv_type, flash_attention)
+    plan_model(model, request, parse_gpu_request(gpu_layers, device), as_json=as_json)
 
 
 @machine_app.command(short_help="Check this machine.", rich_help_panel="This machine")

@@ -39,6 +39,14 @@ ThreadsOption = Annotated[
 GpuLayersOption = Annotated[
     str, Option("-ngl", "--gpu-layers", metavar="N", help="Number of layers on a GPU, auto or all.")
 ]
+DeviceOption = Annotated[
+    str | None,
+    Option(
+        "--device",
+        metavar="NAME",
+        help="GPU to use, or several with commas between them, or none. [default: what qwenlocal doctor lists]",
+    ),
+]
 KvTypeOption = Annotated[
     str | None,
     Option(

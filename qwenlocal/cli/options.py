@@ -15,6 +15,7 @@ from qwenlocal.text_encoding import read_text
 
 if TYPE_CHECKING:
     from qwenlocal.chat.conversation import GenerationConfig
+    from qwenlocal.engine.gpu_offload import GpuRequest
     from qwenlocal.engine.load_plan import LoadRequest
     from qwenlocal.engine.sampling import Sampling
     from qwenlocal.library.adapters import AdapterRequest
@@ -58,7 +59,7 @@ class RunOptions:
     system: str | None
     max_tokens: int | None
     load_request: LoadRequest
-    gpu_layers: int | None
+    gpu: GpuRequest
     lookup: bool
     draft: str | None
     keep_cache: bool
@@ -147,24 +148,27 @@ def parse_load_request(
     )
 
 
-def parse_gpu_layers(text: str) -> int | None:
+def parse_gpu_request(layers: str, devices: str | None) -> GpuRequest:
     """
-    Parse `-ngl`: None for auto, a number larger than any model's for all.
+    Parse `-ngl` (auto, all or a number) and `--device` (names with commas between them, or none).
 
     Raises
     ------
-    UsageError: it is neither of these nor a number.
+    UsageError: the number is none.
     """
-    from qwenlocal.engine.load_plan import ALL_LAYERS
+    from qwenlocal.engine.gpu_offload import ALL_LAYERS, GpuRequest
 
-    word = text.strip().lower()
+    names = None if devices is None else tuple(filter(None, (name.strip() for name in devices.split(","))))
+    if names is not None and [name.lower() for name in names] == ["none"]:
+        names = ()
+    word = layers.strip().lower()
     if word in ("auto", ""):
-        return None
+        return GpuRequest(None, names)
     if word == "all":
-        return ALL_LAYERS
+        return GpuRequest(ALL_LAYERS, names)
     if not word.isdecimal() or int(word) > ALL_LAYERS:
-        raise UsageError(tr("-ngl must be a number of layers, auto or all, not {text}.", text=text))
-    return int(word)
+        raise UsageError(tr("-ngl must be a number of layers, auto or all, not {text}.", text=layers))
+    return GpuRequest(int(word), names)
 
 
 def parse_answer_format(as_json: bool, schema: str | None, grammar: str | None) -> AnswerFormat:

@@ -56,7 +56,8 @@ def list_local_options(options: RunOptions) -> list[str]:
     used = {
         "-c": request.n_ctx,
         "-t": request.threads,
-        "-ngl": options.gpu_layers is not None,
+        "-ngl": options.gpu.layers is not None,
+        "--device": options.gpu.devices is not None,
         "--kv": request.kv_type,
         "--flash-attention": request.flash_attention is not None,
         "--rope": request.rope,

@@ -24,7 +24,7 @@ def create_loader(
     keeps_cache = options.keep_cache and options.journal
     load_options = LoadOptions(
         options.load_request,
-        options.gpu_layers,
+        options.gpu,
         lookup=options.lookup,
         prompt_caches=folders.states if keeps_cache else None,
         adapters=adapters,

@@ -14,17 +14,20 @@ import functools
 import importlib
 import importlib.util
 import os
+import re
 import signal
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from qwenlocal.crash_handlers import set_crash_handler
+from qwenlocal.devices import Device, device_array, list_devices, load_backend_modules
 from qwenlocal.engine.tokenizer import Tokenizer
 from qwenlocal.errors import BadWeights, QwenlocalError
-from qwenlocal.ggml import InMemoryTensor, open_gguf_header, set_abort_callback
+from qwenlocal.ggml import InMemoryTensor, open_gguf_header
 
 FillTensor = Callable[[InMemoryTensor], None]
 
@@ -42,8 +45,8 @@ class LlamaLibrary:
     """
     llama.cpp in this process: its C functions (`c`) and the end of its log (`log`).
 
-    If llama.cpp aborts (a device is gone), it calls `on_abort` with the reason, in a thread of its own; the process and
-    all that it computed are lost.
+    If llama.cpp is about to end the process (a device is gone), it calls `on_abort` with the reason, in a thread of its
+    own; all that the process computed is lost.
     """
 
     def __init__(self, echo: Callable[[str], object] | None = None) -> None:
@@ -55,7 +58,7 @@ class LlamaLibrary:
         self._log_callback = self.c.llama_log_callback(self._receive)
         self.c.llama_log_set(self._log_callback, ctypes.c_void_p(0))
         self.c.llama_backend_init()
-        self._abort_callback = set_abort_callback(lambda reason: self.on_abort(reason))
+        self._crash_handler = set_crash_handler(lambda reason: self.on_abort(reason))
 
     def _receive(self, level: int, text: bytes, _user_data: object) -> None:
         line = text.decode("utf-8", errors="replace")
@@ -72,6 +75,11 @@ class LlamaLibrary:
         error = next(filter(None, texts), "")
         name, colon, rest = error.partition(": ")
         return rest if colon and " " not in name else error
+
+    def list_devices(self) -> list[Device]:
+        """List the devices; the backends of GPUs are loaded when this is first called."""
+        load_backend_modules()
+        return list_devices()
 
     @property
     def system_info(self) -> str:
@@ -149,6 +157,7 @@ class Model:
     """
     Weights in memory, with the tokenizer and the metadata of their file.
 
+    `buffer_sizes` are the bytes of weights by the name of the memory that holds them: "CPU_Mapped", "Vulkan0".
     `adapters` are C pointers from `load_adapter` with their scales. New contexts use them; for an older one, call
     `Context.apply_adapters`.
     """
@@ -158,6 +167,8 @@ class Model:
         path: Path,
         *,
         gpu_layers: int = 0,
+        devices: Sequence[Device] = (),
+        layers_by_device: Sequence[int] = (),
         kv_overrides: Mapping[str, float] = {},
         vocab_only: bool = False,
         on_progress: Callable[[float], bool] | None = None,
@@ -166,8 +177,9 @@ class Model:
         Load the model file `path`; of a split model, pass the first part (llama.cpp opens the others).
 
         `kv_overrides` replace or add numbers of the file's metadata: {"qwen2.rope.freq_base": 1e6}. With `vocab_only`,
-        no weights are loaded, and the file needs none. `on_progress` gets a fraction between 0 and 1 and returns False
-        to cancel.
+        no weights are loaded, and the file needs none. Without `devices`, no GPU is used; `gpu_layers` are divided
+        among them as `layers_by_device` says, or else by free memory. `on_progress` gets a fraction between 0 and 1
+        and returns False to cancel.
 
         Raises
         ------
@@ -178,6 +190,11 @@ class Model:
         params.n_gpu_layers, params.vocab_only = gpu_layers, vocab_only
         overrides = _override_array(self._c, kv_overrides)  # must outlive the call
         params.kv_overrides = overrides
+        handles = device_array(devices)  # as must these
+        shares = (ctypes.c_float * 64)(*layers_by_device)
+        params.devices = ctypes.addressof(handles)
+        if layers_by_device:
+            params.tensor_split = ctypes.cast(shares, type(params.tensor_split))
         is_cancelled = False
         try:
             with defer_interrupt() as is_interrupted:
@@ -212,6 +229,7 @@ class Model:
         if not self._c.llama_vocab_type(self._c.llama_model_get_vocab(self._model)):  # llama.cpp would abort later
             self.close()
             raise BadWeights(self.path, "the file has no vocabulary", hint="This model cannot be used for text.")
+        self.buffer_sizes = _read_buffer_sizes(self._lib.log)
         self.tokenizer = Tokenizer(self._c, self._model, self.path, self.metadata)
 
     def metadata(self, key: str) -> str:
@@ -307,6 +325,12 @@ class InMemoryModel(Model):
             self.close()
             raise failures[0]
         self._finish_loading()
+
+
+def _read_buffer_sizes(log: Iterable[LogLine]) -> dict[str, int]:
+    """Read the lines that llama-model.cpp logs: "load_tensors:      Vulkan0 model buffer size =    86.74 MiB"."""
+    found = (re.search(r"(\S+) model buffer size = *([\d.]+) MiB", line.text) for line in log)
+    return {match[1]: round(float(match[2]) * 2**20) for match in found if match}
 
 
 def _override_array(c: Any, numbers: Mapping[str, float]) -> Any:

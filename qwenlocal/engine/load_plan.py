@@ -9,24 +9,23 @@ which halve the speed of a CPU in long texts; then it raises `NotEnoughMemory`.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 
 from qwenlocal.engine.context import ContextOptions, RopeScaling, pad_n_ctx
+from qwenlocal.engine.gpu_offload import GpuOffload
 from qwenlocal.engine.memory import MemoryEstimate, ModelDims, estimate_memory
 from qwenlocal.errors import InvalidChoice, NotEnoughMemory, UsageError
-from qwenlocal.ggml import Device, has_attention_kernel, tensor_type
+from qwenlocal.ggml import has_attention_kernel, tensor_type
 from qwenlocal.i18n import tr
 
 KV_TYPES = ("f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 PREFERRED_CONTEXT = 4096  # tokens; below this, keys become q8_0 before the context is shortened further
 _MIN_CONTEXT = 1024
 _MAX_ROPE_FACTOR = 8
-ALL_LAYERS = 1 << 16  # more than any model has
 _CHAT_SEQUENCES = 4  # a conversation, and three abandoned branches of it
 _STEP = 1024
 _N_UBATCH = 128  # on a CPU as fast as 512, with a quarter of the memory
-_GPU_MARGIN = 512 << 20  # bytes left free on a GPU, for compute buffers and other programs
 _MIN_SUGGESTED_CONTEXT = 512
 
 
@@ -110,6 +109,14 @@ class FewerGpuLayers:
 
 
 @dataclass(frozen=True)
+class WeightsNotOnGpu:
+    """A GPU cannot compute with `bytes` of the weights that were planned for it; the processor does."""
+
+    device: str
+    bytes: int
+
+
+@dataclass(frozen=True)
 class FileRepaired:
     """
     Faults of the model file that loading works around.
@@ -141,6 +148,7 @@ LoadNote = (
     | ContextRounded
     | CoarseKeys
     | FewerGpuLayers
+    | WeightsNotOnGpu
     | FileRepaired
     | ChatTemplateMissing
     | SamplingIgnored
@@ -152,7 +160,7 @@ class LoadPlan:
     """
     Context options that fit into `available` bytes, and the memory they need; None if the dimensions are unknown.
 
-    `draft_bytes` is the memory of a draft model, `gpu_layers` the number of layers on GPUs.
+    `draft_bytes` is the memory of a draft model, `offload` what GPUs hold.
     """
 
     options: ContextOptions
@@ -160,7 +168,7 @@ class LoadPlan:
     available: int
     notes: tuple[LoadNote, ...] = ()
     draft_bytes: int = 0
-    gpu_layers: int = 0
+    offload: GpuOffload = field(default_factory=lambda: GpuOffload(0, 0))
 
 
 def plan_load(
@@ -318,29 +326,3 @@ def _max_context(dims: ModelDims, weights: int, available: int, layout: ContextO
         return estimate_memory(dims, weights, replace(layout, n_ctx=n_ctx)).total
 
     return sizes[max(0, bisect.bisect_right(sizes, available, key=needed) - 1)]
-
-
-@dataclass(frozen=True)
-class GpuOffload:
-    """The number of layers on GPUs, of `total`; the output layer counts as one."""
-
-    layers: int
-    total: int
-
-    def reduced(self) -> GpuOffload:
-        """Return a quarter less, for a GPU with less free memory than it reported."""
-        return GpuOffload(self.layers * 3 // 4, self.total)
-
-
-def plan_gpu_offload(dims: ModelDims, weights: int, options: ContextOptions, gpus: Sequence[Device]) -> GpuOffload:
-    """
-    Offload as many layers as fit into the GPUs, each with its share of the weights and the KV cache.
-
-    The embeddings stay on the CPU but count as part of the layers, which leaves a reserve. A 7B (4.2 GiB, 32 layers)
-    with 4,096 tokens on a GPU with 4 GiB free: 18 of 33.
-    """
-    total = dims.n_layers + 1
-    kv_cache = dims.kv_cache_bytes(pad_n_ctx(options.n_ctx), options.key_type, options.value_type)
-    layer_bytes = weights / total + kv_cache / total
-    room = sum(max(0, gpu.free - _GPU_MARGIN) for gpu in gpus)
-    return GpuOffload(min(total, int(room / layer_bytes)), total)

@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from qwenlocal.engine.adapters import LoadedAdapters
 from qwenlocal.engine.context import Context, ContextOptions
 from qwenlocal.engine.draft_model import DraftModel, ModelDrafter, shares_vocabulary
-from qwenlocal.engine.llama import LoadCancelled, Model
-from qwenlocal.engine.load_plan import (
+from qwenlocal.engine.gpu_offload import (
     ALL_LAYERS,
+    N_UBATCH,
+    GpuOffload,
+    GpuRequest,
+    LayerSizes,
+    choose_gpus,
+    plan_gpu_offload,
+    read_layer_sizes,
+)
+from qwenlocal.engine.llama import LoadCancelled, Model, load_library
+from qwenlocal.engine.load_plan import (
     PREFERRED_CONTEXT,
     FewerGpuLayers,
     FileRepaired,
-    GpuOffload,
     LoadNote,
     LoadPlan,
     LoadRequest,
     SamplingIgnored,
-    plan_gpu_offload,
+    WeightsNotOnGpu,
     plan_load,
 )
 from qwenlocal.engine.memory import MemoryCheck, ModelDims, estimate_memory
@@ -34,7 +42,6 @@ from qwenlocal.engine.speculation import CostCurve, Drafter, NoSpeculation, Spec
 from qwenlocal.engine.threads import ThreadAdapter
 from qwenlocal.engine.tuned_settings import TunedSettings
 from qwenlocal.errors import BadWeights, ContextNotCreated, Interrupted, NotEnoughMemory, UsageError
-from qwenlocal.ggml import Device, list_devices
 from qwenlocal.huge_pages import read_ahead
 from qwenlocal.i18n import tr
 from qwenlocal.machine import Machine
@@ -44,6 +51,8 @@ from qwenlocal.weights.gguf_reader import MetadataValue, read_header, read_metad
 from qwenlocal.weights.split_model import shard_paths
 
 _READING_SHARE = 0.5  # of the progress of loading
+_UNSUPPORTED_SHARE = 0.02  # of a GPU's weights, from which on it is told that the processor computes with them
+_LOG_PRECISION = 1 << 20  # bytes
 _WEIGHTS_MARGIN = 1.3  # a model of unknown shape goes to a GPU with this much space relative to its file
 
 # Recommended sampling in a GGUF file (gguf-py, constants.py: Keys.General.SAMPLING_*).
@@ -70,13 +79,12 @@ class LoadOptions:
     """
     Options for loading a model.
 
-    `request` constrains the load plan; `tuned` fills what it leaves open. `gpu_layers` None puts as many layers on GPUs
-    as fit. `lookup` enables prompt lookup. Prompt caches are kept in the folder `prompt_caches`, or not at all.
-    `adapters` are loaded together with the model.
+    `request` and `gpu` constrain the load plan; `tuned` fills what they leave open. `lookup` enables prompt lookup.
+    Prompt caches are kept in the folder `prompt_caches`, or not at all. `adapters` are loaded together with the model.
     """
 
     request: LoadRequest = field(default_factory=LoadRequest)
-    gpu_layers: int | None = None
+    gpu: GpuRequest = field(default_factory=GpuRequest)
     lookup: bool = True
     prompt_caches: Path | None = None
     tuned: TunedSettings = field(default_factory=TunedSettings)
@@ -146,7 +154,10 @@ class EngineLoader:
         request = _apply_tuned_settings(options.request, options.tuned, machine)
         size += sum(adapter.path.stat().st_size for adapter in options.adapters)
         dims = ModelDims.from_metadata(metadata)
-        offload = choose_offload(dims, size, request, list_devices(), options.gpu_layers)
+        files = shard_paths(path)
+        offload = choose_offload(lambda: read_layer_sizes(files), dims, size, request, options.gpu)
+        if options.gpu.is_auto and options.tuned.gpu:
+            offload = offload.limited_to(options.tuned.gpu)
         available = machine.memory().available
         if options.draft:
             plan = plan_load_with_draft(options.draft, name, dims, size, available, request, offload)
@@ -159,7 +170,7 @@ class EngineLoader:
 
         thread_adapter = ThreadAdapter(plan.options.threads, machine.cpu_times) if machine.cpu_times else None
         try:
-            self._read_ahead(shard_paths(path), report)
+            self._read_ahead(files, report)
             model, context, adapters, offload_notes = open_model(
                 path, plan.options, offload, repairs, on_progress, thread_adapter, options.adapters
             )
@@ -222,42 +233,51 @@ def _apply_tuned_settings(request: LoadRequest, tuned: TunedSettings, machine: M
 
 
 def choose_offload(
-    dims: ModelDims | None, size: int, request: LoadRequest, devices: Sequence[Device], gpu_layers: int | None
+    read_sizes: Callable[[], LayerSizes], dims: ModelDims | None, size: int, request: LoadRequest, gpu: GpuRequest
 ) -> GpuOffload:
     """
-    Put `gpu_layers` layers on GPUs, or as many as fit.
+    Put the requested number of layers on GPUs, or as many as fit.
+
+    Without a request for GPUs, their backends are not loaded; without GPUs, `read_sizes` is not called.
 
     Raises
     ------
-    UsageError: layers were requested, but llama.cpp has no GPU.
+    UsageError: layers were requested, but llama.cpp has no GPU, or not the one that was named.
     """
-    gpus = [device for device in devices if device.is_gpu]
-    if gpu_layers and not gpus:
-        raise UsageError(
-            tr("-ngl needs a GPU, and llama.cpp finds none."),
-            hint=tr("Leave out -ngl. To see the devices: qwenlocal doctor"),
-        )
-    total = dims.n_layers + 1 if dims else ALL_LAYERS
-    if gpu_layers is not None:
-        return GpuOffload(min(gpu_layers, total), total)
-    if not gpus or dims is None:
-        fits = any(gpu.free > size * _WEIGHTS_MARGIN for gpu in gpus)
-        return GpuOffload(ALL_LAYERS if fits else 0, ALL_LAYERS)
+    gpus = () if gpu.is_off else choose_gpus(load_library().list_devices(), gpu)
+    if dims is None:
+        fits = any(device.free > size * _WEIGHTS_MARGIN for device in gpus)
+        layers = gpu.layers if gpu.layers is not None else ALL_LAYERS if fits else 0
+        return GpuOffload(layers, ALL_LAYERS, gpus if layers else ())
+    if not gpus:
+        return GpuOffload(0, dims.n_layers + 1)
     options = ContextOptions(request.n_ctx or min(PREFERRED_CONTEXT, dims.n_ctx_train))
-    return plan_gpu_offload(dims, size, options, gpus)
+    return plan_gpu_offload(dims, read_sizes(), options, gpus, gpu.layers)
 
 
 def plan_load_with_offload(
     name: str, dims: ModelDims | None, size: int, available: int, request: LoadRequest, offload: GpuOffload
 ) -> LoadPlan:
-    """Plan the part of a model that stays in the machine's memory; GPUs have fast kernels for flash attention."""
+    """
+    Plan the part of a model that stays in the machine's memory; GPUs have fast kernels for flash attention.
+
+    What integrated GPUs hold is in that memory, too.
+    """
     if not offload.layers:
-        return plan_load(name, dims, size, available, request)
+        plan = plan_load(name, dims, size, available, request)
+        if not offload.devices:
+            return plan
+        n_ubatch = request.n_ubatch or N_UBATCH
+        return replace(plan, options=replace(plan.options, n_ubatch=n_ubatch), offload=offload)
     on_cpu = round(size * (1 - min(1.0, offload.layers / max(1, offload.total))))
+    if offload.shares:
+        on_cpu = max(0, size - offload.weights)
     n_ctx = request.n_ctx or min(PREFERRED_CONTEXT, dims.n_ctx_train if dims else PREFERRED_CONTEXT)
-    plan = plan_load(name, dims, on_cpu, available, replace(request, n_ctx=n_ctx))
-    options = replace(plan.options, flash_attention=request.flash_attention, n_ubatch=request.n_ubatch or 512)
-    return replace(plan, options=options, gpu_layers=offload.layers)
+    request = replace(request, n_ctx=n_ctx)
+    remaining = dims and replace(dims, n_layers=max(0, dims.n_layers - offload.repeating_layers))
+    plan = plan_load(name, remaining, on_cpu, available - offload.shared_bytes, request)
+    options = replace(plan.options, flash_attention=request.flash_attention, n_ubatch=request.n_ubatch or N_UBATCH)
+    return replace(plan, options=options, offload=offload)
 
 
 def plan_load_with_draft(
@@ -314,17 +334,32 @@ def open_model(
     while True:
         model = None
         try:
-            model = Model(path, gpu_layers=offload.layers, kv_overrides=kv_overrides, on_progress=on_progress)
+            model = Model(
+                path,
+                gpu_layers=offload.layers,
+                devices=offload.devices,
+                layers_by_device=[share.layers for share in offload.shares],
+                kv_overrides=kv_overrides,
+                on_progress=on_progress,
+            )
             loaded_adapters = LoadedAdapters(model, adapters)
             context = Context(model, options, thread_adapter=thread_adapter)
-            is_reduced = offload.layers < requested
-            return model, context, loaded_adapters, (FewerGpuLayers(offload.layers, requested),) if is_reduced else ()
+            return model, context, loaded_adapters, tuple(_offload_notes(model, offload, requested))
         except (BadWeights, ContextNotCreated) as reason:
             if model:
                 model.close()
             if not offload.layers or "alloc" not in str(reason) + getattr(reason, "reason", ""):
                 raise
             offload = offload.reduced()
+
+
+def _offload_notes(model: Model, offload: GpuOffload, requested: int) -> Iterator[LoadNote]:
+    if offload.layers < requested:
+        yield FewerGpuLayers(offload.layers, requested)
+    for share in offload.shares:
+        missing = share.weights - model.buffer_sizes.get(share.device.name, 0)
+        if missing > share.weights * _UNSUPPORTED_SHARE + _LOG_PRECISION:
+            yield WeightsNotOnGpu(share.device.name, missing)
 
 
 def _open_draft(draft: DraftSpec, target: Context, offload: GpuOffload) -> DraftModel:
@@ -336,7 +371,8 @@ def _open_draft(draft: DraftSpec, target: Context, offload: GpuOffload) -> Draft
     UsageError: its vocabulary differs.
     """
     repairs = _find_repairs(draft.path, read_metadata(draft.path))
-    model = Model(draft.path, gpu_layers=ALL_LAYERS if offload.layers >= offload.total else 0, kv_overrides=repairs)
+    gpus = offload.devices if offload.layers >= offload.total else ()
+    model = Model(draft.path, gpu_layers=ALL_LAYERS if gpus else 0, devices=gpus, kv_overrides=repairs)
     try:
         if not model.can_truncate or not target.model.can_truncate or not shares_vocabulary(target.model, model):
             raise UsageError(

@@ -15,9 +15,21 @@ from qwenlocal.paths import ensure_writable
 
 
 @dataclass(frozen=True)
+class GpuUse:
+    """The best use of the GPUs `devices` with a model: "layers" (as many as fit), "prompts" only, or "none"."""
+
+    devices: tuple[str, ...]
+    use: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Convert to the entry of the settings file."""
+        return {"devices": list(self.devices), "use": self.use}
+
+
+@dataclass(frozen=True)
 class TunedSettings:
     """
-    Threads (0: not measured), flash attention and `n_ubatch` (None: not measured), and the costs of batches.
+    Threads (0: not measured), flash attention, `n_ubatch` and `gpu` (None: not measured), and the costs of batches.
 
     `costs` are t(k) / t(1), the times to decode k tokens at once (see `CostCurve`).
     """
@@ -26,6 +38,7 @@ class TunedSettings:
     flash_attention: bool | None = None
     n_ubatch: int | None = None
     costs: Mapping[int, float] = field(default_factory=lambda: DEFAULT_COSTS)
+    gpu: GpuUse | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Convert to the entry of the settings file, which calls `n_ubatch` "together"."""
@@ -34,6 +47,7 @@ class TunedSettings:
             "flash_attention": self.flash_attention,
             "together": self.n_ubatch,
             "costs": dict(self.costs),
+            **({"gpu": self.gpu.to_json()} if self.gpu else {}),
         }
 
 
@@ -47,15 +61,23 @@ def read_tuned_settings(folder: Path, model: str, power: str) -> TunedSettings:
 
 
 def _parse(entry: Mapping[str, Any]) -> TunedSettings:
-    costs = {int(count): float(cost) for count, cost in entry["costs"].items()}
+    costs = {int(count): float(cost) for count, cost in entry.get("costs", DEFAULT_COSTS).items()}
     if set(costs) != set(DEFAULT_COSTS) or not all(0 < cost < 1000 for cost in costs.values()):
         raise ValueError("costs")
+    gpu = _parse_gpu(entry["gpu"]) if "gpu" in entry else None
     if "threads" not in entry:
-        return TunedSettings(costs=costs)
-    settings = TunedSettings(int(entry["threads"]), bool(entry["flash_attention"]), int(entry["together"]), costs)
+        return TunedSettings(costs=costs, gpu=gpu)
+    settings = TunedSettings(int(entry["threads"]), bool(entry["flash_attention"]), int(entry["together"]), costs, gpu)
     if not (1 <= settings.threads <= 512 and settings.n_ubatch and 1 <= settings.n_ubatch <= 4096):
         raise ValueError("settings")
     return settings
+
+
+def _parse_gpu(entry: Mapping[str, Any]) -> GpuUse:
+    use = GpuUse(tuple(map(str, entry["devices"])), str(entry["use"]))
+    if use.use not in ("layers", "prompts", "none"):
+        raise ValueError("gpu")
+    return use
 
 
 def write_tuned_settings(folder: Path, model: str, power: str, settings: TunedSettings) -> None:
@@ -79,6 +101,17 @@ def write_costs(folder: Path, model: str, power: str, costs: Mapping[int, float]
     """
     rounded = {count: round(cost, 3) for count, cost in costs.items()}
     _update(folder / f"{model}.json", power, {"costs": rounded})
+
+
+def write_gpu_use(folder: Path, model: str, power: str, gpu: GpuUse) -> None:
+    """
+    Save what GPUs are good for, and leave other settings unchanged.
+
+    Raises
+    ------
+    NotWritable: the folder cannot be written.
+    """
+    _update(folder / f"{model}.json", power, {"gpu": gpu.to_json()})
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -249,7 +249,7 @@ class EngineProcess:
     @property
     def _uses_gpu(self) -> bool:
         is_loaded = self._ready and self._ready.done() and not self._ready.exception()
-        return bool(self._ready and is_loaded and self._ready.result().plan.gpu_layers)
+        return bool(self._ready and is_loaded and self._ready.result().plan.offload.layers)
 
     def _fail(self, error: QwenlocalError) -> None:
         """Fail all waiting requests, because the process has ended; the first reason is the best one."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from qwenlocal.engine.context import pad_n_ctx
+from qwenlocal.engine.gpu_offload import GpuOffload
 from qwenlocal.engine.load_plan import (
     ChatTemplateMissing,
     CoarseKeys,
@@ -13,8 +16,9 @@ from qwenlocal.engine.load_plan import (
     LoadNote,
     LoadPlan,
     SamplingIgnored,
+    WeightsNotOnGpu,
 )
-from qwenlocal.formatting import shorten
+from qwenlocal.formatting import format_bytes, shorten
 from qwenlocal.huge_pages import measure_huge_pages
 from qwenlocal.i18n import tr
 
@@ -47,7 +51,24 @@ def describe_plan(plan: LoadPlan) -> str:
     ]
     if plan.draft_bytes:
         parts.append(tr("draft model {size}", size=_to_gib(plan.draft_bytes)))
-    return " + ".join(parts) + " " + tr("of {available:.1f} GiB free", available=plan.available / 2**30)
+    on_cpu = " + ".join(parts) + " " + tr("of {available:.1f} GiB free", available=plan.available / 2**30)
+    return ", ".join((on_cpu, *_describe_offload(plan.offload)))
+
+
+def _describe_offload(offload: GpuOffload) -> Iterator[str]:
+    for share in offload.shares:
+        yield tr(
+            "{count} of {total} layers on {device} ({size} GiB)",
+            count=share.layers,
+            total=offload.total,
+            device=share.device.name,
+            size=_to_gib(share.weights + share.kv_cache),
+        )
+    names = ", ".join(device.name for device in offload.devices)
+    if names and not offload.layers:
+        yield tr("long prompts on {device}", device=names)
+    if offload.layers and not offload.shares:
+        yield tr("{count} of {total} layers on {device}", count=offload.layers, total=offload.total, device=names)
 
 
 def _to_gib(size: int) -> str:
@@ -83,6 +104,12 @@ def describe_note(note: LoadNote) -> str:
                 "The GPU has less free memory than it reported: it holds {layers} of {planned} planned layers.",
                 layers=layers,
                 planned=planned,
+            )
+        case WeightsNotOnGpu(device, size):
+            return tr(
+                "{device} cannot compute with {size} of the weights planned for it; the processor does.",
+                device=device,
+                size=format_bytes(size),
             )
         case FileRepaired():
             repairs = "; ".join(_describe_repairs(note))

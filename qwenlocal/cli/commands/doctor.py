@@ -15,14 +15,16 @@ from typing import TYPE_CHECKING
 from qwenlocal import __version__
 from qwenlocal.cli.console import print_json
 from qwenlocal.cli.context import AppContext
+from qwenlocal.devices import DeviceKind, load_backend_modules
 from qwenlocal.errors import QwenlocalError
 from qwenlocal.formatting import format_quantity
+from qwenlocal.gpu_hardware import find_gpu_vendors
 from qwenlocal.huge_pages import huge_page_mode
 from qwenlocal.machine import Machine, this_machine
 from qwenlocal.paths import Folders, ensure_writable
 
 if TYPE_CHECKING:
-    from qwenlocal.ggml import Device
+    from qwenlocal.devices import Device
 
 # Processor features, and their names in llama.cpp's system info, which lists how it was compiled.
 _COMPILED_NAMES = {
@@ -39,6 +41,10 @@ _COMPILED_NAMES = {
     "i8mm": "MATMUL_INT8",
     "sve": "SVE",
 }
+
+
+_BACKEND_TITLES = {"vulkan": "Vulkan", "cuda": "CUDA"}
+_DRIVER_ADVICE = "Install the driver of the GPU (docs/gpu.md). The processor is used meanwhile."
 
 
 @dataclass(frozen=True)
@@ -87,12 +93,10 @@ def _versions() -> Check:
 
 
 def _engine(machine: Machine) -> list[Check]:
-    from qwenlocal.ggml import list_devices
-
     try:
         from qwenlocal.engine.llama import load_library
 
-        system_info, devices = load_library().system_info, list_devices()
+        system_info, devices = load_library().system_info, load_library().list_devices()
     except QwenlocalError as error:
         return [Check("engine", str(error), error.hint)]
     except OSError as error:
@@ -102,7 +106,7 @@ def _engine(machine: Machine) -> list[Check]:
         for part in system_info.split("|")
         if part.strip().endswith("1")
     }
-    return [_processor(machine, compiled), *map(_device, devices)]
+    return [_processor(machine, compiled), *map(_device, devices), *_gpu_backends(devices)]
 
 
 def _processor(machine: Machine, compiled: set[str]) -> Check:
@@ -120,7 +124,29 @@ def _processor(machine: Machine, compiled: set[str]) -> Check:
 
 def _device(device: Device) -> Check:
     free, total = device.free / 2**30, device.total / 2**30
-    return Check("device", f"{device.name}: {device.description}, {free:.1f} of {total:.1f} GiB free")
+    title = f"{device.name}: {device.description}"
+    if device.kind == DeviceKind.INTEGRATED_GPU:
+        title += ", uses the memory of the machine"
+    return Check("device", f"{title}, {free:.1f} of {total:.1f} GiB free")
+
+
+def _gpu_backends(devices: list[Device]) -> list[Check]:
+    """Check the backends that set-up compiled, and whether there is a GPU that none of them uses."""
+    checks = []
+    for module in load_backend_modules():
+        title = _BACKEND_TITLES.get(module.name, module.name)
+        names = ", ".join(device.name for device in devices if device.backend.lower() == module.name)
+        if module.error:
+            checks.append(Check("GPU backend", f"{title} does not load: {module.error}", _DRIVER_ADVICE))
+        elif names:
+            checks.append(Check("GPU backend", f"{title} uses {names}"))
+        else:
+            checks.append(Check("GPU backend", f"{title} finds no device", _DRIVER_ADVICE))
+    vendors = find_gpu_vendors()
+    if vendors and not checks and not any(device.is_gpu for device in devices):
+        advice = "To use it, compile a backend: GPU=vulkan make setup"
+        checks.append(Check("GPU backend", f"none, but there is a GPU by {vendors[0]}", advice))
+    return checks
 
 
 def _memory(machine: Machine) -> Check:

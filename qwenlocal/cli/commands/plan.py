@@ -15,6 +15,7 @@ from qwenlocal.library.names import LocalCheckpointName
 
 if TYPE_CHECKING:
     from qwenlocal.api.model_outline import ModelOutline
+    from qwenlocal.engine.gpu_offload import GpuRequest
     from qwenlocal.engine.load_plan import LoadPlan, LoadRequest
 
 _CONTEXTS = (2048, 4096, 8192, 16384, 32768)
@@ -22,7 +23,7 @@ _MIN_SLOW_SHARE = 0.5  # of the matrices, from which on another type is suggeste
 _GIB = 2**30
 
 
-def plan_model(text: str, request: LoadRequest, *, as_json: bool) -> None:
+def plan_model(text: str, request: LoadRequest, gpu: GpuRequest, *, as_json: bool) -> None:
     """
     Print how the model would be loaded here, and the memory for every type and context.
 
@@ -30,8 +31,7 @@ def plan_model(text: str, request: LoadRequest, *, as_json: bool) -> None:
     ------
     UsageError: it is a checkpoint. UnsupportedCheckpoint: the header lacks the model's dimensions.
     """
-    from qwenlocal.api.model_outline import read_outline
-    from qwenlocal.engine.load_plan import plan_load
+    from qwenlocal.api.model_outline import plan_outline, read_outline
     from qwenlocal.machine import this_machine
 
     app = AppContext(quiet=as_json)
@@ -45,7 +45,7 @@ def plan_model(text: str, request: LoadRequest, *, as_json: bool) -> None:
     available = machine.memory().available
     plan: LoadPlan | NotEnoughMemory
     try:
-        plan = plan_load(model.name, model.dims, model.size, available, request)
+        plan = plan_outline(model, app.library.folders, available, request, gpu)
     except NotEnoughMemory as error:
         plan = error
     table = _memory_by_type(model, request)
@@ -93,7 +93,7 @@ def _show(
         description = f"{plan} {plan.hint}"
     else:
         description = "\n".join((describe_plan(plan), *map(describe_note, plan.notes)))
-    state = "installed" if model.is_installed else "not downloaded; only its header was read"
+    state = "installed" if model.path is not None else "not downloaded; only its header was read"
     sys.stdout.write(f"{model.name} ({state})\n{description}\n\n")
     contexts = list(next(iter(table.values())))
     rows = [
@@ -124,7 +124,12 @@ def _advice(model: ModelOutline, features: frozenset[str]) -> str:
 def _facts(
     model: ModelOutline, plan: LoadPlan | NotEnoughMemory, available: int, table: dict[str, dict[int, int]]
 ) -> dict[str, Any]:
-    facts: dict[str, Any] = {"name": model.name, "here": model.is_installed, "available": available, "memory": table}
+    facts: dict[str, Any] = {
+        "name": model.name,
+        "here": model.path is not None,
+        "available": available,
+        "memory": table,
+    }
     if isinstance(plan, NotEnoughMemory):
         return {**facts, "plan": None, "reason": str(plan)}
     options, memory = plan.options, plan.memory
@@ -140,5 +145,10 @@ def _facts(
             "kv": memory.kv_cache,
             "compute": memory.compute,
             "total": memory.total,
+            "gpu_layers": plan.offload.layers,
+            "devices": [
+                {"name": share.device.name, "layers": share.layers, "weights": share.weights, "kv": share.kv_cache}
+                for share in plan.offload.shares
+            ],
         },
     }

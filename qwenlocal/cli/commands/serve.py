@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwenlocal.cli.context import AppContext
+from qwenlocal.engine.gpu_offload import GpuRequest
 from qwenlocal.engine.load_plan import LoadRequest
 from qwenlocal.engine.loader import LoadOptions
 from qwenlocal.errors import ModelNotFound, NotWritable, OutOfRange, QwenlocalError, UsageError
@@ -66,7 +67,7 @@ class ServeOptions:
     key: str | None
     opens_page: bool
     load_request: LoadRequest
-    gpu_layers: int | None
+    gpu: GpuRequest
     lookup: bool
     keep_cache: bool
     adapters: Sequence[AdapterRequest] = ()
@@ -86,7 +87,7 @@ def serve_models(options: ServeOptions, app: AppContext) -> None:
     host_settings = HostSettings(
         LoadOptions(
             options.load_request,
-            options.gpu_layers,
+            options.gpu,
             lookup=options.lookup,
             prompt_caches=app.library.folders.states if options.keep_cache else None,
         ),

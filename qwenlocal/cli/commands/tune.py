@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from qwenlocal.cli.console import print_json
 from qwenlocal.cli.context import AppContext
 from qwenlocal.errors import OutOfRange
 from qwenlocal.formatting import format_quantity
+
+if TYPE_CHECKING:
+    from qwenlocal.engine.tuned_settings import GpuUse
 
 
 def tune_model(text: str, *, seconds: float, as_json: bool) -> None:
@@ -20,9 +25,11 @@ def tune_model(text: str, *, seconds: float, as_json: bool) -> None:
     UsageError: `seconds` is out of range. BadWeights: llama.cpp cannot run the model. NotWritable: the settings cannot
     be saved.
     """
+    from qwenlocal.engine.loader import LoadOptions
     from qwenlocal.engine.prompt_cache import fingerprint_model
     from qwenlocal.engine.tuned_settings import write_tuned_settings
     from qwenlocal.machine import power_source, this_machine
+    from qwenlocal.measure.gpu_use import measure_gpu_use
     from qwenlocal.measure.tune import thread_counts, tune
     from qwenlocal.terminal.progress import status_line
     from qwenlocal.weights.load_errors import check_file
@@ -37,6 +44,9 @@ def tune_model(text: str, *, seconds: float, as_json: bool) -> None:
     counts = thread_counts(machine.cores, machine.logical_cores)
     with status_line(sys.stderr, delay=0) as show:
         settings = tune(record.path, counts, seconds=seconds, report=lambda task: show(f"measuring {task}"))
+        show("measuring the GPU")
+        options = LoadOptions(tuned=replace(settings, gpu=None))
+        settings = replace(settings, gpu=measure_gpu_use(record.path, record.size, options, machine))
     power = power_source()
     write_tuned_settings(app.library.folders.tuned, fingerprint_model(record.path), power, settings)
     if as_json:
@@ -49,5 +59,13 @@ def tune_model(text: str, *, seconds: float, as_json: bool) -> None:
         f"{text}, on {'AC' if power == 'mains' else 'battery'} power: {threads}, flash attention {flash}, "
         f"{settings.n_ubatch} tokens per physical batch\n"
         f"cost of decoding several tokens at once, relative to one: {costs}\n"
+        f"{_describe_gpu(settings.gpu)}"
         "Saved; qwenlocal run uses these settings from now on.\n"
     )
+
+
+def _describe_gpu(gpu: GpuUse | None) -> str:
+    if gpu is None:
+        return ""
+    uses = {"layers": "used for as many layers as fit", "prompts": "used for long prompts", "none": "not used"}
+    return f"{', '.join(gpu.devices)}: {uses[gpu.use]}, which is the fastest\n"

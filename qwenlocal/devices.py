@@ -10,7 +10,8 @@ from __future__ import annotations
 import ctypes
 import enum
 import functools
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,7 @@ class Device:
     total: int
     kind: DeviceKind = DeviceKind.CPU
     backend: str = ""
+    driver: str = ""  # only Vulkan tells it
 
     @property
     def is_gpu(self) -> bool:
@@ -77,6 +79,17 @@ def list_devices() -> list[Device]:
     ggml.ggml_backend_dev_count.restype = ctypes.c_size_t
     ggml.ggml_backend_dev_get.restype, ggml.ggml_backend_dev_get.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     return [_describe(ggml.ggml_backend_dev_get(index)) for index in range(ggml.ggml_backend_dev_count())]
+
+
+def find_vulkan_drivers(log: Iterable[str]) -> dict[str, str]:
+    """
+    Return the drivers of Vulkan's devices by name, from the lines that ggml-vulkan.cpp logs when it is loaded.
+
+    "ggml_vulkan: 0 = Intel(R) Iris(R) Xe Graphics (Intel open-source Mesa driver) | uma: 1 | …" gives
+    {"Vulkan0": "Intel open-source Mesa driver"}.
+    """
+    found = (re.search(r"ggml_vulkan: (\d+) = .* \(([^()]*)\) \| uma: ", line) for line in log)
+    return {f"Vulkan{match[1]}": match[2] for match in found if match}
 
 
 def device_array(devices: Sequence[Device]) -> ctypes.Array[ctypes.c_void_p]:

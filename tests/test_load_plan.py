@@ -17,7 +17,7 @@ from hub import HubServer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwenlocal.devices import Device, DeviceKind
+from qwenlocal.devices import Device, DeviceKind, find_vulkan_drivers
 from qwenlocal.engine.context import Context, ContextOptions, RopeScaling
 from qwenlocal.engine.gpu_offload import DeviceShare, GpuRequest, LayerSizes, choose_gpus, plan_gpu_offload
 from qwenlocal.engine.llama import Model, load_library
@@ -29,6 +29,7 @@ from qwenlocal.engine.load_plan import (
     plan_load,
 )
 from qwenlocal.engine.memory import PROCESS_OVERHEAD, ModelDims, estimate_memory
+from qwenlocal.engine.tuned_settings import GpuUse
 from qwenlocal.errors import NotEnoughMemory, UsageError
 from qwenlocal.ggml import has_attention_kernel
 from qwenlocal.terminal.load_notes import describe_note, describe_plan
@@ -262,6 +263,22 @@ def test_graphics_cards_are_preferred_to_integrated_gpus() -> None:
     assert choose_gpus([processor, CHIP], GpuRequest()) == (CHIP,)
     assert choose_gpus([processor, CHIP, CARD], GpuRequest(devices=("gpu1",))) == (CHIP,)
     assert choose_gpus([CARD], GpuRequest(layers=0)) == choose_gpus([CARD], GpuRequest(devices=())) == ()
+
+
+@pytest.mark.parametrize(("use", "layers", "devices"), [("layers", 18, 1), ("prompts", 0, 1), ("none", 0, 0)])
+def test_a_gpu_is_used_for_what_it_is_good_for(use: str, layers: int, devices: int) -> None:
+    offload = plan_gpu_offload(SEVEN, SEVEN_SIZES, ContextOptions(4096), [CARD])
+    limited = offload.limited_to(GpuUse(("GPU0",), use))
+    assert (limited.layers, len(limited.devices)) == (layers, devices)
+    assert offload.limited_to(GpuUse(("another",), use)) == offload
+
+
+def test_the_drivers_of_vulkan_are_read_from_the_log() -> None:
+    log = [
+        "ggml_vulkan: Found 2 Vulkan devices:\n",
+        "ggml_vulkan: 1 = Iris(R) Xe (TGL GT2) (Intel open-source) | uma: 1 | x",
+    ]
+    assert find_vulkan_drivers(log) == {"Vulkan1": "Intel open-source"}
 
 
 def test_a_gpu_that_is_not_there_is_an_error_that_lists_the_others() -> None:

@@ -125,6 +125,33 @@ def test_a_failed_step_shows_the_relevant_lines(
     assert "much noise" not in message
 
 
+@pytest.mark.parametrize("is_required", [False, True])
+def test_a_backend_that_cannot_be_compiled_leaves_the_processor(
+    setup: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    is_required: bool,
+) -> None:
+    def fail(name: str) -> None:
+        raise setup.SetupFailed(f"Missing to compile it: glslc ({name}).")
+
+    monkeypatch.setattr(setup, "gpu_choice", lambda: setup.GpuChoice("vulkan", "A GPU by Intel.", is_required))
+    monkeypatch.setattr(setup, "backends_folder", lambda: tmp_path / "backends")
+    monkeypatch.setattr(setup, "check_backend", fail)
+    (tmp_path / "backends").mkdir()
+    (tmp_path / "backends" / "libggml-vulkan.so").touch()  # of an older llama.cpp
+    if is_required:
+        with pytest.raises(setup.SetupFailed, match="Missing to compile it"):
+            setup.install_gpu_backend()
+    else:
+        setup.install_gpu_backend()
+        said = capsys.readouterr().err
+        assert "Missing to compile it: glslc (vulkan)." in said
+        assert "The processor will be used. To try again: GPU=vulkan make setup" in said
+    assert not (tmp_path / "backends").exists()
+
+
 def names(lock: str) -> set[str]:
     return set(re.findall(r"^([a-z0-9._-]+)==", (ROOT / "requirements" / f"{lock}.txt").read_text(), re.M))
 

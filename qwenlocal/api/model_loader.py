@@ -13,6 +13,7 @@ from pathlib import Path
 
 from qwenlocal.chat.chat_model import ChatModel, load_chat_model
 from qwenlocal.chat.worker import BackgroundTask, iterate_in_thread
+from qwenlocal.devices import Device
 from qwenlocal.engine.llama import load_library
 from qwenlocal.engine.loader import DraftSpec, EngineLoader, LoadOptions
 from qwenlocal.engine.prompt_cache import fingerprint_model
@@ -64,14 +65,16 @@ class ModelLoader:
         raw: bool = False,
         defers_template_errors: bool = False,
         on_crash: Callable[[QwenlocalError], object] = lambda error: None,
+        on_measure: Callable[[Sequence[Device]], object] = lambda devices: None,
     ) -> None:
         """
         Prepare to load with `options`, of which `tuned` and `draft` depend on the model and are filled in here.
 
         `raw` models have no chat template; with `defers_template_errors`, an invalid one raises when it is used. If
-        llama.cpp is about to end the process, `on_crash` gets the reason, in a thread of llama.cpp.
+        llama.cpp is about to end the process, `on_crash` gets the reason, in a thread of llama.cpp. `on_measure` gets
+        the GPUs that are compared with the processor, which is done once per model.
         """
-        self._folders, self._options, self._on_crash = folders, options, on_crash
+        self._folders, self._options, self._on_crash, self._on_measure = folders, options, on_crash, on_measure
         self._raw, self._defers_template_errors = raw, defers_template_errors
         self._draft = DraftSpec(str(draft.name), draft.record.path, draft.record.size) if draft else None
         self._engine_loader = EngineLoader()
@@ -135,7 +138,7 @@ class ModelLoader:
         """Measure what the GPUs are good for with this model, unless it is known, and save it."""
         from qwenlocal.measure.gpu_use import measure_gpu_use
 
-        use = measure_gpu_use(record.path, record.size, options, this_machine())
+        use = measure_gpu_use(record.path, record.size, options, this_machine(), self._on_measure)
         if use is None:
             return options.tuned
         with contextlib.suppress(NotWritable):  # it is measured again next time

@@ -9,7 +9,9 @@ from qwenlocal.api.model_loader import ModelLoader
 from qwenlocal.chat.chat_model import ChatModel
 from qwenlocal.cli.context import AppContext
 from qwenlocal.cli.options import RunOptions
+from qwenlocal.devices import Device
 from qwenlocal.engine.loader import LoadOptions
+from qwenlocal.i18n import tr
 from qwenlocal.library.provider import ProvidedModel
 from qwenlocal.terminal.progress import loading_status
 from qwenlocal.terminal.tty import exit_after_crash
@@ -29,7 +31,12 @@ def create_loader(
         prompt_caches=folders.states if keeps_cache else None,
         adapters=adapters,
     )
-    return ModelLoader(folders, load_options, draft, raw=options.raw, on_crash=exit_after_crash)
+
+    def on_measure(devices: Sequence[Device]) -> None:
+        names = ", ".join(device.description for device in devices)
+        app.say(tr("Comparing {devices} with the processor; this is done once per model.", devices=names))
+
+    return ModelLoader(folders, load_options, draft, raw=options.raw, on_crash=exit_after_crash, on_measure=on_measure)
 
 
 def load_with_status(loader: ModelLoader, model: ProvidedModel) -> ChatModel:

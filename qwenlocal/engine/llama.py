@@ -20,11 +20,12 @@ import sys
 import threading
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from qwenlocal.crash_handlers import set_crash_handler
-from qwenlocal.devices import Device, device_array, list_devices, load_backend_modules
+from qwenlocal.devices import Device, device_array, find_vulkan_drivers, list_devices, load_backend_modules
 from qwenlocal.engine.tokenizer import Tokenizer
 from qwenlocal.errors import BadWeights, QwenlocalError
 from qwenlocal.ggml import InMemoryTensor, open_gguf_header
@@ -55,6 +56,7 @@ class LlamaLibrary:
         self.c = import_bindings()
         self.log: collections.deque[LogLine] = collections.deque(maxlen=400)
         self.echo = echo
+        self._drivers: dict[str, str] = {}
         self._log_callback = self.c.llama_log_callback(self._receive)
         self.c.llama_log_set(self._log_callback, ctypes.c_void_p(0))
         self.c.llama_backend_init()
@@ -79,7 +81,9 @@ class LlamaLibrary:
     def list_devices(self) -> list[Device]:
         """List the devices; the backends of GPUs are loaded when this is first called."""
         load_backend_modules()
-        return list_devices()
+        devices = list_devices()
+        self._drivers |= find_vulkan_drivers(line.text for line in self.log)
+        return [replace(device, driver=self._drivers.get(device.name, "")) for device in devices]
 
     @property
     def system_info(self) -> str:

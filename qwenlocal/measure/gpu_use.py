@@ -8,10 +8,11 @@ same memory. Takes a few loads of the model, and is done once per model and GPU.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from qwenlocal.devices import Device
 from qwenlocal.engine.context import Context, ContextOptions
 from qwenlocal.engine.gpu_offload import GpuOffload, read_layer_sizes
 from qwenlocal.engine.loader import LoadOptions, choose_offload, open_model, plan_load_with_offload
@@ -29,9 +30,17 @@ _CONTEXT = 512
 _MIN_GAIN = 0.95  # a GPU must save a twentieth of the time; the processor leaves it to other programs
 
 
-def measure_gpu_use(path: Path, size: int, options: LoadOptions, machine: Machine) -> GpuUse | None:
+def measure_gpu_use(
+    path: Path,
+    size: int,
+    options: LoadOptions,
+    machine: Machine,
+    on_start: Callable[[Sequence[Device]], object] = lambda devices: None,
+) -> GpuUse | None:
     """
     Measure with the model in `path`, `size` bytes of weights; None if it was measured before or no layer fits on a GPU.
+
+    `on_start` gets the GPUs that are about to be measured.
 
     Raises
     ------
@@ -42,6 +51,7 @@ def measure_gpu_use(path: Path, size: int, options: LoadOptions, machine: Machin
     names = tuple(device.name for device in offload.devices)
     if not offload.layers or (tuned.gpu and tuned.gpu.devices == names):
         return None
+    on_start(offload.devices)
     threads = request.threads or tuned.threads or machine.cores
     request = replace(request, n_ctx=_CONTEXT, threads=threads)
 

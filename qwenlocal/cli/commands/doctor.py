@@ -125,6 +125,8 @@ def _processor(machine: Machine, compiled: set[str]) -> Check:
 def _device(device: Device) -> Check:
     free, total = device.free / 2**30, device.total / 2**30
     title = f"{device.name}: {device.description}"
+    if device.driver:
+        title += f", driver {device.driver}"
     if device.kind == DeviceKind.INTEGRATED_GPU:
         title += ", uses the memory of the machine"
     return Check("device", f"{title}, {free:.1f} of {total:.1f} GiB free")

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -163,6 +165,31 @@ def test_every_type_gives_the_logits_of_the_processor(
     here, there = logits(file, GpuOffload(0, layers)), logits(file, GpuOffload(layers, layers, (gpu,)))
     assert numpy.isfinite(there).all()
     assert numpy.abs(here - there).max() < 0.05 * numpy.abs(here).max()
+
+
+TWO_GPUS = """
+import json, sys
+from pathlib import Path
+from qwenlocal.engine.llama import Model, load_library
+from qwenlocal.engine.context import Context, ContextOptions
+gpus = [device for device in load_library().list_devices() if device.is_gpu]
+model = Model(Path(sys.argv[1]), gpu_layers=5, devices=gpus, layers_by_device=(2, 3))
+context = Context(model, ContextOptions(256, threads=1))
+context.decode([(0, list(range(1, 33)))], all_logits=(0,))
+print(json.dumps([model.buffer_sizes, context.logit_rows(16).tolist()]))
+"""
+
+
+def test_two_gpus_share_the_layers(gpu: Device, model: Path) -> None:
+    if gpu.backend != "Vulkan":
+        pytest.skip("only Vulkan can show one GPU as two")
+    command = [sys.executable, "-c", TWO_GPUS, str(model)]
+    result = subprocess.run(command, env={**os.environ, _VISIBLE: "0,0"}, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr[-2000:]
+    sizes, rows = json.loads(result.stdout)
+    assert sizes["Vulkan0"] > 0 and sizes["Vulkan1"] > 0
+    here = logits(model, GpuOffload(0, LAYERS + 1))
+    assert numpy.abs(here - numpy.array(rows)).max() < 0.01 * numpy.abs(here).max()
 
 
 def test_a_draft_model_on_the_gpu_changes_no_answer(gpu: Device, model: Path, tmp_path: Path) -> None:

@@ -21,10 +21,11 @@ from comparison import table_header, table_row
 
 from qwenlocal.devices import Device
 from qwenlocal.engine.context import Context
+from qwenlocal.engine.device_plan import choose_offload, plan_load_with_offload
 from qwenlocal.engine.gpu_offload import GpuOffload, GpuRequest, read_layer_sizes
 from qwenlocal.engine.llama import load_library
 from qwenlocal.engine.load_plan import LoadPlan, LoadRequest
-from qwenlocal.engine.loader import choose_offload, open_model, plan_load_with_offload
+from qwenlocal.engine.loader import open_model
 from qwenlocal.engine.memory import ModelDims
 from qwenlocal.machine import this_machine
 from qwenlocal.measure.bench import decode_speed, fill_cache, prefill_speed

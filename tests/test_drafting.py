@@ -16,10 +16,11 @@ from terminal import Open, start_chat
 
 from qwenlocal.chat.chat_model import ChatModel, load_chat_model
 from qwenlocal.engine.context import Aborted, Context, ContextOptions
+from qwenlocal.engine.device_plan import DraftSpec
 from qwenlocal.engine.draft_model import DraftModel, ModelDrafter, shares_vocabulary
 from qwenlocal.engine.llama import Model
 from qwenlocal.engine.load_plan import LoadRequest
-from qwenlocal.engine.loader import DraftSpec, LoadOptions
+from qwenlocal.engine.loader import LoadOptions
 from qwenlocal.engine.sampling import Sampling
 from qwenlocal.engine.sequence import TokenSequence
 from qwenlocal.engine.speculation import CostCurve, NoSpeculation, Speculation

@@ -23,10 +23,11 @@ from server_process import serving
 
 from qwenlocal.devices import Device
 from qwenlocal.engine.context import Context, ContextOptions
+from qwenlocal.engine.device_plan import DraftSpec
 from qwenlocal.engine.gpu_offload import GpuOffload, GpuRequest, plan_gpu_offload, read_layer_sizes
 from qwenlocal.engine.llama import Model, load_library
 from qwenlocal.engine.load_plan import LoadRequest
-from qwenlocal.engine.loader import DraftSpec, EngineLoader, LoadedModel, LoadOptions
+from qwenlocal.engine.loader import EngineLoader, LoadedModel, LoadOptions
 from qwenlocal.engine.memory import ModelDims, estimate_memory
 from qwenlocal.engine.sampling import Sampling
 from qwenlocal.machine import power_source, this_machine

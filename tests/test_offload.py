@@ -19,7 +19,7 @@ import pytest
 
 from qwenlocal.chat.chat_model import load_chat_model
 from qwenlocal.devices import Device, DeviceKind
-from qwenlocal.engine import loader
+from qwenlocal.engine import device_plan, loader
 from qwenlocal.engine.context import ContextOptions
 from qwenlocal.engine.gpu_offload import (
     ALL_LAYERS,
@@ -73,7 +73,7 @@ CLIENT = (
     LIBRARIES
     + """
 from qwenlocal.chat import chat_model
-from qwenlocal.engine import loader
+from qwenlocal.engine import device_plan, loader
 from qwenlocal.engine.llama import load_library
 from qwenlocal.engine.gpu_offload import GpuRequest
 from qwenlocal.engine.load_plan import LoadRequest
@@ -206,8 +206,8 @@ def test_layers_that_are_not_offloaded_need_memory() -> None:
     card = Device("GPU0", "a card", 24 << 30, 24 << 30, DeviceKind.GPU)
     one, all_layers = (plan_gpu_offload(seven, sizes, ContextOptions(4096), [card], count) for count in (1, ALL_LAYERS))
     with pytest.raises(NotEnoughMemory):
-        loader.plan_load_with_offload("x", seven, size, 3 << 30, LoadRequest(), one)
-    plan = loader.plan_load_with_offload("x", seven, size, 3 << 30, LoadRequest(), all_layers)
+        device_plan.plan_load_with_offload("x", seven, size, 3 << 30, LoadRequest(), one)
+    plan = device_plan.plan_load_with_offload("x", seven, size, 3 << 30, LoadRequest(), all_layers)
     assert plan.memory and (plan.memory.weights, plan.memory.kv_cache) == (sizes.input, 0)
     assert plan.options.n_ctx == 4096
 
@@ -220,13 +220,13 @@ def test_layers_on_an_integrated_gpu_take_the_memory_of_the_machine() -> None:
     offload = plan_gpu_offload(seven, sizes, ContextOptions(4096), [chip])
     assert offload.layers == 33
     with pytest.raises(NotEnoughMemory):
-        loader.plan_load_with_offload("x", seven, size, 8 << 30, LoadRequest(), offload)
-    assert loader.plan_load_with_offload("x", seven, size, 12 << 30, LoadRequest(), offload).offload == offload
+        device_plan.plan_load_with_offload("x", seven, size, 8 << 30, LoadRequest(), offload)
+    assert device_plan.plan_load_with_offload("x", seven, size, 12 << 30, LoadRequest(), offload).offload == offload
 
 
 def test_offload_does_not_extend_a_short_context() -> None:
     short = ModelDims(2, 2, 64, 256, 128, 64, 2)
-    plan = loader.plan_load_with_offload("x", short, 1 << 20, 8 << 30, LoadRequest(), GpuOffload(3, 3))
+    plan = device_plan.plan_load_with_offload("x", short, 1 << 20, 8 << 30, LoadRequest(), GpuOffload(3, 3))
     assert (plan.options.n_ctx, plan.options.rope) == (256, None)
 
 

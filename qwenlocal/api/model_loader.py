@@ -14,8 +14,9 @@ from pathlib import Path
 from qwenlocal.chat.chat_model import ChatModel, load_chat_model
 from qwenlocal.chat.worker import BackgroundTask, iterate_in_thread
 from qwenlocal.devices import Device
+from qwenlocal.engine.device_plan import DraftSpec
 from qwenlocal.engine.llama import load_library
-from qwenlocal.engine.loader import DraftSpec, EngineLoader, LoadOptions
+from qwenlocal.engine.loader import EngineLoader, LoadOptions
 from qwenlocal.engine.prompt_cache import fingerprint_model
 from qwenlocal.engine.tuned_settings import TunedSettings, read_tuned_settings, write_costs, write_gpu_use
 from qwenlocal.errors import BadWeights, ContextNotCreated, EngineCrashed, NotEnoughMemory, NotWritable, QwenlocalError

@@ -6,9 +6,9 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from qwenlocal.engine.device_plan import choose_offload, plan_load_with_offload
 from qwenlocal.engine.gpu_offload import GpuRequest, LayerSizes
 from qwenlocal.engine.load_plan import LoadPlan, LoadRequest
-from qwenlocal.engine.loader import choose_offload, plan_load_with_offload
 from qwenlocal.engine.memory import ModelDims
 from qwenlocal.engine.prompt_cache import fingerprint_model
 from qwenlocal.engine.tuned_settings import read_tuned_settings

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from qwenlocal.devices import Device
 from qwenlocal.engine.context import Context, ContextOptions
+from qwenlocal.engine.device_plan import choose_offload, plan_load_with_offload
 from qwenlocal.engine.gpu_offload import GpuOffload, read_layer_sizes
-from qwenlocal.engine.loader import LoadOptions, choose_offload, open_model, plan_load_with_offload
+from qwenlocal.engine.loader import LoadOptions, open_model
 from qwenlocal.engine.memory import ModelDims
 from qwenlocal.engine.tuned_settings import GpuUse
 from qwenlocal.errors import BadWeights, ContextNotCreated

@@ -11,6 +11,7 @@ from the processor's logits.
 from __future__ import annotations
 
 import argparse
+import importlib.resources
 import sys
 import time
 from dataclasses import dataclass
@@ -120,12 +121,17 @@ def greedy_ids(context: Context) -> list[int]:
 
 
 def compared_logits(context: Context) -> numpy.ndarray:
-    """Return the logits after each of the last 32 of `COMPARED` tokens."""
+    """Return the logits after each of the last 32 of the `COMPARED` first tokens of a text."""
     context.truncate(0, 0)
-    ids = [(number * 7919) % len(context.model.tokenizer) for number in range(COMPARED)]
+    ids = context.model.tokenizer.tokenize(read_text(), special=False)[:COMPARED]
     context.decode([(0, ids[: COMPARED // 2])])
     context.decode([(0, ids[COMPARED // 2 :])], all_logits=(0,))
     return context.logit_rows(COMPARED // 2).astype(numpy.float64)
+
+
+def read_text() -> str:
+    """Return the text that importance matrices are computed on; it has several languages and code."""
+    return importlib.resources.files("qwenlocal.measure").joinpath("calibration.txt").read_text("utf-8")
 
 
 def kl_divergence(reference: numpy.ndarray, other: numpy.ndarray) -> float:

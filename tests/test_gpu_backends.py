@@ -67,6 +67,12 @@ def test_the_variable_decides_otherwise(backends: ModuleType, tmp_path: Path) ->
     assert (choice.backend, choice.is_required) == ("cuda", True)
 
 
+def test_a_decision_holds_until_another_one_is_given(backends: ModuleType, tmp_path: Path) -> None:
+    choice = backends.choose_backend({}, tmp_path, earlier="vulkan")
+    assert (choice.backend, choice.is_required) == ("vulkan", False)
+    assert backends.choose_backend({"GPU": "auto"}, tmp_path, earlier="vulkan").backend is None
+
+
 def test_an_unknown_choice_lists_the_known_ones(backends: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(backends.UnknownChoice, match=r"GPU=metal is unknown\. Use one of: auto, vulkan, cuda, off\."):
         backends.choose_backend({"GPU": "metal"}, tmp_path)

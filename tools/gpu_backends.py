@@ -47,30 +47,34 @@ class UnknownChoice(Exception):
     """The variable GPU has a value that set-up does not know."""
 
 
-def choose_backend(environment: Mapping[str, str] = os.environ, root: Path = Path("/")) -> GpuChoice:
+def choose_backend(
+    environment: Mapping[str, str] = os.environ, root: Path = Path("/"), *, earlier: str = ""
+) -> GpuChoice:
     """
-    Choose by the variable GPU, or by the GPUs of the system below `root`.
+    Choose by the variable GPU, by its `earlier` value, or by the GPUs of the system below `root`.
 
     Raises
     ------
     UnknownChoice: GPU is none of `CHOICES`.
     """
-    wanted = environment.get("GPU") or "auto"
+    given = environment.get("GPU", "")
+    wanted = given or earlier or "auto"
     if wanted not in CHOICES:
         raise UnknownChoice(f"GPU={wanted} is unknown. Use one of: {', '.join(CHOICES)}.")
     if wanted == "off":
         return GpuChoice(None, "GPU=off: only the processor will be used.")
     if wanted != "auto":
-        return GpuChoice(wanted, f"GPU={wanted}: compiling llama.cpp's {TITLES[wanted]} backend.", is_required=True)
+        reason = f"GPU={wanted}: llama.cpp gets its {TITLES[wanted]} backend."
+        return GpuChoice(wanted, reason, is_required=bool(given))
     if sys.platform == "darwin":
         return GpuChoice(None, "llama.cpp uses the GPU through Metal.")
     if sys.platform == "win32" and "VULKAN_SDK" in environment:
-        return GpuChoice("vulkan", "The Vulkan SDK was found: compiling llama.cpp's Vulkan backend.")
+        return GpuChoice("vulkan", "The Vulkan SDK was found: llama.cpp gets its Vulkan backend.")
     vendors = find_gpu_vendors(root)
     if not vendors:
         return GpuChoice(None, "No GPU was found: only the processor will be used.")
     backend = "cuda" if vendors[0] == "NVIDIA" and find_nvcc(environment) else "vulkan"
-    return GpuChoice(backend, f"A GPU by {vendors[0]} was found: compiling llama.cpp's {TITLES[backend]} backend.")
+    return GpuChoice(backend, f"A GPU by {vendors[0]} was found: llama.cpp gets its {TITLES[backend]} backend.")
 
 
 def find_nvcc(environment: Mapping[str, str] = os.environ) -> str | None:

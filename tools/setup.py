@@ -49,6 +49,7 @@ SCRIPTS = ("setup", "setup_commands", "system_packages", "gpu_backends")
 CMAKE_INCLUDE = ROOT / "tools" / "llama.cpp.cmake"
 VULKAN_CHECK = ROOT / "tools" / "vulkan_check"
 LIBRARY_SOURCES = tuple(sorted(file for file in (ROOT / "tools").iterdir() if file.suffix in (".c", ".cpp", ".h")))
+GPU_CHOICE = VENV / "gpu.choice"
 COMMANDS = CommandRunner(BUILD / "setup.log")
 CMAKE_ARGS = "-DGGML_RPC=ON -DLLAVA_BUILD=OFF"
 
@@ -205,6 +206,8 @@ def install_gpu_backend() -> None:
     """
     choice = gpu_choice()
     say(choice.reason)
+    if given := os.environ.get("GPU"):
+        GPU_CHOICE.write_text(given)  # holds until another one is given
     folder = backends_folder()
     shutil.rmtree(folder, ignore_errors=True)
     if choice.backend is None:
@@ -220,8 +223,9 @@ def install_gpu_backend() -> None:
 
 
 def gpu_choice() -> GpuChoice:
+    earlier = GPU_CHOICE.read_text() if GPU_CHOICE.is_file() else ""
     try:
-        return choose_backend()
+        return choose_backend(earlier=earlier)
     except UnknownChoice as reason:
         raise SetupFailed(str(reason)) from None
 
@@ -236,8 +240,7 @@ def backends_folder() -> Path:
 def compile_backend(name: str) -> Path:
     """Compile the module of a GPU backend, unless it was compiled before. Takes three to ten minutes."""
     arguments = [*CMAKE_OPTIONS, f"-DGGML_{name.upper()}=ON", *shlex.split(os.environ.get("CMAKE_ARGS", ""))]
-    sdk = os.environ.get("VULKAN_SDK" if name == "vulkan" else "CUDA_PATH", "")
-    key = hashlib.sha256("\0".join([bindings_version(), sdk, *arguments]).encode()).hexdigest()[:16]
+    key = hashlib.sha256("\0".join([bindings_version(), *arguments]).encode()).hexdigest()[:16]
     folder = BUILD / f"{name}-{key}"
     built = folder / "module.txt"  # written when the module is complete
     if built.is_file():

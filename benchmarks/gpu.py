@@ -73,7 +73,7 @@ def check(path: Path, layers: int, reference: Outputs | None) -> tuple[str, Outp
     offload = choose_offload(lambda: read_layer_sizes(files), dims, size, request, GpuRequest(layers))
     plan = plan_load_with_offload(path.name, dims, size, machine.memory().available, request, offload)
     before = free_bytes(offload)
-    model, context, _, notes = open_model(path, plan.options, offload, {}, lambda _fraction: True)
+    model, context, _, offload, notes = open_model(path, plan.options, offload, {}, lambda _fraction: True)
     fill_cache(context, 32)  # compiles the GPU's programs
     measured = before - free_bytes(offload)
     outputs = Outputs(greedy_ids(context), compared_logits(context))

@@ -449,6 +449,19 @@ class LowMemory(QwenlocalError):
         super().__init__(message, hint=tr("The chat is saved. Close other programs, then continue."))
 
 
+class GpuOutOfMemory(QwenlocalError):
+    """A GPU has no memory left for a computation; `reason` is llama.cpp's message."""
+
+    exit_code, http_status = 6, 503
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(
+            tr("The GPU ran out of memory: {reason}.", reason=reason),
+            hint=tr("Use a shorter context (-c 2048), fewer layers on the GPU (-ngl), or none: -ngl 0"),
+        )
+
+
 class ContextNotCreated(QwenlocalError):
     """llama.cpp cannot create a context of `n_ctx` tokens; `reason` is its message."""
 

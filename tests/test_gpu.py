@@ -205,6 +205,32 @@ def test_a_draft_model_on_the_gpu_changes_no_answer(gpu: Device, model: Path, tm
     assert ids == answer(model, GpuRequest(0))
 
 
+class TestLittleMemory:
+    """With a limit for the size of a buffer, which every tensor of the model exceeds, or only the larger ones."""
+
+    def answer(self, qwenlocal: Run, model: Path, limit: int) -> subprocess.CompletedProcess[str]:
+        environment = {_VISIBLE: "0", "GGML_VK_FORCE_MAX_BUFFER_SIZE": str(limit)}
+        options = ("-ngl", "all", "--stats", "-n", "4", "--no-server")
+        return qwenlocal("run", str(model), "Hi", *options, environment=environment)
+
+    def test_layers_without_room_stay_with_the_processor(self, gpu: Device, model: Path, qwenlocal: Run) -> None:
+        result = self.answer(qwenlocal, model, 1000)
+        expect_exit(result, 0)
+        note = re.search(rf"it holds (\d) of {LAYERS + 1} planned layers", result.stderr)
+        assert note
+        assert int(note[1]) < 2
+        assert f"{LAYERS + 1} of {LAYERS + 1} layers on" not in result.stderr
+
+    def test_a_gpu_that_runs_out_of_memory_later_ends_the_answer(
+        self, gpu: Device, model: Path, qwenlocal: Run
+    ) -> None:
+        results = [self.answer(qwenlocal, model, limit) for limit in range(100_000, 400_000, 50_000)]
+        failed = [result for result in results if result.returncode]
+        assert failed
+        for result in failed:
+            assert "The GPU ran out of memory: failed to allocate Vulkan0 buffer" in expect_exit(result, 6)
+
+
 class TestCommands:
     @pytest.fixture
     def environment(self, environment: dict[str, str]) -> dict[str, str]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwenlocal.engine.llama import Model, defer_interrupt, load_library
 from qwenlocal.engine.threads import ThreadAdapter
-from qwenlocal.errors import BadWeights, ContextNotCreated, QwenlocalError
+from qwenlocal.errors import BadWeights, ContextNotCreated, GpuOutOfMemory, QwenlocalError
 from qwenlocal.ggml import tensor_type
 
 if TYPE_CHECKING:
@@ -251,8 +251,10 @@ class Context:
             raise Aborted
         if code == _NO_SLOT:
             raise CacheFull
+        if "failed to allocate" in (reason := self._lib.first_error()):  # the processor's memory is checked before
+            raise GpuOutOfMemory(reason)
         raise QwenlocalError(
-            f"llama.cpp failed to decode (code {code}): {self._lib.first_error() or 'no reason given'}",
+            f"llama.cpp failed to decode (code {code}): {reason or 'no reason given'}",
             hint="This is a bug in qwenlocal or llama.cpp. To see llama.cpp's log, set QWENLOCAL_LLAMA_LOG=1.",
         )
 

@@ -122,7 +122,8 @@ class GpuOffload:
 
     def reduced(self) -> GpuOffload:
         """Return a quarter less, for a GPU with less free memory than it reported."""
-        return replace(self, layers=self.layers * 3 // 4, shares=())
+        layers = self.layers * 3 // 4
+        return replace(self, layers=layers, devices=self.devices if layers else (), shares=())
 
 
 def choose_gpus(devices: Sequence[Device], request: GpuRequest) -> tuple[Device, ...]:

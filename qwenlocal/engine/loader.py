@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from qwenlocal.engine.adapters import LoadedAdapters
 from qwenlocal.engine.context import Context, ContextOptions
@@ -156,11 +157,12 @@ class EngineLoader:
         thread_adapter = ThreadAdapter(plan.options.threads, machine.cpu_times) if machine.cpu_times else None
         try:
             self._read_ahead(files, report)
-            model, context, adapters, offload_notes = open_model(
+            model, context, adapters, offload, offload_notes = open_model(
                 path, plan.options, offload, repairs, on_progress, thread_adapter, options.adapters
             )
         except LoadCancelled as reason:
             raise Interrupted from reason
+        plan = replace(plan, offload=offload)
         try:
             sampling, sampling_notes = recommend_sampling(metadata, recommended)
             draft_model = _open_draft(options.draft, context, offload) if options.draft else None
@@ -220,6 +222,16 @@ def _apply_tuned_settings(request: LoadRequest, tuned: TunedSettings, machine: M
 # --- loading
 
 
+class OpenedModel(NamedTuple):
+    """A model with a context and adapters, and what GPUs hold of it, with notes if that is not what was planned."""
+
+    model: Model
+    context: Context
+    adapters: LoadedAdapters
+    offload: GpuOffload
+    notes: tuple[LoadNote, ...]
+
+
 def open_model(
     path: Path,
     options: ContextOptions,
@@ -228,7 +240,7 @@ def open_model(
     on_progress: Callable[[float], bool],
     thread_adapter: ThreadAdapter | None = None,
     adapters: Sequence[AdapterSpec] = (),
-) -> tuple[Model, Context, LoadedAdapters, tuple[LoadNote, ...]]:
+) -> OpenedModel:
     """Load the model and create its context; retry with fewer layers on GPUs if they have less memory than reported."""
     requested = offload.layers
     while True:
@@ -244,7 +256,8 @@ def open_model(
             )
             loaded_adapters = LoadedAdapters(model, adapters)
             context = Context(model, options, thread_adapter=thread_adapter)
-            return model, context, loaded_adapters, tuple(_offload_notes(model, offload, requested))
+            notes = tuple(_offload_notes(model, offload, requested))
+            return OpenedModel(model, context, loaded_adapters, offload, notes)
         except (BadWeights, ContextNotCreated) as reason:
             if model:
                 model.close()

@@ -97,12 +97,12 @@ def _measure_turn(
     limit: float,
 ) -> float:
     """Return the seconds of a turn, or infinity if the first few tokens take longer than `limit`."""
-    model, context, _, _ = open_model(path, plan(offload), offload, {}, lambda _fraction: True)
+    opened = open_model(path, plan(offload), offload, {}, lambda _fraction: True)
     try:
-        return _turn_seconds(context, clock, limit)
+        return _turn_seconds(opened.context, clock, limit)
     finally:
-        context.close()
-        model.close()
+        opened.context.close()
+        opened.model.close()
 
 
 def _turn_seconds(context: Context, clock: Callable[[], float], limit: float) -> float:

@@ -224,9 +224,25 @@ def test_layers_on_an_integrated_gpu_take_the_memory_of_the_machine() -> None:
     assert device_plan.plan_load_with_offload("x", seven, size, 12 << 30, LoadRequest(), offload).offload == offload
 
 
+@pytest.mark.parametrize(("free", "n_ctx"), [(9, 4096), (13, 8192), (24, 16384), (40, 32768)])
+def test_the_context_grows_with_the_room_that_all_layers_leave(
+    free: int, n_ctx: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seven = ModelDims(32, 32, 128, 32768, 4096, 11008, 32)
+    sizes = LayerSizes(487 << 20, (119 << 20,) * 32, 487 << 20)
+    card = Device("GPU0", "a card", free << 30, free << 30, DeviceKind.GPU)
+    monkeypatch.setattr(load_library(), "list_devices", lambda: [card])
+    offload = device_plan.choose_offload(lambda: sizes, seven, 5 << 30, LoadRequest(), GpuRequest())
+    assert (offload.layers, offload.n_ctx) == (33, n_ctx)
+    plan = device_plan.plan_load_with_offload("x", seven, 5 << 30, 4 << 30, LoadRequest(), offload)
+    assert plan.options.n_ctx == n_ctx
+
+
 def test_offload_does_not_extend_a_short_context() -> None:
     short = ModelDims(2, 2, 64, 256, 128, 64, 2)
-    plan = device_plan.plan_load_with_offload("x", short, 1 << 20, 8 << 30, LoadRequest(), GpuOffload(3, 3))
+    card = Device("GPU0", "a card", 8 << 30, 8 << 30, DeviceKind.GPU)
+    offload = plan_gpu_offload(short, LayerSizes(9, (9, 9), 9), ContextOptions(256), [card])
+    plan = device_plan.plan_load_with_offload("x", short, 1 << 20, 8 << 30, LoadRequest(), offload)
     assert (plan.options.n_ctx, plan.options.rope) == (256, None)
 
 

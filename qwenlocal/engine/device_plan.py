@@ -54,8 +54,27 @@ def choose_offload(
         return GpuOffload(layers, ALL_LAYERS, gpus if layers else ())
     if not gpus:
         return GpuOffload(0, dims.n_layers + 1)
-    options = ContextOptions(request.n_ctx or min(PREFERRED_CONTEXT, dims.n_ctx_train))
-    return plan_gpu_offload(dims, read_sizes(), options, gpus, gpu.layers)
+    n_ctx = request.n_ctx or min(PREFERRED_CONTEXT, request.limit_n_ctx(dims.n_ctx_train))
+    options = ContextOptions(n_ctx, key_type=request.kv_type or "f16", value_type=request.kv_type or "f16")
+    sizes = read_sizes()
+    offload = plan_gpu_offload(dims, sizes, options, gpus, gpu.layers)
+    if request.n_ctx is None and offload.layers == offload.total:
+        return _extend_context(dims, sizes, options, offload, request.limit_n_ctx(dims.n_ctx_train))
+    return offload
+
+
+def _extend_context(
+    dims: ModelDims, sizes: LayerSizes, options: ContextOptions, offload: GpuOffload, limit: int
+) -> GpuOffload:
+    """Double the context as long as all layers fit and the KV cache takes at most half of what the weights leave."""
+    room = sum(device.free for device in offload.devices) - offload.weights
+    while 2 * options.n_ctx <= limit:
+        options = replace(options, n_ctx=2 * options.n_ctx)
+        larger = plan_gpu_offload(dims, sizes, options, offload.devices)
+        if larger.layers < larger.total or sum(share.kv_cache for share in larger.shares) > room // 2:
+            break
+        offload = larger
+    return offload
 
 
 def plan_load_with_offload(
@@ -75,8 +94,7 @@ def plan_load_with_offload(
     on_cpu = round(size * (1 - min(1.0, offload.layers / max(1, offload.total))))
     if offload.shares:
         on_cpu = max(0, size - offload.weights)
-    n_ctx = request.n_ctx or min(PREFERRED_CONTEXT, dims.n_ctx_train if dims else PREFERRED_CONTEXT)
-    request = replace(request, n_ctx=n_ctx)
+    request = replace(request, n_ctx=request.n_ctx or offload.n_ctx or PREFERRED_CONTEXT)
     remaining = dims and replace(dims, n_layers=max(0, dims.n_layers - offload.repeating_layers))
     plan = plan_load(name, remaining, on_cpu, available - offload.shared_bytes, request)
     options = replace(plan.options, flash_attention=request.flash_attention, n_ubatch=request.n_ubatch or N_UBATCH)

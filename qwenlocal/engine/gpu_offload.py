@@ -89,14 +89,16 @@ class GpuOffload:
     """
     The number of layers on GPUs, of `total`; the output layer counts as one.
 
-    `shares` is the plan by device; it is empty if the model's dimensions are unknown. Without layers, `devices` only
-    read long prompts, for which llama.cpp copies weights to them (llama_context_params.op_offload).
+    `shares` is the plan by device, for a context of `n_ctx` tokens; it is empty if the model's dimensions are unknown,
+    or if more layers were requested than fit. Without layers, `devices` only read long prompts, for which llama.cpp
+    copies weights to them (llama_context_params.op_offload).
     """
 
     layers: int
     total: int
     devices: tuple[Device, ...] = ()
     shares: tuple[DeviceShare, ...] = ()
+    n_ctx: int = 0
 
     @property
     def repeating_layers(self) -> int:
@@ -188,6 +190,6 @@ def plan_gpu_offload(
         if share.layers:
             shares.insert(0, share)
     if layers is not None and costs:
-        return GpuOffload(min(layers, total), total, tuple(gpus))
+        return GpuOffload(min(layers, total), total, tuple(gpus), n_ctx=options.n_ctx)
     used = tuple(share.device for share in shares)
-    return GpuOffload(sum(share.layers for share in shares), total, used, tuple(shares))
+    return GpuOffload(sum(share.layers for share in shares), total, used, tuple(shares), options.n_ctx)

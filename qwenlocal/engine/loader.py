@@ -37,7 +37,7 @@ from qwenlocal.engine.sequence import TokenSequence
 from qwenlocal.engine.speculation import CostCurve, Drafter, NoSpeculation, Speculation
 from qwenlocal.engine.threads import ThreadAdapter
 from qwenlocal.engine.tuned_settings import TunedSettings
-from qwenlocal.errors import BadWeights, ContextNotCreated, Interrupted, UsageError
+from qwenlocal.errors import BadWeights, ContextNotCreated, Interrupted, NotEnoughMemory, UsageError
 from qwenlocal.huge_pages import read_ahead
 from qwenlocal.i18n import tr
 from qwenlocal.machine import Machine
@@ -145,10 +145,18 @@ class EngineLoader:
         if options.gpu.is_auto and options.tuned.gpu:
             offload = offload.limited_to(options.tuned.gpu)
         available = machine.memory().available
-        if options.draft:
-            plan = plan_load_with_draft(options.draft, name, dims, size, available, request, offload)
-        else:
-            plan = plan_load_with_offload(name, dims, size, available, request, offload)
+
+        def plan_with(offload: GpuOffload) -> LoadPlan:
+            if options.draft:
+                return plan_load_with_draft(options.draft, name, dims, size, available, request, offload)
+            return plan_load_with_offload(name, dims, size, available, request, offload)
+
+        try:
+            plan = plan_with(offload)
+        except NotEnoughMemory:
+            if not (options.gpu.is_auto and offload.shared_bytes):
+                raise
+            plan = plan_with(offload := GpuOffload(0, offload.total))  # the processor can do with a smaller KV cache
 
         def on_progress(fraction: float) -> bool:
             report(_READING_SHARE + (1 - _READING_SHARE) * fraction)

@@ -26,6 +26,7 @@ Errors that a user of qwenlocal can act on.
     ├── BadCatalog                 5  a file in models/ is invalid
     ├── NotEnoughMemory            6  the model does not fit into memory
     ├── LowMemory                  6  memory ran low while a model was answering
+    ├── GpuOutOfMemory             6  a GPU has no memory left for a computation
     ├── ContextNotCreated          6  llama.cpp cannot create a context of that size
     ├── DiskFull                   6  not enough disk space
     ├── FileInUse                  6  another process is writing the file

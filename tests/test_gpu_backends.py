@@ -86,11 +86,12 @@ def test_an_unknown_choice_lists_the_known_ones(backends: ModuleType, tmp_path: 
         ("loader;headers;spirv-headers", "the Vulkan loader, Vulkan's headers, SPIR-V's headers"),
         ("headers=1.3.239", "headers here (1.3.239) are too old"),
         ("headers=1.3.239;glslc", "Set VULKAN_SDK"),
+        ("cublas;cuda-driver", "Missing to compile it: cuBLAS, the library of the driver (libcuda).\n"),
     ],
 )
 def test_missing_packages_are_named_with_the_command_that_installs_them(
     backends: ModuleType, monkeypatch: pytest.MonkeyPatch, missing: str, told: str
 ) -> None:
     monkeypatch.setattr("system_packages.system_kind", lambda: "debian")
-    assert told in backends.describe_missing(missing)
-    assert bool(backends.describe_missing(missing)) == bool(missing)
+    assert told in backends.describe_missing("vulkan", missing)
+    assert bool(backends.describe_missing("vulkan", missing)) == bool(missing)

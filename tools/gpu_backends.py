@@ -22,6 +22,17 @@ from qwenlocal.gpu_hardware import find_gpu_vendors
 CHOICES = ("auto", "vulkan", "cuda", "off")
 TITLES = {"vulkan": "Vulkan", "cuda": "CUDA"}
 
+# What the checks list, in words.
+_PARTS = {
+    "loader": "the Vulkan loader",
+    "headers": "Vulkan's headers",
+    "glslc": "the shader compiler glslc",
+    "spirv-headers": "SPIR-V's headers",
+    "nvcc": "CUDA's compiler nvcc",
+    "cublas": "cuBLAS",
+    "cuda-driver": "the library of the driver (libcuda)",
+}
+
 # llama.cpp is configured once more for the module. It is never linked with this processor backend, so it needs none.
 CMAKE_OPTIONS = (
     "-DCMAKE_BUILD_TYPE=Release",
@@ -83,9 +94,9 @@ def find_nvcc(environment: Mapping[str, str] = os.environ) -> str | None:
     return shutil.which("nvcc", path=os.pathsep.join(folders))
 
 
-def describe_missing(missing: str) -> str:
+def describe_missing(backend: str, missing: str) -> str:
     """
-    Explain what tools/vulkan_check misses; "" if nothing.
+    Explain what tools/vulkan_check or tools/cuda_check found missing; "" if nothing.
 
     `missing` is its list, such as "glslc;headers=1.3.239": there is no shader compiler, and the headers are too old.
     """
@@ -93,9 +104,8 @@ def describe_missing(missing: str) -> str:
     old = [part.partition("=")[2] for part in parts if part.startswith("headers=")]
     if old:
         return (
-            f"The Vulkan headers here ({old[0]}) are too old for llama.cpp, which needs 1.3.275 or newer.\n"
+            f"The Vulkan headers here ({old[0]}) are too old for llama.cpp: they lack VK_EXT_layer_settings.\n"
             "Set VULKAN_SDK to a newer Vulkan SDK: https://vulkan.lunarg.com/sdk/home"
         )
-    names = {"loader": "the Vulkan loader", "headers": "Vulkan's headers", "glslc": "the shader compiler glslc"}
-    listed = ", ".join(names.get(part, "SPIR-V's headers") for part in parts)
-    return f"Missing to compile it: {listed}.\n{advice('vulkan')}" if parts else ""
+    listed = ", ".join(_PARTS[part] for part in parts)
+    return f"Missing to compile it: {listed}.\n{advice(backend)}" if parts else ""

@@ -31,7 +31,6 @@ from gpu_backends import (
     UnknownChoice,
     choose_backend,
     describe_missing,
-    find_nvcc,
 )
 from setup_commands import CommandRunner, SetupFailed, say
 from system_packages import advice
@@ -47,7 +46,6 @@ SCRIPTS = ("setup", "setup_commands", "system_packages", "gpu_backends")
 
 # Changes to llama.cpp's own build; the file gives the reasons.
 CMAKE_INCLUDE = ROOT / "tools" / "llama.cpp.cmake"
-VULKAN_CHECK = ROOT / "tools" / "vulkan_check"
 LIBRARY_SOURCES = tuple(sorted(file for file in (ROOT / "tools").iterdir() if file.suffix in (".c", ".cpp", ".h")))
 GPU_CHOICE = VENV / "gpu.choice"
 COMMANDS = CommandRunner(BUILD / "setup.log")
@@ -270,16 +268,12 @@ def check_backend(name: str) -> None:
     ------
     SetupFailed: something is missing or too old.
     """
-    if name == "cuda":
-        if not find_nvcc():
-            raise SetupFailed(f"There is no CUDA compiler (nvcc).\n{advice('cuda')}")
-        return
-    folder = BUILD / "vulkan-check"
+    folder = BUILD / f"{name}-check"
     shutil.rmtree(folder, ignore_errors=True)
     environment = {**os.environ, "PATH": f"{PYTHON.parent}{os.pathsep}{os.environ.get('PATH', '')}"}
-    command = [*cmake_command(), "-S", str(VULKAN_CHECK), "-B", str(folder)]
-    COMMANDS.run(command, "looking for what Vulkan is compiled with", environment)
-    if text := describe_missing((folder / "missing.txt").read_text()):
+    command = [*cmake_command(), "-S", str(ROOT / "tools" / f"{name}_check"), "-B", str(folder)]
+    COMMANDS.run(command, f"looking for what {TITLES[name]} is compiled with", environment)
+    if text := describe_missing(name, (folder / "missing.txt").read_text()):
         raise SetupFailed(text)
 
 

@@ -14,8 +14,9 @@ from pathlib import Path
 from qwenlocal.chat.chat_model import ChatModel, load_chat_model
 from qwenlocal.chat.worker import BackgroundTask, iterate_in_thread
 from qwenlocal.devices import Device
+from qwenlocal.engine.context import Aborted, AbortFlag
 from qwenlocal.engine.device_plan import DraftSpec
-from qwenlocal.engine.llama import load_library
+from qwenlocal.engine.llama import LoadCancelled, load_library
 from qwenlocal.engine.loader import EngineLoader, LoadOptions
 from qwenlocal.engine.prompt_cache import fingerprint_model
 from qwenlocal.engine.tuned_settings import TunedSettings, read_tuned_settings, write_costs, write_gpu_use
@@ -78,7 +79,7 @@ class ModelLoader:
         self._folders, self._options, self._on_crash, self._on_measure = folders, options, on_crash, on_measure
         self._raw, self._defers_template_errors = raw, defers_template_errors
         self._draft = DraftSpec(str(draft.name), draft.record.path, draft.record.size) if draft else None
-        self._engine_loader = EngineLoader()
+        self._engine_loader, self._abort_measurement = EngineLoader(), AbortFlag()
         self._loading: Sequence[Path] = ()
         self._loaded: set[Path] = set()
         self._uses_gpu = False
@@ -139,7 +140,12 @@ class ModelLoader:
         """Measure what the GPUs are good for with this model, unless it is known, and save it."""
         from qwenlocal.measure.gpu_use import measure_gpu_use
 
-        use = measure_gpu_use(record.path, record.size, options, this_machine(), self._on_measure)
+        try:
+            use = measure_gpu_use(
+                record.path, record.size, options, this_machine(), self._on_measure, self._abort_measurement
+            )
+        except (Aborted, LoadCancelled) as reason:
+            raise Interrupted from reason
         if use is None:
             return options.tuned
         with contextlib.suppress(NotWritable):  # it is measured again next time
@@ -179,7 +185,8 @@ class ModelLoader:
         use_adapters: bool = True,
     ) -> ChatModel:
         """Load a model like `load` in a worker thread, so that Ctrl-C can stop it."""
-        self._engine_loader = EngineLoader()  # the one before may have been cancelled
+        # Those before may have been used.
+        self._engine_loader, self._abort_measurement = EngineLoader(), AbortFlag()
         with iterate_in_thread(
             lambda: iter([self.load(model, report, n_ctx, use_adapters=use_adapters)]), self.stop
         ) as items:
@@ -188,6 +195,7 @@ class ModelLoader:
     def stop(self) -> None:
         """Stop loading, from another thread."""
         self._engine_loader.cancel()
+        self._abort_measurement.set()
 
     def close(self, loaded: ChatModel, record: ModelRecord, *, keep: bool) -> None:
         """Free a model's memory; with `keep`, first save its prompt cache and the decoding costs that it measured."""

@@ -10,15 +10,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qwenlocal.engine.adapters import LoadedAdapters
-from qwenlocal.engine.context import Context, ContextOptions
+from qwenlocal.engine.context import AbortFlag, Context, ContextOptions
 from qwenlocal.engine.device_plan import DraftSpec, choose_offload, plan_load_with_draft, plan_load_with_offload
 from qwenlocal.engine.draft_model import DraftModel, ModelDrafter, shares_vocabulary
-from qwenlocal.engine.gpu_offload import (
-    ALL_LAYERS,
-    GpuOffload,
-    GpuRequest,
-    read_layer_sizes,
-)
+from qwenlocal.engine.gpu_offload import ALL_LAYERS, GpuOffload, GpuRequest, read_layer_sizes
 from qwenlocal.engine.llama import LoadCancelled, Model
 from qwenlocal.engine.load_plan import (
     FewerGpuLayers,
@@ -248,6 +243,7 @@ def open_model(
     on_progress: Callable[[float], bool],
     thread_adapter: ThreadAdapter | None = None,
     adapters: Sequence[AdapterSpec] = (),
+    abort: AbortFlag | None = None,
 ) -> OpenedModel:
     """Load the model and create its context; retry with fewer layers on GPUs if they have less memory than reported."""
     requested = offload.layers
@@ -263,7 +259,7 @@ def open_model(
                 on_progress=on_progress,
             )
             loaded_adapters = LoadedAdapters(model, adapters)
-            context = Context(model, options, thread_adapter=thread_adapter)
+            context = Context(model, options, abort, thread_adapter)
             notes = tuple(_offload_notes(model, offload, requested))
             return OpenedModel(model, context, loaded_adapters, offload, notes)
         except (BadWeights, ContextNotCreated) as reason:

@@ -56,7 +56,7 @@ def read_tuned_settings(folder: Path, model: str, power: str) -> TunedSettings:
     entry = _read(folder / f"{model}.json").get(power)
     try:
         return _parse(entry) if isinstance(entry, dict) else TunedSettings()
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return TunedSettings()
 
 

@@ -13,13 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from qwenlocal.devices import Device
-from qwenlocal.engine.context import Context, ContextOptions
+from qwenlocal.engine.context import AbortFlag, Context, ContextOptions
 from qwenlocal.engine.device_plan import choose_offload, plan_load_with_offload
 from qwenlocal.engine.gpu_offload import GpuOffload, read_layer_sizes
 from qwenlocal.engine.loader import LoadOptions, open_model
 from qwenlocal.engine.memory import ModelDims
 from qwenlocal.engine.tuned_settings import GpuUse
-from qwenlocal.errors import BadWeights, ContextNotCreated
+from qwenlocal.errors import BadWeights, ContextNotCreated, GpuOutOfMemory, NotEnoughMemory
 from qwenlocal.machine import Machine
 from qwenlocal.measure.bench import decode_speed, fill_cache, prefill_speed
 from qwenlocal.weights.gguf_reader import read_metadata
@@ -37,15 +37,17 @@ def measure_gpu_use(
     options: LoadOptions,
     machine: Machine,
     on_start: Callable[[Sequence[Device]], object] = lambda devices: None,
+    abort: AbortFlag | None = None,
 ) -> GpuUse | None:
     """
-    Measure with the model in `path`, `size` bytes of weights; None if it was measured before or no layer fits on a GPU.
+    Measure with the model in `path`, `size` bytes of weights; `on_start` gets the GPUs that are about to be measured.
 
-    `on_start` gets the GPUs that are about to be measured.
+    Returns None if there is nothing to compare: the GPUs were measured before or hold no layer, or the model does not
+    fit into the memory of the machine without them.
 
     Raises
     ------
-    BadWeights, ContextNotCreated, NotEnoughMemory: the model cannot be loaded.
+    BadWeights, ContextNotCreated: the model cannot be loaded. Aborted, LoadCancelled: `abort` was set.
     """
     dims, request, tuned = ModelDims.from_metadata(read_metadata(path)), options.request, options.tuned
     offload = choose_offload(lambda: read_layer_sizes(shard_paths(path)), dims, size, request, options.gpu)
@@ -60,13 +62,17 @@ def measure_gpu_use(
         available = machine.memory().available
         return plan_load_with_offload(path.name, dims, size, available, request, offload).options
 
-    return find_gpu_use(path, offload, plan)
+    try:
+        return find_gpu_use(path, offload, plan, abort or AbortFlag())
+    except NotEnoughMemory:
+        return None
 
 
 def find_gpu_use(
     path: Path,
     offload: GpuOffload,
     plan: Callable[[GpuOffload], ContextOptions],
+    abort: AbortFlag,
     clock: Callable[[], float] = time.monotonic,
 ) -> GpuUse:
     """
@@ -76,36 +82,31 @@ def find_gpu_use(
 
     Raises
     ------
-    BadWeights, ContextNotCreated: the model cannot be loaded, not even by the processor.
+    BadWeights, ContextNotCreated, NotEnoughMemory: the processor cannot run the model. Aborted, LoadCancelled: `abort`
+    was set.
     """
-    best, use = _measure_turn(path, GpuOffload(0, offload.total), plan, clock, limit=float("inf")) * _MIN_GAIN, "none"
+
+    def measure(offload: GpuOffload, limit: float) -> float:
+        opened = open_model(path, plan(offload), offload, {}, lambda _fraction: not abort, abort=abort)
+        try:
+            return _turn_seconds(opened.context, clock, limit)
+        finally:
+            opened.context.close()
+            opened.model.close()
+
+    best, use = measure(GpuOffload(0, offload.total), float("inf")) * _MIN_GAIN, "none"
     for candidate, name in ((offload, "layers"), (GpuOffload(0, offload.total, offload.devices), "prompts")):
         try:
-            seconds = _measure_turn(path, candidate, plan, clock, limit=best)
-        except (BadWeights, ContextNotCreated):
+            seconds = measure(candidate, best)
+        except (BadWeights, ContextNotCreated, GpuOutOfMemory, NotEnoughMemory):
             continue  # the GPU cannot hold it
         if seconds < best:
             best, use = seconds, name
     return GpuUse(tuple(device.name for device in offload.devices), use)
 
 
-def _measure_turn(
-    path: Path,
-    offload: GpuOffload,
-    plan: Callable[[GpuOffload], ContextOptions],
-    clock: Callable[[], float],
-    limit: float,
-) -> float:
-    """Return the seconds of a turn, or infinity if the first few tokens take longer than `limit`."""
-    opened = open_model(path, plan(offload), offload, {}, lambda _fraction: True)
-    try:
-        return _turn_seconds(opened.context, clock, limit)
-    finally:
-        opened.context.close()
-        opened.model.close()
-
-
 def _turn_seconds(context: Context, clock: Callable[[], float], limit: float) -> float:
+    """Return the seconds of a turn, or infinity if the first few tokens take longer than `limit`."""
     fill_cache(context, _TRIAL)  # the first computation compiles the GPU's programs
     context.truncate(0, 0)
     started = clock()

@@ -647,6 +647,7 @@ def test_a_program_that_forgets_to_close_ends(endless_model: Path) -> None:
     [
         ({"n_ctx": 3}, OutOfRange),
         ({"threads": 0}, OutOfRange),
+        ({"gpu_layers": -1}, OutOfRange),
         ({"kv_type": "x"}, UsageError),
         ({"rope": "x"}, UsageError),
     ],

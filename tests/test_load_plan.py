@@ -17,6 +17,8 @@ from hub import HubServer
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qwenlocal.api.load_settings import create_gpu_request
+from qwenlocal.cli.options import parse_gpu_request
 from qwenlocal.devices import Device, DeviceKind, find_vulkan_drivers
 from qwenlocal.engine.context import Context, ContextOptions, RopeScaling
 from qwenlocal.engine.gpu_offload import DeviceShare, GpuRequest, LayerSizes, choose_gpus, plan_gpu_offload
@@ -261,7 +263,7 @@ def test_graphics_cards_are_preferred_to_integrated_gpus() -> None:
     processor = Device("CPU", "a processor", GIB, GIB)
     assert choose_gpus([processor, CHIP, CARD], GpuRequest()) == (CARD,)
     assert choose_gpus([processor, CHIP], GpuRequest()) == (CHIP,)
-    assert choose_gpus([processor, CHIP, CARD], GpuRequest(devices=("gpu1",))) == (CHIP,)
+    assert choose_gpus([processor, CHIP, CARD], GpuRequest(devices=("gpu1", "GPU1"))) == (CHIP,)
     assert choose_gpus([CARD], GpuRequest(layers=0)) == choose_gpus([CARD], GpuRequest(devices=())) == ()
 
 
@@ -279,6 +281,18 @@ def test_the_drivers_of_vulkan_are_read_from_the_log() -> None:
         "ggml_vulkan: 1 = Iris(R) Xe (TGL GT2) (Intel open-source) | uma: 1 | x",
     ]
     assert find_vulkan_drivers(log) == {"Vulkan1": "Intel open-source"}
+
+
+@pytest.mark.parametrize(
+    ("text", "devices"),
+    [(None, None), ("", None), (",", None), ("None", ()), ("Vulkan0, Vulkan1,", ("Vulkan0", "Vulkan1"))],
+)
+def test_devices_are_names_with_commas_between_them(text: str | None, devices: tuple[str, ...] | None) -> None:
+    assert parse_gpu_request("auto", text).devices == devices
+
+
+def test_a_single_device_needs_no_list() -> None:
+    assert create_gpu_request(None, "Vulkan0").devices == ("Vulkan0",)
 
 
 def test_a_gpu_that_is_not_there_is_an_error_that_lists_the_others() -> None:

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import pytest
 from qwenlocal.chat.chat_model import load_chat_model
 from qwenlocal.devices import Device, DeviceKind
 from qwenlocal.engine import device_plan, loader
-from qwenlocal.engine.context import ContextOptions
+from qwenlocal.engine.context import AbortFlag, ContextOptions
 from qwenlocal.engine.gpu_offload import (
     ALL_LAYERS,
     GpuOffload,
@@ -29,16 +30,18 @@ from qwenlocal.engine.gpu_offload import (
     plan_gpu_offload,
     read_layer_sizes,
 )
-from qwenlocal.engine.llama import Model, load_library
+from qwenlocal.engine.llama import LoadCancelled, Model, load_library
 from qwenlocal.engine.load_plan import FewerGpuLayers, LoadRequest
 from qwenlocal.engine.loader import LoadOptions
 from qwenlocal.engine.memory import ModelDims, estimate_memory
-from qwenlocal.errors import BadWeights, ContextNotCreated, NotEnoughMemory
-from qwenlocal.machine import this_machine
+from qwenlocal.errors import BadWeights, ContextNotCreated, GpuOutOfMemory, NotEnoughMemory
+from qwenlocal.machine import Memory, this_machine
+from qwenlocal.measure.gpu_use import find_gpu_use, measure_gpu_use
 from qwenlocal.terminal.load_notes import describe_note
 from qwenlocal.testing import write_model
 from qwenlocal.weights.gguf_reader import read_metadata
 
+CARD = Device("GPU0", "a card", 8 << 30, 8 << 30, DeviceKind.GPU)
 LIBRARIES = """
 import ctypes, importlib.util, json, sys
 from dataclasses import replace
@@ -189,8 +192,7 @@ def test_a_gpu_with_less_memory_than_reported_gets_fewer_layers_and_a_note(
             super().__init__(path, gpu_layers=0, **more)
 
     monkeypatch.setattr(loader, "Model", Reluctant)
-    card = Device("GPU0", "a card", 8 << 30, 8 << 30, DeviceKind.GPU)
-    monkeypatch.setattr(load_library(), "list_devices", lambda: [card])
+    monkeypatch.setattr(load_library(), "list_devices", lambda: [CARD])
     options = LoadOptions(gpu=GpuRequest(12))
     loaded = load_chat_model(random_model, options, this_machine(), name="x", size=random_model.stat().st_size)
     loaded.close()
@@ -240,8 +242,7 @@ def test_the_context_grows_with_the_room_that_all_layers_leave(
 
 def test_offload_does_not_extend_a_short_context() -> None:
     short = ModelDims(2, 2, 64, 256, 128, 64, 2)
-    card = Device("GPU0", "a card", 8 << 30, 8 << 30, DeviceKind.GPU)
-    offload = plan_gpu_offload(short, LayerSizes(9, (9, 9), 9), ContextOptions(256), [card])
+    offload = plan_gpu_offload(short, LayerSizes(9, (9, 9), 9), ContextOptions(256), [CARD])
     plan = device_plan.plan_load_with_offload("x", short, 1 << 20, 8 << 30, LoadRequest(), offload)
     assert (plan.options.n_ctx, plan.options.rope) == (256, None)
 
@@ -268,3 +269,32 @@ def test_the_reason_is_raised_if_no_offload_helps(random_model: Path, monkeypatc
     monkeypatch.setattr(loader, "Model", Never)
     with pytest.raises(ContextNotCreated):
         loader.open_model(random_model, ContextOptions(512), GpuOffload(5, 5), {}, lambda _: True)
+
+
+def test_a_gpu_is_not_compared_with_a_processor_that_cannot_hold_the_model(
+    random_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load_library(), "list_devices", lambda: [CARD])
+    small = replace(this_machine(), memory=lambda: Memory(8 << 20, 8 << 20))
+    size = random_model.stat().st_size
+    assert measure_gpu_use(random_model, size, LoadOptions(), small, AbortFlag()) is None
+
+
+def test_a_measurement_can_be_stopped(random_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load_library(), "list_devices", lambda: [CARD])
+    abort = AbortFlag()
+    with pytest.raises(LoadCancelled):
+        size = random_model.stat().st_size
+        measure_gpu_use(random_model, size, LoadOptions(), this_machine(), abort, lambda devices: abort.set())
+
+
+@pytest.mark.parametrize(
+    "error", [NotEnoughMemory("x", 2, 1, hint=""), GpuOutOfMemory("x"), ContextNotCreated(512, "x")]
+)
+def test_a_gpu_that_cannot_hold_the_layers_does_not_get_them(random_model: Path, error: Exception) -> None:
+    def plan(offload: GpuOffload) -> ContextOptions:
+        if offload.layers:
+            raise error
+        return ContextOptions(512)
+
+    assert find_gpu_use(random_model, GpuOffload(3, 3), plan, AbortFlag()).use != "layers"

@@ -79,7 +79,7 @@ def test_costs_learned_while_answering_are_saved_with_the_settings(tmp_path: Pat
 GOOD = {"threads": 2, "flash_attention": False, "together": 128, "costs": {str(k): v for k, v in DEFAULT_COSTS.items()}}
 
 
-ANYTHING = st.none() | st.integers() | st.text(max_size=3) | st.just({}) | st.just({"1": -1})
+ANYTHING = st.none() | st.integers() | st.floats() | st.text(max_size=3) | st.just({}) | st.just({"1": -1})
 
 
 @given(st.dictionaries(st.sampled_from([*GOOD, "x"]), ANYTHING))

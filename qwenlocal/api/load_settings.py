@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+from qwenlocal.engine.gpu_offload import ALL_LAYERS, GpuRequest
 from qwenlocal.engine.load_plan import LoadRequest, check_load_request
 from qwenlocal.errors import InvalidChoice, OutOfRange
 
@@ -42,3 +43,17 @@ def create_load_request(
     request = LoadRequest(n_ctx, normalized_kv_type, flash_attention, rope, threads or 0, n_ubatch, force)
     check_load_request(request)
     return request
+
+
+def create_gpu_request(gpu_layers: int | None, devices: str | Sequence[str] | None) -> GpuRequest:
+    """
+    Check the number of layers on GPUs; the names of `devices` are checked when the GPUs are known.
+
+    Raises
+    ------
+    UsageError: the number is out of range.
+    """
+    if gpu_layers is not None and not 0 <= gpu_layers <= ALL_LAYERS:
+        raise OutOfRange("gpu_layers", 0, ALL_LAYERS, gpu_layers)
+    names = (devices,) if isinstance(devices, str) else devices
+    return GpuRequest(gpu_layers, None if names is None else tuple(names))

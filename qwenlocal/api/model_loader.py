@@ -20,7 +20,15 @@ from qwenlocal.engine.llama import LoadCancelled, load_library
 from qwenlocal.engine.loader import EngineLoader, LoadOptions
 from qwenlocal.engine.prompt_cache import fingerprint_model
 from qwenlocal.engine.tuned_settings import TunedSettings, read_tuned_settings, write_costs, write_gpu_use
-from qwenlocal.errors import BadWeights, ContextNotCreated, EngineCrashed, NotEnoughMemory, NotWritable, QwenlocalError
+from qwenlocal.errors import (
+    BadWeights,
+    ContextNotCreated,
+    EngineCrashed,
+    Interrupted,
+    NotEnoughMemory,
+    NotWritable,
+    QwenlocalError,
+)
 from qwenlocal.ggml import can_dequantize, read_tensor_types, tensor_type_by_number
 from qwenlocal.i18n import tr
 from qwenlocal.library.names import CatalogName
@@ -142,7 +150,7 @@ class ModelLoader:
 
         try:
             use = measure_gpu_use(
-                record.path, record.size, options, this_machine(), self._on_measure, self._abort_measurement
+                record.path, record.size, options, this_machine(), self._abort_measurement, self._on_measure
             )
         except (Aborted, LoadCancelled) as reason:
             raise Interrupted from reason

@@ -35,7 +35,7 @@ def load(
     n_ctx: int | None = None,
     threads: int | None = None,
     gpu_layers: int | None = None,
-    devices: Sequence[str] | None = None,
+    devices: str | Sequence[str] | None = None,
     kv_type: str | None = None,
     flash_attention: bool | None = None,
     rope: str | None = None,
@@ -61,10 +61,9 @@ def load(
     ModelNotFound: there is no such model. DownloadFailed: it cannot be downloaded, or `third_party` is needed.
     BadWeights: the file cannot be used. NotEnoughMemory: it does not fit. UsageError: an option is invalid.
     """
-    from qwenlocal.api.load_settings import create_load_request
+    from qwenlocal.api.load_settings import create_gpu_request, create_load_request
     from qwenlocal.api.local_model import N_SEQUENCES, LocalModel
     from qwenlocal.api.model_loader import ModelLoader
-    from qwenlocal.engine.gpu_offload import GpuRequest
     from qwenlocal.engine.loader import LoadOptions
     from qwenlocal.library.adapters import parse_adapter
 
@@ -73,7 +72,7 @@ def load(
     adapter_requests = [parse_adapter(os.fspath(adapter), "adapters") for adapter in adapters]
     request = create_load_request(n_ctx, threads, kv_type, flash_attention, rope, force=force)
     request = replace(request, n_sequences=N_SEQUENCES)
-    gpu = GpuRequest(gpu_layers, None if devices is None else tuple(devices))
+    gpu = create_gpu_request(gpu_layers, devices)
     library = _open_library(third_party, on_progress, on_note)
     model, draft_model = library.models.ensure_models(os.fspath(name), draft)
     specs = library.adapters.ensure_adapters(adapter_requests, model.record)
@@ -160,7 +159,7 @@ def plan(
     flash_attention: bool | None = None,
     rope: str | None = None,
     gpu_layers: int | None = None,
-    devices: Sequence[str] | None = None,
+    devices: str | Sequence[str] | None = None,
     on_note: Say = _ignore,
 ) -> LoadPlan:
     """
@@ -171,15 +170,14 @@ def plan(
     NotEnoughMemory: it does not fit; `needed` and `available` are in bytes. ModelNotFound: there is no such model.
     SourceUnreachable: its header cannot be read. UsageError: it is a checkpoint, or an option is invalid.
     """
-    from qwenlocal.api.load_settings import create_load_request
+    from qwenlocal.api.load_settings import create_gpu_request, create_load_request
     from qwenlocal.api.model_outline import plan_outline, read_outline
-    from qwenlocal.engine.gpu_offload import GpuRequest
     from qwenlocal.machine import this_machine
 
     machine, library = this_machine(), _open_library(False, _ignore, on_note)
     request = create_load_request(n_ctx, machine.cores, kv_type, flash_attention, rope)
     model = read_outline(library, library.models.resolve(os.fspath(name)))
-    gpu = GpuRequest(gpu_layers, None if devices is None else tuple(devices))
+    gpu = create_gpu_request(gpu_layers, devices)
     return plan_outline(model, library.folders, machine.memory().available, request, gpu)
 
 

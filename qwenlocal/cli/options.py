@@ -150,17 +150,16 @@ def parse_load_request(
 
 def parse_gpu_request(layers: str, devices: str | None) -> GpuRequest:
     """
-    Parse `-ngl` (auto, all or a number) and `--device` (names with commas between them, or none).
+    Parse `-ngl` (auto, all or a number) and `--device` (none, or names with commas between them).
 
     Raises
     ------
-    UsageError: the number is none.
+    UsageError: `layers` is neither of these.
     """
     from qwenlocal.engine.gpu_offload import ALL_LAYERS, GpuRequest
 
-    names = None if devices is None else tuple(filter(None, (name.strip() for name in devices.split(","))))
-    if names is not None and [name.lower() for name in names] == ["none"]:
-        names = ()
+    listed = tuple(filter(None, (name.strip() for name in (devices or "").split(","))))
+    names = () if [name.lower() for name in listed] == ["none"] else listed or None
     word = layers.strip().lower()
     if word in ("auto", ""):
         return GpuRequest(None, names)

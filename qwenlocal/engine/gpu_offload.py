@@ -140,7 +140,7 @@ def choose_gpus(devices: Sequence[Device], request: GpuRequest) -> tuple[Device,
     if request.is_off:
         return ()
     if request.devices is not None:
-        return tuple(_find_device(gpus, name) for name in request.devices)
+        return tuple(dict.fromkeys(_find_device(gpus, name) for name in request.devices))
     if request.layers and not gpus:
         raise UsageError(
             tr("-ngl needs a GPU, and llama.cpp finds none."),

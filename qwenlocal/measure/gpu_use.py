@@ -36,8 +36,8 @@ def measure_gpu_use(
     size: int,
     options: LoadOptions,
     machine: Machine,
+    abort: AbortFlag,
     on_start: Callable[[Sequence[Device]], object] = lambda devices: None,
-    abort: AbortFlag | None = None,
 ) -> GpuUse | None:
     """
     Measure with the model in `path`, `size` bytes of weights; `on_start` gets the GPUs that are about to be measured.
@@ -63,7 +63,7 @@ def measure_gpu_use(
         return plan_load_with_offload(path.name, dims, size, available, request, offload).options
 
     try:
-        return find_gpu_use(path, offload, plan, abort or AbortFlag())
+        return find_gpu_use(path, offload, plan, abort)
     except NotEnoughMemory:
         return None
 

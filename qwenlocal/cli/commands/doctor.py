@@ -42,7 +42,6 @@ _COMPILED_NAMES = {
     "sve": "SVE",
 }
 
-
 _BACKEND_TITLES = {"vulkan": "Vulkan", "cuda": "CUDA"}
 _DRIVER_ADVICE = "Install the driver of the GPU (docs/gpu.md). The processor is used meanwhile."
 
@@ -139,7 +138,8 @@ def _gpu_backends(devices: list[Device]) -> list[Check]:
         title = _BACKEND_TITLES.get(module.name, module.name)
         names = ", ".join(device.name for device in devices if device.backend.lower() == module.name)
         if module.error:
-            checks.append(Check("GPU backend", f"{title} does not load: {module.error}", _DRIVER_ADVICE))
+            advice = f"Install the driver of the GPU, or compile the backend again: GPU={module.name} make setup"
+            checks.append(Check("GPU backend", f"{title} does not load: {module.error}", advice))
         elif names:
             checks.append(Check("GPU backend", f"{title} uses {names}"))
         else:

@@ -25,6 +25,7 @@ def tune_model(text: str, *, seconds: float, as_json: bool) -> None:
     UsageError: `seconds` is out of range. BadWeights: llama.cpp cannot run the model. NotWritable: the settings cannot
     be saved.
     """
+    from qwenlocal.engine.context import AbortFlag
     from qwenlocal.engine.loader import LoadOptions
     from qwenlocal.engine.prompt_cache import fingerprint_model
     from qwenlocal.engine.tuned_settings import write_tuned_settings
@@ -46,7 +47,7 @@ def tune_model(text: str, *, seconds: float, as_json: bool) -> None:
         settings = tune(record.path, counts, seconds=seconds, report=lambda task: show(f"measuring {task}"))
         show("measuring the GPU")
         options = LoadOptions(tuned=replace(settings, gpu=None))
-        settings = replace(settings, gpu=measure_gpu_use(record.path, record.size, options, machine))
+        settings = replace(settings, gpu=measure_gpu_use(record.path, record.size, options, machine, AbortFlag()))
     power = power_source()
     write_tuned_settings(app.library.folders.tuned, fingerprint_model(record.path), power, settings)
     if as_json:

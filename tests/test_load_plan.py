@@ -234,13 +234,14 @@ def test_a_gpu_without_room_gets_nothing() -> None:
 
 
 def test_layers_are_divided_among_gpus_as_they_fit() -> None:
-    large = replace(CARD, name="GPU1", free=20 * GIB)
+    large = replace(CARD, name="GPU1", free=20 * GIB, total=24 * GIB)
     offload = plan_gpu_offload(SEVEN, SEVEN_SIZES, ContextOptions(4096), [CARD, large])
-    assert [share.layers for share in offload.shares] == [33]
-    small = replace(CARD, name="GPU1", free=2 * GIB)
+    assert [(share.device, share.layers) for share in offload.shares] == [(large, 33)]
+    small = replace(CARD, name="GPU1", free=2 * GIB, total=2 * GIB)
     both = plan_gpu_offload(SEVEN, SEVEN_SIZES, ContextOptions(4096), [CARD, small])
     first, last = both.shares
-    assert (first.device, last.device) == (CARD, small)
+    assert (first.device, last.device) == (small, CARD)
+    assert first.layers < last.layers
     assert both.layers == first.layers + last.layers
     for share in both.shares:
         assert share.weights + share.kv_cache < share.device.free

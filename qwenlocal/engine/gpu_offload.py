@@ -166,10 +166,11 @@ def plan_gpu_offload(
     dims: ModelDims, sizes: LayerSizes, options: ContextOptions, gpus: Sequence[Device], layers: int | None = None
 ) -> GpuOffload:
     """
-    Fill the GPUs from the last to the first: the output matrix, then layers from the last one down.
+    Fill the largest GPU with the output matrix and layers from the last one down, then the next one.
 
-    Each GPU keeps room for compute buffers and other programs. `layers` limits the number; more than fit are left to
-    llama.cpp, which divides them by free memory.
+    llama.cpp gives the last layers to the last device, so the largest one is listed last. Each GPU keeps room for
+    compute buffers and other programs. `layers` is the most layers to offload; if more are requested than fit, they are
+    planned anyway, and llama.cpp divides them by free memory.
 
     A 7B (32 layers of 119 MiB, output of 487 MiB) with 4,096 tokens (64 MiB of KV cache per layer) on a GPU with 4 GiB
     free: the output and 17 layers.
@@ -181,7 +182,8 @@ def plan_gpu_offload(
     per_layer = kv_cache // max(1, dims.n_layers)
     costs = [(sizes.output, 0), *((size, per_layer) for size in reversed(sizes.layers))][:layers]
     shares: list[DeviceShare] = []
-    for gpu in reversed(gpus):
+    # Sorted by `free`, two equal GPUs would take turns, and each would be measured again.
+    for gpu in sorted(gpus, key=lambda gpu: gpu.total, reverse=True):
         share, room = DeviceShare(gpu, 0, 0, 0), gpu.free - reserve
         while costs and sum(costs[0]) <= room:
             weights, kv = costs.pop(0)

@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,6 +22,7 @@ FOLDER = ROOT / "build" / "vulkan"
 SDK = FOLDER / "sdk" / "usr"
 PACKAGES = ("libvulkan-dev", "glslc", "mesa-vulkan-drivers")
 HEADERS = ("libvulkan-dev", "spirv-headers")
+HEADER = Path("/usr/include/vulkan/vulkan_core.h")
 NEWER_RELEASE = "trixie"  # Debian 13
 SOURCES = ("/etc/apt/sources.list.d/debian.sources", "/etc/apt/sources.list.d/ubuntu.sources", "/etc/apt/sources.list")
 
@@ -29,15 +31,21 @@ def main() -> int:
     if not shutil.which("apt-get"):
         print("test-gpu installs packages with apt-get, which is not here.", file=sys.stderr)
         return 1
-    missing = [package for package in PACKAGES if not is_installed(package)]
-    if missing:
-        sudo = ["sudo"] if os.geteuid() else []
-        subprocess.run([*sudo, "apt-get", "update", "--quiet"], check=True, stdout=subprocess.DEVNULL)
-        install = [*sudo, "apt-get", "install", "--yes", "--quiet", "--no-install-recommends", *missing]
-        subprocess.run(install, check=True, stdout=subprocess.DEVNULL)
-    if not (SDK / "include" / "vulkan").is_dir():
+    install(PACKAGES)
+    if "VK_EXT_layer_settings" in HEADER.read_text():  # as in tools/vulkan_check
+        install(["spirv-headers"])
+    elif not (SDK / "include" / "vulkan").is_dir():
         unpack_headers()
     return 0
+
+
+def install(packages: Sequence[str]) -> None:
+    missing = [package for package in packages if not is_installed(package)]
+    if missing:
+        apt = [*(["sudo"] if os.geteuid() else []), "apt-get", "--quiet"]
+        subprocess.run([*apt, "update"], check=True, stdout=subprocess.DEVNULL)
+        command = [*apt, "install", "--yes", "--no-install-recommends", *missing]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 def is_installed(package: str) -> bool:

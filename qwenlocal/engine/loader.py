@@ -288,21 +288,28 @@ def _open_draft(draft: DraftSpec, target: Context, offload: GpuOffload) -> Draft
     ------
     UsageError: its vocabulary differs.
     """
-    repairs = _find_repairs(draft.path, read_metadata(draft.path))
+    metadata = read_metadata(draft.path)
+    dims, repairs = ModelDims.from_metadata(metadata), _find_repairs(draft.path, metadata)
+    total = dims.n_layers + 1 if dims else ALL_LAYERS
     gpus = offload.devices if offload.layers >= offload.total else ()
-    model = Model(draft.path, gpu_layers=ALL_LAYERS if gpus else 0, devices=gpus, kv_overrides=repairs)
-    try:
-        if not model.can_truncate or not target.model.can_truncate or not shares_vocabulary(target.model, model):
-            raise UsageError(
-                tr("{name} cannot draft for this model: their vocabularies differ.", name=draft.name),
-                hint=tr("Use a small model of the same family, such as: --draft qwen1.5:0.5b"),
-            )
-        options = replace(target.options, n_seq_max=1, key_type="f16", value_type="f16", rope=None)
-        context = Context(model, options, target.abort, target.thread_adapter)
-    except BaseException:
-        model.close()
-        raise
-    return DraftModel(context, len(target.model.tokenizer))
+    opened = open_model(
+        draft.path,
+        replace(target.options, n_seq_max=1, key_type="f16", value_type="f16", rope=None),
+        GpuOffload(total if gpus else 0, total, gpus),
+        repairs,
+        lambda _fraction: True,
+        target.thread_adapter,
+        abort=target.abort,
+    )
+    model, context = opened.model, opened.context
+    if model.can_truncate and target.model.can_truncate and shares_vocabulary(target.model, model):
+        return DraftModel(context, len(target.model.tokenizer))
+    context.close()
+    model.close()
+    raise UsageError(
+        tr("{name} cannot draft for this model: their vocabularies differ.", name=draft.name),
+        hint=tr("Use a small model of the same family, such as: --draft qwen1.5:0.5b"),
+    )
 
 
 # --- the file's metadata

@@ -101,7 +101,7 @@ def describe_note(note: LoadNote) -> str:
             )
         case FewerGpuLayers(layers, planned):
             return tr(
-                "The GPU has less free memory than it reported: it holds {layers} of {planned} planned layers.",
+                "The GPU has too little free memory: it holds {layers} of {planned} planned layers.",
                 layers=layers,
                 planned=planned,
             )

@@ -1,7 +1,7 @@
 """
-The last words of llama.cpp: what it says before it ends the process, through ggml's abort or an exception of C++.
+Handlers for llama.cpp ending the process, through ggml's abort or an uncaught C++ exception.
 
-The process cannot be saved then, but the terminal can be restored and the reason told.
+The process cannot be saved, but the terminal can be restored and the reason printed.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ def set_crash_handler(on_crash: Callable[[str], object]) -> object:
     """
     Have ggml and the C++ runtime call `on_crash` with the reason before they end the process.
 
-    ggml aborts if a remote device is gone or a call was wrong; its reason begins with the file and line:
-    "ggml-rpc.cpp:547: Remote RPC server crashed". Vulkan throws an exception that nothing catches if a GPU stops
-    responding; its reason is the type: "vk::DeviceLostError". `on_crash` may end the process itself; if it returns,
-    they do. Keep a reference to the returned object as long as the handlers are in use.
+    ggml aborts if a remote device is gone or a call was wrong; the reason begins with the file and line:
+    "ggml-rpc.cpp:547: Remote RPC server crashed". If a GPU stops responding, Vulkan throws an exception that nothing
+    catches; the reason is its type: "vk::DeviceLostError". `on_crash` may end the process itself. Keep a reference to
+    the returned object as long as the handlers are in use.
     """
     on_abort = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(lambda reason: on_crash(reason.decode(errors="replace")))
     base_library().ggml_set_abort_callback(on_abort)

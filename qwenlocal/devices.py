@@ -1,8 +1,8 @@
 """
 The devices that llama.cpp can compute on: the processor, and GPUs through the backends that set-up compiled.
 
-A GPU's backend is compiled into llama.cpp (Metal, or what CMAKE_ARGS asked for) or is a module beside it, such as
-libggml-vulkan.so, which loads only where the GPU's driver is installed.
+A GPU's backend is compiled into llama.cpp (Metal, or what CMAKE_ARGS selects), or is a module beside it, such as
+libggml-vulkan.so, which loads only if the GPU's driver is installed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Device:
     total: int
     kind: DeviceKind = DeviceKind.CPU
     backend: str = ""
-    driver: str = ""  # only Vulkan tells it
+    driver: str = ""  # known only for Vulkan
 
     @property
     def is_gpu(self) -> bool:
@@ -48,7 +48,7 @@ class Device:
 
 @dataclass(frozen=True)
 class BackendModule:
-    """A backend's module, and why it could not be loaded; "" if it was."""
+    """A backend's module; `error` is why it could not be loaded, or ""."""
 
     name: str
     path: Path
@@ -64,11 +64,11 @@ def load_backend_modules() -> tuple[BackendModule, ...]:
     for path in sorted((libraries_folder() / "backends").glob("*ggml-*")):
         name, error = path.stem.rpartition("-")[2], ""
         try:
-            ctypes.CDLL(str(path))  # the error says what is missing; ggml only logs it
+            ctypes.CDLL(str(path))  # raises an error that names what is missing; ggml only logs it
         except OSError as reason:
             error = str(reason)
         if not error and not load(str(path).encode()):
-            error = "it belongs to another version of llama.cpp"
+            error = "it does not match this version of llama.cpp"
         modules.append(BackendModule(name, path, error))
     return tuple(modules)
 
@@ -93,7 +93,7 @@ def find_vulkan_drivers(log: Iterable[str]) -> dict[str, str]:
 
 
 def device_array(devices: Sequence[Device]) -> ctypes.Array[ctypes.c_void_p]:
-    """Return the pointers that llama.cpp knows `devices` by, ended by a null pointer (llama.h: llama_model_params)."""
+    """Return llama.cpp's pointers to `devices`, ended by a null pointer (llama.h: llama_model_params)."""
     find = load_library("ggml").ggml_backend_dev_by_name
     find.restype, find.argtypes = ctypes.c_void_p, [ctypes.c_char_p]
     return (ctypes.c_void_p * (len(devices) + 1))(*(find(device.name.encode()) for device in devices))

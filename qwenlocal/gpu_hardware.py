@@ -1,4 +1,4 @@
-"""The GPUs of this machine, found without any driver. Set-up uses this, too, so it needs the standard library only."""
+"""Detection of GPUs without their drivers. Set-up uses it, so it needs only the standard library."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ _PCI_VENDORS = {"0x8086": "Intel", "0x1002": "AMD", "0x10de": "NVIDIA"}
 
 def find_gpu_vendors(root: Path = Path("/")) -> list[str]:
     """
-    Return the vendors of the GPUs that programs can use, NVIDIA first; nothing on other systems than Linux.
+    Return the vendors of this machine's GPUs, NVIDIA first. Works on Linux only; elsewhere, the list is empty.
 
-    A laptop with Intel's graphics and a card by NVIDIA gives ["NVIDIA", "Intel"]. Virtual GPUs do not count.
+    A laptop with integrated graphics by Intel and a card by NVIDIA gives ["NVIDIA", "Intel"]. Virtual GPUs are ignored.
     """
     found = set()
     if (root / "proc/driver/nvidia/gpus").is_dir() or (root / "usr/lib/wsl/lib/libcuda.so").exists():

@@ -1,8 +1,8 @@
 """
-The GPU backend that set-up compiles: which GPU is here, and what is missing to compile its backend of llama.cpp.
+The choice of the GPU backend that set-up compiles, and what is missing to compile it.
 
-A backend is a module of its own, which llama.cpp for the processor loads if the GPU's driver is there. On a Mac,
-llama.cpp for the processor contains Metal. Uses the standard library only.
+A backend is a module, which llama.cpp loads if the GPU's driver is installed. On a Mac, llama.cpp contains Metal. Uses
+the standard library only.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from qwenlocal.gpu_hardware import find_gpu_vendors
 CHOICES = ("auto", "vulkan", "cuda", "off")
 TITLES = {"vulkan": "Vulkan", "cuda": "CUDA"}
 
-# What the checks list, in words.
+# Names for what tools/*_check find missing.
 _PARTS = {
     "loader": "the Vulkan loader",
     "headers": "Vulkan's headers",
@@ -33,7 +33,7 @@ _PARTS = {
     "cuda-driver": "the library of the driver (libcuda)",
 }
 
-# llama.cpp is configured once more for the module. It is never linked with this processor backend, so it needs none.
+# A second configuration of llama.cpp, for the module alone; it needs no processor backend.
 CMAKE_OPTIONS = (
     "-DCMAKE_BUILD_TYPE=Release",
     "-DBUILD_SHARED_LIBS=ON",
@@ -47,7 +47,7 @@ CMAKE_OPTIONS = (
 
 @dataclass(frozen=True)
 class GpuChoice:
-    """The backend to compile ("vulkan", "cuda" or None), and a line that says why."""
+    """The backend to compile ("vulkan", "cuda" or None), and the reason as a line for the user."""
 
     backend: str | None
     reason: str
@@ -62,7 +62,7 @@ def choose_backend(
     environment: Mapping[str, str] = os.environ, root: Path = Path("/"), *, earlier: str = ""
 ) -> GpuChoice:
     """
-    Choose by the variable GPU, by its `earlier` value, or by the GPUs of the system below `root`.
+    Choose by the variable GPU, by its `earlier` value, or by the GPUs of the system in `root`.
 
     Raises
     ------
@@ -96,7 +96,7 @@ def find_nvcc(environment: Mapping[str, str] = os.environ) -> str | None:
 
 def describe_missing(backend: str, missing: str) -> str:
     """
-    Explain what tools/vulkan_check or tools/cuda_check found missing; "" if nothing.
+    Explain what tools/vulkan_check or tools/cuda_check found missing; "" if nothing is.
 
     `missing` is its list, such as "glslc;headers=1.3.239": there is no shader compiler, and the headers are too old.
     """

@@ -1,5 +1,5 @@
 """
-Commands that set-up runs: their output goes to a log, and the user sees the time, the compiler's progress, and the
+Commands of set-up, with their output in a log. The user sees the elapsed time, the compiler's progress, and the
 relevant lines of a failure. Uses the standard library only.
 """
 

@@ -145,7 +145,7 @@ class ModelLoader:
             return loaded
 
     def _measure_gpus(self, record: ModelRecord, options: LoadOptions) -> TunedSettings:
-        """Measure what the GPUs are good for with this model, unless it is known, and save it."""
+        """Measure the best use of the GPUs with this model and save it, unless it is known."""
         from qwenlocal.measure.gpu_use import measure_gpu_use
 
         try:
@@ -193,7 +193,7 @@ class ModelLoader:
         use_adapters: bool = True,
     ) -> ChatModel:
         """Load a model like `load` in a worker thread, so that Ctrl-C can stop it."""
-        # Those before may have been used.
+        # The ones before may have been cancelled.
         self._engine_loader, self._abort_measurement = EngineLoader(), AbortFlag()
         with iterate_in_thread(
             lambda: iter([self.load(model, report, n_ctx, use_adapters=use_adapters)]), self.stop

@@ -44,7 +44,7 @@ DeviceOption = Annotated[
     Option(
         "--device",
         metavar="NAME",
-        help="GPU to use, or several with commas between them, or none. [default: what qwenlocal doctor lists]",
+        help="GPU to use, or several separated by commas, or none. [default: graphics cards, or else other GPUs]",
     ),
 ]
 KvTypeOption = Annotated[

@@ -150,7 +150,7 @@ def parse_load_request(
 
 def parse_gpu_request(layers: str, devices: str | None) -> GpuRequest:
     """
-    Parse `-ngl` (auto, all or a number) and `--device` (none, or names with commas between them).
+    Parse `-ngl` (auto, all or a number) and `--device` (none, or names separated by commas).
 
     Raises
     ------

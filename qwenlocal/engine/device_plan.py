@@ -23,7 +23,7 @@ from qwenlocal.errors import NotEnoughMemory, UsageError
 from qwenlocal.i18n import tr
 from qwenlocal.weights.gguf_reader import read_metadata
 
-_WEIGHTS_MARGIN = 1.3  # a model of unknown shape goes to a GPU with this much space relative to its file
+_WEIGHTS_MARGIN = 1.3  # a model of unknown dimensions goes to a GPU with this many times its size free
 
 
 @dataclass(frozen=True)

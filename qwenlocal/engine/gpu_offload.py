@@ -1,8 +1,8 @@
 """
-The layers of a model that GPUs hold.
+Plans for the layers of a model that GPUs hold.
 
-llama.cpp gives the GPUs the output matrix and then layers from the last one down; the embeddings always stay in the
-machine's memory (llama-model.cpp: load_tensors). A layer's KV cache lies where its weights do.
+llama.cpp puts the output matrix on GPUs first, then layers from the last one down; the embeddings always stay in the
+machine's memory (llama-model.cpp: load_tensors). The KV cache of a layer is kept with its weights.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from qwenlocal.ggml import read_tensor_sizes
 from qwenlocal.i18n import tr
 
 ALL_LAYERS = 1 << 16  # more than any model has
-N_UBATCH = 512  # GPUs need more tokens at once than processors
+N_UBATCH = 512  # GPUs need larger batches than processors
 _RESERVE = 256 << 20  # bytes left free on a GPU for other programs
 _INPUT, _OUTPUT = "token_embd.weight", "output.weight"
 _LAYER = re.compile(r"blk\.(\d+)\.")
@@ -31,7 +31,7 @@ _LAYER = re.compile(r"blk\.(\d+)\.")
 
 @dataclass(frozen=True)
 class GpuRequest:
-    """GPU settings that the user asked for: a number of layers (None: as many as fit), and names of devices."""
+    """GPU settings of the user: a number of layers (None: as many as fit), and names of devices (None: all)."""
 
     layers: int | None = None
     devices: tuple[str, ...] | None = None
@@ -50,9 +50,7 @@ class GpuRequest:
 @dataclass(frozen=True)
 class LayerSizes:
     """
-    Bytes of a model's weights: of the embeddings, of every layer, and of the output matrix.
-
-    The output matrix may be the embeddings once more.
+    Bytes of a model's embeddings, of each layer, and of the output matrix, which may be a copy of the embeddings.
     """
 
     input: int
@@ -91,8 +89,8 @@ class GpuOffload:
     The number of layers on GPUs, of `total`; the output layer counts as one.
 
     `shares` is the plan by device, for a context of `n_ctx` tokens; it is empty if the model's dimensions are unknown,
-    or if a GPU had less memory than it reported. Without layers, `devices` only read long prompts, for which llama.cpp
-    copies weights to them (llama_context_params.op_offload).
+    or after `reduced`. Without layers, `devices` only evaluate long prompts, for which llama.cpp copies weights to them
+    (llama_context_params.op_offload).
     """
 
     layers: int
@@ -118,13 +116,13 @@ class GpuOffload:
         return sum(share.weights + share.kv_cache for share in shared)
 
     def limited_to(self, use: GpuUse) -> GpuOffload:
-        """Return what is left if the devices are good for `use` only; all of it if `use` is about other devices."""
+        """Restrict the offload to the measured `use` of its devices; a `use` of other devices changes nothing."""
         if use.use == "layers" or use.devices != tuple(device.name for device in self.devices):
             return self
         return GpuOffload(0, self.total, self.devices if use.use == "prompts" else ())
 
     def reduced(self) -> GpuOffload:
-        """Return a quarter less, for a GPU with less free memory than it reported."""
+        """Return an offload with a quarter fewer layers, for a GPU with too little free memory."""
         layers = self.layers * 3 // 4
         return replace(self, layers=layers, devices=self.devices if layers else (), shares=())
 

@@ -181,8 +181,8 @@ class Model:
         Load the model file `path`; of a split model, pass the first part (llama.cpp opens the others).
 
         `kv_overrides` replace or add numbers of the file's metadata: {"qwen2.rope.freq_base": 1e6}. With `vocab_only`,
-        no weights are loaded, and the file needs none. Without `devices`, no GPU is used; `gpu_layers` are divided
-        among them as `layers_by_device` says, or else by free memory. `on_progress` gets a fraction between 0 and 1
+        no weights are loaded, and the file needs none. `gpu_layers` are divided among `devices` as `layers_by_device`
+        says, or else by free memory; without `devices`, no GPU is used. `on_progress` gets a fraction between 0 and 1
         and returns False to cancel.
 
         Raises

@@ -48,7 +48,7 @@ from qwenlocal.weights.gguf_reader import MetadataValue, read_header, read_metad
 from qwenlocal.weights.split_model import shard_paths
 
 _READING_SHARE = 0.5  # of the progress of loading
-_UNSUPPORTED_SHARE = 0.02  # of a GPU's weights, from which on it is told that the processor computes with them
+_UNSUPPORTED_SHARE = 0.02  # of a GPU's weights; if the processor computes with more of them, a note says so
 _LOG_PRECISION = 1 << 20  # bytes
 
 # Recommended sampling in a GGUF file (gguf-py, constants.py: Keys.General.SAMPLING_*).
@@ -227,7 +227,7 @@ def _apply_tuned_settings(request: LoadRequest, tuned: TunedSettings, machine: M
 
 
 class OpenedModel(NamedTuple):
-    """A model with a context and adapters, and what GPUs hold of it, with notes if that is not what was planned."""
+    """A model with its context and adapters, and the layers on GPUs, with notes on differences from the plan."""
 
     model: Model
     context: Context

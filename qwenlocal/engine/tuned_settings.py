@@ -105,7 +105,7 @@ def write_costs(folder: Path, model: str, power: str, costs: Mapping[int, float]
 
 def write_gpu_use(folder: Path, model: str, power: str, gpu: GpuUse) -> None:
     """
-    Save what GPUs are good for, and leave other settings unchanged.
+    Save the best use of the GPUs, and leave other settings unchanged.
 
     Raises
     ------

@@ -1,8 +1,8 @@
 """
-Measures what a GPU is good for with a model: everything, long prompts only, or nothing.
+Measurement of the best use of a GPU with a model: everything, long prompts only, or nothing.
 
-A slow integrated GPU often reads prompts faster than the processor but answers more slowly, because both wait for the
-same memory. Takes a few loads of the model, and is done once per model and GPU.
+A slow integrated GPU often evaluates prompts faster than the processor but decodes more slowly, because both wait for
+the same memory. The measurement loads the model a few times; it is done once per model and GPU.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from qwenlocal.weights.gguf_reader import read_metadata
 from qwenlocal.weights.split_model import shard_paths
 
 _PROMPT, _ANSWER = 256, 128  # tokens of a typical turn
-_TRIAL, _SAMPLE = 32, 8  # tokens read before the measurement, and tokens decoded for it
+_TRIAL, _SAMPLE = 32, 8  # tokens evaluated before the measurement, and tokens decoded for it
 _CONTEXT = 512
 _MIN_GAIN = 0.95  # a GPU must save a twentieth of the time; the processor leaves it to other programs
 
@@ -76,7 +76,7 @@ def find_gpu_use(
     clock: Callable[[], float] = time.monotonic,
 ) -> GpuUse:
     """
-    Compare a turn of 256 tokens of prompt and 128 of answer: on the processor, with `offload`, with prompts on GPUs.
+    Compare a turn of 256 tokens of prompt and 128 of answer on the processor, with `offload`, and with prompts on GPUs.
 
     `plan` gives the context options for an offload.
 

@@ -43,7 +43,7 @@ _COMPILED_NAMES = {
 }
 
 _BACKEND_TITLES = {"vulkan": "Vulkan", "cuda": "CUDA"}
-_DRIVER_ADVICE = "Install the driver of the GPU (docs/gpu.md). The processor is used meanwhile."
+_DRIVER_ADVICE = "Install the driver of the GPU. Until then, the processor is used."
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def _device(device: Device) -> Check:
 
 
 def _gpu_backends(devices: list[Device]) -> list[Check]:
-    """Check the backends that set-up compiled, and whether there is a GPU that none of them uses."""
+    """Check the backends that set-up compiled; without any, check if there is a GPU for one."""
     checks = []
     for module in load_backend_modules():
         title = _BACKEND_TITLES.get(module.name, module.name)

@@ -273,6 +273,20 @@ class TestCommands:
             assert said in result.stderr
             assert "Comparing" not in result.stderr
 
+    def test_a_driver_that_crashes_while_it_is_measured_is_not_tried_again(
+        self, gpu: Device, speaking_model: Path, qwenlocal: Run, environment: dict[str, str]
+    ) -> None:
+        crash = (
+            "import os, sys; from qwenlocal.measure import gpu_use; gpu_use.find_gpu_use = lambda *_: os._exit(3);"
+            "from qwenlocal.cli import main; sys.argv = ['qwenlocal', *sys.argv[1:]]; main()"
+        )
+        command = [sys.executable, "-c", crash, "run", str(speaking_model), "Hi"]
+        assert subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, timeout=60).returncode == 3
+        result = qwenlocal("run", str(speaking_model), "Hi", "--stats")
+        assert result.stdout.strip() == SAYS
+        assert "Comparing" not in result.stderr
+        assert "layers on" not in result.stderr
+
     def test_serve_uses_the_gpu(self, gpu: Device, speaking_model: Path, tmp_path: Path) -> None:
         with serving(tmp_path, speaking_model, "-ngl", "all") as server:
             assert server.ask().json()["choices"][0]["message"]["content"] == SAYS

@@ -19,7 +19,7 @@ from qwenlocal.engine.device_plan import DraftSpec
 from qwenlocal.engine.llama import LoadCancelled, load_library
 from qwenlocal.engine.loader import EngineLoader, LoadOptions
 from qwenlocal.engine.prompt_cache import fingerprint_model
-from qwenlocal.engine.tuned_settings import TunedSettings, read_tuned_settings, write_costs, write_gpu_use
+from qwenlocal.engine.tuned_settings import GpuUse, TunedSettings, read_tuned_settings, write_costs, write_gpu_use
 from qwenlocal.errors import (
     BadWeights,
     ContextNotCreated,
@@ -148,17 +148,27 @@ class ModelLoader:
         """Measure the best use of the GPUs with this model and save it, unless it is known."""
         from qwenlocal.measure.gpu_use import measure_gpu_use
 
+        use: GpuUse | None = None
+        has_started = False
+
+        def save(use: GpuUse | None) -> None:
+            with contextlib.suppress(NotWritable):  # it is measured again next time
+                write_gpu_use(self._folders.tuned, fingerprint_model(record.path), power_source(), use)
+
+        def start(devices: Sequence[Device]) -> None:
+            nonlocal has_started
+            has_started = True
+            save(GpuUse(tuple(device.name for device in devices), "none"))  # holds if a driver ends this process
+            self._on_measure(devices)
+
         try:
-            use = measure_gpu_use(
-                record.path, record.size, options, this_machine(), self._abort_measurement, self._on_measure
-            )
+            use = measure_gpu_use(record.path, record.size, options, this_machine(), self._abort_measurement, start)
         except (Aborted, LoadCancelled) as reason:
             raise Interrupted from reason
-        if use is None:
-            return options.tuned
-        with contextlib.suppress(NotWritable):  # it is measured again next time
-            write_gpu_use(self._folders.tuned, fingerprint_model(record.path), power_source(), use)
-        return replace(options.tuned, gpu=use)
+        finally:
+            if has_started:
+                save(use)
+        return replace(options.tuned, gpu=use) if use else options.tuned
 
     @contextlib.contextmanager
     def _explain_bad_files(self, *files: Path) -> Iterator[None]:

@@ -64,7 +64,7 @@ def _parse(entry: Mapping[str, Any]) -> TunedSettings:
     costs = {int(count): float(cost) for count, cost in entry.get("costs", DEFAULT_COSTS).items()}
     if set(costs) != set(DEFAULT_COSTS) or not all(0 < cost < 1000 for cost in costs.values()):
         raise ValueError("costs")
-    gpu = _parse_gpu(entry["gpu"]) if "gpu" in entry else None
+    gpu = _parse_gpu(entry["gpu"]) if entry.get("gpu") else None
     if "threads" not in entry:
         return TunedSettings(costs=costs, gpu=gpu)
     settings = TunedSettings(int(entry["threads"]), bool(entry["flash_attention"]), int(entry["together"]), costs, gpu)
@@ -103,7 +103,7 @@ def write_costs(folder: Path, model: str, power: str, costs: Mapping[int, float]
     _update(folder / f"{model}.json", power, {"costs": rounded})
 
 
-def write_gpu_use(folder: Path, model: str, power: str, gpu: GpuUse) -> None:
+def write_gpu_use(folder: Path, model: str, power: str, gpu: GpuUse | None) -> None:
     """
     Save the best use of the GPUs, and leave other settings unchanged.
 
@@ -111,7 +111,7 @@ def write_gpu_use(folder: Path, model: str, power: str, gpu: GpuUse) -> None:
     ------
     NotWritable: the folder cannot be written.
     """
-    _update(folder / f"{model}.json", power, {"gpu": gpu.to_json()})
+    _update(folder / f"{model}.json", power, {"gpu": gpu and gpu.to_json()})
 
 
 def _read(path: Path) -> dict[str, Any]:

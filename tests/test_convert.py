@@ -25,7 +25,7 @@ from qwenlocal.weights.imatrix import ImportanceMatrix
 from qwenlocal.weights.write_workers import run_job
 
 IMATRIX_TYPES = ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq3_xxs", "iq3_xs", "q2_k_s")
-SLOW_TYPES = ("iq1_s", "iq1_m", "iq2_xs", "iq2_m")  # ggml computes tables for them for seconds
+SLOW_TYPES = ("iq1_s", "iq1_m", "iq2_xs", "iq2_s", "iq2_m", "iq3_xxs")  # ggml computes tables for them for seconds
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ class TestBytes:
         [  # the small types take seconds per million weights; the imatrix changes only the mix of iq3_xxs
             *(pytest.param("short", kind, marks=pytest.mark.slow) for kind in SLOW_TYPES),
             *(("short", kind) for kind in IMATRIX_TYPES if kind not in SLOW_TYPES),
-            ("dense", "iq3_xxs"),
+            pytest.param("dense", "iq3_xxs", marks=pytest.mark.slow),
             *(pytest.param("short moe", kind, marks=pytest.mark.slow) for kind in ("iq1_s", "iq1_m")),
             *(("short moe", kind) for kind in IMATRIX_TYPES if kind not in ("iq1_s", "iq1_m")),
             *((model, kind) for model in ("dense", "moe") for kind in ("q4_0", "q4_k_m", "iq4_xs")),

@@ -95,11 +95,12 @@ class TestBytes:
     @pytest.mark.parametrize(
         ("model", "kind"),
         [  # the small types take seconds per million weights; the imatrix changes only the mix of iq3_xxs
-            *(pytest.param("short", kind, marks=pytest.mark.slow) for kind in SLOW_TYPES),
-            *(("short", kind) for kind in IMATRIX_TYPES if kind not in SLOW_TYPES),
+            *(
+                pytest.param(model, kind, marks=[pytest.mark.slow] if kind in SLOW_TYPES else [])
+                for model in ("short", "short moe")
+                for kind in IMATRIX_TYPES
+            ),
             pytest.param("dense", "iq3_xxs", marks=pytest.mark.slow),
-            *(pytest.param("short moe", kind, marks=pytest.mark.slow) for kind in ("iq1_s", "iq1_m")),
-            *(("short moe", kind) for kind in IMATRIX_TYPES if kind not in ("iq1_s", "iq1_m")),
             *((model, kind) for model in ("dense", "moe") for kind in ("q4_0", "q4_k_m", "iq4_xs")),
         ],
     )

@@ -292,6 +292,13 @@ def test_devices_are_names_with_commas_between_them(text: str | None, devices: t
     assert parse_gpu_request("auto", text).devices == devices
 
 
+def test_layers_on_no_device_are_a_contradiction() -> None:
+    assert parse_gpu_request("0", "none").is_off
+    for layers in ("2", "all"):
+        with pytest.raises(UsageError, match="--device none leaves no GPU"):
+            parse_gpu_request(layers, "none")
+
+
 def test_a_single_device_needs_no_list() -> None:
     assert create_gpu_request(None, "Vulkan0").devices == ("Vulkan0",)
 

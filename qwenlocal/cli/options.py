@@ -154,7 +154,7 @@ def parse_gpu_request(layers: str, devices: str | None) -> GpuRequest:
 
     Raises
     ------
-    UsageError: `layers` is neither of these.
+    UsageError: `layers` is neither of these, or layers are to be put on no device.
     """
     from qwenlocal.engine.gpu_offload import ALL_LAYERS, GpuRequest
 
@@ -163,11 +163,14 @@ def parse_gpu_request(layers: str, devices: str | None) -> GpuRequest:
     word = layers.strip().lower()
     if word in ("auto", ""):
         return GpuRequest(None, names)
-    if word == "all":
-        return GpuRequest(ALL_LAYERS, names)
-    if not word.isdecimal() or int(word) > ALL_LAYERS:
+    count = ALL_LAYERS if word == "all" else int(word) if word.isdecimal() else -1
+    if not 0 <= count <= ALL_LAYERS:
         raise UsageError(tr("-ngl must be a number of layers, auto or all, not {text}.", text=layers))
-    return GpuRequest(int(word), names)
+    if count and names == ():
+        raise UsageError(
+            tr("--device none leaves no GPU for the layers of -ngl."), hint=tr("Leave out one of the two options.")
+        )
+    return GpuRequest(count, names)
 
 
 def parse_answer_format(as_json: bool, schema: str | None, grammar: str | None) -> AnswerFormat:

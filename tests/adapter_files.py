@@ -11,9 +11,10 @@ from typing import Any
 
 import gguf
 import numpy
-from checkpoint_files import set_json
+import pytest
+from checkpoint_files import MINIMAL_MOE, SMALL, convert_checkpoint, set_json
 
-from qwenlocal.testing import CONFIG, as_dtype, checkpoint_shapes, write_safetensors
+from qwenlocal.testing import CONFIG, as_dtype, checkpoint_shapes, write_checkpoint, write_safetensors
 from qwenlocal.weights.adapter import read_adapter
 from qwenlocal.weights.adapter_file import plan_adapter
 from qwenlocal.weights.adapter_merge import WeightedAdapter
@@ -164,3 +165,30 @@ def write_merged(source: Path, *adapters: Path, kind: str = "f32", weight: float
 def write_untied(tied: Path, folder: Path) -> Path:
     """Return a copy whose config.json says that the output matrix is its own, so that adapters change it."""
     return set_json(Path(shutil.copytree(tied, folder)), "config.json", tie_word_embeddings=False)
+
+
+# --- fixtures: base models that no test changes
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense checkpoint whose output matrix is its own."""
+    return write_checkpoint(tmp_path_factory.mktemp("base") / "Base", config=SMALL, dtype="F32")
+
+
+@pytest.fixture(scope="session")
+def base_gguf(base: Path) -> Path:
+    return convert_checkpoint(base, base.parent / "base.gguf", "f32")
+
+
+@pytest.fixture(scope="session")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with one matrix for embeddings and output."""
+    config = {**SMALL, "tie_word_embeddings": True}
+    return write_checkpoint(tmp_path_factory.mktemp("tied") / "Tied", config=config, dtype="F32")
+
+
+@pytest.fixture(scope="session")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mixture of experts."""
+    return write_checkpoint(tmp_path_factory.mktemp("mixture") / "Mixture", config=MINIMAL_MOE, dtype="F32")

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import typer.testing
+from adapter_files import base, base_gguf, mixture, tied  # noqa: F401 - fixtures
 from checkpoint_files import LARGE, SMALL, UNALIGNED, convert_checkpoint, plan_job
 from generation import OpenContext
 from gguf_files import copy_with_metadata

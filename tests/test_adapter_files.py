@@ -24,7 +24,7 @@ from adapter_files import (
     write_merged,
     write_untied,
 )
-from checkpoint_files import MINIMAL, MINIMAL_MOE, SMALL, convert_checkpoint
+from checkpoint_files import MINIMAL, SMALL, convert_checkpoint
 from commands import expect_exit
 from conftest import Run
 from hypothesis import HealthCheck, given, settings
@@ -39,30 +39,6 @@ from qwenlocal.weights.gguf_reader import read_header, read_metadata
 from qwenlocal.weights.split_model import read_split_model
 
 QUERY, UP = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense checkpoint whose output matrix is its own."""
-    return write_checkpoint(tmp_path_factory.mktemp("base") / "Base", config=SMALL, dtype="F32")
-
-
-@pytest.fixture(scope="module")
-def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint with one matrix for embeddings and output."""
-    config = {**SMALL, "tie_word_embeddings": True}
-    return write_checkpoint(tmp_path_factory.mktemp("tied") / "Tied", config=config, dtype="F32")
-
-
-@pytest.fixture(scope="module")
-def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A mixture of experts."""
-    return write_checkpoint(tmp_path_factory.mktemp("mixture") / "Mixture", config=MINIMAL_MOE, dtype="F32")
-
-
-@pytest.fixture(scope="module")
-def base_gguf(base: Path) -> Path:
-    return convert_checkpoint(base, base.parent / "base.gguf", "f32")
 
 
 class TestAdapterFiles:

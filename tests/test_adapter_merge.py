@@ -21,7 +21,7 @@ from adapter_files import (
     write_merged,
     write_untied,
 )
-from checkpoint_files import MINIMAL_MOE, SMALL, convert_checkpoint
+from checkpoint_files import MINIMAL_MOE, convert_checkpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import data_of
@@ -37,25 +37,6 @@ from qwenlocal.weights.write_job import job_identity, memory_needed
 from qwenlocal.weights.write_workers import run_job
 
 QUERY = "model.layers.0.self_attn.q_proj"
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense checkpoint whose output matrix is its own."""
-    return write_checkpoint(tmp_path_factory.mktemp("base") / "Base", config=SMALL, dtype="F32")
-
-
-@pytest.fixture(scope="module")
-def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint with one matrix for embeddings and output."""
-    config = {**SMALL, "tie_word_embeddings": True}
-    return write_checkpoint(tmp_path_factory.mktemp("tied") / "Tied", config=config, dtype="F32")
-
-
-@pytest.fixture(scope="module")
-def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A mixture of experts."""
-    return write_checkpoint(tmp_path_factory.mktemp("mixture") / "Mixture", config=MINIMAL_MOE, dtype="F32")
 
 
 class TestMerging:

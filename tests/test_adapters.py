@@ -19,7 +19,7 @@ from adapter_files import (
     write_adapter,
     write_merged,
 )
-from checkpoint_files import SMALL, convert_checkpoint
+from checkpoint_files import convert_checkpoint
 from commands import expect_exit, parse_json
 from conftest import Run
 from generation import answer, answer_and_count
@@ -54,17 +54,6 @@ from qwenlocal.weights.gguf_reader import read_header, read_metadata
 
 PROMPT = [(7 * n) % 250 for n in range(90)]
 OPTIONS = ContextOptions(512, threads=1, flash_attention=False)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense checkpoint whose output matrix is its own."""
-    return write_checkpoint(tmp_path_factory.mktemp("base") / "Base", config=SMALL, dtype="F32")
-
-
-@pytest.fixture(scope="module")
-def base_gguf(base: Path) -> Path:
-    return convert_checkpoint(base, base.parent / "base.gguf", "f32")
 
 
 def logits_of(path: Path, *adapters: AdapterSpec) -> numpy.ndarray:

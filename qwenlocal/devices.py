@@ -13,7 +13,6 @@ import functools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from qwenlocal.ggml_library import base_library, libraries_folder, load_library
 
@@ -51,7 +50,6 @@ class BackendModule:
     """A backend's module; `error` is why it could not be loaded, or ""."""
 
     name: str
-    path: Path
     error: str = ""
 
 
@@ -69,7 +67,7 @@ def load_backend_modules() -> tuple[BackendModule, ...]:
             error = str(reason)
         if not error and not load(str(path).encode()):
             error = "it does not match this version of llama.cpp"
-        modules.append(BackendModule(name, path, error))
+        modules.append(BackendModule(name, error))
     return tuple(modules)
 
 

@@ -75,17 +75,17 @@ def choose_backend(
     if wanted == "off":
         return GpuChoice(None, "GPU=off: only the processor will be used.")
     if wanted != "auto":
-        reason = f"GPU={wanted}: llama.cpp gets its {TITLES[wanted]} backend."
+        reason = f"GPU={wanted}: using llama.cpp's {TITLES[wanted]} backend."
         return GpuChoice(wanted, reason, is_required=bool(given))
     if sys.platform == "darwin":
         return GpuChoice(None, "llama.cpp uses the GPU through Metal.")
     if sys.platform == "win32" and "VULKAN_SDK" in environment:
-        return GpuChoice("vulkan", "The Vulkan SDK was found: llama.cpp gets its Vulkan backend.")
+        return GpuChoice("vulkan", "Found the Vulkan SDK: using llama.cpp's Vulkan backend.")
     vendors = find_gpu_vendors(root)
     if not vendors:
         return GpuChoice(None, "No GPU was found: only the processor will be used.")
     backend = "cuda" if vendors[0] == "NVIDIA" and find_nvcc(environment) else "vulkan"
-    return GpuChoice(backend, f"A GPU by {vendors[0]} was found: llama.cpp gets its {TITLES[backend]} backend.")
+    return GpuChoice(backend, f"Found an {vendors[0]} GPU: using llama.cpp's {TITLES[backend]} backend.")
 
 
 def find_nvcc(environment: Mapping[str, str] = os.environ) -> str | None:

@@ -107,7 +107,7 @@ def describe_note(note: LoadNote) -> str:
             )
         case WeightsNotOnGpu(device, size):
             return tr(
-                "{device} cannot compute with {size} of the weights planned for it; the processor does.",
+                "{device} does not support {size} of the weights planned for it; they stay on the processor.",
                 device=device,
                 size=format_bytes(size),
             )

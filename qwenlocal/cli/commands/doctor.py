@@ -147,7 +147,7 @@ def _gpu_backends(devices: list[Device]) -> list[Check]:
     vendors = find_gpu_vendors()
     if vendors and not checks and not any(device.is_gpu for device in devices):
         advice = "To use it, compile a backend: GPU=vulkan make setup"
-        checks.append(Check("GPU backend", f"none, but there is a GPU by {vendors[0]}", advice))
+        checks.append(Check("GPU backend", f"none, although there is an {vendors[0]} GPU", advice))
     return checks
 
 

@@ -69,4 +69,4 @@ def _describe_gpu(gpu: GpuUse | None) -> str:
     if gpu is None:
         return ""
     uses = {"layers": "used for as many layers as fit", "prompts": "used for long prompts", "none": "not used"}
-    return f"{', '.join(gpu.devices)}: {uses[gpu.use]}, which is the fastest\n"
+    return f"{', '.join(gpu.devices)}: {uses[gpu.use]}, because that is fastest\n"
